@@ -1,0 +1,3 @@
+"""Backbones pre-trained with 3D geometry."""
+
+__version__ = "0.1.0"

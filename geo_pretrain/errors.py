@@ -1,0 +1,80 @@
+"""The errors users meet: what was given, what is accepted, and the nearest right thing, in that order."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class GeoPretrainError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class UnknownName(GeoPretrainError, KeyError):
+    """A backbone, recipe, source or task that does not exist."""
+
+    def __str__(self) -> str:  # KeyError would print the message as a quoted repr
+        return str(self.args[0])
+
+
+class RecipeError(GeoPretrainError, ValueError):
+    """A recipe with an unknown key, a wrong type or a value out of range."""
+
+
+class CheckpointError(GeoPretrainError, RuntimeError):
+    """A checkpoint folder that is incomplete, altered or of another format."""
+
+
+class DigestMismatch(CheckpointError):
+    """A file whose bytes are not those its checkpoint promises."""
+
+
+class WeightsMismatch(GeoPretrainError, RuntimeError):
+    """Weights whose keys or shapes do not fit the network."""
+
+
+class HubError(GeoPretrainError, RuntimeError):
+    """A checkpoint that no source could deliver; the message lists each source with its reason."""
+
+
+class DataError(GeoPretrainError, RuntimeError):
+    """A data set that cannot be used at all."""
+
+
+class BadFrame(DataError):
+    """One unusable frame or scene: skipped and counted by the loaders."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadFrame], tuple[str, str]]:  # workers send it to the main process
+        return type(self), (self.path, self.reason)
+
+
+class MissingDependency(GeoPretrainError, ImportError):
+    """An optional library that is not installed."""
+
+
+def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
+    """The `count` options closest in spelling to `name`, best first (always as many as there are)."""
+    ranked = sorted(options, key=lambda option: (-difflib.SequenceMatcher(None, name, option).ratio(), option))
+    return ranked[:count]
+
+
+def unknown(kind: str, name: str, options: Iterable[str], hint: str = "") -> UnknownName:
+    """The error for an unknown `kind` (such as "backbone"), naming the three nearest."""
+    closest = ", ".join(repr(option) for option in nearest(name, options))
+    return UnknownName(f"Unknown {kind} {name!r}. Closest: {closest}." + (f" {hint}" if hint else ""))
+
+
+def require(package: str, extra: str) -> ModuleType:
+    """Import an optional library or say the exact line that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        line = f"pip install 'geo_pretrain[{extra}]'"
+        raise MissingDependency(f"This needs the library {package!r}, which is not installed: {line}") from error

@@ -1,0 +1,1 @@
+"""RGB-D sources, frame pairs, samples and augmentation."""
