@@ -1,3 +1,35 @@
-"""Backbones pre-trained with 3D geometry."""
+"""Backbones pre-trained with 3D geometry: names become networks with weights. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geo_pretrain.catalog import backbone_info, list_backbones
+    from geo_pretrain.loading import load_backbone, verify
+    from geo_pretrain.sparse.coordinates import voxelize
 
 __version__ = "0.1.0"
+__all__ = ["backbone_info", "list_backbones", "load_backbone", "verify", "voxelize"]
+
+_HOMES = {
+    "backbone_info": "geo_pretrain.catalog",
+    "list_backbones": "geo_pretrain.catalog",
+    "load_backbone": "geo_pretrain.loading",
+    "verify": "geo_pretrain.loading",
+    "voxelize": "geo_pretrain.sparse.coordinates",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # found directly from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

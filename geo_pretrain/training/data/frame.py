@@ -53,10 +53,14 @@ class Skips:
         """Remember a frame or scene once, however often it is met."""
         self.reasons.setdefault(bad.path, bad.reason)
 
+    def counts(self) -> dict[str, int]:
+        """How many paths were skipped for each reason."""
+        return dict(Counter(self.reasons.values()).most_common())
+
     def summary(self, limit: int = 5) -> str:
         """A line a reason with its count and the first paths, or "" when nothing was skipped."""
         lines = []
-        for reason, count in Counter(self.reasons.values()).most_common():
+        for reason, count in self.counts().items():
             paths = [path for path, why in self.reasons.items() if why == reason]
             more = f" and {count - limit} more" if count > limit else ""
             lines.append(f"skipped {count}: {reason} ({', '.join(paths[:limit])}{more})")

@@ -1,0 +1,1 @@
+"""Our weights inside other people's libraries, one file a library."""

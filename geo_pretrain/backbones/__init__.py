@@ -1,0 +1,10 @@
+"""The networks, and the one table that says which class an architecture's name stands for (no torch here)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# name in catalog entries and checkpoint folders -> "module:class"
+ARCHITECTURES: Mapping[str, str] = {
+    "resnet_unet": "geo_pretrain.backbones.resnet_unet:ResNetUNet",
+}

@@ -1,0 +1,33 @@
+"""What every network of the zoo carries besides its weights: its name, contract and load report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from geo_pretrain.contract import ImageContract, ImageTransform
+
+
+class Backbone(nn.Module):
+    """Base of the networks. `load_backbone` fills the attributes; a network built by hand leaves them None."""
+
+    name: str | None = None
+    contract: ImageContract | None = None
+    load_report: Any = None  # a loading.LoadReport; that module imports this one
+
+    @property
+    def transforms(self) -> ImageTransform:
+        """The callable that turns an image into this network's input: resizes and normalises as in pre-training."""
+        if self.contract is None:
+            # not an AttributeError: nn.Module would hide it behind "has no attribute 'transforms'"
+            raise RuntimeError(
+                "This network was built without a contract, so its transforms are unknown. "
+                "Networks from load_backbone carry one."
+            )
+        return self.contract.transforms()
+
+    def extra_repr(self) -> str:
+        """Shown in `repr(model)`: name and contract."""
+        return ", ".join(str(part) for part in (self.name, self.contract) if part is not None)

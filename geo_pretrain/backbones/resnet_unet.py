@@ -1,0 +1,237 @@
+"""torchvision's ResNet as a feature pyramid, and the residual U-Net of Pri3D on top of it.
+
+Hou et al., "Pri3D: Can 3D Priors Help 2D Representation Learning?", ICCV 2021 (network written from its description).
+Blocks are torchvision's, so encoder weights move to and from torchvision without renaming; decoder keys are those of
+the published checkpoints. `width` scales every layer: 64 is the real network, 8 a tiny twin for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from geo_pretrain.backbones.base import Backbone
+
+BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+}
+MIN_SIZE = 32  # pixels: below this the last stage has nothing to look at
+
+
+class ResNetEncoder(Backbone):
+    """ResNet without pooling and classifier: an image in, a pyramid of feature maps out.
+
+    State-dict keys are torchvision's without `fc`. `feature_info` describes the maps `forward` returns, in order, as
+    timm does: one dict with "num_chs", "reduction" and "module" a map.
+
+    `output_stride` 16 or 8 replaces the strides of the last one or two stages by dilation with torchvision's rule (the
+    first block of a stage keeps the dilation of the stage before), for basic blocks too, which torchvision refuses.
+    """
+
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
+    def __init__(
+        self,
+        depth: int = 18,
+        *,
+        width: int = 64,
+        in_chans: int = 3,
+        output_stride: int = 32,
+        out_indices: Sequence[int] = (0, 1, 2, 3, 4),
+    ) -> None:
+        super().__init__()
+        block, repeats = _lookup(depth)
+        self.depth, self.width, self.in_chans = depth, width, in_chans
+        self.output_stride, self.out_indices = _check_stride(output_stride), _check_indices(out_indices)
+        self.conv1 = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        channels = width
+        for stage, count in enumerate(repeats):
+            planes = width << stage
+            self.add_module(f"layer{stage + 1}", _stage(block, channels, planes, count, stride=1 if stage == 0 else 2))
+            channels = planes * block.expansion
+        if output_stride == 16:
+            dilate_stage(self.layer4, 1, 2)
+        elif output_stride == 8:
+            dilate_stage(self.layer3, 1, 2)
+            dilate_stage(self.layer4, 2, 4)
+        self.feature_info: list[dict[str, Any]] = _feature_info(width, block.expansion, output_stride, self.out_indices)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x [B, in_chans, H, W], normalised -> maps [B, C, H / stride, W / stride] (rounded up), finest first.
+
+        Map 0 is relu(bn1(conv1)) at stride 2, before the max-pooling; 1 to 4 are the outputs of layer1 to layer4.
+        """
+        _check_images(x, self.in_chans)
+        x = self.relu(self.bn1(self.conv1(x)))
+        maps = [x]
+        x = self.maxpool(x)
+        for index in range(1, max(self.out_indices) + 1):  # stages nobody asked for are not computed
+            x = self.get_submodule(f"layer{index}")(x)
+            maps.append(x)
+        return [maps[index] for index in self.out_indices]
+
+
+class UpProjection(nn.Module):
+    """Resize, then a residual pair of branches that halves the channels: relu(5x5-3x3 branch + 5x5 branch)."""
+
+    def __init__(self, in_chans: int, out_chans: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, out_chans, kernel_size=5, padding=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_chans)
+        self.conv1_2 = nn.Conv2d(out_chans, out_chans, kernel_size=3, padding=1, bias=False)
+        self.bn1_2 = nn.BatchNorm2d(out_chans)
+        self.conv2 = nn.Conv2d(in_chans, out_chans, kernel_size=5, padding=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_chans)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """x [B, in_chans, h, w] -> [B, out_chans, *size]. Bilinear, align_corners=True: the weights learned that."""
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+        branch = self.bn1_2(self.conv1_2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(branch + self.bn2(self.conv2(x)))
+
+
+class UNetDecoder(nn.Module):
+    """Four up-projections; the encoder's maps are added, not concatenated, and the stem's map is not used."""
+
+    def __init__(self, stage_chans: Sequence[int], out_chans: int) -> None:
+        """`stage_chans`: channels of layer1 to layer4; each must be half of the next, since skips are added."""
+        super().__init__()
+        layer1, layer2, layer3, layer4 = stage_chans
+        self.up1 = UpProjection(layer4, layer3)
+        self.up2 = UpProjection(layer3, layer2)
+        self.up3 = UpProjection(layer2, layer1)
+        self.up4 = UpProjection(layer1, layer1 // 2)
+        self.conv0 = nn.Conv2d(layer1 // 2, out_chans, kernel_size=1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps of layer1 to layer4, finest first -> [B, out_chans, h, w] at twice the size of layer1's map."""
+        layer1, layer2, layer3, layer4 = maps
+        x = self.up1(layer4, _size(layer3)) + layer3
+        x = self.up2(x, _size(layer2)) + layer2
+        x = self.up3(x, _size(layer1)) + layer1
+        height, width = _size(layer1)
+        return self.conv0(self.up4(x, (2 * height, 2 * width)))
+
+
+class ResNetUNet(Backbone):
+    """The dense 2D network of Pri3D: one feature vector for every second pixel in both directions.
+
+    `out_chans` defaults to the pre-training width: width / 2 times the block's expansion, so 32 for ResNet-18 and 128
+    for ResNet-50. `.encoder` and `.decoder` hold all weights. Any image of at least 32 x 32 pixels works; when a side
+    is not a multiple of 4 the output side is twice that of layer1's map, 2 * ceil(side / 4), and not side / 2.
+    """
+
+    encoder_class = ResNetEncoder  # what is built when the decoder is not wanted
+
+    def __init__(self, depth: int = 18, *, width: int = 64, out_chans: int | None = None, in_chans: int = 3) -> None:
+        super().__init__()
+        self.encoder = ResNetEncoder(depth, width=width, in_chans=in_chans)
+        stage_chans = [info["num_chs"] for info in self.encoder.feature_info[1:]]
+        self.out_chans = stage_chans[0] // 2 if out_chans is None else out_chans
+        self.decoder = UNetDecoder(stage_chans, self.out_chans)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The encoder's maps, as in `ResNetEncoder`."""
+        return self.encoder.feature_info
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_chans, H, W], normalised -> dense features [B, out_chans, H / 2, W / 2]."""
+        return self.decoder(self.encoder(x)[1:])
+
+
+def dilate_stage(stage: nn.Sequential, first: int, rest: int) -> None:
+    """Give a built stage stride 1, its first block dilation `first` and all others `rest`; weights stay as they are.
+
+    In a basic block only the strided convolution takes `first`: what follows it sees the finer grid. So the new
+    network computes the old one's values at every grid point the old one had.
+    """
+    block: Any
+    for index, block in enumerate(stage):
+        strided, *others = [block.conv1, block.conv2] if isinstance(block, BasicBlock) else [block.conv2]
+        _set_dilation(strided, first if index == 0 else rest)
+        for conv in others:
+            _set_dilation(conv, rest)
+        if index == 0 and block.downsample is not None:
+            block.downsample[0].stride = (1, 1)
+        block.stride = 1
+
+
+def _set_dilation(conv: nn.Conv2d, dilation: int) -> None:
+    conv.stride, conv.padding, conv.dilation = (1, 1), (dilation, dilation), (dilation, dilation)
+
+
+def _lookup(depth: int) -> tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]:
+    if depth not in BLOCKS:
+        raise ValueError(f"Unknown ResNet depth {depth!r}; accepted: {', '.join(map(str, BLOCKS))}.")
+    return BLOCKS[depth]
+
+
+def _stage(
+    block: type[BasicBlock] | type[Bottleneck], in_chans: int, planes: int, count: int, *, stride: int
+) -> nn.Sequential:
+    out_chans = planes * block.expansion
+    shortcut = None
+    if stride != 1 or in_chans != out_chans:
+        shortcut = nn.Sequential(
+            nn.Conv2d(in_chans, out_chans, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(out_chans)
+        )
+    first = block(in_chans, planes, stride, shortcut)
+    return nn.Sequential(first, *(block(out_chans, planes) for _ in range(count - 1)))
+
+
+def _feature_info(width: int, expansion: int, output_stride: int, out_indices: Sequence[int]) -> list[dict[str, Any]]:
+    info = [{"num_chs": width, "reduction": 2, "module": "relu"}]
+    for stage in range(4):
+        reduction = min(4 << stage, output_stride)
+        info.append({"num_chs": (width << stage) * expansion, "reduction": reduction, "module": f"layer{stage + 1}"})
+    return [info[index] for index in out_indices]
+
+
+def _initialise(encoder: nn.Module) -> None:
+    """Convolutions from N(0, sqrt(2 / (k * k * out channels))), norms to identity: torchvision's start and Pri3D's."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _check_stride(output_stride: int) -> int:
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"output_stride is {output_stride!r}; accepted: 8, 16 or 32.")
+    return output_stride
+
+
+def _check_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+    indices = tuple(out_indices)
+    if not indices or any(index not in range(5) for index in indices) or list(indices) != sorted(set(indices)):
+        raise ValueError(
+            f"out_indices is {indices!r}; accepted: numbers from 0 (stride 2) to 4 (stride 32), each once, rising."
+        )
+    return indices
+
+
+def _check_images(x: Tensor, in_chans: int) -> None:
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        given = f"a tensor of shape {tuple(x.shape)}"
+        hint = f" Load with in_chans={x.shape[1]} for such images." if x.ndim == 4 else ""
+        raise ValueError(f"This network takes images [B, {in_chans}, H, W]; got {given}.{hint}")
+    if min(x.shape[2:]) < MIN_SIZE:
+        raise ValueError(
+            f"Images are {x.shape[2]} x {x.shape[3]} pixels; accepted: at least {MIN_SIZE} in both directions."
+        )
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[2], x.shape[3]

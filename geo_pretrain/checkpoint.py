@@ -1,0 +1,332 @@
+"""The checkpoint folder: read, write, validate. The only file that knows its format.
+
+A folder holds config.json (this format's number, name, architecture, contract, digests of all other files, licence
+chain, provenance), the weights of each role as safetensors, golden input and outputs, recipe, log and card. Nothing is
+pickled. torch is imported only where tensors are touched, so the hub can look at a folder without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geo_pretrain.catalog.entry import Arch, Licence
+from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
+from geo_pretrain.errors import CheckpointError, DigestMismatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+CONFIG = "config.json"
+WEIGHT_ROLES = ("encoder", "decoder", "heads")
+TEXT_ROLES = {"recipe": "recipe.yaml", "log": "log.jsonl", "card": "README.md"}
+ROLES = {role: f"{role}.safetensors" for role in (*WEIGHT_ROLES, "golden")} | TEXT_ROLES
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One line of the folder's inventory."""
+
+    role: str
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A validated config.json and where it lies; weights are read with `read_weights`."""
+
+    folder: Path
+    name: str
+    arch: Arch
+    contract: ImageContract | VoxelContract
+    files: Mapping[str, StoredFile]  # by file name
+    licence: Licence
+    provenance: Mapping[str, Any]
+    finished: bool  # False: written on the way, training goes on
+
+    def file_of(self, role: str) -> str:
+        """The name of the file with this role. Raises `CheckpointError` naming the roles there are."""
+        for name, stored in self.files.items():
+            if stored.role == role:
+                return name
+        roles = ", ".join(stored.role for stored in self.files.values())
+        raise CheckpointError(f"{self.folder}: holds no file with role {role!r}; it has: {roles}.")
+
+
+def write_checkpoint(
+    folder: Path | str,
+    *,
+    name: str,
+    arch: Arch,
+    contract: ImageContract | VoxelContract,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    golden: Mapping[str, Tensor],
+    licence: Licence,
+    provenance: Mapping[str, Any],
+    recipe_yaml: str,
+    log: Path | str,
+    card: str,
+    finished: bool = True,
+) -> Checkpoint:
+    """Write a checkpoint folder, all of it or nothing; one that is there already is replaced.
+
+    `weights` maps a role ("encoder", "decoder", "heads") to its state dict, `golden` holds "input" and the outputs to
+    reproduce, `log` is a file to copy (Path) or the text itself. One writer at a time. Files that the format does not
+    know (somebody's notes) are carried over. Raises `CheckpointError` when `folder` holds something else.
+    """
+    folder = Path(folder).resolve()
+    _check_writable(folder, name, weights)
+    recover(folder)
+    staging = _staging(folder)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    tensors = {role: state for role, state in weights.items() if state} | {"golden": golden}
+    log_text = log.read_bytes() if isinstance(log, Path) else log.encode()
+    try:
+        for role, state in tensors.items():
+            _save_tensors(state, staging / ROLES[role])
+        for role, text in {"recipe": recipe_yaml.encode(), "log": log_text, "card": card.encode()}.items():
+            (staging / ROLES[role]).write_bytes(text)
+        files = {ROLES[role]: asdict(_describe(staging / ROLES[role], role)) for role in (*tensors, *TEXT_ROLES)}
+        config = {
+            "format": FORMAT,
+            "name": name,
+            "arch": {"name": arch.name, "args": dict(arch.args)},
+            "contract": contract.to_dict(),
+            "files": files,
+            "licence": asdict(licence),
+            "provenance": dict(provenance),
+            "finished": finished,
+        }
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        read_checkpoint(staging)  # what nobody could read back is not put in place
+        _sync(staging)
+        _swap_in(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        recover(folder)
+        raise
+    return read_checkpoint(folder)
+
+
+def read_checkpoint(folder: Path | str) -> Checkpoint:
+    """Read and validate config.json; no other file is opened and none needs to be there.
+
+    Raises `CheckpointError` naming the file and the key that is missing, of a wrong type or of another format.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        recover(folder)
+    path = folder / CONFIG
+    if not path.is_file():
+        state = f"has no {CONFIG}" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {state}; a checkpoint folder with {CONFIG} and its weights is accepted.")
+    return parse_config(path.read_bytes(), folder)
+
+
+def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
+    """The `Checkpoint` in the text of a config.json that lies, or will lie, in `folder`."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds {type(config).__name__}; an object with key 'format' is accepted.")
+    number = _get(config, "format", int, path)
+    if number != FORMAT:
+        hint = "; a newer geo_pretrain wrote it, please upgrade" if number > FORMAT else ""
+        raise CheckpointError(f"{path}: format is {number}; this version reads format {FORMAT}{hint}.")
+    name = _get(config, "name", str, path)
+    if not CHECKPOINT_NAME.fullmatch(name):
+        raise CheckpointError(f"{path}: name is {name!r}; letters, digits, '.', '_' and '-' are accepted.")
+    arch = _get(config, "arch", dict, path)
+    try:
+        return Checkpoint(
+            folder=folder,
+            name=name,
+            arch=Arch(_get(arch, "name", str, path, "arch."), _get(arch, "args", dict, path, "arch.")),
+            contract=contract_from_dict(_get(config, "contract", dict, path)),
+            files={file: _stored(file, entry, path) for file, entry in _get(config, "files", dict, path).items()},
+            licence=_licence(_get(config, "licence", dict, path), path),
+            provenance=_get(config, "provenance", dict, path),
+            finished=_get(config, "finished", bool, path),
+        )
+    except (ValueError, TypeError, KeyError) as error:  # from the dataclasses' own checks
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def read_weights(checkpoint: Checkpoint, role: str) -> dict[str, Tensor]:
+    """The tensors of one role ("encoder", "decoder", "heads", "golden"), on the CPU.
+
+    Size and digest are checked before anything is parsed: `DigestMismatch` names the file and both digests.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    name = checkpoint.file_of(role)
+    verify_file(checkpoint, name)
+    try:
+        return load_file(checkpoint.folder / name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{checkpoint.folder / name}: is not a safetensors file ({error}).") from error
+
+
+def verify_file(checkpoint: Checkpoint, name: str) -> None:
+    """Compare one file with the inventory. Raises `CheckpointError` (absent, unlisted) or `DigestMismatch`."""
+    if name not in checkpoint.files:
+        listed = ", ".join(checkpoint.files)
+        raise CheckpointError(f"{checkpoint.folder / name}: is not listed in {CONFIG}; listed are: {listed}.")
+    path, stored = checkpoint.folder / name, checkpoint.files[name]
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing; {CONFIG} lists it with {stored.size} bytes.")
+    check_digest(path, stored)
+
+
+def verify_files(checkpoint: Checkpoint) -> None:
+    """Compare every file with the inventory, and refuse weight files that are not in it."""
+    for name in checkpoint.files:
+        verify_file(checkpoint, name)
+    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+        verify_file(checkpoint, path.name)
+
+
+def check_digest(path: Path, stored: StoredFile) -> None:
+    """Raise `DigestMismatch`, naming file, expected and actual digest, unless the bytes are the promised ones."""
+    actual, size = sha256(path), path.stat().st_size
+    if (actual, size) != (stored.sha256, stored.size):
+        raise DigestMismatch(
+            f"{path}: sha256 is {actual} ({size} bytes), expected {stored.sha256} ({stored.size} bytes). "
+            "The file was truncated or altered; nothing of it was loaded. Fetch or write it again."
+        )
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def recover(folder: Path) -> None:
+    """Finish or undo what a writer that was killed left behind: either the old or the new checkpoint is there after it.
+
+    A staging folder is never complete, so it is dropped by the next write and ignored here.
+    """
+    retired = _retired(folder)
+    if not retired.is_dir():
+        return
+    if folder.exists():
+        _retire(retired, folder)
+    else:
+        retired.rename(folder)
+
+
+def _staging(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.writing")
+
+
+def _retired(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _swap_in(staging: Path, folder: Path) -> None:
+    """Two renames; `recover` puts things right when the process dies between or after them."""
+    retired = _retired(folder)
+    if folder.exists():
+        folder.rename(retired)
+    staging.rename(folder)
+    _sync_folder(folder.parent)
+    if retired.is_dir():
+        _retire(retired, folder)
+
+
+def _retire(retired: Path, folder: Path) -> None:
+    """Remove a replaced checkpoint, after moving over what is not part of one."""
+    known = {CONFIG, *ROLES.values()}
+    for path in retired.iterdir():
+        if path.name not in known and not (folder / path.name).exists():
+            path.rename(folder / path.name)
+    shutil.rmtree(retired)
+
+
+def _check_writable(folder: Path, name: str, weights: Mapping[str, Any]) -> None:
+    if not CHECKPOINT_NAME.fullmatch(name):
+        raise CheckpointError(f"Checkpoint name {name!r}; letters, digits, '.', '_' and '-' are accepted.")
+    strange = [role for role in weights if role not in WEIGHT_ROLES]
+    if strange or not any(weights.values()):
+        raise CheckpointError(
+            f"Weights have roles {list(weights)}; accepted: one or more of {', '.join(WEIGHT_ROLES)}."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; a new or empty folder, or a checkpoint folder, is accepted.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder} holds files but no {CONFIG}, so it is not a checkpoint folder and is left alone; "
+            "give a new or empty folder."
+        )
+
+
+def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    # clones: safetensors refuses tensors that share memory, and views would drag their whole storage along
+    save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, path)
+
+
+def _describe(path: Path, role: str) -> StoredFile:
+    return StoredFile(role=role, size=path.stat().st_size, sha256=sha256(path))
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _get(config: Mapping[str, Any], key: str, kind: type, path: Path, prefix: str = "") -> Any:
+    if key not in config:
+        raise CheckpointError(f"{path}: key '{prefix}{key}' is missing.")
+    value = config[key]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise CheckpointError(f"{path}: key '{prefix}{key}' is {value!r}; {kind.__name__} is accepted.")
+    return value
+
+
+def _stored(file: str, entry: Any, path: Path) -> StoredFile:
+    if not FILE_NAME.fullmatch(file) or file == CONFIG:
+        raise CheckpointError(f"{path}: lists a file {file!r}; plain names inside the folder are accepted.")
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{path}: key 'files.{file}' is {entry!r}; an object is accepted.")
+    prefix = f"files.{file}."
+    role, digest = _get(entry, "role", str, path, prefix), _get(entry, "sha256", str, path, prefix)
+    if role in (*WEIGHT_ROLES, "golden") and not file.endswith(".safetensors"):
+        raise CheckpointError(f"{path}: {file!r} has role {role!r}; only .safetensors files may hold tensors.")
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise CheckpointError(f"{path}: key '{prefix}sha256' is {digest!r}; 64 hex digits are accepted.")
+    return StoredFile(role=role, size=_get(entry, "size", int, path, prefix), sha256=digest)
+
+
+def _licence(entry: Mapping[str, Any], path: Path) -> Licence:
+    texts = {key: _get(entry, key, str, path, "licence.") for key in ("code", "weights", "base_model")}
+    datasets: Iterable[Any] = _get(entry, "datasets", list, path, "licence.")
+    return Licence(datasets=tuple(tuple(pair) for pair in datasets), **texts)

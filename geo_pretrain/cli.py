@@ -1,0 +1,394 @@
+"""`geo-pretrain ...`: parses, calls, prints. Everything it does is one call into the package."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from geo_pretrain import __version__
+from geo_pretrain.errors import GeoPretrainError
+
+if TYPE_CHECKING:
+    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.engine import StepInfo
+    from geo_pretrain.training.recipe import DataSpec
+
+app = typer.Typer(
+    name="geo-pretrain",
+    help="Backbones pre-trained with 3D geometry: list them, load them, make them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+eval_app = typer.Typer(help="Measure a backbone.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
+app.add_typer(data_app, name="data")
+
+console = Console()
+QUIET_INTERVAL = 5.0  # seconds between progress lines where there is no terminal
+
+DATA_HELP = "SOURCE or SOURCE:PATH, such as rooms, seven_scenes:PATH, scannet:PATH."
+FRAMES_HELP = "Part of each scene's frames in order of time, such as 0:0.75."
+SET_HELP = "KEY=VALUE in the recipe, such as optim.lr=0.05; may be repeated."
+
+
+def main() -> None:
+    """Run the command line; errors of the package become one message and exit code 1."""
+    try:
+        app()
+    except GeoPretrainError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_escape(str(error))}", highlight=False)
+        sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"geo-pretrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Backbones pre-trained with 3D geometry: list them, load them, make them."""
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="Names to show, with * and ?.")] = "*",
+    method: Annotated[str | None, typer.Option(help="Such as pri3d.")] = None,
+    modality: Annotated[str | None, typer.Option(help="2d or 3d.")] = None,
+    license: Annotated[str | None, typer.Option(help="SPDX, or: permissive, non-commercial.")] = None,
+    status: Annotated[str | None, typer.Option(help="Such as regenerable.")] = None,
+) -> None:
+    """List the backbones of the catalog.
+
+    Example: `geo-pretrain list "pri3d*" --license permissive`
+    """
+    from geo_pretrain.catalog import backbone_info, list_backbones
+
+    table = Table("name", "architecture", "pre-training data", "weights' licence", "status", box=None)
+    names = list_backbones(pattern, method=method, modality=modality, license=license, status=status)
+    for name in names:
+        entry = backbone_info(name)
+        table.add_row(name, str(entry.arch), entry.data, entry.licence.weights, entry.status)
+    console.print(table if names else "No backbone matches.")
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="A catalog name.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show everything known about a backbone.
+
+    Example: `geo-pretrain info pri3d_view_geo_r50`
+    """
+    from geo_pretrain.catalog import backbone_info
+
+    entry = backbone_info(name)
+    if as_json:
+        typer.echo(json.dumps(asdict(entry), indent=2, default=str))
+        return
+    table = Table(show_header=False, box=None)
+    for key, value in asdict(entry).items():
+        if key not in ("results", "authors_files", "files", "paper", "licence") and value is not None:
+            table.add_row(f"[bold]{key}", _escape(str(getattr(entry, key))))
+    table.add_row(
+        "[bold]paper",
+        _escape(
+            f"{entry.paper.authors}: {entry.paper.title}. {entry.paper.venue} {entry.paper.year}. {entry.paper.url}"
+        ),
+    )
+    for key, value in asdict(entry.licence).items():
+        shown = "; ".join(f"{a}: {b}" for a, b in value) if key == "datasets" else value
+        table.add_row(f"[bold]licence: {key}", _escape(shown))
+    for file in (*entry.files, *entry.authors_files):
+        table.add_row("[bold]file", _escape(str(file)))
+    for result in entry.results:
+        table.add_row(
+            f"[bold]{result.table}", _escape(f"{result.task}, {result.dataset}: {result.metric} {result.value:g}")
+        )
+    console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where pictures, report and checkpoint go.")] = Path("demo"),
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006 (typer copies it)
+    finetune_steps: Annotated[int, typer.Option(help="Steps of each fine-tuning run.")] = 60,
+) -> None:
+    """Run the whole path on a CPU in minutes: rooms, pre-training, load_backbone, matching, segmentation.
+
+    Example: `geo-pretrain demo --out demo`
+    """
+    from geo_pretrain.training.demo import run_demo, table_rows
+    from geo_pretrain.training.downstream.segmentation import FinetuneSpec
+
+    start = time.monotonic()
+    with _progress() as report:
+        result = run_demo(out, overrides=set_, finetuning=FinetuneSpec(steps=finetune_steps), report=report)
+    table = Table("", "without", "with pre-training", title="Does geometry help? (mean ± spread)")
+    for row in table_rows(result):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"Checkpoint: {result.folder}   (load_backbone({str(result.folder)!r}))", soft_wrap=True)
+    console.print(f"Pictures:   {out / 'matches.png'}, {out / 'segmentation.png'}, {out / 'report.html'}")
+    console.print(f"Took {time.monotonic() - start:.0f} s.")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or the path of a .yaml file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint folder to write.")],
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of the recipe's length.")] = None,
+    toy: Annotated[bool, typer.Option("--toy", help="The same task on small rooms: CPU, minutes.")] = False,
+    frames: Annotated[str | None, typer.Option(help=FRAMES_HELP + " The rest is held out.")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CUDA where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished checkpoint.")] = False,
+) -> None:
+    """Make a checkpoint from RGB-D. Interrupted? Give the same command again: it goes on exactly where it was.
+
+    Example: `geo-pretrain train pri3d_view_r18 --data seven_scenes:PATH --steps 500 --out runs/kitchen`
+
+    Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain train ...`
+    """
+    from geo_pretrain.training import engine
+    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.data.pairs import find_pairs
+    from geo_pretrain.training.data.sources import open_source, source_note
+    from geo_pretrain.training.distributed import join
+    from geo_pretrain.training.recipe import load_recipe, retag
+
+    overrides = _data_overrides(data, frames)
+    if steps is not None:
+        overrides += [f"optim.steps={steps}", "optim.epochs=null"]
+    spec = load_recipe(recipe, [*overrides, *set_], toy=toy)
+    if data is not None and not any(item.startswith("name=") for item in set_):
+        spec = replace(spec, name=retag(spec.name, spec.data.source + ("_toy" if toy else "")))
+    engine.check_out(out, overwrite=overwrite)
+    world = join(device)
+    skips = Skips()
+    with _progress(world.is_main) as report:
+        source = open_source(
+            spec.data, device=str(world.device), progress=lambda d, t: report("rendering rooms", d, t, "")
+        )
+        if world.is_main and source_note(source):
+            console.print(f"Data: {source_note(source)}", highlight=False)
+        pairs = find_pairs(
+            source,
+            spec.data,
+            skips=skips,
+            device=world.device,
+            cache_dir=_cache_dir(),
+            progress=lambda d, t: report("finding pairs", d, t, ""),
+        )
+        checkpoint = engine.train(
+            spec, out, source, pairs, world, skips=skips, overwrite=overwrite, on_step=_on_step(report)
+        )
+    if checkpoint is not None:
+        console.print(f"Checkpoint: {checkpoint.folder}   ({len(pairs)} pairs)", soft_wrap=True)
+    if world.is_main:
+        _print_skips(skips)
+    world.close()
+
+
+@eval_app.command("matching")
+def eval_matching(
+    backbone: Annotated[str, typer.Argument(help="A catalog name or a checkpoint folder.")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
+    frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; default: that of pre-training.")] = None,
+    pairs: Annotated[int, typer.Option(help="Pairs to measure, spread over the scenes.")] = 100,
+    overlap: Annotated[str, typer.Option(help="Range of overlap of the pairs.")] = "0.3:1",
+    threshold: Annotated[float, typer.Option(help="Pixels within which a match is right.")] = 4.0,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Dense matching between views: how often is the nearest feature within 4 px of the same surface point?
+
+    A network with random weights is measured beside it.
+
+    Example: `geo-pretrain eval matching runs/kitchen --data seven_scenes:PATH --frames 0.75:1`
+    """
+    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.downstream.matching import compare_with_random
+
+    spec = _data_spec(data, frames, overlap, set_)
+    skips = Skips()
+    with _progress() as report:
+        results = compare_with_random(
+            backbone,
+            spec,
+            size=_size(size),
+            count=pairs,
+            threshold=threshold,
+            skips=skips,
+            progress=lambda d, t: report("matching", d, t, ""),
+        )
+    if as_json:
+        typer.echo(json.dumps({name: asdict(result) for name, result in results.items()}))
+        return
+    table = Table("weights", f"recall at {threshold:g} px", "pairs", "queries", box=None)
+    for name, result in results.items():
+        table.add_row(name, f"{result.recall:.1%}", str(len(result.per_pair)), str(result.queries))
+    console.print(table)
+    _print_skips(skips)
+
+
+@data_app.command("preview")
+def data_preview(
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("preview.png"),
+    scenes: Annotated[int, typer.Option(help="Scenes to show.")] = 4,
+    frames: Annotated[int, typer.Option(help="Frames of each.")] = 3,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+) -> None:
+    """Draw frames of a data source: colour, depth and labels.
+
+    Example: `geo-pretrain data preview rooms -o rooms.png`
+    """
+    from geo_pretrain.training.data.preview import contact_sheet
+    from geo_pretrain.training.data.sources import open_source
+
+    preview = [] if any(s.startswith("data.options") for s in set_) else _preview_options(data, scenes)
+    spec = _data_spec(data, None, "0:1", [*preview, *set_])
+    with _progress() as report:
+        source = open_source(spec, progress=lambda d, t: report("rendering rooms", d, t, ""))
+    contact_sheet(source, out, scenes=scenes, frames=frames)
+    console.print(f"Wrote {out}", soft_wrap=True)
+
+
+def _preview_options(data: str, scenes: int) -> list[str]:
+    """A few small rooms instead of the full set."""
+    options = f"{{scenes: {scenes}, frames: 12}}"
+    return [f"data.options={options}"] if data == "rooms" else []
+
+
+def _data_overrides(data: str | None, frames: str | None) -> list[str]:
+    """`--data` and `--frames` as overrides of a recipe."""
+    overrides = []
+    if data is not None:
+        source, _, path = data.partition(":")
+        overrides += [f"data.source={source}", f"data.path={json.dumps(path) if path else 'null'}"]
+        if source != "rooms":
+            overrides.append("data.options={}")
+    if frames is not None:
+        overrides.append(f"data.frames={_range('--frames', frames)}")
+    return overrides
+
+
+def _data_spec(data: str, frames: str | None, overlap: str, overrides: list[str]) -> DataSpec:
+    """A data section on its own, for commands that need no recipe."""
+    from geo_pretrain.training.recipe import Recipe, apply_overrides, parse
+
+    tree: dict[str, Any] = {"name": "command line", "task": {"name": "none"}, "optim": {"steps": 1}}
+    options = [*_data_overrides(data, frames), f"data.overlap={_range('--overlap', overlap)}", *overrides]
+    apply_overrides(tree, options)
+    return replace(parse(Recipe, tree, where="command line").data)
+
+
+def _range(option: str, text: str) -> str:
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise typer.BadParameter(f"{option} is {text!r}; expected LOW:HIGH with numbers from 0 to 1.") from None
+    return f"[{low}, {high}]"
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise typer.BadParameter(f"--size is {text!r}; expected HEIGHTxWIDTH, such as 240x320.") from None
+    return height, width
+
+
+def _cache_dir() -> Path:
+    from geo_pretrain.hub import default_cache
+
+    return default_cache()
+
+
+def _print_skips(skips: Skips) -> None:
+    if skips.reasons:
+        console.print(f"[yellow]{_escape(skips.summary())}", soft_wrap=True, highlight=False)
+
+
+def _on_step(report: Callable[[str, int, int, str], None]) -> Callable[[StepInfo], None]:
+    def show(step: StepInfo) -> None:
+        losses = ", ".join(f"{name} {value:.3f}" for name, value in step.losses.items())
+        report("training", step.step, step.steps, f"{losses}, {step.images_per_second:.1f} images/s")
+
+    return show
+
+
+@contextmanager
+def _progress(show: bool = True) -> Iterator[Callable[[str, int, int, str], None]]:
+    """A callable (stage, done, total, detail): live bars in a terminal, a line now and then elsewhere."""
+    if not show:
+        yield lambda stage, done, total, detail: None
+        return
+    if not console.is_terminal:
+        yield _quiet_progress()
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed:>4.0f}/{task.total:<4.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int, detail: str) -> None:
+            if stage not in tasks:
+                for task in tasks.values():  # an earlier stage is over when the next one begins
+                    bars.update(task, completed=next(t.total or 0 for t in bars.tasks if t.id == task))
+                tasks[stage] = bars.add_task(stage, total=total, detail=detail)
+            bars.update(tasks[stage], completed=done, total=total, detail=detail)
+
+        yield report
+
+
+def _quiet_progress() -> Callable[[str, int, int, str], None]:
+    last = {"stage": "", "time": 0.0}
+    begin: dict[str, float] = {}
+
+    def report(stage: str, done: int, total: int, detail: str) -> None:
+        now = time.monotonic()
+        begin.setdefault(stage, now)
+        if stage == last["stage"] and done < total and now - float(last["time"]) < QUIET_INTERVAL:
+            return
+        left = (now - begin[stage]) / done * (total - done) if done else float("nan")
+        ending = f", {left:.0f} s left" if done and done < total else ""
+        typer.echo(f"{stage}: {done}/{total} {detail}{ending}".rstrip())
+        last.update(stage=stage, time=now)
+
+    return report
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,1 @@
+"""Other people's checkpoint formats and ours, one file a family."""

@@ -1,0 +1,55 @@
+"""Checkpoints of the Pri3D authors: their `model` dictionary taken apart into the roles of a checkpoint folder.
+
+The key names are those the released code saves; 2D names already equal torchvision's, 3D names MinkowskiEngine 0.5's in
+ordinary kernel order, so nothing is renamed beyond the prefixes and nothing is permuted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from geo_pretrain.errors import WeightsMismatch
+
+T = TypeVar("T")  # tensors, or anything else that hangs on a key
+
+PREFIXES = {"backbone.encoder.": "encoder", "backbone.decoder.": "decoder", "backbone3d.": "backbone3d"}
+HEADS = ("w2d.", "w3d.", "headnet.", "headloss.")
+NEEDED = {  # a key of each part, to tell "another file" from "a Pri3D file"
+    "encoder": ("conv1.weight", "layer4.0.conv1.weight"),
+    "decoder": ("up1.conv1.weight", "conv0.weight"),
+}
+BARE_ENCODER = "conv1.weight"  # a torchvision dictionary has it at the top level
+
+
+def split_pri3d(model: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Take apart the `model` entry of an authors' checkpoint.
+
+    Returns "encoder" (torchvision's names), "decoder" (without "decoder."), and, where the file has them, "backbone3d"
+    and "heads" (names as they are). A `module.` in front of every key, left by data-parallel training, is removed.
+    Raises `WeightsMismatch` for keys that belong to no part, or when encoder or decoder are not there.
+    """
+    if model and all(key.startswith("module.") for key in model):
+        model = {key.removeprefix("module."): value for key, value in model.items()}
+    if "model" in model:
+        raise WeightsMismatch("This is the whole checkpoint file; accepted: its entry 'model', a flat state dict.")
+    if BARE_ENCODER in model:
+        raise WeightsMismatch("This is a torchvision state dict (an encoder without prefixes), not a Pri3D 'model'.")
+    parts: dict[str, dict[str, T]] = {}
+    strange = []
+    for key, value in model.items():
+        prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), None)
+        if prefix is not None:
+            parts.setdefault(PREFIXES[prefix], {})[key.removeprefix(prefix)] = value
+        elif key.startswith(HEADS):
+            parts.setdefault("heads", {})[key] = value
+        else:
+            strange.append(key)
+    missing = [f"{part}: {key}" for part, keys in NEEDED.items() for key in keys if key not in parts.get(part, {})]
+    if strange or missing:
+        accepted = ", ".join(repr(prefix) for prefix in (*PREFIXES, *HEADS))
+        raise WeightsMismatch(
+            f"Not a Pri3D 'model': {len(strange)} keys belong to no part (such as {strange[:3]}), "
+            f"missing are {missing}. Accepted prefixes: {accepted}."
+        )
+    return parts

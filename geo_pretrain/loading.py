@@ -1,0 +1,283 @@
+"""load_backbone: a name or folder becomes a network with weights, or an error that teaches.
+
+Weights load or the program stops: only the stem may differ, and only when the caller asked for it with `in_chans`.
+The outcome is kept on the network as its `load_report`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geo_pretrain import hub as hubs
+from geo_pretrain.backbones import ARCHITECTURES
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
+from geo_pretrain.catalog import CATALOG, Arch, Entry
+from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, read_weights
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import CheckpointError, WeightsMismatch
+
+MIN_COVERAGE = 0.9
+GOLDEN_TOLERANCE = 1e-4  # of the largest magnitude: other processors sum in another order
+SHOWN_KEYS = 8
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What happened to every tensor of the network and of the files."""
+
+    loaded: int  # tensors of the network that came from the files
+    fresh: tuple[str, ...]  # of the network, newly initialised
+    dropped: tuple[str, ...]  # of the files, not used
+    reshaped: tuple[str, ...]  # loaded after a change of shape that was asked for
+    coverage: float  # loaded / all tensors of the network
+
+    def raise_if_below(self, coverage: float, name: str, hint: str = "") -> None:
+        """Raise `WeightsMismatch` unless at least this share of the network was loaded."""
+        if self.coverage < coverage:
+            total = self.loaded + len(self.fresh)
+            raise WeightsMismatch(
+                f"{name!r}: {self.loaded} of {total} tensors match this network (coverage {self.coverage:.0%}; "
+                f"at least {coverage:.0%} is accepted).{hint}"
+            )
+
+
+def load_backbone(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    decoder: bool = False,
+    pretrained: bool = True,
+    in_chans: int | None = None,
+    out_indices: Sequence[int] | None = None,
+    output_stride: int = 32,
+    strict: bool = True,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    hub: str | Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ResNetEncoder | ResNetUNet:
+    """A pre-trained network in evaluation mode: the encoder, or with `decoder=True` the whole U-Net.
+
+    The encoder maps [B, 3, H, W] to five maps at strides 2, 4, 8, 16, 32 (those in `out_indices`); the U-Net gives
+    dense features [B, C, H/2, W/2]. `.transforms` turns an image into input, `.contract` says what that is,
+    `.feature_info` describes the maps, `.load_report` what was loaded. Call `.train()` to fine-tune.
+
+    `name_or_folder`, `hub`, `revision`, `cache_dir`, `local_files_only`: see `hub.resolve`. `pretrained=False` builds
+    the network with a random start; for a name of the catalog no file is needed. `in_chans` other than 3 adapts the
+    stem (`adapt_stem`). `output_stride` 16 or 8 dilates the last stages (encoder only). `strict=False` tolerates
+    differing tensors as long as 90 % of the network is covered. Raises `UnknownName`, `HubError`, `CheckpointError`,
+    `DigestMismatch` or `WeightsMismatch`; ValueError for arguments that do not go together.
+
+    >>> encoder = load_backbone("pri3d_view_geo_r50", pretrained=False, output_stride=8)
+    >>> [info["reduction"] for info in encoder.feature_info]
+    [2, 4, 8, 8, 8]
+    """
+    _check_options(decoder, out_indices, output_stride, in_chans)
+    options: dict[str, Any] = {"decoder": decoder, "in_chans": in_chans, "out_indices": out_indices}
+    options["output_stride"] = output_stride
+    where: dict[str, Any] = {"hub": hub, "revision": revision, "cache_dir": cache_dir}
+    where["local_files_only"] = local_files_only
+    source: Checkpoint | Entry
+    if pretrained:
+        roles = ("encoder", "decoder") if decoder else ("encoder",)
+        source = read_checkpoint(hubs.resolve(name_or_folder, roles=roles, **where))
+        network, report = _load(source, roles, strict, options)
+    else:
+        source = CATALOG.get(str(name_or_folder)) or read_checkpoint(hubs.resolve(name_or_folder, roles=(), **where))
+        network = build(source.arch, **options)
+        report = LoadReport(0, tuple(network.state_dict()), (), (), 0.0)
+    network.name, network.load_report = source.name, report
+    if isinstance(source.contract, ImageContract):
+        network.contract = source.contract if in_chans is None else source.contract.with_channels(in_chans)
+    return network.to(device=device, dtype=dtype).eval()
+
+
+def build(
+    arch: Arch,
+    *,
+    decoder: bool = False,
+    in_chans: int | None = None,
+    out_indices: Sequence[int] | None = None,
+    output_stride: int = 32,
+) -> ResNetEncoder | ResNetUNet:
+    """The network of an `Arch` with a random start. Arguments that do not fit its class raise `CheckpointError`."""
+    module, _, name = ARCHITECTURES[arch.name].partition(":")
+    network_class = getattr(importlib.import_module(module), name)
+    args = dict(arch.args) | ({} if in_chans is None else {"in_chans": in_chans})
+    try:
+        if decoder:
+            return network_class(**args)
+        args.pop("out_chans", None)
+        if out_indices is not None:
+            args["out_indices"] = out_indices
+        return network_class.encoder_class(**args, output_stride=output_stride)
+    except TypeError as error:
+        raise CheckpointError(f"{arch} cannot be built: {error}") from error
+
+
+def adapt_stem(weight: Tensor, in_chans: int) -> Tensor:
+    """A first convolution [C, n, k, k] for `in_chans` input channels instead of n.
+
+    Fewer channels: each keeps its weights plus an equal share of the dropped ones, so an image that is equal in all
+    channels gives the same response as before (one channel: the sum over RGB). More: the new ones start from the mean
+    of the old ones.
+    """
+    have = weight.shape[1]
+    if in_chans == have:
+        return weight
+    if in_chans < have:
+        return weight[:, :in_chans] + weight[:, in_chans:].sum(dim=1, keepdim=True) / in_chans
+    mean = weight.mean(dim=1, keepdim=True)
+    return torch.cat([weight, mean.expand(-1, in_chans - have, -1, -1)], dim=1)
+
+
+def match(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    """Tensors of `given` that fit `expected` by name and shape; names left over of `expected`; those of `given`."""
+    fits = {key: value for key, value in given.items() if key in expected and expected[key].shape == value.shape}
+    return fits, tuple(k for k in expected if k not in fits), tuple(k for k in given if k not in fits)
+
+
+def fitting_prefix(expected: Iterable[str], given: Iterable[str]) -> tuple[str, int]:
+    """The prefix, ending in a dot, that most keys of `given` have before a key of `expected`, and how many have it.
+
+    ("", 0) when there is none.
+    """
+    wanted = set(expected)
+    counts: Counter[str] = Counter()
+    for key in given:
+        parts = key.split(".")
+        counts.update(".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in wanted)
+    return counts.most_common(1)[0] if counts else ("", 0)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Differences between stored and recomputed outputs, relative to the largest magnitude of each.
+
+    Outputs are named "encoder.0" to "encoder.4" (the maps, finest first) and "decoder".
+    """
+
+    name: str
+    errors: Mapping[str, float]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether all outputs agree."""
+        return all(error <= self.tolerance for error in self.errors.values())
+
+
+def verify(
+    name_or_folder: str | os.PathLike[str], *, tolerance: float = GOLDEN_TOLERANCE, **load_kwargs: Any
+) -> Verification:
+    """Load a checkpoint and recompute its golden outputs. `load_kwargs`: where to look, as for `load_backbone`.
+
+    Raises `CheckpointError` when an output differs by more than `tolerance`, besides everything loading raises.
+    """
+    folder = hubs.resolve(name_or_folder, roles=("encoder", "decoder", "golden"), **load_kwargs)
+    golden = read_weights(read_checkpoint(folder), "golden")
+    network = load_backbone(folder, decoder=True)
+    computed = _outputs(network, golden["input"])
+    errors = {key: _relative(computed[key], golden[key]) for key in golden if key != "input"}
+    result = Verification(str(network.name), errors, tolerance)
+    if not errors or not result.passed:
+        raise CheckpointError(f"{folder}: golden outputs are not reproduced within {tolerance:g} (relative): {errors}.")
+    return result
+
+
+def _load(
+    checkpoint: Checkpoint, roles: Sequence[str], strict: bool, options: dict[str, Any]
+) -> tuple[ResNetEncoder | ResNetUNet, LoadReport]:
+    """Build on the meta device, plan, then put the file's tensors in place without a second copy."""
+    with torch.device("meta"):
+        network = build(checkpoint.arch, **options)
+    given: dict[str, Tensor] = {}
+    for role in roles:
+        prefix = f"{role}." if options["decoder"] else ""
+        given |= {prefix + key: value for key, value in read_weights(checkpoint, role).items()}
+    expected = network.state_dict()
+    reshaped = _adapt_given_stem(given, expected, options["in_chans"])
+    fits, fresh, dropped = match(expected, given)
+    report = LoadReport(len(fits), fresh, dropped, reshaped, len(fits) / len(expected))
+    report.raise_if_below(MIN_COVERAGE, checkpoint.name, _prefix_hint(expected, given))
+    if strict and (fresh or dropped):
+        raise WeightsMismatch(
+            f"{checkpoint.name!r}: the file does not fit this network exactly. Missing or of another shape: "
+            f"{_shown(fresh)}. Not used: {_shown(dropped)}. strict=False loads the other {len(fits)} tensors."
+        )
+    if fresh:
+        network = build(checkpoint.arch, **options)  # the left-over tensors need a real random start
+        fits = {**network.state_dict(), **fits}
+    network.load_state_dict(fits, assign=True)
+    return network, report
+
+
+def _adapt_given_stem(
+    given: dict[str, Tensor], expected: Mapping[str, Tensor], in_chans: int | None
+) -> tuple[str, ...]:
+    """Adapt the stem in `given` if the caller asked for other channels; returns the keys that changed shape."""
+    stems = [key for key in ("conv1.weight", "encoder.conv1.weight") if key in given and key in expected]
+    changed = [key for key in stems if in_chans is not None and given[key].shape[1] != in_chans]
+    for key in changed:
+        given[key] = adapt_stem(given[key], expected[key].shape[1])
+    return tuple(changed)
+
+
+def _prefix_hint(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    prefix, count = fitting_prefix(expected, given)
+    if not count:
+        return (
+            f" The file's keys look like {_shown(tuple(given)[:3])}, the network's like {_shown(tuple(expected)[:3])}."
+        )
+    return (
+        f" The file has prefix {prefix!r}: without it {count} of {len(expected)} would match. Files in another "
+        "library's format are turned into a checkpoint folder by geo_pretrain.convert."
+    )
+
+
+def _shown(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
+    return (", ".join(map(repr, keys[:SHOWN_KEYS])) or "none") + more
+
+
+@torch.no_grad()
+def _outputs(network: Any, images: Tensor) -> dict[str, Tensor]:
+    was_training = network.training
+    network.eval()
+    try:
+        maps = network.encoder(images)
+        outputs = {f"encoder.{index}": value for index, value in enumerate(maps)}
+        outputs["decoder"] = network.decoder(maps[1:])
+    finally:
+        network.train(was_training)
+    return {key: value.float().cpu() for key, value in outputs.items()}
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
+    if value.shape != expected.shape:
+        return float("inf")
+    return float((value - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def _check_options(decoder: bool, out_indices: Sequence[int] | None, output_stride: int, in_chans: int | None) -> None:
+    if decoder and out_indices is not None:
+        raise ValueError("out_indices chooses maps of the encoder; with decoder=True there is one output. Drop one.")
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"output_stride is {output_stride!r}; accepted: 8, 16 or 32.")
+    if decoder and output_stride != 32:
+        raise ValueError(
+            f"output_stride={output_stride} dilates a lone encoder; the decoder needs stride 32. Drop one."
+        )
+    if in_chans is not None and (not isinstance(in_chans, int) or in_chans < 1):
+        raise ValueError(f"in_chans is {in_chans!r}; accepted: a whole number from 1 up.")

@@ -1,0 +1,1 @@
+"""The sparse convolution engine: coordinates, kernel maps, layers; nothing to compile."""

@@ -1,0 +1,118 @@
+"""Points to voxels: integer coordinates, one feature row a voxel, and the way back to the points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+INT32 = torch.iinfo(torch.int32)
+
+
+@dataclass(frozen=True)
+class Voxels:
+    """Occupied voxels in order of first occurrence among the points."""
+
+    coords: Tensor  # int32 [M, 4], rows (batch, x, y, z), unique
+    feats: Tensor  # [M, C]
+    inverse: Tensor  # int64 [N], the voxel row of every point
+    index: Tensor  # int64 [M], the first point of every voxel
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+
+def voxelize(
+    points: Tensor,
+    feats: Tensor,
+    voxel_size: float,
+    *,
+    reduce: Literal["first", "mean"] = "first",
+    batch: Tensor | None = None,
+) -> Voxels:
+    """Quantise points [N, 3] (m) with features [N, C] to voxels of edge `voxel_size` (m).
+
+    A voxel's integer coordinate is floor(x / voxel_size), towards minus infinity, divided in the points' own dtype as
+    MinkowskiEngine does; voxel c covers [c, c + 1) * voxel_size. Its feature is that of its first point or the mean of
+    all its points. `batch` [N] holds each point's batch number (default 0). Raises ValueError for points that are not
+    finite or whose coordinate leaves 32 bits.
+
+    >>> voxelize(torch.tensor([[0.01, 0.0, 0.0], [-0.01, 0.0, 0.0]]), torch.ones(2, 1), 0.02).coords.tolist()
+    [[0, 0, 0, 0], [0, -1, 0, 0]]
+    """
+    _check(points, feats, voxel_size, batch)
+    cells = torch.floor(points / voxel_size)
+    _check_range(cells, points, voxel_size)
+    numbers = torch.zeros(len(points), 1, dtype=torch.int64, device=points.device)
+    if batch is not None:
+        numbers = batch.to(torch.int64)[:, None]
+    rows = torch.cat([numbers, cells.to(torch.int64)], dim=1)
+    index, inverse = unique_rows(rows)
+    reduced = feats[index] if reduce == "first" else _mean(feats, inverse, len(index))
+    return Voxels(rows[index].to(torch.int32), reduced, inverse, index)
+
+
+def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index [M] of each different row of int64 `rows` [N, D], ascending, and for each row its group [N]."""
+    keys = _pack(rows)
+    if keys is None:  # extents beyond 63 bits together
+        _, group = torch.unique(rows, dim=0, return_inverse=True)
+    else:
+        _, group = torch.unique(keys, return_inverse=True)
+    count = int(group.max()) + 1 if len(group) else 0
+    positions = torch.arange(len(rows), device=rows.device)
+    first = torch.full((count,), len(rows), dtype=torch.int64, device=rows.device)
+    first = first.scatter_reduce(0, group, positions, reduce="amin")
+    index, order = torch.sort(first)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(count, device=rows.device)
+    return index, rank[group]
+
+
+def _pack(rows: Tensor) -> Tensor | None:
+    """One int64 key a row, different for different rows; None when the extents do not fit in 63 bits."""
+    if not len(rows):
+        return rows.new_zeros(0)
+    low = rows.amin(dim=0)
+    extents = (rows.amax(dim=0) - low + 1).tolist()
+    size = 1
+    for extent in extents:
+        size *= extent
+    if size >= 1 << 63:
+        return None
+    key = rows.new_zeros(len(rows))
+    for axis, extent in enumerate(extents):
+        key = key * extent + (rows[:, axis] - low[axis])
+    return key
+
+
+def _mean(feats: Tensor, inverse: Tensor, count: int) -> Tensor:
+    total = feats.new_zeros(count, feats.shape[1]).index_add(0, inverse, feats)
+    return total / torch.bincount(inverse, minlength=count)[:, None].to(feats.dtype)
+
+
+def _check(points: Tensor, feats: Tensor, voxel_size: float, batch: Tensor | None) -> None:
+    if points.ndim != 2 or points.shape[1] != 3 or not points.is_floating_point():
+        raise ValueError(f"points are {points.dtype} {tuple(points.shape)}; accepted: float [N, 3] in metres.")
+    if feats.ndim != 2 or len(feats) != len(points):
+        raise ValueError(f"feats are {tuple(feats.shape)}; accepted: [N, C] with N = {len(points)}, one row a point.")
+    if batch is not None and (batch.shape != points.shape[:1] or batch.is_floating_point()):
+        raise ValueError(f"batch is {batch.dtype} {tuple(batch.shape)}; accepted: integers [N], N = {len(points)}.")
+    if not voxel_size > 0:
+        raise ValueError(f"voxel_size is {voxel_size!r}; accepted: metres above 0.")
+    if not torch.isfinite(points).all():
+        bad = int((~torch.isfinite(points)).any(dim=1).sum())
+        raise ValueError(f"{bad} of {len(points)} points are not finite; drop them first.")
+
+
+def _check_range(cells: Tensor, points: Tensor, voxel_size: float) -> None:
+    if not len(cells):
+        return
+    low, high = float(cells.min()), float(cells.max())  # Python compares exactly; float32 would round 2^31 - 1 up
+    if low < INT32.min or high > INT32.max:
+        raise ValueError(
+            f"Voxel coordinates span [{low:.10g}, {high:.10g}]; 32-bit integers are accepted: points up to "
+            f"{float(points.abs().max()):.4g} m are too far out for voxel_size {voxel_size:g} m."
+        )

@@ -1,0 +1,82 @@
+"""Reading frames from files: images, depth, poses and matrices, each failure a `BadFrame` with path and reason."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from geo_pretrain.errors import BadFrame
+
+INVALID_MM = (0, 65535)  # both mean "no measurement"; 65535 is rare and easily forgotten
+
+
+def read_color(path: Path) -> np.ndarray:
+    """An 8-bit image file as uint8 [H, W, 3] RGB."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise BadFrame(path, "colour image is missing") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadFrame(path, f"colour image cannot be read ({_first_line(error)})") from None
+
+
+def read_depth(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
+    """A 16-bit PNG in millimetres as float32 [H, W] metres; 0 and 65535 become 0 (invalid)."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("I;16", "I;16B", "I;16L", "I"):
+                raise BadFrame(path, f"depth has image mode {image.mode}, expected 16-bit grey")
+            millimetres = np.asarray(image).astype(np.int64)
+    except FileNotFoundError:
+        raise BadFrame(path, "depth image is missing") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadFrame(path, f"depth image cannot be read ({_first_line(error)})") from None
+    if shape is not None and millimetres.shape != shape:
+        given, wanted = "x".join(map(str, millimetres.shape[::-1])), "x".join(map(str, shape[::-1]))
+        raise BadFrame(path, f"depth is {given}, the colour image {wanted}")
+    invalid = np.isin(millimetres, INVALID_MM)
+    if invalid.all():
+        raise BadFrame(path, "no pixel has a valid depth")
+    return np.where(invalid, 0, millimetres / 1000).astype(np.float32)
+
+
+def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:
+    """A text file of numbers as float64 [rows, columns]."""
+    try:
+        values = [float(word) for word in path.read_text(encoding="utf-8").split()]
+    except FileNotFoundError:
+        raise BadFrame(path, "file is missing") from None
+    except (OSError, ValueError) as error:
+        raise BadFrame(path, f"not a matrix of numbers ({_first_line(error)})") from None
+    if len(values) != rows * columns:
+        raise BadFrame(path, f"{len(values)} numbers, expected {rows}x{columns}")
+    return np.array(values, dtype=np.float64).reshape(rows, columns)
+
+
+def read_pose(path: Path) -> np.ndarray:
+    """A camera-to-world matrix, float64 [4, 4]; lost tracking (NaN, -inf) and non-rigid matrices are bad frames."""
+    pose = read_matrix(path, 4, 4)
+    if not np.isfinite(pose).all():
+        raise BadFrame(path, "pose is not finite (tracking was lost)")
+    rotation = pose[:3, :3]
+    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 0.05 or np.linalg.det(rotation) < 0:
+        raise BadFrame(path, "pose is not a rotation and a translation")
+    return pose
+
+
+def files_fingerprint(root: Path, paths: Iterable[Path]) -> str:
+    """sha256 over relative names, sizes and modification times: cheap, and it changes when a file does."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        stat = path.stat()
+        digest.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,159 @@
+"""Pairs of frames of one scene that overlap: found by projecting every frame into every other, in batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from geo_pretrain import geometry
+from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.training.data.frame import Frame, Skips, Source
+from geo_pretrain.training.recipe import DataSpec
+
+MINING_HEIGHT = 60  # overlap is measured on depth of about this height: a ratio needs no more
+BATCH = 256  # pairs projected at once
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two overlapping frames of a scene, the earlier one first."""
+
+    scene: str
+    frame1: str
+    frame2: str
+    overlap: float
+
+
+def resize_frame(frame: Frame, size: tuple[int, int]) -> Frame:
+    """The frame at `size` (height, width), every image sampled at the nearest pixel, intrinsics adapted."""
+    old = frame.depth.shape
+    if old == size:
+        return frame
+    rows, columns = (np.array(geometry.nearest_indices(a, b)) for a, b in zip(old, size, strict=True))
+    grid = np.ix_(rows, columns)
+    intrinsics = geometry.resize_intrinsics(torch.from_numpy(frame.intrinsics), (old[0], old[1]), size).numpy()
+    semantic = None if frame.semantic is None else frame.semantic[grid]
+    instance = None if frame.instance is None else frame.instance[grid]
+    color, depth = frame.color[grid], frame.depth[grid]
+    return Frame(frame.scene, frame.id, color, depth, intrinsics, frame.cam_to_world, semantic, instance)
+
+
+def find_pairs(
+    source: Source,
+    spec: DataSpec,
+    *,
+    skips: Skips,
+    device: str | torch.device = "cpu",
+    cache_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Pair]:
+    """All pairs of a source whose overlap ratio lies in `spec.overlap`, scene by scene in order of time.
+
+    Frames that cannot be read and scenes without a pair are added to `skips`. Mined pairs are kept in `cache_dir`.
+
+    Raises:
+        DataError: no pair is left; the message says what was skipped and why.
+    """
+    cached = _cache_path(source, spec, cache_dir) if cache_dir is not None else None
+    if cached is not None and cached.exists():
+        tree = json.loads(cached.read_text(encoding="utf-8"))
+        skips.reasons.update(tree["skips"])
+        return [Pair(*row) for row in tree["pairs"]]
+    own = Skips()
+    pairs: list[Pair] = []
+    scenes = source.scenes()
+    for done, scene in enumerate(scenes):
+        if progress is not None:
+            progress(done, len(scenes))
+        found = _scene_pairs(source, scene, spec, own, device)
+        if not found:
+            low, high = spec.overlap
+            own.add(BadFrame(scene, f"scene has no pair with an overlap in [{low:g}, {high:g}]"))
+        pairs += found
+    skips.reasons.update(own.reasons)
+    if not pairs:
+        raise DataError(f"No pair of frames is left in source {source.name!r}.\n{own.summary()}")
+    if cached is not None:
+        write_atomically(cached, json.dumps({"pairs": [astuple(pair) for pair in pairs], "skips": own.reasons}))
+    return pairs
+
+
+def overlap_matrix(frames: list[Frame], device: str | torch.device = "cpu") -> np.ndarray:
+    """Overlap ratio of every pair of frames of equal size: float [N, N], symmetric, diagonal 1."""
+    depth = torch.stack([torch.from_numpy(f.depth) for f in frames]).to(device)
+    intrinsics = torch.stack([torch.from_numpy(f.intrinsics) for f in frames]).float().to(device)
+    poses = torch.stack([torch.from_numpy(f.cam_to_world) for f in frames]).to(device)
+    ratios = np.eye(len(frames))
+    for chunk in _batches(list(combinations(range(len(frames)), 2)), BATCH):
+        i, j = torch.tensor(chunk, device=device).T
+        there = geometry.match_pixels(depth[i], depth[j], intrinsics[i], intrinsics[j], poses[i], poses[j])
+        back = geometry.match_pixels(depth[j], depth[i], intrinsics[j], intrinsics[i], poses[j], poses[i])
+        ratio = geometry.overlap_ratio(there, back, depth[i], depth[j]).cpu().numpy()
+        ratios[i.cpu(), j.cpu()] = ratios[j.cpu(), i.cpu()] = ratio
+    return ratios
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
+
+
+def _scene_pairs(source: Source, scene: str, spec: DataSpec, skips: Skips, device: str | torch.device) -> list[Pair]:
+    frames = _load_small(source, scene, spec, skips)
+    if len(frames) < 2:
+        return []
+    ratios = overlap_matrix(frames, device)
+    low, high = spec.overlap
+    found = [
+        Pair(scene, frames[i].id, frames[j].id, float(ratios[i, j]))
+        for i, j in combinations(range(len(frames)), 2)
+        if low <= ratios[i, j] <= high
+    ]
+    limit = spec.max_pairs_per_scene
+    if limit is not None and len(found) > limit:
+        found = [found[k] for k in np.linspace(0, len(found) - 1, limit).round().astype(int)]
+    return found
+
+
+def _load_small(source: Source, scene: str, spec: DataSpec, skips: Skips) -> list[Frame]:
+    """Every readable frame of a scene, made small with the aspect of the working size."""
+    height, width = spec.size
+    small = (MINING_HEIGHT, round(width * MINING_HEIGHT / height)) if height > MINING_HEIGHT else spec.size
+
+    def load(frame_id: str) -> Frame | BadFrame:
+        try:
+            return resize_frame(source.load(scene, frame_id), small)
+        except BadFrame as bad:
+            return bad
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        loaded = list(pool.map(load, source.frame_ids(scene)))
+    for item in loaded:
+        if isinstance(item, BadFrame):
+            skips.add(item)
+    return [item for item in loaded if isinstance(item, Frame)]
+
+
+def _batches(items: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _cache_path(source: Source, spec: DataSpec, cache_dir: Path) -> Path:
+    key = json.dumps([1, source.name, source.fingerprint(), spec.size, spec.overlap, spec.max_pairs_per_scene])
+    return cache_dir / "pairs" / f"{source.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

@@ -1,0 +1,307 @@
+"""The whole path in minutes on a CPU: rooms -> pairs -> Pri3D (view) -> checkpoint folder -> load_backbone -> use.
+
+Everything runs through the doors that users take: the recipe `pri3d_view_r18.rooms_toy`, the engine, a hub folder
+and `load_backbone` by name.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from geo_pretrain.backbones.resnet_unet import ResNetUNet
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.data.frame import Frame, Skips, Source
+from geo_pretrain.training.data.pairs import Pair, find_pairs, resize_frame
+from geo_pretrain.training.data.rooms import CLASSES
+from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.distributed import join
+from geo_pretrain.training.downstream.matching import MatchingResult, evaluate_matching, match_pair
+from geo_pretrain.training.downstream.segmentation import FinetuneSpec, finetune, predict, segmentation_unet
+from geo_pretrain.training.engine import StepInfo, train
+from geo_pretrain.training.recipe import DataSpec, Recipe, load_recipe
+from geo_pretrain.training.tasks import build_task
+from geo_pretrain.training.visual import draw_matches, draw_segmentations
+
+RECIPE = "pri3d_view_r18.rooms_toy"
+VAL_SCENES = 8
+VAL_PAIRS_PER_SCENE = 5
+VAL_FRAMES_PER_SCENE = 4
+LABELLED = 24  # one labelled image from each training scene
+SEEDS = (0, 1, 2)
+STARTS = ("scratch", "pre-trained")
+THRESHOLD = 4.0  # px
+
+Report = Callable[[str, int, int, str], None]  # stage, done, total, detail
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number measured several times."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean of the values."""
+        return float(np.mean(self.values))
+
+    @property
+    def std(self) -> float:
+        """Their standard deviation."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured, in shares of 1."""
+
+    matching: dict[str, Spread]  # "random", "pre-trained": recall, over held-out scenes
+    chance: float
+    miou: dict[str, Spread]  # "scratch", "pre-trained": over fine-tuning seeds
+    seconds: dict[str, float]  # by stage
+    folder: Path  # the checkpoint
+
+
+def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSpec, report: Report) -> DemoResult:
+    """Run all of it and write matches.png, segmentation.png, report.html and results.json into `out`."""
+    clock = _Clock()
+    recipe = load_recipe(RECIPE, overrides)
+    source = open_source(recipe.data, progress=lambda done, total: report("rendering rooms", done, total, "train"))
+    val_spec = validation_spec(recipe.data)
+    val = open_source(
+        val_spec, split="val", progress=lambda done, total: report("rendering rooms", done, total, "held out")
+    )
+    clock.lap("render")
+    pairs = find_pairs(source, recipe.data, skips=Skips(), progress=lambda d, t: report("finding pairs", d, t, ""))
+    val_pairs = find_pairs(val, val_spec, skips=Skips())
+    clock.lap("pairs")
+    folder = out / "hub" / recipe.name
+    train(recipe, folder, source, pairs, join("cpu"), overwrite=True, on_step=_training_progress(report))
+    clock.lap("pre-train")
+
+    pretrained = load_backbone(recipe.name, decoder=True, hub=str(out / "hub"), local_files_only=True)
+    networks = {"random": untrained(recipe), "pre-trained": pretrained}
+    matching = {}
+    for name, network in networks.items():
+        result = evaluate_matching(
+            network,
+            ImageContract(),
+            val,
+            val_pairs,
+            size=recipe.data.size,
+            threshold=THRESHOLD,
+            progress=lambda done, total, name=name: report("matching", done, total, name),
+        )
+        matching[name] = (result, scene_spread(result, val_pairs))
+    clock.lap("matching")
+
+    labelled, held_out = labelled_frames(source, val, recipe.data.size)
+    scores, models = _finetune_all(pretrained, labelled, held_out, finetuning, report)
+    clock.lap("fine-tune")
+
+    draw_demo_matches(networks, val, val_pairs, recipe.data.size, out / "matches.png")
+    _draw_segmentations(models, held_out, out / "segmentation.png")
+    result = DemoResult(
+        {name: spread for name, (_, spread) in matching.items()},
+        matching["random"][0].chance,
+        scores,
+        clock.laps,
+        folder,
+    )
+    write_report(result, recipe, finetuning, out)
+    return result
+
+
+def validation_spec(spec: DataSpec) -> DataSpec:
+    """Held-out rooms of the same kind, fewer scenes and a few pairs of each."""
+    return replace(spec, options=spec.options | {"scenes": VAL_SCENES}, max_pairs_per_scene=VAL_PAIRS_PER_SCENE)
+
+
+def untrained(recipe: Recipe) -> nn.Module:
+    """The network exactly as pre-training found it."""
+    _, module = build_task(recipe)
+    network = module.backbone
+    return network.eval()  # type: ignore[operator,union-attr,return-value]
+
+
+def scene_spread(result: MatchingResult, pairs: list[Pair]) -> Spread:
+    """Matching recall of each scene."""
+    by_scene: dict[str, list[float]] = {}
+    for pair, recall in zip(pairs, result.per_pair, strict=True):
+        by_scene.setdefault(pair.scene, []).append(recall)
+    return Spread(tuple(float(np.mean(values)) for values in by_scene.values()))
+
+
+def labelled_frames(source: Source, val: Source, size: tuple[int, int]) -> tuple[list[Frame], list[Frame]]:
+    """A few labelled training images, one a scene, and the held-out ones to measure on."""
+    few = []
+    for number, scene in enumerate(source.scenes()[:LABELLED]):
+        ids = source.frame_ids(scene)
+        few.append(resize_frame(source.load(scene, ids[number % len(ids)]), size))
+    held_out = []
+    for scene in val.scenes():
+        ids = val.frame_ids(scene)
+        for k in np.linspace(0, len(ids) - 1, VAL_FRAMES_PER_SCENE).round().astype(int):
+            held_out.append(resize_frame(val.load(scene, ids[k]), size))
+    return few, held_out
+
+
+def draw_demo_matches(
+    networks: dict[str, nn.Module], source: Source, pairs: list[Pair], size: tuple[int, int], path: Path
+) -> None:
+    """One pair from each of four held-out scenes, by every network."""
+    chosen = {pair.scene: pair for pair in sorted(pairs, key=lambda pair: -pair.overlap)}
+    rows = [
+        [match_pair(network, ImageContract(), source, pair, size=size) for network in networks.values()]
+        for pair in list(chosen.values())[:4]
+    ]
+    draw_matches(rows, [f"{name} weights" for name in networks], path, threshold=THRESHOLD)
+
+
+def _finetune_all(
+    pretrained: ResNetUNet, labelled: list[Frame], held_out: list[Frame], spec: FinetuneSpec, report: Report
+) -> tuple[dict[str, Spread], dict[str, nn.Module]]:
+    """The same budget from both starts, for every seed."""
+    scores: dict[str, list[float]] = {start: [] for start in STARTS}
+    models: dict[str, nn.Module] = {}
+    runs = [(seed, start) for seed in SEEDS for start in STARTS]
+    for number, (seed, start) in enumerate(runs):
+        network = segmentation_unet(pretrained, len(CLASSES), seed=seed, transfer=start == "pre-trained")
+        result = finetune(
+            network,
+            ImageContract(),
+            labelled,
+            held_out,
+            spec,
+            seed=seed,
+            on_step=lambda step, loss, number=number, text=f"{start}, seed {seed}": report(  # type: ignore[misc]
+                "fine-tuning", number * spec.steps + step, len(runs) * spec.steps, f"{text}, loss {loss:.2f}"
+            ),
+        )
+        scores[start].append(result.miou)
+        models[start] = network
+    return {start: Spread(tuple(values)) for start, values in scores.items()}, models
+
+
+def _draw_segmentations(models: dict[str, nn.Module], held_out: list[Frame], path: Path) -> None:
+    frames = held_out[:: max(1, len(held_out) // 5)][:5]
+    rows = [(frame, [predict(model, ImageContract(), frame) for model in models.values()]) for frame in frames]
+    draw_segmentations(rows, list(models), CLASSES, path)
+
+
+def _training_progress(report: Report) -> Callable[[StepInfo], None]:
+    def show(info: StepInfo) -> None:
+        losses = ", ".join(f"{name} {value:.3f}" for name, value in info.losses.items())
+        report("pre-training", info.step, info.steps, f"{losses}, {info.images_per_second:.1f} images/s")
+
+    return show
+
+
+class _Clock:
+    """Wall time of each stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = round(now - self._last, 1)
+        self._last = now
+
+
+def table_rows(result: DemoResult) -> list[tuple[str, str, str]]:
+    """The demo's table: measure, without, with pre-training."""
+    return [
+        (
+            f"matching recall at {THRESHOLD:g} px (%)",
+            f"{result.matching['random']}  (random weights)",
+            str(result.matching["pre-trained"]),
+        ),
+        ("segmentation mIoU (%)", f"{result.miou['scratch']}  (from scratch)", str(result.miou["pre-trained"])),
+    ]
+
+
+def write_report(result: DemoResult, recipe: Recipe, spec: FinetuneSpec, out: Path) -> None:
+    """Write results.json and a self-contained report.html."""
+    numbers: dict[str, Any] = {
+        "command": "geo-pretrain demo",
+        "machine": machine(),
+        "recipe": recipe.name,
+        "steps": recipe.optim.steps,
+        "seconds": result.seconds,
+        "matching_recall": {name: list(spread.values) for name, spread in result.matching.items()},
+        "matching_chance": result.chance,
+        "miou": {name: list(spread.values) for name, spread in result.miou.items()},
+        "finetuning": {"steps": spec.steps, "batch": spec.batch, "lr": spec.lr, "seeds": SEEDS, "images": LABELLED},
+    }
+    (out / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table_rows(result))
+    pictures = "".join(
+        f"<h2>{title}</h2><img alt='{title}' src='data:image/png;base64,"
+        f"{base64.b64encode((out / name).read_bytes()).decode()}'>"
+        for title, name in (("Matching", "matches.png"), ("Segmentation", "segmentation.png"))
+    )
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
+    text = _PAGE.format(
+        rows=rows,
+        pictures=pictures,
+        seconds=seconds,
+        machine=html.escape(", ".join(f"{key} {value}" for key, value in machine().items())),
+        scenes=len(result.matching["random"].values),
+        chance=f"{100 * result.chance:.1f}",
+        recipe=html.escape(recipe.to_yaml()),
+        labelled=LABELLED,
+        seeds=len(SEEDS),
+        steps=spec.steps,
+        pretraining=recipe.optim.steps,
+    )
+    (out / "report.html").write_text(text, encoding="utf-8")
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were measured on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return {"cpu": model, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>geo_pretrain demo</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; color: #1c2026; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }}
+td, th {{ border-bottom: 1px solid #d6dae0; padding: .4rem 1rem .4rem 0; text-align: left; }}
+img {{ max-width: 100%; }} pre {{ background: #f4f5f7; padding: 1rem; overflow: auto; }} .note {{ color: #5d646d; }}
+</style></head><body>
+<h1>geo_pretrain demo</h1>
+<p>A ResNet-18 U-Net was pre-trained for {pretraining} steps with the view-invariant task of Pri3D on procedural RGB-D
+rooms, from random weights, written to a checkpoint folder and loaded back with <code>load_backbone</code>.</p>
+<table><tr><th></th><th>without</th><th>with pre-training</th></tr>{rows}</table>
+<p class="note">Matching: mean and standard deviation over {scenes} held-out rooms, nearest feature among all cells of
+the other image (chance: {chance} %). Segmentation: mean and standard deviation over {seeds} fine-tuning seeds,
+{labelled} labelled images, {steps} steps for both starts.</p>
+{pictures}
+<h2>How it was made</h2>
+<p class="note">{machine}; {seconds}.</p>
+<pre>{recipe}</pre>
+</body></html>
+"""

@@ -1,0 +1,158 @@
+"""Fine-tuning the U-Net for semantic segmentation, and mIoU from one confusion matrix (Pri3D's protocol, table 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geo_pretrain.backbones.resnet_unet import ResNetUNet
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import DataError
+from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.samples import sample_seed
+from geo_pretrain.training.recipe import OptimSpec
+from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum, set_bn_momentum
+
+
+@dataclass(frozen=True)
+class FinetuneSpec:
+    """The budget of a fine-tuning run, the same for every start."""
+
+    steps: int = 60
+    batch: int = 8
+    lr: float = 0.01
+    flip: bool = True  # horizontal, p 0.5
+
+
+@dataclass(frozen=True)
+class SegmentationResult:
+    """mIoU over the classes present in the ground truth, and the confusion matrix behind it."""
+
+    miou: float
+    confusion: np.ndarray  # int64 [classes, classes], rows = truth; class 0 (unlabeled) is left out of mIoU
+    losses: tuple[float, ...]
+
+
+def segmentation_unet(start: ResNetUNet, classes: int, *, seed: int, transfer: bool = True) -> ResNetUNet:
+    """A U-Net shaped like `start` whose last layer gives `classes` logits, initialised by `seed`.
+
+    With `transfer` all other weights (encoder and decoder) are those of `start`: only `decoder.conv0` is new.
+    """
+    encoder = start.encoder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ResNetUNet(encoder.depth, width=encoder.width, out_chans=classes, in_chans=encoder.in_chans)
+    if transfer:
+        kept = {k: v for k, v in start.state_dict().items() if not k.startswith("decoder.conv0.")}
+        network.load_state_dict(network.state_dict() | kept)
+    return network
+
+
+def finetune(
+    network: nn.Module,
+    contract: ImageContract,
+    train: Sequence[Frame],
+    val: Sequence[Frame],
+    spec: FinetuneSpec,
+    *,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> SegmentationResult:
+    """Train `network` (logits [B, classes, H/2, W/2]) on labelled frames and measure it on others.
+
+    SGD, momentum 0.9, dampening 0.1, poly schedule, BN momentum of Pri3D, cross-entropy on logits brought to label
+    size (bilinear, align_corners), class 0 ignored. The seed draws batches and flips. The last state is the one
+    measured (the released protocol reports the best epoch on the validation set, which flatters).
+    """
+    images, labels = _stack(train, contract)
+    generator = torch.Generator().manual_seed(sample_seed(seed, 0, 0))
+    optim = OptimSpec(batch=spec.batch, lr=spec.lr, momentum=0.9, dampening=0.1, steps=spec.steps)
+    optimizer = torch.optim.SGD(network.parameters(), lr=spec.lr, momentum=optim.momentum, dampening=optim.dampening)
+    network.train()
+    losses = []
+    order = torch.empty(0, dtype=torch.long)
+    for step in range(spec.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(optim, step, spec.steps)
+        set_bn_momentum(network, pri3d_bn_momentum(max(step - 1, 0)))
+        while len(order) < spec.batch:
+            order = torch.cat([order, torch.randperm(len(images), generator=generator)])
+        chosen, order = order[: spec.batch], order[spec.batch :]
+        x, y = images[chosen], labels[chosen]
+        if spec.flip:
+            flips = torch.rand(spec.batch, generator=generator) < 0.5
+            x = torch.where(flips[:, None, None, None], x.flip(-1), x)
+            y = torch.where(flips[:, None, None], y.flip(-1), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(_logits(network, x, y.shape[-2:]), y, ignore_index=0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+        if on_step is not None:
+            on_step(step + 1, losses[-1])
+    confusion = evaluate(network, contract, val)
+    return SegmentationResult(mean_iou(confusion), confusion, tuple(losses))
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, contract: ImageContract, frames: Sequence[Frame], batch: int = 16) -> np.ndarray:
+    """The confusion matrix of a network over labelled frames, rows = truth: int64 [classes, classes]."""
+    network.eval()
+    images, labels = _stack(frames, contract)
+    total: np.ndarray | None = None
+    for start in range(0, len(images), batch):
+        truth = labels[start : start + batch]
+        logits = _logits(network, images[start : start + batch], truth.shape[-2:])
+        matrix = confusion_matrix(truth, _best_class(logits), logits.shape[1])
+        total = matrix if total is None else total + matrix
+    if total is None:
+        raise DataError("No labelled frame to evaluate on.")
+    return total
+
+
+@torch.no_grad()
+def predict(network: nn.Module, contract: ImageContract, frame: Frame) -> np.ndarray:
+    """Class ids of one frame at its own size: int64 [H, W]; class 0 (unlabeled) is never predicted."""
+    network.eval()
+    image, _ = _stack([frame], contract)
+    return _best_class(_logits(network, image, frame.depth.shape))[0].numpy()
+
+
+def confusion_matrix(truth: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
+    """Pixels by (true class, predicted class): int64 [classes, classes]; pixels whose truth is 0 are left out."""
+    known = truth > 0
+    index = truth[known] * classes + predicted[known]
+    return torch.bincount(index, minlength=classes**2).reshape(classes, classes).numpy()
+
+
+def mean_iou(confusion: np.ndarray) -> float:
+    """Mean intersection over union of the classes 1.. that occur in the truth (absent ones would count as 0)."""
+    inside = confusion.diagonal()[1:].astype(np.float64)
+    union = confusion.sum(0)[1:] + confusion.sum(1)[1:] - inside
+    present = confusion.sum(1)[1:] > 0
+    return float((inside[present] / union[present]).mean())
+
+
+def _best_class(logits: Tensor) -> Tensor:
+    """The likeliest class but 0 (unlabeled): [B, classes, H, W] -> int64 [B, H, W]."""
+    return logits[:, 1:].argmax(1) + 1
+
+
+def _logits(network: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(network(images), size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def _stack(frames: Sequence[Frame], contract: ImageContract) -> tuple[Tensor, Tensor]:
+    """Normalised images [N, 3, H, W] and labels [N, H, W] of frames of one size."""
+    transform = contract.transforms(resize=False)
+    labels = []
+    for frame in frames:
+        if frame.semantic is None:
+            raise DataError(f"Frame {frame.scene}/{frame.id} has no labels; segmentation needs a labelled source.")
+        labels.append(torch.from_numpy(frame.semantic.astype(np.int64)))
+    return torch.stack([transform(f.color) for f in frames]), torch.stack(labels)

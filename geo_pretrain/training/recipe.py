@@ -1,0 +1,259 @@
+"""Recipes: YAML files parsed into frozen dataclasses with a closed schema. One file regenerates one checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from geo_pretrain.errors import RecipeError, nearest, unknown
+
+RECIPES = Path(__file__).parent / "recipes"
+TOY = RECIPES / "overlays" / "toy.yaml"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The 2D U-Net to train."""
+
+    depth: Literal[18, 50] = 18
+    init: str = "imagenet"  # imagenet | scratch | catalog name | checkpoint folder
+    width: int = 64  # channels of the stem; everything else scales with it
+
+
+@dataclass(frozen=True)
+class AugmentSpec:
+    """Photometric augmentation, drawn for each image on its own (methods of Pri3D: no flips, crops or rotations)."""
+
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+    jitter_prob: float = 0.8
+    grey_prob: float = 0.2
+    blur_prob: float = 0.5
+    blur_radius: tuple[float, float] = (0.1, 2.0)  # pixels, Pillow's Gaussian
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Where frames come from and which pairs are used."""
+
+    source: str = "rooms"
+    path: str | None = None  # folder of a data set on disk; rooms renders its own
+    size: tuple[int, int] = (240, 320)  # working height and width
+    frames: tuple[float, float] = (0.0, 1.0)  # part of each scene's frames in order of time; the rest is held out
+    overlap: tuple[float, float] = (0.3, 1.0)  # pairs with an overlap ratio in this range
+    max_pairs_per_scene: int | None = None  # spread evenly over the scene's pairs
+    licence: str | None = None  # of the data, SPDX; None: what the source says
+    options: dict[str, Any] = field(default_factory=dict)  # of the source; checked by the source
+    augment: AugmentSpec = AugmentSpec()
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """SGD and its schedule; `batch` counts pairs over all processes and accumulation steps."""
+
+    batch: int = 64
+    lr: float = 0.1
+    momentum: float = 0.9
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    schedule: Literal["poly", "exponential", "constant"] = "poly"
+    power: float = 0.9  # poly: lr (1 - s / (S + 1)) ** power
+    gamma: float = 0.99  # exponential: lr gamma ** floor(s / every)
+    every: int = 1000
+    accumulate: int = 1
+    epochs: float | None = None
+    steps: int | None = None  # one of the two
+    bn_momentum: Literal["pri3d", "constant"] = "pri3d"  # pri3d: 0.5 halved every 20 steps, not under 0.001
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything needed to regenerate a checkpoint."""
+
+    name: str
+    task: dict[str, Any]  # {name: ..., and the task's own settings, checked by the task}
+    model: ModelSpec = ModelSpec()
+    data: DataSpec = DataSpec()
+    optim: OptimSpec = OptimSpec()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    workers: int = 4  # loader processes for each training process; no effect on the result
+    save_every: int = 500  # steps between saved states
+
+    def __post_init__(self) -> None:
+        """Checks that involve more than one key or a range."""
+        _require("name" in self.task, "task.name", self.task, "the name of a pretext task")
+        one = (self.optim.steps is None) != (self.optim.epochs is None)
+        _require(one, "optim.steps / optim.epochs", (self.optim.steps, self.optim.epochs), "exactly one of the two")
+        for key, value in {
+            "optim.batch": self.optim.batch,
+            "optim.accumulate": self.optim.accumulate,
+            "optim.every": self.optim.every,
+            "save_every": self.save_every,
+            "model.width": self.model.width,
+        }.items():
+            _require(value >= 1, key, value, "a whole number from 1 up")
+        _require(self.optim.steps is None or self.optim.steps >= 1, "optim.steps", self.optim.steps, "from 1 up")
+        _require(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
+        _require(min(self.data.size) >= 32, "data.size", self.data.size, "[height, width], each from 32 up")
+        for key, (low, high) in {"data.overlap": self.data.overlap, "data.frames": self.data.frames}.items():
+            _require(0 <= low < high <= 1, key, [low, high], "[low, high] with 0 <= low < high <= 1")
+        _require(
+            self.optim.batch % self.optim.accumulate == 0, "optim.batch", self.optim.batch, "a multiple of accumulate"
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML text that parses back to an equal recipe."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
+    """Read a recipe by name or by the path of a YAML file, and apply `key=value` overrides such as `optim.lr=0.05`.
+
+    `toy` lays the overlay recipes/overlays/toy.yaml over it: rooms at a scale that a CPU trains in minutes.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        raise unknown("recipe", name, list_recipes(), "Or give the path of a .yaml file.")
+    tree = _read(path)
+    if toy:
+        _merge(tree, _read(TOY))
+        tree["name"] = retag(str(tree.get("name")), "toy")
+    apply_overrides(tree, overrides)
+    return parse(Recipe, tree, where=str(path))
+
+
+def retag(name: str, tag: str) -> str:
+    """The checkpoint name with another tag: a run on other data must not carry a published name."""
+    return f"{name.partition('.')[0]}.{tag}"
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Set keys of nested mappings in place from texts `key.key=value`; values are read as YAML."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"Override {override!r} is not of the form key=value, such as optim.lr=0.05.")
+        *parents, last = key.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+            if not isinstance(branch, dict):
+                raise RecipeError(f"Override {override!r}: '{parent}' holds a value, not keys.")
+        branch[last] = yaml.safe_load(text)
+
+
+def parse(kind: type[T], tree: object, *, where: str, prefix: str = "") -> T:
+    """Turn nested mappings into the dataclass `kind`; unknown keys and wrong types are errors naming the key."""
+    if not isinstance(tree, Mapping):
+        raise RecipeError(f"{where}: {prefix.rstrip('.') or 'the file'} is {_shown(tree)}, expected keys and values.")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
+    for key in tree:
+        if key not in fields:
+            closest = ", ".join(repr(prefix + name) for name in nearest(str(key), fields, 1))
+            accepted = ", ".join(fields)
+            raise RecipeError(f"{where}: unknown key '{prefix}{key}'. Closest: {closest}. Accepted: {accepted}.")
+    required = (f for f in fields.values() if f.default is dataclasses.MISSING)
+    for f in required:
+        if f.default_factory is dataclasses.MISSING and f.name not in tree:
+            raise RecipeError(f"{where}: key '{prefix}{f.name}' is missing.")
+    values = {key: _convert(hints[key], value, where, prefix + key) for key, value in tree.items()}
+    try:
+        return kind(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: object, where: str, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where, key)
+    if dataclasses.is_dataclass(hint):
+        return parse(typing.cast(Any, hint), value, where=where, prefix=key + ".")
+    if origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+        raise _mismatch(
+            where, key, value, "one of " + ", ".join(map(str, args)), nearest(str(value), map(str, args), 1)
+        )
+    if origin is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(args):
+            return tuple(_convert(a, v, where, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+        raise _mismatch(where, key, value, f"a list of {len(args)} values")
+    if origin is dict or hint is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise _mismatch(where, key, value, "keys and values")
+    return _scalar(hint, value, where, key)
+
+
+def _scalar(hint: type, value: object, where: str, key: str) -> Any:
+    if hint is float and isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-3 as a string
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    raise _mismatch(where, key, value, names.get(hint, hint.__name__))
+
+
+def _mismatch(where: str, key: str, value: object, accepted: str, closest: list[str] | None = None) -> RecipeError:
+    hint = f" Closest: {closest[0]!r}." if closest else ""
+    return RecipeError(f"{where}: '{key}' is {_shown(value)}, accepted is {accepted}.{hint}")
+
+
+def _require(condition: bool, key: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise RecipeError(f"'{key}' is {value!r}, accepted is {accepted}.")
+
+
+def _shown(value: object) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: expected keys and values, got {_shown(tree)}.")
+    return tree
+
+
+def _merge(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
+    """Lay `overlay` over `tree` in place; a None removes the key."""
+    for key, value in overlay.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        elif value is None:
+            tree.pop(key, None)
+        else:
+            tree[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that YAML stays plain."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,28 @@
+"""What changes over the steps of a run: learning rate and BatchNorm momentum, as functions of the step."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from geo_pretrain.training.recipe import OptimSpec
+
+
+def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
+    """The learning rate of step 0 <= `step` < `steps`."""
+    if spec.schedule == "poly":
+        return spec.lr * (1 - step / (steps + 1)) ** spec.power
+    if spec.schedule == "exponential":
+        return float(spec.lr * spec.gamma ** (step // spec.every))
+    return spec.lr
+
+
+def pri3d_bn_momentum(step: int) -> float:
+    """Pri3D's momentum after optimiser step `step`: 0.5 halved every 20 steps, not under 0.001 (VoteNet's rule)."""
+    return max(0.5 * 0.5 ** (step // 20), 0.001)
+
+
+def set_bn_momentum(module: nn.Module, momentum: float) -> None:
+    """Set the momentum of every BatchNorm layer of a network."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.momentum = momentum

@@ -1,0 +1,379 @@
+"""The hub against real servers on the loopback interface and real folders, each source failing in its own way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from geo_pretrain import hub
+from geo_pretrain.catalog import CATALOG
+from geo_pretrain.catalog.entry import File
+from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_file
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, UnknownName
+from tests.zoo import write_tiny
+
+NAME = "tiny_net_r18"
+Behaviour = Callable[[str, bytes], tuple[int, dict[str, str], bytes]]
+
+
+class Server:
+    """Serves a folder; `behave` may change an answer (status, headers, body) by path. Counts requests by path."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.requests = root, []
+        self.has_own_paths = False  # True: `behave` maps paths to files itself
+        self.behave: Behaviour = lambda path, data: (200, {}, data)
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, self))
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_port}"
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def __init__(self, server: Server, *arguments: object) -> None:
+        self.owner = server
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        self.owner.requests.append(self.path)
+        file = self.owner.root / self.path.lstrip("/")
+        there = file.is_file()
+        status, headers, body = self.owner.behave(self.path, file.read_bytes() if there else b"")
+        if status == 200 and not (there or self.owner.has_own_paths):
+            status = 404
+        self.send_response(status)
+        headers = {"Content-Length": str(len(body)), **headers}
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *arguments: object) -> None:
+        """Silence."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    write_tiny(tmp_path / "www" / NAME)
+    server = Server(tmp_path / "www")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("GEO_PRETRAIN_HUB", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path / "cache"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_only_the_needed_files_are_fetched_and_the_rest_later(server: Server):
+    folder = hub.resolve(NAME, hub=server.url)
+    assert names(folder) == ["config.json", "encoder.safetensors"]
+    assert server.requests == [f"/{NAME}/config.json", f"/{NAME}/encoder.safetensors"]
+    again = hub.resolve(NAME, hub=server.url, roles=("encoder", "decoder"))
+    assert again == folder
+    assert server.requests[2:] == [f"/{NAME}/config.json", f"/{NAME}/decoder.safetensors"]
+    found = read_checkpoint(folder)
+    original = read_checkpoint(server.root / NAME)
+    assert found.files == original.files
+    for role in ("encoder", "decoder"):
+        name = found.file_of(role)
+        assert (folder / name).read_bytes() == (server.root / NAME / name).read_bytes()
+
+
+def test_the_second_call_needs_no_network(server: Server):
+    folder = hub.resolve(NAME, hub=server.url)
+    server.stop()
+    assert hub.resolve(NAME, hub=server.url) == folder
+    assert hub.resolve(NAME, hub=server.url, local_files_only=True) == folder
+    with pytest.raises(HubError, match="refused"):
+        hub.resolve(NAME, hub=server.url, roles=("decoder",))
+
+
+def test_a_url_is_a_name_too_and_cache_dir_is_used(server: Server, tmp_path: Path):
+    folder = hub.resolve(f"{server.url}/{NAME}/", cache_dir=tmp_path / "other")
+    assert folder.is_relative_to(tmp_path / "other")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_environment_variable_lists_hubs_tried_in_order(server: Server, monkeypatch, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("GEO_PRETRAIN_HUB", f"{tmp_path / 'empty'}, {server.url}/nothing, {server.url}")
+    folder = hub.resolve(NAME)
+    assert server.requests[0] == f"/nothing/{NAME}/config.json"
+    assert folder.is_relative_to(tmp_path / "cache")
+    # an explicit hub replaces the variable
+    assert hub.resolve(NAME, hub=[str(server.root)]) == server.root / NAME
+
+
+def test_redirects_are_followed(server: Server):
+    server.behave = lambda path, data: (
+        (302, {"Location": f"{server.url}/{path.removeprefix('/moved/')}"}, b"")
+        if "/moved/" in path
+        else (200, {}, data)
+    )
+    folder = hub.resolve(NAME, hub=f"{server.url}/moved")
+    verify_file(read_checkpoint(folder), "encoder.safetensors")
+
+
+def broken(kind: str) -> Behaviour:
+    def behave(path: str, data: bytes) -> tuple[int, dict[str, str], bytes]:
+        if path.endswith("encoder.safetensors"):
+            if kind == "truncated":  # the connection ends before the promised length
+                return 200, {"Content-Length": str(len(data))}, data[: len(data) // 2]
+            if kind == "short":
+                return 200, {}, data[: len(data) // 2]
+            if kind == "altered":
+                return 200, {}, data[:-1] + bytes([data[-1] ^ 1])
+            if kind == "endless":
+                return 200, {}, data + bytes(1 << 20)
+        return 200, {}, data
+
+    return behave
+
+
+@pytest.mark.parametrize("kind", ["truncated", "short", "altered", "endless"])
+def test_a_broken_transfer_is_tried_once_more_and_then_refused(server: Server, tmp_path: Path, kind: str):
+    server.behave = broken(kind)
+    expected = read_checkpoint(server.root / NAME).files["encoder.safetensors"].sha256
+    with pytest.raises(HubError, match="fetched 2 times") as caught:
+        hub.resolve(NAME, hub=server.url)
+    assert expected in str(caught.value)
+    assert isinstance(caught.value.__cause__, DigestMismatch)
+    assert server.requests.count(f"/{NAME}/encoder.safetensors") == 2
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert left == []  # nothing half-fetched, no config.json that promises files
+
+
+def test_a_transfer_that_breaks_once_succeeds(server: Server):
+    server.behave = lambda path, data: broken("truncated")(path, data) if len(server.requests) < 3 else (200, {}, data)
+    verify_file(read_checkpoint(hub.resolve(NAME, hub=server.url)), "encoder.safetensors")
+    assert len(server.requests) == 3
+
+
+def test_a_truncated_config_is_tried_once_more_and_then_refused(server: Server):
+    server.behave = lambda path, data: (200, {}, data[:50])
+    with pytest.raises(HubError, match="is not JSON"):
+        hub.resolve(NAME, hub=server.url)
+    assert len(server.requests) == 2
+
+
+def test_a_server_error_is_reported_with_its_status(server: Server):
+    server.behave = lambda path, data: (503, {}, b"")
+    with pytest.raises(HubError, match="HTTP 503"):
+        hub.resolve(NAME, hub=server.url)
+
+
+def test_a_damaged_cache_is_repaired(server: Server):
+    folder = hub.resolve(NAME, hub=server.url)
+    good = (folder / "encoder.safetensors").read_bytes()
+    (folder / "encoder.safetensors").write_bytes(good[:100])
+    hub.resolve(NAME, hub=server.url)
+    assert (folder / "encoder.safetensors").read_bytes() == good
+    (folder / "config.json").write_text("{")
+    hub.resolve(NAME, hub=server.url)
+    assert read_checkpoint(folder).name == NAME
+
+
+def test_offline_says_so(server: Server, monkeypatch):
+    with pytest.raises(HubError, match="not in the cache"):
+        hub.resolve(NAME, hub=server.url, local_files_only=True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HubError, match="downloads are off"):
+        hub.resolve(NAME, hub=server.url)
+    assert server.requests == []
+
+
+def test_local_hubs_and_folders_are_used_in_place(tmp_path: Path):
+    write_tiny(tmp_path / "hub" / NAME)
+    assert hub.resolve(NAME, hub=str(tmp_path / "hub")) == tmp_path / "hub" / NAME
+    assert hub.resolve(tmp_path / "hub" / NAME) == tmp_path / "hub" / NAME
+    assert hub.resolve(str(tmp_path / "hub" / NAME), roles=("encoder", "golden")) == tmp_path / "hub" / NAME
+
+
+def test_folders_that_are_no_checkpoints_say_what_is_missing(tmp_path: Path, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        hub.resolve(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        hub.resolve(str(tmp_path / "nowhere"))
+    write_tiny(tmp_path / "tiny")
+    (tmp_path / "tiny/decoder.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"decoder\.safetensors: is missing"):
+        hub.resolve(tmp_path / "tiny", roles=("encoder", "decoder"))
+    with pytest.raises(CheckpointError, match="no file with role 'heads'"):
+        hub.resolve(tmp_path / "tiny", roles=("heads",))
+    # a folder of the working directory that happens to have a catalog name does not hide the name
+    (tmp_path / "pri3d_view_r18").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HubError, match="no hub is given"):
+        hub.resolve("pri3d_view_r18")
+
+
+def test_an_unknown_name_gets_the_three_nearest(server: Server, tmp_path: Path):
+    message = "Unknown backbone 'pri3d_viewgeo_r50'. Closest: 'pri3d_view_geo_r50', "
+    with pytest.raises(UnknownName) as caught:
+        hub.resolve("pri3d_viewgeo_r50")
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).count("'pri3d_") == 4
+    with pytest.raises(UnknownName, match="Not on these hubs either") as caught:
+        hub.resolve("pri3d_viewgeo_r50", hub=[str(tmp_path), server.url])
+    assert server.url in str(caught.value)
+
+
+def test_every_source_is_listed_with_its_reason_and_what_to_do(server: Server, tmp_path: Path):
+    server.behave = lambda path, data: (500, {}, b"")
+    with pytest.raises(HubError) as caught:
+        hub.resolve("pri3d_view_r18", hub=[str(tmp_path), server.url])
+    text = str(caught.value)
+    assert f"- {tmp_path}: no folder" in text
+    assert f"- {server.url}: " in text
+    assert "HTTP 500" in text
+    assert "`geo-pretrain train pri3d_view_r18 --data scannet:PATH --out DIR`" in text
+    with pytest.raises(HubError, match="1Whlny5aSH5tqD2Xe79Q7uUP1QD78Wj8t"):
+        hub.resolve("pri3d_view_geo_r50")
+    with pytest.raises(HubError, match=r"geo-pretrain train pri3d_view_r18\.rooms --out DIR"):
+        hub.resolve("pri3d_view_r18.rooms")
+    with pytest.raises(HubError, match="no recipe makes it yet"):
+        hub.resolve("pri3d_unsup_geo_r50")
+
+
+@pytest.mark.parametrize("name", ["../www/tiny_net_r18", "a/b", "..", ""])
+def test_names_cannot_leave_the_hub(tmp_path: Path, name: str):
+    write_tiny(tmp_path / "www" / NAME)
+    (tmp_path / "hub").mkdir()
+    with pytest.raises((UnknownName, CheckpointError)):
+        hub.resolve(name, hub=str(tmp_path / "hub"))
+
+
+def test_revision_is_refused_where_it_means_nothing(server: Server):
+    with pytest.raises(HubError, match="Hugging Face only"):
+        hub.resolve(NAME, hub=server.url, revision="v1")
+
+
+def test_published_entries_are_pinned_to_their_digests(server: Server, monkeypatch):
+    entry = CATALOG["pri3d_view_r18.rooms"]
+    write_tiny(server.root / entry.name, name=entry.name)
+    stored = read_checkpoint(server.root / entry.name).files["encoder.safetensors"]
+    source = f"{server.url}/{entry.name}/encoder.safetensors"
+
+    def publish(digest: str) -> None:
+        from dataclasses import replace
+
+        file = File("encoder", "encoder.safetensors", stored.size, digest, (source,))
+        monkeypatch.setattr(hub, "CATALOG", {entry.name: replace(entry, files=(file,), status="published-here")})
+
+    publish("0" * 64)
+    with pytest.raises(HubError, match=f"promises sha256 {stored.sha256} .* expected {'0' * 64}"):
+        hub.resolve(entry.name)
+    publish(stored.sha256)
+    assert (hub.resolve(entry.name) / "encoder.safetensors").is_file()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def hugging_face(server: Server) -> Behaviour:
+    """The part of the Hugging Face protocol a download needs: HEAD and GET of /owner/repo/resolve/revision/file."""
+
+    def behave(path: str, data: bytes) -> tuple[int, dict[str, str], bytes]:
+        parts = path.strip("/").split("/")
+        missing = {"X-Error-Code": "RepoNotFound"}
+        if len(parts) != 5 or parts[:3] != ["lab", NAME, "resolve"]:
+            return 404, missing, b""
+        file = server.root / NAME / parts[4]
+        if not file.is_file():
+            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b""
+        body = file.read_bytes()
+        return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}, body
+
+    return behave
+
+
+HF_SCRIPT = """
+import json, sys
+from geo_pretrain import hub
+from geo_pretrain.errors import GeoPretrainError
+answers = []
+for call in json.loads(sys.argv[1]):
+    try:
+        answers.append(str(hub.resolve(**call)))
+    except GeoPretrainError as error:
+        answers.append(f"{type(error).__name__}: {error}")
+print(json.dumps(answers))
+"""
+
+
+def in_process(calls: list[dict[str, object]], server: Server, cache: Path, **environment: str) -> list[str]:
+    """huggingface_hub reads its settings when imported, so each case gets a process of its own."""
+    import os
+
+    settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **environment}
+    settings["HF_HUB_DISABLE_TELEMETRY"] = settings["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+    settings["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", HF_SCRIPT, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_hugging_face_repositories(server: Server, tmp_path: Path):
+    server.behave, server.has_own_paths = hugging_face(server), True
+    first, by_org, missing = in_process(
+        [
+            {"name_or_path": f"hf-hub:lab/{NAME}@v1"},
+            {"name_or_path": NAME, "hub": "hf:lab", "revision": "v1"},
+            {"name_or_path": "hf-hub:lab/nothing"},
+        ],
+        server,
+        tmp_path / "hf",
+    )
+    folder = Path(first)
+    assert folder.name == COMMIT
+    assert by_org == first
+    assert names(folder) == ["config.json", "encoder.safetensors"]
+    assert read_weights(read_checkpoint(folder), "encoder")
+    assert any(f"/lab/{NAME}/resolve/v1/config.json" in path for path in server.requests)
+    assert any(f"/lab/{NAME}/resolve/{COMMIT}/encoder.safetensors" in path for path in server.requests)
+    assert missing.startswith("HubError")
+    assert "lab/nothing" in missing
+    # without the network: what is there works, what is not says so
+    server.requests.clear()
+    offline = [
+        {"name_or_path": f"hf-hub:lab/{NAME}@v1"},
+        {"name_or_path": f"hf-hub:lab/{NAME}@v1", "roles": ["decoder"]},
+    ]
+    again, absent = in_process(offline, server, tmp_path / "hf", HF_HUB_OFFLINE="1")
+    assert again == first
+    assert absent.startswith("HubError")
+    assert server.requests == []
+
+
+def test_the_hub_does_not_import_torch_or_hugging_face():
+    code = "import sys, geo_pretrain.hub; sys.exit(bool({'torch', 'huggingface_hub'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,49 @@
+"""torch.hub's door, entered as a stranger enters it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
+from geo_pretrain.catalog import CATALOG
+from tests.zoo import write_tiny
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def load_hubconf():
+    spec = importlib.util.spec_from_file_location("hubconf", REPO / "hubconf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_entry_points_are_exactly_the_names_of_the_catalog():
+    module = load_hubconf()
+    # the rule torch.hub.list applies
+    entry_points = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
+    assert entry_points == set(CATALOG)
+    assert "ResNet" not in entry_points
+    assert all("resnet_unet" in getattr(module, name).__doc__ for name in CATALOG)
+    for package in module.dependencies:
+        assert importlib.util.find_spec(package) is not None
+
+
+@pytest.mark.parametrize("name", ["pri3d_view_r18", "pri3d_view_r18.rooms_toy"])
+def test_torch_hub_loads_by_name(name: str):
+    with torch.device("meta"):
+        network = torch.hub.load(str(REPO), name, source="local", trust_repo=True, pretrained=False)
+    assert isinstance(network, ResNetEncoder)
+    assert network.name == name
+
+
+def test_torch_hub_passes_every_argument_on(tmp_path: Path):
+    name = "pri3d_view_r18.rooms_toy"
+    write_tiny(tmp_path / name, name=name)
+    network = torch.hub.load(str(REPO), name, source="local", trust_repo=True, hub=str(tmp_path), decoder=True)
+    assert isinstance(network, ResNetUNet)
+    assert network.load_report.coverage == 1.0

@@ -1,0 +1,307 @@
+"""load_backbone: a stored checkpoint gives the stored outputs; whatever does not fit is refused with the reason."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from geo_pretrain import loading
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
+from geo_pretrain.catalog import CATALOG, Arch
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, UnknownName, WeightsMismatch
+from geo_pretrain.loading import LoadReport, adapt_stem, fitting_prefix, load_backbone, match, verify
+from tests.zoo import ARCH, golden_file, role_weights, write_tiny
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return golden_file()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "tiny_net_r18"
+    write_tiny(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_loaded_networks_reproduce_the_released_code(tiny: Path, golden: dict[str, Tensor]):
+    encoder, unet = load_backbone(tiny), load_backbone(tiny, decoder=True)
+    assert isinstance(encoder, ResNetEncoder)
+    assert isinstance(unet, ResNetUNet)
+    assert not encoder.training
+    assert not unet.training
+    maps = encoder(golden["input"])
+    assert len(maps) == len(encoder.feature_info) == 5
+    for stage in range(1, 5):
+        torch.testing.assert_close(maps[stage], golden[f"eval.encoder_out.{stage}"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(unet(golden["input"]), golden["eval.out"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_loaded_network_carries_name_contract_transforms_and_report(tiny: Path):
+    encoder = load_backbone(tiny)
+    assert encoder.name == "tiny_net_r18"
+    assert encoder.contract.size == (64, 96)
+    assert encoder.load_report == LoadReport(120, (), (), (), 1.0)
+    assert len(encoder.state_dict()) == 120
+    text = repr(encoder)
+    assert "tiny_net_r18, images: RGB in [0, 1], mean (0.485, 0.456, 0.406)" in text
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 70, 3), dtype=np.uint8))
+    assert encoder.transforms(image).shape == (3, 64, 96)
+    twin = copy.deepcopy(encoder)
+    assert (twin.contract, twin.name, twin.load_report) == (encoder.contract, encoder.name, encoder.load_report)
+    assert pickle.loads(pickle.dumps(encoder.transforms)) == encoder.transforms
+
+
+def test_weights_can_be_trained_in_place_without_touching_the_file(tiny: Path):
+    before = (tiny / "encoder.safetensors").read_bytes()
+    encoder = load_backbone(tiny).train()
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    sum(m.mean() for m in encoder(torch.rand(2, 3, 64, 64))).backward()
+    torch.optim.SGD(encoder.parameters(), lr=0.1).step()
+    assert (tiny / "encoder.safetensors").read_bytes() == before
+    assert not torch.equal(encoder.conv1.weight, load_backbone(tiny).conv1.weight)
+
+
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_output_stride_and_out_indices(tiny: Path, output_stride: int):
+    encoder = load_backbone(tiny, output_stride=output_stride, out_indices=(1, 3, 4))
+    maps = encoder(torch.rand(1, 3, 64, 96))
+    assert [info["reduction"] for info in encoder.feature_info] == [4, min(16, output_stride), min(32, output_stride)]
+    for value, info in zip(maps, encoder.feature_info, strict=True):
+        assert value.shape[2:] == (64 // info["reduction"], 96 // info["reduction"])
+
+
+def test_device_and_dtype(tiny: Path):
+    half = load_backbone(tiny, dtype=torch.bfloat16, device="cpu")
+    assert half.conv1.weight.dtype == torch.bfloat16
+    assert half.bn1.num_batches_tracked.dtype == torch.int64
+    assert load_backbone(tiny, device="meta").conv1.weight.is_meta
+
+
+def test_wrong_combinations_are_explained(tiny: Path):
+    with pytest.raises(ValueError, match="out_indices chooses maps of the encoder"):
+        load_backbone(tiny, decoder=True, out_indices=(0,))
+    with pytest.raises(ValueError, match="output_stride is 4; accepted: 8, 16 or 32"):
+        load_backbone(tiny, output_stride=4)
+    with pytest.raises(ValueError, match="the decoder needs stride 32"):
+        load_backbone(tiny, decoder=True, output_stride=8)
+    with pytest.raises(ValueError, match="in_chans is 0"):
+        load_backbone(tiny, in_chans=0)
+    with pytest.raises(UnknownName, match="pri3d_view_geo_r50"):
+        load_backbone("pri3d_viewgeo_r50")
+
+
+# --- the stem
+
+
+def test_stem_channels_slow_twin():
+    weight = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    for chans in (1, 2, 3, 4, 6):
+        adapted = adapt_stem(weight, chans)
+        assert adapted.shape == (4, chans, 2, 2)
+        for out in range(4):
+            for i in range(2):
+                for j in range(2):
+                    old = [float(weight[out, c, i, j]) for c in range(3)]
+                    if chans <= 3:
+                        expected = [old[c] + sum(old[chans:]) / chans for c in range(chans)]
+                    else:
+                        expected = old + [sum(old) / 3] * (chans - 3)
+                    assert adapted[out, :, i, j].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("chans", [1, 2, 3])
+def test_grey_images_give_the_same_response_with_fewer_channels(chans: int):
+    weight = torch.randn(5, 3, 7, 7)
+    grey = torch.rand(1, 1, 20, 20)
+    expected = F.conv2d(grey.expand(-1, 3, -1, -1), weight)
+    torch.testing.assert_close(F.conv2d(grey.expand(-1, chans, -1, -1), adapt_stem(weight, chans)), expected)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_in_chans_adapts_stem_contract_and_report(tiny: Path, decoder: bool):
+    stem = "encoder.conv1.weight" if decoder else "conv1.weight"
+    original = role_weights("encoder")["conv1.weight"]
+    grey = load_backbone(tiny, in_chans=1, decoder=decoder)
+    assert torch.equal(grey.state_dict()[stem], adapt_stem(original, 1))
+    assert grey.load_report.reshaped == (stem,)
+    assert grey.load_report.coverage == 1.0
+    assert grey.contract.channels == ("grey",)
+    assert grey.transforms(Image.new("RGB", (40, 40))).shape == (1, 64, 96)
+    four = load_backbone(tiny, in_chans=4, decoder=decoder)
+    assert torch.equal(four.state_dict()[stem][:, :3], original)
+    assert four.contract.channels == ("R", "G", "B", "extra0")
+    assert len(four.contract.mean) == 4
+    same = load_backbone(tiny, in_chans=3, decoder=decoder)
+    assert same.load_report.reshaped == ()
+
+
+def test_images_with_other_channels_get_a_hint(tiny: Path):
+    with pytest.raises(ValueError, match="Load with in_chans=4"):
+        load_backbone(tiny)(torch.rand(1, 4, 64, 64))
+
+
+# --- what does not fit
+
+
+def test_wrong_prefix_is_refused_and_the_message_names_it(tmp_path: Path):
+    weights = {f"backbone.encoder.{key}": value for key, value in role_weights("encoder").items()}
+    write_tiny(tmp_path / "tiny", weights={"encoder": weights})
+    with pytest.raises(WeightsMismatch) as caught:
+        load_backbone(tmp_path / "tiny")
+    total = len(weights)
+    for part in (f"0 of {total} tensors", "coverage 0%", "prefix 'backbone.encoder.'", f"{total} of {total}"):
+        assert part in str(caught.value)
+    with pytest.raises(WeightsMismatch):
+        load_backbone(tmp_path / "tiny", strict=False)
+
+
+def test_one_missing_or_extra_tensor_stops_a_strict_load_and_is_reported_by_a_lenient_one(tmp_path: Path):
+    weights = role_weights("encoder")
+    del weights["layer4.1.bn2.weight"]
+    weights["fc.bias"] = torch.zeros(3)
+    write_tiny(tmp_path / "tiny", weights={"encoder": weights})
+    with pytest.raises(WeightsMismatch, match=r"'layer4\.1\.bn2\.weight'.*Not used: 'fc\.bias'"):
+        load_backbone(tmp_path / "tiny")
+    encoder = load_backbone(tmp_path / "tiny", strict=False)
+    report = encoder.load_report
+    assert (report.fresh, report.dropped) == (("layer4.1.bn2.weight",), ("fc.bias",))
+    assert report.coverage == pytest.approx(report.loaded / (report.loaded + 1))
+    assert torch.equal(encoder.layer4[1].bn2.weight, torch.ones(64))  # a real start, not left-over memory
+    assert torch.equal(encoder.conv1.weight, weights["conv1.weight"])
+
+
+def test_another_shape_is_missing_and_not_used(tmp_path: Path):
+    weights = role_weights("encoder") | {"conv1.weight": torch.zeros(8, 3, 3, 3)}
+    write_tiny(tmp_path / "tiny", weights={"encoder": weights})
+    with pytest.raises(WeightsMismatch, match=r"another shape: 'conv1\.weight'\. Not used: 'conv1\.weight'"):
+        load_backbone(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize(("kept", "accepted"), [(0.95, True), (0.85, False)])
+def test_ninety_percent_is_the_limit_without_strict(tmp_path: Path, kept: float, accepted: bool):
+    weights = role_weights("encoder")
+    for key in list(weights)[int(len(weights) * kept) :]:
+        del weights[key]
+    write_tiny(tmp_path / "tiny", weights={"encoder": weights})
+    if accepted:
+        assert load_backbone(tmp_path / "tiny", strict=False).load_report.coverage > 0.9
+    else:
+        with pytest.raises(WeightsMismatch, match="at least 90% is accepted"):
+            load_backbone(tmp_path / "tiny", strict=False)
+
+
+def test_an_altered_file_is_refused(tmp_path: Path):
+    write_tiny(tmp_path / "tiny")
+    path = tmp_path / "tiny/encoder.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DigestMismatch, match=r"encoder\.safetensors: sha256 is"):
+        load_backbone(tmp_path / "tiny")
+
+
+def test_arguments_that_do_not_fit_the_architecture_are_refused(tmp_path: Path):
+    write_tiny(tmp_path / "tiny", arch=Arch("resnet_unet", {"depth": 18, "breadth": 8}))
+    with pytest.raises(CheckpointError, match="breadth"):
+        load_backbone(tmp_path / "tiny")
+
+
+def test_an_encoder_only_checkpoint_has_no_decoder(tmp_path: Path):
+    write_tiny(tmp_path / "tiny", weights={"encoder": role_weights("encoder")})
+    assert load_backbone(tmp_path / "tiny").load_report.coverage == 1.0
+    with pytest.raises(CheckpointError, match="no file with role 'decoder'"):
+        load_backbone(tmp_path / "tiny", decoder=True)
+
+
+# --- pure parts
+
+
+def test_matching_slow_twin():
+    generator = torch.Generator().manual_seed(0)
+    expected = {f"k{i}": torch.zeros(int(torch.randint(1, 4, (), generator=generator))) for i in range(30)}
+    given = {f"k{i}": torch.zeros(int(torch.randint(1, 4, (), generator=generator))) for i in range(15, 45)}
+    fits, fresh, dropped = match(expected, given)
+    slow = []
+    for key in expected:
+        for other in given:
+            if key == other and len(expected[key]) == len(given[other]):
+                slow.append(key)
+    assert 0 < len(slow) < 15
+    assert list(fits) == slow
+    assert set(fresh) == set(expected) - set(slow)
+    assert set(dropped) == set(given) - set(slow)
+
+
+def test_the_prefix_that_fits_most_is_found():
+    expected = ["conv1.weight", "bn1.weight", "layer1.0.conv1.weight"]
+    given = [f"module.net.{key}" for key in expected] + ["other.bn1.weight", "module.fc.weight"]
+    assert fitting_prefix(expected, given) == ("module.net.", 3)
+    assert fitting_prefix(expected, ["x", "y.z"]) == ("", 0)
+    assert fitting_prefix(expected, expected[:2]) == ("", 0)  # fits as it is
+    # a key may contain itself: layer1.0.conv1.weight ends in conv1.weight
+    assert fitting_prefix(expected, ["a.layer1.0.conv1.weight", "a.bn1.weight"]) == ("a.", 2)
+
+
+# --- every name of the catalog
+
+
+@pytest.mark.parametrize("name", list(CATALOG))
+def test_every_entry_builds_and_matches_its_feature_info(name: str):
+    with torch.device("meta"):
+        encoder = load_backbone(name, pretrained=False)
+        unet = load_backbone(name, pretrained=False, decoder=True)
+        maps = encoder(torch.empty(1, 3, 64, 96))
+        dense = unet(torch.empty(1, 3, 64, 96))
+    entry = CATALOG[name]
+    assert encoder.name == name
+    assert encoder.contract == entry.contract
+    assert encoder.load_report.loaded == 0
+    assert encoder.load_report.fresh == tuple(encoder.state_dict())
+    for value, info in zip(maps, encoder.feature_info, strict=True):
+        assert value.shape == (1, info["num_chs"], 64 // info["reduction"], 96 // info["reduction"])
+    assert dense.shape == (1, entry.arch.args["out_chans"], 32, 48)
+
+
+def test_names_without_a_file_say_how_to_get_one():
+    with pytest.raises(HubError, match=r"geo-pretrain train pri3d_view_r18\.rooms_toy --out DIR"):
+        load_backbone("pri3d_view_r18.rooms_toy")
+
+
+def test_names_of_a_hub_need_not_be_in_the_catalog(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    assert load_backbone("tiny_net_r18", hub=str(tiny.parent)).name == "tiny_net_r18"
+    monkeypatch.setenv("GEO_PRETRAIN_HUB", str(tiny.parent))
+    assert load_backbone("tiny_net_r18").name == "tiny_net_r18"
+    fresh = load_backbone("tiny_net_r18", pretrained=False)
+    assert (fresh.width, fresh.load_report.loaded) == (8, 0)
+
+
+# --- verify
+
+
+def test_verify_recomputes_the_golden_outputs(tiny: Path):
+    result = verify(tiny)
+    assert result.passed
+    assert set(result.errors) == {"decoder", "encoder.1", "encoder.2", "encoder.3", "encoder.4"}
+    assert max(result.errors.values()) < 1e-5
+
+
+def test_verify_notices_weights_that_do_not_belong_to_the_golden_outputs(tmp_path: Path):
+    decoder = role_weights("decoder")
+    decoder["conv0.bias"] = decoder["conv0.bias"] + 0.01
+    write_tiny(tmp_path / "tiny", weights={"encoder": role_weights("encoder"), "decoder": decoder})
+    with pytest.raises(CheckpointError, match="golden outputs are not reproduced"):
+        verify(tmp_path / "tiny")
+
+
+def test_architectures_of_the_catalog_are_buildable_by_name():
+    assert isinstance(loading.build(ARCH), ResNetEncoder)
+    assert isinstance(loading.build(ARCH, decoder=True), ResNetUNet)

@@ -1,0 +1,86 @@
+"""A small RGB-D recording on disk: the six procedural views of the golden geometry in 7-Scenes layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file
+
+GOLDEN = Path(__file__).parents[1] / "data" / "geometry.safetensors"
+
+
+def golden_views():
+    """(depth in mm [120, 160], camera-to-world [4, 4]) of the six views."""
+    golden = load_file(GOLDEN)
+    return [
+        (golden[f"{pair}.depth{k}_mm"], golden[f"{pair}.pose{k}"])
+        for pair in ("pair80", "pair50", "pair30")
+        for k in (1, 2)
+    ]
+
+
+def paint(depth_mm, pose, intrinsics):
+    """Colours that stick to the surfaces: a texture of the world position."""
+    v, u = np.mgrid[0 : depth_mm.shape[0], 0 : depth_mm.shape[1]]
+    z = depth_mm / 1000
+    points = np.stack(
+        [
+            (u - intrinsics[0, 2]) * z / intrinsics[0, 0],
+            (v - intrinsics[1, 2]) * z / intrinsics[1, 1],
+            z,
+            np.ones_like(z),
+        ]
+    )
+    world = np.einsum("ij,jhw->hwi", pose, points)[..., :3]
+    waves = np.sin(world * np.array([5.0, 7.0, 9.0])) + np.sin(world[..., [1, 2, 0]] * np.array([13.0, 11.0, 17.0]))
+    return ((waves + 2) / 4 * 255).astype(np.uint8)
+
+
+def write_recording(folder, suffix=".png"):
+    """Write the views as frames 0, 10, ..., 50."""
+    folder.mkdir(parents=True, exist_ok=True)
+    intrinsics = load_file(GOLDEN)["intrinsics"].astype(np.float64)
+    np.savetxt(folder / "camera-intrinsics.txt", intrinsics)
+    for number, (depth, pose) in enumerate(golden_views()):
+        stem = folder / f"frame-{10 * number:06d}"
+        Image.fromarray(depth.astype(np.uint16)).save(f"{stem}.depth.png")
+        Image.fromarray(paint(depth, pose.astype(np.float64), intrinsics)).save(f"{stem}.color{suffix}")
+        np.savetxt(f"{stem}.pose.txt", pose)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory):
+    """Read-only; write your own with `write_recording` to break it."""
+    return write_recording(tmp_path_factory.mktemp("recording"))
+
+
+TINY = {
+    "name": "pri3d_view_r18.tiny",
+    "task": {"name": "pri3d_view", "matches": 64},
+    "model": {"depth": 18, "init": "scratch", "width": 8},
+    "data": {"source": "seven_scenes", "size": [48, 64], "overlap": [0.2, 1.0]},
+    "optim": {"batch": 4, "lr": 0.05, "momentum": 0.9, "dampening": 0.1, "steps": 60},
+    "workers": 0,
+    "save_every": 7,
+}
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path, recording):
+    """The path of a recipe that trains in seconds on the recording; keyword arguments replace top-level keys."""
+
+    def write(**changes):
+        tree = {key: dict(value) if isinstance(value, dict) else value for key, value in TINY.items()}
+        tree["data"]["path"] = str(recording)
+        for key, value in changes.items():
+            tree[key] = tree[key] | value if isinstance(value, dict) else value
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write

@@ -1,0 +1,298 @@
+"""The loop: a killed run continues bit for bit, alone, with workers, in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, RecipeError
+from geo_pretrain.loading import load_backbone, verify
+from geo_pretrain.training import engine
+from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.pairs import find_pairs
+from geo_pretrain.training.data.samples import MicroBatches
+from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.distributed import World
+from geo_pretrain.training.recipe import OptimSpec, load_recipe
+from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum
+from tests.training.conftest import write_recording
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def run_here(recipe_path, out, overrides=(), **options):
+    recipe = load_recipe(str(recipe_path), overrides)
+    skips = Skips()
+    source = open_source(recipe.data)
+    pairs = find_pairs(source, recipe.data, skips=skips)
+    return engine.train(recipe, out, source, pairs, ALONE, skips=skips, **options)
+
+
+def command(recipe_path, out, processes=1):
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return [*launcher, "geo_pretrain", "train", str(recipe_path), "--out", str(out), "--device", "cpu"]
+
+
+def start(recipe_path, out, processes=1):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(recipe_path, out, processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+
+
+def kill_all(process):
+    """SIGKILL the process and its children (torchrun gives each a session of its own)."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (*map(int, children), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def wait_for_step(process, out, step, seconds=120):
+    log = Path(f"{out}.run") / "log.jsonl"
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if log.exists() and log.read_bytes().count(b"\n") >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def weights(folder):
+    return {name: load_file(folder / f"{name}.safetensors") for name in ("encoder", "decoder", "heads")}
+
+
+def assert_same_weights(folder1, folder2):
+    first, second = weights(folder1), weights(folder2)
+    for role in first:
+        assert first[role].keys() == second[role].keys()
+        for key, value in first[role].items():
+            assert torch.equal(value, second[role][key]), (role, key)
+
+
+def logged(folder):
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "images_per_second"}
+        for line in (folder / "log.jsonl").read_text().splitlines()
+    ]
+
+
+@pytest.mark.parametrize("workers, processes", [(0, 1), (2, 1), (0, 2)])
+def test_killed_run_continues_bit_for_bit(tmp_path, tiny_recipe, workers, processes):
+    path = tiny_recipe(workers=workers)
+    if processes == 1:
+        run_here(path, tmp_path / "whole")
+    else:
+        finish(start(path, tmp_path / "whole", processes))
+    broken = start(path, tmp_path / "broken", processes)
+    wait_for_step(broken, tmp_path / "broken", random.Random(os.getpid()).randrange(8, 40))
+    kill_all(broken)
+    assert not (tmp_path / "broken" / "config.json").exists(), "the run ended before it could be killed"
+    assert (tmp_path / "broken.run" / "state.pt").exists()
+    finish(start(path, tmp_path / "broken", processes))
+    assert_same_weights(tmp_path / "whole", tmp_path / "broken")
+    assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
+    assert [line["step"] for line in logged(tmp_path / "broken")] == list(range(1, 61))
+    assert not (tmp_path / "broken.run").exists()
+
+
+def test_interrupt_saves_a_loadable_checkpoint_and_says_how_to_go_on(tmp_path, tiny_recipe):
+    path = tiny_recipe()
+    run_here(path, tmp_path / "whole")
+    process = start(path, tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", 10)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert "Give the same command again" in " ".join(output.split())
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert not checkpoint.finished
+    assert 10 <= checkpoint.provenance["steps"] < 60
+    load_backbone(tmp_path / "run", decoder=True)
+    finish(start(path, tmp_path / "run"))
+    assert read_checkpoint(tmp_path / "run").finished
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_workers_change_nothing(tmp_path, tiny_recipe):
+    for workers in (0, 2):
+        run_here(tiny_recipe(workers=workers, optim={"steps": 6}), tmp_path / str(workers))
+    assert_same_weights(tmp_path / "0", tmp_path / "2")
+
+
+def test_two_processes_equal_two_accumulation_steps(tmp_path, tiny_recipe):
+    """Both see the same micro-batches, so gradients, and with them all parameters, agree but for rounding."""
+    run_here(tiny_recipe(optim={"steps": 4, "accumulate": 2}), tmp_path / "accumulated")
+    finish(start(tiny_recipe(optim={"steps": 4}), tmp_path / "two", processes=2))
+    run_here(tiny_recipe(optim={"steps": 4}), tmp_path / "whole")
+    accumulated, two, whole = (weights(tmp_path / name) for name in ("accumulated", "two", "whole"))
+    for role in accumulated:
+        for key, value in accumulated[role].items():
+            if "running" not in key:
+                torch.testing.assert_close(value, two[role][key], atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(whole["encoder"]["conv1.weight"], two["encoder"]["conv1.weight"], atol=1e-3)
+
+
+def test_checkpoint_of_a_run_is_complete(tmp_path, tiny_recipe):
+    checkpoint = run_here(tiny_recipe(optim={"steps": 4}), tmp_path / "out")
+    assert {file.role for file in checkpoint.files.values()} == {
+        "encoder", "decoder", "heads", "golden", "recipe", "log", "card",
+    }  # fmt: skip
+    provenance = checkpoint.provenance
+    assert {"code", "libraries", "seed", "steps", "seconds", "data", "init", "skipped", "notes"} <= provenance.keys()
+    assert provenance["data"]["fingerprint"] == open_source(load_recipe(str(tmp_path / "tiny.yaml")).data).fingerprint()
+    assert load_recipe(str(tmp_path / "out" / "recipe.yaml")) == load_recipe(str(tmp_path / "tiny.yaml"))
+    assert verify(tmp_path / "out").passed
+    assert load_backbone(tmp_path / "out").load_report.coverage == 1
+
+
+def test_loss_falls(tmp_path, tiny_recipe):
+    run_here(tiny_recipe(), tmp_path / "out")
+    lines = logged(tmp_path / "out")
+    for name in ("view", "depth"):
+        assert sum(line[name] for line in lines[-10:]) < 0.8 * sum(line[name] for line in lines[:10])
+
+
+def test_finished_checkpoint_is_not_replaced_by_accident(tmp_path, tiny_recipe):
+    path = tiny_recipe(optim={"steps": 2})
+    run_here(path, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        run_here(path, tmp_path / "out")
+    run_here(path, tmp_path / "out", ["seed=1"], overwrite=True)
+    assert read_checkpoint(tmp_path / "out").provenance["seed"] == 1
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    def callback(info):
+        if info.step == step:
+            raise Stop
+
+    return callback
+
+
+def test_run_is_not_continued_with_another_recipe_or_other_data(tmp_path, tiny_recipe, recording):
+    path = tiny_recipe(save_every=2)
+    with pytest.raises(Stop):
+        run_here(path, tmp_path / "out", on_step=stop_at(5))
+    with pytest.raises(RecipeError, match=r"another recipe.*lr: 0\.2"):
+        run_here(path, tmp_path / "out", ["optim.lr=0.2"])
+    elsewhere = write_recording(tmp_path / recording.name)
+    frame = elsewhere / "frame-000000.color.png"
+    frame.write_bytes((elsewhere / "frame-000010.color.png").read_bytes())
+    recipe = load_recipe(str(path))
+    source = open_source(load_recipe(str(path), [f"data.path={elsewhere}"]).data)
+    pairs = find_pairs(source, recipe.data, skips=Skips())
+    with pytest.raises(RecipeError, match="data have changed"):
+        engine.train(recipe, tmp_path / "out", source, pairs, ALONE)
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path, tiny_recipe):
+    path = tiny_recipe(save_every=1)
+    with pytest.raises(GeoPretrainError, match="not finite at step"):
+        run_here(path, tmp_path / "out", ["optim.lr=1e30"])
+    assert (tmp_path / "out.run" / "state.pt").exists()
+
+
+def test_batch_must_divide_over_processes_and_parts(tmp_path, tiny_recipe):
+    recipe = load_recipe(str(tiny_recipe()))
+    source = open_source(recipe.data)
+    pairs = find_pairs(source, recipe.data, skips=Skips())
+    with pytest.raises(RecipeError, match="multiple of processes x accumulate = 3"):
+        engine.train(recipe, tmp_path / "out", source, pairs, World(0, 3, torch.device("cpu")))
+
+
+def test_broken_frames_are_skipped_counted_and_named(tmp_path, tiny_recipe):
+    folder = write_recording(tmp_path / "kitchen")
+    (folder / "frame-000000.pose.txt").write_text("-inf " * 16)
+    (folder / "frame-000020.depth.png").write_bytes(b"broken")
+    recipe = load_recipe(str(tiny_recipe()), [f"data.path={folder}", "optim.steps=2", "data.overlap=[0.05, 1.0]"])
+    skips = Skips()
+    source = open_source(recipe.data)
+    pairs = find_pairs(source, recipe.data, skips=skips)
+    engine.train(recipe, tmp_path / "out", source, pairs, ALONE, skips=skips)
+    assert len(skips.reasons) == 2
+    assert "frame-000000.pose.txt" in skips.summary()
+    assert sum(read_checkpoint(tmp_path / "out").provenance["skipped"].values()) == 2
+    for path in folder.glob("frame-*.pose.txt"):
+        path.write_text("nan " * 16)
+    with pytest.raises(DataError, match=r"No pair of frames is left(.|\n)*not finite"):
+        find_pairs(source, recipe.data, skips=Skips())
+
+
+def test_frame_that_breaks_during_the_run_is_replaced_and_counted(tmp_path, tiny_recipe):
+    folder = write_recording(tmp_path / "kitchen")
+    recipe = load_recipe(str(tiny_recipe()), [f"data.path={folder}", "optim.steps=6"])
+    skips = Skips()
+    source = open_source(recipe.data)
+    pairs = find_pairs(source, recipe.data, skips=skips)
+    (folder / "frame-000010.color.png").write_bytes(b"broken")
+    engine.train(recipe, tmp_path / "out", source, pairs, ALONE, skips=skips)
+    assert [Path(p).name for p in skips.reasons] == ["frame-000010.color.png"]
+
+
+def slow_keys(pairs, batch, accumulate, rank, world, steps, seed):
+    """The stream of samples written out, then dealt."""
+    stream = []
+    whole = MicroBatches(pairs, batch=1, accumulate=1, rank=0, world=1, start=0, steps=steps * batch, seed=seed)
+    for (key,) in whole:
+        stream.append(key)
+    out = []
+    for step in range(steps):
+        mine = [key for k, key in enumerate(stream[step * batch : (step + 1) * batch]) if k % world == rank]
+        out += [[key for k, key in enumerate(mine) if k % accumulate == part] for part in range(accumulate)]
+    return stream, out
+
+
+@pytest.mark.parametrize("rank, world, accumulate", [(0, 1, 1), (1, 2, 1), (2, 3, 2)])
+def test_micro_batches_deal_one_stream_of_permutations(rank, world, accumulate):
+    stream, want = slow_keys(7, 12, accumulate, rank, world, 5, seed=3)
+    got = MicroBatches(7, batch=12, accumulate=accumulate, rank=rank, world=world, start=0, steps=5, seed=3)
+    assert list(got) == want
+    for epoch in range(8):
+        assert sorted(index for e, index in stream if e == epoch) == list(range(7))
+    later = MicroBatches(7, batch=12, accumulate=accumulate, rank=rank, world=world, start=2, steps=5, seed=3)
+    assert list(later) == want[2 * accumulate :]
+
+
+def test_schedules_are_the_released_ones():
+    poly = OptimSpec(lr=0.1, steps=10)
+    assert [learning_rate(poly, s, 10) for s in (0, 5)] == [0.1, pytest.approx(0.1 * (1 - 5 / 11) ** 0.9)]
+    paper = OptimSpec(lr=0.1, schedule="exponential", steps=60000)
+    assert learning_rate(paper, 59999, 60000) == pytest.approx(0.0553, abs=1e-3)  # methods.md 5.1: final 0.055
+    assert [pri3d_bn_momentum(t) for t in (0, 19, 20, 179, 180, 5000)] == [0.5, 0.5, 0.25, 0.5**9, 0.001, 0.001]
+
+
+def test_recipe_file_of_a_finished_run_can_be_trained_again(tmp_path, tiny_recipe):
+    run_here(tiny_recipe(optim={"steps": 3}), tmp_path / "one")
+    run_here(tmp_path / "one" / "recipe.yaml", tmp_path / "two")
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    assert yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())["optim"]["steps"] == 3
