@@ -69,7 +69,7 @@ def catalog_table(names: Iterable[str] | None = None) -> str:
         miou = entry.result("semantic segmentation", "ScanNet", "mIoU")
         licence, status = entry.licence.weights, STATUSES[entry.status]
         rows.append(
-            (f"`{name}`", _network(entry.arch), entry.data, licence, status, "" if miou is None else f"{miou:g}")
+            (f"`{name}`", network_title(entry.arch), entry.data, licence, status, "" if miou is None else f"{miou:g}")
         )
     return _table(TABLE_HEAD, rows)
 
@@ -110,7 +110,7 @@ def _facts(
     data: str | None = None,
     status: str | None = None,
 ) -> str:
-    lines = [f"- Network: {_network(arch)}, `{arch}`", f"- Input: {contract}"]
+    lines = [f"- Network: {network_title(arch)}, `{arch}`", f"- Input: {contract}"]
     if data is not None:
         lines.append(f"- Pre-training data: {data}")
     if status is not None:
@@ -149,7 +149,8 @@ def _results(results: Iterable[Result]) -> str:
     return _table(("task", "data", "metric", "value", "from"), rows)
 
 
-def _network(arch: Arch) -> str:
+def network_title(arch: Arch) -> str:
+    """A short name for people, such as "ResNet-18 U-Net"."""
     return f"ResNet-{arch.args['depth']} U-Net" if arch.name == "resnet_unet" else arch.name
 
 

@@ -38,6 +38,7 @@ app.add_typer(eval_app, name="eval")
 app.add_typer(data_app, name="data")
 
 console = Console()
+LIST_WIDTH = 110
 QUIET_INTERVAL = 5.0  # seconds between progress lines where there is no terminal
 
 DATA_HELP = "SOURCE or SOURCE:PATH, such as rooms, seven_scenes:PATH, scannet:PATH."
@@ -77,14 +78,20 @@ def list_command(
 
     Example: `geo-pretrain list "pri3d*" --license permissive`
     """
+    from geo_pretrain.cards import network_title
     from geo_pretrain.catalog import backbone_info, list_backbones
 
-    table = Table("name", "architecture", "pre-training data", "weights' licence", "status", box=None)
+    table = Table(box=None)
+    for column in ("name", "network", "data", "weights' licence", "status"):
+        table.add_column(column, no_wrap=True)
     names = list_backbones(pattern, method=method, modality=modality, license=license, status=status)
     for name in names:
         entry = backbone_info(name)
-        table.add_row(name, str(entry.arch), entry.data, entry.licence.weights, entry.status)
-    console.print(table if names else "No backbone matches.")
+        licence = entry.licence.weights.removeprefix("LicenseRef-")
+        table.add_row(name, network_title(entry.arch), entry.data, licence, entry.status)
+    # One line a name, also in a pipe, where rich would take the terminal for 80 columns wide.
+    wide = Console(width=max(console.width, LIST_WIDTH), soft_wrap=True)
+    wide.print(table if names else "No backbone matches.")
 
 
 @app.command()

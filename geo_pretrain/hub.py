@@ -12,10 +12,11 @@ import re
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from geo_pretrain import __version__, checkpoint
@@ -26,8 +27,9 @@ from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, unkno
 HUB_VARIABLE, CACHE_VARIABLE = "GEO_PRETRAIN_HUB", "GEO_PRETRAIN_CACHE"
 HF_PREFIX = "hf-hub:"
 TIMEOUT = 30.0  # seconds without a byte
-ATTEMPTS = 2  # one retry: a transfer may break, a wrong file stays wrong
 CONFIG_LIMIT = 10 << 20  # bytes; a config.json is a few kB
+
+T = TypeVar("T")
 
 
 class NotThere(HubError):
@@ -78,6 +80,8 @@ def resolve(
         return _first([base], _named(request, name))
     folder = Path(text).expanduser()
     if _means_folder(name_or_path, folder):
+        if revision is not None:
+            raise HubError(f"{folder} is a folder; revision={revision!r} is understood by Hugging Face only.")
         _check_files(checkpoint.read_checkpoint(folder), request.roles)
         return folder
     return _by_name(request, hub)
@@ -238,29 +242,35 @@ def _is_complete(folder: Path, roles: Iterable[str]) -> bool:
 
 
 def _fetch_config(url: str, folder: Path, part: Path) -> Checkpoint:
-    for attempt in range(ATTEMPTS):
-        try:
-            _download(url, part, limit=CONFIG_LIMIT)
-            return checkpoint.parse_config(part.read_bytes(), folder)
-        except CheckpointError as error:
-            if attempt == ATTEMPTS - 1:
-                raise HubError(f"{url}: {error}") from error
-    raise AssertionError("unreachable")
+    def once() -> Checkpoint:
+        _download(url, part, limit=CONFIG_LIMIT)
+        return checkpoint.parse_config(part.read_bytes(), folder)
+
+    return _with_one_retry(once, url)
 
 
 def _fetch_file(url: str, found: Checkpoint, file: str, part: Path) -> None:
     target, stored = found.folder / file, found.files[file]
     if target.is_file() and checkpoint.sha256(target) == stored.sha256:
         return
-    for attempt in range(ATTEMPTS):
+
+    def once() -> None:
         _download(f"{url}/{file}", part, limit=stored.size)
+        checkpoint.check_digest(part, stored)
+
+    _with_one_retry(once, f"{url}/{file}")
+    part.replace(target)
+
+
+def _with_one_retry(fetch: Callable[[], T], url: str) -> T:
+    """A transfer may break once; what is wrong twice is wrong at its source."""
+    try:
+        return fetch()
+    except CheckpointError:
         try:
-            checkpoint.check_digest(part, stored)
-            part.replace(target)
-            return
-        except DigestMismatch as error:
-            if attempt == ATTEMPTS - 1:
-                raise DigestMismatch(f"{url}/{file}, fetched {ATTEMPTS} times: {error}") from error
+            return fetch()
+        except CheckpointError as error:
+            raise type(error)(f"{url}, fetched twice: {error}") from error
 
 
 def _download(url: str, target: Path, *, limit: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ def load_backbone(
     if pretrained:
         roles = ("encoder", "decoder") if decoder else ("encoder",)
         source = read_checkpoint(hubs.resolve(name_or_folder, roles=roles, **where))
+        if not source.finished:
+            warnings.warn(f"{source.name!r} is unfinished: its training went on or was stopped.", stacklevel=2)
         network, report = _load(source, roles, strict, options)
     else:
         source = CATALOG.get(str(name_or_folder)) or read_checkpoint(hubs.resolve(name_or_folder, roles=(), **where))

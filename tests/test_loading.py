@@ -88,6 +88,13 @@ def test_device_and_dtype(tiny: Path):
     assert load_backbone(tiny, device="meta").conv1.weight.is_meta
 
 
+def test_an_unfinished_checkpoint_is_loaded_with_a_warning(tmp_path: Path):
+    write_tiny(tmp_path / "tiny", finished=False)
+    with pytest.warns(UserWarning, match="'tiny_net_r18' is unfinished") as caught:
+        load_backbone(tmp_path / "tiny")
+    assert caught[0].filename == __file__
+
+
 def test_wrong_combinations_are_explained(tiny: Path):
     with pytest.raises(ValueError, match="out_indices chooses maps of the encoder"):
         load_backbone(tiny, decoder=True, out_indices=(0,))

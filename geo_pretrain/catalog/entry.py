@@ -24,7 +24,13 @@ STATUSES = {
     "planned": "no file and no recipe yet",
 }
 PERMISSIVE = ("Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-4.0", "CC0-1.0", "MIT")
-NON_COMMERCIAL = ("CC-BY-NC-4.0", "CC-BY-NC-SA-3.0", "CC-BY-NC-SA-4.0", "LicenseRef-ScanNet-ToU")
+NON_COMMERCIAL = (
+    "CC-BY-NC-4.0",
+    "CC-BY-NC-SA-3.0",
+    "CC-BY-NC-SA-4.0",
+    "LicenseRef-ImageNet-terms",
+    "LicenseRef-ScanNet-ToU",
+)
 LICENCE_GROUPS = {"permissive": PERMISSIVE, "non-commercial": NON_COMMERCIAL}
 
 

@@ -43,6 +43,8 @@ def voxelize(
     [[0, 0, 0, 0], [0, -1, 0, 0]]
     """
     _check(points, feats, voxel_size, batch)
+    if reduce not in ("first", "mean"):
+        raise ValueError(f"reduce is {reduce!r}; accepted: 'first', 'mean'.")
     cells = torch.floor(points / voxel_size)
     _check_range(cells, points, voxel_size)
     numbers = torch.zeros(len(points), 1, dtype=torch.int64, device=points.device)

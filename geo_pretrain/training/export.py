@@ -56,20 +56,26 @@ def write_run(
 def run_licence(recipe: Recipe) -> Licence:
     """The licence chain of weights made by a recipe: the strictest of its data's and its start weights' terms."""
     dataset, terms = data_licence(recipe.data)
-    base, base_terms = _base_model(recipe.model)
-    strictest = terms if terms not in PERMISSIVE else base_terms if base_terms not in ("none", *PERMISSIVE) else terms
-    return Licence(code="MIT", weights=strictest, datasets=((dataset, terms),), base_model=f"{base} ({base_terms})")
+    base, base_terms, base_data = _base_model(recipe.model)
+    datasets = ((dataset, terms), *(item for item in base_data if item[0] != dataset))
+    strictest = base_terms if terms in PERMISSIVE and base_terms not in ("", *PERMISSIVE) else terms
+    return Licence(code="MIT", weights=strictest, datasets=datasets, base_model=base)
 
 
-def _base_model(spec: ModelSpec) -> tuple[str, str]:
+def _base_model(spec: ModelSpec) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+    """What training starts from, the terms of those weights ("" for none), and the data sets behind them."""
     if spec.init == "scratch":
-        return "random weights", "none"
+        return "none (random weights)", "", ()
     if spec.init == "imagenet":
-        return f"torchvision ResNet-{spec.depth} IMAGENET1K_V1", "BSD-3-Clause"
+        terms = "LicenseRef-ImageNet-terms"
+        name = f"torchvision ResNet-{spec.depth} IMAGENET1K_V1 (BSD-3-Clause; ImageNet terms: non-commercial research)"
+        return name, terms, (("ImageNet", terms),)
     if Path(spec.init).is_dir():
         checkpoint = read_checkpoint(Path(spec.init))
-        return checkpoint.name, checkpoint.licence.weights
-    return spec.init, geo_pretrain.backbone_info(spec.init).licence.weights
+        name, licence = checkpoint.name, checkpoint.licence
+    else:
+        name, licence = spec.init, geo_pretrain.backbone_info(spec.init).licence
+    return f"{name} ({licence.weights})", licence.weights, licence.datasets
 
 
 def code_version() -> str:

@@ -168,7 +168,7 @@ def test_initialisation_follows_the_fan_out_rule():
     torch.manual_seed(0)
     encoder = ResNetEncoder(18)
     for name, chans in (("conv1", 7 * 7 * 64), ("layer3.0.conv1", 3 * 3 * 256)):
-        std = float(encoder.get_submodule(name).weight.std())
+        std = float(encoder.get_submodule(name).weight.detach().std())
         assert std == pytest.approx((2 / chans) ** 0.5, rel=0.03)
 
 

@@ -147,3 +147,5 @@ def test_wrong_input_is_explained(arguments: tuple, message: str):
         voxelize(*arguments)
     with pytest.raises(ValueError, match="batch is"):
         voxelize(torch.zeros(4, 3), torch.zeros(4, 1), 0.1, batch=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="reduce is 'sum'; accepted: 'first', 'mean'"):
+        voxelize(torch.zeros(4, 3), torch.zeros(4, 1), 0.1, reduce="sum")  # type: ignore[arg-type]

@@ -153,7 +153,7 @@ def test_two_processes_equal_two_accumulation_steps(tmp_path, tiny_recipe):
     accumulated, two, whole = (weights(tmp_path / name) for name in ("accumulated", "two", "whole"))
     for role in accumulated:
         for key, value in accumulated[role].items():
-            if "running" not in key:
+            if "running" not in key and "tracked" not in key:  # the BatchNorm statistics are those of one process
                 torch.testing.assert_close(value, two[role][key], atol=2e-5, rtol=1e-4)
     assert not torch.allclose(whole["encoder"]["conv1.weight"], two["encoder"]["conv1.weight"], atol=1e-3)
 

@@ -1,0 +1,36 @@
+"""The licence chain of a run: the strictest terms win, and nothing is left out."""
+
+from __future__ import annotations
+
+import pytest
+
+from geo_pretrain.catalog import backbone_info
+from geo_pretrain.training.export import run_licence
+from geo_pretrain.training.recipe import list_recipes, load_recipe
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_recipe_yields_the_licence_its_catalog_entry_states(name):
+    assert run_licence(load_recipe(name)) == backbone_info(name).licence
+
+
+@pytest.mark.parametrize(
+    "overrides, weights, datasets",
+    [
+        (["data.source=rooms", "model.init=scratch"], "MIT", {"rooms"}),
+        (["data.source=rooms", "model.init=imagenet"], "LicenseRef-ImageNet-terms", {"rooms", "ImageNet"}),
+        (["data.source=seven_scenes", "model.init=scratch"], "LicenseRef-data-owner", None),
+        (["data.source=seven_scenes", "model.init=scratch", "data.licence=CC0-1.0"], "CC0-1.0", None),
+        (
+            ["data.source=rooms", "model.init=pri3d_view_r18"],
+            "LicenseRef-ScanNet-ToU",
+            {"rooms", "ScanNet", "ImageNet"},
+        ),
+        (["data.source=rooms", "model.init=pri3d_view_r18.rooms"], "MIT", {"rooms"}),
+    ],
+)
+def test_strictest_terms_win(overrides, weights, datasets):
+    licence = run_licence(load_recipe("pri3d_view_r18", overrides))
+    assert licence.weights == weights
+    if datasets is not None:
+        assert {name for name, _ in licence.datasets} == datasets
