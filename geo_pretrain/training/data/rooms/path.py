@@ -56,7 +56,7 @@ class _Walk:
         self.position = self.free[0]
         self.yaw, self.pitch = float(rng.uniform(-math.pi, math.pi)), -0.2
         self.goal, self.target, self.spin, self.left = self.position, np.zeros(3), 0.0, 0
-        dull = {CLASS_ID[label] for label in ("wall", "rug", "curtain")}
+        dull = {CLASS_ID[label] for label in ("wall", "curtain", "door", "window")}
         self.sights = np.array(
             [box.center for box in self.scene.boxes if box.semantic not in dull and box.center[2] < 1.7]
         ).reshape(-1, 3)
@@ -87,7 +87,7 @@ class _Walk:
         self.spin = float(rng.choice([-1, 1]) * rng.uniform(0.2, 0.34)) if pans else 0.0
         if len(self.sights):
             distance = np.linalg.norm(self.sights - self.goal, axis=1)
-            far = self.sights[distance > min(1.3, distance.max() * 0.99)]
+            far = self.sights[distance > min(1.6, distance.max() * 0.99)]
             self.target = far[rng.integers(len(far))]
 
     def step(self) -> np.ndarray:
@@ -103,7 +103,7 @@ class _Walk:
         towards = self.target - self.position
         flat = math.hypot(towards[0], towards[1])
         turn = self.spin or _wrap(math.atan2(towards[1], towards[0]) - self.yaw)
-        aim = rng.uniform(-0.55, 0.0) if self.spin else math.atan2(towards[2], max(flat, 0.5))
+        aim = rng.uniform(-0.6, -0.1) if self.spin else math.atan2(towards[2] - 0.1, max(flat, 0.5))
         self.yaw = _wrap(self.yaw + float(np.clip(turn, -0.36, 0.36)) + rng.normal(0, 0.04))
         rise = float(np.clip(aim - self.pitch, -0.16, 0.16))
         self.pitch = float(np.clip(self.pitch + rise + rng.normal(0, 0.03), *_PITCH))
@@ -130,8 +130,9 @@ class _Walk:
         depth, part = self.renderer.depth(pose, intrinsics(width, height), width, height)
         near = float((depth < _NEAR).float().mean())
         share = float(part.flatten().bincount().max()) / (width * height)
-        close = max(0.0, 1.1 - float(depth.median()))
-        return max(0.0, near - 0.02) * 4 + max(0.0, share - 0.6) + close
+        close = max(0.0, 1.4 - float(depth.median()))
+        bare = float((part >= self.renderer.geometry.parts).float().mean())
+        return max(0.0, near - 0.02) * 4 + max(0.0, share - 0.5) + close + max(0.0, bare - 0.62)
 
 
 def _wrap(angle: float) -> float:

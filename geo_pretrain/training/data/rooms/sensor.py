@@ -69,8 +69,18 @@ def disturb_depth(
         drop = np.zeros_like(holes)
         drop[:, step:] = depth[:, step:] > depth[:, :-step] + 0.08 + 0.09 * step * depth[:, step:] / fx
         holes |= drop & (0.075 * fx * (1 / depth[:, np.maximum(np.arange(width) - step, 0)] - 1 / depth) >= step)
-    coarse = rng.random((height // 8 + 1, width // 8 + 1))
-    patch = np.kron(coarse, np.ones((8, 8)))[:height, :width]
-    holes |= patch < 0.55 * gloss * np.clip(1.3 - slant, 0, 1)
+    patch = _blobs(height, width, 9 * width / 320, rng)
+    holes |= patch < 0.5 * gloss * np.clip(1.3 - slant, 0, 1)
     holes |= rng.random((height, width)) < 0.002
     return np.where(holes, 0.0, measured).astype(np.float32)
+
+
+def _blobs(height: int, width: int, cell: float, rng: np.random.Generator) -> np.ndarray:
+    """Smooth random values in [0, 1], [H, W], whose bumps are about `cell` pixels wide."""
+    rows, columns = (np.arange(count) / max(cell, 2.0) for count in (height, width))
+    grid = rng.random((int(rows[-1]) + 2, int(columns[-1]) + 2))
+    r, c = rows.astype(np.int64), columns.astype(np.int64)
+    down, across = (rows - r)[:, None], columns - c
+    upper = grid[r][:, c] * (1 - across) + grid[r][:, c + 1] * across
+    lower = grid[r + 1][:, c] * (1 - across) + grid[r + 1][:, c + 1] * across
+    return np.asarray(upper * (1 - down) + lower * down)

@@ -28,7 +28,7 @@ from geo_pretrain.training.data.rooms.scene import CLASSES, OrientedBox, Scene
 from geo_pretrain.training.data.rooms.sensor import SENSORS, develop, disturb_depth
 from geo_pretrain.training.data.rooms.surface import Mesh, SurfacePoints, scene_mesh, scene_points
 
-GENERATOR = "0.2"  # changes whenever the same seed would give other data
+GENERATOR = "1"  # changes whenever the same seed would give other data
 SPLITS = ("train", "val")
 _SAMPLES = 4  # colour rays per pixel
 _FIELDS = ("color", "depth", "semantic", "instance", "poses", "intrinsics")
@@ -48,7 +48,7 @@ class RoomsConfig:
     depth_noise: bool = False  # Kinect-like noise and holes
 
     def __post_init__(self) -> None:
-        for field, low, high in (("seed", 0, 2**63), ("scenes", 1, 10000), ("frames", 1, 10000)):
+        for field, low, high in (("seed", 0, 2**63), ("scenes", 1, 9999), ("frames", 1, 10000)):
             value = getattr(self, field)
             if not low <= value <= high:
                 raise RecipeError(f"rooms: {field}={value} is out of range; accepted: {low} to {high}.")
@@ -113,9 +113,10 @@ class Rooms:
         ids = self.frame_ids(scene)
         if frame_id not in ids:
             raise unknown("frame", frame_id, ids)
-        path = self._ensure(scene)
+        if self._ensure(scene):
+            self._write_manifest()
         row = ids.index(frame_id)
-        with safe_open(path, framework="np") as file:
+        with safe_open(self._path(scene), framework="np") as file:
             color, depth, semantic, instance, pose = (
                 np.ascontiguousarray(file.get_slice(field)[row : row + 1][0]) for field in _FIELDS[:5]
             )
@@ -125,11 +126,13 @@ class Rooms:
     def prepare(self) -> None:
         """Render what the cache lacks, with `progress(done, total)` after each scene; safe in several processes."""
         names = self.scenes()
+        fresh = not (self.cache_dir / "manifest.json").exists()
         for done, scene in enumerate(names):
-            self._ensure(scene)
+            fresh |= self._ensure(scene)
             if self.progress:
                 self.progress(done + 1, len(names))
-        self._write_manifest()
+        if fresh:  # a complete cache may be on a disk that cannot be written
+            self._write_manifest()
 
     def scene(self, scene: str) -> Scene:
         """The geometry and materials of a scene, built anew (some 50 ms)."""
@@ -148,10 +151,10 @@ class Rooms:
         return [box for box in self.scene(scene).boxes if CLASSES[box.semantic] != "wall"]
 
     def _index(self, scene: str) -> int:
-        names = self.scenes()
-        if scene not in names:
-            raise unknown("scene", scene, names)
-        return names.index(scene)
+        prefix, digits = f"rooms_{self.config.split}_", scene[-4:]
+        if scene != prefix + digits or not digits.isdecimal() or int(digits) >= self.config.scenes:
+            raise unknown("scene", scene, self.scenes())
+        return int(digits)
 
     def _rng(self, scene: str, *purpose: int) -> np.random.Generator:
         """Independent streams for layout (0), path (1), each frame's camera (2, frame) and points (3)."""
@@ -160,20 +163,21 @@ class Rooms:
     def _path(self, scene: str) -> Path:
         return self.cache_dir / f"{scene}.safetensors"
 
-    def _ensure(self, scene: str) -> Path:
-        """The scene's file, verified once per process and rendered when missing or damaged."""
+    def _ensure(self, scene: str) -> bool:
+        """Verify a scene's file once per process, render it when missing or damaged; True when it was rendered."""
         path = self._path(scene)
         if scene in self._checked and path.exists():
-            return path
-        if not self._is_intact(path):
-            self._store(path, self._render(scene))
+            return False
+        rendered = not self._is_intact(path)
+        if rendered:
+            self._store(path, self.render_scene(scene))
         self._checked.add(scene)
-        return path
+        return rendered
 
     def _is_intact(self, path: Path) -> bool:
         try:
             with safe_open(path, framework="np") as file:
-                facts = file.metadata() or {}
+                facts = _facts(file.metadata())
                 if facts.get("config") != self.config.digest() or set(file.keys()) != set(_FIELDS):
                     return False
                 return facts.get("sha256") == _digest({field: file.get_tensor(field) for field in _FIELDS})
@@ -184,7 +188,8 @@ class Rooms:
         """Write to a temporary name in the same folder, then rename: readers see the old file or the whole new one."""
         facts = {"config": self.config.digest(), "sha256": _digest(arrays), "generator": GENERATOR}
         with self._temporary(path) as temporary:
-            save_file(arrays, temporary, metadata=facts)
+            # One key only: the order of several would differ from run to run, and so would the file's bytes.
+            save_file(arrays, temporary, metadata={"rooms": json.dumps(facts)})
 
     @contextlib.contextmanager
     def _temporary(self, path: Path) -> Iterator[Path]:
@@ -207,15 +212,15 @@ class Rooms:
         """Say what the folder holds: config, generator and the digest in each scene file present."""
         scenes = {}
         for path in sorted(self.cache_dir.glob("rooms_*.safetensors")):
-            with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="np") as file:
-                scenes[path.stem] = {"sha256": (file.metadata() or {}).get("sha256"), "bytes": path.stat().st_size}
+            with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(path, framework="np") as file:
+                scenes[path.stem] = {"sha256": _facts(file.metadata()).get("sha256"), "bytes": path.stat().st_size}
         config = {key: value for key, value in asdict(self.config).items() if key != "scenes"}
         content = {"generator": GENERATOR, "config": config, "classes": CLASSES, "scenes": scenes}
         with self._temporary(self.cache_dir / "manifest.json") as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-    def _render(self, scene: str) -> dict[str, np.ndarray]:
-        """All frames of a scene as arrays; see `_FIELDS`."""
+    def render_scene(self, scene: str) -> dict[str, np.ndarray]:
+        """All frames of a scene as arrays by field (`_FIELDS`), past the cache."""
         config = self.config
         packed = self.scene(scene)
         on_cpu = Renderer(packed)
@@ -235,6 +240,11 @@ class Rooms:
                 depth[index] = disturb_depth(depth[index], slant, gloss, float(k[0, 0]), rng)
             semantic[index], instance[index] = shot.semantic.cpu().numpy(), shot.instance.cpu().numpy()
         return dict(zip(_FIELDS, (color, depth, semantic, instance, poses, k), strict=True))
+
+
+def _facts(metadata: dict[str, str] | None) -> dict[str, str]:
+    """The header of a scene file: config digest, digest of the arrays, generator version."""
+    return dict(json.loads((metadata or {}).get("rooms", "{}")))
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

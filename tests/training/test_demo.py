@@ -1,0 +1,66 @@
+"""The demo, whole, at a size that proves the path and no numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from geo_pretrain.loading import load_backbone, verify
+from geo_pretrain.training.demo import RECIPE, SEEDS, Spread, run_demo, table_rows
+from geo_pretrain.training.downstream.segmentation import FinetuneSpec
+
+TINY = [
+    "model.width=8",
+    "data.size=[64, 80]",
+    "data.options={scenes: 2, frames: 4, width: 80, height: 64}",
+    "data.overlap=[0.1, 1.0]",
+    "optim.steps=3",
+    "optim.batch=2",
+]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    stages = []
+    result = run_demo(
+        out, overrides=TINY, finetuning=FinetuneSpec(steps=2, batch=2), report=lambda stage, *rest: stages.append(stage)
+    )
+    return out, result, stages
+
+
+def test_demo_measures_both_starts_and_reports_every_stage(result):
+    _, numbers, stages = result
+    assert list(dict.fromkeys(stages)) == [
+        "rendering rooms", "finding pairs", "pre-training", "matching", "fine-tuning",
+    ]  # fmt: skip
+    assert set(numbers.matching) == {"random", "pre-trained"}
+    assert all(len(spread.values) == len(SEEDS) for spread in numbers.miou.values())
+    assert all(
+        0 <= value <= 1 for spread in (*numbers.matching.values(), *numbers.miou.values()) for value in spread.values
+    )
+    assert len(table_rows(numbers)) == 2
+
+
+def test_demo_leaves_pictures_a_report_and_a_checkpoint_in_a_hub_folder(result):
+    out, numbers, _ = result
+    for name in ("matches.png", "segmentation.png"):
+        with Image.open(out / name) as image:
+            assert image.width > 500
+            assert len(image.convert("RGB").getcolors(1_000_000)) > 100
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert str(numbers.miou["scratch"]) in page
+    assert "<script" not in page
+    stored = json.loads((out / "results.json").read_text())
+    assert stored["miou"]["scratch"] == list(numbers.miou["scratch"].values)
+    unet = load_backbone(RECIPE, decoder=True, hub=str(out / "hub"))
+    assert unet.load_report.coverage == 1
+    assert verify(RECIPE, hub=str(out / "hub")).passed
+
+
+def test_spread_is_mean_and_sample_deviation():
+    assert str(Spread((0.1, 0.2, 0.3))) == "20.0 ± 10.0"
+    assert Spread((0.5,)).std == 0
