@@ -65,7 +65,7 @@ def main() -> None:
         batch = collate([samples[(0, k)] for k in range(PAIRS)])
         loading = time.perf_counter() - begin
         _, task = build_task(recipe)
-        task.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        task.to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(task.parameters(), lr=0.01, momentum=0.9)
         times: dict[str, list[float]] = {"batched": [], "looped": []}
         for repeat in range(repeats + 1):

@@ -379,18 +379,18 @@ def _progress(show: bool = True) -> Iterator[Callable[[str, int, int, str], None
 
 
 def _quiet_progress() -> Callable[[str, int, int, str], None]:
-    last = {"stage": "", "time": 0.0}
     begin: dict[str, float] = {}
+    shown: dict[str, float] = {}
 
     def report(stage: str, done: int, total: int, detail: str) -> None:
         now = time.monotonic()
         begin.setdefault(stage, now)
-        if stage == last["stage"] and done < total and now - float(last["time"]) < QUIET_INTERVAL:
+        if done < total and now - shown.get(stage, -QUIET_INTERVAL) < QUIET_INTERVAL:
             return
         left = (now - begin[stage]) / done * (total - done) if done else float("nan")
         ending = f", {left:.0f} s left" if done and done < total else ""
         typer.echo(f"{stage}: {done}/{total} {detail}{ending}".rstrip())
-        last.update(stage=stage, time=now)
+        shown[stage] = now
 
     return report
 

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -48,6 +48,63 @@ class LoadReport:
                 f"{name!r}: {self.loaded} of {total} tensors match this network (coverage {self.coverage:.0%}; "
                 f"at least {coverage:.0%} is accepted).{hint}"
             )
+
+
+@overload
+def load_backbone(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    decoder: Literal[False] = False,
+    pretrained: bool = True,
+    in_chans: int | None = None,
+    out_indices: Sequence[int] | None = None,
+    output_stride: int = 32,
+    strict: bool = True,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    hub: str | Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ResNetEncoder: ...
+
+
+@overload
+def load_backbone(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    decoder: Literal[True],
+    pretrained: bool = True,
+    in_chans: int | None = None,
+    out_indices: Sequence[int] | None = None,
+    output_stride: int = 32,
+    strict: bool = True,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    hub: str | Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ResNetUNet: ...
+
+
+@overload
+def load_backbone(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    decoder: bool = False,
+    pretrained: bool = True,
+    in_chans: int | None = None,
+    out_indices: Sequence[int] | None = None,
+    output_stride: int = 32,
+    strict: bool = True,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    hub: str | Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ResNetEncoder | ResNetUNet: ...
 
 
 def load_backbone(

@@ -183,9 +183,7 @@ def _outdoor_entries() -> tuple[Entry, ...]:
 
 
 def _rooms_entries() -> tuple[Entry, ...]:
-    licence = Licence(
-        code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model="none (random weights)"
-    )
+    licence = Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model="none (random weights)")
     text = f"{PRIORS['view']}, with depth proxy, from a random start on procedural rooms only"
     toy = ImageContract(size=(96, 128))
     return (

@@ -11,10 +11,10 @@ import html
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -82,13 +82,11 @@ def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSp
     """Run all of it and write matches.png, segmentation.png, report.html and results.json into `out`."""
     clock = _Clock()
     recipe = load_recipe(RECIPE, overrides)
-    source = open_source(recipe.data, progress=lambda done, total: report("rendering rooms", done, total, "train"))
+    source = open_source(recipe.data, progress=_stage(report, "rendering rooms", "train"))
     val_spec = validation_spec(recipe.data)
-    val = open_source(
-        val_spec, split="val", progress=lambda done, total: report("rendering rooms", done, total, "held out")
-    )
+    val = open_source(val_spec, split="val", progress=_stage(report, "rendering rooms", "held out"))
     clock.lap("render")
-    pairs = find_pairs(source, recipe.data, skips=Skips(), progress=lambda d, t: report("finding pairs", d, t, ""))
+    pairs = find_pairs(source, recipe.data, skips=Skips(), progress=_stage(report, "finding pairs", ""))
     val_pairs = find_pairs(val, val_spec, skips=Skips())
     clock.lap("pairs")
     folder = out / "hub" / recipe.name
@@ -99,16 +97,16 @@ def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSp
     networks = {"random": untrained(recipe), "pre-trained": pretrained}
     matching = {}
     for name, network in networks.items():
-        result = evaluate_matching(
+        measured = evaluate_matching(
             network,
             ImageContract(),
             val,
             val_pairs,
             size=recipe.data.size,
             threshold=THRESHOLD,
-            progress=lambda done, total, name=name: report("matching", done, total, name),
+            progress=_stage(report, "matching", name),
         )
-        matching[name] = (result, scene_spread(result, val_pairs))
+        matching[name] = (measured, scene_spread(measured, val_pairs))
     clock.lap("matching")
 
     labelled, held_out = labelled_frames(source, val, recipe.data.size)
@@ -133,11 +131,10 @@ def validation_spec(spec: DataSpec) -> DataSpec:
     return replace(spec, options=spec.options | {"scenes": VAL_SCENES}, max_pairs_per_scene=VAL_PAIRS_PER_SCENE)
 
 
-def untrained(recipe: Recipe) -> nn.Module:
+def untrained(recipe: Recipe) -> ResNetUNet:
     """The network exactly as pre-training found it."""
     _, module = build_task(recipe)
-    network = module.backbone
-    return network.eval()  # type: ignore[operator,union-attr,return-value]
+    return cast(ResNetUNet, module.backbone).eval()
 
 
 def scene_spread(result: MatchingResult, pairs: list[Pair]) -> Spread:
@@ -163,7 +160,7 @@ def labelled_frames(source: Source, val: Source, size: tuple[int, int]) -> tuple
 
 
 def draw_demo_matches(
-    networks: dict[str, nn.Module], source: Source, pairs: list[Pair], size: tuple[int, int], path: Path
+    networks: Mapping[str, nn.Module], source: Source, pairs: list[Pair], size: tuple[int, int], path: Path
 ) -> None:
     """One pair from each of four held-out scenes, by every network."""
     chosen = {pair.scene: pair for pair in sorted(pairs, key=lambda pair: -pair.overlap)}
@@ -190,9 +187,7 @@ def _finetune_all(
             held_out,
             spec,
             seed=seed,
-            on_step=lambda step, loss, number=number, text=f"{start}, seed {seed}": report(  # type: ignore[misc]
-                "fine-tuning", number * spec.steps + step, len(runs) * spec.steps, f"{text}, loss {loss:.2f}"
-            ),
+            on_step=_finetuning_progress(report, number, len(runs), spec.steps, f"{start}, seed {seed}"),
         )
         scores[start].append(result.miou)
         models[start] = network
@@ -203,6 +198,18 @@ def _draw_segmentations(models: dict[str, nn.Module], held_out: list[Frame], pat
     frames = held_out[:: max(1, len(held_out) // 5)][:5]
     rows = [(frame, [predict(model, ImageContract(), frame) for model in models.values()]) for frame in frames]
     draw_segmentations(rows, list(models), CLASSES, path)
+
+
+def _stage(report: Report, stage: str, detail: str) -> Callable[[int, int], None]:
+    """A (done, total) callback that reports one stage."""
+    return lambda done, total: report(stage, done, total, detail)
+
+
+def _finetuning_progress(report: Report, number: int, runs: int, steps: int, text: str) -> Callable[[int, float], None]:
+    def show(step: int, loss: float) -> None:
+        report("fine-tuning", number * steps + step, runs * steps, f"{text}, loss {loss:.2f}")
+
+    return show
 
 
 def _training_progress(report: Report) -> Callable[[StepInfo], None]:

@@ -186,7 +186,7 @@ def _take_step(run: Run, model: nn.Module, micro_batches: Iterator[dict[str, Any
         with nullcontext() if last or run.world.size == 1 else model.no_sync():  # type: ignore[operator]
             losses: dict[str, torch.Tensor] = model(batch)
             total = torch.stack(list(losses.values())).sum() / spec.accumulate
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / spec.accumulate
     means = run.world.mean(torch.stack(list(sums.values())))
@@ -327,7 +327,7 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 @contextmanager
@@ -340,7 +340,7 @@ def _stop_requests() -> Iterator[threading.Event]:
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous:

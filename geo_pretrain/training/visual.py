@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,21 +9,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.preview import class_colors
 from geo_pretrain.training.downstream.matching import PairMatches
 
 INK, PAPER, GREY = (28, 32, 38), (255, 255, 255), (120, 126, 134)
 RIGHT, WRONG = (38, 201, 106), (238, 60, 60)
 GAP, HEADER, CAPTION = 12, 40, 22
 DRAW_SCALE = 2  # drawn large and reduced: Pillow's lines are not antialiased
-
-
-def class_colors(count: int) -> np.ndarray:
-    """Well-separated colours for class ids: uint8 [count, 3]; id 0 is black."""
-    colors = [(0.0, 0.0, 0.0)]
-    for k in range(1, count):
-        hue = (k * 0.618034) % 1.0
-        colors.append(colorsys.hsv_to_rgb(hue, (0.85, 0.55, 0.7)[k % 3], (0.95, 0.75, 0.6)[(k // 3) % 3]))
-    return (np.array(colors) * 255).round().astype(np.uint8)
 
 
 def draw_matches(
@@ -44,14 +35,14 @@ def draw_segmentations(
     rows: Sequence[tuple[Frame, Sequence[np.ndarray]]], titles: Sequence[str], classes: Sequence[str], path: Path
 ) -> None:
     """Write a figure: a row a frame; columns are the image, its labels, and each prediction [H, W] of class ids."""
-    colors = class_colors(len(classes))
     panels, captions, present = [], [], set()
     for frame, predictions in rows:
         truth = frame.semantic if frame.semantic is not None else np.zeros(frame.depth.shape, int)
         present |= set(np.unique(truth)) | {c for p in predictions for c in np.unique(p)}
-        panels.append([_enlarge(frame.color), *(_enlarge(colors[ids]) for ids in (truth, *predictions))])
+        panels.append([_enlarge(frame.color), *(_enlarge(class_colors(ids)) for ids in (truth, *predictions))])
         right = [((p == truth) & (truth > 0)).sum() / max((truth > 0).sum(), 1) for p in predictions]
         captions.append(["", "", *(f"{share:.0%} of pixels right" for share in right)])
+    colors = class_colors(np.arange(len(classes))[None])[0]
     legend = [(classes[c], tuple(int(v) for v in colors[c])) for c in sorted(present) if c > 0]
     _save_grid(panels, captions, ["image", "truth", *titles], legend, path)
 

@@ -75,8 +75,8 @@ class MicroBatches(Sampler[list[Key]]):
     """The keys of every micro-batch of one process from step `start` on: a pure function of its arguments.
 
     Samples form an endless stream of epochs, each a permutation of the pairs by (seed, epoch). A step takes the next
-    `batch` of them; process `rank` of `world` works on every world-th one, dealt into `accumulate` parts in the same way, so that
-    n parts see what n processes would.
+    `batch` of them; process `rank` of `world` works on every world-th one, dealt into
+    `accumulate` parts in the same way, so that n parts see what n processes would.
     """
 
     def __init__(

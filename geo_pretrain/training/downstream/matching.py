@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.errors import BadFrame, CheckpointError, DataError
 from geo_pretrain.geometry import match_pixels
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.frame import Frame, Skips, Source
@@ -106,6 +106,8 @@ def compare_with_random(
     """
     trained = load_backbone(backbone, decoder=True)
     contract = trained.contract
+    if contract is None:
+        raise CheckpointError(f"{backbone!r} carries no image contract, so its input is unknown.")
     random = random_twin(trained)
     spec = replace(spec, size=size or contract.size)
     skips = skips if skips is not None else Skips()
@@ -123,9 +125,19 @@ def compare_with_random(
             size=spec.size,
             threshold=threshold,
             skips=skips,
-            progress=None if progress is None else lambda d, t, n=number: progress(n * t + d, 2 * t),  # type: ignore[misc]
+            progress=_nth(progress, number, 2),
         )
     return results
+
+
+def _nth(progress: Callable[[int, int], None] | None, number: int, count: int) -> Callable[[int, int], None]:
+    """Progress of one of `count` equal parts as progress of the whole."""
+
+    def show(done: int, total: int) -> None:
+        if progress is not None:
+            progress(number * total + done, count * total)
+
+    return show
 
 
 def random_twin(network: ResNetUNet, seed: int = 0) -> ResNetUNet:

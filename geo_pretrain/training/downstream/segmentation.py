@@ -90,7 +90,7 @@ def finetune(
             y = torch.where(flips[:, None, None], y.flip(-1), y)
         optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(_logits(network, x, y.shape[-2:]), y, ignore_index=0)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(loss.item())
         if on_step is not None:
