@@ -135,7 +135,7 @@ def info(
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where pictures, report and checkpoint go.")] = Path("demo"),
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006 (typer copies it)
-    finetune_steps: Annotated[int, typer.Option(help="Steps of each fine-tuning run.")] = 60,
+    finetune_steps: Annotated[int, typer.Option(help="Steps of each fine-tuning run.")] = 100,
 ) -> None:
     """Run the whole path on a CPU in minutes: rooms, pre-training, load_backbone, matching, segmentation.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,14 +19,16 @@ from geo_pretrain.training.data.samples import sample_seed
 from geo_pretrain.training.recipe import OptimSpec
 from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum, set_bn_momentum
 
+Transfer = Literal["all", "encoder", "none"]
+
 
 @dataclass(frozen=True)
 class FinetuneSpec:
     """The budget of a fine-tuning run, the same for every start."""
 
-    steps: int = 60
-    batch: int = 8
-    lr: float = 0.01
+    steps: int = 100
+    batch: int = 4
+    lr: float = 0.05
     flip: bool = True  # horizontal, p 0.5
 
 
@@ -38,18 +41,19 @@ class SegmentationResult:
     losses: tuple[float, ...]
 
 
-def segmentation_unet(start: ResNetUNet, classes: int, *, seed: int, transfer: bool = True) -> ResNetUNet:
-    """A U-Net shaped like `start` whose last layer gives `classes` logits, initialised by `seed`.
+def segmentation_unet(start: ResNetUNet, classes: int, *, seed: int, transfer: Transfer = "all") -> ResNetUNet:
+    """A U-Net shaped like `start` whose last layer gives `classes` logits.
 
-    With `transfer` all other weights (encoder and decoder) are those of `start`: only `decoder.conv0` is new.
+    `transfer` says which weights are those of `start`: "all" but `decoder.conv0` (Pri3D's protocol), "encoder", or
+    "none". The others are drawn by `seed`, the same ones whatever is transferred.
     """
     encoder = start.encoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = ResNetUNet(encoder.depth, width=encoder.width, out_chans=classes, in_chans=encoder.in_chans)
-    if transfer:
-        kept = {k: v for k, v in start.state_dict().items() if not k.startswith("decoder.conv0.")}
-        network.load_state_dict(network.state_dict() | kept)
+    prefixes = {"all": ("encoder.", "decoder.up"), "encoder": ("encoder.",), "none": ()}[transfer]
+    kept = {key: value for key, value in start.state_dict().items() if key.startswith(prefixes)}
+    network.load_state_dict(network.state_dict() | kept)
     return network
 
 

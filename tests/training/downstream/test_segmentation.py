@@ -69,7 +69,7 @@ def test_finetuning_learns_and_depends_on_its_seed_alone():
 
     def run(seed, noise):
         torch.manual_seed(noise)
-        network = segmentation_unet(start, 4, seed=seed, transfer=False)
+        network = segmentation_unet(start, 4, seed=seed, transfer="none")
         return network, finetune(network, ImageContract(), toy_frames(8, 0), toy_frames(6, 1), spec, seed=seed)
 
     network, result = run(0, 1)
@@ -79,7 +79,7 @@ def test_finetuning_learns_and_depends_on_its_seed_alone():
     assert result.losses == again.losses
     assert result.losses != other.losses
     assert result.miou > 0.6
-    untrained = segmentation_unet(start, 4, seed=0, transfer=False)
+    untrained = segmentation_unet(start, 4, seed=0, transfer="none")
     assert mean_iou(evaluate(untrained, ImageContract(), toy_frames(6, 1))) < 0.3
     frame = toy_frames(6, 1)[0]
     labels = predict(network, ImageContract(), frame)
@@ -91,13 +91,16 @@ def test_finetuning_learns_and_depends_on_its_seed_alone():
 def test_transfer_keeps_everything_but_the_last_layer():
     start = ResNetUNet(18, width=8)
     moved = segmentation_unet(start, 5, seed=0)
-    fresh = segmentation_unet(start, 5, seed=0, transfer=False)
+    encoder = segmentation_unet(start, 5, seed=0, transfer="encoder").state_dict()
+    fresh = segmentation_unet(start, 5, seed=0, transfer="none")
     for key, value in moved.state_dict().items():
         if key.startswith("decoder.conv0."):
             assert len(value) == 5
             assert torch.equal(value, fresh.state_dict()[key]), "both starts must draw the same new layer"
         else:
             assert torch.equal(value, start.state_dict()[key])
+        other = start if key.startswith("encoder.") else fresh
+        assert torch.equal(encoder[key], other.state_dict()[key])
 
 
 def test_frame_without_labels_is_named():
