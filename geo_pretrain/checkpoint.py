@@ -86,7 +86,8 @@ def write_checkpoint(
     know (somebody's notes) are carried over. Raises `CheckpointError` when `folder` holds something else.
     """
     folder = Path(folder).resolve()
-    _check_writable(folder, name, weights)
+    check_target(folder, name)
+    _check_roles(weights)
     recover(folder)
     staging = _staging(folder)
     shutil.rmtree(staging, ignore_errors=True)
@@ -260,14 +261,11 @@ def _retire(retired: Path, folder: Path) -> None:
     shutil.rmtree(retired)
 
 
-def _check_writable(folder: Path, name: str, weights: Mapping[str, Any]) -> None:
+def check_target(folder: Path | str, name: str) -> None:
+    """Raise `CheckpointError` when a checkpoint called `name` could not be written to `folder`: ask before training."""
+    folder = Path(folder)
     if not CHECKPOINT_NAME.fullmatch(name):
         raise CheckpointError(f"Checkpoint name {name!r}; letters, digits, '.', '_' and '-' are accepted.")
-    strange = [role for role in weights if role not in WEIGHT_ROLES]
-    if strange or not any(weights.values()):
-        raise CheckpointError(
-            f"Weights have roles {list(weights)}; accepted: one or more of {', '.join(WEIGHT_ROLES)}."
-        )
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a new or empty folder, or a checkpoint folder, is accepted.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
@@ -277,11 +275,20 @@ def _check_writable(folder: Path, name: str, weights: Mapping[str, Any]) -> None
         )
 
 
-def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
+def _check_roles(weights: Mapping[str, Any]) -> None:
+    strange = [role for role in weights if role not in WEIGHT_ROLES]
+    if strange or not any(weights.values()):
+        raise CheckpointError(
+            f"Weights have roles {list(weights)}; accepted: one or more of {', '.join(WEIGHT_ROLES)}."
+        )
 
-    # clones: safetensors refuses tensors that share memory, and views would drag their whole storage along
-    save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, path)
+
+def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save
+
+    # clones: safetensors refuses tensors that share memory, and views would drag their whole storage along.
+    # Not save_file: its files are readable by their owner alone, whatever the umask says.
+    path.write_bytes(save({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}))
 
 
 def _describe(path: Path, role: str) -> StoredFile:

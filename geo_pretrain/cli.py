@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from geo_pretrain import __version__
@@ -187,7 +187,7 @@ def train(
     spec = load_recipe(recipe, [*overrides, *set_], toy=toy)
     if data is not None and not any(item.startswith("name=") for item in set_):
         spec = replace(spec, name=retag(spec.name, spec.data.source + ("_toy" if toy else "")))
-    engine.check_out(out, overwrite=overwrite)
+    engine.check_out(out, spec.name, overwrite=overwrite)
     world = join(device)
     skips = Skips()
     with _progress(world.is_main) as report:
@@ -340,8 +340,7 @@ def _print_skips(skips: Skips) -> None:
 
 def _on_step(report: Callable[[str, int, int, str], None]) -> Callable[[StepInfo], None]:
     def show(step: StepInfo) -> None:
-        losses = ", ".join(f"{name} {value:.3f}" for name, value in step.losses.items())
-        report("training", step.step, step.steps, f"{losses}, {step.images_per_second:.1f} images/s")
+        report("training", step.step, step.steps, str(step))
 
     return show
 
@@ -355,14 +354,12 @@ def _progress(show: bool = True) -> Iterator[Callable[[str, int, int, str], None
     if not console.is_terminal:
         yield _quiet_progress()
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.completed:>4.0f}/{task.total:<4.0f}"),
-        TimeElapsedColumn(),
+    columns = (  # together under 80 characters
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(compact=True),
         TextColumn("left"),
-        TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}"),
     )
     with Progress(*columns, console=console) as bars:

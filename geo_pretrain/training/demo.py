@@ -167,11 +167,14 @@ def _spread_frames(source: Source, count: int, size: tuple[int, int]) -> list[Fr
 def draw_demo_matches(
     networks: Mapping[str, nn.Module], source: Source, pairs: list[Pair], size: tuple[int, int], path: Path
 ) -> None:
-    """One pair from each of four held-out scenes, by every network."""
-    chosen = {pair.scene: pair for pair in sorted(pairs, key=lambda pair: -pair.overlap)}
+    """The pair of middling overlap from each of the first four held-out scenes, by every network."""
+    by_scene: dict[str, list[Pair]] = {}
+    for pair in sorted(pairs, key=lambda pair: pair.overlap):
+        by_scene.setdefault(pair.scene, []).append(pair)
+    middling = [by_scene[scene][len(by_scene[scene]) // 2] for scene in sorted(by_scene)[:4]]
     rows = [
         [match_pair(network, ImageContract(), source, pair, size=size) for network in networks.values()]
-        for pair in list(chosen.values())[:4]
+        for pair in middling
     ]
     draw_matches(rows, [f"{name} weights" for name in networks], path, threshold=THRESHOLD)
 
@@ -219,8 +222,7 @@ def _finetuning_progress(report: Report, number: int, runs: int, steps: int, tex
 
 def _training_progress(report: Report) -> Callable[[StepInfo], None]:
     def show(info: StepInfo) -> None:
-        losses = ", ".join(f"{name} {value:.3f}" for name, value in info.losses.items())
-        report("pre-training", info.step, info.steps, f"{losses}, {info.images_per_second:.1f} images/s")
+        report("pre-training", info.step, info.steps, str(info))
 
     return show
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from geo_pretrain.checkpoint import Checkpoint
+from geo_pretrain.checkpoint import Checkpoint, check_target
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError
 from geo_pretrain.training.data.frame import Skips, Source
 from geo_pretrain.training.data.pairs import Pair
@@ -34,7 +34,7 @@ from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum, set_bn_momentum
 from geo_pretrain.training.tasks import Task, build_task
 
-STATE = "state.pt"
+STATE, BOARD = "state.pt", "tensorboard"
 
 
 class Interrupted(GeoPretrainError):
@@ -49,7 +49,10 @@ class StepInfo:
     steps: int
     losses: dict[str, float]
     images_per_second: float
-    seconds_left: float
+
+    def __str__(self) -> str:
+        losses = " ".join(f"{name} {value:.2f}" for name, value in self.losses.items())
+        return f"{losses}, {self.images_per_second:.0f} images/s"
 
 
 @dataclass
@@ -107,8 +110,9 @@ def train(
     return checkpoint
 
 
-def check_out(out: Path, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` when `out` holds a finished checkpoint that must not be replaced."""
+def check_out(out: Path, name: str, *, overwrite: bool) -> None:
+    """Raise `CheckpointError` when the run could not end in `out`, or would replace a finished checkpoint there."""
+    check_target(out, name)
     if (out / "config.json").exists() and not _run_folder(out).exists() and not overwrite:
         raise CheckpointError(f"{str(out)!r} already holds a checkpoint. Choose another --out, or pass --overwrite.")
 
@@ -135,7 +139,7 @@ def _prepare(
     )
     run = Run(recipe, out, source, pairs, world, skips, steps, task, module, optimizer)
     state_file = run.folder / STATE
-    check_out(out, overwrite=overwrite)
+    check_out(out, recipe.name, overwrite=overwrite)
     if world.is_main:
         run.folder.mkdir(parents=True, exist_ok=True)
     if state_file.exists():
@@ -157,9 +161,7 @@ def _loop(run: Run, stop: threading.Event, on_step: Callable[[StepInfo], None] |
             elapsed = time.monotonic() - begin
             run.seconds = before + elapsed
             rate = (run.step - first) / elapsed
-            info = StepInfo(
-                run.step, run.steps, losses, 2 * run.recipe.optim.batch * rate, (run.steps - run.step) / rate
-            )
+            info = StepInfo(run.step, run.steps, losses, 2 * run.recipe.optim.batch * rate)
             log(info)
             if on_step is not None:
                 on_step(info)
@@ -289,6 +291,7 @@ def _finish(run: Run, finished: bool) -> Checkpoint | None:
             run.recipe, run.out, run.task, run.source, run.folder / "log.jsonl", provenance, finished=finished
         )
         if finished:
+            _keep_board(run)
             shutil.rmtree(run.folder)
     run.world.barrier()
     return checkpoint
@@ -304,7 +307,7 @@ def _log(run: Run) -> Iterator[Callable[[StepInfo], None]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines[: run.step] if line.endswith("}")]
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    board = _tensorboard(run.folder)
+    board = _tensorboard(run)
     with path.open("a", encoding="utf-8") as file:
 
         def write(info: StepInfo) -> None:
@@ -322,12 +325,19 @@ def _log(run: Run) -> Iterator[Callable[[StepInfo], None]]:
                 board.close()
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(run: Run) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(run.folder / BOARD), purge_step=run.step + 1)
+
+
+def _keep_board(run: Run) -> None:
+    """Move the event files beside the finished weights; an older run's give way."""
+    if (run.folder / BOARD).exists():
+        shutil.rmtree(run.out / BOARD, ignore_errors=True)
+        shutil.move(run.folder / BOARD, run.out / BOARD)
 
 
 @contextmanager

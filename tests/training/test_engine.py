@@ -133,7 +133,8 @@ def test_interrupt_saves_a_loadable_checkpoint_and_says_how_to_go_on(tmp_path, t
     checkpoint = read_checkpoint(tmp_path / "run")
     assert not checkpoint.finished
     assert 10 <= checkpoint.provenance["steps"] < 60
-    load_backbone(tmp_path / "run", decoder=True)
+    with pytest.warns(UserWarning, match="unfinished"):
+        load_backbone(tmp_path / "run", decoder=True)
     finish(start(path, tmp_path / "run"))
     assert read_checkpoint(tmp_path / "run").finished
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
@@ -171,6 +172,18 @@ def test_checkpoint_of_a_run_is_complete(tmp_path, tiny_recipe):
     assert load_backbone(tmp_path / "out").load_report.coverage == 1
 
 
+def test_event_files_are_kept_with_the_checkpoint(tmp_path, tiny_recipe):
+    pytest.importorskip("tensorboard", reason="TensorBoard is an optional library")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for seed in (0, 1):
+        run_here(tiny_recipe(optim={"steps": 3}), tmp_path / "out", [f"seed={seed}"], overwrite=True)
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    values = [event.value for event in events.Scalars("loss/view")]
+    assert values == pytest.approx([line["view"] for line in logged(tmp_path / "out")])
+
+
 def test_loss_falls(tmp_path, tiny_recipe):
     run_here(tiny_recipe(), tmp_path / "out")
     lines = logged(tmp_path / "out")
@@ -185,6 +198,24 @@ def test_finished_checkpoint_is_not_replaced_by_accident(tmp_path, tiny_recipe):
         run_here(path, tmp_path / "out")
     run_here(path, tmp_path / "out", ["seed=1"], overwrite=True)
     assert read_checkpoint(tmp_path / "out").provenance["seed"] == 1
+
+
+def test_place_that_cannot_hold_a_checkpoint_is_refused_before_training(tmp_path, tiny_recipe):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thoughts.txt").write_text("mine")
+    for out, overrides, part in (("notes", [], "not a checkpoint folder"), ("new", ["name=a/b"], "Checkpoint name")):
+        with pytest.raises(CheckpointError, match=part):
+            run_here(tiny_recipe(), tmp_path / out, overrides, on_step=stop_at(1))
+    assert (tmp_path / "notes" / "thoughts.txt").read_text() == "mine"
+    run_here(tiny_recipe(optim={"steps": 1}), tmp_path / "fine")
+    for file in (tmp_path / "fine").glob("*.*"):
+        assert file.stat().st_mode & 0o044 == 0o044 & ~current_umask(), file
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class Stop(Exception):
