@@ -218,7 +218,7 @@ def _loader(run: Run) -> DataLoader[dict[str, Any]]:
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=recipe.workers,
+        num_workers=min(recipe.workers, os.cpu_count() or 1),  # more would only be in each other's way
         collate_fn=collate,
         generator=torch.Generator().manual_seed(recipe.seed),  # keeps the loader off the global generator
         pin_memory=run.world.device.type == "cuda",
