@@ -185,7 +185,7 @@ def _outdoor_entries() -> tuple[Entry, ...]:
 def _rooms_entries() -> tuple[Entry, ...]:
     licence = Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model="none (random weights)")
     text = f"{PRIORS['view']}, with depth proxy, from a random start on procedural rooms only"
-    toy = ImageContract(size=(96, 128))
+    toy = ImageContract(size=(72, 96))
     return (
         _entry("pri3d_view_r18.rooms", "r18", licence, "rooms", f"{text}; full size, for one GPU"),
         _entry("pri3d_view_r18.rooms_toy", "r18", licence, "rooms", f"{text}; minutes on a CPU, to see it work", toy),
