@@ -306,7 +306,7 @@ def _data_spec(data: str, frames: str | None, overlap: str, overrides: list[str]
     tree: dict[str, Any] = {"name": "command line", "task": {"name": "none"}, "optim": {"steps": 1}}
     options = [*_data_overrides(data, frames), f"data.overlap={_range('--overlap', overlap)}", *overrides]
     apply_overrides(tree, options)
-    return replace(parse(Recipe, tree, where="command line").data)
+    return parse(Recipe, tree, where="command line").data
 
 
 def _range(option: str, text: str) -> str:

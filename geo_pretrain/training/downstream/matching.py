@@ -73,7 +73,7 @@ def evaluate_matching(
         DataError: no pair could be read.
     """
     skips = skips if skips is not None else Skips()
-    recalls, total, chance = [], 0, []
+    recalls, total = [], 0
     for number, pair in enumerate(pairs):
         if progress is not None:
             progress(number, len(pairs))
@@ -84,10 +84,10 @@ def evaluate_matching(
             continue
         recalls.append(float((matches.error <= threshold).mean()))
         total += len(matches.query)
-        chance.append(min(1.0, float(np.pi * threshold**2 / (size[0] * size[1]))))
     if not recalls:
         raise DataError(f"No pair of source {source.name!r} could be evaluated.\n{skips.summary()}")
-    return MatchingResult(float(np.mean(recalls)), threshold, tuple(recalls), total, float(np.mean(chance)))
+    chance = min(1.0, float(np.pi * threshold**2 / (size[0] * size[1])))
+    return MatchingResult(float(np.mean(recalls)), threshold, tuple(recalls), total, chance)
 
 
 def compare_with_random(
