@@ -189,3 +189,14 @@ def test_registered_depth_is_the_depth_the_colour_camera_would_see():
                 want[row, col] = z
     tensors = [torch.from_numpy(a) for a in (depth, intrinsics, color_intrinsics, shift)]
     np.testing.assert_allclose(geometry.register_depth(*tensors, (11, 15)).numpy(), want)
+
+
+def test_points_behind_the_second_camera_never_match():
+    """Two cameras back to back: with a tolerance of metres the depth test alone would let the mirror image through."""
+    depth = torch.ones(1, 8, 8)
+    intrinsics = torch.tensor([[[8.0, 0, 3.5], [0, 8, 3.5], [0, 0, 1]]])
+    turned = torch.diag(torch.tensor([-1.0, 1, -1, 1]))[None]
+    same = torch.eye(4)[None]
+    options = {"tolerance": 5.0, "rounding": "nearest"}
+    assert (geometry.match_pixels(depth, depth, intrinsics, intrinsics, same, same, **options) >= 0).all()
+    assert (geometry.match_pixels(depth, depth, intrinsics, intrinsics, same, turned, **options) == -1).all()
