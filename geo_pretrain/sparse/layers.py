@@ -1,0 +1,100 @@
+"""Layers on sparse tensors. Parameter names and layouts are MinkowskiEngine 0.5's, so that weights move both ways."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from geo_pretrain.sparse import functional
+from geo_pretrain.sparse.tensor import SparseTensor
+
+
+class _Convolution(nn.Module):
+    """What the two kinds of convolution share: `kernel` [K, Cin, Cout] ([Cin, Cout] if pointwise), `bias` [1, Cout]."""
+
+    transposed = False
+
+    def __init__(self, in_chans: int, out_chans: int, kernel_size: int, stride: int, dilation: int, bias: bool) -> None:
+        super().__init__()
+        for name, value in {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; accepted: whole numbers from 1 up.")
+        self.in_chans, self.out_chans = in_chans, out_chans
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+        shape = (in_chans, out_chans) if kernel_size == stride == 1 else (kernel_size**3, in_chans, out_chans)
+        self.kernel = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(1, out_chans)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1 / sqrt(fan), fan = input channels (transposed: output channels) times offsets."""
+        fan = (self.out_chans if self.transposed else self.in_chans) * self.kernel_size**3
+        bound = 1 / math.sqrt(fan)
+        nn.init.uniform_(self.kernel, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Features [N, in_chans] -> [N', out_chans] on the same (stride 1), coarser or, transposed, finer voxels."""
+        y = functional.convolve(
+            x,
+            self.kernel,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            transposed=self.transposed,
+        )
+        return y if self.bias is None else y.with_rows(y.rows + self.bias.to(y.rows.dtype))
+
+    def extra_repr(self) -> str:
+        """Shown in `repr`."""
+        return f"{self.in_chans}, {self.out_chans}, kernel_size={self.kernel_size}, stride={self.stride}"
+
+
+class Conv3d(_Convolution):
+    """Sparse convolution; `stride` > 1 leads to the voxels of the coarser grid."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_chans, out_chans, kernel_size, stride, dilation, bias)
+
+
+class ConvTranspose3d(_Convolution):
+    """Transposed sparse convolution, back onto the voxels that the strided one came from."""
+
+    transposed = True
+
+    def __init__(
+        self, in_chans: int, out_chans: int, kernel_size: int = 2, stride: int = 2, bias: bool = False
+    ) -> None:
+        super().__init__(in_chans, out_chans, kernel_size, stride, 1, bias)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all voxels of all batch elements; the parameters live in `.bn`."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(num_features, eps=eps, momentum=momentum)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Features [N, C] -> [N, C]."""
+        rows: Tensor = self.bn(x.rows)
+        return x.with_rows(rows)
+
+
+class ReLU(nn.Module):
+    """max(0, features)."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Features [N, C] -> [N, C]."""
+        return functional.relu(x)

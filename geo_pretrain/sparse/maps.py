@@ -1,0 +1,294 @@
+"""Coordinate sets and kernel maps: which voxel meets which through each offset of a kernel.
+
+A `Grid` holds one set of voxels and the coarser and finer sets made from it. Every set lies in Morton order, so that
+neighbours in space are near in memory; every kernel map is built once and shared by all layers, in both directions.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from geo_pretrain.sparse.coordinates import unique_rows
+
+ALIGNED = 1024  # Morton codes count from a multiple of this, so that cells of strides up to it are runs of the order
+KEY_BITS = 62
+MARGIN = 64  # cells round the bounding box within which a neighbour's key is found by adding to one's own
+
+
+def kernel_offsets(kernel_size: int) -> list[tuple[int, int, int]]:
+    """Offsets (x, y, z) of a cubic kernel's slices, x fastest: centred for odd sizes, from 0 for even ones.
+
+    MinkowskiEngine's order for `RegionType.HYPER_CUBE`, so that its weights need no permutation.
+    """
+    low = -(kernel_size // 2) if kernel_size % 2 else 0
+    steps = range(low, low + kernel_size)
+    return [(x, y, z) for z in steps for y in steps for x in steps]
+
+
+class KernelMap:
+    """For every output voxel and kernel offset the input voxel that meets there: `table` int32 [N_out, K], -1 = none.
+
+    Rows are those of the engine's own order.
+    """
+
+    def __init__(self, table: Tensor, inputs: int, *, symmetric: bool = False) -> None:
+        """`symmetric`: the table of a centred kernel from a set to itself, which is its own reverse with K flipped."""
+        self.table, self.inputs, self.symmetric = table, inputs, symmetric
+
+    @cached_property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """For each kernel offset (input rows, output rows), int64; no row occurs twice in either."""
+        offset, outputs = (self.table.t() >= 0).nonzero(as_tuple=True)
+        inputs = self.table[outputs, offset].long()
+        counts = torch.bincount(offset, minlength=self.table.shape[1]).tolist()
+        return list(zip(inputs.split(counts), outputs.split(counts), strict=True))
+
+    @cached_property
+    def count(self) -> int:
+        """How many products of a row and a kernel slice the map asks for."""
+        return int((self.table >= 0).sum())
+
+    @cached_property
+    def reverse(self) -> KernelMap:
+        """The map from outputs to inputs: that of the transposed convolution and of the input's gradient."""
+        if self.symmetric:
+            reversed_map = KernelMap(self.table.flip(1), len(self.table), symmetric=True)
+        else:
+            table = self.table.new_full((self.inputs, self.table.shape[1]), -1)
+            for k, (inputs, outputs) in enumerate(self.pairs):
+                table[inputs, k] = outputs.int()
+            reversed_map = KernelMap(table, len(self.table))
+        reversed_map.__dict__["reverse"] = self
+        return reversed_map
+
+
+class Level:
+    """One set of voxels at one tensor stride: unique int32 coordinates [N, 4], multiples of the stride."""
+
+    def __init__(self, coords: Tensor, stride: int, *, exact: bool) -> None:
+        """`exact`: rows are in full Morton order, so that the voxels of every aligned cell follow each other."""
+        self.coords, self.stride, self.exact = coords, stride, exact
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    @cached_property
+    def index(self) -> CoordinateIndex:
+        """For looking up rows by coordinate."""
+        return CoordinateIndex(self.coords, self.stride)
+
+    def neighbours(self, kernel_size: int, dilation: int) -> KernelMap:
+        """The map of a convolution with stride 1."""
+        offsets = [(x * dilation, y * dilation, z * dilation) for x, y, z in kernel_offsets(kernel_size)]
+        symmetric = kernel_size % 2 == 1
+        half = len(offsets) // 2 if symmetric else len(offsets)
+        # Places in the sorted keys are searched for, in their order, which is quick; they become rows at the end.
+        places = torch.full((len(offsets), len(self)), -1, dtype=torch.int32, device=self.coords.device)
+        own = torch.arange(len(self), dtype=torch.int32, device=self.coords.device)
+        for k, offset in enumerate(offsets[:half]):
+            places[k] = self.index.neighbour(offset)
+            if symmetric:  # whoever has me as a neighbour is mine, on the other side
+                hit = places[k] >= 0
+                places[-1 - k, places[k][hit].long()] = own[hit]
+        if symmetric:
+            places[half] = own
+        rows = self.index.rows
+        table = torch.empty_like(places.t(), memory_format=torch.contiguous_format)
+        table[rows] = torch.where(places >= 0, rows[places.clamp(min=0)].int(), -1).t()
+        return KernelMap(table, len(self), symmetric=symmetric)
+
+    def coarser(self, factor: int) -> tuple[Level, Tensor]:
+        """The voxels of stride * factor that hold a voxel of this level, and for each of ours its row there."""
+        span = self.stride * factor
+        coords = floor_to(self.coords, span)
+        if self.exact and factor & (factor - 1) == 0 and ALIGNED % span == 0:
+            first = torch.ones(len(coords), dtype=torch.bool, device=coords.device)
+            first[1:] = (coords[1:] != coords[:-1]).any(dim=1)
+            return Level(coords[first], span, exact=True), first.cumsum(0) - 1
+        index, group = unique_rows(coords.long())
+        kept = coords[index]
+        order, exact = morton_order(kept, span)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device)
+        return Level(kept[order], span, exact=exact), rank[group]
+
+
+class Grid:
+    """Voxels, the coarser and finer sets made from them, and all kernel maps among these."""
+
+    def __init__(self, coords: Tensor, stride: int, order: Tensor, exact: bool) -> None:
+        """`coords`: unique int32 [N, 4], rows (batch, x, y, z); `order`, `exact`: their `morton_order`."""
+        self.base = stride
+        self.order = order  # the given row of each of the engine's rows
+        self.rank = torch.empty_like(order)  # and back
+        self.rank[order] = torch.arange(len(order), device=order.device)
+        self.batch_size = int(coords[:, 0].max()) + 1
+        self.levels = {stride: Level(coords[order], stride, exact=exact)}
+        self._parents: dict[tuple[int, int], Tensor] = {}
+        self._maps: dict[tuple[int, int, int, int], KernelMap] = {}
+
+    def level(self, stride: int) -> Level:
+        """The set of voxels at a stride. KeyError when no layer has made it yet."""
+        return self.levels[stride]
+
+    def coarsen(self, stride: int, factor: int) -> Level:
+        """The level at stride * factor, made from the one at `stride` unless it is there."""
+        key = (stride, stride * factor)
+        if stride * factor not in self.levels or key not in self._parents:
+            level, parent = self.levels[stride].coarser(factor)
+            if stride * factor in self.levels:  # made from another level: the same voxels, perhaps in another order
+                level = self.levels[stride * factor]
+                parent = level.index.find(floor_to(self.levels[stride].coords, stride * factor)).long()
+            self.levels[stride * factor], self._parents[key] = level, parent
+        return self.levels[stride * factor]
+
+    def refine(self, stride: int, factor: int, kernel_size: int) -> Level:
+        """The level at stride / factor; where no finer one is known, every voxel gets all children of the kernel."""
+        fine = stride // factor
+        if fine not in self.levels:
+            coarse = self.levels[stride].coords
+            offsets = coarse.new_tensor([(0, *offset) for offset in kernel_offsets(kernel_size)]) * fine
+            rows = (coarse[:, None] + offsets).reshape(-1, 4)
+            index, _ = unique_rows(rows.long())
+            order, exact = morton_order(rows[index], fine)
+            self.levels[fine] = Level(rows[index][order], fine, exact=exact)
+        return self.levels[fine]
+
+    def kernel_map(self, stride: int, factor: int, kernel_size: int, dilation: int) -> KernelMap:
+        """The map of a convolution from the level at `stride` to the one at stride * factor."""
+        key = (stride, factor, kernel_size, dilation)
+        if key not in self._maps:
+            if factor == 1:
+                self._maps[key] = self.levels[stride].neighbours(kernel_size, dilation)
+            else:
+                self._maps[key] = self._strided(stride, factor, kernel_size, dilation)
+        return self._maps[key]
+
+    def _strided(self, stride: int, factor: int, kernel_size: int, dilation: int) -> KernelMap:
+        coarse, fine = self.coarsen(stride, factor), self.levels[stride]
+        parent = self._parents.get((stride, stride * factor))
+        if kernel_size == factor and dilation == 1 and kernel_size % 2 == 0 and parent is not None:
+            # Each fine voxel lies in one cell, at one place in it: no search.
+            rows = (parent >= 0).nonzero()[:, 0]
+            place = (fine.coords[rows, 1:] - coarse.coords[parent[rows], 1:]) // stride
+            k = place[:, 0] + kernel_size * (place[:, 1] + kernel_size * place[:, 2])
+            table = fine.coords.new_full((len(coarse), kernel_size**3), -1)
+            table[parent[rows], k.long()] = rows.int()
+        else:
+            offsets = [(x * dilation, y * dilation, z * dilation) for x, y, z in kernel_offsets(kernel_size)]
+            table = torch.stack([fine.index.find(coarse.coords, offset) for offset in offsets], dim=1)
+        return KernelMap(table, len(fine))
+
+
+class CoordinateIndex:
+    """Exact search in a set of int32 coordinates [N, 4], multiples of `stride`, whatever their extent.
+
+    Where a cell's number in the bounding box fits an int64 that is its key; else its column (batch, x, y) is looked up
+    first and then z within it. A margin round the box keeps the keys of neighbours outside of it apart.
+    """
+
+    def __init__(self, coords: Tensor, stride: int) -> None:
+        self.stride = stride
+        self.coords = coords
+        cells = self._cells(coords)
+        margin = cells.new_tensor((0, MARGIN, MARGIN, MARGIN))
+        self.low, self.high = cells.amin(dim=0) - margin, cells.amax(dim=0) + margin
+        self.extent = (self.high - self.low + 1).tolist()
+        columns = self.extent[0] * self.extent[1] * self.extent[2]
+        if columns >> KEY_BITS:
+            raise ValueError(
+                f"Coordinates span {' x '.join(map(str, self.extent))} (batch, x, y, z); accepted: batch x X x Y up to "
+                f"2^{KEY_BITS}. Is a point far outside, or the voxel size too small?"
+            )
+        column = self._column(cells)
+        self.columns: Tensor | None = None
+        if (columns * self.extent[3]) >> KEY_BITS:
+            self.columns, column = torch.unique(column, return_inverse=True)
+        self.keys, self.rows = (column * self.extent[3] + cells[:, 3] - self.low[3]).sort()
+
+    def find(self, coords: Tensor, offset: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
+        """The row of each coordinate [M, 4] moved by `offset` (x, y, z) strides: int32 [M], -1 where there is none.
+
+        The coordinates are multiples of the stride too.
+        """
+        cells = self._cells(coords) + self.low.new_tensor((0, *offset))
+        found = ((cells >= self.low) & (cells <= self.high)).all(dim=1)
+        column = self._column(cells)
+        if self.columns is not None:
+            place, same = _place(self.columns, column)
+            column, found = place, found & same
+        place, same = _place(self.keys, column * self.extent[3] + cells[:, 3] - self.low[3])
+        return torch.where(found & same, self.rows[place], -1).int()
+
+    def neighbour(self, offset: tuple[int, int, int]) -> Tensor:
+        """For each key, in sorted order, the place among the keys of the cell `offset` cells away: -1 for none."""
+        x, y, z = offset
+        if self.columns is None and max(map(abs, offset)) <= MARGIN:
+            place, same = _place(self.keys, self.keys + (x * self.extent[2] + y) * self.extent[3] + z)
+            return torch.where(same, place, -1)
+        found = self.find(self.coords[self.rows], offset).long()
+        rank = torch.empty_like(self.rows)
+        rank[self.rows] = torch.arange(len(rank), device=rank.device)
+        return torch.where(found >= 0, rank[found.clamp(min=0)], -1)
+
+    def _cells(self, coords: Tensor) -> Tensor:
+        wide = coords.long()
+        if self.stride > 1:
+            wide[:, 1:] //= self.stride
+        return wide
+
+    def _column(self, cells: Tensor) -> Tensor:
+        moved = cells - self.low
+        return (moved[:, 0] * self.extent[1] + moved[:, 1]) * self.extent[2] + moved[:, 2]
+
+
+def _place(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each wanted number stands, or would stand, among sorted keys, and whether it is there."""
+    place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
+    return place, keys[place] == wanted
+
+
+def floor_to(coords: Tensor, span: int) -> Tensor:
+    """Coordinates [N, 4] with x, y, z moved down, towards minus infinity, to multiples of `span`."""
+    down = torch.div(coords, span, rounding_mode="floor") * span
+    down[:, 0] = coords[:, 0]
+    return down
+
+
+def has_duplicates(coords: Tensor, order: Tensor, exact: bool) -> bool:
+    """Whether a coordinate may occur twice: certain for an exact Morton order, in which equal rows are neighbours."""
+    sorted_rows = coords[order]
+    return not exact or bool((sorted_rows[1:] == sorted_rows[:-1]).all(dim=1).any())
+
+
+def morton_order(coords: Tensor, stride: int) -> tuple[Tensor, bool]:
+    """The order [N] of coordinates [N, 4] along a Z-curve, batch by batch, and whether the curve is exact.
+
+    It is not when the extent needs more than 63 bits: then nearby voxels are still near each other.
+    """
+    cells = torch.div(coords, stride, rounding_mode="floor").long()
+    cells[:, 0] = coords[:, 0]
+    low = torch.div(cells.amin(dim=0), ALIGNED, rounding_mode="floor") * ALIGNED
+    cells -= low
+    top = cells.amax(dim=0).tolist()
+    bits, batch_bits = max(top[1:]).bit_length(), int(top[0]).bit_length()
+    excess = max(0, bits - min(21, (63 - batch_bits) // 3))
+    code = _spread(cells[:, 1] >> excess) | _spread(cells[:, 2] >> excess) << 1 | _spread(cells[:, 3] >> excess) << 2
+    code |= cells[:, 0] << 3 * (bits - excess)
+    return code.argsort(stable=True), excess == 0
+
+
+def _spread(value: Tensor) -> Tensor:
+    """Bit i of a number of up to 21 bits moved to bit 3 i."""
+    for shift, mask in (
+        (32, 0x1F00000000FFFF),
+        (16, 0x1F0000FF0000FF),
+        (8, 0x100F00F00F00F00F),
+        (4, 0x10C30C30C30C30C3),
+        (2, 0x1249249249249249),
+    ):
+        value = (value | value << shift) & mask
+    return value
