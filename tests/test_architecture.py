@@ -31,7 +31,10 @@ LIGHT = (
     "geo_pretrain.checkpoint",
     "geo_pretrain.hub",
     "geo_pretrain.cards",
+    "geo_pretrain.convert.kernels",
+    "geo_pretrain.convert.keys",
     "geo_pretrain.convert.pri3d",
+    "geo_pretrain.convert.sr_unet",
 )
 
 
@@ -98,6 +101,7 @@ def test_there_are_no_circles_between_modules():
 
 def test_optional_libraries_are_imported_where_they_are_used():
     optional = {
+        "MinkowskiEngine",
         "timm",
         "segmentation_models_pytorch",
         "pycocotools",

@@ -7,4 +7,7 @@ from collections.abc import Mapping
 # name in catalog entries and checkpoint folders -> "module:class"
 ARCHITECTURES: Mapping[str, str] = {
     "resnet_unet": "geo_pretrain.backbones.resnet_unet:ResNetUNet",
+    "sr_unet": "geo_pretrain.backbones.sr_unet:SRUNet",
 }
+# the files that hold such a network; of two, the first is enough for one without decoder
+WEIGHT_FILES: Mapping[str, tuple[str, ...]] = {"resnet_unet": ("encoder", "decoder"), "sr_unet": ("model",)}

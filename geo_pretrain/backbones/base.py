@@ -7,15 +7,25 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from geo_pretrain.contract import ImageContract, ImageTransform
+    from geo_pretrain.contract import ImageContract, ImageTransform, VoxelContract
 
 
 class Backbone(nn.Module):
     """Base of the networks. `load_backbone` fills the attributes; a network built by hand leaves them None."""
 
     name: str | None = None
-    contract: ImageContract | None = None
+    contract: ImageContract | VoxelContract | None = None
     load_report: Any = None  # a loading.LoadReport; that module imports this one
+
+    def extra_repr(self) -> str:
+        """Shown in `repr(model)`: name and contract."""
+        return ", ".join(str(part) for part in (self.name, self.contract) if part is not None)
+
+
+class ImageBackbone(Backbone):
+    """Base of the networks that see images."""
+
+    contract: ImageContract | None
 
     @property
     def transforms(self) -> ImageTransform:
@@ -27,7 +37,3 @@ class Backbone(nn.Module):
                 "Networks from load_backbone carry one."
             )
         return self.contract.transforms()
-
-    def extra_repr(self) -> str:
-        """Shown in `repr(model)`: name and contract."""
-        return ", ".join(str(part) for part in (self.name, self.contract) if part is not None)

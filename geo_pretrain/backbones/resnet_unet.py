@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from geo_pretrain.backbones.base import Backbone
+from geo_pretrain.backbones.base import ImageBackbone
 
 BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -25,7 +25,7 @@ BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 MIN_SIZE = 32  # pixels: below this the last stage has nothing to look at
 
 
-class ResNetEncoder(Backbone):
+class ResNetEncoder(ImageBackbone):
     """ResNet without pooling and classifier: an image in, a pyramid of feature maps out.
 
     State-dict keys are torchvision's without `fc`. `feature_info` describes the maps `forward` returns, in order, as
@@ -125,7 +125,7 @@ class UNetDecoder(nn.Module):
         return self.conv0(self.up4(x, (2 * height, 2 * width)))
 
 
-class ResNetUNet(Backbone):
+class ResNetUNet(ImageBackbone):
     """The dense 2D network of Pri3D: one feature vector for every second pixel in both directions.
 
     `out_chans` defaults to the pre-training width: width / 2 times the block's expansion, so 32 for ResNet-18 and 128

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+from geo_pretrain.convert.keys import without_data_parallel
 from geo_pretrain.errors import WeightsMismatch
 
 T = TypeVar("T")  # tensors, or anything else that hangs on a key
@@ -19,6 +20,7 @@ NEEDED = {  # a key of each part, to tell "another file" from "a Pri3D file"
     "encoder": ("conv1.weight", "layer4.0.conv1.weight"),
     "decoder": ("up1.conv1.weight", "conv0.weight"),
 }
+NEEDED_3D = {"backbone3d": ("conv0p1s1.kernel", "final.kernel")}  # where there is a 3D part at all
 BARE_ENCODER = "conv1.weight"  # a torchvision dictionary has it at the top level
 
 
@@ -26,11 +28,11 @@ def split_pri3d(model: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """Take apart the `model` entry of an authors' checkpoint.
 
     Returns "encoder" (torchvision's names), "decoder" (without "decoder."), and, where the file has them, "backbone3d"
-    and "heads" (names as they are). A `module.` in front of every key, left by data-parallel training, is removed.
-    Raises `WeightsMismatch` for keys that belong to no part, or when encoder or decoder are not there.
+    (what `sr_unet.convert_sr_unet` takes as family "pri3d") and "heads" (names as they are). A `module.` in front of
+    every key, left by data-parallel training, is removed. Raises `WeightsMismatch` for keys that belong to no part, or
+    when encoder or decoder are not there.
     """
-    if model and all(key.startswith("module.") for key in model):
-        model = {key.removeprefix("module."): value for key, value in model.items()}
+    model = without_data_parallel(model)
     if "model" in model:
         raise WeightsMismatch("This is the whole checkpoint file; accepted: its entry 'model', a flat state dict.")
     if BARE_ENCODER in model:
@@ -45,7 +47,8 @@ def split_pri3d(model: Mapping[str, T]) -> dict[str, dict[str, T]]:
             parts.setdefault("heads", {})[key] = value
         else:
             strange.append(key)
-    missing = [f"{part}: {key}" for part, keys in NEEDED.items() for key in keys if key not in parts.get(part, {})]
+    needed = NEEDED | (NEEDED_3D if "backbone3d" in parts else {})
+    missing = [f"{part}: {key}" for part, keys in needed.items() for key in keys if key not in parts.get(part, {})]
     if strange or missing:
         accepted = ", ".join(repr(prefix) for prefix in (*PREFIXES, *HEADS))
         raise WeightsMismatch(

@@ -1,0 +1,243 @@
+"""SR-UNet: the sparse residual U-Net that PointContrast, CSC, SLidR and Pri3D pre-train.
+
+Choy et al., "4D Spatio-Temporal ConvNets", CVPR 2019 (the family Res16UNet); Xie et al., "PointContrast", ECCV 2020
+(the variant 34C). Written from their description; names and shapes are those of the published checkpoints in
+MinkowskiEngine 0.5's layout. `width` scales every layer: 32 is the real network, 16 a toy, 8 a tiny twin for tests.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from geo_pretrain.backbones.base import Backbone
+from geo_pretrain.sparse.functional import point_rows
+from geo_pretrain.sparse.layers import BatchNorm, Conv3d, ConvTranspose3d, ReLU
+from geo_pretrain.sparse.tensor import SparseTensor, cat
+
+if TYPE_CHECKING:
+    from geo_pretrain.contract import VoxelContract, VoxelTransform
+
+REAL_WIDTH = 32
+# channels of block1 to block8 at the real width, blocks in each
+VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "34C": ((32, 64, 128, 256, 256, 128, 96, 96), (2, 3, 4, 6, 2, 2, 2, 2)),
+    "18A": ((32, 64, 128, 256, 128, 128, 96, 96), (2,) * 8),
+    "18B": ((32, 64, 128, 256, 128, 128, 128, 128), (2,) * 8),
+    "18C": ((32, 64, 128, 256, 256, 128, 96, 96), (2,) * 8),  # 34C's channels
+}
+INNER_FILES = (__file__, str(Path(nn.__file__).parent))  # a warning about the input belongs to the caller's line
+LEVELS = ("block8", "block7", "block6", "block5", "block4")  # the finished maps, finest first: strides 1 to 16
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3x3 convolutions with a shortcut; 1x1x1 and norm on the shortcut when the channels change."""
+
+    def __init__(self, in_chans: int, out_chans: int, bn_momentum: float) -> None:
+        super().__init__()
+        self.conv1 = Conv3d(in_chans, out_chans, kernel_size=3)
+        self.norm1 = BatchNorm(out_chans)
+        self.conv2 = Conv3d(out_chans, out_chans, kernel_size=3)
+        self.norm2 = BatchNorm(out_chans)
+        self.relu = ReLU()
+        self.downsample: nn.Sequential | None = None
+        if in_chans != out_chans:
+            shortcut = Conv3d(in_chans, out_chans, kernel_size=1)
+            self.downsample = nn.Sequential(shortcut, BatchNorm(out_chans, momentum=bn_momentum))
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Same voxels, `out_chans` channels."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.norm1(self.conv1(x)))
+        return self.relu(self.norm2(self.conv2(x)) + shortcut)
+
+
+class SRUNet(Backbone):
+    """Sparse residual U-Net: four strided convolutions to stride 16 and four transposed ones back; skips concatenated.
+
+    `variant` is "34C" (SR-UNet34), "18A" (SR-UNet18), "18B" or "18C"; `planes` and `layers` replace its channels and
+    block counts, `width` is then the stem's channels. `normalize` divides each output row by its length, as descriptors
+    are. `bn_momentum` reaches the stem, strided, transposed and shortcut norms and not those inside blocks, which keep
+    0.1: so it is in the released code. `init`: "me" (uniform, MinkowskiEngine's) or "kaiming" (fan-out, Pri3D's).
+    """
+
+    contract: VoxelContract | None
+
+    def __init__(
+        self,
+        variant: str = "34C",
+        *,
+        in_chans: int = 3,
+        out_chans: int = 32,
+        width: int = REAL_WIDTH,
+        stem_kernel: int = 3,
+        normalize: bool = False,
+        bn_momentum: float = 0.1,
+        planes: Sequence[int] | None = None,
+        layers: Sequence[int] | None = None,
+        init: Literal["me", "kaiming"] = "me",
+    ) -> None:
+        super().__init__()
+        planes, layers = _shape(variant, width, planes, layers)
+        self.variant, self.width, self.planes, self.layers = variant, width, planes, layers
+        self.in_chans, self.out_chans, self.normalize = in_chans, out_chans, normalize
+        self._doubted = False
+
+        def norm(channels: int) -> BatchNorm:
+            return BatchNorm(channels, momentum=bn_momentum)
+
+        def blocks(in_chans: int, number: int) -> nn.Sequential:
+            chans = planes[number - 1]
+            first = BasicBlock(in_chans, chans, bn_momentum)
+            return nn.Sequential(first, *(BasicBlock(chans, chans, bn_momentum) for _ in range(layers[number - 1] - 1)))
+
+        self.conv0p1s1 = Conv3d(in_chans, width, kernel_size=stem_kernel)
+        self.bn0 = norm(width)
+        chans = width
+        for number in range(1, 5):  # down: conv1p1s2 .. conv4p8s2
+            self.add_module(f"conv{number}p{1 << number - 1}s2", Conv3d(chans, chans, kernel_size=2, stride=2))
+            self.add_module(f"bn{number}", norm(chans))
+            self.add_module(f"block{number}", blocks(chans, number))
+            chans = planes[number - 1]
+        skips = (width, *planes[:3])
+        for number in range(4, 8):  # up: convtr4p16s2 .. convtr7p2s2
+            up = planes[number]
+            self.add_module(f"convtr{number}p{256 >> number}s2", ConvTranspose3d(chans, up, kernel_size=2, stride=2))
+            self.add_module(f"bntr{number}", norm(up))
+            self.add_module(f"block{number + 1}", blocks(up + skips[7 - number], number + 1))
+            chans = up
+        self.final = Conv3d(chans, out_chans, kernel_size=1, bias=True)
+        self.relu = ReLU()
+        if init == "kaiming":
+            _kaiming(self)
+        elif init != "me":
+            raise ValueError(f"init is {init!r}; accepted: 'me', 'kaiming'.")
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """One dict a map of `pyramid`, as timm does: "num_chs", "reduction" (stride in voxels) and "module"."""
+        channels = reversed(self.planes[3:])
+        return [
+            {"num_chs": chans, "reduction": 1 << level, "module": module}
+            for level, (chans, module) in enumerate(zip(channels, LEVELS, strict=True))
+        ]
+
+    @property
+    def transforms(self) -> VoxelTransform:
+        """The callable that turns points (and their colours) into this network's voxels, as in pre-training."""
+        return self._known_contract().transforms()
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """x at stride 1 with `in_chans` channels, scaled as the contract says -> the same voxels, [N, out_chans]."""
+        out = self.final(self.pyramid(x)[0])
+        return out.with_rows(F.normalize(out.rows, dim=1)) if self.normalize else out
+
+    def pyramid(self, x: SparseTensor) -> list[SparseTensor]:
+        """The finished maps of the U-Net at strides 1, 2, 4, 8, 16: outputs of block8, block7, block6, block5, block4.
+
+        Channels and strides stand in `feature_info`.
+        """
+        self._check(x)
+        module = self.get_submodule
+        x = self.relu(self.bn0(self.conv0p1s1(x)))
+        skips = [x]
+        for number in range(1, 5):
+            x = self.relu(module(f"bn{number}")(module(f"conv{number}p{1 << number - 1}s2")(x)))
+            x = module(f"block{number}")(x)
+            skips.append(x)
+        maps = [skips.pop()]
+        for number in range(4, 8):
+            x = self.relu(module(f"bntr{number}")(module(f"convtr{number}p{256 >> number}s2")(x)))
+            x = module(f"block{number + 1}")(cat(x, skips.pop()))
+            maps.append(x)
+        return maps[::-1]
+
+    def encode_points(
+        self,
+        points: Any,
+        features: Any = None,
+        *,
+        out: Literal["pyramid", "final"] = "pyramid",
+        batch: Any = None,
+    ) -> Tensor:
+        """Features of points [N, 3] (m), arrays or tensors on any device -> [N, D], on the network's device.
+
+        Voxelises as the contract says (`features` [N, C]: see `VoxelTransform`; None for networks trained on ones),
+        runs, and gives each point the row of the voxel it lies in. `out` "pyramid" concatenates all maps, finest first
+        (832 channels for 34C); "final" is the network's output. `batch` [N]: the cloud each point belongs to.
+        """
+        if out not in ("pyramid", "final"):
+            raise ValueError(f"out is {out!r}; accepted: 'pyramid', 'final'.")
+        voxels, weight = self.transforms(points, features, batch=batch), self.final.kernel
+        coords = voxels.coords.to(weight.device)
+        x = SparseTensor(coords, voxels.feats.to(weight))
+        maps = self.pyramid(x) if out == "pyramid" else [self(x)]
+        found = torch.cat([m.feats[point_rows(m, coords)] for m in maps], dim=1)
+        return found[voxels.inverse.to(weight.device)]
+
+    def _known_contract(self) -> VoxelContract:
+        if self.contract is None:
+            # not an AttributeError: nn.Module would hide it behind "has no attribute 'transforms'"
+            raise RuntimeError(
+                "This network was built without a contract, so voxel size and features it expects are unknown. "
+                "Networks from load_backbone carry one; or set network.contract = VoxelContract(...)."
+            )
+        return self.contract
+
+    def _check(self, x: SparseTensor) -> None:
+        if not isinstance(x, SparseTensor):
+            raise TypeError(f"Got {type(x).__name__}; accepted: a SparseTensor. For points: encode_points(points).")
+        if x.stride != 1:
+            raise ValueError(f"The voxels are at stride {x.stride}; accepted: stride 1.")
+        given = x.rows.shape[1]
+        if given != self.in_chans:
+            wanted = "" if self.contract is None else f" ({self.contract})"
+            raise ValueError(
+                f"This network takes {self.in_chans} feature channels{wanted}; got {given}. "
+                f"load_backbone(..., in_chans={given}) adapts the stem."
+            )
+        if self.contract is not None and not self._doubted:
+            self._doubted = True  # once: looking at the values makes a GPU wait
+            doubt = self.contract.doubt(x.rows.detach())
+            if doubt is not None:
+                warnings.warn(f"{self.name or 'This network'} expects {self.contract}; {doubt}", stacklevel=_level())
+
+
+def _shape(
+    variant: str, width: int, planes: Sequence[int] | None, layers: Sequence[int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channels and block counts of block1 to block8."""
+    if variant not in VARIANTS:
+        raise ValueError(f"Unknown SR-UNet variant {variant!r}; accepted: {', '.join(VARIANTS)}.")
+    if width < 1:
+        raise ValueError(f"width is {width!r}; accepted: whole numbers from 1 up (32 is the real network).")
+    own_planes, own_layers = VARIANTS[variant]
+    planes = [chans * width // REAL_WIDTH for chans in own_planes] if planes is None else planes
+    layers = own_layers if layers is None else layers
+    if not len(planes) == len(layers) == 8 or min(*planes, *layers) < 1:
+        raise ValueError(f"planes are {tuple(planes)}, layers {tuple(layers)}; accepted: eight positive numbers each.")
+    return tuple(planes), tuple(layers)
+
+
+def _kaiming(network: nn.Module) -> None:
+    """Ordinary convolutions from N(0, sqrt(2 / (K * out channels))); transposed ones keep MinkowskiEngine's start."""
+    for module in network.modules():
+        if isinstance(module, Conv3d):
+            kernel = module.kernel
+            fan_out = kernel.shape[-1] * (kernel.shape[0] if kernel.ndim == 3 else 1)
+            nn.init.normal_(kernel, std=(2 / fan_out) ** 0.5)
+
+
+def _level() -> int:
+    """The `stacklevel` with which a warning by the caller of this function points outside torch and this file."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INNER_FILES):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,77 @@
+"""SR-UNets in the checkpoints of their authors: a state dict of theirs becomes one of ours.
+
+What differs between the families is data (`FAMILIES`): where the network lies in the file, and whether it was trained
+with MinkowskiEngine 0.4, whose block kernels need another order (`kernels.from_me04`). A wrong order loads without any
+error and ruins the features, so the family has to be said; it cannot be seen in the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from geo_pretrain.convert.kernels import from_me04
+from geo_pretrain.convert.keys import KeyReport, match_keys, without_data_parallel
+from geo_pretrain.errors import WeightsMismatch, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STEM = "conv0p1s1.kernel"  # every SR-UNet has it
+HEADS = ("final.", "offsets_pre.", "bntr_offset.", "offsets.")  # CSC's instance segmentation adds the offset branch
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one code base stores its SR-UNet."""
+
+    entry: str  # of the checkpoint file: the flat state dict
+    prefixes: tuple[str, ...]  # in front of the network's keys, after `module.`
+    me04: bool  # trained with MinkowskiEngine 0.4 or before
+
+
+FAMILIES = {
+    "pointcontrast": Family(entry="state_dict", prefixes=("", "encoder."), me04=True),
+    "csc": Family(entry="state_dict", prefixes=("", "encoder."), me04=True),
+    "votenet": Family(entry="state_dict", prefixes=("backbone_net.net.",), me04=True),  # fine-tuned PointContrast, CSC
+    "slidr": Family(entry="model_points", prefixes=("",), me04=False),
+    "pri3d": Family(entry="model", prefixes=("backbone3d.", ""), me04=False),
+}
+
+
+def convert_sr_unet(
+    family: str, state: Mapping[str, Tensor], network: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], KeyReport]:
+    """An authors' flat state dict as one of ours, and the report of its keys.
+
+    `state` is the entry of the file that `FAMILIES` names; `network` the state dict of the SR-UNet it is for, on any
+    device, meta included. The result holds those keys of `network` that the file has with the same shape: all of
+    them, but for the head (`final`), which is left out where its shape differs, as after fine-tuning. Raises
+    `UnknownName` for a family, `WeightsMismatch` when the network is not in the file or not as a whole.
+    """
+    if family not in FAMILIES:
+        raise unknown("family of 3D checkpoints", family, FAMILIES)
+    rule = FAMILIES[family]
+    state = without_data_parallel(state)
+    if rule.entry in state:
+        raise WeightsMismatch(f"This is the whole checkpoint file; accepted: its entry {rule.entry!r}.")
+    prefix = _prefix(family, state)
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    report = match_keys(inside, network, heads=HEADS, name=family)
+    outside = tuple(key for key in state if not key.startswith(prefix))
+    report = KeyReport(report.matched, report.missing, tuple(prefix + key for key in report.unexpected) + outside)
+    matched = {key: inside[key] for key in report.matched}
+    return (from_me04(matched) if rule.me04 else matched), report
+
+
+def _prefix(family: str, state: Mapping[str, Tensor]) -> str:
+    for prefix in FAMILIES[family].prefixes:
+        if prefix + STEM in state:
+            return prefix
+    fitting = [name for name, rule in FAMILIES.items() if any(prefix + STEM in state for prefix in rule.prefixes)]
+    accepted = ", ".join(repr(prefix + STEM) for prefix in FAMILIES[family].prefixes)
+    raise WeightsMismatch(
+        f"No SR-UNet of family {family!r} in keys such as {list(state)[:3]}; accepted are files with {accepted}. "
+        f"Families that fit these keys: {', '.join(map(repr, fitting)) or 'none'}."
+    )
