@@ -12,11 +12,12 @@ from typing import Any
 
 from geo_pretrain.catalog import CATALOG, backbone_info, list_backbones
 from geo_pretrain.catalog.entry import STATUSES, Arch, Entry, Licence, Result
-from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.contract import COLOURS, ImageContract, VoxelContract
 from geo_pretrain.errors import GeoPretrainError
 
 BEGIN, END = "<!-- catalog -->", "<!-- /catalog -->"
-TABLE_HEAD = ("name", "architecture", "pre-training data", "weights' licence", "status", "ScanNet mIoU (paper)")
+TABLE_HEAD = ("name", "architecture", "pre-training data", "weights' licence", "status", "ScanNet mIoU (reported)")
+SEGMENTATION = {"2d": "semantic segmentation", "3d": "3D semantic segmentation"}
 
 
 def render_card(
@@ -35,7 +36,7 @@ def render_card(
     parts = [f"# {name}", entry.description[0].upper() + entry.description[1:] + "." if entry else ""]
     if not finished:
         parts.append("**Unfinished**: written on the way; training goes on or was stopped.")
-    parts += [_facts(arch, contract, recipe), _usage("path/to/this/folder"), _licence(licence)]
+    parts += [_facts(arch, contract, recipe), _usage("path/to/this/folder", contract), _licence(licence)]
     parts += ["## Provenance", _tree(provenance)]
     if results:
         parts += ["## Measured", _results(results)]
@@ -48,7 +49,7 @@ def render_entry(entry: Entry) -> str:
     """The card of a catalog entry, for model_cards/."""
     parts = [f"# {entry.name}", entry.description[0].upper() + entry.description[1:] + "."]
     parts.append(_facts(entry.arch, entry.contract, entry.recipe, data=entry.data, status=entry.status))
-    parts.append(_usage(entry.name))
+    parts.append(_usage(entry.name, entry.contract))
     if entry.status != "published-here":
         parts.append(f"No file is on this project's hub yet: {entry.how_to_get()}.")
     parts.append(_licence(entry.licence))
@@ -66,7 +67,7 @@ def catalog_table(names: Iterable[str] | None = None) -> str:
     rows = []
     for name in list_backbones() if names is None else names:
         entry = backbone_info(name)
-        miou = entry.result("semantic segmentation", "ScanNet", "mIoU")
+        miou = entry.result(SEGMENTATION[entry.modality], "ScanNet", "mIoU")
         licence, status = entry.licence.weights, STATUSES[entry.status]
         rows.append(
             (f"`{name}`", network_title(entry.arch), entry.data, licence, status, "" if miou is None else f"{miou:g}")
@@ -120,17 +121,25 @@ def _facts(
     return "\n".join(lines)
 
 
-def _usage(where: str) -> str:
-    lines = [
-        "```python",
-        "import geo_pretrain as gp",
-        "",
-        f'encoder = gp.load_backbone("{where}")',
-        "maps = encoder(encoder.transforms(image)[None])  # image: PIL, or uint8 [H, W, 3]; maps at strides 2 to 32",
-        f'unet = gp.load_backbone("{where}", decoder=True)  # dense features at half the resolution',
-        "```",
-    ]
-    return "## Use\n\n" + "\n".join(lines)
+def _usage(where: str, contract: ImageContract | VoxelContract) -> str:
+    if isinstance(contract, ImageContract):
+        lines = [
+            f'encoder = gp.load_backbone("{where}")',
+            "maps = encoder(encoder.transforms(image)[None])  # PIL image or uint8 [H, W, 3]; maps at strides 2 to 32",
+            f'unet = gp.load_backbone("{where}", decoder=True)  # dense features at half the resolution',
+        ]
+    else:
+        names = contract.given_channels
+        colours = set(names) <= COLOURS
+        given = "" if not names else ", colours" if colours else f", {'_'.join(names)}"
+        kinds = "" if not names else f", {'uint8' if colours else 'float'} [N, {len(names)}]"
+        lines = [
+            f'network = gp.load_backbone("{where}")',
+            f"features = network.encode_points(points{given})  # float [N, 3] in metres{kinds}; all maps, per point",
+            f'output = network.encode_points(points{given}, out="final")  # what the loss of the pre-training saw',
+            "maps = network.pyramid(x)  # x: geo_pretrain.sparse.SparseTensor; maps at strides 1 to 16 in voxels",
+        ]
+    return "\n".join(["## Use", "", "```python", "import geo_pretrain as gp", "", *lines, "```"])
 
 
 def _licence(licence: Licence) -> str:
@@ -150,8 +159,10 @@ def _results(results: Iterable[Result]) -> str:
 
 
 def network_title(arch: Arch) -> str:
-    """A short name for people, such as "ResNet-18 U-Net"."""
-    return f"ResNet-{arch.args['depth']} U-Net" if arch.name == "resnet_unet" else arch.name
+    """A short name for people, such as "ResNet-18 U-Net" or "SR-UNet34C"."""
+    if arch.name == "resnet_unet":
+        return f"ResNet-{arch.args['depth']} U-Net"
+    return f"SR-UNet{arch.args.get('variant', '34C')}" if arch.name == "sr_unet" else arch.name
 
 
 def _tree(data: Mapping[str, Any], indent: str = "") -> str:

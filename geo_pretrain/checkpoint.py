@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geo_pretrain.backbones import WEIGHT_FILES
 from geo_pretrain.catalog.entry import Arch, Licence
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
 from geo_pretrain.errors import CheckpointError, DigestMismatch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CONFIG = "config.json"
-WEIGHT_ROLES = ("encoder", "decoder", "heads")
+WEIGHT_ROLES = ("encoder", "decoder", "model", "heads")
 TEXT_ROLES = {"recipe": "recipe.yaml", "log": "log.jsonl", "card": "README.md"}
 ROLES = {role: f"{role}.safetensors" for role in (*WEIGHT_ROLES, "golden")} | TEXT_ROLES
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -55,6 +56,11 @@ class Checkpoint:
     provenance: Mapping[str, Any]
     finished: bool  # False: written on the way, training goes on
 
+    def network_roles(self, *, decoder: bool = True) -> tuple[str, ...]:
+        """The roles that hold the network: "model", or "encoder" and "decoder"; without `decoder` what it can spare."""
+        roles = WEIGHT_FILES[self.arch.name]
+        return roles if decoder else roles[:1]
+
     def file_of(self, role: str) -> str:
         """The name of the file with this role. Raises `CheckpointError` naming the roles there are."""
         for name, stored in self.files.items():
@@ -81,9 +87,10 @@ def write_checkpoint(
 ) -> Checkpoint:
     """Write a checkpoint folder, all of it or nothing; one that is there already is replaced.
 
-    `weights` maps a role ("encoder", "decoder", "heads") to its state dict, `golden` holds "input" and the outputs to
-    reproduce, `log` is a file to copy (Path) or the text itself. One writer at a time. Files that the format does not
-    know (somebody's notes) are carried over. Raises `CheckpointError` when `folder` holds something else.
+    `weights` maps a role ("encoder" and "decoder", or "model" for a network in one piece; "heads") to its state dict.
+    `golden` holds "input" (3D: "input.coords" and "input.feats") and the outputs to reproduce, `log` is a file to copy
+    (Path) or the text itself. One writer at a time. Files that the format does not know (somebody's notes) are carried
+    over. Raises `CheckpointError` when `folder` holds something else.
     """
     folder = Path(folder).resolve()
     check_target(folder, name)
@@ -169,7 +176,7 @@ def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
 
 
 def read_weights(checkpoint: Checkpoint, role: str) -> dict[str, Tensor]:
-    """The tensors of one role ("encoder", "decoder", "heads", "golden"), on the CPU.
+    """The tensors of one role (one of `WEIGHT_ROLES`, or "golden"), on the CPU.
 
     Size and digest are checked before anything is parsed: `DigestMismatch` names the file and both digests.
     """

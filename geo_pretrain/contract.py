@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from geo_pretrain.sparse.coordinates import Voxels
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear")
+COLOURS = {"R", "G", "B", "grey"}
+COORDINATES = {"cartesian": "one edge in metres", "cylindrical": "three edges in metres, degrees, metres"}
+MAX_EXTENT = 1000.0  # metres: no scan is larger, and rooms in millimetres are
 ACCEPTED = "a PIL image, uint8 [H, W, C] numpy, or a tensor [C, H, W] or [B, C, H, W], uint8 or float in [0, 1]"
 
 
@@ -99,22 +104,58 @@ class ImageTransform:
 
 @dataclass(frozen=True)
 class VoxelContract:
-    """What a sparse 3D network expects: voxel edge in metres, feature channels by name, their scaling, coordinates."""
+    """What a sparse 3D network expects: voxel edge, feature channels by name, their scaling, kind of coordinates.
 
-    voxel_size: float
-    channels: tuple[str, ...]
-    scaling: str  # in words, such as "colour / 255 - 0.5"
-    coordinates: str = "floor(x / voxel_size), int32 rows (batch, x, y, z)"
+    A channel named "one" is constant 1; every other is `raw * scale + offset`, where raw colours ("R", "G", "B",
+    "grey") lie in [0, 1]. `voxel_size` is one edge in metres or, for "cylindrical" coordinates (radius, azimuth, z),
+    three: metres, degrees, metres. `reduce` says which points make a voxel's features.
+    """
+
+    voxel_size: float | tuple[float, float, float]
+    channels: tuple[str, ...] = ("one", "one", "one")
+    scale: float = 1.0
+    offset: float = 0.0
+    coordinates: Literal["cartesian", "cylindrical"] = "cartesian"
+    reduce: Literal["first", "mean"] = "first"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
-        if self.voxel_size <= 0:
-            raise ValueError(f"voxel_size is {self.voxel_size}; accepted: metres above 0.")
-        if not self.channels or not self.scaling:
-            raise ValueError(f"channels and scaling must not be empty; got {self}.")
+        if not isinstance(self.voxel_size, (int, float)):
+            object.__setattr__(self, "voxel_size", tuple(self.voxel_size))
+        if self.coordinates not in COORDINATES:
+            raise ValueError(f"coordinates are {self.coordinates!r}; accepted: {', '.join(COORDINATES)}.")
+        wanted = COORDINATES[self.coordinates]
+        sizes = self.voxel_size if isinstance(self.voxel_size, tuple) else (self.voxel_size,)
+        if len(sizes) != (1 if self.coordinates == "cartesian" else 3) or min(sizes) <= 0:
+            raise ValueError(f"voxel_size is {self.voxel_size!r}; accepted for {self.coordinates} ones: {wanted}.")
+        if not self.channels or not all(isinstance(name, str) and name for name in self.channels):
+            raise ValueError(f"channels are {self.channels!r}; accepted: one name a channel, such as 'R' or 'one'.")
+        if self.scale == 0:
+            raise ValueError("scale is 0; accepted: any other number.")
+        if self.reduce not in ("first", "mean"):
+            raise ValueError(f"reduce is {self.reduce!r}; accepted: 'first', 'mean'.")
 
     def __str__(self) -> str:
-        return f"voxels: {self.voxel_size * 100:g} cm, {'+'.join(self.channels)} ({self.scaling}), {self.coordinates}"
+        if isinstance(self.voxel_size, tuple):
+            size = "{:g} m x {:g} degree x {:g} m (radius, azimuth, z)".format(*self.voxel_size)
+        else:
+            size = f"{self.voxel_size * 100:g} cm"
+        names = self.given_channels
+        if not names:
+            return f"voxels: {size}, features constant 1 ({len(self.channels)} channels)"
+        order = "".join(names) if max(map(len, names)) == 1 else "+".join(names)
+        ones = len(self.channels) - len(names)
+        text = order + (" in [0, 1]" if set(names) <= COLOURS else "")
+        text += f" * {self.scale:g}" if self.scale != 1 else ""
+        text += f" {'-' if self.offset < 0 else '+'} {abs(self.offset):g}" if self.offset else ""
+        text += f", {ones} x constant 1" if ones else ""
+        whose = "a voxel's first point" if self.reduce == "first" else "the mean of a voxel's points"
+        return f"voxels: {size}, {text}, of {whose}"
+
+    @property
+    def given_channels(self) -> tuple[str, ...]:
+        """The channels that points must bring: all but the constant ones."""
+        return tuple(name for name in self.channels if name != "one")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `contract_from_dict` is the way back."""
@@ -124,6 +165,66 @@ class VoxelContract:
     def from_dict(cls, data: Mapping[str, Any]) -> VoxelContract:
         """Raises ValueError for unknown, missing or impossible entries."""
         return cls(**_checked_keys(cls, data, "voxel"))
+
+    def transforms(self) -> VoxelTransform:
+        """The transform of this contract: points to voxels."""
+        return VoxelTransform(self)
+
+    def with_channels(self, count: int) -> VoxelContract:
+        """The contract after the stem was adapted to `count` channels; new ones are scaled as the others."""
+        have = len(self.channels)
+        if count == have:
+            return self
+        if not self.given_channels:
+            return replace(self, channels=("one",) * count)
+        if count > have:
+            return replace(self, channels=(*self.channels, *(f"extra{i}" for i in range(count - have))))
+        grey = count == 1 and set(self.channels) <= COLOURS
+        return replace(self, channels=("grey",) if grey else tuple(f"channel{i}" for i in range(count)))
+
+    def doubt(self, feats: Tensor) -> str | None:
+        """Why features [N, C] cannot be what this contract makes, in words; None when they can.
+
+        Pre-training adds a little noise to the features, so a tenth beyond the range is not doubted.
+        """
+        low, high = feats.aminmax(dim=0)
+        values = list(zip(self.channels, low.tolist(), high.tolist(), strict=True))
+        ones = [value for value in values if value[0] == "one"]
+        if any(not (least > 0.5 and most < 1.5) for _, least, most in ones):
+            return f"the features given are not constant 1 but span {_span(ones)}."
+        start, end = sorted((self.offset, self.offset + self.scale))
+        colours = [value for value in values if value[0] in COLOURS]
+        if any(not (least >= start - 0.1 and most <= end + 0.1) for _, least, most in colours):
+            return f"the colours given span {_span(colours)} instead of [{start:g}, {end:g}]; .transforms scales them."
+        given = [value for value in values if value[0] != "one"]
+        if given and len(feats) > 1 and all(least == most == given[0][1] for _, least, most in given):
+            return f"all features given are {given[0][1]:g}."
+        return None
+
+
+@dataclass(frozen=True)
+class VoxelTransform:
+    """Points in, the voxels of the network's input out. Plain data, so data-loader workers can receive it."""
+
+    contract: VoxelContract
+
+    def __call__(self, points: Any, features: Any = None, *, batch: Any = None) -> Voxels:
+        """Points [N, 3] in metres and `features` [N, C], arrays or tensors -> unique voxels, scaled features, inverse.
+
+        Colours are uint8 or float in [0, 1], other features float; networks trained on ones take None. `batch` [N]
+        holds the number of the cloud that each point belongs to. Values that were scaled already, colours for a
+        network without, and points that look like millimetres raise ValueError.
+        """
+        from geo_pretrain.sparse.coordinates import voxelize
+
+        contract = self.contract
+        points = _to_points(points)
+        feats = _to_features(features, points, contract)
+        batch = None if batch is None else _as_tensor(batch).to(points.device)
+        if isinstance(contract.voxel_size, tuple):
+            cells = _cylinder(points) / points.new_tensor(contract.voxel_size)
+            return voxelize(cells, feats, 1.0, reduce=contract.reduce, batch=batch)
+        return voxelize(points, feats, contract.voxel_size, reduce=contract.reduce, batch=batch)
 
 
 def contract_from_dict(data: Mapping[str, Any]) -> ImageContract | VoxelContract:
@@ -139,8 +240,88 @@ def _checked_keys(cls: type, data: Mapping[str, Any], kind: str) -> dict[str, An
     fields = {"kind", *cls.__dataclass_fields__}  # type: ignore[attr-defined]
     if set(data) != fields or data["kind"] != kind:
         missing, extra = sorted(fields - set(data)), sorted(set(data) - fields)
-        raise ValueError(f"not an {kind} contract: missing {missing}, unknown {extra}, kind {data.get('kind')!r}.")
+        raise ValueError(
+            f"not a contract of kind {kind!r}: missing {missing}, unknown {extra}, kind {data.get('kind')!r}."
+        )
     return {key: value for key, value in data.items() if key != "kind"}
+
+
+def _as_tensor(values: Any) -> Tensor:
+    import numpy as np
+    import torch
+
+    # a copy of arrays: torch dislikes those that are read-only or run backwards
+    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
+
+
+def _to_points(points: Any) -> Tensor:
+    points = _as_tensor(points)
+    if points.ndim != 2 or points.shape[1] != 3 or not points.is_floating_point() or not len(points):
+        raise ValueError(f"points are {points.dtype} {tuple(points.shape)}; accepted: float [N, 3] in metres, N > 0.")
+    extent = (points.amax(dim=0) - points.amin(dim=0)).max()
+    if extent > MAX_EXTENT:
+        raise ValueError(
+            f"The points span {float(extent):.4g} m; accepted: metres, up to {MAX_EXTENT:g}. "
+            "Millimetres need dividing by 1000."
+        )
+    return points
+
+
+def _to_features(features: Any, points: Tensor, contract: VoxelContract) -> Tensor:
+    """The network's features of every point: float [N, C], scaled, with the constant channels filled in."""
+    import torch
+
+    names, count = contract.given_channels, len(points)
+    feats = torch.ones(count, len(contract.channels), dtype=torch.float32, device=points.device)
+    wanted = f"[{count}, {len(names)}] ({', '.join(names)})"
+    if not names:
+        if features is not None:
+            raise ValueError(
+                "This network was trained on constant features; accepted: features=None. To fine-tune on others, set "
+                "network.contract to a VoxelContract that names them."
+            )
+        return feats
+    if features is None:
+        raise ValueError(f"This network needs features of the points; accepted: {_kinds(names)} {wanted}.")
+    features = _as_tensor(features).to(points.device)
+    if features.shape != (count, len(names)):
+        raise ValueError(f"features are {tuple(features.shape)}; accepted: {wanted}, one row a point.")
+    if features.dtype == torch.uint8 and set(names) <= COLOURS:
+        features = features.to(torch.float32) / 255
+    if not features.is_floating_point():
+        raise ValueError(f"features are {features.dtype}; accepted: {_kinds(names)}.")
+    _check_colours(features[:, [name in COLOURS for name in names]])
+    given = [index for index, name in enumerate(contract.channels) if name != "one"]
+    feats[:, given] = features.to(torch.float32) * contract.scale + contract.offset
+    return feats
+
+
+def _kinds(names: tuple[str, ...]) -> str:
+    return "uint8 or float in [0, 1]" if set(names) <= COLOURS else "float"
+
+
+def _check_colours(colours: Tensor) -> None:
+    if not colours.numel():
+        return
+    low, high = (float(bound) for bound in colours.aminmax())
+    if not (low >= 0 and high <= 1):  # so written, NaN is refused too
+        raise ValueError(
+            f"Float colours must lie in [0, 1]; these span [{low:.4g}, {high:.4g}]. Below 0 they were probably shifted "
+            "already, which is done here; up to 255 they need dividing by 255 (or pass uint8)."
+        )
+
+
+def _cylinder(points: Tensor) -> Tensor:
+    """(x, y, z) in metres -> (radius in metres, azimuth in degrees within [-180, 180], z in metres)."""
+    import torch
+
+    x, y, z = points.unbind(dim=1)
+    return torch.stack([torch.sqrt(x * x + y * y), torch.rad2deg(torch.atan2(y, x)), z], dim=1)
+
+
+def _span(values: Iterable[tuple[str, float, float]]) -> str:
+    _, lows, highs = zip(*values, strict=True)
+    return f"[{min(lows):.4g}, {max(highs):.4g}]"
 
 
 def _to_tensor(image: Any, chans: int) -> Tensor:

@@ -30,6 +30,7 @@ TIMEOUT = 30.0  # seconds without a byte
 CONFIG_LIMIT = 10 << 20  # bytes; a config.json is a few kB
 
 T = TypeVar("T")
+Roles = Sequence[str] | Callable[[Checkpoint], Sequence[str]]  # fixed, or asked of the config.json that was found
 
 
 class NotThere(HubError):
@@ -41,11 +42,20 @@ class Request:
     """What is wanted from a source."""
 
     name: str
-    roles: tuple[str, ...]
+    roles: Roles
     revision: str | None
     cache_dir: Path | None  # None: the default cache, for Hugging Face its own
     offline: bool
     pins: Mapping[str, str] = field(default_factory=dict)  # digests the catalog promises, by file name
+
+    def roles_of(self, found: Checkpoint) -> Sequence[str]:
+        """The roles wanted of this checkpoint."""
+        return self.roles(found) if callable(self.roles) else self.roles
+
+
+def without_decoder(found: Checkpoint) -> Sequence[str]:
+    """The roles that `load_backbone` needs when no decoder is asked for."""
+    return found.network_roles(decoder=False)
 
 
 def resolve(
@@ -55,9 +65,11 @@ def resolve(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
-    roles: Sequence[str] = ("encoder",),
+    roles: Roles = without_decoder,
 ) -> Path:
     """The local folder of a checkpoint that holds config.json and the files with `roles`, fetching them if needed.
+
+    `roles` are names or a function that gives them for the `Checkpoint` found, since networks come in other files.
 
     `name_or_path` is a checkpoint folder, "hf-hub:owner/repo[@revision]", the URL of a checkpoint folder, or a name.
     A name is looked up in `hub` or else in the environment variable GEO_PRETRAIN_HUB (comma-separated): folders,
@@ -68,7 +80,7 @@ def resolve(
     text = os.fspath(name_or_path)
     request = Request(
         name=text,
-        roles=tuple(roles),
+        roles=roles,
         revision=revision,
         cache_dir=Path(cache_dir).expanduser() if cache_dir is not None else None,
         offline=local_files_only or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
@@ -82,7 +94,7 @@ def resolve(
     if _means_folder(name_or_path, folder):
         if revision is not None:
             raise HubError(f"{folder} is a folder; revision={revision!r} is understood by Hugging Face only.")
-        _check_files(checkpoint.read_checkpoint(folder), request.roles)
+        _check_files(checkpoint.read_checkpoint(folder), request)
         return folder
     return _by_name(request, hub)
 
@@ -162,12 +174,12 @@ def _from_source(source: str, request: Request) -> Path:
     folder = Path(source).expanduser() / request.name
     if not folder.is_dir():
         raise NotThere(f"no folder {folder}")
-    _check_files(checkpoint.read_checkpoint(folder), request.roles)
+    _check_files(checkpoint.read_checkpoint(folder), request)
     return folder
 
 
-def _check_files(found: Checkpoint, roles: Iterable[str]) -> None:
-    for role in roles:
+def _check_files(found: Checkpoint, request: Request) -> None:
+    for role in request.roles_of(found):
         name = found.file_of(role)
         if not (found.folder / name).is_file():
             raise CheckpointError(f"{found.folder / name}: is missing; {CONFIG} lists it as its {role} file.")
@@ -197,7 +209,7 @@ def _from_hugging_face(spec: str, request: Request) -> Path:
     found = checkpoint.read_checkpoint(folder)
     # the snapshot's own commit, so that a push in between cannot mix two versions
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
-    for role in request.roles:
+    for role in request.roles_of(found):
         fetch(found.file_of(role), commit)
     return folder
 
@@ -206,7 +218,7 @@ def _from_url(base: str, request: Request) -> Path:
     """Into the cache: weights first, config.json last, each by an atomic replace after its digest was compared."""
     cache = (request.cache_dir or default_cache()) / "hub"
     folder = cache / f"{urlsplit(base).hostname}-{hashlib.sha256(base.encode()).hexdigest()[:12]}" / request.name
-    if _is_complete(folder, request.roles):
+    if _is_complete(folder, request):
         return folder
     if request.offline:
         raise HubError(f"not in the cache {folder}, and downloads are off (local_files_only or HF_HUB_OFFLINE)")
@@ -219,7 +231,7 @@ def _from_url(base: str, request: Request) -> Path:
             if file in found.files and found.files[file].sha256 != pin:
                 raise DigestMismatch(f"{url}: promises sha256 {found.files[file].sha256} for {file}, expected {pin}.")
         text = part.read_bytes()
-        for role in request.roles:
+        for role in request.roles_of(found):
             _fetch_file(url, found, found.file_of(role), part)
         part.write_bytes(text)
         part.replace(folder / CONFIG)
@@ -228,13 +240,13 @@ def _from_url(base: str, request: Request) -> Path:
     return folder
 
 
-def _is_complete(folder: Path, roles: Iterable[str]) -> bool:
+def _is_complete(folder: Path, request: Request) -> bool:
     """Whether the cached copy can be used as it is; a broken one is fetched again."""
     if not (folder / CONFIG).is_file():
         return False
     try:
         found = checkpoint.read_checkpoint(folder)
-        for role in roles:
+        for role in request.roles_of(found):
             checkpoint.verify_file(found, found.file_of(role))
     except CheckpointError:
         return False

@@ -15,19 +15,21 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geo_pretrain import hub as hubs
-from geo_pretrain.backbones import ARCHITECTURES
+from geo_pretrain.backbones import ARCHITECTURES, WEIGHT_FILES
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
+from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.catalog import CATALOG, Arch, Entry
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, read_weights
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import CheckpointError, WeightsMismatch
+from geo_pretrain.sparse.tensor import SparseTensor
 
 MIN_COVERAGE = 0.9
 GOLDEN_TOLERANCE = 1e-4  # of the largest magnitude: other processors sum in another order
 SHOWN_KEYS = 8
+STEMS = ("conv1.weight", "encoder.conv1.weight", "conv0p1s1.kernel")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def load_backbone(
     hub: str | Sequence[str] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> ResNetEncoder: ...
+) -> ResNetEncoder | SRUNet: ...
 
 
 @overload
@@ -104,7 +106,7 @@ def load_backbone(
     hub: str | Sequence[str] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> ResNetEncoder | ResNetUNet: ...
+) -> ResNetEncoder | ResNetUNet | SRUNet: ...
 
 
 def load_backbone(
@@ -122,42 +124,49 @@ def load_backbone(
     hub: str | Sequence[str] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> ResNetEncoder | ResNetUNet:
-    """A pre-trained network in evaluation mode: the encoder, or with `decoder=True` the whole U-Net.
+) -> ResNetEncoder | ResNetUNet | SRUNet:
+    """A pre-trained network in evaluation mode: for images the encoder, or with `decoder=True` the whole U-Net; for
+    points the sparse U-Net.
 
-    The encoder maps [B, 3, H, W] to five maps at strides 2, 4, 8, 16, 32 (those in `out_indices`); the U-Net gives
-    dense features [B, C, H/2, W/2]. `.transforms` turns an image into input, `.contract` says what that is,
-    `.feature_info` describes the maps, `.load_report` what was loaded. Call `.train()` to fine-tune.
+    The encoder maps [B, 3, H, W] to five maps at strides 2, 4, 8, 16, 32 (those in `out_indices`); its U-Net gives
+    dense features [B, C, H/2, W/2]. The sparse U-Net takes points through `.encode_points(points, colours)`, or a
+    `SparseTensor`; `.pyramid(x)` gives its maps. `.transforms` turns an image or points into input, `.contract` says
+    what that is, `.feature_info` describes the maps, `.load_report` what was loaded. Call `.train()` to fine-tune.
 
     `name_or_folder`, `hub`, `revision`, `cache_dir`, `local_files_only`: see `hub.resolve`. `pretrained=False` builds
-    the network with a random start; for a name of the catalog no file is needed. `in_chans` other than 3 adapts the
-    stem (`adapt_stem`). `output_stride` 16 or 8 dilates the last stages (encoder only). `strict=False` tolerates
-    differing tensors as long as 90 % of the network is covered. Raises `UnknownName`, `HubError`, `CheckpointError`,
-    `DigestMismatch` or `WeightsMismatch`; ValueError for arguments that do not go together.
+    the network with a random start; for a name of the catalog no file is needed. `in_chans` other than that of the
+    pre-training adapts the stem (`adapt_stem`). `output_stride` 16 or 8 dilates the last stages (image encoders only).
+    `strict=False` tolerates differing tensors as long as 90 % of the network is covered. Raises `UnknownName`,
+    `HubError`, `CheckpointError`, `DigestMismatch` or `WeightsMismatch`; ValueError for arguments that do not go
+    together.
 
     >>> encoder = load_backbone("pri3d_view_geo_r50", pretrained=False, output_stride=8)
     >>> [info["reduction"] for info in encoder.feature_info]
     [2, 4, 8, 8, 8]
     """
-    _check_options(decoder, out_indices, output_stride, in_chans)
     options: dict[str, Any] = {"decoder": decoder, "in_chans": in_chans, "out_indices": out_indices}
     options["output_stride"] = output_stride
     where: dict[str, Any] = {"hub": hub, "revision": revision, "cache_dir": cache_dir}
     where["local_files_only"] = local_files_only
+    entry = CATALOG.get(str(name_or_folder))
+    if entry is not None:
+        _check_options(entry.arch, **options)  # before anything is fetched
     source: Checkpoint | Entry
+    network: Any
     if pretrained:
-        roles = ("encoder", "decoder") if decoder else ("encoder",)
-        source = read_checkpoint(hubs.resolve(name_or_folder, roles=roles, **where))
+        folder = hubs.resolve(name_or_folder, roles=lambda found: found.network_roles(decoder=decoder), **where)
+        source = read_checkpoint(folder)
+        _check_options(source.arch, **options)
         if not source.finished:
             warnings.warn(f"{source.name!r} is unfinished: its training went on or was stopped.", stacklevel=2)
-        network, report = _load(source, roles, strict, options)
+        network, report = _load(source, strict, options)
     else:
-        source = CATALOG.get(str(name_or_folder)) or read_checkpoint(hubs.resolve(name_or_folder, roles=(), **where))
+        source = entry or read_checkpoint(hubs.resolve(name_or_folder, roles=(), **where))
+        _check_options(source.arch, **options)
         network = build(source.arch, **options)
         report = LoadReport(0, tuple(network.state_dict()), (), (), 0.0)
     network.name, network.load_report = source.name, report
-    if isinstance(source.contract, ImageContract):
-        network.contract = source.contract if in_chans is None else source.contract.with_channels(in_chans)
+    network.contract = source.contract if in_chans is None else source.contract.with_channels(in_chans)
     return network.to(device=device, dtype=dtype).eval()
 
 
@@ -168,13 +177,13 @@ def build(
     in_chans: int | None = None,
     out_indices: Sequence[int] | None = None,
     output_stride: int = 32,
-) -> ResNetEncoder | ResNetUNet:
+) -> ResNetEncoder | ResNetUNet | SRUNet:
     """The network of an `Arch` with a random start. Arguments that do not fit its class raise `CheckpointError`."""
     module, _, name = ARCHITECTURES[arch.name].partition(":")
     network_class = getattr(importlib.import_module(module), name)
     args = dict(arch.args) | ({} if in_chans is None else {"in_chans": in_chans})
     try:
-        if decoder:
+        if decoder or _in_one_piece(arch):
             return network_class(**args)
         args.pop("out_chans", None)
         if out_indices is not None:
@@ -185,9 +194,9 @@ def build(
 
 
 def adapt_stem(weight: Tensor, in_chans: int) -> Tensor:
-    """A first convolution [C, n, k, k] for `in_chans` input channels instead of n.
+    """A first convolution, [C, n, k, k] or sparse [K, n, C], for `in_chans` input channels instead of n.
 
-    Fewer channels: each keeps its weights plus an equal share of the dropped ones, so an image that is equal in all
+    Fewer channels: each keeps its weights plus an equal share of the dropped ones, so input that is equal in all
     channels gives the same response as before (one channel: the sum over RGB). More: the new ones start from the mean
     of the old ones.
     """
@@ -197,7 +206,7 @@ def adapt_stem(weight: Tensor, in_chans: int) -> Tensor:
     if in_chans < have:
         return weight[:, :in_chans] + weight[:, in_chans:].sum(dim=1, keepdim=True) / in_chans
     mean = weight.mean(dim=1, keepdim=True)
-    return torch.cat([weight, mean.expand(-1, in_chans - have, -1, -1)], dim=1)
+    return torch.cat([weight, mean.repeat_interleave(in_chans - have, dim=1)], dim=1)
 
 
 def match(
@@ -225,7 +234,7 @@ def fitting_prefix(expected: Iterable[str], given: Iterable[str]) -> tuple[str, 
 class Verification:
     """Differences between stored and recomputed outputs, relative to the largest magnitude of each.
 
-    Outputs are named "encoder.0" to "encoder.4" (the maps, finest first) and "decoder".
+    Outputs are named "encoder.0" to "encoder.4" (the maps, finest first) and "decoder", or in 3D "output".
     """
 
     name: str
@@ -245,25 +254,24 @@ def verify(
 
     Raises `CheckpointError` when an output differs by more than `tolerance`, besides everything loading raises.
     """
-    folder = hubs.resolve(name_or_folder, roles=("encoder", "decoder", "golden"), **load_kwargs)
-    golden = read_weights(read_checkpoint(folder), "golden")
-    network = load_backbone(folder, decoder=True)
-    computed = _outputs(network, golden["input"])
-    errors = {key: _relative(computed[key], golden[key]) for key in golden if key != "input"}
+    folder = hubs.resolve(name_or_folder, roles=lambda found: (*found.network_roles(), "golden"), **load_kwargs)
+    found = read_checkpoint(folder)
+    golden = read_weights(found, "golden")
+    network = load_backbone(folder, decoder=not _in_one_piece(found.arch))
+    computed = _outputs(network, golden)
+    errors = {key: _relative(computed[key], golden[key]) for key in golden if not key.startswith("input")}
     result = Verification(str(network.name), errors, tolerance)
     if not errors or not result.passed:
         raise CheckpointError(f"{folder}: golden outputs are not reproduced within {tolerance:g} (relative): {errors}.")
     return result
 
 
-def _load(
-    checkpoint: Checkpoint, roles: Sequence[str], strict: bool, options: dict[str, Any]
-) -> tuple[ResNetEncoder | ResNetUNet, LoadReport]:
+def _load(checkpoint: Checkpoint, strict: bool, options: dict[str, Any]) -> tuple[nn.Module, LoadReport]:
     """Build on the meta device, plan, then put the file's tensors in place without a second copy."""
     with torch.device("meta"):
-        network = build(checkpoint.arch, **options)
+        network: nn.Module = build(checkpoint.arch, **options)
     given: dict[str, Tensor] = {}
-    for role in roles:
+    for role in checkpoint.network_roles(decoder=options["decoder"]):
         prefix = f"{role}." if options["decoder"] else ""
         given |= {prefix + key: value for key, value in read_weights(checkpoint, role).items()}
     expected = network.state_dict()
@@ -287,7 +295,7 @@ def _adapt_given_stem(
     given: dict[str, Tensor], expected: Mapping[str, Tensor], in_chans: int | None
 ) -> tuple[str, ...]:
     """Adapt the stem in `given` if the caller asked for other channels; returns the keys that changed shape."""
-    stems = [key for key in ("conv1.weight", "encoder.conv1.weight") if key in given and key in expected]
+    stems = [key for key in STEMS if key in given and key in expected]
     changed = [key for key in stems if in_chans is not None and given[key].shape[1] != in_chans]
     for key in changed:
         given[key] = adapt_stem(given[key], expected[key].shape[1])
@@ -312,16 +320,12 @@ def _shown(keys: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def _outputs(network: Any, images: Tensor) -> dict[str, Tensor]:
-    was_training = network.training
-    network.eval()
-    try:
-        maps = network.encoder(images)
-        outputs = {f"encoder.{index}": value for index, value in enumerate(maps)}
-        outputs["decoder"] = network.decoder(maps[1:])
-    finally:
-        network.train(was_training)
-    return {key: value.float().cpu() for key, value in outputs.items()}
+def _outputs(network: Any, golden: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(network, SRUNet):
+        return {"output": network(SparseTensor(golden["input.coords"], golden["input.feats"])).feats}
+    maps = network.encoder(golden["input"])
+    outputs = {f"encoder.{index}": value for index, value in enumerate(maps)}
+    return outputs | {"decoder": network.decoder(maps[1:])}
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:
@@ -330,7 +334,25 @@ def _relative(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
-def _check_options(decoder: bool, out_indices: Sequence[int] | None, output_stride: int, in_chans: int | None) -> None:
+def _in_one_piece(arch: Arch) -> bool:
+    """Whether the network has no encoder to be had alone: the sparse U-Net."""
+    return len(WEIGHT_FILES[arch.name]) == 1
+
+
+def _check_options(
+    arch: Arch, *, decoder: bool, out_indices: Sequence[int] | None, output_stride: int, in_chans: int | None
+) -> None:
+    if in_chans is not None and (not isinstance(in_chans, int) or in_chans < 1):
+        raise ValueError(f"in_chans is {in_chans!r}; accepted: a whole number from 1 up.")
+    if _in_one_piece(arch):
+        if decoder:
+            raise ValueError("A 3D U-Net always comes with its decoder; drop decoder=True.")
+        if out_indices is not None or output_stride != 32:
+            raise ValueError(
+                "out_indices and output_stride shape image encoders; a 3D U-Net has network.pyramid(x): its maps at "
+                "strides 1, 2, 4, 8, 16 in voxels. Drop them."
+            )
+        return
     if decoder and out_indices is not None:
         raise ValueError("out_indices chooses maps of the encoder; with decoder=True there is one output. Drop one.")
     if output_stride not in (8, 16, 32):
@@ -339,5 +361,3 @@ def _check_options(decoder: bool, out_indices: Sequence[int] | None, output_stri
         raise ValueError(
             f"output_stride={output_stride} dilates a lone encoder; the decoder needs stride 32. Drop one."
         )
-    if in_chans is not None and (not isinstance(in_chans, int) or in_chans < 1):
-        raise ValueError(f"in_chans is {in_chans!r}; accepted: a whole number from 1 up.")

@@ -55,6 +55,21 @@ def test_the_table_has_a_row_for_every_name():
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_cards_of_3d_networks_say_what_goes_in():
+    for name, call in (
+        ("pointcontrast_nce_srunet34", "encode_points(points)  # float [N, 3] in metres;"),
+        ("csc_100k_srunet34", "encode_points(points, colours)  # float [N, 3] in metres, uint8 [N, 3];"),
+        ("slidr_srunet34.nuscenes", "encode_points(points, intensity)  # float [N, 3] in metres, float [N, 1];"),
+    ):
+        card = cards.render_entry(CATALOG[name])
+        assert call in card
+        assert "SR-UNet34C" in card
+        assert "decoder=True" not in card
+    assert "| 74.1 |" in next(
+        line for line in cards.catalog_table().splitlines() if "`pointcontrast_nce_srunet34`" in line
+    )
+
+
 def test_the_table_goes_between_the_markers(tmp_path: Path):
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- catalog -->\nold\n<!-- /catalog -->\nafter\n")

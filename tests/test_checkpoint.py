@@ -16,7 +16,17 @@ from safetensors.torch import load_file
 from geo_pretrain import checkpoint as module
 from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_files, write_checkpoint
 from geo_pretrain.errors import CheckpointError, DigestMismatch
-from tests.zoo import ARCH, CONTRACT, LICENCE, role_weights, write_tiny
+from tests.zoo import (
+    ARCH,
+    ARCH_3D,
+    CONTRACT,
+    CONTRACT_3D,
+    LICENCE,
+    role_weights,
+    weights_3d,
+    write_tiny,
+    write_tiny_3d,
+)
 
 
 def change_config(folder: Path, **changes: object) -> None:
@@ -52,6 +62,17 @@ def test_a_folder_holds_what_was_written(tmp_path: Path):
     assert stored.keys() == expected.keys() == read_weights(found, "encoder").keys()
     assert all(torch.equal(stored[key], expected[key]) for key in expected)
     assert (tmp_path / "tiny/recipe.yaml").read_text() == "name: tiny\n"
+
+
+def test_a_network_in_one_piece_has_one_file(tmp_path: Path):
+    found = write_tiny_3d(tmp_path / "tiny")
+    assert (tmp_path / "tiny/model.safetensors").is_file()
+    assert found.network_roles() == found.network_roles(decoder=False) == ("model",)
+    assert read_weights(found, "model").keys() == weights_3d().keys()
+    assert (found.contract, found.arch) == (CONTRACT_3D, ARCH_3D)
+    other = write_tiny(tmp_path / "other")
+    assert other.network_roles() == ("encoder", "decoder")
+    assert other.network_roles(decoder=False) == ("encoder",)
 
 
 def test_views_and_shared_tensors_can_be_written(tmp_path: Path):
@@ -115,6 +136,7 @@ def test_a_file_that_is_no_safetensors_is_refused_even_with_the_right_digest(tmp
         read_weights(read_checkpoint(tmp_path / "tiny"), "encoder")
 
 
+VOXELS = CONTRACT_3D.to_dict()
 GOOD = {"role": "encoder", "size": 1, "sha256": "0" * 64}
 
 
@@ -130,6 +152,9 @@ GOOD = {"role": "encoder", "size": 1, "sha256": "0" * 64}
         ({"arch__name": None}, r"key 'arch\.name' is missing"),
         ({"arch__name": "resnet_unit"}, "Unknown architecture 'resnet_unit'. Closest: 'resnet_unet'"),
         ({"arch__args": []}, r"key 'arch\.args' is \[\]; dict is accepted"),
+        ({"contract": {"kind": "voxel", "voxel_size": 0.02}}, r"missing \['channels', 'coordinates', 'offset'"),
+        ({"contract": VOXELS | {"voxel_size": [0.1, 1.0, 0.1]}}, "accepted for cartesian ones: one edge in metres"),
+        ({"contract": VOXELS | {"reduce": "last"}}, "reduce is 'last'; accepted: 'first', 'mean'"),
         ({"contract__kind": "sound"}, "contract kind is 'sound'; accepted: image, voxel"),
         ({"contract__mean": None}, r"missing \['mean'\]"),
         ({"contract__std": [1.0]}, "equal lengths"),
@@ -181,7 +206,9 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path):
 
 
 def test_wrong_roles_and_names_are_refused(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"roles \['brain'\]; accepted: one or more of encoder, decoder, heads"):
+    with pytest.raises(
+        CheckpointError, match=r"roles \['brain'\]; accepted: one or more of encoder, decoder, model, heads"
+    ):
         write_tiny(tmp_path / "tiny", weights={"brain": {"a": torch.zeros(1)}})
     with pytest.raises(CheckpointError, match=r"Checkpoint name '\.\./x'"):
         write_tiny(tmp_path / "tiny", name="../x")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +18,12 @@ from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_di
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (60, 81, 3), dtype=np.uint8)
 CONTRACT = ImageContract(size=(32, 40))
+ONES = VoxelContract(0.025)
+SHIFTED = VoxelContract(0.025, ("R", "G", "B"), offset=-0.5)
+COLOURED = VoxelContract(0.02, ("R", "G", "B"), reduce="mean")
+LIDAR = VoxelContract((0.1, 1.0, 0.1), ("intensity",), coordinates="cylindrical")
+MIXED = VoxelContract(0.05, ("R", "G", "B", "height", "one"), scale=2.0)
+VOXEL_CONTRACTS = [ONES, SHIFTED, COLOURED, LIDAR, MIXED]
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
@@ -93,7 +102,7 @@ def test_normalising_twice_is_noticed():
 
 @pytest.mark.parametrize(
     "contract",
-    [ImageContract(), ImageContract(size=(180, 360), interpolation="bilinear"), VoxelContract(0.02, ("R",), "x / 255")],
+    [ImageContract(), ImageContract(size=(180, 360), interpolation="bilinear"), *VOXEL_CONTRACTS],
 )
 def test_contracts_survive_json(contract: ImageContract | VoxelContract):
     import json
@@ -115,14 +124,29 @@ def test_wrong_contracts_are_refused():
         contract_from_dict({"kind": "sound"})
     with pytest.raises(ValueError, match="unknown \\['colour'\\]"):
         contract_from_dict(ImageContract().to_dict() | {"colour": 1})
-    with pytest.raises(ValueError, match="voxel_size"):
-        VoxelContract(0.0, ("R",), "x")
+    for wrong, message in (
+        ({"voxel_size": 0.0}, "voxel_size is 0.0; accepted for cartesian ones: one edge in metres"),
+        ({"voxel_size": (0.1, 1.0, 0.1)}, "one edge in metres"),
+        ({"voxel_size": 0.1, "coordinates": "cylindrical"}, "three edges in metres, degrees, metres"),
+        ({"voxel_size": 0.1, "coordinates": "polar"}, "'polar'; accepted: cartesian, cylindrical"),
+        ({"voxel_size": 0.1, "channels": ()}, r"channels are \(\); accepted: one name a channel"),
+        ({"voxel_size": 0.1, "scale": 0}, "scale is 0"),
+        ({"voxel_size": 0.1, "reduce": "sum"}, "'sum'; accepted: 'first', 'mean'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            VoxelContract(**wrong)
 
 
 def test_text_says_order_range_mean_and_size():
     text = "images: RGB in [0, 1], mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225), pre-trained at 240x320"
     assert str(ImageContract()).startswith(text)
-    assert str(VoxelContract(0.025, ("ones",), "none")).startswith("voxels: 2.5 cm, ones (none)")
+    assert [str(contract) for contract in VOXEL_CONTRACTS] == [
+        "voxels: 2.5 cm, features constant 1 (3 channels)",
+        "voxels: 2.5 cm, RGB in [0, 1] - 0.5, of a voxel's first point",
+        "voxels: 2 cm, RGB in [0, 1], of the mean of a voxel's points",
+        "voxels: 0.1 m x 1 degree x 0.1 m (radius, azimuth, z), intensity, of a voxel's first point",
+        "voxels: 5 cm, R+G+B+height * 2, 1 x constant 1, of a voxel's first point",
+    ]
 
 
 def test_other_channel_counts_take_average_statistics():
@@ -135,6 +159,115 @@ def test_other_channel_counts_take_average_statistics():
     assert five.transforms()(np.zeros((40, 40, 5), np.uint8)).shape == (5, 240, 320)
     with pytest.raises(ValueError, match="cannot give 5 channels"):
         five.transforms()(Image.fromarray(PIXELS))
+
+
+# --- points
+
+
+def points_and_colours() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    points = (torch.rand(400, 3, generator=generator) - 0.5) * 0.4
+    return points, torch.randint(0, 256, (400, 3), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("contract", [ONES, SHIFTED, COLOURED])
+def test_points_become_voxels_slow_twin(contract: VoxelContract):
+    points, colours = points_and_colours()
+    voxels = contract.transforms()(points, None if contract is ONES else colours)
+    members: dict[tuple[int, ...], list[int]] = {}
+    for row, point in enumerate(points):
+        members.setdefault(tuple(math.floor(float(v)) for v in point / contract.voxel_size), []).append(row)
+    assert voxels.coords.tolist() == [[0, *cell] for cell in members]
+    assert len(members) < 400
+    for rows, feats in zip(members.values(), voxels.feats.tolist(), strict=True):
+        assert all(int(voxels.inverse[row]) == list(members.values()).index(rows) for row in rows)
+        if contract is ONES:
+            expected = [1.0, 1.0, 1.0]
+        elif contract is SHIFTED:
+            expected = [int(value) / 255 - 0.5 for value in colours[rows[0]]]
+        else:
+            expected = [sum(int(colours[row, c]) / 255 for row in rows) / len(rows) for c in range(3)]
+        assert feats == pytest.approx(expected, abs=1e-6)
+
+
+def test_bytes_floats_and_arrays_of_colours_give_the_same_voxels():
+    points, colours = points_and_colours()
+    transform = SHIFTED.transforms()
+    expected = transform(points, colours)
+    for given in ((points, colours / 255), (points.numpy(), colours.numpy()), (points, colours.double() / 255)):
+        voxels = transform(*given)
+        assert torch.equal(voxels.coords, expected.coords)
+        assert voxels.feats.dtype == torch.float32
+        torch.testing.assert_close(voxels.feats, expected.feats)
+    batch = torch.arange(400) % 2
+    for given in (batch, batch.numpy(), batch.tolist()):
+        assert transform(points, colours, batch=given).coords[:, 0].tolist()[:6] == [0, 1, 0, 1, 0, 1]
+    backwards, read_only = points.numpy()[::-1], colours.numpy()[::-1].copy()
+    read_only.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(transform(backwards, read_only)) == len(expected)
+
+
+def test_cylindrical_voxels_slow_twin():
+    generator = torch.Generator().manual_seed(1)
+    points = (torch.rand(200, 3, generator=generator, dtype=torch.float64) - 0.5) * torch.tensor([60, 60, 4])
+    intensity = torch.rand(200, 1, generator=generator) * 255
+    voxels = LIDAR.transforms()(points, intensity)
+    for point, cell in zip(points.tolist(), voxels.coords[voxels.inverse].tolist(), strict=True):
+        radius, azimuth = math.hypot(point[0], point[1]), math.degrees(math.atan2(point[1], point[0]))
+        assert cell == [0, math.floor(radius / 0.1), math.floor(azimuth), math.floor(point[2] / 0.1)]
+    assert torch.equal(voxels.feats, intensity[voxels.index])
+    assert int(voxels.coords[:, 2].min()) < -100  # azimuths of both signs
+
+
+def test_constant_channels_are_filled_in_beside_given_ones():
+    feats = MIXED.transforms()(torch.zeros(1, 3), torch.tensor([[0.1, 0.2, 0.3, 1.7]])).feats
+    torch.testing.assert_close(feats, torch.tensor([[0.2, 0.4, 0.6, 3.4, 1.0]]))
+
+
+ROOM = torch.rand(50, 3, generator=torch.Generator().manual_seed(2)) * 4
+RGB = torch.rand(50, 3, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("contract", "points", "features", "message"),
+    [
+        (ONES, ROOM, RGB, "trained on constant features; accepted: features=None"),
+        (SHIFTED, ROOM, None, r"needs features of the points; accepted: uint8 or float in \[0, 1\] \[50, 3\]"),
+        (SHIFTED, ROOM, RGB - 0.5, "Below 0 they were probably shifted already"),
+        (SHIFTED, ROOM, RGB * 255, "up to 255 they need dividing by 255"),
+        (SHIFTED, ROOM, RGB / 0, r"must lie in \[0, 1\]"),
+        (SHIFTED, ROOM, RGB[:, :1], r"features are \(50, 1\); accepted: \[50, 3\] \(R, G, B\)"),
+        (SHIFTED, ROOM, RGB[:9], r"features are \(9, 3\)"),
+        (SHIFTED, ROOM, (RGB * 255).int(), "torch.int32; accepted: uint8 or float"),
+        (LIDAR, ROOM, None, r"accepted: float \[50, 1\] \(intensity\)"),
+        (LIDAR, ROOM, (RGB[:, :1] * 255).byte(), "torch.uint8; accepted: float"),
+        (ONES, ROOM * 1000, None, "Millimetres need dividing by 1000"),
+        (ONES, ROOM[:, :2], None, r"points are torch.float32 \(50, 2\); accepted: float \[N, 3\] in metres"),
+        (ONES, ROOM.long(), None, "points are torch.int64"),
+        (ONES, ROOM[:0], None, "N > 0"),
+        (ONES, ROOM / 0, None, "not finite"),
+    ],
+)
+def test_doubtful_points_are_refused(contract: VoxelContract, points: object, features: object, message: str):
+    with pytest.raises(ValueError, match=message):
+        contract.transforms()(points, features)
+
+
+def test_voxel_contracts_of_other_channel_counts():
+    assert ONES.with_channels(5).channels == ("one",) * 5
+    assert SHIFTED.with_channels(1).channels == ("grey",)
+    assert SHIFTED.with_channels(2).channels == ("channel0", "channel1")
+    assert SHIFTED.with_channels(4).channels == ("R", "G", "B", "extra0")
+    assert LIDAR.with_channels(2).channels == ("intensity", "extra0")
+    assert SHIFTED.with_channels(3) is SHIFTED
+    grey = SHIFTED.with_channels(1).transforms()(ROOM, (RGB[:, :1] * 255).byte())
+    assert -0.5 <= float(grey.feats.min()) < 0 < float(grey.feats.max()) <= 0.5
+
+
+def test_voxel_transforms_are_plain_data():
+    assert pickle.loads(pickle.dumps(LIDAR.transforms())) == LIDAR.transforms()
 
 
 def test_contracts_do_not_import_torch():

@@ -19,7 +19,7 @@ from geo_pretrain.catalog import CATALOG
 from geo_pretrain.catalog.entry import File
 from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_file
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, UnknownName
-from tests.zoo import write_tiny
+from tests.zoo import write_tiny, write_tiny_3d
 
 NAME = "tiny_net_r18"
 Behaviour = Callable[[str, bytes], tuple[int, dict[str, str], bytes]]
@@ -105,6 +105,16 @@ def test_only_the_needed_files_are_fetched_and_the_rest_later(server: Server):
     for role in ("encoder", "decoder"):
         name = found.file_of(role)
         assert (folder / name).read_bytes() == (server.root / NAME / name).read_bytes()
+
+
+def test_a_network_in_one_piece_is_fetched_whole(server: Server):
+    write_tiny_3d(server.root / "tiny_net_srunet34")
+    folder = hub.resolve("tiny_net_srunet34", hub=server.url)
+    assert names(folder) == ["config.json", "model.safetensors"]
+    folder = hub.resolve("tiny_net_srunet34", hub=server.url, roles=lambda found: (*found.network_roles(), "golden"))
+    assert names(folder) == ["config.json", "golden.safetensors", "model.safetensors"]
+    with pytest.raises(HubError, match="no file with role 'decoder'; it has: model, golden"):
+        hub.resolve("tiny_net_srunet34", hub=server.url, roles=("decoder",))
 
 
 def test_the_second_call_needs_no_network(server: Server):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
+from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.catalog import CATALOG
 from tests.zoo import write_tiny
 
@@ -28,16 +29,24 @@ def test_entry_points_are_exactly_the_names_of_the_catalog():
     entry_points = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
     assert entry_points == set(CATALOG)
     assert "ResNet" not in entry_points
-    assert all("resnet_unet" in getattr(module, name).__doc__ for name in CATALOG)
+    assert all(entry.arch.name in getattr(module, name).__doc__ for name, entry in CATALOG.items())
     for package in module.dependencies:
         assert importlib.util.find_spec(package) is not None
 
 
-@pytest.mark.parametrize("name", ["pri3d_view_r18", "pri3d_view_r18.rooms_toy"])
-def test_torch_hub_loads_by_name(name: str):
+@pytest.mark.parametrize(
+    ("name", "network_class"),
+    [
+        ("pri3d_view_r18", ResNetEncoder),
+        ("pri3d_view_r18.rooms_toy", ResNetEncoder),
+        ("csc_100k_srunet34", SRUNet),
+        ("slidr_srunet34.nuscenes", SRUNet),
+    ],
+)
+def test_torch_hub_loads_by_name(name: str, network_class: type):
     with torch.device("meta"):
         network = torch.hub.load(str(REPO), name, source="local", trust_repo=True, pretrained=False)
-    assert isinstance(network, ResNetEncoder)
+    assert isinstance(network, network_class)
     assert network.name == name
 
 

@@ -15,10 +15,22 @@ from torch.nn import functional as F
 
 from geo_pretrain import loading
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
+from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, UnknownName, WeightsMismatch
 from geo_pretrain.loading import LoadReport, adapt_stem, fitting_prefix, load_backbone, match, verify
-from tests.zoo import ARCH, golden_file, role_weights, write_tiny
+from geo_pretrain.sparse import SparseTensor
+from tests.zoo import (
+    ARCH,
+    ARCH_3D,
+    CONTRACT_3D,
+    golden_3d,
+    golden_file,
+    role_weights,
+    weights_3d,
+    write_tiny,
+    write_tiny_3d,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +42,13 @@ def golden() -> dict[str, Tensor]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "tiny_net_r18"
     write_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "tiny_net_srunet34"
+    write_tiny_3d(folder)
     return folder
 
 
@@ -106,6 +125,80 @@ def test_wrong_combinations_are_explained(tiny: Path):
         load_backbone(tiny, in_chans=0)
     with pytest.raises(UnknownName, match="pri3d_view_geo_r50"):
         load_backbone("pri3d_viewgeo_r50")
+
+
+# --- networks for points
+
+
+@torch.no_grad()
+def test_a_loaded_3d_network_reproduces_the_released_code_and_carries_its_contract(tiny_3d: Path):
+    golden = golden_3d()
+    network = load_backbone(tiny_3d)
+    assert isinstance(network, SRUNet)
+    assert not network.training
+    out = network(SparseTensor(golden["coords"], golden["feats"])).feats
+    torch.testing.assert_close(out, golden["eval.out"], rtol=1e-4, atol=1e-4)
+    assert (network.name, network.contract) == ("tiny_net_srunet34", CONTRACT_3D)
+    assert network.load_report == LoadReport(374, (), (), (), 1.0)
+    assert "tiny_net_srunet34, voxels: 5 cm, RGB in [0, 1] - 0.5" in repr(network)
+    points = (golden["coords"][:1780, 1:] + 0.5) * 0.05
+    colours = (golden["feats"][:1780] + 0.5).clamp(0, 1)
+    encoded = network.encode_points(points, colours, out="final")
+    torch.testing.assert_close(encoded, golden["eval.out"][:1780], rtol=1e-3, atol=1e-3)
+    assert network.encode_points(points, colours).shape == (1780, sum(i["num_chs"] for i in network.feature_info))
+
+
+def test_3d_weights_can_be_trained_in_place_copied_and_moved(tiny_3d: Path):
+    network = load_backbone(tiny_3d).train()
+    network.encode_points(torch.rand(40, 3), torch.rand(40, 3), out="final").sum().backward()
+    torch.optim.SGD(network.parameters(), lr=0.1).step()
+    fresh = load_backbone(tiny_3d)
+    assert not torch.equal(network.final.kernel, fresh.final.kernel)
+    twin = copy.deepcopy(fresh)
+    assert (twin.contract, twin.name, twin.load_report) == (fresh.contract, fresh.name, fresh.load_report)
+    half = load_backbone(tiny_3d, dtype=torch.bfloat16)
+    assert half.encode_points(torch.rand(9, 3), torch.rand(9, 3)).dtype == torch.bfloat16
+
+
+def test_options_of_image_encoders_are_refused_for_3d_networks(tiny_3d: Path):
+    for name in (tiny_3d, "pointcontrast_nce_srunet34"):
+        for pretrained in (True, False):
+            with pytest.raises(ValueError, match="always comes with its decoder; drop decoder=True"):
+                load_backbone(name, decoder=True, pretrained=pretrained)
+            with pytest.raises(ValueError, match=r"network.pyramid\(x\)"):
+                load_backbone(name, out_indices=(0, 1), pretrained=pretrained)
+            with pytest.raises(ValueError, match="shape image encoders"):
+                load_backbone(name, output_stride=8, pretrained=pretrained)
+            with pytest.raises(ValueError, match="in_chans is 0"):
+                load_backbone(name, in_chans=0, pretrained=pretrained)
+
+
+def test_in_chans_adapts_the_sparse_stem(tiny_3d: Path):
+    original = weights_3d()["conv0p1s1.kernel"]
+    for chans, names in ((1, ("grey",)), (6, ("R", "G", "B", "extra0", "extra1", "extra2"))):
+        network = load_backbone(tiny_3d, in_chans=chans)
+        kernel = network.conv0p1s1.kernel
+        assert torch.equal(kernel, adapt_stem(original, chans))
+        assert kernel.shape == (27, chans, 8)
+        assert network.load_report.reshaped == ("conv0p1s1.kernel",)
+        assert network.load_report.coverage == 1.0
+        assert network.contract.channels == names
+        assert network.encode_points(torch.rand(9, 3), torch.rand(9, chans)).shape[0] == 9
+    # equal channels give the response that the whole stem gave
+    torch.testing.assert_close(adapt_stem(original, 1).sum(dim=1), original.sum(dim=1))
+
+
+def test_3d_weights_that_do_not_fit_are_refused(tmp_path: Path):
+    weights = {f"module.{key}": value for key, value in weights_3d().items()}
+    write_tiny_3d(tmp_path / "tiny", weights={"model": weights})
+    with pytest.raises(WeightsMismatch, match=r"0 of 374 tensors.*prefix 'module\.'"):
+        load_backbone(tmp_path / "tiny")
+    write_tiny_3d(tmp_path / "tiny", weights={"heads": weights})
+    with pytest.raises(CheckpointError, match="no file with role 'model'; it has: heads"):
+        load_backbone(tmp_path / "tiny")
+    write_tiny_3d(tmp_path / "tiny", arch=Arch("sr_unet", {"depth": 18}))
+    with pytest.raises(CheckpointError, match="depth"):
+        load_backbone(tmp_path / "tiny")
 
 
 # --- the stem
@@ -261,8 +354,8 @@ def test_the_prefix_that_fits_most_is_found():
 # --- every name of the catalog
 
 
-@pytest.mark.parametrize("name", list(CATALOG))
-def test_every_entry_builds_and_matches_its_feature_info(name: str):
+@pytest.mark.parametrize("name", [name for name, entry in CATALOG.items() if entry.modality == "2d"])
+def test_every_image_entry_builds_and_matches_its_feature_info(name: str):
     with torch.device("meta"):
         encoder = load_backbone(name, pretrained=False)
         unet = load_backbone(name, pretrained=False, decoder=True)
@@ -276,6 +369,20 @@ def test_every_entry_builds_and_matches_its_feature_info(name: str):
     for value, info in zip(maps, encoder.feature_info, strict=True):
         assert value.shape == (1, info["num_chs"], 64 // info["reduction"], 96 // info["reduction"])
     assert dense.shape == (1, entry.arch.args["out_chans"], 32, 48)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in CATALOG.items() if entry.modality == "3d"])
+def test_every_3d_entry_builds_and_takes_what_its_contract_says(name: str):
+    with torch.device("meta"):
+        network = load_backbone(name, pretrained=False)
+    entry = CATALOG[name]
+    assert isinstance(network, SRUNet)
+    assert (network.name, network.contract) == (name, entry.contract)
+    assert network.in_chans == len(entry.contract.channels)
+    assert network.conv0p1s1.kernel.shape[1] == network.in_chans
+    assert network.final.kernel.shape == (96, entry.arch.args["out_chans"])
+    assert network.load_report.fresh == tuple(network.state_dict())
+    assert [info["num_chs"] for info in network.feature_info] == [96, 96, 128, 256, 256]
 
 
 def test_names_without_a_file_say_how_to_get_one():
@@ -309,6 +416,21 @@ def test_verify_notices_weights_that_do_not_belong_to_the_golden_outputs(tmp_pat
         verify(tmp_path / "tiny")
 
 
+def test_verify_recomputes_the_golden_output_of_a_3d_network(tmp_path: Path):
+    write_tiny_3d(tmp_path / "tiny")
+    result = verify(tmp_path / "tiny")
+    assert result.passed
+    assert set(result.errors) == {"output"}
+    assert result.errors["output"] < 1e-5
+    weights = weights_3d()
+    kernel = weights["block4.5.conv2.kernel"]
+    weights["block4.5.conv2.kernel"] = kernel.flip(0)  # the right numbers in the wrong places
+    write_tiny_3d(tmp_path / "tiny", weights={"model": weights})
+    with pytest.raises(CheckpointError, match="golden outputs are not reproduced"):
+        verify(tmp_path / "tiny")
+
+
 def test_architectures_of_the_catalog_are_buildable_by_name():
     assert isinstance(loading.build(ARCH), ResNetEncoder)
     assert isinstance(loading.build(ARCH, decoder=True), ResNetUNet)
+    assert isinstance(loading.build(ARCH_3D), SRUNet)

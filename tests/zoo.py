@@ -10,12 +10,15 @@ from torch import Tensor
 
 from geo_pretrain.catalog import Arch, Licence
 from geo_pretrain.checkpoint import Checkpoint, write_checkpoint
-from geo_pretrain.contract import ImageContract
+from geo_pretrain.contract import ImageContract, VoxelContract
 
 DATA = Path(__file__).resolve().parent / "data"
 LICENCE = Licence(code="MIT", weights="MIT", datasets=(("none", "MIT"),), base_model="none")
 ARCH = Arch("resnet_unet", {"depth": 18, "width": 8, "out_chans": 32})
 CONTRACT = ImageContract(size=(64, 96))
+PLANES, LAYERS = (8, 12, 16, 24, 24, 16, 12, 12), (2, 3, 4, 6, 2, 2, 2, 2)
+ARCH_3D = Arch("sr_unet", {"planes": list(PLANES), "layers": list(LAYERS), "width": 8, "in_chans": 3, "out_chans": 32})
+CONTRACT_3D = VoxelContract(0.05, ("R", "G", "B"), offset=-0.5)
 
 
 def golden_file() -> dict[str, Tensor]:
@@ -47,3 +50,28 @@ def write_tiny(folder: Path, name: str = "tiny_net_r18", **changes: Any) -> Chec
         "card": "# tiny\n",
     }
     return write_checkpoint(folder, **(arguments | changes))
+
+
+def golden_3d() -> dict[str, Tensor]:
+    """The released PointContrast network with narrow layers: weights, input and outputs."""
+    return load_file(DATA / "srunet_small.safetensors")
+
+
+def weights_3d(golden: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    prefix = "state_dict."
+    return {k.removeprefix(prefix): v for k, v in (golden or golden_3d()).items() if k.startswith(prefix)}
+
+
+def write_tiny_3d(folder: Path, name: str = "tiny_net_srunet34", **changes: Any) -> Checkpoint:
+    golden = golden_3d()
+    arguments: dict[str, Any] = {
+        "arch": ARCH_3D,
+        "contract": CONTRACT_3D,
+        "weights": {"model": weights_3d(golden)},
+        "golden": {
+            "input.coords": golden["coords"],
+            "input.feats": golden["feats"],
+            "output": golden["eval.out"],
+        },
+    }
+    return write_tiny(folder, name, **(arguments | changes))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-from geo_pretrain.catalog import pri3d
+from geo_pretrain.catalog import csc, pointcontrast, pri3d, slidr
 from geo_pretrain.catalog.entry import (
     LICENCE_GROUPS,
     MODALITIES,
@@ -37,7 +37,8 @@ __all__ = [
     "list_backbones",
 ]
 
-CATALOG: Mapping[str, Entry] = MappingProxyType({entry.name: entry for module in (pri3d,) for entry in module.ENTRIES})
+METHODS = (pri3d, pointcontrast, csc, slidr)
+CATALOG: Mapping[str, Entry] = MappingProxyType({entry.name: entry for module in METHODS for entry in module.ENTRIES})
 
 
 def list_backbones(
@@ -55,8 +56,8 @@ def list_backbones(
     any case), `status` a key of `STATUSES`. `license` is an exact identifier of the weights' licence ("MIT") or a
     group, "permissive" or "non-commercial". An unknown modality, status, method, data or licence raises `UnknownName`.
 
-    >>> list_backbones("pri3d*", license="permissive")
-    ['pri3d_view_r18.rooms', 'pri3d_view_r18.rooms_toy']
+    >>> list_backbones("pri3d_view*", license="permissive")
+    ['pri3d_view_geo_r18.rooms', 'pri3d_view_r18.rooms', 'pri3d_view_r18.rooms_toy']
     """
     entries = list(CATALOG.values())
     _check("method", method, {entry.method for entry in entries})

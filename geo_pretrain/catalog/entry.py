@@ -99,7 +99,7 @@ class Result:
 class File:
     """One file of a checkpoint on this project's hub."""
 
-    role: str  # "encoder", "decoder", ...
+    role: str  # "encoder", "decoder", "model", ...
     name: str
     size: int  # bytes
     sha256: str
@@ -143,8 +143,9 @@ class Entry:
         ):
             if value not in accepted:
                 raise ValueError(f"{self.name}: {what} is {value!r}; accepted: {', '.join(accepted)}.")
-        if self.modality == "2d" and not isinstance(self.contract, ImageContract):
-            raise ValueError(f"{self.name}: a 2d entry needs an ImageContract.")
+        wanted = ImageContract if self.modality == "2d" else VoxelContract
+        if not isinstance(self.contract, wanted):
+            raise ValueError(f"{self.name}: a {self.modality} entry needs a contract of type {wanted.__name__}.")
         needs = {"published-here": self.files, "published-by-authors": self.authors_files, "regenerable": self.recipe}
         if not needs.get(self.status, True):
             raise ValueError(f"{self.name}: status {self.status!r} ({STATUSES[self.status]}), but none is given.")

@@ -115,7 +115,12 @@ AUTHORS_FILES: dict[str, tuple[AuthorsFile, ...]] = {
     "pri3d_view_r50.megadepth": (_drive("1yVR_PFt8DleJXOlKgXV8F2BMjNpQHwJu", "2D U-Net and depth head"),),
 }
 
-RECIPES = ("pri3d_view_r18", "pri3d_view_r50", "pri3d_view_r18.rooms", "pri3d_view_r18.rooms_toy")
+RECIPES = (
+    *(f"pri3d_{prior}_{arch}" for prior in PRIORS for arch in DEPTHS),
+    *(f"pri3d_view_{arch}.nodepth" for arch in DEPTHS),
+    *(f"pri3d_{prior}_r18.rooms" for prior in PRIORS),
+    "pri3d_view_r18.rooms_toy",
+)
 
 
 def _entry(
@@ -146,6 +151,12 @@ def _scannet_entries() -> tuple[Entry, ...]:
         for prior, text in PRIORS.items()
         for arch in DEPTHS
     ]
+    plain = [
+        _entry(
+            f"pri3d_view_{arch}.nodepth", arch, _scannet_licence(_imagenet(arch)), "ScanNet", f"{PRIORS['view']} only"
+        )
+        for arch in DEPTHS
+    ]
     slow = _entry(
         "pri3d_view_geo_r50.lr001",
         "r50",
@@ -158,7 +169,7 @@ def _scannet_entries() -> tuple[Entry, ...]:
         _entry(f"pri3d_unsup_{prior}_r50", "r50", _scannet_licence(moco), "ScanNet", f"{text}, started without labels")
         for prior, text in PRIORS.items()
     ]
-    return (*supervised, slow, *unsupervised)
+    return (*supervised, *plain, slow, *unsupervised)
 
 
 def _outdoor_entries() -> tuple[Entry, ...]:
@@ -184,12 +195,14 @@ def _outdoor_entries() -> tuple[Entry, ...]:
 
 def _rooms_entries() -> tuple[Entry, ...]:
     licence = Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model="none (random weights)")
-    text = f"{PRIORS['view']}, with depth proxy, from a random start on procedural rooms only"
+    text = "with depth proxy, from a random start on procedural rooms only"
     toy = ImageContract(size=(72, 96))
-    return (
-        _entry("pri3d_view_r18.rooms", "r18", licence, "rooms", f"{text}; full size, for one GPU"),
-        _entry("pri3d_view_r18.rooms_toy", "r18", licence, "rooms", f"{text}; minutes on a CPU, to see it work", toy),
-    )
+    full = [
+        _entry(f"pri3d_{prior}_r18.rooms", "r18", licence, "rooms", f"{what}, {text}; full size, for one GPU")
+        for prior, what in PRIORS.items()
+    ]
+    toy_text = f"{PRIORS['view']}, {text}; minutes on a CPU, to see it work"
+    return (*full, _entry("pri3d_view_r18.rooms_toy", "r18", licence, "rooms", toy_text, toy))
 
 
 ENTRIES: tuple[Entry, ...] = (*_scannet_entries(), *_outdoor_entries(), *_rooms_entries())

@@ -45,7 +45,8 @@ def voxelize(
     _check(points, feats, voxel_size, batch)
     if reduce not in ("first", "mean"):
         raise ValueError(f"reduce is {reduce!r}; accepted: 'first', 'mean'.")
-    cells = torch.floor(points / voxel_size)
+    # A tensor, not a number: CUDA would multiply by the number's reciprocal, and cell borders would move.
+    cells = torch.floor(points / points.new_tensor(voxel_size))
     _check_range(cells, points, voxel_size)
     numbers = torch.zeros(len(points), 1, dtype=torch.int64, device=points.device)
     if batch is not None:

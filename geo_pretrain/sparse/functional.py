@@ -29,7 +29,7 @@ def convolve(
 
     `stride` > 1 leads to the coarser voxels; `transposed` back to the finer ones (all children where none are known).
     """
-    _check_channels(x, kernel.shape[-2])
+    _check_kernel(x, kernel, kernel_size, stride)
     rows, kernel = _autocast(x.rows, kernel)
     if kernel.ndim == 2:
         return x.with_rows(rows @ kernel)
@@ -73,12 +73,12 @@ class _Convolution(torch.autograd.Function):
 def max_pool(x: SparseTensor, kernel_size: int, stride: int) -> SparseTensor:
     """The largest feature in each window, over occupied voxels only."""
     kernel_map = x.grid.kernel_map(x.stride, stride, kernel_size, 1)
-    rows = x.rows.detach()
-    best = rows.new_full((len(kernel_map.table), rows.shape[1]), -torch.inf)
-    source = torch.zeros_like(best, dtype=torch.long)
+    rows, table = x.rows.detach(), kernel_map.table
+    first = table.gather(1, (table >= 0).int().argmax(dim=1, keepdim=True)).clamp(min=0).long()
+    best, source = rows[first[:, 0]], first.repeat(1, rows.shape[1])
     for inputs, outputs in kernel_map.pairs:
         values, before = rows[inputs], best[outputs]
-        higher = values > before
+        higher = (values > before) | values.isnan()
         best[outputs] = torch.where(higher, values, before)
         source[outputs] = torch.where(higher, inputs[:, None], source[outputs])
     return x.with_rows(_or_zero(x.rows.gather(0, source), kernel_map), stride=x.stride * stride)
@@ -94,10 +94,11 @@ def avg_pool(x: SparseTensor, kernel_size: int, stride: int) -> SparseTensor:
 def sum_pool(x: SparseTensor, kernel_size: int, stride: int) -> SparseTensor:
     """The sum of the features in each window."""
     kernel_map = x.grid.kernel_map(x.stride, stride, kernel_size, 1)
-    total = x.rows.new_zeros(len(kernel_map.table), x.rows.shape[1])
+    rows = x.rows.to(_accumulator(x.rows.dtype))
+    total = rows.new_zeros(len(kernel_map.table), rows.shape[1])
     for inputs, outputs in kernel_map.pairs:
-        total = total.index_add(0, outputs, x.rows[inputs])
-    return x.with_rows(total, stride=x.stride * stride)
+        total = total.index_add(0, outputs, rows[inputs])
+    return x.with_rows(total.to(x.rows.dtype), stride=x.stride * stride)
 
 
 def global_pool(x: SparseTensor, reduce: Literal["avg", "max", "sum"] = "avg") -> Tensor:
@@ -108,8 +109,11 @@ def global_pool(x: SparseTensor, reduce: Literal["avg", "max", "sum"] = "avg") -
         index = x.batch[:, None].expand_as(x.rows)
         start = x.rows.new_full((x.batch_size, x.rows.shape[1]), -torch.inf)
         return start.scatter_reduce(0, index, x.rows, reduce="amax", include_self=False)
-    total = x.rows.new_zeros(x.batch_size, x.rows.shape[1]).index_add(0, x.batch, x.rows)
-    return total if reduce == "sum" else total / x.batch.bincount(minlength=x.batch_size)[:, None]
+    rows = x.rows.to(_accumulator(x.rows.dtype))
+    total = rows.new_zeros(x.batch_size, rows.shape[1]).index_add(0, x.batch, rows)
+    if reduce == "avg":
+        total = total / x.batch.bincount(minlength=x.batch_size)[:, None]
+    return total.to(x.rows.dtype)
 
 
 def interpolate(x: SparseTensor, points: Tensor) -> Tensor:
@@ -118,6 +122,7 @@ def interpolate(x: SparseTensor, points: Tensor) -> Tensor:
     A corner's weight is the product over axes of 1 - distance / stride; unoccupied corners count as zero and weights
     are not renormalised, as in MinkowskiEngine. Voxel coordinates are the corners.
     """
+    _check_places("points", points, "floating point")
     cell = torch.floor(points[:, 1:] / x.stride) * x.stride
     fraction = ((points[:, 1:] - cell) / x.stride).to(x.rows.dtype)
     base = torch.cat([points[:, :1], cell], dim=1).to(torch.int32)
@@ -132,6 +137,7 @@ def interpolate(x: SparseTensor, points: Tensor) -> Tensor:
 
 def point_rows(x: SparseTensor, coords: Tensor) -> Tensor:
     """For voxel coordinates [M, 4] of stride 1 the row of `x.feats` whose voxel contains each: int64, -1 for none."""
+    _check_places("coords", coords, "integers")
     found = x.level.index.find(floor_to(coords, x.stride)).long()
     if x.stride != x.grid.base:
         return found
@@ -152,24 +158,30 @@ def products(rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
     if padding < PADDING.get(rows.device.type, PADDING["cpu"]) and padded_bytes <= PADDED_BYTES:
         return _gather_padded(rows, kernel_map.table) @ kernel.reshape(-1, kernel.shape[2])
     total = torch.zeros(outputs, kernel.shape[2], dtype=_accumulator(rows.dtype), device=rows.device)
-    longest = max(len(inputs) for inputs, _ in kernel_map.pairs)
+    longest = max(len(inputs) for _, pairs in kernel_map.tiles for inputs, _ in pairs)
     gathered, product = rows.new_empty(longest, rows.shape[1]), rows.new_empty(longest, kernel.shape[2])
-    for k, (inputs, into) in enumerate(kernel_map.pairs):
-        if kernel_map.symmetric and k == offsets // 2:  # the centre: every row meets itself
-            total.add_(rows @ kernel[k])
-        elif len(inputs):
-            taken = torch.index_select(rows, 0, inputs, out=gathered[: len(inputs)])
-            made = torch.mm(taken, kernel[k], out=product[: len(inputs)])
-            total.index_add_(0, into, made.to(total.dtype))
+    for tile, pairs in kernel_map.tiles:
+        part = total[tile]
+        for k, (inputs, into) in enumerate(pairs):
+            if kernel_map.symmetric and k == offsets // 2:  # the centre: every row meets itself
+                part.add_(torch.mm(rows[tile], kernel[k], out=product[: len(part)]))
+            elif len(inputs):
+                taken = torch.index_select(rows, 0, inputs, out=gathered[: len(inputs)])
+                made = torch.mm(taken, kernel[k], out=product[: len(inputs)])
+                part.index_add_(0, into, made.to(total.dtype))
     return total.to(rows.dtype)
 
 
 def kernel_gradient(rows: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
     """d loss / d kernel [K, Cin, Cout] of `products`, given that of its output."""
-    gradients = [
-        rows.index_select(0, inputs).t() @ grad.index_select(0, outputs) for inputs, outputs in kernel_map.pairs
-    ]
-    return torch.stack(gradients)
+    shape = (kernel_map.table.shape[1], rows.shape[1], grad.shape[1])
+    total = torch.zeros(shape, dtype=_accumulator(rows.dtype), device=rows.device)
+    for tile, pairs in kernel_map.tiles:
+        part = grad[tile]
+        for k, (inputs, outputs) in enumerate(pairs):
+            if len(inputs):
+                total[k] += rows.index_select(0, inputs).t() @ part.index_select(0, outputs)
+    return total.to(rows.dtype)
 
 
 def _gather_padded(rows: Tensor, table: Tensor) -> Tensor:
@@ -197,6 +209,18 @@ def _or_zero(rows: Tensor, kernel_map: KernelMap) -> Tensor:
     return torch.where((kernel_map.table >= 0).any(dim=1, keepdim=True), rows, 0)
 
 
-def _check_channels(x: SparseTensor, expected: int) -> None:
-    if x.rows.shape[1] != expected:
-        raise ValueError(f"This convolution takes {expected} channels; got {x!r}.")
+def _check_kernel(x: SparseTensor, kernel: Tensor, kernel_size: int, stride: int) -> None:
+    pointwise = kernel.ndim == 2 and kernel_size == stride == 1
+    if not pointwise and (kernel.ndim != 3 or len(kernel) != kernel_size**3):
+        raise ValueError(
+            f"kernel is {tuple(kernel.shape)}; accepted: [{kernel_size**3}, Cin, Cout] for kernel_size {kernel_size}."
+        )
+    if x.rows.shape[1] != kernel.shape[-2]:
+        raise ValueError(f"This convolution takes {kernel.shape[-2]} channels; got {x!r}.")
+
+
+def _check_places(name: str, places: Tensor, accepted: str) -> None:
+    if places.ndim != 2 or places.shape[1] != 4 or places.is_floating_point() != accepted.startswith("float"):
+        raise ValueError(
+            f"{name} are {places.dtype} {tuple(places.shape)}; accepted: {accepted} [M, 4] with rows (batch, x, y, z)."
+        )

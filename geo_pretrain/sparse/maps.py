@@ -15,6 +15,7 @@ from geo_pretrain.sparse.coordinates import unique_rows
 
 ALIGNED = 1024  # Morton codes count from a multiple of this, so that cells of strides up to it are runs of the order
 KEY_BITS = 62
+TILE = 8192  # output rows worked on at once by a CPU
 MARGIN = 64  # cells round the bounding box within which a neighbour's key is found by adding to one's own
 
 
@@ -39,12 +40,31 @@ class KernelMap:
         self.table, self.inputs, self.symmetric = table, inputs, symmetric
 
     @cached_property
+    def tiles(self) -> list[tuple[slice, list[tuple[Tensor, Tensor]]]]:
+        """Output rows tile by tile, and for each kernel offset (input rows, output rows within the tile), int64.
+
+        A tile's sums fit the cache. No row occurs twice in either list of an offset.
+        """
+        step = TILE if self.table.device.type == "cpu" else len(self.table)
+        tiles = []
+        for start in range(0, len(self.table), step):
+            part = self.table[start : start + step]
+            offset, outputs = (part.t() >= 0).nonzero(as_tuple=True)
+            counts = torch.bincount(offset, minlength=part.shape[1]).tolist()
+            inputs = part[outputs, offset].long()
+            pairs = list(zip(inputs.split(counts), outputs.split(counts), strict=True))
+            tiles.append((slice(start, start + len(part)), pairs))
+        return tiles
+
+    @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """For each kernel offset (input rows, output rows), int64; no row occurs twice in either."""
-        offset, outputs = (self.table.t() >= 0).nonzero(as_tuple=True)
-        inputs = self.table[outputs, offset].long()
-        counts = torch.bincount(offset, minlength=self.table.shape[1]).tolist()
-        return list(zip(inputs.split(counts), outputs.split(counts), strict=True))
+        """For each kernel offset (input rows, output rows)."""
+        columns = zip(*(pairs for _, pairs in self.tiles), strict=True)
+        starts = [tile.start for tile, _ in self.tiles]
+        return [
+            (torch.cat([i for i, _ in parts]), torch.cat([o + s for s, (_, o) in zip(starts, parts, strict=True)]))
+            for parts in columns
+        ]
 
     @cached_property
     def count(self) -> int:
@@ -235,7 +255,7 @@ class CoordinateIndex:
         return torch.where(found >= 0, rank[found.clamp(min=0)], -1)
 
     def _cells(self, coords: Tensor) -> Tensor:
-        wide = coords.long()
+        wide = coords.to(torch.int64, copy=True)
         if self.stride > 1:
             wide[:, 1:] //= self.stride
         return wide

@@ -1,0 +1,105 @@
+"""CSC, Contrastive Scene Contexts (Hou et al., CVPR 2021): PointContrast with negatives split by place in the scene.
+
+Numbers are the README's: each stands with the checkpoint it was fine-tuned from. The code is MIT; no separate terms
+are given for the weights, so their entry states what ScanNet imposes.
+"""
+
+from __future__ import annotations
+
+from geo_pretrain.catalog.entry import AuthorsFile, Entry, Licence, Paper, Result
+from geo_pretrain.catalog.pointcontrast import DETECTION, ROOMS_LICENCE, SCANNET_LICENCE, SEGMENTATION, SRUNET34
+from geo_pretrain.contract import VoxelContract
+
+PAPER = Paper(
+    title="Exploring Data-Efficient 3D Scene Understanding with Contrastive Scene Contexts",
+    authors="Ji Hou, Benjamin Graham, Matthias Niessner, Saining Xie",
+    venue="CVPR",
+    year=2021,
+    url="https://arxiv.org/abs/2012.09165",
+)
+CONTRACT = VoxelContract(0.025, ("R", "G", "B"), offset=-0.5)
+FOLDER = "http://kaldir.vc.in.tum.de/3dsis/contrastive_scene_contexts/pretrain"
+FILES = {
+    "20k": "partition8_4096_20k",
+    "60k": "partition8_4096_60k",
+    "100k": "partition8_4096_100k",
+    "partition4": "partition4_4096_100k",
+}
+TEXT = "PointInfoNCE within spatial partitions around each point"
+DESCRIPTIONS = {
+    "20k": f"{TEXT} (file partition8), 20,000 steps",
+    "60k": f"{TEXT} (file partition8), 60,000 steps",
+    "100k": f"{TEXT} (file partition8), 100,000 steps",
+    "partition4": f"{TEXT} (file partition4), 100,000 steps",
+}
+INSTANCES = "3D instance segmentation"
+RECIPES = ("csc_100k_srunet34",)
+
+
+def _limited(task: str, metric: str, what: str, values: dict[int, float]) -> tuple[Result, ...]:
+    """Rows of the data-efficient benchmark; `what` names the limit, such as "% of the scenes"."""
+    return tuple(Result(f"{task}, {n} {what}", "ScanNet", metric, value, "README") for n, value in values.items())
+
+
+def _readme(task: str, dataset: str, metric: str, value: float) -> Result:
+    return Result(task, dataset, metric, value, "README")
+
+
+SCENES, POINTS, BOXES = "% of the scenes", "labelled points a scene", "labelled boxes a scene"
+RESULTS: dict[str, tuple[Result, ...]] = {
+    "20k": (_readme(INSTANCES, "S3DIS", "mAP@0.5", 63.4),),
+    "60k": (
+        *_limited(SEGMENTATION, "mIoU", SCENES, {1: 29.3, 5: 45.4, 10: 59.5, 20: 64.1}),
+        *_limited(SEGMENTATION, "mIoU", POINTS, {20: 53.8, 50: 62.9, 100: 66.9, 200: 69.0}),
+        *_limited(INSTANCES, "mAP@0.5", SCENES, {1: 12.3, 5: 33.9, 10: 45.3, 20: 49.8}),
+        *_limited(INSTANCES, "mAP@0.5", POINTS, {20: 27.2, 50: 35.7, 100: 43.6, 200: 50.4}),
+        *_limited(DETECTION, "mAP@0.5", SCENES, {10: 9.9, 20: 21.4, 40: 29.5, 80: 36.3}),
+        *_limited(DETECTION, "mAP@0.25", SCENES, {10: 24.7, 20: 41.4, 40: 52.0, 80: 56.3}),
+    ),
+    "100k": (
+        _readme(SEGMENTATION, "ScanNet", "mIoU", 73.8),
+        _readme(SEGMENTATION, "S3DIS", "mIoU", 72.2),
+        _readme(INSTANCES, "ScanNet", "mAP@0.5", 59.4),
+        *_limited(DETECTION, "mAP@0.5", BOXES, {1: 10.9, 2: 18.5, 4: 26.1, 7: 30.4}),
+        *_limited(DETECTION, "mAP@0.25", BOXES, {1: 24.5, 2: 36.5, 4: 45.9, 7: 52.5}),
+    ),
+    "partition4": (
+        _readme(DETECTION, "ScanNet", "mAP@0.5", 39.3),
+        _readme(DETECTION, "ScanNet", "mAP@0.25", 59.1),
+        _readme(DETECTION, "SUN RGB-D", "mAP@0.5", 36.4),
+        _readme(DETECTION, "SUN RGB-D", "mAP@0.25", 58.9),
+    ),
+}
+
+
+def _entry(name: str, licence: Licence, data: str, description: str, *, recipe: str | None, key: str = "") -> Entry:
+    files = (AuthorsFile(f"{FOLDER}/{FILES[key]}.pth", "csc", "3D U-Net, optimiser state"),) if key else ()
+    return Entry(
+        name=name,
+        method="csc",
+        modality="3d",
+        arch=SRUNET34,
+        contract=CONTRACT,
+        licence=licence,
+        paper=PAPER,
+        data=data,
+        description=description,
+        status="published-by-authors" if files else "regenerable",
+        recipe=recipe,
+        authors_files=files,
+        results=RESULTS.get(key, ()),
+    )
+
+
+def _published(key: str) -> Entry:
+    name = f"csc_{key}_srunet34"
+    recipe = name if name in RECIPES else None
+    return _entry(name, SCANNET_LICENCE, "ScanNet", DESCRIPTIONS[key], recipe=recipe, key=key)
+
+
+ROOMS = "csc_srunet34.rooms"
+ROOMS_TEXT = f"{TEXT}, on procedural rooms only; full size, for one GPU"
+ENTRIES: tuple[Entry, ...] = (
+    *(_published(key) for key in FILES),
+    _entry(ROOMS, ROOMS_LICENCE, "rooms", ROOMS_TEXT, recipe=ROOMS),
+)

@@ -1,0 +1,112 @@
+"""PointContrast (Xie et al., ECCV 2020): SR-UNet34 pre-trained by matching points of two views of a scene.
+
+Numbers are the paper's, by table. The code is MIT; no separate terms are given for the weights, so their entry states
+what ScanNet imposes. The released code feeds features of ones (plus a little noise), whatever its scripts' names say.
+"""
+
+from __future__ import annotations
+
+from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Licence, Paper, Result
+from geo_pretrain.contract import VoxelContract
+
+PAPER = Paper(
+    title="PointContrast: Unsupervised Pre-training for 3D Point Cloud Understanding",
+    authors="Saining Xie, Jiatao Gu, Demi Guo, Charles R. Qi, Leonidas Guibas, Or Litany",
+    venue="ECCV",
+    year=2020,
+    url="https://arxiv.org/abs/2007.10985",
+)
+SRUNET34 = Arch(
+    "sr_unet", {"variant": "34C", "in_chans": 3, "out_chans": 32, "width": 32, "stem_kernel": 3, "normalize": True}
+)
+CONTRACT = VoxelContract(0.025)
+SCRATCH = "none (random weights)"
+SCANNET_LICENCE = Licence(
+    code="MIT", weights="LicenseRef-ScanNet-ToU", datasets=(("ScanNet", "LicenseRef-ScanNet-ToU"),), base_model=SCRATCH
+)
+ROOMS_LICENCE = Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=SCRATCH)
+
+SEGMENTATION, DETECTION = "3D semantic segmentation", "3D object detection"
+LOSSES = {
+    "nce": "PointInfoNCE between points that two views of a scene share",
+    "hardest": "hardest-contrastive loss between points that two views of a scene share",
+}
+URLS = {
+    "nce": "https://www.dropbox.com/s/uzr88m1lab0abbl/nce.pth?dl=0",
+    "hardest": "https://www.dropbox.com/s/la9ih2w2oavpp2z/hardest_contrastive.pth?dl=0",
+}
+
+
+def _shares(task: str, metric: str, table: str, values: dict[int, float]) -> tuple[Result, ...]:
+    return tuple(
+        Result(task if share == 100 else f"{task}, {share} % of the training data", "ShapeNet", metric, value, table)
+        for share, value in values.items()
+    )
+
+
+def _segmentation(dataset: str, table: str, miou: float, macc: float) -> tuple[Result, ...]:
+    return tuple(Result(SEGMENTATION, dataset, metric, v, table) for metric, v in (("mIoU", miou), ("mAcc", macc)))
+
+
+def _detection(dataset: str, table: str, ap50: float, ap25: float) -> tuple[Result, ...]:
+    return tuple(Result(DETECTION, dataset, metric, v, table) for metric, v in (("mAP@0.5", ap50), ("mAP@0.25", ap25)))
+
+
+RESULTS: dict[str, tuple[Result, ...]] = {
+    "nce": (
+        *_segmentation("ScanNet", "T7", 74.1, 81.6),
+        *_segmentation("S3DIS", "T4", 70.3, 76.9),
+        *_segmentation("Synthia4D", "T6", 83.1, 93.7),
+        *_detection("ScanNet", "T8", 38.0, 58.5),
+        *_detection("SUN RGB-D", "T5", 34.8, 57.5),
+        *_shares("classification", "accuracy", "T2", {1: 65.8, 10: 78.8, 100: 85.7}),
+        *_shares("part segmentation", "IoU", "T3", {1: 73.1, 5: 79.9, 100: 85.1}),
+    ),
+    "hardest": (
+        *_segmentation("ScanNet", "T7", 73.3, 81.0),
+        *_segmentation("S3DIS", "T4", 70.9, 77.0),
+        *_segmentation("Synthia4D", "T6", 82.6, 93.7),
+        *_detection("ScanNet", "T8", 37.3, 59.2),
+        *_detection("SUN RGB-D", "T5", 34.5, 57.5),
+        *_shares("classification", "accuracy", "T2", {1: 66.2, 10: 79.0, 100: 85.7}),
+        Result("classification, 10 rarest classes", "ShapeNet", "accuracy", 70.9, "T2"),
+        Result("classification, 30 rarest classes", "ShapeNet", "accuracy", 72.9, "T2"),
+        *_shares("part segmentation", "IoU", "T3", {1: 74.0, 5: 79.9, 100: 85.1}),
+    ),
+}
+
+
+def _entries(loss: str) -> tuple[Entry, Entry]:
+    name = f"pointcontrast_{loss}_srunet34"
+    published = Entry(
+        name=name,
+        method="pointcontrast",
+        modality="3d",
+        arch=SRUNET34,
+        contract=CONTRACT,
+        licence=SCANNET_LICENCE,
+        paper=PAPER,
+        data="ScanNet",
+        description=LOSSES[loss],
+        status="published-by-authors",
+        recipe=name,
+        authors_files=(AuthorsFile(URLS[loss], "pointcontrast", "3D U-Net, optimiser state"),),
+        results=RESULTS[loss],
+    )
+    rooms = Entry(
+        name=f"{name}.rooms",
+        method="pointcontrast",
+        modality="3d",
+        arch=SRUNET34,
+        contract=CONTRACT,
+        licence=ROOMS_LICENCE,
+        paper=PAPER,
+        data="rooms",
+        description=f"{LOSSES[loss]}, on procedural rooms only; full size, for one GPU",
+        status="regenerable",
+        recipe=f"{name}.rooms",
+    )
+    return published, rooms
+
+
+ENTRIES: tuple[Entry, ...] = (*_entries("nce"), *_entries("hardest"))

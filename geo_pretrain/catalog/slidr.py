@@ -1,0 +1,59 @@
+"""SLidR (Sautier et al., CVPR 2022): an SR-UNet for driving LiDAR, taught by an image network through superpixels.
+
+Numbers are the README's. The code is Apache-2.0; no separate terms are given for the weights, so their entry states
+what nuScenes and the teacher impose.
+"""
+
+from __future__ import annotations
+
+from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Licence, Paper, Result
+from geo_pretrain.catalog.pointcontrast import SEGMENTATION
+from geo_pretrain.contract import VoxelContract
+
+PAPER = Paper(
+    title="Image-to-Lidar Self-Supervised Distillation for Autonomous Driving Data",
+    authors="Corentin Sautier, Gilles Puy, Spyros Gidaris, Alexandre Boulch, Andrei Bursuc, Renaud Marlet",
+    venue="CVPR",
+    year=2022,
+    url="https://arxiv.org/abs/2203.16258",
+)
+RELEASES = "https://github.com/valeoai/SLidR/releases/download"
+PROBE = f"{SEGMENTATION}, linear probing"
+
+
+def _share(dataset: str, percent: int, value: float) -> Result:
+    task = SEGMENTATION if percent == 100 else f"{SEGMENTATION}, {percent} % of the training data"
+    return Result(task, dataset, "mIoU", value, "README")
+
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry(
+        name="slidr_srunet34.nuscenes",
+        method="slidr",
+        modality="3d",
+        arch=Arch(
+            "sr_unet",
+            {"variant": "34C", "in_chans": 1, "out_chans": 64, "width": 32, "stem_kernel": 3, "normalize": True},
+        ),
+        contract=VoxelContract((0.1, 1.0, 0.1), ("intensity",), coordinates="cylindrical"),
+        licence=Licence(
+            code="Apache-2.0",
+            weights="CC-BY-NC-SA-4.0",
+            datasets=(("nuScenes", "CC-BY-NC-SA-4.0"), ("ImageNet", "LicenseRef-ImageNet-terms")),
+            base_model="random weights; teacher: MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0)",
+        ),
+        paper=PAPER,
+        data="nuScenes",
+        description="contrastive distillation from images to LiDAR points through superpixels; intensity in [0, 255]",
+        status="published-by-authors",
+        authors_files=(
+            AuthorsFile(f"{RELEASES}/v1.0/minkunet_slidr_1gpu.pt", "slidr", "3D U-Net"),
+            AuthorsFile(f"{RELEASES}/v1.1/minkunet_slidr_1gpu_raw.pt", "slidr", "3D U-Net, ResNet-50 and image head"),
+        ),
+        results=(
+            Result(PROBE, "nuScenes", "mIoU", 38.8, "README"),
+            *(_share("nuScenes", p, v) for p, v in ((1, 38.3), (5, 52.2), (10, 58.8), (25, 66.2), (100, 74.6))),
+            _share("SemanticKITTI", 1, 44.6),
+        ),
+    ),
+)
