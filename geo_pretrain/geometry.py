@@ -105,19 +105,10 @@ def match_pixels(
     Returns:
         int64 [B, H*W]: the flat pixel index in frame 2, or -1 where there is no match.
     """
-    height, width = depth2.shape[-2:]
     points = backproject(depth1, intrinsics1)
     points = transform(points, relative_pose(cam1_to_world, cam2_to_world).to(depth1.dtype))
-    uv, z = project(points, intrinsics2)
-    if authors_exact:
-        pixel, valid = uv.trunc(), depth1.flatten(-2) != -1
-    else:
-        pixel, valid = (uv.floor() if rounding == "floor" else (uv + 0.5).floor()), depth1.flatten(-2) > 0
-        valid &= z > 0
-    column, row = pixel[..., 0], pixel[..., 1]
-    # NaN and infinite coordinates fail these comparisons, so they never reach the integer conversion below.
-    valid &= (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    target = torch.where(valid, row * width + column, 0).long()
+    target, inside, z = _land(points, intrinsics2, depth2.shape, rounding, authors_exact)
+    valid = inside & (depth1.flatten(-2) != -1 if authors_exact else depth1.flatten(-2) > 0)
     seen = depth2.flatten(-2).gather(-1, target)
     if distance == "depth":
         gap = (z - seen).abs()
@@ -125,6 +116,38 @@ def match_pixels(
         surface = backproject(depth2, intrinsics2).gather(-2, target[..., None].expand(*target.shape, 3))
         gap = (points - surface).norm(dim=-1)
     valid &= gap < tolerance
+    if not authors_exact:
+        valid &= seen > 0
+    return torch.where(valid, target, -1)
+
+
+def seen_at(
+    points: Tensor,
+    depth: Tensor,
+    intrinsics: Tensor,
+    cam_to_world: Tensor,
+    *,
+    tolerance: float = 0.05,
+    rounding: Rounding = "floor",
+    authors_exact: bool = False,
+) -> Tensor:
+    """For every world point [..., N, 3] m the pixel of a frame that sees it, by projection.
+
+    Args:
+        points: such as the centres of voxels; the authors project their lower corners.
+        depth: [..., H, W] m, 0 = invalid; intrinsics: [..., 3, 3]; cam_to_world: [..., 4, 4].
+        tolerance: metres along the optical axis between the point and the depth there; Pri3D's code allows 0.2.
+        rounding: how a projected coordinate becomes a pixel, see `match_pixels`.
+        authors_exact: Pri3D's released voxel matcher to the letter: truncation towards zero and no test of validity,
+            so that points within the tolerance of the camera plane, before or behind, match pixels without depth.
+
+    Returns:
+        int64 [..., N]: the flat pixel index, or -1 where the point is not seen.
+    """
+    in_camera = transform(points.double(), torch.linalg.inv(cam_to_world.double())).to(points.dtype)
+    target, inside, z = _land(in_camera, intrinsics, depth.shape, rounding, authors_exact)
+    seen = depth.flatten(-2).gather(-1, target)
+    valid = inside & ((z - seen).abs() < tolerance)
     if not authors_exact:
         valid &= seen > 0
     return torch.where(valid, target, -1)
@@ -158,6 +181,77 @@ def register_depth(
     image = depth.new_full((height * width,), math.inf)
     image.scatter_reduce_(0, target, z[valid], reduce="amin")
     return torch.where(image.isinf(), 0, image).reshape(height, width)
+
+
+def radius_matches(points1: Tensor, points2: Tensor, radius: float) -> Tensor:
+    """All pairs of a point of [N, 3] and a point of [M, 3] that are less than `radius` apart: int64 [K, 2].
+
+    Rows (index 1, index 2) in ascending order. Distances are measured in float64 and must be strictly smaller, as in
+    the k-d tree that PointContrast's code asks. Points are binned into cells as wide as the radius, so the cost grows
+    with the number of pairs found; memory too.
+    """
+    if not radius > 0:
+        raise ValueError(f"radius is {radius!r}; accepted: metres above 0.")
+    if not (torch.isfinite(points1).all() and torch.isfinite(points2).all()):
+        raise ValueError("Some points are not finite; drop them first.")
+    points1, points2 = points1.double(), points2.double()
+    if not (len(points1) and len(points2)):
+        return torch.empty(0, 2, dtype=torch.int64, device=points1.device)
+    # A hair wider than the radius: rounding of the quotients cannot put a pair two cells apart.
+    origin, edge = points2.amin(dim=0), radius * (1 + 1e-6)
+    cells1, cells2 = (torch.floor((points - origin) / edge).long() for points in (points1, points2))
+    extent = cells2.amax(dim=0) + 1
+    if math.prod((extent + 2).tolist()) >= 1 << 62:
+        raise ValueError(
+            f"Points span {extent.tolist()} cells of {radius:g} m, too many to number; use a larger radius."
+        )
+    key2, order = ((cells2[:, 0] * (extent[1] + 2) + cells2[:, 1]) * (extent[2] + 2) + cells2[:, 2]).sort()
+    near = ((cells1 >= -1) & (cells1 <= extent)).all(dim=1).nonzero()[:, 0]
+    columns = torch.tensor([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)], device=points1.device)
+    column = cells1[near, None, :2] + columns  # the three cells of a column have consecutive keys
+    key1 = (column[..., 0] * (extent[1] + 2) + column[..., 1]) * (extent[2] + 2) + cells1[near, None, 2]
+    first = torch.searchsorted(key2, (key1 - 1).flatten())
+    count = torch.searchsorted(key2, (key1 + 1).flatten(), right=True) - first
+    candidate = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    position = (
+        torch.arange(len(candidate), device=count.device) - (count.cumsum(0) - count)[candidate] + first[candidate]
+    )
+    index1, index2 = near[candidate // len(columns)], order[position]
+    close = (points1[index1] - points2[index2]).square().sum(dim=1) < radius**2
+    flat = (index1[close] * len(points2) + index2[close]).sort().values
+    return torch.stack([flat // len(points2), flat % len(points2)], dim=1)
+
+
+def rotation(axis: Tensor, angle: float) -> Tensor:
+    """The turn by `angle` (radians, right-handed) about `axis` [3], which needs no unit length: float64 [4, 4]."""
+    x, y, z = (axis.double() / axis.double().norm()).tolist()
+    skew = torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64, device=axis.device)
+    turned = torch.eye(4, dtype=torch.float64, device=axis.device)
+    turned[:3, :3] += math.sin(angle) * skew + (1 - math.cos(angle)) * (skew @ skew)
+    return turned
+
+
+def centred(points: Tensor) -> Tensor:
+    """The shift that takes the centroid of points [N, 3] to the origin: float64 [4, 4]."""
+    shift = torch.eye(4, dtype=torch.float64, device=points.device)
+    shift[:3, 3] = -points.double().mean(dim=0)
+    return shift
+
+
+def _land(
+    points: Tensor, intrinsics: Tensor, shape: torch.Size, rounding: Rounding, authors_exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where camera-frame points fall in an image [..., H, W]: flat pixel (0 when outside), whether inside, z-depth."""
+    height, width = shape[-2:]
+    uv, z = project(points, intrinsics)
+    if authors_exact:
+        pixel, inside = uv.trunc(), torch.ones_like(z, dtype=torch.bool)
+    else:
+        pixel, inside = (uv.floor() if rounding == "floor" else (uv + 0.5).floor()), z > 0
+    column, row = pixel[..., 0], pixel[..., 1]
+    # NaN and infinite coordinates fail these comparisons, so they never reach the integer conversion below.
+    inside = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    return torch.where(inside, row * width + column, 0).long(), inside, z
 
 
 def _pinhole(intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

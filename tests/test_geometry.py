@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +201,131 @@ def test_points_behind_the_second_camera_never_match():
     options = {"tolerance": 5.0, "rounding": "nearest"}
     assert (geometry.match_pixels(depth, depth, intrinsics, intrinsics, same, same, **options) >= 0).all()
     assert (geometry.match_pixels(depth, depth, intrinsics, intrinsics, same, turned, **options) == -1).all()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_points_on_the_pixels_of_a_frame_are_seen_where_the_released_matcher_finds_them(golden, pair):
+    """The voxel matcher and the pixel matcher share their projection: back-projected pixels must land alike."""
+    depth1, depth2, k, _, pose1, pose2 = pair_inputs(golden, pair, torch.float64)
+    source = (depth1[0].flatten() > 0).nonzero()[:, 0]
+    world = geometry.transform(geometry.backproject(depth1[0], k[0])[source], pose1[0])
+    target = geometry.seen_at(world, depth2[0], k[0], pose2[0], authors_exact=True)
+    found = target >= 0
+    pos1 = torch.stack([source[found] // 160, source[found] % 160], -1)
+    pos2 = torch.stack([target[found] // 160, target[found] % 160], -1)
+    assert torch.equal(pos1.int(), golden[f"{pair}.warp_pos1"])
+    assert torch.equal(pos2.int(), golden[f"{pair}.warp_pos2"])
+
+
+def slow_seen_at(points, depth, intrinsics, pose, tolerance, rounding, authors_exact):
+    """One point at a time."""
+    out = np.full(len(points), -1)
+    world_to_cam = np.linalg.inv(pose)
+    for row, point in enumerate(points):
+        x, y, z, _ = world_to_cam @ np.append(point, 1)
+        u, v = x / z * intrinsics[0, 0] + intrinsics[0, 2], y / z * intrinsics[1, 1] + intrinsics[1, 2]
+        if authors_exact:
+            j, i = int(u), int(v)
+        elif rounding == "floor":
+            j, i = int(np.floor(u)), int(np.floor(v))
+        else:
+            j, i = int(np.floor(u + 0.5)), int(np.floor(v + 0.5))
+        if not (0 <= i < depth.shape[0] and 0 <= j < depth.shape[1]) or abs(z - depth[i, j]) >= tolerance:
+            continue
+        if authors_exact or (z > 0 and depth[i, j] > 0):
+            out[row] = i * depth.shape[1] + j
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, {"rounding": "nearest"}, {"authors_exact": True}])
+def test_seen_points_equal_the_loop_over_points(options):
+    rng = np.random.default_rng(4)
+    depth, intrinsics, pose = random_view(rng)
+    points = rng.uniform(-0.6, 1.2, (10_000, 3))
+    args = [torch.from_numpy(a) for a in (points, depth, intrinsics, pose)]
+    got = geometry.seen_at(*args, tolerance=0.2, **options)
+    want = slow_seen_at(
+        points, depth, intrinsics, pose, 0.2, options.get("rounding", "floor"), "authors_exact" in options
+    )
+    assert (want >= 0).sum() > 150
+    np.testing.assert_array_equal(got.numpy(), want)
+    batched = geometry.seen_at(*(a[None].expand(2, *a.shape) for a in args), tolerance=0.2, **options)
+    assert (batched == got).all()
+
+
+def test_only_the_exact_mode_lets_points_at_the_camera_plane_match_pixels_without_depth():
+    """methods.md D3: no test of validity, so a voxel 10 cm before or behind the camera meets depth 0."""
+    depth, intrinsics = torch.zeros(8, 8), torch.tensor([[8.0, 0, 3.5], [0, 8, 3.5], [0, 0, 1]])
+    points = torch.tensor([[0.0, 0, 0.1], [0, 0, -0.1], [-0.053125, 0, 0.1]])  # the last one at u = -0.75
+    args = (points, depth, intrinsics, torch.eye(4))
+    assert geometry.seen_at(*args, tolerance=0.2).tolist() == [-1, -1, -1]
+    assert geometry.seen_at(*args, tolerance=0.2, authors_exact=True).tolist() == [27, 27, 24]
+
+
+def brute_force(points1, points2, radius):
+    distance = ((points1[:, None].double() - points2[None].double()) ** 2).sum(-1)
+    return (distance < radius**2).nonzero()
+
+
+@pytest.mark.parametrize("spread", [(0.4, 0.4, 0.4), (1.0, 1.0, 0.01), (30.0, 0.0, 0.0), (0.02, 0.02, 0.02)])
+def test_radius_matches_are_all_pairs_within_the_radius(spread):
+    generator = torch.Generator().manual_seed(0)
+    points1, points2 = (torch.randn(n, 3, generator=generator) * torch.tensor(spread) - 5 for n in (400, 300))
+    got = geometry.radius_matches(points1, points2, 0.1)
+    assert len(got) > 30
+    assert torch.equal(got, brute_force(points1, points2, 0.1))  # also in this order
+    grid = torch.stack(torch.meshgrid(*[torch.arange(-3.0, 4)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    for radius in (1.0, 1.0000001, 1.5):  # on the grid, neighbours lie exactly on the first radius
+        assert torch.equal(geometry.radius_matches(grid, grid, radius), brute_force(grid, grid, radius))
+    assert len(geometry.radius_matches(grid, grid, 1.0)) == len(grid)
+
+
+def test_a_point_at_the_radius_is_no_match():
+    points = torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [0.25, 0, 0]])
+    assert geometry.radius_matches(points[:1], points[1:], 0.5).tolist() == [[0, 1]]
+    assert geometry.radius_matches(points[:1], points[1:], 0.5000001).tolist() == [[0, 0], [0, 1]]
+
+
+def test_radius_matches_of_nothing_and_of_the_far_away_are_none():
+    near, far, none = torch.zeros(3, 3), torch.full((2, 3), 1e6), torch.empty(0, 3)
+    for points1, points2 in ((near, none), (none, near), (near, far), (far, near)):
+        assert geometry.radius_matches(points1, points2, 0.0375).shape == (0, 2)
+
+
+def test_radius_matches_refuse_what_they_cannot_answer():
+    points = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="radius is 0"):
+        geometry.radius_matches(points, points, 0)
+    with pytest.raises(ValueError, match="not finite"):
+        geometry.radius_matches(points, points * torch.nan, 1)
+    with pytest.raises(ValueError, match="too many to number"):
+        geometry.radius_matches(points, torch.tensor([[0.0, 0, 0], [1e6, 1e6, 1e6]]), 1e-3)
+
+
+def test_radius_matches_of_two_frames_take_no_seconds():
+    """20k points each, as two 640x480 frames at 2 cm: a table of all distances would take 3 GB."""
+    generator = torch.Generator().manual_seed(1)
+    wall = torch.rand(20_000, 3, generator=generator) * torch.tensor([3.0, 3.0, 0.02])
+    start = time.process_time()
+    found = geometry.radius_matches(wall, wall.flip(0), 0.0375)
+    assert time.process_time() - start < 1.5
+    assert len(found) > 100_000
+
+
+def test_rotations_are_scipys():
+    from scipy.spatial.transform import Rotation
+
+    for axis, angle in (([0.3, -0.2, 0.4], 1.2), ([0, 0, 5.0], -3.0), ([1e-3, 0, 0], 0.0)):
+        unit = np.array(axis) / np.linalg.norm(axis)
+        want = Rotation.from_rotvec(unit * angle).as_matrix()
+        got = geometry.rotation(torch.tensor(axis), angle)
+        np.testing.assert_allclose(got[:3, :3].numpy(), want, atol=1e-6)
+        assert got[3].tolist() == [0, 0, 0, 1]
+        assert got[:3, 3].tolist() == [0, 0, 0]
+
+
+def test_centred_points_have_their_mean_at_the_origin():
+    points = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)) + 7
+    moved = geometry.transform(points.double(), geometry.centred(points))
+    assert moved.mean(dim=0).abs().max() < 1e-12
+    torch.testing.assert_close(moved - moved[0], (points - points[0]).double(), atol=1e-5, rtol=0)

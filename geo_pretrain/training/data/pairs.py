@@ -1,4 +1,4 @@
-"""Pairs of frames of one scene that overlap: found by projecting every frame into every other, in batches."""
+"""Pairs of frames of one scene that overlap: every frame projected into every other, or their clouds compared."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from geo_pretrain import geometry
 from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.training.data.frame import Frame, Skips, Source
 from geo_pretrain.training.recipe import DataSpec
 
 MINING_HEIGHT = 60  # overlap is measured on depth of about this height: a ratio needs no more
 BATCH = 256  # pairs projected at once
+CLOUD_VOXEL = 0.05  # m; the released overlap script thins clouds to this
+CLOUD_RADIUS = 0.075  # m; and counts points that have a neighbour this near
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,42 @@ def overlap_matrix(frames: list[Frame], device: str | torch.device = "cpu") -> n
     return ratios
 
 
+def thin_cloud(frame: Frame) -> Tensor:
+    """The world points of a frame, averaged over voxels of 5 cm that start half a voxel below the lowest: [N, 3] m.
+
+    Float64, at the frame's own resolution: what the released overlap script keeps of a frame.
+    """
+    depth, intrinsics = torch.from_numpy(frame.depth).double(), torch.from_numpy(frame.intrinsics)
+    points = geometry.backproject(depth, intrinsics)[depth.flatten() > 0]
+    points = geometry.transform(points, torch.from_numpy(frame.cam_to_world).double())
+    low = points.amin(dim=0) - CLOUD_VOXEL / 2
+    return voxelize(points - low, points, CLOUD_VOXEL, reduce="mean").feats
+
+
+def cloud_overlap(cloud1: Tensor, cloud2: Tensor) -> tuple[float, float]:
+    """Share of points [N, 3] of each cloud with a point of the other less than 7.5 cm away: (of 1, of 2).
+
+    PointContrast, CSC and Pri3D call the larger of the two the overlap of a pair.
+    """
+    matches = geometry.radius_matches(cloud1, cloud2, CLOUD_RADIUS)
+    return (
+        len(matches[:, 0].unique()) / len(cloud1),
+        len(matches[:, 1].unique()) / len(cloud2),
+    )
+
+
+def cloud_overlap_matrix(clouds: list[Tensor], device: str | torch.device = "cpu") -> np.ndarray:
+    """The larger `cloud_overlap` of every two clouds: float [N, N], symmetric, diagonal 1."""
+    clouds = [cloud.to(device) for cloud in clouds]
+    boxes = [(cloud.amin(dim=0), cloud.amax(dim=0)) for cloud in clouds]
+    ratios = np.eye(len(clouds))
+    for i, j in combinations(range(len(clouds)), 2):
+        (low1, high1), (low2, high2) = boxes[i], boxes[j]
+        if ((low1 - high2 < CLOUD_RADIUS) & (low2 - high1 < CLOUD_RADIUS)).all():
+            ratios[i, j] = ratios[j, i] = max(cloud_overlap(clouds[i], clouds[j]))
+    return ratios
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that readers see the old or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,14 +157,17 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _scene_pairs(source: Source, scene: str, spec: DataSpec, skips: Skips, device: str | torch.device) -> list[Pair]:
-    frames = _load_small(source, scene, spec, skips)
-    if len(frames) < 2:
-        return []
-    ratios = overlap_matrix(frames, device)
+    if spec.measure == "authors_exact":
+        clouds = _load_all(source, scene, thin_cloud, skips)
+        names, ratios = list(clouds), cloud_overlap_matrix(list(clouds.values()), device)
+    else:
+        size = _mining_size(spec)
+        frames = _load_all(source, scene, lambda frame: resize_frame(frame, size), skips)
+        names, ratios = list(frames), overlap_matrix(list(frames.values()), device) if frames else np.eye(0)
     low, high = spec.overlap
     found = [
-        Pair(scene, frames[i].id, frames[j].id, float(ratios[i, j]))
-        for i, j in combinations(range(len(frames)), 2)
+        Pair(scene, names[i], names[j], float(ratios[i, j]))
+        for i, j in combinations(range(len(names)), 2)
         if low <= ratios[i, j] <= high
     ]
     limit = spec.max_pairs_per_scene
@@ -130,23 +176,28 @@ def _scene_pairs(source: Source, scene: str, spec: DataSpec, skips: Skips, devic
     return found
 
 
-def _load_small(source: Source, scene: str, spec: DataSpec, skips: Skips) -> list[Frame]:
-    """Every readable frame of a scene, made small with the aspect of the working size."""
+def _mining_size(spec: DataSpec) -> tuple[int, int]:
+    """Small, with the aspect of the working size."""
     height, width = spec.size
-    small = (MINING_HEIGHT, round(width * MINING_HEIGHT / height)) if height > MINING_HEIGHT else spec.size
+    return (MINING_HEIGHT, round(width * MINING_HEIGHT / height)) if height > MINING_HEIGHT else spec.size
 
-    def load(frame_id: str) -> Frame | BadFrame:
+
+def _load_all(source: Source, scene: str, keep: Callable[[Frame], T], skips: Skips) -> dict[str, T]:
+    """What `keep` makes of every readable frame of a scene, by the frame's name."""
+
+    def load(frame_id: str) -> T | BadFrame:
         try:
-            return resize_frame(source.load(scene, frame_id), small)
+            return keep(source.load(scene, frame_id))
         except BadFrame as bad:
             return bad
 
+    names = source.frame_ids(scene)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        loaded = list(pool.map(load, source.frame_ids(scene)))
-    for item in loaded:
+        loaded = dict(zip(names, pool.map(load, names), strict=True))
+    for item in loaded.values():
         if isinstance(item, BadFrame):
             skips.add(item)
-    return [item for item in loaded if isinstance(item, Frame)]
+    return {name: item for name, item in loaded.items() if not isinstance(item, BadFrame)}
 
 
 def _batches(items: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
@@ -155,5 +206,6 @@ def _batches(items: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int
 
 
 def _cache_path(source: Source, spec: DataSpec, cache_dir: Path) -> Path:
-    key = json.dumps([1, source.name, source.fingerprint(), spec.size, spec.overlap, spec.max_pairs_per_scene])
+    facts = [2, source.name, source.fingerprint(), spec.size, spec.overlap, spec.measure, spec.max_pairs_per_scene]
+    key = json.dumps(facts)
     return cache_dir / "pairs" / f"{source.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

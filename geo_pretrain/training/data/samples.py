@@ -41,22 +41,9 @@ class PairSamples(Dataset[dict[str, Any]]):
         image1, image2 [3, H, W] normalised; depth1, depth2 [H, W] m; intrinsics1, 2 [3, 3]; cam_to_world1, 2 [4, 4];
         seed: an integer for draws made later, on the device; skipped: (path, reason) of files that failed on the way.
         """
-        epoch, index = key
-        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, index))
-        skipped: list[tuple[str, str]] = []
-        for _ in range(ATTEMPTS):
-            pair = self.pairs[index]
-            try:
-                frames = [self.source.load(pair.scene, frame) for frame in (pair.frame1, pair.frame2)]
-                break
-            except BadFrame as bad:
-                skipped.append((bad.path, bad.reason))
-                index = int(torch.randint(len(self.pairs), (), generator=generator))
-        else:
-            listed = "; ".join(f"{path}: {reason}" for path, reason in skipped[:3])
-            raise DataError(f"{ATTEMPTS} pairs in a row cannot be read; the data seem to be gone. First: {listed}")
+        frames, skipped, generator = load_pair(self.source, self.pairs, self.spec.size, self.seed, key)
         sample: dict[str, Any] = {"skipped": skipped}
-        for number, frame in enumerate((resize_frame(frame, self.spec.size) for frame in frames), start=1):
+        for number, frame in enumerate(frames, start=1):
             sample |= {f"{name}{number}": value for name, value in self._tensors(frame, generator).items()}
         sample["seed"] = int(torch.randint(2**62, (), generator=generator))
         return sample
@@ -69,6 +56,35 @@ class PairSamples(Dataset[dict[str, Any]]):
             "intrinsics": torch.from_numpy(frame.intrinsics).float(),
             "cam_to_world": torch.from_numpy(frame.cam_to_world),
         }
+
+
+def load_pair(
+    source: Source, pairs: list[Pair], size: tuple[int, int], seed: int, key: Key
+) -> tuple[list[Frame], list[tuple[str, str]], torch.Generator]:
+    """The two frames of a pair at `size`, (path, reason) of the files that failed, and the sample's own generator.
+
+    A pair that cannot be read is replaced by one drawn from the sample's generator. Raises `DataError` after
+    `ATTEMPTS` pairs in a row.
+    """
+    epoch, index = key
+    generator = torch.Generator().manual_seed(sample_seed(seed, epoch, index))
+    skipped: list[tuple[str, str]] = []
+    for _ in range(ATTEMPTS):
+        pair = pairs[index]
+        try:
+            return [_load(source, pair.scene, frame, size) for frame in (pair.frame1, pair.frame2)], skipped, generator
+        except BadFrame as bad:
+            skipped.append((bad.path, bad.reason))
+            index = int(torch.randint(len(pairs), (), generator=generator))
+    listed = "; ".join(f"{path}: {reason}" for path, reason in skipped[:3])
+    raise DataError(f"{ATTEMPTS} pairs in a row cannot be read; the data seem to be gone. First: {listed}")
+
+
+def _load(source: Source, scene: str, frame_id: str, size: tuple[int, int]) -> Frame:
+    frame = resize_frame(source.load(scene, frame_id), size)
+    if not frame.depth.any():
+        raise BadFrame(f"{scene}/{frame_id}", f"no pixel has a valid depth at {size[0]}x{size[1]}")
+    return frame
 
 
 class MicroBatches(Sampler[list[Key]]):

@@ -1,5 +1,6 @@
 """ScanNet's exported layout: scene*/{color/*.jpg, depth/*.png, pose/*.txt, intrinsic/intrinsic_depth.txt}.
 
+The mesh scene*/<scene>_vh_clean_2.ply of the release, where it is there, is the surface of the scene.
 Colour (1296x968) and depth (640x480) are aligned by the sensor's own calibration, so colour is resized onto the
 depth grid and the depth intrinsics of the scan hold for both.
 """
@@ -7,6 +8,7 @@ depth grid and the depth intrinsics of the scan hold for both.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from geo_pretrain.errors import DataError
 from geo_pretrain.geometry import nearest_indices
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.ply import read_ply
+from geo_pretrain.training.data.surface import NoSurface, Surface
 
 # Pri3D uses one matrix for every scan, at 320x240; here for 640x480 with the same pixel centres.
 CONSTANT_640 = np.array([[577.870605, 0, 319.5], [0, 577.870605, 239.5], [0, 0, 1]])
@@ -62,6 +66,26 @@ class ScanNet:
             intrinsics = files.read_matrix(folder / "intrinsic" / "intrinsic_depth.txt", 4, 4)[:3, :3]
         return Frame(scene, frame_id, color, depth, intrinsics, pose)
 
+    def surface(self, scene: str) -> Surface:
+        """The vertices of the scan's mesh. Raises `NoSurface` without one, `DataError` when it is broken."""
+        path = self._mesh_path(scene)
+        if not path.is_file():
+            raise NoSurface(f"No mesh {str(path)!r}; it comes with the scans ('{path.name}').")
+        vertex = read_ply(path, ["vertex"])["vertex"]
+        missing = [name for name in ("x", "y", "z", "red", "green", "blue") if name not in vertex]
+        if missing:
+            raise DataError(f"{path}: vertices have no {', '.join(missing)}; they have {', '.join(vertex)}.")
+        points, colors = (np.stack([vertex[k] for k in keys], 1) for keys in ("xyz", ("red", "green", "blue")))
+        if colors.dtype != np.uint8:
+            raise DataError(f"{path}: colours are {colors.dtype}, expected uchar.")
+        if not (len(points) and np.isfinite(points).all()):
+            raise DataError(f"{path}: {'some vertices are not finite' if len(points) else 'the mesh has no vertices'}.")
+        return Surface(points.astype(np.float32), colors)
+
     def fingerprint(self) -> str:
-        """Names, sizes and times of the pose files (each frame has one; hashing all images would take hours)."""
-        return files.files_fingerprint(self.root, self.root.glob("scene*/pose/*.txt"))
+        """Names, sizes and times of pose files and meshes (each frame has a pose; hashing images would take hours)."""
+        meshes = (path for path in map(self._mesh_path, self._scenes) if path.is_file())
+        return files.files_fingerprint(self.root, chain(self.root.glob("scene*/pose/*.txt"), meshes))
+
+    def _mesh_path(self, scene: str) -> Path:
+        return self.root / scene / f"{scene}_vh_clean_2.ply"

@@ -13,7 +13,15 @@ from safetensors.numpy import load_file
 from geo_pretrain import geometry
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.frame import Frame, Skips
-from geo_pretrain.training.data.pairs import Pair, find_pairs, overlap_matrix, resize_frame
+from geo_pretrain.training.data.pairs import (
+    Pair,
+    cloud_overlap,
+    cloud_overlap_matrix,
+    find_pairs,
+    overlap_matrix,
+    resize_frame,
+    thin_cloud,
+)
 from geo_pretrain.training.data.seven_scenes import SevenScenes
 from geo_pretrain.training.recipe import DataSpec
 from tests.training.conftest import GOLDEN, write_recording
@@ -85,6 +93,53 @@ def test_mined_pairs_are_kept_and_go_stale_with_the_data(tmp_path, recording):
     assert find_pairs(SevenScenes(folder), other, skips=Skips(), cache_dir=tmp_path / "cache")[0].frame1 == "000000"
     (folder / "frame-000050.depth.png").write_bytes(b"broken otherwise")
     assert find_pairs(SevenScenes(folder), SPEC, skips=Skips(), cache_dir=tmp_path / "cache") == pairs
+
+
+def golden_frames(golden, pair):
+    """In float64: one voxel of pair50 is decided beyond float32."""
+    blank, k = np.zeros((120, 160, 3), np.uint8), golden["intrinsics"].astype(np.float64)
+    return [
+        Frame("s", str(n), blank, golden[f"{pair}.depth{n}_mm"] / 1000, k, golden[f"{pair}.pose{n}"].astype(np.float64))
+        for n in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("pair", ["pair80", "pair50", "pair30"])
+def test_exact_measure_is_the_number_that_the_released_script_writes(pair):
+    golden = load_file(GOLDEN)
+    clouds = [thin_cloud(frame) for frame in golden_frames(golden, pair)]
+    assert [len(cloud) for cloud in clouds] == golden[f"{pair}.overlap_pointcontrast_voxels"].tolist()
+    larger, of_second, of_first = golden[f"{pair}.overlap_pointcontrast"].tolist()
+    assert cloud_overlap(*clouds) == pytest.approx((of_first, of_second), abs=1e-7)
+    assert cloud_overlap_matrix(clouds)[0, 1] == pytest.approx(larger, abs=1e-7)
+
+
+def test_exact_measure_of_apart_clouds_is_zero_and_of_a_cloud_with_itself_one(recording):
+    cloud = thin_cloud(frames_of(SevenScenes(recording))[0])
+    matrix = cloud_overlap_matrix([cloud, cloud + 20, cloud])
+    assert matrix[0].tolist() == [1, 0, 1]
+    assert (matrix == matrix.T).all()
+
+
+def test_neighbours_of_the_exact_measure_are_less_than_seven_and_a_half_centimetres_apart():
+    points = [torch.tensor([[x, 0.0, 0.0], [x, 3.0, 0.0]], dtype=torch.float64) for x in (0, 0.0749, 0.0751)]
+    assert cloud_overlap_matrix(points)[0].tolist() == [1, 1, 0]
+    assert cloud_overlap(points[0], points[1][:1]) == (0.5, 1.0)
+
+
+def test_recipe_chooses_the_measure_and_the_cache_keeps_them_apart(tmp_path, recording):
+    """A pair at 30 % by projection is at 46 % by the released script, so it selects more pairs."""
+    source, cache = SevenScenes(recording), tmp_path / "cache"
+    exact = dataclasses.replace(SPEC, measure="authors_exact")
+    projective = find_pairs(source, SPEC, skips=Skips(), cache_dir=cache)
+    released = find_pairs(source, exact, skips=Skips(), cache_dir=cache)
+    assert len(list((cache / "pairs").iterdir())) == 2
+    overlaps = {(p.frame1, p.frame2): p.overlap for p in released}
+    golden = load_file(GOLDEN)
+    for pair, names in {"pair80": ("000000", "000010"), "pair30": ("000040", "000050")}.items():
+        assert overlaps[names] == pytest.approx(float(golden[f"{pair}.overlap_pointcontrast"][0]), abs=1e-3)
+    assert len(released) >= len(projective)
+    assert find_pairs(source, exact, skips=Skips(), cache_dir=cache) == released
 
 
 def test_scene_without_a_pair_is_skipped_and_counted(tmp_path):

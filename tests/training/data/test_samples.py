@@ -84,6 +84,19 @@ def test_all_data_gone_is_an_error(tmp_path):
         samples[(0, 0)]
 
 
+def test_frame_that_loses_its_last_depth_at_the_working_size_is_replaced(tmp_path):
+    folder = write_recording(tmp_path / "kitchen")
+    spec = DataSpec(source="seven_scenes", size=(60, 80), overlap=(0.2, 1.0))
+    pairs = find_pairs(SevenScenes(folder), spec, skips=Skips())
+    path = folder / f"frame-{pairs[0].frame1}.depth.png"
+    depth = np.zeros((120, 160), np.uint16)
+    depth[0, 0] = 1000  # the working size keeps odd rows and columns
+    Image.fromarray(depth).save(path)
+    sample = PairSamples(SevenScenes(folder), pairs, spec, ImageContract(), seed=0)[(0, 0)]
+    assert sample["skipped"][0] == (f"kitchen/{pairs[0].frame1}", "no pixel has a valid depth at 60x80")
+    assert sample["depth1"].any()
+
+
 PICTURE = (np.random.default_rng(0).random((24, 32, 3)) * 255).astype(np.uint8)
 
 

@@ -27,9 +27,11 @@ from geo_pretrain.training.data.rooms.render import Renderer
 from geo_pretrain.training.data.rooms.scene import CLASSES, OrientedBox, Scene
 from geo_pretrain.training.data.rooms.sensor import SENSORS, develop, disturb_depth
 from geo_pretrain.training.data.rooms.surface import Mesh, SurfacePoints, scene_mesh, scene_points
+from geo_pretrain.training.data.surface import Surface, cached_surface
 
 GENERATOR = "1"  # changes whenever the same seed would give other data
 SPLITS = ("train", "val")
+SURFACE_DENSITY = 6000.0  # points to the square metre of `Rooms.surface`: a 2 cm voxel meets 2.4 of them
 _SAMPLES = 4  # colour rays per pixel
 _FIELDS = ("color", "depth", "semantic", "instance", "poses", "intrinsics")
 
@@ -138,7 +140,17 @@ class Rooms:
         """The geometry and materials of a scene, built anew (some 50 ms)."""
         return make_scene(scene, self._rng(scene, 0), self.config.difficulty)
 
-    def surface(self, scene: str, density: float = 400.0) -> SurfacePoints:
+    def surface(self, scene: str) -> Surface:
+        """Points over the visible surfaces, dense enough for 2 cm voxels; made once (seconds), then from the cache."""
+        path = self.cache_dir / "surfaces" / f"{scene}.safetensors"
+
+        def make() -> Surface:
+            dense = self.points(scene, SURFACE_DENSITY)
+            return Surface(dense.points, dense.colors)
+
+        return cached_surface(path, make)
+
+    def points(self, scene: str, density: float = 400.0) -> SurfacePoints:
         """Labelled points over the visible surfaces, about `density` to the square metre; the same at every call."""
         return scene_points(self.scene(scene), self._rng(scene, 3), density)
 

@@ -122,9 +122,12 @@ def hidden(scene: Scene, points: np.ndarray, part: np.ndarray) -> np.ndarray:
     for face, (axis, sign) in enumerate(SHELL_AXES):
         probe[part == len(scene.kind) - 6 + face, axis] -= sign * 2 * _INSIDE
     reach = (np.abs(scene.rotation) * scene.bound[:, None, :]).sum(-1)
+    order = np.argsort(probe[:, 0])  # a slab of points along x holds all that can lie in a part
+    low, high = (np.searchsorted(probe[order, 0], scene.center[:, 0] + sign * reach[:, 0]) for sign in (-1, 1))
     for other in range(len(scene.kind) - 6):
-        box = (np.abs(probe - scene.center[other]) <= reach[other]).all(1) & (part != other) & ~result
-        index = np.nonzero(box)[0]
+        slab = order[low[other] : high[other]]
+        box = (np.abs(probe[slab, 1:] - scene.center[other, 1:]) <= reach[other, 1:]).all(1)
+        index = slab[box & (part[slab] != other) & ~result[slab]]
         if len(index):
             result[index] = depth_inside(scene, probe[index], other) > _INSIDE
     return result

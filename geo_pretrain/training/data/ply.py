@@ -1,0 +1,221 @@
+"""PLY files: binary in either byte order or ASCII, any elements and properties, lists included.
+
+Written from the format's description (Turk, "The PLY Polygon File Format", 1994).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from geo_pretrain.errors import DataError
+
+Columns = dict[str, np.ndarray]
+
+_ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
+_TYPES = {
+    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4",
+    "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
+    "float": "f4", "double": "f8", "float32": "f4", "float64": "f8",
+}  # fmt: skip
+
+
+def read_ply(path: Path, elements: Collection[str] | None = None) -> dict[str, Columns]:
+    """The columns of a file by element and property: {"vertex": {"x": float32 [N], ...}, "face": {...}}.
+
+    A list property is an array [N, K] where all its lists have K items, otherwise an object array of arrays. With
+    `elements`, nothing after the last of them is read.
+
+    Raises:
+        DataError: the file is missing, cut off, or not a PLY file; the message names it and what is wrong.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    order, header, position = _read_header(path, data)
+    missing = [repr(name) for name in elements or () if name not in [element.name for element in header]]
+    if missing:
+        present = ", ".join(repr(element.name) for element in header)
+        raise DataError(f"{path}: has no element {', '.join(missing)}; it has {present}.")
+    body = _Binary(data, position, order) if order else _Ascii(data, position)
+    found: dict[str, Columns] = {}
+    for element in header:
+        if elements is not None and all(name in found for name in elements):
+            break
+        try:
+            found[element.name] = _read_element(body, element)
+        except _BrokenRow as broken:
+            raise DataError(
+                f"{path}: element {element.name!r}, row {broken.row} of {element.rows}: {broken.reason}."
+            ) from None
+    return found if elements is None else {name: found[name] for name in elements}
+
+
+@dataclass(frozen=True)
+class _Property:
+    name: str
+    kind: str  # numpy type without byte order
+    count: str | None = None  # type of the length, for a list
+
+
+@dataclass
+class _Element:
+    name: str
+    rows: int
+    properties: list[_Property] = field(default_factory=list)
+
+
+class _BrokenRow(Exception):
+    row = 0
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def _read_header(path: Path, data: bytes) -> tuple[str, list[_Element], int]:
+    """Byte order ("" for ASCII), elements, and where the body begins."""
+    if data[:4] not in (b"ply\n", b"ply\r"):
+        raise DataError(f"{path}: is no PLY file; it begins with {data[:4]!r}, expected b'ply'.")
+    order: str | None = None
+    elements: list[_Element] = []
+    position = 0
+    while (end := data.find(b"\n", position)) >= 0:
+        line = data[position:end].decode("ascii", errors="replace").strip()
+        position = end + 1
+        match line.split():
+            case ["end_header"]:
+                if order is None:
+                    raise DataError(f"{path}: the header has no line 'format'.")
+                return order, elements, position
+            case ["format", name, _] if name in _ORDERS:
+                order = _ORDERS[name]
+            case ["element", name, rows] if rows.isdecimal():
+                elements.append(_Element(name, int(rows)))
+            case ["property", "list", count, kind, name] if elements and _is_whole(count) and kind in _TYPES:
+                elements[-1].properties.append(_Property(name, _TYPES[kind], _TYPES[count]))
+            case ["property", kind, name] if elements and kind in _TYPES:
+                elements[-1].properties.append(_Property(name, _TYPES[kind]))
+            case [] | ["ply"] | ["comment" | "obj_info", *_]:
+                pass
+            case _:
+                raise DataError(f"{path}: the header has a line {line[:80]!r} that is not understood.")
+    raise DataError(f"{path}: the header has no line 'end_header'; the file is cut off.")
+
+
+def _is_whole(kind: str) -> bool:
+    return _TYPES.get(kind, "f")[0] in "iu"
+
+
+def _read_element(body: _Binary | _Ascii, element: _Element) -> Columns:
+    """The next element: in one go where every list is as long as in the first row, else row by row."""
+    start, properties = body.position, element.properties
+    if element.rows and properties:
+        lengths = [len(values) for values in _read_row(body, element, 0)]
+        body.position = start
+        table = body.table(element, lengths)
+        if table is not None:
+            return {p.name: column for p, column in zip(properties, table, strict=True)}
+    rows = [_read_row(body, element, row) for row in range(element.rows)]
+    return {p.name: _ragged([row[k] for row in rows], p) for k, p in enumerate(properties)}
+
+
+def _read_row(body: _Binary | _Ascii, element: _Element, row: int) -> list[np.ndarray]:
+    try:
+        return [body.take(p.kind, 1 if p.count is None else int(body.take(p.count, 1)[0])) for p in element.properties]
+    except _BrokenRow as broken:
+        broken.row = row
+        raise
+
+
+def _ragged(values: list[np.ndarray], item: _Property) -> np.ndarray:
+    if item.count is None:
+        return np.concatenate([np.empty(0, item.kind), *values]).astype(item.kind)
+    column = np.empty(len(values), dtype=object)
+    column[:] = values
+    return column
+
+
+class _Binary:
+    """A body of numbers in memory layout."""
+
+    def __init__(self, data: bytes, position: int, order: str) -> None:
+        self.data, self.position, self.order = data, position, order
+
+    def take(self, kind: str, length: int) -> np.ndarray:
+        """The next numbers."""
+        dtype = np.dtype(self.order + kind)
+        if length < 0 or self.position + length * dtype.itemsize > len(self.data):
+            raise _BrokenRow("the file is cut off")
+        values = np.frombuffer(self.data, dtype, length, self.position)
+        self.position += values.nbytes
+        return values.astype(kind)
+
+    def table(self, element: _Element, lengths: list[int]) -> list[np.ndarray] | None:
+        """Every column of an element whose lists have these lengths; None when they have others."""
+        fields: list[tuple[str, str, tuple[int, ...]]] = []
+        for k, (item, length) in enumerate(zip(element.properties, lengths, strict=True)):
+            if item.count is not None:
+                fields.append((f"count{k}", self.order + item.count, ()))
+            fields.append((f"value{k}", self.order + item.kind, () if item.count is None else (length,)))
+        dtype = np.dtype(fields)
+        if self.position + element.rows * dtype.itemsize > len(self.data):
+            return None
+        table = np.frombuffer(self.data, dtype, element.rows, self.position)
+        for k, (item, length) in enumerate(zip(element.properties, lengths, strict=True)):
+            if item.count is not None and (table[f"count{k}"] != length).any():
+                return None
+        self.position += table.nbytes
+        return [table[f"value{k}"].astype(item.kind) for k, item in enumerate(element.properties)]
+
+
+class _Ascii:
+    """A body of words."""
+
+    def __init__(self, data: bytes, position: int) -> None:
+        self.words, self.position = data[position:].split(), 0
+
+    def take(self, kind: str, length: int) -> np.ndarray:
+        """The next numbers."""
+        words = self.words[self.position : self.position + length]
+        if length < 0 or len(words) < length:
+            raise _BrokenRow("the file is cut off")
+        self.position += length
+        return _numbers(words, kind)
+
+    def table(self, element: _Element, lengths: list[int]) -> list[np.ndarray] | None:
+        """Every column of an element whose lists have these lengths; None when they have others."""
+        width = sum(length + (item.count is not None) for item, length in zip(element.properties, lengths, strict=True))
+        words = self.words[self.position : self.position + width * element.rows]
+        if len(words) < width * element.rows:
+            return None
+        table, columns, start = np.array(words).reshape(element.rows, width), [], 0
+        try:
+            for item, length in zip(element.properties, lengths, strict=True):
+                if item.count is not None:
+                    if (_numbers(table[:, start], item.count) != length).any():
+                        return None
+                    start += 1
+                values = _numbers(table[:, start : start + length], item.kind)
+                columns.append(values[:, 0] if item.count is None else values)
+                start += length
+        except _BrokenRow:
+            return None  # read again row by row, to name the row
+        self.position += len(words)
+        return columns
+
+
+def _numbers(words: list[bytes] | np.ndarray, kind: str) -> np.ndarray:
+    try:
+        values = np.asarray(words).astype(np.float64)
+    except ValueError as error:
+        raise _BrokenRow(f"not a number ({error})") from None
+    if kind[0] == "f":
+        return values.astype(kind)
+    limits = np.iinfo(kind)
+    if not ((values == np.trunc(values)) & (values >= limits.min) & (values <= limits.max)).all():
+        raise _BrokenRow(f"not a whole number from {limits.min} to {limits.max}")
+    return values.astype(kind)
