@@ -46,7 +46,7 @@ class BasicBlock(nn.Module):
         self.norm1 = BatchNorm(out_chans)
         self.conv2 = Conv3d(out_chans, out_chans, kernel_size=3)
         self.norm2 = BatchNorm(out_chans)
-        self.relu = ReLU()
+        self.relu = ReLU(inplace=True)  # of a norm or a sum, which nobody else holds
         self.downsample: nn.Sequential | None = None
         if in_chans != out_chans:
             shortcut = Conv3d(in_chans, out_chans, kernel_size=1)
@@ -114,7 +114,7 @@ class SRUNet(Backbone):
             self.add_module(f"block{number + 1}", blocks(up + skips[7 - number], number + 1))
             chans = up
         self.final = Conv3d(chans, out_chans, kernel_size=1, bias=True)
-        self.relu = ReLU()
+        self.relu = ReLU(inplace=True)  # of a norm or a sum, which nobody else holds
         if init == "kaiming":
             _kaiming(self)
         elif init != "me":

@@ -54,20 +54,35 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
         ctx.save_for_backward(rows, kernel)
-        ctx.kernel_map = kernel_map
+        ctx.kernel_map, ctx.origin = kernel_map, kernel_map.origin  # kept: the backward pass would make it again
         return engines.current(rows).products(rows, kernel, kernel_map)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, kernel = ctx.saved_tensors
         grad = grads[0].contiguous()
-        engine = engines.current(rows)
         grad_rows = grad_kernel = None
         if ctx.needs_input_grad[0]:
-            grad_rows = engine.products(grad, kernel.transpose(1, 2), ctx.kernel_map.reverse)
+            grad_rows = _Convolution.apply(grad, kernel.transpose(1, 2), ctx.kernel_map.reverse)
         if ctx.needs_input_grad[1]:
-            grad_kernel = engine.kernel_gradient(rows, grad, ctx.kernel_map)
+            grad_kernel = _KernelGradient.apply(rows, grad, ctx.kernel_map)
         return grad_rows, grad_kernel, None
+
+
+class _KernelGradient(torch.autograd.Function):
+    """The gradient of a convolution's kernel; linear in both arguments, so that derivatives of any order exist."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
+        ctx.save_for_backward(rows, grad)
+        ctx.kernel_map = kernel_map
+        return engines.current(rows).kernel_gradient(rows, grad, kernel_map)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, grad = ctx.saved_tensors
+        grad_rows = _Convolution.apply(grad, grads[0].transpose(1, 2), ctx.kernel_map.reverse)
+        return grad_rows, _Convolution.apply(rows, grads[0], ctx.kernel_map), None
 
 
 def max_pool(x: SparseTensor, kernel_size: int, stride: int) -> SparseTensor:

@@ -93,8 +93,12 @@ class BatchNorm(nn.Module):
 
 
 class ReLU(nn.Module):
-    """max(0, features)."""
+    """max(0, features); `inplace` overwrites the input's."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Features [N, C] -> [N, C]."""
-        return functional.relu(x)
+        return x.with_rows(torch.relu_(x.rows)) if self.inplace else functional.relu(x)

@@ -6,11 +6,14 @@ neighbours in space are near in memory; every kernel map is built once and share
 
 from __future__ import annotations
 
+import importlib
 from functools import cached_property
+from weakref import ref
 
 import torch
 from torch import Tensor
 
+from geo_pretrain.sparse import engines
 from geo_pretrain.sparse.coordinates import unique_rows
 
 ALIGNED = 1024  # Morton codes count from a multiple of this, so that cells of strides up to it are runs of the order
@@ -38,6 +41,7 @@ class KernelMap:
     def __init__(self, table: Tensor, inputs: int, *, symmetric: bool = False) -> None:
         """`symmetric`: the table of a centred kernel from a set to itself, which is its own reverse with K flipped."""
         self.table, self.inputs, self.symmetric = table, inputs, symmetric
+        self._origin: ref[KernelMap] | None = None
 
     @cached_property
     def tiles(self) -> list[tuple[slice, list[tuple[Tensor, Tensor]]]]:
@@ -71,18 +75,28 @@ class KernelMap:
         """How many products of a row and a kernel slice the map asks for."""
         return int((self.table >= 0).sum())
 
-    @cached_property
+    @property
     def reverse(self) -> KernelMap:
         """The map from outputs to inputs: that of the transposed convolution and of the input's gradient."""
+        origin = self.origin
+        return self._reversed if origin is None else origin
+
+    @property
+    def origin(self) -> KernelMap | None:
+        """The map that this one is the reverse of, while somebody holds it."""
+        return self._origin() if self._origin is not None else None
+
+    @cached_property
+    def _reversed(self) -> KernelMap:
         if self.symmetric:
-            reversed_map = KernelMap(self.table.flip(1), len(self.table), symmetric=True)
+            made = KernelMap(self.table.flip(1), len(self.table), symmetric=True)
         else:
             table = self.table.new_full((self.inputs, self.table.shape[1]), -1)
             for k, (inputs, outputs) in enumerate(self.pairs):
                 table[inputs, k] = outputs.int()
-            reversed_map = KernelMap(table, len(self.table))
-        reversed_map.__dict__["reverse"] = self
-        return reversed_map
+            made = KernelMap(table, len(self.table))
+        made._origin = ref(self)  # weak: tables of a GPU do not wait for Python to find a circle
+        return made
 
 
 class Level:
@@ -104,6 +118,10 @@ class Level:
         """The map of a convolution with stride 1."""
         offsets = [(x * dilation, y * dilation, z * dilation) for x, y, z in kernel_offsets(kernel_size)]
         symmetric = kernel_size % 2 == 1
+        if engines.wants_fast(self.coords):
+            fast = importlib.import_module("geo_pretrain.sparse.fast")
+            table = fast.neighbours(self.coords, self.stride, offsets, symmetric=symmetric)
+            return KernelMap(table, len(self), symmetric=symmetric)
         half = len(offsets) // 2 if symmetric else len(offsets)
         # Places in the sorted keys are searched for, in their order, which is quick; they become rows at the end.
         places = torch.full((len(offsets), len(self)), -1, dtype=torch.int32, device=self.coords.device)

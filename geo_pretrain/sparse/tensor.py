@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -66,7 +64,7 @@ class SparseTensor:
         coords = self.level.coords
         return coords[self.grid.rank] if self.stride == self.grid.base else coords
 
-    @cached_property
+    @property
     def feats(self) -> Tensor:
         """[N, C], row by row those of `coords`."""
         return self.rows[self.grid.rank] if self.stride == self.grid.base else self.rows

@@ -1,0 +1,505 @@
+"""The optional fast engine: sparse convolution on the CPU in float32, compiled by numba (extra `fast`).
+
+The same functions as in `functional` and `maps`, their plain-torch twins. What makes them fast:
+
+* Pairs (input row, output row) are listed once a map, by tile of output rows and then by offset. A tile belongs to one
+  thread: no atomics on features, no locks, and results do not depend on the number of threads.
+* A block of pairs is multiplied straight from the rows where they lie, with its sums in registers: nothing is gathered
+  into memory. The block is written in LLVM's vectors, because compilers do not find it by themselves.
+* Rows lie in Morton order (see `maps`), so that the rows of a tile's pairs are in cache.
+
+Tasks run on torch's own OpenMP threads where they can be reached: a second pool would fight with it for the cores.
+Functions named `_..._tasks` are what such a thread runs; their argument is an array of addresses and sizes.
+"""
+# mypy: allow-untyped-defs
+# What numba compiles has no Python types.
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geo_pretrain.errors import require
+
+if TYPE_CHECKING:
+    from geo_pretrain.sparse.maps import KernelMap
+
+numba = require("numba", "fast")
+cgutils, types, intrinsic = numba.core.cgutils, numba.types, numba.extending.intrinsic
+ir = cgutils.ir
+Value = Any  # of LLVM
+
+TILE = 256  # output rows a task: their sums stay in the second-level cache
+BLOCK = 6  # rows of a register block
+COLUMNS, HEIGHT = 64, 48  # what a task takes of a kernel slice's columns and rows where it does not take all
+FEATURES = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()[2]
+# Floats of a vector and vectors of a register block's row: the sums of 6 rows fill 24 of 32 registers, or 12 of 16.
+LANES, WIDEST = (16, 4) if "+avx512f" in FEATURES else (8, 2) if "+avx" in FEATURES else (4, 4)
+
+FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+VECTOR, INDICES = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
+ADDRESS, SIZE = types.uint64, types.int64
+
+
+def _compiled(tasks: Callable[..., None]) -> Any:
+    """Machine code of a function of one job, kept for the next start where there is a folder to keep it in."""
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        return numba.cfunc(signature, cache=True)(tasks)
+    except RuntimeError:
+        return numba.cfunc(signature)(tasks)
+
+
+# ---- Register blocks: LLVM instructions -----------------------------------------------------------------------------
+
+
+def _row(b: Value, base: Value, row: Value, width: Value) -> Value:
+    """Pointer to a row of the float matrix at an integer address."""
+    return b.gep(b.inttoptr(base, FLOAT.as_pointer()), [b.mul(row, width)])
+
+
+def _entry(b: Value, rows: Value, place: Value) -> Value:
+    """rows[place] of int32 rows, as int64."""
+    return b.sext(b.load(b.gep(b.inttoptr(rows, INT32.as_pointer()), [place])), INT64)
+
+
+def _vectors(b: Value, row: Value, count: int) -> list[Value]:
+    """Pointers to the first vectors of a row."""
+    return [b.bitcast(b.gep(row, [INT64(v * LANES)]), VECTOR.as_pointer()) for v in range(count)]
+
+
+def _shapes(b: Value, height: Value, width: Value) -> Iterator[tuple[int, int]]:
+    """A case for every height and width (in vectors) of a block; what is emitted during an iteration belongs to it."""
+    end = b.append_basic_block("end")
+    switch = b.switch(b.add(b.mul(height, INT64(WIDEST)), width), end)
+    for rows in range(1, BLOCK + 1):
+        for vectors in range(1, WIDEST + 1):
+            case = b.append_basic_block("shape")
+            switch.add_case(INT64(rows * WIDEST + vectors), case)
+            b.position_at_end(case)
+            yield rows, vectors
+            b.branch(end)
+    b.position_at_end(end)
+
+
+def _accumulate(b: Value, sums: list[Value], count: int, first: Value, stop: Value, step: Callable[..., Any]) -> None:
+    """sums[r] += scalars[r] * row over all i from `first` to `stop` (at least one), where step(i) = (scalars, row).
+
+    Rows are `count` vectors wide. Sums are loaded before the loop and stored after it.
+    """
+    signature = ir.FunctionType(VECTOR, [VECTOR] * 3)
+    muladd = cgutils.get_or_insert_function(b.module, signature, f"llvm.fmuladd.v{LANES}f32")
+    places = [place for row in sums for place in _vectors(b, row, count)]
+    start = [b.load(place, align=4) for place in places]
+    before, body, after = b.block, b.append_basic_block("sum"), b.append_basic_block("store")
+    b.branch(body)
+    b.position_at_end(body)
+    i, totals = b.phi(INT64), [b.phi(VECTOR) for _ in places]
+    scalars, row = step(i)
+    factors = [b.load(place, align=4) for place in _vectors(b, row, count)]
+    following, undefined = [], VECTOR(ir.Undefined)
+    for r, scalar in enumerate(scalars):
+        spread = b.insert_element(undefined, b.load(scalar), INT32(0))
+        spread = b.shuffle_vector(spread, undefined, INDICES([0] * LANES))
+        following += [b.call(muladd, [spread, f, t]) for f, t in zip(factors, totals[r * count :], strict=False)]
+    i_next = b.add(i, INT64(1))
+    for phi, entering, returning in zip([i, *totals], [first, *start], [i_next, *following], strict=True):
+        phi.add_incoming(entering, before)
+        phi.add_incoming(returning, body)
+    b.cbranch(b.icmp_signed("<", i_next, stop), body, after)
+    b.position_at_end(after)
+    for place, value in zip(places, following, strict=True):
+        b.store(value, place, align=4)
+
+
+@intrinsic
+def _product_block(context, height, count, rows, width, inputs, outputs, p, kernel, kernel_width, out, out_width):
+    """out[outputs[p + r]] += rows[inputs[p + r]] @ kernel for r < height, on `count` vectors of columns."""
+
+    def emit(_context, b, _signature, args):
+        height, count, rows, width, inputs, outputs, p, kernel, kernel_width, out, out_width = args
+        for block_height, block_count in _shapes(b, height, count):
+            places = [b.add(p, INT64(r)) for r in range(block_height)]
+            sources = [_row(b, rows, _entry(b, inputs, place), width) for place in places]
+            sums = [_row(b, out, _entry(b, outputs, place), out_width) for place in places]
+
+            def step(c, sources=sources):
+                return [b.gep(source, [c]) for source in sources], _row(b, kernel, c, kernel_width)
+
+            _accumulate(b, sums, block_count, INT64(0), width, step)
+        return INT64(0)
+
+    return SIZE(SIZE, SIZE, ADDRESS, SIZE, ADDRESS, ADDRESS, SIZE, ADDRESS, SIZE, ADDRESS, SIZE), emit
+
+
+@intrinsic
+def _gradient_block(context, height, count, rows, width, inputs, outputs, first, stop, grad, grad_width, out):
+    """out[r] += rows[inputs[p], r] * grad[outputs[p]] over p in [first, stop), for r < height, on `count` vectors."""
+
+    def emit(_context, b, _signature, args):
+        height, count, rows, width, inputs, outputs, first, stop, grad, grad_width, out = args
+        for block_height, block_count in _shapes(b, height, count):
+
+            def step(p, block_height=block_height):
+                source = _row(b, rows, _entry(b, inputs, p), width)
+                scalars = [b.gep(source, [INT64(r)]) for r in range(block_height)]
+                return scalars, _row(b, grad, _entry(b, outputs, p), grad_width)
+
+            sums = [_row(b, out, INT64(r), grad_width) for r in range(block_height)]
+            _accumulate(b, sums, block_count, first, stop, step)
+        return INT64(0)
+
+    return SIZE(SIZE, SIZE, ADDRESS, SIZE, ADDRESS, ADDRESS, SIZE, SIZE, ADDRESS, SIZE, ADDRESS), emit
+
+
+@intrinsic
+def _transpose_block(context, source, source_width, target, target_width):
+    """target[j, i] = source[i, j] for a square of one vector's width."""
+
+    def emit(_context, b, _signature, args):
+        source, source_width, target, target_width = args
+        rows = [b.load(_vectors(b, _row(b, source, INT64(i), source_width), 1)[0], align=4) for i in range(LANES)]
+        step = 1
+        while step < LANES:  # swap the two squares of `step` that lie off the diagonal of each square twice as large
+            low = INDICES([j if j & step == 0 else j - step + LANES for j in range(LANES)])
+            high = INDICES([j + step if j & step == 0 else j + LANES for j in range(LANES)])
+            for i in (i for i in range(LANES) if i & step == 0):
+                above, below = rows[i], rows[i + step]
+                rows[i], rows[i + step] = b.shuffle_vector(above, below, low), b.shuffle_vector(above, below, high)
+            step *= 2
+        for j, row in enumerate(rows):
+            b.store(row, _vectors(b, _row(b, target, INT64(j), target_width), 1)[0], align=4)
+        return INT64(0)
+
+    return SIZE(ADDRESS, SIZE, ADDRESS, SIZE), emit
+
+
+@intrinsic
+def _next_task(context, counter):
+    """The counter's value, which grows by one: threads draw tasks from it."""
+
+    def emit(_context, b, _signature, args):
+        return b.atomic_rmw("add", b.inttoptr(args[0], INT64.as_pointer()), INT64(1), "monotonic")
+
+    return SIZE(ADDRESS), emit
+
+
+def _pointer_cast(kind: Any) -> Any:
+    @intrinsic
+    def cast(context, address):
+        def emit(_context, b, signature, args):
+            return b.inttoptr(args[0], _context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(ADDRESS), emit
+
+    return cast
+
+
+_int32_at, _int64_at, _float_at = (_pointer_cast(kind) for kind in (types.int32, types.int64, types.float32))
+
+
+# ---- Convolution ----------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _product_tasks(job):
+    """Output tiles, each on all columns or, where tiles are few, on some."""
+    g = numba.carray(job, (14,))
+    counter, rows, inputs, outputs, kernel, out = g[0], g[1], g[2], g[3], g[4], g[5]
+    starts, tiles, offsets, width, columns, height, share, shares = g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]
+    bounds = numba.carray(_int64_at(starts), (tiles * offsets + 1,))
+    result = numba.carray(_float_at(out), (height, columns))
+    while True:
+        task = _next_task(counter)
+        if task >= tiles * shares:
+            return
+        tile, left = task % tiles, task // tiles * share
+        right = min(left + share, columns)
+        result[tile * TILE : min(tile * TILE + TILE, height), left:right] = 0
+        for k in range(offsets):
+            first, stop = bounds[tile * offsets + k], bounds[tile * offsets + k + 1]
+            for c in range(left, right, WIDEST * LANES):
+                count = min(WIDEST, (right - c) // LANES)
+                here, there = kernel + 4 * (k * width * columns + c), out + 4 * c
+                for p in range(first, stop, BLOCK):
+                    rest = min(BLOCK, stop - p)
+                    _product_block(rest, count, rows, width, inputs, outputs, p, here, columns, there, columns)
+
+
+@_compiled
+def _gradient_tasks(job):
+    """Some rows of a few kernel slices, over the pairs of all tiles."""
+    g = numba.carray(job, (14,))
+    counter, rows, inputs, outputs, grad, out = g[0], g[1], g[2], g[3], g[4], g[5]
+    starts, tiles, offsets, width, columns, share, shares, group = g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]
+    bounds = numba.carray(_int64_at(starts), (tiles * offsets + 1,))
+    result = numba.carray(_float_at(out), (offsets, width, columns))
+    while True:
+        task = _next_task(counter)
+        k_first, top = task // shares * group, task % shares * share
+        if k_first >= offsets:
+            return
+        k_stop, bottom = min(k_first + group, offsets), min(top + share, width)
+        result[k_first:k_stop, top:bottom] = 0
+        for tile in range(tiles):
+            for k in range(k_first, k_stop):
+                first, stop = bounds[tile * offsets + k], bounds[tile * offsets + k + 1]
+                if first == stop:
+                    continue
+                for c in range(0, columns, WIDEST * LANES):
+                    count, there = min(WIDEST, (columns - c) // LANES), grad + 4 * c
+                    for r in range(top, bottom, BLOCK):
+                        rest, here = min(BLOCK, bottom - r), out + 4 * ((k * width + r) * columns + c)
+                        source = rows + 4 * r
+                        _gradient_block(rest, count, source, width, inputs, outputs, first, stop, there, columns, here)
+
+
+@_compiled
+def _transpose_tasks(job):
+    """Kernel slices [K, Cin, Cout] to [K, Cout, Cin], both whole numbers of vectors."""
+    g = numba.carray(job, (6,))
+    counter, source, target, offsets, width, columns = g[0], g[1], g[2], g[3], g[4], g[5]
+    while True:
+        task = _next_task(counter)
+        k, i = task // (width // LANES), task % (width // LANES) * LANES
+        if k >= offsets:
+            return
+        here, there = source + 4 * (k * width + i) * columns, target + 4 * (k * columns * width + i)
+        for j in range(0, columns, LANES):
+            _transpose_block(here + 4 * j, columns, there + 4 * j * width, width)
+
+
+@_compiled
+def _list_tasks(job):
+    """Counts the pairs of every tile and offset or, where `pairs` is not 0, lists them from their cells' places on."""
+    g = numba.carray(job, (9,))
+    counter, height, offsets, tiles, pairs = g[0], g[5], g[6], g[7], g[8]
+    table = numba.carray(_int32_at(g[1]), (height, offsets))
+    inputs, outputs = numba.carray(_int32_at(g[2]), (pairs,)), numba.carray(_int32_at(g[3]), (pairs,))
+    places = numba.carray(_int64_at(g[4]), (tiles, offsets))
+    while True:
+        tile = _next_task(counter)
+        if tile >= tiles:
+            return
+        for row in range(tile * TILE, min(tile * TILE + TILE, height)):
+            for k in range(offsets):
+                if table[row, k] >= 0:
+                    if pairs:
+                        inputs[places[tile, k]] = table[row, k]
+                        outputs[places[tile, k]] = row
+                    places[tile, k] += 1
+
+
+class Pairs(NamedTuple):
+    """The pairs of a map, by tile of TILE output rows and then by offset."""
+
+    inputs: np.ndarray  # int32 [P]
+    outputs: np.ndarray  # int32 [P], ascending within a tile and offset
+    starts: np.ndarray  # int64 [tiles * K + 1], where each tile and offset starts
+    tiles: int
+
+    @classmethod
+    def of(cls, kernel_map: KernelMap) -> Pairs:
+        """The pairs of a map, listed once and kept with it."""
+        if "tiled_pairs" in kernel_map.__dict__:
+            kept: Pairs = kernel_map.__dict__["tiled_pairs"]
+            return kept
+        table = kernel_map.table.contiguous()
+        height, offsets = table.shape
+        tiles = -(-height // TILE)
+        starts = np.zeros(tiles * offsets + 1, np.int64)
+        counts = starts[1:]
+        _run(_list_tasks, table.data_ptr(), 0, 0, counts.ctypes.data, height, offsets, tiles, 0)
+        np.cumsum(counts, out=counts)
+        places, pairs = starts[:-1].copy(), int(starts[-1])
+        inputs, outputs = np.empty((2, pairs), np.int32)
+        addresses = inputs.ctypes.data, outputs.ctypes.data, places.ctypes.data
+        if pairs:
+            _run(_list_tasks, table.data_ptr(), *addresses, height, offsets, tiles, pairs)
+        listed = kernel_map.__dict__["tiled_pairs"] = cls(inputs, outputs, starts, tiles)
+        return listed
+
+
+def products(rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
+    """sum_k rows[table[:, k]] @ kernel[k]: [N_out, Cout]. A transposed view of a kernel is as welcome as a kernel."""
+    _check(rows, kernel, kernel_map.inputs)
+    height, (offsets, width, columns) = len(kernel_map.table), kernel.shape
+    pairs = Pairs.of(kernel_map)
+    excess = -columns % LANES
+    if excess:
+        kernel = torch.nn.functional.pad(kernel, (0, excess))
+    elif width % LANES == 0 and kernel.transpose(1, 2).is_contiguous():
+        kernel = _transposed(kernel)
+    rows, kernel, padded = rows.contiguous(), kernel.contiguous(), columns + excess
+    out = rows.new_empty(height, padded)
+    share = padded if pairs.tiles >= 4 * torch.get_num_threads() else min(COLUMNS, padded)
+    addresses = rows.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, kernel.data_ptr(), out.data_ptr()
+    sizes = pairs.tiles, offsets, width, padded, height, share, -(-padded // share)
+    _run(_product_tasks, *addresses, pairs.starts.ctypes.data, *sizes)
+    return out[:, :columns].contiguous() if excess else out
+
+
+def kernel_gradient(rows: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
+    """d loss / d kernel [K, Cin, Cout] of `products`, given that of its output."""
+    _check(rows, grad, kernel_map.inputs)
+    offsets, width, columns = kernel_map.table.shape[1], rows.shape[1], grad.shape[1]
+    pairs = Pairs.of(kernel_map)
+    padded = columns + -columns % LANES
+    rows, grad = rows.contiguous(), torch.nn.functional.pad(grad, (0, padded - columns)).contiguous()
+    out = rows.new_empty(offsets, width, padded)
+    shares = -(-width // HEIGHT)
+    # Offsets that a task takes together share rows in cache; but every thread needs a few tasks.
+    group = min(max(offsets * shares // (3 * torch.get_num_threads()), 1), 9)
+    addresses = rows.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, grad.data_ptr(), out.data_ptr()
+    sizes = pairs.tiles, offsets, width, padded, HEIGHT, shares, group
+    _run(_gradient_tasks, *addresses, pairs.starts.ctypes.data, *sizes)
+    return out[..., :columns].contiguous() if padded > columns else out
+
+
+def _check(rows: Tensor, other: Tensor, inputs: int) -> None:
+    """Compiled code believes what it is told, so it is asked here."""
+    kinds = [f"{tensor.dtype} on {tensor.device.type}" for tensor in (rows, other)]
+    if kinds != ["torch.float32 on cpu"] * 2:
+        raise ValueError(f"The fast engine got {' and '.join(kinds)}; accepted: torch.float32 on cpu.")
+    if len(rows) != inputs:
+        raise ValueError(f"The kernel map is for {inputs} rows; got {len(rows)}.")
+
+
+_scratch = threading.local()
+
+
+def _transposed(kernel: Tensor) -> Tensor:
+    """A contiguous copy of a kernel that is a transposed view, in memory that all layers of a thread share."""
+    size = kernel.numel()
+    if getattr(_scratch, "memory", None) is None or _scratch.memory.numel() < size:
+        _scratch.memory = torch.empty(size)
+    copy: Tensor = _scratch.memory[:size].view(kernel.shape)
+    offsets, columns, width = kernel.shape
+    _run(_transpose_tasks, kernel.data_ptr(), copy.data_ptr(), offsets, width, columns)
+    return copy
+
+
+# ---- Neighbours -----------------------------------------------------------------------------------------------------
+
+
+@numba.njit
+def _slot(batch, x, y, z, mask):
+    """Where the search for a cell starts in the hash table: the eight of a cube of two are next to each other."""
+    mixed = np.uint64(batch) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ np.uint64(x >> 1)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(29)) ^ np.uint64(y >> 1)) * np.uint64(0x94D049BB133111EB)
+    mixed = (mixed ^ (mixed >> np.uint64(31)) ^ np.uint64(z >> 1)) * np.uint64(0x9E3779B97F4A7C15)
+    return (np.int64(mixed >> np.uint64(29)) * 8 + (x & 1) + 2 * (y & 1) + 4 * (z & 1)) & mask
+
+
+@_compiled
+def _hash_tasks(job):
+    """Enters every row into the hash table: one task, since slots are taken one after another."""
+    g = numba.carray(job, (6,))
+    count, stride, size = g[2], g[3], g[5]
+    if _next_task(g[0]) > 0:
+        return
+    coords, slots = numba.carray(_int32_at(g[1]), (count, 4)), numba.carray(_int32_at(g[4]), (size,))
+    slots[:] = -1
+    for row in range(count):
+        c = coords[row]
+        slot = _slot(c[0], c[1] // stride, c[2] // stride, c[3] // stride, size - 1)
+        while slots[slot] >= 0:
+            slot = (slot + 1) & (size - 1)
+        slots[slot] = row
+
+
+@_compiled
+def _find_tasks(job):
+    """For each row and offset the row that lies there; of a symmetric table half is searched."""
+    g = numba.carray(job, (10,))
+    counter, count, stride, size, offsets, symmetric = g[0], g[2], g[3], g[5], g[7], g[8]
+    coords, slots = numba.carray(_int32_at(g[1]), (count, 4)), numba.carray(_int32_at(g[4]), (size,))
+    moves, table = numba.carray(_int64_at(g[6]), (offsets, 3)), numba.carray(_int32_at(g[9]), (count, offsets))
+    searched = offsets // 2 if symmetric else offsets
+    while True:
+        first = _next_task(counter) * TILE
+        if first >= count:
+            return
+        for row in range(first, min(first + TILE, count)):
+            batch = coords[row, 0]
+            for k in range(searched):
+                # int64: a move may leave int32, where nothing lies
+                x, y, z = coords[row, 1] + moves[k, 0], coords[row, 2] + moves[k, 1], coords[row, 3] + moves[k, 2]
+                slot = _slot(batch, x // stride, y // stride, z // stride, size - 1)
+                found = slots[slot]
+                while found >= 0:
+                    c = coords[found]
+                    if c[1] == x and c[2] == y and c[3] == z and c[0] == batch:
+                        table[row, k] = found
+                        if symmetric:
+                            table[found, offsets - 1 - k] = row
+                        break
+                    slot = (slot + 1) & (size - 1)
+                    found = slots[slot]
+            if symmetric:
+                table[row, searched] = row
+
+
+def neighbours(coords: Tensor, stride: int, offsets: Sequence[Sequence[int]], *, symmetric: bool) -> Tensor:
+    """int32 [N, K]: the row that lies each offset (x, y, z), in strides, away from each row; -1 where there is none.
+
+    `coords` int32 [N, 4] are unique and multiples of `stride`. `symmetric`: the offsets are those of a centred kernel;
+    whoever has me as a neighbour is mine, on the other side, so half of the search is saved.
+    """
+    coords, moves = coords.contiguous(), np.array(offsets, np.int64) * stride
+    slots = np.empty(1 << max(4, (3 * len(coords)).bit_length()), np.int32)
+    table = coords.new_full((len(coords), len(moves)), -1)
+    shared = coords.data_ptr(), len(coords), stride, slots.ctypes.data, len(slots)
+    _run(_hash_tasks, *shared)
+    _run(_find_tasks, *shared, moves.ctypes.data, len(moves), int(symmetric), table.data_ptr())
+    return table
+
+
+# ---- Threads --------------------------------------------------------------------------------------------------------
+
+
+def _run(tasks: Any, *values: int) -> None:
+    """Run compiled tasks on torch's number of threads; `values` follow the counter they draw from."""
+    counter = np.zeros(1, np.int64)
+    job = np.array([counter.ctypes.data, *values], np.int64)
+    pointer, threads = job.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)), torch.get_num_threads()
+    if threads == 1:
+        tasks.ctypes(pointer)
+    elif (parallel := _openmp()) is not None:
+        parallel(tasks.address, pointer, threads, 0)
+    else:
+        others = [_pool(os.getpid(), threads).submit(tasks.ctypes, pointer) for _ in range(threads - 1)]
+        tasks.ctypes(pointer)
+        for other in others:
+            other.result()
+
+
+@cache
+def _openmp() -> Any:
+    """The entry point of the OpenMP library that torch brought along, or None where it did not bring GNU's."""
+    folder = Path(torch.__file__).parent
+    for path in [*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")]:
+        try:
+            entry = ctypes.CDLL(str(path)).GOMP_parallel  # already loaded: this only finds it
+        except (OSError, AttributeError):
+            continue
+        entry.argtypes, entry.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+        return entry
+    return None
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: those of a parent do not survive a fork."""
+    return ThreadPoolExecutor(threads)
