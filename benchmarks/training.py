@@ -19,7 +19,7 @@ import torch
 from benchmarks.common import machine, spread, write_results
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.pairs import find_pairs
-from geo_pretrain.training.data.samples import PairSamples, collate
+from geo_pretrain.training.data.samples import collate
 from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
@@ -60,7 +60,7 @@ def main() -> None:
         recipe = load_recipe("pri3d_view_r18.rooms_toy", [f"data.size={list(size)}"])
         source = open_source(recipe.data)
         pairs = find_pairs(source, recipe.data, skips=Skips())
-        samples = PairSamples(source, pairs, recipe.data, build_task(recipe)[0].contract, 0)
+        samples = build_task(recipe)[0].dataset(source, pairs)
         begin = time.perf_counter()
         batch = collate([samples[(0, k)] for k in range(PAIRS)])
         loading = time.perf_counter() - begin

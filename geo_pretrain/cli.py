@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from geo_pretrain.errors import GeoPretrainError
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.downstream.recall import MatchingResult
     from geo_pretrain.training.engine import StepInfo
     from geo_pretrain.training.recipe import DataSpec
 
@@ -44,6 +46,13 @@ QUIET_INTERVAL = 5.0  # seconds between progress lines where there is no termina
 DATA_HELP = "SOURCE or SOURCE:PATH, such as rooms, seven_scenes:PATH, scannet:PATH."
 FRAMES_HELP = "Part of each scene's frames in order of time, such as 0:0.75."
 SET_HELP = "KEY=VALUE in the recipe, such as optim.lr=0.05; may be repeated."
+TURN_HELP = "3D only: clouds as their camera sees them, or turned at random in full or upright (about the world's z)."
+
+
+class Turn(StrEnum):
+    """Typer's way to list what an option accepts; means `cloud_matching.Turn`."""
+
+    CAMERA, FULL, UPRIGHT = "camera", "full", "upright"
 
 
 def main() -> None:
@@ -172,6 +181,10 @@ def train(
 
     Example: `geo-pretrain train pri3d_view_r18 --data seven_scenes:PATH --steps 500 --out runs/kitchen`
 
+    In 3D: `geo-pretrain train pointcontrast_nce_srunet34.rooms --toy --out runs/pointcontrast`
+
+    Both: `geo-pretrain train pri3d_view_geo_r18 --data scannet:PATH --out runs/view_geo`
+
     Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain train ...`
     """
     from geo_pretrain.training import engine
@@ -222,37 +235,90 @@ def eval_matching(
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; default: that of pre-training.")] = None,
     pairs: Annotated[int, typer.Option(help="Pairs to measure, spread over the scenes.")] = 100,
     overlap: Annotated[str, typer.Option(help="Range of overlap of the pairs.")] = "0.3:1",
-    threshold: Annotated[float, typer.Option(help="Pixels within which a match is right.")] = 4.0,
+    threshold: Annotated[
+        float | None, typer.Option(help="Within which a match is right; default: 4 px, 2 voxels.")
+    ] = None,
+    turn: Annotated[Turn, typer.Option(help=TURN_HELP)] = Turn.CAMERA,
+    seed: Annotated[int, typer.Option(help="Of queries, turns and random weights.")] = 0,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Dense matching between views: how often is the nearest feature within 4 px of the same surface point?
+    """Matching between views: how often is the nearest feature within 4 px (3D: 2 voxels) of the same surface point?
 
-    A network with random weights is measured beside it.
+    2D backbones match the pixels of two images, 3D ones the voxels of two frames' clouds. A network with random weights
+    is measured beside it; ± is the standard deviation over pairs.
 
     Example: `geo-pretrain eval matching runs/kitchen --data seven_scenes:PATH --frames 0.75:1`
+
+    In 3D: `geo-pretrain eval matching runs/pointcontrast --data scannet:PATH --turn full`
     """
     from geo_pretrain.training.data.frame import Skips
-    from geo_pretrain.training.downstream.matching import compare_with_random
+    from geo_pretrain.training.downstream.comparison import compare_matching
 
     spec = _data_spec(data, frames, overlap, set_)
     skips = Skips()
     with _progress() as report:
-        results = compare_with_random(
+        results = compare_matching(
             backbone,
             spec,
             size=_size(size),
             count=pairs,
             threshold=threshold,
+            turn=turn.value,
+            seed=seed,
             skips=skips,
             progress=lambda d, t: report("matching", d, t, ""),
         )
+    _show_recall(results, skips, as_json)
+
+
+@eval_app.command("pixel-to-voxel")
+def eval_pixel_to_voxel(
+    folder: Annotated[str, typer.Argument(help="A checkpoint folder of pri3d_geo or pri3d_view_geo.")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
+    frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
+    pairs: Annotated[int, typer.Option(help="Frames, each with its chunk, spread over the scenes.")] = 100,
+    threshold: Annotated[float, typer.Option(help="Voxels within which a match is right.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Of queries and random weights.")] = 0,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Matching across modalities: how often is the voxel nearest to a pixel's feature within 2 voxels of its surface?
+
+    Candidates are all voxels of the chunk of surface around the frame, seen or not. The same networks with random
+    weights are measured beside it; ± is the standard deviation over frames.
+
+    Example: `geo-pretrain eval pixel-to-voxel runs/geo --data scannet:PATH --frames 0.75:1`
+    """
+    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.downstream.comparison import compare_pixel_to_voxel
+
+    spec = _data_spec(data, frames, "0:1", set_)
+    skips = Skips()
+    with _progress() as report:
+        results = compare_pixel_to_voxel(
+            folder,
+            spec,
+            count=pairs,
+            threshold=threshold,
+            seed=seed,
+            skips=skips,
+            progress=lambda d, t: report("matching", d, t, ""),
+        )
+    _show_recall(results, skips, as_json)
+
+
+def _show_recall(results: Mapping[str, MatchingResult], skips: Skips, as_json: bool) -> None:
+    """What the `eval` commands print: a row for each set of weights."""
     if as_json:
-        typer.echo(json.dumps({name: asdict(result) for name, result in results.items()}))
+        typer.echo(json.dumps({name: asdict(r) | {"spread": r.spread} for name, r in results.items()}))
         return
-    table = Table("weights", f"recall at {threshold:g} px", "pairs", "queries", box=None)
-    for name, result in results.items():
-        table.add_row(name, f"{result.recall:.1%}", str(len(result.per_pair)), str(result.queries))
+    measure = next(iter(results.values())).measure
+    table = Table("weights", measure, "chance", "pairs", "queries", box=None)
+    for name, r in results.items():
+        table.add_row(
+            _escape(name), f"{r.recall:.1%} ± {r.spread:.1%}", f"{r.chance:.1%}", str(len(r.per_pair)), str(r.queries)
+        )
     console.print(table)
     _print_skips(skips)
 

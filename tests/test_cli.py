@@ -14,7 +14,15 @@ from typer.testing import CliRunner
 from geo_pretrain import __version__, cli
 from tests.training.conftest import recording, tiny_recipe  # noqa: F401 (fixtures)
 
-COMMANDS = [["list"], ["info"], ["demo"], ["train"], ["eval", "matching"], ["data", "preview"]]
+COMMANDS = [
+    ["list"],
+    ["info"],
+    ["demo"],
+    ["train"],
+    ["eval", "matching"],
+    ["eval", "pixel-to-voxel"],
+    ["data", "preview"],
+]
 
 
 def run(*arguments):
@@ -77,6 +85,24 @@ def test_train_then_eval_matching(tmp_path, tiny_recipe, recording):  # noqa: F8
     assert "recall at 4 px" in run("eval", "matching", out, "--data", data).output
 
 
+def test_train_then_eval_in_3d(tmp_path, tiny_recipe, recording):  # noqa: F811
+    data = ["--data", f"seven_scenes:{recording}"]
+    for tiny, command in (("pointcontrast_nce", "matching"), ("pri3d_geo", "pixel-to-voxel")):
+        out = tmp_path / tiny
+        trained = run("train", tiny_recipe(tiny), *data, "--steps", 3, "--out", out, "--device", "cpu")
+        assert trained.exit_code == 0, trained.output
+        turn = ["--turn", "full"] if command == "matching" else []
+        measured = run("eval", command, out, *data, *turn, "--pairs", 2, "--json").output
+        results = json.loads(measured[measured.index("{") :])
+        assert set(results) == {"random", str(out)}
+        assert results[str(out)]["unit"] == "voxels"
+        assert len(results[str(out)]["per_pair"]) == 2
+        assert results[str(out)]["queries"] == results["random"]["queries"] > 0
+        shown = run("eval", command, out, *data, "--pairs", 2, "--threshold", 3).output
+        assert "recall within 3 voxels" in shown
+        assert "chance" in shown
+
+
 def test_preview_of_a_recording(tmp_path, recording):  # noqa: F811
     out = tmp_path / "x.png"
     assert run("data", "preview", f"seven_scenes:{recording}", "-o", out, "--frames", 2).exit_code == 0
@@ -92,6 +118,7 @@ def test_preview_of_a_recording(tmp_path, recording):  # noqa: F811
         (["train", "pri3d_view_r18", "--out", "x", "--set", "optim.lrr=1"], ["optim.lrr", "optim.lr"]),
         (["train", "pri3d_view_r18", "--out", "x", "--data", "kitti:x"], ["Unknown data source", "Closest"]),
         (["eval", "matching", "no_such_backbone"], ["no_such_backbone"]),
+        (["eval", "pixel-to-voxel", "./no_such_folder"], ["no_such_folder", "does not exist"]),
     ],
 )
 def test_mistakes_give_one_message_and_no_traceback(arguments, parts, monkeypatch, capsys, tmp_path):
@@ -107,7 +134,9 @@ def test_mistakes_give_one_message_and_no_traceback(arguments, parts, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option, value", [("--frames", "half"), ("--overlap", "1"), ("--size", "big")])
+@pytest.mark.parametrize(
+    "option, value", [("--frames", "half"), ("--overlap", "1"), ("--size", "big"), ("--turn", "left")]
+)
 def test_malformed_options_are_named(option, value):
     result = run("eval", "matching", "x", option, value)
     assert result.exit_code == 2

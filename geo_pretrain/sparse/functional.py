@@ -213,7 +213,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def _autocast(rows: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     kind = rows.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and rows.dtype != torch.float64:  # as torch: doubles stay
         dtype = torch.get_autocast_dtype(kind)
         return rows.to(dtype), kernel.to(dtype)
     return rows, kernel

@@ -27,7 +27,7 @@ from geo_pretrain.checkpoint import Checkpoint, check_target
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError
 from geo_pretrain.training.data.frame import Skips, Source
 from geo_pretrain.training.data.pairs import Pair
-from geo_pretrain.training.data.samples import MicroBatches, PairSamples, collate, total_steps
+from geo_pretrain.training.data.samples import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.export import write_run
 from geo_pretrain.training.recipe import Recipe
@@ -48,11 +48,12 @@ class StepInfo:
     step: int  # steps done
     steps: int
     losses: dict[str, float]
-    images_per_second: float
+    rate: float  # units a second
+    unit: str  # what is counted: "images" or "clouds"
 
     def __str__(self) -> str:
         losses = " ".join(f"{name} {value:.2f}" for name, value in self.losses.items())
-        return f"{losses}, {self.images_per_second:.0f} images/s"
+        return f"{losses}, {self.rate:.3g} {self.unit}/s"
 
 
 @dataclass
@@ -161,7 +162,7 @@ def _loop(run: Run, stop: threading.Event, on_step: Callable[[StepInfo], None] |
             elapsed = time.monotonic() - begin
             run.seconds = before + elapsed
             rate = (run.step - first) / elapsed
-            info = StepInfo(run.step, run.steps, losses, 2 * run.recipe.optim.batch * rate)
+            info = StepInfo(run.step, run.steps, losses, 2 * run.recipe.optim.batch * rate, run.task.unit)
             log(info)
             if on_step is not None:
                 on_step(info)
@@ -204,7 +205,7 @@ def _take_step(run: Run, model: nn.Module, micro_batches: Iterator[dict[str, Any
 
 def _loader(run: Run) -> DataLoader[dict[str, Any]]:
     recipe = run.recipe
-    dataset = PairSamples(run.source, run.pairs, recipe.data, run.task.contract, recipe.seed)
+    dataset = run.task.dataset(run.source, run.pairs)
     batches = MicroBatches(
         len(run.pairs),
         batch=recipe.optim.batch,
@@ -219,7 +220,7 @@ def _loader(run: Run) -> DataLoader[dict[str, Any]]:
         dataset,
         batch_sampler=batches,
         num_workers=min(recipe.workers, os.cpu_count() or 1),  # more would only be in each other's way
-        collate_fn=collate,
+        collate_fn=run.task.collate,
         generator=torch.Generator().manual_seed(recipe.seed),  # keeps the loader off the global generator
         pin_memory=run.world.device.type == "cuda",
     )
@@ -312,7 +313,7 @@ def _log(run: Run) -> Iterator[Callable[[StepInfo], None]]:
 
         def write(info: StepInfo) -> None:
             record = {"step": info.step, "lr": learning_rate(run.recipe.optim, info.step - 1, run.steps), **info.losses}
-            file.write(json.dumps(record | {"images_per_second": round(info.images_per_second, 2)}) + "\n")
+            file.write(json.dumps(record | {f"{info.unit}_per_second": round(info.rate, 2)}) + "\n")
             file.flush()
             if board is not None:
                 for name, value in info.losses.items():

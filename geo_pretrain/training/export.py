@@ -28,7 +28,7 @@ def write_run(
     licence = run_licence(recipe)
     provenance = provenance | {
         "seed": recipe.seed,
-        "init": recipe.model.init,
+        "init": "scratch" if recipe.model is None else recipe.model.init,
         "notes": source_note(source),
         "code": code_version(),
         "python": platform.python_version(),
@@ -62,9 +62,12 @@ def run_licence(recipe: Recipe) -> Licence:
     return Licence(code="MIT", weights=strictest, datasets=datasets, base_model=base)
 
 
-def _base_model(spec: ModelSpec) -> tuple[str, str, tuple[tuple[str, str], ...]]:
-    """What training starts from, the terms of those weights ("" for none), and the data sets behind them."""
-    if spec.init == "scratch":
+def _base_model(spec: ModelSpec | None) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+    """What training starts from, the terms of those weights ("" for none), and the data sets behind them.
+
+    3D networks always start from random weights, so what the 2D network starts from decides.
+    """
+    if spec is None or spec.init == "scratch":
         return "none (random weights)", "", ()
     if spec.init == "imagenet":
         terms = "LicenseRef-ImageNet-terms"

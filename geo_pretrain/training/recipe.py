@@ -30,6 +30,19 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class UNet3DSpec:
+    """The sparse 3D U-Net to train, from random weights."""
+
+    variant: Literal["34C", "18A", "18B", "18C"] = "34C"  # of backbones.sr_unet
+    width: int = 32  # channels of the stem; everything else scales with it
+    in_chans: Literal[3] = 3  # colours, or as many ones
+    out_chans: int = 32
+    stem_kernel: int = 3
+    voxel_size: float = 0.025  # m
+    bn_momentum: float = 0.1  # of the norms outside the residual blocks, as in the released code
+
+
+@dataclass(frozen=True)
 class AugmentSpec:
     """Photometric augmentation, drawn for each image on its own (methods of Pri3D: no flips, crops or rotations)."""
 
@@ -49,6 +62,8 @@ class DataSpec:
     size: tuple[int, int] = (240, 320)  # working height and width
     frames: tuple[float, float] = (0.0, 1.0)  # part of each scene's frames in order of time; the rest is held out
     overlap: tuple[float, float] = (0.3, 1.0)  # pairs with an overlap ratio in this range
+    # projective: Pri3D's paper by projection; authors_exact: the released script, 5 cm voxels within 7.5 cm
+    measure: Literal["projective", "authors_exact"] = "projective"
     max_pairs_per_scene: int | None = None  # spread evenly over the scene's pairs
     licence: str | None = None  # of the data, SPDX; None: what the source says
     options: dict[str, Any] = field(default_factory=dict)  # of the source; checked by the source
@@ -68,6 +83,7 @@ class OptimSpec:
     power: float = 0.9  # poly: lr (1 - s / (S + 1)) ** power
     gamma: float = 0.99  # exponential: lr gamma ** floor(s / every)
     every: int = 1000
+    first_decay: bool = False  # exponential: once more after the first step, as PointContrast's loop does
     accumulate: int = 1
     epochs: float | None = None
     steps: int | None = None  # one of the two
@@ -80,7 +96,8 @@ class Recipe:
 
     name: str
     task: dict[str, Any]  # {name: ..., and the task's own settings, checked by the task}
-    model: ModelSpec = ModelSpec()
+    model: ModelSpec | None = None  # the 2D network; None: the task has none
+    unet3d: UNet3DSpec | None = None  # the 3D network; None: the task has none
     data: DataSpec = DataSpec()
     optim: OptimSpec = OptimSpec()
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -98,9 +115,12 @@ class Recipe:
             "optim.accumulate": self.optim.accumulate,
             "optim.every": self.optim.every,
             "save_every": self.save_every,
-            "model.width": self.model.width,
+            **({} if self.model is None else {"model.width": self.model.width}),
+            **({} if self.unet3d is None else {"unet3d.width": self.unet3d.width}),
         }.items():
             _require(value >= 1, key, value, "a whole number from 1 up")
+        if self.unet3d is not None:
+            _require(self.unet3d.voxel_size > 0, "unet3d.voxel_size", self.unet3d.voxel_size, "metres above 0")
         _require(self.optim.steps is None or self.optim.steps >= 1, "optim.steps", self.optim.steps, "from 1 up")
         _require(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
         _require(min(self.data.size) >= 32, "data.size", self.data.size, "[height, width], each from 32 up")
@@ -109,6 +129,19 @@ class Recipe:
         _require(
             self.optim.batch % self.optim.accumulate == 0, "optim.batch", self.optim.batch, "a multiple of accumulate"
         )
+
+    def network2d(self) -> ModelSpec:
+        """`model`, for a task that trains a 2D network."""
+        return self._needed(self.model, "model")
+
+    def network3d(self) -> UNet3DSpec:
+        """`unet3d`, for a task that trains a 3D network."""
+        return self._needed(self.unet3d, "unet3d")
+
+    def _needed(self, section: T | None, key: str) -> T:
+        if section is None:
+            raise RecipeError(f"recipe {self.name}: key '{key}' is missing; task {self.task['name']!r} trains it.")
+        return section
 
     def to_yaml(self) -> str:
         """The recipe as a YAML text that parses back to an equal recipe."""
@@ -130,7 +163,11 @@ def load_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) 
         raise unknown("recipe", name, list_recipes(), "Or give the path of a .yaml file.")
     tree = _read(path)
     if toy:
-        _merge(tree, _read(TOY))
+        overlay = _read(TOY)
+        for network in ("model", "unet3d"):
+            if tree.get(network) is None:
+                overlay.pop(network)  # the recipe trains none
+        _merge(tree, overlay)
         tree["name"] = retag(str(tree.get("name")), "toy")
     apply_overrides(tree, overrides)
     return parse(Recipe, tree, where=str(path))

@@ -12,7 +12,8 @@ def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
     if spec.schedule == "poly":
         return spec.lr * (1 - step / (steps + 1)) ** spec.power
     if spec.schedule == "exponential":
-        return float(spec.lr * spec.gamma ** (step // spec.every))
+        extra = 1 if spec.first_decay and step > 0 else 0
+        return float(spec.lr * spec.gamma ** (step // spec.every + extra))
     return spec.lr
 
 

@@ -70,17 +70,59 @@ TINY = {
 }
 
 
-@pytest.fixture
-def tiny_recipe(tmp_path, recording):
-    """The path of a recipe that trains in seconds on the recording; keyword arguments replace top-level keys."""
+UNET3D = {"variant": "18A", "width": 8, "voxel_size": 0.15}
+CLOUDS = {"model": None, "unet3d": UNET3D, "optim": {"dampening": 0.0, "bn_momentum": "constant", "steps": 30}}
+# What a tiny recipe of each task changes; 3D tasks see the same recording.
+TINY_TASKS = {
+    "pri3d_view": {},
+    "depth_prediction": {"name": "depth_prediction_r18.tiny", "task": {"name": "depth_prediction", "matches": None}},
+    "pri3d_geo": {
+        "name": "pri3d_geo_r18.tiny",
+        "task": {"name": "pri3d_geo"},
+        "unet3d": UNET3D | {"stem_kernel": 5, "out_chans": 96},
+    },
+    "pri3d_view_geo": {
+        "name": "pri3d_view_geo_r18.tiny",
+        "task": {"name": "pri3d_view_geo"},
+        "unet3d": UNET3D | {"stem_kernel": 5, "out_chans": 96},
+    },
+    "pointcontrast_nce": CLOUDS
+    | {
+        "name": "pointcontrast_nce_srunet18.tiny",
+        "task": {"name": "pointcontrast_nce", "matches": 256, "temperature": 0.1, "rotation": "upright"},
+    },
+    "pointcontrast_hardest": CLOUDS
+    | {
+        "name": "pointcontrast_hardest_srunet18.tiny",
+        "task": {"name": "pointcontrast_hardest", "matches": None, "positives": 128, "candidates": 64},
+    },
+    "csc": CLOUDS | {"name": "csc_srunet18.tiny", "task": {"name": "csc", "matches": 128}},
+}
 
-    def write(**changes):
+
+def recipe_writer(folder, recording):
+    """What the fixture `tiny_recipe` gives."""
+
+    def write(tiny="pri3d_view", **changes):
         tree = {key: dict(value) if isinstance(value, dict) else value for key, value in TINY.items()}
         tree["data"]["path"] = str(recording)
-        for key, value in changes.items():
-            tree[key] = tree[key] | value if isinstance(value, dict) else value
-        path = tmp_path / "tiny.yaml"
+        for change in (TINY_TASKS[tiny], changes):
+            for key, value in change.items():
+                tree[key] = tree.get(key, {}) | value if isinstance(value, dict) else value
+        for section in (tree, *(value for value in tree.values() if isinstance(value, dict))):
+            for key in [key for key, value in section.items() if value is None]:
+                del section[key]
+        path = folder / "tiny.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path
 
     return write
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path, recording):
+    """Writes a recipe that trains in seconds on the recording and gives its path.
+
+    The first argument names the task (a key of TINY_TASKS); others replace keys of the recipe, None removes them.
+    """
+    return recipe_writer(tmp_path, recording)

@@ -97,7 +97,7 @@ def assert_same_weights(folder1, folder2):
 
 def logged(folder):
     return [
-        {key: value for key, value in json.loads(line).items() if key != "images_per_second"}
+        {key: value for key, value in json.loads(line).items() if not key.endswith("_per_second")}
         for line in (folder / "log.jsonl").read_text().splitlines()
     ]
 
@@ -319,6 +319,10 @@ def test_schedules_are_the_released_ones():
     assert [learning_rate(poly, s, 10) for s in (0, 5)] == [0.1, pytest.approx(0.1 * (1 - 5 / 11) ** 0.9)]
     paper = OptimSpec(lr=0.1, schedule="exponential", steps=60000)
     assert learning_rate(paper, 59999, 60000) == pytest.approx(0.0553, abs=1e-3)  # methods.md 5.1: final 0.055
+    code = OptimSpec(lr=0.05, schedule="exponential", every=250, first_decay=True, steps=60000)
+    assert [learning_rate(code, s, 60000) / 0.05 for s in (0, 1, 249, 250, 59999)] == pytest.approx(
+        [1, 0.99, 0.99, 0.99**2, 0.99**240]
+    )  # the 241st decay comes after the last step
     assert [pri3d_bn_momentum(t) for t in (0, 19, 20, 179, 180, 5000)] == [0.5, 0.5, 0.25, 0.5**9, 0.001, 0.001]
 
 

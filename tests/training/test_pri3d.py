@@ -159,13 +159,22 @@ def test_bf16_changes_the_network_and_not_the_precision_of_the_loss(task_and_bat
     assert half["view"].item() == pytest.approx(full["view"].item(), rel=0.02)
 
 
-def test_state_keys_and_shapes_are_those_of_the_released_module():
-    """The released module without its 3D half, its projections and its constant Sobel kernel."""
+@pytest.mark.parametrize(
+    "name, absent",
+    [
+        ("pri3d_view_r18", ("backbone3d.", "w2d.", "w3d.")),
+        ("pri3d_view_r18.nodepth", ("backbone3d.", "w2d.", "w3d.", "headnet.")),
+        ("pri3d_geo_r18", ()),
+        ("pri3d_view_geo_r18", ()),
+    ],
+)
+def test_state_keys_and_shapes_are_those_of_the_released_module(name, absent):
+    """The released module without what the task does not train, and without its constant Sobel kernel."""
     keys = json.loads((DATA / "pri3d_full_model_r18.json").read_text())["keys"]
     with torch.device("meta"):
-        _, task = build_task(load_recipe("pri3d_view_r18", ["model.init=scratch"]))
+        _, task = build_task(load_recipe(name, ["model.init=scratch"]))
     own = {key: list(value.shape) for key, value in task.state_dict().items()}
-    assert own == {key: shape for key, shape in keys.items() if key.startswith(("backbone.", "headnet."))}
+    assert own == {key: shape for key, shape in keys.items() if not key.startswith(("headloss.", *absent))}
 
 
 def test_start_depends_on_the_seed_alone(tiny_recipe):
@@ -183,7 +192,12 @@ def test_wrong_settings_are_named(tiny_recipe):
         ("task.temprature=1", RecipeError, "'task.temperature'"),
         ("task.temperature=0", RecipeError, "a number above 0"),
         ("task.distance=cosine", RecipeError, "depth, euclidean"),
+        ("task.geo_tolerance=-1", RecipeError, "'task.geo_tolerance' is -1.0, accepted is a number above 0"),
         ("task.name=pri3d", UnknownName, "'pri3d_view'"),
+        ("task.geo=true", RecipeError, "'task.geo' is not free; the task's name, 'pri3d_view', sets it"),
+        ("task.name=pri3d_geo", RecipeError, "key 'unet3d' is missing; task 'pri3d_geo' trains it"),
+        ("model=null", RecipeError, "key 'model' is missing; task 'pri3d_view' trains it"),
+        ("task={name: depth_prediction, depth_proxy: false}", RecipeError, "nothing else would be learned"),
     ):
         with pytest.raises(error, match=part):
             build_task(load_recipe(str(tiny_recipe()), [override]))

@@ -29,10 +29,13 @@ def test_toy_overlay_brings_any_recipe_to_cpu_scale(name):
     toy = load_recipe(name, toy=True)
     assert toy.data.source == "rooms"
     assert toy.data.path is None
-    assert toy.model.init == "scratch"
+    assert toy.model is None or toy.model.init == "scratch"
+    assert toy.unet3d is None or (toy.unet3d.width, toy.unet3d.voxel_size) == (16, 0.05)
     assert toy.optim.steps <= 500
     assert toy.precision == "fp32"
-    assert toy.task == load_recipe(name).task
+    full = load_recipe(name)
+    assert toy.task == full.task
+    assert [(toy.model is None), (toy.unet3d is None)] == [(full.model is None), (full.unet3d is None)]
 
 
 def test_published_settings_are_those_of_the_released_code():
@@ -45,6 +48,51 @@ def test_published_settings_are_those_of_the_released_code():
     assert (o.bn_momentum, recipe.model.init, recipe.data.size) == ("pri3d", "imagenet", (240, 320))
     assert {"temperature": 0.4, "matches": 1024, "tolerance": 0.05, "depth_proxy": True}.items() <= recipe.task.items()
     assert dataclasses.replace(load_recipe("pri3d_view_r50").model, depth=18) == recipe.model
+
+
+@pytest.mark.parametrize("prior", ["geo", "view_geo"])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_geometric_prior_is_trained_as_the_view_prior_is(prior, depth):
+    view, recipe = load_recipe(f"pri3d_view_r{depth}"), load_recipe(f"pri3d_{prior}_r{depth}")
+    assert (recipe.optim, recipe.model, recipe.data) == (view.optim, view.model, view.data)
+    assert recipe.task.keys() >= {"temperature", "matches", "geo_tolerance", "depth_proxy"}
+    u = recipe.unet3d
+    assert (u.variant, u.width, u.in_chans, u.out_chans, u.stem_kernel, u.voxel_size) == ("34C", 32, 3, 96, 5, 0.02)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_view_without_depth_differs_in_the_depth_proxy_alone(depth):
+    with_it, without = load_recipe(f"pri3d_view_r{depth}"), load_recipe(f"pri3d_view_r{depth}.nodepth")
+    assert dataclasses.replace(without, name=with_it.name, task=without.task | {"depth_proxy": True}) == with_it
+
+
+@pytest.mark.parametrize(
+    "name, lr, every, first_decay, steps",
+    [
+        ("pointcontrast_nce_srunet34", 0.05, 250, True, 60000),
+        ("pointcontrast_hardest_srunet34", 0.1, 250, True, 60000),
+        ("csc_100k_srunet34", 0.1, 1000, False, 100000),
+    ],
+)
+def test_published_settings_of_cloud_pairs_are_those_of_the_released_code(name, lr, every, first_decay, steps):
+    """methods.md 5.1 and 5.4."""
+    recipe = load_recipe(name)
+    o, u = recipe.optim, recipe.unet3d
+    assert (o.batch, o.lr, o.momentum, o.dampening, o.weight_decay, o.bn_momentum) == (
+        32, lr, 0.8, 0.0, 1e-4, "constant",
+    )  # fmt: skip
+    assert (o.schedule, o.gamma, o.every, o.first_decay, o.steps) == ("exponential", 0.99, every, first_decay, steps)
+    assert (u.variant, u.width, u.out_chans, u.stem_kernel, u.voxel_size, u.bn_momentum) == (
+        "34C", 32, 32, 3, 0.025, 0.05,
+    )  # fmt: skip
+    assert recipe.model is None
+
+
+def test_toy_overlay_gives_a_recipe_no_network_it_has_not(tmp_path):
+    written = tmp_path / "written.yaml"
+    written.write_text(load_recipe("pointcontrast_nce_srunet34").to_yaml())  # says "model: null"
+    assert load_recipe(str(written), toy=True).model is None
+    assert load_recipe("pri3d_view_r18", toy=True).unet3d is None
 
 
 @pytest.mark.parametrize(
@@ -60,6 +108,10 @@ def test_published_settings_are_those_of_the_released_code():
         ("optim.steps=10", ["optim.steps / optim.epochs", "exactly one"]),
         ("data=5", ["data is 5 (int)", "keys and values"]),
         ("task={}", ["task.name"]),
+        ("unet3d={voxel_size: 0}", ["'unet3d.voxel_size'", "metres above 0"]),
+        ("unet3d={width: 0}", ["'unet3d.width'", "from 1 up"]),
+        ("unet3d={variant: 34D}", ["'unet3d.variant'", "Closest: '34C'"]),
+        ("data.measure=exact", ["'data.measure'", "projective, authors_exact"]),
         ("colour=red", ["'colour'", "Closest"]),
         ("optim.lr", ["not of the form key=value"]),
         ("name.sub=1", ["holds a value"]),

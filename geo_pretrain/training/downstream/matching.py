@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import BadFrame, CheckpointError, DataError
+from geo_pretrain.errors import BadFrame
 from geo_pretrain.geometry import match_pixels
-from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.frame import Frame, Skips, Source
-from geo_pretrain.training.data.pairs import Pair, find_pairs, resize_frame
-from geo_pretrain.training.data.sources import open_source
-from geo_pretrain.training.recipe import DataSpec
+from geo_pretrain.training.data.pairs import Pair, resize_frame
+from geo_pretrain.training.downstream.recall import MatchingResult, average_recall, nearest_row
 from geo_pretrain.training.tasks.pri3d import gather_cells, half_resolution_cell, sample_matches
 
 
@@ -37,17 +33,6 @@ class PairMatches:
     def error(self) -> np.ndarray:
         """Distance between truth and prediction, px: [N]."""
         return np.linalg.norm(self.predicted - self.truth, axis=-1)
-
-
-@dataclass(frozen=True)
-class MatchingResult:
-    """Recall of a network over pairs; `per_pair` has one value a pair in the order of the pairs."""
-
-    recall: float  # mean over pairs of the share of queries matched within `threshold`
-    threshold: float  # px
-    per_pair: tuple[float, ...]
-    queries: int  # in all
-    chance: float  # recall of a uniformly drawn pixel
 
 
 def evaluate_matching(
@@ -72,82 +57,15 @@ def evaluate_matching(
     Raises:
         DataError: no pair could be read.
     """
-    skips = skips if skips is not None else Skips()
-    recalls, total = [], 0
-    for number, pair in enumerate(pairs):
-        if progress is not None:
-            progress(number, len(pairs))
-        try:
-            matches = match_pair(network, contract, source, pair, size=size, queries=queries, seed=seed + number)
-        except BadFrame as bad:
-            skips.add(bad)
-            continue
-        recalls.append(float((matches.error <= threshold).mean()))
-        total += len(matches.query)
-    if not recalls:
-        raise DataError(f"No pair of source {source.name!r} could be evaluated.\n{skips.summary()}")
+
+    def measure(number: int, pair: Pair) -> tuple[np.ndarray, float]:
+        matches = match_pair(network, contract, source, pair, size=size, queries=queries, seed=seed + number)
+        return matches.error, chance
+
     chance = min(1.0, float(np.pi * threshold**2 / (size[0] * size[1])))
-    return MatchingResult(float(np.mean(recalls)), threshold, tuple(recalls), total, chance)
-
-
-def compare_with_random(
-    backbone: str,
-    spec: DataSpec,
-    *,
-    size: tuple[int, int] | None = None,
-    count: int = 100,
-    threshold: float = 4.0,
-    skips: Skips | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, MatchingResult]:
-    """Matching recall of a backbone (catalog name or folder) and of its architecture with random weights.
-
-    `size` None is the one it was pre-trained at; `count` pairs are spread evenly over all that `spec` allows.
-    """
-    trained = load_backbone(backbone, decoder=True)
-    contract = trained.contract
-    if contract is None:
-        raise CheckpointError(f"{backbone!r} carries no image contract, so its input is unknown.")
-    random = random_twin(trained)
-    spec = replace(spec, size=size or contract.size)
-    skips = skips if skips is not None else Skips()
-    source = open_source(spec, split="val")
-    pairs = find_pairs(source, spec, skips=skips)
-    if len(pairs) > count:
-        pairs = [pairs[k] for k in np.linspace(0, len(pairs) - 1, count).round().astype(int)]
-    results = {}
-    for number, (name, network) in enumerate({"random": random, backbone: trained}.items()):
-        results[name] = evaluate_matching(
-            network,
-            contract,
-            source,
-            pairs,
-            size=spec.size,
-            threshold=threshold,
-            skips=skips,
-            progress=_nth(progress, number, 2),
-        )
-    return results
-
-
-def _nth(progress: Callable[[int, int], None] | None, number: int, count: int) -> Callable[[int, int], None]:
-    """Progress of one of `count` equal parts as progress of the whole."""
-
-    def show(done: int, total: int) -> None:
-        if progress is not None:
-            progress(number * total + done, count * total)
-
-    return show
-
-
-def random_twin(network: ResNetUNet, seed: int = 0) -> ResNetUNet:
-    """A network of the same shape with random weights, in eval mode."""
-    encoder = network.encoder
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        out_chans = network.decoder.conv0.out_channels
-        twin = ResNetUNet(encoder.depth, width=encoder.width, in_chans=encoder.in_chans, out_chans=out_chans)
-    return twin.eval()
+    return average_recall(
+        pairs, measure, source=source.name, threshold=threshold, unit="px", skips=skips, progress=progress
+    )
 
 
 @torch.no_grad()
@@ -174,9 +92,7 @@ def match_pair(
     transform = contract.transforms(resize=False)
     features1, features2 = (network(transform(f.color)[None].to(device)).float() for f in (frame1, frame2))
     cell = half_resolution_cell(pixel1.to(device), size[1], features1.shape)
-    query = F.normalize(gather_cells(features1, cell)[0], dim=-1)
-    candidates = F.normalize(features2[0].flatten(1), dim=0)
-    best = (query @ candidates).argmax(-1).cpu()
+    best = nearest_row(gather_cells(features1, cell)[0], features2[0].flatten(1).T).cpu()
     width = features2.shape[-1]
     predicted = torch.stack([best % width, best // width], -1) * 2 + 0.5
     return PairMatches(

@@ -1,4 +1,4 @@
-"""One pretext task a file: its networks, what a batch does, and its loss."""
+"""One pretext task a file: its networks, its samples, what a batch does, and its loss."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import unknown
+from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.errors import RecipeError, unknown
+from geo_pretrain.training.data.frame import Source
+from geo_pretrain.training.data.pairs import Pair
 from geo_pretrain.training.recipe import Recipe, parse
 
-# Task name -> module that defines `Config` (a dataclass) and `build(recipe, config) -> Task`.
-TASKS = {"pri3d_view": "geo_pretrain.training.tasks.pri3d"}
+PRI3D = "geo_pretrain.training.tasks.pri3d"
+POINTCONTRAST = "geo_pretrain.training.tasks.pointcontrast"
+
+# Task name -> module that defines `Config` (a dataclass) and `build(recipe, config) -> Task`, and the settings that
+# the name stands for.
+TASKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "pri3d_view": (PRI3D, {"view": True, "geo": False}),
+    "pri3d_geo": (PRI3D, {"view": False, "geo": True}),
+    "pri3d_view_geo": (PRI3D, {"view": True, "geo": True}),
+    "depth_prediction": (PRI3D, {"view": False, "geo": False}),
+    "pointcontrast_nce": (POINTCONTRAST, {"loss": "nce"}),
+    "pointcontrast_hardest": (POINTCONTRAST, {"loss": "hardest"}),
+    "csc": ("geo_pretrain.training.tasks.csc", {}),
+}
 
 
 @dataclass(frozen=True)
@@ -23,15 +38,25 @@ class Export:
 
     arch: str
     arch_args: dict[str, Any]
-    contract: ImageContract
-    weights: dict[str, dict[str, Tensor]]  # role (encoder, decoder, heads) -> tensors
+    contract: ImageContract | VoxelContract
+    weights: dict[str, dict[str, Tensor]]  # role (encoder, decoder, model, heads) -> tensors
     golden: dict[str, Tensor]  # a small input and the outputs it must give
 
 
 class Task(Protocol):
-    """What the engine needs; a task is also an `nn.Module` whose parameters are trained."""
+    """What the engine needs; a task is also an `nn.Module` whose parameters are trained.
 
-    contract: ImageContract
+    Every loss of a batch must reach every parameter, with a gradient of 0 where there is nothing to learn from:
+    processes that train together wait for each other's gradients.
+    """
+
+    unit: str  # what a sample holds two of, for displays: "images" or "clouds"
+
+    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+        """Samples indexed by (epoch, pair), each a function of its key and the recipe's seed alone."""
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Samples as one batch: tensors, and lists under "seed" (an integer a sample) and "skipped"."""
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The losses of a batch by name; their sum is minimised."""
@@ -46,8 +71,12 @@ def build_task(recipe: Recipe) -> tuple[Task, nn.Module]:
     name = settings.pop("name")
     if name not in TASKS:
         raise unknown("task", str(name), TASKS)
-    module = importlib.import_module(TASKS[name])
-    config = parse(module.Config, settings, where=f"recipe {recipe.name}", prefix="task.")
+    where, fixed = TASKS[name]
+    taken = sorted(settings.keys() & fixed.keys())
+    if taken:
+        raise RecipeError(f"recipe {recipe.name}: 'task.{taken[0]}' is not free; the task's name, {name!r}, sets it.")
+    module = importlib.import_module(where)
+    config = parse(module.Config, {**fixed, **settings}, where=f"recipe {recipe.name}", prefix="task.")
     build: Callable[[Recipe, Any], nn.Module] = module.build
     task = build(recipe, config)
     return cast(Task, task), task

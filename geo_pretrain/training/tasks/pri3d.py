@@ -1,7 +1,8 @@
-"""Pri3D, view-invariant: pixels of two frames that see one surface point get one feature.
+"""Pri3D: pixels of two frames, and pixels and voxels, that belong to one surface point get one feature.
 
-Hou et al., "Pri3D: Can 3D Priors Help 2D Representation Learning?", ICCV 2021, section 3.2; defaults are those of the
-released code (MIT), from which the published weights came. The paper's own numbers are options.
+Hou et al., "Pri3D: Can 3D Priors Help 2D Representation Learning?", ICCV 2021, sections 3.2 (view-invariant) and 3.3
+(geometric prior); defaults are those of the released code (MIT), from which the published weights came, but for the
+geometric matcher, whose tolerance lets in what lies behind. The paper's own numbers are options.
 """
 
 from __future__ import annotations
@@ -13,58 +14,114 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
+from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.geometry import match_pixels
+from geo_pretrain.geometry import match_pixels, seen_at
+from geo_pretrain.training.data.clouds import ChunkPairSamples, Features, collate_chunks
+from geo_pretrain.training.data.frame import Source
+from geo_pretrain.training.data.pairs import Pair
+from geo_pretrain.training.data.samples import PairSamples, collate, sample_seed
 from geo_pretrain.training.initialise import initialise_encoder
 from geo_pretrain.training.losses import depth_loss, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
+from geo_pretrain.training.tasks.clouds import encode, unet_args, zero
+
+PROJECTION = 64  # channels in which pixels and voxels are compared
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the task; each default is the released code's."""
+    """Settings of the task; each default is the released code's unless it says otherwise."""
 
+    view: bool  # pixel to pixel; set by the task's name, as is geo
+    geo: bool  # voxel to pixel
     temperature: float = 0.4
-    matches: int = 1024  # sampled for each image pair; the paper contrasts all
+    matches: int = 1024  # sampled for each image pair, and for each chunk; the paper contrasts all
     tolerance: float = 0.05  # m; the paper: 0.02 with distance "euclidean"
+    geo_tolerance: float | None = None  # m; None: 0.05, under authors_exact the released 0.2
     distance: Literal["depth", "euclidean"] = "depth"
     rounding: Literal["floor", "nearest"] = "floor"
     symmetric: bool = True  # the paper's eq. 1 is one-directional
-    dedup: bool = False  # do not count samples of the same feature cell as negatives of each other
+    dedup: bool = False  # view: do not count samples of the same feature cell as negatives of each other
     depth_proxy: bool = True
-    authors_exact: bool = False  # the released matcher with its defects, see geometry.match_pixels
+    features: Features = "rgb"  # of voxels; "ones" is the paper's occupancy
+    frustum: bool = False  # chunks fill the view frustum's box instead of whole metres
+    authors_exact: bool = False  # the released matchers with their defects, see geometry.match_pixels and seen_at
 
     def __post_init__(self) -> None:
         """Ranges."""
-        for key in ("temperature", "matches", "tolerance"):
-            if not getattr(self, key) > 0:
-                raise RecipeError(f"'task.{key}' is {getattr(self, key)!r}, accepted is a number above 0.")
+        for key in ("temperature", "matches", "tolerance", "geo_tolerance"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise RecipeError(f"'task.{key}' is {value!r}, accepted is a number above 0.")
+        if not (self.view or self.geo or self.depth_proxy):
+            raise RecipeError("'task.depth_proxy' is False, accepted here is True: nothing else would be learned.")
 
 
-class Pri3DView(nn.Module):
-    """The 2D U-Net and its depth head; state keys are the released code's (`backbone.*`, `headnet.*`)."""
+class Pri3D(nn.Module):
+    """The 2D U-Net, the 3D one, projections and depth head; state keys are the released code's.
+
+    `backbone.*`, and as the task has them `backbone3d.*`, `w2d.*`, `w3d.*`, `headnet.*`.
+    """
+
+    unit = "images"
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__()
-        self.config = config
+        model = recipe.network2d()
+        self.recipe, self.config = recipe, config
         self.contract = ImageContract(size=recipe.data.size)
-        self.arch_args = {"depth": recipe.model.depth, "width": recipe.model.width}
+        self.arch_args = {"depth": model.depth, "width": model.width}
         self.backbone = ResNetUNet(**self.arch_args)
         self.low_precision = recipe.precision == "bf16"
+        channels = self.backbone.out_chans
         if config.depth_proxy:
-            self.headnet = nn.Conv2d(self.backbone.decoder.conv0.out_channels, 1, 1)
+            self.headnet = nn.Conv2d(channels, 1, 1)
+        if config.geo:
+            spec = recipe.network3d()
+            self.voxel_size = spec.voxel_size
+            args = unet_args(spec, normalize=False)
+            self.backbone3d = SRUNet(**args, bn_momentum=spec.bn_momentum, init="kaiming")
+            self.w2d = nn.Linear(channels, PROJECTION)
+            self.w3d = nn.Linear(spec.out_chans, PROJECTION)
+
+    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+        """Pairs of images; with the geometric prior also the chunk of surface around each."""
+        arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
+        if not self.config.geo:
+            return PairSamples(*arguments)
+        return ChunkPairSamples(
+            *arguments,
+            voxel_size=self.voxel_size,
+            features=self.config.features,
+            frustum=self.config.frustum,
+            authors_exact=self.config.authors_exact,
+        )
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch that `forward` takes."""
+        return collate_chunks(samples) if self.config.geo else collate(samples)
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Losses of a batch of pairs as `samples.PairSamples` yields them: {"view": ..., "depth": ...}, scalars.
+        """Losses of a batch of pairs as `dataset` yields them, scalars: "view", "geo", "depth" as the task has them.
 
-        The two images pass through the network in two calls, so that BatchNorm sees one view at a time.
+        The two images, and the two chunks, pass through their network in two calls, so that BatchNorm sees one view
+        at a time.
         """
         features = [self._features(batch[f"image{k}"]) for k in (1, 2)]
-        losses = {"view": self._view_loss(batch, *features)}
+        losses = {}
+        used = torch.ones(len(batch["seed"]), dtype=torch.bool, device=features[0].device)
+        if self.config.view:
+            losses["view"], found = self._view_loss(batch, *features)
+            used = found if self.config.authors_exact else used  # the released loop skips the whole pair
+        if self.config.geo:
+            terms = [self._geo_loss(batch, k, f, used) for k, f in enumerate(features, 1)]
+            losses["geo"] = (terms[0] + terms[1]) / 2
         if self.config.depth_proxy:
             terms = [
                 depth_loss(self._depth(f, batch[f"depth{k}"]), batch[f"depth{k}"]) for k, f in enumerate(features, 1)
@@ -73,7 +130,7 @@ class Pri3DView(nn.Module):
         return losses
 
     def export(self) -> Export:
-        """The U-Net in two files, the depth head in a third."""
+        """The U-Net in two files, everything else in a third."""
         backbone = ResNetUNet(**self.arch_args)
         backbone.load_state_dict(self.backbone.state_dict())
         backbone.eval()
@@ -82,8 +139,9 @@ class Pri3DView(nn.Module):
             golden = {f"encoder.{i}": value for i, value in enumerate(backbone.encoder(image))}
             golden |= {"input": image, "decoder": backbone(image)}
         weights = {"encoder": backbone.encoder.state_dict(), "decoder": backbone.decoder.state_dict()}
-        if self.config.depth_proxy:
-            weights["heads"] = {k: v.cpu() for k, v in self.state_dict().items() if k.startswith("headnet.")}
+        heads = {k: v.cpu() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+        if heads:
+            weights["heads"] = heads
         return Export("resnet_unet", dict(self.arch_args), self.contract, weights, golden)
 
     def _features(self, image: Tensor) -> Tensor:
@@ -94,7 +152,8 @@ class Pri3DView(nn.Module):
     def _depth(self, features: Tensor, target: Tensor) -> Tensor:
         return F.interpolate(self.headnet(features), size=target.shape[-2:], mode="bilinear", align_corners=True)
 
-    def _view_loss(self, batch: Mapping[str, Any], features1: Tensor, features2: Tensor) -> Tensor:
+    def _view_loss(self, batch: Mapping[str, Any], features1: Tensor, features2: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and which pairs have a match: bool [B]."""
         config = self.config
         target = match_pixels(
             *(batch[f"{name}{k}"] for name in ("depth", "intrinsics", "cam_to_world") for k in (1, 2)),
@@ -119,7 +178,48 @@ class Pri3DView(nn.Module):
             ignore=ignore,
         )
         # A pair without a match contributes nothing, but still counts in the batch, as in the released code.
-        return torch.where(found, loss, 0).sum() / len(found)
+        return torch.where(found, loss, 0).sum() / len(found), found
+
+    def _geo_loss(self, batch: Mapping[str, Any], k: int, features: Tensor, used: Tensor) -> Tensor:
+        """Voxels of chunk `k` of every pair against the pixels of frame `k` that see them; a mean over the batch."""
+        coords, depth, matches = batch[f"coords{k}"], batch[f"depth{k}"], self.config.matches
+        if not len(coords):
+            return zero(self)
+        voxels = encode(self.backbone3d, coords, batch[f"feats{k}"], low_precision=self.low_precision)
+        rows, pixels, elements = [], [], []
+        for element, target in enumerate(self._seen_voxels(batch, k)):
+            if used[element] and (target >= 0).any():
+                voxel, pixel, _ = sample_matches(target[None], [sample_seed(batch["seed"][element], k, 0)], matches)
+                rows.append(voxel[0] + (coords[:, 0] < element).sum())
+                pixels.append(pixel[0])
+                elements.append(element)
+        if not elements:
+            return zero(self)
+        cell = half_resolution_cell(torch.stack(pixels), depth.shape[-1], features.shape)
+        loss = info_nce(
+            self.w2d(gather_cells(features[elements], cell)),
+            self.w3d(voxels[torch.stack(rows)]),
+            temperature=self.config.temperature,
+            symmetric=self.config.symmetric,
+        )
+        return loss.sum() / len(used)
+
+    def _seen_voxels(self, batch: Mapping[str, Any], k: int) -> list[Tensor]:
+        """For each pair the pixel of frame `k` that sees each voxel of its chunk: int64 [n], -1 for none."""
+        config, coords = self.config, batch[f"coords{k}"]
+        # The released matcher projects a voxel's corner.
+        place, tolerance = (0.0, 0.2) if config.authors_exact else (0.5, 0.05)
+        points = (coords[:, 1:].double() + place) * self.voxel_size
+        return [
+            seen_at(
+                points[coords[:, 0] == element],
+                *(batch[f"{name}{k}"][element] for name in ("depth", "intrinsics", "cam_to_world")),
+                tolerance=config.geo_tolerance or tolerance,
+                rounding=config.rounding,
+                authors_exact=config.authors_exact,
+            )
+            for element in range(len(batch["seed"]))
+        ]
 
 
 def sample_matches(target: Tensor, seeds: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,10 +262,10 @@ def gather_cells(features: Tensor, cell: Tensor) -> Tensor:
     return flat.gather(2, cell[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
 
 
-def build(recipe: Recipe, config: Config) -> Pri3DView:
+def build(recipe: Recipe, config: Config) -> Pri3D:
     """The task, its weights drawn from the recipe's seed, its encoder started as the recipe says."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        task = Pri3DView(recipe, config)
-    initialise_encoder(task.backbone, recipe.model)
+        task = Pri3D(recipe, config)
+    initialise_encoder(task.backbone, recipe.network2d())
     return task

@@ -1,0 +1,136 @@
+"""A backbone beside its twin with random weights: the measurements of `geo-pretrain eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geo_pretrain import hub
+from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.errors import RecipeError
+from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.pairs import find_pairs
+from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.downstream.cloud_matching import Turn, edge, evaluate_cloud_matching
+from geo_pretrain.training.downstream.matching import evaluate_matching
+from geo_pretrain.training.downstream.pixel_voxel import evaluate_pixel_to_voxel, frames_in_twos, load_pri3d
+from geo_pretrain.training.downstream.recall import MatchingResult, spread_evenly
+from geo_pretrain.training.recipe import DataSpec, load_recipe
+
+Progress = Callable[[int, int], None]
+RANDOM = "random"  # what the twin is called in results
+
+
+def compare_matching(
+    backbone: str,
+    spec: DataSpec,
+    *,
+    size: tuple[int, int] | None = None,
+    count: int = 100,
+    threshold: float | None = None,
+    turn: Turn = "camera",
+    seed: int = 0,
+    skips: Skips | None = None,
+    progress: Progress | None = None,
+) -> dict[str, MatchingResult]:
+    """Matching recall of a backbone (catalog name or folder) and of its architecture with random weights.
+
+    Pixels for a 2D backbone, voxels for a 3D one.
+
+    Args:
+        size: of the frames; None: that of pre-training.
+        count: pairs, spread evenly over all that `spec` allows.
+        threshold: None: 4 pixels, or 2 voxels.
+        turn: of the clouds of a 3D backbone.
+        seed: of queries, turns and random weights.
+    """
+    folder = hub.resolve(backbone, roles=lambda found: (*found.network_roles(), "recipe"))
+    contract = read_checkpoint(folder).contract
+    evaluate: Callable[..., MatchingResult] = evaluate_matching
+    options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
+    if isinstance(contract, VoxelContract):
+        edge(contract)  # refuse what cannot be measured before anything is rendered
+        spec = replace(spec, size=size or _recipe_size(folder) or spec.size)
+        evaluate, options["turn"] = evaluate_cloud_matching, turn
+    else:
+        spec = replace(spec, size=size or contract.size)
+    skips = skips if skips is not None else Skips()
+    source = open_source(spec, split="val")
+    pairs = spread_evenly(find_pairs(source, spec, skips=skips), count)
+    results = {}
+    networks = {RANDOM: random_twin(folder, seed), backbone: _network(folder)}
+    for number, (name, network) in enumerate(networks.items()):
+        results[name] = evaluate(
+            network,
+            contract,
+            source,
+            pairs,
+            size=spec.size,
+            seed=seed,
+            skips=skips,
+            progress=_nth(progress, number, 2),
+            **options,
+        )
+    return results
+
+
+def compare_pixel_to_voxel(
+    folder: str,
+    spec: DataSpec,
+    *,
+    count: int = 100,
+    threshold: float = 2.0,
+    seed: int = 0,
+    skips: Skips | None = None,
+    progress: Progress | None = None,
+) -> dict[str, MatchingResult]:
+    """Pixel-to-voxel recall of a folder written by pri3d_geo or pri3d_view_geo, and of the same with random weights.
+
+    Frames have the size of pre-training; `count` of them are spread evenly over those of `spec`.
+    """
+    tasks = {RANDOM: load_pri3d(folder, pretrained=False, seed=seed), folder: load_pri3d(folder)}
+    source = open_source(spec, split="val")
+    pairs = spread_evenly(frames_in_twos(source), max(1, count // 2))
+    return {
+        name: evaluate_pixel_to_voxel(
+            task, source, pairs, threshold=threshold, seed=seed, skips=skips, progress=_nth(progress, number, 2)
+        )
+        for number, (name, task) in enumerate(tasks.items())
+    }
+
+
+def random_twin(folder: str | Path, seed: int = 0) -> Any:
+    """The network of a checkpoint folder with random weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _network(folder, pretrained=False)
+
+
+def _network(folder: str | Path, *, pretrained: bool = True) -> Any:
+    """Dense features: an image backbone comes with its decoder."""
+    images = isinstance(read_checkpoint(folder).contract, ImageContract)
+    return load_backbone(folder, decoder=images, pretrained=pretrained)
+
+
+def _recipe_size(folder: Path) -> tuple[int, int] | None:
+    """The frames' size in pre-training; None for weights converted from elsewhere, which have no recipe of ours."""
+    try:
+        return load_recipe(str(folder / "recipe.yaml")).data.size
+    except RecipeError:
+        return None
+
+
+def _nth(progress: Progress | None, number: int, count: int) -> Progress:
+    """Progress of one of `count` equal parts as progress of the whole."""
+
+    def show(done: int, total: int) -> None:
+        if progress is not None:
+            progress(number * total + done, count * total)
+
+    return show

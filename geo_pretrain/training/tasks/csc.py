@@ -1,0 +1,75 @@
+"""Contrastive Scene Contexts: PointContrast's comparison, repeated for each part of the space around a point.
+
+Hou et al., "Exploring Data-Efficient 3D Scene Understanding with Contrastive Scene Contexts", CVPR 2021; defaults are
+those of the released code (MIT), from which the published weights came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geo_pretrain.geometry import transform
+from geo_pretrain.training.data.clouds import Features, Rotation
+from geo_pretrain.training.losses import partition_info_nce
+from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs, one_match_each
+
+
+@dataclass(frozen=True)
+class Config(CloudConfig):
+    """Settings of the task; each default is the released code's."""
+
+    features: Features = "rgb"
+    rotation: Rotation = "upright"
+    inner: float = 2.0  # voxels: closer rows are no negatives
+    outer: float = 20.0  # voxels: border between near and far
+
+    def __post_init__(self) -> None:
+        """Ranges."""
+        super().__post_init__()
+        self.require_positive("inner", "outer")
+
+
+class CSC(CloudPairs):
+    """The partitioned PointInfoNCE of each pair; partitions are upright, so they are taken in world coordinates."""
+
+    terms = ("partition",)
+
+    def __init__(self, recipe: Recipe, config: Config) -> None:
+        super().__init__(recipe, config)
+        self.config = config
+
+    def losses(
+        self, batch: Mapping[str, Any], features1: Tensor, features2: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        """The mean over the pairs of the batch that have a match."""
+        config, voxel_size = self.config, self.spec.voxel_size
+        losses = []
+        for pair, matches in enumerate(batch["matches"].split(batch["matches_per_pair"])):
+            if not len(matches):
+                continue
+            row1, row2 = one_match_each(matches, config.matches, generator).unbind(-1)
+            world = transform(batch["points1"][row1].double(), batch["to_world1"][pair].double())
+            losses.append(
+                partition_info_nce(
+                    features1[row1],
+                    features2[row2],
+                    (world - world.mean(dim=0)).float(),
+                    temperature=config.temperature,
+                    inner=config.inner * voxel_size,
+                    outer=config.outer * voxel_size,
+                )
+            )
+        return (torch.stack(losses).mean(),)
+
+
+def build(recipe: Recipe, config: Config) -> CSC:
+    """The task, its weights drawn from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return CSC(recipe, config)

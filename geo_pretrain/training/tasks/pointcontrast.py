@@ -1,0 +1,82 @@
+"""PointContrast: points of two scans of a scene that lie at one place get one feature.
+
+Xie et al., "PointContrast: Unsupervised Pre-training for 3D Point Cloud Understanding", ECCV 2020; defaults are those
+of the released code and launch scripts (MIT), from which the published weights came. The paper's formula for the
+hardest-contrastive loss, and negatives from the own pair only, are options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from geo_pretrain.training.losses import hardest_contrastive, info_nce
+from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs, draw, one_match_each
+
+
+@dataclass(frozen=True)
+class Config(CloudConfig):
+    """Settings of the task; each default is the released code's. Numbers of samples hold for each process."""
+
+    loss: Literal["nce", "hardest"] = "nce"  # set by the task's name
+    negatives: Literal["batch", "pair"] = "batch"  # nce: anchors of all pairs of the batch, or of the own pair only
+    positives: int = 1024  # hardest: matches for each pair, drawn from the whole batch
+    candidates: int = 256  # hardest: points of each side for each pair, drawn from the whole batch
+    positive_margin: float = 0.1
+    negative_margin: float = 1.4
+    squared: bool = True  # hardest: relu(d^2 - margin) for positives; False: the paper's relu(d - margin)^2
+
+    def __post_init__(self) -> None:
+        """Ranges."""
+        super().__post_init__()
+        self.require_positive("positives", "candidates", "positive_margin", "negative_margin")
+
+
+class PointContrast(CloudPairs):
+    """PointInfoNCE or the hardest-contrastive loss."""
+
+    def __init__(self, recipe: Recipe, config: Config) -> None:
+        super().__init__(recipe, config)
+        self.config = config
+        self.terms = ("nce",) if config.loss == "nce" else ("positive", "negative")
+
+    def losses(
+        self, batch: Mapping[str, Any], features1: Tensor, features2: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        """PointInfoNCE, or the two terms of the hardest-contrastive loss."""
+        config, matches = self.config, batch["matches"]
+        if config.loss == "nce":
+            groups = [matches] if config.negatives == "batch" else matches.split(batch["matches_per_pair"])
+            chosen = [one_match_each(group, config.matches, generator) for group in groups if len(group)]
+            return (torch.stack([self._nce(features1[m[:, 0]], features2[m[:, 1]]) for m in chosen]).mean(),)
+        pairs = len(batch["seed"])
+        positives = draw(len(matches), config.positives * pairs, generator, matches.device)
+        candidates = [
+            draw(len(features), config.candidates * pairs, generator, matches.device)
+            for features in (features1, features2)
+        ]
+        return hardest_contrastive(
+            features1,
+            features2,
+            matches,
+            positives,
+            *candidates,
+            positive_margin=config.positive_margin,
+            negative_margin=config.negative_margin,
+            squared=config.squared,
+        )
+
+    def _nce(self, anchors: Tensor, others: Tensor) -> Tensor:
+        return info_nce(anchors, others, temperature=self.config.temperature, symmetric=False, normalize=False)
+
+
+def build(recipe: Recipe, config: Config) -> PointContrast:
+    """The task, its weights drawn from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return PointContrast(recipe, config)

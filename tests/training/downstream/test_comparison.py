@@ -1,0 +1,84 @@
+"""A backbone beside its random twin: which measurement it gets, at which size, on which weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from geo_pretrain.errors import CheckpointError
+from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.downstream import comparison
+from geo_pretrain.training.downstream.comparison import RANDOM, compare_matching, random_twin
+from geo_pretrain.training.downstream.recall import MatchingResult
+from geo_pretrain.training.recipe import DataSpec
+from tests.training.test_engine import run_here
+from tests.zoo import CONTRACT_3D, write_tiny, write_tiny_3d
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The measurements asked for, not made."""
+    made = []
+
+    def measure(name):
+        def evaluate(network, contract, source, pairs, **options):
+            made.append((name, network, options))
+            return MatchingResult(0.5, 1.0, (0.5,), 1, 0.1)
+
+        return evaluate
+
+    for name in ("evaluate_matching", "evaluate_cloud_matching"):
+        monkeypatch.setattr(comparison, name, measure(name))
+    return made
+
+
+@pytest.fixture
+def spec(recording):
+    return DataSpec(source="seven_scenes", path=str(recording), size=(60, 80), overlap=(0.3, 1.0))
+
+
+def test_images_are_matched_at_the_size_of_their_contract(tmp_path, spec, calls):
+    folder = str(write_tiny(tmp_path / "net").folder)
+    assert list(compare_matching(folder, spec, seed=3)) == [RANDOM, folder]
+    for name, network, options in calls:
+        assert name == "evaluate_matching"
+        assert options["size"] == (64, 96)
+        assert options["seed"] == 3
+        assert not {"turn", "threshold"} & options.keys()
+        assert network(torch.zeros(1, 3, 64, 96)).shape == (1, 32, 32, 48)
+
+
+def test_clouds_are_matched_at_the_size_of_their_recipe(tmp_path, spec, calls, tiny_recipe):
+    run_here(tiny_recipe("pointcontrast_nce", optim={"steps": 1}), tmp_path / "net")
+    compare_matching(str(tmp_path / "net"), spec, turn="full", threshold=3.0)
+    compare_matching(str(tmp_path / "net"), spec, size=(96, 128))
+    assert [options["size"] for _, _, options in calls] == [(48, 64)] * 2 + [(96, 128)] * 2
+    assert [options["turn"] for _, _, options in calls] == ["full"] * 2 + ["camera"] * 2
+    assert calls[0][2]["threshold"] == 3.0
+    assert {name for name, _, _ in calls} == {"evaluate_cloud_matching"}
+
+
+def test_clouds_of_weights_without_a_recipe_of_ours_are_matched_at_the_size_of_the_data(tmp_path, spec, calls):
+    compare_matching(str(write_tiny_3d(tmp_path / "net").folder), spec)
+    assert calls[0][2]["size"] == (60, 80)
+
+
+def test_what_cannot_be_measured_is_refused_before_the_data_are_opened(tmp_path):
+    contract = type(CONTRACT_3D)((0.1, 1.0, 0.1), ("intensity",) * 3, coordinates="cylindrical")
+    folder = str(write_tiny_3d(tmp_path / "net", contract=contract).folder)
+    with pytest.raises(CheckpointError, match="RGB-D frames give"):
+        compare_matching(folder, DataSpec(source="no such source"))
+
+
+@pytest.mark.parametrize("write", [write_tiny, write_tiny_3d])
+def test_random_twin_has_the_shapes_but_not_the_weights(tmp_path, write):
+    folder = write(tmp_path / "net").folder
+    trained = load_backbone(folder, decoder=write is write_tiny).state_dict()
+    twins = [random_twin(folder, seed).state_dict() for seed in (0, 0, 1)]
+    weights = [key for key in trained if key.endswith((".kernel", "conv1.weight"))]
+    assert len(weights) > 5
+    for key in weights:
+        assert trained[key].shape == twins[0][key].shape
+        assert not torch.equal(trained[key], twins[0][key])
+        assert torch.equal(twins[0][key], twins[1][key])
+        assert not torch.equal(twins[0][key], twins[2][key])
