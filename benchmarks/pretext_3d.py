@@ -60,7 +60,7 @@ def measured(recipe: Recipe, folder: Path) -> dict[str, dict[str, MatchingResult
     options: dict[str, Any] = {"count": PAIRS, "seed": recipe.seed}
     results = {}
     if recipe.model is None:
-        for turn in ("camera", "upright" if task == "csc" else "full"):
+        for turn in ("camera", recipe.task["rotation"]):
             results[f"voxel matching, {turn}"] = compare_matching(name, spec, turn=turn, **options)
     else:
         results["pixel matching"] = compare_matching(name, spec, **options)

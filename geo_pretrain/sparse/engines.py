@@ -16,6 +16,8 @@ from geo_pretrain.errors import require
 
 CHOICES = ("auto", "plain", "fast")
 _choice = os.environ.get("GEO_PRETRAIN_SPARSE", "auto")
+if _choice not in CHOICES:
+    raise ValueError(f"GEO_PRETRAIN_SPARSE is {_choice!r}; accepted: {', '.join(CHOICES)}.")
 
 
 def current(rows: Tensor) -> ModuleType:

@@ -39,6 +39,8 @@ def convolve(
                 f"A transposed convolution of stride {stride} cannot refine a tensor of stride {x.stride}."
             )
         target = x.stride // stride
+        if dilation > 1 and target not in x.grid.levels:
+            raise ValueError(f"dilation is {dilation}; accepted is 1 where a transposed convolution makes new voxels.")
         if stride > 1:
             x.grid.refine(x.stride, stride, kernel_size)
         kernel_map = x.grid.kernel_map(target, stride, kernel_size, dilation).reverse

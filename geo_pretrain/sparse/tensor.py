@@ -29,9 +29,10 @@ class SparseTensor:
         self.inverse: Tensor | None = None
         order = morton_order(coords, stride)
         if has_duplicates(coords, *order):
-            index, self.inverse = unique_rows(coords.long())
-            coords, feats = coords[index], feats[index]
-            order = morton_order(coords, stride)
+            index, inverse = unique_rows(coords.long())
+            if len(index) < len(coords):
+                coords, feats, self.inverse = coords[index], feats[index], inverse
+                order = morton_order(coords, stride)
         self.grid = Grid(coords, stride, *order)
         self.stride = stride
         self.rows = feats[self.grid.order]

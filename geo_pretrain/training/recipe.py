@@ -164,10 +164,12 @@ def load_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) 
     tree = _read(path)
     if toy:
         overlay = _read(TOY)
+        own = overlay.pop("tasks").get(tree.get("task", {}).get("name"), {})
         for network in ("model", "unet3d"):
             if tree.get(network) is None:
                 overlay.pop(network)  # the recipe trains none
         _merge(tree, overlay)
+        _merge(tree, own)
         tree["name"] = retag(str(tree.get("name")), "toy")
     apply_overrides(tree, overrides)
     return parse(Recipe, tree, where=str(path))
