@@ -131,7 +131,7 @@ class Engine:
 
                         Pairs.of(kernel_map)
                     else:
-                        _ = kernel_map.pairs, kernel_map.count
+                        _ = kernel_map.tiles, kernel_map.count
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -142,12 +142,14 @@ def seconds(action: Callable[[], Any]) -> float:
 
 
 def take_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every action in every repeat, after one unmeasured call of each."""
-    for action in actions.values():
-        action()
+    """Seconds of every action in every repeat, each time after an unmeasured call of the same.
+
+    Right after another engine's turn memory has been handed back and that engine's threads still spin.
+    """
     times: dict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
         for name, action in actions.items():
+            action()
             times[name].append(seconds(action))
     return times
 

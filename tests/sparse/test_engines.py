@@ -63,3 +63,10 @@ def test_the_environment_sets_the_first_choice(monkeypatch: pytest.MonkeyPatch):
     again = importlib.util.module_from_spec(importlib.util.find_spec(engines.__name__))
     again.__spec__.loader.exec_module(again)  # a fresh copy: the one in use keeps its choice
     assert again.current(ROWS) is functional
+
+
+def test_an_unknown_engine_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GEO_PRETRAIN_SPARSE", "quick")
+    again = importlib.util.module_from_spec(importlib.util.find_spec(engines.__name__))
+    with pytest.raises(ValueError, match="GEO_PRETRAIN_SPARSE is 'quick'; accepted: auto, plain, fast"):
+        again.__spec__.loader.exec_module(again)

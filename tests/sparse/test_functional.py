@@ -324,6 +324,9 @@ def test_wrong_arguments_are_explained():
         SF.convolve(x, random_kernel(0, 3, 5), kernel_size=3)
     with pytest.raises(ValueError, match="transposed convolution of stride 2 cannot refine a tensor of stride 1"):
         SF.convolve(x, random_kernel(0, 2), kernel_size=2, stride=2, transposed=True)
+    coarse = SparseTensor(coords * coords.new_tensor((1, 2, 2, 2)), feats, stride=2)
+    with pytest.raises(ValueError, match="dilation is 2; accepted is 1 where a transposed convolution makes new vox"):
+        SF.convolve(coarse, random_kernel(0, 2), kernel_size=2, stride=2, dilation=2, transposed=True)
     with pytest.raises(ValueError, match="reduce is 'mean'; accepted: 'avg', 'max', 'sum'"):
         SF.global_pool(x, "mean")  # type: ignore[arg-type]
     for kernel, size in ((random_kernel(0, 3), 2), (random_kernel(0, 2), 3), (random_kernel(0, 1)[0], 3)):
