@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from geo_pretrain.errors import RecipeError, UnknownName
-from geo_pretrain.training.recipe import RECIPES, Recipe, list_recipes, load_recipe, parse
+from geo_pretrain.training.recipe import RECIPES, TOY, Recipe, list_recipes, load_recipe, parse
 from geo_pretrain.training.tasks import TASKS
 
 
@@ -30,12 +30,23 @@ def test_toy_overlay_brings_any_recipe_to_cpu_scale(name):
     assert toy.data.source == "rooms"
     assert toy.data.path is None
     assert toy.model is None or toy.model.init == "scratch"
-    assert toy.unet3d is None or (toy.unet3d.width, toy.unet3d.voxel_size) == (16, 0.05)
+    assert toy.unet3d is None or (toy.unet3d.width == 16 and toy.unet3d.voxel_size >= 0.05)
     assert toy.optim.steps <= 500
     assert toy.precision == "fp32"
     full = load_recipe(name)
-    assert toy.task == full.task
+    changed = {key for key in toy.task if toy.task[key] != full.task.get(key)}
+    assert changed <= {"temperature", "matches", "rotation", "frustum"}  # scale, not what is learned
+    assert toy.task.keys() >= full.task.keys()
     assert [(toy.model is None), (toy.unet3d is None)] == [(full.model is None), (full.unet3d is None)]
+
+
+def test_toy_settings_of_tasks_belong_to_tasks_and_reach_their_recipes():
+    own = yaml.safe_load(TOY.read_text(encoding="utf-8"))["tasks"]
+    assert own.keys() <= TASKS.keys()
+    toy = load_recipe("pointcontrast_nce_srunet34", toy=True)
+    assert own["pointcontrast_nce"]["task"].items() <= toy.task.items()
+    assert toy.optim.lr == own["pointcontrast_nce"]["optim"]["lr"] != load_recipe("csc_100k_srunet34", toy=True).optim.lr
+    assert load_recipe("pri3d_geo_r18", toy=True).unet3d.voxel_size == 0.1
 
 
 def test_published_settings_are_those_of_the_released_code():
