@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -31,7 +32,13 @@ def wants_fast(rows: Tensor) -> bool:
     """float32 on the CPU, with numba installed and not switched off."""
     if _choice == "plain" or rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.int32):
         return False
-    return _choice == "fast" or importlib.util.find_spec("numba") is not None
+    return _choice == "fast" or _has_numba()
+
+
+@cache
+def _has_numba() -> bool:
+    """Looked up once: every convolution asks, and a library that is absent is searched for in every folder."""
+    return importlib.util.find_spec("numba") is not None
 
 
 @contextmanager

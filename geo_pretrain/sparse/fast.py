@@ -111,7 +111,9 @@ def _accumulate(b: Value, sums: list[Value], count: int, first: Value, stop: Val
     for r, scalar in enumerate(scalars):
         spread = b.insert_element(undefined, b.load(scalar), INT32(0))
         spread = b.shuffle_vector(spread, undefined, INDICES([0] * LANES))
-        following += [b.call(muladd, [spread, f, t]) for f, t in zip(factors, totals[r * count :], strict=False)]
+        following += [
+            b.call(muladd, [spread, f, t]) for f, t in zip(factors, totals[r * count : (r + 1) * count], strict=True)
+        ]
     i_next = b.add(i, INT64(1))
     for phi, entering, returning in zip([i, *totals], [first, *start], [i_next, *following], strict=True):
         phi.add_incoming(entering, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ has_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason
 
 
 @pytest.fixture
-def no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "numba" else find(name, *rest))
     monkeypatch.setitem(sys.modules, "numba", None)
+    engines._has_numba.cache_clear()
+    yield
+    engines._has_numba.cache_clear()
 
 
 @has_numba

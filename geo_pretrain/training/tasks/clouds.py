@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class CloudConfig:
                 raise RecipeError(f"'task.{key}' is {value!r}, accepted is a number above 0.")
 
 
-class CloudPairs(nn.Module):
+class CloudPairs(nn.Module, ABC):
     """A sparse U-Net whose normalised outputs are compared at the matches of two clouds; the loss is a subclass's."""
 
     unit = "clouds"
@@ -93,11 +94,11 @@ class CloudPairs(nn.Module):
         generator = torch.Generator().manual_seed(batch["seed"][0])  # one stream of draws for the whole batch
         return dict(zip(self.terms, self.losses(batch, view1, view2, generator), strict=True))
 
+    @abstractmethod
     def losses(
         self, batch: Mapping[str, Any], features1: Tensor, features2: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, ...]:
         """One scalar for each of `terms`. features1, features2: [N, C], unit rows; there is at least one match."""
-        raise NotImplementedError
 
     def export(self) -> Export:
         """The network, its last layer included, with golden values on seeded random voxels."""
