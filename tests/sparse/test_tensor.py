@@ -172,3 +172,11 @@ def test_good_input_at_a_stride_is_accepted():
     x = SparseTensor(GOOD, ONES, 2)
     assert x.stride == 2
     assert torch.equal(x.coords, GOOD)
+
+
+def test_inverse_is_none_without_duplicates_however_far_apart_the_voxels_lie():
+    coords = torch.tensor([[0, 0, 0, 0], [0, 1 << 25, 0, 0]], dtype=torch.int32)  # too far for an exact Morton code
+    assert SparseTensor(coords, torch.ones(2, 1)).inverse is None
+    twice = SparseTensor(coords[[0, 1, 0]], torch.tensor([[1.0], [2.0], [3.0]]))
+    assert twice.inverse.tolist() == [0, 1, 0]
+    assert twice.feats.tolist() == [[1.0], [2.0]]
