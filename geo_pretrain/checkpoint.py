@@ -80,16 +80,17 @@ def write_checkpoint(
     golden: Mapping[str, Tensor],
     licence: Licence,
     provenance: Mapping[str, Any],
-    recipe_yaml: str,
-    log: Path | str,
+    recipe_yaml: str | None,
+    log: Path | str | None,
     card: str,
     finished: bool = True,
 ) -> Checkpoint:
     """Write a checkpoint folder, all of it or nothing; one that is there already is replaced.
 
     `weights` maps a role ("encoder" and "decoder", or "model" for a network in one piece; "heads") to its state dict.
-    `golden` holds "input" (3D: "input.coords" and "input.feats") and the outputs to reproduce, `log` is a file to copy
-    (Path) or the text itself. One writer at a time. Files that the format does not know (somebody's notes) are carried
+    `golden` holds "input" (3D: "input.coords" and "input.feats") and the outputs to reproduce. `log` is a file to copy
+    (Path) or the text itself; weights that were not trained here have neither recipe nor log (None). One writer at a
+    time. Files that the format does not know (somebody's notes) are carried
     over. Raises `CheckpointError` when `folder` holds something else.
     """
     folder = Path(folder).resolve()
@@ -100,13 +101,14 @@ def write_checkpoint(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     tensors = {role: state for role, state in weights.items() if state} | {"golden": golden}
-    log_text = log.read_bytes() if isinstance(log, Path) else log.encode()
+    texts = {"recipe": recipe_yaml, "log": log.read_text("utf-8") if isinstance(log, Path) else log, "card": card}
     try:
         for role, state in tensors.items():
             _save_tensors(state, staging / ROLES[role])
-        for role, text in {"recipe": recipe_yaml.encode(), "log": log_text, "card": card.encode()}.items():
-            (staging / ROLES[role]).write_bytes(text)
-        files = {ROLES[role]: asdict(_describe(staging / ROLES[role], role)) for role in (*tensors, *TEXT_ROLES)}
+        written = [role for role, text in texts.items() if text is not None]
+        for role in written:
+            (staging / ROLES[role]).write_bytes(str(texts[role]).encode())
+        files = {ROLES[role]: asdict(_describe(staging / ROLES[role], role)) for role in (*tensors, *written)}
         config = {
             "format": FORMAT,
             "name": name,

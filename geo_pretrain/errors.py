@@ -31,6 +31,10 @@ class DigestMismatch(CheckpointError):
     """A file whose bytes are not those its checkpoint promises."""
 
 
+class UnsafeFile(CheckpointError):
+    """A pickled file that asks for more than tensors, or for more than its limits; nothing of it was executed."""
+
+
 class WeightsMismatch(GeoPretrainError, RuntimeError):
     """Weights whose keys or shapes do not fit the network."""
 

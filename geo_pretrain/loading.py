@@ -6,7 +6,6 @@ The outcome is kept on the network as its `load_report`.
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
 from collections import Counter
@@ -18,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain import hub as hubs
-from geo_pretrain.backbones import ARCHITECTURES, WEIGHT_FILES
+from geo_pretrain.backbones.build import build, golden_outputs, has_decoder, in_one_piece
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.catalog import CATALOG, Arch, Entry
+from geo_pretrain.catalog import Arch, Entry, find
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, read_weights
 from geo_pretrain.errors import CheckpointError, WeightsMismatch
-from geo_pretrain.sparse.tensor import SparseTensor
 
 MIN_COVERAGE = 0.9
 GOLDEN_TOLERANCE = 1e-4  # of the largest magnitude: other processors sum in another order
@@ -41,6 +39,16 @@ class LoadReport:
     dropped: tuple[str, ...]  # of the files, not used
     reshaped: tuple[str, ...]  # loaded after a change of shape that was asked for
     coverage: float  # loaded / all tensors of the network
+
+    def __str__(self) -> str:
+        total = self.loaded + len(self.fresh)
+        parts = [f"{self.loaded} of {total} tensors loaded ({self.coverage:.0%})"]
+        parts += [
+            f"{what}: {_shown(keys)}"
+            for what, keys in (("fresh", self.fresh), ("dropped", self.dropped), ("reshaped", self.reshaped))
+            if keys
+        ]
+        return "; ".join(parts)
 
     def raise_if_below(self, coverage: float, name: str, hint: str = "") -> None:
         """Raise `WeightsMismatch` unless at least this share of the network was loaded."""
@@ -148,7 +156,7 @@ def load_backbone(
     options["output_stride"] = output_stride
     where: dict[str, Any] = {"hub": hub, "revision": revision, "cache_dir": cache_dir}
     where["local_files_only"] = local_files_only
-    entry = CATALOG.get(str(name_or_folder))
+    entry = find(str(name_or_folder))
     if entry is not None:
         _check_options(entry.arch, **options)  # before anything is fetched
     source: Checkpoint | Entry
@@ -168,29 +176,6 @@ def load_backbone(
     network.name, network.load_report = source.name, report
     network.contract = source.contract if in_chans is None else source.contract.with_channels(in_chans)
     return network.to(device=device, dtype=dtype).eval()
-
-
-def build(
-    arch: Arch,
-    *,
-    decoder: bool = False,
-    in_chans: int | None = None,
-    out_indices: Sequence[int] | None = None,
-    output_stride: int = 32,
-) -> ResNetEncoder | ResNetUNet | SRUNet:
-    """The network of an `Arch` with a random start. Arguments that do not fit its class raise `CheckpointError`."""
-    module, _, name = ARCHITECTURES[arch.name].partition(":")
-    network_class = getattr(importlib.import_module(module), name)
-    args = dict(arch.args) | ({} if in_chans is None else {"in_chans": in_chans})
-    try:
-        if decoder or _in_one_piece(arch):
-            return network_class(**args)
-        args.pop("out_chans", None)
-        if out_indices is not None:
-            args["out_indices"] = out_indices
-        return network_class.encoder_class(**args, output_stride=output_stride)
-    except TypeError as error:
-        raise CheckpointError(f"{arch} cannot be built: {error}") from error
 
 
 def adapt_stem(weight: Tensor, in_chans: int) -> Tensor:
@@ -257,8 +242,8 @@ def verify(
     folder = hubs.resolve(name_or_folder, roles=lambda found: (*found.network_roles(), "golden"), **load_kwargs)
     found = read_checkpoint(folder)
     golden = read_weights(found, "golden")
-    network = load_backbone(folder, decoder=not _in_one_piece(found.arch))
-    computed = _outputs(network, golden)
+    network = load_backbone(folder, decoder=has_decoder(found.arch))
+    computed = golden_outputs(network, golden)
     errors = {key: _relative(computed[key], golden[key]) for key in golden if not key.startswith("input")}
     result = Verification(str(network.name), errors, tolerance)
     if not errors or not result.passed:
@@ -319,24 +304,10 @@ def _shown(keys: Sequence[str]) -> str:
     return (", ".join(map(repr, keys[:SHOWN_KEYS])) or "none") + more
 
 
-@torch.no_grad()
-def _outputs(network: Any, golden: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if isinstance(network, SRUNet):
-        return {"output": network(SparseTensor(golden["input.coords"], golden["input.feats"])).feats}
-    maps = network.encoder(golden["input"])
-    outputs = {f"encoder.{index}": value for index, value in enumerate(maps)}
-    return outputs | {"decoder": network.decoder(maps[1:])}
-
-
 def _relative(value: Tensor, expected: Tensor) -> float:
     if value.shape != expected.shape:
         return float("inf")
     return float((value - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-
-
-def _in_one_piece(arch: Arch) -> bool:
-    """Whether the network has no encoder to be had alone: the sparse U-Net."""
-    return len(WEIGHT_FILES[arch.name]) == 1
 
 
 def _check_options(
@@ -344,7 +315,7 @@ def _check_options(
 ) -> None:
     if in_chans is not None and (not isinstance(in_chans, int) or in_chans < 1):
         raise ValueError(f"in_chans is {in_chans!r}; accepted: a whole number from 1 up.")
-    if _in_one_piece(arch):
+    if in_one_piece(arch):
         if decoder:
             raise ValueError("A 3D U-Net always comes with its decoder; drop decoder=True.")
         if out_indices is not None or output_stride != 32:
@@ -353,6 +324,8 @@ def _check_options(
                 "strides 1, 2, 4, 8, 16 in voxels. Drop them."
             )
         return
+    if decoder and not has_decoder(arch):
+        raise ValueError(f"This checkpoint holds an encoder alone ({arch}); drop decoder=True.")
     if decoder and out_indices is not None:
         raise ValueError("out_indices chooses maps of the encoder; with decoder=True there is one output. Drop one.")
     if output_stride not in (8, 16, 32):

@@ -8,6 +8,7 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("GEO_PRETRAIN_HUB", None)
+os.environ["GEO_PRETRAIN_MIRROR"] = "http://127.0.0.1:9"  # where authors' files would come from: nobody listens there
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,10 +15,11 @@ ROOT = Path(__file__).resolve().parents[1] / "geo_pretrain"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "errors"),
     ("sparse", "geometry"),
-    ("backbones", "contract", "catalog", "checkpoint"),
-    ("hub",),  # loading turns names into folders with it
+    ("backbones", "contract", "convert", "catalog", "checkpoint"),
+    ("cards",),
+    ("hub",),  # loading turns names into folders with it; it converts authors' files and writes their cards
     ("loading",),
-    ("cards", "convert", "adapters"),
+    ("adapters", "publish"),
     ("training",),
     ("cli", "__main__"),
 )
@@ -29,8 +30,14 @@ LIGHT = (
     "geo_pretrain.contract",
     "geo_pretrain.catalog",
     "geo_pretrain.checkpoint",
-    "geo_pretrain.hub",
     "geo_pretrain.cards",
+    "geo_pretrain.hub",
+    "geo_pretrain.hub.bundle",
+    "geo_pretrain.hub.cache",
+    "geo_pretrain.cli",
+    "geo_pretrain.convert",
+    "geo_pretrain.convert.out",
+    "geo_pretrain.publish",
     "geo_pretrain.convert.kernels",
     "geo_pretrain.convert.keys",
     "geo_pretrain.convert.pri3d",

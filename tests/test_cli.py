@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from geo_pretrain import __version__, cli
+from tests.authors_files import write
 from tests.training.conftest import recording, tiny_recipe  # noqa: F401 (fixtures)
+from tests.zoo import write_tiny, write_tiny_3d
 
 COMMANDS = [
     ["list"],
     ["info"],
+    ["pull"],
+    ["verify"],
+    ["convert"],
+    ["publish"],
+    ["bundle"],
+    ["card"],
+    ["cache", "ls"],
+    ["cache", "rm"],
     ["demo"],
     ["train"],
     ["eval", "matching"],
@@ -69,6 +81,88 @@ def test_info_as_table_and_json():
     tree = json.loads(run("info", "pri3d_view_geo_r50", "--json").output)
     assert tree["name"] == "pri3d_view_geo_r50"
     assert tree["licence"]["weights"]
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    """A hub folder with a 2D and a 3D checkpoint, an empty cache."""
+    write_tiny(tmp_path / "hub/tiny_net_r18")
+    write_tiny_3d(tmp_path / "hub/tiny_net_srunet34")
+    monkeypatch.setenv("GEO_PRETRAIN_HUB", str(tmp_path / "hub"))
+    monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_list_as_json_and_by_data():
+    names = json.loads(run("list", "--json", "--data", "kitti").output)
+    assert names == ["pri3d_view_r50.kitti", "pri3d_view_r50.kitti_180"]
+
+
+def test_info_of_a_folder_and_its_load_report(zoo):
+    plain = run("info", "tiny_net_r18").output
+    assert "hub/tiny_net_r18" in plain.replace("\n", "").replace(" ", "")
+    assert "licence: weights" in plain
+    tree = json.loads(run("info", "tiny_net_srunet34", "--loaded", "--json").output)
+    assert tree["loaded"]["coverage"] == 1
+    assert tree["loaded"]["fresh"] == []
+    assert "loaded: coverage" in run("info", "tiny_net_r18", "--loaded").output
+
+
+def test_pull_verify_and_cache(zoo, monkeypatch):
+    shown = run("verify", "tiny_net_r18").output
+    assert "5 golden outputs reproduced" in shown
+    assert shown.count("ok") == 5
+    assert str(zoo / "hub/tiny_net_r18") in run("pull", "tiny_net_r18").output
+    assert "Nothing is cached" in run("cache", "ls").output
+    assert run("pull").exit_code == 2
+    assert run("cache", "rm").exit_code == 2
+
+
+def test_bundle_here_pull_there(zoo, monkeypatch):
+    run("bundle", "tiny_net_r18", "tiny_net_srunet34", "-o", "zoo.tar")
+    monkeypatch.delenv("GEO_PRETRAIN_HUB")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "tiny_net_srunet34" in run("pull", "--from-bundle", "zoo.tar").output
+    assert "1 golden outputs" in run("verify", "tiny_net_srunet34").output
+    rows = json.loads(run("cache", "ls", "--json").output)
+    assert [(row["name"], row["kind"]) for row in rows] == [("tiny_net_r18", "bundle"), ("tiny_net_srunet34", "bundle")]
+    assert "tiny_net_r18" in run("cache", "ls").output
+    assert "Removed 1 checkpoints" in run("cache", "rm", "tiny_net_r18").output
+    assert "Removed 1 checkpoints" in run("cache", "rm", "--all").output
+    assert json.loads(run("cache", "ls", "--json").output) == []
+
+
+def test_convert_in_and_out(zoo):
+    write("detectron2", zoo / "theirs.pkl")
+    out = run(
+        "convert", "theirs.pkl", "--from", "detectron2", "--name", "mine", "--like", "pri3d_view_r18", "-o", "mine"
+    )
+    assert "mine" in out.output
+    assert json.loads((zoo / "mine/config.json").read_text())["name"] == "mine"
+    run("convert", "mine", "--to", "detectron2", "-o", "back.pkl")
+    theirs, back = (pickle.loads((zoo / name).read_bytes())["model"] for name in ("theirs.pkl", "back.pkl"))
+    assert theirs.keys() == {key for key in back if not key.endswith("num_batches_tracked")}
+    assert all(np.array_equal(theirs[key], back[key]) for key in theirs)
+    for arguments in (["x", "-o", "y"], ["x", "--from", "moco", "--to", "timm", "-o", "y"]):
+        result = run("convert", *arguments)
+        assert result.exit_code == 2
+        assert "spconv" in result.output
+    assert run("convert", "theirs.pkl", "--from", "detectron2", "-o", "y").exit_code == 2
+
+
+def test_publish_to_a_folder_after_a_dry_run(zoo):
+    shown = run("publish", "hub/tiny_net_r18", "--to", "shelf", "--dry-run")
+    assert "encoder.safetensors" in shown.output
+    assert not (zoo / "shelf").exists()
+    run("publish", "hub/tiny_net_r18", "--to", "shelf")
+    assert (zoo / "shelf/tiny_net_r18/config.json").is_file()
+
+
+def test_card_is_printed_or_written(zoo):
+    assert "# pri3d_view_geo_r50" in run("card", "pri3d_view_geo_r50").output
+    run("card", "hub/tiny_net_r18", "-o", "card.md")
+    assert "tiny_net_r18" in (zoo / "card.md").read_text()
 
 
 def test_train_then_eval_matching(tmp_path, tiny_recipe, recording):  # noqa: F811

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from geo_pretrain import loading
+from geo_pretrain.backbones.build import build
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.catalog import CATALOG, Arch
@@ -356,19 +356,25 @@ def test_the_prefix_that_fits_most_is_found():
 
 @pytest.mark.parametrize("name", [name for name, entry in CATALOG.items() if entry.modality == "2d"])
 def test_every_image_entry_builds_and_matches_its_feature_info(name: str):
+    entry = CATALOG[name]
     with torch.device("meta"):
         encoder = load_backbone(name, pretrained=False)
-        unet = load_backbone(name, pretrained=False, decoder=True)
         maps = encoder(torch.empty(1, 3, 64, 96))
-        dense = unet(torch.empty(1, 3, 64, 96))
-    entry = CATALOG[name]
     assert encoder.name == name
     assert encoder.contract == entry.contract
     assert encoder.load_report.loaded == 0
     assert encoder.load_report.fresh == tuple(encoder.state_dict())
     for value, info in zip(maps, encoder.feature_info, strict=True):
         assert value.shape == (1, info["num_chs"], 64 // info["reduction"], 96 // info["reduction"])
-    assert dense.shape == (1, entry.arch.args["out_chans"], 32, 48)
+    if entry.arch.name == "resnet":
+        with pytest.raises(ValueError, match="encoder alone"):
+            load_backbone(name, pretrained=False, decoder=True)
+        return
+    with torch.device("meta"):
+        unet = load_backbone(name, pretrained=False, decoder=True)
+        dense = unet(torch.empty(1, 3, 64, 96))
+    size = (64, 96) if entry.arch.name == "resnet_depth_unet" else (32, 48)
+    assert dense.shape == (1, entry.arch.args["out_chans"], *size)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in CATALOG.items() if entry.modality == "3d"])
@@ -382,7 +388,8 @@ def test_every_3d_entry_builds_and_takes_what_its_contract_says(name: str):
     assert network.conv0p1s1.kernel.shape[1] == network.in_chans
     assert network.final.kernel.shape == (96, entry.arch.args["out_chans"])
     assert network.load_report.fresh == tuple(network.state_dict())
-    assert [info["num_chs"] for info in network.feature_info] == [96, 96, 128, 256, 256]
+    widths = {"34C": [96, 96, 128, 256, 256], "18A": [96, 96, 128, 128, 256]}
+    assert [info["num_chs"] for info in network.feature_info] == widths[entry.arch.args["variant"]]
 
 
 def test_names_without_a_file_say_how_to_get_one():
@@ -431,6 +438,6 @@ def test_verify_recomputes_the_golden_output_of_a_3d_network(tmp_path: Path):
 
 
 def test_architectures_of_the_catalog_are_buildable_by_name():
-    assert isinstance(loading.build(ARCH), ResNetEncoder)
-    assert isinstance(loading.build(ARCH, decoder=True), ResNetUNet)
-    assert isinstance(loading.build(ARCH_3D), SRUNet)
+    assert isinstance(build(ARCH), ResNetEncoder)
+    assert isinstance(build(ARCH, decoder=True), ResNetUNet)
+    assert isinstance(build(ARCH_3D), SRUNet)

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-from geo_pretrain.catalog import csc, pointcontrast, pri3d, slidr
+from geo_pretrain.catalog import csc, gsc, img2pc, moco, pointcontrast, ppkt, pri3d, slidr
 from geo_pretrain.catalog.entry import (
-    LICENCE_GROUPS,
     MODALITIES,
     STATUSES,
     Arch,
     AuthorsFile,
     Entry,
     File,
-    Licence,
     Paper,
     Result,
 )
+from geo_pretrain.catalog.licence import LICENCE_GROUPS, Licence
 from geo_pretrain.errors import unknown
 
 __all__ = [
     "CATALOG",
     "LICENCE_GROUPS",
+    "RENAMED",
     "STATUSES",
     "Arch",
     "AuthorsFile",
@@ -34,11 +35,27 @@ __all__ = [
     "Paper",
     "Result",
     "backbone_info",
+    "find",
     "list_backbones",
 ]
 
-METHODS = (pri3d, pointcontrast, csc, slidr)
+METHODS = (pri3d, moco, gsc, pointcontrast, csc, ppkt, img2pc, slidr)
 CATALOG: Mapping[str, Entry] = MappingProxyType({entry.name: entry for module in METHODS for entry in module.ENTRIES})
+
+# old name -> the name it has now; old names keep working with a FutureWarning
+RENAMED: Mapping[str, str] = MappingProxyType({})
+
+
+def check_renamed(renamed: Mapping[str, str], names: Collection[str]) -> None:
+    """Raise unless every old name is free and every new one exists: a name never means two checkpoints."""
+    for old, new in renamed.items():
+        if old in names:
+            raise ValueError(f"{old!r} is renamed to {new!r}, but it is the name of an entry; accepted: a free name.")
+        if new not in names:
+            raise unknown("backbone", new, names, f"{old!r} is renamed to it.")
+
+
+check_renamed(RENAMED, CATALOG)
 
 
 def list_backbones(
@@ -80,9 +97,18 @@ def list_backbones(
 
 def backbone_info(name: str) -> Entry:
     """The catalog entry of a backbone, without torch or any file. An unknown name raises `UnknownName`."""
-    if name not in CATALOG:
+    entry = find(name, stacklevel=3)
+    if entry is None:
         raise unknown("backbone", name, CATALOG, "All names: list_backbones().")
-    return CATALOG[name]
+    return entry
+
+
+def find(name: str, *, stacklevel: int = 2) -> Entry | None:
+    """The entry called `name`, now or once: an old name gives a FutureWarning at the caller. None: there is none."""
+    if name in RENAMED:
+        message = f"{name!r} is called {RENAMED[name]!r} now; the old name will stop working."
+        warnings.warn(message, FutureWarning, stacklevel=stacklevel)
+    return CATALOG.get(RENAMED.get(name, name))
 
 
 def _check(what: str, value: str | None, options: Iterable[str]) -> None:

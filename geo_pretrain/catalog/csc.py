@@ -6,7 +6,8 @@ are given for the weights, so their entry states what ScanNet imposes.
 
 from __future__ import annotations
 
-from geo_pretrain.catalog.entry import AuthorsFile, Entry, Licence, Paper, Result
+from geo_pretrain.catalog.entry import AuthorsFile, Entry, Paper, Result
+from geo_pretrain.catalog.licence import Licence
 from geo_pretrain.catalog.pointcontrast import DETECTION, ROOMS_LICENCE, SCANNET_LICENCE, SEGMENTATION, SRUNET34
 from geo_pretrain.contract import VoxelContract
 
@@ -51,6 +52,7 @@ RESULTS: dict[str, tuple[Result, ...]] = {
     "60k": (
         *_limited(SEGMENTATION, "mIoU", SCENES, {1: 29.3, 5: 45.4, 10: 59.5, 20: 64.1}),
         *_limited(SEGMENTATION, "mIoU", POINTS, {20: 53.8, 50: 62.9, 100: 66.9, 200: 69.0}),
+        _readme(INSTANCES, "ScanNet", "mAP@0.5", 59.4),
         *_limited(INSTANCES, "mAP@0.5", SCENES, {1: 12.3, 5: 33.9, 10: 45.3, 20: 49.8}),
         *_limited(INSTANCES, "mAP@0.5", POINTS, {20: 27.2, 50: 35.7, 100: 43.6, 200: 50.4}),
         *_limited(DETECTION, "mAP@0.5", SCENES, {10: 9.9, 20: 21.4, 40: 29.5, 80: 36.3}),
@@ -59,7 +61,6 @@ RESULTS: dict[str, tuple[Result, ...]] = {
     "100k": (
         _readme(SEGMENTATION, "ScanNet", "mIoU", 73.8),
         _readme(SEGMENTATION, "S3DIS", "mIoU", 72.2),
-        _readme(INSTANCES, "ScanNet", "mAP@0.5", 59.4),
         *_limited(DETECTION, "mAP@0.5", BOXES, {1: 10.9, 2: 18.5, 4: 26.1, 7: 30.4}),
         *_limited(DETECTION, "mAP@0.25", BOXES, {1: 24.5, 2: 36.5, 4: 45.9, 7: 52.5}),
     ),
@@ -73,7 +74,7 @@ RESULTS: dict[str, tuple[Result, ...]] = {
 
 
 def _entry(name: str, licence: Licence, data: str, description: str, *, recipe: str | None, key: str = "") -> Entry:
-    files = (AuthorsFile(f"{FOLDER}/{FILES[key]}.pth", "csc", "3D U-Net, optimiser state"),) if key else ()
+    files = (AuthorsFile(f"{FOLDER}/{FILES[key]}.pth", "csc", "3D U-Net, optimiser state", ("model",)),) if key else ()
     return Entry(
         name=name,
         method="csc",

@@ -1,20 +1,26 @@
 """The types of the catalog: what is known about a checkpoint, as data. No I/O and no torch.
 
-Licences are part of the type: an entry without the whole chain (code, weights, every data set, start weights) cannot be
-built, so it cannot be published.
+What cannot be true cannot be built: an entry without its licence chain, files that do not hold the network, a status
+that its files and recipe do not bear out.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from geo_pretrain.backbones import ARCHITECTURES
+from geo_pretrain.backbones import ARCHITECTURES, WEIGHT_FILES
+from geo_pretrain.catalog.licence import PERMISSIVE as PERMISSIVE
+from geo_pretrain.catalog.licence import Licence as Licence
 from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.convert import FORMATS
 from geo_pretrain.errors import unknown
 
+NETWORKS_3D = ("sr_unet",)
 NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)+(\.[a-z0-9_]+)?")  # <method>_<variant>_<architecture>[.<tag>]
 MODALITIES = ("2d", "3d")
 STATUSES = {
@@ -23,15 +29,14 @@ STATUSES = {
     "regenerable": "no file; a recipe of this project makes it",
     "planned": "no file and no recipe yet",
 }
-PERMISSIVE = ("Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-4.0", "CC0-1.0", "MIT")
-NON_COMMERCIAL = (
-    "CC-BY-NC-4.0",
-    "CC-BY-NC-SA-3.0",
-    "CC-BY-NC-SA-4.0",
-    "LicenseRef-ImageNet-terms",
-    "LicenseRef-ScanNet-ToU",
-)
-LICENCE_GROUPS = {"permissive": PERMISSIVE, "non-commercial": NON_COMMERCIAL}
+
+WEIGHT_ROLES = ("encoder", "decoder", "model", "heads")
+FILE_ROLES = (*WEIGHT_ROLES, "golden", "recipe", "log", "card")
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+HF_SOURCE = re.compile(r"hf-hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}", re.ASCII)
+WEB = re.compile(r"https?://[^/\s]+/\S+")
+PERCENTAGES = ("mIoU", "mAcc", "IoU", "accuracy", "AP", "AP50", "AP75", "mAP@0.25", "mAP@0.5")
 
 
 @dataclass(frozen=True)
@@ -51,29 +56,6 @@ class Arch:
 
 
 @dataclass(frozen=True)
-class Licence:
-    """The licence chain, as SPDX identifiers or `LicenseRef-...`. Nothing has a default: silence is not a licence."""
-
-    code: str  # of the code that makes the weights
-    weights: str  # of the weights themselves: the strictest term their data and start weights impose
-    datasets: tuple[tuple[str, str], ...]  # (data set, its licence), one for each that went in
-    base_model: str  # what training started from, with its licence
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "datasets", tuple((str(name), str(licence)) for name, licence in self.datasets))
-        given = {"code": self.code, "weights": self.weights, "base_model": self.base_model}
-        empty = [key for key, text in given.items() if not text]
-        if not self.datasets or not all(name and licence for name, licence in self.datasets):
-            empty.append("datasets")
-        if empty:
-            raise ValueError(f"licence chain is incomplete, nothing given for: {', '.join(empty)}.")
-
-    def matches(self, wanted: str) -> bool:
-        """`wanted` is the weights' exact identifier or a group: "permissive", "non-commercial"."""
-        return self.weights in LICENCE_GROUPS.get(wanted, (wanted,))
-
-
-@dataclass(frozen=True)
 class Paper:
     """Where the method was published."""
 
@@ -86,13 +68,19 @@ class Paper:
 
 @dataclass(frozen=True)
 class Result:
-    """One number somebody reported or measured; `table` says where it stands."""
+    """One number somebody reported or measured; `table` says where it stands. Metrics in PERCENTAGES are in percent."""
 
     task: str
     dataset: str
     metric: str
     value: float
     table: str
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise ValueError(f"{self.metric} on {self.dataset} is {self.value}; accepted: a finite number.")
+        if self.metric in PERCENTAGES and not 0 <= self.value <= 100:
+            raise ValueError(f"{self.metric} on {self.dataset} is {self.value}; accepted: a percentage, 0 to 100.")
 
 
 @dataclass(frozen=True)
@@ -103,7 +91,21 @@ class File:
     name: str
     size: int  # bytes
     sha256: str
-    sources: tuple[str, ...]  # in order of trial
+    # In order of trial: "hf-hub:owner/repo@<commit>", a repository with the file at its top, or an http(s) URL that
+    # ends in /<entry's name>/<file's name>.
+    sources: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", tuple(self.sources))
+        if self.role not in FILE_ROLES:
+            raise unknown("file role", self.role, FILE_ROLES)
+        tensors = self.role in (*WEIGHT_ROLES, "golden")
+        if not FILE_NAME.fullmatch(self.name) or tensors != self.name.endswith(".safetensors"):
+            wanted = "a plain name that ends in .safetensors" if tensors else "a plain name of a file without tensors"
+            raise ValueError(f"name of the {self.role} file is {self.name!r}; accepted: {wanted}.")
+        _check_size_and_digest(self.name, self.size, self.sha256)
+        if not self.sources:
+            raise ValueError(f"{self.name}: no source is given.")
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,37 @@ class AuthorsFile:
     """A file its authors offer: where, in which format, what is inside. `convert/` knows the formats."""
 
     url: str
-    format: str
-    content: str
+    format: str  # a key of `convert.FORMATS`
+    content: str  # for people
+    roles: tuple[str, ...]  # of a checkpoint folder, that it yields
+    size: int | None = None  # bytes; None: not known
+    sha256: str | None = None  # None: nobody published one; recorded on first use
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "roles", tuple(self.roles))
+        if not WEB.fullmatch(self.url):
+            raise ValueError(f"url is {self.url!r}; accepted: an http(s) URL.")
+        if not self.roles or len(set(self.roles)) != len(self.roles):
+            raise ValueError(f"{self.url}: roles are {self.roles}; accepted: one or more, each once.")
+        for role in self.roles:
+            if role not in WEIGHT_ROLES:
+                raise unknown("file role", role, WEIGHT_ROLES)
+        if self.format not in FORMATS:
+            raise unknown("checkpoint format", self.format, FORMATS)
+        beyond = [role for role in self.roles if role not in FORMATS[self.format].roles]
+        if beyond:
+            raise ValueError(
+                f"{self.url}: roles are {', '.join(self.roles)}; a {self.format} file yields "
+                f"{', '.join(FORMATS[self.format].roles)}."
+            )
+        _check_size_and_digest(self.url, self.size, self.sha256)
+
+
+def _check_size_and_digest(what: str, size: int | None, sha256: str | None) -> None:
+    if size is not None and size <= 0:
+        raise ValueError(f"{what}: size is {size}; accepted: bytes, more than 0.")
+    if sha256 is not None and not SHA256.fullmatch(sha256):
+        raise ValueError(f"{what}: sha256 is {sha256!r}; accepted: 64 lower-case hex digits.")
 
 
 @dataclass(frozen=True)
@@ -143,12 +174,72 @@ class Entry:
         ):
             if value not in accepted:
                 raise ValueError(f"{self.name}: {what} is {value!r}; accepted: {', '.join(accepted)}.")
+        for what, text in (("data", self.data), ("description", self.description)):
+            if not text.strip():
+                raise ValueError(f"{self.name}: {what} is empty.")
+        self._check_network()
+        self._check_status()
+        self._check_files()
+        self._check_authors_files()
+        twice = _repeated((result.task, result.dataset, result.metric) for result in self.results)
+        if twice:
+            raise ValueError(f"{self.name}: more than one result for {' / '.join(twice[0])}.")
+
+    def _check_network(self) -> None:
         wanted = ImageContract if self.modality == "2d" else VoxelContract
         if not isinstance(self.contract, wanted):
             raise ValueError(f"{self.name}: a {self.modality} entry needs a contract of type {wanted.__name__}.")
-        needs = {"published-here": self.files, "published-by-authors": self.authors_files, "regenerable": self.recipe}
-        if not needs.get(self.status, True):
+        if (self.arch.name in NETWORKS_3D) != (self.modality == "3d"):
+            raise ValueError(f"{self.name}: {self.arch.name} is not a {self.modality} architecture.")
+        chans, named = self.arch.args.get("in_chans", 3), len(self.contract.channels)
+        if chans != named:
+            raise ValueError(f"{self.name}: the network takes {chans} channels, its contract names {named}.")
+
+    def _check_status(self) -> None:
+        """Without files here the status is the best that holds: the authors' files, else a recipe, else planned."""
+        has = {
+            "published-here": bool(self.files),
+            "published-by-authors": bool(self.authors_files),
+            "regenerable": self.recipe is not None,
+            "planned": True,
+        }
+        if not has[self.status]:
             raise ValueError(f"{self.name}: status {self.status!r} ({STATUSES[self.status]}), but none is given.")
+        best = next(status for status, holds in has.items() if holds and status != "published-here")
+        if self.status not in ("published-here", best):
+            raise ValueError(f"{self.name}: status is {self.status!r}; with what is given it is {best!r}.")
+
+    def _check_files(self) -> None:
+        twice = _repeated(file.name for file in self.files)
+        if twice:
+            raise ValueError(f"{self.name}: more than one file is called {twice[0]!r}.")
+        for file in self.files:
+            for source in file.sources:
+                on_web = WEB.fullmatch(source) and source.endswith(f"/{self.name}/{file.name}")
+                if not on_web and not HF_SOURCE.fullmatch(source):
+                    raise ValueError(
+                        f"{self.name}: source of {file.name} is {source!r}; accepted: 'hf-hub:owner/repo@' with a "
+                        f"commit's 40 hex digits, or an http(s) URL that ends in /{self.name}/{file.name}."
+                    )
+        missing = set(WEIGHT_FILES[self.arch.name]) - {file.role for file in self.files}
+        if self.status == "published-here" and missing:
+            raise ValueError(f"{self.name}: no file holds the {' and the '.join(sorted(missing))} of {self.arch.name}.")
+
+    def _check_authors_files(self) -> None:
+        network = WEIGHT_FILES[self.arch.name]
+        twice = _repeated(file.url for file in self.authors_files)
+        if twice:
+            raise ValueError(f"{self.name}: {twice[0]} is given more than once.")
+        for file in self.authors_files:
+            if network[0] not in file.roles:
+                raise ValueError(
+                    f"{self.name}: {file.url} yields {', '.join(file.roles)}; {self.arch.name} needs its {network[0]}."
+                )
+        missing = set(network).difference(*(file.roles for file in self.authors_files))
+        if self.authors_files and missing:
+            raise ValueError(
+                f"{self.name}: no authors' file yields the {' and the '.join(sorted(missing))} of {self.arch.name}."
+            )
 
     def result(self, task: str, dataset: str, metric: str) -> float | None:
         """The reported value of a benchmark, or None."""
@@ -158,14 +249,23 @@ class Entry:
     def how_to_get(self) -> str:
         """What a user without the files can do, as one clause."""
         ways = []
-        if self.recipe is not None:
-            data = "" if self.data == "rooms" else f" --data {self.data.lower()}:PATH"
-            ways.append(f"make it with `geo-pretrain train {self.recipe}{data} --out DIR` and load DIR")
+        if self.files:
+            sources = dict.fromkeys(source for file in self.files for source in file.sources)
+            ways.append(f"its files are at {', '.join(sources)}")
         if self.authors_files:
             offered = self.authors_files[0]
             ways.append(
-                f"the authors offer it in their own format ({offered.format}, {offered.content}): {offered.url}"
+                f"load_backbone({self.name!r}) fetches the authors' file and converts it ({offered.url}; fetched by "
+                f"hand, `geo-pretrain convert FILE --from {offered.format} --name {self.name} --out DIR` makes the "
+                "folder to load)"
             )
+        if self.recipe is not None:
+            data = "" if self.data == "rooms" else f" --data {self.data.lower()}:PATH"
+            ways.append(f"make it with `geo-pretrain train {self.recipe}{data} --out DIR` and load DIR")
         if not ways:
             ways.append("nobody offers it and no recipe makes it yet; pretrained=False builds the network")
         return "; or ".join(ways)
+
+
+def _repeated(items: Iterable[Any]) -> list[Any]:
+    return [item for item, count in Counter(items).items() if count > 1]

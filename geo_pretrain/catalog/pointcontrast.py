@@ -6,7 +6,8 @@ what ScanNet imposes. The released code feeds features of ones (plus a little no
 
 from __future__ import annotations
 
-from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Licence, Paper, Result
+from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result
+from geo_pretrain.catalog.licence import Licence
 from geo_pretrain.contract import VoxelContract
 
 PAPER = Paper(
@@ -90,7 +91,7 @@ def _entries(loss: str) -> tuple[Entry, Entry]:
         description=LOSSES[loss],
         status="published-by-authors",
         recipe=name,
-        authors_files=(AuthorsFile(URLS[loss], "pointcontrast", "3D U-Net, optimiser state"),),
+        authors_files=(AuthorsFile(URLS[loss], "pointcontrast", "3D U-Net, optimiser state; 290 MB", ("model",)),),
         results=RESULTS[loss],
     )
     rooms = Entry(

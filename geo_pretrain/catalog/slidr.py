@@ -6,7 +6,8 @@ what nuScenes and the teacher impose.
 
 from __future__ import annotations
 
-from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Licence, Paper, Result
+from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result
+from geo_pretrain.catalog.licence import Licence
 from geo_pretrain.catalog.pointcontrast import SEGMENTATION
 from geo_pretrain.contract import VoxelContract
 
@@ -47,8 +48,13 @@ ENTRIES: tuple[Entry, ...] = (
         description="contrastive distillation from images to LiDAR points through superpixels; intensity in [0, 255]",
         status="published-by-authors",
         authors_files=(
-            AuthorsFile(f"{RELEASES}/v1.0/minkunet_slidr_1gpu.pt", "slidr", "3D U-Net"),
-            AuthorsFile(f"{RELEASES}/v1.1/minkunet_slidr_1gpu_raw.pt", "slidr", "3D U-Net, ResNet-50 and image head"),
+            AuthorsFile(f"{RELEASES}/v1.0/minkunet_slidr_1gpu.pt", "slidr", "3D U-Net", ("model",)),
+            AuthorsFile(
+                f"{RELEASES}/v1.1/minkunet_slidr_1gpu_raw.pt",
+                "slidr",
+                "3D U-Net, ResNet-50 and image head",
+                ("model",),
+            ),
         ),
         results=(
             Result(PROBE, "nuScenes", "mIoU", 38.8, "README"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from geo_pretrain.convert.kernels import from_me04
-from geo_pretrain.convert.keys import KeyReport, match_keys, without_data_parallel
+from geo_pretrain.convert.keys import Converted, KeyReport, match_keys, without_data_parallel
 from geo_pretrain.errors import WeightsMismatch, unknown
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ FAMILIES = {
     "pri3d": Family(entry="model", prefixes=("backbone3d.", ""), me04=False),
 }
 
+FORMAT_FAMILIES = {"pri3d_3d": "pri3d"}  # where a format of `convert.FORMATS` is called otherwise
+
 
 def convert_sr_unet(
     family: str, state: Mapping[str, Tensor], network: Mapping[str, Tensor]
@@ -63,6 +65,22 @@ def convert_sr_unet(
     report = KeyReport(report.matched, report.missing, tuple(prefix + key for key in report.unexpected) + outside)
     matched = {key: inside[key] for key in report.matched}
     return (from_me04(matched) if rule.me04 else matched), report
+
+
+def convert_file(format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]) -> Converted:
+    """The whole network, `final` included, of a file in one of the 3D formats; see `convert.convert`."""
+    family = FORMAT_FAMILIES.get(format, format)
+    network = networks["model"]
+    weights, report = convert_sr_unet(family, state, network)
+    if report.missing:
+        have = {key: list(value.shape) for key, value in state.items() if key.endswith(report.missing)}
+        raise WeightsMismatch(
+            f"{format!r}: the last layer is another one: missing are {', '.join(report.missing)}, shaped "
+            f"{[list(network[key].shape) for key in report.missing]}; the file has {have or 'none'}. Accepted is a "
+            "network with the file's out_chans."
+        )
+    matched = tuple(f"model.{key}" for key in report.matched)
+    return Converted({"model": weights}, KeyReport(matched, (), report.unexpected))
 
 
 def _prefix(family: str, state: Mapping[str, Tensor]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from geo_pretrain.backbones.build import golden_values
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import RecipeError
@@ -105,15 +106,7 @@ class CloudPairs(nn.Module, ABC):
         network = SRUNet(**self.arch_args)
         network.load_state_dict(self.backbone.state_dict())
         network.eval()
-        generator = torch.Generator().manual_seed(0)
-        coords = torch.randint(-8, 8, (800, 3), generator=generator, dtype=torch.int32).unique(dim=0)
-        coords = torch.cat([torch.zeros(len(coords), 1, dtype=torch.int32), coords], dim=1)
-        shape = len(coords), self.spec.in_chans
-        ones = self.clouds.features == "ones"
-        feats = torch.ones(shape) if ones else torch.rand(shape, generator=generator) - 0.5
-        with torch.no_grad():
-            output = network(SparseTensor(coords, feats)).feats
-        golden = {"input.coords": coords, "input.feats": feats, "output": output}
+        golden = golden_values(network, ones=self.clouds.features == "ones")
         return Export("sr_unet", dict(self.arch_args), self.contract, {"model": network.state_dict()}, golden)
 
 

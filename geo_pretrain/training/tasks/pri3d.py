@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from geo_pretrain.backbones.build import golden_values
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract
@@ -134,15 +135,11 @@ class Pri3D(nn.Module):
         backbone = ResNetUNet(**self.arch_args)
         backbone.load_state_dict(self.backbone.state_dict())
         backbone.eval()
-        image = torch.randn((1, 3, 64, 96), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            golden = {f"encoder.{i}": value for i, value in enumerate(backbone.encoder(image))}
-            golden |= {"input": image, "decoder": backbone(image)}
         weights = {"encoder": backbone.encoder.state_dict(), "decoder": backbone.decoder.state_dict()}
         heads = {k: v.cpu() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
         if heads:
             weights["heads"] = heads
-        return Export("resnet_unet", dict(self.arch_args), self.contract, weights, golden)
+        return Export("resnet_unet", dict(self.arch_args), self.contract, weights, golden_values(backbone))
 
     def _features(self, image: Tensor) -> Tensor:
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.low_precision):

@@ -1,24 +1,19 @@
-"""`geo-pretrain ...`: parses, calls, prints. Everything it does is one call into the package."""
+"""Commands that make checkpoints and measure them: demo, train, eval, data."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from geo_pretrain import __version__
-from geo_pretrain.errors import GeoPretrainError
+from geo_pretrain.cli.shared import app, console, escape, progress
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import Skips
@@ -26,22 +21,10 @@ if TYPE_CHECKING:
     from geo_pretrain.training.engine import StepInfo
     from geo_pretrain.training.recipe import DataSpec
 
-app = typer.Typer(
-    name="geo-pretrain",
-    help="Backbones pre-trained with 3D geometry: list them, load them, make them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
 eval_app = typer.Typer(help="Measure a backbone.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 app.add_typer(data_app, name="data")
-
-console = Console()
-LIST_WIDTH = 110
-QUIET_INTERVAL = 5.0  # seconds between progress lines where there is no terminal
 
 DATA_HELP = "SOURCE or SOURCE:PATH, such as rooms, seven_scenes:PATH, scannet:PATH."
 FRAMES_HELP = "Part of each scene's frames in order of time, such as 0:0.75."
@@ -53,91 +36,6 @@ class Turn(StrEnum):
     """Typer's way to list what an option accepts; means `cloud_matching.Turn`."""
 
     CAMERA, FULL, UPRIGHT = "camera", "full", "upright"
-
-
-def main() -> None:
-    """Run the command line; errors of the package become one message and exit code 1."""
-    try:
-        app()
-    except GeoPretrainError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_escape(str(error))}", highlight=False)
-        sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
-
-
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"geo-pretrain {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
-    """Backbones pre-trained with 3D geometry: list them, load them, make them."""
-
-
-@app.command("list")
-def list_command(
-    pattern: Annotated[str, typer.Argument(help="Names to show, with * and ?.")] = "*",
-    method: Annotated[str | None, typer.Option(help="Such as pri3d.")] = None,
-    modality: Annotated[str | None, typer.Option(help="2d or 3d.")] = None,
-    license: Annotated[str | None, typer.Option(help="SPDX, or: permissive, non-commercial.")] = None,
-    status: Annotated[str | None, typer.Option(help="Such as regenerable.")] = None,
-) -> None:
-    """List the backbones of the catalog.
-
-    Example: `geo-pretrain list "pri3d*" --license permissive`
-    """
-    from geo_pretrain.cards import network_title
-    from geo_pretrain.catalog import backbone_info, list_backbones
-
-    table = Table(box=None)
-    for column in ("name", "network", "data", "weights' licence", "status"):
-        table.add_column(column, no_wrap=True)
-    names = list_backbones(pattern, method=method, modality=modality, license=license, status=status)
-    for name in names:
-        entry = backbone_info(name)
-        licence = entry.licence.weights.removeprefix("LicenseRef-")
-        table.add_row(name, network_title(entry.arch), entry.data, licence, entry.status)
-    # One line a name, also in a pipe, where rich would take the terminal for 80 columns wide.
-    wide = Console(width=max(console.width, LIST_WIDTH), soft_wrap=True)
-    wide.print(table if names else "No backbone matches.")
-
-
-@app.command()
-def info(
-    name: Annotated[str, typer.Argument(help="A catalog name.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-) -> None:
-    """Show everything known about a backbone.
-
-    Example: `geo-pretrain info pri3d_view_geo_r50`
-    """
-    from geo_pretrain.catalog import backbone_info
-
-    entry = backbone_info(name)
-    if as_json:
-        typer.echo(json.dumps(asdict(entry), indent=2, default=str))
-        return
-    table = Table(show_header=False, box=None)
-    for key, value in asdict(entry).items():
-        if key not in ("results", "authors_files", "files", "paper", "licence") and value is not None:
-            table.add_row(f"[bold]{key}", _escape(str(getattr(entry, key))))
-    table.add_row(
-        "[bold]paper",
-        _escape(
-            f"{entry.paper.authors}: {entry.paper.title}. {entry.paper.venue} {entry.paper.year}. {entry.paper.url}"
-        ),
-    )
-    for key, value in asdict(entry.licence).items():
-        shown = "; ".join(f"{a}: {b}" for a, b in value) if key == "datasets" else value
-        table.add_row(f"[bold]licence: {key}", _escape(shown))
-    for file in (*entry.files, *entry.authors_files):
-        table.add_row("[bold]file", _escape(str(file)))
-    for result in entry.results:
-        table.add_row(
-            f"[bold]{result.table}", _escape(f"{result.task}, {result.dataset}: {result.metric} {result.value:g}")
-        )
-    console.print(table)
 
 
 @app.command()
@@ -154,7 +52,7 @@ def demo(
     from geo_pretrain.training.downstream.segmentation import FinetuneSpec
 
     start = time.monotonic()
-    with _progress() as report:
+    with progress() as report:
         result = run_demo(out, overrides=set_, finetuning=FinetuneSpec(steps=finetune_steps), report=report)
     table = Table("", "without", "with pre-training", title="Does geometry help? (mean ± spread)")
     for row in table_rows(result):
@@ -187,6 +85,7 @@ def train(
 
     Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain train ...`
     """
+    from geo_pretrain.hub.cache import default_cache
     from geo_pretrain.training import engine
     from geo_pretrain.training.data.frame import Skips
     from geo_pretrain.training.data.pairs import find_pairs
@@ -203,7 +102,7 @@ def train(
     engine.check_out(out, spec.name, overwrite=overwrite)
     world = join(device)
     skips = Skips()
-    with _progress(world.is_main) as report:
+    with progress(world.is_main) as report:
         source = open_source(
             spec.data, device=str(world.device), progress=lambda d, t: report("rendering rooms", d, t, "")
         )
@@ -214,7 +113,7 @@ def train(
             spec.data,
             skips=skips,
             device=world.device,
-            cache_dir=_cache_dir(),
+            cache_dir=default_cache(),
             progress=lambda d, t: report("finding pairs", d, t, ""),
         )
         checkpoint = engine.train(
@@ -257,7 +156,7 @@ def eval_matching(
 
     spec = _data_spec(data, frames, overlap, set_)
     skips = Skips()
-    with _progress() as report:
+    with progress() as report:
         results = compare_matching(
             backbone,
             spec,
@@ -295,7 +194,7 @@ def eval_pixel_to_voxel(
 
     spec = _data_spec(data, frames, "0:1", set_)
     skips = Skips()
-    with _progress() as report:
+    with progress() as report:
         results = compare_pixel_to_voxel(
             folder,
             spec,
@@ -317,7 +216,7 @@ def _show_recall(results: Mapping[str, MatchingResult], skips: Skips, as_json: b
     table = Table("weights", measure, "chance", "pairs", "queries", box=None)
     for name, r in results.items():
         table.add_row(
-            _escape(name), f"{r.recall:.1%} ± {r.spread:.1%}", f"{r.chance:.1%}", str(len(r.per_pair)), str(r.queries)
+            escape(name), f"{r.recall:.1%} ± {r.spread:.1%}", f"{r.chance:.1%}", str(len(r.per_pair)), str(r.queries)
         )
     console.print(table)
     _print_skips(skips)
@@ -340,7 +239,7 @@ def data_preview(
 
     preview = [] if any(s.startswith("data.options") for s in set_) else _preview_options(data, scenes)
     spec = _data_spec(data, None, "0:1", [*preview, *set_])
-    with _progress() as report:
+    with progress() as report:
         source = open_source(spec, progress=lambda d, t: report("rendering rooms", d, t, ""))
     contact_sheet(source, out, scenes=scenes, frames=frames)
     console.print(f"Wrote {out}", soft_wrap=True)
@@ -393,15 +292,9 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return height, width
 
 
-def _cache_dir() -> Path:
-    from geo_pretrain.hub import default_cache
-
-    return default_cache()
-
-
 def _print_skips(skips: Skips) -> None:
     if skips.reasons:
-        console.print(f"[yellow]{_escape(skips.summary())}", soft_wrap=True, highlight=False)
+        console.print(f"[yellow]{escape(skips.summary())}", soft_wrap=True, highlight=False)
 
 
 def _on_step(report: Callable[[str, int, int, str], None]) -> Callable[[StepInfo], None]:
@@ -409,56 +302,3 @@ def _on_step(report: Callable[[str, int, int, str], None]) -> Callable[[StepInfo
         report("training", step.step, step.steps, str(step))
 
     return show
-
-
-@contextmanager
-def _progress(show: bool = True) -> Iterator[Callable[[str, int, int, str], None]]:
-    """A callable (stage, done, total, detail): live bars in a terminal, a line now and then elsewhere."""
-    if not show:
-        yield lambda stage, done, total, detail: None
-        return
-    if not console.is_terminal:
-        yield _quiet_progress()
-        return
-    columns = (  # together under 80 characters
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=10),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        TextColumn("{task.fields[detail]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def report(stage: str, done: int, total: int, detail: str) -> None:
-            if stage not in tasks:
-                for task in tasks.values():  # an earlier stage is over when the next one begins
-                    bars.update(task, completed=next(t.total or 0 for t in bars.tasks if t.id == task))
-                tasks[stage] = bars.add_task(stage, total=total, detail=detail)
-            bars.update(tasks[stage], completed=done, total=total, detail=detail)
-
-        yield report
-
-
-def _quiet_progress() -> Callable[[str, int, int, str], None]:
-    begin: dict[str, float] = {}
-    shown: dict[str, float] = {}
-
-    def report(stage: str, done: int, total: int, detail: str) -> None:
-        now = time.monotonic()
-        begin.setdefault(stage, now)
-        if done < total and now - shown.get(stage, -QUIET_INTERVAL) < QUIET_INTERVAL:
-            return
-        left = (now - begin[stage]) / done * (total - done) if done else float("nan")
-        ending = f", {left:.0f} s left" if done and done < total else ""
-        typer.echo(f"{stage}: {done}/{total} {detail}{ending}".rstrip())
-        shown[stage] = now
-
-    return report
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -1,7 +1,7 @@
 """From a name, folder, URL or Hugging Face repository to a local checkpoint folder whose needed files are verified.
 
-Disk and network are touched here and nowhere else on the loading side. No torch: the hub moves bytes and compares
-digests; whoever reads the weights compares them again.
+Disk and network are touched in this room and nowhere else on the loading side. No torch, but where an authors' file is
+converted: the hub moves bytes and compares digests; whoever reads the weights compares them again.
 """
 
 from __future__ import annotations
@@ -9,32 +9,29 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from http.client import HTTPException
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from geo_pretrain import __version__, checkpoint
-from geo_pretrain.catalog import CATALOG, Entry
+from geo_pretrain import checkpoint
+from geo_pretrain.catalog import CATALOG, Entry, find
 from geo_pretrain.checkpoint import CONFIG, Checkpoint
-from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, unknown
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, WeightsMismatch, unknown
+from geo_pretrain.hub import authors
+from geo_pretrain.hub.cache import default_cache
+from geo_pretrain.hub.transfer import NotThere, download, exclusive
 
-HUB_VARIABLE, CACHE_VARIABLE = "GEO_PRETRAIN_HUB", "GEO_PRETRAIN_CACHE"
+HUB_VARIABLE, OFFLINE_VARIABLE = "GEO_PRETRAIN_HUB", "HF_HUB_OFFLINE"
 HF_PREFIX = "hf-hub:"
-TIMEOUT = 30.0  # seconds without a byte
 CONFIG_LIMIT = 10 << 20  # bytes; a config.json is a few kB
+AUTHORS = "the authors' own file"
 
 T = TypeVar("T")
 Roles = Sequence[str] | Callable[[Checkpoint], Sequence[str]]  # fixed, or asked of the config.json that was found
-
-
-class NotThere(HubError):
-    """A source that works but does not have this checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,13 @@ def resolve(
     `roles` are names or a function that gives them for the `Checkpoint` found, since networks come in other files.
 
     `name_or_path` is a checkpoint folder, "hf-hub:owner/repo[@revision]", the URL of a checkpoint folder, or a name.
-    A name is looked up in `hub` or else in the environment variable GEO_PRETRAIN_HUB (comma-separated): folders,
-    http(s) URLs holding `<name>/config.json`, or "hf:organisation", tried in order. `revision`: Hugging Face only.
-    `local_files_only` (or HF_HUB_OFFLINE=1) forbids the network. Raises `HubError` listing every source with its
-    reason, `UnknownName` for a name nobody has, `CheckpointError` for a folder that is not a checkpoint.
+    A name is looked up, in this order, in `hub` or else in the environment variable GEO_PRETRAIN_HUB (comma-separated:
+    folders, http(s) URLs holding `<name>/config.json`, or "hf:organisation"), among installed bundles, where the
+    catalog says that this project keeps it, and with its authors, whose file is converted. The next source is tried
+    when one fails. `revision`: Hugging Face only. `local_files_only` (or HF_HUB_OFFLINE=1) forbids the network.
+
+    Raises `HubError` listing every source with its reason, `UnknownName` for a name nobody has, `CheckpointError` for
+    a folder that is not a checkpoint.
     """
     text = os.fspath(name_or_path)
     request = Request(
@@ -83,7 +83,7 @@ def resolve(
         roles=roles,
         revision=revision,
         cache_dir=Path(cache_dir).expanduser() if cache_dir is not None else None,
-        offline=local_files_only or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+        offline=local_files_only or os.environ.get(OFFLINE_VARIABLE, "").upper() in ("1", "ON", "YES", "TRUE"),
     )
     if text.startswith(HF_PREFIX):
         return _first([text], request)
@@ -99,11 +99,6 @@ def resolve(
     return _by_name(request, hub)
 
 
-def default_cache() -> Path:
-    """GEO_PRETRAIN_CACHE, or ~/.cache/geo_pretrain."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/geo_pretrain").expanduser()
-
-
 def _means_folder(given: str | os.PathLike[str], folder: Path) -> bool:
     """A checkpoint folder wins over a name; a bare name is a folder only if it is one or the catalog lacks it."""
     if (folder / CONFIG).is_file() or not isinstance(given, str):
@@ -117,23 +112,32 @@ def _by_name(request: Request, hub: str | Sequence[str] | None) -> Path:
         hub = os.environ.get(HUB_VARIABLE, "")
     sources = [part.strip() for part in hub.split(",")] if isinstance(hub, str) else [str(part) for part in hub]
     sources = [source for source in sources if source]
-    entry = CATALOG.get(request.name)
+    entry = find(request.name)
+    bundles = (request.cache_dir or default_cache()) / "bundles"
+    if entry is not None:
+        request = _named(request, entry.name, {file.name: file.sha256 for file in entry.files})
+    if (bundles / request.name).is_dir():
+        sources.append(str(bundles))
     if entry is None and not sources:
         hint = f"All names: list_backbones(); other checkpoints: give their folder, or hub= or {HUB_VARIABLE}."
         raise unknown("backbone", request.name, CATALOG, hint)
-    if entry is not None and entry.files:
-        request = _named(request, request.name, {file.name: file.sha256 for file in entry.files})
+    if entry is not None:
         sources += [base for base in _catalog_bases(entry) if base not in sources]
+        sources += [AUTHORS] if entry.authors_files else []
     return _first(sources, request)
 
 
 def _catalog_bases(entry: Entry) -> list[str]:
-    """Hubs that hold `<base>/<name>/<file>` for the files of an entry, in order, each once."""
-    return list(dict.fromkeys(source.rsplit("/", 2)[0] for file in entry.files for source in file.sources))
+    """Where the files of an entry lie, in order, each once: repositories at a commit, and hubs that hold
+    `<base>/<name>/<file>`.
+    """
+    sources = [source for file in entry.files for source in file.sources]
+    bases = [source if source.startswith(HF_PREFIX) else source.rsplit("/", 2)[0] for source in sources]
+    return list(dict.fromkeys(bases))
 
 
 def _named(request: Request, name: str, pins: Mapping[str, str] | None = None) -> Request:
-    return Request(name, request.roles, request.revision, request.cache_dir, request.offline, pins or {})
+    return replace(request, name=name, pins=pins or {})
 
 
 def _first(sources: Iterable[str], request: Request) -> Path:
@@ -142,13 +146,13 @@ def _first(sources: Iterable[str], request: Request) -> Path:
     for source in sources:
         try:
             return _from_source(source, request)
-        except (HubError, CheckpointError, OSError) as error:
+        except (HubError, CheckpointError, WeightsMismatch, OSError) as error:
             failures[source] = error
     raise _failed(request.name, failures) from next(reversed(failures.values()), None)
 
 
 def _failed(name: str, failures: Mapping[str, Exception]) -> Exception:
-    entry = CATALOG.get(name)
+    entry = find(name)
     if entry is None and failures and all(isinstance(error, NotThere) for error in failures.values()):
         if name.startswith(HF_PREFIX):
             return HubError(f"{name!r}: {next(iter(failures.values()))}")
@@ -161,6 +165,8 @@ def _failed(name: str, failures: Mapping[str, Exception]) -> Exception:
 
 
 def _from_source(source: str, request: Request) -> Path:
+    if source == AUTHORS:
+        return _from_authors(request)
     if source.startswith(HF_PREFIX):
         return _from_hugging_face(source.removeprefix(HF_PREFIX), request)
     if not checkpoint.CHECKPOINT_NAME.fullmatch(request.name):
@@ -185,6 +191,27 @@ def _check_files(found: Checkpoint, request: Request) -> None:
             raise CheckpointError(f"{found.folder / name}: is missing; {CONFIG} lists it as its {role} file.")
 
 
+def _from_authors(request: Request) -> Path:
+    entry = find(request.name)
+    if entry is None:
+        raise NotThere(f"the catalog has no {request.name!r}")
+    if request.revision is not None:
+        raise HubError(f"revision={request.revision!r} is understood by Hugging Face only")
+    promised = Checkpoint(
+        folder=Path(request.name),
+        name=entry.name,
+        arch=entry.arch,
+        contract=entry.contract,
+        files={},
+        licence=entry.licence,
+        provenance={},
+        finished=True,
+    )
+    cache = request.cache_dir or default_cache()
+    with _bar(request.name) as progress:
+        return authors.fetch(entry, request.roles_of(promised), cache, offline=request.offline, progress=progress)
+
+
 def _from_hugging_face(spec: str, request: Request) -> Path:
     """huggingface_hub does the transfer and keeps its own cache; only the needed files are fetched."""
     import huggingface_hub as client
@@ -193,11 +220,16 @@ def _from_hugging_face(spec: str, request: Request) -> Path:
     repo, _, at_revision = spec.partition("@")
     revision = at_revision or request.revision
 
-    def fetch(file: str, at: str | None) -> Path:
+    def fetch(file: str, at: str | None, *, again: bool = False) -> Path:
         try:
             return Path(
                 client.hf_hub_download(
-                    repo, file, revision=at, cache_dir=request.cache_dir, local_files_only=request.offline
+                    repo,
+                    file,
+                    revision=at,
+                    cache_dir=request.cache_dir,
+                    local_files_only=request.offline,
+                    force_download=again,
                 )
             )
         except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
@@ -207,10 +239,19 @@ def _from_hugging_face(spec: str, request: Request) -> Path:
 
     folder = fetch(CONFIG, revision).parent
     found = checkpoint.read_checkpoint(folder)
+    _check_pins(found, request, f"{HF_PREFIX}{repo}")
     # the snapshot's own commit, so that a push in between cannot mix two versions
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
     for role in request.roles_of(found):
-        fetch(found.file_of(role), commit)
+        name = found.file_of(role)
+        fetch(name, commit)
+        try:
+            checkpoint.verify_file(found, name)  # the client compares sizes, not digests
+        except DigestMismatch:
+            if request.offline:
+                raise
+            fetch(name, commit, again=True)
+            checkpoint.verify_file(found, name)
     return folder
 
 
@@ -221,15 +262,19 @@ def _from_url(base: str, request: Request) -> Path:
     if _is_complete(folder, request):
         return folder
     if request.offline:
-        raise HubError(f"not in the cache {folder}, and downloads are off (local_files_only or HF_HUB_OFFLINE)")
+        raise HubError(f"not in the cache {folder}, and downloads are off (local_files_only or {OFFLINE_VARIABLE})")
+    with exclusive(folder):
+        if not _is_complete(folder, request):  # another process may have been quicker
+            _fill(folder, f"{base}/{request.name}", request)
+    return folder
+
+
+def _fill(folder: Path, url: str, request: Request) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    url = f"{base}/{request.name}"
-    part = folder / f".{os.getpid()}.part"
+    part = folder / ".download.part"
     try:
         found = _fetch_config(f"{url}/{CONFIG}", folder, part)
-        for file, pin in request.pins.items():
-            if file in found.files and found.files[file].sha256 != pin:
-                raise DigestMismatch(f"{url}: promises sha256 {found.files[file].sha256} for {file}, expected {pin}.")
+        _check_pins(found, request, url)
         text = part.read_bytes()
         for role in request.roles_of(found):
             _fetch_file(url, found, found.file_of(role), part)
@@ -237,7 +282,14 @@ def _from_url(base: str, request: Request) -> Path:
         part.replace(folder / CONFIG)
     finally:
         part.unlink(missing_ok=True)
-    return folder
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _check_pins(found: Checkpoint, request: Request, where: str) -> None:
+    for file, pin in request.pins.items():
+        if file in found.files and found.files[file].sha256 != pin:
+            raise DigestMismatch(f"{where}: promises sha256 {found.files[file].sha256} for {file}, expected {pin}.")
 
 
 def _is_complete(folder: Path, request: Request) -> bool:
@@ -246,6 +298,7 @@ def _is_complete(folder: Path, request: Request) -> bool:
         return False
     try:
         found = checkpoint.read_checkpoint(folder)
+        _check_pins(found, request, str(folder))
         for role in request.roles_of(found):
             checkpoint.verify_file(found, found.file_of(role))
     except CheckpointError:
@@ -255,7 +308,7 @@ def _is_complete(folder: Path, request: Request) -> bool:
 
 def _fetch_config(url: str, folder: Path, part: Path) -> Checkpoint:
     def once() -> Checkpoint:
-        _download(url, part, limit=CONFIG_LIMIT)
+        download(url, part, limit=CONFIG_LIMIT)
         return checkpoint.parse_config(part.read_bytes(), folder)
 
     return _with_one_retry(once, url)
@@ -267,7 +320,8 @@ def _fetch_file(url: str, found: Checkpoint, file: str, part: Path) -> None:
         return
 
     def once() -> None:
-        _download(f"{url}/{file}", part, limit=stored.size)
+        with _bar(f"{found.name}/{file}") as progress:
+            download(f"{url}/{file}", part, limit=stored.size, progress=progress)
         checkpoint.check_digest(part, stored)
 
     _with_one_retry(once, f"{url}/{file}")
@@ -285,31 +339,22 @@ def _with_one_retry(fetch: Callable[[], T], url: str) -> T:
             raise type(error)(f"{url}, fetched twice: {error}") from error
 
 
-def _download(url: str, target: Path, *, limit: int) -> None:
-    """Write at most `limit` + 1 bytes of `url` to `target`: one byte too many is enough to fail the size check."""
-    query = urllib.request.Request(url, headers={"User-Agent": f"geo_pretrain/{__version__}"})
-    try:
-        with urllib.request.urlopen(query, timeout=TIMEOUT) as answer, target.open("wb") as stream:
-            left = limit + 1
-            while left > 0 and (block := answer.read(min(1 << 20, left))):
-                stream.write(block)
-                left -= len(block)
-    except urllib.error.HTTPError as error:
-        if error.code in (404, 410):
-            raise NotThere(f"{url}: HTTP {error.code}, no such file") from error
-        raise HubError(f"{url}: HTTP {error.code} {error.reason}") from error
-    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        raise HubError(f"{url}: {_short(error)}") from error
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int | None], None] | None]:
+    """A progress bar in a terminal, nothing elsewhere: for files that take minutes."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def _short(error: Exception) -> str:
     """The first line of an error, and of the one under it: transfer libraries hide the reason there."""
     chain = [error] + ([error.__cause__] if error.__cause__ is not None else [])
     return "; because: ".join((str(one).strip().splitlines() or [type(one).__name__])[0] for one in chain)
-
-
-def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Remove everything downloaded from http hubs; returns the folder that was removed."""
-    cache = (Path(cache_dir).expanduser() if cache_dir is not None else default_cache()) / "hub"
-    shutil.rmtree(cache, ignore_errors=True)
-    return cache

@@ -1,0 +1,183 @@
+"""Our image encoders under their own names in timm, and through it in segmentation-models-pytorch.
+
+Importing this module registers every 2D name of the catalog; nothing is downloaded then. A name with a tag is timm's
+`architecture.tag`, one without is that architecture's default.
+
+>>> import geo_pretrain.adapters.timm
+>>> timm.create_model("pri3d_view_r18.rooms", features_only=True).feature_info.channels()
+[64, 64, 128, 256, 512]
+
+    timm.create_model("pri3d_view_geo_r50", pretrained=True, features_only=True)
+    timm.create_model("pri3d_view_r50.kitti", pretrained=True, num_classes=10, in_chans=4, output_stride=16)
+    smp.Unet("tu-pri3d_view_geo_r50", encoder_weights=True)
+
+The networks are timm's ResNets, with its options, and come in training mode as timm's do. Weights come through
+`load_backbone`: where they are looked for is said by GEO_PRETRAIN_HUB and `cache_dir`, and they load as a whole or the
+call fails. Other `in_chans` adapt the stem by our rule (`loading.adapt_stem`), not timm's, so that the maps equal those
+of `load_backbone`; a classifier (`num_classes`) starts fresh, and there is none by default. The contract is where timm
+keeps such things, `pretrained_cfg`, so `timm.data.resolve_model_data_config(model)` gives its mean, std and size, and
+`create_transform` resizes as in pre-training. `contract` and `load_report` are attributes, too. Weights that the caller
+names (`pretrained_cfg_overlay=dict(file=...)`, "local-dir:...") are loaded by timm, by its own rules.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from geo_pretrain.backbones.resnet_unet import BLOCKS
+from geo_pretrain.catalog import CATALOG, RENAMED, Entry, backbone_info
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import WeightsMismatch, require, unknown
+from geo_pretrain.loading import LoadReport, load_backbone, match
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+timm = require("timm", "adapters")
+
+LOCATION = "geo_pretrain:"  # what timm takes for the file of the weights is this and the name
+HEAD = "fc."
+SHOWN_KEYS = 3
+
+
+class HubResNet(timm.models.ResNet):  # type: ignore[name-defined]
+    """timm's ResNet whose pretrained weights are looked up by their name in the catalog."""
+
+    contract: ImageContract | None = None
+    load_report: LoadReport | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+
+    def load_pretrained(self, location: str) -> None:
+        """Put the encoder that `location` names in place; timm calls this before it wraps or prunes the network.
+
+        Raises what `load_backbone` raises, and `WeightsMismatch` when a tensor of either side, but for the classifier,
+        has no partner.
+        """
+        name = location.removeprefix(LOCATION)
+        own: dict[str, Tensor] = self.state_dict()
+        if any(value.is_meta for value in own.values()):
+            raise ValueError(f"{name!r}: the network is on the meta device, which holds no values; accepted: others.")
+        encoder = load_backbone(name, in_chans=self.in_chans, cache_dir=self.cache_dir)
+        given = encoder.state_dict()
+        expected = {key: value for key, value in own.items() if not key.startswith(HEAD)}
+        fits, missing, unused = match(expected, given)
+        if missing or unused:
+            raise WeightsMismatch(
+                f"{name!r}: {len(fits)} of {len(expected)} tensors of this timm network are in the checkpoint; all are "
+                f"needed. Here: {_shown(missing, expected)}. There instead: {_shown(unused, given)}. Accepted: ResNets "
+                "of width 64, and options of timm that leave the layers of its plain ResNet as they are."
+            )
+        self.load_state_dict({**own, **fits})
+        fresh = tuple(key for key in own if key not in fits)
+        self.load_report = LoadReport(len(fits), fresh, (), encoder.load_report.reshaped, len(fits) / len(own))
+        contract: Any = encoder.contract
+        self.contract = contract
+
+
+def register() -> None:
+    """Make timm know every 2D name of the catalog; names it has from here already stay as they are."""
+    variants: dict[str, dict[str, Entry]] = {}
+    for entry in CATALOG.values():
+        if entry.modality == "2d" and entry.arch.args.get("width", 64) == 64:
+            variant, _, tag = entry.name.partition(".")
+            variants.setdefault(variant, {})[tag] = entry
+    for variant, entries in variants.items():
+        if timm.models.is_model(variant) and timm.models.model_entrypoint(variant).__module__ == __name__:
+            continue
+        depths = {entry.arch.args.get("depth", 18) for entry in entries.values()}
+        if len(depths) > 1:
+            raise ValueError(f"{variant!r} stands for ResNets of depths {sorted(depths)}; accepted: one a name.")
+        default_cfgs[variant] = _default_cfg(entries)
+        globals()[variant] = timm.models.register_model(_entrypoint(variant, depths.pop()))
+    # timm takes what follows a dot for a tag, so a name that had one cannot be kept
+    old = {name: now for name, now in RENAMED.items() if now.partition(".")[0] in variants and "." not in name}
+    timm.models.register_model_deprecations(__name__, old)
+
+
+default_cfgs: dict[str, Any] = {}  # where timm's decorator looks for the contracts
+
+
+def _default_cfg(entries: Mapping[str, Entry]) -> Any:
+    """timm's record of one architecture; without an untagged entry, its bare name stands for no weights."""
+    cfgs = {tag: timm.models.PretrainedCfg(**_record(entry)) for tag, entry in entries.items()}
+    if "" not in cfgs:
+        some = next(iter(entries.values()))
+        cfgs = {"": timm.models.PretrainedCfg(**_record(some) | {"file": None, "custom_load": False}), **cfgs}
+    tags = deque(sorted(cfgs, key=bool))  # the default first
+    return timm.models.DefaultCfg(tags=tags, cfgs=cfgs, is_pretrained=True)
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    """A catalog entry in timm's words."""
+    return {
+        "file": LOCATION + entry.name,
+        "custom_load": True,  # the network's own load_pretrained takes it
+        "num_classes": 0,
+        "classifier": HEAD.removesuffix("."),
+        "first_conv": "conv1",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",  # both sides to the size, as our transforms do
+        "license": entry.licence.weights,
+        "description": entry.description,
+        "paper_name": entry.paper.title,
+        "origin_url": entry.paper.url,
+        **_places(entry.contract),
+    }
+
+
+def _places(contract: Any) -> dict[str, Any]:
+    """What of the contract has a place in timm. Values are in [0, 1] there, too."""
+    return {
+        "input_size": (len(contract.channels), *contract.size),
+        "interpolation": contract.interpolation,
+        "mean": contract.mean,
+        "std": contract.std,
+    }
+
+
+def _entrypoint(variant: str, depth: int) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(variant, depth, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = variant
+    create.__doc__ = f"timm's ResNet-{depth}, pretrained as {variant!r}."
+    return create
+
+
+def _create(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """timm builds, loads and wraps as for any network; what is ours is written onto the result."""
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+    if pretrained and not (cfg.has_weights or cfg.state_dict):
+        raise unknown("backbone", variant, CATALOG, f"{variant!r} alone is an architecture; weights need a tag.")
+    networks: list[HubResNet] = []
+
+    def network(**arguments: Any) -> HubResNet:
+        networks.append(HubResNet(**arguments))
+        networks[0].cache_dir = kwargs.get("cache_dir")
+        return networks[0]
+
+    block, layers = BLOCKS[depth]
+    arguments = {"block": getattr(timm.models.resnet, block.__name__), "layers": layers, **kwargs}
+    model: Any = timm.models.build_model_with_cfg(network, variant, pretrained, **arguments)
+    model.load_report, model.contract = networks[0].load_report, None
+    if (cfg.file or "").startswith(LOCATION):
+        catalogued: Any = backbone_info(cfg.file.removeprefix(LOCATION)).contract
+        model.contract = networks[0].contract or catalogued.with_channels(networks[0].in_chans)
+        if model.contract != catalogued:  # other channels, or a checkpoint that was made otherwise
+            model.pretrained_cfg |= {key: v for key, v in _places(model.contract).items() if key not in overlay}
+    network_: nn.Module = model
+    return network_
+
+
+def _shown(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
+    texts = [f"{key} {list(tensors[key].shape)}" for key in keys]
+    return ", ".join(texts[:SHOWN_KEYS]) + (", ..." if len(texts) > SHOWN_KEYS else "") or "nothing"
+
+
+register()

@@ -1,0 +1,107 @@
+"""From an `Arch` to its network, and the golden values that show whether a network still computes what it did.
+
+A golden file holds a small seeded input and the outputs of a network in evaluation mode. Written with the weights, it
+is recomputed by `loading.verify`, on another machine, after a transfer or years later.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from geo_pretrain.backbones import ARCHITECTURES, WEIGHT_FILES
+from geo_pretrain.backbones.base import ImageBackbone
+from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.errors import CheckpointError
+from geo_pretrain.sparse.tensor import SparseTensor
+
+if TYPE_CHECKING:
+    from geo_pretrain.catalog.entry import Arch
+
+GOLDEN_SIZE = (64, 96)  # pixels: all five strides, and still small on disk
+GOLDEN_VOXELS, GOLDEN_EXTENT = 800, 8  # random voxels in a cube from -extent to extent
+
+
+def build(
+    arch: Arch,
+    *,
+    decoder: bool = False,
+    in_chans: int | None = None,
+    out_indices: Sequence[int] | None = None,
+    output_stride: int = 32,
+) -> Any:
+    """The network of an `Arch` with a random start; without `decoder` the encoder alone, where there is one.
+
+    Arguments that do not fit its class raise `CheckpointError`.
+    """
+    module, _, name = ARCHITECTURES[arch.name].partition(":")
+    network_class = getattr(importlib.import_module(module), name)
+    args = dict(arch.args) | ({} if in_chans is None else {"in_chans": in_chans})
+    try:
+        if in_one_piece(arch) or decoder:
+            return network_class(**args)
+        args.pop("out_chans", None)
+        if out_indices is not None:
+            args["out_indices"] = out_indices
+        encoder_class = getattr(network_class, "encoder_class", network_class)
+        return encoder_class(**args, output_stride=output_stride)
+    except TypeError as error:
+        raise CheckpointError(f"{arch} cannot be built: {error}") from error
+
+
+def in_one_piece(arch: Arch) -> bool:
+    """Whether the network has no encoder to be had alone: the sparse U-Net."""
+    return WEIGHT_FILES[arch.name] == ("model",)
+
+
+def has_decoder(arch: Arch) -> bool:
+    """Whether there is a decoder to be had beside the encoder."""
+    return "decoder" in WEIGHT_FILES[arch.name]
+
+
+def network_states(arch: Arch) -> dict[str, dict[str, Tensor]]:
+    """Names and shapes of a network's tensors by role, on the meta device: what converters compare files with."""
+    with torch.device("meta"):
+        network = build(arch, decoder=has_decoder(arch))
+    roles = WEIGHT_FILES[arch.name]
+    if len(roles) == 1:
+        return {roles[0]: network.state_dict()}
+    return {role: network.get_submodule(role).state_dict() for role in roles}
+
+
+def golden_values(network: nn.Module, *, ones: bool = False) -> dict[str, Tensor]:
+    """A seeded input and the outputs of `network`, a float32 network on the CPU in evaluation mode.
+
+    Images: "input" [1, C, 64, 96], "encoder.0" to "encoder.4" and, where there is one, "decoder". Points:
+    "input.coords" [N, 4], "input.feats" [N, C] (`ones`: constant 1), "output" [N, C].
+    """
+    generator = torch.Generator().manual_seed(0)
+    golden: dict[str, Tensor]
+    if isinstance(network, SRUNet):
+        shape = (GOLDEN_VOXELS, 3)
+        cells = torch.randint(-GOLDEN_EXTENT, GOLDEN_EXTENT, shape, generator=generator, dtype=torch.int32)
+        cells = cells.unique(dim=0)
+        coords = torch.cat([torch.zeros(len(cells), 1, dtype=torch.int32), cells], dim=1)
+        size = len(coords), network.in_chans
+        feats = torch.ones(size) if ones else torch.rand(size, generator=generator) - 0.5
+        golden = {"input.coords": coords, "input.feats": feats}
+    else:
+        encoder: Any = getattr(network, "encoder", network)
+        golden = {"input": torch.randn((1, encoder.in_chans, *GOLDEN_SIZE), generator=generator)}
+    return golden | golden_outputs(network, golden)
+
+
+@torch.no_grad()
+def golden_outputs(network: Any, golden: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `network` makes of the inputs in `golden`, under the names that `golden_values` gives."""
+    if isinstance(network, SRUNet):
+        return {"output": network(SparseTensor(golden["input.coords"], golden["input.feats"])).feats}
+    if not isinstance(network, ImageBackbone):
+        raise CheckpointError(f"No golden values are defined for {type(network).__name__}.")
+    encoder: Any = getattr(network, "encoder", network)
+    outputs = {f"encoder.{index}": value for index, value in enumerate(encoder(golden["input"]))}
+    return outputs | ({"decoder": network(golden["input"])} if encoder is not network else {})

@@ -1,0 +1,98 @@
+"""The U-Net that self-supervised depth made popular: a ResNet whose maps are concatenated on the way up.
+
+Janda et al. pre-train "the ResUNet of Godard et al." to give 16 features for each pixel, and publish no code. This is
+the plainest reading: the depth network of Godard et al., "Digging Into Self-Supervised Monocular Depth Estimation",
+ICCV 2019, with one linear 3x3 head of 16 channels at full resolution in place of its disparity heads. Written from its
+description; their code, whose licence is non-commercial, was not used. `width` scales every layer: 64 is the real
+network, 8 a tiny twin for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from geo_pretrain.backbones.base import ImageBackbone
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder
+
+LEVELS = (4, 3, 2, 1, 0)  # of the decoder, coarsest first; level i goes from stride 2**(i + 1) to 2**i
+
+
+class DepthDecoder(nn.Module):
+    """Five levels, each: 3x3 convolution, nearest upsampling by 2, the encoder's map beside it, 3x3 convolution.
+
+    Every convolution sees a mirrored border and is followed by an ELU, but for the linear `head`; there are no norms.
+    State-dict keys are `upconv<level>_<0 or 1>` and `head`, each with weight and bias.
+    """
+
+    def __init__(self, encoder_chans: Sequence[int], width: int, out_chans: int) -> None:
+        """`encoder_chans`: channels of the encoder's five maps, finest first."""
+        super().__init__()
+        chans = encoder_chans[-1]
+        for level in LEVELS:
+            up = width // 4 << level
+            skip = encoder_chans[level - 1] if level else 0
+            self.add_module(f"upconv{level}_0", nn.Conv2d(chans, up, kernel_size=3))
+            self.add_module(f"upconv{level}_1", nn.Conv2d(up + skip, up, kernel_size=3))
+            chans = up
+        self.head = nn.Conv2d(chans, out_chans, kernel_size=3)
+
+    def forward(self, maps: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """The encoder's five maps, finest first -> [B, out_chans, *size]; by default twice the size of the finest."""
+        x = maps[-1]
+        for level in LEVELS:
+            x = F.elu(self.get_submodule(f"upconv{level}_0")(mirror_border(x)))
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            if level:
+                skip = maps[level - 1]
+                x = torch.cat([_crop(x, skip.shape[2], skip.shape[3]), skip], dim=1)
+            elif size is not None:
+                x = _crop(x, *size)
+            x = F.elu(self.get_submodule(f"upconv{level}_1")(mirror_border(x)))
+        return self.head(mirror_border(x))
+
+
+class ResNetDepthUNet(ImageBackbone):
+    """Dense features at the image's own resolution, from a ResNet and a decoder with concatenated skips.
+
+    `.encoder` and `.decoder` hold all weights. Images are normalised with mean 0.45 and standard deviation 0.225 in
+    each channel. Any image of at least 32 x 32 pixels works: where a side is not a multiple of 32 the upsampled maps
+    are cropped to the encoder's, and the output has the image's size.
+    """
+
+    encoder_class = ResNetEncoder  # what is built when the decoder is not wanted
+
+    def __init__(self, depth: int = 18, *, width: int = 64, out_chans: int = 16, in_chans: int = 3) -> None:
+        super().__init__()
+        self.encoder = ResNetEncoder(depth, width=width, in_chans=in_chans)
+        self.out_chans = out_chans
+        self.decoder = DepthDecoder([info["num_chs"] for info in self.encoder.feature_info], width, out_chans)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The encoder's maps, as in `ResNetEncoder`."""
+        return self.encoder.feature_info
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_chans, H, W], normalised -> dense features [B, out_chans, H, W], not normalised."""
+        return self.decoder(self.encoder(x), (x.shape[2], x.shape[3]))
+
+
+def mirror_border(x: Tensor) -> Tensor:
+    """x [B, C, H, W] -> [B, C, H + 2, W + 2]: one pixel on every side, mirrored about the outermost row or column.
+
+    A side of one pixel has nothing to mirror and is repeated: the coarsest map of an image of 32 pixels.
+    """
+    if min(x.shape[2:]) > 1:
+        return F.pad(x, (1, 1, 1, 1), mode="reflect")
+    x = F.pad(x, (1, 1, 0, 0), mode="reflect" if x.shape[3] > 1 else "replicate")
+    return F.pad(x, (0, 0, 1, 1), mode="reflect" if x.shape[2] > 1 else "replicate")
+
+
+def _crop(x: Tensor, height: int, width: int) -> Tensor:
+    """Without the last row or column, where an odd side was rounded up on the way down."""
+    return x[:, :, :height, :width]

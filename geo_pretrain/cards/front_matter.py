@@ -1,0 +1,167 @@
+"""The YAML block at the top of a card, as the Hugging Face Hub reads it: licence, tags, data, start weights, numbers.
+
+Identifiers are the Hub's own where it has one. What it has none for (a data set that is not hosted there, start weights
+that are not) goes into the tags or is left out: a made-up identifier would link to somebody else's page.
+Specification: github.com/huggingface/hub-docs, modelcard.md, and for licences docs/hub/repositories-licenses.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from geo_pretrain.catalog.entry import Arch, Licence, Paper, Result
+
+LIBRARY = "geo_pretrain"
+# The Hub's list, without families that have no version ("cc", "gpl"), which say too little, and single models' terms.
+HUB_LICENCES = frozenset(
+    re.findall(
+        r"[^\s,]+",
+        """
+    afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 ecl-2.0 epl-1.0 epl-2.0 eupl-1.1 gpl-2.0 gpl-3.0 isc lgpl-2.1 lgpl-3.0 mit
+    mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 osl-3.0 pddl postgresql unlicense wtfpl zlib
+        """,
+    )
+)
+UNVERSIONED = {"odbl-1.0": "odbl", "odc-by-1.0": "odc-by", "pddl-1.0": "pddl"}  # SPDX's name -> the Hub's
+# Terms without an SPDX identifier: the page where their owner states them.
+TERMS = {
+    "LicenseRef-ADE20K-terms": "https://groups.csail.mit.edu/vision/datasets/ADE20K/terms/",
+    "LicenseRef-ImageNet-terms": "https://www.image-net.org/download.php",
+    "LicenseRef-MegaDepth-terms": "https://www.cs.cornell.edu/projects/megadepth/",
+    "LicenseRef-ScanNet-ToU": "https://kaldir.vc.in.tum.de/scannet/ScanNet_TOS.pdf",
+}
+UNSTATED = "LicenseRef-unstated"
+HUB_DATASETS = {"ImageNet": "ILSVRC/imagenet-1k"}  # the owner's own repository; the others are on nobody's
+SENSORS = {"ScanNet": "rgb-d", "rooms": "rgb-d", "KITTI": "lidar", "nuScenes": "lidar"}
+START = re.compile(r"torchvision ResNet-(\d+) IMAGENET1K_V1\b")  # what a base model's text begins with
+METRICS = {"mIoU": "mean_iou", "accuracy": "accuracy"}  # those that the Hub has; the others keep their own name
+ARCH_TAGS = {
+    "resnet": ("resnet",),
+    "resnet_unet": ("resnet", "unet"),
+    "resnet_depth_unet": ("resnet", "unet"),
+    "sr_unet": ("sparse-unet", "minkowski"),
+}
+
+
+def front_matter(
+    name: str,
+    arch: Arch,
+    licence: Licence,
+    *,
+    modality: str,
+    method: str | None,
+    results: Sequence[Result] = (),
+    papers: Mapping[str, Paper] | None = None,
+) -> str:
+    """The block with its two lines of dashes. `results` become the model-index.
+
+    `papers` maps the table of each result to the paper it stands in; without it the results are our own measurements.
+    """
+    import yaml  # not at the top: the table and the command line's list need no YAML
+
+    datasets = [HUB_DATASETS[data] for data, _ in licence.datasets if data in HUB_DATASETS]
+    started = START.match(licence.base_model)
+    data: dict[str, Any] = {**licence_fields(licence.weights), "library_name": LIBRARY}
+    if modality == "2d":  # the Hub has no task for features of points, and its "feature-extraction" means text
+        data["pipeline_tag"] = "image-feature-extraction"
+    data["tags"] = tags(arch, licence, modality, method)
+    if datasets:
+        data["datasets"] = datasets
+    if started:  # the same weights have a repository there
+        data["base_model"] = f"timm/resnet{started[1]}.tv_in1k"
+    if results:
+        data["model-index"] = model_index(name, results, papers)
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1 << 20)}---"
+
+
+def licence_fields(identifier: str) -> dict[str, str]:
+    """The Hub's fields for an SPDX identifier or a LicenseRef: one of its own identifiers, or name and page."""
+    if identifier == UNSTATED:
+        return {"license": "unknown"}
+    key = identifier.lower().removesuffix("-only").removesuffix("-or-later")
+    key = UNVERSIONED.get(key, key)
+    if key in HUB_LICENCES:
+        return {"license": key}
+    fields = {"license": "other", "license_name": key.removeprefix("licenseref-")}
+    page = licence_page(identifier)
+    return fields | ({"license_link": page} if page else {})
+
+
+def licence_page(identifier: str) -> str | None:
+    """Where the terms can be read: the owner's page, or SPDX's for identifiers of its own. None: nowhere we know."""
+    if identifier.startswith("LicenseRef-"):
+        return TERMS.get(identifier)
+    return f"https://spdx.org/licenses/{identifier}.html"
+
+
+def tags(arch: Arch, licence: Licence, modality: str, method: str | None) -> list[str]:
+    """What people filter by: method, modality, architecture, data, sensor, how it was trained, how it is stored."""
+    data = [name for name, _ in licence.datasets if name != "none"]
+    sensors = [SENSORS.get(name, "rgb-d" if name.startswith("RGB-D") else None) for name in data]
+    found = [
+        None if method is None else slug(method),
+        "image" if modality == "2d" else "point-cloud",
+        *ARCH_TAGS[arch.name],
+        *(slug(name) for name in data),
+        *sensors,
+        "self-supervised",
+        "safetensors",
+    ]
+    return list(dict.fromkeys(tag for tag in found if tag))
+
+
+def model_index(name: str, results: Iterable[Result], papers: Mapping[str, Paper] | None) -> list[dict[str, Any]]:
+    """Results grouped by task and data, as huggingface_hub groups them, so that its client writes back what it read.
+
+    A task's text is split at its first comma: "semantic segmentation, PSPNet" is the Hub's task semantic-segmentation,
+    and the rest goes into the metric's name.
+    """
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((slug(task_of(result)), slug(result.dataset)), []).append(result)
+    index: list[dict[str, Any]] = []
+    for (task, dataset), members in groups.items():
+        group: dict[str, Any] = {
+            "task": {"type": task, "name": sentence(task_of(members[0]))},
+            "dataset": {"name": members[0].dataset, "type": dataset},
+            "metrics": [
+                {
+                    "type": METRICS.get(result.metric, slug(result.metric)),
+                    "value": float(result.value),
+                    "name": ", ".join(filter(None, (result.metric, detail_of(result)))),
+                }
+                for result in members
+            ],
+        }
+        if papers is not None:
+            tables = list(dict.fromkeys(result.table for result in members))
+            paper = papers[tables[0]]
+            where = f"{paper.title} ({paper.venue} {paper.year}), {', '.join(tables)}"
+            group["source"] = {"url": paper.url, "name": where}
+        index.append(group)
+    return [{"name": name, "results": index}]
+
+
+def task_of(result: Result) -> str:
+    """The task without its detail: "semantic segmentation" of "semantic segmentation, PSPNet"."""
+    return result.task.partition(",")[0].strip()
+
+
+def detail_of(result: Result) -> str:
+    """What a task's text says after its first comma, such as "PSPNet" or "20 % of the training scenes"."""
+    return result.task.partition(",")[2].strip()
+
+
+def slug(text: str) -> str:
+    """Lower case, with dashes for everything but letters, digits, dots and underscores: "SUN RGB-D" -> "sun-rgb-d"."""
+    return re.sub(r"[^a-z0-9._]+", "-", text.lower()).strip("-")
+
+
+def sentence(text: str) -> str:
+    """With a capital first letter, the rest as it is."""
+    return text[:1].upper() + text[1:]

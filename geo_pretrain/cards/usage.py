@@ -1,0 +1,175 @@
+"""The code that a card shows: complete snippets, one a library, and only those that work for the checkpoint.
+
+Snippets of one card go together: the first makes `image` or `points`, which the others use. The tests run them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from geo_pretrain.backbones import WEIGHT_FILES
+from geo_pretrain.catalog.entry import Arch
+from geo_pretrain.contract import COLOURS, ImageContract, VoxelContract
+
+CLONE = "path/to/geo_pretrain"  # of this project, for torch.hub
+HOST_WIDTH = 64  # the ResNets of torchvision and timm
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A few lines about a library, and the code."""
+
+    text: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.text}\n\n```python\n{self.code}\n```"
+
+
+def snippets(
+    where: str,
+    arch: Arch,
+    contract: ImageContract | VoxelContract,
+    *,
+    name: str | None,
+    pretrained: bool = True,
+    decoder: bool = True,
+) -> list[Snippet]:
+    """How to get the network in each library that can hold it.
+
+    `where` is what load_backbone takes: a name, a folder or hf-hub:owner/repo. `name` is the catalog's, for libraries
+    that know nothing else; None: it has none. `decoder=False`: its weights are not there. `pretrained=False`: no
+    weights are, and only the network itself is shown.
+    """
+    by_name = pretrained and name is not None
+    if isinstance(contract, VoxelContract):
+        found = [_own_3d(where, arch, contract, pretrained)]
+        found += [_torch_hub(str(name))] if by_name else []
+        found += [_minkowski(where)] if pretrained else []
+        return found
+    found = [_own_2d(where, arch, contract, pretrained, decoder)]
+    found += [_torch_hub(str(name))] if by_name else []
+    if pretrained and is_host_resnet(arch):
+        found += [_timm(str(name)), _smp(str(name))] if by_name else []
+        found.append(_torchvision(where))
+    return found
+
+
+def is_host_resnet(arch: Arch) -> bool:
+    """Whether the encoder is a ResNet as torchvision and timm build it."""
+    return arch.name.startswith("resnet") and arch.args.get("width", HOST_WIDTH) == HOST_WIDTH
+
+
+def encoder_channels(arch: Arch) -> tuple[int, ...]:
+    """Channels of the ResNet encoder's maps at strides 2, 4, 8, 16 and 32."""
+    width = int(arch.args.get("width", HOST_WIDTH))
+    expansion = 4 if arch.args.get("depth", 18) >= 50 else 1
+    return (width, *((width << stage) * expansion for stage in range(4)))
+
+
+def dense_shape(arch: Arch, contract: ImageContract) -> str:
+    """The shape of the U-Net's features for one image of the contract's size, such as "[1, 128, 120, 160]"."""
+    height, width = contract.size
+    if arch.name == "resnet_unet":  # twice the map at stride 4
+        height, width = (2 * -(-side // 4) for side in (height, width))
+    return f"[1, {output_channels(arch)}, {height}, {width}]"
+
+
+def output_channels(arch: Arch) -> int:
+    """Channels of the network's output, with the constructor's own default where the arguments are silent."""
+    defaults = {"resnet_unet": encoder_channels(arch)[1] // 2, "resnet_depth_unet": 16, "sr_unet": 32}
+    return int(arch.args.get("out_chans") or defaults[arch.name])
+
+
+def _own_2d(where: str, arch: Arch, contract: ImageContract, pretrained: bool, decoder: bool) -> Snippet:
+    off = "" if pretrained else ", pretrained=False"
+    maps = ", ".join(map(str, encoder_channels(arch)))
+    lines = [
+        "import geo_pretrain as gp",
+        "from PIL import Image",
+        "",
+        'image = Image.open("image.jpg")',
+        f'encoder = gp.load_backbone("{where}"{off})',
+        f"maps = encoder(encoder.transforms(image)[None])  # {maps} channels at strides 2, 4, 8, 16, 32",
+    ]
+    if decoder and "decoder" in WEIGHT_FILES[arch.name]:
+        lines += [
+            f'unet = gp.load_backbone("{where}", decoder=True{off})',
+            f"features = unet(unet.transforms(image)[None])  # {dense_shape(arch, contract)}",
+        ]
+    text = "`.transforms` takes PIL images, uint8 arrays [H, W, 3] and tensors; `.train()` begins fine-tuning."
+    return Snippet(text, "\n".join(lines))
+
+
+def _own_3d(where: str, arch: Arch, contract: VoxelContract, pretrained: bool) -> Snippet:
+    names = contract.given_channels
+    colours = bool(names) and set(names) <= COLOURS
+    given = "" if not names else "colours" if colours else "_".join(names)
+    loaded = ['points = cloud["points"]  # float [N, 3] in metres']
+    if given:
+        loaded.append(f'{given} = cloud["{given}"]  # {"uint8" if colours else "float"} [N, {len(names)}]')
+    call = f"points, {given}" if given else "points"
+    lines = [
+        "import geo_pretrain as gp",
+        "import numpy as np",
+        "from geo_pretrain.sparse import SparseTensor",
+        "",
+        'cloud = np.load("cloud.npz")',
+        *loaded,
+        f'network = gp.load_backbone("{where}"{"" if pretrained else ", pretrained=False"})',
+        f"features = network.encode_points({call})  # [N, D]: the maps of all strides, for each point",
+        f'output = network.encode_points({call}, out="final")  # [N, {output_channels(arch)}]: what the loss saw',
+        f"voxels = network.transforms({call})",
+        "maps = network.pyramid(SparseTensor(voxels.coords, voxels.feats))  # strides 1, 2, 4, 8, 16 in voxels",
+    ]
+    text = "`.transforms` makes voxels of points as in pre-training; `.train()` begins fine-tuning."
+    return Snippet(text, "\n".join(lines))
+
+
+def _torch_hub(name: str) -> Snippet:
+    code = f'import torch\n\nnetwork = torch.hub.load("{CLONE}", "{name}", source="local")'
+    return Snippet("From torch.hub, with the arguments of `load_backbone` (here from a clone of the project):", code)
+
+
+def _timm(name: str) -> Snippet:
+    code = "\n".join(
+        [
+            "import geo_pretrain.adapters.timm",
+            "import timm",
+            "",
+            f'features = timm.create_model("{name}", pretrained=True, features_only=True)',
+            f'classifier = timm.create_model("{name}", pretrained=True, num_classes=10)',
+        ]
+    )
+    return Snippet("In timm, whose `create_model` knows the name after the first import:", code)
+
+
+def _smp(name: str) -> Snippet:
+    code = "\n".join(
+        [
+            "import geo_pretrain.adapters.timm",
+            "import segmentation_models_pytorch as smp",
+            "",
+            f'network = smp.Unet("tu-{name}", encoder_weights=True, classes=20)',
+        ]
+    )
+    return Snippet("In segmentation-models-pytorch, under any of its decoders:", code)
+
+
+def _torchvision(where: str) -> Snippet:
+    code = f'from geo_pretrain.adapters.torchvision import resnet\n\nnetwork = resnet("{where}", num_classes=10)'
+    return Snippet("As torchvision's own `ResNet`, with a fresh classifier:", code)
+
+
+def _minkowski(where: str) -> Snippet:
+    code = "\n".join(
+        [
+            "import MinkowskiEngine as ME",
+            "from geo_pretrain.adapters.minkowski import me_network, state_dict",
+            "",
+            f'network = me_network("{where}")',
+            "output = network(ME.SparseTensor(voxels.feats, coordinates=voxels.coords))",
+            f'weights = state_dict("{where}")  # for a network of your own',
+        ]
+    )
+    return Snippet("In MinkowskiEngine 0.5, where it is installed (nothing above needs it):", code)

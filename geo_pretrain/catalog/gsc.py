@@ -1,0 +1,54 @@
+"""GSC (Chen et al., CVPR 2022): Pri3D's networks, continued with consistency within geometric sets.
+
+Numbers are the paper's, by table, for its main setting; the ablations (T9, T10 and the text) are of other weights. The
+authors released neither code nor weights.
+"""
+
+from __future__ import annotations
+
+from geo_pretrain.catalog.entry import Entry, Paper, Result
+from geo_pretrain.catalog.pri3d import CONTRACT, RESNET_UNET, SEGMENTATION, box_and_mask, miou, scannet_licence
+
+PAPER = Paper(
+    title="Self-Supervised Image Representation Learning with Geometric Set Consistency",
+    authors="Nenglun Chen, Lei Chu, Hao Pan, Yan Lu, Wenping Wang",
+    venue="CVPR",
+    year=2022,
+    url="https://arxiv.org/abs/2203.15361",
+)
+RESULTS: dict[str, tuple[Result, ...]] = {
+    "r18": (miou("ScanNet", "T1", 57.2),),
+    "r50": (
+        miou("ScanNet", "T1", 63.1),
+        *(
+            miou("ScanNet", "T2", value, f"{SEGMENTATION}, {share} % of the training scenes")
+            for share, value in ((20, 54.1), (40, 58.3), (60, 60.4), (80, 61.5))
+        ),
+        miou("ScanNet", "T3", 62.2, f"{SEGMENTATION}, DeepLabV3"),
+        miou("ScanNet", "T3", 62.7, f"{SEGMENTATION}, DeepLabV3+"),
+        miou("ScanNet", "T3", 63.7, f"{SEGMENTATION}, PSPNet"),
+        *box_and_mask("ScanNet", ("T4", "T5"), (45.1, 27.6, 26.9), (36.0, 19.3, 19.5)),
+        miou("NYUv2", "T6", 55.4),
+        *box_and_mask("NYUv2", ("T7", "T8"), (34.6, 20.5, 19.7), (29.7, 16.3, 16.5)),
+    ),
+}
+
+
+def _entry(arch: str) -> Entry:
+    stage1 = f"pri3d_view_geo_{arch}"
+    return Entry(
+        name=f"gsc_{arch}",
+        method="gsc",
+        modality="2d",
+        arch=RESNET_UNET[arch],
+        contract=CONTRACT,
+        licence=scannet_licence(f"{stage1} (LicenseRef-ScanNet-ToU)"),
+        paper=PAPER,
+        data="ScanNet",
+        description=f"contrastive learning between geometric consistency sets of two frames, after {stage1}",
+        status="planned",
+        results=RESULTS[arch],
+    )
+
+
+ENTRIES: tuple[Entry, ...] = (_entry("r18"), _entry("r50"))

@@ -1,0 +1,67 @@
+"""Janda et al. (CoRL workshop 2022): pixels learned on single images, then handed to an SR-UNet, one scan at a time.
+
+Numbers are the paper's T1. The authors of the paper published no weights. It leaves the depth of the image network and
+what "16-dimensional" means open: ResNet-18 and 16 outputs at full resolution here.
+"""
+
+from __future__ import annotations
+
+from geo_pretrain.catalog.csc import CONTRACT, INSTANCES
+from geo_pretrain.catalog.entry import Arch, Entry, Paper, Result
+from geo_pretrain.catalog.licence import Licence
+from geo_pretrain.catalog.pointcontrast import DETECTION, SEGMENTATION
+from geo_pretrain.catalog.pri3d import SCANNET_TERMS, imagenet, scannet_licence
+from geo_pretrain.contract import ImageContract
+
+PAPER = Paper(
+    title="Self-Supervised Pre-training of 3D Point Cloud Networks with Image Data",
+    authors="Andrej Janda, Brandon Wagstaff, Edwin G. Ng, Jonathan Kelly",
+    venue="CoRL workshop on pre-training robot learning",
+    year=2022,
+    url="https://arxiv.org/abs/2211.11801",
+)
+STAGE1, STAGE2 = "img2pc_stage1_r18", "img2pc_srunet34"
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry(
+        name=STAGE1,
+        method="img2pc",
+        modality="2d",
+        arch=Arch("resnet_depth_unet", {"depth": 18, "out_chans": 16}),
+        contract=ImageContract(mean=(0.45,) * 3, std=(0.225,) * 3, interpolation="bilinear"),
+        licence=scannet_licence(imagenet("r18")),
+        paper=PAPER,
+        data="ScanNet",
+        description="contrastive learning between equal pixels of two augmentations of one image; teacher of stage 2",
+        status="planned",
+    ),
+    Entry(
+        name=STAGE2,
+        method="img2pc",
+        modality="3d",
+        arch=Arch(
+            "sr_unet",
+            {"variant": "34C", "in_chans": 3, "out_chans": 16, "width": 32, "stem_kernel": 3, "normalize": True},
+        ),
+        contract=CONTRACT,
+        licence=Licence(
+            code="MIT",
+            weights="LicenseRef-ScanNet-ToU",
+            datasets=SCANNET_TERMS,
+            base_model=f"random weights; teacher: {STAGE1} (LicenseRef-ScanNet-ToU)",
+        ),
+        paper=PAPER,
+        data="ScanNet",
+        description=f"contrastive transfer from the pixels of {STAGE1} to the points of the same scan",
+        status="planned",
+        results=(
+            Result(SEGMENTATION, "S3DIS", "mIoU", 66.5, "T1"),
+            Result(INSTANCES, "S3DIS", "mAP@0.5", 55.8, "T1"),
+            Result(SEGMENTATION, "ScanNet", "mIoU", 67.7, "T1"),
+            Result(INSTANCES, "ScanNet", "mAP@0.5", 48.5, "T1"),
+            Result(DETECTION, "ScanNet", "mAP@0.5", 37.7, "T1"),
+            Result(SEGMENTATION, "SemanticKITTI", "mIoU", 42.0, "T1"),
+            Result(DETECTION, "SUN RGB-D", "mAP@0.5", 33.1, "T1"),
+        ),
+    ),
+)

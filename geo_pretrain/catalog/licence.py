@@ -1,0 +1,143 @@
+"""The licence chain of weights: code, weights, every data set, start weights. Incomplete or wrong, it cannot be built.
+
+Licences are part of an entry's type, so weights without a whole chain, or that claim more freedom than the chain
+leaves, cannot be published.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from geo_pretrain.errors import UnknownName, nearest
+
+PERMISSIVE = (
+    "0BSD",
+    "AFL-3.0",
+    "Apache-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSL-1.0",
+    "CC-BY-2.0",
+    "CC-BY-3.0",
+    "CC-BY-4.0",
+    "CC0-1.0",
+    "CDLA-Permissive-1.0",
+    "CDLA-Permissive-2.0",
+    "ISC",
+    "MIT",
+    "MIT-0",
+    "NCSA",
+    "ODC-By-1.0",
+    "PDDL-1.0",
+    "Unlicense",
+    "Zlib",
+)
+SHARE_ALIKE = (  # what is made of it must be under the same terms
+    "AGPL-3.0-only",
+    "AGPL-3.0-or-later",
+    "CC-BY-SA-2.0",
+    "CC-BY-SA-3.0",
+    "CC-BY-SA-4.0",
+    "CDLA-Sharing-1.0",
+    "EPL-2.0",
+    "EUPL-1.2",
+    "GPL-2.0-only",
+    "GPL-2.0-or-later",
+    "GPL-3.0-only",
+    "GPL-3.0-or-later",
+    "LGPL-2.1-only",
+    "LGPL-2.1-or-later",
+    "LGPL-3.0-only",
+    "LGPL-3.0-or-later",
+    "MPL-2.0",
+    "ODbL-1.0",
+)
+NO_DERIVATIVES = ("CC-BY-ND-2.0", "CC-BY-ND-3.0", "CC-BY-ND-4.0")
+NON_COMMERCIAL = (
+    "CC-BY-NC-2.0",
+    "CC-BY-NC-3.0",
+    "CC-BY-NC-4.0",
+    "CC-BY-NC-ND-2.0",
+    "CC-BY-NC-ND-3.0",
+    "CC-BY-NC-ND-4.0",
+    "CC-BY-NC-SA-2.0",
+    "CC-BY-NC-SA-3.0",
+    "CC-BY-NC-SA-4.0",
+    "LicenseRef-ADE20K-terms",
+    "LicenseRef-ImageNet-terms",
+    "LicenseRef-ScanNet-ToU",
+)
+LICENCE_GROUPS = {"permissive": PERMISSIVE, "non-commercial": NON_COMMERCIAL}
+LICENCES = (*PERMISSIVE, *SHARE_ALIKE, *NO_DERIVATIVES, *NON_COMMERCIAL)
+LICENCE_REF = re.compile(r"LicenseRef-[A-Za-z0-9.-]*[A-Za-z0-9]")  # SPDX's form for terms without an identifier
+NO_BASE = re.compile(r"none( \([^()]*\))?")  # a base model that brings no terms along
+BRACKETS = re.compile(r"\(([^()]*)\)")
+
+
+@dataclass(frozen=True)
+class Licence:
+    """The licence chain, as SPDX identifiers or `LicenseRef-<word>`. Nothing has a default: silence is not a licence.
+
+    `base_model` is "none", "none (a remark)", or a text that carries the licences of those weights in round brackets,
+    separated by semicolons: "ResNet-50 (BSD-3-Clause; a remark)". Weights can be permissive only if everything in the
+    chain is; a remark beside licences counts as a restriction, since no program can tell that it is none.
+    """
+
+    code: str  # of the code that makes the weights
+    weights: str  # of the weights themselves: the strictest term their data and start weights impose
+    datasets: tuple[tuple[str, str], ...]  # (data set, its licence), one for each that went in
+    base_model: str  # what training started or learned from, with its licence
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "datasets", tuple((str(name), str(licence)) for name, licence in self.datasets))
+        given = {"code": self.code, "weights": self.weights, "base_model": self.base_model}
+        empty = [key for key, text in given.items() if not text.strip()]
+        if not self.datasets or not all(name.strip() and licence.strip() for name, licence in self.datasets):
+            empty.append("datasets")
+        if empty:
+            raise ValueError(f"licence chain is incomplete, nothing given for: {', '.join(empty)}.")
+        for identifier in (self.code, self.weights, *(terms for _, terms in self.datasets)):
+            check_licence(identifier)
+        chain = [(terms, f"the data set {name}") for name, terms in self.datasets]
+        chain += [(terms, f"the base model {self.base_model!r}") for terms in self.base_terms()]
+        for terms, whose in chain:
+            if self.weights in PERMISSIVE and terms not in PERMISSIVE:
+                raise ValueError(
+                    f"the weights' licence is {self.weights!r}, but {whose} is under {terms!r}; accepted: the "
+                    "strictest term of the chain."
+                )
+
+    def base_terms(self) -> tuple[str, ...]:
+        """What stands in the brackets of `base_model`, licences and remarks; empty for "none".
+
+        Raises ValueError when it is not "none" and no licence is among them.
+        """
+        if NO_BASE.fullmatch(self.base_model):
+            return ()
+        terms = [part.strip() for group in BRACKETS.findall(self.base_model) for part in group.split(";")]
+        if not any(map(is_licence, terms)):
+            raise ValueError(
+                f"base_model is {self.base_model!r}; accepted: 'none', or a text with its licence in round brackets, "
+                "such as 'ResNet-50 (BSD-3-Clause)'."
+            )
+        return tuple(filter(None, terms))
+
+    def matches(self, wanted: str) -> bool:
+        """`wanted` is the weights' exact identifier or a group: "permissive", "non-commercial"."""
+        return self.weights in LICENCE_GROUPS.get(wanted, (wanted,))
+
+
+def is_licence(text: str) -> bool:
+    """Whether `text` is an SPDX identifier known here, or of the form LicenseRef-<word>."""
+    return text in LICENCES or LICENCE_REF.fullmatch(text) is not None
+
+
+def check_licence(text: str) -> None:
+    """Raise `UnknownName` with the nearest identifiers, whatever their case, unless `is_licence(text)`."""
+    if not is_licence(text):
+        by_lower = {identifier.lower(): identifier for identifier in LICENCES}
+        closest = ", ".join(repr(by_lower[lower]) for lower in nearest(text.lower(), by_lower))
+        raise UnknownName(
+            f"Unknown licence {text!r}. Closest: {closest}. Terms without an SPDX identifier: LicenseRef-<word>."
+        )

@@ -1,0 +1,69 @@
+"""MoCo v2 (Chen et al., 2020) on ScanNet's frames: the baselines of Pri3D that know no geometry.
+
+Numbers are those of Pri3D's tables; its README gives the NYUv2 value for this very file. The released trainer is built
+on MoCo's, which is CC-BY-NC-4.0; no separate terms are given for the weights, so their entry states what ScanNet
+imposes.
+"""
+
+from __future__ import annotations
+
+from geo_pretrain.catalog.entry import AuthorsFile, Entry, Paper, Result
+from geo_pretrain.catalog.pri3d import MOCO_V2, RESNET50, box_and_mask, drive, imagenet, miou, scannet_licence
+from geo_pretrain.contract import ImageContract
+
+PAPER = Paper(
+    title="Improved Baselines with Momentum Contrastive Learning",
+    authors="Xinlei Chen, Haoqi Fan, Ross Girshick, Kaiming He",
+    venue="arXiv",
+    year=2020,
+    url="https://arxiv.org/abs/2003.04297",
+)
+CONTRACT = ImageContract(size=(224, 224), interpolation="bilinear")
+SCRATCH = "none (random weights)"
+BOTH = "ImageNet+ScanNet"
+# variant -> (what it started from, what it was trained on, description)
+VARIANTS = {
+    "sup_in_sn": (imagenet("r50"), "ScanNet", "started from supervised ImageNet weights"),
+    "in_sn_combine": (SCRATCH, BOTH, "ImageNet and ScanNet shuffled together"),
+    "in_sn_mixing": (SCRATCH, BOTH, "each batch half ImageNet, half ScanNet"),
+    "unsup_in_sn": (MOCO_V2, "ScanNet", "started from MoCo v2 weights of ImageNet"),
+}
+AUTHORS_FILES: dict[str, tuple[AuthorsFile, ...]] = {
+    "sup_in_sn": (
+        drive("1c6qHEI0fxW6HsZYGmzuGVAfLkEYhuxyt", "ResNet-50 encoder", "moco"),
+        drive("1RQzPEiX8oGPev9XmVUT-d8NCEpUInYdX", "ResNet-50 encoder", "detectron2"),
+    ),
+}
+RESULTS: dict[str, tuple[Result, ...]] = {
+    "sup_in_sn": (
+        miou("ScanNet", "Pri3D T1", 56.6),
+        miou("NYUv2", "Pri3D T5", 47.6),
+        *box_and_mask("ScanNet", ("Pri3D T2", "Pri3D T3"), (43.5, 26.8, 25.8), (33.9, 18.1, 18.3)),
+        *box_and_mask("NYUv2", ("Pri3D T6", "Pri3D T7"), (30.1, 18.1, 17.3), (27.2, 14.7, 14.8)),
+    ),
+    "in_sn_combine": (miou("ScanNet", "Pri3D T1", 54.9),),
+    "in_sn_mixing": (miou("ScanNet", "Pri3D T1", 54.5),),
+    "unsup_in_sn": (miou("ScanNet", "Pri3D T9", 55.4),),
+}
+
+
+def _entry(variant: str) -> Entry:
+    base_model, data, text = VARIANTS[variant]
+    files = AUTHORS_FILES.get(variant, ())
+    return Entry(
+        name=f"moco_v2_{variant}_r50",
+        method="moco_v2",
+        modality="2d",
+        arch=RESNET50,
+        contract=CONTRACT,
+        licence=scannet_licence(base_model, code="CC-BY-NC-4.0" if files else "MIT"),
+        paper=PAPER,
+        data=data,
+        description=f"momentum contrast between augmentations of single images, {text}; a baseline of Pri3D",
+        status="published-by-authors" if files else "planned",
+        authors_files=files,
+        results=RESULTS[variant],
+    )
+
+
+ENTRIES: tuple[Entry, ...] = tuple(_entry(variant) for variant in VARIANTS)

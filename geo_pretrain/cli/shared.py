@@ -1,0 +1,95 @@
+"""What all commands share: the application, its console, errors as one message, progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape as escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from geo_pretrain import __version__
+from geo_pretrain.errors import GeoPretrainError
+
+app = typer.Typer(
+    name="geo-pretrain",
+    help="Backbones pre-trained with 3D geometry: list them, load them, make them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+QUIET_INTERVAL = 5.0  # seconds between progress lines where there is no terminal
+
+
+def main() -> None:
+    """Run the command line; errors of the package become one message and exit code 1."""
+    try:
+        app()
+    except GeoPretrainError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"geo-pretrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Backbones pre-trained with 3D geometry: list them, load them, make them."""
+
+
+@contextmanager
+def progress(show: bool = True) -> Iterator[Callable[[str, int, int, str], None]]:
+    """A callable (stage, done, total, detail): live bars in a terminal, a line now and then elsewhere."""
+    if not show:
+        yield lambda stage, done, total, detail: None
+        return
+    if not console.is_terminal:
+        yield _quiet_progress()
+        return
+    columns = (  # together under 80 characters
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int, detail: str) -> None:
+            if stage not in tasks:
+                for task in tasks.values():  # an earlier stage is over when the next one begins
+                    bars.update(task, completed=next(t.total or 0 for t in bars.tasks if t.id == task))
+                tasks[stage] = bars.add_task(stage, total=total, detail=detail)
+            bars.update(tasks[stage], completed=done, total=total, detail=detail)
+
+        yield report
+
+
+def _quiet_progress() -> Callable[[str, int, int, str], None]:
+    begin: dict[str, float] = {}
+    shown: dict[str, float] = {}
+
+    def report(stage: str, done: int, total: int, detail: str) -> None:
+        now = time.monotonic()
+        begin.setdefault(stage, now)
+        if done < total and now - shown.get(stage, -QUIET_INTERVAL) < QUIET_INTERVAL:
+            return
+        left = (now - begin[stage]) / done * (total - done) if done else float("nan")
+        ending = f", {left:.0f} s left" if done and done < total else ""
+        typer.echo(f"{stage}: {done}/{total} {detail}{ending}".rstrip())
+        shown[stage] = now
+
+    return report

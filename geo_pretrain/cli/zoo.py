@@ -1,0 +1,323 @@
+"""Commands around the zoo: what there is, fetching, checking, converting, publishing, the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from geo_pretrain.cli.shared import app, console, escape
+
+if TYPE_CHECKING:
+    from geo_pretrain.catalog import Entry
+    from geo_pretrain.checkpoint import Checkpoint
+
+cache_app = typer.Typer(help="Look at and clear what was downloaded.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+LIST_WIDTH = 110
+HUB_HELP = "Where to look first: a folder, an http(s) URL or hf:ORGANISATION; default: GEO_PRETRAIN_HUB."
+NAME_HELP = "A catalog name, a checkpoint folder or hf-hub:OWNER/REPO."
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="Names to show, with * and ?.")] = "*",
+    method: Annotated[str | None, typer.Option(help="Such as pri3d.")] = None,
+    modality: Annotated[str | None, typer.Option(help="2d or 3d.")] = None,
+    license: Annotated[str | None, typer.Option(help="SPDX, or: permissive, non-commercial.")] = None,
+    data: Annotated[str | None, typer.Option(help="What it was pre-trained on, such as ScanNet.")] = None,
+    status: Annotated[str | None, typer.Option(help="Such as regenerable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The names, machine-readable.")] = False,
+) -> None:
+    """List the backbones of the catalog.
+
+    Example: `geo-pretrain list "pri3d*" --license permissive`
+    """
+    from geo_pretrain.cards import network_title
+    from geo_pretrain.catalog import backbone_info, list_backbones
+
+    names = list_backbones(pattern, method=method, modality=modality, license=license, data=data, status=status)
+    if as_json:
+        typer.echo(json.dumps(names))
+        return
+    table = Table(box=None)
+    for column in ("name", "network", "data", "weights' licence", "status"):
+        table.add_column(column, no_wrap=True)
+    for name in names:
+        entry = backbone_info(name)
+        licence = entry.licence.weights.removeprefix("LicenseRef-")
+        table.add_row(name, network_title(entry.arch), entry.data, licence, entry.status)
+    # One line a name, also in a pipe, where rich would take the terminal for 80 columns wide.
+    wide = Console(width=max(console.width, LIST_WIDTH), soft_wrap=True)
+    wide.print(table if names else "No backbone matches.")
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help=NAME_HELP)],
+    loaded: Annotated[bool, typer.Option("--loaded", help="Load the weights and report every tensor.")] = False,
+    hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show everything known about a backbone; with --loaded also what happened to each tensor when it was loaded.
+
+    Example: `geo-pretrain info pri3d_view_geo_r50`
+
+    `geo-pretrain info runs/kitchen --loaded`
+    """
+    from geo_pretrain.catalog import find
+
+    entry = find(name)
+    facts = _entry_facts(entry) if entry is not None else None
+    if facts is None or loaded:
+        report, folder = _load(name, hub) if loaded else (None, None)
+        facts = facts or _folder_facts(folder or _resolve(name, hub, roles=()))
+        if report is not None:
+            facts["loaded"] = {"from": str(folder), **asdict(report)}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, default=str))
+        return
+    table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for key, value in _rows(facts):
+        table.add_row(f"[bold]{escape(key)}", escape(value))
+    console.print(table)
+
+
+def _entry_facts(entry: Entry) -> dict[str, Any]:
+    facts = {key: value for key, value in asdict(entry).items() if value not in (None, ())}
+    return facts | {"arch": str(entry.arch), "contract": str(entry.contract)}
+
+
+def _folder_facts(folder: Path) -> dict[str, Any]:
+    from geo_pretrain.checkpoint import read_checkpoint
+
+    found = read_checkpoint(folder)
+    facts: dict[str, Any] = {"name": found.name, "folder": str(folder), "arch": str(found.arch)}
+    facts |= {"contract": str(found.contract), "finished": found.finished, "licence": asdict(found.licence)}
+    return (
+        facts
+        | {"files": [f"{n}: {f.role}, {f.size} bytes" for n, f in found.files.items()]}
+        | {"provenance": dict(found.provenance)}
+    )
+
+
+def _load(name: str, hub: str | None) -> tuple[Any, Path]:
+    """The load report of the whole network, and the folder it came from."""
+    from geo_pretrain.backbones.build import has_decoder
+    from geo_pretrain.checkpoint import read_checkpoint
+    from geo_pretrain.loading import load_backbone
+
+    folder = _resolve(name, hub, roles=lambda found: found.network_roles())
+    network: Any = load_backbone(folder, decoder=has_decoder(read_checkpoint(folder).arch))
+    return network.load_report, folder
+
+
+def _resolve(name: str, hub: str | None, roles: Any) -> Path:
+    from geo_pretrain.hub import resolve
+
+    return resolve(name, hub=hub, roles=roles)
+
+
+def _rows(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as lines; a tuple of facts becomes one line each."""
+    rows = []
+    for key, value in facts.items():
+        title = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            rows += _rows(value, f"{title}: ")
+        elif key == "results":
+            rows += [(r["table"], f"{r['task']}, {r['dataset']}: {r['metric']} {r['value']:g}") for r in value]
+        elif isinstance(value, tuple | list) and value and isinstance(value[0], Mapping):
+            rows += [(title, ", ".join(f"{k}: {v}" for k, v in item.items() if v is not None)) for item in value]
+        elif isinstance(value, tuple | list):
+            rows.append((title, "; ".join(": ".join(v) if isinstance(v, tuple | list) else str(v) for v in value)))
+        else:
+            rows.append((title, str(value)))
+    return [(key, text or "none") for key, text in rows]
+
+
+@app.command()
+def pull(
+    names: Annotated[list[str] | None, typer.Argument(help=NAME_HELP)] = None,
+    encoder: Annotated[bool, typer.Option("--encoder", help="Of image networks only the encoder's file.")] = False,
+    hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
+    from_bundle: Annotated[Path | None, typer.Option(help="A file made by `bundle`: install what it holds.")] = None,
+) -> None:
+    """Fetch checkpoints into the cache, so that loading them needs no network.
+
+    Example: `geo-pretrain pull pri3d_view_geo_r50 pointcontrast_nce_srunet34`
+
+    On a machine without network: `geo-pretrain pull --from-bundle zoo.tar`
+    """
+    from geo_pretrain.hub.bundle import install_bundle
+
+    if not names and from_bundle is None:
+        raise typer.BadParameter("give NAMES or --from-bundle FILE.")
+    for folder in install_bundle(from_bundle) if from_bundle is not None else ():
+        console.print(f"{folder.name}: {folder}", soft_wrap=True, highlight=False)
+
+    def roles(found: Checkpoint) -> tuple[str, ...]:
+        return found.network_roles(decoder=not encoder) + (() if encoder else ("golden",))
+
+    for name in names or ():
+        console.print(f"{name}: {_resolve(name, hub, roles)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help=NAME_HELP)],
+    hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
+    tolerance: Annotated[float, typer.Option(help="Relative to each output's largest magnitude.")] = 1e-4,
+) -> None:
+    """Compare every file with its digest, load the network and recompute its golden outputs.
+
+    Example: `geo-pretrain verify pri3d_view_geo_r50`
+    """
+    from geo_pretrain.loading import verify as check
+
+    result = check(name, hub=hub, tolerance=tolerance)
+    table = Table("output", "difference", "", box=None)
+    for output, error in result.errors.items():
+        table.add_row(output, f"{error:.1e}", "ok" if error <= result.tolerance else "[red]differs")
+    console.print(table)
+    console.print(f"{result.name}: {len(result.errors)} golden outputs reproduced within {tolerance:g}.")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="An authors' file (with --from), or a name or folder (with --to).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder (--from) or file (--to) to write.")],
+    from_: Annotated[str | None, typer.Option("--from", help="Format of the authors' file, such as pri3d.")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="Format to write, such as detectron2.")] = None,
+    name: Annotated[str | None, typer.Option(help="With --from: what the checkpoint is called.")] = None,
+    like: Annotated[str | None, typer.Option(help="With --from: the catalog entry it is like; default: NAME.")] = None,
+    hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --to: replace the file.")] = False,
+) -> None:
+    """Turn an authors' file into a checkpoint folder, or a checkpoint into another library's format.
+
+    Example: `geo-pretrain convert FILE.pth --from pri3d --name pri3d_view_geo_r50 --out pri3d_view_geo_r50`
+
+    Out: `geo-pretrain convert pri3d_view_geo_r50 --to detectron2 --out r50.pkl`
+    """
+    if (from_ is None) == (to is None):
+        raise typer.BadParameter(f"give --from FORMAT or --to FORMAT, one of them. {_formats()}")
+    if from_ is not None:
+        from geo_pretrain.catalog import backbone_info
+        from geo_pretrain.hub.authors import convert_file
+
+        if name is None:
+            raise typer.BadParameter("--from needs --name: a catalog name, or your own with --like CATALOG_NAME.")
+        found = convert_file(Path(source), out, like=backbone_info(like or name), format=from_, name=name)
+        console.print(f"Checkpoint: {found.folder}", soft_wrap=True, highlight=False)
+        return
+    from geo_pretrain.checkpoint import read_checkpoint
+    from geo_pretrain.convert.out import write_export
+
+    folder = _resolve(source, hub, roles=lambda found: found.network_roles(decoder=False))
+    for path in write_export(str(to), read_checkpoint(folder), out, overwrite=overwrite):
+        console.print(f"Wrote {path}", soft_wrap=True, highlight=False)
+
+
+def _formats() -> str:
+    from geo_pretrain.convert import FORMATS
+    from geo_pretrain.convert.out import OUT_FORMATS
+
+    return f"In: {', '.join(FORMATS)}. Out: {', '.join(OUT_FORMATS)}."
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A finished checkpoint folder.")],
+    to: Annotated[str, typer.Option("--to", help="hf-hub:OWNER/REPO, or a folder of checkpoint folders.")],
+    tag: Annotated[str | None, typer.Option(help="Name of this version; default: see docs/publish.md.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show what would go.")] = False,
+) -> None:
+    """Put a checkpoint where others can load it, then load it from there and compare.
+
+    Example: `geo-pretrain publish runs/kitchen --to hf-hub:me/pri3d_view_r18.kitchen --dry-run`
+    """
+    from geo_pretrain.publish import publish as send
+
+    result = send(folder, to, tag=tag, private=private, dry_run=dry_run)
+    console.print(escape(str(result)), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def bundle(
+    names: Annotated[list[str], typer.Argument(help=NAME_HELP)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .tar file to write.")],
+    hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
+) -> None:
+    """Put checkpoints into one file for a machine without network, where `pull --from-bundle` installs them.
+
+    Example: `geo-pretrain bundle pri3d_view_geo_r50 csc_100k_srunet34 -o zoo.tar`
+    """
+    from geo_pretrain.hub.bundle import write_bundle
+
+    folders = [_resolve(name, hub, roles=lambda found: (*found.network_roles(), "golden")) for name in names]
+    console.print(f"Wrote {write_bundle(folders, out)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def card(
+    name: Annotated[str, typer.Argument(help="A catalog name or a checkpoint folder.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write; default: print it.")] = None,
+) -> None:
+    """Render the card of a catalog entry or of a checkpoint folder.
+
+    Example: `geo-pretrain card pri3d_view_geo_r50`
+    """
+    from geo_pretrain.cards import card_of
+
+    text = card_of(name)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text, encoding="utf-8")
+
+
+@cache_app.command("ls")
+def cache_list(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """List the checkpoints in the cache. What came from Hugging Face lies in its own cache: `hf cache ls`.
+
+    Example: `geo-pretrain cache ls`
+    """
+    from geo_pretrain.hub.cache import cached, default_cache
+
+    found = cached()
+    if as_json:
+        typer.echo(json.dumps([asdict(item) for item in found], default=str))
+        return
+    table = Table("name", "from", "MB", "folder", box=None)
+    for item in found:
+        table.add_row(escape(item.name), item.kind, f"{item.size / 1e6:.1f}", escape(str(item.folder)))
+    wide = Console(width=max(console.width, LIST_WIDTH), soft_wrap=True)
+    wide.print(table if found else f"Nothing is cached in {default_cache()}.")
+
+
+@cache_app.command("rm")
+def cache_remove(
+    names: Annotated[list[str] | None, typer.Argument(help="Names as `cache ls` shows them.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+) -> None:
+    """Remove checkpoints from the cache; they are fetched again when next needed.
+
+    Example: `geo-pretrain cache rm pri3d_view_geo_r50`
+    """
+    from geo_pretrain.hub.cache import remove
+
+    if bool(names) == everything:
+        raise typer.BadParameter("give NAMES or --all.")
+    removed = remove(None if everything else names)
+    console.print(f"Removed {len(removed)} checkpoints, {sum(item.size for item in removed) / 1e6:.1f} MB.")

@@ -1,0 +1,265 @@
+"""Our checkpoints in other libraries' formats, for people who do not want ours.
+
+`OUT_FORMATS` says what can be written. A 2D format holds the encoder (no host has our decoders), a 3D format the whole
+U-Net. Beside the weights goes `<file>.json`: name, contract, licence chain and provenance, which these formats have no
+place for; a safetensors file also carries them inside. Detectron2 and the libraries of OpenMMLab get `<file>.yaml`, the
+part of a config that says what the network expects. No torch at import.
+
+What the hosts read was taken from their loaders: Detectron2's checkpoint/detection_checkpoint.py (Apache-2.0),
+MMEngine's runner/checkpoint.py (Apache-2.0), PointContrast's and CSC's `load_state_with_same_shape` (MIT).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geo_pretrain import __version__
+from geo_pretrain.checkpoint import Checkpoint, read_weights, sha256
+from geo_pretrain.convert import kernels
+from geo_pretrain.convert.detectron2 import to_detectron2
+from geo_pretrain.errors import CheckpointError, WeightsMismatch, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = Mapping[str, "Tensor"]
+MODALITIES = {"encoder": "2D", "model": "3D"}
+WIDTH = 64  # of the ResNets that these hosts build
+NUMPY_2, NUMPY_1 = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
+
+
+@dataclass(frozen=True)
+class OutFormat:
+    """One way in which another library keeps weights."""
+
+    role: str  # of a checkpoint folder: what is written, "encoder" or "model"
+    suffixes: tuple[str, ...]  # of the file, the usual one first
+    rename: Callable[[State], dict[str, Tensor]]
+    text: str  # for people
+    entry: str = ""  # of a .pth file: where its reader looks for the state dict; "" at the top level
+    config: Callable[[Checkpoint, Path], dict[str, Any]] | None = None
+
+
+def export_weights(format: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights of a checkpoint under the names and in the layouts of another library.
+
+    Args:
+        format: a key of `OUT_FORMATS`.
+        checkpoint: from `read_checkpoint`; the file with the format's role must be there.
+
+    Raises:
+        UnknownName: for a format.
+        WeightsMismatch: for a network that the format cannot hold; the message names formats that can.
+        CheckpointError: when the weights are missing, `DigestMismatch` when they are not the promised ones.
+    """
+    rule = _rule(format, checkpoint)
+    return rule.rename(read_weights(checkpoint, rule.role))
+
+
+def write_export(format: str, checkpoint: Checkpoint, out: Path | str, *, overwrite: bool = False) -> list[Path]:
+    """Write a checkpoint's weights to the file `out`, and beside it what the weights alone do not say.
+
+    The suffix of `out` says how: .safetensors; .pth, by torch.save; .pkl, a pickle of numpy arrays. Returns the files
+    written, weights first. They are put in place when all of them are complete, the weights last. Raises what
+    `export_weights` raises, and `CheckpointError` for another suffix, for files that are there already unless
+    `overwrite`, and for a disk that refuses.
+    """
+    rule, out = _rule(format, checkpoint), Path(out)
+    if out.suffix not in rule.suffixes:
+        accepted = ", ".join(rule.suffixes)
+        raise CheckpointError(f"{out}: {format} cannot be read from a file ending in {out.suffix!r}; use: {accepted}.")
+    beside = [_beside(out, "json")] + ([] if rule.config is None else [_beside(out, "yaml")])
+    there = [str(path) for path in (out, *beside) if path.is_dir() or (path.exists() and not overwrite)]
+    if there:
+        raise CheckpointError(f"{', '.join(there)}: in the way; give another name, or overwrite=True to replace files.")
+    state = {key: value.contiguous() for key, value in export_weights(format, checkpoint).items()}
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in (*beside, out)}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        WRITERS[out.suffix](state, parts[out], rule, checkpoint)
+        _write_text(parts[beside[0]], json.dumps(_note(format, checkpoint, out, parts[out]), indent=2) + "\n")
+        if rule.config is not None:
+            _write_text(parts[beside[1]], _config_text(format, checkpoint, rule.config(checkpoint, out)))
+        for path, part in parts.items():
+            _sync(part)
+            part.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{out}: could not be written ({error.strerror or error}).") from error
+    finally:
+        for part in parts.values():
+            with suppress(OSError):
+                part.unlink()
+    return [out, *beside]
+
+
+def _rule(format: str, checkpoint: Checkpoint) -> OutFormat:
+    if format not in OUT_FORMATS:
+        raise unknown("format to write", format, OUT_FORMATS)
+    rule = OUT_FORMATS[format]
+    role = checkpoint.network_roles(decoder=False)[0]
+    if rule.role != role:
+        fitting = ", ".join(name for name, other in OUT_FORMATS.items() if other.role == role)
+        raise WeightsMismatch(
+            f"{checkpoint.name!r} is a {MODALITIES[role]} network and {format} holds {MODALITIES[rule.role]} ones. "
+            f"Formats for it: {fitting}."
+        )
+    width = checkpoint.arch.args.get("width", WIDTH)
+    if role == "encoder" and width != WIDTH:
+        raise WeightsMismatch(f"{checkpoint.name!r} is a ResNet of width {width}; {format} has those of width {WIDTH}.")
+    return rule
+
+
+# --- writers, by suffix ---
+
+
+def _write_safetensors(state: State, path: Path, rule: OutFormat, checkpoint: Checkpoint) -> None:
+    from safetensors.torch import save
+
+    about = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _about(checkpoint).items()}
+    # not save_file: its files are readable by their owner alone, whatever the umask says
+    path.write_bytes(_in_order(save(dict(state), metadata={"format": "pt"} | about)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file whose metadata are sorted: the library lists them in another order each time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[end:]))
+
+
+def _write_torch(state: State, path: Path, rule: OutFormat, checkpoint: Checkpoint) -> None:
+    from io import BytesIO
+
+    import torch
+
+    nested = {rule.entry: dict(state), "meta": {"name": checkpoint.name, "licence": checkpoint.licence.weights}}
+    content = BytesIO()  # given a path, torch.save writes its name into the file, and hides why a disk refuses
+    torch.save(nested if rule.entry else dict(state), content)
+    path.write_bytes(content.getbuffer())
+
+
+def _write_pickle(state: State, path: Path, rule: OutFormat, checkpoint: Checkpoint) -> None:
+    """Detectron2's model file. numpy arrays only, and under the module's old name, which numpy 1 and 2 both know."""
+    arrays = {key: value.float().numpy() for key, value in state.items()}
+    content = {"model": arrays, "__author__": "geo_pretrain", "matching_heuristics": True}
+    # the first occurrence is the only one (later arrays refer to it) and comes before all weights
+    path.write_bytes(pickle.dumps(content, protocol=3).replace(NUMPY_2, NUMPY_1, 1))
+
+
+WRITERS = {".safetensors": _write_safetensors, ".pth": _write_torch, ".pkl": _write_pickle}
+
+
+# --- what goes beside ---
+
+
+def _about(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "name": checkpoint.name,
+        "architecture": str(checkpoint.arch),
+        "licence": asdict(checkpoint.licence),
+        "contract": checkpoint.contract.to_dict(),
+        "written_by": f"geo_pretrain {__version__}",
+    }
+
+
+def _note(format: str, checkpoint: Checkpoint, out: Path, written: Path) -> dict[str, Any]:
+    digest = {"file": out.name, "format": format, "size": written.stat().st_size, "sha256": sha256(written)}
+    return digest | _about(checkpoint) | {"provenance": dict(checkpoint.provenance), "finished": checkpoint.finished}
+
+
+def _detectron2_config(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+    order, mean, std = _pixels(checkpoint)
+    depth = checkpoint.arch.args.get("depth", 18)
+    # it refuses basic blocks unless told that their first stage is narrow
+    narrow = {"RES2_OUT_CHANNELS": 64} if depth < 50 else {}
+    resnets = {"DEPTH": depth, "STRIDE_IN_1X1": False} | narrow
+    model = {"WEIGHTS": str(out.absolute()), "PIXEL_MEAN": mean, "PIXEL_STD": std, "RESNETS": resnets}
+    return {"MODEL": model, "INPUT": {"FORMAT": order}}
+
+
+def _mmlab_config(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+    order, mean, std = _pixels(checkpoint)
+    start = {"type": "Pretrained", "checkpoint": str(out.absolute()), "prefix": MMLAB_PREFIX}
+    backbone = {"type": "ResNet", "depth": checkpoint.arch.args.get("depth", 18), "style": "pytorch", "init_cfg": start}
+    pixels = {"mean": mean, "std": std, "bgr_to_rgb": order == "RGB"}  # they read images as BGR
+    return {"model": {"data_preprocessor": pixels, "backbone": backbone}}
+
+
+def _pixels(checkpoint: Checkpoint) -> tuple[str, list[float], list[float]]:
+    """Colour order, mean and standard deviation on the scale 0 to 255, as both libraries want them."""
+    contract: Any = checkpoint.contract
+    order = "".join(contract.channels)
+    if order not in ("RGB", "BGR"):
+        raise WeightsMismatch(f"{checkpoint.name!r} sees {order}; a config can be written for RGB and BGR images.")
+    mean, std = ([round(255 * value, 6) for value in values] for values in (contract.mean, contract.std))
+    return order, mean, std
+
+
+def _config_text(format: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
+    import yaml
+
+    head = f"# {checkpoint.name} for {format}; licence of the weights: {checkpoint.licence.weights}\n"
+    return head + yaml.safe_dump(dict(config), sort_keys=False)
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    return out.with_name(f"{out.name}.{suffix}")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+MMLAB_PREFIX = "backbone."
+
+
+def _same(state: State) -> dict[str, Tensor]:
+    return dict(state)
+
+
+def _to_detectron2(state: State) -> dict[str, Tensor]:
+    """Without the counters of batches, which its frozen norms, the default, do not have."""
+    return {key: value for key, value in to_detectron2(state).items() if not key.endswith(".num_batches_tracked")}
+
+
+def _to_mmlab(state: State) -> dict[str, Tensor]:
+    return {MMLAB_PREFIX + key: value for key, value in state.items()}
+
+
+TENSORS = (".safetensors", ".pth")
+OUT_FORMATS: Mapping[str, OutFormat] = {
+    "torchvision": OutFormat("encoder", TENSORS, _same, "torchvision ResNet without fc"),
+    "timm": OutFormat("encoder", TENSORS, _same, "timm ResNet with num_classes=0 (checkpoint_path=, or file= overlay)"),
+    "detectron2": OutFormat(
+        "encoder", (".pkl",), _to_detectron2, "Detectron2 ResNet, with a config", config=_detectron2_config
+    ),
+    "mmlab": OutFormat(
+        "encoder",
+        (".pth",),
+        _to_mmlab,
+        "ResNet of MMSegmentation and MMDetection, with a config",
+        entry="state_dict",
+        config=_mmlab_config,
+    ),
+    "me05": OutFormat("model", TENSORS, _same, "MinkowskiEngine 0.5"),
+    "me04": OutFormat(
+        "model", TENSORS, kernels.to_me04, "MinkowskiEngine 0.4: PointContrast's and CSC's code", entry="state_dict"
+    ),
+    "spconv": OutFormat("model", TENSORS, kernels.to_spconv, "spconv 2.2 and 2.3, indices (batch, z, y, x)"),
+    "torchsparse": OutFormat("model", TENSORS, kernels.to_torchsparse, "torchsparse 1.4 to 2.1"),
+}

@@ -1,0 +1,274 @@
+"""Checkpoints in their authors' formats: fetched from where they lie, made into our checkpoint folder, cached.
+
+An authors' file is a pickle from a stranger. It is read in a subprocess that executes nothing of it (`extract`); what
+comes out are tensors, converted (`convert`), put into the network, run once for the golden values, and written as a
+checkpoint folder. Later calls read that folder alone. torch is imported only when something is converted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geo_pretrain import __version__, checkpoint
+from geo_pretrain.backbones import WEIGHT_FILES
+from geo_pretrain.cards import render_card
+from geo_pretrain.catalog import AuthorsFile, Entry
+from geo_pretrain.checkpoint import WEIGHT_ROLES, Checkpoint
+from geo_pretrain.convert import FORMATS, convert
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, WeightsMismatch, unknown
+from geo_pretrain.hub.extract import Extracted, extract
+from geo_pretrain.hub.transfer import download, exclusive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONVERSION = 1  # raised when a rule of conversion changes: older folders in the cache are then made anew
+DIGESTS = "digests.json"
+
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The authors' file that a folder was made from; the card and config.json state it."""
+
+    url: str
+    sha256: str
+    format: str
+    content: str
+    fetched: str  # date
+
+    def as_dict(self) -> dict[str, str]:
+        """For the provenance in config.json."""
+        return dict(vars(self))
+
+
+def fetch(
+    entry: Entry,
+    roles: Sequence[str],
+    cache_dir: Path,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """The checkpoint folder of an entry, made from its authors' file, with at least `roles`.
+
+    Of the files that hold the roles the one with the fewest others is taken (an encoder's own file before a whole
+    training state), the next when it fails. Raises `HubError` with each file's reason.
+    """
+    folder = cache_dir / "authors" / entry.name
+    if _is_usable(folder, roles):
+        return folder
+    if offline:
+        raise HubError(f"not in the cache {folder}, and downloads are off (local_files_only or HF_HUB_OFFLINE)")
+    wanted = [role for role in roles if role in WEIGHT_ROLES]
+    files = sorted((f for f in entry.authors_files if set(wanted) <= set(f.roles)), key=lambda f: len(f.roles))
+    if not files:
+        have = "; ".join(f"{f.content}: {', '.join(f.roles)}" for f in entry.authors_files)
+        raise HubError(f"the authors offer no {' and '.join(wanted)} of it; they offer {have}")
+    with exclusive(folder):
+        if _is_usable(folder, roles):  # another process was quicker
+            return folder
+        before = _encoder(folder)
+        failures: dict[str, Exception] = {}
+        for file in files:
+            try:
+                _make(entry, file, folder, cache_dir, progress)
+                _warn_if_changed(entry.name, before, _encoder(folder))
+            except (HubError, CheckpointError, WeightsMismatch, OSError) as error:
+                failures[file.url] = error
+            else:
+                return folder
+    if len(failures) == 1:
+        raise next(iter(failures.values()))
+    raise HubError("; ".join(f"{url}: {error}" for url, error in failures.items()))
+
+
+def convert_file(
+    path: Path,
+    folder: Path,
+    *,
+    like: Entry,
+    format: str,
+    name: str | None = None,
+    origin: Origin | None = None,
+    work: Path | None = None,
+) -> Checkpoint:
+    """Make the checkpoint folder `folder` out of an authors' file.
+
+    `like` is the catalog entry whose architecture, contract and licence the weights have; `name` (default: its name)
+    is what they are called. The network roles that the file has are written, whole or not at all. `work` is a folder
+    for intermediate files. Raises `UnsafeFile`, `CheckpointError`, or `WeightsMismatch` when the network is not in the
+    file.
+    """
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    path, name = Path(path), name or like.name
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file; an authors' file in format {format!r} is accepted.")
+    checkpoint.check_target(folder, name)
+    if origin is None:
+        content = FORMATS[format].text
+        origin = Origin(path.name, checkpoint.sha256(path), format, content, datetime.date.today().isoformat())
+    work = work or folder.resolve().with_name(f".{folder.name}.converting")
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        extracted = extract(path, work / "tensors.safetensors", entries=FORMATS[format].entries)
+        return _write(work / "tensors.safetensors", extracted, folder, like, name, origin)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_usable(folder: Path, roles: Sequence[str]) -> bool:
+    """Whether the folder was made by today's rules and holds the roles, unaltered."""
+    if not (folder / checkpoint.CONFIG).is_file():
+        return False
+    try:
+        found = checkpoint.read_checkpoint(folder)
+        for role in roles:
+            checkpoint.verify_file(found, found.file_of(role))
+    except CheckpointError:
+        return False
+    return found.provenance.get("conversion") == CONVERSION
+
+
+def _encoder(folder: Path) -> dict[str, Tensor]:
+    """The encoder that is in the cache already, without the counters that some formats leave out."""
+    try:
+        state = checkpoint.read_weights(checkpoint.read_checkpoint(folder), "encoder")
+    except CheckpointError:
+        return {}
+    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def _warn_if_changed(name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Authors who offer an encoder in several files mean the same weights; whoever used one should know if not."""
+    changed = [key for key in before if key not in after or not before[key].equal(after[key])]
+    if changed:
+        warnings.warn(
+            f"{name}: the authors' files hold different encoders ({len(changed)} of {len(before)} tensors differ, such "
+            f"as {changed[0]!r}). The one of the file that was fetched last is used from now on.",
+            stacklevel=2,
+        )
+
+
+def _make(entry: Entry, file: AuthorsFile, folder: Path, cache_dir: Path, progress: Progress | None) -> None:
+    work = folder.with_name(f".{entry.name}.part")
+    shutil.rmtree(work, ignore_errors=True)  # a killed process may have left it; the lock is ours
+    work.mkdir(parents=True)
+    try:
+        part = work / "download.part"
+        digest = _download_checked(file, part, cache_dir, progress)
+        today = datetime.date.today().isoformat()
+        origin = Origin(file.url, digest, file.format, file.content, today)
+        convert_file(part, folder, like=entry, format=file.format, origin=origin, work=work)
+        _record_digest(file.url, digest, cache_dir)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _download_checked(file: AuthorsFile, part: Path, cache_dir: Path, progress: Progress | None) -> str:
+    """Fetch and compare with the digest that is known, from the catalog or from the first use; one forced retry."""
+    known = file.sha256 or read_digests(cache_dir).get(file.url, {}).get("sha256")
+    for _ in range(2):
+        digest = download(file.url, part, limit=file.size, progress=progress)
+        if known in (None, digest):
+            return digest
+    whose = "the catalog states" if file.sha256 else f"its first use here recorded ({cache_dir / 'authors' / DIGESTS})"
+    raise DigestMismatch(
+        f"{file.url}, fetched twice: sha256 is {digest}, but {whose} {known}. The file was altered at its source or on "
+        "the way; nothing of it was read."
+    )
+
+
+def read_digests(cache_dir: Path) -> dict[str, dict[str, Any]]:
+    """Digests of authors' files as first seen here: {url: {"sha256", "first_used"}}."""
+    path = cache_dir / "authors" / DIGESTS
+    try:
+        digests = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: is not JSON ({error}). Without it changed files go unnoticed; remove it to begin anew."
+        ) from error
+    return digests
+
+
+def _record_digest(url: str, digest: str, cache_dir: Path) -> None:
+    path = cache_dir / "authors" / DIGESTS
+    with exclusive(path):
+        digests = read_digests(cache_dir)
+        if url in digests:
+            return
+        digests[url] = {"sha256": digest, "first_used": datetime.date.today().isoformat()}
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(digests, indent=2, sort_keys=True) + "\n", "utf-8")
+        part.replace(path)
+
+
+def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name: str, origin: Origin) -> Checkpoint:
+    from safetensors.torch import load_file
+
+    from geo_pretrain.backbones.build import golden_values, network_states
+
+    expected = network_states(like.arch)
+    converted = convert(origin.format, load_file(tensors), expected)
+    network = _network(like, {role: converted.weights[role] for role in expected if role in converted.weights})
+    golden = golden_values(network, ones=not getattr(like.contract, "given_channels", True))
+    _check_finite(golden, origin)
+    provenance = {
+        "source": origin.as_dict(),
+        "in_the_file": dict(extracted.scalars),
+        "foreign": list(extracted.foreign),  # classes in the file that were not built
+        "not_used": len(converted.report.unexpected),
+        "converted_by": __version__,
+        "conversion": CONVERSION,
+    }
+    own = name == like.name
+    card = render_card(name, like.arch, like.contract, like.licence, provenance, recipe=like.recipe if own else None)
+    return checkpoint.write_checkpoint(
+        folder,
+        name=name,
+        arch=like.arch,
+        contract=like.contract,
+        weights=converted.weights,
+        golden=golden,
+        licence=like.licence,
+        provenance=provenance,
+        recipe_yaml=None,
+        log=None,
+        card=card,
+    )
+
+
+def _network(like: Entry, weights: Mapping[str, Mapping[str, Tensor]]) -> Any:
+    """The network of the roles that are there, in evaluation mode: whole, or the encoder alone."""
+    import torch
+
+    from geo_pretrain.backbones.build import build
+
+    roles = WEIGHT_FILES[like.arch.name]
+    if roles[0] not in weights:
+        raise WeightsMismatch(
+            f"{like.name!r}: the file holds no {roles[0]}; it gave {', '.join(weights) or 'nothing'}."
+        )
+    whole = len(weights) == len(roles) > 1
+    with torch.device("meta"):
+        network = build(like.arch, decoder=whole)
+    state = weights[roles[0]] if not whole else {f"{r}.{k}": v for r in roles for k, v in weights[r].items()}
+    network.load_state_dict(state, assign=True)
+    return network.eval()
+
+
+def _check_finite(golden: Mapping[str, Tensor], origin: Origin) -> None:
+    bad = [key for key, value in golden.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise CheckpointError(f"{origin.url}: its weights give infinite or undefined outputs ({', '.join(bad)}).")

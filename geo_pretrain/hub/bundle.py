@@ -1,0 +1,316 @@
+"""Checkpoints in one file, for machines without a network: an uncompressed tar of checkpoint folders.
+
+    <name>/encoder.safetensors, <name>/..., <name>/config.json last; names in order, no times, no owners
+
+Equal folders make equal bundles. Reading trusts nothing: the only thing understood is a plain file called
+<name>/<file> that the checkpoint's own inventory lists. Each header is parsed by itself, by the standard library, so
+links, devices, sparse files and long names are refused before they mean anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from geo_pretrain import checkpoint
+from geo_pretrain.catalog import CATALOG
+from geo_pretrain.checkpoint import CHECKPOINT_NAME, CONFIG, FILE_NAME, Checkpoint, StoredFile
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
+from geo_pretrain.hub.cache import default_cache
+from geo_pretrain.hub.transfer import exclusive
+
+CONFIG_LIMIT = 10 << 20  # bytes; a config.json is a few kB
+MEMBER_LIMIT = 10_000  # files in one bundle: about a thousand checkpoints
+BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
+PIECE = 1 << 20  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a file's bytes lie in the bundle."""
+
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """One checkpoint of a bundle; its inventory may list texts (log, card) that were left out."""
+
+    checkpoint: Checkpoint  # `folder`: the bundle's path and the name, which is no folder
+    config: bytes
+    spans: Mapping[str, Span]  # by file name, without config.json
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk once installed."""
+        return len(self.config) + sum(span.size for span in self.spans.values())
+
+
+def write_bundle(folders: Sequence[Path | str], out: Path | str) -> Path:
+    """Put checkpoint folders into the file `out`, which appears when all of it is written and read back.
+
+    Every file is compared with its digest. The network's weights and golden values must be there; texts that a folder
+    lists but does not hold (it came from a cache) are left out. An unfinished checkpoint stays one. Raises
+    `CheckpointError` or `DigestMismatch` for a folder that is none, `HubError` when `out` cannot be written.
+    """
+    out = Path(out).expanduser()
+    if out.is_dir():
+        raise HubError(f"{out} is a folder; the name of a file, such as {out / 'backbones.tar'}, is accepted.")
+    chosen = _read_folders(folders)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as stream:
+            with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for found in chosen:
+                    for name in (*_files_to_bundle(found), CONFIG):
+                        _add(tar, found, name)
+            stream.flush()
+            os.fsync(stream.fileno())
+        with _opened(part) as stream:
+            for bundled in _contents(stream, part):
+                _verify(stream, bundled)
+        part.replace(out)
+    except OSError as error:
+        raise HubError(f"{out}: cannot be written ({error.strerror or error}). Choose another place for it.") from error
+    finally:
+        with suppress(OSError):  # when there is no folder for it, there is no file
+            part.unlink(missing_ok=True)
+    return out
+
+
+def list_bundle(bundle: Path | str) -> list[Bundled]:
+    """What a bundle holds, by its headers and configs; weights are not read. Raises `CheckpointError` for no bundle."""
+    bundle = Path(bundle).expanduser()
+    with _opened(bundle) as stream:
+        return _contents(stream, bundle)
+
+
+def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> list[Path]:
+    """Unpack a bundle into <cache>/bundles/<name>, where names are looked up, and return these folders.
+
+    Everything is compared with the inventories' digests before the cache is touched; then all checkpoints are written
+    beside their places and put there one after the other, each at once. One that is installed already is left alone;
+    another one of the same name is replaced. Raises `CheckpointError` for a file that is no bundle or holds anything
+    else, `DigestMismatch` for altered bytes or another checkpoint than the catalog's, `HubError` for the disk.
+    """
+    bundle = Path(bundle).expanduser()
+    root = (Path(cache_dir).expanduser() if cache_dir is not None else default_cache()) / "bundles"
+    with _opened(bundle) as stream, ExitStack() as locks:
+        contents = _contents(stream, bundle)
+        for bundled in contents:
+            check_published_name(bundled.checkpoint)
+            _verify(stream, bundled)
+        places = {root / bundled.checkpoint.name: bundled for bundled in contents}
+        missing = _not_installed(places)
+        for place in sorted(missing):
+            locks.enter_context(exclusive(place))
+        missing = _not_installed(missing)  # another process may have been quicker
+        stagings: dict[Path, Path] = {}
+        try:
+            for place, bundled in missing.items():
+                stagings[place] = place.with_name(f".{place.name}.writing")
+                _unpack(stream, bundled, stagings[place])
+            for place, staging in stagings.items():
+                checkpoint.recover(place)
+                checkpoint._swap_in(staging, place)
+        except OSError as error:
+            reason = error.strerror or error
+            needed = sum(bundled.size for bundled in missing.values()) // 10**6
+            raise HubError(
+                f"{root}: cannot be written ({reason}); {needed} MB are needed there. Free some room or make it "
+                "writable, or set GEO_PRETRAIN_CACHE to another folder."
+            ) from error
+        finally:
+            for staging in stagings.values():
+                shutil.rmtree(staging, ignore_errors=True)
+    return list(places)
+
+
+def check_published_name(found: Checkpoint) -> None:
+    """Raise `DigestMismatch` when the catalog keeps other files under this name: it never changes meaning."""
+    entry = CATALOG.get(found.name)
+    for file in entry.files if entry is not None else ():
+        have = found.files.get(file.name)
+        if have is None or have.sha256 != file.sha256:
+            raise DigestMismatch(
+                f"{found.folder}: {found.name!r} is published with sha256 {file.sha256} for {file.name}, this one "
+                f"{f'has {have.sha256}' if have else 'has no such file'}. A published name never changes meaning; "
+                "give this checkpoint another name."
+            )
+
+
+def _read_folders(folders: Sequence[Path | str]) -> list[Checkpoint]:
+    """Verified checkpoints in the order of their names."""
+    chosen: dict[str, Checkpoint] = {}
+    for folder in folders:
+        found = checkpoint.read_checkpoint(folder)
+        if found.name in chosen:
+            raise CheckpointError(
+                f"{folder} and {chosen[found.name].folder} are both called {found.name!r}; each name is accepted once."
+            )
+        for name in _files_to_bundle(found):
+            checkpoint.verify_file(found, name)
+        chosen[found.name] = found
+    if not chosen:
+        raise CheckpointError("No checkpoint folder is given; one or more are accepted.")
+    return [chosen[name] for name in sorted(chosen)]
+
+
+def _needed(found: Checkpoint) -> set[str]:
+    """Names of the files without which a checkpoint can be neither loaded nor verified."""
+    return {found.file_of(role) for role in (*found.network_roles(), "golden")}
+
+
+def _files_to_bundle(found: Checkpoint) -> list[str]:
+    needed = _needed(found)
+    return sorted(name for name in found.files if name in needed or (found.folder / name).is_file())
+
+
+def _add(tar: tarfile.TarFile, found: Checkpoint, name: str) -> None:
+    header = tarfile.TarInfo(f"{found.name}/{name}")
+    header.mode = 0o644
+    with (found.folder / name).open("rb") as stream:
+        header.size = os.fstat(stream.fileno()).st_size
+        try:
+            tar.addfile(header, stream)
+        except ValueError as error:  # a name or number that a plain header has no room for
+            raise CheckpointError(f"{found.folder / name}: does not fit into a tar file ({error}).") from error
+
+
+@contextmanager
+def _opened(bundle: Path) -> Iterator[BinaryIO]:
+    try:
+        stream = bundle.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{bundle}: cannot be read ({error.strerror}); a bundle is accepted.") from error
+    with stream:
+        yield stream
+
+
+def _contents(stream: BinaryIO, bundle: Path) -> list[Bundled]:
+    folders: dict[str, dict[str, Span]] = {}
+    for name, file, span in _members(stream, bundle):
+        if file in folders.setdefault(name, {}):
+            raise CheckpointError(f"{bundle}: holds {name}/{file} twice.")
+        folders[name][file] = span
+    if not folders:
+        raise CheckpointError(f"{bundle}: holds no checkpoint; a file made by `geo-pretrain bundle` is accepted.")
+    return [_bundled(stream, bundle, name, files) for name, files in sorted(folders.items())]
+
+
+def _members(stream: BinaryIO, bundle: Path) -> Iterator[tuple[str, str, Span]]:
+    """Checkpoint name, file name and place of every file. Anything else raises `CheckpointError`."""
+    length = os.fstat(stream.fileno()).st_size
+    cut = f"{bundle}: is cut off after {length} bytes. Copy it again."
+    position = 0
+    for _ in range(MEMBER_LIMIT + 1):
+        stream.seek(position)
+        block = stream.read(BLOCK)
+        if len(block) < BLOCK:
+            raise CheckpointError(cut)
+        if not any(block):  # the end
+            break
+        try:
+            header = tarfile.TarInfo.frombuf(block, "ascii", "strict")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise CheckpointError(f"{bundle}: is not a bundle, or damaged (at byte {position}: {error}).") from error
+        if header.type != tarfile.REGTYPE:
+            raise CheckpointError(
+                f"{bundle}: holds {header.name!r}, which is no plain file (tar type {header.type!r}); only files of "
+                "checkpoints, as `geo-pretrain bundle` writes them, are accepted."
+            )
+        name, slash, file = header.name.partition("/")
+        if not (slash and CHECKPOINT_NAME.fullmatch(name) and FILE_NAME.fullmatch(file)):
+            raise CheckpointError(f"{bundle}: holds {header.name!r}; only <checkpoint's name>/<file> is accepted.")
+        start = position + BLOCK
+        if header.size < 0 or start + header.size > length:
+            raise CheckpointError(cut)
+        yield name, file, Span(start, header.size)
+        position = start + -(-header.size // BLOCK) * BLOCK
+    else:
+        raise CheckpointError(f"{bundle}: holds more than {MEMBER_LIMIT} files.")
+    rest = stream.read(RECORD + 1)
+    if len(rest) < BLOCK:
+        raise CheckpointError(cut)
+    if len(rest) > RECORD or any(rest):
+        raise CheckpointError(f"{bundle}: goes on after its end (byte {position}); it was altered or joined.")
+
+
+def _bundled(stream: BinaryIO, bundle: Path, name: str, files: dict[str, Span]) -> Bundled:
+    """A checkpoint whose config, names and sizes agree with one another; digests are not compared yet."""
+    folder = bundle / name
+    if CONFIG not in files:
+        raise CheckpointError(f"{folder}: has no {CONFIG}.")
+    span = files.pop(CONFIG)
+    if span.size > CONFIG_LIMIT:
+        raise CheckpointError(f"{folder / CONFIG}: has {span.size} bytes; at most {CONFIG_LIMIT} are accepted.")
+    stream.seek(span.start)
+    config = stream.read(span.size)
+    found = checkpoint.parse_config(config, folder)
+    if found.name != name:
+        raise CheckpointError(f"{folder}: its {CONFIG} calls it {found.name!r}; both must be the same.")
+    for file, there in files.items():
+        if file not in found.files:
+            raise CheckpointError(f"{folder / file}: is not listed in {CONFIG}.")
+        if there.size != found.files[file].size:
+            raise DigestMismatch(
+                f"{folder / file}: has {there.size} bytes, its {CONFIG} promises {found.files[file].size}."
+            )
+    for file in sorted(_needed(found) - set(files)):
+        raise CheckpointError(f"{folder / file}: is missing; {CONFIG} lists it as its {found.files[file].role} file.")
+    return Bundled(found, config, files)
+
+
+def _verify(stream: BinaryIO, bundled: Bundled) -> None:
+    for file, span in bundled.spans.items():
+        _copy(stream, span, bundled.checkpoint.folder / file, bundled.checkpoint.files[file])
+
+
+def _copy(stream: BinaryIO, span: Span, path: Path, stored: StoredFile, target: BinaryIO | None = None) -> None:
+    """Read a file of the bundle, into `target` if given, and compare its digest."""
+    digest, left = hashlib.sha256(), span.size
+    stream.seek(span.start)
+    while left > 0 and (piece := stream.read(min(PIECE, left))):
+        digest.update(piece)
+        left -= len(piece)
+        if target is not None:
+            target.write(piece)
+    if left or digest.hexdigest() != stored.sha256:
+        raise DigestMismatch(
+            f"{path}: sha256 is {digest.hexdigest()}, expected {stored.sha256}. The bundle was altered or damaged; "
+            "nothing of it was installed. Copy it again."
+        )
+
+
+def _not_installed(places: Mapping[Path, Bundled]) -> dict[Path, Bundled]:
+    return {place: bundled for place, bundled in places.items() if not _is_installed(place, bundled)}
+
+
+def _is_installed(folder: Path, bundled: Bundled) -> bool:
+    """Whether the very same checkpoint is there, whole; a damaged one is replaced."""
+    try:
+        found = checkpoint.read_checkpoint(folder)
+        for name in bundled.spans:
+            checkpoint.verify_file(found, name)
+        return (folder / CONFIG).read_bytes() == bundled.config
+    except CheckpointError:
+        return False
+
+
+def _unpack(stream: BinaryIO, bundled: Bundled, staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+    staging.mkdir(parents=True)
+    for file, span in bundled.spans.items():
+        with (staging / file).open("wb") as target:
+            _copy(stream, span, bundled.checkpoint.folder / file, bundled.checkpoint.files[file], target)
+    (staging / CONFIG).write_bytes(bundled.config)
+    checkpoint._sync(staging)

@@ -1,0 +1,140 @@
+"""What lies in the cache, and taking it out again.
+
+    <cache>/hub/<host-digest>/<name>/   checkpoint folders from http(s) hubs
+    <cache>/authors/<name>/             authors' files, converted; authors/digests.json stays when they go
+    <cache>/bundles/<name>/             checkpoint folders that came in a bundle
+
+Files from Hugging Face lie in Hugging Face's own cache.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from geo_pretrain.checkpoint import CONFIG, read_checkpoint
+from geo_pretrain.errors import CheckpointError, HubError, UnknownName, unknown
+from geo_pretrain.hub.transfer import CACHE_VARIABLE, exclusive
+
+KINDS = {"hub": "hub/*/*", "authors": "authors/*", "bundle": "bundles/*"}  # where the folders of each lie
+LEFT_BEHIND = (".part", ".writing", ".old", ".work")  # ends of the hidden names that killed processes leave
+
+
+@dataclass(frozen=True)
+class Cached:
+    """One checkpoint folder of the cache."""
+
+    name: str
+    kind: str  # a key of `KINDS`
+    folder: Path
+    size: int  # bytes
+    modified: float  # seconds since 1970, of its newest file
+    broken: str = ""  # why it cannot be used as it is; it is fetched again when asked for
+
+
+def default_cache() -> Path:
+    """GEO_PRETRAIN_CACHE, or ~/.cache/geo_pretrain."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/geo_pretrain").expanduser()
+
+
+def cached(cache_dir: str | os.PathLike[str] | None = None) -> list[Cached]:
+    """Every checkpoint folder in the cache, by kind and name; the same name may have come from several hubs."""
+    root = _root(cache_dir)
+    found = [_look(kind, folder) for kind in KINDS for folder in _folders(root, kind)]
+    return sorted(found, key=lambda one: (one.kind, one.name, one.folder))
+
+
+def remove(names: str | Iterable[str] | None, cache_dir: str | os.PathLike[str] | None = None) -> list[Cached]:
+    """Remove the checkpoints with these names, of every kind; None: all of them and what killed processes left.
+
+    The digests recorded for authors' files stay: they are what a later download is compared with. Returns what was
+    removed. Raises `UnknownName` for a name that is not there, before anything is removed.
+    """
+    root = _root(cache_dir)
+    there = cached(root)
+    wanted = {one.name for one in there} if names is None else {names} if isinstance(names, str) else set(names)
+    known = {one.name for one in there}
+    for name in sorted(wanted - known):
+        if not known:
+            raise UnknownName(f"Unknown cached checkpoint {name!r}. The cache {root} holds none.")
+        raise unknown("cached checkpoint", name, known, f"The cache is {root}; all names: `geo-pretrain cache ls`.")
+    chosen = [one for one in there if one.name in wanted]
+    for one in chosen:
+        if not one.folder.parent.resolve().is_relative_to(root.resolve()):
+            raise HubError(f"{one.folder} lies outside the cache {root} (a link); remove it yourself.")
+    try:
+        for one in chosen:
+            with exclusive(one.folder):
+                _remove_folder(one.folder)
+        if names is None:
+            _sweep(root)
+    except OSError as error:
+        raise HubError(f"{error.filename or root}: cannot be removed ({error.strerror or error}).") from error
+    for one in chosen:
+        _prune(one.folder.parent, root)
+    return chosen
+
+
+def _root(cache_dir: str | os.PathLike[str] | None) -> Path:
+    return Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
+
+
+def _folders(root: Path, kind: str) -> Iterator[Path]:
+    for path in root.glob(KINDS[kind]):
+        if path.is_dir() and not path.name.startswith(".") and not path.parent.name.startswith("."):
+            yield path
+
+
+def _look(kind: str, folder: Path) -> Cached:
+    size, modified = 0, 0.0
+    for path in (folder, *folder.rglob("*")):
+        with suppress(OSError):  # another process may remove it meanwhile
+            facts = path.stat()
+            modified = max(modified, facts.st_mtime)
+            size += facts.st_size if path.is_file() else 0
+    broken = ""
+    try:
+        read_checkpoint(folder)
+    except (CheckpointError, OSError) as error:
+        broken = str(error)
+    return Cached(folder.name, kind, folder, size, modified, broken)
+
+
+def _remove_folder(folder: Path) -> None:
+    """The folder and what killed processes left beside it. The caller has the lock."""
+    if folder.is_symlink():
+        folder.unlink()  # what it points to is not ours
+    elif folder.is_dir():
+        (folder / CONFIG).unlink(missing_ok=True)  # first: whoever is killed here leaves no promise behind
+        shutil.rmtree(folder)
+    for end in LEFT_BEHIND:
+        beside = folder.with_name(f".{folder.name}{end}")
+        if beside.is_dir() and not beside.is_symlink():
+            shutil.rmtree(beside)
+        else:
+            beside.unlink(missing_ok=True)
+
+
+def _sweep(root: Path) -> None:
+    """What killed processes left where no folder came of it."""
+    for pattern in KINDS.values():
+        for path in root.glob(pattern):
+            if path.name.startswith(".") and path.name.endswith((".lock", *LEFT_BEHIND)):
+                folder = path.with_name(path.name.removeprefix(".").rpartition(".")[0])
+                if not folder.exists() and path.parent.resolve().is_relative_to(root.resolve()):
+                    with exclusive(folder):
+                        _remove_folder(folder)
+        for path in root.glob(pattern.rpartition("/")[0]):
+            _prune(path, root)
+
+
+def _prune(folder: Path, root: Path) -> None:
+    """Remove `folder` and those above it, up to the cache, as far as they are empty."""
+    with suppress(OSError):
+        while folder != root:
+            folder.rmdir()
+            folder = folder.parent

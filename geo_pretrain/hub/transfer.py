@@ -1,0 +1,561 @@
+"""One file from the network to the disk, and one process at a time on a cache folder.
+
+`download` knows what goes wrong between here and a file: connections that break or stall, servers that are busy, share
+links that answer with a page, full and read-only disks. What can be cured is tried again; the rest becomes an error
+that says what to do. Nothing half-written stays. Whether the bytes are the right ones is the caller's question: it
+gets their digest.
+
+GEO_PRETRAIN_MIRROR=http://host/base fetches every address `https://drive.google.com/x?y`, redirects included, as
+`http://host/base/drive.google.com/x?y`: for clusters behind a mirror, and for tests. Loopback addresses and the mirror
+itself are left alone. GEO_PRETRAIN_TIMEOUT: seconds without a byte before a connection counts as stalled.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import ipaddress
+import os
+import re
+import shutil
+import string
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
+from functools import partial
+from html.parser import HTMLParser
+from http.client import HTTPException, HTTPResponse
+from http.cookiejar import CookieJar
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import parse_qsl, quote, urldefrag, urlencode, urljoin, urlsplit, urlunsplit
+
+from geo_pretrain import __version__
+from geo_pretrain.errors import HubError
+
+CACHE_VARIABLE, MIRROR_VARIABLE = "GEO_PRETRAIN_CACHE", "GEO_PRETRAIN_MIRROR"
+TIMEOUT_VARIABLE = "GEO_PRETRAIN_TIMEOUT"
+TIMEOUT = 30.0  # seconds without a byte
+SLOWEST = 100  # bytes a second, over the time of a stall: less is one too
+ATTEMPTS = 3
+PAUSE = 0.3  # seconds before the second attempt; three times that before the third
+LONGEST_PAUSE = 15.0  # a server that asks for more (Retry-After) is not waited for
+REDIRECTS = 10  # pages that ask for a confirmation count too
+BLOCK = 1 << 18
+PAGE_LIMIT = 1 << 20  # bytes of a web page that are looked at
+WAIT_NOTE = 5.0  # seconds of waiting for another process before a warning says so
+
+Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all (None: not known)
+
+MOVED = (301, 302, 303, 307, 308)
+BUSY = (429, 500, 502, 503, 504)
+BROKEN = (TimeoutError, ConnectionResetError, ConnectionAbortedError, BrokenPipeError, HTTPException)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OTHER_CACHE = f"set {CACHE_VARIABLE} (or cache_dir=) to a folder"
+
+
+class NotThere(HubError):
+    """A source that works but does not have this checkpoint or file."""
+
+
+class _Broken(Exception):
+    """A failure that another attempt may cure; `pause`: seconds that the server asks for."""
+
+    def __init__(self, reason: str, pause: float = 0.0, *, from_start: bool = False) -> None:
+        super().__init__(reason)
+        self.pause, self.from_start = pause, from_start
+
+
+def download(url: str, target: Path, *, limit: int | None = None, progress: Progress | None = None) -> str:
+    """Write the file behind `url` (or behind a share link) to `target` and return the sha256 of its bytes.
+
+    Truncated and stalled transfers and busy servers get `ATTEMPTS` tries, a server that can continues where it
+    stopped. More than `limit` bytes are refused. Raises `NotThere` for a file that does not exist and `HubError` for
+    everything else, the disk included; `target` does not exist then. Two processes must not share a `target`:
+    see `exclusive`.
+    """
+    written = _Written(Path(target), limit, progress)
+    source = _Source(url)
+    try:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                source.fetch(written)
+                return written.finish()
+            except _Broken as error:
+                pause = max(PAUSE * 3 ** (attempt - 1), error.pause)
+                if attempt == ATTEMPTS:
+                    raise HubError(f"{source}: {error} ({ATTEMPTS} attempts). Try again later.") from error
+                if pause > LONGEST_PAUSE:
+                    raise HubError(f"{source}: {error}. Try again in {pause:.0f} s, as the server asks.") from error
+                if error.from_start:
+                    written.validator = None
+            time.sleep(pause)
+        raise HubError(f"{source}: no attempt was made.")  # ATTEMPTS is 0
+    except BaseException:
+        written.drop()
+        raise
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """One process (and thread) at a time works on `folder`; others wait here. The folder itself need not exist.
+
+    Whoever dies inside does not block the next, whose entry removes the .part files that were left. A folder that is
+    empty at the end is removed. The lock file lies beside the folder and stays there as long as the folder does.
+    Raises `HubError` where no lock can be written: a read-only cache.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        _acquire(lock, folder)
+    except OSError as error:
+        raise _disk_error(error, folder) from error
+    try:
+        _drop_parts(folder)
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+        if not folder.exists():  # nothing to guard: those who wait on the removed file notice and start over
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def _acquire(lock: Any, folder: Path) -> None:
+    from filelock import Timeout
+
+    for patience in (WAIT_NOTE, -1, -1, -1):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=patience)
+            return
+        except Timeout:
+            warnings.warn(f"Another process is working on {folder}; waiting for it to finish.", stacklevel=4)
+        except FileNotFoundError:
+            continue  # somebody cleared the cache in between
+    lock.acquire()
+
+
+def _drop_parts(folder: Path) -> None:
+    for part in folder.glob("*.part"):  # hidden ones too
+        try:
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part)
+            else:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            raise _disk_error(error, part) from error
+
+
+def _disk_error(error: OSError, path: Path, missing: int | None = None) -> HubError:
+    """What the disk refused, as something to do; `missing`: bytes that were still to be written."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in FULL:
+        more = f" {_size(missing)} more are needed" if missing else " more room is needed"
+        return HubError(f"{path}: {reason};{more} there. Free some, or {OTHER_CACHE} on a larger disk.")
+    return HubError(f"{path}: cannot be written ({reason}). Make it writable, or {OTHER_CACHE} that is.")
+
+
+def _size(number: int) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            break
+        number, unit = round(number / 1000), {"bytes": "kB", "kB": "MB", "MB": "GB"}[unit]
+    return f"{number} {unit}"
+
+
+class _Written:
+    """The bytes on the disk so far, their digest, and what the server must still hold for them to be continued."""
+
+    def __init__(self, path: Path, limit: int | None, progress: Progress | None) -> None:
+        self.path, self.limit, self.progress = path, limit, progress
+        self.total: int | None = None
+        self.validator: str | None = None  # a strong ETag
+        self.stream: IO[bytes] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.done, self.digest = 0, hashlib.sha256()
+
+    def restart(self, total: int | None, validator: str | None) -> None:
+        """From the first byte; `total` is what the server promises."""
+        self.total, self.validator = total, validator
+        self._begin()
+        try:
+            if self.stream is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.stream = self.path.open("wb", buffering=0)
+            self.stream.seek(0)
+            self.stream.truncate()
+            free = shutil.disk_usage(self.path.parent).free
+        except OSError as error:
+            raise _disk_error(error, self.path, total) from error
+        if total is not None and total > free:
+            raise HubError(
+                f"{self.path}: {_size(total)} are needed, {_size(free)} are free there. "
+                f"Free some, or {OTHER_CACHE} on a larger disk."
+            )
+
+    def add(self, block: bytes) -> None:
+        view = memoryview(block)
+        try:
+            while self.stream is not None and view:
+                view = view[self.stream.write(view) :]
+        except OSError as error:
+            missing = None if self.total is None else self.total - self.done
+            raise _disk_error(error, self.path, missing) from error
+        self.digest.update(block)
+        self.done += len(block)
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+    def finish(self) -> str:
+        stream, self.stream = self.stream, None
+        try:
+            if stream is not None:
+                stream.close()  # network file systems may find out only now
+        except OSError as error:
+            raise _disk_error(error, self.path) from error
+        return self.digest.hexdigest()
+
+    def drop(self) -> None:
+        if self.stream is not None:
+            with suppress(OSError):
+                self.stream.close()
+        with suppress(OSError):
+            self.path.unlink()
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Redirects are followed by `_Source`, which looks at each."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class _Source:
+    """An address, the cookies of its visit, and the hosts it leads to."""
+
+    def __init__(self, url: str) -> None:
+        self.given = self.first = self.url = url  # asked for, its first address, the address of the last hop
+        self.mirror, self.timeout = _mirror(), _timeout()
+        self.first = self.url = direct_link(
+            self._checked(quote(url.strip(), safe=string.punctuation), f"{url!r} is no address")
+        )
+        self.cookies = CookieJar()
+        self.opener = urllib.request.build_opener(_Stay, urllib.request.HTTPCookieProcessor(self.cookies))
+
+    def __str__(self) -> str:
+        """For messages: what was asked, and who answered. Not where redirects led: such addresses may hold keys."""
+        notes = []
+        if _host(self.url) != _host(self.first):
+            notes.append(f"answered by {_host(self.url)}")
+        if self._address(self.url) != self.url:
+            notes.append(f"by way of {MIRROR_VARIABLE}={self.mirror}")
+        return f"{self.given} ({', '.join(notes)})" if notes else self.given
+
+    def fetch(self, written: _Written) -> None:
+        """One attempt. Raises `_Broken` for what another may cure."""
+        ranged = {}
+        if written.done and written.validator is not None:
+            ranged = {"Range": f"bytes={written.done}-", "If-Range": written.validator}
+        with self._ask(ranged) as answer:
+            self._begin(answer, written)
+            self._receive(answer, written)
+
+    def _begin(self, answer: HTTPResponse, written: _Written) -> None:
+        """Continue what is written or start again, as the server answers."""
+        if answer.status not in (200, 203, 206):
+            raise HubError(f"{self}: HTTP {answer.status} {answer.reason}: no file comes with it. {_LOOK}")
+        if (coding := answer.headers.get("Content-Encoding", "identity").lower()) not in ("identity", ""):
+            raise HubError(f"{self}: comes compressed ({coding}) although the plain file was asked for. {_LOOK}")
+        if answer.status == 206:
+            expected = f"bytes {written.done}-", f"/{written.total}"
+            given = answer.headers.get("Content-Range", "")
+            same = answer.headers.get("ETag", written.validator) == written.validator
+            if not (same and given.startswith(expected[0]) and given.endswith(expected[1])):
+                raise _Broken(f"sends other bytes than asked for ({given or 'no Content-Range'})", from_start=True)
+            return
+        tag = answer.headers.get("ETag", "")
+        can_continue = tag.startswith('"') and answer.headers.get("Accept-Ranges", "").lower() == "bytes"
+        total = answer.length
+        if written.limit is not None and total is not None and total > written.limit:
+            raise HubError(
+                f"{self}: is {total} bytes long, at most {written.limit} are accepted: another file than the one meant."
+            )
+        written.restart(total, tag if can_continue and total is not None else None)
+
+    def _receive(self, answer: HTTPResponse, written: _Written) -> None:
+        left = answer.length
+        since, count = time.monotonic(), 0
+        while block := self._guarded(partial(answer.read1, BLOCK)):
+            if written.limit is not None and written.done + len(block) > written.limit:
+                raise HubError(f"{self}: goes on after {written.limit} bytes, the most that are accepted: {_OTHER}")
+            written.add(block)
+            left = None if left is None else left - len(block)
+            count += len(block)
+            if (now := time.monotonic()) - since > self.timeout:
+                if count < SLOWEST * self.timeout:
+                    raise _Broken(f"sent only {count} bytes in {now - since:.1f} s")
+                since, count = now, 0
+        if left:
+            raise _Broken(f"the connection ended after {written.done} of {written.total} bytes")
+
+    def _guarded(self, read: Callable[[], Any]) -> Any:
+        """What `read` returns; a connection's failures as `_Broken` or `HubError`."""
+        try:
+            return read()
+        except urllib.error.HTTPError:
+            raise
+        except urllib.error.URLError as error:  # before anything was sent
+            reason = error.reason if isinstance(error.reason, Exception) else error
+            if isinstance(reason, BROKEN) and not isinstance(reason, TimeoutError):
+                raise _Broken(_short(reason)) from error
+            raise HubError(f"{self}: {_short(reason)}. {self._unreachable()}") from error
+        except TimeoutError as error:
+            raise _Broken(f"no byte for {self.timeout:g} s") from error
+        except BROKEN as error:
+            raise _Broken(f"the connection broke ({_short(error)})") from error
+        except (OSError, ValueError) as error:
+            raise HubError(f"{self}: {_short(error)}. {self._unreachable()}") from error
+
+    def _unreachable(self) -> str:
+        if self._address(self.url) != self.url:
+            return f"Check that the mirror runs and can be reached, or unset {MIRROR_VARIABLE}."
+        return (
+            "Check the address, the network and the proxy (HTTPS_PROXY). Where there is none, a mirror "
+            f"({MIRROR_VARIABLE}) or a bundle (`geo-pretrain bundle`) can stand in."
+        )
+
+    def _ask(self, headers: Mapping[str, str]) -> HTTPResponse:
+        """The answer that holds the file, after redirects and pages that only ask for a confirmation."""
+        self.url = self.first
+        seen: list[str] = []
+        while True:
+            seen.append(self.url)
+            if len(seen) > REDIRECTS + 1:
+                circle = " in a circle" if len(set(seen)) < len(seen) else ""
+                raise HubError(f"{self}: redirects{circle}, {REDIRECTS} times. {_LOOK}")
+            query = urllib.request.Request(self._address(self.url), headers={**_HEADERS, **headers})
+            try:
+                answer = self._guarded(partial(self.opener.open, query, timeout=self.timeout))
+            except urllib.error.HTTPError as error:
+                with error:
+                    if error.code not in MOVED or not error.headers.get("Location"):
+                        raise self._refusal(error, ranged=bool(headers)) from error
+                    self.url = self._hop(error.headers["Location"])
+                continue
+            try:
+                if not self._is_page(answer):
+                    return answer
+                text = self._guarded(partial(answer.read, PAGE_LIMIT)).decode("utf-8", "replace")
+                self.url = self._hop(self._past(text))
+            except BaseException:
+                answer.close()
+                raise
+            answer.close()
+
+    def _address(self, url: str) -> str:
+        """Where `url` is really fetched."""
+        if not self.mirror or _is_loopback(url) or f"{url}/".startswith(f"{self.mirror}/"):
+            return url
+        parts = urlsplit(url)
+        return f"{self.mirror}/{parts.netloc}{parts.path}" + (f"?{parts.query}" if parts.query else "")
+
+    def _hop(self, location: str) -> str:
+        """The absolute address of a redirect or link on the page at `self.url`; refuses unsafe ones."""
+        safe = quote(location.strip(), encoding="iso-8859-1", errors="replace", safe=string.punctuation)
+        url = self._checked(safe, f"{self}: redirects to {location!r}")
+        parts = urlsplit(url)
+        if urlsplit(self.url).scheme == "https" and parts.scheme == "http" and not (self.mirror or _is_loopback(url)):
+            raise HubError(
+                f"{self}: redirects from https to http ({parts.hostname}), where anybody can alter the file."
+            )
+        if parts.hostname == "accounts.google.com":
+            raise HubError(
+                f"{self}: Google Drive asks for a sign-in: the file is not shared with everybody. Ask its owner, or "
+                "fetch it in a browser where you may see it."
+            )
+        return url
+
+    def _checked(self, location: str, otherwise: str) -> str:
+        """`location` as an absolute http(s) address, seen from the last hop; a file of this machine is none."""
+        with suppress(ValueError):
+            url = urldefrag(urljoin(self.url, location)).url
+            parts = urlsplit(url)
+            has_port = parts.port != 0  # a port that is no number raises
+            if parts.scheme in ("http", "https") and parts.hostname and has_port:
+                return url
+        raise HubError(f"{otherwise}; http and https addresses are accepted.")
+
+    def _refusal(self, error: urllib.error.HTTPError, *, ranged: bool) -> Exception:
+        code, reason = error.code, f"HTTP {error.code} {error.reason}".strip()
+        if code == 416 and ranged:
+            return _Broken("does not continue where it stopped", from_start=True)
+        if _is_google(self.url):
+            text = self._guarded(partial(error.read, PAGE_LIMIT)).decode("utf-8", "replace")
+            if trouble := self._google_trouble(text):
+                return trouble
+        if code in (404, 410):
+            return NotThere(f"{self}: HTTP {code}, no such file")
+        if code in (401, 403):
+            return HubError(
+                f"{self}: {reason}: the server wants a login or does not share the file. Check the address in a "
+                "browser; if the hub is yours, let everybody read it."
+            )
+        if code in BUSY:
+            return _Broken(reason, _retry_after(error.headers.get("Retry-After")))
+        return HubError(f"{self}: {reason}. {_LOOK}")
+
+    def _is_page(self, answer: HTTPResponse) -> bool:
+        """Whether a web page comes in place of a file; some servers call every file a page, so its start counts."""
+        head = self._guarded(partial(answer.peek, 512)).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        called_so = answer.headers.get_content_type() in ("text/html", "application/xhtml+xml")
+        return head.startswith((b"<!doctype html", b"<html")) or (called_so and head.startswith(b"<"))
+
+    def _past(self, text: str) -> str:
+        """The link behind a page that asks for a confirmation; any other page is an error."""
+        page = _Page()
+        page.feed(text)
+        if _is_google(self.url):
+            for action, inputs in page.forms:
+                if "id" in inputs and _is_google(urljoin(self.url, action)):
+                    base, _, query = action.partition("?")
+                    return f"{base}?{urlencode(dict(parse_qsl(query)) | inputs)}"
+            for link in page.links:
+                if "confirm=" in link and _is_google(urljoin(self.url, link)):
+                    return link
+            for cookie in self.cookies:
+                if cookie.name.startswith("download_warning") and "confirm=" not in self.url:
+                    return f"{self.url}{'&' if '?' in self.url else '?'}confirm={cookie.value}"
+            if trouble := self._google_trouble(text):
+                raise trouble
+        title = " ".join("".join(page.title).split())
+        raise HubError(
+            f"{self}: sends a web page{f' ({title[:200]!r})' if title else ''} in place of the file. "
+            "Check the address in a browser: a login or a notice may be in the way."
+        )
+
+    def _google_trouble(self, text: str) -> HubError | None:
+        lower = text.lower()
+        if "quota exceeded" in lower or "too many users have viewed or downloaded" in lower:
+            return HubError(
+                f"{self}: Google Drive's quota for this file is used up (too many downloads). Try again in a day, or "
+                "fetch it in a browser where you are signed in."
+            )
+        if "does not exist" in lower or "in owner's trash" in lower or "in the owner's trash" in lower:
+            return NotThere(f"{self}: Google Drive has no such file: its owner removed it, or the link is wrong.")
+        if "infected with a virus" in lower:
+            return HubError(f"{self}: Google Drive calls the file infected and hands it to its owner only.")
+        return None
+
+
+_LOOK = "Check the address in a browser."
+_OTHER = "another file than the one meant."
+_HEADERS = {"User-Agent": f"geo_pretrain/{__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
+
+
+def direct_link(url: str) -> str:
+    """The address that sends the file, for the share links that people publish; others stay as they are.
+
+    >>> direct_link("https://drive.google.com/file/d/1Abc/view?usp=sharing")
+    'https://drive.google.com/uc?export=download&id=1Abc'
+    >>> direct_link("https://www.dropbox.com/s/1abc/nce.pth?dl=0")
+    'https://www.dropbox.com/s/1abc/nce.pth?dl=1'
+    """
+    parts = urlsplit(urldefrag(url).url)
+    query = dict(parse_qsl(parts.query))
+    if parts.hostname in ("drive.google.com", "docs.google.com"):
+        found = re.search(r"/file/(?:u/\d+/)?d/([^/]+)", parts.path)
+        identity = found.group(1) if found else query.get("id")
+        if identity:
+            # links to older files carry a key that belongs to them
+            key = {"resourcekey": query["resourcekey"]} if "resourcekey" in query else {}
+            return f"https://drive.google.com/uc?{urlencode({'export': 'download', 'id': identity} | key)}"
+    if parts.hostname in ("dropbox.com", "www.dropbox.com"):
+        return urlunsplit(parts._replace(query=urlencode(query | {"dl": "1"})))
+    return urlunsplit(parts)
+
+
+class _Page(HTMLParser):
+    """The title, links and hidden form fields of a web page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.title: list[str] = []
+        self.links: list[str] = []
+        self.forms: list[tuple[str, dict[str, str]]] = []
+        self.in_title = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {key: value or "" for key, value in attrs}
+        self.in_title = tag == "title" or (self.in_title and tag != "body")
+        if tag == "form":
+            self.forms.append((values.get("action", ""), {}))
+        elif tag == "input" and self.forms and values.get("type") == "hidden" and values.get("name"):
+            self.forms[-1][1][values["name"]] = values.get("value", "")
+        elif tag == "a" and values.get("href"):
+            self.links.append(values["href"])
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_title = self.in_title and tag != "title"
+
+    def handle_data(self, data: str) -> None:
+        if self.in_title:
+            self.title.append(data)
+
+
+def _mirror() -> str:
+    text = os.environ.get(MIRROR_VARIABLE, "").strip().rstrip("/")
+    if text and not re.match(r"https?://[^/]", text):
+        raise HubError(f"{MIRROR_VARIABLE}={text!r}; an address such as http://host/base is accepted.")
+    return text
+
+
+def _timeout() -> float:
+    text = os.environ.get(TIMEOUT_VARIABLE, "").strip()
+    if not text:
+        return TIMEOUT
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise HubError(f"{TIMEOUT_VARIABLE}={text!r}; a number of seconds above 0 is accepted.")
+    return seconds
+
+
+def _retry_after(text: str | None) -> float:
+    """Seconds, from a Retry-After header: a number or a date; 0 for anything else."""
+    if text is None:
+        return 0.0
+    if text.strip().isdecimal():
+        return float(text)
+    with suppress(ValueError, TypeError, OverflowError):
+        return parsedate_to_datetime(text).timestamp() - time.time()
+    return 0.0
+
+
+def _host(url: str) -> str:
+    return urlsplit(url).hostname or ""
+
+
+def _is_google(url: str) -> bool:
+    return f".{_host(url)}".endswith((".google.com", ".googleusercontent.com"))
+
+
+def _is_loopback(url: str) -> bool:
+    host = _host(url)
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,467 @@
+"""Put a checkpoint folder where others can load it: a Hugging Face repository, or a folder that serves as a hub.
+
+Nothing goes out before everything that can be checked here was checked; what arrived is fetched again and compared
+before it gets its tag. huggingface_hub does the transfer and looks after the token. Whatever breaks on the way, the
+error says what is online already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geo_pretrain import checkpoint
+from geo_pretrain.backbones import ARCHITECTURES
+from geo_pretrain.catalog import CATALOG, Arch
+from geo_pretrain.checkpoint import CONFIG, ROLES, Checkpoint
+from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError
+from geo_pretrain.hub import HF_PREFIX
+from geo_pretrain.hub.bundle import check_published_name
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+FIRST_TAG = "v1"
+TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+UNSTATED = "LicenseRef-unstated"
+INITIAL_FILES = {".gitattributes", "README.md", "LICENSE"}  # what a repository has that was just made on the website
+
+
+@dataclass(frozen=True)
+class SentFile:
+    """One file that goes, or went, out."""
+
+    role: str  # "config" for config.json
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was published where; after a dry run, what would be."""
+
+    name: str
+    to: str
+    files: tuple[SentFile, ...]  # config.json last
+    left_out: tuple[str, ...]  # in the folder, but no part of the checkpoint
+    dry_run: bool
+    url: str = ""  # for people; the folder for a folder
+    repo: str | None = None  # Hugging Face only, as are the next three
+    private: bool = False
+    tag: str | None = None
+    commit: str | None = None  # None after a dry run
+    verified: Mapping[str, float] = field(default_factory=dict)  # output -> difference, of the files as they were there
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(file.size for file in self.files)
+
+    def __str__(self) -> str:
+        where = (
+            f"{self.to} ({'private' if self.private else 'public'} if new), tag {self.tag}" if self.repo else self.url
+        )
+        lines = [f"{'Would publish' if self.dry_run else 'Published'} {self.name!r} to {where}:"]
+        lines += [f"  {file.name}: {file.size} bytes, sha256 {file.sha256}" for file in self.files]
+        lines.append(f"  in all: {len(self.files)} files, {self.size} bytes")
+        if self.left_out:
+            lines.append(f"Not part of the checkpoint, so left out: {', '.join(self.left_out)}")
+        if self.dry_run:
+            return "\n".join([*lines, "This was a dry run: nothing was written or sent."])
+        if self.commit is not None:
+            worst = max(self.verified.values())
+            lines.append(f"{self.url}, commit {self.commit}")
+            lines.append(f"Fetched again: all digests agree, golden outputs within {worst:.1g} (relative).")
+            lines.append(f"For its catalog entry:\n{self.catalog_lines()}")
+        return "\n".join(lines)
+
+    def catalog_lines(self, base: str | None = None) -> str:
+        """The `files=` of this checkpoint's catalog entry. `base`: the URL under which a folder hub is served.
+
+        Empty when nobody could fetch the files: after a dry run, and for a folder without `base`.
+        """
+        if base is None and self.commit is None:
+            return ""
+        lines = ["files=("]
+        for file in self.files:
+            if file.role != "config" and file.size > 0:
+                source = (
+                    f"{base.rstrip('/')}/{self.name}/{file.name}" if base else f"{HF_PREFIX}{self.repo}@{self.commit}"
+                )
+                lines.append(f'    File("{file.role}", "{file.name}", {file.size}, "{file.sha256}", ("{source}",)),')
+        return "\n".join([*lines, "),"])
+
+
+def publish(
+    folder: Path | str,
+    to: Path | str,
+    *,
+    tag: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+) -> Publication:
+    """Publish a checkpoint folder to `to`: "hf-hub:owner/repo", or a folder that GEO_PRETRAIN_HUB may name.
+
+    Refused with `CheckpointError`, before anything is sent: an unfinished run, a licence chain with unstated terms, a
+    missing card, altered or unlisted files, golden outputs that are not reproduced, and a name for which the catalog
+    has other files, another network or other input. `dry_run` checks all of it and tells what would go.
+
+    On Hugging Face the files of the inventory and config.json become one commit, are fetched again, compared and
+    loaded, and then tagged (`tag`, "v1" unless given). A tag stays what it is: one that exists with other content is
+    refused, the same content once more changes nothing. `private` makes a new repository private. In a folder they
+    become <to>/<name>, all at once; another checkpoint of that name there is refused. Raises `HubError` when the target
+    cannot be used or a transfer fails, saying what is online by then, and `DigestMismatch` when what arrived differs.
+    """
+    found = checkpoint.read_checkpoint(folder)
+    spec = str(to)
+    if spec.startswith(HF_PREFIX):
+        repo, tag = _repository(spec), FIRST_TAG if tag is None else tag
+        if not TAG.fullmatch(tag):
+            raise HubError(f"tag={tag!r}; letters, digits, '.', '_' and '-' are accepted, such as 'v2'.")
+    elif re.match(r"(hf|https?):", spec):
+        raise HubError(f"Cannot publish to {spec!r}; {HF_PREFIX}owner/repo or a folder is accepted.")
+    elif tag is not None or private:
+        raise HubError(f"tag= and private= are understood by Hugging Face only, not by the folder {spec!r}.")
+    config = _check(found)
+    plan = Publication(found.name, spec, _files(found, config), _left_out(found), dry_run)
+    if spec.startswith(HF_PREFIX):
+        plan = replace(plan, repo=repo, tag=tag, private=private)
+        return plan if dry_run else _Upload(found, config, plan).run()
+    target = Path(to).expanduser() / found.name
+    if not _in_folder(target, config) and not dry_run:
+        _copy_to(target, found, config)
+    return replace(plan, url=str(target))
+
+
+def _check(found: Checkpoint) -> bytes:
+    """Refuse what must not go out; returns config.json, which stands for all files since it holds their digests."""
+    from geo_pretrain.loading import verify
+
+    folder = found.folder
+    if not found.finished:
+        raise CheckpointError(
+            f"{folder}: its training did not finish; finished checkpoints are accepted. Resume the run."
+        )
+    for name, stored in found.files.items():
+        if stored.role not in ROLES:
+            raise CheckpointError(f"{folder / name}: has role {stored.role!r}; accepted: {', '.join(ROLES)}.")
+    for role in (*found.network_roles(), "golden", "card"):
+        found.file_of(role)
+    checkpoint.verify_files(found)
+    if not (folder / found.file_of("card")).read_bytes().strip():
+        raise CheckpointError(f"{folder / found.file_of('card')}: is empty; a card that says what this is is accepted.")
+    _check_licence(found)
+    verify(folder, local_files_only=True)
+    _check_name(found)
+    return (folder / CONFIG).read_bytes()
+
+
+def _check_licence(found: Checkpoint) -> None:
+    """`Licence` cannot be built with gaps. Terms that nobody stated are one too: who would allow handing them on?"""
+    terms = {"the weights": found.licence.weights, "the code": found.licence.code}
+    terms |= {f"the data set {name}": licence for name, licence in found.licence.datasets}
+    unstated = [what for what, licence in terms.items() if licence == UNSTATED]
+    unstated += ["the start weights"] if UNSTATED in found.licence.base_model else []
+    if unstated:
+        raise CheckpointError(
+            f"{found.folder}: the licence chain is incomplete, nobody stated terms for {', '.join(unstated)} "
+            f"({UNSTATED}); accepted: an SPDX identifier or the name of known terms. Ask the owners, and keep it to "
+            "yourself until then."
+        )
+
+
+def _check_name(found: Checkpoint) -> None:
+    """A published name never changes meaning."""
+    check_published_name(found)
+    entry = CATALOG.get(found.name)
+    if entry is None:
+        return
+    for what, same, have, wanted in (
+        ("network", _same_network(found.arch, entry.arch), found.arch, entry.arch),
+        ("input", found.contract == entry.contract, found.contract, entry.contract),
+    ):
+        if not same:
+            raise CheckpointError(
+                f"{found.folder}: {found.name!r} is a name of the catalog, whose {what} is {wanted}; this one's is "
+                f"{have}. Give it another name."
+            )
+
+
+def _same_network(one: Arch, other: Arch) -> bool:
+    """Whether two descriptions mean the same: one may leave out what the other states (None: derived from the rest)."""
+    from geo_pretrain.backbones.build import network_states
+
+    def shapes(arch: Arch) -> dict[str, dict[str, tuple[int, ...]]]:
+        states = network_states(arch)
+        return {role: {key: tuple(value.shape) for key, value in state.items()} for role, state in states.items()}
+
+    def stated(arch: Arch) -> dict[str, str]:
+        module, _, name = ARCHITECTURES[arch.name].partition(":")
+        arguments = inspect.signature(getattr(importlib.import_module(module), name)).bind(**arch.args)
+        arguments.apply_defaults()
+        # as JSON: the catalog's tuples are lists in a config.json
+        return {key: json.dumps(value) for key, value in arguments.arguments.items() if value is not None}
+
+    if one.name != other.name:
+        return False
+    ours, theirs = stated(one), stated(other)
+    return all(theirs[key] == ours[key] for key in set(ours) & set(theirs)) and shapes(one) == shapes(other)
+
+
+def _files(found: Checkpoint, config: bytes) -> tuple[SentFile, ...]:
+    files = [SentFile(stored.role, name, stored.size, stored.sha256) for name, stored in found.files.items()]
+    return (*files, SentFile("config", CONFIG, len(config), hashlib.sha256(config).hexdigest()))
+
+
+def _left_out(found: Checkpoint) -> tuple[str, ...]:
+    ours = {CONFIG, *found.files}
+    return tuple(sorted(path.name for path in found.folder.iterdir() if path.name not in ours))
+
+
+def _in_folder(target: Path, config: bytes) -> bool:
+    """Whether this very checkpoint is there, whole. Another one, or something else, in its place is refused."""
+    hub = target.parent
+    if (hub / CONFIG).is_file() or (hub.exists() and not hub.is_dir()):
+        what = "a file" if hub.is_file() else "a checkpoint itself"
+        raise HubError(f"{hub} is {what}; a folder that holds, or will hold, checkpoint folders is accepted.")
+    checkpoint.check_target(target, target.name)
+    if not (target / CONFIG).is_file():
+        return False
+    if (target / CONFIG).read_bytes() != config:
+        raise HubError(
+            f"{target} holds another checkpoint of this name. A published name never changes meaning: publish this one "
+            "under another name, or remove that folder."
+        )
+    try:
+        checkpoint.verify_files(checkpoint.read_checkpoint(target))
+    except CheckpointError:
+        return False  # damaged, so it is written again
+    return True
+
+
+def _copy_to(target: Path, found: Checkpoint, config: bytes) -> None:
+    staging = target.with_name(f".{target.name}.{os.getpid()}.writing")
+    try:
+        checkpoint.recover(target)
+        staging.mkdir(parents=True)
+        for name in found.files:
+            shutil.copyfile(found.folder / name, staging / name)  # contents alone: rights follow the umask
+        (staging / CONFIG).write_bytes(config)
+        checkpoint.verify_files(checkpoint.read_checkpoint(staging))
+        checkpoint._sync(staging)
+        checkpoint._swap_in(staging, target)
+    except OSError as error:
+        raise HubError(f"{target}: cannot be written ({error.strerror or error}). Choose another folder.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _repository(spec: str) -> str:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    repo = spec.removeprefix(HF_PREFIX)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise HubError(f"Cannot publish to {spec!r}; {HF_PREFIX}owner/repo is accepted ({error}).") from error
+    if repo.count("/") != 1:
+        raise HubError(f"Cannot publish to {spec!r}; {HF_PREFIX}owner/repo is accepted.")
+    return repo
+
+
+class _Upload:
+    """One publication on Hugging Face; `done` and `doing` tell what is online when it breaks off."""
+
+    def __init__(self, found: Checkpoint, config: bytes, plan: Publication) -> None:
+        self.found, self.config, self.plan = found, config, plan
+        self.repo, self.tag = str(plan.repo), str(plan.tag)
+        self.done: list[str] = []
+        self.doing = ""
+
+    def run(self) -> Publication:
+        import huggingface_hub
+
+        client = huggingface_hub.HfApi(library_name="geo_pretrain")
+        with self._explained(), tempfile.TemporaryDirectory(prefix="geo_pretrain-") as folder:
+            client.whoami()  # a missing or refused token is noticed before anything is made
+            tagged, head = self._look(client, Path(folder))
+            commit = tagged or self._commit(client, head or self._create(client))
+            verified = self._fetch_again(client, commit, Path(folder))
+            if tagged is None:
+                self._begin(f"setting the tag {self.tag!r}")
+                client.create_tag(self.repo, tag=self.tag, revision=commit)
+        url = f"{client.endpoint}/{self.repo}/tree/{self.tag}"
+        return replace(self.plan, commit=commit, url=url, verified=verified)
+
+    def _look(self, client: HfApi, folder: Path) -> tuple[str | None, str | None]:
+        """The commit with our tag, and that of main. Refuses a repository that holds something else."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        try:
+            info = client.model_info(self.repo)
+        except RepositoryNotFoundError:
+            return None, None
+        if self.plan.private and not info.private:
+            raise HubError(f"{self.repo!r} is public; make it private on the website, or publish without private.")
+        tags = {tag.name: tag.target_commit for tag in client.list_repo_refs(self.repo).tags}
+        if self.tag in tags:
+            if self._config_at(client, tags[self.tag], folder) == self.config:
+                return tags[self.tag], info.sha
+            raise HubError(
+                f"{self.repo!r} has a tag {self.tag!r} with other content, and a tag never changes meaning. Publish "
+                f"this checkpoint under another one, such as {_next_tag(tags)!r}."
+            )
+        files = {sibling.rfilename for sibling in info.siblings or ()}
+        if CONFIG in files:
+            there = checkpoint.parse_config(self._config_at(client, str(info.sha), folder) or b"", Path(self.repo))
+            if there.name != self.found.name:
+                raise HubError(f"{self.repo!r} holds {there.name!r}, not {self.found.name!r}; it is one name's place.")
+        elif not files <= INITIAL_FILES:
+            raise HubError(
+                f"{self.repo!r} holds something else ({_some(files - INITIAL_FILES)}); give a new repository."
+            )
+        return None, info.sha
+
+    def _config_at(self, client: HfApi, commit: str, folder: Path) -> bytes | None:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return Path(client.hf_hub_download(self.repo, CONFIG, revision=commit, cache_dir=folder)).read_bytes()
+        except EntryNotFoundError:
+            return None
+
+    def _create(self, client: HfApi) -> str:
+        """A new repository; returns the commit it begins with."""
+        kind = "private" if self.plan.private else "public"
+        self._begin(f"creating the {kind} repository {self.repo!r}")
+        client.create_repo(self.repo, private=self.plan.private)
+        self._finish(f"the {kind} repository {self.repo!r} was created")
+        return str(client.model_info(self.repo).sha)
+
+    def _commit(self, client: HfApi, head: str) -> str:
+        """Everything in one commit on main; checkpoint files of an earlier version that this one lacks go."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        there = {sibling.rfilename for sibling in client.model_info(self.repo, revision=head).siblings or ()}
+        stale = there & set(ROLES.values()) - set(self.found.files)
+        operations: list[Any] = [CommitOperationAdd(name, self.found.folder / name) for name in self.found.files]
+        operations.append(CommitOperationAdd(CONFIG, self.config))
+        self._begin(f"sending {len(operations)} files")
+        info = client.create_commit(
+            self.repo,
+            [*operations, *(CommitOperationDelete(name) for name in sorted(stale))],
+            commit_message=f"{self.found.name} {self.tag}",
+            parent_commit=head,  # somebody else's push in between is an error, not a mixture
+        )
+        self._finish(f"{len(operations)} files are on main of {self.repo!r}, in commit {info.oid}, without a tag")
+        return str(info.oid)
+
+    def _fetch_again(self, client: HfApi, commit: str, folder: Path) -> Mapping[str, float]:
+        """Every file, into an empty cache; compared with the folder's own digests, then loaded."""
+        from geo_pretrain.loading import verify
+
+        def fetch(name: str, *, again: bool = False) -> Path:
+            cache = folder / "fetched"
+            return Path(client.hf_hub_download(self.repo, name, revision=commit, cache_dir=cache, force_download=again))
+
+        config = fetch(CONFIG)
+        if config.read_bytes() != self.config:
+            raise DigestMismatch(f"{self.repo}@{commit}: its {CONFIG} is not the one that was sent.")
+        for name, stored in self.found.files.items():
+            try:
+                checkpoint.check_digest(fetch(name), stored)
+            except DigestMismatch:  # on the way back, perhaps
+                checkpoint.check_digest(fetch(name, again=True), stored)
+        return dict(verify(config.parent, local_files_only=True).errors)
+
+    def _begin(self, step: str) -> None:
+        self.doing = step
+
+    def _finish(self, result: str) -> None:
+        self.done.append(result)
+        self.doing = ""
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of the client and its libraries become ours, each with what is online by then."""
+        from huggingface_hub import errors
+
+        try:
+            yield
+        except GeoPretrainError as error:
+            raise type(error)(f"{error}\n{self._so_far(error)}") from error
+        except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
+            raise HubError(f"Hugging Face, {self.repo!r}: {_reason(error)}\n{self._so_far(error)}") from error
+        except BaseException as error:
+            error.add_note(self._so_far(error))
+            raise
+
+    def _so_far(self, error: BaseException) -> str:
+        parts = list(self.done)
+        if self.doing:
+            refused = _response(error) is not None
+            parts.append(f"{self.doing} {'failed' if refused else 'broke off, perhaps after it took effect'}")
+        if not parts:
+            return "Nothing was published."
+        return f"So far: {'; '.join(parts)}. The same command again goes on from there."
+
+
+def _next_tag(tags: Mapping[str, str]) -> str:
+    numbers = [int(tag[1:]) for tag in tags if re.fullmatch(r"v\d+", tag)]
+    return f"v{max(numbers, default=1) + 1}"
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    return chain
+
+
+def _response(error: BaseException) -> Any:
+    """The Hub's answer that an error is about, if there was one."""
+    responses = (getattr(one, "response", None) for one in _chain(error))
+    return next((response for response in responses if response is not None), None)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line, and what to do about it."""
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token. Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+    texts = [" ".join(str(one).split()) or type(one).__name__ for one in _chain(error)]
+    text = "; because: ".join(dict.fromkeys((texts[0], texts[1] if len(texts) > 1 else texts[0])))
+    text += "" if text.endswith(".") else "."
+    response = _response(error)
+    if response is None:
+        offline = "HF_HUB_OFFLINE" in text
+        return f"{text} {'Unset HF_HUB_OFFLINE' if offline else 'Check the network, then run the same command again'}."
+    hints = {
+        401: "The token was refused: log in with `hf auth login --force`, or set HF_TOKEN.",
+        403: "This token may not do that: use one with write permission, and a namespace that it may write to.",
+        409: "Somebody else changed the repository meanwhile: look at it, then run the same command again.",
+        412: "Somebody else pushed meanwhile: look at the repository, then run the same command again.",
+        429: "Wait a while, then run the same command again.",
+    }
+    status = int(response.status_code)
+    hint = hints.get(status, "The Hub has a problem: run the same command again later." if status >= 500 else "")
+    return f"{text} {hint}".strip()

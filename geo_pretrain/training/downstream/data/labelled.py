@@ -1,0 +1,51 @@
+"""The labelled image: what the readers of this folder give, and what a source of such images must offer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The objects of one image."""
+
+    boxes: np.ndarray  # float32 [N, 4]: x0, y0, x1, y1 in pixels, x1 and y1 exclusive
+    classes: np.ndarray  # int64 [N], 1..C
+    masks: np.ndarray  # bool [N, H, W]
+    crowd: np.ndarray  # bool [N]: left out of training, ignored in evaluation
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image with its labels: of every pixel, or of every object."""
+
+    id: str
+    image: np.ndarray  # uint8 [H, W, 3], RGB
+    semantic: np.ndarray | None  # uint8 [H, W]: 0 = ignore, 1..C
+    instances: Instances | None
+
+
+class LabelledSource(Protocol):
+    """One split of a labelled data set, for one task. Adding a data set means writing one file with such a class."""
+
+    name: str
+    split: str
+    classes: tuple[str, ...]  # names of the classes 1..C
+
+    def ids(self) -> list[str]:
+        """Names of all images, in a fixed order."""
+
+    def scene_of(self, id: str) -> str:
+        """The scene that an image shows; images of one scene stay together in subsets."""
+
+    def load(self, id: str) -> LabelledImage:
+        """Read one image. Raises `BadFrame` with path and reason when one of its files cannot be used."""
+
+    def fingerprint(self) -> str:
+        """A sha256 that changes when the data change."""

@@ -1,0 +1,720 @@
+"""A corpus of hostile files for the extraction of authors' checkpoints, put together instruction by instruction.
+
+`CORPUS` maps a name to an `Attack`: what builds the file, which error it has to end in, and a part of its message.
+Attacks marked `fires` touch a canary file when Python's own unpickler reads them; a test proves that they would.
+Everything else is a bomb, a lie about sizes, or a file that means two things.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from geo_pretrain.errors import CheckpointError, UnsafeFile
+
+# --- an assembler ----------------------------------------------------------------------------------------------------
+
+
+def text(value: str) -> bytes:
+    raw = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def number(value: int) -> bytes:
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(raw)]) + raw
+
+
+def raw(value: bytes) -> bytes:
+    return b"B" + struct.pack("<I", len(value)) + value
+
+
+def of(value: Any) -> bytes:
+    """A value that is assembled already, or a number or text."""
+    if isinstance(value, bytes):
+        return value
+    return text(value) if isinstance(value, str) else number(value)
+
+
+def name(module: str, attribute: str) -> bytes:
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def stacked(module: str, attribute: str) -> bytes:
+    return text(module) + text(attribute) + b"\x93"
+
+
+def tuple_(*items: Any) -> bytes:
+    return b"(" + b"".join(map(of, items)) + b"t"
+
+
+def list_(*items: Any) -> bytes:
+    return b"](" + b"".join(map(of, items)) + b"e"
+
+
+def dict_(**items: Any) -> bytes:
+    return pairs(*((text(key), value) for key, value in items.items()))
+
+
+def pairs(*items: tuple[bytes, Any]) -> bytes:
+    return b"}(" + b"".join(key + of(value) for key, value in items) + b"u"
+
+
+def call(function: bytes, *arguments: Any) -> bytes:
+    return function + tuple_(*arguments) + b"R"
+
+
+def storage(key: Any = "0", count: int = 4, kind: bytes = name("torch", "FloatStorage"), *more: Any) -> bytes:
+    return tuple_("storage", kind, key, "cpu", count, *more) + b"Q"
+
+
+def tensor(size: bytes, stride: bytes, offset: Any = 0, of_storage: bytes | None = None) -> bytes:
+    rebuild = name("torch._utils", "_rebuild_tensor_v2")
+    hooks = name("collections", "OrderedDict") + b")R"
+    return call(rebuild, of_storage or storage(), offset, size, stride, b"\x89", hooks)
+
+
+GOOD = tensor(tuple_(4), tuple_(1))  # what a wanted tensor looks like, of the four floats of `torch_zip`
+FLOATS = struct.pack("<4f", 1, 2, 3, 4)
+
+
+def proto(body: bytes, version: int = 2) -> bytes:
+    return b"\x80" + bytes([version]) + body + b"."
+
+
+def torch_zip(body: bytes, records: dict[str, bytes] | None = None, *, method: int = zipfile.ZIP_STORED) -> bytes:
+    """What torch >= 1.6 writes: data.pkl and storages; `body` without protocol and stop."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        archive.writestr("x/data.pkl", proto(body))
+        for key, value in ({"x/data/0": FLOATS} if records is None else records).items():
+            archive.writestr(key, value)
+    return stream.getvalue()
+
+
+def torch_legacy(
+    body: bytes,
+    *,
+    keys: bytes | None = None,
+    storages: bytes = struct.pack("<q", 4) + FLOATS,
+    system: bytes | None = None,
+) -> bytes:
+    """What torch < 1.6 writes."""
+    system = system or dict_(protocol_version=1001, little_endian=b"\x88")
+    keys = list_("0") if keys is None else keys
+    magic = number(0x1950A86A20F9469CFC6C)
+    return proto(magic) + proto(number(1001)) + proto(system) + proto(body) + proto(keys) + storages
+
+
+def legacy_tensor(view: bytes = b"N", kind: bytes = name("torch", "FloatStorage"), count: int = 4) -> bytes:
+    return tensor(tuple_(4), tuple_(1), 0, storage("0", count, kind, view))
+
+
+def numpy_dtype(code: str) -> bytes:
+    state = tuple_(3, "<", b"N", b"N", b"N", -1, -1, 0)
+    return call(name("numpy", "dtype"), code, b"\x89", b"\x88") + state + b"b"
+
+
+def numpy_array(shape: bytes, data: bytes, dtype: bytes | None = None) -> bytes:
+    start = call(name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray"), tuple_(0), raw(b"b"))
+    return start + tuple_(1, shape, dtype or numpy_dtype("f4"), b"\x89", data) + b"b"
+
+
+# --- the corpus ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attack:
+    make: Callable[[str], bytes]  # given the path of the canary
+    error: type[CheckpointError] = UnsafeFile
+    match: str = ""
+    fires: bool = False  # Python's unpickler would touch the canary
+    limits: dict[str, Any] = field(default_factory=dict)
+    harmless: bool = False  # only a lie: even a reader with a hole in it could be given it without a process around it
+
+
+CORPUS: dict[str, Attack] = {}
+
+
+def attack(
+    title: str,
+    make: Callable[[str], bytes] | bytes,
+    match: str,
+    error: type[CheckpointError] = UnsafeFile,
+    *,
+    fires: bool = False,
+    harmless: bool = False,
+    **limits: Any,
+) -> None:
+    assert title not in CORPUS, title
+    build = (lambda _, made=make: made) if isinstance(make, bytes) else make
+    CORPUS[title] = Attack(build, error, match, fires, limits, harmless)
+
+
+lie = partial(attack, harmless=True)
+
+
+class Touch:
+    """A real object that runs a command when it is unpickled."""
+
+    def __init__(self, canary: str) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import os
+
+        return os.system, (f"touch {self.canary}",)
+
+
+def system(canary: str) -> bytes:
+    return call(name("posix", "system"), f"touch {canary}")
+
+
+def python(canary: str) -> str:
+    return f"open({canary!r}, 'w').close()"
+
+
+# Code that runs, by the instruction that starts it.
+
+for version in range(pickle.HIGHEST_PROTOCOL + 1):
+    attack(
+        f"reduce os.system, protocol {version}",
+        lambda canary, version=version: pickle.dumps({"a": Touch(canary)}, version),
+        "posix.system",
+        fires=True,
+    )
+attack(
+    "reduce in a list that is popped",
+    lambda c: proto(system(c) + b"0" + dict_(a=numpy_array(tuple_(4), raw(FLOATS)))),
+    "posix.system",
+    fires=True,
+)
+attack("reduce behind the memo", lambda c: proto(dict_(a=system(c) + b"q\x05h\x05\x86")), "posix.system", fires=True)
+attack("reduce as a key", lambda c: proto(pairs((system(c), 1))), "posix.system", fires=True)
+attack("reduce in a set", lambda c: proto(b"\x8f(" + system(c) + b"\x90", 4), "posix.system", fires=True)
+attack("reduce in a frozenset", lambda c: proto(b"(" + system(c) + b"\x91", 4), "posix.system", fires=True)
+attack("INST", lambda c: proto(b"(" + text(f"touch {c}") + b"iposix\nsystem\n"), "posix.system", fires=True)
+attack(
+    "OBJ",
+    lambda c: proto(b"(" + name("posix", "system") + text(f"touch {c}") + b"o"),
+    "posix.system",
+    fires=True,
+)
+attack(
+    "NEWOBJ",
+    lambda c: proto(name("subprocess", "Popen") + tuple_(f"touch {c}") + b"\x81"),
+    "subprocess.Popen",
+)
+attack(
+    "NEWOBJ_EX",
+    lambda c: proto(name("subprocess", "Popen") + tuple_(f"touch {c}") + b"}\x92", 4),
+    "subprocess.Popen",
+)
+attack(
+    "STACK_GLOBAL",
+    lambda c: proto(call(stacked("posix", "system"), f"touch {c}"), 4),
+    "posix.system",
+    fires=True,
+)
+attack(
+    "STACK_GLOBAL through an attribute",
+    lambda c: proto(call(stacked("pathlib", "os.system"), f"touch {c}"), 4),
+    "pathlib.os.system",
+    fires=True,
+)
+attack(
+    "STACK_GLOBAL through a function's globals",
+    lambda c: proto(call(stacked("collections", "namedtuple.__globals__"), f"touch {c}"), 4),
+    "namedtuple.__globals__",
+)
+attack("STACK_GLOBAL of a computed name", proto(text("os") + tuple_("system") + b"\x93", 4), "computes the name")
+attack(
+    "BUILD that gives a stand-in other globals",
+    lambda c: proto(
+        name("torch._utils", "_rebuild_tensor_v2")
+        + tuple_(b"N", dict_(__globals__=dict_(os=name("builtins", "__import__")), __code__=python(c)))
+        + b"b"
+    ),
+    "builtins.__import__",
+)
+attack(
+    "BUILD through __setstate__",
+    lambda c: proto(
+        name("collections", "OrderedDict")
+        + b")R"
+        + dict_(__setstate__=name("posix", "system"))
+        + b"b"
+        + text(f"touch {c}")
+        + b"b"
+    ),
+    "posix.system",
+    fires=True,
+)
+attack(
+    "getattr of __import__",
+    lambda c: proto(
+        call(
+            call(name("builtins", "getattr"), call(name("builtins", "__import__"), "os"), "system"),
+            f"touch {c}",
+        )
+    ),
+    "builtins.getattr, builtins.__import__",
+    fires=True,
+)
+for number_, code in ((1, b"\x82\x01"), (2, b"\x83\x01\x00"), (4, b"\x84\x01\x00\x00\x00")):
+    attack(f"EXT{number_}", proto(code + b"(tR"), "extension registry")
+
+# Code that runs, by where it hides.
+
+attack(
+    "in optimizer state of a zip",
+    lambda c: torch_zip(dict_(model=dict_(a=GOOD), optimizer=dict_(state=system(c)))),
+    "posix.system",
+    fires=True,
+)
+attack(
+    "in optimizer state of a legacy file",
+    lambda c: torch_legacy(dict_(model=dict_(a=legacy_tensor()), optimizer=dict_(state=system(c)))),
+    "posix.system",
+)
+attack(
+    "as the type of a storage",
+    lambda c: torch_zip(dict_(a=tensor(tuple_(4), tuple_(1), 0, storage("0", 4, system(c))))),
+    "posix.system",
+    fires=True,
+)
+attack(
+    "as the key of a storage",
+    lambda c: torch_zip(dict_(a=tensor(tuple_(4), tuple_(1), 0, storage(system(c))))),
+    "data in a way torch does not|posix.system",
+    fires=True,
+)
+attack(
+    "in a tensor's hooks",
+    lambda c: torch_zip(
+        dict_(
+            a=call(
+                name("torch._utils", "_rebuild_tensor_v2"),
+                storage(),
+                0,
+                tuple_(4),
+                tuple_(1),
+                b"\x89",
+                system(c),
+            )
+        )
+    ),
+    "posix.system",
+    fires=True,
+)
+attack(
+    "in a tensor's shape",
+    lambda c: torch_zip(dict_(a=tensor(tuple_(system(c)), tuple_(1)))),
+    "posix.system",
+    fires=True,
+)
+attack(
+    "in sys_info of a legacy file", lambda c: torch_legacy(dict_(a=legacy_tensor()), system=system(c)), "posix.system"
+)
+attack(
+    "in the storage keys of a legacy file",
+    lambda c: torch_legacy(dict_(a=legacy_tensor()), keys=list_(system(c))),
+    "posix.system",
+)
+attack(
+    "in front of a legacy file",
+    lambda c: proto(system(c)) + torch_legacy(dict_(a=legacy_tensor())),
+    "posix.system|bytes follow",
+    fires=True,
+)
+attack(
+    "in an object array",
+    lambda c: proto(dict_(a=numpy_array(tuple_(1), list_(system(c)), numpy_dtype("O8")))),
+    "posix.system",
+    fires=True,
+)
+attack(
+    "before the pickle breaks off",
+    lambda c: proto(dict_(a=system(c)))[:-1] + b"\x8c\xff",
+    "posix.system",
+    fires=True,
+)
+
+# Code that runs, by what is called.
+
+for module, attribute, arguments in (
+    ("builtins", "eval", lambda c: [python(c)]),
+    ("builtins", "exec", lambda c: [python(c)]),
+    ("__builtin__", "eval", lambda c: [python(c)]),
+    ("builtins", "open", lambda c: [c, "w"]),
+    ("io", "open", lambda c: [c, "w"]),
+    ("_io", "FileIO", lambda c: [c, "w"]),
+    ("codecs", "open", lambda c: [c, "w"]),
+    ("os", "mkdir", lambda c: [c]),
+    ("shutil", "copyfile", lambda c: ["/etc/hostname", c]),
+    ("subprocess", "getoutput", lambda c: [f"touch {c}"]),
+    ("subprocess", "check_output", lambda c: [list_("touch", c)]),
+    ("timeit", "timeit", lambda c: ["pass", python(c)]),
+    ("cProfile", "run", lambda c: [python(c)]),
+    ("bdb", "Bdb", lambda c: []),
+    ("code", "InteractiveInterpreter", lambda c: []),
+    ("pickle", "loads", lambda c: [raw(proto(system(c)))]),
+    ("_pickle", "loads", lambda c: [raw(proto(system(c)))]),
+    ("marshal", "loads", lambda c: [raw(b"0")]),
+    ("types", "FunctionType", lambda c: []),
+    ("functools", "partial", lambda c: [name("builtins", "print")]),
+    ("operator", "attrgetter", lambda c: ["system"]),
+    ("importlib", "import_module", lambda c: ["antigravity"]),
+    ("runpy", "run_path", lambda c: [c]),
+    ("ctypes", "CDLL", lambda c: [c]),
+    ("socket", "create_connection", lambda c: [tuple_("127.0.0.1", 9)]),
+    ("urllib.request", "urlopen", lambda c: [f"file://{c}"]),
+    ("sys", "exit", lambda c: [0]),
+    ("pip", "main", lambda c: [list_("install", c)]),
+    ("torch.hub", "load", lambda c: [c, "model"]),
+    ("torch", "load", lambda c: [c]),
+    ("torch.jit", "load", lambda c: [c]),
+    ("torch.utils.cpp_extension", "load", lambda c: [c]),
+    ("numpy", "load", lambda c: [c, b"N", b"\x88"]),
+    ("logging.config", "listen", lambda c: []),
+    ("copyreg", "add_extension", lambda c: ["os", "system", 1]),
+    ("commands", "getoutput", lambda c: [f"touch {c}"]),
+):
+    attack(
+        f"call of {module}.{attribute}",
+        lambda c, m=module, a=attribute, given=arguments: proto(dict_(a=call(name(m, a), *given(c)))),
+        f"names .*{module}.{attribute}",
+        fires=module
+        in (
+            "builtins",
+            "__builtin__",
+            "io",
+            "_io",
+            "os",
+            "shutil",
+            "subprocess",
+            "timeit",
+            "cProfile",
+            "pickle",
+            "_pickle",
+        )
+        or (module, attribute) == ("codecs", "open"),
+    )
+attack(
+    "a tensor's own loader around a second pickle",
+    lambda c: proto(
+        dict_(a=tensor(tuple_(4), tuple_(1), 0, call(name("torch.storage", "_load_from_bytes"), raw(proto(system(c))))))
+    ),
+    "torch.storage._load_from_bytes",
+    CheckpointError,
+)
+attack(
+    "a codec that inflates",
+    proto(dict_(a=call(name("_codecs", "encode"), "x", "zlib_codec"))),
+    "codec other than latin1",
+)
+
+# Bombs.
+
+FEW = {"operations": 50_000}
+attack("memo index of 4 GiB", proto(b"]r\xff\xff\xff\xff"), "top level is list", CheckpointError)
+attack("memo index of a hundred digits", proto(b"]p" + b"9" * 100 + b"\n"), "index that is no number", CheckpointError)
+attack("LONG4 of 2 GiB", proto(b"\x8b\xff\xff\xff\x7f"), "integer of 2147483647 bytes")
+attack("LONG4 of negative length", proto(b"\x8b\xff\xff\xff\xff"), "integer of -1 bytes")
+attack("LONG1 of 255 bytes", proto(b"\x8a\xff" + b"\x7f" * 255), "integer of 255 bytes")
+attack("integer of a million digits", proto(b"I" + b"9" * 1_000_000 + b"\n"), "does not end", CheckpointError)
+for title, code in {
+    "BINBYTES8": b"\x8e",
+    "BINUNICODE8": b"\x8d",
+    "BYTEARRAY8": b"\x96",
+}.items():
+    attack(f"{title} of 8 EiB", proto(code + b"\xff" * 7 + b"\x7f", 5), "breaks off", CheckpointError)
+attack("BINSTRING of negative length", proto(b"T\xff\xff\xff\xff"), "negative length", CheckpointError)
+attack("BINBYTES of 4 GiB", proto(b"B\xff\xff\xff\xff"), "breaks off", CheckpointError)
+attack("nested tuples, 100000 deep", proto(b")" + b"\x85" * 100_000), "top level is tuple", CheckpointError)
+attack("nested lists, 100000 deep", proto(b"]" * 100_000 + b"a" * 99_999), "top level is list", CheckpointError)
+attack("a list that holds itself", proto(b"]q\x00h\x00a"), "top level is list", CheckpointError)
+attack("a dict that holds only itself", proto(b"}q\x00" + text("a") + b"h\x00s"), "'a': dict of 1", CheckpointError)
+attack("billion laughs, tuples", proto(b")" + b"2\x86" * 10_000), "top level is tuple", CheckpointError)
+attack("billion laughs as a key", proto(pairs((b")" + b"2\x86" * 10_000, 1))), "tuple of 2", CheckpointError)
+attack(
+    "billion laughs, lists",
+    proto(b"]" + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(200))),
+    "left over|top level is list",
+    CheckpointError,
+)
+attack("instructions without end", proto(b"N0" * 100_000 + b"N"), "more instructions", **FEW)
+attack("marks without end", proto(b"(" * 100_000), "more instructions", **FEW)
+attack("a stack without end", proto(b"N" + b"2" * 100_000), "more instructions", **FEW)
+attack(
+    "OrderedDict of one long list, again and again",
+    proto(
+        list_(*[1] * 0, *[tuple_(1, 1)] * 5_000)
+        + b"q\x00"
+        + (name("collections", "OrderedDict") + b"h\x00\x85R0") * 2_000
+    ),
+    "more instructions",
+    operations=200_000,
+)
+attack(
+    "keys that collide",
+    proto(pairs(*((number(k * ((1 << 61) - 1)), 0) for k in range(1, 20_000)))),
+    "no tensors",
+    CheckpointError,
+)
+attack(
+    "one text encoded again and again",
+    proto(
+        name("_codecs", "encode")
+        + b"q\x00"
+        + text("a" * 1_000_000)
+        + text("latin1")
+        + b"\x86q\x01"
+        + b"h\x00h\x01R0" * 1_000
+    ),
+    "unfolds to far more",
+)
+attack("a class name of 10000 letters", proto(name("a" * 10_000, "b")), "does not end", CheckpointError)
+attack("a class name of 10000 letters, stacked", proto(stacked("a" * 10_000, "b"), 4), "more than 200 letters")
+
+# Lies about tensors.
+
+TERA = tuple_(1 << 40)
+lie("offset beyond the storage", torch_zip(dict_(a=tensor(tuple_(4), tuple_(1), 1))), "beyond the end of its storage")
+lie("negative offset", torch_zip(dict_(a=tensor(tuple_(1), tuple_(1), -1))), "impossible shape")
+lie("negative stride", torch_zip(dict_(a=tensor(tuple_(4), tuple_(-1), 3))), "impossible shape")
+lie("stride beyond the storage", torch_zip(dict_(a=tensor(tuple_(2), tuple_(4)))), "beyond the end of its storage")
+lie("negative size", torch_zip(dict_(a=tensor(tuple_(-4), tuple_(1)))), "impossible shape")
+lie("sizes whose product overflows", torch_zip(dict_(a=tensor(tuple_(*[1 << 33] * 2), tuple_(0, 0)))), "impossible")
+lie("zero times an overflow", torch_zip(dict_(a=tensor(tuple_(0, *[1 << 33] * 2), tuple_(0, 0, 0)))), "impossible")
+lie("a rank of 1000", torch_zip(dict_(a=tensor(tuple_(*[1] * 1000), tuple_(*[1] * 1000)))), "impossible shape")
+lie("strides for another rank", torch_zip(dict_(a=tensor(tuple_(2, 2), tuple_(1)))), "impossible shape")
+lie("truth as a size", torch_zip(dict_(a=tensor(tuple_(b"\x88"), tuple_(1)))), "impossible shape")
+lie("text as an offset", torch_zip(dict_(a=tensor(tuple_(1), tuple_(1), "0"))), "impossible shape")
+lie("a number expanded to 4 TB", torch_zip(dict_(a=tensor(TERA, tuple_(0)))), "bytes, 4294967296 are accepted")
+lie(
+    "one storage in a thousand expanded tensors",
+    torch_zip(dict_(**{f"k{i}": tensor(tuple_(1 << 21), tuple_(0)) for i in range(1000)})),
+    "bytes, 4294967296 are accepted",
+)
+lie(
+    "an expanded tensor beyond the limit given",
+    torch_zip(dict_(a=tensor(tuple_(1000, 4), tuple_(0, 1)))),
+    "16000 bytes, 15999 are accepted",
+    output=15_999,
+)
+lie("more tensors than accepted", torch_zip(dict_(a=GOOD, b=GOOD)), "2 tensors, 1 are accepted", tensors=1)
+lie(
+    "a storage longer than its record",
+    torch_zip(dict_(a=tensor(tuple_(4), tuple_(1), 0, storage("0", 5)))),
+    "16 bytes, 5 x float32",
+    CheckpointError,
+)
+lie(
+    "a storage of another type than its record",
+    torch_zip(dict_(a=tensor(tuple_(4), tuple_(1), 0, storage("0", 4, name("torch", "DoubleStorage"))))),
+    "16 bytes, 4 x float64",
+    CheckpointError,
+)
+lie(
+    "a storage of 2^60",
+    torch_zip(dict_(a=tensor(tuple_(4), tuple_(1), 0, storage("0", 1 << 60)))),
+    "declares a storage",
+)
+lie(
+    "a storage of -1",
+    torch_zip(dict_(a=tensor(tuple_(4), tuple_(1), 0, storage("0", -1)))),
+    "declares a storage",
+)
+lie(
+    "a storage that the file lacks",
+    torch_zip(dict_(a=tensor(tuple_(4), tuple_(1), 0, storage("../../../etc/passwd")))),
+    "which the file lacks",
+    CheckpointError,
+)
+lie(
+    "a storage of no type",
+    torch_zip(dict_(a=tensor(tuple_(4), tuple_(1), 0, storage("0", 4, b"N")))),
+    "storage of None",
+    CheckpointError,
+)
+lie("a persistent id that is text", torch_zip(dict_(a=text("0") + b"Q")), "data in a way torch does not")
+lie("a persistent id in a line", torch_zip(dict_(a=b"P0\n")), "data in a way torch does not")
+lie("a persistent id of a module in a zip", torch_zip(tuple_("module", name("a", "B"), "f", "s") + b"Q"), "in a way")
+lie("a persistent id with a number as key", torch_zip(dict_(a=storage(0))), "data in a way torch does not")
+lie("a persistent id in a plain pickle", proto(dict_(a=GOOD)), "data outside itself")
+lie("buffers outside", proto(b"\x97\x98", 5), "buffers outside")
+
+# Lies about names.
+
+lie("a key that climbs", torch_zip(pairs((text("../../etc/passwd"), GOOD))), "no name of a tensor")
+lie("a key with a slash", torch_zip(pairs((text("/etc/passwd"), GOOD))), "no name of a tensor")
+lie("a key with a backslash", torch_zip(pairs((text("a\\b"), GOOD))), "no name of a tensor")
+lie("a key with a zero byte", torch_zip(pairs((text("a\0b"), GOOD))), "no name of a tensor")
+lie("a key with an escape sequence", torch_zip(pairs((text("\x1b[2Ja"), GOOD))), "'\\?\\[2Ja' is no name")
+lie("a key of 10000 letters", torch_zip(pairs((text("a" * 10_000), GOOD))), "no name of a tensor")
+lie("an empty key", torch_zip(pairs((text(""), GOOD))), "no name of a tensor")
+lie("a key of half a character", torch_zip(pairs((text("\ud800"), GOOD))), "no name of a tensor")
+lie("safetensors' own key", torch_zip(pairs((text("__metadata__"), GOOD))), "no name of a tensor")
+lie("one key twice", torch_zip(pairs((text("a"), GOOD), (text("a"), GOOD))), "gives 'a' twice")
+
+# Arrays.
+
+lie("an array longer than its bytes", proto(dict_(a=numpy_array(tuple_(5), raw(FLOATS)))), "as many", CheckpointError)
+lie("an array of negative length", proto(dict_(a=numpy_array(tuple_(-4), raw(FLOATS)))), "impossible shape")
+lie("an array that overflows", proto(dict_(a=numpy_array(tuple_(1 << 40, 1 << 40), raw(b"")))), "impossible shape")
+lie(
+    "an array whose bytes are none",
+    proto(dict_(a=numpy_array(tuple_(4), tuple_(1)))),
+    "as many",
+    CheckpointError,
+)
+lie(
+    "an array whose state is set twice",
+    proto(
+        dict_(a=numpy_array(tuple_(4), raw(FLOATS)) + tuple_(1, tuple_(1), numpy_dtype("f4"), b"\x89", raw(b"")) + b"b")
+    ),
+    "array twice",
+)
+lie(
+    "an array of objects",
+    proto(dict_(a=numpy_array(tuple_(1), list_(1), numpy_dtype("O8")))),
+    "no tensors",
+    CheckpointError,
+)
+lie(
+    "an array of structures",
+    proto(dict_(a=numpy_array(tuple_(1), raw(b"1234"), numpy_dtype("V4")))),
+    "no tensors",
+    CheckpointError,
+)
+
+# Archives.
+
+
+def renamed(made: bytes, old: bytes, new: bytes, *, which: int) -> bytes:
+    """The same with one occurrence of a member's name changed: 0 is the one in place, -1 that of the directory."""
+    parts = made.split(old)
+    at = which % (len(parts) - 1)
+    return old.join(parts[: at + 1]) + new + old.join(parts[at + 1 :])
+
+
+def directory(made: bytes, field_at: int, form: str, value: int, member: int = 1) -> bytes:
+    """The same with a field of one member's line in the directory changed."""
+    at = -1
+    for _ in range(member + 1):
+        at = made.index(b"PK\x01\x02", at + 1)
+    return made[: at + field_at] + struct.pack(form, value) + made[at + field_at + struct.calcsize(form) :]
+
+
+PLAIN = torch_zip(dict_(a=GOOD))
+lie("a compressed data.pkl", torch_zip(dict_(a=GOOD), method=zipfile.ZIP_DEFLATED), "is compressed")
+attack(
+    "a zip bomb of 50 MB",
+    torch_zip(dict_(a=GOOD), {"x/data/0": bytes(50_000_000)}, method=zipfile.ZIP_DEFLATED),
+    "is compressed",
+)
+lie(
+    "a data.pkl beyond its limit",
+    torch_zip(text("a" * 100_000) + b"0" + dict_(a=GOOD)),
+    "1000 are accepted",
+    pickle=1000,
+)
+lie(
+    "more members than accepted",
+    torch_zip(dict_(a=GOOD), {f"x/data/{i}": FLOATS for i in range(20)}),
+    "21 members, 10 are accepted",
+    records=10,
+)
+lie(
+    "two members of one name",
+    renamed(
+        renamed(torch_zip(dict_(a=GOOD), {"x/data/0": FLOATS, "x/data/1": FLOATS}), b"x/data/1", b"x/data/0", which=0),
+        b"x/data/1",
+        b"x/data/0",
+        which=-1,
+    ),
+    "two members of one name",
+)
+lie("a member with two names", renamed(PLAIN, b"x/data/0", b"x/data/1", which=0), "another name in place")
+lie("two data.pkl", torch_zip(dict_(a=GOOD), {"y/data.pkl": proto(b"N")}), "2 data.pkl", CheckpointError)
+lie("an encrypted member", directory(PLAIN, 8, "<H", 1), "encrypted")
+lie(
+    "members that overlap",
+    directory(torch_zip(dict_(a=GOOD), {"x/data/0": FLOATS}), 42, "<I", 0),
+    "another name|overlap",
+)
+lie(
+    "a member beyond the end",
+    directory(directory(PLAIN, 20, "<I", 1 << 30), 24, "<I", 1 << 30),
+    "beyond",
+    CheckpointError,
+)
+lie("a member at the wrong place", directory(PLAIN, 42, "<I", 7), "where the directory says", CheckpointError)
+lie("bytes behind an archive", PLAIN + b"\0" * 1000, "follow the end")
+lie("an archive behind an archive", PLAIN + PLAIN[:-1] + b"x", "follow the end")
+lie("bytes behind the pickle of an archive", torch_zip(dict_(a=GOOD) + b".garbage"), "bytes follow its end")
+lie(
+    "a program of TorchScript",
+    torch_zip(dict_(a=GOOD), {"x/constants.pkl": b"", "x/code/a.py": b"import os"}),
+    "TorchScript",
+    CheckpointError,
+)
+
+# Legacy files and plain ones.
+
+attack(
+    "a second pickle behind the first",
+    lambda c: proto(dict_(a=numpy_array(tuple_(4), raw(FLOATS)))) + proto(system(c)),
+    "bytes follow",
+)
+lie("bytes behind a legacy file", torch_legacy(dict_(a=legacy_tensor())) + b"x", "1 bytes follow")
+lie(
+    "a legacy storage of another length",
+    torch_legacy(dict_(a=legacy_tensor()), storages=struct.pack("<q", 1 << 40) + FLOATS),
+    "4 are declared",
+    CheckpointError,
+)
+lie(
+    "a legacy storage of negative length",
+    torch_legacy(dict_(a=legacy_tensor()), storages=struct.pack("<q", -1) + FLOATS),
+    "4 are declared",
+    CheckpointError,
+)
+lie(
+    "a legacy file that declares more than it has",
+    torch_legacy(dict_(a=legacy_tensor(count=1 << 40)), storages=struct.pack("<q", 1 << 40) + FLOATS),
+    "breaks off among its storages",
+    CheckpointError,
+)
+lie(
+    "a legacy storage listed twice",
+    torch_legacy(dict_(a=legacy_tensor()), keys=list_("0", "0")),
+    "list of storages",
+    CheckpointError,
+)
+lie("a legacy storage of nobody", torch_legacy(dict_(a=legacy_tensor()), keys=list_("1")), "no tensor", CheckpointError)
+lie(
+    "a legacy storage of two types",
+    torch_legacy(dict_(a=legacy_tensor(), b=legacy_tensor(kind=name("torch", "DoubleStorage")))),
+    "declared in two ways",
+    CheckpointError,
+)
+lie("a legacy view beyond its storage", torch_legacy(dict_(a=legacy_tensor(tuple_("v", 2, 4)))), "view beyond")
+lie("a legacy view before its storage", torch_legacy(dict_(a=legacy_tensor(tuple_("v", -1, 2)))), "view beyond")
+lie("a legacy view of another shape", torch_legacy(dict_(a=legacy_tensor(tuple_("v", 1)))), "in a way torch does not")
+lie("a stack that is empty", proto(b"R"), "empty stack", CheckpointError)
+lie("a mark that is missing", proto(b"t"), "never set", CheckpointError)
+lie("a value below the mark", proto(b"N(R"), "empty stack", CheckpointError)
+lie("a memory of nothing", proto(b"h\x07"), "never remembered", CheckpointError)
+lie("values left over", proto(b"NN"), "left over", CheckpointError)
+lie("a pickle of a later Python", proto(b"N", 99), "protocol 99", CheckpointError)
+lie("an instruction that is none", proto(b"\xff"), "no pickle instruction", CheckpointError)

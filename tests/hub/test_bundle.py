@@ -1,0 +1,612 @@
+"""Bundles: what goes in comes out byte for byte, and nothing else ever comes out, whatever the file holds."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from geo_pretrain import checkpoint, hub
+from geo_pretrain.catalog import CATALOG
+from geo_pretrain.catalog.entry import File
+from geo_pretrain.checkpoint import read_checkpoint, verify_files
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
+from geo_pretrain.hub import bundle as bundles
+from geo_pretrain.hub.bundle import install_bundle, list_bundle, write_bundle
+from tests.zoo import write_tiny, write_tiny_3d
+
+NAME, NAME_3D = "tiny_net_r18", "tiny_net_srunet34"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("folders")
+    write_tiny(root / "two")
+    write_tiny_3d(root / "three")
+    return root / "two", root / "three"
+
+
+@pytest.fixture(scope="module")
+def bundle(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(folders, tmp_path_factory.mktemp("bundle") / "both.tar")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, but for locks."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def test_a_bundle_is_a_plain_tar_of_the_folders_files(folders: tuple[Path, Path], bundle: Path):
+    """Read by the standard library's own reader."""
+    with tarfile.open(bundle, "r:") as tar:
+        members = tar.getmembers()
+        stored = {member.name: tar.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+    two, three = folders
+    expected = {f"{NAME}/{name}": data for name, data in content(two).items()}
+    expected |= {f"{NAME_3D}/{name}": data for name, data in content(three).items()}
+    assert stored == expected
+    texts = ["README.md", "log.jsonl", "recipe.yaml"]
+    assert [member.name for member in members] == [
+        *(
+            f"{NAME}/{file}"
+            for file in sorted([*texts, *(f"{r}.safetensors" for r in ("encoder", "decoder", "golden"))])
+        ),
+        f"{NAME}/config.json",
+        *(f"{NAME_3D}/{file}" for file in sorted([*texts, "golden.safetensors", "model.safetensors"])),
+        f"{NAME_3D}/config.json",
+    ]
+    facts = {(m.type, m.mode, m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members}
+    assert facts == {(tarfile.REGTYPE, 0o644, 0, 0, 0, "", "")}
+
+
+def test_what_goes_in_comes_out_and_is_found_by_name(folders: tuple[Path, Path], bundle: Path, tmp_path: Path):
+    installed = install_bundle(bundle, tmp_path)
+    assert installed == [tmp_path / "bundles" / NAME, tmp_path / "bundles" / NAME_3D]
+    for folder, original in zip(installed, folders, strict=True):
+        assert content(folder) == content(original)
+        verify_files(read_checkpoint(folder))
+    roles = ("encoder", "decoder", "golden")
+    assert hub.resolve(NAME, roles=roles, cache_dir=tmp_path, local_files_only=True) == installed[0]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (installed[0] / "encoder.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_the_default_cache_is_used(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path / "own"))
+    assert install_bundle(str(bundle))[0] == tmp_path / "own/bundles" / NAME
+
+
+def test_equal_folders_make_equal_bundles(folders: tuple[Path, Path], bundle: Path, tmp_path: Path):
+    two = tmp_path / "elsewhere"
+    two.mkdir()
+    for name, data in reversed(content(folders[0]).items()):
+        (two / name).write_bytes(data)
+        (two / name).chmod(0o600)
+        os.utime(two / name, (1, 1))
+    (two / "notes.txt").write_text("mine")
+    other = write_bundle([folders[1], str(two)], tmp_path / "new folder" / "other.tar")
+    assert other.read_bytes() == bundle.read_bytes()
+    assert os.listdir(other.parent) == ["other.tar"]
+
+
+def test_listing_tells_names_sizes_and_what_they_are(bundle: Path, folders: tuple[Path, Path]):
+    two, three = list_bundle(bundle)
+    assert (two.checkpoint.name, three.checkpoint.name) == (NAME, NAME_3D)
+    assert two.size == sum(map(len, content(folders[0]).values()))
+    assert two.checkpoint.arch == read_checkpoint(folders[0]).arch
+    assert {name: span.size for name, span in three.spans.items()} == {
+        name: len(data) for name, data in content(folders[1]).items() if name != "config.json"
+    }
+
+
+def test_texts_may_be_missing_but_not_what_loading_and_verifying_need(tmp_path: Path):
+    write_tiny(tmp_path / "part")
+    for name in ("README.md", "log.jsonl"):
+        (tmp_path / "part" / name).unlink()
+    (folder,) = install_bundle(write_bundle([tmp_path / "part"], tmp_path / "x.tar"), tmp_path)
+    assert sorted(content(folder)) == sorted(content(tmp_path / "part"))
+    for name in ("decoder.safetensors", "golden.safetensors", "encoder.safetensors"):
+        whole = write_tiny(tmp_path / "whole")
+        (whole.folder / name).unlink()
+        with pytest.raises(CheckpointError, match=f"{name}: is missing"):
+            write_bundle([whole.folder], tmp_path / "y.tar")
+    assert not (tmp_path / "y.tar").exists()
+
+
+def test_an_unfinished_checkpoint_stays_one(tmp_path: Path):
+    write_tiny(tmp_path / "run", finished=False)
+    (folder,) = install_bundle(write_bundle([tmp_path / "run"], tmp_path / "x.tar"), tmp_path)
+    assert read_checkpoint(folder).finished is False
+
+
+def test_what_cannot_be_bundled_leaves_the_old_bundle(folders: tuple[Path, Path], tmp_path: Path):
+    out = tmp_path / "x.tar"
+    out.write_bytes(b"the old one")
+    bad = write_tiny(tmp_path / "bad").folder
+    data = bytearray((bad / "decoder.safetensors").read_bytes())
+    data[-1] ^= 1
+    (bad / "decoder.safetensors").write_bytes(data)
+    with pytest.raises(DigestMismatch, match=r"decoder\.safetensors"):
+        write_bundle([folders[1], bad], out)
+    with pytest.raises(CheckpointError, match=f"both called '{NAME}'; each name is accepted once"):
+        write_bundle([folders[0], folders[1], folders[0]], out)
+    with pytest.raises(CheckpointError, match="No checkpoint folder is given"):
+        write_bundle([], out)
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        write_bundle([tmp_path], out)
+    with pytest.raises(HubError, match="is a folder; the name of a file"):
+        write_bundle(folders, tmp_path)
+    with pytest.raises(HubError, match=r"cannot be written .*Choose another place"):
+        write_bundle(folders, out / "below" / "x.tar")
+    long = write_tiny(tmp_path / "long", name="n" * 200)
+    with pytest.raises(CheckpointError, match="does not fit into a tar file"):
+        write_bundle([long.folder], out)
+    assert out.read_bytes() == b"the old one"
+    assert sorted(os.listdir(tmp_path)) == ["bad", "long", "x.tar"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = write_tiny(tmp_path / "two").folder
+    real, target = checkpoint.verify_file, folder / "encoder.safetensors"
+
+    def verify_then_change(found: checkpoint.Checkpoint, name: str) -> None:
+        real(found, name)
+        if name == target.name:
+            target.write_bytes(bytes(target.stat().st_size))
+
+    monkeypatch.setattr(checkpoint, "verify_file", verify_then_change)
+    with pytest.raises(DigestMismatch, match=r"encoder\.safetensors"):
+        write_bundle([folder], tmp_path / "x.tar")
+    assert os.listdir(tmp_path) == ["two"]
+
+
+def test_an_installed_checkpoint_is_left_alone(bundle: Path, tmp_path: Path):
+    def facts() -> dict[str, tuple[int, int]]:
+        found = (path.stat() for path in (tmp_path / "bundles").rglob("*.*") if path.is_file())
+        return {str(stat.st_ino): (stat.st_ino, stat.st_mtime_ns) for stat in found}
+
+    install_bundle(bundle, tmp_path)
+    before = facts()
+    assert len(install_bundle(bundle, tmp_path)) == 2
+    assert facts() == before
+
+
+def test_another_checkpoint_of_the_same_name_is_replaced_and_a_damaged_one_repaired(bundle: Path, tmp_path: Path):
+    place = tmp_path / "bundles" / NAME
+    write_tiny(place, provenance={"steps": 8, "seed": 1}, recipe_yaml=None)
+    (place / "notes.txt").write_text("mine")
+    neighbour = write_tiny(tmp_path / "bundles" / "tiny_other_r18", name="tiny_other_r18").folder
+    kept = content(neighbour)
+    install_bundle(bundle, tmp_path)
+    assert read_checkpoint(place).provenance == {"steps": 7, "seed": 0}
+    assert (place / "recipe.yaml").is_file()
+    assert (place / "notes.txt").read_text() == "mine"
+    assert content(neighbour) == kept
+    whole = content(place)
+    for damage in (b"", whole["encoder.safetensors"][:-1] + b"!"):
+        (place / "encoder.safetensors").write_bytes(damage)
+        install_bundle(bundle, tmp_path)
+        assert content(place) == whole
+    (place / "config.json").write_text("{")
+    install_bundle(bundle, tmp_path)
+    assert content(place) == whole
+    assert {path.name for path in (tmp_path / "bundles").iterdir() if path.is_dir()} == {
+        NAME,
+        NAME_3D,
+        "tiny_other_r18",
+    }
+
+
+# A hostile bundle is made from the members of a good one; "change" edits the list of (header, bytes).
+Members = list[tuple[tarfile.TarInfo, bytes]]
+
+
+def members_of(path: Path, only: str = NAME) -> Members:
+    with tarfile.open(path, "r:") as tar:
+        found = [member for member in tar.getmembers() if member.name.startswith(only + "/")]
+        return [(member, tar.extractfile(member).read()) for member in found]  # type: ignore[union-attr]
+
+
+def write_tar(path: Path, members: Members, kind: int = tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w:", format=kind) as tar:
+        for header, data in members:
+            tar.addfile(header, io.BytesIO(data) if header.size else None)
+    return path
+
+
+def plain(name: str, data: bytes = b"x", **changes: Any) -> tuple[tarfile.TarInfo, bytes]:
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    for key, value in changes.items():
+        setattr(header, key, value)
+    return header, data
+
+
+def link(name: str, kind: bytes, target: str = "/etc/passwd") -> tuple[tarfile.TarInfo, bytes]:
+    return plain(name, b"", type=kind, linkname=target)
+
+
+def renamed(members: Members, old: str, new: str) -> Members:
+    return [(replace_name(header, header.name.replace(old, new)), data) for header, data in members]
+
+
+def replace_name(header: tarfile.TarInfo, name: str) -> tarfile.TarInfo:
+    return plain(name, b" " * header.size)[0]
+
+
+def edited(members: Members, file: str, change: Callable[[bytes], bytes]) -> Members:
+    return [
+        plain(header.name, change(data)) if header.name.endswith(f"/{file}") else (header, data)
+        for header, data in members
+    ]
+
+
+def config(members: Members, change: Callable[[dict[str, Any]], object]) -> Members:
+    def edit(data: bytes) -> bytes:
+        parsed = json.loads(data)
+        change(parsed)
+        return json.dumps(parsed).encode()
+
+    return edited(members, "config.json", edit)
+
+
+def without(members: Members, file: str) -> Members:
+    return [member for member in members if not member[0].name.endswith(f"/{file}")]
+
+
+def evil_listed(name: str) -> Callable[[Members], Members]:
+    """A file that the inventory does list, under a name that leads elsewhere."""
+    entry = {"role": "log", "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+
+    def change(members: Members) -> Members:
+        return [plain(f"{NAME}/{name}"), *config(members, lambda parsed: parsed["files"].update({name: entry}))]
+
+    return change
+
+
+HOSTILE: dict[str, tuple[Callable[[Members], Members], str]] = {
+    "climbs out of the cache": (lambda m: [plain(f"{NAME}/../../evil.txt"), *m], "only <checkpoint's name>/<file>"),
+    "an inventory that climbs": (evil_listed("../evil.txt"), "only <checkpoint's name>/<file>"),
+    "a name that is dots": (lambda m: [plain("../config.json"), *m], "only <checkpoint's name>/<file>"),
+    "an absolute path": (lambda m: [plain("/tmp/evil.txt"), *m], "only <checkpoint's name>/<file>"),
+    "a folder too deep": (lambda m: [plain(f"{NAME}/deep/evil.txt"), *m], "only <checkpoint's name>/<file>"),
+    "a file outside of any folder": (lambda m: [plain("evil.txt"), *m], "only <checkpoint's name>/<file>"),
+    "a hidden file": (lambda m: [plain(f"{NAME}/.evil"), *m], "only <checkpoint's name>/<file>"),
+    "a hidden folder": (lambda m: renamed(m, NAME, ".evil"), "only <checkpoint's name>/<file>"),
+    "a backslash": (lambda m: [plain(f"{NAME}/..\\evil"), *m], "only <checkpoint's name>/<file>"),
+    "a file that nobody listed": (lambda m: [plain(f"{NAME}/evil.py"), *m], r"evil\.py: is not listed in config"),
+    "weights that nobody listed": (lambda m: [plain(f"{NAME}/heads.safetensors"), *m], "is not listed in config"),
+    "a symbolic link": (lambda m: [link(f"{NAME}/log.jsonl", tarfile.SYMTYPE), *without(m, "log.jsonl")], "no plain"),
+    "a hard link": (lambda m: [link(f"{NAME}/log.jsonl", tarfile.LNKTYPE), *without(m, "log.jsonl")], "no plain file"),
+    "a linked folder": (lambda m: [link(NAME, tarfile.SYMTYPE, "/tmp"), *m], "no plain file"),
+    "a folder": (lambda m: [link(NAME, tarfile.DIRTYPE), *m], "no plain file"),
+    "a character device": (lambda m: [link(f"{NAME}/log.jsonl", tarfile.CHRTYPE), *m], "no plain file"),
+    "a block device": (lambda m: [link(f"{NAME}/log.jsonl", tarfile.BLKTYPE), *m], "no plain file"),
+    "a pipe": (lambda m: [link(f"{NAME}/log.jsonl", tarfile.FIFOTYPE), *m], "no plain file"),
+    "a sparse file": (lambda m: [plain(f"{NAME}/x", type=tarfile.GNUTYPE_SPARSE), *m], "no plain file"),
+    "the same file twice": (lambda m: [*m, m[0]], "twice"),
+    "the same checkpoint twice": (lambda m: [*m, *m], "twice"),
+    "no config": (lambda m: without(m, "config.json"), r"has no config\.json"),
+    "no weights": (lambda m: without(m, "decoder.safetensors"), r"decoder\.safetensors: is missing"),
+    "no golden values": (lambda m: without(m, "golden.safetensors"), "is missing; .* its golden file"),
+    "another checkpoint's config": (lambda m: renamed(m, NAME, "tiny_other_r18"), f"calls it '{NAME}'"),
+    "a config that is none": (lambda m: edited(m, "config.json", lambda data: b"{}"), "'format' is missing"),
+    "a config of another format": (lambda m: config(m, lambda c: c.update(format=99)), "format is 99"),
+    "a config too large": (lambda m: edited(m, "config.json", lambda d: d + b" " * (10 << 20)), "at most 10485760"),
+    "an altered file": (lambda m: edited(m, "encoder.safetensors", lambda d: d[:-1] + b"!"), "sha256 is .* expected"),
+    "an altered text": (lambda m: edited(m, "recipe.yaml", lambda d: d[:-1] + b"!"), "sha256 is .* expected"),
+    "a shorter file": (lambda m: edited(m, "encoder.safetensors", lambda d: d[:-1]), "bytes, its config.json promises"),
+    "a longer file": (
+        lambda m: edited(m, "encoder.safetensors", lambda d: d + b"!"),
+        "bytes, its config.json promises",
+    ),
+    "a pickle as weights": (
+        lambda m: config(
+            m, lambda c: c["files"].update({"heads.pth": {"role": "heads", "size": 1, "sha256": "0" * 64}})
+        ),
+        "only .safetensors files may hold tensors",
+    ),
+    "an incomplete licence chain": (lambda m: config(m, lambda c: c["licence"].update(datasets=[])), "licence chain"),
+    "nothing": (lambda m: [], "holds no checkpoint"),
+}
+
+
+def refused(bundle: Path, cache: Path, message: str) -> None:
+    """Installing raises and changes nothing; a checkpoint that is there stays as it is."""
+    before, paths = content(cache), set(cache.rglob("*"))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        install_bundle(bundle, cache)
+    assert str(bundle) in str(caught.value)
+    assert content(cache) == before
+    assert set(cache.rglob("*")) == paths  # not even a folder or a lock
+
+
+@pytest.mark.parametrize("case", list(HOSTILE))
+def test_hostile_bundles_are_refused_and_nothing_is_written(bundle: Path, tmp_path: Path, case: str):
+    change, message = HOSTILE[case]
+    write_tiny(tmp_path / "cache/bundles" / NAME, provenance={"steps": 1})
+    hostile = write_tar(tmp_path / "hostile.tar", change(members_of(bundle)))
+    refused(hostile, tmp_path / "cache", message)
+    assert sorted(os.listdir(tmp_path)) == ["cache", "hostile.tar"]
+
+
+def test_the_hostile_corpus_is_complete_and_its_twin_is_accepted(bundle: Path, tmp_path: Path):
+    assert len(HOSTILE) >= 35
+    rewritten = write_tar(tmp_path / "x.tar", members_of(bundle))  # nothing changed: this is not why they are refused
+    assert len(install_bundle(rewritten, tmp_path)) == 1
+
+
+def test_the_number_of_files_has_a_limit(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    count = len(members_of(bundle)) + len(members_of(bundle, NAME_3D))
+    monkeypatch.setattr(bundles, "MEMBER_LIMIT", count - 1)
+    refused(bundle, tmp_path, f"holds more than {count - 1} files")
+    monkeypatch.setattr(bundles, "MEMBER_LIMIT", count)
+    assert len(install_bundle(bundle, tmp_path)) == 2
+
+
+def test_extensions_of_the_tar_format_are_refused_unread(bundle: Path, tmp_path: Path):
+    members = members_of(bundle)
+    long = [plain(f"{NAME}/{'n' * 150}"), *members]
+    for kind, typeflag in ((tarfile.PAX_FORMAT, "x"), (tarfile.GNU_FORMAT, "L")):
+        refused(write_tar(tmp_path / "long.tar", long, kind), tmp_path, f"no plain file .*{typeflag}")
+    # a global header may rename every file that follows
+    with tarfile.open(tmp_path / "pax.tar", "w:", format=tarfile.PAX_FORMAT, pax_headers={"path": "../evil"}) as tar:
+        for header, data in members:
+            tar.addfile(header, io.BytesIO(data))
+    refused(tmp_path / "pax.tar", tmp_path, "no plain file .*g")
+
+
+def header_block(name: str, size: bytes) -> bytes:
+    """A plain header with any size field, and its right checksum."""
+    block = bytearray(plain(name, b"")[0].tobuf(tarfile.USTAR_FORMAT)[:512])
+    block[124:136] = size
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (b"77777777777\0", "is cut off"),  # 8 GB
+        (b"\x80" + b"\xff" * 11, "is cut off"),  # the largest that base 256 can say
+        (b"\xff" * 12, "is cut off"),  # -1
+        (b"\xff" * 10 + b"\xfc\x00", "is cut off"),  # -1024: leads back to the same header, for ever
+        (b"notanumber!!", "damaged"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(bundle: Path, tmp_path: Path, size: bytes, message: str):
+    hostile = tmp_path / "x.tar"
+    hostile.write_bytes(header_block(f"{NAME}/log.jsonl", size) + bytes(512) + bundle.read_bytes())
+    refused(hostile, tmp_path, message)
+
+
+def test_files_that_are_no_bundles_say_so(bundle: Path, tmp_path: Path):
+    data = bundle.read_bytes()
+    cases = {
+        "empty": (b"", "is cut off after 0 bytes"),
+        "text": (b"# not a tar\n" * 100, "is not a bundle, or damaged"),
+        "gzipped": (gzip.compress(data, 1), "is not a bundle, or damaged"),
+        "zeros": (bytes(10240), "holds no checkpoint"),
+        "joined": (data + data, "goes on after its end"),
+        "trailing": (data + b"!", "goes on after its end"),
+        "no end": (data.rstrip(b"\0") + bytes(-len(data.rstrip(b"\0")) % 512), "is cut off"),
+        "bad checksum": (data[:100] + b"7" + data[101:], "damaged"),
+        "name in another encoding": ("ü".encode("latin1") + data[1:], "damaged"),
+    }
+    for name, (text, message) in cases.items():
+        (tmp_path / name).write_bytes(text)
+        refused(tmp_path / name, tmp_path, message)
+    with pytest.raises(CheckpointError, match="No such file"):
+        install_bundle(tmp_path / "nowhere.tar", tmp_path)
+    with pytest.raises(CheckpointError, match="Is a directory"):
+        list_bundle(tmp_path)
+
+
+def test_a_bundle_cut_anywhere_is_refused(bundle: Path, tmp_path: Path):
+    data = bundle.read_bytes()
+    end = len(data.rstrip(b"\0"))
+    end += -end % 512 + 1024  # two blocks of zeros are the least that ends a tar
+    chosen = random.Random(0).sample(range(end), 30)
+    for length in (1, 511, 512, 513, end - 1, end - 512, *chosen):
+        (tmp_path / "cut.tar").write_bytes(data[:length])
+        refused(tmp_path / "cut.tar", tmp_path, f"is cut off after {length} bytes")
+    (tmp_path / "cut.tar").write_bytes(data[:end])
+    assert len(install_bundle(tmp_path / "cut.tar", tmp_path)) == 2
+
+
+def test_a_flipped_bit_is_refused_or_changes_no_file(folders: tuple[Path, Path], bundle: Path, tmp_path: Path):
+    data, generator = bundle.read_bytes(), random.Random(1)
+    with tarfile.open(bundle, "r:") as tar:
+        places = [member.offset + generator.randrange(512) for member in tar.getmembers() for _ in range(3)]
+        places += [member.offset_data + generator.randrange(member.size) for member in tar.getmembers()]
+    harmless = 0
+    for number, place in enumerate(places):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << generator.randrange(8)
+        (tmp_path / "x.tar").write_bytes(flipped)
+        cache = tmp_path / f"cache{number}"
+        try:
+            installed = install_bundle(tmp_path / "x.tar", cache)
+        except CheckpointError:
+            assert content(cache) == {}
+            continue
+        harmless += 1
+        # a config is known by nothing but itself; every file it lists is
+        for folder, original in zip(installed, folders, strict=True):
+            assert {k: v for k, v in content(folder).items() if k != "config.json"} == {
+                k: v for k, v in content(original).items() if k != "config.json"
+            }
+    assert len(places) - harmless > 0.8 * len(places)
+
+
+def test_a_name_of_the_catalog_keeps_its_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    entry = CATALOG["pri3d_view_r18.rooms"]
+    found = write_tiny(tmp_path / "mine", name=entry.name)
+    out = write_bundle([tmp_path / "mine"], tmp_path / "x.tar")
+
+    def publish(name: str, digest: str) -> None:
+        source = (f"http://localhost/{entry.name}/{name}",)
+        file = File("encoder", name, 1, digest, source)
+        stand_in = type("Entry", (), {"files": (file,)})
+        monkeypatch.setattr(bundles, "CATALOG", {entry.name: stand_in})
+
+    digest = found.files["encoder.safetensors"].sha256
+    publish("encoder.safetensors", "0" * 64)
+    with pytest.raises(
+        DigestMismatch, match=f"published with sha256 {'0' * 64} .* has {digest}.*never changes meaning"
+    ):
+        install_bundle(out, tmp_path)
+    publish("heads.safetensors", digest)
+    with pytest.raises(DigestMismatch, match="has no such file"):
+        install_bundle(out, tmp_path)
+    assert not (tmp_path / "bundles").exists()
+    publish("encoder.safetensors", digest)
+    assert len(install_bundle(out, tmp_path)) == 1
+
+
+def script(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+    head = "import os, signal, sys\nfrom pathlib import Path\nfrom geo_pretrain.hub.bundle import *\n"
+    command = [sys.executable, "-c", head + code, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **options)
+
+
+KILLED = """
+bundle, cache, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+real, count = Path.rename, 0
+def rename(self, target):
+    global count
+    count += 1
+    if count == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, target)
+Path.rename = rename
+install_bundle(bundle, cache)
+"""
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_a_killed_installer_leaves_the_old_or_the_new_checkpoint(bundle: Path, tmp_path: Path, number: int):
+    """It replaces two checkpoints with two renames each; it dies between them."""
+    places = [tmp_path / "bundles" / NAME, tmp_path / "bundles" / NAME_3D]
+    write_tiny(places[0], provenance={"steps": 1})
+    write_tiny_3d(places[1], provenance={"steps": 1})
+    process = script(KILLED, bundle, tmp_path, number)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    steps = []
+    for place in places:
+        found = read_checkpoint(place)
+        verify_files(found)
+        steps.append(found.provenance["steps"])
+    assert steps == ([1, 1] if number < 3 else [7, 1])
+    install_bundle(bundle, tmp_path)
+    assert [read_checkpoint(place).provenance["steps"] for place in places] == [7, 7]
+    assert sorted(path.name for path in (tmp_path / "bundles").iterdir() if path.suffix != ".lock") == [NAME, NAME_3D]
+
+
+def test_many_installers_at_once_agree(bundle: Path, folders: tuple[Path, Path], tmp_path: Path):
+    write_tiny(tmp_path / "bundles" / NAME, provenance={"steps": 1})
+    processes = [script("install_bundle(sys.argv[1], sys.argv[2])", bundle, tmp_path) for _ in range(3)]
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    assert content(tmp_path / "bundles" / NAME) == content(folders[0])
+    assert content(tmp_path / "bundles" / NAME_3D) == content(folders[1])
+
+
+def test_what_a_killed_installer_left_is_cleared_away(bundle: Path, folders: tuple[Path, Path], tmp_path: Path):
+    """It died after its renames, before the old checkpoint was gone, or while it unpacked."""
+    place = tmp_path / "bundles" / NAME
+    write_tiny(place, provenance={"steps": 2})
+    write_tiny(place.with_name(f".{NAME}.old"), provenance={"steps": 1})
+    place.with_name(f".{NAME_3D}.writing").mkdir()
+    (place.with_name(f".{NAME_3D}.writing") / "model.safetensors").write_bytes(b"half")
+    install_bundle(bundle, tmp_path)
+    assert content(place) == content(folders[0])
+    assert sorted(path.name for path in place.parent.iterdir() if path.suffix != ".lock") == [NAME, NAME_3D]
+
+
+def test_who_had_to_wait_finds_the_work_done(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = bundles.exclusive
+    first: dict[Path, int] = {}
+
+    @contextmanager
+    def exclusive(folder: Path) -> Iterator[None]:
+        monkeypatch.setattr(bundles, "exclusive", real)
+        if not first:
+            install_bundle(bundle, tmp_path)  # another process, while this one waits
+            first.update({path: path.stat().st_ino for path in tmp_path.rglob("*.safetensors")})
+        with real(folder):
+            yield
+
+    monkeypatch.setattr(bundles, "exclusive", exclusive)
+    install_bundle(bundle, tmp_path)
+    assert len(first) == 5
+    assert {path: path.stat().st_ino for path in tmp_path.rglob("*.safetensors")} == first
+
+
+LIMITED = """
+import resource
+from geo_pretrain.errors import HubError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # every write beyond fails, as on a full disk
+try:
+    install_bundle(sys.argv[1], sys.argv[2])
+except HubError as error:
+    print(error)
+try:
+    write_bundle([sys.argv[3]], sys.argv[4])
+except HubError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_nothing_behind(bundle: Path, folders: tuple[Path, Path], tmp_path: Path):
+    process = script(LIMITED, bundle, tmp_path / "cache", folders[0], tmp_path / "out/x.tar")
+    answers, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    installing, writing = answers.splitlines()
+    assert "cannot be written (File too large)" in installing
+    assert "GEO_PRETRAIN_CACHE" in installing
+    assert writing == f"{tmp_path}/out/x.tar: cannot be written (File too large). Choose another place for it."
+    assert content(tmp_path) == {}
+    assert not list((tmp_path / "cache").rglob("*.writing"))
+
+
+def test_a_cache_that_cannot_be_written_says_so_unless_nothing_needs_writing(bundle: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HubError, match="GEO_PRETRAIN_CACHE"):
+        install_bundle(bundle, tmp_path / "file" / "cache")
+    installed = install_bundle(bundle, tmp_path)
+    locks = list(tmp_path.rglob("*.lock"))
+    for lock in locks:
+        lock.unlink()
+    assert install_bundle(bundle, tmp_path) == installed
+    assert not list(tmp_path.rglob("*.lock"))  # an installed bundle takes no lock: a read-only cache is enough
+
+
+def test_a_checkpoint_is_not_mistaken_for_its_bundled_twin(tmp_path: Path):
+    """The same files under another config, such as another licence, are another checkpoint."""
+    first = write_tiny(tmp_path / "first")
+    install_bundle(write_bundle([first.folder], tmp_path / "1.tar"), tmp_path)
+    licence = replace(first.licence, code="Apache-2.0")
+    write_tiny(tmp_path / "second", licence=licence)
+    (folder,) = install_bundle(write_bundle([tmp_path / "second"], tmp_path / "2.tar"), tmp_path)
+    assert read_checkpoint(folder).licence == licence

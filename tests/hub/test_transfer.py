@@ -1,0 +1,603 @@
+"""One file over a real connection: share links of every host, what is tried again, what is refused in which words."""
+
+from __future__ import annotations
+
+import email.utils
+import hashlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from geo_pretrain.errors import HubError
+from geo_pretrain.hub import transfer
+from geo_pretrain.hub.transfer import NotThere, direct_link, download, exclusive
+from tests.hub.hosts import Fault, Hosts
+
+DRIVE = "https://drive.google.com/file/d/1Whl-ny5_aSH/view"
+DROPBOX = "https://www.dropbox.com/s/uzr88m1lab0abbl/nce.pth?dl=0"
+PLAIN = "http://kaldir.vc.in.tum.de/3dsis/pretrain/partition8_4096_20k.pth"
+GITHUB = "https://github.com/valeoai/SLidR/releases/download/v1.0/minkunet_slidr_1gpu.pt"
+OWN = "/hub/tiny/encoder.safetensors"
+DATA = random.Random(0).randbytes(300_000)
+DIGEST = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
+    with Hosts(dict.fromkeys((DRIVE, DROPBOX, PLAIN, GITHUB, OWN), DATA)) as hosts:
+        monkeypatch.setenv("GEO_PRETRAIN_MIRROR", hosts.url)
+        yield hosts
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GEO_PRETRAIN_MIRROR", raising=False)
+    monkeypatch.setenv("GEO_PRETRAIN_TIMEOUT", "10")
+    monkeypatch.setattr(transfer, "PAUSE", 0.01)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the faults that are over when patience is."""
+    monkeypatch.setenv("GEO_PRETRAIN_TIMEOUT", "0.2")
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Path:
+    return tmp_path / ".1.part"
+
+
+def check(url: str, part: Path, **options: object) -> None:
+    """Download, and compare with what the server has."""
+    assert download(url, part, **options) == DIGEST
+    assert part.read_bytes() == DATA
+
+
+def refused(url: str, part: Path, match: str, kind: type[Exception] = HubError, **options: object) -> str:
+    """The message; no file is left."""
+    with pytest.raises(HubError, match=match) as caught:
+        download(url, part, **options)
+    assert type(caught.value) is kind
+    assert not part.exists()
+    assert url in str(caught.value)
+    return str(caught.value)
+
+
+# share links
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        DRIVE,
+        f"{DRIVE}?usp=sharing",
+        "https://drive.google.com/open?id=1Whl-ny5_aSH",
+        "https://drive.google.com/uc?id=1Whl-ny5_aSH",
+        "https://drive.google.com/uc?export=view&id=1Whl-ny5_aSH",
+        "https://docs.google.com/uc?export=download&id=1Whl-ny5_aSH",
+        "https://drive.google.com/file/u/0/d/1Whl-ny5_aSH/edit#top",
+    ],
+)
+def test_google_drive_links_become_downloads(hosts: Hosts, part: Path, link: str):
+    check(link, part)
+    assert hosts.requests == [
+        "/drive.google.com/uc?export=download&id=1Whl-ny5_aSH",
+        "/drive.usercontent.google.com/download?id=1Whl-ny5_aSH&export=download",
+        "/drive.usercontent.google.com/download?id=1Whl-ny5_aSH&export=download&confirm=t&uuid=1a2b-3c",
+    ]
+    assert hosts.bytes_sent == {DRIVE: len(DATA)}
+
+
+def test_small_files_of_google_drive_come_without_a_question(part: Path, monkeypatch):
+    with Hosts({DRIVE: DATA}, scan_limit=len(DATA)) as hosts:
+        monkeypatch.setenv("GEO_PRETRAIN_MIRROR", hosts.url)
+        check(DRIVE, part)
+        assert len(hosts.requests) == 2
+
+
+@pytest.mark.parametrize("kind", ["old-link", "old-cookie"])
+def test_older_confirmations_of_google_drive(hosts: Hosts, part: Path, kind: str):
+    hosts.fault(DRIVE, Fault(kind))
+    check(DRIVE, part)
+    assert "confirm=old" in hosts.requests[1]
+    assert len(hosts.requests) == 2
+    sent = hosts.headers[1].get("cookie", "")
+    assert ("download_warning" in sent) == (kind == "old-cookie")
+    # the next download begins without the cookies of this one
+    check(DRIVE, part)
+    assert "cookie" not in hosts.headers[2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "match", "error"),
+    [
+        ("quota", r"quota for this file is used up .* Try again in a day, or fetch it in a browser", HubError),
+        ("sign-in", "asks for a sign-in: the file is not shared with everybody. Ask its owner", HubError),
+        ("deleted", "has no such file: its owner removed it, or the link is wrong", NotThere),
+        ("trash", "has no such file: its owner removed it, or the link is wrong", NotThere),
+        ("infected", "calls the file infected", HubError),
+        ("form-elsewhere", r"sends a web page \('Google Drive - Virus scan warning'\)", HubError),
+    ],
+)
+def test_what_google_drive_says_instead_of_a_file(hosts: Hosts, part: Path, kind: str, match: str, error: type):
+    hosts.fault(DRIVE, Fault(kind))
+    refused(DRIVE, part, match, error)
+    assert len(hosts.requests) == 1  # asking again would not help, and nothing leads to other sites
+
+
+def test_an_unknown_file_of_google_drive(hosts: Hosts, part: Path):
+    refused("https://drive.google.com/file/d/1nothing/view", part, "Google Drive has no such file", NotThere)
+
+
+@pytest.mark.parametrize("link", [DROPBOX, DROPBOX.replace("dl=0", "dl=1"), DROPBOX.removesuffix("?dl=0")])
+def test_dropbox_links_become_downloads(hosts: Hosts, part: Path, link: str):
+    check(link, part)
+    assert hosts.requests[0] == "/www.dropbox.com/s/uzr88m1lab0abbl/nce.pth?dl=1"
+    assert hosts.requests[1].startswith("/uc0ffee.dl.dropboxusercontent.com/")
+
+
+def test_links_of_dropbox_keep_their_key():
+    link = "https://www.dropbox.com/scl/fi/abc/x.pth?rlkey=k1&dl=0"
+    assert direct_link(link) == "https://www.dropbox.com/scl/fi/abc/x.pth?rlkey=k1&dl=1"
+    link = "https://drive.google.com/file/d/0B/view?resourcekey=0-xyz&usp=sharing"
+    assert direct_link(link) == "https://drive.google.com/uc?export=download&id=0B&resourcekey=0-xyz"
+
+
+@pytest.mark.parametrize(
+    "link", [PLAIN, GITHUB, "https://drive.google.com/drive/folders/1Abc", "https://x.org/uc?id=1"]
+)
+def test_other_links_stay_as_they_are(link: str):
+    assert direct_link(link) == link
+
+
+def test_release_assets_come_from_another_host(hosts: Hosts, part: Path):
+    check(GITHUB, part)
+    assert hosts.requests[1].startswith("/objects.githubusercontent.com/")
+    check(PLAIN, part)
+    assert hosts.requests[2:] == ["/kaldir.vc.in.tum.de/3dsis/pretrain/partition8_4096_20k.pth"]
+
+
+# what is tried again
+
+
+@pytest.mark.parametrize(
+    ("kind", "url"),
+    [("truncate", PLAIN), ("truncate", GITHUB), ("truncate", OWN), ("reset", OWN), ("stall", GITHUB), ("drip", OWN)],
+)
+@pytest.mark.usefixtures("impatient")
+def test_a_broken_transfer_continues_where_it_stopped(hosts: Hosts, part: Path, kind: str, url: str):
+    hosts.fault(url, Fault(kind, times=2, after=100_000))
+    check(f"{hosts.url}{url}" if url == OWN else url, part)
+    assert hosts.served[url] == 3
+    extra = hosts.bytes_sent[url] - len(DATA)
+    assert extra == 0 or kind in ("drip", "reset")  # a reset overtakes bytes; what drips is counted at once
+    ranges = [int(h["range"].removeprefix("bytes=").removesuffix("-")) for h in hosts.headers if "range" in h]
+    assert sorted(set(ranges)) == sorted(ranges[-1:] + ranges[:1])
+    if kind in ("truncate", "stall"):
+        assert set(ranges) == {100_000, 200_000}
+    assert all(h["if-range"].startswith('"') for h in hosts.headers if "range" in h)
+
+
+@pytest.mark.parametrize("kind", ["truncate", "reset", "chunked-cut"])
+def test_servers_that_cannot_continue_start_again(part: Path, kind: str):
+    with Hosts({OWN: DATA}, ranges=False) as hosts:
+        hosts.fault(OWN, Fault(kind, times=2, after=200_000))
+        check(hosts.url + OWN, part)
+        assert hosts.served[OWN] == 3
+        assert not any("range" in headers for headers in hosts.headers)
+        assert hosts.bytes_sent[OWN] == len(DATA) + 2 * 200_000
+
+
+def test_weak_tags_are_not_continued(part: Path):
+    with Hosts({OWN: DATA}, weak=True) as hosts:
+        hosts.fault(OWN, Fault("truncate", times=1, after=200_000))
+        check(hosts.url + OWN, part)
+        assert not any("range" in headers for headers in hosts.headers)
+
+
+def test_two_versions_of_a_file_are_never_mixed(hosts: Hosts, part: Path):
+    """The file is replaced between two attempts: the server answers the stale If-Range with the whole new file."""
+    hosts.fault(OWN, Fault("truncate", times=1, after=200_000))
+    new = DATA[::-1]
+
+    def replace(done: int, total: int | None) -> None:
+        hosts.files[OWN] = new
+
+    assert download(hosts.url + OWN, part, progress=replace) == hashlib.sha256(new).hexdigest()
+    assert part.read_bytes() == new
+    assert hosts.headers[1]["range"] == "bytes=200000-"
+    assert hosts.served[OWN] == 2
+
+
+def test_ranges_that_do_not_fit_are_noticed(hosts: Hosts, part: Path):
+    hosts.fault(OWN, Fault("truncate", times=1, after=200_000))
+    once = iter([Fault("wrong-range", times=1)])
+
+    def then(done: int, total: int | None) -> None:
+        for fault in once:
+            hosts.fault(OWN, fault)
+
+    check(hosts.url + OWN, part, progress=then)
+    assert ["range" in headers for headers in hosts.headers] == [False, True, False]
+
+
+def test_a_range_that_cannot_be_satisfied_starts_again(hosts: Hosts, part: Path):
+    hosts.fault(OWN, Fault("truncate", times=1, after=200_000))
+    once = iter([Fault("status", times=1, status=416)])
+
+    def then(done: int, total: int | None) -> None:
+        for fault in once:
+            hosts.fault(OWN, fault)
+
+    check(hosts.url + OWN, part, progress=then)
+    assert ["range" in headers for headers in hosts.headers] == [False, True, False]
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_busy_servers_are_asked_again(hosts: Hosts, part: Path, status: int):
+    hosts.fault(OWN, Fault("status", times=2, status=status))
+    check(hosts.url + OWN, part)
+    hosts.fault(OWN, Fault("status", status=status))
+    hosts.forget()
+    refused(hosts.url + OWN, part, rf"HTTP {status} .*\(3 attempts\). Try again later\.")
+    assert len(hosts.requests) == 3
+
+
+@pytest.mark.parametrize("kind", ["silent", "hang-up"])
+@pytest.mark.usefixtures("impatient")
+def test_servers_that_do_not_answer_are_asked_again(hosts: Hosts, part: Path, kind: str):
+    hosts.fault(OWN, Fault(kind, times=2))
+    check(hosts.url + OWN, part)
+    assert len(hosts.requests) == 3
+
+
+def test_the_time_a_server_asks_for_is_waited(hosts: Hosts, part: Path, monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr(transfer.time, "sleep", slept.append)
+    hosts.fault(OWN, Fault("status", times=1, headers={"Retry-After": "2"}))
+    check(hosts.url + OWN, part)
+    assert slept == [2.0]
+    soon = email.utils.formatdate(time.time() + 8, usegmt=True)  # whole seconds
+    hosts.fault(OWN, Fault("status", times=1, status=429, headers={"Retry-After": soon}))
+    check(hosts.url + OWN, part)
+    assert 4 < slept[1] <= 8
+    hosts.fault(OWN, Fault("status", times=2))
+    check(hosts.url + OWN, part)
+    assert slept[2:] == pytest.approx([0.01, 0.03])
+
+
+@pytest.mark.parametrize("text", ["3600", email.utils.formatdate(time.time() + 3600, usegmt=True)])
+def test_a_long_time_is_not_waited(hosts: Hosts, part: Path, text: str):
+    hosts.fault(OWN, Fault("status", headers={"Retry-After": text}))
+    begin = time.monotonic()
+    refused(hosts.url + OWN, part, r"HTTP 503 Service Unavailable. Try again in 3\d\d\d s, as the server asks")
+    assert time.monotonic() - begin < 2
+    assert len(hosts.requests) == 1
+
+
+@pytest.mark.parametrize("text", ["soon", "", "-5", "0", "Thu, 01 Jan 1970 00:00:00 GMT"])
+def test_a_time_that_is_none_is_ignored(hosts: Hosts, part: Path, monkeypatch, text: str):
+    slept: list[float] = []
+    monkeypatch.setattr(transfer.time, "sleep", slept.append)
+    hosts.fault(OWN, Fault("status", times=1, headers={"Retry-After": text}))
+    check(hosts.url + OWN, part)
+    assert slept == [0.01]
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("truncate", r"the connection ended after 3000 of 300000 bytes \(3 attempts\). Try again later"),
+        ("reset", r"the connection broke \(.*reset by peer\) \(3 attempts\)"),
+        ("stall", r"no byte for 0\.2 s \(3 attempts\)"),
+        ("drip", r"sent only \d+ bytes in 0\.\d s \(3 attempts\)"),
+        ("silent", r"no byte for 0\.2 s \(3 attempts\)"),
+        ("hang-up", r"the connection broke .*\(3 attempts\)"),
+        ("chunked-cut", r"the connection broke \(IncompleteRead.*\(3 attempts\)"),
+    ],
+)
+@pytest.mark.usefixtures("impatient")
+def test_what_breaks_three_times_is_an_error(hosts: Hosts, part: Path, kind: str, match: str):
+    hosts.fault(OWN, Fault(kind))
+    refused(hosts.url + OWN, part, match)
+    assert len(hosts.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "match", "error"),
+    [
+        (404, "HTTP 404, no such file", NotThere),
+        (410, "HTTP 410, no such file", NotThere),
+        (401, "HTTP 401 Unauthorized: the server wants a login or does not share the file. Check the add", HubError),
+        (403, "HTTP 403 Forbidden: the server wants a login or does not share the file. Check the addre", HubError),
+        (418, "HTTP 418 .*Check the address in a browser", HubError),
+        (204, "HTTP 204 No Content: no file comes with it", HubError),
+        (304, "HTTP 304 Not Modified", HubError),
+    ],
+)
+@pytest.mark.parametrize("url", [OWN, GITHUB])
+def test_refusals_are_final(hosts: Hosts, part: Path, status: int, match: str, error: type, url: str):
+    hosts.fault(url, Fault("status", status=status))
+    refused(hosts.url + url if url == OWN else url, part, match, error)
+    assert len(hosts.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("page", r"sends a web page \('Welcome to the guest network & more'\) in place of the file. Check the addr"),
+        ("unlabelled-page", r"sends a web page \('Login'\) in place of the file"),
+        ("loop", r"redirects in a circle, 10 times"),
+        ("chain", r"redirects, 10 times"),
+        ("to-file", r"redirects to 'file:///etc/hostname'; http and https addresses are accepted"),
+        ("compressed", r"comes compressed \(gzip\) although the plain file was asked for"),
+    ],
+)
+def test_what_is_no_file_is_an_error_at_once(hosts: Hosts, part: Path, kind: str, match: str):
+    hosts.fault(PLAIN, Fault(kind))
+    refused(PLAIN, part, match)
+    assert len(hosts.requests) == (11 if kind in ("loop", "chain") else 1)
+
+
+@pytest.mark.parametrize("kind", ["called-page", "unsized", "chunked", "slow", "relative"])
+def test_unusual_answers_are_understood(hosts: Hosts, part: Path, kind: str):
+    hosts.fault(PLAIN, Fault(kind, delay=0.001))
+    check(PLAIN, part)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/hostname", "ftp://127.0.0.1/x", "/etc/hostname", "http://", "http://[::1/x", "http://a:b/x", ""],
+)
+def test_only_web_addresses_are_fetched(part: Path, url: str):
+    refused(url, part, "is no address; http and https addresses are accepted")
+
+
+def test_addresses_may_hold_spaces_and_umlauts(part: Path):
+    with Hosts({"/a%20b/%C3%BC.pth": DATA}) as hosts:
+        check(f"{hosts.url}/a b/ü.pth", part)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_servers_that_cannot_be_reached(part: Path, monkeypatch):
+    port = free_port()
+    text = refused(f"http://127.0.0.1:{port}/x", part, "Connection refused")
+    assert "Check the address, the network and the proxy" in text
+    assert "`geo-pretrain bundle`" in text
+    monkeypatch.setenv("GEO_PRETRAIN_MIRROR", f"http://127.0.0.1:{port}")
+    text = refused(PLAIN, part, "Connection refused. Check that the mirror runs")
+    assert f"GEO_PRETRAIN_MIRROR=http://127.0.0.1:{port}" in text
+
+
+def test_keys_in_redirects_are_not_shown(hosts: Hosts, part: Path):
+    hosts.fault(GITHUB, Fault("truncate"))
+    text = refused(GITHUB, part, r"answered by objects\.githubusercontent\.com")
+    assert "secret123" not in text
+
+
+def test_the_limit_is_in_bytes(hosts: Hosts, part: Path):
+    check(hosts.url + OWN, part, limit=len(DATA))
+    refused(hosts.url + OWN, part, "is 300000 bytes long, at most 299999 are accepted", limit=len(DATA) - 1)
+    hosts.forget()
+    for kind in ("unsized", "chunked"):
+        hosts.fault(OWN, Fault(kind))
+        check(hosts.url + OWN, part, limit=len(DATA))
+        refused(hosts.url + OWN, part, "goes on after 299999 bytes, the most that are acc", limit=len(DATA) - 1)
+    assert len(hosts.requests) == 4
+
+
+def test_progress_is_told(hosts: Hosts, part: Path):
+    told: list[tuple[int, int | None]] = []
+    check(hosts.url + OWN, part, progress=lambda *numbers: told.append(numbers))
+    assert told[-1] == (len(DATA), len(DATA))
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    hosts.fault(OWN, Fault("unsized"))
+    check(hosts.url + OWN, part, progress=lambda *numbers: told.append(numbers))
+    assert told[-1] == (len(DATA), None)
+
+
+def test_an_interrupted_download_leaves_nothing(hosts: Hosts, part: Path):
+    def interrupt(done: int, total: int | None) -> None:
+        assert part.exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        download(hosts.url + OWN, part, progress=interrupt)
+    assert not part.exists()
+
+
+def test_an_older_file_at_the_target_is_replaced(hosts: Hosts, part: Path):
+    part.write_bytes(DATA * 2)
+    check(hosts.url + OWN, part)
+
+
+def test_an_empty_file_is_a_file(part: Path):
+    with Hosts({"/log.jsonl": b""}) as hosts:
+        assert download(f"{hosts.url}/log.jsonl", part) == hashlib.sha256(b"").hexdigest()
+    assert part.read_bytes() == b""
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf"])
+def test_a_timeout_is_a_number_of_seconds(part: Path, monkeypatch, text: str):
+    monkeypatch.setenv("GEO_PRETRAIN_TIMEOUT", text)
+    with pytest.raises(HubError, match=f"GEO_PRETRAIN_TIMEOUT='{text}'; a number of seconds above 0 is accepted"):
+        download("http://127.0.0.1:1/x", part)
+
+
+# mirror and https
+
+
+@pytest.mark.parametrize("text", ["localhost:8000", "ftp://host", "http://"])
+def test_a_mirror_is_an_address(part: Path, monkeypatch, text: str):
+    monkeypatch.setenv("GEO_PRETRAIN_MIRROR", text)
+    with pytest.raises(HubError, match=r"GEO_PRETRAIN_MIRROR='.*'; an address such as http://host/base is accepted"):
+        download(PLAIN, part)
+
+
+def test_the_mirror_may_lie_under_a_path(part: Path, monkeypatch):
+    files = {f"/mirrors/{PLAIN.removeprefix('http://')}": DATA}
+    with Hosts(files) as hosts:
+        monkeypatch.setenv("GEO_PRETRAIN_MIRROR", f"{hosts.url}/mirrors/")
+        check(PLAIN, part)
+        check(f"{hosts.url}/mirrors/{PLAIN.removeprefix('http://')}", part)  # the mirror itself is not mirrored
+        assert len(set(hosts.requests)) == 1
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate of this test")
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run([*command.split(), *files], cwd=folder, check=True, capture_output=True)
+    (folder / "both.pem").write_text((folder / "cert.pem").read_text() + (folder / "key.pem").read_text())
+    return folder / "both.pem"
+
+
+def test_https_never_becomes_http(certificate: Path, part: Path, monkeypatch):
+    with Hosts({OWN: DATA}, certificate=certificate) as hosts:
+        refused(hosts.url + OWN, part, "certificate verify failed")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.with_name("cert.pem")))
+        check(hosts.url + OWN, part)
+        hosts.fault(OWN, Fault("to-http"))
+        refused(hosts.url + OWN, part, r"redirects from https to http \(example\.org\), where anybody can alter")
+
+
+# one at a time
+
+
+def hold(folder: str, name: str, seconds: float) -> None:
+    with exclusive(Path(folder)):
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / name).touch()
+        time.sleep(seconds)
+
+
+def test_one_process_at_a_time(tmp_path: Path):
+    folder = tmp_path / "hub" / "tiny"
+    inside, most = [], []
+
+    def work() -> None:
+        with exclusive(folder):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 6
+    # nothing was made, so nothing is left
+    assert list(folder.parent.iterdir()) == []
+
+
+SHARED = """
+import sys, time
+from pathlib import Path
+from geo_pretrain.hub.transfer import exclusive
+folder, mode = Path(sys.argv[1]), sys.argv[2]
+with exclusive(folder):
+    if mode == "hold":
+        folder.mkdir(exist_ok=True)
+        (folder / ".5.part").write_bytes(b"half")
+        (folder / "whole").write_bytes(b"whole")
+        print("holding", flush=True)
+        time.sleep(60)
+    before = int((folder / "count").read_text())
+    time.sleep(0.01)
+    (folder / "count").write_text(str(before + 1))
+"""
+
+
+def start(folder: Path, mode: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", SHARED, str(folder), mode], stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_take_turns(tmp_path: Path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "count").write_text("0")
+    running = [start(folder, "count") for _ in range(4)]
+    assert [process.wait(60) for process in running] == [0] * 4
+    assert (folder / "count").read_text() == "4"
+
+
+def test_a_killed_process_blocks_nobody_and_its_parts_go(tmp_path: Path):
+    folder = tmp_path / "tiny"
+    process = start(folder, "hold")
+    assert process.stdout.readline() == "holding\n"
+    (folder / "tree.part").mkdir()
+    (folder / "tree.part/x").touch()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    begin = time.monotonic()
+    with exclusive(folder):
+        assert sorted(path.name for path in folder.iterdir()) == ["whole"]
+    assert time.monotonic() - begin < 2
+    # the lock lies beside the folder, not in it
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny"]
+
+
+def test_waiting_is_said(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(transfer, "WAIT_NOTE", 0.05)
+    folder = tmp_path / "tiny"
+    entered, leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with exclusive(folder):
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    entered.wait()
+    threading.Timer(0.3, leave.set).start()
+    with (
+        pytest.warns(UserWarning, match=r"Another process is working on .*tiny; waiting for it") as caught,
+        exclusive(folder),
+    ):
+        pass
+    thread.join()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with exclusive(folder):
+            pass
+
+
+def test_an_error_inside_gives_the_lock_back(tmp_path: Path):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="mine"), exclusive(tmp_path / "tiny"):
+            raise ValueError("mine")
+
+
+def test_a_cache_below_a_file_says_so(tmp_path: Path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "tiny"
+    with pytest.raises(HubError, match=r"cannot be written \(.*\). Make it writable, or set GEO_"), exclusive(folder):
+        pass
+    with Hosts({OWN: DATA}) as hosts, pytest.raises(HubError, match=r"cannot be written .* GEO_PRETRAIN_CACHE"):
+        download(hosts.url + OWN, tmp_path / "file" / "x.part")

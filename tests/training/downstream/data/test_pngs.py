@@ -1,0 +1,111 @@
+"""Label images of every depth, and objects from instance images against a pixel-by-pixel twin."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from geo_pretrain.errors import BadFrame
+from geo_pretrain.training.downstream.data.mapping import label_map
+from geo_pretrain.training.downstream.data.pngs import instances_from_ids, read_ids
+from tests.labelled_layouts import chunk, png_bytes, random_objects, save
+from tests.training.downstream.data.twins import NYU40_20, assert_objects, objects
+
+
+def test_ids_of_8_and_16_bit_images_are_kept(tmp_path):
+    small = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    large = np.arange(12, dtype=np.uint16).reshape(3, 4) * 5001
+    save(tmp_path / "8.png", small)
+    save(tmp_path / "16.png", large)
+    np.testing.assert_array_equal(read_ids(tmp_path / "8.png"), small)
+    np.testing.assert_array_equal(read_ids(tmp_path / "16.png", (3, 4, 3), bits=(8, 16)), large)
+    assert read_ids(tmp_path / "8.png").dtype == np.int32
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_ids_of_palette_images_are_the_indices(tmp_path, bits):
+    palette = chunk(b"PLTE", bytes(range(3 * 2**bits)) if bits < 8 else bytes(768))
+    row = {1: b"\xb4", 2: b"\x1b\x1b", 4: b"\x01\x23\x01\x23", 8: bytes([0, 1, 2, 3] * 2)}[bits]
+    (tmp_path / "p.png").write_bytes(png_bytes([row], 8, bits, 3, palette))
+    want = {1: [1, 0, 1, 1, 0, 1, 0, 0]}.get(bits, [0, 1, 2, 3, 0, 1, 2, 3])
+    assert read_ids(tmp_path / "p.png").tolist() == [want]
+
+
+def grey(bits):
+    """Two rows of four pixels 1, 2, 3, 15."""
+    return png_bytes([{4: b"\x12\x3f", 2: b"\x1b", 1: b"\x50"}[bits]] * 2, 4, bits, 0)
+
+
+def encode(array, format="png", **options):
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data, bits, reason",
+    [
+        (grey(4), (8,), "4-bit grey, expected 8-bit ids"),  # Pillow alone would read 17, 34, 51, 255
+        (grey(2), (8, 16), "2-bit grey, expected 8 or 16-bit ids"),
+        (grey(1), (16,), "1-bit grey, expected 16-bit ids"),
+        (encode(np.zeros((2, 4), np.uint16)), (8,), "16-bit grey, expected 8-bit ids"),
+        (encode(np.zeros((2, 4), np.uint8)), (16,), "8-bit grey, expected 16-bit ids"),
+        (encode(np.zeros((2, 4, 3), np.uint8)), (8,), "a PNG in colour, expected 8-bit grey ids"),
+        (encode(np.zeros((2, 4, 2), np.uint8)), (8,), "a PNG in colour, expected 8-bit grey ids"),
+        (encode(np.zeros((2, 4), np.uint8), "jpeg"), (8,), "not a PNG; labels are 8-bit PNGs"),
+        (b"\x89PNG\r\n\x1a\n", (8,), "not a PNG"),
+        (b"", (8,), "not a PNG"),
+        (encode(np.random.default_rng(0).integers(0, 9, (2, 4), np.uint8))[:50], (8,), "annotation cannot be read"),
+        (encode(np.zeros((4, 2), np.uint8)), (8,), "annotation is 2x4, the image 4x2"),
+        (None, (8,), "annotation is missing"),
+    ],
+)
+def test_other_files_are_refused_with_path_and_reason(tmp_path, data, bits, reason):
+    path = tmp_path / "labels.png"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(BadFrame) as error:
+        read_ids(path, (2, 4, 3), bits=bits)
+    assert error.value.path == str(path)
+    assert error.value.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_objects_are_those_of_the_twin(seed):
+    rng = np.random.default_rng(seed)
+    label, number = random_objects(rng, 24, 32, [1, 3, 5, 13, 14, 39, 40])
+    number[label > 0] -= seed % 2  # the first object of each label has number 0
+    for unnumbered in (False, True):
+        found = instances_from_ids(
+            label * 1000 + number, label_map("scannet18"), "x", min_pixels=40, unnumbered=unnumbered
+        )
+        expected = objects(label, number, NYU40_20[2:], min_pixels=40, unnumbered=unnumbered)
+        assert_objects(found, expected, (24, 32))
+        assert len(found) == len(expected)
+
+
+def test_objects_below_the_minimum_are_left_out():
+    ids = np.zeros((40, 60), np.int32)
+    ids.reshape(-1)[:999] = 3001
+    ids.reshape(-1)[1000:2000] = 3002
+    found = instances_from_ids(ids, label_map("scannet18"), "x", min_pixels=1000)
+    assert found.masks.sum((1, 2)).tolist() == [1000]
+    assert len(instances_from_ids(ids, label_map("scannet18"), "x", min_pixels=999)) == 2
+
+
+def test_an_image_without_objects_has_none():
+    found = instances_from_ids(np.full((5, 7), 1001), label_map("scannet18"), "x", min_pixels=1)
+    assert_objects(found, [], (5, 7))
+
+
+@pytest.mark.parametrize("value", [41001, 65535, 2**30])
+def test_a_label_out_of_range_is_named(value):
+    ids = np.array([[3001, value]])
+    with pytest.raises(BadFrame) as error:
+        instances_from_ids(ids, label_map("scannet18"), "i.png", min_pixels=1)
+    assert str(error.value) == (
+        f"i.png: instance id {value} has label {value // 1000}; label map scannet18 accepts 0 to 40"
+    )
