@@ -47,7 +47,7 @@ class Extracted:
     skipped: Mapping[str, str]  # key in the entry -> why it is not in the result
 
 
-def extract(path: Path, out: Path, *, entries: Sequence[str] = ("",), limits: Limits | None = None) -> Extracted:
+def extract(path: Path, out: Path, *, entries: Sequence[str] = ("",), limits: Limits = Limits()) -> Extracted:
     """Write the tensors in the first of `entries` that `path` has to the safetensors file `out`, contiguous.
 
     `path` is a file of torch.save (either format) or a pickle with numpy arrays; an entry is a key of its top-level
@@ -60,7 +60,6 @@ def extract(path: Path, out: Path, *, entries: Sequence[str] = ("",), limits: Li
         raise CheckpointError(f"entries={entries!r}: a list of keys is accepted, such as ['model', '']")
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file.")
-    limits = limits or Limits()
     part = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     job = {
         "file": os.fspath(path.resolve()),

@@ -660,9 +660,8 @@ def rebuild_tensor_v3(
     return Tensor(storage, offset, size, stride, (dtype.dtype if isinstance(dtype, Name) else None) or kind(dtype))
 
 
-def rebuild_from_type(machine: Machine, *given: Any) -> Any:
-    """torch._tensor._rebuild_from_type (function, type, arguments, state): a tensor that had attributes."""
-    function, cls, arguments, _ = given
+def rebuild_from_type(machine: Machine, function: Any, cls: Any, arguments: Any, state: Any) -> Any:
+    """torch._tensor._rebuild_from_type and _v2: a tensor that had attributes, the `state` dropped here."""
     plain = isinstance(cls, Name) and cls.path in ("torch.Tensor", "torch.nn.parameter.Parameter")
     if plain and isinstance(function, Name) and function.path.startswith("torch._utils._rebuild_"):
         return machine.call(function, arguments)

@@ -647,11 +647,12 @@ lie(
 lie("a member with two names", renamed(PLAIN, b"x/data/0", b"x/data/1", which=0), "another name in place")
 lie("two data.pkl", torch_zip(dict_(a=GOOD), {"y/data.pkl": proto(b"N")}), "2 data.pkl", CheckpointError)
 lie("an encrypted member", directory(PLAIN, 8, "<H", 1), "encrypted")
-lie(
-    "members that overlap",
-    directory(torch_zip(dict_(a=GOOD), {"x/data/0": FLOATS}), 42, "<I", 0),
-    "another name|overlap",
-)
+INNER = (
+    torch_zip(b"N", {"x/data/1": FLOATS}).split(b"PK\x03\x04")[-1].partition(b"PK\x01\x02")[0]
+)  # a member as it lies
+NESTED = torch_zip(dict_(a=GOOD), {"x/data/0": b"PK\x03\x04" + INNER, "x/data/1": FLOATS})
+lie("members that overlap", directory(NESTED, 42, "<I", NESTED.index(INNER) - 4, member=2), "overlap")
+lie("two names for one member", directory(PLAIN, 42, "<I", 0), "another name in place")
 lie(
     "a member beyond the end",
     directory(directory(PLAIN, 20, "<I", 1 << 30), 24, "<I", 1 << 30),

@@ -109,6 +109,7 @@ class Hosts:
     ) -> None:
         self.files = dict(files)
         self.ranges, self.weak, self.scan_limit = ranges, weak, scan_limit
+        self.ignores_if_range = False  # a server that continues a file that has changed
         self.requests: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.served: Counter[str] = Counter()
@@ -415,7 +416,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"Accept-Ranges": "bytes", "ETag": tag}
         status, start = 200, 0
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if continues and wanted and self.headers.get("If-Range", tag) == tag:
+        current = self.headers.get("If-Range", tag) == tag or self.owner.ignores_if_range
+        if continues and wanted and current:
             status, start = 206, int(wanted.group(1)) - (kind == "wrong-range")
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         body = data[start:]

@@ -75,6 +75,8 @@ def state_dict() -> OrderedDict[str, Any]:
     }
     state["with attributes"] = torch.nn.Parameter(torch.rand(3, generator=draw))
     state["with attributes"].note = "kept by nobody"
+    state["plain with attributes"] = torch.rand(3, generator=draw)
+    state["plain with attributes"].note = "kept by nobody"
     return state
 
 
@@ -118,9 +120,9 @@ def test_what_torch_saved_comes_out_as_torch_loads_it(tmp_path: Path, new: bool,
     path = torch_file(tmp_path, {"step": 5, "model": state_dict()}, new=new, protocol=protocol)
     found = extract(path, tmp_path / "out.safetensors", entries=["model"])
     twin = torch.load(path, weights_only=False)["model"]
-    assert len(twin) == 21
+    assert len(twin) == 22
     assert_twins(tmp_path / "out.safetensors", twin)
-    assert found == Extracted("model", 21, (), {"step": 5}, {})
+    assert found == Extracted("model", 22, (), {"step": 5}, {})
 
 
 @pytest.mark.parametrize("new", [True, False])

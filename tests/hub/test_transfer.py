@@ -205,8 +205,13 @@ def test_weak_tags_are_not_continued(part: Path):
         assert not any("range" in headers for headers in hosts.headers)
 
 
-def test_two_versions_of_a_file_are_never_mixed(hosts: Hosts, part: Path):
-    """The file is replaced between two attempts: the server answers the stale If-Range with the whole new file."""
+@pytest.mark.parametrize("ignores_if_range", [False, True])
+def test_two_versions_of_a_file_are_never_mixed(hosts: Hosts, part: Path, ignores_if_range: bool):
+    """The file is replaced between two attempts: the server answers the stale If-Range with the whole new file.
+
+    One that ignores If-Range gives itself away by the new tag.
+    """
+    hosts.ignores_if_range = ignores_if_range
     hosts.fault(OWN, Fault("truncate", times=1, after=200_000))
     new = DATA[::-1]
 
@@ -216,7 +221,7 @@ def test_two_versions_of_a_file_are_never_mixed(hosts: Hosts, part: Path):
     assert download(hosts.url + OWN, part, progress=replace) == hashlib.sha256(new).hexdigest()
     assert part.read_bytes() == new
     assert hosts.headers[1]["range"] == "bytes=200000-"
-    assert hosts.served[OWN] == 2
+    assert hosts.served[OWN] == 2 + ignores_if_range
 
 
 def test_ranges_that_do_not_fit_are_noticed(hosts: Hosts, part: Path):
@@ -461,6 +466,16 @@ def test_the_mirror_may_lie_under_a_path(part: Path, monkeypatch):
         assert len(set(hosts.requests)) == 1
 
 
+def test_the_mirror_itself_is_asked_directly(monkeypatch):
+    """Its redirects to itself, on a machine of its own (which a test has not)."""
+    monkeypatch.setenv("GEO_PRETRAIN_MIRROR", "http://mirror.lan/base")
+    source = transfer._Source(PLAIN)
+    assert source._address(PLAIN) == f"http://mirror.lan/base/{PLAIN.removeprefix('http://')}"
+    for url in ("http://mirror.lan/base", "http://mirror.lan/base/x?y"):
+        assert source._address(url) == url
+    assert source._address("http://mirror.lan/other") == "http://mirror.lan/base/mirror.lan/other"
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("openssl") is None:
@@ -586,6 +601,12 @@ def test_waiting_is_said(tmp_path: Path, monkeypatch):
         warnings.simplefilter("error")
         with exclusive(folder):
             pass
+
+
+def test_an_empty_folder_does_not_stay(tmp_path: Path):
+    with exclusive(tmp_path / "tiny"):
+        (tmp_path / "tiny").mkdir()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_inside_gives_the_lock_back(tmp_path: Path):

@@ -1,0 +1,111 @@
+"""Checkpoints that this project publishes: from a Hugging Face repository at one commit, every byte compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from geo_pretrain.checkpoint import read_checkpoint
+from tests.hub.loopback_hub import Fault, LoopbackHub
+from tests.zoo import write_tiny
+
+NAME, REPO = "pri3d_view_r18.rooms", "lab/pri3d_view_r18.rooms"
+
+# huggingface_hub reads its settings when it is imported, so each case has a process of its own
+SCRIPT = """
+import json, sys
+from dataclasses import replace
+from geo_pretrain import hub
+from geo_pretrain.catalog import CATALOG, File
+from geo_pretrain.errors import GeoPretrainError
+job = json.loads(sys.argv[1])
+files = tuple(File(**file | {"sources": tuple(file["sources"])}) for file in job["files"])
+entry = replace(CATALOG[job["name"]], files=files, status="published-here")
+hub.find = {entry.name: entry}.get
+try:
+    print(json.dumps(str(hub.resolve(entry.name, **job["options"]))))
+except GeoPretrainError as error:
+    print(json.dumps(f"{type(error).__name__}: {error}"))
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def published(server: LoopbackHub, tmp_path: Path) -> list[dict[str, Any]]:
+    """The entry's files as the catalog would list them, and the same name with other weights on a later commit."""
+    found = write_tiny(tmp_path / "made", name=NAME)
+    content = {path.name: path for path in found.folder.iterdir()}
+    commit = server.push(REPO, content)
+    server.push(REPO, {"encoder.safetensors": b"something else"})
+    sources = [f"hf-hub:{REPO}@{commit}"]
+    return [
+        {"role": stored.role, "name": name, "size": stored.size, "sha256": stored.sha256, "sources": sources}
+        for name, stored in found.files.items()
+    ]
+
+
+def resolve(server: LoopbackHub, home: Path, files: list[dict[str, Any]], **options: Any) -> str:
+    job = json.dumps({"name": NAME, "files": files, "options": options})
+    environment = os.environ | server.environment(home) | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, job], capture_output=True, text=True, env=environment, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return str(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_pinned_commit_is_loaded_and_only_what_is_needed(server, published, tmp_path: Path):
+    folder = Path(resolve(server, tmp_path / "home", published))
+    assert f"hf-hub:{REPO}@{folder.name}" == published[0]["sources"][0]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "encoder.safetensors"]
+    found = read_checkpoint(folder)
+    assert found.files["encoder.safetensors"].sha256 == published[0]["sha256"]
+    assert not any("decoder" in request for request in server.requests)
+    server.forget()
+    assert resolve(server, tmp_path / "home", published, local_files_only=True) == str(folder)
+    assert server.requests == []
+
+
+def test_an_altered_byte_is_fetched_again(server, published, tmp_path: Path):
+    server.fault(Fault("GET .*" + published[0]["sha256"], "corrupt", times=1))
+    folder = Path(resolve(server, tmp_path / "home", published))
+    assert folder.is_dir()
+    assert read_checkpoint(folder).files["encoder.safetensors"].sha256 == published[0]["sha256"]
+
+
+def test_bytes_that_stay_altered_are_refused(server, published, tmp_path: Path):
+    server.fault(Fault("GET .*" + published[0]["sha256"], "corrupt"))
+    answer = resolve(server, tmp_path / "home", published)
+    assert answer.startswith("HubError")
+    assert published[0]["sha256"] in answer
+    server.fault()
+    assert Path(resolve(server, tmp_path / "home", published)).is_dir()
+
+
+def test_a_repository_with_other_weights_than_the_catalog_promises_is_refused(server, published, tmp_path: Path):
+    published[0]["sha256"] = "0" * 64
+    answer = resolve(server, tmp_path / "home", published)
+    assert f"expected {'0' * 64}" in answer
+    assert not any("encoder" in request for request in server.requests)
+
+
+def test_the_next_source_is_used_when_the_first_is_down(server, published, tmp_path: Path):
+    write_tiny(tmp_path / "cache/bundles" / NAME, name=NAME)
+    server.fault(Fault(".*", "status", status=401))
+    environment = {"cache_dir": str(tmp_path / "cache")}
+    assert resolve(server, tmp_path / "home", published, **environment) == str(tmp_path / "cache/bundles" / NAME)
+    answer = resolve(server, tmp_path / "home", published)
+    assert f"- {published[0]['sources'][0]}: " in answer
+    assert "geo-pretrain train pri3d_view_r18.rooms --out DIR" in answer
