@@ -55,7 +55,7 @@ def instances_from_ids(
     """
     values, counts = np.unique(ids, return_counts=True)
     given = values // 1000
-    outside = (given >= len(labels.table)) | (labels.table[np.minimum(given, len(labels.table) - 1)] < 0)
+    outside = labels.table[np.minimum(given, len(labels.table) - 1)] < 0  # no map has the last id
     if outside.any():
         value = int(values[outside][0])
         raise BadFrame(path, f"instance id {value} has label {value // 1000}; {labels.accepted()}")
