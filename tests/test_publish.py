@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
@@ -417,6 +418,7 @@ def test_an_interrupt_says_what_is_online_too(hub: LoopbackHub, worker: Worker, 
     def interrupt(request: str) -> None:
         if "/tag/" in request:
             worker.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)  # it is to arrive while the worker waits for the answer
 
     hub.before = interrupt
     answer = worker(folder=folder, to=f"hf-hub:{repo}")

@@ -192,6 +192,15 @@ def test_a_bare_name_whose_weights_all_have_tags_stands_for_none(forget, monkeyp
             timm.create_model("pri3d_other_r50", pretrained=True)
 
 
+def test_the_untagged_name_is_the_default_wherever_the_catalog_has_it(forget, monkeypatch: pytest.MonkeyPatch):
+    kitti, scannet = CATALOG["pri3d_view_r50.kitti_180"], CATALOG["pri3d_view_r50"]
+    entries = [replace(kitti, name="pri3d_other_r50.a"), replace(scannet, name="pri3d_other_r50")]
+    monkeypatch.setattr(adapter, "CATALOG", {entry.name: entry for entry in entries})
+    adapter.register()
+    assert timm.get_pretrained_cfg("pri3d_other_r50").license == scannet.licence.weights
+    assert timm.get_pretrained_cfg("pri3d_other_r50.a").license == kitti.licence.weights
+
+
 def test_renamed_names_give_the_new_one_and_a_warning(forget, monkeypatch: pytest.MonkeyPatch):
     renamed = {"pri3d_old_r18": "pri3d_view_r18.rooms_toy", "pri3d_old_r18.tag": "pri3d_view_r18", "old_3d": "csc_3d"}
     monkeypatch.setattr(adapter, "RENAMED", renamed)
@@ -200,7 +209,7 @@ def test_renamed_names_give_the_new_one_and_a_warning(forget, monkeypatch: pytes
         model = timm.create_model("pri3d_old_r18", pretrained=True, features_only=True)
     assert model.contract == TOY_CONTRACT
     assert not timm.list_models("pri3d_old*")
-    assert not timm.is_model("old_3d")
+    assert timm.models._registry.get_deprecated_models("timm") == {"pri3d_old_r18": "pri3d_view_r18.rooms_toy"}
 
 
 def test_a_name_cannot_stand_for_two_depths(forget, monkeypatch: pytest.MonkeyPatch):
@@ -214,9 +223,11 @@ def test_a_name_cannot_stand_for_two_depths(forget, monkeypatch: pytest.MonkeyPa
 
 def test_networks_timm_cannot_build_stay_out(forget, monkeypatch: pytest.MonkeyPatch):
     narrow = replace(CATALOG["pri3d_view_r18"], name="pri3d_other_r18", arch=Arch("resnet", {"depth": 18, "width": 8}))
-    monkeypatch.setattr(adapter, "CATALOG", {narrow.name: narrow})
+    points = replace(CATALOG["csc_100k_srunet34"], name="csc_other_srunet34", arch=Arch("sr_unet"))
+    monkeypatch.setattr(adapter, "CATALOG", {entry.name: entry for entry in (narrow, points)})
     adapter.register()
     assert not timm.is_model("pri3d_other_r18")
+    assert not timm.is_model("csc_other_srunet34")
 
 
 # --- weights ---

@@ -253,6 +253,15 @@ def test_a_file_of_another_family_is_answered_with_the_right_one(told: str):
         assert hint in str(caught.value), (name, str(caught.value))
 
 
+def test_sparse_networks_are_told_apart_by_their_prefix_only_and_never_proposed_for_their_shapes():
+    """PointContrast's tensors would fit SLidR's rule too, in the wrong order of kernels."""
+    with pytest.raises(WeightsMismatch, match=r"Families that fit these keys: 'votenet'\.$"):
+        convert("csc", made_file("votenet").state, network_states(SR_UNET))
+    with pytest.raises(WeightsMismatch, match="No SR-UNet of family 'votenet'") as caught:
+        convert("votenet", made_file("pointcontrast").state, network_states(SR_UNET))
+    assert "does fit" not in str(caught.value)
+
+
 def test_no_other_format_is_proposed_when_none_fits():
     with pytest.raises(WeightsMismatch) as caught:
         convert("torchvision", {"a.weight": torch.zeros(1)}, NETWORKS)

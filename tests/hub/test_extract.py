@@ -454,6 +454,54 @@ def test_pickles_of_python_2_are_read_as_latin1(tmp_path: Path, protocol: int):
     assert found.scalars == {"lr": 0.5, "it": 12} == {key: twin[key] for key in ("lr", "it")}
 
 
+NUMBERS = st.integers(-(1 << 500), 1 << 500) | st.integers(-70_000, 70_000) | st.floats(allow_nan=False)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner, max_size=5).map(tuple)
+        | st.dictionaries(st.text() | st.integers(-9, 9), inner)
+        | st.dictionaries(st.text(), inner).map(OrderedDict)
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(VALUES, st.integers(0, pickle.HIGHEST_PROTOCOL))
+def test_plain_values_come_out_of_the_machine_as_they_went_in(value: Any, protocol: int):
+    data = pickle.dumps([value, value], protocol)
+    assert unpickle.Machine(data, 0, len(data), unpickle.Budget(10_000, 1 << 20)).run() == [value, value]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"(0N.",  # POP takes a mark
+        b"(0(NNt.",
+        b"(NN1I5\n.",  # POP_MARK takes all above it
+        b"N20.",
+        b"(I1\nI2\nl.",
+        b"(I01\nI00\nd.",
+        b"]p3\n0g3\n.",
+        b"](I1\nI2\ne.",
+        b"}q\x01r\xff\xff\x00\x00j\xff\xff\x00\x00\x86.",
+        b"L-12L\n.",
+        b"F1e3\n.",
+        b"S'a\\n\\x41\"'\n.",
+        b"V\\u00e9x\n.",
+        b"\x80\x02T\x02\0\0\0\xe9xU\x01y\x86.",
+        b"\x80\x04\x8b\x02\0\0\0\xff\x7f.",
+        b"\x80\x04\x8e\x01\0\0\0\0\0\0\0a\x8d\x01\0\0\0\0\0\0\0b\x86.",
+    ],
+)
+def test_rare_instructions_do_what_they_do_in_python(body: bytes):
+    found = unpickle.Machine(body, 0, len(body), unpickle.Budget(100, 100)).run()
+    twin = pickle.loads(body, encoding="latin1")
+    assert found == twin
+    assert type(found) is type(twin) or isinstance(found, unpickle.Dict)
+
+
 def test_every_instruction_of_pickle_has_its_step():
     import pickletools
 
@@ -744,7 +792,8 @@ def test_every_end_of_the_child_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, error: type[Exception], message: str
 ):
     child = tmp_path / "child.py"
-    child.write_text(program)
+    start = "import json, pathlib, sys; pathlib.Path(json.load(sys.stdin)['out']).write_text('half a file')\n"
+    child.write_text(start + program)
     monkeypatch.setattr(extract_module, "CHILD", child)
     path = torch_file(tmp_path, {"w": torch.ones(1)})
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -803,6 +852,20 @@ def test_the_limits_are_set(tmp_path: Path):
 def test_there_is_a_second_wall(attempt: str):
     said = in_child(f"sys.addaudithook(unpickle.deny)\n{attempt}\nprint('went through')")
     assert said.startswith("unpickle.Refused: it tried ")
+
+
+def test_the_second_wall_stands_while_the_file_is_read(tmp_path: Path):
+    """As if the reader had a hole: it runs a command."""
+    (tmp_path / "authors.pth").write_bytes(b"x")
+    job = {"file": str(tmp_path / "authors.pth"), "out": "", "entries": [""], "limits": asdict(Limits()), "path": []}
+    said = in_child(
+        "import io, os\n"
+        f"unpickle.read_file = lambda *given: os.system('touch {tmp_path}/canary')\n"
+        f"sys.stdin = io.StringIO({json.dumps(job)!r})\n"
+        "unpickle.main()"
+    )
+    assert json.loads(said) == {"refused": "it tried os.system"}
+    assert not (tmp_path / "canary").exists()
 
 
 def test_the_child_stands_alone():

@@ -171,6 +171,10 @@ class Coco:
             sizes = [len(polygon) if isinstance(polygon, list) else 0 for polygon in shape]
             if not shape or any(size < 6 or size % 2 for size in sizes):
                 raise self._bad(annotation, f"has polygons of {sizes} numbers; expected an even count from 6 on")
+            far = 2 * max(width, height)  # pycocotools needs memory for every pixel of an outline
+            wrong = [value for polygon in shape for value in polygon if not (_is_finite(value) and abs(value) <= far)]
+            if wrong:
+                raise self._bad(annotation, f"has the polygon coordinate {wrong[0]!r}, the image is {width}x{height}")
             runs = mask.merge(mask.frPyObjects(shape, height, width))
         elif isinstance(shape, dict) and {"size", "counts"} <= set(shape):
             if list(shape["size"]) != [height, width]:
@@ -248,6 +252,9 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
             missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if missing:
                 raise DataError(f"{path}: {part}[{place}] has no {', '.join(map(repr, missing))}.")
+            wrong = [key for key in keys if not isinstance(entry[key], str if key.endswith("name") else int)]
+            if wrong:
+                raise DataError(f"{path}: {part}[{place}] has {wrong[0]!r} {entry[wrong[0]]!r}, a wrong type.")
     return tree
 
 

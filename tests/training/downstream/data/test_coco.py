@@ -142,6 +142,8 @@ def annotate(**changes):
         (annotate(image_id=8), "annotation 5 has image_id 8; no image of the file has it"),
         (lambda tree: tree["annotations"][0].pop("category_id"), r"annotations\[0\] has no 'category_id'"),
         (lambda tree: tree["images"][1].pop("file_name"), r"images\[1\] has no 'file_name'"),
+        (lambda tree: tree["images"][1].update(id="a"), r"images\[1\] has 'id' 'a', a wrong type"),
+        (lambda tree: tree["images"][2].update(file_name=None), r"images\[2\] has 'file_name' None, a wrong type"),
         (lambda tree: tree.pop("categories") and None, "no list 'categories'"),
         (lambda tree: [tree], "no list 'images'"),
         (lambda tree: tree["images"].append(tree["images"][0]), "4 images with 3 ids"),
@@ -183,6 +185,16 @@ def test_compressed_run_lengths_are_what_pycocotools_compressed(seed):
         (annotate(segmentation=[[1, 2, 3, 4]]), "annotation 5 has polygons of [4] numbers"),
         (annotate(segmentation=[[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]]), "annotation 5 has polygons of [6, 7]"),
         (annotate(segmentation=[1, 2, 3, 4, 5, 6]), "annotation 5 has polygons of [0, 0, 0, 0, 0, 0] numbers"),
+        (
+            annotate(segmentation=[[1, 2, 3, 4, 5, 1e9]]),
+            "annotation 5 has the polygon coordinate 1000000000.0, the image",
+        ),
+        (
+            annotate(segmentation=[[1, 2, 3, 4, -81, 6]]),
+            "annotation 5 has the polygon coordinate -81, the image is 30x40",
+        ),
+        (annotate(segmentation=[[1, 2, 3, 4, 5, float("nan")]]), "annotation 5 has the polygon coordinate nan"),
+        (annotate(segmentation=[[1, 2, 3, 4, 5, "6"]]), "annotation 5 has the polygon coordinate '6'"),
         (annotate(segmentation=None), "annotation 5 has no segmentation"),
         (annotate(segmentation={"size": [40, 30]}), "annotation 5 has no segmentation"),
         (
