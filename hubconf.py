@@ -9,6 +9,7 @@ import functools as _functools
 from typing import Any as _Any
 
 from geo_pretrain.catalog import CATALOG as _CATALOG
+from geo_pretrain.catalog import RENAMED as _RENAMED
 
 dependencies = ["torch", "torchvision", "numpy", "safetensors", "huggingface_hub", "PIL"]
 
@@ -23,3 +24,6 @@ for _name, _entry in _CATALOG.items():
     _function = _functools.partial(_entrypoint, _name)
     _function.__doc__ = f"{_entry.description} ({_entry.arch}). Keyword arguments: those of load_backbone."
     globals()[_name] = _function  # names with a dot too: torch.hub looks them up as strings
+
+for _old in _RENAMED:  # they warn when called
+    globals()[_old] = _functools.partial(_entrypoint, _old)

@@ -128,6 +128,12 @@ class Licence:
         return self.weights in LICENCE_GROUPS.get(wanted, (wanted,))
 
 
+def strictest(*terms: str) -> str:
+    """The licence that allows least; of equals the first. Terms without an SPDX identifier are taken for strict."""
+    kinds = (PERMISSIVE, SHARE_ALIKE, NO_DERIVATIVES)
+    return max(terms, key=lambda term: next((rank for rank, kind in enumerate(kinds) if term in kind), len(kinds)))
+
+
 def is_licence(text: str) -> bool:
     """Whether `text` is an SPDX identifier known here, or of the form LicenseRef-<word>."""
     return text in LICENCES or LICENCE_REF.fullmatch(text) is not None

@@ -10,7 +10,8 @@ from typing import Any
 
 import geo_pretrain
 from geo_pretrain.cards import render_card
-from geo_pretrain.catalog.entry import PERMISSIVE, Arch, Licence
+from geo_pretrain.catalog.entry import Arch
+from geo_pretrain.catalog.licence import Licence, strictest
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.sources import data_licence, source_note
@@ -58,8 +59,8 @@ def run_licence(recipe: Recipe) -> Licence:
     dataset, terms = data_licence(recipe.data)
     base, base_terms, base_data = _base_model(recipe.model)
     datasets = ((dataset, terms), *(item for item in base_data if item[0] != dataset))
-    strictest = base_terms if terms in PERMISSIVE and base_terms not in ("", *PERMISSIVE) else terms
-    return Licence(code="MIT", weights=strictest, datasets=datasets, base_model=base)
+    weights = strictest(terms, base_terms or terms)
+    return Licence(code="MIT", weights=weights, datasets=datasets, base_model=base)
 
 
 def _base_model(spec: ModelSpec | None) -> tuple[str, str, tuple[tuple[str, str], ...]]:

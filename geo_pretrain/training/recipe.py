@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from geo_pretrain.errors import RecipeError, nearest, unknown
+from geo_pretrain.catalog.licence import check_licence
+from geo_pretrain.errors import RecipeError, UnknownName, nearest, unknown
 
 RECIPES = Path(__file__).parent / "recipes"
 TOY = RECIPES / "overlays" / "toy.yaml"
@@ -68,6 +69,14 @@ class DataSpec:
     licence: str | None = None  # of the data, SPDX; None: what the source says
     options: dict[str, Any] = field(default_factory=dict)  # of the source; checked by the source
     augment: AugmentSpec = AugmentSpec()
+
+    def __post_init__(self) -> None:
+        """A wrong licence is better known before training than after it."""
+        if self.licence is not None:
+            try:
+                check_licence(self.licence)
+            except UnknownName as error:
+                raise RecipeError(f"data.licence: {error}") from error
 
 
 @dataclass(frozen=True)

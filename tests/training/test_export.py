@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from geo_pretrain.catalog import backbone_info
+from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.export import run_licence
 from geo_pretrain.training.recipe import list_recipes, load_recipe
 
@@ -21,6 +22,12 @@ def test_a_recipe_yields_the_licence_its_catalog_entry_states(name):
         (["data.source=rooms", "model.init=imagenet"], "LicenseRef-ImageNet-terms", {"rooms", "ImageNet"}),
         (["data.source=seven_scenes", "model.init=scratch"], "LicenseRef-data-owner", None),
         (["data.source=seven_scenes", "model.init=scratch", "data.licence=CC0-1.0"], "CC0-1.0", None),
+        (["data.source=rooms", "data.licence=CC-BY-SA-4.0", "model.init=scratch"], "CC-BY-SA-4.0", {"rooms"}),
+        (
+            ["data.source=rooms", "data.licence=CC-BY-SA-4.0", "model.init=imagenet"],
+            "LicenseRef-ImageNet-terms",
+            {"rooms", "ImageNet"},
+        ),
         (
             ["data.source=rooms", "model.init=pri3d_view_r18"],
             "LicenseRef-ScanNet-ToU",
@@ -34,3 +41,8 @@ def test_strictest_terms_win(overrides, weights, datasets):
     assert licence.weights == weights
     if datasets is not None:
         assert {name for name, _ in licence.datasets} == datasets
+
+
+def test_a_licence_that_is_none_is_refused_before_training():
+    with pytest.raises(RecipeError, match=r"data\.licence: Unknown licence 'MTI'. Closest: 'MIT'"):
+        load_recipe("pri3d_view_r18", ["data.licence=MTI"])
