@@ -121,8 +121,8 @@ def write_checkpoint(
         }
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         read_checkpoint(staging)  # what nobody could read back is not put in place
-        _sync(staging)
-        _swap_in(staging, folder)
+        sync(staging)
+        put_in_place(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         recover(folder)
@@ -250,8 +250,10 @@ def _retired(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def _swap_in(staging: Path, folder: Path) -> None:
-    """Two renames; `recover` puts things right when the process dies between or after them."""
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Make a complete folder beside `folder` the checkpoint there; what was there and is no checkpoint's is kept.
+
+    Two renames; `recover` puts things right when the process dies between or after them."""
     retired = _retired(folder)
     if folder.exists():
         folder.rename(retired)
@@ -304,7 +306,8 @@ def _describe(path: Path, role: str) -> StoredFile:
     return StoredFile(role=role, size=path.stat().st_size, sha256=sha256(path))
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Have the files of a folder on the disk and not only on the way to it."""
     for path in folder.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())

@@ -260,8 +260,8 @@ def _copy_to(target: Path, found: Checkpoint, config: bytes) -> None:
             shutil.copyfile(found.folder / name, staging / name)  # contents alone: rights follow the umask
         (staging / CONFIG).write_bytes(config)
         checkpoint.verify_files(checkpoint.read_checkpoint(staging))
-        checkpoint._sync(staging)
-        checkpoint._swap_in(staging, target)
+        checkpoint.sync(staging)
+        checkpoint.put_in_place(staging, target)
     except OSError as error:
         raise HubError(f"{target}: cannot be written ({error.strerror or error}). Choose another folder.") from error
     finally:

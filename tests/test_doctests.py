@@ -9,6 +9,8 @@ import pytest
 
 EXAMPLES = {
     "geo_pretrain.catalog": 1,
+    "geo_pretrain.hub.transfer": 2,
+    "geo_pretrain.adapters.timm": 2,
     "geo_pretrain.loading": 2,
     "geo_pretrain.sparse.coordinates": 1,
     "geo_pretrain.adapters.torchvision": 1,

@@ -121,7 +121,7 @@ def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> l
                 _unpack(stream, bundled, stagings[place])
             for place, staging in stagings.items():
                 checkpoint.recover(place)
-                checkpoint._swap_in(staging, place)
+                checkpoint.put_in_place(staging, place)
         except OSError as error:
             reason = error.strerror or error
             needed = sum(bundled.size for bundled in missing.values()) // 10**6
@@ -313,4 +313,4 @@ def _unpack(stream: BinaryIO, bundled: Bundled, staging: Path) -> None:
         with (staging / file).open("wb") as target:
             _copy(stream, span, bundled.checkpoint.folder / file, bundled.checkpoint.files[file], target)
     (staging / CONFIG).write_bytes(bundled.config)
-    checkpoint._sync(staging)
+    checkpoint.sync(staging)

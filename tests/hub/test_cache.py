@@ -147,6 +147,16 @@ def test_links_are_removed_and_what_they_point_to_is_not(cache: Path, tmp_path: 
     assert files(cache) == KEPT
 
 
+def test_a_removal_that_fails_leaves_no_promise_behind(cache: Path, monkeypatch):
+    def fail(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("geo_pretrain.hub.cache.shutil.rmtree", fail)
+    with pytest.raises(HubError, match=r"tiny_net_r18: cannot be removed \(Permission denied\)"):
+        remove("tiny_net_r18")
+    assert {one.name: bool(one.broken) for one in cached()}["tiny_net_r18"]
+
+
 def test_removing_waits_for_who_is_filling_the_folder(cache: Path):
     folder = cache / "hub/localhost-1234/tiny_net_r18"
     entered, order = threading.Event(), []

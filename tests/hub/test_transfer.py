@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -390,6 +391,24 @@ def test_servers_that_cannot_be_reached(part: Path, monkeypatch):
     monkeypatch.setenv("GEO_PRETRAIN_MIRROR", f"http://127.0.0.1:{port}")
     text = refused(PLAIN, part, "Connection refused. Check that the mirror runs")
     assert f"GEO_PRETRAIN_MIRROR=http://127.0.0.1:{port}" in text
+
+
+def test_a_connection_that_breaks_in_its_greeting_is_made_again(part: Path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        accepted = []
+
+        def hang_up() -> None:
+            for _ in range(3):
+                connection, _ = listener.accept()
+                accepted.append(connection.recv(1))
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()  # a reset, in the middle of the TLS handshake
+
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        refused(f"https://127.0.0.1:{listener.getsockname()[1]}/x", part, r"reset by peer \(3 attempts\)")
+        thread.join(10)
+    assert len(accepted) == 3
 
 
 def test_keys_in_redirects_are_not_shown(hosts: Hosts, part: Path):
