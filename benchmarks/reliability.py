@@ -127,7 +127,7 @@ def table(rooms: dict[str, dict[str, Any]], outcomes: list[Outcome], python: str
         "",
         f"**{tried} faults tried, {survived} survived, {tried - survived} with something lost.**",
         "",
-        "| | tried | survived | the right bytes arrived | an error said what to do | refused unread | slowest |",
+        "| | tried | survived | the right bytes arrived | an error said what to do | refused, nothing ran | slowest |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for room, numbers in rooms.items():
@@ -142,7 +142,8 @@ def table(rooms: dict[str, dict[str, Any]], outcomes: list[Outcome], python: str
         "",
         f"## Servers and connections: {len(kinds)} kinds",
         "",
-        "Each strikes once and always, on a hub's files and on authors' files with their hosts' redirects and pages.",
+        "Each strikes once and always, or just always where the same is expected, on a hub's file or an authors' file behind",
+        "its host's redirects and pages.",
         "",
     ]
     lines += [f"- {text}" for kind, text in (BYTE_FAULTS | OTHER_FAULTS).items() if kind in kinds]

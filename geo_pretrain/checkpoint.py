@@ -253,7 +253,8 @@ def _retired(folder: Path) -> Path:
 def put_in_place(staging: Path, folder: Path) -> None:
     """Make a complete folder beside `folder` the checkpoint there; what was there and is no checkpoint's is kept.
 
-    Two renames; `recover` puts things right when the process dies between or after them."""
+    Two renames; `recover` puts things right when the process dies between or after them.
+    """
     retired = _retired(folder)
     if folder.exists():
         folder.rename(retired)

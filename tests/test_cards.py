@@ -285,6 +285,13 @@ def test_the_hubs_own_client_reads_and_keeps_the_front_matter(kind: str):
             ["ILSVRC/imagenet-1k"],
             None,  # the image network was its teacher, not its start
         ),
+        (
+            "ppkt_srunet34",
+            "other",
+            "ppkt point-cloud sparse-unet minkowski scannet imagenet rgb-d",
+            ["ILSVRC/imagenet-1k"],
+            None,  # a teacher again, and one that the Hub has
+        ),
     ],
 )
 def test_the_front_matter_of_known_entries(name, licence, tags, datasets, base_model):

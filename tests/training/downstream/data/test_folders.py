@@ -411,6 +411,14 @@ def test_sunrgbd_is_what_was_written(tmp_path, folders, dash):
     assert len(train.classes) == 37
 
 
+def test_folders_of_splits_decide_before_the_numbers(tmp_path):
+    image, label, _ = picture(np.random.default_rng(0), [1])
+    write_sunrgbd_image(tmp_path, 7, image, label, "train")
+    write_sunrgbd_image(tmp_path, 9000, image, label, "val")
+    assert open_labelled("sunrgbd", tmp_path, "train", task="segmentation").ids() == ["000007"]
+    assert open_labelled("sunrgbd", tmp_path, "val", task="segmentation").ids() == ["009000"]
+
+
 def test_sunrgbd_says_what_is_missing_where(tmp_path):
     image, label, _ = picture(np.random.default_rng(0), [1])
     write_sunrgbd_image(tmp_path, 7, image, label)
