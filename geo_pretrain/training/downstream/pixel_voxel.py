@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from geo_pretrain import hub
+from geo_pretrain.catalog import find
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, read_weights
 from geo_pretrain.errors import BadFrame, CheckpointError, WeightsMismatch
 from geo_pretrain.geometry import seen_at
@@ -43,17 +44,39 @@ class VoxelMatches:
 def load_pri3d(folder: str, *, pretrained: bool = True, seed: int = 0) -> Pri3D:
     """Both networks and projections of a checkpoint folder, in eval mode, with samples that are not augmented.
 
+    A folder converted from an authors' file takes its catalog entry's recipe.
+
     `pretrained=False`: the same with random weights, drawn from `seed`. Raises `CheckpointError` for a folder without
     the 3D part.
     """
-    found = read_checkpoint(hub.resolve(folder, roles=()))
-    if "heads" not in {stored.role for stored in found.files.values()}:
+    path = hub.resolve(folder, roles=_needed)
+    found = read_checkpoint(path)
+    if "heads" not in _roles(found):
         raise CheckpointError(f"{folder!r} has no voxel part (a file with role 'heads'); {ACCEPTED}.")
-    path = hub.resolve(folder, roles=(*found.network_roles(), "heads", "recipe"))
-    task = _untrained(load_recipe(str(path / found.file_of("recipe"))), folder, seed)
+    task = _untrained(_recipe(found), folder, seed)
     if pretrained:
-        _put_weights(task, read_checkpoint(path))
+        _put_weights(task, found)
     return task.eval()
+
+
+def _roles(found: Checkpoint) -> set[str]:
+    return {stored.role for stored in found.files.values()}
+
+
+def _needed(found: Checkpoint) -> tuple[str, ...]:
+    """The network, and of heads and recipe what there is; before an authors' file is converted that is not known."""
+    extra = [role for role in ("heads", "recipe") if role in _roles(found)] if found.files else ["heads"]
+    return (*found.network_roles(), *extra)
+
+
+def _recipe(found: Checkpoint) -> Recipe:
+    """The recipe in the folder; weights that their authors trained have none, their catalog entry's says the same."""
+    if "recipe" in _roles(found):
+        return load_recipe(str(found.folder / found.file_of("recipe")))
+    entry = find(found.name)
+    if entry is None or entry.recipe is None:
+        raise CheckpointError(f"{found.folder}: no recipe tells how its voxel part is built; {ACCEPTED}.")
+    return load_recipe(entry.recipe)
 
 
 def frames_in_twos(source: Source) -> list[Pair]:

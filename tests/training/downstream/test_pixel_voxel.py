@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from geo_pretrain.catalog import CATALOG
 from geo_pretrain.checkpoint import read_checkpoint, read_weights
 from geo_pretrain.errors import CheckpointError, DataError, WeightsMismatch
+from geo_pretrain.hub.authors import convert_file
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.training.data.frame import Skips
@@ -24,6 +26,7 @@ from geo_pretrain.training.downstream.pixel_voxel import (
     match_frame,
 )
 from geo_pretrain.training.recipe import load_recipe
+from tests.authors_files import write
 from tests.training.downstream.test_cloud_matching import Described, PaintedWithPosition, on_a_torus
 from tests.training.test_engine import run_here
 from tests.training.test_pri3d_geo import slow_seen
@@ -207,3 +210,15 @@ def test_weights_of_another_recipe_do_not_load(tmp_path, folder):
     )
     with pytest.raises(WeightsMismatch, match="own recipe"):
         load_pri3d(str(tmp_path / "net"))
+
+
+def test_a_file_of_the_authors_loads_by_its_catalog_entry(tmp_path):
+    entry = CATALOG["pri3d_view_geo_r18"]
+    expected = write(entry, tmp_path / "theirs.pth", 5)
+    convert_file(tmp_path / "theirs.pth", tmp_path / "ours", like=entry, format="pri3d")
+    state = load_pri3d(str(tmp_path / "ours")).state_dict()
+    for role, prefix in (("encoder", "backbone.encoder."), ("decoder", "backbone.decoder."), ("heads", "")):
+        assert all(state[prefix + key].equal(value) for key, value in expected[role].items())
+    with pytest.raises(CheckpointError, match="no recipe tells how"):
+        convert_file(tmp_path / "theirs.pth", tmp_path / "mine", like=entry, format="pri3d", name="my_own_r18")
+        load_pri3d(str(tmp_path / "mine"))
