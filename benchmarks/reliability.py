@@ -142,8 +142,8 @@ def table(rooms: dict[str, dict[str, Any]], outcomes: list[Outcome], python: str
         "",
         f"## Servers and connections: {len(kinds)} kinds",
         "",
-        "Each strikes once and always, or just always where the same is expected, on a hub's file or an authors' file behind",
-        "its host's redirects and pages.",
+        "Each strikes once and always, or just always where the same is expected, on a hub's file or an authors' file",
+        "behind its host's redirects and pages.",
         "",
     ]
     lines += [f"- {text}" for kind, text in (BYTE_FAULTS | OTHER_FAULTS).items() if kind in kinds]

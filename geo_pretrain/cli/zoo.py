@@ -301,7 +301,8 @@ def cache_list(as_json: Annotated[bool, typer.Option("--json", help="Machine-rea
         return
     table = Table("name", "from", "MB", "folder", box=None)
     for item in found:
-        table.add_row(escape(item.name), item.kind, f"{item.size / 1e6:.1f}", escape(str(item.folder)))
+        state = f"{item.folder}{' (broken: fetched again when needed)' if item.broken else ''}"
+        table.add_row(escape(item.name), item.kind, f"{item.size / 1e6:.1f}", escape(state))
     wide = Console(width=max(console.width, LIST_WIDTH), soft_wrap=True)
     wide.print(table if found else f"Nothing is cached in {default_cache()}.")
 

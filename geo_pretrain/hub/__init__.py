@@ -282,8 +282,6 @@ def _fill(folder: Path, url: str, request: Request) -> None:
         part.replace(folder / CONFIG)
     finally:
         part.unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _check_pins(found: Checkpoint, request: Request, where: str) -> None:
@@ -320,8 +318,11 @@ def _fetch_file(url: str, found: Checkpoint, file: str, part: Path) -> None:
         return
 
     def once() -> None:
-        with _bar(f"{found.name}/{file}") as progress:
-            download(f"{url}/{file}", part, limit=stored.size, progress=progress)
+        try:
+            with _bar(f"{found.name}/{file}") as progress:
+                download(f"{url}/{file}", part, limit=stored.size, progress=progress)
+        except NotThere as error:  # not the same as a hub without this checkpoint
+            raise HubError(f"{error}, although its {CONFIG} lists it: whoever runs that hub has to add it") from error
         checkpoint.check_digest(part, stored)
 
     _with_one_retry(once, f"{url}/{file}")

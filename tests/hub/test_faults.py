@@ -82,7 +82,7 @@ class Case:
 LATER = r"\(3 attempts\)\. Try again later"
 BROWSER = "Check the address in a browser"
 DIGEST = r"fetched twice: .*sha256 is [0-9a-f]{64} .*, expected [0-9a-f]{64} .* Fetch or write it again"
-GONE = "HTTP {}, no such file|Not on these hubs either"
+GONE = "HTTP {}, no such file"
 # kind, once, always; both doors
 BYTES = (
     (Fault("truncate"), FINE, rf"the connection ended after \d+ of \d+ bytes {LATER}"),
