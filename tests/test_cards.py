@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -27,7 +28,7 @@ from PIL import Image
 from geo_pretrain import cards, catalog
 from geo_pretrain.backbones.build import build
 from geo_pretrain.cards.front_matter import licence_fields
-from geo_pretrain.catalog import CATALOG, Arch, File, Paper, Result, list_backbones
+from geo_pretrain.catalog import CATALOG, Arch, File, Licence, Paper, Result, list_backbones
 from geo_pretrain.checkpoint import CONFIG, write_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, UnknownName
@@ -125,11 +126,14 @@ def test_a_card_shows_what_works_for_its_status(name: str):
     assert (trained in card) == (entry.recipe is not None)
     assert ("downloads their file" in card) == (entry.status == "published-by-authors")
     assert ("GEO_PRETRAIN_HUB=runs" in card) == (entry.status == "regenerable")
+    for code in codes(card):  # each block stands alone in this: timm knows the names after our import
+        assert ("geo_pretrain.adapters.timm" in code) == ("timm.create_model" in code or '"tu-' in code)
     if entry.status == "published-by-authors":
         by_hand = f"`geo-pretrain convert FILE --from {entry.authors_files[0].format} --name {name} --out DIR`"
         assert by_hand in card
 
 
+@functools.cache
 def every_kind_of_card() -> dict[str, str]:
     known = {name: cards.render_entry(entry) for name, entry in CATALOG.items()}
     measured = (Result("dense matching", "rooms val", "recall at 4 px", 0.61, "eval matching"),)
@@ -303,6 +307,22 @@ def test_the_front_matter_of_known_entries(name, licence, tags, datasets, base_m
     assert data["tags"] == [*tags.split(), "self-supervised", "safetensors"]
     assert data.get("datasets") == datasets
     assert data.get("base_model") == base_model
+
+
+def test_tags_of_two_data_sets_of_one_kind_stand_once():
+    licence = Licence(
+        code="MIT",
+        weights="LicenseRef-ScanNet-ToU",
+        datasets=(
+            ("ScanNet", "LicenseRef-ScanNet-ToU"),
+            ("rooms", "MIT"),
+            ("RGB-D folder in 7-Scenes layout", "LicenseRef-data-owner"),
+        ),
+        base_model="none",
+    )
+    found = metadata(cards.render_card("my_net_r18", ARCH, CONTRACT, licence, {}))["tags"]
+    expected = "image resnet unet scannet rooms rgb-d-folder-in-7-scenes-layout rgb-d self-supervised safetensors"
+    assert found == expected.split()
 
 
 def test_start_weights_named_on_the_hub_exist_there():

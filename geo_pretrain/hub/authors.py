@@ -233,7 +233,15 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
         "conversion": CONVERSION,
     }
     own = name == like.name
-    card = render_card(name, like.arch, like.contract, like.licence, provenance, recipe=like.recipe if own else None)
+    card = render_card(
+        name,
+        like.arch,
+        like.contract,
+        like.licence,
+        provenance,
+        recipe=like.recipe if own else None,
+        roles=tuple(converted.weights),
+    )
     return checkpoint.write_checkpoint(
         folder,
         name=name,

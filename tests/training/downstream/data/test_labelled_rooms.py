@@ -8,6 +8,7 @@ import pytest
 from geo_pretrain.errors import RecipeError, UnknownName
 from geo_pretrain.training.data.rooms import CLASSES, Rooms, RoomsConfig
 from geo_pretrain.training.demo import labelled_frames
+from geo_pretrain.training.downstream.data.rooms import LabelledRooms
 from geo_pretrain.training.downstream.data.sources import open_labelled
 from tests.training.downstream.data.twins import assert_objects, objects
 
@@ -54,6 +55,8 @@ def test_objects_are_the_things_of_the_rooms():
 
 def test_the_smallest_object_is_as_large_a_part_as_1000_pixels_of_vga():
     assert rooms("train", "detection").min_pixels == 13  # 64 * 64 * 1000 / (640 * 480) = 13.3
+    wide = Rooms(RoomsConfig(width=320, height=64))
+    assert LabelledRooms(wide, "train", "detection", labelled=1).min_pixels == 67
     assert rooms("train", "detection", min_pixels=1).min_pixels == 1
 
 
@@ -75,6 +78,12 @@ def test_fingerprints_tell_task_and_labels_apart():
     sources += [rooms("train", "detection", labelled=3), rooms("train", "detection", min_pixels=5)]
     assert len({source.fingerprint() for source in sources}) == 5
     assert rooms("train", "detection").fingerprint() == sources[0].fingerprint()
+
+
+def test_options_reach_the_rooms():
+    given = {"val_scenes": 1, "frames": 1, "seed": 3, "difficulty": "easy", "width": 72}
+    wanted = RoomsConfig(seed=3, scenes=1, frames=1, width=72, height=64, split="val", difficulty="easy")
+    assert rooms("val", "detection", **given).rooms.config == wanted
 
 
 def test_rendering_is_reported():
