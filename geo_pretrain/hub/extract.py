@@ -1,8 +1,8 @@
 """Tensors out of the files that authors publish: pickles, read in a child process that can execute nothing of them.
 
-`unpickle.py`, the child, knows the formats. Here is its guard: it starts the child with an empty environment and limits
-on time, memory and output, turns every way in which it can end into one clear error, and puts the result in place only
-when it is whole.
+The package `unpickle`, the child, knows the formats. Here is its guard: it starts the child with an empty environment
+and limits on time, memory and output, turns every way in which it can end into one clear error, and puts the result in
+place only when it is whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from geo_pretrain.errors import CheckpointError, UnsafeFile
 
-CHILD = Path(__file__).with_name("unpickle.py")
+CHILD = Path(__file__).with_name("unpickle")  # a folder, of which Python runs the __main__
 
 
 @dataclass(frozen=True)
