@@ -1,17 +1,64 @@
-"""Our encoders as torchvision's own ResNet class, for everything that is written against it."""
+"""Our encoders inside torchvision's networks: its ResNet, DeepLabV3, FCN, Faster R-CNN and Mask R-CNN.
+
+All builders give torchvision's own classes in evaluation mode, with state-dict keys that are torchvision's, the encoder
+loaded as a whole or the call fails, all other layers fresh. `pretrained=False` builds the same network with a random
+start; `freeze` counts stages of the encoder (`common.freeze_stages`); further options are those of `load_backbone`
+that say where to look (`hub`, `revision`, `cache_dir`, `local_files_only`), `in_chans`, `strict`, `device`, `dtype`.
+The networks carry `contract`, `transforms` and `load_report` as plain attributes.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
+import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import ResNet
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.segmentation import FCN, DeepLabV3
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.ops import FrozenBatchNorm2d
 
+from geo_pretrain.adapters.common import (
+    check_request,
+    contract_of,
+    dilate,
+    equip,
+    freeze_stages,
+    load_encoder,
+    parameter_groups,
+    split_options,
+)
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
+from geo_pretrain.contract import ImageContract, ImageTransform
 from geo_pretrain.loading import load_backbone
 
-DILATIONS = {32: [False, False, False], 16: [False, False, True], 8: [False, True, True]}
+__all__ = ["deeplabv3", "faster_rcnn", "fcn", "freeze_stages", "mask_rcnn", "parameter_groups", "resnet"]
+
+ATROUS_RATES = {32: (3, 6, 9), 16: (6, 12, 18), 8: (12, 24, 36)}  # of DeepLab's papers: the same reach in pixels
+PYRAMID = 256  # channels of torchvision's feature pyramids
+FROZEN = 2  # stages, as Detectron2 and torchvision freeze under pre-trained weights
+NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
+SLACK = 0.05  # beyond [0, 1], for resampling that overshoots
+OURS = {  # what torchvision calls otherwise or what is not free here
+    "weights": "use pretrained=True or False, and load_state_dict for a whole network",
+    "weights_backbone": "use pretrained=True or False",
+    "trainable_backbone_layers": "use freeze, which is 5 minus it",
+    "trainable_layers": "use freeze, which is 5 minus it",
+    "norm_layer": "use norm='frozen' or 'batch'",
+    "backbone": "it is that of the name given first",
+    "image_mean": "it comes from the contract; set network.transform.image_mean to change it",
+    "image_std": "it comes from the contract; set network.transform.image_std to change it",
+    "output_stride": "the feature pyramid needs stride 32",
+}
 
 
 def resnet(name: str, *, num_classes: int = 1000, **load_kwargs: Any) -> ResNet:
@@ -35,20 +82,175 @@ def resnet(name: str, *, num_classes: int = 1000, **load_kwargs: Any) -> ResNet:
         raise ValueError(
             f"output_stride={encoder.output_stride}: torchvision dilates ResNet-50 and deeper; accepted: 32."
         )
-    network = _empty(encoder, num_classes)
-    network.load_state_dict({**network.state_dict(), **encoder.state_dict()})
-    network.contract, network.load_report = encoder.contract, encoder.load_report
-    network.transforms = encoder.transforms
-    return network.to(encoder.conv1.weight.device, encoder.conv1.weight.dtype).eval()
-
-
-def _empty(encoder: ResNetEncoder, num_classes: int) -> ResNet:
-    builder = getattr(torchvision.models, f"resnet{encoder.depth}")
-    network = builder(
-        weights=None,
-        num_classes=num_classes,
-        replace_stride_with_dilation=DILATIONS[encoder.output_stride],
-    )
-    if encoder.in_chans != 3:
-        network.conv1 = nn.Conv2d(encoder.in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    network: ResNet = equip(_host(encoder, num_classes), encoder, 0)
     return network
+
+
+def deeplabv3(
+    name: str | os.PathLike[str],
+    *,
+    num_classes: int,
+    pretrained: bool = True,
+    freeze: int = 0,
+    output_stride: int = 16,
+    aux_loss: bool = False,
+    atrous_rates: Sequence[int] | None = None,
+    **options: Any,
+) -> DeepLabV3:
+    """torchvision's DeepLabV3: [B, C, H, W] -> {"out": logits [B, num_classes, H, W]}, and "aux" with `aux_loss`.
+
+    Atrous rates are (6, 12, 18) at stride 16 and twice that at 8, unless given. torchvision's own builder has stride 8,
+    and ResNet-50 and deeper; here shallower ones are dilated, too, by the same rule.
+    """
+    encoder = _segmentation_encoder("DeepLabV3", name, num_classes, pretrained, freeze, output_stride, options)
+    rates = ATROUS_RATES[output_stride] if atrous_rates is None else atrous_rates
+    head = DeepLabHead(_channels(encoder, 4), num_classes, rates)
+    network: DeepLabV3 = equip(DeepLabV3(*_segmentation_parts(encoder, head, num_classes, aux_loss)), encoder, freeze)
+    return network
+
+
+def fcn(
+    name: str | os.PathLike[str],
+    *,
+    num_classes: int,
+    pretrained: bool = True,
+    freeze: int = 0,
+    output_stride: int = 8,
+    aux_loss: bool = False,
+    **options: Any,
+) -> FCN:
+    """torchvision's FCN: [B, C, H, W] -> {"out": logits [B, num_classes, H, W]}, and "aux" (layer3) with `aux_loss`."""
+    encoder = _segmentation_encoder("FCN", name, num_classes, pretrained, freeze, output_stride, options)
+    head = FCNHead(_channels(encoder, 4), num_classes)
+    network: FCN = equip(FCN(*_segmentation_parts(encoder, head, num_classes, aux_loss)), encoder, freeze)
+    return network
+
+
+def faster_rcnn(
+    name: str | os.PathLike[str],
+    *,
+    num_classes: int,
+    pretrained: bool = True,
+    freeze: int | None = None,
+    norm: Literal["frozen", "batch"] | None = None,
+    **options: Any,
+) -> FasterRCNN:
+    """torchvision's Faster R-CNN on a feature pyramid (FPN); its options (`min_size`, `box_score_thresh`, ...) hold.
+
+    Input is torchvision's: a list of images [C, H, W] in [0, 1], **not** normalised, since the network does that, with
+    the mean and std of the contract (`network.transform`); values outside raise ValueError. So `network.transforms`
+    only brings an image into [0, 1]. `num_classes` counts the background, which is class 0.
+
+    With pretrained weights two stages are frozen and the encoder's BatchNorms are `FrozenBatchNorm2d`, as in
+    Detectron2 and torchvision. A random start trains everything with BatchNorm, as torchvision's does: a frozen random
+    stem would make a poor baseline of it. `freeze` and `norm` say otherwise for either.
+    """
+    network: FasterRCNN = _detector(FasterRCNN, name, num_classes, pretrained, freeze, norm, options)
+    return network
+
+
+def mask_rcnn(
+    name: str | os.PathLike[str],
+    *,
+    num_classes: int,
+    pretrained: bool = True,
+    freeze: int | None = None,
+    norm: Literal["frozen", "batch"] | None = None,
+    **options: Any,
+) -> MaskRCNN:
+    """torchvision's Mask R-CNN on a feature pyramid (FPN); everything as in `faster_rcnn`, with masks."""
+    network: MaskRCNN = _detector(MaskRCNN, name, num_classes, pretrained, freeze, norm, options)
+    return network
+
+
+def _segmentation_encoder(
+    host: str,
+    name: str | os.PathLike[str],
+    num_classes: int,
+    pretrained: bool,
+    freeze: int,
+    output_stride: int,
+    options: dict[str, Any],
+) -> ResNetEncoder:
+    own = ("num_classes", "pretrained", "freeze", "output_stride", "aux_loss")
+    load, _ = split_options(f"torchvision's {host}", options, own, OURS)
+    check_request(num_classes, freeze)
+    return load_encoder(name, f"torchvision's {host}", pretrained=pretrained, output_stride=output_stride, **load)
+
+
+def _segmentation_parts(
+    encoder: ResNetEncoder, head: nn.Module, num_classes: int, aux_loss: bool
+) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+    layers = {"layer4": "out"} | ({"layer3": "aux"} if aux_loss else {})
+    aux = FCNHead(_channels(encoder, 3), num_classes) if aux_loss else None
+    return IntermediateLayerGetter(_host(encoder), layers), head, aux
+
+
+def _detector(
+    host: Any,
+    name: str | os.PathLike[str],
+    num_classes: int,
+    pretrained: bool,
+    freeze: int | None,
+    norm: str | None,
+    options: dict[str, Any],
+) -> Any:
+    title = f"torchvision's {host.__name__}"
+    accepted = {"size_divisible", "fixed_size"}  # of its transform
+    for host_class in (FasterRCNN, host):
+        accepted |= set(inspect.signature(host_class.__init__).parameters)
+    load, rest = split_options(title, options, accepted - {"self", "num_classes", "kwargs", *OURS}, OURS)
+    stages = (FROZEN if pretrained else 0) if freeze is None else freeze
+    check_request(num_classes, stages, least=2)
+    norm = norm or ("frozen" if pretrained else "batch")
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; accepted: {', '.join(map(repr, NORMS))}.")
+    encoder = load_encoder(name, title, pretrained=pretrained, **load)
+    contract = contract_of(encoder)
+    body = _host(encoder, norm_layer=NORMS[norm])
+    layers = {f"layer{stage}": str(stage - 1) for stage in range(1, 5)}
+    backbone = BackboneWithFPN(body, layers, [_channels(encoder, stage) for stage in range(1, 5)], PYRAMID)
+    statistics = {"image_mean": list(contract.mean), "image_std": list(contract.std)}
+    network = host(backbone, num_classes=num_classes, **statistics, **rest)
+    network.transform.register_forward_pre_hook(refuse_normalised)
+    return equip(network, encoder, stages, _unnormalised(contract))
+
+
+def refuse_normalised(transform: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Before torchvision's own normalisation: raise ValueError for float images that are visibly not in [0, 1]."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return  # values are not there yet
+    for index, image in enumerate(inputs[0]):
+        if not isinstance(image, Tensor) or not image.is_floating_point() or not image.numel():
+            continue  # torchvision says what it thinks of those
+        low, high = (float(bound) for bound in image.aminmax())
+        if not (low >= -SLACK and high <= 1 + SLACK):  # so written, NaN is refused too
+            raise ValueError(
+                f"Image {index} spans [{low:.4g}, {high:.4g}]; accepted: values in [0, 1], which the network normalises"
+                " itself. Below 0 it was probably normalised already (network.transforms gives what is right here); up "
+                "to 255 it needs dividing by 255."
+            )
+
+
+def _unnormalised(contract: ImageContract) -> ImageTransform:
+    """Any image -> float [C, H, W] in [0, 1] at its own size: normalising and resizing are left to the host."""
+    count = len(contract.channels)
+    return replace(contract, mean=(0.0,) * count, std=(1.0,) * count).transforms(resize=False)
+
+
+def _host(encoder: ResNetEncoder, num_classes: int = 1, norm_layer: type[nn.Module] = nn.BatchNorm2d) -> ResNet:
+    """torchvision's ResNet with the tensors and dilation of an encoder and a fresh classifier."""
+    builder = getattr(torchvision.models, f"resnet{encoder.depth}")
+    with torch.device("meta"):  # nothing is drawn that would be overwritten
+        network: ResNet = builder(weights=None, norm_layer=norm_layer)
+        network.conv1 = nn.Conv2d(encoder.in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    network.fc = nn.Linear(network.fc.in_features, num_classes)
+    dilate(network, encoder.output_stride)
+    classifier = {f"fc.{key}": value for key, value in network.fc.state_dict().items()}
+    network.load_state_dict({**encoder.state_dict(), **classifier}, assign=True)
+    return network
+
+
+def _channels(encoder: ResNetEncoder, stage: int) -> int:
+    """Of the output of layer1 to layer4."""
+    return int(encoder.feature_info[stage]["num_chs"])

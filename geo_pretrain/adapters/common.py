@@ -1,0 +1,216 @@
+"""What every host of an image encoder needs: loading it, freezing its first stages, learning rates by stage.
+
+`freeze_stages` and `parameter_groups` work on any network with a ResNet under torchvision's names inside: those the
+adapters build, torchvision's and segmentation-models-pytorch's own, timm's, and this package's encoder and U-Net.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder, dilate_stage
+from geo_pretrain.catalog import CATALOG, find
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import nearest, unknown
+from geo_pretrain.loading import load_backbone
+
+STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))  # what `freeze` counts, in order
+STAGE_NAMES = ("stem", "layer1", "layer2", "layer3", "layer4")
+PLACES = ("", "encoder", "encoder.model", "backbone.body", "backbone")  # of the ResNet in its host
+DILATIONS = {32: {}, 16: {"layer4": (1, 2)}, 8: {"layer3": (1, 2), "layer4": (2, 4)}}  # of a stage: first block, others
+LOAD_OPTIONS = ("in_chans", "strict", "hub", "revision", "cache_dir", "local_files_only", "device", "dtype")
+
+
+class StillBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that stays in evaluation mode whatever `.train()` is called on; state-dict keys as ever."""
+
+    def train(self, mode: bool = True) -> StillBatchNorm2d:
+        """Goes to evaluation mode."""
+        return super().train(False)
+
+
+class StillSyncBatchNorm(nn.SyncBatchNorm):
+    """`StillBatchNorm2d` for networks that were converted to SyncBatchNorm."""
+
+    def train(self, mode: bool = True) -> StillSyncBatchNorm:
+        """Goes to evaluation mode."""
+        return super().train(False)
+
+
+STILL: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: StillBatchNorm2d,
+    nn.SyncBatchNorm: StillSyncBatchNorm,
+}
+MOVING = {still: moving for moving, still in STILL.items()}
+
+
+def encoder_of(network: nn.Module) -> nn.Module:
+    """The ResNet in a host's network: the module that has conv1, bn1 and layer1 to layer4.
+
+    Raises ValueError where there is none.
+    """
+    wanted = {name for names in STAGES for name in names}
+    modules = dict(network.named_modules())
+    for place in PLACES:
+        if place in modules and wanted <= {name for name, _ in modules[place].named_children()}:
+            return modules[place]
+    places = ", ".join(repr(place) for place in PLACES if place)
+    raise ValueError(
+        f"{type(network).__name__} has no ResNet with the stages {', '.join(sorted(wanted))}; accepted: such a ResNet, "
+        f"or a network that has one as {places}."
+    )
+
+
+def freeze_stages(network: nn.Module, count: int) -> None:
+    """Freeze exactly the first `count` stages of the ResNet in `network`: 0 none, 1 the stem, 2 layer1 too, 5 all.
+
+    Detectron2 counts so in `FREEZE_AT`; torchvision's `trainable_layers` is 5 minus it. Frozen are the parameters
+    (`requires_grad`) and BatchNorm's statistics, and both stay so through `.train()`, copies and pickles. Stages after
+    them are made trainable, so a second call with a smaller number thaws. After a conversion to SyncBatchNorm, which
+    replaces the layers, call it again.
+    """
+    _check_freeze(count)
+    encoder = encoder_of(network)
+    for number, names in enumerate(STAGES):
+        for name in names:
+            stage = encoder.get_submodule(name)
+            stage.requires_grad_(number >= count)
+            for module in stage.modules():
+                _set_still(module, number < count, encoder.training)
+
+
+def _check_freeze(count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= len(STAGES):
+        raise ValueError(f"freeze is {count!r}; accepted: 0 (nothing) to {len(STAGES)} (the whole encoder).")
+
+
+def _set_still(module: nn.Module, still: bool, training: bool) -> None:
+    """The class is exchanged, not the layer: weights, hooks, optimisers and the names of all stay as they are."""
+    changed = (STILL if still else MOVING).get(type(module))
+    if changed is not None:
+        module.__class__ = changed
+        module.train(training)
+
+
+def parameter_groups(
+    network: nn.Module, lr: float, *, backbone_factor: float | None = None, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser: "new" layers at `lr`, the pre-trained ResNet slower; frozen parameters are left out.
+
+    `backbone_factor` (0.1 unless `layer_decay` is given): one group "backbone" at `lr * backbone_factor`, the papers'
+    rule. `layer_decay` d: a group each for "layer4" at lr * d, "layer3" at lr * d**2, down to "stem" at lr * d**5. Each
+    group has "params", "lr" and "name". Raises ValueError for both at once, for values that are not positive, and when
+    nothing can be trained.
+    """
+    if backbone_factor is not None and layer_decay is not None:
+        raise ValueError("backbone_factor and layer_decay both set the encoder's learning rate; drop one.")
+    if backbone_factor is None and layer_decay is None:
+        backbone_factor = 0.1
+    for what, value in (("lr", lr), ("backbone_factor", backbone_factor), ("layer_decay", layer_decay)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{what} is {value!r}; accepted: positive numbers. freeze_stages stops the training.")
+    encoder = encoder_of(network)
+    stage_of = {
+        parameter: stage
+        for stage, names in zip(STAGE_NAMES, STAGES, strict=True)
+        for name in names
+        for parameter in encoder.get_submodule(name).parameters()
+    }
+    if layer_decay is None:
+        rates = {"backbone": lr * (backbone_factor or 0.0)}
+        stage_of = dict.fromkeys(stage_of, "backbone")
+    else:
+        rates = {stage: lr * layer_decay ** (len(STAGES) - number) for number, stage in enumerate(STAGE_NAMES)}
+    rates |= {"new": lr}
+    groups: dict[str, dict[str, Any]] = {name: {"params": [], "lr": rate, "name": name} for name, rate in rates.items()}
+    for parameter in network.parameters():  # each once, also when two layers share it
+        if parameter.requires_grad:
+            groups[stage_of.get(parameter, "new")]["params"].append(parameter)
+    used = [group for group in groups.values() if group["params"]]
+    if not used:
+        raise ValueError(f"No parameter of this {type(network).__name__} is trainable; accepted: at least one.")
+    return used
+
+
+def dilate(network: nn.Module, output_stride: int) -> None:
+    """Bring a ResNet of stride 32 to `output_stride` 16 or 8 by torchvision's rule, as `load_backbone` does.
+
+    In a dilated stage the first block keeps the dilation of the stage before. With another rule the same weights
+    compute something else.
+    """
+    if output_stride not in DILATIONS:
+        raise ValueError(f"output_stride is {output_stride!r}; accepted: {', '.join(map(str, DILATIONS))}.")
+    for name, (first, rest) in DILATIONS[output_stride].items():
+        stage: Any = network.get_submodule(name)
+        dilate_stage(stage, first, rest)
+
+
+def load_encoder(
+    name: str | os.PathLike[str], host: str, *, pretrained: bool = True, output_stride: int = 32, **load: Any
+) -> ResNetEncoder:
+    """`load_backbone` for a host that is made of torchvision's ResNets; ValueError for every other network.
+
+    Random numbers are drawn aside, so the host's own layers start the same with `pretrained` True or False.
+    """
+    entry = find(str(name))
+    if entry is not None:
+        name = entry.name
+        if entry.modality != "2d":
+            images = nearest(entry.name, (other.name for other in CATALOG.values() if other.modality == "2d"))
+            raise ValueError(
+                f"{entry.name!r} is a 3D network and {host} takes images; accepted: names of image networks, such as "
+                f"{', '.join(map(repr, images))}, and their folders."
+            )
+    with torch.random.fork_rng(devices=[]):
+        encoder = load_backbone(name, pretrained=pretrained, output_stride=output_stride, **load)
+    if not isinstance(encoder, ResNetEncoder) or encoder.width != 64:
+        width = f" of width {encoder.width}" if isinstance(encoder, ResNetEncoder) else ""
+        raise ValueError(
+            f"{str(name)!r} is a {type(encoder).__name__}{width}; accepted by {host}: ResNets of width 64, which is "
+            "torchvision's."
+        )
+    return encoder
+
+
+def split_options(
+    host: str, options: Mapping[str, Any], accepted: Collection[str], ours: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of `load_backbone`, and those of the host.
+
+    `ours` maps names of the host that a caller might try to what is used instead. Raises ValueError for those and
+    `UnknownName` for what neither knows.
+    """
+    for option in options:
+        if option in ours:
+            raise ValueError(f"{option}: not an option here; {ours[option]}.")
+        if option not in LOAD_OPTIONS and option not in accepted:
+            raise unknown(f"option of {host}", option, [*accepted, *LOAD_OPTIONS])
+    load = {key: value for key, value in options.items() if key in LOAD_OPTIONS}
+    return load, {key: value for key, value in options.items() if key not in LOAD_OPTIONS}
+
+
+def check_request(num_classes: int, freeze: int, *, least: int = 1) -> None:
+    """Before anything is fetched: ValueError unless `num_classes` is a number from `least` up, and `freeze` 0 to 5."""
+    _check_freeze(freeze)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < least:
+        what = " (the background is one)" if least > 1 else ""
+        raise ValueError(f"num_classes is {num_classes!r}; accepted: a whole number from {least} up{what}.")
+
+
+def equip(network: Any, encoder: ResNetEncoder, freeze: int, transforms: Any = None) -> Any:
+    """The last step of a builder: freezing, our attributes, the encoder's device and dtype, evaluation mode."""
+    freeze_stages(network, freeze)
+    network.contract, network.load_report = encoder.contract, encoder.load_report
+    network.transforms = encoder.transforms if transforms is None else transforms
+    weight = encoder.conv1.weight
+    return network.to(weight.device, weight.dtype).eval()
+
+
+def contract_of(encoder: ResNetEncoder) -> ImageContract:
+    """The contract of an encoder that came from `load_backbone`."""
+    return encoder.transforms.contract
