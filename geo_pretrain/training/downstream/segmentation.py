@@ -1,4 +1,4 @@
-"""Fine-tuning the U-Net for semantic segmentation, and mIoU from one confusion matrix (Pri3D's protocol, table 1)."""
+"""The demo's fine-tuning for semantic segmentation, in memory (Pri3D's protocol, table 1; recipes: finetune.py)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.samples import sample_seed
+from geo_pretrain.training.downstream.metrics import best_class, confusion_matrix, mean_iou
 from geo_pretrain.training.recipe import OptimSpec
 from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum, set_bn_momentum
 
@@ -112,7 +113,7 @@ def evaluate(network: nn.Module, contract: ImageContract, frames: Sequence[Frame
     for start in range(0, len(images), batch):
         truth = labels[start : start + batch]
         logits = _logits(network, images[start : start + batch], truth.shape[-2:])
-        matrix = confusion_matrix(truth, _best_class(logits), logits.shape[1])
+        matrix = confusion_matrix(truth, best_class(logits), logits.shape[1])
         total = matrix if total is None else total + matrix
     if total is None:
         raise DataError("No labelled frame to evaluate on.")
@@ -124,27 +125,7 @@ def predict(network: nn.Module, contract: ImageContract, frame: Frame) -> np.nda
     """Class ids of one frame at its own size: int64 [H, W]; class 0 (unlabeled) is never predicted."""
     network.eval()
     image, _ = _stack([frame], contract)
-    return _best_class(_logits(network, image, frame.depth.shape))[0].numpy()
-
-
-def confusion_matrix(truth: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
-    """Pixels by (true class, predicted class): int64 [classes, classes]; pixels whose truth is 0 are left out."""
-    known = truth > 0
-    index = truth[known] * classes + predicted[known]
-    return torch.bincount(index, minlength=classes**2).reshape(classes, classes).numpy()
-
-
-def mean_iou(confusion: np.ndarray) -> float:
-    """Mean intersection over union of the classes 1.. that occur in the truth (absent ones would count as 0)."""
-    inside = confusion.diagonal()[1:].astype(np.float64)
-    union = confusion.sum(0)[1:] + confusion.sum(1)[1:] - inside
-    present = confusion.sum(1)[1:] > 0
-    return float((inside[present] / union[present]).mean())
-
-
-def _best_class(logits: Tensor) -> Tensor:
-    """The likeliest class but 0 (unlabeled): [B, classes, H, W] -> int64 [B, H, W]."""
-    return logits[:, 1:].argmax(1) + 1
+    return best_class(_logits(network, image, frame.depth.shape))[0].numpy()
 
 
 def _logits(network: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,0 +1,229 @@
+"""Recipes of downstream runs: what is fine-tuned on which labels, how, and how it is measured. A closed YAML schema.
+
+The files are in downstream/recipes; the reader, overrides and overlays are those of the pre-training recipes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from geo_pretrain.errors import RecipeError, unknown
+from geo_pretrain.training.recipe import OptimSpec, _merge, _plain, _read, _require, apply_overrides, parse, retag
+from geo_pretrain.training.schedule import learning_rate
+
+RECIPES = Path(__file__).parent / "recipes"
+OVERLAYS = RECIPES / "overlays"  # toy_TASK.yaml: laid over the recipes of a task by --toy
+
+TaskName = Literal["segmentation", "detection", "instances"]
+Kind = Literal[
+    "unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn", "faster_rcnn", "mask_rcnn"
+]  # fmt: skip
+KINDS: dict[str, tuple[str, ...]] = {
+    "segmentation": ("unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn"),
+    "detection": ("faster_rcnn", "mask_rcnn"),
+    "instances": ("mask_rcnn",),
+}
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """The network around the backbone; the backbone itself is named when the run is started."""
+
+    kind: Kind = "unet"
+    depth: Literal[18, 50] = 50  # of the ResNet; a backbone of another depth is refused
+    width: int = 64  # channels of the stem, for a start from scratch; a checkpoint brings its own
+    output_stride: Literal[8, 16, 32] = 32  # 16 and 8 dilate the last stages
+    transfer: Literal["all", "encoder"] = "encoder"  # all: the U-Net's decoder too, but its last layer
+    freeze: int = 0  # stages without training from the stem on, as Detectron2's freeze_at
+    aux: float = 0.0  # weight of an auxiliary loss on layer3
+    options: dict[str, Any] = field(default_factory=dict)  # of the builder, such as decoder_atrous_rates
+
+
+@dataclass(frozen=True)
+class LabelledAugment:
+    """Augmentation of training images together with their labels."""
+
+    flip: float = 0.0  # probability of a horizontal flip
+    rotate: float = 0.0  # degrees: an angle is drawn from -rotate to rotate
+    crop: tuple[int, int] | None = None  # height and width cut from the (resized) image
+    blur: float = 0.0  # probability
+    blur_kernel: int = 5  # pixels, odd
+    shorter: tuple[int, int] | None = None  # detection: the shorter side is drawn from this range
+    longer: int = 1333  # detection: the longer side is at most this
+
+
+@dataclass(frozen=True)
+class LabelledSpec:
+    """Labelled images: which, how many, and at what size the network sees them."""
+
+    source: str = "rooms"  # of open_labelled
+    path: str | None = None  # folder of a data set on disk; rooms renders its own
+    size: tuple[int, int] | None = (240, 320)  # height and width that images are resized to; None: their own
+    resize: Literal["nearest", "bilinear"] | None = None  # of images; None: nearest with authors_exact, else bilinear
+    augment: LabelledAugment = LabelledAugment()
+    fraction: float = 1.0  # share of the training images, whole scenes (data-efficient curves)
+    fraction_seed: int = 0  # which scenes; a smaller share lies inside a larger one
+    scenes: str | None = None  # an official list of scenes, or the folder of the lists; wins over fraction
+    options: dict[str, Any] = field(default_factory=dict)  # of the source; checked by the source
+
+
+@dataclass(frozen=True)
+class FinetuneOptim:
+    """SGD and its schedule."""
+
+    lr: float = 0.01
+    backbone_factor: float = 1.0  # learning rate of the backbone over `lr`
+    head_factor: float = 1.0  # that of the new layers over `lr`
+    momentum: float = 0.9
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    batch: int = 16
+    steps: int | None = None
+    epochs: float | None = None  # one of the two
+    schedule: Literal["poly", "multistep", "constant"] = "poly"
+    power: float = 0.9  # poly: lr (1 - s / (S + 1)) ** power
+    floor: float = 0.0  # poly: the learning rate of a group never falls below
+    milestones: tuple[int, int] | None = None  # multistep: steps from which on lr is multiplied by gamma (again)
+    gamma: float = 0.1
+    warmup: int = 0  # steps: lr rises in a line from warmup_factor times its value; on any schedule
+    warmup_factor: float = 0.001
+    bn_momentum: Literal["pri3d", "constant"] = "constant"  # pri3d: 0.5 halved every 20 steps, not under 0.001
+    backbone_bn_momentum: float | None = None  # of the backbone's BatchNorm; None: torch's
+    clip_norm: float | None = None  # of all gradients together; None: not clipped
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step 0 <= `step` < `steps`, before the factor of a group and the floor."""
+        if self.schedule == "poly":
+            value = learning_rate(OptimSpec(lr=self.lr, power=self.power, schedule="poly"), step, steps)
+        elif self.schedule == "multistep":
+            value = self.lr * self.gamma ** sum(step >= milestone for milestone in self.milestones or ())
+        else:
+            value = self.lr
+        if step < self.warmup:
+            value *= self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup
+        return value
+
+
+@dataclass(frozen=True)
+class EvaluateSpec:
+    """When and how the validation images are measured; the end of the run is measured too unless authors_exact."""
+
+    every_epochs: int | None = None  # n: after epochs 0, n, 2n, ... as the released loop counts
+    every_steps: int | None = None
+    batch: int = 1
+    images: int | None = None  # at most this many, spread evenly; None: all
+    size: tuple[int, int] | None = None  # of the labels that IoU is measured on under authors_exact; None: data.size
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """Everything but the backbone that a downstream number depends on."""
+
+    name: str
+    task: TaskName
+    network: NetworkSpec
+    data: LabelledSpec
+    optim: FinetuneOptim
+    evaluate: EvaluateSpec = EvaluateSpec()
+    authors_exact: bool = False  # reproduce what the released protocol did by accident; the report lists it
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = 4  # loader processes; no effect on the result
+    save_every: int = 500  # steps between saved states
+
+    def __post_init__(self) -> None:
+        """Checks that involve more than one key or a range."""
+        network, data, optim, evaluate = self.network, self.data, self.optim, self.evaluate
+        if network.kind not in KINDS[self.task]:
+            raise RecipeError(
+                f"'network.kind' is {network.kind!r}, accepted for task {self.task!r} is one of "
+                f"{', '.join(KINDS[self.task])}."
+            )
+        one = (optim.steps is None) != (optim.epochs is None)
+        _require(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
+        for key, count in {
+            "network.width": network.width,
+            "optim.batch": optim.batch,
+            "evaluate.batch": evaluate.batch,
+            "save_every": self.save_every,
+            "optim.steps": 1 if optim.steps is None else optim.steps,
+            "evaluate.every_epochs": 1 if evaluate.every_epochs is None else evaluate.every_epochs,
+            "evaluate.every_steps": 1 if evaluate.every_steps is None else evaluate.every_steps,
+            "evaluate.images": 1 if evaluate.images is None else evaluate.images,
+        }.items():
+            _require(count >= 1, key, count, "a whole number from 1 up")
+        for key, value in {
+            "optim.lr": optim.lr,
+            "optim.backbone_factor": optim.backbone_factor,
+            "optim.head_factor": optim.head_factor,
+            "optim.epochs": 1.0 if optim.epochs is None else optim.epochs,
+            "optim.clip_norm": 1.0 if optim.clip_norm is None else optim.clip_norm,
+        }.items():
+            _require(value > 0, key, value, "a number above 0")
+        _require(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
+        _require(0 <= network.freeze <= 5, "network.freeze", network.freeze, "0 (nothing) to 5 (stem and all stages)")
+        _require(network.aux >= 0, "network.aux", network.aux, "0 (none) or more")
+        _require(0 < data.fraction <= 1, "data.fraction", data.fraction, "above 0 and up to 1")
+        for key, size in {"data.size": data.size, "data.augment.crop": data.augment.crop}.items():
+            _require(size is None or min(size) >= 32, key, size, "[height, width], each from 32 up")
+        for key, share in {"data.augment.flip": data.augment.flip, "data.augment.blur": data.augment.blur}.items():
+            _require(0 <= share <= 1, key, share, "a probability from 0 to 1")
+        _require(0 <= data.augment.rotate <= 180, "data.augment.rotate", data.augment.rotate, "degrees from 0 to 180")
+        kernel = data.augment.blur_kernel
+        _require(kernel >= 1 and kernel % 2 == 1, "data.augment.blur_kernel", kernel, "an odd number of pixels")
+        both = evaluate.every_epochs is not None and evaluate.every_steps is not None
+        pair = (evaluate.every_epochs, evaluate.every_steps)
+        _require(not both, "evaluate.every_epochs / every_steps", pair, "one of the two, or neither")
+        multistep = optim.schedule == "multistep"
+        _require(
+            (optim.milestones is not None) == multistep,
+            "optim.milestones",
+            optim.milestones,
+            "two steps, for the multistep schedule only",
+        )
+        if network.kind != "unet":
+            _require(network.transfer == "encoder", "network.transfer", network.transfer, "'encoder' but for unet")
+        else:
+            plain = (network.output_stride, network.aux, network.options) == (32, 0, {})
+            given = {"output_stride": network.output_stride, "aux": network.aux, "options": network.options}
+            _require(plain, "network", given, "output_stride 32, no aux and no options for unet")
+
+    def resize(self) -> str:
+        """How images are resized: "nearest" or "bilinear"."""
+        return self.data.resize or ("nearest" if self.authors_exact else "bilinear")
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML text that parses back to an equal recipe."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+
+
+def list_finetune_recipes(task: str | None = None) -> list[str]:
+    """Names of the downstream recipes that come with the package, all or those of one task."""
+    paths = sorted(RECIPES.glob("*.yaml"))
+    return [path.stem for path in paths if task is None or _read(path).get("task") == task]
+
+
+def load_finetune_recipe(name_or_path: str, overrides: Iterable[str] = (), *, toy: bool = False) -> FinetuneRecipe:
+    """Read a recipe by name or by the path of a YAML file, and apply `key=value` overrides such as `optim.lr=0.05`.
+
+    `toy` lays overlays/toy_TASK.yaml over it: rooms at a scale that a CPU trains in minutes. Raises `UnknownName`,
+    `RecipeError`.
+    """
+    path = Path(name_or_path) if name_or_path.endswith((".yaml", ".yml")) else RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise unknown("fine-tuning recipe", name_or_path, list_finetune_recipes(), "Or give the path of a .yaml file.")
+    tree = _read(path)
+    if toy:
+        overlay = OVERLAYS / f"toy_{tree.get('task')}.yaml"
+        if not overlay.is_file():
+            raise RecipeError(f"{path}: 'task' is {tree.get('task')!r}, accepted is one of {', '.join(KINDS)}.")
+        _merge(tree, _read(overlay))
+        tree["name"] = retag(str(tree.get("name")), "toy")
+    apply_overrides(tree, overrides)
+    return parse(FinetuneRecipe, tree, where=str(path))

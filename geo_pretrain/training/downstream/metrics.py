@@ -1,0 +1,47 @@
+"""Segmentation in numbers: one confusion matrix over all images, and what is read from it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def confusion_matrix(truth: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
+    """Pixels by (true class, predicted class): int64 [classes, classes]; pixels whose truth is 0 are left out."""
+    known = truth > 0
+    index = truth[known] * classes + predicted[known]
+    return torch.bincount(index, minlength=classes**2).reshape(classes, classes).cpu().numpy()
+
+
+def mean_iou(confusion: np.ndarray, *, authors_exact: bool = False) -> float:
+    """Mean intersection over union of the classes 1.. that occur in the truth.
+
+    `authors_exact`: Pri3D's released code: pixels predicted as class 0 are left out altogether, and classes that occur
+    neither in the truth nor in the prediction count as 0.
+    """
+    values = class_iou(confusion, authors_exact=authors_exact)
+    if authors_exact:
+        return float(np.nan_to_num(values).mean())
+    present = confusion.sum(1)[1:] > 0
+    return float(values[present].mean())
+
+
+def class_iou(confusion: np.ndarray, *, authors_exact: bool = False) -> np.ndarray:
+    """Intersection over union of each class 1..: float64 [classes - 1], NaN where there is no pixel of it."""
+    if authors_exact:
+        confusion = confusion.copy()
+        confusion[0], confusion[:, 0] = 0, 0
+    inside = confusion.diagonal()[1:].astype(np.float64)
+    union = confusion.sum(0)[1:] + confusion.sum(1)[1:] - inside
+    return np.divide(inside, union, out=np.full(len(inside), np.nan), where=union > 0)
+
+
+def pixel_accuracy(confusion: np.ndarray) -> float:
+    """Share of labelled pixels that are right."""
+    return float(confusion.diagonal()[1:].sum() / max(confusion.sum(), 1))
+
+
+def best_class(logits: Tensor) -> Tensor:
+    """The likeliest class but 0 (unlabeled): [B, classes, H, W] -> int64 [B, H, W]."""
+    return logits[:, 1:].argmax(1) + 1
