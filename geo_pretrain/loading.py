@@ -10,7 +10,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
@@ -157,12 +157,18 @@ def load_backbone(
     where: dict[str, Any] = {"hub": hub, "revision": revision, "cache_dir": cache_dir}
     where["local_files_only"] = local_files_only
     entry = find(str(name_or_folder))
+
+    def roles(found: Checkpoint) -> Sequence[str]:
+        """Of the network that the catalog promises: a source may hold its encoder alone, and another the whole."""
+        promised = found if entry is None else replace(found, arch=entry.arch)
+        return promised.network_roles(decoder=decoder)
+
     if entry is not None:
         _check_options(entry.arch, **options)  # before anything is fetched
     source: Checkpoint | Entry
     network: Any
     if pretrained:
-        folder = hubs.resolve(name_or_folder, roles=lambda found: found.network_roles(decoder=decoder), **where)
+        folder = hubs.resolve(name_or_folder, roles=roles, **where)
         source = read_checkpoint(folder)
         _check_options(source.arch, **options)
         if not source.finished:
@@ -313,8 +319,10 @@ def _relative(value: Tensor, expected: Tensor) -> float:
 def _check_options(
     arch: Arch, *, decoder: bool, out_indices: Sequence[int] | None, output_stride: int, in_chans: int | None
 ) -> None:
-    if in_chans is not None and (not isinstance(in_chans, int) or in_chans < 1):
+    if in_chans is not None and (not isinstance(in_chans, int) or isinstance(in_chans, bool) or in_chans < 1):
         raise ValueError(f"in_chans is {in_chans!r}; accepted: a whole number from 1 up.")
+    if out_indices is not None and not isinstance(out_indices, Sequence):
+        raise ValueError(f"out_indices is {out_indices!r}; accepted: a list of numbers, such as (1, 2, 3, 4).")
     if in_one_piece(arch):
         if decoder:
             raise ValueError("A 3D U-Net always comes with its decoder; drop decoder=True.")

@@ -664,9 +664,9 @@ def test_base_terms_are_what_stands_in_brackets():
 def test_how_to_get_says_what_a_user_can_do():
     url = "https://drive.google.com/file/d/1zdzny9QrJBYsVkrp_GUptsuByaaEWvAT/view"
     assert backbone_info("pri3d_view_r50").how_to_get() == (
-        f"load_backbone('pri3d_view_r50') fetches the authors' file and converts it ({url}; fetched by hand, "
-        "`geo-pretrain convert FILE --from pri3d --name pri3d_view_r50 --out DIR` makes the folder to load); or make "
-        "it with `geo-pretrain train pri3d_view_r50 --data scannet:PATH --out DIR` and load DIR"
+        f"fetch the authors' file by hand ({url}), make a folder of it with "
+        "`geo-pretrain convert FILE --from pri3d --name pri3d_view_r50 --out DIR` and load DIR; or make it with "
+        "`geo-pretrain train pri3d_view_r50 --data scannet:PATH --out DIR` and load DIR"
     )
     assert backbone_info("pri3d_view_r18.rooms").how_to_get() == (
         "make it with `geo-pretrain train pri3d_view_r18.rooms --out DIR` and load DIR"

@@ -14,6 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from geo_pretrain import __version__, cli
+from geo_pretrain.catalog import CATALOG
+from geo_pretrain.errors import CheckpointError
 from tests.authors_files import write
 from tests.training.conftest import recording, tiny_recipe  # noqa: F401 (fixtures)
 from tests.zoo import write_tiny, write_tiny_3d
@@ -33,6 +35,8 @@ COMMANDS = [
     ["train"],
     ["eval", "matching"],
     ["eval", "pixel-to-voxel"],
+    ["eval", "probe"],
+    ["finetune"],
     ["data", "preview"],
 ]
 
@@ -74,6 +78,13 @@ def test_list_and_filters():
     assert "pri3d_view_r18.rooms" in permissive
     assert "pri3d_view_geo_r50" not in permissive
     assert "No backbone matches" in run("list", "nothing*").output
+    assert "Closest: pri3d_view_r18," in run("list", "pri3d_veiw_r18").output
+
+
+def test_a_list_in_a_narrow_pipe_cuts_nothing():
+    lines = CliRunner().invoke(cli.app, ["list"], env={"COLUMNS": "80"}).output.splitlines()
+    rows = {line.split()[0]: line.split()[-1] for line in lines[1:]}
+    assert rows == {name: entry.status for name, entry in CATALOG.items()}
 
 
 def test_info_as_table_and_json():
@@ -144,11 +155,22 @@ def test_convert_in_and_out(zoo):
     theirs, back = (pickle.loads((zoo / name).read_bytes())["model"] for name in ("theirs.pkl", "back.pkl"))
     assert theirs.keys() == {key for key in back if not key.endswith("num_batches_tracked")}
     assert all(np.array_equal(theirs[key], back[key]) for key in theirs)
-    for arguments in (["x", "-o", "y"], ["x", "--from", "moco", "--to", "timm", "-o", "y"]):
+    with pytest.raises(CheckpointError, match=r"mine holds a checkpoint; give another folder, or .*--overwrite"):
+        run("convert", "theirs.pkl", "--from", "detectron2", "--name", "pri3d_view_r18", "-o", "mine")
+    assert json.loads((zoo / "mine/config.json").read_text())["name"] == "mine"
+    # the file held an encoder alone, and so does the checkpoint: each command takes it for whole
+    assert "5 golden outputs reproduced" in run("verify", "mine").output
+    assert "loaded: coverage" in run("info", "mine", "--loaded").output
+    assert "mine.tar" in run("bundle", "mine", "-o", "mine.tar").output
+    mistakes = (["x", "-o", "y"], ["x", "--from", "moco", "--to", "timm", "-o", "y"])
+    for arguments in mistakes:
         result = run("convert", *arguments)
         assert result.exit_code == 2
         assert "spconv" in result.output
-    assert run("convert", "theirs.pkl", "--from", "detectron2", "-o", "y").exit_code == 2
+    for named in ([], ["--name", "my_own"]):
+        result = run("convert", "theirs.pkl", "--from", "detectron2", *named, "-o", "y")
+        assert result.exit_code == 2
+        assert "--like" in result.output
 
 
 def test_publish_to_a_folder_after_a_dry_run(zoo):
@@ -197,6 +219,25 @@ def test_train_then_eval_in_3d(tmp_path, tiny_recipe, recording):  # noqa: F811
         assert "chance" in shown
 
 
+ROOMS = ("--set", "data.options={scenes: 2, frames: 4, val_scenes: 1, labelled: 2, width: 64, height: 64}")
+SMALL = (*ROOMS, "--set", "data.size=[64, 64]", "--set", "optim.steps=2", "--set", "network.width=8", "--device", "cpu")
+
+
+def test_finetune_one_run_and_a_sweep(tmp_path):
+    shown = run("finetune", "rooms_unet_r18", "-b", "scratch", "--out", tmp_path / "one", *SMALL).output
+    assert "scratch" in shown
+    assert "absent classes" in shown
+    assert (tmp_path / "one/results.json").is_file()
+    sweep = ["finetune", "rooms_unet_r18", "--sweep", "-b", "scratch", "--fraction", 1, "--seed", 0, "--seed", 1]
+    result = run(*sweep, "--out", tmp_path / "many", *SMALL, "--json")
+    summary = json.loads(result.output)
+    assert [len(point["seeds"]) for point in summary["measured"]] == [2]
+    assert (tmp_path / "many/curve.png").is_file()
+    wrong = run("finetune", "rooms_unet_r18", "-b", "scratch", "-b", "imagenet", "--out", tmp_path / "x", *SMALL)
+    assert wrong.exit_code == 2
+    assert "--sweep" in wrong.output
+
+
 def test_preview_of_a_recording(tmp_path, recording):  # noqa: F811
     out = tmp_path / "x.png"
     assert run("data", "preview", f"seven_scenes:{recording}", "-o", out, "--frames", 2).exit_code == 0
@@ -212,6 +253,11 @@ def test_preview_of_a_recording(tmp_path, recording):  # noqa: F811
         (["train", "pri3d_view_r18", "--out", "x", "--set", "optim.lrr=1"], ["optim.lrr", "optim.lr"]),
         (["train", "pri3d_view_r18", "--out", "x", "--data", "kitti:x"], ["Unknown data source", "Closest"]),
         (["eval", "matching", "no_such_backbone"], ["no_such_backbone"]),
+        (["eval", "probe", "no_such_backbone"], ["no_such_backbone"]),
+        (["finetune", "scanet_unet_r50", "-b", "scratch", "--out", "x"], ["Unknown", "scannet_unet_r50"]),
+        (["card", "pri3d_view_r18", "-o", "no_such_folder/x.md"], ["no_such_folder/x.md: No such file or directory."]),
+        (["card", "pri3d_view_r18", "-o", "."], [".: Is a directory."]),
+        (["info", "hf-hub:owner"], ["'owner' is no repository; OWNER/REPO"]),
         (["eval", "pixel-to-voxel", "./no_such_folder"], ["no_such_folder", "does not exist"]),
     ],
 )
@@ -226,6 +272,16 @@ def test_mistakes_give_one_message_and_no_traceback(arguments, parts, monkeypatc
     for part in parts:
         assert part in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warning_of_ours_is_one_line_and_one_of_a_library_says_where_it_comes_from():
+    code = (
+        "import warnings; from geo_pretrain import cli, hub;"
+        "cli.main.__globals__['app'] = lambda: [warnings.warn_explicit('hm', UserWarning, f, 7)"
+        " for f in (hub.__file__, '/lib/other.py')]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["Warning: hm", "/lib/other.py:7: UserWarning: hm"]
 
 
 @pytest.mark.parametrize(

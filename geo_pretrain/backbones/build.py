@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,8 +39,7 @@ def build(
 
     Arguments that do not fit its class raise `CheckpointError`.
     """
-    module, _, name = ARCHITECTURES[arch.name].partition(":")
-    network_class = getattr(importlib.import_module(module), name)
+    network_class = _class_of(arch)
     args = dict(arch.args) | ({} if in_chans is None else {"in_chans": in_chans})
     try:
         if in_one_piece(arch) or decoder:
@@ -51,6 +51,21 @@ def build(
         return encoder_class(**args, output_stride=output_stride)
     except TypeError as error:
         raise CheckpointError(f"{arch} cannot be built: {error}") from error
+
+
+def _class_of(arch: Arch) -> Any:
+    module, _, name = ARCHITECTURES[arch.name].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def encoder_arch(arch: Arch) -> Arch:
+    """What the encoder of a network is called where it comes alone; other networks as they are."""
+    if not has_decoder(arch):
+        return arch
+    encoder = _class_of(arch).encoder_class
+    names = {where: name for name, where in ARCHITECTURES.items()}
+    args = {key: value for key, value in arch.args.items() if key != "out_chans"}
+    return replace(arch, name=names[f"{encoder.__module__}:{encoder.__name__}"], args=args)
 
 
 def in_one_piece(arch: Arch) -> bool:

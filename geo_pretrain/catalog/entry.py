@@ -247,7 +247,7 @@ class Entry:
         return next((r.value for r in self.results if (r.task, r.dataset, r.metric) == wanted), None)
 
     def how_to_get(self) -> str:
-        """What a user without the files can do, as one clause."""
+        """What a user can do when no source delivered the files, as one clause."""
         ways = []
         if self.files:
             sources = dict.fromkeys(source for file in self.files for source in file.sources)
@@ -255,9 +255,8 @@ class Entry:
         if self.authors_files:
             offered = self.authors_files[0]
             ways.append(
-                f"load_backbone({self.name!r}) fetches the authors' file and converts it ({offered.url}; fetched by "
-                f"hand, `geo-pretrain convert FILE --from {offered.format} --name {self.name} --out DIR` makes the "
-                "folder to load)"
+                f"fetch the authors' file by hand ({offered.url}), make a folder of it with "
+                f"`geo-pretrain convert FILE --from {offered.format} --name {self.name} --out DIR` and load DIR"
             )
         if self.recipe is not None:
             data = "" if self.data == "rooms" else f" --data {self.data.lower()}:PATH"

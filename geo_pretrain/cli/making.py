@@ -160,7 +160,7 @@ def eval_matching(
         results = compare_matching(
             backbone,
             spec,
-            size=_size(size),
+            size=size_of(size),
             count=pairs,
             threshold=threshold,
             turn=turn.value,
@@ -282,7 +282,8 @@ def _range(option: str, text: str) -> str:
     return f"[{low}, {high}]"
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """`--size` as height and width."""
     if text is None:
         return None
     try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,12 +31,28 @@ QUIET_INTERVAL = 5.0  # seconds between progress lines where there is no termina
 
 
 def main() -> None:
-    """Run the command line; errors of the package become one message and exit code 1."""
+    """Run the command line; errors of the package and of the disk become one message and exit code 1."""
+    warnings.formatwarning = _format_warning
     try:
         app()
-    except GeoPretrainError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
+    except (GeoPretrainError, OSError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(_message(error))}", highlight=False)
         sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
+
+
+def _message(error: GeoPretrainError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    return str(error)
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this package as one line for people; those of libraries say where they come from."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"Warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _version(value: bool) -> None:

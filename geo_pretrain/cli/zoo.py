@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 cache_app = typer.Typer(help="Look at and clear what was downloaded.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
-LIST_WIDTH = 110
+LIST_WIDTH = 400  # more than any row: names and folders are copied from lists, so none is cut
 HUB_HELP = "Where to look first: a folder, an http(s) URL or hf:ORGANISATION; default: GEO_PRETRAIN_HUB."
 NAME_HELP = "A catalog name, a checkpoint folder or hf-hub:OWNER/REPO."
 
@@ -42,6 +42,7 @@ def list_command(
     """
     from geo_pretrain.cards import network_title
     from geo_pretrain.catalog import backbone_info, list_backbones
+    from geo_pretrain.errors import nearest
 
     names = list_backbones(pattern, method=method, modality=modality, license=license, data=data, status=status)
     if as_json:
@@ -56,7 +57,7 @@ def list_command(
         table.add_row(name, network_title(entry.arch), entry.data, licence, entry.status)
     # One line a name, also in a pipe, where rich would take the terminal for 80 columns wide.
     wide = Console(width=max(console.width, LIST_WIDTH), soft_wrap=True)
-    wide.print(table if names else "No backbone matches.")
+    wide.print(table if names else f"No backbone matches. Closest: {', '.join(nearest(pattern, list_backbones()))}.")
 
 
 @app.command()
@@ -201,7 +202,7 @@ def convert(
     name: Annotated[str | None, typer.Option(help="With --from: what the checkpoint is called.")] = None,
     like: Annotated[str | None, typer.Option(help="With --from: the catalog entry it is like; default: NAME.")] = None,
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --to: replace the file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file or checkpoint there.")] = False,
 ) -> None:
     """Turn an authors' file into a checkpoint folder, or a checkpoint into another library's format.
 
@@ -212,12 +213,13 @@ def convert(
     if (from_ is None) == (to is None):
         raise typer.BadParameter(f"give --from FORMAT or --to FORMAT, one of them. {_formats()}")
     if from_ is not None:
-        from geo_pretrain.catalog import backbone_info
+        from geo_pretrain.catalog import backbone_info, find
         from geo_pretrain.hub.authors import convert_file
 
-        if name is None:
+        if name is None or (like is None and find(name) is None):
             raise typer.BadParameter("--from needs --name: a catalog name, or your own with --like CATALOG_NAME.")
-        found = convert_file(Path(source), out, like=backbone_info(like or name), format=from_, name=name)
+        entry = backbone_info(like or name)
+        found = convert_file(Path(source), out, like=entry, format=from_, name=name, overwrite=overwrite)
         console.print(f"Checkpoint: {found.folder}", soft_wrap=True, highlight=False)
         return
     from geo_pretrain.checkpoint import read_checkpoint

@@ -29,6 +29,7 @@ HUB_VARIABLE, OFFLINE_VARIABLE = "GEO_PRETRAIN_HUB", "HF_HUB_OFFLINE"
 HF_PREFIX = "hf-hub:"
 CONFIG_LIMIT = 10 << 20  # bytes; a config.json is a few kB
 AUTHORS = "the authors' own file"
+DOWNLOADS_OFF = f"downloads are off (local_files_only or {OFFLINE_VARIABLE})"
 
 T = TypeVar("T")
 Roles = Sequence[str] | Callable[[Checkpoint], Sequence[str]]  # fixed, or asked of the config.json that was found
@@ -78,6 +79,8 @@ def resolve(
     a folder that is not a checkpoint.
     """
     text = os.fspath(name_or_path)
+    if not text:
+        raise unknown("backbone", text, CATALOG, "All names: list_backbones().")
     request = Request(
         name=text,
         roles=roles,
@@ -100,16 +103,17 @@ def resolve(
 
 
 def _means_folder(given: str | os.PathLike[str], folder: Path) -> bool:
-    """A checkpoint folder wins over a name; a bare name is a folder only if it is one or the catalog lacks it."""
+    """A checkpoint folder wins over a name; a bare name means what lies here under it if the catalog lacks it."""
     if (folder / CONFIG).is_file() or not isinstance(given, str):
         return True
     looks_like_path = os.sep in given or given.startswith((".", "~"))
-    return looks_like_path or (folder.is_dir() and given not in CATALOG)
+    return looks_like_path or (folder.exists() and given not in CATALOG)
 
 
 def _by_name(request: Request, hub: str | Sequence[str] | None) -> Path:
     if hub is None:
         hub = os.environ.get(HUB_VARIABLE, "")
+    hub = os.fspath(hub) if isinstance(hub, os.PathLike) else hub
     sources = [part.strip() for part in hub.split(",")] if isinstance(hub, str) else [str(part) for part in hub]
     sources = [source for source in sources if source]
     entry = find(request.name)
@@ -218,6 +222,10 @@ def _from_hugging_face(spec: str, request: Request) -> Path:
     from huggingface_hub import errors
 
     repo, _, at_revision = spec.partition("@")
+    if not re.fullmatch(r"[^/]+/[^/]+", repo):
+        raise HubError(f"{repo!r} is no repository; OWNER/REPO or OWNER/REPO@REVISION is accepted")
+    if at_revision and request.revision not in (None, at_revision):
+        raise HubError(f"{spec} states its revision; revision={request.revision!r} is another: drop one")
     revision = at_revision or request.revision
 
     def fetch(file: str, at: str | None, *, again: bool = False) -> Path:
@@ -235,6 +243,8 @@ def _from_hugging_face(spec: str, request: Request) -> Path:
         except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
             raise NotThere(f"Hugging Face has no file {file!r} in {repo!r}") from error
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+            if request.offline:
+                raise HubError(f"Hugging Face, {repo!r}: {file} is not in its cache, and {DOWNLOADS_OFF}") from error
             raise HubError(f"Hugging Face, {repo!r}: {_short(error)}") from error
 
     folder = fetch(CONFIG, revision).parent
@@ -262,7 +272,7 @@ def _from_url(base: str, request: Request) -> Path:
     if _is_complete(folder, request):
         return folder
     if request.offline:
-        raise HubError(f"not in the cache {folder}, and downloads are off (local_files_only or {OFFLINE_VARIABLE})")
+        raise HubError(f"not in the cache {folder}, and {DOWNLOADS_OFF}")
     with exclusive(folder):
         if not _is_complete(folder, request):  # another process may have been quicker
             _fill(folder, f"{base}/{request.name}", request)

@@ -12,6 +12,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ def fetch(
     """The checkpoint folder of an entry, made from its authors' file, with at least `roles`.
 
     Of the files that hold the roles the one with the fewest others is taken (an encoder's own file before a whole
-    training state), the next when it fails. Raises `HubError` with each file's reason.
+    training state), the next when it fails. Raises `HubError` with each file's address and reason.
     """
     folder = cache_dir / "authors" / entry.name
     if _is_usable(folder, roles):
@@ -77,18 +78,17 @@ def fetch(
         if _is_usable(folder, roles):  # another process was quicker
             return folder
         before = _encoder(folder)
-        failures: dict[str, Exception] = {}
+        failures: list[Exception] = []
         for file in files:
             try:
                 _make(entry, file, folder, cache_dir, progress)
-                _warn_if_changed(entry.name, before, _encoder(folder))
+                if before:
+                    _warn_if_changed(entry.name, before, _encoder(folder))
             except (HubError, CheckpointError, WeightsMismatch, OSError) as error:
-                failures[file.url] = error
+                failures.append(error)
             else:
                 return folder
-    if len(failures) == 1:
-        raise next(iter(failures.values()))
-    raise HubError("; ".join(f"{url}: {error}" for url, error in failures.items()))
+        raise HubError("; ".join(map(str, failures))) from failures[-1]
 
 
 def convert_file(
@@ -100,12 +100,14 @@ def convert_file(
     name: str | None = None,
     origin: Origin | None = None,
     work: Path | None = None,
+    overwrite: bool = False,
 ) -> Checkpoint:
     """Make the checkpoint folder `folder` out of an authors' file.
 
     `like` is the catalog entry whose architecture, contract and licence the weights have; `name` (default: its name)
-    is what they are called. The network roles that the file has are written, whole or not at all. `work` is a folder
-    for intermediate files. Raises `UnsafeFile`, `CheckpointError`, or `WeightsMismatch` when the network is not in the
+    is what they are called. The network roles that the file has are written, whole or not at all; from the file of a
+    U-Net's encoder comes a checkpoint of that ResNet. `work` is a folder for intermediate files, `overwrite` allows to
+    replace a checkpoint. Raises `UnsafeFile`, `CheckpointError`, or `WeightsMismatch` when the network is not in the
     file.
     """
     if format not in FORMATS:
@@ -114,16 +116,25 @@ def convert_file(
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; an authors' file in format {format!r} is accepted.")
     checkpoint.check_target(folder, name)
+    if (folder / checkpoint.CONFIG).is_file() and not overwrite:
+        raise CheckpointError(f"{folder} holds a checkpoint; give another folder, or overwrite=True (--overwrite).")
     if origin is None:
         content = FORMATS[format].text
         origin = Origin(path.name, checkpoint.sha256(path), format, content, datetime.date.today().isoformat())
-    work = work or folder.resolve().with_name(f".{folder.name}.converting")
-    work.mkdir(parents=True, exist_ok=True)
+    beside = folder.resolve().with_name(f".{folder.name}.converting")
+    tensors = (work or beside) / "tensors.safetensors"
     try:
-        extracted = extract(path, work / "tensors.safetensors", entries=FORMATS[format].entries)
-        return _write(work / "tensors.safetensors", extracted, folder, like, name, origin)
+        tensors.parent.mkdir(parents=True, exist_ok=True)
+        extracted = extract(path, tensors, entries=FORMATS[format].entries)
+        return _write(tensors, extracted, folder, like, name, origin)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error.strerror or error}). Choose another one."
+        ) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):
+            tensors.unlink(missing_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _is_usable(folder: Path, roles: Sequence[str]) -> bool:
@@ -168,7 +179,11 @@ def _make(entry: Entry, file: AuthorsFile, folder: Path, cache_dir: Path, progre
         digest = _download_checked(file, part, cache_dir, progress)
         today = datetime.date.today().isoformat()
         origin = Origin(file.url, digest, file.format, file.content, today)
-        convert_file(part, folder, like=entry, format=file.format, origin=origin, work=work)
+        try:
+            convert_file(part, folder, like=entry, format=file.format, origin=origin, work=work, overwrite=True)
+        except (CheckpointError, WeightsMismatch) as error:  # names the part, which is gone when somebody reads it
+            text = str(error).removeprefix(f"{part}: ").removeprefix(f"{file.url}: ")
+            raise type(error)(f"{file.url}: {text}") from error
         _record_digest(file.url, digest, cache_dir)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -199,6 +214,10 @@ def read_digests(cache_dir: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(
             f"{path}: is not JSON ({error}). Without it changed files go unnoticed; remove it to begin anew."
         ) from error
+    if not isinstance(digests, dict) or not all(isinstance(value, dict) for value in digests.values()):
+        raise CheckpointError(
+            f"{path}: is not a list of digests. Without it changed files go unnoticed; remove it to begin anew."
+        )
     return digests
 
 
@@ -217,7 +236,7 @@ def _record_digest(url: str, digest: str, cache_dir: Path) -> None:
 def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name: str, origin: Origin) -> Checkpoint:
     from safetensors.torch import load_file
 
-    from geo_pretrain.backbones.build import golden_values, network_states
+    from geo_pretrain.backbones.build import encoder_arch, golden_values, network_states
 
     expected = network_states(like.arch)
     converted = convert(origin.format, load_file(tensors), expected)
@@ -233,9 +252,11 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
         "conversion": CONVERSION,
     }
     own = name == like.name
+    whole = converted.weights.keys() >= expected.keys()
+    arch = like.arch if whole else encoder_arch(like.arch)  # a folder says what it holds, for whoever verifies it alone
     card = render_card(
         name,
-        like.arch,
+        arch,
         like.contract,
         like.licence,
         provenance,
@@ -245,7 +266,7 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
     return checkpoint.write_checkpoint(
         folder,
         name=name,
-        arch=like.arch,
+        arch=arch,
         contract=like.contract,
         weights=converted.weights,
         golden=golden,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from geo_pretrain import hub
+from geo_pretrain import checkpoint, hub
 from geo_pretrain.catalog import CATALOG, Arch, AuthorsFile, Entry
 from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_files
 from geo_pretrain.errors import CheckpointError, HubError, UnknownName, UnsafeFile, WeightsMismatch
@@ -82,6 +83,8 @@ def test_an_encoder_comes_from_its_own_file_and_a_decoder_from_the_whole_state(h
     found = read_checkpoint(folder)
     assert found.name == NAME
     assert [stored.role for stored in found.files.values()] == ["encoder", "golden", "card"]
+    assert found.arch == Arch("resnet", {"depth": 18, "width": 64})  # what is in the folder
+    assert len(verify(folder).errors) == 5
     encoder = load_backbone(NAME)  # no network: nothing more was sent
     assert set(hosts.bytes_sent) == {ENCODER}
     expected = layout("torchvision", arch=CATALOG[NAME].arch).expected
@@ -136,7 +139,33 @@ def test_every_file_that_fails_is_named_with_its_reason(hosts: Hosts, cache: Pat
     text = str(caught.value)
     for part in (ENCODER, OTHER, STATE, "404", "quota", "geo-pretrain train pri3d_view_r18", "geo-pretrain convert"):
         assert part in text
+    assert all(text.count(url) == 1 for url in (ENCODER, OTHER))
     assert files_in(cache) == []
+
+
+def test_a_damaged_file_is_called_by_its_address(hosts: Hosts, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    offer(monkeypatch, FILES[1])
+    hosts.fault(ENCODER, Fault("corrupt"))
+    with pytest.raises(HubError, match=f"authors' own file: {re.escape(ENCODER)}: .*damaged") as caught:
+        hub.resolve(NAME)
+    assert ".part" not in str(caught.value)
+    assert files_in(cache) == []
+
+
+def test_the_first_fetch_reads_no_weights_again(hosts: Hosts, monkeypatch: pytest.MonkeyPatch):
+    read: list[str] = []
+    real = checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: (read.append(path.name), real(path))[1])
+    hub.resolve(NAME)
+    assert read.count("encoder.safetensors") == 1
+
+
+def test_a_list_of_digests_of_another_shape_is_refused(hosts: Hosts, cache: Path):
+    (cache / "authors").mkdir(parents=True)
+    for text in ("[]", '{"https://a": "b"}'):
+        (cache / "authors/digests.json").write_text(text)
+        with pytest.raises(HubError, match=r"digests.json: is not a list of digests.*remove it"):
+            hub.resolve(NAME)
 
 
 def test_roles_that_nobody_offers_are_an_error(hosts: Hosts, monkeypatch: pytest.MonkeyPatch):
@@ -286,6 +315,25 @@ def test_a_file_fetched_by_hand(tmp_path: Path, written: dict[str, Path]):
     assert found.licence == CATALOG[NAME].licence
     assert verify_encoder(tmp_path / "mine", layout("detectron2", arch=CATALOG[NAME].arch))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+
+
+def test_what_is_there_is_kept(tmp_path: Path, written: dict[str, Path]):
+    arguments = {"like": CATALOG[NAME], "format": "detectron2"}
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "notes.txt").write_text("mine")
+    authors.convert_file(written[OTHER], tmp_path / "out", work=work, **arguments)
+    assert [path.name for path in work.iterdir()] == ["notes.txt"]
+    before = (tmp_path / "out/config.json").read_bytes()
+    with pytest.raises(CheckpointError, match="out holds a checkpoint; give another folder, or overwrite=True"):
+        authors.convert_file(written[OTHER], tmp_path / "out", name="other", **arguments)
+    assert (tmp_path / "out/config.json").read_bytes() == before
+    assert (
+        authors.convert_file(written[OTHER], tmp_path / "out", overwrite=True, name="other", **arguments).name
+        == "other"
+    )
+    with pytest.raises(CheckpointError, match=r"notes.txt/x: cannot be written \(Not a directory\)"):
+        authors.convert_file(written[OTHER], work / "notes.txt/x", **arguments)
 
 
 def verify_encoder(folder: Path, expected: Layout) -> bool:

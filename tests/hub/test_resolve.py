@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from geo_pretrain import hub
-from geo_pretrain.catalog import CATALOG
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
+from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.catalog.entry import File
 from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_file
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, UnknownName
-from tests.zoo import write_tiny, write_tiny_3d
+from geo_pretrain.loading import load_backbone
+from tests.zoo import role_weights, write_tiny, write_tiny_3d
 
 NAME = "tiny_net_r18"
 Behaviour = Callable[[str, bytes], tuple[int, dict[str, str], bytes]]
@@ -411,6 +413,53 @@ def test_hugging_face_repositories(server: Server, tmp_path: Path):
     again, absent = in_process(offline, server, tmp_path / "hf", HF_HUB_OFFLINE="1")
     assert again == first
     assert absent.startswith("HubError")
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("spec", ["", "lab", "lab/a/b", "/a", "lab/"])
+def test_what_is_no_repository_is_refused_before_anybody_is_asked(spec: str):
+    with pytest.raises(HubError, match=f"'{spec}' is no repository; OWNER/REPO or OWNER/REPO@REVISION is accepted"):
+        hub.resolve(f"hf-hub:{spec}@v1")
+
+
+def test_two_revisions_that_differ_are_refused():
+    with pytest.raises(HubError, match="lab/a@v1 states its revision; revision='v2' is another"):
+        hub.resolve("hf-hub:lab/a@v1", revision="v2")
+
+
+def test_offline_hugging_face_names_both_switches(tmp_path: Path):
+    with pytest.raises(HubError, match=r"config.json is not in its cache, .* \(local_files_only or HF_HUB_OFFLINE\)"):
+        hub.resolve("hf-hub:lab/a", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_a_file_and_nothing_are_no_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pth").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"weights.pth is not a folder; a checkpoint folder"):
+        hub.resolve("weights.pth")
+    (tmp_path / "config.json").write_text("{}")  # "" must not mean the folder one is in
+    with pytest.raises(UnknownName, match="Unknown backbone ''"):
+        hub.resolve("")
+
+
+def test_an_encoder_alone_does_not_stop_the_search_for_the_whole(tmp_path: Path):
+    name, roles = "pri3d_view_r18", {"encoder": role_weights("encoder")}
+    write_tiny(tmp_path / "first" / name, name, arch=Arch("resnet", {"depth": 18, "width": 8}), weights=roles)
+    write_tiny(tmp_path / "second" / name, name)
+    hubs = [str(tmp_path / "first"), str(tmp_path / "second")]
+    assert isinstance(load_backbone(name, hub=hubs), ResNetEncoder)
+    assert isinstance(load_backbone(name, hub=hubs, decoder=True), ResNetUNet)
+    with pytest.raises(HubError, match=r"first.*holds no file with role 'decoder'"):
+        load_backbone(name, hub=hubs[0], decoder=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"out_indices": 3}, "out_indices is 3; accepted: a list"), ({"in_chans": True}, "in_chans is True; accepted")],
+)
+def test_options_of_no_network_are_refused_before_anything_is_fetched(server: Server, options: dict, text: str):
+    with pytest.raises(ValueError, match=text):
+        load_backbone("pri3d_view_r18", hub=server.url, **options)
     assert server.requests == []
 
 
