@@ -125,6 +125,31 @@ RESULTS: dict[str, tuple[Result, ...]] = {
     "depth_prediction_r50": (miou("ScanNet", "Pri3D T1", 58.4),),
 }
 
+# The paper's two baselines are no checkpoints: (start, ResNet depth) -> numbers by table.
+BASELINES: dict[tuple[str, int], tuple[Result, ...]] = {
+    ("scratch", 18): (miou("ScanNet", "T1", 37.5), miou("NYUv2", "T5", 22.5)),
+    ("scratch", 50): (
+        miou("ScanNet", "T1", 39.1),
+        miou("NYUv2", "T5", 24.8),
+        *box_and_mask("ScanNet", ("T2", "T3"), (32.7, 17.7, 16.9), (25.8, 13.1, 12.2)),
+        *box_and_mask("NYUv2", ("T6", "T7"), (21.3, 10.3, 9.0), (17.2, 9.2, 8.8)),
+    ),
+    ("imagenet", 18): (miou("ScanNet", "T1", 51.0), miou("NYUv2", "T5", 44.7)),
+    ("imagenet", 50): (
+        miou("ScanNet", "T1", 55.7),
+        miou("ScanNet", "T4", 57.0, f"{SEGMENTATION}, DeepLabV3"),
+        miou("ScanNet", "T4", 57.8, f"{SEGMENTATION}, DeepLabV3+"),
+        miou("ScanNet", "T4", 59.7, f"{SEGMENTATION}, PSPNet"),
+        miou("NYUv2", "T5", 50.0),
+        miou("Cityscapes", "T8", 54.1),
+        miou("KITTI", "T8", 28.5),
+        *box_and_mask("ScanNet", ("T2", "T3"), (41.7, 25.9, 25.1), (32.6, 17.8, 17.6)),
+        *box_and_mask("NYUv2", ("T6", "T7"), (29.9, 17.3, 16.8), (25.1, 13.9, 13.4)),
+        Result(DETECTION, "COCO", "AP50", 59.5, "T8"),
+        Result(INSTANCES, "COCO", "AP50", 56.6, "T8"),
+    ),
+}
+
 AUTHORS_FILES: dict[str, tuple[AuthorsFile, ...]] = {
     "pri3d_view_geo_r50": (
         _run("1Whlny5aSH5tqD2Xe79Q7uUP1QD78Wj8t"),

@@ -91,6 +91,8 @@ def progress(show: bool = True) -> Iterator[Callable[[str, int, int, str], None]
                 for task in tasks.values():  # an earlier stage is over when the next one begins
                     bars.update(task, completed=next(t.total or 0 for t in bars.tasks if t.id == task))
                 tasks[stage] = bars.add_task(stage, total=total, detail=detail)
+            elif done < bars.tasks[tasks[stage]].completed:  # the same stage of the next run
+                bars.reset(tasks[stage])
             bars.update(tasks[stage], completed=done, total=total, detail=detail)
 
         yield report
@@ -99,10 +101,13 @@ def progress(show: bool = True) -> Iterator[Callable[[str, int, int, str], None]
 def _quiet_progress() -> Callable[[str, int, int, str], None]:
     begin: dict[str, float] = {}
     shown: dict[str, float] = {}
+    reached: dict[str, int] = {}  # the last `done` of a stage
 
     def report(stage: str, done: int, total: int, detail: str) -> None:
         now = time.monotonic()
-        begin.setdefault(stage, now)
+        if stage not in begin or done < reached[stage]:  # it begins, or begins again in the next run
+            begin[stage] = now
+        reached[stage] = done
         if done < total and now - shown.get(stage, -QUIET_INTERVAL) < QUIET_INTERVAL:
             return
         left = (now - begin[stage]) / done * (total - done) if done else float("nan")

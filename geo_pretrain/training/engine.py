@@ -100,7 +100,7 @@ def train(
         CheckpointError: `out` already holds a checkpoint and `overwrite` is not set.
     """
     run = _prepare(recipe, out, source, pairs, world, skips or Skips(), overwrite)
-    with _stop_requests() as stop:
+    with stop_requests() as stop:
         finished = _loop(run, stop, on_step)
     checkpoint = _finish(run, finished)
     if not finished:
@@ -342,7 +342,7 @@ def _keep_board(run: Run) -> None:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[threading.Event]:
     """An event set by the first SIGINT or SIGTERM; a second one acts at once, as without us."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

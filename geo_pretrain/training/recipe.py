@@ -116,9 +116,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Checks that involve more than one key or a range."""
-        _require("name" in self.task, "task.name", self.task, "the name of a pretext task")
+        check_key("name" in self.task, "task.name", self.task, "the name of a pretext task")
         one = (self.optim.steps is None) != (self.optim.epochs is None)
-        _require(one, "optim.steps / optim.epochs", (self.optim.steps, self.optim.epochs), "exactly one of the two")
+        check_key(one, "optim.steps / optim.epochs", (self.optim.steps, self.optim.epochs), "exactly one of the two")
         for key, value in {
             "optim.batch": self.optim.batch,
             "optim.accumulate": self.optim.accumulate,
@@ -127,15 +127,15 @@ class Recipe:
             **({} if self.model is None else {"model.width": self.model.width}),
             **({} if self.unet3d is None else {"unet3d.width": self.unet3d.width}),
         }.items():
-            _require(value >= 1, key, value, "a whole number from 1 up")
+            check_key(value >= 1, key, value, "a whole number from 1 up")
         if self.unet3d is not None:
-            _require(self.unet3d.voxel_size > 0, "unet3d.voxel_size", self.unet3d.voxel_size, "metres above 0")
-        _require(self.optim.steps is None or self.optim.steps >= 1, "optim.steps", self.optim.steps, "from 1 up")
-        _require(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
-        _require(min(self.data.size) >= 32, "data.size", self.data.size, "[height, width], each from 32 up")
+            check_key(self.unet3d.voxel_size > 0, "unet3d.voxel_size", self.unet3d.voxel_size, "metres above 0")
+        check_key(self.optim.steps is None or self.optim.steps >= 1, "optim.steps", self.optim.steps, "from 1 up")
+        check_key(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
+        check_key(min(self.data.size) >= 32, "data.size", self.data.size, "[height, width], each from 32 up")
         for key, (low, high) in {"data.overlap": self.data.overlap, "data.frames": self.data.frames}.items():
-            _require(0 <= low < high <= 1, key, [low, high], "[low, high] with 0 <= low < high <= 1")
-        _require(
+            check_key(0 <= low < high <= 1, key, [low, high], "[low, high] with 0 <= low < high <= 1")
+        check_key(
             self.optim.batch % self.optim.accumulate == 0, "optim.batch", self.optim.batch, "a multiple of accumulate"
         )
 
@@ -154,7 +154,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as a YAML text that parses back to an equal recipe."""
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+        return yaml.safe_dump(plain_types(dataclasses.asdict(self)), sort_keys=False)
 
 
 def list_recipes() -> list[str]:
@@ -170,15 +170,15 @@ def load_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) 
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         raise unknown("recipe", name, list_recipes(), "Or give the path of a .yaml file.")
-    tree = _read(path)
+    tree = read_tree(path)
     if toy:
-        overlay = _read(TOY)
+        overlay = read_tree(TOY)
         own = overlay.pop("tasks").get(tree.get("task", {}).get("name"), {})
         for network in ("model", "unet3d"):
             if tree.get(network) is None:
                 overlay.pop(network)  # the recipe trains none
-        _merge(tree, overlay)
-        _merge(tree, own)
+        merge_tree(tree, overlay)
+        merge_tree(tree, own)
         tree["name"] = retag(str(tree.get("name")), "toy")
     apply_overrides(tree, overrides)
     return parse(Recipe, tree, where=str(path))
@@ -270,7 +270,8 @@ def _mismatch(where: str, key: str, value: object, accepted: str, closest: list[
     return RecipeError(f"{where}: '{key}' is {_shown(value)}, accepted is {accepted}.{hint}")
 
 
-def _require(condition: bool, key: str, value: object, accepted: str) -> None:
+def check_key(condition: bool, key: str, value: object, accepted: str) -> None:
+    """Raise `RecipeError`, saying what was given for `key` and what is accepted, unless the condition holds."""
     if not condition:
         raise RecipeError(f"'{key}' is {value!r}, accepted is {accepted}.")
 
@@ -279,7 +280,8 @@ def _shown(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
+    """A YAML file of keys and values. Raises `RecipeError` for anything else."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -289,19 +291,19 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _merge(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
+def merge_tree(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
     """Lay `overlay` over `tree` in place; a None removes the key."""
     for key, value in overlay.items():
         if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
+            merge_tree(tree[key], value)
         elif value is None:
             tree.pop(key, None)
         else:
             tree[key] = dict(value) if isinstance(value, Mapping) else value
 
 
-def _plain(value: Any) -> Any:
+def plain_types(value: Any) -> Any:
     """Tuples as lists, so that YAML stays plain."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain_types(item) for key, item in value.items()}
+    return [plain_types(item) for item in value] if isinstance(value, list | tuple) else value

@@ -33,7 +33,7 @@ from geo_pretrain.training.downstream.data.export import coco_json, encode_mask
 from geo_pretrain.training.downstream.data.labelled import Instances, LabelledImage, LabelledSource
 from geo_pretrain.training.downstream.finetune_recipe import FinetuneRecipe, LabelledAugment
 from geo_pretrain.training.downstream.finetune_task import IMAGENET, SCRATCH, Evaluation, Start
-from geo_pretrain.training.recipe import _require, parse
+from geo_pretrain.training.recipe import check_key, parse
 from geo_pretrain.training.visual import PAPER, _save_grid
 
 MSRA_MEAN, MSRA_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)  # BGR, 0-255: Detectron2's defaults
@@ -61,11 +61,11 @@ class DetectionOptions:
     def __post_init__(self) -> None:
         """Ranges."""
         for key in ("roi_batch", "proposals"):
-            _require(getattr(self, key) >= 1, f"network.options.{key}", getattr(self, key), "a whole number from 1 up")
+            check_key(getattr(self, key) >= 1, f"network.options.{key}", getattr(self, key), "a whole number from 1 up")
         for key in ("score_threshold", "authors_score_threshold"):
             value = getattr(self, key)
-            _require(value is None or 0 <= value < 1, f"network.options.{key}", value, "from 0 to below 1")
-        _require(min(self.anchors) >= 1, "network.options.anchors", self.anchors, "five edges in pixels")
+            check_key(value is None or 0 <= value < 1, f"network.options.{key}", value, "from 0 to below 1")
+        check_key(min(self.anchors) >= 1, "network.options.anchors", self.anchors, "five edges in pixels")
 
 
 @dataclass(frozen=True)
@@ -447,13 +447,13 @@ def _check_recipe(recipe: FinetuneRecipe, contract: ImageContract) -> None:
                 f"'data.augment.{key}' is {getattr(augment, key)!r}, accepted for task {recipe.task!r} is "
                 f"{getattr(plain, key)!r}: there are flip and shorter."
             )
-    _require(recipe.network.output_stride == 32, "network.output_stride", recipe.network.output_stride, "32")
-    _require(recipe.network.aux == 0, "network.aux", recipe.network.aux, "0: the host has no such loss")
+    check_key(recipe.network.output_stride == 32, "network.output_stride", recipe.network.output_stride, "32")
+    check_key(recipe.network.aux == 0, "network.aux", recipe.network.aux, "0: the host has no such loss")
     if augment.shorter is None:
-        _require(recipe.data.size is not None, "data.size", None, "[height, width], or set data.augment.shorter")
+        check_key(recipe.data.size is not None, "data.size", None, "[height, width], or set data.augment.shorter")
     else:
         low, high = augment.shorter
-        _require(
+        check_key(
             32 <= low <= high <= augment.longer, "data.augment.shorter", [low, high], "32 <= low <= high <= longer"
         )
     if contract.channels != ("R", "G", "B"):

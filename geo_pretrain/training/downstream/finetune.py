@@ -40,7 +40,7 @@ from geo_pretrain.training.downstream.finetune_task import (
     build_finetune_task,
     weights_digest,
 )
-from geo_pretrain.training.engine import STATE, Interrupted, StepInfo, _stop_requests
+from geo_pretrain.training.engine import STATE, Interrupted, StepInfo, stop_requests
 from geo_pretrain.training.export import LIBRARIES, code_version
 from geo_pretrain.training.schedule import pri3d_bn_momentum, set_bn_momentum
 
@@ -160,7 +160,7 @@ def finetune(
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         task = build_finetune_task(recipe, start, train.classes, contract)
         run = _prepare(recipe, start, task, (train, val), fraction, out, place)
-        with _stop_requests() as stop:
+        with stop_requests() as stop:
             finished = _loop(run, stop, on_step, on_evaluation)
         if not finished:
             raise Interrupted(
@@ -292,8 +292,8 @@ def _open(
     total = len(train.ids())
     if not total or not val.ids():
         raise DataError(f"Source {spec.source!r}: {total} training and {len(val.ids())} validation images.")
-    if spec.scenes is not None:
-        listed = Path(spec.scenes).expanduser()
+    listed = Path(spec.scenes).expanduser() if spec.scenes is not None else None
+    if listed is not None and not (listed.is_dir() and spec.fraction == 1):  # all scenes need no list
         train = subset(train, 1.0, scenes=read_scene_list(listed, spec.fraction))
     elif spec.fraction < 1:
         train = subset(train, spec.fraction, spec.fraction_seed)

@@ -14,7 +14,16 @@ from typing import Any, Literal
 import yaml
 
 from geo_pretrain.errors import RecipeError, unknown
-from geo_pretrain.training.recipe import OptimSpec, _merge, _plain, _read, _require, apply_overrides, parse, retag
+from geo_pretrain.training.recipe import (
+    OptimSpec,
+    apply_overrides,
+    check_key,
+    merge_tree,
+    parse,
+    plain_types,
+    read_tree,
+    retag,
+)
 from geo_pretrain.training.schedule import learning_rate
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -146,7 +155,7 @@ class FinetuneRecipe:
                 f"{', '.join(KINDS[self.task])}."
             )
         one = (optim.steps is None) != (optim.epochs is None)
-        _require(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
+        check_key(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
         for key, count in {
             "network.width": network.width,
             "optim.batch": optim.batch,
@@ -157,7 +166,7 @@ class FinetuneRecipe:
             "evaluate.every_steps": 1 if evaluate.every_steps is None else evaluate.every_steps,
             "evaluate.images": 1 if evaluate.images is None else evaluate.images,
         }.items():
-            _require(count >= 1, key, count, "a whole number from 1 up")
+            check_key(count >= 1, key, count, "a whole number from 1 up")
         for key, value in {
             "optim.lr": optim.lr,
             "optim.backbone_factor": optim.backbone_factor,
@@ -165,34 +174,34 @@ class FinetuneRecipe:
             "optim.epochs": 1.0 if optim.epochs is None else optim.epochs,
             "optim.clip_norm": 1.0 if optim.clip_norm is None else optim.clip_norm,
         }.items():
-            _require(value > 0, key, value, "a number above 0")
-        _require(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
-        _require(0 <= network.freeze <= 5, "network.freeze", network.freeze, "0 (nothing) to 5 (stem and all stages)")
-        _require(network.aux >= 0, "network.aux", network.aux, "0 (none) or more")
-        _require(0 < data.fraction <= 1, "data.fraction", data.fraction, "above 0 and up to 1")
+            check_key(value > 0, key, value, "a number above 0")
+        check_key(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
+        check_key(0 <= network.freeze <= 5, "network.freeze", network.freeze, "0 (nothing) to 5 (stem and all stages)")
+        check_key(network.aux >= 0, "network.aux", network.aux, "0 (none) or more")
+        check_key(0 < data.fraction <= 1, "data.fraction", data.fraction, "above 0 and up to 1")
         for key, size in {"data.size": data.size, "data.augment.crop": data.augment.crop}.items():
-            _require(size is None or min(size) >= 32, key, size, "[height, width], each from 32 up")
+            check_key(size is None or min(size) >= 32, key, size, "[height, width], each from 32 up")
         for key, share in {"data.augment.flip": data.augment.flip, "data.augment.blur": data.augment.blur}.items():
-            _require(0 <= share <= 1, key, share, "a probability from 0 to 1")
-        _require(0 <= data.augment.rotate <= 180, "data.augment.rotate", data.augment.rotate, "degrees from 0 to 180")
+            check_key(0 <= share <= 1, key, share, "a probability from 0 to 1")
+        check_key(0 <= data.augment.rotate <= 180, "data.augment.rotate", data.augment.rotate, "degrees from 0 to 180")
         kernel = data.augment.blur_kernel
-        _require(kernel >= 1 and kernel % 2 == 1, "data.augment.blur_kernel", kernel, "an odd number of pixels")
+        check_key(kernel >= 1 and kernel % 2 == 1, "data.augment.blur_kernel", kernel, "an odd number of pixels")
         both = evaluate.every_epochs is not None and evaluate.every_steps is not None
         pair = (evaluate.every_epochs, evaluate.every_steps)
-        _require(not both, "evaluate.every_epochs / every_steps", pair, "one of the two, or neither")
+        check_key(not both, "evaluate.every_epochs / every_steps", pair, "one of the two, or neither")
         multistep = optim.schedule == "multistep"
-        _require(
+        check_key(
             (optim.milestones is not None) == multistep,
             "optim.milestones",
             optim.milestones,
             "two steps, for the multistep schedule only",
         )
         if network.kind != "unet":
-            _require(network.transfer == "encoder", "network.transfer", network.transfer, "'encoder' but for unet")
+            check_key(network.transfer == "encoder", "network.transfer", network.transfer, "'encoder' but for unet")
         else:
             plain = (network.output_stride, network.aux, network.options) == (32, 0, {})
             given = {"output_stride": network.output_stride, "aux": network.aux, "options": network.options}
-            _require(plain, "network", given, "output_stride 32, no aux and no options for unet")
+            check_key(plain, "network", given, "output_stride 32, no aux and no options for unet")
 
     def resize(self) -> str:
         """How images are resized: "nearest" or "bilinear"."""
@@ -200,13 +209,13 @@ class FinetuneRecipe:
 
     def to_yaml(self) -> str:
         """The recipe as a YAML text that parses back to an equal recipe."""
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+        return yaml.safe_dump(plain_types(dataclasses.asdict(self)), sort_keys=False)
 
 
 def list_finetune_recipes(task: str | None = None) -> list[str]:
     """Names of the downstream recipes that come with the package, all or those of one task."""
     paths = sorted(RECIPES.glob("*.yaml"))
-    return [path.stem for path in paths if task is None or _read(path).get("task") == task]
+    return [path.stem for path in paths if task is None or read_tree(path).get("task") == task]
 
 
 def load_finetune_recipe(name_or_path: str, overrides: Iterable[str] = (), *, toy: bool = False) -> FinetuneRecipe:
@@ -218,12 +227,12 @@ def load_finetune_recipe(name_or_path: str, overrides: Iterable[str] = (), *, to
     path = Path(name_or_path) if name_or_path.endswith((".yaml", ".yml")) else RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
         raise unknown("fine-tuning recipe", name_or_path, list_finetune_recipes(), "Or give the path of a .yaml file.")
-    tree = _read(path)
+    tree = read_tree(path)
     if toy:
         overlay = OVERLAYS / f"toy_{tree.get('task')}.yaml"
         if not overlay.is_file():
             raise RecipeError(f"{path}: 'task' is {tree.get('task')!r}, accepted is one of {', '.join(KINDS)}.")
-        _merge(tree, _read(overlay))
+        merge_tree(tree, read_tree(overlay))
         tree["name"] = retag(str(tree.get("name")), "toy")
     apply_overrides(tree, overrides)
     return parse(FinetuneRecipe, tree, where=str(path))

@@ -6,9 +6,8 @@ import re
 from dataclasses import dataclass
 
 from geo_pretrain.catalog import CATALOG, Entry, Result
-from geo_pretrain.catalog.pri3d import DETECTION, INSTANCES, SEGMENTATION, box_and_mask, miou
+from geo_pretrain.catalog.pri3d import BASELINES, DETECTION, INSTANCES, SEGMENTATION
 from geo_pretrain.training.downstream.finetune_recipe import FinetuneRecipe
-from geo_pretrain.training.downstream.finetune_task import IMAGENET, SCRATCH
 
 DATASETS = {"scannet": "ScanNet", "nyuv2": "NYUv2", "cityscapes": "Cityscapes", "kitti": "KITTI", "coco": "COCO"}
 PAPERS = {"pri3d": "Pri3D", "gsc": "GSC"}  # whose tables the entries of a method cite without naming the paper
@@ -24,30 +23,6 @@ METRICS = {
     SEGMENTATION: {"mIoU": "miou"},
     DETECTION: {"AP": "box_ap", "AP50": "box_ap50", "AP75": "box_ap75"},
     INSTANCES: {"AP": "mask_ap", "AP50": "mask_ap50", "AP75": "mask_ap75"},
-}
-# Pri3D's two baselines, which are starts of ours but no checkpoints: (start, ResNet depth) -> numbers by table.
-BASELINES: dict[tuple[str, int], tuple[Result, ...]] = {
-    (SCRATCH, 18): (miou("ScanNet", "T1", 37.5), miou("NYUv2", "T5", 22.5)),
-    (SCRATCH, 50): (
-        miou("ScanNet", "T1", 39.1),
-        miou("NYUv2", "T5", 24.8),
-        *box_and_mask("ScanNet", ("T2", "T3"), (32.7, 17.7, 16.9), (25.8, 13.1, 12.2)),
-        *box_and_mask("NYUv2", ("T6", "T7"), (21.3, 10.3, 9.0), (17.2, 9.2, 8.8)),
-    ),
-    (IMAGENET, 18): (miou("ScanNet", "T1", 51.0), miou("NYUv2", "T5", 44.7)),
-    (IMAGENET, 50): (
-        miou("ScanNet", "T1", 55.7),
-        miou("ScanNet", "T4", 57.0, SEGMENTERS["deeplabv3"]),
-        miou("ScanNet", "T4", 57.8, SEGMENTERS["deeplabv3plus"]),
-        miou("ScanNet", "T4", 59.7, SEGMENTERS["pspnet"]),
-        miou("NYUv2", "T5", 50.0),
-        miou("Cityscapes", "T8", 54.1),
-        miou("KITTI", "T8", 28.5),
-        *box_and_mask("ScanNet", ("T2", "T3"), (41.7, 25.9, 25.1), (32.6, 17.8, 17.6)),
-        *box_and_mask("NYUv2", ("T6", "T7"), (29.9, 17.3, 16.8), (25.1, 13.9, 13.4)),
-        Result(DETECTION, "COCO", "AP50", 59.5, "T8"),
-        Result(INSTANCES, "COCO", "AP50", 56.6, "T8"),
-    ),
 }
 
 

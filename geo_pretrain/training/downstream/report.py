@@ -204,7 +204,7 @@ def draw_starts(
         start = Start(run.backbone, recipe.network.depth, recipe.network.width, where)
         task = build_finetune_task(run_recipe(recipe, *chosen), start, val.classes, start.contract())
         task.module.load_state_dict(load_file(run.folder / MODEL))
-        predictions[label] = [guess.numpy() for _, _, guess in cast(Segmentation, task)._predictions(val, ids)]
+        predictions[label] = [guess.numpy() for _, _, guess in cast(Segmentation, task).predictions(val, ids)]
     draw_predictions([val.load(id) for id in ids], predictions, val.classes, path)
 
 

@@ -124,7 +124,7 @@ class Segmentation:
         exact = self.recipe.authors_exact
         outputs = len(self.classes) + 1
         total = np.zeros((outputs, outputs), np.int64)
-        for _, truth, predicted in self._predictions(source, ids):
+        for _, truth, predicted in self.predictions(source, ids):
             total += confusion_matrix(truth, predicted, outputs)
         if not total.sum():
             raise DataError(f"No labelled pixel in {len(ids)} images of {source.name!r}, split {source.split!r}.")
@@ -140,7 +140,7 @@ class Segmentation:
         """A row an image: image, truth, prediction, all brought to the size of the first."""
         rows: list[tuple[Frame, Sequence[np.ndarray]]] = []
         size: tuple[int, int] | None = None
-        for image, truth, predicted in self._predictions(source, ids):
+        for image, truth, predicted in self.predictions(source, ids):
             size = size or _shown_size(truth.shape)
             color = np.array(Image.fromarray(image.image).resize(size, Image.Resampling.BILINEAR))
             labels, guess = (_resized_ids(ids_, size) for ids_ in (truth, predicted))
@@ -172,9 +172,7 @@ class Segmentation:
         """The size that labels are brought to before they are compared; None: their own."""
         return (self.recipe.evaluate.size or self.recipe.data.size) if self.recipe.authors_exact else None
 
-    def _predictions(
-        self, source: LabelledSource, ids: Sequence[str]
-    ) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:
+    def predictions(self, source: LabelledSource, ids: Sequence[str]) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:
         """Each image with its labels and its predicted classes, int64 [H, W] on the CPU."""
         self.module.eval()
         device = next(self.module.parameters()).device
