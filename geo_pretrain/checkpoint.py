@@ -61,13 +61,17 @@ class Checkpoint:
         roles = WEIGHT_FILES[self.arch.name]
         return roles if decoder else roles[:1]
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of the files in the inventory."""
+        return tuple(stored.role for stored in self.files.values())
+
     def file_of(self, role: str) -> str:
         """The name of the file with this role. Raises `CheckpointError` naming the roles there are."""
         for name, stored in self.files.items():
             if stored.role == role:
                 return name
-        roles = ", ".join(stored.role for stored in self.files.values())
-        raise CheckpointError(f"{self.folder}: holds no file with role {role!r}; it has: {roles}.")
+        raise CheckpointError(f"{self.folder}: holds no file with role {role!r}; it has: {', '.join(self.roles)}.")
 
 
 def write_checkpoint(

@@ -69,6 +69,8 @@ def fetch(
         return folder
     if offline:
         raise HubError(f"not in the cache {folder}, and downloads are off (local_files_only or HF_HUB_OFFLINE)")
+    if impossible := [role for role in roles if role not in (*WEIGHT_ROLES, "golden", "card")]:
+        raise HubError(f"a folder made from an authors' file holds no {' and '.join(impossible)}")
     wanted = [role for role in roles if role in WEIGHT_ROLES]
     files = sorted((f for f in entry.authors_files if set(wanted) <= set(f.roles)), key=lambda f: len(f.roles))
     if not files:

@@ -12,7 +12,9 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from geo_pretrain.catalog import find
 from geo_pretrain.catalog.licence import check_licence
+from geo_pretrain.checkpoint import Checkpoint
 from geo_pretrain.errors import RecipeError, UnknownName, nearest, unknown
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -268,6 +270,14 @@ def _scalar(hint: type, value: object, where: str, key: str) -> Any:
 def _mismatch(where: str, key: str, value: object, accepted: str, closest: list[str] | None = None) -> RecipeError:
     hint = f" Closest: {closest[0]!r}." if closest else ""
     return RecipeError(f"{where}: '{key}' is {_shown(value)}, accepted is {accepted}.{hint}")
+
+
+def recipe_of(found: Checkpoint) -> Recipe | None:
+    """The recipe in a checkpoint folder; weights trained elsewhere have none, so their catalog entry's; else None."""
+    if "recipe" in found.roles:
+        return load_recipe(str(found.folder / found.file_of("recipe")))
+    entry = find(found.name)
+    return None if entry is None or entry.recipe is None else load_recipe(entry.recipe)
 
 
 def check_key(condition: bool, key: str, value: object, accepted: str) -> None:

@@ -175,6 +175,13 @@ def test_roles_that_nobody_offers_are_an_error(hosts: Hosts, monkeypatch: pytest
     assert hosts.requests == []
 
 
+def test_a_recipe_is_not_among_what_an_authors_file_gives(hosts: Hosts):
+    hub.resolve(NAME)
+    with pytest.raises(HubError, match="holds no recipe"):
+        hub.resolve(NAME, roles=("encoder", "recipe"))
+    assert sum(hosts.served.values()) == 1  # it is not fetched again in the hope of one
+
+
 def test_an_altered_file_is_noticed_by_the_digest_of_the_first_use(
     hosts: Hosts, cache: Path, written: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):

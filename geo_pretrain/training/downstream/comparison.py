@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from geo_pretrain import hub
-from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import RecipeError
+from geo_pretrain.errors import CheckpointError
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.pairs import find_pairs
@@ -21,7 +21,7 @@ from geo_pretrain.training.downstream.cloud_matching import Turn, edge, evaluate
 from geo_pretrain.training.downstream.matching import evaluate_matching
 from geo_pretrain.training.downstream.pixel_voxel import evaluate_pixel_to_voxel, frames_in_twos, load_pri3d
 from geo_pretrain.training.downstream.recall import MatchingResult, spread_evenly
-from geo_pretrain.training.recipe import DataSpec, load_recipe
+from geo_pretrain.training.recipe import DataSpec, recipe_of
 
 Progress = Callable[[int, int], None]
 RANDOM = "random"  # what the twin is called in results
@@ -50,13 +50,17 @@ def compare_matching(
         turn: of the clouds of a 3D backbone.
         seed: of queries, turns and random weights.
     """
-    folder = hub.resolve(backbone, roles=lambda found: (*found.network_roles(), "recipe"))
-    contract = read_checkpoint(folder).contract
+    folder = hub.resolve(backbone, roles=_network_and_recipe)
+    found = read_checkpoint(folder)
+    if found.arch.name == "resnet":
+        raise CheckpointError(f"{backbone!r} is an encoder alone; matching needs a network with a decoder.")
+    contract = found.contract
     evaluate: Callable[..., MatchingResult] = evaluate_matching
     options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
     if isinstance(contract, VoxelContract):
         edge(contract)  # refuse what cannot be measured before anything is rendered
-        spec = replace(spec, size=size or _recipe_size(folder) or spec.size)
+        recipe = recipe_of(found)
+        spec = replace(spec, size=size or (spec.size if recipe is None else recipe.data.size))
         evaluate, options["turn"] = evaluate_cloud_matching, turn
     else:
         spec = replace(spec, size=size or contract.size)
@@ -118,12 +122,9 @@ def _network(folder: str | Path, *, pretrained: bool = True) -> Any:
     return load_backbone(folder, decoder=images, pretrained=pretrained)
 
 
-def _recipe_size(folder: Path) -> tuple[int, int] | None:
-    """The frames' size in pre-training; None for weights converted from elsewhere, which have no recipe of ours."""
-    try:
-        return load_recipe(str(folder / "recipe.yaml")).data.size
-    except RecipeError:
-        return None
+def _network_and_recipe(found: Checkpoint) -> tuple[str, ...]:
+    """Weights that were trained elsewhere have no recipe in their folder."""
+    return (*found.network_roles(), *(role for role in found.roles if role == "recipe"))
 
 
 def _nth(progress: Progress | None, number: int, count: int) -> Progress:

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from geo_pretrain import hub
-from geo_pretrain.catalog import find
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, read_weights
 from geo_pretrain.errors import BadFrame, CheckpointError, WeightsMismatch
 from geo_pretrain.geometry import seen_at
 from geo_pretrain.training.data.frame import Skips, Source
 from geo_pretrain.training.data.pairs import Pair
 from geo_pretrain.training.downstream.recall import MatchingResult, average_recall, chance_within, nearest_row
-from geo_pretrain.training.recipe import AugmentSpec, Recipe, load_recipe
+from geo_pretrain.training.recipe import AugmentSpec, Recipe, recipe_of
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.clouds import encode, one_match_each
 from geo_pretrain.training.tasks.pri3d import Pri3D, gather_cells, half_resolution_cell
@@ -51,32 +50,21 @@ def load_pri3d(folder: str, *, pretrained: bool = True, seed: int = 0) -> Pri3D:
     """
     path = hub.resolve(folder, roles=_needed)
     found = read_checkpoint(path)
-    if "heads" not in _roles(found):
+    if "heads" not in found.roles:
         raise CheckpointError(f"{folder!r} has no voxel part (a file with role 'heads'); {ACCEPTED}.")
-    task = _untrained(_recipe(found), folder, seed)
+    recipe = recipe_of(found)
+    if recipe is None:
+        raise CheckpointError(f"{found.folder}: no recipe tells how its voxel part is built; {ACCEPTED}.")
+    task = _untrained(recipe, folder, seed)
     if pretrained:
         _put_weights(task, found)
     return task.eval()
 
 
-def _roles(found: Checkpoint) -> set[str]:
-    return {stored.role for stored in found.files.values()}
-
-
 def _needed(found: Checkpoint) -> tuple[str, ...]:
     """The network, and of heads and recipe what there is; before an authors' file is converted that is not known."""
-    extra = [role for role in ("heads", "recipe") if role in _roles(found)] if found.files else ["heads"]
+    extra = [role for role in ("heads", "recipe") if role in found.roles] if found.files else ["heads"]
     return (*found.network_roles(), *extra)
-
-
-def _recipe(found: Checkpoint) -> Recipe:
-    """The recipe in the folder; weights that their authors trained have none, their catalog entry's says the same."""
-    if "recipe" in _roles(found):
-        return load_recipe(str(found.folder / found.file_of("recipe")))
-    entry = find(found.name)
-    if entry is None or entry.recipe is None:
-        raise CheckpointError(f"{found.folder}: no recipe tells how its voxel part is built; {ACCEPTED}.")
-    return load_recipe(entry.recipe)
 
 
 def frames_in_twos(source: Source) -> list[Pair]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from geo_pretrain.catalog import Arch
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.downstream import comparison
 from geo_pretrain.training.downstream.comparison import RANDOM, compare_matching, random_twin
 from geo_pretrain.training.downstream.recall import MatchingResult
-from geo_pretrain.training.recipe import DataSpec
+from geo_pretrain.training.recipe import DataSpec, load_recipe
 from tests.training.test_engine import run_here
-from tests.zoo import CONTRACT_3D, write_tiny, write_tiny_3d
+from tests.zoo import CONTRACT_3D, role_weights, write_tiny, write_tiny_3d
 
 
 @pytest.fixture
@@ -59,8 +60,20 @@ def test_clouds_are_matched_at_the_size_of_their_recipe(tmp_path, spec, calls, t
 
 
 def test_clouds_of_weights_without_a_recipe_of_ours_are_matched_at_the_size_of_the_data(tmp_path, spec, calls):
-    compare_matching(str(write_tiny_3d(tmp_path / "net").folder), spec)
+    compare_matching(str(write_tiny_3d(tmp_path / "net", recipe_yaml=None).folder), spec)
     assert calls[0][2]["size"] == (60, 80)
+    # a name of the catalog has the recipe that its entry states, whoever trained the weights
+    name = "pointcontrast_nce_srunet34"
+    compare_matching(str(write_tiny_3d(tmp_path / "theirs", name=name, recipe_yaml=None).folder), spec)
+    assert calls[2][2]["size"] == load_recipe(name).data.size == (480, 640)
+
+
+def test_an_encoder_alone_is_refused(tmp_path, spec):
+    arch = Arch("resnet", {"depth": 18, "width": 8})
+    weights = {"encoder": role_weights("encoder")}
+    folder = str(write_tiny(tmp_path / "net", arch=arch, weights=weights).folder)
+    with pytest.raises(CheckpointError, match="is an encoder alone"):
+        compare_matching(folder, spec)
 
 
 def test_what_cannot_be_measured_is_refused_before_the_data_are_opened(tmp_path):
