@@ -282,7 +282,7 @@ def test_the_time_a_server_asks_for_is_waited(hosts: Hosts, part: Path, monkeypa
     assert slept[2:] == pytest.approx([0.01, 0.03])
 
 
-@pytest.mark.parametrize("text", ["3600", email.utils.formatdate(time.time() + 3600, usegmt=True)])
+@pytest.mark.parametrize("text", ["3600", email.utils.formatdate(time.time() + 3600, usegmt=True)], ids=("s", "date"))
 def test_a_long_time_is_not_waited(hosts: Hosts, part: Path, text: str):
     hosts.fault(OWN, Fault("status", headers={"Retry-After": text}))
     begin = time.monotonic()
