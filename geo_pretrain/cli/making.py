@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +18,6 @@ from geo_pretrain.cli.shared import app, console, escape, progress
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import Skips
     from geo_pretrain.training.downstream.recall import MatchingResult
-    from geo_pretrain.training.engine import StepInfo
     from geo_pretrain.training.recipe import DataSpec
 
 eval_app = typer.Typer(help="Measure a backbone.", no_args_is_help=True)
@@ -85,44 +84,35 @@ def train(
 
     Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain train ...`
     """
-    from geo_pretrain.hub.cache import default_cache
-    from geo_pretrain.training import engine
-    from geo_pretrain.training.data.frame import Skips
-    from geo_pretrain.training.data.pairs import find_pairs
-    from geo_pretrain.training.data.sources import open_source, source_note
     from geo_pretrain.training.distributed import join
-    from geo_pretrain.training.recipe import load_recipe, retag
+    from geo_pretrain.training.recipe import load_recipe, load_stage1, retag
+    from geo_pretrain.training.run import run_recipe
 
-    overrides = _data_overrides(data, frames)
-    if steps is not None:
-        overrides += [f"optim.steps={steps}", "optim.epochs=null"]
-    spec = load_recipe(recipe, [*overrides, *set_], toy=toy)
-    if data is not None and not any(item.startswith("name=") for item in set_):
-        spec = replace(spec, name=retag(spec.name, spec.data.source + ("_toy" if toy else "")))
-    engine.check_out(out, spec.name, overwrite=overwrite)
+    of_data = _data_overrides(data, frames)
+    length = [] if steps is None else [f"optim.steps={steps}", "optim.epochs=null"]
+    spec = load_recipe(recipe, [*of_data, *length, *set_], toy=toy)
+    stage1 = load_stage1(spec, of_data, toy=toy) if spec.needs_stage1 and spec.stage1 else None
+    if data is not None:
+        tag = spec.data.source + ("_toy" if toy else "")
+        if not any(item.startswith("name=") for item in set_):
+            spec = replace(spec, name=retag(spec.name, tag))
+        stage1 = stage1 and replace(stage1, name=retag(stage1.name, tag))
     world = join(device)
-    skips = Skips()
     with progress(world.is_main) as report:
-        source = open_source(
-            spec.data, device=str(world.device), progress=lambda d, t: report("rendering rooms", d, t, "")
+        outcome = run_recipe(
+            spec,
+            out,
+            world,
+            stage1=stage1,
+            overwrite=overwrite,
+            report=report,
+            note=lambda text: console.print(f"Data: {text}", highlight=False),
         )
-        if world.is_main and source_note(source):
-            console.print(f"Data: {source_note(source)}", highlight=False)
-        pairs = find_pairs(
-            source,
-            spec.data,
-            skips=skips,
-            device=world.device,
-            cache_dir=default_cache(),
-            progress=lambda d, t: report("finding pairs", d, t, ""),
-        )
-        checkpoint = engine.train(
-            spec, out, source, pairs, world, skips=skips, overwrite=overwrite, on_step=_on_step(report)
-        )
-    if checkpoint is not None:
-        console.print(f"Checkpoint: {checkpoint.folder}   ({len(pairs)} pairs)", soft_wrap=True)
+    if outcome.checkpoint is not None:
+        units = f"{outcome.pairs} {spec.data.units}"
+        console.print(f"Checkpoint: {outcome.checkpoint.folder}   ({units})", soft_wrap=True)
     if world.is_main:
-        _print_skips(skips)
+        print_skips(outcome.skips)
     world.close()
 
 
@@ -154,7 +144,7 @@ def eval_matching(
     from geo_pretrain.training.data.frame import Skips
     from geo_pretrain.training.downstream.comparison import compare_matching
 
-    spec = _data_spec(data, frames, overlap, set_)
+    spec = data_spec(data, frames, overlap, set_)
     skips = Skips()
     with progress() as report:
         results = compare_matching(
@@ -192,7 +182,7 @@ def eval_pixel_to_voxel(
     from geo_pretrain.training.data.frame import Skips
     from geo_pretrain.training.downstream.comparison import compare_pixel_to_voxel
 
-    spec = _data_spec(data, frames, "0:1", set_)
+    spec = data_spec(data, frames, "0:1", set_)
     skips = Skips()
     with progress() as report:
         results = compare_pixel_to_voxel(
@@ -219,7 +209,7 @@ def _show_recall(results: Mapping[str, MatchingResult], skips: Skips, as_json: b
             escape(name), f"{r.recall:.1%} ± {r.spread:.1%}", f"{r.chance:.1%}", str(len(r.per_pair)), str(r.queries)
         )
     console.print(table)
-    _print_skips(skips)
+    print_skips(skips)
 
 
 @data_app.command("preview")
@@ -238,7 +228,7 @@ def data_preview(
     from geo_pretrain.training.data.sources import open_source
 
     preview = [] if any(s.startswith("data.options") for s in set_) else _preview_options(data, scenes)
-    spec = _data_spec(data, None, "0:1", [*preview, *set_])
+    spec = data_spec(data, None, "0:1", [*preview, *set_])
     with progress() as report:
         source = open_source(spec, progress=lambda d, t: report("rendering rooms", d, t, ""))
     contact_sheet(source, out, scenes=scenes, frames=frames)
@@ -264,7 +254,7 @@ def _data_overrides(data: str | None, frames: str | None) -> list[str]:
     return overrides
 
 
-def _data_spec(data: str, frames: str | None, overlap: str, overrides: list[str]) -> DataSpec:
+def data_spec(data: str, frames: str | None, overlap: str, overrides: list[str]) -> DataSpec:
     """A data section on its own, for commands that need no recipe."""
     from geo_pretrain.training.recipe import Recipe, apply_overrides, parse
 
@@ -293,13 +283,7 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     return height, width
 
 
-def _print_skips(skips: Skips) -> None:
+def print_skips(skips: Skips) -> None:
+    """What was left out and why, if anything."""
     if skips.reasons:
         console.print(f"[yellow]{escape(skips.summary())}", soft_wrap=True, highlight=False)
-
-
-def _on_step(report: Callable[[str, int, int, str], None]) -> Callable[[StepInfo], None]:
-    def show(step: StepInfo) -> None:
-        report("training", step.step, step.steps, str(step))
-
-    return show

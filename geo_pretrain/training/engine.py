@@ -30,8 +30,8 @@ from geo_pretrain.training.data.pairs import Pair
 from geo_pretrain.training.data.samples import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.export import write_run
-from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum, set_bn_momentum
+from geo_pretrain.training.recipe import OptimSpec, Recipe
+from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
 from geo_pretrain.training.tasks import Task, build_task
 
 STATE, BOARD = "state.pt", "tensorboard"
@@ -69,7 +69,7 @@ class Run:
     steps: int
     task: Task
     module: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     step: int = 0
     seconds: float = 0.0  # training time of earlier sittings
 
@@ -134,10 +134,7 @@ def _prepare(
     task, module = build_task(recipe)
     # channels_last is about 10 % faster on CPU and more on CUDA; results are those of the same layout on every resume.
     module.to(world.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    o = recipe.optim
-    optimizer = torch.optim.SGD(
-        module.parameters(), lr=o.lr, momentum=o.momentum, dampening=o.dampening, weight_decay=o.weight_decay
-    )
+    optimizer = _optimizer(recipe.optim, module)
     run = Run(recipe, out, source, pairs, world, skips, steps, task, module, optimizer)
     state_file = run.folder / STATE
     check_out(out, recipe.name, overwrite=overwrite)
@@ -147,6 +144,16 @@ def _prepare(
         _restore(run, state_file)
     world.barrier()
     return run
+
+
+def _optimizer(spec: OptimSpec, module: nn.Module) -> torch.optim.Optimizer:
+    """Over what is trained: a frozen teacher takes no part."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if spec.kind == "adam":
+        return torch.optim.Adam(trained, lr=spec.lr, weight_decay=spec.weight_decay)
+    return torch.optim.SGD(
+        trained, lr=spec.lr, momentum=spec.momentum, dampening=spec.dampening, weight_decay=spec.weight_decay
+    )
 
 
 def _loop(run: Run, stop: threading.Event, on_step: Callable[[StepInfo], None] | None) -> bool:
@@ -162,7 +169,7 @@ def _loop(run: Run, stop: threading.Event, on_step: Callable[[StepInfo], None] |
             elapsed = time.monotonic() - begin
             run.seconds = before + elapsed
             rate = (run.step - first) / elapsed
-            info = StepInfo(run.step, run.steps, losses, 2 * run.recipe.optim.batch * rate, run.task.unit)
+            info = StepInfo(run.step, run.steps, losses, run.task.views * run.recipe.optim.batch * rate, run.task.unit)
             log(info)
             if on_step is not None:
                 on_step(info)
@@ -181,6 +188,8 @@ def _take_step(run: Run, model: nn.Module, micro_batches: Iterator[dict[str, Any
         group["lr"] = learning_rate(spec, run.step, run.steps)
     if spec.bn_momentum == "pri3d":
         set_bn_momentum(run.module, pri3d_bn_momentum(max(run.step - 1, 0)))
+    elif spec.bn_momentum == "floor":
+        set_bn_momentum(run.module, BN_FLOOR)
     run.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, torch.Tensor] = {}
     for part in range(spec.accumulate):

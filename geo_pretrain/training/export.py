@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from geo_pretrain.catalog.licence import Licence, strictest
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.sources import data_licence, source_note
-from geo_pretrain.training.recipe import ModelSpec, Recipe, list_recipes
+from geo_pretrain.training.recipe import Recipe, list_recipes
 from geo_pretrain.training.tasks import Task
 
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors")
@@ -29,7 +30,7 @@ def write_run(
     licence = run_licence(recipe)
     provenance = provenance | {
         "seed": recipe.seed,
-        "init": "scratch" if recipe.model is None else recipe.model.init,
+        "init": "scratch" if recipe.model is None else recipe.start_of(recipe.model.init),
         "notes": source_note(source),
         "code": code_version(),
         "python": platform.python_version(),
@@ -55,31 +56,45 @@ def write_run(
 
 
 def run_licence(recipe: Recipe) -> Licence:
-    """The licence chain of weights made by a recipe: the strictest of its data's and its start weights' terms."""
-    dataset, terms = data_licence(recipe.data)
-    base, base_terms, base_data = _base_model(recipe.model)
-    datasets = ((dataset, terms), *(item for item in base_data if item[0] != dataset))
-    weights = strictest(terms, base_terms or terms)
-    return Licence(code="MIT", weights=weights, datasets=datasets, base_model=base)
+    """The licence chain of weights made by a recipe: the strictest terms of its data, start weights and teacher.
 
-
-def _base_model(spec: ModelSpec | None) -> tuple[str, str, tuple[tuple[str, str], ...]]:
-    """What training starts from, the terms of those weights ("" for none), and the data sets behind them.
-
-    3D networks always start from random weights, so what the 2D network starts from decides.
+    3D networks always start from random weights.
     """
-    if spec is None or spec.init == "scratch":
-        return "none (random weights)", "", ()
-    if spec.init == "imagenet":
-        terms = "LicenseRef-ImageNet-terms"
-        name = f"torchvision ResNet-{spec.depth} IMAGENET1K_V1 (BSD-3-Clause; ImageNet terms: non-commercial research)"
-        return name, terms, (("ImageNet", terms),)
-    if Path(spec.init).is_dir():
-        checkpoint = read_checkpoint(Path(spec.init))
+    dataset, terms = data_licence(recipe.data)
+    spec, teacher = recipe.model, recipe.task.get("teacher")
+    start = Origin() if spec is None else _origin(recipe.start_of(spec.init), spec.depth)
+    teaching = Origin() if teacher is None else _origin(recipe.start_of(teacher), recipe.task.get("teacher_depth", 50))
+    base = "none (random weights)" if teacher is None else f"random weights; teacher: {teaching.name}"
+    datasets = dict([(dataset, terms), *start.datasets, *teaching.datasets])
+    weights = strictest(strictest(terms, start.terms or terms), teaching.terms or terms)
+    return Licence(code="MIT", weights=weights, datasets=tuple(datasets.items()), base_model=start.name or base)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Weights that a run builds on; all empty for a random start."""
+
+    name: str = ""
+    terms: str = ""  # of the weights
+    datasets: tuple[tuple[str, str], ...] = ()  # behind them, with their terms
+
+
+def _origin(weights: str, depth: int) -> Origin:
+    if weights == "scratch":
+        return Origin()
+    terms = "LicenseRef-ImageNet-terms"
+    if weights == "imagenet":
+        name = f"torchvision ResNet-{depth} IMAGENET1K_V1 (BSD-3-Clause; ImageNet terms: non-commercial research)"
+        return Origin(name, terms, (("ImageNet", terms),))
+    if weights == "moco_v2":
+        name = "MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0; ImageNet terms: non-commercial research)"
+        return Origin(name, strictest("CC-BY-NC-4.0", terms), (("ImageNet", terms),))
+    if Path(weights).is_dir():
+        checkpoint = read_checkpoint(Path(weights))
         name, licence = checkpoint.name, checkpoint.licence
     else:
-        name, licence = spec.init, geo_pretrain.backbone_info(spec.init).licence
-    return f"{name} ({licence.weights})", licence.weights, licence.datasets
+        name, licence = weights, geo_pretrain.backbone_info(weights).licence
+    return Origin(f"{name} ({licence.weights})", licence.weights, licence.datasets)
 
 
 def code_version() -> str:

@@ -1,4 +1,4 @@
-"""Where an encoder starts: ImageNet, random weights, or a checkpoint of this zoo."""
+"""Where an encoder starts: ImageNet, MoCo v2, random weights, or a checkpoint of this zoo."""
 
 from __future__ import annotations
 

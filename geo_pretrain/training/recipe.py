@@ -19,6 +19,7 @@ from geo_pretrain.errors import RecipeError, UnknownName, nearest, unknown
 
 RECIPES = Path(__file__).parent / "recipes"
 TOY = RECIPES / "overlays" / "toy.yaml"
+STAGE1 = "stage1"  # as start weights: what the first stage of the same recipe trained
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class ModelSpec:
     """The 2D U-Net to train."""
 
     depth: Literal[18, 50] = 18
-    init: str = "imagenet"  # imagenet | scratch | catalog name | checkpoint folder
+    init: str = "imagenet"  # imagenet | moco_v2 | scratch | stage1 | catalog name | checkpoint folder
     width: int = 64  # channels of the stem; everything else scales with it
 
 
@@ -64,6 +65,7 @@ class DataSpec:
     path: str | None = None  # folder of a data set on disk; rooms renders its own
     size: tuple[int, int] = (240, 320)  # working height and width
     frames: tuple[float, float] = (0.0, 1.0)  # part of each scene's frames in order of time; the rest is held out
+    units: Literal["pairs", "frames"] = "pairs"  # frames: each frame on its own, as a pair with itself
     overlap: tuple[float, float] = (0.3, 1.0)  # pairs with an overlap ratio in this range
     # projective: Pri3D's paper by projection; authors_exact: the released script, 5 cm voxels within 7.5 cm
     measure: Literal["projective", "authors_exact"] = "projective"
@@ -83,14 +85,16 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """SGD and its schedule; `batch` counts pairs over all processes and accumulation steps."""
+    """The optimiser and its schedule; `batch` counts pairs over all processes and accumulation steps."""
 
+    kind: Literal["sgd", "adam"] = "sgd"
     batch: int = 64
     lr: float = 0.1
     momentum: float = 0.9
     dampening: float = 0.0
     weight_decay: float = 0.0
-    schedule: Literal["poly", "exponential", "constant"] = "poly"
+    # cosine_epoch: constant within an epoch, as MoCo's released loop has it
+    schedule: Literal["poly", "exponential", "cosine", "cosine_epoch", "constant"] = "poly"
     power: float = 0.9  # poly: lr (1 - s / (S + 1)) ** power
     gamma: float = 0.99  # exponential: lr gamma ** floor(s / every)
     every: int = 1000
@@ -98,7 +102,8 @@ class OptimSpec:
     accumulate: int = 1
     epochs: float | None = None
     steps: int | None = None  # one of the two
-    bn_momentum: Literal["pri3d", "constant"] = "pri3d"  # pri3d: 0.5 halved every 20 steps, not under 0.001
+    # pri3d: 0.5 halved every 20 steps, not under 0.001; floor: 0.001 from the first step on
+    bn_momentum: Literal["pri3d", "floor", "constant"] = "pri3d"
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,9 @@ class Recipe:
     unet3d: UNet3DSpec | None = None  # the 3D network; None: the task has none
     data: DataSpec = DataSpec()
     optim: OptimSpec = OptimSpec()
+    # What is trained first, with the same data: {recipe: NAME, and settings laid over that recipe}. Its checkpoint is
+    # what "stage1" means in this recipe, such as in model.init or task.teacher.
+    stage1: dict[str, Any] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     workers: int = 4  # loader processes for each training process; no effect on the result
@@ -137,6 +145,9 @@ class Recipe:
         check_key(min(self.data.size) >= 32, "data.size", self.data.size, "[height, width], each from 32 up")
         for key, (low, high) in {"data.overlap": self.data.overlap, "data.frames": self.data.frames}.items():
             check_key(0 <= low < high <= 1, key, [low, high], "[low, high] with 0 <= low < high <= 1")
+        epochwise = self.optim.schedule == "cosine_epoch" and self.optim.epochs is None
+        check_key(not epochwise, "optim.epochs", None, "a number, for the schedule cosine_epoch")
+        check_key(self.stage1 is None or "recipe" in self.stage1, "stage1.recipe", None, "the name of a recipe")
         check_key(
             self.optim.batch % self.optim.accumulate == 0, "optim.batch", self.optim.batch, "a multiple of accumulate"
         )
@@ -149,14 +160,38 @@ class Recipe:
         """`unet3d`, for a task that trains a 3D network."""
         return self._needed(self.unet3d, "unet3d")
 
+    @property
+    def needs_stage1(self) -> bool:
+        """Whether something starts from what `stage1` trains; not so when every such setting names other weights."""
+        starts = [*self.task.values(), None if self.model is None else self.model.init]
+        return STAGE1 in [value for value in starts if isinstance(value, str)]
+
+    def start_of(self, value: str) -> str:
+        """Weights that a setting names, with "stage1" as the folder in which the first stage ended.
+
+        Raises `RecipeError` when that has not been trained.
+        """
+        if value != STAGE1:
+            return value
+        folder = (self.stage1 or {}).get("folder")
+        if folder is None:
+            raise RecipeError(
+                f"recipe {self.name}: 'stage1' is given as start weights, but no first stage was trained. Accepted: "
+                "a key 'stage1' naming a recipe, run by `geo-pretrain train`; or a checkpoint's name or folder."
+            )
+        return str(folder)
+
     def _needed(self, section: T | None, key: str) -> T:
         if section is None:
             raise RecipeError(f"recipe {self.name}: key '{key}' is missing; task {self.task['name']!r} trains it.")
         return section
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML text that parses back to an equal recipe."""
-        return yaml.safe_dump(plain_types(dataclasses.asdict(self)), sort_keys=False)
+        """The recipe as a YAML text that parses back to an equal recipe, but for the folder of a first stage."""
+        tree = plain_types(dataclasses.asdict(self))
+        if self.stage1 is not None:
+            tree["stage1"].pop("folder", None)  # who runs the recipe again trains both stages
+        return yaml.safe_dump(tree, sort_keys=False)
 
 
 def list_recipes() -> list[str]:
@@ -169,6 +204,25 @@ def load_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) 
 
     `toy` lays the overlay recipes/overlays/toy.yaml over it: rooms at a scale that a CPU trains in minutes.
     """
+    tree, path = _recipe_tree(name, toy=toy)
+    apply_overrides(tree, overrides)
+    return parse(Recipe, tree, where=str(path))
+
+
+def load_stage1(recipe: Recipe, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
+    """The recipe that trains the first stage of `recipe`, with its seed; `overrides` (of data) as in `load_recipe`."""
+    settings = dict(recipe.stage1 or {})
+    settings.pop("folder", None)
+    tree, path = _recipe_tree(str(settings.pop("recipe")), toy=toy)
+    merge_tree(tree, {"seed": recipe.seed, "workers": recipe.workers, **settings})
+    apply_overrides(tree, overrides)
+    first = parse(Recipe, tree, where=f"{path}, changed by stage1 of recipe {recipe.name}")
+    check_key(first.stage1 is None, "stage1.recipe", first.name, "a recipe of one stage")
+    return first
+
+
+def _recipe_tree(name: str, *, toy: bool) -> tuple[dict[str, Any], Path]:
+    """The keys and values of a recipe and the file they come from."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         raise unknown("recipe", name, list_recipes(), "Or give the path of a .yaml file.")
@@ -182,8 +236,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) 
         merge_tree(tree, overlay)
         merge_tree(tree, own)
         tree["name"] = retag(str(tree.get("name")), "toy")
-    apply_overrides(tree, overrides)
-    return parse(Recipe, tree, where=str(path))
+    return tree, path
 
 
 def retag(name: str, tag: str) -> str:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from geo_pretrain.training.recipe import OptimSpec
 
+BN_FLOOR = 0.001
+
 
 def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
     """The learning rate of step 0 <= `step` < `steps`."""
+    if spec.schedule == "cosine":
+        return 0.5 * spec.lr * (1 + math.cos(math.pi * step / steps))
+    if spec.schedule == "cosine_epoch" and spec.epochs is not None:
+        epoch = int(step * spec.epochs / steps)
+        return 0.5 * spec.lr * (1 + math.cos(math.pi * epoch / spec.epochs))
     if spec.schedule == "poly":
         return spec.lr * (1 - step / (steps + 1)) ** spec.power
     if spec.schedule == "exponential":
@@ -19,7 +28,7 @@ def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
 
 def pri3d_bn_momentum(step: int) -> float:
     """Pri3D's momentum after optimiser step `step`: 0.5 halved every 20 steps, not under 0.001 (VoteNet's rule)."""
-    return max(0.5 * 0.5 ** (step // 20), 0.001)
+    return max(0.5 * 0.5 ** (step // 20), BN_FLOOR)
 
 
 def set_bn_momentum(module: nn.Module, momentum: float) -> None:

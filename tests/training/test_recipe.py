@@ -110,7 +110,7 @@ def test_toy_overlay_gives_a_recipe_no_network_it_has_not(tmp_path):
 @pytest.mark.parametrize(
     "override, parts",
     [
-        ("optim.lrr=0.1", ["'optim.lrr'", "'optim.lr'", "Accepted: batch, lr"]),
+        ("optim.lrr=0.1", ["'optim.lrr'", "'optim.lr'", "Accepted: kind, batch, lr"]),
         ("optim.batch=many", ["'optim.batch'", "'many' (str)", "a whole number"]),
         ("optim.batch=true", ["'optim.batch'", "True (bool)"]),
         ("optim.batch=0", ["'optim.batch'", "from 1 up"]),

@@ -66,11 +66,15 @@ def find_pairs(
 ) -> list[Pair]:
     """All pairs of a source whose overlap ratio lies in `spec.overlap`, scene by scene in order of time.
 
+    With `spec.units` "frames" every frame is a pair with itself (overlap 1), at most `max_pairs_per_scene` a scene,
+    and nothing is read: a frame that turns out to be broken is replaced when its sample is drawn.
     Frames that cannot be read and scenes without a pair are added to `skips`. Mined pairs are kept in `cache_dir`.
 
     Raises:
         DataError: no pair is left; the message says what was skipped and why.
     """
+    if spec.units == "frames":
+        return _frames(source, spec)
     cached = _cache_path(source, spec, cache_dir) if cache_dir is not None else None
     if cached is not None and cached.exists():
         tree = json.loads(cached.read_text(encoding="utf-8"))
@@ -170,10 +174,25 @@ def _scene_pairs(source: Source, scene: str, spec: DataSpec, skips: Skips, devic
         for i, j in combinations(range(len(names)), 2)
         if low <= ratios[i, j] <= high
     ]
-    limit = spec.max_pairs_per_scene
-    if limit is not None and len(found) > limit:
-        found = [found[k] for k in np.linspace(0, len(found) - 1, limit).round().astype(int)]
-    return found
+    return _thinned(found, spec.max_pairs_per_scene)
+
+
+def _frames(source: Source, spec: DataSpec) -> list[Pair]:
+    frames = [
+        pair
+        for scene in source.scenes()
+        for pair in _thinned([Pair(scene, id, id, 1.0) for id in source.frame_ids(scene)], spec.max_pairs_per_scene)
+    ]
+    if not frames:
+        raise DataError(f"Source {source.name!r} has no frame.")
+    return frames
+
+
+def _thinned(found: list[Pair], limit: int | None) -> list[Pair]:
+    """At most `limit`, spread evenly."""
+    if limit is None or len(found) <= limit:
+        return found
+    return [found[k] for k in np.linspace(0, len(found) - 1, limit).round().astype(int)]
 
 
 def _mining_size(spec: DataSpec) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from geo_pretrain.training.recipe import Recipe, parse
 
 PRI3D = "geo_pretrain.training.tasks.pri3d"
 POINTCONTRAST = "geo_pretrain.training.tasks.pointcontrast"
+GLOBAL = "geo_pretrain.training.tasks.global_distillation"
 
 # Task name -> module that defines `Config` (a dataclass) and `build(recipe, config) -> Task`, and the settings that
 # the name stands for.
@@ -29,6 +30,16 @@ TASKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "pointcontrast_nce": (POINTCONTRAST, {"loss": "nce"}),
     "pointcontrast_hardest": (POINTCONTRAST, {"loss": "hardest"}),
     "csc": ("geo_pretrain.training.tasks.csc", {}),
+    "gsc": ("geo_pretrain.training.tasks.gsc", {}),
+    "trivial_correspondence": ("geo_pretrain.training.tasks.trivial", {}),
+    "moco_v2": ("geo_pretrain.training.tasks.moco", {}),
+    "pixel_simclr": ("geo_pretrain.training.tasks.pixel_simclr", {}),
+    "img2pc": ("geo_pretrain.training.tasks.img2pc", {}),
+    "ppkt": ("geo_pretrain.training.tasks.ppkt", {}),
+    "ppkd": ("geo_pretrain.training.tasks.ppkd", {}),
+    "global_kd": (GLOBAL, {"loss": "kd"}),
+    "gupta": (GLOBAL, {"loss": "l2"}),
+    "crd": (GLOBAL, {"loss": "crd"}),
 }
 
 
@@ -50,7 +61,8 @@ class Task(Protocol):
     processes that train together wait for each other's gradients.
     """
 
-    unit: str  # what a sample holds two of, for displays: "images" or "clouds"
+    unit: str  # what samples are made of, for displays: "images" or "clouds"
+    views: int  # how many of them a sample holds
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
         """Samples indexed by (epoch, pair), each a function of its key and the recipe's seed alone."""

@@ -53,7 +53,7 @@ class CloudConfig:
 class CloudPairs(nn.Module, ABC):
     """A sparse U-Net whose normalised outputs are compared at the matches of two clouds; the loss is a subclass's."""
 
-    unit = "clouds"
+    unit, views = "clouds", 2
     terms: tuple[str, ...]  # names of the losses
 
     def __init__(self, recipe: Recipe, config: CloudConfig) -> None:

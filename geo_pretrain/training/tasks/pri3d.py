@@ -70,7 +70,7 @@ class Pri3D(nn.Module):
     `backbone.*`, and as the task has them `backbone3d.*`, `w2d.*`, `w3d.*`, `headnet.*`.
     """
 
-    unit = "images"
+    unit, views = "images", 2
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__()
