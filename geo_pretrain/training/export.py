@@ -16,7 +16,7 @@ from geo_pretrain.catalog.licence import Licence, strictest
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.sources import data_licence, source_note
-from geo_pretrain.training.recipe import Recipe, list_recipes
+from geo_pretrain.training.recipe import STAGE1, Recipe, list_recipes
 from geo_pretrain.training.tasks import Task
 
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors")
@@ -62,8 +62,8 @@ def run_licence(recipe: Recipe) -> Licence:
     """
     dataset, terms = data_licence(recipe.data)
     spec, teacher = recipe.model, recipe.task.get("teacher")
-    start = Origin() if spec is None else _origin(recipe.start_of(spec.init), spec.depth)
-    teaching = Origin() if teacher is None else _origin(recipe.start_of(teacher), recipe.task.get("teacher_depth", 50))
+    start = Origin() if spec is None else _origin(_weights(recipe, spec.init), spec.depth)
+    teaching = Origin() if teacher is None else _origin(_weights(recipe, teacher), recipe.task.get("teacher_depth", 50))
     base = "none (random weights)" if teacher is None else f"random weights; teacher: {teaching.name}"
     datasets = dict([(dataset, terms), *start.datasets, *teaching.datasets])
     weights = strictest(strictest(terms, start.terms or terms), teaching.terms or terms)
@@ -77,6 +77,12 @@ class Origin:
     name: str = ""
     terms: str = ""  # of the weights
     datasets: tuple[tuple[str, str], ...] = ()  # behind them, with their terms
+
+
+def _weights(recipe: Recipe, value: str) -> str:
+    """What a setting names; a first stage that is not trained yet by its recipe's name, for its terms are known."""
+    untrained = value == STAGE1 and recipe.stage1 is not None and "folder" not in recipe.stage1
+    return str(recipe.stage1["recipe"]) if untrained and recipe.stage1 else recipe.start_of(value)
 
 
 def _origin(weights: str, depth: int) -> Origin:

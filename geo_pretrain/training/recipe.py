@@ -153,8 +153,9 @@ class Recipe:
         )
 
     def network2d(self) -> ModelSpec:
-        """`model`, for a task that trains a 2D network."""
-        return self._needed(self.model, "model")
+        """`model`, for a task that trains a 2D network, its start weights as `start_of` gives them."""
+        model = self._needed(self.model, "model")
+        return dataclasses.replace(model, init=self.start_of(model.init))
 
     def network3d(self) -> UNet3DSpec:
         """`unet3d`, for a task that trains a 3D network."""

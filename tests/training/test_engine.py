@@ -326,6 +326,47 @@ def test_schedules_are_the_released_ones():
     assert [pri3d_bn_momentum(t) for t in (0, 19, 20, 179, 180, 5000)] == [0.5, 0.5, 0.25, 0.5**9, 0.001, 0.001]
 
 
+def test_cosine_falls_each_step_and_moco_s_each_epoch():
+    smooth = OptimSpec(lr=0.2, schedule="cosine", steps=8)
+    assert [learning_rate(smooth, s, 8) for s in (0, 2, 4, 6)] == pytest.approx(
+        [0.2, 0.1 * (1 + 0.5**0.5), 0.1, 0.1 * (1 - 0.5**0.5)]
+    )
+    moco = OptimSpec(lr=0.03, schedule="cosine_epoch", epochs=100)
+    # main_moco.py: lr *= 0.5 * (1 + cos(pi * epoch / epochs)), 10 steps an epoch
+    assert [learning_rate(moco, s, 1000) for s in (0, 9, 10, 505, 999)] == pytest.approx(
+        [0.03, 0.03, 0.0149963 * 2, 0.015, 0.03 * 0.5 * (1 - 0.9995066)], rel=1e-3
+    )
+    with pytest.raises(RecipeError, match=r"optim\.epochs.*cosine_epoch"):
+        load_recipe("pri3d_view_r18", ["optim.schedule=cosine_epoch", "optim.epochs=null", "optim.steps=5"])
+
+
+def test_what_is_frozen_is_not_trained_by_either_optimiser(tmp_path, tiny_recipe, monkeypatch):
+    build = engine.build_task
+
+    def frozen(recipe):
+        task, module = build(recipe)
+        module.backbone.encoder.layer4.requires_grad_(False)
+        return task, module
+
+    _, fresh = build(load_recipe(str(tiny_recipe())))
+    monkeypatch.setattr(engine, "build_task", frozen)
+    for kind in ("sgd", "adam"):
+        run_here(tiny_recipe(optim={"kind": kind, "steps": 2, "weight_decay": 0.1, "lr": 1e-3}), tmp_path / kind)
+        after, before = load_file(tmp_path / kind / "encoder.safetensors"), fresh.backbone.encoder.state_dict()
+        changed = {name for name in after if "conv" in name and not torch.equal(after[name], before[name])}
+        assert not any(name.startswith("layer4") for name in changed)
+        assert "layer1.0.conv1.weight" in changed
+
+
+def test_adam_continues_exactly(tmp_path, tiny_recipe):
+    path = tiny_recipe(optim={"kind": "adam", "lr": 1e-3, "steps": 6, "dampening": 0.0}, save_every=3)
+    run_here(path, tmp_path / "straight")
+    with pytest.raises(Stop):
+        run_here(path, tmp_path / "resumed", on_step=stop_at(4))
+    run_here(path, tmp_path / "resumed")
+    assert_same_weights(tmp_path / "straight", tmp_path / "resumed")
+
+
 def test_recipe_file_of_a_finished_run_can_be_trained_again(tmp_path, tiny_recipe):
     run_here(tiny_recipe(optim={"steps": 3}), tmp_path / "one")
     run_here(tmp_path / "one" / "recipe.yaml", tmp_path / "two")

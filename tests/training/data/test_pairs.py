@@ -23,6 +23,7 @@ from geo_pretrain.training.data.pairs import (
     thin_cloud,
 )
 from geo_pretrain.training.data.seven_scenes import SevenScenes
+from geo_pretrain.training.data.sources import FrameRange
 from geo_pretrain.training.recipe import DataSpec
 from tests.training.conftest import GOLDEN, write_recording
 
@@ -75,6 +76,24 @@ def test_cap_spreads_over_the_pairs_of_a_scene(recording):
     assert few[0] == every[0]
     assert few[-1] == every[-1]
     assert len(few) == 3
+
+
+def test_frames_are_pairs_with_themselves_and_nothing_is_read(tmp_path):
+    write_recording(tmp_path / "a")
+    write_recording(tmp_path / "b")
+    source = SevenScenes(tmp_path)
+    for depth in tmp_path.glob("b/*.depth.png"):
+        depth.write_bytes(b"broken")  # found when its sample is drawn
+    spec = dataclasses.replace(SPEC, units="frames", max_pairs_per_scene=3)
+    ids = [f"{number:06d}" for number in (0, 20, 50)]  # of 0, 10, ..., 50, spread evenly
+    assert find_pairs(source, spec, skips=Skips(), cache_dir=tmp_path / "cache") == [
+        Pair(scene, id, id, 1.0) for scene in ("a", "b") for id in ids
+    ]
+    assert not (tmp_path / "cache").exists()
+    whole = dataclasses.replace(spec, max_pairs_per_scene=None)
+    assert len(find_pairs(source, whole, skips=Skips())) == 12
+    with pytest.raises(DataError, match="has no frame"):
+        find_pairs(FrameRange(source, 0.98, 0.99), spec, skips=Skips())
 
 
 def test_mined_pairs_are_kept_and_go_stale_with_the_data(tmp_path, recording):
