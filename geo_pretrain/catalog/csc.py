@@ -34,7 +34,7 @@ DESCRIPTIONS = {
     "partition4": f"{TEXT} (file partition4), 100,000 steps",
 }
 INSTANCES = "3D instance segmentation"
-RECIPES = ("csc_100k_srunet34",)
+RECIPES = ("csc_20k_srunet34", "csc_60k_srunet34", "csc_100k_srunet34")
 
 
 def _limited(task: str, metric: str, what: str, values: dict[int, float]) -> tuple[Result, ...]:

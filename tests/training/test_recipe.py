@@ -83,6 +83,8 @@ def test_view_without_depth_differs_in_the_depth_proxy_alone(depth):
     [
         ("pointcontrast_nce_srunet34", 0.05, 250, True, 60000),
         ("pointcontrast_hardest_srunet34", 0.1, 250, True, 60000),
+        ("csc_20k_srunet34", 0.1, 1000, False, 20000),
+        ("csc_60k_srunet34", 0.1, 1000, False, 60000),
         ("csc_100k_srunet34", 0.1, 1000, False, 100000),
     ],
 )
