@@ -2,9 +2,9 @@
 
 Run from a checkout: python -m benchmarks.downstream FOLDER [STUDY ...]
 
-Pre-trains Pri3D view, geo and view+geo on rooms (150 steps each), then runs the studies below, each a sweep over
-starts and seeds. Everything is resumable: give the same command again. FOLDER keeps checkpoints, runs and pictures;
-numbers go to benchmarks/results/downstream_<study>.json and curves to docs/.
+Pre-trains Pri3D on rooms for as many steps as a study asks for, then fine-tunes: a sweep over starts and seeds for each
+study and learning rate. Everything is resumable: give the same command again. FOLDER keeps checkpoints, runs and
+pictures; numbers go to benchmarks/results/downstream_<study>.json, figures to docs/.
 """
 
 from __future__ import annotations
@@ -12,53 +12,137 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import machine, write_results
 
-STEPS, SEEDS = 100, (0, 1, 2)
-PRETRAIN = "train pri3d_{prior}_r18 --toy --set model.width=64 --steps 150 --device cpu --out {out}"
-UNET = "finetune rooms_unet_r18 --sweep"
-# study: (command, starts besides scratch, further options)
-STUDIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "unet": (UNET, ("view", "geo", "view_geo"), ()),
-    "curve": (UNET, ("view",), ("--fraction", "0.25", "--fraction", "0.5", "--fraction", "1")),
-    "deeplabv3": ("finetune rooms_deeplabv3_r18 --sweep", ("view",), ()),
-    "deeplabv3plus": ("finetune rooms_deeplabv3plus_r18 --sweep", ("view",), ()),
-    "pspnet": ("finetune rooms_pspnet_r18 --sweep", ("view",), ()),
-    "mask_rcnn": ("finetune rooms_mask_rcnn_r18 --sweep", ("view",), ()),
+SEEDS = (0, 1, 2)
+DOCS = Path(__file__).parents[1] / "docs"
+PRETRAIN = "train pri3d_{prior}_r18 --toy --set model.width=64 --steps {steps} --device cpu --out {out}"
+DRAWN = 4  # validation images in the picture
+
+
+@dataclass(frozen=True)
+class Study:
+    """One recipe from scratch and from toy checkpoints, the same budget for all."""
+
+    recipe: str
+    starts: tuple[str, ...]  # priors of Pri3D, besides scratch
+    pretraining: int  # steps
+    steps: int = 100
+    fractions: tuple[float, ...] = (1.0,)
+    rates: tuple[float, ...] = ()  # learning rates that every start gets; none: the recipe's
+    settings: tuple[str, ...] = ()  # of the recipe
+
+
+UNET = "rooms_unet_r18"
+STUDIES = {
+    "unet": Study(UNET, ("view", "geo", "view_geo"), 150),
+    "curve": Study(UNET, ("view",), 150, fractions=(0.25, 0.5, 1.0)),
+    "deeplabv3": Study("rooms_deeplabv3_r18", ("view",), 150),
+    "deeplabv3plus": Study("rooms_deeplabv3plus_r18", ("view",), 150),
+    "pspnet": Study("rooms_pspnet_r18", ("view",), 150),
+    "unet_rates": Study(UNET, ("view",), 350, rates=(0.02, 0.05)),
+    "mask_rcnn": Study(
+        "rooms_mask_rcnn_r18", ("view",), 350, 150, settings=("optim.batch=2", "optim.milestones=[105, 135]")
+    ),
 }
 
 
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:] or list(STUDIES)
     for name in names:
-        command, starts, options = STUDIES[name]
-        for prior in starts:
-            if not (folder / f"pri3d_{prior}" / "config.json").is_file():
-                run(PRETRAIN.format(prior=prior, out=folder / f"pri3d_{prior}").split())
-        study(folder, name, command.split(), starts, options)
+        study = STUDIES[name]
+        start = time.perf_counter()
+        sweeps = {rate: sweep(folder, name, study, rate) for rate in study.rates or (None,)}
+        results = {"machine": machine(), "minutes of this call": round((time.perf_counter() - start) / 60, 1)}
+        results |= {"pre-training steps": study.pretraining}
+        if study.rates:
+            results |= grid({rate: json.loads((out / "summary.json").read_text()) for rate, out in sweeps.items()})
+            fair = next(p["lr"] for p in results["best of the learning rates"] if p["backbone"] == "scratch")
+            draw_predictions(sweeps[fair])
+        else:
+            results |= json.loads((sweeps[None] / "summary.json").read_text())
+            results |= {"scores": scores(sweeps[None])}
+        if name == "curve":
+            shutil.copy(sweeps[None] / "curve.png", DOCS / "downstream_curve.png")
+        write_results(f"downstream_{name}", f"python -m benchmarks.downstream FOLDER {name}", results)
 
 
-def study(folder: Path, name: str, command: list[str], starts: tuple[str, ...], options: tuple[str, ...]) -> None:
-    budget = ["--set", f"optim.steps={STEPS}", "--set", f"evaluate.every_steps={STEPS}", "--device", "cpu"]
-    chosen = [part for start in ("scratch", *starts) for part in ("-b", start_path(folder, start))]
-    seeds = [part for seed in SEEDS for part in ("--seed", str(seed))]
+def sweep(folder: Path, name: str, study: Study, rate: float | None) -> Path:
+    """Run what is missing of a study at one learning rate; returns the sweep's folder."""
+    starts = ["scratch"]
+    for prior in study.starts:
+        checkpoint = folder / f"pri3d_{prior}_{study.pretraining}"
+        if not (checkpoint / "config.json").is_file():
+            run(PRETRAIN.format(prior=prior, steps=study.pretraining, out=checkpoint).split())
+        starts.append(str(checkpoint))
+    settings = [f"optim.steps={study.steps}", f"evaluate.every_steps={study.steps}", *study.settings]
     out = folder / name
-    start = time.perf_counter()
-    run([*command, *chosen, *seeds, *options, *budget, "--out", str(out)])
-    summary = json.loads((out / "summary.json").read_text())
-    results = {"machine": machine(), "minutes of this call": round((time.perf_counter() - start) / 60, 1), **summary}
-    if name == "curve":
-        shutil.copy(out / "curve.png", Path(__file__).parents[1] / "docs" / "downstream_curve.png")
-    write_results(f"downstream_{name}", f"python -m benchmarks.downstream FOLDER {name}", results)
+    if rate is not None:
+        settings, out = [*settings, f"optim.lr={rate}"], out / f"lr{rate}"
+    axes = {"-b": starts, "--seed": SEEDS, "--fraction": study.fractions, "--set": settings}
+    options = [part for option, values in axes.items() for value in values for part in (option, str(value))]
+    run(["finetune", study.recipe, "--sweep", *options, "--device", "cpu", "--out", str(out)])
+    return out
 
 
-def start_path(folder: Path, start: str) -> str:
-    return start if start == "scratch" else str(folder / f"pri3d_{start}")
+def scores(out: Path) -> list[dict[str, Any]]:
+    """All scores of each finished run of a sweep, for those that have more than the one in its table."""
+    found = []
+    for path in sorted(out.glob("runs/*/*/*/results.json")):
+        result = json.loads(path.read_text())
+        start, share, seed = path.parts[-4:-1]
+        found.append({"start": start, "percent": float(share), "seed": seed, **result[result["uses"]]["scores"]})
+    return found
+
+
+def grid(summaries: dict[float, dict[str, Any]]) -> dict[str, Any]:
+    """All points with their learning rate, and of each start the learning rate with the highest mean.
+
+    The choice is made on the images that are reported, for every start alike; "gain by seed" is at the same rate.
+    """
+    points = [{"lr": rate, **point} for rate, summary in summaries.items() for point in summary["measured"]]
+    best: dict[tuple[str, float], dict[str, Any]] = {}
+    for point in points:
+        key = point["backbone"], point["fraction"]
+        if key not in best or point["mean"] > best[key]["mean"]:
+            best[key] = point
+    scratch = {(p["lr"], p["fraction"]): p["seeds"] for p in points if p["backbone"] == "scratch"}
+    gains = []
+    for point in (point for point in points if point["backbone"] != "scratch"):
+        base = scratch[point["lr"], point["fraction"]]
+        by_seed = {seed: score - base[seed] for seed, score in point["seeds"].items() if seed in base}
+        gains.append(
+            {
+                **{key: point[key] for key in ("lr", "backbone", "fraction")},
+                "gain by seed": by_seed,
+                "mean": statistics.mean(by_seed.values()),
+                "std": statistics.stdev(by_seed.values()) if len(by_seed) > 1 else None,
+            }
+        )
+    first = next(iter(summaries.values()))
+    return {
+        **{key: first[key] for key in ("recipe", "metric", "state")},
+        "learning rates": list(summaries),
+        "measured": points,
+        "best of the learning rates": list(best.values()),
+        "gains over scratch": gains,
+        "missing": [missing for summary in summaries.values() for missing in summary["missing"]],
+    }
+
+
+def draw_predictions(out: Path) -> None:
+    """Image, truth and what the networks of a sweep predict, all labelled images, the first seed."""
+    from geo_pretrain.training.downstream.report import draw_starts
+
+    draw_starts(out, DOCS / "downstream_predictions.png", fraction=1.0, seed=SEEDS[0], images=DRAWN)
 
 
 def run(arguments: list[str]) -> None:

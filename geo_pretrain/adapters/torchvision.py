@@ -133,6 +133,7 @@ def faster_rcnn(
     pretrained: bool = True,
     freeze: int | None = None,
     norm: Literal["frozen", "batch"] | None = None,
+    pyramid: int = PYRAMID,
     **options: Any,
 ) -> FasterRCNN:
     """torchvision's Faster R-CNN on a feature pyramid (FPN); its options (`min_size`, `box_score_thresh`, ...) hold.
@@ -144,8 +145,9 @@ def faster_rcnn(
     With pretrained weights two stages are frozen and the encoder's BatchNorms are `FrozenBatchNorm2d`, as in
     Detectron2 and torchvision. A random start trains everything with BatchNorm, as torchvision's does: a frozen random
     stem would make a poor baseline of it. `freeze` and `norm` say otherwise for either.
+    `pyramid`: channels of the feature pyramid and of the heads' input.
     """
-    network: FasterRCNN = _detector(FasterRCNN, name, num_classes, pretrained, freeze, norm, options)
+    network: FasterRCNN = _detector(FasterRCNN, name, num_classes, pretrained, freeze, norm, pyramid, options)
     return network
 
 
@@ -156,10 +158,11 @@ def mask_rcnn(
     pretrained: bool = True,
     freeze: int | None = None,
     norm: Literal["frozen", "batch"] | None = None,
+    pyramid: int = PYRAMID,
     **options: Any,
 ) -> MaskRCNN:
     """torchvision's Mask R-CNN on a feature pyramid (FPN); everything as in `faster_rcnn`, with masks."""
-    network: MaskRCNN = _detector(MaskRCNN, name, num_classes, pretrained, freeze, norm, options)
+    network: MaskRCNN = _detector(MaskRCNN, name, num_classes, pretrained, freeze, norm, pyramid, options)
     return network
 
 
@@ -193,6 +196,7 @@ def _detector(
     pretrained: bool,
     freeze: int | None,
     norm: str | None,
+    pyramid: int,
     options: dict[str, Any],
 ) -> Any:
     title = f"torchvision's {host.__name__}"
@@ -205,11 +209,13 @@ def _detector(
     norm = norm or ("frozen" if pretrained else "batch")
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; accepted: {', '.join(map(repr, NORMS))}.")
+    if isinstance(pyramid, bool) or not isinstance(pyramid, int) or pyramid < 1:
+        raise ValueError(f"pyramid is {pyramid!r}; accepted: a whole number of channels from 1 up (torchvision: 256).")
     encoder = load_encoder(name, title, pretrained=pretrained, **load)
     contract = contract_of(encoder)
     body = _host(encoder, norm_layer=NORMS[norm])
     layers = {f"layer{stage}": str(stage - 1) for stage in range(1, 5)}
-    backbone = BackboneWithFPN(body, layers, [_channels(encoder, stage) for stage in range(1, 5)], PYRAMID)
+    backbone = BackboneWithFPN(body, layers, [_channels(encoder, stage) for stage in range(1, 5)], pyramid)
     statistics = {"image_mean": list(contract.mean), "image_std": list(contract.std)}
     network = host(backbone, num_classes=num_classes, **statistics, **rest)
     network.transform.register_forward_pre_hook(refuse_normalised)

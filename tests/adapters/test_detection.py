@@ -63,6 +63,20 @@ def test_the_pyramid_is_built_on_the_maps_of_the_plain_encoder(r18: Path, networ
         assert float((value - other).abs().max() / other.abs().max()) < 1e-5
 
 
+@torch.no_grad()
+def test_faster_rcnn_has_the_same_maps_and_a_pyramid_of_any_width(r18: Path, network):
+    narrow = faster_rcnn(r18, num_classes=4, pyramid=24, **SMALL)
+    assert type(narrow) is torchvision.models.detection.FasterRCNN
+    x = torch.stack(images())
+    maps = [net.backbone.body(x) for net in (narrow, network)]
+    assert all(torch.equal(value, other) for value, other in zip(maps[0].values(), maps[1].values(), strict=True))
+    assert {value.shape[1] for value in narrow.backbone(x).values()} == {24}
+    assert {value.shape[1] for value in network.backbone(x).values()} == {256}  # torchvision's, unless told otherwise
+    assert narrow.rpn.head.cls_logits.in_channels == 24
+    assert narrow.roi_heads.box_head.fc6.in_features == 24 * 7 * 7
+    assert len(narrow(images())) == 2
+
+
 def test_the_contract_is_in_the_hosts_own_place(network):
     assert network.contract == CONTRACT
     assert network.transform.image_mean == [0.1, 0.2, 0.3]
@@ -229,6 +243,9 @@ def test_options_are_torchvisions_and_wrong_ones_are_refused(r18: Path):
         mask_rcnn(name, num_classes=2, norm="sync")
     with pytest.raises(ValueError, match="freeze is 6"):
         mask_rcnn(name, num_classes=2, freeze=6)
+    for pyramid in (0, True, 64.0):
+        with pytest.raises(ValueError, match=r"pyramid is .*; accepted: a whole number of channels from 1 up"):
+            mask_rcnn(name, num_classes=2, pyramid=pyramid)
     with pytest.raises(ValueError, match="is a 3D network and torchvision's MaskRCNN takes images"):
         mask_rcnn("csc_100k_srunet34", num_classes=2)
 

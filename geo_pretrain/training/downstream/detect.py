@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
@@ -39,6 +39,7 @@ from geo_pretrain.training.visual import PAPER, _save_grid
 MSRA_MEAN, MSRA_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)  # BGR, 0-255: Detectron2's defaults
 SCALE_STEP = 32  # pixels between the lengths the shorter side is drawn from: 640, 672, ..., 800
 DRAWN_SCORE = 0.5  # detections below are not drawn
+HEAD_WIDTH = 256  # channels of torchvision's own mask head
 CELL = 320  # pixels: longer side of a drawn image
 BUILDERS = {"faster_rcnn": adapter.faster_rcnn, "mask_rcnn": adapter.mask_rcnn}
 
@@ -50,6 +51,7 @@ class DetectionOptions:
     # frozen: the encoder's BatchNorms keep statistics and weights; encoder: they are trained; everywhere: pyramid,
     # box head and mask head have BatchNorms, too
     norm: Literal["frozen", "encoder", "everywhere"] = "frozen"
+    width: int = 256  # channels of the pyramid, of the box head's convolutions and of the mask head
     box_head: Literal["2fc", "4conv1fc"] = "2fc"
     anchors: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)  # pixels: edge on each level of the pyramid
     roi_batch: int = 512  # boxes an image that the heads are trained on
@@ -60,7 +62,7 @@ class DetectionOptions:
 
     def __post_init__(self) -> None:
         """Ranges."""
-        for key in ("roi_batch", "proposals"):
+        for key in ("width", "roi_batch", "proposals"):
             check_key(getattr(self, key) >= 1, f"network.options.{key}", getattr(self, key), "a whole number from 1 up")
         for key in ("score_threshold", "authors_score_threshold"):
             value = getattr(self, key)
@@ -266,6 +268,7 @@ class Detection:
             num_classes=len(self.classes) + 1,  # and the background
             freeze=0 if self.thawed else network.freeze,
             norm="frozen" if options.norm == "frozen" and not self.thawed else "batch",
+            pyramid=options.width,
             min_size=shorter,
             max_size=longer,
             box_score_thresh=self.score_threshold,
@@ -398,15 +401,17 @@ def _overlay(
 
 def _dress(host: Any, options: DetectionOptions) -> None:
     """Give the host the heads and norms that the adapter has no option for."""
-    channels = host.backbone.out_channels
+    channels, heads = options.width, host.roi_heads
     norm = nn.BatchNorm2d if options.norm == "everywhere" else None
     if norm is not None:
         sizes = [block[0].in_channels for block in host.backbone.fpn.inner_blocks]
         host.backbone.fpn = FeaturePyramidNetwork(sizes, channels, LastLevelMaxPool(), norm_layer=norm)
-        if hasattr(host.roi_heads, "mask_head") and host.roi_heads.mask_head is not None:
-            host.roi_heads.mask_head = MaskRCNNHeads(channels, (256,) * 4, 1, norm_layer=norm)
+    if getattr(heads, "mask_head", None) is not None and (norm is not None or channels != HEAD_WIDTH):
+        heads.mask_head = MaskRCNNHeads(channels, (channels,) * 4, 1, norm_layer=norm)
+    if getattr(heads, "mask_predictor", None) is not None and channels != HEAD_WIDTH:
+        heads.mask_predictor = MaskRCNNPredictor(channels, channels, heads.mask_predictor.mask_fcn_logits.out_channels)
     if options.box_head == "4conv1fc":
-        host.roi_heads.box_head = FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm_layer=norm)
+        heads.box_head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [1024], norm_layer=norm)
 
 
 def _sides(size: tuple[int, int] | None, augment: LabelledAugment) -> tuple[tuple[int, ...], int]:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from geo_pretrain.errors import DataError, RecipeError, require
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.downstream.data.labelled import LabelledImage, LabelledSource
-from geo_pretrain.training.downstream.data.sources import open_labelled
-from geo_pretrain.training.downstream.finetune import MODEL, PICTURE, RESULTS
+from geo_pretrain.training.downstream.data.sources import data_terms, open_labelled
+from geo_pretrain.training.downstream.finetune_folder import MODEL, PICTURE, RESULTS
 from geo_pretrain.training.downstream.finetune_task import IMAGENET, SCRATCH, Start, build_finetune_task
 from geo_pretrain.training.downstream.published import PaperRow
 from geo_pretrain.training.downstream.recall import spread_evenly
@@ -60,12 +60,15 @@ def markdown(result: SweepResult, *, figure: str | None = None) -> str:
     if figure is not None:
         lines += [f"![{text} against share of the training images]({figure})", ""]
     lines += table(result)
+    licence, terms = data_terms(result.recipe.data.source)
     counts = ", ".join(f"{percent(f)}: {count}" for f, count in sorted(result.images.items()))
     lines += [
         "",
         f"{text} (%) on {result.recipe.data.source}, {result.which} state of each run: mean ± sample standard "
         f"deviation over seeds {', '.join(map(str, seeds))}; without ± there is one seed. "
         f"Training images: {counts}.",
+        "",
+        f"Data: {result.recipe.data.source}, {licence} ({terms}).",
     ]
     if result.paper:
         lines += [

@@ -23,7 +23,15 @@ from geo_pretrain import hub
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.training.downstream.data.labelled import LabelledSource
-from geo_pretrain.training.downstream.finetune import RESULTS, FinetuneResult, finetune, read_result
+from geo_pretrain.training.downstream.data.sources import data_terms
+from geo_pretrain.training.downstream.finetune import finetune
+from geo_pretrain.training.downstream.finetune_folder import (
+    RESULTS,
+    FinetuneResult,
+    only_process,
+    read_result,
+    run_folder,
+)
 from geo_pretrain.training.downstream.finetune_recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.downstream.finetune_task import Start
 from geo_pretrain.training.downstream.published import PaperRow, paper_rows
@@ -53,7 +61,7 @@ class Run:
     @property
     def working(self) -> Path:
         """Where it is while it goes on: `finetune` keeps its state there."""
-        return self.folder.with_name(self.folder.name + ".run")
+        return run_folder(self.folder)
 
     def __str__(self) -> str:
         return f"{self.label}, {100 * self.fraction:g} % of the data, seed {self.seed}"
@@ -94,8 +102,10 @@ class SweepResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; measured and reported numbers are apart."""
+        licence, terms = data_terms(self.recipe.data.source)
         return {
             "recipe": yaml.safe_load(self.recipe.to_yaml()),
+            "data": {"source": self.recipe.data.source, "licence": licence, "terms": terms},
             "metric": self.metric,
             "state": self.which,
             "measured": [
@@ -144,6 +154,7 @@ def run_sweep(
 
     Raises:
         RecipeError: the sweep in `out` has another recipe or another checkpoint under the same name.
+        CheckpointError: another process is at work on the sweep in `out`.
         GeoPretrainError: a start that cannot be had, before anything is trained.
         Interrupted: SIGINT or SIGTERM arrived; the same command goes on.
     """
@@ -151,21 +162,22 @@ def run_sweep(
     _check_axes(recipe, fractions, seeds)
     held = _check_starts(recipe, backbones, where)
     runs = plan(recipe, {backbone: label for label, (backbone, _) in held.items()}, fractions, seeds, out)
-    _keep_plan(recipe, held, runs, out)
-    for number, run in enumerate(runs):
-        if on_run is not None:
-            on_run(number, len(runs), run)
-        if not (run.folder / RESULTS).exists() or run.working.exists():
-            finetune(
-                run_recipe(recipe, run.fraction, run.seed),
-                run.backbone,
-                run.folder,
-                init_kwargs=where,
-                device=device,
-                sources=sources,
-                on_step=on_step,
-                on_data=on_data,
-            )
+    with only_process(out, "sweep"):
+        _keep_plan(recipe, held, runs, out)
+        for number, run in enumerate(runs):
+            if on_run is not None:
+                on_run(number, len(runs), run)
+            if not (run.folder / RESULTS).exists() or run.working.exists():
+                finetune(
+                    run_recipe(recipe, run.fraction, run.seed),
+                    run.backbone,
+                    run.folder,
+                    init_kwargs=where,
+                    device=device,
+                    sources=sources,
+                    on_step=on_step,
+                    on_data=on_data,
+                )
     return read_sweep(out)
 
 

@@ -12,10 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, RecipeError
@@ -23,7 +21,6 @@ from geo_pretrain.training.downstream.finetune import (
     evaluation_steps,
     finetune,
     read_result,
-    result_rows,
 )
 from geo_pretrain.training.downstream.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.engine import Interrupted
@@ -126,14 +123,14 @@ def test_dropout_continues_where_it_was(tmp_path):
 
 
 def test_kill_while_the_folder_is_written_is_survived(tmp_path, monkeypatch):
-    from geo_pretrain.training.downstream import finetune as module
+    from geo_pretrain.training.downstream import finetune_folder as module
 
     run(tmp_path / "whole")
 
     def fail(*arguments):
         raise Stop
 
-    monkeypatch.setattr(module, "_summary", fail)
+    monkeypatch.setattr(module, "summary", fail)
     with pytest.raises(Stop):
         run(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -348,78 +345,6 @@ def test_only_some_validation_images(tmp_path):
     result = run(tmp_path / "out", "evaluate.images=2", sources=(SOURCES[0], Squares("val", count=7)))
     assert result.data["data"]["val_images"] == 2
     assert result.data["last"]["details"]["images"] == 2
-
-
-# what it leaves behind
-
-
-def test_folder_holds_everything_the_number_depends_on(tmp_path):
-    write_tiny(tmp_path / "tiny_net_r18")
-    out = tmp_path / "out"
-    seen = []
-    result = run(
-        out, backbone=tmp_path / "tiny_net_r18", on_evaluation=lambda step, found: seen.append((step, found.scores))
-    )
-    assert {path.name for path in out.iterdir()} == {
-        "results.json", "log.jsonl", "recipe.yaml", "model.safetensors", "predictions.png",
-    }  # fmt: skip
-    assert load_finetune_recipe(str(out / "recipe.yaml")) == recipe_for()
-    data = json.loads((out / "results.json").read_text())
-    assert data == result.data
-    assert data["backbone"]["name"] == str(tmp_path / "tiny_net_r18")
-    assert len(data["backbone"]["digest"]) == 64
-    assert data["data"]["classes"] == ["ground", "red", "green"]
-    assert (data["data"]["train_images"], data["data"]["val_images"], data["steps"]) == (6, 3, 4)
-    assert data["recipe"] == "scannet_unet_r18.toy"
-    assert [(found["step"], found["scores"]) for found in data["evaluations"]] == seen
-    assert [step for step, _ in seen] == [2, 4]
-    with Image.open(out / "predictions.png") as picture:
-        assert len(np.unique(np.array(picture).reshape(-1, 3), axis=0)) > 20
-    assert read_result(out) == result
-    scratch = run(tmp_path / "scratch")
-    assert scratch.data["backbone"]["digest"] != data["backbone"]["digest"]
-    assert result_rows([result, dataclasses.replace(scratch, last=None, uses="best", best=0.5, fraction=0.2)]) == [
-        {
-            "recipe": "scannet_unet_r18.toy",
-            "backbone": str(tmp_path / "tiny_net_r18"),
-            "data": "100 %",
-            "seed": "0",
-            "metric": "miou",
-            "last": f"{100 * result.last:.1f}",
-            "best": f"{100 * result.best:.1f} (step {result.best_step})",
-            "table": "last",
-        },
-        {
-            "recipe": "scannet_unet_r18.toy",
-            "backbone": "scratch",
-            "data": "20 %",
-            "seed": "0",
-            "metric": "miou",
-            "last": "-",
-            "best": f"50.0 (step {scratch.best_step})",
-            "table": "best",
-        },
-    ]
-
-
-def test_finished_result_is_not_replaced_by_accident(tmp_path):
-    run(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="--overwrite"):
-        run(tmp_path / "out")
-    assert run(tmp_path / "out", overwrite=True, seed=5).seed == 5
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "thoughts.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="holds no result"):
-        run(tmp_path / "notes", overwrite=True)
-
-
-def test_folder_without_a_result_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="has not ended"):
-        read_result(tmp_path)
-    for text in ("{", "[]", '{"metric": "miou"}'):
-        (tmp_path / "results.json").write_text(text)
-        with pytest.raises(CheckpointError, match="not a result"):
-            read_result(tmp_path)
 
 
 # data

@@ -75,6 +75,7 @@ def test_the_page_says_what_the_numbers_are():
     assert "mIoU (%) on scannet, last state of each run" in text
     assert "seeds 0, 1;" in text
     assert "20 %: 4000, 100 %: 19466" in text
+    assert "Data: scannet, LicenseRef-ScanNet-ToU (non-commercial research and education; on a signed agree" in text
     assert "| absent classes | are left out (mended) |" in text
     assert "were not measured here" in text
     assert "Not run yet" not in text

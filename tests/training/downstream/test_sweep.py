@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from geo_pretrain.errors import DataError, GeoPretrainError, HubError, RecipeError, UnknownName
+from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, HubError, RecipeError, UnknownName
 from geo_pretrain.training.downstream import sweep
 from geo_pretrain.training.downstream.finetune import finetune
 from geo_pretrain.training.downstream.finetune_recipe import load_finetune_recipe
@@ -143,6 +143,23 @@ def test_a_run_that_was_killed_while_it_ended_is_gone_on_with(tmp_path, recipe, 
     monkeypatch.setattr(sweep, "finetune", lambda recipe, backbone, out, **options: calls.append(out))
     run_sweep(recipe, ["scratch"], [1.0], [0], tmp_path / "s")
     assert calls == [folder]
+
+
+def test_a_second_process_on_one_sweep_is_refused(tmp_path, recipe, monkeypatch):
+    out, written, refused = tmp_path / "s", Written(), []
+
+    def second(*arguments, **options):
+        with pytest.raises(CheckpointError, match=r"at work on the sweep in '.*s'.*another --out") as error:
+            run_sweep(recipe, ["scratch"], [1.0], [0, 1], out)
+        refused.append(error)
+        written(*arguments, **options)
+
+    monkeypatch.setattr(sweep, "finetune", second)
+    assert len(run_sweep(recipe, ["scratch"], [1.0], [0], out).points[0].values) == 1
+    assert len(refused) == 1
+    assert [label for label, _, _ in json.loads((out / "sweep.json").read_text())["runs"]] == ["scratch"]
+    monkeypatch.setattr(sweep, "finetune", written)
+    assert len(run_sweep(recipe, ["scratch"], [1.0], [1], out).points[0].values) == 2  # nothing is held for ever
 
 
 def test_another_recipe_in_the_same_folder_is_refused_by_key(tmp_path, recipe, written):
@@ -288,6 +305,9 @@ TABLES = {  # typed from the papers' tables, in percent; share 100 unless said
         "pri3d_geo_r50": 61.1,
         "pri3d_view_geo_r50": {20: 51.5, 40: 56.2, 60: 58.9, 80: 60.3, 100: 61.7},
         "pri3d_view_r50.nodepth": 60.2,
+        "pri3d_view_r50.continued": 61.4,
+        "pri3d_geo_r50.continued": 61.6,
+        "pri3d_view_geo_r50.continued": 61.5,
         "pri3d_unsup_view_r50": 60.5,
         "pri3d_unsup_geo_r50": 60.8,
         "pri3d_unsup_view_geo_r50": 60.8,

@@ -31,6 +31,23 @@ TASKS: dict[str, tuple[Task, ...]] = {
     "sunrgbd": ("segmentation",),
 }
 
+# Identifier and what it comes to, for each data set as it is published. A folder may hold other files: its owner knows.
+_TERMS: dict[str, tuple[str, str]] = {
+    "cityscapes": ("LicenseRef-Cityscapes-terms", "non-commercial: research, teaching, publications; on registration"),
+    "coco": ("CC-BY-4.0", "that is for the annotations; the images are Flickr users', each under its own terms"),
+    "kitti": ("CC-BY-NC-SA-3.0", "non-commercial, share alike"),
+    "nyuv2": ("LicenseRef-unstated", "published for research without a licence"),
+    "rooms": ("MIT", "rendered by this package"),
+    "scannet": ("LicenseRef-ScanNet-ToU", "non-commercial research and education; on a signed agreement"),
+    "sunrgbd": ("LicenseRef-unstated", "published for research without a licence; holds images of NYUv2, B3DO, SUN3D"),
+}
+_OTHER = ("LicenseRef-data-owner", "images given by the caller: as their owner says")
+
+
+def data_terms(source: str) -> tuple[str, str]:
+    """The licence of a labelled data set (SPDX or LicenseRef) and what it comes to, in words."""
+    return _TERMS.get(source, _OTHER)
+
 
 def list_labelled(task: Task | None = None) -> list[str]:
     """Names that `open_labelled` accepts, all or those with labels for `task`."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from geo_pretrain.catalog.licence import check_licence
 from geo_pretrain.errors import DataError, RecipeError, UnknownName
 from geo_pretrain.training.downstream.data.labelled import LabelledImage
-from geo_pretrain.training.downstream.data.sources import list_labelled, open_labelled, subset
+from geo_pretrain.training.downstream.data.sources import data_terms, list_labelled, open_labelled, subset
 
 
 class Fake:
@@ -51,6 +53,19 @@ def test_every_source_is_listed_with_its_tasks():
     assert list_labelled() == ["cityscapes", "coco", "kitti", "nyuv2", "rooms", "scannet", "sunrgbd"]
     assert list_labelled("detection") == ["coco", "nyuv2", "rooms", "scannet"]
     assert list_labelled("segmentation") == ["cityscapes", "kitti", "nyuv2", "rooms", "scannet", "sunrgbd"]
+
+
+def test_every_source_has_terms_and_the_docs_say_the_same():
+    table = (Path(__file__).parents[4] / "docs" / "labelled_data.md").read_text()
+    for source in list_labelled():
+        licence, terms = data_terms(source)
+        check_licence(licence)
+        assert f"| `{source}` | {licence} | {terms} |" in table
+    assert data_terms("kitti")[0] == "CC-BY-NC-SA-3.0"
+    assert data_terms("coco")[0] == "CC-BY-4.0"
+    assert data_terms("rooms")[0] == "MIT"
+    assert data_terms("scannet")[0] == "LicenseRef-ScanNet-ToU"
+    assert data_terms("my images")[0] == "LicenseRef-data-owner"
 
 
 @pytest.mark.parametrize("source", list_labelled())
