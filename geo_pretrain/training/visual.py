@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.preview import class_colors
 from geo_pretrain.training.downstream.matching import PairMatches
+from geo_pretrain.training.downstream.recall import Unit
 
 INK, PAPER, GREY = (28, 32, 38), (255, 255, 255), (120, 126, 134)
 RIGHT, WRONG = (38, 201, 106), (238, 60, 60)
@@ -19,15 +20,21 @@ DRAW_SCALE = 2  # drawn large and reduced: Pillow's lines are not antialiased
 
 
 def draw_matches(
-    rows: Sequence[Sequence[PairMatches]], titles: Sequence[str], path: Path, *, threshold: float, shown: int = 60
+    rows: Sequence[Sequence[PairMatches]],
+    titles: Sequence[str],
+    path: Path,
+    *,
+    threshold: float,
+    unit: Unit = "px",
+    shown: int = 60,
 ) -> None:
     """Write a figure: a row a pair, a column a network; green joins what is matched right, red what is wrong.
 
-    rows[i][j] are the matches of pair i by network j; `titles` has one text a column.
+    rows[i][j] are the matches of pair i by network j, their errors in `unit`; `titles` has one text a column.
     """
     panels = [[_match_panel(matches, threshold, shown) for matches in row] for row in rows]
-    captions = [[f"{(m.error <= threshold).mean():.0%} within {threshold:g} px" for m in row] for row in rows]
-    legend = f"green: the nearest feature lies within {threshold:g} px of the true position; red: it does not"
+    captions = [[f"{(m.error <= threshold).mean():.0%} within {threshold:g} {unit}" for m in row] for row in rows]
+    legend = f"green: the nearest feature lies within {threshold:g} {unit} of the true position; red: it does not"
     _save_grid(panels, captions, titles, legend, path)
 
 

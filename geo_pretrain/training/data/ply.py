@@ -5,7 +5,7 @@ Written from the format's description (Turk, "The PLY Polygon File Format", 1994
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ _TYPES = {
     "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
     "float": "f4", "double": "f8", "float32": "f4", "float64": "f8",
 }  # fmt: skip
+_NAMES = {kind: name for name, kind in reversed(_TYPES.items())}  # the old names, which every program reads
 
 
 def read_ply(path: Path, elements: Collection[str] | None = None) -> dict[str, Columns]:
@@ -53,6 +54,65 @@ def read_ply(path: Path, elements: Collection[str] | None = None) -> dict[str, C
                 f"{path}: element {element.name!r}, row {broken.row} of {element.rows}: {broken.reason}."
             ) from None
     return found if elements is None else {name: found[name] for name in elements}
+
+
+def write_ply(path: Path, elements: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write columns as `read_ply` gives them: {"vertex": {"x": [N], ...}, ...}, binary little endian.
+
+    An array [N, K] becomes a list property of N lists with K items (up to 255). Raises ValueError for columns of
+    different length and for types that PLY has not (64-bit integers, bool).
+    """
+    lines, tables = ["ply", "format binary_little_endian 1.0"], []
+    for element, columns in elements.items():
+        lengths = {len(column) for column in columns.values()}
+        if len(lengths) != 1:
+            raise ValueError(f"Columns of element {element!r} have lengths {sorted(lengths)}; accepted: one for all.")
+        rows = lengths.pop()
+        lines.append(f"element {element} {rows}")
+        fields: list[tuple[str, str, tuple[int, ...]]] = []
+        for name, column in columns.items():
+            kind = _NAMES.get(column.dtype.str[1:])
+            if kind is None or column.ndim > 2 or (column.ndim == 2 and column.shape[1] > 255):
+                raise ValueError(
+                    f"Column {name!r} is {column.dtype} {column.shape}; accepted: [N] or [N, K], K up to 255, of "
+                    f"{', '.join(map(str, map(np.dtype, _NAMES)))}."
+                )
+            if column.ndim == 2:
+                fields.append((f"count of {name}", "u1", ()))
+            fields.append((name, "<" + column.dtype.str[1:], column.shape[1:]))
+            lines.append(f"property {'list uchar ' if column.ndim == 2 else ''}{kind} {name}")
+        table = np.empty(rows, np.dtype(fields))
+        for name, column in columns.items():
+            table[name] = column
+            if column.ndim == 2:
+                table[f"count of {name}"] = column.shape[1]
+        tables.append(table)
+    header = "\n".join([*lines, "end_header", ""])
+    with path.open("wb") as file:
+        file.write(header.encode("ascii"))
+        for table in tables:
+            file.write(table.tobytes())
+
+
+def triangle_rows(path: Path, face: Columns, vertices: int) -> np.ndarray:
+    """The triangles of an element "face" of a file with so many vertices: int64 [F, 3].
+
+    Raises:
+        DataError: faces have no corners, other than three, or corners that are not there.
+    """
+    names = [name for name in ("vertex_indices", "vertex_index") if name in face]
+    if not names:
+        raise DataError(f"{path}: faces have no list vertex_indices; they have {', '.join(face) or 'nothing'}.")
+    corners = face[names[0]]
+    if len(corners) == 0:
+        return np.zeros((0, 3), np.int64)
+    if corners.ndim != 2 or corners.shape[1] != 3:
+        raise DataError(f"{path}: some faces are no triangles; accepted is a mesh of triangles only.")
+    if not 0 <= corners.min() <= corners.max() < vertices:
+        raise DataError(
+            f"{path}: faces name vertices {corners.min()} to {corners.max()}, the file has 0 to {vertices - 1}."
+        )
+    return corners.astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,174 @@
+"""Commands that draw what a backbone has learned: visualize matches, features, points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from geo_pretrain.cli.making import DATA_HELP, FRAMES_HELP, SET_HELP, TURN_HELP, Turn, data_spec, print_skips, size_of
+from geo_pretrain.cli.shared import app, console, escape, progress
+
+if TYPE_CHECKING:
+    from geo_pretrain.training.recipe import DataSpec
+
+visualize_app = typer.Typer(help="Draw what a backbone has learned.", no_args_is_help=True)
+app.add_typer(visualize_app, name="visualize")
+
+BACKBONE_HELP = "A catalog name or a checkpoint folder, 2D or 3D."
+SCENE_HELP = "A scene of the source; default: the first."
+SIZE_HELP = "HEIGHTxWIDTH of the frames; default: that of pre-training."
+MAP_HELP = "Of the encoder's maps (strides 2 to 32), or the sparse U-Net's (1 to 16), instead of the output: 0 to 4."
+ALONE_HELP = "Without the same network with random weights beside it."
+SEED_HELP = "Of random weights and of what is drawn at random."
+DEVICE_HELP = "cpu or cuda."
+
+
+@visualize_app.command("matches")
+def visualize_matches(
+    backbone: Annotated[str, typer.Argument(help=BACKBONE_HELP)],
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("matches.png"),
+    against: Annotated[str, typer.Option(help="What stands beside it: scratch, or another backbone.")] = "scratch",
+    alone: Annotated[bool, typer.Option("--alone", help="Nothing beside it.")] = False,
+    scene: Annotated[str | None, typer.Option(help="A scene of the source; default: one for each pair.")] = None,
+    frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs to show.")] = 3,
+    overlap: Annotated[str, typer.Option(help="Range of overlap of the pairs.")] = "0.3:1",
+    threshold: Annotated[
+        float | None, typer.Option(help="Within which a match is right; default: 4 px, 2 voxels.")
+    ] = None,
+    turn: Annotated[Turn, typer.Option(help=TURN_HELP)] = Turn.CAMERA,
+    size: Annotated[str | None, typer.Option(help=SIZE_HELP)] = None,
+    seed: Annotated[int, typer.Option(help=SEED_HELP)] = 0,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+) -> None:
+    """Draw matches between two views: lines to the nearest feature, green where it is right, red where it is not.
+
+    2D backbones match the pixels of two images, 3D ones the voxels of two frames' clouds, drawn from behind.
+
+    Example: `geo-pretrain visualize matches runs/kitchen --data seven_scenes:PATH -o matches.png`
+    """
+    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.visualize import matches
+
+    skips = Skips()
+    with progress() as report:
+        columns = matches.visualize_matches(
+            backbone,
+            data_spec(data, frames, overlap, set_),
+            out,
+            against=None if alone else against,
+            scene=scene,
+            count=pairs,
+            size=size_of(size),
+            threshold=threshold,
+            turn=turn.value,
+            seed=seed,
+            device=device,
+            skips=skips,
+            progress=lambda done, total: report("matching", done, total, ""),
+        )
+    for title, shares in columns:
+        console.print(f"{escape(title)}: {sum(shares) / len(shares):.0%} right", highlight=False, soft_wrap=True)
+    console.print(f"Wrote {out}", highlight=False, soft_wrap=True)
+    print_skips(skips)
+
+
+@visualize_app.command("features")
+def visualize_features(
+    backbones: Annotated[list[str], typer.Argument(help=BACKBONE_HELP + " Several: a column each.")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("features.png"),
+    scene: Annotated[str | None, typer.Option(help=SCENE_HELP)] = None,
+    frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
+    count: Annotated[int, typer.Option(min=1, help="Frames to show.")] = 4,
+    map_: Annotated[int | None, typer.Option("--map", min=0, max=4, help=MAP_HELP)] = None,
+    size: Annotated[str | None, typer.Option(help=SIZE_HELP)] = None,
+    alone: Annotated[bool, typer.Option("--alone", help=ALONE_HELP)] = False,
+    seed: Annotated[int, typer.Option(help=SEED_HELP)] = 0,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+) -> None:
+    """Draw features of frames as colours: three principal components, the same in all views of a scene.
+
+    3D backbones describe each frame's cloud. A checkpoint of pri3d_geo or pri3d_view_geo has two columns, pixels and
+    voxels, in one colour space.
+
+    Example: `geo-pretrain visualize features runs/kitchen --data seven_scenes:PATH -o features.png`
+    """
+    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.visualize.frames import draw_features
+
+    skips = Skips()
+    with progress() as report:
+        draw_features(
+            backbones,
+            _data(data, frames, set_),
+            out,
+            scene=scene,
+            count=count,
+            size=size_of(size),
+            level=map_,
+            twin=not alone,
+            seed=seed,
+            device=device,
+            skips=skips,
+            progress=lambda done, total: report("describing", done, total, ""),
+        )
+    console.print(f"Wrote {out}", highlight=False, soft_wrap=True)
+    print_skips(skips)
+
+
+@visualize_app.command("points")
+def visualize_points(
+    backbone: Annotated[str, typer.Argument(help=BACKBONE_HELP)],
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .ply, .html or .png to write.")] = Path("points.html"),
+    scene: Annotated[str | None, typer.Option(help=SCENE_HELP)] = None,
+    frame: Annotated[str | None, typer.Option(help="The cloud of this frame, not the scene's surface.")] = None,
+    frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
+    points: Annotated[int, typer.Option(min=1, help="Points to draw at most; the others are left out at random.")] = (
+        200_000
+    ),
+    map_: Annotated[int | None, typer.Option("--map", min=0, max=4, help=MAP_HELP)] = None,
+    size: Annotated[str | None, typer.Option(help=SIZE_HELP)] = None,
+    alone: Annotated[bool, typer.Option("--alone", help=ALONE_HELP)] = False,
+    seed: Annotated[int, typer.Option(help=SEED_HELP)] = 0,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+) -> None:
+    """Draw features on the points of a scene: a PLY file, an HTML page that turns, or four views as PNG.
+
+    Of a 2D backbone each point has the mean of the pixels that see it.
+
+    Example: `geo-pretrain visualize points runs/clouds --data scannet:PATH --scene scene0011_00 -o points.html`
+    """
+    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.visualize import points as drawing
+
+    skips = Skips()
+    with progress() as report:
+        cloud = drawing.visualize_points(
+            backbone,
+            _data(data, frames, set_),
+            out,
+            scene=scene,
+            frame=frame,
+            limit=points,
+            size=size_of(size),
+            level=map_,
+            twin=not alone,
+            seed=seed,
+            device=device,
+            skips=skips,
+            progress=lambda done, total: report("describing", done, total, ""),
+        )
+    console.print(f"Wrote {out}: {escape(cloud.note)}", highlight=False, soft_wrap=True)
+    print_skips(skips)
+
+
+def _data(data: str, frames: str | None, overrides: list[str]) -> DataSpec:
+    return data_spec(data, frames, "0:1", overrides)

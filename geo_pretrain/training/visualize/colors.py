@@ -1,0 +1,94 @@
+"""Features as colours: three principal components, one colour space for everything that shall be compared.
+
+As in the figures of Pri3D (Hou et al., ICCV 2021) and of Janda et al. (2023): equal colours mean equal features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geo_pretrain.errors import DataError
+
+COMPONENTS = 3  # red, green, blue
+PERCENTILES = (1.0, 99.0)  # of each component; beyond them colours saturate, so a few odd points fade nothing
+_CHUNK = 1 << 16  # rows held in float64 at once
+_ROUNDING = 1e-6  # of the features' size: what varies less is the rounding of float32
+
+
+@dataclass(frozen=True)
+class ColorSpace:
+    """Directions of a feature space that stand for red, green and blue; K of them, 3 unless there are fewer."""
+
+    mean: Tensor  # float64 [C]
+    axes: Tensor  # float64 [C, K], orthonormal columns, the largest variance first
+    low: np.ndarray  # float64 [K], of a component: colour 0
+    high: np.ndarray  # [K]: colour 255
+
+    def components(self, features: Tensor) -> np.ndarray:
+        """Features [N, C] along the axes: float64 [N, K]."""
+        return np.concatenate([((part - self.mean) @ self.axes).numpy() for part in _chunks(features)])
+
+    def colors(self, features: Tensor) -> np.ndarray:
+        """Features [N, C] as uint8 [N, 3]; a component that does not vary, or that there is not, is half bright."""
+        span = self.high - self.low
+        scaled = (self.components(features) - self.low) / np.where(span > 0, span, 1)
+        shades = np.full((len(scaled), COMPONENTS), 0.5)
+        shades[:, : len(span)] = np.where(span > 0, np.clip(scaled, 0, 1), 0.5)
+        return np.rint(shades * 255).astype(np.uint8)
+
+
+def fit_colors(features: Sequence[Tensor], percentiles: tuple[float, float] = PERCENTILES) -> ColorSpace:
+    """The colour space of all rows of `features`, each [N_i, C] with one C.
+
+    Axes are the eigenvectors of the C x C covariance, computed in float64, each with the sign that makes its largest
+    entry (by magnitude, the first of equal ones) positive: the same features give the same colours at every call.
+
+    Raises:
+        DataError: there is no row, rows differ in length, or a value is not finite.
+    """
+    widths = sorted({part.shape[1] for part in features})
+    rows = sum(len(part) for part in features)
+    if len(widths) != 1 or not rows:
+        raise DataError(f"{rows} features with {widths} channels; accepted: at least one, all of one length.")
+    bad = sum(int((~torch.isfinite(part)).any(dim=1).sum()) for part in features)
+    if bad:
+        raise DataError(f"{bad} of {rows} features are not finite, so they have no colours; are the weights broken?")
+    total = torch.zeros(widths[0], dtype=torch.float64)
+    for chunk in _all_chunks(features):
+        total += chunk.sum(dim=0)
+    mean = total / rows
+    covariance = torch.zeros(widths[0], widths[0], dtype=torch.float64)
+    for chunk in _all_chunks(features):
+        covariance += (chunk - mean).T @ (chunk - mean)
+    axes = torch.linalg.eigh(covariance / rows).eigenvectors.flip(1)[:, :COMPONENTS]  # eigenvalues ascend
+    largest = axes.abs().argmax(dim=0)
+    axes = axes * axes[largest, torch.arange(axes.shape[1])].sign()
+    space = ColorSpace(mean, axes, np.zeros(axes.shape[1]), np.ones(axes.shape[1]))
+    low, high = np.percentile(np.concatenate([space.components(part) for part in features]), percentiles, axis=0)
+    still = high - low <= _ROUNDING * (float(mean.abs().max()) + (high - low).max())
+    return ColorSpace(mean, axes, low, np.where(still, low, high))
+
+
+def shared_pca(features: Sequence[Tensor | np.ndarray]) -> list[np.ndarray]:
+    """Colours uint8 [N_i, 3] of each array [N_i, C], in one colour space fitted to all of them: see `fit_colors`.
+
+    For the frames of a scene, or for two modalities whose features live in one space, such as pixels and voxels.
+    """
+    tensors = [torch.as_tensor(part) for part in features]
+    space = fit_colors(tensors)
+    return [space.colors(part) for part in tensors]
+
+
+def _chunks(features: Tensor) -> Iterator[Tensor]:
+    for part in features.split(_CHUNK) if len(features) else [features]:
+        yield part.double()
+
+
+def _all_chunks(features: Sequence[Tensor]) -> Iterator[Tensor]:
+    for part in features:
+        yield from _chunks(part)

@@ -1,0 +1,217 @@
+"""Features on points: the surface of a scene, or the cloud of one frame, coloured by what a backbone says of it.
+
+A 3D backbone describes the points itself. Of a 2D one each point has the mean over the frames that see it. Janda et al.
+(2023), fig. 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from geo_pretrain.errors import RecipeError
+from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.pairs import resize_frame
+from geo_pretrain.training.data.ply import write_ply
+from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.data.surface import Surfaces, frame_cloud
+from geo_pretrain.training.recipe import DataSpec
+from geo_pretrain.training.visual import _save_grid
+from geo_pretrain.training.visualize.colors import shared_pca
+from geo_pretrain.training.visualize.common import (
+    Progress,
+    check_suffix,
+    chosen_frame,
+    chosen_scene,
+    load_frames,
+    painted,
+    placed,
+    settled,
+    shortened,
+)
+from geo_pretrain.training.visualize.features import Describer, Features, find_backbone, load_describers
+from geo_pretrain.training.visualize.splat import splat, turntable, up_direction, upright
+from geo_pretrain.training.visualize.viewer import viewer_page
+
+SUFFIXES = (".ply", ".html", ".png")
+SCENES = 4  # rooms that are there to choose from
+POINTS = 200_000  # drawn: a page of 5 MB with three layers
+TOP = 0.8  # share of a scene's height that pictures show at first: ceilings hide what is below them
+VIEWS, VIEW_SIZE = 4, (288, 320)  # of the turntable
+ELEVATION = math.radians(50)  # over the walls of a room
+DRAWN_LARGER = 2  # pictures are reduced by it: soft edges
+
+
+@dataclass(frozen=True)
+class PaintedCloud:
+    """Points that a backbone has features of, with colours."""
+
+    points: np.ndarray  # float32 [N, 3], m, world
+    layers: tuple[tuple[str, np.ndarray], ...]  # title and uint8 [N, 3]: backbone, its twin, the colours of the surface
+    turn: np.ndarray  # float64 [3, 3], takes the world's up to z
+    title: str
+    note: str  # how many of which points these are
+    spacing: float  # m, about the distance of neighbours
+    top: float  # share of the height to show
+
+
+def visualize_points(
+    backbone: str,
+    spec: DataSpec,
+    out: Path,
+    *,
+    scene: str | None = None,
+    frame: str | None = None,
+    limit: int = POINTS,
+    size: tuple[int, int] | None = None,
+    level: int | None = None,
+    twin: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+    skips: Skips | None = None,
+    progress: Progress | None = None,
+) -> PaintedCloud:
+    """Write a scene's points coloured by features: .ply (one colour a point), .html (turns), .png (four views).
+
+    A PLY file has the colours of the backbone's first layer, in the world's frame; page and picture also have the twin
+    and the surface's own colours, z is up, and begin with the upper part cut off.
+
+    Args:
+        scene: None: the source's first. frame: the cloud of this frame instead of the surface of the scene.
+        limit: points drawn; more are thinned at random, by `seed`.
+        size: of the frames; None: that of pre-training.
+        level: a map inside the network instead of its output, see `load_describers`.
+        twin: also random weights, drawn from `seed`.
+
+    Raises:
+        RecipeError: `out` has another suffix, or `limit` is below 1.
+        UnknownName: a backbone, scene or frame that there is not; DataError: no frame or surface can be read.
+    """
+    check_suffix(out, SUFFIXES)
+    if limit < 1:
+        raise RecipeError(f"The number of points is {limit}; accepted: 1 and more.")
+    cloud = paint_cloud(
+        backbone,
+        spec,
+        scene=scene,
+        frame=frame,
+        limit=limit,
+        size=size,
+        level=level,
+        twin=twin and out.suffix.lower() != ".ply",
+        seed=seed,
+        device=device,
+        skips=skips,
+        progress=progress,
+    )
+    write = {".ply": _write_ply, ".html": _write_page, ".png": _write_views}[out.suffix.lower()]
+    with placed(out) as temporary:
+        write(cloud, temporary)
+    return cloud
+
+
+def paint_cloud(
+    backbone: str,
+    spec: DataSpec,
+    *,
+    scene: str | None,
+    frame: str | None,
+    limit: int,
+    size: tuple[int, int] | None,
+    level: int | None,
+    twin: bool,
+    seed: int,
+    device: str,
+    skips: Skips | None,
+    progress: Progress | None,
+) -> PaintedCloud:
+    """What `visualize_points` draws; arguments and errors are its."""
+    skips = skips if skips is not None else Skips()
+    found = find_backbone(backbone)
+    spec = settled(spec, found, size, SCENES)
+    source = open_source(spec, split="val")
+    name = chosen_scene(source, scene)
+    surfaces = Surfaces(source)
+    if frame is None:
+        frames, surface = load_frames(source, name, None, spec.size, skips), surfaces.load(name)
+    else:
+        frames = [resize_frame(source.load(name, chosen_frame(source, name, frame)), spec.size)]
+        surface = frame_cloud(frames[0])
+    describers = load_describers(found, surfaces, level=level, seed=seed, device=device)
+    if twin:
+        describers += load_describers(found, surfaces, level=level, random=True, seed=seed, device=device)
+    described = []
+    for number, describer in enumerate(describers):
+        if progress is not None:
+            progress(number, len(describers))
+        described.append(describer.of_surface(surface, frames))
+    known = np.flatnonzero(np.all([features.index >= 0 for features in described], axis=0))
+    drawn = np.sort(np.random.default_rng(seed).choice(known, min(limit, len(known)), replace=False))
+    layers = [*_layers(describers, described, drawn), ("colours", surface.colors[drawn])]
+    note = f"{len(drawn):,} of {len(surface):,} points"
+    if len(known) < len(surface):
+        note += f", of which the frames see {len(known):,}"
+    points = surface.points[drawn]
+    return PaintedCloud(
+        points,
+        tuple(layers),
+        upright(up_direction([f.cam_to_world for f in frames])),
+        f"{found.title}: {name}" + (f"/{frame}" if frame else ""),
+        f"{note}. Colours: three principal components of the features.",
+        _spacing(points),
+        TOP if frame is None else 1.0,
+    )
+
+
+def _layers(
+    describers: Sequence[Describer], described: Sequence[Features], drawn: np.ndarray
+) -> list[tuple[str, np.ndarray]]:
+    """The title of each describer and the colours of the points drawn; those of one space share a colour space."""
+    rows = [features.rows[torch.from_numpy(features.index[drawn])] for features in described]
+    colors: dict[int, np.ndarray] = {}
+    for space in dict.fromkeys(describer.space for describer in describers):
+        own = [k for k, describer in enumerate(describers) if describer.space == space]
+        colors |= zip(own, shared_pca([rows[k] for k in own]), strict=True)
+    return [(describer.title, colors[k]) for k, describer in enumerate(describers)]
+
+
+def _spacing(points: np.ndarray) -> float:
+    """About the distance between neighbours, m: that of a square lattice with as many points to a cell of 10 cm."""
+    cells = np.unique(np.floor(points / 0.1).astype(np.int64), axis=0)
+    return 0.1 / max(len(points) / len(cells), 1.0) ** 0.5
+
+
+def _write_ply(cloud: PaintedCloud, path: Path) -> None:
+    colors = cloud.layers[0][1]
+    place = {axis: cloud.points[:, k].astype(np.float32) for k, axis in enumerate("xyz")}
+    shade = {color: colors[:, k] for k, color in enumerate(("red", "green", "blue"))}
+    write_ply(path, {"vertex": place | shade})
+
+
+def _write_page(cloud: PaintedCloud, path: Path) -> None:
+    turned = cloud.points.astype(np.float64) @ cloud.turn.T
+    page = viewer_page(
+        turned, cloud.layers, title=cloud.title, note=cloud.note, size=2.2 * cloud.spacing, top=cloud.top
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _write_views(cloud: PaintedCloud, path: Path) -> None:
+    turned = cloud.points.astype(np.float64) @ cloud.turn.T
+    low, high = turned[:, 2].min(), turned[:, 2].max()
+    shown = turned[:, 2] <= low + cloud.top * (high - low)
+    points = torch.from_numpy(turned[shown])
+    large = (VIEW_SIZE[0] * DRAWN_LARGER, VIEW_SIZE[1] * DRAWN_LARGER)
+    views = [splat(points, camera, 1.1 * cloud.spacing) for camera in turntable(points, VIEWS, large, ELEVATION)]
+    panels, captions = [], []
+    for title, colors in cloud.layers:
+        pictures = [Image.fromarray(painted(colors[shown], view)) for view in views]
+        panels.append([picture.resize(VIEW_SIZE[::-1], Image.Resampling.BOX) for picture in pictures])
+        captions.append([shortened(title, VIEW_SIZE[1], 13)] + [""] * (VIEWS - 1))
+    _save_grid(panels, captions, [shortened(cloud.title, 4 * VIEW_SIZE[1])], cloud.note, path)

@@ -1,0 +1,52 @@
+"""A cloud as one HTML file that turns in any browser, without a network: arrays and program are inside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+PAGE = Path(__file__).with_name("viewer.html")
+
+
+def viewer_page(
+    points: np.ndarray,
+    layers: Sequence[tuple[str, np.ndarray]],
+    *,
+    title: str,
+    note: str,
+    size: float,
+    top: float = 1.0,
+    azimuth: float = 0.8,
+    elevation: float = 0.6,
+) -> str:
+    """The text of a page that shows a cloud; it turns by itself and by hand, buttons choose its colours.
+
+    Args:
+        points: float [N, 3], m, z is up.
+        layers: names and colours uint8 [N, 3]; the first is shown first.
+        size: diameter of a point, m.
+        top: share of the height that is shown at first: the slider "cut from above" takes ceilings away.
+        azimuth, elevation: radians, where the view begins.
+    """
+    centred = points - (points.min(axis=0) + points.max(axis=0)) / 2
+    scene = {
+        "title": title,
+        "note": note,
+        "points": _base64(centred.astype("<f4")),
+        "layers": [{"name": name, "colors": _base64(colors.astype(np.uint8))} for name, colors in layers],
+        "radius": max(float(np.linalg.norm(centred, axis=1).max()), 1e-3),
+        "size": size,
+        "top": top,
+        "azimuth": azimuth,
+        "elevation": elevation,
+    }
+    # "</script>" in a name would end the element that holds it
+    return PAGE.read_text(encoding="utf-8").replace("__SCENE__", json.dumps(scene).replace("<", "\\u003c"))
+
+
+def _base64(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
