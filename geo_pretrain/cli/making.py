@@ -163,7 +163,7 @@ def eval_matching(
 
 @eval_app.command("pixel-to-voxel")
 def eval_pixel_to_voxel(
-    folder: Annotated[str, typer.Argument(help="A checkpoint folder of pri3d_geo or pri3d_view_geo.")],
+    folder: Annotated[str, typer.Argument(help="A checkpoint folder of pri3d_geo, pri3d_view_geo, ppkt or img2pc.")],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
     pairs: Annotated[int, typer.Option(help="Frames, each with its chunk, spread over the scenes.")] = 100,
@@ -174,8 +174,9 @@ def eval_pixel_to_voxel(
 ) -> None:
     """Matching across modalities: how often is the voxel nearest to a pixel's feature within 2 voxels of its surface?
 
-    Candidates are all voxels of the chunk of surface around the frame, seen or not. The same networks with random
-    weights are measured beside it; ± is the standard deviation over frames.
+    Candidates are all voxels of the chunk of surface around the frame, seen or not (Pri3D); of the frame's own cloud
+    (networks that a frozen one has taught). The same networks with random weights are measured beside it (the frozen
+    one keeps its own); ± is the standard deviation over frames.
 
     Example: `geo-pretrain eval pixel-to-voxel runs/geo --data scannet:PATH --frames 0.75:1`
     """
@@ -218,20 +219,27 @@ def data_preview(
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("preview.png"),
     scenes: Annotated[int, typer.Option(help="Scenes to show.")] = 4,
     frames: Annotated[int, typer.Option(help="Frames of each.")] = 3,
+    sets: Annotated[bool, typer.Option("--sets", help="Draw geometric sets, on the frames and the surface.")] = False,
+    k_thresh: Annotated[float, typer.Option(help="Of sets: how much a surface may turn inside of one.")] = 0.01,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
 ) -> None:
-    """Draw frames of a data source: colour, depth and labels.
+    """Draw frames of a data source: colour, depth and labels; or the geometric sets of its scenes.
 
     Example: `geo-pretrain data preview rooms -o rooms.png`
+
+    Sets: `geo-pretrain data preview scannet:PATH --sets --scenes 1 -o sets.png`
     """
-    from geo_pretrain.training.data.preview import contact_sheet
+    from geo_pretrain.training.data.preview import contact_sheet, sets_sheet
     from geo_pretrain.training.data.sources import open_source
 
     preview = [] if any(s.startswith("data.options") for s in set_) else _preview_options(data, scenes)
     spec = data_spec(data, None, "0:1", [*preview, *set_])
     with progress() as report:
         source = open_source(spec, progress=lambda d, t: report("rendering rooms", d, t, ""))
-    contact_sheet(source, out, scenes=scenes, frames=frames)
+    if sets:
+        sets_sheet(source, out, scenes=scenes, frames=frames, k_thresh=k_thresh)
+    else:
+        contact_sheet(source, out, scenes=scenes, frames=frames)
     console.print(f"Wrote {out}", soft_wrap=True)
 
 

@@ -1,24 +1,28 @@
 """ScanNet's exported layout: scene*/{color/*.jpg, depth/*.png, pose/*.txt, intrinsic/intrinsic_depth.txt}.
 
-The mesh scene*/<scene>_vh_clean_2.ply of the release, where it is there, is the surface of the scene.
+The mesh scene*/<scene>_vh_clean_2.ply of the release, where it is there, is the surface of the scene, and
+<scene>_vh_clean_2.0.010000.segs.json beside it has the segment of each of its vertices.
 Colour (1296x968) and depth (640x480) are aligned by the sensor's own calibration, so colour is resized onto the
 depth grid and the depth intrinsics of the scan hold for both.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from geo_pretrain.errors import DataError
+from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.geometry import nearest_indices
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.data.ply import read_ply
+from geo_pretrain.training.data.ply import Columns, read_ply, triangle_rows
 from geo_pretrain.training.data.surface import NoSurface, Surface
+from geo_pretrain.training.downstream.data.pngs import read_ids
 
 # Pri3D uses one matrix for every scan, at 320x240; here for 640x480 with the same pixel centres.
 CONSTANT_640 = np.array([[577.870605, 0, 319.5], [0, 577.870605, 239.5], [0, 0, 1]])
@@ -29,6 +33,8 @@ class ScanNetConfig:
     """Options of the source."""
 
     constant_intrinsics: bool = False  # Pri3D's one matrix for all scans instead of each scan's own
+    labels: str | None = None  # folder of label images beside color, such as "label-filt": `Frame.semantic`
+    instances: str | None = None  # such as "instance-filt": `Frame.instance`
 
 
 class ScanNet:
@@ -61,31 +67,92 @@ class ScanNet:
         depth = files.read_depth(folder / "depth" / f"{frame_id}.png")
         rows, columns = (nearest_indices(old, new) for old, new in zip(color.shape, depth.shape, strict=False))
         color = color[rows][:, columns]
+        semantic, instance = (
+            None if name is None else _read_labels(folder / name / f"{frame_id}.png", depth.shape, kind)
+            for name, kind in ((self.config.labels, np.int16), (self.config.instances, np.int32))
+        )
         intrinsics = CONSTANT_640
         if not self.config.constant_intrinsics:
             intrinsics = files.read_matrix(folder / "intrinsic" / "intrinsic_depth.txt", 4, 4)[:3, :3]
-        return Frame(scene, frame_id, color, depth, intrinsics, pose)
+        return Frame(scene, frame_id, color, depth, intrinsics, pose, semantic, instance)
 
     def surface(self, scene: str) -> Surface:
         """The vertices of the scan's mesh. Raises `NoSurface` without one, `DataError` when it is broken."""
-        path = self._mesh_path(scene)
-        if not path.is_file():
-            raise NoSurface(f"No mesh {str(path)!r}; it comes with the scans ('{path.name}').")
-        vertex = read_ply(path, ["vertex"])["vertex"]
-        missing = [name for name in ("x", "y", "z", "red", "green", "blue") if name not in vertex]
-        if missing:
-            raise DataError(f"{path}: vertices have no {', '.join(missing)}; they have {', '.join(vertex)}.")
-        points, colors = (np.stack([vertex[k] for k in keys], 1) for keys in ("xyz", ("red", "green", "blue")))
+        path, (vertex,) = self._read_mesh(scene, "vertex")
+        points = _positions(path, vertex, "red", "green", "blue")
+        colors = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
         if colors.dtype != np.uint8:
             raise DataError(f"{path}: colours are {colors.dtype}, expected uchar.")
-        if not (len(points) and np.isfinite(points).all()):
-            raise DataError(f"{path}: {'some vertices are not finite' if len(points) else 'the mesh has no vertices'}.")
-        return Surface(points.astype(np.float32), colors)
+        return Surface(points, colors)
+
+    def triangles(self, scene: str) -> tuple[np.ndarray, np.ndarray]:
+        """Vertices float32 [V, 3] m and triangles int64 [F, 3] of the scan's mesh; raises as `surface`."""
+        path, (vertex, face) = self._read_mesh(scene, "vertex", "face")
+        points = _positions(path, vertex)
+        return points, triangle_rows(path, face, len(points))
+
+    def vertices(self, scene: str) -> np.ndarray:
+        """Vertices float32 [V, 3] m of the scan's mesh, whose faces are not read; raises as `surface`."""
+        path, (vertex,) = self._read_mesh(scene, "vertex")
+        return _positions(path, vertex)
+
+    def segments(self, scene: str, vertices: int) -> np.ndarray | None:
+        """The segment of every vertex of the mesh, int64 [V], as released (k 0.01, 20 vertices); None without the file.
+
+        Raises:
+            DataError: the file is broken or not of a mesh with so many `vertices`.
+        """
+        path = self._mesh_path(scene).with_suffix(".0.010000.segs.json")
+        try:
+            tree: Any = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: segments cannot be read ({error}).") from None
+        if not isinstance(tree, dict) or "segIndices" not in tree:
+            raise DataError(f"{path}: has no 'segIndices', the list of the segments of the vertices.")
+        try:
+            ids = np.array(tree["segIndices"])
+        except ValueError:
+            ids = np.zeros(0)
+        if ids.ndim != 1 or ids.dtype.kind != "i" or (ids < 0).any():
+            raise DataError(f"{path}: 'segIndices' is no list of whole numbers from 0, one a vertex.")
+        if len(ids) != vertices:
+            raise DataError(
+                f"{path}: has {len(ids)} segments, expected one for each of the mesh's {vertices} vertices."
+            )
+        return ids.astype(np.int64)
 
     def fingerprint(self) -> str:
         """Names, sizes and times of pose files and meshes (each frame has a pose; hashing images would take hours)."""
         meshes = (path for path in map(self._mesh_path, self._scenes) if path.is_file())
         return files.files_fingerprint(self.root, chain(self.root.glob("scene*/pose/*.txt"), meshes))
 
+    def _read_mesh(self, scene: str, *elements: str) -> tuple[Path, list[Columns]]:
+        path = self._mesh_path(scene)
+        if not path.is_file():
+            raise NoSurface(f"No mesh {str(path)!r}; it comes with the scans ('{path.name}').")
+        return path, list(read_ply(path, elements).values())
+
     def _mesh_path(self, scene: str) -> Path:
         return self.root / scene / f"{scene}_vh_clean_2.ply"
+
+
+def _positions(path: Path, vertex: Columns, *others: str) -> np.ndarray:
+    """float32 [V, 3]; `others` are properties that vertices must have too."""
+    missing = [name for name in ("x", "y", "z", *others) if name not in vertex]
+    if missing:
+        raise DataError(f"{path}: vertices have no {', '.join(missing)}; they have {', '.join(vertex)}.")
+    points = np.stack([vertex[k] for k in "xyz"], 1)
+    if not (len(points) and np.isfinite(points).all()):
+        raise DataError(f"{path}: {'some vertices are not finite' if len(points) else 'the mesh has no vertices'}.")
+    return points.astype(np.float32)
+
+
+def _read_labels(path: Path, shape: tuple[int, ...], kind: type[np.signedinteger[Any]]) -> np.ndarray:
+    """Label ids on the depth grid, [H, W]: label images have the size of either camera's."""
+    ids = read_ids(path, bits=(8, 16))
+    if ids.max() > np.iinfo(kind).max:
+        raise BadFrame(path, f"label {ids.max()} is above {np.iinfo(kind).max}; is this an image of instances?")
+    rows, columns = (nearest_indices(old, new) for old, new in zip(ids.shape, shape, strict=True))
+    return ids[rows][:, columns].astype(kind)
