@@ -7,6 +7,7 @@ authors released neither code nor weights.
 from __future__ import annotations
 
 from geo_pretrain.catalog.entry import Entry, Paper, Result
+from geo_pretrain.catalog.licence import Licence
 from geo_pretrain.catalog.pri3d import CONTRACT, RESNET_UNET, SEGMENTATION, box_and_mask, miou, scannet_licence
 
 PAPER = Paper(
@@ -32,6 +33,7 @@ RESULTS: dict[str, tuple[Result, ...]] = {
         *box_and_mask("NYUv2", ("T7", "T8"), (34.6, 20.5, 19.7), (29.7, 16.3, 16.5)),
     ),
 }
+TEXT = "contrastive learning between geometric consistency sets of two frames"
 
 
 def _entry(arch: str) -> Entry:
@@ -45,10 +47,28 @@ def _entry(arch: str) -> Entry:
         licence=scannet_licence(f"{stage1} (LicenseRef-ScanNet-ToU)"),
         paper=PAPER,
         data="ScanNet",
-        description=f"contrastive learning between geometric consistency sets of two frames, after {stage1}",
-        status="planned",
+        description=f"{TEXT}, after {stage1}",
+        status="regenerable",
+        recipe=f"gsc_{arch}",
         results=RESULTS[arch],
     )
 
 
-ENTRIES: tuple[Entry, ...] = (_entry("r18"), _entry("r50"))
+def _rooms_entry() -> Entry:
+    name, stage1 = "gsc_r18.rooms", "pri3d_view_geo_r18.rooms"
+    return Entry(
+        name=name,
+        method="gsc",
+        modality="2d",
+        arch=RESNET_UNET["r18"],
+        contract=CONTRACT,
+        licence=Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=f"{stage1} (MIT)"),
+        paper=PAPER,
+        data="rooms",
+        description=f"{TEXT}, after {stage1}; full size, for one GPU",
+        status="regenerable",
+        recipe=name,
+    )
+
+
+ENTRIES: tuple[Entry, ...] = (_entry("r18"), _entry("r50"), _rooms_entry())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from geo_pretrain.catalog.csc import CONTRACT, INSTANCES
 from geo_pretrain.catalog.entry import Arch, Entry, Paper, Result
 from geo_pretrain.catalog.licence import Licence
-from geo_pretrain.catalog.pointcontrast import DETECTION, SEGMENTATION
+from geo_pretrain.catalog.pointcontrast import DETECTION, ROOMS_LICENCE, SEGMENTATION
 from geo_pretrain.catalog.pri3d import SCANNET_TERMS, imagenet, scannet_licence
 from geo_pretrain.contract import ImageContract
 
@@ -21,47 +21,76 @@ PAPER = Paper(
     url="https://arxiv.org/abs/2211.11801",
 )
 STAGE1, STAGE2 = "img2pc_stage1_r18", "img2pc_srunet34"
+DESCRIPTIONS = {
+    STAGE1: "contrastive learning between equal pixels of two augmentations of one image; teacher of stage 2",
+    STAGE2: "contrastive transfer from the pixels of the first stage to the points of the same scan",
+}
+ROOMS_TEXT = ", on procedural rooms only; full size, for one GPU"
+RESULTS = (
+    Result(SEGMENTATION, "S3DIS", "mIoU", 66.5, "T1"),
+    Result(INSTANCES, "S3DIS", "mAP@0.5", 55.8, "T1"),
+    Result(SEGMENTATION, "ScanNet", "mIoU", 67.7, "T1"),
+    Result(INSTANCES, "ScanNet", "mAP@0.5", 48.5, "T1"),
+    Result(DETECTION, "ScanNet", "mAP@0.5", 37.7, "T1"),
+    Result(SEGMENTATION, "SemanticKITTI", "mIoU", 42.0, "T1"),
+    Result(DETECTION, "SUN RGB-D", "mAP@0.5", 33.1, "T1"),
+)
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
-        name=STAGE1,
+
+def _stage1(name: str, licence: Licence, data: str, description: str) -> Entry:
+    return Entry(
+        name=name,
         method="img2pc",
         modality="2d",
-        arch=Arch("resnet_depth_unet", {"depth": 18, "out_chans": 16}),
+        arch=Arch("resnet_depth_unet", {"depth": 18, "width": 64, "out_chans": 16}),
         contract=ImageContract(mean=(0.45,) * 3, std=(0.225,) * 3, interpolation="bilinear"),
-        licence=scannet_licence(imagenet("r18")),
+        licence=licence,
         paper=PAPER,
-        data="ScanNet",
-        description="contrastive learning between equal pixels of two augmentations of one image; teacher of stage 2",
-        status="planned",
-    ),
-    Entry(
-        name=STAGE2,
+        data=data,
+        description=description,
+        status="regenerable",
+        recipe=name,
+    )
+
+
+def _stage2(
+    name: str,
+    terms: str,
+    datasets: tuple[tuple[str, str], ...],
+    teacher: str,
+    data: str,
+    description: str,
+    results: tuple[Result, ...] = (),
+) -> Entry:
+    args = {"variant": "34C", "in_chans": 3, "out_chans": 16, "width": 32, "stem_kernel": 3, "normalize": True}
+    return Entry(
+        name=name,
         method="img2pc",
         modality="3d",
-        arch=Arch(
-            "sr_unet",
-            {"variant": "34C", "in_chans": 3, "out_chans": 16, "width": 32, "stem_kernel": 3, "normalize": True},
-        ),
+        arch=Arch("sr_unet", args),
         contract=CONTRACT,
         licence=Licence(
-            code="MIT",
-            weights="LicenseRef-ScanNet-ToU",
-            datasets=SCANNET_TERMS,
-            base_model=f"random weights; teacher: {STAGE1} (LicenseRef-ScanNet-ToU)",
+            code="MIT", weights=terms, datasets=datasets, base_model=f"random weights; teacher: {teacher} ({terms})"
         ),
         paper=PAPER,
-        data="ScanNet",
-        description=f"contrastive transfer from the pixels of {STAGE1} to the points of the same scan",
-        status="planned",
-        results=(
-            Result(SEGMENTATION, "S3DIS", "mIoU", 66.5, "T1"),
-            Result(INSTANCES, "S3DIS", "mAP@0.5", 55.8, "T1"),
-            Result(SEGMENTATION, "ScanNet", "mIoU", 67.7, "T1"),
-            Result(INSTANCES, "ScanNet", "mAP@0.5", 48.5, "T1"),
-            Result(DETECTION, "ScanNet", "mAP@0.5", 37.7, "T1"),
-            Result(SEGMENTATION, "SemanticKITTI", "mIoU", 42.0, "T1"),
-            Result(DETECTION, "SUN RGB-D", "mAP@0.5", 33.1, "T1"),
-        ),
+        data=data,
+        description=description,
+        status="regenerable",
+        recipe=name,
+        results=results,
+    )
+
+
+ENTRIES: tuple[Entry, ...] = (
+    _stage1(STAGE1, scannet_licence(imagenet("r18")), "ScanNet", DESCRIPTIONS[STAGE1]),
+    _stage2(STAGE2, "LicenseRef-ScanNet-ToU", SCANNET_TERMS, STAGE1, "ScanNet", DESCRIPTIONS[STAGE2], RESULTS),
+    _stage1(f"{STAGE1}.rooms", ROOMS_LICENCE, "rooms", f"{DESCRIPTIONS[STAGE1]}{ROOMS_TEXT}"),
+    _stage2(
+        f"{STAGE2}.rooms",
+        "MIT",
+        ROOMS_LICENCE.datasets,
+        f"{STAGE1}.rooms",
+        "rooms",
+        f"{DESCRIPTIONS[STAGE2]}{ROOMS_TEXT}",
     ),
 )
