@@ -38,6 +38,10 @@ COMMANDS = [
     ["eval", "probe"],
     ["finetune"],
     ["data", "preview"],
+    ["bench", "pretext"],
+    ["visualize", "matches"],
+    ["visualize", "features"],
+    ["visualize", "points"],
 ]
 
 

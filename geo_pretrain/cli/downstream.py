@@ -143,23 +143,32 @@ def eval_probe(
     data: Annotated[str, typer.Option(help=LABELLED_HELP)] = "rooms",
     probes: Annotated[str, typer.Option(help="linear, knn or both, separated by a comma.")] = "linear,knn",
     fraction: Annotated[float, typer.Option(help="Share of the training images, whole scenes.")] = 1.0,
-    pixels: Annotated[int, typer.Option(help="Labelled pixels of the training images.")] = 20_000,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; default: that of pre-training.")] = None,
+    pixels: Annotated[int, typer.Option(help="Labelled pixels (3D: voxels) of the training images.")] = 20_000,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH; default: pre-training's; 3D: the images' own.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of pixels and random weights.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Quick comparison without fine-tuning: a linear probe and k nearest neighbours on frozen features.
 
-    The same architecture with random weights is measured beside it.
+    The same architecture with random weights is measured beside it. 2D backbones are judged by the pixels of labelled
+    images, 3D ones by the voxels of labelled RGB-D frames, which rooms has.
 
     Example: `geo-pretrain eval probe pri3d_view_geo_r50 --data scannet:PATH --fraction 0.1`
+
+    In 3D: `geo-pretrain eval probe runs/pointcontrast`
     """
+    from geo_pretrain.checkpoint import read_checkpoint
     from geo_pretrain.cli.making import size_of
+    from geo_pretrain.contract import VoxelContract
     from geo_pretrain.hub import resolve
     from geo_pretrain.training.downstream.data.sources import open_labelled, subset
+    from geo_pretrain.training.downstream.points import compare_point_probes
     from geo_pretrain.training.downstream.probes import ProbeSpec, compare_probes
 
-    resolve(backbone)  # a name that does not exist is better known before rooms are rendered
+    # A name that does not exist is better known before rooms are rendered.
+    in_3d = isinstance(read_checkpoint(resolve(backbone)).contract, VoxelContract)
     name, _, path = data.partition(":")
     folder = Path(path) if path else None
     with progress(not as_json) as report:
@@ -173,7 +182,8 @@ def eval_probe(
             )
             for split in ("train", "val")
         )
-        results = compare_probes(
+        compare = compare_point_probes if in_3d else compare_probes
+        results = compare(
             backbone,
             subset(train, fraction, seed) if fraction < 1 else train,
             val,
@@ -184,7 +194,7 @@ def eval_probe(
     if as_json:
         typer.echo(json.dumps({w: {p: r.to_dict() for p, r in found.items()} for w, found in results.items()}))
         return
-    table = Table("weights", "probe", "mIoU", "pixel accuracy", box=None)
+    table = Table("weights", "probe", "mIoU", f"{'voxel' if in_3d else 'pixel'} accuracy", box=None)
     for weights, found in results.items():
         for probe, result in found.items():
             table.add_row(escape(weights), probe, f"{result.miou:.1%}", f"{result.accuracy:.1%}")

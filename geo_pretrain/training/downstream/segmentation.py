@@ -75,6 +75,7 @@ def finetune(
     measured (the released protocol reports the best epoch on the validation set, which flatters).
     """
     images, labels = _stack(train, contract)
+    device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(sample_seed(seed, 0, 0))
     optim = OptimSpec(batch=spec.batch, lr=spec.lr, momentum=0.9, dampening=0.1, steps=spec.steps)
     optimizer = torch.optim.SGD(network.parameters(), lr=spec.lr, momentum=optim.momentum, dampening=optim.dampening)
@@ -93,6 +94,7 @@ def finetune(
             flips = torch.rand(spec.batch, generator=generator) < 0.5
             x = torch.where(flips[:, None, None, None], x.flip(-1), x)
             y = torch.where(flips[:, None, None], y.flip(-1), y)
+        x, y = x.to(device), y.to(device)
         optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(_logits(network, x, y.shape[-2:]), y, ignore_index=0)
         loss.backward()
@@ -109,10 +111,11 @@ def evaluate(network: nn.Module, contract: ImageContract, frames: Sequence[Frame
     """The confusion matrix of a network over labelled frames, rows = truth: int64 [classes, classes]."""
     network.eval()
     images, labels = _stack(frames, contract)
+    device = next(network.parameters()).device
     total: np.ndarray | None = None
     for start in range(0, len(images), batch):
         truth = labels[start : start + batch]
-        logits = _logits(network, images[start : start + batch], truth.shape[-2:])
+        logits = _logits(network, images[start : start + batch].to(device), truth.shape[-2:]).cpu()
         matrix = confusion_matrix(truth, best_class(logits), logits.shape[1])
         total = matrix if total is None else total + matrix
     if total is None:
@@ -124,8 +127,8 @@ def evaluate(network: nn.Module, contract: ImageContract, frames: Sequence[Frame
 def predict(network: nn.Module, contract: ImageContract, frame: Frame) -> np.ndarray:
     """Class ids of one frame at its own size: int64 [H, W]; class 0 (unlabeled) is never predicted."""
     network.eval()
-    image, _ = _stack([frame], contract)
-    return best_class(_logits(network, image, frame.depth.shape))[0].numpy()
+    image = _stack([frame], contract)[0].to(next(network.parameters()).device)
+    return best_class(_logits(network, image, frame.depth.shape))[0].cpu().numpy()
 
 
 def _logits(network: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:

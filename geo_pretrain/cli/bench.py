@@ -1,0 +1,96 @@
+"""Commands that compare ways of pre-training: bench pretext."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from geo_pretrain.cli.making import SET_HELP
+from geo_pretrain.cli.shared import app, console, escape, progress
+
+bench_app = typer.Typer(help="Compare ways of pre-training.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command("pretext")
+def bench_pretext(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where checkpoints and results go.")] = Path("bench"),
+    task: Annotated[list[str], typer.Option(help="A pretext task; may be repeated. Default: all.")] = [],  # noqa: B006
+    seed: Annotated[list[int], typer.Option(help="Of pre-training and measurements; may be repeated.")] = [0, 1, 2],  # noqa: B006
+    toy: Annotated[bool, typer.Option("--toy", help="Small networks and rooms: a CPU, under an hour.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of every task.")] = None,
+    finetune_steps: Annotated[int | None, typer.Option(help="Steps of every fine-tuning run.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes at a time; default: one a core.")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    list_: Annotated[bool, typer.Option("--list", help="Show what would be trained, and stop.")] = False,
+    render: Annotated[Path | None, typer.Option(help="A Markdown page to put the table into.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Train every pretext task at the same budget on rooms and measure each beside random weights: one table.
+
+    Matching on held-out rooms, a linear probe and fine-tuning, in 2D or 3D, over seeds. Interrupted? Give the same
+    command again: finished cells are kept. Exit code 1 when a task failed; the others are in the table.
+
+    Example: `geo-pretrain bench pretext --toy --out runs/pretext`
+
+    Some tasks: `geo-pretrain bench pretext --toy --task pri3d_view --task csc --seed 0 --out runs/two`
+    """
+    from geo_pretrain.training.bench.plan import FULL, BenchSpec, rows
+    from geo_pretrain.training.bench.report import HEAD, table
+    from geo_pretrain.training.bench.report import render as render_page
+    from geo_pretrain.training.bench.run import RESULTS, run_bench
+
+    changes: dict[str, Any] = {"overrides": tuple(set_)}
+    changes |= {} if steps is None else {"steps": steps}
+    changes |= {} if finetune_steps is None else {"finetune_steps": finetune_steps}
+    spec, chosen = replace(BenchSpec() if toy else FULL, **changes), rows(task)
+    if list_:
+        _show_plan(chosen, spec)
+        return
+    with progress(not as_json) as report:
+        results = run_bench(
+            chosen,
+            seed,
+            spec,
+            out,
+            jobs=jobs,
+            device=device,
+            command=shlex.join(["geo-pretrain", *sys.argv[1:]]),
+            report=lambda done, total, text: report("cells", done, total, text),
+            on_rooms=lambda done, total: report("rendering rooms", done, total, ""),
+        )
+    if render is not None:
+        render_page(render, results)
+    if as_json:
+        typer.echo(json.dumps(results))
+    else:
+        shown = Table(*HEAD, box=None, title="in %, mean ± deviation over seeds")
+        for line in table(results):
+            shown.add_row(*(escape(cell) for cell in line))
+        console.print(shown)
+        console.print(f"Results: {out / RESULTS}", soft_wrap=True, highlight=False)
+    if results["failed"] or results["not available"]:
+        raise typer.Exit(1)
+
+
+def _show_plan(chosen: list[Any], spec: Any) -> None:
+    """What each task would train."""
+    from geo_pretrain.training.bench.plan import plan
+
+    shown = Table("task", "recipe", "", "first stage", box=None)
+    for row in chosen:
+        if row.recipe is None:
+            shown.add_row(row.task, f"not available: {row.why}", "", "")
+            continue
+        first = plan(row, spec, 0).stage1
+        stage = "" if first is None else f"{first.recipe.name}, {first.recipe.optim.steps} steps"
+        shown.add_row(row.task, row.recipe, row.kind, stage)
+    console.print(shown)

@@ -1,0 +1,1 @@
+"""Benchmarks over pretext tasks: every task trained at one budget, measured alike, one table."""

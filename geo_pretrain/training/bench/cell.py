@@ -1,0 +1,123 @@
+"""One cell of a benchmark in a process of its own: train a recipe, measure what came out, write one JSON file.
+
+Run as `python -m geo_pretrain.training.bench.cell JOB.json`. Training goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from geo_pretrain.checkpoint import CONFIG, read_checkpoint
+from geo_pretrain.errors import GeoPretrainError
+from geo_pretrain.training.bench.measure import measure
+from geo_pretrain.training.bench.plan import BenchSpec, base_data
+from geo_pretrain.training.data.pairs import write_atomically
+from geo_pretrain.training.distributed import join
+from geo_pretrain.training.engine import Interrupted
+from geo_pretrain.training.recipe import Recipe, load_recipe
+from geo_pretrain.training.run import run_recipe
+from geo_pretrain.training.tasks import build_task
+
+SHOWN = 10.0  # seconds between progress lines
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process is to do."""
+
+    folder: str  # of the checkpoint
+    seed: int
+    spec: BenchSpec
+    recipe: str | None = None  # a YAML file to train into `folder`; None: it is there
+    result: str | None = None  # the JSON file for what is measured; None: nothing is
+    pretrained: bool = True  # False: measure the architecture with random weights
+    device: str = "cpu"
+
+    def to_json(self) -> str:
+        """The file that `main` reads."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """The way back."""
+        tree = json.loads(text)
+        spec = tree.pop("spec")
+        return cls(spec=BenchSpec(**{**spec, "overrides": tuple(spec["overrides"])}), **tree)
+
+
+def run_job(job: Job) -> None:
+    """Train and measure as the job says; what is done already is not repeated."""
+    folder = Path(job.folder)
+    if job.recipe is not None and not is_trained(folder):
+        _train(load_recipe(job.recipe), folder, job.device)
+    if job.result is None:
+        return
+    found = measure(
+        folder,
+        base_data(job.spec),
+        job.spec,
+        seed=job.seed,
+        pretrained=job.pretrained,
+        device=job.device,
+        report=_say,
+    )
+    facts: dict[str, Any] = {"seed": job.seed, "twin": twin_key(folder), "arch": str(read_checkpoint(folder).arch)}
+    if job.recipe is not None:
+        facts["training"] = _training_facts(load_recipe(job.recipe), folder)
+    facts["processor seconds"] = round(time.process_time(), 1)  # of this sitting; the others are by the clock
+    write_atomically(Path(job.result), json.dumps({**facts, **found}, indent=1) + "\n")
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a finished checkpoint lies there."""
+    return (folder / CONFIG).is_file() and read_checkpoint(folder).finished
+
+
+def twin_key(folder: Path) -> str:
+    """Names architecture and input of a checkpoint: equal for two whose random twins are equal."""
+    found = read_checkpoint(folder)
+    text = json.dumps([found.arch.name, found.arch.args, found.contract.to_dict()], sort_keys=True)
+    return f"{found.arch.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _train(recipe: Recipe, folder: Path, device: str) -> None:
+    last = [0.0]
+
+    def report(stage: str, done: int, total: int, detail: str) -> None:
+        if done == total or time.monotonic() - last[0] > SHOWN:
+            last[0] = time.monotonic()
+            _say(f"{stage}: {done}/{total} {detail}".rstrip())
+
+    run_recipe(recipe, folder, join(device), report=report)
+
+
+def _training_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    provenance = read_checkpoint(folder).provenance
+    views = getattr(build_task(recipe)[0], "views", None)
+    facts = {"recipe": recipe.name, "steps": provenance["steps"], "batch": recipe.optim.batch, "views": views}
+    return facts | {"seconds": round(float(provenance["seconds"]), 1)}
+
+
+def _say(text: str) -> None:
+    """A line of the cell's log."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Do the job in the file that is named on the command line; the last line of a failure says why."""
+    try:
+        run_job(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    except (GeoPretrainError, OSError) as error:
+        _say(f"Error: {error}")
+        sys.exit(130 if isinstance(error, Interrupted) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The three measurements of a checkpoint on rooms: matching, a linear probe, fine-tuning; 2D and 3D."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geo_pretrain.backbones.build import has_decoder
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
+from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.bench.plan import BenchSpec
+from geo_pretrain.training.data.frame import Frame, Skips, Source
+from geo_pretrain.training.data.pairs import Pair, find_pairs, resize_frame
+from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.downstream.cloud_matching import evaluate_cloud_matching
+from geo_pretrain.training.downstream.data.sources import open_labelled
+from geo_pretrain.training.downstream.matching import evaluate_matching
+from geo_pretrain.training.downstream.points import (
+    PointsSpec,
+    finetune_points,
+    labelled_clouds,
+    linear_probe_points,
+    segmentation_srunet,
+)
+from geo_pretrain.training.downstream.probes import STAGES, ProbeSpec, linear_probe
+from geo_pretrain.training.downstream.recall import MatchingResult, spread_evenly
+from geo_pretrain.training.downstream.segmentation import FinetuneSpec, finetune
+from geo_pretrain.training.recipe import DataSpec
+
+
+class Rooms:
+    """The rooms that a benchmark measures on: held-out pairs, and labelled frames of both splits."""
+
+    def __init__(self, data: DataSpec, spec: BenchSpec) -> None:
+        options = dict(data.options)
+        self.size = data.size
+        self.val_spec = replace(
+            data, units="pairs", options=options | {"scenes": spec.val_scenes}, max_pairs_per_scene=None
+        )
+        labelled = {key: value for key, value in options.items() if key not in ("split", "depth_noise")}
+        labelled |= {"val_scenes": spec.val_scenes, "labelled": spec.labelled}
+        self.train, self.val = (
+            open_labelled("rooms", None, split, task="segmentation", options=labelled) for split in ("train", "val")
+        )
+        self.classes = len(self.train.classes)
+        self.pairs_wanted = spec.pairs
+
+    def held_out(self) -> tuple[Source, list[Pair]]:
+        """Pairs of rooms that nothing was trained on, spread evenly."""
+        source = open_source(self.val_spec, split="val")
+        return source, spread_evenly(find_pairs(source, self.val_spec, skips=Skips()), self.pairs_wanted)
+
+    def frames(self) -> tuple[list[Frame], list[Frame]]:
+        """The labelled frames of training and validation rooms at the working size."""
+        found = []
+        for source in (self.train, self.val):
+            rooms: Any = source
+            parts = (id.partition("/") for id in source.ids())
+            found.append([resize_frame(rooms.rooms.load(scene, id), self.size) for scene, _, id in parts])
+        return found[0], found[1]
+
+
+class Stages(nn.Module):
+    """An encoder's four maps as one at half resolution: each of unit length, enlarged (bilinear), side by side.
+
+    What is matched where a checkpoint holds an encoder alone.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> [B, sum of channels, H / 2, W / 2]."""
+        size = (x.shape[2] // 2, x.shape[3] // 2)
+        maps = [F.normalize(m) for m in self.encoder(x)]
+        return torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps], dim=1)
+
+
+def measure(
+    folder: Path,
+    data: DataSpec,
+    spec: BenchSpec,
+    *,
+    seed: int,
+    pretrained: bool = True,
+    device: str = "cpu",
+    report: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """All measurements of a checkpoint folder, or with `pretrained` False of its architecture with random weights.
+
+    Returns plain JSON types: "kind", "matching" {"recall", "threshold", "unit", "chance", "of"}, "probe" and
+    "finetuned" (mIoU, shares of 1) and "seconds" by measurement. `seed` draws queries, pixels, new layers, order and,
+    without `pretrained`, the weights.
+    """
+    contract = read_checkpoint(folder).contract
+    rooms = Rooms(data, spec)
+    parts: dict[str, Callable[[], Any]]
+    if isinstance(contract, VoxelContract):
+        parts = _points(folder, contract, rooms, spec, seed, pretrained, device)
+    else:
+        parts = _images(folder, contract, rooms, spec, seed, pretrained, device)
+    found: dict[str, Any] = {"kind": "3D" if isinstance(contract, VoxelContract) else "2D", "seconds": {}}
+    for name, part in parts.items():
+        report(name)
+        start = time.monotonic()
+        found[name] = part()
+        found["seconds"][name] = round(time.monotonic() - start, 1)
+    return found
+
+
+def _images(
+    folder: Path,
+    contract: ImageContract,
+    rooms: Rooms,
+    spec: BenchSpec,
+    seed: int,
+    pretrained: bool,
+    device: str,
+) -> dict[str, Callable[[], Any]]:
+    decoder = has_decoder(read_checkpoint(folder).arch)
+
+    def load(**options: Any) -> Any:
+        return _load(folder, pretrained, seed, device, **options)
+
+    def matching() -> dict[str, Any]:
+        network = load(decoder=True) if decoder else Stages(load(out_indices=STAGES))
+        source, pairs = rooms.held_out()
+        result = evaluate_matching(network.eval(), contract, source, pairs, size=rooms.size, seed=seed)
+        return _recall(result, "dense output" if decoder else "encoder's maps")
+
+    def probe() -> float:
+        probe_spec = ProbeSpec(size=rooms.size, pixels=spec.pixels, seed=seed)
+        return linear_probe(load(out_indices=STAGES), rooms.train, rooms.val, probe_spec, device=device).miou
+
+    def finetuned() -> float:
+        network = encoder_segmenter(load(), rooms.classes + 1, seed=seed).to(device)
+        budget = FinetuneSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr)
+        return finetune(network, contract, *rooms.frames(), budget, seed=seed).miou
+
+    return {"matching": matching, "probe": probe, "finetuned": finetuned}
+
+
+def _points(
+    folder: Path,
+    contract: VoxelContract,
+    rooms: Rooms,
+    spec: BenchSpec,
+    seed: int,
+    pretrained: bool,
+    device: str,
+) -> dict[str, Callable[[], Any]]:
+    network = cast(SRUNet, _load(folder, pretrained, seed, device))
+
+    def matching() -> dict[str, Any]:
+        source, pairs = rooms.held_out()
+        result = evaluate_cloud_matching(network, contract, source, pairs, size=rooms.size, turn="upright", seed=seed)
+        return _recall(result, "output")
+
+    def clouds() -> tuple[Any, Any]:
+        return labelled_clouds(rooms.train, rooms.size), labelled_clouds(rooms.val, rooms.size)
+
+    def probe() -> float:
+        probe_spec = ProbeSpec(pixels=spec.pixels, seed=seed)
+        return linear_probe_points(network, contract, *clouds(), rooms.classes, probe_spec).miou
+
+    def finetuned() -> float:
+        host = segmentation_srunet(network, rooms.classes + 1, seed=seed).to(device)
+        budget = PointsSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr_points)
+        return finetune_points(host, contract, *clouds(), budget, seed=seed).miou
+
+    return {"matching": matching, "probe": probe, "finetuned": finetuned}
+
+
+def encoder_segmenter(encoder: ResNetEncoder, classes: int, *, seed: int) -> ResNetUNet:
+    """A U-Net for segmentation around an encoder; its decoder is drawn by `seed`, the same whatever the encoder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ResNetUNet(encoder.depth, width=encoder.width, out_chans=classes, in_chans=encoder.in_chans)
+    network.encoder.load_state_dict(encoder.state_dict())
+    return network
+
+
+def _load(folder: Path, pretrained: bool, seed: int, device: str, **options: Any) -> Any:
+    """The network of a folder in eval mode; a random one is drawn by `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return load_backbone(folder, pretrained=pretrained, device=device, **options)
+
+
+def _recall(result: MatchingResult, of: str) -> dict[str, Any]:
+    facts = {"threshold": result.threshold, "unit": result.unit, "chance": result.chance, "of": of}
+    return {"recall": result.recall, **facts}

@@ -1,0 +1,183 @@
+"""What a benchmark trains: one recipe a task, the same budget for all, and which runs start from which."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from geo_pretrain.errors import RecipeError, unknown
+from geo_pretrain.training.recipe import STAGE1, DataSpec, Recipe, list_recipes, load_recipe, load_stage1
+from geo_pretrain.training.tasks import TASKS
+
+Kind = Literal["2D", "3D"]
+BASE = "pri3d_view_r18.rooms"  # whose rooms and image size all tasks get
+# Geometric Set Consistency trains one network in two stages: 5 epochs of Pri3D and 2 of its own in the paper.
+SHARE = 5 / 7
+
+
+@dataclass(frozen=True)
+class BenchSpec:
+    """The budget, the same for every task and both starts. The defaults are those of `--toy`."""
+
+    toy: bool = True
+    steps: int = 100  # of pre-training
+    batch: int = 4  # samples a step: pairs of frames, or frames
+    finetune_steps: int = 80
+    finetune_batch: int = 4  # images or clouds
+    finetune_lr: float = 0.05  # 2D; of the demo
+    finetune_lr_points: float = 0.3  # 3D
+    pairs: int = 40  # held out, for matching
+    val_scenes: int = 8
+    labelled: int = 2  # frames of a training scene that labels are known of
+    pixels: int = 10_000  # labelled pixels, or voxels, that a linear probe is fitted to
+    overrides: tuple[str, ...] = ()  # key=value in every recipe
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            if key not in ("toy", "overrides") and not value > 0:
+                raise RecipeError(f"'{key}' is {value!r}, accepted is a number above 0.")
+
+
+# Real networks at real size. Needs a GPU: a day of one for all tasks and seeds.
+FULL = BenchSpec(
+    toy=False,
+    steps=2000,
+    batch=32,
+    finetune_steps=1000,
+    finetune_batch=16,
+    finetune_lr_points=0.1,
+    pairs=100,
+    val_scenes=32,
+    pixels=20_000,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a task and the recipe that stands for it."""
+
+    task: str
+    recipe: str | None  # None: not available
+    kind: Kind | None
+    why: str = ""  # it is not available
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of a recipe. `key` names its checkpoint folder and depends on all that decides its weights."""
+
+    key: str
+    recipe: Recipe
+    stage1: Training | None = None
+    continued: bool = False  # stage1 trains the same network; else it trains a teacher
+
+    def recipe_from(self, folder: Path | None) -> Recipe:
+        """The recipe, starting from what the first stage left in `folder`."""
+        if self.stage1 is None or folder is None:
+            return self.recipe
+        task = {key: str(folder) if value == STAGE1 else value for key, value in self.recipe.task.items()}
+        model = self.recipe.model
+        if model is not None and model.init == STAGE1:
+            model = replace(model, init=str(folder))
+        return replace(self.recipe, task=task, model=model)
+
+
+def rows(tasks: Sequence[str] = ()) -> list[Row]:
+    """A row for each task asked for (none: all), in the order of the registry. Raises for an unknown name."""
+    for task in tasks:
+        if task not in TASKS:
+            raise unknown("task", task, TASKS)
+    by_task = _recipes_by_task()
+    return [_row(task, by_task.get(task, [])) for task in TASKS if not tasks or task in tasks]
+
+
+def plan(row: Row, spec: BenchSpec, seed: int) -> Training:
+    """The training of a row with one seed.
+
+    Every recipe gets the same rooms, image size, steps and batch. Where one network learns in two stages they share
+    the steps; a teacher is trained for as many steps beside them. Raises `RecipeError` when the budget does not fit.
+    """
+    if row.recipe is None:
+        raise RecipeError(f"Task {row.task!r} is not available: {row.why}.")
+    common = [*shared_overrides(spec), f"seed={seed}"]
+    recipe = _load(row.recipe, spec.steps, common, toy=spec.toy)
+    if not recipe.needs_stage1 or recipe.stage1 is None:
+        return Training(_key(recipe, None), recipe)
+    continued = recipe.model is not None and recipe.model.init == STAGE1
+    first = max(1, round(spec.steps * SHARE)) if continued else spec.steps
+    stage1 = load_stage1(recipe, _budget(first, common), toy=spec.toy)
+    if continued:
+        recipe = _load(row.recipe, max(1, spec.steps - first), common, toy=spec.toy)
+    start = Training(_key(stage1, None), stage1)
+    return Training(_key(recipe, start), recipe, start, continued)
+
+
+@lru_cache(maxsize=8)
+def base_data(spec: BenchSpec) -> DataSpec:
+    """The rooms that all tasks are trained on."""
+    return load_recipe(BASE, spec.overrides, toy=spec.toy).data
+
+
+def shared_overrides(spec: BenchSpec) -> list[str]:
+    """What is the same in every recipe."""
+    data = base_data(spec)
+    return [
+        "data.source=rooms",
+        f"data.size={list(data.size)}",
+        f"data.options={json.dumps(data.options)}",
+        *spec.overrides,
+        f"optim.batch={spec.batch}",
+    ]
+
+
+def identity(spec: BenchSpec) -> dict[str, Any]:
+    """What must not change between two sittings, in plain JSON types."""
+    tree: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
+    return tree
+
+
+def _row(task: str, recipes: list[Recipe]) -> Row:
+    if importlib.util.find_spec(TASKS[task][0]) is None:
+        return Row(task, None, None, f"no module {TASKS[task][0]}")
+    if not recipes:
+        return Row(task, None, None, "no recipe")
+    best = min(recipes, key=_preference)
+    return Row(task, best.name, "3D" if best.model is None else "2D")
+
+
+def _preference(recipe: Recipe) -> tuple[Any, ...]:
+    """Rooms before data sets, small before large, plain names before variants."""
+    rooms, _, tag = recipe.name.partition(".")
+    small = recipe.model is None or recipe.model.depth == 18
+    return tag != "rooms", not small, tag != "", len(rooms), rooms
+
+
+@lru_cache(maxsize=1)
+def _recipes_by_task() -> dict[str, list[Recipe]]:
+    found: dict[str, list[Recipe]] = {}
+    for name in list_recipes():
+        recipe = replace(load_recipe(name), name=name)
+        found.setdefault(recipe.task["name"], []).append(recipe)
+    return found
+
+
+def _load(name: str, steps: int, common: Sequence[str], *, toy: bool) -> Recipe:
+    """A recipe with the budget; a schedule that counts epochs, which the budget does not, becomes its smooth twin."""
+    epochwise = load_recipe(name, toy=toy).optim.schedule == "cosine_epoch"
+    schedule = ["optim.schedule=cosine"] if epochwise else []
+    return load_recipe(name, _budget(steps, [*schedule, *common]), toy=toy)
+
+
+def _budget(steps: int, overrides: Iterable[str]) -> list[str]:
+    return [*overrides, f"optim.steps={steps}", "optim.epochs=null"]
+
+
+def _key(recipe: Recipe, stage1: Training | None) -> str:
+    text = recipe.to_yaml() + ("" if stage1 is None else stage1.key)
+    return f"{recipe.name}-s{recipe.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,0 +1,149 @@
+"""From the cells of a benchmark to its table: means and deviations over seeds, random weights above what beats them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from geo_pretrain.errors import DataError
+from geo_pretrain.training.bench.plan import BenchSpec, Row, identity
+
+MEASURES = ("matching", "probe", "finetuned")
+HEAD = ("task", "matching recall", "linear-probe mIoU", "fine-tuned mIoU", "training")
+BEGIN, END = "<!-- bench pretext: begin -->", "<!-- bench pretext: end -->"
+Found = Mapping[tuple[str, int], Mapping[str, Any]]
+
+
+def summarise(
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    spec: BenchSpec,
+    found: Found,
+    failures: Mapping[tuple[str, int], str],
+) -> dict[str, Any]:
+    """What is kept of a benchmark: the budget, a group for each architecture and input, and what failed.
+
+    A group: {"kind", "arch", "of" (what was matched), "chance", "threshold", "random": row, "tasks": {task: row}}; a
+    row: {"seeds": [...], a list of values a measure, and of tasks "training"}.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        runs = [found[row.task, seed] for seed in seeds if (row.task, seed) in found]
+        if not runs:
+            continue
+        twin = runs[0]["twin"]
+        if twin not in groups:
+            groups[twin] = _group(twin, runs[0], [found[twin, seed] for seed in seeds if (twin, seed) in found])
+        groups[twin]["tasks"][row.task] = _values(runs) | {"training": _training(runs)}
+    ordered = dict(sorted(groups.items(), key=lambda item: item[1]["kind"]))  # stable: the order of tasks otherwise
+    missing = {row.task: row.why for row in rows if row.recipe is None}
+    failed: dict[str, dict[str, str]] = {}
+    for (name, seed), why in failures.items():
+        failed.setdefault(name, {})[str(seed)] = why
+    return {
+        "budget": identity(spec),
+        "seeds": list(seeds),
+        "groups": ordered,
+        "failed": failed,
+        "not available": missing,
+    }
+
+
+def table(results: Mapping[str, Any]) -> list[list[str]]:
+    """The table for people, without its head: for each group a row of random weights and one a task; then failures."""
+    lines = []
+    wanted = len(results["seeds"])
+    for group in results["groups"].values():
+        lines.append([f"{group['kind']}, random weights: {group['arch']}", *_cells(group["random"], wanted), ""])
+        lines += [[task, *_cells(row, wanted), _text(row["training"])] for task, row in group["tasks"].items()]
+    for task, why in results["failed"].items():
+        seeds = ", ".join(why)
+        lines.append([task, *[f"failed (seed {seeds})"] * 3, next(iter(why.values()))])
+    lines += [[task, *["not available"] * 3, why] for task, why in results["not available"].items()]
+    return lines
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table in Markdown, in %, as mean ± sample standard deviation over seeds; above it the budget in words."""
+    budget, seeds = results["budget"], results["seeds"]
+    scale = "toy networks and rooms" if budget["toy"] else "the recipes' own networks and rooms"
+    text = (
+        f"{budget['steps']} steps of {budget['batch']} samples on {scale}; fine-tuning {budget['finetune_steps']} "
+        f"steps of {budget['finetune_batch']}; seeds {', '.join(map(str, seeds))}. In %, mean ± sample standard "
+        "deviation over seeds."
+    )
+    lines = [text, "", f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
+    for group in results["groups"].values():
+        random = f"{group['kind']} {group['arch']}: random weights"
+        note = f"chance {100 * group['chance']:.1f}, {group['of']}, {group['threshold']}"
+        lines.append(f"| *{random}* | {' | '.join(_cells(group['random'], len(seeds)))} | {note} |")
+        for task, row in group["tasks"].items():
+            cells = [*_cells(row, len(seeds)), _text(row["training"])]
+            lines.append(f"| `{task}` | {' | '.join(cells)} |")
+    for what, why in results["failed"].items():
+        lines.append(f"| `{what}` | failed | failed | failed | {next(iter(why.values())).replace('|', '/')} |")
+    return "\n".join(lines)
+
+
+def render(page: Path, results: Mapping[str, Any]) -> None:
+    """Put the table between the marks of a Markdown page. Raises `DataError` for a page without them."""
+    text = page.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise DataError(f"{page}: no lines {BEGIN!r} and {END!r}, between which the table would go.")
+    page.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
+
+
+def _group(twin: str, run: Mapping[str, Any], random: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    matching = run["matching"]
+    return {
+        "kind": run["kind"],
+        "arch": run["arch"],
+        "of": matching["of"],
+        "chance": round(matching["chance"], 4),
+        "threshold": f"{matching['threshold']:g} {matching['unit']}",
+        "random": _values(random),
+        "tasks": {},
+    }
+
+
+def _values(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def of(run: Mapping[str, Any], measure: str) -> float:
+        return float(run[measure]["recall"] if measure == "matching" else run[measure])
+
+    tree: dict[str, Any] = {"seeds": [run["seed"] for run in runs]}
+    return tree | {measure: [round(of(run, measure), 4) for run in runs] for measure in MEASURES}
+
+
+def _training(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first = runs[0]["training"]
+    tree = {key: first[key] for key in ("recipe", "steps", "batch", "views")}
+    tree["seconds"] = [run["training"]["seconds"] for run in runs]
+    return tree | ({"first stage": runs[0]["first stage"]} if "first stage" in runs[0] else {})
+
+
+def _cells(row: Mapping[str, Any], wanted: int) -> list[str]:
+    """The three numbers of a row as texts."""
+    return [_spread(row[measure], wanted) for measure in MEASURES]
+
+
+def _spread(values: Sequence[float], wanted: int) -> str:
+    if not values:
+        return "-"
+    text = f"{100 * statistics.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * statistics.stdev(values):.1f}"
+    return text if len(values) == wanted else f"{text} ({len(values)} of {wanted} seeds)"
+
+
+def _text(training: Mapping[str, Any]) -> str:
+    """Steps and time of a task's training."""
+    text = f"{training['steps']} steps, {statistics.median(training['seconds']):.0f} s"
+    first = training.get("first stage")
+    if first is None:
+        return text
+    before = f"{first['steps']} of {first['recipe']}"
+    return f"{before} + {text}" if first["continued"] else f"{text}; teacher {before}"

@@ -1,0 +1,292 @@
+"""Runs a benchmark: cells as processes side by side, each finished one kept, so that a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
+from types import FrameType
+from typing import Any
+
+from geo_pretrain.errors import RecipeError
+from geo_pretrain.training.bench.cell import Job, is_trained
+from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data, identity, plan
+from geo_pretrain.training.bench.report import summarise
+from geo_pretrain.training.data.pairs import write_atomically
+from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.demo import machine
+from geo_pretrain.training.engine import Interrupted
+
+SPEC, RESULTS = "bench.json", "results.json"
+POLL = 0.2  # seconds between looks at the processes
+PATIENCE = 60.0  # seconds that a process has to save its state when the run is stopped
+
+Report = Callable[[int, int, str], None]  # cells done, all that are known of, what happened
+
+
+@dataclass
+class Cell:
+    """A process to be run: a training with its measurements, a first stage, or random weights measured."""
+
+    key: str
+    job: Job
+    row: str  # the task, or what this is
+    training: Training | None = None  # None: nothing is trained
+    failure: str = ""
+
+    @property
+    def seed(self) -> int:
+        """Of training and measurements."""
+        return self.job.seed
+
+
+@dataclass
+class Bench:
+    """A run in progress."""
+
+    rows: list[Row]
+    seeds: list[int]
+    spec: BenchSpec
+    out: Path
+    jobs: int
+    device: str
+    report: Report
+    cells: dict[str, Cell] = field(default_factory=dict)  # by key, in the order of running
+    begun: dict[str, Cell] = field(default_factory=dict)
+
+    def checkpoint(self, training: Training) -> Path:
+        """Where a training ends."""
+        return self.out / "checkpoints" / training.key
+
+    def result(self, key: str) -> Path:
+        """The JSON file of a cell that measures."""
+        return self.out / "cells" / f"{key}.json"
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether its result is there."""
+        if cell.job.result is not None:
+            return Path(cell.job.result).is_file()
+        return cell.training is not None and is_trained(self.checkpoint(cell.training))
+
+
+def run_bench(
+    rows: list[Row],
+    seeds: list[int],
+    spec: BenchSpec,
+    out: Path,
+    *,
+    jobs: int | None = None,
+    device: str = "cpu",
+    command: str = "",
+    report: Report = lambda *_: None,
+    on_rooms: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train and measure every row with every seed, and random weights of every architecture; write `out`/results.json.
+
+    What is finished in `out` is kept; a cell that failed is tried again by the next call. A task that fails has its
+    error in the results and holds up none of the others. `jobs` processes run at a time (None: one a core), sharing
+    the cores. Returns what results.json holds (see `report.summarise`).
+
+    Raises:
+        Interrupted: SIGINT arrived; trainings have saved their states.
+        RecipeError: `out` was begun with another budget, or a recipe cannot be given this one.
+    """
+    cores = os.cpu_count() or 1
+    bench = Bench(rows, sorted(set(seeds)), spec, out, jobs or cores, device, report)
+    _claim(out, spec)
+    for seed in bench.seeds:
+        for row in rows:
+            _add(bench, row, seed)
+    _prepare_rooms(spec, on_rooms)
+    start = time.monotonic()
+    _run_all(bench, max(1, cores // bench.jobs))
+    results = summarise(rows, bench.seeds, spec, _found(bench), _failures(bench))
+    seconds = round(time.monotonic() - start)
+    results = {
+        "command": command,
+        "machine": machine() | {"jobs": bench.jobs},
+        "seconds of this call": seconds,
+    } | results
+    write_atomically(out / RESULTS, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _claim(out: Path, spec: BenchSpec) -> None:
+    """Remember the budget; refuse a folder that was begun with another."""
+    path, mine = out / SPEC, identity(spec)
+    if path.is_file():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"{key} {theirs.get(key)!r} -> {value!r}" for key, value in mine.items() if theirs.get(key) != value]
+        if changed:
+            raise RecipeError(f"{out} was begun with another budget: {', '.join(changed)}. Choose another --out.")
+        return
+    write_atomically(path, json.dumps(mine, indent=1) + "\n")
+
+
+def _add(bench: Bench, row: Row, seed: int) -> None:
+    """The cells of a row, a first stage before what starts from it; one training serves all rows that need it."""
+    if row.recipe is None:
+        return
+    training = plan(row, bench.spec, seed)
+    if training.stage1 is not None and training.stage1.key not in bench.cells:
+        first = training.stage1
+        job = Job(str(bench.checkpoint(first)), seed, bench.spec, device=bench.device)
+        bench.cells[first.key] = Cell(first.key, job, f"first stage of {row.task}", first)
+    result = str(bench.result(training.key))
+    job = Job(str(bench.checkpoint(training)), seed, bench.spec, result=result, device=bench.device)
+    bench.cells[training.key] = Cell(training.key, job, row.task, training)
+
+
+def _add_twin(bench: Bench, cell: Cell) -> None:
+    """Random weights of the architecture that a measured cell has, once for each seed."""
+    if cell.job.result is None or not cell.job.pretrained:
+        return
+    twin = json.loads(Path(cell.job.result).read_text(encoding="utf-8"))["twin"]
+    key = f"random-{twin}-s{cell.seed}"
+    if key not in bench.cells:
+        job = Job(
+            cell.job.folder,
+            cell.seed,
+            bench.spec,
+            result=str(bench.result(key)),
+            pretrained=False,
+            device=bench.device,
+        )
+        bench.cells[key] = Cell(key, job, f"random weights ({twin})")
+
+
+def _prepare_rooms(spec: BenchSpec, progress: Callable[[int, int], None] | None) -> None:
+    """Render before the processes start, which would otherwise all render the same rooms."""
+    from geo_pretrain.training.bench.measure import Rooms
+
+    data = base_data(spec)
+    open_source(data, progress=progress)
+    Rooms(data, spec)
+
+
+def _run_all(bench: Bench, threads: int) -> None:
+    """Keep `bench.jobs` processes busy until every cell is done or has failed."""
+    running: dict[str, Popen[bytes]] = {}
+    bench.report(0, len(bench.cells), "")  # time left is reckoned from here
+    with _stopped_together(running):
+        while True:
+            for key in [key for key, process in running.items() if process.poll() is not None]:
+                _collect(bench, bench.cells[key], running.pop(key).returncode)
+            for cell in list(bench.cells.values()):
+                if len(running) >= bench.jobs:
+                    break
+                if cell.key in bench.begun or not _is_ready(bench, cell):
+                    continue
+                bench.begun[cell.key] = cell
+                if cell.failure or bench.is_done(cell):
+                    _collect(bench, cell, 0)
+                else:
+                    running[cell.key] = _start(bench, cell, threads)
+            if not running and all(key in bench.begun for key in bench.cells):
+                return
+            time.sleep(POLL)
+
+
+def _is_ready(bench: Bench, cell: Cell) -> bool:
+    """Whether what a cell starts from is there, or never will be, which is its failure."""
+    first = None if cell.training is None else cell.training.stage1
+    if first is None:
+        return True
+    if is_trained(bench.checkpoint(first)):
+        return True
+    cell.failure = bench.cells[first.key].failure and f"first stage: {bench.cells[first.key].failure}"
+    return bool(cell.failure)
+
+
+def _start(bench: Bench, cell: Cell, threads: int) -> Popen[bytes]:
+    """The process of a cell, its output in logs/<key>.txt."""
+    job = cell.job
+    if cell.training is not None:
+        first = cell.training.stage1
+        recipe = cell.training.recipe_from(None if first is None else bench.checkpoint(first))
+        path = bench.out / "recipes" / f"{cell.key}.yaml"
+        write_atomically(path, recipe.to_yaml())
+        job = Job(**{**vars(job), "recipe": str(path)})
+    file = bench.out / "jobs" / f"{cell.key}.json"
+    write_atomically(file, job.to_json())
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    log = bench.out / "logs" / f"{cell.key}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        return Popen(
+            [sys.executable, "-m", "geo_pretrain.training.bench.cell", str(file)],
+            stdout=output,
+            stderr=STDOUT,
+            stdin=DEVNULL,
+            env=environment,
+        )
+
+
+def _collect(bench: Bench, cell: Cell, returncode: int) -> None:
+    """Note how a cell ended, and what is to be done because of it."""
+    if returncode or (not cell.failure and not bench.is_done(cell)):
+        cell.failure = _last_line(bench.out / "logs" / f"{cell.key}.txt") or f"exit code {returncode}"
+    if not cell.failure:
+        _add_twin(bench, cell)
+    done = sum(bool(other.failure) or bench.is_done(other) for other in bench.cells.values())
+    ending = f"failed: {cell.failure}" if cell.failure else "done"
+    bench.report(done, len(bench.cells), f"{cell.row}, seed {cell.seed}: {ending}")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    return lines[-1].removeprefix("Error: ") if lines else ""
+
+
+@contextmanager
+def _stopped_together(running: dict[str, Popen[bytes]]) -> Iterator[None]:
+    """When this process is stopped, its processes are, too, and have time to save their states."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()  # others may not set handlers
+    before = signal.signal(signal.SIGTERM, stop) if main else None
+    try:
+        yield
+    except BaseException as error:
+        for process in running.values():
+            process.send_signal(signal.SIGINT)
+        for process in running.values():
+            try:
+                process.wait(PATIENCE)
+            except TimeoutExpired:
+                process.kill()
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted("Stopped; finished cells are kept. Give the same command again to go on.") from None
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _found(bench: Bench) -> dict[tuple[str, int], dict[str, Any]]:
+    """What was measured, by (task or twin's key, seed)."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for cell in bench.cells.values():
+        if cell.job.result is None or not bench.is_done(cell):
+            continue
+        tree = json.loads(Path(cell.job.result).read_text(encoding="utf-8"))
+        if cell.training is not None and cell.training.stage1 is not None:
+            first = cell.training.stage1
+            facts = {"recipe": first.recipe.name, "steps": first.recipe.optim.steps}
+            tree["first stage"] = facts | {"continued": cell.training.continued}
+        found[cell.row if cell.job.pretrained else tree["twin"], cell.seed] = tree
+    return found
+
+
+def _failures(bench: Bench) -> dict[tuple[str, int], str]:
+    return {(cell.row, cell.seed): cell.failure for cell in bench.cells.values() if cell.failure}

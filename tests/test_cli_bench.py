@@ -1,0 +1,85 @@
+"""`geo-pretrain bench`: what would be trained, a whole run in processes of its own, and how it says that one failed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from geo_pretrain import cli
+from geo_pretrain.errors import RecipeError, UnknownName
+from geo_pretrain.training.bench.report import BEGIN, END
+from geo_pretrain.training.downstream.data import sources
+from geo_pretrain.training.tasks import TASKS
+from tests.zoo import write_tiny_3d
+
+TINY = [
+    "data.size=[64, 80]",
+    "data.options={scenes: 2, frames: 4, width: 80, height: 64}",
+    "data.overlap=[0.1, 1.0]",
+    "model.width=8",
+]
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.app, ["bench", "pretext", *map(str, arguments)], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def sets(*texts):
+    return [part for text in texts for part in ("--set", text)]
+
+
+def test_list_shows_every_task_with_its_recipe_and_first_stage():
+    shown = run("--toy", "--list")
+    assert shown.exit_code == 0
+    lines = {line.split()[0]: line for line in shown.output.splitlines() if line.split()}
+    assert set(TASKS) <= set(lines)
+    assert "pri3d_view_r18.rooms" in lines["pri3d_view"]
+    assert "71 steps" in lines["gsc"]
+    with pytest.raises(UnknownName, match="pri3d_view"):
+        run("--toy", "--list", "--task", "pri3d_veiw")
+
+
+def test_bench_trains_measures_and_prints_one_table(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    command = ["--toy", "--task", "depth_prediction", "--seed", 0, "--steps", 1, "--finetune-steps", 1, *sets(*TINY)]
+    first = run(*command, "--out", tmp_path / "bench", "--jobs", 2)
+    assert first.exit_code == 0
+    assert "depth_prediction, seed 0: done" in first.output
+    assert "random weights" in first.output
+    again = run(*command, "--out", tmp_path / "bench", "--json", "--render", page)
+    results = json.loads(again.output)
+    (group,) = results["groups"].values()
+    assert group["tasks"]["depth_prediction"]["training"]["steps"] == 1
+    assert results["budget"]["finetune_steps"] == 1
+    assert "| `depth_prediction` |" in page.read_text()
+    with pytest.raises(RecipeError, match="another budget: steps 1 -> 2"):
+        run(*[2 if part == 1 else part for part in command], "--out", tmp_path / "bench")
+
+
+def test_failed_task_is_in_the_table_and_the_exit_code(tmp_path):
+    options = sets(*TINY, "task.no_such_setting=1")
+    shown = run("--toy", "--task", "depth_prediction", "--seed", 0, "--steps", 1, *options, "--out", tmp_path / "b")
+    assert shown.exit_code == 1
+    assert "no_such_setting" in shown.output
+    assert "failed (seed 0)" in shown.output
+
+
+def test_three_dimensional_backbone_is_probed_on_voxels(tmp_path, monkeypatch):
+    folder = write_tiny_3d(tmp_path / "tiny_net_srunet34").folder
+    options = {"scenes": 2, "val_scenes": 1, "frames": 3, "labelled": 2, "width": 64, "height": 64}
+    real = sources.open_labelled
+    monkeypatch.setattr(sources, "open_labelled", lambda *given, **named: real(*given, **named, options=options))
+    command = ["eval", "probe", str(folder), "--probes", "linear", "--pixels", "200"]
+    shown = CliRunner().invoke(cli.app, command, env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.exception
+    assert "voxel accuracy" in shown.output
+    numbers = json.loads(CliRunner().invoke(cli.app, [*command, "--json"]).output)
+    assert set(numbers) == {"random", str(folder)}
+    assert numbers["random"]["linear"]["channels"] == 12
+    assert numbers["random"]["linear"]["pixels"][0] == 200
