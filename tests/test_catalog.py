@@ -30,34 +30,42 @@ from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import UnknownName
 
 NAMES_2D = [
+    "depth_prediction_r18.rooms",
     "depth_prediction_r50",
     "gsc_r18",
+    "gsc_r18.rooms",
     "gsc_r50",
     "img2pc_stage1_r18",
+    "img2pc_stage1_r18.rooms",
     "moco_v2_in_sn_combine_r50",
     "moco_v2_in_sn_mixing_r50",
+    "moco_v2_r18.rooms",
     "moco_v2_sup_in_sn_r50",
     "moco_v2_unsup_in_sn_r50",
     "pri3d_geo_r18",
     "pri3d_geo_r18.rooms",
     "pri3d_geo_r50",
+    "pri3d_geo_r50.continued",
     "pri3d_unsup_geo_r50",
     "pri3d_unsup_view_geo_r50",
     "pri3d_unsup_view_r50",
     "pri3d_view_geo_r18",
     "pri3d_view_geo_r18.rooms",
     "pri3d_view_geo_r50",
+    "pri3d_view_geo_r50.continued",
     "pri3d_view_geo_r50.lr001",
     "pri3d_view_r18",
     "pri3d_view_r18.nodepth",
     "pri3d_view_r18.rooms",
     "pri3d_view_r18.rooms_toy",
     "pri3d_view_r50",
+    "pri3d_view_r50.continued",
     "pri3d_view_r50.kitti",
     "pri3d_view_r50.kitti_180",
     "pri3d_view_r50.lr001",
     "pri3d_view_r50.megadepth",
     "pri3d_view_r50.nodepth",
+    "trivial_correspondence_r18.rooms",
     "trivial_correspondence_r50",
 ]
 NAMES_3D = [
@@ -70,6 +78,7 @@ NAMES_3D = [
     "global_kd_srunet34",
     "gupta_srunet34",
     "img2pc_srunet34",
+    "img2pc_srunet34.rooms",
     "pointcontrast_hardest_srunet34",
     "pointcontrast_hardest_srunet34.rooms",
     "pointcontrast_nce_srunet34",
@@ -79,9 +88,10 @@ NAMES_3D = [
     "ppkt_moco_srunet34",
     "ppkt_srunet18",
     "ppkt_srunet34",
+    "ppkt_srunet34.rooms",
     "slidr_srunet34.nuscenes",
 ]
-CSC, PPKT = NAMES_3D[1:6], NAMES_3D[14:18]
+CSC, PPKT = ([name for name in NAMES_3D if name.startswith(method)] for method in ("csc", "ppkt"))
 PRI3D = [name for name in NAMES_2D if name.startswith("pri3d")]
 
 
@@ -89,7 +99,7 @@ def test_all_names_are_there_in_natural_order():
     assert list_backbones(modality="2d") == NAMES_2D
     assert list_backbones(modality="3d") == NAMES_3D
     assert set(list_backbones()) == {*NAMES_2D, *NAMES_3D} == set(CATALOG)
-    assert len(list_backbones()) == 48
+    assert len(list_backbones()) == 58
     assert list_backbones("*_r18*") == [name for name in NAMES_2D if "_r18" in name]
 
 
@@ -100,15 +110,21 @@ def test_natural_order_compares_numbers():
 
 
 def test_filters_combine():
-    assert list_backbones("pri3d*", license="permissive") == [n for n in NAMES_2D if ".rooms" in n]
+    assert list_backbones("pri3d*", license="permissive") == [n for n in PRI3D if ".rooms" in n]
     assert list_backbones(license="permissive", modality="3d") == [n for n in NAMES_3D if ".rooms" in n]
     assert list_backbones(license="MIT") == list_backbones(license="permissive")
     assert list_backbones(data="kitti") == ["pri3d_view_r50.kitti", "pri3d_view_r50.kitti_180"]
-    assert list_backbones("pri3d*_r50*", data="ScanNet", status="planned") == [n for n in PRI3D if "unsup" in n]
+    made = list_backbones("pri3d*_r50*", data="ScanNet", status="regenerable")
+    assert made == [n for n in PRI3D if "unsup" in n or n.endswith(("_r50.continued", "_r50.nodepth"))]
     assert list_backbones(method="pri3d") == PRI3D
     assert list_backbones(method="csc") == CSC
     assert list_backbones(method="ppkt") == PPKT
-    assert list_backbones(method="img2pc") == ["img2pc_srunet34", "img2pc_stage1_r18"]
+    assert list_backbones(method="img2pc") == [
+        "img2pc_srunet34",
+        "img2pc_srunet34.rooms",
+        "img2pc_stage1_r18",
+        "img2pc_stage1_r18.rooms",
+    ]
     assert list_backbones(data="nuscenes") == ["slidr_srunet34.nuscenes"]
     assert list_backbones(data="imagenet+scannet") == ["moco_v2_in_sn_combine_r50", "moco_v2_in_sn_mixing_r50"]
     assert list_backbones("nothing*") == []
@@ -117,7 +133,7 @@ def test_filters_combine():
 def test_licence_groups_tell_scannet_from_rooms():
     non_commercial = list_backbones(license="non-commercial")
     assert not set(non_commercial) & set(list_backbones(license="permissive"))
-    assert len(non_commercial) == 40
+    assert len(non_commercial) == 43
     for name, entry in CATALOG.items():
         licence = entry.licence
         trained_on = {dataset for dataset, _ in licence.datasets}
@@ -126,7 +142,7 @@ def test_licence_groups_tell_scannet_from_rooms():
             assert licence.weights == "LicenseRef-ScanNet-ToU"
         if licence.matches("permissive"):
             assert all(terms in PERMISSIVE for _, terms in licence.datasets)
-            assert licence.base_model.startswith("none")
+            assert licence.base_model.startswith("none") or licence.base_model.endswith(".rooms (MIT)")
 
 
 @pytest.mark.parametrize(
@@ -199,19 +215,49 @@ def test_statuses_are_honest():
     assert by_status["published-here"] == []
     assert len(by_status["published-by-authors"]) == 17
     assert by_status["regenerable"] == [
+        "crd_srunet34",
         "csc_srunet34.rooms",
+        "depth_prediction_r18.rooms",
+        "depth_prediction_r50",
+        "global_kd_srunet34",
+        "gsc_r18",
+        "gsc_r18.rooms",
+        "gsc_r50",
+        "gupta_srunet34",
+        "img2pc_srunet34",
+        "img2pc_srunet34.rooms",
+        "img2pc_stage1_r18",
+        "img2pc_stage1_r18.rooms",
+        "moco_v2_in_sn_combine_r50",
+        "moco_v2_in_sn_mixing_r50",
+        "moco_v2_r18.rooms",
+        "moco_v2_unsup_in_sn_r50",
         "pointcontrast_hardest_srunet34.rooms",
         "pointcontrast_nce_srunet34.rooms",
+        "ppkd_srunet34",
+        "ppkt_ade_srunet34",
+        "ppkt_moco_srunet34",
+        "ppkt_srunet18",
+        "ppkt_srunet34",
+        "ppkt_srunet34.rooms",
         "pri3d_geo_r18",
         "pri3d_geo_r18.rooms",
+        "pri3d_geo_r50.continued",
+        "pri3d_unsup_geo_r50",
+        "pri3d_unsup_view_geo_r50",
+        "pri3d_unsup_view_r50",
         "pri3d_view_geo_r18.rooms",
+        "pri3d_view_geo_r50.continued",
         "pri3d_view_r18",
         "pri3d_view_r18.nodepth",
         "pri3d_view_r18.rooms",
         "pri3d_view_r18.rooms_toy",
+        "pri3d_view_r50.continued",
         "pri3d_view_r50.nodepth",
+        "trivial_correspondence_r18.rooms",
+        "trivial_correspondence_r50",
     ]
-    assert len(by_status["planned"]) == 20
+    assert len(by_status["planned"]) == 0
     assert sum(map(len, by_status.values())) == len(CATALOG)
 
 
@@ -226,9 +272,9 @@ def test_contracts_of_2d_networks():
     assert seen.pop(((224, 224), "bilinear", 0.485, 0.225)) == [n for n in NAMES_2D if n.startswith("moco")]
     assert seen.pop(((180, 360), "nearest", 0.485, 0.225)) == ["pri3d_view_r50.kitti_180", "pri3d_view_r50.megadepth"]
     assert seen.pop(((72, 96), "nearest", 0.485, 0.225)) == ["pri3d_view_r18.rooms_toy"]
-    assert seen.pop(((240, 320), "bilinear", 0.45, 0.225)) == ["img2pc_stage1_r18"]
+    assert seen.pop(((240, 320), "bilinear", 0.45, 0.225)) == ["img2pc_stage1_r18", "img2pc_stage1_r18.rooms"]
     assert list(seen) == [((240, 320), "nearest", 0.485, 0.225)]
-    assert len(seen.popitem()[1]) == 21
+    assert len(seen.popitem()[1]) == 27
     assert CATALOG["img2pc_stage1_r18"].contract.mean == (0.45, 0.45, 0.45)
     assert CATALOG["img2pc_stage1_r18"].contract.std == (0.225, 0.225, 0.225)
 
@@ -258,21 +304,22 @@ def test_networks_are_those_of_the_papers():
             (entry.arch.name, args.get("depth", args.get("variant")), args.get("out_chans"), args.get("normalize")), []
         ).append(name)
     assert sorted(seen.pop(("resnet", 50, None, None))) == [
-        *(name for name in NAMES_2D if name.startswith("moco")),
+        *(name for name in NAMES_2D if name.startswith("moco") and name.endswith("r50")),
         "pri3d_view_r50.lr001",
     ]
-    assert seen.pop(("resnet_depth_unet", 18, 16, None)) == ["img2pc_stage1_r18"]
-    assert len(seen.pop(("resnet_unet", 18, 32, None))) == 9
-    assert len(seen.pop(("resnet_unet", 50, 128, None))) == 14
+    assert seen.pop(("resnet", 18, None, None)) == ["moco_v2_r18.rooms"]
+    assert seen.pop(("resnet_depth_unet", 18, 16, None)) == ["img2pc_stage1_r18", "img2pc_stage1_r18.rooms"]
+    assert len(seen.pop(("resnet_unet", 18, 32, None))) == 12
+    assert len(seen.pop(("resnet_unet", 50, 128, None))) == 17
     assert len(seen.pop(("sr_unet", "34C", 32, True))) == 9
-    assert seen.pop(("sr_unet", "34C", 16, True)) == ["img2pc_srunet34"]
+    assert seen.pop(("sr_unet", "34C", 16, True)) == ["img2pc_srunet34", "img2pc_srunet34.rooms"]
     assert seen.pop(("sr_unet", "34C", 64, True)) == ["slidr_srunet34.nuscenes"]
-    assert len(seen.pop(("sr_unet", "34C", 128, True))) == 6
+    assert len(seen.pop(("sr_unet", "34C", 128, True))) == 7
     assert seen.pop(("sr_unet", "18A", 128, True)) == ["ppkt_srunet18"]
     assert seen.pop(("sr_unet", "34C", 150, False)) == ["ppkd_srunet34"]
     assert not seen
     assert {entry.arch.args["stem_kernel"] for entry in CATALOG.values() if entry.modality == "3d"} == {3}
-    assert {entry.arch.args.get("width") for entry in CATALOG.values()} == {32, 64, None}
+    assert {entry.arch.args.get("width") for entry in CATALOG.values()} == {32, 64}
 
 
 PARAMETERS = {  # of the whole network, by what they are counted for in the papers' code
@@ -280,6 +327,7 @@ PARAMETERS = {  # of the whole network, by what they are counted for in the pape
     "pri3d_view_r50": 175_333_824,
     "pri3d_view_r50.lr001": 23_508_032,
     "moco_v2_sup_in_sn_r50": 23_508_032,
+    "moco_v2_r18.rooms": 11_176_512,
     "gsc_r18": 20_667_808,
     "gsc_r50": 175_333_824,
     "trivial_correspondence_r50": 175_333_824,
@@ -312,7 +360,9 @@ def test_what_training_started_from_is_told():
     starts = {name: CATALOG[name].licence.base_model for name in CATALOG}
     assert starts["gsc_r18"] == "pri3d_view_geo_r18 (LicenseRef-ScanNet-ToU)"
     assert starts["gsc_r50"] == "pri3d_view_geo_r50 (LicenseRef-ScanNet-ToU)"
-    assert "img2pc_stage1_r18" in starts["img2pc_srunet34"]
+    assert starts["gsc_r18.rooms"] == "pri3d_view_geo_r18.rooms (MIT)"
+    assert starts["img2pc_srunet34"].endswith("teacher: img2pc_stage1_r18 (LicenseRef-ScanNet-ToU)")
+    assert starts["img2pc_srunet34.rooms"].endswith("teacher: img2pc_stage1_r18.rooms (MIT)")
     assert "IMAGENET1K_V1" in starts["moco_v2_sup_in_sn_r50"]
     assert starts["moco_v2_unsup_in_sn_r50"] == starts["pri3d_unsup_view_r50"]
     assert starts["moco_v2_unsup_in_sn_r50"].startswith("MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0;")
@@ -338,7 +388,7 @@ def test_recipes_of_the_catalog_exist_and_have_the_entrys_network():
         if entry.recipe is not None:
             recipe = recipes.load_recipe(entry.recipe)
             assert recipe.name == entry.name
-            assert recipe.data.source == entry.data.lower()
+            assert recipe.data.source == entry.data.lower().split("+")[-1]  # what is mixed in is no frames
             if entry.modality == "2d":
                 assert recipe.model.depth == entry.arch.args["depth"]
                 assert recipe.model.width == entry.arch.args["width"]
@@ -349,7 +399,8 @@ def test_recipes_of_the_catalog_exist_and_have_the_entrys_network():
                     assert getattr(recipe.unet3d, key) == entry.arch.args[key]
                 assert recipe.unet3d.voxel_size == entry.contract.voxel_size
                 assert CHANNELS[recipe.task.get("features", "ones")] == entry.contract.channels
-                assert entry.licence.base_model.startswith("none")
+                taught = "teacher" in recipe.task or recipe.stage1 is not None
+                assert entry.licence.base_model.startswith("random weights; teacher" if taught else "none")
 
 
 def test_every_recipe_belongs_to_an_entry():
@@ -671,9 +722,8 @@ def test_how_to_get_says_what_a_user_can_do():
     assert backbone_info("pri3d_view_r18.rooms").how_to_get() == (
         "make it with `geo-pretrain train pri3d_view_r18.rooms --out DIR` and load DIR"
     )
-    assert backbone_info("gsc_r50").how_to_get() == (
-        "nobody offers it and no recipe makes it yet; pretrained=False builds the network"
-    )
+    unmade = dataclasses.replace(backbone_info("gsc_r50"), status="planned", recipe=None)
+    assert unmade.how_to_get() == "nobody offers it and no recipe makes it yet; pretrained=False builds the network"
 
 
 def test_find_knows_names_and_nothing_else():

@@ -392,7 +392,7 @@ def _found_by_name(name: str, source: str) -> str:
 
 
 def _train_command(entry: Entry, out: str) -> str:
-    data = "" if entry.data == "rooms" else f" --data {entry.data.lower()}:PATH"
+    data = "" if entry.data == "rooms" else f" --data {entry.data.lower().rpartition('+')[2]}:PATH"
     return f"geo-pretrain train {entry.recipe}{data} --out {out}"
 
 

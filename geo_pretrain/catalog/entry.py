@@ -30,7 +30,7 @@ STATUSES = {
     "planned": "no file and no recipe yet",
 }
 
-WEIGHT_ROLES = ("encoder", "decoder", "model", "heads")
+WEIGHT_ROLES = ("encoder", "decoder", "model", "heads", "teacher")
 FILE_ROLES = (*WEIGHT_ROLES, "golden", "recipe", "log", "card")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -259,7 +259,8 @@ class Entry:
                 f"`geo-pretrain convert FILE --from {offered.format} --name {self.name} --out DIR` and load DIR"
             )
         if self.recipe is not None:
-            data = "" if self.data == "rooms" else f" --data {self.data.lower()}:PATH"
+            source = self.data.lower().rpartition("+")[2]  # what a recipe mixes in beside it has a key of its own
+            data = "" if self.data == "rooms" else f" --data {source}:PATH"
             ways.append(f"make it with `geo-pretrain train {self.recipe}{data} --out DIR` and load DIR")
         if not ways:
             ways.append("nobody offers it and no recipe makes it yet; pretrained=False builds the network")

@@ -65,7 +65,7 @@ def _rooms_entry() -> Entry:
         licence=Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=f"{stage1} (MIT)"),
         paper=PAPER,
         data="rooms",
-        description=f"{TEXT}, after {stage1}; full size, for one GPU",
+        description=f"{TEXT}, after Pri3D view and geo; full size, for one GPU",
         status="regenerable",
         recipe=name,
     )

@@ -7,7 +7,10 @@ imposes.
 
 from __future__ import annotations
 
-from geo_pretrain.catalog.entry import AuthorsFile, Entry, Paper, Result
+from collections.abc import Mapping
+
+from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result
+from geo_pretrain.catalog.licence import Licence
 from geo_pretrain.catalog.pri3d import MOCO_V2, RESNET50, box_and_mask, drive, imagenet, miou, scannet_licence
 from geo_pretrain.contract import ImageContract
 
@@ -21,6 +24,7 @@ PAPER = Paper(
 CONTRACT = ImageContract(size=(224, 224), interpolation="bilinear")
 SCRATCH = "none (random weights)"
 BOTH = "ImageNet+ScanNet"
+IMAGENET = ("ImageNet", "LicenseRef-ImageNet-terms")
 # variant -> (what it started from, what it was trained on, description)
 VARIANTS = {
     "sup_in_sn": (imagenet("r50"), "ScanNet", "started from supervised ImageNet weights"),
@@ -50,8 +54,9 @@ RESULTS: dict[str, tuple[Result, ...]] = {
 def _entry(variant: str) -> Entry:
     base_model, data, text = VARIANTS[variant]
     files = AUTHORS_FILES.get(variant, ())
+    name = f"moco_v2_{variant}_r50"
     return Entry(
-        name=f"moco_v2_{variant}_r50",
+        name=name,
         method="moco_v2",
         modality="2d",
         arch=RESNET50,
@@ -60,10 +65,54 @@ def _entry(variant: str) -> Entry:
         paper=PAPER,
         data=data,
         description=f"momentum contrast between augmentations of single images, {text}; a baseline of Pri3D",
-        status="published-by-authors" if files else "planned",
+        status="published-by-authors" if files else "regenerable",
+        recipe=name,
         authors_files=files,
         results=RESULTS[variant],
     )
 
 
-ENTRIES: tuple[Entry, ...] = tuple(_entry(variant) for variant in VARIANTS)
+def _rooms_entry() -> Entry:
+    name = "moco_v2_r18.rooms"
+    return Entry(
+        name=name,
+        method="moco_v2",
+        modality="2d",
+        arch=Arch("resnet", {"depth": 18, "width": 64}),
+        contract=CONTRACT,
+        licence=Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=SCRATCH),
+        paper=PAPER,
+        data="rooms",
+        description="momentum contrast between augmentations of single images, from a random start on procedural "
+        "rooms only; full size, for one GPU",
+        status="regenerable",
+        recipe=name,
+    )
+
+
+ENTRIES: tuple[Entry, ...] = (*(_entry(variant) for variant in VARIANTS), _rooms_entry())
+
+# What other networks start from: MoCo's own encoders, which no recipe here makes and nobody asks of us by name.
+START_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_{0}ep/moco_v2_{0}ep_pretrain.pth.tar"
+MD5_PREFIXES = {"moco_v2": "59fd9945", "moco_v2_800ep": "a04e12f8"}  # MoCo's README
+
+
+def _start(epochs: int) -> Entry:
+    terms = "CC-BY-NC-4.0"  # of code and weights alike
+    return Entry(
+        name=f"moco_v2_r50.imagenet_{epochs}ep",
+        method="moco_v2",
+        modality="2d",
+        arch=RESNET50,
+        contract=CONTRACT,
+        licence=Licence(code=terms, weights=terms, datasets=(IMAGENET,), base_model=SCRATCH),
+        paper=PAPER,
+        data="ImageNet",
+        description=f"momentum contrast on ImageNet without labels, {epochs} epochs: start weights of other networks",
+        status="published-by-authors",
+        authors_files=(AuthorsFile(START_URL.format(epochs), "moco", "ResNet-50 encoder", ("encoder",)),),
+    )
+
+
+# by the word for it in recipes; Pri3D's code names a file of 200 epochs, SLidR's one of 800
+IMAGENET_STARTS: Mapping[str, Entry] = {"moco_v2": _start(200), "moco_v2_800ep": _start(800)}

@@ -60,8 +60,8 @@ def _licence(teacher: str, teachers_data: tuple[str, str] = ("ImageNet", "Licens
     )
 
 
-SUPERVISED = _licence("torchvision ResNet-50 IMAGENET1K_V1 (BSD-3-Clause; LicenseRef-ImageNet-terms)")
-MOCO = _licence("MoCo ResNet-50 without labels (CC-BY-NC-4.0; LicenseRef-ImageNet-terms)")
+SUPERVISED = _licence("torchvision ResNet-50 IMAGENET1K_V1 (BSD-3-Clause; ImageNet terms: non-commercial research)")
+MOCO = _licence("MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0; ImageNet terms: non-commercial research)")
 ADE20K = _licence(
     "fully convolutional ResNet of ADE20K (LicenseRef-ADE20K-terms)", ("ADE20K", "LicenseRef-ADE20K-terms")
 )
@@ -111,7 +111,8 @@ def _entry(
         paper=paper,
         data="ScanNet",
         description=description,
-        status="planned",
+        status="regenerable",
+        recipe=name,
         results=results,
     )
 
@@ -141,6 +142,24 @@ ENTRIES: tuple[Entry, ...] = (
         f"{TEXT}, from a segmentation network of ADE20K",
         _detection("SUN RGB-D", "T5", 58.03),
         licence=ADE20K,
+    ),
+    Entry(
+        name="ppkt_srunet34.rooms",
+        method="ppkt",
+        modality="3d",
+        arch=_network(),
+        contract=CONTRACT,
+        licence=Licence(
+            code="MIT",
+            weights="MIT",
+            datasets=(("rooms", "MIT"),),
+            base_model="random weights; teacher: pri3d_view_r18.rooms (MIT)",
+        ),
+        paper=PAPER,
+        data="rooms",
+        description=f"{TEXT}, from a network that learned the same procedural rooms; full size, for one GPU",
+        status="regenerable",
+        recipe="ppkt_srunet34.rooms",
     ),
     _entry(
         "global_kd_srunet34",

@@ -33,6 +33,7 @@ WIDE_CONTRACT = ImageContract(size=(180, 360))
 Triple = tuple[float, float, float]
 SEGMENTATION, DETECTION, INSTANCES = "semantic segmentation", "object detection", "instance segmentation"
 
+ROOMS = Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model="none (random weights)")
 SCANNET_TERMS = (("ScanNet", "LicenseRef-ScanNet-ToU"), ("ImageNet", "LicenseRef-ImageNet-terms"))
 PRIORS = {
     "view": "view-invariant contrastive learning between overlapping frames",
@@ -121,6 +122,10 @@ RESULTS: dict[str, tuple[Result, ...]] = {
     "pri3d_unsup_view_r50": (miou("ScanNet", "T9", 60.5),),
     "pri3d_unsup_geo_r50": (miou("ScanNet", "T9", 60.8),),
     "pri3d_unsup_view_geo_r50": (miou("ScanNet", "T9", 60.8),),
+    # its two more epochs, beside GSC's second stage
+    "pri3d_view_r50.continued": (miou("ScanNet", "GSC T10", 61.4),),
+    "pri3d_geo_r50.continued": (miou("ScanNet", "GSC T10", 61.6),),
+    "pri3d_view_geo_r50.continued": (miou("ScanNet", "GSC T10", 61.5),),
     "trivial_correspondence_r50": (miou("ScanNet", "Pri3D T1", 56.4),),
     "depth_prediction_r50": (miou("ScanNet", "Pri3D T1", 58.4),),
 }
@@ -171,6 +176,10 @@ RECIPES = (
     *(f"pri3d_view_{arch}.nodepth" for arch in DEPTHS),
     *(f"pri3d_{prior}_r18.rooms" for prior in PRIORS),
     "pri3d_view_r18.rooms_toy",
+    "pri3d_view_geo_r50.lr001",
+    *(f"pri3d_{prior}_r50.continued" for prior in PRIORS),
+    *(f"pri3d_unsup_{prior}_r50" for prior in PRIORS),
+    *(f"{method}_{arch}" for method in ("trivial_correspondence", "depth_prediction") for arch in ("r50", "r18.rooms")),
 )
 
 
@@ -233,7 +242,17 @@ def _scannet_entries() -> tuple[Entry, ...]:
         )
         for prior, text in PRIORS.items()
     ]
-    return (*supervised, *plain, slow, slow_encoder, *unsupervised)
+    continued = [
+        _entry(
+            f"pri3d_{prior}_r50.continued",
+            RESNET_UNET["r50"],
+            scannet_licence("pri3d_view_geo_r50 (LicenseRef-ScanNet-ToU)"),
+            "ScanNet",
+            f"pri3d_view_geo_r50 trained two epochs more: {text}; a baseline of GSC",
+        )
+        for prior, text in PRIORS.items()
+    ]
+    return (*supervised, *plain, slow, slow_encoder, *unsupervised, *continued)
 
 
 def _outdoor_entries() -> tuple[Entry, ...]:
@@ -259,15 +278,14 @@ def _outdoor_entries() -> tuple[Entry, ...]:
 
 
 def _rooms_entries() -> tuple[Entry, ...]:
-    licence = Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model="none (random weights)")
     text = "with depth proxy, from a random start on procedural rooms only"
     arch, toy = RESNET_UNET["r18"], ImageContract(size=(72, 96))
     full = [
-        _entry(f"pri3d_{prior}_r18.rooms", arch, licence, "rooms", f"{what}, {text}; full size, for one GPU")
+        _entry(f"pri3d_{prior}_r18.rooms", arch, ROOMS, "rooms", f"{what}, {text}; full size, for one GPU")
         for prior, what in PRIORS.items()
     ]
     toy_text = f"{PRIORS['view']}, {text}; minutes on a CPU, to see it work"
-    return (*full, _entry("pri3d_view_r18.rooms_toy", arch, licence, "rooms", toy_text, toy))
+    return (*full, _entry("pri3d_view_r18.rooms_toy", arch, ROOMS, "rooms", toy_text, toy))
 
 
 def _baseline_entries() -> tuple[Entry, ...]:
@@ -275,10 +293,21 @@ def _baseline_entries() -> tuple[Entry, ...]:
         "trivial_correspondence": "contrastive learning between equal pixels of two colour augmentations of one frame",
         "depth_prediction": "depth prediction alone, with Pri3D's depth proxy",
     }
-    arch, licence = RESNET_UNET["r50"], scannet_licence(imagenet("r50"))
+    small = "from a random start on procedural rooms only; full size, for one GPU"
     return tuple(
-        _entry(f"{method}_r50", arch, licence, "ScanNet", f"{text}; a baseline of Pri3D", method=method)
+        entry
         for method, text in texts.items()
+        for entry in (
+            _entry(
+                f"{method}_r50",
+                RESNET_UNET["r50"],
+                scannet_licence(imagenet("r50")),
+                "ScanNet",
+                f"{text}; a baseline of Pri3D",
+                method=method,
+            ),
+            _entry(f"{method}_r18.rooms", RESNET_UNET["r18"], ROOMS, "rooms", f"{text}, {small}", method=method),
+        )
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from geo_pretrain.checkpoint import Checkpoint, check_target
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError
@@ -64,6 +64,7 @@ class Run:
     out: Path
     source: Source
     pairs: list[Pair]
+    dataset: Dataset[dict[str, Any]]
     world: World
     skips: Skips
     steps: int
@@ -130,12 +131,13 @@ def _prepare(
         raise RecipeError(
             f"'optim.batch' is {recipe.optim.batch}, accepted is a multiple of processes x accumulate = {parts}."
         )
-    steps = total_steps(len(pairs), recipe.optim.batch, recipe.optim.epochs, recipe.optim.steps)
     task, module = build_task(recipe)
+    dataset = task.dataset(source, pairs)
+    steps = total_steps(_length(dataset), recipe.optim.batch, recipe.optim.epochs, recipe.optim.steps)
     # channels_last is about 10 % faster on CPU and more on CUDA; results are those of the same layout on every resume.
     module.to(world.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = _optimizer(recipe.optim, module)
-    run = Run(recipe, out, source, pairs, world, skips, steps, task, module, optimizer)
+    run = Run(recipe, out, source, pairs, dataset, world, skips, steps, task, module, optimizer)
     state_file = run.folder / STATE
     check_out(out, recipe.name, overwrite=overwrite)
     if world.is_main:
@@ -214,9 +216,8 @@ def _take_step(run: Run, model: nn.Module, micro_batches: Iterator[dict[str, Any
 
 def _loader(run: Run) -> DataLoader[dict[str, Any]]:
     recipe = run.recipe
-    dataset = run.task.dataset(run.source, run.pairs)
     batches = MicroBatches(
-        len(run.pairs),
+        _length(run.dataset),
         batch=recipe.optim.batch,
         accumulate=recipe.optim.accumulate,
         rank=run.world.rank,
@@ -226,13 +227,18 @@ def _loader(run: Run) -> DataLoader[dict[str, Any]]:
         seed=recipe.seed,
     )
     return DataLoader(
-        dataset,
+        run.dataset,
         batch_sampler=batches,
         num_workers=min(recipe.workers, os.cpu_count() or 1),  # more would only be in each other's way
         collate_fn=run.task.collate,
         generator=torch.Generator().manual_seed(recipe.seed),  # keeps the loader off the global generator
         pin_memory=run.world.device.type == "cuda",
     )
+
+
+def _length(dataset: Dataset[dict[str, Any]]) -> int:
+    """Samples of an epoch: pairs, unless the task brings data of its own."""
+    return len(dataset)  # type: ignore[arg-type]
 
 
 def _to_device(batch: dict[str, Any], run: Run) -> dict[str, Any]:

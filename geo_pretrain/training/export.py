@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ import geo_pretrain
 from geo_pretrain.cards import render_card
 from geo_pretrain.catalog.entry import Arch
 from geo_pretrain.catalog.licence import Licence, strictest
+from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.sources import data_licence, source_note
 from geo_pretrain.training.recipe import STAGE1, Recipe, list_recipes
 from geo_pretrain.training.tasks import Task
 
+IMAGENET_TERMS = "LicenseRef-ImageNet-terms"
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors")
 
 
@@ -52,6 +55,7 @@ def write_run(
         log=log,
         card=card,
         finished=finished,
+        pairing=export.pairing,
     )
 
 
@@ -64,9 +68,10 @@ def run_licence(recipe: Recipe) -> Licence:
     spec, teacher = recipe.model, recipe.task.get("teacher")
     start = Origin() if spec is None else _origin(_weights(recipe, spec.init), spec.depth)
     teaching = Origin() if teacher is None else _origin(_weights(recipe, teacher), recipe.task.get("teacher_depth", 50))
-    base = "none (random weights)" if teacher is None else f"random weights; teacher: {teaching.name}"
-    datasets = dict([(dataset, terms), *start.datasets, *teaching.datasets])
-    weights = strictest(strictest(terms, start.terms or terms), teaching.terms or terms)
+    base = f"random weights; teacher: {teaching.name}" if teaching.name else "none (random weights)"
+    mixed = (("ImageNet", IMAGENET_TERMS),) if recipe.task.get("mix", "none") != "none" else ()
+    datasets = dict([(dataset, terms), *mixed, *start.datasets, *teaching.datasets])
+    weights = strictest(terms, *(more for _, more in mixed), start.terms or terms, teaching.terms or terms)
     return Licence(code="MIT", weights=weights, datasets=tuple(datasets.items()), base_model=start.name or base)
 
 
@@ -88,19 +93,35 @@ def _weights(recipe: Recipe, value: str) -> str:
 def _origin(weights: str, depth: int) -> Origin:
     if weights == "scratch":
         return Origin()
-    terms = "LicenseRef-ImageNet-terms"
+    terms = IMAGENET_TERMS
     if weights == "imagenet":
         name = f"torchvision ResNet-{depth} IMAGENET1K_V1 (BSD-3-Clause; ImageNet terms: non-commercial research)"
         return Origin(name, terms, (("ImageNet", terms),))
-    if weights == "moco_v2":
+    if weights in IMAGENET_STARTS:
         name = "MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0; ImageNet terms: non-commercial research)"
         return Origin(name, strictest("CC-BY-NC-4.0", terms), (("ImageNet", terms),))
+    if weights == "ade20k":
+        terms = "LicenseRef-ADE20K-terms"
+        return Origin(f"fully convolutional ResNet of ADE20K ({terms})", terms, (("ADE20K", terms),))
+    if (Path(weights) / "results.json").is_file():
+        return _finetuned(Path(weights), depth)
     if Path(weights).is_dir():
         checkpoint = read_checkpoint(Path(weights))
         name, licence = checkpoint.name, checkpoint.licence
     else:
         name, licence = weights, geo_pretrain.backbone_info(weights).licence
     return Origin(f"{name} ({licence.weights})", licence.weights, licence.datasets)
+
+
+def _finetuned(folder: Path, depth: int) -> Origin:
+    """Weights of a fine-tuning run: what its backbone and its labelled images allow."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    backbone, source = results["backbone"]["name"], results["data"]["source"]
+    labels = "MIT" if source == "rooms" else "LicenseRef-data-owner"
+    start = _origin(backbone, depth)
+    terms = strictest(labels, start.terms or labels)
+    name = f"{results['recipe']} fine-tuned from {backbone} ({terms})"
+    return Origin(name, terms, ((source, labels), *start.datasets))
 
 
 def code_version() -> str:

@@ -1,27 +1,155 @@
-"""Where an encoder starts: ImageNet, MoCo v2, random weights, or a checkpoint of this zoo."""
+"""Where networks start: ImageNet, MoCo v2, random weights, an earlier stage, or a checkpoint of this zoo."""
 
 from __future__ import annotations
 
-from torch import nn
+import datetime
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
 
-from geo_pretrain.backbones.resnet_unet import ResNetUNet
-from geo_pretrain.errors import GeoPretrainError, WeightsMismatch
+import torch
+from torch import Tensor, nn
+
+from geo_pretrain import hub
+from geo_pretrain.backbones.build import has_decoder
+from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
+from geo_pretrain.catalog import find
+from geo_pretrain.catalog.moco import IMAGENET_STARTS, MD5_PREFIXES
+from geo_pretrain.checkpoint import CONFIG, Checkpoint, read_checkpoint, read_weights
+from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError, WeightsMismatch
+from geo_pretrain.hub.authors import Origin, convert_file
+from geo_pretrain.hub.cache import default_cache
+from geo_pretrain.hub.transfer import download, exclusive
 from geo_pretrain.loading import load_backbone
-from geo_pretrain.training.recipe import ModelSpec
+from geo_pretrain.training.recipe import ModelSpec, Recipe
+
+Network = ResNetUNet | ResNetDepthUNet | ResNetEncoder
 
 
-def initialise_encoder(network: ResNetUNet, spec: ModelSpec) -> None:
-    """Put the weights that `spec.init` names into the encoder of `network` (a checkpoint fills its decoder too).
+def initialise(network: Network, recipe: Recipe) -> None:
+    """`initialise_encoder` with the 2D start weights of a recipe, "stage1" among them."""
+    spec = recipe.network2d()
+    initialise_encoder(network, replace(spec, init=recipe.start_of(spec.init)))
 
-    "imagenet" means torchvision's IMAGENET1K_V1, which all Pri3D encoders started from, never V2. Raises with the
-    alternatives when those weights cannot be downloaded.
+
+def initialise_encoder(network: Network, spec: ModelSpec) -> None:
+    """Put the weights that `spec.init` names into the encoder of `network`, a U-Net or an encoder.
+
+    A checkpoint of the same U-Net fills the decoder too; one of an encoder alone, or of another U-Net, leaves the
+    decoder as it is. "imagenet" is torchvision's IMAGENET1K_V1, which all Pri3D encoders started from, never V2.
+    "moco_v2" is what the authors of MoCo published after 200 epochs of ImageNet, "moco_v2_800ep" after 800.
+
+    Raises:
+        GeoPretrainError: those weights cannot be downloaded; the message says where to put them and what else there is.
+        WeightsMismatch: weights of another depth or width.
+        UnknownName: `spec.init` is neither a name nor a folder.
     """
     if spec.init == "scratch":
         return
+    encoder = network if isinstance(network, ResNetEncoder) else network.encoder
     if spec.init == "imagenet":
-        _load(network.encoder, _imagenet(spec.depth).state_dict())
+        _load(encoder, _imagenet(spec.depth).state_dict(), spec.init)
         return
-    _load(network, load_backbone(spec.init, decoder=True).state_dict())
+    loaded = _checkpoint(spec.init, decoder=encoder is not network)
+    if type(loaded) is type(network):
+        _load(network, loaded.state_dict(), spec.init)
+    else:
+        _load(encoder, getattr(loaded, "encoder", loaded).state_dict(), spec.init)
+
+
+def initialise_heads(task: nn.Module, start: str, *, backbone: str = "backbone.") -> None:
+    """Fill everything of a task but its `backbone` from the heads of a checkpoint: 3D network, projections, depth head.
+
+    Heads that the task has not are left out. Raises `CheckpointError` when the checkpoint has none, `WeightsMismatch`
+    when one of the task's is missing there or of another shape.
+    """
+    found = read_checkpoint(hub.resolve(start, roles=("heads",)))
+    own = {key: value for key, value in task.state_dict().items() if not key.startswith(backbone)}
+    heads = {key: value for key, value in read_weights(found, "heads").items() if key in own}
+    _check(own, heads, start)
+    task.load_state_dict(heads, strict=False)
+
+
+def moco_v2_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The checkpoint folder of MoCo's own ImageNet encoder `name`, a key of `IMAGENET_STARTS`.
+
+    Fetched once, read without executing anything of it, kept in the cache. A file that somebody has put where the
+    message of the error says is taken in place of a download.
+
+    Raises `GeoPretrainError` when there is no file to be had, and `DigestMismatch` when it is not the published one.
+    """
+    entry = IMAGENET_STARTS[name]
+    cache = Path(cache_dir) if cache_dir is not None else default_cache()
+    folder = cache / "authors" / entry.name
+    offered = entry.authors_files[0]
+    by_hand = cache / "authors" / offered.url.rpartition("/")[2]
+    with exclusive(folder):
+        if _is_whole(folder):
+            return folder
+        part = folder.with_name(f".{entry.name}.work") / "download.part"
+        try:
+            path = by_hand if by_hand.is_file() else part
+            if path is part:
+                part.parent.mkdir(parents=True, exist_ok=True)
+                _download(offered.url, part)
+            digest = _check_md5(path, MD5_PREFIXES[name])
+            today = datetime.date.today().isoformat()
+            origin = Origin(offered.url, digest, offered.format, offered.content, today)
+            convert_file(path, folder, like=entry, format=offered.format, origin=origin, overwrite=True)
+        except HubError as error:
+            raise GeoPretrainError(
+                f"init '{name}' needs {offered.url}, which could not be downloaded ({error}). "
+                f"Put the file at {by_hand}, or start from random weights: --set model.init=scratch."
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+            if part.parent.is_dir():
+                part.parent.rmdir()
+    return folder
+
+
+def _download(url: str, part: Path) -> None:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise HubError("HF_HUB_OFFLINE is set")
+    download(url, part)
+
+
+def _check_md5(path: Path, prefix: str) -> str:
+    """The sha256 of a file whose MD5 begins with `prefix`: all that MoCo's authors state about it."""
+    with path.open("rb") as file:
+        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if not md5.startswith(prefix):
+        raise DigestMismatch(
+            f"{path}: its MD5 is {md5}; its authors state one that begins with {prefix}. It was altered at its source "
+            "or on the way; nothing of it was read."
+        )
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_whole(folder: Path) -> bool:
+    if not (folder / CONFIG).is_file():
+        return False
+    try:
+        read_weights(read_checkpoint(folder), "encoder")  # compares the digest
+    except CheckpointError:
+        return False
+    return True
+
+
+def _checkpoint(start: str, *, decoder: bool) -> nn.Module:
+    """A named network or a folder's; with its decoder where it has one and it is wanted."""
+    if start in IMAGENET_STARTS:
+        return load_backbone(moco_v2_folder(start))
+    entry = find(start)
+    arch = entry.arch if entry is not None else _look(start).arch
+    return load_backbone(start, decoder=decoder and has_decoder(arch))
+
+
+def _look(start: str) -> Checkpoint:
+    return read_checkpoint(hub.resolve(start, roles=()))
 
 
 def _imagenet(depth: int) -> nn.Module:
@@ -32,18 +160,25 @@ def _imagenet(depth: int) -> nn.Module:
     try:
         network: nn.Module = getattr(torchvision.models, f"resnet{depth}")(weights=enum)
     except OSError as error:
+        place = Path(torch.hub.get_dir()) / "checkpoints" / enum.url.rpartition("/")[2]
         raise GeoPretrainError(
             f"init 'imagenet' needs {enum.url}, which could not be downloaded ({error}). "
-            "Put the file into torch's hub cache, or start from random weights: --set model.init=scratch."
+            f"Put the file at {place}, or start from random weights: --set model.init=scratch."
         ) from error
     network.fc = nn.Identity()
     return network
 
 
-def _load(network: nn.Module, weights: dict[str, object]) -> None:
-    own = network.state_dict()
-    wrong = sorted(own.keys() ^ weights.keys())
-    wrong += [key for key in own.keys() & weights.keys() if own[key].shape != getattr(weights[key], "shape", None)]
-    if wrong:
-        raise WeightsMismatch(f"The initial weights do not fit: {len(wrong)} keys differ, first {wrong[:3]}.")
+def _load(network: nn.Module, weights: dict[str, Tensor], start: str) -> None:
+    _check(network.state_dict(), weights, start)
     network.load_state_dict(weights)
+
+
+def _check(own: dict[str, Tensor], weights: dict[str, Tensor], start: str) -> None:
+    wrong = sorted(own.keys() ^ weights.keys())
+    wrong += [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    if wrong:
+        raise WeightsMismatch(
+            f"The initial weights {start!r} do not fit: {len(wrong)} keys differ, first {wrong[:3]}. Accepted are "
+            "weights of the same depth and width (model.depth, model.width; of the task, for its heads)."
+        )

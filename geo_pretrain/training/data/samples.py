@@ -72,7 +72,9 @@ def load_pair(
     for _ in range(ATTEMPTS):
         pair = pairs[index]
         try:
-            return [_load(source, pair.scene, frame, size) for frame in (pair.frame1, pair.frame2)], skipped, generator
+            first = _load(source, pair.scene, pair.frame1, size)
+            alone = pair.frame2 == pair.frame1  # `DataSpec.units` "frames": read once
+            return [first, first if alone else _load(source, pair.scene, pair.frame2, size)], skipped, generator
         except BadFrame as bad:
             skipped.append((bad.path, bad.reason))
             index = int(torch.randint(len(pairs), (), generator=generator))

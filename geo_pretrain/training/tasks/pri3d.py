@@ -17,16 +17,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from geo_pretrain.backbones.build import golden_values
+from geo_pretrain.backbones.feature_pair import FeaturePair, pair_golden
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.contract import ImageContract
+from geo_pretrain.catalog.entry import Arch
+from geo_pretrain.checkpoint import Pairing
+from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.geometry import match_pixels, seen_at
 from geo_pretrain.training.data.clouds import ChunkPairSamples, Features, collate_chunks
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.pairs import Pair
 from geo_pretrain.training.data.samples import PairSamples, collate, sample_seed
-from geo_pretrain.training.initialise import initialise_encoder
+from geo_pretrain.training.initialise import IMAGENET_STARTS, initialise, initialise_heads
 from geo_pretrain.training.losses import depth_loss, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
@@ -52,6 +55,7 @@ class Config:
     depth_proxy: bool = True
     features: Features = "rgb"  # of voxels; "ones" is the paper's occupancy
     frustum: bool = False  # chunks fill the view frustum's box instead of whole metres
+    keep_heads: bool = False  # start the 3D network, projections and depth head from the checkpoint in model.init too
     authors_exact: bool = False  # the released matchers with their defects, see geometry.match_pixels and seen_at
 
     def __post_init__(self) -> None:
@@ -139,7 +143,23 @@ class Pri3D(nn.Module):
         heads = {k: v.cpu() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
         if heads:
             weights["heads"] = heads
-        return Export("resnet_unet", dict(self.arch_args), self.contract, weights, golden_values(backbone))
+        golden, args = golden_values(backbone), dict(self.arch_args)
+        if not self.config.geo:
+            return Export("resnet_unet", args, self.contract, weights, golden)
+        spec = self.recipe.network3d()
+        channels = ("R", "G", "B") if self.config.features == "rgb" else ("one", "one", "one")
+        pairing = Pairing(
+            Arch("sr_unet", unet_args(spec, normalize=False)),
+            VoxelContract(voxel_size=spec.voxel_size, channels=channels),
+            role="heads",
+            prefix="backbone3d.",
+            image_projection="w2d",
+            point_projection="w3d",
+            interpolation="nearest",
+        )
+        backbone.contract = self.contract
+        golden |= pair_golden(FeaturePair.from_states(backbone, pairing, heads, heads))
+        return Export("resnet_unet", args, self.contract, weights, golden, pairing)
 
     def _features(self, image: Tensor) -> Tensor:
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.low_precision):
@@ -264,5 +284,8 @@ def build(recipe: Recipe, config: Config) -> Pri3D:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         task = Pri3D(recipe, config)
-    initialise_encoder(task.backbone, recipe.network2d())
+    initialise(task.backbone, recipe)
+    start = recipe.start_of(recipe.network2d().init)
+    if config.keep_heads and start not in ("scratch", "imagenet", *IMAGENET_STARTS):  # those have none
+        initialise_heads(task, start)
     return task

@@ -1,0 +1,293 @@
+"""MoCo v2: the loss, groups and shuffling of keys, the queue, exact resume, two processes, ImageNet beside frames."""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.loading import load_backbone, verify
+from geo_pretrain.training import engine
+from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.pairs import find_pairs
+from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.distributed import World
+from geo_pretrain.training.losses import queue_nce
+from geo_pretrain.training.recipe import load_recipe
+from geo_pretrain.training.tasks import build_task
+from geo_pretrain.training.tasks.moco import in_groups
+from tests.training.data.test_single_images import image_folder
+from tests.training.test_engine import Stop, logged, run_here, stop_at
+
+TASK = {"name": "moco_v2", "matches": None, "queue": 10, "dim": 8, "momentum": 0.9, "resize": [60, 80]}
+OPTIM = {"dampening": 0.0, "bn_momentum": "constant", "steps": 5}
+
+
+@pytest.fixture
+def tiny_moco(tiny_recipe):
+    """Writes a tiny recipe of the task: six frames, crops of 32x40, batches of four."""
+
+    def write(task=(), optim=(), **changes):
+        return tiny_recipe(
+            name="moco_v2_r18.tiny",
+            task=TASK | dict(task),
+            optim=OPTIM | dict(optim),
+            **{"data": {"size": [32, 40], "units": "frames", "overlap": None}, "save_every": 2, **changes},
+        )
+
+    return write
+
+
+@pytest.fixture
+def task_and_batch(tiny_moco):
+    def make(count=4, **changes):
+        recipe = load_recipe(str(tiny_moco(**changes)))
+        source = open_source(recipe.data)
+        task, _ = build_task(recipe)
+        samples = task.dataset(source, find_pairs(source, recipe.data, skips=Skips()))
+        return task, task.collate([samples[(0, k)] for k in range(count)])
+
+    return make
+
+
+def test_loss_is_cross_entropy_over_the_own_key_and_the_queue():
+    generator = torch.Generator().manual_seed(0)
+    query, key, queue = (F.normalize(torch.randn(n, 6, generator=generator).double(), dim=1) for n in (5, 5, 9))
+    total = 0.0
+    for q, k in zip(query, key, strict=True):
+        negatives = sum(math.exp(float(q @ n) / 0.2) for n in queue)
+        total -= math.log(math.exp(float(q @ k) / 0.2) / (math.exp(float(q @ k) / 0.2) + negatives))
+    assert queue_nce(query, key, queue, temperature=0.2).item() == pytest.approx(total / 5, rel=1e-12)
+
+
+def norm_network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 6 * 6, 5)).train()
+
+
+def test_groups_are_normalised_apart_and_the_first_is_recorded():
+    network, images = norm_network(), torch.randn(6, 2, 3, 8, 8)
+    alone = copy.deepcopy(network)
+    got = in_groups(network, images, 3)
+    for group in range(3):
+        twin = copy.deepcopy(alone)
+        rows = torch.cat([images[k] for k in (group, group + 3)])  # every third sample, both its images
+        torch.testing.assert_close(got[[group, group + 3]].flatten(0, 1), twin(rows))
+        if group == 0:
+            for key, value in twin.state_dict().items():
+                torch.testing.assert_close(network.state_dict()[key], value)
+    assert network[1].num_batches_tracked == 1
+    assert network[1].track_running_stats
+    with pytest.raises(RecipeError, match="divides the 6 samples"):
+        in_groups(network, images, 4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_step_written_out(task_and_batch, groups):
+    """Keys: moved, permuted by the first sample's seed, dealt to groups, put back; queue and pointer after it."""
+    task, batch = task_and_batch(task={"bn_groups": groups})
+    with torch.no_grad():
+        for parameter in task.key.parameters():
+            parameter.add_(0.01)
+    before = copy.deepcopy(task)
+    loss = task(batch)["moco"]
+
+    twin, images1, images2 = before.key, batch["image1"][:, 0], batch["image2"][:, 0]
+    with torch.no_grad():
+        for own, other in zip(twin.parameters(), before.query.parameters(), strict=True):
+            own.copy_(0.9 * own + 0.1 * other)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(batch["seed"][0])).tolist()
+    query, key = torch.zeros(4, 8), torch.zeros(4, 8)
+    for group in range(groups):
+        rows = list(range(group, 4, groups))
+        query[rows] = before.query(images1[rows]).detach()
+        shuffled = [order[k] for k in rows]
+        key[shuffled] = twin(images2[shuffled]).detach()
+    want = queue_nce(query, key, before.queue, temperature=0.2)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    torch.testing.assert_close(task.queue[:4], key, atol=1e-6, rtol=1e-5)
+    assert torch.equal(task.queue[4:], before.queue[4:])
+    assert task.queue_end == 4
+    for own, want in zip(task.key.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own, want)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in task.key.parameters())
+    assert all(parameter.grad is not None for parameter in task.query.parameters())
+
+
+def test_key_network_starts_as_the_query_network_and_is_not_optimised(task_and_batch):
+    task, _ = task_and_batch()
+    for key, value in task.query.state_dict().items():
+        assert torch.equal(task.key.state_dict()[key], value)
+    trained = engine._optimizer(task.recipe.optim, task).param_groups[0]["params"]
+    assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in task.query.parameters()}
+    torch.testing.assert_close(task.queue.norm(dim=1), torch.ones(10))
+
+
+def test_queue_goes_round(task_and_batch):
+    task, _ = task_and_batch()
+    rows = torch.arange(24.0)[:, None].expand(-1, 8)
+    for begin in range(0, 24, 4):
+        task._enqueue(rows[begin : begin + 4])
+    assert task.queue[:, 0].tolist() == [20, 21, 22, 23, 14, 15, 16, 17, 18, 19]
+    assert task.queue_end == 4
+    task._enqueue(rows[:13])  # more than it holds: the last ten stay
+    assert sorted(task.queue[:, 0].tolist()) == list(range(3, 13))
+
+
+def test_micro_batches_of_a_step_see_one_queue_and_one_key_network(task_and_batch):
+    task, batch = task_and_batch(optim={"accumulate": 2})
+    queue, keys = task.queue.clone(), [p.clone() for p in task.key.parameters()]
+    with torch.no_grad():
+        for parameter in task.query.parameters():
+            parameter.add_(0.01)
+    task(batch)
+    assert torch.equal(task.queue, queue)
+    moved = [p.clone() for p in task.key.parameters()]
+    assert not torch.equal(moved[0], keys[0])
+    task(batch)
+    assert task.queue_end == 8
+    assert all(torch.equal(p, q) for p, q in zip(task.key.parameters(), moved, strict=True))
+    assert task.pending == []
+
+
+def tensors(folder):
+    return {
+        f"{role}.{key}": value
+        for role in ("encoder", "heads")
+        for key, value in load_file(folder / f"{role}.safetensors").items()
+    }
+
+
+def test_resumed_run_is_the_same_and_its_folder_opens(tmp_path, tiny_moco):
+    run_here(tiny_moco(), tmp_path / "whole")
+    with pytest.raises(Stop):
+        run_here(tiny_moco(), tmp_path / "broken", on_step=stop_at(3))
+    run_here(tiny_moco(), tmp_path / "broken")
+    whole, broken = tensors(tmp_path / "whole"), tensors(tmp_path / "broken")
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
+    found = read_checkpoint(tmp_path / "whole")
+    assert (found.arch.name, found.arch.args) == ("resnet", {"depth": 18, "width": 8})
+    assert found.contract == ImageContract(size=(32, 40), interpolation="bilinear")
+    assert verify(tmp_path / "whole").passed
+    encoder = load_backbone(tmp_path / "whole")
+    assert encoder.load_report.coverage == 1
+    assert torch.equal(encoder.state_dict()["conv1.weight"], whole["encoder.conv1.weight"])
+    assert set(whole) - {f"encoder.{key}" for key in encoder.state_dict()} == {
+        f"heads.head.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    }
+
+
+def run_in_two_processes(recipe, folder):
+    """Train into `folder`/two; forked, since torchrun would import torch three times."""
+
+    def work(rank):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+        source = open_source(recipe.data)
+        pairs = find_pairs(source, recipe.data, skips=Skips())
+        engine.train(recipe, folder / "two", source, pairs, World(rank, 2, torch.device("cpu")))
+        dist.destroy_process_group()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_two_processes_equal_one_with_two_groups(tmp_path, tiny_moco):
+    """Losses, weights and running statistics: shuffling across processes is shuffling across groups."""
+    run_in_two_processes(load_recipe(str(tiny_moco())), tmp_path)
+    run_here(tiny_moco(task={"bn_groups": 2}), tmp_path / "groups")
+    run_here(tiny_moco(), tmp_path / "whole")
+    two, groups, whole = (tensors(tmp_path / name) for name in ("two", "groups", "whole"))
+    for key, value in groups.items():
+        torch.testing.assert_close(value, two[key], atol=2e-5, rtol=1e-4, msg=key)
+    first, second = ([line["moco"] for line in logged(tmp_path / name)] for name in ("two", "groups"))
+    assert first == pytest.approx(second, rel=1e-4)
+    assert not torch.allclose(groups["encoder.conv1.weight"], whole["encoder.conv1.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize("mix, images", [("combine", 13), ("batch", 9)])
+def test_imagenet_beside_frames(tmp_path, tiny_moco, mix, images):
+    """Epochs count what the mixture has, ImageNet's terms reach the licence, a step holds what the recipe says."""
+    folder = image_folder(tmp_path / "in", 13 - 6 if mix == "combine" else 9)
+    seen = []
+    path = tiny_moco(
+        task={"mix": mix, "images": str(folder)},
+        optim={"steps": None, "epochs": 2, "schedule": "cosine_epoch"},
+    )
+    checkpoint = run_here(path, tmp_path / "out", on_step=seen.append)
+    assert len(seen) == math.ceil(2 * images / 4)
+    assert ("ImageNet", "LicenseRef-ImageNet-terms") in checkpoint.licence.datasets
+    assert len(checkpoint.licence.datasets) == 2
+    assert checkpoint.licence.base_model == "none (random weights)"
+
+
+def test_a_mixed_batch_alternates_frames_and_images(task_and_batch, tmp_path):
+    folder = image_folder(tmp_path / "in", 9)
+    task, batch = task_and_batch(task={"mix": "batch", "images": str(folder), "bn_groups": 2})
+    assert batch["image1"].shape == (4, 2, 3, 32, 40)
+    assert task.views == 2
+    task(batch)
+    assert task.queue_end == 8  # frames and images: every one is a key
+
+
+def test_imagenet_that_is_not_there_is_told_before_training(tmp_path, tiny_moco):
+    with pytest.raises(RecipeError, match=r"'task\.images' is missing"):
+        run_here(tiny_moco(task={"mix": "combine"}), tmp_path / "out")
+    with pytest.raises(DataError, match="no such folder"):
+        run_here(tiny_moco(task={"mix": "batch", "images": str(tmp_path / "none")}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "override, part",
+    [
+        ("task.queue=0", "'task.queue' is 0"),
+        ("task.momentum=1", "'task.momentum' is 1.0"),
+        ("task.scale=[0.5, 1.5]", "'task.scale'"),
+        ("task.resize=[0, 5]", "'task.resize'"),
+        ("task.mix=half", "'task.mix' is 'half'"),
+    ],
+)
+def test_wrong_settings_are_named(tiny_moco, override, part):
+    with pytest.raises(RecipeError, match=part):
+        build_task(load_recipe(str(tiny_moco()), [override]))
+
+
+def test_released_settings():
+    """methods.md 3.7 and 5.1."""
+    names = ("sup_in_sn", "unsup_in_sn", "in_sn_combine", "in_sn_mixing")
+    for name, init, mix in zip(
+        names, ("imagenet", "moco_v2", "scratch", "scratch"), ("none", "none", "combine", "batch"), strict=True
+    ):
+        recipe = load_recipe(f"moco_v2_{name}_r50")
+        with torch.device("meta"):
+            task, _ = build_task(load_recipe(f"moco_v2_{name}_r50", ["model.init=scratch"]))
+        config, optim = task.config, recipe.optim
+        images = optim.batch * task.views
+        assert (images, optim.lr, optim.momentum, optim.weight_decay, optim.epochs) == (256, 0.03, 0.9, 1e-4, 100)
+        assert (optim.schedule, optim.bn_momentum, optim.dampening) == ("cosine_epoch", "constant", 0)
+        assert (config.dim, config.queue, config.momentum, config.temperature) == (128, 65536, 0.999, 0.2)
+        assert (config.mix, recipe.model.init, recipe.data.size) == (mix, init, (224, 224))
+        assert (config.scale, config.flip_prob, config.resize) == ((0.2, 1.0), 0.5, (240, 320))
+        shapes = [tuple(p.shape) for key, p in task.query.head.named_parameters() if "weight" in key]
+        assert shapes == [(2048, 2048), (128, 2048)]
+        augment = recipe.data.augment
+        assert (augment.jitter, augment.jitter_prob, augment.grey_prob) == ((0.4, 0.4, 0.4, 0.1), 0.8, 0.2)
+        assert (augment.blur_prob, augment.blur_radius) == (0.5, (0.1, 2.0))
