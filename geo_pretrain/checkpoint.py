@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from geo_pretrain.backbones import WEIGHT_FILES
 from geo_pretrain.catalog.entry import Arch, Licence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CONFIG = "config.json"
-WEIGHT_ROLES = ("encoder", "decoder", "model", "heads")
+WEIGHT_ROLES = ("encoder", "decoder", "model", "heads", "teacher")
 TEXT_ROLES = {"recipe": "recipe.yaml", "log": "log.jsonl", "card": "README.md"}
 ROLES = {role: f"{role}.safetensors" for role in (*WEIGHT_ROLES, "golden")} | TEXT_ROLES
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -44,6 +44,30 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
+class Pairing:
+    """The network of the other modality whose features share a space with the folder's own; see `feature_pair`."""
+
+    arch: Arch
+    contract: ImageContract | VoxelContract
+    role: str  # of the file that holds its weights
+    prefix: str = ""  # of its tensors' names in that file
+    image_projection: str | None = None  # names of linear layers in the file "heads"; None: there is none
+    point_projection: str | None = None
+    # how the image's map becomes as large as the image: bilinear with or without align_corners, or nearest
+    interpolation: Literal["corners", "bilinear", "nearest"] = "bilinear"
+
+    def roles(self) -> tuple[str, ...]:
+        """The files that are needed beside the folder's own network."""
+        projected = self.image_projection is not None or self.point_projection is not None
+        return (self.role, "heads") if projected and self.role != "heads" else (self.role,)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        arch = {"name": self.arch.name, "args": dict(self.arch.args)}
+        return {**self.__dict__, "arch": arch, "contract": self.contract.to_dict()}
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A validated config.json and where it lies; weights are read with `read_weights`."""
 
@@ -55,6 +79,7 @@ class Checkpoint:
     licence: Licence
     provenance: Mapping[str, Any]
     finished: bool  # False: written on the way, training goes on
+    pairing: Pairing | None = None  # None: it holds one network alone
 
     def network_roles(self, *, decoder: bool = True) -> tuple[str, ...]:
         """The roles that hold the network: "model", or "encoder" and "decoder"; without `decoder` what it can spare."""
@@ -88,10 +113,12 @@ def write_checkpoint(
     log: Path | str | None,
     card: str,
     finished: bool = True,
+    pairing: Pairing | None = None,
 ) -> Checkpoint:
     """Write a checkpoint folder, all of it or nothing; one that is there already is replaced.
 
-    `weights` maps a role ("encoder" and "decoder", or "model" for a network in one piece; "heads") to its state dict.
+    `weights` maps a role ("encoder" and "decoder", or "model" for a network in one piece; "heads"; "teacher") to its
+    state dict.
     `golden` holds "input" (3D: "input.coords" and "input.feats") and the outputs to reproduce. `log` is a file to copy
     (Path) or the text itself; weights that were not trained here have neither recipe nor log (None). One writer at a
     time. Files that the format does not know (somebody's notes) are carried
@@ -122,7 +149,7 @@ def write_checkpoint(
             "licence": asdict(licence),
             "provenance": dict(provenance),
             "finished": finished,
-        }
+        } | ({} if pairing is None else {"pair": pairing.to_dict()})
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         read_checkpoint(staging)  # what nobody could read back is not put in place
         sync(staging)
@@ -176,6 +203,7 @@ def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
             licence=_licence(_get(config, "licence", dict, path), path),
             provenance=_get(config, "provenance", dict, path),
             finished=_get(config, "finished", bool, path),
+            pairing=_pairing(_get(config, "pair", dict, path), path) if "pair" in config else None,
         )
     except (ValueError, TypeError, KeyError) as error:  # from the dataclasses' own checks
         raise CheckpointError(f"{path}: {error}") from error
@@ -348,6 +376,25 @@ def _stored(file: str, entry: Any, path: Path) -> StoredFile:
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise CheckpointError(f"{path}: key '{prefix}sha256' is {digest!r}; 64 hex digits are accepted.")
     return StoredFile(role=role, size=_get(entry, "size", int, path, prefix), sha256=digest)
+
+
+def _pairing(entry: Mapping[str, Any], path: Path) -> Pairing:
+    arch = _get(entry, "arch", dict, path, "pair.")
+    interpolation = _get(entry, "interpolation", str, path, "pair.")
+    if interpolation not in ("corners", "bilinear", "nearest"):
+        raise ValueError(f"key 'pair.interpolation' is {interpolation!r}; corners, bilinear or nearest is accepted.")
+    names = {key: entry.get(key) for key in ("image_projection", "point_projection")}
+    for key, value in names.items():
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"key 'pair.{key}' is {value!r}; str or null is accepted.")
+    return Pairing(
+        arch=Arch(_get(arch, "name", str, path, "pair.arch."), _get(arch, "args", dict, path, "pair.arch.")),
+        contract=contract_from_dict(_get(entry, "contract", dict, path, "pair.")),
+        role=_get(entry, "role", str, path, "pair."),
+        prefix=_get(entry, "prefix", str, path, "pair."),
+        interpolation=interpolation,
+        **names,
+    )
 
 
 def _licence(entry: Mapping[str, Any], path: Path) -> Licence:

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from geo_pretrain import hub as hubs
 from geo_pretrain.backbones.build import build, golden_outputs, has_decoder, in_one_piece
+from geo_pretrain.backbones.feature_pair import FeaturePair, pair_outputs
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.catalog import Arch, Entry, find
@@ -181,6 +183,7 @@ def load_backbone(
         report = LoadReport(0, tuple(network.state_dict()), (), (), 0.0)
     network.name, network.load_report = source.name, report
     network.contract = source.contract if in_chans is None else source.contract.with_channels(in_chans)
+    network.pair_loader = partial(_pair, os.fspath(name_or_folder), where)
     return network.to(device=device, dtype=dtype).eval()
 
 
@@ -225,7 +228,8 @@ def fitting_prefix(expected: Iterable[str], given: Iterable[str]) -> tuple[str, 
 class Verification:
     """Differences between stored and recomputed outputs, relative to the largest magnitude of each.
 
-    Outputs are named "encoder.0" to "encoder.4" (the maps, finest first) and "decoder", or in 3D "output".
+    Outputs are named "encoder.0" to "encoder.4" (the maps, finest first) and "decoder", or in 3D "output"; of a pair
+    of networks also "pair.image" and "pair.points".
     """
 
     name: str
@@ -245,16 +249,44 @@ def verify(
 
     Raises `CheckpointError` when an output differs by more than `tolerance`, besides everything loading raises.
     """
-    folder = hubs.resolve(name_or_folder, roles=lambda found: (*found.network_roles(), "golden"), **load_kwargs)
+    folder = hubs.resolve(name_or_folder, roles=lambda found: (*_pair_roles(found), "golden"), **load_kwargs)
     found = read_checkpoint(folder)
     golden = read_weights(found, "golden")
     network = load_backbone(folder, decoder=has_decoder(found.arch))
     computed = golden_outputs(network, golden)
+    if found.pairing is not None:
+        computed |= pair_outputs(network.pair(), golden)
     errors = {key: _relative(computed[key], golden[key]) for key in golden if not key.startswith("input")}
     result = Verification(str(network.name), errors, tolerance)
     if not errors or not result.passed:
         raise CheckpointError(f"{folder}: golden outputs are not reproduced within {tolerance:g} (relative): {errors}.")
     return result
+
+
+def _pair(name_or_folder: str, where: Mapping[str, Any], own: Any) -> FeaturePair:
+    """The pair of networks of a checkpoint, with `own` in the place of the one that its folder is named for."""
+    folder = hubs.resolve(name_or_folder, roles=_pair_roles, **where)
+    found = read_checkpoint(folder)
+    pairing = found.pairing
+    if pairing is None:
+        raise CheckpointError(
+            f"{found.name!r} holds one network alone; accepted: a folder that `geo-pretrain train` made with a recipe "
+            "of PPKT (ppkt_*), img2pc or Pri3D's geometric prior (pri3d_geo_*, pri3d_view_geo_*)."
+        )
+    if own.contract is None or len(own.contract.channels) != len(found.contract.channels):
+        raise CheckpointError(f"{found.name!r} was loaded with other input channels; its pair needs its own number.")
+    if has_decoder(found.arch) and not hasattr(own, "decoder"):  # the encoder alone was loaded
+        like = next(own.parameters())
+        own = load_backbone(folder, decoder=True, device=like.device, dtype=like.dtype)
+    heads = read_weights(found, "heads") if "heads" in pairing.roles() else {}
+    partner = heads if pairing.role == "heads" else read_weights(found, pairing.role)
+    return FeaturePair.from_states(own, pairing, partner, heads)
+
+
+def _pair_roles(found: Checkpoint) -> tuple[str, ...]:
+    """The whole network and, where it has one, its partner."""
+    extra = () if found.pairing is None else found.pairing.roles()
+    return (*found.network_roles(), *extra)
 
 
 def _load(checkpoint: Checkpoint, strict: bool, options: dict[str, Any]) -> tuple[nn.Module, LoadReport]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -281,8 +282,13 @@ def test_every_source_is_listed_with_its_reason_and_what_to_do(server: Server, t
         hub.resolve("pri3d_view_geo_r50")
     with pytest.raises(HubError, match=r"geo-pretrain train pri3d_view_r18\.rooms --out DIR"):
         hub.resolve("pri3d_view_r18.rooms")
+
+
+def test_a_name_that_nobody_offers_or_makes_says_so(monkeypatch: pytest.MonkeyPatch):
+    unmade = dataclasses.replace(CATALOG["pri3d_unsup_geo_r50"], status="planned", recipe=None)
+    monkeypatch.setattr(hub, "find", {unmade.name: unmade}.get)
     with pytest.raises(HubError, match="no recipe makes it yet"):
-        hub.resolve("pri3d_unsup_geo_r50")
+        hub.resolve(unmade.name)
 
 
 @pytest.mark.parametrize("name", ["../www/tiny_net_r18", "a/b", "..", ""])

@@ -72,6 +72,8 @@ TINY = {
 
 UNET3D = {"variant": "18A", "width": 8, "voxel_size": 0.15}
 CLOUDS = {"model": None, "unet3d": UNET3D, "optim": {"dampening": 0.0, "bn_momentum": "constant", "steps": 30}}
+TAUGHT = CLOUDS | {"data": {"units": "frames"}}
+FROZEN = {"teacher": "scratch", "teacher_depth": 18}
 # What a tiny recipe of each task changes; 3D tasks see the same recording.
 TINY_TASKS = {
     "pri3d_view": {},
@@ -97,6 +99,17 @@ TINY_TASKS = {
         "task": {"name": "pointcontrast_hardest", "matches": None, "positives": 128, "candidates": 64},
     },
     "csc": CLOUDS | {"name": "csc_srunet18.tiny", "task": {"name": "csc", "matches": 128}},
+    "ppkt": TAUGHT | {"name": "ppkt_srunet18.tiny", "task": {"name": "ppkt", "matches": 128, **FROZEN}},
+    "ppkd": TAUGHT
+    | {
+        "name": "ppkd_srunet18.tiny",
+        "task": {"name": "ppkd", "matches": 128, **FROZEN},
+        "unet3d": UNET3D | {"out_chans": 512},
+    },
+    **{
+        name: TAUGHT | {"name": f"{name}_srunet18.tiny", "task": {"name": name, "matches": None, **FROZEN}}
+        for name in ("global_kd", "gupta", "crd")
+    },
 }
 
 

@@ -26,9 +26,9 @@ class BenchSpec:
     """The budget, the same for every task and both starts. The defaults are those of `--toy`."""
 
     toy: bool = True
-    steps: int = 100  # of pre-training
+    steps: int = 80  # of pre-training
     batch: int = 4  # samples a step: pairs of frames, or frames
-    finetune_steps: int = 80
+    finetune_steps: int = 40
     finetune_batch: int = 4  # images or clouds
     finetune_lr: float = 0.05  # 2D; of the demo
     finetune_lr_points: float = 0.3  # 3D

@@ -186,7 +186,7 @@ def collate_clouds(samples: list[dict[str, Any]]) -> dict[str, Any]:
     coords1, 2: int32 [N, 4], rows (batch, x, y, z); feats1, 2: [N, C]; points1, 2: [N, 3]; to_world1, 2: [B, 4, 4];
     matches: int64 [M, 2] into the joined rows, and matches_per_pair, how many each pair has; seed, skipped: lists.
     """
-    batch, lengths = _joined(samples, ("coords1", "coords2"), ("feats1", "feats2", "points1", "points2", "matches"))
+    batch, lengths = joined(samples, ("coords1", "coords2"), ("feats1", "feats2", "points1", "points2", "matches"))
     batch["matches_per_pair"] = [len(sample["matches"]) for sample in samples]
     rows = torch.tensor(lengths).T  # [B, 2]
     starts = rows.cumsum(dim=0) - rows
@@ -196,10 +196,10 @@ def collate_clouds(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def collate_chunks(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch of `ChunkPairSamples`: as `collate`, with coords1, 2 int32 [N, 4] (batch, x, y, z) and feats1, 2."""
-    return _joined(samples, ("coords1", "coords2"), ("feats1", "feats2"))[0]
+    return joined(samples, ("coords1", "coords2"), ("feats1", "feats2"))[0]
 
 
-def _joined(
+def joined(
     samples: list[dict[str, Any]], coords: tuple[str, ...], others: tuple[str, ...]
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """Join what differs in length, coordinates with their batch number in front, and `collate` the rest."""

@@ -19,7 +19,13 @@ from geo_pretrain.training.data.pairs import find_pairs
 from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.downstream.cloud_matching import Turn, edge, evaluate_cloud_matching
 from geo_pretrain.training.downstream.matching import evaluate_matching
-from geo_pretrain.training.downstream.pixel_voxel import evaluate_pixel_to_voxel, frames_in_twos, load_pri3d
+from geo_pretrain.training.downstream.pixel_voxel import (
+    evaluate_pair,
+    evaluate_pixel_to_voxel,
+    frames_in_twos,
+    load_pri3d,
+    random_pair,
+)
 from geo_pretrain.training.downstream.recall import MatchingResult, spread_evenly
 from geo_pretrain.training.recipe import DataSpec, recipe_of
 
@@ -94,10 +100,31 @@ def compare_pixel_to_voxel(
     skips: Skips | None = None,
     progress: Progress | None = None,
 ) -> dict[str, MatchingResult]:
-    """Pixel-to-voxel recall of a folder written by pri3d_geo or pri3d_view_geo, and of the same with random weights.
+    """Pixel-to-voxel recall of a folder of pri3d_geo, pri3d_view_geo, ppkt or img2pc, and of the same, random.
 
-    Frames have the size of pre-training; `count` of them are spread evenly over those of `spec`.
+    Random are all weights of Pri3D; of a network that another taught, its own and the projections. Frames have the size
+    of pre-training; `count` of them are spread evenly over those of `spec`.
     """
+    found = read_checkpoint(hub.resolve(folder, roles=()))
+    if found.arch.name == "sr_unet" and found.pairing is not None:
+        recipe = recipe_of(read_checkpoint(hub.resolve(folder, roles=_network_and_recipe)))
+        spec = replace(spec, units="frames", size=spec.size if recipe is None else recipe.data.size)
+        source = open_source(spec, split="val")
+        frames = spread_evenly(find_pairs(source, spec, skips=skips or Skips()), count)
+        couples = {RANDOM: random_pair(folder, seed), folder: load_backbone(folder).pair()}
+        return {
+            name: evaluate_pair(
+                couple,
+                source,
+                frames,
+                size=spec.size,
+                threshold=threshold,
+                seed=seed,
+                skips=skips,
+                progress=_nth(progress, number, 2),
+            )
+            for number, (name, couple) in enumerate(couples.items())
+        }
     tasks = {RANDOM: load_pri3d(folder, pretrained=False, seed=seed), folder: load_pri3d(folder)}
     source = open_source(spec, split="val")
     pairs = spread_evenly(frames_in_twos(source), max(1, count // 2))

@@ -51,7 +51,7 @@ def evaluate_matching(
     """Matching recall at `threshold` pixels (of images of `size`, height x width) over held-out pairs.
 
     Args:
-        network: dense features [B, C, H/2, W/2] from images [B, 3, H, W], in eval mode.
+        network: dense features [B, C, H/2, W/2] or [B, C, H, W] from images [B, 3, H, W], in eval mode.
         queries: pixels of frame 1 drawn for each pair among those that frame 2 sees (projection, depth within 5 cm).
 
     Raises:
@@ -81,7 +81,8 @@ def match_pair(
 ) -> PairMatches:
     """Match pixels of one pair by the nearest feature (cosine) among all cells of the other image's map.
 
-    A cell of the half-resolution map stands for its centre, between four pixels. Raises `BadFrame`.
+    A cell of a map at half resolution stands for its centre, between four pixels; of a map as large as the image for
+    its pixel. Raises `BadFrame`.
     """
     frame1, frame2 = (resize_frame(source.load(pair.scene, f), size) for f in (pair.frame1, pair.frame2))
     device = next(network.parameters()).device
@@ -91,10 +92,12 @@ def match_pair(
         raise BadFrame(f"{pair.scene}/{pair.frame1}-{pair.frame2}", "pair has no match")
     transform = contract.transforms(resize=False)
     features1, features2 = (network(transform(f.color)[None].to(device)).float() for f in (frame1, frame2))
-    cell = half_resolution_cell(pixel1.to(device), size[1], features1.shape)
+    stride = round(size[0] / features1.shape[-2])  # 2 of Pri3D's U-Net, 1 of a network at the image's resolution
+    pixel = pixel1.to(device)
+    cell = half_resolution_cell(pixel, size[1], features1.shape) if stride == 2 else pixel
     best = nearest_row(gather_cells(features1, cell)[0], features2[0].flatten(1).T).cpu()
     width = features2.shape[-1]
-    predicted = torch.stack([best % width, best // width], -1) * 2 + 0.5
+    predicted = torch.stack([best % width, best // width], -1) * stride + (stride - 1) / 2
     return PairMatches(
         pair, frame1, frame2, _uv(pixel1[0], size[1]), _uv(pixel2[0], size[1]), predicted.double().numpy()
     )

@@ -1,4 +1,4 @@
-"""Pixels to voxels with Pri3D's projections: does the nearest voxel lie on the surface that the pixel shows?"""
+"""Pixels to voxels in a common space (Pri3D, PPKT, img2pc): is the nearest voxel on the surface the pixel shows?"""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ import numpy as np
 import torch
 
 from geo_pretrain import hub
+from geo_pretrain.backbones.feature_pair import FeaturePair
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, read_weights
 from geo_pretrain.errors import BadFrame, CheckpointError, WeightsMismatch
 from geo_pretrain.geometry import seen_at
+from geo_pretrain.loading import load_backbone
+from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.frame import Skips, Source
-from geo_pretrain.training.data.pairs import Pair
+from geo_pretrain.training.data.frames import FrameCloudSpec, frame_voxels
+from geo_pretrain.training.data.pairs import Pair, resize_frame
+from geo_pretrain.training.downstream.cloud_matching import edge
 from geo_pretrain.training.downstream.recall import MatchingResult, average_recall, chance_within, nearest_row
 from geo_pretrain.training.recipe import AugmentSpec, Recipe, recipe_of
 from geo_pretrain.training.tasks import build_task
@@ -143,6 +148,86 @@ def match_frame(
     best = nearest_row(task.w2d(gather_cells(features, cell[None])[0]), task.w3d(voxels))
     chance = chance_within(places[voxel], places, threshold)
     return VoxelMatches(places[voxel].numpy(), places[best].numpy(), chance)
+
+
+def evaluate_pair(
+    pair: FeaturePair,
+    source: Source,
+    frames: Sequence[Pair],
+    *,
+    size: tuple[int, int],
+    threshold: float = 2.0,
+    queries: int = 500,
+    seed: int = 0,
+    skips: Skips | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> MatchingResult:
+    """Recall at `threshold` voxels from the pixels of a frame to the voxels of its own cloud, over the frames.
+
+    Args:
+        pair: from `load_backbone(...).pair()`.
+        frames: paired with themselves, as `data.units: frames` gives them.
+        size: of the frames, (height, width).
+        queries: pixels of each frame, at most one in a voxel.
+    """
+
+    def measure(number: int, frame: Pair) -> tuple[np.ndarray, float]:
+        matches = match_own_voxels(
+            pair, source, frame, size=size, threshold=threshold, queries=queries, seed=seed + number
+        )
+        return matches.error, matches.chance
+
+    return average_recall(
+        frames, measure, source=source.name, threshold=threshold, unit="voxels", skips=skips, progress=progress
+    )
+
+
+@torch.no_grad()
+def match_own_voxels(
+    pair: FeaturePair,
+    source: Source,
+    place: Pair,
+    *,
+    size: tuple[int, int],
+    threshold: float = 2.0,
+    queries: int = 500,
+    seed: int = 0,
+) -> VoxelMatches:
+    """Match pixels of one frame (the first of `place`) with all voxels of its cloud, in the world's axes, by cosine.
+
+    Each voxel stands for its first pixel, and queries are such pixels. Raises `BadFrame`.
+    """
+    frame = resize_frame(source.load(place.scene, place.frame1), size)
+    if not frame.depth.any():
+        raise BadFrame(f"{frame.scene}/{frame.id}", "no pixel has a valid depth")
+    contract, device = pair.point_contract, next(pair.parameters()).device
+    spec = FrameCloudSpec(
+        voxel_size=edge(contract), features="rgb" if contract.given_channels else "ones", rotation="none"
+    )
+    generator = torch.Generator().manual_seed(seed)
+    voxels = frame_voxels(frame, spec, generator)
+    feats = voxels["feats"] + 0.5 + contract.offset if contract.given_channels else voxels["feats"]
+    coords = torch.cat([torch.zeros_like(voxels["coords"][:, :1]), voxels["coords"]], dim=1)
+    chosen = torch.randperm(len(coords), generator=generator)[:queries]
+    image = pair.image_contract.transforms(resize=False)(frame.color)[None].to(device)
+    pixels = pair.encode_image(image)[0].flatten(1).T[voxels["pixel"][chosen].to(device)]
+    best = nearest_row(pixels, pair.encode_voxels(SparseTensor(coords.to(device), feats.to(device)))).cpu()
+    places = voxels["coords"].double()
+    chance = chance_within(places[chosen], places, threshold)
+    return VoxelMatches(places[chosen].numpy(), places[best].numpy(), chance)
+
+
+def random_pair(folder: str, seed: int = 0) -> FeaturePair:
+    """The pair of a checkpoint folder with the folder's own network and all projections drawn from `seed` instead."""
+    pair: FeaturePair = load_backbone(folder).pair()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = load_backbone(folder, pretrained=False)
+        pair.get_submodule("point_network").load_state_dict(fresh.state_dict())
+        for layer in (pair.image_projection, pair.point_projection):
+            if layer is not None:
+                layer.reset_parameters()
+    return pair
 
 
 def _untrained(recipe: Recipe, folder: str, seed: int) -> Pri3D:

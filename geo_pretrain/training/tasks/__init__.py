@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training.data.frame import Source
@@ -50,8 +51,9 @@ class Export:
     arch: str
     arch_args: dict[str, Any]
     contract: ImageContract | VoxelContract
-    weights: dict[str, dict[str, Tensor]]  # role (encoder, decoder, model, heads) -> tensors
+    weights: dict[str, dict[str, Tensor]]  # role (encoder, decoder, model, heads, teacher) -> tensors
     golden: dict[str, Tensor]  # a small input and the outputs it must give
+    pairing: Pairing | None = None  # the network of the other modality, where both are in `weights`
 
 
 class Task(Protocol):

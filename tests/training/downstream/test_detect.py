@@ -490,6 +490,7 @@ def test_the_released_stride_is_built_in_for_resnet50():
         ({"network": {"aux": 0.4}}, r"'network\.aux' is 0\.4"),
         ({"network": {"options": {"anchor": 3}}}, r"unknown key 'network\.options\.anchor'. Closest: .*anchors"),
         ({"network": {"options": {"roi_batch": 0}}}, r"'network\.options\.roi_batch' is 0"),
+        ({"network": {"options": {"width": 0}}}, r"'network\.options\.width' is 0"),
         ({"network": {"options": {"score_threshold": 1.0}}}, r"'network\.options\.score_threshold' is 1\.0"),
     ],
 )

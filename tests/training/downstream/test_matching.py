@@ -33,6 +33,13 @@ class ColourFeatures(nn.Module):
         return features + self.noise * torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
 
 
+class SharpColours(ColourFeatures):
+    """The colours at the image's own resolution."""
+
+    def forward(self, x):
+        return torch.cat([x, self.bias.expand(len(x), 1, *x.shape[2:])], 1)
+
+
 @pytest.fixture(scope="module")
 def source(recording):
     return SevenScenes(recording)
@@ -48,6 +55,19 @@ def test_frame_matched_with_itself_is_right_to_the_half_pixel(source, pairs):
     matches = match_pair(ColourFeatures(), CONTRACT, source, pair, size=SIZE, queries=200)
     assert np.median(matches.error) <= np.sqrt(0.5)
     np.testing.assert_allclose(matches.query, matches.truth, atol=1)
+
+
+def test_features_at_the_image_s_resolution_are_matched_to_the_pixel(source, pairs):
+    pair = Pair(pairs[0].scene, pairs[0].frame1, pairs[0].frame1, 1.0)
+    matches = match_pair(SharpColours(), CONTRACT, source, pair, size=SIZE, queries=200)
+    colours = [
+        frame.color[places[:, 1].astype(int), places[:, 0].astype(int)]
+        for frame, places in ((matches.frame1, matches.query), (matches.frame2, matches.predicted))
+    ]
+    np.testing.assert_array_equal(*colours)  # another pixel may have the same colour
+    assert np.median(matches.error) <= 1
+    assert (matches.predicted % 1 == 0).all()
+    assert matches.predicted.max() > 100
 
 
 def test_nearest_feature_and_its_error_equal_the_loop(source, pairs):

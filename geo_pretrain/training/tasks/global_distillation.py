@@ -1,0 +1,197 @@
+"""A cloud as a whole learns what a frozen image network says of its image as a whole: three baselines of PPKT.
+
+Global KD: the classes of an image classifier (Hinton et al., 2015). Gupta et al. (CVPR 2016): its pooled features, by
+distance. CRD (Tian et al., ICLR 2020): pooled features, by contrast. PPKT (Liu et al., 2021) names them with few
+details: what is pooled, and what the paper leaves open, stands beside the settings. Only the encoder of the sparse
+U-Net is taught; its decoder keeps its random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.sparse.tensor import SparseTensor
+from geo_pretrain.training.data.frame import Source
+from geo_pretrain.training.data.pairs import Pair
+from geo_pretrain.training.losses_distillation import (
+    crd_loss,
+    crd_scores,
+    kl_distillation,
+    l2_distillation,
+    queue_info_nce,
+)
+from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.tasks.clouds import zero
+from geo_pretrain.training.tasks.moco import gather
+from geo_pretrain.training.tasks.ppkt import FrameConfig, TaughtByImages, teacher_of
+from geo_pretrain.training.tasks.teachers import Teacher, load_classifier
+
+TEMPERATURES = {"kd": 1.0, "l2": 1.0, "crd": 0.07}
+
+
+@dataclass(frozen=True)
+class Config(FrameConfig):
+    """Settings of the task. Pooling is the mean over the teacher's last map and over the student's coarsest voxels."""
+
+    loss: Literal["kd", "l2", "crd"] = "kd"  # set by the task's name
+    temperature: float | None = None  # None: 1 for kd (PPKT names none), 0.07 for crd
+    # kd: the classes of the teacher's classifier, which "imagenet" has; or, of any teacher, its pooled channels taken
+    # as classes (not in any paper: for teachers without a classifier)
+    targets: Literal["classifier", "features"] = "classifier"
+    form: Literal["squared", "norm", "mean"] = "squared"  # l2: what distance is, see losses_distillation
+    dim: int = 128  # crd: channels that both sides are projected to
+    # crd: against a queue of earlier images, as in MoCo, or CRD's released memory of all images with its estimation
+    negatives: Literal["queue", "memory"] = "queue"
+    queue: int = 16384  # rows of the queue; drawn from the memory for each image
+    memory: int | None = None  # rows of the memory: the number of frames
+    memory_momentum: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Ranges."""
+        self.require_positive("dim", "queue")
+        if self.temperature is not None:
+            self.require_positive("temperature")
+        if self.loss == "crd" and self.negatives == "memory" and not self.memory:
+            raise RecipeError(f"'task.memory' is {self.memory!r}, accepted is the number of frames.")
+        if not 0 <= self.memory_momentum < 1:
+            raise RecipeError(f"'task.memory_momentum' is {self.memory_momentum!r}, accepted is 0 up to, not with, 1.")
+
+
+class GlobalDistillation(TaughtByImages):
+    """One feature of a cloud against one of its image. Heads: `head.*` of the student; crd: `key.*` of the teacher."""
+
+    normalize = True
+    queue: Tensor  # [K, dim], and where the next row goes
+    pointer: Tensor
+    memory_student: Tensor  # [M, dim], a row an image
+    memory_teacher: Tensor
+
+    def __init__(self, recipe: Recipe, config: Config, teacher: Teacher, classifier: nn.Linear | None) -> None:
+        super().__init__(recipe, config, teacher)
+        self.config, self.classifier = config, classifier
+        self.temperature = config.temperature or TEMPERATURES[config.loss]
+        if classifier is not None:
+            classifier.requires_grad_(False)
+        channels = self.backbone.planes[3]
+        if config.loss == "crd":
+            self.head = nn.Linear(channels, config.dim)
+            self.key = nn.Linear(teacher.out_chans, config.dim)
+            self._add_negatives()
+        else:
+            self.head = nn.Linear(channels, teacher.out_chans if classifier is None else classifier.out_features)
+
+    def _add_negatives(self) -> None:
+        config = self.config
+        if config.negatives == "queue":
+            self.register_buffer("queue", F.normalize(torch.randn(config.queue, config.dim), dim=1))
+            self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+            return
+        for name in ("memory_student", "memory_teacher"):
+            self.register_buffer(name, F.normalize(torch.randn(config.memory or 1, config.dim), dim=1))
+        for name in ("constant_student", "constant_teacher"):
+            self.register_buffer(name, torch.tensor(-1.0))  # set by the first batch
+
+    def dataset(self, source: Source, pairs: list[Pair]) -> Any:
+        """Single frames; the memory must have a row for each."""
+        if self.config.negatives == "memory" and self.config.loss == "crd" and len(pairs) > (self.config.memory or 0):
+            raise DataError(
+                f"'task.memory' is {self.config.memory}, but source {source.name!r} has {len(pairs)} frames; "
+                f"accepted: --set task.memory={len(pairs)}."
+            )
+        return super().dataset(source, pairs)
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The loss of a batch as `FrameCloudSamples` yields it, a scalar under the loss's name."""
+        image = self.teach(batch).mean(dim=(2, 3))
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.low_precision):
+            cloud = pool(encoder_map(self.backbone, SparseTensor(batch["coords"], batch["feats"])))
+        student = self.head(cloud.float())
+        if self.config.loss == "kd":
+            logits = image if self.classifier is None else self.classifier(image)
+            loss = kl_distillation(student, logits, temperature=self.temperature)
+        elif self.config.loss == "l2":
+            loss = l2_distillation(student, image, form=self.config.form)
+        elif self.config.negatives == "queue":
+            loss = self._against_queue(F.normalize(student, dim=1), F.normalize(self.key(image), dim=1))
+        else:
+            loss = self._against_memory(batch, F.normalize(student, dim=1), F.normalize(self.key(image), dim=1))
+        return {self.config.loss: loss + zero(self.backbone)}  # the decoder is not reached
+
+    def _against_queue(self, student: Tensor, teacher: Tensor) -> Tensor:
+        # A copy: the backward pass must find what the forward pass has seen.
+        loss = queue_info_nce(student, teacher, self.queue.clone(), temperature=self.temperature)
+        if self.training:
+            keys = gather(teacher.detach())[: len(self.queue)]
+            place = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+            self.queue[place] = keys
+            self.pointer = (self.pointer + len(keys)) % len(self.queue)
+        return loss
+
+    def _against_memory(self, batch: Mapping[str, Any], student: Tensor, teacher: Tensor) -> Tensor:
+        """CRD's released loss: each side's features against the other side's memory."""
+        own, memory = batch["index"], self.memory_student
+        draws = [
+            torch.randint(len(memory), (self.config.queue,), generator=torch.Generator().manual_seed(seed))
+            for seed in batch["seed"]
+        ]
+        rows = torch.cat([own[:, None], torch.stack(draws).to(own.device)], dim=1)
+        loss = self.memory_loss(student, teacher, rows)
+        if self.training:
+            self.remember(gather(own), gather(student.detach()), gather(teacher.detach()))
+        return loss
+
+    def remember(self, index: Tensor, student: Tensor, teacher: Tensor) -> None:
+        """Move the memories' rows int64 [N] towards features [N, dim]."""
+        for bank, key in ((self.memory_student, student), (self.memory_teacher, teacher)):
+            mixed = self.config.memory_momentum * bank[index] + (1 - self.config.memory_momentum) * key
+            bank[index] = F.normalize(mixed, dim=1)
+
+    def memory_loss(self, student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
+        """Both sides of CRD's loss for features [N, dim] of length 1 and memory rows int64 [N, K + 1], own one first.
+
+        The first call sets the normalisation constants.
+        """
+        total = student.new_zeros(())
+        sides = (("student", student, self.memory_teacher), ("teacher", teacher, self.memory_student))
+        for side, anchors, memory in sides:
+            scores = crd_scores(anchors, memory.clone(), rows, self.temperature)
+            constant = getattr(self, f"constant_{side}")
+            if float(constant) < 0:
+                constant.fill_(float(scores.detach().mean()) * len(memory))
+            total = total + crd_loss(scores, constant, len(memory))
+        return total
+
+
+def encoder_map(network: SRUNet, x: SparseTensor) -> SparseTensor:
+    """The coarsest map of a sparse U-Net, that of block4 at stride 16, without what its decoder would cost."""
+    module = network.get_submodule
+    x = network.relu(network.bn0(network.conv0p1s1(x)))
+    for number in range(1, 5):
+        x = network.relu(module(f"bn{number}")(module(f"conv{number}p{1 << number - 1}s2")(x)))
+        x = module(f"block{number}")(x)
+    return x
+
+
+def pool(x: SparseTensor) -> Tensor:
+    """The mean over the voxels of each batch element: [B, C]."""
+    rows = x.rows.float()
+    total = rows.new_zeros(x.batch_size, rows.shape[1]).index_add(0, x.batch, rows)
+    return total / torch.bincount(x.batch, minlength=x.batch_size)[:, None]
+
+
+def build(recipe: Recipe, config: Config) -> GlobalDistillation:
+    """The task, its weights drawn from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        if config.loss == "kd" and config.targets == "classifier":
+            teacher, classifier = load_classifier(recipe.start_of(config.teacher), config.teacher_depth)
+            return GlobalDistillation(recipe, config, teacher, classifier)
+        return GlobalDistillation(recipe, config, teacher_of(recipe, config), None)

@@ -1,0 +1,236 @@
+"""Frozen image networks that teach 3D ones: by the last map of an encoder, by a U-Net's dense features, or by classes.
+
+PPKT (Liu et al., 2021) takes layer4 of torchvision's ResNet-50; Janda et al. (2022) the dense features of their first
+stage; the baselines of PPKT a classifier's or a segmentation network's distribution. A teacher gets no gradients and
+stays in evaluation mode whatever mode its student is in.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from geo_pretrain import hub
+from geo_pretrain.backbones.build import encoder_arch, has_decoder
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder
+from geo_pretrain.catalog.entry import Arch
+from geo_pretrain.catalog.moco import IMAGENET_STARTS
+from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import GeoPretrainError, RecipeError, WeightsMismatch
+from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.initialise import initialise_encoder
+from geo_pretrain.training.recipe import ModelSpec
+
+IMAGENET, SCRATCH = "imagenet", "scratch"
+
+
+class Teacher(nn.Module):
+    """A frozen network for images. Its state is part of the student's, so a run goes on with what it began with.
+
+    `contract` says what images it takes, `arch` what it is (None: a network of no architecture of the zoo),
+    `out_chans` how many channels its map has.
+    """
+
+    def __init__(self, network: nn.Module, contract: ImageContract, out_chans: int, arch: Arch | None = None) -> None:
+        super().__init__()
+        self.network, self.contract, self.out_chans, self.arch = network, contract, out_chans, arch
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W], normalised -> float32 [B, out_chans, h, w], without gradients.
+
+        The last map of an encoder (stride 32), or dense features (or logits) of a network that has them.
+        """
+        found = self.network(images)
+        return (found[-1] if isinstance(found, list) else cast(Tensor, found)).float()
+
+
+def load_teacher(weights: str, depth: int = 50, *, dense: bool = False) -> Teacher:
+    """The frozen network that `weights` names, as a `Teacher` with its contract.
+
+    Args:
+        weights: "imagenet" (torchvision's IMAGENET1K_V1), "moco_v2", "moco_v2_800ep", "scratch" (random, drawn from
+            torch's global generator), or what `load_backbone` accepts: a name of the catalog, a checkpoint folder, a
+            hub's address.
+        depth: of the ResNet, for the first four.
+        dense: features of the whole U-Net, where the checkpoint has one, instead of the encoder's last map.
+
+    Raises:
+        RecipeError: `dense` of an encoder alone, or a checkpoint that is no image network.
+        GeoPretrainError: weights that could not be had, as `load_backbone` and `initialise_encoder` raise.
+    """
+    if weights in (IMAGENET, *IMAGENET_STARTS, SCRATCH):
+        if dense:
+            raise RecipeError(
+                f"Teacher {weights!r} is an encoder alone and has no dense features; accepted: its last map "
+                "(dense false), or a checkpoint with a decoder."
+            )
+        encoder = ResNetEncoder(depth)
+        if weights != SCRATCH:
+            _initialise(encoder, weights, depth)
+        chans = encoder.feature_info[-1]["num_chs"]
+        return Teacher(encoder, ImageContract(), chans, Arch("resnet", {"depth": depth, "width": 64}))
+    found = read_checkpoint(hub.resolve(weights, roles=()))
+    if not isinstance(found.contract, ImageContract):
+        raise RecipeError(f"Teacher {weights!r} is {found.arch}; accepted: a network for images.")
+    if dense and not has_decoder(found.arch):
+        raise RecipeError(f"Teacher {weights!r} is an encoder alone; accepted: dense false, or one with a decoder.")
+    network: Any = load_backbone(weights, decoder=dense)
+    chans = network.out_chans if dense else network.feature_info[-1]["num_chs"]
+    return Teacher(network, found.contract, chans, found.arch if dense else encoder_arch(found.arch))
+
+
+def load_classifier(weights: str, depth: int = 50) -> tuple[Teacher, nn.Linear]:
+    """An image classifier as a `Teacher` and the layer from its pooled last map to its classes: torchvision's only.
+
+    Raises `RecipeError` for other weights, which have no classifier.
+    """
+    if weights != IMAGENET:
+        raise RecipeError(
+            f"Teacher {weights!r} has no classifier; accepted: --set task.teacher=imagenet, whose torchvision file has "
+            "one, or --set task.targets=features, which takes the channels of any teacher's pooled map for classes."
+        )
+    import torchvision
+
+    teacher = load_teacher(weights, depth)  # fetches the file, or says where to put it
+    enum = getattr(torchvision.models, f"ResNet{depth}_Weights").IMAGENET1K_V1
+    return teacher, cast(nn.Linear, torchvision.models.get_model(f"resnet{depth}", weights=enum).fc)
+
+
+def load_segmenter(weights: str, file: str | None = None) -> Teacher:
+    """A segmentation network as a `Teacher` that gives logits [B, classes, h, w], before they are made large.
+
+    Args:
+        weights: the folder of a finished `geo-pretrain finetune` run for segmentation; or what is in `file`.
+        file: a state dict (.pth, .safetensors) of torchvision's FCN or DeepLabV3 with a ResNet of depth 50 or 101.
+
+    Raises:
+        RecipeError: neither is given, or the folder is of another task.
+        WeightsMismatch: the file holds another network.
+    """
+    if file is not None:
+        return _torchvision_segmenter(Path(file).expanduser())
+    return _finetuned(Path(weights).expanduser())
+
+
+def _torchvision_segmenter(path: Path) -> Teacher:
+    from torchvision.models import segmentation
+
+    if not path.is_file():
+        raise RecipeError(f"'task.teacher_file' is {str(path)!r}, accepted is an existing .pth or .safetensors file.")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
+    last = state.get("classifier.4.weight")
+    if last is None or "backbone.conv1.weight" not in state:
+        raise WeightsMismatch(
+            f"{path}: no 'backbone.conv1.weight' and 'classifier.4.weight' among keys such as {list(state)[:3]}; "
+            "accepted is a state dict of torchvision's fcn_resnet50, fcn_resnet101, deeplabv3_resnet50 or _resnet101."
+        )
+    kind = "fcn" if "classifier.0.weight" in state else "deeplabv3"
+    depth = 101 if "backbone.layer3.22.conv1.weight" in state else 50
+    build = getattr(segmentation, f"{kind}_resnet{depth}")
+    network = build(weights=None, weights_backbone=None, num_classes=len(last), aux_loss=False)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsMismatch(f"{path}: does not fit torchvision's {kind}_resnet{depth}: {error}") from error
+    return Teacher(_Logits(network, first=0), ImageContract(), len(last))
+
+
+def _finetuned(folder: Path) -> Teacher:
+    from safetensors.torch import load_file
+
+    from geo_pretrain.training.downstream.finetune_recipe import load_finetune_recipe
+    from geo_pretrain.training.downstream.finetune_task import Start, build_finetune_task
+
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if results["task"] != "segmentation":
+        raise RecipeError(f"Teacher {str(folder)!r} was fine-tuned for {results['task']}, accepted is segmentation.")
+    recipe = load_finetune_recipe(str(folder / "recipe.yaml"))
+    state = load_file(folder / "model.safetensors")
+    stem = next(value for key, value in state.items() if key.endswith("conv1.weight") and value.shape[1] == 3)
+    # Random weights of the same shape, then the run's: the backbone that it started from need not be there any more.
+    start = Start("scratch", recipe.network.depth, len(stem))
+    task = build_finetune_task(recipe, start, results["data"]["classes"], ImageContract())
+    task.module.load_state_dict(state)
+    classes = len(results["data"]["classes"])
+    # A U-Net has an output for class 0, "unlabelled", which nothing has trained.
+    return Teacher(_Logits(task.module, first=1 if recipe.network.kind == "unet" else 0), ImageContract(), classes)
+
+
+class _Logits(nn.Module):
+    """A segmentation network of another library, asked for its logits."""
+
+    def __init__(self, network: nn.Module, first: int) -> None:
+        super().__init__()
+        self.network, self.first = network, first
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> [B, classes, h, w], without the `first` ones."""
+        network: Any = self.network
+        if hasattr(network, "classifier"):  # torchvision's own call makes them as large as the image
+            found = network.classifier(network.backbone(images)["out"])
+        else:
+            found = network(images)
+        logits: Tensor = found[0] if isinstance(found, tuple) else found
+        return logits[:, self.first :]
+
+
+def _initialise(network: ResNetEncoder, weights: str, depth: int) -> None:
+    try:
+        initialise_encoder(network, ModelSpec(depth=cast(Literal[18, 50], depth), init=weights))
+    except GeoPretrainError as error:
+        said = str(error).replace("--set model.init=scratch", "--set task.teacher=NAME or a checkpoint folder")
+        raise type(error)(f"Teacher {weights!r}: {said}") from error
+
+
+def sample_map(maps: Tensor, element: Tensor, pixel: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
+    """What bilinear upsampling of `maps` to `size` would hold at single pixels, without making the large map.
+
+    Args:
+        maps: [B, C, h, w].
+        element, pixel: int64 [N], batch element and flat pixel (row * width + column) of an image of `size`.
+        size: (height, width) of the images. align_corners: the rule of `torch.nn.functional.interpolate`.
+
+    Returns:
+        [N, C].
+    """
+    height, width = maps.shape[-2:]
+    row, column = pixel // size[1], pixel % size[1]
+    top, bottom, down = _between(row, size[0], height, align_corners)
+    left, right, along = _between(column, size[1], width, align_corners)
+    flat = maps.flatten(2).transpose(1, 2)  # [B, h * w, C]
+
+    def corner(y: Tensor, x: Tensor) -> Tensor:
+        return flat[element, y * width + x]
+
+    down, along = down.to(maps.dtype)[:, None], along.to(maps.dtype)[:, None]
+    upper = corner(top, left) * (1 - along) + corner(top, right) * along
+    lower = corner(bottom, left) * (1 - along) + corner(bottom, right) * along
+    return upper * (1 - down) + lower * down
+
+
+def _between(index: Tensor, large: int, small: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """For positions on an axis of `large`: the cells of the axis of `small` before and after, and how far between."""
+    if align_corners:
+        place = index.double() * ((small - 1) / (large - 1) if large > 1 else 0.0)
+    else:
+        place = ((index.double() + 0.5) * (small / large) - 0.5).clamp(min=0)
+    before = place.floor().long().clamp(max=small - 1)
+    return before, (before + 1).clamp(max=small - 1), place - before
