@@ -50,7 +50,7 @@ STUDIES = {
     "pspnet": Study("rooms_pspnet_r18", ("view",), 150),
     "unet_rates": Study(UNET, ("view",), 350, rates=(0.02, 0.05)),
     "mask_rcnn": Study(
-        "rooms_mask_rcnn_r18", ("view",), 350, 150, settings=("optim.batch=2", "optim.milestones=[105, 135]")
+        "rooms_mask_rcnn_r18", ("view",), 350, 600, settings=("optim.batch=2", "optim.milestones=[420, 540]")
     ),
 }
 
@@ -60,19 +60,27 @@ def main() -> None:
     for name in names:
         study = STUDIES[name]
         start = time.perf_counter()
-        sweeps = {rate: sweep(folder, name, study, rate) for rate in study.rates or (None,)}
+        measured = at_its_own_rate(folder, name, study) if not study.rates else at_every_rate(folder, name, study)
         results = {"machine": machine(), "minutes of this call": round((time.perf_counter() - start) / 60, 1)}
-        results |= {"pre-training steps": study.pretraining}
-        if study.rates:
-            results |= grid({rate: json.loads((out / "summary.json").read_text()) for rate, out in sweeps.items()})
-            fair = next(p["lr"] for p in results["best of the learning rates"] if p["backbone"] == "scratch")
-            draw_predictions(sweeps[fair])
-        else:
-            results |= json.loads((sweeps[None] / "summary.json").read_text())
-            results |= {"scores": scores(sweeps[None])}
-        if name == "curve":
-            shutil.copy(sweeps[None] / "curve.png", DOCS / "downstream_curve.png")
+        results |= {"pre-training steps": study.pretraining, **measured}
         write_results(f"downstream_{name}", f"python -m benchmarks.downstream FOLDER {name}", results)
+
+
+def at_its_own_rate(folder: Path, name: str, study: Study) -> dict[str, Any]:
+    """The summary of one sweep, with the recipe's learning rate."""
+    out = sweep(folder, name, study, None)
+    if name == "curve":
+        shutil.copy(out / "curve.png", DOCS / "downstream_curve.png")
+    return {**json.loads((out / "summary.json").read_text()), "scores": scores(out)}
+
+
+def at_every_rate(folder: Path, name: str, study: Study) -> dict[str, Any]:
+    """The summaries of a sweep for each learning rate as one, and a picture at the rate that suits scratch best."""
+    sweeps = {rate: sweep(folder, name, study, rate) for rate in study.rates}
+    results = grid({rate: json.loads((out / "summary.json").read_text()) for rate, out in sweeps.items()})
+    fair: float = next(p["lr"] for p in results["best of the learning rates"] if p["backbone"] == "scratch")
+    draw_predictions(sweeps[fair])
+    return results
 
 
 def sweep(folder: Path, name: str, study: Study, rate: float | None) -> Path:
