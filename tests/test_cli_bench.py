@@ -39,7 +39,7 @@ def test_list_shows_every_task_with_its_recipe_and_first_stage():
     lines = {line.split()[0]: line for line in shown.output.splitlines() if line.split()}
     assert set(TASKS) <= set(lines)
     assert "pri3d_view_r18.rooms" in lines["pri3d_view"]
-    assert "71 steps" in lines["gsc"]
+    assert "57 steps" in shown.output
     with pytest.raises(UnknownName, match="pri3d_view"):
         run("--toy", "--list", "--task", "pri3d_veiw")
 
@@ -67,7 +67,8 @@ def test_failed_task_is_in_the_table_and_the_exit_code(tmp_path):
     shown = run("--toy", "--task", "depth_prediction", "--seed", 0, "--steps", 1, *options, "--out", tmp_path / "b")
     assert shown.exit_code == 1
     assert "no_such_setting" in shown.output
-    assert "failed (seed 0)" in shown.output
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert "no_such_setting" in results["failed"]["depth_prediction"]["0"]
 
 
 def test_three_dimensional_backbone_is_probed_on_voxels(tmp_path, monkeypatch):

@@ -25,12 +25,12 @@ def data(recording):  # noqa: F811
     return ["--data", f"seven_scenes:{recording}"]
 
 
-def test_matches(tmp_path, folders, data):
+def test_matches(tmp_path, folders, data, recording):  # noqa: F811
     shown = run("visualize", "matches", folders[0], *data, "--size", "48x64", "--pairs", 1, "-o", tmp_path / "two.png")
     assert "random weights: " in shown.output
     assert "% right" in shown.output
     assert f"Wrote {tmp_path / 'two.png'}" in shown.output
-    alone = ["--alone", "--overlap", "0.5:1", "--threshold", 2, "--scene", "recording0"]
+    alone = ["--alone", "--overlap", "0.5:1", "--threshold", 2, "--scene", recording.name]
     run("visualize", "matches", folders[0], *data, "--size", "48x64", "--pairs", 1, *alone, "-o", tmp_path / "one.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert one.width < two.width
@@ -70,7 +70,7 @@ def test_rooms_need_no_data(tmp_path, folders):
     "arguments, parts",
     [
         (["features", "no_such_backbone"], ["no_such_backbone", "Closest"]),
-        (["features", "FOLDER", "--scene", "kitchen"], ["Unknown scene 'kitchen'", "'recording0'"]),
+        (["features", "FOLDER", "--scene", "kitchen"], ["Unknown scene 'kitchen'", "'recording"]),
         (["points", "FOLDER", "--frame", "7"], ["Unknown frame '7'", "'000010'"]),
         (["points", "FOLDER", "-o", "x.obj"], ["'x.obj'", ".ply, .html, .png"]),
         (["matches", "FOLDER", "-o", "x.jpg"], ["'x.jpg'", ".png"]),

@@ -163,7 +163,8 @@ def _spread_frames(source: Source, scenes: int, frames: int) -> dict[str, list[F
         ids = source.frame_ids(scene)
         for pick in sorted({round(x) for x in np.linspace(0, len(ids) - 1, min(frames, len(ids)))}):
             with contextlib.suppress(BadFrame):
-                shown.setdefault(scene, []).append(source.load(scene, ids[pick]))
+                frame = source.load(scene, ids[pick])
+                shown.setdefault(scene, []).append(frame)
     if not shown:
         raise DataError(
             f"Source {source.name!r} has no frame that can be shown; accepted: at least one readable frame."
