@@ -88,11 +88,11 @@ def network_states(arch: Arch) -> dict[str, dict[str, Tensor]]:
     return {role: network.get_submodule(role).state_dict() for role in roles}
 
 
-def golden_values(network: nn.Module, *, ones: bool = False) -> dict[str, Tensor]:
+def golden_values(network: nn.Module, *, ones: bool = False, offset: float = -0.5) -> dict[str, Tensor]:
     """A seeded input and the outputs of `network`, a float32 network on the CPU in evaluation mode.
 
     Images: "input" [1, C, 64, 96], "encoder.0" to "encoder.4" and, where there is one, "decoder". Points:
-    "input.coords" [N, 4], "input.feats" [N, C] (`ones`: constant 1), "output" [N, C].
+    "input.coords" [N, 4], "input.feats" [N, C] from `offset` to `offset` + 1 (`ones`: constant 1), "output" [N, C].
     """
     generator = torch.Generator().manual_seed(0)
     golden: dict[str, Tensor]
@@ -102,7 +102,7 @@ def golden_values(network: nn.Module, *, ones: bool = False) -> dict[str, Tensor
         cells = cells.unique(dim=0)
         coords = torch.cat([torch.zeros(len(cells), 1, dtype=torch.int32), cells], dim=1)
         size = len(coords), network.in_chans
-        feats = torch.ones(size) if ones else torch.rand(size, generator=generator) - 0.5
+        feats = torch.ones(size) if ones else torch.rand(size, generator=generator) + offset
         golden = {"input.coords": coords, "input.feats": feats}
     else:
         encoder: Any = getattr(network, "encoder", network)

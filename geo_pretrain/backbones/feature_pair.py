@@ -149,8 +149,9 @@ def pair_golden(pair: FeaturePair) -> dict[str, Tensor]:
     "input.image", "input.coords", "input.feats"; "pair.image", thinned, and "pair.points".
     """
     generator = torch.Generator().manual_seed(1)
-    ones = not pair.point_contract.given_channels
-    voxels = {key: value for key, value in golden_values(pair.point_network, ones=ones).items() if key != "output"}
+    contract = pair.point_contract
+    values = golden_values(pair.point_network, ones=not contract.given_channels, offset=contract.offset)
+    voxels = {key: value for key, value in values.items() if key != "output"}
     channels = len(pair.image_contract.channels)
     golden = voxels | {"input.image": torch.randn((1, channels, *GOLDEN_SIZE), generator=generator)}
     return golden | pair_outputs(pair, golden)
