@@ -49,6 +49,8 @@ STUDIES = {
     "deeplabv3plus": Study("rooms_deeplabv3plus_r18", ("view",), 150),
     "pspnet": Study("rooms_pspnet_r18", ("view",), 150),
     "unet_rates": Study(UNET, ("view",), 350, rates=(0.02, 0.05)),
+    "unet_long": Study(UNET, ("view",), 350, 300),
+    "unet_long_bn": Study(UNET, ("view",), 350, 300, settings=("optim.bn_momentum=constant",)),
     "mask_rcnn": Study(
         "rooms_mask_rcnn_r18", ("view",), 350, 600, settings=("optim.batch=2", "optim.milestones=[420, 540]")
     ),
