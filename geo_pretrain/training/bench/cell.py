@@ -17,7 +17,7 @@ from geo_pretrain.checkpoint import CONFIG, read_checkpoint
 from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.training.bench.measure import measure
 from geo_pretrain.training.bench.plan import BenchSpec, base_data
-from geo_pretrain.training.data.pairs import write_atomically
+from geo_pretrain.training.data.cache import write_atomically
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.engine import Interrupted
 from geo_pretrain.training.recipe import Recipe, load_recipe

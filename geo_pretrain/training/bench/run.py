@@ -20,7 +20,7 @@ from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.bench.cell import Job, is_trained
 from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data, identity, plan
 from geo_pretrain.training.bench.report import summarise
-from geo_pretrain.training.data.pairs import write_atomically
+from geo_pretrain.training.data.cache import write_atomically
 from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.demo import machine
 from geo_pretrain.training.engine import Interrupted

@@ -1,9 +1,9 @@
-"""Reading frames from files: images, depth, poses and matrices, each failure a `BadFrame` with path and reason."""
+"""Reading frames from files: images, depth, ids, poses and matrices, each failure a `BadFrame` with path and reason."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ from PIL import Image
 from geo_pretrain.errors import BadFrame
 
 INVALID_MM = (0, 65535)  # both mean "no measurement"; 65535 is rare and easily forgotten
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_GREY, _PALETTE = 0, 3  # colour types of PNG whose pixels are one number
 
 
 def read_color(path: Path) -> np.ndarray:
@@ -43,6 +45,35 @@ def read_depth(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
     if invalid.all():
         raise BadFrame(path, "no pixel has a valid depth")
     return np.where(invalid, 0, millimetres / 1000).astype(np.float32)
+
+
+def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[int] = (8,)) -> np.ndarray:
+    """A PNG of ids as int32 [H, W]; `bits` are the depths the data set may have, `shape` (H, W) the image's size.
+
+    The depth is read from the file's header: Pillow stretches grey images of 1, 2 and 4 bits to 0..255, which would
+    turn one class into another.
+    """
+    wanted = " or ".join(map(str, bits))
+    try:
+        with path.open("rb") as file:
+            header = file.read(26)
+        if not header.startswith(_SIGNATURE) or len(header) < 26:
+            raise BadFrame(path, f"not a PNG; labels are {wanted}-bit PNGs (other formats change ids)")
+        depth, kind = header[24], header[25]
+        if kind not in (_GREY, _PALETTE):
+            raise BadFrame(path, f"a PNG in colour, expected {wanted}-bit grey ids")
+        if kind == _GREY and depth not in bits:
+            raise BadFrame(path, f"{depth}-bit grey, expected {wanted}-bit ids")
+        with Image.open(path) as image:
+            ids = np.asarray(image).astype(np.int32)
+    except FileNotFoundError:
+        raise BadFrame(path, "annotation is missing") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadFrame(path, f"annotation cannot be read ({_first_line(error)})") from None
+    if shape is not None and ids.shape != tuple(shape[:2]):
+        given, expected = (f"{size[1]}x{size[0]}" for size in (ids.shape, shape))
+        raise BadFrame(path, f"annotation is {given}, the image {expected}")
+    return ids
 
 
 def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:

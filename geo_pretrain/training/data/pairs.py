@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from geo_pretrain import geometry
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.sparse.coordinates import voxelize
+from geo_pretrain.training.data.cache import write_atomically
 from geo_pretrain.training.data.frame import Frame, Skips, Source
 from geo_pretrain.training.recipe import DataSpec
 
@@ -148,16 +148,6 @@ def cloud_overlap_matrix(clouds: list[Tensor], device: str | torch.device = "cpu
         if ((low1 - high2 < CLOUD_RADIUS) & (low2 - high1 < CLOUD_RADIUS)).all():
             ratios[i, j] = ratios[j, i] = max(cloud_overlap(clouds[i], clouds[j]))
     return ratios
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
 
 
 def _scene_pairs(source: Source, scene: str, spec: DataSpec, skips: Skips, device: str | torch.device) -> list[Pair]:

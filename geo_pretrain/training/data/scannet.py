@@ -22,7 +22,6 @@ from geo_pretrain.training.data import files
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.ply import Columns, read_ply, triangle_rows
 from geo_pretrain.training.data.surface import NoSurface, Surface
-from geo_pretrain.training.downstream.data.pngs import read_ids
 
 # Pri3D uses one matrix for every scan, at 320x240; here for 640x480 with the same pixel centres.
 CONSTANT_640 = np.array([[577.870605, 0, 319.5], [0, 577.870605, 239.5], [0, 0, 1]])
@@ -151,7 +150,7 @@ def _positions(path: Path, vertex: Columns, *others: str) -> np.ndarray:
 
 def _read_labels(path: Path, shape: tuple[int, ...], kind: type[np.signedinteger[Any]]) -> np.ndarray:
     """Label ids on the depth grid, [H, W]: label images have the size of either camera's."""
-    ids = read_ids(path, bits=(8, 16))
+    ids = files.read_ids(path, bits=(8, 16))
     if ids.max() > np.iinfo(kind).max:
         raise BadFrame(path, f"label {ids.max()} is above {np.iinfo(kind).max}; is this an image of instances?")
     rows, columns = (nearest_indices(old, new) for old, new in zip(ids.shape, shape, strict=True))

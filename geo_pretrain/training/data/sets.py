@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +18,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, nearest, require
 from geo_pretrain.hub import default_cache
 from geo_pretrain.sparse.coordinates import unique_rows
+from geo_pretrain.training.data.cache import cached_arrays
 from geo_pretrain.training.data.frame import Frame, Source
 from geo_pretrain.training.data.pairs import Pair
 from geo_pretrain.training.data.samples import Key, PairSamples
@@ -192,7 +189,14 @@ class Sets:
         facts = f"1\0{self._fingerprint}\0{scene}\0{self.k_thresh!r}\0{self.min_vertices}"
         key = hashlib.sha256(facts.encode()).hexdigest()[:16]
         path = (self.cache_dir or default_cache()) / "sets" / f"{self.source.name}-{key}.safetensors"
-        return _cached(path, lambda: self._segment(owner, scene))
+
+        def make() -> dict[str, np.ndarray]:
+            sets = self._segment(owner, scene)
+            normals = np.asarray(sets.normals, np.float32)
+            return {"points": sets.points, "ids": sets.ids.astype(np.int32), "normals": normals}
+
+        found = cached_arrays(path, make, "sets")
+        return SceneSets(found["points"], found["ids"].astype(np.int64), found["normals"])
 
     def _segment(self, owner: Any, scene: str) -> SceneSets:
         options: dict[str, Any] = {"k_thresh": self.k_thresh, "min_vertices": self.min_vertices}
@@ -314,36 +318,3 @@ def _readable(source: Source, scene: str) -> Iterator[Frame]:
         yield frame
     if not found:
         raise DataError(f"Scene {scene!r} of source {source.name!r} has no readable frame to take sets from.")
-
-
-def _cached(path: Path, make: Callable[[], SceneSets]) -> SceneSets:
-    """The sets in a file; made and written there when the file is missing or damaged."""
-    with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, framework="np") as file:
-        arrays = {name: file.get_tensor(name) for name in ("points", "ids", "normals")}
-        if (file.metadata() or {}).get("sha256") == _digest(arrays):
-            return SceneSets(arrays["points"], arrays["ids"].astype(np.int64), arrays["normals"])
-    sets = make()
-    arrays = {"points": sets.points, "ids": sets.ids.astype(np.int32), "normals": np.asarray(sets.normals, np.float32)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(arrays, name, metadata={"sha256": _digest(arrays)})
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"Cannot write the sets to {str(path)!r} ({error.strerror}). "
-            "Set GEO_PRETRAIN_CACHE to a folder that can be written."
-        ) from error
-    return sets
-
-
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name, array in arrays.items():
-        digest.update(f"{name}:{array.dtype.str}{array.shape};".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

@@ -1,33 +1,29 @@
-"""The coloured surface of a scene: the source's own, or fused from its depth frames; kept in a cache.
-
-A cache file carries the digest of its arrays: one that is damaged is made again.
-"""
+"""The coloured surface of a scene: the source's own, or fused from its depth frames; kept in a cache."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.hub import default_cache
 from geo_pretrain.sparse.coordinates import unique_rows
+from geo_pretrain.training.data.cache import cached_arrays
 from geo_pretrain.training.data.frame import Frame, Source
 
 FUSION_VOXEL = 0.01  # m; points of all frames in one voxel become one point
 _FUSION_PIXELS = 320 * 240  # of a frame: 640x480 gains nothing at 1 cm
 _PENDING = 2_000_000  # voxels held unmerged
+_REMEMBERED = 128 << 20  # bytes of surfaces that a `Surfaces` holds: dozens of rooms, a few real scans
 
 
 class NoSurface(DataError):
@@ -44,6 +40,11 @@ class Surface:
     def __len__(self) -> int:
         return len(self.points)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays."""
+        return self.points.nbytes + self.colors.nbytes
+
 
 def scene_surface(source: Source, scene: str, *, cache_dir: Path | None = None) -> Surface:
     """The surface of a scene: `source.surface(scene)` where the source has one, else fused from its depth frames.
@@ -58,18 +59,21 @@ def scene_surface(source: Source, scene: str, *, cache_dir: Path | None = None) 
 
 
 class Surfaces:
-    """The surfaces of a source, for repeated use: the last one and the source's fingerprint are remembered."""
+    """The surfaces of a source, for repeated use: the latest ones and the source's fingerprint are remembered."""
 
     def __init__(self, source: Source, cache_dir: Path | None = None) -> None:
         self.source, self.cache_dir = source, cache_dir
         self._fingerprint: str | None = None
-        self._last: tuple[str, Surface] | None = None
+        self._surfaces: OrderedDict[str, Surface] = OrderedDict()  # the latest last
 
     def load(self, scene: str) -> Surface:
         """As `scene_surface`."""
-        if self._last is None or self._last[0] != scene:
-            self._last = scene, self._find(scene)
-        return self._last[1]
+        if scene not in self._surfaces:
+            self._surfaces[scene] = self._find(scene)
+            while len(self._surfaces) > 1 and sum(s.nbytes for s in self._surfaces.values()) > _REMEMBERED:
+                self._surfaces.popitem(last=False)
+        self._surfaces.move_to_end(scene)
+        return self._surfaces[scene]
 
     def _find(self, scene: str) -> Surface:
         own = getattr(getattr(self.source, "source", self.source), "surface", None)
@@ -86,26 +90,12 @@ class Surfaces:
 
 def cached_surface(path: Path, make: Callable[[], Surface]) -> Surface:
     """The surface in a file; made and written there when the file is missing or damaged."""
-    with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, framework="np") as file:
-        surface = Surface(file.get_tensor("points"), file.get_tensor("colors"))
-        if (file.metadata() or {}).get("sha256") == _digest(surface):
-            return surface
-    surface = make()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file({"points": surface.points, "colors": surface.colors}, name, metadata={"sha256": _digest(surface)})
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"Cannot write the surface to {str(path)!r} ({error.strerror}). "
-            "Set GEO_PRETRAIN_CACHE to a folder that can be written."
-        ) from error
-    return surface
+
+    def arrays() -> dict[str, np.ndarray]:
+        surface = make()
+        return {"points": surface.points, "colors": surface.colors}
+
+    return Surface(**cached_arrays(path, arrays, "surface"))
 
 
 def frame_cloud(frame: Frame, step: int = 1) -> Surface:
@@ -154,11 +144,3 @@ def _readable_frames(source: Source, scene: str) -> Iterator[Frame]:
             found = True
     if not found:
         raise DataError(f"Scene {scene!r} of source {source.name!r} has no readable frame to fuse a surface from.")
-
-
-def _digest(surface: Surface) -> str:
-    digest = hashlib.sha256()
-    for array in (surface.points, surface.colors):
-        digest.update(f"{array.dtype.str}{array.shape};".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

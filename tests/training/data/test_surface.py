@@ -139,12 +139,42 @@ def test_scene_without_a_readable_frame_is_an_error(tmp_path):
         scene_surface(SevenScenes(folder), "kitchen", cache_dir=tmp_path)
 
 
-def test_surfaces_travel_to_workers_and_remember_the_last_one(tmp_path, recording):
+def test_surfaces_travel_to_workers(tmp_path, recording):
     surfaces = Surfaces(SevenScenes(recording), tmp_path)
     name = surfaces.source.scenes()[0]
-    assert surfaces.load(name) is surfaces.load(name)
     there = pickle.loads(pickle.dumps(surfaces))
     assert (there.load(name).points == surfaces.load(name).points).all()
+
+
+class Counted:
+    """Scenes with surfaces of 100, 200, ... points, and a note of which were asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def surface(self, scene):
+        self.asked.append(scene)
+        return Surface(np.zeros((100 * int(scene), 3), np.float32), np.zeros((100 * int(scene), 3), np.uint8))
+
+
+def test_the_latest_surfaces_are_remembered_up_to_a_limit_of_bytes(monkeypatch):
+    monkeypatch.setattr(module, "_REMEMBERED", 15 * 600)  # a point takes 15 bytes
+    source = Counted()
+    surfaces = Surfaces(source)
+
+    def load(*scenes):
+        del source.asked[:]
+        for scene in scenes:
+            assert len(surfaces.load(scene)) == 100 * int(scene)
+        return "".join(source.asked)
+
+    assert load("1", "2", "3", "1", "2", "3") == "123"  # 600 points: all fit
+    assert load("2", "1", "4") == "4"  # 3 and 2, used longest ago, make room
+    assert load("4", "1") == ""
+    assert load("3") == "3"  # for 4
+    assert load("1", "2") == "2"
+    assert load("9", "9") == "9"  # the last one stays, however large
+    assert load("1") == "1"
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, unknown
 from geo_pretrain.training.data import files
+from geo_pretrain.training.downstream.data.instances import instances_from_ids
 from geo_pretrain.training.downstream.data.labelled import Instances, LabelledImage
 from geo_pretrain.training.downstream.data.mapping import LabelMap
-from geo_pretrain.training.downstream.data.pngs import instances_from_ids, read_ids
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class SemanticFolder(Folder):
         if item.labels is None:
             raise BadFrame(item.image, "image has no file of labels")
         image = files.read_color(item.image)
-        ids = read_ids(item.labels, image.shape, bits=self.bits)
+        ids = files.read_ids(item.labels, image.shape, bits=self.bits)
         return LabelledImage(id, image, self.labels.apply(ids, item.labels), None)
 
 
@@ -138,9 +138,9 @@ class InstanceFolder(Folder):
         item = self._item(id)
         if item.instances is None:
             raise BadFrame(item.image, "image has no file of instances")
-        ids = read_ids(item.instances, shape, bits=self.bits)
+        ids = files.read_ids(item.instances, shape, bits=self.bits)
         if item.labels is not None:
-            ids = combine(read_ids(item.labels, ids.shape), ids, item.instances)
+            ids = combine(files.read_ids(item.labels, ids.shape), ids, item.instances)
         rule = self.rule
         path = item.labels or item.instances  # the file that holds the label
         return instances_from_ids(ids, self.labels, path, min_pixels=rule.min_pixels, unnumbered=rule.unnumbered)

@@ -10,9 +10,9 @@ import numpy as np
 
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training.data.rooms import CLASSES, Rooms, RoomsConfig
+from geo_pretrain.training.downstream.data.instances import instances_from_ids
 from geo_pretrain.training.downstream.data.labelled import LabelledImage
 from geo_pretrain.training.downstream.data.mapping import LabelMap
-from geo_pretrain.training.downstream.data.pngs import instances_from_ids
 from geo_pretrain.training.recipe import parse
 
 STUFF = ("wall", "floor", "ceiling")  # segmented, not detected
