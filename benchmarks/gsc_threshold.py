@@ -28,6 +28,7 @@ from benchmarks.common import machine, write_results
 from benchmarks.pretext_3d import trained
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.data.cache import write_atomically
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.pairs import find_pairs
 from geo_pretrain.training.data.sources import open_source
@@ -71,7 +72,8 @@ def second_stages(recipe: str, start: Path, seed: int, sweep: bool, overrides: l
     same = {"steps": set_loss.optim.steps, "lr": set_loss.optim.lr, "bn_momentum": set_loss.optim.bn_momentum}
     equal = [f"optim.{key}={value}" for key, value in same.items()]
     stages = {
-        CONTINUED: load_recipe(recipe, [*common, *equal], toy=True),
+        # As in the recipes *.continued: all that the first stage trained goes on, the depth head too.
+        CONTINUED: load_recipe(recipe, [*common, *equal, "task.keep_heads=true"], toy=True),
         LABELS: load_recipe(RECIPE, [*common, "task.sets=semantic"], toy=True),
     }
     for k_thresh in THRESHOLDS if sweep else THRESHOLDS[:1]:
@@ -96,7 +98,7 @@ def one_seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, floa
             measure = measure or Measure(first)
             network = random_twin(start, seed) if name == RANDOM else load_backbone(folder, decoder=True)
             results[name] = measure(network, folder, seed)
-            found.write_text(json.dumps(results))
+            write_atomically(found, json.dumps(results))
             print(seed, name, results[name], flush=True)
     return results
 

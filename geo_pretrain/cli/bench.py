@@ -26,8 +26,9 @@ def bench_pretext(
     seed: Annotated[list[int], typer.Option(help="Of pre-training and measurements; may be repeated.")] = [0, 1, 2],  # noqa: B006
     toy: Annotated[bool, typer.Option("--toy", help="Small networks and rooms: a CPU, under an hour.")] = False,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of every task.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples a step of every task.")] = None,
     finetune_steps: Annotated[int | None, typer.Option(help="Steps of every fine-tuning run.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes at a time; default: one a core.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes at a time; default: one a core; on a GPU one.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     list_: Annotated[bool, typer.Option("--list", help="Show what would be trained, and stop.")] = False,
@@ -44,17 +45,19 @@ def bench_pretext(
     Some tasks: `geo-pretrain bench pretext --toy --task pri3d_view --task csc --seed 0 --out runs/two`
     """
     from geo_pretrain.training.bench.plan import FULL, BenchSpec, rows
-    from geo_pretrain.training.bench.report import HEAD, table
+    from geo_pretrain.training.bench.report import HEAD, parts, table
     from geo_pretrain.training.bench.report import render as render_page
     from geo_pretrain.training.bench.run import RESULTS, run_bench
 
     changes: dict[str, Any] = {"overrides": tuple(set_)}
-    changes |= {} if steps is None else {"steps": steps}
-    changes |= {} if finetune_steps is None else {"finetune_steps": finetune_steps}
+    given = {"steps": steps, "batch": batch, "finetune_steps": finetune_steps}
+    changes |= {key: value for key, value in given.items() if value is not None}
     spec, chosen = replace(BenchSpec() if toy else FULL, **changes), rows(task)
     if list_:
         _show_plan(chosen, spec)
         return
+    if render is not None:
+        parts(render)  # a page that cannot hold the table is better known now
     with progress(not as_json) as report:
         results = run_bench(
             chosen,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ import torch
 
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.checkpoint import read_checkpoint
-from geo_pretrain.errors import DataError, GeoPretrainError, RecipeError, UnknownName
+from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, RecipeError, UnknownName
+from geo_pretrain.training.alone import only_process
 from geo_pretrain.training.bench import measure as measuring
 from geo_pretrain.training.bench import plan as planning
 from geo_pretrain.training.bench import run as running
@@ -263,6 +267,82 @@ def test_points_are_measured_too(tmp_path, inline):
     )
 
 
+def test_a_task_with_a_teacher_is_measured_after_it(tmp_path, inline):
+    spec = dataclasses.replace(TINY, steps=1, finetune_steps=1, pairs=1, overrides=(*TINY.overrides, *CLOUDS, VIEW))
+    found = run_bench(rows(["ppkt"]), [0], spec, tmp_path, jobs=2)
+    assert found["failed"] == {}
+    assert [name.partition("-")[0] for name in inline.begun] == ["pri3d_view_r18.toy", "ppkt_srunet34.toy", "random"]
+    (group,) = found["groups"].values()
+    first = group["tasks"]["ppkt"]["training"]["first stage"]
+    (teacher,) = (tmp_path / "checkpoints").glob("pri3d_view*")
+    assert first["seconds"] == [read_checkpoint(teacher).provenance["seconds"]]
+    (taught,) = (tmp_path / "recipes").glob("ppkt*")
+    assert f"teacher: {teacher}" in taught.read_text()
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A program that runs in place of Python: the text of a shell script."""
+
+    def set_up(script):
+        path = tmp_path / "stand_in"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(running.sys, "executable", str(path))
+        monkeypatch.setattr(running, "_prepare_rooms", lambda *_: None)
+
+    return set_up
+
+
+def test_processes_share_the_cores_and_stand_apart_from_the_terminal(tmp_path, monkeypatch, stand_in):
+    """A Ctrl-C in a terminal goes to the whole process group; the second signal stops a training without saving."""
+    stand_in(f"echo + >> {tmp_path}/trace; sleep 0.3; ps -o pgid= -p $$; echo - >> {tmp_path}/trace; exit 1")
+    monkeypatch.setattr(running.os, "cpu_count", lambda: 6)
+    started = []
+    monkeypatch.setattr(running, "Popen", lambda *a, **k: started.append(k["env"]) or subprocess.Popen(*a, **k))
+    found = run_bench(rows(["pri3d_view"]), range(4), TINY, tmp_path / "out", jobs=2)
+    trace = [{"+": 1, "-": -1}[line] for line in (tmp_path / "trace").read_text().split()]
+    assert (len(trace), max(itertools.accumulate(trace))) == (8, 2)
+    assert [environment["OMP_NUM_THREADS"] for environment in started] == ["3"] * 4
+    groups = {int(text) for text in found["failed"]["pri3d_view"].values()}
+    assert len(groups) == 4
+    assert os.getpgrp() not in groups
+
+
+def test_a_killed_process_is_called_killed(tmp_path, stand_in):
+    stand_in("echo loading; echo training csc: 10/80; kill -9 $$")
+    found = run_bench(rows(["csc"]), [0], TINY, tmp_path / "out", jobs=1)
+    why = found["failed"]["csc"]["0"]
+    assert why == "killed by SIGKILL, as when memory runs out; last said: training csc: 10/80"
+    stand_in("kill -15 $$")
+    found = run_bench(rows(["csc"]), [0], TINY, tmp_path / "out", jobs=1)
+    assert found["failed"]["csc"]["0"] == "killed by SIGTERM; last said: nothing"
+    stand_in("exit 3")
+    found = run_bench(rows(["csc"]), [0], TINY, tmp_path / "out", jobs=1)
+    assert found["failed"]["csc"]["0"] == "exit code 3"
+
+
+def test_a_folder_has_one_benchmark_at_a_time_and_a_mistyped_one_leaves_it_free(tmp_path, inline):
+    mistyped = dataclasses.replace(TINY, overrides=(*TINY.overrides, "optim.lrr=0.1"))
+    with pytest.raises(RecipeError, match=r"Closest: 'optim\.lr'"):
+        run_bench(rows(["pri3d_view"]), [0], mistyped, tmp_path / "out")
+    with (
+        only_process(tmp_path / "out", "benchmark"),
+        pytest.raises(CheckpointError, match="at work on the benchmark"),
+    ):
+        run_bench(rows(["pri3d_view"]), [0], TINY, tmp_path / "out")
+    assert not (tmp_path / "out" / "bench.json").exists()
+    assert inline.begun == []
+
+
+@pytest.mark.parametrize(
+    "override, instead", [("optim.batch=8", "--batch"), ("optim.steps=1", "--steps"), ("seed=4", "--seed")]
+)
+def test_what_is_the_same_for_all_is_not_overridden(override, instead):
+    with pytest.raises(RecipeError, match=f"{override.partition('=')[0]}.*Give {instead}"):
+        BenchSpec(overrides=(override,))
+
+
 def test_stop_reaches_the_processes_and_keeps_what_is_done(tmp_path, monkeypatch):
     processes = []
 
@@ -295,17 +375,6 @@ def test_encoder_gets_the_same_new_decoder_whatever_it_learned():
     )
 
 
-def test_maps_of_an_encoder_are_matched_side_by_side():
-    encoder = ResNetEncoder(18, width=8, out_indices=(1, 2, 3, 4)).eval()
-    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        features, maps = measuring.Stages(encoder)(image), encoder(image)
-    assert features.shape == (1, 8 + 16 + 32 + 64, 32, 48)
-    # At stride 4 the centre of two by two cells lies between them; at stride 2 a corner cell is the map's own corner.
-    corner = torch.cat([m[0, :, 0, 0] / m[0, :, 0, 0].norm() for m in maps])
-    assert torch.allclose(features[0, :, 0, 0], corner, atol=1e-5)
-
-
 def test_twins_are_equal_where_architecture_and_input_are(tmp_path):
     from tests.zoo import write_tiny, write_tiny_3d
 
@@ -332,8 +401,10 @@ def summary():
         ("pri3d_view", seed): made_up("2D", "unet", seed, value, **trained(10.0)) for seed, value in values.items()
     }
     found |= {("unet", seed): made_up("2D", "unet", seed, 0.1) for seed in values}
-    stage = {"first stage": {"recipe": "view", "steps": 71, "continued": True}}
-    found["gsc", 1] = made_up("2D", "unet", 1, 0.5, **trained(20.0), **stage)
+    stage = {"recipe": "view", "steps": 71, "continued": True}
+    for seed, seconds in ((0, 40.0), (1, 60.0)):
+        first = {"first stage": stage | {"seconds": seconds}}
+        found["gsc", seed] = made_up("2D", "unet", seed, 0.5, **trained(20.0), **first)
     found["csc", 0] = made_up("3D", "sr", 0, 0.4, **trained(30.0))
     return summarise(chosen, [0, 1, 2], SPEC, found, {("ppkt", 1): "no | teacher"}), values
 
@@ -350,8 +421,8 @@ def test_table_has_means_and_deviations_under_random_weights(summary):
         f"{25 * mean:.1f} ± {25 * std:.1f}", "100 steps, 10 s",
     ]  # fmt: skip
     assert lines["2D, random weights: unet"][0] == "10.0 ± 0.0"
-    assert lines["gsc"][0] == "50.0 (1 of 3 seeds)"
-    assert lines["gsc"][3] == "71 of view + 100 steps, 20 s"
+    assert lines["gsc"][0] == "50.0 ± 0.0 (2 of 3 seeds)"
+    assert lines["gsc"][3] == "71 of view, 50 s + 100 steps, 20 s"
     assert lines["3D, random weights: sr"][0] == "-"
 
 
@@ -370,6 +441,13 @@ def test_page_gets_the_table_between_its_marks(summary, tmp_path):
     page.write_text("nothing")
     with pytest.raises(DataError, match="bench pretext: begin"):
         render(page, summary[0])
+    with pytest.raises(DataError, match="no such page"):
+        render(tmp_path / "other.md", summary[0])
+
+
+def test_tasks_that_are_not_available_are_on_the_page(summary):
+    results = summary[0] | {"not available": {"gone": "no recipe"}}
+    assert "| `gone` | not available | not available | not available | no recipe |" in markdown(results)
 
 
 def test_page_of_the_documentation_shows_the_committed_results(tmp_path):

@@ -358,11 +358,13 @@ def test_a_frame_that_cannot_be_read_is_left_out(tmp_path, image_folder, cloud_f
         visualize_points(cloud_folder, spec, tmp_path / "x.ply", limit=0)
 
 
-def test_an_encoder_alone_has_features_but_no_matches(tmp_path, spec):
+def test_an_encoder_alone_has_features_and_matches(tmp_path, spec):
     arch = Arch("resnet", {"depth": 18, "width": 8})
     folder = str(write_tiny(tmp_path / "net", arch=arch, weights={"encoder": role_weights("encoder")}).folder)
-    with pytest.raises(CheckpointError, match="is an encoder alone"):
-        visualize_matches(folder, spec, tmp_path / "x.png")
+    shown = visualize_matches(folder, spec, tmp_path / "matches.png", count=1)
+    assert [title for title, _ in shown] == ["random weights", "net"]
+    with pytest.raises(RecipeError, match="'scratch' is drawn beside a backbone"):
+        visualize_matches("scratch", spec, tmp_path / "x.png")
     draw_features([folder], spec, tmp_path / "x.png", count=1)
     assert pixels(tmp_path / "x.png").shape[1] == 3 * (288 + GAP) + GAP
 

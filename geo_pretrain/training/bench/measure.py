@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from geo_pretrain.backbones.build import has_decoder
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
@@ -24,7 +22,7 @@ from geo_pretrain.training.data.pairs import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.downstream.cloud_matching import evaluate_cloud_matching
 from geo_pretrain.training.downstream.data.sources import open_labelled
-from geo_pretrain.training.downstream.matching import evaluate_matching
+from geo_pretrain.training.downstream.matching import EncoderMaps, evaluate_matching
 from geo_pretrain.training.downstream.points import (
     PointsSpec,
     finetune_points,
@@ -68,23 +66,6 @@ class Rooms:
             parts = (id.partition("/") for id in source.ids())
             found.append([resize_frame(rooms.rooms.load(scene, id), self.size) for scene, _, id in parts])
         return found[0], found[1]
-
-
-class Stages(nn.Module):
-    """An encoder's four maps as one at half resolution: each of unit length, enlarged (bilinear), side by side.
-
-    What is matched where a checkpoint holds an encoder alone.
-    """
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> [B, sum of channels, H / 2, W / 2]."""
-        size = (x.shape[2] // 2, x.shape[3] // 2)
-        maps = [F.normalize(m) for m in self.encoder(x)]
-        return torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps], dim=1)
 
 
 def measure(
@@ -134,7 +115,7 @@ def _images(
         return _load(folder, pretrained, seed, device, **options)
 
     def matching() -> dict[str, Any]:
-        network = load(decoder=True) if decoder else Stages(load(out_indices=STAGES))
+        network = load(decoder=True) if decoder else EncoderMaps(load(out_indices=STAGES))
         source, pairs = rooms.held_out()
         result = evaluate_matching(network.eval(), contract, source, pairs, size=rooms.size, seed=seed)
         return _recall(result, "dense output" if decoder else "encoder's maps")

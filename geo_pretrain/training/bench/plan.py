@@ -19,6 +19,15 @@ Kind = Literal["2D", "3D"]
 BASE = "pri3d_view_r18.rooms"  # whose rooms and image size all tasks get
 # Geometric Set Consistency trains one network in two stages: 5 epochs of Pri3D and 2 of its own in the paper.
 SHARE = 5 / 7
+# What no override may set, and what sets it.
+FIXED = {
+    "optim.batch": "Give --batch.",
+    "optim.steps": "Give --steps.",
+    "optim.epochs": "Give --steps.",
+    "seed": "Give --seed.",
+    "data.source": "It compares on rooms.",
+    "stage1.optim.steps": "Give --steps.",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,9 @@ class BenchSpec:
         for key, value in asdict(self).items():
             if key not in ("toy", "overrides") and not value > 0:
                 raise RecipeError(f"'{key}' is {value!r}, accepted is a number above 0.")
+        for override in self.overrides:
+            if (key := override.partition("=")[0]) in FIXED:
+                raise RecipeError(f"Override {override!r}: the benchmark sets '{key}' for all tasks. {FIXED[key]}")
 
 
 # Real networks at real size. Needs a GPU: a day of one for all tasks and seeds.

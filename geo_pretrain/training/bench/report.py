@@ -84,17 +84,28 @@ def markdown(results: Mapping[str, Any]) -> str:
             lines.append(f"| `{task}` | {' | '.join(cells)} |")
     for what, why in results["failed"].items():
         lines.append(f"| `{what}` | failed | failed | failed | {next(iter(why.values())).replace('|', '/')} |")
+    lines += [
+        f"| `{task}` | {' | '.join(['not available'] * 3)} | {why} |" for task, why in results["not available"].items()
+    ]
     return "\n".join(lines)
 
 
 def render(page: Path, results: Mapping[str, Any]) -> None:
     """Put the table between the marks of a Markdown page. Raises `DataError` for a page without them."""
-    text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
+    before, after = parts(page)
+    page.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
+
+
+def parts(page: Path) -> tuple[str, str]:
+    """What stands before and after the marks of a page. Raises `DataError` for a page without them."""
+    try:
+        before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    except FileNotFoundError:
+        raise DataError(f"{page}: no such page.") from None
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise DataError(f"{page}: no lines {BEGIN!r} and {END!r}, between which the table would go.")
-    page.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
+    return before, after
 
 
 def _group(twin: str, run: Mapping[str, Any], random: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -122,7 +133,9 @@ def _training(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = runs[0]["training"]
     tree = {key: first[key] for key in ("recipe", "steps", "batch", "views")}
     tree["seconds"] = [run["training"]["seconds"] for run in runs]
-    return tree | ({"first stage": runs[0]["first stage"]} if "first stage" in runs[0] else {})
+    if "first stage" not in runs[0]:
+        return tree
+    return tree | {"first stage": runs[0]["first stage"] | {"seconds": [run["first stage"]["seconds"] for run in runs]}}
 
 
 def _cells(row: Mapping[str, Any], wanted: int) -> list[str]:
@@ -145,5 +158,5 @@ def _text(training: Mapping[str, Any]) -> str:
     first = training.get("first stage")
     if first is None:
         return text
-    before = f"{first['steps']} of {first['recipe']}"
+    before = f"{first['steps']} of {first['recipe']}, {statistics.median(first['seconds']):.0f} s"
     return f"{before} + {text}" if first["continued"] else f"{text}; teacher {before}"

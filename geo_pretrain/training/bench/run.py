@@ -16,7 +16,9 @@ from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 from types import FrameType
 from typing import Any
 
+from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import RecipeError
+from geo_pretrain.training.alone import only_process
 from geo_pretrain.training.bench.cell import Job, is_trained
 from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data, identity, plan
 from geo_pretrain.training.bench.report import summarise
@@ -27,6 +29,7 @@ from geo_pretrain.training.engine import Interrupted
 
 SPEC, RESULTS = "bench.json", "results.json"
 POLL = 0.2  # seconds between looks at the processes
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # beside Ctrl-C
 PATIENCE = 60.0  # seconds that a process has to save its state when the run is stopped
 
 Report = Callable[[int, int, str], None]  # cells done, all that are known of, what happened
@@ -92,30 +95,38 @@ def run_bench(
     """Train and measure every row with every seed, and random weights of every architecture; write `out`/results.json.
 
     What is finished in `out` is kept; a cell that failed is tried again by the next call. A task that fails has its
-    error in the results and holds up none of the others. `jobs` processes run at a time (None: one a core), sharing
-    the cores. Returns what results.json holds (see `report.summarise`).
+    error in the results and holds up none of the others. `jobs` processes run at a time (None: one a core, or one on
+    a GPU), sharing the cores. Returns what results.json holds (see `report.summarise`).
 
     Raises:
-        Interrupted: SIGINT arrived; trainings have saved their states.
+        CheckpointError: another process works on `out`.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; trainings have saved their states.
         RecipeError: `out` was begun with another budget, or a recipe cannot be given this one.
     """
     cores = os.cpu_count() or 1
-    bench = Bench(rows, sorted(set(seeds)), spec, out, jobs or cores, device, report)
-    _claim(out, spec)
+    # Paths of checkpoints get into recipes, which another way of writing --out must not change.
+    out = out.resolve()
+    bench = Bench(rows, sorted(set(seeds)), spec, out, jobs or (cores if device == "cpu" else 1), device, report)
     for seed in bench.seeds:
         for row in rows:
             _add(bench, row, seed)
-    _prepare_rooms(spec, on_rooms)
-    start = time.monotonic()
-    _run_all(bench, max(1, cores // bench.jobs))
-    results = summarise(rows, bench.seeds, spec, _found(bench), _failures(bench))
-    seconds = round(time.monotonic() - start)
+    with only_process(out, "benchmark"):
+        _claim(out, spec)
+        _prepare_rooms(spec, on_rooms)
+        start = time.monotonic()
+        _run_all(bench, max(1, cores // bench.jobs))
+        return _write(bench, command, round(time.monotonic() - start))
+
+
+def _write(bench: Bench, command: str, seconds: int) -> dict[str, Any]:
+    """results.json, from the cells that are there."""
+    results = summarise(bench.rows, bench.seeds, bench.spec, _found(bench), _failures(bench))
     results = {
         "command": command,
         "machine": machine() | {"jobs": bench.jobs},
         "seconds of this call": seconds,
     } | results
-    write_atomically(out / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_atomically(bench.out / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -227,13 +238,15 @@ def _start(bench: Bench, cell: Cell, threads: int) -> Popen[bytes]:
             stderr=STDOUT,
             stdin=DEVNULL,
             env=environment,
+            # A terminal would send its Ctrl-C to them, too, and the second signal stops a training without saving.
+            start_new_session=True,
         )
 
 
 def _collect(bench: Bench, cell: Cell, returncode: int) -> None:
     """Note how a cell ended, and what is to be done because of it."""
     if returncode or (not cell.failure and not bench.is_done(cell)):
-        cell.failure = _last_line(bench.out / "logs" / f"{cell.key}.txt") or f"exit code {returncode}"
+        cell.failure = _why(bench.out / "logs" / f"{cell.key}.txt", returncode)
     if not cell.failure:
         _add_twin(bench, cell)
     done = sum(bool(other.failure) or bench.is_done(other) for other in bench.cells.values())
@@ -241,9 +254,15 @@ def _collect(bench: Bench, cell: Cell, returncode: int) -> None:
     bench.report(done, len(bench.cells), f"{cell.row}, seed {cell.seed}: {ending}")
 
 
-def _last_line(log: Path) -> str:
+def _why(log: Path, returncode: int) -> str:
+    """Why a process ended: what it said last, unless it was killed and had no say."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    return lines[-1].removeprefix("Error: ") if lines else ""
+    last = lines[-1].removeprefix("Error: ") if lines else ""
+    if returncode < 0:
+        killer = signal.Signals(-returncode).name
+        memory = ", as when memory runs out" if -returncode == signal.SIGKILL else ""
+        return f"killed by {killer}{memory}; last said: {last or 'nothing'}"
+    return last or f"exit code {returncode}"
 
 
 @contextmanager
@@ -254,7 +273,7 @@ def _stopped_together(running: dict[str, Popen[bytes]]) -> Iterator[None]:
         raise KeyboardInterrupt
 
     main = threading.current_thread() is threading.main_thread()  # others may not set handlers
-    before = signal.signal(signal.SIGTERM, stop) if main else None
+    before = {number: signal.signal(number, stop) for number in STOPS if main}
     try:
         yield
     except BaseException as error:
@@ -269,8 +288,8 @@ def _stopped_together(running: dict[str, Popen[bytes]]) -> Iterator[None]:
             raise Interrupted("Stopped; finished cells are kept. Give the same command again to go on.") from None
         raise
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _found(bench: Bench) -> dict[tuple[str, int], dict[str, Any]]:
@@ -282,7 +301,8 @@ def _found(bench: Bench) -> dict[tuple[str, int], dict[str, Any]]:
         tree = json.loads(Path(cell.job.result).read_text(encoding="utf-8"))
         if cell.training is not None and cell.training.stage1 is not None:
             first = cell.training.stage1
-            facts = {"recipe": first.recipe.name, "steps": first.recipe.optim.steps}
+            seconds = read_checkpoint(bench.checkpoint(first)).provenance["seconds"]
+            facts = {"recipe": first.recipe.name, "steps": first.recipe.optim.steps, "seconds": float(seconds)}
             tree["first stage"] = facts | {"continued": cell.training.continued}
         found[cell.row if cell.job.pretrained else tree["twin"], cell.seed] = tree
     return found

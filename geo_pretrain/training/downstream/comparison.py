@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from geo_pretrain import hub
+from geo_pretrain.backbones.build import has_decoder
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import CheckpointError
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.pairs import find_pairs
 from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.downstream.cloud_matching import Turn, edge, evaluate_cloud_matching
-from geo_pretrain.training.downstream.matching import evaluate_matching
+from geo_pretrain.training.downstream.matching import EncoderMaps, evaluate_matching
 from geo_pretrain.training.downstream.pixel_voxel import (
     evaluate_pair,
     evaluate_pixel_to_voxel,
@@ -26,6 +26,7 @@ from geo_pretrain.training.downstream.pixel_voxel import (
     load_pri3d,
     random_pair,
 )
+from geo_pretrain.training.downstream.probes import STAGES
 from geo_pretrain.training.downstream.recall import MatchingResult, spread_evenly
 from geo_pretrain.training.recipe import DataSpec, recipe_of
 
@@ -47,7 +48,7 @@ def compare_matching(
 ) -> dict[str, MatchingResult]:
     """Matching recall of a backbone (catalog name or folder) and of its architecture with random weights.
 
-    Pixels for a 2D backbone, voxels for a 3D one.
+    Pixels for a 2D backbone, voxels for a 3D one. An encoder without a decoder matches its maps, see `EncoderMaps`.
 
     Args:
         size: of the frames; None: that of pre-training.
@@ -58,8 +59,6 @@ def compare_matching(
     """
     folder = hub.resolve(backbone, roles=_network_and_recipe)
     found = read_checkpoint(folder)
-    if found.arch.name == "resnet":
-        raise CheckpointError(f"{backbone!r} is an encoder alone; matching needs a network with a decoder.")
     contract = found.contract
     evaluate: Callable[..., MatchingResult] = evaluate_matching
     options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
@@ -74,7 +73,7 @@ def compare_matching(
     source = open_source(spec, split="val")
     pairs = spread_evenly(find_pairs(source, spec, skips=skips), count)
     results = {}
-    networks = {RANDOM: random_twin(folder, seed), backbone: _network(folder)}
+    networks = {RANDOM: random_twin(folder, seed), backbone: dense_network(folder)}
     for number, (name, network) in enumerate(networks.items()):
         results[name] = evaluate(
             network,
@@ -140,13 +139,17 @@ def random_twin(folder: str | Path, seed: int = 0) -> Any:
     """The network of a checkpoint folder with random weights, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _network(folder, pretrained=False)
+        return dense_network(folder, pretrained=False)
 
 
-def _network(folder: str | Path, *, pretrained: bool = True) -> Any:
-    """Dense features: an image backbone comes with its decoder."""
-    images = isinstance(read_checkpoint(folder).contract, ImageContract)
-    return load_backbone(folder, decoder=images, pretrained=pretrained)
+def dense_network(folder: str | Path, *, pretrained: bool = True) -> Any:
+    """The network of a checkpoint folder that gives dense features: with its decoder; else an encoder's maps in one."""
+    found = read_checkpoint(folder)
+    if not isinstance(found.contract, ImageContract):
+        return load_backbone(folder, pretrained=pretrained)
+    if has_decoder(found.arch):
+        return load_backbone(folder, decoder=True, pretrained=pretrained)
+    return EncoderMaps(load_backbone(folder, out_indices=STAGES, pretrained=pretrained)).eval()
 
 
 def _network_and_recipe(found: Checkpoint) -> tuple[str, ...]:

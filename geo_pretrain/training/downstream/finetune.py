@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from geo_pretrain.errors import DataError, GeoPretrainError, RecipeError
+from geo_pretrain.training.alone import only_process
 from geo_pretrain.training.data.samples import Key, MicroBatches, sample_seed, total_steps
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.downstream.data.labelled import LabelledSource
@@ -33,7 +34,6 @@ from geo_pretrain.training.downstream.finetune_folder import (
     Run,
     check_out,
     finish,
-    only_process,
     open_log,
     read_result,
     restore,

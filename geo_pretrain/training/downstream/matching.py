@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geo_pretrain.contract import ImageContract
@@ -33,6 +34,24 @@ class PairMatches:
     def error(self) -> np.ndarray:
         """Distance between truth and prediction, px: [N]."""
         return np.linalg.norm(self.predicted - self.truth, axis=-1)
+
+
+class EncoderMaps(nn.Module):
+    """An encoder's maps as one at half resolution: each of unit length, enlarged (bilinear), side by side.
+
+    What is matched where there is no decoder.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        """`encoder` gives a list of maps [B, C_i, H_i, W_i], those that are to be matched."""
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> [B, sum of channels, H / 2, W / 2]."""
+        size = (x.shape[2] // 2, x.shape[3] // 2)
+        maps = [F.normalize(m) for m in self.encoder(x)]
+        return torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps], dim=1)
 
 
 def evaluate_matching(

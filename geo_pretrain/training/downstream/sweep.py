@@ -22,13 +22,13 @@ import yaml
 from geo_pretrain import hub
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.training.alone import only_process
 from geo_pretrain.training.downstream.data.labelled import LabelledSource
 from geo_pretrain.training.downstream.data.sources import data_terms
 from geo_pretrain.training.downstream.finetune import finetune
 from geo_pretrain.training.downstream.finetune_folder import (
     RESULTS,
     FinetuneResult,
-    only_process,
     read_result,
     run_folder,
 )

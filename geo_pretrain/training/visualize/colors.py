@@ -1,6 +1,6 @@
 """Features as colours: three principal components, one colour space for everything that shall be compared.
 
-As in the figures of Pri3D (Hou et al., ICCV 2021) and of Janda et al. (2023): equal colours mean equal features.
+As in the figures of Pri3D (Hou et al., ICCV 2021) and of Janda et al. (2022): equal colours mean equal features.
 """
 
 from __future__ import annotations

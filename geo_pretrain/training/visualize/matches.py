@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import BadFrame, CheckpointError, DataError
-from geo_pretrain.loading import load_backbone
+from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError
 from geo_pretrain.training.data.frame import Frame, Skips, Source
 from geo_pretrain.training.data.pairs import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.data.surface import frame_cloud
 from geo_pretrain.training.downstream.cloud_matching import CloudMatches, Turn, edge, match_clouds
-from geo_pretrain.training.downstream.comparison import random_twin
+from geo_pretrain.training.downstream.comparison import dense_network, random_twin
 from geo_pretrain.training.downstream.matching import PairMatches, match_pair
 from geo_pretrain.training.downstream.recall import spread_evenly
 from geo_pretrain.training.recipe import DataSpec
@@ -78,7 +77,7 @@ def visualize_matches(
     """Write a PNG: `count` pairs of views, lines from queries to their nearest features, green where right.
 
     Args:
-        backbone: a catalog name or folder; images for 2D ones, clouds for 3D ones.
+        backbone: a catalog name or folder; images for 2D ones (of an encoder alone its maps), clouds for 3D ones.
         against: what stands beside it: "scratch" (its own random weights), another backbone of its kind, None: nothing.
         scene: None: pairs are spread over `count` scenes.
         size: of the frames; None: that of pre-training.
@@ -90,12 +89,16 @@ def visualize_matches(
         Each column's title and the share of right matches of each pair shown, in the order of the picture.
 
     Raises:
-        RecipeError: `out` is no .png.
-        CheckpointError: an encoder alone, voxels that RGB-D cannot give, or a backbone of another kind beside.
+        RecipeError: `out` is no .png, or `backbone` is "scratch".
+        CheckpointError: voxels that RGB-D cannot give, or a backbone of another kind beside.
         DataError: no pair can be shown; UnknownName: a backbone or scene that there is not.
     """
     check_suffix(out, [".png"])
     skips = skips if skips is not None else Skips()
+    if backbone == SCRATCH:
+        raise RecipeError(
+            f"{SCRATCH!r} is drawn beside a backbone; accepted as the backbone: a catalog name or a folder."
+        )
     found = [find_backbone(name) for name in dict.fromkeys([backbone, against]) if name not in (None, SCRATCH)]
     for one in found:
         _check(one, found[0])
@@ -143,8 +146,6 @@ class _SomeScenes:
 
 def _check(one: Opened, first: Opened) -> None:
     contract = one.checkpoint.contract
-    if one.checkpoint.arch.name == "resnet":
-        raise CheckpointError(f"{one.name!r} is an encoder alone; matching needs a network with a decoder.")
     if isinstance(contract, VoxelContract):
         edge(contract)
     if type(contract) is not type(first.checkpoint.contract):
@@ -160,7 +161,7 @@ def _matcher(
     """What matches a pair with the network of a checkpoint, or with `network` in its place."""
     contract = found.checkpoint.contract
     if network is None:
-        network = load_backbone(found.checkpoint.folder, decoder=isinstance(contract, ImageContract))
+        network = dense_network(found.checkpoint.folder)
     network = network.to(device)
     if isinstance(contract, VoxelContract):
         return partial(_match_clouds, network, contract, source, size, turn)

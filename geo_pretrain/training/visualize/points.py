@@ -1,7 +1,7 @@
 """Features on points: the surface of a scene, or the cloud of one frame, coloured by what a backbone says of it.
 
 A 3D backbone describes the points itself. Of a 2D one each point has the mean over the frames that see it. Janda et al.
-(2023), fig. 2.
+(2022), fig. 2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from geo_pretrain.errors import RecipeError
+from geo_pretrain.errors import BadFrame, RecipeError
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.pairs import resize_frame
 from geo_pretrain.training.data.ply import write_ply
@@ -143,6 +143,8 @@ def paint_cloud(
     else:
         frames = [resize_frame(source.load(name, chosen_frame(source, name, frame)), spec.size)]
         surface = frame_cloud(frames[0])
+        if not len(surface):
+            raise BadFrame(f"{name}/{frame}", "no pixel has a valid depth")
     describers = load_describers(found, surfaces, level=level, seed=seed, device=device)
     if twin:
         describers += load_describers(found, surfaces, level=level, random=True, seed=seed, device=device)

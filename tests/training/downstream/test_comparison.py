@@ -68,12 +68,19 @@ def test_clouds_of_weights_without_a_recipe_of_ours_are_matched_at_the_size_of_t
     assert calls[2][2]["size"] == load_recipe(name).data.size == (480, 640)
 
 
-def test_an_encoder_alone_is_refused(tmp_path, spec):
+def test_an_encoder_alone_matches_its_maps(tmp_path, spec, calls):
     arch = Arch("resnet", {"depth": 18, "width": 8})
     weights = {"encoder": role_weights("encoder")}
     folder = str(write_tiny(tmp_path / "net", arch=arch, weights=weights).folder)
-    with pytest.raises(CheckpointError, match="is an encoder alone"):
-        compare_matching(folder, spec)
+    compare_matching(folder, spec)
+    random, own = (call[1] for call in calls)
+    assert not own.training
+    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        # what the demo does by hand for ImageNet weights: all maps at strides 4 to 32
+        assert own(image).shape == random(image).shape == (1, 8 + 16 + 32 + 64, 32, 48)
+    assert torch.equal(own.encoder.state_dict()["conv1.weight"], weights["encoder"]["conv1.weight"])
+    assert not torch.equal(random.encoder.state_dict()["conv1.weight"], weights["encoder"]["conv1.weight"])
 
 
 def test_what_cannot_be_measured_is_refused_before_the_data_are_opened(tmp_path):

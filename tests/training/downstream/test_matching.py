@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.pairs import Pair, find_pairs
 from geo_pretrain.training.data.seven_scenes import SevenScenes
-from geo_pretrain.training.downstream.matching import evaluate_matching, match_pair
+from geo_pretrain.training.downstream.matching import EncoderMaps, evaluate_matching, match_pair
 from geo_pretrain.training.recipe import DataSpec
 from tests.training.conftest import write_recording
 
@@ -118,3 +119,14 @@ def test_pair_without_common_surface_is_a_bad_pair(tmp_path):
     np.savetxt(folder / "frame-000010.pose.txt", pose)
     with pytest.raises(BadFrame, match="no match"):
         match_pair(ColourFeatures(), CONTRACT, SevenScenes(folder), Pair("kitchen", "000000", "000010", 0), size=SIZE)
+
+
+def test_maps_of_an_encoder_are_matched_side_by_side():
+    encoder = ResNetEncoder(18, width=8, out_indices=(1, 2, 3, 4)).eval()
+    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features, maps = EncoderMaps(encoder)(image), encoder(image)
+    assert features.shape == (1, 8 + 16 + 32 + 64, 32, 48)
+    # At stride 4 the centre of two by two cells lies between them; at stride 2 a corner cell is the map's own corner.
+    corner = torch.cat([m[0, :, 0, 0] / m[0, :, 0, 0].norm() for m in maps])
+    assert torch.allclose(features[0, :, 0, 0], corner, atol=1e-5)
