@@ -3,7 +3,8 @@
 Numbers are PPKT's, by table. What T3 calls mean accuracy on ScanNet has the size of an overall accuracy and is stored
 as such. The authors released neither code nor weights. The projection of points, 96 to 128 channels and then divided
 by its length, is the network's last layer here. Gupta et al., CRD and Global KD compare whole images, so they teach the
-encoder alone; for CRD the paper cites two different works, of which the one that bears the name stands here.
+encoder alone, beside a decoder of random weights; for CRD the paper cites two different works, of which the one that
+bears the name stands here.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     _entry(
         "gupta_srunet34",
-        f"an image network's pooled features, by squared distance, {ENCODER}",
+        f"an image network's pooled features, by mean squared distance over channels, {ENCODER}",
         _tables((72.11, 64.39), (54.42, 31.12), (88.40, 68.71), (56.74, 36.27)),
         method="gupta",
         paper=GUPTA,

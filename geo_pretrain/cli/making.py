@@ -91,7 +91,7 @@ def train(
     of_data = _data_overrides(data, frames)
     length = [] if steps is None else [f"optim.steps={steps}", "optim.epochs=null"]
     spec = load_recipe(recipe, [*of_data, *length, *set_], toy=toy)
-    stage1 = load_stage1(spec, of_data, toy=toy) if spec.needs_stage1 and spec.stage1 else None
+    stage1 = load_stage1(spec, toy=toy) if spec.needs_stage1 and spec.stage1 else None
     if data is not None:
         tag = spec.data.source + ("_toy" if toy else "")
         if not any(item.startswith("name=") for item in set_):
@@ -220,7 +220,9 @@ def data_preview(
     scenes: Annotated[int, typer.Option(help="Scenes to show.")] = 4,
     frames: Annotated[int, typer.Option(help="Frames of each.")] = 3,
     sets: Annotated[bool, typer.Option("--sets", help="Draw geometric sets, on the frames and the surface.")] = False,
-    k_thresh: Annotated[float, typer.Option(help="Of sets: how much a surface may turn inside of one.")] = 0.01,
+    kind: Annotated[str, typer.Option(help="Of sets: segments of the surface, semantic or instance.")] = "segments",
+    k_thresh: Annotated[float, typer.Option(help="Of segments: how much a surface may turn inside of one.")] = 0.01,
+    min_vertices: Annotated[int, typer.Option(help="Of segments: smaller ones are joined to a neighbour.")] = 20,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
 ) -> None:
     """Draw frames of a data source: colour, depth and labels; or the geometric sets of its scenes.
@@ -237,7 +239,8 @@ def data_preview(
     with progress() as report:
         source = open_source(spec, progress=lambda d, t: report("rendering rooms", d, t, ""))
     if sets:
-        sets_sheet(source, out, scenes=scenes, frames=frames, k_thresh=k_thresh)
+        options: dict[str, Any] = {"kind": kind, "k_thresh": k_thresh, "min_vertices": min_vertices}
+        sets_sheet(source, out, scenes=scenes, frames=frames, **options)
     else:
         contact_sheet(source, out, scenes=scenes, frames=frames)
     console.print(f"Wrote {out}", soft_wrap=True)

@@ -23,14 +23,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from geo_pretrain.catalog.licence import Licence
 from geo_pretrain.checkpoint import Checkpoint, check_target
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError
 from geo_pretrain.training.data.frame import Skips, Source
 from geo_pretrain.training.data.pairs import Pair
 from geo_pretrain.training.data.samples import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.export import write_run
-from geo_pretrain.training.recipe import OptimSpec, Recipe
+from geo_pretrain.training.export import run_licence, write_run
+from geo_pretrain.training.recipe import OptimSpec, Recipe, changes
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
 from geo_pretrain.training.tasks import Task, build_task
 
@@ -71,6 +72,7 @@ class Run:
     task: Task
     module: nn.Module
     optimizer: torch.optim.Optimizer
+    licence: Licence  # of the checkpoint
     step: int = 0
     seconds: float = 0.0  # training time of earlier sittings
 
@@ -132,12 +134,13 @@ def _prepare(
             f"'optim.batch' is {recipe.optim.batch}, accepted is a multiple of processes x accumulate = {parts}."
         )
     task, module = build_task(recipe)
+    licence = run_licence(recipe)  # now, when a failure costs nothing
     dataset = task.dataset(source, pairs)
     steps = total_steps(_length(dataset), recipe.optim.batch, recipe.optim.epochs, recipe.optim.steps)
     # channels_last is about 10 % faster on CPU and more on CUDA; results are those of the same layout on every resume.
     module.to(world.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = _optimizer(recipe.optim, module)
-    run = Run(recipe, out, source, pairs, dataset, world, skips, steps, task, module, optimizer)
+    run = Run(recipe, out, source, pairs, dataset, world, skips, steps, task, module, optimizer, licence)
     state_file = run.folder / STATE
     check_out(out, recipe.name, overwrite=overwrite)
     if world.is_main:
@@ -241,6 +244,12 @@ def _length(dataset: Dataset[dict[str, Any]]) -> int:
     return len(dataset)  # type: ignore[arg-type]
 
 
+def _own_data(run: Run) -> dict[str, Any]:
+    """Facts, a fingerprint among them, of data that samples take from elsewhere than the source; {} for most tasks."""
+    own: Callable[[], dict[str, Any]] = getattr(run.dataset, "own_data", dict)
+    return own()
+
+
 def _to_device(batch: dict[str, Any], run: Run) -> dict[str, Any]:
     for path, reason in batch.pop("skipped"):
         run.skips.reasons.setdefault(path, reason)
@@ -258,6 +267,7 @@ def _save(run: Run) -> None:
             "seconds": run.seconds,
             "recipe": run.recipe.to_yaml(),
             "data": run.source.fingerprint(),
+            "own_data": _own_data(run),
             "world": run.world.size,
             "module": run.module.state_dict(),
             "optimizer": run.optimizer.state_dict(),
@@ -273,14 +283,13 @@ def _save(run: Run) -> None:
 
 def _restore(run: Run, path: Path) -> None:
     state = torch.load(path, map_location="cpu", weights_only=True)
-    mine = run.recipe.to_yaml().splitlines()
-    changed = [line.strip() for line in mine if line not in state["recipe"].splitlines()]
-    if state["recipe"].splitlines() != mine:
+    changed = changes(state["recipe"], run.recipe.to_yaml())
+    if changed:
         raise RecipeError(
             f"The run in {run.folder} was started with another recipe; it differs in: {'; '.join(changed[:5])}. "
             "Give the first settings again, choose another --out, or remove that folder."
         )
-    if state["data"] != run.source.fingerprint():
+    if state["data"] != run.source.fingerprint() or state.get("own_data", {}) != _own_data(run):
         raise RecipeError(f"The data have changed since the run in {run.folder} was started; remove it to start anew.")
     if state["world"] != run.world.size:
         raise RecipeError(f"The run in {run.folder} used {state['world']} processes, not {run.world.size}.")
@@ -296,15 +305,21 @@ def _finish(run: Run, finished: bool) -> Checkpoint | None:
     checkpoint = None
     if run.world.is_main:
         provenance = {
-            "data": {"source": run.source.name, "fingerprint": run.source.fingerprint(), "pairs": len(run.pairs)},
+            "data": {
+                "source": run.source.name,
+                "fingerprint": run.source.fingerprint(),
+                "pairs": len(run.pairs),
+                **_own_data(run),
+            },
             "steps": run.step,
             "seconds": round(run.seconds, 1),
             "processes": run.world.size,
             "device": run.world.device.type,
             "skipped": run.skips.counts(),
         }
+        log = run.folder / "log.jsonl"
         checkpoint = write_run(
-            run.recipe, run.out, run.task, run.source, run.folder / "log.jsonl", provenance, finished=finished
+            run.recipe, run.out, run.task, run.source, log, provenance, run.licence, finished=finished
         )
         if finished:
             _keep_board(run)

@@ -11,26 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import geo_pretrain
+from geo_pretrain import hub
 from geo_pretrain.cards import render_card
+from geo_pretrain.catalog import find
 from geo_pretrain.catalog.entry import Arch
 from geo_pretrain.catalog.licence import Licence, strictest
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.sources import data_licence, source_note
 from geo_pretrain.training.recipe import STAGE1, Recipe, list_recipes
-from geo_pretrain.training.tasks import Task
+from geo_pretrain.training.tasks import Task, task_settings
 
 IMAGENET_TERMS = "LicenseRef-ImageNet-terms"
+UNKNOWN_TERMS = "LicenseRef-unknown"
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors")
 
 
 def write_run(
-    recipe: Recipe, out: Path, task: Task, source: Source, log: Path, provenance: dict[str, Any], *, finished: bool
+    recipe: Recipe,
+    out: Path,
+    task: Task,
+    source: Source,
+    log: Path,
+    provenance: dict[str, Any],
+    licence: Licence,
+    *,
+    finished: bool,
 ) -> Checkpoint:
-    """Write the checkpoint folder `out` of a run, atomically; `provenance` is completed with versions and notes."""
+    """Write the checkpoint folder `out` of a run, atomically; `provenance` is completed with versions and notes.
+
+    `licence` is `run_licence` of the recipe, from before the run: what it started from may have moved since.
+    """
     export = task.export()
-    licence = run_licence(recipe)
     provenance = provenance | {
         "seed": recipe.seed,
         "init": "scratch" if recipe.model is None else recipe.start_of(recipe.model.init),
@@ -62,14 +76,16 @@ def write_run(
 def run_licence(recipe: Recipe) -> Licence:
     """The licence chain of weights made by a recipe: the strictest terms of its data, start weights and teacher.
 
-    3D networks always start from random weights.
+    3D networks always start from random weights. Raises `GeoPretrainError` when weights that are named cannot be found,
+    `RecipeError` for settings that the task has not.
     """
     dataset, terms = data_licence(recipe.data)
-    spec, teacher = recipe.model, recipe.task.get("teacher")
+    task = task_settings(recipe)  # a teacher that the recipe does not name teaches too
+    spec, teacher = recipe.model, task.get("teacher")
     start = Origin() if spec is None else _origin(_weights(recipe, spec.init), spec.depth)
-    teaching = Origin() if teacher is None else _origin(_weights(recipe, teacher), recipe.task.get("teacher_depth", 50))
+    teaching = Origin() if teacher is None else _origin(_weights(recipe, teacher), task.get("teacher_depth", 50))
     base = f"random weights; teacher: {teaching.name}" if teaching.name else "none (random weights)"
-    mixed = (("ImageNet", IMAGENET_TERMS),) if recipe.task.get("mix", "none") != "none" else ()
+    mixed = (("ImageNet", IMAGENET_TERMS),) if task.get("mix", "none") != "none" else ()
     datasets = dict([(dataset, terms), *mixed, *start.datasets, *teaching.datasets])
     weights = strictest(terms, *(more for _, more in mixed), start.terms or terms, teaching.terms or terms)
     return Licence(code="MIT", weights=weights, datasets=tuple(datasets.items()), base_model=start.name or base)
@@ -104,21 +120,27 @@ def _origin(weights: str, depth: int) -> Origin:
         terms = "LicenseRef-ADE20K-terms"
         return Origin(f"fully convolutional ResNet of ADE20K ({terms})", terms, (("ADE20K", terms),))
     if (Path(weights) / "results.json").is_file():
-        return _finetuned(Path(weights), depth)
-    if Path(weights).is_dir():
-        checkpoint = read_checkpoint(Path(weights))
-        name, licence = checkpoint.name, checkpoint.licence
-    else:
-        name, licence = weights, geo_pretrain.backbone_info(weights).licence
+        return _finetuned(Path(weights))
+    entry = None if Path(weights).is_dir() else find(weights)
+    found = entry or read_checkpoint(hub.resolve(weights, roles=()))
+    name, licence = weights if entry else found.name, found.licence
     return Origin(f"{name} ({licence.weights})", licence.weights, licence.datasets)
 
 
-def _finetuned(folder: Path, depth: int) -> Origin:
-    """Weights of a fine-tuning run: what its backbone and its labelled images allow."""
+def _finetuned(folder: Path) -> Origin:
+    """Weights of a fine-tuning run: what its backbone and its labelled images allow.
+
+    A backbone that cannot be found any more has unknown terms, which are strict.
+    """
+    from geo_pretrain.training.downstream.finetune_recipe import load_finetune_recipe
+
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     backbone, source = results["backbone"]["name"], results["data"]["source"]
-    labels = "MIT" if source == "rooms" else "LicenseRef-data-owner"
-    start = _origin(backbone, depth)
+    labels = results["data"].get("licence") or ("MIT" if source == "rooms" else "LicenseRef-data-owner")
+    try:
+        start = _origin(backbone, load_finetune_recipe(str(folder / "recipe.yaml")).network.depth)
+    except GeoPretrainError:
+        start = Origin(backbone, UNKNOWN_TERMS, ((f"what {backbone} learned from", UNKNOWN_TERMS),))
     terms = strictest(labels, start.terms or labels)
     name = f"{results['recipe']} fine-tuned from {backbone} ({terms})"
     return Origin(name, terms, ((source, labels), *start.datasets))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,13 +24,14 @@ from geo_pretrain.hub.transfer import download, exclusive
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.recipe import ModelSpec, Recipe
 
+WITHOUT_HEADS = ("scratch", "imagenet", *IMAGENET_STARTS)  # start weights that are an encoder's alone
+
 Network = ResNetUNet | ResNetDepthUNet | ResNetEncoder
 
 
 def initialise(network: Network, recipe: Recipe) -> None:
     """`initialise_encoder` with the 2D start weights of a recipe, "stage1" among them."""
-    spec = recipe.network2d()
-    initialise_encoder(network, replace(spec, init=recipe.start_of(spec.init)))
+    initialise_encoder(network, recipe.network2d())
 
 
 def initialise_encoder(network: Network, spec: ModelSpec) -> None:
@@ -59,17 +59,23 @@ def initialise_encoder(network: Network, spec: ModelSpec) -> None:
         _load(encoder, getattr(loaded, "encoder", loaded).state_dict(), spec.init)
 
 
-def initialise_heads(task: nn.Module, start: str, *, backbone: str = "backbone.") -> None:
-    """Fill everything of a task but its `backbone` from the heads of a checkpoint: 3D network, projections, depth head.
+def initialise_heads(task: nn.Module, start: str, *, prefix: str = "", required: bool = True) -> None:
+    """Fill a task's heads from those of a checkpoint: 3D network, projections, depth head, all but `backbone.*`.
 
-    Heads that the task has not are left out. Raises `CheckpointError` when the checkpoint has none, `WeightsMismatch`
-    when one of the task's is missing there or of another shape.
+    Heads that the task has not are left out, as are those of the task whose keys do not begin with `prefix`. Start
+    weights that are an encoder's alone (`WITHOUT_HEADS`) change nothing; nor, unless heads are `required`, does a
+    checkpoint that has none of them. Raises `CheckpointError` when the checkpoint has no heads, `WeightsMismatch` when
+    one of the task's is missing there or of another shape.
     """
-    found = read_checkpoint(hub.resolve(start, roles=("heads",)))
-    own = {key: value for key, value in task.state_dict().items() if not key.startswith(backbone)}
-    heads = {key: value for key, value in read_weights(found, "heads").items() if key in own}
-    _check(own, heads, start)
-    task.load_state_dict(heads, strict=False)
+    if start in WITHOUT_HEADS:
+        return
+    found = read_checkpoint(hub.resolve(start, roles=("heads",) if required else _heads))
+    own = {k: v for k, v in task.state_dict().items() if k.startswith(prefix) and not k.startswith("backbone.")}
+    state = read_weights(found, "heads") if required or "heads" in found.roles else {}
+    heads = {key: value for key, value in state.items() if key in own}
+    if heads or required:
+        _check(own, heads, start)
+        task.load_state_dict(heads, strict=False)
 
 
 def moco_v2_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -146,6 +152,10 @@ def _checkpoint(start: str, *, decoder: bool) -> nn.Module:
     entry = find(start)
     arch = entry.arch if entry is not None else _look(start).arch
     return load_backbone(start, decoder=decoder and has_decoder(arch))
+
+
+def _heads(found: Checkpoint) -> tuple[str, ...]:
+    return ("heads",) if "heads" in found.roles or not found.files else ()
 
 
 def _look(start: str) -> Checkpoint:

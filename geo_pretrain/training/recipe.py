@@ -20,6 +20,10 @@ from geo_pretrain.errors import RecipeError, UnknownName, nearest, unknown
 RECIPES = Path(__file__).parent / "recipes"
 TOY = RECIPES / "overlays" / "toy.yaml"
 STAGE1 = "stage1"  # as start weights: what the first stage of the same recipe trained
+# Keys that two recipes with one result may differ in; what data are found at a path, their fingerprint says.
+WITHOUT_EFFECT = ("workers", "save_every", "data.path")
+_SAME_DATA = ("source", "path", "size", "frames", "licence", "options")  # of both stages
+_SAME_PAIRS = ("overlap", "measure", "max_pairs_per_scene")
 
 T = TypeVar("T")
 
@@ -116,8 +120,8 @@ class Recipe:
     unet3d: UNet3DSpec | None = None  # the 3D network; None: the task has none
     data: DataSpec = DataSpec()
     optim: OptimSpec = OptimSpec()
-    # What is trained first, with the same data: {recipe: NAME, and settings laid over that recipe}. Its checkpoint is
-    # what "stage1" means in this recipe, such as in model.init or task.teacher.
+    # What is trained first, on the same data: {recipe: NAME, and settings laid over that recipe}. Its checkpoint is
+    # what "stage1" means in this recipe, such as in model.init or task.teacher. See `load_stage1`.
     stage1: dict[str, Any] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
@@ -164,7 +168,9 @@ class Recipe:
     @property
     def needs_stage1(self) -> bool:
         """Whether something starts from what `stage1` trains; not so when every such setting names other weights."""
-        starts = [*self.task.values(), None if self.model is None else self.model.init]
+        from geo_pretrain.training.tasks import task_settings  # which imports this module
+
+        starts = [*task_settings(self).values(), None if self.model is None else self.model.init]
         return STAGE1 in [value for value in starts if isinstance(value, str)]
 
     def start_of(self, value: str) -> str:
@@ -211,15 +217,33 @@ def load_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) 
 
 
 def load_stage1(recipe: Recipe, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
-    """The recipe that trains the first stage of `recipe`, with its seed; `overrides` (of data) as in `load_recipe`."""
+    """The recipe that trains the first stage of `recipe`; `overrides` as in `load_recipe`.
+
+    It has the seed of `recipe`, its data (the same choice of pairs, where both take pairs), and where `recipe` goes on
+    with the network of the first stage, that network; what the section stage1 says comes before that.
+    """
     settings = dict(recipe.stage1 or {})
     settings.pop("folder", None)
     tree, path = _recipe_tree(str(settings.pop("recipe")), toy=toy)
-    merge_tree(tree, {"seed": recipe.seed, "workers": recipe.workers, **settings})
+    tree |= {"seed": recipe.seed, "workers": recipe.workers}
+    both_pairs = recipe.data.units == "pairs" == tree.get("data", {}).get("units", "pairs")
+    _take_over(tree, "data", recipe.data, (*_SAME_DATA, *(_SAME_PAIRS if both_pairs else ())))
+    if recipe.model is not None and recipe.model.init == STAGE1:
+        _take_over(tree, "model", recipe.model, ("depth", "width"))
+    merge_tree(tree, settings)
     apply_overrides(tree, overrides)
     first = parse(Recipe, tree, where=f"{path}, changed by stage1 of recipe {recipe.name}")
     check_key(first.stage1 is None, "stage1.recipe", first.name, "a recipe of one stage")
     return first
+
+
+def _take_over(tree: dict[str, Any], section: str, spec: object, keys: Iterable[str]) -> None:
+    """Set keys of a section as `spec` has them."""
+    values = {key: plain_types(getattr(spec, key)) for key in keys}
+    tree[section] = dict(tree.get(section) or {}) | {key: value for key, value in values.items() if value is not None}
+    for key, value in values.items():
+        if value is None:
+            tree[section].pop(key, None)
 
 
 def _recipe_tree(name: str, *, toy: bool) -> tuple[dict[str, Any], Path]:
@@ -234,6 +258,8 @@ def _recipe_tree(name: str, *, toy: bool) -> tuple[dict[str, Any], Path]:
         for network in ("model", "unet3d"):
             if tree.get(network) is None:
                 overlay.pop(network)  # the recipe trains none
+        if (tree.get("model") or {}).get("init") == STAGE1:
+            del overlay["model"]["init"]  # a first stage is trained on rooms too, so nothing is downloaded
         merge_tree(tree, overlay)
         merge_tree(tree, own)
         tree["name"] = retag(str(tree.get("name")), "toy")
@@ -332,6 +358,25 @@ def recipe_of(found: Checkpoint) -> Recipe | None:
         return load_recipe(str(found.folder / found.file_of("recipe")))
     entry = find(found.name)
     return None if entry is None or entry.recipe is None else load_recipe(entry.recipe)
+
+
+def changes(before: str, now: str) -> list[str]:
+    """What differs between two recipes in YAML, as "key.key: old -> new", but for `WITHOUT_EFFECT`."""
+    old, new = (_flat(yaml.safe_load(text)) for text in (before, now))
+    keys = [key for key in {**new, **old} if key not in WITHOUT_EFFECT]
+    missing = "(none)"
+    found = [(key, old.get(key, missing), new.get(key, missing)) for key in keys]
+    return [f"{key}: {one} -> {two}" for key, one, two in found if one != two]
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one with keys "key.key"; values as they are, lists too."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree} if prefix else {}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
 
 
 def check_key(condition: bool, key: str, value: object, accepted: str) -> None:

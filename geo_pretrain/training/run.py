@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.training import engine
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.alone import only_process
+from geo_pretrain.training.data.frame import Skips, Source
 from geo_pretrain.training.data.pairs import find_pairs
 from geo_pretrain.training.data.sources import open_source, source_note
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.recipe import Recipe, changes
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, detail
 
@@ -44,30 +46,43 @@ def run_recipe(
     told what the data source says about itself.
 
     Raises:
+        CheckpointError: another process works on `out`.
         RecipeError: `<out>.stage1` was made by another recipe; and as `engine.train`, `find_pairs`, `open_source`.
     """
     engine.check_out(out, recipe.name, overwrite=overwrite)
+    with only_process(out, "training run") if world.is_main else nullcontext():
+        return _run_stages(recipe, out, world, stage1, overwrite, report, note)
+
+
+def _run_stages(
+    recipe: Recipe,
+    out: Path,
+    world: World,
+    stage1: Recipe | None,
+    overwrite: bool,
+    report: Report,
+    note: Callable[[str], None],
+) -> Outcome:
     if recipe.needs_stage1 and stage1 is not None:
         folder = out.with_name(out.name + ".stage1")
-        if not _is_done(stage1, folder, overwrite=overwrite):
+        if not _is_done(stage1, folder, world, report, overwrite=overwrite):
             _run(stage1, folder, world, overwrite, report, note)
         recipe = replace(recipe, stage1={**(recipe.stage1 or {}), "folder": str(folder)})
     return _run(recipe, out, world, overwrite, report, note)
 
 
-def _is_done(stage1: Recipe, folder: Path, *, overwrite: bool) -> bool:
+def _is_done(stage1: Recipe, folder: Path, world: World, report: Report, *, overwrite: bool) -> bool:
     """Whether the folder holds what this very recipe makes. Raises when it holds another's result."""
     if not (folder / "config.json").is_file():
         return False
     found = read_checkpoint(folder)
     if not found.finished:
         return False
-    theirs = (
-        (folder / found.file_of("recipe")).read_text(encoding="utf-8").splitlines() if "recipe" in found.roles else []
-    )
-    mine = stage1.to_yaml().splitlines()
-    # Where frames are loaded makes no difference to the result.
-    changed = [line.strip() for line in mine if line not in theirs and not line.startswith(("workers:", "save_every:"))]
+    theirs = (folder / found.file_of("recipe")).read_text(encoding="utf-8") if "recipe" in found.roles else "{}"
+    changed = changes(theirs, stage1.to_yaml())
+    fingerprint = _open(stage1, world, report).fingerprint()
+    if found.provenance.get("data", {}).get("fingerprint", fingerprint) != fingerprint:
+        changed.append("the files of the data")
     if not changed:
         return True
     if overwrite:
@@ -78,13 +93,15 @@ def _is_done(stage1: Recipe, folder: Path, *, overwrite: bool) -> bool:
     )
 
 
+def _open(recipe: Recipe, world: World, report: Report) -> Source:
+    return open_source(recipe.data, device=str(world.device), progress=lambda d, t: report("rendering rooms", d, t, ""))
+
+
 def _run(
     recipe: Recipe, out: Path, world: World, overwrite: bool, report: Report, note: Callable[[str], None]
 ) -> Outcome:
     skips = Skips()
-    source = open_source(
-        recipe.data, device=str(world.device), progress=lambda d, t: report("rendering rooms", d, t, "")
-    )
+    source = _open(recipe, world, report)
     if world.is_main and source_note(source):
         note(source_note(source))
     pairs = find_pairs(

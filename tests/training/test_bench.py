@@ -203,6 +203,8 @@ def test_finished_cells_are_not_repeated(bench, inline):
     again = run_bench(rows(["pri3d_view"]), [0, 1], spec, out, jobs=1)
     assert inline.begun == []
     assert again["groups"] == results["groups"]
+    assert results["seconds of all calls"] == results["seconds of this call"]
+    assert again["seconds of all calls"] == results["seconds of this call"] + again["seconds of this call"]
     with pytest.raises(RecipeError, match="begun with another budget: steps 2 -> 3"):
         run_bench(rows(["pri3d_view"]), [0], dataclasses.replace(spec, steps=3), out)
 
@@ -385,7 +387,7 @@ def test_twins_are_equal_where_architecture_and_input_are(tmp_path):
 
 def made_up(kind, twin, seed, value, **more):
     matching = {"recall": value, "threshold": 4.0, "unit": "px", "chance": 0.007, "of": "dense output"}
-    run = {"kind": kind, "twin": twin, "arch": twin, "seed": seed, "matching": matching}
+    run = {"kind": kind, "twin": twin, "arch": twin, "input": "ones", "seed": seed, "matching": matching}
     return run | {"probe": value / 2, "finetuned": value / 4} | more
 
 
@@ -412,18 +414,17 @@ def summary():
 def test_table_has_means_and_deviations_under_random_weights(summary):
     results, values = summary
     lines = {line[0]: line[1:] for line in table(results)}
-    assert list(lines) == [
-        "2D, random weights: unet", "pri3d_view", "gsc", "3D, random weights: sr", "csc", "ppkt",
-    ]  # fmt: skip
+    assert list(lines) == ["2D, random weights", "pri3d_view", "gsc", "3D, random weights", "csc", "ppkt"]
+    assert (lines["2D, random weights"][3], lines["3D, random weights"][3]) == ("unet, ones", "sr, ones")
     mean, std = statistics.mean(values.values()), statistics.stdev(values.values())
     assert lines["pri3d_view"] == [
         f"{100 * mean:.1f} ± {100 * std:.1f}", f"{50 * mean:.1f} ± {50 * std:.1f}",
         f"{25 * mean:.1f} ± {25 * std:.1f}", "100 steps, 10 s",
     ]  # fmt: skip
-    assert lines["2D, random weights: unet"][0] == "10.0 ± 0.0"
+    assert lines["2D, random weights"][0] == "10.0 ± 0.0"
     assert lines["gsc"][0] == "50.0 ± 0.0 (2 of 3 seeds)"
     assert lines["gsc"][3] == "71 of view, 50 s + 100 steps, 20 s"
-    assert lines["3D, random weights: sr"][0] == "-"
+    assert lines["3D, random weights"][0] == "-"
 
 
 def test_page_gets_the_table_between_its_marks(summary, tmp_path):

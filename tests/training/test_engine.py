@@ -234,7 +234,7 @@ def test_run_is_not_continued_with_another_recipe_or_other_data(tmp_path, tiny_r
     path = tiny_recipe(save_every=2)
     with pytest.raises(Stop):
         run_here(path, tmp_path / "out", on_step=stop_at(5))
-    with pytest.raises(RecipeError, match=r"another recipe.*lr: 0\.2"):
+    with pytest.raises(RecipeError, match=r"another recipe.*optim\.lr: 0\.05 -> 0\.2"):
         run_here(path, tmp_path / "out", ["optim.lr=0.2"])
     elsewhere = write_recording(tmp_path / recording.name)
     frame = elsewhere / "frame-000000.color.png"

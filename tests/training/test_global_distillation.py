@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
@@ -14,10 +16,17 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.sparse import SparseTensor
+from geo_pretrain.training import engine
 from geo_pretrain.training import losses_distillation as losses
+from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.pairs import find_pairs
+from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.recipe import load_recipe
+from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.global_distillation import encoder_map, pool
 from tests.training.test_engine import Stop, logged, run_here, stop_at
 from tests.training.test_losses import close
+from tests.training.test_moco import run_in_two_processes
 from tests.training.test_ppkt import tiny_batch
 
 TASKS = {
@@ -26,6 +35,7 @@ TASKS = {
     "crd": {"queue": 8, "dim": 16},
     "crd_memory": {"queue": 5, "dim": 16, "negatives": "memory", "memory": 6},
 }
+DECODER = ("convtr", "bntr", "block5.", "block6.", "block7.", "block8.", "final.")
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +124,13 @@ def test_every_weight_that_is_trained_is_reached_and_the_teacher_is_not(tiny_rec
     (loss,) = task(batch).values()
     assert loss.item() > 0
     loss.backward()
+    frozen = ("teacher.", *(f"backbone.{part}" for part in DECODER))
     for key, parameter in task.named_parameters():
-        assert (parameter.grad is None) == key.startswith("teacher."), key
+        assert (parameter.grad is None) == (not parameter.requires_grad) == key.startswith(frozen), key
     assert task.backbone.block4[0].conv1.kernel.grad.abs().sum() > 0
-    assert task.backbone.block5[0].conv1.kernel.grad.abs().sum() == 0  # the decoder
+    assert task.backbone.conv0p1s1.kernel.grad.abs().sum() > 0
+    groups = engine._optimizer(task.recipe.optim, task).param_groups
+    assert {id(p) for p in groups[0]["params"]} == {id(p) for p in task.parameters() if p.grad is not None}
     assert task.head.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, before[key]) for key, value in task.teacher.state_dict().items())
 
@@ -163,6 +176,8 @@ def test_stopped_run_continues_bit_for_bit_and_its_folder_opens(tmp_path, tiny_r
         first, second = (load_file(tmp_path / folder / f"{role}.safetensors") for folder in ("whole", "broken"))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
+    sides = ("head",) if name == "global_kd" else ("head", "key")  # no queue, no memory
+    assert set(first) == {f"{side}.{kind}" for side in sides for kind in ("weight", "bias")}
     assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
     assert verify(tmp_path / "whole").passed
     assert load_backbone(tmp_path / "whole").normalize
@@ -195,4 +210,62 @@ def test_a_classifier_brings_its_classes(tiny_recipe, tmp_path, monkeypatch):
         student = task.head(pool(task.backbone.pyramid(SparseTensor(batch["coords"], batch["feats"]))[-1]))
         want = losses.kl_distillation(student, network(batch["image"]))
     assert student.shape == (3, 1000)
+    assert task.heads().keys() == {"head.weight", "head.bias"}  # torchvision's layer is not ours to keep
     assert got.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gupta", "crd"])
+def test_the_decoder_keeps_its_random_weights_under_weight_decay(tmp_path, tiny_recipe, name):
+    path = tiny_recipe(name, task=TASKS[name], optim={"steps": 3, "weight_decay": 0.5, "lr": 0.1})
+    drawn = build_task(load_recipe(str(path)))[1].backbone.state_dict()
+    run_here(path, tmp_path / "out")
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert made.keys() == drawn.keys()
+    for key, value in made.items():  # running statistics among them, which belong to what is trained
+        assert torch.equal(value, drawn[key]) == key.startswith(DECODER), key
+
+
+def test_processes_share_one_queue_and_one_memory(tmp_path, tiny_recipe):
+    """Rows of two processes are those of one with the whole batch, in its order: sample k is process k % 2's."""
+
+    def state(settings, rank, world):
+        task, _ = tiny_batch(tiny_recipe, "crd", settings)
+        task.train()
+        task.backbone.eval()  # a sample's features then do not depend on the others of its part
+        recipe, frames = task.recipe, list(range(4))
+        source = open_source(recipe.data)
+        samples = task.dataset(source, find_pairs(source, recipe.data, skips=Skips()))
+        with torch.no_grad():
+            for _ in range(2):
+                task(task.collate([samples[(0, k)] for k in frames[rank::world]]))
+        return {key: value for key, value in task.named_buffers(recurse=False) if not key.startswith("constant")}
+
+    def work(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=rank, world_size=2)
+        torch.save([state(TASKS[name], rank, 2) for name in ("crd", "crd_memory")], tmp_path / f"{rank}.pt")
+        dist.destroy_process_group()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    for number, name in enumerate(("crd", "crd_memory")):
+        alone = state(TASKS[name], 0, 1)
+        assert alone.keys() == ({"queue", "pointer"} if name == "crd" else {"memory_student", "memory_teacher"})
+        for rank in range(2):
+            shared = torch.load(tmp_path / f"{rank}.pt")[number]
+            for key, value in alone.items():
+                torch.testing.assert_close(shared[key], value, atol=1e-5, rtol=1e-4, msg=f"{name} {rank} {key}")
+
+
+def test_a_frozen_decoder_is_no_trouble_for_two_processes(tmp_path, tiny_recipe):
+    path = tiny_recipe("crd", task=TASKS["crd"], optim={"steps": 2, "weight_decay": 0.5}, save_every=1)
+    run_in_two_processes(load_recipe(str(path)), tmp_path)
+    drawn = build_task(load_recipe(str(path)))[1].backbone.state_dict()
+    made = load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.equal(value, drawn[key]) == key.startswith(DECODER) for key, value in made.items())
+    assert all(np.isfinite(line["crd"]) for line in logged(tmp_path / "two"))

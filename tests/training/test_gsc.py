@@ -15,14 +15,19 @@ from safetensors.torch import load_file
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
+from geo_pretrain.training import initialise
 from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.pairs import find_pairs
+from geo_pretrain.training.data.pairs import Pair, find_pairs
+from geo_pretrain.training.data.sets import check_labels
+from geo_pretrain.training.data.seven_scenes import SevenScenes
 from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.losses import depth_loss
 from geo_pretrain.training.recipe import load_recipe, load_stage1
 from geo_pretrain.training.run import run_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.gsc import draws_of_cells, half_resolution_sets, limit_sets
+from geo_pretrain.training.tasks.pri3d import half_resolution_cell
+from tests.training.conftest import write_recording
 from tests.training.test_engine import ALONE, Stop, logged, run_here, stop_at
 from tests.training.test_set_loss import slow_set_loss
 
@@ -67,6 +72,18 @@ def test_a_cell_has_the_set_of_its_upper_left_pixel():
     assert torch.equal(got, torch.tensor(want).flatten(1))
 
 
+@pytest.mark.parametrize("size, cells", [((6, 7), (4, 5)), ((5, 8), (2, 6)), ((90, 120), (46, 60))])
+def test_a_cell_has_the_set_of_the_pixels_that_pri3d_sends_to_it(size, cells):
+    """Maps larger or smaller than half the image; of the pixels that fall on a cell it is the first one's."""
+    ids = torch.arange(2 * size[0] * size[1]).view(2, *size)
+    pixels = torch.arange(size[0] * size[1])
+    cell_of = half_resolution_cell(pixels, size[1], torch.Size((2, 5, *cells)))
+    want = torch.full((2, cells[0] * cells[1]), -1)
+    for pixel, cell in zip(pixels.flip(0).tolist(), cell_of.flip(0).tolist(), strict=True):
+        want[:, cell] = ids.flatten(1)[:, pixel]
+    assert torch.equal(half_resolution_sets(ids, torch.Size((2, 5, *cells))), want)
+
+
 def test_of_more_sets_than_asked_a_uniform_subset_of_the_common_ones_is_kept():
     ids1 = torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 8, 8, -1]])
     ids2 = torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 9, 9, -1]])
@@ -109,7 +126,16 @@ def slow_loss(task, batch):
         h, w = features.shape[-2:]
         cells = [(r, c) for r in range(h) for c in range(w)]
         rows.append(np.stack([[f[:, r, c].numpy() for r, c in cells] for f in features]))
-        ids.append(np.array([[s[2 * r, 2 * c].item() for r, c in cells] for s in batch[f"sets{k}"]]))
+        size = batch["sets1"].shape[1:]
+        inside = [2 * r < size[0] and 2 * c < size[1] for r, c in cells]
+        ids.append(
+            np.array(
+                [
+                    [s[2 * r, 2 * c].item() if there else -1 for (r, c), there in zip(cells, inside, strict=True)]
+                    for s in batch[f"sets{k}"]
+                ]
+            )
+        )
     if options.max_sets is not None:
         limited = limit_sets(*map(torch.from_numpy, ids), batch["seed"], options.max_sets, min_size=options.min_size)
         ids = [part.numpy() for part in limited]
@@ -138,6 +164,7 @@ def slow_loss(task, batch):
         ("task.temperature=0.1", "task.denominator=ntxent", "task.unmatched=true", "task.symmetric=false"),
         ("task.denominator=batch", "task.renormalize=false", "task.projection=16"),
         ("task.asymmetric=true", "task.max_sets=6", "task.denominator=all"),
+        ("data.size=[90, 120]",),  # whose map has 46 rows
     ],
 )
 def test_loss_of_a_batch_equals_the_loop(task_and_batch, overrides):
@@ -178,8 +205,40 @@ def test_settings_reach_the_sets(task_and_batch):
 
     assert sum(sets("task.k_thresh=1")) < sum(sets())
     assert sum(sets("task.min_vertices=1")) > sum(sets())
-    with pytest.raises(DataError, match="has no semantic labels"):
-        task_and_batch("task.sets=semantic")
+
+
+def test_labels_that_the_frames_lack_are_missed_before_training(gsc_recipe, tmp_path):
+    path = gsc_recipe(task={"sets": "semantic"})
+    source = "'task.sets' is 'semantic', but source 'seven_scenes' has no semantic labels"
+    with pytest.raises(DataError, match=rf"{source}(.|\n)*such as rooms(.|\n)*labels: label-filt"):
+        run_here(path, tmp_path / "out")
+    assert not (tmp_path / "out.run").exists()
+    folder = write_recording(tmp_path / "broken")
+    for depth in folder.glob("*.depth.png"):
+        depth.write_bytes(b"broken")  # a frame that cannot be read says nothing about labels
+    broken = SevenScenes(folder)
+    check_labels(broken, [Pair("broken", "000000", "000010", 1.0)] * 99, "semantic")
+    shown = replace(SevenScenes(write_recording(tmp_path / "other")).load("other", "000000"))
+    labelled = replace(shown, instance=np.ones(shown.depth.shape, np.int32))
+    broken.load = lambda scene, frame: labelled
+    check_labels(broken, [Pair("broken", "000000", "000010", 1.0)], "instance")
+    with pytest.raises(DataError, match="no semantic labels"):
+        check_labels(broken, [Pair("broken", "000000", "000010", 1.0)], "semantic")
+
+
+def test_starts_without_heads_leave_the_depth_head_random(tiny_recipe, gsc_recipe, tmp_path, monkeypatch):
+    """MoCo's encoder after 800 epochs is a name that neither catalog nor disk knows as a checkpoint."""
+    task = {"name": "moco_v2", "matches": None, "queue": 8, "dim": 8, "resize": None}
+    path = tiny_recipe(name="moco_v2_r18.tiny", task=task, optim={"steps": 1, "bn_momentum": "constant"})
+    run_here(path, tmp_path / "moco")
+    monkeypatch.setattr(initialise, "moco_v2_folder", lambda name: tmp_path / "moco")
+    encoder = load_file(tmp_path / "moco" / "encoder.safetensors")
+    path = gsc_recipe(task={"depth_proxy": True})
+    _, fresh = build_task(load_recipe(str(path)))
+    for start in ("moco_v2_800ep", "moco_v2", str(tmp_path / "moco")):  # the folder has heads, none for depth
+        _, task = build_task(load_recipe(str(path), [f"model.init={start}"]))
+        assert torch.equal(task.backbone.encoder.conv1.weight, encoder["conv1.weight"])
+        assert torch.equal(task.headnet.weight, fresh.headnet.weight)
 
 
 def test_bf16_changes_the_network_and_not_the_precision_of_the_loss(task_and_batch):

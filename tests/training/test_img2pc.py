@@ -24,6 +24,7 @@ from geo_pretrain.training.tasks.img2pc import nearest_cells
 from tests.training.conftest import recipe_writer
 from tests.training.test_engine import ALONE, Stop, logged, run_here, stop_at
 from tests.training.test_pixel_simclr import slow_nce, tiny
+from tests.training.test_ppkt import nearly_the_same
 
 TINY = {
     "name": "img2pc_srunet18.tiny",
@@ -172,6 +173,25 @@ def test_teacher_is_frozen(task_and_batch):
     assert all(parameter.grad is not None for parameter in task.backbone.parameters())
 
 
+def test_a_step_in_bf16_is_nearly_that_in_fp32(task_and_batch):
+    nearly_the_same(*(task_and_batch(f"precision={kind}") for kind in ("fp32", "bf16")))
+
+
+def test_the_pair_takes_images_as_the_teacher_was_shown_them(taught, teacher):
+    """At the size of this stage's data by nearest pixels, whatever the teacher's own contract says of both."""
+    recipe = load_recipe(str(taught()), ["data.size=[56, 96]"])
+    source = open_source(recipe.data)
+    task, _ = build_task(recipe)
+    contract = task.export().pairing.contract
+    own = read_checkpoint(teacher).contract
+    assert (own.size, own.interpolation) == ((48, 64), "bilinear")
+    assert (contract.size, contract.interpolation) == ((56, 96), "nearest")
+    samples = task.dataset(source, find_pairs(source, recipe.data, skips=Skips()))
+    for k in (0, 3):
+        color = source.load(samples.pairs[k].scene, samples.pairs[k].frame1).color
+        torch.testing.assert_close(contract.transforms()(color), samples[(0, k)]["image"], atol=1e-6, rtol=0)
+
+
 def test_wrong_settings_are_named(taught):
     path = str(taught())
     for override, part in (
@@ -222,8 +242,11 @@ def test_stopped_run_continues_bit_for_bit(tmp_path, taught):
 def test_one_recipe_trains_both_stages(tmp_path, tiny_recipe):
     first = tmp_path / "first.yaml"
     first.write_bytes(tiny(tiny_recipe).read_bytes())
-    path = tiny_recipe(**TINY, stage1={"recipe": str(first), "optim": {"steps": 3}})
+    unnamed = TINY | {"task": TINY["task"] | {"teacher": None}}  # the default
+    path = tiny_recipe(**unnamed, stage1={"recipe": str(first), "optim": {"steps": 3}})
     recipe = load_recipe(str(path), ["optim.steps=2", "save_every=1"])
+    assert "teacher" not in recipe.task
+    assert recipe.needs_stage1
     outcome = run_recipe(recipe, tmp_path / "out", ALONE, stage1=load_stage1(recipe))
     stage1 = read_checkpoint(tmp_path / "out.stage1")
     assert (stage1.arch.name, stage1.provenance["steps"]) == ("resnet_depth_unet", 3)

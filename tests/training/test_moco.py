@@ -24,8 +24,8 @@ from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.losses import queue_nce
 from geo_pretrain.training.recipe import load_recipe
-from geo_pretrain.training.tasks import build_task
-from geo_pretrain.training.tasks.moco import in_groups
+from geo_pretrain.training.tasks import build_task, moco
+from geo_pretrain.training.tasks.moco import groups_of, in_groups
 from tests.training.data.test_single_images import image_folder
 from tests.training.test_engine import Stop, logged, run_here, stop_at
 
@@ -92,32 +92,58 @@ def test_groups_are_normalised_apart_and_the_first_is_recorded():
         in_groups(network, images, 4)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_step_written_out(task_and_batch, groups):
-    """Keys: moved, permuted by the first sample's seed, dealt to groups, put back; queue and pointer after it."""
-    task, batch = task_and_batch(task={"bn_groups": groups})
+@pytest.mark.parametrize("samples, groups", [(1, 1), (2, 2), (4, 4), (9, 3), (12, 6), (32, 8), (35, 7), (256, 8)])
+def test_one_process_cuts_its_samples_into_up_to_eight_groups(samples, groups):
+    assert groups_of(samples) == groups
+
+
+def test_samples_that_cannot_be_cut_are_told():
+    with pytest.warns(UserWarning, match="11 samples cannot be cut into 2 to 8 equal groups(.|\n)*optim.batch"):
+        assert groups_of(11) == 1
+
+
+def test_groups_are_processes_where_several_train(task_and_batch, monkeypatch):
+    task, _ = task_and_batch()
+    stated, _ = task_and_batch(task={"bn_groups": 1})
+    assert (task._groups(4), stated._groups(4)) == (4, 1)
+    monkeypatch.setattr(moco, "place", lambda: (0, 2))
+    assert (task._groups(4), stated._groups(4)) == (1, 1)
+
+
+@pytest.mark.parametrize("groups", [1, 2, None])
+@pytest.mark.parametrize("per", [1, 2])
+def test_a_step_written_out(task_and_batch, tmp_path, groups, per):
+    """Keys: moved, permuted by the first sample's seed, dealt to groups, put back; queue and pointer after it.
+
+    With two images a sample the queries of a group are those of its samples; keys are permuted image by image.
+    """
+    mixed = {} if per == 1 else {"mix": "batch", "images": str(image_folder(tmp_path / "in", 9))}
+    task, batch = task_and_batch(task={"bn_groups": groups, **mixed})
+    groups = groups or 4
     with torch.no_grad():
         for parameter in task.key.parameters():
             parameter.add_(0.01)
     before = copy.deepcopy(task)
     loss = task(batch)["moco"]
 
-    twin, images1, images2 = before.key, batch["image1"][:, 0], batch["image2"][:, 0]
+    images1, images2 = ([image for sample in batch[f"image{k}"] for image in sample] for k in (1, 2))
+    twin, count = before.key, 4 * per
+    assert len(images1) == count
     with torch.no_grad():
         for own, other in zip(twin.parameters(), before.query.parameters(), strict=True):
             own.copy_(0.9 * own + 0.1 * other)
-    order = torch.randperm(4, generator=torch.Generator().manual_seed(batch["seed"][0])).tolist()
-    query, key = torch.zeros(4, 8), torch.zeros(4, 8)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(batch["seed"][0])).tolist()
+    query, key = torch.zeros(count, 8), torch.zeros(count, 8)
     for group in range(groups):
-        rows = list(range(group, 4, groups))
-        query[rows] = before.query(images1[rows]).detach()
-        shuffled = [order[k] for k in rows]
-        key[shuffled] = twin(images2[shuffled]).detach()
+        rows = [per * sample + image for sample in range(group, 4, groups) for image in range(per)]
+        query[rows] = before.query(torch.stack([images1[k] for k in rows])).detach()
+        shuffled = [order[k] for k in range(group, count, groups)]
+        key[shuffled] = twin(torch.stack([images2[k] for k in shuffled])).detach()
     want = queue_nce(query, key, before.queue, temperature=0.2)
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    torch.testing.assert_close(task.queue[:4], key, atol=1e-6, rtol=1e-5)
-    assert torch.equal(task.queue[4:], before.queue[4:])
-    assert task.queue_end == 4
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)  # single images a group round much
+    torch.testing.assert_close(task.queue[:count], key, atol=2e-5, rtol=1e-3)
+    assert torch.equal(task.queue[count:], before.queue[count:])
+    assert task.queue_end == count
     for own, want in zip(task.key.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(own, want)
     loss.backward()
@@ -210,11 +236,16 @@ def run_in_two_processes(recipe, folder):
     assert [process.exitcode for process in processes] == [0, 0]
 
 
-def test_two_processes_equal_one_with_two_groups(tmp_path, tiny_moco):
-    """Losses, weights and running statistics: shuffling across processes is shuffling across groups."""
-    run_in_two_processes(load_recipe(str(tiny_moco())), tmp_path)
-    run_here(tiny_moco(task={"bn_groups": 2}), tmp_path / "groups")
-    run_here(tiny_moco(), tmp_path / "whole")
+@pytest.mark.parametrize("mix", ["none", "batch"])
+def test_two_processes_equal_one_with_two_groups(tmp_path, tiny_moco, mix):
+    """Losses, weights and running statistics: shuffling across processes is shuffling across groups.
+
+    With one image a sample, and with two.
+    """
+    task = {} if mix == "none" else {"mix": mix, "images": str(image_folder(tmp_path / "in", 9))}
+    run_in_two_processes(load_recipe(str(tiny_moco(task=task))), tmp_path)
+    run_here(tiny_moco(task={"bn_groups": 2, **task}), tmp_path / "groups")
+    run_here(tiny_moco(task={"bn_groups": 1, **task}), tmp_path / "whole")
     two, groups, whole = (tensors(tmp_path / name) for name in ("two", "groups", "whole"))
     for key, value in groups.items():
         torch.testing.assert_close(value, two[key], atol=2e-5, rtol=1e-4, msg=key)
@@ -237,6 +268,34 @@ def test_imagenet_beside_frames(tmp_path, tiny_moco, mix, images):
     assert ("ImageNet", "LicenseRef-ImageNet-terms") in checkpoint.licence.datasets
     assert len(checkpoint.licence.datasets) == 2
     assert checkpoint.licence.base_model == "none (random weights)"
+    assert checkpoint.provenance["data"]["pairs"] == 6
+    assert checkpoint.provenance["data"]["images"] == images - (6 if mix == "combine" else 0)
+
+
+def test_a_run_is_not_continued_with_other_images(tmp_path, tiny_moco):
+    folder = image_folder(tmp_path / "in", 9)
+    path = tiny_moco(task={"mix": "batch", "images": str(folder)})
+    with pytest.raises(Stop):
+        run_here(path, tmp_path / "out", on_step=stop_at(3))
+    image = min(folder.rglob("*.*"))
+    content = image.read_bytes()
+    image.unlink()
+    with pytest.raises(RecipeError, match="data have changed"):
+        run_here(path, tmp_path / "out")
+    image.write_bytes(content[:-1] + b"  ")  # one of that name again, and another file
+    with pytest.raises(RecipeError, match="data have changed"):
+        run_here(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["moco_v2_in_sn_combine_r50", "moco_v2_in_sn_mixing_r50"])
+def test_toy_runs_need_no_imagenet(name):
+    small = ["model.width=8", "optim.batch=2", "data.options={scenes: 1, frames: 3, width: 96, height: 72}"]
+    recipe = load_recipe(name, small, toy=True)
+    source = open_source(recipe.data)
+    task, _ = build_task(recipe)
+    samples = task.dataset(source, find_pairs(source, recipe.data, skips=Skips()))
+    assert samples.own_data() == {}
+    assert torch.isfinite(task(task.collate([samples[(0, k)] for k in range(2)]))["moco"])
 
 
 def test_a_mixed_batch_alternates_frames_and_images(task_and_batch, tmp_path):
@@ -259,6 +318,7 @@ def test_imagenet_that_is_not_there_is_told_before_training(tmp_path, tiny_moco)
     "override, part",
     [
         ("task.queue=0", "'task.queue' is 0"),
+        ("task.bn_groups=0", "'task.bn_groups' is 0"),
         ("task.momentum=1", "'task.momentum' is 1.0"),
         ("task.scale=[0.5, 1.5]", "'task.scale'"),
         ("task.resize=[0, 5]", "'task.resize'"),

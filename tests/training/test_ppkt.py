@@ -100,6 +100,18 @@ def test_ppnce_within_images_is_an_option(tiny_recipe):
         assert task(batch)["ppnce"].item() == pytest.approx(slow_ppnce(task, batch, groups), rel=1e-4)
 
 
+def test_so_many_of_each_image_can_be_each_others_negatives(tiny_recipe):
+    task, batch = tiny_batch(tiny_recipe, "ppkt", {"matches": 15, "matches_of": "image"})
+    task.eval()
+    rows = []
+    for number, seed in enumerate(batch["seed"]):
+        own = [row for row, element in enumerate(batch["element"].tolist()) if element == number]
+        rows += [own[k] for k in torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))[:15]]
+    assert len(rows) == 45
+    with torch.no_grad():
+        assert task(batch)["ppnce"].item() == pytest.approx(slow_ppnce(task, batch, [rows]), rel=1e-4)
+
+
 def test_ppkd_is_the_divergence_at_each_point(tiny_recipe):
     task, batch = tiny_batch(tiny_recipe, "ppkd", {"matches": 30, "temperature": 2.0})
     task.eval()
@@ -130,6 +142,26 @@ def test_the_teacher_is_frozen_and_the_rest_learns(tiny_recipe, tiny):
         assert parameter.grad is None or parameter.grad.isfinite().all()
     assert task.backbone.final.kernel.grad.abs().sum() > 0
     assert all(torch.equal(value, before[key]) for key, value in task.teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("tiny, settings", [("ppkt", {}), ("ppkd", {}), ("gupta", {"form": "mean"})])
+def test_a_step_in_bf16_is_nearly_that_in_fp32(tiny_recipe, tiny, settings):
+    nearly_the_same(*(tiny_batch(tiny_recipe, tiny, settings, f"precision={kind}") for kind in ("fp32", "bf16")))
+
+
+def nearly_the_same(exact, low):
+    """Of two tasks, each with its batch, the second in bf16: a loss close to the first's, and weights that move."""
+    (full,), (half,) = ((loss.item() for loss in task.train()(batch).values()) for task, batch in (exact, low))
+    assert half == pytest.approx(full, rel=0.03)
+    assert half != full
+    task, batch = low
+    trained = {key: value.detach().clone() for key, value in task.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.SGD([value for value in task.parameters() if value.requires_grad], lr=0.1)
+    sum(task(batch).values()).backward()
+    optimizer.step()
+    moved = {key for key, value in task.named_parameters() if key in trained and not torch.equal(value, trained[key])}
+    assert moved == trained.keys()
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in task.parameters())
 
 
 def test_draws_depend_on_the_samples_seeds_alone(tiny_recipe):
@@ -334,6 +366,7 @@ def test_wrong_settings_are_told(tiny_recipe):
         ({"teacher": "ade20k"}, (), r"'ade20k' has no file that could be fetched. Accepted: --set task.teacher_file"),
         ({"teacher_file": "x.pth"}, (), r"'task.teacher' is 'scratch': accepted is ade20k"),
         ({"temperature": 0}, (), r"'task.temperature' is 0"),
+        ({}, ("task.teacher_depth=101",), r"'task.teacher_depth' is 101 \(int\), accepted is one of 18, 50"),
         ({"resize": [1.2, 0.8]}, (), r"'task.resize' is \[1.2, 0.8\]"),
         ({"flip_prob": 1.5}, (), r"'task.flip_prob' is 1.5, accepted is a probability"),
         ({"teacher": "stage1"}, (), r"no first stage was trained"),

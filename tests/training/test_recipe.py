@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from geo_pretrain.errors import RecipeError, UnknownName
-from geo_pretrain.training.recipe import RECIPES, TOY, Recipe, list_recipes, load_recipe, parse
+from geo_pretrain.training.recipe import RECIPES, TOY, Recipe, list_recipes, load_recipe, load_stage1, parse
 from geo_pretrain.training.tasks import TASKS
 
 
@@ -35,11 +35,23 @@ def test_toy_overlay_brings_any_recipe_to_cpu_scale(name):
     assert toy.precision == "fp32"
     full = load_recipe(name)
     changed = {key for key in toy.task if toy.task[key] != full.task.get(key)}
-    scale = {"temperature", "matches", "rotation", "frustum", "queue", "momentum", "resize", "bn_groups"}
-    teachers = {"teacher", "dense", "targets"}  # whose files would be downloads
+    scale = {"temperature", "matches", "rotation", "frustum", "queue", "momentum", "resize", "bn_groups", "mix"}
+    teachers = {"teacher", "dense", "targets"}  # whose files would be downloads, as are the images of "mix"
     assert changed <= scale | teachers  # and not what is learned
     assert toy.task.keys() >= full.task.keys()
     assert [(toy.model is None), (toy.unet3d is None)] == [(full.model is None), (full.unet3d is None)]
+
+
+@pytest.mark.parametrize(
+    "name", ["gsc_r50", *(f"pri3d_{prior}_r50.continued" for prior in ("view", "geo", "view_geo"))]
+)
+def test_second_stages_stay_second_stages_under_toy(name):
+    """Their BatchNorm momentum is the end of the first stage's schedule; random weights would keep no statistics."""
+    full, toy = load_recipe(name), load_recipe(name, toy=True)
+    assert (full.model.init, full.optim.bn_momentum) == ("stage1", "floor")
+    assert (toy.model.init, toy.needs_stage1, toy.model.width) == ("stage1", True, 32)
+    assert load_stage1(toy, toy=True).optim.bn_momentum == "pri3d"
+    assert load_recipe("pri3d_view_r50", toy=True).model.init == "scratch"
 
 
 def test_toy_settings_of_tasks_belong_to_tasks_and_reach_their_recipes():

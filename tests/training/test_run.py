@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,10 @@ from typer.testing import CliRunner
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.cli import app
 from geo_pretrain.errors import CheckpointError, RecipeError
+from geo_pretrain.training.alone import only_process
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.export import run_licence
-from geo_pretrain.training.recipe import load_recipe, load_stage1
+from geo_pretrain.training.recipe import changes, list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.run import run_recipe
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -65,11 +67,67 @@ def test_a_finished_first_stage_is_used_again_and_one_of_another_recipe_is_not(s
     other = replace(first, optim=replace(first.optim, lr=0.01))
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     with pytest.raises(
-        RecipeError, match=r"out\.stage1 holds a first stage of another recipe; it differs in: lr: 0\.01"
+        RecipeError,
+        match=r"out\.stage1 holds a first stage of another recipe; it differs in: optim\.lr: .* -> 0\.01\. ",
     ):
         run_recipe(recipe, tmp_path / "out", ALONE, stage1=other)
     run_recipe(recipe, tmp_path / "out", ALONE, stage1=other, overwrite=True)
     assert (tmp_path / "out.stage1" / "log.jsonl").stat().st_mtime_ns != log
+
+
+def test_what_the_first_stage_saw_is_compared_whole(staged, recording, tmp_path):
+    """Also the values of lists, and the files behind an unchanged recipe."""
+    data = [f"data.{item}" for item in ("source=seven_scenes", f"path={recording}", "options={}")]
+    recipe, first = both(staged, data)
+    run_recipe(recipe, tmp_path / "out", ALONE, stage1=first)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    for key, value in (("frames", (0.0, 0.5)), ("size", (96, 128)), ("overlap", (0.0, 1.0))):
+        other = replace(first, data=replace(first.data, **{key: value}))
+        with pytest.raises(RecipeError, match=rf"differs in: data\.{key}: \[.*\] -> \[{value[0]}, {value[1]}\]"):
+            run_recipe(recipe, tmp_path / "out", ALONE, stage1=other)
+    (depth, *_) = sorted(recording.rglob("*.depth.png"))
+    os.utime(depth, ns=(1, 1))
+    with pytest.raises(RecipeError, match=r"differs in: the files of the data\. "):
+        run_recipe(recipe, tmp_path / "out", ALONE, stage1=first)
+
+
+def test_both_stages_see_the_same_data_in_the_same_network(staged, tiny_recipe):
+    """Whether the file or the command line says so, unless stage1 itself says otherwise."""
+    chosen = [
+        "data.source=scannet",
+        "data.path=/scans",
+        "data.size=[120, 160]",
+        "data.frames=[0, 0.3]",
+        "data.overlap=[0.1, 0.9]",
+        "data.measure=authors_exact",
+        "data.options={labels: label-filt}",
+        "data.licence=MIT",
+        "model.width=16",
+    ]
+    recipe, first = both(staged, chosen)
+    assert (first.data, first.model.width) == (recipe.data, 16)
+    assert first.model.init == "scratch"
+    _, first = both(staged, [*chosen, "stage1.data.size=[64, 64]", "stage1.model.width=32"])
+    assert (first.data.size, first.data.path, first.model.width) == ((64, 64), "/scans", 32)
+    _, first = both(staged, ["data.options={}"])
+    assert first.data.options == {}  # not those of the first stage's own file
+    frames, first = both(staged, ["data.units=frames", "data.overlap=[0.1, 0.9]", "data.size=[64, 64]"])
+    assert (first.data.units, first.data.size) == ("pairs", (64, 64))
+    assert first.data.overlap != frames.data.overlap
+    teacher = both(staged, ["model.width=16", "model.init=scratch", "task.teacher=stage1"])[1]
+    assert teacher.model.width == 8  # another network
+
+
+@pytest.mark.parametrize("toy", [False, True])
+@pytest.mark.parametrize("name", list_recipes())
+def test_the_stages_of_published_recipes_fit_together(name, toy):
+    """What is taken over changes nothing in them: their files agree already."""
+    recipe = load_recipe(name, toy=toy)
+    if not recipe.needs_stage1:
+        return
+    alone = load_recipe(recipe.stage1["recipe"], toy=toy)
+    first = load_stage1(recipe, toy=toy)
+    assert set(changes(alone.to_yaml(), first.to_yaml())) <= {f"seed: {alone.seed} -> {recipe.seed}"}
 
 
 def test_other_start_weights_leave_the_first_stage_out(staged, tmp_path):
@@ -100,6 +158,16 @@ def test_the_command_trains_both_stages_on_the_data_it_is_given(staged, recordin
     assert read_checkpoint(tmp_path / "out.stage1").name == "pri3d_view_r18.seven_scenes"
     assert read_checkpoint(tmp_path / "out.stage1").provenance["steps"] == 1
     assert read_checkpoint(tmp_path / "out").provenance["init"] == str(tmp_path / "out.stage1")
+
+
+def test_a_folder_is_trained_by_one_process_at_a_time(staged, tmp_path):
+    recipe, first = both(staged)
+    with (
+        only_process(tmp_path / "out", "training run"),
+        pytest.raises(CheckpointError, match="Another process is at work"),
+    ):
+        run_recipe(recipe, tmp_path / "out", ALONE, stage1=first)
+    assert not (tmp_path / "out.stage1").exists()
 
 
 def test_stage1_without_a_first_stage_is_an_error(tiny_recipe, tmp_path):
@@ -141,3 +209,15 @@ def test_a_permissive_data_set_takes_the_terms_of_the_teacher(tiny_recipe):
     path = tiny_recipe("pointcontrast_nce", task={"name": "ppkt", "teacher": "moco_v2"})
     licence = run_licence(load_recipe(str(path), ["data.licence=CC0-1.0"]))
     assert licence.weights in ("CC-BY-NC-4.0", "LicenseRef-ImageNet-terms")
+
+
+def test_changes_between_recipes_are_named_by_key():
+    before = "a: 1\nb: {c: [1, 2], d: {}}\nworkers: 2\ndata: {path: x, size: 3}\ngone: null\n"
+    now = "a: 1\nb: {c: [2, 2], d: {e: 1}}\nworkers: 4\ndata: {path: y, size: 3}\n"
+    assert changes(before, now) == [
+        "b.c: [1, 2] -> [2, 2]",
+        "b.d.e: (none) -> 1",
+        "b.d: {} -> (none)",
+        "gone: None -> (none)",
+    ]
+    assert changes(before, before) == []

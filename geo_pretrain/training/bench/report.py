@@ -25,8 +25,8 @@ def summarise(
 ) -> dict[str, Any]:
     """What is kept of a benchmark: the budget, a group for each architecture and input, and what failed.
 
-    A group: {"kind", "arch", "of" (what was matched), "chance", "threshold", "random": row, "tasks": {task: row}}; a
-    row: {"seeds": [...], a list of values a measure, and of tasks "training"}.
+    A group: {"kind", "arch", "input", "of" (what was matched), "chance", "threshold", "random": row,
+    "tasks": {task: row}}; a row: {"seeds": [...], a list of values a measure, and of tasks "training"}.
     """
     groups: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -56,7 +56,7 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
     lines = []
     wanted = len(results["seeds"])
     for group in results["groups"].values():
-        lines.append([f"{group['kind']}, random weights: {group['arch']}", *_cells(group["random"], wanted), ""])
+        lines.append([f"{group['kind']}, random weights", *_cells(group["random"], wanted), _network(group)])
         lines += [[task, *_cells(row, wanted), _text(row["training"])] for task, row in group["tasks"].items()]
     for task, why in results["failed"].items():
         seeds = ", ".join(why)
@@ -76,9 +76,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     )
     lines = [text, "", f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
     for group in results["groups"].values():
-        random = f"{group['kind']} {group['arch']}: random weights"
-        note = f"chance {100 * group['chance']:.1f}, {group['of']}, {group['threshold']}"
-        lines.append(f"| *{random}* | {' | '.join(_cells(group['random'], len(seeds)))} | {note} |")
+        note = f"{_network(group)}; matched: {group['of']}, {group['threshold']}, chance {100 * group['chance']:.1f}"
+        lines.append(
+            f"| *{group['kind']}, random weights* | {' | '.join(_cells(group['random'], len(seeds)))} | {note} |"
+        )
         for task, row in group["tasks"].items():
             cells = [*_cells(row, len(seeds)), _text(row["training"])]
             lines.append(f"| `{task}` | {' | '.join(cells)} |")
@@ -108,11 +109,16 @@ def parts(page: Path) -> tuple[str, str]:
     return before, after
 
 
+def _network(group: Mapping[str, Any]) -> str:
+    return f"{group['arch']}, {group['input']}"
+
+
 def _group(twin: str, run: Mapping[str, Any], random: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     matching = run["matching"]
     return {
         "kind": run["kind"],
         "arch": run["arch"],
+        "input": run["input"],
         "of": matching["of"],
         "chance": round(matching["chance"], 4),
         "threshold": f"{matching['threshold']:g} {matching['unit']}",

@@ -125,9 +125,16 @@ def _write(bench: Bench, command: str, seconds: int) -> dict[str, Any]:
         "command": command,
         "machine": machine() | {"jobs": bench.jobs},
         "seconds of this call": seconds,
+        "seconds of all calls": seconds + _seconds_before(bench.out / RESULTS),
     } | results
     write_atomically(bench.out / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _seconds_before(results: Path) -> int:
+    """How long earlier calls took that came to their end."""
+    tree = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    return int(tree.get("seconds of all calls", 0))
 
 
 def _claim(out: Path, spec: BenchSpec) -> None:
@@ -299,6 +306,7 @@ def _found(bench: Bench) -> dict[tuple[str, int], dict[str, Any]]:
         if cell.job.result is None or not bench.is_done(cell):
             continue
         tree = json.loads(Path(cell.job.result).read_text(encoding="utf-8"))
+        tree["input"] = str(read_checkpoint(cell.job.folder).contract)
         if cell.training is not None and cell.training.stage1 is not None:
             first = cell.training.stage1
             seconds = read_checkpoint(bench.checkpoint(first)).provenance["seconds"]

@@ -23,7 +23,7 @@ from geo_pretrain.training.data.clouds import Features, Rotation, joined, random
 from geo_pretrain.training.data.elastic import elastic_distortion, elastic_grid
 from geo_pretrain.training.data.frame import Frame, Source
 from geo_pretrain.training.data.pairs import Pair, resize_frame
-from geo_pretrain.training.data.samples import Key, augment, load_pair
+from geo_pretrain.training.data.samples import Key, augment, load_numbered
 from geo_pretrain.training.recipe import DataSpec
 
 ELASTIC = ((0.2, 0.4), (0.8, 1.6))  # m: granularity and magnitude of each distortion
@@ -95,9 +95,10 @@ class FrameCloudSamples(Dataset[dict[str, Any]]):
         cannot be undone and is not in it).
         pixel: int64 [m], flat pixels of the image (row * W + column), and voxel: int64 [m], the row of `coords` that
         each falls in; with pixels "one" voxel is 0 .. n - 1, so that pixel [n] is that of each voxel.
-        index: the frame's number; seed: an integer for draws made later, on the device; skipped: (path, reason).
+        index: the number of the frame that this is, not of the one asked for where that could not be read; seed: an
+        integer for draws made later, on the device; skipped: (path, reason).
         """
-        (frame, _), skipped, generator = load_pair(self.source, self.pairs, self.spec.size, self.seed, key)
+        index, (frame, _), skipped, generator = load_numbered(self.source, self.pairs, self.spec.size, self.seed, key)
         frame = self._moved(frame, generator)
         image = (augment(frame.color, self.spec.augment, generator) - self.mean) / self.std
         sample: dict[str, Any] = {
@@ -105,7 +106,7 @@ class FrameCloudSamples(Dataset[dict[str, Any]]):
             "image": image,
             "depth": torch.from_numpy(np.ascontiguousarray(frame.depth)),
             "intrinsics": torch.from_numpy(frame.intrinsics),
-            "index": torch.tensor(key[1]),
+            "index": torch.tensor(index),
             **frame_voxels(frame, self.cloud, generator),
         }
         sample["seed"] = int(torch.randint(2**62, (), generator=generator))

@@ -14,7 +14,7 @@ from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame, Source
 from geo_pretrain.training.data.pairs import resize_frame
 from geo_pretrain.training.data.segments import K_THRESH, MIN_VERTICES, vertex_normals
-from geo_pretrain.training.data.sets import SceneSets, pixel_sets, scene_sets
+from geo_pretrain.training.data.sets import Kind, SceneSets, label_sets, pixel_sets, scene_sets
 
 _GAP = 4  # px between cells
 _WIDTH = 320  # px of a frame beside its sets, at most
@@ -41,6 +41,7 @@ def sets_sheet(
     frames: int = 3,
     k_thresh: float = K_THRESH,
     min_vertices: int = MIN_VERTICES,
+    kind: Kind = "segments",
     cache_dir: Path | None = None,
 ) -> None:
     """Write the geometric sets of a few scenes: a block each, of `frames` rows and the whole surface beside them.
@@ -51,12 +52,14 @@ def sets_sheet(
     """
     blocks = []
     for scene, row in _spread_frames(source, scenes, frames).items():
-        sets = scene_sets(source, scene, k_thresh=k_thresh, min_vertices=min_vertices, cache_dir=cache_dir)
+        sets = scene_sets(source, scene, k_thresh=k_thresh, min_vertices=min_vertices, kind=kind, cache_dir=cache_dir)
         if sets.normals is None:  # segments as released: the mesh has the normals
             owner: Any = getattr(source, "source", source)
             sets = SceneSets(sets.points, sets.ids, vertex_normals(*owner.triangles(scene)))
         small = [_at_most(frame, _WIDTH) for frame in row]
-        pictures = _grid([[frame.color, sets_overlay(frame.color, pixel_sets(frame, sets))] for frame in small])
+        maps = [pixel_sets(frame, sets) if kind == "segments" else label_sets(frame, kind) for frame in small]
+        shown = zip(small, maps, strict=True)
+        pictures = _grid([[frame.color, sets_overlay(frame.color, ids)] for frame, ids in shown])
         size = pictures.shape[0], round(1.4 * pictures.shape[0])
         view = surface_view(sets, size, [frame.cam_to_world for frame in row])
         blocks.append(np.concatenate([pictures, np.full((size[0], _GAP, 3), 255, np.uint8), view], axis=1))

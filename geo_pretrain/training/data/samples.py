@@ -66,6 +66,13 @@ def load_pair(
     A pair that cannot be read is replaced by one drawn from the sample's generator. Raises `DataError` after
     `ATTEMPTS` pairs in a row.
     """
+    return load_numbered(source, pairs, size, seed, key)[1:]
+
+
+def load_numbered(
+    source: Source, pairs: list[Pair], size: tuple[int, int], seed: int, key: Key
+) -> tuple[int, list[Frame], list[tuple[str, str]], torch.Generator]:
+    """`load_pair`, with the position of the pair that was in the end loaded in front."""
     epoch, index = key
     generator = torch.Generator().manual_seed(sample_seed(seed, epoch, index))
     skipped: list[tuple[str, str]] = []
@@ -74,7 +81,8 @@ def load_pair(
         try:
             first = _load(source, pair.scene, pair.frame1, size)
             alone = pair.frame2 == pair.frame1  # `DataSpec.units` "frames": read once
-            return [first, first if alone else _load(source, pair.scene, pair.frame2, size)], skipped, generator
+            second = first if alone else _load(source, pair.scene, pair.frame2, size)
+            return index, [first, second], skipped, generator
         except BadFrame as bad:
             skipped.append((bad.path, bad.reason))
             index = int(torch.randint(len(pairs), (), generator=generator))

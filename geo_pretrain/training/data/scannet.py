@@ -8,8 +8,9 @@ depth grid and the depth intrinsics of the scan hold for both.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ class ScanNet:
         Raises:
             DataError: the file is broken or not of a mesh with so many `vertices`.
         """
-        path = self._mesh_path(scene).with_suffix(".0.010000.segs.json")
+        path = self._segments_path(scene)
         try:
             tree: Any = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -123,9 +124,15 @@ class ScanNet:
         return ids.astype(np.int64)
 
     def fingerprint(self) -> str:
-        """Names, sizes and times of pose files and meshes (each frame has a pose; hashing images would take hours)."""
-        meshes = (path for path in map(self._mesh_path, self._scenes) if path.is_file())
-        return files.files_fingerprint(self.root, chain(self.root.glob("scene*/pose/*.txt"), meshes))
+        """The options, and names, sizes and times of poses, intrinsics, meshes and their segments.
+
+        Each frame has a pose; looking at all images too would take long on a disk of the network.
+        """
+        patterns = "scene*/pose/*.txt", "scene*/intrinsic/intrinsic_depth.txt"
+        of_scenes = (kind(scene) for scene in self._scenes for kind in (self._mesh_path, self._segments_path))
+        found = chain(*map(self.root.glob, patterns), (path for path in of_scenes if path.is_file()))
+        options = json.dumps(asdict(self.config), sort_keys=True)
+        return hashlib.sha256(f"{files.files_fingerprint(self.root, found)}\0{options}".encode()).hexdigest()
 
     def _read_mesh(self, scene: str, *elements: str) -> tuple[Path, list[Columns]]:
         path = self._mesh_path(scene)
@@ -135,6 +142,9 @@ class ScanNet:
 
     def _mesh_path(self, scene: str) -> Path:
         return self.root / scene / f"{scene}_vh_clean_2.ply"
+
+    def _segments_path(self, scene: str) -> Path:
+        return self._mesh_path(scene).with_suffix(".0.010000.segs.json")
 
 
 def _positions(path: Path, vertex: Columns, *others: str) -> np.ndarray:

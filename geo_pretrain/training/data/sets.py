@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from geo_pretrain.sparse.coordinates import unique_rows
 from geo_pretrain.training.data.cache import cached_arrays
 from geo_pretrain.training.data.frame import Frame, Source
 from geo_pretrain.training.data.pairs import Pair
-from geo_pretrain.training.data.samples import Key, PairSamples
+from geo_pretrain.training.data.samples import ATTEMPTS, Key, PairSamples
 from geo_pretrain.training.data.segments import (
     K_THRESH,
     MIN_VERTICES,
@@ -42,6 +42,11 @@ from geo_pretrain.training.recipe import DataSpec
 
 Kind = Literal["segments", "semantic", "instance"]
 KINDS: tuple[Kind, ...] = ("segments", "semantic", "instance")
+
+_WITH_LABELS = (
+    "sources that have them, such as rooms, or scannet with their images unpacked and "
+    "--set data.options='{labels: label-filt, instances: instance-filt}' (either alone is enough for its kind)"
+)
 
 RADIUS = 0.05  # m; a pixel farther than this from the surface is in no set
 SPACING = 0.02  # m; frames are fused to a point a voxel, about as dense as the vertices of ScanNet's meshes
@@ -111,14 +116,29 @@ def label_sets(frame: Frame, kind: Kind) -> np.ndarray:
     Raises:
         DataError: the frame has no such labels.
     """
-    labels = frame.semantic if kind == "semantic" else frame.instance
+    labels = _labels(frame, kind)
     if labels is None:
         raise DataError(
             f"Frame {frame.id!r} of scene {frame.scene!r} has no {kind} labels, which sets of kind {kind!r} are made "
-            "of. Accepted: sources that have them, such as rooms, or scannet with "
-            "data.options={labels: label-filt, instances: instance-filt}. Without labels: kind 'segments'."
+            f"of. Accepted: {_WITH_LABELS}. Without labels: kind 'segments'."
         )
     return np.where(labels > 0, labels, -1).astype(np.int64)
+
+
+def check_labels(source: Source, pairs: Sequence[Pair], kind: Kind) -> None:
+    """Read one frame of the pairs. Raises `DataError` when it has no labels of this `kind`."""
+    for pair in pairs[:ATTEMPTS]:
+        with contextlib.suppress(BadFrame):
+            if _labels(source.load(pair.scene, pair.frame1), kind) is None:
+                raise DataError(
+                    f"'task.sets' is {kind!r}, but source {source.name!r} has no {kind} labels as it was opened. "
+                    f"Accepted: {_WITH_LABELS}. Without labels: --set task.sets=segments."
+                )
+            return
+
+
+def _labels(frame: Frame, kind: Kind) -> np.ndarray | None:
+    return frame.semantic if kind == "semantic" else frame.instance
 
 
 class Sets:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from geo_pretrain.geometry import register_depth
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.frame import Frame
 
+INTRINSICS = "camera-intrinsics.txt"
 KINECT_V1 = np.array([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])  # nominal depth camera, for folders without a file
 
 
@@ -88,16 +90,16 @@ class SevenScenes:
         return Frame(scene, frame_id, color, depth, intrinsics, pose)
 
     def fingerprint(self) -> str:
-        """Names, sizes and times of all frame files, and the registration."""
-        digest = files.files_fingerprint(self.root, self.root.rglob("frame-*"))
+        """Names, sizes and times of all frame files and intrinsics, and the registration."""
+        digest = files.files_fingerprint(self.root, chain(*map(self.root.rglob, ("frame-*", INTRINSICS))))
         if self.registration is None:
             return digest
         return hashlib.sha256(digest.encode() + b"".join(m.tobytes() for m in self.registration)).hexdigest()
 
     def _intrinsics(self, scene: str) -> np.ndarray:
         for folder in (self._scenes[scene], self.root):
-            if (folder / "camera-intrinsics.txt").exists():
-                return files.read_matrix(folder / "camera-intrinsics.txt", 3, 3)
+            if (folder / INTRINSICS).exists():
+                return files.read_matrix(folder / INTRINSICS, 3, 3)
         return KINECT_V1
 
     @staticmethod

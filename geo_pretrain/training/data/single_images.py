@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +20,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
-from geo_pretrain.training.data.files import read_color
+from geo_pretrain.training.data.files import files_fingerprint, read_color
 from geo_pretrain.training.data.frame import Frame, Source
 from geo_pretrain.training.data.pairs import Pair, resize_frame
 from geo_pretrain.training.data.samples import ATTEMPTS, Key, augment, sample_seed
@@ -80,6 +82,16 @@ class CropSamples(Dataset[dict[str, Any]]):
         views = [[self._view(color, generator) for color in colors] for _ in range(2)]
         sample: dict[str, Any] = {f"image{k}": torch.stack(view) for k, view in enumerate(views, 1)}
         return sample | {"seed": int(torch.randint(2**62, (), generator=generator)), "skipped": skipped}
+
+    def own_data(self) -> dict[str, Any]:
+        """What is beside the frames of the source: how many `images` and their fingerprint; {} without."""
+        return {"images": len(self.images), "images_fingerprint": self._fingerprint} if self.images else {}
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Names below the folder that holds them all, sizes and times."""
+        root = Path(os.path.commonpath([path.parent for path in self.images]))
+        return files_fingerprint(root, self.images)
 
     def _again(self, key: Key, count: int) -> int:
         """The index into a list of `count`; where that is the shorter one, other partners meet in each epoch."""

@@ -11,14 +11,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from geo_pretrain.errors import CheckpointError, RecipeError
@@ -28,6 +27,7 @@ from geo_pretrain.training.downstream.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.downstream.finetune_task import FinetuneTask, Start
 from geo_pretrain.training.engine import STATE
 from geo_pretrain.training.export import LIBRARIES, code_version
+from geo_pretrain.training.recipe import changes, plain_types
 
 RESULTS, LOG, MODEL, BEST, PICTURE = (
     "results.json",
@@ -108,31 +108,6 @@ class Run:
         }
 
 
-@contextmanager
-def only_process(out: Path, what: str) -> Iterator[None]:
-    """The only process that works on `out`, for `what` ("fine-tuning run"); nobody waits.
-
-    The lock is a file beside `out` that is gone at the end. Whoever dies inside does not block the next.
-
-    Raises:
-        CheckpointError: another process, or this one a second time, works on `out`.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise CheckpointError(
-            f"Another process is at work on the {what} in {str(out)!r}. Wait until it ends, or choose another --out."
-        ) from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()  # whoever opened it in this moment notices and starts over
-        lock.release()
-
-
 def read_result(folder: Path) -> FinetuneResult:
     """The result in a finished run's folder. Raises `CheckpointError` when there is none."""
     path = folder / RESULTS
@@ -196,9 +171,8 @@ def restore(run: Run) -> None:
     """Go on from the saved state. Raises `RecipeError` when recipe, backbone or data are not those it is of."""
     state = torch.load(run.folder / STATE, map_location="cpu", weights_only=True)
     given, mine = state["identity"], run.identity()
-    if given["recipe"] != mine["recipe"]:
-        before = given["recipe"].splitlines()
-        changed = [line.strip() for line in mine["recipe"].splitlines() if line not in before]
+    changed = changes(given["recipe"], mine["recipe"])
+    if changed:
         raise RecipeError(
             f"The run in {run.folder} was started with another recipe; it differs in: {'; '.join(changed[:5])}. "
             "Give the first settings again, choose another --out, or remove that folder."
@@ -273,6 +247,7 @@ def summary(run: Run, uses: str) -> dict[str, Any]:
         "seed": recipe.seed,
         "authors_exact": recipe.authors_exact,
         "backbone": {"name": run.start.backbone, "digest": run.digest},
+        "contract": plain_types(run.task.contract.to_dict()),
         "data": {
             "source": run.train.name,
             "licence": licence,

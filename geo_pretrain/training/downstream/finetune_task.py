@@ -58,6 +58,7 @@ class FinetuneTask(Protocol):
 
     module: nn.Module  # all that is trained and saved; the loop moves it and calls .train() before a step
     metric: str  # the score that picks the best evaluation and goes into tables: "miou", "box_ap50"
+    contract: ImageContract  # what images are turned into
 
     def sample(self, image: LabelledImage, generator: torch.Generator) -> Any:
         """A training sample with augmentation drawn from `generator` alone. Raises `BadFrame` for one bad image."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
@@ -59,8 +60,8 @@ class Export:
 class Task(Protocol):
     """What the engine needs; a task is also an `nn.Module` whose parameters are trained.
 
-    Every loss of a batch must reach every parameter, with a gradient of 0 where there is nothing to learn from:
-    processes that train together wait for each other's gradients.
+    Every loss of a batch must reach every parameter that is not frozen, with a gradient of 0 where there is nothing to
+    learn from: processes that train together wait for each other's gradients.
     """
 
     unit: str  # what samples are made of, for displays: "images" or "clouds"
@@ -81,6 +82,20 @@ class Task(Protocol):
 
 def build_task(recipe: Recipe) -> tuple[Task, nn.Module]:
     """The task of a recipe, twice: as the engine's protocol and as the module it is."""
+    module, config = _parsed(recipe)
+    build: Callable[[Recipe, Any], nn.Module] = module.build
+    task = build(recipe, config)
+    return cast(Task, task), task
+
+
+def task_settings(recipe: Recipe) -> dict[str, Any]:
+    """All settings of a recipe's task, those that the recipe leaves to their defaults among them."""
+    _, config = _parsed(recipe)
+    return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+def _parsed(recipe: Recipe) -> tuple[ModuleType, Any]:
+    """The module of a recipe's task and its `Config`."""
     settings = dict(recipe.task)
     name = settings.pop("name")
     if name not in TASKS:
@@ -90,7 +105,4 @@ def build_task(recipe: Recipe) -> tuple[Task, nn.Module]:
     if taken:
         raise RecipeError(f"recipe {recipe.name}: 'task.{taken[0]}' is not free; the task's name, {name!r}, sets it.")
     module = importlib.import_module(where)
-    config = parse(module.Config, {**fixed, **settings}, where=f"recipe {recipe.name}", prefix="task.")
-    build: Callable[[Recipe, Any], nn.Module] = module.build
-    task = build(recipe, config)
-    return cast(Task, task), task
+    return module, parse(module.Config, {**fixed, **settings}, where=f"recipe {recipe.name}", prefix="task.")

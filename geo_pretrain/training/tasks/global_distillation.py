@@ -3,7 +3,7 @@
 Global KD: the classes of an image classifier (Hinton et al., 2015). Gupta et al. (CVPR 2016): its pooled features, by
 distance. CRD (Tian et al., ICLR 2020): pooled features, by contrast. PPKT (Liu et al., 2021) names them with few
 details: what is pooled, and what the paper leaves open, stands beside the settings. Only the encoder of the sparse
-U-Net is taught; its decoder keeps its random weights.
+U-Net is taught; its decoder is frozen, so that its random weights are left as they were drawn.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from geo_pretrain.training.losses_distillation import (
     queue_info_nce,
 )
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.clouds import zero
 from geo_pretrain.training.tasks.moco import gather
 from geo_pretrain.training.tasks.ppkt import FrameConfig, TaughtByImages, teacher_of
 from geo_pretrain.training.tasks.teachers import Teacher, load_classifier
 
 TEMPERATURES = {"kd": 1.0, "l2": 1.0, "crd": 0.07}
+# Modules of an `SRUNet` up to its coarsest map, in order: a convolution, its norm, and the blocks after both.
+STAGES = (("conv0p1s1", "bn0", None), *((f"conv{n}p{1 << n - 1}s2", f"bn{n}", f"block{n}") for n in range(1, 5)))
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Config(FrameConfig):
     # kd: the classes of the teacher's classifier, which "imagenet" has; or, of any teacher, its pooled channels taken
     # as classes (not in any paper: for teachers without a classifier)
     targets: Literal["classifier", "features"] = "classifier"
-    form: Literal["squared", "norm", "mean"] = "squared"  # l2: what distance is, see losses_distillation
+    # l2: what distance is, see losses_distillation; the recipe takes "mean", for "squared" diverges at its rate
+    form: Literal["squared", "norm", "mean"] = "squared"
     dim: int = 128  # crd: channels that both sides are projected to
     # crd: against a queue of earlier images, as in MoCo, or CRD's released memory of all images with its estimation
     negatives: Literal["queue", "memory"] = "queue"
@@ -66,7 +68,10 @@ class Config(FrameConfig):
 
 
 class GlobalDistillation(TaughtByImages):
-    """One feature of a cloud against one of its image. Heads: `head.*` of the student; crd: `key.*` of the teacher."""
+    """One feature of a cloud against one of its image. Heads: `head.*` of the student; crd: `key.*` of the teacher.
+
+    The student's decoder never runs. It is frozen: with gradients of 0, weight decay would shrink it to nothing.
+    """
 
     normalize = True
     queue: Tensor  # [K, dim], and where the next row goes
@@ -80,6 +85,9 @@ class GlobalDistillation(TaughtByImages):
         self.temperature = config.temperature or TEMPERATURES[config.loss]
         if classifier is not None:
             classifier.requires_grad_(False)
+        self.backbone.requires_grad_(False)
+        for module in filter(None, (name for stage in STAGES for name in stage)):
+            self.backbone.get_submodule(module).requires_grad_(True)
         channels = self.backbone.planes[3]
         if config.loss == "crd":
             self.head = nn.Linear(channels, config.dim)
@@ -123,7 +131,7 @@ class GlobalDistillation(TaughtByImages):
             loss = self._against_queue(F.normalize(student, dim=1), F.normalize(self.key(image), dim=1))
         else:
             loss = self._against_memory(batch, F.normalize(student, dim=1), F.normalize(self.key(image), dim=1))
-        return {self.config.loss: loss + zero(self.backbone)}  # the decoder is not reached
+        return {self.config.loss: loss}
 
     def _against_queue(self, student: Tensor, teacher: Tensor) -> Tensor:
         # A copy: the backward pass must find what the forward pass has seen.
@@ -173,10 +181,9 @@ class GlobalDistillation(TaughtByImages):
 def encoder_map(network: SRUNet, x: SparseTensor) -> SparseTensor:
     """The coarsest map of a sparse U-Net, that of block4 at stride 16, without what its decoder would cost."""
     module = network.get_submodule
-    x = network.relu(network.bn0(network.conv0p1s1(x)))
-    for number in range(1, 5):
-        x = network.relu(module(f"bn{number}")(module(f"conv{number}p{1 << number - 1}s2")(x)))
-        x = module(f"block{number}")(x)
+    for convolution, norm, blocks in STAGES:
+        x = network.relu(module(norm)(module(convolution)(x)))
+        x = x if blocks is None else module(blocks)(x)
     return x
 
 

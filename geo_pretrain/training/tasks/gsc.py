@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from geo_pretrain import hub
-from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, read_weights
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.pairs import Pair
 from geo_pretrain.training.data.samples import sample_seed
 from geo_pretrain.training.data.segments import K_THRESH, MIN_VERTICES
-from geo_pretrain.training.data.sets import Kind, SetPairSamples
-from geo_pretrain.training.initialise import initialise_encoder
+from geo_pretrain.training.data.sets import Kind, SetPairSamples, check_labels
+from geo_pretrain.training.initialise import initialise, initialise_heads
 from geo_pretrain.training.losses import Denominator, depth_loss, set_info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import pri3d
@@ -66,7 +64,9 @@ class GSC(pri3d.Pri3D):
             self.w2d = nn.Linear(self.backbone.out_chans, settings.projection)
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
-        """Pairs of images with the set of every pixel."""
+        """Pairs of images with the set of every pixel. Raises `DataError` when the labels asked for are not there."""
+        if self.settings.sets != "segments":
+            check_labels(source, pairs, self.settings.sets)
         return SetPairSamples(
             source,
             pairs,
@@ -117,8 +117,15 @@ class GSC(pri3d.Pri3D):
 
 
 def half_resolution_sets(ids: Tensor, features: torch.Size) -> Tensor:
-    """Set of every cell of a feature map [B, C, h, w]: that of pixel (2 row, 2 column); [B, H, W] -> [B, h * w]."""
-    return ids[:, ::2, ::2][:, : features[-2], : features[-1]].flatten(1)
+    """Set of every cell of a feature map [B, C, h, w]: that of pixel (2 row, 2 column); [B, H, W] -> [B, h * w].
+
+    Of a size that 32 does not divide the map may reach past the image. Cells there are those of no pixel, on which no
+    match of Pri3D falls (`pri3d.half_resolution_cell`): they are in no set, -1.
+    """
+    inside = ids[:, ::2, ::2][:, : features[-2], : features[-1]]
+    cells = ids.new_full((len(ids), features[-2], features[-1]), -1)
+    cells[:, : inside.shape[1], : inside.shape[2]] = inside
+    return cells.flatten(1)
 
 
 def limit_sets(
@@ -155,23 +162,10 @@ def build(recipe: Recipe, config: Config) -> GSC:
 
     A depth head starts from the one of the first stage, where that has one.
     """
-    spec = recipe.network2d()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         task = GSC(recipe, config)
-    initialise_encoder(task.backbone, spec)
-    if config.depth_proxy and spec.init not in ("scratch", "imagenet", "moco_v2"):
-        _start_depth_head(task.headnet, spec.init)
+    initialise(task.backbone, recipe)
+    if config.depth_proxy:
+        initialise_heads(task, recipe.network2d().init, prefix="headnet.", required=False)
     return task
-
-
-def _start_depth_head(head: nn.Module, start: str) -> None:
-    found = read_checkpoint(hub.resolve(start, roles=_heads))
-    state = read_weights(found, "heads") if "heads" in found.roles else {}
-    own = {key.removeprefix("headnet."): value for key, value in state.items() if key.startswith("headnet.")}
-    if own:
-        head.load_state_dict(own)
-
-
-def _heads(found: Checkpoint) -> tuple[str, ...]:
-    return ("heads",) if "heads" in found.roles or not found.files else ()

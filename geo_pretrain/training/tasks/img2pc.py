@@ -102,7 +102,7 @@ class Img2PC(TaughtByImages):
             return export
         pairing = Pairing(
             self.teacher.arch,
-            self.teacher.contract,
+            self.shown(),
             role="teacher",
             point_projection=None if self.projection is None else "projection",
             interpolation=self.config.interpolation,

@@ -7,6 +7,7 @@ one is written from the paper.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from geo_pretrain.training.losses import queue_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
 
+GROUPS = 8  # processes of the released trainers
+
 
 @dataclass(frozen=True)
 class Config:
@@ -41,8 +44,9 @@ class Config:
     momentum: float = 0.999  # of the key encoder
     temperature: float = 0.2
     # BatchNorm must not tell which key belongs to a query: keys go through it in other groups than queries. Groups are
-    # the processes; here each process's share can be cut into more, so that one does what several would.
-    bn_groups: int = 1
+    # the processes; here each process's share can be cut into more, so that one does what several would. None: 1 where
+    # several train, else as `groups_of` says. 1 in one process: one group, so nothing is shuffled and BatchNorm tells.
+    bn_groups: int | None = None
     resize: tuple[int, int] | None = (240, 320)  # of frames before the crop, to the nearest pixel; null: as they are
     scale: tuple[float, float] = (0.2, 1.0)  # share of the image that a crop covers
     flip_prob: float = 0.5
@@ -54,7 +58,7 @@ class Config:
         """Ranges."""
         for key in ("dim", "queue", "temperature", "bn_groups"):
             value = getattr(self, key)
-            if not value > 0:
+            if value is not None and not value > 0:
                 raise RecipeError(f"'task.{key}' is {value!r}, accepted is a number above 0.")
         if not 0 <= self.momentum < 1:
             raise RecipeError(f"'task.momentum' is {self.momentum!r}, accepted is a number from 0 up, under 1.")
@@ -128,7 +132,7 @@ class MoCo(nn.Module):
             self._follow()
         low = self.recipe.precision == "bf16"
         with torch.autocast(images1.device.type, torch.bfloat16, enabled=low):
-            query = in_groups(self.query, images1, self.config.bn_groups)
+            query = in_groups(self.query, images1, self._groups(len(images1)))
             key, everyones = self._keys(images2, batch["seed"][0])
         loss = queue_nce(
             query.flatten(0, 1), key.flatten(0, 1), self.queue.clone(), temperature=self.config.temperature
@@ -148,6 +152,12 @@ class MoCo(nn.Module):
         weights = {"encoder": encoder.state_dict(), "heads": heads}
         return Export("resnet", dict(self.arch_args), self.contract, weights, golden_values(encoder))
 
+    def _groups(self, samples: int) -> int:
+        """Groups for BatchNorm of the `samples` that this process takes at once."""
+        if self.config.bn_groups is not None:
+            return self.config.bn_groups
+        return 1 if place()[1] > 1 else groups_of(samples)
+
     @torch.no_grad()
     def _follow(self) -> None:
         """The key network's parameters move a little towards the query network's."""
@@ -161,12 +171,13 @@ class MoCo(nn.Module):
         All images are permuted, dealt to processes and groups anew, and their keys put back in order.
         """
         rank, world = place()
+        groups = self._groups(len(images))
         together = gather(images)
         batch, per = together.shape[:2]
         generator = torch.Generator().manual_seed(shared(seed, images.device))
         order = torch.randperm(batch * per, generator=generator).to(images.device)
         shuffled = together.flatten(0, 1)[order][:, None]
-        keys = gather(in_groups(self.key, shuffled[rank::world], self.config.bn_groups))[:, 0]
+        keys = gather(in_groups(self.key, shuffled[rank::world], groups))[:, 0]
         everyones = keys[order.argsort()].unflatten(0, (batch, per))
         return everyones[rank::world], everyones
 
@@ -177,6 +188,19 @@ class MoCo(nn.Module):
         rows = (self.queue_end + torch.arange(len(keys), device=keys.device)) % size
         self.queue[rows] = keys
         self.queue_end.copy_((self.queue_end + len(keys)) % size)
+
+
+def groups_of(samples: int) -> int:
+    """The groups that one process cuts its `samples` into: their largest divisor up to `GROUPS`."""
+    groups = max(count for count in range(1, GROUPS + 1) if samples % count == 0)
+    if groups == 1 < samples:
+        warnings.warn(
+            f"{samples} samples cannot be cut into 2 to {GROUPS} equal groups, so one process cannot shuffle keys "
+            "between groups of BatchNorm, which then tells which key belongs to a query. Take an optim.batch (/ "
+            "optim.accumulate) that such a number divides.",
+            stacklevel=2,
+        )
+    return groups
 
 
 def in_groups(network: Callable[[Tensor], Tensor], samples: Tensor, groups: int) -> Tensor:

@@ -20,6 +20,7 @@ from geo_pretrain.backbones.build import golden_values
 from geo_pretrain.backbones.feature_pair import FeaturePair, pair_golden
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import Pairing
+from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.data.clouds import Features, Rotation
 from geo_pretrain.training.data.frame import Source
@@ -42,7 +43,7 @@ class FrameConfig:
     # folder of a fine-tuning run | ade20k
     teacher: str = "imagenet"
     teacher_file: str | None = None  # the weights of "ade20k", see teachers.load_segmenter
-    teacher_depth: int = 50  # of the first three
+    teacher_depth: Literal[18, 50] = 50  # of the first three
     dense: bool = False  # the teacher's dense features instead of its last map; needs a decoder
     features: Features = "rgb"  # of voxels, colour / 255 - 0.5
     pixels: Literal["one", "all"] = "one"  # a voxel's own pixel, or (SLidR) every pixel that falls in it
@@ -123,9 +124,14 @@ class TaughtByImages(nn.Module):
         return network.eval()
 
     def heads(self) -> dict[str, Tensor]:
-        """What is trained beside student and teacher, on the CPU."""
-        own = ("backbone.", "teacher.")
-        return {k: v.cpu() for k, v in self.state_dict().items() if not k.startswith(own)}
+        """The projections: what is trained beside the student, on the CPU. Queues, memories and classifiers are not."""
+        trained = {key for key, parameter in self.named_parameters() if parameter.requires_grad}
+        own = {key: value for key, value in self.state_dict().items() if not key.startswith("backbone.")}
+        return {key: value.cpu() for key, value in own.items() if key in trained}
+
+    def shown(self) -> ImageContract:
+        """The images that the teacher was shown: its contract, at the size of the recipe's data by nearest pixels."""
+        return replace(self.teacher.contract, size=self.recipe.data.size, interpolation="nearest")
 
     def export(self) -> Export:
         """The student, and in a file of their own the projections."""
@@ -156,8 +162,10 @@ class Config(FrameConfig):
     """Settings of the task; numbers of samples hold for each process."""
 
     temperature: float = 0.04  # SLidR: 0.07
-    matches: int = 4096  # anchors of the batch; of each image where negatives are an image's
-    negatives: Literal["batch", "image"] = "batch"  # algorithm 1 flattens the points of all images
+    matches: int = 4096  # anchors of the batch or of each image:
+    matches_of: Literal["batch", "image"] = "batch"
+    # algorithm 1 flattens the points of all images; "image": the own image's alone, with `matches` of each
+    negatives: Literal["batch", "image"] = "batch"
     align_corners: bool = True  # of the upsampling, as SLidR has it
 
     def __post_init__(self) -> None:
@@ -200,15 +208,16 @@ class PPKT(TaughtByImages):
 
     def _chosen(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The drawn correspondences of every problem: one for the batch, or one for each image."""
-        element = batch["element"]
-        if self.config.negatives == "batch":
+        element, together = batch["element"], self.config.negatives == "batch"
+        if together and self.config.matches_of == "batch":
             generator = torch.Generator().manual_seed(batch["seed"][0])  # one stream of draws for the whole batch
             return [draw(len(element), self.config.matches, generator, element.device)]
         groups = [(element == number).nonzero()[:, 0] for number in range(len(batch["seed"]))]
-        return [
+        drawn = [
             group[draw(len(group), self.config.matches, torch.Generator().manual_seed(seed), element.device)]
             for group, seed in zip(groups, batch["seed"], strict=True)
         ]
+        return [torch.cat(drawn)] if together else drawn
 
     def export(self) -> Export:
         """Student, projection and teacher: `load_backbone(...).pair()` puts them together."""
@@ -218,7 +227,7 @@ class PPKT(TaughtByImages):
         interpolation: Literal["corners", "bilinear"] = "corners" if self.config.align_corners else "bilinear"
         pairing = Pairing(
             self.teacher.arch,
-            replace(self.teacher.contract, size=self.recipe.data.size, interpolation="nearest"),  # as it was shown them
+            self.shown(),
             role="teacher",
             image_projection="projection",
             interpolation=interpolation,

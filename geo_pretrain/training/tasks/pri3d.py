@@ -29,7 +29,7 @@ from geo_pretrain.training.data.clouds import ChunkPairSamples, Features, collat
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.pairs import Pair
 from geo_pretrain.training.data.samples import PairSamples, collate, sample_seed
-from geo_pretrain.training.initialise import IMAGENET_STARTS, initialise, initialise_heads
+from geo_pretrain.training.initialise import initialise, initialise_heads
 from geo_pretrain.training.losses import depth_loss, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
@@ -285,7 +285,6 @@ def build(recipe: Recipe, config: Config) -> Pri3D:
         torch.manual_seed(recipe.seed)
         task = Pri3D(recipe, config)
     initialise(task.backbone, recipe)
-    start = recipe.start_of(recipe.network2d().init)
-    if config.keep_heads and start not in ("scratch", "imagenet", *IMAGENET_STARTS):  # those have none
-        initialise_heads(task, start)
+    if config.keep_heads:
+        initialise_heads(task, recipe.network2d().init)
     return task

@@ -167,11 +167,36 @@ def _finetuned(folder: Path) -> Teacher:
     stem = next(value for key, value in state.items() if key.endswith("conv1.weight") and value.shape[1] == 3)
     # Random weights of the same shape, then the run's: the backbone that it started from need not be there any more.
     start = Start("scratch", recipe.network.depth, len(stem))
-    task = build_finetune_task(recipe, start, results["data"]["classes"], ImageContract())
+    contract = _finetuned_contract(results, recipe.network.depth, folder)
+    task = build_finetune_task(recipe, start, results["data"]["classes"], contract)
     task.module.load_state_dict(state)
     classes = len(results["data"]["classes"])
     # A U-Net has an output for class 0, "unlabelled", which nothing has trained.
-    return Teacher(_Logits(task.module, first=1 if recipe.network.kind == "unet" else 0), ImageContract(), classes)
+    return Teacher(_Logits(task.module, first=1 if recipe.network.kind == "unet" else 0), contract, classes)
+
+
+def _finetuned_contract(results: dict[str, Any], depth: int, folder: Path) -> ImageContract:
+    """How a fine-tuning run normalised its images: as its backbone does.
+
+    Raises `RecipeError` when it was written before runs stated that, and the backbone cannot be asked any more.
+    """
+    from geo_pretrain.training.downstream.finetune_task import Start
+
+    if "contract" in results:
+        try:
+            return ImageContract.from_dict(results["contract"])
+        except (TypeError, ValueError) as error:
+            raise RecipeError(
+                f"Teacher {str(folder)!r}: 'contract' in its results.json cannot be read: {error}"
+            ) from None
+    backbone = results["backbone"]["name"]
+    try:
+        return Start(backbone, depth).contract()
+    except GeoPretrainError as error:
+        raise RecipeError(
+            f"Teacher {str(folder)!r}: its results.json has no 'contract' and its backbone {backbone!r}, whose images "
+            f"it took, cannot be found ({error}). Accepted: put that back, or fine-tune again."
+        ) from error
 
 
 class _Logits(nn.Module):

@@ -24,6 +24,7 @@ from geo_pretrain.training.data.pairs import Pair, find_pairs
 from geo_pretrain.training.data.samples import load_pair
 from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.recipe import AugmentSpec, DataSpec
+from tests.training.conftest import write_recording
 
 PLAIN = AugmentSpec(jitter_prob=0, grey_prob=0, blur_prob=0)
 
@@ -220,6 +221,38 @@ def test_a_batch_joins_clouds_and_counts_their_rows(samples):
         assert torch.equal(rows[:, 1:], part["coords"][part["voxel"]])
     assert batch["index"].tolist() == [0, 3, 5]
     assert batch["image"].shape == (3, 3, 48, 64)
+
+
+def test_the_number_of_a_sample_is_that_of_the_frame_in_it(tmp_path):
+    folder = write_recording(tmp_path / "recording")
+    spec = DataSpec(source="seven_scenes", path=str(folder), size=(48, 64), units="frames", augment=PLAIN)
+    source = open_source(spec)
+    frames = find_pairs(source, spec, skips=None)
+    (folder / "frame-000010.depth.png").write_bytes(b"broken")
+    dataset = FrameCloudSamples(source, frames, spec, FrameCloudSpec(voxel_size=0.1), ImageContract(), 0)
+    replaced = set()
+    for epoch in range(6):
+        sample = dataset[(epoch, 1)]
+        assert len(sample["skipped"]) >= 1
+        number = int(sample["index"])
+        assert number != 1
+        assert torch.equal(sample["depth"], dataset[(epoch, number)]["depth"])
+        replaced.add(number)
+    assert len(replaced) > 1
+    assert int(dataset[(0, 2)]["index"]) == 2
+
+
+def test_a_frame_that_would_lose_all_its_depth_stays_as_it_is(samples):
+    dataset = samples(resize=(3.0, 3.0), flip_prob=1.0)
+    frame = frame_of(20, 40)
+    depth = np.zeros_like(frame.depth)
+    depth[6, 14] = 1.5
+    frame = Frame("s", "f", frame.color, depth, frame.intrinsics, frame.cam_to_world)
+    moved = [dataset._moved(frame, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    assert all(found.depth.any() for found in moved)
+    kept = [found for found in moved if found is frame]
+    assert 0 < len(kept) < 40
+    assert all(found.intrinsics[0, 0] < 0 for found in moved if found is not frame)  # mirrored, where that is possible
 
 
 def test_of_a_pair_the_first_frame_is_taken(samples):

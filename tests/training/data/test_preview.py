@@ -14,7 +14,7 @@ from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.preview import set_colors, sets_overlay, sets_sheet, surface_view
 from geo_pretrain.training.data.rooms import Rooms, RoomsConfig
 from geo_pretrain.training.data.scannet import ScanNet
-from geo_pretrain.training.data.sets import SceneSets, pixel_sets, scene_sets
+from geo_pretrain.training.data.sets import SceneSets, label_sets, pixel_sets, scene_sets
 from tests.scannet_layout import write_scannet
 
 
@@ -147,7 +147,16 @@ def test_sheet_of_a_scan_with_its_own_segments(rooms, tmp_path):
         sets_sheet(source, tmp_path / "y.png", scenes=0)
 
 
-def test_command_line_draws_sets_with_the_threshold_given(tmp_path, monkeypatch, rooms):
+def test_sheet_of_labels_shows_the_labels(rooms, tmp_path):
+    frame = rooms.load(rooms.scenes()[0], "0000")
+    for kind in ("semantic", "instance"):
+        sets_sheet(rooms, tmp_path / "x.png", frames=1, kind=kind, cache_dir=tmp_path)
+        sheet = np.asarray(Image.open(tmp_path / "x.png"))
+        np.testing.assert_array_equal(sheet[:64, 100:196], sets_overlay(frame.color, label_sets(frame, kind)))
+        assert (sheet[:, 200:] < 255).any()
+
+
+def test_command_line_draws_the_sets_asked_for(tmp_path, monkeypatch, rooms):
     monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path))
 
     def run(*options):
@@ -159,9 +168,9 @@ def test_command_line_draws_sets_with_the_threshold_given(tmp_path, monkeypatch,
 
     assert run().shape == (64, 3 * 96, 3)
     drawn = []
-    for k_thresh in (0.01, 3.0):
-        options = [] if k_thresh == 0.01 else ["--k-thresh", str(k_thresh)]
-        drawn.append(run("--sets", *options))
-        sets_sheet(rooms, tmp_path / "y.png", frames=1, k_thresh=k_thresh, cache_dir=tmp_path)
-        np.testing.assert_array_equal(drawn[-1], np.asarray(Image.open(tmp_path / "y.png")))
-    assert (drawn[0] != drawn[1]).any()
+    for options in ({}, {"k_thresh": 3.0}, {"min_vertices": 2000}, {"kind": "instance"}):
+        given = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        drawn.append(run("--sets", *given).tobytes())
+        sets_sheet(rooms, tmp_path / "y.png", frames=1, cache_dir=tmp_path, **options)
+        assert drawn[-1] == np.asarray(Image.open(tmp_path / "y.png")).tobytes()
+    assert len(set(drawn)) == 4

@@ -20,7 +20,7 @@ from geo_pretrain.training.data.clouds import (
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.pairs import find_pairs
 from geo_pretrain.training.data.rooms import Rooms, RoomsConfig
-from geo_pretrain.training.data.scannet import ScanNet
+from geo_pretrain.training.data.scannet import ScanNet, ScanNetConfig
 from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.data.surface import NoSurface, scene_surface
 from geo_pretrain.training.recipe import DataSpec
@@ -137,6 +137,18 @@ def test_fingerprint_changes_with_the_mesh(tmp_path, rooms):
     longer = ScanNet(tmp_path).fingerprint()
     mesh_path(tmp_path).unlink()
     assert len({before, longer, ScanNet(tmp_path).fingerprint()}) == 3
+
+
+def test_fingerprint_has_the_options_the_segments_and_the_cameras(tmp_path, rooms):
+    write_scannet(tmp_path, rooms, rooms.scenes()[:1], frames=1)
+    options = {}, {"constant_intrinsics": True}, {"labels": "label-filt"}, {"instances": "label-filt"}
+    prints = [ScanNet(tmp_path, ScanNetConfig(**each)).fingerprint() for each in options]
+    mesh_path(tmp_path).with_suffix(".0.010000.segs.json").write_text('{"segIndices": [0]}')
+    prints.append(ScanNet(tmp_path).fingerprint())
+    (tmp_path / "scene0000_00" / "intrinsic" / "intrinsic_depth.txt").write_text("1 0 0 0")
+    prints.append(ScanNet(tmp_path).fingerprint())
+    assert len(set(prints)) == 6
+    assert ScanNet(tmp_path).fingerprint() == prints[-1]
 
 
 @pytest.mark.parametrize("measure", ["projective", "authors_exact"])

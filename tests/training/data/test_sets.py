@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -403,6 +404,23 @@ def test_computed_sets_are_kept_and_made_again_when_damaged(rooms, tmp_path, mon
     sets(min_vertices=21)
     assert len(made) == 5
     assert len(list((tmp_path / "sets").iterdir())) == 3  # and no temporary file
+
+
+def test_kept_pairs_and_sets_are_those_of_the_sources_options(written, tmp_path):
+    """Another camera puts the pixels of a scan without a mesh elsewhere."""
+    root = tmp_path / "scans"
+    for part in ("color", "depth", "pose", "intrinsic"):
+        shutil.copytree(written / SCAN / part, root / SCAN / part)
+    sources = ScanNet(root), ScanNet(root, ScanNetConfig(constant_intrinsics=True))
+    spec, cache = DataSpec(overlap=(0.0, 1.0)), tmp_path / "cache"
+    kept = [find_pairs(source, spec, skips=Skips(), cache_dir=cache) for source in sources]
+    anew = [find_pairs(source, spec, skips=Skips()) for source in sources]
+    assert kept == anew
+    assert kept[0] != kept[1]
+    for source in sources:
+        sets = scene_sets(source, SCAN, cache_dir=cache)
+        np.testing.assert_array_equal(sets.points, fuse_points(frames_of(source)).points)
+    assert len(list((cache / "sets").iterdir())) == 2
 
 
 def test_cache_that_cannot_be_written_is_named(rooms, tmp_path):

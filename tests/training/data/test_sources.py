@@ -210,6 +210,12 @@ def test_fingerprint_changes_when_a_frame_does(folder):
     assert before != SevenScenes(folder).fingerprint()
 
 
+def test_fingerprint_changes_with_the_camera(folder):
+    before = SevenScenes(folder).fingerprint()
+    (folder / "camera-intrinsics.txt").write_text("500 0 80 0 500 60 0 0 1  ")
+    assert before != SevenScenes(folder).fingerprint()
+
+
 def test_wrong_sources_and_folders_are_explained(tmp_path, folder):
     with pytest.raises(UnknownName, match="'seven_scenes'"):
         open_source(DataSpec(source="7scenes"))

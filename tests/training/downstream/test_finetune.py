@@ -173,9 +173,9 @@ def test_run_is_not_continued_with_anything_else(tmp_path):
     write_tiny(tmp_path / "tiny_net_r18")
     with pytest.raises(Stop):
         run(tmp_path / "out", on_step=stop_at(3))
-    with pytest.raises(RecipeError, match=r"another recipe; it differs in: lr: 0\.5"):
+    with pytest.raises(RecipeError, match=r"another recipe; it differs in: optim.lr: .* -> 0\.5"):
         run(tmp_path / "out", "optim.lr=0.5")
-    with pytest.raises(RecipeError, match="another recipe; it differs in: seed: 3"):
+    with pytest.raises(RecipeError, match="another recipe; it differs in: seed: 0 -> 3"):
         run(tmp_path / "out", seed=3)
     with pytest.raises(RecipeError, match="from another backbone"):
         run(tmp_path / "out", backbone=tmp_path / "tiny_net_r18")
