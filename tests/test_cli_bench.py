@@ -63,12 +63,20 @@ def test_bench_trains_measures_and_prints_one_table(tmp_path):
 
 
 def test_failed_task_is_in_the_table_and_the_exit_code(tmp_path):
-    options = sets(*TINY, "task.no_such_setting=1")
+    options = sets(*TINY, "data.overlap=[0.99999, 1.0]")
     shown = run("--toy", "--task", "depth_prediction", "--seed", 0, "--steps", 1, *options, "--out", tmp_path / "b")
     assert shown.exit_code == 1
-    assert "no_such_setting" in shown.output
+    assert "No pair of frames is left" in shown.output
     results = json.loads((tmp_path / "b" / "results.json").read_text())
-    assert "no_such_setting" in results["failed"]["depth_prediction"]["0"]
+    assert "No pair of frames is left" in results["failed"]["depth_prediction"]["0"]
+
+
+def test_a_setting_that_a_task_has_not_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(RecipeError, match=r"depth_prediction.*unknown key 'task\.no_such_setting'"):
+        run("--toy", "--task", "depth_prediction", "--set", "task.no_such_setting=1", "--out", tmp_path / "b")
+    with pytest.raises(RecipeError, match=r"the benchmark sets 'optim\.batch' for all tasks\. Give --batch"):
+        run("--toy", "--set", "optim.batch=8", "--out", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_three_dimensional_backbone_is_probed_on_voxels(tmp_path, monkeypatch):

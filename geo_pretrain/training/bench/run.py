@@ -264,7 +264,8 @@ def _collect(bench: Bench, cell: Cell, returncode: int) -> None:
 def _why(log: Path, returncode: int) -> str:
     """Why a process ended: what it said last, unless it was killed and had no say."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    last = lines[-1].removeprefix("Error: ") if lines else ""
+    said = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
+    last = " ".join(lines[said[-1] if said else -1 :]).removeprefix("Error: ")
     if returncode < 0:
         killer = signal.Signals(-returncode).name
         memory = ", as when memory runs out" if -returncode == signal.SIGKILL else ""
