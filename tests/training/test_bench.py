@@ -387,7 +387,7 @@ def test_twins_are_equal_where_architecture_and_input_are(tmp_path):
 
 def made_up(kind, twin, seed, value, **more):
     matching = {"recall": value, "threshold": 4.0, "unit": "px", "chance": 0.007, "of": "dense output"}
-    run = {"kind": kind, "twin": twin, "arch": twin, "input": "ones", "seed": seed, "matching": matching}
+    run = {"kind": kind, "twin": twin, "arch": f"{twin}(18)", "input": "ones", "seed": seed, "matching": matching}
     return run | {"probe": value / 2, "finetuned": value / 4} | more
 
 
@@ -415,7 +415,8 @@ def test_table_has_means_and_deviations_under_random_weights(summary):
     results, values = summary
     lines = {line[0]: line[1:] for line in table(results)}
     assert list(lines) == ["2D, random weights", "pri3d_view", "gsc", "3D, random weights", "csc", "ppkt"]
-    assert (lines["2D, random weights"][3], lines["3D, random weights"][3]) == ("unet, ones", "sr, ones")
+    assert (lines["2D, random weights"][3], lines["3D, random weights"][3]) == ("unet", "sr")
+    assert "| unet(18), ones; matched: dense output, 4 px, chance 0.7 |" in markdown(results)
     mean, std = statistics.mean(values.values()), statistics.stdev(values.values())
     assert lines["pri3d_view"] == [
         f"{100 * mean:.1f} ± {100 * std:.1f}", f"{50 * mean:.1f} ± {50 * std:.1f}",

@@ -56,7 +56,8 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
     lines = []
     wanted = len(results["seeds"])
     for group in results["groups"].values():
-        lines.append([f"{group['kind']}, random weights", *_cells(group["random"], wanted), _network(group)])
+        network = group["arch"].partition("(")[0]  # a terminal has no room for more
+        lines.append([f"{group['kind']}, random weights", *_cells(group["random"], wanted), network])
         lines += [[task, *_cells(row, wanted), _text(row["training"])] for task, row in group["tasks"].items()]
     for task, why in results["failed"].items():
         seeds = ", ".join(why)
@@ -76,7 +77,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     )
     lines = [text, "", f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
     for group in results["groups"].values():
-        note = f"{_network(group)}; matched: {group['of']}, {group['threshold']}, chance {100 * group['chance']:.1f}"
+        network = f"{group['arch']}, {group['input']}"
+        note = f"{network}; matched: {group['of']}, {group['threshold']}, chance {100 * group['chance']:.1f}"
         lines.append(
             f"| *{group['kind']}, random weights* | {' | '.join(_cells(group['random'], len(seeds)))} | {note} |"
         )
@@ -107,10 +109,6 @@ def parts(page: Path) -> tuple[str, str]:
     if not begin or not end:
         raise DataError(f"{page}: no lines {BEGIN!r} and {END!r}, between which the table would go.")
     return before, after
-
-
-def _network(group: Mapping[str, Any]) -> str:
-    return f"{group['arch']}, {group['input']}"
 
 
 def _group(twin: str, run: Mapping[str, Any], random: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
