@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from itertools import count
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from geo_pretrain.loading import load_backbone
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.rooms import CLASSES
 from geo_pretrain.training.data.samples import sample_seed
+from geo_pretrain.training.downstream import points
 from geo_pretrain.training.downstream.data.sources import open_labelled, subset
 from geo_pretrain.training.downstream.points import (
     LabelledCloud,
@@ -33,13 +35,14 @@ from geo_pretrain.training.downstream.points import (
     voxel_features,
     voxels_of,
 )
-from geo_pretrain.training.downstream.probes import RANDOM, ProbeSpec
+from geo_pretrain.training.downstream.probes import RANDOM, ProbeSpec, fit_head
 from tests.training.downstream.sweeps import Squares
 from tests.zoo import write_tiny, write_tiny_3d
 
 ROOMS = {"scenes": 2, "val_scenes": 1, "frames": 3, "labelled": 2, "width": 64, "height": 64}
 COLOURS = VoxelContract(0.1, ("R", "G", "B"), offset=-0.5)
 ONES = VoxelContract(0.1, ("one",) * 3)
+METRE = VoxelContract(1.0, ("R", "G", "B"), offset=-0.5)
 PAINT = np.array([[0, 0, 0], [250, 20, 20], [20, 250, 20], [20, 20, 250]], np.uint8)
 SPEC = ProbeSpec(pixels=200)
 
@@ -169,6 +172,46 @@ def test_linear_probe_reads_classes_from_features_that_tell_them():
     assert steps == [(k, 5) for k in range(1, 6)]
 
 
+def test_voxels_of_a_probe_are_drawn_for_each_cloud_by_seed_name_and_part(monkeypatch):
+    """Each labelled voxel has a colour of its own, so what is drawn can be told."""
+    read = []
+
+    def fit(samples, **options):
+        read.append(samples)
+        return fit_head(samples, **options)
+
+    def judge(bank, queries, **options):
+        read.append(queries)
+        return queries.labels
+
+    monkeypatch.setattr(points, "fit_head", fit)
+    monkeypatch.setattr(points, "vote", judge)
+
+    def cloud(name):
+        colors = np.stack([np.arange(200), np.full(200, 7), np.full(200, 9)], 1).astype(np.uint8)
+        places = np.stack([np.arange(200), np.zeros(200), np.zeros(200)], 1).astype(np.float32) + 0.5
+        return LabelledCloud(name, places, colors, np.arange(200, dtype=np.int64) % 3)
+
+    def drawn(*names, pixels=30, seed=0, probe="linear"):
+        spec, clouds = ProbeSpec(pixels=pixels, iterations=1, seed=seed), [cloud(name) for name in names]
+        read.clear()
+        samples = points._read(Given(), METRE, clouds, spec, "train", count())
+        points._probe(probe, Given(), METRE, samples, clouds, 2, spec, count())
+        (found,) = read
+        rows = ((found.features[:, 0] + 0.5) * 255).round().long()
+        assert torch.equal(rows % 3, found.labels)
+        return [own.tolist() for own in rows.chunk(len(names))]
+
+    (alone,) = drawn("a")
+    assert len(set(alone)) == 30
+    assert alone != sorted(alone)
+    assert drawn("a") == [alone]
+    first, second = drawn("a", "b", pixels=60)
+    assert first == alone != second
+    assert drawn("a", seed=1) != [alone]
+    assert drawn("a", probe="knn") != [alone]  # those that are judged
+
+
 def test_class_that_no_training_voxel_has_is_never_predicted_and_absent_ones_do_not_count():
     train, val = [painted(0, classes=(1, 2))], [painted(1, classes=(1, 3))]
     found = linear_probe_points(Given(), COLOURS, train, val, 3, SPEC)
@@ -197,18 +240,39 @@ def test_features_of_a_unet_are_those_before_its_last_layer():
 
 
 def test_backbone_is_probed_beside_its_random_twin(folder, rooms):
-    found = compare_point_probes(folder, *rooms, ProbeSpec(pixels=300, iterations=30, seed=3))
+    spec, done = ProbeSpec(size=(32, 32), pixels=300, iterations=30, seed=3), []
+    found = compare_point_probes(folder, *rooms, spec, progress=lambda *at: done.append(at))
     assert list(found) == [RANDOM, str(folder)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        twin = load_backbone(folder, pretrained=False)
     network = load_backbone(folder)
-    clouds = [labelled_clouds(source) for source in rooms]
-    spec = ProbeSpec(pixels=300, iterations=30, seed=3)
-    alone = linear_probe_points(network, network.contract, *clouds, len(rooms[0].classes), spec)
-    assert np.array_equal(found[str(folder)]["linear"].confusion, alone.confusion)
-    assert not np.array_equal(found[RANDOM]["linear"].confusion, alone.confusion)
+    clouds = [labelled_clouds(source, (32, 32)) for source in rooms]
+    assert done == [(k, 2 * (len(clouds[0]) + 2 * len(clouds[1]))) for k in range(1, len(done) + 1)]
+    assert len(done) == done[0][1]
+    results = [linear_probe_points(n, n.contract, *clouds, len(rooms[0].classes), spec) for n in (twin, network)]
+    for name, alone in zip(found, results, strict=True):
+        assert np.array_equal(found[name]["linear"].confusion, alone.confusion)
+    assert not np.array_equal(*(alone.confusion for alone in results))
     assert found[RANDOM]["knn"].measured <= 300
     assert set(found[RANDOM]) == {"linear", "knn"}
     with pytest.raises(UnknownName, match="linear"):
         compare_point_probes(folder, *rooms, spec, probes=["liner"])
+
+
+def test_a_probe_has_the_settings_of_its_spec_and_a_network_that_is_not_trained(monkeypatch):
+    given = {}
+    monkeypatch.setattr(
+        points, "fit_head", lambda samples, **options: given.update(options) or fit_head(samples, **options)
+    )
+    monkeypatch.setattr(points, "vote", lambda bank, queries, **options: given.update(options) or queries.labels)
+    spec, clouds = ProbeSpec(pixels=50, penalty=0.3, iterations=7, k=5, temperature=0.4), [painted(0)]
+    network = Given().train()
+    linear_probe_points(network, COLOURS, clouds, clouds, 3, spec)
+    assert not network.training
+    samples = points._read(network, COLOURS, clouds, spec, "train", count())
+    assert points._probe("knn", network, COLOURS, samples, clouds, 3, spec, count()).accuracy == 1
+    assert given == {"penalty": 0.3, "iterations": 7, "k": 5, "temperature": 0.4}
 
 
 def test_image_backbone_is_refused(tmp_path, rooms):
@@ -218,7 +282,7 @@ def test_image_backbone_is_refused(tmp_path, rooms):
 
 
 def test_segmentation_network_takes_all_but_the_last_layer():
-    start = tiny_unet(out_chans=16, normalize=True, stem_kernel=5)
+    start = tiny_unet(in_chans=4, out_chans=16, normalize=True, stem_kernel=5)
     hosts = {transfer: segmentation_srunet(start, 4, seed=2, transfer=transfer) for transfer in (True, False)}
     kept, own = (hosts[transfer].state_dict() for transfer in (True, False))
     for key, value in start.state_dict().items():
@@ -269,6 +333,39 @@ def test_first_step_is_the_one_computed_by_hand():
         assert torch.allclose(after, expected, atol=1e-5)
     blank = LabelledCloud("blank", cloud.points, cloud.colors, np.zeros(400, np.int64))
     assert finetune_points(network, COLOURS, [blank], [cloud], spec).losses == (0.0,)
+
+
+def test_later_steps_are_those_computed_by_hand():
+    """The order goes through several permutations, rates fall, momentum is dampened; BatchNorm counts as told."""
+    clouds = [painted(k, count=150) for k in range(3)]
+    network = segmentation_srunet(tiny_unet(), 4, seed=0)
+    twin = copy.deepcopy(network).train()
+    for layer in twin.modules():
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.momentum = 0.3
+    spec = PointsSpec(steps=3, batch=2, lr=0.05, momentum=0.8, dampening=0.4, weight_decay=0.01, bn_momentum=0.3)
+    result = finetune_points(network, COLOURS, clouds, clouds, spec, seed=4)
+    generator = torch.Generator().manual_seed(sample_seed(4, 0, 0))
+    order, moved, losses = [], {}, []
+    for step in range(3):
+        while len(order) < 2:
+            order += torch.randperm(3, generator=generator).tolist()
+        chosen, order = order[:2], order[2:]
+        parts = [voxels_of(clouds[number], COLOURS, generator) for number in chosen]
+        coords, feats, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        coords[len(parts[0][0]) :, 0] = 1
+        loss = F.cross_entropy(twin(SparseTensor(coords, feats)).feats, labels, ignore_index=0)
+        twin.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for key, weight in twin.named_parameters():
+                gradient = weight.grad + 0.01 * weight
+                moved[key] = gradient if step == 0 else 0.8 * moved[key] + 0.6 * gradient
+                weight -= 0.05 * (1 - step / 4) ** 0.9 * moved[key]
+    assert result.losses == pytest.approx(losses, rel=1e-3)
+    for (key, after), expected in zip(network.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-3, msg=key)
 
 
 def test_evaluation_is_a_sum_over_clouds_and_never_names_class_0():
