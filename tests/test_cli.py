@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,11 @@ from typer.testing import CliRunner
 from geo_pretrain import __version__, cli
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.errors import CheckpointError
+from geo_pretrain.training import run as running
+from geo_pretrain.training.data import preview, sources
+from geo_pretrain.training.downstream import comparison
+from geo_pretrain.training.downstream.recall import MatchingResult
+from geo_pretrain.training.recipe import DataSpec, load_recipe, load_stage1
 from tests.authors_files import write
 from tests.training.conftest import recording, tiny_recipe  # noqa: F401 (fixtures)
 from tests.zoo import write_tiny, write_tiny_3d
@@ -221,6 +228,86 @@ def test_train_then_eval_in_3d(tmp_path, tiny_recipe, recording):  # noqa: F811
         shown = run("eval", command, out, *data, "--pairs", 2, "--threshold", 3).output
         assert "recall within 3 voxels" in shown
         assert "chance" in shown
+
+
+def given(monkeypatch, place, name, result, *command):
+    """What a command hands to the function that works, but for what shows progress; and what the command prints."""
+    calls = []
+    monkeypatch.setattr(place, name, lambda *arguments, **options: calls.append((arguments, options)) or result)
+    shown = run(*command)
+    assert shown.exit_code == 0, shown.output
+    ((arguments, options),) = calls
+    return arguments, {k: v for k, v in options.items() if k not in ("skips", "progress", "report", "note")}, shown
+
+
+def test_every_option_of_train_arrives(tmp_path, monkeypatch):
+    place = running, "run_recipe", running.Outcome(None, 0)
+    name, out = "img2pc_srunet34.rooms", tmp_path / "x"
+    data = ["--data", f"seven_scenes:{tmp_path}", "--frames", "0.25:0.75"]
+    more = ["--steps", 7, "--overwrite", "--set", "optim.lr=0.5", "--set", "data.size=[48, 64]", "--device", "cpu"]
+    (recipe, at, world), options, _ = given(monkeypatch, *place, "train", name, "--toy", *data, *more, "-o", out)
+    changes = ["data.source=seven_scenes", f"data.path={tmp_path}", "data.options={}", "data.frames=[0.25, 0.75]"]
+    changes += ["optim.steps=7", "optim.lr=0.5", "data.size=[48, 64]"]
+    expected = load_recipe(name, changes, toy=True)
+    assert recipe == dataclasses.replace(expected, name="img2pc_srunet34.seven_scenes_toy")
+    first = dataclasses.replace(load_stage1(expected, toy=True), name="img2pc_stage1_r18.seven_scenes_toy")
+    assert (at, options["stage1"], options["overwrite"], str(world.device)) == (out, first, True, "cpu")
+    # a length in steps takes the place of one in epochs; what --set says comes last; a name given is kept
+    own = ["--set", "name=mine.run", "--set", "optim.steps=9", "--set", "data.frames=[0.5, 1]"]
+    (recipe, *_), options, _ = given(
+        monkeypatch, *place, "train", "pri3d_view_r18", *data, "--steps", 7, *own, "-o", out
+    )
+    assert (recipe.name, recipe.optim.steps, recipe.optim.epochs, recipe.data.frames) == ("mine.run", 9, None, (0.5, 1))
+    assert (options["stage1"], options["overwrite"]) == (None, False)
+    (recipe, *_), options, _ = given(monkeypatch, *place, "train", name, "-o", out)
+    assert recipe == load_recipe(name)
+    assert options["stage1"] == load_stage1(recipe)
+
+
+def test_every_option_of_eval_arrives(monkeypatch):
+    result = MatchingResult(0.25, 3.0, (0.125, 0.375), 20, 0.0625, "voxels")
+    common = ["--data", "seven_scenes:x", "--frames", "0.25:0.5", "--pairs", 7, "--threshold", 1.5, "--seed", 9]
+    common += ["--set", "data.measure=authors_exact"]
+    matching = ["--size", "48x64", "--overlap", "0.5:0.75", "--turn", "upright"]
+    data = DataSpec("seven_scenes", "x", frames=(0.25, 0.5), overlap=(0.5, 0.75), measure="authors_exact")
+    named = {"count": 7, "threshold": 1.5, "seed": 9}
+    plain = {"count": 100, "threshold": None, "seed": 0}
+    place = comparison, "compare_matching", {"net": result}
+    spec, options, shown = given(monkeypatch, *place, "eval", "matching", "net", *common, *matching, "--json")
+    assert (spec, options) == (("net", data), named | {"size": (48, 64), "turn": "upright"})
+    assert json.loads(shown.output)["net"] == {
+        "recall": 0.25, "threshold": 3.0, "per_pair": [0.125, 0.375], "queries": 20, "chance": 0.0625,
+        "unit": "voxels", "spread": 0.125,
+    }  # fmt: skip
+    spec, options, shown = given(monkeypatch, *place, "eval", "matching", "net")
+    assert (spec, options) == (("net", DataSpec()), plain | {"size": None, "turn": "camera"})
+    heading, row = (line.split() for line in shown.output.splitlines())
+    assert heading == ["weights", "recall", "within", "3", "voxels", "chance", "pairs", "queries"]
+    assert row == ["net", "25.0%", "±", "12.5%", "6.2%", "2", "20"]
+    place = comparison, "compare_pixel_to_voxel", {"net": result}
+    spec, options, _ = given(monkeypatch, *place, "eval", "pixel-to-voxel", "net", *common)
+    assert (spec, options) == (("net", dataclasses.replace(data, overlap=(0.0, 1.0))), named)
+    spec, options, _ = given(monkeypatch, *place, "eval", "pixel-to-voxel", "net")
+    assert (spec, options) == (("net", DataSpec(overlap=(0.0, 1.0))), plain | {"threshold": 2.0})
+
+
+def test_every_option_of_preview_arrives(monkeypatch):
+    opened = []
+    monkeypatch.setattr(sources, "open_source", lambda spec, **options: opened.append(spec) or "source")
+    size = ["--scenes", 2, "--frames", 5, "-o", "x.png"]
+    sheet = ("source", Path("x.png")), {"scenes": 2, "frames": 5}
+    assert given(monkeypatch, preview, "contact_sheet", None, "data", "preview", "rooms", *size)[:2] == sheet
+    own = ["--set", "data.options={scenes: 9}"]
+    assert given(monkeypatch, preview, "contact_sheet", None, "data", "preview", "rooms", *size, *own)[:2] == sheet
+    sets = ["data", "preview", "seven_scenes:p", *size, "--sets", "--kind", "instance", "--k-thresh", 0.5]
+    arguments, options, _ = given(monkeypatch, preview, "sets_sheet", None, *sets, "--min-vertices", 3)
+    assert (arguments, options) == (sheet[0], sheet[1] | {"kind": "instance", "k_thresh": 0.5, "min_vertices": 3})
+    every = DataSpec(overlap=(0.0, 1.0))
+    assert opened == [
+        dataclasses.replace(every, options={"scenes": 2, "frames": 12}),
+        dataclasses.replace(every, options={"scenes": 9}),
+        dataclasses.replace(every, source="seven_scenes", path="p"),
+    ]
 
 
 ROOMS = ("--set", "data.options={scenes: 2, frames: 4, val_scenes: 1, labelled: 2, width: 64, height: 64}")

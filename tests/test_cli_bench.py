@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 from typer.testing import CliRunner
 
 from geo_pretrain import cli
-from geo_pretrain.errors import RecipeError, UnknownName
+from geo_pretrain.errors import DataError, RecipeError, UnknownName
+from geo_pretrain.training.bench import run as running
+from geo_pretrain.training.bench.plan import FULL, BenchSpec
 from geo_pretrain.training.bench.report import BEGIN, END
 from geo_pretrain.training.downstream.data import sources
 from geo_pretrain.training.tasks import TASKS
@@ -92,3 +95,35 @@ def test_three_dimensional_backbone_is_probed_on_voxels(tmp_path, monkeypatch):
     assert set(numbers) == {"random", str(folder)}
     assert numbers["random"]["linear"]["channels"] == 12
     assert numbers["random"]["linear"]["pixels"][0] == 200
+
+
+def test_every_option_arrives_and_a_missing_task_is_an_exit_code(tmp_path, monkeypatch):
+    calls, results = [], {"failed": {}, "not available": {}}
+
+    def bench(*arguments, **options):
+        calls.append((arguments, options))
+        return results
+
+    monkeypatch.setattr(running, "run_bench", bench)
+    options = ["--seed", 4, "--seed", 2, "--steps", 9, "--batch", 3, "--finetune-steps", 5, "--jobs", 6]
+    more = ["--device", "cuda", "--task", "pri3d_view", "--set", "data.overlap=[0.1, 1.0]", "--json"]
+    assert run("--out", tmp_path / "b", "--toy", *options, *more).exit_code == 0
+    (rows, seeds, spec, out), named = calls.pop()
+    assert [row.task for row in rows] == ["pri3d_view"]
+    assert (seeds, out) == ([4, 2], tmp_path / "b")
+    changed = {"steps": 9, "batch": 3, "finetune_steps": 5, "overrides": ("data.overlap=[0.1, 1.0]",)}
+    assert spec == dataclasses.replace(BenchSpec(), **changed)
+    assert (named["jobs"], named["device"]) == (6, "cuda")
+    results["not available"] = {"moco": "its data are not rooms"}
+    assert run("--json").exit_code == 1
+    (rows, seeds, spec, out), named = calls.pop()
+    assert {row.task for row in rows} >= set(TASKS)
+    assert (seeds, spec, str(out)) == ([0, 1, 2], FULL, "bench")
+    assert (named["jobs"], named["device"]) == (None, "cpu")
+    with pytest.raises(RecipeError):
+        run("--json", "--steps", 0)  # as given, not as if nothing were
+    page = tmp_path / "page.md"
+    page.write_text("no place for a table")
+    with pytest.raises(DataError, match="no lines"):
+        run("--json", "--render", page)
+    assert not calls

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from geo_pretrain import cli
 from geo_pretrain.training.data.ply import read_ply
+from geo_pretrain.training.recipe import DataSpec
+from geo_pretrain.training.visualize import frames as drawing_frames
+from geo_pretrain.training.visualize import matches as drawing_matches
+from geo_pretrain.training.visualize import points as drawing_points
 from tests.test_cli import run
 from tests.training.conftest import recording  # noqa: F401 (fixture)
 from tests.zoo import write_tiny, write_tiny_3d
@@ -102,3 +108,59 @@ def test_numbers_out_of_range_are_named(arguments):
     result = run("visualize", *arguments)
     assert result.exit_code == 2
     assert arguments[-2] in result.output
+
+
+def given(monkeypatch, place, name, result, *command):
+    """What a command hands to the function that draws, and what the command prints."""
+    calls = []
+    monkeypatch.setattr(place, name, lambda *arguments, **options: calls.append((arguments, options)) or result)
+    shown = run("visualize", *command)
+    ((arguments, options),) = calls
+    return arguments, {k: v for k, v in options.items() if k not in ("skips", "progress")}, shown.output
+
+
+COMMON = ["--data", "seven_scenes:x", "--frames", "0.25:0.5", "--size", "48x64", "--seed", 9, "--scene", "a"]
+COMMON += ["--device", "cuda", "--set", "data.measure=authors_exact"]
+
+
+def test_every_option_of_matches_arrives(monkeypatch):
+    options = ["--overlap", "0.5:0.75", "--against", "b", "--pairs", 7, "--threshold", 1.5, "--turn", "full"]
+    place = drawing_matches, "visualize_matches", [("t", [0.2, 0.6, 0.7])]
+    spec, named, shown = given(monkeypatch, *place, "matches", "net", *COMMON, *options, "-o", "m.png")
+    data = DataSpec("seven_scenes", "x", frames=(0.25, 0.5), overlap=(0.5, 0.75), measure="authors_exact")
+    assert spec == ("net", data, Path("m.png"))
+    assert named == {
+        "against": "b", "scene": "a", "count": 7, "size": (48, 64), "threshold": 1.5, "turn": "full", "seed": 9,
+        "device": "cuda",
+    }  # fmt: skip
+    assert "t: 50% right" in shown
+    spec, named, _ = given(monkeypatch, *place, "matches", "net", "--alone")
+    assert spec == ("net", DataSpec(), Path("matches.png"))
+    assert named == {
+        "against": None, "scene": None, "count": 3, "size": None, "threshold": None, "turn": "camera", "seed": 0,
+        "device": "cpu",
+    }  # fmt: skip
+    assert given(monkeypatch, *place, "matches", "net")[1]["against"] == "scratch"
+
+
+def test_every_option_of_features_and_points_arrives(monkeypatch):
+    data = DataSpec("seven_scenes", "x", frames=(0.25, 0.5), overlap=(0.0, 1.0), measure="authors_exact")
+    common = {"scene": "a", "size": (48, 64), "level": 2, "twin": False, "seed": 9, "device": "cuda"}
+    plain = {"scene": None, "size": None, "level": None, "twin": True, "seed": 0, "device": "cpu"}
+    options = [*COMMON, "--map", 2, "--alone"]
+    place = drawing_frames, "draw_features", ["image"]
+    spec, named, _ = given(monkeypatch, *place, "features", "m", "n", *options, "--count", 7, "-o", "f.png")
+    assert spec == (["m", "n"], data, Path("f.png"))
+    assert named == common | {"count": 7}
+    spec, named, _ = given(monkeypatch, *place, "features", "m")
+    assert spec == (["m"], DataSpec(overlap=(0.0, 1.0)), Path("features.png"))
+    assert named == plain | {"count": 4}
+    place = drawing_points, "visualize_points", SimpleNamespace(note="7 of 8 points")
+    more = ["--frame", "f", "--points", 7, "-o", "p.ply"]
+    spec, named, shown = given(monkeypatch, *place, "points", "m", *options, *more)
+    assert spec == ("m", data, Path("p.ply"))
+    assert named == common | {"frame": "f", "limit": 7}
+    assert "Wrote p.ply: 7 of 8 points" in shown
+    spec, named, _ = given(monkeypatch, *place, "points", "m")
+    assert spec == ("m", DataSpec(overlap=(0.0, 1.0)), Path("points.html"))
+    assert named == plain | {"frame": None, "limit": 200_000}

@@ -134,8 +134,9 @@ def eval_matching(
 ) -> None:
     """Matching between views: how often is the nearest feature within 4 px (3D: 2 voxels) of the same surface point?
 
-    2D backbones match the pixels of two images (an encoder without decoder by its maps side by side), 3D ones the voxels
-    of two frames' clouds. A network with random weights is measured beside it; ± is the standard deviation over pairs.
+    2D backbones match the pixels of two images (an encoder without decoder by its maps side by side), 3D ones the
+    voxels of two frames' clouds. A network with random weights is measured beside it; ± is the standard deviation over
+    pairs.
 
     Example: `geo-pretrain eval matching runs/kitchen --data seven_scenes:PATH --frames 0.75:1`
 

@@ -71,6 +71,7 @@ def test_faster_rcnn_has_the_same_maps_and_a_pyramid_of_any_width(r18: Path, net
     maps = [net.backbone.body(x) for net in (narrow, network)]
     assert all(torch.equal(value, other) for value, other in zip(maps[0].values(), maps[1].values(), strict=True))
     assert {value.shape[1] for value in narrow.backbone(x).values()} == {24}
+    assert list(narrow.backbone(x)) == ["0", "1", "2", "3", "pool"]  # torchvision's heads look for these
     assert {value.shape[1] for value in network.backbone(x).values()} == {256}  # torchvision's, unless told otherwise
     assert narrow.rpn.head.cls_logits.in_channels == 24
     assert narrow.roi_heads.box_head.fc6.in_features == 24 * 7 * 7
@@ -182,6 +183,9 @@ def test_images_that_are_right_pass(network):
     transform = network.transform
     transform([image * 1.02 - 0.01 for image in images()])  # resampling overshoots a little
     transform([torch.zeros(3, 64, 96), torch.ones(3, 64, 96)])
+    for image in (images()[0] - 0.1, images()[0] + 0.1):  # more than that
+        with pytest.raises(ValueError, match="Image 1 spans"):
+            transform([images()[0], image])
     with pytest.raises(TypeError, match="floating type"):  # torchvision's own word
         transform([torch.zeros(3, 64, 96, dtype=torch.uint8)])
 
@@ -219,7 +223,10 @@ def test_the_heads_start_the_same_with_and_without_weights(r18: Path):
 
 
 def test_options_are_torchvisions_and_wrong_ones_are_refused(r18: Path):
-    network = faster_rcnn(r18, num_classes=2, box_score_thresh=0.5, box_batch_size_per_image=32, in_chans=1)
+    network = faster_rcnn(
+        r18, num_classes=2, box_score_thresh=0.5, box_batch_size_per_image=32, in_chans=1, size_divisible=64
+    )
+    assert network.transform.size_divisible == 64
     assert network.roi_heads.score_thresh == 0.5
     assert network.roi_heads.fg_bg_sampler.batch_size_per_image == 32
     assert len(network.transform.image_mean) == 1

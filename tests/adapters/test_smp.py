@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain.adapters import smp as adapter
+from geo_pretrain.adapters.common import split_options
 from geo_pretrain.errors import HubError, MissingDependency, UnknownName, WeightsMismatch
 from geo_pretrain.loading import load_backbone
 from tests.adapters.conftest import CONTRACT, lively
@@ -127,7 +128,9 @@ def test_pspnet_uses_the_whole_encoder():
     assert [block.pool_size for block in network.decoder.psp.blocks] == [1, 2, 3, 6]
     assert network.segmentation_head[1].scale_factor == 8
     assert network.decoder.dropout.p == 0.2
-    assert adapter.pspnet("pri3d_view_r18", num_classes=3, pretrained=False, psp_dropout=0.1).decoder.dropout.p == 0.1
+    other = adapter.pspnet("pri3d_view_r18", num_classes=3, pretrained=False, psp_dropout=0.1, upsampling=4)
+    assert other.decoder.dropout.p == 0.1
+    assert other.segmentation_head[1].scale_factor == 4
 
 
 def test_atrous_rates_follow_the_stride():
@@ -193,6 +196,7 @@ def test_without_pretrained_only_the_encoder_differs(r18: Path, host: str):
     assert len(convs) == 20
     assert not convs & same
     assert networks[0].contract == networks[1].contract
+    assert [network.config["_geo_pretrain"]["pretrained"] for network in networks] == [True, False]
     assert (networks[0].load_report.loaded, networks[1].load_report.loaded) == (120, 0)
 
 
@@ -208,6 +212,12 @@ def test_where_to_look_device_and_dtype_are_passed_on(r18: Path, tmp_path: Path)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float64}
     with pytest.raises(HubError):
         adapter.unet("pri3d_view_r18", num_classes=2, hub=str(tmp_path), local_files_only=True, cache_dir=tmp_path)
+
+
+def test_every_option_that_says_where_to_look_is_passed_on():
+    names = ("hub", "revision", "cache_dir", "local_files_only", "in_chans", "strict", "device", "dtype")
+    given = dict.fromkeys(names, "given")
+    assert split_options("host", given | {"own": 1}, {"own"}, {}) == (given, {"own": 1})
 
 
 # --- refusals ---

@@ -58,6 +58,7 @@ def test_features_equal_the_plain_encoder(r18: Path, in_chans: int):
 def test_the_contract_travels(r18: Path):
     network = resnet(str(r18))
     assert network.contract == CONTRACT
+    assert network.fc.out_features == 1000  # torchvision's, unless told otherwise
     assert network.transforms(torch.rand(3, 50, 50)).shape == (3, 64, 96)
     assert network.load_report.coverage == 1.0
 
@@ -133,7 +134,10 @@ def test_defaults_are_the_papers():
     assert (dilations(network), tuple(shape(network)), network.aux_classifier) == ([6, 12, 18], (4, 6), None)
     network = deeplabv3(name, num_classes=2, pretrained=False, output_stride=8)
     assert (dilations(network), tuple(shape(network))) == ([12, 24, 36], (8, 12))
+    assert dilations(deeplabv3(name, num_classes=2, pretrained=False, output_stride=32)) == [3, 6, 9]
     assert dilations(deeplabv3(name, num_classes=2, pretrained=False, atrous_rates=(2, 4))) == [2, 4]
+    frozen = fcn(name, num_classes=2, pretrained=False, freeze=1).backbone
+    assert [part.weight.requires_grad for part in (frozen.conv1, frozen.layer1[0].conv1)] == [False, True]
     assert tuple(shape(fcn(name, num_classes=2, pretrained=False))) == (8, 12)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -136,8 +137,13 @@ def test_every_weight_that_is_trained_is_reached_and_the_teacher_is_not(tiny_rec
 
 
 def test_losses_of_a_batch_are_those_of_pooled_features(tiny_recipe):
-    for name, loss in (("gupta", losses.l2_distillation), ("global_kd", losses.kl_distillation)):
-        task, batch = tiny_batch(tiny_recipe, name, TASKS[name])
+    for name, settings, loss in (
+        ("gupta", {}, losses.l2_distillation),
+        ("gupta", {"form": "norm"}, partial(losses.l2_distillation, form="norm")),
+        ("global_kd", {}, losses.kl_distillation),
+        ("global_kd", {"temperature": 3.0}, partial(losses.kl_distillation, temperature=3.0)),
+    ):
+        task, batch = tiny_batch(tiny_recipe, name, TASKS[name] | settings)
         task.eval()
         with torch.no_grad():
             image = task.teacher.network(batch["image"])[-1].mean(dim=(2, 3))
@@ -145,6 +151,39 @@ def test_losses_of_a_batch_are_those_of_pooled_features(tiny_recipe):
             student = task.head(pool(task.backbone.pyramid(x)[-1]))
             (got,) = task(batch).values()
         assert got.item() == pytest.approx(loss(student, image).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_crd_of_a_batch_contrasts_unit_features_with_the_queue_or_drawn_rows(tiny_recipe, temperature):
+    for name in ("crd", "crd_memory"):
+        task, batch = tiny_batch(tiny_recipe, "crd", TASKS[name] | {"temperature": temperature, "memory_momentum": 0.9})
+        task.eval()
+        with torch.no_grad():
+            image = task.teacher.network(batch["image"])[-1].mean(dim=(2, 3))
+            cloud = pool(task.backbone.pyramid(SparseTensor(batch["coords"], batch["feats"]))[-1])
+            student, teacher = (F.normalize(f, dim=1) for f in (task.head(cloud), task.key(image)))
+            (got,) = task(batch).values()
+            if name == "crd":
+                want = losses.queue_info_nce(student, teacher, task.queue, temperature=temperature or 0.07)
+            else:
+                drawn = [torch.randint(6, (5,), generator=torch.Generator().manual_seed(s)) for s in batch["seed"]]
+                rows = torch.stack([torch.tensor([own, *d]) for own, d in zip(batch["index"], drawn, strict=True)])
+                want = task.memory_loss(student, teacher, rows)
+                assert task.temperature == (temperature or 0.07)
+                mixed = 0.9 * task.memory_student[4] + 0.1 * student[1]
+                task.remember(torch.tensor([4]), student[1:2], teacher[1:2])
+                torch.testing.assert_close(task.memory_student[4], mixed / mixed.norm())
+        assert got.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ppkt", "ppkd", "gupta"])
+def test_weights_are_drawn_by_the_recipes_seed(tiny_recipe, name):
+    first, again, other = (
+        build_task(load_recipe(str(tiny_recipe(name)), [f"seed={seed}"]))[1].state_dict() for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    for key in ("backbone.conv0p1s1.kernel", "teacher.network.conv1.weight"):
+        assert not torch.equal(first[key], other[key])
 
 
 def test_queue_takes_the_newest_keys_in_turn(tiny_recipe):
@@ -190,6 +229,10 @@ def test_wrong_settings_are_told(tiny_recipe):
         tiny_batch(tiny_recipe, "global_kd", {})
     with pytest.raises(RecipeError, match=r"'task.memory' is None, accepted is the number of frames"):
         tiny_batch(tiny_recipe, "crd", {"negatives": "memory"})
+    with pytest.raises(RecipeError, match=r"'task.memory_momentum' is 1.0, accepted is 0 up to"):
+        tiny_batch(tiny_recipe, "crd", {"memory_momentum": 1.0})
+    with pytest.raises(RecipeError, match=r"'task.temperature' is 0.0, accepted is a number above 0"):
+        tiny_batch(tiny_recipe, "crd", {"temperature": 0.0})
     with pytest.raises(DataError, match=r"'task.memory' is 5, but source 'seven_scenes' has 6 frames.*task.memory=6"):
         tiny_batch(tiny_recipe, "crd", {"negatives": "memory", "memory": 5})
 

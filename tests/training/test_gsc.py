@@ -24,7 +24,7 @@ from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.losses import depth_loss
 from geo_pretrain.training.recipe import load_recipe, load_stage1
 from geo_pretrain.training.run import run_recipe
-from geo_pretrain.training.tasks import build_task
+from geo_pretrain.training.tasks import build_task, gsc
 from geo_pretrain.training.tasks.gsc import draws_of_cells, half_resolution_sets, limit_sets
 from geo_pretrain.training.tasks.pri3d import half_resolution_cell
 from tests.training.conftest import write_recording
@@ -205,6 +205,15 @@ def test_settings_reach_the_sets(task_and_batch):
 
     assert sum(sets("task.k_thresh=1")) < sum(sets())
     assert sum(sets("task.min_vertices=1")) > sum(sets())
+
+
+def test_seed_and_kind_reach_the_sets(gsc_recipe, monkeypatch):
+    monkeypatch.setattr(gsc, "check_labels", lambda *_: None)  # the recording has none
+    monkeypatch.setattr(gsc, "SetPairSamples", lambda *arguments, **options: (arguments, options))
+    for kind in ("segments", "semantic", "instance"):
+        recipe = load_recipe(str(gsc_recipe()), ["seed=9", f"task.sets={kind}"])
+        arguments, options = build_task(recipe)[0].dataset(None, [])
+        assert (arguments[-1], options["kind"]) == (9, kind)
 
 
 def test_labels_that_the_frames_lack_are_missed_before_training(gsc_recipe, tmp_path):

@@ -16,9 +16,10 @@ from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.pairs import find_pairs
 from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.downstream.pixel_voxel import random_pair
 from geo_pretrain.training.recipe import list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.run import run_recipe
-from geo_pretrain.training.tasks import build_task
+from geo_pretrain.training.tasks import build_task, img2pc
 from geo_pretrain.training.tasks.clouds import draw
 from geo_pretrain.training.tasks.img2pc import nearest_cells
 from tests.training.conftest import recipe_writer
@@ -177,6 +178,16 @@ def test_a_step_in_bf16_is_nearly_that_in_fp32(task_and_batch):
     nearly_the_same(*(task_and_batch(f"precision={kind}") for kind in ("fp32", "bf16")))
 
 
+def test_the_student_computes_in_the_precision_of_the_recipe(task_and_batch, monkeypatch):
+    seen = []
+    encode = img2pc.encode
+    monkeypatch.setattr(img2pc, "encode", lambda *a, **options: seen.append(options) or encode(*a, **options))
+    for precision in ("fp32", "bf16"):
+        task, batch = task_and_batch(f"precision={precision}")
+        task(batch)
+    assert seen == [{"low_precision": False}, {"low_precision": True}]
+
+
 def test_the_pair_takes_images_as_the_teacher_was_shown_them(taught, teacher):
     """At the size of this stage's data by nearest pixels, whatever the teacher's own contract says of both."""
     recipe = load_recipe(str(taught()), ["data.size=[56, 96]"])
@@ -190,6 +201,19 @@ def test_the_pair_takes_images_as_the_teacher_was_shown_them(taught, teacher):
     for k in (0, 3):
         color = source.load(samples.pairs[k].scene, samples.pairs[k].frame1).color
         torch.testing.assert_close(contract.transforms()(color), samples[(0, k)]["image"], atol=1e-6, rtol=0)
+
+
+def test_the_pair_reads_maps_as_they_were_read_in_training(taught):
+    pairing = build_task(load_recipe(str(taught()), ["task.interpolation=bilinear"]))[0].export().pairing
+    assert pairing.interpolation == "bilinear"
+
+
+def test_start_depends_on_the_seed(taught):
+    def first(*overrides):
+        return build_task(load_recipe(str(taught()), ["unet3d.out_chans=32", *overrides]))[0].projection.weight
+
+    assert torch.equal(first(), first())
+    assert not torch.equal(first(), first("seed=1"))
 
 
 def test_wrong_settings_are_named(taught):
@@ -226,6 +250,10 @@ def test_run_learns_and_its_folder_opens_alone_and_as_a_pair(tmp_path, taught, t
     assert (described.shape, pixels.shape) == ((300, 16), (1, 16, 48, 64))
     torch.testing.assert_close(pixels, want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(described.norm(dim=1), torch.ones(300))
+    if width == 32:  # where the student's features are projected, those weights are drawn too
+        random, again = (random_pair(str(tmp_path / "out"), 3).point_projection.weight for _ in range(2))
+        assert torch.equal(random, again)
+        assert not torch.equal(random, pair.point_projection.weight)
 
 
 def test_stopped_run_continues_bit_for_bit(tmp_path, taught):

@@ -160,6 +160,77 @@ def test_key_network_starts_as_the_query_network_and_is_not_optimised(task_and_b
     torch.testing.assert_close(task.queue.norm(dim=1), torch.ones(10))
 
 
+def test_an_image_is_the_mean_of_its_map_through_two_layers_at_length_one():
+    torch.manual_seed(0)
+    network = moco.Projector(18, 8, 5).eval()
+    images = torch.randn(3, 3, 64, 96)
+    first, second = network.head[0], network.head[2]
+    with torch.no_grad():
+        (maps,) = network.encoder(images)
+        for cells, got in zip(maps, network(images), strict=True):
+            mean = torch.stack([channel.sum() / 6 for channel in cells])
+            hidden = (first.weight @ mean + first.bias).clamp(min=0)
+            want = second.weight @ hidden + second.bias
+            torch.testing.assert_close(got, want / want.square().sum().sqrt())
+
+
+def test_start_depends_on_the_seed_and_the_keys_start_from_the_start_weights_too(tiny_moco, tmp_path):
+    path = tiny_moco()
+
+    def built(*overrides):
+        return build_task(load_recipe(str(path), overrides))[0]
+
+    one, again, other = built(), built(), built("seed=1")
+    assert torch.equal(one.query.head[0].weight, again.query.head[0].weight)
+    assert not torch.equal(one.query.head[0].weight, other.query.head[0].weight)
+    assert not torch.equal(one.queue, other.queue)
+    run_here(path, tmp_path / "start", ["optim.steps=1", "seed=7"])
+    started = built(f"model.init={tmp_path / 'start'}")
+    want = load_file(tmp_path / "start" / "encoder.safetensors")["conv1.weight"]
+    assert torch.equal(started.query.encoder.conv1.weight, want)
+    assert torch.equal(started.key.encoder.conv1.weight, want)
+
+
+def test_the_query_network_is_what_is_exported(task_and_batch):
+    task, _ = task_and_batch()
+    with torch.no_grad():
+        for tensor in task.key.state_dict().values():
+            tensor.add_(1)
+    weights = task.export().weights
+    assert all(torch.equal(weights["encoder"][key], v) for key, v in task.query.encoder.state_dict().items())
+    assert all(torch.equal(weights["heads"][f"head.{key}"], v) for key, v in task.query.head.state_dict().items())
+
+
+def test_settings_reach_the_crops_and_the_loss(task_and_batch, tiny_moco):
+    recipe = load_recipe(str(tiny_moco(task={"scale": [0.5, 0.6], "flip_prob": 0.25}, seed=11)))
+    task, _ = build_task(recipe)
+    samples = task.dataset(None, [])
+    assert (samples.scale, samples.flip_prob, samples.resize, samples.seed) == ((0.5, 0.6), 0.25, (60, 80), 11)
+    losses = []
+    for temperature in (0.2, 1.0):
+        task, batch = task_and_batch(task={"temperature": temperature, "bn_groups": 1})
+        loss = task(batch)["moco"]
+        keys, fresh = task.queue[:4], build_task(task.recipe)[0]
+        with torch.no_grad():
+            query = fresh.query(batch["image1"].flatten(0, 1))
+        want = queue_nce(query, keys, fresh.queue, temperature=temperature)
+        assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+        losses.append(loss.item())
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_bf16_changes_the_networks_and_not_the_precision_of_the_loss(task_and_batch):
+    # Of few cells the norms would blow rounding up.
+    whole = {"task": {"bn_groups": 1}, "data": {"size": [96, 128], "units": "frames", "overlap": None}}
+    (task, batch), (low, _) = task_and_batch(**whole), task_and_batch(**whole, precision="bf16")
+    with torch.no_grad():
+        full, half = task(batch)["moco"], low(batch)["moco"]
+    assert half.dtype == low.queue.dtype == torch.float32
+    torch.testing.assert_close(low.queue.norm(dim=1), torch.ones(10))  # normalised in full precision
+    assert half != full
+    assert half.item() == pytest.approx(full.item(), rel=0.05)
+
+
 def test_queue_goes_round(task_and_batch):
     task, _ = task_and_batch()
     rows = torch.arange(24.0)[:, None].expand(-1, 8)

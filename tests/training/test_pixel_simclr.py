@@ -203,6 +203,9 @@ def test_settings_of_the_crop_reach_the_samples(task_and_batch):
     assert batch["rows1"].tolist() == [list(range(48))] * 3
     assert batch["columns2"].tolist() == [list(range(63, -1, -1))] * 3
     assert whole.config.views().flip_prob == 1
+    other, _ = task_and_batch("seed=9", "task.matches=5")
+    samples = other.dataset(None, [])
+    assert (samples.seed, samples.matches) == (9, 5)
 
 
 def test_start_depends_on_the_seed_and_on_the_recipe_s_weights(tiny_recipe, tmp_path):
@@ -218,6 +221,15 @@ def test_start_depends_on_the_seed_and_on_the_recipe_s_weights(tiny_recipe, tmp_
     again, start = first(f"model.init={tmp_path / 'start'}"), load_backbone(tmp_path / "start", decoder=True)
     assert torch.equal(again.encoder.conv1.weight, start.encoder.conv1.weight)
     assert torch.equal(again.decoder.head.weight, start.decoder.head.weight)
+
+
+def test_what_is_exported_is_what_was_trained(task_and_batch):
+    task, _ = task_and_batch()
+    weights = task.export().weights
+    for role in ("encoder", "decoder"):
+        want = getattr(task.backbone, role).state_dict()
+        assert weights[role].keys() == want.keys()
+        assert all(torch.equal(weights[role][key], value) for key, value in want.items())
 
 
 def test_run_learns_and_its_folder_opens(tmp_path, tiny_recipe):

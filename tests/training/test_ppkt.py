@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import Linear
 
 from geo_pretrain import hub
@@ -19,10 +19,11 @@ from geo_pretrain.errors import CheckpointError, DigestMismatch, RecipeError, We
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.pairs import find_pairs
+from geo_pretrain.training.data.pairs import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.sources import open_source
-from geo_pretrain.training.downstream.pixel_voxel import match_own_voxels, random_pair
-from geo_pretrain.training.recipe import load_recipe
+from geo_pretrain.training.downstream import comparison
+from geo_pretrain.training.downstream.pixel_voxel import evaluate_pair, match_own_voxels, random_pair
+from geo_pretrain.training.recipe import DataSpec, load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.teachers import load_segmenter, load_teacher, sample_map
 from tests.training.test_engine import Stop, logged, run_here, stop_at
@@ -121,6 +122,7 @@ def test_ppkd_is_the_divergence_at_each_point(tiny_recipe):
         logits = F.interpolate(maps, batch["image"].shape[-2:], mode="bilinear", align_corners=False).flatten(2)
         voxels = task.backbone(SparseTensor(batch["coords"], batch["feats"])).feats
         got = task(batch)["ppkd"].item()
+    assert (voxels.norm(dim=1) - 1).abs().max() > 0.01  # logits, of any length
     total = 0.0
     for row in order.tolist():
         teacher = (logits[batch["element"][row], :, batch["pixel"][row]].double() / 2).softmax(0)
@@ -303,19 +305,73 @@ def test_matching_of_a_frame_with_its_own_voxels(run):
     pair = load_backbone(run[1]).pair()
     matches = match_own_voxels(pair, source, frame, size=(48, 64), queries=50)
     assert len(matches.error) == 50
-    assert 0 < matches.chance < 1
+    slow_own_voxels(pair, source, frame, matches)
     pair.image_projection.weight.data.zero_()  # one feature everywhere: one voxel for all
     pair.image_projection.bias.data.fill_(1)
     matches = match_own_voxels(pair, source, frame, size=(48, 64), queries=50)
     assert len(np.unique(matches.predicted, axis=0)) == 1
     random, again = random_pair(str(run[1]), 3), random_pair(str(run[1]), 3)
     trained = load_backbone(run[1]).pair()
+    options = {"size": (48, 64), "queries": 20, "threshold": 4.0}  # of one frame twice, each time with its own queries
+    alone = [match_own_voxels(trained, source, frame, seed=seed, **options) for seed in (3, 4)]
+    twice = evaluate_pair(trained, source, [frame, frame], seed=3, **options)
+    assert twice.per_pair == tuple(float((each.error <= 4).mean()) for each in alone)
+    assert twice.chance == pytest.approx((alone[0].chance + alone[1].chance) / 2)
+    assert alone[0].chance != alone[1].chance
     for part in ("point_network", "image_projection"):
         first, second, other = (p.get_submodule(part).state_dict() for p in (random, again, trained))
         assert all(torch.equal(first[key], second[key]) for key in first)
         assert not all(torch.equal(first[key], other[key]) for key in first)
     theirs, ours = random.image_network.state_dict(), trained.image_network.state_dict()
     assert all(torch.equal(theirs[key], ours[key]) for key in ours)
+
+
+def slow_own_voxels(pair, source, place, matches, edge=0.15):
+    """Every match: the pixel of a voxel is its first, and no voxel's feature is nearer than the one chosen."""
+    frame = resize_frame(source.load(place.scene, place.frame1), (48, 64))
+    first = {}
+    for v, u in np.argwhere(frame.depth > 0):
+        point = np.linalg.inv(frame.intrinsics) @ [u, v, 1.0] * frame.depth[v, u]
+        point = frame.cam_to_world[:3, :3] @ point + frame.cam_to_world[:3, 3]
+        first.setdefault(tuple(np.floor(point.astype(np.float32) / np.float32(edge)).astype(int)), (v, u))
+    coords = torch.tensor([(0, *cell) for cell in first], dtype=torch.int32)
+    feats = torch.tensor(np.array([frame.color[at] for at in first.values()]) / 255 - 0.5, dtype=torch.float32)
+    image = pair.image_contract.transforms(resize=False)(frame.color)[None]
+    with torch.no_grad():
+        pixels, voxels = pair.encode_image(image)[0], pair.encode_voxels(SparseTensor(coords, feats))
+    rows, near = {cell: row for row, cell in enumerate(first)}, 0
+    for truth, predicted in zip(matches.truth, matches.predicted, strict=True):
+        similarity = voxels @ pixels[(slice(None), *first[tuple(truth)])]
+        assert similarity.max() - similarity[rows[tuple(predicted)]] < 1e-5
+        near += sum(sum((a - b) ** 2 for a, b in zip(truth, cell, strict=True)) <= 4 for cell in first)
+    assert matches.chance == pytest.approx(near / len(matches.truth) / len(first))
+    assert len(np.unique(matches.truth, axis=0)) == len(matches.truth)
+
+
+def test_pairs_are_compared_on_frames_of_their_recipes_size(run, recording, monkeypatch):
+    splits = []
+
+    def opened(spec, *, split):
+        splits.append(split)
+        return open_source(spec, split=split)
+
+    monkeypatch.setattr(comparison, "open_source", opened)
+    spec, done = DataSpec(source="seven_scenes", path=str(recording), size=(60, 80)), []
+    found = comparison.compare_pixel_to_voxel(
+        str(run[1]), spec, count=2, threshold=4.0, seed=3, progress=lambda *at: done.append(at)
+    )
+    assert list(found) == ["random", str(run[1])]
+    assert done == [(k, 4) for k in range(4)]
+    assert splits == ["val"]
+    source = open_source(spec)
+    scene, ids = source.scenes()[0], source.frame_ids(source.scenes()[0])
+    for name, pair in (("random", random_pair(str(run[1]), 3)), (str(run[1]), load_backbone(run[1]).pair())):
+        alone = [
+            match_own_voxels(pair, source, Pair(scene, id, id, 1.0), size=(48, 64), threshold=4.0, seed=3 + number)
+            for number, id in enumerate((ids[0], ids[-1]))
+        ]
+        assert found[name].per_pair == tuple(float((matches.error <= 4).mean()) for matches in alone)
+        assert found[name].chance == pytest.approx(np.mean([matches.chance for matches in alone]))
 
 
 def test_teachers_by_name_and_folder(tmp_path, tiny_recipe):
@@ -350,6 +406,10 @@ def test_a_segmentation_network_of_torchvision_teaches_its_classes(tmp_path, tin
         large = F.interpolate(logits, (48, 64), mode="bilinear", align_corners=False)
         torch.testing.assert_close(large, network(images)["out"])
     assert teacher.out_chans == 7
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    save_file(network.state_dict(), tmp_path / "seg.safetensors")
+    again = load_segmenter("ade20k", str(tmp_path / "seg.safetensors"))
+    assert torch.equal(again(images), logits)
     settings = {"teacher": "ade20k", "teacher_file": str(tmp_path / "seg.pth")}
     with pytest.raises(RecipeError, match=r"'unet3d.out_chans' is 512, accepted is 7: the classes of teacher 'ade20k'"):
         tiny_batch(tiny_recipe, "ppkd", settings)

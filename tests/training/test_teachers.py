@@ -121,6 +121,13 @@ def test_a_folder_without_a_contract_has_that_of_its_backbone(finetuned, moved, 
         load_segmenter(str(moved))
 
 
+def test_a_folder_of_another_task_is_no_segmenter(moved):
+    results = json.loads((moved / "results.json").read_text()) | {"task": "detection"}
+    (moved / "results.json").write_text(json.dumps(results))
+    with pytest.raises(RecipeError, match="was fine-tuned for detection, accepted is segmentation"):
+        load_segmenter(str(moved))
+
+
 def test_a_teacher_that_is_not_named_has_its_terms(tiny_recipe):
     path = tiny_recipe("ppkt", task={"teacher": None, "teacher_depth": None})
     licence = run_licence(load_recipe(str(path), ["data.licence=CC0-1.0"]))

@@ -75,6 +75,43 @@ def test_options_reach_the_loss_and_the_samples(task_and_batch):
     assert set(plain.export().weights) == {"encoder", "decoder"}
 
 
+def test_bf16_changes_the_network_and_not_the_precision_of_the_losses(task_and_batch):
+    (task, batch), (low, _) = task_and_batch(), task_and_batch("precision=bf16")
+    with torch.no_grad():
+        full, half = task(batch), low(batch)
+        assert low._features(batch["image1"]).dtype == torch.float32
+    for name in ("trivial", "depth"):
+        assert half[name].dtype == torch.float32
+        assert half[name] != full[name]
+        assert half[name].item() == pytest.approx(full[name].item(), rel=0.05)
+
+
+def test_start_depends_on_the_seed_and_on_the_recipe_s_weights(tiny_recipe, tmp_path):
+    path = str(tiny_recipe(**DEPTH))
+
+    def built(*overrides):
+        return build_task(load_recipe(path, overrides))[0]
+
+    one, again, other = built(), built(), built("seed=9")
+    assert torch.equal(one.headnet.weight, again.headnet.weight)
+    assert not torch.equal(one.headnet.weight, other.headnet.weight)
+    assert (one.dataset(None, []).seed, other.dataset(None, []).seed) == (0, 9)
+    run_here(path, tmp_path / "start", ["optim.steps=1"])
+    started, start = built(f"model.init={tmp_path / 'start'}"), load_backbone(tmp_path / "start", decoder=True)
+    assert torch.equal(started.backbone.encoder.conv1.weight, start.encoder.conv1.weight)
+
+
+def test_what_is_exported_is_what_was_trained(task_and_batch):
+    task, _ = task_and_batch()
+    weights = task.export().weights
+    for role, module in (("encoder", task.backbone.encoder), ("decoder", task.backbone.decoder)):
+        want = module.state_dict()
+        assert weights[role].keys() == want.keys()
+        assert all(torch.equal(weights[role][key], value) for key, value in want.items())
+    assert weights["heads"].keys() == {"headnet.weight", "headnet.bias"}  # as in Pri3D's module
+    assert torch.equal(weights["heads"]["headnet.weight"], task.headnet.weight)
+
+
 def test_resumed_run_is_the_same_and_its_folder_opens(tmp_path, tiny_recipe):
     path = tiny_recipe(**DEPTH, optim={"steps": 5, "accumulate": 2}, save_every=2)
     run_here(path, tmp_path / "whole")

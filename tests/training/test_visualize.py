@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import yaml
 from PIL import Image
 
 from geo_pretrain.catalog import Arch
-from geo_pretrain.errors import CheckpointError, DataError, RecipeError, UnknownName
+from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError, UnknownName
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.pairs import find_pairs, resize_frame
@@ -27,6 +29,7 @@ from geo_pretrain.training.downstream.comparison import random_twin
 from geo_pretrain.training.downstream.matching import match_pair
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visual import GAP, HEADER
+from geo_pretrain.training.visualize import frames as frames_module
 from geo_pretrain.training.visualize import matches as matches_module
 from geo_pretrain.training.visualize import points as points_module
 from geo_pretrain.training.visualize.colors import shared_pca
@@ -124,13 +127,35 @@ def test_pixels_and_voxels_are_drawn_in_one_colour_space(tmp_path, geo, source, 
     assert not np.array_equal(shown, alone)
 
 
+def test_the_twin_is_of_the_map_and_the_seed_asked_for(tmp_path, image_folder, source, spec):
+    out, seen = tmp_path / "x.png", []
+    draw_features(
+        [image_folder], spec, out, count=2, size=SIZE, level=1, seed=3, progress=lambda *at: seen.append(at)
+    )  # fmt: skip
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    frames = [resize_frame(source.load(source.scenes()[0], frame), SIZE) for frame in ("000000", "000050")]
+    for column, random in ((1, False), (2, True)):
+        (describer,) = load_describers(find_backbone(image_folder), None, level=1, random=random, seed=3)
+        features = [describer.of_frame(frame) for frame in frames]
+        shown = panel(pixels(out), 0, column, SIZE, 3, 0)
+        assert np.array_equal(shown, painted(shared_pca([f.rows for f in features])[0], features[0].index))
+
+
+def test_the_size_is_that_of_the_first_backbone_and_any_case_of_a_suffix_is_accepted(tmp_path, image_folder, spec):
+    other = write_tiny(tmp_path / "other", contract=ImageContract(size=(32, 48))).folder
+    draw_features([image_folder, str(other)], spec, tmp_path / "x.PNG", count=1, twin=False)
+    assert pixels(tmp_path / "x.PNG").shape[1] == 3 * (3 * 96 + GAP) + GAP
+
+
 def test_painted_leaves_pixels_without_a_feature_pale():
     colors = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
     assert painted(colors, np.array([[1, -1]])).tolist() == [[[4, 5, 6], list(NOTHING)]]
 
 
 def test_matches_are_those_that_are_measured(tmp_path, image_folder, source, spec):
-    found = visualize_matches(image_folder, spec, tmp_path / "m.png", count=2, size=SIZE, threshold=3.0, seed=5)
+    seen, options = [], {"count": 2, "size": SIZE, "threshold": 3.0, "seed": 5}
+    found = visualize_matches(image_folder, spec, tmp_path / "m.png", **options, progress=lambda *at: seen.append(at))
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert [title for title, _ in found] == [RANDOM, "image"]
     pairs = find_pairs(source, dataclasses.replace(spec, size=SIZE), skips=Skips())
     shown, network = [pairs[0], pairs[-1]], load_backbone(image_folder, decoder=True)
@@ -156,11 +181,12 @@ def test_matches_beside_another_backbone(tmp_path, image_folder, cloud_folder, g
 
 
 def test_matches_of_clouds_are_seen_by_their_cameras(tmp_path, cloud_folder, source, spec):
-    found = visualize_matches(cloud_folder, spec, tmp_path / "m.png", count=1, threshold=4.0)
     pair = find_pairs(source, spec, skips=Skips())[0]
     network = load_backbone(cloud_folder)
     matches = match_clouds(network, network.contract, source, pair, size=SIZE, seed=0)
-    assert found[1][1] == [(matches.error <= 4).mean()]
+    middle = float(np.sort(matches.error)[len(matches.error) // 2])  # "within" means that this one is right, too
+    found = visualize_matches(cloud_folder, spec, tmp_path / "m.png", count=1, threshold=middle)
+    assert found[1][1] == [(matches.error <= middle).mean()]
     frames = [resize_frame(source.load(pair.scene, frame), SIZE) for frame in (pair.frame1, pair.frame2)]
     seen = seen_matches(matches, *frames)
     assert np.array_equal(seen.error, matches.error)
@@ -180,6 +206,53 @@ def test_matches_of_clouds_are_seen_by_their_cameras(tmp_path, cloud_folder, sou
         points = torch.from_numpy(cloud.points)
         row = splat(points, behind_camera(points, frame, (192, 256)), matches.voxel_size / 2)
         assert np.array_equal(drawn.color, painted(cloud.colors, row))
+
+
+def test_pairs_are_of_some_scenes_spread_over_all(tmp_path, image_folder, monkeypatch):
+    asked = []
+    whole = SimpleNamespace(name="many", scenes=lambda: list("abcdef"), frame_ids=None, load=None, fingerprint=None)
+    monkeypatch.setattr(matches_module, "open_source", lambda spec, split: whole)
+    monkeypatch.setattr(matches_module, "find_pairs", lambda source, spec, **_: asked.append(source.scenes()) or [])
+    for scene in (None, "d"):
+        with pytest.raises(DataError, match="No pair of source 'many'"):
+            visualize_matches(image_folder, DataSpec("scannet"), tmp_path / "m.png", against=None, scene=scene)
+    assert asked == [["a", "c", "f"], ["d"]]
+
+
+def test_voxels_that_rgbd_cannot_give_are_refused_before_any_data_is_looked_for(tmp_path):
+    contract = VoxelContract((0.1, 1.0, 0.1), ("intensity",) * 3, coordinates="cylindrical")
+    folder = str(write_tiny_3d(tmp_path / "net", contract=contract, recipe_yaml=None).folder)
+    with pytest.raises(CheckpointError, match="RGB-D frames give cubic voxels"):
+        visualize_matches(folder, DataSpec("seven_scenes", "no such folder"), tmp_path / "m.png")
+
+
+def test_a_frame_without_features_is_left_out_of_all_columns(source):
+    frames, skips = [source.load(source.scenes()[0], frame) for frame in ("000000", "000010")], Skips()
+    plain, blind = SimpleNamespace(of_frame=lambda frame: frame.id), SimpleNamespace()
+
+    def refuse(frame):
+        if frame.id == "000000":
+            raise BadFrame(frame.id, "nothing is seen")
+        return "seen"
+
+    blind.of_frame = refuse
+    assert frames_module._described(frames, [plain, blind], skips, None) == [(frames[1], ["000010", "seen"])]
+    assert "nothing is seen" in skips.summary()
+    with pytest.raises(DataError, match=r"(?s)No frame of scene .* can be shown.*nothing is seen"):
+        frames_module._described(frames[:1], [plain, blind], Skips(), None)
+
+
+def test_clouds_are_turned_as_asked(tmp_path, cloud_folder, spec, monkeypatch):
+    asked = []
+
+    def match(*arguments, **options):
+        asked.append(options)
+        raise BadFrame("here", "enough is known")
+
+    monkeypatch.setattr(matches_module, "match_clouds", match)
+    with pytest.raises(DataError, match="No pair of source"):
+        visualize_matches(cloud_folder, spec, tmp_path / "m.png", count=2, against=None, turn="full", seed=4)
+    assert asked == [{"size": SIZE, "turn": "full", "seed": seed} for seed in (4, 5)]
 
 
 @pytest.mark.parametrize("kind, threshold, unit", [("image", 4.0, "px"), ("cloud", 2.0, "voxels")])
@@ -247,6 +320,42 @@ def test_points_that_no_frame_sees_are_left_out(tmp_path, image_folder, source, 
     assert f"of {2 * len(surface):,} points, of which the frames see {len(cloud.points):,}." in cloud.note
 
 
+def test_layers_of_one_space_share_their_colours_on_points_too(tmp_path, geo, source, spec, monkeypatch):
+    name = source.scenes()[0]
+    whole = scene_surface(source, name)
+    surface = Surface(whole.points[::9], whole.colors[::9])
+    far = Surface(np.concatenate([surface.points, surface.points + np.float32(50)]), np.tile(surface.colors, (2, 1)))
+    monkeypatch.setattr(points_module.Surfaces, "load", lambda self, scene: far)
+    frames = [resize_frame(source.load(name, frame), SIZE) for frame in source.frame_ids(name)]
+    cloud = visualize_points(geo, spec, tmp_path / "points.html", limit=400, seed=3)
+    assert len(cloud.points) == 400
+    assert cloud.points.max() <= surface.points.max()  # where pixels and voxels both say something
+    assert all((cloud.turn @ -frame.cam_to_world[:3, 1])[2] > 0.8 for frame in frames)
+    row = {point: number for number, point in enumerate(map(tuple, far.points.tolist()))}
+    drawn = [row[tuple(point)] for point in cloud.points.tolist()]
+    for first, random in ((0, False), (2, True)):
+        described = [
+            describer.of_surface(far, frames)
+            for describer in load_describers(find_backbone(geo), Surfaces(source), random=random, seed=3)
+        ]
+        expected = shared_pca([features.rows[features.index[drawn]] for features in described])
+        for (_, colors), own in zip(cloud.layers[first : first + 2], expected, strict=True):
+            assert np.array_equal(colors, own)
+    known = sum(bool(pixel >= 0) for pixel in described[0].index)
+    assert 400 < known < len(surface) + 1
+    assert f"400 of {len(far):,} points, of which the frames see {known:,}." in cloud.note
+
+
+def test_the_cloud_and_its_twin_are_of_the_frame_and_the_map_asked_for(tmp_path, image_folder, source, spec):
+    cloud = visualize_points(image_folder, spec, tmp_path / "x.html", frame="000010", size=SIZE, level=1, seed=3)
+    frame = resize_frame(source.load(source.scenes()[0], "000010"), SIZE)
+    assert np.array_equal(cloud.points, frame_cloud(frame).points)
+    for layer, random in ((0, False), (1, True)):
+        (describer,) = load_describers(find_backbone(image_folder), None, level=1, random=random, seed=3)
+        features = describer.of_surface(frame_cloud(frame), [frame])
+        assert np.array_equal(cloud.layers[layer][1], shared_pca([features.rows[features.index]])[0])
+
+
 def test_views_are_cut_from_above(tmp_path):
     plane = np.stack(np.meshgrid(np.linspace(0, 1, 51), np.linspace(0, 1, 51), [0.0]), -1).reshape(-1, 3)
     points = np.concatenate([plane + [0, 0, 1], plane]).astype(np.float32)  # the ceiling comes first
@@ -255,11 +364,14 @@ def test_views_are_cut_from_above(tmp_path):
     spacing = points_module._spacing(plane)
     assert spacing == pytest.approx(0.02, rel=0.1)
     for top, expected in ((0.5, {(255, 0, 0)}), (1.0, {(0, 0, 255), (255, 0, 0)})):
-        cloud = points_module.PaintedCloud(points, (layer,), np.eye(3), "t", "n", spacing, top)
+        turn = np.eye(3)[[1, 2, 0]]  # the world's x is up, and it lies below its origin
+        cloud = points_module.PaintedCloud((points - 7) @ turn, (layer,), turn, "t", "n", spacing, top)
         points_module._write_views(cloud, tmp_path / "x.png")
         shown = pixels(tmp_path / "x.png")[HEADER : HEADER + 288].reshape(-1, 3)
         found = {tuple(color) for color in np.unique(shown, axis=0).tolist()}
         assert found & {(255, 0, 0), (0, 0, 255)} == expected
+    counts = [(shown == color).all(axis=1).sum() for color in ((255, 0, 0), (0, 0, 255))]
+    assert counts[0] < counts[1]  # seen from above: the ceiling hides part of the floor
 
 
 def test_the_page_holds_points_and_layers(tmp_path, geo, spec):
@@ -279,6 +391,7 @@ def test_the_page_holds_points_and_layers(tmp_path, geo, spec):
         assert base64.b64decode(layer["colors"]) == colors.tobytes()
     assert scene["radius"] == pytest.approx(np.linalg.norm(points, axis=1).max())
     assert (scene["top"], scene["note"]) == (0.8, cloud.note)
+    assert 1 < scene["size"] / cloud.spacing < 4  # neighbours touch and do not hide each other
     assert len(points) == 500
 
 

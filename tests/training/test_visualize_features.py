@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from geo_pretrain.catalog import Arch
-from geo_pretrain.checkpoint import Pairing
+from geo_pretrain.checkpoint import Pairing, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, HubError
 from geo_pretrain.loading import load_backbone
@@ -28,6 +28,7 @@ from geo_pretrain.training.visualize.features import (
     ImageDescriber,
     Pri3DPixels,
     Pri3DVoxels,
+    _roles,
     find_backbone,
     load_describers,
 )
@@ -248,6 +249,24 @@ def test_a_frame_away_from_the_surface_is_a_bad_frame(geo, surfaces, frames):
         describers(geo, surfaces)[1].of_frame(dataclasses.replace(frames[0], cam_to_world=pose))
 
 
+def test_the_chunk_is_that_of_the_recipe(geo, surfaces, frames):
+    (_, voxels), frame = describers(geo, surfaces), frames[0]
+    surface, edge = surfaces.load(frame.scene), np.float32(voxels.task.voxel_size)
+    counts = []
+    for frustum in (False, True):
+        voxels.task.config = dataclasses.replace(voxels.task.config, frustum=frustum)
+        chunk = crop(surface, *chunk_box(frame, authors_exact=not frustum))
+        counts.append(len({tuple(place) for place in np.floor(chunk.points / edge).tolist()}))
+        assert len(voxels.of_frame(frame).rows) == counts[-1]
+    assert counts[1] < counts[0]
+
+
+def test_what_drawing_needs_of_a_checkpoint(geo, cloud_folder):
+    """No more is fetched: the network, and of a pair the heads and the recipe that says which they are."""
+    assert set(_roles(read_checkpoint(geo))) >= {"encoder", "decoder", "heads", "recipe"}
+    assert set(_roles(read_checkpoint(cloud_folder))) == {"model"}
+
+
 def test_voxels_of_a_network_of_ones_have_no_colours(geo, surfaces, frames):
     (_, voxels), cloud = describers(geo, surfaces), frame_cloud(frames[0])
     painted = Surface(cloud.points, 255 - cloud.colors)
@@ -297,6 +316,8 @@ def test_a_network_with_its_teacher_has_pixels_and_voxels_in_one_space(surfaces,
     assert [d.title for d in twin] == ["random student: pixels", "random student: voxels"]
     assert torch.equal(twin[0].of_frame(frames[0]).rows, found.rows)  # there is no projection to draw
     assert not torch.allclose(twin[1].of_frame(frames[0]).rows, seen.rows, atol=1e-3)
+    other = describers(folder, surfaces, random=True, seed=1)[1].of_frame(frames[0]).rows
+    assert not torch.allclose(other, twin[1].of_frame(frames[0]).rows, atol=1e-3)
     assert [type(d) for d in describers(folder, surfaces, level=0)] == [CloudDescriber]
 
 

@@ -40,12 +40,12 @@ class Rooms:
     """The rooms that a benchmark measures on: held-out pairs, and labelled frames of both splits."""
 
     def __init__(self, data: DataSpec, spec: BenchSpec) -> None:
-        options = dict(data.options)
+        options = {key: value for key, value in data.options.items() if key != "split"}  # which is chosen here
         self.size = data.size
         self.val_spec = replace(
             data, units="pairs", options=options | {"scenes": spec.val_scenes}, max_pairs_per_scene=None
         )
-        labelled = {key: value for key, value in options.items() if key not in ("split", "depth_noise")}
+        labelled = {key: value for key, value in options.items() if key != "depth_noise"}
         labelled |= {"val_scenes": spec.val_scenes, "labelled": spec.labelled}
         self.train, self.val = (
             open_labelled("rooms", None, split, task="segmentation", options=labelled) for split in ("train", "val")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from geo_pretrain.errors import RecipeError, unknown
-from geo_pretrain.training.recipe import STAGE1, DataSpec, Recipe, list_recipes, load_recipe, load_stage1
+from geo_pretrain.training.recipe import STAGE1, DataSpec, Recipe, check_key, list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.tasks import TASKS
 
 Kind = Literal["2D", "3D"]
@@ -133,7 +133,10 @@ def plan(row: Row, spec: BenchSpec, seed: int) -> Training:
 @lru_cache(maxsize=8)
 def base_data(spec: BenchSpec) -> DataSpec:
     """The rooms that all tasks are trained on."""
-    return load_recipe(BASE, spec.overrides, toy=spec.toy).data
+    data = load_recipe(BASE, spec.overrides, toy=spec.toy).data
+    split = data.options.get("split", "train")
+    check_key(split == "train", "data.options.split", split, "train: the rooms of val are measured on")
+    return data
 
 
 def shared_overrides(spec: BenchSpec) -> list[str]:

@@ -24,8 +24,9 @@ from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.ply import Columns, read_ply, triangle_rows
 from geo_pretrain.training.data.surface import NoSurface, Surface
 
-# Pri3D uses one matrix for every scan, at 320x240; here for 640x480 with the same pixel centres.
-CONSTANT_640 = np.array([[577.870605, 0, 319.5], [0, 577.870605, 239.5], [0, 0, 1]])
+# Pri3D uses one matrix for every scan, at 320x240: focal length 288.9353025, principal point 159.5, 119.5. This one at
+# 640x480 becomes that when `resize_frame` takes the second of every two pixels.
+CONSTANT_640 = np.array([[577.870605, 0, 320.0], [0, 577.870605, 240.0], [0, 0, 1]])
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,8 @@ def draw_starts(
     done = [run for run in done if fraction in (None, run.fraction) and seed in (None, run.seed)]
     if not done:
         raise DataError(f"{out}: no finished run of the share and seed asked for.")
-    chosen = max(run.fraction for run in done), min(run.seed for run in done)
+    largest = max(run.fraction for run in done)
+    chosen = largest, min(run.seed for run in done if run.fraction == largest)
     shown_runs = {run.label: run for run in done if (run.fraction, run.seed) == chosen}
     spec, where = recipe.data, dict(init_kwargs or {})
     opened = None if spec.path is None else Path(spec.path)

@@ -263,6 +263,41 @@ def test_of_a_pair_the_first_frame_is_taken(samples):
     assert len(mixed) == 1
 
 
+def fine_cloud(**settings):
+    """The cloud of a small frame whose points all have voxels of their own, by pixel; and the points as they were."""
+    frame = frame_of(6, 8)
+    spec = FrameCloudSpec(pixels="all", voxel_size=0.001, **settings)
+    found = frame_voxels(frame, spec, torch.Generator().manual_seed(3))
+    assert len(found["coords"]) == len(found["pixel"])
+    return found["points"][found["voxel"]], np.array([point_at(frame, p // 8, p % 8) for p in found["pixel"].tolist()])
+
+
+def test_a_turned_cloud_is_scaled_about_its_centroid_in_the_origin():
+    got, world = fine_cloud(scale=(1.5, 1.5))
+    np.testing.assert_allclose(got.mean(0), np.zeros(3), atol=1e-5)
+    np.testing.assert_allclose(got.norm(dim=1), 1.5 * np.linalg.norm(world - world.mean(0), axis=1), rtol=1e-5)
+
+
+def test_a_cloud_is_distorted_finely_and_then_coarsely():
+    """PPKT's (granularity, magnitude) in metres: 0.2, 0.4 and 0.8, 1.6."""
+    got, points = fine_cloud(rotation="none", elastic_prob=1.0)
+    want, generator = torch.from_numpy(points), torch.Generator().manual_seed(3)
+    torch.rand(2, generator=generator)  # what to keep, whether to distort
+    for granularity, magnitude in ((0.2, 0.4), (0.8, 1.6)):
+        noise = torch.randn(*elastic_grid(want, granularity), 3, generator=generator)
+        want = elastic_distortion(want, noise, granularity, magnitude)
+    torch.testing.assert_close(got, want.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_one_point_is_left_however_few_are_kept():
+    frame = frame_of(6, 8)
+    depth = np.zeros_like(frame.depth)
+    depth[2, 3] = 1.5
+    frame = Frame("s", "f", frame.color, depth, frame.intrinsics, frame.cam_to_world)
+    found = frame_voxels(frame, FrameCloudSpec(keep=(0.1, 0.1)), torch.Generator().manual_seed(0))
+    assert found["pixel"].tolist() == [2 * 8 + 3]
+
+
 def test_a_cloud_without_a_turn_stays_in_the_world():
     frame = frame_of(6, 8)
     found = frame_voxels(frame, FrameCloudSpec(rotation="none"), torch.Generator().manual_seed(0))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from geo_pretrain.errors import DataError
-from geo_pretrain.training.data.ply import read_ply
+from geo_pretrain.training.data.ply import read_ply, triangle_rows
 
 SCANNET_HEADER = """ply
 format binary_little_endian 1.0
@@ -105,6 +106,38 @@ end_header
     assert ply["empty"]["nothing"].shape == (0,)
     assert ply["bare"]["last"].tolist() == [4_294_967_295]
     assert all(column.dtype.isnative for element in ply.values() for column in element.values())
+
+
+NAMES = {"char int8": "b", "uchar uint8": "B", "short int16": "h", "ushort uint16": "H", "int int32": "i",
+         "uint uint32": "I", "float float32": "f", "double float64": "d"}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_both_names_of_every_type_hold_its_whole_range(tmp_path, names):
+    code = NAMES[names]
+    bits = 8 * struct.calcsize(code)
+    whole = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if code in "bhi" else (0, 2**bits - 1)
+    values = (-(2.0**100), 1 / 3) if code == "d" else (-(2.0**100), 0.1875) if code == "f" else whole
+    for name in names.split():
+        for form, body in (
+            ("binary_little_endian", struct.pack(f"<2{code}", *values)),
+            ("binary_big_endian", struct.pack(f">2{code}", *values)),
+            ("ascii", f"{values[0]!r} {values[1]!r}\n".encode()),
+        ):
+            header = f"ply\nformat {form} 1.0\nobj_info x\nelement e 2\nproperty {name} p\nend_header\n"
+            (tmp_path / "a.ply").write_bytes(header.encode() + body)
+            column = read_ply(tmp_path / "a.ply")["e"]["p"]
+            assert column.tolist() == list(values)
+            assert column.itemsize == bits // 8
+
+
+def test_corners_of_triangles_are_vertices_of_the_file():
+    face = {"vertex_indices": np.array([[0, 1, 2], [3, 1, 0]], np.int32)}
+    assert triangle_rows(Path("a.ply"), face, 4).tolist() == [[0, 1, 2], [3, 1, 0]]
+    with pytest.raises(DataError, match="faces name vertices 0 to 3, the file has 0 to 2"):
+        triangle_rows(Path("a.ply"), face, 3)
+    with pytest.raises(DataError, match="faces name vertices -1 to 2, the file has 0 to 9"):
+        triangle_rows(Path("a.ply"), {"vertex_index": face["vertex_indices"] - 1}, 10)
 
 
 @pytest.mark.parametrize("form", ["binary", "ascii"])

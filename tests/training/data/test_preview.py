@@ -11,7 +11,14 @@ from typer.testing import CliRunner
 
 from geo_pretrain.cli import app
 from geo_pretrain.errors import DataError
-from geo_pretrain.training.data.preview import set_colors, sets_overlay, sets_sheet, surface_view
+from geo_pretrain.training.data.preview import (
+    class_colors,
+    depth_colors,
+    set_colors,
+    sets_overlay,
+    sets_sheet,
+    surface_view,
+)
 from geo_pretrain.training.data.rooms import Rooms, RoomsConfig
 from geo_pretrain.training.data.scannet import ScanNet
 from geo_pretrain.training.data.sets import SceneSets, label_sets, pixel_sets, scene_sets
@@ -32,6 +39,15 @@ def test_colours_of_sets_are_those_of_hue_saturation_and_value():
         want = (0, 0, 0) if i < 0 else [255 * c for c in colorsys.hsv_to_rgb(i * 0.61803398875 % 1, strong, light)]
         np.testing.assert_allclose(color, want, atol=0.51)
     assert len(np.unique(set_colors(np.arange(200)), axis=0)) > 190
+
+
+def test_depth_runs_from_yellow_to_blue_between_the_limits_of_its_valid_pixels():
+    colors = depth_colors(np.array([[0, 0, 0, 2], [0, 3, 4, 0]], np.float32))
+    assert colors[0, 3].tolist() == [253, 231, 110]
+    assert np.abs(colors[1, 1].astype(int) - [35, 140, 140]).max() <= 1
+    assert colors[1, 2].tolist() == [50, 15, 75]
+    assert (colors[[0, 0, 0, 1, 1], [0, 1, 2, 0, 3]] == 0).all()
+    assert class_colors(np.array([[-1, 0, 3]], np.int16)).any(axis=2).tolist() == [[False, False, True]]
 
 
 def test_overlay_has_the_sets_colours_dark_borders_and_grey_where_there_is_no_set():
@@ -89,6 +105,10 @@ def test_surface_is_seen_from_above_without_what_faces_away():
     shown = hues(view)
     assert set(np.unique(shown)) - {0} == {-1, 1, 2, 5}  # neither the ceiling nor the near wall
     rows = {i: np.argwhere(shown == i) for i in (1, 2, 5)}
+    floor_height, floor_width = np.ptp(rows[1], axis=0)
+    assert floor_height / floor_width == pytest.approx(
+        np.sin(np.deg2rad(55)), abs=0.05
+    )  # a square seen from 55 degrees
     assert rows[2][:, 0].mean() < rows[5][:, 0].mean() < rows[1][:, 0].max()  # the far wall is on top
     assert rows[5][:, 1].mean() < 80  # left stays left
     inside = shown[rows[5][:, 0].min() + 3 : rows[5][:, 0].max() - 3, rows[5][:, 1].min() + 3 : rows[5][:, 1].max() - 3]

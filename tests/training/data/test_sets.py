@@ -18,7 +18,7 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.training.data import sets as module
 from geo_pretrain.training.data.frame import Frame, Skips
-from geo_pretrain.training.data.pairs import find_pairs, resize_frame
+from geo_pretrain.training.data.pairs import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.rooms import Rooms, RoomsConfig
 from geo_pretrain.training.data.samples import PairSamples, collate
 from geo_pretrain.training.data.scannet import ScanNet, ScanNetConfig
@@ -27,6 +27,7 @@ from geo_pretrain.training.data.sets import (
     SceneSets,
     SetPairSamples,
     Sets,
+    check_labels,
     fuse_points,
     label_sets,
     pixel_sets,
@@ -174,6 +175,16 @@ def test_fused_points_are_the_weighted_means_of_every_voxel(rooms, monkeypatch, 
     assert len(np.unique(got.labels)) == 1 if kind is None else len(np.unique(got.labels)) > 3
 
 
+@pytest.mark.parametrize("labels", [(2, 5), (5, 2)])
+def test_of_labels_with_equal_weights_a_fused_point_has_the_lower(labels):
+    intrinsics = np.array([[1e3, 0, -1], [0, 1e3, -1], [0, 0, 1]])  # two pixels in one voxel
+    instance = np.array([labels], np.int32)
+    frame = Frame(
+        "s", "0", np.zeros((1, 2, 3), np.uint8), np.ones((1, 2), np.float32), intrinsics, np.eye(4), None, instance
+    )
+    assert fuse_points([frame], "instance").labels.tolist() == [2]
+
+
 def test_large_frames_are_thinned_before_they_are_fused():
     depth = np.ones((480, 640), np.float32)
     intrinsics = np.diag([5.0, 5.0, 1.0])  # no two pixels in one voxel
@@ -203,13 +214,18 @@ def test_range_of_frames_has_its_own_sets(rooms, tmp_path):
     np.testing.assert_array_equal(other.points, fuse_points(frames_of(rooms)[1:2]).points)
 
 
-def test_broken_frames_are_left_out(tmp_path):
-    folder = write_recording(tmp_path / "kitchen")
-    source = SevenScenes(folder)
+def test_broken_frames_are_left_out_and_scenes_of_one_source_keep_their_own_sets(tmp_path):
+    folder = write_recording(tmp_path / "home" / "kitchen")
+    office = write_recording(tmp_path / "home" / "office")
+    for path in office.glob("frame-0000[0-4]0*"):
+        path.unlink()
+    source = SevenScenes(tmp_path / "home")
     for number in range(10, 60, 10):
         (folder / f"frame-0000{number}.depth.png").write_bytes(b"broken")
     sets = scene_sets(source, "kitchen", cache_dir=tmp_path)
     np.testing.assert_array_equal(sets.points, fuse_points([source.load("kitchen", "000000")]).points)
+    other = fuse_points([source.load("office", "000050")])
+    np.testing.assert_array_equal(scene_sets(source, "office", cache_dir=tmp_path).points, other.points)
     (folder / "frame-000000.depth.png").unlink()
     with pytest.raises(DataError, match="Scene 'kitchen' of source 'seven_scenes' has no readable frame"):
         scene_sets(source, "kitchen", cache_dir=tmp_path)
@@ -320,6 +336,8 @@ def test_sets_of_labels_are_the_labels(rooms, tmp_path):
     sets = scene_sets(rooms, rooms.scenes()[0], kind="semantic", cache_dir=tmp_path)
     assert set(np.unique(sets.ids)) <= {int(i) for f in frames_of(rooms) for i in np.unique(f.semantic)}
     assert (pixel_sets(frame, sets) == frame.semantic).mean() > 0.95
+    things = scene_sets(rooms, rooms.scenes()[0], kind="instance", cache_dir=tmp_path)
+    assert (pixel_sets(frame, things) == frame.instance).mean() > 0.95
     assert not any(tmp_path.iterdir())
 
 
@@ -329,6 +347,9 @@ def test_frames_without_labels_cannot_have_sets_of_labels(recording):
     for call in (lambda: label_sets(frame, "semantic"), lambda: scene_sets(source, frame.scene, kind="semantic")):
         with pytest.raises(DataError, match=r"has no semantic labels.*such as rooms, or scannet.*kind 'segments'"):
             call()
+    pairs = [Pair(frame.scene, id, id, 1.0) for id in ("999999", frame.id)]  # the first one cannot be read
+    with pytest.raises(DataError, match=r"'task.sets' is 'semantic', but source 'seven_scenes' has no semantic labels"):
+        check_labels(source, pairs, "semantic")
     with pytest.raises(DataError, match="has no instance labels"):
         label_sets(replace(frame, semantic=np.zeros(frame.depth.shape, np.int16)), "instance")
 

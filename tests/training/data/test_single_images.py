@@ -183,6 +183,37 @@ def test_files_that_break_are_replaced_and_named(tmp_path):
         crops(source=Frames(broken="0123"))[(0, 0)]
 
 
+def test_what_replaces_a_broken_file_is_drawn_from_its_own_list(tmp_path):
+    images = list_images(str(image_folder(tmp_path / "in", 4)))
+    images[0].write_bytes(b"\xff\xd8\xff broken")
+    data = crops(pairs=PAIRS[2:3], images=images, mix="batch")  # one frame, four images
+    found = {brightness(data[(epoch, 0)]["image1"][1]) for epoch in range(12)}
+    assert found == {1, 2, 3}
+    data = crops(source=Frames(broken="0"), images=images, mix="combine")  # of frames 0, 0, 1, 2
+    assert {brightness(data[(epoch, 0)]["image1"][0]) for epoch in range(12)} == {-1}
+    data = TwiceSamples(Frames(broken="0"), PAIRS, DataSpec(size=(32, 48)), CONTRACT, 5, blur_taps=None)
+    assert {float(data[(epoch, 0)]["depth"][0, 0]) for epoch in range(12)} == {2.0, 3.0}
+
+
+def test_partners_in_a_mixed_batch_depend_on_the_seed(tmp_path):
+    images = list_images(str(image_folder(tmp_path / "in", 7)))
+    options = {"scale": (0.2, 1.0), "flip_prob": 0.5, "images": images, "mix": "batch"}
+    partners = set()
+    for seed in range(8):
+        data = CropSamples(Frames(), PAIRS, DataSpec(size=(32, 48)), CONTRACT, seed, **options)
+        partners.add(tuple(data._again((0, k), len(PAIRS)) for k in range(len(data))))
+    assert len(partners) > 1
+
+
+def test_images_are_the_same_wherever_their_folder_lies(tmp_path):
+    def facts(folder):
+        return crops(images=list_images(str(folder)), mix="combine").own_data()
+
+    here = facts(image_folder(tmp_path / "in"))
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    assert facts(tmp_path / "elsewhere") == here == here | {"images": 7}
+
+
 def test_folder_of_images_that_is_none_is_explained(tmp_path):
     with pytest.raises(RecipeError, match=r"'task.images' is missing(.|\n)*--set task.images=PATH"):
         list_images(None)
@@ -248,6 +279,7 @@ def test_one_frame_twice_is_pixel_upon_pixel():
     one, again = data[(0, 3)], data[(0, 3)]
     assert not torch.equal(one["image1"], one["image2"])
     assert torch.equal(one["image2"], again["image2"])
+    assert not torch.equal(one["image2"], data[(1, 3)]["image2"])
     broken = TwiceSamples(Frames(broken="2"), PAIRS, spec, CONTRACT, 5, blur_taps=None)[(0, 3)]
     assert broken["skipped"][0] == ("s/2", "gone")
     assert len(data) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, UnknownName
+from geo_pretrain.training.data.pairs import resize_frame
 from geo_pretrain.training.data.scannet import ScanNet, ScanNetConfig
 from geo_pretrain.training.data.seven_scenes import SevenScenes, SevenScenesConfig
 from geo_pretrain.training.data.sources import list_sources, open_source
@@ -149,6 +151,29 @@ def test_broken_registration_says_what_is_expected(folder, tmp_path, text, part)
         SevenScenes(folder, SevenScenesConfig(str(file)))
 
 
+def test_registration_that_leaves_no_depth_and_one_that_is_not_finite_are_refused(folder, tmp_path):
+    file = tmp_path / "registration.json"
+    away, matrix = np.eye(4), [[140.0, 0, 80], [0, 140.0, 60], [0, 0, 1]]
+    away[0, 3] = 1000
+    file.write_text(json.dumps({"color_intrinsics": matrix, "depth_to_color": away.tolist()}))
+    source = SevenScenes(folder, SevenScenesConfig(str(file)))
+    assert source.note == "depth registered to the colour camera"
+    with pytest.raises(BadFrame, match="no depth is left after registration"):
+        source.load("kitchen", "000000")
+    away[0, 3] = float("nan")
+    file.write_text(json.dumps({"color_intrinsics": matrix, "depth_to_color": away.tolist()}))
+    with pytest.raises(RecipeError, match="finite numbers"):
+        SevenScenes(folder, SevenScenesConfig(str(file)))
+
+
+def test_intrinsics_are_those_of_the_scene_then_of_the_root_then_a_kinects(folder):
+    kept = (folder / "camera-intrinsics.txt").rename(folder.parent / "camera-intrinsics.txt")
+    assert SevenScenes(folder.parent).load("kitchen", "000000").intrinsics[0].tolist() == [146.25, 0, 79.5]
+    kept.unlink()
+    plain = SevenScenes(folder.parent).load("kitchen", "000000").intrinsics
+    assert plain.tolist() == [[585, 0, 320], [0, 585, 240], [0, 0, 1]]
+
+
 def test_without_registration_the_source_says_so(folder):
     assert "not registered" in SevenScenes(folder).note
 
@@ -190,7 +215,9 @@ def test_scannet_export_is_read(tmp_path):
     with pytest.raises(BadFrame, match="not finite"):
         source.load("scene0000_00", "125")
     constant = ScanNet(tmp_path, ScanNetConfig(constant_intrinsics=True)).load("scene0000_00", "0")
-    assert constant.intrinsics[0, 0] == pytest.approx(2 * 288.9353025)
+    full = replace(constant, color=np.zeros((480, 640, 3), np.uint8), depth=np.ones((480, 640), np.float32))
+    pri3d = [[288.9353025, 0, 159.5], [0, 288.9353025, 119.5], [0, 0, 1]]
+    np.testing.assert_allclose(resize_frame(full, (240, 320)).intrinsics, pri3d, rtol=1e-12)
 
 
 def test_part_of_the_frames_can_be_held_out(folder):

@@ -122,6 +122,17 @@ def test_cache_that_cannot_be_written_is_explained(tmp_path):
         cached_surface(tmp_path / "surfaces" / "a", lambda: Surface(np.ones((1, 3), np.float32), np.ones((1, 3), "u1")))
 
 
+def test_scenes_of_one_source_keep_their_own_surfaces(tmp_path):
+    for scene in ("one", "two"):
+        write_recording(tmp_path / "data" / scene)
+    for path in (tmp_path / "data" / "two").glob("frame-0000[1-5]0*"):
+        path.unlink()
+    source = SevenScenes(tmp_path / "data")
+    for scene in ("one", "two"):
+        frames = [source.load(scene, frame) for frame in source.frame_ids(scene)]
+        assert (scene_surface(source, scene, cache_dir=tmp_path).points == fuse(frames).points).all()
+
+
 def test_held_out_frames_are_not_fused(tmp_path, recording):
     source = SevenScenes(recording)
     half = FrameRange(source, 0.0, 0.5)

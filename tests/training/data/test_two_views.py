@@ -205,6 +205,10 @@ def test_sample_is_a_function_of_its_key(make):
     assert not torch.equal(first["image1"], other["image1"])
     assert not torch.equal(first["image1"], first["image2"])
     assert first["seed"] != other["seed"]
+    reseeded = TwoViewSamples(
+        samples.source, samples.pairs, samples.spec, ImageContract(), 1, views=ViewSpec(), matches=200
+    )
+    assert not torch.equal(first["image1"], reseeded[(0, 2)]["image1"])
 
 
 def test_both_views_get_colours_of_their_own(make):
@@ -216,6 +220,7 @@ def test_both_views_get_colours_of_their_own(make):
     assert torch.equal(plain["image1"], plain["image2"])
     mirrored = make(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3), flip_prob=1.0)[(0, 0)]
     assert torch.equal(plain["image1"], mirrored["image1"].flip(2))
+    assert plain["columns1"].tolist() == list(range(80))
 
 
 def test_views_without_a_common_pixel_are_drawn_again(make, monkeypatch):
@@ -251,3 +256,9 @@ def test_area_and_aspect_stay_in_their_ranges():
         crop = random_crop((240, 320), ViewSpec(), seeded(seed))
         assert 0.19 < crop.height * crop.width / (240 * 320) <= 1
         assert math.log(3 / 4) - 0.03 < math.log(crop.width / crop.height) < math.log(4 / 3) + 0.03
+
+
+def test_ratio_is_width_over_height():
+    for seed in range(50):
+        crop = random_crop((240, 320), ViewSpec(scale=(0.1, 0.2), ratio=(1.8, 2.2)), seeded(seed))
+        assert 1.75 < crop.width / crop.height < 2.25

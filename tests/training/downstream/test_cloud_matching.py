@@ -186,6 +186,22 @@ def test_every_pair_draws_its_own_queries(source, pairs):
     assert result.per_pair[0] != result.per_pair[1]
 
 
+def test_evaluation_passes_its_options_on_and_holds_clouds_as_cameras_see_them(source, pairs):
+    network = Described(on_a_torus)
+    options = {"size": SIZE, "queries": 30, "turn": "upright", "threshold": 1.0}
+    result = evaluate_cloud_matching(network, COLOURS, source, pairs[:2], seed=4, **options)
+    alone = [match_clouds(network, COLOURS, source, pairs[k], seed=4 + k, **options) for k in (0, 1)]
+    assert result.per_pair == tuple(float((matches.error <= 1).mean()) for matches in alone)
+    assert result.chance == pytest.approx((alone[0].chance + alone[1].chance) / 2)
+    del options["turn"]
+    plain, held = (
+        match_clouds(network, COLOURS, source, pairs[0], **options, **turn) for turn in ({}, {"turn": "camera"})
+    )
+    assert np.array_equal(plain.query, held.query)
+    result = evaluate_cloud_matching(network, COLOURS, source, pairs[:1], **options)
+    assert result.per_pair == (float((held.error <= 1).mean()),)
+
+
 def test_an_error_equal_to_the_threshold_is_right():
     def measure(number, error):
         return np.array(error), 0.25 * number
@@ -229,6 +245,7 @@ def test_clouds_without_common_surface_are_a_bad_pair(tmp_path):
     "contract",
     [
         VoxelContract((0.1, 1.0, 0.1), ("intensity",), coordinates="cylindrical"),
+        VoxelContract((0.1, 1.0, 0.1), ("R", "G", "B"), coordinates="cylindrical"),
         VoxelContract(0.1, ("intensity",)),
         VoxelContract(0.1, ("R", "G", "B", "extra0")),
     ],

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from geo_pretrain.catalog import Arch
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.pairs import find_pairs
+from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.downstream import comparison
 from geo_pretrain.training.downstream.comparison import RANDOM, compare_matching, random_twin
 from geo_pretrain.training.downstream.recall import MatchingResult
@@ -23,7 +28,7 @@ def calls(monkeypatch):
 
     def measure(name):
         def evaluate(network, contract, source, pairs, **options):
-            made.append((name, network, options))
+            made.append((name, network, options | {"pairs": pairs}))
             return MatchingResult(0.5, 1.0, (0.5,), 1, 0.1)
 
         return evaluate
@@ -47,6 +52,29 @@ def test_images_are_matched_at_the_size_of_their_contract(tmp_path, spec, calls)
         assert options["seed"] == 3
         assert not {"turn", "threshold"} & options.keys()
         assert network(torch.zeros(1, 3, 64, 96)).shape == (1, 32, 32, 48)
+
+
+def test_both_networks_get_the_same_pairs_of_all_held_out_ones(tmp_path, spec, calls, monkeypatch):
+    folder, done, splits = str(write_tiny(tmp_path / "net").folder), [], []
+
+    def opened(spec, *, split):
+        splits.append(split)
+        return open_source(spec, split=split)
+
+    monkeypatch.setattr(comparison, "open_source", opened)
+    compare_matching(folder, spec, size=(48, 64), count=3, seed=3, progress=lambda *at: done.append(at))
+    every = find_pairs(open_source(spec), replace(spec, size=(48, 64)), skips=Skips())
+    assert len(every) > 4
+    for _, _, options in calls:
+        assert options["size"] == (48, 64)
+        assert len(options["pairs"]) == 3
+        assert (options["pairs"][0], options["pairs"][-1]) == (every[0], every[-1])
+        options["progress"](2, 5)
+    assert done == [(2, 10), (7, 10)]
+    assert splits == ["val"]
+    drawn, expected, other = (n.state_dict() for n in (calls[0][1], random_twin(folder, 3), random_twin(folder, 0)))
+    assert all(torch.equal(value, expected[key]) for key, value in drawn.items())
+    assert not torch.equal(drawn["encoder.conv1.weight"], other["encoder.conv1.weight"])
 
 
 def test_clouds_are_matched_at_the_size_of_their_recipe(tmp_path, spec, calls, tiny_recipe):

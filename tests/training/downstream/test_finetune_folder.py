@@ -9,12 +9,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from geo_pretrain.errors import CheckpointError
+from geo_pretrain.training.downstream import finetune_folder
 from geo_pretrain.training.downstream.data.sources import data_terms
 from geo_pretrain.training.downstream.finetune import read_result, result_rows
+from geo_pretrain.training.downstream.finetune_folder import spread_ids
 from geo_pretrain.training.downstream.finetune_recipe import load_finetune_recipe
+from geo_pretrain.training.engine import STATE
 from tests.training.downstream.test_finetune import Stop, assert_same_run, run, stop_at
 from tests.training.downstream.test_segment import recipe_for
 from tests.zoo import write_tiny
@@ -81,6 +85,33 @@ def test_finished_result_is_not_replaced_by_accident(tmp_path):
         run(tmp_path / "notes", overwrite=True)
 
 
+def test_a_result_that_is_being_replaced_is_gone_before_the_rest_changes(tmp_path, monkeypatch):
+    """Killed in between, the folder must not show the old number beside new weights."""
+    run(tmp_path / "out", "optim.steps=1")
+
+    def stop(*arguments):
+        raise Stop
+
+    monkeypatch.setattr(finetune_folder, "write_weights", stop)
+    with pytest.raises(Stop):
+        run(tmp_path / "out", "optim.steps=1", overwrite=True, seed=5)
+    with pytest.raises(CheckpointError, match="has not ended"):
+        read_result(tmp_path / "out")
+
+
+def test_a_file_that_is_written_halfway_leaves_the_old_one(tmp_path):
+    path = tmp_path / "state.pt"
+    path.write_text("old")
+
+    def break_off(new):
+        new.write_text("ne")
+        raise Stop
+
+    with pytest.raises(Stop):
+        finetune_folder._replace(path, break_off)
+    assert path.read_text() == "old"
+
+
 def test_folder_without_a_result_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="has not ended"):
         read_result(tmp_path)
@@ -88,6 +119,36 @@ def test_folder_without_a_result_is_named(tmp_path):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(CheckpointError, match="not a result"):
             read_result(tmp_path)
+
+
+def test_a_broken_off_line_is_dropped_and_time_counts_all_sittings(tmp_path):
+    run(tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(tmp_path / "out", on_step=stop_at(3))
+    state = torch.load(tmp_path / "out.run" / STATE, weights_only=True)
+    torch.save(state | {"seconds": 5000.0}, tmp_path / "out.run" / STATE)
+    log = tmp_path / "out.run" / "log.jsonl"
+    kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= state["step"]]
+    log.write_text("".join(kept) + '{"step": 4, "loss": 0.')
+    result = run(tmp_path / "out")
+    assert 5000 < result.data["seconds"] < 5600
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_values_by_class_are_those_of_the_evaluation_that_is_reported(tmp_path):
+    measured = {"step": 2, "scores": {"miou": 0.5}}
+    last, best = ({**measured, "per_class": {"iou": {"red": value}}} for value in (0.25, None))
+    names = {"recipe": "r", "task": "segmentation", "metric": "miou", "seed": 0, "score": 0.5, "steps": 2}
+    data = {**names, "backbone": {"name": "scratch"}, "data": {"fraction": 1.0}, "last": last, "best": best}
+    for uses, expected in (("last", 0.25), ("best", None)):
+        (tmp_path / "results.json").write_text(json.dumps({**data, "uses": uses}))
+        assert read_result(tmp_path).per_class() == {"red": expected}
+
+
+def test_images_of_the_figure_are_spread():
+    assert spread_ids(list("abcdefgh"), 4) == ["a", "c", "e", "g"]
+    assert spread_ids(list("abc"), 2) == ["a", "b"]
+    assert spread_ids(list("ab"), 4) == spread_ids(list("ab"), None) == ["a", "b"]
 
 
 HOLDER = """

@@ -102,6 +102,13 @@ def test_recall_is_the_mean_over_pairs_and_falls_with_noise(source, pairs):
     assert clean.chance == pytest.approx(np.pi * 16 / (120 * 160))
 
 
+def test_every_pair_draws_its_own_queries(source, pairs):
+    result = evaluate_matching(ColourFeatures(), CONTRACT, source, [pairs[0]] * 2, size=SIZE, queries=30, seed=4)
+    alone = [match_pair(ColourFeatures(), CONTRACT, source, pairs[0], size=SIZE, queries=30, seed=s) for s in (4, 5)]
+    assert not np.array_equal(alone[0].query, alone[1].query)
+    assert result.per_pair == tuple(float((matches.error <= 4).mean()) for matches in alone)
+
+
 def test_pairs_that_cannot_be_read_are_counted(source, pairs):
     skips = Skips()
     broken = Pair(pairs[0].scene, "999999", pairs[0].frame1, 1.0)
@@ -127,6 +134,23 @@ def test_maps_of_an_encoder_are_matched_side_by_side():
     with torch.no_grad():
         features, maps = EncoderMaps(encoder)(image), encoder(image)
     assert features.shape == (1, 8 + 16 + 32 + 64, 32, 48)
-    # At stride 4 the centre of two by two cells lies between them; at stride 2 a corner cell is the map's own corner.
-    corner = torch.cat([m[0, :, 0, 0] / m[0, :, 0, 0].norm() for m in maps])
-    assert torch.allclose(features[0, :, 0, 0], corner, atol=1e-5)
+    shares = [bilinear_shares(size, m.shape[2:]) for m in maps for size in [(32, 48)]]
+    for row, column in ((0, 0), (31, 47), (7, 20), (16, 1), (30, 46)):
+        expected = []
+        for m, (down, along) in zip(maps, shares, strict=True):
+            unit = m[0] / m[0].norm(dim=0)
+            expected.append(torch.einsum("chw,h,w->c", unit, down[row], along[column]))
+        assert torch.allclose(features[0, :, row, column], torch.cat(expected), atol=1e-5)
+
+
+def bilinear_shares(large, small):
+    """[large, small] for each axis: how much of each small cell is in each large one; a cell is at its centre."""
+    shares = []
+    for many, few in zip(large, small, strict=True):
+        table = torch.zeros(many, few)
+        for k in range(many):
+            place = min(max((k + 0.5) * few / many - 0.5, 0), few - 1)
+            for cell in range(few):
+                table[k, cell] = max(0, 1 - abs(place - cell))
+        shares.append(table)
+    return shares

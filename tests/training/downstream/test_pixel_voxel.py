@@ -18,6 +18,7 @@ from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.pairs import Pair
 from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.downstream import pixel_voxel
 from geo_pretrain.training.downstream.comparison import RANDOM, compare_pixel_to_voxel
 from geo_pretrain.training.downstream.pixel_voxel import (
     evaluate_pixel_to_voxel,
@@ -103,13 +104,16 @@ def test_descriptor_that_knows_nothing_is_right_by_chance(folder, source):
     assert result.chance / 2 < result.recall < 2 * result.chance
 
 
-def test_matches_equal_the_loop_over_voxels(folder, source):
+@pytest.mark.parametrize("rounding", ["floor", "nearest"])
+def test_matches_equal_the_loop_over_voxels(folder, source, rounding):
     task = load_pri3d(str(folder))
+    task.config = dataclasses.replace(task.config, rounding=rounding)
     batch = task.collate([task.dataset(source, frames_in_twos(source))[(0, 0)]])
     matches = match_frame(task, batch, 2, threshold=2.0, queries=50, generator=torch.Generator().manual_seed(1))
     depth, intrinsics, pose = (
         batch[f"{name}2"][0].double().numpy() for name in ("depth", "intrinsics", "cam_to_world")
     )
+    intrinsics[:2, 2] += 0.5 if rounding == "nearest" else 0  # the nearest pixel is the floor half a pixel on
     centres = (batch["coords2"][:, 1:].double().numpy() + 0.5) * task.voxel_size
     target = [slow_seen(centre, depth, intrinsics, pose, 0.05, False) for centre in centres]
     with torch.no_grad():
@@ -135,10 +139,10 @@ def test_recall_is_that_of_each_frame(folder, source):
     task, pair = load_pri3d(str(folder)), frames_in_twos(source)[1]
     batch = task.collate([task.dataset(source, [pair])[(0, 0)]])
     alone = [
-        match_frame(task, batch, view, threshold=6.0, queries=500, generator=torch.Generator().manual_seed(4 + view))
+        match_frame(task, batch, view, threshold=6.0, queries=20, generator=torch.Generator().manual_seed(4 + view))
         for view in (1, 2)
     ]
-    result = evaluate_pixel_to_voxel(task, source, [pair], threshold=6.0, seed=5)
+    result = evaluate_pixel_to_voxel(task, source, [pair], threshold=6.0, queries=20, seed=5)
     assert result.per_pair == tuple(float((matches.error <= 6).mean()) for matches in alone)
     assert result.per_pair[0] != result.per_pair[1]
 
@@ -177,6 +181,14 @@ def test_frames_that_cannot_be_read_are_counted(folder, source):
     assert "missing" in skips.summary()
     with pytest.raises(DataError, match="cannot be read"):
         evaluate_pixel_to_voxel(task, source, [broken])
+
+
+def test_a_frame_that_sees_no_voxel_is_named(folder, source, monkeypatch):
+    task, skips, good = load_pri3d(str(folder)), Skips(), match_frame
+    monkeypatch.setattr(pixel_voxel, "match_frame", lambda *a, **k: good(*a, **k) if a[2] == 1 else None)
+    pair = frames_in_twos(source)[0]
+    assert len(evaluate_pixel_to_voxel(task, source, [pair], skips=skips).per_pair) == 1
+    assert skips.reasons == {f"{pair.scene}/{pair.frame2}": "frame sees no voxel"}
 
 
 def test_comparison_measures_both_on_the_same_queries(folder, tiny_recipe):

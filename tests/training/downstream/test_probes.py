@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import count
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError, UnknownName
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.downstream import probes
 from geo_pretrain.training.downstream.probes import (
     RANDOM,
     Head,
@@ -75,7 +77,7 @@ def random_samples(count=300, widths=(4, 3), classes=(1, 2, 5), seed=0):
 
 
 def test_the_fit_is_the_minimum_that_another_optimiser_finds():
-    samples, penalty = random_samples(), 0.01
+    samples, penalty = random_samples(40), 0.01  # few: deviations by N and by N - 1 differ
     x = samples.features.double().numpy()
     x = (x - x.mean(0)) / x.std(0)
     classes, target = np.unique(samples.labels.numpy(), return_inverse=True)
@@ -208,6 +210,41 @@ def test_the_seed_decides_the_pixels_and_the_same_one_gives_the_same_result():
         assert not np.array_equal(first.confusion, other.confusion)
 
 
+def test_pixels_are_drawn_for_each_image_by_its_name(monkeypatch):
+    """Two images of one content: each has its own pixels, the same ones alone and in company."""
+
+    class Twins(Squares):
+        def load(self, id):
+            return super().load("one for all")
+
+        def ids(self):
+            return list(self.names)
+
+    def drawn(*names, seed=0):
+        source = Twins("train")
+        source.names = names
+        spec = dataclasses.replace(SPEC, pixels=40 * len(names), seed=seed)
+        return probes._read(Colours(1).eval(), source, spec, "train", count()).features.split(40)
+
+    (first,), (both, other) = drawn("a"), drawn("a", "b")
+    assert torch.equal(first, both)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, drawn("a", seed=1)[0])
+
+
+def test_a_network_is_measured_as_it_is_used_and_a_twin_is_drawn_by_the_seed(folder):
+    network = Colours(2).train()
+    knn_probe(network, Squares("train", 1), Squares("val", 1), ProbeSpec(pixels=50))
+    assert not network.training
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        expected = load_backbone(folder, decoder=True, pretrained=False).state_dict()
+    drawn = probes._load(str(folder), None, "cpu", pretrained=False, seed=3).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in drawn.items())
+    spec = ProbeSpec()
+    assert (spec.k, spec.temperature, spec.penalty) == (20, 0.07, 1e-4)
+
+
 def test_classes_that_training_lacks_are_never_predicted_and_count_against_the_mean():
     train, val = Squares("train", only=(1, 3)), Squares("val")
     for probe in (linear_probe, knn_probe):
@@ -262,6 +299,10 @@ def test_a_checkpoint_stands_beside_its_random_twin(folder):
     done = []
     results = compare_probes(str(folder), train, val, SPEC, progress=lambda *at: done.append(at))
     assert list(results) == [RANDOM, str(folder)]
+    for alone in (linear_probe, knn_probe):
+        each = []
+        alone(str(folder), train, val, SPEC, progress=lambda *at, each=each: each.append(at))
+        assert each == [(k, 6) for k in range(1, 7)]
     assert done == [(k, 16) for k in range(1, 17)]
     for name, pretrained in ((RANDOM, False), (str(folder), True)):
         assert list(results[name]) == ["linear", "knn"]

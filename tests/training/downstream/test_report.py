@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from PIL import Image
 
 from geo_pretrain.errors import DataError, MissingDependency, RecipeError
 from geo_pretrain.training.data.preview import class_colors
-from geo_pretrain.training.downstream import report
+from geo_pretrain.training.downstream import report, sweep
+from geo_pretrain.training.downstream.data.labelled import LabelledImage
 from geo_pretrain.training.downstream.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.downstream.metrics import confusion_matrix, mean_iou
 from geo_pretrain.training.downstream.published import PaperRow
@@ -28,7 +31,7 @@ from geo_pretrain.training.downstream.report import (
     write_report,
 )
 from geo_pretrain.training.downstream.sweep import Point, SweepResult, run_sweep
-from tests.training.downstream.sweeps import Squares, tiny_recipe
+from tests.training.downstream.sweeps import Squares, Written, tiny_recipe
 from tests.zoo import write_tiny
 
 RECIPE = load_finetune_recipe("scannet_unet_r50")
@@ -89,6 +92,7 @@ def test_the_page_says_what_the_numbers_are():
     assert "not measured here" not in text
     assert "curve.png" not in text
     assert "protocol" not in text
+    assert "seeds 0, 1, 4;" in markdown(dataclasses.replace(RESULT, points=(*POINTS, Point("x", 0.2, {4: 0.5}))))
 
 
 def test_a_report_is_three_files_and_needs_no_display(tmp_path, monkeypatch):
@@ -169,6 +173,8 @@ def test_small_shares_have_room_and_one_share_stands_side_by_side(tmp_path, monk
     assert [c[0].get_xydata().tolist() for c in axes.containers] == [[[0, 40]], [[1, pytest.approx(60.5)]]]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["from scratch", "pri3d_view\n_geo_r50"]
     assert [text.get_text() for text in axes.texts] == ["40.0 ± 0.0", "39.1", "60.5 ± 0.7", "61.7"]
+    sides = [(text.get_ha(), text.get_style(), text.xyann[0] > 0) for text in axes.texts]
+    assert sides == [("left", "normal", True), ("right", "italic", False)] * 2  # reported: italic, on the other side
     assert axes.get_xlabel() == "100 % of the training images\nhollow: as Pri3D T1 report"
     with pytest.raises(DataError, match="no finished run"):
         draw_curve(dataclasses.replace(RESULT, points=()), tmp_path / "c.png")
@@ -270,6 +276,62 @@ def test_the_picture_of_a_sweep_is_drawn_from_its_weights(tmp_path, monkeypatch)
     assert [image.id for image in calls.pop()[0]] == ["val_0"]
     with pytest.raises(DataError, match="no finished run of the share and seed"):
         draw_starts(tmp_path / "s", tmp_path / "grid.png", sources=sources, seed=7)
+
+
+def test_the_picture_is_of_the_largest_share_and_its_first_seed_that_are_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "finetune", Written())
+    out, where = tmp_path / "s", {"hub": ["/hub"]}
+    for shares, seeds in (([0.5], [1, 4]), ([1.0], [6, 4, 9])):
+        run_sweep(tiny_recipe(tmp_path, "data.path=/data"), ["scratch"], shares, seeds, out)
+    (out / "runs/scratch/100/seed4/results.json").unlink()
+    asked, shown = [], []
+
+    class Task:
+        module = SimpleNamespace(load_state_dict=asked.append)
+
+        def predictions(self, source, ids):
+            return [(None, None, torch.zeros(1)) for _ in ids]
+
+    monkeypatch.setattr(
+        report, "open_labelled", lambda *place, **more: asked.append((place, more)) or Squares("val", 8)
+    )
+    monkeypatch.setattr(report, "load_file", lambda path: path)
+    monkeypatch.setattr(report, "Start", lambda *start: asked.append(start) or SimpleNamespace(contract=lambda: None))
+    monkeypatch.setattr(report, "build_finetune_task", lambda recipe, *_: asked.append(recipe) or Task())
+    monkeypatch.setattr(report, "draw_predictions", lambda images, guesses, *_: shown.append((images, guesses)))
+    for fraction, seed, chosen in (
+        (None, None, (1.0, 6)),
+        (0.5, None, (0.5, 1)),
+        (None, 9, (1.0, 9)),
+        (None, 4, (0.5, 4)),
+    ):
+        draw_starts(out, tmp_path / "x.png", fraction=fraction, seed=seed, init_kwargs=where)
+        opened, start, recipe, weights = asked
+        assert opened == (("rooms", Path("/data"), "val"), {"task": "segmentation", "options": {}})
+        assert start == ("scratch", 18, 8, where)
+        assert (recipe.data.fraction, recipe.seed) == chosen
+        assert weights == out / f"runs/scratch/{100 * chosen[0]:g}/seed{chosen[1]}" / "model.safetensors"
+        ((images, guesses),) = shown
+        assert [image.id for image in images] == ["val_0", "val_2", "val_5", "val_7"]
+        assert list(guesses) == ["scratch"]
+        asked.clear()
+        shown.clear()
+    with pytest.raises(DataError, match="no finished run of the share and seed"):
+        draw_starts(out, tmp_path / "x.png", fraction=1.0, seed=4)
+
+
+def test_wide_images_are_reduced_and_their_labels_stay_labels(tmp_path):
+    labels = np.repeat(np.array([1, 3], np.uint8), [3, 1])[None].repeat(40, 0)  # columns 1 1 1 3
+    labels = np.tile(labels, (1, 160))
+    image = LabelledImage("wide", np.full((40, 640, 3), 90, np.uint8), labels, None)
+    draw_predictions([image], {"scratch": [labels]}, Squares.classes, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as picture:
+        sheet = np.asarray(picture.convert("RGB"))
+    assert sheet.shape[1] == 3 * (320 + 12) + 12
+    for column in (1, 2):
+        left = 12 + column * 332
+        colours = {tuple(c) for c in sheet[40:60, left : left + 320].reshape(-1, 3).tolist()}
+        assert colours == {tuple(c) for c in class_colors(np.array([[1, 3]]))[0].tolist()}
 
 
 def test_pictures_of_detection_are_those_of_each_run(tmp_path):

@@ -8,13 +8,14 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, HubError, RecipeError, UnknownName
 from geo_pretrain.training.downstream import sweep
 from geo_pretrain.training.downstream.finetune import finetune
 from geo_pretrain.training.downstream.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.downstream.published import PaperRow, paper_rows
-from geo_pretrain.training.downstream.sweep import differences, read_sweep, run_sweep
+from geo_pretrain.training.downstream.sweep import differences, read_plan, read_sweep, run_sweep
 from tests.training.downstream.sweeps import Squares, Written, tiny_recipe
 from tests.zoo import role_weights, write_tiny
 
@@ -79,16 +80,18 @@ def test_a_real_sweep_trains_what_finetune_trains_and_is_not_trained_twice(tmp_p
 
 
 def test_seeds_outermost_then_shares_then_starts(tmp_path, net, recipe, written):
-    run_sweep(recipe, [net, "scratch"], [1, 0.2], [5, 0], tmp_path / "s", device="cpu", init_kwargs={"hub": []})
+    options = {"device": "cpu", "init_kwargs": {"hub": []}, "sources": (Squares("train"), Squares("val"))}
+    options |= {"on_step": print, "on_data": repr}
+    run_sweep(recipe, [net, "scratch"], [1, 0.2], [5, 0], tmp_path / "s", **options)
     starts = [(net, 1.0), ("scratch", 1.0), (net, 0.2), ("scratch", 0.2)]
     assert written.calls == [(*start, seed) for seed in (5, 0) for start in starts]
-    assert written.options["init_kwargs"] == {"hub": []}
-    assert written.options["device"] == "cpu"
+    assert written.options == options
 
 
 def test_mean_and_sample_deviation_over_seeds(tmp_path, recipe, written):
-    result = run_sweep(recipe, ["scratch"], [0.5], [0, 2, 3], tmp_path / "s")
+    result = run_sweep(recipe, ["scratch"], [0.5], [3, 0, 2], tmp_path / "s")
     (point,) = result.points
+    assert list(point.values) == [0, 2, 3]
     assert point.values == pytest.approx({0: 0.4, 2: 0.44, 3: 0.49})
     assert point.mean == pytest.approx(statistics.mean([0.4, 0.44, 0.49]))
     assert point.std == pytest.approx(statistics.stdev([0.4, 0.44, 0.49]))
@@ -192,7 +195,10 @@ def test_a_folder_whose_weights_changed_is_refused(tmp_path, recipe, written):
     run_sweep(recipe, [folder], [1.0], [0], tmp_path / "s")
     moved = str(write_tiny(tmp_path / "moved").folder)
     run_sweep(recipe, [moved], [1.0], [1], tmp_path / "s")  # the same weights elsewhere are the same start
+    assert read_plan(tmp_path / "s")[1]["tiny_net_r18"][0] == moved
     weights = {role: role_weights(role) for role in ("encoder", "decoder")}
+    write_tiny(tmp_path / "moved", weights=weights | {"heads": {"weight": torch.zeros(1)}})  # no part of the network
+    run_sweep(recipe, [moved], [1.0], [2], tmp_path / "s")
     weights["encoder"]["conv1.weight"] += 1
     write_tiny(tmp_path / "net", weights=weights)
     with pytest.raises(RecipeError, match=r"'tiny_net_r18' \(.*net\) has other weights than in the sweep"):
@@ -204,6 +210,25 @@ def test_two_checkpoints_of_one_name_keep_apart(tmp_path, net, recipe, written):
     result = run_sweep(recipe, [net, other], [1.0], [0], tmp_path / "s")
     assert [p.backbone for p in result.points] == [net, other]
     assert len(list((tmp_path / "s" / "runs").iterdir())) == 2
+
+
+def test_every_run_has_a_folder_of_its_own(tmp_path):
+    """Shares that round to the same percent, and labels that differ in what a folder's name cannot hold."""
+    long = "x" * 60
+    labels = ["a_b", "a/b", "a:b", "a_b_", f"{long}/1", f"{long}y/1"]
+    runs = [sweep.Run("b", label, share, 0, tmp_path) for label in labels for share in (0.28, 0.285, 0.29, 0.57, 1.0)]
+    assert len({run.folder for run in runs}) == len(runs)
+    assert {run.folder.parent.name for run in runs} == {"28", "28.5", "29", "57", "100"}
+    assert all(run.folder.parents[2] == tmp_path / "runs" for run in runs)
+
+
+def test_named_starts_are_looked_for_where_the_caller_says(tmp_path, recipe, written):
+    write_tiny(tmp_path / "hub" / "pri3d_view_r18", "pri3d_view_r18")
+    with pytest.raises(GeoPretrainError):
+        run_sweep(recipe, ["pri3d_view_r18"], [1.0], [0], tmp_path / "s", init_kwargs={"local_files_only": True})
+    where = {"hub": str(tmp_path / "hub")}
+    result = run_sweep(recipe, ["pri3d_view_r18"], [1.0], [0], tmp_path / "s", init_kwargs=where)
+    assert [point.backbone for point in result.points] == ["pri3d_view_r18"]
 
 
 @pytest.mark.parametrize(
