@@ -322,6 +322,9 @@ def test_a_killed_process_is_called_killed(tmp_path, stand_in):
     stand_in("exit 3")
     found = run_bench(rows(["csc"]), [0], TINY, tmp_path / "out", jobs=1)
     assert found["failed"]["csc"]["0"] == "exit code 3"
+    stand_in("echo all is well")
+    found = run_bench(rows(["csc"]), [0], TINY, tmp_path / "out", jobs=1)
+    assert found["failed"]["csc"]["0"] == "ended without a result; last said: all is well"
 
 
 def test_a_folder_has_one_benchmark_at_a_time_and_a_mistyped_one_leaves_it_free(tmp_path, inline):

@@ -270,6 +270,8 @@ def _why(log: Path, returncode: int) -> str:
         killer = signal.Signals(-returncode).name
         memory = ", as when memory runs out" if -returncode == signal.SIGKILL else ""
         return f"killed by {killer}{memory}; last said: {last or 'nothing'}"
+    if returncode == 0:
+        return f"ended without a result; last said: {last or 'nothing'}"
     return last or f"exit code {returncode}"
 
 
