@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -367,16 +368,24 @@ def _resize(pixels: Tensor, contract: ImageContract) -> Tensor:
     import torch
     from torch.nn import functional as F
 
-    from geo_pretrain.geometry import nearest_indices
-
     height, width = pixels.shape[-2:]
     if (height, width) == contract.size:
         return pixels
     if contract.interpolation == "nearest":
-        rows, columns = nearest_indices(height, contract.size[0]), nearest_indices(width, contract.size[1])
+        rows, columns = _under_centres(height, contract.size[0]), _under_centres(width, contract.size[1])
         chosen = pixels.index_select(-2, torch.tensor(rows, device=pixels.device))
         return chosen.index_select(-1, torch.tensor(columns, device=pixels.device))
     scaled = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
     batch = scaled if scaled.ndim == 4 else scaled[None]
     resized = F.interpolate(batch, size=contract.size, mode="bilinear", antialias=True)
     return resized if pixels.ndim == 4 else resized[0]
+
+
+def _under_centres(source: int, target: int) -> list[int]:
+    """For each of `target` pixels the source pixel under its centre.
+
+    The positions are summed up step by step in double precision as Pillow does, so that ties fall the same way.
+    """
+    step = source / target
+    positions = accumulate([step * 0.5] + [step] * (target - 1))
+    return [min(int(position), source - 1) for position in positions]

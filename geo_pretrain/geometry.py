@@ -7,7 +7,6 @@ The centre of pixel (row i, column j) lies at the integer coordinate (u = j, v =
 from __future__ import annotations
 
 import math
-from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -75,14 +74,8 @@ def resize_intrinsics(intrinsics: Tensor, old: tuple[int, int], new: tuple[int, 
 
 
 def nearest_indices(old: int, new: int) -> list[int]:
-    """Source index of each of `new` samples along an axis of length `old`: Pillow's NEAREST rule.
-
-    That is the pixel under the sample's centre. Centres are summed up step by step in double precision, as Pillow does,
-    so that those between two pixels fall the same way.
-    """
-    step = old / new
-    centres = accumulate([step * 0.5] + [step] * (new - 1))
-    return [min(int(centre), old - 1) for centre in centres]
+    """Source index of each of `new` samples along an axis of length `old`: Pillow's NEAREST rule."""
+    return [min(math.floor((index + 0.5) * old / new), old - 1) for index in range(new)]
 
 
 def match_pixels(
