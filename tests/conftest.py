@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("GEO_PRETRAIN_HUB", None)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so does a shell for what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start and interrupt must notice
 os.environ["GEO_PRETRAIN_MIRROR"] = "http://127.0.0.1:9"  # where authors' files would come from: nobody listens there
 
 
