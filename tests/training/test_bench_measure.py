@@ -16,6 +16,7 @@ from geo_pretrain.training.bench.plan import BenchSpec, base_data, plan, rows
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.pairs import find_pairs, resize_frame
 from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.downstream.matching import EncoderMaps
 from geo_pretrain.training.downstream.recall import MatchingResult
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
@@ -138,7 +139,7 @@ def test_an_encoder_alone_is_matched_by_its_maps(tmp_path, calls):
     ).folder
     got = measuring.measure(folder, data(), SPEC, seed=6)
     assert got["matching"]["of"] == "encoder's maps"
-    assert isinstance(calls["evaluate_matching"].arguments[0], measuring.EncoderMaps)
+    assert isinstance(calls["evaluate_matching"].arguments[0], EncoderMaps)
 
 
 def test_a_point_network_is_measured_with_the_budget_and_the_seed(tmp_path, calls):

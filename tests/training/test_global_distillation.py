@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
@@ -29,6 +27,7 @@ from tests.training.test_engine import Stop, logged, run_here, stop_at
 from tests.training.test_losses import close
 from tests.training.test_moco import run_in_two_processes
 from tests.training.test_ppkt import tiny_batch
+from tests.two_processes import in_two_processes
 
 TASKS = {
     "global_kd": {"targets": "features"},
@@ -284,18 +283,9 @@ def test_processes_share_one_queue_and_one_memory(tmp_path, tiny_recipe):
         return {key: value for key, value in task.named_buffers(recurse=False) if not key.startswith("constant")}
 
     def work(rank):
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=rank, world_size=2)
         torch.save([state(TASKS[name], rank, 2) for name in ("crd", "crd_memory")], tmp_path / f"{rank}.pt")
-        dist.destroy_process_group()
 
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    in_two_processes(work, tmp_path)
     for number, name in enumerate(("crd", "crd_memory")):
         alone = state(TASKS[name], 0, 1)
         assert alone.keys() == ({"queue", "pointer"} if name == "crd" else {"memory_student", "memory_teacher"})

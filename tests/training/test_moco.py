@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import multiprocessing
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
@@ -28,6 +26,7 @@ from geo_pretrain.training.tasks import build_task, moco
 from geo_pretrain.training.tasks.moco import groups_of, in_groups
 from tests.training.data.test_single_images import image_folder
 from tests.training.test_engine import Stop, logged, run_here, stop_at
+from tests.two_processes import in_two_processes
 
 TASK = {"name": "moco_v2", "matches": None, "queue": 10, "dim": 8, "momentum": 0.9, "resize": [60, 80]}
 OPTIM = {"dampening": 0.0, "bn_momentum": "constant", "steps": 5}
@@ -288,23 +287,14 @@ def test_resumed_run_is_the_same_and_its_folder_opens(tmp_path, tiny_moco):
 
 
 def run_in_two_processes(recipe, folder):
-    """Train into `folder`/two; forked, since torchrun would import torch three times."""
+    """Train into `folder`/two."""
 
     def work(rank):
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
         source = open_source(recipe.data)
         pairs = find_pairs(source, recipe.data, skips=Skips())
         engine.train(recipe, folder / "two", source, pairs, World(rank, 2, torch.device("cpu")))
-        dist.destroy_process_group()
 
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    in_two_processes(work, folder)
 
 
 @pytest.mark.parametrize("mix", ["none", "batch"])

@@ -471,6 +471,16 @@ def test_a_frame_that_cannot_be_read_is_left_out(tmp_path, image_folder, cloud_f
         visualize_points(cloud_folder, spec, tmp_path / "x.ply", limit=0)
 
 
+def test_a_frame_whose_depth_is_lost_by_its_size_is_named(tmp_path, cloud_folder):
+    folder = write_recording(tmp_path / "kitchen")
+    depth = np.zeros((120, 160), np.uint16)
+    depth[0, 0] = 1000  # at half the size every second pixel is taken, beginning with the second
+    Image.fromarray(depth).save(folder / "frame-000000.depth.png")
+    spec = DataSpec(source="seven_scenes", path=str(folder))
+    with pytest.raises(BadFrame, match="kitchen/000000: no pixel has a valid depth"):
+        visualize_points(cloud_folder, spec, tmp_path / "x.ply", frame="000000", size=(60, 80))
+
+
 def test_an_encoder_alone_has_features_and_matches(tmp_path, spec):
     arch = Arch("resnet", {"depth": 18, "width": 8})
     folder = str(write_tiny(tmp_path / "net", arch=arch, weights={"encoder": role_weights("encoder")}).folder)

@@ -21,8 +21,9 @@ from geo_pretrain.training.data.frame import Frame, Skips, Source
 from geo_pretrain.training.data.pairs import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.sources import open_source
 from geo_pretrain.training.downstream.cloud_matching import evaluate_cloud_matching
+from geo_pretrain.training.downstream.comparison import dense_network, random_twin
 from geo_pretrain.training.downstream.data.sources import open_labelled
-from geo_pretrain.training.downstream.matching import EncoderMaps, evaluate_matching
+from geo_pretrain.training.downstream.matching import evaluate_matching
 from geo_pretrain.training.downstream.points import (
     PointsSpec,
     finetune_points,
@@ -115,9 +116,9 @@ def _images(
         return _load(folder, pretrained, seed, device, **options)
 
     def matching() -> dict[str, Any]:
-        network = load(decoder=True) if decoder else EncoderMaps(load(out_indices=STAGES))
+        network = dense_network(folder) if pretrained else random_twin(folder, seed)
         source, pairs = rooms.held_out()
-        result = evaluate_matching(network.eval(), contract, source, pairs, size=rooms.size, seed=seed)
+        result = evaluate_matching(network.to(device), contract, source, pairs, size=rooms.size, seed=seed)
         return _recall(result, "dense output" if decoder else "encoder's maps")
 
     def probe() -> float:

@@ -1,0 +1,30 @@
+"""Two processes that train together, for tests of what they share."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def in_two_processes(work: Callable[[int], None], folder: Path) -> None:
+    """Call `work(rank)` in each of two gloo processes, which meet in `folder`; both must end well.
+
+    Forked, since torchrun would import torch three times.
+    """
+
+    def joined(rank: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+        work(rank)
+        dist.destroy_process_group()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=joined, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
