@@ -96,7 +96,7 @@ class Worker:
     def stop(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -414,11 +414,19 @@ def test_a_push_in_between_is_not_mixed_with_ours(hub: LoopbackHub, worker: Work
     assert hub.content(repo) == before | {"README.md": b"# theirs\n"}
 
 
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal that was sent has not reached the process yet."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
+
+
 def test_an_interrupt_says_what_is_online_too(hub: LoopbackHub, worker: Worker, folder: Path, repo: str):
     def interrupt(request: str) -> None:
         if "/tag/" in request:
             worker.process.send_signal(signal.SIGINT)
-            time.sleep(0.5)  # it is to arrive while the worker waits for the answer
+            while is_pending(worker.process.pid, signal.SIGINT):  # it is to arrive while the worker waits
+                time.sleep(0.01)
 
     hub.before = interrupt
     answer = worker(folder=folder, to=f"hf-hub:{repo}")

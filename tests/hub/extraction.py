@@ -80,7 +80,7 @@ def failure(path: Path, **arguments: Any) -> str:
 def in_child(script: str) -> str:
     """Run a script in a process that has the child's modules."""
     done = subprocess.run(
-        [sys.executable, "-I", "-B", "-c", STAND_ALONE + script], capture_output=True, text=True, timeout=60
+        [sys.executable, "-I", "-B", "-c", STAND_ALONE + script], capture_output=True, text=True, timeout=600
     )
     return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 

@@ -305,7 +305,7 @@ def test_many_processes_fetch_once(hosts: Hosts):
         subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, env=environment, cwd=root)
         for _ in range(3)
     ]
-    folders = {process.communicate(timeout=120)[0].strip() for process in started}
+    folders = {process.communicate(timeout=600)[0].strip() for process in started}
     assert all(process.returncode == 0 for process in started)
     assert len(folders) == 1
     assert dict(hosts.served) == {ENCODER: 1}

@@ -509,7 +509,7 @@ def test_a_killed_installer_leaves_the_old_or_the_new_checkpoint(bundle: Path, t
     write_tiny(places[0], provenance={"steps": 1})
     write_tiny_3d(places[1], provenance={"steps": 1})
     process = script(KILLED, bundle, tmp_path, number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL
     steps = []
     for place in places:
@@ -526,7 +526,7 @@ def test_many_installers_at_once_agree(bundle: Path, folders: tuple[Path, Path],
     write_tiny(tmp_path / "bundles" / NAME, provenance={"steps": 1})
     processes = [script("install_bundle(sys.argv[1], sys.argv[2])", bundle, tmp_path) for _ in range(3)]
     for process in processes:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     assert content(tmp_path / "bundles" / NAME) == content(folders[0])
     assert content(tmp_path / "bundles" / NAME_3D) == content(folders[1])
@@ -580,7 +580,7 @@ except HubError as error:
 
 def test_a_full_disk_leaves_nothing_behind(bundle: Path, folders: tuple[Path, Path], tmp_path: Path):
     process = script(LIMITED, bundle, tmp_path / "cache", folders[0], tmp_path / "out/x.tar")
-    answers, errors = process.communicate(timeout=60)
+    answers, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     installing, writing = answers.splitlines()
     assert "cannot be written (File too large)" in installing

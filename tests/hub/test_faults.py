@@ -38,7 +38,7 @@ DRIVE = "https://drive.google.com/file/d/1Whl-ny5_aSH/view"
 DROPBOX = "https://www.dropbox.com/s/uzr88m1lab0abbl/nce.pth?dl=0"
 PLAIN = "http://kaldir.vc.in.tum.de/3dsis/pretrain/partition8_4096_20k.pth"
 GITHUB = "https://github.com/valeoai/SLidR/releases/download/v1.0/minkunet_slidr_1gpu.pt"
-SECONDS = 10.0  # every fault is over by then, on a busy machine too
+SECONDS = 120.0  # every fault is over by then, on a very busy machine too: what hangs never is
 FINE = ""
 
 
@@ -52,9 +52,10 @@ def files() -> dict[str, bytes]:
 
 
 @contextmanager
-def hosts_of(cache: Path) -> Iterator[Hosts]:
-    """The hosts, and settings under which nothing takes long."""
-    settings = {"GEO_PRETRAIN_CACHE": str(cache), "GEO_PRETRAIN_TIMEOUT": "0.25"}
+def hosts_of(cache: Path, fault: str = "") -> Iterator[Hosts]:
+    """The hosts, and settings under which nothing takes long; patience is short only where the fault is silence."""
+    patience = "0.25" if fault in ("stall", "drip", "silent") else "60"
+    settings = {"GEO_PRETRAIN_CACHE": str(cache), "GEO_PRETRAIN_TIMEOUT": patience}
     unset = ("GEO_PRETRAIN_HUB", "HF_HUB_OFFLINE", "GEO_PRETRAIN_MIRROR")
     with mock.patch.dict(os.environ, settings), mock.patch.object(transfer, "PAUSE", 0.01), Hosts(files()) as hosts:
         for variable in unset:
@@ -88,7 +89,7 @@ BYTES = (
     (Fault("truncate"), FINE, rf"the connection ended after \d+ of \d+ bytes {LATER}"),
     (Fault("reset"), FINE, rf"the connection broke \(.*reset.*\) {LATER}"),
     (Fault("stall"), FINE, rf"no byte for 0\.25 s {LATER}"),
-    (Fault("drip"), FINE, rf"sent only \d+ bytes in 0\.\d s {LATER}"),
+    (Fault("drip"), FINE, rf"sent only \d+ bytes in \d+\.\d s {LATER}"),
     (Fault("chunked-cut"), FINE, rf"the connection broke .*{LATER}"),
     (Fault("corrupt"), FINE, DIGEST),
     (Fault("short"), FINE, DIGEST),
@@ -180,7 +181,7 @@ def left(cache: Path) -> list[str]:
 def check_case(case: Case, cache: Path, *, always: bool) -> float:
     """Run a case in an empty cache; `AssertionError` when it does not go as it should. Returns the seconds it took."""
     expected = case.always if always else case.once
-    with hosts_of(cache) as hosts:
+    with hosts_of(cache, case.fault.kind) as hosts:
         hosts.fault(case.url, case.fault if always else Fault(**vars(case.fault) | {"times": 1}))
         begin = time.monotonic()
         message = FINE
@@ -235,7 +236,7 @@ except Exception as error:
 def start(hosts: Hosts, prelude: str = "", roles: str = "encoder") -> subprocess.Popen[str]:
     command = [sys.executable, "-c", prelude + RESOLVE.format(name=NAME), f"{hosts.url}/hub", roles]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "GEO_PRETRAIN_TIMEOUT": "20"}
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "GEO_PRETRAIN_TIMEOUT": "45"}
     )
 
 
@@ -259,7 +260,7 @@ def killed_process(cache: Path, hosts: Hosts) -> None:
     """SIGKILL in the middle of a download: the next process is not blocked and finishes."""
     hosts.fault(ENCODER, Fault("stall", times=1, after=20_000))
     process = start(hosts)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not any(path.stat().st_size >= 20_000 for path in cache.rglob("*.part")):
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -267,7 +268,7 @@ def killed_process(cache: Path, hosts: Hosts) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert [name for name in left(cache) if name.endswith(".part")], "the killed process left its part"
-    out, _ = start(hosts).communicate(timeout=60)
+    out, _ = start(hosts).communicate(timeout=600)
     assert Path(out.strip()).is_dir(), out
     assert left(cache) == [CONFIG, "encoder.safetensors"]
     resolve(hosts)
@@ -277,7 +278,7 @@ def killed_between_files(cache: Path, hosts: Hosts) -> None:
     """SIGKILL after one of two files: the whole one is kept and is not fetched again."""
     hosts.fault(DECODER, Fault("stall", times=1, after=10))
     process = start(hosts, roles="encoder,decoder")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not hosts.served[DECODER]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -292,7 +293,7 @@ def six_processes(cache: Path, hosts: Hosts) -> None:
     """Six processes at once: every file is transferred exactly once."""
     hosts.fault(ENCODER, Fault("slow", delay=0.01))
     running = [start(hosts) for _ in range(6)]
-    folders = {process.communicate(timeout=120)[0].strip() for process in running}
+    folders = {process.communicate(timeout=600)[0].strip() for process in running}
     assert len(folders) == 1
     assert Path(folders.pop()).is_dir()
     assert hosts.served == {ENCODER: 1, CONFIG_URL: 1}
@@ -304,7 +305,7 @@ def killed_while_others_wait(cache: Path, hosts: Hosts) -> None:
     """The process that downloads is killed while three wait: one of them takes over."""
     hosts.fault(ENCODER, Fault("stall", times=1))
     first = start(hosts)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not hosts.served[ENCODER]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -312,7 +313,7 @@ def killed_while_others_wait(cache: Path, hosts: Hosts) -> None:
     time.sleep(0.3)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    folders = {process.communicate(timeout=120)[0].strip() for process in others}
+    folders = {process.communicate(timeout=600)[0].strip() for process in others}
     assert len(folders) == 1
     assert Path(folders.pop()).is_dir()
     assert hosts.served[ENCODER] == 2
@@ -322,7 +323,7 @@ def killed_while_others_wait(cache: Path, hosts: Hosts) -> None:
 def file_size_limit(cache: Path, hosts: Hosts) -> None:
     """A limit on file sizes (ulimit -f), which looks like a full disk."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-    out, _ = start(hosts, limit).communicate(timeout=60)
+    out, _ = start(hosts, limit).communicate(timeout=600)
     assert out.startswith("HubError"), out
     assert re.search(r"File too large; \d+ kB more are needed there. Free some, or set GEO_PRETRAIN_CACHE", out), out
     assert left(cache) == []
@@ -479,12 +480,12 @@ def interrupted(cache: Path, hosts: Hosts) -> None:
     """Ctrl-C in the middle of a download."""
     hosts.fault(ENCODER, Fault("stall", times=1, after=20_000))
     process = start(hosts)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not any(path.stat().st_size >= 20_000 for path in cache.rglob("*.part")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=600)
     assert process.returncode != 0
     assert left(cache) == []
     resolve(hosts)

@@ -60,7 +60,7 @@ def resolve(server: LoopbackHub, home: Path, files: list[dict[str, Any]], **opti
     job = json.dumps({"name": NAME, "files": files, "options": options})
     environment = os.environ | server.environment(home) | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, job], capture_output=True, text=True, env=environment, check=False, timeout=120
+        [sys.executable, "-c", SCRIPT, job], capture_output=True, text=True, env=environment, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return str(json.loads(done.stdout.splitlines()[-1]))

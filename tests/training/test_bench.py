@@ -298,7 +298,8 @@ def stand_in(tmp_path, monkeypatch):
 
 def test_processes_share_the_cores_and_stand_apart_from_the_terminal(tmp_path, monkeypatch, stand_in):
     """A Ctrl-C in a terminal goes to the whole process group; the second signal stops a training without saving."""
-    stand_in(f"echo + >> {tmp_path}/trace; sleep 0.3; ps -o pgid= -p $$; echo - >> {tmp_path}/trace; exit 1")
+    second = f"until [ $(grep -c + {tmp_path}/trace) -gt 1 ]; do sleep 0.05; done"  # the first waits for it
+    stand_in(f"echo + >> {tmp_path}/trace; {second}; sleep 0.3; ps -o pgid= -p $$; echo - >> {tmp_path}/trace; exit 1")
     monkeypatch.setattr(running.os, "cpu_count", lambda: 6)
     started = []
     monkeypatch.setattr(running, "Popen", lambda *a, **k: started.append(k["env"]) or subprocess.Popen(*a, **k))

@@ -24,12 +24,12 @@ from geo_pretrain.training.recipe import load_recipe
 from tests.zoo import CONTRACT, write_tiny
 
 SPEC = BenchSpec()
-DEAF = "import signal, time; signal.signal(2, signal.{}); print(1, flush=True); time.sleep(60)"
+DEAF = "import signal, time; signal.signal(2, signal.{}); print(1, flush=True); time.sleep(600)"
 
 
 def get_signal(number):
     os.kill(os.getpid(), number)
-    time.sleep(5)
+    time.sleep(60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -37,7 +37,7 @@ def test_a_stopped_run_stops_its_processes_and_kills_those_that_go_on(monkeypatc
     def theirs(number, frame):
         raise AssertionError("not what the run listens to")
 
-    monkeypatch.setattr(running, "PATIENCE", 0.5)
+    monkeypatch.setattr(running, "PATIENCE", 2.0)
     before = signal.signal(number, theirs if number != signal.SIGINT else signal.default_int_handler)
     mine = signal.getsignal(number)
     processes = {}
@@ -48,7 +48,7 @@ def test_a_stopped_run_stops_its_processes_and_kills_those_that_go_on(monkeypatc
         with pytest.raises(Interrupted, match="same command again"), running._stopped_together(processes):
             get_signal(number)
         assert signal.getsignal(number) is mine
-        assert [process.wait(5) for process in processes.values()] == [-signal.SIGINT, -signal.SIGKILL]
+        assert [process.wait(60) for process in processes.values()] == [-signal.SIGINT, -signal.SIGKILL]
     finally:
         signal.signal(number, before)
         for process in processes.values():

@@ -285,7 +285,7 @@ def test_two_processes_share_a_cache(tmp_path: Path) -> None:
         "Rooms(RoomsConfig(scenes=2, frames=3, width=64, height=64), cache_dir=Path(sys.argv[1])).prepare()\n"
     )
     both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "shared")]) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [process.wait(timeout=600) for process in both] == [0, 0]
     alone = Rooms(TINY, cache_dir=tmp_path / "alone")
     assert digest(Rooms(TINY, cache_dir=tmp_path / "shared")) == digest(alone)
     assert len(list((tmp_path / "shared").iterdir())) == 3  # two scenes and the manifest
