@@ -73,6 +73,7 @@ TINY = {
 UNET3D = {"variant": "18A", "width": 8, "voxel_size": 0.15}
 CLOUDS = {"model": None, "unet3d": UNET3D, "optim": {"dampening": 0.0, "bn_momentum": "constant", "steps": 30}}
 TAUGHT = CLOUDS | {"data": {"units": "frames"}}
+IMAGES = {"units": "frames", "overlap": None}
 FROZEN = {"teacher": "scratch", "teacher_depth": 18}
 # What a tiny recipe of each task changes; 3D tasks see the same recording.
 TINY_TASKS = {
@@ -109,6 +110,35 @@ TINY_TASKS = {
     **{
         name: TAUGHT | {"name": f"{name}_srunet18.tiny", "task": {"name": name, "matches": None, **FROZEN}}
         for name in ("global_kd", "gupta", "crd")
+    },
+    "gsc": {
+        "name": "gsc_r18.tiny",
+        "task": {"name": "gsc", "matches": None, "min_size": 2},
+        "optim": {"bn_momentum": "constant"},
+    },
+    "trivial_correspondence": {
+        "name": "trivial_correspondence_r18.tiny",
+        "task": {"name": "trivial_correspondence", "matches": 32, "depth_proxy": True},
+    },
+    "moco_v2": {
+        "name": "moco_v2_r18.tiny",
+        # of smaller crops, or colder, the losses double what differs in the last digit
+        "task": {"name": "moco_v2", "matches": None, "queue": 10, "dim": 8, "momentum": 0.9, "temperature": 1.0},
+        "data": {"size": [96, 120], **IMAGES},
+        "optim": {"dampening": 0.0, "bn_momentum": "constant"},
+    },
+    "pixel_simclr": {
+        "name": "img2pc_stage1_r18.tiny",
+        "task": {"name": "pixel_simclr", "matches": 48},
+        "data": IMAGES,
+        "optim": {"kind": "adam", "dampening": 0.0, "bn_momentum": "constant"},
+    },
+    "img2pc": CLOUDS  # its teacher is a first stage, which a recipe must name: {"stage1": {"recipe": PATH}}
+    | {
+        "name": "img2pc_srunet18.tiny",
+        "task": {"name": "img2pc", "matches": 100, "temperature": 0.1},
+        "unet3d": UNET3D | {"out_chans": 16},
+        "data": IMAGES | {"augment": {"jitter_prob": 0.0, "grey_prob": 0.0, "blur_prob": 0.0}},
     },
 }
 
