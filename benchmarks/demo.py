@@ -15,15 +15,15 @@ from typing import Any, get_args
 from benchmarks.common import machine, write_results
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.rooms import CLASSES
 from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.pairs import find_pairs
-from geo_pretrain.training.data.rooms import CLASSES
-from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import RECIPE, SEEDS, THRESHOLD, labelled_frames, untrained, validation_spec
 from geo_pretrain.training.distributed import join
-from geo_pretrain.training.downstream.matching import evaluate_matching
-from geo_pretrain.training.downstream.segmentation import FinetuneSpec, Transfer, finetune, segmentation_unet
-from geo_pretrain.training.engine import train
+from geo_pretrain.training.evaluation.matching import evaluate_matching
+from geo_pretrain.training.finetune.in_memory import FinetuneSpec, Transfer, finetune, segmentation_unet
+from geo_pretrain.training.loop import train
 from geo_pretrain.training.recipe import load_recipe
 
 LEARNING_RATES = (0.02, 0.05, 0.1)

@@ -150,7 +150,7 @@ def grid(summaries: dict[float, dict[str, Any]]) -> dict[str, Any]:
 
 def draw_predictions(out: Path) -> None:
     """Image, truth and what the networks of a sweep predict, all labelled images, the first seed."""
-    from geo_pretrain.training.downstream.report import draw_starts
+    from geo_pretrain.training.finetune.report import draw_starts
 
     draw_starts(out, DOCS / "downstream_predictions.png", fraction=1.0, seed=SEEDS[0], images=DRAWN)
 

@@ -30,13 +30,13 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.cache import write_atomically
 from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.pairs import find_pairs
-from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.data.labelled.registry import open_labelled
+from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import validation_spec
-from geo_pretrain.training.downstream.comparison import random_twin
-from geo_pretrain.training.downstream.data.sources import open_labelled
-from geo_pretrain.training.downstream.matching import evaluate_matching
-from geo_pretrain.training.downstream.probes import ProbeSpec, linear_probe
+from geo_pretrain.training.evaluation.comparison import random_twin
+from geo_pretrain.training.evaluation.matching import evaluate_matching
+from geo_pretrain.training.evaluation.probes import ProbeSpec, linear_probe
 from geo_pretrain.training.recipe import Recipe, load_recipe
 
 RECIPE = "gsc_r18.rooms"

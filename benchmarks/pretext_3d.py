@@ -23,13 +23,13 @@ from typing import Any
 from benchmarks.common import machine, write_results
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint
 from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.pairs import find_pairs
-from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import validation_spec
 from geo_pretrain.training.distributed import join
-from geo_pretrain.training.downstream.comparison import RANDOM, compare_matching, compare_pixel_to_voxel
-from geo_pretrain.training.downstream.recall import MatchingResult
-from geo_pretrain.training.engine import train
+from geo_pretrain.training.evaluation.comparison import RANDOM, compare_matching, compare_pixel_to_voxel
+from geo_pretrain.training.evaluation.recall import MatchingResult
+from geo_pretrain.training.loop import train
 from geo_pretrain.training.recipe import Recipe, load_recipe
 
 RECIPES = (

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine, spread, write_results
-from geo_pretrain.training.data.rooms import Rooms, RoomsConfig
-from geo_pretrain.training.data.rooms.source import GENERATOR
+from geo_pretrain.training.data.sources.rooms import GENERATOR, Rooms, RoomsConfig
 
 SIZES = ((160, 120), (320, 240), (640, 480))
 

@@ -33,7 +33,7 @@ from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.sparse import SparseTensor, engines
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.sparse.layers import Conv3d, ConvTranspose3d
-from geo_pretrain.training.data.rooms import Rooms, RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
 
 OURS, PEERS = ("plain", "fast"), ("spconv", "minkowski")
 LIBRARY = {"fast": "numba", "spconv": "spconv", "minkowski": "MinkowskiEngine"}

@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.common import machine, spread, write_results
 from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.pairs import find_pairs
-from geo_pretrain.training.data.samples import collate
-from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.samples.sampler import collate
+from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / "geo_pretrain"
 # Floors of the house, lowest first. A module may import from floors below its own, and from its own without a circle.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "errors"),
-    ("sparse", "geometry"),
+    ("sparse", "geometry", "rooms"),
     ("backbones", "contract", "convert", "catalog", "checkpoint"),
     ("cards",),
     ("hub",),  # loading turns names into folders with it; it converts authors' files and writes their cards

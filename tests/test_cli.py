@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 from geo_pretrain import __version__, cli
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.errors import CheckpointError
-from geo_pretrain.training import run as running
-from geo_pretrain.training.data import preview, sources
-from geo_pretrain.training.downstream import comparison
-from geo_pretrain.training.downstream.recall import MatchingResult
+from geo_pretrain.training import pretrain as running
+from geo_pretrain.training.data.sources import registry as sources
+from geo_pretrain.training.evaluation import comparison
+from geo_pretrain.training.evaluation.recall import MatchingResult
 from geo_pretrain.training.recipe import DataSpec, load_recipe, load_stage1
+from geo_pretrain.training.visualize import preview
 from tests.authors_files import write
 from tests.training.conftest import recording, tiny_recipe  # noqa: F401 (fixtures)
 from tests.zoo import write_tiny, write_tiny_3d

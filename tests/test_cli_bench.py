@@ -13,7 +13,7 @@ from geo_pretrain.errors import DataError, RecipeError, UnknownName
 from geo_pretrain.training.bench import run as running
 from geo_pretrain.training.bench.plan import FULL, BenchSpec
 from geo_pretrain.training.bench.report import BEGIN, END
-from geo_pretrain.training.downstream.data import sources
+from geo_pretrain.training.data.labelled import registry as sources
 from geo_pretrain.training.tasks import TASKS
 from tests.zoo import write_tiny_3d
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from geo_pretrain import cli
-from geo_pretrain.training.data.ply import read_ply
+from geo_pretrain.training.data.surfaces.ply import read_ply
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize import frames as drawing_frames
 from geo_pretrain.training.visualize import matches as drawing_matches

@@ -14,7 +14,7 @@ from geo_pretrain.cli.shared import app, console, escape, progress
 from geo_pretrain.errors import RecipeError
 
 if TYPE_CHECKING:
-    from geo_pretrain.training.downstream.finetune_recipe import FinetuneRecipe
+    from geo_pretrain.training.finetune.recipe import FinetuneRecipe
 
 LABELLED_HELP = "SOURCE or SOURCE:PATH of labelled images, such as rooms, scannet:PATH, nyuv2:PATH, coco:PATH."
 BACKBONE_HELP = "A catalog name, a checkpoint folder, imagenet or scratch; with --sweep several."
@@ -46,7 +46,7 @@ def finetune(
     A data-efficiency curve: `geo-pretrain finetune rooms_unet_r18 --sweep -b scratch -b runs/view --fraction 0.2
     --fraction 1 --seed 0 --seed 1 --out runs/curve`
     """
-    from geo_pretrain.training.downstream.finetune_recipe import load_finetune_recipe
+    from geo_pretrain.training.finetune.recipe import load_finetune_recipe
 
     overrides = [*_labelled_overrides(data), *(["authors_exact=true"] if authors_exact else []), *set_]
     spec = load_finetune_recipe(recipe, overrides, toy=toy)
@@ -70,9 +70,9 @@ def _finetune(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    from geo_pretrain.training.downstream.finetune import finetune as run
-    from geo_pretrain.training.downstream.finetune import result_rows
-    from geo_pretrain.training.downstream.sweep import run_recipe
+    from geo_pretrain.training.finetune.run import finetune as run
+    from geo_pretrain.training.finetune.run import result_rows
+    from geo_pretrain.training.finetune.sweep import run_recipe
 
     with progress(not as_json) as report:
         result = run(
@@ -108,8 +108,8 @@ def _sweep(
     device: str | None,
     as_json: bool,
 ) -> None:
-    from geo_pretrain.training.downstream.report import table_rows, write_report
-    from geo_pretrain.training.downstream.sweep import run_sweep
+    from geo_pretrain.training.finetune.report import table_rows, write_report
+    from geo_pretrain.training.finetune.sweep import run_sweep
 
     with progress(not as_json) as report:
         result = run_sweep(
@@ -163,9 +163,9 @@ def eval_probe(
     from geo_pretrain.cli.making import size_of
     from geo_pretrain.contract import VoxelContract
     from geo_pretrain.hub import resolve
-    from geo_pretrain.training.downstream.data.sources import open_labelled, subset
-    from geo_pretrain.training.downstream.points import compare_point_probes
-    from geo_pretrain.training.downstream.probes import ProbeSpec, compare_probes
+    from geo_pretrain.training.data.labelled.registry import open_labelled, subset
+    from geo_pretrain.training.evaluation.probes import ProbeSpec, compare_probes
+    from geo_pretrain.training.finetune.points import compare_point_probes
 
     # A name that does not exist is better known before rooms are rendered.
     in_3d = isinstance(read_checkpoint(resolve(backbone)).contract, VoxelContract)

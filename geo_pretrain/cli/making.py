@@ -17,7 +17,7 @@ from geo_pretrain.cli.shared import app, console, escape, progress
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import Skips
-    from geo_pretrain.training.downstream.recall import MatchingResult
+    from geo_pretrain.training.evaluation.recall import MatchingResult
     from geo_pretrain.training.recipe import DataSpec
 
 eval_app = typer.Typer(help="Measure a backbone.", no_args_is_help=True)
@@ -48,7 +48,7 @@ def demo(
     Example: `geo-pretrain demo --out demo`
     """
     from geo_pretrain.training.demo import run_demo, table_rows
-    from geo_pretrain.training.downstream.segmentation import FinetuneSpec
+    from geo_pretrain.training.finetune.in_memory import FinetuneSpec
 
     start = time.monotonic()
     with progress() as report:
@@ -85,8 +85,8 @@ def train(
     Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain train ...`
     """
     from geo_pretrain.training.distributed import join
+    from geo_pretrain.training.pretrain import run_recipe
     from geo_pretrain.training.recipe import load_recipe, load_stage1, retag
-    from geo_pretrain.training.run import run_recipe
 
     of_data = _data_overrides(data, frames)
     length = [] if steps is None else [f"optim.steps={steps}", "optim.epochs=null"]
@@ -143,7 +143,7 @@ def eval_matching(
     In 3D: `geo-pretrain eval matching runs/pointcontrast --data scannet:PATH --turn full`
     """
     from geo_pretrain.training.data.frame import Skips
-    from geo_pretrain.training.downstream.comparison import compare_matching
+    from geo_pretrain.training.evaluation.comparison import compare_matching
 
     spec = data_spec(data, frames, overlap, set_)
     skips = Skips()
@@ -182,7 +182,7 @@ def eval_pixel_to_voxel(
     Example: `geo-pretrain eval pixel-to-voxel runs/geo --data scannet:PATH --frames 0.75:1`
     """
     from geo_pretrain.training.data.frame import Skips
-    from geo_pretrain.training.downstream.comparison import compare_pixel_to_voxel
+    from geo_pretrain.training.evaluation.comparison import compare_pixel_to_voxel
 
     spec = data_spec(data, frames, "0:1", set_)
     skips = Skips()
@@ -232,8 +232,8 @@ def data_preview(
 
     Sets: `geo-pretrain data preview scannet:PATH --sets --scenes 1 -o sets.png`
     """
-    from geo_pretrain.training.data.preview import contact_sheet, sets_sheet
-    from geo_pretrain.training.data.sources import open_source
+    from geo_pretrain.training.data.sources.registry import open_source
+    from geo_pretrain.training.visualize.preview import contact_sheet, sets_sheet
 
     preview = [] if any(s.startswith("data.options") for s in set_) else _preview_options(data, scenes)
     spec = data_spec(data, None, "0:1", [*preview, *set_])

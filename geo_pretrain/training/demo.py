@@ -23,17 +23,17 @@ from torch import nn
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.rooms import CLASSES
 from geo_pretrain.training.data.frame import Frame, Skips, Source
-from geo_pretrain.training.data.pairs import Pair, find_pairs, resize_frame
-from geo_pretrain.training.data.rooms import CLASSES
-from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
+from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import join
-from geo_pretrain.training.downstream.matching import MatchingResult, evaluate_matching, match_pair
-from geo_pretrain.training.downstream.segmentation import FinetuneSpec, Transfer, finetune, predict, segmentation_unet
-from geo_pretrain.training.engine import StepInfo, train
+from geo_pretrain.training.evaluation.matching import MatchingResult, evaluate_matching, match_pair
+from geo_pretrain.training.finetune.in_memory import FinetuneSpec, Transfer, finetune, predict, segmentation_unet
+from geo_pretrain.training.loop import StepInfo, train
 from geo_pretrain.training.recipe import DataSpec, Recipe, load_recipe
 from geo_pretrain.training.tasks import build_task
-from geo_pretrain.training.visual import draw_matches, draw_segmentations
+from geo_pretrain.training.visualize.grids import draw_matches, draw_segmentations
 
 RECIPE = "pri3d_view_r18.rooms_toy"
 VAL_SCENES = 8

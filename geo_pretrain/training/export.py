@@ -20,7 +20,7 @@ from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.sources import data_licence, source_note
+from geo_pretrain.training.data.sources.registry import data_licence, source_note
 from geo_pretrain.training.recipe import STAGE1, Recipe, list_recipes
 from geo_pretrain.training.tasks import Task, task_settings
 
@@ -132,7 +132,7 @@ def _finetuned(folder: Path) -> Origin:
 
     A backbone that cannot be found any more has unknown terms, which are strict.
     """
-    from geo_pretrain.training.downstream.finetune_recipe import load_finetune_recipe
+    from geo_pretrain.training.finetune.recipe import load_finetune_recipe
 
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     backbone, source = results["backbone"]["name"], results["data"]["source"]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.training.demo import RECIPE, SEEDS, Spread, run_demo, table_rows
-from geo_pretrain.training.downstream.segmentation import FinetuneSpec
+from geo_pretrain.training.finetune.in_memory import FinetuneSpec
 
 TINY = [
     "model.width=8",

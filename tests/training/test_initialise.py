@@ -25,7 +25,7 @@ from geo_pretrain.training.recipe import ModelSpec, load_recipe
 from geo_pretrain.training.tasks import build_task
 from tests.authors_files import write
 from tests.hub.hosts import Fault, Hosts
-from tests.training.test_engine import run_here
+from tests.training.test_loop import run_here
 
 
 def serve(monkeypatch, answer):

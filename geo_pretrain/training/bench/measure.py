@@ -18,22 +18,22 @@ from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.bench.plan import BenchSpec
 from geo_pretrain.training.data.frame import Frame, Skips, Source
-from geo_pretrain.training.data.pairs import Pair, find_pairs, resize_frame
-from geo_pretrain.training.data.sources import open_source
-from geo_pretrain.training.downstream.cloud_matching import evaluate_cloud_matching
-from geo_pretrain.training.downstream.comparison import dense_network, random_twin
-from geo_pretrain.training.downstream.data.sources import open_labelled
-from geo_pretrain.training.downstream.matching import evaluate_matching
-from geo_pretrain.training.downstream.points import (
+from geo_pretrain.training.data.labelled.registry import open_labelled
+from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
+from geo_pretrain.training.data.sources.registry import open_source
+from geo_pretrain.training.evaluation.cloud_matching import evaluate_cloud_matching
+from geo_pretrain.training.evaluation.comparison import dense_network, random_twin
+from geo_pretrain.training.evaluation.matching import evaluate_matching
+from geo_pretrain.training.evaluation.probes import STAGES, ProbeSpec, linear_probe
+from geo_pretrain.training.evaluation.recall import MatchingResult, spread_evenly
+from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune
+from geo_pretrain.training.finetune.points import (
     PointsSpec,
     finetune_points,
     labelled_clouds,
     linear_probe_points,
     segmentation_srunet,
 )
-from geo_pretrain.training.downstream.probes import STAGES, ProbeSpec, linear_probe
-from geo_pretrain.training.downstream.recall import MatchingResult, spread_evenly
-from geo_pretrain.training.downstream.segmentation import FinetuneSpec, finetune
 from geo_pretrain.training.recipe import DataSpec
 
 

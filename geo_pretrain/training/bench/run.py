@@ -18,14 +18,14 @@ from typing import Any
 
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.alone import only_process
 from geo_pretrain.training.bench.cell import Job, is_trained
 from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data, identity, plan
 from geo_pretrain.training.bench.report import summarise
 from geo_pretrain.training.data.cache import write_atomically
-from geo_pretrain.training.data.sources import open_source
+from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import machine
-from geo_pretrain.training.engine import Interrupted
+from geo_pretrain.training.loop import Interrupted
+from geo_pretrain.training.runs import only_process
 
 SPEC, RESULTS = "bench.json", "results.json"
 POLL = 0.2  # seconds between looks at the processes

@@ -15,7 +15,7 @@ from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.pairs import Pair
+from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.recipe import Recipe, parse
 
 PRI3D = "geo_pretrain.training.tasks.pri3d"

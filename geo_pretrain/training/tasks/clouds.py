@@ -16,9 +16,9 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.sparse.tensor import SparseTensor
-from geo_pretrain.training.data.clouds import CloudPairSamples, CloudSpec, Features, Rotation, collate_clouds
 from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.pairs import Pair
+from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.samples.clouds import CloudPairSamples, CloudSpec, Features, Rotation, collate_clouds
 from geo_pretrain.training.recipe import Recipe, UNet3DSpec
 from geo_pretrain.training.tasks import Export
 

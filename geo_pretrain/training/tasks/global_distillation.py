@@ -20,8 +20,8 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.pairs import Pair
-from geo_pretrain.training.losses_distillation import (
+from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.losses.distillation import (
     crd_loss,
     crd_scores,
     kl_distillation,

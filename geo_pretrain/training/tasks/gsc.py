@@ -17,12 +17,12 @@ from torch.utils.data import Dataset
 
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.pairs import Pair
-from geo_pretrain.training.data.samples import sample_seed
-from geo_pretrain.training.data.segments import K_THRESH, MIN_VERTICES
-from geo_pretrain.training.data.sets import Kind, SetPairSamples, check_labels
+from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.samples.sampler import sample_seed
+from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES
+from geo_pretrain.training.data.surfaces.sets import Kind, SetPairSamples, check_labels
 from geo_pretrain.training.initialise import initialise, initialise_heads
-from geo_pretrain.training.losses import Denominator, depth_loss, set_info_nce
+from geo_pretrain.training.losses.contrastive import Denominator, depth_loss, set_info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import pri3d
 

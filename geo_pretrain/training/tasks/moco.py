@@ -24,11 +24,11 @@ from geo_pretrain.backbones.resnet_unet import ResNetEncoder
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.pairs import Pair
-from geo_pretrain.training.data.samples import collate
-from geo_pretrain.training.data.single_images import CropSamples, Mix, list_images
+from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.samples.sampler import collate
+from geo_pretrain.training.data.samples.single_images import CropSamples, Mix, list_images
 from geo_pretrain.training.initialise import initialise
-from geo_pretrain.training.losses import queue_nce
+from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
 

@@ -22,11 +22,11 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.data.clouds import Features, Rotation
 from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.frames import FrameCloudSamples, FrameCloudSpec, collate_frame_clouds
-from geo_pretrain.training.data.pairs import Pair
-from geo_pretrain.training.losses import info_nce
+from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.samples.clouds import Features, Rotation
+from geo_pretrain.training.data.samples.frame_clouds import FrameCloudSamples, FrameCloudSpec, collate_frame_clouds
+from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
 from geo_pretrain.training.tasks.clouds import draw, encode, unet_args, voxel_contract

@@ -25,12 +25,12 @@ from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.geometry import match_pixels, seen_at
-from geo_pretrain.training.data.clouds import ChunkPairSamples, Features, collate_chunks
 from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.pairs import Pair
-from geo_pretrain.training.data.samples import PairSamples, collate, sample_seed
+from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.samples.clouds import ChunkPairSamples, Features, collate_chunks
+from geo_pretrain.training.data.samples.sampler import PairSamples, collate, sample_seed
 from geo_pretrain.training.initialise import initialise, initialise_heads
-from geo_pretrain.training.losses import depth_loss, info_nce
+from geo_pretrain.training.losses.contrastive import depth_loss, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
 from geo_pretrain.training.tasks.clouds import encode, unet_args, zero

@@ -156,8 +156,8 @@ def _torchvision_segmenter(path: Path) -> Teacher:
 def _finetuned(folder: Path) -> Teacher:
     from safetensors.torch import load_file
 
-    from geo_pretrain.training.downstream.finetune_recipe import load_finetune_recipe
-    from geo_pretrain.training.downstream.finetune_task import Start, build_finetune_task
+    from geo_pretrain.training.finetune.recipe import load_finetune_recipe
+    from geo_pretrain.training.finetune.task import Start, build_finetune_task
 
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if results["task"] != "segmentation":
@@ -180,7 +180,7 @@ def _finetuned_contract(results: dict[str, Any], depth: int, folder: Path) -> Im
 
     Raises `RecipeError` when it was written before runs stated that, and the backbone cannot be asked any more.
     """
-    from geo_pretrain.training.downstream.finetune_task import Start
+    from geo_pretrain.training.finetune.task import Start
 
     if "contract" in results:
         try:

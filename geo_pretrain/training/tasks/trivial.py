@@ -20,11 +20,11 @@ from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.pairs import Pair
-from geo_pretrain.training.data.samples import collate
-from geo_pretrain.training.data.single_images import TwiceSamples
+from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.samples.sampler import collate
+from geo_pretrain.training.data.samples.single_images import TwiceSamples
 from geo_pretrain.training.initialise import initialise
-from geo_pretrain.training.losses import depth_loss, info_nce
+from geo_pretrain.training.losses.contrastive import depth_loss, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
 from geo_pretrain.training.tasks.pri3d import gather_cells, half_resolution_cell, sample_matches

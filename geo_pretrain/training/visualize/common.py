@@ -14,8 +14,8 @@ from PIL import ImageFont
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, unknown
 from geo_pretrain.training.data.frame import Frame, Skips, Source
-from geo_pretrain.training.data.pairs import resize_frame
-from geo_pretrain.training.downstream.recall import spread_evenly
+from geo_pretrain.training.data.mining import resize_frame
+from geo_pretrain.training.evaluation.recall import spread_evenly
 from geo_pretrain.training.recipe import DataSpec, recipe_of
 from geo_pretrain.training.visualize.features import Opened
 

@@ -24,11 +24,11 @@ from geo_pretrain.loading import load_backbone
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.sparse.functional import point_rows
 from geo_pretrain.sparse.tensor import SparseTensor
-from geo_pretrain.training.data.chunks import chunk_box, crop
 from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.data.surface import Surface, Surfaces, frame_cloud
-from geo_pretrain.training.downstream.cloud_matching import edge
-from geo_pretrain.training.downstream.pixel_voxel import load_pri3d, random_pair
+from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
+from geo_pretrain.training.data.surfaces.fusing import Surface, Surfaces, frame_cloud
+from geo_pretrain.training.evaluation.cloud_matching import edge
+from geo_pretrain.training.evaluation.pixel_voxel import load_pri3d, random_pair
 from geo_pretrain.training.recipe import recipe_of
 from geo_pretrain.training.tasks.clouds import encode
 from geo_pretrain.training.tasks.pri3d import Pri3D

@@ -9,10 +9,9 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame, Skips
-from geo_pretrain.training.data.sources import open_source
-from geo_pretrain.training.data.surface import Surfaces
+from geo_pretrain.training.data.sources.registry import open_source
+from geo_pretrain.training.data.surfaces.fusing import Surfaces
 from geo_pretrain.training.recipe import DataSpec
-from geo_pretrain.training.visual import _enlarge, _save_grid
 from geo_pretrain.training.visualize.colors import shared_pca
 from geo_pretrain.training.visualize.common import (
     Progress,
@@ -25,6 +24,7 @@ from geo_pretrain.training.visualize.common import (
     shortened,
 )
 from geo_pretrain.training.visualize.features import Describer, Features, find_backbone, load_describers
+from geo_pretrain.training.visualize.grids import _enlarge, _save_grid
 
 SCENES = 4  # rooms that are there to choose from
 

@@ -17,15 +17,14 @@ import torch
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError
 from geo_pretrain.training.data.frame import Frame, Skips, Source
-from geo_pretrain.training.data.pairs import Pair, find_pairs, resize_frame
-from geo_pretrain.training.data.sources import open_source
-from geo_pretrain.training.data.surface import frame_cloud
-from geo_pretrain.training.downstream.cloud_matching import CloudMatches, Turn, edge, match_clouds
-from geo_pretrain.training.downstream.comparison import dense_network, random_twin
-from geo_pretrain.training.downstream.matching import PairMatches, match_pair
-from geo_pretrain.training.downstream.recall import spread_evenly
+from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
+from geo_pretrain.training.data.sources.registry import open_source
+from geo_pretrain.training.data.surfaces.fusing import frame_cloud
+from geo_pretrain.training.evaluation.cloud_matching import CloudMatches, Turn, edge, match_clouds
+from geo_pretrain.training.evaluation.comparison import dense_network, random_twin
+from geo_pretrain.training.evaluation.matching import PairMatches, match_pair
+from geo_pretrain.training.evaluation.recall import spread_evenly
 from geo_pretrain.training.recipe import DataSpec
-from geo_pretrain.training.visual import draw_matches
 from geo_pretrain.training.visualize.common import (
     Progress,
     check_suffix,
@@ -37,6 +36,7 @@ from geo_pretrain.training.visualize.common import (
     shortened,
 )
 from geo_pretrain.training.visualize.features import RANDOM, Opened, find_backbone
+from geo_pretrain.training.visualize.grids import draw_matches
 from geo_pretrain.training.visualize.splat import behind_camera, splat
 
 SCENES = 4  # rooms that are there to choose from

@@ -17,12 +17,11 @@ from PIL import Image
 
 from geo_pretrain.errors import BadFrame, RecipeError
 from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.pairs import resize_frame
-from geo_pretrain.training.data.ply import write_ply
-from geo_pretrain.training.data.sources import open_source
-from geo_pretrain.training.data.surface import Surfaces, frame_cloud
+from geo_pretrain.training.data.mining import resize_frame
+from geo_pretrain.training.data.sources.registry import open_source
+from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
+from geo_pretrain.training.data.surfaces.ply import write_ply
 from geo_pretrain.training.recipe import DataSpec
-from geo_pretrain.training.visual import _save_grid
 from geo_pretrain.training.visualize.colors import shared_pca
 from geo_pretrain.training.visualize.common import (
     Progress,
@@ -36,6 +35,7 @@ from geo_pretrain.training.visualize.common import (
     shortened,
 )
 from geo_pretrain.training.visualize.features import Describer, Features, find_backbone, load_describers
+from geo_pretrain.training.visualize.grids import _save_grid
 from geo_pretrain.training.visualize.splat import splat, turntable, up_direction, upright
 from geo_pretrain.training.visualize.viewer import viewer_page
 

@@ -1,0 +1,81 @@
+"""Any source with objects as a data set in COCO's format, for COCO's own evaluation or another library's training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from geo_pretrain.errors import BadFrame, DataError, require
+from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.labelled.image import LabelledSource
+from geo_pretrain.training.data.labelled.registry import file_name
+
+
+def coco_json(source: LabelledSource, *, rle: bool = True, skips: Skips | None = None) -> dict[str, Any]:
+    """COCO's tree of images, annotations and categories; JSON can hold all of it.
+
+    Image ids count the source's `ids()` from 1 ("source_id" is the id itself), category ids are the classes 1..C, areas
+    are those of the masks. `rle=False` leaves the masks out: boxes only. Unusable images are left out and added to
+    `skips`; without one they raise `BadFrame`.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, id in enumerate(source.ids(), 1):
+        try:
+            image = source.load(id)
+        except BadFrame as bad:
+            if skips is None:
+                raise
+            skips.add(bad)
+            continue
+        objects = image.instances
+        if objects is None:
+            raise DataError(f"Image {id!r} of {source.name!r} has no objects; open it with task='detection'.")
+        height, width = image.image.shape[:2]
+        images.append(
+            {"id": number, "file_name": file_name(source, id), "width": width, "height": height, "source_id": id}
+        )
+        for box, label, mask, crowd in zip(objects.boxes, objects.classes, objects.masks, objects.crowd, strict=True):
+            x0, y0, x1, y1 = map(float, box)
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": number,
+                "category_id": int(label),
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": int(mask.sum()),
+                "iscrowd": int(crowd),
+            }
+            if rle:
+                annotation["segmentation"] = encode_mask(mask)
+            annotations.append(annotation)
+    categories = [{"id": number, "name": name} for number, name in enumerate(source.classes, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def write_coco(source: LabelledSource, out: Path, *, images: bool = False, skips: Skips | None = None) -> Path:
+    """Write `out`/annotations/instances_SPLIT.json and return its path.
+
+    File names are those below the source's own folder, which another library gets as the folder of images. With
+    `images` they are written as `out`/SPLIT/*.png instead: then `out` stands for itself.
+    """
+    tree = coco_json(source, skips=skips)
+    if images:
+        (out / source.split).mkdir(parents=True, exist_ok=True)
+        for entry in tree["images"]:
+            entry["file_name"] = f"{entry['id']:06d}.png"
+            pixels = source.load(entry["source_id"]).image
+            Image.fromarray(pixels).save(out / source.split / entry["file_name"])
+    path = out / "annotations" / f"instances_{source.split}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree) + "\n", encoding="utf-8")
+    return path
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """A mask [H, W] as COCO's compressed run lengths, which JSON can hold."""
+    runs = require("pycocotools.mask", "training").encode(np.asfortranarray(mask, np.uint8))
+    return {"size": [int(size) for size in runs["size"]], "counts": runs["counts"].decode("ascii")}

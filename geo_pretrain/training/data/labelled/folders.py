@@ -1,0 +1,176 @@
+"""What folder layouts have in common: an image file, its label files, and the scene that it shows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from geo_pretrain.errors import BadFrame, DataError, RecipeError, unknown
+from geo_pretrain.training.data import files
+from geo_pretrain.training.data.labelled.image import Instances, LabelledImage
+from geo_pretrain.training.data.labelled.instances import instances_from_ids
+from geo_pretrain.training.data.labelled.mapping import LabelMap
+
+
+@dataclass(frozen=True)
+class Item:
+    """The files of one image."""
+
+    id: str
+    scene: str
+    image: Path
+    labels: Path | None = None  # of classes
+    instances: Path | None = None
+
+
+@dataclass(frozen=True)
+class InstanceRule:
+    """Which objects of an instance image count."""
+
+    min_pixels: int = 1000  # smaller objects are left out, measured at the image's full size
+    unnumbered: bool = False  # pixels of a class with instance number 0 are an object, as in Pri3D's conversion
+    drop_empty: bool = False  # leave out images without any object
+
+    def __post_init__(self) -> None:
+        if self.min_pixels < 1:
+            raise RecipeError(f"min_pixels={self.min_pixels} is out of range; accepted: 1 and more.")
+
+
+class Folder:
+    """Images and label files below a folder: the part of a source that does not depend on the task."""
+
+    def __init__(self, name: str, split: str, root: Path, items: Iterable[Item], labels: LabelMap) -> None:
+        self.name, self.split, self.root, self.labels = name, split, root, labels
+        self.classes = labels.classes
+        self._items = {item.id: item for item in items}
+
+    def ids(self) -> list[str]:
+        """Names of all images, in the order of their files."""
+        return list(self._items)
+
+    def scene_of(self, id: str) -> str:
+        """The scene that an image shows."""
+        return self._item(id).scene
+
+    def scenes(self) -> list[str]:
+        """All scenes of the split, those too whose images are all left out."""
+        return list(dict.fromkeys(item.scene for item in self._items.values()))
+
+    def file_name(self, id: str) -> str:
+        """The image's path below the data set's folder."""
+        return self._item(id).image.relative_to(self.root).as_posix()
+
+    def fingerprint(self) -> str:
+        """Names, sizes and times of images and labels, and the label map."""
+        paths = [p for item in self._items.values() for p in (item.image, item.labels, item.instances) if p is not None]
+        found = files.files_fingerprint(self.root, [path for path in paths if path.is_file()])
+        facts = f"{found}\n{self.name}\n{self.split}\n{self.labels.classes}\n{sorted(self.labels.ids.items())}"
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def _item(self, id: str) -> Item:
+        if id not in self._items:
+            raise unknown("image", id, self._items)
+        return self._items[id]
+
+
+class SemanticFolder(Folder):
+    """A source of segmentation: one image of class ids beside each image."""
+
+    def __init__(
+        self, name: str, split: str, root: Path, items: Iterable[Item], labels: LabelMap, bits: Sequence[int] = (8,)
+    ) -> None:
+        super().__init__(name, split, root, items, labels)
+        self.bits = tuple(bits)
+
+    def load(self, id: str) -> LabelledImage:
+        """Read one image. Raises `BadFrame`."""
+        item = self._item(id)
+        if item.labels is None:
+            raise BadFrame(item.image, "image has no file of labels")
+        image = files.read_color(item.image)
+        ids = files.read_ids(item.labels, image.shape, bits=self.bits)
+        return LabelledImage(id, image, self.labels.apply(ids, item.labels), None)
+
+
+class InstanceFolder(Folder):
+    """A source of detection: an image of label * 1000 + instance, or one of labels and one of instances."""
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        root: Path,
+        items: Iterable[Item],
+        labels: LabelMap,
+        rule: InstanceRule,
+        bits: Sequence[int] = (16,),
+    ) -> None:
+        super().__init__(name, split, root, items, labels)
+        self.rule, self.bits = rule, tuple(bits)
+        self._kept: list[str] | None = None
+
+    def ids(self) -> list[str]:
+        """Names of all images; with `drop_empty` those with an object, which reads every label file once."""
+        if self._kept is None:
+            names = super().ids()
+            self._kept = [id for id in names if self._has_objects(id)] if self.rule.drop_empty else names
+            if not self._kept:
+                raise DataError(
+                    f"None of {len(names)} images of {self.name!r}, split {self.split!r}, has an object of at least "
+                    f"{self.rule.min_pixels} pixels (option min_pixels)."
+                )
+        return list(self._kept)
+
+    def load(self, id: str) -> LabelledImage:
+        """Read one image. Raises `BadFrame`."""
+        image = files.read_color(self._item(id).image)
+        return LabelledImage(id, image, None, self._instances(id, image.shape))
+
+    def fingerprint(self) -> str:
+        """That of the files, with the rule."""
+        return hashlib.sha256(f"{super().fingerprint()}\n{self.rule}".encode()).hexdigest()
+
+    def _instances(self, id: str, shape: Sequence[int] | None) -> Instances:
+        item = self._item(id)
+        if item.instances is None:
+            raise BadFrame(item.image, "image has no file of instances")
+        ids = files.read_ids(item.instances, shape, bits=self.bits)
+        if item.labels is not None:
+            ids = combine(files.read_ids(item.labels, ids.shape), ids, item.instances)
+        rule = self.rule
+        path = item.labels or item.instances  # the file that holds the label
+        return instances_from_ids(ids, self.labels, path, min_pixels=rule.min_pixels, unnumbered=rule.unnumbered)
+
+    def _has_objects(self, id: str) -> bool:
+        try:
+            return len(self._instances(id, None)) > 0
+        except BadFrame:
+            return True  # `load` says what is wrong with it
+
+
+def combine(labels: np.ndarray, instances: np.ndarray, path: object) -> np.ndarray:
+    """label * 1000 + instance, from two images of one size."""
+    if instances.max(initial=0) > 999:
+        raise BadFrame(path, f"instance number {int(instances.max())}, accepted are 0 to 999")
+    return labels * 1000 + instances
+
+
+def list_files(folder: Path, pattern: str, layout: str) -> list[Path]:
+    """Files of a folder by name, in order of their names. Raises `DataError` when there are none."""
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise DataError(f"No {pattern} in {str(folder)!r}. Expected layout: {layout}")
+    return found
+
+
+def need_folders(root: Path, names: Iterable[str], layout: str) -> None:
+    """Raise `DataError` naming the folders that are missing below `root`."""
+    if not root.is_dir():
+        raise DataError(f"No folder {str(root)!r}. Expected layout: {layout}")
+    missing = [name for name in names if not (root / name).is_dir()]
+    if missing:
+        raise DataError(f"{str(root)!r} has no folder {', '.join(map(repr, missing))}. Expected layout: {layout}")

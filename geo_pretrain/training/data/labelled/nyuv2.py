@@ -1,0 +1,67 @@
+"""NYUv2 as Pri3D uses it: {train,val}/{color/nyu_rgb_N.png, label/new_nyu_class13_N.png, instance/N.png}.
+
+795 and 654 images of 640x480. `val` may be called `test`. Labels count 13 classes, 0 = none. Instance images hold
+the labelled file's own numbers, which count the objects of each of its 894 classes: two objects of one of the 13
+classes but of different ones of the 894 may have one number, and are then one object here, as they are in Pri3D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from geo_pretrain.errors import DataError, unknown
+from geo_pretrain.training.data.labelled.folders import (
+    InstanceFolder,
+    InstanceRule,
+    Item,
+    SemanticFolder,
+    list_files,
+    need_folders,
+)
+from geo_pretrain.training.data.labelled.mapping import label_map
+from geo_pretrain.training.recipe import parse
+
+LAYOUT = "{train,val}/{color/nyu_rgb_0001.png, label/new_nyu_class13_0001.png, instance/0001.png}"
+_FOLDERS = {"train": ("train",), "val": ("val", "test")}
+
+
+@dataclass(frozen=True)
+class NYUv2Options:
+    """Options of the source, for detection."""
+
+    min_pixels: int = 1000
+    drop_empty: bool = False
+    authors_exact: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
+
+
+def open_nyuv2(path: Path, split: str, task: str, options: Mapping[str, Any]) -> SemanticFolder | InstanceFolder:
+    """Labelled images of a split; ids such as "0001". Nothing says which show one scene: each is its own."""
+    config = parse(NYUv2Options, options, where="data.options", prefix="data.options.")
+    if split not in _FOLDERS:
+        raise unknown("split", split, _FOLDERS)
+    _refuse_mat(path)
+    root = next((path / name for name in _FOLDERS[split] if (path / name).is_dir()), path / _FOLDERS[split][0])
+    kind = "label" if task == "segmentation" else "instance"
+    need_folders(root, ["color", "label", *([] if kind == "label" else [kind])], LAYOUT)
+    items = []
+    for image in list_files(root / "color", "nyu_rgb_*.png", LAYOUT):
+        number = image.stem.removeprefix("nyu_rgb_")
+        instances = root / "instance" / f"{number}.png" if kind == "instance" else None
+        items.append(Item(number, number, image, root / "label" / f"new_nyu_class13_{number}.png", instances))
+    if kind == "label":
+        return SemanticFolder("nyuv2", split, path, items, label_map("nyu13"))
+    rule = InstanceRule(config.min_pixels, config.authors_exact, config.drop_empty or config.authors_exact)
+    return InstanceFolder("nyuv2", split, path, items, label_map("nyu9"), rule, bits=(8, 16))
+
+
+def _refuse_mat(path: Path) -> None:
+    bare = path.is_dir() and not (path / "train").is_dir()
+    mat = path if path.suffix == ".mat" else next(iter(sorted(path.glob("*.mat"))), None) if bare else None
+    if mat is not None:
+        raise DataError(
+            f"{str(mat)!r} is NYUv2's labelled file (HDF5), which is not read: write its images as PNGs first; "
+            f"docs/labelled_data.md says which array goes where. Expected layout: {LAYOUT}"
+        )

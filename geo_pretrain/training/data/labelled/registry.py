@@ -1,0 +1,179 @@
+"""Names of labelled data sets, opening one, and taking a part of one for the data-efficient protocols."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from geo_pretrain.errors import DataError, RecipeError, unknown
+from geo_pretrain.training.data.labelled.cityscapes import open_cityscapes
+from geo_pretrain.training.data.labelled.coco import open_coco
+from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
+from geo_pretrain.training.data.labelled.kitti import open_kitti
+from geo_pretrain.training.data.labelled.nyuv2 import open_nyuv2
+from geo_pretrain.training.data.labelled.rooms import open_rooms
+from geo_pretrain.training.data.labelled.scannet import open_scannet
+from geo_pretrain.training.data.labelled.sunrgbd import open_sunrgbd
+
+Task = Literal["segmentation", "detection"]
+Opener = Callable[[Path, str, Task, Mapping[str, Any]], LabelledSource]
+TASKS: dict[str, tuple[Task, ...]] = {
+    "cityscapes": ("segmentation",),
+    "coco": ("detection",),
+    "kitti": ("segmentation",),
+    "nyuv2": ("segmentation", "detection"),
+    "rooms": ("segmentation", "detection"),
+    "scannet": ("segmentation", "detection"),
+    "sunrgbd": ("segmentation",),
+}
+
+# Identifier and what it comes to, for each data set as it is published. A folder may hold other files: its owner knows.
+_TERMS: dict[str, tuple[str, str]] = {
+    "cityscapes": ("LicenseRef-Cityscapes-terms", "non-commercial: research, teaching, publications; on registration"),
+    "coco": ("CC-BY-4.0", "that is for the annotations; the images are Flickr users', each under its own terms"),
+    "kitti": ("CC-BY-NC-SA-3.0", "non-commercial, share alike"),
+    "nyuv2": ("LicenseRef-unstated", "published for research without a licence"),
+    "rooms": ("MIT", "rendered by this package"),
+    "scannet": ("LicenseRef-ScanNet-ToU", "non-commercial research and education; on a signed agreement"),
+    "sunrgbd": ("LicenseRef-unstated", "published for research without a licence; holds images of NYUv2, B3DO, SUN3D"),
+}
+_OTHER = ("LicenseRef-data-owner", "images given by the caller: as their owner says")
+
+
+def data_terms(source: str) -> tuple[str, str]:
+    """The licence of a labelled data set (SPDX or LicenseRef) and what it comes to, in words."""
+    return _TERMS.get(source, _OTHER)
+
+
+def list_labelled(task: Task | None = None) -> list[str]:
+    """Names that `open_labelled` accepts, all or those with labels for `task`."""
+    return [name for name, tasks in sorted(TASKS.items()) if task is None or task in tasks]
+
+
+def open_labelled(
+    source: str,
+    path: Path | None,
+    split: str,
+    *,
+    task: Task,
+    options: Mapping[str, Any] = {},
+    progress: Callable[[int, int], None] | None = None,
+) -> LabelledSource:
+    """Open one split ("train" or "val") of a labelled data set.
+
+    Segmentation gives `semantic`, detection (and instance segmentation) gives `instances`; their classes differ.
+    `path` is the data set's folder, None for rooms; `options` are checked by the data set. Raises `UnknownName`,
+    `RecipeError` for wrong options, `DataError` saying what is missing where. `progress(done, total)` is called while
+    rooms are rendered.
+    """
+    if source not in TASKS:
+        raise unknown("labelled data set", source, list_labelled(), "Write SOURCE or SOURCE:PATH.")
+    if task not in TASKS[source]:
+        has = " and ".join(TASKS[source])
+        raise RecipeError(
+            f"Source {source!r} has no labels for task {task!r}, only for {has}. "
+            f"Sources for it: {', '.join(list_labelled(task)) or 'none; tasks are segmentation and detection'}."
+        )
+    if source == "rooms":
+        if path is not None:
+            raise RecipeError("Source 'rooms' renders its own scenes and takes no path; see data.options.")
+        return open_rooms(split, task, options, progress)
+    if path is None:
+        raise RecipeError(f"Source {source!r} needs a folder: --data {source}:PATH (or data.path=PATH).")
+    return _OPENERS[source](Path(path).expanduser(), split, task, options)
+
+
+class Subset:
+    """The images of some scenes of a source."""
+
+    def __init__(self, source: LabelledSource, scenes: Sequence[str]) -> None:
+        self.source, self.scenes = source, frozenset(scenes)
+        self.name, self.split, self.classes = source.name, source.split, source.classes
+        everything = source.ids()
+        self._ids = [id for id in everything if source.scene_of(id) in self.scenes]
+        self.share = len(self._ids) / len(everything)  # of the images
+
+    def ids(self) -> list[str]:
+        """Images of the chosen scenes, in the source's order."""
+        return list(self._ids)
+
+    def scene_of(self, id: str) -> str:
+        """That of the source."""
+        return self.source.scene_of(id)
+
+    def file_name(self, id: str) -> str:
+        """That of the source."""
+        return file_name(self.source, id)
+
+    def load(self, id: str) -> LabelledImage:
+        """Read one image."""
+        return self.source.load(id)
+
+    def fingerprint(self) -> str:
+        """That of the source, with the scenes."""
+        chosen = "\n".join([self.source.fingerprint(), *sorted(self.scenes)])
+        return hashlib.sha256(chosen.encode()).hexdigest()
+
+
+def subset(
+    source: LabelledSource, fraction: float, seed: int = 0, *, scenes: Sequence[str] | None = None
+) -> LabelledSource:
+    """Whole scenes of a source whose share of the images is as near to `fraction` as whole scenes allow, at least one.
+
+    Scenes are taken in an order that `seed` and their names decide, so that smaller fractions lie inside larger ones.
+    `scenes`, an official list (`read_scene_list`), are taken as they are, whatever their share; see `Subset.share`.
+    """
+    if not 0 < fraction <= 1:
+        raise RecipeError(f"fraction={fraction!r}; accepted: above 0 and up to 1.")
+    images: dict[str, int] = {}
+    for id in source.ids():
+        scene = source.scene_of(id)
+        images[scene] = images.get(scene, 0) + 1
+    if not images:
+        raise DataError(f"Source {source.name!r} has no image in split {source.split!r}.")
+    if scenes is not None:
+        known = set(source.scenes()) if hasattr(source, "scenes") else set(images)
+        missing = sorted(set(scenes) - known)
+        if missing or not scenes:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            listed = f"{', '.join(missing[:5])}{more}" if missing else "an empty list"
+            raise DataError(
+                f"Scenes of the list that split {source.split!r} of {source.name!r} lacks: {listed}; "
+                f"it has {len(known)}."
+            )
+        return Subset(source, scenes)
+    order = sorted(images, key=lambda scene: hashlib.sha256(f"{seed}\n{scene}".encode()).digest())
+    taken = np.cumsum([images[scene] for scene in order])
+    nearest = int(np.argmin(np.abs(taken - fraction * taken[-1])))  # the first of equals: fewer images
+    return Subset(source, order[: nearest + 1])
+
+
+def file_name(source: LabelledSource, id: str) -> str:
+    """The image's path below the folder of images, or its id where a source has no files."""
+    named = getattr(source, "file_name", None)
+    return str(named(id)) if named is not None else f"{id}.png"
+
+
+def _plain(opener: Callable[[Path, str], LabelledSource]) -> Opener:
+    """The opener of a data set without options and with labels for one task only."""
+
+    def call(path: Path, split: str, task: Task, options: Mapping[str, Any]) -> LabelledSource:
+        if options:
+            raise RecipeError(f"data.options: this data set has none; got {', '.join(map(repr, options))}.")
+        return opener(path, split)
+
+    return call
+
+
+_OPENERS: dict[str, Opener] = {
+    "cityscapes": _plain(open_cityscapes),
+    "coco": open_coco,
+    "kitti": _plain(open_kitti),
+    "nyuv2": open_nyuv2,
+    "scannet": open_scannet,
+    "sunrgbd": _plain(open_sunrgbd),
+}

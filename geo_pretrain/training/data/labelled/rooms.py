@@ -1,0 +1,123 @@
+"""rooms with labels, the embedded data set of all three tasks: no path, no download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from geo_pretrain.errors import RecipeError, unknown
+from geo_pretrain.rooms import CLASSES
+from geo_pretrain.training.data.labelled.image import LabelledImage
+from geo_pretrain.training.data.labelled.instances import instances_from_ids
+from geo_pretrain.training.data.labelled.mapping import LabelMap
+from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+from geo_pretrain.training.recipe import parse
+
+STUFF = ("wall", "floor", "ceiling")  # segmented, not detected
+_FULL = 640 * 480  # pixels of the frames for which the published minimum of 1000 holds
+
+
+@dataclass(frozen=True)
+class LabelledRoomsOptions:
+    """What to render and which frames have labels. Fewer scenes or frames of them change no other image."""
+
+    seed: int = 0
+    scenes: int = 24  # of the training split
+    val_scenes: int = 8
+    frames: int = 12  # rendered per scene
+    labelled: int = 2  # of them, in a training scene; every frame of a validation scene has labels
+    width: int = 160
+    height: int = 120
+    difficulty: str = "medium"
+    min_pixels: int | None = None  # of an object; None: as large a part of the image as 1000 pixels of 640x480
+
+    def __post_init__(self) -> None:
+        for field in ("labelled", "min_pixels"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise RecipeError(f"rooms: {field}={value} is out of range; accepted: 1 and more.")
+
+
+class LabelledRooms:
+    """Rendered rooms as a labelled source; ids such as "rooms_train_0000/0003"."""
+
+    name = "rooms"
+
+    def __init__(self, rooms: Rooms, split: str, task: str, *, labelled: int, min_pixels: int | None = None) -> None:
+        self.rooms, self.split, self.task = rooms, split, task
+        config = rooms.config
+        if min_pixels is None:
+            min_pixels = max(1, round(1000 * config.width * config.height / _FULL))
+        self.labelled, self.min_pixels = min(labelled, config.frames), min_pixels
+        self.labels = _labels(task)
+        self.classes = self.labels.classes
+
+    def ids(self) -> list[str]:
+        """The labelled frames of each scene, evenly spaced in time, starting later from scene to scene."""
+        names = []
+        for number, scene in enumerate(self.rooms.scenes()):
+            frames = self.rooms.frame_ids(scene)
+            places = [(number + k * len(frames) // self.labelled) % len(frames) for k in range(self.labelled)]
+            names += [f"{scene}/{frames[place]}" for place in places]
+        return names
+
+    def scene_of(self, id: str) -> str:
+        """The room."""
+        return id.partition("/")[0]
+
+    def file_name(self, id: str) -> str:
+        """What the image would be called as a file."""
+        return f"{id}.png"
+
+    def load(self, id: str) -> LabelledImage:
+        """One frame from the cache of rooms; its scene is rendered first when that is missing."""
+        scene, _, frame_id = id.partition("/")
+        if not frame_id:
+            raise unknown("image", id, self.ids())
+        frame = self.rooms.load(scene, frame_id)
+        semantic, instance = cast(np.ndarray, frame.semantic), cast(np.ndarray, frame.instance)  # rooms have both
+        if self.task == "segmentation":
+            return LabelledImage(id, frame.color, self.labels.apply(semantic, id), None)
+        ids = semantic.astype(np.int32) * 1000 + instance
+        return LabelledImage(
+            id, frame.color, None, instances_from_ids(ids, self.labels, id, min_pixels=self.min_pixels)
+        )
+
+    def fingerprint(self) -> str:
+        """That of the rooms, with what is labelled."""
+        return f"{self.rooms.fingerprint()}[{self.task}:{self.labelled}:{self.min_pixels}]"
+
+
+def open_rooms(
+    split: str, task: str, options: Mapping[str, Any], progress: Callable[[int, int], None] | None = None
+) -> LabelledRooms:
+    """Render what the cache lacks; `progress(done, total)` is called after each scene."""
+    config = parse(LabelledRoomsOptions, options, where="data.options", prefix="data.options.")
+    if split not in ("train", "val"):
+        raise unknown("split", split, ("train", "val"))
+    train = split == "train"
+    rooms = Rooms(
+        RoomsConfig(
+            seed=config.seed,
+            scenes=config.scenes if train else config.val_scenes,
+            frames=config.frames,
+            width=config.width,
+            height=config.height,
+            split=split,
+            difficulty=config.difficulty,
+        ),
+        progress=progress,
+    )
+    rooms.prepare()
+    labelled = config.labelled if train else config.frames
+    return LabelledRooms(rooms, split, task, labelled=labelled, min_pixels=config.min_pixels)
+
+
+def _labels(task: str) -> LabelMap:
+    """All classes for segmentation, the things among them for detection."""
+    chosen = CLASSES[1:] if task == "segmentation" else tuple(name for name in CLASSES[1:] if name not in STUFF)
+    ids = {given: chosen.index(name) + 1 if name in chosen else 0 for given, name in enumerate(CLASSES)}
+    return LabelMap("rooms", "class ids of rooms", chosen, ids)

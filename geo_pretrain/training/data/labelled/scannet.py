@@ -1,0 +1,116 @@
+"""ScanNet's 2D labels, scannet_frames_25k: scene*/{color/*.jpg, label/*.png, instance/*.png}, every 100th frame.
+
+Labels are nyu40 ids; instance images are 16-bit, label * 1000 + instance. Which scenes belong to a split stands in
+scannetv2_train.txt and scannetv2_val.txt of the ScanNet repository (folder Tasks/Benchmark).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from geo_pretrain.errors import DataError
+from geo_pretrain.training.data.labelled.folders import InstanceFolder, InstanceRule, Item, SemanticFolder
+from geo_pretrain.training.data.labelled.mapping import label_map
+from geo_pretrain.training.recipe import parse
+
+LAYOUT = "scannet_frames_25k/sceneXXXX_XX/{color/*.jpg, label/*.png, instance/*.png}, scannetv2_train.txt and _val.txt"
+
+
+@dataclass(frozen=True)
+class ScanNetOptions:
+    """Options of the source; all but the first are for detection."""
+
+    split_file: str | None = None  # list of the split's scenes, one a line; None: scannetv2_SPLIT.txt beside the scenes
+    min_pixels: int = 1000
+    drop_empty: bool = False
+    authors_exact: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
+
+
+def open_scannet(path: Path, split: str, task: str, options: Mapping[str, Any]) -> SemanticFolder | InstanceFolder:
+    """Labelled frames of the scenes in a split's list; ids such as "scene0000_00/000100"."""
+    config = parse(ScanNetOptions, options, where="data.options", prefix="data.options.")
+    root = path / "scannet_frames_25k" if (path / "scannet_frames_25k").is_dir() else path
+    if not root.is_dir():
+        raise DataError(f"No folder {str(path)!r}. Expected layout: {LAYOUT}")
+    listed = _list_path(root, path, split, config.split_file)
+    scenes = read_scene_list(listed)
+    missing = [scene for scene in scenes if not (root / scene).is_dir()]
+    if missing:
+        raise DataError(
+            f"{str(root)!r} lacks {len(missing)} of the {len(scenes)} scenes of {str(listed)!r}: {_some(missing)}. "
+            f"Expected layout: {LAYOUT}"
+        )
+    kind = "label" if task == "segmentation" else "instance"
+    for folder in ("color", kind):
+        bare = [scene for scene in scenes if not (root / scene / folder).is_dir()]
+        if bare:
+            raise DataError(
+                f"No folder {folder!r} in {len(bare)} of {len(scenes)} scenes of {str(root)!r}: {_some(bare)}. "
+                f"Expected layout: {LAYOUT}"
+            )
+    items = [
+        Item(f"{scene}/{image.stem}", scene, image, *_annotation(image, kind))
+        for scene in scenes
+        for image in sorted((root / scene / "color").glob("*.jpg"), key=lambda image: (len(image.stem), image.stem))
+    ]
+    if not items:
+        raise DataError(f"No color/*.jpg in any scene of {str(root)!r}. Expected layout: {LAYOUT}")
+    if task == "segmentation":
+        return SemanticFolder("scannet", split, root, items, label_map("scannet20"), bits=(8, 16))
+    rule = InstanceRule(config.min_pixels, config.authors_exact, config.drop_empty or config.authors_exact)
+    return InstanceFolder("scannet", split, root, items, label_map("scannet18"), rule)
+
+
+def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
+    """Names of scenes, one a line. In a folder, the official list of a `fraction` of the images (0.2 -> *_20.txt).
+
+    Pri3D's lists are called scannetv2_train_20.txt and so on (1, 5, 10, 20, 40, 60 and 80 percent).
+    """
+    if path.is_dir():
+        if fraction is None:
+            raise DataError(f"{str(path)!r} is a folder; name one of its lists: {_some(_lists(path))}.")
+        file = path / f"scannetv2_train_{100 * fraction:g}.txt"
+        if not file.is_file():
+            raise DataError(f"No list {file.name!r} in {str(path)!r}; there are: {_some(_lists(path)) or 'none'}.")
+        path = file
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{str(path)!r}: the list of scenes cannot be read ({error}).") from None
+    if not names:
+        raise DataError(f"{str(path)!r}: the list of scenes is empty.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{str(path)!r}: {_some(twice)} more than once.")
+    return names
+
+
+def _list_path(root: Path, path: Path, split: str, given: str | None) -> Path:
+    if given is not None:
+        return Path(given).expanduser()
+    name = f"scannetv2_{split}.txt"
+    folders = list(dict.fromkeys((path, root, root.parent)))
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(
+        f"No list of scenes {name!r} in {' or '.join(repr(str(folder)) for folder in folders)}. It is in ScanNet's "
+        "repository, folder Tasks/Benchmark: put it there, or name a list with the option split_file."
+    )
+
+
+def _annotation(image: Path, kind: str) -> tuple[Path | None, Path | None]:
+    """The label file or the instance file of an image."""
+    file = image.parent.parent / kind / f"{image.stem}.png"
+    return (file, None) if kind == "label" else (None, file)
+
+
+def _lists(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*.txt"))
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

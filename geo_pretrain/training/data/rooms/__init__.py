@@ -1,9 +1,0 @@
-"""rooms: procedural indoor RGB-D with exact geometry, rendered by the package itself."""
-
-from __future__ import annotations
-
-from geo_pretrain.training.data.rooms.scene import CLASSES, OrientedBox
-from geo_pretrain.training.data.rooms.source import Rooms, RoomsConfig
-from geo_pretrain.training.data.rooms.surface import Mesh, SurfacePoints
-
-__all__ = ["CLASSES", "Mesh", "OrientedBox", "Rooms", "RoomsConfig", "SurfacePoints"]

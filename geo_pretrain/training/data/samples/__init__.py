@@ -1,0 +1,1 @@
+"""Training samples: augmented pairs, clouds and views."""

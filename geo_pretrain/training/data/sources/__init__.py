@@ -1,0 +1,1 @@
+"""Sources of RGB-D frames, one file a layout."""

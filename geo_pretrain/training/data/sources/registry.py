@@ -1,0 +1,112 @@
+"""Names of data sources, and opening one from a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from geo_pretrain.errors import RecipeError, unknown
+from geo_pretrain.training.data.frame import Frame, Source
+from geo_pretrain.training.recipe import DataSpec, parse
+
+Progress = Callable[[int, int], None]
+
+
+def list_sources() -> list[str]:
+    """Names that `data.source` accepts."""
+    return sorted(_OPENERS)
+
+
+def open_source(
+    spec: DataSpec, *, split: str = "train", device: str = "cpu", progress: Progress | None = None
+) -> Source:
+    """Open the data of a recipe. `split` is "train" or "val"; only rooms has its own validation scenes.
+
+    `progress(done, total)` is called while scenes are rendered.
+    """
+    if spec.source not in _OPENERS:
+        raise unknown("data source", spec.source, list_sources(), "Write SOURCE or SOURCE:PATH.")
+    source = _OPENERS[spec.source](spec, split, device, progress)
+    return source if spec.frames == (0.0, 1.0) else FrameRange(source, *spec.frames)
+
+
+class FrameRange:
+    """A part of each scene's frames in order of time, such as the first 75 %: the rest is held out."""
+
+    def __init__(self, source: Source, start: float, stop: float) -> None:
+        self.source, self.start, self.stop = source, start, stop
+        self.name = source.name
+
+    def scenes(self) -> list[str]:
+        """All scenes of the source."""
+        return self.source.scenes()
+
+    def frame_ids(self, scene: str) -> list[str]:
+        """Frames whose position lies in [start, stop) of the scene."""
+        ids = self.source.frame_ids(scene)
+        return ids[math.ceil(self.start * len(ids)) : math.ceil(self.stop * len(ids))]
+
+    def load(self, scene: str, frame_id: str) -> Frame:
+        """Read one frame."""
+        return self.source.load(scene, frame_id)
+
+    def fingerprint(self) -> str:
+        """That of the source, with the range."""
+        return f"{self.source.fingerprint()}[{self.start:g}:{self.stop:g}]"
+
+
+def data_licence(spec: DataSpec) -> tuple[str, str]:
+    """The data set of a recipe and its licence (SPDX or LicenseRef)."""
+    dataset, licence = _LICENCES[spec.source]
+    return dataset, spec.licence or licence
+
+
+def source_note(source: Source) -> str:
+    """What the source says about its frames, for the provenance."""
+    return getattr(getattr(source, "source", source), "note", "")
+
+
+def _folder(spec: DataSpec) -> Path:
+    if spec.path is None:
+        raise RecipeError(f"Source {spec.source!r} needs a folder: --data {spec.source}:PATH (or data.path=PATH).")
+    return Path(spec.path).expanduser()
+
+
+def _rooms(spec: DataSpec, split: str, device: str, progress: Progress | None) -> Source:
+    from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+
+    if spec.path is not None:
+        raise RecipeError("Source 'rooms' renders its own scenes and takes no path; see data.options.")
+    config = parse(RoomsConfig, {"split": split, **spec.options}, where="data.options", prefix="data.options.")
+    source = Rooms(config, device=device, progress=progress)
+    source.prepare()
+    return source
+
+
+def _seven_scenes(spec: DataSpec, split: str, device: str, progress: Progress | None) -> Source:
+    from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
+
+    config = parse(SevenScenesConfig, spec.options, where="data.options", prefix="data.options.")
+    return SevenScenes(_folder(spec), config)
+
+
+def _scannet(spec: DataSpec, split: str, device: str, progress: Progress | None) -> Source:
+    from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
+
+    config = parse(ScanNetConfig, spec.options, where="data.options", prefix="data.options.")
+    return ScanNet(_folder(spec), config)
+
+
+_OPENERS: dict[str, Callable[[DataSpec, str, str, Progress | None], Source]] = {
+    "rooms": _rooms,
+    "scannet": _scannet,
+    "seven_scenes": _seven_scenes,
+}
+
+# A layout says nothing about whose frames they are, so a folder's licence is its owner's unless `data.licence` tells.
+_LICENCES = {
+    "rooms": ("rooms", "MIT"),
+    "scannet": ("ScanNet", "LicenseRef-ScanNet-ToU"),
+    "seven_scenes": ("RGB-D folder in 7-Scenes layout", "LicenseRef-data-owner"),
+}

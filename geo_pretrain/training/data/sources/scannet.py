@@ -1,0 +1,168 @@
+"""ScanNet's exported layout: scene*/{color/*.jpg, depth/*.png, pose/*.txt, intrinsic/intrinsic_depth.txt}.
+
+The mesh scene*/<scene>_vh_clean_2.ply of the release, where it is there, is the surface of the scene, and
+<scene>_vh_clean_2.0.010000.segs.json beside it has the segment of each of its vertices.
+Colour (1296x968) and depth (640x480) are aligned by the sensor's own calibration, so colour is resized onto the
+depth grid and the depth intrinsics of the scan hold for both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.geometry import nearest_indices
+from geo_pretrain.training.data import files
+from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.surfaces.fusing import NoSurface, Surface
+from geo_pretrain.training.data.surfaces.ply import Columns, read_ply, triangle_rows
+
+# Pri3D uses one matrix for every scan, at 320x240: focal length 288.9353025, principal point 159.5, 119.5. This one at
+# 640x480 becomes that when `resize_frame` takes the second of every two pixels.
+CONSTANT_640 = np.array([[577.870605, 0, 320.0], [0, 577.870605, 240.0], [0, 0, 1]])
+
+
+@dataclass(frozen=True)
+class ScanNetConfig:
+    """Options of the source."""
+
+    constant_intrinsics: bool = False  # Pri3D's one matrix for all scans instead of each scan's own
+    labels: str | None = None  # folder of label images beside color, such as "label-filt": `Frame.semantic`
+    instances: str | None = None  # such as "instance-filt": `Frame.instance`
+
+
+class ScanNet:
+    """Exported ScanNet scans as a source of frames."""
+
+    name = "scannet"
+    note = "depth intrinsics of each scan; colour resized onto the depth grid (nearest)"
+
+    def __init__(self, root: Path, config: ScanNetConfig | None = None) -> None:
+        self.root = root
+        self.config = config or ScanNetConfig()
+        self._scenes = sorted(p.parent.name for p in root.glob("scene*/pose") if p.is_dir())
+        if not self._scenes:
+            raise DataError(f"No scans in {str(root)!r}: expected scene*/color, depth, pose and intrinsic folders.")
+
+    def scenes(self) -> list[str]:
+        """Scan names such as scene0000_00."""
+        return self._scenes
+
+    def frame_ids(self, scene: str) -> list[str]:
+        """Frame numbers, in order of time."""
+        return sorted((p.stem for p in (self.root / scene / "pose").glob("*.txt")), key=lambda s: (len(s), s))
+
+    def load(self, scene: str, frame_id: str) -> Frame:
+        """Read one frame. Raises `BadFrame`."""
+        folder = self.root / scene
+        pose = files.read_pose(folder / "pose" / f"{frame_id}.txt")
+        color_path = folder / "color" / f"{frame_id}.jpg"
+        color = files.read_color(color_path if color_path.exists() else color_path.with_suffix(".png"))
+        depth = files.read_depth(folder / "depth" / f"{frame_id}.png")
+        rows, columns = (nearest_indices(old, new) for old, new in zip(color.shape, depth.shape, strict=False))
+        color = color[rows][:, columns]
+        semantic, instance = (
+            None if name is None else _read_labels(folder / name / f"{frame_id}.png", depth.shape, kind)
+            for name, kind in ((self.config.labels, np.int16), (self.config.instances, np.int32))
+        )
+        intrinsics = CONSTANT_640
+        if not self.config.constant_intrinsics:
+            intrinsics = files.read_matrix(folder / "intrinsic" / "intrinsic_depth.txt", 4, 4)[:3, :3]
+        return Frame(scene, frame_id, color, depth, intrinsics, pose, semantic, instance)
+
+    def surface(self, scene: str) -> Surface:
+        """The vertices of the scan's mesh. Raises `NoSurface` without one, `DataError` when it is broken."""
+        path, (vertex,) = self._read_mesh(scene, "vertex")
+        points = _positions(path, vertex, "red", "green", "blue")
+        colors = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
+        if colors.dtype != np.uint8:
+            raise DataError(f"{path}: colours are {colors.dtype}, expected uchar.")
+        return Surface(points, colors)
+
+    def triangles(self, scene: str) -> tuple[np.ndarray, np.ndarray]:
+        """Vertices float32 [V, 3] m and triangles int64 [F, 3] of the scan's mesh; raises as `surface`."""
+        path, (vertex, face) = self._read_mesh(scene, "vertex", "face")
+        points = _positions(path, vertex)
+        return points, triangle_rows(path, face, len(points))
+
+    def vertices(self, scene: str) -> np.ndarray:
+        """Vertices float32 [V, 3] m of the scan's mesh, whose faces are not read; raises as `surface`."""
+        path, (vertex,) = self._read_mesh(scene, "vertex")
+        return _positions(path, vertex)
+
+    def segments(self, scene: str, vertices: int) -> np.ndarray | None:
+        """The segment of every vertex of the mesh, int64 [V], as released (k 0.01, 20 vertices); None without the file.
+
+        Raises:
+            DataError: the file is broken or not of a mesh with so many `vertices`.
+        """
+        path = self._segments_path(scene)
+        try:
+            tree: Any = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: segments cannot be read ({error}).") from None
+        if not isinstance(tree, dict) or "segIndices" not in tree:
+            raise DataError(f"{path}: has no 'segIndices', the list of the segments of the vertices.")
+        try:
+            ids = np.array(tree["segIndices"])
+        except ValueError:
+            ids = np.zeros(0)
+        if ids.ndim != 1 or ids.dtype.kind != "i" or (ids < 0).any():
+            raise DataError(f"{path}: 'segIndices' is no list of whole numbers from 0, one a vertex.")
+        if len(ids) != vertices:
+            raise DataError(
+                f"{path}: has {len(ids)} segments, expected one for each of the mesh's {vertices} vertices."
+            )
+        return ids.astype(np.int64)
+
+    def fingerprint(self) -> str:
+        """The options, and names, sizes and times of poses, intrinsics, meshes and their segments.
+
+        Each frame has a pose; looking at all images too would take long on a disk of the network.
+        """
+        patterns = "scene*/pose/*.txt", "scene*/intrinsic/intrinsic_depth.txt"
+        of_scenes = (kind(scene) for scene in self._scenes for kind in (self._mesh_path, self._segments_path))
+        found = chain(*map(self.root.glob, patterns), (path for path in of_scenes if path.is_file()))
+        options = json.dumps(asdict(self.config), sort_keys=True)
+        return hashlib.sha256(f"{files.files_fingerprint(self.root, found)}\0{options}".encode()).hexdigest()
+
+    def _read_mesh(self, scene: str, *elements: str) -> tuple[Path, list[Columns]]:
+        path = self._mesh_path(scene)
+        if not path.is_file():
+            raise NoSurface(f"No mesh {str(path)!r}; it comes with the scans ('{path.name}').")
+        return path, list(read_ply(path, elements).values())
+
+    def _mesh_path(self, scene: str) -> Path:
+        return self.root / scene / f"{scene}_vh_clean_2.ply"
+
+    def _segments_path(self, scene: str) -> Path:
+        return self._mesh_path(scene).with_suffix(".0.010000.segs.json")
+
+
+def _positions(path: Path, vertex: Columns, *others: str) -> np.ndarray:
+    """float32 [V, 3]; `others` are properties that vertices must have too."""
+    missing = [name for name in ("x", "y", "z", *others) if name not in vertex]
+    if missing:
+        raise DataError(f"{path}: vertices have no {', '.join(missing)}; they have {', '.join(vertex)}.")
+    points = np.stack([vertex[k] for k in "xyz"], 1)
+    if not (len(points) and np.isfinite(points).all()):
+        raise DataError(f"{path}: {'some vertices are not finite' if len(points) else 'the mesh has no vertices'}.")
+    return points.astype(np.float32)
+
+
+def _read_labels(path: Path, shape: tuple[int, ...], kind: type[np.signedinteger[Any]]) -> np.ndarray:
+    """Label ids on the depth grid, [H, W]: label images have the size of either camera's."""
+    ids = files.read_ids(path, bits=(8, 16))
+    if ids.max() > np.iinfo(kind).max:
+        raise BadFrame(path, f"label {ids.max()} is above {np.iinfo(kind).max}; is this an image of instances?")
+    rows, columns = (nearest_indices(old, new) for old, new in zip(ids.shape, shape, strict=True))
+    return ids[rows][:, columns].astype(kind)

@@ -1,0 +1,1 @@
+"""Surfaces of scenes: fused or read, chunked, segmented into sets."""

@@ -1,0 +1,36 @@
+"""Chunks: the part of a scene's surface around what one frame sees, the 3D side of Pri3D's geometric prior."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from geo_pretrain.geometry import backproject, transform
+from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.surfaces.fusing import Surface
+
+
+def chunk_box(frame: Frame, *, authors_exact: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The world-aligned box of a frame's chunk: low and high corner, float64 [3] each, metres.
+
+    With `authors_exact`, as in Pri3D's released code, the box of all back-projected pixels, grown to whole metres;
+    pixels without depth lie at the camera centre, so it holds that too as soon as there is one. Otherwise the
+    tight box of the view frustum: the camera centre and the image's corners at the greatest depth.
+    """
+    depth, intrinsics = torch.from_numpy(frame.depth).double(), torch.from_numpy(frame.intrinsics)
+    if not authors_exact:
+        height, width = depth.shape
+        fx, fy, cx, cy = (float(intrinsics[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
+        rays = [((u - cx) / fx, (v - cy) / fy, 1.0) for u in (-0.5, width - 0.5) for v in (-0.5, height - 0.5)]
+        points = torch.tensor([*rays, (0, 0, 0)], dtype=torch.float64) * depth.max()
+    else:
+        points = backproject(depth, intrinsics)
+    world = transform(points, torch.from_numpy(frame.cam_to_world).double())
+    low, high = world.amin(dim=0).numpy(), world.amax(dim=0).numpy()
+    return (np.floor(low), np.ceil(high)) if authors_exact else (low, high)
+
+
+def crop(surface: Surface, low: np.ndarray, high: np.ndarray) -> Surface:
+    """The points strictly inside a box."""
+    inside = ((surface.points > low) & (surface.points < high)).all(axis=1)
+    return Surface(surface.points[inside], surface.colors[inside])

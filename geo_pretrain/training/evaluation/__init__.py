@@ -1,0 +1,1 @@
+"""Measuring backbones: matching, probes, metrics."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: downstream tasks, their recipes, sweeps and reports."""

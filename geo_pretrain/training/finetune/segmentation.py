@@ -1,0 +1,351 @@
+"""Semantic segmentation as a task of the fine-tuning loop: images and labels in, mIoU from one confusion matrix out.
+
+Labels are 0 (ignore) and 1..C. Pri3D's U-Net has an output for class 0, too, which no label trains and which is never
+predicted; other networks have C outputs. Logits are brought to the size of the labels (bilinear, align_corners=True).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as tvf
+
+from geo_pretrain.adapters.common import encoder_of, freeze_stages, parameter_groups
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
+from geo_pretrain.training.evaluation.metrics import class_iou, confusion_matrix, mean_iou, pixel_accuracy
+from geo_pretrain.training.finetune.in_memory import segmentation_unet
+from geo_pretrain.training.finetune.recipe import FinetuneRecipe
+from geo_pretrain.training.finetune.task import Evaluation, Start
+from geo_pretrain.training.visualize.grids import draw_segmentations
+
+CROP_CENTRES = (240, 320)  # the released KITTI loader draws the centre of its crop below these, whatever the image
+DIVISIBLE = {"fpn": 32, "upernet": None, "pspnet": None, "deeplabv3": None, "deeplabv3plus": None}  # None: the stride
+
+
+class Segmenter(nn.Module):
+    """A segmentation network of any library as one call: normalised images -> logits of classes 0.. or 1.., float32."""
+
+    def __init__(self, network: nn.Module, *, multiple: int, aux: nn.Module | None) -> None:
+        super().__init__()
+        self.network, self.multiple, self.aux = network, multiple, aux
+        self._layer3: Tensor | None = None
+        if aux is not None:
+            encoder_of(network).get_submodule("layer3").register_forward_hook(self._keep)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, 3, H, W] -> logits [B, classes, h, w] and, in training mode, those of the auxiliary head on layer3."""
+        height, width = images.shape[-2:]
+        down, right = -height % self.multiple, -width % self.multiple
+        logits = self.network(F.pad(images, (0, right, 0, down)) if down or right else images)
+        logits = logits["out"] if isinstance(logits, dict) else logits
+        features, self._layer3 = self._layer3, None
+        aux = self.aux(features).float() if self.aux is not None and self.training else None
+        size, padded = (height, width), (height + down, width + right)
+        logits = _uncovered(logits.float(), size, padded)
+        return logits, None if aux is None else _uncovered(aux, size, padded)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self._layer3 = output
+
+
+class Segmentation:
+    """The task: see `FinetuneTask`."""
+
+    metric = "miou"
+
+    def __init__(self, recipe: FinetuneRecipe, start: Start, classes: Sequence[str], contract: ImageContract) -> None:
+        self.recipe, self.classes, self.contract = recipe, tuple(classes), contract
+        self.module, self.transferred = _build(recipe, start, len(classes))
+        self.first = 0 if recipe.network.kind == "unet" else 1  # class of the first output
+        self._normalise = contract.transforms(resize=False)
+
+    def sample(self, image: LabelledImage, generator: torch.Generator) -> dict[str, Tensor]:
+        """Resized, turned, cropped, flipped, blurred: image [3, H, W] normalised and labels int64 [H, W]."""
+        pixels, labels = self._sized(image)
+        augment = self.recipe.data.augment
+        if augment.rotate:
+            angle = _uniform(-augment.rotate, augment.rotate, generator)
+            pixels, labels = pixels.rotate(angle, self._resampling()), labels.rotate(angle, Image.Resampling.NEAREST)
+        if augment.crop is not None:
+            box = crop_box(labels.size[::-1], augment.crop, generator, image.id, self.recipe.authors_exact)
+            pixels, labels = pixels.crop(box), labels.crop(box)
+        if _uniform(0, 1, generator) < augment.flip:
+            mirror = Image.Transpose.FLIP_LEFT_RIGHT
+            pixels, labels = pixels.transpose(mirror), labels.transpose(mirror)
+        tensor = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+        if _uniform(0, 1, generator) < augment.blur:
+            tensor = tvf.gaussian_blur(tensor, [augment.blur_kernel] * 2)
+        return {"image": self._normalise(tensor), "labels": torch.from_numpy(np.array(labels)).long()}
+
+    def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """Images [B, 3, H, W] and labels [B, H, W]."""
+        shapes = {tuple(sample["labels"].shape) for sample in samples}
+        if len(shapes) > 1:
+            raise DataError(f"Images of sizes {sorted(shapes)} in one batch; set data.size or data.augment.crop.")
+        return {key: torch.stack([sample[key] for sample in samples]) for key in ("image", "labels")}
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The loss of the logits, and of the auxiliary ones times their weight."""
+        logits, aux = self.module(batch["image"])
+        parts = {"segmentation": segmentation_loss(logits, batch["labels"], self.first)}
+        if aux is not None:
+            parts["aux"] = self.recipe.network.aux * segmentation_loss(aux, batch["labels"], self.first)
+        return parts
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The encoder at `backbone_factor`, everything else at `head_factor`."""
+        optim = self.recipe.optim
+        found = parameter_groups(
+            self.module.network, optim.head_factor, backbone_factor=optim.backbone_factor / optim.head_factor
+        )
+        groups = [{"params": group["params"], "factor": group["lr"]} for group in found]
+        if self.module.aux is not None:
+            groups.append({"params": list(self.module.aux.parameters()), "factor": optim.head_factor})
+        return groups
+
+    def backbone(self) -> nn.Module:
+        """The encoder, or with the decoder transferred the whole U-Net."""
+        return self.module.network if self.transferred == "all" else encoder_of(self.module.network)
+
+    @torch.no_grad()
+    def evaluate(self, source: LabelledSource, ids: Sequence[str]) -> Evaluation:
+        """mIoU, accuracy and per-class IoU over these images; the confusion matrix is kept in the details."""
+        exact = self.recipe.authors_exact
+        outputs = len(self.classes) + 1
+        total = np.zeros((outputs, outputs), np.int64)
+        for _, truth, predicted in self.predictions(source, ids):
+            total += confusion_matrix(truth, predicted, outputs)
+        if not total.sum():
+            raise DataError(f"No labelled pixel in {len(ids)} images of {source.name!r}, split {source.split!r}.")
+        values = class_iou(total, authors_exact=exact)
+        iou = {
+            name: None if np.isnan(value) else float(value) for name, value in zip(self.classes, values, strict=True)
+        }
+        scores = {"miou": mean_iou(total, authors_exact=exact), "accuracy": pixel_accuracy(total)}
+        return Evaluation(scores, {"iou": iou}, {"confusion": total.tolist(), "images": len(ids)})
+
+    @torch.no_grad()
+    def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
+        """A row an image: image, truth, prediction, all brought to the size of the first."""
+        rows: list[tuple[Frame, Sequence[np.ndarray]]] = []
+        size: tuple[int, int] | None = None
+        for image, truth, predicted in self.predictions(source, ids):
+            size = size or _shown_size(truth.shape)
+            color = np.array(Image.fromarray(image.image).resize(size, Image.Resampling.BILINEAR))
+            labels, guess = (_resized_ids(ids_, size) for ids_ in (truth, predicted))
+            rows.append((_frame(image.id, color, labels), [guess]))
+        draw_segmentations(rows, [self.recipe.network.kind], ("unlabeled", *self.classes), path)
+
+    def quirks(self) -> dict[str, str]:
+        """What the released protocol does by accident, and what this run does."""
+        exact, data = self.recipe.authors_exact, self.recipe.data
+        size = self.truth_size()
+        found = {
+            "image resize": f"{self.recipe.resize()}{_published(self.recipe.resize() == 'nearest')}",
+            "size IoU is measured at": (
+                ("the full size of the labels" if size is None else _by(size)) + _published(exact)
+            ),
+            "absent classes": ("count as 0" if exact else "are left out of the mean") + _published(exact),
+            "pixels predicted as unlabeled": (
+                "are left out" if exact and self.first == 0 else "do not exist: class 0 is never predicted"
+            )
+            + _published(exact or self.first == 1),
+        }
+        if data.augment.crop is not None:
+            found["centre of crops"] = (
+                f"drawn in [0, {CROP_CENTRES[0]}) x [0, {CROP_CENTRES[1]})" if exact else "uniform over the image"
+            ) + _published(exact)
+        return found
+
+    def truth_size(self) -> tuple[int, int] | None:
+        """The size that labels are brought to before they are compared; None: their own."""
+        return (self.recipe.evaluate.size or self.recipe.data.size) if self.recipe.authors_exact else None
+
+    def predictions(self, source: LabelledSource, ids: Sequence[str]) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:
+        """Each image with its labels and its predicted classes, int64 [H, W] on the CPU."""
+        self.module.eval()
+        device = next(self.module.parameters()).device
+        pending: list[tuple[LabelledImage, Tensor, Tensor]] = []
+        for position, id in enumerate(ids):
+            image = source.load(id)
+            pixels, _ = self._sized(image)
+            tensor = self._normalise(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
+            if pending and tensor.shape != pending[0][1].shape:
+                yield from self._flush(pending, device)
+                pending = []
+            pending.append((image, tensor, self._truth(image)))
+            if len(pending) == self.recipe.evaluate.batch or position == len(ids) - 1:
+                yield from self._flush(pending, device)
+                pending = []
+
+    def _flush(
+        self, pending: list[tuple[LabelledImage, Tensor, Tensor]], device: torch.device
+    ) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:
+        logits, _ = self.module(torch.stack([tensor for _, tensor, _ in pending]).to(device))
+        for number, (image, _, truth) in enumerate(pending):
+            full = _upsample(logits[number : number + 1], truth.shape)
+            first = 0 if self.recipe.authors_exact and self.first == 0 else 1
+            predicted = full[:, first - self.first :].argmax(1)[0] + first
+            yield image, truth, predicted.cpu()
+
+    def _truth(self, image: LabelledImage) -> Tensor:
+        labels = self._labels(image)
+        size = self.truth_size()
+        if size is not None:
+            labels = labels.resize(size[::-1], Image.Resampling.NEAREST)
+        return torch.from_numpy(np.array(labels)).long()
+
+    def _sized(self, image: LabelledImage) -> tuple[Image.Image, Image.Image]:
+        """Image and labels at `data.size`."""
+        pixels, labels = Image.fromarray(image.image), self._labels(image)
+        size = self.recipe.data.size
+        if size is not None:
+            pixels = pixels.resize(size[::-1], self._resampling())
+            labels = labels.resize(size[::-1], Image.Resampling.NEAREST)
+        return pixels, labels
+
+    def _labels(self, image: LabelledImage) -> Image.Image:
+        """The labels, if they can be used."""
+        labels = image.semantic
+        if labels is None:
+            raise BadFrame(image.id, "image has no labels of pixels")
+        if labels.shape != image.image.shape[:2]:
+            raise BadFrame(image.id, f"labels are {_by(labels.shape)}, the image is {_by(image.image.shape[:2])}")
+        if labels.max(initial=0) > len(self.classes) or labels.min(initial=0) < 0:
+            worst = int(labels.max() if labels.max() > len(self.classes) else labels.min())
+            raise BadFrame(image.id, f"label {worst}, accepted are 0 (ignore) to {len(self.classes)}")
+        return Image.fromarray(labels.astype(np.uint8))
+
+    def _resampling(self) -> Image.Resampling:
+        return {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}[self.recipe.resize()]
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, first: int) -> Tensor:
+    """Negative log-likelihood of logits [B, K, h, w] brought to the size of labels [B, H, W].
+
+    `first` is the class of output 0. The released loss has weight 0 for class 0 and 1 / (1 + 0.001) for all others; its
+    mean is over the weights, so it is the plain mean over labelled pixels. Without any of them the loss is 0.
+    """
+    if not bool((labels > 0).any()):
+        return logits.sum() * 0
+    return F.cross_entropy(_upsample(logits, labels.shape[-2:]), labels - first, ignore_index=-first)
+
+
+def crop_box(
+    shape: Sequence[int], crop: tuple[int, int], generator: torch.Generator, id: str, authors_exact: bool
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a crop, every place of the image equally likely.
+
+    `authors_exact`: the centre is drawn in [0, 240) x [0, 320) whatever the size of the image, and moved inside.
+    """
+    (height, width), (rows, columns) = shape, crop
+    if height < rows or width < columns:
+        raise BadFrame(id, f"image is {_by((height, width))}, smaller than the crop of {_by(crop)} (data.augment.crop)")
+
+    def draw(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    if authors_exact:
+        top = min(max(draw(CROP_CENTRES[0]) - rows // 2, 0), height - rows)
+        left = min(max(draw(CROP_CENTRES[1]) - columns // 2, 0), width - columns)
+    else:
+        top, left = draw(height - rows + 1), draw(width - columns + 1)
+    return left, top, left + columns, top + rows
+
+
+def _build(recipe: FinetuneRecipe, start: Start, classes: int) -> tuple[Segmenter, str]:
+    """The network, and what of it is pre-trained: "all", "encoder" or "none"."""
+    spec, seed = recipe.network, recipe.seed
+    if spec.kind == "unet":
+        from_start, have = start.unet(seed)
+        transferred = "encoder" if have == "all" and spec.transfer == "encoder" else have
+        unet = segmentation_unet(from_start, classes + 1, seed=seed, transfer=transferred)
+        freeze_stages(unet, spec.freeze)
+        return Segmenter(unet, multiple=1, aux=None), transferred
+    network = start.host(
+        _builder(spec.kind),
+        seed,
+        num_classes=classes,
+        output_stride=spec.output_stride,
+        freeze=spec.freeze,
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in spec.options.items()},
+    )
+    multiple = 1 if spec.kind == "fcn" else (DIVISIBLE[spec.kind] or spec.output_stride)
+    aux = None
+    if spec.aux:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            aux = _aux_head(_out_channels(encoder_of(network).get_submodule("layer3")), classes)
+    return Segmenter(network, multiple=multiple, aux=aux), "encoder" if start.backbone != "scratch" else "none"
+
+
+def _builder(kind: str) -> Callable[..., Any]:
+    host = "torchvision" if kind == "fcn" else "smp"
+    builder: Callable[..., Any] = getattr(importlib.import_module(f"geo_pretrain.adapters.{host}"), kind)
+    return builder
+
+
+def _aux_head(channels: int, classes: int) -> nn.Sequential:
+    """PSPNet's: 3x3 to a quarter of the channels, norm, dropout 0.1, 1x1."""
+    inner = channels // 4
+    return nn.Sequential(
+        nn.Conv2d(channels, inner, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(inner),
+        nn.ReLU(inplace=True),
+        nn.Dropout2d(0.1),
+        nn.Conv2d(inner, classes, kernel_size=1),
+    )
+
+
+def _out_channels(stage: nn.Module) -> int:
+    last: Any = stage.get_submodule(str(len(list(stage.children())) - 1))
+    norm: nn.BatchNorm2d = last.bn3 if hasattr(last, "bn3") else last.bn2
+    return norm.num_features
+
+
+def _upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def _uncovered(logits: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
+    """The part of logits of a padded image that shows the image, rounded up to whole cells."""
+    rows, columns = (-(-given * own // all) for given, own, all in zip(logits.shape[-2:], size, padded, strict=True))
+    return logits[..., :rows, :columns]
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _published(exact: bool) -> str:
+    return " (as published)" if exact else " (mended)"
+
+
+def _by(shape: Sequence[int]) -> str:
+    return f"{shape[1]}x{shape[0]}"
+
+
+def _shown_size(shape: Sequence[int], width: int = 320) -> tuple[int, int]:
+    """Width and height of a panel."""
+    scale = min(1.0, width / shape[1])
+    return round(shape[1] * scale), round(shape[0] * scale)
+
+
+def _resized_ids(ids: Tensor, size: tuple[int, int]) -> np.ndarray:
+    return np.array(Image.fromarray(ids.numpy().astype(np.uint8)).resize(size, Image.Resampling.NEAREST), np.int16)
+
+
+def _frame(id: str, color: np.ndarray, labels: np.ndarray) -> Frame:
+    """What the figure is drawn from; it has no depth or camera."""
+    return Frame("", id, color, np.zeros(labels.shape, np.float32), np.eye(3), np.eye(4), labels)

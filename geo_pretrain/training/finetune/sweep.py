@@ -1,0 +1,379 @@
+"""Sweeps: one fine-tuning recipe from several starts, on several shares of the data, with several seeds.
+
+A sweep is a folder: sweep.json says which recipe and starts it holds, runs/START/SHARE/seedN is one fine-tuning run
+each. The same command again goes on; further starts, shares and seeds may be added, the recipe may not change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from geo_pretrain import hub
+from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.training.data.labelled.image import LabelledSource
+from geo_pretrain.training.data.labelled.registry import data_terms
+from geo_pretrain.training.finetune.folder import (
+    RESULTS,
+    FinetuneResult,
+    read_result,
+    run_folder,
+)
+from geo_pretrain.training.finetune.published import PaperRow, paper_rows
+from geo_pretrain.training.finetune.recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
+from geo_pretrain.training.finetune.run import finetune
+from geo_pretrain.training.finetune.task import Start
+from geo_pretrain.training.loop import StepInfo
+from geo_pretrain.training.recipe import parse
+from geo_pretrain.training.runs import only_process
+
+SWEEP, RUNS, FORMAT = "sweep.json", "runs", 1
+# Keys that a sweep sets for each run, and those without effect on the result (data have their own fingerprint).
+FREE = ("seed", "data.fraction", "data.path", "workers", "save_every")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a sweep, and where its run lies."""
+
+    backbone: str  # "scratch", "imagenet", a name of the catalog or a folder
+    label: str  # what tables call it: a folder goes by the name of its checkpoint
+    fraction: float
+    seed: int
+    sweep: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where the run ends up."""
+        return self.sweep / RUNS / _slug(self.label) / f"{100 * self.fraction:.10g}" / f"seed{self.seed}"
+
+    @property
+    def working(self) -> Path:
+        """Where it is while it goes on: `finetune` keeps its state there."""
+        return run_folder(self.folder)
+
+    def __str__(self) -> str:
+        return f"{self.label}, {100 * self.fraction:g} % of the data, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One start on one share of the data: a score for each seed, shares of 1."""
+
+    backbone: str  # label
+    fraction: float
+    values: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return float(np.mean(list(self.values.values())))
+
+    @property
+    def std(self) -> float | None:
+        """The sample standard deviation over seeds (n - 1); None for one seed."""
+        return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep measured so far, beside what papers report for the same protocol."""
+
+    recipe: FinetuneRecipe
+    metric: str  # of all numbers: "miou", "box_ap50"
+    which: str  # state of each run that is measured: "last" or "best"
+    points: tuple[Point, ...]
+    paper: tuple[PaperRow, ...]  # of this metric
+    images: Mapping[float, int]  # training images of each share
+    quirks: Mapping[str, str]  # of the protocol -> what these runs do
+    changed: tuple[str, ...] = ()  # how the recipe differs from the one shipped under its name
+    missing: tuple[str, ...] = ()  # runs of the sweep that are not finished
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; measured and reported numbers are apart."""
+        licence, terms = data_terms(self.recipe.data.source)
+        return {
+            "recipe": yaml.safe_load(self.recipe.to_yaml()),
+            "data": {"source": self.recipe.data.source, "licence": licence, "terms": terms},
+            "metric": self.metric,
+            "state": self.which,
+            "measured": [
+                {
+                    "backbone": p.backbone,
+                    "fraction": p.fraction,
+                    "images": self.images.get(p.fraction),
+                    "mean": p.mean,
+                    "std": p.std,
+                    "seeds": {str(seed): value for seed, value in p.values.items()},
+                }
+                for p in self.points
+            ],
+            "reported_by_papers": [dataclasses.asdict(row) for row in self.paper],
+            "quirks": dict(self.quirks),
+            "changed": list(self.changed),
+            "missing": list(self.missing),
+        }
+
+
+def run_sweep(
+    recipe: FinetuneRecipe,
+    backbones: Sequence[str],
+    fractions: Sequence[float],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    init_kwargs: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    sources: tuple[LabelledSource, LabelledSource] | None = None,
+    on_run: Callable[[int, int, Run], None] | None = None,
+    on_step: Callable[[StepInfo], None] | None = None,
+    on_data: Callable[[int, int], None] | None = None,
+) -> SweepResult:
+    """Fine-tune every start on every share with every seed, but for runs that are finished, and summarise all.
+
+    All starts see the same images of a share; seeds draw the order, augmentation and new weights. Every seed goes
+    through all starts before the next one begins, so a sweep that is stopped has whole curves.
+
+    Args:
+        backbones: "scratch", "imagenet", names of the catalog, checkpoint folders.
+        fractions: shares of the training images, above 0 and up to 1.
+        init_kwargs: where `load_backbone` looks for named backbones (hub, cache_dir, ...).
+        on_run: called with the number of the run, the number of runs and the run before each one, finished or not.
+        sources, on_step, on_data: of `finetune`.
+
+    Raises:
+        RecipeError: the sweep in `out` has another recipe or another checkpoint under the same name.
+        CheckpointError: another process is at work on the sweep in `out`.
+        GeoPretrainError: a start that cannot be had, before anything is trained.
+        Interrupted: SIGINT or SIGTERM arrived; the same command goes on.
+    """
+    where = dict(init_kwargs or {})
+    _check_axes(recipe, fractions, seeds)
+    held = _check_starts(recipe, backbones, where)
+    runs = plan(recipe, {backbone: label for label, (backbone, _) in held.items()}, fractions, seeds, out)
+    with only_process(out, "sweep"):
+        _keep_plan(recipe, held, runs, out)
+        for number, run in enumerate(runs):
+            if on_run is not None:
+                on_run(number, len(runs), run)
+            if not (run.folder / RESULTS).exists() or run.working.exists():
+                finetune(
+                    run_recipe(recipe, run.fraction, run.seed),
+                    run.backbone,
+                    run.folder,
+                    init_kwargs=where,
+                    device=device,
+                    sources=sources,
+                    on_step=on_step,
+                    on_data=on_data,
+                )
+    return read_sweep(out)
+
+
+def plan(
+    recipe: FinetuneRecipe, labels: Mapping[str, str], fractions: Sequence[float], seeds: Sequence[int], out: Path
+) -> list[Run]:
+    """All runs of a sweep in order; `labels`: backbone -> what it is called."""
+    return [
+        Run(backbone, label, float(fraction), seed, out)
+        for seed in seeds
+        for fraction in fractions
+        for backbone, label in labels.items()
+    ]
+
+
+def run_recipe(recipe: FinetuneRecipe, fraction: float, seed: int) -> FinetuneRecipe:
+    """The recipe of one run."""
+    return replace(recipe, data=replace(recipe.data, fraction=fraction), seed=seed)
+
+
+def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
+    """Keys that make another measurement, as "optim.lr 0.01 -> 0.02"; those in `FREE` do not."""
+    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    keys = [key for key in {**before, **after} if key not in FREE]
+    gone = object()
+    return [
+        f"{key} {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in keys
+        if before.get(key, gone) != after.get(key, gone)
+    ]
+
+
+def read_sweep(out: Path) -> SweepResult:
+    """What the folder of a sweep holds so far, without training anything.
+
+    Raises `DataError` when it is no such folder or has no finished run, `RecipeError` when its runs do not belong
+    together.
+    """
+    recipe, held, runs = read_plan(out)
+    finished = {run: read_result(run.folder) for run in runs if (run.folder / RESULTS).exists()}
+    if not finished:
+        raise DataError(f"{out}: none of the {len(runs)} runs of this sweep is finished.")
+    images = _check_runs(recipe, finished)
+    first = next(iter(finished.values()))
+    values: dict[tuple[float, str], dict[int, float]] = {}
+    for run, result in finished.items():
+        values.setdefault((run.fraction, run.label), {})[run.seed] = result.score
+    return SweepResult(
+        recipe=recipe,
+        metric=first.metric,
+        which=first.uses,
+        points=tuple(
+            Point(label, fraction, dict(sorted(values[fraction, label].items())))
+            for label in held
+            for fraction in sorted({share for share, name in values if name == label})
+        ),
+        paper=tuple(row for row in paper_rows(recipe) if row.metric == first.metric),
+        images=images,
+        quirks=first.data["quirks"],
+        changed=_changed(recipe),
+        missing=tuple(str(run) for run in runs if run not in finished),
+    )
+
+
+def read_plan(out: Path) -> tuple[FinetuneRecipe, dict[str, tuple[str, str | None]], list[Run]]:
+    """A sweep's recipe, its starts (label -> backbone and digest), and its runs. Raises `DataError`."""
+    path = out / SWEEP
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["format"] != FORMAT:
+            raise DataError(f"{path}: format {kept['format']!r}; this version reads {FORMAT}.")
+        recipe = parse(FinetuneRecipe, yaml.safe_load(kept["recipe"]), where=str(path))
+        held = {label: (backbone, digest) for label, (backbone, digest) in kept["starts"].items()}
+        return recipe, held, [Run(held[label][0], label, share, seed, out) for label, share, seed in kept["runs"]]
+    except FileNotFoundError:
+        raise DataError(f"{out} holds no sweep: {SWEEP} is missing.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise DataError(f"{path}: not the plan of a sweep ({error!r}).") from None
+
+
+def _check_axes(recipe: FinetuneRecipe, fractions: Sequence[float], seeds: Sequence[int]) -> None:
+    for what, given in (("fractions", fractions), ("seeds", seeds)):
+        if not given or len(set(given)) != len(given):
+            raise RecipeError(f"{what} are {list(given)}, accepted is one or more, each once.")
+    for fraction in fractions:
+        if not 0 < fraction <= 1:
+            raise RecipeError(f"fraction={fraction!r}; accepted: above 0 and up to 1.")
+    scenes = recipe.data.scenes
+    if scenes is not None and len(fractions) > 1 and Path(scenes).expanduser().is_file():
+        raise RecipeError(
+            f"'data.scenes' is {scenes!r}, one list for every share; accepted for {len(fractions)} fractions is the "
+            "folder that holds a list for each."
+        )
+
+
+def _check_starts(
+    recipe: FinetuneRecipe, backbones: Sequence[str], where: Mapping[str, Any]
+) -> dict[str, tuple[str, str | None]]:
+    """Label -> backbone and the digest of its weights (None: not a checkpoint). Each is loaded once, to be sure."""
+    if not backbones or len(set(backbones)) != len(backbones):
+        raise RecipeError(f"backbones are {list(backbones)}, accepted is one or more, each once.")
+    checkpoints = {}
+    for backbone in backbones:
+        start = Start(backbone, recipe.network.depth, recipe.network.width, where)
+        start.unet(recipe.seed)
+        if start.named:
+            checkpoints[backbone] = read_checkpoint(hub.resolve(backbone, **where))
+    names = Counter(found.name for found in checkpoints.values())
+    held: dict[str, tuple[str, str | None]] = {}
+    for backbone in backbones:
+        found = checkpoints.get(backbone)
+        if found is None:
+            held[backbone] = (backbone, None)
+            continue
+        files = sorted((name, file.sha256) for name, file in found.files.items() if file.role in found.network_roles())
+        label = found.name if names[found.name] == 1 else backbone
+        held[label] = (backbone, hashlib.sha256(json.dumps(files).encode()).hexdigest())
+    return held
+
+
+def _keep_plan(recipe: FinetuneRecipe, held: dict[str, tuple[str, str | None]], runs: list[Run], out: Path) -> None:
+    """Add runs to the sweep in `out`, or begin it."""
+    if (out / SWEEP).exists():
+        old_recipe, old_held, old_runs = read_plan(out)
+        changed = differences(old_recipe, recipe)
+        if changed:
+            raise RecipeError(
+                f"The sweep in {out} has another recipe: {'; '.join(changed[:5])}. Give the first settings again, or "
+                "choose another --out."
+            )
+        for label, (backbone, digest) in held.items():
+            if label in old_held and old_held[label][1] != digest:
+                raise RecipeError(
+                    f"{label!r} ({backbone}) has other weights than in the sweep in {out}; choose another --out."
+                )
+        held = old_held | held
+        runs = list(dict.fromkeys([*old_runs, *runs]))
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{str(out)!r} exists and holds no sweep; choose another --out.")
+    tree = {
+        "format": FORMAT,
+        "recipe": recipe.to_yaml(),
+        "starts": {label: list(start) for label, start in held.items()},
+        "runs": list(dict.fromkeys((run.label, run.fraction, run.seed) for run in runs)),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    new = out / f"{SWEEP}.new"
+    new.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    new.replace(out / SWEEP)
+
+
+def _check_runs(recipe: FinetuneRecipe, finished: Mapping[Run, FinetuneResult]) -> dict[float, int]:
+    """That all runs are of one recipe and on the same data; the number of training images of each share."""
+    same: dict[tuple[str, Any], tuple[Run, Any]] = {}
+    images: dict[float, int] = {}
+    for run, result in finished.items():
+        own = load_finetune_recipe(str(run.folder / "recipe.yaml"))
+        wrong = differences(run_recipe(recipe, run.fraction, run.seed), own)
+        if (own.data.fraction, own.seed) != (run.fraction, run.seed):
+            wrong.append(f"share {run.fraction} -> {own.data.fraction}, seed {run.seed} -> {own.seed}")
+        if wrong:
+            raise RecipeError(f"{run.folder}: this run has another recipe: {'; '.join(wrong[:5])}.")
+        data = result.data["data"]
+        for what, value in {
+            ("validation images", None): data["val_fingerprint"],
+            ("training images", run.fraction): data["train_fingerprint"],
+            ("metric", None): (result.metric, result.uses),
+        }.items():
+            other, known = same.setdefault(what, (run, value))
+            if known != value:
+                raise RecipeError(f"{run.folder} has other {what[0]} than {other.folder}; remove one of the two.")
+        images[run.fraction] = data["train_images"]
+    return dict(sorted(images.items()))
+
+
+def _changed(recipe: FinetuneRecipe) -> tuple[str, ...]:
+    """How a recipe differs from the one that is shipped under its name."""
+    if recipe.name not in list_finetune_recipes():
+        return ()
+    return tuple(differences(load_finetune_recipe(recipe.name), recipe))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; tuples as lists."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _slug(label: str) -> str:
+    """A label as the name of a folder; what had to be changed is told apart by a digest."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", label).strip("._")
+    return plain if plain == label else f"{plain[-40:]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"

@@ -1,0 +1,208 @@
+"""Pairs: the overlap of every two frames, the range, the cap, the cache, and scenes without any."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from geo_pretrain import geometry
+from geo_pretrain.errors import DataError
+from geo_pretrain.training.data.frame import Frame, Skips
+from geo_pretrain.training.data.mining import (
+    Pair,
+    cloud_overlap,
+    cloud_overlap_matrix,
+    find_pairs,
+    overlap_matrix,
+    resize_frame,
+    thin_cloud,
+)
+from geo_pretrain.training.data.sources.registry import FrameRange
+from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
+from geo_pretrain.training.recipe import DataSpec
+from tests.training.conftest import GOLDEN, write_recording
+
+SPEC = DataSpec(source="seven_scenes", size=(120, 160), overlap=(0.2, 1.0))
+
+
+def frames_of(source):
+    scene = source.scenes()[0]
+    return [source.load(scene, frame) for frame in source.frame_ids(scene)]
+
+
+def test_overlap_of_the_golden_pairs_is_near_the_papers(recording):
+    ratios = overlap_matrix(frames_of(SevenScenes(recording)))
+    golden = load_file(GOLDEN)
+    for pair, (i, j) in {"pair80": (0, 1), "pair50": (2, 3), "pair30": (4, 5)}.items():
+        assert ratios[i, j] == pytest.approx(float(golden[f"{pair}.overlap_paper"][0]), abs=0.08)
+
+
+def test_batched_overlap_equals_one_pair_at_a_time(recording):
+    frames = frames_of(SevenScenes(recording))
+    ratios = overlap_matrix(frames)
+    for i, j in combinations(range(6), 2):
+        d1, k1, p1, d2, k2, p2 = (
+            torch.from_numpy(np.asarray(a, np.float64))[None]
+            for f in (frames[i], frames[j])
+            for a in (f.depth, f.intrinsics, f.cam_to_world)
+        )
+        there = geometry.match_pixels(d1, d2, k1, k2, p1, p2)
+        back = geometry.match_pixels(d2, d1, k2, k1, p2, p1)
+        want = ((there >= 0).sum() + (back >= 0).sum()) / ((d1 > 0).sum() + (d2 > 0).sum())
+        assert ratios[i, j] == ratios[j, i] == pytest.approx(want.item(), abs=1e-4)
+
+
+def test_pairs_have_an_overlap_in_the_range_and_are_ordered(recording):
+    source = SevenScenes(recording)
+    every = find_pairs(source, dataclasses.replace(SPEC, overlap=(0.0, 1.0)), skips=Skips())
+    assert len(every) == 15
+    some = find_pairs(source, SPEC, skips=Skips())
+    assert some == [pair for pair in every if pair.overlap >= 0.2]
+    assert 3 <= len(some) < 15
+    assert all(pair.frame1 < pair.frame2 for pair in every)
+    high = find_pairs(source, dataclasses.replace(SPEC, overlap=(0.7, 1.0)), skips=Skips())
+    assert [(p.frame1, p.frame2) for p in high] == [("000000", "000010")]
+
+
+def test_cap_spreads_over_the_pairs_of_a_scene(recording):
+    source = SevenScenes(recording)
+    every = find_pairs(source, SPEC, skips=Skips())
+    few = find_pairs(source, dataclasses.replace(SPEC, max_pairs_per_scene=3), skips=Skips())
+    assert few[0] == every[0]
+    assert few[-1] == every[-1]
+    assert len(few) == 3
+
+
+def test_frames_are_pairs_with_themselves_and_nothing_is_read(tmp_path):
+    write_recording(tmp_path / "a")
+    write_recording(tmp_path / "b")
+    source = SevenScenes(tmp_path)
+    for depth in tmp_path.glob("b/*.depth.png"):
+        depth.write_bytes(b"broken")  # found when its sample is drawn
+    spec = dataclasses.replace(SPEC, units="frames", max_pairs_per_scene=3)
+    ids = [f"{number:06d}" for number in (0, 20, 50)]  # of 0, 10, ..., 50, spread evenly
+    assert find_pairs(source, spec, skips=Skips(), cache_dir=tmp_path / "cache") == [
+        Pair(scene, id, id, 1.0) for scene in ("a", "b") for id in ids
+    ]
+    assert not (tmp_path / "cache").exists()
+    whole = dataclasses.replace(spec, max_pairs_per_scene=None)
+    assert len(find_pairs(source, whole, skips=Skips())) == 12
+    with pytest.raises(DataError, match="has no frame"):
+        find_pairs(FrameRange(source, 0.98, 0.99), spec, skips=Skips())
+
+
+def test_mined_pairs_are_kept_and_go_stale_with_the_data(tmp_path, recording):
+    folder = write_recording(tmp_path / "kitchen")
+    (folder / "frame-000050.depth.png").write_bytes(b"broken")
+    first = Skips()
+    pairs = find_pairs(SevenScenes(folder), SPEC, skips=first, cache_dir=tmp_path / "cache")
+    (cached,) = (tmp_path / "cache" / "pairs").iterdir()
+    cached.write_text(cached.read_text().replace('"000000"', '"999999"'))
+    again = Skips()
+    from_cache = find_pairs(SevenScenes(folder), SPEC, skips=again, cache_dir=tmp_path / "cache")
+    assert from_cache[0].frame1 == "999999"
+    assert again == first
+    assert len(again.reasons) == 1
+    other = dataclasses.replace(SPEC, overlap=(0.3, 1.0))
+    assert find_pairs(SevenScenes(folder), other, skips=Skips(), cache_dir=tmp_path / "cache")[0].frame1 == "000000"
+    (folder / "frame-000050.depth.png").write_bytes(b"broken otherwise")
+    assert find_pairs(SevenScenes(folder), SPEC, skips=Skips(), cache_dir=tmp_path / "cache") == pairs
+
+
+def golden_frames(golden, pair):
+    """In float64: one voxel of pair50 is decided beyond float32."""
+    blank, k = np.zeros((120, 160, 3), np.uint8), golden["intrinsics"].astype(np.float64)
+    return [
+        Frame("s", str(n), blank, golden[f"{pair}.depth{n}_mm"] / 1000, k, golden[f"{pair}.pose{n}"].astype(np.float64))
+        for n in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("pair", ["pair80", "pair50", "pair30"])
+def test_exact_measure_is_the_number_that_the_released_script_writes(pair):
+    golden = load_file(GOLDEN)
+    clouds = [thin_cloud(frame) for frame in golden_frames(golden, pair)]
+    assert [len(cloud) for cloud in clouds] == golden[f"{pair}.overlap_pointcontrast_voxels"].tolist()
+    larger, of_second, of_first = golden[f"{pair}.overlap_pointcontrast"].tolist()
+    assert cloud_overlap(*clouds) == pytest.approx((of_first, of_second), abs=1e-7)
+    assert cloud_overlap_matrix(clouds)[0, 1] == pytest.approx(larger, abs=1e-7)
+
+
+def test_exact_measure_of_apart_clouds_is_zero_and_of_a_cloud_with_itself_one(recording):
+    cloud = thin_cloud(frames_of(SevenScenes(recording))[0])
+    matrix = cloud_overlap_matrix([cloud, cloud + 20, cloud])
+    assert matrix[0].tolist() == [1, 0, 1]
+    assert (matrix == matrix.T).all()
+
+
+def test_neighbours_of_the_exact_measure_are_less_than_seven_and_a_half_centimetres_apart():
+    points = [torch.tensor([[x, 0.0, 0.0], [x, 3.0, 0.0]], dtype=torch.float64) for x in (0, 0.0749, 0.0751)]
+    assert cloud_overlap_matrix(points)[0].tolist() == [1, 1, 0]
+    assert cloud_overlap(points[0], points[1][:1]) == (0.5, 1.0)
+
+
+def test_recipe_chooses_the_measure_and_the_cache_keeps_them_apart(tmp_path, recording):
+    """A pair at 30 % by projection is at 46 % by the released script, so it selects more pairs."""
+    source, cache = SevenScenes(recording), tmp_path / "cache"
+    exact = dataclasses.replace(SPEC, measure="authors_exact")
+    projective = find_pairs(source, SPEC, skips=Skips(), cache_dir=cache)
+    released = find_pairs(source, exact, skips=Skips(), cache_dir=cache)
+    assert len(list((cache / "pairs").iterdir())) == 2
+    overlaps = {(p.frame1, p.frame2): p.overlap for p in released}
+    golden = load_file(GOLDEN)
+    for pair, names in {"pair80": ("000000", "000010"), "pair30": ("000040", "000050")}.items():
+        assert overlaps[names] == pytest.approx(float(golden[f"{pair}.overlap_pointcontrast"][0]), abs=1e-3)
+    assert len(released) >= len(projective)
+    assert find_pairs(source, exact, skips=Skips(), cache_dir=cache) == released
+
+
+def test_scene_without_a_pair_is_skipped_and_counted(tmp_path):
+    write_recording(tmp_path / "a")
+    write_recording(tmp_path / "b")
+    for frame in range(10, 60, 10):
+        (tmp_path / "b" / f"frame-{frame:06d}.pose.txt").unlink()
+    skips = Skips()
+    pairs = find_pairs(SevenScenes(tmp_path), SPEC, skips=skips)
+    assert {pair.scene for pair in pairs} == {"a"}
+    assert "no pair with an overlap in [0.2, 1]" in skips.reasons["b"]
+
+
+def test_nothing_left_is_an_error_that_lists_the_reasons(recording):
+    with pytest.raises(DataError, match=r"No pair of frames(.|\n)*overlap in \[0.99, 1\]"):
+        find_pairs(SevenScenes(recording), dataclasses.replace(SPEC, overlap=(0.99, 1.0)), skips=Skips())
+
+
+def test_resized_frame_keeps_the_rays(recording):
+    """Every pixel of the small frame is a pixel of the large one, seen along the same ray."""
+    big = frames_of(SevenScenes(recording))[0]
+    small = resize_frame(big, (30, 40))
+    assert small.depth.shape == (30, 40)
+    assert small.color.shape == (30, 40, 3)
+    for row, column in ((0, 0), (7, 31), (29, 39)):
+        ray = [
+            (column - small.intrinsics[0, 2]) / small.intrinsics[0, 0],
+            (row - small.intrinsics[1, 2]) / small.intrinsics[1, 1],
+        ]
+        u, v = (
+            ray[0] * big.intrinsics[0, 0] + big.intrinsics[0, 2],
+            ray[1] * big.intrinsics[1, 1] + big.intrinsics[1, 2],
+        )
+        assert abs(u - round(u)) < 1e-9
+        assert small.depth[row, column] == big.depth[round(v), round(u)]
+        assert (small.color[row, column] == big.color[round(v), round(u)]).all()
+    assert resize_frame(big, (120, 160)) is big
+
+
+def test_labels_are_resized_with_the_image():
+    labels = np.arange(16, dtype=np.int16).reshape(4, 4)
+    frame = Frame("s", "0", np.zeros((4, 4, 3), np.uint8), np.ones((4, 4), np.float32), np.eye(3), np.eye(4), labels)
+    assert resize_frame(frame, (2, 2)).semantic.tolist() == [[5, 7], [13, 15]]
+
+
+def test_pair_is_plain_data():
+    assert Pair("s", "a", "b", 0.5) == Pair("s", "a", "b", 0.5)

@@ -1,0 +1,96 @@
+"""mIoU against loops over pixels, in both ways of counting."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from geo_pretrain.training.evaluation.metrics import (
+    best_class,
+    class_iou,
+    confusion_matrix,
+    mean_iou,
+    pixel_accuracy,
+)
+
+
+def count(truth, predicted, c, *, exact):
+    """Intersection and union of a class, pixel by pixel."""
+    inside = union = 0
+    for t, p in zip(truth.flatten().tolist(), predicted.flatten().tolist(), strict=True):
+        if t == 0 or (exact and p == 0):
+            continue
+        inside += t == c and p == c
+        union += t == c or p == c
+    return inside, union
+
+
+def slow_iou(truth, predicted, classes, *, exact):
+    values = []
+    for c in range(1, classes):
+        inside, union = count(truth, predicted, c, exact=exact)
+        values.append(inside / union if union else math.nan)
+    return values
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 5, (7, 31))  # 5 is only predicted, 6 nowhere
+    predicted = np.where(rng.random((7, 31)) < 0.6, truth, rng.integers(0, 6, (7, 31)))
+    return truth, predicted
+
+
+def confusion_of(truth, predicted, classes=7):
+    return confusion_matrix(torch.from_numpy(truth), torch.from_numpy(predicted), classes)
+
+
+def test_confusion_counts_pixels_by_truth_and_prediction(pixels):
+    truth, predicted = pixels
+    found = confusion_of(truth, predicted)
+    for t in range(7):
+        for p in range(7):
+            assert found[t, p] == (((truth == t) & (predicted == p)).sum() if t else 0)
+    assert found.dtype == np.int64
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_iou_of_each_class_equals_the_loop(pixels, exact):
+    truth, predicted = pixels
+    found = class_iou(confusion_of(truth, predicted), authors_exact=exact)
+    assert found == pytest.approx(slow_iou(truth, predicted, 7, exact=exact), nan_ok=True)
+    assert found[4] == 0
+    assert np.isnan(found[5])
+
+
+def test_mean_leaves_out_classes_without_truth_or_counts_them_as_zero(pixels):
+    truth, predicted = pixels
+    confusion = confusion_of(truth, predicted)
+    mended, exact = (slow_iou(truth, predicted, 7, exact=flag) for flag in (False, True))
+    assert mean_iou(confusion) == pytest.approx(sum(mended[:4]) / 4)
+    assert mean_iou(confusion, authors_exact=True) == pytest.approx(sum(exact[:4]) / 6)
+    before = confusion.copy()
+    mean_iou(confusion, authors_exact=True)
+    assert (confusion == before).all(), "the matrix is the caller's"
+
+
+def test_one_matrix_over_all_images_is_not_the_mean_over_images():
+    one, other = (
+        confusion_of(np.array([1, 1]), np.array([1, 1]), 3),
+        confusion_of(np.array([1, 2]), np.array([2, 2]), 3),
+    )
+    assert mean_iou(one + other) == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+def test_accuracy_is_over_labelled_pixels(pixels):
+    truth, predicted = pixels
+    known = truth > 0
+    assert pixel_accuracy(confusion_of(truth, predicted)) == pytest.approx((truth == predicted)[known].mean())
+
+
+def test_unlabelled_is_never_the_best_class():
+    logits = torch.tensor([9.0, 1.0, 2.0]).view(1, 3, 1, 1)
+    assert best_class(logits).item() == 2

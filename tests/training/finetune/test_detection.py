@@ -1,0 +1,728 @@
+"""Detection as a task of fine-tuning: samples, losses against torchvision's own network, AP, quirks, exact resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.models import resnet18, resnet50
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
+
+from geo_pretrain.adapters.common import encoder_of
+from geo_pretrain.catalog import Arch
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import BadFrame, DataError, RecipeError
+from geo_pretrain.training.data.labelled.image import Instances, LabelledImage
+from geo_pretrain.training.finetune.detection import (
+    Detection,
+    Detections,
+    coco_detections,
+    draw_detections,
+    stride_in_1x1,
+)
+from geo_pretrain.training.finetune.recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
+from geo_pretrain.training.finetune.run import finetune
+from geo_pretrain.training.finetune.task import Start, build_finetune_task
+from geo_pretrain.training.recipe import parse
+from tests.zoo import write_tiny
+
+HEIGHT, WIDTH = 48, 64
+CLASSES = ("square", "disc")
+SHADES = {1: (220, 60, 30), 2: (20, 90, 230)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in one order, so that runs can be compared bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Shapes:
+    """Squares and discs on grey; every fourth image is empty, every fifth has a crowd."""
+
+    name, classes = "shapes", CLASSES
+
+    def __init__(self, split="train", count=6):
+        self.split, self.count, self.loads = split, count, 0
+
+    def ids(self):
+        return [f"{self.split}{k}" for k in range(self.count)]
+
+    def scene_of(self, id):
+        return id
+
+    def fingerprint(self):
+        return f"{self.split} {self.count}"
+
+    def load(self, id):
+        self.loads += 1
+        number = int(id.removeprefix(self.split))
+        random = np.random.default_rng([number, len(self.split)])
+        pixels = random.integers(100, 140, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        objects = []
+        v, u = np.mgrid[:HEIGHT, :WIDTH]
+        for label in (1, 2) if number % 4 != 3 else ():
+            x, y, r = random.integers(12, 50), random.integers(12, 36), random.integers(7, 11)
+            near = (abs(u - x) <= r) & (abs(v - y) <= r) if label == 1 else (u - x) ** 2 + (v - y) ** 2 <= r**2
+            pixels[near] = SHADES[label]
+            objects.append((near, label, number % 5 == 4 and label == 2))
+        return labelled(id, pixels, objects)
+
+
+def labelled(id, pixels, objects):
+    """An image with objects (mask, class, crowd); boxes are tight."""
+    masks = np.array([mask for mask, _, _ in objects], bool).reshape(-1, *pixels.shape[:2])
+    boxes = [tight(mask) for mask in masks]
+    return LabelledImage(
+        id,
+        pixels,
+        None,
+        Instances(
+            np.array(boxes, np.float32).reshape(-1, 4),
+            np.array([label for _, label, _ in objects], np.int64),
+            masks,
+            np.array([crowd for _, _, crowd in objects], bool),
+        ),
+    )
+
+
+def tight(mask):
+    v, u = np.nonzero(mask)
+    return u.min(), v.min(), u.max() + 1, v.max() + 1
+
+
+def tree(**changes):
+    """A recipe that runs in moments; `changes` go into its sections."""
+    small = {"anchors": [8, 16, 32, 64, 128], "roi_batch": 8, "proposals": 12, "norm": "encoder"}
+    base = {
+        "name": "shapes_mask_rcnn_r18",
+        "task": "instances",
+        "network": {"kind": "mask_rcnn", "depth": 18, "options": small},
+        "data": {"source": "rooms", "size": None, "augment": {"flip": 0.5, "shorter": [48, 64], "longer": 128}},
+        "optim": {"lr": 0.01, "momentum": 0.9, "batch": 2, "steps": 3, "schedule": "multistep", "milestones": [1, 2]},
+        "evaluate": {"batch": 2},
+        "workers": 0,
+    }
+    for key, value in changes.items():
+        base[key] = merged(base.get(key), value)
+    return base
+
+
+def merged(old, new):
+    if not isinstance(new, dict):
+        return new
+    return {**(old or {}), **{key: merged((old or {}).get(key), value) for key, value in new.items()}}
+
+
+def recipe(**changes):
+    return parse(FinetuneRecipe, tree(**changes), where="test")
+
+
+def task_of(backbone="scratch", **changes):
+    made = recipe(**changes)
+    task = build_finetune_task(made, Start(backbone, made.network.depth), CLASSES, ImageContract())
+    assert isinstance(task, Detection)
+    return task
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The task as most tests need it; they leave its weights alone."""
+    return task_of()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def bare(**changes):
+    """A task whose network is never asked: `sample` and `quirks` do without."""
+    made = recipe(**changes)
+    task = object.__new__(Detection)
+    task._build = lambda *args, **load: nn.Identity()
+    task.__init__(made, _Nowhere("scratch", made.network.depth), CLASSES, ImageContract())
+    return task
+
+
+class _Nowhere(Start):
+    def host(self, builder, seed, **options):
+        return nn.Identity()
+
+
+def test_a_sample_is_the_image_and_its_objects_without_crowds():
+    image = Shapes(count=6).load("train4")
+    sample = bare(data={"augment": {"flip": 0.0}}).sample(image, generator())
+    assert sample["image"].dtype == torch.uint8
+    assert np.array_equal(sample["image"].permute(1, 2, 0).numpy(), image.image)
+    assert sample["labels"].tolist() == [1]  # the disc is a crowd
+    assert sample["boxes"].tolist() == [list(map(float, tight(image.instances.masks[0])))]
+    assert np.array_equal(sample["masks"].numpy(), image.instances.masks[:1])
+    assert "masks" not in bare(task="detection", network={"kind": "faster_rcnn"}).sample(image, generator())
+
+
+def test_flips_turn_image_boxes_and_masks_together():
+    source, task = Shapes(), bare()
+    before = source.load("train0")
+    flipped = 0
+    for seed in range(40):
+        sample = task.sample(source.load("train0"), generator(seed))
+        mirrored = not np.array_equal(sample["image"].permute(1, 2, 0).numpy(), before.image)
+        flipped += mirrored
+        for box, mask, original in zip(sample["boxes"], sample["masks"], before.instances.masks, strict=True):
+            assert np.array_equal(mask.numpy(), original[:, ::-1] if mirrored else original)
+            assert box.tolist() == list(map(float, tight(mask.numpy())))
+    assert 10 < flipped < 30
+    assert np.array_equal(before.instances.boxes, source.load("train0").instances.boxes)  # not changed in place
+
+
+def test_what_the_released_input_was():
+    """BGR in 0-255 minus Detectron2's means, not divided; otherwise RGB by the contract."""
+    image = Shapes().load("train0")
+    options = {"authors_input": "msra", "norm": "frozen", "score_threshold": 0.1, "authors_score_threshold": 0.5}
+    task = task_of(authors_exact=True, network={"options": options}, data={"augment": {"flip": 0.0}})
+    tensor = task.sample(image, generator())["image"].float() / 255
+    theirs = image.image[:, :, ::-1].astype(np.float64) - [103.530, 116.280, 123.675]
+    assert np.abs(task.module.transform.normalize(tensor).permute(1, 2, 0).numpy() - theirs).max() < 1e-3
+
+    mended = task_of(network={"options": options}, data={"augment": {"flip": 0.0}})
+    assert (task.module.roi_heads.score_thresh, mended.module.roi_heads.score_thresh) == (0.5, 0.1)
+    tensor = mended.sample(image, generator())["image"].float() / 255
+    expected = (image.image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    assert np.abs(mended.module.transform.normalize(tensor).permute(1, 2, 0).numpy() - expected).max() < 1e-5
+
+
+def test_the_contract_of_the_backbone_is_the_hosts():
+    made = recipe()
+    contract = ImageContract(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    transform = Detection(made, Start("scratch", 18), CLASSES, contract).module.transform
+    assert (transform.image_mean, transform.image_std) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    with pytest.raises(RecipeError, match=r"channels .*grey"):
+        Detection(made, Start("scratch", 18), CLASSES, ImageContract(("grey",), mean=(0.5,), std=(0.2,)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": np.array([3, 1])}, "train0: object of class 3, accepted are 1 to 2"),
+        ({"classes": np.array([1, 0])}, "object of class 0"),
+        ({"masks": np.zeros((2, 9, 9), bool)}, r"masks are \(2, 9, 9\), the image has \(2, 48, 64\)"),
+        ({"boxes": np.array([[1, 1, 9, 9], [5, 1, 5, 9]], np.float32)}, r"box \[5.0, 1.0, 5.0, 9.0\]"),
+        ({"boxes": np.array([[1, 1, 9, 9], [5, 1, 65, 9]], np.float32)}, "x0 < x1 <= 64 and y0 < y1 <= 48"),
+        ({"boxes": np.array([[-1, 1, 9, 9], [5, 1, 6, 9]], np.float32)}, "object with box"),
+        ({"boxes": np.array([[np.nan, 1, 9, 9], [5, 1, 6, 9]], np.float32)}, "object with box"),
+    ],
+)
+def test_labels_that_cannot_be_are_named(changes, message):
+    image = Shapes().load("train0")
+    wrong = dataclasses.replace(image, instances=dataclasses.replace(image.instances, **changes))
+    with pytest.raises(BadFrame, match=message):
+        bare().sample(wrong, generator())
+
+
+def test_images_without_labels_of_objects_are_refused():
+    image = dataclasses.replace(Shapes().load("train0"), instances=None)
+    with pytest.raises(DataError, match="'train0' has no objects; open the data set with task='detection'"):
+        bare().sample(image, generator())
+
+
+def test_empty_images_in_a_batch():
+    source = Shapes()
+    for exact, kept in ((False, 3), (True, 2)):
+        task = bare(authors_exact=exact)
+        samples = [task.sample(source.load(id), generator()) for id in ("train3", "train0", "train1")]
+        batch = task.collate(samples)
+        assert len(batch["images"]) == len(batch["targets"]) == kept
+        assert [len(target["labels"]) for target in batch["targets"]][-2:] == [2, 2]
+        assert len(task.collate(samples[:1])["images"]) == 1  # something must be trained on
+
+
+# --- the network ----------------------------------------------------------------------------------------------------
+
+
+def theirs(masks=True, **changes):
+    """The same network put together from torchvision's parts alone."""
+    body = BackboneWithFPN(
+        resnet18(weights=None), {f"layer{k}": str(k - 1) for k in range(1, 5)}, [64, 128, 256, 512], 256
+    )
+    settings = {
+        "min_size": (48, 64),
+        "max_size": 128,
+        "box_batch_size_per_image": 8,
+        "rpn_post_nms_top_n_train": 12,
+        "rpn_post_nms_top_n_test": 12,
+        "rpn_anchor_generator": AnchorGenerator(((8,), (16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 5),
+    }
+    return (MaskRCNN if masks else FasterRCNN)(body, num_classes=3, **(settings | changes))
+
+
+def batch_of(task, ids=("train0", "train4", "train3"), seed=0):
+    source = Shapes()
+    return task.collate([task.sample(source.load(id), generator(seed)) for id in ids])
+
+
+def copied(module):
+    """A state dict that a step on the module does not change."""
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def test_losses_are_those_of_torchvisions_network(plain):
+    """Three images: a crowd and an empty one among them; both draw the scales from the same seed."""
+    host = theirs()
+    host.load_state_dict(copied(plain.module))
+    weights = copied(plain.module)
+    batch = batch_of(plain)
+    targets = []
+    for id, image in zip(("train0", "train4", "train3"), batch["images"], strict=True):
+        whole = Shapes().load(id)
+        mirrored = not np.array_equal(image.permute(1, 2, 0).numpy(), whole.image)
+        masks = whole.instances.masks[~whole.instances.crowd]
+        masks = masks[:, :, ::-1] if mirrored else masks
+        targets.append(
+            {
+                "boxes": torch.tensor([list(map(float, tight(mask))) for mask in masks]).reshape(-1, 4),
+                "labels": torch.tensor(whole.instances.classes[~whole.instances.crowd]),
+                "masks": torch.from_numpy(masks.astype(np.uint8)),
+            }
+        )
+    plain.module.train()
+    host.train()
+    torch.manual_seed(3)
+    mine = plain.losses(batch)
+    torch.manual_seed(3)
+    expected = host([image.float() / 255 for image in batch["images"]], targets)
+    assert set(mine) == {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
+    for name, value in expected.items():
+        assert mine[name].item() == pytest.approx(value.item(), rel=1e-5)
+        assert value.item() > 0
+    plain.module.load_state_dict(weights)  # BatchNorm's statistics moved
+
+
+def test_predictions_are_those_of_torchvisions_network(plain):
+    host = theirs(box_score_thresh=0.05).eval()
+    host.load_state_dict(plain.module.state_dict())
+    pixels = [Shapes().load(id).image for id in ("train0", "train1")]
+    pixels[1] = pixels[1][:40, :]  # sizes differ
+    with torch.no_grad():
+        expected = host([torch.from_numpy(p.transpose(2, 0, 1).copy()) / 255 for p in pixels])
+    found = plain.predict(pixels)
+    assert not plain.module.training
+    for one, other, image in zip(found, expected, pixels, strict=True):
+        assert len(one) == len(other["scores"]) > 0
+        assert np.allclose(one.boxes, other["boxes"].numpy(), atol=1e-3)
+        assert one.classes.tolist() == other["labels"].tolist()
+        assert np.allclose(one.scores, other["scores"].numpy(), atol=1e-5)
+        assert one.masks.shape == (len(one), *image.shape[:2])
+        assert np.array_equal(one.masks, other["masks"].numpy()[:, 0] > 0.5)
+
+
+def test_the_shorter_side_is_drawn_and_fixed_for_measuring(plain):
+    wide = load_finetune_recipe("scannet_mask_rcnn_r50")
+    assert sides_of(wide) == ((640, 672, 704, 736, 768, 800), 1333)  # Detectron2's six
+    assert sides_of(recipe(data={"size": [60, 90], "augment": {"shorter": None}})) == ((60,), 90)
+    assert plain.module.transform.min_size == (48, 64)
+    assert plain.module.transform.max_size == 128
+    plain.module.train()
+    seen = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        images, _ = plain.module.transform([torch.zeros(3, HEIGHT, WIDTH)])
+        seen.add(images.image_sizes[0])
+    assert seen == {(48, 64), (64, 85)}
+    plain.module.eval()
+    assert plain.module.transform([torch.zeros(3, HEIGHT, WIDTH)])[0].image_sizes == [(64, 85)]
+
+
+def sides_of(made):
+    from geo_pretrain.training.finetune.detection import _sides
+
+    return _sides(made.data.size, made.data.augment)
+
+
+def test_faster_rcnn_gives_boxes_only():
+    task = task_of(task="detection", network={"kind": "faster_rcnn"})
+    assert type(task.module) is FasterRCNN
+    assert task.metric == "box_ap"
+    task.module.train()
+    assert "loss_mask" not in task.losses(batch_of(task))
+    evaluation = task.evaluate(Shapes("val", 3), ["val0", "val2"])
+    assert list(evaluation.scores) == ["box_ap", "box_ap50", "box_ap75"]
+    assert coco_detections(task.predict([Shapes().load("train0").image])[0], 1)[0].keys() == {
+        "image_id", "category_id", "score", "bbox"
+    }  # fmt: skip
+
+
+def frozen_stages(task):
+    encoder = encoder_of(task.module)
+    names = ("conv1", "layer1", "layer2", "layer3", "layer4")
+    return [not any(p.requires_grad for p in encoder.get_submodule(name).parameters()) for name in names]
+
+
+def norms(module):
+    return {type(layer) for layer in module.modules() if "BatchNorm" in type(layer).__name__}
+
+
+def test_freezing_and_rates():
+    """Of a stored backbone: the stem and layer1, and all statistics; the paper's one rate, or two."""
+    changes = {
+        "network": {"freeze": 2, "options": {"norm": "frozen"}},
+        "optim": {"backbone_factor": 0.1, "head_factor": 2.0},
+    }
+    task = task_of(authors_exact=True, **changes)
+    assert frozen_stages(task) == [True, True, False, False, False]
+    assert norms(task.module) == {FrozenBatchNorm2d}
+    groups = task.parameter_groups()
+    trained = {id(p) for p in task.module.parameters() if p.requires_grad}
+    assert [id(p) for group in groups for p in group["params"]].__len__() == len(trained)
+    assert {id(p) for group in groups for p in group["params"]} == trained
+    inside = {id(p) for p in encoder_of(task.module).parameters()}
+    factors = {id(p): group["factor"] for group in groups for p in group["params"]}
+    assert all(factor == (0.1 if p in inside else 2.0) for p, factor in factors.items())
+    assert task.backbone() is encoder_of(task.module)
+
+
+def test_a_start_from_scratch_is_not_frozen_unless_released_so():
+    frozen = {"network": {"freeze": 2, "options": {"norm": "frozen"}}}
+    task = task_of(**frozen)
+    assert frozen_stages(task) == [False] * 5
+    assert norms(encoder_of(task.module)) == {nn.BatchNorm2d}
+    assert task.thawed
+    assert "trained with BatchNorm from scratch" in task.quirks()["frozen random layers"]
+    exact = bare(authors_exact=True, **frozen)
+    assert not exact.thawed
+    assert "stay frozen" in exact.quirks()["frozen random layers"]
+    assert "frozen random layers" not in bare().quirks()
+
+
+def test_every_start_begins_with_the_same_new_layers():
+    """The host's layers do not depend on what is frozen or normed how."""
+    one, other = task_of(), task_of(authors_exact=True, network={"freeze": 2, "options": {"norm": "frozen"}})
+    mine, theirs = one.module.state_dict(), other.module.state_dict()
+    shared = [key for key in mine if not key.startswith("backbone.body")]
+    assert len(shared) > 30
+    assert all(torch.equal(mine[key], theirs[key]) for key in shared)
+    again = task_of(seed=1).module.state_dict()
+    assert not torch.equal(mine["roi_heads.box_head.fc6.weight"], again["roi_heads.box_head.fc6.weight"])
+
+
+def test_a_checkpoint_folder_brings_its_encoder_and_contract(tmp_path):
+    """The rest is that of a start from scratch, so that two starts differ in what was pre-trained alone."""
+    torch.manual_seed(5)
+    stored = {key: value for key, value in resnet18().state_dict().items() if not key.startswith("fc.")}
+    arch = Arch("resnet_unet", {"depth": 18, "width": 64, "out_chans": 32})
+    write_tiny(tmp_path / "stored_net_r18", "stored_net_r18", arch=arch, weights={"encoder": stored})
+    folder = str(tmp_path / "stored_net_r18")
+    task = task_of(folder, network={"freeze": 2, "options": {"norm": "frozen"}})
+    encoder = task.backbone().state_dict()
+    assert all(torch.equal(encoder[key], value) for key, value in stored.items() if key in encoder)
+    assert len(encoder) == 20 * 5  # 20 convolutions and their norms, which do not count
+    assert frozen_stages(task) == [True, True, False, False, False]
+    assert norms(task.module) == {FrozenBatchNorm2d}
+    assert not task.thawed
+    scratch, mine = task_of().module.state_dict(), task.module.state_dict()
+    assert all(torch.equal(mine[key], scratch[key]) for key in mine if not key.startswith("backbone.body"))
+
+
+def test_the_network_of_the_coco_protocol():
+    """BatchNorm in pyramid, box and mask heads; four convolutions before one layer in the box head."""
+    task = task_of(network={"options": {"norm": "everywhere", "box_head": "4conv1fc"}})
+    host = task.module
+    convolutions = [m for m in host.roi_heads.box_head.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [256] * 4
+    assert [m.out_features for m in host.roi_heads.box_head.modules() if isinstance(m, nn.Linear)] == [1024]
+    for part, count in ((host.roi_heads.box_head, 4), (host.roi_heads.mask_head, 4), (host.backbone.fpn, 8)):
+        assert sum(isinstance(m, nn.BatchNorm2d) for m in part.modules()) == count
+    host.train()
+    losses = task.losses(batch_of(task))
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert "SyncBN" in task.quirks()["BatchNorm"]
+    light = task_of(network={"options": {"box_head": "4conv1fc"}}).module
+    assert not norms(light.roi_heads) | norms(light.backbone.fpn)
+
+
+def test_stride_in_the_1x1():
+    """As in the MSRA networks: the same convolutions, but half of the pixels are dropped before the 3x3."""
+    torch.manual_seed(0)
+    encoder = resnet50(weights=None).eval()
+    block = encoder.layer2[0]
+    image = torch.rand(1, 256, 16, 16)
+    stride_in_1x1(encoder)
+    for stage, stride in (("layer1", 1), ("layer2", 2), ("layer3", 2), ("layer4", 2)):
+        blocks = encoder.get_submodule(stage)
+        assert next((b.conv1.stride, b.conv2.stride) for b in blocks) == ((stride, stride), (1, 1))
+        assert {(b.conv1.stride, b.conv2.stride) for b in list(blocks)[1:]} == {((1, 1), (1, 1))}
+    with torch.no_grad():
+        x = torch.relu(block.bn1(nn.functional.conv2d(image[:, :, ::2, ::2], block.conv1.weight)))
+        x = torch.relu(block.bn2(nn.functional.conv2d(x, block.conv2.weight, padding=1)))
+        x = block.bn3(nn.functional.conv2d(x, block.conv3.weight)) + block.downsample(image)
+        assert torch.allclose(block(image), torch.relu(x), atol=1e-5)
+
+
+def test_the_released_stride_is_built_in_for_resnet50():
+    options = {"authors_input": "msra"}
+    for exact in (True, False):
+        task = task_of(authors_exact=exact, network={"depth": 50, "options": options})
+        block = encoder_of(task.module).layer3[0]
+        assert (block.conv1.stride, block.conv2.stride) == (((2, 2), (1, 1)) if exact else ((1, 1), (2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"augment": {"rotate": 10.0}}}, r"'data\.augment\.rotate' is 10\.0, accepted for task 'instances'"),
+        ({"data": {"augment": {"shorter": None}}}, r"'data\.size' is None, accepted is"),
+        ({"data": {"augment": {"shorter": [64, 48]}}}, r"'data\.augment\.shorter' is \[64, 48\]"),
+        ({"network": {"output_stride": 16}}, r"'network\.output_stride' is 16"),
+        ({"network": {"aux": 0.4}}, r"'network\.aux' is 0\.4"),
+        ({"network": {"options": {"anchor": 3}}}, r"unknown key 'network\.options\.anchor'. Closest: .*anchors"),
+        ({"network": {"options": {"roi_batch": 0}}}, r"'network\.options\.roi_batch' is 0"),
+        ({"network": {"options": {"width": 0}}}, r"'network\.options\.width' is 0"),
+        ({"network": {"options": {"score_threshold": 1.0}}}, r"'network\.options\.score_threshold' is 1\.0"),
+    ],
+)
+def test_settings_that_would_be_ignored_or_fail_later(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        bare(**changes)
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def knows_the_truth(task, source, monkeypatch, *, wrong_on_empty=False):
+    """Replace the network by one that finds every object."""
+
+    def predict(images):
+        found = []
+        for pixels in images:
+            image = next(i for i in map(source.load, source.ids()) if np.array_equal(i.image, pixels))
+            kept = ~image.instances.crowd
+            boxes, classes, masks = (getattr(image.instances, key)[kept] for key in ("boxes", "classes", "masks"))
+            scores = np.full(len(classes), 0.8, np.float32)
+            if wrong_on_empty and not len(image.instances):
+                boxes, classes, scores = np.array([[1, 1, 9, 9]], np.float32), np.array([1]), np.array([0.9])
+                masks = np.ones((1, HEIGHT, WIDTH), bool)
+            found.append(Detections(boxes, classes, scores, masks))
+        return found
+
+    monkeypatch.setattr(task, "predict", predict)
+
+
+def test_perfect_predictions_measure_one(monkeypatch):
+    source = Shapes("val", 5)
+    task = bare()
+    knows_the_truth(task, source, monkeypatch)
+    evaluation = task.evaluate(source, source.ids())
+    assert evaluation.scores == {
+        name: pytest.approx(1)
+        for name in ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
+    }  # fmt: skip
+    assert evaluation.per_class["mask_ap75"] == {"square": pytest.approx(1), "disc": pytest.approx(1)}
+    assert evaluation.details == {
+        "images": 5, "without_objects_left_out": 0, "detections": 7, "score_threshold": 0.05
+    }  # fmt: skip
+    json.dumps(evaluation.to_dict())
+    assert task.metric == "mask_ap"
+
+
+def test_images_without_objects_count_unless_released_so(monkeypatch):
+    """val3 is empty: what is found there, with the best score of all, is wrong."""
+    source = Shapes("val", 4)
+    for exact, square in ((False, 3 / 4), (True, 1)):
+        task = bare(authors_exact=exact)
+        knows_the_truth(task, source, monkeypatch, wrong_on_empty=True)
+        evaluation = task.evaluate(source, source.ids())
+        # three squares after one mistake: precision 1/2, 2/3, 3/4, and 3/4 is the best from every recall on
+        assert evaluation.per_class["box_ap50"]["square"] == pytest.approx(square)
+        assert evaluation.details["without_objects_left_out"] == int(exact)
+        assert evaluation.details["images"] == 4 - int(exact)
+
+
+def test_only_the_images_given_are_measured_and_read_once_more_only(monkeypatch):
+    source = Shapes("val", 5)
+    task = bare()
+    knows_the_truth(task, Shapes("val", 5), monkeypatch)
+    assert task.evaluate(source, ["val4", "val1"]).details["images"] == 2
+    assert source.loads == 4  # the truth, and the images
+    evaluation = task.evaluate(source, ["val4", "val1"])
+    assert source.loads == 6
+    assert evaluation.scores["box_ap"] == pytest.approx(1)
+    assert task.evaluate(source, ["val4"]).per_class["box_ap"] == {"square": pytest.approx(1), "disc": None}  # a crowd
+
+
+def test_an_image_that_cannot_be_read_stops_the_measurement(monkeypatch):
+    source = Shapes("val", 3)
+    task = bare()
+    knows_the_truth(task, Shapes("val", 3), monkeypatch)
+    load = source.load
+
+    def broken(id):
+        if id == "val1":
+            raise BadFrame("val1.png", "annotation is missing")
+        return load(id)
+
+    source.load = broken
+    with pytest.raises(BadFrame, match=r"val1\.png: annotation is missing"):
+        task.evaluate(source, source.ids())
+
+
+def test_detections_in_cocos_format():
+    from pycocotools import mask as coco_mask
+
+    masks = np.zeros((2, HEIGHT, WIDTH), bool)
+    masks[0, 3:9, 5:40] = masks[1, 20:, :] = True
+    found = Detections(
+        np.array([[5, 3, 40, 9], [0, 20, 64, 48]], np.float32), np.array([2, 1]), np.array([0.75, 0.5]), masks
+    )
+    first, second = coco_detections(found, 17)
+    assert {key: first[key] for key in ("image_id", "category_id", "score", "bbox")} == {
+        "image_id": 17, "category_id": 2, "score": 0.75, "bbox": [5, 3, 35, 6]
+    }  # fmt: skip
+    assert second["bbox"] == [0, 20, 64, 28]
+    for entry, mask in zip((first, second), masks, strict=True):
+        assert np.array_equal(coco_mask.decode(entry["segmentation"]), mask)
+
+
+# --- pictures and words ---------------------------------------------------------------------------------------------
+
+
+def test_pictures(tmp_path):
+    """Boxes and tints are where the objects are; a weak detection is not drawn."""
+    pixels = np.full((100, 160, 3), 255, np.uint8)
+    mask = np.zeros((100, 160), bool)
+    mask[20:60, 40:80] = True
+    image = labelled("a", pixels, [(mask, 2, False)])
+    upright = labelled("b", np.full((160, 100, 3), 255, np.uint8), [])
+    boxes = np.array([[100, 10, 150, 90], [0, 0, 30, 30]], np.float32)
+    right = np.zeros((100, 160), bool)
+    right[10:90, 100:150] = True
+    found = Detections(boxes, np.array([1, 1]), np.array([0.9, 0.3]), np.stack([right, ~right]))
+    nothing = Detections(boxes[:0], np.array([], int), np.array([]), None)
+    draw_detections([(image, found), (upright, nothing)], CLASSES, tmp_path / "deep" / "p.png")
+    sheet = np.asarray(Image.open(tmp_path / "deep" / "p.png").convert("RGB")).astype(int)
+    # cells are 320 wide and high (the second image is upright), the first picture's own height is 200, at the bottom
+    left, top = 12, 40 + 320 - 200
+
+    def at(column, x, y):
+        return sheet[top + 2 * y, left + column * (320 + 12) + 2 * x].tolist()
+
+    assert at(0, 60, 40) == at(1, 10, 90) == at(2, 60, 40) == at(2, 15, 29) == [255, 255, 255]
+    disc, square = at(1, 40, 40), at(2, 100, 50)  # on the outlines
+    assert disc != square
+    assert at(1, 60, 40) == pytest.approx([(255 + c) / 2 for c in disc], abs=1)
+    assert at(2, 125, 60) == pytest.approx([(255 + c) / 2 for c in square], abs=1)
+    assert at(2, 0, 15) == [255, 255, 255]
+
+
+@pytest.mark.parametrize("name", ["scannet_mask_rcnn_r50", "nyuv2_mask_rcnn_r50"])
+def test_the_report_says_which_accidents_were_reproduced(name):
+    said = {}
+    for exact in (False, True):
+        made = dataclasses.replace(load_finetune_recipe(name), authors_exact=exact)
+        task = Detection(made, _Nowhere("imagenet", 50), CLASSES, ImageContract())
+        said[exact] = task.quirks()
+        assert task.score_threshold == (0.5 if exact else 0.05)
+    keys = {"images without objects", "score threshold", "input", "place of the stride", "ImageNet weights", "host"}
+    assert set(said[True]) == set(said[False]) == keys
+    for key in keys - {"ImageNet weights", "host"}:
+        assert "as released" in said[True][key]
+        assert "(released: " in said[False][key]
+    assert "MSRA" in said[True]["ImageNet weights"]
+
+
+def test_the_coco_protocol_has_none_of_the_inputs_accidents():
+    made = dataclasses.replace(load_finetune_recipe("coco_mask_rcnn_r50"), authors_exact=True)
+    task = Detection(made, _Nowhere("imagenet", 50), CLASSES, ImageContract())
+    assert not task.msra
+    assert task.score_threshold == 0.05
+    assert set(task.quirks()) == {"images without objects", "ImageNet weights", "BatchNorm", "host"}
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+PAPER = {  # batch, lr, boxes a head is trained on, frozen stages, norm, box head
+    "scannet_mask_rcnn_r50": (16, 0.0025, 32, 2, "frozen", "2fc"),
+    "nyuv2_mask_rcnn_r50": (2, 0.0025, 32, 2, "frozen", "2fc"),
+    "coco_mask_rcnn_r50": (16, 0.02, 512, 0, "everywhere", "4conv1fc"),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_of_the_papers(name):
+    made = load_finetune_recipe(name)
+    batch, lr, rois, freeze, norm, head = PAPER[name]
+    task = Detection(made, _Nowhere("scratch", 50), CLASSES, ImageContract())
+    o = made.optim
+    assert (o.batch, o.lr, task.options.roi_batch, made.network.freeze) == (batch, lr, rois, freeze)
+    assert (task.options.norm, task.options.box_head, made.network.kind, made.network.depth) == (
+        norm, head, "mask_rcnn", 50
+    )  # fmt: skip
+    assert (o.momentum, o.dampening, o.weight_decay, o.steps) == (0.9, 0, 1e-4, 90_000)
+    assert (o.backbone_factor, o.head_factor, o.clip_norm) == (1, 1, None)
+    rates = [o.rate(step, 90_000) / lr for step in (0, 500, 1000, 59_999, 60_000, 79_999, 80_000, 89_999)]
+    assert rates == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert made.data.source == name.partition("_")[0]
+    assert (made.data.augment.flip, made.data.augment.shorter, made.data.augment.longer) == (0.5, (640, 800), 1333)
+    assert made.data.size is None
+    assert task.options.anchors == (32, 64, 128, 256, 512)
+    assert task.options.proposals == 1000
+    assert not made.authors_exact
+
+
+def test_every_detection_recipe_has_a_toy():
+    names = list_finetune_recipes("instances") + list_finetune_recipes("detection")
+    assert set(names) == {*PAPER, "rooms_mask_rcnn_r18"}
+    for name in names:
+        toy = load_finetune_recipe(name, toy=True)
+        assert toy.data.source == "rooms"
+        assert (toy.optim.steps, toy.optim.milestones) == (100, (70, 90))
+        Detection(toy, _Nowhere("scratch", toy.network.depth), CLASSES, ImageContract())
+    boxes = load_finetune_recipe("scannet_mask_rcnn_r50", ["task=detection"], toy=True)
+    assert boxes.task == "detection"
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """What stands for a kill between two saved states."""
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_never_was(tmp_path):
+    made = dataclasses.replace(recipe(optim={"steps": 2}, evaluate={"images": 2}), save_every=1)
+    sources = (Shapes("train", 6), Shapes("val", 4))
+    whole = finetune(made, "scratch", tmp_path / "whole", sources=sources, device="cpu")
+
+    def kill(info):
+        if info.step == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        finetune(made, "scratch", tmp_path / "killed", sources=sources, device="cpu", on_step=kill)
+    again = finetune(made, "scratch", tmp_path / "killed", sources=sources, device="cpu")
+
+    mine, theirs = (load_file(result.folder / "model.safetensors") for result in (again, whole))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    lines = [[json.loads(line) for line in (r.folder / "log.jsonl").read_text().splitlines()] for r in (again, whole)]
+    assert lines[0] == lines[1]
+    assert [line["lr"] for line in lines[0] if "lr" in line] == pytest.approx([0.01, 0.001])
+    assert again.score == whole.score
+    assert [e["step"] for e in whole.data["evaluations"]] == [2]
+    assert set(whole.per_class("mask_ap50")) == set(CLASSES)
+    assert whole.metric == "mask_ap"
+    assert whole.data["quirks"]["images without objects"].startswith("are trained on and measured")
+    assert Image.open(whole.folder / "predictions.png").size[0] == 3 * (320 + 12) + 12

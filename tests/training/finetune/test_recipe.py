@@ -1,0 +1,227 @@
+"""Fine-tuning recipes: the published numbers typed anew, a closed schema, schedules by hand, the toy overlay."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import yaml
+
+from geo_pretrain.errors import RecipeError, UnknownName
+from geo_pretrain.training.finetune.recipe import (
+    KINDS,
+    RECIPES,
+    FinetuneOptim,
+    list_finetune_recipes,
+    load_finetune_recipe,
+)
+
+UNET = {  # Pri3D's script; batch 64 is the paper's
+    "network.kind": "unet",
+    "network.transfer": "all",
+    "network.output_stride": 32,
+    "network.aux": 0,
+    "network.freeze": 0,
+    "optim.lr": 0.01,
+    "optim.backbone_factor": 1,
+    "optim.head_factor": 1,
+    "optim.momentum": 0.9,
+    "optim.dampening": 0.1,
+    "optim.weight_decay": 0,
+    "optim.batch": 64,
+    "optim.epochs": 80,
+    "optim.steps": None,
+    "optim.schedule": "poly",
+    "optim.power": 0.9,
+    "optim.floor": 0,
+    "optim.warmup": 0,
+    "optim.clip_norm": None,
+    "optim.bn_momentum": "pri3d",
+    "optim.backbone_bn_momentum": None,
+    "evaluate.every_epochs": 5,
+    "evaluate.every_steps": None,
+    "evaluate.batch": 1,
+    "evaluate.images": None,
+    "data.size": (240, 320),
+    "data.fraction": 1,
+    "data.augment.flip": 0,
+    "data.augment.rotate": 0,
+    "data.augment.blur": 0,
+    "data.augment.crop": None,
+    "precision": "fp32",
+}
+OUTDOORS = {"data.augment.rotate": 10, "data.augment.flip": 0.5}
+HOSTS = {
+    "network.transfer": "encoder",
+    "network.depth": 50,
+    "data.source": "scannet",
+    "data.size": (240, 320),
+    "data.augment.flip": 0.5,
+    "data.augment.blur": 0.5,
+    "data.augment.blur_kernel": 5,
+    "data.augment.rotate": 0,
+    "data.augment.crop": None,
+    "optim.lr": 0.01,
+    "optim.momentum": 0.9,
+    "optim.dampening": 0,
+    "optim.weight_decay": 1e-4,
+    "optim.batch": 16,
+    "optim.schedule": "poly",
+    "optim.power": 0.9,
+    "optim.bn_momentum": "constant",
+}
+DEEPLAB = HOSTS | {
+    "network.output_stride": 16,
+    "network.options": {"decoder_atrous_rates": [6, 12, 18]},
+    "network.aux": 0,
+    "optim.steps": 50_000,
+    "optim.epochs": None,
+    "optim.backbone_factor": 0.1,
+    "optim.head_factor": 1,
+    "optim.floor": 1e-6,
+    "optim.backbone_bn_momentum": 0.01,
+    "evaluate.every_steps": 3000,
+}
+PUBLISHED = {
+    "scannet_unet_r18": UNET | {"network.depth": 18, "data.source": "scannet"},
+    "scannet_unet_r50": UNET | {"network.depth": 50, "data.source": "scannet"},
+    "nyuv2_unet_r18": UNET | {"network.depth": 18, "data.source": "nyuv2"},
+    "nyuv2_unet_r50": UNET | {"network.depth": 50, "data.source": "nyuv2"},
+    "cityscapes_unet_r50": UNET
+    | OUTDOORS
+    | {"network.depth": 50, "data.source": "cityscapes", "data.size": (180, 360)},
+    "kitti_unet_r50": UNET
+    | OUTDOORS
+    | {"network.depth": 50, "data.source": "kitti", "data.size": None, "data.augment.crop": (240, 320)},
+    "scannet_deeplabv3_r50": DEEPLAB | {"network.kind": "deeplabv3"},
+    "scannet_deeplabv3plus_r50": DEEPLAB | {"network.kind": "deeplabv3plus"},
+    "scannet_pspnet_r50": HOSTS
+    | {
+        "network.kind": "pspnet",
+        "network.output_stride": 8,
+        "network.aux": 0.4,
+        "network.options": {"psp_dropout": 0.1},
+        "optim.epochs": 50,
+        "optim.steps": None,
+        "optim.backbone_factor": 1,
+        "optim.head_factor": 10,
+        "optim.floor": 0,
+        "optim.backbone_bn_momentum": None,
+        "evaluate.every_epochs": 1,
+    },
+}
+ROOMS = ("rooms_unet_r18", "rooms_deeplabv3_r18", "rooms_deeplabv3plus_r18", "rooms_pspnet_r18")
+
+
+def value(recipe, key):
+    for part in key.split("."):
+        recipe = getattr(recipe, part)
+    return recipe
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_has_the_published_numbers(name):
+    recipe = load_finetune_recipe(name)
+    assert {key: value(recipe, key) for key in PUBLISHED[name]} == PUBLISHED[name]
+    assert recipe.name == name
+    assert recipe.task == "segmentation"
+    assert not recipe.authors_exact
+    assert recipe.resize() == "bilinear"
+    assert load_finetune_recipe(name, ["authors_exact=true"]).resize() == "nearest"
+
+
+def test_every_segmentation_recipe_is_in_the_table_or_toy_evidence():
+    assert list_finetune_recipes("segmentation") == sorted([*PUBLISHED, *ROOMS])
+    assert set(list_finetune_recipes()) >= {*PUBLISHED, *ROOMS}
+    for name in ROOMS:
+        recipe = load_finetune_recipe(name)
+        assert recipe.data.source == "rooms"
+        assert recipe.network.depth == 18
+        assert recipe.network.kind == name.split("_")[1]
+    budgets = [(r.optim.steps, r.optim.batch, r.data, r.evaluate) for r in map(load_finetune_recipe, ROOMS)]
+    assert all(budget == budgets[0] for budget in budgets)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *ROOMS])
+def test_toy_overlay_makes_any_recipe_small_and_keeps_what_it_is_about(name):
+    recipe, toy = load_finetune_recipe(name), load_finetune_recipe(name, toy=True)
+    assert toy.name == f"{name}.toy"
+    assert toy.network == recipe.network
+    assert (toy.data.source, toy.data.path, toy.data.augment.crop) == ("rooms", None, None)
+    assert max(toy.data.size) <= 96
+    assert toy.optim.steps <= 100
+    assert toy.optim.batch <= 4
+    assert (toy.optim.lr, toy.optim.schedule) == (recipe.optim.lr, recipe.optim.schedule)
+    assert toy.workers == 0
+
+
+def test_recipe_survives_the_way_through_yaml(tmp_path):
+    for name in list_finetune_recipes():
+        recipe = load_finetune_recipe(name, ["optim.lr=0.5", "data.path=/data"])
+        path = tmp_path / "again.yaml"
+        path.write_text(recipe.to_yaml())
+        assert load_finetune_recipe(str(path)) == recipe
+        assert recipe.optim.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("optim.lrr=1", ["unknown key 'optim.lrr'", "'optim.lr'"]),
+        ("network.kind=deeplab", ["'network.kind'", "deeplabv3"]),
+        ("network.kind=mask_rcnn", ["'network.kind' is 'mask_rcnn'", "'segmentation'", "unet"]),
+        ("network.depth=34", ["'network.depth'", "18, 50"]),
+        ("optim.steps=5", ["optim.steps / optim.epochs", "exactly one"]),
+        ("data.fraction=0", ["data.fraction", "above 0"]),
+        ("data.fraction=20", ["data.fraction", "up to 1"]),
+        ("data.size=[16, 320]", ["data.size", "32"]),
+        ("data.augment.flip=2", ["data.augment.flip", "probability"]),
+        ("data.augment.blur_kernel=4", ["blur_kernel", "odd"]),
+        ("evaluate.every_steps=3", ["evaluate.every_epochs / every_steps"]),
+        ("evaluate.batch=0", ["evaluate.batch", "from 1 up"]),
+        ("optim.schedule=multistep", ["optim.milestones"]),
+        ("optim.milestones=[1, 2]", ["optim.milestones"]),
+        ("optim.backbone_factor=0", ["optim.backbone_factor", "above 0"]),
+        ("network.freeze=6", ["network.freeze"]),
+        ("network.output_stride=16", ["output_stride 32"]),
+        ("workers=-1", ["workers"]),
+    ],
+)
+def test_wrong_values_are_named_with_what_is_accepted(override, parts):
+    with pytest.raises(RecipeError) as caught:
+        load_finetune_recipe("scannet_unet_r50", [override])
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_only_the_unet_takes_a_decoder_along():
+    with pytest.raises(RecipeError, match=r"network\.transfer"):
+        load_finetune_recipe("scannet_pspnet_r50", ["network.transfer=all"])
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(UnknownName, match="scannet_unet_r50"):
+        load_finetune_recipe("scannet_unet_50")
+
+
+def test_files_say_how_they_are_run():
+    for path in RECIPES.glob("*.yaml"):
+        text = path.read_text()
+        assert text.startswith(f"# geo-pretrain finetune {path.stem} "), path
+        tree = yaml.safe_load(text)
+        assert tree["network"]["kind"] in KINDS[tree["task"]]
+
+
+def test_poly_schedule_by_hand():
+    optim = FinetuneOptim(lr=0.01, power=0.9, steps=100)
+    for step in (0, 1, 37, 99):
+        assert optim.rate(step, 100) == pytest.approx(0.01 * (1 - step / 101) ** 0.9)
+
+
+def test_multistep_with_warmup_by_hand():
+    optim = FinetuneOptim(lr=0.02, schedule="multistep", milestones=(60, 80), gamma=0.1, warmup=10, warmup_factor=0.1)
+    expected = {0: 0.002, 5: 0.02 * (0.1 + 0.9 * 0.5), 10: 0.02, 59: 0.02, 60: 0.002, 79: 0.002, 80: 0.0002, 89: 0.0002}
+    for step, rate in expected.items():
+        assert optim.rate(step, 90) == pytest.approx(rate)
+    constant = FinetuneOptim(lr=0.5, schedule="constant")
+    assert all(math.isclose(constant.rate(step, 10), 0.5) for step in range(10))

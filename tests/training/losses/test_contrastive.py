@@ -1,0 +1,212 @@
+"""Losses against the values of the released code and against slow loops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from geo_pretrain.training.losses import contrastive as losses
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(Path(__file__).parents[2] / "data" / "losses.safetensors")
+
+
+def close(got, want, rel):
+    assert (got - want).abs().max() <= rel * want.abs().max()
+
+
+def test_symmetric_info_nce_is_pri3ds(golden):
+    q, k = (golden[name].clone().requires_grad_() for name in "qk")
+    loss = losses.info_nce(q, k, temperature=0.4)
+    loss.backward()
+    close(loss.detach(), golden["pri3d_infonce.loss"][0], 1e-5)
+    close(q.grad, golden["pri3d_infonce.grad_q"], 2e-5)
+    close(k.grad, golden["pri3d_infonce.grad_k"], 2e-5)
+
+
+def test_one_sided_info_nce_is_algorithm_1_of_ppkt(golden):
+    q, k = (golden[name].clone().requires_grad_() for name in "qk")
+    loss = losses.info_nce(q, k, temperature=0.04, symmetric=False)
+    loss.backward()
+    close(loss.detach(), golden["ppnce.loss_mean"][0], 1e-5)
+    close(q.grad, golden["ppnce.grad_mean_z3d"], 2e-5)
+
+
+def test_one_sided_info_nce_without_normalising_is_pointcontrasts(golden):
+    q, k = (golden[name].clone().requires_grad_() for name in "qk")
+    loss = losses.info_nce(q, k, temperature=0.4, symmetric=False, normalize=False)
+    loss.backward()
+    close(loss.detach(), golden["point_infonce.loss"][0], 1e-5)
+    close(q.grad, golden["point_infonce.grad_q"], 2e-5)
+    close(k.grad, golden["point_infonce.grad_k"], 2e-5)
+
+
+def slow_info_nce(query, key, temperature, symmetric, ignore):
+    query = query / np.linalg.norm(query, axis=1, keepdims=True)
+    key = key / np.linalg.norm(key, axis=1, keepdims=True)
+    score = np.exp(query @ key.T / temperature)
+
+    def one_way(score, ignore):
+        total = 0.0
+        for i in range(len(score)):
+            total -= np.log(score[i, i] / sum(score[i, j] for j in range(len(score)) if i == j or not ignore[i, j]))
+        return total / len(score)
+
+    there = one_way(score, ignore)
+    return (there + one_way(score.T, ignore.T)) / 2 if symmetric else there
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_batched_info_nce_with_ignored_negatives_equals_the_loop(symmetric):
+    rng = np.random.default_rng(0)
+    query, key = rng.normal(size=(2, 3, 7, 5))
+    ignore = rng.random((3, 7, 7)) < 0.3
+    got = losses.info_nce(
+        torch.from_numpy(query),
+        torch.from_numpy(key),
+        temperature=0.2,
+        symmetric=symmetric,
+        ignore=torch.from_numpy(ignore),
+    )
+    want = [slow_info_nce(query[b], key[b], 0.2, symmetric, ignore[b]) for b in range(3)]
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-10)
+
+
+def test_zero_features_give_no_nan():
+    features = torch.zeros(2, 4, 8, requires_grad=True)
+    losses.info_nce(features, features, temperature=0.4).sum().backward()
+    assert torch.isfinite(features.grad).all()
+
+
+def hardest_arguments(golden):
+    return [golden[f"hardest.{name}"] for name in ("pairs", "pos_sel", "sel0", "sel1")]
+
+
+def test_hardest_contrastive_is_pointcontrasts(golden):
+    f0, f1 = (golden[f"hardest.f{k}"].clone().requires_grad_() for k in (0, 1))
+    positive, negative = losses.hardest_contrastive(f0, f1, *hardest_arguments(golden))
+    (positive + negative).backward()
+    close(positive.detach(), golden["hardest.pos_loss"][0], 1e-5)
+    close(negative.detach(), golden["hardest.neg_loss"][0], 1e-5)
+    close((positive + negative).detach(), golden["hardest.loss"][0], 1e-5)
+    close(f0.grad, golden["hardest.grad_f0"], 2e-5)
+    close(f1.grad, golden["hardest.grad_f1"], 2e-5)
+
+
+def slow_hardest(f0, f1, pairs, positives, candidates0, candidates1, squared):
+    matches = {(i, j) for i, j in pairs.tolist()}
+    pull, push = [], ([], [])
+    for i, j in pairs[positives].tolist():
+        gap = np.linalg.norm(f0[i] - f1[j])
+        pull.append(max(gap**2 - 0.1, 0) if squared else max(gap - 0.1, 0) ** 2)
+        distance, k = min((np.linalg.norm(f0[i] - f1[k]), k) for k in candidates1.tolist())
+        if (i, k) not in matches:
+            push[0].append(max(1.4 - distance, 0) ** 2)
+        distance, k = min((np.linalg.norm(f1[j] - f0[k]), k) for k in candidates0.tolist())
+        if (k, j) not in matches:
+            push[1].append(max(1.4 - distance, 0) ** 2)
+    return np.mean(pull), (np.mean(push[0]) + np.mean(push[1])) / 2
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_hardest_contrastive_equals_the_loop(golden, squared):
+    f0, f1 = (golden[f"hardest.f{k}"].double() for k in (0, 1))
+    arguments = hardest_arguments(golden)
+    got = losses.hardest_contrastive(f0, f1, *arguments, squared=squared)
+    want = slow_hardest(f0.numpy(), f1.numpy(), *(a.numpy() for a in arguments), squared)
+    np.testing.assert_allclose([value.item() for value in got], want, rtol=1e-6)  # the code adds 1e-7 under the root
+
+
+def test_hardest_contrastive_without_any_negative_is_finite():
+    features = torch.nn.functional.normalize(torch.randn(3, 4), dim=-1).requires_grad_()
+    rows = torch.arange(3)
+    everything = torch.cartesian_prod(rows, rows)
+    positive, negative = losses.hardest_contrastive(features, features, everything, rows[:0], rows, rows)
+    assert positive.item() == negative.item() == 0
+    positive, negative = losses.hardest_contrastive(features, features, everything, torch.arange(9), rows, rows)
+    (positive + negative).backward()
+    assert negative.item() == 0
+    assert torch.isfinite(features.grad).all()
+
+
+def slow_partition_nce(query, key, points, temperature, inner, outer):
+    total = 0.0
+    score = np.exp(query @ key.T / temperature)
+    for above in (True, False):
+        for far in (False, True):
+            for i, point in enumerate(points):
+                inside = score[i, i]
+                for k, other in enumerate(points):
+                    distance, rise = np.linalg.norm(other - point), other[2] - point[2]
+                    ring = distance > outer if far else inner < distance <= outer
+                    if ring and (rise > 0 if above else rise < 0):
+                        inside += score[i, k]
+                total -= np.log(score[i, i] / inside) / len(points) / 4
+    return total
+
+
+def test_partition_nce_equals_the_loop():
+    rng = np.random.default_rng(1)
+    query, key = rng.normal(size=(2, 40, 6))
+    points = rng.uniform(-1, 1, (40, 3))
+    points[20:, 2] = points[0, 2]  # anchors of equal height are no negatives of each other
+    got = losses.partition_info_nce(
+        *(torch.from_numpy(a) for a in (query, key, points)), temperature=0.4, inner=0.3, outer=0.9
+    )
+    assert got.item() == pytest.approx(slow_partition_nce(query, key, points, 0.4, 0.3, 0.9), rel=1e-10)
+
+
+def test_partition_nce_of_anchors_that_are_all_close_is_zero():
+    features = torch.randn(5, 4)
+    points = torch.rand(5, 3) / 100
+    assert losses.partition_info_nce(features, features, points, temperature=0.4, inner=0.05, outer=0.5).item() == 0
+
+
+def test_depth_loss_is_pri3ds(golden):
+    prediction = golden["depth.pred"].clone().requires_grad_()
+    loss = losses.depth_loss(prediction, golden["depth.target"])
+    loss.backward()
+    close(loss.detach(), golden["depth.loss"][0], 1e-5)
+    close(prediction.grad, golden["depth.grad_pred"], 2e-5)
+
+
+def slow_depth_loss(prediction, target):
+    terms = {"depth": [], "normal": [], "dx": [], "dy": []}
+    for p, t in zip(prediction, target, strict=True):
+        gradients = []
+        for image in (p, t):
+            padded = np.pad(image, 1)
+            h, w = image.shape
+            gx = sum(c * (padded[r : r + h, 0:w] - padded[r : r + h, 2 : 2 + w]) for r, c in ((0, 1), (1, 2), (2, 1)))
+            gy = sum(c * (padded[0:h, s : s + w] - padded[2 : 2 + h, s : s + w]) for s, c in ((0, 1), (1, 2), (2, 1)))
+            gradients.append((gx, gy))
+        for i, j in zip(*np.nonzero(t), strict=True):
+            (px, py), (tx, ty) = ((gx[i, j], gy[i, j]) for gx, gy in gradients)
+            terms["depth"].append(np.log(abs(p[i, j] - t[i, j]) + 0.5))
+            terms["dx"].append(np.log(abs(px - tx) + 0.5))
+            terms["dy"].append(np.log(abs(py - ty) + 0.5))
+            a, b = np.array([-px, -py, 1]), np.array([-tx, -ty, 1])
+            terms["normal"].append(abs(1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
+    return sum(np.mean(values) for values in terms.values()) / 3
+
+
+def test_depth_loss_equals_the_loop_over_pixels():
+    rng = np.random.default_rng(5)
+    target = rng.uniform(0.5, 4, (2, 6, 8)) * (rng.random((2, 6, 8)) > 0.2)
+    prediction = rng.normal(size=(2, 6, 8))
+    got = losses.depth_loss(torch.from_numpy(prediction)[:, None], torch.from_numpy(target))
+    np.testing.assert_allclose(got.item(), slow_depth_loss(prediction, target), rtol=1e-10)
+
+
+def test_depth_loss_of_an_image_without_depth_is_zero_with_zero_gradient():
+    prediction = torch.randn(1, 1, 8, 8, requires_grad=True)
+    loss = losses.depth_loss(prediction, torch.zeros(1, 8, 8))
+    loss.backward()
+    assert loss.item() == 0
+    assert prediction.grad.abs().sum() == 0

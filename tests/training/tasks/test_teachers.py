@@ -1,0 +1,174 @@
+"""Teachers: the folder of a fine-tuning run, what it says of its images and terms, and weights that are not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from urllib.error import URLError
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import GeoPretrainError, RecipeError
+from geo_pretrain.loading import verify
+from geo_pretrain.training import loop as engine
+from geo_pretrain.training.export import run_licence
+from geo_pretrain.training.recipe import load_recipe
+from geo_pretrain.training.tasks.teachers import load_segmenter, load_teacher
+from tests.training.finetune.test_run import run
+from tests.training.tasks.test_ppkt import tiny_batch
+from tests.training.test_loop import logged, run_here
+from tests.zoo import write_tiny
+
+GREY = ImageContract(size=(64, 96), mean=(0.4, 0.45, 0.5), std=(0.2, 0.225, 0.25), interpolation="bilinear")
+PPKD = {"data.licence=CC0-1.0", "unet3d.out_chans=3"}
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """The folder of a short fine-tuning run of a U-Net, and that of the backbone that it started from."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    write_tiny(folder / "start", contract=GREY)
+    run(folder / "out", backbone=folder / "start")
+    return folder / "out", folder / "start"
+
+
+@pytest.fixture
+def moved(finetuned, tmp_path):
+    """A copy of that folder whose backbone is in another place than it says."""
+    folder = shutil.copytree(finetuned[0], tmp_path / "moved")
+    results = json.loads((folder / "results.json").read_text())
+    results["backbone"]["name"] = str(tmp_path / "gone")
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def forget_contract(folder):
+    """Make the folder one of an earlier version."""
+    results = json.loads((folder / "results.json").read_text())
+    del results["contract"]
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, options, last, biases",
+    [
+        ("scannet_unet_r18", (), "network.decoder.conv0", [50.0, 1.0, 2.0, 3.0]),  # output 0 is no class
+        ("rooms_pspnet_r18", ("data.size=[32, 32]",), "network.segmentation_head.0", [1.0, 2.0, 3.0]),
+    ],
+)
+def test_the_channels_of_a_fine_tuned_network_are_its_classes_in_order(tmp_path, name, options, last, biases):
+    run(tmp_path / "out", "optim.steps=1", "evaluate.every_steps=1", *options, name=name)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["data"]["classes"] == ["ground", "red", "green"]
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights[f"{last}.weight"].zero_()
+    weights[f"{last}.bias"].copy_(torch.tensor(biases))
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    teacher = load_segmenter(str(tmp_path / "out"))
+    logits = teacher(torch.randn(1, 3, 48, 64))
+    assert (teacher.out_chans, logits.shape[1]) == (3, 3)
+    torch.testing.assert_close(logits, torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1).expand_as(logits))
+    assert teacher.contract == ImageContract()  # of random weights
+
+
+def test_a_fine_tuned_network_teaches_ppkd(finetuned, tiny_recipe, recording, tmp_path):
+    folder, start = finetuned
+    settings = {"teacher": str(folder), "teacher_depth": None, "flip_prob": 0.0, "resize": [1.0, 1.0]}
+    plain = ("data.augment.jitter_prob=0", "data.augment.grey_prob=0", "data.augment.blur_prob=0")
+    task, batch = tiny_batch(tiny_recipe, "ppkd", settings, *PPKD, *plain)
+    assert task.teacher.contract == GREY
+    shown = replace(GREY, size=(48, 64), interpolation="nearest").transforms()
+    with Image.open(recording / "frame-000000.color.png") as picture:
+        color = shown(picture)
+    torch.testing.assert_close(batch["image"][0], color, atol=1e-6, rtol=0)
+    checkpoint = run_here(tmp_path / "tiny.yaml", tmp_path / "out", [*PPKD, "optim.steps=1"])
+    assert verify(tmp_path / "out").passed
+    assert len(logged(tmp_path / "out")) == 1
+    assert checkpoint.licence.base_model == (
+        f"random weights; teacher: scannet_unet_r18.toy fine-tuned from {start} (LicenseRef-data-owner)"
+    )
+
+
+def test_a_backbone_that_is_gone_is_no_trouble_and_its_terms_are_strict(moved, tiny_recipe, tmp_path):
+    assert load_segmenter(str(moved)).contract == GREY
+    path = tiny_recipe("ppkd", task={"teacher": str(moved)})
+    licence = run_here(path, tmp_path / "out", [*PPKD, "optim.steps=1"]).licence
+    assert (f"what {tmp_path / 'gone'} learned from", "LicenseRef-unknown") in licence.datasets
+    results = json.loads((moved / "results.json").read_text())
+    results["data"] |= {"source": "rooms", "licence": "MIT"}
+    (moved / "results.json").write_text(json.dumps(results))
+    assert run_licence(load_recipe(str(path), PPKD)).weights == "LicenseRef-unknown"
+    results["data"]["licence"] = "CC-BY-NC-SA-3.0"  # as the run knew its data
+    results["backbone"]["name"] = "scratch"
+    (moved / "results.json").write_text(json.dumps(results))
+    assert run_licence(load_recipe(str(path), PPKD)).weights == "CC-BY-NC-SA-3.0"
+
+
+def test_a_folder_without_a_contract_has_that_of_its_backbone(finetuned, moved, tmp_path):
+    earlier = forget_contract(shutil.copytree(finetuned[0], tmp_path / "earlier"))
+    assert load_segmenter(str(earlier)).contract == GREY
+    with pytest.raises(RecipeError, match=r"has no 'contract' and its backbone '.*gone', whose images it took, cannot"):
+        load_segmenter(str(forget_contract(moved)))
+    results = json.loads((moved / "results.json").read_text()) | {"contract": {"kind": "image", "size": [1, 1]}}
+    (moved / "results.json").write_text(json.dumps(results))
+    with pytest.raises(RecipeError, match=r"'contract' in its results.json cannot be read: .*missing \['channels'"):
+        load_segmenter(str(moved))
+
+
+def test_a_folder_of_another_task_is_no_segmenter(moved):
+    results = json.loads((moved / "results.json").read_text()) | {"task": "detection"}
+    (moved / "results.json").write_text(json.dumps(results))
+    with pytest.raises(RecipeError, match="was fine-tuned for detection, accepted is segmentation"):
+        load_segmenter(str(moved))
+
+
+def test_a_teacher_that_is_not_named_has_its_terms(tiny_recipe):
+    path = tiny_recipe("ppkt", task={"teacher": None, "teacher_depth": None})
+    licence = run_licence(load_recipe(str(path), ["data.licence=CC0-1.0"]))
+    assert licence.weights == "LicenseRef-ImageNet-terms"
+    assert "teacher: torchvision ResNet-50 IMAGENET1K_V1" in licence.base_model
+    with pytest.raises(RecipeError, match=r"unknown key 'task.techer'"):
+        run_licence(load_recipe(str(path), ["task.techer=scratch"]))
+
+
+def test_terms_are_found_before_the_first_step(tiny_recipe, tmp_path, monkeypatch):
+    def unknown(recipe):
+        raise GeoPretrainError("nobody knows")
+
+    monkeypatch.setattr(engine, "run_licence", unknown)
+    steps = []
+    with pytest.raises(GeoPretrainError, match="nobody knows"):
+        run_here(tiny_recipe(optim={"steps": 2}), tmp_path / "out", on_step=steps.append)
+    assert steps == []
+
+
+def test_start_weights_may_move_while_they_are_trained(tiny_recipe, tmp_path):
+    run_here(tiny_recipe(optim={"steps": 1}), tmp_path / "start")
+    path = tiny_recipe(model={"depth": 18, "init": str(tmp_path / "start"), "width": 8})
+
+    def move(info):
+        if info.step == 1:
+            (tmp_path / "start").rename(tmp_path / "elsewhere")
+
+    run_here(path, tmp_path / "out", ["optim.steps=2"], on_step=move)
+    assert read_checkpoint(tmp_path / "out").licence.base_model == "pri3d_view_r18.tiny (LicenseRef-data-owner)"
+
+
+def test_a_teacher_that_cannot_be_fetched_is_told_in_a_teachers_words(tmp_path, monkeypatch):
+    def offline(*arguments, **options):
+        raise URLError("no route")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(GeoPretrainError) as caught:
+        load_teacher("imagenet", 18)
+    said = str(caught.value)
+    assert said.startswith("Teacher 'imagenet': init 'imagenet' needs https://")
+    assert said.endswith("or start from random weights: --set task.teacher=NAME or a checkpoint folder.")
+    assert "model.init" not in said
