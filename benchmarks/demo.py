@@ -2,7 +2,7 @@
 
     python -m benchmarks.demo            (about a quarter of an hour on two cores)
 
-Writes benchmarks/results/demo.json. Every start gets every learning rate, so none is favoured by the one that the
+Writes benchmarks/results/demo.json. Every start gets every learning rate, so none is favored by the one that the
 demo uses.
 """
 

@@ -1,4 +1,4 @@
-"""How fast rooms are rendered: frames/s on one core, geometry, colour, shadows and the camera included.
+"""How fast rooms are rendered: frames/s on one core, geometry, color, shadows and the camera included.
 
 Run: python -m benchmarks.rooms [--repeats 5] [--frames 12]; writes benchmarks/results/rooms.json.
 Each repeat renders other scenes, from layout to finished arrays; what is cached on disk is not used.

@@ -2,7 +2,7 @@
 
     python -m benchmarks.seven_scenes PATH [--steps 150]
 
-Runs the command line of the README, from random weights, at 120x160, with and without a registration of the colour
+Runs the command line of the README, from random weights, at 120x160, with and without a registration of the color
 camera (REGISTRATION below: a fit to the kitchen recording, good to a few pixels). Writes
 benchmarks/results/seven_scenes.json. The recording is not part of this repository.
 """

@@ -111,7 +111,7 @@ class Engine:
             self.output()
 
     def train(self) -> None:
-        """Forward and backward in training mode; the optimiser's step is the same for all."""
+        """Forward and backward in training mode; the optimizer's step is the same for all."""
         self.network.train()
         self.network.zero_grad()
         with self.use():

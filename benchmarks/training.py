@@ -4,7 +4,7 @@
 
 Writes benchmarks/results/training.json. The loop takes the pairs of a batch one by one through the same task and
 accumulates gradients; what differs is batching alone (the network on 8 images at once, matching, sampling and loss
-vectorised over the batch).
+vectorized over the batch).
 """
 
 from __future__ import annotations

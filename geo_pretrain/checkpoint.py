@@ -1,6 +1,6 @@
 """The checkpoint folder: read, write, validate. The only file that knows its format.
 
-A folder holds config.json (this format's number, name, architecture, contract, digests of all other files, licence
+A folder holds config.json (this format's number, name, architecture, contract, digests of all other files, license
 chain, provenance), the weights of each role as safetensors, golden input and outputs, recipe, log and card. Nothing is
 pickled. torch is imported only where tensors are touched, so the hub can look at a folder without it.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from geo_pretrain.backbones import WEIGHT_FILES
-from geo_pretrain.catalog.entry import Arch, Licence
+from geo_pretrain.catalog.entry import Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
-from geo_pretrain.errors import CheckpointError, DigestMismatch
+from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,10 +76,12 @@ class Checkpoint:
     arch: Arch
     contract: ImageContract | VoxelContract
     files: Mapping[str, StoredFile]  # by file name
-    licence: Licence
+    license: License
     provenance: Mapping[str, Any]
     finished: bool  # False: written on the way, training goes on
     pairing: Pairing | None = None  # None: it holds one network alone
+
+    licence = renamed("licence", "license")
 
     def network_roles(self, *, decoder: bool = True) -> tuple[str, ...]:
         """The roles that hold the network: "model", or "encoder" and "decoder"; without `decoder` what it can spare."""
@@ -107,7 +109,7 @@ def write_checkpoint(
     contract: ImageContract | VoxelContract,
     weights: Mapping[str, Mapping[str, Tensor]],
     golden: Mapping[str, Tensor],
-    licence: Licence,
+    license: License,
     provenance: Mapping[str, Any],
     recipe_yaml: str | None,
     log: Path | str | None,
@@ -146,7 +148,7 @@ def write_checkpoint(
             "arch": {"name": arch.name, "args": dict(arch.args)},
             "contract": contract.to_dict(),
             "files": files,
-            "licence": asdict(licence),
+            "licence": asdict(license),
             "provenance": dict(provenance),
             "finished": finished,
         } | ({} if pairing is None else {"pair": pairing.to_dict()})
@@ -200,7 +202,7 @@ def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
             arch=Arch(_get(arch, "name", str, path, "arch."), _get(arch, "args", dict, path, "arch.")),
             contract=contract_from_dict(_get(config, "contract", dict, path)),
             files={file: _stored(file, entry, path) for file, entry in _get(config, "files", dict, path).items()},
-            licence=_licence(_get(config, "licence", dict, path), path),
+            license=_license(_get(config, "licence", dict, path), path),
             provenance=_get(config, "provenance", dict, path),
             finished=_get(config, "finished", bool, path),
             pairing=_pairing(_get(config, "pair", dict, path), path) if "pair" in config else None,
@@ -397,7 +399,7 @@ def _pairing(entry: Mapping[str, Any], path: Path) -> Pairing:
     )
 
 
-def _licence(entry: Mapping[str, Any], path: Path) -> Licence:
+def _license(entry: Mapping[str, Any], path: Path) -> License:
     texts = {key: _get(entry, key, str, path, "licence.") for key in ("code", "weights", "base_model")}
     datasets: Iterable[Any] = _get(entry, "datasets", list, path, "licence.")
-    return Licence(datasets=tuple(tuple(pair) for pair in datasets), **texts)
+    return License(datasets=tuple(tuple(pair) for pair in datasets), **texts)

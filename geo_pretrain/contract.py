@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear")
-COLOURS = {"R", "G", "B", "grey"}
-COORDINATES = {"cartesian": "one edge in metres", "cylindrical": "three edges in metres, degrees, metres"}
-MAX_EXTENT = 1000.0  # metres: no scan is larger, and rooms in millimetres are
+COLORS = {"R", "G", "B", "grey"}
+COORDINATES = {"cartesian": "one edge in meters", "cylindrical": "three edges in meters, degrees, meters"}
+MAX_EXTENT = 1000.0  # meters: no scan is larger, and rooms in millimeters are
 ACCEPTED = "a PIL image, uint8 [H, W, C] numpy, or a tensor [C, H, W] or [B, C, H, W], uint8 or float in [0, 1]"
 
 
 @dataclass(frozen=True)
 class ImageContract:
-    """Channels in order, value range before normalisation, mean and std in that range, size (H, W) of pre-training."""
+    """Channels in order, value range before normalization, mean and std in that range, size (H, W) of pre-training."""
 
     channels: tuple[str, ...] = ("R", "G", "B")
     value_range: tuple[float, float] = (0.0, 1.0)
@@ -82,7 +82,7 @@ class ImageContract:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """An image in, the network's normalised float input out. Plain data, so data-loader workers can receive it."""
+    """An image in, the network's normalized float input out. Plain data, so data-loader workers can receive it."""
 
     contract: ImageContract
     resize: bool = True
@@ -90,7 +90,7 @@ class ImageTransform:
     def __call__(self, image: Any) -> Tensor:
         """A PIL image, uint8 [H, W, C] array or tensor [C, H, W] / [B, C, H, W] -> float32 [C, h, w] / [B, C, h, w].
 
-        Refuses floats outside [0, 1]: such an image was normalised already or is on a 0-255 scale.
+        Refuses floats outside [0, 1]: such an image was normalized already or is on a 0-255 scale.
         """
         import torch
 
@@ -106,9 +106,9 @@ class ImageTransform:
 class VoxelContract:
     """What a sparse 3D network expects: voxel edge, feature channels by name, their scaling, kind of coordinates.
 
-    A channel named "one" is constant 1; every other is `raw * scale + offset`, where raw colours ("R", "G", "B",
-    "grey") lie in [0, 1]. `voxel_size` is one edge in metres or, for "cylindrical" coordinates (radius, azimuth, z),
-    three: metres, degrees, metres. `reduce` says which points make a voxel's features.
+    A channel named "one" is constant 1; every other is `raw * scale + offset`, where raw colors ("R", "G", "B",
+    "grey") lie in [0, 1]. `voxel_size` is one edge in meters or, for "cylindrical" coordinates (radius, azimuth, z),
+    three: meters, degrees, meters. `reduce` says which points make a voxel's features.
     """
 
     voxel_size: float | tuple[float, float, float]
@@ -145,7 +145,7 @@ class VoxelContract:
             return f"voxels: {size}, features constant 1 ({len(self.channels)} channels)"
         order = "".join(names) if max(map(len, names)) == 1 else "+".join(names)
         ones = len(self.channels) - len(names)
-        text = order + (" in [0, 1]" if set(names) <= COLOURS else "")
+        text = order + (" in [0, 1]" if set(names) <= COLORS else "")
         text += f" * {self.scale:g}" if self.scale != 1 else ""
         text += f" {'-' if self.offset < 0 else '+'} {abs(self.offset):g}" if self.offset else ""
         text += f", {ones} x constant 1" if ones else ""
@@ -179,8 +179,8 @@ class VoxelContract:
             return replace(self, channels=("one",) * count)
         if count > have:
             return replace(self, channels=(*self.channels, *(f"extra{i}" for i in range(count - have))))
-        grey = count == 1 and set(self.channels) <= COLOURS
-        return replace(self, channels=("grey",) if grey else tuple(f"channel{i}" for i in range(count)))
+        gray = count == 1 and set(self.channels) <= COLORS
+        return replace(self, channels=("grey",) if gray else tuple(f"channel{i}" for i in range(count)))
 
     def doubt(self, feats: Tensor) -> str | None:
         """Why features [N, C] cannot be what this contract makes, in words; None when they can.
@@ -193,9 +193,9 @@ class VoxelContract:
         if any(not (least > 0.5 and most < 1.5) for _, least, most in ones):
             return f"the features given are not constant 1 but span {_span(ones)}."
         start, end = sorted((self.offset, self.offset + self.scale))
-        colours = [value for value in values if value[0] in COLOURS]
-        if any(not (least >= start - 0.1 and most <= end + 0.1) for _, least, most in colours):
-            return f"the colours given span {_span(colours)} instead of [{start:g}, {end:g}]; .transforms scales them."
+        colors = [value for value in values if value[0] in COLORS]
+        if any(not (least >= start - 0.1 and most <= end + 0.1) for _, least, most in colors):
+            return f"the colors given span {_span(colors)} instead of [{start:g}, {end:g}]; .transforms scales them."
         given = [value for value in values if value[0] != "one"]
         if given and len(feats) > 1 and all(least == most == given[0][1] for _, least, most in given):
             return f"all features given are {given[0][1]:g}."
@@ -209,11 +209,11 @@ class VoxelTransform:
     contract: VoxelContract
 
     def __call__(self, points: Any, features: Any = None, *, batch: Any = None) -> Voxels:
-        """Points [N, 3] in metres and `features` [N, C], arrays or tensors -> unique voxels, scaled features, inverse.
+        """Points [N, 3] in meters and `features` [N, C], arrays or tensors -> unique voxels, scaled features, inverse.
 
-        Colours are uint8 or float in [0, 1], other features float; networks trained on ones take None. `batch` [N]
-        holds the number of the cloud that each point belongs to. Values that were scaled already, colours for a
-        network without, and points that look like millimetres raise ValueError.
+        Colors are uint8 or float in [0, 1], other features float; networks trained on ones take None. `batch` [N]
+        holds the number of the cloud that each point belongs to. Values that were scaled already, colors for a
+        network without, and points that look like millimeters raise ValueError.
         """
         from geo_pretrain.sparse.coordinates import voxelize
 
@@ -257,12 +257,12 @@ def _as_tensor(values: Any) -> Tensor:
 def _to_points(points: Any) -> Tensor:
     points = _as_tensor(points)
     if points.ndim != 2 or points.shape[1] != 3 or not points.is_floating_point() or not len(points):
-        raise ValueError(f"points are {points.dtype} {tuple(points.shape)}; accepted: float [N, 3] in metres, N > 0.")
+        raise ValueError(f"points are {points.dtype} {tuple(points.shape)}; accepted: float [N, 3] in meters, N > 0.")
     extent = (points.amax(dim=0) - points.amin(dim=0)).max()
     if extent > MAX_EXTENT:
         raise ValueError(
-            f"The points span {float(extent):.4g} m; accepted: metres, up to {MAX_EXTENT:g}. "
-            "Millimetres need dividing by 1000."
+            f"The points span {float(extent):.4g} m; accepted: meters, up to {MAX_EXTENT:g}. "
+            "Millimeters need dividing by 1000."
         )
     return points
 
@@ -286,33 +286,33 @@ def _to_features(features: Any, points: Tensor, contract: VoxelContract) -> Tens
     features = _as_tensor(features).to(points.device)
     if features.shape != (count, len(names)):
         raise ValueError(f"features are {tuple(features.shape)}; accepted: {wanted}, one row a point.")
-    if features.dtype == torch.uint8 and set(names) <= COLOURS:
+    if features.dtype == torch.uint8 and set(names) <= COLORS:
         features = features.to(torch.float32) / 255
     if not features.is_floating_point():
         raise ValueError(f"features are {features.dtype}; accepted: {_kinds(names)}.")
-    _check_colours(features[:, [name in COLOURS for name in names]])
+    _check_colors(features[:, [name in COLORS for name in names]])
     given = [index for index, name in enumerate(contract.channels) if name != "one"]
     feats[:, given] = features.to(torch.float32) * contract.scale + contract.offset
     return feats
 
 
 def _kinds(names: tuple[str, ...]) -> str:
-    return "uint8 or float in [0, 1]" if set(names) <= COLOURS else "float"
+    return "uint8 or float in [0, 1]" if set(names) <= COLORS else "float"
 
 
-def _check_colours(colours: Tensor) -> None:
-    if not colours.numel():
+def _check_colors(colors: Tensor) -> None:
+    if not colors.numel():
         return
-    low, high = (float(bound) for bound in colours.aminmax())
+    low, high = (float(bound) for bound in colors.aminmax())
     if not (low >= 0 and high <= 1):  # so written, NaN is refused too
         raise ValueError(
-            f"Float colours must lie in [0, 1]; these span [{low:.4g}, {high:.4g}]. Below 0 they were probably shifted "
+            f"Float colors must lie in [0, 1]; these span [{low:.4g}, {high:.4g}]. Below 0 they were probably shifted "
             "already, which is done here; up to 255 they need dividing by 255 (or pass uint8)."
         )
 
 
 def _cylinder(points: Tensor) -> Tensor:
-    """(x, y, z) in metres -> (radius in metres, azimuth in degrees within [-180, 180], z in metres)."""
+    """(x, y, z) in meters -> (radius in meters, azimuth in degrees within [-180, 180], z in meters)."""
     import torch
 
     x, y, z = points.unbind(dim=1)
@@ -347,7 +347,7 @@ def _to_tensor(image: Any, chans: int) -> Tensor:
     if not (low >= 0 and high <= 1):  # so written, NaN is refused too
         raise ValueError(
             f"Float images must lie in [0, 1]; this one spans [{low:.4g}, {high:.4g}]. "
-            "Below 0 it was probably normalised already; up to 255 it needs dividing by 255 (or pass uint8)."
+            "Below 0 it was probably normalized already; up to 255 it needs dividing by 255 (or pass uint8)."
         )
     return image
 
@@ -364,7 +364,7 @@ def _from_pil(image: Any, chans: int) -> Any:
 
 
 def _resize(pixels: Tensor, contract: ImageContract) -> Tensor:
-    """To the contract's size. "nearest" takes the pixel under the centre, as Pillow (and so Pri3D's loader) does."""
+    """To the contract's size. "nearest" takes the pixel under the center, as Pillow (and so Pri3D's loader) does."""
     import torch
     from torch.nn import functional as F
 
@@ -372,7 +372,7 @@ def _resize(pixels: Tensor, contract: ImageContract) -> Tensor:
     if (height, width) == contract.size:
         return pixels
     if contract.interpolation == "nearest":
-        rows, columns = _under_centres(height, contract.size[0]), _under_centres(width, contract.size[1])
+        rows, columns = _under_centers(height, contract.size[0]), _under_centers(width, contract.size[1])
         chosen = pixels.index_select(-2, torch.tensor(rows, device=pixels.device))
         return chosen.index_select(-1, torch.tensor(columns, device=pixels.device))
     scaled = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
@@ -381,8 +381,8 @@ def _resize(pixels: Tensor, contract: ImageContract) -> Tensor:
     return resized if pixels.ndim == 4 else resized[0]
 
 
-def _under_centres(source: int, target: int) -> list[int]:
-    """For each of `target` pixels the source pixel under its centre.
+def _under_centers(source: int, target: int) -> list[int]:
+    """For each of `target` pixels the source pixel under its center.
 
     The positions are summed up step by step in double precision as Pillow does, so that ties fall the same way.
     """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import warnings
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 
 class GeoPretrainError(Exception):
@@ -82,3 +84,13 @@ def require(package: str, extra: str) -> ModuleType:
     except ImportError as error:
         line = f"pip install 'geo_pretrain[{extra}]'"
         raise MissingDependency(f"This needs the library {package!r}, which is not installed: {line}") from error
+
+
+def renamed(old: str, new: str) -> Any:
+    """A property that reads attribute `new` under its former name and warns; former names live for one version."""
+
+    def read(self: Any) -> Any:
+        warnings.warn(f"'{old}' is now '{new}'.", FutureWarning, stacklevel=2)
+        return getattr(self, new)
+
+    return property(read, doc=f"Former name of `{new}`.")

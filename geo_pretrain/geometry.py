@@ -1,7 +1,7 @@
 """Pinhole cameras, back-projection and pixel correspondences: pure functions of tensors, batched over leading axes.
 
-Metres and pixels; z-depth with 0 = invalid; camera frame x right, y down, z forward; poses are camera-to-world 4x4.
-The centre of pixel (row i, column j) lies at the integer coordinate (u = j, v = i).
+Meters and pixels; z-depth with 0 = invalid; camera frame x right, y down, z forward; poses are camera-to-world 4x4.
+The center of pixel (row i, column j) lies at the integer coordinate (u = j, v = i).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MatchDistance = Literal["depth", "euclidean"]
 
 
 def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
-    """Pixel centres (u, v) in row-major order: [height * width, 2], with the dtype and device of `like`."""
+    """Pixel centers (u, v) in row-major order: [height * width, 2], with the dtype and device of `like`."""
     v, u = torch.meshgrid(
         torch.arange(height, dtype=like.dtype, device=like.device),
         torch.arange(width, dtype=like.dtype, device=like.device),
@@ -29,7 +29,7 @@ def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
 def backproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     """Depth images [..., H, W] m and pinhole matrices [..., 3, 3] to camera-frame points [..., H*W, 3] m.
 
-    Invalid pixels (depth 0) come out at the camera centre; mask them with the depth.
+    Invalid pixels (depth 0) come out at the camera center; mask them with the depth.
     """
     height, width = depth.shape[-2:]
     uv = pixel_grid(height, width, depth)
@@ -62,7 +62,7 @@ def resize_intrinsics(intrinsics: Tensor, old: tuple[int, int], new: tuple[int, 
     """Pinhole matrices [..., 3, 3] of an image of size `old` (H, W) after `nearest_indices` brought it to `new`.
 
     Exact when the sizes divide (output pixel u is then the camera ray of source pixel s*u + s//2); otherwise the
-    centre-aligned rule, which is right to within half a source pixel.
+    center-aligned rule, which is right to within half a source pixel.
     """
     scaled = intrinsics.clone()
     for axis, row in ((1, 0), (0, 1)):
@@ -96,7 +96,7 @@ def match_pixels(
     Args:
         depth1, depth2: [B, H, W] m, 0 = invalid (the two may differ in size).
         intrinsics1, intrinsics2: [B, 3, 3]; cam1_to_world, cam2_to_world: [B, 4, 4].
-        tolerance: metres. With `distance="depth"` it bounds the difference along the optical axis of frame 2, as
+        tolerance: meters. With `distance="depth"` it bounds the difference along the optical axis of frame 2, as
             Pri3D's code does (5 cm); with "euclidean" the distance of the two surface points, as its paper says (2 cm).
         rounding: how a projected coordinate becomes a pixel. The authors truncate; "nearest" has no half-pixel bias.
         authors_exact: Pri3D's released matcher to the letter: truncation towards zero, which lets (-1, 0) in as row or
@@ -134,9 +134,9 @@ def seen_at(
     """For every world point [..., N, 3] m the pixel of a frame that sees it, by projection.
 
     Args:
-        points: such as the centres of voxels; the authors project their lower corners.
+        points: such as the centers of voxels; the authors project their lower corners.
         depth: [..., H, W] m, 0 = invalid; intrinsics: [..., 3, 3]; cam_to_world: [..., 4, 4].
-        tolerance: metres along the optical axis between the point and the depth there; Pri3D's code allows 0.2.
+        tolerance: meters along the optical axis between the point and the depth there; Pri3D's code allows 0.2.
         rounding: how a projected coordinate becomes a pixel, see `match_pixels`.
         authors_exact: Pri3D's released voxel matcher to the letter: truncation towards zero and no test of validity,
             so that points within the tolerance of the camera plane, before or behind, match pixels without depth.
@@ -157,7 +157,7 @@ def overlap_ratio(forward: Tensor, backward: Tensor, depth1: Tensor, depth2: Ten
     """Share of the valid pixels of two frames that have a match: (|1->2| + |2->1|) / (valid 1 + valid 2), [B].
 
     `forward` and `backward` come from `match_pixels` in both directions. Symmetric, in [0, 1]; 0 when no pixel is
-    valid. The measure of Pri3D's paper (section 3), with projective instead of nearest-neighbour matches.
+    valid. The measure of Pri3D's paper (section 3), with projective instead of nearest-neighbor matches.
     """
     matched = (forward >= 0).sum(-1) + (backward >= 0).sum(-1)
     valid = (depth1 > 0).flatten(-2).sum(-1) + (depth2 > 0).flatten(-2).sum(-1)
@@ -167,10 +167,10 @@ def overlap_ratio(forward: Tensor, backward: Tensor, depth1: Tensor, depth2: Ten
 def register_depth(
     depth: Tensor, intrinsics: Tensor, color_intrinsics: Tensor, depth_to_color: Tensor, size: tuple[int, int]
 ) -> Tensor:
-    """Move a depth image [H, W] into the colour camera: [size] m, 0 where no depth point lands.
+    """Move a depth image [H, W] into the color camera: [size] m, 0 where no depth point lands.
 
-    Every depth pixel is splatted to the colour pixel it falls on; the nearest surface wins. `depth_to_color` [4, 4]
-    takes points of the depth camera to the colour camera.
+    Every depth pixel is splatted to the color pixel it falls on; the nearest surface wins. `depth_to_color` [4, 4]
+    takes points of the depth camera to the color camera.
     """
     height, width = size
     points = transform(backproject(depth, intrinsics), depth_to_color.to(depth.dtype))
@@ -191,7 +191,7 @@ def radius_matches(points1: Tensor, points2: Tensor, radius: float) -> Tensor:
     with the number of pairs found; memory too.
     """
     if not radius > 0:
-        raise ValueError(f"radius is {radius!r}; accepted: metres above 0.")
+        raise ValueError(f"radius is {radius!r}; accepted: meters above 0.")
     if not (torch.isfinite(points1).all() and torch.isfinite(points2).all()):
         raise ValueError("Some points are not finite; drop them first.")
     points1, points2 = points1.double(), points2.double()
@@ -231,7 +231,7 @@ def rotation(axis: Tensor, angle: float) -> Tensor:
     return turned
 
 
-def centred(points: Tensor) -> Tensor:
+def centered(points: Tensor) -> Tensor:
     """The shift that takes the centroid of points [N, 3] to the origin: float64 [4, 4]."""
     shift = torch.eye(4, dtype=torch.float64, device=points.device)
     shift[:3, 3] = -points.double().mean(dim=0)

@@ -37,7 +37,7 @@ class LoadReport:
     """What happened to every tensor of the network and of the files."""
 
     loaded: int  # tensors of the network that came from the files
-    fresh: tuple[str, ...]  # of the network, newly initialised
+    fresh: tuple[str, ...]  # of the network, newly initialized
     dropped: tuple[str, ...]  # of the files, not used
     reshaped: tuple[str, ...]  # loaded after a change of shape that was asked for
     coverage: float  # loaded / all tensors of the network
@@ -139,7 +139,7 @@ def load_backbone(
     points the sparse U-Net.
 
     The encoder maps [B, 3, H, W] to five maps at strides 2, 4, 8, 16, 32 (those in `out_indices`); its U-Net gives
-    dense features [B, C, H/2, W/2]. The sparse U-Net takes points through `.encode_points(points, colours)`, or a
+    dense features [B, C, H/2, W/2]. The sparse U-Net takes points through `.encode_points(points, colors)`, or a
     `SparseTensor`; `.pyramid(x)` gives its maps. `.transforms` turns an image or points into input, `.contract` says
     what that is, `.feature_info` describes the maps, `.load_report` what was loaded. Call `.train()` to fine-tune.
 

@@ -114,7 +114,7 @@ def publish(
 ) -> Publication:
     """Publish a checkpoint folder to `to`: "hf-hub:owner/repo", or a folder that GEO_PRETRAIN_HUB may name.
 
-    Refused with `CheckpointError`, before anything is sent: an unfinished run, a licence chain with unstated terms, a
+    Refused with `CheckpointError`, before anything is sent: an unfinished run, a license chain with unstated terms, a
     missing card, altered or unlisted files, golden outputs that are not reproduced, and a name for which the catalog
     has other files, another network or other input. `dry_run` checks all of it and tells what would go.
 
@@ -162,21 +162,21 @@ def _check(found: Checkpoint) -> bytes:
     checkpoint.verify_files(found)
     if not (folder / found.file_of("card")).read_bytes().strip():
         raise CheckpointError(f"{folder / found.file_of('card')}: is empty; a card that says what this is is accepted.")
-    _check_licence(found)
+    _check_license(found)
     verify(folder, local_files_only=True)
     _check_name(found)
     return (folder / CONFIG).read_bytes()
 
 
-def _check_licence(found: Checkpoint) -> None:
-    """`Licence` cannot be built with gaps. Terms that nobody stated are one too: who would allow handing them on?"""
-    terms = {"the weights": found.licence.weights, "the code": found.licence.code}
-    terms |= {f"the data set {name}": licence for name, licence in found.licence.datasets}
-    unstated = [what for what, licence in terms.items() if licence == UNSTATED]
-    unstated += ["the start weights"] if UNSTATED in found.licence.base_model else []
+def _check_license(found: Checkpoint) -> None:
+    """`License` cannot be built with gaps. Terms that nobody stated are one too: who would allow handing them on?"""
+    terms = {"the weights": found.license.weights, "the code": found.license.code}
+    terms |= {f"the data set {name}": license for name, license in found.license.datasets}
+    unstated = [what for what, license in terms.items() if license == UNSTATED]
+    unstated += ["the start weights"] if UNSTATED in found.license.base_model else []
     if unstated:
         raise CheckpointError(
-            f"{found.folder}: the licence chain is incomplete, nobody stated terms for {', '.join(unstated)} "
+            f"{found.folder}: the license chain is incomplete, nobody stated terms for {', '.join(unstated)} "
             f"({UNSTATED}); accepted: an SPDX identifier or the name of known terms. Ask the owners, and keep it to "
             "yourself until then."
         )

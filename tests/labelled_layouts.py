@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def random_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Smooth colours, so that JPEG keeps them within a few grey values."""
+    """Smooth colors, so that JPEG keeps them within a few gray values."""
     corners = rng.integers(0, 255, (2, 2, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -38,7 +38,7 @@ def save(path: Path, array: np.ndarray, **options) -> None:
 
 
 def png_bytes(rows: list[bytes], width: int, bits: int, color: int, chunks: bytes = b"") -> bytes:
-    """A PNG written by hand: any depth and colour type; `rows` are packed pixels."""
+    """A PNG written by hand: any depth and color type; `rows` are packed pixels."""
     header = struct.pack(">IIBBBBB", width, len(rows), bits, color, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunks + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
@@ -49,7 +49,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def write_scannet_frame(root: Path, scene: str, frame: int, image, label, number, *, label_bits: int = 8) -> None:
-    """One frame of scannet_frames_25k: JPEG colour, nyu40 label and 16-bit label * 1000 + number."""
+    """One frame of scannet_frames_25k: JPEG color, nyu40 label and 16-bit label * 1000 + number."""
     save(root / scene / "color" / f"{frame:06d}.jpg", image, quality=95)
     save(root / scene / "label" / f"{frame:06d}.png", label.astype(np.uint8 if label_bits == 8 else np.uint16))
     save(root / scene / "instance" / f"{frame:06d}.png", (label * 1000 + number).astype(np.uint16))

@@ -11,7 +11,7 @@ from geo_pretrain.errors import BadFrame
 from geo_pretrain.training.data.frame import Frame, Source
 
 MARGIN = 8  # pixels cut away, from another side in every scan: so each has its own principal point
-COLOR_SCALE = 4  # the colour camera's resolution over the depth camera's (ScanNet: 1296x968 over 640x480)
+COLOR_SCALE = 4  # the color camera's resolution over the depth camera's (ScanNet: 1296x968 over 640x480)
 STEP = 25  # frames are exported with these numbers between them
 
 MESH_HEADER = """ply
@@ -76,7 +76,7 @@ def cut(frame: Frame, number: int) -> Frame:
 
 
 def write_frame(scan: Path, number: int, frame: Frame, pose: np.ndarray) -> None:
-    """JPEG colour, 16-bit depth in millimetres, the pose, and both 4x4 intrinsics."""
+    """JPEG color, 16-bit depth in millimeters, the pose, and both 4x4 intrinsics."""
     big = frame.color.repeat(COLOR_SCALE, axis=0).repeat(COLOR_SCALE, axis=1)
     Image.fromarray(big).save(scan / "color" / f"{number}.jpg", quality=95)
     Image.fromarray(np.round(frame.depth * 1000).astype(np.uint16)).save(scan / "depth" / f"{number}.png")

@@ -27,13 +27,13 @@ from PIL import Image
 
 from geo_pretrain import cards, catalog
 from geo_pretrain.backbones.build import build
-from geo_pretrain.cards.front_matter import licence_fields
-from geo_pretrain.catalog import CATALOG, Arch, File, Licence, Paper, Result, list_backbones
+from geo_pretrain.cards.front_matter import license_fields
+from geo_pretrain.catalog import CATALOG, Arch, File, License, Paper, Result, list_backbones
 from geo_pretrain.checkpoint import CONFIG, write_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, UnknownName
 from tests.adapters import test_minkowski
-from tests.zoo import ARCH, ARCH_3D, CONTRACT, CONTRACT_3D, LICENCE, write_tiny, write_tiny_3d
+from tests.zoo import ARCH, ARCH_3D, CONTRACT, CONTRACT_3D, LICENSE, write_tiny, write_tiny_3d
 
 REPO = Path(__file__).resolve().parents[1]
 PUBLISHED = [name for name, entry in CATALOG.items() if entry.status == "published-by-authors"]
@@ -81,7 +81,7 @@ def converted(name: str, **source: str) -> dict[str, Any]:
 
 def folder_card(name: str, provenance: dict[str, Any], **options: Any) -> str:
     entry = CATALOG[name]
-    return cards.render_card(name, entry.arch, entry.contract, entry.licence, provenance, **options)
+    return cards.render_card(name, entry.arch, entry.contract, entry.license, provenance, **options)
 
 
 # ---- cards of the catalog ----
@@ -90,7 +90,7 @@ def folder_card(name: str, provenance: dict[str, Any], **options: Any) -> str:
 @pytest.mark.parametrize("name", list(CATALOG))
 def test_a_card_holds_the_entry(name: str):
     entry, card = CATALOG[name], cards.render_entry(CATALOG[name])
-    facts = [f"\n# {name}\n", str(entry.arch), entry.description, entry.licence.base_model, entry.paper.title]
+    facts = [f"\n# {name}\n", str(entry.arch), entry.description, entry.license.base_model, entry.paper.title]
     facts += [entry.paper.authors, entry.paper.url, entry.data, cards.network_title(entry.arch)]
     facts += [
         f"[{file.content}]({file.url}) | {file.format} | {', '.join(file.roles)} |" for file in entry.authors_files
@@ -98,13 +98,13 @@ def test_a_card_holds_the_entry(name: str):
     facts += [f"| {r.task} | {r.dataset} | {r.metric} | {r.value:g} | {r.table} |" for r in entry.results]
     for fact in facts:
         assert fact in card
-    licence = section(card, "Licence")
+    license = section(card, "License")
     for of, terms in (
-        ("the weights", entry.licence.weights),
-        ("the code that made them", entry.licence.code),
-        *((f"data: {dataset}", terms) for dataset, terms in entry.licence.datasets),
+        ("the weights", entry.license.weights),
+        ("the code that made them", entry.license.code),
+        *((f"data: {dataset}", terms) for dataset, terms in entry.license.datasets),
     ):
-        assert re.search(rf"^\| {re.escape(of)} \| \[?{re.escape(terms)}[\] ]", licence, re.MULTILINE)
+        assert re.search(rf"^\| {re.escape(of)} \| \[?{re.escape(terms)}[\] ]", license, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", list(CATALOG))
@@ -137,8 +137,8 @@ def test_a_card_shows_what_works_for_its_status(name: str):
 def every_kind_of_card() -> dict[str, str]:
     known = {name: cards.render_entry(entry) for name, entry in CATALOG.items()}
     measured = (Result("dense matching", "rooms val", "recall at 4 px", 0.61, "eval matching"),)
-    known["run"] = cards.render_card("my_net_r18", ARCH, CONTRACT, LICENCE, PROVENANCE, recipe="x", results=measured)
-    known["unfinished"] = cards.render_card("my_net", ARCH_3D, CONTRACT_3D, LICENCE, {"seed": None}, finished=False)
+    known["run"] = cards.render_card("my_net_r18", ARCH, CONTRACT, LICENSE, PROVENANCE, recipe="x", results=measured)
+    known["unfinished"] = cards.render_card("my_net", ARCH_3D, CONTRACT_3D, LICENSE, {"seed": None}, finished=False)
     for name in PUBLISHED:
         known[f"converted {name}"] = folder_card(name, converted(name))
     known["here"] = cards.render_entry(published_here())
@@ -167,7 +167,7 @@ def test_a_card_has_no_holes(kind: str):
             assert all(row), row
     headings = re.findall(r"^#+ .*$", card, re.MULTILINE)
     assert len(set(headings)) == len(headings)
-    for heading in ("Use", "What goes in", "Limitations", "Licence"):
+    for heading in ("Use", "What goes in", "Limitations", "License"):
         assert section(card, heading).strip()
     assert all(line.startswith("- ") for line in section(card, "Limitations").strip().splitlines())
     for text, target in re.findall(r"\[([^\]\n]*)\]\(([^)\s]*)\)", card):
@@ -178,8 +178,8 @@ def test_a_card_has_no_holes(kind: str):
 # ---- what the Hub reads ----
 
 # The Hub's identifiers (huggingface.co/docs/hub/repositories-licenses), as far as anything here may need them.
-HUB_LICENCES = {"mit", "apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"}
-HUB_LICENCES |= {"unknown", "other"}
+HUB_LICENSES = {"mit", "apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"}
+HUB_LICENSES |= {"unknown", "other"}
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,9 @@ HUB_LICENCES |= {"unknown", "other"}
         ("EUPL-1.2", ("other", "eupl-1.2", "https://spdx.org/licenses/EUPL-1.2.html")),
     ],
 )
-def test_licences_are_written_in_the_hubs_words(identifier: str, fields: tuple[str, ...]):
+def test_licenses_are_written_in_the_hubs_words(identifier: str, fields: tuple[str, ...]):
     keys = ("license", "license_name", "license_link")
-    assert licence_fields(identifier) == dict(zip(keys, fields, strict=False))
+    assert license_fields(identifier) == dict(zip(keys, fields, strict=False))
 
 
 @pytest.mark.parametrize("kind", list(every_kind_of_card()))
@@ -222,7 +222,7 @@ def test_the_hubs_own_client_reads_and_keeps_the_front_matter(kind: str):
         - {*["datasets", "base_model", "model-index"]}
     )
     assert data["library_name"] == "geo_pretrain"
-    assert data["license"] in HUB_LICENCES
+    assert data["license"] in HUB_LICENSES
     assert (data["license"] == "other") == ("license_name" in data)
     assert re.fullmatch(r"[a-z0-9.-]+", data.get("license_name", "x"))
     assert data.get("pipeline_tag", "image-feature-extraction") == "image-feature-extraction"
@@ -236,7 +236,7 @@ def test_the_hubs_own_client_reads_and_keeps_the_front_matter(kind: str):
 
 
 @pytest.mark.parametrize(
-    "name, licence, tags, datasets, base_model",
+    "name, license, tags, datasets, base_model",
     [
         (
             "pri3d_view_geo_r50",
@@ -298,9 +298,9 @@ def test_the_hubs_own_client_reads_and_keeps_the_front_matter(kind: str):
         ),
     ],
 )
-def test_the_front_matter_of_known_entries(name, licence, tags, datasets, base_model):
+def test_the_front_matter_of_known_entries(name, license, tags, datasets, base_model):
     data = metadata(cards.render_entry(CATALOG[name]))
-    assert data["license"] == licence
+    assert data["license"] == license
     if name == "img2pc_stage1_r18":  # whatever else its chain holds
         assert set(tags.split()) <= set(data["tags"])
         return
@@ -310,7 +310,7 @@ def test_the_front_matter_of_known_entries(name, licence, tags, datasets, base_m
 
 
 def test_tags_of_two_data_sets_of_one_kind_stand_once():
-    licence = Licence(
+    license = License(
         code="MIT",
         weights="LicenseRef-ScanNet-ToU",
         datasets=(
@@ -320,7 +320,7 @@ def test_tags_of_two_data_sets_of_one_kind_stand_once():
         ),
         base_model="none",
     )
-    found = metadata(cards.render_card("my_net_r18", ARCH, CONTRACT, licence, {}))["tags"]
+    found = metadata(cards.render_card("my_net_r18", ARCH, CONTRACT, license, {}))["tags"]
     expected = "image resnet unet scannet rooms rgb-d-folder-in-7-scenes-layout rgb-d self-supervised safetensors"
     assert found == expected.split()
 
@@ -393,7 +393,7 @@ def test_the_card_of_a_run_holds_its_provenance_and_what_was_measured():
         Result("semantic segmentation, 48 images", "rooms val", "mIoU", 6.8, "demo"),
     )
     card = cards.render_card(
-        "my_net_r18", ARCH, CONTRACT, LICENCE, PROVENANCE, recipe="my_net_r18", finished=False, results=results
+        "my_net_r18", ARCH, CONTRACT, LICENSE, PROVENANCE, recipe="my_net_r18", finished=False, results=results
     )
     for fact in (
         "# my_net_r18",
@@ -417,7 +417,7 @@ def test_the_card_of_a_run_holds_its_provenance_and_what_was_measured():
         {"type": "mean_iou", "value": 6.8, "name": "mIoU, 48 images"},
     ]
     assert all("source" not in result for result in index["results"])
-    plain = cards.render_card("my_net_r18", ARCH, CONTRACT, LICENCE, PROVENANCE)
+    plain = cards.render_card("my_net_r18", ARCH, CONTRACT, LICENSE, PROVENANCE)
     assert "Unfinished" not in plain
     assert "Measured" not in plain
     assert "model-index" not in plain
@@ -431,7 +431,7 @@ def test_a_run_under_a_published_name_never_carries_the_authors_numbers():
     assert "Reported" not in card
     assert "61.7" not in card
     assert "hou2021pri3d" in card  # its method is theirs
-    tagged = cards.render_card("pri3d_view_r18.kitchen", ARCH, CONTRACT, LICENCE, PROVENANCE)
+    tagged = cards.render_card("pri3d_view_r18.kitchen", ARCH, CONTRACT, LICENSE, PROVENANCE)
     assert "hou2021pri3d" in tagged
     assert metadata(tagged)["tags"][0] == "pri3d"
     assert "timm" not in section(tagged, "Use")  # no library finds it by its name
@@ -453,7 +453,7 @@ def test_another_file_converted_under_a_published_name_carries_no_numbers():
     elsewhere = folder_card(name, converted(name, url="https://example.org/mine.pth"))
     assert "Reported" not in elsewhere
     assert "model-index" not in metadata(elsewhere)
-    renamed = cards.render_card("my_r50", CATALOG[name].arch, CATALOG[name].contract, LICENCE, converted(name))
+    renamed = cards.render_card("my_r50", CATALOG[name].arch, CATALOG[name].contract, LICENSE, converted(name))
     assert "Reported" not in renamed
     claimed = folder_card(name, {"source": converted(name)["source"]})  # a run that mentions an address
     assert "Reported" not in claimed
@@ -505,8 +505,8 @@ def test_where_the_folder_lies_is_said_in_every_snippet():
 
 def test_texts_from_other_peoples_files_stay_text():
     """Provenance holds what an authors' file says of itself."""
-    hostile = {"in_the_file": {"__author__": "x\n\n# Licence: MIT\n---\n<script>`*[a](http://b)", "<b>": 1}}
-    card = cards.render_card("my_net", ARCH, CONTRACT, LICENCE, hostile | {"foreign": ["os.system\n## Use", "`rm`"]})
+    hostile = {"in_the_file": {"__author__": "x\n\n# License: MIT\n---\n<script>`*[a](http://b)", "<b>": 1}}
+    card = cards.render_card("my_net", ARCH, CONTRACT, LICENSE, hostile | {"foreign": ["os.system\n## Use", "`rm`"]})
     assert card.count("\n# ") == 1
     assert card.count("\n## Use\n") == 1
     provenance = section(card, "Provenance")
@@ -596,11 +596,11 @@ def test_an_old_name_warns_and_gives_the_card_of_the_new_one(monkeypatch: pytest
             ),
             {
                 "channels": "R, G, B, in this order",
-                "values": "[0, 1] before normalisation; 8-bit images are divided by 255",
+                "values": "[0, 1] before normalization; 8-bit images are divided by 255",
                 "mean": "0.45, 0.45, 0.45",
                 "standard deviation": "0.225, 0.225, 0.225",
                 "size": "480x640 (height x width) in pre-training; `.transforms` resizes (bilinear)",
-                "tensor": "float [B, 3, H, W], normalised",
+                "tensor": "float [B, 3, H, W], normalized",
             },
         ),
         (
@@ -608,9 +608,9 @@ def test_an_old_name_warns_and_gives_the_card_of_the_new_one(monkeypatch: pytest
             VoxelContract(0.025),
             {
                 "voxel edge": "2.5 cm",
-                "coordinates": "cartesian: x, y, z in metres",
+                "coordinates": "cartesian: x, y, z in meters",
                 "channels": "3 x constant 1",
-                "values": "1 everywhere; colours are not taken",
+                "values": "1 everywhere; colors are not taken",
                 "points of one voxel": "the first gives the features",
                 "output": "64 channels a voxel, of length 1",
             },
@@ -620,9 +620,9 @@ def test_an_old_name_warns_and_gives_the_card_of_the_new_one(monkeypatch: pytest
             VoxelContract(0.05, ("R", "G", "B"), scale=2.0, offset=-1.0, reduce="mean"),
             {
                 "voxel edge": "5 cm",
-                "coordinates": "cartesian: x, y, z in metres",
+                "coordinates": "cartesian: x, y, z in meters",
                 "channels": "R, G, B, in this order",
-                "values": "colours in [0, 1] (8-bit ones are divided by 255) * 2 - 1",
+                "values": "colors in [0, 1] (8-bit ones are divided by 255) * 2 - 1",
                 "points of one voxel": "the features are their mean",
                 "output": "32 channels a voxel",
             },
@@ -632,7 +632,7 @@ def test_an_old_name_warns_and_gives_the_card_of_the_new_one(monkeypatch: pytest
             VoxelContract((0.1, 1.0, 0.2), ("intensity", "one"), coordinates="cylindrical"),
             {
                 "voxel edge": "0.1 m x 1 degree x 0.2 m",
-                "coordinates": "cylindrical: radius, azimuth and height of x, y, z in metres, "
+                "coordinates": "cylindrical: radius, azimuth and height of x, y, z in meters, "
                 "with the sensor at the origin",
                 "channels": "intensity; 1 x constant 1",
                 "values": "intensity",
@@ -641,10 +641,10 @@ def test_an_old_name_warns_and_gives_the_card_of_the_new_one(monkeypatch: pytest
             },
         ),
     ],
-    ids=["image", "ones", "colours", "cylinder"],
+    ids=["image", "ones", "colors", "cylinder"],
 )
 def test_the_contract_is_a_table(arch: Arch, contract: ImageContract | VoxelContract, rows: dict[str, str]):
-    card = cards.render_card("my_net", arch, contract, LICENCE, {})
+    card = cards.render_card("my_net", arch, contract, LICENSE, {})
     assert {row[0]: row[1] for row in tables(section(card, "What goes in"))[0][1:]} == rows
 
 
@@ -652,12 +652,12 @@ def test_limits_say_what_the_network_was_not_shown():
     def limits(name: str) -> str:
         return section(cards.render_entry(CATALOG[name]), "Limitations")
 
-    assert "Colours are not used" in limits("pointcontrast_nce_srunet34")
-    assert "Colours are not used" not in limits("csc_100k_srunet34")
+    assert "Colors are not used" in limits("pointcontrast_nce_srunet34")
+    assert "Colors are not used" not in limits("csc_100k_srunet34")
     assert "saw MegaDepth at 180x360 pixels" in limits("pri3d_view_r50.megadepth")
     assert "Rooms are procedural" in limits(ROOMS)
-    assert "licence limits" not in limits(ROOMS)
-    assert "licence limits" in limits("pri3d_view_geo_r50")
+    assert "license limits" not in limits(ROOMS)
+    assert "license limits" in limits("pri3d_view_geo_r50")
     assert "the authors report no number" in limits("pri3d_view_geo_r50.lr001")
     assert "was not measured" in limits("pri3d_view_geo_r50")
     assert "reach the numbers above was not measured" in limits("pri3d_view_r18")
@@ -715,8 +715,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save("image.jpg")
     points = rng.uniform(0, 1, (200, 3)).astype(np.float32)
-    colours = rng.integers(0, 256, (200, 3), dtype=np.uint8)
-    np.savez("cloud.npz", points=points, colours=colours, intensity=rng.random((200, 1), dtype=np.float32))
+    colors = rng.integers(0, 256, (200, 3), dtype=np.uint8)
+    np.savez("cloud.npz", points=points, colors=colors, intensity=rng.random((200, 1), dtype=np.float32))
     (tmp_path / "path" / "to" / "this").mkdir(parents=True)
     (tmp_path / "path" / "to" / "geo_pretrain").symlink_to(REPO)
     return tmp_path
@@ -746,7 +746,7 @@ def test_the_code_of_a_tiny_2d_card_runs(place: Path):
 )
 def test_shapes_in_2d_cards_are_those_of_the_networks(arch: Arch, size: tuple[int, int]):
     contract = ImageContract(size=size)
-    card = cards.render_card("my_net", arch, contract, LICENCE, {})
+    card = cards.render_card("my_net", arch, contract, LICENSE, {})
     network = build(arch, decoder="unet" in arch.name).eval()
     image = torch.zeros(1, 3, *size)
     encoder = getattr(network, "encoder", network)
@@ -765,7 +765,7 @@ def test_shapes_in_2d_cards_are_those_of_the_networks(arch: Arch, size: tuple[in
         VoxelContract(0.05),
         VoxelContract((0.1, 5.0, 0.1), ("intensity", "one", "one"), coordinates="cylindrical"),
     ],
-    ids=["colours", "ones", "intensity"],
+    ids=["colors", "ones", "intensity"],
 )
 def test_the_code_of_a_3d_card_runs(place: Path, contract: VoxelContract, engine):
     checkpoint = write_tiny_3d(place / "path" / "to" / "this" / "folder", contract=contract)
@@ -777,7 +777,7 @@ def test_the_code_of_a_3d_card_runs(place: Path, contract: VoxelContract, engine
     assert names["output"].F.shape == (len(names["voxels"].coords), 32)
     assert list(names["weights"]) == list(names["network"].state_dict())
     assert ("intensity" in names) == ("intensity" in contract.channels)
-    assert ("colours" in names) == ("R" in contract.channels)
+    assert ("colors" in names) == ("R" in contract.channels)
 
 
 @pytest.fixture(scope="module")
@@ -793,7 +793,7 @@ def real_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         contract=entry.contract,
         weights={"encoder": network.encoder.state_dict(), "decoder": network.decoder.state_dict()},
         golden={"input": torch.zeros(1)},
-        licence=entry.licence,
+        license=entry.license,
         provenance={},
         recipe_yaml="name: x\n",
         log="",
@@ -847,7 +847,7 @@ def test_the_table_has_a_row_for_every_name():
     rows = {}
     for block, modality in ((images, "2d"), (points, "3d")):
         head, *body = tables(block)[0]
-        assert head == ["name", "network", "data", "weights' licence", "weights from", "reported"]
+        assert head == ["name", "network", "data", "weights' license", "weights from", "reported"]
         assert [row[0].split("`")[1] for row in body] == list_backbones(modality=modality)
         rows |= {row[0].split("`")[1]: row for row in body}
     assert rows["pri3d_view_geo_r50"] == [

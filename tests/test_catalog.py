@@ -1,4 +1,4 @@
-"""The catalog: names, numbers and licences as published, and entries that cannot be built wrongly."""
+"""The catalog: names, numbers and licenses as published, and entries that cannot be built wrongly."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from geo_pretrain.catalog import (
     Arch,
     AuthorsFile,
     File,
-    Licence,
+    License,
     Result,
     check_renamed,
     find,
 )
 from geo_pretrain.catalog.entry import FILE_ROLES, PERCENTAGES, WEIGHT_ROLES
-from geo_pretrain.catalog.licence import LICENCES, NON_COMMERCIAL, PERMISSIVE, is_licence
+from geo_pretrain.catalog.license import LICENSES, NON_COMMERCIAL, PERMISSIVE, is_license
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import UnknownName
 
@@ -130,19 +130,19 @@ def test_filters_combine():
     assert list_backbones("nothing*") == []
 
 
-def test_licence_groups_tell_scannet_from_rooms():
+def test_license_groups_tell_scannet_from_rooms():
     non_commercial = list_backbones(license="non-commercial")
     assert not set(non_commercial) & set(list_backbones(license="permissive"))
     assert len(non_commercial) == 43
     for name, entry in CATALOG.items():
-        licence = entry.licence
-        trained_on = {dataset for dataset, _ in licence.datasets}
+        license = entry.license
+        trained_on = {dataset for dataset, _ in license.datasets}
         assert trained_on >= set(entry.data.split("+")), name
         if "ScanNet" in trained_on:
-            assert licence.weights == "LicenseRef-ScanNet-ToU"
-        if licence.matches("permissive"):
-            assert all(terms in PERMISSIVE for _, terms in licence.datasets)
-            assert licence.base_model.startswith("none") or licence.base_model.endswith(".rooms (MIT)")
+            assert license.weights == "LicenseRef-ScanNet-ToU"
+        if license.matches("permissive"):
+            assert all(terms in PERMISSIVE for _, terms in license.datasets)
+            assert license.base_model.startswith("none") or license.base_model.endswith(".rooms (MIT)")
 
 
 @pytest.mark.parametrize(
@@ -280,16 +280,16 @@ def test_contracts_of_2d_networks():
 
 
 def test_contracts_of_3d_networks_are_those_of_the_released_code():
-    """Voxel, features and their scaling: ones for PointContrast, shifted colours for CSC, intensity for SLidR."""
+    """Voxel, features and their scaling: ones for PointContrast, shifted colors for CSC, intensity for SLidR."""
     seen = {}
     for name in NAMES_3D:
         contract = CATALOG[name].contract
         seen.setdefault(CATALOG[name].method, set()).add(
             (contract.voxel_size, contract.channels, contract.scale, contract.offset, contract.coordinates)
         )
-    colours = {(0.025, ("R", "G", "B"), 1.0, -0.5, "cartesian")}
+    colors = {(0.025, ("R", "G", "B"), 1.0, -0.5, "cartesian")}
     students = ("crd", "csc", "global_kd", "gupta", "img2pc", "ppkd", "ppkt")
-    assert seen == dict.fromkeys(students, colours) | {
+    assert seen == dict.fromkeys(students, colors) | {
         "pointcontrast": {(0.025, ("one", "one", "one"), 1.0, 0.0, "cartesian")},
         "slidr": {((0.1, 1.0, 0.1), ("intensity",), 1.0, 0.0, "cylindrical")},
     }
@@ -357,7 +357,7 @@ def test_networks_have_the_published_number_of_parameters():
 
 
 def test_what_training_started_from_is_told():
-    starts = {name: CATALOG[name].licence.base_model for name in CATALOG}
+    starts = {name: CATALOG[name].license.base_model for name in CATALOG}
     assert starts["gsc_r18"] == "pri3d_view_geo_r18 (LicenseRef-ScanNet-ToU)"
     assert starts["gsc_r50"] == "pri3d_view_geo_r50 (LicenseRef-ScanNet-ToU)"
     assert starts["gsc_r18.rooms"] == "pri3d_view_geo_r18.rooms (MIT)"
@@ -371,12 +371,12 @@ def test_what_training_started_from_is_told():
     assert "MoCo" in starts["ppkt_moco_srunet34"]
     for name in ("ppkt_ade_srunet34", "ppkd_srunet34"):
         assert "ADE20K" in starts[name]
-        assert ("ADE20K", "LicenseRef-ADE20K-terms") in CATALOG[name].licence.datasets
+        assert ("ADE20K", "LicenseRef-ADE20K-terms") in CATALOG[name].license.datasets
     for name in ("ppkt_srunet34", "ppkt_srunet18", "global_kd_srunet34", "gupta_srunet34", "crd_srunet34"):
         assert starts[name].startswith("random weights; teacher: torchvision ResNet-50 IMAGENET1K_V1 (BSD-3-Clause")
     for name in ("trivial_correspondence_r50", "depth_prediction_r50", "pri3d_view_r50.lr001"):
         assert starts[name] == starts["pri3d_view_r50"]
-    assert CATALOG["moco_v2_sup_in_sn_r50"].licence.code == "CC-BY-NC-4.0"  # as MoCo's own
+    assert CATALOG["moco_v2_sup_in_sn_r50"].license.code == "CC-BY-NC-4.0"  # as MoCo's own
 
 
 CHANNELS = {"ones": ("one", "one", "one"), "rgb": ("R", "G", "B")}  # by the recipe's word for its features
@@ -393,14 +393,14 @@ def test_recipes_of_the_catalog_exist_and_have_the_entrys_network():
                 assert recipe.model.depth == entry.arch.args["depth"]
                 assert recipe.model.width == entry.arch.args["width"]
                 assert recipe.data.size == entry.contract.size
-                assert (recipe.model.init == "scratch") == entry.licence.base_model.startswith("none")
+                assert (recipe.model.init == "scratch") == entry.license.base_model.startswith("none")
             else:
                 for key in ("variant", "width", "in_chans", "out_chans", "stem_kernel"):
                     assert getattr(recipe.unet3d, key) == entry.arch.args[key]
                 assert recipe.unet3d.voxel_size == entry.contract.voxel_size
                 assert CHANNELS[recipe.task.get("features", "ones")] == entry.contract.channels
                 taught = "teacher" in recipe.task or recipe.stage1 is not None
-                assert entry.licence.base_model.startswith("random weights; teacher" if taught else "none")
+                assert entry.license.base_model.startswith("random weights; teacher" if taught else "none")
 
 
 def test_every_recipe_belongs_to_an_entry():
@@ -614,16 +614,16 @@ def test_entries_are_values():
         ENTRY.name = "x"  # type: ignore[misc]
 
 
-# --- licences
+# --- licenses
 
 
 @pytest.mark.parametrize("hole", ["code", "weights", "datasets", "base_model"])
-def test_an_incomplete_licence_chain_cannot_be_built(hole: str):
+def test_an_incomplete_license_chain_cannot_be_built(hole: str):
     for nothing in ((), (("rooms", " "),)) if hole == "datasets" else ("", " "):
         with pytest.raises(ValueError, match=f"nothing given for: {hole}"):
-            dataclasses.replace(ENTRY.licence, **{hole: nothing})
+            dataclasses.replace(ENTRY.license, **{hole: nothing})
     with pytest.raises(TypeError):
-        Licence(code="MIT")  # type: ignore[call-arg]
+        License(code="MIT")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
@@ -637,25 +637,25 @@ def test_an_incomplete_licence_chain_cannot_be_built(hole: str):
         ("ScanNet-ToU", "LicenseRef-ScanNet-ToU"),
     ],
 )
-def test_unknown_licences_are_refused_with_the_nearest(given: str, closest: str):
+def test_unknown_licenses_are_refused_with_the_nearest(given: str, closest: str):
     for change in ({"code": given}, {"weights": given}, {"datasets": (("rooms", "MIT"), ("x", given))}):
         with pytest.raises(UnknownName) as caught:
-            dataclasses.replace(ENTRY.licence, **change)
-        assert str(caught.value).startswith(f"Unknown licence {given!r}. Closest: {closest!r}, ")
+            dataclasses.replace(ENTRY.license, **change)
+        assert str(caught.value).startswith(f"Unknown license {given!r}. Closest: {closest!r}, ")
         assert "LicenseRef-<word>" in str(caught.value)
 
 
 def test_identifiers_are_those_of_spdx():
-    for identifier in LICENCES:  # a list kept by others: raises for what is unknown, and corrects the case
+    for identifier in LICENSES:  # a list kept by others: raises for what is unknown, and corrects the case
         assert canonicalize_license_expression(identifier) == identifier
-    own = {identifier for identifier in LICENCES if identifier.startswith("LicenseRef-")}
-    assert len(LICENCES) == len(set(LICENCES)) == 53
+    own = {identifier for identifier in LICENSES if identifier.startswith("LicenseRef-")}
+    assert len(LICENSES) == len(set(LICENSES)) == 53
     assert not set(PERMISSIVE) & set(NON_COMMERCIAL)
     assert all("NC" in identifier.split("-") for identifier in set(NON_COMMERCIAL) - own)
     assert not any({"NC", "ND", "SA", "GPL"} & set(identifier.split("-")) for identifier in PERMISSIVE)
-    assert is_licence("LicenseRef-data-owner")  # what a folder of unknown frames gets
+    assert is_license("LicenseRef-data-owner")  # what a folder of unknown frames gets
     for wrong in ("LicenseRef-", "LicenseRef-my terms", "licenseref-x", "LicenseRef-x-", "xLicenseRef-x", ""):
-        assert not is_licence(wrong)
+        assert not is_license(wrong)
 
 
 @pytest.mark.parametrize(
@@ -674,8 +674,8 @@ def test_identifiers_are_those_of_spdx():
     ],
 )
 def test_weights_are_as_free_as_the_least_free_link(data: str, base_model: str, accepted: bool):
-    def build(weights: str) -> Licence:
-        return Licence(code="GPL-3.0-only", weights=weights, datasets=(("x", data),), base_model=base_model)
+    def build(weights: str) -> License:
+        return License(code="GPL-3.0-only", weights=weights, datasets=(("x", data),), base_model=base_model)
 
     assert build("LicenseRef-ImageNet-terms").weights == "LicenseRef-ImageNet-terms"
     for weights in ("MIT", "CC-BY-4.0"):
@@ -688,25 +688,25 @@ def test_weights_are_as_free_as_the_least_free_link(data: str, base_model: str, 
 
 def test_the_link_that_binds_is_named():
     with pytest.raises(ValueError) as caught:
-        Licence("MIT", "MIT", (("rooms", "MIT"), ("ScanNet", "LicenseRef-ScanNet-ToU")), "none")
+        License("MIT", "MIT", (("rooms", "MIT"), ("ScanNet", "LicenseRef-ScanNet-ToU")), "none")
     assert str(caught.value) == (
-        "the weights' licence is 'MIT', but the data set ScanNet is under 'LicenseRef-ScanNet-ToU'; accepted: the "
+        "the weights' license is 'MIT', but the data set ScanNet is under 'LicenseRef-ScanNet-ToU'; accepted: the "
         "strictest term of the chain."
     )
     with pytest.raises(ValueError, match=r"but the base model 'x \(MIT; CC-BY-NC-4.0\)' is under 'CC-BY-NC-4.0'"):
-        Licence("MIT", "MIT", (("rooms", "MIT"),), "x (MIT; CC-BY-NC-4.0)")
+        License("MIT", "MIT", (("rooms", "MIT"),), "x (MIT; CC-BY-NC-4.0)")
 
 
 @pytest.mark.parametrize("base_model", ["ResNet-50", "ResNet-50 (from somewhere)", "nonesuch", "none at all ()", "MIT"])
-def test_a_base_model_without_licence_is_refused(base_model: str):
-    with pytest.raises(ValueError, match=r"accepted: 'none', or a text with its licence in round brackets"):
-        Licence("MIT", "LicenseRef-x", (("rooms", "MIT"),), base_model)
+def test_a_base_model_without_license_is_refused(base_model: str):
+    with pytest.raises(ValueError, match=r"accepted: 'none', or a text with its license in round brackets"):
+        License("MIT", "LicenseRef-x", (("rooms", "MIT"),), base_model)
 
 
 def test_base_terms_are_what_stands_in_brackets():
-    licence = Licence("MIT", "LicenseRef-x", (("rooms", "MIT"),), "a (MIT; a remark), b (CC-BY-NC-4.0)")
-    assert licence.base_terms() == ("MIT", "a remark", "CC-BY-NC-4.0")
-    assert ENTRY.licence.base_terms() == ()
+    license = License("MIT", "LicenseRef-x", (("rooms", "MIT"),), "a (MIT; a remark), b (CC-BY-NC-4.0)")
+    assert license.base_terms() == ("MIT", "a remark", "CC-BY-NC-4.0")
+    assert ENTRY.license.base_terms() == ()
 
 
 # --- ways to get one, and names of old

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from geo_pretrain import catalog, list_backbones
 from geo_pretrain.backbones import WEIGHT_FILES
-from geo_pretrain.catalog import CATALOG, STATUSES, Arch, AuthorsFile, Entry, File, Licence, Paper, Result
-from geo_pretrain.catalog.licence import LICENCES, NON_COMMERCIAL, PERMISSIVE
+from geo_pretrain.catalog import CATALOG, STATUSES, Arch, AuthorsFile, Entry, File, License, Paper, Result
+from geo_pretrain.catalog.license import LICENSES, NON_COMMERCIAL, PERMISSIVE
 from geo_pretrain.contract import contract_from_dict
 from geo_pretrain.convert import FORMATS
 from geo_pretrain.errors import UnknownName
@@ -63,23 +63,23 @@ def test_the_description_is_one_clause(name: str):
 
 
 @every_name
-def test_the_licence_chain_is_consistent(name: str):
-    licence = CATALOG[name].licence
-    names = [dataset for dataset, _ in licence.datasets]
+def test_the_license_chain_is_consistent(name: str):
+    license = CATALOG[name].license
+    names = [dataset for dataset, _ in license.datasets]
     assert len(names) == len(set(names))
-    rest = {*(terms for _, terms in licence.datasets), *licence.base_terms()}
-    if licence.weights in PERMISSIVE:
+    rest = {*(terms for _, terms in license.datasets), *license.base_terms()}
+    if license.weights in PERMISSIVE:
         assert rest <= set(PERMISSIVE)
     if rest & set(NON_COMMERCIAL) or any("non-commercial" in terms for terms in rest):
-        assert licence.weights in NON_COMMERCIAL or licence.weights == "LicenseRef-unstated"
+        assert license.weights in NON_COMMERCIAL or license.weights == "LicenseRef-unstated"
     # what made the start weights or the teacher went in too
     for dataset in ("ImageNet", "ADE20K"):
-        if dataset in licence.base_model:
+        if dataset in license.base_model:
             assert dataset in names
-    for start in re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+(?:\.[a-z0-9_]+)?", licence.base_model):
+    for start in re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+(?:\.[a-z0-9_]+)?", license.base_model):
         if start in CATALOG:
-            assert set(CATALOG[start].licence.datasets) <= set(licence.datasets)
-            assert f"{start} ({CATALOG[start].licence.weights})" in licence.base_model
+            assert set(CATALOG[start].license.datasets) <= set(license.datasets)
+            assert f"{start} ({CATALOG[start].license.weights})" in license.base_model
 
 
 @every_name
@@ -139,8 +139,8 @@ def rebuild(data: dict) -> Entry:
     data["arch"] = Arch(**data["arch"])
     kind = "image" if data["modality"] == "2d" else "voxel"
     data["contract"] = contract_from_dict({"kind": kind, **data["contract"]})
-    datasets = tuple(tuple(pair) for pair in data["licence"].pop("datasets"))
-    data["licence"] = Licence(**data["licence"], datasets=datasets)
+    datasets = tuple(tuple(pair) for pair in data["license"].pop("datasets"))
+    data["license"] = License(**data["license"], datasets=datasets)
     data["paper"] = Paper(**data["paper"])
     for key, kind_of in (("files", File), ("authors_files", AuthorsFile), ("results", Result)):
         data[key] = tuple(kind_of(**item) for item in data[key])
@@ -160,7 +160,7 @@ FILTERS = {
     "modality": {"2d", "3d"},
     "status": set(STATUSES),
     "data": {entry.data for entry in CATALOG.values()},
-    "license": {entry.licence.weights for entry in CATALOG.values()},
+    "license": {entry.license.weights for entry in CATALOG.values()},
 }
 
 
@@ -174,7 +174,7 @@ def slowly(key: str, value: str, entry: Entry) -> bool:
     """The filters, spelt out."""
     if key == "license":
         groups = {"permissive": PERMISSIVE, "non-commercial": NON_COMMERCIAL}
-        return entry.licence.weights == value or entry.licence.weights in groups.get(value, ())
+        return entry.license.weights == value or entry.license.weights in groups.get(value, ())
     return getattr(entry, key).lower() == value.lower()
 
 
@@ -230,17 +230,17 @@ def test_names_come_in_natural_order():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(LICENCES),
-    st.lists(st.sampled_from(LICENCES), min_size=1, max_size=3),
-    st.lists(st.sampled_from([*LICENCES, "some remark"]), max_size=2),
+    st.sampled_from(LICENSES),
+    st.lists(st.sampled_from(LICENSES), min_size=1, max_size=3),
+    st.lists(st.sampled_from([*LICENSES, "some remark"]), max_size=2),
 )
-def test_a_licence_chain_is_built_exactly_when_it_may(weights: str, data: list[str], base: list[str]):
+def test_a_license_chain_is_built_exactly_when_it_may(weights: str, data: list[str], base: list[str]):
     base_model = f"something ({'; '.join(base)})" if base else "none"
     may = weights not in PERMISSIVE or set(data + base) <= set(PERMISSIVE)
     may = may and (not base or set(base) != {"some remark"})
     datasets = tuple((f"set {number}", terms) for number, terms in enumerate(data))
     try:
-        Licence("MIT", weights, datasets, base_model)
+        License("MIT", weights, datasets, base_model)
     except ValueError:
         assert not may
     else:

@@ -21,7 +21,7 @@ from tests.zoo import (
     ARCH_3D,
     CONTRACT,
     CONTRACT_3D,
-    LICENCE,
+    LICENSE,
     role_weights,
     weights_3d,
     write_tiny,
@@ -50,7 +50,7 @@ def test_a_folder_holds_what_was_written(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
     found = read_checkpoint(tmp_path / "tiny")
     assert found == written
-    assert (found.name, found.arch, found.contract, found.licence) == ("tiny_net_r18", ARCH, CONTRACT, LICENCE)
+    assert (found.name, found.arch, found.contract, found.license) == ("tiny_net_r18", ARCH, CONTRACT, LICENSE)
     assert found.provenance == {"steps": 7, "seed": 0}
     assert found.finished
     verify_files(found)
@@ -153,13 +153,13 @@ GOOD = {"role": "encoder", "size": 1, "sha256": "0" * 64}
         ({"arch__name": "resnet_unit"}, "Unknown architecture 'resnet_unit'. Closest: 'resnet_unet'"),
         ({"arch__args": []}, r"key 'arch\.args' is \[\]; dict is accepted"),
         ({"contract": {"kind": "voxel", "voxel_size": 0.02}}, r"missing \['channels', 'coordinates', 'offset'"),
-        ({"contract": VOXELS | {"voxel_size": [0.1, 1.0, 0.1]}}, "accepted for cartesian ones: one edge in metres"),
+        ({"contract": VOXELS | {"voxel_size": [0.1, 1.0, 0.1]}}, "accepted for cartesian ones: one edge in meters"),
         ({"contract": VOXELS | {"reduce": "last"}}, "reduce is 'last'; accepted: 'first', 'mean'"),
         ({"contract__kind": "sound"}, "contract kind is 'sound'; accepted: image, voxel"),
         ({"contract__mean": None}, r"missing \['mean'\]"),
         ({"contract__std": [1.0]}, "equal lengths"),
         ({"contract__size": 5}, "config.json"),
-        ({"licence__weights": ""}, "licence chain is incomplete, nothing given for: weights"),
+        ({"licence__weights": ""}, "license chain is incomplete, nothing given for: weights"),
         ({"licence__datasets": []}, "nothing given for: datasets"),
         ({"licence__datasets": [3]}, "config.json"),
         ({"licence": None}, "key 'licence' is missing"),
@@ -305,10 +305,10 @@ def test_a_config_of_format_one_stays_readable(tmp_path: Path):
     (tmp_path / "config.json").write_text(config)
     found = read_checkpoint(tmp_path)
     assert found.contract.size == (96, 128)
-    assert found.licence.datasets == (("rooms", "MIT"),)
+    assert found.license.datasets == (("rooms", "MIT"),)
     assert found.arch.args == {"depth": 18}
 
 
 def test_writing_needs_every_part():
-    with pytest.raises(TypeError, match="licence"):
+    with pytest.raises(TypeError, match="license"):
         write_checkpoint(Path("x"), name="a_b_c", arch=ARCH, contract=CONTRACT, weights={}, golden={})  # type: ignore[call-arg]

@@ -103,7 +103,7 @@ def test_info_as_table_and_json():
     assert "ICCV" in run("info", "pri3d_view_geo_r50").output
     tree = json.loads(run("info", "pri3d_view_geo_r50", "--json").output)
     assert tree["name"] == "pri3d_view_geo_r50"
-    assert tree["licence"]["weights"]
+    assert tree["license"]["weights"]
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_list_as_json_and_by_data():
 def test_info_of_a_folder_and_its_load_report(zoo):
     plain = run("info", "tiny_net_r18").output
     assert "hub/tiny_net_r18" in plain.replace("\n", "").replace(" ", "")
-    assert "licence: weights" in plain
+    assert "license: weights" in plain
     tree = json.loads(run("info", "tiny_net_srunet34", "--loaded", "--json").output)
     assert tree["loaded"]["coverage"] == 1
     assert tree["loaded"]["fresh"] == []

@@ -20,10 +20,10 @@ PIXELS = RNG.integers(0, 256, (60, 81, 3), dtype=np.uint8)
 CONTRACT = ImageContract(size=(32, 40))
 ONES = VoxelContract(0.025)
 SHIFTED = VoxelContract(0.025, ("R", "G", "B"), offset=-0.5)
-COLOURED = VoxelContract(0.02, ("R", "G", "B"), reduce="mean")
+COLORED = VoxelContract(0.02, ("R", "G", "B"), reduce="mean")
 LIDAR = VoxelContract((0.1, 1.0, 0.1), ("intensity",), coordinates="cylindrical")
 MIXED = VoxelContract(0.05, ("R", "G", "B", "height", "one"), scale=2.0)
-VOXEL_CONTRACTS = [ONES, SHIFTED, COLOURED, LIDAR, MIXED]
+VOXEL_CONTRACTS = [ONES, SHIFTED, COLORED, LIDAR, MIXED]
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
@@ -32,7 +32,7 @@ def by_pillow(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return ((np.asarray(resized) / 255 - MEAN) / STD).transpose(2, 0, 1)
 
 
-def test_every_accepted_kind_of_image_gives_pillows_nearest_resize_normalised():
+def test_every_accepted_kind_of_image_gives_pillows_nearest_resize_normalized():
     expected = by_pillow(PIXELS, (32, 40))
     chw = torch.from_numpy(PIXELS).permute(2, 0, 1)
     transform = CONTRACT.transforms()
@@ -58,7 +58,7 @@ def test_without_resize_the_size_stays():
     np.testing.assert_allclose(value.numpy(), ((PIXELS / 255 - MEAN) / STD).transpose(2, 0, 1), atol=2e-6)
 
 
-def test_bilinear_stays_within_the_colours_of_the_image():
+def test_bilinear_stays_within_the_colors_of_the_image():
     contract = ImageContract(size=(32, 40), mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear")
     value = contract.transforms()(PIXELS)
     assert value.shape == (3, 32, 40)
@@ -75,7 +75,7 @@ def test_grey_palette_and_alpha_pictures_become_rgb():
     ("image", "message"),
     [
         (torch.rand(3, 40, 40) * 255, "up to 255 it needs dividing by 255"),
-        (torch.rand(3, 40, 40) - 0.5, "probably normalised already"),
+        (torch.rand(3, 40, 40) - 0.5, "probably normalized already"),
         (torch.full((3, 40, 40), float("nan")), r"must lie in \[0, 1\]"),
         (torch.zeros(3, 40, 40, dtype=torch.int64), "torch.int64"),
         (torch.rand(40, 40, 3), r"shape \(40, 40, 3\)"),
@@ -94,9 +94,9 @@ def test_doubtful_images_are_refused(image: object, message: str):
         CONTRACT.transforms()(image)
 
 
-def test_normalising_twice_is_noticed():
+def test_normalizing_twice_is_noticed():
     transform = CONTRACT.transforms()
-    with pytest.raises(ValueError, match="normalised already"):
+    with pytest.raises(ValueError, match="normalized already"):
         transform(transform(PIXELS))
 
 
@@ -122,12 +122,12 @@ def test_wrong_contracts_are_refused():
             ImageContract(**wrong)
     with pytest.raises(ValueError, match="accepted: image, voxel"):
         contract_from_dict({"kind": "sound"})
-    with pytest.raises(ValueError, match="unknown \\['colour'\\]"):
-        contract_from_dict(ImageContract().to_dict() | {"colour": 1})
+    with pytest.raises(ValueError, match="unknown \\['color'\\]"):
+        contract_from_dict(ImageContract().to_dict() | {"color": 1})
     for wrong, message in (
-        ({"voxel_size": 0.0}, "voxel_size is 0.0; accepted for cartesian ones: one edge in metres"),
-        ({"voxel_size": (0.1, 1.0, 0.1)}, "one edge in metres"),
-        ({"voxel_size": 0.1, "coordinates": "cylindrical"}, "three edges in metres, degrees, metres"),
+        ({"voxel_size": 0.0}, "voxel_size is 0.0; accepted for cartesian ones: one edge in meters"),
+        ({"voxel_size": (0.1, 1.0, 0.1)}, "one edge in meters"),
+        ({"voxel_size": 0.1, "coordinates": "cylindrical"}, "three edges in meters, degrees, meters"),
         ({"voxel_size": 0.1, "coordinates": "polar"}, "'polar'; accepted: cartesian, cylindrical"),
         ({"voxel_size": 0.1, "channels": ()}, r"channels are \(\); accepted: one name a channel"),
         ({"voxel_size": 0.1, "scale": 0}, "scale is 0"),
@@ -150,8 +150,8 @@ def test_text_says_order_range_mean_and_size():
 
 
 def test_other_channel_counts_take_average_statistics():
-    grey = ImageContract().with_channels(1)
-    assert (grey.channels, grey.mean, grey.std) == (("grey",), (pytest.approx(0.449),), (pytest.approx(0.226),))
+    gray = ImageContract().with_channels(1)
+    assert (gray.channels, gray.mean, gray.std) == (("grey",), (pytest.approx(0.449),), (pytest.approx(0.226),))
     assert ImageContract().with_channels(3) is not None
     five = ImageContract().with_channels(5)
     assert five.mean[:3] == ImageContract().mean
@@ -164,16 +164,16 @@ def test_other_channel_counts_take_average_statistics():
 # --- points
 
 
-def points_and_colours() -> tuple[torch.Tensor, torch.Tensor]:
+def points_and_colors() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     points = (torch.rand(400, 3, generator=generator) - 0.5) * 0.4
     return points, torch.randint(0, 256, (400, 3), generator=generator, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("contract", [ONES, SHIFTED, COLOURED])
+@pytest.mark.parametrize("contract", [ONES, SHIFTED, COLORED])
 def test_points_become_voxels_slow_twin(contract: VoxelContract):
-    points, colours = points_and_colours()
-    voxels = contract.transforms()(points, None if contract is ONES else colours)
+    points, colors = points_and_colors()
+    voxels = contract.transforms()(points, None if contract is ONES else colors)
     members: dict[tuple[int, ...], list[int]] = {}
     for row, point in enumerate(points):
         members.setdefault(tuple(math.floor(float(v)) for v in point / contract.voxel_size), []).append(row)
@@ -184,25 +184,25 @@ def test_points_become_voxels_slow_twin(contract: VoxelContract):
         if contract is ONES:
             expected = [1.0, 1.0, 1.0]
         elif contract is SHIFTED:
-            expected = [int(value) / 255 - 0.5 for value in colours[rows[0]]]
+            expected = [int(value) / 255 - 0.5 for value in colors[rows[0]]]
         else:
-            expected = [sum(int(colours[row, c]) / 255 for row in rows) / len(rows) for c in range(3)]
+            expected = [sum(int(colors[row, c]) / 255 for row in rows) / len(rows) for c in range(3)]
         assert feats == pytest.approx(expected, abs=1e-6)
 
 
-def test_bytes_floats_and_arrays_of_colours_give_the_same_voxels():
-    points, colours = points_and_colours()
+def test_bytes_floats_and_arrays_of_colors_give_the_same_voxels():
+    points, colors = points_and_colors()
     transform = SHIFTED.transforms()
-    expected = transform(points, colours)
-    for given in ((points, colours / 255), (points.numpy(), colours.numpy()), (points, colours.double() / 255)):
+    expected = transform(points, colors)
+    for given in ((points, colors / 255), (points.numpy(), colors.numpy()), (points, colors.double() / 255)):
         voxels = transform(*given)
         assert torch.equal(voxels.coords, expected.coords)
         assert voxels.feats.dtype == torch.float32
         torch.testing.assert_close(voxels.feats, expected.feats)
     batch = torch.arange(400) % 2
     for given in (batch, batch.numpy(), batch.tolist()):
-        assert transform(points, colours, batch=given).coords[:, 0].tolist()[:6] == [0, 1, 0, 1, 0, 1]
-    backwards, read_only = points.numpy()[::-1], colours.numpy()[::-1].copy()
+        assert transform(points, colors, batch=given).coords[:, 0].tolist()[:6] == [0, 1, 0, 1, 0, 1]
+    backwards, read_only = points.numpy()[::-1], colors.numpy()[::-1].copy()
     read_only.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -243,8 +243,8 @@ RGB = torch.rand(50, 3, generator=torch.Generator().manual_seed(3))
         (SHIFTED, ROOM, (RGB * 255).int(), "torch.int32; accepted: uint8 or float"),
         (LIDAR, ROOM, None, r"accepted: float \[50, 1\] \(intensity\)"),
         (LIDAR, ROOM, (RGB[:, :1] * 255).byte(), "torch.uint8; accepted: float"),
-        (ONES, ROOM * 1000, None, "Millimetres need dividing by 1000"),
-        (ONES, ROOM[:, :2], None, r"points are torch.float32 \(50, 2\); accepted: float \[N, 3\] in metres"),
+        (ONES, ROOM * 1000, None, "Millimeters need dividing by 1000"),
+        (ONES, ROOM[:, :2], None, r"points are torch.float32 \(50, 2\); accepted: float \[N, 3\] in meters"),
         (ONES, ROOM.long(), None, "points are torch.int64"),
         (ONES, ROOM[:0], None, "N > 0"),
         (ONES, ROOM / 0, None, "not finite"),
@@ -262,8 +262,8 @@ def test_voxel_contracts_of_other_channel_counts():
     assert SHIFTED.with_channels(4).channels == ("R", "G", "B", "extra0")
     assert LIDAR.with_channels(2).channels == ("intensity", "extra0")
     assert SHIFTED.with_channels(3) is SHIFTED
-    grey = SHIFTED.with_channels(1).transforms()(ROOM, (RGB[:, :1] * 255).byte())
-    assert -0.5 <= float(grey.feats.min()) < 0 < float(grey.feats.max()) <= 0.5
+    gray = SHIFTED.with_channels(1).transforms()(ROOM, (RGB[:, :1] * 255).byte())
+    assert -0.5 <= float(gray.feats.min()) < 0 < float(gray.feats.max()) <= 0.5
 
 
 def test_voxel_transforms_are_plain_data():

@@ -170,7 +170,7 @@ def test_nearest_indices_are_pillows():
         assert geometry.nearest_indices(old, new) == picked.tolist()
 
 
-def test_registered_depth_is_the_depth_the_colour_camera_would_see():
+def test_registered_depth_is_the_depth_the_color_camera_would_see():
     """Two parallel planes seen by a shifted camera: values, occlusion order and holes by a loop over pixels."""
     rng = np.random.default_rng(1)
     depth, intrinsics, _ = random_view(rng, 12, 16)
@@ -193,7 +193,7 @@ def test_registered_depth_is_the_depth_the_colour_camera_would_see():
 
 
 def test_points_behind_the_second_camera_never_match():
-    """Two cameras back to back: with a tolerance of metres the depth test alone would let the mirror image through."""
+    """Two cameras back to back: with a tolerance of meters the depth test alone would let the mirror image through."""
     depth = torch.ones(1, 8, 8)
     intrinsics = torch.tensor([[[8.0, 0, 3.5], [0, 8, 3.5], [0, 0, 1]]])
     turned = torch.diag(torch.tensor([-1.0, 1, -1, 1]))[None]
@@ -275,7 +275,7 @@ def test_radius_matches_are_all_pairs_within_the_radius(spread):
     assert len(got) > 30
     assert torch.equal(got, brute_force(points1, points2, 0.1))  # also in this order
     grid = torch.stack(torch.meshgrid(*[torch.arange(-3.0, 4)] * 3, indexing="ij"), -1).reshape(-1, 3)
-    for radius in (1.0, 1.0000001, 1.5):  # on the grid, neighbours lie exactly on the first radius
+    for radius in (1.0, 1.0000001, 1.5):  # on the grid, neighbors lie exactly on the first radius
         assert torch.equal(geometry.radius_matches(grid, grid, radius), brute_force(grid, grid, radius))
     assert len(geometry.radius_matches(grid, grid, 1.0)) == len(grid)
 
@@ -325,8 +325,8 @@ def test_rotations_are_scipys():
         assert got[:3, 3].tolist() == [0, 0, 0]
 
 
-def test_centred_points_have_their_mean_at_the_origin():
+def test_centered_points_have_their_mean_at_the_origin():
     points = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)) + 7
-    moved = geometry.transform(points.double(), geometry.centred(points))
+    moved = geometry.transform(points.double(), geometry.centered(points))
     assert moved.mean(dim=0).abs().max() < 1e-12
     torch.testing.assert_close(moved - moved[0], (points - points[0]).double(), atol=1e-5, rtol=0)

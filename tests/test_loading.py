@@ -142,10 +142,10 @@ def test_a_loaded_3d_network_reproduces_the_released_code_and_carries_its_contra
     assert network.load_report == LoadReport(374, (), (), (), 1.0)
     assert "tiny_net_srunet34, voxels: 5 cm, RGB in [0, 1] - 0.5" in repr(network)
     points = (golden["coords"][:1780, 1:] + 0.5) * 0.05
-    colours = (golden["feats"][:1780] + 0.5).clamp(0, 1)
-    encoded = network.encode_points(points, colours, out="final")
+    colors = (golden["feats"][:1780] + 0.5).clamp(0, 1)
+    encoded = network.encode_points(points, colors, out="final")
     torch.testing.assert_close(encoded, golden["eval.out"][:1780], rtol=1e-3, atol=1e-3)
-    assert network.encode_points(points, colours).shape == (1780, sum(i["num_chs"] for i in network.feature_info))
+    assert network.encode_points(points, colors).shape == (1780, sum(i["num_chs"] for i in network.feature_info))
 
 
 def test_3d_weights_can_be_trained_in_place_copied_and_moved(tiny_3d: Path):
@@ -223,21 +223,21 @@ def test_stem_channels_slow_twin():
 @pytest.mark.parametrize("chans", [1, 2, 3])
 def test_grey_images_give_the_same_response_with_fewer_channels(chans: int):
     weight = torch.randn(5, 3, 7, 7)
-    grey = torch.rand(1, 1, 20, 20)
-    expected = F.conv2d(grey.expand(-1, 3, -1, -1), weight)
-    torch.testing.assert_close(F.conv2d(grey.expand(-1, chans, -1, -1), adapt_stem(weight, chans)), expected)
+    gray = torch.rand(1, 1, 20, 20)
+    expected = F.conv2d(gray.expand(-1, 3, -1, -1), weight)
+    torch.testing.assert_close(F.conv2d(gray.expand(-1, chans, -1, -1), adapt_stem(weight, chans)), expected)
 
 
 @pytest.mark.parametrize("decoder", [False, True])
 def test_in_chans_adapts_stem_contract_and_report(tiny: Path, decoder: bool):
     stem = "encoder.conv1.weight" if decoder else "conv1.weight"
     original = role_weights("encoder")["conv1.weight"]
-    grey = load_backbone(tiny, in_chans=1, decoder=decoder)
-    assert torch.equal(grey.state_dict()[stem], adapt_stem(original, 1))
-    assert grey.load_report.reshaped == (stem,)
-    assert grey.load_report.coverage == 1.0
-    assert grey.contract.channels == ("grey",)
-    assert grey.transforms(Image.new("RGB", (40, 40))).shape == (1, 64, 96)
+    gray = load_backbone(tiny, in_chans=1, decoder=decoder)
+    assert torch.equal(gray.state_dict()[stem], adapt_stem(original, 1))
+    assert gray.load_report.reshaped == (stem,)
+    assert gray.load_report.coverage == 1.0
+    assert gray.contract.channels == ("grey",)
+    assert gray.transforms(Image.new("RGB", (40, 40))).shape == (1, 64, 96)
     four = load_backbone(tiny, in_chans=4, decoder=decoder)
     assert torch.equal(four.state_dict()[stem][:, :3], original)
     assert four.contract.channels == ("R", "G", "B", "extra0")

@@ -22,7 +22,7 @@ import torch
 
 from geo_pretrain import hub as hubs
 from geo_pretrain import publish as publishing
-from geo_pretrain.catalog import CATALOG, Arch, File, Licence
+from geo_pretrain.catalog import CATALOG, Arch, File, License
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
 from geo_pretrain.contract import contract_from_dict
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError
@@ -30,7 +30,7 @@ from geo_pretrain.publish import publish
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
 from tests.hub.loopback_hub import Fault, LoopbackHub
-from tests.zoo import LICENCE, PLANES, golden_file, write_tiny, write_tiny_3d
+from tests.zoo import LICENSE, PLANES, golden_file, write_tiny, write_tiny_3d
 
 NAME = "tiny_net_r18"
 ROOT = Path(__file__).resolve().parents[1]
@@ -473,7 +473,7 @@ def shifted() -> dict[str, Any]:
 
 
 def licensed(**changes: Any) -> dict[str, Any]:
-    return {"licence": replace(LICENCE, **changes)}
+    return {"license": replace(LICENSE, **changes)}
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -537,9 +537,9 @@ EDITED: dict[str, tuple[Callable[[Path], object], str]] = {
         r"heads\.safetensors: is not listed",
     ),
     "a file that no role explains": (foreign_role, r"setup\.py: has role 'setup'; accepted: encoder"),
-    "an incomplete licence chain": (
+    "an incomplete license chain": (
         lambda folder: edit_config(folder, lambda config: config["licence"].update(code="")),
-        "licence chain is incomplete",
+        "license chain is incomplete",
     ),
     "no checkpoint": (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
 }
@@ -630,7 +630,7 @@ def test_what_a_recipe_makes_may_have_its_name(name: str):
         task: Any = build_task(recipe)[0]
     arch = Arch(CATALOG[name].arch.name, json.loads(json.dumps(task.arch_args)))
     contract = contract_from_dict(json.loads(json.dumps(task.contract.to_dict())))
-    publishing._check_name(Checkpoint(Path(name), name, arch, contract, {}, CATALOG[name].licence, {}, True))
+    publishing._check_name(Checkpoint(Path(name), name, arch, contract, {}, CATALOG[name].license, {}, True))
 
 
 @pytest.mark.parametrize(
@@ -730,6 +730,6 @@ def test_a_copy_that_fails_leaves_nothing(folder: Path, tmp_path: Path, monkeypa
 
 def test_the_catalog_has_an_entry_with_unstated_terms():
     """So the refusal is not of a case that never comes."""
-    unstated = [name for name, entry in CATALOG.items() if entry.licence.weights == publishing.UNSTATED]
+    unstated = [name for name, entry in CATALOG.items() if entry.license.weights == publishing.UNSTATED]
     assert unstated
-    assert isinstance(CATALOG[unstated[0]].licence, Licence)
+    assert isinstance(CATALOG[unstated[0]].license, License)

@@ -67,7 +67,7 @@ def test_an_authors_file_becomes_a_network(
         assert result.passed
         assert len(result.errors) == (1 if in_one_piece(entry.arch) else 6 if whole else 5)
     found = read_checkpoint(hub.resolve(name))
-    assert found.licence == entry.licence
+    assert found.license == entry.license
     assert found.provenance["source"]["url"] == offered.url
     remove([name])
 

@@ -8,12 +8,12 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from geo_pretrain.catalog import Arch, Licence
+from geo_pretrain.catalog import Arch, License
 from geo_pretrain.checkpoint import Checkpoint, write_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 
 DATA = Path(__file__).resolve().parent / "data"
-LICENCE = Licence(code="MIT", weights="MIT", datasets=(("none", "MIT"),), base_model="none")
+LICENSE = License(code="MIT", weights="MIT", datasets=(("none", "MIT"),), base_model="none")
 ARCH = Arch("resnet_unet", {"depth": 18, "width": 8, "out_chans": 32})
 CONTRACT = ImageContract(size=(64, 96))
 PLANES, LAYERS = (8, 12, 16, 24, 24, 16, 12, 12), (2, 3, 4, 6, 2, 2, 2, 2)
@@ -43,7 +43,7 @@ def write_tiny(folder: Path, name: str = "tiny_net_r18", **changes: Any) -> Chec
             "decoder": golden["eval.out"],
             **{f"encoder.{i}": golden[f"eval.encoder_out.{i}"] for i in range(1, 5)},
         },
-        "licence": LICENCE,
+        "license": LICENSE,
         "provenance": {"steps": 7, "seed": 0},
         "recipe_yaml": "name: tiny\n",
         "log": '{"step": 1}\n',

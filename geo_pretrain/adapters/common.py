@@ -90,7 +90,7 @@ def _check_freeze(count: int) -> None:
 
 
 def _set_still(module: nn.Module, still: bool, training: bool) -> None:
-    """The class is exchanged, not the layer: weights, hooks, optimisers and the names of all stay as they are."""
+    """The class is exchanged, not the layer: weights, hooks, optimizers and the names of all stay as they are."""
     changed = (STILL if still else MOVING).get(type(module))
     if changed is not None:
         module.__class__ = changed
@@ -100,7 +100,7 @@ def _set_still(module: nn.Module, still: bool, training: bool) -> None:
 def parameter_groups(
     network: nn.Module, lr: float, *, backbone_factor: float | None = None, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser: "new" layers at `lr`, the pre-trained ResNet slower; frozen parameters are left out.
+    """Groups for an optimizer: "new" layers at `lr`, the pre-trained ResNet slower; frozen parameters are left out.
 
     `backbone_factor` (0.1 unless `layer_decay` is given): one group "backbone" at `lr * backbone_factor`, the papers'
     rule. `layer_decay` d: a group each for "layer4" at lr * d, "layer3" at lr * d**2, down to "stem" at lr * d**5. Each

@@ -9,7 +9,7 @@ layers fresh:
 Besides `num_classes` all take `pretrained=False` (the same network with a random start), `freeze` (how many stages of
 the encoder, see `common.freeze_stages`), `output_stride`, the options of `load_backbone` that say where to look (`hub`,
 `revision`, `cache_dir`, `local_files_only`), `in_chans`, `strict`, `device`, `dtype`, and any option of smp's class.
-The networks carry `contract`, `transforms` (an image in, their normalised input out) and `load_report`, and
+The networks carry `contract`, `transforms` (an image in, their normalized input out) and `load_report`, and
 `preprocessing_params` in the form of `smp.encoders.get_preprocessing_params`.
 
 Importing this module adds the encoders "geo-resnet18", "geo-resnet34", "geo-resnet50" and "geo-resnet101" to smp's.

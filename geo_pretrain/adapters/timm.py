@@ -122,7 +122,7 @@ def _record(entry: Entry) -> dict[str, Any]:
         "first_conv": "conv1",
         "crop_pct": 1.0,
         "crop_mode": "squash",  # both sides to the size, as our transforms do
-        "license": entry.licence.weights,
+        "license": entry.license.weights,
         "description": entry.description,
         "paper_name": entry.paper.title,
         "origin_url": entry.paper.url,
@@ -167,9 +167,9 @@ def _create(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> nn.Mod
     model: Any = timm.models.build_model_with_cfg(network, variant, pretrained, **arguments)
     model.load_report, model.contract = networks[0].load_report, None
     if (cfg.file or "").startswith(LOCATION):
-        catalogued: Any = backbone_info(cfg.file.removeprefix(LOCATION)).contract
-        model.contract = networks[0].contract or catalogued.with_channels(networks[0].in_chans)
-        if model.contract != catalogued:  # other channels, or a checkpoint that was made otherwise
+        catalogd: Any = backbone_info(cfg.file.removeprefix(LOCATION)).contract
+        model.contract = networks[0].contract or catalogd.with_channels(networks[0].in_chans)
+        if model.contract != catalogd:  # other channels, or a checkpoint that was made otherwise
             model.pretrained_cfg |= {key: v for key, v in _places(model.contract).items() if key not in overlay}
     network_: nn.Module = model
     return network_

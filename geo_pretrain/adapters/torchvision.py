@@ -138,7 +138,7 @@ def faster_rcnn(
 ) -> FasterRCNN:
     """torchvision's Faster R-CNN on a feature pyramid (FPN); its options (`min_size`, `box_score_thresh`, ...) hold.
 
-    Input is torchvision's: a list of images [C, H, W] in [0, 1], **not** normalised, since the network does that, with
+    Input is torchvision's: a list of images [C, H, W] in [0, 1], **not** normalized, since the network does that, with
     the mean and std of the contract (`network.transform`); values outside raise ValueError. So `network.transforms`
     only brings an image into [0, 1]. `num_classes` counts the background, which is class 0.
 
@@ -218,12 +218,12 @@ def _detector(
     backbone = BackboneWithFPN(body, layers, [_channels(encoder, stage) for stage in range(1, 5)], pyramid)
     statistics = {"image_mean": list(contract.mean), "image_std": list(contract.std)}
     network = host(backbone, num_classes=num_classes, **statistics, **rest)
-    network.transform.register_forward_pre_hook(refuse_normalised)
-    return equip(network, encoder, stages, _unnormalised(contract))
+    network.transform.register_forward_pre_hook(refuse_normalized)
+    return equip(network, encoder, stages, _unnormalized(contract))
 
 
-def refuse_normalised(transform: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Before torchvision's own normalisation: raise ValueError for float images that are visibly not in [0, 1]."""
+def refuse_normalized(transform: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Before torchvision's own normalization: raise ValueError for float images that are visibly not in [0, 1]."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return  # values are not there yet
     for index, image in enumerate(inputs[0]):
@@ -232,14 +232,14 @@ def refuse_normalised(transform: nn.Module, inputs: tuple[Any, ...]) -> None:
         low, high = (float(bound) for bound in image.aminmax())
         if not (low >= -SLACK and high <= 1 + SLACK):  # so written, NaN is refused too
             raise ValueError(
-                f"Image {index} spans [{low:.4g}, {high:.4g}]; accepted: values in [0, 1], which the network normalises"
-                " itself. Below 0 it was probably normalised already (network.transforms gives what is right here); up "
+                f"Image {index} spans [{low:.4g}, {high:.4g}]; accepted: values in [0, 1], which the network normalizes"
+                " itself. Below 0 it was probably normalized already (network.transforms gives what is right here); up "
                 "to 255 it needs dividing by 255."
             )
 
 
-def _unnormalised(contract: ImageContract) -> ImageTransform:
-    """Any image -> float [C, H, W] in [0, 1] at its own size: normalising and resizing are left to the host."""
+def _unnormalized(contract: ImageContract) -> ImageTransform:
+    """Any image -> float [C, H, W] in [0, 1] at its own size: normalizing and resizing are left to the host."""
     count = len(contract.channels)
     return replace(contract, mean=(0.0,) * count, std=(1.0,) * count).transforms(resize=False)
 

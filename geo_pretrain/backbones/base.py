@@ -46,7 +46,7 @@ class ImageBackbone(Backbone):
 
     @property
     def transforms(self) -> ImageTransform:
-        """The callable that turns an image into this network's input: resizes and normalises as in pre-training."""
+        """The callable that turns an image into this network's input: resizes and normalizes as in pre-training."""
         if self.contract is None:
             # not an AttributeError: nn.Module would hide it behind "has no attribute 'transforms'"
             raise RuntimeError(

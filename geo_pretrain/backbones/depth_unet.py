@@ -3,7 +3,7 @@
 Janda et al. pre-train "the ResUNet of Godard et al." to give 16 features for each pixel, and publish no code. This is
 the plainest reading: the depth network of Godard et al., "Digging Into Self-Supervised Monocular Depth Estimation",
 ICCV 2019, with one linear 3x3 head of 16 channels at full resolution in place of its disparity heads. Written from its
-description; their code, whose licence is non-commercial, was not used. `width` scales every layer: 64 is the real
+description; their code, whose license is non-commercial, was not used. `width` scales every layer: 64 is the real
 network, 8 a tiny twin for tests.
 """
 
@@ -59,7 +59,7 @@ class DepthDecoder(nn.Module):
 class ResNetDepthUNet(ImageBackbone):
     """Dense features at the image's own resolution, from a ResNet and a decoder with concatenated skips.
 
-    `.encoder` and `.decoder` hold all weights. Images are normalised with mean 0.45 and standard deviation 0.225 in
+    `.encoder` and `.decoder` hold all weights. Images are normalized with mean 0.45 and standard deviation 0.225 in
     each channel. Any image of at least 32 x 32 pixels works: where a side is not a multiple of 32 the upsampled maps
     are cropped to the encoder's, and the output has the image's size.
     """
@@ -78,7 +78,7 @@ class ResNetDepthUNet(ImageBackbone):
         return self.encoder.feature_info
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, in_chans, H, W], normalised -> dense features [B, out_chans, H, W], not normalised."""
+        """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H, W], not normalized."""
         return self.decoder(self.encoder(x), (x.shape[2], x.shape[3]))
 
 

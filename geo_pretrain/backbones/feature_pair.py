@@ -94,16 +94,16 @@ class FeaturePair(nn.Module):
 
     @property
     def image_transforms(self) -> ImageTransform:
-        """The callable that turns an image into what `encode_image` takes: resizes and normalises."""
+        """The callable that turns an image into what `encode_image` takes: resizes and normalizes."""
         return self.image_network.transforms
 
     @property
     def point_transforms(self) -> VoxelTransform:
-        """The callable that turns points and their colours into voxels."""
+        """The callable that turns points and their colors into voxels."""
         return self.point_network.transforms
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W], normalised -> a feature of length 1 for every pixel: [B, dim, H, W].
+        """images [B, 3, H, W], normalized -> a feature of length 1 for every pixel: [B, dim, H, W].
 
         At 480 x 640 and 128 channels that is 157 MB an image; `image_map` is the same before it is made large.
         """
@@ -114,9 +114,9 @@ class FeaturePair(nn.Module):
         return F.normalize(maps, dim=1)
 
     def image_map(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W], normalised -> projected features [B, dim, h, w] of the network's own resolution.
+        """images [B, 3, H, W], normalized -> projected features [B, dim, h, w] of the network's own resolution.
 
-        Not normalised: upsampling comes first.
+        Not normalized: upsampling comes first.
         """
         maps = self.image_network(images)
         maps = maps[-1] if isinstance(maps, list) else maps
@@ -124,12 +124,12 @@ class FeaturePair(nn.Module):
             return cast(Tensor, maps)
         return F.conv2d(maps, self.image_projection.weight[:, :, None, None], self.image_projection.bias)
 
-    def encode_points(self, points: Any, colours: Any = None, *, batch: Any = None) -> Tensor:
-        """Points [N, 3] (m) and colours [N, 3], arrays or tensors -> a feature of length 1 for every point: [N, dim].
+    def encode_points(self, points: Any, colors: Any = None, *, batch: Any = None) -> Tensor:
+        """Points [N, 3] (m) and colors [N, 3], arrays or tensors -> a feature of length 1 for every point: [N, dim].
 
-        A point has the feature of its voxel. `colours` and `batch`: see `SRUNet.encode_points`.
+        A point has the feature of its voxel. `colors` and `batch`: see `SRUNet.encode_points`.
         """
-        voxels, weight = self.point_transforms(points, colours, batch=batch), self.point_network.final.kernel
+        voxels, weight = self.point_transforms(points, colors, batch=batch), self.point_network.final.kernel
         coords = voxels.coords.to(weight.device)
         x = SparseTensor(coords, voxels.feats.to(weight))
         found = self.encode_voxels(x)[point_rows(x, coords)]

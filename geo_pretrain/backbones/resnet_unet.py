@@ -66,10 +66,10 @@ class ResNetEncoder(ImageBackbone):
             dilate_stage(self.layer3, 1, 2)
             dilate_stage(self.layer4, 2, 4)
         self.feature_info: list[dict[str, Any]] = _feature_info(width, block.expansion, output_stride, self.out_indices)
-        _initialise(self)
+        _initialize(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x [B, in_chans, H, W], normalised -> maps [B, C, H / stride, W / stride] (rounded up), finest first.
+        """x [B, in_chans, H, W], normalized -> maps [B, C, H / stride, W / stride] (rounded up), finest first.
 
         Map 0 is relu(bn1(conv1)) at stride 2, before the max-pooling; 1 to 4 are the outputs of layer1 to layer4.
         """
@@ -148,7 +148,7 @@ class ResNetUNet(ImageBackbone):
         return self.encoder.feature_info
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, in_chans, H, W], normalised -> dense features [B, out_chans, H / 2, W / 2]."""
+        """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H / 2, W / 2]."""
         return self.decoder(self.encoder(x)[1:])
 
 
@@ -200,7 +200,7 @@ def _feature_info(width: int, expansion: int, output_stride: int, out_indices: S
     return [info[index] for index in out_indices]
 
 
-def _initialise(encoder: nn.Module) -> None:
+def _initialize(encoder: nn.Module) -> None:
     """Convolutions from N(0, sqrt(2 / (k * k * out channels))), norms to identity: torchvision's start and Pri3D's."""
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):

@@ -131,7 +131,7 @@ class SRUNet(Backbone):
 
     @property
     def transforms(self) -> VoxelTransform:
-        """The callable that turns points (and their colours) into this network's voxels, as in pre-training."""
+        """The callable that turns points (and their colors) into this network's voxels, as in pre-training."""
         return self._known_contract().transforms()
 
     def forward(self, x: SparseTensor) -> SparseTensor:

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.backbones import WEIGHT_FILES
-from geo_pretrain.cards.front_matter import detail_of, front_matter, licence_page, task_of
+from geo_pretrain.cards.front_matter import detail_of, front_matter, license_page, task_of
 from geo_pretrain.cards.usage import output_channels, snippets
 from geo_pretrain.catalog import CATALOG, backbone_info, find, list_backbones
-from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, File, Licence, Paper, Result
-from geo_pretrain.catalog.licence import PERMISSIVE
+from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, File, License, Paper, Result
+from geo_pretrain.catalog.license import PERMISSIVE
 from geo_pretrain.checkpoint import CONFIG, TEXT_ROLES, StoredFile, read_checkpoint
-from geo_pretrain.contract import COLOURS, ImageContract, VoxelContract
+from geo_pretrain.contract import COLORS, ImageContract, VoxelContract
 from geo_pretrain.errors import GeoPretrainError
 
 BEGIN, END = "<!-- catalog -->", "<!-- /catalog -->"
 FOLDER = "path/to/this/folder"
-TABLE_HEAD = ("name", "network", "data", "weights' licence", "weights from", "reported")
+TABLE_HEAD = ("name", "network", "data", "weights' license", "weights from", "reported")
 CAPTIONS = {"2d": "For images", "3d": "For point clouds"}
 WEIGHTS_FROM = {  # a status in two words, for the table
     "published-here": "this project",
@@ -42,7 +42,7 @@ def render_card(
     name: str,
     arch: Arch,
     contract: ImageContract | VoxelContract,
-    licence: Licence,
+    license: License,
     provenance: Mapping[str, Any],
     *,
     recipe: str | None = None,
@@ -52,7 +52,7 @@ def render_card(
     files: Mapping[str, StoredFile] | None = None,
     roles: Iterable[str] | None = None,
 ) -> str:
-    """The README.md of a checkpoint folder: what it is, how to load it, licence chain, provenance, measured results.
+    """The README.md of a checkpoint folder: what it is, how to load it, license chain, provenance, measured results.
 
     `results` were measured with these very weights. Numbers of the catalog are added, as the authors', only when
     `provenance` says that the folder was converted from a file the authors publish under this name. `source` is what
@@ -68,14 +68,14 @@ def render_card(
     held = set(WEIGHT_FILES[arch.name] if roles is None else roles)
     if files is not None and roles is None:
         held = {stored.role for stored in files.values()}
-    data = entry.data if entry is not None else licence.datasets[0][0]
+    data = entry.data if entry is not None else license.datasets[0][0]
     facts = {"network": _network(arch), "pre-training data": data, "method": _method_text(paper)}
     if recipe is not None:
         facts["recipe"] = f"`geo-pretrain train {recipe}`"
     head = front_matter(
         name,
         arch,
-        licence,
+        license,
         modality=modality,
         method=_method(name),
         results=results or reported,
@@ -96,8 +96,8 @@ def render_card(
         *_measured(results),
         *_reported(reported, papers, "these weights"),
         "## Limitations",
-        _bullets(_folder_limits(contract, licence, data, theirs, bool(results), bool(reported))),
-        _licence(licence),
+        _bullets(_folder_limits(contract, license, data, theirs, bool(results), bool(reported))),
+        _license(license),
         "## Provenance",
         _tree(provenance),
         _stored_files(files),
@@ -118,7 +118,7 @@ def render_entry(entry: Entry) -> str:
     head = front_matter(
         entry.name,
         entry.arch,
-        entry.licence,
+        entry.license,
         modality=entry.modality,
         method=entry.method,
         results=entry.results if theirs else (),
@@ -139,7 +139,7 @@ def render_entry(entry: Entry) -> str:
         *_reported(entry.results, papers, whose),
         "## Limitations",
         _bullets(_entry_limits(entry)),
-        _licence(entry.licence),
+        _license(entry.license),
         _citation(entry.paper),
     )
 
@@ -160,7 +160,7 @@ def card_of(name_or_folder: str | os.PathLike[str]) -> str:
         found.name,
         found.arch,
         found.contract,
-        found.licence,
+        found.license,
         found.provenance,
         recipe=f"{FOLDER}/{TEXT_ROLES['recipe']}" if "recipe" in held else None,
         finished=found.finished,
@@ -187,7 +187,7 @@ def _catalog_row(entry: Entry) -> tuple[str, ...]:
         f"[`{entry.name}`](model_cards/{entry.name}.md)",
         network_title(entry.arch),
         entry.data,
-        entry.licence.weights.removeprefix("LicenseRef-"),
+        entry.license.weights.removeprefix("LicenseRef-"),
         WEIGHTS_FROM[entry.status],
         headline(entry) or "-",
     )
@@ -291,23 +291,23 @@ def _image_rows(contract: ImageContract) -> list[tuple[str, str]]:
     height, width = contract.size
     return [
         ("channels", f"{', '.join(contract.channels)}, in this order"),
-        ("values", f"[{low:g}, {high:g}] before normalisation; 8-bit images are divided by 255"),
+        ("values", f"[{low:g}, {high:g}] before normalization; 8-bit images are divided by 255"),
         ("mean", _numbers(contract.mean)),
         ("standard deviation", _numbers(contract.std)),
         (
             "size",
             f"{height}x{width} (height x width) in pre-training; `.transforms` resizes ({contract.interpolation})",
         ),
-        ("tensor", f"float [B, {len(contract.channels)}, H, W], normalised"),
+        ("tensor", f"float [B, {len(contract.channels)}, H, W], normalized"),
     ]
 
 
 def _voxel_rows(arch: Arch, contract: VoxelContract) -> list[tuple[str, str]]:
     if isinstance(contract.voxel_size, tuple):
         size = "{:g} m x {:g} degree x {:g} m".format(*contract.voxel_size)
-        axes = "cylindrical: radius, azimuth and height of x, y, z in metres, with the sensor at the origin"
+        axes = "cylindrical: radius, azimuth and height of x, y, z in meters, with the sensor at the origin"
     else:
-        size, axes = f"{contract.voxel_size * 100:g} cm", "cartesian: x, y, z in metres"
+        size, axes = f"{contract.voxel_size * 100:g} cm", "cartesian: x, y, z in meters"
     first = contract.reduce == "first"
     return [
         ("voxel edge", size),
@@ -315,7 +315,7 @@ def _voxel_rows(arch: Arch, contract: VoxelContract) -> list[tuple[str, str]]:
         ("channels", _voxel_channels(contract)),
         ("values", _voxel_values(contract)),
         ("points of one voxel", "the first gives the features" if first else "the features are their mean"),
-        ("output", f"{output_channels(arch)} channels a voxel" + (", of length 1" if _normalised(arch) else "")),
+        ("output", f"{output_channels(arch)} channels a voxel" + (", of length 1" if _normalized(arch) else "")),
     ]
 
 
@@ -329,14 +329,14 @@ def _voxel_channels(contract: VoxelContract) -> str:
 def _voxel_values(contract: VoxelContract) -> str:
     names = contract.given_channels
     if not names:
-        return "1 everywhere; colours are not taken"
-    raw = "colours in [0, 1] (8-bit ones are divided by 255)" if set(names) <= COLOURS else ", ".join(names)
+        return "1 everywhere; colors are not taken"
+    raw = "colors in [0, 1] (8-bit ones are divided by 255)" if set(names) <= COLORS else ", ".join(names)
     scale = f" * {contract.scale:g}" if contract.scale != 1 else ""
     offset = f" {'-' if contract.offset < 0 else '+'} {abs(contract.offset):g}" if contract.offset else ""
     return f"{raw}{scale}{offset}"
 
 
-def _normalised(arch: Arch) -> bool:
+def _normalized(arch: Arch) -> bool:
     return bool(arch.args.get("normalize", False))
 
 
@@ -473,11 +473,11 @@ def _entry_limits(entry: Entry) -> list[str]:
         else "No number is stated for them; `geo-pretrain eval matching DIR` measures those you make.",
         "planned": "Nothing was measured with this project.",
     }[entry.status]
-    return [*filter(None, [first]), *_common_limits(entry.contract, entry.licence, entry.data)]
+    return [*filter(None, [first]), *_common_limits(entry.contract, entry.license, entry.data)]
 
 
 def _folder_limits(
-    contract: ImageContract | VoxelContract, licence: Licence, data: str, theirs: bool, measured: bool, reported: bool
+    contract: ImageContract | VoxelContract, license: License, data: str, theirs: bool, measured: bool, reported: bool
 ) -> list[str]:
     limits = []
     if not measured:
@@ -485,10 +485,10 @@ def _folder_limits(
         limits.append(f"{what} was not measured" + (" with this project." if theirs else "."))
     if theirs and not reported:
         limits.append("The authors report no number for them.")
-    return limits + _common_limits(contract, licence, data)
+    return limits + _common_limits(contract, license, data)
 
 
-def _common_limits(contract: ImageContract | VoxelContract, licence: Licence, data: str) -> list[str]:
+def _common_limits(contract: ImageContract | VoxelContract, license: License, data: str) -> list[str]:
     limits = ["Pre-trained features to fine-tune from: by themselves they name no class and no object."]
     if data == "rooms":
         limits.append("Rooms are procedural: their shapes, textures and noise are simpler than those of real scans.")
@@ -496,22 +496,22 @@ def _common_limits(contract: ImageContract | VoxelContract, licence: Licence, da
         size = "x".join(map(str, contract.size))
         limits.append(f"Pre-training saw {data} at {size} pixels; other sizes run, but were no part of it.")
     elif not contract.given_channels:
-        limits.append("Colours are not used: the network was shown geometry alone, at one voxel size.")
+        limits.append("Colors are not used: the network was shown geometry alone, at one voxel size.")
     else:
         limits.append("The features hold for this voxel size and these channels; others were not shown to the network.")
-    if licence.weights not in PERMISSIVE:
-        limits.append("The weights' licence limits what they may be used for; see below.")
+    if license.weights not in PERMISSIVE:
+        limits.append("The weights' license limits what they may be used for; see below.")
     return limits
 
 
-def _licence(licence: Licence) -> str:
-    rows = [("the weights", _terms(licence.weights)), ("the code that made them", _terms(licence.code))]
-    rows += [(f"data: {name}", _terms(terms)) for name, terms in licence.datasets]
-    return "## Licence\n\n" + _table(("of", "licence"), [*rows, ("started from", licence.base_model)])
+def _license(license: License) -> str:
+    rows = [("the weights", _terms(license.weights)), ("the code that made them", _terms(license.code))]
+    rows += [(f"data: {name}", _terms(terms)) for name, terms in license.datasets]
+    return "## License\n\n" + _table(("of", "license"), [*rows, ("started from", license.base_model)])
 
 
 def _terms(identifier: str) -> str:
-    page = licence_page(identifier)
+    page = license_page(identifier)
     return identifier if page is None else f"[{identifier}]({page})"
 
 

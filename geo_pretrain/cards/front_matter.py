@@ -1,8 +1,8 @@
-"""The YAML block at the top of a card, as the Hugging Face Hub reads it: licence, tags, data, start weights, numbers.
+"""The YAML block at the top of a card, as the Hugging Face Hub reads it: license, tags, data, start weights, numbers.
 
 Identifiers are the Hub's own where it has one. What it has none for (a data set that is not hosted there, start weights
 that are not) goes into the tags or is left out: a made-up identifier would link to somebody else's page.
-Specification: github.com/huggingface/hub-docs, modelcard.md, and for licences docs/hub/repositories-licenses.md.
+Specification: github.com/huggingface/hub-docs, modelcard.md, and for licenses docs/hub/repositories-licenses.md.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from geo_pretrain.catalog.entry import Arch, Licence, Paper, Result
+from geo_pretrain.catalog.entry import Arch, License, Paper, Result
 
 LIBRARY = "geo_pretrain"
 # The Hub's list, without families that have no version ("cc", "gpl"), which say too little, and single models' terms.
-HUB_LICENCES = frozenset(
+HUB_LICENSES = frozenset(
     re.findall(
         r"[^\s,]+",
         """
@@ -51,7 +51,7 @@ ARCH_TAGS = {
 def front_matter(
     name: str,
     arch: Arch,
-    licence: Licence,
+    license: License,
     *,
     modality: str,
     method: str | None,
@@ -64,12 +64,12 @@ def front_matter(
     """
     import yaml  # not at the top: the table and the command line's list need no YAML
 
-    datasets = [HUB_DATASETS[data] for data, _ in licence.datasets if data in HUB_DATASETS]
-    started = START.match(licence.base_model)
-    data: dict[str, Any] = {**licence_fields(licence.weights), "library_name": LIBRARY}
+    datasets = [HUB_DATASETS[data] for data, _ in license.datasets if data in HUB_DATASETS]
+    started = START.match(license.base_model)
+    data: dict[str, Any] = {**license_fields(license.weights), "library_name": LIBRARY}
     if modality == "2d":  # the Hub has no task for features of points, and its "feature-extraction" means text
         data["pipeline_tag"] = "image-feature-extraction"
-    data["tags"] = tags(arch, licence, modality, method)
+    data["tags"] = tags(arch, license, modality, method)
     if datasets:
         data["datasets"] = datasets
     if started:  # the same weights have a repository there
@@ -79,29 +79,29 @@ def front_matter(
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1 << 20)}---"
 
 
-def licence_fields(identifier: str) -> dict[str, str]:
+def license_fields(identifier: str) -> dict[str, str]:
     """The Hub's fields for an SPDX identifier or a LicenseRef: one of its own identifiers, or name and page."""
     if identifier == UNSTATED:
         return {"license": "unknown"}
     key = identifier.lower().removesuffix("-only").removesuffix("-or-later")
     key = UNVERSIONED.get(key, key)
-    if key in HUB_LICENCES:
+    if key in HUB_LICENSES:
         return {"license": key}
     fields = {"license": "other", "license_name": key.removeprefix("licenseref-")}
-    page = licence_page(identifier)
+    page = license_page(identifier)
     return fields | ({"license_link": page} if page else {})
 
 
-def licence_page(identifier: str) -> str | None:
+def license_page(identifier: str) -> str | None:
     """Where the terms can be read: the owner's page, or SPDX's for identifiers of its own. None: nowhere we know."""
     if identifier.startswith("LicenseRef-"):
         return TERMS.get(identifier)
     return f"https://spdx.org/licenses/{identifier}.html"
 
 
-def tags(arch: Arch, licence: Licence, modality: str, method: str | None) -> list[str]:
+def tags(arch: Arch, license: License, modality: str, method: str | None) -> list[str]:
     """What people filter by: method, modality, architecture, data, sensor, how it was trained, how it is stored."""
-    data = [name for name, _ in licence.datasets if name != "none"]
+    data = [name for name, _ in license.datasets if name != "none"]
     sensors = [SENSORS.get(name, "rgb-d" if name.startswith("RGB-D") else None) for name in data]
     found = [
         None if method is None else slug(method),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from geo_pretrain.backbones import WEIGHT_FILES
 from geo_pretrain.catalog.entry import Arch
-from geo_pretrain.contract import COLOURS, ImageContract, VoxelContract
+from geo_pretrain.contract import COLORS, ImageContract, VoxelContract
 
 CLONE = "path/to/geo_pretrain"  # of this project, for torch.hub
 HOST_WIDTH = 64  # the ResNets of torchvision and timm
@@ -103,11 +103,11 @@ def _own_2d(where: str, arch: Arch, contract: ImageContract, pretrained: bool, d
 
 def _own_3d(where: str, arch: Arch, contract: VoxelContract, pretrained: bool) -> Snippet:
     names = contract.given_channels
-    colours = bool(names) and set(names) <= COLOURS
-    given = "" if not names else "colours" if colours else "_".join(names)
-    loaded = ['points = cloud["points"]  # float [N, 3] in metres']
+    colors = bool(names) and set(names) <= COLORS
+    given = "" if not names else "colors" if colors else "_".join(names)
+    loaded = ['points = cloud["points"]  # float [N, 3] in meters']
     if given:
-        loaded.append(f'{given} = cloud["{given}"]  # {"uint8" if colours else "float"} [N, {len(names)}]')
+        loaded.append(f'{given} = cloud["{given}"]  # {"uint8" if colors else "float"} [N, {len(names)}]')
     call = f"points, {given}" if given else "points"
     lines = [
         "import geo_pretrain as gp",

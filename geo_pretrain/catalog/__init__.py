@@ -19,19 +19,19 @@ from geo_pretrain.catalog.entry import (
     Paper,
     Result,
 )
-from geo_pretrain.catalog.licence import LICENCE_GROUPS, Licence
+from geo_pretrain.catalog.license import LICENSE_GROUPS, License
 from geo_pretrain.errors import unknown
 
 __all__ = [
     "CATALOG",
-    "LICENCE_GROUPS",
+    "LICENSE_GROUPS",
     "RENAMED",
     "STATUSES",
     "Arch",
     "AuthorsFile",
     "Entry",
     "File",
-    "Licence",
+    "License",
     "Paper",
     "Result",
     "backbone_info",
@@ -70,8 +70,8 @@ def list_backbones(
     """Names of the catalog that match everything given, in natural order (r18 before r50, `kitti` before `kitti_180`).
 
     `pattern` is fnmatch's (`"pri3d_*_r50*"`). `modality` is "2d" or "3d", `data` the pre-training data ("ScanNet",
-    any case), `status` a key of `STATUSES`. `license` is an exact identifier of the weights' licence ("MIT") or a
-    group, "permissive" or "non-commercial". An unknown modality, status, method, data or licence raises `UnknownName`.
+    any case), `status` a key of `STATUSES`. `license` is an exact identifier of the weights' license ("MIT") or a
+    group, "permissive" or "non-commercial". An unknown modality, status, method, data or license raises `UnknownName`.
 
     >>> list_backbones("pri3d_view*", license="permissive")
     ['pri3d_view_geo_r18.rooms', 'pri3d_view_r18.rooms', 'pri3d_view_r18.rooms_toy']
@@ -80,7 +80,7 @@ def list_backbones(
     _check("method", method, {entry.method for entry in entries})
     _check("modality", modality, MODALITIES)
     _check("status", status, STATUSES)
-    _check("license", license, {*LICENCE_GROUPS, *(entry.licence.weights for entry in entries)})
+    _check("license", license, {*LICENSE_GROUPS, *(entry.license.weights for entry in entries)})
     _check("data", data and data.lower(), {entry.data.lower() for entry in entries})
     chosen = [
         entry.name
@@ -90,7 +90,7 @@ def list_backbones(
         and modality in (None, entry.modality)
         and status in (None, entry.status)
         and (data is None or data.lower() == entry.data.lower())
-        and (license is None or entry.licence.matches(license))
+        and (license is None or entry.license.matches(license))
     ]
     return sorted(chosen, key=_natural)
 

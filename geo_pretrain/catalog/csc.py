@@ -7,8 +7,8 @@ are given for the weights, so their entry states what ScanNet imposes.
 from __future__ import annotations
 
 from geo_pretrain.catalog.entry import AuthorsFile, Entry, Paper, Result
-from geo_pretrain.catalog.licence import Licence
-from geo_pretrain.catalog.pointcontrast import DETECTION, ROOMS_LICENCE, SCANNET_LICENCE, SEGMENTATION, SRUNET34
+from geo_pretrain.catalog.license import License
+from geo_pretrain.catalog.pointcontrast import DETECTION, ROOMS_LICENSE, SCANNET_LICENSE, SEGMENTATION, SRUNET34
 from geo_pretrain.contract import VoxelContract
 
 PAPER = Paper(
@@ -73,15 +73,15 @@ RESULTS: dict[str, tuple[Result, ...]] = {
 }
 
 
-def _entry(name: str, licence: Licence, data: str, description: str, *, recipe: str | None, key: str = "") -> Entry:
-    files = (AuthorsFile(f"{FOLDER}/{FILES[key]}.pth", "csc", "3D U-Net, optimiser state", ("model",)),) if key else ()
+def _entry(name: str, license: License, data: str, description: str, *, recipe: str | None, key: str = "") -> Entry:
+    files = (AuthorsFile(f"{FOLDER}/{FILES[key]}.pth", "csc", "3D U-Net, optimizer state", ("model",)),) if key else ()
     return Entry(
         name=name,
         method="csc",
         modality="3d",
         arch=SRUNET34,
         contract=CONTRACT,
-        licence=licence,
+        license=license,
         paper=PAPER,
         data=data,
         description=description,
@@ -95,12 +95,12 @@ def _entry(name: str, licence: Licence, data: str, description: str, *, recipe: 
 def _published(key: str) -> Entry:
     name = f"csc_{key}_srunet34"
     recipe = name if name in RECIPES else None
-    return _entry(name, SCANNET_LICENCE, "ScanNet", DESCRIPTIONS[key], recipe=recipe, key=key)
+    return _entry(name, SCANNET_LICENSE, "ScanNet", DESCRIPTIONS[key], recipe=recipe, key=key)
 
 
 ROOMS = "csc_srunet34.rooms"
 ROOMS_TEXT = f"{TEXT}, on procedural rooms only; full size, for one GPU"
 ENTRIES: tuple[Entry, ...] = (
     *(_published(key) for key in FILES),
-    _entry(ROOMS, ROOMS_LICENCE, "rooms", ROOMS_TEXT, recipe=ROOMS),
+    _entry(ROOMS, ROOMS_LICENSE, "rooms", ROOMS_TEXT, recipe=ROOMS),
 )

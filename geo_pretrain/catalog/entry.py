@@ -1,6 +1,6 @@
 """The types of the catalog: what is known about a checkpoint, as data. No I/O and no torch.
 
-What cannot be true cannot be built: an entry without its licence chain, files that do not hold the network, a status
+What cannot be true cannot be built: an entry without its license chain, files that do not hold the network, a status
 that its files and recipe do not bear out.
 """
 
@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from geo_pretrain.backbones import ARCHITECTURES, WEIGHT_FILES
-from geo_pretrain.catalog.licence import PERMISSIVE as PERMISSIVE
-from geo_pretrain.catalog.licence import Licence as Licence
+from geo_pretrain.catalog.license import PERMISSIVE as PERMISSIVE
+from geo_pretrain.catalog.license import License as License
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.convert import FORMATS
-from geo_pretrain.errors import unknown
+from geo_pretrain.errors import renamed, unknown
 
 NETWORKS_3D = ("sr_unet",)
 NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)+(\.[a-z0-9_]+)?")  # <method>_<variant>_<architecture>[.<tag>]
@@ -155,7 +155,7 @@ class Entry:
     modality: str
     arch: Arch
     contract: ImageContract | VoxelContract
-    licence: Licence
+    license: License
     paper: Paper
     data: str  # what it was pre-trained on
     description: str
@@ -164,6 +164,8 @@ class Entry:
     files: tuple[File, ...] = ()
     authors_files: tuple[AuthorsFile, ...] = ()
     results: tuple[Result, ...] = ()
+
+    licence = renamed("licence", "license")
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name) or not self.name.startswith(f"{self.method}_"):

@@ -7,8 +7,8 @@ authors released neither code nor weights.
 from __future__ import annotations
 
 from geo_pretrain.catalog.entry import Entry, Paper, Result
-from geo_pretrain.catalog.licence import Licence
-from geo_pretrain.catalog.pri3d import CONTRACT, RESNET_UNET, SEGMENTATION, box_and_mask, miou, scannet_licence
+from geo_pretrain.catalog.license import License
+from geo_pretrain.catalog.pri3d import CONTRACT, RESNET_UNET, SEGMENTATION, box_and_mask, miou, scannet_license
 
 PAPER = Paper(
     title="Self-Supervised Image Representation Learning with Geometric Set Consistency",
@@ -44,7 +44,7 @@ def _entry(arch: str) -> Entry:
         modality="2d",
         arch=RESNET_UNET[arch],
         contract=CONTRACT,
-        licence=scannet_licence(f"{stage1} (LicenseRef-ScanNet-ToU)"),
+        license=scannet_license(f"{stage1} (LicenseRef-ScanNet-ToU)"),
         paper=PAPER,
         data="ScanNet",
         description=f"{TEXT}, after {stage1}",
@@ -62,7 +62,7 @@ def _rooms_entry() -> Entry:
         modality="2d",
         arch=RESNET_UNET["r18"],
         contract=CONTRACT,
-        licence=Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=f"{stage1} (MIT)"),
+        license=License(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=f"{stage1} (MIT)"),
         paper=PAPER,
         data="rooms",
         description=f"{TEXT}, after Pri3D view and geo; full size, for one GPU",

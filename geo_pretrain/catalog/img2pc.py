@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from geo_pretrain.catalog.csc import CONTRACT, INSTANCES
 from geo_pretrain.catalog.entry import Arch, Entry, Paper, Result
-from geo_pretrain.catalog.licence import Licence
-from geo_pretrain.catalog.pointcontrast import DETECTION, ROOMS_LICENCE, SEGMENTATION
-from geo_pretrain.catalog.pri3d import SCANNET_TERMS, imagenet, scannet_licence
+from geo_pretrain.catalog.license import License
+from geo_pretrain.catalog.pointcontrast import DETECTION, ROOMS_LICENSE, SEGMENTATION
+from geo_pretrain.catalog.pri3d import SCANNET_TERMS, imagenet, scannet_license
 from geo_pretrain.contract import ImageContract
 
 PAPER = Paper(
@@ -37,14 +37,14 @@ RESULTS = (
 )
 
 
-def _stage1(name: str, licence: Licence, data: str, description: str) -> Entry:
+def _stage1(name: str, license: License, data: str, description: str) -> Entry:
     return Entry(
         name=name,
         method="img2pc",
         modality="2d",
         arch=Arch("resnet_depth_unet", {"depth": 18, "width": 64, "out_chans": 16}),
         contract=ImageContract(mean=(0.45,) * 3, std=(0.225,) * 3, interpolation="bilinear"),
-        licence=licence,
+        license=license,
         paper=PAPER,
         data=data,
         description=description,
@@ -69,7 +69,7 @@ def _stage2(
         modality="3d",
         arch=Arch("sr_unet", args),
         contract=CONTRACT,
-        licence=Licence(
+        license=License(
             code="MIT", weights=terms, datasets=datasets, base_model=f"random weights; teacher: {teacher} ({terms})"
         ),
         paper=PAPER,
@@ -82,13 +82,13 @@ def _stage2(
 
 
 ENTRIES: tuple[Entry, ...] = (
-    _stage1(STAGE1, scannet_licence(imagenet("r18")), "ScanNet", DESCRIPTIONS[STAGE1]),
+    _stage1(STAGE1, scannet_license(imagenet("r18")), "ScanNet", DESCRIPTIONS[STAGE1]),
     _stage2(STAGE2, "LicenseRef-ScanNet-ToU", SCANNET_TERMS, STAGE1, "ScanNet", DESCRIPTIONS[STAGE2], RESULTS),
-    _stage1(f"{STAGE1}.rooms", ROOMS_LICENCE, "rooms", f"{DESCRIPTIONS[STAGE1]}{ROOMS_TEXT}"),
+    _stage1(f"{STAGE1}.rooms", ROOMS_LICENSE, "rooms", f"{DESCRIPTIONS[STAGE1]}{ROOMS_TEXT}"),
     _stage2(
         f"{STAGE2}.rooms",
         "MIT",
-        ROOMS_LICENCE.datasets,
+        ROOMS_LICENSE.datasets,
         f"{STAGE1}.rooms",
         "rooms",
         f"{DESCRIPTIONS[STAGE2]}{ROOMS_TEXT}",

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result
-from geo_pretrain.catalog.licence import Licence
-from geo_pretrain.catalog.pri3d import MOCO_V2, RESNET50, box_and_mask, drive, imagenet, miou, scannet_licence
+from geo_pretrain.catalog.license import License
+from geo_pretrain.catalog.pri3d import MOCO_V2, RESNET50, box_and_mask, drive, imagenet, miou, scannet_license
 from geo_pretrain.contract import ImageContract
 
 PAPER = Paper(
@@ -61,7 +61,7 @@ def _entry(variant: str) -> Entry:
         modality="2d",
         arch=RESNET50,
         contract=CONTRACT,
-        licence=scannet_licence(base_model, code="CC-BY-NC-4.0" if files else "MIT"),
+        license=scannet_license(base_model, code="CC-BY-NC-4.0" if files else "MIT"),
         paper=PAPER,
         data=data,
         description=f"momentum contrast between augmentations of single images, {text}; a baseline of Pri3D",
@@ -80,7 +80,7 @@ def _rooms_entry() -> Entry:
         modality="2d",
         arch=Arch("resnet", {"depth": 18, "width": 64}),
         contract=CONTRACT,
-        licence=Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=SCRATCH),
+        license=License(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=SCRATCH),
         paper=PAPER,
         data="rooms",
         description="momentum contrast between augmentations of single images, from a random start on procedural "
@@ -105,7 +105,7 @@ def _start(epochs: int) -> Entry:
         modality="2d",
         arch=RESNET50,
         contract=CONTRACT,
-        licence=Licence(code=terms, weights=terms, datasets=(IMAGENET,), base_model=SCRATCH),
+        license=License(code=terms, weights=terms, datasets=(IMAGENET,), base_model=SCRATCH),
         paper=PAPER,
         data="ImageNet",
         description=f"momentum contrast on ImageNet without labels, {epochs} epochs: start weights of other networks",

@@ -7,7 +7,7 @@ what ScanNet imposes. The released code feeds features of ones (plus a little no
 from __future__ import annotations
 
 from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result
-from geo_pretrain.catalog.licence import Licence
+from geo_pretrain.catalog.license import License
 from geo_pretrain.contract import VoxelContract
 
 PAPER = Paper(
@@ -22,10 +22,10 @@ SRUNET34 = Arch(
 )
 CONTRACT = VoxelContract(0.025)
 SCRATCH = "none (random weights)"
-SCANNET_LICENCE = Licence(
+SCANNET_LICENSE = License(
     code="MIT", weights="LicenseRef-ScanNet-ToU", datasets=(("ScanNet", "LicenseRef-ScanNet-ToU"),), base_model=SCRATCH
 )
-ROOMS_LICENCE = Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=SCRATCH)
+ROOMS_LICENSE = License(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=SCRATCH)
 
 SEGMENTATION, DETECTION = "3D semantic segmentation", "3D object detection"
 LOSSES = {
@@ -85,13 +85,13 @@ def _entries(loss: str) -> tuple[Entry, Entry]:
         modality="3d",
         arch=SRUNET34,
         contract=CONTRACT,
-        licence=SCANNET_LICENCE,
+        license=SCANNET_LICENSE,
         paper=PAPER,
         data="ScanNet",
         description=LOSSES[loss],
         status="published-by-authors",
         recipe=name,
-        authors_files=(AuthorsFile(URLS[loss], "pointcontrast", "3D U-Net, optimiser state; 290 MB", ("model",)),),
+        authors_files=(AuthorsFile(URLS[loss], "pointcontrast", "3D U-Net, optimizer state; 290 MB", ("model",)),),
         results=RESULTS[loss],
     )
     rooms = Entry(
@@ -100,7 +100,7 @@ def _entries(loss: str) -> tuple[Entry, Entry]:
         modality="3d",
         arch=SRUNET34,
         contract=CONTRACT,
-        licence=ROOMS_LICENCE,
+        license=ROOMS_LICENSE,
         paper=PAPER,
         data="rooms",
         description=f"{LOSSES[loss]}, on procedural rooms only; full size, for one GPU",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from geo_pretrain.catalog.csc import CONTRACT
 from geo_pretrain.catalog.entry import Arch, Entry, Paper, Result
-from geo_pretrain.catalog.licence import Licence
+from geo_pretrain.catalog.license import License
 from geo_pretrain.catalog.pointcontrast import DETECTION, SEGMENTATION
 
 PAPER = Paper(
@@ -52,8 +52,8 @@ def _network(variant: str = "34C", out_chans: int = 128, normalize: bool = True)
     return Arch("sr_unet", args | {"normalize": normalize})
 
 
-def _licence(teacher: str, teachers_data: tuple[str, str] = ("ImageNet", "LicenseRef-ImageNet-terms")) -> Licence:
-    return Licence(
+def _license(teacher: str, teachers_data: tuple[str, str] = ("ImageNet", "LicenseRef-ImageNet-terms")) -> License:
+    return License(
         code="MIT",
         weights="LicenseRef-ScanNet-ToU",
         datasets=(("ScanNet", "LicenseRef-ScanNet-ToU"), teachers_data),
@@ -61,9 +61,9 @@ def _licence(teacher: str, teachers_data: tuple[str, str] = ("ImageNet", "Licens
     )
 
 
-SUPERVISED = _licence("torchvision ResNet-50 IMAGENET1K_V1 (BSD-3-Clause; ImageNet terms: non-commercial research)")
-MOCO = _licence("MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0; ImageNet terms: non-commercial research)")
-ADE20K = _licence(
+SUPERVISED = _license("torchvision ResNet-50 IMAGENET1K_V1 (BSD-3-Clause; ImageNet terms: non-commercial research)")
+MOCO = _license("MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0; ImageNet terms: non-commercial research)")
+ADE20K = _license(
     "fully convolutional ResNet of ADE20K (LicenseRef-ADE20K-terms)", ("ADE20K", "LicenseRef-ADE20K-terms")
 )
 
@@ -99,7 +99,7 @@ def _entry(
     *,
     method: str = "ppkt",
     arch: Arch | None = None,
-    licence: Licence = SUPERVISED,
+    license: License = SUPERVISED,
     paper: Paper = PAPER,
 ) -> Entry:
     return Entry(
@@ -108,7 +108,7 @@ def _entry(
         modality="3d",
         arch=arch or _network(),
         contract=CONTRACT,
-        licence=licence,
+        license=license,
         paper=paper,
         data="ScanNet",
         description=description,
@@ -136,13 +136,13 @@ ENTRIES: tuple[Entry, ...] = (
         "ppkt_moco_srunet34",
         f"{TEXT}, from a MoCo ResNet-50",
         (*_detection("ScanNet", "T6", 59.69), *_detection("SUN RGB-D", "T6", 57.17)),
-        licence=MOCO,
+        license=MOCO,
     ),
     _entry(
         "ppkt_ade_srunet34",
         f"{TEXT}, from a segmentation network of ADE20K",
         _detection("SUN RGB-D", "T5", 58.03),
-        licence=ADE20K,
+        license=ADE20K,
     ),
     Entry(
         name="ppkt_srunet34.rooms",
@@ -150,7 +150,7 @@ ENTRIES: tuple[Entry, ...] = (
         modality="3d",
         arch=_network(),
         contract=CONTRACT,
-        licence=Licence(
+        license=License(
             code="MIT",
             weights="MIT",
             datasets=(("rooms", "MIT"),),
@@ -189,6 +189,6 @@ ENTRIES: tuple[Entry, ...] = (
         _detection("SUN RGB-D", "T5", 56.07),
         method="ppkd",
         arch=_network(out_chans=150, normalize=False),
-        licence=ADE20K,
+        license=ADE20K,
     ),
 )

@@ -11,7 +11,7 @@ Two baselines of the paper stand here too: they differ from Pri3D in the loss al
 from __future__ import annotations
 
 from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result
-from geo_pretrain.catalog.licence import Licence
+from geo_pretrain.catalog.license import License
 from geo_pretrain.contract import ImageContract
 
 PAPER = Paper(
@@ -33,7 +33,7 @@ WIDE_CONTRACT = ImageContract(size=(180, 360))
 Triple = tuple[float, float, float]
 SEGMENTATION, DETECTION, INSTANCES = "semantic segmentation", "object detection", "instance segmentation"
 
-ROOMS = Licence(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model="none (random weights)")
+ROOMS = License(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model="none (random weights)")
 SCANNET_TERMS = (("ScanNet", "LicenseRef-ScanNet-ToU"), ("ImageNet", "LicenseRef-ImageNet-terms"))
 PRIORS = {
     "view": "view-invariant contrastive learning between overlapping frames",
@@ -50,9 +50,9 @@ def imagenet(arch: str) -> str:
     return f"torchvision ResNet-{DEPTHS[arch]} IMAGENET1K_V1 (BSD-3-Clause; ImageNet terms: non-commercial research)"
 
 
-def scannet_licence(base_model: str, code: str = "MIT") -> Licence:
+def scannet_license(base_model: str, code: str = "MIT") -> License:
     """Of weights made from ScanNet's frames that ImageNet has a part in."""
-    return Licence(code=code, weights="LicenseRef-ScanNet-ToU", datasets=SCANNET_TERMS, base_model=base_model)
+    return License(code=code, weights="LicenseRef-ScanNet-ToU", datasets=SCANNET_TERMS, base_model=base_model)
 
 
 def drive(file_id: str, content: str, file_format: str, roles: tuple[str, ...] = ("encoder",)) -> AuthorsFile:
@@ -61,7 +61,7 @@ def drive(file_id: str, content: str, file_format: str, roles: tuple[str, ...] =
 
 
 def _run(file_id: str, content: str = "2D U-Net, 3D U-Net and heads") -> AuthorsFile:
-    """A file that a training run saved: all its networks, and the optimiser."""
+    """A file that a training run saved: all its networks, and the optimizer."""
     return drive(file_id, content, "pri3d", ("encoder", "decoder", "heads"))
 
 
@@ -186,7 +186,7 @@ RECIPES = (
 def _entry(
     name: str,
     arch: Arch,
-    licence: Licence,
+    license: License,
     data: str,
     description: str,
     contract: ImageContract = CONTRACT,
@@ -200,7 +200,7 @@ def _entry(
         modality="2d",
         arch=arch,
         contract=contract,
-        licence=licence,
+        license=license,
         paper=PAPER,
         data=data,
         description=description,
@@ -213,7 +213,7 @@ def _entry(
 
 def _scannet(name: str, arch: str, description: str) -> Entry:
     """An entry trained as most are: on ScanNet, from ImageNet."""
-    return _entry(name, RESNET_UNET[arch], scannet_licence(imagenet(arch)), "ScanNet", description)
+    return _entry(name, RESNET_UNET[arch], scannet_license(imagenet(arch)), "ScanNet", description)
 
 
 def _scannet_entries() -> tuple[Entry, ...]:
@@ -228,7 +228,7 @@ def _scannet_entries() -> tuple[Entry, ...]:
     slow_encoder = _entry(
         "pri3d_view_r50.lr001",
         RESNET50,  # nobody offers its decoder
-        scannet_licence(imagenet("r50")),
+        scannet_license(imagenet("r50")),
         "ScanNet",
         f"{PRIORS['view']}, {slow_text}; the encoder alone",
     )
@@ -236,7 +236,7 @@ def _scannet_entries() -> tuple[Entry, ...]:
         _entry(
             f"pri3d_unsup_{prior}_r50",
             RESNET_UNET["r50"],
-            scannet_licence(MOCO_V2),
+            scannet_license(MOCO_V2),
             "ScanNet",
             f"{text}, started without labels",
         )
@@ -246,7 +246,7 @@ def _scannet_entries() -> tuple[Entry, ...]:
         _entry(
             f"pri3d_{prior}_r50.continued",
             RESNET_UNET["r50"],
-            scannet_licence("pri3d_view_geo_r50 (LicenseRef-ScanNet-ToU)"),
+            scannet_license("pri3d_view_geo_r50 (LicenseRef-ScanNet-ToU)"),
             "ScanNet",
             f"pri3d_view_geo_r50 trained two epochs more: {text}; a baseline of GSC",
         )
@@ -256,13 +256,13 @@ def _scannet_entries() -> tuple[Entry, ...]:
 
 
 def _outdoor_entries() -> tuple[Entry, ...]:
-    kitti = Licence(
+    kitti = License(
         code="MIT",
         weights="CC-BY-NC-SA-3.0",
         datasets=(("KITTI", "CC-BY-NC-SA-3.0"), ("ImageNet", "LicenseRef-ImageNet-terms")),
         base_model=imagenet("r50"),
     )
-    megadepth = Licence(
+    megadepth = License(
         code="MIT",
         weights="LicenseRef-unstated",  # the authors give none, and the photographs' own terms differ
         datasets=(("MegaDepth", "LicenseRef-MegaDepth-terms"), ("ImageNet", "LicenseRef-ImageNet-terms")),
@@ -290,7 +290,7 @@ def _rooms_entries() -> tuple[Entry, ...]:
 
 def _baseline_entries() -> tuple[Entry, ...]:
     texts = {
-        "trivial_correspondence": "contrastive learning between equal pixels of two colour augmentations of one frame",
+        "trivial_correspondence": "contrastive learning between equal pixels of two color augmentations of one frame",
         "depth_prediction": "depth prediction alone, with Pri3D's depth proxy",
     }
     small = "from a random start on procedural rooms only; full size, for one GPU"
@@ -301,7 +301,7 @@ def _baseline_entries() -> tuple[Entry, ...]:
             _entry(
                 f"{method}_r50",
                 RESNET_UNET["r50"],
-                scannet_licence(imagenet("r50")),
+                scannet_license(imagenet("r50")),
                 "ScanNet",
                 f"{text}; a baseline of Pri3D",
                 method=method,

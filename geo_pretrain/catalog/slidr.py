@@ -7,7 +7,7 @@ what nuScenes and the teacher impose.
 from __future__ import annotations
 
 from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result
-from geo_pretrain.catalog.licence import Licence
+from geo_pretrain.catalog.license import License
 from geo_pretrain.catalog.pointcontrast import SEGMENTATION
 from geo_pretrain.contract import VoxelContract
 
@@ -37,7 +37,7 @@ ENTRIES: tuple[Entry, ...] = (
             {"variant": "34C", "in_chans": 1, "out_chans": 64, "width": 32, "stem_kernel": 3, "normalize": True},
         ),
         contract=VoxelContract((0.1, 1.0, 0.1), ("intensity",), coordinates="cylindrical"),
-        licence=Licence(
+        license=License(
             code="Apache-2.0",
             weights="CC-BY-NC-SA-4.0",
             datasets=(("nuScenes", "CC-BY-NC-SA-4.0"), ("ImageNet", "LicenseRef-ImageNet-terms")),

@@ -25,7 +25,7 @@ def bench_pretext(
     task: Annotated[list[str], typer.Option(help="A pretext task; may be repeated. Default: all.")] = [],  # noqa: B006
     seed: Annotated[list[int], typer.Option(help="Of pre-training and measurements; may be repeated.")] = [0, 1, 2],  # noqa: B006
     toy: Annotated[bool, typer.Option("--toy", help="Small networks and rooms: a CPU, under an hour.")] = False,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps of every task.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of every task.")] = None,
     batch: Annotated[int | None, typer.Option(help="Samples a step of every task.")] = None,
     finetune_steps: Annotated[int | None, typer.Option(help="Steps of every fine-tuning run.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes at a time; default: one a core; on a GPU one.")] = None,

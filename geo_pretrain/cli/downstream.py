@@ -150,7 +150,7 @@ def eval_probe(
     seed: Annotated[int, typer.Option(help="Of pixels and random weights.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Quick comparison without fine-tuning: a linear probe and k nearest neighbours on frozen features.
+    """Quick comparison without fine-tuning: a linear probe and k nearest neighbors on frozen features.
 
     The same architecture with random weights is measured beside it. 2D backbones are judged by the pixels of labelled
     images, 3D ones by the voxels of labelled RGB-D frames, which rooms has.

@@ -67,7 +67,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name or the path of a .yaml file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint folder to write.")],
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of the recipe's length.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's length.")] = None,
     toy: Annotated[bool, typer.Option("--toy", help="The same task on small rooms: CPU, minutes.")] = False,
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP + " The rest is held out.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
@@ -223,10 +223,10 @@ def data_preview(
     sets: Annotated[bool, typer.Option("--sets", help="Draw geometric sets, on the frames and the surface.")] = False,
     kind: Annotated[str, typer.Option(help="Of sets: segments of the surface, semantic or instance.")] = "segments",
     k_thresh: Annotated[float, typer.Option(help="Of segments: how much a surface may turn inside of one.")] = 0.01,
-    min_vertices: Annotated[int, typer.Option(help="Of segments: smaller ones are joined to a neighbour.")] = 20,
+    min_vertices: Annotated[int, typer.Option(help="Of segments: smaller ones are joined to a neighbor.")] = 20,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
 ) -> None:
-    """Draw frames of a data source: colour, depth and labels; or the geometric sets of its scenes.
+    """Draw frames of a data source: color, depth and labels; or the geometric sets of its scenes.
 
     Example: `geo-pretrain data preview rooms -o rooms.png`
 

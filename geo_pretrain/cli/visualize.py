@@ -92,10 +92,10 @@ def visualize_features(
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
 ) -> None:
-    """Draw features of frames as colours: three principal components, the same in all views of a scene.
+    """Draw features of frames as colors: three principal components, the same in all views of a scene.
 
     3D backbones describe each frame's cloud. A checkpoint of pri3d_geo or pri3d_view_geo has two columns, pixels and
-    voxels, in one colour space.
+    voxels, in one color space.
 
     Example: `geo-pretrain visualize features runs/kitchen --data seven_scenes:PATH -o features.png`
     """

@@ -49,12 +49,12 @@ def list_command(
         typer.echo(json.dumps(names))
         return
     table = Table(box=None)
-    for column in ("name", "network", "data", "weights' licence", "status"):
+    for column in ("name", "network", "data", "weights' license", "status"):
         table.add_column(column, no_wrap=True)
     for name in names:
         entry = backbone_info(name)
-        licence = entry.licence.weights.removeprefix("LicenseRef-")
-        table.add_row(name, network_title(entry.arch), entry.data, licence, entry.status)
+        license = entry.license.weights.removeprefix("LicenseRef-")
+        table.add_row(name, network_title(entry.arch), entry.data, license, entry.status)
     # One line a name, also in a pipe, where rich would take the terminal for 80 columns wide.
     wide = Console(width=max(console.width, LIST_WIDTH), soft_wrap=True)
     wide.print(table if names else f"No backbone matches. Closest: {', '.join(nearest(pattern, list_backbones()))}.")
@@ -103,7 +103,7 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
 
     found = read_checkpoint(folder)
     facts: dict[str, Any] = {"name": found.name, "folder": str(folder), "arch": str(found.arch)}
-    facts |= {"contract": str(found.contract), "finished": found.finished, "licence": asdict(found.licence)}
+    facts |= {"contract": str(found.contract), "finished": found.finished, "license": asdict(found.license)}
     return (
         facts
         | {"files": [f"{n}: {f.role}, {f.size} bytes" for n, f in found.files.items()]}

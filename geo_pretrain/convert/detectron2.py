@@ -10,7 +10,7 @@
 
 Two things that matter cannot be seen in the keys. Torchvision's bottleneck has its stride in the 3x3 convolution:
 Detectron2 needs `MODEL.RESNETS.STRIDE_IN_1X1: False` for such weights, while its own MSRA models have it in the 1x1.
-And those MSRA models expect BGR in 0..255 where ours expect normalised RGB. An MSRA file converts without any error
+And those MSRA models expect BGR in 0..255 where ours expect normalized RGB. An MSRA file converts without any error
 and gives wrong features here: say "detectron2" only of files made from torchvision-style training.
 """
 

@@ -1,7 +1,7 @@
 """Kernel layouts of other sparse convolution libraries, to and from ours.
 
 Ours is MinkowskiEngine 0.5's: `kernel` [K*K*K, Cin, Cout], its slice ix + K * (iy + K * iz) belonging to the offset
-(ix, iy, iz), so x varies fastest; offsets are centred for odd K and start at 0 for even K; the sum is a correlation,
+(ix, iy, iz), so x varies fastest; offsets are centered for odd K and start at 0 for even K; the sum is a correlation,
 and a transposed convolution adds the same offsets instead of subtracting them. K = 1 with stride 1 is [Cin, Cout], a
 bias [1, Cout], and the tensors of a norm lie one level down, `<norm>.bn.weight`.
 
@@ -38,7 +38,7 @@ HYBRID_KEYS = re.compile(r"block\d\.\d+\.conv[12]\.kernel")  # what PointContras
 def hybrid_to_cube() -> list[int]:
     """The index p [27] with cube_kernel = hybrid_kernel[p].
 
-    ME up to 0.4 lists the 27 offsets of its mixed ("hybrid") region centre first; then, one axis after the other, each
+    ME up to 0.4 lists the 27 offsets of its mixed ("hybrid") region center first; then, one axis after the other, each
     offset listed so far comes again with -1 and with +1 on that axis.
     """
     hybrid: list[tuple[int, ...]] = [(0, 0, 0)]
@@ -123,7 +123,7 @@ def _checked(columns: Columns) -> Columns:
 def kernel_to_torchsparse(kernel: Tensor) -> Tensor:
     """Our kernel in torchsparse's order: the slices of K = 2 change from x fastest to z fastest, odd K stays.
 
-    Raises ValueError for larger even K, whose offsets torchsparse centres differently (-1 .. K-2 for K = 4).
+    Raises ValueError for larger even K, whose offsets torchsparse centers differently (-1 .. K-2 for K = 4).
     """
     size = _size(kernel)
     if size % 2 == 1:

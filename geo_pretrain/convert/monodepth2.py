@@ -1,7 +1,7 @@
 """Depth networks in the layout that monodepth2 made common: a ResNet encoder and a numbered decoder.
 
 Godard et al., "Digging Into Self-Supervised Monocular Depth Estimation", ICCV 2019. Known from the key list of such a
-network alone; their code, whose licence is non-commercial, was not used. Encoder and decoder lie in one file
+network alone; their code, whose license is non-commercial, was not used. Encoder and decoder lie in one file
 (`encoder.encoder.*`, `decoder.decoder.*`) or in two (`encoder.*` with the image's size beside it, `decoder.*`).
 
 The decoder's numbers: 0 to 9 are the convolutions of levels 4 to 0, two a level; 10 is the output at full resolution,

@@ -1,7 +1,7 @@
 """Our checkpoints in other libraries' formats, for people who do not want ours.
 
 `OUT_FORMATS` says what can be written. A 2D format holds the encoder (no host has our decoders), a 3D format the whole
-U-Net. Beside the weights goes `<file>.json`: name, contract, licence chain and provenance, which these formats have no
+U-Net. Beside the weights goes `<file>.json`: name, contract, license chain and provenance, which these formats have no
 place for; a safetensors file also carries them inside. Detectron2 and the libraries of OpenMMLab get `<file>.yaml`, the
 part of a config that says what the network expects. No torch at import.
 
@@ -142,7 +142,7 @@ def _write_torch(state: State, path: Path, rule: OutFormat, checkpoint: Checkpoi
 
     import torch
 
-    nested = {rule.entry: dict(state), "meta": {"name": checkpoint.name, "licence": checkpoint.licence.weights}}
+    nested = {rule.entry: dict(state), "meta": {"name": checkpoint.name, "licence": checkpoint.license.weights}}
     content = BytesIO()  # given a path, torch.save writes its name into the file, and hides why a disk refuses
     torch.save(nested if rule.entry else dict(state), content)
     path.write_bytes(content.getbuffer())
@@ -166,7 +166,7 @@ def _about(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "name": checkpoint.name,
         "architecture": str(checkpoint.arch),
-        "licence": asdict(checkpoint.licence),
+        "licence": asdict(checkpoint.license),
         "contract": checkpoint.contract.to_dict(),
         "written_by": f"geo_pretrain {__version__}",
     }
@@ -196,7 +196,7 @@ def _mmlab_config(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
 
 
 def _pixels(checkpoint: Checkpoint) -> tuple[str, list[float], list[float]]:
-    """Colour order, mean and standard deviation on the scale 0 to 255, as both libraries want them."""
+    """Color order, mean and standard deviation on the scale 0 to 255, as both libraries want them."""
     contract: Any = checkpoint.contract
     order = "".join(contract.channels)
     if order not in ("RGB", "BGR"):
@@ -208,7 +208,7 @@ def _pixels(checkpoint: Checkpoint) -> tuple[str, list[float], list[float]]:
 def _config_text(format: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
     import yaml
 
-    head = f"# {checkpoint.name} for {format}; licence of the weights: {checkpoint.licence.weights}\n"
+    head = f"# {checkpoint.name} for {format}; license of the weights: {checkpoint.license.weights}\n"
     return head + yaml.safe_dump(dict(config), sort_keys=False)
 
 

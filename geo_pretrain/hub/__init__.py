@@ -71,7 +71,7 @@ def resolve(
 
     `name_or_path` is a checkpoint folder, "hf-hub:owner/repo[@revision]", the URL of a checkpoint folder, or a name.
     A name is looked up, in this order, in `hub` or else in the environment variable GEO_PRETRAIN_HUB (comma-separated:
-    folders, http(s) URLs holding `<name>/config.json`, or "hf:organisation"), among installed bundles, where the
+    folders, http(s) URLs holding `<name>/config.json`, or "hf:organization"), among installed bundles, where the
     catalog says that this project keeps it, and with its authors, whose file is converted. The next source is tried
     when one fails. `revision`: Hugging Face only. `local_files_only` (or HF_HUB_OFFLINE=1) forbids the network.
 
@@ -207,7 +207,7 @@ def _from_authors(request: Request) -> Path:
         arch=entry.arch,
         contract=entry.contract,
         files={},
-        licence=entry.licence,
+        license=entry.license,
         provenance={},
         finished=True,
     )

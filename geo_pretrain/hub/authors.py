@@ -106,7 +106,7 @@ def convert_file(
 ) -> Checkpoint:
     """Make the checkpoint folder `folder` out of an authors' file.
 
-    `like` is the catalog entry whose architecture, contract and licence the weights have; `name` (default: its name)
+    `like` is the catalog entry whose architecture, contract and license the weights have; `name` (default: its name)
     is what they are called. The network roles that the file has are written, whole or not at all; from the file of a
     U-Net's encoder comes a checkpoint of that ResNet. `work` is a folder for intermediate files, `overwrite` allows to
     replace a checkpoint. Raises `UnsafeFile`, `CheckpointError`, or `WeightsMismatch` when the network is not in the
@@ -260,7 +260,7 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
         name,
         arch,
         like.contract,
-        like.licence,
+        like.license,
         provenance,
         recipe=like.recipe if own else None,
         roles=tuple(converted.weights),
@@ -272,7 +272,7 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
         contract=like.contract,
         weights=converted.weights,
         golden=golden,
-        licence=like.licence,
+        license=like.license,
         provenance=provenance,
         recipe_yaml=None,
         log=None,

@@ -1,6 +1,6 @@
 """Furniture that stands on the floor: beds, sofas, chairs, stools, tables, desks, cabinets, shelves.
 
-Each builder returns a `Thing` in its own frame: the origin on the floor in the middle, +y its front, metres.
+Each builder returns a `Thing` in its own frame: the origin on the floor in the middle, +y its front, meters.
 Sizes and styles are drawn from `rng`, materials from the room's palette.
 """
 

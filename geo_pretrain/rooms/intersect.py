@@ -143,7 +143,7 @@ class View:
 
     @staticmethod
     def of(cam_to_world: Tensor, k: Tensor, width: int, height: int, shift: tuple[float, float] = (0, 0)) -> View:
-        """`shift` moves every ray inside its pixel, (-0.5, 0.5) px; (0, 0) is the centre, at integer (u, v)."""
+        """`shift` moves every ray inside its pixel, (-0.5, 0.5) px; (0, 0) is the center, at integer (u, v)."""
         device = cam_to_world.device
 
         def rays(count: int, focal: Tensor, center: Tensor, offset: float) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ def _apply(vector: Tensor, matrix: Tensor) -> Tensor:
 
 
 def first_hit(sight: Sight, view: View) -> tuple[Tensor, Tensor]:
-    """Depth [tiles, 64] (z, metres) and part index [tiles, 64] (shell faces follow the parts) of every ray."""
+    """Depth [tiles, 64] (z, meters) and part index [tiles, 64] (shell faces follow the parts) of every ray."""
     depth, index = shell_hit(sight.geometry, view.cam_to_world[:3, 3], view.directions())
     hits = [_hit_camera(sight, view, *pair, kernel) for pair, kernel in zip(sight.pairs, KERNELS, strict=True)]
     tile, part = (torch.cat([pair[k] for pair in sight.pairs]) for k in (0, 1))

@@ -1,7 +1,7 @@
-"""Which colours and patterns a room uses: a small palette, shared by all its things, whatever their class.
+"""Which colors and patterns a room uses: a small palette, shared by all its things, whatever their class.
 
-No class owns a colour or a pattern: walls, sofas, tables and bins draw from the same palette, so that a network that
-looks at colour alone cannot tell them apart. What differs between materials is their role (cloth, hard, metal, ...).
+No class owns a color or a pattern: walls, sofas, tables and bins draw from the same palette, so that a network that
+looks at color alone cannot tell them apart. What differs between materials is their role (cloth, hard, metal, ...).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Look:
     """How rich and how difficult the surfaces of a room are."""
 
     plain: float  # share of surfaces without texture
-    contrast: float  # how far apart the two colours of a pattern are, 0..1
+    contrast: float  # how far apart the two colors of a pattern are, 0..1
     gloss: float  # scales every gloss
     grain: float  # scales fine noise
 
@@ -65,7 +65,7 @@ def linear(color: Sequence[float]) -> Color:
 
 
 class Palette:
-    """The colours of one room and the dealing of materials from them. Draws from `rng` in call order."""
+    """The colors of one room and the dealing of materials from them. Draws from `rng` in call order."""
 
     def __init__(self, rng: np.random.Generator, difficulty: str) -> None:
         self.rng = rng
@@ -81,7 +81,7 @@ class Palette:
         return colorsys.hsv_to_rgb(hue, saturation, self.rng.uniform(0.35, 0.95))
 
     def color(self, light: bool = False) -> Color:
-        """A palette colour (sRGB) with a little jitter; `light` lifts it towards white."""
+        """A palette color (sRGB) with a little jitter; `light` lifts it towards white."""
         color = np.array(self.colors[self.rng.integers(len(self.colors))])
         color = color * self.rng.uniform(0.85, 1.12) + self.rng.normal(0, 0.02, 3)
         if light:
@@ -90,13 +90,13 @@ class Palette:
         return float(r), float(g), float(b)
 
     def _second(self, base: Color) -> Color:
-        """A partner colour: another of the palette, or a darker or lighter shade, closer when contrast is low."""
+        """A partner color: another of the palette, or a darker or lighter shade, closer when contrast is low."""
         other = np.array(self.color()) if self.rng.random() < 0.6 else np.array(base) * self.rng.choice([0.55, 1.5])
         mixed = np.array(base) + (np.clip(other, 0, 1) - base) * self.look.contrast
         return float(mixed[0]), float(mixed[1]), float(mixed[2])
 
     def make(self, pattern: str, base: Color, second: Color, *, scale: float, gloss: float = 0.0) -> Material:
-        """A material with this room's gloss and grain; colours are sRGB."""
+        """A material with this room's gloss and grain; colors are sRGB."""
         return Material(
             pattern=PATTERN_ID[pattern],
             base=linear(base),
@@ -144,7 +144,7 @@ class Palette:
         )
 
     def wood(self) -> Material:
-        """Wood, sometimes stained in a palette colour."""
+        """Wood, sometimes stained in a palette color."""
         base = self.woods[self.rng.integers(len(self.woods))] if self.rng.random() < 0.7 else self.color()
         dark: Color = (base[0] * 0.6, base[1] * 0.55, base[2] * 0.5)
         scale = float(self.rng.uniform(0.03, 0.09))
@@ -218,13 +218,13 @@ class Palette:
         return _emitting(material, glow)
 
     def books(self) -> Material:
-        """A row of books: mostly backs of many colours, at times all bound alike."""
+        """A row of books: mostly backs of many colors, at times all bound alike."""
         if self.rng.random() < 0.25:
             return self.cloth()
         return self.make("spines", self.color(), self.color(), scale=float(self.rng.uniform(0.025, 0.045)))
 
     def leaves(self) -> Material:
-        """Leaves: of any palette colour or of a random green, so that green is no proof of a plant."""
+        """Leaves: of any palette color or of a random green, so that green is no proof of a plant."""
         base = self.color()
         if self.rng.random() < 0.5:
             base = colorsys.hsv_to_rgb(

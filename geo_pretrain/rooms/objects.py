@@ -17,7 +17,7 @@ WARM = (1.0, 0.82, 0.6)
 
 
 def _light(rng: np.random.Generator, strength: float) -> tuple[float, float, float]:
-    """A warm to neutral light colour of some strength."""
+    """A warm to neutral light color of some strength."""
     mix = rng.uniform(0.3, 1.0)
     r, g, b = (strength * (1 - mix + mix * w) for w in WARM)
     return float(r), float(g), float(b)

@@ -20,7 +20,7 @@ _PROBE = (32, 24)
 
 
 def intrinsics(width: int, height: int) -> np.ndarray:
-    """A Kinect-like pinhole [3, 3]: 58 degrees across, integer pixel centres."""
+    """A Kinect-like pinhole [3, 3]: 58 degrees across, integer pixel centers."""
     focal = 577.87 / 640 * width
     return np.array([[focal, 0.0, (width - 1) / 2], [0.0, focal, (height - 1) / 2], [0.0, 0.0, 1.0]])
 
@@ -38,7 +38,7 @@ def look(position: np.ndarray, yaw: float, pitch: float, roll: float = 0.0) -> n
 
 
 def clearance(scene: Scene, points: np.ndarray) -> np.ndarray:
-    """Distance [N] from points [N, 3] to the nearest part's oriented box or wall, metres."""
+    """Distance [N] from points [N, 3] to the nearest part's oriented box or wall, meters."""
     parts = len(scene.kind) - 6
     offset = points[:, None] - scene.center[None, :parts]
     local = np.einsum("npi,pij->npj", offset, scene.rotation[:parts])

@@ -103,7 +103,7 @@ class Room:
         return True
 
     def try_at(self, thing: Thing, rotation: np.ndarray, shift: np.ndarray, *, front: float = 0.0) -> Thing | None:
-        """Place and add if it fits; `front` metres before it must be free and stay so."""
+        """Place and add if it fits; `front` meters before it must be free and stay so."""
         attempt = copy.copy(thing)
         low, high = thing.local_bounds()
         attempt.place(rotation, shift)
@@ -127,7 +127,7 @@ class Room:
         return rotation, shift + np.array([0.0, 0.0, z])
 
     def wall_length(self, wall: int) -> float:
-        """Length of a wall, metres."""
+        """Length of a wall, meters."""
         return float(self.size[1] if wall < 2 else self.size[0])
 
     def against_wall(

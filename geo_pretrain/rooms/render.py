@@ -1,6 +1,6 @@
 """Ray casting of one frame: exact depth and ids, then light, shadow, reflection and a camera's response.
 
-Depth is analytic (the nearest intersection, float32) at integer pixel centres; colour may take several rays per pixel
+Depth is analytic (the nearest intersection, float32) at integer pixel centers; color may take several rays per pixel
 (`samples`). Lighting: ambient with soft darkening towards the room's corners, point lights and window light with cast
 shadows, sunlight through the windows, Blinn-Phong highlights, and for glossy surfaces a mirror image of the bare room.
 """
@@ -101,7 +101,7 @@ class Renderer:
 
     @torch.no_grad()
     def render(self, cam_to_world: np.ndarray, k: np.ndarray, width: int, height: int, samples: int = 1) -> Rendering:
-        """One frame; `samples` is 1 or 4 rays per pixel for colour (depth and ids always take the centre)."""
+        """One frame; `samples` is 1 or 4 rays per pixel for color (depth and ids always take the center)."""
         view = self._view(cam_to_world, k, width, height)
         sight = Sight.of(self.geometry, view)
         depth, part = first_hit(sight, view)
@@ -135,13 +135,13 @@ class Renderer:
     def _smooth_edges(self, sight: Sight, views: list[View], part: Tensor, radiance: Tensor, focal: float) -> Tensor:
         """Average rays through four places of each pixel; only those that meet another part are shaded anew.
 
-        Textures are already filtered by their footprint, so inside of a part one colour a pixel is enough.
+        Textures are already filtered by their footprint, so inside of a part one color a pixel is enough.
         """
         found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for view in views:
             depth, other = first_hit(sight, view)
             edge = (other != part).flatten().nonzero()[:, 0]
-            # Neighbours in tile order share their shadow tests in groups of a tile's size: fill up the last one.
+            # Neighbors in tile order share their shadow tests in groups of a tile's size: fill up the last one.
             fill = edge[-1:].expand(-len(edge) % TILE_RAYS) if len(edge) else edge
             spots = torch.cat([edge, fill])
             weight = torch.cat([torch.ones_like(edge), torch.zeros_like(fill)])
@@ -262,7 +262,7 @@ class Renderer:
         return inside.clamp(max=1)
 
     def _mirror(self, hits: Hits, eye: Tensor, radiance: Tensor) -> Tensor:
-        """Blend glossy surfaces with the mean colour of the shell face that they mirror, more at grazing views."""
+        """Blend glossy surfaces with the mean color of the shell face that they mirror, more at grazing views."""
         gloss = hits.surface.material[:, M_GLOSS]
         index = (gloss > 0.05).nonzero()[:, 0]
         if len(index) == 0:
@@ -297,7 +297,7 @@ def _normals(unit: Tensor, half: Tensor, coef: Tensor, kind: Tensor, sphere: Ten
     side_y = y.abs() - (coef[:, 2] + coef[:, 3] * z)
     round_side = x * x + y * y - coef[:, 0] - z * (coef[:, 1] + coef[:, 2] * z)
     cap = z.abs() - 1
-    # Compare in metres, so that thin parts pick the right face.
+    # Compare in meters, so that thin parts pick the right face.
     excess = torch.stack([side_x * half[:, 0], side_y * half[:, 1], cap * half[:, 2]], 1)
     excess_round = torch.stack([round_side * half[:, 0] * 0.5, torch.full_like(cap, -1e9), cap * half[:, 2]], 1)
     face = torch.where(quadric[:, None], excess_round, excess).argmax(1)
@@ -315,7 +315,7 @@ def _normals(unit: Tensor, half: Tensor, coef: Tensor, kind: Tensor, sphere: Ten
 def _face_coordinates(
     local: Tensor, normal: Tensor, half: Tensor, quadric: Tensor, sphere: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Coordinates [N, 2] along the face in metres and the face's half extent [N, 2]; round sides unroll."""
+    """Coordinates [N, 2] along the face in meters and the face's half extent [N, 2]; round sides unroll."""
     axis = normal.abs().argmax(1)
     first = torch.where(axis == 0, 1, 0)
     second = torch.where(axis == 2, 1, 2)

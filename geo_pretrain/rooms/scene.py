@@ -1,8 +1,8 @@
 """What a room is made of: materials, convex parts, things built from parts, and the packed scene that is ray cast.
 
-A part is one convex solid in a unit frame, stretched by half sizes (metres), turned and moved: a box, a box whose top
+A part is one convex solid in a unit frame, stretched by half sizes (meters), turned and moved: a box, a box whose top
 is scaled (frustum), or a quadric (cylinder, cone, ellipsoid). Everything visible is a part or one of the six shell
-faces (floor, ceiling, four walls) of the room's inside box. World frame: metres, z up, floor at z = 0, room centred.
+faces (floor, ceiling, four walls) of the room's inside box. World frame: meters, z up, floor at z = 0, room centered.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ M_KIND, M_BASE, M_SECOND, M_SCALE, M_GLOSS, M_SHINE, M_EMIT, M_SEED, M_GRAIN, M_
 
 @dataclass(frozen=True)
 class Material:
-    """How a surface looks. Colours are linear RGB in [0, 1]; `scale` is the pattern's period in metres."""
+    """How a surface looks. Colors are linear RGB in [0, 1]; `scale` is the pattern's period in meters."""
 
     pattern: int = 0  # index into textures.PATTERNS
     base: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -71,8 +71,8 @@ class Material:
     scale: float = 0.2
     gloss: float = 0.0  # strength of the mirror-like term, 0..1
     shine: float = 20.0  # Blinn-Phong exponent
-    emit: float = 0.0  # radiance that the surface gives off by itself, times its colour
-    seed: int = 0  # below 4096: phases and per-cell colours
+    emit: float = 0.0  # radiance that the surface gives off by itself, times its color
+    seed: int = 0  # below 4096: phases and per-cell colors
     grain: float = 0.0  # strength of a fine noise over everything
 
     def row(self) -> list[float]:
@@ -128,7 +128,7 @@ def turn(axis: str, angle: float) -> np.ndarray:
 
 @dataclass
 class Support:
-    """A flat rectangle on which smaller things stand: centre, height and full size, in the thing's frame."""
+    """A flat rectangle on which smaller things stand: center, height and full size, in the thing's frame."""
 
     x: float
     y: float
@@ -149,7 +149,7 @@ class Lamp:
 
 @dataclass
 class Thing:
-    """One object instance under construction: +y is its front, +z up, the origin is on the floor at its centre.
+    """One object instance under construction: +y is its front, +z up, the origin is on the floor at its center.
 
     `parts` are in the thing's frame until `place` moves them into the room.
     """
@@ -197,7 +197,7 @@ class Thing:
     def ellipsoid(
         self, at: Sequence[float], size: Sequence[float], material: Material, *, rotation: np.ndarray | None = None
     ) -> None:
-        """Add an ellipsoid with its lowest point at `at` (before `rotation` about its centre) and full `size`."""
+        """Add an ellipsoid with its lowest point at `at` (before `rotation` about its center) and full `size`."""
         half = np.asarray(size, dtype=np.float64) / 2
         center = np.asarray(at, dtype=np.float64) + (0, 0, half[2])
         self.parts.append(Part(QUADRIC, center, half, _or_eye(rotation), material, sphere=True))
@@ -223,7 +223,7 @@ def _or_eye(rotation: np.ndarray | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class OrientedBox:
-    """The tight box of one instance: corners are center + rotation @ (+-size / 2). Metres, world frame."""
+    """The tight box of one instance: corners are center + rotation @ (+-size / 2). Meters, world frame."""
 
     center: np.ndarray  # [3]
     size: np.ndarray  # [3], full

@@ -9,9 +9,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sensor:
-    """Strengths of a camera's imperfections; colours in units of full scale."""
+    """Strengths of a camera's imperfections; colors in units of full scale."""
 
-    noise: float  # standard deviation at mid grey
+    noise: float  # standard deviation at mid gray
     balance: float  # white-balance change from frame to frame
     exposure: float  # brightness change from frame to frame
     vignette: float  # darkening in the corners

@@ -1,7 +1,7 @@
 """The surfaces of a scene as data: triangle mesh and labelled points, each snapped to the exact solids.
 
 Points and triangles that no camera can see are left out where that is exact to decide: inside another part, or
-outside of the room. Colours are the surface's own (albedo, gamma 2.2), without light.
+outside of the room. Colors are the surface's own (albedo, gamma 2.2), without light.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROUND = 24  # segments of a circle
 
 @dataclass(frozen=True)
 class SurfacePoints:
-    """Labelled points on the surfaces; world frame, metres."""
+    """Labelled points on the surfaces; world frame, meters."""
 
     points: np.ndarray  # float32 [N, 3]
     normals: np.ndarray  # float32 [N, 3], unit, out of the solids and into the room
@@ -44,7 +44,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class _Raw:
-    """Triangles before colouring: vertices [V, 3], the part of each vertex [V], faces [F, 3]."""
+    """Triangles before coloring: vertices [V, 3], the part of each vertex [V], faces [F, 3]."""
 
     vertices: np.ndarray
     part: np.ndarray
@@ -52,14 +52,14 @@ class _Raw:
 
 
 def scene_mesh(scene: Scene, edge: float = 0.25) -> Mesh:
-    """Triangulate every part and the room's shell; flat faces are cut so that no side is longer than `edge` metres."""
+    """Triangulate every part and the room's shell; flat faces are cut so that no side is longer than `edge` meters."""
     raw = _triangulate(scene, edge)
     inner, part = _shrink_to_face(raw)
     return Mesh(raw.vertices.astype(np.float32), *_attributes(scene, inner, part), raw.faces)
 
 
 def scene_points(scene: Scene, rng: np.random.Generator, density: float = 400.0) -> SurfacePoints:
-    """Draw points evenly over the visible surfaces, about `density` to the square metre."""
+    """Draw points evenly over the visible surfaces, about `density` to the square meter."""
     raw = _triangulate(scene, 1.0)
     corners = raw.vertices[raw.faces]
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
@@ -95,7 +95,7 @@ def snap(scene: Scene, points: np.ndarray, part: np.ndarray) -> np.ndarray:
 
 
 def depth_inside(scene: Scene, points: np.ndarray, part: int) -> np.ndarray:
-    """How deep points [N, 3] lie inside one part, metres (a lower bound for round parts); negative outside."""
+    """How deep points [N, 3] lie inside one part, meters (a lower bound for round parts); negative outside."""
     unit = _unit(scene, points, np.full(len(points), part))
     half, coef = scene.half[part], scene.coef[part]
     x, y, z = unit.T
@@ -140,7 +140,7 @@ def _unit(scene: Scene, points: np.ndarray, part: np.ndarray) -> np.ndarray:
 def _attributes(
     scene: Scene, points: np.ndarray, part: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Normals, colours, semantic and instance ids of surface points."""
+    """Normals, colors, semantic and instance ids of surface points."""
     renderer = Renderer(scene)
     normals, colors = [], []
     for start in range(0, len(points), 1 << 16):
@@ -158,7 +158,7 @@ def _attributes(
 
 
 def _shrink_to_face(raw: _Raw) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices drawn a hair towards the middle of their faces, so that each takes its own face's normal and colour."""
+    """Vertices drawn a hair towards the middle of their faces, so that each takes its own face's normal and color."""
     total, count = np.zeros_like(raw.vertices), np.zeros((len(raw.vertices), 1))
     middle = raw.vertices[raw.faces].mean(1)
     for corner in range(3):

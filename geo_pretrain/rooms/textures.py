@@ -1,8 +1,8 @@
-"""Procedural colour of surface points: stripes, checks, noise, wood grain, tiles, pictures.
+"""Procedural color of surface points: stripes, checks, noise, wood grain, tiles, pictures.
 
-A pattern is a function of coordinates that are fixed to the surface (metres in the part's frame), so it sticks to the
+A pattern is a function of coordinates that are fixed to the surface (meters in the part's frame), so it sticks to the
 surface from view to view. Patterns fade to their mean where a pixel covers more than half a period: no aliasing.
-Colours are linear RGB. No pattern belongs to a class; `materials.py` deals them out.
+Colors are linear RGB. No pattern belongs to a class; `materials.py` deals them out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _VOLUME = 32  # side of the periodic noise volume
 
 @dataclass(frozen=True)
 class Surface:
-    """Points [N] of surfaces whose colour is wanted."""
+    """Points [N] of surfaces whose color is wanted."""
 
     point: Tensor  # [N, 3] m in the part's frame
     uv: Tensor  # [N, 2] m along the face
@@ -40,7 +40,7 @@ class Surface:
 
     @property
     def scale(self) -> Tensor:
-        """Period of the pattern [N], metres."""
+        """Period of the pattern [N], meters."""
         return self.material[:, M_SCALE]
 
     @property
@@ -111,7 +111,7 @@ def albedo(surface: Surface) -> Tensor:
 
 
 def _mix(surface: Surface, weight: Tensor) -> Tensor:
-    """Second colour where `weight` [N] is 1, base colour where it is 0."""
+    """Second color where `weight` [N] is 1, base color where it is 0."""
     base = surface.material[:, M_BASE : M_BASE + 3]
     second = surface.material[:, M_SECOND : M_SECOND + 3]
     return base + (second - base) * weight[:, None]
@@ -175,7 +175,7 @@ def _grain(point: Tensor, along: Tensor, seed: Tensor, scale: Tensor, footprint:
 
 
 def _tiles(s: Surface) -> Tensor:
-    """Square or brick tiles: grout in the second colour, each tile a shade of the base."""
+    """Square or brick tiles: grout in the second color, each tile a shade of the base."""
     brick = (s.seed % 2).float()
     size = torch.stack([s.scale * (1 + brick), s.scale], 1)
     cell = s.uv / size
@@ -208,7 +208,7 @@ def _planks(s: Surface) -> Tensor:
 
 
 def _spines(s: Surface) -> Tensor:
-    """Backs of books side by side along u: random widths and colours."""
+    """Backs of books side by side along u: random widths and colors."""
     cell = s.uv[:, 0] / s.scale
     shift = 0.35 * (random_of(torch.floor(cell), torch.zeros_like(cell), s.seed)[:, 0] - 0.5)
     column = torch.floor(cell + shift)
@@ -239,7 +239,7 @@ def _unit(s: Surface) -> tuple[Tensor, Tensor]:
 
 
 def _tone(s: Surface, which: int) -> Tensor:
-    """A colour of the picture's own small palette, [N, 3]."""
+    """A color of the picture's own small palette, [N, 3]."""
     number = torch.full_like(s.seed, which)
     return 0.04 + 0.8 * random_of(number, s.seed, s.seed, 5) ** 1.6
 

@@ -98,13 +98,13 @@ def _mean(feats: Tensor, inverse: Tensor, count: int) -> Tensor:
 
 def _check(points: Tensor, feats: Tensor, voxel_size: float, batch: Tensor | None) -> None:
     if points.ndim != 2 or points.shape[1] != 3 or not points.is_floating_point():
-        raise ValueError(f"points are {points.dtype} {tuple(points.shape)}; accepted: float [N, 3] in metres.")
+        raise ValueError(f"points are {points.dtype} {tuple(points.shape)}; accepted: float [N, 3] in meters.")
     if feats.ndim != 2 or len(feats) != len(points):
         raise ValueError(f"feats are {tuple(feats.shape)}; accepted: [N, C] with N = {len(points)}, one row a point.")
     if batch is not None and (batch.shape != points.shape[:1] or batch.is_floating_point()):
         raise ValueError(f"batch is {batch.dtype} {tuple(batch.shape)}; accepted: integers [N], N = {len(points)}.")
     if not voxel_size > 0:
-        raise ValueError(f"voxel_size is {voxel_size!r}; accepted: metres above 0.")
+        raise ValueError(f"voxel_size is {voxel_size!r}; accepted: meters above 0.")
     if not torch.isfinite(points).all():
         bad = int((~torch.isfinite(points)).any(dim=1).sum())
         raise ValueError(f"{bad} of {len(points)} points are not finite; drop them first.")

@@ -391,7 +391,7 @@ def _transposed(kernel: Tensor) -> Tensor:
     return copy
 
 
-# ---- Neighbours -----------------------------------------------------------------------------------------------------
+# ---- Neighbors -----------------------------------------------------------------------------------------------------
 
 
 @numba.njit
@@ -453,11 +453,11 @@ def _find_tasks(job):
                 table[row, searched] = row
 
 
-def neighbours(coords: Tensor, stride: int, offsets: Sequence[Sequence[int]], *, symmetric: bool) -> Tensor:
+def neighbors(coords: Tensor, stride: int, offsets: Sequence[Sequence[int]], *, symmetric: bool) -> Tensor:
     """int32 [N, K]: the row that lies each offset (x, y, z), in strides, away from each row; -1 where there is none.
 
-    `coords` int32 [N, 4] are unique and multiples of `stride`. `symmetric`: the offsets are those of a centred kernel;
-    whoever has me as a neighbour is mine, on the other side, so half of the search is saved.
+    `coords` int32 [N, 4] are unique and multiples of `stride`. `symmetric`: the offsets are those of a centered kernel;
+    whoever has me as a neighbor is mine, on the other side, so half of the search is saved.
     """
     coords, moves = coords.contiguous(), np.array(offsets, np.int64) * stride
     slots = np.empty(1 << max(4, (3 * len(coords)).bit_length()), np.int32)

@@ -137,7 +137,7 @@ def interpolate(x: SparseTensor, points: Tensor) -> Tensor:
     """Trilinear features [M, C] at `points` [M, 4], rows (batch, x, y, z) in voxels of stride 1.
 
     A corner's weight is the product over axes of 1 - distance / stride; unoccupied corners count as zero and weights
-    are not renormalised, as in MinkowskiEngine. Voxel coordinates are the corners.
+    are not renormalized, as in MinkowskiEngine. Voxel coordinates are the corners.
     """
     _check_places("points", points, "floating point")
     cell = torch.floor(points[:, 1:] / x.stride) * x.stride
@@ -174,18 +174,18 @@ def products(rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
     padded_bytes = outputs * offsets * kernel.shape[1] * rows.element_size()
     if padding < PADDING.get(rows.device.type, PADDING["cpu"]) and padded_bytes <= PADDED_BYTES:
         return _gather_padded(rows, kernel_map.table) @ kernel.reshape(-1, kernel.shape[2])
-    # The centre of a symmetric map, where every row meets itself, fills the sums; without one they begin at 0.
-    centre = offsets // 2 if kernel_map.symmetric else None
-    if centre is None:
+    # The center of a symmetric map, where every row meets itself, fills the sums; without one they begin at 0.
+    center = offsets // 2 if kernel_map.symmetric else None
+    if center is None:
         total = torch.zeros(outputs, kernel.shape[2], dtype=_accumulator(rows.dtype), device=rows.device)
     else:
-        total = torch.mm(rows, kernel[centre]).to(_accumulator(rows.dtype))
+        total = torch.mm(rows, kernel[center]).to(_accumulator(rows.dtype))
     longest = max(len(inputs) for _, pairs in kernel_map.tiles for inputs, _ in pairs)
     gathered, product = rows.new_empty(longest, rows.shape[1]), rows.new_empty(longest, kernel.shape[2])
     for tile, pairs in kernel_map.tiles:
         part = total[tile]
         for k, (inputs, into) in enumerate(pairs):
-            if k != centre and len(inputs):
+            if k != center and len(inputs):
                 taken = torch.index_select(rows, 0, inputs, out=gathered[: len(inputs)])
                 made = torch.mm(taken, kernel[k], out=product[: len(inputs)])
                 part.index_add_(0, into, made.to(total.dtype))

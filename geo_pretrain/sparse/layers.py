@@ -80,7 +80,7 @@ class ConvTranspose3d(_Convolution):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all voxels of all batch elements; the parameters live in `.bn`."""
+    """Batch normalization over all voxels of all batch elements; the parameters live in `.bn`."""
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()

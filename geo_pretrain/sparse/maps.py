@@ -1,7 +1,7 @@
 """Coordinate sets and kernel maps: which voxel meets which through each offset of a kernel.
 
 A `Grid` holds one set of voxels and the coarser and finer sets made from it. Every set lies in Morton order, so that
-neighbours in space are near in memory; every kernel map is built once and shared by all layers, in both directions.
+neighbors in space are near in memory; every kernel map is built once and shared by all layers, in both directions.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from geo_pretrain.sparse.coordinates import unique_rows
 ALIGNED = 1024  # Morton codes count from a multiple of this, so that cells of strides up to it are runs of the order
 KEY_BITS = 62
 TILE = 8192  # output rows worked on at once by a CPU
-MARGIN = 64  # cells round the bounding box within which a neighbour's key is found by adding to one's own
+MARGIN = 64  # cells round the bounding box within which a neighbor's key is found by adding to one's own
 
 
 def kernel_offsets(kernel_size: int) -> list[tuple[int, int, int]]:
-    """Offsets (x, y, z) of a cubic kernel's slices, x fastest: centred for odd sizes, from 0 for even ones.
+    """Offsets (x, y, z) of a cubic kernel's slices, x fastest: centered for odd sizes, from 0 for even ones.
 
     MinkowskiEngine's order for `RegionType.HYPER_CUBE`, so that its weights need no permutation.
     """
@@ -39,7 +39,7 @@ class KernelMap:
     """
 
     def __init__(self, table: Tensor, inputs: int, *, symmetric: bool = False) -> None:
-        """`symmetric`: the table of a centred kernel from a set to itself, which is its own reverse with K flipped."""
+        """`symmetric`: the table of a centered kernel from a set to itself, which is its own reverse with K flipped."""
         self.table, self.inputs, self.symmetric = table, inputs, symmetric
         self._origin: ref[KernelMap] | None = None
 
@@ -114,21 +114,21 @@ class Level:
         """For looking up rows by coordinate."""
         return CoordinateIndex(self.coords, self.stride)
 
-    def neighbours(self, kernel_size: int, dilation: int) -> KernelMap:
+    def neighbors(self, kernel_size: int, dilation: int) -> KernelMap:
         """The map of a convolution with stride 1."""
         offsets = [(x * dilation, y * dilation, z * dilation) for x, y, z in kernel_offsets(kernel_size)]
         symmetric = kernel_size % 2 == 1
         if engines.wants_fast(self.coords):
             fast = importlib.import_module("geo_pretrain.sparse.fast")
-            table = fast.neighbours(self.coords, self.stride, offsets, symmetric=symmetric)
+            table = fast.neighbors(self.coords, self.stride, offsets, symmetric=symmetric)
             return KernelMap(table, len(self), symmetric=symmetric)
         half = len(offsets) // 2 if symmetric else len(offsets)
         # Places in the sorted keys are searched for, in their order, which is quick; they become rows at the end.
         places = torch.full((len(offsets), len(self)), -1, dtype=torch.int32, device=self.coords.device)
         own = torch.arange(len(self), dtype=torch.int32, device=self.coords.device)
         for k, offset in enumerate(offsets[:half]):
-            places[k] = self.index.neighbour(offset)
-            if symmetric:  # whoever has me as a neighbour is mine, on the other side
+            places[k] = self.index.neighbor(offset)
+            if symmetric:  # whoever has me as a neighbor is mine, on the other side
                 hit = places[k] >= 0
                 places[-1 - k, places[k][hit].long()] = own[hit]
         if symmetric:
@@ -200,7 +200,7 @@ class Grid:
         key = (stride, factor, kernel_size, dilation)
         if key not in self._maps:
             if factor == 1:
-                self._maps[key] = self.levels[stride].neighbours(kernel_size, dilation)
+                self._maps[key] = self.levels[stride].neighbors(kernel_size, dilation)
             else:
                 self._maps[key] = self._strided(stride, factor, kernel_size, dilation)
         return self._maps[key]
@@ -225,7 +225,7 @@ class CoordinateIndex:
     """Exact search in a set of int32 coordinates [N, 4], multiples of `stride`, whatever their extent.
 
     Where a cell's number in the bounding box fits an int64 that is its key; else its column (batch, x, y) is looked up
-    first and then z within it. A margin round the box keeps the keys of neighbours outside of it apart.
+    first and then z within it. A margin round the box keeps the keys of neighbors outside of it apart.
     """
 
     def __init__(self, coords: Tensor, stride: int) -> None:
@@ -261,7 +261,7 @@ class CoordinateIndex:
         place, same = _place(self.keys, column * self.extent[3] + cells[:, 3] - self.low[3])
         return torch.where(found & same, self.rows[place], -1).int()
 
-    def neighbour(self, offset: tuple[int, int, int]) -> Tensor:
+    def neighbor(self, offset: tuple[int, int, int]) -> Tensor:
         """For each key, in sorted order, the place among the keys of the cell `offset` cells away: -1 for none."""
         x, y, z = offset
         if self.columns is None and max(map(abs, offset)) <= MARGIN:
@@ -297,7 +297,7 @@ def floor_to(coords: Tensor, span: int) -> Tensor:
 
 
 def has_duplicates(coords: Tensor, order: Tensor, exact: bool) -> bool:
-    """Whether a coordinate may occur twice: certain for an exact Morton order, in which equal rows are neighbours."""
+    """Whether a coordinate may occur twice: certain for an exact Morton order, in which equal rows are neighbors."""
     sorted_rows = coords[order]
     return not exact or bool((sorted_rows[1:] == sorted_rows[:-1]).all(dim=1).any())
 

@@ -116,7 +116,7 @@ def _check(coords: Tensor, feats: Tensor, stride: int) -> None:
     if coords.ndim != 2 or coords.shape[1] != 4:
         raise ValueError(f"coords are {tuple(coords.shape)}; accepted: [N, 4] with rows (batch, x, y, z).")
     if coords.dtype != torch.int32:
-        hint = "voxelize(points, feats, voxel_size) makes them from metres" if coords.is_floating_point() else ".int()"
+        hint = "voxelize(points, feats, voxel_size) makes them from meters" if coords.is_floating_point() else ".int()"
         raise ValueError(f"coords are {coords.dtype}; accepted: torch.int32 ({hint}).")
     if feats.ndim != 2 or len(feats) != len(coords) or not feats.is_floating_point():
         raise ValueError(

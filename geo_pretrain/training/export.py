@@ -1,4 +1,4 @@
-"""From a run to its checkpoint folder: weights, golden values, recipe, log, licence and provenance."""
+"""From a run to its checkpoint folder: weights, golden values, recipe, log, license and provenance."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from geo_pretrain import hub
 from geo_pretrain.cards import render_card
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.entry import Arch
-from geo_pretrain.catalog.licence import Licence, strictest
+from geo_pretrain.catalog.license import License, strictest
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.sources.registry import data_licence, source_note
+from geo_pretrain.training.data.sources.registry import data_license, source_note
 from geo_pretrain.training.recipe import STAGE1, Recipe, list_recipes
 from geo_pretrain.training.tasks import Task, task_settings
 
@@ -36,13 +36,13 @@ def write_run(
     source: Source,
     log: Path,
     provenance: dict[str, Any],
-    licence: Licence,
+    license: License,
     *,
     finished: bool,
 ) -> Checkpoint:
     """Write the checkpoint folder `out` of a run, atomically; `provenance` is completed with versions and notes.
 
-    `licence` is `run_licence` of the recipe, from before the run: what it started from may have moved since.
+    `license` is `run_license` of the recipe, from before the run: what it started from may have moved since.
     """
     export = task.export()
     provenance = provenance | {
@@ -55,7 +55,7 @@ def write_run(
     }
     arch = Arch(export.arch, export.arch_args)
     made_by = recipe.name if recipe.name in list_recipes() else "recipe.yaml"  # a changed recipe is in the folder
-    card = render_card(recipe.name, arch, export.contract, licence, provenance, recipe=made_by, finished=finished)
+    card = render_card(recipe.name, arch, export.contract, license, provenance, recipe=made_by, finished=finished)
     return write_checkpoint(
         out,
         name=recipe.name,
@@ -63,7 +63,7 @@ def write_run(
         contract=export.contract,
         weights=export.weights,
         golden=export.golden,
-        licence=licence,
+        license=license,
         provenance=provenance,
         recipe_yaml=recipe.to_yaml(),
         log=log,
@@ -73,13 +73,13 @@ def write_run(
     )
 
 
-def run_licence(recipe: Recipe) -> Licence:
-    """The licence chain of weights made by a recipe: the strictest terms of its data, start weights and teacher.
+def run_license(recipe: Recipe) -> License:
+    """The license chain of weights made by a recipe: the strictest terms of its data, start weights and teacher.
 
     3D networks always start from random weights. Raises `GeoPretrainError` when weights that are named cannot be found,
     `RecipeError` for settings that the task has not.
     """
-    dataset, terms = data_licence(recipe.data)
+    dataset, terms = data_license(recipe.data)
     task = task_settings(recipe)  # a teacher that the recipe does not name teaches too
     spec, teacher = recipe.model, task.get("teacher")
     start = Origin() if spec is None else _origin(_weights(recipe, spec.init), spec.depth)
@@ -88,7 +88,7 @@ def run_licence(recipe: Recipe) -> Licence:
     mixed = (("ImageNet", IMAGENET_TERMS),) if task.get("mix", "none") != "none" else ()
     datasets = dict([(dataset, terms), *mixed, *start.datasets, *teaching.datasets])
     weights = strictest(terms, *(more for _, more in mixed), start.terms or terms, teaching.terms or terms)
-    return Licence(code="MIT", weights=weights, datasets=tuple(datasets.items()), base_model=start.name or base)
+    return License(code="MIT", weights=weights, datasets=tuple(datasets.items()), base_model=start.name or base)
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def _origin(weights: str, depth: int) -> Origin:
         return _finetuned(Path(weights))
     entry = None if Path(weights).is_dir() else find(weights)
     found = entry or read_checkpoint(hub.resolve(weights, roles=()))
-    name, licence = weights if entry else found.name, found.licence
-    return Origin(f"{name} ({licence.weights})", licence.weights, licence.datasets)
+    name, license = weights if entry else found.name, found.license
+    return Origin(f"{name} ({license.weights})", license.weights, license.datasets)
 
 
 def _finetuned(folder: Path) -> Origin:

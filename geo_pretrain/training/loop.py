@@ -23,14 +23,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from geo_pretrain.catalog.licence import Licence
+from geo_pretrain.catalog.license import License
 from geo_pretrain.checkpoint import Checkpoint, check_target
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError
 from geo_pretrain.training.data.frame import Skips, Source
 from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.export import run_licence, write_run
+from geo_pretrain.training.export import run_license, write_run
 from geo_pretrain.training.recipe import OptimSpec, Recipe, changes
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
 from geo_pretrain.training.tasks import Task, build_task
@@ -72,7 +72,7 @@ class Run:
     task: Task
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    licence: Licence  # of the checkpoint
+    license: License  # of the checkpoint
     step: int = 0
     seconds: float = 0.0  # training time of earlier sittings
 
@@ -134,13 +134,13 @@ def _prepare(
             f"'optim.batch' is {recipe.optim.batch}, accepted is a multiple of processes x accumulate = {parts}."
         )
     task, module = build_task(recipe)
-    licence = run_licence(recipe)  # now, when a failure costs nothing
+    license = run_license(recipe)  # now, when a failure costs nothing
     dataset = task.dataset(source, pairs)
     steps = total_steps(_length(dataset), recipe.optim.batch, recipe.optim.epochs, recipe.optim.steps)
     # channels_last is about 10 % faster on CPU and more on CUDA; results are those of the same layout on every resume.
     module.to(world.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = _optimizer(recipe.optim, module)
-    run = Run(recipe, out, source, pairs, dataset, world, skips, steps, task, module, optimizer, licence)
+    run = Run(recipe, out, source, pairs, dataset, world, skips, steps, task, module, optimizer, license)
     state_file = run.folder / STATE
     check_out(out, recipe.name, overwrite=overwrite)
     if world.is_main:
@@ -187,7 +187,7 @@ def _loop(run: Run, stop: threading.Event, on_step: Callable[[StepInfo], None] |
 
 
 def _take_step(run: Run, model: nn.Module, micro_batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-    """One optimiser step over `accumulate` micro-batches; returns the mean losses over all processes."""
+    """One optimizer step over `accumulate` micro-batches; returns the mean losses over all processes."""
     spec = run.recipe.optim
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(spec, run.step, run.steps)
@@ -319,7 +319,7 @@ def _finish(run: Run, finished: bool) -> Checkpoint | None:
         }
         log = run.folder / "log.jsonl"
         checkpoint = write_run(
-            run.recipe, run.out, run.task, run.source, log, provenance, run.licence, finished=finished
+            run.recipe, run.out, run.task, run.source, log, provenance, run.license, finished=finished
         )
         if finished:
             _keep_board(run)

@@ -13,16 +13,17 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from geo_pretrain.catalog import find
-from geo_pretrain.catalog.licence import check_licence
+from geo_pretrain.catalog.license import check_license
 from geo_pretrain.checkpoint import Checkpoint
 from geo_pretrain.errors import RecipeError, UnknownName, nearest, unknown
 
 RECIPES = Path(__file__).parent / "recipes"
 TOY = RECIPES / "overlays" / "toy.yaml"
 STAGE1 = "stage1"  # as start weights: what the first stage of the same recipe trained
+RENAMED = {"data.licence": "license"}  # former keys, still read
 # Keys that two recipes with one result may differ in; what data are found at a path, their fingerprint says.
 WITHOUT_EFFECT = ("workers", "save_every", "data.path")
-_SAME_DATA = ("source", "path", "size", "frames", "licence", "options")  # of both stages
+_SAME_DATA = ("source", "path", "size", "frames", "license", "options")  # of both stages
 _SAME_PAIRS = ("overlap", "measure", "max_pairs_per_scene")
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ class UNet3DSpec:
 
     variant: Literal["34C", "18A", "18B", "18C"] = "34C"  # of backbones.sr_unet
     width: int = 32  # channels of the stem; everything else scales with it
-    in_chans: Literal[3] = 3  # colours, or as many ones
+    in_chans: Literal[3] = 3  # colors, or as many ones
     out_chans: int = 32
     stem_kernel: int = 3
     voxel_size: float = 0.025  # m
@@ -74,22 +75,22 @@ class DataSpec:
     # projective: Pri3D's paper by projection; authors_exact: the released script, 5 cm voxels within 7.5 cm
     measure: Literal["projective", "authors_exact"] = "projective"
     max_pairs_per_scene: int | None = None  # spread evenly over the scene's pairs
-    licence: str | None = None  # of the data, SPDX; None: what the source says
+    license: str | None = None  # of the data, SPDX; None: what the source says
     options: dict[str, Any] = field(default_factory=dict)  # of the source; checked by the source
     augment: AugmentSpec = AugmentSpec()
 
     def __post_init__(self) -> None:
-        """A wrong licence is better known before training than after it."""
-        if self.licence is not None:
+        """A wrong license is better known before training than after it."""
+        if self.license is not None:
             try:
-                check_licence(self.licence)
+                check_license(self.license)
             except UnknownName as error:
-                raise RecipeError(f"data.licence: {error}") from error
+                raise RecipeError(f"data.license: {error}") from error
 
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """The optimiser and its schedule; `batch` counts pairs over all processes and accumulation steps."""
+    """The optimizer and its schedule; `batch` counts pairs over all processes and accumulation steps."""
 
     kind: Literal["sgd", "adam"] = "sgd"
     batch: int = 64
@@ -143,7 +144,7 @@ class Recipe:
         }.items():
             check_key(value >= 1, key, value, "a whole number from 1 up")
         if self.unet3d is not None:
-            check_key(self.unet3d.voxel_size > 0, "unet3d.voxel_size", self.unet3d.voxel_size, "metres above 0")
+            check_key(self.unet3d.voxel_size > 0, "unet3d.voxel_size", self.unet3d.voxel_size, "meters above 0")
         check_key(self.optim.steps is None or self.optim.steps >= 1, "optim.steps", self.optim.steps, "from 1 up")
         check_key(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
         check_key(min(self.data.size) >= 32, "data.size", self.data.size, "[height, width], each from 32 up")
@@ -292,6 +293,7 @@ def parse(kind: type[T], tree: object, *, where: str, prefix: str = "") -> T:
         raise RecipeError(f"{where}: {prefix.rstrip('.') or 'the file'} is {_shown(tree)}, expected keys and values.")
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
+    tree = {RENAMED.get(prefix + str(key), key): value for key, value in tree.items()}
     for key in tree:
         if key not in fields:
             closest = ", ".join(repr(prefix + name) for name in nearest(str(key), fields, 1))

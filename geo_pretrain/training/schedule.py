@@ -27,7 +27,7 @@ def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
 
 
 def pri3d_bn_momentum(step: int) -> float:
-    """Pri3D's momentum after optimiser step `step`: 0.5 halved every 20 steps, not under 0.001 (VoteNet's rule)."""
+    """Pri3D's momentum after optimizer step `step`: 0.5 halved every 20 steps, not under 0.001 (VoteNet's rule)."""
     return max(0.5 * 0.5 ** (step // 20), BN_FLOOR)
 
 

@@ -158,22 +158,22 @@ def test_a_step_of_training_with_frozen_norms(r18: Path):
     assert not {key for key in moved if "body" in key and ("bn" in key or "downsample.1" in key)}
 
 
-# --- normalising twice ---
+# --- normalizing twice ---
 
 
-def test_an_image_that_was_normalised_before_is_refused(network):
-    normalised = [(image - 0.45) / 0.225 for image in images()]
-    with pytest.raises(ValueError, match=r"Image 0 spans \[-.*normalised already \(network\.transforms"):
-        network(normalised)
+def test_an_image_that_was_normalized_before_is_refused(network):
+    normalized = [(image - 0.45) / 0.225 for image in images()]
+    with pytest.raises(ValueError, match=r"Image 0 spans \[-.*normalized already \(network\.transforms"):
+        network(normalized)
     with pytest.raises(ValueError, match="Image 1 spans"):
-        network([images()[0], normalised[1]])
+        network([images()[0], normalized[1]])
     with pytest.raises(ValueError, match="dividing by 255"):
         network([image * 255 for image in images()])
     with pytest.raises(ValueError, match="Image 0 spans"):
         network([torch.full((3, 64, 96), torch.nan)])
     for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         with pytest.raises(ValueError, match="Image 0 spans"):
-            twin(normalised)
+            twin(normalized)
     with pytest.raises(ValueError, match="Image 0 spans"):
         network.transform([network.contract.transforms()(images()[0])])
 
@@ -191,13 +191,13 @@ def test_images_that_are_right_pass(network):
 
 
 @torch.no_grad()
-def test_the_networks_transforms_leave_normalising_to_it(network):
+def test_the_networks_transforms_leave_normalizing_to_it(network):
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     image = network.transforms(noise)
     torch.testing.assert_close(image, torch.from_numpy(noise).permute(2, 0, 1) / 255)
     assert image.dtype == torch.float32
     assert network.transform([image])[0].tensors.shape == (1, 3, 64, 96)
-    with pytest.raises(ValueError, match="normalised already"):
+    with pytest.raises(ValueError, match="normalized already"):
         network.transforms(network.contract.transforms()(noise))
 
 
@@ -258,5 +258,5 @@ def test_options_are_torchvisions_and_wrong_ones_are_refused(r18: Path):
 
 
 def test_the_plain_transform_keeps_the_channels():
-    grey = faster_rcnn("pri3d_view_r18", num_classes=2, pretrained=False, in_chans=1)
-    assert grey.transforms.contract == ImageContract(("grey",), mean=(0.0,), std=(1.0,), size=(240, 320))
+    gray = faster_rcnn("pri3d_view_r18", num_classes=2, pretrained=False, in_chans=1)
+    assert gray.transforms.contract == ImageContract(("grey",), mean=(0.0,), std=(1.0,), size=(240, 320))

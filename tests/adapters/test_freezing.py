@@ -160,7 +160,7 @@ def test_every_parameter_is_in_one_group(host: str, options: dict):
         assert rate_of[id(parameter)] == pytest.approx(expected), name
 
 
-def test_groups_have_names_and_an_optimiser_takes_them():
+def test_groups_have_names_and_an_optimizer_takes_them():
     network = build("smp.unet")
     assert [group["name"] for group in parameter_groups(network, 0.1)] == ["backbone", "new"]
     groups = parameter_groups(network, 0.1, backbone_factor=1.0)

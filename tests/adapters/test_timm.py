@@ -128,7 +128,7 @@ def test_every_2d_name_is_a_timm_network_with_our_maps_and_contract(name: str):
     }
     cfg = timm.get_pretrained_cfg(name)
     assert (cfg.architecture, cfg.tag or "") == tuple(name.partition(".")[::2])
-    assert (cfg.license, cfg.first_conv, cfg.classifier) == (entry.licence.weights, "conv1", "fc")
+    assert (cfg.license, cfg.first_conv, cfg.classifier) == (entry.license.weights, "conv1", "fc")
     assert name in timm.list_pretrained()
     # smp decides by parts of a name what it does to the maps
     assert not any(word in name for word in ("dla", "tresnet"))
@@ -197,8 +197,8 @@ def test_the_untagged_name_is_the_default_wherever_the_catalog_has_it(forget, mo
     entries = [replace(kitti, name="pri3d_other_r50.a"), replace(scannet, name="pri3d_other_r50")]
     monkeypatch.setattr(adapter, "CATALOG", {entry.name: entry for entry in entries})
     adapter.register()
-    assert timm.get_pretrained_cfg("pri3d_other_r50").license == scannet.licence.weights
-    assert timm.get_pretrained_cfg("pri3d_other_r50.a").license == kitti.licence.weights
+    assert timm.get_pretrained_cfg("pri3d_other_r50").license == scannet.license.weights
+    assert timm.get_pretrained_cfg("pri3d_other_r50.a").license == kitti.license.weights
 
 
 def test_renamed_names_give_the_new_one_and_a_warning(forget, monkeypatch: pytest.MonkeyPatch):
@@ -266,9 +266,9 @@ def test_options_give_what_they_give_in_load_backbone(name: str, options: dict[s
 @torch.no_grad()
 def test_a_grey_image_in_one_channel_gives_what_it_gives_in_three(sources: dict[str, nn.Module]):
     model = timm.create_model("pri3d_view_r18", pretrained=True, features_only=True, in_chans=1).eval()
-    grey = images(1)
-    expected = create_feature_extractor(sources["pri3d_view_r18"], TAPS)(grey.expand(-1, 3, -1, -1))
-    assert_equal_maps(model(grey), list(expected.values()))
+    gray = images(1)
+    expected = create_feature_extractor(sources["pri3d_view_r18"], TAPS)(gray.expand(-1, 3, -1, -1))
+    assert_equal_maps(model(gray), list(expected.values()))
 
 
 @torch.no_grad()
@@ -486,7 +486,7 @@ def test_smp_networks_have_our_encoder(no_warnings, decoder, name: str, options:
     assert model.encoder.model.contract == encoder.contract
 
 
-def test_smp_knows_the_normalisation_and_leaves_weights_out_on_request(sources: dict[str, nn.Module]):
+def test_smp_knows_the_normalization_and_leaves_weights_out_on_request(sources: dict[str, nn.Module]):
     parameters = smp.encoders.get_preprocessing_params("tu-pri3d_view_r50.kitti")
     contract = CATALOG["pri3d_view_r50.kitti"].contract
     assert parameters["mean"] == list(contract.mean)

@@ -86,7 +86,7 @@ def test_encoder_keys_are_those_of_torchvision_without_fc(depth: int):
     assert {k: v.shape for k, v in ours.state_dict().items()} == expected
 
 
-def randomise_norms(network: torch.nn.Module) -> None:
+def randomize_norms(network: torch.nn.Module) -> None:
     """Fresh batch norms are identities and would hide a missing or misplaced one."""
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -103,7 +103,7 @@ def randomise_norms(network: torch.nn.Module) -> None:
 def test_encoder_computes_what_torchvision_computes(depth: int, output_stride: int, replace: list[bool] | None):
     torch.manual_seed(depth)
     theirs = getattr(torchvision.models, f"resnet{depth}")(replace_stride_with_dilation=replace).eval()
-    randomise_norms(theirs)
+    randomize_norms(theirs)
     ours = ResNetEncoder(depth, output_stride=output_stride).eval()
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
     images = torch.randn(1, 3, 72, 96)
@@ -123,7 +123,7 @@ def test_encoder_computes_what_torchvision_computes(depth: int, output_stride: i
 def test_dilation_keeps_the_values_at_the_points_of_the_strided_grid(depth: int, output_stride: int):
     torch.manual_seed(0)
     strided, dilated = ResNetEncoder(depth, width=8), ResNetEncoder(depth, width=8, output_stride=output_stride)
-    randomise_norms(strided)
+    randomize_norms(strided)
     dilated.load_state_dict(strided.state_dict())
     images = torch.randn(1, 3, 128, 160)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_240x320_gives_the_sizes_of_the_paper():
     assert sizes == [(120, 160), (60, 80), (30, 40), (15, 20), (8, 10)]
 
 
-def test_initialisation_follows_the_fan_out_rule():
+def test_initialization_follows_the_fan_out_rule():
     torch.manual_seed(0)
     encoder = ResNetEncoder(18)
     for name, chans in (("conv1", 7 * 7 * 64), ("layer3.0.conv1", 3 * 3 * 256)):

@@ -25,7 +25,7 @@ SMALL = {
     "unet18.": {"planes": (8, 8, 16, 16, 16, 16, 8, 8), "layers": (2,) * 8},
 }
 ONES = VoxelContract(0.05)
-COLOUR = VoxelContract(0.05, ("R", "G", "B"), offset=-0.5)
+COLOR = VoxelContract(0.05, ("R", "G", "B"), offset=-0.5)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_maps_of_every_block_equal_the_released_code(golden: dict[str, Tensor]):
 
 
 @pytest.mark.usefixtures("engine")
-def test_normalised_descriptors_equal_the_released_code(golden: dict[str, Tensor]):
+def test_normalized_descriptors_equal_the_released_code(golden: dict[str, Tensor]):
     network = golden_network(golden, normalize=True).eval()
     feats = golden["feats"].clone().requires_grad_()
     out = network(SparseTensor(golden["coords"], feats)).feats
@@ -241,7 +241,7 @@ def test_feature_info_describes_the_pyramid(golden: dict[str, Tensor]):
 
 
 def cloud(count: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Points (m) around the origin, both signs, several in a voxel, and their colours."""
+    """Points (m) around the origin, both signs, several in a voxel, and their colors."""
     generator = torch.Generator().manual_seed(seed)
     points = (torch.rand(count, 3, generator=generator) - 0.5) * 1.2
     points = torch.cat([points, points[:50] + 0.001])
@@ -260,19 +260,19 @@ def tiny(contract: VoxelContract, **changes: object) -> SRUNet:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("contract", [ONES, COLOUR])
+@pytest.mark.parametrize("contract", [ONES, COLOR])
 def test_every_point_gets_the_rows_of_the_voxels_that_contain_it_slow_twin(contract: VoxelContract):
     network = tiny(contract)
-    points, colours = cloud()
+    points, colors = cloud()
     batch = (torch.arange(len(points)) % 3 == 0).long()
-    features = colours if contract is COLOUR else None
+    features = colors if contract is COLOR else None
     encoded = network.encode_points(points, features, batch=batch)
     assert encoded.shape == (len(points), 12 + 12 + 16 + 16 + 32)
     first: dict[tuple[int, ...], int] = {}
     for row, point in enumerate(points):
         cell = (int(batch[row]), *(math.floor(float(v)) for v in point / 0.05))
         first.setdefault(cell, row)
-    feats = torch.stack([colours[r] / 255 - 0.5 if contract is COLOUR else torch.ones(3) for r in first.values()])
+    feats = torch.stack([colors[r] / 255 - 0.5 if contract is COLOR else torch.ones(3) for r in first.values()])
     maps = network.pyramid(SparseTensor(torch.tensor(list(first), dtype=torch.int32), feats))
     tables = [
         {tuple(c): f for c, f in zip(m.coords.tolist(), m.feats, strict=True)} | {"stride": m.stride} for m in maps
@@ -286,16 +286,16 @@ def test_every_point_gets_the_rows_of_the_voxels_that_contain_it_slow_twin(contr
 
 @torch.no_grad()
 def test_final_gives_the_networks_output_and_arrays_are_welcome():
-    network = tiny(COLOUR, normalize=True)
-    points, colours = cloud()
-    final = network.encode_points(points, colours, out="final")
+    network = tiny(COLOR, normalize=True)
+    points, colors = cloud()
+    final = network.encode_points(points, colors, out="final")
     assert final.shape == (len(points), 5)
     torch.testing.assert_close(final.norm(dim=1), torch.ones(len(points)))
-    torch.testing.assert_close(network.encode_points(points.numpy(), colours.numpy() / 255, out="final"), final)
-    voxels = network.transforms(points, colours)
+    torch.testing.assert_close(network.encode_points(points.numpy(), colors.numpy() / 255, out="final"), final)
+    voxels = network.transforms(points, colors)
     torch.testing.assert_close(network(SparseTensor(voxels.coords, voxels.feats)).feats[voxels.inverse], final)
     with pytest.raises(ValueError, match="out is 'all'; accepted: 'pyramid', 'final'"):
-        network.encode_points(points, colours, out="all")
+        network.encode_points(points, colors, out="all")
 
 
 @torch.no_grad()
@@ -333,7 +333,7 @@ def voxels(feats: Tensor) -> SparseTensor:
 
 
 def test_wrong_inputs_are_refused():
-    network = tiny(COLOUR)
+    network = tiny(COLOR)
     with pytest.raises(ValueError, match=r"takes 3 feature channels \(voxels: 5 cm, RGB .*; got 4\. .*in_chans=4"):
         network(voxels(torch.zeros(9, 4)))
     with pytest.raises(TypeError, match="Got Tensor; accepted: a SparseTensor"):
@@ -352,9 +352,9 @@ RGB = torch.rand(64, 3, generator=torch.Generator().manual_seed(0))
     [
         (ONES, RGB, "not constant 1 but span"),
         (ONES, torch.zeros(9, 3), r"span \[0, 0\]"),
-        (COLOUR, RGB, r"instead of \[-0.5, 0.5\]"),
-        (COLOUR, RGB * 255, r"instead of \[-0.5, 0.5\]"),
-        (COLOUR, torch.ones(9, 3), r"span \[1, 1\]"),
+        (COLOR, RGB, r"instead of \[-0.5, 0.5\]"),
+        (COLOR, RGB * 255, r"instead of \[-0.5, 0.5\]"),
+        (COLOR, torch.ones(9, 3), r"span \[1, 1\]"),
         (VoxelContract(0.02, ("R", "G", "B")), RGB - 0.5, r"instead of \[0, 1\]"),
         (VoxelContract(0.02, ("R", "G", "B")), torch.ones(9, 3), "all features given are 1"),
     ],
@@ -380,6 +380,6 @@ def test_right_features_and_networks_without_contract_are_quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny(ONES)(voxels(torch.ones(64, 3) + noise))
-        tiny(COLOUR)(voxels(RGB - 0.5 + noise))
+        tiny(COLOR)(voxels(RGB - 0.5 + noise))
         tiny(VoxelContract(0.02, ("R", "G", "B")))(voxels(RGB))
         SRUNet("18A", width=4).eval()(voxels(RGB * 255))

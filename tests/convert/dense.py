@@ -17,7 +17,7 @@ Offsets = Sequence[tuple[int, int, int]]
 
 
 def steps(size: int) -> range:
-    """The offsets along one axis: centred for odd sizes, from 0 up for even ones."""
+    """The offsets along one axis: centered for odd sizes, from 0 up for even ones."""
     return range(-(size // 2), size // 2 + 1) if size % 2 else range(size)
 
 

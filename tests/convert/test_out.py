@@ -205,7 +205,7 @@ def test_detectron2s_config_says_what_the_network_expects(tmp_path: Path, depth:
         },
         "INPUT": {"FORMAT": "RGB"},
     }
-    assert "licence of the weights: MIT" in config.read_text()
+    assert "license of the weights: MIT" in config.read_text()
 
 
 def test_mmengine_finds_the_backbone(theirs, encoders, tmp_path: Path):
@@ -223,7 +223,7 @@ def test_mmengine_finds_the_backbone(theirs, encoders, tmp_path: Path):
 
 
 @pytest.mark.parametrize("channels, order, flips", [("BGR", "BGR", False), ("RGB", "RGB", True)])
-def test_the_colour_order_is_the_contracts(tmp_path: Path, channels: str, order: str, flips: bool):
+def test_the_color_order_is_the_contracts(tmp_path: Path, channels: str, order: str, flips: bool):
     contract = ImageContract(channels=tuple(channels), mean=(0.0, 0.1, 0.2), std=(1.0, 0.5, 0.25))
     stored = write_light(tmp_path / "net", contract=contract)
     config = yaml.safe_load(write_export("detectron2", stored, tmp_path / "r.pkl")[2].read_text())

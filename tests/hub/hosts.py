@@ -6,7 +6,7 @@
         hosts.fault("/hub/tiny/config.json", Fault("truncate", times=1))
 
 It is a mirror: `https://host/path?query` is asked of it as `/host/path?query`, redirects name the real addresses.
-Imitated from their documented and observed behaviour: Google Drive (its confirmation form, the older link and cookie,
+Imitated from their documented and observed behavior: Google Drive (its confirmation form, the older link and cookie,
 quota, sign-in, deleted and infected files), Dropbox (`dl=1` and its content host), GitHub's release assets (signed
 addresses on another host). Every other address is a plain http server with ranges.
 """

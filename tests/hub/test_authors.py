@@ -319,7 +319,7 @@ def test_a_file_fetched_by_hand(tmp_path: Path, written: dict[str, Path]):
         written[OTHER], tmp_path / "mine", like=CATALOG[NAME], format="detectron2", name="my_r18"
     )
     assert found.name == "my_r18"
-    assert found.licence == CATALOG[NAME].licence
+    assert found.license == CATALOG[NAME].license
     assert verify_encoder(tmp_path / "mine", layout("detectron2", arch=CATALOG[NAME].arch))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
 

@@ -192,13 +192,13 @@ def test_another_checkpoint_of_the_same_name_is_replaced_and_a_damaged_one_repai
     place = tmp_path / "bundles" / NAME
     write_tiny(place, provenance={"steps": 8, "seed": 1}, recipe_yaml=None)
     (place / "notes.txt").write_text("mine")
-    neighbour = write_tiny(tmp_path / "bundles" / "tiny_other_r18", name="tiny_other_r18").folder
-    kept = content(neighbour)
+    neighbor = write_tiny(tmp_path / "bundles" / "tiny_other_r18", name="tiny_other_r18").folder
+    kept = content(neighbor)
     install_bundle(bundle, tmp_path)
     assert read_checkpoint(place).provenance == {"steps": 7, "seed": 0}
     assert (place / "recipe.yaml").is_file()
     assert (place / "notes.txt").read_text() == "mine"
-    assert content(neighbour) == kept
+    assert content(neighbor) == kept
     whole = content(place)
     for damage in (b"", whole["encoder.safetensors"][:-1] + b"!"):
         (place / "encoder.safetensors").write_bytes(damage)
@@ -323,7 +323,7 @@ HOSTILE: dict[str, tuple[Callable[[Members], Members], str]] = {
         ),
         "only .safetensors files may hold tensors",
     ),
-    "an incomplete licence chain": (lambda m: config(m, lambda c: c["licence"].update(datasets=[])), "licence chain"),
+    "an incomplete license chain": (lambda m: config(m, lambda c: c["licence"].update(datasets=[])), "license chain"),
     "nothing": (lambda m: [], "holds no checkpoint"),
 }
 
@@ -603,10 +603,10 @@ def test_a_cache_that_cannot_be_written_says_so_unless_nothing_needs_writing(bun
 
 
 def test_a_checkpoint_is_not_mistaken_for_its_bundled_twin(tmp_path: Path):
-    """The same files under another config, such as another licence, are another checkpoint."""
+    """The same files under another config, such as another license, are another checkpoint."""
     first = write_tiny(tmp_path / "first")
     install_bundle(write_bundle([first.folder], tmp_path / "1.tar"), tmp_path)
-    licence = replace(first.licence, code="Apache-2.0")
-    write_tiny(tmp_path / "second", licence=licence)
+    license = replace(first.license, code="Apache-2.0")
+    write_tiny(tmp_path / "second", license=license)
     (folder,) = install_bundle(write_bundle([tmp_path / "second"], tmp_path / "2.tar"), tmp_path)
-    assert read_checkpoint(folder).licence == licence
+    assert read_checkpoint(folder).license == license

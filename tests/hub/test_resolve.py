@@ -25,7 +25,7 @@ from geo_pretrain.loading import load_backbone
 from tests.zoo import role_weights, write_tiny, write_tiny_3d
 
 NAME = "tiny_net_r18"
-Behaviour = Callable[[str, bytes], tuple[int, dict[str, str], bytes]]
+Behavior = Callable[[str, bytes], tuple[int, dict[str, str], bytes]]
 
 
 class Server:
@@ -34,7 +34,7 @@ class Server:
     def __init__(self, root: Path) -> None:
         self.root, self.requests = root, []
         self.has_own_paths = False  # True: `behave` maps paths to files itself
-        self.behave: Behaviour = lambda path, data: (200, {}, data)
+        self.behave: Behavior = lambda path, data: (200, {}, data)
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, self))
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
@@ -155,7 +155,7 @@ def test_redirects_are_followed(server: Server):
     verify_file(read_checkpoint(folder), "encoder.safetensors")
 
 
-def broken(kind: str) -> Behaviour:
+def broken(kind: str) -> Behavior:
     def behave(path: str, data: bytes) -> tuple[int, dict[str, str], bytes]:
         if path.endswith("encoder.safetensors"):
             if kind == "truncated":  # the connection ends before the promised length
@@ -346,7 +346,7 @@ def test_published_entries_are_pinned_to_their_digests(server: Server, monkeypat
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def hugging_face(server: Server) -> Behaviour:
+def hugging_face(server: Server) -> Behavior:
     """The part of the Hugging Face protocol a download needs: HEAD and GET of /owner/repo/resolve/revision/file."""
 
     def behave(path: str, data: bytes) -> tuple[int, dict[str, str], bytes]:

@@ -67,7 +67,7 @@ def test_sizes_on_the_image() -> None:
 
 
 def _inside(scene: Scene, points: np.ndarray) -> np.ndarray:
-    """Deepest penetration of points [N, 3] into any part, metres, one part after the other."""
+    """Deepest penetration of points [N, 3] into any part, meters, one part after the other."""
     deepest = np.full(len(points), -np.inf)
     for part in range(len(scene.kind) - 6):
         near = np.abs(points - scene.center[part]).max(1) < np.linalg.norm(scene.bound[part])
@@ -151,7 +151,7 @@ def test_shadows_equal_a_walk_to_the_light(scene: Scene, renderer: Renderer, pos
         for pick in picks:
             steps = points[pick] + np.linspace(0, 1, 1200)[:, None] * (light - points[pick])
             deepest = max(depth_inside(scene, steps, part).max() for part in casting)
-            # Half a millimetre of doubt: a ray that cuts an edge may do so between two steps.
+            # Half a millimeter of doubt: a ray that cuts an edge may do so between two steps.
             assert deepest > -5e-4 if value else deepest < 5e-4
 
 

@@ -112,7 +112,7 @@ def random_coords(stride: int, low: int) -> Tensor:
 
 @pytest.mark.parametrize("stride,low", [(1, -4), (4, -20), (3, 1 << 20), (1, (1 << 31) - 9), (2, -(1 << 31))])
 @pytest.mark.parametrize("kernel_size,dilation", [(3, 1), (3, 2), (2, 1), (5, 1)])
-def test_neighbours_equal_a_dictionary(stride, low, kernel_size, dilation):
+def test_neighbors_equal_a_dictionary(stride, low, kernel_size, dilation):
     coords = random_coords(stride, low)
     offsets = [tuple(dilation * d for d in offset) for offset in kernel_offsets(kernel_size)]
     rows = {tuple(c): row for row, c in enumerate(coords.tolist())}
@@ -122,7 +122,7 @@ def test_neighbours_equal_a_dictionary(stride, low, kernel_size, dilation):
     ]
     assert sum(row >= 0 for line in expected for row in line) > 2 * len(coords)
     for symmetric in {False, kernel_size % 2 == 1}:
-        table = fast.neighbours(coords, stride, offsets, symmetric=symmetric)
+        table = fast.neighbors(coords, stride, offsets, symmetric=symmetric)
         assert table.dtype == torch.int32
         assert table.tolist() == expected
 

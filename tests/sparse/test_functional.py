@@ -132,7 +132,7 @@ POOLS: dict[str, tuple[Callable, Callable[[Tensor], Tensor]]] = {
 def test_pools_equal_a_loop_over_windows(
     name: str, seed: int, sizes: tuple, kernel_size: int, stride: int, shift: float
 ):
-    """`shift` makes features all negative or all positive: a maximum must not find zeros of empty neighbours."""
+    """`shift` makes features all negative or all positive: a maximum must not find zeros of empty neighbors."""
     pool, reduce = POOLS[name]
     coords, feats = random_cloud(seed, sizes)
     mine, theirs = leaves(feats + shift), leaves(feats + shift)

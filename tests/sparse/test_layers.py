@@ -59,7 +59,7 @@ def test_initial_weights_are_uniform_within_one_over_root_fan(layer: Conv3d | Co
     assert layer.bias is None or 0 < layer.bias.abs().max() <= bound
 
 
-def test_defaults_are_a_centred_kernel_and_a_step_to_the_finer_voxels():
+def test_defaults_are_a_centered_kernel_and_a_step_to_the_finer_voxels():
     coords, feats = random_cloud(0)
     conv = Conv3d(3, 5).double()
     x = SparseTensor(coords, feats)

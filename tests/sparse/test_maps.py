@@ -44,22 +44,22 @@ def slow_table(outputs: Tensor, inputs: Tensor, kernel_size: int, step: int) -> 
     dilation=st.sampled_from([1, 2, 3]),
     stride=st.sampled_from([1, 2, 3]),
 )
-def test_neighbours_are_those_of_a_dictionary(seed: int, sizes: tuple, kernel_size: int, dilation: int, stride: int):
+def test_neighbors_are_those_of_a_dictionary(seed: int, sizes: tuple, kernel_size: int, dilation: int, stride: int):
     coords, _ = random_cloud(seed, sizes, stride=stride)
     level = grid_of(coords, stride).level(stride)
-    table = level.neighbours(kernel_size, dilation).table
+    table = level.neighbors(kernel_size, dilation).table
     assert table.dtype == torch.int32
     assert table.tolist() == slow_table(level.coords, level.coords, kernel_size, stride * dilation)
 
 
 @pytest.mark.parametrize("dilation", [31, 32, 63, 64, 65, 1000])
-def test_neighbours_may_be_far_away(dilation: int):
+def test_neighbors_may_be_far_away(dilation: int):
     """Wide kernels leave any margin that a search may keep round the bounding box."""
     near, _ = random_cloud(dilation, (12, 9), reach=2)
     moved = [near + torch.tensor([0, *(dilation * d for d in step)]) for step in product((-1, 0, 1), repeat=3)]
     coords = torch.cat([near, *moved[::4]]).int().unique(dim=0)
     level = grid_of(coords).level(1)
-    table = level.neighbours(3, dilation).table
+    table = level.neighbors(3, dilation).table
     assert table.tolist() == slow_table(level.coords, level.coords, 3, dilation)
     assert (table >= 0).sum() > 2 * len(level)
 
@@ -137,7 +137,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, call)
 
-    counted(Level, "neighbours")
+    counted(Level, "neighbors")
     counted(Level, "coarser")
     counted(Grid, "_strided")
     counted(KernelMap, "__init__")
@@ -154,7 +154,7 @@ def test_maps_are_built_once_and_shared_in_both_directions(monkeypatch: pytest.M
         y = dilated(again(first(x)))
         coarse = deep(deep(down(y))) + other_down(x)
         (up(coarse) + up(coarse)).rows.sum().backward()
-    assert calls["neighbours"] == 3  # kernel 3 at strides 1 and 2, dilation 2 at stride 1
+    assert calls["neighbors"] == 3  # kernel 3 at strides 1 and 2, dilation 2 at stride 1
     assert calls["_strided"] == calls["coarser"] == 1
     assert calls["__init__"] == 2 * (3 + 1)  # each with its reverse
     assert x.grid.kernel_map(1, 1, 3, 1) is x.grid.kernel_map(1, 1, 3, 1)
@@ -202,12 +202,12 @@ def test_parents_of_a_level_are_runs_of_the_order(seed: int, sizes: tuple, shift
         assert set(parents) == set(range(len(coarse)))
 
 
-def test_morton_order_keeps_neighbours_near_in_memory():
+def test_morton_order_keeps_neighbors_near_in_memory():
     coords, _ = random_cloud(0, (8000,), reach=16)
 
     def far(ordered: Tensor) -> float:
-        """How many rows lie between a voxel and its neighbours, typically."""
-        table = Level(ordered, 1, exact=True).neighbours(3, 1).table.long()
+        """How many rows lie between a voxel and its neighbors, typically."""
+        table = Level(ordered, 1, exact=True).neighbors(3, 1).table.long()
         return float((table - torch.arange(len(table))[:, None]).abs()[table >= 0].median())
 
     assert far(coords[morton_order(coords, 1)[0]]) < 0.5 * far(coords.unique(dim=0))
@@ -288,8 +288,8 @@ def test_search_is_exact_at_any_extent(reach: int):
 def test_full_boxes_do_not_wrap_round_into_the_next_column_or_batch():
     box = torch.tensor(list(product((0, 1), (0, 1, 2), (0, 1, 2), (0, 1, 2))), dtype=torch.int32)
     level = grid_of(box).level(1)
-    assert level.neighbours(3, 1).table.tolist() == slow_table(level.coords, level.coords, 3, 1)
-    assert level.neighbours(5, 1).table.tolist() == slow_table(level.coords, level.coords, 5, 1)
+    assert level.neighbors(3, 1).table.tolist() == slow_table(level.coords, level.coords, 3, 1)
+    assert level.neighbors(5, 1).table.tolist() == slow_table(level.coords, level.coords, 5, 1)
     for offset in product(range(-4, 5), repeat=3):
         found = level.index.find(level.coords, offset)
         inside = ((level.coords[:, 1:] + torch.tensor(offset) - 1).abs() <= 1).all(dim=1)
@@ -302,7 +302,7 @@ def test_steps_as_long_as_the_box_do_not_wrap_either():
     level = grid_of(box).level(1)
     length = 3 + 2 * maps.MARGIN
     for step in range(length - 4, length + 5):
-        assert (level.neighbours(3, step).table >= 0).sum() == len(box)
+        assert (level.neighbors(3, step).table >= 0).sum() == len(box)
         for axis, sign in product(range(3), (-1, 1)):
             offset = [0, 0, 0]
             offset[axis] = sign * step

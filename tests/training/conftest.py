@@ -24,7 +24,7 @@ def golden_views():
 
 
 def paint(depth_mm, pose, intrinsics):
-    """Colours that stick to the surfaces: a texture of the world position."""
+    """Colors that stick to the surfaces: a texture of the world position."""
     v, u = np.mgrid[0 : depth_mm.shape[0], 0 : depth_mm.shape[1]]
     z = depth_mm / 1000
     points = np.stack(

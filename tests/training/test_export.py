@@ -1,4 +1,4 @@
-"""The licence chain of a run: the strictest terms win, and nothing is left out."""
+"""The license chain of a run: the strictest terms win, and nothing is left out."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 
 from geo_pretrain.catalog import backbone_info
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.export import run_licence
+from geo_pretrain.training.export import run_license
 from geo_pretrain.training.recipe import list_recipes, load_recipe
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_a_recipe_yields_the_licence_its_catalog_entry_states(name):
-    stated = backbone_info(name).licence
-    assert run_licence(load_recipe(name)) == replace(stated, code="MIT")  # whoever trained the published one
+def test_a_recipe_yields_the_license_its_catalog_entry_states(name):
+    stated = backbone_info(name).license
+    assert run_license(load_recipe(name)) == replace(stated, code="MIT")  # whoever trained the published one
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,10 @@ def test_a_recipe_yields_the_licence_its_catalog_entry_states(name):
         (["data.source=rooms", "model.init=scratch"], "MIT", {"rooms"}),
         (["data.source=rooms", "model.init=imagenet"], "LicenseRef-ImageNet-terms", {"rooms", "ImageNet"}),
         (["data.source=seven_scenes", "model.init=scratch"], "LicenseRef-data-owner", None),
-        (["data.source=seven_scenes", "model.init=scratch", "data.licence=CC0-1.0"], "CC0-1.0", None),
-        (["data.source=rooms", "data.licence=CC-BY-SA-4.0", "model.init=scratch"], "CC-BY-SA-4.0", {"rooms"}),
+        (["data.source=seven_scenes", "model.init=scratch", "data.license=CC0-1.0"], "CC0-1.0", None),
+        (["data.source=rooms", "data.license=CC-BY-SA-4.0", "model.init=scratch"], "CC-BY-SA-4.0", {"rooms"}),
         (
-            ["data.source=rooms", "data.licence=CC-BY-SA-4.0", "model.init=imagenet"],
+            ["data.source=rooms", "data.license=CC-BY-SA-4.0", "model.init=imagenet"],
             "LicenseRef-ImageNet-terms",
             {"rooms", "ImageNet"},
         ),
@@ -40,12 +40,12 @@ def test_a_recipe_yields_the_licence_its_catalog_entry_states(name):
     ],
 )
 def test_strictest_terms_win(overrides, weights, datasets):
-    licence = run_licence(load_recipe("pri3d_view_r18", overrides))
-    assert licence.weights == weights
+    license = run_license(load_recipe("pri3d_view_r18", overrides))
+    assert license.weights == weights
     if datasets is not None:
-        assert {name for name, _ in licence.datasets} == datasets
+        assert {name for name, _ in license.datasets} == datasets
 
 
-def test_a_licence_that_is_none_is_refused_before_training():
-    with pytest.raises(RecipeError, match=r"data\.licence: Unknown licence 'MTI'. Closest: 'MIT'"):
-        load_recipe("pri3d_view_r18", ["data.licence=MTI"])
+def test_a_license_that_is_none_is_refused_before_training():
+    with pytest.raises(RecipeError, match=r"data\.license: Unknown license 'MTI'. Closest: 'MIT'"):
+        load_recipe("pri3d_view_r18", ["data.license=MTI"])

@@ -42,4 +42,4 @@ def test_the_same_command_trains_on_every_layout(tmp_path, tiny_recipe, recordin
     assert load_backbone(tmp_path / "out").load_report.coverage == 1
     if layout.startswith("scannet"):
         assert sum(checkpoint.provenance["skipped"].values()) == 1  # the pose of -inf
-        assert checkpoint.licence.weights == "LicenseRef-ScanNet-ToU"
+        assert checkpoint.license.weights == "LicenseRef-ScanNet-ToU"

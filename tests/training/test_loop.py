@@ -361,7 +361,7 @@ def test_cosine_falls_each_step_and_moco_s_each_epoch():
         load_recipe("pri3d_view_r18", ["optim.schedule=cosine_epoch", "optim.epochs=null", "optim.steps=5"])
 
 
-def test_what_is_frozen_is_not_trained_by_either_optimiser(tmp_path, tiny_recipe, monkeypatch):
+def test_what_is_frozen_is_not_trained_by_either_optimizer(tmp_path, tiny_recipe, monkeypatch):
     build = engine.build_task
 
     def frozen(recipe):

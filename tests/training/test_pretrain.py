@@ -15,7 +15,7 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.cli import app
 from geo_pretrain.errors import CheckpointError, RecipeError
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.export import run_licence
+from geo_pretrain.training.export import run_license
 from geo_pretrain.training.pretrain import run_recipe
 from geo_pretrain.training.recipe import changes, list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.runs import only_process
@@ -53,7 +53,7 @@ def test_the_second_stage_starts_from_what_the_first_trained(staged, tmp_path):
     torch.testing.assert_close(after["layer1.0.conv1.weight"], before["layer1.0.conv1.weight"], atol=1e-9, rtol=0)
     decoders = weights(tmp_path / "out.stage1", "decoder"), weights(tmp_path / "out", "decoder")
     torch.testing.assert_close(*(d["up1.conv1.weight"] for d in decoders), atol=1e-9, rtol=0)
-    assert outcome.checkpoint.licence.base_model.startswith("pri3d_view_r18.first (")
+    assert outcome.checkpoint.license.base_model.startswith("pri3d_view_r18.first (")
     kept = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert "folder" not in kept["stage1"]  # so that the recipe runs anywhere
 
@@ -101,7 +101,7 @@ def test_both_stages_see_the_same_data_in_the_same_network(staged, tiny_recipe):
         "data.overlap=[0.1, 0.9]",
         "data.measure=authors_exact",
         "data.options={labels: label-filt}",
-        "data.licence=MIT",
+        "data.license=MIT",
         "model.width=16",
     ]
     recipe, first = both(staged, chosen)
@@ -184,11 +184,11 @@ def test_a_first_stage_has_none_of_its_own(staged, tiny_recipe):
         load_stage1(recipe)
 
 
-def test_the_licence_of_two_stages_is_known_before_the_first_is_trained(tiny_recipe):
+def test_the_license_of_two_stages_is_known_before_the_first_is_trained(tiny_recipe):
     chain = {"model": {"depth": 18, "init": "stage1"}, "stage1": {"recipe": "pri3d_view_r18"}}
-    licence = run_licence(load_recipe(str(tiny_recipe(**chain))))
-    assert [name for name, _ in licence.datasets[1:]] == ["ScanNet", "ImageNet"]
-    assert licence.base_model == "pri3d_view_r18 (LicenseRef-ScanNet-ToU)"
+    license = run_license(load_recipe(str(tiny_recipe(**chain))))
+    assert [name for name, _ in license.datasets[1:]] == ["ScanNet", "ImageNet"]
+    assert license.base_model == "pri3d_view_r18 (LicenseRef-ScanNet-ToU)"
 
 
 @pytest.mark.parametrize(
@@ -198,17 +198,17 @@ def test_the_licence_of_two_stages_is_known_before_the_first_is_trained(tiny_rec
         ("pri3d_view_r18.rooms", "LicenseRef-data-owner", ["rooms"], "teacher: pri3d_view_r18.rooms (MIT)"),
     ],
 )
-def test_the_licence_names_the_teacher(tiny_recipe, teacher, weights, datasets, named):
+def test_the_license_names_the_teacher(tiny_recipe, teacher, weights, datasets, named):
     path = tiny_recipe("pointcontrast_nce", task={"name": "ppkt", "teacher": teacher})
-    licence = run_licence(load_recipe(str(path)))
-    assert (licence.weights, [name for name, _ in licence.datasets[1:]]) == (weights, datasets)
-    assert named in licence.base_model
+    license = run_license(load_recipe(str(path)))
+    assert (license.weights, [name for name, _ in license.datasets[1:]]) == (weights, datasets)
+    assert named in license.base_model
 
 
 def test_a_permissive_data_set_takes_the_terms_of_the_teacher(tiny_recipe):
     path = tiny_recipe("pointcontrast_nce", task={"name": "ppkt", "teacher": "moco_v2"})
-    licence = run_licence(load_recipe(str(path), ["data.licence=CC0-1.0"]))
-    assert licence.weights in ("CC-BY-NC-4.0", "LicenseRef-ImageNet-terms")
+    license = run_license(load_recipe(str(path), ["data.license=CC0-1.0"]))
+    assert license.weights in ("CC-BY-NC-4.0", "LicenseRef-ImageNet-terms")
 
 
 def test_changes_between_recipes_are_named_by_key():

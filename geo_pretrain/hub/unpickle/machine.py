@@ -17,7 +17,7 @@ from geo_pretrain.hub.unpickle.names import (
     Refused,
     Unreadable,
     is_forbidden,
-    normalised,
+    normalized,
     shown,
 )
 from geo_pretrain.hub.unpickle.stand_ins import BUILDERS, Array, Dict, Dtype, Foreign, kind, put
@@ -232,7 +232,7 @@ class Machine:
             raise Refused("its pickle computes the name of a class")
         if len(module) > NAME_LENGTH or len(name) > NAME_LENGTH:
             raise Refused("its pickle names a class of more than 200 letters")
-        found = Name(normalised(module, name))
+        found = Name(normalized(module, name))
         if not found.is_known:
             forbidden = is_forbidden(module, name)
             noted = self.budget.forbidden if forbidden else self.budget.names

@@ -108,7 +108,7 @@ class Name:
         return bool(self.path in INERT or self.storage or self.dtype or NUMPY_TYPE_NAME.fullmatch(self.path))
 
 
-def normalised(module: str, name: str) -> str:
+def normalized(module: str, name: str) -> str:
     """One spelling for a name that pickles of several Pythons and numpys spell differently."""
     module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
     if module.startswith("numpy._core."):
@@ -118,7 +118,7 @@ def normalised(module: str, name: str) -> str:
 
 def is_forbidden(module: str, name: str) -> bool:
     """Whether a name that has no stand-in is reason enough to refuse the file."""
-    parts = normalised(module, name).split(".")
+    parts = normalized(module, name).split(".")
     if parts[0] in FORBIDDEN_MODULES:
         return True
     if any(".".join(parts[:length]) in FORBIDDEN_PARTS for length in range(2, len(parts) + 1)):

@@ -16,7 +16,7 @@ BEGIN, END = "<!-- bench pretext: begin -->", "<!-- bench pretext: end -->"
 Found = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
-def summarise(
+def summarize(
     rows: Sequence[Row],
     seeds: Sequence[int],
     spec: BenchSpec,

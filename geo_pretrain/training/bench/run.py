@@ -20,7 +20,7 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.bench.cell import Job, is_trained
 from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data, identity, plan
-from geo_pretrain.training.bench.report import summarise
+from geo_pretrain.training.bench.report import summarize
 from geo_pretrain.training.data.cache import write_atomically
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import machine
@@ -96,7 +96,7 @@ def run_bench(
 
     What is finished in `out` is kept; a cell that failed is tried again by the next call. A task that fails has its
     error in the results and holds up none of the others. `jobs` processes run at a time (None: one a core, or one on
-    a GPU), sharing the cores. Returns what results.json holds (see `report.summarise`).
+    a GPU), sharing the cores. Returns what results.json holds (see `report.summarize`).
 
     Raises:
         CheckpointError: another process works on `out`.
@@ -120,7 +120,7 @@ def run_bench(
 
 def _write(bench: Bench, command: str, seconds: int) -> dict[str, Any]:
     """results.json, from the cells that are there."""
-    results = summarise(bench.rows, bench.seeds, bench.spec, _found(bench), _failures(bench))
+    results = summarize(bench.rows, bench.seeds, bench.spec, _found(bench), _failures(bench))
     results = {
         "command": command,
         "machine": machine() | {"jobs": bench.jobs},

@@ -13,7 +13,7 @@ from geo_pretrain.errors import BadFrame
 
 INVALID_MM = (0, 65535)  # both mean "no measurement"; 65535 is rare and easily forgotten
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_GREY, _PALETTE = 0, 3  # colour types of PNG whose pixels are one number
+_GREY, _PALETTE = 0, 3  # color types of PNG whose pixels are one number
 
 
 def read_color(path: Path) -> np.ndarray:
@@ -22,35 +22,35 @@ def read_color(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
-        raise BadFrame(path, "colour image is missing") from None
+        raise BadFrame(path, "color image is missing") from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise BadFrame(path, f"colour image cannot be read ({_first_line(error)})") from None
+        raise BadFrame(path, f"color image cannot be read ({_first_line(error)})") from None
 
 
 def read_depth(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """A 16-bit PNG in millimetres as float32 [H, W] metres; 0 and 65535 become 0 (invalid)."""
+    """A 16-bit PNG in millimeters as float32 [H, W] meters; 0 and 65535 become 0 (invalid)."""
     try:
         with Image.open(path) as image:
             if image.mode not in ("I;16", "I;16B", "I;16L", "I"):
                 raise BadFrame(path, f"depth has image mode {image.mode}, expected 16-bit grey")
-            millimetres = np.asarray(image).astype(np.int64)
+            millimeters = np.asarray(image).astype(np.int64)
     except FileNotFoundError:
         raise BadFrame(path, "depth image is missing") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise BadFrame(path, f"depth image cannot be read ({_first_line(error)})") from None
-    if shape is not None and millimetres.shape != shape:
-        given, wanted = "x".join(map(str, millimetres.shape[::-1])), "x".join(map(str, shape[::-1]))
-        raise BadFrame(path, f"depth is {given}, the colour image {wanted}")
-    invalid = np.isin(millimetres, INVALID_MM)
+    if shape is not None and millimeters.shape != shape:
+        given, wanted = "x".join(map(str, millimeters.shape[::-1])), "x".join(map(str, shape[::-1]))
+        raise BadFrame(path, f"depth is {given}, the color image {wanted}")
+    invalid = np.isin(millimeters, INVALID_MM)
     if invalid.all():
         raise BadFrame(path, "no pixel has a valid depth")
-    return np.where(invalid, 0, millimetres / 1000).astype(np.float32)
+    return np.where(invalid, 0, millimeters / 1000).astype(np.float32)
 
 
 def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[int] = (8,)) -> np.ndarray:
     """A PNG of ids as int32 [H, W]; `bits` are the depths the data set may have, `shape` (H, W) the image's size.
 
-    The depth is read from the file's header: Pillow stretches grey images of 1, 2 and 4 bits to 0..255, which would
+    The depth is read from the file's header: Pillow stretches gray images of 1, 2 and 4 bits to 0..255, which would
     turn one class into another.
     """
     wanted = " or ".join(map(str, bits))
@@ -61,9 +61,9 @@ def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[i
             raise BadFrame(path, f"not a PNG; labels are {wanted}-bit PNGs (other formats change ids)")
         depth, kind = header[24], header[25]
         if kind not in (_GREY, _PALETTE):
-            raise BadFrame(path, f"a PNG in colour, expected {wanted}-bit grey ids")
+            raise BadFrame(path, f"a PNG in color, expected {wanted}-bit gray ids")
         if kind == _GREY and depth not in bits:
-            raise BadFrame(path, f"{depth}-bit grey, expected {wanted}-bit ids")
+            raise BadFrame(path, f"{depth}-bit gray, expected {wanted}-bit ids")
         with Image.open(path) as image:
             ids = np.asarray(image).astype(np.int32)
     except FileNotFoundError:

@@ -13,12 +13,12 @@ from geo_pretrain.errors import BadFrame
 
 @dataclass(frozen=True)
 class Frame:
-    """One RGB-D image whose colour and depth share one pinhole camera (integer pixel centres, z forward)."""
+    """One RGB-D image whose color and depth share one pinhole camera (integer pixel centers, z forward)."""
 
     scene: str
     id: str
     color: np.ndarray  # uint8 [H, W, 3], RGB
-    depth: np.ndarray  # float32 [H, W], metres along the optical axis, 0 = invalid
+    depth: np.ndarray  # float32 [H, W], meters along the optical axis, 0 = invalid
     intrinsics: np.ndarray  # float64 [3, 3]
     cam_to_world: np.ndarray  # float64 [4, 4]
     semantic: np.ndarray | None = None  # int16 [H, W], class ids of the source

@@ -26,7 +26,7 @@ from geo_pretrain.training.recipe import DataSpec
 MINING_HEIGHT = 60  # overlap is measured on depth of about this height: a ratio needs no more
 BATCH = 256  # pairs projected at once
 CLOUD_VOXEL = 0.05  # m; the released overlap script thins clouds to this
-CLOUD_RADIUS = 0.075  # m; and counts points that have a neighbour this near
+CLOUD_RADIUS = 0.075  # m; and counts points that have a neighbor this near
 
 T = TypeVar("T")
 

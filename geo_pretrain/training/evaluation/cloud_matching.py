@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError
-from geo_pretrain.geometry import centred, radius_matches, transform
+from geo_pretrain.geometry import centered, radius_matches, transform
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.frame import Frame, Skips, Source
 from geo_pretrain.training.data.mining import Pair, resize_frame
@@ -130,7 +130,7 @@ def describe(
     if turn == "camera":
         to_own = torch.linalg.inv(torch.from_numpy(frame.cam_to_world).double())
     else:
-        to_own = random_rotation(generator, turn) @ centred(world)
+        to_own = random_rotation(generator, turn) @ centered(world)
     colors = torch.from_numpy(cloud.colors) if contract.given_channels else None
     voxels = contract.transforms()(transform(world, to_own).float(), colors)
     features: Tensor = network(SparseTensor(voxels.coords.to(device), voxels.feats.to(device))).feats

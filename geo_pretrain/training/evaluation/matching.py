@@ -100,7 +100,7 @@ def match_pair(
 ) -> PairMatches:
     """Match pixels of one pair by the nearest feature (cosine) among all cells of the other image's map.
 
-    A cell of a map at half resolution stands for its centre, between four pixels; of a map as large as the image for
+    A cell of a map at half resolution stands for its center, between four pixels; of a map as large as the image for
     its pixel. Raises `BadFrame`.
     """
     frame1, frame2 = (resize_frame(source.load(pair.scene, f), size) for f in (pair.frame1, pair.frame2))

@@ -130,7 +130,7 @@ def match_frame(
 ) -> VoxelMatches | None:
     """Match cells of the half-resolution map of frame `view` (1 or 2) of a batch of one with the voxels of its chunk.
 
-    A query is a cell with one of the voxels that are seen there (centre in front of the camera, depth within 5 cm);
+    A query is a cell with one of the voxels that are seen there (center in front of the camera, depth within 5 cm);
     all voxels of the chunk are candidates, seen or not, and the nearest feature (cosine) is chosen. None when the frame
     sees no voxel.
     """

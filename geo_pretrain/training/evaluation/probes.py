@@ -46,7 +46,7 @@ class ProbeSpec:
     penalty: float = 1e-4  # linear: weight of half the squared norm of the weights, beside the mean cross-entropy
     iterations: int = 200  # linear: at most
     k: int = 20
-    temperature: float = 0.07  # k-NN: a neighbour's vote is exp(cosine / temperature)
+    temperature: float = 0.07  # k-NN: a neighbor's vote is exp(cosine / temperature)
     seed: int = 0  # of the pixels, and of the twin's weights
 
     def __post_init__(self) -> None:
@@ -227,7 +227,7 @@ def read_at(maps: Sequence[Tensor], pixels: Tensor, size: tuple[int, int]) -> Te
 
 @torch.no_grad()
 def _read(network: nn.Module, source: LabelledSource, spec: ProbeSpec, what: str, steps: Iterator[None]) -> Samples:
-    """Features at labelled pixels drawn for each image by the seed and its name, so its neighbours do not matter."""
+    """Features at labelled pixels drawn for each image by the seed and its name, so its neighbors do not matter."""
     ids = source.ids()
     per_image = -(-spec.pixels // max(len(ids), 1))
     features, labels = [], []

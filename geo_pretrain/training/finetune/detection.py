@@ -383,7 +383,7 @@ def _picture(pixels: np.ndarray) -> Image.Image:
 def _overlay(
     pixels: np.ndarray, boxes: np.ndarray, colors: np.ndarray, masks: np.ndarray | None, texts: Sequence[str] = ()
 ) -> Image.Image:
-    """An image with its masks tinted, and boxes outlined in their colours with a text at each."""
+    """An image with its masks tinted, and boxes outlined in their colors with a text at each."""
     tinted = pixels.astype(np.float32)
     for mask, color in zip(masks if masks is not None else (), colors, strict=masks is not None):
         tinted[mask] = 0.5 * tinted[mask] + 0.5 * color

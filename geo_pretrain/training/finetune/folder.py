@@ -235,7 +235,7 @@ def summary(run: Run, uses: str) -> dict[str, Any]:
         "end of the run": "is not measured (as published)" if last is None else "is measured",
         **run.task.quirks(),
     }
-    licence, terms = data_terms(run.train.name)
+    license, terms = data_terms(run.train.name)
     return {
         "format": FORMAT,
         "recipe": recipe.name,
@@ -250,7 +250,7 @@ def summary(run: Run, uses: str) -> dict[str, Any]:
         "contract": plain_types(run.task.contract.to_dict()),
         "data": {
             "source": run.train.name,
-            "licence": licence,
+            "licence": license,
             "terms": terms,
             "fraction": run.fraction,
             "train_images": len(run.train_ids),

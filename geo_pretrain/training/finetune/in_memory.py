@@ -136,7 +136,7 @@ def _logits(network: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _stack(frames: Sequence[Frame], contract: ImageContract) -> tuple[Tensor, Tensor]:
-    """Normalised images [N, 3, H, W] and labels [N, H, W] of frames of one size."""
+    """Normalized images [N, 3, H, W] and labels [N, H, W] of frames of one size."""
     transform = contract.transforms(resize=False)
     labels = []
     for frame in frames:

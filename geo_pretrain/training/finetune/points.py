@@ -23,7 +23,7 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import CheckpointError, DataError, RecipeError, unknown
-from geo_pretrain.geometry import centred, transform
+from geo_pretrain.geometry import centered, transform
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.labelled.image import LabelledSource
@@ -259,7 +259,7 @@ def voxels_of(
     points = torch.from_numpy(cloud.points)
     if generator is not None:
         world = points.double()
-        points = transform(world, random_rotation(generator, "upright") @ centred(world)).float()
+        points = transform(world, random_rotation(generator, "upright") @ centered(world)).float()
     voxels = contract.transforms()(points, torch.from_numpy(cloud.colors) if contract.given_channels else None)
     return voxels.coords, voxels.feats, commonest(torch.from_numpy(cloud.labels), voxels.inverse, len(voxels.coords))
 
@@ -324,7 +324,7 @@ def _read(
     what: str,
     steps: Iterator[None],
 ) -> Samples:
-    """Features of labelled voxels drawn for each cloud by the seed and its name, so its neighbours do not matter."""
+    """Features of labelled voxels drawn for each cloud by the seed and its name, so its neighbors do not matter."""
     per_cloud = -(-spec.pixels // max(len(clouds), 1))
     features, labels = [], []
     for cloud in clouds:

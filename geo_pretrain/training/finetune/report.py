@@ -1,6 +1,6 @@
 """A sweep as people read it: Markdown, JSON, the curve of score against share of data, and predictions side by side.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; markers differ as well. What was measured is solid,
+Colors are Okabe and Ito's, which color-blind readers tell apart; markers differ as well. What was measured is solid,
 what a paper reports is dashed, hollow and italic.
 """
 
@@ -27,9 +27,9 @@ from geo_pretrain.training.finetune.sweep import Point, SweepResult, read_plan, 
 from geo_pretrain.training.finetune.task import IMAGENET, SCRATCH, Start, build_finetune_task
 from geo_pretrain.training.visualize.grids import draw_segmentations
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B5B5B")  # without the yellow: too light
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B5B5B")  # without the yellow: too light
 MARKERS = "osD^vPX"
-FIXED = {SCRATCH: 6, IMAGENET: 5}  # places in COLOURS that these starts have in every figure
+FIXED = {SCRATCH: 6, IMAGENET: 5}  # places in COLORS that these starts have in every figure
 TEXTS = {"miou": "mIoU"} | {
     f"{shape}_ap{threshold}": f"{shape} AP{threshold}" for shape in ("box", "mask") for threshold in ("", 50, 75)
 }
@@ -60,7 +60,7 @@ def markdown(result: SweepResult, *, figure: str | None = None) -> str:
     if figure is not None:
         lines += [f"![{text} against share of the training images]({figure})", ""]
     lines += table(result)
-    licence, terms = data_terms(result.recipe.data.source)
+    license, terms = data_terms(result.recipe.data.source)
     counts = ", ".join(f"{percent(f)}: {count}" for f, count in sorted(result.images.items()))
     lines += [
         "",
@@ -68,7 +68,7 @@ def markdown(result: SweepResult, *, figure: str | None = None) -> str:
         f"deviation over seeds {', '.join(map(str, seeds))}; without ± there is one seed. "
         f"Training images: {counts}.",
         "",
-        f"Data: {result.recipe.data.source}, {licence} ({terms}).",
+        f"Data: {result.recipe.data.source}, {license} ({terms}).",
     ]
     if result.paper:
         lines += [
@@ -306,14 +306,14 @@ def _hollow(style: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each start: the same for scratch and ImageNet in every figure."""
-    others = [place for place in range(len(COLOURS)) if place not in FIXED.values()]
+    """Color and marker of each start: the same for scratch and ImageNet in every figure."""
+    others = [place for place in range(len(COLORS)) if place not in FIXED.values()]
     styles = {}
     for number, name in enumerate(name for name in names if name not in FIXED):
-        turn, place = divmod(number, len(others))  # a colour that comes again has another marker
-        styles[name] = {"color": COLOURS[others[place]], "marker": MARKERS[(others[place] + turn) % len(MARKERS)]}
+        turn, place = divmod(number, len(others))  # a color that comes again has another marker
+        styles[name] = {"color": COLORS[others[place]], "marker": MARKERS[(others[place] + turn) % len(MARKERS)]}
     for name, place in FIXED.items():
-        styles[name] = {"color": COLOURS[place], "marker": MARKERS[place]}
+        styles[name] = {"color": COLORS[place], "marker": MARKERS[place]}
     return {name: styles[name] for name in names}
 
 

@@ -272,7 +272,7 @@ def _loop(
 
 
 def _take_step(run: Run, batch: dict[str, Any]) -> dict[str, float]:
-    """One optimiser step; returns the losses."""
+    """One optimizer step; returns the losses."""
     spec = run.recipe.optim
     torch.manual_seed(sample_seed(run.recipe.seed, run.step, -2))  # dropout: a function of the step, as all else
     run.task.module.train()

@@ -29,12 +29,12 @@ from geo_pretrain.training.finetune.recipe import FinetuneRecipe
 from geo_pretrain.training.finetune.task import Evaluation, Start
 from geo_pretrain.training.visualize.grids import draw_segmentations
 
-CROP_CENTRES = (240, 320)  # the released KITTI loader draws the centre of its crop below these, whatever the image
+CROP_CENTRES = (240, 320)  # the released KITTI loader draws the center of its crop below these, whatever the image
 DIVISIBLE = {"fpn": 32, "upernet": None, "pspnet": None, "deeplabv3": None, "deeplabv3plus": None}  # None: the stride
 
 
 class Segmenter(nn.Module):
-    """A segmentation network of any library as one call: normalised images -> logits of classes 0.. or 1.., float32."""
+    """A segmentation network of any library as one call: normalized images -> logits of classes 0.. or 1.., float32."""
 
     def __init__(self, network: nn.Module, *, multiple: int, aux: nn.Module | None) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ class Segmentation:
         self.recipe, self.classes, self.contract = recipe, tuple(classes), contract
         self.module, self.transferred = _build(recipe, start, len(classes))
         self.first = 0 if recipe.network.kind == "unet" else 1  # class of the first output
-        self._normalise = contract.transforms(resize=False)
+        self._normalize = contract.transforms(resize=False)
 
     def sample(self, image: LabelledImage, generator: torch.Generator) -> dict[str, Tensor]:
-        """Resized, turned, cropped, flipped, blurred: image [3, H, W] normalised and labels int64 [H, W]."""
+        """Resized, turned, cropped, flipped, blurred: image [3, H, W] normalized and labels int64 [H, W]."""
         pixels, labels = self._sized(image)
         augment = self.recipe.data.augment
         if augment.rotate:
@@ -86,7 +86,7 @@ class Segmentation:
         tensor = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
         if _uniform(0, 1, generator) < augment.blur:
             tensor = tvf.gaussian_blur(tensor, [augment.blur_kernel] * 2)
-        return {"image": self._normalise(tensor), "labels": torch.from_numpy(np.array(labels)).long()}
+        return {"image": self._normalize(tensor), "labels": torch.from_numpy(np.array(labels)).long()}
 
     def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
         """Images [B, 3, H, W] and labels [B, H, W]."""
@@ -163,7 +163,7 @@ class Segmentation:
             + _published(exact or self.first == 1),
         }
         if data.augment.crop is not None:
-            found["centre of crops"] = (
+            found["center of crops"] = (
                 f"drawn in [0, {CROP_CENTRES[0]}) x [0, {CROP_CENTRES[1]})" if exact else "uniform over the image"
             ) + _published(exact)
         return found
@@ -180,7 +180,7 @@ class Segmentation:
         for position, id in enumerate(ids):
             image = source.load(id)
             pixels, _ = self._sized(image)
-            tensor = self._normalise(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
+            tensor = self._normalize(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
             if pending and tensor.shape != pending[0][1].shape:
                 yield from self._flush(pending, device)
                 pending = []
@@ -247,7 +247,7 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a crop, every place of the image equally likely.
 
-    `authors_exact`: the centre is drawn in [0, 240) x [0, 320) whatever the size of the image, and moved inside.
+    `authors_exact`: the center is drawn in [0, 240) x [0, 320) whatever the size of the image, and moved inside.
     """
     (height, width), (rows, columns) = shape, crop
     if height < rows or width < columns:

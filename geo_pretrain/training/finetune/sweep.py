@@ -102,10 +102,10 @@ class SweepResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; measured and reported numbers are apart."""
-        licence, terms = data_terms(self.recipe.data.source)
+        license, terms = data_terms(self.recipe.data.source)
         return {
             "recipe": yaml.safe_load(self.recipe.to_yaml()),
-            "data": {"source": self.recipe.data.source, "licence": licence, "terms": terms},
+            "data": {"source": self.recipe.data.source, "licence": license, "terms": terms},
             "metric": self.metric,
             "state": self.which,
             "measured": [
@@ -140,7 +140,7 @@ def run_sweep(
     on_step: Callable[[StepInfo], None] | None = None,
     on_data: Callable[[int, int], None] | None = None,
 ) -> SweepResult:
-    """Fine-tune every start on every share with every seed, but for runs that are finished, and summarise all.
+    """Fine-tune every start on every share with every seed, but for runs that are finished, and summarize all.
 
     All starts see the same images of a share; seeds draw the order, augmentation and new weights. Every seed goes
     through all starts before the next one begins, so a sweep that is stopped has whole curves.

@@ -28,7 +28,7 @@ from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
 from geo_pretrain.training.finetune.in_memory import Transfer
 from geo_pretrain.training.finetune.recipe import FinetuneRecipe
-from geo_pretrain.training.initialise import initialise_encoder
+from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.recipe import ModelSpec
 
 TASKS = {  # task of a recipe -> "module:class", called with (recipe, start, classes, contract)
@@ -67,7 +67,7 @@ class FinetuneTask(Protocol):
         """A batch; tensors in it, in lists and in dicts too, are moved to the device by the loop."""
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Scalar losses by name; the loop minimises their sum."""
+        """Scalar losses by name; the loop minimizes their sum."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """[{"params": [...], "factor": 10.0}, ...]: learning rate of the group over that of the schedule."""
@@ -142,7 +142,7 @@ class Start:
         with torch.random.fork_rng(devices=[]):
             network = ResNetUNet(self.depth)
         try:
-            initialise_encoder(network, ModelSpec(depth=cast(Any, self.depth), init=IMAGENET))
+            initialize_encoder(network, ModelSpec(depth=cast(Any, self.depth), init=IMAGENET))
         except GeoPretrainError as error:
             said = str(error).replace("--set model.init=scratch", "--backbone scratch")
             raise GeoPretrainError(f"Backbone 'imagenet': {said}") from error

@@ -26,7 +26,7 @@ def info_nce(
     Args:
         query, key: [..., N, C] features. Leading axes are independent problems: negatives never cross them.
         symmetric: mean of both directions, as in Pri3D's code; its paper (eq. 1) and PointContrast have query -> key.
-        normalize: L2-normalise the rows here (zero rows stay zero); PointContrast's network does it itself.
+        normalize: L2-normalize the rows here (zero rows stay zero); PointContrast's network does it itself.
         ignore: bool [..., N, N], True where a candidate must not count as a negative; the diagonal is never ignored.
 
     Returns:
@@ -55,7 +55,7 @@ def partition_info_nce(
     `inner` lie in none.
 
     Args:
-        query, key: [N, C] matched features, normalised already.
+        query, key: [N, C] matched features, normalized already.
         points: [N, 3] m, positions of the matches in a frame whose z axis points up. inner, outer: m.
 
     Returns:
@@ -83,7 +83,7 @@ def anchor_nce(
     """Contrast each anchor with its positive, in one direction, by any reading of who its negatives are.
 
     Args:
-        anchors, positives: [N, C], normalised already; row i belongs to row i.
+        anchors, positives: [N, C], normalized already; row i belongs to row i.
         negatives: "positives" are all other rows of `positives`, as in `info_nce` one way; "anchors" all other rows of
             `anchors`, the letter of Janda et al. (2022), who write "the feature vector of any other point"; or "both".
         chunk: anchors compared at once; of more, the N x N scores are computed anew in the backward pass.
@@ -115,7 +115,7 @@ def nt_xent(
     Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, equation 1.
 
     Args:
-        view1, view2: [N, C], normalised already; row i belongs to row i.
+        view1, view2: [N, C], normalized already; row i belongs to row i.
         negatives: "both": the 2 (N - 1) other rows of the two views, as in the paper; "other": the N - 1 of the other
             view, as in `info_nce`.
 
@@ -142,7 +142,7 @@ def hardest_contrastive(
     """Pull matched rows together and push each away from its nearest candidate: PointContrast's second loss.
 
     Args:
-        f0, f1: [N0, C], [N1, C] features of the two views, normalised already.
+        f0, f1: [N0, C], [N1, C] features of the two views, normalized already.
         pairs: int64 [M, 2], every match (row of f0, row of f1); a nearest candidate that is a match is no negative.
         positives: int64 [P], the rows of `pairs` to use. candidates0, candidates1: int64 [K], rows of f0 and of f1.
         squared: a positive costs relu(d^2 - margin), as in the released code; False: relu(d - margin)^2, the paper's.
@@ -176,7 +176,7 @@ def set_info_nce(
     """Contrast sets of pixels seen in two views: the mean feature of a set in one belongs to that in the other.
 
     Chen et al., "Self-Supervised Image Representation Learning with Geometric Set Consistency", CVPR 2022, equations 2
-    and 3, whose text leaves open what the options here decide. Pixel features are L2-normalised, then averaged.
+    and 3, whose text leaves open what the options here decide. Pixel features are L2-normalized, then averaged.
 
     Args:
         features1, features2: [..., N1, C], [..., N2, C] pixel features. Leading axes are pairs of views.
@@ -186,7 +186,7 @@ def set_info_nce(
             other view (equation 2); "ntxent": of both views; "all": of both and the anchor itself (equation 3 to the
             letter); "batch": those of the other view in every pair, though two pairs may show one surface.
         symmetric: anchors in both views, and the mean of both directions; False: anchors in view 1.
-        renormalize: L2-normalise the means.
+        renormalize: L2-normalize the means.
         min_size: a set with fewer pixels in a view is not there.
         unmatched: sets that one view alone has are negatives too; they are no anchors.
         draws: [..., N1], [..., N2] random numbers: then the pixel of a set with the lowest one stands for it as anchor
@@ -226,7 +226,7 @@ def queue_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) 
     He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020, equation 1.
 
     Args:
-        query, key: [N, C] features, row by row of one image; queue: [K, C]. All normalised already.
+        query, key: [N, C] features, row by row of one image; queue: [K, C]. All normalized already.
 
     Returns:
         A scalar: the mean over the N rows. Other rows of `key` are no negatives.
@@ -244,8 +244,8 @@ def depth_loss(prediction: Tensor, target: Tensor, *, invalid: float = 0.0) -> T
 
     Returns:
         A scalar: (depth + normal + dx + dy) / 3, each a mean over the valid pixels of the batch; 0 without any.
-        Its minimum is negative, because log(0 + 0.5) is. Sobel sees the zeros of invalid neighbours and of the image
-        border, as in the released code; only the centre pixel is masked.
+        Its minimum is negative, because log(0 + 0.5) is. Sobel sees the zeros of invalid neighbors and of the image
+        border, as in the released code; only the center pixel is masked.
     """
     predicted = prediction.squeeze(1)
     mask = target != invalid
@@ -335,5 +335,5 @@ def _sobel(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normals(dx: Tensor, dy: Tensor) -> Tensor:
-    """Unnormalised surface normals (-dx, -dy, 1) of [B, H, W] -> [B, H, W, 3]."""
+    """Unnormalized surface normals (-dx, -dy, 1) of [B, H, W] -> [B, H, W, 3]."""
     return torch.stack([-dx, -dy, torch.ones_like(dx)], dim=-1)

@@ -43,7 +43,7 @@ def queue_info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: fl
     """Contrast each row of `query` with its row of `key` and with all rows of a queue of earlier keys.
 
     Args:
-        query, key: [N, C]; queue: [K, C], may be empty. All are normalised already.
+        query, key: [N, C]; queue: [K, C], may be empty. All are normalized already.
 
     Returns:
         A scalar: cross-entropy with candidates (own key, queue), mean over the N rows.
@@ -65,7 +65,7 @@ def crd_loss(scores: Tensor, constant: Tensor, memory_size: int) -> Tensor:
 
     Args:
         scores: [N, K + 1] of `crd_scores`, the own sample in column 0.
-        constant: the normalisation Z of this side, a scalar. memory_size: rows M of the memory.
+        constant: the normalization Z of this side, a scalar. memory_size: rows M of the memory.
 
     Returns:
         A scalar, the mean over the anchors.

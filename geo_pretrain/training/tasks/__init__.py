@@ -74,7 +74,7 @@ class Task(Protocol):
         """Samples as one batch: tensors, and lists under "seed" (an integer a sample) and "skipped"."""
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The losses of a batch by name; their sum is minimised."""
+        """The losses of a batch by name; their sum is minimized."""
 
     def export(self) -> Export:
         """Weights and golden values of what was learned, on the CPU, in eval mode."""

@@ -51,7 +51,7 @@ class CloudConfig:
 
 
 class CloudPairs(nn.Module, ABC):
-    """A sparse U-Net whose normalised outputs are compared at the matches of two clouds; the loss is a subclass's."""
+    """A sparse U-Net whose normalized outputs are compared at the matches of two clouds; the loss is a subclass's."""
 
     unit, views = "clouds", 2
     terms: tuple[str, ...]  # names of the losses
@@ -64,7 +64,7 @@ class CloudPairs(nn.Module, ABC):
         self.backbone = SRUNet(**self.arch_args, bn_momentum=self.spec.bn_momentum)
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
-        """Pairs of voxelised clouds with their matches."""
+        """Pairs of voxelized clouds with their matches."""
         config = self.clouds
         spec = CloudSpec(
             voxel_size=self.spec.voxel_size,
@@ -123,7 +123,7 @@ def unet_args(spec: UNet3DSpec, *, normalize: bool) -> dict[str, Any]:
 
 
 def voxel_contract(spec: UNet3DSpec, features: Features) -> VoxelContract:
-    """What a network trained on ones, or on colours in [-0.5, 0.5], expects."""
+    """What a network trained on ones, or on colors in [-0.5, 0.5], expects."""
     offset = -0.5 if features == "rgb" else 0.0
     return VoxelContract(voxel_size=spec.voxel_size, channels=CHANNELS[features], scale=1.0, offset=offset)
 

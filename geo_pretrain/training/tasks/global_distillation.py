@@ -165,7 +165,7 @@ class GlobalDistillation(TaughtByImages):
     def memory_loss(self, student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
         """Both sides of CRD's loss for features [N, dim] of length 1 and memory rows int64 [N, K + 1], own one first.
 
-        The first call sets the normalisation constants.
+        The first call sets the normalization constants.
         """
         total = student.new_zeros(())
         sides = (("student", student, self.memory_teacher), ("teacher", teacher, self.memory_student))

@@ -21,7 +21,7 @@ from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.sampler import sample_seed
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES
 from geo_pretrain.training.data.surfaces.sets import Kind, SetPairSamples, check_labels
-from geo_pretrain.training.initialise import initialise, initialise_heads
+from geo_pretrain.training.initialize import initialize, initialize_heads
 from geo_pretrain.training.losses.contrastive import Denominator, depth_loss, set_info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import pri3d
@@ -165,7 +165,7 @@ def build(recipe: Recipe, config: Config) -> GSC:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         task = GSC(recipe, config)
-    initialise(task.backbone, recipe)
+    initialize(task.backbone, recipe)
     if config.depth_proxy:
-        initialise_heads(task, recipe.network2d().init, prefix="headnet.", required=False)
+        initialize_heads(task, recipe.network2d().init, prefix="headnet.", required=False)
     return task

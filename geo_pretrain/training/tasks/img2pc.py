@@ -2,7 +2,7 @@
 
 Stage 2 of Janda et al., "Self-Supervised Pre-training of 3D Point Cloud Networks with Image Data" (2022); stage 1,
 which trains the image network, is `tasks.pixel_simclr`. No code was published. The paper gives the loss, a frozen
-network, single scans with their images, and augmentation of "orientation, density and colour"; temperature, number of
+network, single scans with their images, and augmentation of "orientation, density and color"; temperature, number of
 samples and ranges are our reading. Its formula has as negatives "the feature vector of any other
 point", which can be read in three ways: `negatives`.
 """
@@ -43,7 +43,7 @@ class Config(FrameConfig):
     resize: tuple[float, float] = (1.0, 1.0)
     scale: tuple[float, float] = (1.0, 1.0)
     elastic_prob: float = 0.0
-    color_jitter: float = 0.05  # standard deviation of noise on the points' colours, of 255
+    color_jitter: float = 0.05  # standard deviation of noise on the points' colors, of 255
     keep: tuple[float, float] = (0.5, 1.0)  # share of the points, drawn anew for each scan
     temperature: float = 0.4
     matches: int = 4096  # points of the batch, each with its pixel
@@ -58,7 +58,7 @@ class Config(FrameConfig):
 class Img2PC(TaughtByImages):
     """Points against pixels of the same frame.
 
-    The student's outputs, as many as the teacher's, are normalised and compared as they are. Of another number
+    The student's outputs, as many as the teacher's, are normalized and compared as they are. Of another number
     (`unet3d.out_chans`), a linear layer `projection` brings them to the teacher's, and the length is taken after it.
     """
 

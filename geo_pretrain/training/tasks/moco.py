@@ -1,4 +1,4 @@
-"""MoCo v2: an image is told from all others, whatever crop and colours of it are seen; Pri3D's baseline in 2D alone.
+"""MoCo v2: an image is told from all others, whatever crop and colors of it are seen; Pri3D's baseline in 2D alone.
 
 Chen et al., "Improved Baselines with Momentum Contrastive Learning", arXiv 2020, on the frames of Pri3D's pairs and on
 ImageNet (Hou et al., ICCV 2021, section 4.1). Defaults are those of the released trainers. MoCo's is CC-BY-NC-4.0; this
@@ -27,7 +27,7 @@ from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.samples.single_images import CropSamples, Mix, list_images
-from geo_pretrain.training.initialise import initialise
+from geo_pretrain.training.initialize import initialize
 from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
@@ -78,7 +78,7 @@ class Projector(nn.Module):
         self.head = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [N, 3, H, W], normalised -> [N, dim]."""
+        """images [N, 3, H, W], normalized -> [N, dim]."""
         return F.normalize(self.head(self.encoder(images)[0].mean((2, 3))).float(), dim=-1)
 
 
@@ -224,7 +224,7 @@ def in_groups(network: Callable[[Tensor], Tensor], samples: Tensor, groups: int)
 
 @contextmanager
 def unrecorded(network: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """BatchNorm normalises by the batch and leaves its running statistics alone."""
+    """BatchNorm normalizes by the batch and leaves its running statistics alone."""
     modules = network.modules() if isinstance(network, nn.Module) else ()
     layers = [layer for layer in modules if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
@@ -265,6 +265,6 @@ def build(recipe: Recipe, config: Config) -> MoCo:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         task = MoCo(recipe, config)
-    initialise(task.query.encoder, recipe)
+    initialize(task.query.encoder, recipe)
     task.key.load_state_dict(task.query.state_dict())
     return task

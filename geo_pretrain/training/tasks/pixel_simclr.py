@@ -25,7 +25,7 @@ from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewSpec, collate_views
-from geo_pretrain.training.initialise import initialise_encoder
+from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.losses.contrastive import nt_xent
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
@@ -34,7 +34,7 @@ from geo_pretrain.training.tasks.clouds import zero
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the task. Colours, grey and blur are `data.augment`'s."""
+    """Settings of the task. Colors, gray and blur are `data.augment`'s."""
 
     temperature: float = 0.1  # SimCLR's
     matches: int = 1024  # pixels of each image, each with its twin
@@ -131,5 +131,5 @@ def build(recipe: Recipe, config: Config) -> PixelSimCLR:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         task = PixelSimCLR(recipe, config)
-    initialise_encoder(task.backbone, recipe.network2d())
+    initialize_encoder(task.backbone, recipe.network2d())
     return task

@@ -45,14 +45,14 @@ class FrameConfig:
     teacher_file: str | None = None  # the weights of "ade20k", see teachers.load_segmenter
     teacher_depth: Literal[18, 50] = 50  # of the first three
     dense: bool = False  # the teacher's dense features instead of its last map; needs a decoder
-    features: Features = "rgb"  # of voxels, colour / 255 - 0.5
+    features: Features = "rgb"  # of voxels, color / 255 - 0.5
     pixels: Literal["one", "all"] = "one"  # a voxel's own pixel, or (SLidR) every pixel that falls in it
     flip_prob: float = 0.5  # mirrored images
     resize: tuple[float, float] = (0.8, 1.25)  # of images, with their intrinsics; cut or padded to the size of all
     scale: tuple[float, float] = (0.9, 1.1)  # of clouds
     rotation: Rotation = "upright"  # of clouds: any turn about z, +-pi/64 about x and y
     elastic_prob: float = 0.95  # distortions of clouds, see data/elastic.py
-    color_jitter: float = 0.0  # of the voxels' colours
+    color_jitter: float = 0.0  # of the voxels' colors
     keep: tuple[float, float] = (1.0, 1.0)  # share of the points
 
     def require_positive(self, *keys: str) -> None:
@@ -197,7 +197,7 @@ class PPKT(TaughtByImages):
         return {"ppnce": torch.stack(losses).mean()}
 
     def pixel_features(self, batch: Mapping[str, Any], rows: Tensor) -> Tensor:
-        """Features of the pixels of correspondences `rows`, int64 [n]: float32 [n, out_chans], not normalised.
+        """Features of the pixels of correspondences `rows`, int64 [n]: float32 [n, out_chans], not normalized.
 
         The projection is linear and so is the upsampling: they are exchanged, and done for these pixels alone.
         """

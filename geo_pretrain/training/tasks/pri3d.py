@@ -29,7 +29,7 @@ from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.clouds import ChunkPairSamples, Features, collate_chunks
 from geo_pretrain.training.data.samples.sampler import PairSamples, collate, sample_seed
-from geo_pretrain.training.initialise import initialise, initialise_heads
+from geo_pretrain.training.initialize import initialize, initialize_heads
 from geo_pretrain.training.losses.contrastive import depth_loss, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
@@ -54,7 +54,7 @@ class Config:
     dedup: bool = False  # view: do not count samples of the same feature cell as negatives of each other
     depth_proxy: bool = True
     features: Features = "rgb"  # of voxels; "ones" is the paper's occupancy
-    frustum: bool = False  # chunks fill the view frustum's box instead of whole metres
+    frustum: bool = False  # chunks fill the view frustum's box instead of whole meters
     keep_heads: bool = False  # start the 3D network, projections and depth head from the checkpoint in model.init too
     authors_exact: bool = False  # the released matchers with their defects, see geometry.match_pixels and seen_at
 
@@ -284,7 +284,7 @@ def build(recipe: Recipe, config: Config) -> Pri3D:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         task = Pri3D(recipe, config)
-    initialise(task.backbone, recipe)
+    initialize(task.backbone, recipe)
     if config.keep_heads:
-        initialise_heads(task, recipe.network2d().init)
+        initialize_heads(task, recipe.network2d().init)
     return task

@@ -23,7 +23,7 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError, WeightsMismatch
 from geo_pretrain.loading import load_backbone
-from geo_pretrain.training.initialise import initialise_encoder
+from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.recipe import ModelSpec
 
 IMAGENET, SCRATCH = "imagenet", "scratch"
@@ -48,7 +48,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W], normalised -> float32 [B, out_chans, h, w], without gradients.
+        """images [B, 3, H, W], normalized -> float32 [B, out_chans, h, w], without gradients.
 
         The last map of an encoder (stride 32), or dense features (or logits) of a network that has them.
         """
@@ -68,7 +68,7 @@ def load_teacher(weights: str, depth: int = 50, *, dense: bool = False) -> Teach
 
     Raises:
         RecipeError: `dense` of an encoder alone, or a checkpoint that is no image network.
-        GeoPretrainError: weights that could not be had, as `load_backbone` and `initialise_encoder` raise.
+        GeoPretrainError: weights that could not be had, as `load_backbone` and `initialize_encoder` raise.
     """
     if weights in (IMAGENET, *IMAGENET_STARTS, SCRATCH):
         if dense:
@@ -78,7 +78,7 @@ def load_teacher(weights: str, depth: int = 50, *, dense: bool = False) -> Teach
             )
         encoder = ResNetEncoder(depth)
         if weights != SCRATCH:
-            _initialise(encoder, weights, depth)
+            _initialize(encoder, weights, depth)
         chans = encoder.feature_info[-1]["num_chs"]
         return Teacher(encoder, ImageContract(), chans, Arch("resnet", {"depth": depth, "width": 64}))
     found = read_checkpoint(hub.resolve(weights, roles=()))
@@ -176,7 +176,7 @@ def _finetuned(folder: Path) -> Teacher:
 
 
 def _finetuned_contract(results: dict[str, Any], depth: int, folder: Path) -> ImageContract:
-    """How a fine-tuning run normalised its images: as its backbone does.
+    """How a fine-tuning run normalized its images: as its backbone does.
 
     Raises `RecipeError` when it was written before runs stated that, and the backbone cannot be asked any more.
     """
@@ -217,9 +217,9 @@ class _Logits(nn.Module):
         return logits[:, self.first :]
 
 
-def _initialise(network: ResNetEncoder, weights: str, depth: int) -> None:
+def _initialize(network: ResNetEncoder, weights: str, depth: int) -> None:
     try:
-        initialise_encoder(network, ModelSpec(depth=cast(Literal[18, 50], depth), init=weights))
+        initialize_encoder(network, ModelSpec(depth=cast(Literal[18, 50], depth), init=weights))
     except GeoPretrainError as error:
         said = str(error).replace("--set model.init=scratch", "--set task.teacher=NAME or a checkpoint folder")
         raise type(error)(f"Teacher {weights!r}: {said}") from error

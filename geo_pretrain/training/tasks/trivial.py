@@ -1,7 +1,7 @@
-"""Trivial correspondences: equal pixels of two colour augmentations of one frame get one feature.
+"""Trivial correspondences: equal pixels of two color augmentations of one frame get one feature.
 
 The baseline of Pri3D (Hou et al., ICCV 2021, table 1) that has its network, its loss and its pixels, and no 3D: what is
-learned from a second look at the same frame. Colours are changed as `data.augment` says.
+learned from a second look at the same frame. Colors are changed as `data.augment` says.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.samples.single_images import TwiceSamples
-from geo_pretrain.training.initialise import initialise
+from geo_pretrain.training.initialize import initialize
 from geo_pretrain.training.losses.contrastive import depth_loss, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
@@ -122,5 +122,5 @@ def build(recipe: Recipe, config: Config) -> Trivial:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         task = Trivial(recipe, config)
-    initialise(task.backbone, recipe)
+    initialize(task.backbone, recipe)
     return task

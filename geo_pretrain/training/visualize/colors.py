@@ -1,6 +1,6 @@
-"""Features as colours: three principal components, one colour space for everything that shall be compared.
+"""Features as colors: three principal components, one color space for everything that shall be compared.
 
-As in the figures of Pri3D (Hou et al., ICCV 2021) and of Janda et al. (2022): equal colours mean equal features.
+As in the figures of Pri3D (Hou et al., ICCV 2021) and of Janda et al. (2022): equal colors mean equal features.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from geo_pretrain.errors import DataError
 
 COMPONENTS = 3  # red, green, blue
-PERCENTILES = (1.0, 99.0)  # of each component; beyond them colours saturate, so a few odd points fade nothing
+PERCENTILES = (1.0, 99.0)  # of each component; beyond them colors saturate, so a few odd points fade nothing
 _CHUNK = 1 << 16  # rows held in float64 at once
 _ROUNDING = 1e-6  # of the features' size: what varies less is the rounding of float32
 
@@ -26,8 +26,8 @@ class ColorSpace:
 
     mean: Tensor  # float64 [C]
     axes: Tensor  # float64 [C, K], orthonormal columns, the largest variance first
-    low: np.ndarray  # float64 [K], of a component: colour 0
-    high: np.ndarray  # [K]: colour 255
+    low: np.ndarray  # float64 [K], of a component: color 0
+    high: np.ndarray  # [K]: color 255
 
     def components(self, features: Tensor) -> np.ndarray:
         """Features [N, C] along the axes: float64 [N, K]."""
@@ -43,10 +43,10 @@ class ColorSpace:
 
 
 def fit_colors(features: Sequence[Tensor], percentiles: tuple[float, float] = PERCENTILES) -> ColorSpace:
-    """The colour space of all rows of `features`, each [N_i, C] with one C.
+    """The color space of all rows of `features`, each [N_i, C] with one C.
 
     Axes are the eigenvectors of the C x C covariance, computed in float64, each with the sign that makes its largest
-    entry (by magnitude, the first of equal ones) positive: the same features give the same colours at every call.
+    entry (by magnitude, the first of equal ones) positive: the same features give the same colors at every call.
 
     Raises:
         DataError: there is no row, rows differ in length, or a value is not finite.
@@ -57,7 +57,7 @@ def fit_colors(features: Sequence[Tensor], percentiles: tuple[float, float] = PE
         raise DataError(f"{rows} features with {widths} channels; accepted: at least one, all of one length.")
     bad = sum(int((~torch.isfinite(part)).any(dim=1).sum()) for part in features)
     if bad:
-        raise DataError(f"{bad} of {rows} features are not finite, so they have no colours; are the weights broken?")
+        raise DataError(f"{bad} of {rows} features are not finite, so they have no colors; are the weights broken?")
     total = torch.zeros(widths[0], dtype=torch.float64)
     for chunk in _all_chunks(features):
         total += chunk.sum(dim=0)
@@ -75,7 +75,7 @@ def fit_colors(features: Sequence[Tensor], percentiles: tuple[float, float] = PE
 
 
 def shared_pca(features: Sequence[Tensor | np.ndarray]) -> list[np.ndarray]:
-    """Colours uint8 [N_i, 3] of each array [N_i, C], in one colour space fitted to all of them: see `fit_colors`.
+    """Colors uint8 [N_i, 3] of each array [N_i, C], in one color space fitted to all of them: see `fit_colors`.
 
     For the frames of a scene, or for two modalities whose features live in one space, such as pixels and voxels.
     """

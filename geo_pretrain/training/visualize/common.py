@@ -98,7 +98,7 @@ def load_frames(source: Source, scene: str, count: int | None, size: tuple[int, 
 
 
 def painted(colors: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Colours uint8 [M, 3] at `index` [H, W]: uint8 [H, W, 3], a pale grey where it is -1."""
+    """Colors uint8 [M, 3] at `index` [H, W]: uint8 [H, W, 3], a pale gray where it is -1."""
     table = np.concatenate([colors, np.array([NOTHING], np.uint8)])
     return table[index]
 

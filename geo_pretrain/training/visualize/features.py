@@ -48,7 +48,7 @@ class Features:
 
 
 class Describer(ABC):
-    """One network, and what it says. Describers of one `space` share a feature space, so one colour space."""
+    """One network, and what it says. Describers of one `space` share a feature space, so one color space."""
 
     def __init__(self, title: str, space: str) -> None:
         self.title, self.space = title, space
@@ -103,7 +103,7 @@ class ImageDescriber(Describer):
         return Features(F.normalize(total[known], dim=1), index.numpy())
 
     def _map(self, images: Tensor) -> Tensor:
-        """Images [1, 3, H, W], normalised -> [1, C, h, w]."""
+        """Images [1, 3, H, W], normalized -> [1, C, h, w]."""
         found: Any = self.network(images)
         features: Tensor = found if self.level is None else found[self.level]
         return features

@@ -1,4 +1,4 @@
-"""Features on images: rows are frames of a scene, columns the image and each network's features as colours."""
+"""Features on images: rows are frames of a scene, columns the image and each network's features as colors."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def draw_features(
 ) -> list[str]:
     """Write a PNG of `count` frames of a scene and the features of each backbone there; returns the columns' titles.
 
-    Every feature space has one colour space fitted to all frames shown, so that one colour is one feature in all views.
-    Pixels and voxels of Pri3D's geometric prior share theirs. Colours of different networks do not compare.
+    Every feature space has one color space fitted to all frames shown, so that one color is one feature in all views.
+    Pixels and voxels of Pri3D's geometric prior share theirs. Colors of different networks do not compare.
 
     Args:
         backbones: catalog names or folders, 2D and 3D.
@@ -74,7 +74,7 @@ def draw_features(
     panels = [[_enlarge(frame.color), *map(_enlarge, row)] for frame, row in _colored(rows, columns)]
     titles = ["image", *(shortened(column.title, panels[0][0].width) for column in columns)]
     captions = [[f"{frame.scene}/{frame.id}"] + [""] * len(columns) for frame, _ in rows]
-    legend = "Colours: three principal components of the features, the same in all rows of a column."
+    legend = "Colors: three principal components of the features, the same in all rows of a column."
     if len({column.space for column in columns}) < len(columns):
         legend = legend.replace("of a column.", "of a column, and for pixels and voxels of one checkpoint.")
     with placed(out) as temporary:
@@ -105,7 +105,7 @@ def _described(
 def _colored(
     rows: Sequence[tuple[Frame, list[Features]]], columns: Sequence[Describer]
 ) -> list[tuple[Frame, list[np.ndarray]]]:
-    """The features as pictures uint8 [H, W, 3], one colour space for all rows and all columns of a space."""
+    """The features as pictures uint8 [H, W, 3], one color space for all rows and all columns of a space."""
     colors: dict[tuple[int, int], np.ndarray] = {}
     for space in dict.fromkeys(column.space for column in columns):
         cells = [(r, c) for c, column in enumerate(columns) if column.space == space for r in range(len(rows))]

@@ -119,7 +119,7 @@ def _save_grid(
 def _swatch_rows(
     legend: Sequence[tuple[str, tuple[int, ...]]], width: int
 ) -> list[list[tuple[int, str, tuple[int, ...]]]]:
-    """Class names with their colours, wrapped to the width of the figure."""
+    """Class names with their colors, wrapped to the width of the figure."""
     font = ImageFont.load_default(size=13)
     rows: list[list[tuple[int, str, tuple[int, ...]]]] = [[]]
     left = GAP

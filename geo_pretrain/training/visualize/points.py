@@ -1,4 +1,4 @@
-"""Features on points: the surface of a scene, or the cloud of one frame, coloured by what a backbone says of it.
+"""Features on points: the surface of a scene, or the cloud of one frame, colored by what a backbone says of it.
 
 A 3D backbone describes the points itself. Of a 2D one each point has the mean over the frames that see it. Janda et al.
 (2022), fig. 2.
@@ -50,14 +50,14 @@ DRAWN_LARGER = 2  # pictures are reduced by it: soft edges
 
 @dataclass(frozen=True)
 class PaintedCloud:
-    """Points that a backbone has features of, with colours."""
+    """Points that a backbone has features of, with colors."""
 
     points: np.ndarray  # float32 [N, 3], m, world
-    layers: tuple[tuple[str, np.ndarray], ...]  # title and uint8 [N, 3]: backbone, its twin, the colours of the surface
+    layers: tuple[tuple[str, np.ndarray], ...]  # title and uint8 [N, 3]: backbone, its twin, the colors of the surface
     turn: np.ndarray  # float64 [3, 3], takes the world's up to z
     title: str
     note: str  # how many of which points these are
-    spacing: float  # m, about the distance of neighbours
+    spacing: float  # m, about the distance of neighbors
     top: float  # share of the height to show
 
 
@@ -77,10 +77,10 @@ def visualize_points(
     skips: Skips | None = None,
     progress: Progress | None = None,
 ) -> PaintedCloud:
-    """Write a scene's points coloured by features: .ply (one colour a point), .html (turns), .png (four views).
+    """Write a scene's points colored by features: .ply (one color a point), .html (turns), .png (four views).
 
-    A PLY file has the colours of the backbone's first layer, in the world's frame; page and picture also have the twin
-    and the surface's own colours, z is up, and begin with the upper part cut off.
+    A PLY file has the colors of the backbone's first layer, in the world's frame; page and picture also have the twin
+    and the surface's own colors, z is up, and begin with the upper part cut off.
 
     Args:
         scene: None: the source's first. frame: the cloud of this frame instead of the surface of the scene.
@@ -155,7 +155,7 @@ def paint_cloud(
         described.append(describer.of_surface(surface, frames))
     known = np.flatnonzero(np.all([features.index >= 0 for features in described], axis=0))
     drawn = np.sort(np.random.default_rng(seed).choice(known, min(limit, len(known)), replace=False))
-    layers = [*_layers(describers, described, drawn), ("colours", surface.colors[drawn])]
+    layers = [*_layers(describers, described, drawn), ("colors", surface.colors[drawn])]
     note = f"{len(drawn):,} of {len(surface):,} points"
     if len(known) < len(surface):
         note += f", of which the frames see {len(known):,}"
@@ -165,7 +165,7 @@ def paint_cloud(
         tuple(layers),
         upright(up_direction([f.cam_to_world for f in frames])),
         f"{found.title}: {name}" + (f"/{frame}" if frame else ""),
-        f"{note}. Colours: three principal components of the features.",
+        f"{note}. Colors: three principal components of the features.",
         _spacing(points),
         TOP if frame is None else 1.0,
     )
@@ -174,7 +174,7 @@ def paint_cloud(
 def _layers(
     describers: Sequence[Describer], described: Sequence[Features], drawn: np.ndarray
 ) -> list[tuple[str, np.ndarray]]:
-    """The title of each describer and the colours of the points drawn; those of one space share a colour space."""
+    """The title of each describer and the colors of the points drawn; those of one space share a color space."""
     rows = [features.rows[torch.from_numpy(features.index[drawn])] for features in described]
     colors: dict[int, np.ndarray] = {}
     for space in dict.fromkeys(describer.space for describer in describers):
@@ -184,7 +184,7 @@ def _layers(
 
 
 def _spacing(points: np.ndarray) -> float:
-    """About the distance between neighbours, m: that of a square lattice with as many points to a cell of 10 cm."""
+    """About the distance between neighbors, m: that of a square lattice with as many points to a cell of 10 cm."""
     cells = np.unique(np.floor(points / 0.1).astype(np.int64), axis=0)
     return 0.1 / max(len(points) / len(cells), 1.0) ** 0.5
 

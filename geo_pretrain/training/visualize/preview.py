@@ -1,4 +1,4 @@
-"""Pictures of any source in one PNG: a contact sheet of colour, depth and classes, or a scene's geometric sets."""
+"""Pictures of any source in one PNG: a contact sheet of color, depth and classes, or a scene's geometric sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TILT = np.deg2rad(55)  # from the horizon: how steeply a scene is looked down u
 
 
 def contact_sheet(source: Source, path: Path, *, scenes: int = 4, frames: int = 4) -> None:
-    """Write a grid: one row a scene, `frames` frames evenly spaced in time, each as colour | depth | classes.
+    """Write a grid: one row a scene, `frames` frames evenly spaced in time, each as color | depth | classes.
 
     Depth runs from near (bright yellow) to far (dark blue) between the frame's own limits, black where invalid.
     Frames that cannot be read are left out; raises `DataError` when none can.
@@ -46,8 +46,8 @@ def sets_sheet(
 ) -> None:
     """Write the geometric sets of a few scenes: a block each, of `frames` rows and the whole surface beside them.
 
-    A row is a frame's colours and the same under the colours of its sets, with dark borders; pixels in no set are grey.
-    The surface is seen from above, what faces away (near walls, the ceiling) left out. A set has one colour throughout.
+    A row is a frame's colors and the same under the colors of its sets, with dark borders; pixels in no set are gray.
+    The surface is seen from above, what faces away (near walls, the ceiling) left out. A set has one color throughout.
     Options and errors as for `scene_sets`; frames that cannot be read are left out, `DataError` when none can.
     """
     blocks = []
@@ -68,7 +68,7 @@ def sets_sheet(
 
 
 def frame_strip(frame: Frame) -> np.ndarray:
-    """Colour, coloured depth and, where known, coloured classes beside each other: uint8 [H, k W, 3]."""
+    """Color, colored depth and, where known, colored classes beside each other: uint8 [H, k W, 3]."""
     panels = [frame.color, depth_colors(frame.depth)]
     if frame.semantic is not None:
         panels.append(class_colors(frame.semantic))
@@ -76,7 +76,7 @@ def frame_strip(frame: Frame) -> np.ndarray:
 
 
 def depth_colors(depth: np.ndarray) -> np.ndarray:
-    """Depth [H, W] metres to uint8 [H, W, 3]; invalid (0) is black."""
+    """Depth [H, W] meters to uint8 [H, W, 3]; invalid (0) is black."""
     valid = depth > 0
     if not valid.any():
         return np.zeros((*depth.shape, 3), np.uint8)
@@ -90,18 +90,18 @@ def depth_colors(depth: np.ndarray) -> np.ndarray:
 
 
 def class_colors(semantic: np.ndarray) -> np.ndarray:
-    """Class ids [H, W] to uint8 [H, W, 3]; a fixed colour per id, black for 0 and below."""
+    """Class ids [H, W] to uint8 [H, W, 3]; a fixed color per id, black for 0 and below."""
     count = max(int(semantic.max()) + 1, 1)
     table = np.zeros((count, 3), np.uint8)
     for index in range(1, count):
-        hue = (index * 0.61803398875) % 1.0  # golden ratio: neighbours in id differ in hue
+        hue = (index * 0.61803398875) % 1.0  # golden ratio: neighbors in id differ in hue
         light, strong = (0.95, 0.75, 0.55)[index % 3], (0.45, 0.75)[index % 2]
         table[index] = [round(255 * c) for c in colorsys.hsv_to_rgb(hue, strong, light)]
     return table[np.maximum(semantic, 0)]
 
 
 def set_colors(ids: np.ndarray) -> np.ndarray:
-    """Set ids [...] to uint8 [..., 3]: a fixed colour an id, bright and unlike that of ids near by; -1 is black."""
+    """Set ids [...] to uint8 [..., 3]: a fixed color an id, bright and unlike that of ids near by; -1 is black."""
     hue, strong, light = ids * 0.61803398875 % 1, np.take([0.5, 0.8, 0.65], ids % 3), np.take([0.95, 0.75], ids % 2)
     sector = (np.array([5, 3, 1]) + 6 * hue[..., None]) % 6
     fall = np.clip(np.minimum(sector, 4 - sector), 0, 1)
@@ -110,9 +110,9 @@ def set_colors(ids: np.ndarray) -> np.ndarray:
 
 
 def sets_overlay(color: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """An image uint8 [H, W, 3] under the colours of its sets [H, W], borders between sets darkened."""
-    grey = np.repeat(color.mean(axis=2, keepdims=True), 3, axis=2)
-    mixed = np.where(ids[..., None] < 0, 0.5 * grey, 0.35 * grey + 0.65 * set_colors(ids))
+    """An image uint8 [H, W, 3] under the colors of its sets [H, W], borders between sets darkened."""
+    gray = np.repeat(color.mean(axis=2, keepdims=True), 3, axis=2)
+    mixed = np.where(ids[..., None] < 0, 0.5 * gray, 0.35 * gray + 0.65 * set_colors(ids))
     border = np.zeros(ids.shape, bool)
     border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
     border[1:] |= ids[1:] != ids[:-1]
@@ -121,7 +121,7 @@ def sets_overlay(color: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def surface_view(sets: SceneSets, size: tuple[int, int], poses: list[np.ndarray]) -> np.ndarray:
-    """The points of a scene in the colours of their sets, from above and without perspective: uint8 [*size, 3].
+    """The points of a scene in the colors of their sets, from above and without perspective: uint8 [*size, 3].
 
     Up is what the cameras at `poses` (camera-to-world [4, 4]) hold upwards, and the far side is where they look on
     average. Points whose normals (which the sets must have) face away from the viewer are left out. The nearest point

@@ -22,7 +22,7 @@ SNAP = math.cos(math.radians(30))  # cameras look a little up or down; the world
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera and the size of its picture (integer pixel centres, x right, y down, z forward)."""
+    """A pinhole camera and the size of its picture (integer pixel centers, x right, y down, z forward)."""
 
     intrinsics: Tensor  # float64 [3, 3]
     cam_to_world: Tensor  # float64 [4, 4]
@@ -111,14 +111,14 @@ def look_at(eye: Tensor, target: Tensor, up: Tensor) -> Tensor:
 def turntable(points: Tensor, count: int, size: tuple[int, int], elevation: float) -> list[Camera]:
     """`count` cameras around points [N, 3] (z is up), evenly spaced, `elevation` radians up, that see all of them."""
     points, up = points.double(), torch.tensor([0.0, 0, 1], dtype=torch.float64)
-    centre = (points.amin(dim=0) + points.amax(dim=0)) / 2
-    distance = DISTANCE * max(float((points - centre).norm(dim=1).max()), 1e-3)
+    center = (points.amin(dim=0) + points.amax(dim=0)) / 2
+    distance = DISTANCE * max(float((points - center).norm(dim=1).max()), 1e-3)
     poses = []
     for number in range(count):
         turn = 2 * math.pi * (number + 0.5) / count - math.pi / 2
         flat, high = distance * math.cos(elevation), distance * math.sin(elevation)
-        eye = centre + torch.tensor([flat * math.cos(turn), flat * math.sin(turn), high], dtype=torch.float64)
-        poses.append(look_at(eye, centre, up))
+        eye = center + torch.tensor([flat * math.cos(turn), flat * math.sin(turn), high], dtype=torch.float64)
+        poses.append(look_at(eye, center, up))
     return fitted(points, poses, size)
 
 

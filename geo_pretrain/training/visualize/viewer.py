@@ -23,22 +23,22 @@ def viewer_page(
     azimuth: float = 0.8,
     elevation: float = 0.6,
 ) -> str:
-    """The text of a page that shows a cloud; it turns by itself and by hand, buttons choose its colours.
+    """The text of a page that shows a cloud; it turns by itself and by hand, buttons choose its colors.
 
     Args:
         points: float [N, 3], m, z is up.
-        layers: names and colours uint8 [N, 3]; the first is shown first.
+        layers: names and colors uint8 [N, 3]; the first is shown first.
         size: diameter of a point, m.
         top: share of the height that is shown at first: the slider "cut from above" takes ceilings away.
         azimuth, elevation: radians, where the view begins.
     """
-    centred = points - (points.min(axis=0) + points.max(axis=0)) / 2
+    centered = points - (points.min(axis=0) + points.max(axis=0)) / 2
     scene = {
         "title": title,
         "note": note,
-        "points": _base64(centred.astype("<f4")),
+        "points": _base64(centered.astype("<f4")),
         "layers": [{"name": name, "colors": _base64(colors.astype(np.uint8))} for name, colors in layers],
-        "radius": max(float(np.linalg.norm(centred, axis=1).max()), 1e-3),
+        "radius": max(float(np.linalg.norm(centered, axis=1).max()), 1e-3),
         "size": size,
         "top": top,
         "azimuth": azimuth,

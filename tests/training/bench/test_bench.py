@@ -21,7 +21,7 @@ from geo_pretrain.training.bench import plan as planning
 from geo_pretrain.training.bench import run as running
 from geo_pretrain.training.bench.cell import Job, run_job, twin_key
 from geo_pretrain.training.bench.plan import FULL, BenchSpec, Row, plan, rows
-from geo_pretrain.training.bench.report import BEGIN, END, markdown, render, summarise, table
+from geo_pretrain.training.bench.report import BEGIN, END, markdown, render, summarize, table
 from geo_pretrain.training.bench.run import run_bench
 from geo_pretrain.training.loop import Interrupted
 from geo_pretrain.training.recipe import load_recipe
@@ -412,7 +412,7 @@ def summary():
         first = {"first stage": stage | {"seconds": seconds}}
         found["gsc", seed] = made_up("2D", "unet", seed, 0.5, **trained(20.0), **first)
     found["csc", 0] = made_up("3D", "sr", 0, 0.4, **trained(30.0))
-    return summarise(chosen, [0, 1, 2], SPEC, found, {("ppkt", 1): "no | teacher"}), values
+    return summarize(chosen, [0, 1, 2], SPEC, found, {("ppkt", 1): "no | teacher"}), values
 
 
 def test_table_has_means_and_deviations_under_random_weights(summary):

@@ -131,14 +131,14 @@ def test_a_cell_that_fails_says_why_last(tmp_path, monkeypatch, capsys, error, c
 
 def test_twins_differ_with_the_input_and_the_size_of_the_network(tmp_path):
     one = write_tiny(tmp_path / "tiny_net_r18")
-    grey = write_tiny(
+    gray = write_tiny(
         tmp_path / "grey_net_r18", "grey_net_r18", contract=dataclasses.replace(CONTRACT, mean=(0.5, 0.5, 0.5))
     )
-    assert twin_key(one.folder) != twin_key(grey.folder)
+    assert twin_key(one.folder) != twin_key(gray.folder)
     config = json.loads((one.folder / "config.json").read_text())
     config["arch"]["args"]["out_chans"] = 7
     (one.folder / "config.json").write_text(json.dumps(config))
-    assert twin_key(one.folder) not in (twin_key(grey.folder), twin_key(write_tiny(tmp_path / "again").folder))
+    assert twin_key(one.folder) not in (twin_key(gray.folder), twin_key(write_tiny(tmp_path / "again").folder))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_ids_of_palette_images_are_the_indices(tmp_path, bits):
     assert read_ids(tmp_path / "p.png").tolist() == [want]
 
 
-def grey(bits):
+def gray(bits):
     """Two rows of four pixels 1, 2, 3, 15."""
     return png_bytes([{4: b"\x12\x3f", 2: b"\x1b", 1: b"\x50"}[bits]] * 2, 4, bits, 0)
 
@@ -46,13 +46,13 @@ def encode(array, format="png", **options):
 @pytest.mark.parametrize(
     "data, bits, reason",
     [
-        (grey(4), (8,), "4-bit grey, expected 8-bit ids"),  # Pillow alone would read 17, 34, 51, 255
-        (grey(2), (8, 16), "2-bit grey, expected 8 or 16-bit ids"),
-        (grey(1), (16,), "1-bit grey, expected 16-bit ids"),
-        (encode(np.zeros((2, 4), np.uint16)), (8,), "16-bit grey, expected 8-bit ids"),
-        (encode(np.zeros((2, 4), np.uint8)), (16,), "8-bit grey, expected 16-bit ids"),
-        (encode(np.zeros((2, 4, 3), np.uint8)), (8,), "a PNG in colour, expected 8-bit grey ids"),
-        (encode(np.zeros((2, 4, 2), np.uint8)), (8,), "a PNG in colour, expected 8-bit grey ids"),
+        (gray(4), (8,), "4-bit gray, expected 8-bit ids"),  # Pillow alone would read 17, 34, 51, 255
+        (gray(2), (8, 16), "2-bit gray, expected 8 or 16-bit ids"),
+        (gray(1), (16,), "1-bit gray, expected 16-bit ids"),
+        (encode(np.zeros((2, 4), np.uint16)), (8,), "16-bit gray, expected 8-bit ids"),
+        (encode(np.zeros((2, 4), np.uint8)), (16,), "8-bit gray, expected 16-bit ids"),
+        (encode(np.zeros((2, 4, 3), np.uint8)), (8,), "a PNG in color, expected 8-bit gray ids"),
+        (encode(np.zeros((2, 4, 2), np.uint8)), (8,), "a PNG in color, expected 8-bit gray ids"),
         (encode(np.zeros((2, 4), np.uint8), "jpeg"), (8,), "not a PNG; labels are 8-bit PNGs"),
         (b"\x89PNG\r\n\x1a\n", (8,), "not a PNG"),
         (b"", (8,), "not a PNG"),

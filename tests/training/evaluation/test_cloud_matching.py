@@ -22,7 +22,7 @@ from tests.training.conftest import write_recording
 
 SIZE = (60, 80)  # half of the recording, so that its intrinsics stay exact
 VOXEL = 0.1
-COLOURS, ONES = VoxelContract(VOXEL, ("R", "G", "B"), offset=-0.5), VoxelContract(VOXEL)
+COLORS, ONES = VoxelContract(VOXEL, ("R", "G", "B"), offset=-0.5), VoxelContract(VOXEL)
 TURNS = ("camera", "full", "upright")
 
 
@@ -39,7 +39,7 @@ class Described(nn.Module):
 
 
 class PaintedWithPosition:
-    """Frames of a source whose colours are their points' places in the world: 1 / 255 is 4 cm."""
+    """Frames of a source whose colors are their points' places in the world: 1 / 255 is 4 cm."""
 
     name = "painted"
 
@@ -57,9 +57,9 @@ class PaintedWithPosition:
         return dataclasses.replace(frame, color=np.clip(np.rint(world / 0.04 + 128), 0, 255).astype(np.uint8))
 
 
-def on_a_torus(colours):
-    """Unit rows whose cosine falls with the distance of the colours."""
-    angles = math.pi * colours
+def on_a_torus(colors):
+    """Unit rows whose cosine falls with the distance of the colors."""
+    angles = math.pi * colors
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -77,7 +77,7 @@ def pairs(source):
 def test_descriptor_that_knows_its_place_is_always_right(source, pairs, turn):
     network = Described(on_a_torus)
     result = evaluate_cloud_matching(
-        network, COLOURS, PaintedWithPosition(source), pairs, size=SIZE, turn=turn, queries=100
+        network, COLORS, PaintedWithPosition(source), pairs, size=SIZE, turn=turn, queries=100
     )
     assert result.recall == 1.0
     assert result.spread == 0.0
@@ -100,9 +100,9 @@ def test_descriptor_that_knows_nothing_is_right_by_chance(source, pairs):
 
 
 def test_matches_equal_the_loop_over_voxels(source, pairs):
-    matches = match_clouds(Described(torch.tanh), COLOURS, source, pairs[0], size=SIZE, queries=40, seed=3)
+    matches = match_clouds(Described(torch.tanh), COLORS, source, pairs[0], size=SIZE, queries=40, seed=3)
     clouds = [slow_voxels(source.load(pairs[0].scene, f), SIZE) for f in (pairs[0].frame1, pairs[0].frame2)]
-    features2 = [np.tanh(colour) / np.linalg.norm(np.tanh(colour)) for _, colour in clouds[1]]
+    features2 = [np.tanh(color) / np.linalg.norm(np.tanh(color)) for _, color in clouds[1]]
     places2 = np.array([place for place, _ in clouds[1]])
     near = 0
     for query, predicted in zip(matches.query, matches.predicted, strict=True):
@@ -119,7 +119,7 @@ def test_matches_equal_the_loop_over_voxels(source, pairs):
 
 
 def slow_voxels(frame, size):
-    """(place in the world, colour - 0.5) of the first pixel in every voxel of the camera's frame, in order."""
+    """(place in the world, color - 0.5) of the first pixel in every voxel of the camera's frame, in order."""
     found = {}
     step = frame.depth.shape[0] / size[0]
     for row in range(size[0]):
@@ -142,7 +142,7 @@ def test_a_turn_moves_the_voxels_but_not_their_places(source, pairs):
         return feats
 
     results = {
-        turn: match_clouds(Described(remember), COLOURS, source, pairs[0], size=SIZE, turn=turn, queries=2000)
+        turn: match_clouds(Described(remember), COLORS, source, pairs[0], size=SIZE, turn=turn, queries=2000)
         for turn in TURNS
     }
     assert len({seen[0], seen[2], seen[4]}) > 1  # other voxels
@@ -182,23 +182,23 @@ def test_both_clouds_are_turned_each_on_its_own_and_rigidly(source, pairs, turn)
 def test_every_pair_draws_its_own_queries(source, pairs):
     network = Described(lambda feats: torch.tanh(3 * feats))
     twice = [pairs[0], pairs[0]]
-    result = evaluate_cloud_matching(network, COLOURS, source, twice, size=SIZE, queries=150)
+    result = evaluate_cloud_matching(network, COLORS, source, twice, size=SIZE, queries=150)
     assert result.per_pair[0] != result.per_pair[1]
 
 
 def test_evaluation_passes_its_options_on_and_holds_clouds_as_cameras_see_them(source, pairs):
     network = Described(on_a_torus)
     options = {"size": SIZE, "queries": 30, "turn": "upright", "threshold": 1.0}
-    result = evaluate_cloud_matching(network, COLOURS, source, pairs[:2], seed=4, **options)
-    alone = [match_clouds(network, COLOURS, source, pairs[k], seed=4 + k, **options) for k in (0, 1)]
+    result = evaluate_cloud_matching(network, COLORS, source, pairs[:2], seed=4, **options)
+    alone = [match_clouds(network, COLORS, source, pairs[k], seed=4 + k, **options) for k in (0, 1)]
     assert result.per_pair == tuple(float((matches.error <= 1).mean()) for matches in alone)
     assert result.chance == pytest.approx((alone[0].chance + alone[1].chance) / 2)
     del options["turn"]
     plain, held = (
-        match_clouds(network, COLOURS, source, pairs[0], **options, **turn) for turn in ({}, {"turn": "camera"})
+        match_clouds(network, COLORS, source, pairs[0], **options, **turn) for turn in ({}, {"turn": "camera"})
     )
     assert np.array_equal(plain.query, held.query)
-    result = evaluate_cloud_matching(network, COLOURS, source, pairs[:1], **options)
+    result = evaluate_cloud_matching(network, COLORS, source, pairs[:1], **options)
     assert result.per_pair == (float((held.error <= 1).mean()),)
 
 
@@ -214,7 +214,7 @@ def test_an_error_equal_to_the_threshold_is_right():
 def test_same_seed_gives_the_same_result_and_another_one_does_not(source, pairs):
     def run(seed):
         network = Described(on_a_torus)
-        return evaluate_cloud_matching(network, COLOURS, source, pairs, size=SIZE, turn="full", queries=50, seed=seed)
+        return evaluate_cloud_matching(network, COLORS, source, pairs, size=SIZE, turn="full", queries=50, seed=seed)
 
     assert run(0) == run(0)
     assert run(0).per_pair != run(100).per_pair

@@ -21,8 +21,8 @@ CONTRACT = ImageContract()
 SIZE = (120, 160)
 
 
-class ColourFeatures(nn.Module):
-    """The colours themselves at half resolution, plus a bias so that black has a direction."""
+class ColorFeatures(nn.Module):
+    """The colors themselves at half resolution, plus a bias so that black has a direction."""
 
     def __init__(self, noise=0.0):
         super().__init__()
@@ -34,8 +34,8 @@ class ColourFeatures(nn.Module):
         return features + self.noise * torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
 
 
-class SharpColours(ColourFeatures):
-    """The colours at the image's own resolution."""
+class SharpColors(ColorFeatures):
+    """The colors at the image's own resolution."""
 
     def forward(self, x):
         return torch.cat([x, self.bias.expand(len(x), 1, *x.shape[2:])], 1)
@@ -53,26 +53,26 @@ def pairs(source):
 
 def test_frame_matched_with_itself_is_right_to_the_half_pixel(source, pairs):
     pair = Pair(pairs[0].scene, pairs[0].frame1, pairs[0].frame1, 1.0)
-    matches = match_pair(ColourFeatures(), CONTRACT, source, pair, size=SIZE, queries=200)
+    matches = match_pair(ColorFeatures(), CONTRACT, source, pair, size=SIZE, queries=200)
     assert np.median(matches.error) <= np.sqrt(0.5)
     np.testing.assert_allclose(matches.query, matches.truth, atol=1)
 
 
 def test_features_at_the_image_s_resolution_are_matched_to_the_pixel(source, pairs):
     pair = Pair(pairs[0].scene, pairs[0].frame1, pairs[0].frame1, 1.0)
-    matches = match_pair(SharpColours(), CONTRACT, source, pair, size=SIZE, queries=200)
-    colours = [
+    matches = match_pair(SharpColors(), CONTRACT, source, pair, size=SIZE, queries=200)
+    colors = [
         frame.color[places[:, 1].astype(int), places[:, 0].astype(int)]
         for frame, places in ((matches.frame1, matches.query), (matches.frame2, matches.predicted))
     ]
-    np.testing.assert_array_equal(*colours)  # another pixel may have the same colour
+    np.testing.assert_array_equal(*colors)  # another pixel may have the same color
     assert np.median(matches.error) <= 1
     assert (matches.predicted % 1 == 0).all()
     assert matches.predicted.max() > 100
 
 
 def test_nearest_feature_and_its_error_equal_the_loop(source, pairs):
-    network = ColourFeatures()
+    network = ColorFeatures()
     matches = match_pair(network, CONTRACT, source, pairs[0], size=SIZE, queries=60, seed=3)
     maps = []
     for frame in (matches.frame1, matches.frame2):
@@ -91,9 +91,9 @@ def test_nearest_feature_and_its_error_equal_the_loop(source, pairs):
 
 
 def test_recall_is_the_mean_over_pairs_and_falls_with_noise(source, pairs):
-    clean = evaluate_matching(ColourFeatures(), CONTRACT, source, pairs, size=SIZE, queries=100)
-    noisy = evaluate_matching(ColourFeatures(noise=5.0), CONTRACT, source, pairs, size=SIZE, queries=100)
-    strict = evaluate_matching(ColourFeatures(), CONTRACT, source, pairs, size=SIZE, queries=100, threshold=1.0)
+    clean = evaluate_matching(ColorFeatures(), CONTRACT, source, pairs, size=SIZE, queries=100)
+    noisy = evaluate_matching(ColorFeatures(noise=5.0), CONTRACT, source, pairs, size=SIZE, queries=100)
+    strict = evaluate_matching(ColorFeatures(), CONTRACT, source, pairs, size=SIZE, queries=100, threshold=1.0)
     assert clean.recall == pytest.approx(np.mean(clean.per_pair))
     assert len(clean.per_pair) == len(pairs)
     assert clean.queries == 100 * len(pairs)
@@ -103,8 +103,8 @@ def test_recall_is_the_mean_over_pairs_and_falls_with_noise(source, pairs):
 
 
 def test_every_pair_draws_its_own_queries(source, pairs):
-    result = evaluate_matching(ColourFeatures(), CONTRACT, source, [pairs[0]] * 2, size=SIZE, queries=30, seed=4)
-    alone = [match_pair(ColourFeatures(), CONTRACT, source, pairs[0], size=SIZE, queries=30, seed=s) for s in (4, 5)]
+    result = evaluate_matching(ColorFeatures(), CONTRACT, source, [pairs[0]] * 2, size=SIZE, queries=30, seed=4)
+    alone = [match_pair(ColorFeatures(), CONTRACT, source, pairs[0], size=SIZE, queries=30, seed=s) for s in (4, 5)]
     assert not np.array_equal(alone[0].query, alone[1].query)
     assert result.per_pair == tuple(float((matches.error <= 4).mean()) for matches in alone)
 
@@ -112,11 +112,11 @@ def test_every_pair_draws_its_own_queries(source, pairs):
 def test_pairs_that_cannot_be_read_are_counted(source, pairs):
     skips = Skips()
     broken = Pair(pairs[0].scene, "999999", pairs[0].frame1, 1.0)
-    result = evaluate_matching(ColourFeatures(), CONTRACT, source, [broken, *pairs], size=SIZE, skips=skips)
+    result = evaluate_matching(ColorFeatures(), CONTRACT, source, [broken, *pairs], size=SIZE, skips=skips)
     assert len(result.per_pair) == len(pairs)
     assert "missing" in skips.summary()
     with pytest.raises(DataError, match="could be evaluated"):
-        evaluate_matching(ColourFeatures(), CONTRACT, source, [broken], size=SIZE)
+        evaluate_matching(ColorFeatures(), CONTRACT, source, [broken], size=SIZE)
 
 
 def test_pair_without_common_surface_is_a_bad_pair(tmp_path):
@@ -125,7 +125,7 @@ def test_pair_without_common_surface_is_a_bad_pair(tmp_path):
     pose[:3, 3] += 100
     np.savetxt(folder / "frame-000010.pose.txt", pose)
     with pytest.raises(BadFrame, match="no match"):
-        match_pair(ColourFeatures(), CONTRACT, SevenScenes(folder), Pair("kitchen", "000000", "000010", 0), size=SIZE)
+        match_pair(ColorFeatures(), CONTRACT, SevenScenes(folder), Pair("kitchen", "000000", "000010", 0), size=SIZE)
 
 
 def test_maps_of_an_encoder_are_matched_side_by_side():
@@ -144,7 +144,7 @@ def test_maps_of_an_encoder_are_matched_side_by_side():
 
 
 def bilinear_shares(large, small):
-    """[large, small] for each axis: how much of each small cell is in each large one; a cell is at its centre."""
+    """[large, small] for each axis: how much of each small cell is in each large one; a cell is at its center."""
     shares = []
     for many, few in zip(large, small, strict=True):
         table = torch.zeros(many, few)

@@ -55,7 +55,7 @@ def source(tiny_recipe):
 
 
 class HalfResolution(nn.Module):
-    """The upper left of every four pixels of a normalised image, its colours in [-0.5, 0.5], as a descriptor."""
+    """The upper left of every four pixels of a normalized image, its colors in [-0.5, 0.5], as a descriptor."""
 
     def __init__(self, contract, describe):
         super().__init__()
@@ -63,13 +63,13 @@ class HalfResolution(nn.Module):
         self.describe = describe
 
     def forward(self, image):
-        colours = (image * self.std + self.mean)[0, :, ::2, ::2] - 0.5
-        flat = self.describe(colours.flatten(1).T)
-        return flat.T.reshape(1, -1, *colours.shape[1:])
+        colors = (image * self.std + self.mean)[0, :, ::2, ::2] - 0.5
+        flat = self.describe(colors.flatten(1).T)
+        return flat.T.reshape(1, -1, *colors.shape[1:])
 
 
 def with_descriptor(task, describe):
-    """The task with descriptors of pixels' and voxels' colours instead of its networks."""
+    """The task with descriptors of pixels' and voxels' colors instead of its networks."""
     task.backbone = HalfResolution(task.contract, describe)
     task.backbone3d = Described(lambda feats: describe(feats - 0.5))
     task.w2d = task.w3d = nn.Identity()
@@ -114,8 +114,8 @@ def test_matches_equal_the_loop_over_voxels(folder, source, rounding):
         batch[f"{name}2"][0].double().numpy() for name in ("depth", "intrinsics", "cam_to_world")
     )
     intrinsics[:2, 2] += 0.5 if rounding == "nearest" else 0  # the nearest pixel is the floor half a pixel on
-    centres = (batch["coords2"][:, 1:].double().numpy() + 0.5) * task.voxel_size
-    target = [slow_seen(centre, depth, intrinsics, pose, 0.05, False) for centre in centres]
+    centers = (batch["coords2"][:, 1:].double().numpy() + 0.5) * task.voxel_size
+    target = [slow_seen(center, depth, intrinsics, pose, 0.05, False) for center in centers]
     with torch.no_grad():
         pixels = task.w2d(task.backbone(batch["image2"])[0].movedim(0, -1))
         voxels = task.w3d(task.backbone3d(SparseTensor(batch["coords2"], batch["feats2"])).feats)

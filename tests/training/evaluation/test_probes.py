@@ -1,4 +1,4 @@
-"""Probes: features whose right answer is known, an optimum checked by another optimiser, and loops over pixels."""
+"""Probes: features whose right answer is known, an optimum checked by another optimizer, and loops over pixels."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from tests.zoo import ARCH, role_weights, write_tiny, write_tiny_3d
 SPEC = ProbeSpec(size=(64, 96), pixels=600)
 
 
-class Colours(nn.Module):
-    """The normalised image itself at one or more strides, as a backbone would give maps."""
+class Colors(nn.Module):
+    """The normalized image itself at one or more strides, as a backbone would give maps."""
 
     def __init__(self, *strides):
         super().__init__()
@@ -71,12 +71,12 @@ def test_features_are_read_as_a_loop_over_cells_does():
 def random_samples(count=300, widths=(4, 3), classes=(1, 2, 5), seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.choice(classes, count)
-    centres = rng.normal(size=(10, sum(widths)))
-    features = (centres[labels] + rng.normal(size=(count, sum(widths)))) * rng.uniform(0.01, 50, sum(widths)) + 7
+    centers = rng.normal(size=(10, sum(widths)))
+    features = (centers[labels] + rng.normal(size=(count, sum(widths)))) * rng.uniform(0.01, 50, sum(widths)) + 7
     return Samples(torch.from_numpy(features).float(), torch.from_numpy(labels), widths)
 
 
-def test_the_fit_is_the_minimum_that_another_optimiser_finds():
+def test_the_fit_is_the_minimum_that_another_optimizer_finds():
     samples, penalty = random_samples(40), 0.01  # few: deviations by N and by N - 1 differ
     x = samples.features.double().numpy()
     x = (x - x.mean(0)) / x.std(0)
@@ -141,7 +141,7 @@ def slow_vote(bank, queries, k, temperature):
 
 
 @pytest.mark.parametrize("k", [1, 7, 20])
-def test_the_vote_equals_the_loop_over_neighbours(k):
+def test_the_vote_equals_the_loop_over_neighbors(k):
     bank, queries = random_samples(40), random_samples(270, seed=0)  # more queries than one chunk holds
     queries = dataclasses.replace(queries, features=queries.features + 3 * torch.randn(270, 7, generator=_rng(5)))
     assert vote(bank, queries, k=k, temperature=0.07).tolist() == slow_vote(bank, queries, k, 0.07)
@@ -151,7 +151,7 @@ def _rng(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def test_near_neighbours_count_more_than_many():
+def test_near_neighbors_count_more_than_many():
     bank = Samples(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([1, 2, 2]), (2,))
     query = Samples(torch.tensor([[1.0, 0.1]]), torch.tensor([1]), (2,))
     assert vote(bank, query, k=3, temperature=0.07).tolist() == [1]
@@ -159,8 +159,8 @@ def test_near_neighbours_count_more_than_many():
     assert vote(bank, query, k=50, temperature=50.0).tolist() == [2]  # a bank smaller than k
 
 
-@pytest.mark.parametrize("network", [Colours(2), Colours(2, 4)], ids=["one map", "two maps"])
-def test_colours_that_are_the_classes_are_segmented(network):
+@pytest.mark.parametrize("network", [Colors(2), Colors(2, 4)], ids=["one map", "two maps"])
+def test_colors_that_are_the_classes_are_segmented(network):
     train, val = Squares("train"), Squares("val")
     linear, knn = linear_probe(network, train, val, SPEC), knn_probe(network, train, val, SPEC)
     assert linear.miou > 0.8  # borders are blurred by the half-size map
@@ -181,7 +181,7 @@ def test_colours_that_are_the_classes_are_segmented(network):
 
 
 def test_labels_of_another_size_are_judged_at_their_own_size():
-    result = linear_probe(Colours(2), Squares("train", size=(128, 192)), Squares("val", 2, size=(160, 240)), SPEC)
+    result = linear_probe(Colors(2), Squares("train", size=(128, 192)), Squares("val", 2, size=(160, 240)), SPEC)
     assert result.measured == 2 * 157 * 240
     assert result.miou > 0.8
 
@@ -189,7 +189,7 @@ def test_labels_of_another_size_are_judged_at_their_own_size():
 def test_the_network_sees_the_size_asked_for_else_that_of_its_contract():
     seen = []
 
-    class Watched(Colours):
+    class Watched(Colors):
         def forward(self, x):
             seen.append(tuple(x.shape[2:]))
             return super().forward(x)
@@ -204,8 +204,8 @@ def test_the_seed_decides_the_pixels_and_the_same_one_gives_the_same_result():
     train, val = Squares("train", noise=60.0), Squares("val", noise=60.0)
     spec = dataclasses.replace(SPEC, pixels=80)
     for probe in (linear_probe, knn_probe):
-        first, again = (probe(Colours(4), train, val, spec) for _ in range(2))
-        other = probe(Colours(4), train, val, dataclasses.replace(spec, seed=1))
+        first, again = (probe(Colors(4), train, val, spec) for _ in range(2))
+        other = probe(Colors(4), train, val, dataclasses.replace(spec, seed=1))
         assert np.array_equal(first.confusion, again.confusion)
         assert not np.array_equal(first.confusion, other.confusion)
 
@@ -224,7 +224,7 @@ def test_pixels_are_drawn_for_each_image_by_its_name(monkeypatch):
         source = Twins("train")
         source.names = names
         spec = dataclasses.replace(SPEC, pixels=40 * len(names), seed=seed)
-        return probes._read(Colours(1).eval(), source, spec, "train", count()).features.split(40)
+        return probes._read(Colors(1).eval(), source, spec, "train", count()).features.split(40)
 
     (first,), (both, other) = drawn("a"), drawn("a", "b")
     assert torch.equal(first, both)
@@ -233,7 +233,7 @@ def test_pixels_are_drawn_for_each_image_by_its_name(monkeypatch):
 
 
 def test_a_network_is_measured_as_it_is_used_and_a_twin_is_drawn_by_the_seed(folder):
-    network = Colours(2).train()
+    network = Colors(2).train()
     knn_probe(network, Squares("train", 1), Squares("val", 1), ProbeSpec(pixels=50))
     assert not network.training
     with torch.random.fork_rng(devices=[]):
@@ -248,7 +248,7 @@ def test_a_network_is_measured_as_it_is_used_and_a_twin_is_drawn_by_the_seed(fol
 def test_classes_that_training_lacks_are_never_predicted_and_count_against_the_mean():
     train, val = Squares("train", only=(1, 3)), Squares("val")
     for probe in (linear_probe, knn_probe):
-        confusion = probe(Colours(2), train, val, SPEC).confusion
+        confusion = probe(Colors(2), train, val, SPEC).confusion
         assert confusion[:, 2].sum() == 0
         assert confusion[2].sum() > 0
 
@@ -270,15 +270,15 @@ def test_sources_without_usable_labels_are_refused():
     good = Squares("train")
     for probe in (linear_probe, knn_probe):
         with pytest.raises(DataError, match="train_0 has no labels of pixels"):
-            probe(Colours(2), Unlabelled("train"), good, SPEC)
+            probe(Colors(2), Unlabelled("train"), good, SPEC)
         with pytest.raises(DataError, match=r"'squares', split 'train': no labelled pixel in 4 images"):
-            probe(Colours(2), Blank("train"), good, SPEC)
+            probe(Colors(2), Blank("train"), good, SPEC)
         with pytest.raises(DataError, match=r"'squares', split 'val': no labelled pixel"):
-            probe(Colours(2), good, Blank("val"), SPEC)
+            probe(Colors(2), good, Blank("val"), SPEC)
         with pytest.raises(DataError, match="no labelled pixel in 0 images"):
-            probe(Colours(2), Squares("train", 0), good, SPEC)
+            probe(Colors(2), Squares("train", 0), good, SPEC)
         with pytest.raises(BadFrame, match=r"val_0\.png: label 77 is no class"):
-            probe(Colours(2), good, Broken("val"), SPEC)
+            probe(Colors(2), good, Broken("val"), SPEC)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import yaml
 from geo_pretrain.training.data.labelled.image import LabelledImage
 from geo_pretrain.training.finetune.recipe import load_finetune_recipe
 
-COLOURS = np.array([[0, 0, 0], [210, 60, 50], [60, 200, 80], [70, 80, 220]])  # of classes 1 to 3
+COLORS = np.array([[0, 0, 0], [210, 60, 50], [60, 200, 80], [70, 80, 220]])  # of classes 1 to 3
 TINY = {
     "name": "squares_unet_r18",
     "task": "segmentation",
@@ -24,7 +24,7 @@ TINY = {
 
 
 class Squares:
-    """Images of three colours, some noise, and their classes; a strip has no label. Two images a scene."""
+    """Images of three colors, some noise, and their classes; a strip has no label. Two images a scene."""
 
     name, classes = "squares", ("red", "green", "blue")
 
@@ -45,7 +45,7 @@ class Squares:
         height, width = self.size
         blocks = rng.choice(self.only, (height // 16, width // 16)).astype(np.uint8)
         labels = blocks.repeat(16, 0).repeat(16, 1)
-        image = COLOURS[labels] + rng.normal(0, self.noise, (height, width, 3))
+        image = COLORS[labels] + rng.normal(0, self.noise, (height, width, 3))
         labels[:3] = 0
         return LabelledImage(id, image.clip(0, 255).astype(np.uint8), labels, None)
 

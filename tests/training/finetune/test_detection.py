@@ -50,7 +50,7 @@ def one_thread():
 
 
 class Shapes:
-    """Squares and discs on grey; every fourth image is empty, every fifth has a crowd."""
+    """Squares and discs on gray; every fourth image is empty, every fifth has a crowd."""
 
     name, classes = "shapes", CLASSES
 

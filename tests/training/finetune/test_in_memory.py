@@ -47,7 +47,7 @@ def test_miou_equals_the_loop_and_leaves_out_unlabelled_pixels_and_absent_classe
 
 
 def toy_frames(count, seed):
-    """Coloured squares on a grey ground: class 1 is the ground, 2 red, 3 green, 0 a strip without label."""
+    """Colored squares on a gray ground: class 1 is the ground, 2 red, 3 green, 0 a strip without label."""
     rng = np.random.default_rng(seed)
     frames = []
     for k in range(count):

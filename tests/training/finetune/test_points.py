@@ -40,7 +40,7 @@ from tests.training.finetune.sweeps import Squares
 from tests.zoo import write_tiny, write_tiny_3d
 
 ROOMS = {"scenes": 2, "val_scenes": 1, "frames": 3, "labelled": 2, "width": 64, "height": 64}
-COLOURS = VoxelContract(0.1, ("R", "G", "B"), offset=-0.5)
+COLORS = VoxelContract(0.1, ("R", "G", "B"), offset=-0.5)
 ONES = VoxelContract(0.1, ("one",) * 3)
 METRE = VoxelContract(1.0, ("R", "G", "B"), offset=-0.5)
 PAINT = np.array([[0, 0, 0], [250, 20, 20], [20, 250, 20], [20, 20, 250]], np.uint8)
@@ -53,7 +53,7 @@ def tiny_unet(**options):
 
 
 def painted(number, *, classes=(1, 2, 3), count=400):
-    """A box of points whose colour tells their class; a part has no label."""
+    """A box of points whose color tells their class; a part has no label."""
     generator = np.random.default_rng(number)
     points = generator.uniform(-1, 1, (count, 3)).astype(np.float32)
     labels = np.array(classes)[(np.floor((points[:, 0] + 1) * 5).astype(int)) % len(classes)]
@@ -97,7 +97,7 @@ def test_commonest_label_is_that_of_a_loop_over_voxels():
 
 def test_voxels_carry_the_labels_of_their_points():
     cloud = painted(0)
-    coords, feats, labels = voxels_of(cloud, COLOURS)
+    coords, feats, labels = voxels_of(cloud, COLORS)
     inside: dict[tuple[int, ...], list[int]] = {}
     for point, label in zip(cloud.points, cloud.labels, strict=True):
         inside.setdefault(tuple(math.floor(np.float32(x) / np.float32(0.1)) for x in point), []).append(int(label))
@@ -116,11 +116,11 @@ def test_turns_of_training_keep_labels_and_heights():
     generator = torch.Generator().manual_seed(1)
     coords, feats, labels = voxels_of(cloud, fine, generator)
     assert len(coords) == len(cloud.points)
-    points, centre = torch.from_numpy(cloud.points), torch.from_numpy(cloud.points).mean(0)
+    points, center = torch.from_numpy(cloud.points), torch.from_numpy(cloud.points).mean(0)
     turned = coords[:, 1:] * 0.001
-    assert torch.allclose((points - centre).norm(dim=1), turned.norm(dim=1), atol=5e-3)
-    assert (turned[:, 2] - (points - centre)[:, 2]).abs().max() < 0.15
-    assert not torch.allclose(turned, points - centre, atol=0.1)
+    assert torch.allclose((points - center).norm(dim=1), turned.norm(dim=1), atol=5e-3)
+    assert (turned[:, 2] - (points - center)[:, 2]).abs().max() < 0.15
+    assert not torch.allclose(turned, points - center, atol=0.1)
     assert torch.equal(labels, torch.from_numpy(cloud.labels))
     again = voxels_of(cloud, fine, torch.Generator().manual_seed(1))
     assert torch.equal(coords, again[0])
@@ -159,21 +159,21 @@ def test_source_without_depth_is_refused():
 
 def test_linear_probe_reads_classes_from_features_that_tell_them():
     train, val = [painted(k) for k in range(3)], [painted(k) for k in range(3, 5)]
-    found = linear_probe_points(Given(), COLOURS, train, val, 3, SPEC)
+    found = linear_probe_points(Given(), COLORS, train, val, 3, SPEC)
     assert found.miou == found.accuracy == 1
     assert found.fitted == 3 * math.ceil(200 / 3)
-    assert found.measured == sum(int((voxels_of(cloud, COLOURS)[2] > 0).sum()) for cloud in val)
+    assert found.measured == sum(int((voxels_of(cloud, COLORS)[2] > 0).sum()) for cloud in val)
     assert found.confusion.shape == (4, 4)
     assert found.confusion[0].sum() == 0
-    blind = linear_probe_points(Given(constant=True), COLOURS, train, val, 3, SPEC)
+    blind = linear_probe_points(Given(constant=True), COLORS, train, val, 3, SPEC)
     assert 0.05 < blind.miou < 0.2  # one class for all: a third of the voxels, over three classes
     steps = []
-    linear_probe_points(Given(), COLOURS, train, val, 3, SPEC, progress=lambda d, t: steps.append((d, t)))
+    linear_probe_points(Given(), COLORS, train, val, 3, SPEC, progress=lambda d, t: steps.append((d, t)))
     assert steps == [(k, 5) for k in range(1, 6)]
 
 
 def test_voxels_of_a_probe_are_drawn_for_each_cloud_by_seed_name_and_part(monkeypatch):
-    """Each labelled voxel has a colour of its own, so what is drawn can be told."""
+    """Each labelled voxel has a color of its own, so what is drawn can be told."""
     read = []
 
     def fit(samples, **options):
@@ -214,7 +214,7 @@ def test_voxels_of_a_probe_are_drawn_for_each_cloud_by_seed_name_and_part(monkey
 
 def test_class_that_no_training_voxel_has_is_never_predicted_and_absent_ones_do_not_count():
     train, val = [painted(0, classes=(1, 2))], [painted(1, classes=(1, 3))]
-    found = linear_probe_points(Given(), COLOURS, train, val, 3, SPEC)
+    found = linear_probe_points(Given(), COLORS, train, val, 3, SPEC)
     assert found.confusion[:, 3].sum() == 0
     ious = [found.confusion[c, c] / (found.confusion[c].sum() + found.confusion[:, c].sum() - found.confusion[c, c])
             for c in (1, 3)]  # fmt: skip
@@ -224,14 +224,14 @@ def test_class_that_no_training_voxel_has_is_never_predicted_and_absent_ones_do_
 def test_probe_needs_labels():
     blank = LabelledCloud("blank", painted(0).points, painted(0).colors, np.zeros(400, np.int64))
     with pytest.raises(DataError, match="No labelled voxel in 1 clouds"):
-        linear_probe_points(Given(), COLOURS, [blank], [painted(0)], 3, SPEC)
+        linear_probe_points(Given(), COLORS, [blank], [painted(0)], 3, SPEC)
     with pytest.raises(DataError, match="judge"):
-        linear_probe_points(Given(), COLOURS, [painted(0)], [blank], 3, SPEC)
+        linear_probe_points(Given(), COLORS, [painted(0)], [blank], 3, SPEC)
 
 
 def test_features_of_a_unet_are_those_before_its_last_layer():
     network = tiny_unet(normalize=False).eval()
-    coords, feats, _ = voxels_of(painted(0), COLOURS)
+    coords, feats, _ = voxels_of(painted(0), COLORS)
     x = SparseTensor(coords, feats)
     features = voxel_features(network, x)
     with torch.no_grad():
@@ -268,10 +268,10 @@ def test_a_probe_has_the_settings_of_its_spec_and_a_network_that_is_not_trained(
     monkeypatch.setattr(points, "vote", lambda bank, queries, **options: given.update(options) or queries.labels)
     spec, clouds = ProbeSpec(pixels=50, penalty=0.3, iterations=7, k=5, temperature=0.4), [painted(0)]
     network = Given().train()
-    linear_probe_points(network, COLOURS, clouds, clouds, 3, spec)
+    linear_probe_points(network, COLORS, clouds, clouds, 3, spec)
     assert not network.training
-    samples = points._read(network, COLOURS, clouds, spec, "train", count())
-    assert points._probe("knn", network, COLOURS, samples, clouds, 3, spec, count()).accuracy == 1
+    samples = points._read(network, COLORS, clouds, spec, "train", count())
+    assert points._probe("knn", network, COLORS, samples, clouds, 3, spec, count()).accuracy == 1
     assert given == {"penalty": 0.3, "iterations": 7, "k": 5, "temperature": 0.4}
 
 
@@ -303,7 +303,7 @@ def test_fine_tuning_learns_and_repeats():
     spec = PointsSpec(steps=16, batch=2, lr=0.1)
     shown = []
     runs = [
-        finetune_points(copy.deepcopy(start), COLOURS, clouds[:3], clouds[3:], spec, seed=seed,
+        finetune_points(copy.deepcopy(start), COLORS, clouds[:3], clouds[3:], spec, seed=seed,
                         on_step=lambda step, loss: shown.append(step))
         for seed in (1, 1, 2)
     ]  # fmt: skip
@@ -319,10 +319,10 @@ def test_first_step_is_the_one_computed_by_hand():
     network = segmentation_srunet(tiny_unet(), 4, seed=0)
     twin = copy.deepcopy(network).train()
     spec = PointsSpec(steps=1, batch=1, lr=0.2, weight_decay=0.01)
-    result = finetune_points(network, COLOURS, [cloud], [cloud], spec, seed=4)
+    result = finetune_points(network, COLORS, [cloud], [cloud], spec, seed=4)
     generator = torch.Generator().manual_seed(sample_seed(4, 0, 0))
     torch.randperm(1, generator=generator)  # the order is drawn first
-    coords, feats, labels = voxels_of(cloud, COLOURS, generator)
+    coords, feats, labels = voxels_of(cloud, COLORS, generator)
     logits = twin(SparseTensor(coords, feats)).feats
     rows = [F.log_softmax(row, 0)[label] for row, label in zip(logits, labels.tolist(), strict=True) if label]
     loss = -torch.stack(rows).mean()
@@ -332,7 +332,7 @@ def test_first_step_is_the_one_computed_by_hand():
         expected = before - 0.2 * (before.grad + 0.01 * before)
         assert torch.allclose(after, expected, atol=1e-5)
     blank = LabelledCloud("blank", cloud.points, cloud.colors, np.zeros(400, np.int64))
-    assert finetune_points(network, COLOURS, [blank], [cloud], spec).losses == (0.0,)
+    assert finetune_points(network, COLORS, [blank], [cloud], spec).losses == (0.0,)
 
 
 def test_later_steps_are_those_computed_by_hand():
@@ -344,14 +344,14 @@ def test_later_steps_are_those_computed_by_hand():
         if isinstance(layer, nn.BatchNorm1d):
             layer.momentum = 0.3
     spec = PointsSpec(steps=3, batch=2, lr=0.05, momentum=0.8, dampening=0.4, weight_decay=0.01, bn_momentum=0.3)
-    result = finetune_points(network, COLOURS, clouds, clouds, spec, seed=4)
+    result = finetune_points(network, COLORS, clouds, clouds, spec, seed=4)
     generator = torch.Generator().manual_seed(sample_seed(4, 0, 0))
     order, moved, losses = [], {}, []
     for step in range(3):
         while len(order) < 2:
             order += torch.randperm(3, generator=generator).tolist()
         chosen, order = order[:2], order[2:]
-        parts = [voxels_of(clouds[number], COLOURS, generator) for number in chosen]
+        parts = [voxels_of(clouds[number], COLORS, generator) for number in chosen]
         coords, feats, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         coords[len(parts[0][0]) :, 0] = 1
         loss = F.cross_entropy(twin(SparseTensor(coords, feats)).feats, labels, ignore_index=0)

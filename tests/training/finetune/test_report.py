@@ -20,7 +20,7 @@ from geo_pretrain.training.finetune import report, sweep
 from geo_pretrain.training.finetune.published import PaperRow
 from geo_pretrain.training.finetune.recipe import load_finetune_recipe
 from geo_pretrain.training.finetune.report import (
-    COLOURS,
+    COLORS,
     draw_curve,
     draw_predictions,
     draw_starts,
@@ -148,7 +148,7 @@ def test_curves_are_the_points_with_their_deviation(tmp_path, monkeypatch):
     assert axes.get_ylabel() == "mIoU (%)"
 
 
-def test_what_papers_report_is_dashed_hollow_and_of_the_same_colour(tmp_path, monkeypatch):
+def test_what_papers_report_is_dashed_hollow_and_of_the_same_color(tmp_path, monkeypatch):
     axes = drawn(RESULT, tmp_path / "curve.png", monkeypatch)
     lines = {line.get_label(): line for line in axes.get_lines() if "(" in line.get_label()}
     assert list(lines) == ["from scratch (Pri3D T1)", "pri3d_view_geo_r50 (Pri3D README, Pri3D T1)"]  # gsc: not run
@@ -180,8 +180,8 @@ def test_small_shares_have_room_and_one_share_stands_side_by_side(tmp_path, monk
         draw_curve(dataclasses.replace(RESULT, points=()), tmp_path / "c.png")
 
 
-def luminance(colour):
-    r, g, b = (int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5))
+def luminance(color):
+    r, g, b = (int(color[k : k + 2], 16) / 255 for k in (1, 3, 5))
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
 
@@ -193,20 +193,20 @@ DICHROMATS = {
 
 
 @pytest.mark.parametrize("sight", DICHROMATS)
-def test_colours_differ_for_colour_blind_readers_and_from_the_paper(sight):
-    def seen(colour):
-        rgb = np.array([int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)])
+def test_colors_differ_for_color_blind_readers_and_from_the_paper(sight):
+    def seen(color):
+        rgb = np.array([int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)])
         linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
         linear = np.clip(np.array(DICHROMATS[sight]) @ linear, 0, 1)
         return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
 
-    for k, first in enumerate(COLOURS):
+    for k, first in enumerate(COLORS):
         assert luminance(first) < 0.75
-        for second in COLOURS[:k]:
+        for second in COLORS[:k]:
             assert np.linalg.norm(seen(first) - seen(second)) > 0.1
 
 
-def test_many_starts_differ_in_colour_or_marker_and_known_ones_keep_theirs():
+def test_many_starts_differ_in_color_or_marker_and_known_ones_keep_theirs():
     names = ["a", "scratch", *"bcdefgh", "imagenet"]
     styles = report._styles(names)
     assert list(styles) == names
@@ -232,12 +232,12 @@ def test_the_picture_shows_image_truth_and_predictions_at_their_places(tmp_path)
         top, left = head + i * row, gap + j * (panel[1] + gap)
         return sheet[top : top + panel[0], left : left + panel[1]][::3, ::3]
 
-    colour = class_colors(np.arange(4)[None])[0]
+    color = class_colors(np.arange(4)[None])[0]
     for i, labelled in enumerate(images):
         assert (cell(i, 0) == labelled.image).all()
         assert (cell(i, 1) == class_colors(labelled.semantic)).all()
-        assert (cell(i, 2) == colour[2]).all()
-    assert (cell(0, 3) == colour[3]).all()
+        assert (cell(i, 2) == color[2]).all()
+    assert (cell(0, 3) == color[3]).all()
     assert (cell(1, 3) == class_colors(images[1].semantic)).all()
 
 
@@ -330,8 +330,8 @@ def test_wide_images_are_reduced_and_their_labels_stay_labels(tmp_path):
     assert sheet.shape[1] == 3 * (320 + 12) + 12
     for column in (1, 2):
         left = 12 + column * 332
-        colours = {tuple(c) for c in sheet[40:60, left : left + 320].reshape(-1, 3).tolist()}
-        assert colours == {tuple(c) for c in class_colors(np.array([[1, 3]]))[0].tolist()}
+        colors = {tuple(c) for c in sheet[40:60, left : left + 320].reshape(-1, 3).tolist()}
+        assert colors == {tuple(c) for c in class_colors(np.array([[1, 3]]))[0].tolist()}
 
 
 def test_pictures_of_detection_are_those_of_each_run(tmp_path):

@@ -25,7 +25,7 @@ PLAIN = ImageContract(mean=(0, 0, 0), std=(1, 1, 1))
 
 
 class Squares:
-    """Coloured squares on a grey ground: class 1 is the ground, 2 red, 3 green, 0 a strip without label."""
+    """Colored squares on a gray ground: class 1 is the ground, 2 red, 3 green, 0 a strip without label."""
 
     name = "squares"
     classes = CLASSES
@@ -212,7 +212,7 @@ def test_crops_lie_anywhere_or_where_the_released_loader_looks():
         assert bottom <= 375
     assert max(right for _, _, right, _ in exact) <= 480
     assert max(bottom for _, _, _, bottom in exact) <= 360
-    assert np.mean([left == 0 for left, *_ in exact]) > 0.4, "centres left of the middle of the crop are moved inside"
+    assert np.mean([left == 0 for left, *_ in exact]) > 0.4, "centers left of the middle of the crop are moved inside"
     assert max(right for _, _, right, _ in mended) > 1200
     assert max(bottom for *_, bottom in mended) > 370
     lefts = np.array([left for left, *_ in mended])
@@ -226,7 +226,7 @@ def test_image_smaller_than_the_crop_is_named(exact):
         crop_box((200, 1242), (240, 320), generator(), "kitti/7", exact)
 
 
-def test_images_are_normalised_by_the_contract_of_the_backbone():
+def test_images_are_normalized_by_the_contract_of_the_backbone():
     contract = ImageContract(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     image = np.full((60, 84, 3), 51, np.uint8)
     task = task_for(recipe_for(), contract=contract)

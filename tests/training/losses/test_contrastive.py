@@ -38,7 +38,7 @@ def test_one_sided_info_nce_is_algorithm_1_of_ppkt(golden):
     close(q.grad, golden["ppnce.grad_mean_z3d"], 2e-5)
 
 
-def test_one_sided_info_nce_without_normalising_is_pointcontrasts(golden):
+def test_one_sided_info_nce_without_normalizing_is_pointcontrasts(golden):
     q, k = (golden[name].clone().requires_grad_() for name in "qk")
     loss = losses.info_nce(q, k, temperature=0.4, symmetric=False, normalize=False)
     loss.backward()

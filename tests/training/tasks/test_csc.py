@@ -31,7 +31,7 @@ def test_loss_of_a_batch_is_the_mean_over_pairs(task_and_batch):  # noqa: F811
         assert task(batch)["partition"].item() == pytest.approx(np.mean(want), rel=1e-5)
 
 
-def test_features_are_centred_colours_and_turns_keep_z_nearly_up(task_and_batch):  # noqa: F811
+def test_features_are_centered_colors_and_turns_keep_z_nearly_up(task_and_batch):  # noqa: F811
     _, batch = task_and_batch("csc")
     for k in (1, 2):
         feats = batch[f"feats{k}"]

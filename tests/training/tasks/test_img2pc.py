@@ -240,7 +240,7 @@ def test_run_learns_and_its_folder_opens_alone_and_as_a_pair(tmp_path, taught, t
     assert network.load_report.coverage == 1
     assert (network.normalize, network.out_chans) == (width == 16, width)
     assert (network.contract.channels, network.contract.offset) == (("R", "G", "B"), -0.5)
-    assert checkpoint.licence.base_model.startswith("random weights; teacher: img2pc_stage1_r18.tiny")
+    assert checkpoint.license.base_model.startswith("random weights; teacher: img2pc_stage1_r18.tiny")
     pair = network.pair()
     points, colors = torch.rand(300, 3), torch.randint(0, 256, (300, 3), dtype=torch.uint8)
     with torch.no_grad():
@@ -278,7 +278,7 @@ def test_one_recipe_trains_both_stages(tmp_path, tiny_recipe):
     outcome = run_recipe(recipe, tmp_path / "out", ALONE, stage1=load_stage1(recipe))
     stage1 = read_checkpoint(tmp_path / "out.stage1")
     assert (stage1.arch.name, stage1.provenance["steps"]) == ("resnet_depth_unet", 3)
-    assert outcome.checkpoint.licence.base_model.startswith("random weights; teacher: img2pc_stage1_r18.tiny")
+    assert outcome.checkpoint.license.base_model.startswith("random weights; teacher: img2pc_stage1_r18.tiny")
     kept = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert "folder" not in kept["stage1"]
     pair = load_backbone(tmp_path / "out").pair()

@@ -74,7 +74,7 @@ def norm_network():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 6 * 6, 5)).train()
 
 
-def test_groups_are_normalised_apart_and_the_first_is_recorded():
+def test_groups_are_normalized_apart_and_the_first_is_recorded():
     network, images = norm_network(), torch.randn(6, 2, 3, 8, 8)
     alone = copy.deepcopy(network)
     got = in_groups(network, images, 3)
@@ -150,7 +150,7 @@ def test_a_step_written_out(task_and_batch, tmp_path, groups, per):
     assert all(parameter.grad is not None for parameter in task.query.parameters())
 
 
-def test_key_network_starts_as_the_query_network_and_is_not_optimised(task_and_batch):
+def test_key_network_starts_as_the_query_network_and_is_not_optimized(task_and_batch):
     task, _ = task_and_batch()
     for key, value in task.query.state_dict().items():
         assert torch.equal(task.key.state_dict()[key], value)
@@ -225,7 +225,7 @@ def test_bf16_changes_the_networks_and_not_the_precision_of_the_loss(task_and_ba
     with torch.no_grad():
         full, half = task(batch)["moco"], low(batch)["moco"]
     assert half.dtype == low.queue.dtype == torch.float32
-    torch.testing.assert_close(low.queue.norm(dim=1), torch.ones(10))  # normalised in full precision
+    torch.testing.assert_close(low.queue.norm(dim=1), torch.ones(10))  # normalized in full precision
     assert half != full
     assert half.item() == pytest.approx(full.item(), rel=0.05)
 
@@ -317,7 +317,7 @@ def test_two_processes_equal_one_with_two_groups(tmp_path, tiny_moco, mix):
 
 @pytest.mark.parametrize("mix, images", [("combine", 13), ("batch", 9)])
 def test_imagenet_beside_frames(tmp_path, tiny_moco, mix, images):
-    """Epochs count what the mixture has, ImageNet's terms reach the licence, a step holds what the recipe says."""
+    """Epochs count what the mixture has, ImageNet's terms reach the license, a step holds what the recipe says."""
     folder = image_folder(tmp_path / "in", 13 - 6 if mix == "combine" else 9)
     seen = []
     path = tiny_moco(
@@ -326,9 +326,9 @@ def test_imagenet_beside_frames(tmp_path, tiny_moco, mix, images):
     )
     checkpoint = run_here(path, tmp_path / "out", on_step=seen.append)
     assert len(seen) == math.ceil(2 * images / 4)
-    assert ("ImageNet", "LicenseRef-ImageNet-terms") in checkpoint.licence.datasets
-    assert len(checkpoint.licence.datasets) == 2
-    assert checkpoint.licence.base_model == "none (random weights)"
+    assert ("ImageNet", "LicenseRef-ImageNet-terms") in checkpoint.license.datasets
+    assert len(checkpoint.license.datasets) == 2
+    assert checkpoint.license.base_model == "none (random weights)"
     assert checkpoint.provenance["data"]["pairs"] == 6
     assert checkpoint.provenance["data"]["images"] == images - (6 if mix == "combine" else 0)
 

@@ -192,7 +192,7 @@ def test_run_learns_and_its_folder_opens(tmp_path, tiny_recipe, tiny):
     assert network.contract.channels == (("one",) * 3 if ones else ("R", "G", "B"))
     assert network.contract.offset == (0.0 if ones else -0.5)
     assert checkpoint.provenance["init"] == "scratch"
-    assert checkpoint.licence.base_model == "none (random weights)"
+    assert checkpoint.license.base_model == "none (random weights)"
     points = torch.rand(500, 3)
     colors = None if ones else torch.randint(0, 256, (500, 3), dtype=torch.uint8)
     assert network.encode_points(points, colors, out="final").shape == (500, 32)

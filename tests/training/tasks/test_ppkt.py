@@ -55,7 +55,7 @@ def test_upsampling_at_pixels_is_the_upsampled_map(align_corners, small, large):
 
 
 def full_size_features(task, batch):
-    """The layer as the paper draws it: convolution, upsampling to the image, normalisation; [B, C, H, W]."""
+    """The layer as the paper draws it: convolution, upsampling to the image, normalization; [B, C, H, W]."""
     with torch.no_grad():
         maps = task.projection(task.teacher.network(batch["image"])[-1])
         size = batch["image"].shape[-2:]
@@ -296,7 +296,7 @@ def test_a_pair_of_pri3d_is_its_two_networks(tmp_path, tiny_recipe):
             want = F.normalize(w2d(dense[0, :, row // 2, column // 2]), dim=0)
             torch.testing.assert_close(got[0, :, row, column], want)
     assert pair.encode_points(torch.rand(50, 3), torch.rand(50, 3)).shape == (50, 64)
-    assert pair.point_contract.offset == 0  # colours from 0 to 1
+    assert pair.point_contract.offset == 0  # colors from 0 to 1
 
 
 def test_matching_of_a_frame_with_its_own_voxels(run):

@@ -17,7 +17,7 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError
 from geo_pretrain.loading import verify
 from geo_pretrain.training import loop as engine
-from geo_pretrain.training.export import run_licence
+from geo_pretrain.training.export import run_license
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks.teachers import load_segmenter, load_teacher
 from tests.training.finetune.test_run import run
@@ -26,7 +26,7 @@ from tests.training.test_loop import logged, run_here
 from tests.zoo import write_tiny
 
 GREY = ImageContract(size=(64, 96), mean=(0.4, 0.45, 0.5), std=(0.2, 0.225, 0.25), interpolation="bilinear")
-PPKD = {"data.licence=CC0-1.0", "unet3d.out_chans=3"}
+PPKD = {"data.license=CC0-1.0", "unet3d.out_chans=3"}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_fine_tuned_network_teaches_ppkd(finetuned, tiny_recipe, recording, tm
     checkpoint = run_here(tmp_path / "tiny.yaml", tmp_path / "out", [*PPKD, "optim.steps=1"])
     assert verify(tmp_path / "out").passed
     assert len(logged(tmp_path / "out")) == 1
-    assert checkpoint.licence.base_model == (
+    assert checkpoint.license.base_model == (
         f"random weights; teacher: scannet_unet_r18.toy fine-tuned from {start} (LicenseRef-data-owner)"
     )
 
@@ -98,16 +98,16 @@ def test_a_fine_tuned_network_teaches_ppkd(finetuned, tiny_recipe, recording, tm
 def test_a_backbone_that_is_gone_is_no_trouble_and_its_terms_are_strict(moved, tiny_recipe, tmp_path):
     assert load_segmenter(str(moved)).contract == GREY
     path = tiny_recipe("ppkd", task={"teacher": str(moved)})
-    licence = run_here(path, tmp_path / "out", [*PPKD, "optim.steps=1"]).licence
-    assert (f"what {tmp_path / 'gone'} learned from", "LicenseRef-unknown") in licence.datasets
+    license = run_here(path, tmp_path / "out", [*PPKD, "optim.steps=1"]).license
+    assert (f"what {tmp_path / 'gone'} learned from", "LicenseRef-unknown") in license.datasets
     results = json.loads((moved / "results.json").read_text())
     results["data"] |= {"source": "rooms", "licence": "MIT"}
     (moved / "results.json").write_text(json.dumps(results))
-    assert run_licence(load_recipe(str(path), PPKD)).weights == "LicenseRef-unknown"
+    assert run_license(load_recipe(str(path), PPKD)).weights == "LicenseRef-unknown"
     results["data"]["licence"] = "CC-BY-NC-SA-3.0"  # as the run knew its data
     results["backbone"]["name"] = "scratch"
     (moved / "results.json").write_text(json.dumps(results))
-    assert run_licence(load_recipe(str(path), PPKD)).weights == "CC-BY-NC-SA-3.0"
+    assert run_license(load_recipe(str(path), PPKD)).weights == "CC-BY-NC-SA-3.0"
 
 
 def test_a_folder_without_a_contract_has_that_of_its_backbone(finetuned, moved, tmp_path):
@@ -130,18 +130,18 @@ def test_a_folder_of_another_task_is_no_segmenter(moved):
 
 def test_a_teacher_that_is_not_named_has_its_terms(tiny_recipe):
     path = tiny_recipe("ppkt", task={"teacher": None, "teacher_depth": None})
-    licence = run_licence(load_recipe(str(path), ["data.licence=CC0-1.0"]))
-    assert licence.weights == "LicenseRef-ImageNet-terms"
-    assert "teacher: torchvision ResNet-50 IMAGENET1K_V1" in licence.base_model
+    license = run_license(load_recipe(str(path), ["data.license=CC0-1.0"]))
+    assert license.weights == "LicenseRef-ImageNet-terms"
+    assert "teacher: torchvision ResNet-50 IMAGENET1K_V1" in license.base_model
     with pytest.raises(RecipeError, match=r"unknown key 'task.techer'"):
-        run_licence(load_recipe(str(path), ["task.techer=scratch"]))
+        run_license(load_recipe(str(path), ["task.techer=scratch"]))
 
 
 def test_terms_are_found_before_the_first_step(tiny_recipe, tmp_path, monkeypatch):
     def unknown(recipe):
         raise GeoPretrainError("nobody knows")
 
-    monkeypatch.setattr(engine, "run_licence", unknown)
+    monkeypatch.setattr(engine, "run_license", unknown)
     steps = []
     with pytest.raises(GeoPretrainError, match="nobody knows"):
         run_here(tiny_recipe(optim={"steps": 2}), tmp_path / "out", on_step=steps.append)
@@ -157,7 +157,7 @@ def test_start_weights_may_move_while_they_are_trained(tiny_recipe, tmp_path):
             (tmp_path / "start").rename(tmp_path / "elsewhere")
 
     run_here(path, tmp_path / "out", ["optim.steps=2"], on_step=move)
-    assert read_checkpoint(tmp_path / "out").licence.base_model == "pri3d_view_r18.tiny (LicenseRef-data-owner)"
+    assert read_checkpoint(tmp_path / "out").license.base_model == "pri3d_view_r18.tiny (LicenseRef-data-owner)"
 
 
 def test_a_teacher_that_cannot_be_fetched_is_told_in_a_teachers_words(tmp_path, monkeypatch):

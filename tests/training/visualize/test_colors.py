@@ -1,4 +1,4 @@
-"""Features as colours against numpy's singular values, and what they are sure to be."""
+"""Features as colors against numpy's singular values, and what they are sure to be."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from geo_pretrain.training.visualize.colors import fit_colors, shared_pca
 
 @pytest.fixture
 def parts():
-    """Three arrays of features with clear directions, not centred."""
+    """Three arrays of features with clear directions, not centered."""
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(6, 6)) * np.array([9, 5, 3, 1, 0.5, 0.1])[:, None]
     return [torch.from_numpy(rng.normal(size=(n, 6)) @ mixing + 7).float() for n in (50, 80, 30)]
 
 
 def slow_colors(parts, percentiles=(1, 99)):
-    """By singular values of the centred rows, row by row."""
+    """By singular values of the centered rows, row by row."""
     rows = np.concatenate([part.numpy() for part in parts]).astype(np.float64)
-    centred = rows - rows.mean(axis=0)
-    _, _, right = np.linalg.svd(centred, full_matrices=False)
+    centered = rows - rows.mean(axis=0)
+    _, _, right = np.linalg.svd(centered, full_matrices=False)
     columns = []
     for axis in right[:3]:
         axis = axis if axis[np.abs(axis).argmax()] > 0 else -axis
-        along = np.array([row @ axis for row in centred])
+        along = np.array([row @ axis for row in centered])
         low, high = (np.percentile(along, p) for p in percentiles)
         columns.append([round(255 * min(max((x - low) / (high - low), 0.0), 1.0)) for x in along])
     return np.array(columns).T

@@ -82,8 +82,8 @@ def describers(folder, surfaces, **options):
     return load_describers(find_backbone(str(folder)), surfaces, **options)
 
 
-class Colours(nn.Module):
-    """A network whose map is the colours of a quarter of the pixels, and one more channel."""
+class Colors(nn.Module):
+    """A network whose map is the colors of a quarter of the pixels, and one more channel."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ def unit(rows):
 
 
 def cell_features(frame):
-    """What `Colours` says of every pixel: float [H, W, 4]."""
+    """What `Colors` says of every pixel: float [H, W, 4]."""
     found = np.ones((*SIZE, 4))
     for row in range(SIZE[0]):
         for column in range(SIZE[1]):
@@ -111,7 +111,7 @@ def cell_features(frame):
 
 
 def test_a_pixel_has_the_feature_of_its_cell(frames):
-    found = ImageDescriber("x", "x", Colours(), PLAIN, None).of_frame(frames[0])
+    found = ImageDescriber("x", "x", Colors(), PLAIN, None).of_frame(frames[0])
     assert found.index.shape == SIZE
     np.testing.assert_allclose(found.rows[found.index], cell_features(frames[0]), atol=1e-6)
 
@@ -122,7 +122,7 @@ def test_a_point_has_the_mean_of_the_pixels_that_see_it(frames):
     rows = generator.choice(len(cloud), 300, replace=False)
     away = cloud.points[rows] + np.float32([0, 0, 40])
     surface = Surface(np.concatenate([cloud.points[rows], away]), np.zeros((600, 3), np.uint8))
-    found = ImageDescriber("x", "x", Colours(), PLAIN, None).of_surface(surface, frames)
+    found = ImageDescriber("x", "x", Colors(), PLAIN, None).of_surface(surface, frames)
     slow, seen_by = [], []
     described = [cell_features(frame) for frame in frames]
     for point in surface.points.astype(np.float64):
@@ -151,7 +151,7 @@ def test_a_point_has_the_mean_of_the_pixels_that_see_it(frames):
 def test_points_that_no_frame_sees(frames):
     far = Surface(np.full((3, 3), 500, np.float32), np.zeros((3, 3), np.uint8))
     with pytest.raises(BadFrame, match="no frame sees a point"):
-        ImageDescriber("x", "x", Colours(), PLAIN, None).of_surface(far, frames)
+        ImageDescriber("x", "x", Colors(), PLAIN, None).of_surface(far, frames)
 
 
 def test_an_image_backbone_gives_its_dense_features(image_folder, surfaces, frames):
@@ -194,7 +194,7 @@ def test_a_cloud_backbone_gives_what_encode_points_does(cloud_folder, surfaces, 
     assert np.array_equal(seen.index[frames[0].depth > 0], features.index)
 
 
-def test_a_network_of_ones_is_not_given_colours(surfaces, frames, tmp_path):
+def test_a_network_of_ones_is_not_given_colors(surfaces, frames, tmp_path):
     contract = VoxelContract(0.1)
     (found,) = describers(write_tiny_3d(tmp_path / "ones", contract=contract, recipe_yaml=None).folder, surfaces)
     painted = dataclasses.replace(frames[0], color=255 - frames[0].color)
@@ -267,7 +267,7 @@ def test_what_drawing_needs_of_a_checkpoint(geo, cloud_folder):
     assert set(_roles(read_checkpoint(cloud_folder))) == {"model"}
 
 
-def test_voxels_of_a_network_of_ones_have_no_colours(geo, surfaces, frames):
+def test_voxels_of_a_network_of_ones_have_no_colors(geo, surfaces, frames):
     (_, voxels), cloud = describers(geo, surfaces), frame_cloud(frames[0])
     painted = Surface(cloud.points, 255 - cloud.colors)
     assert not torch.equal(voxels.of_surface(cloud, []).rows, voxels.of_surface(painted, []).rows)

@@ -1,4 +1,4 @@
-"""Pictures of geometric sets: colours, borders, the view of the surface, and the sheet from the command line."""
+"""Pictures of geometric sets: colors, borders, the view of the surface, and the sheet from the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rooms():
     return Rooms(RoomsConfig(scenes=1, frames=3, width=96, height=64))
 
 
-def test_colours_of_sets_are_those_of_hue_saturation_and_value():
+def test_colors_of_sets_are_those_of_hue_saturation_and_value():
     ids = np.array([[-1, 0, 1], [2, 149_999, 12]])
     colors = set_colors(ids)
     assert colors.dtype == np.uint8
@@ -50,15 +50,15 @@ def test_depth_runs_from_yellow_to_blue_between_the_limits_of_its_valid_pixels()
     assert class_colors(np.array([[-1, 0, 3]], np.int16)).any(axis=2).tolist() == [[False, False, True]]
 
 
-def test_overlay_has_the_sets_colours_dark_borders_and_grey_where_there_is_no_set():
+def test_overlay_has_the_sets_colors_dark_borders_and_grey_where_there_is_no_set():
     color = np.random.default_rng(0).integers(256, size=(4, 6, 3)).astype(np.uint8)
     ids = np.full((4, 6), 3)
     ids[:, 3:] = 8
     ids[3] = -1
     got = sets_overlay(color, ids).astype(float)
     for i, j in np.ndindex(4, 6):
-        grey = color[i, j].mean()
-        want = 0.5 * grey * np.ones(3) if ids[i, j] < 0 else 0.35 * grey + 0.65 * set_colors(ids)[i, j].astype(float)
+        gray = color[i, j].mean()
+        want = 0.5 * gray * np.ones(3) if ids[i, j] < 0 else 0.35 * gray + 0.65 * set_colors(ids)[i, j].astype(float)
         if (j > 0 and ids[i, j] != ids[i, j - 1]) or (i > 0 and ids[i, j] != ids[i - 1, j]):
             want = want * 0.4
         np.testing.assert_allclose(got[i, j], want, atol=0.51)
@@ -90,7 +90,7 @@ def a_room(rng):
 
 
 def hues(view):
-    """The set that each pixel shows: that whose colour has the same ratios of channels; -1 for white."""
+    """The set that each pixel shows: that whose color has the same ratios of channels; -1 for white."""
     palette = set_colors(np.arange(1, 6)).astype(float)
     palette /= np.linalg.norm(palette, axis=1, keepdims=True)
     pixels = view.reshape(-1, 3).astype(float)

@@ -151,8 +151,8 @@ def test_look_at_faces_the_target_with_up_upwards():
 def test_turntable_sees_everything_and_fills_its_pictures():
     points = torch.rand(200, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([5.0, 2, 1]) + 10
     cameras = turntable(points, 4, (60, 80), 0.6)
-    centre = (points.amin(0) + points.amax(0)).double() / 2
-    eyes = torch.stack([view.cam_to_world[:3, 3] for view in cameras]) - centre
+    center = (points.amin(0) + points.amax(0)).double() / 2
+    eyes = torch.stack([view.cam_to_world[:3, 3] for view in cameras]) - center
     angles = torch.atan2(eyes[:, 1], eyes[:, 0])
     torch.testing.assert_close(angles.diff().remainder(2 * math.pi), torch.full((3,), math.pi / 2, dtype=torch.float64))
     torch.testing.assert_close(torch.asin(eyes[:, 2] / eyes.norm(dim=1)), torch.full((4,), 0.6, dtype=torch.float64))

@@ -94,7 +94,7 @@ def panel(picture, row, column, shape, columns, row_height):
     return picture[top : top + height * factor : factor, left : left + width * factor : factor]
 
 
-def test_features_share_their_colours_over_all_frames(tmp_path, image_folder, cloud_folder, source, spec):
+def test_features_share_their_colors_over_all_frames(tmp_path, image_folder, cloud_folder, source, spec):
     out = tmp_path / "new" / "features.png"
     titles = draw_features([image_folder, cloud_folder], spec, out, count=2, size=SIZE)
     assert titles == ["image", "image", "cloud", RANDOM]
@@ -114,7 +114,7 @@ def test_features_share_their_colours_over_all_frames(tmp_path, image_folder, cl
     assert not np.array_equal(twin, panel(picture, 0, 1, SIZE, 4, row_height))
 
 
-def test_pixels_and_voxels_are_drawn_in_one_colour_space(tmp_path, geo, source, spec):
+def test_pixels_and_voxels_are_drawn_in_one_color_space(tmp_path, geo, source, spec):
     out = tmp_path / "features.png"
     assert draw_features([geo], spec, out, count=1, twin=False) == ["image", "geo: pixels", "geo: voxels"]
     picture, frame = pixels(out), resize_frame(source.load(source.scenes()[0], "000000"), SIZE)
@@ -281,7 +281,7 @@ def test_points_of_a_cloud_backbone_in_a_ply_file(tmp_path, cloud_folder, source
     places = {tuple(point): color for point, color in zip(surface.points.tolist(), surface.colors, strict=True)}
     assert len(points) == 2000 < len(surface)
     assert all(tuple(point) in places for point in points.tolist())
-    assert [name for name, _ in cloud.layers] == ["cloud", "colours"]
+    assert [name for name, _ in cloud.layers] == ["cloud", "colors"]
     assert np.array_equal(np.stack([vertex[c] for c in ("red", "green", "blue")], 1), cloud.layers[0][1])
     assert all((places[tuple(p)] == c).all() for p, c in zip(points.tolist(), cloud.layers[1][1], strict=True))
     assert f"2,000 of {len(surface):,} points." in cloud.note
@@ -295,7 +295,7 @@ def test_points_of_a_cloud_backbone_in_a_ply_file(tmp_path, cloud_folder, source
 def test_points_of_an_image_backbone_are_those_that_are_seen(tmp_path, image_folder, spec):
     frames = dataclasses.replace(spec, frames=(0.0, 1.0))
     cloud = visualize_points(image_folder, frames, tmp_path / "points.png", frame="000010")
-    assert [name for name, _ in cloud.layers] == ["image", RANDOM, "colours"]
+    assert [name for name, _ in cloud.layers] == ["image", RANDOM, "colors"]
     assert len(cloud.points) == len(cloud.layers[0][1])
     assert cloud.top == 1.0
     assert cloud.title.endswith("/000010")
@@ -320,7 +320,7 @@ def test_points_that_no_frame_sees_are_left_out(tmp_path, image_folder, source, 
     assert f"of {2 * len(surface):,} points, of which the frames see {len(cloud.points):,}." in cloud.note
 
 
-def test_layers_of_one_space_share_their_colours_on_points_too(tmp_path, geo, source, spec, monkeypatch):
+def test_layers_of_one_space_share_their_colors_on_points_too(tmp_path, geo, source, spec, monkeypatch):
     name = source.scenes()[0]
     whole = scene_surface(source, name)
     surface = Surface(whole.points[::9], whole.colors[::9])
@@ -378,7 +378,7 @@ def test_the_page_holds_points_and_layers(tmp_path, geo, spec):
     out = tmp_path / "points.html"
     cloud = visualize_points(geo, spec, out, limit=500, seed=3)
     assert [name for name, _ in cloud.layers] == [
-        "geo: pixels", "geo: voxels", f"{RANDOM}: pixels", f"{RANDOM}: voxels", "colours"
+        "geo: pixels", "geo: voxels", f"{RANDOM}: pixels", f"{RANDOM}: voxels", "colors"
     ]  # fmt: skip
     text = out.read_text()
     assert not re.search(r"(src|href)=|https?:|@import|fetch\(", text)  # nothing from elsewhere
@@ -391,7 +391,7 @@ def test_the_page_holds_points_and_layers(tmp_path, geo, spec):
         assert base64.b64decode(layer["colors"]) == colors.tobytes()
     assert scene["radius"] == pytest.approx(np.linalg.norm(points, axis=1).max())
     assert (scene["top"], scene["note"]) == (0.8, cloud.note)
-    assert 1 < scene["size"] / cloud.spacing < 4  # neighbours touch and do not hide each other
+    assert 1 < scene["size"] / cloud.spacing < 4  # neighbors touch and do not hide each other
     assert len(points) == 500
 
 
@@ -461,7 +461,7 @@ def test_a_frame_that_cannot_be_read_is_left_out(tmp_path, image_folder, cloud_f
     (folder / "frame-000000.color.png").unlink()
     spec = DataSpec(source="seven_scenes", path=str(folder), size=SIZE)
     draw_features([image_folder], spec, tmp_path / "one.png", count=2, skips=skips, twin=False)
-    assert "colour image is missing" in skips.summary()
+    assert "color image is missing" in skips.summary()
     draw_features([image_folder], spec, tmp_path / "two.png", count=6, twin=False)
     assert pixels(tmp_path / "two.png").shape[0] > 3 * pixels(tmp_path / "one.png").shape[0]
     visualize_points(cloud_folder, spec, tmp_path / "points.ply", limit=50)

@@ -36,16 +36,16 @@ _TERMS: dict[str, tuple[str, str]] = {
     "cityscapes": ("LicenseRef-Cityscapes-terms", "non-commercial: research, teaching, publications; on registration"),
     "coco": ("CC-BY-4.0", "that is for the annotations; the images are Flickr users', each under its own terms"),
     "kitti": ("CC-BY-NC-SA-3.0", "non-commercial, share alike"),
-    "nyuv2": ("LicenseRef-unstated", "published for research without a licence"),
+    "nyuv2": ("LicenseRef-unstated", "published for research without a license"),
     "rooms": ("MIT", "rendered by this package"),
     "scannet": ("LicenseRef-ScanNet-ToU", "non-commercial research and education; on a signed agreement"),
-    "sunrgbd": ("LicenseRef-unstated", "published for research without a licence; holds images of NYUv2, B3DO, SUN3D"),
+    "sunrgbd": ("LicenseRef-unstated", "published for research without a license; holds images of NYUv2, B3DO, SUN3D"),
 }
 _OTHER = ("LicenseRef-data-owner", "images given by the caller: as their owner says")
 
 
 def data_terms(source: str) -> tuple[str, str]:
-    """The licence of a labelled data set (SPDX or LicenseRef) and what it comes to, in words."""
+    """The license of a labelled data set (SPDX or LicenseRef) and what it comes to, in words."""
     return _TERMS.get(source, _OTHER)
 
 

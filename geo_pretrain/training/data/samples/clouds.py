@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.geometry import centred, radius_matches, rotation, transform
+from geo_pretrain.geometry import centered, radius_matches, rotation, transform
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.training.data.frame import Frame, Source
 from geo_pretrain.training.data.mining import Pair
@@ -38,7 +38,7 @@ class CloudSpec:
 
     voxel_size: float = 0.025  # m
     radius: float | None = None  # m, of a match; None: 1.5 voxels
-    features: Features = "ones"  # "rgb": colour / 255 - 0.5
+    features: Features = "ones"  # "rgb": color / 255 - 0.5
     rotation: Rotation = "full"  # "upright": any turn about z, +-pi/64 about x and y
     jitter: float = 0.01  # standard deviation; of rgb on the scale of 0 to 255, as in CSC's code (no visible effect)
     jitter_prob: float = 0.95
@@ -52,13 +52,13 @@ class CloudSpec:
         """Ranges."""
         for key in ("voxel_size", "match_radius"):
             if not getattr(self, key) > 0:
-                raise RecipeError(f"'{key}' is {getattr(self, key)!r}, accepted are metres above 0.")
+                raise RecipeError(f"'{key}' is {getattr(self, key)!r}, accepted are meters above 0.")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise RecipeError(f"'scale' is {self.scale!r}, accepted is (low, high) with 0 < low <= high.")
 
     @property
     def match_radius(self) -> float:
-        """In metres of the world."""
+        """In meters of the world."""
         return 1.5 * self.voxel_size if self.radius is None else self.radius
 
 
@@ -115,7 +115,7 @@ class ChunkPairSamples(PairSamples):
         """Chunks and their voxels.
 
         Args:
-            features: "rgb" is colour / 255, which the released code feeds; "ones" the paper's occupancy.
+            features: "rgb" is color / 255, which the released code feeds; "ones" the paper's occupancy.
             frustum: the tight box of the view frustum instead of the authors' box, see `chunks.chunk_box`.
             authors_exact: voxel indices are truncated towards zero instead of rounded down.
             cache_dir: of fused surfaces, see `surface.scene_surface`.
@@ -145,7 +145,7 @@ def turned_voxels(cloud: Surface, spec: CloudSpec, scale: float, generator: torc
     points, colors = torch.from_numpy(cloud.points), torch.from_numpy(cloud.colors)
     to_turned = torch.diag(torch.tensor([scale, scale, scale, 1.0], dtype=torch.float64))
     if spec.rotation != "none":
-        to_turned = random_rotation(generator, spec.rotation) @ to_turned @ centred(points)
+        to_turned = random_rotation(generator, spec.rotation) @ to_turned @ centered(points)
     moved = transform(points.double(), to_turned).float()
     voxels = voxelize(moved, colors, spec.voxel_size)
     feats = voxels.feats.float() if spec.features == "rgb" else torch.ones(len(voxels), 3)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.geometry import backproject, centred, transform
+from geo_pretrain.geometry import backproject, centered, transform
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.training.data.frame import Frame, Source
 from geo_pretrain.training.data.mining import Pair, resize_frame
@@ -34,13 +34,13 @@ class FrameCloudSpec:
     """How a frame becomes an image and voxels; each default is none, the values in brackets are PPKT's."""
 
     voxel_size: float = 0.025  # m
-    features: Features = "rgb"  # colour / 255 - 0.5
+    features: Features = "rgb"  # color / 255 - 0.5
     pixels: Literal["one", "all"] = "one"  # correspondences: a pixel a voxel (that of its features), or every pixel
     rotation: Rotation = "upright"  # about the centroid, which moves to the origin
     scale: tuple[float, float] = (1.0, 1.0)  # of the cloud (0.9, 1.1)
     elastic_prob: float = 0.0  # (0.95)
     keep: tuple[float, float] = (1.0, 1.0)  # share of the points that stay, drawn in this range
-    color_jitter: float = 0.0  # standard deviation of noise on the voxels' colours, of 255
+    color_jitter: float = 0.0  # standard deviation of noise on the voxels' colors, of 255
     color_jitter_prob: float = 0.95
     flip_prob: float = 0.0  # mirrored images (0.5)
     resize: tuple[float, float] = (1.0, 1.0)  # of the image, cut or padded back to its size (0.8, 1.25)
@@ -48,7 +48,7 @@ class FrameCloudSpec:
     def __post_init__(self) -> None:
         """Ranges."""
         if not self.voxel_size > 0:
-            raise RecipeError(f"'voxel_size' is {self.voxel_size!r}, accepted are metres above 0.")
+            raise RecipeError(f"'voxel_size' is {self.voxel_size!r}, accepted are meters above 0.")
         for key in ("elastic_prob", "flip_prob", "color_jitter_prob"):
             if not 0 <= getattr(self, key) <= 1:
                 raise RecipeError(f"'task.{key}' is {getattr(self, key)!r}, accepted is a probability, 0 to 1.")
@@ -66,7 +66,7 @@ class FrameCloudSamples(Dataset[dict[str, Any]]):
     """Single frames with their clouds. Indexed by (epoch, frame), so that workers and resuming change nothing.
 
     `pairs` are frames paired with themselves, as `data.units: frames` gives them; of another pair the first frame is
-    taken. Photometric augmentation is the recipe's (`data.augment`) and changes the image, not the cloud's colours.
+    taken. Photometric augmentation is the recipe's (`data.augment`) and changes the image, not the cloud's colors.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class FrameCloudSamples(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         """One sample, by (epoch, frame).
 
-        image: float [3, H, W], normalised; depth: float [H, W] m and intrinsics: float64 [3, 3], of that image.
+        image: float [3, H, W], normalized; depth: float [H, W] m and intrinsics: float64 [3, 3], of that image.
         coords: int32 [n, 3], voxels of the turned cloud; feats: float [n, 3]; points: float32 [n, 3], the point that
         stands for each voxel, turned frame, m; to_world: float64 [4, 4], from the turned frame (an elastic distortion
         cannot be undone and is not in it).
@@ -159,7 +159,7 @@ def frame_voxels(frame: Frame, spec: FrameCloudSpec, generator: torch.Generator)
     factor = _uniform(spec.scale, generator)
     to_turned = torch.diag(torch.tensor([factor, factor, factor, 1.0], dtype=torch.float64))
     if spec.rotation != "none":
-        to_turned = random_rotation(generator, spec.rotation) @ to_turned @ centred(world)
+        to_turned = random_rotation(generator, spec.rotation) @ to_turned @ centered(world)
     points = transform(world, to_turned).float()
     colors = torch.from_numpy(np.ascontiguousarray(frame.color)).flatten(0, 1)[pixel]
     voxels = voxelize(points, colors, spec.voxel_size)
@@ -193,7 +193,7 @@ def fitted(frame: Frame, factor: float, offsets: tuple[float, float], fill: np.n
 
     Args:
         offsets: where along the rows and columns that are too many, or missing, the frame is placed: 0 to 1.
-        fill: uint8 [3], the colour of the padding, which has no depth.
+        fill: uint8 [3], the color of the padding, which has no depth.
     """
     height, width = frame.depth.shape
     size = max(1, round(height * factor)), max(1, round(width * factor))
@@ -227,7 +227,7 @@ def _with(frame: Frame, color: np.ndarray, depth: np.ndarray, intrinsics: np.nda
 
 
 def _grey(mean: Tensor) -> np.ndarray:
-    """The colour that becomes 0 when normalised, nearly."""
+    """The color that becomes 0 when normalized, nearly."""
     filled: np.ndarray = (255 * mean.flatten()).round().to(torch.uint8).numpy()
     return filled
 

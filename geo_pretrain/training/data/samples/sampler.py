@@ -38,7 +38,7 @@ class PairSamples(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         """One sample, by (epoch, pair).
 
-        image1, image2 [3, H, W] normalised; depth1, depth2 [H, W] m; intrinsics1, 2 [3, 3]; cam_to_world1, 2 [4, 4];
+        image1, image2 [3, H, W] normalized; depth1, depth2 [H, W] m; intrinsics1, 2 [3, 3]; cam_to_world1, 2 [4, 4];
         seed: an integer for draws made later, on the device; skipped: (path, reason) of files that failed on the way.
         """
         frames, skipped, generator = load_pair(self.source, self.pairs, self.spec.size, self.seed, key)
@@ -130,7 +130,7 @@ class MicroBatches(Sampler[list[Key]]):
 
 
 def augment(color: np.ndarray, spec: AugmentSpec, generator: torch.Generator) -> Tensor:
-    """Jitter, grey and blur of a uint8 [H, W, 3] image, as Pri3D draws them: float [3, H, W] in [0, 1]."""
+    """Jitter, gray and blur of a uint8 [H, W, 3] image, as Pri3D draws them: float [3, H, W] in [0, 1]."""
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
@@ -167,7 +167,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """A well-mixed 63-bit seed from three integers (splitmix64 steps): neighbours share no structure."""
+    """A well-mixed 63-bit seed from three integers (splitmix64 steps): neighbors share no structure."""
     state = seed & (2**64 - 1)
     for value in (epoch, index):
         state = (state + 0x9E3779B97F4A7C15 * (value + 2)) & (2**64 - 1)
@@ -178,7 +178,7 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 
 
 def total_steps(pairs: int, batch: int, epochs: float | None, steps: int | None) -> int:
-    """Optimiser steps of a run: given, or enough to see every pair `epochs` times."""
+    """Optimizer steps of a run: given, or enough to see every pair `epochs` times."""
     if steps is not None:
         return steps
     return max(1, math.ceil((epochs or 0) * pairs / batch))

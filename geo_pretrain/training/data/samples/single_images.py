@@ -1,4 +1,4 @@
-"""Samples of single images: random crops of frames, and of a folder of images beside them; colours changed twice."""
+"""Samples of single images: random crops of frames, and of a folder of images beside them; colors changed twice."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class CropSamples(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         """One sample, by (epoch, position).
 
-        image1, image2 [P, 3, H, W] normalised, P = 2 (frame, image) with `mix` "batch" and else 1; seed: an integer for
+        image1, image2 [P, 3, H, W] normalized, P = 2 (frame, image) with `mix` "batch" and else 1; seed: an integer for
         later draws; skipped: (path, reason) of files that failed on the way.
         """
         epoch, index = key
@@ -114,7 +114,7 @@ class CropSamples(Dataset[dict[str, Any]]):
 
 
 class TwiceSamples(Dataset[dict[str, Any]]):
-    """One frame with its colours changed in two ways, pixel upon pixel. Indexed by (epoch, pair): its first frame."""
+    """One frame with its colors changed in two ways, pixel upon pixel. Indexed by (epoch, pair): its first frame."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class TwiceSamples(Dataset[dict[str, Any]]):
         return len(self.pairs)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        """image1, image2 [3, H, W] normalised; depth [H, W] m; seed: an integer for later draws; skipped."""
+        """image1, image2 [3, H, W] normalized; depth [H, W] m; seed: an integer for later draws; skipped."""
         epoch, index = key
         generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, index))
         skipped: list[tuple[str, str]] = []

@@ -1,7 +1,7 @@
 """Two augmented views of one image, and which of their pixels come from the same pixel of it.
 
 The augmentation is SimCLR's (Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations",
-ICML 2020): random resized crop, flip, colours, grey, blur. Janda et al. contrast pixels instead of images with it,
+ICML 2020): random resized crop, flip, colors, gray, blur. Janda et al. contrast pixels instead of images with it,
 "roughly"; so every view keeps, through crop, resizing and flip, the pixel of the image that each of its pixels shows.
 """
 
@@ -82,7 +82,7 @@ class TwoViewSamples(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         """One sample, by (epoch, frame).
 
-        image1, image2: [3, H, W], normalised, of the size of the frame (`DataSpec.size`); matches: int64 [n, 2], flat
+        image1, image2: [3, H, W], normalized, of the size of the frame (`DataSpec.size`); matches: int64 [n, 2], flat
         pixels of view 1 and 2 that show one pixel of the frame, at most `matches`, none twice; rows1, 2: int64 [H] and
         columns1, 2: int64 [W], the row and column of the frame that each row and column of a view shows; seed: an
         integer for draws made later; skipped: (path, reason) of files that failed on the way.
@@ -140,7 +140,7 @@ def cut(color: np.ndarray, crop: Crop) -> np.ndarray:
 def index_map(crop: Crop, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Where a view of `size` (height, width) comes from: for each row and each column, that of the image.
 
-    int64 [H] and [W]. Pixel (i, j) of the view shows pixel (rows[i], columns[j]): the one under its centre, as when
+    int64 [H] and [W]. Pixel (i, j) of the view shows pixel (rows[i], columns[j]): the one under its center, as when
     the box is resized by the nearest pixel. A box no larger than the view shows each of its pixels once or more.
     """
     rows = torch.tensor(nearest_indices(crop.height, size[0])) + crop.top

@@ -56,10 +56,10 @@ class FrameRange:
         return f"{self.source.fingerprint()}[{self.start:g}:{self.stop:g}]"
 
 
-def data_licence(spec: DataSpec) -> tuple[str, str]:
-    """The data set of a recipe and its licence (SPDX or LicenseRef)."""
-    dataset, licence = _LICENCES[spec.source]
-    return dataset, spec.licence or licence
+def data_license(spec: DataSpec) -> tuple[str, str]:
+    """The data set of a recipe and its license (SPDX or LicenseRef)."""
+    dataset, license = _LICENSES[spec.source]
+    return dataset, spec.license or license
 
 
 def source_note(source: Source) -> str:
@@ -104,8 +104,8 @@ _OPENERS: dict[str, Callable[[DataSpec, str, str, Progress | None], Source]] = {
     "seven_scenes": _seven_scenes,
 }
 
-# A layout says nothing about whose frames they are, so a folder's licence is its owner's unless `data.licence` tells.
-_LICENCES = {
+# A layout says nothing about whose frames they are, so a folder's license is its owner's unless `data.license` tells.
+_LICENSES = {
     "rooms": ("rooms", "MIT"),
     "scannet": ("ScanNet", "LicenseRef-ScanNet-ToU"),
     "seven_scenes": ("RGB-D folder in 7-Scenes layout", "LicenseRef-data-owner"),

@@ -31,8 +31,8 @@ from geo_pretrain.training.data.surfaces.fusing import Surface, cached_surface
 
 GENERATOR = "1"  # changes whenever the same seed would give other data
 SPLITS = ("train", "val")
-SURFACE_DENSITY = 6000.0  # points to the square metre of `Rooms.surface`: a 2 cm voxel meets 2.4 of them
-_SAMPLES = 4  # colour rays per pixel
+SURFACE_DENSITY = 6000.0  # points to the square meter of `Rooms.surface`: a 2 cm voxel meets 2.4 of them
+_SAMPLES = 4  # color rays per pixel
 _FIELDS = ("color", "depth", "semantic", "instance", "poses", "intrinsics")
 
 
@@ -151,11 +151,11 @@ class Rooms:
         return cached_surface(path, make)
 
     def points(self, scene: str, density: float = 400.0) -> SurfacePoints:
-        """Labelled points over the visible surfaces, about `density` to the square metre; the same at every call."""
+        """Labelled points over the visible surfaces, about `density` to the square meter; the same at every call."""
         return scene_points(self.scene(scene), self._rng(scene, 3), density)
 
     def mesh(self, scene: str, edge: float = 0.25) -> Mesh:
-        """Triangles of all surfaces; flat faces are cut to sides of at most `edge` metres."""
+        """Triangles of all surfaces; flat faces are cut to sides of at most `edge` meters."""
         return scene_mesh(self.scene(scene), edge)
 
     def boxes(self, scene: str) -> list[OrientedBox]:

@@ -2,7 +2,7 @@
 
 The mesh scene*/<scene>_vh_clean_2.ply of the release, where it is there, is the surface of the scene, and
 <scene>_vh_clean_2.0.010000.segs.json beside it has the segment of each of its vertices.
-Colour (1296x968) and depth (640x480) are aligned by the sensor's own calibration, so colour is resized onto the
+Color (1296x968) and depth (640x480) are aligned by the sensor's own calibration, so color is resized onto the
 depth grid and the depth intrinsics of the scan hold for both.
 """
 
@@ -42,7 +42,7 @@ class ScanNet:
     """Exported ScanNet scans as a source of frames."""
 
     name = "scannet"
-    note = "depth intrinsics of each scan; colour resized onto the depth grid (nearest)"
+    note = "depth intrinsics of each scan; color resized onto the depth grid (nearest)"
 
     def __init__(self, root: Path, config: ScanNetConfig | None = None) -> None:
         self.root = root
@@ -83,7 +83,7 @@ class ScanNet:
         points = _positions(path, vertex, "red", "green", "blue")
         colors = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
         if colors.dtype != np.uint8:
-            raise DataError(f"{path}: colours are {colors.dtype}, expected uchar.")
+            raise DataError(f"{path}: colors are {colors.dtype}, expected uchar.")
         return Surface(points, colors)
 
     def triangles(self, scene: str) -> tuple[np.ndarray, np.ndarray]:

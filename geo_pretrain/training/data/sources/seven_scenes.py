@@ -1,8 +1,8 @@
 """7-Scenes layout: folders of frame-XXXXXX.{color.png|jpg, depth.png, pose.txt}, nested as deep as they come.
 
-Depth is in millimetres, 0 and 65535 invalid; poses are camera-to-world. Depth and colour come from two cameras that
-are *not* registered in the released files. With a registration (colour intrinsics and extrinsics) the depth is moved
-into the colour camera; without one the colour is read at the depth pixel, about 20 pixels off on a Kinect v1.
+Depth is in millimeters, 0 and 65535 invalid; poses are camera-to-world. Depth and color come from two cameras that
+are *not* registered in the released files. With a registration (color intrinsics and extrinsics) the depth is moved
+into the color camera; without one the color is read at the depth pixel, about 20 pixels off on a Kinect v1.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class SevenScenes:
     def note(self) -> str:
         """What a user of these frames should know; written into the provenance of checkpoints."""
         if self.registration is not None:
-            return "depth registered to the colour camera"
+            return "depth registered to the color camera"
         return (
-            "depth and colour are not registered: colour is read at the depth pixel, about 20 px off on a Kinect v1; "
+            "depth and color are not registered: color is read at the depth pixel, about 20 px off on a Kinect v1; "
             "give data.options.registration to mend it"
         )
 
@@ -85,7 +85,7 @@ class SevenScenes:
             )
             depth = register_depth(depth_t, own, other, moved, (color.shape[0], color.shape[1])).numpy()
             if not depth.any():
-                raise BadFrame(depth_path, "no depth is left after registration to the colour camera")
+                raise BadFrame(depth_path, "no depth is left after registration to the color camera")
             intrinsics, pose = color_intrinsics, pose @ np.linalg.inv(depth_to_color)
         return Frame(scene, frame_id, color, depth, intrinsics, pose)
 
@@ -109,7 +109,7 @@ class SevenScenes:
 
 
 def read_registration(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Colour intrinsics [3, 3] and depth-to-colour extrinsics [4, 4] (m) from a JSON file."""
+    """Color intrinsics [3, 3] and depth-to-color extrinsics [4, 4] (m) from a JSON file."""
     try:
         tree: Any = json.loads(path.read_text(encoding="utf-8"))
         matrices = [np.array(tree[key], dtype=np.float64) for key in ("color_intrinsics", "depth_to_color")]

@@ -11,11 +11,11 @@ from geo_pretrain.training.data.surfaces.fusing import Surface
 
 
 def chunk_box(frame: Frame, *, authors_exact: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The world-aligned box of a frame's chunk: low and high corner, float64 [3] each, metres.
+    """The world-aligned box of a frame's chunk: low and high corner, float64 [3] each, meters.
 
-    With `authors_exact`, as in Pri3D's released code, the box of all back-projected pixels, grown to whole metres;
-    pixels without depth lie at the camera centre, so it holds that too as soon as there is one. Otherwise the
-    tight box of the view frustum: the camera centre and the image's corners at the greatest depth.
+    With `authors_exact`, as in Pri3D's released code, the box of all back-projected pixels, grown to whole meters;
+    pixels without depth lie at the camera center, so it holds that too as soon as there is one. Otherwise the
+    tight box of the view frustum: the camera center and the image's corners at the greatest depth.
     """
     depth, intrinsics = torch.from_numpy(frame.depth).double(), torch.from_numpy(frame.intrinsics)
     if not authors_exact:

@@ -1,4 +1,4 @@
-"""The coloured surface of a scene: the source's own, or fused from its depth frames; kept in a cache."""
+"""The colored surface of a scene: the source's own, or fused from its depth frames; kept in a cache."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class NoSurface(DataError):
 
 @dataclass(frozen=True)
 class Surface:
-    """Coloured points on the surfaces of a scene or of a part of it."""
+    """Colored points on the surfaces of a scene or of a part of it."""
 
-    points: np.ndarray  # float32 [N, 3], world frame, metres
+    points: np.ndarray  # float32 [N, 3], world frame, meters
     colors: np.ndarray  # uint8 [N, 3], RGB
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ def frame_cloud(frame: Frame, step: int = 1) -> Surface:
 
 
 def fuse(frames: Iterable[Frame], voxel_size: float = FUSION_VOXEL) -> Surface:
-    """The mean point and colour in every voxel that the depth of some frame falls into, first seen first.
+    """The mean point and color in every voxel that the depth of some frame falls into, first seen first.
 
     Frames are merged as they come: memory is that of the surface, not of the frames.
     """

@@ -1,7 +1,7 @@
 """Over-segmentation of surfaces: a graph is cut where the normal turns, as ScanNet's Segmentator does.
 
 Felzenszwalb and Huttenlocher's cut (IJCV 2004) of a mesh, with ScanNet's weights and order, so that its `.segs.json`
-files and these segments mean the same; or of points with normals, joined to their nearest neighbours.
+files and these segments mean the same; or of points with normals, joined to their nearest neighbors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def segment_mesh(
     Args:
         vertices: float [V, 3] m; faces: int [F, 3] rows of vertices, whose order tells a face's outside.
         k_thresh: how much normals may turn inside of a segment: larger values give larger segments.
-        min_vertices: smaller segments are joined to a neighbour.
+        min_vertices: smaller segments are joined to a neighbor.
         compiled: use numba's machine code; None: where numba is installed. Either gives the same segments.
 
     Raises:
@@ -64,8 +64,8 @@ def segment_points(
 ) -> np.ndarray:
     """The segment of every point of a surface without a mesh, named by the segment's root point: int64 [N].
 
-    The edges of a point lead to its 8 nearest neighbours within 6 cm, each in its own direction; weights and cut are
-    the mesh's. A graph of neighbours, because meshing each depth frame would give as many surfaces as frames, whose
+    The edges of a point lead to its 8 nearest neighbors within 6 cm, each in its own direction; weights and cut are
+    the mesh's. A graph of neighbors, because meshing each depth frame would give as many surfaces as frames, whose
     segments would have to be matched again: one graph for the scene has each segment once.
 
     Args:
@@ -80,7 +80,7 @@ def segment_points(
     points, normals = _floats("points", points), _floats("normals", normals)
     if points.shape != normals.shape:
         raise DataError(f"{len(points)} points have {len(normals)} normals; accepted is one a point.")
-    _, near = _neighbours(points, NEIGHBOURS, REACH)
+    _, near = _neighbors(points, NEIGHBOURS, REACH)
     a, b = np.repeat(np.arange(len(points)), near.shape[1]), near.ravel()
     a, b = a[b < len(points)], b[b < len(points)]
     weights = edge_weights(points, normals, a, b)
@@ -168,15 +168,15 @@ def check_cut(k_thresh: float, min_vertices: int) -> None:
 def plane_normals(points: np.ndarray, towards: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Normals of a surface that is given by points alone: float32 [N, 3], unit.
 
-    The direction in which a point and its 48 nearest neighbours within 8 cm spread least, turned to the side of
-    `towards` [N, 3], the direction in which the surface was seen. Neighbours count by their `weights` [N] (the inverse
+    The direction in which a point and its 48 nearest neighbors within 8 cm spread least, turned to the side of
+    `towards` [N, 3], the direction in which the surface was seen. Neighbors count by their `weights` [N] (the inverse
     variance of their position; default: all alike) and by a Gaussian of 4 cm around the point. Points with fewer than
-    three neighbours have `towards` itself, whose length does not matter; zero gives (0, 0, 0).
+    three neighbors have `towards` itself, whose length does not matter; zero gives (0, 0, 0).
     """
     points, towards = _floats("points", points), _floats("directions", towards)
     trust = np.ones(len(points)) if weights is None else np.asarray(weights, np.float64)
     normals, _ = _unit(towards)
-    distance, near = _neighbours(points, PLANE_NEIGHBOURS, PLANE_REACH)
+    distance, near = _neighbors(points, PLANE_NEIGHBOURS, PLANE_REACH)
     for start in range(0, len(points), 1 << 14):
         rows = slice(start, start + (1 << 14))
         own = np.arange(len(points))[rows, None]
@@ -280,7 +280,7 @@ def _roots(parent: Any) -> np.ndarray:
     return roots
 
 
-def _neighbours(points: np.ndarray, count: int, reach: float) -> tuple[np.ndarray, np.ndarray]:
+def _neighbors(points: np.ndarray, count: int, reach: float) -> tuple[np.ndarray, np.ndarray]:
     """Distance and row of the `count` nearest other points within `reach`, nearest first; row N where there is none."""
     tree = require("scipy.spatial", "training").cKDTree(points)
     distance, near = tree.query(points, k=count + 1, distance_upper_bound=reach)

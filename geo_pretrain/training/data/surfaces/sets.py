@@ -61,7 +61,7 @@ _MAPS = 128 << 20  # bytes of compressed maps of pixels kept in memory by a work
 class SceneSets:
     """Points on the surface of a scene, each in a set."""
 
-    points: np.ndarray  # float32 [N, 3], world frame, metres
+    points: np.ndarray  # float32 [N, 3], world frame, meters
     ids: np.ndarray  # int64 [N]
     normals: np.ndarray | None = None  # float32 [N, 3], to where the surface is seen from, where known
 

@@ -214,7 +214,7 @@ def test_compressed_run_lengths_are_what_pycocotools_compressed(seed):
         (annotate(segmentation=text([600, "600"])), "annotation 5 has run lengths that are neither whole numbers"),
         (annotate(segmentation=text(None)), "annotation 5 has run lengths that are neither whole numbers"),
         (lambda tree: tree["images"][1].update(width=31), "image is 30x40, its annotation in instances_val2017.json"),
-        (lambda tree: tree["images"][1].update(file_name="y.jpg"), "colour image is missing"),
+        (lambda tree: tree["images"][1].update(file_name="y.jpg"), "color image is missing"),
     ],
 )
 def test_a_wrong_annotation_makes_its_image_a_bad_one(written, change, reason):
@@ -269,7 +269,7 @@ def test_images_with_nothing_but_crowds_are_dropped_on_demand(written):
         source.ids()
 
 
-def test_grey_images_become_colour(written):
+def test_grey_images_become_color(written):
     path = written[0] / "val2017" / "000000000007.jpg"
     Image.open(path).convert("L").save(path)
     assert open_labelled("coco", written[0], "val", task="detection").load("7").image.shape == (30, 40, 3)

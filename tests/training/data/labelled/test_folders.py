@@ -227,12 +227,12 @@ def write_label(array, kind="label"):
         ("segmentation", write_label(np.full((H, W), 41, np.uint8)), "label", f"label id 41 in {H * W} pixels"),
         ("segmentation", write_label(np.ones((W, H), np.uint8)), "label", f"annotation is {H}x{W}, the image {W}x{H}"),
         ("segmentation", remove(f"{S25K}/scene0001_00/label/000100.png"), "label", "annotation is missing"),
-        ("segmentation", remove(f"{S25K}/scene0001_00/color/000100.jpg"), "color", "colour image is missing"),
+        ("segmentation", remove(f"{S25K}/scene0001_00/color/000100.jpg"), "color", "color image is missing"),
         (
             "detection",
             write_label(np.zeros((H, W), np.uint8), "instance"),
             "instance",
-            "8-bit grey, expected 16-bit ids",
+            "8-bit gray, expected 16-bit ids",
         ),
         (
             "detection",

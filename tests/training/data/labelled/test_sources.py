@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geo_pretrain.catalog.licence import check_licence
+from geo_pretrain.catalog.license import check_license
 from geo_pretrain.errors import DataError, RecipeError, UnknownName
 from geo_pretrain.training.data.labelled.image import LabelledImage
 from geo_pretrain.training.data.labelled.registry import data_terms, list_labelled, open_labelled, subset
@@ -58,9 +58,9 @@ def test_every_source_is_listed_with_its_tasks():
 def test_every_source_has_terms_and_the_docs_say_the_same():
     table = (Path(__file__).parents[4] / "docs" / "labelled_data.md").read_text()
     for source in list_labelled():
-        licence, terms = data_terms(source)
-        check_licence(licence)
-        assert f"| `{source}` | {licence} | {terms} |" in table
+        license, terms = data_terms(source)
+        check_license(license)
+        assert f"| `{source}` | {license} | {terms} |" in table
     assert data_terms("kitti")[0] == "CC-BY-NC-SA-3.0"
     assert data_terms("coco")[0] == "CC-BY-4.0"
     assert data_terms("rooms")[0] == "MIT"

@@ -164,7 +164,7 @@ def test_ones_are_jittered_as_often_and_as_much_as_they_should():
     assert torch.equal(plain["to_world"], torch.eye(4).double())
 
 
-def test_colour_of_a_voxel_is_that_of_its_point():
+def test_color_of_a_voxel_is_that_of_its_point():
     points = np.array([[0.01, 0, 0], [0.012, 0, 0], [0.5, 0.5, 0.5]], np.float32)
     cloud = Surface(points, np.array([[0, 255, 51], [9, 9, 9], [102, 0, 255]], np.uint8))
     spec = CloudSpec(features="rgb", rotation="none", jitter_prob=0)
@@ -235,7 +235,7 @@ def test_broken_frame_is_replaced_and_reported(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"voxel_size": 0.0}, "'voxel_size' is 0.0, accepted are metres above 0"),
+        ({"voxel_size": 0.0}, "'voxel_size' is 0.0, accepted are meters above 0"),
         ({"radius": -1.0}, "'match_radius' is -1.0"),
         ({"scale": (1.2, 0.8)}, r"'scale' is \(1.2, 0.8\)"),
     ],

@@ -117,7 +117,7 @@ def test_every_voxel_is_that_of_its_pixel(samples, settings, number):
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:4])
-def test_the_colour_of_a_voxel_is_that_of_its_pixel_in_the_image(samples, settings):
+def test_the_color_of_a_voxel_is_that_of_its_pixel_in_the_image(samples, settings):
     contract = ImageContract(mean=(0.45, 0.5, 0.55), std=(0.2, 0.25, 0.5))
     sample = samples(contract=contract, **settings)[(0, 1)]
     mean, std = (torch.tensor(values)[:, None] for values in (contract.mean, contract.std))
@@ -125,7 +125,7 @@ def test_the_colour_of_a_voxel_is_that_of_its_pixel_in_the_image(samples, settin
     torch.testing.assert_close(sample["feats"], shown.T - 0.5, atol=1e-5, rtol=0)
     filling = sample["image"][:, sample["depth"] == 0]
     if settings.get("resize") == (0.7, 0.8):
-        assert (filling.abs() < 0.02).all(dim=0).float().mean() > 0.5  # padded with what is 0 when normalised
+        assert (filling.abs() < 0.02).all(dim=0).float().mean() > 0.5  # padded with what is 0 when normalized
 
 
 def frame_of(height, width):
@@ -279,7 +279,7 @@ def test_a_turned_cloud_is_scaled_about_its_centroid_in_the_origin():
 
 
 def test_a_cloud_is_distorted_finely_and_then_coarsely():
-    """PPKT's (granularity, magnitude) in metres: 0.2, 0.4 and 0.8, 1.6."""
+    """PPKT's (granularity, magnitude) in meters: 0.2, 0.4 and 0.8, 1.6."""
     got, points = fine_cloud(rotation="none", elastic_prob=1.0)
     want, generator = torch.from_numpy(points), torch.Generator().manual_seed(3)
     torch.rand(2, generator=generator)  # what to keep, whether to distort
@@ -310,7 +310,7 @@ def test_a_cloud_without_a_turn_stays_in_the_world():
         ({"keep": (0.5, 1.5)}, "accepted are shares up to 1"),
         ({"scale": (0.0, 1.0)}, r"'task.scale' is \[0.0, 1.0\]"),
         ({"color_jitter": -1.0}, "'task.color_jitter' is -1.0"),
-        ({"voxel_size": 0.0}, "metres above 0"),
+        ({"voxel_size": 0.0}, "meters above 0"),
         ({"elastic_prob": 2.0}, "a probability"),
     ],
 )

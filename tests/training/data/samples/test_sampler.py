@@ -62,7 +62,7 @@ def test_batch_has_the_shapes_that_tasks_expect(samples):
     assert batch["skipped"] == []
 
 
-def test_without_augmentation_the_image_is_the_normalised_frame(samples, recording):
+def test_without_augmentation_the_image_is_the_normalized_frame(samples, recording):
     plain = PairSamples(
         samples.source, samples.pairs, DataSpec(size=(120, 160), augment=NO_AUGMENT), ImageContract(), 0
     )
@@ -138,7 +138,7 @@ def test_images_stay_in_range():
         assert 0 <= image.min() <= image.max() <= 1
 
 
-def test_seeds_of_neighbours_differ():
+def test_seeds_of_neighbors_differ():
     seeds = {sample_seed(s, e, i) for s in range(4) for e in range(20) for i in range(-1, 50)}
     assert len(seeds) == 4 * 20 * 51
     assert all(0 <= seed < 2**63 for seed in seeds)

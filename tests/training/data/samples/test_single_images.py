@@ -1,4 +1,4 @@
-"""Single images: crops draw for draw as torchvision's, mixtures of frames and a folder, colours changed twice."""
+"""Single images: crops draw for draw as torchvision's, mixtures of frames and a folder, colors changed twice."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ PAIRS = [Pair("s", a, b, 0.5) for a, b in ("01", "02", "13", "23")]  # frame 0 i
 
 
 def image_folder(path, count=7):
-    """ImageNet's layout: class folders with JPEGs; image k is grey of brightness 20 k."""
+    """ImageNet's layout: class folders with JPEGs; image k is gray of brightness 20 k."""
     for k in range(count):
         folder = path / ("n01440764", "n01443537")[k % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,12 +90,12 @@ def test_crop_is_torchvisions_draw_for_draw(size):
 
 
 @pytest.mark.parametrize("flip_prob", [0.0, 1.0])
-def test_a_sample_is_two_crops_of_the_first_frame_flipped_and_normalised(flip_prob):
+def test_a_sample_is_two_crops_of_the_first_frame_flipped_and_normalized(flip_prob):
     sample = crops(flip_prob=flip_prob)[(3, 2)]
     torch.manual_seed(sample_seed(5, 3, 2))  # what follows draws from the global generator, as torchvision does
     for k in (1, 2):
         want = tvf.to_image(RandomResizedCrop((32, 48), scale=(0.2, 1.0))(Image.fromarray(noise(1)))).float() / 255
-        torch.rand(4)  # jitter, grey, blur, flip
+        torch.rand(4)  # jitter, gray, blur, flip
         want = want.flip(-1) if flip_prob else want
         want = (want - torch.tensor(CONTRACT.mean)[:, None, None]) / torch.tensor(CONTRACT.std)[:, None, None]
         assert sample[f"image{k}"].shape == (1, 3, 32, 48)
@@ -136,7 +136,7 @@ def back(image):
 
 
 def brightness(image):
-    """Which grey image of the folder this is; -1 for a frame (noise)."""
+    """Which gray image of the folder this is; -1 for a frame (noise)."""
     pixels = back(image).astype(float)
     return -1 if pixels.std() > 10 else round(pixels.mean() / 20)
 
@@ -249,7 +249,7 @@ def test_blur_by_taps_is_a_gaussian_and_is_always_drawn():
     generator = torch.Generator().manual_seed(4)
     got = augment_colors(color, spec, generator, 25)
     torch.manual_seed(4)
-    torch.rand(3)  # jitter, grey, Pillow's blur: none
+    torch.rand(3)  # jitter, gray, Pillow's blur: none
     torch.rand(())
     sigma = 0.5 + 1.5 * float(torch.rand(()))
     want = slow_blur(color.transpose(2, 0, 1) / 255, 25, sigma)

@@ -158,7 +158,7 @@ def make(recording):
     return make
 
 
-def test_matched_pixels_have_the_colour_of_the_pixel_they_show(make):
+def test_matched_pixels_have_the_color_of_the_pixel_they_show(make):
     samples = make(scale=(0.4, 1.0))
     contract = ImageContract()
     errors = []
@@ -211,7 +211,7 @@ def test_sample_is_a_function_of_its_key(make):
     assert not torch.equal(first["image1"], reseeded[(0, 2)]["image1"])
 
 
-def test_both_views_get_colours_of_their_own(make):
+def test_both_views_get_colors_of_their_own(make):
     samples = make(augment=AugmentSpec(jitter_prob=1), scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3), flip_prob=0.0)
     sample = samples[(0, 0)]
     assert sample["rows1"].tolist() == sample["rows2"].tolist() == list(range(60))

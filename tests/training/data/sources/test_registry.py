@@ -95,7 +95,7 @@ def save_depth(array):
         (rewrite("frame-000000.color.png", b"no image"), "color.png", "cannot be read"),
         (truncate("frame-000000.color.png"), "color.png", "cannot be read"),
         (truncate("frame-000000.depth.png"), "depth.png", "cannot be read"),
-        (save_depth(np.ones((60, 80), np.uint16)), "depth.png", "depth is 80x60, the colour image 160x120"),
+        (save_depth(np.ones((60, 80), np.uint16)), "depth.png", "depth is 80x60, the color image 160x120"),
         (save_depth(np.zeros((120, 160), np.uint16)), "depth.png", "no pixel has a valid depth"),
         (save_depth(np.full((120, 160), 65535, np.uint16)), "depth.png", "no pixel has a valid depth"),
         (save_depth(np.ones((120, 160, 3), np.uint8)), "depth.png", "image mode RGB"),
@@ -110,7 +110,7 @@ def test_broken_frame_is_refused_with_path_and_reason(folder, change, file, reas
     SevenScenes(folder).load("kitchen", "000010")
 
 
-def test_registration_moves_depth_and_pose_into_the_colour_camera(folder, tmp_path):
+def test_registration_moves_depth_and_pose_into_the_color_camera(folder, tmp_path):
     """A surface point must have the same world position, read through either camera."""
     shift = np.eye(4)
     shift[0, 3] = -0.03
@@ -157,7 +157,7 @@ def test_registration_that_leaves_no_depth_and_one_that_is_not_finite_are_refuse
     away[0, 3] = 1000
     file.write_text(json.dumps({"color_intrinsics": matrix, "depth_to_color": away.tolist()}))
     source = SevenScenes(folder, SevenScenesConfig(str(file)))
-    assert source.note == "depth registered to the colour camera"
+    assert source.note == "depth registered to the color camera"
     with pytest.raises(BadFrame, match="no depth is left after registration"):
         source.load("kitchen", "000000")
     away[0, 3] = float("nan")
@@ -189,7 +189,7 @@ def test_recorded_frames_are_read():
 
 
 def write_scan(root, name="scene0000_00"):
-    """The golden views as an exported ScanNet scan: big JPEG colour, 16-bit depth, 4x4 intrinsics, an -inf pose."""
+    """The golden views as an exported ScanNet scan: big JPEG color, 16-bit depth, 4x4 intrinsics, an -inf pose."""
     scan = root / name
     for part in ("color", "depth", "pose", "intrinsic"):
         (scan / part).mkdir(parents=True)

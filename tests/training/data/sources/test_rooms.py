@@ -145,7 +145,7 @@ def test_every_thing_rests_on_something() -> None:
         packed = source.scene(scene)
         for box in source.boxes(scene):
             if CLASSES[box.semantic] == "curtain":
-                continue  # hangs from a rod that is not modelled, 4 cm off the wall
+                continue  # hangs from a rod that is not modeled, 4 cm off the wall
             corners = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)])
             world = (corners * box.size) @ box.rotation.T + box.center
             gap = min(
@@ -185,8 +185,8 @@ def test_boxes_hold_their_pixels(rooms: Rooms) -> None:
                 assert (np.abs(local) < box.size / 2 + 2e-3).all()
 
 
-def test_classes_are_many_and_not_told_by_colour() -> None:
-    """Mean colours of classes learnt in some rooms hardly name the classes of pixels in others."""
+def test_classes_are_many_and_not_told_by_color() -> None:
+    """Mean colors of classes learnt in some rooms hardly name the classes of pixels in others."""
     sums, counts, hits, total = np.zeros((2, len(CLASSES), 3)), np.zeros((2, len(CLASSES))), Counter(), Counter()
     seen: set[int] = set()
     samples: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]
@@ -333,7 +333,7 @@ def test_unknown_names(rooms: Rooms) -> None:
 
 
 def test_depth_noise_is_a_kinects(tmp_path: Path) -> None:
-    """Holes at a plausible rate; the error is millimetres near and centimetres far, with no large bias."""
+    """Holes at a plausible rate; the error is millimeters near and centimeters far, with no large bias."""
     exact = Rooms(RoomsConfig(scenes=3, frames=3, width=160, height=120), cache_dir=tmp_path / "a")
     noisy = Rooms(replace(exact.config, depth_noise=True), cache_dir=tmp_path / "b")
     pairs = [(a.depth, b.depth) for a, b in zip(frames(exact), frames(noisy), strict=True)]
@@ -390,7 +390,7 @@ def test_contact_sheet_of_nothing(tmp_path: Path) -> None:
         contact_sheet(Broken(), tmp_path / "x.png")
 
 
-def test_colours_of_the_sheet() -> None:
+def test_colors_of_the_sheet() -> None:
     depth = np.array([[0.0, 1.0], [2.0, 3.0]], np.float32)
     colors = depth_colors(depth).astype(int)
     assert (colors[0, 0] == 0).all()

@@ -53,8 +53,8 @@ def test_frames_are_the_rooms_own(rooms, scans):
         np.testing.assert_allclose(frame.intrinsics, want.intrinsics, atol=1e-6)
         np.testing.assert_allclose(frame.cam_to_world, want.cam_to_world, atol=1e-6)
         assert np.abs(frame.color.astype(int) - want.color).mean() < 4  # JPEG
-    centres = [source.load(scan, "50").intrinsics[0, 2] for scan in names]
-    assert centres[0] == centres[1] + 3  # each scan has its own camera
+    centers = [source.load(scan, "50").intrinsics[0, 2] for scan in names]
+    assert centers[0] == centers[1] + 3  # each scan has its own camera
 
 
 def test_lost_tracking_is_a_bad_frame(scans):
@@ -102,7 +102,7 @@ def test_without_a_mesh_the_frames_are_fused(tmp_path, rooms):
         (lambda data: data[:-5], None),  # the faces are not needed
         (lambda data: data[:3000], "cut off"),
         (lambda data: data.replace(b"uchar red", b"uchar rot"), "vertices have no red; they have x, y, z, rot"),
-        (lambda data: data.replace(b"uchar blue\nproperty uchar alpha", b"ushort blue"), "colours are uint16"),
+        (lambda data: data.replace(b"uchar blue\nproperty uchar alpha", b"ushort blue"), "colors are uint16"),
         (lambda data: data.replace(b"float x", b"int32 x"), None),
     ],
 )

@@ -226,14 +226,14 @@ def test_surface_of_a_room_is_made_once_and_always_the_same(tmp_path, monkeypatc
 
 
 def test_box_of_a_chunk_is_whole_metres_around_the_pixels_and_the_camera_behind_holes(recording):
-    """methods.md 4.3: pixels without depth add the camera centre."""
+    """methods.md 4.3: pixels without depth add the camera center."""
     frame = frames_of(SevenScenes(recording))[0]
     points, _ = world_points(frame)
     assert (frame.depth == 0).any()
-    centre = frame.cam_to_world[:3, 3]
+    center = frame.cam_to_world[:3, 3]
     low, high = chunk_box(frame)
-    np.testing.assert_array_equal(low, np.floor(np.minimum(points.min(0), centre)))
-    np.testing.assert_array_equal(high, np.ceil(np.maximum(points.max(0), centre)))
+    np.testing.assert_array_equal(low, np.floor(np.minimum(points.min(0), center)))
+    np.testing.assert_array_equal(high, np.ceil(np.maximum(points.max(0), center)))
     depth = np.where(frame.depth > 0, frame.depth, frame.depth.max())
     whole = Frame("s", "0", frame.color, depth, frame.intrinsics, frame.cam_to_world)
     points, _ = world_points(whole)

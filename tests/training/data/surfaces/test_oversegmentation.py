@@ -254,7 +254,7 @@ def twin_points(points, normals, k_thresh, min_vertices):
     return twin_cut(len(points), edges, k_thresh, min_vertices)
 
 
-def test_segments_of_points_are_those_of_the_graph_of_neighbours():
+def test_segments_of_points_are_those_of_the_graph_of_neighbors():
     points, normals, which = folded_points()
     rng = np.random.default_rng(1)
     noisy = normals + rng.normal(0, 0.03, normals.shape).astype(F)
@@ -278,7 +278,7 @@ def test_gaps_are_not_bridged_and_equal_points_are_no_trouble():
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_plane_normals_are_those_of_the_nearest_points(weighted):
-    """A dense ball of points, with more neighbours than are taken, and two points apart."""
+    """A dense ball of points, with more neighbors than are taken, and two points apart."""
     rng = np.random.default_rng(0)
     points = np.concatenate([rng.random((400, 3)) * 0.25, [[2, 2, 2], [2, 2, 2.01]]]).astype(F)
     towards = rng.normal(size=points.shape).astype(F)

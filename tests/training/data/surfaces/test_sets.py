@@ -164,7 +164,7 @@ def twin_fuse(frames, kind):
 def test_fused_points_are_the_weighted_means_of_every_voxel(rooms, monkeypatch, kind, pending):
     monkeypatch.setattr(module, "_PENDING", pending)
     frames = [resize_frame(rooms.load(rooms.scenes()[0], f"000{k}"), (32, 48)) for k in (0, 1, 0)]
-    frames[2] = replace(frames[0], depth=frames[0].depth * 0.2)  # some nearer than half a metre
+    frames[2] = replace(frames[0], depth=frames[0].depth * 0.2)  # some nearer than half a meter
     got, want = fuse_points(frames, kind), twin_fuse(frames, kind)
     assert (frames[2].depth < 0.5).any()
     assert len(got.points) < sum(frame.depth.size for frame in frames)
@@ -355,7 +355,7 @@ def test_frames_without_labels_cannot_have_sets_of_labels(recording):
 
 
 def test_label_images_of_a_scan(written, tmp_path, rooms):
-    """At the colour camera's size, 16 bits, as *_2d-label-filt.zip holds them; resized onto the depth grid."""
+    """At the color camera's size, 16 bits, as *_2d-label-filt.zip holds them; resized onto the depth grid."""
     scan = tmp_path / SCAN
     for part in ("color", "depth", "pose", "intrinsic", "label-filt", "instance-filt"):
         (scan / part).mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""The licence chain of weights: code, weights, every data set, start weights. Incomplete or wrong, it cannot be built.
+"""The license chain of weights: code, weights, every data set, start weights. Incomplete or wrong, it cannot be built.
 
-Licences are part of an entry's type, so weights without a whole chain, or that claim more freedom than the chain
+Licenses are part of an entry's type, so weights without a whole chain, or that claim more freedom than the chain
 leaves, cannot be published.
 """
 
@@ -68,82 +68,82 @@ NON_COMMERCIAL = (
     "LicenseRef-ImageNet-terms",
     "LicenseRef-ScanNet-ToU",
 )
-LICENCE_GROUPS = {"permissive": PERMISSIVE, "non-commercial": NON_COMMERCIAL}
-LICENCES = (*PERMISSIVE, *SHARE_ALIKE, *NO_DERIVATIVES, *NON_COMMERCIAL)
-LICENCE_REF = re.compile(r"LicenseRef-[A-Za-z0-9.-]*[A-Za-z0-9]")  # SPDX's form for terms without an identifier
+LICENSE_GROUPS = {"permissive": PERMISSIVE, "non-commercial": NON_COMMERCIAL}
+LICENSES = (*PERMISSIVE, *SHARE_ALIKE, *NO_DERIVATIVES, *NON_COMMERCIAL)
+LICENSE_REF = re.compile(r"LicenseRef-[A-Za-z0-9.-]*[A-Za-z0-9]")  # SPDX's form for terms without an identifier
 NO_BASE = re.compile(r"none( \([^()]*\))?")  # a base model that brings no terms along
 BRACKETS = re.compile(r"\(([^()]*)\)")
 
 
 @dataclass(frozen=True)
-class Licence:
-    """The licence chain, as SPDX identifiers or `LicenseRef-<word>`. Nothing has a default: silence is not a licence.
+class License:
+    """The license chain, as SPDX identifiers or `LicenseRef-<word>`. Nothing has a default: silence is not a license.
 
-    `base_model` is "none", "none (a remark)", or a text that carries the licences of those weights in round brackets,
+    `base_model` is "none", "none (a remark)", or a text that carries the licenses of those weights in round brackets,
     separated by semicolons: "ResNet-50 (BSD-3-Clause; a remark)". Weights can be permissive only if everything in the
-    chain is; a remark beside licences counts as a restriction, since no program can tell that it is none.
+    chain is; a remark beside licenses counts as a restriction, since no program can tell that it is none.
     """
 
     code: str  # of the code that makes the weights
     weights: str  # of the weights themselves: the strictest term their data and start weights impose
-    datasets: tuple[tuple[str, str], ...]  # (data set, its licence), one for each that went in
-    base_model: str  # what training started or learned from, with its licence
+    datasets: tuple[tuple[str, str], ...]  # (data set, its license), one for each that went in
+    base_model: str  # what training started or learned from, with its license
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "datasets", tuple((str(name), str(licence)) for name, licence in self.datasets))
+        object.__setattr__(self, "datasets", tuple((str(name), str(license)) for name, license in self.datasets))
         given = {"code": self.code, "weights": self.weights, "base_model": self.base_model}
         empty = [key for key, text in given.items() if not text.strip()]
-        if not self.datasets or not all(name.strip() and licence.strip() for name, licence in self.datasets):
+        if not self.datasets or not all(name.strip() and license.strip() for name, license in self.datasets):
             empty.append("datasets")
         if empty:
-            raise ValueError(f"licence chain is incomplete, nothing given for: {', '.join(empty)}.")
+            raise ValueError(f"license chain is incomplete, nothing given for: {', '.join(empty)}.")
         for identifier in (self.code, self.weights, *(terms for _, terms in self.datasets)):
-            check_licence(identifier)
+            check_license(identifier)
         chain = [(terms, f"the data set {name}") for name, terms in self.datasets]
         chain += [(terms, f"the base model {self.base_model!r}") for terms in self.base_terms()]
         for terms, whose in chain:
             if self.weights in PERMISSIVE and terms not in PERMISSIVE:
                 raise ValueError(
-                    f"the weights' licence is {self.weights!r}, but {whose} is under {terms!r}; accepted: the "
+                    f"the weights' license is {self.weights!r}, but {whose} is under {terms!r}; accepted: the "
                     "strictest term of the chain."
                 )
 
     def base_terms(self) -> tuple[str, ...]:
-        """What stands in the brackets of `base_model`, licences and remarks; empty for "none".
+        """What stands in the brackets of `base_model`, licenses and remarks; empty for "none".
 
-        Raises ValueError when it is not "none" and no licence is among them.
+        Raises ValueError when it is not "none" and no license is among them.
         """
         if NO_BASE.fullmatch(self.base_model):
             return ()
         terms = [part.strip() for group in BRACKETS.findall(self.base_model) for part in group.split(";")]
-        if not any(map(is_licence, terms)):
+        if not any(map(is_license, terms)):
             raise ValueError(
-                f"base_model is {self.base_model!r}; accepted: 'none', or a text with its licence in round brackets, "
+                f"base_model is {self.base_model!r}; accepted: 'none', or a text with its license in round brackets, "
                 "such as 'ResNet-50 (BSD-3-Clause)'."
             )
         return tuple(filter(None, terms))
 
     def matches(self, wanted: str) -> bool:
         """`wanted` is the weights' exact identifier or a group: "permissive", "non-commercial"."""
-        return self.weights in LICENCE_GROUPS.get(wanted, (wanted,))
+        return self.weights in LICENSE_GROUPS.get(wanted, (wanted,))
 
 
 def strictest(*terms: str) -> str:
-    """The licence that allows least; of equals the first. Terms without an SPDX identifier are taken for strict."""
+    """The license that allows least; of equals the first. Terms without an SPDX identifier are taken for strict."""
     kinds = (PERMISSIVE, SHARE_ALIKE, NO_DERIVATIVES)
     return max(terms, key=lambda term: next((rank for rank, kind in enumerate(kinds) if term in kind), len(kinds)))
 
 
-def is_licence(text: str) -> bool:
+def is_license(text: str) -> bool:
     """Whether `text` is an SPDX identifier known here, or of the form LicenseRef-<word>."""
-    return text in LICENCES or LICENCE_REF.fullmatch(text) is not None
+    return text in LICENSES or LICENSE_REF.fullmatch(text) is not None
 
 
-def check_licence(text: str) -> None:
-    """Raise `UnknownName` with the nearest identifiers, whatever their case, unless `is_licence(text)`."""
-    if not is_licence(text):
-        by_lower = {identifier.lower(): identifier for identifier in LICENCES}
+def check_license(text: str) -> None:
+    """Raise `UnknownName` with the nearest identifiers, whatever their case, unless `is_license(text)`."""
+    if not is_license(text):
+        by_lower = {identifier.lower(): identifier for identifier in LICENSES}
         closest = ", ".join(repr(by_lower[lower]) for lower in nearest(text.lower(), by_lower))
         raise UnknownName(
-            f"Unknown licence {text!r}. Closest: {closest}. Terms without an SPDX identifier: LicenseRef-<word>."
+            f"Unknown license {text!r}. Closest: {closest}. Terms without an SPDX identifier: LicenseRef-<word>."
         )

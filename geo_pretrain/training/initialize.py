@@ -29,12 +29,12 @@ WITHOUT_HEADS = ("scratch", "imagenet", *IMAGENET_STARTS)  # start weights that 
 Network = ResNetUNet | ResNetDepthUNet | ResNetEncoder
 
 
-def initialise(network: Network, recipe: Recipe) -> None:
-    """`initialise_encoder` with the 2D start weights of a recipe, "stage1" among them."""
-    initialise_encoder(network, recipe.network2d())
+def initialize(network: Network, recipe: Recipe) -> None:
+    """`initialize_encoder` with the 2D start weights of a recipe, "stage1" among them."""
+    initialize_encoder(network, recipe.network2d())
 
 
-def initialise_encoder(network: Network, spec: ModelSpec) -> None:
+def initialize_encoder(network: Network, spec: ModelSpec) -> None:
     """Put the weights that `spec.init` names into the encoder of `network`, a U-Net or an encoder.
 
     A checkpoint of the same U-Net fills the decoder too; one of an encoder alone, or of another U-Net, leaves the
@@ -59,7 +59,7 @@ def initialise_encoder(network: Network, spec: ModelSpec) -> None:
         _load(encoder, getattr(loaded, "encoder", loaded).state_dict(), spec.init)
 
 
-def initialise_heads(task: nn.Module, start: str, *, prefix: str = "", required: bool = True) -> None:
+def initialize_heads(task: nn.Module, start: str, *, prefix: str = "", required: bool = True) -> None:
     """Fill a task's heads from those of a checkpoint: 3D network, projections, depth head, all but `backbone.*`.
 
     Heads that the task has not are left out, as are those of the task whose keys do not begin with `prefix`. Start

@@ -19,8 +19,8 @@ from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.catalog import Arch
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import DigestMismatch, GeoPretrainError, RecipeError, UnknownName, WeightsMismatch
-from geo_pretrain.training import initialise
-from geo_pretrain.training.initialise import initialise_encoder
+from geo_pretrain.training import initialize
+from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.recipe import ModelSpec, load_recipe
 from geo_pretrain.training.tasks import build_task
 from tests.authors_files import write
@@ -46,7 +46,7 @@ def test_imagenet_is_torchvisions_v1_without_the_classifier(monkeypatch):
     asked = serve(monkeypatch, lambda: published)
     network = ResNetUNet(18)
     decoder = {key: value.clone() for key, value in network.decoder.state_dict().items()}
-    initialise_encoder(network, ModelSpec(init="imagenet"))
+    initialize_encoder(network, ModelSpec(init="imagenet"))
     assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url]
     assert asked[0].endswith("/resnet18-f37072fd.pth")
     for key, value in network.encoder.state_dict().items():
@@ -62,17 +62,17 @@ def test_imagenet_without_network_offers_a_random_start(monkeypatch):
     with pytest.raises(
         GeoPretrainError, match=r"no route to host(.|\n)*Put the file at(.|\n)*--set model.init=scratch"
     ):
-        initialise_encoder(ResNetUNet(18), ModelSpec(init="imagenet"))
+        initialize_encoder(ResNetUNet(18), ModelSpec(init="imagenet"))
 
 
 def test_checkpoint_folder_fills_encoder_and_decoder(tmp_path, tiny_recipe):
     run_here(tiny_recipe(optim={"steps": 2}), tmp_path / "first")
     network = ResNetUNet(18, width=8)
-    initialise_encoder(network, ModelSpec(init=str(tmp_path / "first"), width=8))
+    initialize_encoder(network, ModelSpec(init=str(tmp_path / "first"), width=8))
     run = run_here(
         tiny_recipe(optim={"steps": 1, "lr": 1e-12}), tmp_path / "second", [f"model.init={tmp_path / 'first'}"]
     )
-    assert run.licence.base_model.startswith("pri3d_view_r18.tiny")
+    assert run.license.base_model.startswith("pri3d_view_r18.tiny")
     first, second = (load_file(tmp_path / name / "encoder.safetensors") for name in ("first", "second"))
     assert torch.equal(first["conv1.weight"], network.encoder.conv1.weight)
     torch.testing.assert_close(first["conv1.weight"], second["conv1.weight"])
@@ -81,9 +81,9 @@ def test_checkpoint_folder_fills_encoder_and_decoder(tmp_path, tiny_recipe):
 def test_start_that_does_not_fit_or_exist_is_an_error(monkeypatch):
     serve(monkeypatch, lambda: torchvision.models.resnet18().state_dict())
     with pytest.raises(WeightsMismatch, match="do not fit"):
-        initialise_encoder(ResNetUNet(18, width=8), ModelSpec(init="imagenet", width=8))
+        initialize_encoder(ResNetUNet(18, width=8), ModelSpec(init="imagenet", width=8))
     with pytest.raises(UnknownName, match="Unknown backbone 'imagnet'"):
-        initialise_encoder(ResNetUNet(18), ModelSpec(init="imagnet"))
+        initialize_encoder(ResNetUNet(18), ModelSpec(init="imagnet"))
 
 
 def moco_file(path, depth=50, seed=0):
@@ -96,10 +96,10 @@ def published(tmp_path, monkeypatch):
     """MoCo's file of 200 epochs where it is published, on an imitated host; its MD5 is what its README would say."""
     expected = moco_file(tmp_path / "moco.pth.tar")
     content = (tmp_path / "moco.pth.tar").read_bytes()
-    monkeypatch.setitem(initialise.MD5_PREFIXES, "moco_v2", hashlib.md5(content).hexdigest()[:8])
+    monkeypatch.setitem(initialize.MD5_PREFIXES, "moco_v2", hashlib.md5(content).hexdigest()[:8])
     monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    url = initialise.IMAGENET_STARTS["moco_v2"].authors_files[0].url
+    url = initialize.IMAGENET_STARTS["moco_v2"].authors_files[0].url
     assert url.endswith("/moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar")
     with Hosts({url: content}) as hosts:
         monkeypatch.setenv("GEO_PRETRAIN_MIRROR", hosts.url)
@@ -111,7 +111,7 @@ def test_moco_is_fetched_once_and_its_query_encoder_taken(published, tmp_path):
     for _ in range(2):
         network = ResNetUNet(50)
         decoder = {key: value.clone() for key, value in network.decoder.state_dict().items()}
-        initialise_encoder(network, ModelSpec(depth=50, init="moco_v2"))
+        initialize_encoder(network, ModelSpec(depth=50, init="moco_v2"))
         state = network.encoder.state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in state.items())
@@ -119,12 +119,12 @@ def test_moco_is_fetched_once_and_its_query_encoder_taken(published, tmp_path):
     assert hosts.served[url] == 1
     found = read_checkpoint(tmp_path / "cache" / "authors" / "moco_v2_r50.imagenet_200ep")
     assert found.provenance["source"]["url"] == url
-    assert found.licence.weights == "CC-BY-NC-4.0"
+    assert found.license.weights == "CC-BY-NC-4.0"
     left = [p.name for p in (tmp_path / "cache" / "authors").iterdir()]
     assert set(left) <= {found.name, f".{found.name}.lock"}
     (found.folder / "encoder.safetensors").write_bytes(b"broken")  # fetched anew
     encoder = ResNetEncoder(50)
-    initialise_encoder(encoder, ModelSpec(depth=50, init="moco_v2"))
+    initialize_encoder(encoder, ModelSpec(depth=50, init="moco_v2"))
     assert torch.equal(encoder.conv1.weight, expected["conv1.weight"])
     assert hosts.served[url] == 2
 
@@ -133,13 +133,13 @@ def test_moco_put_into_the_cache_by_hand_is_used_without_a_network(published, tm
     hosts, _, expected, content = published
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(GeoPretrainError) as caught:
-        initialise_encoder(ResNetEncoder(50), ModelSpec(depth=50, init="moco_v2"))
+        initialize_encoder(ResNetEncoder(50), ModelSpec(depth=50, init="moco_v2"))
     assert "--set model.init=scratch" in str(caught.value)
     place = Path(re.search(r"Put the file at (\S+),", str(caught.value)).group(1))
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(content)
     encoder = ResNetEncoder(50)
-    initialise_encoder(encoder, ModelSpec(depth=50, init="moco_v2"))
+    initialize_encoder(encoder, ModelSpec(depth=50, init="moco_v2"))
     assert torch.equal(encoder.state_dict()["layer4.2.bn3.running_var"], expected["layer4.2.bn3.running_var"])
     assert place.exists()
     assert not hosts.served
@@ -149,23 +149,23 @@ def test_moco_of_another_digest_or_not_there_is_refused(published, tmp_path, mon
     hosts, url, _, _ = published
     hosts.fault(url, Fault("status", status=404))
     with pytest.raises(GeoPretrainError, match=r"could not be downloaded \((.|\n)*404(.|\n)*model.init=scratch"):
-        initialise_encoder(ResNetEncoder(50), ModelSpec(depth=50, init="moco_v2"))
+        initialize_encoder(ResNetEncoder(50), ModelSpec(depth=50, init="moco_v2"))
     hosts.fault(url, Fault("status", times=0))
-    monkeypatch.setitem(initialise.MD5_PREFIXES, "moco_v2", "00000000")
+    monkeypatch.setitem(initialize.MD5_PREFIXES, "moco_v2", "00000000")
     with pytest.raises(DigestMismatch, match="begins with 00000000"):
-        initialise_encoder(ResNetEncoder(50), ModelSpec(depth=50, init="moco_v2"))
+        initialize_encoder(ResNetEncoder(50), ModelSpec(depth=50, init="moco_v2"))
     assert [p.name for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"] == []
 
 
 def test_moco_fits_a_resnet50_alone(published):
     with pytest.raises(WeightsMismatch, match=r"'moco_v2' do not fit(.|\n)*model.depth"):
-        initialise_encoder(ResNetUNet(18), ModelSpec(depth=18, init="moco_v2"))
+        initialize_encoder(ResNetUNet(18), ModelSpec(depth=18, init="moco_v2"))
 
 
 def test_md5_prefixes_are_those_of_mocos_readme():
-    starts = initialise.IMAGENET_STARTS
+    starts = initialize.IMAGENET_STARTS
     assert [starts[name].authors_files[0].url.split("/")[-2] for name in starts] == ["moco_v2_200ep", "moco_v2_800ep"]
-    assert initialise.MD5_PREFIXES == {"moco_v2": "59fd9945", "moco_v2_800ep": "a04e12f8"}
+    assert initialize.MD5_PREFIXES == {"moco_v2": "59fd9945", "moco_v2_800ep": "a04e12f8"}
 
 
 def test_encoder_alone_fills_the_encoder_of_a_unet(tmp_path, tiny_recipe):
@@ -182,7 +182,7 @@ def test_encoder_alone_fills_the_encoder_of_a_unet(tmp_path, tiny_recipe):
         (ResNetDepthUNet(18, width=8), "moco"),
     ):
         before = copy.deepcopy(network)
-        initialise_encoder(network, replace(spec, init=str(tmp_path / start)))
+        initialize_encoder(network, replace(spec, init=str(tmp_path / start)))
         encoder = getattr(network, "encoder", network)
         assert all(torch.equal(value, stored[start][key]) for key, value in encoder.state_dict().items())
         if encoder is not network:
@@ -194,9 +194,9 @@ def test_stage1_is_the_folder_that_the_first_stage_left(tmp_path, tiny_recipe):
     run_here(tiny_recipe(optim={"steps": 1}), tmp_path / "first")
     recipe = load_recipe(str(tiny_recipe(model={"init": "stage1"})))
     with pytest.raises(RecipeError, match="no first stage was trained"):
-        initialise.initialise(ResNetUNet(18, width=8), recipe)
+        initialize.initialize(ResNetUNet(18, width=8), recipe)
     network = ResNetUNet(18, width=8)
-    initialise.initialise(network, replace(recipe, stage1={"recipe": "x", "folder": str(tmp_path / "first")}))
+    initialize.initialize(network, replace(recipe, stage1={"recipe": "x", "folder": str(tmp_path / "first")}))
     stored = load_file(tmp_path / "first" / "decoder.safetensors")
     assert torch.equal(network.decoder.conv0.weight, stored["conv0.weight"])
 
