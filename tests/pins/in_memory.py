@@ -14,14 +14,14 @@ from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.downstream.points import (
+from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune, segmentation_unet
+from geo_pretrain.training.finetune.points import (
     LabelledCloud,
     PointsSpec,
     evaluate_points,
     finetune_points,
     segmentation_srunet,
 )
-from geo_pretrain.training.downstream.segmentation import FinetuneSpec, finetune, segmentation_unet
 
 PAINT = np.array([[0, 0, 0], [250, 20, 20], [20, 250, 20], [20, 20, 250]], np.uint8)
 
