@@ -31,7 +31,8 @@ from geo_pretrain.training.data.labelled.export import coco_json, encode_mask
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage, LabelledSource
 from geo_pretrain.training.evaluation.coco import MAX_DETECTIONS, Kind, coco_report
 from geo_pretrain.training.finetune.recipe import FinetuneRecipe, LabelledAugment
-from geo_pretrain.training.finetune.task import IMAGENET, SCRATCH, Evaluation, Start
+from geo_pretrain.training.finetune.task import Evaluation
+from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit
 from geo_pretrain.training.recipe import check_key, parse
 from geo_pretrain.training.visualize.grids import PAPER, _save_grid
 from geo_pretrain.training.visualize.preview import class_colors
@@ -89,7 +90,9 @@ class Detection:
     Scores are box_ap, box_ap50 and box_ap75, for Mask R-CNN mask_ap, mask_ap50 and mask_ap75 as well, from 0 to 1.
     """
 
-    def __init__(self, recipe: FinetuneRecipe, start: Start, classes: Sequence[str], contract: ImageContract) -> None:
+    def __init__(
+        self, recipe: FinetuneRecipe, start: PretrainedInit, classes: Sequence[str], contract: ImageContract
+    ) -> None:
         _check_recipe(recipe, contract)
         self.recipe, self.start, self.classes, self.contract = recipe, start, tuple(classes), contract
         self.options = parse(DetectionOptions, recipe.network.options, where=recipe.name, prefix="network.options.")

@@ -25,8 +25,9 @@ from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.export import LIBRARIES, code_version
 from geo_pretrain.training.finetune.recipe import FinetuneRecipe
-from geo_pretrain.training.finetune.task import FinetuneTask, Start
+from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.loop import STATE
+from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.recipe import changes, plain_types
 
 RESULTS, LOG, MODEL, BEST, PICTURE = (
@@ -70,7 +71,7 @@ class Run:
     """A run in progress."""
 
     recipe: FinetuneRecipe
-    start: Start
+    start: PretrainedInit
     out: Path
     device: torch.device
     train: LabelledSource

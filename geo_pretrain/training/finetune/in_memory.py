@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.frame import Frame
@@ -19,8 +17,6 @@ from geo_pretrain.training.data.samples.sampler import sample_seed
 from geo_pretrain.training.evaluation.metrics import best_class, confusion_matrix, mean_iou
 from geo_pretrain.training.recipe import OptimSpec
 from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum, set_bn_momentum
-
-Transfer = Literal["all", "encoder", "none"]
 
 
 @dataclass(frozen=True)
@@ -40,22 +36,6 @@ class SegmentationResult:
     miou: float
     confusion: np.ndarray  # int64 [classes, classes], rows = truth; class 0 (unlabeled) is left out of mIoU
     losses: tuple[float, ...]
-
-
-def segmentation_unet(start: ResNetUNet, classes: int, *, seed: int, transfer: Transfer = "all") -> ResNetUNet:
-    """A U-Net shaped like `start` whose last layer gives `classes` logits.
-
-    `transfer` says which weights are those of `start`: "all" but `decoder.conv0` (Pri3D's protocol), "encoder", or
-    "none". The others are drawn by `seed`, the same ones whatever is transferred.
-    """
-    encoder = start.encoder
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = ResNetUNet(encoder.depth, width=encoder.width, out_chans=classes, in_chans=encoder.in_chans)
-    prefixes = {"all": ("encoder.", "decoder.up"), "encoder": ("encoder.",), "none": ()}[transfer]
-    kept = {key: value for key, value in start.state_dict().items() if key.startswith(prefixes)}
-    network.load_state_dict(network.state_dict() | kept)
-    return network
 
 
 def finetune(

@@ -24,7 +24,8 @@ from geo_pretrain.training.finetune.folder import MODEL, PICTURE, RESULTS
 from geo_pretrain.training.finetune.published import PaperRow
 from geo_pretrain.training.finetune.segmentation import Segmentation
 from geo_pretrain.training.finetune.sweep import Point, SweepResult, read_plan, run_recipe
-from geo_pretrain.training.finetune.task import IMAGENET, SCRATCH, Start, build_finetune_task
+from geo_pretrain.training.finetune.task import build_finetune_task
+from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit
 from geo_pretrain.training.visualize.grids import draw_segmentations
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B5B5B")  # without the yellow: too light
@@ -205,7 +206,7 @@ def draw_starts(
     predictions = {}
     for label in (label for label in held if label in shown_runs):
         run = shown_runs[label]
-        start = Start(run.backbone, recipe.network.depth, recipe.network.width, where)
+        start = PretrainedInit(run.backbone, recipe.network.depth, recipe.network.width, where)
         task = build_finetune_task(run_recipe(recipe, *chosen), start, val.classes, start.contract())
         task.module.load_state_dict(load_file(run.folder / MODEL))
         predictions[label] = [guess.numpy() for _, _, guess in cast(Segmentation, task).predictions(val, ids)]

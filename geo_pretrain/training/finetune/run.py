@@ -45,11 +45,11 @@ from geo_pretrain.training.finetune.recipe import FinetuneRecipe
 from geo_pretrain.training.finetune.task import (
     Evaluation,
     FinetuneTask,
-    Start,
     build_finetune_task,
     weights_digest,
 )
 from geo_pretrain.training.loop import STATE, Interrupted, StepInfo, stop_requests
+from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.runs import only_process
 from geo_pretrain.training.schedule import pri3d_bn_momentum, set_bn_momentum
 
@@ -88,7 +88,7 @@ def finetune(
     out = Path(out)
     check_out(out, overwrite)
     where = dict(init_kwargs or {})
-    start = Start(os.fspath(backbone), recipe.network.depth, recipe.network.width, where)
+    start = PretrainedInit(os.fspath(backbone), recipe.network.depth, recipe.network.width, where)
     contract = start.contract()  # a wrong name is found before any data are read
     train, val, fraction = _open(recipe, sources, on_data)
     place = join(device).device
@@ -195,7 +195,7 @@ def _open(
 
 def _prepare(
     recipe: FinetuneRecipe,
-    start: Start,
+    start: PretrainedInit,
     task: FinetuneTask,
     sources: tuple[LabelledSource, LabelledSource],
     fraction: float,

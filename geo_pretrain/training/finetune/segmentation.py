@@ -6,8 +6,7 @@ predicted; other networks have C outputs. Logits are brought to the size of the 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tvf
 
-from geo_pretrain.adapters.common import encoder_of, freeze_stages, parameter_groups
+from geo_pretrain.adapters.common import encoder_of, parameter_groups
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
 from geo_pretrain.training.evaluation.metrics import class_iou, confusion_matrix, mean_iou, pixel_accuracy
-from geo_pretrain.training.finetune.in_memory import segmentation_unet
 from geo_pretrain.training.finetune.recipe import FinetuneRecipe
-from geo_pretrain.training.finetune.task import Evaluation, Start
+from geo_pretrain.training.finetune.task import Evaluation
+from geo_pretrain.training.networks import PretrainedInit, build_segmenter
 from geo_pretrain.training.visualize.grids import draw_segmentations
 
 CROP_CENTRES = (240, 320)  # the released KITTI loader draws the center of its crop below these, whatever the image
-DIVISIBLE = {"fpn": 32, "upernet": None, "pspnet": None, "deeplabv3": None, "deeplabv3plus": None}  # None: the stride
-
-
-class Segmenter(nn.Module):
-    """A segmentation network of any library as one call: normalized images -> logits of classes 0.. or 1.., float32."""
-
-    def __init__(self, network: nn.Module, *, multiple: int, aux: nn.Module | None) -> None:
-        super().__init__()
-        self.network, self.multiple, self.aux = network, multiple, aux
-        self._layer3: Tensor | None = None
-        if aux is not None:
-            encoder_of(network).get_submodule("layer3").register_forward_hook(self._keep)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, 3, H, W] -> logits [B, classes, h, w] and, in training mode, those of the auxiliary head on layer3."""
-        height, width = images.shape[-2:]
-        down, right = -height % self.multiple, -width % self.multiple
-        logits = self.network(F.pad(images, (0, right, 0, down)) if down or right else images)
-        logits = logits["out"] if isinstance(logits, dict) else logits
-        features, self._layer3 = self._layer3, None
-        aux = self.aux(features).float() if self.aux is not None and self.training else None
-        size, padded = (height, width), (height + down, width + right)
-        logits = _uncovered(logits.float(), size, padded)
-        return logits, None if aux is None else _uncovered(aux, size, padded)
-
-    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        self._layer3 = output
 
 
 class Segmentation:
@@ -64,9 +36,11 @@ class Segmentation:
 
     metric = "miou"
 
-    def __init__(self, recipe: FinetuneRecipe, start: Start, classes: Sequence[str], contract: ImageContract) -> None:
+    def __init__(
+        self, recipe: FinetuneRecipe, start: PretrainedInit, classes: Sequence[str], contract: ImageContract
+    ) -> None:
         self.recipe, self.classes, self.contract = recipe, tuple(classes), contract
-        self.module, self.transferred = _build(recipe, start, len(classes))
+        self.module, self.transferred = build_segmenter(recipe.network, start, len(classes), seed=recipe.seed)
         self.first = 0 if recipe.network.kind == "unet" else 1  # class of the first output
         self._normalize = contract.transforms(resize=False)
 
@@ -264,64 +238,8 @@ def crop_box(
     return left, top, left + columns, top + rows
 
 
-def _build(recipe: FinetuneRecipe, start: Start, classes: int) -> tuple[Segmenter, str]:
-    """The network, and what of it is pre-trained: "all", "encoder" or "none"."""
-    spec, seed = recipe.network, recipe.seed
-    if spec.kind == "unet":
-        from_start, have = start.unet(seed)
-        transferred = "encoder" if have == "all" and spec.transfer == "encoder" else have
-        unet = segmentation_unet(from_start, classes + 1, seed=seed, transfer=transferred)
-        freeze_stages(unet, spec.freeze)
-        return Segmenter(unet, multiple=1, aux=None), transferred
-    network = start.host(
-        _builder(spec.kind),
-        seed,
-        num_classes=classes,
-        output_stride=spec.output_stride,
-        freeze=spec.freeze,
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in spec.options.items()},
-    )
-    multiple = 1 if spec.kind == "fcn" else (DIVISIBLE[spec.kind] or spec.output_stride)
-    aux = None
-    if spec.aux:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            aux = _aux_head(_out_channels(encoder_of(network).get_submodule("layer3")), classes)
-    return Segmenter(network, multiple=multiple, aux=aux), "encoder" if start.backbone != "scratch" else "none"
-
-
-def _builder(kind: str) -> Callable[..., Any]:
-    host = "torchvision" if kind == "fcn" else "smp"
-    builder: Callable[..., Any] = getattr(importlib.import_module(f"geo_pretrain.adapters.{host}"), kind)
-    return builder
-
-
-def _aux_head(channels: int, classes: int) -> nn.Sequential:
-    """PSPNet's: 3x3 to a quarter of the channels, norm, dropout 0.1, 1x1."""
-    inner = channels // 4
-    return nn.Sequential(
-        nn.Conv2d(channels, inner, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(inner),
-        nn.ReLU(inplace=True),
-        nn.Dropout2d(0.1),
-        nn.Conv2d(inner, classes, kernel_size=1),
-    )
-
-
-def _out_channels(stage: nn.Module) -> int:
-    last: Any = stage.get_submodule(str(len(list(stage.children())) - 1))
-    norm: nn.BatchNorm2d = last.bn3 if hasattr(last, "bn3") else last.bn2
-    return norm.num_features
-
-
 def _upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
-
-
-def _uncovered(logits: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
-    """The part of logits of a padded image that shows the image, rounded up to whole cells."""
-    rows, columns = (-(-given * own // all) for given, own, all in zip(logits.shape[-2:], size, padded, strict=True))
-    return logits[..., :rows, :columns]
 
 
 def _uniform(low: float, high: float, generator: torch.Generator) -> float:

@@ -33,8 +33,8 @@ from geo_pretrain.training.finetune.folder import (
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
 from geo_pretrain.training.finetune.recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.finetune.run import finetune
-from geo_pretrain.training.finetune.task import Start
 from geo_pretrain.training.loop import StepInfo
+from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.recipe import parse
 from geo_pretrain.training.runs import only_process
 
@@ -283,7 +283,7 @@ def _check_starts(
         raise RecipeError(f"backbones are {list(backbones)}, accepted is one or more, each once.")
     checkpoints = {}
     for backbone in backbones:
-        start = Start(backbone, recipe.network.depth, recipe.network.width, where)
+        start = PretrainedInit(backbone, recipe.network.depth, recipe.network.width, where)
         start.unet(recipe.seed)
         if start.named:
             checkpoints[backbone] = read_checkpoint(hub.resolve(backbone, **where))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -16,28 +16,16 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from geo_pretrain import hub as hubs
-from geo_pretrain.adapters.common import encoder_of
-from geo_pretrain.backbones.build import has_decoder
-from geo_pretrain.backbones.resnet_unet import ResNetUNet
-from geo_pretrain.catalog import Entry, find
-from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import GeoPretrainError, RecipeError
-from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
-from geo_pretrain.training.finetune.in_memory import Transfer
 from geo_pretrain.training.finetune.recipe import FinetuneRecipe
-from geo_pretrain.training.initialize import initialize_encoder
-from geo_pretrain.training.recipe import ModelSpec
+from geo_pretrain.training.networks import PretrainedInit
 
 TASKS = {  # task of a recipe -> "module:class", called with (recipe, start, classes, contract)
     "segmentation": "geo_pretrain.training.finetune.segmentation:Segmentation",
     "detection": "geo_pretrain.training.finetune.detection:Detection",
     "instances": "geo_pretrain.training.finetune.detection:Detection",
 }
-DONORS = {18: "pri3d_view_geo_r18", 50: "pri3d_view_geo_r50"}  # give the shape of a ResNet, without their weights
-SCRATCH, IMAGENET = "scratch", "imagenet"
 
 
 @dataclass(frozen=True)
@@ -85,85 +73,8 @@ class FinetuneTask(Protocol):
         """Name of each accident of the released protocol -> what this run does about it, in words."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """The backbone of a run: "scratch", "imagenet", a name of the catalog or a checkpoint folder."""
-
-    backbone: str
-    depth: int
-    width: int = 64
-    where: Mapping[str, Any] = field(default_factory=dict)  # load_backbone's hub, revision, cache_dir, ...
-
-    @property
-    def named(self) -> bool:
-        """Whether it is a checkpoint, in the catalog or a folder."""
-        return self.backbone not in (SCRATCH, IMAGENET)
-
-    def unet(self, seed: int) -> tuple[ResNetUNet, Transfer]:
-        """The U-Net of Pri3D with the start's weights, and what of it is pre-trained; the rest is drawn by `seed`."""
-        width = self.width
-        if self.named:
-            arch = self._checked().arch
-            if has_decoder(arch):
-                return load_backbone(self.backbone, decoder=True, **self.where), "all"
-            width = arch.args.get("width", 64)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = ResNetUNet(self.depth, width=width)
-        if self.backbone == SCRATCH:
-            return network, "none"
-        network.encoder.load_state_dict(self._encoder_weights())
-        return network, "encoder"
-
-    def host(self, builder: Callable[..., Any], seed: int, **options: Any) -> Any:
-        """A network of another library with the start's weights; `builder` is one of geo_pretrain.adapters."""
-        if self.named:
-            self._checked()
-        elif self.width != 64:
-            raise RecipeError(f"'network.width' is {self.width}, accepted is 64: other libraries' ResNets have it.")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if self.named:
-                return builder(self.backbone, **self.where, **options)
-            network = builder(DONORS[self.depth], pretrained=False, **options)
-        if self.backbone == IMAGENET:
-            encoder_of(network).load_state_dict(self._encoder_weights())
-        return network
-
-    def contract(self) -> ImageContract:
-        """What the backbone expects of an image."""
-        return cast(ImageContract, self._checked().contract) if self.named else ImageContract()
-
-    def _encoder_weights(self) -> dict[str, Tensor]:
-        if self.named:
-            return cast(nn.Module, load_backbone(self.backbone, **self.where)).state_dict()
-        if self.width != 64:
-            raise RecipeError(f"'network.width' is {self.width}, accepted for backbone 'imagenet' is 64.")
-        with torch.random.fork_rng(devices=[]):
-            network = ResNetUNet(self.depth)
-        try:
-            initialize_encoder(network, ModelSpec(depth=cast(Any, self.depth), init=IMAGENET))
-        except GeoPretrainError as error:
-            said = str(error).replace("--set model.init=scratch", "--backbone scratch")
-            raise GeoPretrainError(f"Backbone 'imagenet': {said}") from error
-        return network.encoder.state_dict()
-
-    def _checked(self) -> Entry | Checkpoint:
-        """The checkpoint that is named, if it is a ResNet of the recipe's depth; its weights are not fetched."""
-        entry = find(self.backbone)
-        found = entry or read_checkpoint(hubs.resolve(self.backbone, roles=(), **self.where))
-        if not found.arch.name.startswith("resnet") or "depth" not in found.arch.args:
-            raise RecipeError(f"Backbone {self.backbone!r} is {found.arch}; accepted: a ResNet or a U-Net for images.")
-        if found.arch.args["depth"] != self.depth:
-            raise RecipeError(
-                f"Backbone {self.backbone!r} is a ResNet-{found.arch.args['depth']}, the recipe is for a "
-                f"ResNet-{self.depth}: choose another, or --set network.depth={found.arch.args['depth']}."
-            )
-        return found
-
-
 def build_finetune_task(
-    recipe: FinetuneRecipe, start: Start, classes: Sequence[str], contract: ImageContract
+    recipe: FinetuneRecipe, start: PretrainedInit, classes: Sequence[str], contract: ImageContract
 ) -> FinetuneTask:
     """The task of a recipe: its network with `start`'s weights for these classes (1.. in the labels)."""
     module, _, name = TASKS[recipe.task].partition(":")

@@ -24,9 +24,8 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError, WeightsMismatch
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.initialize import initialize_encoder
+from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit, build_segmenter
 from geo_pretrain.training.recipe import ModelSpec
-
-IMAGENET, SCRATCH = "imagenet", "scratch"
 
 
 class Teacher(nn.Module):
@@ -157,7 +156,6 @@ def _finetuned(folder: Path) -> Teacher:
     from safetensors.torch import load_file
 
     from geo_pretrain.training.finetune.recipe import load_finetune_recipe
-    from geo_pretrain.training.finetune.task import Start, build_finetune_task
 
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if results["task"] != "segmentation":
@@ -166,13 +164,13 @@ def _finetuned(folder: Path) -> Teacher:
     state = load_file(folder / "model.safetensors")
     stem = next(value for key, value in state.items() if key.endswith("conv1.weight") and value.shape[1] == 3)
     # Random weights of the same shape, then the run's: the backbone that it started from need not be there any more.
-    start = Start("scratch", recipe.network.depth, len(stem))
+    init = PretrainedInit(SCRATCH, recipe.network.depth, len(stem))
     contract = _finetuned_contract(results, recipe.network.depth, folder)
-    task = build_finetune_task(recipe, start, results["data"]["classes"], contract)
-    task.module.load_state_dict(state)
     classes = len(results["data"]["classes"])
+    network, _ = build_segmenter(recipe.network, init, classes, seed=recipe.seed)
+    network.load_state_dict(state)
     # A U-Net has an output for class 0, "unlabelled", which nothing has trained.
-    return Teacher(_Logits(task.module, first=1 if recipe.network.kind == "unet" else 0), contract, classes)
+    return Teacher(_Logits(network, first=1 if recipe.network.kind == "unet" else 0), contract, classes)
 
 
 def _finetuned_contract(results: dict[str, Any], depth: int, folder: Path) -> ImageContract:
@@ -180,8 +178,6 @@ def _finetuned_contract(results: dict[str, Any], depth: int, folder: Path) -> Im
 
     Raises `RecipeError` when it was written before runs stated that, and the backbone cannot be asked any more.
     """
-    from geo_pretrain.training.finetune.task import Start
-
     if "contract" in results:
         try:
             return ImageContract.from_dict(results["contract"])
@@ -191,7 +187,7 @@ def _finetuned_contract(results: dict[str, Any], depth: int, folder: Path) -> Im
             ) from None
     backbone = results["backbone"]["name"]
     try:
-        return Start(backbone, depth).contract()
+        return PretrainedInit(backbone, depth).contract()
     except GeoPretrainError as error:
         raise RecipeError(
             f"Teacher {str(folder)!r}: its results.json has no 'contract' and its backbone {backbone!r}, whose images "

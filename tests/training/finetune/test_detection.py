@@ -31,7 +31,8 @@ from geo_pretrain.training.finetune.detection import (
 )
 from geo_pretrain.training.finetune.recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.finetune.run import finetune
-from geo_pretrain.training.finetune.task import Start, build_finetune_task
+from geo_pretrain.training.finetune.task import build_finetune_task
+from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.recipe import parse
 from tests.zoo import write_tiny
 
@@ -132,7 +133,7 @@ def recipe(**changes):
 
 def task_of(backbone="scratch", **changes):
     made = recipe(**changes)
-    task = build_finetune_task(made, Start(backbone, made.network.depth), CLASSES, ImageContract())
+    task = build_finetune_task(made, PretrainedInit(backbone, made.network.depth), CLASSES, ImageContract())
     assert isinstance(task, Detection)
     return task
 
@@ -159,7 +160,7 @@ def bare(**changes):
     return task
 
 
-class _Nowhere(Start):
+class _Nowhere(PretrainedInit):
     def host(self, builder, seed, **options):
         return nn.Identity()
 
@@ -209,10 +210,10 @@ def test_what_the_released_input_was():
 def test_the_contract_of_the_backbone_is_the_hosts():
     made = recipe()
     contract = ImageContract(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    transform = Detection(made, Start("scratch", 18), CLASSES, contract).module.transform
+    transform = Detection(made, PretrainedInit("scratch", 18), CLASSES, contract).module.transform
     assert (transform.image_mean, transform.image_std) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
     with pytest.raises(RecipeError, match=r"channels .*grey"):
-        Detection(made, Start("scratch", 18), CLASSES, ImageContract(("grey",), mean=(0.5,), std=(0.2,)))
+        Detection(made, PretrainedInit("scratch", 18), CLASSES, ImageContract(("grey",), mean=(0.5,), std=(0.2,)))
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from geo_pretrain.training.finetune.in_memory import (
     finetune,
     mean_iou,
     predict,
-    segmentation_unet,
 )
+from geo_pretrain.training.networks import segmentation_unet
 
 
 def slow_miou(truth, predicted, classes):

@@ -17,7 +17,8 @@ from geo_pretrain.errors import BadFrame, DataError, GeoPretrainError, RecipeErr
 from geo_pretrain.training.data.labelled.image import LabelledImage
 from geo_pretrain.training.finetune.recipe import load_finetune_recipe
 from geo_pretrain.training.finetune.segmentation import crop_box, segmentation_loss
-from geo_pretrain.training.finetune.task import Start, build_finetune_task, weights_digest
+from geo_pretrain.training.finetune.task import build_finetune_task, weights_digest
+from geo_pretrain.training.networks import PretrainedInit
 from tests.zoo import role_weights, write_tiny, write_tiny_3d
 
 CLASSES = ("ground", "red", "green")
@@ -63,7 +64,7 @@ def recipe_for(name="scannet_unet_r18", *overrides, toy=True):
 
 
 def task_for(recipe, backbone="scratch", contract=PLAIN, **where):
-    start = Start(str(backbone), recipe.network.depth, recipe.network.width, where)
+    start = PretrainedInit(str(backbone), recipe.network.depth, recipe.network.width, where)
     return build_finetune_task(recipe, start, CLASSES, contract)
 
 

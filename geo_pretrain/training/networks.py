@@ -1,0 +1,218 @@
+"""The networks that fine-tuning trains: a backbone with pre-trained weights, alone or inside a segmentation network.
+
+`PretrainedInit` says where a backbone's weights come from; `build_segmenter` puts it into the network of a recipe. A
+fine-tuned segmentation network can teach a 3D network, so this lies below both pretext tasks and fine-tuning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from geo_pretrain import hub as hubs
+from geo_pretrain.adapters.common import encoder_of, freeze_stages
+from geo_pretrain.backbones.build import has_decoder
+from geo_pretrain.backbones.resnet_unet import ResNetUNet
+from geo_pretrain.catalog import Entry, find
+from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import GeoPretrainError, RecipeError
+from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.initialize import initialize_encoder
+from geo_pretrain.training.recipe import ModelSpec
+
+if TYPE_CHECKING:
+    from geo_pretrain.training.finetune.recipe import NetworkSpec
+
+SCRATCH, IMAGENET = "scratch", "imagenet"
+# entries of the catalog that give the shape of a ResNet, without their weights
+SHAPE_TEMPLATES = {18: "pri3d_view_geo_r18", 50: "pri3d_view_geo_r50"}
+# what the sides of an image must be multiples of; None: of the network's output stride
+DIVISIBLE = {"fpn": 32, "upernet": None, "pspnet": None, "deeplabv3": None, "deeplabv3plus": None}
+
+Transfer = Literal["all", "encoder", "none"]  # which part of a U-Net has pre-trained weights
+
+
+@dataclass(frozen=True)
+class PretrainedInit:
+    """Where the backbone of a run comes from: "scratch", "imagenet", a name of the catalog or a checkpoint folder."""
+
+    backbone: str
+    depth: int
+    width: int = 64
+    where: Mapping[str, Any] = field(default_factory=dict)  # load_backbone's hub, revision, cache_dir, ...
+
+    @property
+    def named(self) -> bool:
+        """Whether it is a checkpoint, in the catalog or a folder."""
+        return self.backbone not in (SCRATCH, IMAGENET)
+
+    def unet(self, seed: int) -> tuple[ResNetUNet, Transfer]:
+        """The U-Net of Pri3D with these weights, and which part of it is pre-trained; the rest is drawn by `seed`."""
+        width = self.width
+        if self.named:
+            arch = self._checked().arch
+            if has_decoder(arch):
+                return load_backbone(self.backbone, decoder=True, **self.where), "all"
+            width = arch.args.get("width", 64)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = ResNetUNet(self.depth, width=width)
+        if self.backbone == SCRATCH:
+            return network, "none"
+        network.encoder.load_state_dict(self._encoder_weights())
+        return network, "encoder"
+
+    def host(self, builder: Callable[..., Any], seed: int, **options: Any) -> Any:
+        """A network of another library with these weights; `builder` is one of geo_pretrain.adapters."""
+        if self.named:
+            self._checked()
+        elif self.width != 64:
+            raise RecipeError(f"'network.width' is {self.width}, accepted is 64: other libraries' ResNets have it.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if self.named:
+                return builder(self.backbone, **self.where, **options)
+            network = builder(SHAPE_TEMPLATES[self.depth], pretrained=False, **options)
+        if self.backbone == IMAGENET:
+            encoder_of(network).load_state_dict(self._encoder_weights())
+        return network
+
+    def contract(self) -> ImageContract:
+        """What the backbone expects of an image."""
+        return cast(ImageContract, self._checked().contract) if self.named else ImageContract()
+
+    def _encoder_weights(self) -> dict[str, Tensor]:
+        if self.named:
+            return cast(nn.Module, load_backbone(self.backbone, **self.where)).state_dict()
+        if self.width != 64:
+            raise RecipeError(f"'network.width' is {self.width}, accepted for backbone 'imagenet' is 64.")
+        with torch.random.fork_rng(devices=[]):
+            network = ResNetUNet(self.depth)
+        try:
+            initialize_encoder(network, ModelSpec(depth=cast(Any, self.depth), init=IMAGENET))
+        except GeoPretrainError as error:
+            said = str(error).replace("--set model.init=scratch", "--backbone scratch")
+            raise GeoPretrainError(f"Backbone 'imagenet': {said}") from error
+        return network.encoder.state_dict()
+
+    def _checked(self) -> Entry | Checkpoint:
+        """The checkpoint that is named, if it is a ResNet of the recipe's depth; its weights are not fetched."""
+        entry = find(self.backbone)
+        checkpoint = entry or read_checkpoint(hubs.resolve(self.backbone, roles=(), **self.where))
+        if not checkpoint.arch.name.startswith("resnet") or "depth" not in checkpoint.arch.args:
+            raise RecipeError(
+                f"Backbone {self.backbone!r} is {checkpoint.arch}; accepted: a ResNet or a U-Net for images."
+            )
+        if checkpoint.arch.args["depth"] != self.depth:
+            raise RecipeError(
+                f"Backbone {self.backbone!r} is a ResNet-{checkpoint.arch.args['depth']}, the recipe is for a "
+                f"ResNet-{self.depth}: choose another, or --set network.depth={checkpoint.arch.args['depth']}."
+            )
+        return checkpoint
+
+
+def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, seed: int) -> tuple[Segmenter, Transfer]:
+    """The segmentation network of a recipe, and which part of it is pre-trained.
+
+    Labels are 1 to `classes`; a "unet" has an output for class 0, too. New layers are drawn by `seed`.
+    """
+    if spec.kind == "unet":
+        pretrained, have = init.unet(seed)
+        transferred: Transfer = "encoder" if have == "all" and spec.transfer == "encoder" else have
+        unet = segmentation_unet(pretrained, classes + 1, seed=seed, transfer=transferred)
+        freeze_stages(unet, spec.freeze)
+        return Segmenter(unet, multiple=1, aux=None), transferred
+    network = init.host(
+        _builder(spec.kind),
+        seed,
+        num_classes=classes,
+        output_stride=spec.output_stride,
+        freeze=spec.freeze,
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in spec.options.items()},
+    )
+    multiple = 1 if spec.kind == "fcn" else (DIVISIBLE[spec.kind] or spec.output_stride)
+    aux = None
+    if spec.aux:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            aux = _aux_head(_out_channels(encoder_of(network).get_submodule("layer3")), classes)
+    return Segmenter(network, multiple=multiple, aux=aux), "encoder" if init.backbone != SCRATCH else "none"
+
+
+def segmentation_unet(pretrained: ResNetUNet, classes: int, *, seed: int, transfer: Transfer = "all") -> ResNetUNet:
+    """A U-Net shaped like `pretrained` whose last layer gives `classes` logits.
+
+    `transfer` says which weights are those of `pretrained`: "all" but `decoder.conv0` (Pri3D's protocol), "encoder", or
+    "none". The others are drawn by `seed`, the same ones whatever is transferred.
+    """
+    encoder = pretrained.encoder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ResNetUNet(encoder.depth, width=encoder.width, out_chans=classes, in_chans=encoder.in_chans)
+    prefixes = {"all": ("encoder.", "decoder.up"), "encoder": ("encoder.",), "none": ()}[transfer]
+    kept = {key: value for key, value in pretrained.state_dict().items() if key.startswith(prefixes)}
+    network.load_state_dict(network.state_dict() | kept)
+    return network
+
+
+class Segmenter(nn.Module):
+    """A segmentation network of any library as one call: normalized images -> logits of classes 0.. or 1.., float32."""
+
+    def __init__(self, network: nn.Module, *, multiple: int, aux: nn.Module | None) -> None:
+        super().__init__()
+        self.network, self.multiple, self.aux = network, multiple, aux
+        self._layer3: Tensor | None = None
+        if aux is not None:
+            encoder_of(network).get_submodule("layer3").register_forward_hook(self._keep)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, 3, H, W] -> logits [B, classes, h, w] and, in training mode, those of the auxiliary head on layer3."""
+        height, width = images.shape[-2:]
+        down, right = -height % self.multiple, -width % self.multiple
+        logits = self.network(F.pad(images, (0, right, 0, down)) if down or right else images)
+        logits = logits["out"] if isinstance(logits, dict) else logits
+        features, self._layer3 = self._layer3, None
+        aux = self.aux(features).float() if self.aux is not None and self.training else None
+        size, padded = (height, width), (height + down, width + right)
+        logits = _uncovered(logits.float(), size, padded)
+        return logits, None if aux is None else _uncovered(aux, size, padded)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self._layer3 = output
+
+
+def _builder(kind: str) -> Callable[..., Any]:
+    host = "torchvision" if kind == "fcn" else "smp"
+    builder: Callable[..., Any] = getattr(importlib.import_module(f"geo_pretrain.adapters.{host}"), kind)
+    return builder
+
+
+def _aux_head(channels: int, classes: int) -> nn.Sequential:
+    """PSPNet's: 3x3 to a quarter of the channels, norm, dropout 0.1, 1x1."""
+    inner = channels // 4
+    return nn.Sequential(
+        nn.Conv2d(channels, inner, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(inner),
+        nn.ReLU(inplace=True),
+        nn.Dropout2d(0.1),
+        nn.Conv2d(inner, classes, kernel_size=1),
+    )
+
+
+def _out_channels(stage: nn.Module) -> int:
+    last: Any = stage.get_submodule(str(len(list(stage.children())) - 1))
+    norm: nn.BatchNorm2d = last.bn3 if hasattr(last, "bn3") else last.bn2
+    return norm.num_features
+
+
+def _uncovered(logits: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
+    """The part of logits of a padded image that shows the image, rounded up to whole cells."""
+    rows, columns = (-(-given * own // all) for given, own, all in zip(logits.shape[-2:], size, padded, strict=True))
+    return logits[..., :rows, :columns]
