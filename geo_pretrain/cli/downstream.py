@@ -14,7 +14,7 @@ from geo_pretrain.cli.shared import app, console, escape, progress
 from geo_pretrain.errors import RecipeError
 
 if TYPE_CHECKING:
-    from geo_pretrain.training.finetune.recipe import FinetuneRecipe
+    from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 
 LABELLED_HELP = "SOURCE or SOURCE:PATH of labelled images, such as rooms, scannet:PATH, nyuv2:PATH, coco:PATH."
 BACKBONE_HELP = "A catalog name, a checkpoint folder, imagenet or scratch; with --sweep several."
@@ -46,7 +46,7 @@ def finetune(
     A data-efficiency curve: `geo-pretrain finetune rooms_unet_r18 --sweep -b scratch -b runs/view --fraction 0.2
     --fraction 1 --seed 0 --seed 1 --out runs/curve`
     """
-    from geo_pretrain.training.finetune.recipe import load_finetune_recipe
+    from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 
     overrides = [*_labelled_overrides(data), *(["authors_exact=true"] if authors_exact else []), *set_]
     spec = load_finetune_recipe(recipe, overrides, toy=toy)

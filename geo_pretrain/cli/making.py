@@ -268,11 +268,12 @@ def _data_overrides(data: str | None, frames: str | None) -> list[str]:
 
 def data_spec(data: str, frames: str | None, overlap: str, overrides: list[str]) -> DataSpec:
     """A data section on its own, for commands that need no recipe."""
-    from geo_pretrain.training.recipe import Recipe, apply_overrides, parse
+    from geo_pretrain.training.config import apply_overrides, parse
+    from geo_pretrain.training.recipe import RENAMED, Recipe
 
     tree: dict[str, Any] = {"name": "command line", "task": {"name": "none"}, "optim": {"steps": 1}}
     options = [*_data_overrides(data, frames), f"data.overlap={_range('--overlap', overlap)}", *overrides]
-    apply_overrides(tree, options)
+    apply_overrides(tree, options, RENAMED)
     return parse(Recipe, tree, where="command line").data
 
 

@@ -132,7 +132,7 @@ def _finetuned(folder: Path) -> Origin:
 
     A backbone that cannot be found any more has unknown terms, which are strict.
     """
-    from geo_pretrain.training.finetune.recipe import load_finetune_recipe
+    from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     backbone, source = results["backbone"]["name"], results["data"]["source"]

@@ -28,7 +28,7 @@ from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.recipe import ModelSpec
 
 if TYPE_CHECKING:
-    from geo_pretrain.training.finetune.recipe import NetworkSpec
+    from geo_pretrain.training.finetune_recipe import NetworkSpec
 
 SCRATCH, IMAGENET = "scratch", "imagenet"
 # entries of the catalog that give the shape of a ResNet, without their weights

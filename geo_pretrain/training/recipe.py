@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,12 +13,23 @@ import yaml
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.license import check_license
 from geo_pretrain.checkpoint import Checkpoint
-from geo_pretrain.errors import RecipeError, UnknownName, nearest, unknown
+from geo_pretrain.errors import RecipeError, UnknownName, unknown
+from geo_pretrain.training import config
+from geo_pretrain.training.config import (
+    Checks,
+    Renamed,
+    apply_overrides,
+    check_key,
+    merge_tree,
+    parse,
+    plain_types,
+    read_tree,
+)
 
 RECIPES = Path(__file__).parent / "recipes"
 TOY = RECIPES / "overlays" / "toy.yaml"
 STAGE1 = "stage1"  # as start weights: what the first stage of the same recipe trained
-RENAMED = {"data.licence": "license"}  # former keys, still read
+RENAMED = (Renamed("data.licence", "data.license"),)  # former keys, still read
 # Keys that two recipes with one result may differ in; what data are found at a path, their fingerprint says.
 WITHOUT_EFFECT = ("workers", "save_every", "data.path")
 _SAME_DATA = ("source", "path", "size", "frames", "license", "options")  # of both stages
@@ -131,31 +140,34 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Checks that involve more than one key or a range."""
-        check_key("name" in self.task, "task.name", self.task, "the name of a pretext task")
-        one = (self.optim.steps is None) != (self.optim.epochs is None)
-        check_key(one, "optim.steps / optim.epochs", (self.optim.steps, self.optim.epochs), "exactly one of the two")
+        data, optim, check = self.data, self.optim, Checks()
+        check("name" in self.task, "task.name", self.task, "the name of a pretext task")
+        one = (optim.steps is None) != (optim.epochs is None)
+        check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
         for key, value in {
-            "optim.batch": self.optim.batch,
-            "optim.accumulate": self.optim.accumulate,
-            "optim.every": self.optim.every,
+            "optim.batch": optim.batch,
+            "optim.accumulate": optim.accumulate,
+            "optim.every": optim.every,
             "save_every": self.save_every,
             **({} if self.model is None else {"model.width": self.model.width}),
             **({} if self.unet3d is None else {"unet3d.width": self.unet3d.width}),
         }.items():
-            check_key(value >= 1, key, value, "a whole number from 1 up")
+            check(value >= 1, key, value, "a whole number from 1 up")
         if self.unet3d is not None:
-            check_key(self.unet3d.voxel_size > 0, "unet3d.voxel_size", self.unet3d.voxel_size, "meters above 0")
-        check_key(self.optim.steps is None or self.optim.steps >= 1, "optim.steps", self.optim.steps, "from 1 up")
-        check_key(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
-        check_key(min(self.data.size) >= 32, "data.size", self.data.size, "[height, width], each from 32 up")
-        for key, (low, high) in {"data.overlap": self.data.overlap, "data.frames": self.data.frames}.items():
-            check_key(0 <= low < high <= 1, key, [low, high], "[low, high] with 0 <= low < high <= 1")
-        epochwise = self.optim.schedule == "cosine_epoch" and self.optim.epochs is None
-        check_key(not epochwise, "optim.epochs", None, "a number, for the schedule cosine_epoch")
-        check_key(self.stage1 is None or "recipe" in self.stage1, "stage1.recipe", None, "the name of a recipe")
-        check_key(
-            self.optim.batch % self.optim.accumulate == 0, "optim.batch", self.optim.batch, "a multiple of accumulate"
-        )
+            check(self.unet3d.voxel_size > 0, "unet3d.voxel_size", self.unet3d.voxel_size, "meters above 0")
+        check(optim.steps is None or optim.steps >= 1, "optim.steps", optim.steps, "from 1 up")
+        check(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
+        check(min(data.size) >= 32, "data.size", data.size, "[height, width], each from 32 up")
+        for key, (low, high) in {"data.overlap": data.overlap, "data.frames": data.frames}.items():
+            check(0 <= low < high <= 1, key, [low, high], "[low, high] with 0 <= low < high <= 1")
+        stepwise = optim.steps is not None and optim.epochs is None
+        epochs = "a number, for the schedule cosine_epoch"
+        check(not (stepwise and optim.schedule == "cosine_epoch"), "optim.epochs", None, epochs)
+        check(self.stage1 is None or "recipe" in self.stage1, "stage1.recipe", None, "the name of a recipe")
+        if optim.accumulate >= 1:
+            whole = optim.batch % optim.accumulate == 0
+            check(whole, "optim.batch", optim.batch, "a multiple of accumulate", given=["optim.accumulate"])
+        check.done()
 
     def network2d(self) -> ModelSpec:
         """`model`, for a task that trains a 2D network, its start weights as `start_of` gives them."""
@@ -213,7 +225,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) 
     `toy` lays the overlay recipes/overlays/toy.yaml over it: rooms at a scale that a CPU trains in minutes.
     """
     tree, path = _recipe_tree(name, toy=toy)
-    apply_overrides(tree, overrides)
+    apply_overrides(tree, overrides, RENAMED)
     return parse(Recipe, tree, where=str(path))
 
 
@@ -232,7 +244,7 @@ def load_stage1(recipe: Recipe, overrides: Iterable[str] = (), *, toy: bool = Fa
     if recipe.model is not None and recipe.model.init == STAGE1:
         _take_over(tree, "model", recipe.model, ("depth", "width"))
     merge_tree(tree, settings)
-    apply_overrides(tree, overrides)
+    apply_overrides(tree, overrides, RENAMED)
     first = parse(Recipe, tree, where=f"{path}, changed by stage1 of recipe {recipe.name}")
     check_key(first.stage1 is None, "stage1.recipe", first.name, "a recipe of one stage")
     return first
@@ -252,7 +264,7 @@ def _recipe_tree(name: str, *, toy: bool) -> tuple[dict[str, Any], Path]:
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         raise unknown("recipe", name, list_recipes(), "Or give the path of a .yaml file.")
-    tree = read_tree(path)
+    tree = read_tree(path, RENAMED)
     if toy:
         overlay = read_tree(TOY)
         own = overlay.pop("tasks").get(tree.get("task", {}).get("name"), {})
@@ -272,88 +284,6 @@ def retag(name: str, tag: str) -> str:
     return f"{name.partition('.')[0]}.{tag}"
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Set keys of nested mappings in place from texts `key.key=value`; values are read as YAML."""
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"Override {override!r} is not of the form key=value, such as optim.lr=0.05.")
-        *parents, last = key.split(".")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-            if not isinstance(branch, dict):
-                raise RecipeError(f"Override {override!r}: '{parent}' holds a value, not keys.")
-        branch[last] = yaml.safe_load(text)
-
-
-def parse(kind: type[T], tree: object, *, where: str, prefix: str = "") -> T:
-    """Turn nested mappings into the dataclass `kind`; unknown keys and wrong types are errors naming the key."""
-    if not isinstance(tree, Mapping):
-        raise RecipeError(f"{where}: {prefix.rstrip('.') or 'the file'} is {_shown(tree)}, expected keys and values.")
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
-    tree = {RENAMED.get(prefix + str(key), key): value for key, value in tree.items()}
-    for key in tree:
-        if key not in fields:
-            closest = ", ".join(repr(prefix + name) for name in nearest(str(key), fields, 1))
-            accepted = ", ".join(fields)
-            raise RecipeError(f"{where}: unknown key '{prefix}{key}'. Closest: {closest}. Accepted: {accepted}.")
-    required = (f for f in fields.values() if f.default is dataclasses.MISSING)
-    for f in required:
-        if f.default_factory is dataclasses.MISSING and f.name not in tree:
-            raise RecipeError(f"{where}: key '{prefix}{f.name}' is missing.")
-    values = {key: _convert(hints[key], value, where, prefix + key) for key, value in tree.items()}
-    try:
-        return kind(**values)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
-
-
-def _convert(hint: Any, value: object, where: str, key: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where, key)
-    if dataclasses.is_dataclass(hint):
-        return parse(typing.cast(Any, hint), value, where=where, prefix=key + ".")
-    if origin is Literal:
-        if value in args and type(value) in {type(a) for a in args}:
-            return value
-        raise _mismatch(
-            where, key, value, "one of " + ", ".join(map(str, args)), nearest(str(value), map(str, args), 1)
-        )
-    if origin is tuple:
-        if isinstance(value, list | tuple) and len(value) == len(args):
-            return tuple(_convert(a, v, where, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
-        raise _mismatch(where, key, value, f"a list of {len(args)} values")
-    if origin is dict or hint is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-        raise _mismatch(where, key, value, "keys and values")
-    return _scalar(hint, value, where, key)
-
-
-def _scalar(hint: type, value: object, where: str, key: str) -> Any:
-    if hint is float and isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-3 as a string
-            return float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
-        return value
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    raise _mismatch(where, key, value, names.get(hint, hint.__name__))
-
-
-def _mismatch(where: str, key: str, value: object, accepted: str, closest: list[str] | None = None) -> RecipeError:
-    hint = f" Closest: {closest[0]!r}." if closest else ""
-    return RecipeError(f"{where}: '{key}' is {_shown(value)}, accepted is {accepted}.{hint}")
-
-
 def recipe_of(found: Checkpoint) -> Recipe | None:
     """The recipe in a checkpoint folder; weights trained elsewhere have none, so their catalog entry's; else None."""
     if "recipe" in found.roles:
@@ -363,58 +293,5 @@ def recipe_of(found: Checkpoint) -> Recipe | None:
 
 
 def changes(before: str, now: str) -> list[str]:
-    """What differs between two recipes in YAML, as "key.key: old -> new", but for `WITHOUT_EFFECT`."""
-    old, new = (_flat(yaml.safe_load(text)) for text in (before, now))
-    keys = [key for key in {**new, **old} if key not in WITHOUT_EFFECT]
-    missing = "(none)"
-    found = [(key, old.get(key, missing), new.get(key, missing)) for key in keys]
-    return [f"{key}: {one} -> {two}" for key, one, two in found if one != two]
-
-
-def _flat(tree: object, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one with keys "key.key"; values as they are, lists too."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree} if prefix else {}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
-
-
-def check_key(condition: bool, key: str, value: object, accepted: str) -> None:
-    """Raise `RecipeError`, saying what was given for `key` and what is accepted, unless the condition holds."""
-    if not condition:
-        raise RecipeError(f"'{key}' is {value!r}, accepted is {accepted}.")
-
-
-def _shown(value: object) -> str:
-    return f"{value!r} ({type(value).__name__})"
-
-
-def read_tree(path: Path) -> dict[str, Any]:
-    """A YAML file of keys and values. Raises `RecipeError` for anything else."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: expected keys and values, got {_shown(tree)}.")
-    return tree
-
-
-def merge_tree(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
-    """Lay `overlay` over `tree` in place; a None removes the key."""
-    for key, value in overlay.items():
-        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
-            merge_tree(tree[key], value)
-        elif value is None:
-            tree.pop(key, None)
-        else:
-            tree[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def plain_types(value: Any) -> Any:
-    """Tuples as lists, so that YAML stays plain."""
-    if isinstance(value, Mapping):
-        return {key: plain_types(item) for key, item in value.items()}
-    return [plain_types(item) for item in value] if isinstance(value, list | tuple) else value
+    """What differs between two recipes in YAML, as "key.key: old -> new", but for `WITHOUT_EFFECT` and former keys."""
+    return config.changes(before, now, renames=RENAMED, ignore=WITHOUT_EFFECT)

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from geo_pretrain.errors import RecipeError, UnknownName
-from geo_pretrain.training.recipe import RECIPES, TOY, Recipe, list_recipes, load_recipe, load_stage1, parse
+from geo_pretrain.training.config import parse
+from geo_pretrain.training.recipe import RECIPES, TOY, Recipe, list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.tasks import TASKS
 
 

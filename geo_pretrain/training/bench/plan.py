@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from geo_pretrain.errors import RecipeError, unknown
-from geo_pretrain.training.recipe import STAGE1, DataSpec, Recipe, check_key, list_recipes, load_recipe, load_stage1
+from geo_pretrain.training.config import check_key
+from geo_pretrain.training.recipe import STAGE1, DataSpec, Recipe, list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.tasks import TASKS
 
 Kind = Literal["2D", "3D"]

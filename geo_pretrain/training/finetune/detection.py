@@ -27,13 +27,13 @@ from geo_pretrain.adapters import torchvision as adapter
 from geo_pretrain.adapters.common import encoder_of, parameter_groups
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
+from geo_pretrain.training.config import check_key, parse
 from geo_pretrain.training.data.labelled.export import coco_json, encode_mask
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage, LabelledSource
 from geo_pretrain.training.evaluation.coco import MAX_DETECTIONS, Kind, coco_report
-from geo_pretrain.training.finetune.recipe import FinetuneRecipe, LabelledAugment
 from geo_pretrain.training.finetune.task import Evaluation
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe, LabelledAugment
 from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit
-from geo_pretrain.training.recipe import check_key, parse
 from geo_pretrain.training.visualize.grids import PAPER, _save_grid
 from geo_pretrain.training.visualize.preview import class_colors
 

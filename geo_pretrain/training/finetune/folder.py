@@ -21,14 +21,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from geo_pretrain.errors import CheckpointError, RecipeError
+from geo_pretrain.training.config import plain_types
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.export import LIBRARIES, code_version
-from geo_pretrain.training.finetune.recipe import FinetuneRecipe
 from geo_pretrain.training.finetune.task import FinetuneTask
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.loop import STATE
 from geo_pretrain.training.networks import PretrainedInit
-from geo_pretrain.training.recipe import changes, plain_types
+from geo_pretrain.training.recipe import changes
 
 RESULTS, LOG, MODEL, BEST, PICTURE = (
     "results.json",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from geo_pretrain.catalog import CATALOG, Entry, Result
 from geo_pretrain.catalog.pri3d import BASELINES, DETECTION, INSTANCES, SEGMENTATION
-from geo_pretrain.training.finetune.recipe import FinetuneRecipe
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 
 DATASETS = {"scannet": "ScanNet", "nyuv2": "NYUv2", "cityscapes": "Cityscapes", "kitti": "KITTI", "coco": "COCO"}
 PAPERS = {"pri3d": "Pri3D", "gsc": "GSC"}  # whose tables the entries of a method cite without naming the paper

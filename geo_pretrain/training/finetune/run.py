@@ -41,13 +41,13 @@ from geo_pretrain.training.finetune.folder import (
     spread_ids,
     write_weights,
 )
-from geo_pretrain.training.finetune.recipe import FinetuneRecipe
 from geo_pretrain.training.finetune.task import (
     Evaluation,
     FinetuneTask,
     build_finetune_task,
     weights_digest,
 )
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.loop import STATE, Interrupted, StepInfo, stop_requests
 from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.runs import only_process

@@ -23,8 +23,8 @@ from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
 from geo_pretrain.training.evaluation.metrics import class_iou, confusion_matrix, mean_iou, pixel_accuracy
-from geo_pretrain.training.finetune.recipe import FinetuneRecipe
 from geo_pretrain.training.finetune.task import Evaluation
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks import PretrainedInit, build_segmenter
 from geo_pretrain.training.visualize.grids import draw_segmentations
 

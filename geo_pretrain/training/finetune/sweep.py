@@ -22,6 +22,7 @@ import yaml
 from geo_pretrain import hub
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.finetune.folder import (
@@ -31,11 +32,10 @@ from geo_pretrain.training.finetune.folder import (
     run_folder,
 )
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
-from geo_pretrain.training.finetune.recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.finetune.run import finetune
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.loop import StepInfo
 from geo_pretrain.training.networks import PretrainedInit
-from geo_pretrain.training.recipe import parse
 from geo_pretrain.training.runs import only_process
 
 SWEEP, RUNS, FORMAT = "sweep.json", "runs", 1

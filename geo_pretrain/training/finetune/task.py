@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
-from geo_pretrain.training.finetune.recipe import FinetuneRecipe
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks import PretrainedInit
 
 TASKS = {  # task of a recipe -> "module:class", called with (recipe, start, classes, contract)

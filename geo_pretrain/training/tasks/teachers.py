@@ -155,7 +155,7 @@ def _torchvision_segmenter(path: Path) -> Teacher:
 def _finetuned(folder: Path) -> Teacher:
     from safetensors.torch import load_file
 
-    from geo_pretrain.training.finetune.recipe import load_finetune_recipe
+    from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if results["task"] != "segmentation":

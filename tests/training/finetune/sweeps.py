@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from geo_pretrain.training.data.labelled.image import LabelledImage
-from geo_pretrain.training.finetune.recipe import load_finetune_recipe
+from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 
 COLORS = np.array([[0, 0, 0], [210, 60, 50], [60, 200, 80], [70, 80, 220]])  # of classes 1 to 3
 TINY = {

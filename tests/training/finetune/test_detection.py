@@ -21,6 +21,7 @@ from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.catalog import Arch
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
+from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage
 from geo_pretrain.training.finetune.detection import (
     Detection,
@@ -29,11 +30,10 @@ from geo_pretrain.training.finetune.detection import (
     draw_detections,
     stride_in_1x1,
 )
-from geo_pretrain.training.finetune.recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune.task import build_finetune_task
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.networks import PretrainedInit
-from geo_pretrain.training.recipe import parse
 from tests.zoo import write_tiny
 
 HEIGHT, WIDTH = 48, 64

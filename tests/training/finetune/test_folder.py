@@ -16,8 +16,8 @@ from geo_pretrain.errors import CheckpointError
 from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.finetune import folder as finetune_folder
 from geo_pretrain.training.finetune.folder import spread_ids
-from geo_pretrain.training.finetune.recipe import load_finetune_recipe
 from geo_pretrain.training.finetune.run import read_result, result_rows
+from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.loop import STATE
 from tests.training.finetune.test_run import Stop, assert_same_run, run, stop_at
 from tests.training.finetune.test_segmentation import recipe_for

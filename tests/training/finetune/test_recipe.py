@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from geo_pretrain.errors import RecipeError, UnknownName
-from geo_pretrain.training.finetune.recipe import (
+from geo_pretrain.training.finetune_recipe import (
     KINDS,
     RECIPES,
     FinetuneOptim,

@@ -18,7 +18,6 @@ from geo_pretrain.training.data.labelled.image import LabelledImage
 from geo_pretrain.training.evaluation.metrics import confusion_matrix, mean_iou
 from geo_pretrain.training.finetune import report, sweep
 from geo_pretrain.training.finetune.published import PaperRow
-from geo_pretrain.training.finetune.recipe import load_finetune_recipe
 from geo_pretrain.training.finetune.report import (
     COLORS,
     draw_curve,
@@ -30,6 +29,7 @@ from geo_pretrain.training.finetune.report import (
     write_report,
 )
 from geo_pretrain.training.finetune.sweep import Point, SweepResult, run_sweep
+from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.visualize.preview import class_colors
 from tests.training.finetune.sweeps import Squares, Written, tiny_recipe
 from tests.zoo import write_tiny

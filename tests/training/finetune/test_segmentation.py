@@ -15,9 +15,9 @@ from geo_pretrain.catalog import Arch
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, GeoPretrainError, RecipeError, UnknownName
 from geo_pretrain.training.data.labelled.image import LabelledImage
-from geo_pretrain.training.finetune.recipe import load_finetune_recipe
 from geo_pretrain.training.finetune.segmentation import crop_box, segmentation_loss
 from geo_pretrain.training.finetune.task import build_finetune_task, weights_digest
+from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.networks import PretrainedInit
 from tests.zoo import role_weights, write_tiny, write_tiny_3d
 

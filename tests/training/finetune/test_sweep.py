@@ -13,9 +13,9 @@ import torch
 from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, HubError, RecipeError, UnknownName
 from geo_pretrain.training.finetune import sweep
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
-from geo_pretrain.training.finetune.recipe import load_finetune_recipe
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune.sweep import differences, read_plan, read_sweep, run_sweep
+from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from tests.training.finetune.sweeps import Squares, Written, tiny_recipe
 from tests.zoo import role_weights, write_tiny
 

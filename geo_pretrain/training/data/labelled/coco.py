@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, require, unknown
+from geo_pretrain.training.config import parse
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.labelled.folders import need_folders
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage
-from geo_pretrain.training.recipe import parse
 
 LAYOUT = "annotations/instances_{train2017,val2017}.json, {train2017,val2017}/*.jpg"
 

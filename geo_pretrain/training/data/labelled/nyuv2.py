@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.errors import DataError, unknown
+from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.folders import (
     InstanceFolder,
     InstanceRule,
@@ -22,7 +23,6 @@ from geo_pretrain.training.data.labelled.folders import (
     need_folders,
 )
 from geo_pretrain.training.data.labelled.mapping import label_map
-from geo_pretrain.training.recipe import parse
 
 LAYOUT = "{train,val}/{color/nyu_rgb_0001.png, label/new_nyu_class13_0001.png, instance/0001.png}"
 _FOLDERS = {"train": ("train",), "val": ("val", "test")}

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.errors import DataError
+from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.folders import InstanceFolder, InstanceRule, Item, SemanticFolder
 from geo_pretrain.training.data.labelled.mapping import label_map
-from geo_pretrain.training.recipe import parse
 
 LAYOUT = "scannet_frames_25k/sceneXXXX_XX/{color/*.jpg, label/*.png, instance/*.png}, scannetv2_train.txt and _val.txt"
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from geo_pretrain.errors import RecipeError, unknown
+from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.frame import Frame, Source
-from geo_pretrain.training.recipe import DataSpec, parse
+from geo_pretrain.training.recipe import DataSpec
 
 Progress = Callable[[int, int], None]
 

@@ -1,6 +1,6 @@
 """Recipes of downstream runs: what is fine-tuned on which labels, how, and how it is measured. A closed YAML schema.
 
-The files are in downstream/recipes; the reader, overrides and overlays are those of the pre-training recipes.
+The files are in recipes/finetune; the reader, overrides and overlays are those of the pre-training recipes.
 """
 
 from __future__ import annotations
@@ -14,19 +14,13 @@ from typing import Any, Literal
 import yaml
 
 from geo_pretrain.errors import RecipeError, unknown
-from geo_pretrain.training.recipe import (
-    OptimSpec,
-    apply_overrides,
-    check_key,
-    merge_tree,
-    parse,
-    plain_types,
-    read_tree,
-    retag,
-)
+from geo_pretrain.training import config
+from geo_pretrain.training.config import Checks, Renamed, apply_overrides, merge_tree, parse, plain_types, read_tree
+from geo_pretrain.training.recipe import WITHOUT_EFFECT, OptimSpec, retag
 from geo_pretrain.training.schedule import learning_rate
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent / "recipes" / "finetune"
+RENAMED: tuple[Renamed, ...] = ()  # former keys, still read
 OVERLAYS = RECIPES / "overlays"  # toy_TASK.yaml: laid over the recipes of a task by --toy
 
 TaskName = Literal["segmentation", "detection", "instances"]
@@ -148,14 +142,17 @@ class FinetuneRecipe:
 
     def __post_init__(self) -> None:
         """Checks that involve more than one key or a range."""
-        network, data, optim, evaluate = self.network, self.data, self.optim, self.evaluate
-        if network.kind not in KINDS[self.task]:
-            raise RecipeError(
-                f"'network.kind' is {network.kind!r}, accepted for task {self.task!r} is one of "
-                f"{', '.join(KINDS[self.task])}."
-            )
+        check = Checks()
+        self._check_numbers(check)
+        self._check_images(check)
+        self._check_network(check)
+        check.done()
+
+    def _check_numbers(self, check: Checks) -> None:
+        """Budget, optimizer and evaluation."""
+        network, optim, evaluate = self.network, self.optim, self.evaluate
         one = (optim.steps is None) != (optim.epochs is None)
-        check_key(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
+        check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
         for key, count in {
             "network.width": network.width,
             "optim.batch": optim.batch,
@@ -166,7 +163,7 @@ class FinetuneRecipe:
             "evaluate.every_steps": 1 if evaluate.every_steps is None else evaluate.every_steps,
             "evaluate.images": 1 if evaluate.images is None else evaluate.images,
         }.items():
-            check_key(count >= 1, key, count, "a whole number from 1 up")
+            check(count >= 1, key, count, "a whole number from 1 up")
         for key, value in {
             "optim.lr": optim.lr,
             "optim.backbone_factor": optim.backbone_factor,
@@ -174,34 +171,43 @@ class FinetuneRecipe:
             "optim.epochs": 1.0 if optim.epochs is None else optim.epochs,
             "optim.clip_norm": 1.0 if optim.clip_norm is None else optim.clip_norm,
         }.items():
-            check_key(value > 0, key, value, "a number above 0")
-        check_key(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
-        check_key(0 <= network.freeze <= 5, "network.freeze", network.freeze, "0 (nothing) to 5 (stem and all stages)")
-        check_key(network.aux >= 0, "network.aux", network.aux, "0 (none) or more")
-        check_key(0 < data.fraction <= 1, "data.fraction", data.fraction, "above 0 and up to 1")
-        for key, size in {"data.size": data.size, "data.augment.crop": data.augment.crop}.items():
-            check_key(size is None or min(size) >= 32, key, size, "[height, width], each from 32 up")
-        for key, share in {"data.augment.flip": data.augment.flip, "data.augment.blur": data.augment.blur}.items():
-            check_key(0 <= share <= 1, key, share, "a probability from 0 to 1")
-        check_key(0 <= data.augment.rotate <= 180, "data.augment.rotate", data.augment.rotate, "degrees from 0 to 180")
-        kernel = data.augment.blur_kernel
-        check_key(kernel >= 1 and kernel % 2 == 1, "data.augment.blur_kernel", kernel, "an odd number of pixels")
+            check(value > 0, key, value, "a number above 0")
+        check(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
         both = evaluate.every_epochs is not None and evaluate.every_steps is not None
         pair = (evaluate.every_epochs, evaluate.every_steps)
-        check_key(not both, "evaluate.every_epochs / every_steps", pair, "one of the two, or neither")
-        multistep = optim.schedule == "multistep"
-        check_key(
-            (optim.milestones is not None) == multistep,
-            "optim.milestones",
-            optim.milestones,
-            "two steps, for the multistep schedule only",
-        )
+        check(not both, "evaluate.every_epochs / every_steps", pair, "one of the two, or neither")
+        matches = (optim.milestones is not None) == (optim.schedule == "multistep")
+        two = "two steps, for the multistep schedule only"
+        check(matches, "optim.milestones", optim.milestones, two, given=["optim.schedule"])
+
+    def _check_images(self, check: Checks) -> None:
+        """Labelled images and their augmentation."""
+        data, augment = self.data, self.data.augment
+        check(0 < data.fraction <= 1, "data.fraction", data.fraction, "above 0 and up to 1")
+        for key, size in {"data.size": data.size, "data.augment.crop": augment.crop}.items():
+            check(size is None or min(size) >= 32, key, size, "[height, width], each from 32 up")
+        for key, share in {"data.augment.flip": augment.flip, "data.augment.blur": augment.blur}.items():
+            check(0 <= share <= 1, key, share, "a probability from 0 to 1")
+        check(0 <= augment.rotate <= 180, "data.augment.rotate", augment.rotate, "degrees from 0 to 180")
+        kernel = augment.blur_kernel
+        check(kernel >= 1 and kernel % 2 == 1, "data.augment.blur_kernel", kernel, "an odd number of pixels")
+
+    def _check_network(self, check: Checks) -> None:
+        """The network, and whether it fits the task."""
+        network = self.network
+        kinds = KINDS[self.task]
+        if network.kind not in kinds:
+            kind = f"'network.kind' is {network.kind!r}, accepted for task {self.task!r} is one of {', '.join(kinds)}."
+            check.note(kind, "network.kind", "task")
+        check(0 <= network.freeze <= 5, "network.freeze", network.freeze, "0 (nothing) to 5 (stem and all stages)")
+        check(network.aux >= 0, "network.aux", network.aux, "0 (none) or more")
         if network.kind != "unet":
-            check_key(network.transfer == "encoder", "network.transfer", network.transfer, "'encoder' but for unet")
+            alone = network.transfer == "encoder"
+            check(alone, "network.transfer", network.transfer, "'encoder' but for unet", given=["network.kind"])
         else:
             plain = (network.output_stride, network.aux, network.options) == (32, 0, {})
             given = {"output_stride": network.output_stride, "aux": network.aux, "options": network.options}
-            check_key(plain, "network", given, "output_stride 32, no aux and no options for unet")
+            check(plain, "network", given, "output_stride 32, no aux and no options for unet")
 
     def resize(self) -> str:
         """How images are resized: "nearest" or "bilinear"."""
@@ -210,6 +216,11 @@ class FinetuneRecipe:
     def to_yaml(self) -> str:
         """The recipe as a YAML text that parses back to an equal recipe."""
         return yaml.safe_dump(plain_types(dataclasses.asdict(self)), sort_keys=False)
+
+
+def changes(before: str, now: str) -> list[str]:
+    """What differs between two fine-tuning recipes in YAML, but for `WITHOUT_EFFECT` and former keys."""
+    return config.changes(before, now, renames=RENAMED, ignore=WITHOUT_EFFECT)
 
 
 def list_finetune_recipes(task: str | None = None) -> list[str]:
@@ -227,12 +238,12 @@ def load_finetune_recipe(name_or_path: str, overrides: Iterable[str] = (), *, to
     path = Path(name_or_path) if name_or_path.endswith((".yaml", ".yml")) else RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
         raise unknown("fine-tuning recipe", name_or_path, list_finetune_recipes(), "Or give the path of a .yaml file.")
-    tree = read_tree(path)
+    tree = read_tree(path, RENAMED)
     if toy:
         overlay = OVERLAYS / f"toy_{tree.get('task')}.yaml"
         if not overlay.is_file():
             raise RecipeError(f"{path}: 'task' is {tree.get('task')!r}, accepted is one of {', '.join(KINDS)}.")
         merge_tree(tree, read_tree(overlay))
         tree["name"] = retag(str(tree.get("name")), "toy")
-    apply_overrides(tree, overrides)
+    apply_overrides(tree, overrides, RENAMED)
     return parse(FinetuneRecipe, tree, where=str(path))

@@ -1,0 +1,387 @@
+"""YAML files as frozen dataclasses: reading, overrides, overlays, former keys, checks and differences.
+
+Knows no recipe: schemas are in `recipe` and `finetune_recipe`. Whatever is wrong with a file is named at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from geo_pretrain.errors import GeoPretrainError, RecipeError, UnknownName, nearest
+
+T = TypeVar("T")
+_BAD: Any = object()  # in place of a value that is missing or wrong
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a file: the keys it is about and the sentence that names it."""
+
+    keys: tuple[str, ...]
+    text: str
+
+    def touches(self, keys: Iterable[str]) -> bool:
+        """Whether it is about one of `keys`, or about a key inside or around one of them."""
+        return any(_inside(one, other) or _inside(other, one) for one in self.keys for other in keys)
+
+
+class Mistakes(RecipeError):
+    """One or several mistakes in a file; `problems` lists them."""
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class Checks:
+    """Collects checks of values: `check = Checks()`, then `check(condition, ...)` for each, then `check.done()`."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    def __call__(self, condition: bool, key: str, value: object, accepted: str, *, given: Sequence[str] = ()) -> bool:
+        """Note a mistake unless the condition holds; returns the condition.
+
+        `key` may name several: "optim.steps / optim.epochs". `given` names other keys that the condition depends on.
+        """
+        if not condition:
+            self.note(f"'{key}' is {value!r}, accepted is {accepted}.", *key.split(" / "), *given)
+        return condition
+
+    def note(self, text: str, *keys: str) -> None:
+        """Note a mistake about `keys` in words."""
+        self.problems.append(Problem(keys, text))
+
+    def done(self) -> None:
+        """Raise `RecipeError` if there were mistakes, naming all."""
+        if self.problems:
+            raise _error("", self.problems)
+
+
+def check_key(condition: bool, key: str, value: object, accepted: str) -> None:
+    """Raise `RecipeError`, saying what was given for `key` and what is accepted, unless the condition holds."""
+    check = Checks()
+    check(condition, key, value, accepted)
+    check.done()
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A former key, or former values of a key: files, overrides and stored recipes that have it are still read."""
+
+    old: str
+    new: str
+    values: Mapping[Any, Any] = field(default_factory=dict)  # former value -> today's; others stay as they are
+
+
+def read_tree(path: Path, renames: Sequence[Renamed] = ()) -> dict[str, Any]:
+    """Read a YAML file of keys and values, former keys under their new names. Raises `RecipeError` for other files."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: expected keys and values, got {_shown(tree)}.")
+    return rename_keys(tree, renames, where=str(path))
+
+
+def rename_keys(tree: Mapping[str, Any], renames: Sequence[Renamed], *, where: str, prefix: str = "") -> dict[str, Any]:
+    """A copy of a tree with former keys under their new names; `prefix` is what comes before its own keys."""
+    copy = _copied(tree)
+    for renamed in renames:
+        if not (renamed.old.startswith(prefix) and renamed.new.startswith(prefix)):
+            continue
+        old, new = renamed.old.removeprefix(prefix).split("."), renamed.new.removeprefix(prefix).split(".")
+        value = _get(copy, old)
+        if value is _BAD:
+            continue
+        _pop(copy, old)
+        if _get(copy, new) is not _BAD:
+            raise RecipeError(f"{where}: '{renamed.new}' is given twice, also by its former name '{renamed.old}'.")
+        _set(copy, new, _translated(renamed, value))
+    return copy
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str], renames: Sequence[Renamed] = ()) -> None:
+    """Set keys of nested mappings in place from texts `key.key=value`; values are read as YAML.
+
+    Raises `RecipeError` naming all overrides that cannot be applied.
+    """
+    problems = []
+    by_old = {renamed.old: renamed for renamed in renames}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            text = f"Override {override!r} is not of the form key=value, such as optim.lr=0.05."
+            problems.append(Problem((), text))
+            continue
+        value = yaml.safe_load(text)
+        if key in by_old:
+            key, value = by_old[key].new, _translated(by_old[key], value)
+        blocking = _set(tree, key.split("."), value)
+        if blocking is not None:
+            problems.append(Problem((key,), f"Override {override!r}: '{blocking}' holds a value, not keys."))
+        elif isinstance(value, Mapping):
+            renewed = rename_keys(tree, renames, where=f"Override {override!r}")
+            tree.clear()
+            tree.update(renewed)
+    if problems:
+        raise _error("", problems)
+
+
+def merge_tree(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
+    """Lay `overlay` over `tree` in place; a None removes the key."""
+    for key, value in overlay.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+            merge_tree(tree[key], value)
+        elif value is None:
+            tree.pop(key, None)
+        else:
+            tree[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def changes(before: str, now: str, *, renames: Sequence[Renamed] = (), ignore: Iterable[str] = ()) -> list[str]:
+    """What differs between two YAML texts, as "key.key: old -> new", but for the keys `ignore`."""
+    ignored, missing = set(ignore), "(none)"
+    old, new = (_flat(rename_keys(yaml.safe_load(text), renames, where="recipe")) for text in (before, now))
+    keys = [key for key in {**new, **old} if key not in ignored]
+    values = [(key, old.get(key, missing), new.get(key, missing)) for key in keys]
+    return [f"{key}: {one} -> {two}" for key, one, two in values if one != two]
+
+
+def plain_types(value: Any) -> Any:
+    """Tuples as lists, so that YAML stays plain."""
+    if isinstance(value, Mapping):
+        return {key: plain_types(item) for key, item in value.items()}
+    return [plain_types(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def parse(
+    kind: type[T],
+    tree: object,
+    *,
+    where: str,
+    prefix: str = "",
+    renames: Sequence[Renamed] = (),
+    also: Sequence[Callable[[T], object]] = (),
+) -> T:
+    """Turn nested mappings into the dataclass `kind`.
+
+    `prefix` comes before the tree's own keys in messages. `also` are further checks of the result, each of which may
+    raise; what they find is named together with the rest.
+
+    Raises `RecipeError` that names every unknown key, wrong type, missing key and value out of range.
+    """
+    if isinstance(tree, Mapping) and renames:
+        tree = rename_keys(tree, renames, where=where, prefix=prefix)
+    parser = _Parser()
+    value = typing.cast(T, parser.section(kind, tree, prefix))
+    for check in also:
+        parser.run(check, value, RecipeError, UnknownName)
+    if len(parser.problems) == 1 and parser.causes:
+        raise parser.causes[0]
+    if parser.problems:
+        raise _error(where, parser.problems)
+    return value
+
+
+class _Parser:
+    """Parses sections and notes what is wrong, going on with stand-ins so that all mistakes are found."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.doubtful: set[str] = set()  # keys whose value is a stand-in; checks of them mean nothing
+        self.causes: list[GeoPretrainError] = []  # errors of checks from elsewhere, which say where by themselves
+
+    def note(self, text: str, *keys: str) -> None:
+        self.problems.append(Problem(keys, text))
+        self.doubtful.update(keys)
+
+    def run(self, check: Callable[[Any], object], value: object, *own: type[GeoPretrainError]) -> None:
+        """Call a check and note what it finds, but for mistakes about doubtful keys; errors in `own` become causes."""
+        try:
+            check(value)
+        except (RecipeError, *own) as error:
+            problems = error.problems if isinstance(error, Mistakes) else (Problem((), str(error)),)
+            fresh = [problem for problem in problems if not problem.touches(self.doubtful)]
+            self.problems += fresh
+            self.causes += [error] if fresh and own else []
+
+    def section(self, kind: type, tree: object, prefix: str) -> object:
+        """An instance of the dataclass `kind`; with mistakes, one of stand-ins."""
+        if not isinstance(tree, Mapping):
+            name = prefix.rstrip(".")
+            self.note(f"{name or 'the file'} is {_shown(tree)}, expected keys and values.", *([name] if name else []))
+            tree = {}
+            if not name:
+                return _unchecked(kind, {})
+        hints = typing.get_type_hints(kind)
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        for key in tree:
+            if key not in fields:
+                self._note_unknown(str(key), list(fields), prefix)
+        values = {}
+        for name, f in fields.items():
+            if name in tree:
+                values[name] = self.value(hints[name], tree[name], prefix + name)
+            elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                values[name] = _BAD
+                if prefix + name not in self.doubtful:
+                    self.note(f"key '{prefix}{name}' is missing.", prefix + name)
+        return self._built(kind, {name: _usable(fields[name], hints[name], value) for name, value in values.items()})
+
+    def value(self, hint: Any, value: object, key: str) -> Any:
+        """A value as its type hint wants it; `_BAD` after a mistake."""
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (typing.Union, types.UnionType):
+            if value is None and type(None) in args:
+                return None
+            return self.value(next(a for a in args if a is not type(None)), value, key)
+        if dataclasses.is_dataclass(hint):
+            return self.section(typing.cast(type, hint), value, key + ".")
+        if origin is Literal:
+            if value in args and type(value) in {type(a) for a in args}:
+                return value
+            closest = nearest(str(value), map(str, args), 1)[0]
+            return self._refuse(key, value, f"one of {', '.join(map(str, args))}", f" Closest: {closest!r}.")
+        if origin is tuple:
+            return self._tuple(args, value, key)
+        if origin is dict or hint is dict:
+            return dict(value) if isinstance(value, Mapping) else self._refuse(key, value, "keys and values")
+        return self._scalar(hint, value, key)
+
+    def _tuple(self, args: tuple[Any, ...], value: object, key: str) -> Any:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            return self._refuse(key, value, f"a list of {len(args)} values")
+        items = [self.value(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))]
+        if _BAD in items:
+            self.doubtful.add(key)
+            return _BAD
+        return tuple(items)
+
+    def _scalar(self, hint: type, value: object, key: str) -> Any:
+        if hint is float and isinstance(value, str):
+            try:  # YAML 1.1 reads 1e-3 as a string
+                return float(value)
+            except ValueError:
+                pass
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+            return value
+        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        return self._refuse(key, value, names.get(hint, hint.__name__))
+
+    def _refuse(self, key: str, value: object, accepted: str, hint: str = "") -> object:
+        self.note(f"'{key}' is {_shown(value)}, accepted is {accepted}.{hint}", key)
+        return _BAD
+
+    def _note_unknown(self, key: str, accepted: Sequence[str], prefix: str) -> None:
+        closest = ", ".join(repr(prefix + name) for name in nearest(key, accepted, 1))
+        self.note(f"unknown key '{prefix}{key}'. Closest: {closest}. Accepted: {', '.join(accepted)}.", prefix + key)
+        # The key that was probably meant is neither missing nor worth a check.
+        self.doubtful.update(prefix + name for name in difflib.get_close_matches(key, accepted, 1))
+
+    def _built(self, kind: type, values: dict[str, Any]) -> object:
+        """An instance of `kind`, unchecked where its own checks fail."""
+        made: list[object] = []
+        self.run(lambda _: made.append(kind(**values)), None)
+        return made[0] if made else _unchecked(kind, values)
+
+
+def _usable(f: dataclasses.Field[Any], hint: Any, value: object) -> Any:
+    """The value; after a mistake its default, or any value of the right type."""
+    if value is not _BAD:
+        return value
+    if f.default is not dataclasses.MISSING:
+        return f.default
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    if dataclasses.is_dataclass(hint):
+        return _unchecked(typing.cast(type, hint), {})
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Literal else (typing.get_origin(hint) or hint)()
+
+
+def _unchecked(kind: type, values: Mapping[str, Any]) -> object:
+    """An instance of a dataclass without the checks of its `__post_init__`."""
+    hints = typing.get_type_hints(kind)
+    made = object.__new__(kind)
+    for f in dataclasses.fields(kind):
+        value = values[f.name] if f.name in values else _usable(f, hints[f.name], _BAD)
+        object.__setattr__(made, f.name, value)
+    return made
+
+
+def _error(where: str, problems: Sequence[Problem]) -> Mistakes:
+    """One error for all problems: one line for a single one, else a list."""
+    start = f"{where}: " if where else ""
+    if len(problems) == 1:
+        return Mistakes(start + problems[0].text, problems)
+    lines = "".join(f"\n  - {problem.text}" for problem in problems)
+    return Mistakes(f"{start}{len(problems)} mistakes:{lines}", problems)
+
+
+def _shown(value: object) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _inside(key: str, other: str) -> bool:
+    """Whether `key` is `other` or one of its keys."""
+    return key == other or key.startswith((f"{other}.", f"{other}["))
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one with keys "key.key"; values as they are, lists too."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree} if prefix else {}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _translated(renamed: Renamed, value: object) -> object:
+    try:
+        return renamed.values.get(value, value)
+    except TypeError:  # a list or a mapping, which is no former value
+        return value
+
+
+def _get(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """The value at a path of keys, `_BAD` when there is none."""
+    value: Any = tree
+    for key in path:
+        if not isinstance(value, Mapping) or key not in value:
+            return _BAD
+        value = value[key]
+    return value
+
+
+def _pop(tree: dict[str, Any], path: Sequence[str]) -> None:
+    *parents, last = path
+    del _get(tree, parents)[last]
+
+
+def _set(tree: dict[str, Any], path: Sequence[str], value: object) -> str | None:
+    """Set the value at a path of keys; returns the key that holds a value where keys are needed, if one does."""
+    *parents, last = path
+    branch = tree
+    for parent in parents:
+        branch = branch.setdefault(parent, {})
+        if not isinstance(branch, dict):
+            return parent
+    branch[last] = value
+    return None
