@@ -26,10 +26,9 @@ from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.export import LIBRARIES, code_version
 from geo_pretrain.training.finetune.task import FinetuneTask
-from geo_pretrain.training.finetune_recipe import FinetuneRecipe
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe, changes
 from geo_pretrain.training.loop import STATE
 from geo_pretrain.training.networks import PretrainedInit
-from geo_pretrain.training.recipe import changes
 
 RESULTS, LOG, MODEL, BEST, PICTURE = (
     "results.json",
