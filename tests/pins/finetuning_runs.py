@@ -15,7 +15,7 @@ VOLATILE = frozenset({"seconds", "code", "libraries", "digest", "confusion", "qu
 
 
 def finetune(kind: str, folder: Path) -> Path:
-    """Fine-tune by the stored recipe for three steps, from random weights; the run's folder."""
+    """Fine-tune by the stored recipe for a few steps, from random weights; the run's folder."""
     recipe = DATA / "recipes" / f"finetune_{kind}.yaml"
     geo_pretrain("finetune", recipe, "--backbone", "scratch", "--out", folder, "--device", "cpu")
     return folder
