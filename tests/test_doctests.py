@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
+import pkgutil
 
 import pytest
+
+from geo_pretrain.training import losses
 
 EXAMPLES = {
     "geo_pretrain.catalog": 1,
@@ -21,3 +25,21 @@ EXAMPLES = {
 def test_examples(module: str):
     result = doctest.testmod(importlib.import_module(module))
     assert (result.failed, result.attempted) == (0, EXAMPLES[module])
+
+
+def public_losses() -> dict[str, object]:
+    modules = [
+        importlib.import_module(f"{losses.__name__}.{found.name}") for found in pkgutil.iter_modules(losses.__path__)
+    ]
+    functions = [item for module in modules for item in vars(module).values() if inspect.isfunction(item)]
+    return {f.__name__: f for f in functions if f.__module__.startswith(losses.__name__) and f.__name__[0] != "_"}
+
+
+@pytest.mark.parametrize("name", public_losses())
+def test_every_loss_is_exported_and_has_an_example(name: str):
+    assert name in losses.__all__
+    loss = getattr(losses, name)
+    (example,) = doctest.DocTestFinder().find(loss, name, globs=vars(importlib.import_module(loss.__module__)).copy())
+    result = doctest.DocTestRunner().run(example)
+    assert result.failed == 0
+    assert result.attempted >= 2

@@ -21,12 +21,12 @@ from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.mining import Pair
-from geo_pretrain.training.losses.distillation import (
+from geo_pretrain.training.losses import (
     crd_loss,
     crd_scores,
     kl_distillation,
     l2_distillation,
-    queue_info_nce,
+    queue_nce,
 )
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.moco import gather
@@ -47,7 +47,7 @@ class Config(FrameConfig):
     # kd: the classes of the teacher's classifier, which "imagenet" has; or, of any teacher, its pooled channels taken
     # as classes (not in any paper: for teachers without a classifier)
     targets: Literal["classifier", "features"] = "classifier"
-    # l2: what distance is, see losses_distillation; the recipe takes "mean", for "squared" diverges at its rate
+    # l2: what distance is, see losses.distillation; the recipe takes "mean", for "squared" diverges at its rate
     form: Literal["squared", "norm", "mean"] = "squared"
     dim: int = 128  # crd: channels that both sides are projected to
     # crd: against a queue of earlier images, as in MoCo, or CRD's released memory of all images with its estimation
@@ -135,7 +135,7 @@ class GlobalDistillation(TaughtByImages):
 
     def _against_queue(self, student: Tensor, teacher: Tensor) -> Tensor:
         # A copy: the backward pass must find what the forward pass has seen.
-        loss = queue_info_nce(student, teacher, self.queue.clone(), temperature=self.temperature)
+        loss = queue_nce(student, teacher, self.queue.clone(), temperature=self.temperature)
         if self.training:
             keys = gather(teacher.detach())[: len(self.queue)]
             place = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)

@@ -22,7 +22,8 @@ from geo_pretrain.training.data.samples.sampler import sample_seed
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES
 from geo_pretrain.training.data.surfaces.sets import Kind, SetPairSamples, check_labels
 from geo_pretrain.training.initialize import initialize, initialize_heads
-from geo_pretrain.training.losses.contrastive import Denominator, depth_loss, set_info_nce
+from geo_pretrain.training.losses import depth_loss, set_info_nce
+from geo_pretrain.training.losses.sets import Denominator
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import pri3d
 
@@ -35,7 +36,7 @@ class Config:
     k_thresh: float = K_THRESH  # of the graph cut: larger, larger segments; the paper's ablation: 0.01 to 0.05
     min_vertices: int = MIN_VERTICES  # of a segment
     temperature: float = 0.4  # Pri3D's
-    denominator: Denominator = "other"  # see losses.set_info_nce
+    denominator: Denominator = "other"  # see losses.sets
     symmetric: bool = True  # as Pri3D's code
     renormalize: bool = True  # make the mean feature of a set unit again
     min_size: int = 5  # cells of the feature map that a set must have in each view

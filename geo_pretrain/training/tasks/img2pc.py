@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geo_pretrain.checkpoint import Pairing
-from geo_pretrain.training.losses.contrastive import anchor_nce
+from geo_pretrain.training.losses import anchor_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
 from geo_pretrain.training.tasks.clouds import draw, encode

@@ -28,7 +28,7 @@ from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.samples.single_images import CropSamples, Mix, list_images
 from geo_pretrain.training.initialize import initialize
-from geo_pretrain.training.losses.contrastive import queue_nce
+from geo_pretrain.training.losses import queue_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
 

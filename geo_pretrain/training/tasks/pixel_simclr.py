@@ -26,7 +26,7 @@ from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewSpec, collate_views
 from geo_pretrain.training.initialize import initialize_encoder
-from geo_pretrain.training.losses.contrastive import nt_xent
+from geo_pretrain.training.losses import nt_xent
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
 from geo_pretrain.training.tasks.clouds import zero

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from geo_pretrain.training.losses.contrastive import hardest_contrastive, info_nce
+from geo_pretrain.training.losses import hardest_contrastive, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs, draw, one_match_each
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.losses.distillation import kl_distillation
+from geo_pretrain.training.losses import kl_distillation
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.clouds import draw, encode
 from geo_pretrain.training.tasks.ppkt import FrameConfig, TaughtByImages, teacher_of

@@ -26,7 +26,7 @@ from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.clouds import Features, Rotation
 from geo_pretrain.training.data.samples.frame_clouds import FrameCloudSamples, FrameCloudSpec, collate_frame_clouds
-from geo_pretrain.training.losses.contrastive import info_nce
+from geo_pretrain.training.losses import info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
 from geo_pretrain.training.tasks.clouds import draw, encode, unet_args, voxel_contract

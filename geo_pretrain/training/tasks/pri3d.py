@@ -30,7 +30,7 @@ from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.clouds import ChunkPairSamples, Features, collate_chunks
 from geo_pretrain.training.data.samples.sampler import PairSamples, collate, sample_seed
 from geo_pretrain.training.initialize import initialize, initialize_heads
-from geo_pretrain.training.losses.contrastive import depth_loss, info_nce
+from geo_pretrain.training.losses import depth_loss, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
 from geo_pretrain.training.tasks.clouds import encode, unet_args, zero

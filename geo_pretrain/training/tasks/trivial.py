@@ -24,7 +24,7 @@ from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.samples.single_images import TwiceSamples
 from geo_pretrain.training.initialize import initialize
-from geo_pretrain.training.losses.contrastive import depth_loss, info_nce
+from geo_pretrain.training.losses import depth_loss, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
 from geo_pretrain.training.tasks.pri3d import gather_cells, half_resolution_cell, sample_matches

@@ -20,7 +20,7 @@ from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.losses.contrastive import queue_nce
+from geo_pretrain.training.losses import queue_nce
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task, moco
 from geo_pretrain.training.tasks.moco import groups_of, in_groups

@@ -1,0 +1,50 @@
+"""Losses of predicted depth."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def depth_loss(prediction: Tensor, target: Tensor, *, invalid: float = 0.0) -> Tensor:
+    """Pri3D's depth proxy: the log error of depth and of its Sobel gradients, and the angle between surface normals.
+
+    Args:
+        prediction: [B, 1, H, W] m, linear; target: [B, H, W] m, `invalid` where there is no depth.
+
+    Returns:
+        A scalar: (depth + normal + dx + dy) / 3, each a mean over the valid pixels of the batch; 0 without any.
+        Its minimum is negative, because log(0 + 0.5) is. The Sobel filter sees the zeros of invalid neighbors and of
+        the padding, as in the released code; only invalid center pixels are masked.
+
+    Example:
+        >>> depth = torch.full((1, 4, 4), 2.0)
+        >>> depth_loss(depth[:, None], depth).round(decimals=4)  # 3 log(0.5) / 3
+        tensor(-0.6931)
+    """
+    predicted = prediction.squeeze(1)
+    mask = target != invalid
+    if not mask.any():
+        return prediction.sum() * 0
+    dx_target, dy_target = _sobel(target)
+    dx, dy = _sobel(predicted)
+    terms = [
+        torch.log((a - b).abs() + 0.5)[mask].mean() for a, b in ((predicted, target), (dx, dx_target), (dy, dy_target))
+    ]
+    normal, normal_target = _normals(dx, dy), _normals(dx_target, dy_target)
+    terms.append((1 - F.cosine_similarity(normal, normal_target, dim=-1)).abs()[mask].mean())
+    return torch.stack(terms).sum() / 3
+
+
+def _sobel(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Sobel gradients (x, y) of [B, H, W], zero-padded; the x kernel has rows (1, 0, -1), (2, 0, -2), (1, 0, -1)."""
+    x = image.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
+    y = image.new_tensor([[1, 2, 1], [0, 0, 0], [-1, -2, -1]])
+    out = F.conv2d(image[:, None], torch.stack([x, y])[:, None], padding=1)
+    return out[:, 0], out[:, 1]
+
+
+def _normals(dx: Tensor, dy: Tensor) -> Tensor:
+    """Unnormalized surface normals (-dx, -dy, 1) of [B, H, W] -> [B, H, W, 3]."""
+    return torch.stack([-dx, -dy, torch.ones_like(dx)], dim=-1)
