@@ -165,7 +165,6 @@ def eval_probe(
     from geo_pretrain.hub import resolve
     from geo_pretrain.training.data.labelled.registry import open_labelled, subset
     from geo_pretrain.training.evaluation.probes import ProbeSpec, compare_probes
-    from geo_pretrain.training.finetune.points import compare_point_probes
 
     # A name that does not exist is better known before rooms are rendered.
     in_3d = isinstance(read_checkpoint(resolve(backbone)).contract, VoxelContract)
@@ -182,8 +181,7 @@ def eval_probe(
             )
             for split in ("train", "val")
         )
-        compare = compare_point_probes if in_3d else compare_probes
-        results = compare(
+        results = compare_probes(
             backbone,
             subset(train, fraction, seed) if fraction < 1 else train,
             val,

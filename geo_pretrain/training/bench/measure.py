@@ -18,6 +18,7 @@ from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.bench.plan import BenchSpec
 from geo_pretrain.training.data.frame import Frame, Skips, Source
+from geo_pretrain.training.data.labelled.clouds import labelled_clouds
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
@@ -27,13 +28,7 @@ from geo_pretrain.training.evaluation.matching import evaluate_matching
 from geo_pretrain.training.evaluation.probes import STAGES, ProbeSpec, linear_probe
 from geo_pretrain.training.evaluation.recall import MatchingResult, spread_evenly
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune
-from geo_pretrain.training.finetune.points import (
-    PointsSpec,
-    finetune_points,
-    labelled_clouds,
-    linear_probe_points,
-    segmentation_srunet,
-)
+from geo_pretrain.training.finetune.points import PointsSpec, finetune_points, segmentation_srunet
 from geo_pretrain.training.recipe import DataSpec
 
 
@@ -149,17 +144,15 @@ def _points(
         result = evaluate_cloud_matching(network, contract, source, pairs, size=rooms.size, turn="upright", seed=seed)
         return _recall(result, "output")
 
-    def clouds() -> tuple[Any, Any]:
-        return labelled_clouds(rooms.train, rooms.size), labelled_clouds(rooms.val, rooms.size)
-
     def probe() -> float:
-        probe_spec = ProbeSpec(pixels=spec.pixels, seed=seed)
-        return linear_probe_points(network, contract, *clouds(), rooms.classes, probe_spec).miou
+        probe_spec = ProbeSpec(size=rooms.size, pixels=spec.pixels, seed=seed)
+        return linear_probe(network, rooms.train, rooms.val, probe_spec, device=device).miou
 
     def finetuned() -> float:
         host = segmentation_srunet(network, rooms.classes + 1, seed=seed).to(device)
+        clouds = [labelled_clouds(source, rooms.size) for source in (rooms.train, rooms.val)]
         budget = PointsSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr_points)
-        return finetune_points(host, contract, *clouds(), budget, seed=seed).miou
+        return finetune_points(host, contract, *clouds, budget, seed=seed).miou
 
     return {"matching": matching, "probe": probe, "finetuned": finetuned}
 

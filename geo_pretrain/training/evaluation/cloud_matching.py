@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain.contract import VoxelContract
-from geo_pretrain.errors import BadFrame, CheckpointError
+from geo_pretrain.errors import BadFrame
 from geo_pretrain.geometry import centered, radius_matches, transform
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.frame import Frame, Skips, Source
 from geo_pretrain.training.data.mining import Pair, resize_frame
 from geo_pretrain.training.data.samples.clouds import random_rotation
-from geo_pretrain.training.data.surfaces.fusing import frame_cloud
+from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size, frame_cloud
 from geo_pretrain.training.evaluation.recall import MatchingResult, average_recall, chance_within, nearest_row
 from geo_pretrain.training.tasks.clouds import one_match_each
 
@@ -106,7 +106,7 @@ def match_clouds(
 
     Each voxel stands for its first point. `threshold` (voxels) is that of the chance level. Raises `BadFrame`.
     """
-    voxel_size = edge(contract)
+    voxel_size = cubic_voxel_size(contract)
     generator = torch.Generator().manual_seed(seed)
     frames = (resize_frame(source.load(pair.scene, frame), size) for frame in (pair.frame1, pair.frame2))
     (features1, world1), (features2, world2) = (describe(network, contract, f, turn, generator) for f in frames)
@@ -135,12 +135,3 @@ def describe(
     voxels = contract.transforms()(transform(world, to_own).float(), colors)
     features: Tensor = network(SparseTensor(voxels.coords.to(device), voxels.feats.to(device))).feats
     return features.float().cpu(), world[voxels.index]
-
-
-def edge(contract: VoxelContract) -> float:
-    """The edge of a contract's voxels, m. Raises `CheckpointError` when RGB-D frames cannot be made into them."""
-    if isinstance(contract.voxel_size, tuple) or contract.given_channels not in ((), ("R", "G", "B")):
-        raise CheckpointError(
-            f"The network expects {contract}. RGB-D frames give cubic voxels with features R, G, B or constant 1."
-        )
-    return contract.voxel_size

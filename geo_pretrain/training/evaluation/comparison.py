@@ -17,7 +17,8 @@ from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.evaluation.cloud_matching import Turn, edge, evaluate_cloud_matching
+from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size
+from geo_pretrain.training.evaluation.cloud_matching import Turn, evaluate_cloud_matching
 from geo_pretrain.training.evaluation.matching import EncoderMaps, evaluate_matching
 from geo_pretrain.training.evaluation.pixel_voxel import (
     evaluate_pair,
@@ -63,7 +64,7 @@ def compare_matching(
     evaluate: Callable[..., MatchingResult] = evaluate_matching
     options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
     if isinstance(contract, VoxelContract):
-        edge(contract)  # refuse what cannot be measured before anything is rendered
+        cubic_voxel_size(contract)  # refuse what cannot be measured before anything is rendered
         recipe = recipe_of(found)
         spec = replace(spec, size=size or (spec.size if recipe is None else recipe.data.size))
         evaluate, options["turn"] = evaluate_cloud_matching, turn

@@ -20,7 +20,7 @@ from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.frame import Skips, Source
 from geo_pretrain.training.data.mining import Pair, resize_frame
 from geo_pretrain.training.data.samples.frame_clouds import FrameCloudSpec, frame_voxels
-from geo_pretrain.training.evaluation.cloud_matching import edge
+from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size
 from geo_pretrain.training.evaluation.recall import MatchingResult, average_recall, chance_within, nearest_row
 from geo_pretrain.training.recipe import AugmentSpec, Recipe, recipe_of
 from geo_pretrain.training.tasks import build_task
@@ -202,7 +202,7 @@ def match_own_voxels(
         raise BadFrame(f"{frame.scene}/{frame.id}", "no pixel has a valid depth")
     contract, device = pair.point_contract, next(pair.parameters()).device
     spec = FrameCloudSpec(
-        voxel_size=edge(contract), features="rgb" if contract.given_channels else "ones", rotation="none"
+        voxel_size=cubic_voxel_size(contract), features="rgb" if contract.given_channels else "ones", rotation="none"
     )
     generator = torch.Generator().manual_seed(seed)
     voxels = frame_voxels(frame, spec, generator)

@@ -1,14 +1,17 @@
 """Linear and k-NN probes: how much of a segmentation the frozen features of a backbone hold already, in minutes.
 
-Both read features at labelled pixels: bilinear, corners aligned, so a linear layer on the map and then enlarged gives
-the same as that layer on the features read. The maps are the U-Net's (stride 2), or the four of the encoder together
-(strides 4 to 32), each read where the pixel is. Nothing of the backbone is trained. The k-NN vote is that of
-instance discrimination (Wu et al., CVPR 2018, https://arxiv.org/abs/1805.01978).
+2D backbones are probed at labelled pixels, 3D ones at the voxels of labelled RGB-D frames. Nothing of the backbone is
+trained. Features of a pixel are read from the maps bilinearly, corners aligned, so a linear layer on the map and then
+enlarged gives the same as that layer on the features read. The maps are the U-Net's (stride 2), or the four of the
+encoder together (strides 4 to 32). Features of a voxel are those before the sparse U-Net's last layer. k-NN prediction
+is that of instance discrimination (Wu et al., CVPR 2018, https://arxiv.org/abs/1805.01978).
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,16 +24,19 @@ from torch import Tensor, nn
 
 from geo_pretrain import hub
 from geo_pretrain.backbones.build import has_decoder
+from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import read_checkpoint
-from geo_pretrain.contract import ImageContract
+from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, DataError, RecipeError, unknown
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.data.labelled.clouds import LabelledCloud, batch_voxels, labelled_clouds, voxels_of
 from geo_pretrain.training.data.labelled.image import LabelledSource
+from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size
 from geo_pretrain.training.evaluation.metrics import confusion_matrix, mean_iou, pixel_accuracy
 
 Part = Literal["encoder", "unet"]
 Progress = Callable[[int, int], None]
-RANDOM = "random"  # what the twin is called in results
+RANDOM = "random"  # name of the random-init baseline in results
 PROBES = ("linear", "knn")
 STAGES = (1, 2, 3, 4)  # of the encoder: strides 4, 8, 16, 32
 QUERIES = 256  # of k-NN compared with the whole bank at once
@@ -41,13 +47,17 @@ LEAST_STD = 1e-6  # a channel that varies less is constant
 class ProbeSpec:
     """What a probe reads and fits; the same for every backbone of a comparison."""
 
-    size: tuple[int, int] | None = None  # height and width the network sees; None: those of its contract
-    pixels: int = 20_000  # labelled pixels of the training images, the same number of each; k-NN: of the others, too
+    size: tuple[int, int] | None = (
+        None  # height and width the network sees; None: those of its contract; 3D: of the frames
+    )
+    pixels: int = (
+        20_000  # labelled pixels of the training images, the same number of each; k-NN: of the others, too. 3D: voxels
+    )
     penalty: float = 1e-4  # linear: weight of half the squared norm of the weights, beside the mean cross-entropy
     iterations: int = 200  # linear: at most
     k: int = 20
     temperature: float = 0.07  # k-NN: a neighbor's vote is exp(cosine / temperature)
-    seed: int = 0  # of the pixels, and of the twin's weights
+    seed: int = 0  # of the pixels, and of the random-init baseline's weights
 
     def __post_init__(self) -> None:
         for key, least in (("pixels", 1), ("iterations", 1), ("k", 1)):
@@ -71,7 +81,7 @@ class ProbeResult:
 
     @property
     def measured(self) -> int:
-        """Labelled pixels of the validation images that were judged."""
+        """Labelled pixels or voxels of the validation split that were judged."""
         return int(self.confusion.sum())
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +92,7 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class Samples:
-    """Features of labelled pixels; the channels of the maps follow each other, `widths` says how many each has."""
+    """Features of labelled pixels or voxels; maps are concatenated along channels, `widths` are theirs."""
 
     features: Tensor  # float32 [N, C]
     labels: Tensor  # int64 [N], 1..
@@ -91,11 +101,114 @@ class Samples:
 
 @dataclass(frozen=True)
 class Head:
-    """A 1x1 convolution on the maps: one row for each class that the training pixels have."""
+    """A linear classifier of features: one row for each class that the training pixels have."""
 
     weight: Tensor  # [classes, C]
     bias: Tensor  # [classes]
     classes: Tensor  # int64 [classes], rising: which class a row stands for
+
+
+class ProbeData(ABC):
+    """One labelled split as a frozen network sees it: features and labels of one image or cloud at a time."""
+
+    network: nn.Module
+    classes: int  # without the unlabelled
+    nothing: str  # begins the message that there is no label
+    kind: str
+    needs: str
+
+    def through(self, network: nn.Module) -> ProbeData:
+        """The same images or clouds through another network of the same contract."""
+        other = copy.copy(self)
+        other.network = network.eval()
+        return other
+
+    @abstractmethod
+    def ids(self) -> list[str]:
+        """Names of all images or clouds."""
+
+    @abstractmethod
+    def load(self, id: str) -> tuple[list[Tensor], Tensor]:
+        """Features, as `read` and `predict` take them, and labels of any shape, 0 where unlabelled."""
+
+    @abstractmethod
+    def read(self, features: list[Tensor], places: Tensor, shape: torch.Size) -> Tensor:
+        """Features [n, C] at `places` [n, dimensions], which index labels of `shape`."""
+
+    @abstractmethod
+    def predict(self, head: Head, features: list[Tensor], widths: Sequence[int], shape: torch.Size) -> Tensor:
+        """Classes of `shape` that a head gives."""
+
+
+class ImageData(ProbeData):
+    """Labelled images through a 2D network that gives a map or several."""
+
+    kind, needs = "images", "images with labels of segmentation"
+
+    def __init__(self, network: nn.Module, source: LabelledSource, spec: ProbeSpec) -> None:
+        self.network, self.source, self.classes = network.eval(), source, len(source.classes)
+        self.nothing = f"Source {source.name!r}, split {source.split!r}: no labelled pixel"
+        self.contract = cast(ImageContract, network.contract)
+        if spec.size is not None:
+            self.contract = replace(self.contract, size=spec.size)
+
+    def ids(self) -> list[str]:
+        """Names of all images."""
+        return self.source.ids()
+
+    def load(self, id: str) -> tuple[list[Tensor], Tensor]:
+        """Maps [1, C_k, h_k, w_k] of an image, and its labels at their own size: int64 [H, W]."""
+        labelled = self.source.load(id)
+        if labelled.semantic is None:
+            name = self.source.name
+            raise DataError(f"{name}: image {id} has no labels of pixels; open the source for segmentation.")
+        device = next(self.network.parameters()).device
+        out = self.network(self.contract.transforms()(labelled.image)[None].to(device))
+        maps = [out] if isinstance(out, Tensor) else list(out)
+        return [m.float() for m in maps], torch.from_numpy(labelled.semantic.astype(np.int64))
+
+    def read(self, features: list[Tensor], places: Tensor, shape: torch.Size) -> Tensor:
+        """See `read_at`."""
+        return read_at(features, places, (shape[0], shape[1]))
+
+    def predict(self, head: Head, features: list[Tensor], widths: Sequence[int], shape: torch.Size) -> Tensor:
+        """See `apply_head`."""
+        return apply_head(head, features, widths, shape)
+
+
+class CloudData(ProbeData):
+    """The voxels of labelled clouds through a 3D network."""
+
+    kind, needs, nothing = "clouds", "frames with labels", "No labelled voxel"
+
+    def __init__(
+        self, network: nn.Module, contract: VoxelContract, clouds: Sequence[LabelledCloud], classes: int
+    ) -> None:
+        self.network, self.contract, self.classes = network.eval(), contract, classes
+        self.clouds = {cloud.id: cloud for cloud in clouds}
+
+    def ids(self) -> list[str]:
+        """Names of all clouds."""
+        return list(self.clouds)
+
+    def load(self, id: str) -> tuple[list[Tensor], Tensor]:
+        """Features [N, C] of a cloud's voxels, and their majority labels: int64 [N].
+
+        Of an `SRUNet` the finest map before its last layer, `block8` (96 channels at the real width): what fine-tuning
+        keeps. Of other networks their output.
+        """
+        network, device = self.network, next(self.network.parameters()).device
+        x, truth = batch_voxels([voxels_of(self.clouds[id], self.contract)], device)
+        features = network.pyramid(x)[0] if isinstance(network, SRUNet) else network(x)
+        return [features.feats.float().cpu()], truth.cpu()
+
+    def read(self, features: list[Tensor], places: Tensor, shape: torch.Size) -> Tensor:
+        """The rows at `places` [n, 1]."""
+        return features[0][places[:, 0]]
+
+    def predict(self, head: Head, features: list[Tensor], widths: Sequence[int], shape: torch.Size) -> Tensor:
+        """The class of each voxel."""
+        return head.classes[F.linear(features[0], head.weight, head.bias).argmax(dim=1)]
 
 
 def linear_probe(
@@ -108,24 +221,24 @@ def linear_probe(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> ProbeResult:
-    """Fit softmax regression to frozen features and measure its mIoU on every labelled pixel of `val`.
+    """Fit softmax regression to frozen features and measure its mIoU on every labelled pixel (or voxel) of `val`.
 
     The fit is the minimum of a convex function, found by L-BFGS, so nothing depends on a schedule. Logits are brought
     to the size of the labels (bilinear, corners aligned). Classes that no training pixel has are never predicted.
 
     Args:
-        backbone: catalog name, checkpoint folder, or a network with a `contract` that maps images to a map or maps.
-        part: of a backbone given by name; None: "unet" where it has a decoder.
+        backbone: catalog name, checkpoint folder, or a network with a `contract`: from images to a map or maps, or from
+            voxels to voxels.
+        part: of a 2D backbone given by name; None: "unet" where it has a decoder.
         progress: called with the images done and all of them.
 
     Raises:
         DataError: no labelled pixel to learn from, or to judge.
         BadFrame: an image or its labels cannot be used.
-        CheckpointError: a 3D backbone, or one without the part asked for.
+        CheckpointError: no part of the kind asked for, or voxels that RGB-D frames cannot give.
+        RecipeError: a 3D backbone, and a source without depth.
     """
-    network = _as_network(backbone, part, device)
-    steps = _counted(progress, len(train.ids()) + len(val.ids()))
-    return _linear(network, _read(network, train, spec, "train", steps), val, spec, steps)
+    return _probe_alone("linear", backbone, train, val, spec, part, device, progress)
 
 
 def knn_probe(
@@ -138,18 +251,16 @@ def knn_probe(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> ProbeResult:
-    """Name `spec.pixels` labelled pixels of `val` by the vote of their `spec.k` nearest among those of `train`.
+    """Classify `spec.pixels` labelled pixels (or voxels) of `val` by k-NN prediction from as many of `train`.
 
     Nearest by cosine; the parts of a feature that come from different maps count equally. Arguments and errors are
     those of `linear_probe`.
     """
-    network = _as_network(backbone, part, device)
-    steps = _counted(progress, len(train.ids()) + len(val.ids()))
-    return _knn(network, _read(network, train, spec, "train", steps), val, spec, steps)
+    return _probe_alone("knn", backbone, train, val, spec, part, device, progress)
 
 
 def compare_probes(
-    backbone: str,
+    backbone: str | Path,
     train: LabelledSource,
     val: LabelledSource,
     spec: ProbeSpec = ProbeSpec(),
@@ -159,7 +270,7 @@ def compare_probes(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, dict[str, ProbeResult]]:
-    """The probes of a backbone (catalog name or folder) and of its architecture with random weights.
+    """Probe a backbone (catalog name or folder, 2D or 3D) and its random-init baseline.
 
     Returns {"random": {probe: result}, backbone: {probe: result}}. Arguments and errors are those of `linear_probe`.
     """
@@ -168,14 +279,60 @@ def compare_probes(
             raise unknown("probe", name, PROBES)
     networks = {
         RANDOM: _load(backbone, part, device, pretrained=False, seed=spec.seed),
-        backbone: _load(backbone, part, device),
+        str(backbone): _load(backbone, part, device),
     }
-    steps = _counted(progress, 2 * (len(train.ids()) + len(probes) * len(val.ids())))
+    seen, unseen = open_data(networks[RANDOM], train, val, spec)
+    return {
+        name: run_probes(probes, seen.through(network), unseen.through(network), spec, part_of(progress, number, 2))
+        for number, (name, network) in enumerate(networks.items())
+    }
+
+
+def _probe_alone(
+    probe: str,
+    backbone: str | Path | nn.Module,
+    train: LabelledSource,
+    val: LabelledSource,
+    spec: ProbeSpec,
+    part: Part | None,
+    device: torch.device | str,
+    progress: Progress | None,
+) -> ProbeResult:
+    network = backbone if isinstance(backbone, nn.Module) else _load(backbone, part, device)
+    return run_probes([probe], *open_data(network.to(device), train, val, spec), spec, progress)[probe]
+
+
+def open_data(
+    network: nn.Module, train: LabelledSource, val: LabelledSource, spec: ProbeSpec
+) -> tuple[ProbeData, ProbeData]:
+    """Both splits as the network sees them. Raises what `linear_probe` does for a network that cannot see them."""
+    contract = getattr(network, "contract", None)
+    if isinstance(contract, VoxelContract):
+        cubic_voxel_size(contract)  # refuse what cannot be measured before anything is rendered
+        splits = [
+            CloudData(network, contract, labelled_clouds(source, spec.size), len(val.classes))
+            for source in (train, val)
+        ]
+        return splits[0], splits[1]
+    if isinstance(contract, ImageContract):
+        return ImageData(network, train, spec), ImageData(network, val, spec)
+    raise CheckpointError(f"The network's contract is {contract!r}; the probes need an ImageContract or VoxelContract.")
+
+
+def run_probes(
+    probes: Sequence[str], train: ProbeData, val: ProbeData, spec: ProbeSpec, progress: Progress | None = None
+) -> dict[str, ProbeResult]:
+    """Run several probes on features of `train` that are read once. `progress` is called after every image."""
+    steps = _counted(progress, len(train.ids()) + len(probes) * len(val.ids()))
+    samples = draw_samples(train, spec, "train", steps)
+    judge = {"linear": _linear_confusion, "knn": _knn_confusion}
     results = {}
-    for name, network in networks.items():
-        samples = _read(network, train, spec, "train", steps)
-        measure = {"linear": _linear, "knn": _knn}
-        results[name] = {probe: measure[probe](network, samples, val, spec, steps) for probe in probes}
+    for probe in probes:
+        confusion = judge[probe](samples, val, spec, steps)
+        if not confusion.sum():
+            raise DataError(f"{val.nothing} to judge the probe by.")
+        miou, accuracy = mean_iou(confusion), pixel_accuracy(confusion)
+        results[probe] = ProbeResult(probe, miou, accuracy, confusion, *samples.features.shape)
     return results
 
 
@@ -204,7 +361,7 @@ def fit_head(samples: Samples, *, penalty: float, iterations: int = 200) -> Head
         return Head(raw, bias - raw @ mean, classes)
 
 
-def vote(bank: Samples, queries: Samples, *, k: int, temperature: float) -> Tensor:
+def knn_predict(bank: Samples, queries: Samples, *, k: int, temperature: float) -> Tensor:
     """The class of each query: the largest sum of exp(cosine / temperature) over its k nearest in the bank: [N]."""
     directions, labels = _directions(bank), bank.labels
     count = int(labels.max()) + 1
@@ -226,58 +383,6 @@ def read_at(maps: Sequence[Tensor], pixels: Tensor, size: tuple[int, int]) -> Te
 
 
 @torch.no_grad()
-def _read(network: nn.Module, source: LabelledSource, spec: ProbeSpec, what: str, steps: Iterator[None]) -> Samples:
-    """Features at labelled pixels drawn for each image by the seed and its name, so its neighbors do not matter."""
-    ids = source.ids()
-    per_image = -(-spec.pixels // max(len(ids), 1))
-    features, labels = [], []
-    widths: tuple[int, ...] = ()
-    for id in ids:
-        maps, truth = _describe(network, source, id, spec)
-        known = (truth > 0).nonzero()
-        digest = hashlib.sha256(f"{spec.seed}\n{what}\n{id}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
-        drawn = known[torch.randperm(len(known), generator=generator)[:per_image]]
-        features.append(read_at(maps, drawn, (truth.shape[0], truth.shape[1])).cpu())
-        labels.append(truth[drawn[:, 0], drawn[:, 1]])
-        widths = tuple(m.shape[1] for m in maps)
-        next(steps)
-    if not sum(map(len, labels)):
-        raise DataError(
-            f"Source {source.name!r}, split {source.split!r}: no labelled pixel in {len(ids)} images; a probe needs "
-            "images with labels of segmentation."
-        )
-    return Samples(torch.cat(features), torch.cat(labels), widths)
-
-
-@torch.no_grad()
-def _describe(network: nn.Module, source: LabelledSource, id: str, spec: ProbeSpec) -> tuple[list[Tensor], Tensor]:
-    """The network's maps of an image, and its labels at their own size: int64 [H, W]."""
-    labelled, contract = source.load(id), _contract(network)
-    if labelled.semantic is None:
-        raise DataError(f"{source.name}: image {id} has no labels of pixels; open the source for segmentation.")
-    if spec.size is not None:
-        contract = replace(contract, size=spec.size)
-    image = contract.transforms()(labelled.image)[None].to(next(network.parameters()).device)
-    out = network(image)
-    maps = [out] if isinstance(out, Tensor) else list(out)
-    return [m.float() for m in maps], torch.from_numpy(labelled.semantic.astype(np.int64))
-
-
-def _linear(
-    network: nn.Module, samples: Samples, val: LabelledSource, spec: ProbeSpec, steps: Iterator[None]
-) -> ProbeResult:
-    head = fit_head(samples, penalty=spec.penalty, iterations=spec.iterations)
-    count = 1 + len(val.classes)
-    confusion = np.zeros((count, count), np.int64)
-    for id in val.ids():
-        maps, truth = _describe(network, val, id, spec)
-        confusion += confusion_matrix(truth, apply_head(head, maps, samples.widths, truth.shape), count)
-        next(steps)
-    return _result("linear", confusion, samples, val)
-
-
-@torch.no_grad()
 def apply_head(head: Head, maps: Sequence[Tensor], widths: Sequence[int], size: Sequence[int]) -> Tensor:
     """Classes [H, W] = `size` from maps [1, C_k, h_k, w_k]: each map's logits are enlarged, then summed."""
     logits = head.bias[:, None, None]
@@ -287,12 +392,44 @@ def apply_head(head: Head, maps: Sequence[Tensor], widths: Sequence[int], size: 
     return head.classes[logits.argmax(0)]
 
 
-def _knn(
-    network: nn.Module, samples: Samples, val: LabelledSource, spec: ProbeSpec, steps: Iterator[None]
-) -> ProbeResult:
-    queries = _read(network, val, spec, "val", steps)
-    predicted = vote(samples, queries, k=spec.k, temperature=spec.temperature)
-    return _result("knn", confusion_matrix(queries.labels, predicted, 1 + len(val.classes)), samples, val)
+@torch.no_grad()
+def draw_samples(data: ProbeData, spec: ProbeSpec, split: str, steps: Iterator[None]) -> Samples:
+    """Read features at labelled places, drawn for each image by the seed and its name alone."""
+    ids = data.ids()
+    per_image = -(-spec.pixels // max(len(ids), 1))
+    drawn_features, drawn_labels = [], []
+    widths: tuple[int, ...] = ()
+    for id in ids:
+        features, truth = data.load(id)
+        known = (truth > 0).nonzero()
+        digest = hashlib.sha256(f"{spec.seed}\n{split}\n{id}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+        places = known[torch.randperm(len(known), generator=generator)[:per_image]]
+        drawn_features.append(data.read(features, places, truth.shape).cpu())
+        drawn_labels.append(truth[places.unbind(1)])
+        widths = tuple(part.shape[1] for part in features)
+        next(steps)
+    if not sum(map(len, drawn_labels)):
+        raise DataError(f"{data.nothing} in {len(ids)} {data.kind}; a probe needs {data.needs}.")
+    return Samples(torch.cat(drawn_features), torch.cat(drawn_labels), widths)
+
+
+def _linear_confusion(samples: Samples, val: ProbeData, spec: ProbeSpec, steps: Iterator[None]) -> np.ndarray:
+    head = fit_head(samples, penalty=spec.penalty, iterations=spec.iterations)
+    count = 1 + val.classes
+    confusion = np.zeros((count, count), np.int64)
+    with torch.no_grad():
+        for id in val.ids():
+            features, truth = val.load(id)
+            confusion += confusion_matrix(truth, val.predict(head, features, samples.widths, truth.shape), count)
+            next(steps)
+    return confusion
+
+
+def _knn_confusion(samples: Samples, val: ProbeData, spec: ProbeSpec, steps: Iterator[None]) -> np.ndarray:
+    queries = draw_samples(val, spec, "val", steps)
+    predicted = knn_predict(samples, queries, k=spec.k, temperature=spec.temperature)
+    return confusion_matrix(queries.labels, predicted, 1 + val.classes)
 
 
 def _directions(samples: Samples) -> Tensor:
@@ -300,38 +437,31 @@ def _directions(samples: Samples) -> Tensor:
     return F.normalize(torch.cat([F.normalize(m) for m in samples.features.split(list(samples.widths), 1)], 1))
 
 
-def _result(probe: str, confusion: np.ndarray, samples: Samples, val: LabelledSource) -> ProbeResult:
-    if not confusion.sum():
-        raise DataError(f"Source {val.name!r}, split {val.split!r}: no labelled pixel to judge the probe by.")
-    return ProbeResult(probe, mean_iou(confusion), pixel_accuracy(confusion), confusion, *samples.features.shape)
-
-
-def _as_network(backbone: str | Path | nn.Module, part: Part | None, device: torch.device | str) -> nn.Module:
-    return backbone.to(device).eval() if isinstance(backbone, nn.Module) else _load(backbone, part, device)
-
-
 def _load(
     backbone: str | Path, part: Part | None, device: torch.device | str, *, pretrained: bool = True, seed: int = 0
 ) -> nn.Module:
-    """The network that gives the maps of `part`."""
+    """The network whose features are probed; of a 2D backbone the one that gives the maps of `part`."""
     folder = hub.resolve(backbone, roles=lambda found: found.network_roles(decoder=part != "encoder"))
-    found = read_checkpoint(folder)
-    if not isinstance(found.contract, ImageContract):
-        raise CheckpointError(f"{found.name!r} is a 3D backbone; the probes read images and accept 2D ones.")
-    if part == "unet" and not has_decoder(found.arch):
-        raise CheckpointError(f"{found.name!r} holds an encoder alone ({found.arch}); probe part='encoder'.")
-    unet = has_decoder(found.arch) and part != "encoder"
-    options: dict[str, Any] = {"decoder": True} if unet else {"out_indices": STAGES}
+    checkpoint = read_checkpoint(folder)
+    if part == "unet" and not has_decoder(checkpoint.arch):
+        raise CheckpointError(f"{checkpoint.name!r} holds an encoder alone ({checkpoint.arch}); probe part='encoder'.")
+    options: dict[str, Any] = {}
+    if isinstance(checkpoint.contract, ImageContract):
+        unet = has_decoder(checkpoint.arch) and part != "encoder"
+        options = {"decoder": True} if unet else {"out_indices": STAGES}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return load_backbone(folder, pretrained=pretrained, device=device, **options)
 
 
-def _contract(network: nn.Module) -> ImageContract:
-    contract = getattr(network, "contract", None)
-    if not isinstance(contract, ImageContract):
-        raise CheckpointError(f"The network's contract is {contract!r}; the probes need an ImageContract.")
-    return contract
+def part_of(progress: Progress | None, number: int, count: int) -> Progress:
+    """Report the progress of one of `count` equal parts as progress of the whole."""
+
+    def show(done: int, total: int) -> None:
+        if progress is not None:
+            progress(number * total + done, count * total)
+
+    return show
 
 
 def _counted(progress: Progress | None, total: int) -> Iterator[None]:

@@ -26,8 +26,7 @@ from geo_pretrain.sparse.functional import point_rows
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
-from geo_pretrain.training.data.surfaces.fusing import Surface, Surfaces, frame_cloud
-from geo_pretrain.training.evaluation.cloud_matching import edge
+from geo_pretrain.training.data.surfaces.fusing import Surface, Surfaces, cubic_voxel_size, frame_cloud
 from geo_pretrain.training.evaluation.pixel_voxel import load_pri3d, random_pair
 from geo_pretrain.training.recipe import recipe_of
 from geo_pretrain.training.tasks.clouds import encode
@@ -118,7 +117,7 @@ class CloudDescriber(Describer):
     def __init__(self, title: str, space: str, network: Any, contract: VoxelContract, level: int | None) -> None:
         """`level`: the map of the network's pyramid; None: its output. Raises `CheckpointError` for other voxels."""
         super().__init__(title, space)
-        edge(contract)
+        cubic_voxel_size(contract)
         self.network, self.contract, self.level = network, contract, level
 
     def of_frame(self, frame: Frame) -> Features:

@@ -19,8 +19,8 @@ from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeErro
 from geo_pretrain.training.data.frame import Frame, Skips, Source
 from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.data.surfaces.fusing import frame_cloud
-from geo_pretrain.training.evaluation.cloud_matching import CloudMatches, Turn, edge, match_clouds
+from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size, frame_cloud
+from geo_pretrain.training.evaluation.cloud_matching import CloudMatches, Turn, match_clouds
 from geo_pretrain.training.evaluation.comparison import dense_network, random_twin
 from geo_pretrain.training.evaluation.matching import PairMatches, match_pair
 from geo_pretrain.training.evaluation.recall import spread_evenly
@@ -147,7 +147,7 @@ class _SomeScenes:
 def _check(one: Opened, first: Opened) -> None:
     contract = one.checkpoint.contract
     if isinstance(contract, VoxelContract):
-        edge(contract)
+        cubic_voxel_size(contract)
     if type(contract) is not type(first.checkpoint.contract):
         raise CheckpointError(
             f"{one.name!r} takes {contract}; beside {first.name!r} are accepted networks that take "

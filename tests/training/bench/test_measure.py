@@ -88,7 +88,7 @@ def calls(monkeypatch):
     recall = MatchingResult(0.5, 4.0, (0.4, 0.6), 10, 0.01)
     for name in ("evaluate_matching", "evaluate_cloud_matching"):
         stand_in(name, recall)
-    for number, name in enumerate(("linear_probe", "finetune", "linear_probe_points", "finetune_points")):
+    for number, name in enumerate(("linear_probe", "finetune", "finetune_points")):
         stand_in(name, SimpleNamespace(miou=number / 10))
     return found
 
@@ -145,20 +145,21 @@ def test_an_encoder_alone_is_matched_by_its_maps(tmp_path, calls):
 def test_a_point_network_is_measured_with_the_budget_and_the_seed(tmp_path, calls):
     folder = write_tiny_3d(tmp_path / "tiny_net_srunet34").folder
     got = measuring.measure(folder, data(), SPEC, seed=6)
-    assert (got["kind"], got["probe"], got["finetuned"], got["matching"]["of"]) == ("3D", 0.2, 0.3, "output")
+    assert (got["kind"], got["probe"], got["finetuned"], got["matching"]["of"]) == ("3D", 0.0, 0.2, "output")
     matching = calls["evaluate_cloud_matching"]
     assert matching.options == {"size": (48, 64), "turn": "upright", "seed": 6}
     assert matching.arguments[2].scenes()[0] == "rooms_val_0000"
-    _, _, train, val, classes, spec = calls["linear_probe_points"].arguments
-    assert (len(train), len(val)) == (1, 8)
-    assert (spec.pixels, spec.seed) == (77, 6)
+    probed, train_source, val_source, spec = calls["linear_probe"].arguments
+    assert torch.equal(probed.final.kernel, matching.arguments[0].final.kernel)
+    assert (len(train_source.ids()), len(val_source.ids())) == (1, 8)
+    assert (spec.pixels, spec.seed, spec.size) == (77, 6, (48, 64))
     tuned = calls["finetune_points"]
     network, _, train, val, budget = tuned.arguments
     assert (len(train), len(val)) == (1, 8)
     assert (budget.steps, budget.batch, budget.lr) == (5, 3, 0.07)
     assert tuned.options["seed"] == 6
     start = measuring._load(folder, True, 0, "cpu")
-    twin = measuring.segmentation_srunet(start, classes + 1, seed=6)
+    twin = measuring.segmentation_srunet(start, len(train_source.classes) + 1, seed=6)
     assert all(torch.equal(value, twin.state_dict()[key]) for key, value in network.state_dict().items())
 
 

@@ -18,15 +18,17 @@ from geo_pretrain.training.evaluation import probes
 from geo_pretrain.training.evaluation.probes import (
     RANDOM,
     Head,
+    ImageData,
     ProbeSpec,
     Samples,
     apply_head,
     compare_probes,
+    draw_samples,
     fit_head,
+    knn_predict,
     knn_probe,
     linear_probe,
     read_at,
-    vote,
 )
 from tests.training.finetune.sweeps import Squares
 from tests.zoo import ARCH, role_weights, write_tiny, write_tiny_3d
@@ -144,7 +146,7 @@ def slow_vote(bank, queries, k, temperature):
 def test_the_vote_equals_the_loop_over_neighbors(k):
     bank, queries = random_samples(40), random_samples(270, seed=0)  # more queries than one chunk holds
     queries = dataclasses.replace(queries, features=queries.features + 3 * torch.randn(270, 7, generator=_rng(5)))
-    assert vote(bank, queries, k=k, temperature=0.07).tolist() == slow_vote(bank, queries, k, 0.07)
+    assert knn_predict(bank, queries, k=k, temperature=0.07).tolist() == slow_vote(bank, queries, k, 0.07)
 
 
 def _rng(seed):
@@ -154,9 +156,9 @@ def _rng(seed):
 def test_near_neighbors_count_more_than_many():
     bank = Samples(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([1, 2, 2]), (2,))
     query = Samples(torch.tensor([[1.0, 0.1]]), torch.tensor([1]), (2,))
-    assert vote(bank, query, k=3, temperature=0.07).tolist() == [1]
-    assert vote(bank, query, k=3, temperature=50.0).tolist() == [2]
-    assert vote(bank, query, k=50, temperature=50.0).tolist() == [2]  # a bank smaller than k
+    assert knn_predict(bank, query, k=3, temperature=0.07).tolist() == [1]
+    assert knn_predict(bank, query, k=3, temperature=50.0).tolist() == [2]
+    assert knn_predict(bank, query, k=50, temperature=50.0).tolist() == [2]  # a bank smaller than k
 
 
 @pytest.mark.parametrize("network", [Colors(2), Colors(2, 4)], ids=["one map", "two maps"])
@@ -224,7 +226,7 @@ def test_pixels_are_drawn_for_each_image_by_its_name(monkeypatch):
         source = Twins("train")
         source.names = names
         spec = dataclasses.replace(SPEC, pixels=40 * len(names), seed=seed)
-        return probes._read(Colors(1).eval(), source, spec, "train", count()).features.split(40)
+        return draw_samples(ImageData(Colors(1), source, spec), spec, "train", count()).features.split(40)
 
     (first,), (both, other) = drawn("a"), drawn("a", "b")
     assert torch.equal(first, both)
@@ -334,7 +336,7 @@ def test_the_encoder_gives_four_maps_of_its_own(folder, tmp_path):
 
 def test_what_cannot_be_probed_is_refused(folder, tmp_path):
     train, val = Squares("train"), Squares("val")
-    with pytest.raises(CheckpointError, match="is a 3D backbone"):
+    with pytest.raises(RecipeError, match=r"'squares' has no depth.*rooms"):
         linear_probe(write_tiny_3d(tmp_path / "net").folder, train, val, SPEC)
     with pytest.raises(CheckpointError, match="need an ImageContract"):
         linear_probe(nn.Conv2d(3, 3, 1), train, val, SPEC)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.contract import VoxelContract
+from geo_pretrain.errors import BadFrame, CheckpointError, DataError
 from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.hub import default_cache
 from geo_pretrain.sparse.coordinates import unique_rows
@@ -105,6 +106,15 @@ def frame_cloud(frame: Frame, step: int = 1) -> Surface:
     use[::step, ::step] = depth[::step, ::step] > 0
     points = transform(backproject(depth, intrinsics)[use.flatten()], torch.from_numpy(frame.cam_to_world).double())
     return Surface(points.float().numpy(), frame.color[use.numpy()])
+
+
+def cubic_voxel_size(contract: VoxelContract) -> float:
+    """The edge of a contract's voxels, m. Raises `CheckpointError` when RGB-D frames cannot be made into them."""
+    if isinstance(contract.voxel_size, tuple) or contract.given_channels not in ((), ("R", "G", "B")):
+        raise CheckpointError(
+            f"The network expects {contract}. RGB-D frames give cubic voxels with features R, G, B or constant 1."
+        )
+    return contract.voxel_size
 
 
 def fuse(frames: Iterable[Frame], voxel_size: float = FUSION_VOXEL) -> Surface:
