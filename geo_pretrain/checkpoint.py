@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from geo_pretrain.backbones import WEIGHT_FILES
 from geo_pretrain.catalog.entry import Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
 from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed
+from geo_pretrain.files import sync_files, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,7 +154,7 @@ def write_checkpoint(
         } | ({} if pairing is None else {"pair": pairing.to_dict()})
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         read_checkpoint(staging)  # what nobody could read back is not put in place
-        sync(staging)
+        sync_files(staging)
         put_in_place(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -293,7 +293,7 @@ def put_in_place(staging: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(retired)
     staging.rename(folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     if retired.is_dir():
         _retire(retired, folder)
 
@@ -339,22 +339,6 @@ def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
 
 def _describe(path: Path, role: str) -> StoredFile:
     return StoredFile(role=role, size=path.stat().st_size, sha256=sha256(path))
-
-
-def sync(folder: Path) -> None:
-    """Have the files of a folder on the disk and not only on the way to it."""
-    for path in folder.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _get(config: Mapping[str, Any], key: str, kind: type, path: Path, prefix: str = "") -> Any:

@@ -12,10 +12,9 @@ MMEngine's runner/checkpoint.py (Apache-2.0), PointContrast's and CSC's `load_st
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from geo_pretrain.checkpoint import Checkpoint, read_weights, sha256
 from geo_pretrain.convert import kernels
 from geo_pretrain.convert.detectron2 import to_detectron2
 from geo_pretrain.errors import CheckpointError, WeightsMismatch, unknown
+from geo_pretrain.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,22 +80,15 @@ def write_export(format: str, checkpoint: Checkpoint, out: Path | str, *, overwr
     if there:
         raise CheckpointError(f"{', '.join(there)}: in the way; give another name, or overwrite=True to replace files.")
     state = {key: value.contiguous() for key, value in export_weights(format, checkpoint).items()}
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in (*beside, out)}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[out.suffix](state, parts[out], rule, checkpoint)
-        _write_text(parts[beside[0]], json.dumps(_note(format, checkpoint, out, parts[out]), indent=2) + "\n")
-        if rule.config is not None:
-            _write_text(parts[beside[1]], _config_text(format, checkpoint, rule.config(checkpoint, out)))
-        for path, part in parts.items():
-            _sync(part)
-            part.replace(path)
+        with ExitStack() as stack:  # which puts the weights, entered first, in place last
+            parts = {path: stack.enter_context(atomic_write(path)) for path in (out, *reversed(beside))}
+            WRITERS[out.suffix](state, parts[out], rule, checkpoint)
+            _write_text(parts[beside[0]], json.dumps(_note(format, checkpoint, out, parts[out]), indent=2) + "\n")
+            if rule.config is not None:
+                _write_text(parts[beside[1]], _config_text(format, checkpoint, rule.config(checkpoint, out)))
     except OSError as error:
         raise CheckpointError(f"{out}: could not be written ({error.strerror or error}).") from error
-    finally:
-        for part in parts.values():
-            with suppress(OSError):
-                part.unlink()
     return [out, *beside]
 
 
@@ -218,11 +211,6 @@ def _beside(out: Path, suffix: str) -> Path:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 MMLAB_PREFIX = "backbone."

@@ -22,8 +22,8 @@ from geo_pretrain.catalog import CATALOG, Entry, find
 from geo_pretrain.checkpoint import CONFIG, Checkpoint
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, WeightsMismatch, unknown
 from geo_pretrain.hub import authors
-from geo_pretrain.hub.cache import default_cache
-from geo_pretrain.hub.transfer import NotThere, download, exclusive
+from geo_pretrain.hub.cache import default_cache, exclusive
+from geo_pretrain.hub.transfer import NotThere, download
 
 HUB_VARIABLE, OFFLINE_VARIABLE = "GEO_PRETRAIN_HUB", "HF_HUB_OFFLINE"
 HF_PREFIX = "hf-hub:"

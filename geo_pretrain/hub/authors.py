@@ -24,8 +24,10 @@ from geo_pretrain.catalog import AuthorsFile, Entry
 from geo_pretrain.checkpoint import WEIGHT_ROLES, Checkpoint
 from geo_pretrain.convert import FORMATS, convert
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, WeightsMismatch, unknown
+from geo_pretrain.files import write_text
+from geo_pretrain.hub.cache import exclusive
 from geo_pretrain.hub.extract import Extracted, extract
-from geo_pretrain.hub.transfer import download, exclusive
+from geo_pretrain.hub.transfer import download
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -230,9 +232,7 @@ def _record_digest(url: str, digest: str, cache_dir: Path) -> None:
         if url in digests:
             return
         digests[url] = {"sha256": digest, "first_used": datetime.date.today().isoformat()}
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(digests, indent=2, sort_keys=True) + "\n", "utf-8")
-        part.replace(path)
+        write_text(path, json.dumps(digests, indent=2, sort_keys=True) + "\n")
 
 
 def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name: str, origin: Origin) -> Checkpoint:

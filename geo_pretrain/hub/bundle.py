@@ -14,7 +14,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,8 +23,8 @@ from geo_pretrain import checkpoint
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.checkpoint import CHECKPOINT_NAME, CONFIG, FILE_NAME, Checkpoint, StoredFile
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
-from geo_pretrain.hub.cache import default_cache
-from geo_pretrain.hub.transfer import exclusive
+from geo_pretrain.files import atomic_write, sync_files
+from geo_pretrain.hub.cache import default_cache, exclusive
 
 CONFIG_LIMIT = 10 << 20  # bytes; a config.json is a few kB
 MEMBER_LIMIT = 10_000  # files in one bundle: about a thousand checkpoints
@@ -65,25 +65,17 @@ def write_bundle(folders: Sequence[Path | str], out: Path | str) -> Path:
     if out.is_dir():
         raise HubError(f"{out} is a folder; the name of a file, such as {out / 'backbones.tar'}, is accepted.")
     chosen = _read_folders(folders)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
-            with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with atomic_write(out) as part:
+            with part.open("wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for found in chosen:
                     for name in (*_files_to_bundle(found), CONFIG):
                         _add(tar, found, name)
-            stream.flush()
-            os.fsync(stream.fileno())
-        with _opened(part) as stream:
-            for bundled in _contents(stream, part):
-                _verify(stream, bundled)
-        part.replace(out)
+            with _opened(part) as stream:
+                for bundled in _contents(stream, part):
+                    _verify(stream, bundled)
     except OSError as error:
         raise HubError(f"{out}: cannot be written ({error.strerror or error}). Choose another place for it.") from error
-    finally:
-        with suppress(OSError):  # when there is no folder for it, there is no file
-            part.unlink(missing_ok=True)
     return out
 
 
@@ -313,4 +305,4 @@ def _unpack(stream: BinaryIO, bundled: Bundled, staging: Path) -> None:
         with (staging / file).open("wb") as target:
             _copy(stream, span, bundled.checkpoint.folder / file, bundled.checkpoint.files[file], target)
     (staging / CONFIG).write_bytes(bundled.config)
-    checkpoint.sync(staging)
+    sync_files(staging)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, UnknownName, unknown
-from geo_pretrain.hub.transfer import CACHE_VARIABLE, exclusive
+from geo_pretrain.files import locked
+from geo_pretrain.hub.transfer import CACHE_VARIABLE, disk_error
 
 KINDS = {"hub": "hub/*/*", "authors": "authors/*", "bundle": "bundles/*"}  # where the folders of each lie
 LEFT_BEHIND = (".part", ".writing", ".old", ".work")  # ends of the hidden names that killed processes leave
@@ -39,6 +40,37 @@ class Cached:
 def default_cache() -> Path:
     """GEO_PRETRAIN_CACHE, or ~/.cache/geo_pretrain."""
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/geo_pretrain").expanduser()
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Let one process and thread at a time work on a folder of the cache, which need not exist; others wait.
+
+    On entry the .part files of a process that died are removed, at the end the folder if it is empty. Raises
+    `HubError` where no lock can be written: a read-only cache.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, stacklevel=4))
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        try:
+            _drop_parts(folder)
+            yield
+        finally:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _drop_parts(folder: Path) -> None:
+    for part in folder.glob("*.part"):  # hidden ones too
+        try:
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part)
+            else:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(error, part) from error
 
 
 def cached(cache_dir: str | os.PathLike[str] | None = None) -> list[Cached]:

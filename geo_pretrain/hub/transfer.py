@@ -1,4 +1,4 @@
-"""One file from the network to the disk, and one process at a time on a cache folder.
+"""One file from the network to the disk.
 
 `download` knows what goes wrong between here and a file: connections that break or stall, servers that are busy, share
 links that answer with a page, full and read-only disks. What can be cured is tried again; the rest becomes an error
@@ -22,9 +22,8 @@ import string
 import time
 import urllib.error
 import urllib.request
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
 from html.parser import HTMLParser
@@ -47,7 +46,6 @@ LONGEST_PAUSE = 15.0  # a server that asks for more (Retry-After) is not waited 
 REDIRECTS = 10  # pages that ask for a confirmation count too
 BLOCK = 1 << 18
 PAGE_LIMIT = 1 << 20  # bytes of a web page that are looked at
-WAIT_NOTE = 5.0  # seconds of waiting for another process before a warning says so
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all (None: not known)
 
@@ -76,7 +74,7 @@ def download(url: str, target: Path, *, limit: int | None = None, progress: Prog
     Truncated and stalled transfers and busy servers get `ATTEMPTS` tries, a server that can continues where it
     stopped. More than `limit` bytes are refused. Raises `NotThere` for a file that does not exist and `HubError` for
     everything else, the disk included; `target` does not exist then. Two processes must not share a `target`:
-    see `exclusive`.
+    see `cache.exclusive`.
     """
     written = _Written(Path(target), limit, progress)
     source = _Source(url)
@@ -100,60 +98,7 @@ def download(url: str, target: Path, *, limit: int | None = None, progress: Prog
         raise
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """One process (and thread) at a time works on `folder`; others wait here. The folder itself need not exist.
-
-    Whoever dies inside does not block the next, whose entry removes the .part files that were left. A folder that is
-    empty at the end is removed. The lock file lies beside the folder and stays there as long as the folder does.
-    Raises `HubError` where no lock can be written: a read-only cache.
-    """
-    from filelock import FileLock
-
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        _acquire(lock, folder)
-    except OSError as error:
-        raise _disk_error(error, folder) from error
-    try:
-        _drop_parts(folder)
-        yield
-    finally:
-        with suppress(OSError):
-            folder.rmdir()
-        if not folder.exists():  # nothing to guard: those who wait on the removed file notice and start over
-            with suppress(OSError):
-                Path(lock.lock_file).unlink()
-        lock.release()
-
-
-def _acquire(lock: Any, folder: Path) -> None:
-    from filelock import Timeout
-
-    for patience in (WAIT_NOTE, -1, -1, -1):
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=patience)
-            return
-        except Timeout:
-            warnings.warn(f"Another process is working on {folder}; waiting for it to finish.", stacklevel=4)
-        except FileNotFoundError:
-            continue  # somebody cleared the cache in between
-    lock.acquire()
-
-
-def _drop_parts(folder: Path) -> None:
-    for part in folder.glob("*.part"):  # hidden ones too
-        try:
-            if part.is_dir() and not part.is_symlink():
-                shutil.rmtree(part)
-            else:
-                part.unlink(missing_ok=True)
-        except OSError as error:
-            raise _disk_error(error, part) from error
-
-
-def _disk_error(error: OSError, path: Path, missing: int | None = None) -> HubError:
+def disk_error(error: OSError, path: Path, missing: int | None = None) -> HubError:
     """What the disk refused, as something to do; `missing`: bytes that were still to be written."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in FULL:
@@ -195,7 +140,7 @@ class _Written:
             self.stream.truncate()
             free = shutil.disk_usage(self.path.parent).free
         except OSError as error:
-            raise _disk_error(error, self.path, total) from error
+            raise disk_error(error, self.path, total) from error
         if total is not None and total > free:
             raise HubError(
                 f"{self.path}: {_size(total)} are needed, {_size(free)} are free there. "
@@ -209,7 +154,7 @@ class _Written:
                 view = view[self.stream.write(view) :]
         except OSError as error:
             missing = None if self.total is None else self.total - self.done
-            raise _disk_error(error, self.path, missing) from error
+            raise disk_error(error, self.path, missing) from error
         self.digest.update(block)
         self.done += len(block)
         if self.progress is not None:
@@ -221,7 +166,7 @@ class _Written:
             if stream is not None:
                 stream.close()  # network file systems may find out only now
         except OSError as error:
-            raise _disk_error(error, self.path) from error
+            raise disk_error(error, self.path) from error
         return self.digest.hexdigest()
 
     def drop(self) -> None:

@@ -19,8 +19,8 @@ from geo_pretrain.catalog.moco import IMAGENET_STARTS, MD5_PREFIXES
 from geo_pretrain.checkpoint import CONFIG, Checkpoint, read_checkpoint, read_weights
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError, WeightsMismatch
 from geo_pretrain.hub.authors import Origin, convert_file
-from geo_pretrain.hub.cache import default_cache
-from geo_pretrain.hub.transfer import download, exclusive
+from geo_pretrain.hub.cache import default_cache, exclusive
+from geo_pretrain.hub.transfer import download
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.recipe import ModelSpec, Recipe
 

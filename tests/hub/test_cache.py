@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from geo_pretrain.errors import HubError, UnknownName
-from geo_pretrain.hub.cache import cached, default_cache, remove
-from geo_pretrain.hub.transfer import exclusive
+from geo_pretrain.hub.cache import cached, default_cache, exclusive, remove
 from tests.zoo import write_tiny
 
 

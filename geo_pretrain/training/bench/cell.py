@@ -15,9 +15,9 @@ from typing import Any
 
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint
 from geo_pretrain.errors import GeoPretrainError
+from geo_pretrain.files import write_text
 from geo_pretrain.training.bench.measure import measure
 from geo_pretrain.training.bench.plan import BenchSpec, base_data
-from geo_pretrain.training.data.cache import write_atomically
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.loop import Interrupted
 from geo_pretrain.training.pretrain import run_recipe
@@ -71,7 +71,7 @@ def run_job(job: Job) -> None:
     if job.recipe is not None:
         facts["training"] = _training_facts(load_recipe(job.recipe), folder)
     facts["processor seconds"] = round(time.process_time(), 1)  # of this sitting; the others are by the clock
-    write_atomically(Path(job.result), json.dumps({**facts, **found}, indent=1) + "\n")
+    write_text(Path(job.result), json.dumps({**facts, **found}, indent=1) + "\n")
 
 
 def is_trained(folder: Path) -> bool:

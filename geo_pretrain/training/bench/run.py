@@ -18,10 +18,10 @@ from typing import Any
 
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import RecipeError
+from geo_pretrain.files import write_text
 from geo_pretrain.training.bench.cell import Job, is_trained
 from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data, identity, plan
 from geo_pretrain.training.bench.report import summarize
-from geo_pretrain.training.data.cache import write_atomically
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import machine
 from geo_pretrain.training.loop import Interrupted
@@ -127,7 +127,7 @@ def _write(bench: Bench, command: str, seconds: int) -> dict[str, Any]:
         "seconds of this call": seconds,
         "seconds of all calls": seconds + _seconds_before(bench.out / RESULTS),
     } | results
-    write_atomically(bench.out / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_text(bench.out / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -146,7 +146,7 @@ def _claim(out: Path, spec: BenchSpec) -> None:
         if changed:
             raise RecipeError(f"{out} was begun with another budget: {', '.join(changed)}. Choose another --out.")
         return
-    write_atomically(path, json.dumps(mine, indent=1) + "\n")
+    write_text(path, json.dumps(mine, indent=1) + "\n")
 
 
 def _add(bench: Bench, row: Row, seed: int) -> None:
@@ -231,10 +231,10 @@ def _start(bench: Bench, cell: Cell, threads: int) -> Popen[bytes]:
         first = cell.training.stage1
         recipe = cell.training.recipe_from(None if first is None else bench.checkpoint(first))
         path = bench.out / "recipes" / f"{cell.key}.yaml"
-        write_atomically(path, recipe.to_yaml())
+        write_text(path, recipe.to_yaml())
         job = Job(**{**vars(job), "recipe": str(path)})
     file = bench.out / "jobs" / f"{cell.key}.json"
-    write_atomically(file, job.to_json())
+    write_text(file, job.to_json())
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     log = bench.out / "logs" / f"{cell.key}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)

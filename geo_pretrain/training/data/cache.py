@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from geo_pretrain.errors import DataError
+from geo_pretrain.files import atomic_write
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -29,14 +28,8 @@ def cached_arrays(path: Path, make: Callable[[], Arrays], what: str) -> Arrays:
             return arrays
     arrays = {name: np.ascontiguousarray(array) for name, array in make().items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(dict(arrays), name, metadata={"sha256": arrays_digest(arrays)})
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with atomic_write(path) as part:
+            save_file(dict(arrays), part, metadata={"sha256": arrays_digest(arrays)})
     except OSError as error:
         raise DataError(
             f"Cannot write the {what} to {str(path)!r} ({error.strerror}). "
@@ -52,13 +45,3 @@ def arrays_digest(arrays: Arrays) -> str:
         digest.update(f"{name}:{array.dtype.str}{array.shape};".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from geo_pretrain import geometry
 from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.files import write_text
 from geo_pretrain.sparse.coordinates import voxelize
-from geo_pretrain.training.data.cache import write_atomically
 from geo_pretrain.training.data.frame import Frame, Skips, Source
 from geo_pretrain.training.recipe import DataSpec
 
@@ -95,7 +95,7 @@ def find_pairs(
     if not pairs:
         raise DataError(f"No pair of frames is left in source {source.name!r}.\n{own.summary()}")
     if cached is not None:
-        write_atomically(cached, json.dumps({"pairs": [astuple(pair) for pair in pairs], "skips": own.reasons}))
+        write_text(cached, json.dumps({"pairs": [astuple(pair) for pair in pairs], "skips": own.reasons}))
     return pairs
 
 

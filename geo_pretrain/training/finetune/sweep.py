@@ -22,6 +22,7 @@ import yaml
 from geo_pretrain import hub
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.files import write_text
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
@@ -325,10 +326,7 @@ def _keep_plan(recipe: FinetuneRecipe, held: dict[str, tuple[str, str | None]], 
         "starts": {label: list(start) for label, start in held.items()},
         "runs": list(dict.fromkeys((run.label, run.fraction, run.seed) for run in runs)),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    new = out / f"{SWEEP}.new"
-    new.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    new.replace(out / SWEEP)
+    write_text(out / SWEEP, json.dumps(tree, indent=2) + "\n")
 
 
 def _check_runs(recipe: FinetuneRecipe, finished: Mapping[Run, FinetuneResult]) -> dict[float, int]:

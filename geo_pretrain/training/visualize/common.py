@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,18 +20,6 @@ from geo_pretrain.training.visualize.features import Opened
 Progress = Callable[[int, int], None]
 NOTHING = (234, 236, 239)  # where there is no feature: no depth, no point
 ROOMS_FRAMES = 12  # of a room, where the recipe does not say
-
-
-@contextmanager
-def placed(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, with its suffix; renamed to it at the end, removed after an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_suffix(path: Path, accepted: Sequence[str]) -> None:

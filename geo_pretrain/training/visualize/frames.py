@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.frame import Frame, Skips
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces
@@ -19,7 +20,6 @@ from geo_pretrain.training.visualize.common import (
     chosen_scene,
     load_frames,
     painted,
-    placed,
     settled,
     shortened,
 )
@@ -77,7 +77,7 @@ def draw_features(
     legend = "Colors: three principal components of the features, the same in all rows of a column."
     if len({column.space for column in columns}) < len(columns):
         legend = legend.replace("of a column.", "of a column, and for pixels and voxels of one checkpoint.")
-    with placed(out) as temporary:
+    with atomic_write(out, suffix=out.suffix) as temporary:
         _save_grid(panels, captions, titles, legend, temporary)
     return titles
 

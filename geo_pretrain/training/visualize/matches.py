@@ -16,6 +16,7 @@ import torch
 
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError
+from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.frame import Frame, Skips, Source
 from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
@@ -31,7 +32,6 @@ from geo_pretrain.training.visualize.common import (
     chosen_scene,
     painted,
     picture_size,
-    placed,
     settled,
     shortened,
 )
@@ -126,7 +126,7 @@ def visualize_matches(
     if not rows:
         raise DataError(f"No pair of source {source.name!r} can be shown.\n{skips.summary()}")
     titles = [shortened(title, PANEL) for title, _ in columns]
-    with placed(out) as temporary:
+    with atomic_write(out, suffix=out.suffix) as temporary:
         draw_matches(rows, titles, temporary, threshold=threshold, unit="voxels" if voxels else "px")
     return [
         (title, [float((row[k].error <= threshold).mean()) for row in rows]) for k, (title, _) in enumerate(columns)

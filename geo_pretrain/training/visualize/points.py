@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame, RecipeError
+from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
@@ -30,7 +31,6 @@ from geo_pretrain.training.visualize.common import (
     chosen_scene,
     load_frames,
     painted,
-    placed,
     settled,
     shortened,
 )
@@ -111,7 +111,7 @@ def visualize_points(
         progress=progress,
     )
     write = {".ply": _write_ply, ".html": _write_page, ".png": _write_views}[out.suffix.lower()]
-    with placed(out) as temporary:
+    with atomic_write(out, suffix=out.suffix) as temporary:
         write(cloud, temporary)
     return cloud
 

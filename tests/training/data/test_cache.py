@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data import cache
-from geo_pretrain.training.data.cache import arrays_digest, cached_arrays, write_atomically
+from geo_pretrain.training.data.cache import arrays_digest, cached_arrays
 
 ARRAYS = {"b": np.arange(6, dtype=np.int32).reshape(2, 3), "a": np.array([0.5, -1.0], dtype=np.float32)}
 
@@ -85,11 +85,3 @@ def test_a_cache_that_cannot_be_written_is_told_with_what_and_where(tmp_path, mo
     with pytest.raises(DataError, match="No space left on device"):
         get(tmp_path / "x.safetensors", [])
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_text_is_replaced_whole(tmp_path):
-    path = tmp_path / "new" / "folder" / "x.json"
-    for text in ("long\n" * 99, "größer\n"):
-        write_atomically(path, text)
-        assert path.read_text(encoding="utf-8") == text
-    assert [file.name for file in path.parent.iterdir()] == ["x.json"]

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import json
 import re
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +31,7 @@ from geo_pretrain.training.visualize import frames as frames_module
 from geo_pretrain.training.visualize import matches as matches_module
 from geo_pretrain.training.visualize import points as points_module
 from geo_pretrain.training.visualize.colors import shared_pca
-from geo_pretrain.training.visualize.common import NOTHING, painted, placed, settled, shortened
+from geo_pretrain.training.visualize.common import NOTHING, painted, settled, shortened
 from geo_pretrain.training.visualize.features import RANDOM, find_backbone, load_describers
 from geo_pretrain.training.visualize.frames import draw_features
 from geo_pretrain.training.visualize.grids import GAP, HEADER
@@ -490,29 +489,6 @@ def test_an_encoder_alone_has_features_and_matches(tmp_path, spec):
         visualize_matches("scratch", spec, tmp_path / "x.png")
     draw_features([folder], spec, tmp_path / "x.png", count=1)
     assert pixels(tmp_path / "x.png").shape[1] == 3 * (288 + GAP) + GAP
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a" / "x.png"
-    with placed(path) as temporary:
-        temporary.write_text("old")
-        assert temporary.suffix == ".png"
-        assert not path.exists()
-
-    def interrupted():
-        with placed(path) as temporary:
-            temporary.write_text("ne")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert [p.name for p in path.parent.iterdir()] == ["x.png"]
-    assert path.read_text() == "old"
-    (tmp_path / "plain").write_text("")
-    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
-    with placed(path) as temporary:
-        shutil.copy(tmp_path / "plain", temporary)
-    assert path.read_text() == ""
 
 
 def test_long_titles_are_shortened_in_the_middle():

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from geo_pretrain.errors import DataError, RecipeError, nearest, unknown
+from geo_pretrain.files import atomic_write
 from geo_pretrain.rooms.layout import LEVELS, make_scene
 from geo_pretrain.rooms.path import camera_path, intrinsics
 from geo_pretrain.rooms.render import Renderer
@@ -197,28 +197,22 @@ class Rooms:
             return False
 
     def _store(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
-        """Write to a temporary name in the same folder, then rename: readers see the old file or the whole new one."""
         facts = {"config": self.config.digest(), "sha256": _digest(arrays), "generator": GENERATOR}
-        with self._temporary(path) as temporary:
+        with self._written(path) as temporary:
             # One key only: the order of several would differ from run to run, and so would the file's bytes.
             save_file(arrays, temporary, metadata={"rooms": json.dumps(facts)})
 
     @contextlib.contextmanager
-    def _temporary(self, path: Path) -> Iterator[Path]:
+    def _written(self, path: Path) -> Iterator[Path]:
+        """`atomic_write`, with an error that says what to do."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with atomic_write(path) as temporary:
+                yield temporary
         except OSError as error:
             raise DataError(
                 f"rooms: cannot write to the cache folder {str(path.parent)!r} ({error.strerror}). "
                 "Set GEO_PRETRAIN_CACHE to a folder that can be written."
             ) from error
-        os.close(handle)
-        try:
-            yield Path(name)
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
 
     def _write_manifest(self) -> None:
         """Say what the folder holds: config, generator and the digest in each scene file present."""
@@ -228,7 +222,7 @@ class Rooms:
                 scenes[path.stem] = {"sha256": _facts(file.metadata()).get("sha256"), "bytes": path.stat().st_size}
         config = {key: value for key, value in asdict(self.config).items() if key != "scenes"}
         content = {"generator": GENERATOR, "config": config, "classes": CLASSES, "scenes": scenes}
-        with self._temporary(self.cache_dir / "manifest.json") as temporary:
+        with self._written(self.cache_dir / "manifest.json") as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def render_scene(self, scene: str) -> dict[str, np.ndarray]:

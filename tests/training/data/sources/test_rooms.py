@@ -281,7 +281,7 @@ def test_two_processes_share_a_cache(tmp_path: Path) -> None:
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from geo_pretrain.rooms import Rooms, RoomsConfig\n"
+        "from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig\n"
         "Rooms(RoomsConfig(scenes=2, frames=3, width=64, height=64), cache_dir=Path(sys.argv[1])).prepare()\n"
     )
     both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "shared")]) for _ in range(2)]

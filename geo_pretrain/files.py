@@ -1,0 +1,114 @@
+"""Locks and atomic writes: every file that others may read or write at the same time goes through here."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from geo_pretrain.errors import CheckpointError
+
+WAIT_NOTE = 5.0  # seconds of waiting for another process before a warning says so
+
+
+@contextmanager
+def atomic_write(path: Path, *, suffix: str = ".part") -> Iterator[Path]:
+    """Yield a temporary path to write to; at the end it is synced to disk and renamed to `path`.
+
+    Readers see the old file or the whole new one. After an error the old file stays and nothing else. The temporary
+    path lies in the same folder, which is made if needed; it ends in `suffix`, for libraries that choose a format by
+    it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
+    part.touch(exist_ok=False)  # a disk that refuses does so now, before work is done for it
+    try:
+        yield part
+        sync_file(part)
+        part.replace(path)
+    finally:
+        with suppress(OSError):  # on a disk that refused, the reason is in the first error
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file by an `atomic_write`."""
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def sync_file(path: Path) -> None:
+    """Flush a written file from the operating system's buffers to the disk."""
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_files(folder: Path) -> None:
+    """Flush all files of a folder to the disk."""
+    for path in folder.iterdir():
+        sync_file(path)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk: new, renamed and removed files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(path: Path, *, busy: str = "", stacklevel: int = 1) -> Iterator[None]:
+    """Hold the lock of `path`, a file or folder that need not exist: one process and thread at a time.
+
+    Others wait, and after `WAIT_NOTE` seconds a warning says so; with a text `busy` they get a `CheckpointError` with
+    it instead. A process that dies inside blocks nobody. The lock is the file `.<name>.lock` beside `path`. Where
+    others may be waiting it stays as long as `path` does, else it is removed. OSError: the lock cannot be written.
+
+    `stacklevel`: of the warning; 1 is the caller's `with` statement.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    if busy:
+        _acquire_at_once(lock, path, busy)
+    else:
+        _acquire(lock, path, stacklevel + 3)  # this function and contextlib's lie in between
+    try:
+        yield
+    finally:
+        if busy or not path.exists():
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()  # whoever waits on the removed file notices and starts over
+        lock.release()
+
+
+def _acquire_at_once(lock: Any, path: Path, busy: str) -> None:
+    from filelock import Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(busy) from None
+
+
+def _acquire(lock: Any, path: Path, stacklevel: int) -> None:
+    from filelock import Timeout
+
+    for patience in (WAIT_NOTE, -1, -1, -1):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=patience)
+            return
+        except Timeout:
+            warnings.warn(f"Another process is working on {path}; waiting for it to finish.", stacklevel=stacklevel)
+        except FileNotFoundError:
+            continue  # somebody cleared the cache in between
+    lock.acquire()
