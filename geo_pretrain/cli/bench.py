@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from geo_pretrain.cli.making import SET_HELP
+from geo_pretrain.cli.options import SET_HELP
 from geo_pretrain.cli.shared import app, console, escape, progress
 
 bench_app = typer.Typer(help="Compare ways of pre-training.", no_args_is_help=True)
@@ -45,9 +45,9 @@ def bench_pretext(
     Some tasks: `geo-pretrain bench pretext --toy --task pri3d_view --task csc --seed 0 --out runs/two`
     """
     from geo_pretrain.training.bench.plan import FULL, BenchSpec, rows
-    from geo_pretrain.training.bench.report import HEAD, parts, table
+    from geo_pretrain.training.bench.report import parts
     from geo_pretrain.training.bench.report import render as render_page
-    from geo_pretrain.training.bench.run import RESULTS, run_bench
+    from geo_pretrain.training.bench.run import run_bench
 
     changes: dict[str, Any] = {"overrides": tuple(set_)}
     given = {"steps": steps, "batch": batch, "finetune_steps": finetune_steps}
@@ -75,13 +75,21 @@ def bench_pretext(
     if as_json:
         typer.echo(json.dumps(results))
     else:
-        shown = Table(*HEAD, box=None, title="in %, mean ± deviation over seeds")
-        for line in table(results):
-            shown.add_row(*(escape(cell) for cell in line))
-        console.print(shown)
-        console.print(f"Results: {out / RESULTS}", soft_wrap=True, highlight=False)
+        _show_results(results, out)
     if results["failed"] or results["not available"]:
         raise typer.Exit(1)
+
+
+def _show_results(results: dict[str, Any], out: Path) -> None:
+    """The table, and where the numbers lie."""
+    from geo_pretrain.training.bench.report import HEAD, table
+    from geo_pretrain.training.bench.run import RESULTS
+
+    shown = Table(*HEAD, box=None, title="in %, mean ± deviation over seeds")
+    for line in table(results):
+        shown.add_row(*(escape(cell) for cell in line))
+    console.print(shown)
+    console.print(f"Results: {out / RESULTS}", soft_wrap=True, highlight=False)
 
 
 def _show_plan(chosen: list[Any], spec: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from geo_pretrain.cli.making import DATA_HELP, FRAMES_HELP, SET_HELP, TURN_HELP, Turn, data_spec, print_skips, size_of
+from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, SET_HELP, TURN_HELP, Turn, data_spec, print_skips, size_of
 from geo_pretrain.cli.shared import app, console, escape, progress
 
 if TYPE_CHECKING:

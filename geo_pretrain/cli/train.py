@@ -1,23 +1,110 @@
-"""Commands that measure a backbone by what it is for: finetune, and the probes under eval."""
+"""Commands that train: demo, train, finetune."""
 
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from geo_pretrain.cli.making import SET_HELP, eval_app
+from geo_pretrain.cli.options import (
+    DATA_HELP,
+    FRAMES_HELP,
+    LABELLED_HELP,
+    SET_HELP,
+    data_overrides,
+    labelled_overrides,
+    print_skips,
+)
 from geo_pretrain.cli.shared import app, console, escape, progress
-from geo_pretrain.errors import RecipeError
 
 if TYPE_CHECKING:
     from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 
-LABELLED_HELP = "SOURCE or SOURCE:PATH of labelled images, such as rooms, scannet:PATH, nyuv2:PATH, coco:PATH."
 BACKBONE_HELP = "A catalog name, a checkpoint folder, imagenet or scratch; with --sweep several."
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where pictures, report and checkpoint go.")] = Path("demo"),
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006 (typer copies it)
+    finetune_steps: Annotated[int, typer.Option(help="Steps of each fine-tuning run.")] = 100,
+) -> None:
+    """Run the whole path on a CPU in minutes: rooms, pre-training, load_backbone, matching, segmentation.
+
+    Example: `geo-pretrain demo --out demo`
+    """
+    from geo_pretrain.training.demo import run_demo, table_rows
+    from geo_pretrain.training.finetune.in_memory import FinetuneSpec
+
+    start = time.monotonic()
+    with progress() as report:
+        result = run_demo(out, overrides=set_, finetuning=FinetuneSpec(steps=finetune_steps), report=report)
+    table = Table("", "without", "with pre-training", title="Does geometry help? (mean ± spread)")
+    for row in table_rows(result):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"Checkpoint: {result.folder}   (load_backbone({str(result.folder)!r}))", soft_wrap=True)
+    console.print(f"Pictures:   {out / 'matches.png'}, {out / 'segmentation.png'}, {out / 'report.html'}")
+    console.print(f"Took {time.monotonic() - start:.0f} s.")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or the path of a .yaml file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint folder to write.")],
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's length.")] = None,
+    toy: Annotated[bool, typer.Option("--toy", help="The same task on small rooms: CPU, minutes.")] = False,
+    frames: Annotated[str | None, typer.Option(help=FRAMES_HELP + " The rest is held out.")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CUDA where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished checkpoint.")] = False,
+) -> None:
+    """Make a checkpoint from RGB-D. Interrupted? Give the same command again: it goes on exactly where it was.
+
+    Example: `geo-pretrain train pri3d_view_r18 --data seven_scenes:PATH --steps 500 --out runs/kitchen`
+
+    In 3D: `geo-pretrain train pointcontrast_nce_srunet34.rooms --toy --out runs/pointcontrast`
+
+    Both: `geo-pretrain train pri3d_view_geo_r18 --data scannet:PATH --out runs/view_geo`
+
+    Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain train ...`
+    """
+    from geo_pretrain.training.distributed import join
+    from geo_pretrain.training.pretrain import run_recipe
+    from geo_pretrain.training.recipe import load_recipe, load_stage1, retag
+
+    of_data = data_overrides(data, frames)
+    length = [] if steps is None else [f"optim.steps={steps}", "optim.epochs=null"]
+    spec = load_recipe(recipe, [*of_data, *length, *set_], toy=toy)
+    stage1 = load_stage1(spec, toy=toy) if spec.needs_stage1 and spec.stage1 else None
+    if data is not None:
+        tag = spec.data.source + ("_toy" if toy else "")
+        if not any(item.startswith("name=") for item in set_):
+            spec = replace(spec, name=retag(spec.name, tag))
+        stage1 = stage1 and replace(stage1, name=retag(stage1.name, tag))
+    world = join(device)
+    with progress(world.is_main) as report:
+        outcome = run_recipe(
+            spec,
+            out,
+            world,
+            stage1=stage1,
+            overwrite=overwrite,
+            report=report,
+            note=lambda text: console.print(f"Data: {text}", highlight=False),
+        )
+    if outcome.checkpoint is not None:
+        units = f"{outcome.pairs} {spec.data.units}"
+        console.print(f"Checkpoint: {outcome.checkpoint.folder}   ({units})", soft_wrap=True)
+    if world.is_main:
+        print_skips(outcome.skips)
+    world.close()
 
 
 @app.command()
@@ -48,7 +135,7 @@ def finetune(
     """
     from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 
-    overrides = [*_labelled_overrides(data), *(["authors_exact=true"] if authors_exact else []), *set_]
+    overrides = [*labelled_overrides(data), *(["authors_exact=true"] if authors_exact else []), *set_]
     spec = load_finetune_recipe(recipe, overrides, toy=toy)
     if sweep:
         _sweep(spec, backbone, fraction, seed, out, hub, device, as_json)
@@ -135,76 +222,3 @@ def _sweep(
     console.print(table)
     for path in paths.values():
         console.print(f"Wrote {path}", soft_wrap=True, highlight=False)
-
-
-@eval_app.command("probe")
-def eval_probe(
-    backbone: Annotated[str, typer.Argument(help="A catalog name or a checkpoint folder.")],
-    data: Annotated[str, typer.Option(help=LABELLED_HELP)] = "rooms",
-    probes: Annotated[str, typer.Option(help="linear, knn or both, separated by a comma.")] = "linear,knn",
-    fraction: Annotated[float, typer.Option(help="Share of the training images, whole scenes.")] = 1.0,
-    pixels: Annotated[int, typer.Option(help="Labelled pixels (3D: voxels) of the training images.")] = 20_000,
-    size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH; default: pre-training's; 3D: the images' own.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of pixels and random weights.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-) -> None:
-    """Quick comparison without fine-tuning: a linear probe and k nearest neighbors on frozen features.
-
-    The same architecture with random weights is measured beside it. 2D backbones are judged by the pixels of labelled
-    images, 3D ones by the voxels of labelled RGB-D frames, which rooms has.
-
-    Example: `geo-pretrain eval probe pri3d_view_geo_r50 --data scannet:PATH --fraction 0.1`
-
-    In 3D: `geo-pretrain eval probe runs/pointcontrast`
-    """
-    from geo_pretrain.checkpoint import read_checkpoint
-    from geo_pretrain.cli.making import size_of
-    from geo_pretrain.contract import VoxelContract
-    from geo_pretrain.hub import resolve
-    from geo_pretrain.training.data.labelled.registry import open_labelled, subset
-    from geo_pretrain.training.evaluation.probes import ProbeSpec, compare_probes
-
-    # A name that does not exist is better known before rooms are rendered.
-    in_3d = isinstance(read_checkpoint(resolve(backbone)).contract, VoxelContract)
-    name, _, path = data.partition(":")
-    folder = Path(path) if path else None
-    with progress(not as_json) as report:
-        train, val = (
-            open_labelled(
-                name,
-                folder,
-                split,
-                task="segmentation",
-                progress=lambda done, total: report("rendering rooms", done, total, ""),
-            )
-            for split in ("train", "val")
-        )
-        results = compare_probes(
-            backbone,
-            subset(train, fraction, seed) if fraction < 1 else train,
-            val,
-            ProbeSpec(size=size_of(size), pixels=pixels, seed=seed),
-            probes=[part.strip() for part in probes.split(",")],
-            progress=lambda done, total: report("probing", done, total, ""),
-        )
-    if as_json:
-        typer.echo(json.dumps({w: {p: r.to_dict() for p, r in found.items()} for w, found in results.items()}))
-        return
-    table = Table("weights", "probe", "mIoU", f"{'voxel' if in_3d else 'pixel'} accuracy", box=None)
-    for weights, found in results.items():
-        for probe, result in found.items():
-            table.add_row(escape(weights), probe, f"{result.miou:.1%}", f"{result.accuracy:.1%}")
-    console.print(table)
-
-
-def _labelled_overrides(data: str | None) -> list[str]:
-    """`--data` as overrides of a recipe."""
-    if data is None:
-        return []
-    source, _, path = data.partition(":")
-    if not source:
-        raise RecipeError(f"--data is {data!r}; accepted: {LABELLED_HELP}")
-    overrides: list[Any] = [f"data.source={source}", f"data.path={json.dumps(path) if path else 'null'}"]
-    return [str(override) for override in overrides]

@@ -1,0 +1,198 @@
+"""Commands that measure a backbone: eval matching, pixel-to-voxel, probe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from geo_pretrain.cli.options import (
+    DATA_HELP,
+    FRAMES_HELP,
+    LABELLED_HELP,
+    SET_HELP,
+    TURN_HELP,
+    Turn,
+    data_spec,
+    print_skips,
+    size_of,
+)
+from geo_pretrain.cli.shared import app, console, escape, progress
+
+if TYPE_CHECKING:
+    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.data.labelled.image import LabelledSource
+    from geo_pretrain.training.evaluation.recall import MatchingResult
+
+eval_app = typer.Typer(help="Measure a backbone.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
+
+
+@eval_app.command("matching")
+def eval_matching(
+    backbone: Annotated[str, typer.Argument(help="A catalog name or a checkpoint folder.")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
+    frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; default: that of pre-training.")] = None,
+    pairs: Annotated[int, typer.Option(help="Pairs to measure, spread over the scenes.")] = 100,
+    overlap: Annotated[str, typer.Option(help="Range of overlap of the pairs.")] = "0.3:1",
+    threshold: Annotated[
+        float | None, typer.Option(help="Within which a match is right; default: 4 px, 2 voxels.")
+    ] = None,
+    turn: Annotated[Turn, typer.Option(help=TURN_HELP)] = Turn.CAMERA,
+    seed: Annotated[int, typer.Option(help="Of queries, turns and random weights.")] = 0,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Matching between views: how often is the nearest feature within 4 px (3D: 2 voxels) of the same surface point?
+
+    2D backbones match the pixels of two images (an encoder without decoder by its maps side by side), 3D ones the
+    voxels of two frames' clouds. A network with random weights is measured beside it; ± is the standard deviation over
+    pairs.
+
+    Example: `geo-pretrain eval matching runs/kitchen --data seven_scenes:PATH --frames 0.75:1`
+
+    In 3D: `geo-pretrain eval matching runs/pointcontrast --data scannet:PATH --turn full`
+    """
+    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.evaluation.comparison import compare_matching
+
+    spec = data_spec(data, frames, overlap, set_)
+    skips = Skips()
+    with progress() as report:
+        results = compare_matching(
+            backbone,
+            spec,
+            size=size_of(size),
+            count=pairs,
+            threshold=threshold,
+            turn=turn.value,
+            seed=seed,
+            skips=skips,
+            progress=lambda d, t: report("matching", d, t, ""),
+        )
+    _show_recall(results, skips, as_json)
+
+
+@eval_app.command("pixel-to-voxel")
+def eval_pixel_to_voxel(
+    folder: Annotated[str, typer.Argument(help="A checkpoint folder of pri3d_geo, pri3d_view_geo, ppkt or img2pc.")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
+    frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
+    pairs: Annotated[int, typer.Option(help="Frames, each with its chunk, spread over the scenes.")] = 100,
+    threshold: Annotated[float, typer.Option(help="Voxels within which a match is right.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Of queries and random weights.")] = 0,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Matching across modalities: how often is the voxel nearest to a pixel's feature within 2 voxels of its surface?
+
+    Candidates are all voxels of the chunk of surface around the frame, seen or not (Pri3D); of the frame's own cloud
+    (networks that a frozen one has taught). The same networks with random weights are measured beside it (the frozen
+    one keeps its own); ± is the standard deviation over frames.
+
+    Example: `geo-pretrain eval pixel-to-voxel runs/geo --data scannet:PATH --frames 0.75:1`
+    """
+    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.evaluation.comparison import compare_pixel_to_voxel
+
+    spec = data_spec(data, frames, "0:1", set_)
+    skips = Skips()
+    with progress() as report:
+        results = compare_pixel_to_voxel(
+            folder,
+            spec,
+            count=pairs,
+            threshold=threshold,
+            seed=seed,
+            skips=skips,
+            progress=lambda d, t: report("matching", d, t, ""),
+        )
+    _show_recall(results, skips, as_json)
+
+
+@eval_app.command("probe")
+def eval_probe(
+    backbone: Annotated[str, typer.Argument(help="A catalog name or a checkpoint folder.")],
+    data: Annotated[str, typer.Option(help=LABELLED_HELP)] = "rooms",
+    probes: Annotated[str, typer.Option(help="linear, knn or both, separated by a comma.")] = "linear,knn",
+    fraction: Annotated[float, typer.Option(help="Share of the training images, whole scenes.")] = 1.0,
+    pixels: Annotated[int, typer.Option(help="Labelled pixels (3D: voxels) of the training images.")] = 20_000,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH; default: pre-training's; 3D: the images' own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of pixels and random weights.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Quick comparison without fine-tuning: a linear probe and k nearest neighbors on frozen features.
+
+    The same architecture with random weights is measured beside it. 2D backbones are judged by the pixels of labelled
+    images, 3D ones by the voxels of labelled RGB-D frames, which rooms has.
+
+    Example: `geo-pretrain eval probe pri3d_view_geo_r50 --data scannet:PATH --fraction 0.1`
+
+    In 3D: `geo-pretrain eval probe runs/pointcontrast`
+    """
+    from geo_pretrain.training.data.labelled.registry import subset
+    from geo_pretrain.training.evaluation.probes import ProbeSpec, compare_probes
+
+    measured = _measured(backbone)  # a name that does not exist is better known before rooms are rendered
+    with progress(not as_json) as report:
+        train, val = _labelled_splits(data, lambda done, total: report("rendering rooms", done, total, ""))
+        results = compare_probes(
+            backbone,
+            subset(train, fraction, seed) if fraction < 1 else train,
+            val,
+            ProbeSpec(size=size_of(size), pixels=pixels, seed=seed),
+            probes=[part.strip() for part in probes.split(",")],
+            progress=lambda done, total: report("probing", done, total, ""),
+        )
+    if as_json:
+        typer.echo(json.dumps({w: {p: r.to_dict() for p, r in found.items()} for w, found in results.items()}))
+        return
+    table = Table("weights", "probe", "mIoU", f"{measured} accuracy", box=None)
+    for weights, found in results.items():
+        for probe, result in found.items():
+            table.add_row(escape(weights), probe, f"{result.miou:.1%}", f"{result.accuracy:.1%}")
+    console.print(table)
+
+
+def _measured(backbone: str) -> str:
+    """What the probes of a backbone classify: "pixel" or "voxel"."""
+    from geo_pretrain.checkpoint import read_checkpoint
+    from geo_pretrain.contract import VoxelContract
+    from geo_pretrain.hub import resolve
+
+    return "voxel" if isinstance(read_checkpoint(resolve(backbone)).contract, VoxelContract) else "pixel"
+
+
+def _labelled_splits(data: str, on_rooms: Callable[[int, int], None]) -> tuple[LabelledSource, LabelledSource]:
+    """Training and validation images of `--data`, labeled for segmentation."""
+    from geo_pretrain.training.data.labelled.registry import open_labelled
+
+    name, _, path = data.partition(":")
+    folder = Path(path) if path else None
+    train, val = (
+        open_labelled(name, folder, split, task="segmentation", progress=on_rooms) for split in ("train", "val")
+    )
+    return train, val
+
+
+def _show_recall(results: Mapping[str, MatchingResult], skips: Skips, as_json: bool) -> None:
+    """What the `eval` commands print: a row for each set of weights."""
+    if as_json:
+        typer.echo(json.dumps({name: asdict(r) | {"spread": r.spread} for name, r in results.items()}))
+        return
+    measure = next(iter(results.values())).measure
+    table = Table("weights", measure, "chance", "pairs", "queries", box=None)
+    for name, r in results.items():
+        table.add_row(
+            escape(name), f"{r.recall:.1%} ± {r.spread:.1%}", f"{r.chance:.1%}", str(len(r.per_pair)), str(r.queries)
+        )
+    console.print(table)
+    print_skips(skips)

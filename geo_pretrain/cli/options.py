@@ -1,0 +1,89 @@
+"""Options that several commands share, and what their texts mean: data, sizes, ranges."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from geo_pretrain.cli.shared import console, escape
+from geo_pretrain.errors import RecipeError
+
+if TYPE_CHECKING:
+    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.recipe import DataSpec
+
+DATA_HELP = "SOURCE or SOURCE:PATH, such as rooms, seven_scenes:PATH, scannet:PATH."
+FRAMES_HELP = "Part of each scene's frames in order of time, such as 0:0.75."
+SET_HELP = "KEY=VALUE in the recipe, such as optim.lr=0.05; may be repeated."
+TURN_HELP = "3D only: clouds as their camera sees them, or turned at random in full or upright (about the world's z)."
+LABELLED_HELP = "SOURCE or SOURCE:PATH of labelled images, such as rooms, scannet:PATH, nyuv2:PATH, coco:PATH."
+
+
+class Turn(StrEnum):
+    """Typer's way to list what an option accepts; means `cloud_matching.Turn`."""
+
+    CAMERA, FULL, UPRIGHT = "camera", "full", "upright"
+
+
+def data_overrides(data: str | None, frames: str | None) -> list[str]:
+    """`--data` and `--frames` as overrides of a recipe."""
+    overrides = []
+    if data is not None:
+        source, _, path = data.partition(":")
+        overrides += [f"data.source={source}", f"data.path={json.dumps(path) if path else 'null'}"]
+        if source != "rooms":
+            overrides.append("data.options={}")
+    if frames is not None:
+        overrides.append(f"data.frames={range_of('--frames', frames)}")
+    return overrides
+
+
+def labelled_overrides(data: str | None) -> list[str]:
+    """`--data` as overrides of a recipe."""
+    if data is None:
+        return []
+    source, _, path = data.partition(":")
+    if not source:
+        raise RecipeError(f"--data is {data!r}; accepted: {LABELLED_HELP}")
+    overrides: list[Any] = [f"data.source={source}", f"data.path={json.dumps(path) if path else 'null'}"]
+    return [str(override) for override in overrides]
+
+
+def data_spec(data: str, frames: str | None, overlap: str, overrides: list[str]) -> DataSpec:
+    """A data section on its own, for commands that need no recipe."""
+    from geo_pretrain.training.config import apply_overrides, parse
+    from geo_pretrain.training.recipe import RENAMED, Recipe
+
+    tree: dict[str, Any] = {"name": "command line", "task": {"name": "none"}, "optim": {"steps": 1}}
+    options = [*data_overrides(data, frames), f"data.overlap={range_of('--overlap', overlap)}", *overrides]
+    apply_overrides(tree, options, RENAMED)
+    return parse(Recipe, tree, where="command line").data
+
+
+def range_of(option: str, text: str) -> str:
+    """`LOW:HIGH` as a YAML list."""
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise typer.BadParameter(f"{option} is {text!r}; expected LOW:HIGH with numbers from 0 to 1.") from None
+    return f"[{low}, {high}]"
+
+
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """`--size` as height and width."""
+    if text is None:
+        return None
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise typer.BadParameter(f"--size is {text!r}; expected HEIGHTxWIDTH, such as 240x320.") from None
+    return height, width
+
+
+def print_skips(skips: Skips) -> None:
+    """What was left out and why, if anything."""
+    if skips.reasons:
+        console.print(f"[yellow]{escape(skips.summary())}", soft_wrap=True, highlight=False)
