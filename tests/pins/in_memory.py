@@ -14,7 +14,7 @@ from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune, segmentation_unet
+from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune
 from geo_pretrain.training.finetune.points import (
     LabelledCloud,
     PointsSpec,
@@ -22,6 +22,7 @@ from geo_pretrain.training.finetune.points import (
     finetune_points,
     segmentation_srunet,
 )
+from geo_pretrain.training.networks import segmentation_unet
 
 PAINT = np.array([[0, 0, 0], [250, 20, 20], [20, 250, 20], [20, 20, 250]], np.uint8)
 
