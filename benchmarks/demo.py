@@ -23,8 +23,8 @@ from geo_pretrain.training.demo import RECIPE, SEEDS, THRESHOLD, labelled_frames
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.matching import evaluate_matching
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune
-from geo_pretrain.training.loop import train
 from geo_pretrain.training.networks import Transfer, segmentation_unet
+from geo_pretrain.training.pretrain import train
 from geo_pretrain.training.recipe import load_recipe
 
 LEARNING_RATES = (0.02, 0.05, 0.1)

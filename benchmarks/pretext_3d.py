@@ -29,7 +29,7 @@ from geo_pretrain.training.demo import validation_spec
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.comparison import RANDOM, compare_matching, compare_pixel_to_voxel
 from geo_pretrain.training.evaluation.recall import MatchingResult
-from geo_pretrain.training.loop import train
+from geo_pretrain.training.pretrain import train
 from geo_pretrain.training.recipe import Recipe, load_recipe
 
 RECIPES = (

@@ -157,8 +157,8 @@ def _finetune(
     overwrite: bool,
     as_json: bool,
 ) -> None:
+    from geo_pretrain.training.finetune.folder import result_rows
     from geo_pretrain.training.finetune.run import finetune as run
-    from geo_pretrain.training.finetune.run import result_rows
     from geo_pretrain.training.finetune.sweep import run_recipe
 
     with progress(not as_json) as report:

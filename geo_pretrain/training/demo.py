@@ -30,8 +30,9 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.matching import MatchingResult, evaluate_matching, match_pair
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune, predict
-from geo_pretrain.training.loop import StepInfo, train
+from geo_pretrain.training.loop import StepInfo
 from geo_pretrain.training.networks import Transfer, segmentation_unet
+from geo_pretrain.training.pretrain import train
 from geo_pretrain.training.recipe import DataSpec, Recipe, load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.visualize.grids import draw_matches, draw_segmentations

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import geo_pretrain
 from geo_pretrain import hub
 from geo_pretrain.cards import render_card
 from geo_pretrain.catalog import find
@@ -22,11 +19,11 @@ from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.sources.registry import data_license, source_note
 from geo_pretrain.training.recipe import STAGE1, Recipe, list_recipes
+from geo_pretrain.training.runs import code_version, library_versions
 from geo_pretrain.training.tasks import Task, task_settings
 
 IMAGENET_TERMS = "LicenseRef-ImageNet-terms"
 UNKNOWN_TERMS = "LicenseRef-unknown"
-LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors")
 
 
 def write_run(
@@ -51,7 +48,7 @@ def write_run(
         "notes": source_note(source),
         "code": code_version(),
         "python": platform.python_version(),
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": library_versions(),
     }
     arch = Arch(export.arch, export.arch_args)
     made_by = recipe.name if recipe.name in list_recipes() else "recipe.yaml"  # a changed recipe is in the folder
@@ -144,16 +141,3 @@ def _finetuned(folder: Path) -> Origin:
     terms = strictest(labels, start.terms or labels)
     name = f"{results['recipe']} fine-tuned from {backbone} ({terms})"
     return Origin(name, terms, ((source, labels), *start.datasets))
-
-
-def code_version() -> str:
-    """The package version, with the commit when it runs from a git checkout."""
-    root = Path(geo_pretrain.__file__).parent.parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    if not (root / ".git").exists():
-        return geo_pretrain.__version__
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return geo_pretrain.__version__
-    return f"{geo_pretrain.__version__}+{commit}"

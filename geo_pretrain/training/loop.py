@@ -1,45 +1,28 @@
-"""The training loop: one process or many, CPU or CUDA, exact resume, a log that always exists.
+"""The training loop, of pre-training and of fine-tuning: one process or many, CPU or CUDA, exact resume, a log.
 
-A run lives in `<out>.run/` (state, log) and ends by writing the checkpoint folder `<out>`. What a step does is a
-function of the recipe, the data and the step number alone, so a resumed run continues as if it had never stopped.
+`fit` takes steps, a `TrainingTask` says what a step does. A step is a function of the task's settings, the data and
+the step number alone, so a run that was killed continues as if it had never stopped.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
+from threading import Event
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from geo_pretrain.catalog.license import License
-from geo_pretrain.checkpoint import Checkpoint, check_target
-from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError
-from geo_pretrain.training.data.frame import Skips, Source
-from geo_pretrain.training.data.mining import Pair
-from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
+from geo_pretrain.errors import GeoPretrainError, RecipeError
+from geo_pretrain.training.data.samples.sampler import MicroBatches
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.export import run_license, write_run
-from geo_pretrain.training.recipe import OptimSpec, Recipe, changes
-from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
-from geo_pretrain.training.tasks import Task, build_task
-
-STATE, BOARD = "state.pt", "tensorboard"
-
-
-class Interrupted(GeoPretrainError):
-    """The run was asked to stop and has saved its state."""
+from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, stop_requests, write_nothing
 
 
 @dataclass(frozen=True)
@@ -57,337 +40,309 @@ class StepInfo:
         return f"{losses}, {self.rate:.3g} {self.unit}/s"
 
 
-@dataclass
-class Run:
-    """A run in progress: what is saved and restored, and what is needed to take steps."""
+@dataclass(frozen=True)
+class Budget:
+    """How many steps a run takes, and how big one is."""
 
-    recipe: Recipe
-    out: Path
-    source: Source
-    pairs: list[Pair]
-    dataset: Dataset[dict[str, Any]]
-    world: World
-    skips: Skips
     steps: int
-    task: Task
-    module: nn.Module
+    batch: int  # samples a step, of all processes together
+    accumulate: int = 1  # micro-batches that a process makes of its share
+    save_every: int = 500  # steps between saved states
+    clip_norm: float | None = None  # of all gradients together; None: not clipped
+
+
+class TrainingTask(ABC):
+    """What `fit` trains: networks with losses, batches, an optimizer with its schedule, and what a state must remember.
+
+    Every loss of a batch must reach every parameter that is not frozen, with a gradient of 0 where there is nothing to
+    learn from: processes that train together wait for each other's gradients.
+    """
+
+    module: nn.Module  # all that is trained and saved, on its device; the loop calls .train()
     optimizer: torch.optim.Optimizer
-    license: License  # of the checkpoint
+    budget: Budget
+    unit: str = "images"  # what `rate` of the display counts
+    views: int = 1  # units a sample
+    logs_rate = False  # whether a line of the log has units a second, which no repetition gives again
+
+    @abstractmethod
+    def batches(self, start: int) -> Iterator[Any]:
+        """Micro-batches of this process, `budget.accumulate` a step, from step `start` on.
+
+        Tensors in them, in lists and in dicts too, are moved to the device by the loop.
+        """
+
+    @abstractmethod
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Scalar losses of a micro-batch by name; their sum is minimized."""
+
+    @abstractmethod
+    def schedule(self, step: int) -> float:
+        """Set what changes with the step, such as rates and BatchNorm's momentum; the learning rate for the log."""
+
+    def seed(self, step: int, micro_batch: int) -> None:  # noqa: B027
+        """Seed global generators before the losses of a micro-batch, numbered through all processes, if they are used.
+
+        Called for every micro-batch.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between two sittings of a run: "recipe" (YAML), "data", ..., plain types."""
+        return {}
+
+    def changed_settings(self, recipe: str) -> list[str]:
+        """How the recipe of a saved identity differs from this task's, as "optim.lr: 0.1 -> 0.2"."""
+        return []
+
+    def extras(self) -> dict[str, Any]:
+        """What the state holds beside weights, optimizer and step, plain types."""
+        return {}
+
+    def restore(self, extras: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take `extras` of a saved state back."""
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether `evaluate` is to be called after this step (1, 2, ...), in all processes."""
+        return False
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Measure `module`, which may be left in evaluation mode; scores for the log."""
+        raise NotImplementedError
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    steps: int
     step: int = 0
-    seconds: float = 0.0  # training time of earlier sittings
+    seconds: float = 0.0  # training time of all sittings
 
     @property
-    def folder(self) -> Path:
-        """Where state and log live until the checkpoint folder is written."""
-        return _run_folder(self.out)
+    def finished(self) -> bool:
+        """Whether every step is done."""
+        return self.step == self.steps
 
-
-def train(
-    recipe: Recipe,
-    out: Path,
-    source: Source,
-    pairs: list[Pair],
-    world: World,
-    *,
-    skips: Skips | None = None,
-    overwrite: bool = False,
-    on_step: Callable[[StepInfo], None] | None = None,
-) -> Checkpoint | None:
-    """Train a recipe, or go on with the run that `<out>.run` holds, and write the checkpoint folder `out`.
-
-    Returns the checkpoint in the main process, None in the others.
-
-    Raises:
-        Interrupted: SIGINT or SIGTERM arrived; the state is saved and an unfinished checkpoint folder written.
-        RecipeError: the recipe does not fit the world, or differs from the one of the run to be continued.
-        CheckpointError: `out` already holds a checkpoint and `overwrite` is not set.
-    """
-    run = _prepare(recipe, out, source, pairs, world, skips or Skips(), overwrite)
-    with stop_requests() as stop:
-        finished = _loop(run, stop, on_step)
-    checkpoint = _finish(run, finished)
-    if not finished:
-        raise Interrupted(
-            f"Stopped after step {run.step} of {run.steps}; the state is in {run.folder}. "
+    def interrupted(self, run: RunFolder) -> Interrupted:
+        """The error that says how to go on."""
+        return Interrupted(
+            f"Stopped after step {self.step} of {self.steps}; the state is in {run.path}. "
             "Give the same command again to go on."
         )
-    return checkpoint
 
 
-def check_out(out: Path, name: str, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` when the run could not end in `out`, or would replace a finished checkpoint there."""
-    check_target(out, name)
-    if (out / "config.json").exists() and not _run_folder(out).exists() and not overwrite:
-        raise CheckpointError(f"{str(out)!r} already holds a checkpoint. Choose another --out, or pass --overwrite.")
+def fit(
+    task: TrainingTask,
+    world: World,
+    run: RunFolder | None = None,
+    *,
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> Progress:
+    """Take the steps of `task` that are left; an unfinished `Progress` when SIGINT or SIGTERM arrived.
+
+    With `run`, steps go on from its saved state, states and log are written there, and a stop is saved; without, all
+    stays in memory and signals act as ever.
+
+    Raises:
+        RecipeError: the saved state is that of other settings, other data, or another number of processes.
+        GeoPretrainError: a loss is not finite.
+    """
+    progress = Progress(task.budget.steps)
+    if run is not None:
+        _restore(run, task, world, progress)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_requests()) if run is not None else Event()
+        log = stack.enter_context(run.log(progress.step)) if run is not None else write_nothing
+        _Loop(task, world, run, progress, log, on_step).take_steps(stop)
+    return progress
 
 
-def _run_folder(out: Path) -> Path:
-    return out.with_name(out.name + ".run")
+class _Loop:
+    """One sitting of a run."""
 
+    def __init__(
+        self,
+        task: TrainingTask,
+        world: World,
+        run: RunFolder | None,
+        progress: Progress,
+        log: WriteLog,
+        on_step: Callable[[StepInfo], None] | None,
+    ) -> None:
+        self.task, self.world, self.run, self.progress, self.log, self.on_step = (
+            task, world, run, progress, log, on_step
+        )  # fmt: skip
+        self.model = world.wrap(_Losses(task))
+        self.first, self.sitting = progress.step, 0.0
 
-def _prepare(
-    recipe: Recipe, out: Path, source: Source, pairs: list[Pair], world: World, skips: Skips, overwrite: bool
-) -> Run:
-    parts = world.size * recipe.optim.accumulate
-    if recipe.optim.batch % parts:
-        raise RecipeError(
-            f"'optim.batch' is {recipe.optim.batch}, accepted is a multiple of processes x accumulate = {parts}."
-        )
-    task, module = build_task(recipe)
-    license = run_license(recipe)  # now, when a failure costs nothing
-    dataset = task.dataset(source, pairs)
-    steps = total_steps(_length(dataset), recipe.optim.batch, recipe.optim.epochs, recipe.optim.steps)
-    # channels_last is about 10 % faster on CPU and more on CUDA; results are those of the same layout on every resume.
-    module.to(world.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = _optimizer(recipe.optim, module)
-    run = Run(recipe, out, source, pairs, dataset, world, skips, steps, task, module, optimizer, license)
-    state_file = run.folder / STATE
-    check_out(out, recipe.name, overwrite=overwrite)
-    if world.is_main:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    if state_file.exists():
-        _restore(run, state_file)
-    world.barrier()
-    return run
+    def take_steps(self, stop: Event) -> None:
+        """Steps, evaluations and saved states until the end or a request to stop."""
+        task, progress = self.task, self.progress
+        micro_batches = iter(task.batches(progress.step))
+        task.module.train()
+        while not progress.finished:
+            begin = time.monotonic()
+            lr = task.schedule(progress.step)
+            losses = self.take_step(micro_batches)
+            progress.step += 1
+            self.sitting += time.monotonic() - begin
+            progress.seconds += time.monotonic() - begin
+            self.report(losses, lr)
+            measured = task.evaluation_due(progress.step)
+            if measured:
+                self.log({"step": progress.step, "evaluation": task.evaluate(progress.step)}, {})
+                task.module.train()
+            stopped = self.world.any(stop.is_set())
+            saving = progress.step % task.budget.save_every == 0 and not progress.finished
+            if self.run is not None and (stopped or measured or saving):
+                _save(self.run, task, self.world, progress)
+            if stopped:
+                return
 
+    def take_step(self, micro_batches: Iterator[Any]) -> dict[str, float]:
+        """One optimizer step over `accumulate` micro-batches; the mean losses over all processes."""
+        task, world, budget = self.task, self.world, self.task.budget
+        task.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for part in range(budget.accumulate):
+            batch = to_device(next(micro_batches), world.device)
+            task.seed(self.progress.step, world.rank + world.size * part)
+            last = part == budget.accumulate - 1
+            with nullcontext() if last or world.size == 1 else self.model.no_sync():  # type: ignore[operator]
+                losses: dict[str, Tensor] = self.model(batch)
+                total = torch.stack(list(losses.values())).sum() / budget.accumulate
+                total.backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / budget.accumulate
+        means = world.mean(torch.stack(list(sums.values())))
+        self.check_finite(dict(zip(sums, means.tolist(), strict=True)), bool(torch.isfinite(means.sum())))
+        if budget.clip_norm is not None:
+            nn.utils.clip_grad_norm_(task.module.parameters(), budget.clip_norm)
+        task.optimizer.step()
+        return dict(zip(sums, means.tolist(), strict=True))
 
-def _optimizer(spec: OptimSpec, module: nn.Module) -> torch.optim.Optimizer:
-    """Over what is trained: a frozen teacher takes no part."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if spec.kind == "adam":
-        return torch.optim.Adam(trained, lr=spec.lr, weight_decay=spec.weight_decay)
-    return torch.optim.SGD(
-        trained, lr=spec.lr, momentum=spec.momentum, dampening=spec.dampening, weight_decay=spec.weight_decay
-    )
-
-
-def _loop(run: Run, stop: threading.Event, on_step: Callable[[StepInfo], None] | None) -> bool:
-    """Take the remaining steps; False when asked to stop before the end."""
-    micro_batches = iter(_loader(run))
-    model = run.world.wrap(run.module)
-    begin, first = time.monotonic(), run.step
-    before = run.seconds
-    with _log(run) as log:
-        while run.step < run.steps:
-            losses = _take_step(run, model, micro_batches)
-            run.step += 1
-            elapsed = time.monotonic() - begin
-            run.seconds = before + elapsed
-            rate = (run.step - first) / elapsed
-            info = StepInfo(run.step, run.steps, losses, run.task.views * run.recipe.optim.batch * rate, run.task.unit)
-            log(info)
-            if on_step is not None:
-                on_step(info)
-            if run.world.any(stop.is_set()):
-                _save(run)
-                return run.step == run.steps
-            if run.step % run.recipe.save_every == 0 and run.step < run.steps:
-                _save(run)
-    return True
-
-
-def _take_step(run: Run, model: nn.Module, micro_batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-    """One optimizer step over `accumulate` micro-batches; returns the mean losses over all processes."""
-    spec = run.recipe.optim
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(spec, run.step, run.steps)
-    if spec.bn_momentum == "pri3d":
-        set_bn_momentum(run.module, pri3d_bn_momentum(max(run.step - 1, 0)))
-    elif spec.bn_momentum == "floor":
-        set_bn_momentum(run.module, BN_FLOOR)
-    run.optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, torch.Tensor] = {}
-    for part in range(spec.accumulate):
-        batch = _to_device(next(micro_batches), run)
-        last = part == spec.accumulate - 1
-        with nullcontext() if last or run.world.size == 1 else model.no_sync():  # type: ignore[operator]
-            losses: dict[str, torch.Tensor] = model(batch)
-            total = torch.stack(list(losses.values())).sum() / spec.accumulate
-            total.backward()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / spec.accumulate
-    means = run.world.mean(torch.stack(list(sums.values())))
-    if not torch.isfinite(means).all():
-        shown = ", ".join(f"{name} {value:g}" for name, value in zip(sums, means.tolist(), strict=True))
+    def check_finite(self, losses: dict[str, float], finite: bool) -> None:
+        """Raise `GeoPretrainError` unless `finite`."""
+        if finite:
+            return
+        shown = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+        kept = "" if self.run is None else f" The last good state is in {self.run.path};"
         raise GeoPretrainError(
-            f"The loss is not finite at step {run.step + 1} ({shown}). The last good state is in {run.folder}; "
-            "try a lower optim.lr."
+            f"The loss is not finite at step {self.progress.step + 1} ({shown}).{kept or ';'} try a lower optim.lr."
         )
-    run.optimizer.step()
-    return dict(zip(sums, means.tolist(), strict=True))
+
+    def report(self, losses: dict[str, float], lr: float) -> None:
+        """Log a step, and show it to whoever watches."""
+        task, progress = self.task, self.progress
+        rate = task.views * task.budget.batch * (progress.step - self.first) / self.sitting
+        record = {"step": progress.step, "lr": lr, **losses}
+        self.log(record | ({f"{task.unit}_per_second": round(rate, 2)} if task.logs_rate else {}), losses)
+        if self.on_step is not None:
+            self.on_step(StepInfo(progress.step, progress.steps, losses, rate, task.unit))
 
 
-def _loader(run: Run) -> DataLoader[dict[str, Any]]:
-    recipe = run.recipe
+class _Losses(nn.Module):
+    """The losses of a task as the forward pass of a module, which data-parallel training needs."""
+
+    def __init__(self, task: TrainingTask) -> None:
+        super().__init__()
+        self.trained, self._losses = task.module, task.losses
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Losses by name."""
+        return self._losses(batch)
+
+
+def check_batch(batch: int, accumulate: int, world: World) -> None:
+    """Raise `RecipeError` unless a batch can be dealt evenly to all micro-batches of all processes."""
+    parts = world.size * accumulate
+    if batch % parts:
+        raise RecipeError(f"'optim.batch' is {batch}, accepted is a multiple of processes x accumulate = {parts}.")
+
+
+def micro_batch_loader(
+    dataset: Dataset[Any],
+    samples: int,
+    budget: Budget,
+    world: World,
+    collate: Callable[[list[Any]], Any],
+    *,
+    start: int,
+    seed: int,
+    workers: int,
+) -> DataLoader[Any]:
+    """The micro-batches of one process from step `start` on, of a dataset indexed by (epoch, position < `samples`)."""
     batches = MicroBatches(
-        _length(run.dataset),
-        batch=recipe.optim.batch,
-        accumulate=recipe.optim.accumulate,
-        rank=run.world.rank,
-        world=run.world.size,
-        start=run.step,
-        steps=run.steps,
-        seed=recipe.seed,
+        samples,
+        batch=budget.batch,
+        accumulate=budget.accumulate,
+        rank=world.rank,
+        world=world.size,
+        start=start,
+        steps=budget.steps,
+        seed=seed,
     )
     return DataLoader(
-        run.dataset,
+        dataset,
         batch_sampler=batches,
-        num_workers=min(recipe.workers, os.cpu_count() or 1),  # more would only be in each other's way
-        collate_fn=run.task.collate,
-        generator=torch.Generator().manual_seed(recipe.seed),  # keeps the loader off the global generator
-        pin_memory=run.world.device.type == "cuda",
+        num_workers=min(workers, os.cpu_count() or 1),  # more would only be in each other's way
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(seed),  # keeps the loader off the global generator
+        pin_memory=world.device.type == "cuda",
     )
 
 
-def _length(dataset: Dataset[dict[str, Any]]) -> int:
-    """Samples of an epoch: pairs, unless the task brings data of its own."""
-    return len(dataset)  # type: ignore[arg-type]
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors in lists, tuples and dicts on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return [to_device(item, device) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _own_data(run: Run) -> dict[str, Any]:
-    """Facts, a fingerprint among them, of data that samples take from elsewhere than the source; {} for most tasks."""
-    own: Callable[[], dict[str, Any]] = getattr(run.dataset, "own_data", dict)
-    return own()
+def _save(run: RunFolder, task: TrainingTask, world: World, progress: Progress) -> None:
+    if world.is_main:
+        run.save(
+            {
+                "step": progress.step,
+                "seconds": progress.seconds,
+                "identity": task.identity() | {"world": world.size},
+                "module": task.module.state_dict(),
+                "optimizer": task.optimizer.state_dict(),
+                **task.extras(),
+            }
+        )
+    world.barrier()
 
 
-def _to_device(batch: dict[str, Any], run: Run) -> dict[str, Any]:
-    for path, reason in batch.pop("skipped"):
-        run.skips.reasons.setdefault(path, reason)
-    return {
-        name: value.to(run.world.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+def _restore(run: RunFolder, task: TrainingTask, world: World, progress: Progress) -> None:
+    """Go on from the saved state, if there is one."""
+    state = run.load()
+    if state is not None:
+        _check_identity(run, state.get("identity", state), task, world)  # once these keys lay in the state itself
+        task.module.load_state_dict(state["module"])
+        task.optimizer.load_state_dict(state["optimizer"])
+        task.restore(state)
+        progress.step, progress.seconds = state["step"], state["seconds"]
+    world.barrier()
 
 
-def _save(run: Run) -> None:
-    """Write the state of the run so that a kill at any moment leaves the old or the new one."""
-    if run.world.is_main:
-        state = {
-            "step": run.step,
-            "seconds": run.seconds,
-            "recipe": run.recipe.to_yaml(),
-            "data": run.source.fingerprint(),
-            "own_data": _own_data(run),
-            "world": run.world.size,
-            "module": run.module.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-        }
-        temporary = run.folder / (STATE + ".new")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(run.folder / STATE)
-    run.world.barrier()
-
-
-def _restore(run: Run, path: Path) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    changed = changes(state["recipe"], run.recipe.to_yaml())
+def _check_identity(run: RunFolder, given: Mapping[str, Any], task: TrainingTask, world: World) -> None:
+    wanted, changed = task.identity(), task.changed_settings(given["recipe"])
     if changed:
         raise RecipeError(
-            f"The run in {run.folder} was started with another recipe; it differs in: {'; '.join(changed[:5])}. "
+            f"The run in {run.path} was started with another recipe; it differs in: {'; '.join(changed[:5])}. "
             "Give the first settings again, choose another --out, or remove that folder."
         )
-    if state["data"] != run.source.fingerprint() or state.get("own_data", {}) != _own_data(run):
-        raise RecipeError(f"The data have changed since the run in {run.folder} was started; remove it to start anew.")
-    if state["world"] != run.world.size:
-        raise RecipeError(f"The run in {run.folder} used {state['world']} processes, not {run.world.size}.")
-    run.module.load_state_dict(state["module"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.step, run.seconds = state["step"], state["seconds"]
-
-
-def _finish(run: Run, finished: bool) -> Checkpoint | None:
-    """Write the checkpoint folder in the main process; after a finished run the working folder goes."""
-    for skipped in run.world.gather(run.skips.reasons):
-        run.skips.reasons.update(skipped)  # type: ignore[call-overload]
-    checkpoint = None
-    if run.world.is_main:
-        provenance = {
-            "data": {
-                "source": run.source.name,
-                "fingerprint": run.source.fingerprint(),
-                "pairs": len(run.pairs),
-                **_own_data(run),
-            },
-            "steps": run.step,
-            "seconds": round(run.seconds, 1),
-            "processes": run.world.size,
-            "device": run.world.device.type,
-            "skipped": run.skips.counts(),
-        }
-        log = run.folder / "log.jsonl"
-        checkpoint = write_run(
-            run.recipe, run.out, run.task, run.source, log, provenance, run.license, finished=finished
+    if given.get("backbone") != wanted.get("backbone"):
+        raise RecipeError(
+            f"The run in {run.path} was started from another backbone. Choose another --out, or remove that folder."
         )
-        if finished:
-            _keep_board(run)
-            shutil.rmtree(run.folder)
-    run.world.barrier()
-    return checkpoint
-
-
-@contextmanager
-def _log(run: Run) -> Iterator[Callable[[StepInfo], None]]:
-    """One JSON line a step (and TensorBoard where installed); lines after the restored step are dropped first."""
-    if not run.world.is_main:
-        yield lambda info: None
-        return
-    path = run.folder / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines[: run.step] if line.endswith("}")]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    board = _tensorboard(run)
-    with path.open("a", encoding="utf-8") as file:
-
-        def write(info: StepInfo) -> None:
-            record = {"step": info.step, "lr": learning_rate(run.recipe.optim, info.step - 1, run.steps), **info.losses}
-            file.write(json.dumps(record | {f"{info.unit}_per_second": round(info.rate, 2)}) + "\n")
-            file.flush()
-            if board is not None:
-                for name, value in info.losses.items():
-                    board.add_scalar(f"loss/{name}", value, info.step)
-
-        try:
-            yield write
-        finally:
-            if board is not None:
-                board.close()
-
-
-def _tensorboard(run: Run) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(run.folder / BOARD), purge_step=run.step + 1)
-
-
-def _keep_board(run: Run) -> None:
-    """Move the event files beside the finished weights; an older run's give way."""
-    if (run.folder / BOARD).exists():
-        shutil.rmtree(run.out / BOARD, ignore_errors=True)
-        shutil.move(run.folder / BOARD, run.out / BOARD)
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event set by the first SIGINT or SIGTERM; a second one acts at once, as without us."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, previous[signal.Signals(number)])
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    if given["data"] != wanted["data"] or given.get("own_data", {}) != wanted.get("own_data", {}):
+        raise RecipeError(
+            f"The run in {run.path} was started on other data, or the data have changed since. Choose another --out, "
+            "or remove that folder."
+        )
+    if given.get("world", 1) != world.size:
+        raise RecipeError(f"The run in {run.path} used {given['world']} processes, not {world.size}.")

@@ -1,36 +1,189 @@
-"""One process at a time on what a run writes."""
+"""A run's folder `<out>.run`: one process at a time, state and log that survive a kill, requests to stop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import json
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-from filelock import FileLock, Timeout
+import torch
 
-from geo_pretrain.errors import CheckpointError
+import geo_pretrain
+from geo_pretrain.errors import CheckpointError, GeoPretrainError
+from geo_pretrain.files import atomic_write, locked
+
+STATE, LOG, BOARD = "state.pt", "log.jsonl", "tensorboard"
+LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors")  # whose versions a result names
+
+WriteLog = Callable[[Mapping[str, Any], Mapping[str, float]], None]  # a line {"step": ..., ...}; the losses in it
+
+
+class Interrupted(GeoPretrainError):
+    """The run was asked to stop and has saved its state."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where state and log of a run live until its result is written to `out`."""
+
+    out: Path
+    writes: bool = True  # False: a process beside the main one, which only reads
+    board: bool = False  # write TensorBoard's event files, where it is installed
+
+    @property
+    def path(self) -> Path:
+        """The folder beside `out`."""
+        return run_folder(self.out)
+
+    @property
+    def log_file(self) -> Path:
+        """One JSON line a step, and one an evaluation."""
+        return self.path / LOG
+
+    def create(self) -> None:
+        """Make the folder, unless it is there."""
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def remove(self) -> None:
+        """Delete the folder and what is in it."""
+        shutil.rmtree(self.path)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the state; a kill at any moment leaves the old one or the new one."""
+        if self.writes:
+            with atomic_write(self.path / STATE) as part:
+                torch.save(state, part)
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state, its tensors on the CPU; None at the beginning of a run."""
+        path = self.path / STATE
+        if not path.exists():
+            return None
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+
+    @contextmanager
+    def log(self, step: int) -> Iterator[WriteLog]:
+        """A function that appends a line to the log, and shows losses in TensorBoard.
+
+        Lines after `step`, where the run goes on, are dropped first, and so is a line that was broken off.
+        """
+        if not self.writes:
+            yield write_nothing
+            return
+        _drop_lines_after(self.log_file, step)
+        board = _tensorboard(self.path / BOARD, step) if self.board else None
+        with self.log_file.open("a", encoding="utf-8") as file:
+
+            def write(record: Mapping[str, Any], losses: Mapping[str, float]) -> None:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                if board is not None:
+                    for name, value in losses.items():
+                        board.add_scalar(f"loss/{name}", value, record["step"])
+
+            try:
+                yield write
+            finally:
+                if board is not None:
+                    board.close()
+
+    def keep_board(self) -> None:
+        """Move the event files into `out`; those of an older run are deleted."""
+        if (self.path / BOARD).exists():
+            shutil.rmtree(self.out / BOARD, ignore_errors=True)
+            shutil.move(self.path / BOARD, self.out / BOARD)
+
+
+def write_nothing(record: Mapping[str, Any], losses: Mapping[str, float]) -> None:
+    """A log that is not kept."""
+
+
+def run_folder(out: Path) -> Path:
+    """Where the run that ends in `out` keeps its state."""
+    return out.with_name(out.name + ".run")
+
+
+def check_out(out: Path, result: str, what: str, *, overwrite: bool) -> None:
+    """Raise `CheckpointError` when `out` holds `what`, known by its file `result`, and no run to be continued."""
+    if (out / result).exists() and not run_folder(out).exists() and not overwrite:
+        raise CheckpointError(f"{str(out)!r} already holds {what}. Choose another --out, or pass --overwrite.")
 
 
 @contextmanager
-def only_process(out: Path, what: str) -> Iterator[None]:
-    """The only process that works on `out`, for `what` ("fine-tuning run"); nobody waits.
-
-    The lock is a file beside `out` that is gone at the end. Whoever dies inside does not block the next.
+def run_lock(out: Path, what: str) -> Iterator[None]:
+    """Hold the lock of `out` for `what` ("fine-tuning run"); a second process is refused at once.
 
     Raises:
-        CheckpointError: another process, or this one a second time, works on `out`.
+        CheckpointError: another process, or this one a second time, holds the lock.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise CheckpointError(
-            f"Another process is at work on the {what} in {str(out)!r}. Wait until it ends, or choose another --out."
-        ) from None
-    try:
+    busy = f"Another process is at work on the {what} in {str(out)!r}. Wait until it ends, or choose another --out."
+    with locked(out, busy=busy):
         yield
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event set by the first SIGINT or SIGTERM; a second signal acts at once, as if this were not here."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, previous[signal.Signals(number)])
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, request)
+    try:
+        yield stop
     finally:
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()  # whoever opened it in this moment notices and starts over
-        lock.release()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        if not line.endswith("}") or json.loads(line)["step"] > step:
+            break
+        kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _tensorboard(path: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(path), purge_step=step + 1)
+
+
+def code_version() -> str:
+    """The package version, with the commit when it runs from a git checkout."""
+    root = Path(geo_pretrain.__file__).parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    if not (root / ".git").exists():
+        return geo_pretrain.__version__
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return geo_pretrain.__version__
+    return f"{geo_pretrain.__version__}+{commit}"
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that numbers depend on."""
+    return {name: version(name) for name in LIBRARIES}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
-from geo_pretrain.training import loop as engine
+from geo_pretrain.training import pretrain
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import MicroBatches
@@ -39,7 +39,7 @@ def run_here(recipe_path, out, overrides=(), **options):
     skips = Skips()
     source = open_source(recipe.data)
     pairs = find_pairs(source, recipe.data, skips=skips)
-    return engine.train(recipe, out, source, pairs, ALONE, skips=skips, **options)
+    return pretrain.train(recipe, out, source, pairs, ALONE, skips=skips, **options)
 
 
 def command(recipe_path, out, processes=1):
@@ -264,7 +264,7 @@ def test_run_is_not_continued_with_another_recipe_or_other_data(tmp_path, tiny_r
     source = open_source(load_recipe(str(path), [f"data.path={elsewhere}"]).data)
     pairs = find_pairs(source, recipe.data, skips=Skips())
     with pytest.raises(RecipeError, match="data have changed"):
-        engine.train(recipe, tmp_path / "out", source, pairs, ALONE)
+        pretrain.train(recipe, tmp_path / "out", source, pairs, ALONE)
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path, tiny_recipe):
@@ -279,7 +279,7 @@ def test_batch_must_divide_over_processes_and_parts(tmp_path, tiny_recipe):
     source = open_source(recipe.data)
     pairs = find_pairs(source, recipe.data, skips=Skips())
     with pytest.raises(RecipeError, match="multiple of processes x accumulate = 3"):
-        engine.train(recipe, tmp_path / "out", source, pairs, World(0, 3, torch.device("cpu")))
+        pretrain.train(recipe, tmp_path / "out", source, pairs, World(0, 3, torch.device("cpu")))
 
 
 def test_broken_frames_are_skipped_counted_and_named(tmp_path, tiny_recipe):
@@ -290,7 +290,7 @@ def test_broken_frames_are_skipped_counted_and_named(tmp_path, tiny_recipe):
     skips = Skips()
     source = open_source(recipe.data)
     pairs = find_pairs(source, recipe.data, skips=skips)
-    engine.train(recipe, tmp_path / "out", source, pairs, ALONE, skips=skips)
+    pretrain.train(recipe, tmp_path / "out", source, pairs, ALONE, skips=skips)
     assert len(skips.reasons) == 2
     assert "frame-000000.pose.txt" in skips.summary()
     assert sum(read_checkpoint(tmp_path / "out").provenance["skipped"].values()) == 2
@@ -307,7 +307,7 @@ def test_frame_that_breaks_during_the_run_is_replaced_and_counted(tmp_path, tiny
     source = open_source(recipe.data)
     pairs = find_pairs(source, recipe.data, skips=skips)
     (folder / "frame-000010.color.png").write_bytes(b"broken")
-    engine.train(recipe, tmp_path / "out", source, pairs, ALONE, skips=skips)
+    pretrain.train(recipe, tmp_path / "out", source, pairs, ALONE, skips=skips)
     assert [Path(p).name for p in skips.reasons] == ["frame-000010.color.png"]
 
 
@@ -362,7 +362,7 @@ def test_cosine_falls_each_step_and_moco_s_each_epoch():
 
 
 def test_what_is_frozen_is_not_trained_by_either_optimizer(tmp_path, tiny_recipe, monkeypatch):
-    build = engine.build_task
+    build = pretrain.build_task
 
     def frozen(recipe):
         task, module = build(recipe)
@@ -370,7 +370,7 @@ def test_what_is_frozen_is_not_trained_by_either_optimizer(tmp_path, tiny_recipe
         return task, module
 
     _, fresh = build(load_recipe(str(tiny_recipe())))
-    monkeypatch.setattr(engine, "build_task", frozen)
+    monkeypatch.setattr(pretrain, "build_task", frozen)
     for kind in ("sgd", "adam"):
         run_here(tiny_recipe(optim={"kind": kind, "steps": 2, "weight_decay": 0.1, "lr": 1e-3}), tmp_path / kind)
         after, before = load_file(tmp_path / kind / "encoder.safetensors"), fresh.backbone.encoder.state_dict()

@@ -18,7 +18,7 @@ from geo_pretrain.training.distributed import World
 from geo_pretrain.training.export import run_license
 from geo_pretrain.training.pretrain import run_recipe
 from geo_pretrain.training.recipe import changes, list_recipes, load_recipe, load_stage1
-from geo_pretrain.training.runs import only_process
+from geo_pretrain.training.runs import run_lock
 
 ALONE = World(0, 1, torch.device("cpu"))
 STILL = {"steps": 1, "lr": 1e-12, "bn_momentum": "floor"}  # leaves the start weights as they are
@@ -163,7 +163,7 @@ def test_the_command_trains_both_stages_on_the_data_it_is_given(staged, recordin
 def test_a_folder_is_trained_by_one_process_at_a_time(staged, tmp_path):
     recipe, first = both(staged)
     with (
-        only_process(tmp_path / "out", "training run"),
+        run_lock(tmp_path / "out", "training run"),
         pytest.raises(CheckpointError, match="Another process is at work"),
     ):
         run_recipe(recipe, tmp_path / "out", ALONE, stage1=first)

@@ -19,9 +19,9 @@ from geo_pretrain.files import write_text
 from geo_pretrain.training.bench.measure import measure
 from geo_pretrain.training.bench.plan import BenchSpec, base_data
 from geo_pretrain.training.distributed import join
-from geo_pretrain.training.loop import Interrupted
 from geo_pretrain.training.pretrain import run_recipe
 from geo_pretrain.training.recipe import Recipe, load_recipe
+from geo_pretrain.training.runs import Interrupted
 from geo_pretrain.training.tasks import build_task
 
 SHOWN = 10.0  # seconds between progress lines

@@ -24,8 +24,7 @@ from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data
 from geo_pretrain.training.bench.report import summarize
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import machine
-from geo_pretrain.training.loop import Interrupted
-from geo_pretrain.training.runs import only_process
+from geo_pretrain.training.runs import Interrupted, run_lock
 
 SPEC, RESULTS = "bench.json", "results.json"
 POLL = 0.2  # seconds between looks at the processes
@@ -110,7 +109,7 @@ def run_bench(
     for seed in bench.seeds:
         for row in rows:
             _add(bench, row, seed)
-    with only_process(out, "benchmark"):
+    with run_lock(out, "benchmark"):
         _claim(out, spec)
         _prepare_rooms(spec, on_rooms)
         start = time.monotonic()

@@ -26,18 +26,13 @@ from geo_pretrain.files import write_text
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
-from geo_pretrain.training.finetune.folder import (
-    RESULTS,
-    FinetuneResult,
-    read_result,
-    run_folder,
-)
+from geo_pretrain.training.finetune.folder import RESULTS, FinetuneResult, read_result
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.loop import StepInfo
 from geo_pretrain.training.networks import PretrainedInit
-from geo_pretrain.training.runs import only_process
+from geo_pretrain.training.runs import run_folder, run_lock
 
 SWEEP, RUNS, FORMAT = "sweep.json", "runs", 1
 # Keys that a sweep sets for each run, and those without effect on the result (data have their own fingerprint).
@@ -163,7 +158,7 @@ def run_sweep(
     _check_axes(recipe, fractions, seeds)
     held = _check_starts(recipe, backbones, where)
     runs = plan(recipe, {backbone: label for label, (backbone, _) in held.items()}, fractions, seeds, out)
-    with only_process(out, "sweep"):
+    with run_lock(out, "sweep"):
         _keep_plan(recipe, held, runs, out)
         for number, run in enumerate(runs):
             if on_run is not None:

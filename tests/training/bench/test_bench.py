@@ -23,9 +23,8 @@ from geo_pretrain.training.bench.cell import Job, run_job, twin_key
 from geo_pretrain.training.bench.plan import FULL, BenchSpec, Row, plan, rows
 from geo_pretrain.training.bench.report import BEGIN, END, markdown, render, summarize, table
 from geo_pretrain.training.bench.run import run_bench
-from geo_pretrain.training.loop import Interrupted
 from geo_pretrain.training.recipe import load_recipe
-from geo_pretrain.training.runs import only_process
+from geo_pretrain.training.runs import Interrupted, run_lock
 from geo_pretrain.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[3]
@@ -333,7 +332,7 @@ def test_a_folder_has_one_benchmark_at_a_time_and_a_mistyped_one_leaves_it_free(
     with pytest.raises(RecipeError, match=r"Closest: 'optim\.lr'"):
         run_bench(rows(["pri3d_view"]), [0], mistyped, tmp_path / "out")
     with (
-        only_process(tmp_path / "out", "benchmark"),
+        run_lock(tmp_path / "out", "benchmark"),
         pytest.raises(CheckpointError, match="at work on the benchmark"),
     ):
         run_bench(rows(["pri3d_view"]), [0], TINY, tmp_path / "out")

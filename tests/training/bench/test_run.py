@@ -19,8 +19,8 @@ from geo_pretrain.training.bench import plan as planning
 from geo_pretrain.training.bench import run as running
 from geo_pretrain.training.bench.cell import Job, run_job, twin_key
 from geo_pretrain.training.bench.plan import FULL, BenchSpec, Training, plan, rows
-from geo_pretrain.training.loop import Interrupted
 from geo_pretrain.training.recipe import load_recipe
+from geo_pretrain.training.runs import Interrupted
 from tests.zoo import CONTRACT, write_tiny
 
 SPEC = BenchSpec()

@@ -15,10 +15,10 @@ from PIL import Image
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.finetune import folder as finetune_folder
-from geo_pretrain.training.finetune.folder import spread_ids
-from geo_pretrain.training.finetune.run import read_result, result_rows
+from geo_pretrain.training.finetune.folder import read_result, result_rows
+from geo_pretrain.training.finetune.training import spread_ids
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
-from geo_pretrain.training.loop import STATE
+from geo_pretrain.training.runs import STATE, RunFolder
 from tests.training.finetune.test_run import Stop, assert_same_run, run, stop_at
 from tests.training.finetune.test_segmentation import recipe_for
 from tests.zoo import write_tiny
@@ -99,17 +99,19 @@ def test_a_result_that_is_being_replaced_is_gone_before_the_rest_changes(tmp_pat
         read_result(tmp_path / "out")
 
 
-def test_a_file_that_is_written_halfway_leaves_the_old_one(tmp_path):
-    path = tmp_path / "state.pt"
-    path.write_text("old")
+def test_a_state_that_is_written_halfway_leaves_the_old_one(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "out")
+    run.create()
+    run.save({"step": 1})
 
-    def break_off(new):
-        new.write_text("ne")
+    def break_off(state, path):
+        path.write_text("ne")
         raise Stop
 
+    monkeypatch.setattr(torch, "save", break_off)
     with pytest.raises(Stop):
-        finetune_folder._replace(path, break_off)
-    assert path.read_text() == "old"
+        run.save({"step": 2})
+    assert run.load() == {"step": 1}
 
 
 def test_folder_without_a_result_is_named(tmp_path):

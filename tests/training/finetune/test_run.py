@@ -18,13 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, RecipeError
-from geo_pretrain.training.finetune.run import (
-    evaluation_steps,
-    finetune,
-    read_result,
-)
+from geo_pretrain.training.finetune.folder import read_result
+from geo_pretrain.training.finetune.run import finetune
+from geo_pretrain.training.finetune.training import evaluation_steps
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
-from geo_pretrain.training.loop import Interrupted
+from geo_pretrain.training.runs import Interrupted
 from tests.training.finetune.test_segmentation import Squares, recipe_for, task_for
 from tests.zoo import write_tiny
 

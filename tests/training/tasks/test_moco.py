@@ -15,7 +15,7 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
-from geo_pretrain.training import loop as engine
+from geo_pretrain.training import pretrain
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
@@ -154,7 +154,7 @@ def test_key_network_starts_as_the_query_network_and_is_not_optimized(task_and_b
     task, _ = task_and_batch()
     for key, value in task.query.state_dict().items():
         assert torch.equal(task.key.state_dict()[key], value)
-    trained = engine._optimizer(task.recipe.optim, task).param_groups[0]["params"]
+    trained = pretrain.make_optimizer(task.recipe.optim, task).param_groups[0]["params"]
     assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in task.query.parameters()}
     torch.testing.assert_close(task.queue.norm(dim=1), torch.ones(10))
 
@@ -292,7 +292,7 @@ def run_in_two_processes(recipe, folder):
     def work(rank):
         source = open_source(recipe.data)
         pairs = find_pairs(source, recipe.data, skips=Skips())
-        engine.train(recipe, folder / "two", source, pairs, World(rank, 2, torch.device("cpu")))
+        pretrain.train(recipe, folder / "two", source, pairs, World(rank, 2, torch.device("cpu")))
 
     in_two_processes(work, folder)
 

@@ -16,7 +16,7 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError
 from geo_pretrain.loading import verify
-from geo_pretrain.training import loop as engine
+from geo_pretrain.training import pretrain
 from geo_pretrain.training.export import run_license
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks.teachers import load_segmenter, load_teacher
@@ -141,7 +141,7 @@ def test_terms_are_found_before_the_first_step(tiny_recipe, tmp_path, monkeypatc
     def unknown(recipe):
         raise GeoPretrainError("nobody knows")
 
-    monkeypatch.setattr(engine, "run_license", unknown)
+    monkeypatch.setattr(pretrain, "run_license", unknown)
     steps = []
     with pytest.raises(GeoPretrainError, match="nobody knows"):
         run_here(tiny_recipe(optim={"steps": 2}), tmp_path / "out", on_step=steps.append)

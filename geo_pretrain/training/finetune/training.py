@@ -1,0 +1,227 @@
+"""A fine-tuning run as a task of the training loop: labelled samples, schedule, evaluations, what a state remembers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from geo_pretrain.errors import DataError
+from geo_pretrain.files import atomic_write
+from geo_pretrain.training.data.labelled.image import LabelledSource
+from geo_pretrain.training.data.samples.sampler import Key, sample_seed, total_steps
+from geo_pretrain.training.distributed import World
+from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, weights_digest
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe, changes
+from geo_pretrain.training.loop import Budget, TrainingTask, micro_batch_loader
+from geo_pretrain.training.runs import RunFolder
+from geo_pretrain.training.schedule import pri3d_bn_momentum, set_bn_momentum
+
+BEST = "best.safetensors"  # weights of the best evaluation, in the run's folder
+
+OnEvaluation = Callable[[int, Evaluation], None]
+
+
+@dataclass(frozen=True)
+class LabelledSplits:
+    """The labelled data of a run."""
+
+    train: LabelledSource
+    val: LabelledSource
+    fraction: float  # share of the source's training images that `train` came to
+
+
+class Finetuning(TrainingTask):
+    """A downstream task with the labelled data, optimizer and schedule of its recipe."""
+
+    def __init__(
+        self,
+        recipe: FinetuneRecipe,
+        backbone: str,
+        task: FinetuneTask,
+        data: LabelledSplits,
+        world: World,
+        run: RunFolder,
+        on_evaluation: OnEvaluation | None = None,
+    ) -> None:
+        self.recipe, self.backbone, self.task, self.data = recipe, backbone, task, data
+        self.world, self.run, self.on_evaluation = world, run, on_evaluation
+        self.module = task.module
+        self.train_ids, self.val_ids = data.train.ids(), spread_ids(data.val.ids(), recipe.evaluate.images)
+        optim = recipe.optim
+        self.budget = Budget(
+            steps=total_steps(len(self.train_ids), optim.batch, optim.epochs, optim.steps),
+            batch=optim.batch,
+            save_every=recipe.save_every,
+            clip_norm=optim.clip_norm,
+        )
+        self.digest = weights_digest(task.backbone().state_dict())
+        self.module.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if optim.backbone_bn_momentum is not None:
+            set_bn_momentum(task.backbone(), optim.backbone_bn_momentum)
+        self.optimizer = torch.optim.SGD(
+            task.parameter_groups(),
+            lr=optim.lr,
+            momentum=optim.momentum,
+            dampening=optim.dampening,
+            weight_decay=optim.weight_decay,
+        )
+        self.due = frozenset(evaluation_steps(recipe, len(self.train_ids), self.budget.steps))
+        self.evaluations: list[dict[str, Any]] = []
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """Micro-batches. Raises `DataError` naming the image that cannot be used."""
+        loader = micro_batch_loader(
+            _Samples(self.data.train, self.train_ids, self.task, self.recipe.seed),
+            len(self.train_ids),
+            self.budget,
+            self.world,
+            _Collate(self.task),
+            start=start,
+            seed=self.recipe.seed,
+            workers=self.recipe.workers,
+        )
+        for batch in loader:
+            if isinstance(batch, _Unusable):
+                raise DataError(f"A training image cannot be used: {batch.reason}")
+            yield batch
+
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """The losses of the downstream task, in the recipe's precision."""
+        with self.precision():
+            return self.task.losses(batch)
+
+    def schedule(self, step: int) -> float:
+        """Set the learning rate of each group, and BatchNorm momentum."""
+        spec = self.recipe.optim
+        rate = spec.rate(step, self.budget.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = max(rate * group["factor"], spec.floor)
+        if spec.bn_momentum == "pri3d":
+            set_bn_momentum(self.module, pri3d_bn_momentum(max(step - 1, 0)))
+        return rate
+
+    def seed(self, step: int, micro_batch: int) -> None:
+        """Seed dropout and what torchvision's detectors draw: a function of the step, as all else."""
+        torch.manual_seed(sample_seed(self.recipe.seed, step, -2 - micro_batch))
+
+    def identity(self) -> dict[str, Any]:
+        """Recipe, backbone and data."""
+        return {
+            "recipe": self.recipe.to_yaml(),
+            "backbone": self.digest,
+            "data": f"{self.data.train.fingerprint()} {self.data.val.fingerprint()}",
+        }
+
+    def changed_settings(self, recipe: str) -> list[str]:
+        """Keys in which the recipe of a saved run differs."""
+        return changes(recipe, self.recipe.to_yaml())
+
+    def extras(self) -> dict[str, Any]:
+        """The evaluations so far."""
+        return {"evaluations": self.evaluations}
+
+    def restore(self, extras: Mapping[str, Any]) -> None:
+        """Take the evaluations back."""
+        self.evaluations = extras["evaluations"]
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the recipe measures after this step."""
+        return step in self.due
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Measure on the validation images, and keep the best weights if they are what is reported."""
+        with self.precision():
+            evaluation = self.task.evaluate(self.data.val, self.val_ids)
+        self.evaluations.append({"step": step, **evaluation.to_dict()})
+        if self.recipe.authors_exact and self.best()["step"] == step:
+            write_weights(self.task, self.run.path / BEST)
+        if self.on_evaluation is not None:
+            self.on_evaluation(step, evaluation)
+        return evaluation.scores
+
+    def best(self) -> dict[str, Any]:
+        """The first of the highest evaluations."""
+        return max(self.evaluations, key=lambda evaluation: evaluation["scores"][self.task.metric])
+
+    def precision(self) -> torch.autocast:
+        """The number type of forward passes, as a context."""
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+
+
+class _Samples(Dataset[Any]):
+    """Training samples by (epoch, position): workers and resuming change nothing."""
+
+    def __init__(self, source: LabelledSource, ids: Sequence[str], task: FinetuneTask, seed: int) -> None:
+        self.source, self.ids, self.task, self.seed = source, list(ids), task, seed
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: Key) -> Any:
+        epoch, position = key
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, position))
+        try:
+            return self.task.sample(self.source.load(self.ids[position]), generator)
+        except DataError as error:
+            return _Unusable(str(error))  # raised in the training process, where the message survives
+
+
+@dataclass(frozen=True)
+class _Unusable:
+    """Why a sample could not be made."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """The task's batches, or what is wrong with one of the samples."""
+
+    task: FinetuneTask
+
+    def __call__(self, samples: list[Any]) -> Any:
+        try:
+            return next((s for s in samples if isinstance(s, _Unusable)), None) or self.task.collate(samples)
+        except DataError as error:
+            return _Unusable(str(error))
+
+
+def evaluation_steps(recipe: FinetuneRecipe, images: int, steps: int) -> list[int]:
+    """Steps after which a run over this many training images is measured.
+
+    The released loops measure after epochs 0, n, 2n, ... or every n steps, and so often never at the end; here the end
+    is measured, too, unless the recipe is `authors_exact` (and measures at all before).
+    """
+    due = []
+    if recipe.evaluate.every_epochs is not None:
+        epoch = 0
+        while (step := math.ceil((epoch + 1) * images / recipe.optim.batch)) <= steps:
+            due.append(step)
+            epoch += recipe.evaluate.every_epochs
+    elif recipe.evaluate.every_steps is not None:
+        due = list(range(recipe.evaluate.every_steps, steps + 1, recipe.evaluate.every_steps))
+    if not due or (due[-1] != steps and not recipe.authors_exact):
+        due.append(steps)
+    return due
+
+
+def spread_ids(ids: list[str], count: int | None) -> list[str]:
+    """At most `count` of them, evenly spaced."""
+    if count is None or count >= len(ids):
+        return ids
+    return [ids[k * len(ids) // count] for k in range(count)]
+
+
+def write_weights(task: FinetuneTask, path: Path) -> None:
+    """Write the network's weights as safetensors, whatever device they are on."""
+    weights = {key: value.detach().cpu().contiguous() for key, value in task.module.state_dict().items()}
+    with atomic_write(path) as part:
+        save_file(weights, part)
