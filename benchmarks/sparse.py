@@ -30,7 +30,7 @@ from benchmarks.common import machine, spread, write_results
 from benchmarks.spconv_unet import SpconvUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.geometry import backproject, transform
-from geo_pretrain.sparse import SparseTensor, engines
+from geo_pretrain.sparse import SparseTensor, backend
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.sparse.layers import Conv3d, ConvTranspose3d
 from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
@@ -98,11 +98,11 @@ class Engine:
             engine = importlib.import_module("MinkowskiEngine")
             return self.network(engine.SparseTensor(self.feats, coordinates=self.coords)).F
         with self.use():
-            return self.network(SparseTensor(self.coords, self.feats)).rows
+            return self.network(SparseTensor(self.coords, self.feats)).sorted_feats
 
     def use(self) -> AbstractContextManager[None]:
         """Our engine of this name."""
-        return engines.use(self.name) if self.name in OURS else nullcontext()
+        return backend.use(self.name) if self.name in OURS else nullcontext()
 
     def forward(self) -> None:
         """Inference."""
@@ -120,11 +120,11 @@ class Engine:
     def maps(self) -> None:
         """Of ours: the sparse tensor and every kernel map of the forward pass, as the engine uses it."""
         with self.use():
-            grid = SparseTensor(self.coords, self.feats).grid
+            manager = SparseTensor(self.coords, self.feats).coordinate_manager
             for stride in (1, 2, 4, 8, 16):
-                used = [grid.kernel_map(stride, 1, 3, 1)]
+                used = [manager.kernel_map(stride, 1, 3, 1)]
                 if stride < 16:
-                    used += [(down := grid.kernel_map(stride, 2, 2, 1)), down.reverse]
+                    used += [(down := manager.kernel_map(stride, 2, 2, 1)), down.reverse]
                 for kernel_map in used:
                     if self.name == "fast":
                         from geo_pretrain.sparse.fast import Pairs

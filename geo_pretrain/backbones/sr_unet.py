@@ -137,7 +137,7 @@ class SRUNet(Backbone):
     def forward(self, x: SparseTensor) -> SparseTensor:
         """x at stride 1 with `in_chans` channels, scaled as the contract says -> the same voxels, [N, out_chans]."""
         out = self.final(self.pyramid(x)[0])
-        return out.with_rows(F.normalize(out.rows, dim=1)) if self.normalize else out
+        return out.with_sorted_feats(F.normalize(out.sorted_feats, dim=1)) if self.normalize else out
 
     def pyramid(self, x: SparseTensor) -> list[SparseTensor]:
         """The finished maps of the U-Net at strides 1, 2, 4, 8, 16: outputs of block8, block7, block6, block5, block4.
@@ -196,7 +196,7 @@ class SRUNet(Backbone):
             raise TypeError(f"Got {type(x).__name__}; accepted: a SparseTensor. For points: encode_points(points).")
         if x.stride != 1:
             raise ValueError(f"The voxels are at stride {x.stride}; accepted: stride 1.")
-        given = x.rows.shape[1]
+        given = x.sorted_feats.shape[1]
         if given != self.in_chans:
             wanted = "" if self.contract is None else f" ({self.contract})"
             raise ValueError(
@@ -205,7 +205,7 @@ class SRUNet(Backbone):
             )
         if self.contract is not None and not self._doubted:
             self._doubted = True  # once: looking at the values makes a GPU wait
-            doubt = self.contract.doubt(x.rows.detach())
+            doubt = self.contract.doubt(x.sorted_feats.detach())
             if doubt is not None:
                 warnings.warn(f"{self.name or 'This network'} expects {self.contract}; {doubt}", stacklevel=_level())
 

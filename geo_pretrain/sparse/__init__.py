@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from geo_pretrain.sparse.backend import use
     from geo_pretrain.sparse.coordinates import Voxels, voxelize
-    from geo_pretrain.sparse.engines import use
     from geo_pretrain.sparse.tensor import SparseTensor, cat
 
 _HOMES = {
     "Voxels": "coordinates",
     "voxelize": "coordinates",
-    "use": "engines",
+    "use": "backend",
     "SparseTensor": "tensor",
     "cat": "tensor",
 }

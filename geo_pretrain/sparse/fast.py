@@ -1,6 +1,6 @@
-"""The optional fast engine: sparse convolution on the CPU in float32, compiled by numba (extra `fast`).
+"""The sparse convolution and its weight gradient on the CPU in float32, compiled by numba (extra `fast`).
 
-The same functions as in `functional` and `maps`, their plain-torch twins. What makes them fast:
+The same functions as in `plain`, their twins in torch. What makes these fast:
 
 * Pairs (input row, output row) are listed once a map, by tile of output rows and then by offset. A tile belongs to one
   thread: no atomics on features, no locks, and results do not depend on the number of threads.
@@ -8,34 +8,39 @@ The same functions as in `functional` and `maps`, their plain-torch twins. What 
   into memory. The block is written in LLVM's vectors, because compilers do not find it by themselves.
 * Rows lie in Morton order (see `maps`), so that the rows of a tile's pairs are in cache.
 
-Tasks run on torch's own OpenMP threads where they can be reached: a second pool would fight with it for the cores.
-Functions named `_..._tasks` are what such a thread runs; their argument is an array of addresses and sizes.
+Functions named `_..._tasks` are tasks, see `compiled`.
 """
 # mypy: allow-untyped-defs
 # What numba compiles has no Python types.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from geo_pretrain.errors import require
+from geo_pretrain.sparse.compiled import (
+    ADDRESS,
+    INT64,
+    SIZE,
+    compiled,
+    float_at,
+    int32_at,
+    int64_at,
+    intrinsic,
+    next_task,
+    numba,
+    run,
+)
 
 if TYPE_CHECKING:
     from geo_pretrain.sparse.maps import KernelMap
 
-numba = require("numba", "fast")
-cgutils, types, intrinsic = numba.core.cgutils, numba.types, numba.extending.intrinsic
+cgutils = numba.core.cgutils
 ir = cgutils.ir
 Value = Any  # of LLVM
 
@@ -46,18 +51,8 @@ FEATURES = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()
 # Floats of a vector and vectors of a register block's row: the sums of 6 rows fill 24 of 32 registers, or 12 of 16.
 LANES, WIDEST = (16, 4) if "+avx512f" in FEATURES else (8, 2) if "+avx" in FEATURES else (4, 4)
 
-FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+FLOAT, INT32 = ir.FloatType(), ir.IntType(32)
 VECTOR, INDICES = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
-ADDRESS, SIZE = types.uint64, types.int64
-
-
-def _compiled(tasks: Callable[..., None]) -> Any:
-    """Machine code of a function of one job, kept for the next start where there is a folder to keep it in."""
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        return numba.cfunc(signature, cache=True)(tasks)
-    except RuntimeError:
-        return numba.cfunc(signature)(tasks)
 
 
 # ---- Register blocks: LLVM instructions -----------------------------------------------------------------------------
@@ -186,43 +181,19 @@ def _transpose_block(context, source, source_width, target, target_width):
     return SIZE(ADDRESS, SIZE, ADDRESS, SIZE), emit
 
 
-@intrinsic
-def _next_task(context, counter):
-    """The counter's value, which grows by one: threads draw tasks from it."""
-
-    def emit(_context, b, _signature, args):
-        return b.atomic_rmw("add", b.inttoptr(args[0], INT64.as_pointer()), INT64(1), "monotonic")
-
-    return SIZE(ADDRESS), emit
-
-
-def _pointer_cast(kind: Any) -> Any:
-    @intrinsic
-    def cast(context, address):
-        def emit(_context, b, signature, args):
-            return b.inttoptr(args[0], _context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(ADDRESS), emit
-
-    return cast
-
-
-_int32_at, _int64_at, _float_at = (_pointer_cast(kind) for kind in (types.int32, types.int64, types.float32))
-
-
 # ---- Convolution ----------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def _product_tasks(job):
     """Output tiles, each on all columns or, where tiles are few, on some."""
     g = numba.carray(job, (14,))
     counter, rows, inputs, outputs, kernel, out = g[0], g[1], g[2], g[3], g[4], g[5]
     starts, tiles, offsets, width, columns, height, share, shares = g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]
-    bounds = numba.carray(_int64_at(starts), (tiles * offsets + 1,))
-    result = numba.carray(_float_at(out), (height, columns))
+    bounds = numba.carray(int64_at(starts), (tiles * offsets + 1,))
+    result = numba.carray(float_at(out), (height, columns))
     while True:
-        task = _next_task(counter)
+        task = next_task(counter)
         if task >= tiles * shares:
             return
         tile, left = task % tiles, task // tiles * share
@@ -238,16 +209,16 @@ def _product_tasks(job):
                     _product_block(rest, count, rows, width, inputs, outputs, p, here, columns, there, columns)
 
 
-@_compiled
+@compiled
 def _gradient_tasks(job):
     """Some rows of a few kernel slices, over the pairs of all tiles."""
     g = numba.carray(job, (14,))
     counter, rows, inputs, outputs, grad, out = g[0], g[1], g[2], g[3], g[4], g[5]
     starts, tiles, offsets, width, columns, share, shares, group = g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]
-    bounds = numba.carray(_int64_at(starts), (tiles * offsets + 1,))
-    result = numba.carray(_float_at(out), (offsets, width, columns))
+    bounds = numba.carray(int64_at(starts), (tiles * offsets + 1,))
+    result = numba.carray(float_at(out), (offsets, width, columns))
     while True:
-        task = _next_task(counter)
+        task = next_task(counter)
         k_first, top = task // shares * group, task % shares * share
         if k_first >= offsets:
             return
@@ -266,13 +237,13 @@ def _gradient_tasks(job):
                         _gradient_block(rest, count, source, width, inputs, outputs, first, stop, there, columns, here)
 
 
-@_compiled
+@compiled
 def _transpose_tasks(job):
     """Kernel slices [K, Cin, Cout] to [K, Cout, Cin], both whole numbers of vectors."""
     g = numba.carray(job, (6,))
     counter, source, target, offsets, width, columns = g[0], g[1], g[2], g[3], g[4], g[5]
     while True:
-        task = _next_task(counter)
+        task = next_task(counter)
         k, i = task // (width // LANES), task % (width // LANES) * LANES
         if k >= offsets:
             return
@@ -281,16 +252,16 @@ def _transpose_tasks(job):
             _transpose_block(here + 4 * j, columns, there + 4 * j * width, width)
 
 
-@_compiled
+@compiled
 def _list_tasks(job):
     """Counts the pairs of every tile and offset or, where `pairs` is not 0, lists them from their cells' places on."""
     g = numba.carray(job, (9,))
     counter, height, offsets, tiles, pairs = g[0], g[5], g[6], g[7], g[8]
-    table = numba.carray(_int32_at(g[1]), (height, offsets))
-    inputs, outputs = numba.carray(_int32_at(g[2]), (pairs,)), numba.carray(_int32_at(g[3]), (pairs,))
-    places = numba.carray(_int64_at(g[4]), (tiles, offsets))
+    table = numba.carray(int32_at(g[1]), (height, offsets))
+    inputs, outputs = numba.carray(int32_at(g[2]), (pairs,)), numba.carray(int32_at(g[3]), (pairs,))
+    places = numba.carray(int64_at(g[4]), (tiles, offsets))
     while True:
-        tile = _next_task(counter)
+        tile = next_task(counter)
         if tile >= tiles:
             return
         for row in range(tile * TILE, min(tile * TILE + TILE, height)):
@@ -321,18 +292,18 @@ class Pairs(NamedTuple):
         tiles = -(-height // TILE)
         starts = np.zeros(tiles * offsets + 1, np.int64)
         counts = starts[1:]
-        _run(_list_tasks, table.data_ptr(), 0, 0, counts.ctypes.data, height, offsets, tiles, 0)
+        run(_list_tasks, table.data_ptr(), 0, 0, counts.ctypes.data, height, offsets, tiles, 0)
         np.cumsum(counts, out=counts)
         places, pairs = starts[:-1].copy(), int(starts[-1])
         inputs, outputs = np.empty((2, pairs), np.int32)
         addresses = inputs.ctypes.data, outputs.ctypes.data, places.ctypes.data
         if pairs:
-            _run(_list_tasks, table.data_ptr(), *addresses, height, offsets, tiles, pairs)
+            run(_list_tasks, table.data_ptr(), *addresses, height, offsets, tiles, pairs)
         listed = kernel_map.__dict__["tiled_pairs"] = cls(inputs, outputs, starts, tiles)
         return listed
 
 
-def products(rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
+def sparse_conv_forward(rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
     """sum_k rows[table[:, k]] @ kernel[k]: [N_out, Cout]. A transposed view of a kernel is as welcome as a kernel."""
     _check(rows, kernel, kernel_map.inputs)
     height, (offsets, width, columns) = len(kernel_map.table), kernel.shape
@@ -347,12 +318,12 @@ def products(rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
     share = padded if pairs.tiles >= 4 * torch.get_num_threads() else min(COLUMNS, padded)
     addresses = rows.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, kernel.data_ptr(), out.data_ptr()
     sizes = pairs.tiles, offsets, width, padded, height, share, -(-padded // share)
-    _run(_product_tasks, *addresses, pairs.starts.ctypes.data, *sizes)
+    run(_product_tasks, *addresses, pairs.starts.ctypes.data, *sizes)
     return out[:, :columns].contiguous() if excess else out
 
 
-def kernel_gradient(rows: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
-    """d loss / d kernel [K, Cin, Cout] of `products`, given that of its output."""
+def sparse_conv_wgrad(rows: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
+    """d loss / d kernel [K, Cin, Cout] of `sparse_conv_forward`, given that of its output."""
     _check(rows, grad, kernel_map.inputs)
     offsets, width, columns = kernel_map.table.shape[1], rows.shape[1], grad.shape[1]
     pairs = Pairs.of(kernel_map)
@@ -364,7 +335,7 @@ def kernel_gradient(rows: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor
     group = min(max(offsets * shares // (3 * torch.get_num_threads()), 1), 9)
     addresses = rows.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, grad.data_ptr(), out.data_ptr()
     sizes = pairs.tiles, offsets, width, padded, HEIGHT, shares, group
-    _run(_gradient_tasks, *addresses, pairs.starts.ctypes.data, *sizes)
+    run(_gradient_tasks, *addresses, pairs.starts.ctypes.data, *sizes)
     return out[..., :columns].contiguous() if padded > columns else out
 
 
@@ -372,7 +343,7 @@ def _check(rows: Tensor, other: Tensor, inputs: int) -> None:
     """Compiled code believes what it is told, so it is asked here."""
     kinds = [f"{tensor.dtype} on {tensor.device.type}" for tensor in (rows, other)]
     if kinds != ["torch.float32 on cpu"] * 2:
-        raise ValueError(f"The fast engine got {' and '.join(kinds)}; accepted: torch.float32 on cpu.")
+        raise ValueError(f"The fast backend got {' and '.join(kinds)}; accepted: torch.float32 on cpu.")
     if len(rows) != inputs:
         raise ValueError(f"The kernel map is for {inputs} rows; got {len(rows)}.")
 
@@ -387,121 +358,5 @@ def _transposed(kernel: Tensor) -> Tensor:
         _scratch.memory = torch.empty(size)
     copy: Tensor = _scratch.memory[:size].view(kernel.shape)
     offsets, columns, width = kernel.shape
-    _run(_transpose_tasks, kernel.data_ptr(), copy.data_ptr(), offsets, width, columns)
+    run(_transpose_tasks, kernel.data_ptr(), copy.data_ptr(), offsets, width, columns)
     return copy
-
-
-# ---- Neighbors -----------------------------------------------------------------------------------------------------
-
-
-@numba.njit
-def _slot(batch, x, y, z, mask):
-    """Where the search for a cell starts in the hash table: the eight of a cube of two are next to each other."""
-    mixed = np.uint64(batch) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ np.uint64(x >> 1)) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(29)) ^ np.uint64(y >> 1)) * np.uint64(0x94D049BB133111EB)
-    mixed = (mixed ^ (mixed >> np.uint64(31)) ^ np.uint64(z >> 1)) * np.uint64(0x9E3779B97F4A7C15)
-    return (np.int64(mixed >> np.uint64(29)) * 8 + (x & 1) + 2 * (y & 1) + 4 * (z & 1)) & mask
-
-
-@_compiled
-def _hash_tasks(job):
-    """Enters every row into the hash table: one task, since slots are taken one after another."""
-    g = numba.carray(job, (6,))
-    count, stride, size = g[2], g[3], g[5]
-    if _next_task(g[0]) > 0:
-        return
-    coords, slots = numba.carray(_int32_at(g[1]), (count, 4)), numba.carray(_int32_at(g[4]), (size,))
-    slots[:] = -1
-    for row in range(count):
-        c = coords[row]
-        slot = _slot(c[0], c[1] // stride, c[2] // stride, c[3] // stride, size - 1)
-        while slots[slot] >= 0:
-            slot = (slot + 1) & (size - 1)
-        slots[slot] = row
-
-
-@_compiled
-def _find_tasks(job):
-    """For each row and offset the row that lies there; of a symmetric table half is searched."""
-    g = numba.carray(job, (10,))
-    counter, count, stride, size, offsets, symmetric = g[0], g[2], g[3], g[5], g[7], g[8]
-    coords, slots = numba.carray(_int32_at(g[1]), (count, 4)), numba.carray(_int32_at(g[4]), (size,))
-    moves, table = numba.carray(_int64_at(g[6]), (offsets, 3)), numba.carray(_int32_at(g[9]), (count, offsets))
-    searched = offsets // 2 if symmetric else offsets
-    while True:
-        first = _next_task(counter) * TILE
-        if first >= count:
-            return
-        for row in range(first, min(first + TILE, count)):
-            batch = coords[row, 0]
-            for k in range(searched):
-                # int64: a move may leave int32, where nothing lies
-                x, y, z = coords[row, 1] + moves[k, 0], coords[row, 2] + moves[k, 1], coords[row, 3] + moves[k, 2]
-                slot = _slot(batch, x // stride, y // stride, z // stride, size - 1)
-                found = slots[slot]
-                while found >= 0:
-                    c = coords[found]
-                    if c[1] == x and c[2] == y and c[3] == z and c[0] == batch:
-                        table[row, k] = found
-                        if symmetric:
-                            table[found, offsets - 1 - k] = row
-                        break
-                    slot = (slot + 1) & (size - 1)
-                    found = slots[slot]
-            if symmetric:
-                table[row, searched] = row
-
-
-def neighbors(coords: Tensor, stride: int, offsets: Sequence[Sequence[int]], *, symmetric: bool) -> Tensor:
-    """int32 [N, K]: the row that lies each offset (x, y, z), in strides, away from each row; -1 where there is none.
-
-    `coords` int32 [N, 4] are unique and multiples of `stride`. `symmetric`: the offsets are those of a centered kernel;
-    whoever has me as a neighbor is mine, on the other side, so half of the search is saved.
-    """
-    coords, moves = coords.contiguous(), np.array(offsets, np.int64) * stride
-    slots = np.empty(1 << max(4, (3 * len(coords)).bit_length()), np.int32)
-    table = coords.new_full((len(coords), len(moves)), -1)
-    shared = coords.data_ptr(), len(coords), stride, slots.ctypes.data, len(slots)
-    _run(_hash_tasks, *shared)
-    _run(_find_tasks, *shared, moves.ctypes.data, len(moves), int(symmetric), table.data_ptr())
-    return table
-
-
-# ---- Threads --------------------------------------------------------------------------------------------------------
-
-
-def _run(tasks: Any, *values: int) -> None:
-    """Run compiled tasks on torch's number of threads; `values` follow the counter they draw from."""
-    counter = np.zeros(1, np.int64)
-    job = np.array([counter.ctypes.data, *values], np.int64)
-    pointer, threads = job.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)), torch.get_num_threads()
-    if threads == 1:
-        tasks.ctypes(pointer)
-    elif (parallel := _openmp()) is not None:
-        parallel(tasks.address, pointer, threads, 0)
-    else:
-        others = [_pool(os.getpid(), threads).submit(tasks.ctypes, pointer) for _ in range(threads - 1)]
-        tasks.ctypes(pointer)
-        for other in others:
-            other.result()
-
-
-@cache
-def _openmp() -> Any:
-    """The entry point of the OpenMP library that torch brought along, or None where it did not bring GNU's."""
-    folder = Path(torch.__file__).parent
-    for path in [*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")]:
-        try:
-            entry = ctypes.CDLL(str(path)).GOMP_parallel  # already loaded: this only finds it
-        except (OSError, AttributeError):
-            continue
-        entry.argtypes, entry.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-        return entry
-    return None
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: those of a parent do not survive a fork."""
-    return ThreadPoolExecutor(threads)

@@ -46,7 +46,7 @@ class _Convolution(nn.Module):
             dilation=self.dilation,
             transposed=self.transposed,
         )
-        return y if self.bias is None else y.with_rows(y.rows + self.bias.to(y.rows.dtype))
+        return y if self.bias is None else y.with_sorted_feats(y.sorted_feats + self.bias.to(y.sorted_feats.dtype))
 
     def extra_repr(self) -> str:
         """Shown in `repr`."""
@@ -88,8 +88,8 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Features [N, C] -> [N, C]."""
-        rows: Tensor = self.bn(x.rows)
-        return x.with_rows(rows)
+        rows: Tensor = self.bn(x.sorted_feats)
+        return x.with_sorted_feats(rows)
 
 
 class ReLU(nn.Module):
@@ -101,4 +101,4 @@ class ReLU(nn.Module):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Features [N, C] -> [N, C]."""
-        return x.with_rows(torch.relu_(x.rows)) if self.inplace else functional.relu(x)
+        return x.with_sorted_feats(torch.relu_(x.sorted_feats)) if self.inplace else functional.relu(x)

@@ -1,19 +1,20 @@
-"""Coordinate sets and kernel maps: which voxel meets which through each offset of a kernel.
+"""Coordinate maps and kernel maps: which voxel meets which at each offset of a kernel.
 
-A `Grid` holds one set of voxels and the coarser and finer sets made from it. Every set lies in Morton order, so that
-neighbors in space are near in memory; every kernel map is built once and shared by all layers, in both directions.
+A `CoordinateManager` holds one set of voxels and the coarser and finer sets made from it. Every set lies in Morton
+order, so that neighbors in space are near in memory; every kernel map is built once and shared by all layers, in both
+directions.
 """
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Sequence
 from functools import cached_property
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from geo_pretrain.sparse import engines
+from geo_pretrain.sparse import backend
 from geo_pretrain.sparse.coordinates import unique_rows
 
 ALIGNED = 1024  # Morton codes count from a multiple of this, so that cells of strides up to it are runs of the order
@@ -33,13 +34,13 @@ def kernel_offsets(kernel_size: int) -> list[tuple[int, int, int]]:
 
 
 class KernelMap:
-    """For every output voxel and kernel offset the input voxel that meets there: `table` int32 [N_out, K], -1 = none.
+    """The input voxel of every output voxel and kernel offset: `table` int32 [N_out, K], -1 = none.
 
-    Rows are those of the engine's own order.
+    Voxels are numbered in the Morton order of their coordinate maps.
     """
 
     def __init__(self, table: Tensor, inputs: int, *, symmetric: bool = False) -> None:
-        """`symmetric`: the table of a centered kernel from a set to itself, which is its own reverse with K flipped."""
+        """`symmetric`: a centered kernel on one set of voxels; the reverse map is then the same with K flipped."""
         self.table, self.inputs, self.symmetric = table, inputs, symmetric
         self._origin: ref[KernelMap] | None = None
 
@@ -72,35 +73,35 @@ class KernelMap:
 
     @cached_property
     def count(self) -> int:
-        """How many products of a row and a kernel slice the map asks for."""
+        """The number of pairs (input voxel, output voxel), over all offsets."""
         return int((self.table >= 0).sum())
 
     @property
     def reverse(self) -> KernelMap:
-        """The map from outputs to inputs: that of the transposed convolution and of the input's gradient."""
+        """The map from outputs to inputs, used by transposed convolutions and by the gradient of the input."""
         origin = self.origin
         return self._reversed if origin is None else origin
 
     @property
     def origin(self) -> KernelMap | None:
-        """The map that this one is the reverse of, while somebody holds it."""
+        """The map this one was reversed from; None once it is garbage-collected (a weak reference)."""
         return self._origin() if self._origin is not None else None
 
     @cached_property
     def _reversed(self) -> KernelMap:
         if self.symmetric:
-            made = KernelMap(self.table.flip(1), len(self.table), symmetric=True)
+            reverse = KernelMap(self.table.flip(1), len(self.table), symmetric=True)
         else:
             table = self.table.new_full((self.inputs, self.table.shape[1]), -1)
             for k, (inputs, outputs) in enumerate(self.pairs):
                 table[inputs, k] = outputs.int()
-            made = KernelMap(table, len(self.table))
-        made._origin = ref(self)  # weak: tables of a GPU do not wait for Python to find a circle
-        return made
+            reverse = KernelMap(table, len(self.table))
+        reverse._origin = ref(self)  # weak: tables of a GPU do not wait for Python to find a circle
+        return reverse
 
 
-class Level:
-    """One set of voxels at one tensor stride: unique int32 coordinates [N, 4], multiples of the stride."""
+class CoordinateMap:
+    """The voxels at one tensor stride: unique int32 coordinates [N, 4], multiples of the stride."""
 
     def __init__(self, coords: Tensor, stride: int, *, exact: bool) -> None:
         """`exact`: rows are in full Morton order, so that the voxels of every aligned cell follow each other."""
@@ -111,108 +112,97 @@ class Level:
 
     @cached_property
     def index(self) -> CoordinateIndex:
-        """For looking up rows by coordinate."""
+        """Finds rows by coordinate; built when first used."""
         return CoordinateIndex(self.coords, self.stride)
 
-    def neighbors(self, kernel_size: int, dilation: int) -> KernelMap:
-        """The map of a convolution with stride 1."""
+    def kernel_map(self, kernel_size: int, dilation: int) -> KernelMap:
+        """The kernel map of a convolution with stride 1."""
         offsets = [(x * dilation, y * dilation, z * dilation) for x, y, z in kernel_offsets(kernel_size)]
         symmetric = kernel_size % 2 == 1
-        if engines.wants_fast(self.coords):
-            fast = importlib.import_module("geo_pretrain.sparse.fast")
-            table = fast.neighbors(self.coords, self.stride, offsets, symmetric=symmetric)
-            return KernelMap(table, len(self), symmetric=symmetric)
-        half = len(offsets) // 2 if symmetric else len(offsets)
-        # Places in the sorted keys are searched for, in their order, which is quick; they become rows at the end.
-        places = torch.full((len(offsets), len(self)), -1, dtype=torch.int32, device=self.coords.device)
-        own = torch.arange(len(self), dtype=torch.int32, device=self.coords.device)
-        for k, offset in enumerate(offsets[:half]):
-            places[k] = self.index.neighbor(offset)
-            if symmetric:  # whoever has me as a neighbor is mine, on the other side
-                hit = places[k] >= 0
-                places[-1 - k, places[k][hit].long()] = own[hit]
-        if symmetric:
-            places[half] = own
-        rows = self.index.rows
-        table = torch.empty_like(places.t(), memory_format=torch.contiguous_format)
-        table[rows] = torch.where(places >= 0, rows[places.clamp(min=0)].int(), -1).t()
+        if backend.is_fast(self.coords):
+            from geo_pretrain.sparse.fast_neighbors import neighbors  # numba compiles as this is imported
+
+            table = neighbors(self.coords, self.stride, offsets, symmetric=symmetric)
+        else:
+            table = self.index.neighbors(offsets, symmetric=symmetric)
         return KernelMap(table, len(self), symmetric=symmetric)
 
-    def coarser(self, factor: int) -> tuple[Level, Tensor]:
-        """The voxels of stride * factor that hold a voxel of this level, and for each of ours its row there."""
+    def coarser(self, factor: int) -> tuple[CoordinateMap, Tensor]:
+        """The coordinate map at stride * factor, and the row in it of the coarse voxel around each of our voxels."""
         span = self.stride * factor
         coords = floor_to(self.coords, span)
         if self.exact and factor & (factor - 1) == 0 and ALIGNED % span == 0:
             first = torch.ones(len(coords), dtype=torch.bool, device=coords.device)
             first[1:] = (coords[1:] != coords[:-1]).any(dim=1)
-            return Level(coords[first], span, exact=True), first.cumsum(0) - 1
+            return CoordinateMap(coords[first], span, exact=True), first.cumsum(0) - 1
         index, group = unique_rows(coords.long())
         kept = coords[index]
         order, exact = morton_order(kept, span)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order), device=order.device)
-        return Level(kept[order], span, exact=exact), rank[group]
+        return CoordinateMap(kept[order], span, exact=exact), rank[group]
 
 
-class Grid:
-    """Voxels, the coarser and finer sets made from them, and all kernel maps among these."""
+class CoordinateManager:
+    """The coordinate maps of one input at all strides, and the kernel maps between them."""
 
     def __init__(self, coords: Tensor, stride: int, order: Tensor, exact: bool) -> None:
         """`coords`: unique int32 [N, 4], rows (batch, x, y, z); `order`, `exact`: their `morton_order`."""
-        self.base = stride
-        self.order = order  # the given row of each of the engine's rows
-        self.rank = torch.empty_like(order)  # and back
+        self.base_stride = stride
+        self.order = order  # the caller's row of each voxel in Morton order
+        self.rank = torch.empty_like(order)  # and the inverse
         self.rank[order] = torch.arange(len(order), device=order.device)
         self.batch_size = int(coords[:, 0].max()) + 1
-        self.levels = {stride: Level(coords[order], stride, exact=exact)}
+        self.coordinate_maps = {stride: CoordinateMap(coords[order], stride, exact=exact)}
         self._parents: dict[tuple[int, int], Tensor] = {}
-        self._maps: dict[tuple[int, int, int, int], KernelMap] = {}
+        self._kernel_maps: dict[tuple[int, int, int, int], KernelMap] = {}
 
-    def level(self, stride: int) -> Level:
-        """The set of voxels at a stride. KeyError when no layer has made it yet."""
-        return self.levels[stride]
+    def coordinate_map(self, stride: int) -> CoordinateMap:
+        """The voxels at a stride. KeyError when no layer has made them yet."""
+        return self.coordinate_maps[stride]
 
-    def coarsen(self, stride: int, factor: int) -> Level:
-        """The level at stride * factor, made from the one at `stride` unless it is there."""
+    def coarsen(self, stride: int, factor: int) -> CoordinateMap:
+        """The coordinate map at stride * factor, made from the one at `stride` if it does not exist yet."""
         key = (stride, stride * factor)
-        if stride * factor not in self.levels or key not in self._parents:
-            level, parent = self.levels[stride].coarser(factor)
-            if stride * factor in self.levels:  # made from another level: the same voxels, perhaps in another order
-                level = self.levels[stride * factor]
-                parent = level.index.find(floor_to(self.levels[stride].coords, stride * factor)).long()
-            self.levels[stride * factor], self._parents[key] = level, parent
-        return self.levels[stride * factor]
+        if stride * factor not in self.coordinate_maps or key not in self._parents:
+            fine = self.coordinate_maps[stride]
+            coarse, parent = fine.coarser(factor)
+            if stride * factor in self.coordinate_maps:  # made from another stride: the same voxels, maybe reordered
+                coarse = self.coordinate_maps[stride * factor]
+                parent = coarse.index.find(floor_to(fine.coords, stride * factor)).long()
+            self.coordinate_maps[stride * factor], self._parents[key] = coarse, parent
+        return self.coordinate_maps[stride * factor]
 
-    def refine(self, stride: int, factor: int, kernel_size: int) -> Level:
-        """The level at stride / factor; where no finer one is known, every voxel gets all children of the kernel."""
+    def refine(self, stride: int, factor: int, kernel_size: int) -> CoordinateMap:
+        """The coordinate map at stride / factor; if there is none, every voxel gets all children of the kernel."""
         fine = stride // factor
-        if fine not in self.levels:
-            coarse = self.levels[stride].coords
+        if fine not in self.coordinate_maps:
+            coarse = self.coordinate_maps[stride].coords
             offsets = coarse.new_tensor([(0, *offset) for offset in kernel_offsets(kernel_size)]) * fine
             rows = (coarse[:, None] + offsets).reshape(-1, 4)
             index, _ = unique_rows(rows.long())
             order, exact = morton_order(rows[index], fine)
-            self.levels[fine] = Level(rows[index][order], fine, exact=exact)
-        return self.levels[fine]
+            self.coordinate_maps[fine] = CoordinateMap(rows[index][order], fine, exact=exact)
+        return self.coordinate_maps[fine]
 
     def kernel_map(self, stride: int, factor: int, kernel_size: int, dilation: int) -> KernelMap:
-        """The map of a convolution from the level at `stride` to the one at stride * factor."""
+        """The kernel map of a convolution from the voxels at `stride` to those at stride * factor."""
         key = (stride, factor, kernel_size, dilation)
-        if key not in self._maps:
+        if key not in self._kernel_maps:
             if factor == 1:
-                self._maps[key] = self.levels[stride].neighbors(kernel_size, dilation)
+                self._kernel_maps[key] = self.coordinate_maps[stride].kernel_map(kernel_size, dilation)
             else:
-                self._maps[key] = self._strided(stride, factor, kernel_size, dilation)
-        return self._maps[key]
+                self._kernel_maps[key] = self._strided(stride, factor, kernel_size, dilation)
+        return self._kernel_maps[key]
 
     def _strided(self, stride: int, factor: int, kernel_size: int, dilation: int) -> KernelMap:
-        coarse, fine = self.coarsen(stride, factor), self.levels[stride]
+        coarse, fine = self.coarsen(stride, factor), self.coordinate_maps[stride]
         parent = self._parents.get((stride, stride * factor))
         if kernel_size == factor and dilation == 1 and kernel_size % 2 == 0 and parent is not None:
-            # Each fine voxel lies in one cell, at one place in it: no search.
+            # Each fine voxel lies in one cell, at one offset in it: no search.
             rows = (parent >= 0).nonzero()[:, 0]
-            place = (fine.coords[rows, 1:] - coarse.coords[parent[rows], 1:]) // stride
-            k = place[:, 0] + kernel_size * (place[:, 1] + kernel_size * place[:, 2])
+            cell = (fine.coords[rows, 1:] - coarse.coords[parent[rows], 1:]) // stride
+            k = cell[:, 0] + kernel_size * (cell[:, 1] + kernel_size * cell[:, 2])
             table = fine.coords.new_full((len(coarse), kernel_size**3), -1)
             table[parent[rows], k.long()] = rows.int()
         else:
@@ -222,10 +212,10 @@ class Grid:
 
 
 class CoordinateIndex:
-    """Exact search in a set of int32 coordinates [N, 4], multiples of `stride`, whatever their extent.
+    """Finds int32 coordinates [N, 4], multiples of `stride`, by binary search; exact whatever their extent.
 
-    Where a cell's number in the bounding box fits an int64 that is its key; else its column (batch, x, y) is looked up
-    first and then z within it. A margin round the box keeps the keys of neighbors outside of it apart.
+    A cell's key is its number in the bounding box, if that fits an int64; else its column (batch, x, y) is searched
+    first, and then z within the column. A margin round the box keeps the keys of neighbors outside it apart.
     """
 
     def __init__(self, coords: Tensor, stride: int) -> None:
@@ -256,17 +246,38 @@ class CoordinateIndex:
         found = ((cells >= self.low) & (cells <= self.high)).all(dim=1)
         column = self._column(cells)
         if self.columns is not None:
-            place, same = _place(self.columns, column)
-            column, found = place, found & same
-        place, same = _place(self.keys, column * self.extent[3] + cells[:, 3] - self.low[3])
-        return torch.where(found & same, self.rows[place], -1).int()
+            position, same = _search(self.columns, column)
+            column, found = position, found & same
+        position, same = _search(self.keys, column * self.extent[3] + cells[:, 3] - self.low[3])
+        return torch.where(found & same, self.rows[position], -1).int()
 
-    def neighbor(self, offset: tuple[int, int, int]) -> Tensor:
-        """For each key, in sorted order, the place among the keys of the cell `offset` cells away: -1 for none."""
+    def neighbors(self, offsets: Sequence[tuple[int, int, int]], *, symmetric: bool) -> Tensor:
+        """int32 [N, K]: the row at each offset (x, y, z), in strides, from each row; -1 where there is none.
+
+        `symmetric`: the offsets of a centered kernel. If b is a's neighbor then a is b's on the other side, which saves
+        half of the search.
+        """
+        half = len(offsets) // 2 if symmetric else len(offsets)
+        # Positions in the sorted keys are searched for, in their order, which is quick; they become rows at the end.
+        positions = torch.full((len(offsets), len(self.coords)), -1, dtype=torch.int32, device=self.coords.device)
+        own = torch.arange(len(self.coords), dtype=torch.int32, device=self.coords.device)
+        for k, offset in enumerate(offsets[:half]):
+            positions[k] = self._neighbor(offset)
+            if symmetric:
+                hit = positions[k] >= 0
+                positions[-1 - k, positions[k][hit].long()] = own[hit]
+        if symmetric:
+            positions[half] = own
+        table = torch.empty_like(positions.t(), memory_format=torch.contiguous_format)
+        table[self.rows] = torch.where(positions >= 0, self.rows[positions.clamp(min=0)].int(), -1).t()
+        return table
+
+    def _neighbor(self, offset: tuple[int, int, int]) -> Tensor:
+        """For each key, in sorted order, the position among the keys of the cell `offset` cells away; -1 for none."""
         x, y, z = offset
         if self.columns is None and max(map(abs, offset)) <= MARGIN:
-            place, same = _place(self.keys, self.keys + (x * self.extent[2] + y) * self.extent[3] + z)
-            return torch.where(same, place, -1)
+            position, same = _search(self.keys, self.keys + (x * self.extent[2] + y) * self.extent[3] + z)
+            return torch.where(same, position, -1)
         found = self.find(self.coords[self.rows], offset).long()
         rank = torch.empty_like(self.rows)
         rank[self.rows] = torch.arange(len(rank), device=rank.device)
@@ -283,29 +294,29 @@ class CoordinateIndex:
         return (moved[:, 0] * self.extent[1] + moved[:, 1]) * self.extent[2] + moved[:, 2]
 
 
-def _place(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each wanted number stands, or would stand, among sorted keys, and whether it is there."""
-    place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
-    return place, keys[place] == wanted
+def _search(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The position of each wanted number among sorted keys (searchsorted), and whether it is there."""
+    position = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
+    return position, keys[position] == wanted
 
 
 def floor_to(coords: Tensor, span: int) -> Tensor:
-    """Coordinates [N, 4] with x, y, z moved down, towards minus infinity, to multiples of `span`."""
+    """Round x, y, z of coordinates [N, 4] down, towards minus infinity, to multiples of `span`."""
     down = torch.div(coords, span, rounding_mode="floor") * span
     down[:, 0] = coords[:, 0]
     return down
 
 
 def has_duplicates(coords: Tensor, order: Tensor, exact: bool) -> bool:
-    """Whether a coordinate may occur twice: certain for an exact Morton order, in which equal rows are neighbors."""
+    """Whether a coordinate occurs twice; True also where the Morton order is not exact and nothing is known."""
     sorted_rows = coords[order]
     return not exact or bool((sorted_rows[1:] == sorted_rows[:-1]).all(dim=1).any())
 
 
 def morton_order(coords: Tensor, stride: int) -> tuple[Tensor, bool]:
-    """The order [N] of coordinates [N, 4] along a Z-curve, batch by batch, and whether the curve is exact.
+    """The Morton order [N] of coordinates [N, 4], batch by batch, and whether it is exact.
 
-    It is not when the extent needs more than 63 bits: then nearby voxels are still near each other.
+    It is not exact when the extent needs more than 63 bits: nearby voxels are still near each other.
     """
     cells = torch.div(coords, stride, rounding_mode="floor").long()
     cells[:, 0] = coords[:, 0]
@@ -320,7 +331,7 @@ def morton_order(coords: Tensor, stride: int) -> tuple[Tensor, bool]:
 
 
 def _spread(value: Tensor) -> Tensor:
-    """Bit i of a number of up to 21 bits moved to bit 3 i."""
+    """Move bit i of numbers of up to 21 bits to bit 3 i."""
     for shift, mask in (
         (32, 0x1F00000000FFFF),
         (16, 0x1F0000FF0000FF),

@@ -1,12 +1,13 @@
-"""The sparse tensor: voxels with features, and the grid they share with everything computed from them."""
+"""The sparse tensor: features on voxels, whose coordinates and kernel maps all tensors computed from it share."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from geo_pretrain.errors import renamed
 from geo_pretrain.sparse.coordinates import unique_rows
-from geo_pretrain.sparse.maps import Grid, Level, has_duplicates, morton_order
+from geo_pretrain.sparse.maps import CoordinateManager, CoordinateMap, has_duplicates, morton_order
 
 
 class SparseTensor:
@@ -14,13 +15,13 @@ class SparseTensor:
 
     Rows keep the caller's order; where a coordinate occurs twice its first row is kept and `inverse` [N_given] tells
     where every given row went. Batch elements are numbered from 0 and none may be empty. Tensors that layers compute
-    from this one share its `grid`: coordinates of all strides, and kernel maps, are built once. Strided tensors have
-    an order of their own: compare them by coordinate.
+    from this one share its `coordinate_manager`: coordinates of all strides, and kernel maps, are built once. Strided
+    tensors have an order of their own: compare them by coordinate.
 
-    Inside, rows lie along a Z-curve, in which the layers work: `rows` are the features in that order.
+    Layers work in Morton order (along a Z-curve): `sorted_feats` are the features in that order.
 
     >>> x = SparseTensor(torch.tensor([[0, 1, 2, 3], [0, -1, 2, 3]], dtype=torch.int32), torch.tensor([[1.0], [2.0]]))
-    >>> x.with_rows(x.rows * 10).feats.tolist()
+    >>> x.with_sorted_feats(x.sorted_feats * 10).feats.tolist()
     [[10.0], [20.0]]
     """
 
@@ -33,77 +34,90 @@ class SparseTensor:
             if len(index) < len(coords):
                 coords, feats, self.inverse = coords[index], feats[index], inverse
                 order = morton_order(coords, stride)
-        self.grid = Grid(coords, stride, *order)
+        self.coordinate_manager = CoordinateManager(coords, stride, *order)
         self.stride = stride
-        self.rows = feats[self.grid.order]
+        self.sorted_feats = feats[self.coordinate_manager.order]
 
-    def with_rows(self, rows: Tensor, *, stride: int | None = None) -> SparseTensor:
-        """A tensor on the same grid (at another stride) with features in the engine's order."""
+    rows = renamed("rows", "sorted_feats")
+    with_rows = renamed("with_rows", "with_sorted_feats")
+    grid = renamed("grid", "coordinate_manager")
+
+    def with_sorted_feats(self, sorted_feats: Tensor, *, stride: int | None = None) -> SparseTensor:
+        """The same voxels, or those at another stride, with other features in Morton order."""
         other = object.__new__(SparseTensor)
-        other.grid, other.rows, other.inverse = self.grid, rows, self.inverse
+        other.coordinate_manager, other.sorted_feats, other.inverse = (
+            self.coordinate_manager,
+            sorted_feats,
+            self.inverse,
+        )
         other.stride = self.stride if stride is None else stride
-        if len(rows) != len(other.level):
-            raise ValueError(
-                f"Got {len(rows)} rows of features for {len(other.level)} voxels of stride {other.stride}."
-            )
+        voxels = len(other.coordinate_map)
+        if len(sorted_feats) != voxels:
+            raise ValueError(f"Got {len(sorted_feats)} rows of features for {voxels} voxels of stride {other.stride}.")
         return other
 
     def with_feats(self, feats: Tensor) -> SparseTensor:
         """The same voxels with other features, in the order of `coords`."""
         if len(feats) != len(self):
             raise ValueError(f"Got {len(feats)} rows of features for {len(self)} voxels of stride {self.stride}.")
-        return self.with_rows(feats[self.grid.order] if self.stride == self.grid.base else feats)
+        return self.with_sorted_feats(
+            feats[self.coordinate_manager.order] if self.stride == self.coordinate_manager.base_stride else feats
+        )
 
     @property
-    def level(self) -> Level:
-        """This tensor's set of voxels."""
-        return self.grid.level(self.stride)
+    def coordinate_map(self) -> CoordinateMap:
+        """The voxels at this tensor's stride, in Morton order."""
+        return self.coordinate_manager.coordinate_map(self.stride)
 
     @property
     def coords(self) -> Tensor:
         """int32 [N, 4]."""
-        coords = self.level.coords
-        return coords[self.grid.rank] if self.stride == self.grid.base else coords
+        coords = self.coordinate_map.coords
+        return coords[self.coordinate_manager.rank] if self.stride == self.coordinate_manager.base_stride else coords
 
     @property
     def feats(self) -> Tensor:
         """[N, C], row by row those of `coords`."""
-        return self.rows[self.grid.rank] if self.stride == self.grid.base else self.rows
+        return (
+            self.sorted_feats[self.coordinate_manager.rank]
+            if self.stride == self.coordinate_manager.base_stride
+            else self.sorted_feats
+        )
 
     @property
     def batch_size(self) -> int:
         """Number of batch elements."""
-        return self.grid.batch_size
+        return self.coordinate_manager.batch_size
 
     @property
     def batch(self) -> Tensor:
-        """The batch number of each of `rows`: int64 [N]."""
-        return self.level.coords[:, 0].long()
+        """The batch number of each row of `sorted_feats`: int64 [N]."""
+        return self.coordinate_map.coords[:, 0].long()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.sorted_feats)
 
     def __add__(self, other: SparseTensor) -> SparseTensor:
         _check_together((self, other))
-        return self.with_rows(self.rows + other.rows)
+        return self.with_sorted_feats(self.sorted_feats + other.sorted_feats)
 
     def __repr__(self) -> str:
         return (
-            f"SparseTensor({len(self)} voxels x {self.rows.shape[1]} channels, stride {self.stride}, "
-            f"batch {self.batch_size}, {self.rows.dtype}, {self.rows.device})"
+            f"SparseTensor({len(self)} voxels x {self.sorted_feats.shape[1]} channels, stride {self.stride}, "
+            f"batch {self.batch_size}, {self.sorted_feats.dtype}, {self.sorted_feats.device})"
         )
 
 
 def cat(*tensors: SparseTensor) -> SparseTensor:
     """Channels of tensors on the same voxels side by side, in the order given."""
     _check_together(tensors)
-    return tensors[0].with_rows(torch.cat([t.rows for t in tensors], dim=1))
+    return tensors[0].with_sorted_feats(torch.cat([t.sorted_feats for t in tensors], dim=1))
 
 
 def _check_together(tensors: tuple[SparseTensor, ...]) -> None:
     first = tensors[0]
     for other in tensors[1:]:
-        if other.grid is not first.grid:
+        if other.coordinate_manager is not first.coordinate_manager:
             raise ValueError(
                 "The tensors come from two different inputs, so their rows do not correspond; accepted: tensors "
                 "computed from one SparseTensor. x.with_feats(feats) gives its voxels other features."

@@ -32,17 +32,17 @@ class Voxels:
 
     def __init__(self, features: Tensor, coordinates=None, coordinate_map_key=None, coordinate_manager=None) -> None:
         if coordinates is None:  # of a tensor that exists: its map and manager, here the stride and our tensor
-            self.ours = coordinate_manager.with_rows(features, stride=coordinate_map_key)
+            self.ours = coordinate_manager.with_sorted_feats(features, stride=coordinate_map_key)
         else:
             self.ours = SparseTensor(coordinates, features)
-        self.F, self.coordinate_map_key, self.coordinate_manager = self.ours.rows, self.ours.stride, self.ours
+        self.F, self.coordinate_map_key, self.coordinate_manager = self.ours.sorted_feats, self.ours.stride, self.ours
 
     def __add__(self, other: Voxels) -> Voxels:
         return wrap(self.ours + other.ours)
 
 
 def wrap(ours: SparseTensor) -> Voxels:
-    return Voxels(ours.rows, coordinate_map_key=ours.stride, coordinate_manager=ours)
+    return Voxels(ours.sorted_feats, coordinate_map_key=ours.stride, coordinate_manager=ours)
 
 
 class MinkowskiConvolution(nn.Module):
@@ -81,7 +81,7 @@ class MinkowskiBatchNorm(nn.Module):
         self.bn = nn.BatchNorm1d(num_features, eps, momentum, affine, track_running_stats)
 
     def forward(self, x: Voxels) -> Voxels:
-        return wrap(x.ours.with_rows(self.bn(x.F)))
+        return wrap(x.ours.with_sorted_feats(self.bn(x.F)))
 
 
 class MinkowskiReLU(nn.Module):
@@ -89,7 +89,7 @@ class MinkowskiReLU(nn.Module):
         super().__init__()
 
     def forward(self, x: Voxels) -> Voxels:
-        return wrap(x.ours.with_rows(x.F.relu()))
+        return wrap(x.ours.with_sorted_feats(x.F.relu()))
 
 
 @pytest.fixture

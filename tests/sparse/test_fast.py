@@ -1,4 +1,4 @@
-"""The fast engine against loops in float64 that anybody can follow, and against the plain engine through layers."""
+"""The fast kernels against loops in float64 that anybody can follow, and against the plain ones through layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.sparse import SparseTensor, engines, fast
+from geo_pretrain.sparse import SparseTensor, backend, compiled, fast, fast_neighbors
 from geo_pretrain.sparse.maps import KernelMap, kernel_offsets
 
 CHANNELS = [(3, 5), (32, 32), (5, 96), (96, 100), (100, 3), (48, 80)]
@@ -34,14 +34,14 @@ def random_map(offsets: int, inputs: int, outputs: int) -> KernelMap:
     return KernelMap(table, inputs)
 
 
-def slow_products(rows: Tensor, kernel: Tensor, table: Tensor) -> Tensor:
+def slow_forward(rows: Tensor, kernel: Tensor, table: Tensor) -> Tensor:
     out = torch.zeros(len(table), kernel.shape[2], dtype=torch.float64)
     for row, k in (table >= 0).nonzero().tolist():
         out[row] += rows[table[row, k]].double() @ kernel[k].double()
     return out
 
 
-def slow_kernel_gradient(rows: Tensor, grad: Tensor, table: Tensor) -> Tensor:
+def slow_wgrad(rows: Tensor, grad: Tensor, table: Tensor) -> Tensor:
     out = torch.zeros(table.shape[1], rows.shape[1], grad.shape[1], dtype=torch.float64)
     for row, k in (table >= 0).nonzero().tolist():
         out[k] += torch.outer(rows[table[row, k]].double(), grad[row].double())
@@ -59,10 +59,10 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 def test_products_equal_a_loop_in_double_precision(shape, channels):
     kernel_map = random_map(*shape)
     rows, kernel = torch.randn(shape[1], channels[0]), torch.randn(shape[0], *channels)
-    expected = slow_products(rows, kernel, kernel_map.table)
-    assert_close(fast.products(rows, kernel, kernel_map), expected)
+    expected = slow_forward(rows, kernel, kernel_map.table)
+    assert_close(fast.sparse_conv_forward(rows, kernel, kernel_map), expected)
     flipped = kernel.transpose(1, 2).contiguous().transpose(1, 2)  # the same numbers as a transposed view
-    assert_close(fast.products(rows, flipped, kernel_map), expected)
+    assert_close(fast.sparse_conv_forward(rows, flipped, kernel_map), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -70,29 +70,29 @@ def test_products_equal_a_loop_in_double_precision(shape, channels):
 def test_kernel_gradients_equal_a_loop_in_double_precision(shape, channels):
     kernel_map = random_map(*shape)
     rows, grad = torch.randn(shape[1], channels[0]), torch.randn(shape[2], channels[1])
-    expected = slow_kernel_gradient(rows, grad, kernel_map.table)
-    assert_close(fast.kernel_gradient(rows, grad, kernel_map), expected)
+    expected = slow_wgrad(rows, grad, kernel_map.table)
+    assert_close(fast.sparse_conv_wgrad(rows, grad, kernel_map), expected)
 
 
 def test_rows_and_grads_that_are_views_are_read_right():
     kernel_map = random_map(27, 300, 300)
     rows, grad, kernel = torch.randn(64, 300).t(), torch.randn(300, 96)[:, 32:64], torch.randn(27, 64, 64)[:, :, 1:33]
-    assert_close(fast.products(rows, kernel, kernel_map), slow_products(rows, kernel, kernel_map.table))
-    assert_close(fast.kernel_gradient(rows, grad, kernel_map), slow_kernel_gradient(rows, grad, kernel_map.table))
+    assert_close(fast.sparse_conv_forward(rows, kernel, kernel_map), slow_forward(rows, kernel, kernel_map.table))
+    assert_close(fast.sparse_conv_wgrad(rows, grad, kernel_map), slow_wgrad(rows, grad, kernel_map.table))
 
 
 @pytest.mark.parametrize("openmp", [True, False])
 def test_results_are_the_same_to_the_last_bit_on_any_number_of_threads(openmp, monkeypatch):
     if not openmp:
-        monkeypatch.setattr(fast, "_openmp", lambda: None)
+        monkeypatch.setattr(compiled, "_openmp", lambda: None)
     rows, kernel, grad = torch.randn(5000, 96), torch.randn(27, 96, 64), torch.randn(5000, 64)
     results = []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             kernel_map = random_map(27, 5000, 5000)
-            products = fast.products(rows, kernel, kernel_map)
-            results.append((products, fast.kernel_gradient(rows, grad, kernel_map)))
+            products = fast.sparse_conv_forward(rows, kernel, kernel_map)
+            results.append((products, fast.sparse_conv_wgrad(rows, grad, kernel_map)))
     finally:
         torch.set_num_threads(1)
     for result in results[1:]:
@@ -122,7 +122,7 @@ def test_neighbors_equal_a_dictionary(stride, low, kernel_size, dilation):
     ]
     assert sum(row >= 0 for line in expected for row in line) > 2 * len(coords)
     for symmetric in {False, kernel_size % 2 == 1}:
-        table = fast.neighbors(coords, stride, offsets, symmetric=symmetric)
+        table = fast_neighbors.neighbors(coords, stride, offsets, symmetric=symmetric)
         assert table.dtype == torch.int32
         assert table.tolist() == expected
 
@@ -135,16 +135,16 @@ def network_results(choice: str) -> tuple[Tensor, dict[str, Tensor]]:
     coords = torch.cat([torch.nn.functional.pad(corner + 5 * b, (1, 0), value=b) for b in range(2)]).int()
     torch.manual_seed(0)
     network, feats = SRUNet("18A", in_chans=3, out_chans=7, width=8), torch.randn(len(coords), 3)
-    with engines.use(choice):
+    with backend.use(choice):
         out = network(SparseTensor(coords, feats)).feats
         out.square().mean().backward()
     return out.detach(), {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
-def test_a_network_gives_the_same_output_and_gradients_on_both_engines(monkeypatch):
+def test_a_network_gives_the_same_output_and_gradients_on_both_backends(monkeypatch):
     calls = []
-    original = fast.products
-    monkeypatch.setattr(fast, "products", lambda *args: calls.append(1) or original(*args))
+    original = fast.sparse_conv_forward
+    monkeypatch.setattr(fast, "sparse_conv_forward", lambda *args: calls.append(1) or original(*args))
     plain, plain_gradients = network_results("plain")
     assert not calls
     out, gradients = network_results("fast")
@@ -159,9 +159,9 @@ def test_a_network_gives_the_same_output_and_gradients_on_both_engines(monkeypat
 def test_double_precision_and_foreign_rows_are_refused():
     kernel_map = random_map(8, 30, 30)
     with pytest.raises(ValueError, match=r"got torch.float32 on cpu and torch.float64 on cpu; accepted: torch.float32"):
-        fast.products(torch.randn(30, 4), torch.randn(8, 4, 4).double(), kernel_map)
+        fast.sparse_conv_forward(torch.randn(30, 4), torch.randn(8, 4, 4).double(), kernel_map)
     with pytest.raises(ValueError, match="The kernel map is for 30 rows; got 31"):
-        fast.products(torch.randn(31, 4), torch.randn(8, 4, 4), kernel_map)
+        fast.sparse_conv_forward(torch.randn(31, 4), torch.randn(8, 4, 4), kernel_map)
 
 
 OTHER_PROCESSOR = """
@@ -172,10 +172,10 @@ assert fast.LANES == {lanes}, fast.LANES
 for channels in ((32, 48), (5, 12)):
     kernel_map = random_map(27, 300, 300)
     rows, kernel, grad = torch.randn(300, channels[0]), torch.randn(27, *channels), torch.randn(300, channels[1])
-    assert_close(fast.products(rows, kernel, kernel_map), slow_products(rows, kernel, kernel_map.table))
-    assert_close(fast.products(grad, kernel.transpose(1, 2), kernel_map),
-                 slow_products(grad, kernel.transpose(1, 2), kernel_map.table))
-    assert_close(fast.kernel_gradient(rows, grad, kernel_map), slow_kernel_gradient(rows, grad, kernel_map.table))
+    assert_close(fast.sparse_conv_forward(rows, kernel, kernel_map), slow_forward(rows, kernel, kernel_map.table))
+    assert_close(fast.sparse_conv_forward(grad, kernel.transpose(1, 2), kernel_map),
+                 slow_forward(grad, kernel.transpose(1, 2), kernel_map.table))
+    assert_close(fast.sparse_conv_wgrad(rows, grad, kernel_map), slow_wgrad(rows, grad, kernel_map.table))
 """
 
 

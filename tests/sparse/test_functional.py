@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from geo_pretrain.sparse import SparseTensor, cat, maps
+from geo_pretrain.sparse import SparseTensor, cat, maps, plain
 from geo_pretrain.sparse import functional as SF
 from tests.sparse.twins import (
     cells,
@@ -64,7 +64,7 @@ def test_convolution_equals_dense_conv3d(
     mine, theirs = leaves(feats, kernel), leaves(feats, kernel)
     limit = 1e12 if padded else -1.0  # both ways of multiplying; a few tiles
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SF.PADDING, "cpu", limit)
+        patch.setitem(plain.PADDING, "cpu", limit)
         patch.setattr(maps, "TILE", 32)
         x = SparseTensor(coords, mine[0])
         y = SF.convolve(x, mine[1], kernel_size=kernel_size, stride=stride, dilation=dilation)
@@ -292,8 +292,8 @@ def test_voxels_far_apart_are_computed_as_if_alone(place: str):
         torch.tensor([0, *corner]).int() * 12 * (distance // 12) for corner in ((-1, 1, -1), (0, 0, 0), (1, -1, 1))
     ]
     x = SparseTensor(torch.cat([coords + move for move in moves]), feats.repeat(3, 1))
-    assert x.level.exact == (place == "one key")
-    assert (x.level.index.columns is None) == (place == "one key")
+    assert x.coordinate_map.exact == (place == "one key")
+    assert (x.coordinate_map.index.columns is None) == (place == "one key")
     far = network(x)
     for name, y in near.items():
         places = {cell: row for row, cell in enumerate(cells(far[name].coords))}

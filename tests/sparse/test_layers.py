@@ -66,7 +66,7 @@ def test_defaults_are_a_centered_kernel_and_a_step_to_the_finer_voxels():
     within(1e-12, conv(x).feats.detach(), dense_convolution(coords, feats, conv.kernel.detach(), 1, 1))
     y = ConvTranspose3d(5, 2).double()(Conv3d(3, 5, 2, 2).double()(x))
     assert torch.equal(y.coords, coords)
-    assert (y.stride, y.rows.shape[1], y.rows.dtype) == (1, 2, torch.float64)
+    assert (y.stride, y.sorted_feats.shape[1], y.sorted_feats.dtype) == (1, 2, torch.float64)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from geo_pretrain.sparse import SparseTensor, maps
 from geo_pretrain.sparse.layers import Conv3d, ConvTranspose3d
-from geo_pretrain.sparse.maps import CoordinateIndex, Grid, KernelMap, Level, floor_to, kernel_offsets, morton_order
+from geo_pretrain.sparse.maps import (
+    CoordinateIndex,
+    CoordinateManager,
+    CoordinateMap,
+    KernelMap,
+    floor_to,
+    kernel_offsets,
+    morton_order,
+)
 from tests.sparse.twins import cells, coarse_cells, random_cloud, steps
 
 pytestmark = pytest.mark.usefixtures("plain")
@@ -23,8 +31,8 @@ pytestmark = pytest.mark.usefixtures("plain")
 SIZES = st.sampled_from([(1,), (30,), (60, 7), (5, 40, 1), (80, 80)])
 
 
-def grid_of(coords: Tensor, stride: int = 1) -> Grid:
-    return SparseTensor(coords, torch.ones(len(coords), 1), stride).grid
+def manager_of(coords: Tensor, stride: int = 1) -> CoordinateManager:
+    return SparseTensor(coords, torch.ones(len(coords), 1), stride).coordinate_manager
 
 
 def slow_table(outputs: Tensor, inputs: Tensor, kernel_size: int, step: int) -> list[list[int]]:
@@ -46,8 +54,8 @@ def slow_table(outputs: Tensor, inputs: Tensor, kernel_size: int, step: int) -> 
 )
 def test_neighbors_are_those_of_a_dictionary(seed: int, sizes: tuple, kernel_size: int, dilation: int, stride: int):
     coords, _ = random_cloud(seed, sizes, stride=stride)
-    level = grid_of(coords, stride).level(stride)
-    table = level.neighbors(kernel_size, dilation).table
+    level = manager_of(coords, stride).coordinate_map(stride)
+    table = level.kernel_map(kernel_size, dilation).table
     assert table.dtype == torch.int32
     assert table.tolist() == slow_table(level.coords, level.coords, kernel_size, stride * dilation)
 
@@ -58,8 +66,8 @@ def test_neighbors_may_be_far_away(dilation: int):
     near, _ = random_cloud(dilation, (12, 9), reach=2)
     moved = [near + torch.tensor([0, *(dilation * d for d in step)]) for step in product((-1, 0, 1), repeat=3)]
     coords = torch.cat([near, *moved[::4]]).int().unique(dim=0)
-    level = grid_of(coords).level(1)
-    table = level.neighbors(3, dilation).table
+    level = manager_of(coords).coordinate_map(1)
+    table = level.kernel_map(3, dilation).table
     assert table.tolist() == slow_table(level.coords, level.coords, 3, dilation)
     assert (table >= 0).sum() > 2 * len(level)
 
@@ -77,9 +85,9 @@ def test_strided_maps_and_their_reverse_are_those_of_a_dictionary(
     seed: int, sizes: tuple, kernel_size: int, factor: int, stride: int, dilation: int
 ):
     coords, _ = random_cloud(seed, sizes, stride=stride)
-    grid = grid_of(coords, stride)
-    kernel_map = grid.kernel_map(stride, factor, kernel_size, dilation)
-    fine, coarse = grid.level(stride), grid.level(stride * factor)
+    manager = manager_of(coords, stride)
+    kernel_map = manager.kernel_map(stride, factor, kernel_size, dilation)
+    fine, coarse = manager.coordinate_map(stride), manager.coordinate_map(stride * factor)
     assert sorted(cells(coarse.coords)) == sorted(cells(coarse_cells(coords, stride * factor)))
     expected = slow_table(coarse.coords, fine.coords, kernel_size, stride * dilation)
     assert kernel_map.table.tolist() == expected
@@ -99,7 +107,7 @@ def test_pairs_tiles_and_reverse_hold_every_entry_of_the_table(seed: int, kernel
     coords, _ = random_cloud(seed, (50, 20))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(maps, "TILE", tile)
-        kernel_map = grid_of(coords).kernel_map(1, 1, kernel_size, 1)
+        kernel_map = manager_of(coords).kernel_map(1, 1, kernel_size, 1)
         tiles, pairs = kernel_map.tiles, kernel_map.pairs
     entries = {(k, i, o) for o, line in enumerate(kernel_map.table.tolist()) for k, i in enumerate(line) if i >= 0}
     assert [part.start for part, _ in tiles] == list(range(0, 70, tile))
@@ -137,9 +145,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, call)
 
-    counted(Level, "neighbors")
-    counted(Level, "coarser")
-    counted(Grid, "_strided")
+    counted(CoordinateMap, "kernel_map")
+    counted(CoordinateMap, "coarser")
+    counted(CoordinateManager, "_strided")
     counted(KernelMap, "__init__")
     return calls
 
@@ -153,19 +161,19 @@ def test_maps_are_built_once_and_shared_in_both_directions(monkeypatch: pytest.M
     for _ in range(2):
         y = dilated(again(first(x)))
         coarse = deep(deep(down(y))) + other_down(x)
-        (up(coarse) + up(coarse)).rows.sum().backward()
-    assert calls["neighbors"] == 3  # kernel 3 at strides 1 and 2, dilation 2 at stride 1
+        (up(coarse) + up(coarse)).sorted_feats.sum().backward()
+    assert calls["kernel_map"] == 3  # kernel 3 at strides 1 and 2, dilation 2 at stride 1
     assert calls["_strided"] == calls["coarser"] == 1
     assert calls["__init__"] == 2 * (3 + 1)  # each with its reverse
-    assert x.grid.kernel_map(1, 1, 3, 1) is x.grid.kernel_map(1, 1, 3, 1)
-    assert x.grid.kernel_map(1, 1, 3, 1).reverse is x.grid.kernel_map(1, 1, 3, 1).reverse
+    assert x.coordinate_manager.kernel_map(1, 1, 3, 1) is x.coordinate_manager.kernel_map(1, 1, 3, 1)
+    assert x.coordinate_manager.kernel_map(1, 1, 3, 1).reverse is x.coordinate_manager.kernel_map(1, 1, 3, 1).reverse
 
 
 def test_other_tensors_have_maps_of_their_own():
     coords, feats = random_cloud(0)
     one, other = SparseTensor(coords, feats), SparseTensor(coords, feats)
-    assert one.grid is not other.grid
-    assert one.grid.kernel_map(1, 1, 3, 1) is not other.grid.kernel_map(1, 1, 3, 1)
+    assert one.coordinate_manager is not other.coordinate_manager
+    assert one.coordinate_manager.kernel_map(1, 1, 3, 1) is not other.coordinate_manager.kernel_map(1, 1, 3, 1)
 
 
 def test_maps_are_freed_with_the_last_tensor():
@@ -178,8 +186,11 @@ def test_maps_are_freed_with_the_last_tensor():
         y = x
         for layer in layers:
             y = layer(y)
-        y.rows.sum().backward()
-        tables = [weakref.ref(m) for m in (x.grid.kernel_map(1, 1, 3, 1), x.grid.kernel_map(1, 2, 2, 1))]
+        y.sorted_feats.sum().backward()
+        tables = [
+            weakref.ref(m)
+            for m in (x.coordinate_manager.kernel_map(1, 1, 3, 1), x.coordinate_manager.kernel_map(1, 2, 2, 1))
+        ]
         del x, y
         assert [table() for table in tables] == [None, None]
     finally:
@@ -192,12 +203,14 @@ def test_parents_of_a_level_are_runs_of_the_order(seed: int, sizes: tuple, shift
     """Morton order: the voxels of every aligned cell follow each other, so a parent's number never decreases."""
     coords, _ = random_cloud(seed, sizes, stride=stride)
     coords[:, 1:] += shift * stride
-    grid = grid_of(coords, stride)
-    assert grid.level(stride).exact
+    manager = manager_of(coords, stride)
+    assert manager.coordinate_map(stride).exact
     for level in range(4):
         now = stride << level
-        coarse = grid.coarsen(now, 2)
-        parents = [cells(coarse.coords).index(cell) for cell in cells(floor_to(grid.level(now).coords, 2 * now))]
+        coarse = manager.coarsen(now, 2)
+        parents = [
+            cells(coarse.coords).index(cell) for cell in cells(floor_to(manager.coordinate_map(now).coords, 2 * now))
+        ]
         assert parents == sorted(parents)
         assert set(parents) == set(range(len(coarse)))
 
@@ -207,7 +220,7 @@ def test_morton_order_keeps_neighbors_near_in_memory():
 
     def far(ordered: Tensor) -> float:
         """How many rows lie between a voxel and its neighbors, typically."""
-        table = Level(ordered, 1, exact=True).neighbors(3, 1).table.long()
+        table = CoordinateMap(ordered, 1, exact=True).kernel_map(3, 1).table.long()
         return float((table - torch.arange(len(table))[:, None]).abs()[table >= 0].median())
 
     assert far(coords[morton_order(coords, 1)[0]]) < 0.5 * far(coords.unique(dim=0))
@@ -216,11 +229,11 @@ def test_morton_order_keeps_neighbors_near_in_memory():
 @pytest.mark.parametrize("path", [(2, 3), (3, 2), (4, 2), (6,), (2, 2, 2, 3)])
 def test_levels_are_the_floor_of_the_finest_whatever_the_way(path: tuple[int, ...]):
     coords, _ = random_cloud(3, (60, 40), reach=20)
-    grid, stride = grid_of(coords), 1
+    manager, stride = manager_of(coords), 1
     for factor in path:
-        level = grid.coarsen(stride, factor)
+        level = manager.coarsen(stride, factor)
         stride *= factor
-    assert level is grid.level(stride)
+    assert level is manager.coordinate_map(stride)
     assert sorted(cells(level.coords)) == sorted(cells(coarse_cells(coords, stride)))
 
 
@@ -228,22 +241,22 @@ def test_levels_are_the_floor_of_the_finest_whatever_the_way(path: tuple[int, ..
 def test_cells_wider_than_the_alignment_of_the_order_are_whole(low: int):
     coords, _ = random_cloud(3, (60, 40), reach=20)
     coords[:, 1:] = coords[:, 1:] * 100 + 2000 + low
-    grid = grid_of(coords)
+    manager = manager_of(coords)
     for level in range(13):
-        coarse = grid.coarsen(1 << level, 2)
+        coarse = manager.coarsen(1 << level, 2)
         assert sorted(cells(coarse.coords)) == sorted(cells(coarse_cells(coords, 2 << level)))
     assert coarse.stride == 8192
 
 
 def test_one_level_reached_in_two_ways_is_one():
     coords, _ = random_cloud(4, (60, 40), reach=20)
-    grid = grid_of(coords)
-    direct = grid.coarsen(1, 6)
-    grid.coarsen(1, 3)
-    assert grid.coarsen(3, 2) is direct
-    grid.coarsen(1, 2)
-    fine, table = grid.level(2), grid.kernel_map(2, 3, 3, 1).table
-    assert grid.level(6) is direct
+    manager = manager_of(coords)
+    direct = manager.coarsen(1, 6)
+    manager.coarsen(1, 3)
+    assert manager.coarsen(3, 2) is direct
+    manager.coarsen(1, 2)
+    fine, table = manager.coordinate_map(2), manager.kernel_map(2, 3, 3, 1).table
+    assert manager.coordinate_map(6) is direct
     assert table.tolist() == slow_table(direct.coords, fine.coords, 3, 2)
 
 
@@ -251,17 +264,17 @@ def test_one_level_reached_in_two_ways_is_one():
 @pytest.mark.parametrize("kernel_size", [2, 3])
 def test_refining_makes_all_children_once(kernel_size: int, fine: int):
     coords, _ = random_cloud(5, (20, 9), stride=2 * fine)
-    grid = grid_of(coords, 2 * fine)
-    level = grid.refine(2 * fine, 2, kernel_size)
+    manager = manager_of(coords, 2 * fine)
+    level = manager.refine(2 * fine, 2, kernel_size)
     offsets = [tuple(fine * step for step in offset) for offset in product(steps(kernel_size), repeat=3)]
     children = {(b, x + i, y + j, z + k) for b, x, y, z in cells(coords) for i, j, k in offsets}
     assert len(level) == len(children)
     assert set(cells(level.coords)) == children
-    assert grid.refine(2 * fine, 2, 5) is level
-    assert grid.coarsen(fine, 2) is grid.level(2 * fine)
-    table = grid.kernel_map(fine, 2, kernel_size, 1).table
+    assert manager.refine(2 * fine, 2, 5) is level
+    assert manager.coarsen(fine, 2) is manager.coordinate_map(2 * fine)
+    table = manager.kernel_map(fine, 2, kernel_size, 1).table
     assert (table >= 0).all()  # every child of every voxel is there
-    assert table.tolist() == slow_table(grid.level(2 * fine).coords, level.coords, kernel_size, fine)
+    assert table.tolist() == slow_table(manager.coordinate_map(2 * fine).coords, level.coords, kernel_size, fine)
 
 
 SPREAD = {"one key": 2**18, "columns": 2**20, "int32": 2**29}
@@ -287,9 +300,9 @@ def test_search_is_exact_at_any_extent(reach: int):
 
 def test_full_boxes_do_not_wrap_round_into_the_next_column_or_batch():
     box = torch.tensor(list(product((0, 1), (0, 1, 2), (0, 1, 2), (0, 1, 2))), dtype=torch.int32)
-    level = grid_of(box).level(1)
-    assert level.neighbors(3, 1).table.tolist() == slow_table(level.coords, level.coords, 3, 1)
-    assert level.neighbors(5, 1).table.tolist() == slow_table(level.coords, level.coords, 5, 1)
+    level = manager_of(box).coordinate_map(1)
+    assert level.kernel_map(3, 1).table.tolist() == slow_table(level.coords, level.coords, 3, 1)
+    assert level.kernel_map(5, 1).table.tolist() == slow_table(level.coords, level.coords, 5, 1)
     for offset in product(range(-4, 5), repeat=3):
         found = level.index.find(level.coords, offset)
         inside = ((level.coords[:, 1:] + torch.tensor(offset) - 1).abs() <= 1).all(dim=1)
@@ -299,10 +312,10 @@ def test_full_boxes_do_not_wrap_round_into_the_next_column_or_batch():
 def test_steps_as_long_as_the_box_do_not_wrap_either():
     """Keys number the cells of a box with a margin: a step that long ends in the next column, or batch element."""
     box = torch.tensor(list(product((0, 1), (0, 1, 2), (0, 1, 2), (0, 1, 2))), dtype=torch.int32)
-    level = grid_of(box).level(1)
+    level = manager_of(box).coordinate_map(1)
     length = 3 + 2 * maps.MARGIN
     for step in range(length - 4, length + 5):
-        assert (level.neighbors(3, step).table >= 0).sum() == len(box)
+        assert (level.kernel_map(3, step).table >= 0).sum() == len(box)
         for axis, sign in product(range(3), (-1, 1)):
             offset = [0, 0, 0]
             offset[axis] = sign * step

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geo_pretrain.sparse import SparseTensor, cat, layers, use
+from geo_pretrain.sparse import SparseTensor, cat, layers, plain, use
 from geo_pretrain.sparse import functional as SF
 from tests.sparse.twins import dense_convolution, random_cloud, random_kernel, rows_at, within
 
@@ -40,12 +40,12 @@ OTHERS: dict[str, Operation] = {
     "global avg": lambda x: SF.global_pool(x, "avg"),
     "global max": lambda x: SF.global_pool(x, "max"),
     "global sum": lambda x: SF.global_pool(x, "sum"),
-    "interpolate": lambda x: SF.interpolate(x, POINTS.to(x.rows.device)),
-    "interpolate strided": lambda x: SF.interpolate(SF.sum_pool(x, 2, 2), POINTS.to(x.rows.device)),
+    "interpolate": lambda x: SF.interpolate(x, POINTS.to(x.sorted_feats.device)),
+    "interpolate strided": lambda x: SF.interpolate(SF.sum_pool(x, 2, 2), POINTS.to(x.sorted_feats.device)),
     "relu": SF.relu,
     "cat and add": lambda x: cat(x, x + SF.relu(x)),
     "with_feats": lambda x: x.with_feats(x.feats * 2),
-    "batch norm": lambda x: layers.BatchNorm(2, momentum=0).to(x.rows.device, torch.float64)(x),
+    "batch norm": lambda x: layers.BatchNorm(2, momentum=0).to(x.sorted_feats.device, torch.float64)(x),
 }
 
 
@@ -57,7 +57,7 @@ def feats_of(y: SparseTensor | Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_gradients_of_convolutions(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch):
     """First and second derivatives, in both ways of multiplying."""
-    monkeypatch.setitem(SF.PADDING, "cpu", 1e9 if padded else -1.0)
+    monkeypatch.setitem(plain.PADDING, "cpu", 1e9 if padded else -1.0)
     size, convolution = CONVOLUTIONS[name]
     kernel = random_kernel(0, size, 2, 2).requires_grad_()
 
@@ -101,14 +101,14 @@ def test_gradients_of_gradients_equal_those_of_dense_convolution(choice: str):
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_in_bfloat16_are_near_float32(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch):
     """From the same rounded numbers: what is left is the rounding of results, 2^-9 each."""
-    monkeypatch.setitem(SF.PADDING, "cpu", 1e9 if padded else -1.0)
+    monkeypatch.setitem(plain.PADDING, "cpu", 1e9 if padded else -1.0)
     size, convolution = CONVOLUTIONS[name]
     coords, feats = random_cloud(2, (90, 50), reach=4, channels=16)
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         inputs = [t.bfloat16().to(dtype).requires_grad_() for t in (feats, random_kernel(2, size, 16, 8))]
         y = convolution(SparseTensor(coords, inputs[0]), inputs[1])
-        assert y.rows.dtype == dtype
+        assert y.sorted_feats.dtype == dtype
         y.feats.square().sum().backward()
         results.append([y.feats.detach(), *(t.grad for t in inputs)])
     for half, full in zip(*results, strict=True):
@@ -160,7 +160,7 @@ def test_autocast_on_the_cpu_is_near_float32():
     expected = full(SparseTensor(coords, feats.float()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = half(SparseTensor(coords, feats.float()))
-    assert y.rows.dtype == torch.bfloat16
+    assert y.sorted_feats.dtype == torch.bfloat16
     within(0.03, y.feats.detach().float(), expected.feats.detach())
     wanted = gradients(full, expected)
     for name, gradient in gradients(half, y).items():
@@ -173,8 +173,8 @@ def test_autocast_on_the_cpu_is_near_float32():
 def test_autocast_reaches_every_convolution_but_leaves_doubles(layer: layers.Conv3d):
     coords, feats = random_cloud(7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(SparseTensor(coords, feats.float())).rows.dtype == torch.bfloat16
-        assert layer.double()(SparseTensor(coords, feats)).rows.dtype == torch.float64
+        assert layer(SparseTensor(coords, feats.float())).sorted_feats.dtype == torch.bfloat16
+        assert layer.double()(SparseTensor(coords, feats)).sorted_feats.dtype == torch.float64
     layer.float()
 
 
@@ -185,7 +185,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GP
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_on_cuda_equal_those_on_the_cpu(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(SF.PADDING, "cuda", 1e12 if padded else -1.0)
+    monkeypatch.setitem(plain.PADDING, "cuda", 1e12 if padded else -1.0)
     size, convolution = CONVOLUTIONS[name]
     coords, feats = random_cloud(5, (90, 50), reach=4, channels=16)
     results = []
@@ -195,7 +195,7 @@ def test_convolutions_on_cuda_equal_those_on_the_cpu(name: str, padded: bool, mo
         y.feats.square().sum().backward()
         results.append([y, *(t.grad.cpu() for t in inputs)])
     (there, *their_gradients), (here, *our_gradients) = results
-    assert there.rows.device.type == "cuda"
+    assert there.sorted_feats.device.type == "cuda"
     within(1e-10, rows_at(there, here.coords).detach().cpu(), here.feats.detach())
     for one, other in zip(their_gradients, our_gradients, strict=True):
         within(1e-10, one, other)
@@ -218,5 +218,5 @@ def test_autocast_on_cuda_is_near_float32():
     expected = full(SparseTensor(coords, feats.float()))
     with torch.autocast("cuda", dtype=torch.bfloat16):
         y = half(SparseTensor(coords.cuda(), feats.float().cuda()))
-    assert y.rows.dtype == torch.bfloat16
+    assert y.sorted_feats.dtype == torch.bfloat16
     within(0.03, y.feats.detach().float().cpu(), expected.feats.detach())

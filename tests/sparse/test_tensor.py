@@ -53,11 +53,11 @@ def test_features_leave_in_the_order_in_which_they_came():
     x = SparseTensor(coords, feats)
     assert torch.equal(x.coords, coords)
     assert torch.equal(x.feats, feats)
-    assert not torch.equal(x.rows, feats)  # the order inside is another one, or this test sees nothing
+    assert not torch.equal(x.sorted_feats, feats)  # the order inside is another one, or this test sees nothing
     assert torch.equal(x.with_feats(2 * feats).feats, 2 * feats)
-    assert torch.equal(x.with_rows(2 * x.rows).feats, 2 * feats)
-    assert torch.equal(x.level.coords[x.grid.rank], coords)
-    assert torch.equal(x.batch, x.level.coords[:, 0].long())
+    assert torch.equal(x.with_sorted_feats(2 * x.sorted_feats).feats, 2 * feats)
+    assert torch.equal(x.coordinate_map.coords[x.coordinate_manager.rank], coords)
+    assert torch.equal(x.batch, x.coordinate_map.coords[:, 0].long())
 
 
 def test_gradients_return_to_the_kept_rows():
@@ -79,7 +79,7 @@ def test_features_read_without_gradients_have_them_afterwards():
 def test_strided_tensors_have_an_order_of_their_own():
     coords, feats = random_cloud(2)
     y = Conv3d(3, 2, 2, 2).double()(SparseTensor(coords, feats))
-    assert torch.equal(y.feats, y.rows)
+    assert torch.equal(y.feats, y.sorted_feats)
     again = y.with_feats(y.feats + 1)
     assert torch.equal(again.coords, y.coords)
     assert torch.equal(again.feats, y.feats + 1)
@@ -127,11 +127,11 @@ def test_feature_rows_must_be_as_many_as_the_voxels():
     x, coarse = two_levels()
     count = len(x)
     with pytest.raises(ValueError, match=f"Got 7 rows of features for {count} voxels of stride 1"):
-        x.with_rows(torch.zeros(7, 3))
+        x.with_sorted_feats(torch.zeros(7, 3))
     with pytest.raises(ValueError, match=f"Got 7 rows of features for {count} voxels of stride 1"):
         x.with_feats(torch.zeros(7, 3))
     with pytest.raises(ValueError, match=f"Got {count} rows of features for {len(coarse)} voxels of stride 2"):
-        x.with_rows(x.rows, stride=2)
+        x.with_sorted_feats(x.sorted_feats, stride=2)
 
 
 GOOD = torch.tensor([[0, 0, 0, 0], [0, 2, 0, -2], [1, 0, 0, 0]], dtype=INT)
@@ -180,3 +180,13 @@ def test_inverse_is_none_without_duplicates_however_far_apart_the_voxels_lie():
     twice = SparseTensor(coords[[0, 1, 0]], torch.tensor([[1.0], [2.0], [3.0]]))
     assert twice.inverse.tolist() == [0, 1, 0]
     assert twice.feats.tolist() == [[1.0], [2.0]]
+
+
+def test_former_names_still_work_and_warn():
+    x = SparseTensor(torch.zeros(1, 4, dtype=INT), torch.ones(1, 2))
+    with pytest.warns(FutureWarning, match="'rows' is now 'sorted_feats'"):
+        assert torch.equal(x.rows, x.sorted_feats)
+    with pytest.warns(FutureWarning, match="'with_rows' is now 'with_sorted_feats'"):
+        assert torch.equal(x.with_rows(x.sorted_feats * 2).feats, x.feats * 2)
+    with pytest.warns(FutureWarning, match="'grid' is now 'coordinate_manager'"):
+        assert x.grid is x.coordinate_manager

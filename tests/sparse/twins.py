@@ -62,9 +62,9 @@ def random_kernel(seed: int, kernel_size: int, in_chans: int = 3, out_chans: int
 
 def on_coarse(x: SparseTensor, stride: int, coords: Tensor, feats: Tensor) -> SparseTensor:
     """Features on the voxels of `x` at another stride, given in the order of `coords`."""
-    level = x.grid.coarsen(x.stride, stride // x.stride)
+    level = x.coordinate_manager.coarsen(x.stride, stride // x.stride)
     place = {cell: row for row, cell in enumerate(cells(coords))}
-    return x.with_rows(feats[[place[cell] for cell in cells(level.coords)]], stride=stride)
+    return x.with_sorted_feats(feats[[place[cell] for cell in cells(level.coords)]], stride=stride)
 
 
 def coarse_cells(coords: Tensor, span: int) -> Tensor:

@@ -189,7 +189,7 @@ def encoder_map(network: SRUNet, x: SparseTensor) -> SparseTensor:
 
 def pool(x: SparseTensor) -> Tensor:
     """The mean over the voxels of each batch element: [B, C]."""
-    rows = x.rows.float()
+    rows = x.sorted_feats.float()
     total = rows.new_zeros(x.batch_size, rows.shape[1]).index_add(0, x.batch, rows)
     return total / torch.bincount(x.batch, minlength=x.batch_size)[:, None]
 

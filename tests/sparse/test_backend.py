@@ -1,4 +1,4 @@
-"""Which engine computes: the choice, where it applies, and what happens without numba."""
+"""Which backend computes: the choice, where it applies, and what happens without numba."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from geo_pretrain.errors import MissingDependency
-from geo_pretrain.sparse import engines, functional, use
+from geo_pretrain.sparse import backend, functional, plain, use
 
 ROWS = torch.zeros(2, 3)
 has_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs numba")
@@ -21,23 +21,23 @@ def no_numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "numba" else find(name, *rest))
     monkeypatch.setitem(sys.modules, "numba", None)
-    engines._has_numba.cache_clear()
+    backend._has_numba.cache_clear()
     yield
-    engines._has_numba.cache_clear()
+    backend._has_numba.cache_clear()
 
 
 @has_numba
 def test_auto_is_fast_for_float32_on_the_cpu_only():
     with use("auto"):
-        assert engines.current(ROWS).__name__ == "geo_pretrain.sparse.fast"
+        assert functional._kernels(ROWS).__name__ == "geo_pretrain.sparse.fast"
         for rows in (ROWS.double(), ROWS.bfloat16(), ROWS.half(), ROWS.to("meta")):
-            assert engines.current(rows) is functional
+            assert functional._kernels(rows) is plain
 
 
 def test_auto_without_numba_is_plain(no_numba: None):
     with use("auto"):
-        assert engines.current(ROWS) is functional
-        assert not engines.wants_fast(ROWS)
+        assert functional._kernels(ROWS) is plain
+        assert not backend.is_fast(ROWS)
 
 
 def test_fast_without_numba_says_what_to_install(no_numba: None):
@@ -48,29 +48,29 @@ def test_fast_without_numba_says_what_to_install(no_numba: None):
 @has_numba
 def test_choices_end_with_their_block_also_after_errors():
     with use("plain"):
-        assert engines.current(ROWS) is functional
+        assert functional._kernels(ROWS) is plain
         with use("fast"):
-            assert engines.wants_fast(ROWS)
-        assert not engines.wants_fast(ROWS)
+            assert backend.is_fast(ROWS)
+        assert not backend.is_fast(ROWS)
         with pytest.raises(RuntimeError, match="inside"), use("fast"):
             raise RuntimeError("inside")
-        assert not engines.wants_fast(ROWS)
+        assert not backend.is_fast(ROWS)
 
 
-def test_unknown_engines_are_refused():
-    with pytest.raises(ValueError, match="The engine is 'quick'; accepted: auto, plain, fast"), use("quick"):
+def test_unknown_backends_are_refused():
+    with pytest.raises(ValueError, match="The sparse backend is 'quick'; accepted: auto, plain, fast"), use("quick"):
         pass
 
 
 def test_the_environment_sets_the_first_choice(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GEO_PRETRAIN_SPARSE", "plain")
-    again = importlib.util.module_from_spec(importlib.util.find_spec(engines.__name__))
+    again = importlib.util.module_from_spec(importlib.util.find_spec(backend.__name__))
     again.__spec__.loader.exec_module(again)  # a fresh copy: the one in use keeps its choice
-    assert again.current(ROWS) is functional
+    assert not again.is_fast(ROWS)
 
 
-def test_an_unknown_engine_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_an_unknown_backend_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GEO_PRETRAIN_SPARSE", "quick")
-    again = importlib.util.module_from_spec(importlib.util.find_spec(engines.__name__))
+    again = importlib.util.module_from_spec(importlib.util.find_spec(backend.__name__))
     with pytest.raises(ValueError, match="GEO_PRETRAIN_SPARSE is 'quick'; accepted: auto, plain, fast"):
         again.__spec__.loader.exec_module(again)
