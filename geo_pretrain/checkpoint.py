@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from geo_pretrain.backbones import WEIGHT_FILES
 from geo_pretrain.catalog.entry import Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
 from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed
@@ -85,7 +84,7 @@ class Checkpoint:
 
     def network_roles(self, *, decoder: bool = True) -> tuple[str, ...]:
         """The roles that hold the network: "model", or "encoder" and "decoder"; without `decoder` what it can spare."""
-        roles = WEIGHT_FILES[self.arch.name]
+        roles = self.arch.roles
         return roles if decoder else roles[:1]
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain import hub as hubs
-from geo_pretrain.backbones.build import build, golden_outputs, has_decoder, in_one_piece
+from geo_pretrain.backbones.build import build, golden_outputs
 from geo_pretrain.backbones.feature_pair import FeaturePair, pair_outputs
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
@@ -29,7 +29,6 @@ from geo_pretrain.errors import CheckpointError, WeightsMismatch
 MIN_COVERAGE = 0.9
 GOLDEN_TOLERANCE = 1e-4  # of the largest magnitude: other processors sum in another order
 SHOWN_KEYS = 8
-STEMS = ("conv1.weight", "encoder.conv1.weight", "conv0p1s1.kernel")
 
 
 @dataclass(frozen=True)
@@ -252,7 +251,7 @@ def verify(
     folder = hubs.resolve(name_or_folder, roles=lambda found: (*_pair_roles(found), "golden"), **load_kwargs)
     found = read_checkpoint(folder)
     golden = read_weights(found, "golden")
-    network = load_backbone(folder, decoder=has_decoder(found.arch))
+    network = load_backbone(folder, decoder=found.arch.has_decoder)
     computed = golden_outputs(network, golden)
     if found.pairing is not None:
         computed |= pair_outputs(network.pair(), golden)
@@ -275,7 +274,7 @@ def _pair(name_or_folder: str, where: Mapping[str, Any], own: Any) -> FeaturePai
         )
     if own.contract is None or len(own.contract.channels) != len(found.contract.channels):
         raise CheckpointError(f"{found.name!r} was loaded with other input channels; its pair needs its own number.")
-    if has_decoder(found.arch) and not hasattr(own, "decoder"):  # the encoder alone was loaded
+    if found.arch.has_decoder and not hasattr(own, "decoder"):  # the encoder alone was loaded
         like = next(own.parameters())
         own = load_backbone(folder, decoder=True, device=like.device, dtype=like.dtype)
     heads = read_weights(found, "heads") if "heads" in pairing.roles() else {}
@@ -298,7 +297,8 @@ def _load(checkpoint: Checkpoint, strict: bool, options: dict[str, Any]) -> tupl
         prefix = f"{role}." if options["decoder"] else ""
         given |= {prefix + key: value for key, value in read_weights(checkpoint, role).items()}
     expected = network.state_dict()
-    reshaped = _adapt_given_stem(given, expected, options["in_chans"])
+    built = checkpoint.arch if options["decoder"] else checkpoint.arch.encoder_alone
+    reshaped = _adapt_given_stem(given, expected, built.architecture.stem, options["in_chans"])
     fits, fresh, dropped = match(expected, given)
     report = LoadReport(len(fits), fresh, dropped, reshaped, len(fits) / len(expected))
     report.raise_if_below(MIN_COVERAGE, checkpoint.name, _prefix_hint(expected, given))
@@ -315,14 +315,13 @@ def _load(checkpoint: Checkpoint, strict: bool, options: dict[str, Any]) -> tupl
 
 
 def _adapt_given_stem(
-    given: dict[str, Tensor], expected: Mapping[str, Tensor], in_chans: int | None
+    given: dict[str, Tensor], expected: Mapping[str, Tensor], stem: str, in_chans: int | None
 ) -> tuple[str, ...]:
-    """Adapt the stem in `given` if the caller asked for other channels; returns the keys that changed shape."""
-    stems = [key for key in STEMS if key in given and key in expected]
-    changed = [key for key in stems if in_chans is not None and given[key].shape[1] != in_chans]
-    for key in changed:
-        given[key] = adapt_stem(given[key], expected[key].shape[1])
-    return tuple(changed)
+    """Adapt the weight `stem` in `given` if the caller asked for other channels; returns the keys that changed."""
+    if stem not in given or in_chans is None or given[stem].shape[1] == in_chans:
+        return ()
+    given[stem] = adapt_stem(given[stem], expected[stem].shape[1])
+    return (stem,)
 
 
 def _prefix_hint(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
@@ -355,7 +354,7 @@ def _check_options(
         raise ValueError(f"in_chans is {in_chans!r}; accepted: a whole number from 1 up.")
     if out_indices is not None and not isinstance(out_indices, Sequence):
         raise ValueError(f"out_indices is {out_indices!r}; accepted: a list of numbers, such as (1, 2, 3, 4).")
-    if in_one_piece(arch):
+    if arch.in_one_piece:
         if decoder:
             raise ValueError("A 3D U-Net always comes with its decoder; drop decoder=True.")
         if out_indices is not None or output_stride != 32:
@@ -364,7 +363,7 @@ def _check_options(
                 "strides 1, 2, 4, 8, 16 in voxels. Drop them."
             )
         return
-    if decoder and not has_decoder(arch):
+    if decoder and not arch.has_decoder:
         raise ValueError(f"This checkpoint holds an encoder alone ({arch}); drop decoder=True.")
     if decoder and out_indices is not None:
         raise ValueError("out_indices chooses maps of the encoder; with decoder=True there is one output. Drop one.")

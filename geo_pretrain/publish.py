@@ -8,7 +8,6 @@ error says what is online already.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import json
 import os
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geo_pretrain import checkpoint
-from geo_pretrain.backbones import ARCHITECTURES
 from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.checkpoint import CONFIG, ROLES, Checkpoint
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError
@@ -208,8 +206,7 @@ def _same_network(one: Arch, other: Arch) -> bool:
         return {role: {key: tuple(value.shape) for key, value in state.items()} for role, state in states.items()}
 
     def stated(arch: Arch) -> dict[str, str]:
-        module, _, name = ARCHITECTURES[arch.name].partition(":")
-        arguments = inspect.signature(getattr(importlib.import_module(module), name)).bind(**arch.args)
+        arguments = inspect.signature(arch.architecture.load_class()).bind(**arch.args)
         arguments.apply_defaults()
         # as JSON: the catalog's tuples are lists in a config.json
         return {key: json.dumps(value) for key, value in arguments.arguments.items() if value is not None}

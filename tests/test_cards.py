@@ -91,7 +91,7 @@ def folder_card(name: str, provenance: dict[str, Any], **options: Any) -> str:
 def test_a_card_holds_the_entry(name: str):
     entry, card = CATALOG[name], cards.render_entry(CATALOG[name])
     facts = [f"\n# {name}\n", str(entry.arch), entry.description, entry.license.base_model, entry.paper.title]
-    facts += [entry.paper.authors, entry.paper.url, entry.data, cards.network_title(entry.arch)]
+    facts += [entry.paper.authors, entry.paper.url, entry.data, entry.arch.title]
     facts += [
         f"[{file.content}]({file.url}) | {file.format} | {', '.join(file.roles)} |" for file in entry.authors_files
     ]
@@ -910,7 +910,7 @@ def test_a_headline_on_part_of_the_data_says_so():
     ids=str,
 )
 def test_networks_have_short_names(arch: Arch, title: str):
-    assert cards.network_title(arch) == title
+    assert arch.title == title
 
 
 def test_citations_are_bibtex():

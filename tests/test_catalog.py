@@ -11,7 +11,7 @@ import pytest
 from packaging.licenses import canonicalize_license_expression
 
 from geo_pretrain import backbone_info, catalog, checkpoint, list_backbones
-from geo_pretrain.backbones import ARCHITECTURES, WEIGHT_FILES
+from geo_pretrain.backbones.architectures import ARCHITECTURES
 from geo_pretrain.catalog import (
     CATALOG,
     RENAMED,
@@ -350,7 +350,7 @@ def test_networks_have_the_published_number_of_parameters():
     for name, expected in PARAMETERS.items():
         arch = CATALOG[name].arch
         with torch.device("meta"):
-            network = build(arch, decoder="decoder" in WEIGHT_FILES[arch.name])
+            network = build(arch, decoder=arch.has_decoder)
         assert sum(parameter.numel() for parameter in network.parameters()) == expected, name
         counted.add(str(arch))
     assert counted == {str(entry.arch) for entry in CATALOG.values()}  # no architecture was left out
@@ -409,9 +409,8 @@ def test_every_recipe_belongs_to_an_entry():
 
 
 def test_architectures_name_existing_classes():
-    for target in ARCHITECTURES.values():
-        module, name = target.split(":")
-        assert isinstance(getattr(importlib.import_module(module), name), type)
+    for architecture in ARCHITECTURES.values():
+        assert isinstance(architecture.load_class(), type)
     assert {entry.arch.name for entry in CATALOG.values()} <= set(ARCHITECTURES)
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geo_pretrain import catalog, list_backbones
-from geo_pretrain.backbones import WEIGHT_FILES
+from geo_pretrain.backbones.architectures import ARCHITECTURES
 from geo_pretrain.catalog import CATALOG, STATUSES, Arch, AuthorsFile, Entry, File, License, Paper, Result
 from geo_pretrain.catalog.license import LICENSES, NON_COMMERCIAL, PERMISSIVE
 from geo_pretrain.contract import contract_from_dict
@@ -30,7 +30,7 @@ every_name = pytest.mark.parametrize("name", NAMES)
 
 def test_the_sweep_visits_every_entry():
     assert len(NAMES) == len(list_backbones()) == 58
-    assert Counter(entry.arch.name for entry in CATALOG.values()).keys() == WEIGHT_FILES.keys()
+    assert Counter(entry.arch.name for entry in CATALOG.values()).keys() == ARCHITECTURES.keys()
 
 
 @every_name
@@ -107,7 +107,7 @@ def test_the_status_can_be_acted_on(name: str):
         assert first.url in text
         assert f"geo-pretrain convert FILE --from {first.format} --name {name} --out DIR" in text
         held = {role for file in entry.authors_files for role in file.roles}
-        assert held >= set(WEIGHT_FILES[entry.arch.name])
+        assert held >= set(entry.arch.roles)
         assert all(set(file.roles) <= set(FORMATS[file.format].roles) for file in entry.authors_files)
     assert (f"geo-pretrain train {name}" in text) == (entry.recipe is not None)
     assert ("nobody offers it" in text) == (entry.status == "planned")

@@ -18,7 +18,6 @@ import torch
 
 import geo_pretrain as gp
 from geo_pretrain import hub
-from geo_pretrain.backbones.build import has_decoder, in_one_piece
 from geo_pretrain.catalog import CATALOG, AuthorsFile, Entry
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.hub.cache import remove
@@ -53,7 +52,7 @@ def test_an_authors_file_becomes_a_network(
     monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path / "cache"))
     with Hosts({offered.url: path}, scan_limit=100 << 20) as hosts:
         monkeypatch.setenv("GEO_PRETRAIN_MIRROR", hosts.url)
-        whole = has_decoder(entry.arch) and "decoder" in offered.roles
+        whole = entry.arch.has_decoder and "decoder" in offered.roles
         network: Any = gp.load_backbone(name, decoder=whole)
         assert dict(hosts.bytes_sent) == {offered.url: os.path.getsize(path)}
     path.unlink()
@@ -62,10 +61,10 @@ def test_an_authors_file_becomes_a_network(
     assert network.load_report.coverage == 1
     assert (network.name, network.contract) == (entry.name, entry.contract)
     run(network, entry)
-    if whole or not has_decoder(entry.arch):
+    if whole or not entry.arch.has_decoder:
         result = gp.verify(name)
         assert result.passed
-        assert len(result.errors) == (1 if in_one_piece(entry.arch) else 6 if whole else 5)
+        assert len(result.errors) == (1 if entry.arch.in_one_piece else 6 if whole else 5)
     found = read_checkpoint(hub.resolve(name))
     assert found.license == entry.license
     assert found.provenance["source"]["url"] == offered.url

@@ -1,7 +1,7 @@
 """What every host of an image encoder needs: loading it, freezing its first stages, learning rates by stage.
 
-`freeze_stages` and `parameter_groups` work on any network with a ResNet under torchvision's names inside: those the
-adapters build, torchvision's and segmentation-models-pytorch's own, timm's, and this package's encoder and U-Net.
+`freeze_stages` and `parameter_groups` work on any network around an encoder with `stages()`, such as this package's
+own, or around a ResNet under torchvision's names: those the adapters build, torchvision's, smp's and timm's own.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from geo_pretrain.backbones.resnet_unet import ResNetEncoder, dilate_stage
+from geo_pretrain.backbones.encoder import ImageEncoder, Stages
+from geo_pretrain.backbones.resnet_unet import STAGES, resnet_stages
 from geo_pretrain.catalog import CATALOG, find
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import nearest, unknown
 from geo_pretrain.loading import load_backbone
 
-STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))  # what `freeze` counts, in order
-STAGE_NAMES = ("stem", "layer1", "layer2", "layer3", "layer4")
-PLACES = ("", "encoder", "encoder.model", "backbone.body", "backbone")  # of the ResNet in its host
-DILATIONS = {32: {}, 16: {"layer4": (1, 2)}, 8: {"layer3": (1, 2), "layer4": (2, 4)}}  # of a stage: first block, others
+PLACES = ("", "encoder", "encoder.model", "backbone.body", "backbone")  # of the encoder in its host
+MAX_FREEZE = 5  # the stem and four stages
 LOAD_OPTIONS = ("in_chans", "strict", "hub", "revision", "cache_dir", "local_files_only", "device", "dtype")
 
 
@@ -50,15 +49,17 @@ MOVING = {still: moving for moving, still in STILL.items()}
 
 
 def encoder_of(network: nn.Module) -> nn.Module:
-    """The ResNet in a host's network: the module that has conv1, bn1 and layer1 to layer4.
+    """The encoder in a host's network: the module with `stages()`, or that has conv1, bn1 and layer1 to layer4.
 
     Raises ValueError where there is none.
     """
-    wanted = {name for names in STAGES for name in names}
+    wanted = {module for modules in STAGES.values() for module in modules}
     modules = dict(network.named_modules())
     for place in PLACES:
-        if place in modules and wanted <= {name for name, _ in modules[place].named_children()}:
-            return modules[place]
+        if place in modules:
+            children = {name for name, _ in modules[place].named_children()}
+            if isinstance(modules[place], ImageEncoder) or wanted <= children:
+                return modules[place]
     places = ", ".join(repr(place) for place in PLACES if place)
     raise ValueError(
         f"{type(network).__name__} has no ResNet with the stages {', '.join(sorted(wanted))}; accepted: such a ResNet, "
@@ -66,8 +67,13 @@ def encoder_of(network: nn.Module) -> nn.Module:
     )
 
 
+def stages_of(encoder: nn.Module) -> Stages:
+    """Name and modules of each stage of what `encoder_of` found, the stem first."""
+    return encoder.stages() if isinstance(encoder, ImageEncoder) else resnet_stages(encoder)
+
+
 def freeze_stages(network: nn.Module, count: int) -> None:
-    """Freeze exactly the first `count` stages of the ResNet in `network`: 0 none, 1 the stem, 2 layer1 too, 5 all.
+    """Freeze exactly the first `count` stages of the encoder in `network`: 0 none, 1 the stem, 2 layer1 too, 5 all.
 
     Detectron2 counts so in `FREEZE_AT`; torchvision's `trainable_layers` is 5 minus it. Frozen are the parameters
     (`requires_grad`) and BatchNorm's statistics, and both stay so through `.train()`, copies and pickles. Stages after
@@ -76,17 +82,16 @@ def freeze_stages(network: nn.Module, count: int) -> None:
     """
     _check_freeze(count)
     encoder = encoder_of(network)
-    for number, names in enumerate(STAGES):
-        for name in names:
-            stage = encoder.get_submodule(name)
-            stage.requires_grad_(number >= count)
-            for module in stage.modules():
+    for number, (_, parts) in enumerate(stages_of(encoder)):
+        for part in parts:
+            part.requires_grad_(number >= count)
+            for module in part.modules():
                 _set_still(module, number < count, encoder.training)
 
 
 def _check_freeze(count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= len(STAGES):
-        raise ValueError(f"freeze is {count!r}; accepted: 0 (nothing) to {len(STAGES)} (the whole encoder).")
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_FREEZE:
+        raise ValueError(f"freeze is {count!r}; accepted: 0 (nothing) to {MAX_FREEZE} (the whole encoder).")
 
 
 def _set_still(module: nn.Module, still: bool, training: bool) -> None:
@@ -100,7 +105,7 @@ def _set_still(module: nn.Module, still: bool, training: bool) -> None:
 def parameter_groups(
     network: nn.Module, lr: float, *, backbone_factor: float | None = None, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: "new" layers at `lr`, the pre-trained ResNet slower; frozen parameters are left out.
+    """Groups for an optimizer: "new" layers at `lr`, the pre-trained encoder slower; frozen parameters are left out.
 
     `backbone_factor` (0.1 unless `layer_decay` is given): one group "backbone" at `lr * backbone_factor`, the papers'
     rule. `layer_decay` d: a group each for "layer4" at lr * d, "layer3" at lr * d**2, down to "stem" at lr * d**5. Each
@@ -114,18 +119,13 @@ def parameter_groups(
     for what, value in (("lr", lr), ("backbone_factor", backbone_factor), ("layer_decay", layer_decay)):
         if value is not None and not value > 0:
             raise ValueError(f"{what} is {value!r}; accepted: positive numbers. freeze_stages stops the training.")
-    encoder = encoder_of(network)
-    stage_of = {
-        parameter: stage
-        for stage, names in zip(STAGE_NAMES, STAGES, strict=True)
-        for name in names
-        for parameter in encoder.get_submodule(name).parameters()
-    }
+    stages = stages_of(encoder_of(network))
+    stage_of = {parameter: name for name, parts in stages for part in parts for parameter in part.parameters()}
     if layer_decay is None:
         rates = {"backbone": lr * (backbone_factor or 0.0)}
         stage_of = dict.fromkeys(stage_of, "backbone")
     else:
-        rates = {stage: lr * layer_decay ** (len(STAGES) - number) for number, stage in enumerate(STAGE_NAMES)}
+        rates = {name: lr * layer_decay ** (len(stages) - number) for number, (name, _) in enumerate(stages)}
     rates |= {"new": lr}
     groups: dict[str, dict[str, Any]] = {name: {"params": [], "lr": rate, "name": name} for name, rate in rates.items()}
     for parameter in network.parameters():  # each once, also when two layers share it
@@ -137,23 +137,10 @@ def parameter_groups(
     return used
 
 
-def dilate(network: nn.Module, output_stride: int) -> None:
-    """Bring a ResNet of stride 32 to `output_stride` 16 or 8 by torchvision's rule, as `load_backbone` does.
-
-    In a dilated stage the first block keeps the dilation of the stage before. With another rule the same weights
-    compute something else.
-    """
-    if output_stride not in DILATIONS:
-        raise ValueError(f"output_stride is {output_stride!r}; accepted: {', '.join(map(str, DILATIONS))}.")
-    for name, (first, rest) in DILATIONS[output_stride].items():
-        stage: Any = network.get_submodule(name)
-        dilate_stage(stage, first, rest)
-
-
 def load_encoder(
     name: str | os.PathLike[str], host: str, *, pretrained: bool = True, output_stride: int = 32, **load: Any
-) -> ResNetEncoder:
-    """`load_backbone` for a host that is made of torchvision's ResNets; ValueError for every other network.
+) -> Any:
+    """An `ImageEncoder` from `load_backbone` that host libraries have, too, as its `host_name`; else ValueError.
 
     Random numbers are drawn aside, so the host's own layers start the same with `pretrained` True or False.
     """
@@ -167,9 +154,9 @@ def load_encoder(
                 f"{', '.join(map(repr, images))}, and their folders."
             )
     with torch.random.fork_rng(devices=[]):
-        encoder = load_backbone(name, pretrained=pretrained, output_stride=output_stride, **load)
-    if not isinstance(encoder, ResNetEncoder) or encoder.width != 64:
-        width = f" of width {encoder.width}" if isinstance(encoder, ResNetEncoder) else ""
+        encoder: Any = load_backbone(name, pretrained=pretrained, output_stride=output_stride, **load)
+    if getattr(encoder, "host_name", None) is None:
+        width = f" of width {encoder.width}" if hasattr(encoder, "host_name") else ""
         raise ValueError(
             f"{str(name)!r} is a {type(encoder).__name__}{width}; accepted by {host}: ResNets of width 64, which is "
             "torchvision's."
@@ -202,15 +189,16 @@ def check_request(num_classes: int, freeze: int, *, least: int = 1) -> None:
         raise ValueError(f"num_classes is {num_classes!r}; accepted: a whole number from {least} up{what}.")
 
 
-def equip(network: Any, encoder: ResNetEncoder, freeze: int, transforms: Any = None) -> Any:
+def equip(network: Any, encoder: Any, freeze: int, transforms: Any = None) -> Any:
     """The last step of a builder: freezing, our attributes, the encoder's device and dtype, evaluation mode."""
     freeze_stages(network, freeze)
     network.contract, network.load_report = encoder.contract, encoder.load_report
     network.transforms = encoder.transforms if transforms is None else transforms
-    weight = encoder.conv1.weight
+    weight = next(encoder.parameters())
     return network.to(weight.device, weight.dtype).eval()
 
 
-def contract_of(encoder: ResNetEncoder) -> ImageContract:
+def contract_of(encoder: Any) -> ImageContract:
     """The contract of an encoder that came from `load_backbone`."""
-    return encoder.transforms.contract
+    contract: ImageContract = encoder.transforms.contract
+    return contract

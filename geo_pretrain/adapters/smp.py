@@ -32,13 +32,14 @@ from torch import nn
 from geo_pretrain.adapters.common import (
     check_request,
     contract_of,
-    dilate,
     equip,
     freeze_stages,
     load_encoder,
     parameter_groups,
     split_options,
 )
+from geo_pretrain.backbones.architectures import ENCODERS
+from geo_pretrain.backbones.resnet_unet import dilate
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import require
 
@@ -57,7 +58,6 @@ __all__ = [
 smp = require("segmentation_models_pytorch", "adapters")
 
 PREFIX = "geo-"
-DEPTHS = (18, 34, 50, 101)
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # of DeepLab's papers; smp takes those of 8 for 16, too
 OURS = {  # what smp calls otherwise or what is not free here
     "classes": "use num_classes",
@@ -84,9 +84,9 @@ class Encoder(smp.encoders.resnet.ResNetEncoder):  # type: ignore[name-defined]
         return nn.Module.load_state_dict(self, state, **kwargs)
 
 
-for _depth in DEPTHS:
+for _name in ENCODERS:
     _settings = {"encoder": Encoder, "pretrained_settings": {}}
-    smp.encoders.encoders[f"{PREFIX}resnet{_depth}"] = {**smp.encoders.encoders[f"resnet{_depth}"], **_settings}
+    smp.encoders.encoders[PREFIX + _name] = {**smp.encoders.encoders[_name], **_settings}
 
 
 def unet(
@@ -214,7 +214,7 @@ def _build(
     encoder = load_encoder(name, title, pretrained=pretrained, output_stride=output_stride, **load)
     stride_name = "encoder_output_stride" if host in (smp.DeepLabV3, smp.DeepLabV3Plus) else "output_stride"
     network = host(
-        encoder_name=f"{PREFIX}resnet{encoder.depth}",
+        encoder_name=PREFIX + encoder.host_name,
         encoder_weights=None,
         in_channels=encoder.in_chans,
         classes=num_classes,

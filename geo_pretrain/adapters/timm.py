@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from geo_pretrain.backbones.architectures import ENCODERS
 from geo_pretrain.backbones.resnet_unet import BLOCKS
 from geo_pretrain.catalog import CATALOG, RENAMED, Entry, backbone_info
 from geo_pretrain.contract import ImageContract
@@ -83,17 +84,17 @@ def register() -> None:
     """Make timm know every 2D name of the catalog; names it has from here already stay as they are."""
     variants: dict[str, dict[str, Entry]] = {}
     for entry in CATALOG.values():
-        if entry.modality == "2d" and entry.arch.args.get("width", 64) == 64:
+        if entry.arch.host_encoder is not None:
             variant, _, tag = entry.name.partition(".")
             variants.setdefault(variant, {})[tag] = entry
     for variant, entries in variants.items():
         if timm.models.is_model(variant) and timm.models.model_entrypoint(variant).__module__ == __name__:
             continue
-        depths = {entry.arch.args.get("depth", 18) for entry in entries.values()}
-        if len(depths) > 1:
-            raise ValueError(f"{variant!r} stands for ResNets of depths {sorted(depths)}; accepted: one a name.")
+        encoders = {str(entry.arch.host_encoder) for entry in entries.values()}
+        if len(encoders) > 1:
+            raise ValueError(f"{variant!r} stands for the encoders {sorted(encoders)}; accepted: one a name.")
         default_cfgs[variant] = _default_cfg(entries)
-        globals()[variant] = timm.models.register_model(_entrypoint(variant, depths.pop()))
+        globals()[variant] = timm.models.register_model(_entrypoint(variant, encoders.pop()))
     # timm takes what follows a dot for a tag, so a name that had one cannot be kept
     old = {name: now for name, now in RENAMED.items() if now.partition(".")[0] in variants and "." not in name}
     timm.models.register_model_deprecations(__name__, old)
@@ -119,7 +120,7 @@ def _record(entry: Entry) -> dict[str, Any]:
         "custom_load": True,  # the network's own load_pretrained takes it
         "num_classes": 0,
         "classifier": HEAD.removesuffix("."),
-        "first_conv": "conv1",
+        "first_conv": entry.arch.encoder_alone.architecture.stem.removesuffix(".weight"),
         "crop_pct": 1.0,
         "crop_mode": "squash",  # both sides to the size, as our transforms do
         "license": entry.license.weights,
@@ -140,16 +141,16 @@ def _places(contract: Any) -> dict[str, Any]:
     }
 
 
-def _entrypoint(variant: str, depth: int) -> Callable[..., nn.Module]:
+def _entrypoint(variant: str, encoder: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create(variant, depth, pretrained, **kwargs)
+        return _create(variant, encoder, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = variant
-    create.__doc__ = f"timm's ResNet-{depth}, pretrained as {variant!r}."
+    create.__doc__ = f"timm's {encoder}, pretrained as {variant!r}."
     return create
 
 
-def _create(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(variant: str, encoder: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """timm builds, loads and wraps as for any network; what is ours is written onto the result."""
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
@@ -162,7 +163,7 @@ def _create(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> nn.Mod
         networks[0].cache_dir = kwargs.get("cache_dir")
         return networks[0]
 
-    block, layers = BLOCKS[depth]
+    block, layers = BLOCKS[ENCODERS[encoder].args["depth"]]
     arguments = {"block": getattr(timm.models.resnet, block.__name__), "layers": layers, **kwargs}
     model: Any = timm.models.build_model_with_cfg(network, variant, pretrained, **arguments)
     model.load_report, model.contract = networks[0].load_report, None

@@ -30,14 +30,14 @@ from torchvision.ops import FrozenBatchNorm2d
 from geo_pretrain.adapters.common import (
     check_request,
     contract_of,
-    dilate,
     equip,
     freeze_stages,
     load_encoder,
     parameter_groups,
     split_options,
 )
-from geo_pretrain.backbones.resnet_unet import ResNetEncoder
+from geo_pretrain.backbones.encoder import ImageEncoder
+from geo_pretrain.backbones.resnet_unet import dilate
 from geo_pretrain.contract import ImageContract, ImageTransform
 from geo_pretrain.loading import load_backbone
 
@@ -45,6 +45,7 @@ __all__ = ["deeplabv3", "faster_rcnn", "fcn", "freeze_stages", "mask_rcnn", "par
 
 ATROUS_RATES = {32: (3, 6, 9), 16: (6, 12, 18), 8: (12, 24, 36)}  # of DeepLab's papers: the same reach in pixels
 PYRAMID = 256  # channels of torchvision's feature pyramids
+UNDILATED = ("resnet18", "resnet34")  # torchvision refuses to dilate their basic blocks
 FROZEN = 2  # stages, as Detectron2 and torchvision freeze under pre-trained weights
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
 SLACK = 0.05  # beyond [0, 1], for resampling that overshoots
@@ -75,10 +76,10 @@ def resnet(name: str, *, num_classes: int = 1000, **load_kwargs: Any) -> ResNet:
     refused = {"decoder", "out_indices"} & set(load_kwargs)
     if refused:
         raise ValueError(f"{', '.join(sorted(refused))}: torchvision's ResNet has no such option; use load_backbone.")
-    encoder = load_backbone(name, **load_kwargs)
-    if not isinstance(encoder, ResNetEncoder) or encoder.width != 64:
+    encoder: Any = load_backbone(name, **load_kwargs)
+    if getattr(encoder, "host_name", None) is None:
         raise ValueError(f"{name!r} is not a ResNet of torchvision's width 64; use load_backbone.")
-    if encoder.output_stride != 32 and encoder.depth < 50:
+    if encoder.output_stride != 32 and encoder.host_name in UNDILATED:
         raise ValueError(
             f"output_stride={encoder.output_stride}: torchvision dilates ResNet-50 and deeper; accepted: 32."
         )
@@ -174,7 +175,7 @@ def _segmentation_encoder(
     freeze: int,
     output_stride: int,
     options: dict[str, Any],
-) -> ResNetEncoder:
+) -> Any:
     own = ("num_classes", "pretrained", "freeze", "output_stride", "aux_loss")
     load, _ = split_options(f"torchvision's {host}", options, own, OURS)
     check_request(num_classes, freeze)
@@ -182,7 +183,7 @@ def _segmentation_encoder(
 
 
 def _segmentation_parts(
-    encoder: ResNetEncoder, head: nn.Module, num_classes: int, aux_loss: bool
+    encoder: ImageEncoder, head: nn.Module, num_classes: int, aux_loss: bool
 ) -> tuple[nn.Module, nn.Module, nn.Module | None]:
     layers = {"layer4": "out"} | ({"layer3": "aux"} if aux_loss else {})
     aux = FCNHead(_channels(encoder, 3), num_classes) if aux_loss else None
@@ -244,9 +245,9 @@ def _unnormalized(contract: ImageContract) -> ImageTransform:
     return replace(contract, mean=(0.0,) * count, std=(1.0,) * count).transforms(resize=False)
 
 
-def _host(encoder: ResNetEncoder, num_classes: int = 1, norm_layer: type[nn.Module] = nn.BatchNorm2d) -> ResNet:
+def _host(encoder: Any, num_classes: int = 1, norm_layer: type[nn.Module] = nn.BatchNorm2d) -> ResNet:
     """torchvision's ResNet with the tensors and dilation of an encoder and a fresh classifier."""
-    builder = getattr(torchvision.models, f"resnet{encoder.depth}")
+    builder = getattr(torchvision.models, encoder.host_name)
     with torch.device("meta"):  # nothing is drawn that would be overwritten
         network: ResNet = builder(weights=None, norm_layer=norm_layer)
         network.conv1 = nn.Conv2d(encoder.in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
@@ -257,6 +258,6 @@ def _host(encoder: ResNetEncoder, num_classes: int = 1, norm_layer: type[nn.Modu
     return network
 
 
-def _channels(encoder: ResNetEncoder, stage: int) -> int:
+def _channels(encoder: ImageEncoder, stage: int) -> int:
     """Of the output of layer1 to layer4."""
     return int(encoder.feature_info[stage]["num_chs"])

@@ -6,22 +6,17 @@ is recomputed by `loading.verify`, on another machine, after a transfer or years
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geo_pretrain.backbones import ARCHITECTURES, WEIGHT_FILES
+from geo_pretrain.backbones.architectures import Arch
 from geo_pretrain.backbones.base import ImageBackbone
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.sparse.tensor import SparseTensor
-
-if TYPE_CHECKING:
-    from geo_pretrain.catalog.entry import Arch
 
 GOLDEN_SIZE = (64, 96)  # pixels: all five strides, and still small on disk
 GOLDEN_VOXELS, GOLDEN_EXTENT = 800, 8  # random voxels in a cube from -extent to extent
@@ -35,57 +30,27 @@ def build(
     out_indices: Sequence[int] | None = None,
     output_stride: int = 32,
 ) -> Any:
-    """The network of an `Arch` with a random start; without `decoder` the encoder alone, where there is one.
+    """The network of an `Arch`, randomly initialized; without `decoder` the encoder alone, where there is one.
 
     Arguments that do not fit its class raise `CheckpointError`.
     """
-    network_class = _class_of(arch)
-    args = dict(arch.args) | ({} if in_chans is None else {"in_chans": in_chans})
+    built = arch if decoder else arch.encoder_alone
+    args = dict(built.args) | ({} if in_chans is None else {"in_chans": in_chans})
+    if not (arch.in_one_piece or decoder):
+        args |= {"output_stride": output_stride} | ({} if out_indices is None else {"out_indices": out_indices})
     try:
-        if in_one_piece(arch) or decoder:
-            return network_class(**args)
-        args.pop("out_chans", None)
-        if out_indices is not None:
-            args["out_indices"] = out_indices
-        encoder_class = getattr(network_class, "encoder_class", network_class)
-        return encoder_class(**args, output_stride=output_stride)
+        return built.architecture.load_class()(**args)
     except TypeError as error:
         raise CheckpointError(f"{arch} cannot be built: {error}") from error
-
-
-def _class_of(arch: Arch) -> Any:
-    module, _, name = ARCHITECTURES[arch.name].partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def encoder_arch(arch: Arch) -> Arch:
-    """What the encoder of a network is called where it comes alone; other networks as they are."""
-    if not has_decoder(arch):
-        return arch
-    encoder = _class_of(arch).encoder_class
-    names = {where: name for name, where in ARCHITECTURES.items()}
-    args = {key: value for key, value in arch.args.items() if key != "out_chans"}
-    return replace(arch, name=names[f"{encoder.__module__}:{encoder.__name__}"], args=args)
-
-
-def in_one_piece(arch: Arch) -> bool:
-    """Whether the network has no encoder to be had alone: the sparse U-Net."""
-    return WEIGHT_FILES[arch.name] == ("model",)
-
-
-def has_decoder(arch: Arch) -> bool:
-    """Whether there is a decoder to be had beside the encoder."""
-    return "decoder" in WEIGHT_FILES[arch.name]
 
 
 def network_states(arch: Arch) -> dict[str, dict[str, Tensor]]:
     """Names and shapes of a network's tensors by role, on the meta device: what converters compare files with."""
     with torch.device("meta"):
-        network = build(arch, decoder=has_decoder(arch))
-    roles = WEIGHT_FILES[arch.name]
-    if len(roles) == 1:
-        return {roles[0]: network.state_dict()}
-    return {role: network.get_submodule(role).state_dict() for role in roles}
+        network = build(arch, decoder=arch.has_decoder)
+    if not arch.has_decoder:
+        return {arch.roles[0]: network.state_dict()}
+    return {role: network.get_submodule(role).state_dict() for role in arch.roles}
 
 
 def golden_values(network: nn.Module, *, ones: bool = False, offset: float = -0.5) -> dict[str, Tensor]:

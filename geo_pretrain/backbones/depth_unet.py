@@ -64,8 +64,6 @@ class ResNetDepthUNet(ImageBackbone):
     are cropped to the encoder's, and the output has the image's size.
     """
 
-    encoder_class = ResNetEncoder  # what is built when the decoder is not wanted
-
     def __init__(self, depth: int = 18, *, width: int = 64, out_chans: int = 16, in_chans: int = 3) -> None:
         super().__init__()
         self.encoder = ResNetEncoder(depth, width=width, in_chans=in_chans)

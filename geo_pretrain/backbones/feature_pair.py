@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from geo_pretrain.backbones.base import ImageBackbone
-from geo_pretrain.backbones.build import GOLDEN_SIZE, build, golden_values, has_decoder
+from geo_pretrain.backbones.build import GOLDEN_SIZE, build, golden_values
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.errors import CheckpointError, WeightsMismatch
 from geo_pretrain.sparse.functional import point_rows
@@ -64,7 +64,7 @@ class FeaturePair(nn.Module):
         Raises `WeightsMismatch` when tensors are missing or do not fit.
         """
         with torch.device("meta"):
-            other = build(pairing.arch, decoder=has_decoder(pairing.arch))
+            other = build(pairing.arch, decoder=pairing.arch.has_decoder)
         state = {k.removeprefix(pairing.prefix): v for k, v in partner.items() if k.startswith(pairing.prefix)}
         try:
             other.load_state_dict(state, assign=True)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from geo_pretrain.backbones.architectures import HOST_WIDTH
 from geo_pretrain.backbones.base import ImageBackbone
+from geo_pretrain.backbones.encoder import Stages
 
 BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -23,6 +25,9 @@ BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
     101: (Bottleneck, (3, 4, 23, 3)),
 }
 MIN_SIZE = 32  # pixels: below this the last stage has nothing to look at
+STAGES = {"stem": ("conv1", "bn1"), **{f"layer{stage}": (f"layer{stage}",) for stage in range(1, 5)}}
+# output stride -> dilation of the first block of a stage, and of its others: torchvision's rule
+DILATIONS = {32: {}, 16: {"layer4": (1, 2)}, 8: {"layer3": (1, 2), "layer4": (2, 4)}}
 
 
 class ResNetEncoder(ImageBackbone):
@@ -34,9 +39,6 @@ class ResNetEncoder(ImageBackbone):
     `output_stride` 16 or 8 replaces the strides of the last one or two stages by dilation with torchvision's rule (the
     first block of a stage keeps the dilation of the stage before), for basic blocks too, which torchvision refuses.
     """
-
-    layer3: nn.Sequential
-    layer4: nn.Sequential
 
     def __init__(
         self,
@@ -50,7 +52,8 @@ class ResNetEncoder(ImageBackbone):
         super().__init__()
         block, repeats = _lookup(depth)
         self.depth, self.width, self.in_chans = depth, width, in_chans
-        self.output_stride, self.out_indices = _check_stride(output_stride), _check_indices(out_indices)
+        self.output_stride, self.out_indices = output_stride, _check_indices(out_indices)
+        self.host_name = f"resnet{depth}" if width == HOST_WIDTH else None
         self.conv1 = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
@@ -60,11 +63,7 @@ class ResNetEncoder(ImageBackbone):
             planes = width << stage
             self.add_module(f"layer{stage + 1}", _stage(block, channels, planes, count, stride=1 if stage == 0 else 2))
             channels = planes * block.expansion
-        if output_stride == 16:
-            dilate_stage(self.layer4, 1, 2)
-        elif output_stride == 8:
-            dilate_stage(self.layer3, 1, 2)
-            dilate_stage(self.layer4, 2, 4)
+        dilate(self, output_stride)
         self.feature_info: list[dict[str, Any]] = _feature_info(width, block.expansion, output_stride, self.out_indices)
         _initialize(self)
 
@@ -81,6 +80,10 @@ class ResNetEncoder(ImageBackbone):
             x = self.get_submodule(f"layer{index}")(x)
             maps.append(x)
         return [maps[index] for index in self.out_indices]
+
+    def stages(self) -> Stages:
+        """Five stages: "stem", "layer1" to "layer4"."""
+        return resnet_stages(self)
 
 
 class UpProjection(nn.Module):
@@ -133,8 +136,6 @@ class ResNetUNet(ImageBackbone):
     is not a multiple of 4 the output side is twice that of layer1's map, 2 * ceil(side / 4), and not side / 2.
     """
 
-    encoder_class = ResNetEncoder  # what is built when the decoder is not wanted
-
     def __init__(self, depth: int = 18, *, width: int = 64, out_chans: int | None = None, in_chans: int = 3) -> None:
         super().__init__()
         self.encoder = ResNetEncoder(depth, width=width, in_chans=in_chans)
@@ -152,7 +153,25 @@ class ResNetUNet(ImageBackbone):
         return self.decoder(self.encoder(x)[1:])
 
 
-def dilate_stage(stage: nn.Sequential, first: int, rest: int) -> None:
+def resnet_stages(network: nn.Module) -> Stages:
+    """The stages of any ResNet under torchvision's names: this package's, torchvision's, smp's or timm's."""
+    return [(name, [network.get_submodule(module) for module in modules]) for name, modules in STAGES.items()]
+
+
+def dilate(network: nn.Module, output_stride: int) -> None:
+    """Bring a ResNet of stride 32 to `output_stride` 16 or 8 by torchvision's rule, as `load_backbone` does.
+
+    In a dilated stage the first block keeps the dilation of the stage before. With another rule the same weights
+    compute something else.
+    """
+    if output_stride not in DILATIONS:
+        raise ValueError(f"output_stride is {output_stride!r}; accepted: 8, 16 or 32.")
+    for name, (first, rest) in DILATIONS[output_stride].items():
+        stage: Any = network.get_submodule(name)
+        _dilate_stage(stage, first, rest)
+
+
+def _dilate_stage(stage: nn.Sequential, first: int, rest: int) -> None:
     """Give a built stage stride 1, its first block dilation `first` and all others `rest`; weights stay as they are.
 
     In a basic block only the strided convolution takes `first`: what follows it sees the finer grid. So the new
@@ -205,12 +224,6 @@ def _initialize(encoder: nn.Module) -> None:
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def _check_stride(output_stride: int) -> int:
-    if output_stride not in (8, 16, 32):
-        raise ValueError(f"output_stride is {output_stride!r}; accepted: 8, 16 or 32.")
-    return output_stride
 
 
 def _check_indices(out_indices: Sequence[int]) -> tuple[int, ...]:

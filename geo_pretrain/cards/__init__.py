@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from geo_pretrain.backbones import WEIGHT_FILES
 from geo_pretrain.cards.front_matter import detail_of, front_matter, license_page, task_of
 from geo_pretrain.cards.usage import output_channels, snippets
 from geo_pretrain.catalog import CATALOG, backbone_info, find, list_backbones
@@ -61,11 +60,10 @@ def render_card(
     """
     entry = CATALOG.get(name)
     theirs = entry is not None and _is_authors_own(entry, provenance)
-    modality = "2d" if isinstance(contract, ImageContract) else "3d"
     paper = _paper_of_method(name)
     reported = entry.results if entry is not None and theirs else ()
     papers = _papers(entry) if entry is not None else {}
-    held = set(WEIGHT_FILES[arch.name] if roles is None else roles)
+    held = set(arch.roles if roles is None else roles)
     if files is not None and roles is None:
         held = {stored.role for stored in files.values()}
     data = entry.data if entry is not None else license.datasets[0][0]
@@ -76,7 +74,7 @@ def render_card(
         name,
         arch,
         license,
-        modality=modality,
+        modality=arch.modality,
         method=_method(name),
         results=results or reported,
         papers=None if results else papers,
@@ -86,7 +84,7 @@ def render_card(
     return _join(
         head,
         f"# {name}",
-        _summary(arch, modality, data, entry.description if entry is not None else ""),
+        _summary(arch, data, entry.description if entry is not None else ""),
         "" if finished else "**Unfinished**: written on the way; training goes on or was stopped.",
         _facts_table(facts),
         "## Use",
@@ -129,7 +127,7 @@ def render_entry(entry: Entry) -> str:
     return _join(
         head,
         f"# {entry.name}",
-        _summary(entry.arch, entry.modality, entry.data, entry.description),
+        _summary(entry.arch, entry.data, entry.description),
         _facts_table(facts),
         "## Weights",
         *_weights(entry),
@@ -185,7 +183,7 @@ def catalog_table(names: Iterable[str] | None = None) -> str:
 def _catalog_row(entry: Entry) -> tuple[str, ...]:
     return (
         f"[`{entry.name}`](model_cards/{entry.name}.md)",
-        network_title(entry.arch),
+        entry.arch.title,
         entry.data,
         entry.license.weights.removeprefix("LicenseRef-"),
         WEIGHTS_FROM[entry.status],
@@ -208,15 +206,6 @@ def headline(entry: Entry) -> str | None:
     short = next((short for text, short in SHORT_TASKS.items() if text in task_of(chosen)), "")
     where = " ".join(filter(None, (chosen.dataset, short)))
     return ", ".join(filter(None, (f"{chosen.value:g} {chosen.metric}", where, detail_of(chosen))))
-
-
-def network_title(arch: Arch) -> str:
-    """A short name for people, such as "ResNet-18 U-Net" or "SR-UNet34C"."""
-    if arch.name == "sr_unet":
-        return "SR-UNet" if "planes" in arch.args else f"SR-UNet{arch.args.get('variant', '34C')}"
-    kind = {"resnet_unet": " U-Net", "resnet_depth_unet": " depth U-Net"}.get(arch.name, "")
-    width = arch.args.get("width", 64)
-    return f"ResNet-{arch.args.get('depth', 18)}{kind}" + ("" if width == 64 else f", width {width}")
 
 
 def update_readme(path: Path) -> bool:
@@ -250,14 +239,14 @@ def write_cards(folder: Path) -> list[Path]:
 # ---- what it is ----
 
 
-def _summary(arch: Arch, modality: str, data: str, description: str) -> str:
-    kind = "images" if modality == "2d" else "point clouds"
+def _summary(arch: Arch, data: str, description: str) -> str:
+    kind = "images" if arch.modality == "2d" else "point clouds"
     what = f": {description}" if description else ""
-    return f"{network_title(arch)} for {kind}, pre-trained on {data}{what}."
+    return f"{arch.title} for {kind}, pre-trained on {data}{what}."
 
 
 def _network(arch: Arch) -> str:
-    return f"{network_title(arch)}, `{arch}`"
+    return f"{arch.title}, `{arch}`"
 
 
 def _method(name: str) -> str | None:

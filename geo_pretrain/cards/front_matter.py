@@ -40,12 +40,6 @@ HUB_DATASETS = {"ImageNet": "ILSVRC/imagenet-1k"}  # the owner's own repository;
 SENSORS = {"ScanNet": "rgb-d", "rooms": "rgb-d", "KITTI": "lidar", "nuScenes": "lidar"}
 START = re.compile(r"torchvision ResNet-(\d+) IMAGENET1K_V1\b")  # what a base model's text begins with
 METRICS = {"mIoU": "mean_iou", "accuracy": "accuracy"}  # those that the Hub has; the others keep their own name
-ARCH_TAGS = {
-    "resnet": ("resnet",),
-    "resnet_unet": ("resnet", "unet"),
-    "resnet_depth_unet": ("resnet", "unet"),
-    "sr_unet": ("sparse-unet", "minkowski"),
-}
 
 
 def front_matter(
@@ -106,7 +100,7 @@ def tags(arch: Arch, license: License, modality: str, method: str | None) -> lis
     found = [
         None if method is None else slug(method),
         "image" if modality == "2d" else "point-cloud",
-        *ARCH_TAGS[arch.name],
+        *arch.architecture.tags,
         *(slug(name) for name in data),
         *sensors,
         "self-supervised",

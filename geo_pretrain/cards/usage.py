@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from geo_pretrain.backbones import WEIGHT_FILES
 from geo_pretrain.catalog.entry import Arch
 from geo_pretrain.contract import COLORS, ImageContract, VoxelContract
 
 CLONE = "path/to/geo_pretrain"  # of this project, for torch.hub
-HOST_WIDTH = 64  # the ResNets of torchvision and timm
 
 
 @dataclass(frozen=True)
@@ -49,36 +47,30 @@ def snippets(
         return found
     found = [_own_2d(where, arch, contract, pretrained, decoder)]
     found += [_torch_hub(str(name))] if by_name else []
-    if pretrained and is_host_resnet(arch):
+    if pretrained and arch.host_encoder is not None:
         found += [_timm(str(name)), _smp(str(name))] if by_name else []
         found.append(_torchvision(where))
     return found
 
 
-def is_host_resnet(arch: Arch) -> bool:
-    """Whether the encoder is a ResNet as torchvision and timm build it."""
-    return arch.name.startswith("resnet") and arch.args.get("width", HOST_WIDTH) == HOST_WIDTH
-
-
 def encoder_channels(arch: Arch) -> tuple[int, ...]:
     """Channels of the ResNet encoder's maps at strides 2, 4, 8, 16 and 32."""
-    width = int(arch.args.get("width", HOST_WIDTH))
-    expansion = 4 if arch.args.get("depth", 18) >= 50 else 1
+    given = {**arch.architecture.defaults, **arch.args}
+    width, expansion = int(given["width"]), 4 if given["depth"] >= 50 else 1
     return (width, *((width << stage) * expansion for stage in range(4)))
 
 
 def dense_shape(arch: Arch, contract: ImageContract) -> str:
     """The shape of the U-Net's features for one image of the contract's size, such as "[1, 128, 120, 160]"."""
-    height, width = contract.size
-    if arch.name == "resnet_unet":  # twice the map at stride 4
-        height, width = (2 * -(-side // 4) for side in (height, width))
+    stride, factor = arch.architecture.dense
+    height, width = (factor * -(-side // stride) for side in contract.size)
     return f"[1, {output_channels(arch)}, {height}, {width}]"
 
 
 def output_channels(arch: Arch) -> int:
     """Channels of the network's output, with the constructor's own default where the arguments are silent."""
-    defaults = {"resnet_unet": encoder_channels(arch)[1] // 2, "resnet_depth_unet": 16, "sr_unet": 32}
-    return int(arch.args.get("out_chans") or defaults[arch.name])
+    stated = arch.args.get("out_chans") or arch.architecture.defaults.get("out_chans")
+    return int(stated or encoder_channels(arch)[1] // 2)
 
 
 def _own_2d(where: str, arch: Arch, contract: ImageContract, pretrained: bool, decoder: bool) -> Snippet:
@@ -92,7 +84,7 @@ def _own_2d(where: str, arch: Arch, contract: ImageContract, pretrained: bool, d
         f'encoder = gp.load_backbone("{where}"{off})',
         f"maps = encoder(encoder.transforms(image)[None])  # {maps} channels at strides 2, 4, 8, 16, 32",
     ]
-    if decoder and "decoder" in WEIGHT_FILES[arch.name]:
+    if decoder and arch.has_decoder:
         lines += [
             f'unet = gp.load_backbone("{where}", decoder=True{off})',
             f"features = unet(unet.transforms(image)[None])  # {dense_shape(arch, contract)}",

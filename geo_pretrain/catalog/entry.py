@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from geo_pretrain.backbones import ARCHITECTURES, WEIGHT_FILES
+from geo_pretrain.backbones.architectures import Arch as Arch
 from geo_pretrain.catalog.license import PERMISSIVE as PERMISSIVE
 from geo_pretrain.catalog.license import License as License
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.convert import FORMATS
 from geo_pretrain.errors import renamed, unknown
 
-NETWORKS_3D = ("sr_unet",)
 NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)+(\.[a-z0-9_]+)?")  # <method>_<variant>_<architecture>[.<tag>]
 MODALITIES = ("2d", "3d")
 STATUSES = {
@@ -37,22 +36,6 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 HF_SOURCE = re.compile(r"hf-hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}", re.ASCII)
 WEB = re.compile(r"https?://[^/\s]+/\S+")
 PERCENTAGES = ("mIoU", "mAcc", "IoU", "accuracy", "AP", "AP50", "AP75", "mAP@0.25", "mAP@0.5")
-
-
-@dataclass(frozen=True)
-class Arch:
-    """An architecture's name (a key of `backbones.ARCHITECTURES`) and the arguments of its constructor."""
-
-    name: str
-    args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.name not in ARCHITECTURES:
-            raise unknown("architecture", self.name, ARCHITECTURES)
-        object.__setattr__(self, "args", dict(self.args))
-
-    def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.args.items())})"
 
 
 @dataclass(frozen=True)
@@ -191,7 +174,7 @@ class Entry:
         wanted = ImageContract if self.modality == "2d" else VoxelContract
         if not isinstance(self.contract, wanted):
             raise ValueError(f"{self.name}: a {self.modality} entry needs a contract of type {wanted.__name__}.")
-        if (self.arch.name in NETWORKS_3D) != (self.modality == "3d"):
+        if self.arch.modality != self.modality:
             raise ValueError(f"{self.name}: {self.arch.name} is not a {self.modality} architecture.")
         chans, named = self.arch.args.get("in_chans", 3), len(self.contract.channels)
         if chans != named:
@@ -223,12 +206,12 @@ class Entry:
                         f"{self.name}: source of {file.name} is {source!r}; accepted: 'hf-hub:owner/repo@' with a "
                         f"commit's 40 hex digits, or an http(s) URL that ends in /{self.name}/{file.name}."
                     )
-        missing = set(WEIGHT_FILES[self.arch.name]) - {file.role for file in self.files}
+        missing = set(self.arch.roles) - {file.role for file in self.files}
         if self.status == "published-here" and missing:
             raise ValueError(f"{self.name}: no file holds the {' and the '.join(sorted(missing))} of {self.arch.name}.")
 
     def _check_authors_files(self) -> None:
-        network = WEIGHT_FILES[self.arch.name]
+        network = self.arch.roles
         twice = _repeated(file.url for file in self.authors_files)
         if twice:
             raise ValueError(f"{self.name}: {twice[0]} is given more than once.")

@@ -40,7 +40,6 @@ def list_command(
 
     Example: `geo-pretrain list "pri3d*" --license permissive`
     """
-    from geo_pretrain.cards import network_title
     from geo_pretrain.catalog import backbone_info, list_backbones
     from geo_pretrain.errors import nearest
 
@@ -54,7 +53,7 @@ def list_command(
     for name in names:
         entry = backbone_info(name)
         license = entry.license.weights.removeprefix("LicenseRef-")
-        table.add_row(name, network_title(entry.arch), entry.data, license, entry.status)
+        table.add_row(name, entry.arch.title, entry.data, license, entry.status)
     # One line a name, also in a pipe, where rich would take the terminal for 80 columns wide.
     wide = Console(width=max(console.width, LIST_WIDTH), soft_wrap=True)
     wide.print(table if names else f"No backbone matches. Closest: {', '.join(nearest(pattern, list_backbones()))}.")
@@ -113,12 +112,11 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
 
 def _load(name: str, hub: str | None) -> tuple[Any, Path]:
     """The load report of the whole network, and the folder it came from."""
-    from geo_pretrain.backbones.build import has_decoder
     from geo_pretrain.checkpoint import read_checkpoint
     from geo_pretrain.loading import load_backbone
 
     folder = _resolve(name, hub, roles=lambda found: found.network_roles())
-    network: Any = load_backbone(folder, decoder=has_decoder(read_checkpoint(folder).arch))
+    network: Any = load_backbone(folder, decoder=read_checkpoint(folder).arch.has_decoder)
     return network.load_report, folder
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geo_pretrain import __version__, checkpoint
-from geo_pretrain.backbones import WEIGHT_FILES
 from geo_pretrain.cards import render_card
 from geo_pretrain.catalog import AuthorsFile, Entry
 from geo_pretrain.checkpoint import WEIGHT_ROLES, Checkpoint
@@ -238,7 +237,7 @@ def _record_digest(url: str, digest: str, cache_dir: Path) -> None:
 def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name: str, origin: Origin) -> Checkpoint:
     from safetensors.torch import load_file
 
-    from geo_pretrain.backbones.build import encoder_arch, golden_values, network_states
+    from geo_pretrain.backbones.build import golden_values, network_states
 
     expected = network_states(like.arch)
     converted = convert(origin.format, load_file(tensors), expected)
@@ -255,7 +254,7 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
     }
     own = name == like.name
     whole = converted.weights.keys() >= expected.keys()
-    arch = like.arch if whole else encoder_arch(like.arch)  # a folder says what it holds, for whoever verifies it alone
+    arch = like.arch if whole else like.arch.encoder_alone  # a folder says what it holds, for whoever verifies it alone
     card = render_card(
         name,
         arch,
@@ -286,7 +285,7 @@ def _network(like: Entry, weights: Mapping[str, Mapping[str, Tensor]]) -> Any:
 
     from geo_pretrain.backbones.build import build
 
-    roles = WEIGHT_FILES[like.arch.name]
+    roles = like.arch.roles
     if roles[0] not in weights:
         raise WeightsMismatch(
             f"{like.name!r}: the file holds no {roles[0]}; it gave {', '.join(weights) or 'nothing'}."

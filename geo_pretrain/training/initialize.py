@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain import hub
-from geo_pretrain.backbones.build import has_decoder
 from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.catalog import find
@@ -151,7 +150,7 @@ def _checkpoint(start: str, *, decoder: bool) -> nn.Module:
         return load_backbone(moco_v2_folder(start))
     entry = find(start)
     arch = entry.arch if entry is not None else _look(start).arch
-    return load_backbone(start, decoder=decoder and has_decoder(arch))
+    return load_backbone(start, decoder=decoder and arch.has_decoder)
 
 
 def _heads(found: Checkpoint) -> tuple[str, ...]:

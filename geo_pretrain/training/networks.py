@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from geo_pretrain import hub as hubs
 from geo_pretrain.adapters.common import encoder_of, freeze_stages
-from geo_pretrain.backbones.build import has_decoder
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.catalog import Entry, find
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
@@ -58,7 +57,7 @@ class PretrainedInit:
         width = self.width
         if self.named:
             arch = self._checked().arch
-            if has_decoder(arch):
+            if arch.has_decoder:
                 return load_backbone(self.backbone, decoder=True, **self.where), "all"
             width = arch.args.get("width", 64)
         with torch.random.fork_rng(devices=[]):

@@ -216,7 +216,7 @@ def test_a_name_cannot_stand_for_two_depths(forget, monkeypatch: pytest.MonkeyPa
     one = replace(CATALOG["pri3d_view_r18"], name="pri3d_other_r50")
     two = replace(CATALOG["pri3d_view_r50"], name="pri3d_other_r50.a")
     monkeypatch.setattr(adapter, "CATALOG", {one.name: one, two.name: two})
-    with pytest.raises(ValueError, match=r"'pri3d_other_r50' stands for ResNets of depths \[18, 50\]"):
+    with pytest.raises(ValueError, match=r"'pri3d_other_r50' stands for the encoders \['resnet18', 'resnet50'\]"):
         adapter.register()
     assert not timm.is_model("pri3d_other_r50")
 

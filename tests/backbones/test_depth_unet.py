@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from geo_pretrain.backbones.architectures import Arch
 from geo_pretrain.backbones.depth_unet import DepthDecoder, ResNetDepthUNet, mirror_border
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
 from geo_pretrain.contract import ImageContract
@@ -140,7 +141,7 @@ def test_every_weight_has_a_gradient():
 
 def test_it_is_an_image_backbone_with_its_encoders_maps():
     network = ResNetDepthUNet(width=8, in_chans=4).eval()
-    assert ResNetDepthUNet.encoder_class is ResNetEncoder
+    assert Arch("resnet_depth_unet").encoder_alone.architecture.load_class() is ResNetEncoder
     assert isinstance(network.encoder, ResNetEncoder)
     assert network.feature_info == network.encoder.feature_info
     assert [info["num_chs"] for info in network.feature_info] == [8, 8, 16, 32, 64]

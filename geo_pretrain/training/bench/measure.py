@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 
-from geo_pretrain.backbones.build import has_decoder
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import read_checkpoint
@@ -105,7 +104,7 @@ def _images(
     pretrained: bool,
     device: str,
 ) -> dict[str, Callable[[], Any]]:
-    decoder = has_decoder(read_checkpoint(folder).arch)
+    decoder = read_checkpoint(folder).arch.has_decoder
 
     def load(**options: Any) -> Any:
         return _load(folder, pretrained, seed, device, **options)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from geo_pretrain import hub
-from geo_pretrain.backbones.build import has_decoder
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.loading import load_backbone
@@ -106,7 +105,7 @@ def compare_pixel_to_voxel(
     of pre-training; `count` of them are spread evenly over those of `spec`.
     """
     found = read_checkpoint(hub.resolve(folder, roles=()))
-    if found.arch.name == "sr_unet" and found.pairing is not None:
+    if found.arch.modality == "3d" and found.pairing is not None:
         recipe = recipe_of(read_checkpoint(hub.resolve(folder, roles=_network_and_recipe)))
         spec = replace(spec, units="frames", size=spec.size if recipe is None else recipe.data.size)
         source = open_source(spec, split="val")
@@ -148,7 +147,7 @@ def dense_network(folder: str | Path, *, pretrained: bool = True) -> Any:
     found = read_checkpoint(folder)
     if not isinstance(found.contract, ImageContract):
         return load_backbone(folder, pretrained=pretrained)
-    if has_decoder(found.arch):
+    if found.arch.has_decoder:
         return load_backbone(folder, decoder=True, pretrained=pretrained)
     return EncoderMaps(load_backbone(folder, out_indices=STAGES, pretrained=pretrained)).eval()
 

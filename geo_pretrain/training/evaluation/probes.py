@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geo_pretrain import hub
-from geo_pretrain.backbones.build import has_decoder
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
@@ -443,11 +442,11 @@ def _load(
     """The network whose features are probed; of a 2D backbone the one that gives the maps of `part`."""
     folder = hub.resolve(backbone, roles=lambda found: found.network_roles(decoder=part != "encoder"))
     checkpoint = read_checkpoint(folder)
-    if part == "unet" and not has_decoder(checkpoint.arch):
+    if part == "unet" and not checkpoint.arch.has_decoder:
         raise CheckpointError(f"{checkpoint.name!r} holds an encoder alone ({checkpoint.arch}); probe part='encoder'.")
     options: dict[str, Any] = {}
-    if isinstance(checkpoint.contract, ImageContract):
-        unet = has_decoder(checkpoint.arch) and part != "encoder"
+    if checkpoint.arch.modality == "2d":
+        unet = checkpoint.arch.has_decoder and part != "encoder"
         options = {"decoder": True} if unet else {"out_indices": STAGES}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain import hub
-from geo_pretrain.backbones.build import encoder_arch, has_decoder
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
 from geo_pretrain.catalog.entry import Arch
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
@@ -83,11 +82,11 @@ def load_teacher(weights: str, depth: int = 50, *, dense: bool = False) -> Teach
     found = read_checkpoint(hub.resolve(weights, roles=()))
     if not isinstance(found.contract, ImageContract):
         raise RecipeError(f"Teacher {weights!r} is {found.arch}; accepted: a network for images.")
-    if dense and not has_decoder(found.arch):
+    if dense and not found.arch.has_decoder:
         raise RecipeError(f"Teacher {weights!r} is an encoder alone; accepted: dense false, or one with a decoder.")
     network: Any = load_backbone(weights, decoder=dense)
     chans = network.out_chans if dense else network.feature_info[-1]["num_chs"]
-    return Teacher(network, found.contract, chans, found.arch if dense else encoder_arch(found.arch))
+    return Teacher(network, found.contract, chans, found.arch if dense else found.arch.encoder_alone)
 
 
 def load_classifier(weights: str, depth: int = 50) -> tuple[Teacher, nn.Linear]:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geo_pretrain import hub
-from geo_pretrain.backbones.build import has_decoder
 from geo_pretrain.backbones.feature_pair import FeaturePair
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
@@ -263,7 +262,7 @@ def load_describers(
         pair = random_pair(found.name, seed) if random else load_backbone(found.name).pair()
         pair, title = pair.to(device), "random student" if random else title  # the teacher keeps its weights
         return [PairPixels(f"{title}: pixels", space, pair), PairPoints(f"{title}: voxels", space, pair)]
-    decoder = isinstance(contract, ImageContract) and has_decoder(checkpoint.arch) and level is None
+    decoder = isinstance(contract, ImageContract) and checkpoint.arch.has_decoder and level is None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = load_backbone(checkpoint.folder, decoder=decoder, pretrained=not random, device=device)

@@ -1,0 +1,175 @@
+"""Every architecture of the zoo, one row each: the only place that knows them all. No torch until a class is loaded.
+
+An `Arch` is an architecture with the arguments of its constructor, as catalog entries and config.json state it.
+`ENCODERS` are the names by which recipes and other libraries call image encoders, such as "resnet18".
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from geo_pretrain.errors import unknown
+
+HOST_WIDTH = 64  # of the stem: the ResNets of torchvision, timm and segmentation-models-pytorch
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What an architecture is. Adding one means adding its row to `ARCHITECTURES`."""
+
+    name: str  # in catalog entries and checkpoint folders
+    network: str  # "module:class" of the whole network
+    modality: Literal["2d", "3d"]
+    roles: tuple[str, ...]  # of the files that hold its weights; of two, the first is enough without the decoder
+    stem: str  # key of the first convolution's weight in the network's state dict
+    title: str  # for people, a format string over the constructor's arguments
+    defaults: Mapping[str, Any]  # of the constructor, where titles and cards need them
+    tags: tuple[str, ...]  # of model cards
+    encoder: str | None = None  # architecture of the encoder alone; None: it is one, or comes in one piece
+    dense: tuple[int, int] = (1, 1)  # (stride, factor): the decoder's side is factor * ceil(side / stride)
+
+    def load_class(self) -> Any:
+        """Import the network's class."""
+        module, _, name = self.network.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+_RESNET = {"depth": 18, "width": HOST_WIDTH}
+_ROWS = (
+    Architecture(
+        name="resnet",
+        network="geo_pretrain.backbones.resnet_unet:ResNetEncoder",
+        modality="2d",
+        roles=("encoder",),
+        stem="conv1.weight",
+        title="ResNet-{depth}",
+        defaults=_RESNET,
+        tags=("resnet",),
+    ),
+    Architecture(
+        name="resnet_unet",
+        network="geo_pretrain.backbones.resnet_unet:ResNetUNet",
+        modality="2d",
+        roles=("encoder", "decoder"),
+        stem="encoder.conv1.weight",
+        title="ResNet-{depth} U-Net",
+        defaults=_RESNET,
+        tags=("resnet", "unet"),
+        encoder="resnet",
+        dense=(4, 2),
+    ),
+    Architecture(
+        name="resnet_depth_unet",
+        network="geo_pretrain.backbones.depth_unet:ResNetDepthUNet",
+        modality="2d",
+        roles=("encoder", "decoder"),
+        stem="encoder.conv1.weight",
+        title="ResNet-{depth} depth U-Net",
+        defaults=_RESNET | {"out_chans": 16},
+        tags=("resnet", "unet"),
+        encoder="resnet",
+    ),
+    Architecture(
+        name="sr_unet",
+        network="geo_pretrain.backbones.sr_unet:SRUNet",
+        modality="3d",
+        roles=("model",),
+        stem="conv0p1s1.kernel",
+        title="SR-UNet{variant}",
+        defaults={"variant": "34C", "out_chans": 32},
+        tags=("sparse-unet", "minkowski"),
+    ),
+)
+ARCHITECTURES: Mapping[str, Architecture] = {row.name: row for row in _ROWS}
+
+
+@dataclass(frozen=True)
+class Arch:
+    """An architecture's name, a key of `ARCHITECTURES`, and the arguments of its constructor."""
+
+    name: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in ARCHITECTURES:
+            raise unknown("architecture", self.name, ARCHITECTURES)
+        object.__setattr__(self, "args", dict(self.args))
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.args.items())})"
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row of `ARCHITECTURES`."""
+        return ARCHITECTURES[self.name]
+
+    @property
+    def modality(self) -> Literal["2d", "3d"]:
+        """What the network sees: "2d" images or "3d" points."""
+        return self.architecture.modality
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the files that hold the network's weights."""
+        return self.architecture.roles
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the network is an encoder and a decoder, and the encoder can be loaded alone."""
+        return "decoder" in self.roles
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether the network has no encoder that could be loaded alone: the sparse U-Net."""
+        return self.roles == ("model",)
+
+    @property
+    def encoder_alone(self) -> Arch:
+        """The network's encoder; the network itself where it is one or comes in one piece."""
+        encoder = self.architecture.encoder
+        if encoder is None:
+            return self
+        return replace(self, name=encoder, args={key: value for key, value in self.args.items() if key != "out_chans"})
+
+    @property
+    def encoder_name(self) -> str | None:
+        """The name in `ENCODERS` of the network's encoder, of any width; None: it has none."""
+        encoder = self.encoder_alone
+        given = encoder.architecture.defaults | encoder.args
+        for name, arch in ENCODERS.items():
+            if arch.name == encoder.name and all(given.get(key) == value for key, value in arch.args.items()):
+                return name
+        return None
+
+    @property
+    def host_encoder(self) -> str | None:
+        """The name by which torchvision and timm know a network with the encoder's tensors; None: they have none."""
+        return self.encoder_name if self.args.get("width", HOST_WIDTH) == HOST_WIDTH else None
+
+    @property
+    def title(self) -> str:
+        """A short name for people, such as "ResNet-18 U-Net" or "SR-UNet34C"."""
+        values = {**self.architecture.defaults, **self.args}
+        if "planes" in values:  # channels of its own, so it is no variant
+            values["variant"] = ""
+        width = values.get("width", HOST_WIDTH) if self.modality == "2d" else HOST_WIDTH
+        return self.architecture.title.format(**values) + ("" if width == HOST_WIDTH else f", width {width}")
+
+
+# name in recipes, torchvision and timm -> what it is, but for its width
+ENCODERS: Mapping[str, Arch] = {f"resnet{depth}": Arch("resnet", {"depth": depth}) for depth in (18, 34, 50, 101)}
+
+
+def encoder_arch(name: str, **args: Any) -> Arch:
+    """The encoder that `name` stands for, with further arguments such as `width`. Raises `UnknownName`.
+
+    >>> str(encoder_arch("resnet18", width=8))
+    'resnet(depth=18, width=8)'
+    """
+    if name not in ENCODERS:
+        raise unknown("image encoder", name, ENCODERS)
+    arch = ENCODERS[name]
+    return replace(arch, args={**arch.args, **args})

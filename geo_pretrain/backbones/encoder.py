@@ -1,0 +1,42 @@
+"""What every 2D encoder can do: an image in, a pyramid of maps out, and its stages by name.
+
+Start weights, teachers, adapters and fine-tuning use encoders through this protocol and know no particular network.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from geo_pretrain.backbones.architectures import encoder_arch
+
+Stages = list[tuple[str, list[nn.Module]]]
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """A 2D encoder. `ResNetEncoder` is one."""
+
+    feature_info: list[dict[str, Any]]  # of each map, finest first: "num_chs", "reduction" (its stride), "module"
+    in_chans: int
+    output_stride: int  # of the last map
+    host_name: str | None  # the network with the same tensors in torchvision and timm, "resnet18"; None: they have none
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x [B, in_chans, H, W], normalized -> maps [B, C, H / stride, W / stride], finest first."""
+
+    def stages(self) -> Stages:
+        """Name and modules of each stage, the stem first: what is frozen, dilated or given its own learning rate."""
+
+
+def build_encoder(name: str, **args: Any) -> Any:
+    """A randomly initialized encoder by its name, such as "resnet18".
+
+    `args` are those of its class: `width`, `in_chans`, `output_stride`, `out_indices`. Raises `UnknownName`.
+
+    >>> [info["num_chs"] for info in build_encoder("resnet18").feature_info]
+    [64, 64, 128, 256, 512]
+    """
+    arch = encoder_arch(name, **args)
+    return arch.architecture.load_class()(**arch.args)
