@@ -12,6 +12,8 @@ import pytest
 from geo_pretrain.training import losses
 
 EXAMPLES = {
+    "geo_pretrain.backbones.architectures": 1,
+    "geo_pretrain.backbones.build": 1,
     "geo_pretrain.catalog": 1,
     "geo_pretrain.hub.transfer": 2,
     "geo_pretrain.adapters.timm": 2,

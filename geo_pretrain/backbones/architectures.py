@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from geo_pretrain.backbones.encoder import HOST_WIDTH
 from geo_pretrain.errors import unknown
-
-HOST_WIDTH = 64  # of the stem: the ResNets of torchvision, timm and segmentation-models-pytorch
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.architectures import Arch
+from geo_pretrain.backbones.architectures import Arch, encoder_arch
 from geo_pretrain.backbones.base import ImageBackbone
+from geo_pretrain.backbones.encoder import HOST_WIDTH
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.sparse.tensor import SparseTensor
@@ -42,6 +43,17 @@ def build(
         return built.architecture.load_class()(**args)
     except TypeError as error:
         raise CheckpointError(f"{arch} cannot be built: {error}") from error
+
+
+def build_encoder(name: str, *, width: int = HOST_WIDTH, **options: Any) -> Any:
+    """A randomly initialized `ImageEncoder` by its name, such as "resnet18"; `options` are those of `build`.
+
+    Raises `UnknownName`.
+
+    >>> [info["num_chs"] for info in build_encoder("resnet18").feature_info]
+    [64, 64, 128, 256, 512]
+    """
+    return build(encoder_arch(name, width=width), **options)
 
 
 def network_states(arch: Arch) -> dict[str, dict[str, Tensor]]:

@@ -5,13 +5,14 @@ Start weights, teachers, adapters and fine-tuning use encoders through this prot
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-from geo_pretrain.backbones.architectures import encoder_arch
+HOST_WIDTH = 64  # channels of the stem of the ResNets in torchvision, timm and segmentation-models-pytorch
 
-Stages = list[tuple[str, list[nn.Module]]]
+Stages: TypeAlias = "list[tuple[str, list[nn.Module]]]"
 
 
 @runtime_checkable
@@ -28,15 +29,3 @@ class ImageEncoder(Protocol):
 
     def stages(self) -> Stages:
         """Name and modules of each stage, the stem first: what is frozen, dilated or given its own learning rate."""
-
-
-def build_encoder(name: str, **args: Any) -> Any:
-    """A randomly initialized encoder by its name, such as "resnet18".
-
-    `args` are those of its class: `width`, `in_chans`, `output_stride`, `out_indices`. Raises `UnknownName`.
-
-    >>> [info["num_chs"] for info in build_encoder("resnet18").feature_info]
-    [64, 64, 128, 256, 512]
-    """
-    arch = encoder_arch(name, **args)
-    return arch.architecture.load_class()(**arch.args)

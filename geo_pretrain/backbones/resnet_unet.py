@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from geo_pretrain.backbones.architectures import HOST_WIDTH
 from geo_pretrain.backbones.base import ImageBackbone
-from geo_pretrain.backbones.encoder import Stages
+from geo_pretrain.backbones.encoder import HOST_WIDTH, Stages
 
 BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
