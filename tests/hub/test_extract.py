@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 from geo_pretrain.hub.extract import Extracted, Limits, extract
 from geo_pretrain.hub.unpickle import job, tensors
-from geo_pretrain.hub.unpickle.machine import STEPS, Budget, Machine
-from geo_pretrain.hub.unpickle.stand_ins import Dict
+from geo_pretrain.hub.unpickle.budget import Budget
+from geo_pretrain.hub.unpickle.machine import STEPS, Machine
+from geo_pretrain.hub.unpickle.nodes import Dict
 from tests.hub import hostile
 from tests.hub.extraction import DTYPES, assert_twins, failure, mapped, pickled, torch_file
 

@@ -26,7 +26,8 @@ from geo_pretrain.errors import CheckpointError, UnsafeFile
 from geo_pretrain.hub import extract as extract_module
 from geo_pretrain.hub.extract import Limits, extract
 from geo_pretrain.hub.unpickle import job
-from geo_pretrain.hub.unpickle.machine import STEPS, Budget, Machine
+from geo_pretrain.hub.unpickle.budget import Budget
+from geo_pretrain.hub.unpickle.machine import STEPS, Machine
 from geo_pretrain.hub.unpickle.names import Refused, Unreadable
 from tests.hub import hostile
 from tests.hub.extraction import Children, children, failure, mapped, torch_bytes

@@ -1,8 +1,8 @@
 """Start of the child process: `python -I <this folder>`.
 
-The modules here import each other by their full names, `geo_pretrain.hub.unpickle.*`, in the child as everywhere: there
-a bare package of that name, which holds this folder and nothing else, stands in before the first of them is imported,
-and Python, finding the parent there, never looks for `geo_pretrain` itself.
+The modules here import each other by their full names, `geo_pretrain.hub.unpickle.*`, in the child as everywhere. In
+the child an empty package of that name, with this folder as its only path, is registered before the first of them is
+imported: Python finds the parent package there and never looks for `geo_pretrain` itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PACKAGE = "geo_pretrain.hub.unpickle"
 
 
 def stand_alone() -> None:
-    """Give this folder its name in the package, and take it off the path, where Python put it as what it was to run."""
+    """Register this folder as the package `geo_pretrain.hub.unpickle`, and remove it from sys.path."""
     folder = Path(__file__).absolute().parent
     package = ModuleType(PACKAGE)
     package.__path__ = [str(folder)]

@@ -1,4 +1,4 @@
-"""The files: which format one has, its pickle read, and where its storages lie."""
+"""File formats: recognize one, read its pickle, and locate its tensor storages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from geo_pretrain.hub.unpickle.machine import Budget, Machine, Persistent
+from geo_pretrain.hub.unpickle.budget import Budget
+from geo_pretrain.hub.unpickle.machine import Machine, Persistent
 from geo_pretrain.hub.unpickle.names import ITEM, NAME_LENGTH, Name, Refused, Unreadable, shown
-from geo_pretrain.hub.unpickle.stand_ins import CELLS, Storage, kind
+from geo_pretrain.hub.unpickle.nodes import CELLS, Storage, kind
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 ACCEPTED = "files of torch.save and pickles of numpy arrays"
@@ -19,14 +20,14 @@ ACCEPTED = "files of torch.save and pickles of numpy arrays"
 
 @dataclass
 class Opened:
-    """A file whose pickle has been read: its top-level value, and where its storages lie."""
+    """A file whose pickle has been read: the top-level value, and the positions of its storages."""
 
     top: Any
     records: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)  # key -> (start, bytes, crc or 0)
 
 
 def read_file(data: Any, budget: Budget, limits: Mapping[str, Any]) -> Opened:
-    """Find out what the file is, and read its pickle. `data` is a memory map or bytes."""
+    """Recognize the file's format and read its pickle. `data` is a memory map or bytes."""
     head = data[:512]
     if head[:4] == b"PK\x03\x04":
         return read_zip(data, budget, limits)
@@ -43,7 +44,7 @@ def read_file(data: Any, budget: Budget, limits: Mapping[str, Any]) -> Opened:
 
 
 def other_format(head: bytes) -> str | None:
-    """The name of a format that is neither."""
+    """Describe a format that cannot be read, by its first bytes; None if it may be a pickle."""
     if not head:
         return "empty"
     text = head.lstrip().lower()
@@ -72,13 +73,13 @@ def other_format(head: bytes) -> str | None:
 
 
 def nothing_after(at: int, data: Any) -> None:
-    """Raises `Refused` when a file goes on behind its end."""
+    """Raises `Refused` when bytes follow the end of the pickle or the last storage."""
     if at != len(data):
         raise Refused(f"{len(data) - at} bytes follow its end")
 
 
 def read_legacy(data: Any, at: int, budget: Budget) -> Opened:
-    """torch < 1.6: behind the magic number protocol, system, object and storage keys as pickles; then raw storages."""
+    """torch < 1.6: pickles of magic number, protocol, system, object and storage keys; then the raw storages."""
     declared: dict[str, Storage] = {}
 
     def persistent(given: Any) -> Any:
@@ -127,7 +128,7 @@ def read_legacy(data: Any, at: int, budget: Budget) -> Opened:
 
 
 def storage_of(given: tuple[Any, ...]) -> Storage:
-    """torch's persistent id: ("storage", type, key, location, elements)."""
+    """Parse torch's persistent id: ("storage", type, key, location, elements)."""
     tag, cls, key, _, count = given
     dtype = cls.storage if isinstance(cls, Name) else None
     if tag != "storage" or not isinstance(key, str) or len(key) > NAME_LENGTH or type(count) is not int:
@@ -140,7 +141,7 @@ def storage_of(given: tuple[Any, ...]) -> Storage:
 
 
 def view_of(whole: Storage, view: Any) -> Storage:
-    """torch < 0.4 kept views of storages: (key, offset, elements)."""
+    """Apply a view of a storage, as torch < 0.4 wrote them: (key, offset, elements)."""
     if view is None:
         return whole
     if not isinstance(view, tuple) or len(view) != 3 or type(view[1]) is not int or type(view[2]) is not int:
@@ -152,7 +153,7 @@ def view_of(whole: Storage, view: Any) -> Storage:
 
 
 def read_zip(data: Any, budget: Budget, limits: Mapping[str, Any]) -> Opened:
-    """torch >= 1.6: <name>/data.pkl and one uncompressed record <name>/data/<key> a storage."""
+    """torch >= 1.6: a zip with <name>/data.pkl and an uncompressed record <name>/data/<key> for each storage."""
     tail = data[-22:]
     if tail[:4] != b"PK\x05\x06" or tail[20:] != b"\0\0":
         if data.rfind(b"PK\x05\x06", max(0, len(data) - (1 << 17))) < 0:
@@ -191,12 +192,12 @@ def read_zip(data: Any, budget: Budget, limits: Mapping[str, Any]) -> Opened:
     machine = Machine(text, 0, size, budget, persistent)
     top = machine.run()
     nothing_after(machine.at, text)
-    found = {key.removeprefix("data/"): where for key, where in records.items() if key.startswith("data/")}
-    return Opened(top, found)
+    storages = {key.removeprefix("data/"): where for key, where in records.items() if key.startswith("data/")}
+    return Opened(top, storages)
 
 
 def listing(data: Any, limits: Mapping[str, Any]) -> dict[str, zipfile.ZipInfo]:
-    """The members of an archive by name."""
+    """The members of a zip archive by name."""
     try:
         with zipfile.ZipFile(data) as archive:  # a memory map is a file
             infos = archive.infolist()
@@ -211,7 +212,7 @@ def listing(data: Any, limits: Mapping[str, Any]) -> dict[str, zipfile.ZipInfo]:
 
 
 def record(data: Any, name: str, info: zipfile.ZipInfo) -> tuple[int, int, int]:
-    """Where an uncompressed member lies: start, bytes, checksum."""
+    """Locate an uncompressed member: (first byte, number of bytes, checksum)."""
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise Refused(f"its member {shown(name)} is compressed; torch.save does not compress")
     if info.flag_bits & 0x1:
@@ -230,7 +231,7 @@ def record(data: Any, name: str, info: zipfile.ZipInfo) -> tuple[int, int, int]:
 
 
 def disjoint(records: Any) -> None:
-    """Members that share bytes are how a small archive becomes a huge one."""
+    """Raises `Refused` when members share bytes, the way in which a small archive unfolds to a huge one."""
     end = 0
     for start, size, _ in sorted(records):
         if start < end:

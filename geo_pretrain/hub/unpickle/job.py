@@ -1,4 +1,4 @@
-"""The process: limits, a second wall, one job from standard input and its report."""
+"""The child process: set limits, install the audit hook, do one job from standard input, and report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from geo_pretrain.hub.unpickle.budget import Budget
 from geo_pretrain.hub.unpickle.formats import read_file
-from geo_pretrain.hub.unpickle.machine import Budget
 from geo_pretrain.hub.unpickle.names import NAME_LENGTH, Refused, Unreadable, shown
-from geo_pretrain.hub.unpickle.stand_ins import Dict
+from geo_pretrain.hub.unpickle.nodes import Dict
 from geo_pretrain.hub.unpickle.tensors import check_sums, choose, wanted_of, write
 
-SCALARS, SKIPPED, NAMES = 100, 1000, 100  # how many the report lists
+SCALARS, SKIPPED, NAMES = 100, 1000, 100  # the report lists at most so many of each
 
 
 def extract(data: Any, out: Path, entries: Sequence[str], limits: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,18 +40,18 @@ def extract(data: Any, out: Path, entries: Sequence[str], limits: Mapping[str, A
 
 
 def scalars(top: Any) -> dict[str, Any]:
-    """Numbers and short texts at the top level."""
-    found: dict[str, Any] = {}
+    """The numbers and short texts at the top level of the file."""
+    listed: dict[str, Any] = {}
     for key, value in top.items() if isinstance(top, Dict) else ():
         short = isinstance(value, str) and len(value) <= NAME_LENGTH
         number = isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 63)
-        if isinstance(key, str) and (short or number) and len(found) < SCALARS:
-            found[shown(key)] = shown(value) if short else value
-    return found
+        if isinstance(key, str) and (short or number) and len(listed) < SCALARS:
+            listed[shown(key)] = shown(value) if short else value
+    return listed
 
 
 def set_limits(limits: Mapping[str, Any], size: int) -> None:
-    """Memory beyond what is in use now and the mapped file, CPU seconds, bytes written, no core files, no processes."""
+    """Limit this process's memory (beyond that in use and the mapped file), CPU time, output size and core files."""
     try:
         import resource
     except ImportError:  # not on Windows; the parent's clock is what is left there
@@ -80,7 +80,7 @@ def set_limits(limits: Mapping[str, Any], size: int) -> None:
 
 
 def deny(event: str, _: tuple[Any, ...]) -> None:
-    """A second wall, should the first have a hole: this process starts nothing, calls nobody and unpickles nothing."""
+    """Audit hook, a second line of defense: this process starts nothing, opens no socket and unpickles nothing."""
     if event.split(".")[0] in ("subprocess", "socket", "pickle", "webbrowser") or event in (
         "os.system",
         "os.exec",

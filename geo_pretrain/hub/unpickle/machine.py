@@ -1,4 +1,4 @@
-"""The machine: steps through the instructions of a pickle, within a budget."""
+"""An interpreter of pickle instructions that imports and calls nothing, within a budget."""
 
 from __future__ import annotations
 
@@ -7,59 +7,21 @@ import pickle
 import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from geo_pretrain.hub.unpickle.names import (
-    NAME_LENGTH,
-    SHOWN,
-    Name,
-    Refused,
-    Unreadable,
-    is_forbidden,
-    normalized,
-    shown,
-)
-from geo_pretrain.hub.unpickle.stand_ins import BUILDERS, Array, Dict, Dtype, Foreign, kind, put
-
-
-@dataclass
-class Budget:
-    """What one file may cost: instructions, and bytes that its texts are turned into."""
-
-    operations: int
-    recoded: int
-    names: dict[str, None] = field(default_factory=dict)  # foreign
-    forbidden: dict[str, None] = field(default_factory=dict)
-
-    def spend(self, operations: int = 1) -> None:
-        """Raises `Refused` when the file has used up its instructions."""
-        self.operations -= operations
-        if self.operations < 0:
-            raise Refused("its pickle has more instructions than are accepted")
-
-    def recode(self, size: int) -> None:
-        """Raises `Refused` when more is made of the file's texts than the file can hold."""
-        self.recoded -= size
-        if self.recoded < 0:
-            raise Refused("its pickle unfolds to far more than the file holds")
-
-    def check_names(self) -> None:
-        """Raises `Refused` naming what has no place in a file of weights."""
-        if self.forbidden:
-            names = list(self.forbidden)
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            listed = ", ".join(names[:SHOWN]) + more
-            raise Refused(f"it names {listed}, which have no place in a file of weights. Nothing of it was executed")
-
+from geo_pretrain.hub.unpickle.budget import Budget
+from geo_pretrain.hub.unpickle.names import NAME_LENGTH, Name, Refused, Unreadable, is_forbidden, normalized, shown
+from geo_pretrain.hub.unpickle.nodes import Array, Dict, Dtype, Foreign, kind, put
+from geo_pretrain.hub.unpickle.stand_ins import call
 
 Persistent = Callable[[Any], Any]
 
 
 class Machine:
-    """Steps through one pickle in `data` from `at`; afterwards `at` is the byte behind it.
+    """Interprets one pickle in `data` from byte `at`; afterwards `at` is the first byte after it.
 
-    `persistent` answers the file's persistent ids; None: it may have none. Raises `Refused` and `Unreadable` only.
+    `persistent` resolves the file's persistent ids; None: the file may have none. Raises `Refused` and `Unreadable`
+    only.
     """
 
     def __init__(self, data: Any, at: int, end: int, budget: Budget, persistent: Persistent | None = None) -> None:
@@ -70,7 +32,7 @@ class Machine:
         self.memo: dict[int, Any] = {}  # by index: a huge index is one entry, not an array
 
     def run(self) -> Any:
-        """The value of the pickle."""
+        """Interpret the pickle up to its STOP and return its value."""
         try:
             while (code := self.take(1)[0]) != pickle.STOP[0]:
                 self.budget.spend()
@@ -82,7 +44,7 @@ class Machine:
             if self.stack or self.marks:
                 raise Unreadable("its pickle ends with values left over")
         except (Unreadable, Refused):
-            self.budget.check_names()  # malice first: a broken pickle runs up to where it breaks
+            self.budget.check_names()  # outranks damage: Python would execute a broken pickle up to where it breaks
             raise
         return value
 
@@ -108,9 +70,9 @@ class Machine:
         stop = self.data.find(b"\n", self.at, self.end if limit is None else min(self.end, self.at + limit))
         if stop < 0:
             raise Unreadable("a line of the pickle does not end")
-        found = self.take(stop - self.at)
+        text = self.take(stop - self.at)
         self.at += 1
-        return found
+        return text
 
     def text_line(self) -> str:
         return decoded(self.line(4 * NAME_LENGTH), "utf-8")
@@ -139,7 +101,7 @@ class Machine:
         return items
 
     def drop(self) -> None:
-        """POP takes a mark when that is what lies on top."""
+        """POP: removes the top value, or the mark if that is on top."""
         if self.marks and self.marks[-1] == len(self.stack):
             self.marks.pop()
         else:
@@ -206,9 +168,9 @@ class Machine:
         self.set_items([key, value], self.top())
 
     def marked_dict(self) -> None:
-        pairs, made = self.pop_mark(), Dict()
-        self.set_items(pairs, made)
-        self.push(made)
+        pairs, items = self.pop_mark(), Dict()
+        self.set_items(pairs, items)
+        self.push(items)
 
     def marked_set(self) -> None:
         self.pop_mark()
@@ -232,12 +194,12 @@ class Machine:
             raise Refused("its pickle computes the name of a class")
         if len(module) > NAME_LENGTH or len(name) > NAME_LENGTH:
             raise Refused("its pickle names a class of more than 200 letters")
-        found = Name(normalized(module, name))
-        if not found.is_known:
+        reference = Name(normalized(module, name))
+        if not reference.is_known:
             forbidden = is_forbidden(module, name)
             noted = self.budget.forbidden if forbidden else self.budget.names
             noted[shown(f"{module}.{name}")] = None
-        return found
+        return reference
 
     def stacked_name(self) -> None:
         name, module = self.pop(), self.pop()
@@ -245,34 +207,20 @@ class Machine:
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
-        self.push(self.call(function, arguments))
+        self.push(call(function, arguments, self.budget))
 
     def reduce_with_keywords(self) -> None:
-        self.pop()  # they go nowhere
+        self.pop()  # keyword arguments are dropped
         self.reduce()
 
     def instance(self) -> None:
         items = self.pop_mark()
         if not items:
             raise Unreadable("the pickle makes an object of no class")
-        self.push(self.call(items[0], tuple(items[1:])))
-
-    def call(self, function: Any, arguments: Any) -> Any:
-        """A value for what the file wants called: a node built here, or a placeholder."""
-        if not isinstance(function, Name):
-            return Foreign(f"a call of {kind(function)}")
-        build = BUILDERS.get(function.path)
-        if build is None:
-            return Foreign(f"object of {function.path}")
-        if not isinstance(arguments, tuple):
-            raise Unreadable(f"{function.path} is given {kind(arguments)} in place of arguments")
-        try:
-            return build(self, *arguments)
-        except TypeError as error:  # the wrong number of arguments
-            raise Unreadable(f"{function.path} is given {len(arguments)} arguments") from error
+        self.push(call(items[0], tuple(items[1:]), self.budget))
 
     def build(self, state: Any, target: Any) -> None:
-        """State is data of arrays and dtypes; for everything else (an OrderedDict's `_metadata`) it is dropped."""
+        """BUILD: sets the state of an array or dtype; any other state (an OrderedDict's `_metadata`) is dropped."""
         if isinstance(target, Dtype):
             if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
                 target.order = state[1]
@@ -297,7 +245,7 @@ class Machine:
 
 
 def decoded(raw: bytes, encoding: str) -> str:
-    """A text of the pickle."""
+    """Decode a text of the pickle."""
     try:
         return raw.decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
     except UnicodeDecodeError as error:
@@ -311,85 +259,79 @@ def protocol(version: int) -> None:
 
 
 def index(text: bytes) -> int:
-    """A place in the memo, as protocol 0 writes it."""
+    """Parse a memo index as protocol 0 writes it, in decimal."""
     if not re.fullmatch(rb"\d{1,12}", text):
         raise Unreadable("the pickle remembers under an index that is no number")
     return int(text)
 
 
-def steps() -> dict[int, Callable[[Machine], Any]]:
-    """One function an instruction."""
-    p, m = pickle, Machine
-    table: dict[bytes, Callable[[Machine], Any]] = {
-        p.PROTO: lambda s: protocol(s.take(1)[0]),
-        p.FRAME: lambda s: s.take(8),
-        p.MARK: lambda s: s.marks.append(len(s.stack)),
-        p.POP: m.drop,
-        p.POP_MARK: m.pop_mark,
-        p.DUP: lambda s: s.push(s.top()),
-        p.NONE: lambda s: s.push(None),
-        p.NEWTRUE: lambda s: s.push(True),
-        p.NEWFALSE: lambda s: s.push(False),
-        p.INT: m.integer_line,
-        p.LONG: m.integer_line,
-        p.BININT: lambda s: s.push(s.number("<i")),
-        p.BININT1: lambda s: s.push(s.number("<B")),
-        p.BININT2: lambda s: s.push(s.number("<H")),
-        p.LONG1: lambda s: s.long("<B"),
-        p.LONG4: lambda s: s.long("<i"),
-        p.FLOAT: m.float_line,
-        p.BINFLOAT: lambda s: s.push(s.number(">d")),
-        p.STRING: m.quoted_line,
-        p.BINSTRING: lambda s: s.push(decoded(s.counted("<i"), "latin-1")),
-        p.SHORT_BINSTRING: lambda s: s.push(decoded(s.counted("<B"), "latin-1")),
-        p.BINBYTES: lambda s: s.push(s.counted("<I")),
-        p.SHORT_BINBYTES: lambda s: s.push(s.counted("<B")),
-        p.BINBYTES8: lambda s: s.push(s.counted("<Q")),
-        p.BYTEARRAY8: lambda s: s.push(s.counted("<Q")),
-        p.UNICODE: lambda s: s.push(decoded(s.line(), "raw-unicode-escape")),
-        p.BINUNICODE: lambda s: s.push(decoded(s.counted("<I"), "utf-8")),
-        p.SHORT_BINUNICODE: lambda s: s.push(decoded(s.counted("<B"), "utf-8")),
-        p.BINUNICODE8: lambda s: s.push(decoded(s.counted("<Q"), "utf-8")),
-        p.EMPTY_LIST: lambda s: s.push([]),
-        p.EMPTY_TUPLE: lambda s: s.push(()),
-        p.EMPTY_DICT: lambda s: s.push(Dict()),
-        p.EMPTY_SET: lambda s: s.push(Foreign("set")),
-        p.LIST: lambda s: s.push(s.pop_mark()),
-        p.TUPLE: lambda s: s.push(tuple(s.pop_mark())),
-        p.TUPLE1: lambda s: s.tuple_of(1),
-        p.TUPLE2: lambda s: s.tuple_of(2),
-        p.TUPLE3: lambda s: s.tuple_of(3),
-        p.DICT: m.marked_dict,
-        p.FROZENSET: m.marked_set,
-        p.APPEND: lambda s: s.append([s.pop()], s.top()),
-        p.APPENDS: lambda s: s.append(s.pop_mark(), s.top()),
-        p.SETITEM: m.set_item,
-        p.SETITEMS: lambda s: s.set_items(s.pop_mark(), s.top()),
-        p.ADDITEMS: m.add_items,
-        p.PUT: lambda s: s.remember(index(s.line(NAME_LENGTH))),
-        p.BINPUT: lambda s: s.remember(s.number("<B")),
-        p.LONG_BINPUT: lambda s: s.remember(s.number("<I")),
-        p.MEMOIZE: lambda s: s.remember(len(s.memo)),
-        p.GET: lambda s: s.recall(index(s.line(NAME_LENGTH))),
-        p.BINGET: lambda s: s.recall(s.number("<B")),
-        p.LONG_BINGET: lambda s: s.recall(s.number("<I")),
-        p.GLOBAL: lambda s: s.push(s.name(s.text_line(), s.text_line())),
-        p.STACK_GLOBAL: m.stacked_name,
-        p.REDUCE: m.reduce,
-        p.NEWOBJ: m.reduce,
-        p.NEWOBJ_EX: m.reduce_with_keywords,
-        p.OBJ: m.instance,
-        p.INST: lambda s: s.push(s.call(s.name(s.text_line(), s.text_line()), tuple(s.pop_mark()))),
-        p.BUILD: lambda s: s.build(s.pop(), s.top()),
-        p.BINPERSID: lambda s: s.push(s.persist(s.pop())),
-        p.PERSID: lambda s: s.push(s.persist(s.text_line())),
-        p.EXT1: m.extension,
-        p.EXT2: m.extension,
-        p.EXT4: m.extension,
-        p.NEXT_BUFFER: m.outside,
-        p.READONLY_BUFFER: m.outside,
-    }
-    return {code[0]: step for code, step in table.items()}
-
-
-STEPS = steps()
+INSTRUCTIONS: dict[bytes, Callable[[Machine], Any]] = {
+    pickle.PROTO: lambda s: protocol(s.take(1)[0]),
+    pickle.FRAME: lambda s: s.take(8),
+    pickle.MARK: lambda s: s.marks.append(len(s.stack)),
+    pickle.POP: Machine.drop,
+    pickle.POP_MARK: Machine.pop_mark,
+    pickle.DUP: lambda s: s.push(s.top()),
+    pickle.NONE: lambda s: s.push(None),
+    pickle.NEWTRUE: lambda s: s.push(True),
+    pickle.NEWFALSE: lambda s: s.push(False),
+    pickle.INT: Machine.integer_line,
+    pickle.LONG: Machine.integer_line,
+    pickle.BININT: lambda s: s.push(s.number("<i")),
+    pickle.BININT1: lambda s: s.push(s.number("<B")),
+    pickle.BININT2: lambda s: s.push(s.number("<H")),
+    pickle.LONG1: lambda s: s.long("<B"),
+    pickle.LONG4: lambda s: s.long("<i"),
+    pickle.FLOAT: Machine.float_line,
+    pickle.BINFLOAT: lambda s: s.push(s.number(">d")),
+    pickle.STRING: Machine.quoted_line,
+    pickle.BINSTRING: lambda s: s.push(decoded(s.counted("<i"), "latin-1")),
+    pickle.SHORT_BINSTRING: lambda s: s.push(decoded(s.counted("<B"), "latin-1")),
+    pickle.BINBYTES: lambda s: s.push(s.counted("<I")),
+    pickle.SHORT_BINBYTES: lambda s: s.push(s.counted("<B")),
+    pickle.BINBYTES8: lambda s: s.push(s.counted("<Q")),
+    pickle.BYTEARRAY8: lambda s: s.push(s.counted("<Q")),
+    pickle.UNICODE: lambda s: s.push(decoded(s.line(), "raw-unicode-escape")),
+    pickle.BINUNICODE: lambda s: s.push(decoded(s.counted("<I"), "utf-8")),
+    pickle.SHORT_BINUNICODE: lambda s: s.push(decoded(s.counted("<B"), "utf-8")),
+    pickle.BINUNICODE8: lambda s: s.push(decoded(s.counted("<Q"), "utf-8")),
+    pickle.EMPTY_LIST: lambda s: s.push([]),
+    pickle.EMPTY_TUPLE: lambda s: s.push(()),
+    pickle.EMPTY_DICT: lambda s: s.push(Dict()),
+    pickle.EMPTY_SET: lambda s: s.push(Foreign("set")),
+    pickle.LIST: lambda s: s.push(s.pop_mark()),
+    pickle.TUPLE: lambda s: s.push(tuple(s.pop_mark())),
+    pickle.TUPLE1: lambda s: s.tuple_of(1),
+    pickle.TUPLE2: lambda s: s.tuple_of(2),
+    pickle.TUPLE3: lambda s: s.tuple_of(3),
+    pickle.DICT: Machine.marked_dict,
+    pickle.FROZENSET: Machine.marked_set,
+    pickle.APPEND: lambda s: s.append([s.pop()], s.top()),
+    pickle.APPENDS: lambda s: s.append(s.pop_mark(), s.top()),
+    pickle.SETITEM: Machine.set_item,
+    pickle.SETITEMS: lambda s: s.set_items(s.pop_mark(), s.top()),
+    pickle.ADDITEMS: Machine.add_items,
+    pickle.PUT: lambda s: s.remember(index(s.line(NAME_LENGTH))),
+    pickle.BINPUT: lambda s: s.remember(s.number("<B")),
+    pickle.LONG_BINPUT: lambda s: s.remember(s.number("<I")),
+    pickle.MEMOIZE: lambda s: s.remember(len(s.memo)),
+    pickle.GET: lambda s: s.recall(index(s.line(NAME_LENGTH))),
+    pickle.BINGET: lambda s: s.recall(s.number("<B")),
+    pickle.LONG_BINGET: lambda s: s.recall(s.number("<I")),
+    pickle.GLOBAL: lambda s: s.push(s.name(s.text_line(), s.text_line())),
+    pickle.STACK_GLOBAL: Machine.stacked_name,
+    pickle.REDUCE: Machine.reduce,
+    pickle.NEWOBJ: Machine.reduce,
+    pickle.NEWOBJ_EX: Machine.reduce_with_keywords,
+    pickle.OBJ: Machine.instance,
+    pickle.INST: lambda s: s.push(call(s.name(s.text_line(), s.text_line()), tuple(s.pop_mark()), s.budget)),
+    pickle.BUILD: lambda s: s.build(s.pop(), s.top()),
+    pickle.BINPERSID: lambda s: s.push(s.persist(s.pop())),
+    pickle.PERSID: lambda s: s.push(s.persist(s.text_line())),
+    pickle.EXT1: Machine.extension,
+    pickle.EXT2: Machine.extension,
+    pickle.EXT4: Machine.extension,
+    pickle.NEXT_BUFFER: Machine.outside,
+    pickle.READONLY_BUFFER: Machine.outside,
+}
+STEPS = {code[0]: step for code, step in INSTRUCTIONS.items()}  # by the byte that starts the instruction

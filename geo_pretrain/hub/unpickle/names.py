@@ -1,11 +1,11 @@
-"""What a pickle may name: dtypes, storages, the classes that have a stand-in, and those that have no place here."""
+"""The names in a pickle: dtypes, storages, names with a stand-in, and names for which a file is refused."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-NAME_LENGTH, SHOWN = 200, 30  # letters of a name; names in a message
+NAME_LENGTH, SHOWN = 200, 30  # longest name in letters; most names in a message
 
 WRITABLE = {  # our name of a dtype -> (safetensors' name, bytes, numpy's name; bfloat16 travels as bits)
     "float16": ("F16", 2, "f2"),
@@ -83,33 +83,33 @@ NUMPY_TYPE_NAME = re.compile(r"numpy\.(?:(?:float|int|uint|complex)(?:\d+|_)|boo
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A class or function that the file names, never looked up."""
+    """A class or function that the file names; it is never imported."""
 
-    path: str  # "module.name", Python 2's and numpy 2's modules under their common names
+    path: str  # "module.name", normalized across Python and numpy versions
 
     @property
     def storage(self) -> str | None:
-        """The dtype of a storage class."""
-        found = STORAGE_NAME.fullmatch(self.path)
-        name = found[1].lower() if found else ""
+        """The dtype of a storage class such as torch.FloatStorage; None: it is not one."""
+        match = STORAGE_NAME.fullmatch(self.path)
+        name = match[1].lower() if match else ""
         name = ALIASES.get(name, name)
         return name if name in ITEM else None
 
     @property
     def dtype(self) -> str | None:
-        """The dtype that `torch.<name>` is."""
-        found = DTYPE_NAME.fullmatch(self.path)
-        name = ALIASES.get(found[1], found[1]) if found else None
+        """The dtype that `torch.<name>` is; None: it is not one."""
+        match = DTYPE_NAME.fullmatch(self.path)
+        name = ALIASES.get(match[1], match[1]) if match else None
         return name if name in ITEM else None
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a stand-in for it."""
+        """Whether it has a stand-in: a dtype, a storage or a name in INERT."""
         return bool(self.path in INERT or self.storage or self.dtype or NUMPY_TYPE_NAME.fullmatch(self.path))
 
 
 def normalized(module: str, name: str) -> str:
-    """One spelling for a name that pickles of several Pythons and numpys spell differently."""
+    """One spelling for names that Python 2 and 3, numpy 1 and 2 spell differently."""
     module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
     if module.startswith("numpy._core."):
         module = "numpy.core." + module.removeprefix("numpy._core.")
@@ -117,7 +117,7 @@ def normalized(module: str, name: str) -> str:
 
 
 def is_forbidden(module: str, name: str) -> bool:
-    """Whether a name that has no stand-in is reason enough to refuse the file."""
+    """Whether the file is refused for naming this; names with a stand-in are not asked about."""
     parts = normalized(module, name).split(".")
     if parts[0] in FORBIDDEN_MODULES:
         return True
@@ -129,6 +129,6 @@ def is_forbidden(module: str, name: str) -> bool:
 
 
 def shown(text: str, limit: int = NAME_LENGTH) -> str:
-    """Text from the file as it may stand in a message: printable ASCII, not endless."""
+    """Text from the file made fit for a message: printable ASCII, at most `limit` letters."""
     clean = re.sub(r"[^\x20-\x7e]", "?", text[: limit + 1])
     return clean if len(clean) <= limit else clean[: limit - 3] + "..."

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from geo_pretrain.hub.unpickle.formats import Opened
 from geo_pretrain.hub.unpickle.names import ITEM, SHOWN, WRITABLE, Refused, Unreadable, shown
-from geo_pretrain.hub.unpickle.stand_ins import CELLS, Array, Dict, Dtype, Storage, Tensor, kind, shown_key
+from geo_pretrain.hub.unpickle.nodes import CELLS, Array, Dict, Dtype, Storage, Tensor, kind, shown_key
 
 BLOCK = 8 << 20  # bytes copied at a time
 RANK = 32  # numpy's (1.x) limit of dimensions
@@ -25,13 +25,13 @@ NUMPY_DTYPES |= {"i8": "int64", "u1": "uint8", "b1": "bool", "?": "bool"}
 
 @dataclass(frozen=True)
 class Wanted:
-    """One tensor to write: where its numbers are, and how they are laid out."""
+    """One tensor to write: the position of its numbers in the file, and their layout."""
 
     key: str
     dtype: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]  # in elements
-    start: int  # byte in the file; for arrays in `data`
+    start: int  # first byte, in the file or, for arrays, in `data`
     data: bytes | None = None
     order: str = "<"
 
@@ -45,16 +45,16 @@ class Wanted:
 
     @property
     def span(self) -> int:
-        """Elements from the first to behind the last."""
+        """Number of elements from the first to the last, gaps included."""
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if self.count else 0
 
 
 def choose(top: Any, entries: Sequence[str]) -> tuple[str, Dict]:
-    """The first of `entries` that holds at least one tensor. Raises `Unreadable` saying what the file has instead."""
+    """The first of `entries` with at least one tensor. Raises `Unreadable` listing what the file has instead."""
     for entry in entries:
-        found = top if entry == "" else top.get(entry) if isinstance(top, Dict) else None
-        if isinstance(found, Dict) and any(unusable(value) is None for value in found.values()):
-            return entry, found
+        values = top if entry == "" else top.get(entry) if isinstance(top, Dict) else None
+        if isinstance(values, Dict) and any(unusable(value) is None for value in values.values()):
+            return entry, values
     wanted = " or ".join(repr(entry) if entry else "the top level" for entry in entries)
     if not isinstance(top, Dict):
         raise Unreadable(f"its top level is {kind(top)}; accepted is a dict with tensors in {wanted}")
@@ -64,7 +64,7 @@ def choose(top: Any, entries: Sequence[str]) -> tuple[str, Dict]:
 
 
 def unusable(value: Any) -> str | None:
-    """Why a value is not among the result; None: it is."""
+    """Why a value is left out; None: it is a tensor that can be written."""
     if isinstance(value, Tensor):
         if not isinstance(value.storage, Storage):
             return f"tensor whose storage is {kind(value.storage)}"
@@ -77,7 +77,7 @@ def unusable(value: Any) -> str | None:
 
 
 def wanted_of(entry: Dict, opened: Opened, limits: Mapping[str, Any]) -> tuple[list[Wanted], dict[str, str]]:
-    """The tensors of an entry, checked against the file and the limits; and what is left out, with the reason."""
+    """The tensors of an entry, checked against the file and the limits, and the reasons for values left out."""
     if entry.repeated:
         raise Refused(f"it gives {shown(min(entry.repeated))!r} twice")
     wanted, skipped = [], {}
@@ -93,14 +93,14 @@ def wanted_of(entry: Dict, opened: Opened, limits: Mapping[str, Any]) -> tuple[l
         wanted.append(view(key, value, opened) if isinstance(value, Tensor) else array(key, value))
     if len(wanted) > limits["tensors"]:
         raise Refused(f"it holds {len(wanted)} tensors, {limits['tensors']} are accepted")
-    total = sum(one.size for one in wanted)
+    total = sum(tensor.size for tensor in wanted)
     if total > limits["output"]:
         raise Refused(f"its tensors have {total} bytes, {limits['output']} are accepted")
     return wanted, skipped
 
 
 def whole_numbers(value: Any) -> tuple[int, ...] | None:
-    """A shape or stride, if that is what it is."""
+    """The value as a shape; None if it is not one or too large."""
     if not isinstance(value, tuple | list) or len(value) > RANK:
         return None
     fits = all(type(number) is int and 0 <= number <= CELLS for number in value)
@@ -108,11 +108,11 @@ def whole_numbers(value: Any) -> tuple[int, ...] | None:
 
 
 def view(key: str, tensor: Tensor, opened: Opened) -> Wanted:
-    """A tensor of torch, within the bounds of its storage and its storage within the file."""
+    """A torch tensor, checked to lie within its storage, and its storage within the file."""
     storage: Storage = tensor.storage
     dtype = tensor.dtype or storage.dtype
     shape = whole_numbers(tensor.size)
-    # strides of no consequence may be anything, so only their product is not looked at
+    # Strides of axes of length 0 or 1 may be anything: the product of strides is not limited, the span below is.
     stride = tensor.stride if isinstance(tensor.stride, tuple | list) else ()
     sound = all(type(number) is int and 0 <= number <= CELLS for number in (tensor.offset, *stride))
     if shape is None or len(stride) != len(shape) or not sound:
@@ -122,14 +122,14 @@ def view(key: str, tensor: Tensor, opened: Opened) -> Wanted:
     start, size, _ = opened.records[storage.key]
     if storage.count * ITEM[storage.dtype] != size:
         raise Unreadable(f"the storage of {shown(key)!r} has {size} bytes, {storage.count} x {storage.dtype} declared")
-    found = Wanted(key, dtype, shape, tuple(stride), start + storage.start * ITEM[storage.dtype])
-    if (tensor.offset + found.span) * ITEM[dtype] > storage.length * ITEM[storage.dtype]:
+    whole = Wanted(key, dtype, shape, tuple(stride), start + storage.start * ITEM[storage.dtype])
+    if (tensor.offset + whole.span) * ITEM[dtype] > storage.length * ITEM[storage.dtype]:
         raise Refused(f"tensor {shown(key)!r} reaches beyond the end of its storage")
-    return Wanted(key, dtype, shape, tuple(stride), found.start + tensor.offset * ITEM[dtype])
+    return Wanted(key, dtype, shape, tuple(stride), whole.start + tensor.offset * ITEM[dtype])
 
 
 def array(key: str, given: Array) -> Wanted:
-    """An array of numpy, whose numbers lie in the pickle itself."""
+    """A numpy array, whose numbers are in the pickle itself."""
     shape = whole_numbers(given.shape)
     if shape is None:
         raise Refused(f"array {shown(key)!r} has an impossible shape")
@@ -144,7 +144,7 @@ def array(key: str, given: Array) -> Wanted:
 
 
 def strides(shape: tuple[int, ...], fortran: bool = False) -> tuple[int, ...]:
-    """Of a contiguous array, in elements."""
+    """The strides of a contiguous array, in elements."""
     axes = range(len(shape)) if fortran else range(len(shape) - 1, -1, -1)
     steps, step = dict.fromkeys(axes, 0), 1
     for axis in axes:
@@ -153,55 +153,59 @@ def strides(shape: tuple[int, ...], fortran: bool = False) -> tuple[int, ...]:
 
 
 def check_sums(entry: Dict, wanted: Sequence[Wanted], opened: Opened, data: Any) -> None:
-    """The checksums of the records that are wanted; 0 is what torch writes for "not computed"."""
-    keys = {one.key for one in wanted}
+    """Verify the checksums of the wanted storages; torch writes 0 for "not computed"."""
+    keys = {tensor.key for tensor in wanted}
     for name in {value.storage.key for key, value in entry.items() if key in keys and isinstance(value, Tensor)}:
         start, size, crc = opened.records[name]
-        found = 0
+        actual = 0
         for at in range(start, start + size, BLOCK) if crc else ():
-            found = zlib.crc32(data[at : min(at + BLOCK, start + size)], found)
+            actual = zlib.crc32(data[at : min(at + BLOCK, start + size)], actual)
         forget(data)
-        if found != crc:
+        if actual != crc:
             raise Unreadable(f"its storage {shown(name)!r} is damaged (its checksum differs); fetch it again")
 
 
 def forget(data: Any) -> None:
-    """Let go of the pages of the file that were read: memory then holds one tensor of it, not all."""
+    """Release the pages of the file read so far, so that memory holds one tensor and not all."""
     if isinstance(data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
         data.madvise(mmap.MADV_DONTNEED)
 
 
 def write(wanted: Sequence[Wanted], data: Any, out: BinaryIO) -> None:
-    """safetensors: the length of the header, the header (JSON), the numbers; streamed, so that memory stays small."""
+    """Write a safetensors file (header length, JSON header, numbers) as a stream, so that memory stays small."""
     header, at = {}, 0
-    ordered = sorted(wanted, key=lambda one: (-ITEM[one.dtype], one.key))  # as safetensors does: all are aligned
-    for one in ordered:
-        header[one.key] = {"dtype": WRITABLE[one.dtype][0], "shape": one.shape, "data_offsets": [at, at + one.size]}
-        at += one.size
+    ordered = sorted(wanted, key=lambda tensor: (-ITEM[tensor.dtype], tensor.key))  # as safetensors: all are aligned
+    for tensor in ordered:
+        header[tensor.key] = {
+            "dtype": WRITABLE[tensor.dtype][0],
+            "shape": tensor.shape,
+            "data_offsets": [at, at + tensor.size],
+        }
+        at += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     out.write(struct.pack("<Q", len(text)) + text)
-    for one in ordered:
-        for block in numbers(one, data):
+    for tensor in ordered:
+        for block in numbers(tensor, data):
             out.write(block)
         forget(data)
 
 
-def numbers(one: Wanted, data: Any) -> Iterator[bytes]:
-    """The numbers of a tensor in order, little-endian, in blocks."""
-    source = data if one.data is None else one.data
-    if one.order == "<" and one.stride == strides(one.shape):
-        for at in range(one.start, one.start + one.size, BLOCK):
-            yield source[at : min(at + BLOCK, one.start + one.size)]
-    elif one.count:
+def numbers(tensor: Wanted, data: Any) -> Iterator[bytes]:
+    """The numbers of a tensor in C order, little-endian, in blocks."""
+    source = data if tensor.data is None else tensor.data
+    if tensor.order == "<" and tensor.stride == strides(tensor.shape):
+        for at in range(tensor.start, tensor.start + tensor.size, BLOCK):
+            yield source[at : min(at + BLOCK, tensor.start + tensor.size)]
+    elif tensor.count:
         import numpy as np  # takes longer than all the rest: only for what needs it
 
-        code = WRITABLE[one.dtype][2]
+        code = WRITABLE[tensor.dtype][2]
         form = np.dtype(f"<{code}")
-        raw = source[one.start : one.start + one.span * form.itemsize]
-        flat = np.frombuffer(raw, np.dtype(one.order + code))
-        laid = np.lib.stride_tricks.as_strided(flat, one.shape, [step * form.itemsize for step in one.stride])
-        rows = laid if laid.ndim else laid[None]
-        group = max(1, BLOCK * len(rows) // one.size)
+        raw = source[tensor.start : tensor.start + tensor.span * form.itemsize]
+        flat = np.frombuffer(raw, np.dtype(tensor.order + code))
+        strided = np.lib.stride_tricks.as_strided(flat, tensor.shape, [step * form.itemsize for step in tensor.stride])
+        rows = strided if strided.ndim else strided[None]
+        group = max(1, BLOCK * len(rows) // tensor.size)
         for first in range(0, len(rows), group):
             yield rows[first : first + group].astype(form, order="C").tobytes()
