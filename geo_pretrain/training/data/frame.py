@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from geo_pretrain.errors import BadFrame
+from geo_pretrain.errors import BadFrame, DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,78 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """A sha256 that changes when the data change."""
+
+
+class NoSurface(DataError):
+    """A scene for which its source holds no surface."""
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Colored points on the surfaces of a scene or of a part of it."""
+
+    points: np.ndarray  # float32 [N, 3], world frame, meters
+    colors: np.ndarray  # uint8 [N, 3], RGB
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays."""
+        return self.points.nbytes + self.colors.nbytes
+
+
+# What a source may offer beyond frames. Ask with `capability(source, SceneSurface)`.
+
+
+@runtime_checkable
+class SceneSurface(Protocol):
+    """A source that holds the surface of its scenes; others have theirs fused from depth."""
+
+    def surface(self, scene: str) -> Surface:
+        """The colored surface of a scene. Raises `NoSurface` without one, `DataError` when it is broken."""
+
+
+@runtime_checkable
+class SceneMesh(Protocol):
+    """A source that holds triangle meshes of its scenes."""
+
+    def vertices(self, scene: str) -> np.ndarray:
+        """Vertices float32 [V, 3] m. Raises as `SceneSurface.surface`."""
+
+    def triangles(self, scene: str) -> tuple[np.ndarray, np.ndarray]:
+        """Vertices float32 [V, 3] m and triangles int64 [F, 3]. Raises as `SceneSurface.surface`."""
+
+
+@runtime_checkable
+class SceneSegments(SceneMesh, Protocol):
+    """A source whose meshes come with a released over-segmentation."""
+
+    def segments(self, scene: str, vertices: int) -> np.ndarray | None:
+        """The segment of each of so many vertices, int64 [V]; None where the scene comes without."""
+
+
+@runtime_checkable
+class Noted(Protocol):
+    """A source with something to say about its frames, for the provenance of checkpoints."""
+
+    @property
+    def note(self) -> str:
+        """One sentence, or ""."""
+
+
+class SourcePart:
+    """A part of another source, such as a range of its frames; capabilities are those of the whole."""
+
+    source: Source
+
+
+def capability(source: Source, kind: type[T]) -> T | None:
+    """`source`, or the source that it is a part of, as one with the capability `kind`; None when it lacks it."""
+    while isinstance(source, SourcePart):
+        source = source.source
+    return source if isinstance(source, kind) else None
 
 
 @dataclass

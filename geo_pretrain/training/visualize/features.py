@@ -23,9 +23,9 @@ from geo_pretrain.loading import load_backbone
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.sparse.functional import point_rows
 from geo_pretrain.sparse.tensor import SparseTensor
-from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.frame import Frame, Surface
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
-from geo_pretrain.training.data.surfaces.fusing import Surface, Surfaces, cubic_voxel_size, frame_cloud
+from geo_pretrain.training.data.surfaces.fusing import Surfaces, cubic_voxel_size, frame_cloud
 from geo_pretrain.training.evaluation.pixel_voxel import load_pri3d, random_pair
 from geo_pretrain.training.recipe import recipe_of
 from geo_pretrain.training.tasks.clouds import encode

@@ -5,13 +5,12 @@ from __future__ import annotations
 import colorsys
 import contextlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.training.data.frame import Frame, Source
+from geo_pretrain.training.data.frame import Frame, SceneMesh, Source, capability
 from geo_pretrain.training.data.mining import resize_frame
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES, vertex_normals
 from geo_pretrain.training.data.surfaces.sets import Kind, SceneSets, label_sets, pixel_sets, scene_sets
@@ -53,9 +52,9 @@ def sets_sheet(
     blocks = []
     for scene, row in _spread_frames(source, scenes, frames).items():
         sets = scene_sets(source, scene, k_thresh=k_thresh, min_vertices=min_vertices, kind=kind, cache_dir=cache_dir)
-        if sets.normals is None:  # segments as released: the mesh has the normals
-            owner: Any = getattr(source, "source", source)
-            sets = SceneSets(sets.points, sets.ids, vertex_normals(*owner.triangles(scene)))
+        meshed = capability(source, SceneMesh)
+        if sets.normals is None and meshed is not None:  # segments as released: the mesh has the normals
+            sets = SceneSets(sets.points, sets.ids, vertex_normals(*meshed.triangles(scene)))
         small = [_at_most(frame, _WIDTH) for frame in row]
         maps = [pixel_sets(frame, sets) if kind == "segments" else label_sets(frame, kind) for frame in small]
         shown = zip(small, maps, strict=True)

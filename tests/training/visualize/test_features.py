@@ -16,10 +16,11 @@ from geo_pretrain.checkpoint import Pairing, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, HubError
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.data.frame import Surface
 from geo_pretrain.training.data.mining import Pair, resize_frame
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
-from geo_pretrain.training.data.surfaces.fusing import Surface, Surfaces, frame_cloud
+from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
 from geo_pretrain.training.evaluation.pixel_voxel import load_pri3d
 from geo_pretrain.training.tasks.clouds import encode
 from geo_pretrain.training.visualize.features import (

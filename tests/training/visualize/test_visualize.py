@@ -18,10 +18,10 @@ from geo_pretrain.catalog import Arch
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError, UnknownName
 from geo_pretrain.loading import load_backbone
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import Skips, Surface
 from geo_pretrain.training.data.mining import find_pairs, resize_frame
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
-from geo_pretrain.training.data.surfaces.fusing import Surface, Surfaces, frame_cloud, scene_surface
+from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud, scene_surface
 from geo_pretrain.training.data.surfaces.ply import read_ply
 from geo_pretrain.training.evaluation.cloud_matching import match_clouds
 from geo_pretrain.training.evaluation.comparison import random_twin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -49,3 +49,19 @@ class LabelledSource(Protocol):
 
     def fingerprint(self) -> str:
         """A sha256 that changes when the data change."""
+
+
+@runtime_checkable
+class ImageFiles(Protocol):
+    """A labelled source whose images are files."""
+
+    def file_name(self, id: str) -> str:
+        """The image's path below the folder of images."""
+
+
+@runtime_checkable
+class SceneList(Protocol):
+    """A labelled source that knows its scenes, those without a labeled image too."""
+
+    def scenes(self) -> list[str]:
+        """Names of all scenes of the split."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 from geo_pretrain.errors import DataError, RecipeError, unknown
 from geo_pretrain.training.data.labelled.cityscapes import open_cityscapes
 from geo_pretrain.training.data.labelled.coco import open_coco
-from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
+from geo_pretrain.training.data.labelled.image import ImageFiles, LabelledImage, LabelledSource, SceneList
 from geo_pretrain.training.data.labelled.kitti import open_kitti
 from geo_pretrain.training.data.labelled.nyuv2 import open_nyuv2
 from geo_pretrain.training.data.labelled.rooms import open_rooms
@@ -21,37 +22,73 @@ from geo_pretrain.training.data.labelled.sunrgbd import open_sunrgbd
 
 Task = Literal["segmentation", "detection"]
 Opener = Callable[[Path, str, Task, Mapping[str, Any]], LabelledSource]
-TASKS: dict[str, tuple[Task, ...]] = {
-    "cityscapes": ("segmentation",),
-    "coco": ("detection",),
-    "kitti": ("segmentation",),
-    "nyuv2": ("segmentation", "detection"),
-    "rooms": ("segmentation", "detection"),
-    "scannet": ("segmentation", "detection"),
-    "sunrgbd": ("segmentation",),
-}
 
-# Identifier and what it comes to, for each data set as it is published. A folder may hold other files: its owner knows.
-_TERMS: dict[str, tuple[str, str]] = {
-    "cityscapes": ("LicenseRef-Cityscapes-terms", "non-commercial: research, teaching, publications; on registration"),
-    "coco": ("CC-BY-4.0", "that is for the annotations; the images are Flickr users', each under its own terms"),
-    "kitti": ("CC-BY-NC-SA-3.0", "non-commercial, share alike"),
-    "nyuv2": ("LicenseRef-unstated", "published for research without a license"),
-    "rooms": ("MIT", "rendered by this package"),
-    "scannet": ("LicenseRef-ScanNet-ToU", "non-commercial research and education; on a signed agreement"),
-    "sunrgbd": ("LicenseRef-unstated", "published for research without a license; holds images of NYUv2, B3DO, SUN3D"),
+
+@dataclass(frozen=True)
+class DataSet:
+    """A row of the registry: what a labelled data set has, how it is opened, and its terms as it is published."""
+
+    opener: Opener | None  # None: rooms, which have no folder
+    tasks: tuple[Task, ...]
+    license: str  # SPDX or LicenseRef
+    terms: str  # what the license comes to
+
+
+def _plain(opener: Callable[[Path, str], LabelledSource]) -> Opener:
+    """The opener of a data set without options and with labels for one task only."""
+
+    def call(path: Path, split: str, task: Task, options: Mapping[str, Any]) -> LabelledSource:
+        if options:
+            raise RecipeError(f"data.options: this data set has none; got {', '.join(map(repr, options))}.")
+        return opener(path, split)
+
+    return call
+
+
+SEGMENTATION: tuple[Task, ...] = ("segmentation",)
+BOTH: tuple[Task, ...] = ("segmentation", "detection")
+DATA_SETS = {
+    "cityscapes": DataSet(
+        _plain(open_cityscapes),
+        SEGMENTATION,
+        "LicenseRef-Cityscapes-terms",
+        "non-commercial: research, teaching, publications; on registration",
+    ),
+    "coco": DataSet(
+        open_coco,
+        ("detection",),
+        "CC-BY-4.0",
+        "that is for the annotations; the images are Flickr users', each under its own terms",
+    ),
+    "kitti": DataSet(_plain(open_kitti), SEGMENTATION, "CC-BY-NC-SA-3.0", "non-commercial, share alike"),
+    "nyuv2": DataSet(open_nyuv2, BOTH, "LicenseRef-unstated", "published for research without a license"),
+    "rooms": DataSet(None, BOTH, "MIT", "rendered by this package"),
+    "scannet": DataSet(
+        open_scannet,
+        BOTH,
+        "LicenseRef-ScanNet-ToU",
+        "non-commercial research and education; on a signed agreement",
+    ),
+    "sunrgbd": DataSet(
+        _plain(open_sunrgbd),
+        SEGMENTATION,
+        "LicenseRef-unstated",
+        "published for research without a license; holds images of NYUv2, B3DO, SUN3D",
+    ),
 }
+# A folder may hold other files than the published ones: its owner knows.
 _OTHER = ("LicenseRef-data-owner", "images given by the caller: as their owner says")
 
 
 def data_terms(source: str) -> tuple[str, str]:
     """The license of a labelled data set (SPDX or LicenseRef) and what it comes to, in words."""
-    return _TERMS.get(source, _OTHER)
+    row = DATA_SETS.get(source)
+    return _OTHER if row is None else (row.license, row.terms)
 
 
 def list_labelled(task: Task | None = None) -> list[str]:
     """Names that `open_labelled` accepts, all or those with labels for `task`."""
-    return [name for name, tasks in sorted(TASKS.items()) if task is None or task in tasks]
+    return [name for name, row in sorted(DATA_SETS.items()) if task is None or task in row.tasks]
 
 
 def open_labelled(
@@ -70,31 +107,32 @@ def open_labelled(
     `RecipeError` for wrong options, `DataError` saying what is missing where. `progress(done, total)` is called while
     rooms are rendered.
     """
-    if source not in TASKS:
+    if source not in DATA_SETS:
         raise unknown("labelled data set", source, list_labelled(), "Write SOURCE or SOURCE:PATH.")
-    if task not in TASKS[source]:
-        has = " and ".join(TASKS[source])
+    row = DATA_SETS[source]
+    if task not in row.tasks:
+        has = " and ".join(row.tasks)
         raise RecipeError(
             f"Source {source!r} has no labels for task {task!r}, only for {has}. "
             f"Sources for it: {', '.join(list_labelled(task)) or 'none; tasks are segmentation and detection'}."
         )
-    if source == "rooms":
+    if row.opener is None:
         if path is not None:
             raise RecipeError("Source 'rooms' renders its own scenes and takes no path; see data.options.")
         return open_rooms(split, task, options, progress)
     if path is None:
         raise RecipeError(f"Source {source!r} needs a folder: --data {source}:PATH (or data.path=PATH).")
-    return _OPENERS[source](Path(path).expanduser(), split, task, options)
+    return row.opener(Path(path).expanduser(), split, task, options)
 
 
 class Subset:
     """The images of some scenes of a source."""
 
     def __init__(self, source: LabelledSource, scenes: Sequence[str]) -> None:
-        self.source, self.scenes = source, frozenset(scenes)
+        self.source, self.chosen = source, frozenset(scenes)
         self.name, self.split, self.classes = source.name, source.split, source.classes
         everything = source.ids()
-        self._ids = [id for id in everything if source.scene_of(id) in self.scenes]
+        self._ids = [id for id in everything if source.scene_of(id) in self.chosen]
         self.share = len(self._ids) / len(everything)  # of the images
 
     def ids(self) -> list[str]:
@@ -115,7 +153,7 @@ class Subset:
 
     def fingerprint(self) -> str:
         """That of the source, with the scenes."""
-        chosen = "\n".join([self.source.fingerprint(), *sorted(self.scenes)])
+        chosen = "\n".join([self.source.fingerprint(), *sorted(self.chosen)])
         return hashlib.sha256(chosen.encode()).hexdigest()
 
 
@@ -136,7 +174,7 @@ def subset(
     if not images:
         raise DataError(f"Source {source.name!r} has no image in split {source.split!r}.")
     if scenes is not None:
-        known = set(source.scenes()) if hasattr(source, "scenes") else set(images)
+        known = set(source.scenes()) if isinstance(source, SceneList) else set(images)
         missing = sorted(set(scenes) - known)
         if missing or not scenes:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -154,26 +192,4 @@ def subset(
 
 def file_name(source: LabelledSource, id: str) -> str:
     """The image's path below the folder of images, or its id where a source has no files."""
-    named = getattr(source, "file_name", None)
-    return str(named(id)) if named is not None else f"{id}.png"
-
-
-def _plain(opener: Callable[[Path, str], LabelledSource]) -> Opener:
-    """The opener of a data set without options and with labels for one task only."""
-
-    def call(path: Path, split: str, task: Task, options: Mapping[str, Any]) -> LabelledSource:
-        if options:
-            raise RecipeError(f"data.options: this data set has none; got {', '.join(map(repr, options))}.")
-        return opener(path, split)
-
-    return call
-
-
-_OPENERS: dict[str, Opener] = {
-    "cityscapes": _plain(open_cityscapes),
-    "coco": open_coco,
-    "kitti": _plain(open_kitti),
-    "nyuv2": open_nyuv2,
-    "scannet": open_scannet,
-    "sunrgbd": _plain(open_sunrgbd),
-}
+    return source.file_name(id) if isinstance(source, ImageFiles) else f"{id}.png"

@@ -19,11 +19,11 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.geometry import centered, radius_matches, rotation, transform
 from geo_pretrain.sparse.coordinates import voxelize
-from geo_pretrain.training.data.frame import Frame, Source
+from geo_pretrain.training.data.frame import Frame, Source, Surface
 from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.sampler import Key, PairSamples, collate, load_pair
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
-from geo_pretrain.training.data.surfaces.fusing import Surface, Surfaces, frame_cloud
+from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
 from geo_pretrain.training.recipe import DataSpec
 
 Rotation = Literal["full", "upright", "none"]

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training.config import parse
-from geo_pretrain.training.data.frame import Frame, Source
+from geo_pretrain.training.data.frame import Frame, Noted, Source, SourcePart, capability
+from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
+from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
 from geo_pretrain.training.recipe import DataSpec
 
 Progress = Callable[[int, int], None]
+Opener = Callable[[DataSpec, str, str, Progress | None], Source]  # spec, split, device, progress
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """A row of the registry: how a source is opened, and whose frames it gives."""
+
+    opener: Opener
+    dataset: str
+    license: str  # SPDX or LicenseRef
 
 
 def list_sources() -> list[str]:
     """Names that `data.source` accepts."""
-    return sorted(_OPENERS)
+    return sorted(SOURCES)
 
 
 def open_source(
@@ -26,13 +41,13 @@ def open_source(
 
     `progress(done, total)` is called while scenes are rendered.
     """
-    if spec.source not in _OPENERS:
+    if spec.source not in SOURCES:
         raise unknown("data source", spec.source, list_sources(), "Write SOURCE or SOURCE:PATH.")
-    source = _OPENERS[spec.source](spec, split, device, progress)
+    source = SOURCES[spec.source].opener(spec, split, device, progress)
     return source if spec.frames == (0.0, 1.0) else FrameRange(source, *spec.frames)
 
 
-class FrameRange:
+class FrameRange(SourcePart):
     """A part of each scene's frames in order of time, such as the first 75 %: the rest is held out."""
 
     def __init__(self, source: Source, start: float, stop: float) -> None:
@@ -59,24 +74,17 @@ class FrameRange:
 
 def data_license(spec: DataSpec) -> tuple[str, str]:
     """The data set of a recipe and its license (SPDX or LicenseRef)."""
-    dataset, license = _LICENSES[spec.source]
-    return dataset, spec.license or license
+    row = SOURCES[spec.source]
+    return row.dataset, spec.license or row.license
 
 
 def source_note(source: Source) -> str:
     """What the source says about its frames, for the provenance."""
-    return getattr(getattr(source, "source", source), "note", "")
-
-
-def _folder(spec: DataSpec) -> Path:
-    if spec.path is None:
-        raise RecipeError(f"Source {spec.source!r} needs a folder: --data {spec.source}:PATH (or data.path=PATH).")
-    return Path(spec.path).expanduser()
+    noted = capability(source, Noted)
+    return "" if noted is None else noted.note
 
 
 def _rooms(spec: DataSpec, split: str, device: str, progress: Progress | None) -> Source:
-    from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
-
     if spec.path is not None:
         raise RecipeError("Source 'rooms' renders its own scenes and takes no path; see data.options.")
     config = parse(RoomsConfig, {"split": split, **spec.options}, where="data.options", prefix="data.options.")
@@ -85,29 +93,23 @@ def _rooms(spec: DataSpec, split: str, device: str, progress: Progress | None) -
     return source
 
 
-def _seven_scenes(spec: DataSpec, split: str, device: str, progress: Progress | None) -> Source:
-    from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
+def _folder(source: Callable[[Path, Any], Source], config: type) -> Opener:
+    """The opener of a layout on disk: a class called with the folder and its options, a dataclass."""
 
-    config = parse(SevenScenesConfig, spec.options, where="data.options", prefix="data.options.")
-    return SevenScenes(_folder(spec), config)
+    def call(spec: DataSpec, split: str, device: str, progress: Progress | None) -> Source:
+        options = parse(config, spec.options, where="data.options", prefix="data.options.")
+        if spec.path is None:
+            raise RecipeError(f"Source {spec.source!r} needs a folder: --data {spec.source}:PATH (or data.path=PATH).")
+        return source(Path(spec.path).expanduser(), options)
 
+    return call
 
-def _scannet(spec: DataSpec, split: str, device: str, progress: Progress | None) -> Source:
-    from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
-
-    config = parse(ScanNetConfig, spec.options, where="data.options", prefix="data.options.")
-    return ScanNet(_folder(spec), config)
-
-
-_OPENERS: dict[str, Callable[[DataSpec, str, str, Progress | None], Source]] = {
-    "rooms": _rooms,
-    "scannet": _scannet,
-    "seven_scenes": _seven_scenes,
-}
 
 # A layout says nothing about whose frames they are, so a folder's license is its owner's unless `data.license` tells.
-_LICENSES = {
-    "rooms": ("rooms", "MIT"),
-    "scannet": ("ScanNet", "LicenseRef-ScanNet-ToU"),
-    "seven_scenes": ("RGB-D folder in 7-Scenes layout", "LicenseRef-data-owner"),
+SOURCES = {
+    "rooms": SourceRow(_rooms, "rooms", "MIT"),
+    "scannet": SourceRow(_folder(ScanNet, ScanNetConfig), "ScanNet", "LicenseRef-ScanNet-ToU"),
+    "seven_scenes": SourceRow(
+        _folder(SevenScenes, SevenScenesConfig), "RGB-D folder in 7-Scenes layout", "LicenseRef-data-owner"
+    ),
 }

@@ -26,8 +26,8 @@ from geo_pretrain.rooms.render import Renderer
 from geo_pretrain.rooms.scene import CLASSES, OrientedBox, Scene
 from geo_pretrain.rooms.sensor import SENSORS, develop, disturb_depth
 from geo_pretrain.rooms.surface import Mesh, SurfacePoints, scene_mesh, scene_points
-from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.data.surfaces.fusing import Surface, cached_surface
+from geo_pretrain.training.data.frame import Frame, Surface
+from geo_pretrain.training.data.surfaces.fusing import cached_surface
 
 GENERATOR = "1"  # changes whenever the same seed would give other data
 SPLITS = ("train", "val")

@@ -20,8 +20,7 @@ import numpy as np
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.geometry import nearest_indices
 from geo_pretrain.training.data import files
-from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.data.surfaces.fusing import NoSurface, Surface
+from geo_pretrain.training.data.frame import Frame, NoSurface, Surface
 from geo_pretrain.training.data.surfaces.ply import Columns, read_ply, triangle_rows
 
 # Pri3D uses one matrix for every scan, at 320x240: focal length 288.9353025, principal point 159.5, 119.5. This one at

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from geo_pretrain.geometry import backproject, transform
-from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.data.surfaces.fusing import Surface
+from geo_pretrain.training.data.frame import Frame, Surface
 
 
 def chunk_box(frame: Frame, *, authors_exact: bool = True) -> tuple[np.ndarray, np.ndarray]:

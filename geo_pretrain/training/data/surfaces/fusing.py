@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,32 +18,12 @@ from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.hub import default_cache
 from geo_pretrain.sparse.coordinates import unique_rows
 from geo_pretrain.training.data.cache import cached_arrays
-from geo_pretrain.training.data.frame import Frame, Source
+from geo_pretrain.training.data.frame import Frame, NoSurface, SceneSurface, Source, Surface, capability
 
 FUSION_VOXEL = 0.01  # m; points of all frames in one voxel become one point
 _FUSION_PIXELS = 320 * 240  # of a frame: 640x480 gains nothing at 1 cm
 _PENDING = 2_000_000  # voxels held unmerged
 _REMEMBERED = 128 << 20  # bytes of surfaces that a `Surfaces` holds: dozens of rooms, a few real scans
-
-
-class NoSurface(DataError):
-    """A scene whose source holds no surface of it."""
-
-
-@dataclass(frozen=True)
-class Surface:
-    """Colored points on the surfaces of a scene or of a part of it."""
-
-    points: np.ndarray  # float32 [N, 3], world frame, meters
-    colors: np.ndarray  # uint8 [N, 3], RGB
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the arrays."""
-        return self.points.nbytes + self.colors.nbytes
 
 
 def scene_surface(source: Source, scene: str, *, cache_dir: Path | None = None) -> Surface:
@@ -77,11 +56,10 @@ class Surfaces:
         return self._surfaces[scene]
 
     def _find(self, scene: str) -> Surface:
-        own = getattr(getattr(self.source, "source", self.source), "surface", None)
+        own = capability(self.source, SceneSurface)
         if own is not None:
             with contextlib.suppress(NoSurface):
-                found: Surface = own(scene)
-                return found
+                return own.surface(scene)
         if self._fingerprint is None:
             self._fingerprint = self.source.fingerprint()
         key = hashlib.sha256(f"1\0{self._fingerprint}\0{scene}".encode()).hexdigest()[:16]

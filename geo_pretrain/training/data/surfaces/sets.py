@@ -25,10 +25,10 @@ from geo_pretrain.errors import BadFrame, DataError, RecipeError, nearest, requi
 from geo_pretrain.hub import default_cache
 from geo_pretrain.sparse.coordinates import unique_rows
 from geo_pretrain.training.data.cache import cached_arrays
-from geo_pretrain.training.data.frame import Frame, Source
+from geo_pretrain.training.data.frame import Frame, NoSurface, SceneMesh, SceneSegments, Source, capability
 from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.sampler import ATTEMPTS, Key, PairSamples
-from geo_pretrain.training.data.surfaces.fusing import NoSurface, frame_cloud
+from geo_pretrain.training.data.surfaces.fusing import frame_cloud
 from geo_pretrain.training.data.surfaces.oversegmentation import (
     K_THRESH,
     MIN_VERTICES,
@@ -197,11 +197,11 @@ class Sets:
         if self.kind != "segments":
             fused = fuse_points(_readable(self.source, scene), self.kind)
             return SceneSets(fused.points, fused.labels, plane_normals(fused.points, fused.towards, fused.weights))
-        owner: Any = getattr(self.source, "source", self.source)
-        if (self.k_thresh, self.min_vertices) == (K_THRESH, MIN_VERTICES) and hasattr(owner, "segments"):
+        segmented = capability(self.source, SceneSegments)
+        if (self.k_thresh, self.min_vertices) == (K_THRESH, MIN_VERTICES) and segmented is not None:
             with contextlib.suppress(NoSurface):
-                points = owner.vertices(scene)
-                released = owner.segments(scene, len(points))
+                points = segmented.vertices(scene)
+                released = segmented.segments(scene, len(points))
                 if released is not None:
                     return SceneSets(points, released)
         if self._fingerprint is None:
@@ -211,18 +211,19 @@ class Sets:
         path = (self.cache_dir or default_cache()) / "sets" / f"{self.source.name}-{key}.safetensors"
 
         def make() -> dict[str, np.ndarray]:
-            sets = self._segment(owner, scene)
+            sets = self._segment(scene)
             normals = np.asarray(sets.normals, np.float32)
             return {"points": sets.points, "ids": sets.ids.astype(np.int32), "normals": normals}
 
         found = cached_arrays(path, make, "sets")
         return SceneSets(found["points"], found["ids"].astype(np.int64), found["normals"])
 
-    def _segment(self, owner: Any, scene: str) -> SceneSets:
+    def _segment(self, scene: str) -> SceneSets:
         options: dict[str, Any] = {"k_thresh": self.k_thresh, "min_vertices": self.min_vertices}
-        if hasattr(owner, "triangles"):
+        meshed = capability(self.source, SceneMesh)
+        if meshed is not None:
             with contextlib.suppress(NoSurface):
-                points, faces = owner.triangles(scene)
+                points, faces = meshed.triangles(scene)
                 return SceneSets(points, segment_mesh(points, faces, **options), vertex_normals(points, faces))
         fused = fuse_points(_readable(self.source, scene))
         normals = plane_normals(fused.points, fused.towards, fused.weights)

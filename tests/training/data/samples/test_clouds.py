@@ -12,7 +12,7 @@ from PIL import Image
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError, RecipeError
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import Skips, Surface
 from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.samples.clouds import (
     ChunkPairSamples,
@@ -26,7 +26,7 @@ from geo_pretrain.training.data.samples.clouds import (
 from geo_pretrain.training.data.samples.sampler import PairSamples
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
-from geo_pretrain.training.data.surfaces.fusing import Surface, frame_cloud, scene_surface
+from geo_pretrain.training.data.surfaces.fusing import frame_cloud, scene_surface
 from geo_pretrain.training.recipe import DataSpec
 from tests.training.conftest import write_recording
 from tests.work import LargestTensor, python_lines

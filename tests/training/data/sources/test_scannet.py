@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import NoSurface, Skips
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.clouds import (
     ChunkPairSamples,
@@ -22,7 +22,7 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
-from geo_pretrain.training.data.surfaces.fusing import NoSurface, scene_surface
+from geo_pretrain.training.data.surfaces.fusing import scene_surface
 from geo_pretrain.training.recipe import DataSpec
 from tests.scannet_layout import cut, write_scannet
 

@@ -9,21 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from geo_pretrain.errors import DataError
-from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.frame import Frame, Surface
 from geo_pretrain.training.data.sources import rooms as room_source
 from geo_pretrain.training.data.sources.registry import FrameRange
 from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces import fusing as module
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
-from geo_pretrain.training.data.surfaces.fusing import (
-    Surface,
-    Surfaces,
-    cached_surface,
-    frame_cloud,
-    fuse,
-    scene_surface,
-)
+from geo_pretrain.training.data.surfaces.fusing import Surfaces, cached_surface, frame_cloud, fuse, scene_surface
 from tests.training.conftest import write_recording
 
 
