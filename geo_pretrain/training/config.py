@@ -19,6 +19,9 @@ import yaml
 from geo_pretrain.errors import GeoPretrainError, RecipeError, UnknownName, nearest
 
 T = TypeVar("T")
+# Metadata of a dataclass field, `field(default_factory=dict, metadata=OTHER_KEYS)`: it takes all keys that the
+# dataclass does not know, as they are.
+OTHER_KEYS = {"takes": "other keys"}
 _BAD: Any = object()  # in place of a value that is missing or wrong
 
 
@@ -159,7 +162,13 @@ def changes(before: str, now: str, *, renames: Sequence[Renamed] = (), ignore: I
 
 
 def plain_types(value: Any) -> Any:
-    """Tuples as lists, so that YAML stays plain."""
+    """Dataclasses as mappings and tuples as lists, so that YAML stays plain and `parse` reads it back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        tree: dict[str, Any] = {}
+        for f in dataclasses.fields(value):
+            item = plain_types(getattr(value, f.name))
+            tree |= item if f.metadata == OTHER_KEYS else {f.name: item}
+        return tree
     if isinstance(value, Mapping):
         return {key: plain_types(item) for key, item in value.items()}
     return [plain_types(item) for item in value] if isinstance(value, list | tuple) else value
@@ -225,11 +234,12 @@ class _Parser:
             if not name:
                 return _unchecked(kind, {})
         hints = typing.get_type_hints(kind)
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        for key in tree:
-            if key not in fields:
-                self._note_unknown(str(key), list(fields), prefix)
-        values = {}
+        fields = {f.name: f for f in dataclasses.fields(kind) if f.metadata != OTHER_KEYS}
+        others = [f.name for f in dataclasses.fields(kind) if f.metadata == OTHER_KEYS]
+        unknown = {key: value for key, value in tree.items() if key not in fields}
+        for key in unknown if not others else ():
+            self._note_unknown(str(key), list(fields), prefix)
+        values: dict[str, Any] = dict.fromkeys(others, unknown)
         for name, f in fields.items():
             if name in tree:
                 values[name] = self.value(hints[name], tree[name], prefix + name)
@@ -237,7 +247,8 @@ class _Parser:
                 values[name] = _BAD
                 if prefix + name not in self.doubtful:
                     self.note(f"key '{prefix}{name}' is missing.", prefix + name)
-        return self._built(kind, {name: _usable(fields[name], hints[name], value) for name, value in values.items()})
+        usable = {name: _usable(fields[name], hints[name], values[name]) for name in fields if name in values}
+        return self._built(kind, values | usable)
 
     def value(self, hint: Any, value: object, key: str) -> Any:
         """A value as its type hint wants it; `_BAD` after a mistake."""

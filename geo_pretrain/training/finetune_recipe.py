@@ -5,7 +5,6 @@ The files are in recipes/finetune; the reader, overrides and overlays are those 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,7 +214,7 @@ class FinetuneRecipe:
 
     def to_yaml(self) -> str:
         """The recipe as a YAML text that parses back to an equal recipe."""
-        return yaml.safe_dump(plain_types(dataclasses.asdict(self)), sort_keys=False)
+        return yaml.safe_dump(plain_types(self), sort_keys=False)
 
 
 def changes(before: str, now: str) -> list[str]:

@@ -5,9 +5,9 @@ A run lives in `<out>.run/` (state, log) and ends by writing the checkpoint fold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from geo_pretrain.training.data.mining import Pair, find_pairs
 from geo_pretrain.training.data.samples.sampler import total_steps
 from geo_pretrain.training.data.sources.registry import open_source, source_note
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.export import run_license, write_run
+from geo_pretrain.training.export import write_run
+from geo_pretrain.training.licenses import run_license
 from geo_pretrain.training.loop import Budget, Progress, StepInfo, TrainingTask, check_batch, fit, micro_batch_loader
-from geo_pretrain.training.recipe import OptimSpec, Recipe, changes
+from geo_pretrain.training.recipe import STAGE1, OptimSpec, Recipe, changes
 from geo_pretrain.training.runs import RunFolder, check_out, run_lock
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
-from geo_pretrain.training.tasks import build_task
+from geo_pretrain.training.tasks import build_task, task_settings
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, detail
 
@@ -47,14 +48,15 @@ def run_recipe(
     world: World,
     *,
     stage1: Recipe | None = None,
+    starts: Mapping[str, Path] = {},
     overwrite: bool = False,
     report: Report = lambda *_: None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Train `recipe` into the checkpoint folder `out`, after `stage1` into `<out>.stage1` if the recipe starts from it.
 
-    A first stage that is finished is used as it is. Interrupted runs go on, in the stage where they were. `note` is
-    told what the data source says about itself.
+    A first stage that is finished is used as it is; `starts` maps "stage1" to the folder of one trained elsewhere.
+    Interrupted runs go on, in the stage where they were. `note` is told what the data source says about itself.
 
     Raises:
         CheckpointError: another process works on `out`.
@@ -62,24 +64,18 @@ def run_recipe(
     """
     check_checkpoint_out(out, recipe.name, overwrite=overwrite)
     with run_lock(out, "training run") if world.is_main else nullcontext():
-        return _run_stages(recipe, out, world, stage1, overwrite, report, note)
+        if stage1 is not None and needs_stage1(recipe):
+            folder = out.with_name(out.name + ".stage1")
+            if not _is_done(stage1, folder, world, report, overwrite=overwrite):
+                _run(stage1, folder, {}, world, overwrite, report, note)
+            starts = {STAGE1: folder}
+        return _run(recipe, out, starts, world, overwrite, report, note)
 
 
-def _run_stages(
-    recipe: Recipe,
-    out: Path,
-    world: World,
-    stage1: Recipe | None,
-    overwrite: bool,
-    report: Report,
-    note: Callable[[str], None],
-) -> Outcome:
-    if recipe.needs_stage1 and stage1 is not None:
-        folder = out.with_name(out.name + ".stage1")
-        if not _is_done(stage1, folder, world, report, overwrite=overwrite):
-            _run(stage1, folder, world, overwrite, report, note)
-        recipe = replace(recipe, stage1={**(recipe.stage1 or {}), "folder": str(folder)})
-    return _run(recipe, out, world, overwrite, report, note)
+def needs_stage1(recipe: Recipe) -> bool:
+    """Whether something starts from what `stage1` trains; not so when every such setting names other weights."""
+    settings = [*task_settings(recipe).values(), None if recipe.model is None else recipe.model.init]
+    return STAGE1 in [value for value in settings if isinstance(value, str)]
 
 
 def _is_done(stage1: Recipe, folder: Path, world: World, report: Report, *, overwrite: bool) -> bool:
@@ -109,7 +105,13 @@ def _open(recipe: Recipe, world: World, report: Report) -> Source:
 
 
 def _run(
-    recipe: Recipe, out: Path, world: World, overwrite: bool, report: Report, note: Callable[[str], None]
+    recipe: Recipe,
+    out: Path,
+    starts: Mapping[str, Path],
+    world: World,
+    overwrite: bool,
+    report: Report,
+    note: Callable[[str], None],
 ) -> Outcome:
     skips = Skips()
     source = _open(recipe, world, report)
@@ -129,6 +131,7 @@ def _run(
         source,
         pairs,
         world,
+        starts=starts,
         skips=skips,
         overwrite=overwrite,
         on_step=lambda step: report(f"training {recipe.name}", step.step, step.steps, str(step)),
@@ -143,6 +146,7 @@ def train(
     pairs: list[Pair],
     world: World,
     *,
+    starts: Mapping[str, Path] = {},
     skips: Skips | None = None,
     overwrite: bool = False,
     on_step: Callable[[StepInfo], None] | None = None,
@@ -157,8 +161,8 @@ def train(
         CheckpointError: `out` already holds a checkpoint and `overwrite` is not set.
     """
     check_batch(recipe.optim.batch, recipe.optim.accumulate, world)
-    task = Pretraining(recipe, source, pairs, world, skips or Skips())
-    license = run_license(recipe)  # now, when a failure costs nothing
+    task = Pretraining(recipe, source, pairs, world, skips or Skips(), starts)
+    license = run_license(recipe, task_settings(recipe), starts)  # now, when a failure costs nothing
     check_checkpoint_out(out, recipe.name, overwrite=overwrite)
     run = RunFolder(out, writes=world.is_main, board=True)
     run.create()
@@ -168,7 +172,10 @@ def train(
     checkpoint = None
     if world.is_main:
         facts = task.provenance(progress)
-        checkpoint = write_run(recipe, out, task.task, source, run.log_file, facts, license, finished=progress.finished)
+        finished = progress.finished
+        checkpoint = write_run(
+            recipe, out, task.task, source, run.log_file, facts, license, finished=finished, starts=starts
+        )
         if progress.finished:
             run.keep_board()
             run.remove()
@@ -189,9 +196,17 @@ class Pretraining(TrainingTask):
 
     logs_rate = True
 
-    def __init__(self, recipe: Recipe, source: Source, pairs: list[Pair], world: World, skips: Skips) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        pairs: list[Pair],
+        world: World,
+        skips: Skips,
+        starts: Mapping[str, Path] = {},
+    ) -> None:
         self.recipe, self.source, self.pairs, self.world, self.skips = recipe, source, pairs, world, skips
-        self.task, self.module = build_task(recipe)
+        self.task, self.module = build_task(recipe, starts)
         self.unit, self.views = self.task.unit, self.task.views
         self.dataset = self.task.dataset(source, pairs)
         self.samples = len(self.dataset)  # type: ignore[arg-type]

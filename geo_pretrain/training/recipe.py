@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,6 +16,7 @@ from geo_pretrain.checkpoint import Checkpoint
 from geo_pretrain.errors import RecipeError, UnknownName, unknown
 from geo_pretrain.training import config
 from geo_pretrain.training.config import (
+    OTHER_KEYS,
     Checks,
     Renamed,
     apply_overrides,
@@ -29,7 +30,12 @@ from geo_pretrain.training.config import (
 RECIPES = Path(__file__).parent / "recipes"
 TOY = RECIPES / "overlays" / "toy.yaml"
 STAGE1 = "stage1"  # as start weights: what the first stage of the same recipe trained
-RENAMED = (Renamed("data.licence", "data.license"),)  # former keys, still read
+_RENAMED = (Renamed("data.licence", "data.license"),)
+# Former keys, still read, in the settings of a first stage too.
+RENAMED = (
+    *_RENAMED,
+    *(dataclasses.replace(one, old=f"{STAGE1}.{one.old}", new=f"{STAGE1}.{one.new}") for one in _RENAMED),
+)
 # Keys that two recipes with one result may differ in; what data are found at a path, their fingerprint says.
 WITHOUT_EFFECT = ("workers", "save_every", "data.path")
 _SAME_DATA = ("source", "path", "size", "frames", "license", "options")  # of both stages
@@ -121,6 +127,14 @@ class OptimSpec:
 
 
 @dataclass(frozen=True)
+class Stage1Spec:
+    """The first of two stages: the recipe that trains it, and settings laid over that recipe."""
+
+    recipe: str
+    overrides: dict[str, Any] = field(default_factory=dict, metadata=OTHER_KEYS)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything needed to regenerate a checkpoint."""
 
@@ -130,9 +144,9 @@ class Recipe:
     unet3d: UNet3DSpec | None = None  # the 3D network; None: the task has none
     data: DataSpec = DataSpec()
     optim: OptimSpec = OptimSpec()
-    # What is trained first, on the same data: {recipe: NAME, and settings laid over that recipe}. Its checkpoint is
-    # what "stage1" means in this recipe, such as in model.init or task.teacher. See `load_stage1`.
-    stage1: dict[str, Any] | None = None
+    # What is trained first, on the same data. Its checkpoint is what "stage1" means in this recipe, such as in
+    # model.init or task.teacher. See `load_stage1`.
+    stage1: Stage1Spec | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     workers: int = 4  # loader processes for each training process; no effect on the result
@@ -163,43 +177,32 @@ class Recipe:
         stepwise = optim.steps is not None and optim.epochs is None
         epochs = "a number, for the schedule cosine_epoch"
         check(not (stepwise and optim.schedule == "cosine_epoch"), "optim.epochs", None, epochs)
-        check(self.stage1 is None or "recipe" in self.stage1, "stage1.recipe", None, "the name of a recipe")
         if optim.accumulate >= 1:
             whole = optim.batch % optim.accumulate == 0
             check(whole, "optim.batch", optim.batch, "a multiple of accumulate", given=["optim.accumulate"])
         check.done()
 
     def network2d(self) -> ModelSpec:
-        """`model`, for a task that trains a 2D network, its start weights as `start_of` gives them."""
-        model = self._needed(self.model, "model")
-        return dataclasses.replace(model, init=self.start_of(model.init))
+        """`model`, for a task that trains a 2D network."""
+        return self._needed(self.model, "model")
 
     def network3d(self) -> UNet3DSpec:
         """`unet3d`, for a task that trains a 3D network."""
         return self._needed(self.unet3d, "unet3d")
 
-    @property
-    def needs_stage1(self) -> bool:
-        """Whether something starts from what `stage1` trains; not so when every such setting names other weights."""
-        from geo_pretrain.training.tasks import task_settings  # which imports this module
+    def start_of(self, value: str, starts: Mapping[str, Path] = {}) -> str:
+        """The weights that a setting names: `starts["stage1"]`, the folder of the first stage, for "stage1".
 
-        starts = [*task_settings(self).values(), None if self.model is None else self.model.init]
-        return STAGE1 in [value for value in starts if isinstance(value, str)]
-
-    def start_of(self, value: str) -> str:
-        """Weights that a setting names, with "stage1" as the folder in which the first stage ended.
-
-        Raises `RecipeError` when that has not been trained.
+        Raises `RecipeError` when the first stage has not been trained.
         """
         if value != STAGE1:
             return value
-        folder = (self.stage1 or {}).get("folder")
-        if folder is None:
+        if STAGE1 not in starts:
             raise RecipeError(
                 f"recipe {self.name}: 'stage1' is given as start weights, but no first stage was trained. Accepted: "
                 "a key 'stage1' naming a recipe, run by `geo-pretrain train`; or a checkpoint's name or folder."
             )
-        return str(folder)
+        return str(starts[STAGE1])
 
     def _needed(self, section: T | None, key: str) -> T:
         if section is None:
@@ -207,11 +210,8 @@ class Recipe:
         return section
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML text that parses back to an equal recipe, but for the folder of a first stage."""
-        tree = plain_types(dataclasses.asdict(self))
-        if self.stage1 is not None:
-            tree["stage1"].pop("folder", None)  # who runs the recipe again trains both stages
-        return yaml.safe_dump(tree, sort_keys=False)
+        """The recipe as a YAML text that parses back to an equal recipe."""
+        return yaml.safe_dump(plain_types(self), sort_keys=False)
 
 
 def list_recipes() -> list[str]:
@@ -235,15 +235,15 @@ def load_stage1(recipe: Recipe, overrides: Iterable[str] = (), *, toy: bool = Fa
     It has the seed of `recipe`, its data (the same choice of pairs, where both take pairs), and where `recipe` goes on
     with the network of the first stage, that network; what the section stage1 says comes before that.
     """
-    settings = dict(recipe.stage1 or {})
-    settings.pop("folder", None)
-    tree, path = _recipe_tree(str(settings.pop("recipe")), toy=toy)
+    if recipe.stage1 is None:
+        raise RecipeError(f"recipe {recipe.name}: key 'stage1' is missing.")
+    tree, path = _recipe_tree(recipe.stage1.recipe, toy=toy)
     tree |= {"seed": recipe.seed, "workers": recipe.workers}
     both_pairs = recipe.data.units == "pairs" == tree.get("data", {}).get("units", "pairs")
     _take_over(tree, "data", recipe.data, (*_SAME_DATA, *(_SAME_PAIRS if both_pairs else ())))
     if recipe.model is not None and recipe.model.init == STAGE1:
         _take_over(tree, "model", recipe.model, ("depth", "width"))
-    merge_tree(tree, settings)
+    merge_tree(tree, recipe.stage1.overrides)
     apply_overrides(tree, overrides, RENAMED)
     first = parse(Recipe, tree, where=f"{path}, changed by stage1 of recipe {recipe.name}")
     check_key(first.stage1 is None, "stage1.recipe", first.name, "a recipe of one stage")

@@ -21,7 +21,8 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import DigestMismatch, GeoPretrainError, RecipeError, UnknownName, WeightsMismatch
 from geo_pretrain.training import initialize
 from geo_pretrain.training.initialize import initialize_encoder
-from geo_pretrain.training.recipe import ModelSpec, load_recipe
+from geo_pretrain.training.pretrain import needs_stage1
+from geo_pretrain.training.recipe import ModelSpec, Stage1Spec, load_recipe
 from geo_pretrain.training.tasks import build_task
 from tests.authors_files import write
 from tests.hub.hosts import Fault, Hosts
@@ -194,11 +195,10 @@ def test_stage1_is_the_folder_that_the_first_stage_left(tmp_path, tiny_recipe):
     run_here(tiny_recipe(optim={"steps": 1}), tmp_path / "first")
     recipe = load_recipe(str(tiny_recipe(model={"init": "stage1"})))
     with pytest.raises(RecipeError, match="no first stage was trained"):
-        initialize.initialize(ResNetUNet(18, width=8), recipe)
-    network = ResNetUNet(18, width=8)
-    initialize.initialize(network, replace(recipe, stage1={"recipe": "x", "folder": str(tmp_path / "first")}))
+        build_task(recipe)
+    _, task = build_task(recipe, {"stage1": tmp_path / "first"})
     stored = load_file(tmp_path / "first" / "decoder.safetensors")
-    assert torch.equal(network.decoder.conv0.weight, stored["conv0.weight"])
+    assert torch.equal(task.state_dict()["backbone.decoder.conv0.weight"], stored["conv0.weight"])
 
 
 def test_continued_training_keeps_the_heads_that_its_loss_has(tmp_path, tiny_recipe):
@@ -227,8 +227,8 @@ def test_recipes_of_other_starts_differ_in_nothing_else():
         model = replace(unsupervised.model, init="imagenet")
         assert replace(unsupervised, name=parent.name, model=model) == parent
         continued = load_recipe(f"pri3d_{prior}_r50.continued")
-        assert continued.stage1 == {"recipe": "pri3d_view_geo_r50"}
-        assert continued.needs_stage1
+        assert continued.stage1 == Stage1Spec("pri3d_view_geo_r50")
+        assert needs_stage1(continued)
         optim = replace(parent.optim, epochs=2, bn_momentum="floor")
         task = parent.task | {"keep_heads": True}
         model = replace(parent.model, init="stage1")

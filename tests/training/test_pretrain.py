@@ -15,10 +15,10 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.cli import app
 from geo_pretrain.errors import CheckpointError, RecipeError
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.export import run_license
-from geo_pretrain.training.pretrain import run_recipe
+from geo_pretrain.training.pretrain import needs_stage1, run_recipe
 from geo_pretrain.training.recipe import changes, list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.runs import run_lock
+from tests.training.test_licenses import license_of
 
 ALONE = World(0, 1, torch.device("cpu"))
 STILL = {"steps": 1, "lr": 1e-12, "bn_momentum": "floor"}  # leaves the start weights as they are
@@ -123,9 +123,9 @@ def test_both_stages_see_the_same_data_in_the_same_network(staged, tiny_recipe):
 def test_the_stages_of_published_recipes_fit_together(name, toy):
     """What is taken over changes nothing in them: their files agree already."""
     recipe = load_recipe(name, toy=toy)
-    if not recipe.needs_stage1:
+    if not needs_stage1(recipe):
         return
-    alone = load_recipe(recipe.stage1["recipe"], toy=toy)
+    alone = load_recipe(recipe.stage1.recipe, toy=toy)
     first = load_stage1(recipe, toy=toy)
     assert set(changes(alone.to_yaml(), first.to_yaml())) <= {f"seed: {alone.seed} -> {recipe.seed}"}
 
@@ -134,7 +134,7 @@ def test_other_start_weights_leave_the_first_stage_out(staged, tmp_path):
     recipe, first = both(staged)
     run_recipe(recipe, tmp_path / "out", ALONE, stage1=first)
     chosen = load_recipe(str(staged), [f"model.init={tmp_path / 'out.stage1'}"])
-    assert not chosen.needs_stage1
+    assert not needs_stage1(chosen)
     run_recipe(chosen, tmp_path / "chosen", ALONE, stage1=first)
     assert not (tmp_path / "chosen.stage1").exists()
     torch.testing.assert_close(
@@ -186,7 +186,7 @@ def test_a_first_stage_has_none_of_its_own(staged, tiny_recipe):
 
 def test_the_license_of_two_stages_is_known_before_the_first_is_trained(tiny_recipe):
     chain = {"model": {"depth": 18, "init": "stage1"}, "stage1": {"recipe": "pri3d_view_r18"}}
-    license = run_license(load_recipe(str(tiny_recipe(**chain))))
+    license = license_of(load_recipe(str(tiny_recipe(**chain))))
     assert [name for name, _ in license.datasets[1:]] == ["ScanNet", "ImageNet"]
     assert license.base_model == "pri3d_view_r18 (LicenseRef-ScanNet-ToU)"
 
@@ -200,14 +200,14 @@ def test_the_license_of_two_stages_is_known_before_the_first_is_trained(tiny_rec
 )
 def test_the_license_names_the_teacher(tiny_recipe, teacher, weights, datasets, named):
     path = tiny_recipe("pointcontrast_nce", task={"name": "ppkt", "teacher": teacher})
-    license = run_license(load_recipe(str(path)))
+    license = license_of(load_recipe(str(path)))
     assert (license.weights, [name for name, _ in license.datasets[1:]]) == (weights, datasets)
     assert named in license.base_model
 
 
 def test_a_permissive_data_set_takes_the_terms_of_the_teacher(tiny_recipe):
     path = tiny_recipe("pointcontrast_nce", task={"name": "ppkt", "teacher": "moco_v2"})
-    license = run_license(load_recipe(str(path), ["data.license=CC0-1.0"]))
+    license = license_of(load_recipe(str(path), ["data.license=CC0-1.0"]))
     assert license.weights in ("CC-BY-NC-4.0", "LicenseRef-ImageNet-terms")
 
 

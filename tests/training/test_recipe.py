@@ -9,6 +9,7 @@ import yaml
 
 from geo_pretrain.errors import RecipeError, UnknownName
 from geo_pretrain.training.config import parse
+from geo_pretrain.training.pretrain import needs_stage1
 from geo_pretrain.training.recipe import RECIPES, TOY, Recipe, list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.tasks import TASKS
 
@@ -50,7 +51,7 @@ def test_second_stages_stay_second_stages_under_toy(name):
     """Their BatchNorm momentum is the end of the first stage's schedule; random weights would keep no statistics."""
     full, toy = load_recipe(name), load_recipe(name, toy=True)
     assert (full.model.init, full.optim.bn_momentum) == ("stage1", "floor")
-    assert (toy.model.init, toy.needs_stage1, toy.model.width) == ("stage1", True, 32)
+    assert (toy.model.init, needs_stage1(toy), toy.model.width) == ("stage1", True, 32)
     assert load_stage1(toy, toy=True).optim.bn_momentum == "pri3d"
     assert load_recipe("pri3d_view_r50", toy=True).model.init == "scratch"
 

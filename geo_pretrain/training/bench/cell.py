@@ -20,7 +20,7 @@ from geo_pretrain.training.bench.measure import measure
 from geo_pretrain.training.bench.plan import BenchSpec, base_data
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.pretrain import run_recipe
-from geo_pretrain.training.recipe import Recipe, load_recipe
+from geo_pretrain.training.recipe import STAGE1, Recipe, load_recipe
 from geo_pretrain.training.runs import Interrupted
 from geo_pretrain.training.tasks import build_task
 
@@ -35,9 +35,14 @@ class Job:
     seed: int
     spec: BenchSpec
     recipe: str | None = None  # a YAML file to train into `folder`; None: it is there
+    stage1: str | None = None  # the trained first stage that the recipe starts from
     result: str | None = None  # the JSON file for what is measured; None: nothing is
     pretrained: bool = True  # False: measure the architecture with random weights
     device: str = "cpu"
+
+    def starts(self) -> dict[str, Path]:
+        """The trained first stage as `build_task` takes it."""
+        return {} if self.stage1 is None else {STAGE1: Path(self.stage1)}
 
     def to_json(self) -> str:
         """The file that `main` reads."""
@@ -55,7 +60,7 @@ def run_job(job: Job) -> None:
     """Train and measure as the job says; what is done already is not repeated."""
     folder = Path(job.folder)
     if job.recipe is not None and not is_trained(folder):
-        _train(load_recipe(job.recipe), folder, job.device)
+        _train(load_recipe(job.recipe), folder, job)
     if job.result is None:
         return
     found = measure(
@@ -69,7 +74,7 @@ def run_job(job: Job) -> None:
     )
     facts: dict[str, Any] = {"seed": job.seed, "twin": twin_key(folder), "arch": str(read_checkpoint(folder).arch)}
     if job.recipe is not None:
-        facts["training"] = _training_facts(load_recipe(job.recipe), folder)
+        facts["training"] = _training_facts(load_recipe(job.recipe), folder, job)
     facts["processor seconds"] = round(time.process_time(), 1)  # of this sitting; the others are by the clock
     write_text(Path(job.result), json.dumps({**facts, **found}, indent=1) + "\n")
 
@@ -86,7 +91,7 @@ def twin_key(folder: Path) -> str:
     return f"{found.arch.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def _train(recipe: Recipe, folder: Path, device: str) -> None:
+def _train(recipe: Recipe, folder: Path, job: Job) -> None:
     last = [0.0]
 
     def report(stage: str, done: int, total: int, detail: str) -> None:
@@ -94,12 +99,12 @@ def _train(recipe: Recipe, folder: Path, device: str) -> None:
             last[0] = time.monotonic()
             _say(f"{stage}: {done}/{total} {detail}".rstrip())
 
-    run_recipe(recipe, folder, join(device), report=report)
+    run_recipe(recipe, folder, join(job.device), starts=job.starts(), report=report)
 
 
-def _training_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _training_facts(recipe: Recipe, folder: Path, job: Job) -> dict[str, Any]:
     provenance = read_checkpoint(folder).provenance
-    views = getattr(build_task(recipe)[0], "views", None)
+    views = getattr(build_task(recipe, job.starts())[0], "views", None)
     facts = {"recipe": recipe.name, "steps": provenance["steps"], "batch": recipe.optim.batch, "views": views}
     return facts | {"seconds": round(float(provenance["seconds"]), 1)}
 

@@ -8,11 +8,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training.config import check_key
+from geo_pretrain.training.pretrain import needs_stage1
 from geo_pretrain.training.recipe import STAGE1, DataSpec, Recipe, list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.tasks import TASKS
 
@@ -90,16 +90,6 @@ class Training:
     stage1: Training | None = None
     continued: bool = False  # stage1 trains the same network; else it trains a teacher
 
-    def recipe_from(self, folder: Path | None) -> Recipe:
-        """The recipe, starting from what the first stage left in `folder`."""
-        if self.stage1 is None or folder is None:
-            return self.recipe
-        task = {key: str(folder) if value == STAGE1 else value for key, value in self.recipe.task.items()}
-        model = self.recipe.model
-        if model is not None and model.init == STAGE1:
-            model = replace(model, init=str(folder))
-        return replace(self.recipe, task=task, model=model)
-
 
 def rows(tasks: Sequence[str] = ()) -> list[Row]:
     """A row for each task asked for (none: all), in the order of the registry. Raises for an unknown name."""
@@ -120,7 +110,7 @@ def plan(row: Row, spec: BenchSpec, seed: int) -> Training:
         raise RecipeError(f"Task {row.task!r} is not available: {row.why}.")
     common = [*shared_overrides(spec), f"seed={seed}"]
     recipe = _load(row.recipe, spec.steps, common, toy=spec.toy)
-    if not recipe.needs_stage1 or recipe.stage1 is None:
+    if not needs_stage1(recipe) or recipe.stage1 is None:
         return Training(_key(recipe, None), recipe)
     continued = recipe.model is not None and recipe.model.init == STAGE1
     first = max(1, round(spec.steps * SHARE)) if continued else spec.steps

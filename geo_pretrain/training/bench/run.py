@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 from types import FrameType
@@ -228,10 +228,9 @@ def _start(bench: Bench, cell: Cell, threads: int) -> Popen[bytes]:
     job = cell.job
     if cell.training is not None:
         first = cell.training.stage1
-        recipe = cell.training.recipe_from(None if first is None else bench.checkpoint(first))
         path = bench.out / "recipes" / f"{cell.key}.yaml"
-        write_text(path, recipe.to_yaml())
-        job = Job(**{**vars(job), "recipe": str(path)})
+        write_text(path, cell.training.recipe.to_yaml())
+        job = replace(job, recipe=str(path), stage1=None if first is None else str(bench.checkpoint(first)))
     file = bench.out / "jobs" / f"{cell.key}.json"
     write_text(file, job.to_json())
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -17,7 +18,7 @@ from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.mining import Pair
-from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.recipe import STAGE1, Recipe
 
 PRI3D = "geo_pretrain.training.tasks.pri3d"
 POINTCONTRAST = "geo_pretrain.training.tasks.pointcontrast"
@@ -81,10 +82,17 @@ class Task(Protocol):
         """Weights and golden values of what was learned, on the CPU, in eval mode."""
 
 
-def build_task(recipe: Recipe) -> tuple[Task, nn.Module]:
-    """The task of a recipe, twice: as the engine's protocol and as the module it is."""
+def build_task(recipe: Recipe, starts: Mapping[str, Path] = {}) -> tuple[Task, nn.Module]:
+    """The task of a recipe, twice: as the engine's protocol and as the module it is.
+
+    `starts` maps "stage1" to the folder of the first stage, for recipes that start from one.
+    """
     module, config = _parsed(recipe)
     build: Callable[[Recipe, Any], nn.Module] = module.build
+    named = {f.name: getattr(config, f.name) for f in fields(config)}
+    config = replace(config, **{key: recipe.start_of(STAGE1, starts) for key, v in named.items() if v == STAGE1})
+    if recipe.model is not None:
+        recipe = replace(recipe, model=replace(recipe.model, init=recipe.start_of(recipe.model.init, starts)))
     task = build(recipe, config)
     return cast(Task, task), task
 

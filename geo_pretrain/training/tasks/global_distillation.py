@@ -199,6 +199,6 @@ def build(recipe: Recipe, config: Config) -> GlobalDistillation:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         if config.loss == "kd" and config.targets == "classifier":
-            teacher, classifier = load_classifier(recipe.start_of(config.teacher), config.teacher_depth)
+            teacher, classifier = load_classifier(config.teacher, config.teacher_depth)
             return GlobalDistillation(recipe, config, teacher, classifier)
         return GlobalDistillation(recipe, config, teacher_of(recipe, config), None)

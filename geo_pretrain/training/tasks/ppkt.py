@@ -256,7 +256,7 @@ def teacher_of(recipe: Recipe, config: FrameConfig) -> Teacher:
         raise RecipeError(
             f"'task.teacher_file' is given, and 'task.teacher' is {config.teacher!r}: accepted is ade20k."
         )
-    weights = recipe.start_of(config.teacher)
+    weights = config.teacher
     if (Path(weights) / "results.json").is_file():
         return load_segmenter(weights)
     return load_teacher(weights, config.teacher_depth, dense=config.dense)

@@ -141,11 +141,12 @@ def test_second_stage_starts_from_the_folder_of_the_first(tmp_path):
     assert ppkt
     training = plan(gsc[0], SPEC, 0)
     assert training.stage1 is not None
-    assert training.recipe_from(tmp_path).model.init == str(tmp_path)
-    assert not training.recipe_from(tmp_path).needs_stage1
-    assert training.recipe_from(None).needs_stage1
+    assert training.recipe.model.init == "stage1"
+    job = Job("folder", 3, TINY, recipe="r.yaml", stage1=str(tmp_path))
+    assert Job.from_json(job.to_json()).starts() == {"stage1": tmp_path}
+    assert Job("folder", 3, TINY).starts() == {}
     taught = plan(ppkt[0], SPEC, 0)
-    assert taught.recipe_from(tmp_path).task["teacher"] == str(tmp_path)
+    assert taught.recipe.task["teacher"] == "stage1"
     # The teacher is what the row of its own task trains, too: it is trained once for both.
     assert taught.stage1.key == plan(rows(["pri3d_view"])[0], SPEC, 0).key
 
@@ -277,8 +278,8 @@ def test_a_task_with_a_teacher_is_measured_after_it(tmp_path, inline):
     first = group["tasks"]["ppkt"]["training"]["first stage"]
     (teacher,) = (tmp_path / "checkpoints").glob("pri3d_view*")
     assert first["seconds"] == [read_checkpoint(teacher).provenance["seconds"]]
-    (taught,) = (tmp_path / "recipes").glob("ppkt*")
-    assert f"teacher: {teacher}" in taught.read_text()
+    (job,) = (tmp_path / "jobs").glob("ppkt*")
+    assert Job.from_json(job.read_text()).starts() == {"stage1": teacher}
 
 
 @pytest.fixture

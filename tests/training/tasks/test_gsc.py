@@ -22,7 +22,7 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces.sets import check_labels
 from geo_pretrain.training.losses import depth_loss
-from geo_pretrain.training.pretrain import run_recipe
+from geo_pretrain.training.pretrain import needs_stage1, run_recipe
 from geo_pretrain.training.recipe import load_recipe, load_stage1
 from geo_pretrain.training.tasks import build_task, gsc
 from geo_pretrain.training.tasks.gsc import draws_of_cells, half_resolution_sets, limit_sets
@@ -279,7 +279,7 @@ def test_recipes_are_those_of_the_paper(name):
     assert first.name == name.replace("gsc", "pri3d_view_geo")
     assert first.model.depth == recipe.model.depth
     assert first.data == recipe.data
-    assert (recipe.model.init, recipe.needs_stage1) == ("stage1", True)
+    assert (recipe.model.init, needs_stage1(recipe)) == ("stage1", True)
     assert (recipe.optim.batch, recipe.optim.lr, recipe.optim.schedule) == (64, 0.1, "poly")
     assert recipe.optim.bn_momentum == "floor"
     length = "steps" if recipe.data.source == "rooms" else "epochs"

@@ -17,7 +17,7 @@ from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.evaluation.pixel_voxel import random_pair
-from geo_pretrain.training.pretrain import run_recipe
+from geo_pretrain.training.pretrain import needs_stage1, run_recipe
 from geo_pretrain.training.recipe import list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.tasks import build_task, img2pc
 from geo_pretrain.training.tasks.clouds import draw
@@ -274,7 +274,7 @@ def test_one_recipe_trains_both_stages(tmp_path, tiny_recipe):
     path = tiny_recipe(**unnamed, stage1={"recipe": str(first), "optim": {"steps": 3}})
     recipe = load_recipe(str(path), ["optim.steps=2", "save_every=1"])
     assert "teacher" not in recipe.task
-    assert recipe.needs_stage1
+    assert needs_stage1(recipe)
     outcome = run_recipe(recipe, tmp_path / "out", ALONE, stage1=load_stage1(recipe))
     stage1 = read_checkpoint(tmp_path / "out.stage1")
     assert (stage1.arch.name, stage1.provenance["steps"]) == ("resnet_depth_unet", 3)
@@ -294,7 +294,7 @@ def test_recipes_are_the_entries(teacher):
         task, _ = build_task(recipe)
         assert entry.recipe == name
         assert (dict(entry.arch.args), entry.contract) == (task.arch_args, task.contract)
-        assert load_recipe(name).needs_stage1
+        assert needs_stage1(load_recipe(name))
         assert load_stage1(load_recipe(name)).name == name.replace("srunet34", "stage1_r18")
         toy = load_recipe(name, toy=True)
         assert load_stage1(toy, toy=True).data.source == "rooms"

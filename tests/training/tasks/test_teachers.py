@@ -17,11 +17,11 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError
 from geo_pretrain.loading import verify
 from geo_pretrain.training import pretrain
-from geo_pretrain.training.export import run_license
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks.teachers import load_segmenter, load_teacher
 from tests.training.finetune.test_run import run
 from tests.training.tasks.test_ppkt import tiny_batch
+from tests.training.test_licenses import license_of
 from tests.training.test_loop import logged, run_here
 from tests.zoo import write_tiny
 
@@ -103,11 +103,11 @@ def test_a_backbone_that_is_gone_is_no_trouble_and_its_terms_are_strict(moved, t
     results = json.loads((moved / "results.json").read_text())
     results["data"] |= {"source": "rooms", "licence": "MIT"}
     (moved / "results.json").write_text(json.dumps(results))
-    assert run_license(load_recipe(str(path), PPKD)).weights == "LicenseRef-unknown"
+    assert license_of(load_recipe(str(path), PPKD)).weights == "LicenseRef-unknown"
     results["data"]["licence"] = "CC-BY-NC-SA-3.0"  # as the run knew its data
     results["backbone"]["name"] = "scratch"
     (moved / "results.json").write_text(json.dumps(results))
-    assert run_license(load_recipe(str(path), PPKD)).weights == "CC-BY-NC-SA-3.0"
+    assert license_of(load_recipe(str(path), PPKD)).weights == "CC-BY-NC-SA-3.0"
 
 
 def test_a_folder_without_a_contract_has_that_of_its_backbone(finetuned, moved, tmp_path):
@@ -130,15 +130,15 @@ def test_a_folder_of_another_task_is_no_segmenter(moved):
 
 def test_a_teacher_that_is_not_named_has_its_terms(tiny_recipe):
     path = tiny_recipe("ppkt", task={"teacher": None, "teacher_depth": None})
-    license = run_license(load_recipe(str(path), ["data.license=CC0-1.0"]))
+    license = license_of(load_recipe(str(path), ["data.license=CC0-1.0"]))
     assert license.weights == "LicenseRef-ImageNet-terms"
     assert "teacher: torchvision ResNet-50 IMAGENET1K_V1" in license.base_model
     with pytest.raises(RecipeError, match=r"unknown key 'task.techer'"):
-        run_license(load_recipe(str(path), ["task.techer=scratch"]))
+        license_of(load_recipe(str(path), ["task.techer=scratch"]))
 
 
 def test_terms_are_found_before_the_first_step(tiny_recipe, tmp_path, monkeypatch):
-    def unknown(recipe):
+    def unknown(*_):
         raise GeoPretrainError("nobody knows")
 
     monkeypatch.setattr(pretrain, "run_license", unknown)

@@ -8,14 +8,19 @@ import pytest
 
 from geo_pretrain.catalog import backbone_info
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.export import run_license
+from geo_pretrain.training.licenses import run_license
 from geo_pretrain.training.recipe import list_recipes, load_recipe
+from geo_pretrain.training.tasks import task_settings
+
+
+def license_of(recipe):
+    return run_license(recipe, task_settings(recipe))
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_a_recipe_yields_the_license_its_catalog_entry_states(name):
     stated = backbone_info(name).license
-    assert run_license(load_recipe(name)) == replace(stated, code="MIT")  # whoever trained the published one
+    assert license_of(load_recipe(name)) == replace(stated, code="MIT")  # whoever trained the published one
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,7 @@ def test_a_recipe_yields_the_license_its_catalog_entry_states(name):
     ],
 )
 def test_strictest_terms_win(overrides, weights, datasets):
-    license = run_license(load_recipe("pri3d_view_r18", overrides))
+    license = license_of(load_recipe("pri3d_view_r18", overrides))
     assert license.weights == weights
     if datasets is not None:
         assert {name for name, _ in license.datasets} == datasets

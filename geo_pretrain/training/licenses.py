@@ -1,0 +1,100 @@
+"""The license chain of the weights that a run makes: the strictest terms of everything they learned from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from geo_pretrain import hub
+from geo_pretrain.catalog import find
+from geo_pretrain.catalog.license import License, strictest
+from geo_pretrain.catalog.moco import IMAGENET_STARTS
+from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.errors import GeoPretrainError
+from geo_pretrain.training.data.sources.registry import data_license
+from geo_pretrain.training.finetune_recipe import load_finetune_recipe
+from geo_pretrain.training.recipe import STAGE1, Recipe
+
+IMAGENET_TERMS = "LicenseRef-ImageNet-terms"
+UNKNOWN_TERMS = "LicenseRef-unknown"
+
+
+def run_license(recipe: Recipe, settings: Mapping[str, Any], starts: Mapping[str, Path] = {}) -> License:
+    """The license chain of weights made by a recipe: the strictest terms of its data, start weights and teacher.
+
+    `settings` are all settings of the recipe's task, defaults included: a teacher that the recipe does not name
+    teaches too. `starts` maps "stage1" to the folder of the first stage; one that is not trained yet has the terms of
+    its recipe's name. 3D networks always start from random weights.
+
+    Raises `GeoPretrainError` when weights that are named cannot be found.
+    """
+    dataset, terms = data_license(recipe.data)
+    model, teacher = recipe.model, settings.get("teacher")
+    start, teaching = Origin(), Origin()
+    if model is not None:
+        start = _origin(_weights(recipe, model.init, starts), model.depth)
+    if teacher is not None:
+        teaching = _origin(_weights(recipe, teacher, starts), settings.get("teacher_depth", 50))
+    base = f"random weights; teacher: {teaching.name}" if teaching.name else "none (random weights)"
+    mixed = (("ImageNet", IMAGENET_TERMS),) if settings.get("mix", "none") != "none" else ()
+    datasets = dict([(dataset, terms), *mixed, *start.datasets, *teaching.datasets])
+    weights = strictest(terms, *(more for _, more in mixed), start.terms or terms, teaching.terms or terms)
+    return License(code="MIT", weights=weights, datasets=tuple(datasets.items()), base_model=start.name or base)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Weights that a run builds on; all empty for a random start."""
+
+    name: str = ""
+    terms: str = ""  # of the weights
+    datasets: tuple[tuple[str, str], ...] = ()  # behind them, with their terms
+
+
+def _weights(recipe: Recipe, value: str, starts: Mapping[str, Path]) -> str:
+    """The weights that a setting names; a first stage that is not trained yet by its recipe's name."""
+    if value == STAGE1 and STAGE1 not in starts and recipe.stage1 is not None:
+        return recipe.stage1.recipe
+    return recipe.start_of(value, starts)
+
+
+def _origin(weights: str, depth: int) -> Origin:
+    """Name, terms and data sets of start weights or of a teacher; `depth` is the ResNet's."""
+    if weights == "scratch":
+        return Origin()
+    terms = IMAGENET_TERMS
+    if weights == "imagenet":
+        name = f"torchvision ResNet-{depth} IMAGENET1K_V1 (BSD-3-Clause; ImageNet terms: non-commercial research)"
+        return Origin(name, terms, (("ImageNet", terms),))
+    if weights in IMAGENET_STARTS:
+        name = "MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0; ImageNet terms: non-commercial research)"
+        return Origin(name, strictest("CC-BY-NC-4.0", terms), (("ImageNet", terms),))
+    if weights == "ade20k":
+        terms = "LicenseRef-ADE20K-terms"
+        return Origin(f"fully convolutional ResNet of ADE20K ({terms})", terms, (("ADE20K", terms),))
+    if (Path(weights) / "results.json").is_file():
+        return _finetuned(Path(weights))
+    entry = None if Path(weights).is_dir() else find(weights)
+    found = entry or read_checkpoint(hub.resolve(weights, roles=()))
+    name, license = weights if entry else found.name, found.license
+    return Origin(f"{name} ({license.weights})", license.weights, license.datasets)
+
+
+def _finetuned(folder: Path) -> Origin:
+    """Weights of a fine-tuning run: what its backbone and its labelled images allow.
+
+    A backbone that cannot be found any more has unknown terms, which are strict.
+    """
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    backbone, source = results["backbone"]["name"], results["data"]["source"]
+    labels = results["data"].get("licence") or ("MIT" if source == "rooms" else "LicenseRef-data-owner")
+    try:
+        start = _origin(backbone, load_finetune_recipe(str(folder / "recipe.yaml")).network.depth)
+    except GeoPretrainError:
+        start = Origin(backbone, UNKNOWN_TERMS, ((f"what {backbone} learned from", UNKNOWN_TERMS),))
+    terms = strictest(labels, start.terms or labels)
+    name = f"{results['recipe']} fine-tuned from {backbone} ({terms})"
+    return Origin(name, terms, ((source, labels), *start.datasets))
