@@ -34,7 +34,6 @@ DESCRIPTIONS = {
     "partition4": f"{TEXT} (file partition4), 100,000 steps",
 }
 INSTANCES = "3D instance segmentation"
-RECIPES = ("csc_20k_srunet34", "csc_60k_srunet34", "csc_100k_srunet34")
 
 
 def _limited(task: str, metric: str, what: str, values: dict[int, float]) -> tuple[Result, ...]:
@@ -94,7 +93,7 @@ def _entry(name: str, license: License, data: str, description: str, *, recipe: 
 
 def _published(key: str) -> Entry:
     name = f"csc_{key}_srunet34"
-    recipe = name if name in RECIPES else None
+    recipe = None if key == "partition4" else name
     return _entry(name, SCANNET_LICENSE, "ScanNet", DESCRIPTIONS[key], recipe=recipe, key=key)
 
 

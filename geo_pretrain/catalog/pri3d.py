@@ -171,17 +171,6 @@ AUTHORS_FILES: dict[str, tuple[AuthorsFile, ...]] = {
     "pri3d_view_r50.megadepth": (_run("1yVR_PFt8DleJXOlKgXV8F2BMjNpQHwJu", "2D U-Net and depth head"),),
 }
 
-RECIPES = (
-    *(f"pri3d_{prior}_{arch}" for prior in PRIORS for arch in DEPTHS),
-    *(f"pri3d_view_{arch}.nodepth" for arch in DEPTHS),
-    *(f"pri3d_{prior}_r18.rooms" for prior in PRIORS),
-    "pri3d_view_r18.rooms_toy",
-    "pri3d_view_geo_r50.lr001",
-    *(f"pri3d_{prior}_r50.continued" for prior in PRIORS),
-    *(f"pri3d_unsup_{prior}_r50" for prior in PRIORS),
-    *(f"{method}_{arch}" for method in ("trivial_correspondence", "depth_prediction") for arch in ("r50", "r18.rooms")),
-)
-
 
 def _entry(
     name: str,
@@ -191,8 +180,8 @@ def _entry(
     description: str,
     contract: ImageContract = CONTRACT,
     method: str = "pri3d",
+    has_recipe: bool = True,
 ) -> Entry:
-    recipe = name if name in RECIPES else None
     authors_files = AUTHORS_FILES.get(name, ())
     return Entry(
         name=name,
@@ -204,8 +193,8 @@ def _entry(
         paper=PAPER,
         data=data,
         description=description,
-        status="published-by-authors" if authors_files else "regenerable" if recipe else "planned",
-        recipe=recipe,
+        status="published-by-authors" if authors_files else "regenerable",
+        recipe=name if has_recipe else None,
         authors_files=authors_files,
         results=RESULTS.get(name, ()),
     )
@@ -231,6 +220,7 @@ def _scannet_entries() -> tuple[Entry, ...]:
         scannet_license(imagenet("r50")),
         "ScanNet",
         f"{PRIORS['view']}, {slow_text}; the encoder alone",
+        has_recipe=False,
     )
     unsupervised = [
         _entry(
@@ -271,9 +261,9 @@ def _outdoor_entries() -> tuple[Entry, ...]:
     text = f"{PRIORS['view']}, with depth proxy, learning rate 0.01"
     arch, wide = RESNET_UNET["r50"], f"{text}, 180x360 crops"
     return (
-        _entry("pri3d_view_r50.kitti", arch, kitti, "KITTI", f"{text}, 240x320 crops"),
-        _entry("pri3d_view_r50.kitti_180", arch, kitti, "KITTI", wide, WIDE_CONTRACT),
-        _entry("pri3d_view_r50.megadepth", arch, megadepth, "MegaDepth", wide, WIDE_CONTRACT),
+        _entry("pri3d_view_r50.kitti", arch, kitti, "KITTI", f"{text}, 240x320 crops", has_recipe=False),
+        _entry("pri3d_view_r50.kitti_180", arch, kitti, "KITTI", wide, WIDE_CONTRACT, has_recipe=False),
+        _entry("pri3d_view_r50.megadepth", arch, megadepth, "MegaDepth", wide, WIDE_CONTRACT, has_recipe=False),
     )
 
 
