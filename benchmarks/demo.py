@@ -22,7 +22,7 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import RECIPE, SEEDS, THRESHOLD, labelled_frames, untrained, validation_spec
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.matching import evaluate_matching
-from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune
+from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune_frames
 from geo_pretrain.training.networks import Transfer, segmentation_unet
 from geo_pretrain.training.pretrain import train
 from geo_pretrain.training.recipe import load_recipe
@@ -56,7 +56,7 @@ def main() -> None:
             scores = []
             for seed in SEEDS:
                 network = segmentation_unet(pretrained, len(CLASSES), seed=seed, transfer=transfer)
-                measured_on = finetune(network, ImageContract(), few, held_out, FinetuneSpec(lr=lr), seed=seed)
+                measured_on = finetune_frames(network, ImageContract(), few, held_out, FinetuneSpec(lr=lr), seed=seed)
                 scores.append(round(measured_on.miou, 4))
             miou.setdefault(transfer, {})[f"lr {lr:g}"] = scores
             print(lr, transfer, scores, flush=True)

@@ -29,7 +29,7 @@ from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.matching import MatchingResult, evaluate_matching, match_pair
-from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune, predict
+from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune_frames, predict
 from geo_pretrain.training.loop import StepInfo
 from geo_pretrain.training.networks import Transfer, segmentation_unet
 from geo_pretrain.training.pretrain import train
@@ -190,7 +190,7 @@ def _finetune_all(
     runs = [(seed, start) for seed in SEEDS for start in STARTS]
     for number, (seed, start) in enumerate(runs):
         network = segmentation_unet(pretrained, len(CLASSES), seed=seed, transfer=STARTS[start])
-        result = finetune(
+        result = finetune_frames(
             network,
             ImageContract(),
             labelled,

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from geo_pretrain.errors import GeoPretrainError, RecipeError
 from geo_pretrain.training.data.samples.sampler import MicroBatches
 from geo_pretrain.training.distributed import World
+from geo_pretrain.training.recipe import OptimSpec
 from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, stop_requests, write_nothing
 
 
@@ -258,6 +259,16 @@ def check_batch(batch: int, accumulate: int, world: World) -> None:
     parts = world.size * accumulate
     if batch % parts:
         raise RecipeError(f"'optim.batch' is {batch}, accepted is a multiple of processes x accumulate = {parts}.")
+
+
+def make_optimizer(spec: OptimSpec, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a recipe over the parameters that are trained; a frozen teacher has none."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if spec.kind == "adam":
+        return torch.optim.Adam(trained, lr=spec.lr, weight_decay=spec.weight_decay)
+    return torch.optim.SGD(
+        trained, lr=spec.lr, momentum=spec.momentum, dampening=spec.dampening, weight_decay=spec.weight_decay
+    )
 
 
 def micro_batch_loader(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geo_pretrain.checkpoint import Checkpoint, check_target, read_checkpoint
 from geo_pretrain.errors import RecipeError
@@ -24,8 +24,17 @@ from geo_pretrain.training.data.sources.registry import open_source, source_note
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.export import write_run
 from geo_pretrain.training.licenses import run_license
-from geo_pretrain.training.loop import Budget, Progress, StepInfo, TrainingTask, check_batch, fit, micro_batch_loader
-from geo_pretrain.training.recipe import STAGE1, OptimSpec, Recipe, changes
+from geo_pretrain.training.loop import (
+    Budget,
+    Progress,
+    StepInfo,
+    TrainingTask,
+    check_batch,
+    fit,
+    make_optimizer,
+    micro_batch_loader,
+)
+from geo_pretrain.training.recipe import STAGE1, Recipe, changes
 from geo_pretrain.training.runs import RunFolder, check_out, run_lock
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
 from geo_pretrain.training.tasks import build_task, task_settings
@@ -288,13 +297,3 @@ class Pretraining(TrainingTask):
             "device": self.world.device.type,
             "skipped": self.skips.counts(),
         }
-
-
-def make_optimizer(spec: OptimSpec, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a recipe over the parameters that are trained; a frozen teacher has none."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if spec.kind == "adam":
-        return torch.optim.Adam(trained, lr=spec.lr, weight_decay=spec.weight_decay)
-    return torch.optim.SGD(
-        trained, lr=spec.lr, momentum=spec.momentum, dampening=spec.dampening, weight_decay=spec.weight_decay
-    )

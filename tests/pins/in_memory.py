@@ -14,14 +14,15 @@ from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune
-from geo_pretrain.training.finetune.points import (
-    LabelledCloud,
+from geo_pretrain.training.data.labelled.clouds import LabelledCloud
+from geo_pretrain.training.finetune.in_memory import (
+    FinetuneSpec,
     PointsSpec,
-    evaluate_points,
-    finetune_points,
-    segmentation_srunet,
+    evaluate_clouds,
+    finetune_clouds,
+    finetune_frames,
 )
+from geo_pretrain.training.finetune.segmentation3d import segmentation_srunet
 from geo_pretrain.training.networks import segmentation_unet
 
 PAINT = np.array([[0, 0, 0], [250, 20, 20], [20, 250, 20], [20, 20, 250]], np.uint8)
@@ -42,8 +43,8 @@ def points() -> dict[str, Any]:
     network = segmentation_srunet(SRUNet("18A", width=8), 4, seed=0)
     clouds = [cloud(number) for number in range(5)]
     spec = PointsSpec(steps=6, batch=3, lr=0.02, bn_momentum=0.5)
-    result = finetune_points(network, contract, clouds[:3], clouds[3:], spec, seed=1)
-    confusion = np.asarray(evaluate_points(network, contract, clouds[3:]))
+    result = finetune_clouds(network, contract, clouds[:3], clouds[3:], spec, seed=1)
+    confusion = np.asarray(evaluate_clouds(network, contract, clouds[3:]))
     return {"losses": list(result.losses), "miou": result.miou, "confusion": confusion.astype(float).tolist()}
 
 
@@ -66,5 +67,7 @@ def segmentation() -> dict[str, Any]:
     torch.manual_seed(5)
     network = segmentation_unet(ResNetUNet(18, width=8), 4, seed=0, transfer="none")
     frames = [frame(number) for number in range(8)]
-    result = finetune(network, ImageContract(), frames[:5], frames[5:], FinetuneSpec(steps=6, batch=2, lr=0.01), seed=1)
+    result = finetune_frames(
+        network, ImageContract(), frames[:5], frames[5:], FinetuneSpec(steps=6, batch=2, lr=0.01), seed=1
+    )
     return {"losses": list(result.losses), "miou": result.miou}

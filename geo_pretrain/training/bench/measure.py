@@ -26,8 +26,8 @@ from geo_pretrain.training.evaluation.comparison import dense_network, random_tw
 from geo_pretrain.training.evaluation.matching import evaluate_matching
 from geo_pretrain.training.evaluation.probes import STAGES, ProbeSpec, linear_probe
 from geo_pretrain.training.evaluation.recall import MatchingResult, spread_evenly
-from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune
-from geo_pretrain.training.finetune.points import PointsSpec, finetune_points, segmentation_srunet
+from geo_pretrain.training.finetune.in_memory import FinetuneSpec, PointsSpec, finetune_clouds, finetune_frames
+from geo_pretrain.training.finetune.segmentation3d import segmentation_srunet
 from geo_pretrain.training.recipe import DataSpec
 
 
@@ -122,7 +122,7 @@ def _images(
     def finetuned() -> float:
         network = encoder_segmenter(load(), rooms.classes + 1, seed=seed).to(device)
         budget = FinetuneSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr)
-        return finetune(network, contract, *rooms.frames(), budget, seed=seed).miou
+        return finetune_frames(network, contract, *rooms.frames(), budget, seed=seed).miou
 
     return {"matching": matching, "probe": probe, "finetuned": finetuned}
 
@@ -151,7 +151,7 @@ def _points(
         host = segmentation_srunet(network, rooms.classes + 1, seed=seed).to(device)
         clouds = [labelled_clouds(source, rooms.size) for source in (rooms.train, rooms.val)]
         budget = PointsSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr_points)
-        return finetune_points(host, contract, *clouds, budget, seed=seed).miou
+        return finetune_clouds(host, contract, *clouds, budget, seed=seed).miou
 
     return {"matching": matching, "probe": probe, "finetuned": finetuned}
 

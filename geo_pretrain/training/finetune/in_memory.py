@@ -1,32 +1,56 @@
-"""The demo's fine-tuning for semantic segmentation, in memory (Pri3D's protocol, table 1; recipes: finetune.py)."""
+"""Short fine-tuning of semantic segmentation on samples held in memory, for the demo and the benchmark; 2D and 3D.
+
+The same loop as everywhere, without a folder. Order and augmentation are drawn batch after batch from one generator,
+so nothing can be resumed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo_pretrain.contract import ImageContract
+from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.labelled.clouds import LabelledCloud, voxels_of
 from geo_pretrain.training.data.samples.sampler import sample_seed
+from geo_pretrain.training.distributed import World
 from geo_pretrain.training.evaluation.metrics import best_class, confusion_matrix, mean_iou
+from geo_pretrain.training.finetune.segmentation import segmentation_loss, upsample
+from geo_pretrain.training.finetune.segmentation3d import cloud_confusion, cloud_loss
+from geo_pretrain.training.loop import Budget, TrainingTask, fit, make_optimizer
 from geo_pretrain.training.recipe import OptimSpec
 from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum, set_bn_momentum
+
+OnStep = Callable[[int, float], None]  # step (1, 2, ...), loss
 
 
 @dataclass(frozen=True)
 class FinetuneSpec:
-    """The budget of a fine-tuning run, the same for every start."""
+    """The budget of a run on images, the same for every start."""
 
     steps: int = 100
     batch: int = 4
     lr: float = 0.05
     flip: bool = True  # horizontal, p 0.5
+
+
+@dataclass(frozen=True)
+class PointsSpec:
+    """The budget of a run on clouds, the same for every start; SGD as in PointContrast's segmentation."""
+
+    steps: int = 100
+    batch: int = 4  # clouds
+    lr: float = 0.1
+    momentum: float = 0.9
+    dampening: float = 0.1
+    weight_decay: float = 1e-4
+    bn_momentum: float = 0.1  # the released 0.02 forgets the start's statistics in hundreds of steps only
 
 
 @dataclass(frozen=True)
@@ -38,7 +62,61 @@ class SegmentationResult:
     losses: tuple[float, ...]
 
 
-def finetune(
+class InMemoryFinetuning(TrainingTask):
+    """Segmentation on `count` samples: `draw` makes a batch of those chosen, `loss` says how wrong `network` is."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optim: OptimSpec,
+        count: int,
+        draw: Callable[[Tensor, torch.Generator], Any],
+        loss: Callable[[Any], Tensor],
+        bn_momentum: Callable[[int], float],
+        seed: int,
+    ) -> None:
+        self.module, self.optim, self.count, self.draw, self.loss = network, optim, count, draw, loss
+        self.bn_momentum = bn_momentum
+        self.generator = torch.Generator().manual_seed(sample_seed(seed, 0, 0))
+        self.optimizer = make_optimizer(optim, network)
+        self.budget = Budget(steps=optim.steps or 0, batch=optim.batch)
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """One permutation of the samples after another, cut into batches."""
+        order = torch.empty(0, dtype=torch.long)
+        while True:
+            while len(order) < self.optim.batch:
+                order = torch.cat([order, torch.randperm(self.count, generator=self.generator)])
+            chosen, order = order[: self.optim.batch], order[self.optim.batch :]
+            yield self.draw(chosen, self.generator)
+
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Cross-entropy."""
+        return {"segmentation": self.loss(batch)}
+
+    def schedule(self, step: int) -> float:
+        """Set learning rate and BatchNorm momentum."""
+        rate = learning_rate(self.optim, step, self.budget.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        set_bn_momentum(self.module, self.bn_momentum(step))
+        return rate
+
+    def train(self, on_step: OnStep | None) -> tuple[float, ...]:
+        """Take all steps; the loss of each."""
+        losses: list[float] = []
+
+        def note(loss: float) -> None:
+            losses.append(loss)
+            if on_step is not None:
+                on_step(len(losses), loss)
+
+        world = World(0, 1, next(self.module.parameters()).device)
+        fit(self, world, on_step=lambda info: note(info.losses["segmentation"]))
+        return tuple(losses)
+
+
+def finetune_frames(
     network: nn.Module,
     contract: ImageContract,
     train: Sequence[Frame],
@@ -46,73 +124,108 @@ def finetune(
     spec: FinetuneSpec,
     *,
     seed: int = 0,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> SegmentationResult:
     """Train `network` (logits [B, classes, H/2, W/2]) on labelled frames and measure it on others.
 
-    SGD, momentum 0.9, dampening 0.1, poly schedule, BN momentum of Pri3D, cross-entropy on logits brought to label
-    size (bilinear, align_corners), class 0 ignored. The seed draws batches and flips. The last state is the one
-    measured (the released protocol reports the best epoch on the validation set, which flatters).
+    Pri3D's protocol, table 1: SGD, momentum 0.9, dampening 0.1, poly schedule, BN momentum of Pri3D, cross-entropy on
+    logits brought to label size (bilinear, align_corners), class 0 ignored. The seed draws batches and flips. The last
+    state is measured (the released protocol reports the best epoch on the validation set, which flatters).
     """
     images, labels = _stack(train, contract)
-    device = next(network.parameters()).device
-    generator = torch.Generator().manual_seed(sample_seed(seed, 0, 0))
-    optim = OptimSpec(batch=spec.batch, lr=spec.lr, momentum=0.9, dampening=0.1, steps=spec.steps)
-    optimizer = torch.optim.SGD(network.parameters(), lr=spec.lr, momentum=optim.momentum, dampening=optim.dampening)
-    network.train()
-    losses = []
-    order = torch.empty(0, dtype=torch.long)
-    for step in range(spec.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step, spec.steps)
-        set_bn_momentum(network, pri3d_bn_momentum(max(step - 1, 0)))
-        while len(order) < spec.batch:
-            order = torch.cat([order, torch.randperm(len(images), generator=generator)])
-        chosen, order = order[: spec.batch], order[spec.batch :]
+
+    def draw(chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x, y = images[chosen], labels[chosen]
         if spec.flip:
             flips = torch.rand(spec.batch, generator=generator) < 0.5
             x = torch.where(flips[:, None, None, None], x.flip(-1), x)
             y = torch.where(flips[:, None, None], y.flip(-1), y)
-        x, y = x.to(device), y.to(device)
-        optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(_logits(network, x, y.shape[-2:]), y, ignore_index=0)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if on_step is not None:
-            on_step(step + 1, losses[-1])
-    confusion = evaluate(network, contract, val)
-    return SegmentationResult(mean_iou(confusion), confusion, tuple(losses))
+        return x, y
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return segmentation_loss(network(x), y, first=0)
+
+    optim = OptimSpec(batch=spec.batch, lr=spec.lr, momentum=0.9, dampening=0.1, steps=spec.steps)
+    task = InMemoryFinetuning(
+        network, optim, len(images), draw, loss, lambda step: pri3d_bn_momentum(max(step - 1, 0)), seed
+    )
+    losses = task.train(on_step)
+    confusion = evaluate_frames(network, contract, val)
+    return SegmentationResult(mean_iou(confusion), confusion, losses)
 
 
-@torch.no_grad()
-def evaluate(network: nn.Module, contract: ImageContract, frames: Sequence[Frame], batch: int = 16) -> np.ndarray:
+def finetune_clouds(
+    network: nn.Module,
+    contract: VoxelContract,
+    train: Sequence[LabelledCloud],
+    val: Sequence[LabelledCloud],
+    spec: PointsSpec = PointsSpec(),
+    *,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> SegmentationResult:
+    """Train `network` (logits [N, 1 + C] of voxels) on labelled clouds and measure it on others, as they lie.
+
+    SGD, poly schedule, cross-entropy over the labelled voxels of a batch, the last state measured. In training every
+    cloud is rotated upright about its centroid (any angle about z, +-pi/64 about x and y). The seed draws order and
+    rotations.
+    """
+    if not train:
+        raise DataError("No labelled cloud to train on.")
+
+    def draw(chosen: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [voxels_of(train[k], contract, generator) for k in chosen.tolist()]
+
+    optim = OptimSpec(
+        batch=spec.batch,
+        lr=spec.lr,
+        momentum=spec.momentum,
+        dampening=spec.dampening,
+        weight_decay=spec.weight_decay,
+        steps=spec.steps,
+    )
+    task = InMemoryFinetuning(
+        network, optim, len(train), draw, lambda batch: cloud_loss(network, batch), lambda step: spec.bn_momentum, seed
+    )
+    losses = task.train(on_step)
+    confusion = evaluate_clouds(network, contract, val)
+    return SegmentationResult(mean_iou(confusion), confusion, losses)
+
+
+def evaluate_frames(
+    network: nn.Module, contract: ImageContract, frames: Sequence[Frame], batch: int = 16
+) -> np.ndarray:
     """The confusion matrix of a network over labelled frames, rows = truth: int64 [classes, classes]."""
+    if not frames:
+        raise DataError("No labelled frame to evaluate on.")
     network.eval()
     images, labels = _stack(frames, contract)
     device = next(network.parameters()).device
-    total: np.ndarray | None = None
-    for start in range(0, len(images), batch):
-        truth = labels[start : start + batch]
-        logits = _logits(network, images[start : start + batch].to(device), truth.shape[-2:]).cpu()
-        matrix = confusion_matrix(truth, best_class(logits), logits.shape[1])
-        total = matrix if total is None else total + matrix
-    if total is None:
-        raise DataError("No labelled frame to evaluate on.")
-    return total
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(images), batch):
+            truth = labels[start : start + batch]
+            logits = upsample(network(images[start : start + batch].to(device)), truth.shape[-2:]).cpu()
+            parts.append(confusion_matrix(truth, best_class(logits), logits.shape[1]))
+    return np.sum(parts, axis=0)
+
+
+def evaluate_clouds(network: nn.Module, contract: VoxelContract, clouds: Sequence[LabelledCloud]) -> np.ndarray:
+    """The confusion matrix of a network over the labelled voxels of clouds as they lie: int64 [1 + C, 1 + C]."""
+    parts = [cloud_confusion(network, contract, cloud) for cloud in clouds]
+    total = np.sum(parts, axis=0)
+    if not parts or not total.sum():
+        raise DataError("No labelled cloud to evaluate on.")
+    return np.asarray(total)
 
 
 @torch.no_grad()
 def predict(network: nn.Module, contract: ImageContract, frame: Frame) -> np.ndarray:
     """Class ids of one frame at its own size: int64 [H, W]; class 0 (unlabeled) is never predicted."""
     network.eval()
-    image = _stack([frame], contract)[0].to(next(network.parameters()).device)
-    return best_class(_logits(network, image, frame.depth.shape))[0].cpu().numpy()
-
-
-def _logits(network: nn.Module, images: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(network(images), size=tuple(size), mode="bilinear", align_corners=True)
+    image = contract.transforms(resize=False)(frame.color)[None].to(next(network.parameters()).device)
+    return best_class(upsample(network(image), frame.depth.shape))[0].cpu().numpy()
 
 
 def _stack(frames: Sequence[Frame], contract: ImageContract) -> tuple[Tensor, Tensor]:

@@ -168,7 +168,7 @@ class Segmentation:
     ) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:
         logits, _ = self.module(torch.stack([tensor for _, tensor, _ in pending]).to(device))
         for number, (image, _, truth) in enumerate(pending):
-            full = _upsample(logits[number : number + 1], truth.shape)
+            full = upsample(logits[number : number + 1], truth.shape)
             first = 0 if self.recipe.authors_exact and self.first == 0 else 1
             predicted = full[:, first - self.first :].argmax(1)[0] + first
             yield image, truth, predicted.cpu()
@@ -213,7 +213,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, first: int) -> Tensor:
     """
     if not bool((labels > 0).any()):
         return logits.sum() * 0
-    return F.cross_entropy(_upsample(logits, labels.shape[-2:]), labels - first, ignore_index=-first)
+    return F.cross_entropy(upsample(logits, labels.shape[-2:]), labels - first, ignore_index=-first)
 
 
 def crop_box(
@@ -238,7 +238,8 @@ def crop_box(
     return left, top, left + columns, top + rows
 
 
-def _upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
+def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits [B, K, h, w] at another size [H, W]."""
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 

@@ -88,7 +88,7 @@ def calls(monkeypatch):
     recall = MatchingResult(0.5, 4.0, (0.4, 0.6), 10, 0.01)
     for name in ("evaluate_matching", "evaluate_cloud_matching"):
         stand_in(name, recall)
-    for number, name in enumerate(("linear_probe", "finetune", "finetune_points")):
+    for number, name in enumerate(("linear_probe", "finetune_frames", "finetune_clouds")):
         stand_in(name, SimpleNamespace(miou=number / 10))
     return found
 
@@ -114,7 +114,7 @@ def test_an_image_network_is_measured_with_the_budget_and_the_seed(tmp_path, cal
     assert (train.split, val.split) == ("train", "val")
     assert (spec.pixels, spec.seed, spec.size) == (77, 6, (48, 64))
 
-    tuned = calls["finetune"]
+    tuned = calls["finetune_frames"]
     network, _, train, val, budget = tuned.arguments
     assert (train[0].scene, val[0].scene) == ("rooms_train_0000", "rooms_val_0000")
     assert (budget.steps, budget.batch, budget.lr) == (5, 3, 0.03)
@@ -153,7 +153,7 @@ def test_a_point_network_is_measured_with_the_budget_and_the_seed(tmp_path, call
     assert torch.equal(probed.final.kernel, matching.arguments[0].final.kernel)
     assert (len(train_source.ids()), len(val_source.ids())) == (1, 8)
     assert (spec.pixels, spec.seed, spec.size) == (77, 6, (48, 64))
-    tuned = calls["finetune_points"]
+    tuned = calls["finetune_clouds"]
     network, _, train, val, budget = tuned.arguments
     assert (len(train), len(val)) == (1, 8)
     assert (budget.steps, budget.batch, budget.lr) == (5, 3, 0.07)

@@ -10,12 +10,11 @@ from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.evaluation.metrics import confusion_matrix, mean_iou
 from geo_pretrain.training.finetune.in_memory import (
     FinetuneSpec,
-    confusion_matrix,
-    evaluate,
-    finetune,
-    mean_iou,
+    evaluate_frames,
+    finetune_frames,
     predict,
 )
 from geo_pretrain.training.networks import segmentation_unet
@@ -70,7 +69,7 @@ def test_finetuning_learns_and_depends_on_its_seed_alone():
     def run(seed, noise):
         torch.manual_seed(noise)
         network = segmentation_unet(start, 4, seed=seed, transfer="none")
-        return network, finetune(network, ImageContract(), toy_frames(8, 0), toy_frames(6, 1), spec, seed=seed)
+        return network, finetune_frames(network, ImageContract(), toy_frames(8, 0), toy_frames(6, 1), spec, seed=seed)
 
     network, result = run(0, 1)
     _, again = run(0, 2)
@@ -80,7 +79,7 @@ def test_finetuning_learns_and_depends_on_its_seed_alone():
     assert result.losses != other.losses
     assert result.miou > 0.6
     untrained = segmentation_unet(start, 4, seed=0, transfer="none")
-    assert mean_iou(evaluate(untrained, ImageContract(), toy_frames(6, 1))) < 0.3
+    assert mean_iou(evaluate_frames(untrained, ImageContract(), toy_frames(6, 1))) < 0.3
     frame = toy_frames(6, 1)[0]
     labels = predict(network, ImageContract(), frame)
     assert labels.shape == (48, 64)
@@ -108,4 +107,4 @@ def test_frame_without_labels_is_named():
         "kitchen", "000010", np.zeros((48, 64, 3), np.uint8), np.ones((48, 64), np.float32), np.eye(3), np.eye(4)
     )
     with pytest.raises(DataError, match="kitchen/000010 has no labels"):
-        evaluate(ResNetUNet(18, width=8, out_chans=4), ImageContract(), [frame])
+        evaluate_frames(ResNetUNet(18, width=8, out_chans=4), ImageContract(), [frame])

@@ -15,10 +15,11 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.sparse import SparseTensor
-from geo_pretrain.training import losses, pretrain
+from geo_pretrain.training import losses
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
+from geo_pretrain.training.loop import make_optimizer
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.global_distillation import encoder_map, pool
@@ -98,7 +99,7 @@ def test_every_weight_that_is_trained_is_reached_and_the_teacher_is_not(tiny_rec
         assert (parameter.grad is None) == (not parameter.requires_grad) == key.startswith(frozen), key
     assert task.backbone.block4[0].conv1.kernel.grad.abs().sum() > 0
     assert task.backbone.conv0p1s1.kernel.grad.abs().sum() > 0
-    groups = pretrain.make_optimizer(task.recipe.optim, task).param_groups
+    groups = make_optimizer(task.recipe.optim, task).param_groups
     assert {id(p) for p in groups[0]["params"]} == {id(p) for p in task.parameters() if p.grad is not None}
     assert task.head.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, before[key]) for key, value in task.teacher.state_dict().items())

@@ -20,6 +20,7 @@ from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import World
+from geo_pretrain.training.loop import make_optimizer
 from geo_pretrain.training.losses import queue_nce
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task, moco
@@ -154,7 +155,7 @@ def test_key_network_starts_as_the_query_network_and_is_not_optimized(task_and_b
     task, _ = task_and_batch()
     for key, value in task.query.state_dict().items():
         assert torch.equal(task.key.state_dict()[key], value)
-    trained = pretrain.make_optimizer(task.recipe.optim, task).param_groups[0]["params"]
+    trained = make_optimizer(task.recipe.optim, task).param_groups[0]["params"]
     assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in task.query.parameters()}
     torch.testing.assert_close(task.queue.norm(dim=1), torch.ones(10))
 

@@ -14,12 +14,8 @@ from geo_pretrain.errors import DataError
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.labelled.clouds import LabelledCloud, voxels_of
 from geo_pretrain.training.data.samples.sampler import sample_seed
-from geo_pretrain.training.finetune.points import (
-    PointsSpec,
-    evaluate_points,
-    finetune_points,
-    segmentation_srunet,
-)
+from geo_pretrain.training.finetune.in_memory import PointsSpec, evaluate_clouds, finetune_clouds
+from geo_pretrain.training.finetune.segmentation3d import segmentation_srunet
 from tests.training.painted_clouds import COLORS, ONES, painted, tiny_unet
 
 
@@ -45,7 +41,7 @@ def test_fine_tuning_learns_and_repeats():
     spec = PointsSpec(steps=16, batch=2, lr=0.1)
     shown = []
     runs = [
-        finetune_points(copy.deepcopy(start), COLORS, clouds[:3], clouds[3:], spec, seed=seed,
+        finetune_clouds(copy.deepcopy(start), COLORS, clouds[:3], clouds[3:], spec, seed=seed,
                         on_step=lambda step, loss: shown.append(step))
         for seed in (1, 1, 2)
     ]  # fmt: skip
@@ -61,7 +57,7 @@ def test_first_step_is_the_one_computed_by_hand():
     network = segmentation_srunet(tiny_unet(), 4, seed=0)
     twin = copy.deepcopy(network).train()
     spec = PointsSpec(steps=1, batch=1, lr=0.2, weight_decay=0.01)
-    result = finetune_points(network, COLORS, [cloud], [cloud], spec, seed=4)
+    result = finetune_clouds(network, COLORS, [cloud], [cloud], spec, seed=4)
     generator = torch.Generator().manual_seed(sample_seed(4, 0, 0))
     torch.randperm(1, generator=generator)  # the order is drawn first
     coords, feats, labels = voxels_of(cloud, COLORS, generator)
@@ -74,7 +70,7 @@ def test_first_step_is_the_one_computed_by_hand():
         expected = before - 0.2 * (before.grad + 0.01 * before)
         assert torch.allclose(after, expected, atol=1e-5)
     blank = LabelledCloud("blank", cloud.points, cloud.colors, np.zeros(400, np.int64))
-    assert finetune_points(network, COLORS, [blank], [cloud], spec).losses == (0.0,)
+    assert finetune_clouds(network, COLORS, [blank], [cloud], spec).losses == (0.0,)
 
 
 def test_later_steps_are_those_computed_by_hand():
@@ -86,7 +82,7 @@ def test_later_steps_are_those_computed_by_hand():
         if isinstance(layer, nn.BatchNorm1d):
             layer.momentum = 0.3
     spec = PointsSpec(steps=3, batch=2, lr=0.05, momentum=0.8, dampening=0.4, weight_decay=0.01, bn_momentum=0.3)
-    result = finetune_points(network, COLORS, clouds, clouds, spec, seed=4)
+    result = finetune_clouds(network, COLORS, clouds, clouds, spec, seed=4)
     generator = torch.Generator().manual_seed(sample_seed(4, 0, 0))
     order, moved, losses = [], {}, []
     for step in range(3):
@@ -115,12 +111,12 @@ def test_evaluation_is_a_sum_over_clouds_and_never_names_class_0():
     with torch.no_grad():
         network.final.bias[0, 0] = 100.0
     clouds = [painted(0), painted(1)]
-    total = evaluate_points(network, ONES, clouds)
-    assert np.array_equal(total, sum(evaluate_points(network, ONES, [cloud]) for cloud in clouds))
+    total = evaluate_clouds(network, ONES, clouds)
+    assert np.array_equal(total, sum(evaluate_clouds(network, ONES, [cloud]) for cloud in clouds))
     assert total[:, 0].sum() == total[0].sum() == 0
     assert total.sum() == sum(int((voxels_of(cloud, ONES)[2] > 0).sum()) for cloud in clouds)
     assert not network.training
     with pytest.raises(DataError, match="evaluate on"):
-        evaluate_points(network, ONES, [])
+        evaluate_clouds(network, ONES, [])
     with pytest.raises(DataError, match="train on"):
-        finetune_points(network, ONES, [], clouds)
+        finetune_clouds(network, ONES, [], clouds)
