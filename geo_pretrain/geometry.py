@@ -89,7 +89,7 @@ def match_pixels(
     tolerance: float = 0.05,
     distance: MatchDistance = "depth",
     rounding: Rounding = "floor",
-    authors_exact: bool = False,
+    match_released_code: bool = False,
 ) -> Tensor:
     """For every pixel of frame 1 the pixel of frame 2 that sees the same surface point, by projection.
 
@@ -99,16 +99,16 @@ def match_pixels(
         tolerance: meters. With `distance="depth"` it bounds the difference along the optical axis of frame 2, as
             Pri3D's code does (5 cm); with "euclidean" the distance of the two surface points, as its paper says (2 cm).
         rounding: how a projected coordinate becomes a pixel. The authors truncate; "nearest" has no half-pixel bias.
-        authors_exact: Pri3D's released matcher to the letter: truncation towards zero, which lets (-1, 0) in as row or
-            column 0, and invalid depth taken to be -1, so that zero-depth pixels take part.
+        match_released_code: Pri3D's released matcher to the letter: truncation towards zero, which lets (-1, 0) in as
+            row or column 0, and invalid depth taken to be -1, so that zero-depth pixels take part.
 
     Returns:
         int64 [B, H*W]: the flat pixel index in frame 2, or -1 where there is no match.
     """
     points = backproject(depth1, intrinsics1)
     points = transform(points, relative_pose(cam1_to_world, cam2_to_world).to(depth1.dtype))
-    target, inside, z = _land(points, intrinsics2, depth2.shape, rounding, authors_exact)
-    valid = inside & (depth1.flatten(-2) != -1 if authors_exact else depth1.flatten(-2) > 0)
+    target, inside, z = _land(points, intrinsics2, depth2.shape, rounding, match_released_code)
+    valid = inside & (depth1.flatten(-2) != -1 if match_released_code else depth1.flatten(-2) > 0)
     seen = depth2.flatten(-2).gather(-1, target)
     if distance == "depth":
         gap = (z - seen).abs()
@@ -116,7 +116,7 @@ def match_pixels(
         surface = backproject(depth2, intrinsics2).gather(-2, target[..., None].expand(*target.shape, 3))
         gap = (points - surface).norm(dim=-1)
     valid &= gap < tolerance
-    if not authors_exact:
+    if not match_released_code:
         valid &= seen > 0
     return torch.where(valid, target, -1)
 
@@ -129,7 +129,7 @@ def seen_at(
     *,
     tolerance: float = 0.05,
     rounding: Rounding = "floor",
-    authors_exact: bool = False,
+    match_released_code: bool = False,
 ) -> Tensor:
     """For every world point [..., N, 3] m the pixel of a frame that sees it, by projection.
 
@@ -138,17 +138,18 @@ def seen_at(
         depth: [..., H, W] m, 0 = invalid; intrinsics: [..., 3, 3]; cam_to_world: [..., 4, 4].
         tolerance: meters along the optical axis between the point and the depth there; Pri3D's code allows 0.2.
         rounding: how a projected coordinate becomes a pixel, see `match_pixels`.
-        authors_exact: Pri3D's released voxel matcher to the letter: truncation towards zero and no test of validity,
-            so that points within the tolerance of the camera plane, before or behind, match pixels without depth.
+        match_released_code: Pri3D's released voxel matcher to the letter: truncation towards zero and no test of
+            validity, so that points within the tolerance of the camera plane, before or behind, match pixels without
+            depth.
 
     Returns:
         int64 [..., N]: the flat pixel index, or -1 where the point is not seen.
     """
     in_camera = transform(points.double(), torch.linalg.inv(cam_to_world.double())).to(points.dtype)
-    target, inside, z = _land(in_camera, intrinsics, depth.shape, rounding, authors_exact)
+    target, inside, z = _land(in_camera, intrinsics, depth.shape, rounding, match_released_code)
     seen = depth.flatten(-2).gather(-1, target)
     valid = inside & ((z - seen).abs() < tolerance)
-    if not authors_exact:
+    if not match_released_code:
         valid &= seen > 0
     return torch.where(valid, target, -1)
 
@@ -239,12 +240,12 @@ def centered(points: Tensor) -> Tensor:
 
 
 def _land(
-    points: Tensor, intrinsics: Tensor, shape: torch.Size, rounding: Rounding, authors_exact: bool
+    points: Tensor, intrinsics: Tensor, shape: torch.Size, rounding: Rounding, match_released_code: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where camera-frame points fall in an image [..., H, W]: flat pixel (0 when outside), whether inside, z-depth."""
     height, width = shape[-2:]
     uv, z = project(points, intrinsics)
-    if authors_exact:
+    if match_released_code:
         pixel, inside = uv.trunc(), torch.ones_like(z, dtype=torch.bool)
     else:
         pixel, inside = (uv.floor() if rounding == "floor" else (uv + 0.5).floor()), z > 0

@@ -268,9 +268,9 @@ def test_every_option_of_train_arrives(tmp_path, monkeypatch):
 def test_every_option_of_eval_arrives(monkeypatch):
     result = MatchingResult(0.25, 3.0, (0.125, 0.375), 20, 0.0625, "voxels")
     common = ["--data", "seven_scenes:x", "--frames", "0.25:0.5", "--pairs", 7, "--threshold", 1.5, "--seed", 9]
-    common += ["--set", "data.measure=authors_exact"]
+    common += ["--set", "data.measure=match_released_code"]
     matching = ["--size", "48x64", "--overlap", "0.5:0.75", "--turn", "upright"]
-    data = DataSpec("seven_scenes", "x", frames=(0.25, 0.5), overlap=(0.5, 0.75), measure="authors_exact")
+    data = DataSpec("seven_scenes", "x", frames=(0.25, 0.5), overlap=(0.5, 0.75), measure="match_released_code")
     named = {"count": 7, "threshold": 1.5, "seed": 9}
     plain = {"count": 100, "threshold": None, "seed": 0}
     place = comparison, "compare_matching", {"net": result}

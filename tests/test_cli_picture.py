@@ -120,14 +120,14 @@ def given(monkeypatch, place, name, result, *command):
 
 
 COMMON = ["--data", "seven_scenes:x", "--frames", "0.25:0.5", "--size", "48x64", "--seed", 9, "--scene", "a"]
-COMMON += ["--device", "cuda", "--set", "data.measure=authors_exact"]
+COMMON += ["--device", "cuda", "--set", "data.measure=match_released_code"]
 
 
 def test_every_option_of_matches_arrives(monkeypatch):
     options = ["--overlap", "0.5:0.75", "--against", "b", "--pairs", 7, "--threshold", 1.5, "--turn", "full"]
     place = drawing_matches, "visualize_matches", [("t", [0.2, 0.6, 0.7])]
     spec, named, shown = given(monkeypatch, *place, "matches", "net", *COMMON, *options, "-o", "m.png")
-    data = DataSpec("seven_scenes", "x", frames=(0.25, 0.5), overlap=(0.5, 0.75), measure="authors_exact")
+    data = DataSpec("seven_scenes", "x", frames=(0.25, 0.5), overlap=(0.5, 0.75), measure="match_released_code")
     assert spec == ("net", data, Path("m.png"))
     assert named == {
         "against": "b", "scene": "a", "count": 7, "size": (48, 64), "threshold": 1.5, "turn": "full", "seed": 9,
@@ -144,7 +144,7 @@ def test_every_option_of_matches_arrives(monkeypatch):
 
 
 def test_every_option_of_features_and_points_arrives(monkeypatch):
-    data = DataSpec("seven_scenes", "x", frames=(0.25, 0.5), overlap=(0.0, 1.0), measure="authors_exact")
+    data = DataSpec("seven_scenes", "x", frames=(0.25, 0.5), overlap=(0.0, 1.0), measure="match_released_code")
     common = {"scene": "a", "size": (48, 64), "level": 2, "twin": False, "seed": 9, "device": "cuda"}
     plain = {"scene": None, "size": None, "level": None, "twin": True, "seed": 0, "device": "cpu"}
     options = [*COMMON, "--map", 2, "--alone"]

@@ -37,7 +37,7 @@ def pair_inputs(golden, pair, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_exact_mode_equals_the_released_matcher(golden, pair, dtype):
-    target = geometry.match_pixels(*pair_inputs(golden, pair, dtype), tolerance=0.05, authors_exact=True)[0]
+    target = geometry.match_pixels(*pair_inputs(golden, pair, dtype), tolerance=0.05, match_released_code=True)[0]
     source = (target >= 0).nonzero()[:, 0]
     pos1 = torch.stack([source // 160, source % 160], -1)
     pos2 = torch.stack([target[source] // 160, target[source] % 160], -1)
@@ -54,7 +54,7 @@ def test_rounding_to_the_nearest_pixel_gives_the_counts_of_the_reference(pair, c
 @pytest.mark.parametrize("pair", PAIRS)
 def test_default_matches_are_the_authors_without_the_half_pixel_band_outside_the_image(golden, pair):
     inputs = pair_inputs(golden, pair)
-    exact = geometry.match_pixels(*inputs, authors_exact=True)
+    exact = geometry.match_pixels(*inputs, match_released_code=True)
     default = geometry.match_pixels(*inputs)
     differs = exact != default
     assert torch.all(default[differs] == -1)
@@ -209,7 +209,7 @@ def test_points_on_the_pixels_of_a_frame_are_seen_where_the_released_matcher_fin
     depth1, depth2, k, _, pose1, pose2 = pair_inputs(golden, pair, torch.float64)
     source = (depth1[0].flatten() > 0).nonzero()[:, 0]
     world = geometry.transform(geometry.backproject(depth1[0], k[0])[source], pose1[0])
-    target = geometry.seen_at(world, depth2[0], k[0], pose2[0], authors_exact=True)
+    target = geometry.seen_at(world, depth2[0], k[0], pose2[0], match_released_code=True)
     found = target >= 0
     pos1 = torch.stack([source[found] // 160, source[found] % 160], -1)
     pos2 = torch.stack([target[found] // 160, target[found] % 160], -1)
@@ -217,14 +217,14 @@ def test_points_on_the_pixels_of_a_frame_are_seen_where_the_released_matcher_fin
     assert torch.equal(pos2.int(), golden[f"{pair}.warp_pos2"])
 
 
-def slow_seen_at(points, depth, intrinsics, pose, tolerance, rounding, authors_exact):
+def slow_seen_at(points, depth, intrinsics, pose, tolerance, rounding, match_released_code):
     """One point at a time."""
     out = np.full(len(points), -1)
     world_to_cam = np.linalg.inv(pose)
     for row, point in enumerate(points):
         x, y, z, _ = world_to_cam @ np.append(point, 1)
         u, v = x / z * intrinsics[0, 0] + intrinsics[0, 2], y / z * intrinsics[1, 1] + intrinsics[1, 2]
-        if authors_exact:
+        if match_released_code:
             j, i = int(u), int(v)
         elif rounding == "floor":
             j, i = int(np.floor(u)), int(np.floor(v))
@@ -232,12 +232,12 @@ def slow_seen_at(points, depth, intrinsics, pose, tolerance, rounding, authors_e
             j, i = int(np.floor(u + 0.5)), int(np.floor(v + 0.5))
         if not (0 <= i < depth.shape[0] and 0 <= j < depth.shape[1]) or abs(z - depth[i, j]) >= tolerance:
             continue
-        if authors_exact or (z > 0 and depth[i, j] > 0):
+        if match_released_code or (z > 0 and depth[i, j] > 0):
             out[row] = i * depth.shape[1] + j
     return out
 
 
-@pytest.mark.parametrize("options", [{}, {"rounding": "nearest"}, {"authors_exact": True}])
+@pytest.mark.parametrize("options", [{}, {"rounding": "nearest"}, {"match_released_code": True}])
 def test_seen_points_equal_the_loop_over_points(options):
     rng = np.random.default_rng(4)
     depth, intrinsics, pose = random_view(rng)
@@ -245,7 +245,7 @@ def test_seen_points_equal_the_loop_over_points(options):
     args = [torch.from_numpy(a) for a in (points, depth, intrinsics, pose)]
     got = geometry.seen_at(*args, tolerance=0.2, **options)
     want = slow_seen_at(
-        points, depth, intrinsics, pose, 0.2, options.get("rounding", "floor"), "authors_exact" in options
+        points, depth, intrinsics, pose, 0.2, options.get("rounding", "floor"), "match_released_code" in options
     )
     assert (want >= 0).sum() > 150
     np.testing.assert_array_equal(got.numpy(), want)
@@ -259,7 +259,7 @@ def test_only_the_exact_mode_lets_points_at_the_camera_plane_match_pixels_withou
     points = torch.tensor([[0.0, 0, 0.1], [0, 0, -0.1], [-0.053125, 0, 0.1]])  # the last one at u = -0.75
     args = (points, depth, intrinsics, torch.eye(4))
     assert geometry.seen_at(*args, tolerance=0.2).tolist() == [-1, -1, -1]
-    assert geometry.seen_at(*args, tolerance=0.2, authors_exact=True).tolist() == [27, 27, 24]
+    assert geometry.seen_at(*args, tolerance=0.2, match_released_code=True).tolist() == [27, 27, 24]
 
 
 def brute_force(points1, points2, radius):

@@ -117,8 +117,11 @@ def finetune(
     seed: Annotated[list[int], typer.Option(help="Of order, augmentation and new weights.")] = [0],  # noqa: B006
     sweep: Annotated[bool, typer.Option("--sweep", help="All given backbones, fractions and seeds: a table.")] = False,
     toy: Annotated[bool, typer.Option("--toy", help="The same protocol on small rooms: CPU, minutes.")] = False,
-    authors_exact: Annotated[
-        bool, typer.Option("--authors-exact", help="With what the released protocol does by accident.")
+    match_released_code: Annotated[
+        bool,
+        typer.Option(
+            "--match-released-code", "--authors-exact", help="With what the released protocol does by accident."
+        ),
     ] = False,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CUDA where there is one.")] = None,
@@ -135,7 +138,7 @@ def finetune(
     """
     from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 
-    overrides = [*labelled_overrides(data), *(["authors_exact=true"] if authors_exact else []), *set_]
+    overrides = [*labelled_overrides(data), *(["match_released_code=true"] if match_released_code else []), *set_]
     spec = load_finetune_recipe(recipe, overrides, toy=toy)
     if sweep:
         _sweep(spec, backbone, fraction, seed, out, hub, device, as_json)

@@ -19,7 +19,10 @@ from geo_pretrain.training.recipe import WITHOUT_EFFECT, OptimSpec, retag
 from geo_pretrain.training.schedule import learning_rate
 
 RECIPES = Path(__file__).parent / "recipes" / "finetune"
-RENAMED: tuple[Renamed, ...] = ()  # former keys, still read
+RENAMED = (  # former keys, still read
+    Renamed("authors_exact", "match_released_code"),
+    Renamed("data.options.authors_exact", "data.options.match_released_code"),
+)
 OVERLAYS = RECIPES / "overlays"  # toy_TASK.yaml: laid over the recipes of a task by --toy
 
 TaskName = Literal["segmentation", "detection", "instances"]
@@ -67,7 +70,9 @@ class LabelledSpec:
     source: str = "rooms"  # of open_labelled
     path: str | None = None  # folder of a data set on disk; rooms renders its own
     size: tuple[int, int] | None = (240, 320)  # height and width that images are resized to; None: their own
-    resize: Literal["nearest", "bilinear"] | None = None  # of images; None: nearest with authors_exact, else bilinear
+    resize: Literal["nearest", "bilinear"] | None = (
+        None  # of images; None: nearest with match_released_code, else bilinear
+    )
     augment: LabelledAugment = LabelledAugment()
     fraction: float = 1.0  # share of the training images, whole scenes (data-efficient curves)
     fraction_seed: int = 0  # which scenes; a smaller share lies inside a larger one
@@ -114,13 +119,15 @@ class FinetuneOptim:
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """When and how the validation images are measured; the end of the run is measured too unless authors_exact."""
+    """When and how the validation images are measured; at the end of the run too, unless match_released_code is set."""
 
     every_epochs: int | None = None  # n: after epochs 0, n, 2n, ... as the released loop counts
     every_steps: int | None = None
     batch: int = 1
     images: int | None = None  # at most this many, spread evenly; None: all
-    size: tuple[int, int] | None = None  # of the labels that IoU is measured on under authors_exact; None: data.size
+    size: tuple[int, int] | None = (
+        None  # of the labels that IoU is measured on under match_released_code; None: data.size
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class FinetuneRecipe:
     data: LabelledSpec
     optim: FinetuneOptim
     evaluate: EvaluateSpec = EvaluateSpec()
-    authors_exact: bool = False  # reproduce what the released protocol did by accident; the report lists it
+    match_released_code: bool = False  # reproduce what the released protocol did by accident; the report lists it
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = 4  # loader processes; no effect on the result
@@ -210,7 +217,7 @@ class FinetuneRecipe:
 
     def resize(self) -> str:
         """How images are resized: "nearest" or "bilinear"."""
-        return self.data.resize or ("nearest" if self.authors_exact else "bilinear")
+        return self.data.resize or ("nearest" if self.match_released_code else "bilinear")
 
     def to_yaml(self) -> str:
         """The recipe as a YAML text that parses back to an equal recipe."""

@@ -30,7 +30,12 @@ from geo_pretrain.training.config import (
 RECIPES = Path(__file__).parent / "recipes"
 TOY = RECIPES / "overlays" / "toy.yaml"
 STAGE1 = "stage1"  # as start weights: what the first stage of the same recipe trained
-_RENAMED = (Renamed("data.licence", "data.license"),)
+_RENAMED = (
+    Renamed("data.licence", "data.license"),
+    Renamed("data.augment.grey_prob", "data.augment.grayscale_prob"),
+    Renamed("data.measure", "data.measure", {"authors_exact": "match_released_code"}),
+    Renamed("task.authors_exact", "task.match_released_code"),
+)
 # Former keys, still read, in the settings of a first stage too.
 RENAMED = (
     *_RENAMED,
@@ -72,7 +77,7 @@ class AugmentSpec:
 
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
     jitter_prob: float = 0.8
-    grey_prob: float = 0.2
+    grayscale_prob: float = 0.2
     blur_prob: float = 0.5
     blur_radius: tuple[float, float] = (0.1, 2.0)  # pixels, Pillow's Gaussian
 
@@ -87,8 +92,8 @@ class DataSpec:
     frames: tuple[float, float] = (0.0, 1.0)  # part of each scene's frames in order of time; the rest is held out
     units: Literal["pairs", "frames"] = "pairs"  # frames: each frame on its own, as a pair with itself
     overlap: tuple[float, float] = (0.3, 1.0)  # pairs with an overlap ratio in this range
-    # projective: Pri3D's paper by projection; authors_exact: the released script, 5 cm voxels within 7.5 cm
-    measure: Literal["projective", "authors_exact"] = "projective"
+    # projective: Pri3D's paper by projection; match_released_code: the released script, 5 cm voxels within 7.5 cm
+    measure: Literal["projective", "match_released_code"] = "projective"
     max_pairs_per_scene: int | None = None  # spread evenly over the scene's pairs
     license: str | None = None  # of the data, SPDX; None: what the source says
     options: dict[str, Any] = field(default_factory=dict)  # of the source; checked by the source

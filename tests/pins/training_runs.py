@@ -68,7 +68,7 @@ def canonical(recipe: dict[str, Any]) -> dict[str, Any]:
     return renamed(tree)
 
 
-RENAMED = {"match_released_code": "authors_exact", "license": "licence", "gray_prob": "grey_prob"}
+RENAMED = {"match_released_code": "authors_exact", "license": "licence", "grayscale_prob": "grey_prob"}
 
 
 def renamed(tree: Any) -> Any:

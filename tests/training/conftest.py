@@ -138,7 +138,7 @@ TINY_TASKS = {
         "name": "img2pc_srunet18.tiny",
         "task": {"name": "img2pc", "matches": 100, "temperature": 0.1},
         "unet3d": UNET3D | {"out_chans": 16},
-        "data": IMAGES | {"augment": {"jitter_prob": 0.0, "grey_prob": 0.0, "blur_prob": 0.0}},
+        "data": IMAGES | {"augment": {"jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}},
     },
 }
 

@@ -99,7 +99,7 @@ def test_both_stages_see_the_same_data_in_the_same_network(staged, tiny_recipe):
         "data.size=[120, 160]",
         "data.frames=[0, 0.3]",
         "data.overlap=[0.1, 0.9]",
-        "data.measure=authors_exact",
+        "data.measure=match_released_code",
         "data.options={labels: label-filt}",
         "data.license=MIT",
         "model.width=16",

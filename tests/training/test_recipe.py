@@ -10,7 +10,16 @@ import yaml
 from geo_pretrain.errors import RecipeError, UnknownName
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.pretrain import needs_stage1
-from geo_pretrain.training.recipe import RECIPES, TOY, Recipe, list_recipes, load_recipe, load_stage1
+from geo_pretrain.training.recipe import (
+    RECIPES,
+    RENAMED,
+    TOY,
+    Recipe,
+    changes,
+    list_recipes,
+    load_recipe,
+    load_stage1,
+)
 from geo_pretrain.training.tasks import TASKS
 
 
@@ -141,7 +150,7 @@ def test_toy_overlay_gives_a_recipe_no_network_it_has_not(tmp_path):
         ("unet3d={voxel_size: 0}", ["'unet3d.voxel_size'", "meters above 0"]),
         ("unet3d={width: 0}", ["'unet3d.width'", "from 1 up"]),
         ("unet3d={variant: 34D}", ["'unet3d.variant'", "Closest: '34C'"]),
-        ("data.measure=exact", ["'data.measure'", "projective, authors_exact"]),
+        ("data.measure=exact", ["'data.measure'", "projective, match_released_code"]),
         ("color=red", ["'color'", "Closest"]),
         ("optim.lr", ["not of the form key=value"]),
         ("name.sub=1", ["holds a value"]),
@@ -176,3 +185,101 @@ def test_missing_key_is_named(tmp_path):
     path.write_text("task: {name: pri3d_view}\noptim: {steps: 3}\n")
     with pytest.raises(RecipeError, match="'name' is missing"):
         load_recipe(str(path))
+
+
+FORMER = """
+name: pri3d_view_r18.old
+task: {name: pri3d_view, match_released_code: true}
+model: {init: scratch}
+data: {licence: CC0-1.0, measure: match_released_code, augment: {grayscale_prob: 0.25}}
+stage1: {recipe: pri3d_view_r18, data: {licence: MIT, augment: {grayscale_prob: 0.5}}}
+optim: {steps: 3}
+"""
+TODAY = (
+    FORMER.replace("licence", "license")
+    .replace("match_released_code", "match_released_code")
+    .replace("grey_", "grayscale_")
+)
+
+
+def test_former_keys_are_read_in_files_and_overrides_and_written_as_todays(tmp_path):
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text(FORMER)
+    new.write_text(TODAY)
+    recipe = load_recipe(str(old))
+    assert recipe == load_recipe(str(new))
+    assert recipe == parse(Recipe, yaml.safe_load(FORMER), where="here", renames=RENAMED)
+    assert recipe.data.augment.grayscale_prob == 0.25
+    assert recipe.data.measure == "match_released_code"
+    assert recipe.task["match_released_code"] is True
+    first = load_stage1(recipe)
+    assert (first.data.license, first.data.augment.grayscale_prob) == ("MIT", 0.5)
+    assert yaml.safe_load(recipe.to_yaml())["data"]["license"] == "CC0-1.0"
+    former = ["data.licence=MIT", "data.augment={grayscale_prob: 0.75}", "stage1.data.augment.grayscale_prob=1"]
+    changed = load_recipe(str(new), [*former, "data.measure=match_released_code", "task.match_released_code=false"])
+    assert (changed.data.license, changed.data.augment.grayscale_prob) == ("MIT", 0.75)
+    assert (changed.data.measure, changed.task["match_released_code"]) == ("match_released_code", False)
+    assert changed.stage1.overrides["data"]["augment"] == {"grayscale_prob": 1}
+
+
+def test_a_stored_recipe_with_former_keys_is_no_other_recipe():
+    assert changes(FORMER, TODAY) == []
+    assert changes(FORMER, TODAY.replace("0.25", "0.75")) == ["data.augment.grayscale_prob: 0.25 -> 0.75"]
+
+
+def test_a_key_that_is_given_under_both_names_is_an_error(tmp_path):
+    path = tmp_path / "both.yaml"
+    path.write_text(TODAY.replace("{license: CC0-1.0", "{license: CC0-1.0, licence: MIT"))
+    with pytest.raises(RecipeError, match=r"'data.license' is given twice, also by its former name 'data.licence'"):
+        load_recipe(str(path))
+
+
+def test_all_mistakes_are_named_at_once():
+    wrong = ["optim.lrr=1", "optim.batch=0", "data.size=[240]", "precision=fp61", "data.license=MTI", "optim.steps=3"]
+    with pytest.raises(RecipeError) as error:
+        load_recipe("pri3d_view_r18", [*wrong, "color=red"])
+    first, *lines = str(error.value).splitlines()
+    assert first.endswith("pri3d_view_r18.yaml: 7 mistakes:")
+    for part in (
+        "unknown key 'color'. Closest",
+        "unknown key 'optim.lrr'. Closest: 'optim.lr'",
+        "'data.size' is [240] (list), accepted is a list of 2 values",
+        "data.license: Unknown license 'MTI'. Closest: 'MIT'",
+        "'precision' is 'fp61' (str), accepted is one of fp32, bf16. Closest: 'bf16'",
+        "'optim.steps / optim.epochs' is (3, 5.0), accepted is exactly one of the two",
+        "'optim.batch' is 0, accepted is a whole number from 1 up",
+    ):
+        assert len([line for line in lines if line.startswith(f"  - {part}")]) == 1, part
+
+
+def test_checks_of_a_wrong_value_are_left_out():
+    """What stands in for a value of the wrong type is nobody's mistake."""
+    for overrides, count in (
+        (["optim.steps=many"], 1),  # and not: exactly one of steps and epochs
+        (["optim.epochs=null", "optim.stpes=5"], 1),
+        (["optim.accumulate=0", "optim.batch=x"], 2),
+        (["nmae=x", "name=null"], 2),
+    ):
+        with pytest.raises(RecipeError) as error:
+            load_recipe("pri3d_view_r18", overrides)
+        assert len(error.value.problems) == count, str(error.value)
+
+
+def test_missing_keys_are_named_together_with_the_rest(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text("optim: {steps: 3, batch: 0}\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(str(path))
+    texts = [problem.text for problem in error.value.problems]
+    assert texts == [
+        "key 'name' is missing.",
+        "key 'task' is missing.",
+        "'optim.batch' is 0, accepted is a whole number from 1 up.",
+    ]
+
+
+def test_overrides_that_cannot_be_applied_are_all_named():
+    with pytest.raises(RecipeError) as error:
+        load_recipe("pri3d_view_r18", ["optim.lr", "name.sub=1"])
+    assert "not of the form key=value" in str(error.value)
+    assert "'name' holds a value" in str(error.value)

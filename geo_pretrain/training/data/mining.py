@@ -151,7 +151,7 @@ def cloud_overlap_matrix(clouds: list[Tensor], device: str | torch.device = "cpu
 
 
 def _scene_pairs(source: Source, scene: str, spec: DataSpec, skips: Skips, device: str | torch.device) -> list[Pair]:
-    if spec.measure == "authors_exact":
+    if spec.measure == "match_released_code":
         clouds = _load_all(source, scene, thin_cloud, skips)
         names, ratios = list(clouds), cloud_overlap_matrix(list(clouds.values()), device)
     else:

@@ -14,22 +14,22 @@ def confusion_matrix(truth: Tensor, predicted: Tensor, classes: int) -> np.ndarr
     return torch.bincount(index, minlength=classes**2).reshape(classes, classes).cpu().numpy()
 
 
-def mean_iou(confusion: np.ndarray, *, authors_exact: bool = False) -> float:
+def mean_iou(confusion: np.ndarray, *, match_released_code: bool = False) -> float:
     """Mean intersection over union of the classes 1.. that occur in the truth.
 
-    `authors_exact`: Pri3D's released code: pixels predicted as class 0 are left out altogether, and classes that occur
-    neither in the truth nor in the prediction count as 0.
+    `match_released_code`: Pri3D's released code: pixels predicted as class 0 are left out altogether, and classes that
+    occur neither in the truth nor in the prediction count as 0.
     """
-    values = class_iou(confusion, authors_exact=authors_exact)
-    if authors_exact:
+    values = class_iou(confusion, match_released_code=match_released_code)
+    if match_released_code:
         return float(np.nan_to_num(values).mean())
     present = confusion.sum(1)[1:] > 0
     return float(values[present].mean())
 
 
-def class_iou(confusion: np.ndarray, *, authors_exact: bool = False) -> np.ndarray:
+def class_iou(confusion: np.ndarray, *, match_released_code: bool = False) -> np.ndarray:
     """Intersection over union of each class 1..: float64 [classes - 1], NaN where there is no pixel of it."""
-    if authors_exact:
+    if match_released_code:
         confusion = confusion.copy()
         confusion[0], confusion[:, 0] = 0, 0
     inside = confusion.diagonal()[1:].astype(np.float64)

@@ -27,7 +27,7 @@ from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.clouds import encode, one_match_each
 from geo_pretrain.training.tasks.pri3d import Pri3D, gather_cells, half_resolution_cell
 
-PLAIN = AugmentSpec(jitter_prob=0, grey_prob=0, blur_prob=0)
+PLAIN = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=0)
 ACCEPTED = "accepted: folders that a recipe of task pri3d_geo or pri3d_view_geo wrote"
 
 

@@ -2,8 +2,8 @@
 
 The protocol is that of Pri3D's and GSC's Detectron2 runs: stages frozen, flips, the shorter side drawn anew for each
 image, a step schedule with warmup. What the released configuration does by accident is reproduced with
-`authors_exact` and mended otherwise; `Detection.quirks` says which. torchvision's host differs from Detectron2's in
-details that are listed there, too.
+`match_released_code` and mended otherwise; `Detection.quirks` says which. torchvision's host differs from
+Detectron2's in details that are listed there, too.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class DetectionOptions:
     roi_batch: int = 512  # boxes an image that the heads are trained on
     proposals: int = 1000  # boxes an image that the heads see
     score_threshold: float = 0.05  # detections below do not count
-    authors_score_threshold: float | None = None  # the same, with authors_exact; None: as ever
-    authors_input: Literal["rgb", "msra"] = "rgb"  # with authors_exact; msra: BGR minus mean, stride in the 1x1
+    authors_score_threshold: float | None = None  # the same, with match_released_code; None: as ever
+    authors_input: Literal["rgb", "msra"] = "rgb"  # with match_released_code; msra: BGR minus mean, stride in the 1x1
 
     def __post_init__(self) -> None:
         """Ranges."""
@@ -96,7 +96,7 @@ class Detection:
         _check_recipe(recipe, contract)
         self.recipe, self.start, self.classes, self.contract = recipe, start, tuple(classes), contract
         self.options = parse(DetectionOptions, recipe.network.options, where=recipe.name, prefix="network.options.")
-        self.msra = recipe.authors_exact and self.options.authors_input == "msra"
+        self.msra = recipe.match_released_code and self.options.authors_input == "msra"
         self.with_masks = recipe.network.kind == "mask_rcnn"
         self.metric = "mask_ap" if recipe.task == "instances" else "box_ap"
         self.module: nn.Module = start.host(self._build, recipe.seed)
@@ -105,14 +105,14 @@ class Detection:
     @property
     def score_threshold(self) -> float:
         """Detections below do not count."""
-        exact = self.options.authors_score_threshold if self.recipe.authors_exact else None
+        exact = self.options.authors_score_threshold if self.recipe.match_released_code else None
         return self.options.score_threshold if exact is None else exact
 
     @property
     def thawed(self) -> bool:
         """Whether a start from scratch trains what the recipe freezes."""
         frozen = self.recipe.network.freeze > 0 or self.options.norm == "frozen"
-        return frozen and self.start.backbone == SCRATCH and not self.recipe.authors_exact
+        return frozen and self.start.backbone == SCRATCH and not self.recipe.match_released_code
 
     def sample(self, image: LabelledImage, generator: torch.Generator) -> dict[str, Any]:
         """{"image": uint8 [3, H, W], "boxes", "labels", "masks"}; crowds are left out, a flip is drawn."""
@@ -135,11 +135,11 @@ class Detection:
     def collate(self, samples: list[Any]) -> dict[str, Any]:
         """Images stay a list: their sizes differ.
 
-        With `authors_exact` those without an object are left out of a batch, unless all are so; a source's own option
-        `drop_empty` takes the next images in their stead, as the released conversion does.
+        With `match_released_code` those without an object are left out of a batch, unless all are so; a source's own
+        option `drop_empty` takes the next images in their stead, as the released conversion does.
         """
         keys = ("boxes", "labels", "masks") if self.with_masks else ("boxes", "labels")
-        if self.recipe.authors_exact:
+        if self.recipe.match_released_code:
             samples = [sample for sample in samples if len(sample["labels"])] or samples
         return {
             "images": [sample["image"] for sample in samples],
@@ -184,7 +184,7 @@ class Detection:
     def evaluate(self, source: LabelledSource, ids: Sequence[str]) -> Evaluation:
         """COCO's AP over these images; one that cannot be read raises `BadFrame`, since fewer are another measure.
 
-        Images without an object are kept, where every detection is wrong; with `authors_exact` they are left out.
+        Images without an object are kept, where every detection is wrong; with `match_released_code` they are left out.
         """
         truth = self._truth_of(source, ids)
         images = truth["images"]
@@ -217,7 +217,7 @@ class Detection:
 
     def quirks(self) -> dict[str, str]:
         """What the released configuration does by accident, and what this run does."""
-        exact, options = self.recipe.authors_exact, self.options
+        exact, options = self.recipe.match_released_code, self.options
         said = {
             "images without objects": "are left out of batches and of evaluation, as released"
             if exact
@@ -303,7 +303,7 @@ class Detection:
         if self._truth is None or self._truth[0] != key:
             tree = coco_json(_Chosen(source, ids), rle=self.with_masks)
             given = len(tree["images"])
-            if self.recipe.authors_exact:
+            if self.recipe.match_released_code:
                 full = {a["image_id"] for a in tree["annotations"] if not a["iscrowd"]}
                 tree["images"] = [image for image in tree["images"] if image["id"] in full]
                 tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] in full]

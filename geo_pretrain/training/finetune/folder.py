@@ -92,7 +92,7 @@ def check_result_out(out: Path, *, overwrite: bool) -> None:
 def finish(task: Finetuning, progress: Progress) -> FinetuneResult:
     """Write the folder `out`; results.json comes last and says that the rest is there."""
     run, recipe = task.run, task.recipe
-    uses: Literal["last", "best"] = "best" if recipe.authors_exact else "last"
+    uses: Literal["last", "best"] = "best" if recipe.match_released_code else "last"
     if uses == "best":
         task.module.load_state_dict(load_file(run.path / BEST))
     run.out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
         "uses": uses,
         "score": (task.best() if uses == "best" else task.evaluations[-1])["scores"][metric],
         "seed": recipe.seed,
-        "authors_exact": recipe.authors_exact,
+        "match_released_code": recipe.match_released_code,
         "backbone": {"name": task.backbone, "digest": task.digest},
         "contract": plain_types(task.task.contract.to_dict()),
         "data": {

@@ -52,7 +52,7 @@ class Segmentation:
             angle = _uniform(-augment.rotate, augment.rotate, generator)
             pixels, labels = pixels.rotate(angle, self._resampling()), labels.rotate(angle, Image.Resampling.NEAREST)
         if augment.crop is not None:
-            box = crop_box(labels.size[::-1], augment.crop, generator, image.id, self.recipe.authors_exact)
+            box = crop_box(labels.size[::-1], augment.crop, generator, image.id, self.recipe.match_released_code)
             pixels, labels = pixels.crop(box), labels.crop(box)
         if _uniform(0, 1, generator) < augment.flip:
             mirror = Image.Transpose.FLIP_LEFT_RIGHT
@@ -95,18 +95,18 @@ class Segmentation:
     @torch.no_grad()
     def evaluate(self, source: LabelledSource, ids: Sequence[str]) -> Evaluation:
         """mIoU, accuracy and per-class IoU over these images; the confusion matrix is kept in the details."""
-        exact = self.recipe.authors_exact
+        exact = self.recipe.match_released_code
         outputs = len(self.classes) + 1
         total = np.zeros((outputs, outputs), np.int64)
         for _, truth, predicted in self.predictions(source, ids):
             total += confusion_matrix(truth, predicted, outputs)
         if not total.sum():
             raise DataError(f"No labelled pixel in {len(ids)} images of {source.name!r}, split {source.split!r}.")
-        values = class_iou(total, authors_exact=exact)
+        values = class_iou(total, match_released_code=exact)
         iou = {
             name: None if np.isnan(value) else float(value) for name, value in zip(self.classes, values, strict=True)
         }
-        scores = {"miou": mean_iou(total, authors_exact=exact), "accuracy": pixel_accuracy(total)}
+        scores = {"miou": mean_iou(total, match_released_code=exact), "accuracy": pixel_accuracy(total)}
         return Evaluation(scores, {"iou": iou}, {"confusion": total.tolist(), "images": len(ids)})
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class Segmentation:
 
     def quirks(self) -> dict[str, str]:
         """What the released protocol does by accident, and what this run does."""
-        exact, data = self.recipe.authors_exact, self.recipe.data
+        exact, data = self.recipe.match_released_code, self.recipe.data
         size = self.truth_size()
         found = {
             "image resize": f"{self.recipe.resize()}{_published(self.recipe.resize() == 'nearest')}",
@@ -144,7 +144,7 @@ class Segmentation:
 
     def truth_size(self) -> tuple[int, int] | None:
         """The size that labels are brought to before they are compared; None: their own."""
-        return (self.recipe.evaluate.size or self.recipe.data.size) if self.recipe.authors_exact else None
+        return (self.recipe.evaluate.size or self.recipe.data.size) if self.recipe.match_released_code else None
 
     def predictions(self, source: LabelledSource, ids: Sequence[str]) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:
         """Each image with its labels and its predicted classes, int64 [H, W] on the CPU."""
@@ -169,7 +169,7 @@ class Segmentation:
         logits, _ = self.module(torch.stack([tensor for _, tensor, _ in pending]).to(device))
         for number, (image, _, truth) in enumerate(pending):
             full = upsample(logits[number : number + 1], truth.shape)
-            first = 0 if self.recipe.authors_exact and self.first == 0 else 1
+            first = 0 if self.recipe.match_released_code and self.first == 0 else 1
             predicted = full[:, first - self.first :].argmax(1)[0] + first
             yield image, truth, predicted.cpu()
 
@@ -217,11 +217,11 @@ def segmentation_loss(logits: Tensor, labels: Tensor, first: int) -> Tensor:
 
 
 def crop_box(
-    shape: Sequence[int], crop: tuple[int, int], generator: torch.Generator, id: str, authors_exact: bool
+    shape: Sequence[int], crop: tuple[int, int], generator: torch.Generator, id: str, match_released_code: bool
 ) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a crop, every place of the image equally likely.
 
-    `authors_exact`: the center is drawn in [0, 240) x [0, 320) whatever the size of the image, and moved inside.
+    `match_released_code`: the center is drawn in [0, 240) x [0, 320) whatever the size of the image, and moved inside.
     """
     (height, width), (rows, columns) = shape, crop
     if height < rows or width < columns:
@@ -230,7 +230,7 @@ def crop_box(
     def draw(count: int) -> int:
         return int(torch.randint(count, (), generator=generator))
 
-    if authors_exact:
+    if match_released_code:
         top = min(max(draw(CROP_CENTRES[0]) - rows // 2, 0), height - rows)
         left = min(max(draw(CROP_CENTRES[1]) - columns // 2, 0), width - columns)
     else:

@@ -141,7 +141,7 @@ class Finetuning(TrainingTask):
         with self.precision():
             evaluation = self.task.evaluate(self.data.val, self.val_ids)
         self.evaluations.append({"step": step, **evaluation.to_dict()})
-        if self.recipe.authors_exact and self.best()["step"] == step:
+        if self.recipe.match_released_code and self.best()["step"] == step:
             write_weights(self.task, self.run.path / BEST)
         if self.on_evaluation is not None:
             self.on_evaluation(step, evaluation)
@@ -198,7 +198,7 @@ def evaluation_steps(recipe: FinetuneRecipe, images: int, steps: int) -> list[in
     """Steps after which a run over this many training images is measured.
 
     The released loops measure after epochs 0, n, 2n, ... or every n steps, and so often never at the end; here the end
-    is measured, too, unless the recipe is `authors_exact` (and measures at all before).
+    is measured, too, unless the recipe is `match_released_code` (and measures at all before).
     """
     due = []
     if recipe.evaluate.every_epochs is not None:
@@ -208,7 +208,7 @@ def evaluation_steps(recipe: FinetuneRecipe, images: int, steps: int) -> list[in
             epoch += recipe.evaluate.every_epochs
     elif recipe.evaluate.every_steps is not None:
         due = list(range(recipe.evaluate.every_steps, steps + 1, recipe.evaluate.every_steps))
-    if not due or (due[-1] != steps and not recipe.authors_exact):
+    if not due or (due[-1] != steps and not recipe.match_released_code):
         due.append(steps)
     return due
 

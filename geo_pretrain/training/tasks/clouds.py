@@ -36,7 +36,7 @@ class CloudConfig:
     jitter_prob: float = 0.95
     temperature: float = 0.4
     matches: int = 4096  # anchors of a process's batch, or of a pair where the task contrasts pair by pair
-    authors_exact: bool = False  # a pair without matches gets a dummy one
+    match_released_code: bool = False  # a pair without matches gets a dummy one
 
     def __post_init__(self) -> None:
         """Ranges."""
@@ -73,7 +73,7 @@ class CloudPairs(nn.Module, ABC):
             rotation=config.rotation,
             jitter=config.jitter,
             jitter_prob=config.jitter_prob,
-            authors_exact=config.authors_exact,
+            match_released_code=config.match_released_code,
         )
         return CloudPairSamples(source, pairs, self.recipe.data, spec, self.recipe.seed)
 

@@ -47,7 +47,7 @@ class Config:
     temperature: float = 0.4
     matches: int = 1024  # sampled for each image pair, and for each chunk; the paper contrasts all
     tolerance: float = 0.05  # m; the paper: 0.02 with distance "euclidean"
-    geo_tolerance: float | None = None  # m; None: 0.05, under authors_exact the released 0.2
+    geo_tolerance: float | None = None  # m; None: 0.05, under match_released_code the released 0.2
     distance: Literal["depth", "euclidean"] = "depth"
     rounding: Literal["floor", "nearest"] = "floor"
     symmetric: bool = True  # the paper's eq. 1 is one-directional
@@ -56,7 +56,7 @@ class Config:
     features: Features = "rgb"  # of voxels; "ones" is the paper's occupancy
     frustum: bool = False  # chunks fill the view frustum's box instead of whole meters
     keep_heads: bool = False  # start the 3D network, projections and depth head from the checkpoint in model.init too
-    authors_exact: bool = False  # the released matchers with their defects, see geometry.match_pixels and seen_at
+    match_released_code: bool = False  # the released matchers with their defects, see geometry.match_pixels and seen_at
 
     def __post_init__(self) -> None:
         """Ranges."""
@@ -105,7 +105,7 @@ class Pri3D(nn.Module):
             voxel_size=self.voxel_size,
             features=self.config.features,
             frustum=self.config.frustum,
-            authors_exact=self.config.authors_exact,
+            match_released_code=self.config.match_released_code,
         )
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Pri3D(nn.Module):
         used = torch.ones(len(batch["seed"]), dtype=torch.bool, device=features[0].device)
         if self.config.view:
             losses["view"], found = self._view_loss(batch, *features)
-            used = found if self.config.authors_exact else used  # the released loop skips the whole pair
+            used = found if self.config.match_released_code else used  # the released loop skips the whole pair
         if self.config.geo:
             terms = [self._geo_loss(batch, k, f, used) for k, f in enumerate(features, 1)]
             losses["geo"] = (terms[0] + terms[1]) / 2
@@ -177,7 +177,7 @@ class Pri3D(nn.Module):
             tolerance=config.tolerance,
             distance=config.distance,
             rounding=config.rounding,
-            authors_exact=config.authors_exact,
+            match_released_code=config.match_released_code,
         )
         pixel1, pixel2, found = sample_matches(target, batch["seed"], config.matches)
         cell1, cell2 = (
@@ -225,7 +225,7 @@ class Pri3D(nn.Module):
         """For each pair the pixel of frame `k` that sees each voxel of its chunk: int64 [n], -1 for none."""
         config, coords = self.config, batch[f"coords{k}"]
         # The released matcher projects a voxel's corner.
-        place, tolerance = (0.0, 0.2) if config.authors_exact else (0.5, 0.05)
+        place, tolerance = (0.0, 0.2) if config.match_released_code else (0.5, 0.05)
         points = (coords[:, 1:].double() + place) * self.voxel_size
         return [
             seen_at(
@@ -233,7 +233,7 @@ class Pri3D(nn.Module):
                 *(batch[f"{name}{k}"][element] for name in ("depth", "intrinsics", "cam_to_world")),
                 tolerance=config.geo_tolerance or tolerance,
                 rounding=config.rounding,
-                authors_exact=config.authors_exact,
+                match_released_code=config.match_released_code,
             )
             for element in range(len(batch["seed"]))
         ]

@@ -166,7 +166,9 @@ class Pri3DVoxels(Describer):
 
     def of_frame(self, frame: Frame) -> Features:
         """The chunk of surface around the frame, as in pre-training, drawn into its camera."""
-        chunk = crop(self.surfaces.load(frame.scene), *chunk_box(frame, authors_exact=not self.task.config.frustum))
+        chunk = crop(
+            self.surfaces.load(frame.scene), *chunk_box(frame, match_released_code=not self.task.config.frustum)
+        )
         if not len(chunk):
             raise BadFrame(f"{frame.scene}/{frame.id}", "no surface lies around the frame")
         found = self.of_surface(chunk, [])

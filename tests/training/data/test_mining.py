@@ -149,7 +149,7 @@ def test_neighbors_of_the_exact_measure_are_less_than_seven_and_a_half_centimetr
 def test_recipe_chooses_the_measure_and_the_cache_keeps_them_apart(tmp_path, recording):
     """A pair at 30 % by projection is at 46 % by the released script, so it selects more pairs."""
     source, cache = SevenScenes(recording), tmp_path / "cache"
-    exact = dataclasses.replace(SPEC, measure="authors_exact")
+    exact = dataclasses.replace(SPEC, measure="match_released_code")
     projective = find_pairs(source, SPEC, skips=Skips(), cache_dir=cache)
     released = find_pairs(source, exact, skips=Skips(), cache_dir=cache)
     assert len(list((cache / "pairs").iterdir())) == 2

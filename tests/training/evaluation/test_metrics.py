@@ -60,7 +60,7 @@ def test_confusion_counts_pixels_by_truth_and_prediction(pixels):
 @pytest.mark.parametrize("exact", [False, True])
 def test_iou_of_each_class_equals_the_loop(pixels, exact):
     truth, predicted = pixels
-    found = class_iou(confusion_of(truth, predicted), authors_exact=exact)
+    found = class_iou(confusion_of(truth, predicted), match_released_code=exact)
     assert found == pytest.approx(slow_iou(truth, predicted, 7, exact=exact), nan_ok=True)
     assert found[4] == 0
     assert np.isnan(found[5])
@@ -71,9 +71,9 @@ def test_mean_leaves_out_classes_without_truth_or_counts_them_as_zero(pixels):
     confusion = confusion_of(truth, predicted)
     mended, exact = (slow_iou(truth, predicted, 7, exact=flag) for flag in (False, True))
     assert mean_iou(confusion) == pytest.approx(sum(mended[:4]) / 4)
-    assert mean_iou(confusion, authors_exact=True) == pytest.approx(sum(exact[:4]) / 6)
+    assert mean_iou(confusion, match_released_code=True) == pytest.approx(sum(exact[:4]) / 6)
     before = confusion.copy()
-    mean_iou(confusion, authors_exact=True)
+    mean_iou(confusion, match_released_code=True)
     assert (confusion == before).all(), "the matrix is the caller's"
 
 

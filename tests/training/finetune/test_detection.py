@@ -195,7 +195,7 @@ def test_what_the_released_input_was():
     """BGR in 0-255 minus Detectron2's means, not divided; otherwise RGB by the contract."""
     image = Shapes().load("train0")
     options = {"authors_input": "msra", "norm": "frozen", "score_threshold": 0.1, "authors_score_threshold": 0.5}
-    task = task_of(authors_exact=True, network={"options": options}, data={"augment": {"flip": 0.0}})
+    task = task_of(match_released_code=True, network={"options": options}, data={"augment": {"flip": 0.0}})
     tensor = task.sample(image, generator())["image"].float() / 255
     theirs = image.image[:, :, ::-1].astype(np.float64) - [103.530, 116.280, 123.675]
     assert np.abs(task.module.transform.normalize(tensor).permute(1, 2, 0).numpy() - theirs).max() < 1e-3
@@ -244,7 +244,7 @@ def test_images_without_labels_of_objects_are_refused():
 def test_empty_images_in_a_batch():
     source = Shapes()
     for exact, kept in ((False, 3), (True, 2)):
-        task = bare(authors_exact=exact)
+        task = bare(match_released_code=exact)
         samples = [task.sample(source.load(id), generator()) for id in ("train3", "train0", "train1")]
         batch = task.collate(samples)
         assert len(batch["images"]) == len(batch["targets"]) == kept
@@ -383,7 +383,7 @@ def test_freezing_and_rates():
         "network": {"freeze": 2, "options": {"norm": "frozen"}},
         "optim": {"backbone_factor": 0.1, "head_factor": 2.0},
     }
-    task = task_of(authors_exact=True, **changes)
+    task = task_of(match_released_code=True, **changes)
     assert frozen_stages(task) == [True, True, False, False, False]
     assert norms(task.module) == {FrozenBatchNorm2d}
     groups = task.parameter_groups()
@@ -403,7 +403,7 @@ def test_a_start_from_scratch_is_not_frozen_unless_released_so():
     assert norms(encoder_of(task.module)) == {nn.BatchNorm2d}
     assert task.thawed
     assert "trained with BatchNorm from scratch" in task.quirks()["frozen random layers"]
-    exact = bare(authors_exact=True, **frozen)
+    exact = bare(match_released_code=True, **frozen)
     assert not exact.thawed
     assert "stay frozen" in exact.quirks()["frozen random layers"]
     assert "frozen random layers" not in bare().quirks()
@@ -411,7 +411,7 @@ def test_a_start_from_scratch_is_not_frozen_unless_released_so():
 
 def test_every_start_begins_with_the_same_new_layers():
     """The host's layers do not depend on what is frozen or normed how."""
-    one, other = task_of(), task_of(authors_exact=True, network={"freeze": 2, "options": {"norm": "frozen"}})
+    one, other = task_of(), task_of(match_released_code=True, network={"freeze": 2, "options": {"norm": "frozen"}})
     mine, theirs = one.module.state_dict(), other.module.state_dict()
     shared = [key for key in mine if not key.startswith("backbone.body")]
     assert len(shared) > 30
@@ -476,7 +476,7 @@ def test_stride_in_the_1x1():
 def test_the_released_stride_is_built_in_for_resnet50():
     options = {"authors_input": "msra"}
     for exact in (True, False):
-        task = task_of(authors_exact=exact, network={"depth": 50, "options": options})
+        task = task_of(match_released_code=exact, network={"depth": 50, "options": options})
         block = encoder_of(task.module).layer3[0]
         assert (block.conv1.stride, block.conv2.stride) == (((2, 2), (1, 1)) if exact else ((1, 1), (2, 2)))
 
@@ -543,7 +543,7 @@ def test_images_without_objects_count_unless_released_so(monkeypatch):
     """val3 is empty: what is found there, with the best score of all, is wrong."""
     source = Shapes("val", 4)
     for exact, square in ((False, 3 / 4), (True, 1)):
-        task = bare(authors_exact=exact)
+        task = bare(match_released_code=exact)
         knows_the_truth(task, source, monkeypatch, wrong_on_empty=True)
         evaluation = task.evaluate(source, source.ids())
         # three squares after one mistake: precision 1/2, 2/3, 3/4, and 3/4 is the best from every recall on
@@ -632,7 +632,7 @@ def test_pictures(tmp_path):
 def test_the_report_says_which_accidents_were_reproduced(name):
     said = {}
     for exact in (False, True):
-        made = dataclasses.replace(load_finetune_recipe(name), authors_exact=exact)
+        made = dataclasses.replace(load_finetune_recipe(name), match_released_code=exact)
         task = Detection(made, _Nowhere("imagenet", 50), CLASSES, ImageContract())
         said[exact] = task.quirks()
         assert task.score_threshold == (0.5 if exact else 0.05)
@@ -645,7 +645,7 @@ def test_the_report_says_which_accidents_were_reproduced(name):
 
 
 def test_the_coco_protocol_has_none_of_the_inputs_accidents():
-    made = dataclasses.replace(load_finetune_recipe("coco_mask_rcnn_r50"), authors_exact=True)
+    made = dataclasses.replace(load_finetune_recipe("coco_mask_rcnn_r50"), match_released_code=True)
     task = Detection(made, _Nowhere("imagenet", 50), CLASSES, ImageContract())
     assert not task.msra
     assert task.score_threshold == 0.05
@@ -680,7 +680,7 @@ def test_recipes_of_the_papers(name):
     assert made.data.size is None
     assert task.options.anchors == (32, 64, 128, 256, 512)
     assert task.options.proposals == 1000
-    assert not made.authors_exact
+    assert not made.match_released_code
 
 
 def test_every_detection_recipe_has_a_toy():

@@ -125,9 +125,9 @@ def test_recipe_has_the_published_numbers(name):
     assert {key: value(recipe, key) for key in PUBLISHED[name]} == PUBLISHED[name]
     assert recipe.name == name
     assert recipe.task == "segmentation"
-    assert not recipe.authors_exact
+    assert not recipe.match_released_code
     assert recipe.resize() == "bilinear"
-    assert load_finetune_recipe(name, ["authors_exact=true"]).resize() == "nearest"
+    assert load_finetune_recipe(name, ["match_released_code=true"]).resize() == "nearest"
 
 
 def test_every_segmentation_recipe_is_in_the_table_or_toy_evidence():

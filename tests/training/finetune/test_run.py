@@ -69,7 +69,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from tests.training.finetune.test_run import LONG, run
-run(Path(sys.argv[1]), *LONG, "authors_exact=true", "workers=" + sys.argv[2])
+run(Path(sys.argv[1]), *LONG, "match_released_code=true", "workers=" + sys.argv[2])
 """
 
 
@@ -97,7 +97,7 @@ def wait_for_line(process, out, lines, seconds=600):
 
 def test_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
     torch.set_num_threads(1)
-    run(tmp_path / "whole", *LONG, "authors_exact=true", "workers=0")
+    run(tmp_path / "whole", *LONG, "match_released_code=true", "workers=0")
     for line in (8 + os.getpid() % 17, 8, 7, 6):  # on a busy machine a run may end before it is killed
         shutil.rmtree(tmp_path / "broken", ignore_errors=True)
         broken = start(tmp_path / "broken", 0)
@@ -108,7 +108,7 @@ def test_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
             break
     assert not (tmp_path / "broken").exists(), "every run ended before it could be killed"
     torch.rand(3)  # whatever the caller draws is of no concern
-    run(tmp_path / "broken", *LONG, "authors_exact=true", "workers=0")
+    run(tmp_path / "broken", *LONG, "match_released_code=true", "workers=0")
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
     lines = [json.loads(line) for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "lr" in line] == list(range(1, 37))
@@ -280,22 +280,22 @@ def test_evaluations_fall_where_the_released_loops_have_them():
 
     # 80 epochs of 10 steps, measured after epochs 0, 5, ..., 75, and here at the end
     published = [10 * (epoch + 1) for epoch in range(0, 80, 5)]
-    assert steps("scannet_unet_r50", 640, "authors_exact=true") == published
+    assert steps("scannet_unet_r50", 640, "match_released_code=true") == published
     assert steps("scannet_unet_r50", 640) == [*published, 800]
     assert published[-1] == 760
     # every epoch: the last one is there anyway
     assert steps("scannet_pspnet_r50", 160) == [10 * (epoch + 1) for epoch in range(50)]
     # every 3000 of 50000
     deeplab = list(range(3000, 50_000, 3000))
-    assert steps("scannet_deeplabv3_r50", 160, "authors_exact=true") == deeplab
+    assert steps("scannet_deeplabv3_r50", 160, "match_released_code=true") == deeplab
     assert steps("scannet_deeplabv3_r50", 160) == [*deeplab, 50_000]
     # epochs that are no whole number of steps, and a run too short to be measured on the way
-    assert steps("scannet_unet_r50", 100, "optim.epochs=6", "authors_exact=true") == [2, 10]
-    short = ("evaluate.every_epochs=null", "authors_exact=true", "optim.epochs=2")
+    assert steps("scannet_unet_r50", 100, "optim.epochs=6", "match_released_code=true") == [2, 10]
+    short = ("evaluate.every_epochs=null", "match_released_code=true", "optim.epochs=2")
     assert steps("scannet_unet_r50", 640, *short) == [20]
 
 
-def test_last_is_reported_by_default_and_best_under_authors_exact(tmp_path, monkeypatch):
+def test_last_is_reported_by_default_and_best_under_match_released_code(tmp_path, monkeypatch):
     from geo_pretrain.training.finetune.segmentation import Segmentation
 
     scores = iter([0.3, 0.7, 0.7, 0.4] * 2)
@@ -319,7 +319,7 @@ def test_last_is_reported_by_default_and_best_under_authors_exact(tmp_path, monk
     assert mended.data["quirks"]["number reported"] == "the last (mended)"
     assert mended.data["quirks"]["end of the run"] == "is measured"
 
-    exact = run(tmp_path / "exact", *steps, "authors_exact=true", "optim.steps=9")
+    exact = run(tmp_path / "exact", *steps, "match_released_code=true", "optim.steps=9")
     assert (exact.uses, exact.score, exact.last, exact.best, exact.best_step) == ("best", 0.7, None, 0.7, 4)
     kept = weights(tmp_path / "exact")
     for key, value in scripted.task.seen[1][1].items():
@@ -330,7 +330,7 @@ def test_last_is_reported_by_default_and_best_under_authors_exact(tmp_path, monk
 
 
 def test_saved_weights_give_the_reported_number(tmp_path):
-    for flags in ([], ["authors_exact=true"]):
+    for flags in ([], ["match_released_code=true"]):
         out = tmp_path / str(len(flags))
         result = run(out, "optim.steps=6", "optim.lr=0.05", *flags)
         task = task_for(recipe_for("scannet_unet_r18", *flags), contract=contract_of_scratch())

@@ -154,7 +154,7 @@ def test_nearest_takes_the_pixel_under_the_centre_and_bilinear_mixes():
     image = coded()
     rows = [int((i + 0.5) * 60 / 48) for i in range(48)]
     columns = [int((j + 0.5) * 84 / 64) for j in range(64)]
-    nearest = task_for(recipe_for("scannet_unet_r18", "authors_exact=true")).sample(image, generator())
+    nearest = task_for(recipe_for("scannet_unet_r18", "match_released_code=true")).sample(image, generator())
     mixed = task_for(recipe_for()).sample(image, generator())
     expected = torch.from_numpy(image.semantic[rows][:, columns]).long()
     for sample in (nearest, mixed):
@@ -287,8 +287,8 @@ def test_iou_is_measured_on_the_full_labels_or_on_small_ones():
     source = Squares("val", size=(96, 130))
     labels = [source.load(id).semantic for id in source.ids()]
     mended, _ = measured(source, [0.0, 1.0, 0.0, 0.0])
-    exact, _ = measured(source, [0.0, 1.0, 0.0, 0.0], "authors_exact=true")
-    other, _ = measured(source, [0.0, 1.0, 0.0, 0.0], "authors_exact=true", "evaluate.size=[32, 33]")
+    exact, _ = measured(source, [0.0, 1.0, 0.0, 0.0], "match_released_code=true")
+    other, _ = measured(source, [0.0, 1.0, 0.0, 0.0], "match_released_code=true", "evaluate.size=[32, 33]")
     rows, columns = [int((i + 0.5) * 2) for i in range(48)], [int((j + 0.5) * 130 / 64) for j in range(64)]
     small = [image[rows][:, columns] for image in labels]
     for found, truths in ((mended, labels), (exact, small)):
@@ -303,7 +303,7 @@ def test_iou_is_measured_on_the_full_labels_or_on_small_ones():
 def test_pixels_predicted_as_unlabelled():
     source = Squares("val", count=2)
     mended, _ = measured(source, [2.0, 1.0, 0.0, 0.0])
-    exact, _ = measured(source, [2.0, 1.0, 0.0, 0.0], "authors_exact=true")
+    exact, _ = measured(source, [2.0, 1.0, 0.0, 0.0], "match_released_code=true")
     assert np.sum(mended.details["confusion"], axis=0)[0] == 0
     assert mended.scores["miou"] > 0
     assert np.sum(exact.details["confusion"], axis=0)[1:].sum() == 0
@@ -316,7 +316,7 @@ def test_absent_classes():
 
     source = Squares("val", count=1, broken={"val0/0": ground_alone})
     mended, _ = measured(source, [0.0, 1.0, 0.0, 0.0])
-    exact, _ = measured(source, [0.0, 1.0, 0.0, 0.0], "authors_exact=true")
+    exact, _ = measured(source, [0.0, 1.0, 0.0, 0.0], "match_released_code=true")
     assert mended.scores["miou"] == 1
     assert exact.scores["miou"] == pytest.approx(1 / 3)
     assert mended.per_class["iou"] == {"ground": 1.0, "red": None, "green": None}
@@ -325,7 +325,7 @@ def test_absent_classes():
 def test_quirks_are_told_one_by_one():
     crop = "data.augment.crop=[32, 32]"
     mended = task_for(recipe_for("scannet_unet_r18", crop)).quirks()
-    exact = task_for(recipe_for("scannet_unet_r18", crop, "authors_exact=true")).quirks()
+    exact = task_for(recipe_for("scannet_unet_r18", crop, "match_released_code=true")).quirks()
     assert mended.keys() == exact.keys()
     assert len(mended) == 5
     assert all(text.endswith("(mended)") for text in mended.values())

@@ -32,7 +32,11 @@ TINY = {
     "task": {"name": "img2pc", "matches": 100, "temperature": 0.1, "teacher": "stage1"},
     "model": None,
     "unet3d": {"variant": "18A", "width": 8, "out_chans": 16, "voxel_size": 0.15},
-    "data": {"units": "frames", "overlap": None, "augment": {"jitter_prob": 0.0, "grey_prob": 0.0, "blur_prob": 0.0}},
+    "data": {
+        "units": "frames",
+        "overlap": None,
+        "augment": {"jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0},
+    },
     "optim": {"dampening": 0.0, "bn_momentum": "constant", "steps": 16},
 }
 

@@ -411,5 +411,5 @@ def test_released_settings():
         shapes = [tuple(p.shape) for key, p in task.query.head.named_parameters() if "weight" in key]
         assert shapes == [(2048, 2048), (128, 2048)]
         augment = recipe.data.augment
-        assert (augment.jitter, augment.jitter_prob, augment.grey_prob) == ((0.4, 0.4, 0.4, 0.1), 0.8, 0.2)
+        assert (augment.jitter, augment.jitter_prob, augment.grayscale_prob) == ((0.4, 0.4, 0.4, 0.1), 0.8, 0.2)
         assert (augment.blur_prob, augment.blur_radius) == (0.5, (0.1, 2.0))

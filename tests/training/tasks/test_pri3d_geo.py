@@ -75,7 +75,7 @@ def slow_geo_loss(task, batch, *, tolerance=0.05, exact=False):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_loss_of_a_batch_equals_the_loop_over_voxels(task_and_batch, exact):
-    task, batch = task_and_batch(f"task.authors_exact={str(exact).lower()}", "task.matches=24")
+    task, batch = task_and_batch(f"task.match_released_code={str(exact).lower()}", "task.matches=24")
     batch["depth1"][1] = 0  # in exact mode voxels near the camera plane still match
     with torch.no_grad():
         got = task(batch)
@@ -138,7 +138,7 @@ def test_pair_without_a_chunk_is_left_out_and_still_counted(task_and_batch):
 
 def test_pair_that_the_view_loss_skips_has_no_geo_loss_in_exact_mode_only(task_and_batch):
     for exact in (False, True):
-        task, batch = task_and_batch(f"task.authors_exact={str(exact).lower()}", tiny="pri3d_view_geo")
+        task, batch = task_and_batch(f"task.match_released_code={str(exact).lower()}", tiny="pri3d_view_geo")
         task.eval()
         with torch.no_grad():
             batch["cam_to_world2"][:, :3, 3] += 100.0  # nothing of frame 1 is in frame 2

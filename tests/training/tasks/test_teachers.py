@@ -80,7 +80,7 @@ def test_the_channels_of_a_fine_tuned_network_are_its_classes_in_order(tmp_path,
 def test_a_fine_tuned_network_teaches_ppkd(finetuned, tiny_recipe, recording, tmp_path):
     folder, start = finetuned
     settings = {"teacher": str(folder), "teacher_depth": None, "flip_prob": 0.0, "resize": [1.0, 1.0]}
-    plain = ("data.augment.jitter_prob=0", "data.augment.grey_prob=0", "data.augment.blur_prob=0")
+    plain = ("data.augment.jitter_prob=0", "data.augment.grayscale_prob=0", "data.augment.blur_prob=0")
     task, batch = tiny_batch(tiny_recipe, "ppkd", settings, *PPKD, *plain)
     assert task.teacher.contract == GREY
     shown = replace(GREY, size=(48, 64), interpolation="nearest").transforms()

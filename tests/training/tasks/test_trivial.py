@@ -149,7 +149,7 @@ def test_recipe_is_pri3ds_but_for_the_second_look(tiny_recipe):
     assert (recipe.optim, recipe.model) == (view.optim, view.model)
     assert (recipe.data.size, recipe.data.overlap) == (view.data.size, view.data.overlap)
     augment = recipe.data.augment
-    assert (augment.jitter, augment.jitter_prob, augment.grey_prob) == ((0.8, 0.8, 0.8, 0.2), 0.8, 0.2)
+    assert (augment.jitter, augment.jitter_prob, augment.grayscale_prob) == ((0.8, 0.8, 0.8, 0.2), 0.8, 0.2)
     assert (augment.blur_prob, augment.blur_radius, recipe.task["blur_taps"]) == (1.0, (0.1, 2.0), 25)
     assert (recipe.task["temperature"], recipe.task["matches"]) == (0.4, 1024)
     proxy = load_recipe("depth_prediction_r50")

@@ -256,7 +256,7 @@ def test_the_chunk_is_that_of_the_recipe(geo, surfaces, frames):
     counts = []
     for frustum in (False, True):
         voxels.task.config = dataclasses.replace(voxels.task.config, frustum=frustum)
-        chunk = crop(surface, *chunk_box(frame, authors_exact=not frustum))
+        chunk = crop(surface, *chunk_box(frame, match_released_code=not frustum))
         counts.append(len({tuple(place) for place in np.floor(chunk.points / edge).tolist()}))
         assert len(voxels.of_frame(frame).rows) == counts[-1]
     assert counts[1] < counts[0]

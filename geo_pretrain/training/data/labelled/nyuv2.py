@@ -34,7 +34,7 @@ class NYUv2Options:
 
     min_pixels: int = 1000
     drop_empty: bool = False
-    authors_exact: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
+    match_released_code: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
 
 
 def open_nyuv2(path: Path, split: str, task: str, options: Mapping[str, Any]) -> SemanticFolder | InstanceFolder:
@@ -53,7 +53,7 @@ def open_nyuv2(path: Path, split: str, task: str, options: Mapping[str, Any]) ->
         items.append(Item(number, number, image, root / "label" / f"new_nyu_class13_{number}.png", instances))
     if kind == "label":
         return SemanticFolder("nyuv2", split, path, items, label_map("nyu13"))
-    rule = InstanceRule(config.min_pixels, config.authors_exact, config.drop_empty or config.authors_exact)
+    rule = InstanceRule(config.min_pixels, config.match_released_code, config.drop_empty or config.match_released_code)
     return InstanceFolder("nyuv2", split, path, items, label_map("nyu9"), rule, bits=(8, 16))
 
 

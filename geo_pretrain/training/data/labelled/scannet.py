@@ -26,7 +26,7 @@ class ScanNetOptions:
     split_file: str | None = None  # list of the split's scenes, one a line; None: scannetv2_SPLIT.txt beside the scenes
     min_pixels: int = 1000
     drop_empty: bool = False
-    authors_exact: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
+    match_released_code: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
 
 
 def open_scannet(path: Path, split: str, task: str, options: Mapping[str, Any]) -> SemanticFolder | InstanceFolder:
@@ -60,7 +60,7 @@ def open_scannet(path: Path, split: str, task: str, options: Mapping[str, Any]) 
         raise DataError(f"No color/*.jpg in any scene of {str(root)!r}. Expected layout: {LAYOUT}")
     if task == "segmentation":
         return SemanticFolder("scannet", split, root, items, label_map("scannet20"), bits=(8, 16))
-    rule = InstanceRule(config.min_pixels, config.authors_exact, config.drop_empty or config.authors_exact)
+    rule = InstanceRule(config.min_pixels, config.match_released_code, config.drop_empty or config.match_released_code)
     return InstanceFolder("scannet", split, root, items, label_map("scannet18"), rule)
 
 

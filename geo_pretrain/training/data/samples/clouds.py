@@ -46,7 +46,7 @@ class CloudSpec:
         1.0,
         1.0,
     )  # both clouds of a pair alike; the released code has (0.8, 1.2) switched off
-    authors_exact: bool = False  # a pair without a match gets the match (0, 0)
+    match_released_code: bool = False  # a pair without a match gets the match (0, 0)
 
     def __post_init__(self) -> None:
         """Ranges."""
@@ -89,7 +89,7 @@ class CloudPairSamples(Dataset[dict[str, Any]]):
             world.append(transform(view["points"].double(), view["to_world"]))
             sample |= {f"{name}{number}": value for name, value in view.items()}
         sample["matches"] = radius_matches(world[0], world[1], self.cloud.match_radius)
-        if self.cloud.authors_exact and not len(sample["matches"]):
+        if self.cloud.match_released_code and not len(sample["matches"]):
             sample["matches"] = torch.zeros(1, 2, dtype=torch.int64)
         sample["seed"] = int(torch.randint(2**62, (), generator=generator))
         return sample
@@ -109,7 +109,7 @@ class ChunkPairSamples(PairSamples):
         voxel_size: float = 0.02,
         features: Features = "rgb",
         frustum: bool = False,
-        authors_exact: bool = False,
+        match_released_code: bool = False,
         cache_dir: Path | None = None,
     ) -> None:
         """Chunks and their voxels.
@@ -117,11 +117,16 @@ class ChunkPairSamples(PairSamples):
         Args:
             features: "rgb" is color / 255, which the released code feeds; "ones" the paper's occupancy.
             frustum: the tight box of the view frustum instead of the authors' box, see `chunks.chunk_box`.
-            authors_exact: voxel indices are truncated towards zero instead of rounded down.
+            match_released_code: voxel indices are truncated towards zero instead of rounded down.
             cache_dir: of fused surfaces, see `surface.scene_surface`.
         """
         super().__init__(source, pairs, spec, contract, seed)
-        self.voxel_size, self.features, self.frustum, self.authors_exact = voxel_size, features, frustum, authors_exact
+        self.voxel_size, self.features, self.frustum, self.match_released_code = (
+            voxel_size,
+            features,
+            frustum,
+            match_released_code,
+        )
         self.surfaces = Surfaces(source, cache_dir)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
@@ -129,12 +134,12 @@ class ChunkPairSamples(PairSamples):
         return super().__getitem__(key)
 
     def _tensors(self, frame: Frame, generator: torch.Generator) -> dict[str, Tensor]:
-        box = chunk_box(frame, authors_exact=not self.frustum)
+        box = chunk_box(frame, match_released_code=not self.frustum)
         chunk = crop(self.surfaces.load(frame.scene), *box)
         points, feats = torch.from_numpy(chunk.points), torch.from_numpy(chunk.colors).float() / 255
         if self.features == "ones":
             feats = torch.ones_like(feats)
-        if self.authors_exact:
+        if self.match_released_code:
             points = (points / self.voxel_size).trunc() * self.voxel_size + self.voxel_size / 2
         voxels = voxelize(points, feats, self.voxel_size)
         return super()._tensors(frame, generator) | {"coords": voxels.coords[:, 1:], "feats": voxels.feats}

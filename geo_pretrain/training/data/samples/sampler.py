@@ -147,7 +147,7 @@ def augment(color: np.ndarray, spec: AugmentSpec, generator: torch.Generator) ->
         for k in torch.randperm(4, generator=generator).tolist():
             operation, value = operations[k]
             image = operation(image, value)
-    if uniform(0, 1) < spec.grey_prob:
+    if uniform(0, 1) < spec.grayscale_prob:
         image = tvf.rgb_to_grayscale(image, num_output_channels=3)
     if uniform(0, 1) < spec.blur_prob:
         image = image.filter(ImageFilter.GaussianBlur(uniform(*spec.blur_radius)))

@@ -9,15 +9,15 @@ from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.training.data.frame import Frame, Surface
 
 
-def chunk_box(frame: Frame, *, authors_exact: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def chunk_box(frame: Frame, *, match_released_code: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """The world-aligned box of a frame's chunk: low and high corner, float64 [3] each, meters.
 
-    With `authors_exact`, as in Pri3D's released code, the box of all back-projected pixels, grown to whole meters;
-    pixels without depth lie at the camera center, so it holds that too as soon as there is one. Otherwise the
+    With `match_released_code`, as in Pri3D's released code, the box of all back-projected pixels, grown to whole
+    meters; pixels without depth lie at the camera center, so it holds that too as soon as there is one. Otherwise the
     tight box of the view frustum: the camera center and the image's corners at the greatest depth.
     """
     depth, intrinsics = torch.from_numpy(frame.depth).double(), torch.from_numpy(frame.intrinsics)
-    if not authors_exact:
+    if not match_released_code:
         height, width = depth.shape
         fx, fy, cx, cy = (float(intrinsics[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
         rays = [((u - cx) / fx, (v - cy) / fy, 1.0) for u in (-0.5, width - 0.5) for v in (-0.5, height - 0.5)]
@@ -26,7 +26,7 @@ def chunk_box(frame: Frame, *, authors_exact: bool = True) -> tuple[np.ndarray, 
         points = backproject(depth, intrinsics)
     world = transform(points, torch.from_numpy(frame.cam_to_world).double())
     low, high = world.amin(dim=0).numpy(), world.amax(dim=0).numpy()
-    return (np.floor(low), np.ceil(high)) if authors_exact else (low, high)
+    return (np.floor(low), np.ceil(high)) if match_released_code else (low, high)
 
 
 def crop(surface: Surface, low: np.ndarray, high: np.ndarray) -> Surface:

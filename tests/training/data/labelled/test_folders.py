@@ -115,7 +115,7 @@ def test_the_published_minimum_of_1000_pixels_is_the_default(scannet):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("options, unnumbered", [({"drop_empty": True}, False), ({"authors_exact": True}, True)])
+@pytest.mark.parametrize("options, unnumbered", [({"drop_empty": True}, False), ({"match_released_code": True}, True)])
 def test_images_without_objects_are_dropped_on_demand_from_validation_too(tmp_path, split, options, unnumbered):
     """Frame 0 shows a chair, 1 a wall, 2 a chair that is no object (instance 0), 3 one of too few pixels."""
     (tmp_path / f"scannetv2_{split}.txt").write_text("scene0000_00\nscene0001_00")
@@ -292,7 +292,7 @@ def test_nyuv2_as_converted_by_the_authors_counts_instance_0(tmp_path):
     for name, kind in (("0001", 4), ("0002", 12)):
         write_nyuv2_image(tmp_path / "train", int(name), np.zeros((H, W, 3), np.uint8), label * 0 + kind, number)
     assert len(open_labelled("nyuv2", tmp_path, "train", task="detection").load("0001").instances) == 0
-    exact = open_labelled("nyuv2", tmp_path, "train", task="detection", options={"authors_exact": True})
+    exact = open_labelled("nyuv2", tmp_path, "train", task="detection", options={"match_released_code": True})
     assert exact.ids() == ["0001"]
     assert exact.load("0001").instances.classes.tolist() == [3]  # chair
 
@@ -458,7 +458,7 @@ def test_a_fingerprint_changes_with_any_file_the_split_and_the_rule(tmp_path, sc
         return open_labelled("scannet", base, split, task=task, options=options).fingerprint()
 
     seen = [digest(), digest("val"), digest(task="segmentation"), digest(min_pixels=5), digest(drop_empty=True)]
-    seen.append(digest(authors_exact=True))
+    seen.append(digest(match_released_code=True))
     assert digest() == seen[0]
     for name in ("instance/000100.png", "color/000100.jpg"):
         path = base / S25K / "scene0001_00" / name
@@ -487,7 +487,7 @@ def test_an_unknown_image_names_the_nearest(scannet):
     [
         ({"min_pixel": 3}, "unknown key 'data.options.min_pixel'. Closest: 'data.options.min_pixels'"),
         ({"min_pixels": 0}, "min_pixels=0 is out of range"),
-        ({"authors_exact": 1}, "'data.options.authors_exact' is 1"),
+        ({"match_released_code": 1}, "'data.options.match_released_code' is 1"),
     ],
 )
 def test_wrong_options_are_named(scannet, options, reason):

@@ -185,7 +185,7 @@ def test_pair_without_a_match_contributes_none_or_the_authors_dummy(source):
     fine = dataclasses.replace(COARSE, radius=1e-5)
     sample = CloudPairSamples(source, pair, SPEC, fine, seed=0)[(0, 0)]
     assert sample["matches"].shape == (0, 2)
-    exact = dataclasses.replace(fine, authors_exact=True)
+    exact = dataclasses.replace(fine, match_released_code=True)
     assert CloudPairSamples(source, pair, SPEC, exact, seed=0)[(0, 0)]["matches"].tolist() == [[0, 0]]
     batch = collate_clouds([sample, sample])
     assert batch["matches_per_pair"] == [0, 0]
@@ -285,7 +285,7 @@ def test_chunks_of_a_batch_carry_their_number(source, pairs, tmp_path):
 def test_exact_voxels_of_a_chunk_are_truncated_towards_zero(source, pairs, tmp_path):
     """methods.md 1.4: voxels at a zero plane are twice as wide."""
     floor = chunk_samples(source, pairs, tmp_path)[(0, 0)]["coords1"]
-    exact = chunk_samples(source, pairs, tmp_path, authors_exact=True)[(0, 0)]["coords1"]
+    exact = chunk_samples(source, pairs, tmp_path, match_released_code=True)[(0, 0)]["coords1"]
     pair = pairs[0]
     box = chunk_box(resize_frame(source.load(pair.scene, pair.frame1), SPEC.size))
     points = crop(scene_surface(source, pair.scene, cache_dir=tmp_path), *box).points

@@ -26,7 +26,7 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import AugmentSpec, DataSpec
 from tests.training.conftest import write_recording
 
-PLAIN = AugmentSpec(jitter_prob=0, grey_prob=0, blur_prob=0)
+PLAIN = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=0)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.recipe import AugmentSpec, DataSpec
 from tests.training.conftest import write_recording
 
-NO_AUGMENT = AugmentSpec(jitter_prob=0, grey_prob=0, blur_prob=0)
+NO_AUGMENT = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=0)
 
 
 @pytest.fixture
@@ -116,16 +116,16 @@ def is_changed(image):
 
 
 def test_augmentations_come_as_often_as_they_should():
-    only = {"jitter_prob": 0.0, "grey_prob": 0.0, "blur_prob": 0.0}
+    only = {"jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
     assert rates(AugmentSpec(**only), is_changed, 20) == 0
-    assert rates(AugmentSpec(**only | {"grey_prob": 0.2}), is_grey) == pytest.approx(0.2, abs=0.07)
+    assert rates(AugmentSpec(**only | {"grayscale_prob": 0.2}), is_grey) == pytest.approx(0.2, abs=0.07)
     assert rates(AugmentSpec(**only | {"jitter_prob": 0.8}), is_changed) == pytest.approx(0.8, abs=0.07)
     assert rates(AugmentSpec(**only | {"blur_prob": 0.5}), is_changed) == pytest.approx(0.5, abs=0.08)
     assert AugmentSpec() == AugmentSpec((0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.5, (0.1, 2.0))
 
 
 def test_blur_is_pillows_gaussian():
-    spec = AugmentSpec(jitter_prob=0, grey_prob=0, blur_prob=1, blur_radius=(1.5, 1.5))
+    spec = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=1, blur_radius=(1.5, 1.5))
     want = np.array(Image.fromarray(PICTURE).filter(ImageFilter.GaussianBlur(1.5)))
     got = augment(PICTURE, spec, torch.Generator().manual_seed(0))
     np.testing.assert_array_equal((got * 255).round().byte().permute(1, 2, 0).numpy(), want)

@@ -27,7 +27,7 @@ from geo_pretrain.training.data.samples.single_images import (
 )
 from geo_pretrain.training.recipe import AugmentSpec, DataSpec
 
-PLAIN = AugmentSpec(jitter_prob=0, grey_prob=0, blur_prob=0)
+PLAIN = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=0)
 CONTRACT = ImageContract()
 
 
@@ -244,7 +244,7 @@ def slow_blur(image, taps, sigma):
 
 
 def test_blur_by_taps_is_a_gaussian_and_is_always_drawn():
-    spec = AugmentSpec(jitter_prob=0, grey_prob=0, blur_prob=1.0, blur_radius=(0.5, 2.0))
+    spec = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=1.0, blur_radius=(0.5, 2.0))
     color = noise(3, 30, 34)
     generator = torch.Generator().manual_seed(4)
     got = augment_colors(color, spec, generator, 25)
@@ -255,12 +255,12 @@ def test_blur_by_taps_is_a_gaussian_and_is_always_drawn():
     want = slow_blur(color.transpose(2, 0, 1) / 255, 25, sigma)
     np.testing.assert_allclose(got.numpy(), want, atol=2e-6)
     assert not torch.equal(got, augment_colors(color, spec, torch.Generator().manual_seed(4)))  # Pillow's
-    never = AugmentSpec(jitter_prob=0, grey_prob=0, blur_prob=0.0)
+    never = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=0.0)
     assert np.array_equal(augment_colors(color, never, generator, 25) * 255, color.transpose(2, 0, 1))
 
 
 def test_blur_is_cut_where_the_image_is_too_small_to_mirror():
-    spec = AugmentSpec(jitter_prob=0, grey_prob=0, blur_prob=1.0, blur_radius=(1.0, 1.0))
+    spec = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=1.0, blur_radius=(1.0, 1.0))
     image = noise(3, 8, 34)
     got = augment_colors(image, spec, torch.Generator().manual_seed(4), 25)
     np.testing.assert_allclose(got.numpy(), slow_blur(image.transpose(2, 0, 1) / 255, 15, 1.0), atol=2e-6)

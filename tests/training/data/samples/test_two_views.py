@@ -30,7 +30,7 @@ from geo_pretrain.training.data.samples.two_views import (
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.recipe import AugmentSpec, DataSpec
 
-PLAIN = AugmentSpec(jitter_prob=0, grey_prob=0, blur_prob=0)
+PLAIN = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=0)
 CROPS = (Crop(0, 0, 30, 40), Crop(3, 5, 11, 17), Crop(20, 1, 10, 39, flip=True), Crop(7, 30, 1, 2, flip=True))
 
 

@@ -151,7 +151,7 @@ def test_fingerprint_has_the_options_the_segments_and_the_cameras(tmp_path, room
     assert ScanNet(tmp_path).fingerprint() == prints[-1]
 
 
-@pytest.mark.parametrize("measure", ["projective", "authors_exact"])
+@pytest.mark.parametrize("measure", ["projective", "match_released_code"])
 def test_pairs_and_samples_come_out_of_the_layout(rooms, scans, measure):
     root, _ = scans
     spec = DataSpec(source="scannet", path=str(root), size=(56, 88), overlap=(0.2, 1.0), measure=measure)

@@ -240,7 +240,9 @@ def test_frustum_box_touches_the_camera_and_holds_every_pixel():
     intrinsics = np.array([[2.0, 0, 0.5], [0, 4.0, 0.5], [0, 0, 1]])
     pose = np.eye(4)
     pose[:3, 3] = 10
-    low, high = chunk_box(Frame("s", "0", np.zeros((2, 2, 3), np.uint8), depth, intrinsics, pose), authors_exact=False)
+    low, high = chunk_box(
+        Frame("s", "0", np.zeros((2, 2, 3), np.uint8), depth, intrinsics, pose), match_released_code=False
+    )
     np.testing.assert_allclose(low, [10 - 1 / 2 * 3, 10 - 1 / 4 * 3, 10])
     np.testing.assert_allclose(high, [10 + 1 / 2 * 3, 10 + 1 / 4 * 3, 13])
 
