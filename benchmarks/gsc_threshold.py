@@ -27,8 +27,8 @@ from torch import nn
 from benchmarks.common import machine, write_results
 from benchmarks.pretext_3d import trained
 from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.files import write_text
 from geo_pretrain.loading import load_backbone
-from geo_pretrain.training.data.cache import write_atomically
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.mining import find_pairs
@@ -98,7 +98,7 @@ def one_seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, floa
             measure = measure or Measure(first)
             network = random_twin(start, seed) if name == RANDOM else load_backbone(folder, decoder=True)
             results[name] = measure(network, folder, seed)
-            write_atomically(found, json.dumps(results))
+            write_text(found, json.dumps(results))
             print(seed, name, results[name], flush=True)
     return results
 

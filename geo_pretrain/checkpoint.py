@@ -83,9 +83,8 @@ class Checkpoint:
     licence = renamed("licence", "license")
 
     def network_roles(self, *, decoder: bool = True) -> tuple[str, ...]:
-        """The roles that hold the network: "model", or "encoder" and "decoder"; without `decoder` what it can spare."""
-        roles = self.arch.roles
-        return roles if decoder else roles[:1]
+        """The roles of the files with the network's weights; decoder=False: only the first, which is enough for it."""
+        return network_roles(self.arch, decoder=decoder)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -98,6 +97,12 @@ class Checkpoint:
             if stored.role == role:
                 return name
         raise CheckpointError(f"{self.folder}: holds no file with role {role!r}; it has: {', '.join(self.roles)}.")
+
+
+def network_roles(arch: Arch, *, decoder: bool = True) -> tuple[str, ...]:
+    """The roles of a network's weights: "model", or "encoder" and "decoder"; decoder=False: only the encoder's role."""
+    roles = arch.roles
+    return roles if decoder else roles[:1]
 
 
 def write_checkpoint(

@@ -10,20 +10,22 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, overload
+from dataclasses import dataclass
+from typing import Any, Literal, Unpack, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from geo_pretrain import hub as hubs
+from geo_pretrain.backbones.base import Backbone
 from geo_pretrain.backbones.build import build, golden_outputs
 from geo_pretrain.backbones.feature_pair import FeaturePair, pair_outputs
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.catalog import Arch, Entry, find
-from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, read_weights
+from geo_pretrain.checkpoint import Checkpoint, network_roles, read_weights
+from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, WeightsMismatch
 
 MIN_COVERAGE = 0.9
@@ -61,60 +63,33 @@ class LoadReport:
             )
 
 
+class LoadOptions(hubs.Where, total=False):
+    """The keyword arguments of `load_backbone` but for `decoder`, which decides what it returns."""
+
+    pretrained: bool
+    in_chans: int | None
+    out_indices: Sequence[int] | None
+    output_stride: int
+    strict: bool
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
 @overload
 def load_backbone(
-    name_or_folder: str | os.PathLike[str],
-    *,
-    decoder: Literal[False] = False,
-    pretrained: bool = True,
-    in_chans: int | None = None,
-    out_indices: Sequence[int] | None = None,
-    output_stride: int = 32,
-    strict: bool = True,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    hub: str | Sequence[str] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    name_or_folder: str | os.PathLike[str], *, decoder: Literal[False] = False, **options: Unpack[LoadOptions]
 ) -> ResNetEncoder | SRUNet: ...
 
 
 @overload
 def load_backbone(
-    name_or_folder: str | os.PathLike[str],
-    *,
-    decoder: Literal[True],
-    pretrained: bool = True,
-    in_chans: int | None = None,
-    out_indices: Sequence[int] | None = None,
-    output_stride: int = 32,
-    strict: bool = True,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    hub: str | Sequence[str] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    name_or_folder: str | os.PathLike[str], *, decoder: Literal[True], **options: Unpack[LoadOptions]
 ) -> ResNetUNet: ...
 
 
 @overload
 def load_backbone(
-    name_or_folder: str | os.PathLike[str],
-    *,
-    decoder: bool = False,
-    pretrained: bool = True,
-    in_chans: int | None = None,
-    out_indices: Sequence[int] | None = None,
-    output_stride: int = 32,
-    strict: bool = True,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    hub: str | Sequence[str] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    name_or_folder: str | os.PathLike[str], *, decoder: bool = False, **options: Unpack[LoadOptions]
 ) -> ResNetEncoder | ResNetUNet | SRUNet: ...
 
 
@@ -142,8 +117,8 @@ def load_backbone(
     `SparseTensor`; `.pyramid(x)` gives its maps. `.transforms` turns an image or points into input, `.contract` says
     what that is, `.feature_info` describes the maps, `.load_report` what was loaded. Call `.train()` to fine-tune.
 
-    `name_or_folder`, `hub`, `revision`, `cache_dir`, `local_files_only`: see `hub.resolve`. `pretrained=False` builds
-    the network with a random start; for a name of the catalog no file is needed. `in_chans` other than that of the
+    `name_or_folder`, `hub`, `revision`, `cache_dir`, `local_files_only`: see `hub.open`. `pretrained=False` builds the
+    network with a random start; for a name of the catalog no file is needed. `in_chans` other than that of the
     pre-training adapts the stem (`adapt_stem`). `output_stride` 16 or 8 dilates the last stages (image encoders only).
     `strict=False` tolerates differing tensors as long as 90 % of the network is covered. Raises `UnknownName`,
     `HubError`, `CheckpointError`, `DigestMismatch` or `WeightsMismatch`; ValueError for arguments that do not go
@@ -153,37 +128,31 @@ def load_backbone(
     >>> [info["reduction"] for info in encoder.feature_info]
     [2, 4, 8, 8, 8]
     """
-    options: dict[str, Any] = {"decoder": decoder, "in_chans": in_chans, "out_indices": out_indices}
-    options["output_stride"] = output_stride
-    where: dict[str, Any] = {"hub": hub, "revision": revision, "cache_dir": cache_dir}
-    where["local_files_only"] = local_files_only
-    entry = find(str(name_or_folder))
-
-    def roles(found: Checkpoint) -> Sequence[str]:
-        """Of the network that the catalog promises: a source may hold its encoder alone, and another the whole."""
-        promised = found if entry is None else replace(found, arch=entry.arch)
-        return promised.network_roles(decoder=decoder)
-
-    if entry is not None:
-        _check_options(entry.arch, **options)  # before anything is fetched
-    source: Checkpoint | Entry
-    network: Any
-    if pretrained:
-        folder = hubs.resolve(name_or_folder, roles=roles, **where)
-        source = read_checkpoint(folder)
-        _check_options(source.arch, **options)
-        if not source.finished:
-            warnings.warn(f"{source.name!r} is unfinished: its training went on or was stopped.", stacklevel=2)
-        network, report = _load(source, strict, options)
-    else:
-        source = entry or read_checkpoint(hubs.resolve(name_or_folder, roles=(), **where))
-        _check_options(source.arch, **options)
-        network = build(source.arch, **options)
-        report = LoadReport(0, tuple(network.state_dict()), (), (), 0.0)
-    network.name, network.load_report = source.name, report
-    network.contract = source.contract if in_chans is None else source.contract.with_channels(in_chans)
-    network.pair_loader = partial(_pair, os.fspath(name_or_folder), where)
+    where: hubs.Where = {"hub": hub, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    shape = _Shape(decoder, in_chans, out_indices, output_stride)
+    network: Any = (
+        _pretrained(name_or_folder, where, shape, strict) if pretrained else _random(name_or_folder, where, shape)
+    )
+    _ORIGINS[network] = (os.fspath(name_or_folder), where)
     return network.to(device=device, dtype=dtype).eval()
+
+
+def load_pair(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **where: Unpack[hubs.Where],
+) -> FeaturePair:
+    """Load the image network and the point network of a checkpoint whose features lie in one space.
+
+    For folders of PPKT, img2pc and Pri3D's geometric prior. `name_or_folder`, and `hub`, `revision`, `cache_dir`,
+    `local_files_only` in `where`: see `hub.open`. Raises `CheckpointError` for a checkpoint that holds one network
+    alone, and what `load_backbone` raises.
+    """
+    checkpoint = _fetch_pair(name_or_folder, where)
+    network = load_backbone(checkpoint.folder, decoder=checkpoint.arch.has_decoder, device=device, dtype=dtype)
+    return _joined(checkpoint, network)
 
 
 def adapt_stem(weight: Tensor, in_chans: int) -> Tensor:
@@ -242,63 +211,95 @@ class Verification:
 
 
 def verify(
-    name_or_folder: str | os.PathLike[str], *, tolerance: float = GOLDEN_TOLERANCE, **load_kwargs: Any
+    name_or_folder: str | os.PathLike[str],
+    *,
+    tolerance: float = GOLDEN_TOLERANCE,
+    **where: Unpack[hubs.Where],
 ) -> Verification:
-    """Load a checkpoint and recompute its golden outputs. `load_kwargs`: where to look, as for `load_backbone`.
+    """Load a checkpoint and recompute its golden outputs. `where`: the keyword arguments of `hub.open`.
 
     Raises `CheckpointError` when an output differs by more than `tolerance`, besides everything loading raises.
     """
-    folder = hubs.resolve(name_or_folder, roles=lambda found: (*_pair_roles(found), "golden"), **load_kwargs)
-    found = read_checkpoint(folder)
-    golden = read_weights(found, "golden")
-    network = load_backbone(folder, decoder=found.arch.has_decoder)
+    opened = hubs.open(name_or_folder, **where)
+    partner = () if opened.pairing is None else opened.pairing.roles()
+    checkpoint = opened.fetch(*opened.network_roles(), *partner, "golden")
+    golden = read_weights(checkpoint, "golden")
+    network = load_backbone(checkpoint.folder, decoder=checkpoint.arch.has_decoder)
     computed = golden_outputs(network, golden)
-    if found.pairing is not None:
-        computed |= pair_outputs(network.pair(), golden)
+    if checkpoint.pairing is not None:
+        computed |= pair_outputs(_joined(checkpoint, network), golden)
     errors = {key: _relative(computed[key], golden[key]) for key in golden if not key.startswith("input")}
     result = Verification(str(network.name), errors, tolerance)
     if not errors or not result.passed:
-        raise CheckpointError(f"{folder}: golden outputs are not reproduced within {tolerance:g} (relative): {errors}.")
+        raise CheckpointError(
+            f"{checkpoint.folder}: golden outputs are not reproduced within {tolerance:g} (relative): {errors}."
+        )
     return result
 
 
-def _pair(name_or_folder: str, where: Mapping[str, Any], own: Any) -> FeaturePair:
-    """The pair of networks of a checkpoint, with `own` in the place of the one that its folder is named for."""
-    folder = hubs.resolve(name_or_folder, roles=_pair_roles, **where)
-    found = read_checkpoint(folder)
-    pairing = found.pairing
-    if pairing is None:
-        raise CheckpointError(
-            f"{found.name!r} holds one network alone; accepted: a folder that `geo-pretrain train` made with a recipe "
-            "of PPKT (ppkt_*), img2pc or Pri3D's geometric prior (pri3d_geo_*, pri3d_view_geo_*)."
-        )
-    if own.contract is None or len(own.contract.channels) != len(found.contract.channels):
-        raise CheckpointError(f"{found.name!r} was loaded with other input channels; its pair needs its own number.")
-    if found.arch.has_decoder and not hasattr(own, "decoder"):  # the encoder alone was loaded
-        like = next(own.parameters())
-        own = load_backbone(folder, decoder=True, device=like.device, dtype=like.dtype)
-    heads = read_weights(found, "heads") if "heads" in pairing.roles() else {}
-    partner = heads if pairing.role == "heads" else read_weights(found, pairing.role)
-    return FeaturePair.from_states(own, pairing, partner, heads)
+# --- from a checkpoint to a network ---
 
 
-def _pair_roles(found: Checkpoint) -> tuple[str, ...]:
-    """The whole network and, where it has one, its partner."""
-    extra = () if found.pairing is None else found.pairing.roles()
-    return (*found.network_roles(), *extra)
+@dataclass(frozen=True)
+class _Shape:
+    """The options of `load_backbone` that shape the network: the arguments of `build`."""
+
+    decoder: bool
+    in_chans: int | None
+    out_indices: Sequence[int] | None
+    output_stride: int
+
+    def build(self, arch: Arch) -> Any:
+        """The network with random weights."""
+        return build(arch, **vars(self))
+
+    def check(self, arch: Arch) -> None:
+        """Raise ValueError for options that do not go together, or not with this architecture."""
+        _check_options(arch, **vars(self))
+
+    def contract(self, source: Checkpoint | Entry) -> ImageContract | VoxelContract:
+        """What the network expects: the contract of pre-training, with other channels where these were asked for."""
+        return source.contract if self.in_chans is None else source.contract.with_channels(self.in_chans)
 
 
-def _load(checkpoint: Checkpoint, strict: bool, options: dict[str, Any]) -> tuple[nn.Module, LoadReport]:
+def _pretrained(name_or_folder: str | os.PathLike[str], where: hubs.Where, shape: _Shape, strict: bool) -> Any:
+    """The network with the weights of a checkpoint."""
+    entry = find(str(name_or_folder))
+    if entry is not None:
+        shape.check(entry.arch)  # before anything is fetched
+    opened = hubs.open(name_or_folder, **where)
+    # a source may hold the encoder alone where the catalog, and another source, have the whole network
+    promised = opened.arch if entry is None else entry.arch
+    checkpoint = opened.fetch(*network_roles(promised, decoder=shape.decoder))
+    shape.check(checkpoint.arch)
+    if not checkpoint.finished:
+        warnings.warn(f"{checkpoint.name!r} is unfinished: its training went on or was stopped.", stacklevel=3)
+    network, report = _load(checkpoint, strict, shape)
+    network.name, network.load_report, network.contract = checkpoint.name, report, shape.contract(checkpoint)
+    return network
+
+
+def _random(name_or_folder: str | os.PathLike[str], where: hubs.Where, shape: _Shape) -> Any:
+    """The network of a checkpoint with random weights; only the config.json is fetched, for a catalog name nothing."""
+    source = find(str(name_or_folder)) or hubs.open(name_or_folder, **where).fetch()
+    shape.check(source.arch)
+    network = shape.build(source.arch)
+    report = LoadReport(0, tuple(network.state_dict()), (), (), 0.0)
+    network.name, network.load_report, network.contract = source.name, report, shape.contract(source)
+    return network
+
+
+def _load(checkpoint: Checkpoint, strict: bool, shape: _Shape) -> tuple[nn.Module, LoadReport]:
     """Build on the meta device, plan, then put the file's tensors in place without a second copy."""
     with torch.device("meta"):
-        network: nn.Module = build(checkpoint.arch, **options)
+        network: nn.Module = shape.build(checkpoint.arch)
     given: dict[str, Tensor] = {}
-    for role in checkpoint.network_roles(decoder=options["decoder"]):
-        prefix = f"{role}." if options["decoder"] else ""
+    for role in checkpoint.network_roles(decoder=shape.decoder):
+        prefix = f"{role}." if shape.decoder else ""
         given |= {prefix + key: value for key, value in read_weights(checkpoint, role).items()}
     expected = network.state_dict()
-    built = checkpoint.arch if options["decoder"] else checkpoint.arch.encoder_alone
-    reshaped = _adapt_given_stem(given, expected, built.architecture.stem, options["in_chans"])
+    built = checkpoint.arch if shape.decoder else checkpoint.arch.encoder_alone
+    reshaped = _adapt_given_stem(given, expected, built.architecture.stem, shape.in_chans)
     fits, fresh, dropped = match(expected, given)
     report = LoadReport(len(fits), fresh, dropped, reshaped, len(fits) / len(expected))
     report.raise_if_below(MIN_COVERAGE, checkpoint.name, _prefix_hint(expected, given))
@@ -308,7 +309,7 @@ def _load(checkpoint: Checkpoint, strict: bool, options: dict[str, Any]) -> tupl
             f"{_shown(fresh)}. Not used: {_shown(dropped)}. strict=False loads the other {len(fits)} tensors."
         )
     if fresh:
-        network = build(checkpoint.arch, **options)  # the left-over tensors need a real random start
+        network = shape.build(checkpoint.arch)  # the left-over tensors need a real random start
         fits = {**network.state_dict(), **fits}
     network.load_state_dict(fits, assign=True)
     return network, report
@@ -373,3 +374,53 @@ def _check_options(
         raise ValueError(
             f"output_stride={output_stride} dilates a lone encoder; the decoder needs stride 32. Drop one."
         )
+
+
+# --- pairs of networks ---
+
+
+def _fetch_pair(name_or_folder: str | os.PathLike[str], where: hubs.Where) -> Checkpoint:
+    """A checkpoint with the files of both its networks."""
+    opened = hubs.open(name_or_folder, **where)
+    if opened.pairing is None:
+        raise CheckpointError(
+            f"{opened.name!r} holds one network alone; accepted: a folder that `geo-pretrain train` made with a recipe "
+            "of PPKT (ppkt_*), img2pc or Pri3D's geometric prior (pri3d_geo_*, pri3d_view_geo_*)."
+        )
+    return opened.fetch(*opened.network_roles(), *opened.pairing.roles())
+
+
+def _joined(checkpoint: Checkpoint, network: Any) -> FeaturePair:
+    """The pair of a checkpoint, with `network`, loaded from it, in the place of the one it is named for."""
+    pairing = checkpoint.pairing
+    assert pairing is not None
+    heads = read_weights(checkpoint, "heads") if "heads" in pairing.roles() else {}
+    partner = heads if pairing.role == "heads" else read_weights(checkpoint, pairing.role)
+    return FeaturePair.from_states(network, pairing, partner, heads)
+
+
+# Where networks came from, for their former method `pair`: outside of them, so that copies and pickles hold no paths.
+_ORIGINS: WeakKeyDictionary[nn.Module, tuple[str, hubs.Where]] = WeakKeyDictionary()
+
+
+def _former_pair(network: Any) -> FeaturePair:
+    """Former way to `load_pair`, kept for one version: this very network with its partner."""
+    warnings.warn("network.pair() is now geo_pretrain.load_pair(NAME_OR_FOLDER).", FutureWarning, stacklevel=2)
+    if network not in _ORIGINS:
+        raise RuntimeError(
+            "The checkpoint of this network is not known: it was built by hand, copied or unpickled. "
+            "geo_pretrain.load_pair(NAME_OR_FOLDER) loads it with its partner."
+        )
+    name_or_folder, where = _ORIGINS[network]
+    checkpoint = _fetch_pair(name_or_folder, where)
+    if len(network.contract.channels) != len(checkpoint.contract.channels):
+        raise CheckpointError(
+            f"{checkpoint.name!r} was loaded with other input channels; its pair needs its own number."
+        )
+    if checkpoint.arch.has_decoder and not hasattr(network, "decoder"):  # the encoder alone was loaded
+        like = next(network.parameters())
+        network = load_backbone(checkpoint.folder, decoder=True, device=like.device, dtype=like.dtype)
+    return _joined(checkpoint, network)
+
+
+Backbone.pair = _former_pair  # type: ignore[attr-defined]  # attached from here: a network itself never downloads

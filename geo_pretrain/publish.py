@@ -24,6 +24,7 @@ from geo_pretrain import checkpoint
 from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.checkpoint import CONFIG, ROLES, Checkpoint
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError
+from geo_pretrain.files import sync_files
 from geo_pretrain.hub import HF_PREFIX
 from geo_pretrain.hub.bundle import check_published_name
 
@@ -257,7 +258,7 @@ def _copy_to(target: Path, found: Checkpoint, config: bytes) -> None:
             shutil.copyfile(found.folder / name, staging / name)  # contents alone: rights follow the umask
         (staging / CONFIG).write_bytes(config)
         checkpoint.verify_files(checkpoint.read_checkpoint(staging))
-        checkpoint.sync(staging)
+        sync_files(staging)
         checkpoint.put_in_place(staging, target)
     except OSError as error:
         raise HubError(f"{target}: cannot be written ({error.strerror or error}). Choose another folder.") from error

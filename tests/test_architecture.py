@@ -307,7 +307,7 @@ def test_listing_and_info_import_nothing_heavy():
 def test_the_public_face_is_complete_and_small():
     import geo_pretrain as gp
 
-    assert sorted(gp.__all__) == ["backbone_info", "list_backbones", "load_backbone", "verify", "voxelize"]
+    assert sorted(gp.__all__) == ["backbone_info", "list_backbones", "load_backbone", "load_pair", "verify", "voxelize"]
     for name in gp.__all__:
         assert callable(getattr(gp, name))
         assert name in dir(gp)

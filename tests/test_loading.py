@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import pickle
 from pathlib import Path
 
@@ -18,7 +20,16 @@ from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, UnknownName, WeightsMismatch
-from geo_pretrain.loading import LoadReport, adapt_stem, fitting_prefix, load_backbone, match, verify
+from geo_pretrain.loading import (
+    LoadOptions,
+    LoadReport,
+    adapt_stem,
+    fitting_prefix,
+    load_backbone,
+    load_pair,
+    match,
+    verify,
+)
 from geo_pretrain.sparse import SparseTensor
 from tests.zoo import (
     ARCH,
@@ -441,3 +452,41 @@ def test_architectures_of_the_catalog_are_buildable_by_name():
     assert isinstance(build(ARCH), ResNetEncoder)
     assert isinstance(build(ARCH, decoder=True), ResNetUNet)
     assert isinstance(build(ARCH_3D), SRUNet)
+
+
+@pytest.mark.parametrize("write", [write_tiny, write_tiny_3d])
+def test_copies_and_pickles_of_a_network_hold_no_paths(write, tmp_path: Path):
+    secret = tmp_path / "secret_place"
+    network = load_backbone(write(secret / "tiny").folder, hub=[str(secret)], cache_dir=secret / "cache")
+    stream = io.BytesIO()
+    torch.save(network, stream)
+    state = io.BytesIO()
+    torch.save(network.state_dict(), state)
+    for data in (pickle.dumps(network), pickle.dumps(copy.deepcopy(network)), stream.getvalue(), state.getvalue()):
+        assert len(data) > 10_000
+        assert b"secret_place" not in data
+    again = pickle.loads(pickle.dumps(network))
+    assert (again.name, again.contract, again.load_report) == (network.name, network.contract, network.load_report)
+
+
+def test_the_former_pair_says_where_it_went_and_why_a_copy_has_none(tmp_path: Path):
+    network = load_backbone(write_tiny(tmp_path / "tiny").folder)
+    with (
+        pytest.warns(FutureWarning, match=r"now geo_pretrain\.load_pair"),
+        pytest.raises(CheckpointError, match="alone"),
+    ):
+        network.pair()
+    for other in (copy.deepcopy(network), type(network)(18, width=8)):
+        with pytest.warns(FutureWarning), pytest.raises(RuntimeError, match="built by hand, copied or unpickled"):
+            other.pair()
+    with pytest.raises(CheckpointError, match="holds one network alone"):
+        load_pair(tmp_path / "tiny")
+
+
+def test_options_that_do_not_exist_are_named_and_help_shows_those_that_do(tiny: Path):
+    for function in (load_backbone, load_pair, verify):
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'pretraind'"):
+            function(tiny, pretraind=True)
+    assert set(LoadOptions.__annotations__) | {"name_or_folder", "decoder"} == set(
+        inspect.signature(load_backbone).parameters
+    )

@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 
-from geo_pretrain import hub as hubs
 from geo_pretrain import publish as publishing
 from geo_pretrain.catalog import CATALOG, Arch, File, License
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
@@ -30,7 +29,7 @@ from geo_pretrain.publish import publish
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
 from tests.hub.loopback_hub import Fault, LoopbackHub
-from tests.zoo import LICENSE, PLANES, golden_file, write_tiny, write_tiny_3d
+from tests.zoo import LICENSE, PLANES, golden_file, resolve, write_tiny, write_tiny_3d
 
 NAME = "tiny_net_r18"
 ROOT = Path(__file__).resolve().parents[1]
@@ -669,7 +668,7 @@ def test_a_folder_becomes_a_hub(folder: Path, tmp_path: Path, monkeypatch: pytes
     assert content(target / NAME) == content(folder)
     assert os.listdir(target) == [NAME]
     monkeypatch.setenv("GEO_PRETRAIN_HUB", str(target))
-    assert hubs.resolve(NAME) == target / NAME
+    assert resolve(NAME) == target / NAME
     assert done.catalog_lines() == ""
     lines = done.catalog_lines("https://example.org/hub/")
     assert '"https://example.org/hub/tiny_net_r18/encoder.safetensors"' in lines

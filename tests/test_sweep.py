@@ -24,6 +24,7 @@ from geo_pretrain.hub.cache import remove
 from tests.authors_files import write
 from tests.catalog_names import NAMES
 from tests.hub.hosts import Hosts
+from tests.zoo import resolve
 
 PUBLISHED = [entry for entry in CATALOG.values() if entry.status == "published-by-authors"]
 CASES = [(entry.name, number) for entry in PUBLISHED for number in range(len(entry.authors_files))]
@@ -67,7 +68,7 @@ def test_an_authors_file_becomes_a_network(
         result = gp.verify(name)
         assert result.passed
         assert len(result.errors) == (1 if entry.arch.in_one_piece else 6 if whole else 5)
-    found = read_checkpoint(hub.resolve(name))
+    found = read_checkpoint(resolve(name))
     assert found.license == entry.license
     assert found.provenance["source"]["url"] == offered.url
     remove([name])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from geo_pretrain import hub
 from geo_pretrain.catalog import Arch, License
 from geo_pretrain.checkpoint import Checkpoint, write_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
@@ -75,3 +77,9 @@ def write_tiny_3d(folder: Path, name: str = "tiny_net_srunet34", **changes: Any)
         },
     }
     return write_tiny(folder, name, **(arguments | changes))
+
+
+def resolve(name_or_path: str | Path, *, roles: Sequence[str] | None = None, **where: Any) -> Path:
+    """The folder of a checkpoint with the files of these roles; None: what `load_backbone` needs without a decoder."""
+    opened = hub.open(name_or_path, **where)
+    return opened.fetch(*(opened.network_roles(decoder=False) if roles is None else roles)).folder

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 if TYPE_CHECKING:
-    from geo_pretrain.backbones.feature_pair import FeaturePair
     from geo_pretrain.contract import ImageContract, ImageTransform, VoxelContract
 
 
@@ -18,21 +16,6 @@ class Backbone(nn.Module):
     name: str | None = None
     contract: ImageContract | VoxelContract | None = None
     load_report: Any = None  # a loading.LoadReport; that module imports this one
-    pair_loader: Callable[[Any], FeaturePair] | None = None  # of load_backbone, which knows where the rest lies
-
-    def pair(self) -> FeaturePair:
-        """This network with its partner for the other modality, images or points, in one feature space.
-
-        For folders of PPKT, img2pc and Pri3D's geometric prior; the partner's weights are fetched now. The networks of
-        a pair are not copies: what trains this one changes the pair.
-
-        Raises:
-            RuntimeError: the network was built by hand.
-            CheckpointError: its checkpoint holds one network alone; and as `load_backbone`.
-        """
-        if self.pair_loader is None:
-            raise RuntimeError("This network was built by hand; networks from load_backbone know their partner.")
-        return self.pair_loader(self)
 
     def extra_repr(self) -> str:
         """Shown in `repr(model)`: name and contract."""

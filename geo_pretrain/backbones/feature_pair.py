@@ -1,11 +1,12 @@
 """An image network and a point network whose features lie in one space: pixels and points compare by their cosine.
 
 PPKT (Liu et al., 2021) and Janda et al. (2022) teach points by pixels; Pri3D (Hou et al., 2021) learns both. Their
-folders hold the two networks and what projects their features, and `load_backbone(...).pair()` puts them together.
+folders hold the two networks and what projects their features, and `load_pair` puts them together.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -124,16 +125,20 @@ class FeaturePair(nn.Module):
             return cast(Tensor, maps)
         return F.conv2d(maps, self.image_projection.weight[:, :, None, None], self.image_projection.bias)
 
-    def encode_points(self, points: Any, colors: Any = None, *, batch: Any = None) -> Tensor:
+    def encode_points(self, points: Any, colors: Any = None, *, batch: Any = None, colours: Any = None) -> Tensor:
         """Points [N, 3] (m) and colors [N, 3], arrays or tensors -> a feature of length 1 for every point: [N, dim].
 
-        A point has the feature of its voxel. `colors` and `batch`: see `SRUNet.encode_points`.
+        A point has the feature of its voxel. `colors` and `batch`: see `SRUNet.encode_points`. `colours` is the former
+        name of `colors`.
         """
+        if colours is not None:
+            warnings.warn("'colours' is now 'colors'.", FutureWarning, stacklevel=2)
+            colors = colours
         voxels, weight = self.point_transforms(points, colors, batch=batch), self.point_network.final.kernel
         coords = voxels.coords.to(weight.device)
         x = SparseTensor(coords, voxels.feats.to(weight))
-        found = self.encode_voxels(x)[point_rows(x, coords)]
-        return found[voxels.inverse.to(weight.device)]
+        voxel_features = self.encode_voxels(x)[point_rows(x, coords)]
+        return voxel_features[voxels.inverse.to(weight.device)]
 
     def encode_voxels(self, x: SparseTensor) -> Tensor:
         """Voxels as `point_transforms` makes them -> a feature of length 1 for each, in the order of `x.coords`."""

@@ -16,7 +16,7 @@ from geo_pretrain.cli.shared import app, console, escape
 
 if TYPE_CHECKING:
     from geo_pretrain.catalog import Entry
-    from geo_pretrain.checkpoint import Checkpoint
+    from geo_pretrain.hub import Opened
 
 cache_app = typer.Typer(help="Look at and clear what was downloaded.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
@@ -78,7 +78,7 @@ def info(
     facts = _entry_facts(entry) if entry is not None else None
     if facts is None or loaded:
         report, folder = _load(name, hub) if loaded else (None, None)
-        facts = facts or _folder_facts(folder or _resolve(name, hub, roles=()))
+        facts = facts or _folder_facts(folder or _open(name, hub).fetch().folder)
         if report is not None:
             facts["loaded"] = {"from": str(folder), **asdict(report)}
     if as_json:
@@ -112,18 +112,18 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
 
 def _load(name: str, hub: str | None) -> tuple[Any, Path]:
     """The load report of the whole network, and the folder it came from."""
-    from geo_pretrain.checkpoint import read_checkpoint
     from geo_pretrain.loading import load_backbone
 
-    folder = _resolve(name, hub, roles=lambda found: found.network_roles())
-    network: Any = load_backbone(folder, decoder=read_checkpoint(folder).arch.has_decoder)
-    return network.load_report, folder
+    opened = _open(name, hub)
+    checkpoint = opened.fetch(*opened.network_roles())
+    network: Any = load_backbone(checkpoint.folder, decoder=checkpoint.arch.has_decoder)
+    return network.load_report, checkpoint.folder
 
 
-def _resolve(name: str, hub: str | None, roles: Any) -> Path:
-    from geo_pretrain.hub import resolve
+def _open(name: str, hub: str | None) -> Opened:
+    from geo_pretrain.hub import open as open_checkpoint
 
-    return resolve(name, hub=hub, roles=roles)
+    return open_checkpoint(name, hub=hub)
 
 
 def _rows(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -164,11 +164,10 @@ def pull(
     for folder in install_bundle(from_bundle) if from_bundle is not None else ():
         console.print(f"{folder.name}: {folder}", soft_wrap=True, highlight=False)
 
-    def roles(found: Checkpoint) -> tuple[str, ...]:
-        return found.network_roles(decoder=not encoder) + (() if encoder else ("golden",))
-
     for name in names or ():
-        console.print(f"{name}: {_resolve(name, hub, roles)}", soft_wrap=True, highlight=False)
+        opened = _open(name, hub)
+        checkpoint = opened.fetch(*opened.network_roles(decoder=not encoder), *(() if encoder else ("golden",)))
+        console.print(f"{name}: {checkpoint.folder}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -220,11 +219,11 @@ def convert(
         found = convert_file(Path(source), out, like=entry, format=from_, name=name, overwrite=overwrite)
         console.print(f"Checkpoint: {found.folder}", soft_wrap=True, highlight=False)
         return
-    from geo_pretrain.checkpoint import read_checkpoint
     from geo_pretrain.convert.out import write_export
 
-    folder = _resolve(source, hub, roles=lambda found: found.network_roles(decoder=False))
-    for path in write_export(str(to), read_checkpoint(folder), out, overwrite=overwrite):
+    opened = _open(source, hub)
+    checkpoint = opened.fetch(*opened.network_roles(decoder=False))
+    for path in write_export(str(to), checkpoint, out, overwrite=overwrite):
         console.print(f"Wrote {path}", soft_wrap=True, highlight=False)
 
 
@@ -265,7 +264,8 @@ def bundle(
     """
     from geo_pretrain.hub.bundle import write_bundle
 
-    folders = [_resolve(name, hub, roles=lambda found: (*found.network_roles(), "golden")) for name in names]
+    opened = [_open(name, hub) for name in names]
+    folders = [each.fetch(*each.network_roles(), "golden").folder for each in opened]
     console.print(f"Wrote {write_bundle(folders, out)}", soft_wrap=True, highlight=False)
 
 

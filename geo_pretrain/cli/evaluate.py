@@ -164,11 +164,12 @@ def eval_probe(
 
 def _measured(backbone: str) -> str:
     """What the probes of a backbone classify: "pixel" or "voxel"."""
-    from geo_pretrain.checkpoint import read_checkpoint
+    from geo_pretrain import hub
     from geo_pretrain.contract import VoxelContract
-    from geo_pretrain.hub import resolve
 
-    return "voxel" if isinstance(read_checkpoint(resolve(backbone)).contract, VoxelContract) else "pixel"
+    opened = hub.open(backbone)
+    checkpoint = opened.fetch(*opened.network_roles(decoder=False))
+    return "voxel" if isinstance(checkpoint.contract, VoxelContract) else "pixel"
 
 
 def _labelled_splits(data: str, on_rooms: Callable[[int, int], None]) -> tuple[LabelledSource, LabelledSource]:

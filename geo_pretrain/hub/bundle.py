@@ -67,7 +67,7 @@ def write_bundle(folders: Sequence[Path | str], out: Path | str) -> Path:
     chosen = _read_folders(folders)
     try:
         with atomic_write(out) as part:
-            with part.open("wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            with tarfile.open(part, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for found in chosen:
                     for name in (*_files_to_bundle(found), CONFIG):
                         _add(tar, found, name)

@@ -15,7 +15,7 @@ from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.moco import IMAGENET_STARTS, MD5_PREFIXES
-from geo_pretrain.checkpoint import CONFIG, Checkpoint, read_checkpoint, read_weights
+from geo_pretrain.checkpoint import CONFIG, read_checkpoint, read_weights
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError, WeightsMismatch
 from geo_pretrain.hub.authors import Origin, convert_file
 from geo_pretrain.hub.cache import default_cache, exclusive
@@ -68,9 +68,11 @@ def initialize_heads(task: nn.Module, start: str, *, prefix: str = "", required:
     """
     if start in WITHOUT_HEADS:
         return
-    found = read_checkpoint(hub.resolve(start, roles=("heads",) if required else _heads))
+    opened = hub.open(start)
+    if not required and "heads" not in opened.roles:
+        return
+    state = read_weights(opened.fetch("heads"), "heads")
     own = {k: v for k, v in task.state_dict().items() if k.startswith(prefix) and not k.startswith("backbone.")}
-    state = read_weights(found, "heads") if required or "heads" in found.roles else {}
     heads = {key: value for key, value in state.items() if key in own}
     if heads or required:
         _check(own, heads, start)
@@ -149,16 +151,8 @@ def _checkpoint(start: str, *, decoder: bool) -> nn.Module:
     if start in IMAGENET_STARTS:
         return load_backbone(moco_v2_folder(start))
     entry = find(start)
-    arch = entry.arch if entry is not None else _look(start).arch
+    arch = entry.arch if entry is not None else hub.open(start).arch
     return load_backbone(start, decoder=decoder and arch.has_decoder)
-
-
-def _heads(found: Checkpoint) -> tuple[str, ...]:
-    return ("heads",) if "heads" in found.roles or not found.files else ()
-
-
-def _look(start: str) -> Checkpoint:
-    return read_checkpoint(hub.resolve(start, roles=()))
 
 
 def _imagenet(depth: int) -> nn.Module:

@@ -12,7 +12,6 @@ from geo_pretrain import hub
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.license import License, strictest
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
-from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.training.data.sources.registry import data_license
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
@@ -78,7 +77,7 @@ def _origin(weights: str, depth: int) -> Origin:
     if (Path(weights) / "results.json").is_file():
         return _finetuned(Path(weights))
     entry = None if Path(weights).is_dir() else find(weights)
-    found = entry or read_checkpoint(hub.resolve(weights, roles=()))
+    found = entry or hub.open(weights)
     name, license = weights if entry else found.name, found.license
     return Origin(f"{name} ({license.weights})", license.weights, license.datasets)
 

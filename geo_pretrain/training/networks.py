@@ -19,7 +19,6 @@ from geo_pretrain import hub as hubs
 from geo_pretrain.adapters.common import encoder_of, freeze_stages
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.catalog import Entry, find
-from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError
 from geo_pretrain.loading import load_backbone
@@ -101,10 +100,10 @@ class PretrainedInit:
             raise GeoPretrainError(f"Backbone 'imagenet': {said}") from error
         return network.encoder.state_dict()
 
-    def _checked(self) -> Entry | Checkpoint:
+    def _checked(self) -> Entry | hubs.Opened:
         """The checkpoint that is named, if it is a ResNet of the recipe's depth; its weights are not fetched."""
         entry = find(self.backbone)
-        checkpoint = entry or read_checkpoint(hubs.resolve(self.backbone, roles=(), **self.where))
+        checkpoint = entry or hubs.open(self.backbone, **self.where)
         if not checkpoint.arch.name.startswith("resnet") or "depth" not in checkpoint.arch.args:
             raise RecipeError(
                 f"Backbone {self.backbone!r} is {checkpoint.arch}; accepted: a ResNet or a U-Net for images."

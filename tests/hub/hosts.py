@@ -2,7 +2,7 @@
 
     with Hosts({"https://drive.google.com/file/d/1Abc/view": path, "/hub/tiny/config.json": b"{}"}) as hosts:
         monkeypatch.setenv("GEO_PRETRAIN_MIRROR", hosts.url)     # the first file, by its own address
-        hub.resolve("tiny", hub=f"{hosts.url}/hub")              # the second, without a mirror
+        hub.open("tiny", hub=f"{hosts.url}/hub").fetch("encoder")  # the second, without a mirror
         hosts.fault("/hub/tiny/config.json", Fault("truncate", times=1))
 
 It is a mirror: `https://host/path?query` is asked of it as `/host/path?query`, redirects name the real addresses.

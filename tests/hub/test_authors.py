@@ -23,6 +23,7 @@ from geo_pretrain.hub import authors
 from geo_pretrain.loading import load_backbone, verify
 from tests.authors_files import Layout, layout, resnet, write
 from tests.hub.hosts import Fault, Hosts
+from tests.zoo import resolve
 
 NAME = "pri3d_view_r18"
 STATE, ENCODER = "https://drive.google.com/file/d/1State/view", "https://www.dropbox.com/s/1enc/encoder.pth?dl=0"
@@ -78,7 +79,7 @@ def files_in(cache: Path) -> list[str]:
 
 
 def test_an_encoder_comes_from_its_own_file_and_a_decoder_from_the_whole_state(hosts: Hosts, cache: Path):
-    folder = hub.resolve(NAME)
+    folder = resolve(NAME)
     assert set(hosts.bytes_sent) == {ENCODER}
     found = read_checkpoint(folder)
     assert found.name == NAME
@@ -110,7 +111,7 @@ def test_an_encoder_comes_from_its_own_file_and_a_decoder_from_the_whole_state(h
 def test_provenance_card_and_digest_say_where_it_came_from(hosts: Hosts, cache: Path, written: dict[str, Path]):
     from hashlib import sha256
 
-    folder = hub.resolve(NAME)
+    folder = resolve(NAME)
     digest = sha256(written[ENCODER].read_bytes()).hexdigest()
     source = read_checkpoint(folder).provenance["source"]
     assert (source["url"], source["sha256"], source["format"]) == (ENCODER, digest, "torchvision")
@@ -124,10 +125,10 @@ def test_provenance_card_and_digest_say_where_it_came_from(hosts: Hosts, cache: 
 
 def test_the_next_file_is_tried_when_one_fails(hosts: Hosts):
     hosts.fault(ENCODER, Fault("status", status=404))
-    folder = hub.resolve(NAME)
+    folder = resolve(NAME)
     assert read_checkpoint(folder).provenance["source"]["url"] == OTHER
     hosts.fault(OTHER, Fault("status", status=404))
-    assert hub.resolve(NAME) == folder  # from the cache
+    assert resolve(NAME) == folder  # from the cache
 
 
 def test_every_file_that_fails_is_named_with_its_reason(hosts: Hosts, cache: Path):
@@ -135,7 +136,7 @@ def test_every_file_that_fails_is_named_with_its_reason(hosts: Hosts, cache: Pat
         hosts.fault(url, Fault("status", status=404))
     hosts.fault(STATE, Fault("quota"))
     with pytest.raises(HubError) as caught:
-        hub.resolve(NAME)
+        resolve(NAME)
     text = str(caught.value)
     for part in (ENCODER, OTHER, STATE, "404", "quota", "geo-pretrain train pri3d_view_r18", "geo-pretrain convert"):
         assert part in text
@@ -147,7 +148,7 @@ def test_a_damaged_file_is_called_by_its_address(hosts: Hosts, cache: Path, monk
     offer(monkeypatch, FILES[1])
     hosts.fault(ENCODER, Fault("corrupt"))
     with pytest.raises(HubError, match=f"authors' own file: {re.escape(ENCODER)}: .*damaged") as caught:
-        hub.resolve(NAME)
+        resolve(NAME)
     assert ".part" not in str(caught.value)
     assert files_in(cache) == []
 
@@ -156,7 +157,7 @@ def test_the_first_fetch_reads_no_weights_again(hosts: Hosts, monkeypatch: pytes
     read: list[str] = []
     real = checkpoint.sha256
     monkeypatch.setattr(checkpoint, "sha256", lambda path: (read.append(path.name), real(path))[1])
-    hub.resolve(NAME)
+    resolve(NAME)
     assert read.count("encoder.safetensors") == 1
 
 
@@ -165,20 +166,20 @@ def test_a_list_of_digests_of_another_shape_is_refused(hosts: Hosts, cache: Path
     for text in ("[]", '{"https://a": "b"}'):
         (cache / "authors/digests.json").write_text(text)
         with pytest.raises(HubError, match=r"digests.json: is not a list of digests.*remove it"):
-            hub.resolve(NAME)
+            resolve(NAME)
 
 
 def test_roles_that_nobody_offers_are_an_error(hosts: Hosts, monkeypatch: pytest.MonkeyPatch):
     offer(monkeypatch, FILES[1])
     with pytest.raises(HubError, match="no encoder and decoder of it; they offer encoder: encoder"):
-        hub.resolve(NAME, roles=WHOLE)
+        resolve(NAME, roles=WHOLE)
     assert hosts.requests == []
 
 
 def test_a_recipe_is_not_among_what_an_authors_file_gives(hosts: Hosts):
-    hub.resolve(NAME)
+    resolve(NAME)
     with pytest.raises(HubError, match="holds no recipe"):
-        hub.resolve(NAME, roles=("encoder", "recipe"))
+        resolve(NAME, roles=("encoder", "recipe"))
     assert sum(hosts.served.values()) == 1  # it is not fetched again in the hope of one
 
 
@@ -188,65 +189,65 @@ def test_an_altered_file_is_noticed_by_the_digest_of_the_first_use(
     from geo_pretrain.hub.cache import remove
 
     offer(monkeypatch, FILES[1])
-    hub.resolve(NAME)
+    resolve(NAME)
     remove([NAME])
     hosts.files[ENCODER] = written[ENCODER + " changed"]
     sent = hosts.served[ENCODER]
     with pytest.raises(HubError, match=r"fetched twice: sha256 is .* but its first use here recorded"):
-        hub.resolve(NAME)
+        resolve(NAME)
     assert hosts.served[ENCODER] == sent + 2  # one forced retry
     assert files_in(cache) == ["authors/digests.json"]
     hosts.files[ENCODER] = written[ENCODER]
-    assert hub.resolve(NAME).is_dir()
+    assert resolve(NAME).is_dir()
 
 
 def test_a_corrupt_transfer_is_cured_by_the_retry(hosts: Hosts, monkeypatch: pytest.MonkeyPatch):
     from geo_pretrain.hub.cache import remove
 
     offer(monkeypatch, FILES[1])
-    good = read_checkpoint(hub.resolve(NAME)).files["encoder.safetensors"]
+    good = read_checkpoint(resolve(NAME)).files["encoder.safetensors"]
     remove([NAME])
     hosts.fault(ENCODER, Fault("corrupt", times=1))
-    assert read_checkpoint(hub.resolve(NAME)).files["encoder.safetensors"] == good
+    assert read_checkpoint(resolve(NAME)).files["encoder.safetensors"] == good
 
 
 def test_a_digest_of_the_catalog_comes_before_the_first_use(hosts: Hosts, monkeypatch: pytest.MonkeyPatch):
     offer(monkeypatch, replace(FILES[1], sha256="0" * 64))
     with pytest.raises(HubError, match=f"the catalog states {'0' * 64}"):
-        hub.resolve(NAME)
+        resolve(NAME)
 
 
 def test_two_files_with_different_encoders_are_warned_about(
     hosts: Hosts, written: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    hub.resolve(NAME)
+    resolve(NAME)
     hosts.files[STATE] = written[STATE + " changed"]
     with pytest.warns(UserWarning, match="100 of 100 tensors differ"):
-        hub.resolve(NAME, roles=WHOLE)
+        resolve(NAME, roles=WHOLE)
 
 
 def test_a_folder_made_by_older_rules_is_made_anew(hosts: Hosts, monkeypatch: pytest.MonkeyPatch):
-    hub.resolve(NAME)
+    resolve(NAME)
     assert hosts.served[ENCODER] == 1
     monkeypatch.setattr(authors, "CONVERSION", authors.CONVERSION + 1)
-    hub.resolve(NAME)
+    resolve(NAME)
     assert hosts.served[ENCODER] == 2
 
 
 def test_a_damaged_folder_is_made_anew(hosts: Hosts):
-    folder = hub.resolve(NAME)
+    folder = resolve(NAME)
     good = (folder / "encoder.safetensors").read_bytes()
     (folder / "encoder.safetensors").write_bytes(good[:1000])
-    assert hub.resolve(NAME) == folder
+    assert resolve(NAME) == folder
     assert (folder / "encoder.safetensors").read_bytes() == good
 
 
 def test_offline_says_so(hosts: Hosts, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(HubError, match="downloads are off"):
-        hub.resolve(NAME, local_files_only=True)
+        resolve(NAME, local_files_only=True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(HubError, match="downloads are off"):
-        hub.resolve(NAME)
+        resolve(NAME)
     assert hosts.requests == []
 
 
@@ -265,7 +266,7 @@ def test_a_hostile_file_is_refused_and_nothing_runs(hosts: Hosts, tmp_path: Path
     for url in (ENCODER, STATE, OTHER):
         hosts.files[url] = pickle.dumps({"model": {"conv1.weight": torch.zeros(1)}, "x": Attack(canary)})
     with pytest.raises(HubError, match="system"):
-        hub.resolve(NAME)
+        resolve(NAME)
     assert not canary.exists()
     assert files_in(cache) == []
 
@@ -275,7 +276,7 @@ def test_a_file_of_another_network_is_refused(hosts: Hosts, tmp_path: Path, monk
     write("torchvision", tmp_path / "r50", arch=CATALOG["pri3d_view_r50"].arch)
     hosts.files[ENCODER] = tmp_path / "r50"
     with pytest.raises(HubError, match="of 120 tensors match this network"):
-        hub.resolve(NAME)
+        resolve(NAME)
 
 
 def test_weights_that_compute_nothing_are_refused(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -285,7 +286,7 @@ def test_weights_that_compute_nothing_are_refused(hosts: Hosts, tmp_path: Path, 
     torch.save(state, tmp_path / "nan.pth")
     hosts.files[ENCODER] = tmp_path / "nan.pth"
     with pytest.raises(HubError, match=r"undefined outputs .*encoder\.3"):
-        hub.resolve(NAME)
+        resolve(NAME)
 
 
 SCRIPT = """
@@ -294,7 +295,7 @@ from dataclasses import replace
 from geo_pretrain import hub
 from tests.hub.test_authors import FILES, NAME, CATALOG
 hub.find = {NAME: replace(CATALOG[NAME], authors_files=FILES, status="published-by-authors")}.get
-print(hub.resolve(NAME))
+print(hub.open(NAME).fetch("encoder").folder)
 """
 
 

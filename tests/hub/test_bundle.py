@@ -20,14 +20,14 @@ from typing import Any
 
 import pytest
 
-from geo_pretrain import checkpoint, hub
+from geo_pretrain import checkpoint
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.catalog.entry import File
 from geo_pretrain.checkpoint import read_checkpoint, verify_files
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
 from geo_pretrain.hub import bundle as bundles
 from geo_pretrain.hub.bundle import install_bundle, list_bundle, write_bundle
-from tests.zoo import write_tiny, write_tiny_3d
+from tests.zoo import resolve, write_tiny, write_tiny_3d
 
 NAME, NAME_3D = "tiny_net_r18", "tiny_net_srunet34"
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def test_what_goes_in_comes_out_and_is_found_by_name(folders: tuple[Path, Path],
         assert content(folder) == content(original)
         verify_files(read_checkpoint(folder))
     roles = ("encoder", "decoder", "golden")
-    assert hub.resolve(NAME, roles=roles, cache_dir=tmp_path, local_files_only=True) == installed[0]
+    assert resolve(NAME, roles=roles, cache_dir=tmp_path, local_files_only=True) == installed[0]
     umask = os.umask(0)
     os.umask(umask)
     assert (installed[0] / "encoder.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

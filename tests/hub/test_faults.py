@@ -1,7 +1,7 @@
 """What goes wrong between a user and a checkpoint, each fault on purpose: the message says what to do, the cache is
 clean, and the next call without the fault succeeds. `benchmarks.reliability` runs the same table.
 
-Two doors: a checkpoint on an http hub (`hub.resolve`) and an authors' file (`transfer.download`). A fault that strikes
+Two doors: a checkpoint on an http hub (`hub.open`) and an authors' file (`transfer.download`). A fault that strikes
 once is survived where another attempt can cure it; one that stays ends in an error within seconds.
 """
 
@@ -25,9 +25,10 @@ from unittest import mock
 import pytest
 
 from geo_pretrain import hub
-from geo_pretrain.checkpoint import CONFIG, read_checkpoint, verify_file
+from geo_pretrain.checkpoint import CONFIG, verify_file
 from geo_pretrain.errors import HubError, UnknownName
 from geo_pretrain.hub import transfer
+from geo_pretrain.hub.cache import exclusive
 from tests.hub.hosts import BYTE_FAULTS, OTHER_FAULTS, Fault, Hosts
 from tests.zoo import write_tiny
 
@@ -155,12 +156,12 @@ RUNS = tuple((case, always) for case in CASES for always in ((False, True) if ca
 def use(case: Case, hosts: Hosts, cache: Path) -> None:
     """What a user does; raises unless the right bytes are there."""
     if case.url.startswith("/"):
-        found = read_checkpoint(hub.resolve(NAME, hub=f"{hosts.url}/hub", roles=roles_of(case)))
+        found = hub.open(NAME, hub=f"{hosts.url}/hub").fetch(*roles_of(case))
         for role in roles_of(case):
             verify_file(found, found.file_of(role))
         return
     part = cache / "authors" / NAME / "download.part"
-    with transfer.exclusive(part.parent):
+    with exclusive(part.parent):
         digest = transfer.download(case.url, part)
         part.unlink()
     assert digest == hashlib.sha256(files()[case.url]).hexdigest()
@@ -227,7 +228,7 @@ import sys
 from geo_pretrain import hub
 roles = sys.argv[2].split(",")
 try:
-    print(hub.resolve({name!r}, hub=sys.argv[1], roles=roles), flush=True)
+    print(hub.open({name!r}, hub=sys.argv[1]).fetch(*roles).folder, flush=True)
 except Exception as error:
     print(f"{{type(error).__name__}}: {{error}}", flush=True)
 """
@@ -241,16 +242,15 @@ def start(hosts: Hosts, prelude: str = "", roles: str = "encoder") -> subprocess
 
 
 def resolve(hosts: Hosts, cache: Path | None = None, roles: tuple[str, ...] = ("encoder",)) -> Path:
-    folder = hub.resolve(NAME, hub=f"{hosts.url}/hub", roles=roles, cache_dir=cache)
-    found = read_checkpoint(folder)
+    found = hub.open(NAME, hub=f"{hosts.url}/hub", cache_dir=cache).fetch(*roles)
     for role in roles:
         verify_file(found, found.file_of(role))
-    return folder
+    return found.folder
 
 
 def refusal(hosts: Hosts, cache: Path | None = None, roles: tuple[str, ...] = ("encoder",), **options: bool) -> str:
     try:
-        hub.resolve(NAME, hub=f"{hosts.url}/hub", roles=roles, cache_dir=cache, **options)
+        hub.open(NAME, hub=f"{hosts.url}/hub", cache_dir=cache, **options).fetch(*roles)
     except HubError as error:
         return str(error)
     raise AssertionError("no error")
@@ -452,7 +452,7 @@ def offline(cache: Path, hosts: Hosts) -> None:
     assert not cache.exists() or left(cache) == []
     resolve(hosts)
     hosts.forget()
-    hub.resolve(NAME, hub=f"{hosts.url}/hub", local_files_only=True)
+    hub.open(NAME, hub=f"{hosts.url}/hub", local_files_only=True).fetch("encoder")
     assert "downloads are off" in refusal(hosts, roles=("decoder",), local_files_only=True)
     with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
         resolve(hosts)
@@ -472,7 +472,7 @@ def dead_server(cache: Path, hosts: Hosts) -> None:
     assert "Check the address, the network and the proxy" in message
     assert left(cache) == []
     # the next source is tried
-    folder = hub.resolve(NAME, hub=[f"{gone.url}/hub", f"{hosts.url}/hub"])
+    folder = hub.open(NAME, hub=[f"{gone.url}/hub", f"{hosts.url}/hub"]).fetch("encoder").folder
     assert (folder / CONFIG).is_file()
 
 

@@ -30,7 +30,7 @@ files = tuple(File(**file | {"sources": tuple(file["sources"])}) for file in job
 entry = replace(CATALOG[job["name"]], files=files, status="published-here")
 hub.find = {entry.name: entry}.get
 try:
-    print(json.dumps(str(hub.resolve(entry.name, **job["options"]))))
+    print(json.dumps(str(hub.open(entry.name, **job["options"]).fetch("encoder").folder)))
 except GeoPretrainError as error:
     print(json.dumps(f"{type(error).__name__}: {error}"))
 """

@@ -22,7 +22,7 @@ from geo_pretrain.catalog.entry import File
 from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_file
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, UnknownName
 from geo_pretrain.loading import load_backbone
-from tests.zoo import role_weights, write_tiny, write_tiny_3d
+from tests.zoo import resolve, role_weights, write_tiny, write_tiny_3d
 
 NAME = "tiny_net_r18"
 Behavior = Callable[[str, bytes], tuple[int, dict[str, str], bytes]]
@@ -96,10 +96,10 @@ def names(folder: Path) -> list[str]:
 
 
 def test_only_the_needed_files_are_fetched_and_the_rest_later(server: Server):
-    folder = hub.resolve(NAME, hub=server.url)
+    folder = resolve(NAME, hub=server.url)
     assert names(folder) == ["config.json", "encoder.safetensors"]
     assert server.requests == [f"/{NAME}/config.json", f"/{NAME}/encoder.safetensors"]
-    again = hub.resolve(NAME, hub=server.url, roles=("encoder", "decoder"))
+    again = resolve(NAME, hub=server.url, roles=("encoder", "decoder"))
     assert again == folder
     assert server.requests[2:] == [f"/{NAME}/config.json", f"/{NAME}/decoder.safetensors"]
     found = read_checkpoint(folder)
@@ -112,25 +112,25 @@ def test_only_the_needed_files_are_fetched_and_the_rest_later(server: Server):
 
 def test_a_network_in_one_piece_is_fetched_whole(server: Server):
     write_tiny_3d(server.root / "tiny_net_srunet34")
-    folder = hub.resolve("tiny_net_srunet34", hub=server.url)
+    folder = resolve("tiny_net_srunet34", hub=server.url)
     assert names(folder) == ["config.json", "model.safetensors"]
-    folder = hub.resolve("tiny_net_srunet34", hub=server.url, roles=lambda found: (*found.network_roles(), "golden"))
+    folder = resolve("tiny_net_srunet34", hub=server.url, roles=("model", "golden"))
     assert names(folder) == ["config.json", "golden.safetensors", "model.safetensors"]
     with pytest.raises(HubError, match="no file with role 'decoder'; it has: model, golden"):
-        hub.resolve("tiny_net_srunet34", hub=server.url, roles=("decoder",))
+        resolve("tiny_net_srunet34", hub=server.url, roles=("decoder",))
 
 
 def test_the_second_call_needs_no_network(server: Server):
-    folder = hub.resolve(NAME, hub=server.url)
+    folder = resolve(NAME, hub=server.url)
     server.stop()
-    assert hub.resolve(NAME, hub=server.url) == folder
-    assert hub.resolve(NAME, hub=server.url, local_files_only=True) == folder
+    assert resolve(NAME, hub=server.url) == folder
+    assert resolve(NAME, hub=server.url, local_files_only=True) == folder
     with pytest.raises(HubError, match="refused"):
-        hub.resolve(NAME, hub=server.url, roles=("decoder",))
+        resolve(NAME, hub=server.url, roles=("decoder",))
 
 
 def test_a_url_is_a_name_too_and_cache_dir_is_used(server: Server, tmp_path: Path):
-    folder = hub.resolve(f"{server.url}/{NAME}/", cache_dir=tmp_path / "other")
+    folder = resolve(f"{server.url}/{NAME}/", cache_dir=tmp_path / "other")
     assert folder.is_relative_to(tmp_path / "other")
     assert not (tmp_path / "cache").exists()
 
@@ -138,11 +138,11 @@ def test_a_url_is_a_name_too_and_cache_dir_is_used(server: Server, tmp_path: Pat
 def test_the_environment_variable_lists_hubs_tried_in_order(server: Server, monkeypatch, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("GEO_PRETRAIN_HUB", f"{tmp_path / 'empty'}, {server.url}/nothing, {server.url}")
-    folder = hub.resolve(NAME)
+    folder = resolve(NAME)
     assert server.requests[0] == f"/nothing/{NAME}/config.json"
     assert folder.is_relative_to(tmp_path / "cache")
     # an explicit hub replaces the variable
-    assert hub.resolve(NAME, hub=[str(server.root)]) == server.root / NAME
+    assert resolve(NAME, hub=[str(server.root)]) == server.root / NAME
 
 
 def test_redirects_are_followed(server: Server):
@@ -151,7 +151,7 @@ def test_redirects_are_followed(server: Server):
         if "/moved/" in path
         else (200, {}, data)
     )
-    folder = hub.resolve(NAME, hub=f"{server.url}/moved")
+    folder = resolve(NAME, hub=f"{server.url}/moved")
     verify_file(read_checkpoint(folder), "encoder.safetensors")
 
 
@@ -185,7 +185,7 @@ def test_a_broken_transfer_is_tried_again_and_then_refused(
 ):
     server.behave = broken(kind)
     with pytest.raises(HubError, match=reason) as caught:
-        hub.resolve(NAME, hub=server.url)
+        resolve(NAME, hub=server.url)
     if reason == "fetched twice":
         assert read_checkpoint(server.root / NAME).files["encoder.safetensors"].sha256 in str(caught.value)
         assert isinstance(caught.value.__cause__, DigestMismatch)
@@ -196,99 +196,99 @@ def test_a_broken_transfer_is_tried_again_and_then_refused(
 
 def test_a_transfer_that_breaks_once_succeeds(server: Server):
     server.behave = lambda path, data: broken("truncated")(path, data) if len(server.requests) < 3 else (200, {}, data)
-    verify_file(read_checkpoint(hub.resolve(NAME, hub=server.url)), "encoder.safetensors")
+    verify_file(read_checkpoint(resolve(NAME, hub=server.url)), "encoder.safetensors")
     assert len(server.requests) == 3
 
 
 def test_a_truncated_config_is_tried_once_more_and_then_refused(server: Server):
     server.behave = lambda path, data: (200, {}, data[:50])
     with pytest.raises(HubError, match="is not JSON"):
-        hub.resolve(NAME, hub=server.url)
+        resolve(NAME, hub=server.url)
     assert len(server.requests) == 2
 
 
 def test_a_server_error_is_reported_with_its_status(server: Server):
     server.behave = lambda path, data: (503, {}, b"")
     with pytest.raises(HubError, match="HTTP 503"):
-        hub.resolve(NAME, hub=server.url)
+        resolve(NAME, hub=server.url)
 
 
 def test_a_damaged_cache_is_repaired(server: Server):
-    folder = hub.resolve(NAME, hub=server.url)
+    folder = resolve(NAME, hub=server.url)
     good = (folder / "encoder.safetensors").read_bytes()
     (folder / "encoder.safetensors").write_bytes(good[:100])
-    hub.resolve(NAME, hub=server.url)
+    resolve(NAME, hub=server.url)
     assert (folder / "encoder.safetensors").read_bytes() == good
     (folder / "config.json").write_text("{")
-    hub.resolve(NAME, hub=server.url)
+    resolve(NAME, hub=server.url)
     assert read_checkpoint(folder).name == NAME
 
 
 def test_offline_says_so(server: Server, monkeypatch):
     with pytest.raises(HubError, match="not in the cache"):
-        hub.resolve(NAME, hub=server.url, local_files_only=True)
+        resolve(NAME, hub=server.url, local_files_only=True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(HubError, match="downloads are off"):
-        hub.resolve(NAME, hub=server.url)
+        resolve(NAME, hub=server.url)
     assert server.requests == []
 
 
 def test_local_hubs_and_folders_are_used_in_place(tmp_path: Path):
     write_tiny(tmp_path / "hub" / NAME)
-    assert hub.resolve(NAME, hub=str(tmp_path / "hub")) == tmp_path / "hub" / NAME
-    assert hub.resolve(tmp_path / "hub" / NAME) == tmp_path / "hub" / NAME
-    assert hub.resolve(str(tmp_path / "hub" / NAME), roles=("encoder", "golden")) == tmp_path / "hub" / NAME
+    assert resolve(NAME, hub=str(tmp_path / "hub")) == tmp_path / "hub" / NAME
+    assert resolve(tmp_path / "hub" / NAME) == tmp_path / "hub" / NAME
+    assert resolve(str(tmp_path / "hub" / NAME), roles=("encoder", "golden")) == tmp_path / "hub" / NAME
 
 
 def test_folders_that_are_no_checkpoints_say_what_is_missing(tmp_path: Path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        hub.resolve(tmp_path)
+        resolve(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
-        hub.resolve(str(tmp_path / "nowhere"))
+        resolve(str(tmp_path / "nowhere"))
     write_tiny(tmp_path / "tiny")
     (tmp_path / "tiny/decoder.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"decoder\.safetensors: is missing"):
-        hub.resolve(tmp_path / "tiny", roles=("encoder", "decoder"))
+        resolve(tmp_path / "tiny", roles=("encoder", "decoder"))
     with pytest.raises(CheckpointError, match="no file with role 'heads'"):
-        hub.resolve(tmp_path / "tiny", roles=("heads",))
+        resolve(tmp_path / "tiny", roles=("heads",))
     # a folder of the working directory that happens to have a catalog name does not hide the name
     (tmp_path / "pri3d_view_r18").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HubError, match="no hub is given"):
-        hub.resolve("pri3d_view_r18")
+        resolve("pri3d_view_r18")
 
 
 def test_an_unknown_name_gets_the_three_nearest(server: Server, tmp_path: Path):
     message = "Unknown backbone 'pri3d_viewgeo_r50'. Closest: 'pri3d_view_geo_r50', "
     with pytest.raises(UnknownName) as caught:
-        hub.resolve("pri3d_viewgeo_r50")
+        resolve("pri3d_viewgeo_r50")
     assert str(caught.value).startswith(message)
     assert str(caught.value).count("'pri3d_") == 4
     with pytest.raises(UnknownName, match="Not on these hubs either") as caught:
-        hub.resolve("pri3d_viewgeo_r50", hub=[str(tmp_path), server.url])
+        resolve("pri3d_viewgeo_r50", hub=[str(tmp_path), server.url])
     assert server.url in str(caught.value)
 
 
 def test_every_source_is_listed_with_its_reason_and_what_to_do(server: Server, tmp_path: Path):
     server.behave = lambda path, data: (500, {}, b"")
     with pytest.raises(HubError) as caught:
-        hub.resolve("pri3d_view_r18", hub=[str(tmp_path), server.url])
+        resolve("pri3d_view_r18", hub=[str(tmp_path), server.url])
     text = str(caught.value)
     assert f"- {tmp_path}: no folder" in text
     assert f"- {server.url}: " in text
     assert "HTTP 500" in text
     assert "`geo-pretrain train pri3d_view_r18 --data scannet:PATH --out DIR`" in text
     with pytest.raises(HubError, match=r"1nKng03DqkjREi9_mr2yQ-6uugIIzNzGm/view \(by way of GEO_PRETRAIN_MIRROR"):
-        hub.resolve("pri3d_view_geo_r50")
+        resolve("pri3d_view_geo_r50")
     with pytest.raises(HubError, match=r"geo-pretrain train pri3d_view_r18\.rooms --out DIR"):
-        hub.resolve("pri3d_view_r18.rooms")
+        resolve("pri3d_view_r18.rooms")
 
 
 def test_a_name_that_nobody_offers_or_makes_says_so(monkeypatch: pytest.MonkeyPatch):
     unmade = dataclasses.replace(CATALOG["pri3d_unsup_geo_r50"], status="planned", recipe=None)
     monkeypatch.setattr(hub, "find", {unmade.name: unmade}.get)
     with pytest.raises(HubError, match="no recipe makes it yet"):
-        hub.resolve(unmade.name)
+        resolve(unmade.name)
 
 
 @pytest.mark.parametrize("name", ["../www/tiny_net_r18", "a/b", "..", ""])
@@ -296,14 +296,14 @@ def test_names_cannot_leave_the_hub(tmp_path: Path, name: str):
     write_tiny(tmp_path / "www" / NAME)
     (tmp_path / "hub").mkdir()
     with pytest.raises((UnknownName, CheckpointError)):
-        hub.resolve(name, hub=str(tmp_path / "hub"))
+        resolve(name, hub=str(tmp_path / "hub"))
 
 
 def test_revision_is_refused_where_it_means_nothing(server: Server):
     with pytest.raises(HubError, match="Hugging Face only"):
-        hub.resolve(NAME, hub=server.url, revision="v1")
+        resolve(NAME, hub=server.url, revision="v1")
     with pytest.raises(HubError, match="Hugging Face only"):
-        hub.resolve(server.root / NAME, revision="v1")
+        resolve(server.root / NAME, revision="v1")
 
 
 def test_a_renamed_backbone_is_found_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -312,15 +312,15 @@ def test_a_renamed_backbone_is_found_with_a_warning(tmp_path: Path, monkeypatch:
     write_tiny(tmp_path / "hub/pri3d_view_r18", name="pri3d_view_r18")
     monkeypatch.setattr(catalog, "RENAMED", {"pri3d_views_r18": "pri3d_view_r18"})
     with pytest.warns(FutureWarning, match="pri3d_view_r18"):
-        folder = hub.resolve("pri3d_views_r18", hub=str(tmp_path / "hub"))
+        folder = resolve("pri3d_views_r18", hub=str(tmp_path / "hub"))
     assert folder == tmp_path / "hub/pri3d_view_r18"
 
 
 def test_installed_bundles_are_found_by_name_and_come_after_the_hubs(server: Server, tmp_path: Path):
     write_tiny(tmp_path / "cache/bundles" / NAME)
-    assert hub.resolve(NAME, local_files_only=True) == tmp_path / "cache/bundles" / NAME
-    assert hub.resolve(NAME, hub=f"{server.url}/nothing") == tmp_path / "cache/bundles" / NAME
-    assert hub.resolve(NAME, hub=str(server.root)) == server.root / NAME
+    assert resolve(NAME, local_files_only=True) == tmp_path / "cache/bundles" / NAME
+    assert resolve(NAME, hub=f"{server.url}/nothing") == tmp_path / "cache/bundles" / NAME
+    assert resolve(NAME, hub=str(server.root)) == server.root / NAME
 
 
 def test_published_entries_are_pinned_to_their_digests(server: Server, monkeypatch):
@@ -338,9 +338,9 @@ def test_published_entries_are_pinned_to_their_digests(server: Server, monkeypat
 
     publish("0" * 64)
     with pytest.raises(HubError, match=f"promises sha256 {stored.sha256} .* expected {'0' * 64}"):
-        hub.resolve(entry.name)
+        resolve(entry.name)
     publish(stored.sha256)
-    assert (hub.resolve(entry.name) / "encoder.safetensors").is_file()
+    assert (resolve(entry.name) / "encoder.safetensors").is_file()
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -365,12 +365,12 @@ def hugging_face(server: Server) -> Behavior:
 
 HF_SCRIPT = """
 import json, sys
-from geo_pretrain import hub
 from geo_pretrain.errors import GeoPretrainError
+from tests.zoo import resolve
 answers = []
 for call in json.loads(sys.argv[1]):
     try:
-        answers.append(str(hub.resolve(**call)))
+        answers.append(str(resolve(**call)))
     except GeoPretrainError as error:
         answers.append(f"{type(error).__name__}: {error}")
 print(json.dumps(answers))
@@ -425,27 +425,27 @@ def test_hugging_face_repositories(server: Server, tmp_path: Path):
 @pytest.mark.parametrize("spec", ["", "lab", "lab/a/b", "/a", "lab/"])
 def test_what_is_no_repository_is_refused_before_anybody_is_asked(spec: str):
     with pytest.raises(HubError, match=f"'{spec}' is no repository; OWNER/REPO or OWNER/REPO@REVISION is accepted"):
-        hub.resolve(f"hf-hub:{spec}@v1")
+        resolve(f"hf-hub:{spec}@v1")
 
 
 def test_two_revisions_that_differ_are_refused():
     with pytest.raises(HubError, match="lab/a@v1 states its revision; revision='v2' is another"):
-        hub.resolve("hf-hub:lab/a@v1", revision="v2")
+        resolve("hf-hub:lab/a@v1", revision="v2")
 
 
 def test_offline_hugging_face_names_both_switches(tmp_path: Path):
     with pytest.raises(HubError, match=r"config.json is not in its cache, .* \(local_files_only or HF_HUB_OFFLINE\)"):
-        hub.resolve("hf-hub:lab/a", cache_dir=tmp_path, local_files_only=True)
+        resolve("hf-hub:lab/a", cache_dir=tmp_path, local_files_only=True)
 
 
 def test_a_file_and_nothing_are_no_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.pth").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"weights.pth is not a folder; a checkpoint folder"):
-        hub.resolve("weights.pth")
+        resolve("weights.pth")
     (tmp_path / "config.json").write_text("{}")  # "" must not mean the folder one is in
     with pytest.raises(UnknownName, match="Unknown backbone ''"):
-        hub.resolve("")
+        resolve("")
 
 
 def test_an_encoder_alone_does_not_stop_the_search_for_the_whole(tmp_path: Path):

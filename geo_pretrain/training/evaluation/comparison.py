@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from geo_pretrain import hub
-from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
+from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.loading import load_backbone
+from geo_pretrain.loading import load_backbone, load_pair
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
@@ -57,9 +57,9 @@ def compare_matching(
         turn: of the clouds of a 3D backbone.
         seed: of queries, turns and random weights.
     """
-    folder = hub.resolve(backbone, roles=_network_and_recipe)
-    found = read_checkpoint(folder)
-    contract = found.contract
+    opened = hub.open(backbone)
+    found = opened.fetch(*opened.network_roles(), optional=("recipe",))
+    folder, contract = found.folder, found.contract
     evaluate: Callable[..., MatchingResult] = evaluate_matching
     options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
     if isinstance(contract, VoxelContract):
@@ -104,13 +104,13 @@ def compare_pixel_to_voxel(
     Random are all weights of Pri3D; of a network that another taught, its own and the projections. Frames have the size
     of pre-training; `count` of them are spread evenly over those of `spec`.
     """
-    found = read_checkpoint(hub.resolve(folder, roles=()))
-    if found.arch.modality == "3d" and found.pairing is not None:
-        recipe = recipe_of(read_checkpoint(hub.resolve(folder, roles=_network_and_recipe)))
+    opened = hub.open(folder)
+    if opened.arch.modality == "3d" and opened.pairing is not None:
+        recipe = recipe_of(opened.fetch(*opened.network_roles(), optional=("recipe",)))
         spec = replace(spec, units="frames", size=spec.size if recipe is None else recipe.data.size)
         source = open_source(spec, split="val")
         frames = spread_evenly(find_pairs(source, spec, skips=skips or Skips()), count)
-        couples = {RANDOM: random_pair(folder, seed), folder: load_backbone(folder).pair()}
+        couples = {RANDOM: random_pair(folder, seed), folder: load_pair(folder)}
         return {
             name: evaluate_pair(
                 couple,
@@ -150,11 +150,6 @@ def dense_network(folder: str | Path, *, pretrained: bool = True) -> Any:
     if found.arch.has_decoder:
         return load_backbone(folder, decoder=True, pretrained=pretrained)
     return EncoderMaps(load_backbone(folder, out_indices=STAGES, pretrained=pretrained)).eval()
-
-
-def _network_and_recipe(found: Checkpoint) -> tuple[str, ...]:
-    """Weights that were trained elsewhere have no recipe in their folder."""
-    return (*found.network_roles(), *(role for role in found.roles if role == "recipe"))
 
 
 def _nth(progress: Progress | None, number: int, count: int) -> Progress:

@@ -12,10 +12,10 @@ import torch
 
 from geo_pretrain import hub
 from geo_pretrain.backbones.feature_pair import FeaturePair
-from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, read_weights
+from geo_pretrain.checkpoint import Checkpoint, read_weights
 from geo_pretrain.errors import BadFrame, CheckpointError, WeightsMismatch
 from geo_pretrain.geometry import seen_at
-from geo_pretrain.loading import load_backbone
+from geo_pretrain.loading import load_backbone, load_pair
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.frame import Skips, Source
 from geo_pretrain.training.data.mining import Pair, resize_frame
@@ -53,8 +53,8 @@ def load_pri3d(folder: str, *, pretrained: bool = True, seed: int = 0) -> Pri3D:
     `pretrained=False`: the same with random weights, drawn from `seed`. Raises `CheckpointError` for a folder without
     the 3D part.
     """
-    path = hub.resolve(folder, roles=_needed)
-    found = read_checkpoint(path)
+    opened = hub.open(folder)
+    found = opened.fetch(*opened.network_roles(), optional=("heads", "recipe"))
     if "heads" not in found.roles:
         raise CheckpointError(f"{folder!r} has no voxel part (a file with role 'heads'); {ACCEPTED}.")
     recipe = recipe_of(found)
@@ -64,12 +64,6 @@ def load_pri3d(folder: str, *, pretrained: bool = True, seed: int = 0) -> Pri3D:
     if pretrained:
         _put_weights(task, found)
     return task.eval()
-
-
-def _needed(found: Checkpoint) -> tuple[str, ...]:
-    """The network, and of heads and recipe what there is; before an authors' file is converted that is not known."""
-    extra = [role for role in ("heads", "recipe") if role in found.roles] if found.files else ["heads"]
-    return (*found.network_roles(), *extra)
 
 
 def frames_in_twos(source: Source) -> list[Pair]:
@@ -165,7 +159,7 @@ def evaluate_pair(
     """Recall at `threshold` voxels from the pixels of a frame to the voxels of its own cloud, over the frames.
 
     Args:
-        pair: from `load_backbone(...).pair()`.
+        pair: from `load_pair`.
         frames: paired with themselves, as `data.units: frames` gives them.
         size: of the frames, (height, width).
         queries: pixels of each frame, at most one in a voxel.
@@ -219,7 +213,7 @@ def match_own_voxels(
 
 def random_pair(folder: str, seed: int = 0) -> FeaturePair:
     """The pair of a checkpoint folder with the folder's own network and all projections drawn from `seed` instead."""
-    pair: FeaturePair = load_backbone(folder).pair()
+    pair = load_pair(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = load_backbone(folder, pretrained=False)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from geo_pretrain import hub
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, DataError, RecipeError, unknown
 from geo_pretrain.loading import load_backbone
@@ -440,8 +439,8 @@ def _load(
     backbone: str | Path, part: Part | None, device: torch.device | str, *, pretrained: bool = True, seed: int = 0
 ) -> nn.Module:
     """The network whose features are probed; of a 2D backbone the one that gives the maps of `part`."""
-    folder = hub.resolve(backbone, roles=lambda found: found.network_roles(decoder=part != "encoder"))
-    checkpoint = read_checkpoint(folder)
+    opened = hub.open(backbone)
+    checkpoint = opened.fetch(*opened.network_roles(decoder=part != "encoder"))
     if part == "unet" and not checkpoint.arch.has_decoder:
         raise CheckpointError(f"{checkpoint.name!r} holds an encoder alone ({checkpoint.arch}); probe part='encoder'.")
     options: dict[str, Any] = {}
@@ -450,7 +449,7 @@ def _load(
         options = {"decoder": True} if unet else {"out_indices": STAGES}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return load_backbone(folder, pretrained=pretrained, device=device, **options)
+        return load_backbone(checkpoint.folder, pretrained=pretrained, device=device, **options)
 
 
 def part_of(progress: Progress | None, number: int, count: int) -> Progress:

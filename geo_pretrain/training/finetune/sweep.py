@@ -20,7 +20,6 @@ import numpy as np
 import yaml
 
 from geo_pretrain import hub
-from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.files import write_text
 from geo_pretrain.training.config import parse
@@ -282,7 +281,7 @@ def _check_starts(
         start = PretrainedInit(backbone, recipe.network.depth, recipe.network.width, where)
         start.unet(recipe.seed)
         if start.named:
-            checkpoints[backbone] = read_checkpoint(hub.resolve(backbone, **where))
+            checkpoints[backbone] = hub.open(backbone, **where).fetch()
     names = Counter(found.name for found in checkpoints.values())
     held: dict[str, tuple[str, str | None]] = {}
     for backbone in backbones:

@@ -96,7 +96,7 @@ class Img2PC(TaughtByImages):
         return F.normalize(nearest_cells(maps, element, pixel, size), dim=1)
 
     def export(self) -> Export:
-        """The student, its projection where there is one, and the teacher: `load_backbone(...).pair()` joins them."""
+        """The student, its projection where there is one, and the teacher: `load_pair` joins them."""
         export = super().export()
         if self.teacher.arch is None:
             return export

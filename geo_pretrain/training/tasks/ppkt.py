@@ -220,7 +220,7 @@ class PPKT(TaughtByImages):
         return [torch.cat(drawn)] if together else drawn
 
     def export(self) -> Export:
-        """Student, projection and teacher: `load_backbone(...).pair()` puts them together."""
+        """Student, projection and teacher: `load_pair` puts them together."""
         export = super().export()
         if self.teacher.arch is None:
             return export

@@ -18,7 +18,6 @@ from geo_pretrain import hub
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
 from geo_pretrain.catalog.entry import Arch
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
-from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError, WeightsMismatch
 from geo_pretrain.loading import load_backbone
@@ -79,7 +78,7 @@ def load_teacher(weights: str, depth: int = 50, *, dense: bool = False) -> Teach
             _initialize(encoder, weights, depth)
         chans = encoder.feature_info[-1]["num_chs"]
         return Teacher(encoder, ImageContract(), chans, Arch("resnet", {"depth": depth, "width": 64}))
-    found = read_checkpoint(hub.resolve(weights, roles=()))
+    found = hub.open(weights)
     if not isinstance(found.contract, ImageContract):
         raise RecipeError(f"Teacher {weights!r} is {found.arch}; accepted: a network for images.")
     if dense and not found.arch.has_decoder:

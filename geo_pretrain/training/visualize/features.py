@@ -15,11 +15,11 @@ from torch import Tensor
 
 from geo_pretrain import hub
 from geo_pretrain.backbones.feature_pair import FeaturePair
-from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
+from geo_pretrain.checkpoint import Checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame
 from geo_pretrain.geometry import seen_at
-from geo_pretrain.loading import load_backbone
+from geo_pretrain.loading import load_backbone, load_pair
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.sparse.functional import point_rows
 from geo_pretrain.sparse.tensor import SparseTensor
@@ -230,8 +230,9 @@ class Opened:
 
 
 def find_backbone(name: str) -> Opened:
-    """The checkpoint of a catalog name or folder, with all it takes to draw. Raises what `hub.resolve` does."""
-    return Opened(name, read_checkpoint(hub.resolve(name, roles=_roles)))
+    """The checkpoint of a catalog name or folder, with all it takes to draw. Raises what `hub.open` does."""
+    opened = hub.open(name)
+    return Opened(name, opened.fetch(*opened.network_roles(), optional=("heads", "recipe")))
 
 
 def load_describers(
@@ -261,7 +262,7 @@ def load_describers(
         ]
     contract = checkpoint.contract
     if checkpoint.pairing is not None and isinstance(contract, VoxelContract) and level is None:
-        pair = random_pair(found.name, seed) if random else load_backbone(found.name).pair()
+        pair = random_pair(found.name, seed) if random else load_pair(found.name)
         pair, title = pair.to(device), "random student" if random else title  # the teacher keeps its weights
         return [PairPixels(f"{title}: pixels", space, pair), PairPoints(f"{title}: voxels", space, pair)]
     decoder = isinstance(contract, ImageContract) and checkpoint.arch.has_decoder and level is None
@@ -273,9 +274,3 @@ def load_describers(
     if not decoder and level is None:
         level = ENCODER_MAP
     return [ImageDescriber(title, space, network, contract, level)]
-
-
-def _roles(found: Checkpoint) -> tuple[str, ...]:
-    """The network, and of the rest what there is; before an authors' file is converted that is not known."""
-    extra = [role for role in ("heads", "recipe") if role in found.roles]
-    return (*found.network_roles(), *extra)

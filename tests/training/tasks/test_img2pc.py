@@ -11,7 +11,7 @@ import yaml
 from geo_pretrain.catalog import find
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.loading import load_backbone, verify
+from geo_pretrain.loading import load_backbone, load_pair, verify
 from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs
@@ -245,7 +245,7 @@ def test_run_learns_and_its_folder_opens_alone_and_as_a_pair(tmp_path, taught, t
     assert (network.normalize, network.out_chans) == (width == 16, width)
     assert (network.contract.channels, network.contract.offset) == (("R", "G", "B"), -0.5)
     assert checkpoint.license.base_model.startswith("random weights; teacher: img2pc_stage1_r18.tiny")
-    pair = network.pair()
+    pair = load_pair(tmp_path / "out")
     points, colors = torch.rand(300, 3), torch.randint(0, 256, (300, 3), dtype=torch.uint8)
     with torch.no_grad():
         described, image = pair.encode_points(points, colors), torch.randn(1, 3, 48, 64)
@@ -285,7 +285,7 @@ def test_one_recipe_trains_both_stages(tmp_path, tiny_recipe):
     assert outcome.checkpoint.license.base_model.startswith("random weights; teacher: img2pc_stage1_r18.tiny")
     kept = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert "folder" not in kept["stage1"]
-    pair = load_backbone(tmp_path / "out").pair()
+    pair = load_pair(tmp_path / "out")
     own = load_backbone(tmp_path / "out.stage1", decoder=True).state_dict()
     assert all(torch.equal(own[key], value) for key, value in pair.image_network.state_dict().items())
 

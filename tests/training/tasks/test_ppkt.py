@@ -16,7 +16,7 @@ from torch.nn import Linear
 from geo_pretrain import hub
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import CheckpointError, DigestMismatch, RecipeError, WeightsMismatch
-from geo_pretrain.loading import load_backbone, verify
+from geo_pretrain.loading import load_backbone, load_pair, verify
 from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
@@ -219,7 +219,8 @@ def test_stopped_run_continues_bit_for_bit(run, tmp_path):
 
 def test_a_pair_has_both_networks_in_one_space(run):
     network = load_backbone(run[1])
-    pair = network.pair()
+    with pytest.warns(FutureWarning, match="load_pair"):
+        pair = network.pair()
     assert pair.point_network is network
     image = torch.rand(2, 3, 48, 64)
     points, colors = torch.rand(300, 3) * 3, torch.randint(0, 256, (300, 3), dtype=torch.uint8)
@@ -242,15 +243,15 @@ def test_a_pair_has_both_networks_in_one_space(run):
 def test_a_pair_is_asked_for_its_files_and_no_other_call_is(run, tmp_path):
     folder = shutil.copytree(run[1], tmp_path / "copy")
     (folder / "teacher.safetensors").rename(folder / "elsewhere")
-    network = load_backbone(folder)
+    load_backbone(folder)
     with pytest.raises(Exception, match=r"teacher"):
-        network.pair()
+        load_pair(folder)
     (folder / "elsewhere").rename(folder / "teacher.safetensors")
     broken = bytearray((folder / "teacher.safetensors").read_bytes())
     broken[-1] ^= 1
     (folder / "teacher.safetensors").write_bytes(broken)
     with pytest.raises(DigestMismatch):
-        network.pair()
+        load_pair(folder)
 
 
 def test_what_has_no_partner_says_so(run, tmp_path):
@@ -260,8 +261,8 @@ def test_what_has_no_partner_says_so(run, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     assert read_checkpoint(folder).pairing is None  # a folder of an earlier version
     with pytest.raises(CheckpointError, match=r"holds one network alone; accepted: .*ppkt_\*"):
-        load_backbone(folder).pair()
-    with pytest.raises(RuntimeError, match="built by hand"):
+        load_pair(folder)
+    with pytest.warns(FutureWarning), pytest.raises(RuntimeError, match="built by hand"):
         type(load_backbone(folder))("18A", width=8).pair()
     for key, value, part in (
         ("interpolation", "cubic", "'pair.interpolation' is 'cubic'"),
@@ -274,17 +275,16 @@ def test_what_has_no_partner_says_so(run, tmp_path):
     wrong = pairing | {"arch": {"name": "resnet", "args": {"depth": 50}}}
     (folder / "config.json").write_text(json.dumps(config | {"pair": wrong}))
     with pytest.raises(WeightsMismatch, match="do not fit"):
-        load_backbone(folder).pair()
+        load_pair(folder)
     (folder / "config.json").write_text(json.dumps(config | {"pair": pairing}))
-    with pytest.raises(CheckpointError, match="other input channels"):
+    with pytest.warns(FutureWarning), pytest.raises(CheckpointError, match="other input channels"):
         load_backbone(folder, in_chans=4).pair()
 
 
 def test_a_pair_of_pri3d_is_its_two_networks(tmp_path, tiny_recipe):
     run_here(tiny_recipe("pri3d_geo"), tmp_path / "out", ["optim.steps=2"])
     assert {"pair.image", "pair.points", "decoder"} <= verify(tmp_path / "out").errors.keys()
-    encoder = load_backbone(tmp_path / "out")
-    pair = encoder.pair()
+    pair = load_pair(tmp_path / "out")
     image = torch.rand(1, 3, 48, 64)
     heads = load_file(tmp_path / "out" / "heads.safetensors")
     w2d = Linear(heads["w2d.weight"].shape[1], 64)
@@ -302,7 +302,7 @@ def test_a_pair_of_pri3d_is_its_two_networks(tmp_path, tiny_recipe):
 def test_matching_of_a_frame_with_its_own_voxels(run):
     source = open_source(load_recipe(str(run[0])).data)
     frame = find_pairs(source, load_recipe(str(run[0])).data, skips=Skips())[2]
-    pair = load_backbone(run[1]).pair()
+    pair = load_pair(run[1])
     matches = match_own_voxels(pair, source, frame, size=(48, 64), queries=50)
     assert len(matches.error) == 50
     slow_own_voxels(pair, source, frame, matches)
@@ -311,7 +311,7 @@ def test_matching_of_a_frame_with_its_own_voxels(run):
     matches = match_own_voxels(pair, source, frame, size=(48, 64), queries=50)
     assert len(np.unique(matches.predicted, axis=0)) == 1
     random, again = random_pair(str(run[1]), 3), random_pair(str(run[1]), 3)
-    trained = load_backbone(run[1]).pair()
+    trained = load_pair(run[1])
     options = {"size": (48, 64), "queries": 20, "threshold": 4.0}  # of one frame twice, each time with its own queries
     alone = [match_own_voxels(trained, source, frame, seed=seed, **options) for seed in (3, 4)]
     twice = evaluate_pair(trained, source, [frame, frame], seed=3, **options)
@@ -365,7 +365,7 @@ def test_pairs_are_compared_on_frames_of_their_recipes_size(run, recording, monk
     assert splits == ["val"]
     source = open_source(spec)
     scene, ids = source.scenes()[0], source.frame_ids(source.scenes()[0])
-    for name, pair in (("random", random_pair(str(run[1]), 3)), (str(run[1]), load_backbone(run[1]).pair())):
+    for name, pair in (("random", random_pair(str(run[1]), 3)), (str(run[1]), load_pair(run[1]))):
         alone = [
             match_own_voxels(pair, source, Pair(scene, id, id, 1.0), size=(48, 64), threshold=4.0, seed=3 + number)
             for number, id in enumerate((ids[0], ids[-1]))
@@ -437,5 +437,5 @@ def test_wrong_settings_are_told(tiny_recipe):
 
 
 def test_resolving_a_pair_wants_its_roles(run):
-    found = read_checkpoint(hub.resolve(run[1], roles=()))
+    found = hub.open(run[1])
     assert found.pairing.roles() == ("teacher", "heads")

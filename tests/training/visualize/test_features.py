@@ -15,7 +15,7 @@ from geo_pretrain.catalog import Arch
 from geo_pretrain.checkpoint import Pairing, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, HubError
-from geo_pretrain.loading import load_backbone
+from geo_pretrain.loading import load_backbone, load_pair
 from geo_pretrain.training.data.frame import Surface
 from geo_pretrain.training.data.mining import Pair, resize_frame
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
@@ -306,7 +306,7 @@ def test_a_network_with_its_teacher_has_pixels_and_voxels_in_one_space(surfaces,
     pixels, voxels = describers(folder, surfaces)
     assert (pixels.title, voxels.title) == ("taught: pixels", "taught: voxels")
     assert pixels.space == voxels.space
-    pair, cloud = load_backbone(folder).pair(), frame_cloud(frames[0])
+    pair, cloud = load_pair(folder), frame_cloud(frames[0])
     with torch.no_grad():
         image = pair.image_map(pair.image_contract.transforms(resize=False)(frames[0].color)[None])[0]
         points = pair.encode_points(cloud.points, cloud.colors)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, nearest, require
-from geo_pretrain.hub import default_cache
+from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.sparse.coordinates import unique_rows
 from geo_pretrain.training.data.cache import cached_arrays
 from geo_pretrain.training.data.frame import Frame, NoSurface, SceneMesh, SceneSegments, Source, capability

@@ -1,0 +1,342 @@
+"""The places where a checkpoint may lie: a folder, a web server, Hugging Face, and its authors' own file.
+
+A `Source` is asked twice: `look` reads and verifies the config.json alone, `fetch` brings the files of some roles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from geo_pretrain.catalog import Arch, Entry, License
+from geo_pretrain.checkpoint import (
+    CHECKPOINT_NAME,
+    CONFIG,
+    Checkpoint,
+    Pairing,
+    check_digest,
+    parse_config,
+    read_checkpoint,
+    sha256,
+    verify_file,
+)
+from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
+from geo_pretrain.hub import authors
+from geo_pretrain.hub.cache import default_cache, exclusive
+from geo_pretrain.hub.transfer import NotThere, download
+
+OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
+HF_PREFIX, WEB_PREFIXES = "hf-hub:", ("http://", "https://")
+CONFIG_LIMIT = 10 << 20  # bytes; a config.json is a few kB
+AUTHORS = "the authors' own file"
+DOWNLOADS_OFF = f"downloads are off (local_files_only or {OFFLINE_VARIABLE})"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which checkpoint is wanted, and where it may come from."""
+
+    name: str
+    revision: str | None
+    cache_dir: Path | None  # None: the default cache, for Hugging Face its own
+    offline: bool
+    entry: Entry | None = None  # of the catalog, which promises digests and names authors' files
+
+    @property
+    def cache(self) -> Path:
+        """The folder of this package's own cache."""
+        return self.cache_dir or default_cache()
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint as its config.json describes it or, before an authors' file is converted, its catalog entry."""
+
+    name: str
+    arch: Arch
+    contract: ImageContract | VoxelContract
+    license: License
+    roles: tuple[str, ...]  # of the files that can be fetched
+    pairing: Pairing | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Description:
+        """The description in a config.json."""
+        fields = (checkpoint.name, checkpoint.arch, checkpoint.contract, checkpoint.license)
+        return cls(*fields, checkpoint.roles, checkpoint.pairing)
+
+
+class Source(ABC):
+    """One place that may hold the checkpoint of a request."""
+
+    @abstractmethod
+    def look(self) -> Description:
+        """Describe the checkpoint, without fetching any file but config.json. Raises `NotThere` if it is not here."""
+
+    @abstractmethod
+    def fetch(self, roles: Sequence[str]) -> Checkpoint:
+        """The local checkpoint folder with the files of these roles; `look` was called before."""
+
+
+def source_of(spec: str, request: Request) -> Source:
+    """The source that a text names: AUTHORS, "hf-hub:owner/repo", "hf:owner", a URL or a folder of checkpoints."""
+    if spec.startswith(HF_PREFIX):
+        return HuggingFace(spec.removeprefix(HF_PREFIX), request)
+    if spec != AUTHORS and not CHECKPOINT_NAME.fullmatch(request.name):
+        raise NotThere(f"{request.name!r} is no checkpoint name: letters, digits, '.', '_' and '-' are accepted")
+    if spec.startswith("hf:"):
+        return HuggingFace(f"{spec.removeprefix('hf:')}/{request.name}", request)
+    if request.revision is not None:
+        raise HubError(f"revision={request.revision!r} is understood by Hugging Face only")
+    if spec == AUTHORS and request.entry is not None:
+        return Authors(request.entry, request)
+    if spec.startswith(WEB_PREFIXES):
+        return WebServer(spec.rstrip("/"), request)
+    folder = Path(spec).expanduser() / request.name
+    if not folder.is_dir():
+        raise NotThere(f"no folder {folder}")
+    return Folder(folder)
+
+
+class Folder(Source):
+    """A checkpoint folder of this machine, used where it lies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def look(self) -> Description:
+        """Read config.json."""
+        return Description.of(read_checkpoint(self.folder))
+
+    def fetch(self, roles: Sequence[str]) -> Checkpoint:
+        """Check that the files are there; whoever reads them compares their digests."""
+        checkpoint = read_checkpoint(self.folder)
+        for role in roles:
+            path = self.folder / checkpoint.file_of(role)
+            if not path.is_file():
+                raise CheckpointError(f"{path}: is missing; {CONFIG} lists it as its {role} file.")
+        return checkpoint
+
+
+class Authors(Source):
+    """A file in its authors' own format, converted into a checkpoint folder of the cache; see `authors`."""
+
+    def __init__(self, entry: Entry, request: Request) -> None:
+        self.entry, self.request = entry, request
+
+    def look(self) -> Description:
+        """What the catalog says: the files are not opened."""
+        entry = self.entry
+        roles = {role: None for file in entry.authors_files for role in file.roles}  # each once, in order
+        made = ("golden", "card")  # by the conversion
+        return Description(entry.name, entry.arch, entry.contract, entry.license, (*roles, *made))
+
+    def fetch(self, roles: Sequence[str]) -> Checkpoint:
+        """Download and convert the file that holds the roles."""
+        request = self.request
+        with _progress_bar(request.name) as progress:
+            folder = authors.fetch(self.entry, roles, request.cache, offline=request.offline, progress=progress)
+        return read_checkpoint(folder)
+
+
+class HuggingFace(Source):
+    """A repository of the Hugging Face Hub. huggingface_hub does the transfer and keeps its own cache."""
+
+    def __init__(self, spec: str, request: Request) -> None:
+        self.repo, _, at_revision = spec.partition("@")
+        self.request = request
+        if not re.fullmatch(r"[^/]+/[^/]+", self.repo):
+            raise HubError(f"{self.repo!r} is no repository; OWNER/REPO or OWNER/REPO@REVISION is accepted")
+        if at_revision and request.revision not in (None, at_revision):
+            raise HubError(f"{spec} states its revision; revision={request.revision!r} is another: drop one")
+        self.revision = at_revision or request.revision
+        self.checkpoint: Checkpoint | None = None  # once `look` was called
+
+    def look(self) -> Description:
+        """Fetch config.json."""
+        folder = self._download(CONFIG, self.revision).parent
+        self.checkpoint = read_checkpoint(folder)
+        _check_pins(self.checkpoint, self.request, f"{HF_PREFIX}{self.repo}")
+        return Description.of(self.checkpoint)
+
+    def fetch(self, roles: Sequence[str]) -> Checkpoint:
+        """Fetch the files at the commit of that config.json, so that a push in between cannot mix two versions."""
+        checkpoint = self.checkpoint
+        assert checkpoint is not None
+        snapshot = checkpoint.folder.name
+        commit = snapshot if re.fullmatch(r"[0-9a-f]{40}", snapshot) else self.revision
+        for role in roles:
+            name = checkpoint.file_of(role)
+            self._download(name, commit)
+            try:
+                verify_file(checkpoint, name)  # the client compares sizes, not digests
+            except DigestMismatch:
+                if self.request.offline:
+                    raise
+                self._download(name, commit, again=True)
+                verify_file(checkpoint, name)
+        return checkpoint
+
+    def _download(self, file: str, revision: str | None, *, again: bool = False) -> Path:
+        import huggingface_hub as client
+        from huggingface_hub import errors
+
+        where: dict[str, Any] = {"cache_dir": self.request.cache_dir, "local_files_only": self.request.offline}
+        try:
+            return Path(client.hf_hub_download(self.repo, file, revision=revision, force_download=again, **where))
+        except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
+            raise NotThere(f"Hugging Face has no file {file!r} in {self.repo!r}") from error
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+            said = f"{file} is not in its cache, and {DOWNLOADS_OFF}" if self.request.offline else _first_lines(error)
+            raise HubError(f"Hugging Face, {self.repo!r}: {said}") from error
+
+
+class WebServer(Source):
+    """An http(s) address under which `<name>/config.json` lies; its files are kept in the cache.
+
+    Weights are written first and config.json last, each by an atomic replace after its digest was compared.
+    """
+
+    def __init__(self, base: str, request: Request) -> None:
+        self.request, self.url = request, f"{base}/{request.name}"
+        host = f"{urlsplit(base).hostname}-{hashlib.sha256(base.encode()).hexdigest()[:12]}"
+        self.folder = request.cache / "hub" / host / request.name
+        self.part = self.folder / ".download.part"
+        self.config: bytes | None = None  # what `look` fetched; None: it found the cached one
+
+    def look(self) -> Description:
+        """Read the cached config.json, else fetch it."""
+        if self._is_complete(()):
+            return Description.of(read_checkpoint(self.folder))
+        self._refuse_offline()
+        with exclusive(self.folder):
+            if self._is_complete(()):  # another process may have been quicker
+                return Description.of(read_checkpoint(self.folder))
+            checkpoint, self.config = self._fetch_config()
+        return Description.of(checkpoint)
+
+    def fetch(self, roles: Sequence[str]) -> Checkpoint:
+        """Fetch the files that the cache lacks, or that are damaged there."""
+        if not self._is_complete(roles):
+            self._refuse_offline()
+            with exclusive(self.folder):
+                if not self._is_complete(roles):
+                    self._fill(roles)
+        return read_checkpoint(self.folder)
+
+    def _refuse_offline(self) -> None:
+        if self.request.offline:
+            raise HubError(f"not in the cache {self.folder}, and {DOWNLOADS_OFF}")
+
+    def _is_complete(self, roles: Sequence[str]) -> bool:
+        """Whether the cached copy can be used as it is; a broken one is fetched again."""
+        if not (self.folder / CONFIG).is_file():
+            return False
+        try:
+            checkpoint = read_checkpoint(self.folder)
+            _check_pins(checkpoint, self.request, str(self.folder))
+            for role in roles:
+                verify_file(checkpoint, checkpoint.file_of(role))
+        except CheckpointError:
+            return False
+        return True
+
+    def _fill(self, roles: Sequence[str]) -> None:
+        """Bring the files and then config.json into the cache; the caller has the lock."""
+        if self.config is None:  # the cached one, which may be older than what the server has now
+            checkpoint, self.config = self._fetch_config()
+        else:
+            checkpoint = parse_config(self.config, self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for role in roles:
+                self._fetch_file(checkpoint, checkpoint.file_of(role))
+            self.part.write_bytes(self.config)
+            self.part.replace(self.folder / CONFIG)
+        finally:
+            self.part.unlink(missing_ok=True)
+
+    def _fetch_config(self) -> tuple[Checkpoint, bytes]:
+        url = f"{self.url}/{CONFIG}"
+
+        def once() -> tuple[Checkpoint, bytes]:
+            download(url, self.part, limit=CONFIG_LIMIT)
+            text = self.part.read_bytes()
+            return parse_config(text, self.folder), text
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            checkpoint, text = _with_one_retry(once, url)
+        finally:
+            self.part.unlink(missing_ok=True)
+        _check_pins(checkpoint, self.request, self.url)
+        return checkpoint, text
+
+    def _fetch_file(self, checkpoint: Checkpoint, file: str) -> None:
+        target, stored, url = self.folder / file, checkpoint.files[file], f"{self.url}/{file}"
+        if target.is_file() and sha256(target) == stored.sha256:
+            return
+
+        def once() -> None:
+            try:
+                with _progress_bar(f"{checkpoint.name}/{file}") as progress:
+                    download(url, self.part, limit=stored.size, progress=progress)
+            except NotThere as error:  # not the same as a server without this checkpoint
+                raise HubError(
+                    f"{error}, although its {CONFIG} lists it: whoever runs that hub has to add it"
+                ) from error
+            check_digest(self.part, stored)
+
+        _with_one_retry(once, url)
+        self.part.replace(target)
+
+
+def _check_pins(checkpoint: Checkpoint, request: Request, where: str) -> None:
+    """Raise `DigestMismatch` when a config.json promises other files than the catalog."""
+    for file in request.entry.files if request.entry is not None else ():
+        stored = checkpoint.files.get(file.name)
+        if stored is not None and stored.sha256 != file.sha256:
+            raise DigestMismatch(f"{where}: promises sha256 {stored.sha256} for {file.name}, expected {file.sha256}.")
+
+
+def _with_one_retry(fetch: Callable[[], T], url: str) -> T:
+    """Fetch once more after a `CheckpointError`: a transfer may break, what is wrong twice is wrong at its source."""
+    try:
+        return fetch()
+    except CheckpointError:
+        try:
+            return fetch()
+        except CheckpointError as error:
+            raise type(error)(f"{url}, fetched twice: {error}") from error
+
+
+@contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int | None], None] | None]:
+    """A progress bar in a terminal, None elsewhere: for files that take minutes."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _first_lines(error: Exception) -> str:
+    """The first line of an error, and of its cause: transfer libraries hide the reason there."""
+    chain = [error] + ([error.__cause__] if error.__cause__ is not None else [])
+    return "; because: ".join((str(one).strip().splitlines() or [type(one).__name__])[0] for one in chain)
