@@ -189,16 +189,14 @@ def test_missing_key_is_named(tmp_path):
 
 FORMER = """
 name: pri3d_view_r18.old
-task: {name: pri3d_view, match_released_code: true}
+task: {name: pri3d_view, authors_exact: true}
 model: {init: scratch}
-data: {licence: CC0-1.0, measure: match_released_code, augment: {grayscale_prob: 0.25}}
-stage1: {recipe: pri3d_view_r18, data: {licence: MIT, augment: {grayscale_prob: 0.5}}}
+data: {licence: CC0-1.0, measure: authors_exact, augment: {grey_prob: 0.25}}
+stage1: {recipe: pri3d_view_r18, data: {licence: MIT, augment: {grey_prob: 0.5}}}
 optim: {steps: 3}
 """
 TODAY = (
-    FORMER.replace("licence", "license")
-    .replace("match_released_code", "match_released_code")
-    .replace("grey_", "grayscale_")
+    FORMER.replace("licence", "license").replace("authors_exact", "match_released_code").replace("grey_", "grayscale_")
 )
 
 
@@ -215,8 +213,8 @@ def test_former_keys_are_read_in_files_and_overrides_and_written_as_todays(tmp_p
     first = load_stage1(recipe)
     assert (first.data.license, first.data.augment.grayscale_prob) == ("MIT", 0.5)
     assert yaml.safe_load(recipe.to_yaml())["data"]["license"] == "CC0-1.0"
-    former = ["data.licence=MIT", "data.augment={grayscale_prob: 0.75}", "stage1.data.augment.grayscale_prob=1"]
-    changed = load_recipe(str(new), [*former, "data.measure=match_released_code", "task.match_released_code=false"])
+    former = ["data.licence=MIT", "data.augment={grey_prob: 0.75}", "stage1.data.augment.grey_prob=1"]
+    changed = load_recipe(str(new), [*former, "data.measure=authors_exact", "task.authors_exact=false"])
     assert (changed.data.license, changed.data.augment.grayscale_prob) == ("MIT", 0.75)
     assert (changed.data.measure, changed.task["match_released_code"]) == ("match_released_code", False)
     assert changed.stage1.overrides["data"]["augment"] == {"grayscale_prob": 1}

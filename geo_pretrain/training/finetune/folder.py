@@ -129,7 +129,7 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
         "uses": uses,
         "score": (task.best() if uses == "best" else task.evaluations[-1])["scores"][metric],
         "seed": recipe.seed,
-        "match_released_code": recipe.match_released_code,
+        "authors_exact": recipe.match_released_code,  # the name in results.json
         "backbone": {"name": task.backbone, "digest": task.digest},
         "contract": plain_types(task.task.contract.to_dict()),
         "data": {
