@@ -318,7 +318,7 @@ def test_recipes_of_the_catalog_exist_and_have_the_entrys_network():
             assert recipe.name == entry.name
             assert recipe.data.source == entry.data.lower().split("+")[-1]  # what is mixed in is no frames
             if entry.modality == "2d":
-                assert recipe.model.depth == entry.arch.args["depth"]
+                assert recipe.model.encoder == entry.arch.encoder_name
                 assert recipe.model.width == entry.arch.args["width"]
                 assert recipe.data.size == entry.contract.size
                 assert (recipe.model.init == "scratch") == entry.license.base_model.startswith("none")

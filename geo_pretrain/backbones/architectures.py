@@ -172,3 +172,8 @@ def encoder_arch(name: str, **args: Any) -> Arch:
         raise unknown("image encoder", name, ENCODERS)
     arch = ENCODERS[name]
     return replace(arch, args={**arch.args, **args})
+
+
+def unet_arch(encoder: str, **args: Any) -> Arch:
+    """Pri3D's U-Net around the encoder of this name. Raises `UnknownName`."""
+    return Arch("resnet_unet", encoder_arch(encoder, **args).args)

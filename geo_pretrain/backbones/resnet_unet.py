@@ -152,6 +152,11 @@ class ResNetUNet(ImageBackbone):
         return self.decoder(self.encoder(x)[1:])
 
 
+def unet_like(encoder: ResNetEncoder, out_chans: int) -> ResNetUNet:
+    """A randomly initialized U-Net whose encoder has the shape of `encoder`."""
+    return ResNetUNet(encoder.depth, width=encoder.width, out_chans=out_chans, in_chans=encoder.in_chans)
+
+
 def resnet_stages(network: nn.Module) -> Stages:
     """The stages of any ResNet under torchvision's names: this package's, torchvision's, smp's or timm's."""
     return [(name, [network.get_submodule(module) for module in modules]) for name, modules in STAGES.items()]

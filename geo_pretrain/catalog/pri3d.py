@@ -130,17 +130,17 @@ RESULTS: dict[str, tuple[Result, ...]] = {
     "depth_prediction_r50": (miou("ScanNet", "Pri3D T1", 58.4),),
 }
 
-# The paper's two baselines are no checkpoints: (start, ResNet depth) -> numbers by table.
-BASELINES: dict[tuple[str, int], tuple[Result, ...]] = {
-    ("scratch", 18): (miou("ScanNet", "T1", 37.5), miou("NYUv2", "T5", 22.5)),
-    ("scratch", 50): (
+# The paper's two baselines are no checkpoints: (start, encoder) -> numbers by table.
+BASELINES: dict[tuple[str, str], tuple[Result, ...]] = {
+    ("scratch", "resnet18"): (miou("ScanNet", "T1", 37.5), miou("NYUv2", "T5", 22.5)),
+    ("scratch", "resnet50"): (
         miou("ScanNet", "T1", 39.1),
         miou("NYUv2", "T5", 24.8),
         *box_and_mask("ScanNet", ("T2", "T3"), (32.7, 17.7, 16.9), (25.8, 13.1, 12.2)),
         *box_and_mask("NYUv2", ("T6", "T7"), (21.3, 10.3, 9.0), (17.2, 9.2, 8.8)),
     ),
-    ("imagenet", 18): (miou("ScanNet", "T1", 51.0), miou("NYUv2", "T5", 44.7)),
-    ("imagenet", 50): (
+    ("imagenet", "resnet18"): (miou("ScanNet", "T1", 51.0), miou("NYUv2", "T5", 44.7)),
+    ("imagenet", "resnet50"): (
         miou("ScanNet", "T1", 55.7),
         miou("ScanNet", "T4", 57.0, f"{SEGMENTATION}, DeepLabV3"),
         miou("ScanNet", "T4", 57.8, f"{SEGMENTATION}, DeepLabV3+"),

@@ -15,13 +15,14 @@ import yaml
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training import config
 from geo_pretrain.training.config import Checks, Renamed, apply_overrides, merge_tree, parse, plain_types, read_tree
-from geo_pretrain.training.recipe import WITHOUT_EFFECT, OptimSpec, retag
+from geo_pretrain.training.recipe import RESNETS, WITHOUT_EFFECT, EncoderName, OptimSpec, retag
 from geo_pretrain.training.schedule import learning_rate
 
 RECIPES = Path(__file__).parent / "recipes" / "finetune"
 RENAMED = (  # former keys, still read
     Renamed("authors_exact", "match_released_code"),
     Renamed("data.options.authors_exact", "data.options.match_released_code"),
+    Renamed("network.depth", "network.encoder", RESNETS),
 )
 OVERLAYS = RECIPES / "overlays"  # toy_TASK.yaml: laid over the recipes of a task by --toy
 
@@ -41,7 +42,7 @@ class NetworkSpec:
     """The network around the backbone; the backbone itself is named when the run is started."""
 
     kind: Kind = "unet"
-    depth: Literal[18, 50] = 50  # of the ResNet; a backbone of another depth is refused
+    encoder: EncoderName = "resnet50"  # a backbone with another is refused
     width: int = 64  # channels of the stem, for a start from scratch; a checkpoint brings its own
     output_stride: Literal[8, 16, 32] = 32  # 16 and 8 dilate the last stages
     transfer: Literal["all", "encoder"] = "encoder"  # all: the U-Net's decoder too, but its last layer

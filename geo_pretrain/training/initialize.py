@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain import hub
-from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
-from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.moco import IMAGENET_STARTS, MD5_PREFIXES
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint, read_weights
@@ -25,15 +23,13 @@ from geo_pretrain.training.recipe import ModelSpec, Recipe
 
 WITHOUT_HEADS = ("scratch", "imagenet", *IMAGENET_STARTS)  # start weights that are an encoder's alone
 
-Network = ResNetUNet | ResNetDepthUNet | ResNetEncoder
 
-
-def initialize(network: Network, recipe: Recipe) -> None:
+def initialize(network: nn.Module, recipe: Recipe) -> None:
     """`initialize_encoder` with the 2D start weights of a recipe, "stage1" among them."""
     initialize_encoder(network, recipe.network2d())
 
 
-def initialize_encoder(network: Network, spec: ModelSpec) -> None:
+def initialize_encoder(network: nn.Module, spec: ModelSpec) -> None:
     """Put the weights that `spec.init` names into the encoder of `network`, a U-Net or an encoder.
 
     A checkpoint of the same U-Net fills the decoder too; one of an encoder alone, or of another U-Net, leaves the
@@ -42,14 +38,16 @@ def initialize_encoder(network: Network, spec: ModelSpec) -> None:
 
     Raises:
         GeoPretrainError: those weights cannot be downloaded; the message says where to put them and what else there is.
-        WeightsMismatch: weights of another depth or width.
+        WeightsMismatch: weights of another encoder or width.
         UnknownName: `spec.init` is neither a name nor a folder.
     """
     if spec.init == "scratch":
         return
-    encoder = network if isinstance(network, ResNetEncoder) else network.encoder
+    encoder: nn.Module = getattr(network, "encoder", network)
     if spec.init == "imagenet":
-        _load(encoder, _imagenet(spec.depth).state_dict(), spec.init)
+        network = imagenet_classifier(spec.encoder)
+        network.fc = nn.Identity()
+        _load(encoder, network.state_dict(), spec.init)
         return
     loaded = _checkpoint(spec.init, decoder=encoder is not network)
     if type(loaded) is type(network):
@@ -155,20 +153,19 @@ def _checkpoint(start: str, *, decoder: bool) -> nn.Module:
     return load_backbone(start, decoder=decoder and arch.has_decoder)
 
 
-def _imagenet(depth: int) -> nn.Module:
+def imagenet_classifier(encoder: str) -> nn.Module:
+    """torchvision's network of this name with its IMAGENET1K_V1 weights; its last layer is `fc`."""
     import torchvision
 
-    weights = {18: "ResNet18_Weights", 50: "ResNet50_Weights"}[depth]
-    enum = getattr(torchvision.models, weights).IMAGENET1K_V1
+    enum = torchvision.models.get_model_weights(encoder)["IMAGENET1K_V1"]
     try:
-        network: nn.Module = getattr(torchvision.models, f"resnet{depth}")(weights=enum)
+        network: nn.Module = torchvision.models.get_model(encoder, weights=enum)
     except OSError as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / enum.url.rpartition("/")[2]
         raise GeoPretrainError(
             f"init 'imagenet' needs {enum.url}, which could not be downloaded ({error}). "
             f"Put the file at {place}, or start from random weights: --set model.init=scratch."
         ) from error
-    network.fc = nn.Identity()
     return network
 
 
@@ -183,5 +180,5 @@ def _check(own: dict[str, Tensor], weights: dict[str, Tensor], start: str) -> No
     if wrong:
         raise WeightsMismatch(
             f"The initial weights {start!r} do not fit: {len(wrong)} keys differ, first {wrong[:3]}. Accepted are "
-            "weights of the same depth and width (model.depth, model.width; of the task, for its heads)."
+            "weights of the same encoder and width (model.encoder, model.width; of the task, for its heads)."
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain import hub
+from geo_pretrain.backbones.architectures import encoder_arch
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.license import License, strictest
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
@@ -34,9 +35,9 @@ def run_license(recipe: Recipe, settings: Mapping[str, Any], starts: Mapping[str
     model, teacher = recipe.model, settings.get("teacher")
     start, teaching = Origin(), Origin()
     if model is not None:
-        start = _origin(_weights(recipe, model.init, starts), model.depth)
+        start = _origin(_weights(recipe, model.init, starts), model.encoder)
     if teacher is not None:
-        teaching = _origin(_weights(recipe, teacher, starts), settings.get("teacher_depth", 50))
+        teaching = _origin(_weights(recipe, teacher, starts), f"resnet{settings.get('teacher_depth', 50)}")
     base = f"random weights; teacher: {teaching.name}" if teaching.name else "none (random weights)"
     mixed = (("ImageNet", IMAGENET_TERMS),) if settings.get("mix", "none") != "none" else ()
     datasets = dict([(dataset, terms), *mixed, *start.datasets, *teaching.datasets])
@@ -60,13 +61,14 @@ def _weights(recipe: Recipe, value: str, starts: Mapping[str, Path]) -> str:
     return recipe.start_of(value, starts)
 
 
-def _origin(weights: str, depth: int) -> Origin:
-    """Name, terms and data sets of start weights or of a teacher; `depth` is the ResNet's."""
+def _origin(weights: str, encoder: str) -> Origin:
+    """Name, terms and data sets of start weights of an encoder, or of a teacher."""
     if weights == "scratch":
         return Origin()
     terms = IMAGENET_TERMS
     if weights == "imagenet":
-        name = f"torchvision ResNet-{depth} IMAGENET1K_V1 (BSD-3-Clause; ImageNet terms: non-commercial research)"
+        network = f"torchvision {encoder_arch(encoder).title} IMAGENET1K_V1"
+        name = f"{network} (BSD-3-Clause; ImageNet terms: non-commercial research)"
         return Origin(name, terms, (("ImageNet", terms),))
     if weights in IMAGENET_STARTS:
         name = "MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0; ImageNet terms: non-commercial research)"
@@ -91,7 +93,7 @@ def _finetuned(folder: Path) -> Origin:
     backbone, source = results["backbone"]["name"], results["data"]["source"]
     labels = results["data"].get("licence") or ("MIT" if source == "rooms" else "LicenseRef-data-owner")
     try:
-        start = _origin(backbone, load_finetune_recipe(str(folder / "recipe.yaml")).network.depth)
+        start = _origin(backbone, load_finetune_recipe(str(folder / "recipe.yaml")).network.encoder)
     except GeoPretrainError:
         start = Origin(backbone, UNKNOWN_TERMS, ((f"what {backbone} learned from", UNKNOWN_TERMS),))
     terms = strictest(labels, start.terms or labels)

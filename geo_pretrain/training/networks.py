@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from geo_pretrain import hub as hubs
-from geo_pretrain.adapters.common import encoder_of, freeze_stages
-from geo_pretrain.backbones.resnet_unet import ResNetUNet
+from geo_pretrain.adapters.common import encoder_of, freeze_stages, stages_of
+from geo_pretrain.backbones.architectures import HOST_WIDTH, unet_arch
+from geo_pretrain.backbones.build import build, build_encoder
+from geo_pretrain.backbones.resnet_unet import ResNetUNet, unet_like
 from geo_pretrain.catalog import Entry, find
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
     from geo_pretrain.training.finetune_recipe import NetworkSpec
 
 SCRATCH, IMAGENET = "scratch", "imagenet"
-# entries of the catalog that give the shape of a ResNet, without their weights
-SHAPE_TEMPLATES = {18: "pri3d_view_geo_r18", 50: "pri3d_view_geo_r50"}
+# entries of the catalog that give the shape of an encoder, without their weights
+SHAPE_TEMPLATES = {"resnet18": "pri3d_view_geo_r18", "resnet50": "pri3d_view_geo_r50"}
 # what the sides of an image must be multiples of; None: of the network's output stride
 DIVISIBLE = {"fpn": 32, "upernet": None, "pspnet": None, "deeplabv3": None, "deeplabv3plus": None}
+
+AUX_STAGE = 3  # of the encoder, whose map feeds the auxiliary head: layer3 of a ResNet
 
 Transfer = Literal["all", "encoder", "none"]  # which part of a U-Net has pre-trained weights
 
@@ -42,8 +46,8 @@ class PretrainedInit:
     """Where the backbone of a run comes from: "scratch", "imagenet", a name of the catalog or a checkpoint folder."""
 
     backbone: str
-    depth: int
-    width: int = 64
+    encoder: str  # a key of backbones.architectures.ENCODERS, such as "resnet18"
+    width: int = HOST_WIDTH
     where: Mapping[str, Any] = field(default_factory=dict)  # load_backbone's hub, revision, cache_dir, ...
 
     @property
@@ -58,10 +62,10 @@ class PretrainedInit:
             arch = self._checked().arch
             if arch.has_decoder:
                 return load_backbone(self.backbone, decoder=True, **self.where), "all"
-            width = arch.args.get("width", 64)
+            width = arch.args.get("width", HOST_WIDTH)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = ResNetUNet(self.depth, width=width)
+            network: ResNetUNet = build(unet_arch(self.encoder, width=width), decoder=True)
         if self.backbone == SCRATCH:
             return network, "none"
         network.encoder.load_state_dict(self._encoder_weights())
@@ -71,13 +75,15 @@ class PretrainedInit:
         """A network of another library with these weights; `builder` is one of geo_pretrain.adapters."""
         if self.named:
             self._checked()
-        elif self.width != 64:
-            raise RecipeError(f"'network.width' is {self.width}, accepted is 64: other libraries' ResNets have it.")
+        elif self.width != HOST_WIDTH:
+            raise RecipeError(
+                f"'network.width' is {self.width}, accepted is {HOST_WIDTH}: other libraries' ResNets have it."
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if self.named:
                 return builder(self.backbone, **self.where, **options)
-            network = builder(SHAPE_TEMPLATES[self.depth], pretrained=False, **options)
+            network = builder(SHAPE_TEMPLATES[self.encoder], pretrained=False, **options)
         if self.backbone == IMAGENET:
             encoder_of(network).load_state_dict(self._encoder_weights())
         return network
@@ -89,29 +95,31 @@ class PretrainedInit:
     def _encoder_weights(self) -> dict[str, Tensor]:
         if self.named:
             return cast(nn.Module, load_backbone(self.backbone, **self.where)).state_dict()
-        if self.width != 64:
-            raise RecipeError(f"'network.width' is {self.width}, accepted for backbone 'imagenet' is 64.")
+        if self.width != HOST_WIDTH:
+            raise RecipeError(f"'network.width' is {self.width}, accepted for backbone 'imagenet' is {HOST_WIDTH}.")
         with torch.random.fork_rng(devices=[]):
-            network = ResNetUNet(self.depth)
+            encoder = build_encoder(self.encoder)
         try:
-            initialize_encoder(network, ModelSpec(depth=cast(Any, self.depth), init=IMAGENET))
+            initialize_encoder(encoder, ModelSpec(encoder=cast(Any, self.encoder), init=IMAGENET))
         except GeoPretrainError as error:
             said = str(error).replace("--set model.init=scratch", "--backbone scratch")
             raise GeoPretrainError(f"Backbone 'imagenet': {said}") from error
-        return network.encoder.state_dict()
+        weights: dict[str, Tensor] = encoder.state_dict()
+        return weights
 
     def _checked(self) -> Entry | hubs.Opened:
-        """The checkpoint that is named, if it is a ResNet of the recipe's depth; its weights are not fetched."""
+        """The checkpoint that is named, if it has the recipe's encoder; its weights are not fetched."""
         entry = find(self.backbone)
         checkpoint = entry or hubs.open(self.backbone, **self.where)
-        if not checkpoint.arch.name.startswith("resnet") or "depth" not in checkpoint.arch.args:
+        encoder = checkpoint.arch.encoder_name
+        if encoder is None:
             raise RecipeError(
                 f"Backbone {self.backbone!r} is {checkpoint.arch}; accepted: a ResNet or a U-Net for images."
             )
-        if checkpoint.arch.args["depth"] != self.depth:
+        if encoder != self.encoder:
             raise RecipeError(
-                f"Backbone {self.backbone!r} is a ResNet-{checkpoint.arch.args['depth']}, the recipe is for a "
-                f"ResNet-{self.depth}: choose another, or --set network.depth={checkpoint.arch.args['depth']}."
+                f"Backbone {self.backbone!r} has the encoder {encoder!r}, the recipe is for {self.encoder!r}: choose "
+                f"another, or --set network.encoder={encoder}."
             )
         return checkpoint
 
@@ -138,9 +146,11 @@ def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, se
     multiple = 1 if spec.kind == "fcn" else (DIVISIBLE[spec.kind] or spec.output_stride)
     aux = None
     if spec.aux:
+        with torch.device("meta"):
+            channels = build_encoder(spec.encoder).feature_info[AUX_STAGE]["num_chs"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            aux = _aux_head(_out_channels(encoder_of(network).get_submodule("layer3")), classes)
+            aux = _aux_head(channels, classes)
     return Segmenter(network, multiple=multiple, aux=aux), "encoder" if init.backbone != SCRATCH else "none"
 
 
@@ -150,10 +160,9 @@ def segmentation_unet(pretrained: ResNetUNet, classes: int, *, seed: int, transf
     `transfer` says which weights are those of `pretrained`: "all" but `decoder.conv0` (Pri3D's protocol), "encoder", or
     "none". The others are drawn by `seed`, the same ones whatever is transferred.
     """
-    encoder = pretrained.encoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = ResNetUNet(encoder.depth, width=encoder.width, out_chans=classes, in_chans=encoder.in_chans)
+        network = unet_like(pretrained.encoder, classes)
     prefixes = {"all": ("encoder.", "decoder.up"), "encoder": ("encoder.",), "none": ()}[transfer]
     kept = {key: value for key, value in pretrained.state_dict().items() if key.startswith(prefixes)}
     network.load_state_dict(network.state_dict() | kept)
@@ -166,24 +175,24 @@ class Segmenter(nn.Module):
     def __init__(self, network: nn.Module, *, multiple: int, aux: nn.Module | None) -> None:
         super().__init__()
         self.network, self.multiple, self.aux = network, multiple, aux
-        self._layer3: Tensor | None = None
+        self._aux_map: Tensor | None = None
         if aux is not None:
-            encoder_of(network).get_submodule("layer3").register_forward_hook(self._keep)
+            stages_of(encoder_of(network))[AUX_STAGE][1][-1].register_forward_hook(self._keep)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, 3, H, W] -> logits [B, classes, h, w] and, in training mode, those of the auxiliary head on layer3."""
+        """[B, 3, H, W] -> logits [B, classes, h, w] and, in training mode, those of the auxiliary head on stage 3."""
         height, width = images.shape[-2:]
         down, right = -height % self.multiple, -width % self.multiple
         logits = self.network(F.pad(images, (0, right, 0, down)) if down or right else images)
         logits = logits["out"] if isinstance(logits, dict) else logits
-        features, self._layer3 = self._layer3, None
+        features, self._aux_map = self._aux_map, None
         aux = self.aux(features).float() if self.aux is not None and self.training else None
         size, padded = (height, width), (height + down, width + right)
         logits = _uncovered(logits.float(), size, padded)
         return logits, None if aux is None else _uncovered(aux, size, padded)
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        self._layer3 = output
+        self._aux_map = output
 
 
 def _builder(kind: str) -> Callable[..., Any]:
@@ -202,12 +211,6 @@ def _aux_head(channels: int, classes: int) -> nn.Sequential:
         nn.Dropout2d(0.1),
         nn.Conv2d(inner, classes, kernel_size=1),
     )
-
-
-def _out_channels(stage: nn.Module) -> int:
-    last: Any = stage.get_submodule(str(len(list(stage.children())) - 1))
-    norm: nn.BatchNorm2d = last.bn3 if hasattr(last, "bn3") else last.bn2
-    return norm.num_features
 
 
 def _uncovered(logits: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:

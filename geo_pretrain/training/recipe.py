@@ -30,8 +30,10 @@ from geo_pretrain.training.config import (
 RECIPES = Path(__file__).parent / "recipes"
 TOY = RECIPES / "overlays" / "toy.yaml"
 STAGE1 = "stage1"  # as start weights: what the first stage of the same recipe trained
+RESNETS = {depth: f"resnet{depth}" for depth in (18, 34, 50, 101)}  # former values of keys that name an encoder
 _RENAMED = (
     Renamed("data.licence", "data.license"),
+    Renamed("model.depth", "model.encoder", RESNETS),
     Renamed("data.augment.grey_prob", "data.augment.grayscale_prob"),
     Renamed("data.measure", "data.measure", {"authors_exact": "match_released_code"}),
     Renamed("task.authors_exact", "task.match_released_code"),
@@ -46,6 +48,8 @@ WITHOUT_EFFECT = ("workers", "save_every", "data.path")
 _SAME_DATA = ("source", "path", "size", "frames", "license", "options")  # of both stages
 _SAME_PAIRS = ("overlap", "measure", "max_pairs_per_scene")
 
+EncoderName = Literal["resnet18", "resnet50"]  # names in backbones.architectures.ENCODERS
+
 T = TypeVar("T")
 
 
@@ -53,9 +57,14 @@ T = TypeVar("T")
 class ModelSpec:
     """The 2D U-Net to train."""
 
-    depth: Literal[18, 50] = 18
+    encoder: EncoderName = "resnet18"
     init: str = "imagenet"  # imagenet | moco_v2 | scratch | stage1 | catalog name | checkpoint folder
     width: int = 64  # channels of the stem; everything else scales with it
+
+    @property
+    def depth(self) -> int:
+        """Layers of the ResNet."""
+        return int(self.encoder.removeprefix("resnet"))
 
 
 @dataclass(frozen=True)
@@ -247,7 +256,7 @@ def load_stage1(recipe: Recipe, overrides: Iterable[str] = (), *, toy: bool = Fa
     both_pairs = recipe.data.units == "pairs" == tree.get("data", {}).get("units", "pairs")
     _take_over(tree, "data", recipe.data, (*_SAME_DATA, *(_SAME_PAIRS if both_pairs else ())))
     if recipe.model is not None and recipe.model.init == STAGE1:
-        _take_over(tree, "model", recipe.model, ("depth", "width"))
+        _take_over(tree, "model", recipe.model, ("encoder", "width"))
     merge_tree(tree, recipe.stage1.overrides)
     apply_overrides(tree, overrides, RENAMED)
     first = parse(Recipe, tree, where=f"{path}, changed by stage1 of recipe {recipe.name}")

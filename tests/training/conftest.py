@@ -62,7 +62,7 @@ def recording(tmp_path_factory):
 TINY = {
     "name": "pri3d_view_r18.tiny",
     "task": {"name": "pri3d_view", "matches": 64},
-    "model": {"depth": 18, "init": "scratch", "width": 8},
+    "model": {"encoder": "resnet18", "init": "scratch", "width": 8},
     "data": {"source": "seven_scenes", "size": [48, 64], "overlap": [0.2, 1.0]},
     "optim": {"batch": 4, "lr": 0.05, "momentum": 0.9, "dampening": 0.1, "steps": 60},
     "workers": 0,

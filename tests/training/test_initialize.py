@@ -112,7 +112,7 @@ def test_moco_is_fetched_once_and_its_query_encoder_taken(published, tmp_path):
     for _ in range(2):
         network = ResNetUNet(50)
         decoder = {key: value.clone() for key, value in network.decoder.state_dict().items()}
-        initialize_encoder(network, ModelSpec(depth=50, init="moco_v2"))
+        initialize_encoder(network, ModelSpec(encoder="resnet50", init="moco_v2"))
         state = network.encoder.state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in state.items())
@@ -125,7 +125,7 @@ def test_moco_is_fetched_once_and_its_query_encoder_taken(published, tmp_path):
     assert set(left) <= {found.name, f".{found.name}.lock"}
     (found.folder / "encoder.safetensors").write_bytes(b"broken")  # fetched anew
     encoder = ResNetEncoder(50)
-    initialize_encoder(encoder, ModelSpec(depth=50, init="moco_v2"))
+    initialize_encoder(encoder, ModelSpec(encoder="resnet50", init="moco_v2"))
     assert torch.equal(encoder.conv1.weight, expected["conv1.weight"])
     assert hosts.served[url] == 2
 
@@ -134,13 +134,13 @@ def test_moco_put_into_the_cache_by_hand_is_used_without_a_network(published, tm
     hosts, _, expected, content = published
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(GeoPretrainError) as caught:
-        initialize_encoder(ResNetEncoder(50), ModelSpec(depth=50, init="moco_v2"))
+        initialize_encoder(ResNetEncoder(50), ModelSpec(encoder="resnet50", init="moco_v2"))
     assert "--set model.init=scratch" in str(caught.value)
     place = Path(re.search(r"Put the file at (\S+),", str(caught.value)).group(1))
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(content)
     encoder = ResNetEncoder(50)
-    initialize_encoder(encoder, ModelSpec(depth=50, init="moco_v2"))
+    initialize_encoder(encoder, ModelSpec(encoder="resnet50", init="moco_v2"))
     assert torch.equal(encoder.state_dict()["layer4.2.bn3.running_var"], expected["layer4.2.bn3.running_var"])
     assert place.exists()
     assert not hosts.served
@@ -150,17 +150,17 @@ def test_moco_of_another_digest_or_not_there_is_refused(published, tmp_path, mon
     hosts, url, _, _ = published
     hosts.fault(url, Fault("status", status=404))
     with pytest.raises(GeoPretrainError, match=r"could not be downloaded \((.|\n)*404(.|\n)*model.init=scratch"):
-        initialize_encoder(ResNetEncoder(50), ModelSpec(depth=50, init="moco_v2"))
+        initialize_encoder(ResNetEncoder(50), ModelSpec(encoder="resnet50", init="moco_v2"))
     hosts.fault(url, Fault("status", times=0))
     monkeypatch.setitem(initialize.MD5_PREFIXES, "moco_v2", "00000000")
     with pytest.raises(DigestMismatch, match="begins with 00000000"):
-        initialize_encoder(ResNetEncoder(50), ModelSpec(depth=50, init="moco_v2"))
+        initialize_encoder(ResNetEncoder(50), ModelSpec(encoder="resnet50", init="moco_v2"))
     assert [p.name for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"] == []
 
 
 def test_moco_fits_a_resnet50_alone(published):
-    with pytest.raises(WeightsMismatch, match=r"'moco_v2' do not fit(.|\n)*model.depth"):
-        initialize_encoder(ResNetUNet(18), ModelSpec(depth=18, init="moco_v2"))
+    with pytest.raises(WeightsMismatch, match=r"'moco_v2' do not fit(.|\n)*model.encoder"):
+        initialize_encoder(ResNetUNet(18), ModelSpec(encoder="resnet18", init="moco_v2"))
 
 
 def test_md5_prefixes_are_those_of_mocos_readme():

@@ -30,7 +30,7 @@ def staged(tiny_recipe, tmp_path):
     first = tmp_path / "first.yaml"
     first.write_bytes(tiny_recipe(name="pri3d_view_r18.first", optim={"steps": 5}).read_bytes())
     stage1 = {"recipe": str(first), "optim": {"steps": 2}}
-    model = {"depth": 18, "init": "stage1", "width": 8}
+    model = {"encoder": "resnet18", "init": "stage1", "width": 8}
     return tiny_recipe(name="pri3d_view_r18.second", model=model, stage1=stage1, optim=STILL, seed=3)
 
 
@@ -171,7 +171,7 @@ def test_a_folder_is_trained_by_one_process_at_a_time(staged, tmp_path):
 
 
 def test_stage1_without_a_first_stage_is_an_error(tiny_recipe, tmp_path):
-    recipe = load_recipe(str(tiny_recipe(model={"depth": 18, "init": "stage1", "width": 8})))
+    recipe = load_recipe(str(tiny_recipe(model={"encoder": "resnet18", "init": "stage1", "width": 8})))
     with pytest.raises(RecipeError, match="no first stage was trained"):
         run_recipe(recipe, tmp_path / "out", ALONE)
     with pytest.raises(RecipeError, match=r"stage1\.recipe"):
@@ -185,7 +185,7 @@ def test_a_first_stage_has_none_of_its_own(staged, tiny_recipe):
 
 
 def test_the_license_of_two_stages_is_known_before_the_first_is_trained(tiny_recipe):
-    chain = {"model": {"depth": 18, "init": "stage1"}, "stage1": {"recipe": "pri3d_view_r18"}}
+    chain = {"model": {"encoder": "resnet18", "init": "stage1"}, "stage1": {"recipe": "pri3d_view_r18"}}
     license = license_of(load_recipe(str(tiny_recipe(**chain))))
     assert [name for name, _ in license.datasets[1:]] == ["ScanNet", "ImageNet"]
     assert license.base_model == "pri3d_view_r18 (LicenseRef-ScanNet-ToU)"

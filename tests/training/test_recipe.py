@@ -35,6 +35,28 @@ def test_recipe_carries_its_own_name_and_survives_yaml(name):
     assert parse(Recipe, yaml.safe_load(recipe.to_yaml()), where="again") == recipe
 
 
+def test_the_former_key_depth_still_names_the_encoder(tmp_path, recwarn):
+    recipe = load_recipe("pri3d_view_r50")
+    former = tmp_path / "former.yaml"
+    former.write_text(recipe.to_yaml().replace("encoder: resnet50", "depth: 50"))
+    assert "depth: 50" in former.read_text()
+    assert load_recipe(str(former)) == recipe
+    assert load_recipe(str(former), ["model.depth=18"]).model.encoder == "resnet18"
+    assert load_recipe("pri3d_view_r18", ["model.depth=50"]).model == recipe.model
+    assert load_recipe("pri3d_view_r18", ["model={depth: 50}"]).model == recipe.model
+    assert changes(former.read_text(), recipe.to_yaml()) == changes(recipe.to_yaml(), former.read_text()) == []
+    assert changes(former.read_text(), load_recipe("pri3d_view_r50", ["model.depth=18"]).to_yaml()) == [
+        "model.encoder: resnet50 -> resnet18"
+    ]
+    two_stages = load_recipe("gsc_r50", ["stage1.model.depth=18"])
+    assert load_stage1(two_stages).model.encoder == "resnet18"
+    assert not recwarn.list
+    with pytest.raises(
+        RecipeError, match=r"'model.encoder' is 'resnet34' \(str\), accepted is one of resnet18, resnet50"
+    ):
+        load_recipe("pri3d_view_r18", ["model.depth=34"])
+
+
 @pytest.mark.parametrize("name", list_recipes())
 def test_toy_overlay_brings_any_recipe_to_cpu_scale(name):
     toy = load_recipe(name, toy=True)
@@ -84,7 +106,7 @@ def test_published_settings_are_those_of_the_released_code():
     )  # fmt: skip
     assert (o.bn_momentum, recipe.model.init, recipe.data.size) == ("pri3d", "imagenet", (240, 320))
     assert {"temperature": 0.4, "matches": 1024, "tolerance": 0.05, "depth_proxy": True}.items() <= recipe.task.items()
-    assert dataclasses.replace(load_recipe("pri3d_view_r50").model, depth=18) == recipe.model
+    assert dataclasses.replace(load_recipe("pri3d_view_r50").model, encoder="resnet18") == recipe.model
 
 
 @pytest.mark.parametrize("prior", ["geo", "view_geo"])

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet, unet_like
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
@@ -160,7 +160,7 @@ def encoder_segmenter(encoder: ResNetEncoder, classes: int, *, seed: int) -> Res
     """A U-Net for segmentation around an encoder; its decoder is drawn by `seed`, the same whatever the encoder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = ResNetUNet(encoder.depth, width=encoder.width, out_chans=classes, in_chans=encoder.in_chans)
+        network = unet_like(encoder, classes)
     network.encoder.load_state_dict(encoder.state_dict())
     return network
 

@@ -160,7 +160,7 @@ def _row(task: str, recipes: list[Recipe]) -> Row:
 def _preference(recipe: Recipe) -> tuple[Any, ...]:
     """Rooms before data sets, small before large, plain names before variants."""
     rooms, _, tag = recipe.name.partition(".")
-    small = recipe.model is None or recipe.model.depth == 18
+    small = recipe.model is None or recipe.model.encoder == "resnet18"
     return tag != "rooms", not small, tag != "", len(rooms), rooms
 
 

@@ -41,6 +41,7 @@ MSRA_MEAN, MSRA_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)  # BGR, 0-255: 
 SCALE_STEP = 32  # pixels between the lengths the shorter side is drawn from: 640, 672, ..., 800
 DRAWN_SCORE = 0.5  # detections below are not drawn
 HEAD_WIDTH = 256  # channels of torchvision's own mask head
+BASIC_BLOCKS = ("resnet18", "resnet34")  # have no 1x1 convolutions but on shortcuts
 CELL = 320  # pixels: longer side of a drawn image
 BUILDERS = {"faster_rcnn": adapter.faster_rcnn, "mask_rcnn": adapter.mask_rcnn}
 
@@ -238,7 +239,7 @@ class Detection:
                 if self.msra
                 else "RGB in [0, 1], mean and std of the weights (released: BGR minus the mean, for other weights)"
             )
-            if self.recipe.network.depth < 50:
+            if self.recipe.network.encoder in BASIC_BLOCKS:
                 said["place of the stride"] = (
                     "this ResNet has no 1x1 convolutions to put the stride into (released: in the 1x1)"
                 )

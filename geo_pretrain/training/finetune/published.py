@@ -38,7 +38,7 @@ class PaperRow:
 
 
 def paper_rows(recipe: FinetuneRecipe) -> tuple[PaperRow, ...]:
-    """The papers' numbers for the data set, task, network and ResNet depth of a recipe; none for rooms.
+    """The papers' numbers for the data set, task, network and encoder of a recipe; none for rooms.
 
     Baselines first, then the catalog's order; fractions rising. Whether the recipe's other settings are the paper's
     is not looked at.
@@ -46,12 +46,12 @@ def paper_rows(recipe: FinetuneRecipe) -> tuple[PaperRow, ...]:
     dataset = DATASETS.get(recipe.data.source)
     if dataset is None:
         return ()
-    depth, results = recipe.network.depth, {}
-    for (start, baseline_depth), numbers in BASELINES.items():
-        if baseline_depth == depth:
+    encoder, results = recipe.network.encoder, {}
+    for (start, baseline_encoder), numbers in BASELINES.items():
+        if baseline_encoder == encoder:
             results[start] = [(result, f"Pri3D {result.table}") for result in numbers]
     for entry in CATALOG.values():
-        if entry.modality == "2d" and entry.arch.args.get("depth") == depth:
+        if entry.arch.encoder_name == encoder:
             results[entry.name] = [(result, _table(entry, result)) for result in entry.results]
     rows = []
     for name, numbers_of in results.items():

@@ -206,7 +206,7 @@ def draw_starts(
     predictions = {}
     for label in (label for label in held if label in shown_runs):
         run = shown_runs[label]
-        start = PretrainedInit(run.backbone, recipe.network.depth, recipe.network.width, where)
+        start = PretrainedInit(run.backbone, recipe.network.encoder, recipe.network.width, where)
         task = build_finetune_task(run_recipe(recipe, *chosen), start, val.classes, start.contract())
         task.module.load_state_dict(load_file(run.folder / MODEL))
         predictions[label] = [guess.numpy() for _, _, guess in cast(Segmentation, task).predictions(val, ids)]

@@ -61,7 +61,7 @@ def finetune(
     out = Path(out)
     check_result_out(out, overwrite=overwrite)
     where = dict(init_kwargs or {})
-    start = PretrainedInit(os.fspath(backbone), recipe.network.depth, recipe.network.width, where)
+    start = PretrainedInit(os.fspath(backbone), recipe.network.encoder, recipe.network.width, where)
     contract = start.contract()  # a wrong name is found before any data are read
     data = _open(recipe, sources, on_data)
     world = join(device)

@@ -278,7 +278,7 @@ def _check_starts(
         raise RecipeError(f"backbones are {list(backbones)}, accepted is one or more, each once.")
     checkpoints = {}
     for backbone in backbones:
-        start = PretrainedInit(backbone, recipe.network.depth, recipe.network.width, where)
+        start = PretrainedInit(backbone, recipe.network.encoder, recipe.network.width, where)
         start.unet(recipe.seed)
         if start.named:
             checkpoints[backbone] = hub.open(backbone, **where).fetch()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,8 +162,8 @@ def _finetuned(folder: Path) -> Teacher:
     state = load_file(folder / "model.safetensors")
     stem = next(value for key, value in state.items() if key.endswith("conv1.weight") and value.shape[1] == 3)
     # Random weights of the same shape, then the run's: the backbone that it started from need not be there any more.
-    init = PretrainedInit(SCRATCH, recipe.network.depth, len(stem))
-    contract = _finetuned_contract(results, recipe.network.depth, folder)
+    init = PretrainedInit(SCRATCH, recipe.network.encoder, len(stem))
+    contract = _finetuned_contract(results, recipe.network.encoder, folder)
     classes = len(results["data"]["classes"])
     network, _ = build_segmenter(recipe.network, init, classes, seed=recipe.seed)
     network.load_state_dict(state)
@@ -171,7 +171,7 @@ def _finetuned(folder: Path) -> Teacher:
     return Teacher(_Logits(network, first=1 if recipe.network.kind == "unet" else 0), contract, classes)
 
 
-def _finetuned_contract(results: dict[str, Any], depth: int, folder: Path) -> ImageContract:
+def _finetuned_contract(results: dict[str, Any], encoder: str, folder: Path) -> ImageContract:
     """How a fine-tuning run normalized its images: as its backbone does.
 
     Raises `RecipeError` when it was written before runs stated that, and the backbone cannot be asked any more.
@@ -185,7 +185,7 @@ def _finetuned_contract(results: dict[str, Any], depth: int, folder: Path) -> Im
             ) from None
     backbone = results["backbone"]["name"]
     try:
-        return PretrainedInit(backbone, depth).contract()
+        return PretrainedInit(backbone, encoder).contract()
     except GeoPretrainError as error:
         raise RecipeError(
             f"Teacher {str(folder)!r}: its results.json has no 'contract' and its backbone {backbone!r}, whose images "
@@ -213,7 +213,7 @@ class _Logits(nn.Module):
 
 def _initialize(network: ResNetEncoder, weights: str, depth: int) -> None:
     try:
-        initialize_encoder(network, ModelSpec(depth=cast(Literal[18, 50], depth), init=weights))
+        initialize_encoder(network, ModelSpec(encoder=cast(Any, f"resnet{depth}"), init=weights))
     except GeoPretrainError as error:
         said = str(error).replace("--set model.init=scratch", "--set task.teacher=NAME or a checkpoint folder")
         raise type(error)(f"Teacher {weights!r}: {said}") from error

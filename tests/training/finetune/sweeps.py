@@ -15,7 +15,7 @@ COLORS = np.array([[0, 0, 0], [210, 60, 50], [60, 200, 80], [70, 80, 220]])  # o
 TINY = {
     "name": "squares_unet_r18",
     "task": "segmentation",
-    "network": {"kind": "unet", "depth": 18, "width": 8},
+    "network": {"kind": "unet", "encoder": "resnet18", "width": 8},
     "data": {"source": "rooms", "size": [64, 96]},
     "optim": {"lr": 0.05, "batch": 2, "steps": 2},
     "evaluate": {"batch": 4},

@@ -110,7 +110,7 @@ def tree(**changes):
     base = {
         "name": "shapes_mask_rcnn_r18",
         "task": "instances",
-        "network": {"kind": "mask_rcnn", "depth": 18, "options": small},
+        "network": {"kind": "mask_rcnn", "encoder": "resnet18", "options": small},
         "data": {"source": "rooms", "size": None, "augment": {"flip": 0.5, "shorter": [48, 64], "longer": 128}},
         "optim": {"lr": 0.01, "momentum": 0.9, "batch": 2, "steps": 3, "schedule": "multistep", "milestones": [1, 2]},
         "evaluate": {"batch": 2},
@@ -133,7 +133,7 @@ def recipe(**changes):
 
 def task_of(backbone="scratch", **changes):
     made = recipe(**changes)
-    task = build_finetune_task(made, PretrainedInit(backbone, made.network.depth), CLASSES, ImageContract())
+    task = build_finetune_task(made, PretrainedInit(backbone, made.network.encoder), CLASSES, ImageContract())
     assert isinstance(task, Detection)
     return task
 
@@ -156,7 +156,7 @@ def bare(**changes):
     made = recipe(**changes)
     task = object.__new__(Detection)
     task._build = lambda *args, **load: nn.Identity()
-    task.__init__(made, _Nowhere("scratch", made.network.depth), CLASSES, ImageContract())
+    task.__init__(made, _Nowhere("scratch", made.network.encoder), CLASSES, ImageContract())
     return task
 
 
@@ -210,10 +210,12 @@ def test_what_the_released_input_was():
 def test_the_contract_of_the_backbone_is_the_hosts():
     made = recipe()
     contract = ImageContract(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    transform = Detection(made, PretrainedInit("scratch", 18), CLASSES, contract).module.transform
+    transform = Detection(made, PretrainedInit("scratch", "resnet18"), CLASSES, contract).module.transform
     assert (transform.image_mean, transform.image_std) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
     with pytest.raises(RecipeError, match=r"channels .*grey"):
-        Detection(made, PretrainedInit("scratch", 18), CLASSES, ImageContract(("grey",), mean=(0.5,), std=(0.2,)))
+        Detection(
+            made, PretrainedInit("scratch", "resnet18"), CLASSES, ImageContract(("grey",), mean=(0.5,), std=(0.2,))
+        )
 
 
 @pytest.mark.parametrize(
@@ -476,7 +478,7 @@ def test_stride_in_the_1x1():
 def test_the_released_stride_is_built_in_for_resnet50():
     options = {"authors_input": "msra"}
     for exact in (True, False):
-        task = task_of(match_released_code=exact, network={"depth": 50, "options": options})
+        task = task_of(match_released_code=exact, network={"encoder": "resnet50", "options": options})
         block = encoder_of(task.module).layer3[0]
         assert (block.conv1.stride, block.conv2.stride) == (((2, 2), (1, 1)) if exact else ((1, 1), (2, 2)))
 
@@ -665,11 +667,11 @@ PAPER = {  # batch, lr, boxes a head is trained on, frozen stages, norm, box hea
 def test_recipes_of_the_papers(name):
     made = load_finetune_recipe(name)
     batch, lr, rois, freeze, norm, head = PAPER[name]
-    task = Detection(made, _Nowhere("scratch", 50), CLASSES, ImageContract())
+    task = Detection(made, _Nowhere("scratch", "resnet50"), CLASSES, ImageContract())
     o = made.optim
     assert (o.batch, o.lr, task.options.roi_batch, made.network.freeze) == (batch, lr, rois, freeze)
-    assert (task.options.norm, task.options.box_head, made.network.kind, made.network.depth) == (
-        norm, head, "mask_rcnn", 50
+    assert (task.options.norm, task.options.box_head, made.network.kind, made.network.encoder) == (
+        norm, head, "mask_rcnn", "resnet50"
     )  # fmt: skip
     assert (o.momentum, o.dampening, o.weight_decay, o.steps) == (0.9, 0, 1e-4, 90_000)
     assert (o.backbone_factor, o.head_factor, o.clip_norm) == (1, 1, None)
@@ -690,7 +692,7 @@ def test_every_detection_recipe_has_a_toy():
         toy = load_finetune_recipe(name, toy=True)
         assert toy.data.source == "rooms"
         assert (toy.optim.steps, toy.optim.milestones) == (100, (70, 90))
-        Detection(toy, _Nowhere("scratch", toy.network.depth), CLASSES, ImageContract())
+        Detection(toy, _Nowhere("scratch", toy.network.encoder), CLASSES, ImageContract())
     boxes = load_finetune_recipe("scannet_mask_rcnn_r50", ["task=detection"], toy=True)
     assert boxes.task == "detection"
 

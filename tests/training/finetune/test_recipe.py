@@ -12,6 +12,7 @@ from geo_pretrain.training.finetune_recipe import (
     KINDS,
     RECIPES,
     FinetuneOptim,
+    changes,
     list_finetune_recipes,
     load_finetune_recipe,
 )
@@ -53,7 +54,7 @@ UNET = {  # Pri3D's script; batch 64 is the paper's
 OUTDOORS = {"data.augment.rotate": 10, "data.augment.flip": 0.5}
 HOSTS = {
     "network.transfer": "encoder",
-    "network.depth": 50,
+    "network.encoder": "resnet50",
     "data.source": "scannet",
     "data.size": (240, 320),
     "data.augment.flip": 0.5,
@@ -83,16 +84,16 @@ DEEPLAB = HOSTS | {
     "evaluate.every_steps": 3000,
 }
 PUBLISHED = {
-    "scannet_unet_r18": UNET | {"network.depth": 18, "data.source": "scannet"},
-    "scannet_unet_r50": UNET | {"network.depth": 50, "data.source": "scannet"},
-    "nyuv2_unet_r18": UNET | {"network.depth": 18, "data.source": "nyuv2"},
-    "nyuv2_unet_r50": UNET | {"network.depth": 50, "data.source": "nyuv2"},
+    "scannet_unet_r18": UNET | {"network.encoder": "resnet18", "data.source": "scannet"},
+    "scannet_unet_r50": UNET | {"network.encoder": "resnet50", "data.source": "scannet"},
+    "nyuv2_unet_r18": UNET | {"network.encoder": "resnet18", "data.source": "nyuv2"},
+    "nyuv2_unet_r50": UNET | {"network.encoder": "resnet50", "data.source": "nyuv2"},
     "cityscapes_unet_r50": UNET
     | OUTDOORS
-    | {"network.depth": 50, "data.source": "cityscapes", "data.size": (180, 360)},
+    | {"network.encoder": "resnet50", "data.source": "cityscapes", "data.size": (180, 360)},
     "kitti_unet_r50": UNET
     | OUTDOORS
-    | {"network.depth": 50, "data.source": "kitti", "data.size": None, "data.augment.crop": (240, 320)},
+    | {"network.encoder": "resnet50", "data.source": "kitti", "data.size": None, "data.augment.crop": (240, 320)},
     "scannet_deeplabv3_r50": DEEPLAB | {"network.kind": "deeplabv3"},
     "scannet_deeplabv3plus_r50": DEEPLAB | {"network.kind": "deeplabv3plus"},
     "scannet_pspnet_r50": HOSTS
@@ -136,7 +137,7 @@ def test_every_segmentation_recipe_is_in_the_table_or_toy_evidence():
     for name in ROOMS:
         recipe = load_finetune_recipe(name)
         assert recipe.data.source == "rooms"
-        assert recipe.network.depth == 18
+        assert recipe.network.encoder == "resnet18"
         assert recipe.network.kind == name.split("_")[1]
     budgets = [(r.optim.steps, r.optim.batch, r.data, r.evaluate) for r in map(load_finetune_recipe, ROOMS)]
     assert all(budget == budgets[0] for budget in budgets)
@@ -170,7 +171,7 @@ def test_recipe_survives_the_way_through_yaml(tmp_path):
         ("optim.lrr=1", ["unknown key 'optim.lrr'", "'optim.lr'"]),
         ("network.kind=deeplab", ["'network.kind'", "deeplabv3"]),
         ("network.kind=mask_rcnn", ["'network.kind' is 'mask_rcnn'", "'segmentation'", "unet"]),
-        ("network.depth=34", ["'network.depth'", "18, 50"]),
+        ("network.depth=34", ["'network.encoder'", "resnet18, resnet50"]),
         ("optim.steps=5", ["optim.steps / optim.epochs", "exactly one"]),
         ("data.fraction=0", ["data.fraction", "above 0"]),
         ("data.fraction=20", ["data.fraction", "up to 1"]),
@@ -225,3 +226,13 @@ def test_multistep_with_warmup_by_hand():
         assert optim.rate(step, 90) == pytest.approx(rate)
     constant = FinetuneOptim(lr=0.5, schedule="constant")
     assert all(math.isclose(constant.rate(step, 10), 0.5) for step in range(10))
+
+
+def test_the_former_key_depth_still_names_the_encoder(tmp_path):
+    recipe = load_finetune_recipe("scannet_unet_r50")
+    former = tmp_path / "former.yaml"
+    former.write_text(recipe.to_yaml().replace("encoder: resnet50", "depth: 50"))
+    assert "depth: 50" in former.read_text()
+    assert load_finetune_recipe(str(former)) == recipe
+    assert load_finetune_recipe("scannet_unet_r18", ["network.depth=50"]).network == recipe.network
+    assert changes(former.read_text(), recipe.to_yaml()) == []

@@ -64,7 +64,7 @@ def recipe_for(name="scannet_unet_r18", *overrides, toy=True):
 
 
 def task_for(recipe, backbone="scratch", contract=PLAIN, **where):
-    start = PretrainedInit(str(backbone), recipe.network.depth, recipe.network.width, where)
+    start = PretrainedInit(str(backbone), recipe.network.encoder, recipe.network.width, where)
     return build_finetune_task(recipe, start, CLASSES, contract)
 
 
@@ -457,7 +457,9 @@ def test_digest_sees_names_shapes_types_and_values():
 
 
 def test_backbones_that_do_not_fit_are_refused(tiny, tmp_path):
-    with pytest.raises(RecipeError, match=r"ResNet-18, the recipe is for a ResNet-50.*network\.depth=18"):
+    with pytest.raises(
+        RecipeError, match=r"encoder 'resnet18', the recipe is for 'resnet50'.*network\.encoder=resnet18"
+    ):
         task_for(recipe_for("scannet_unet_r50"), tiny)
     write_tiny_3d(tmp_path / "points")
     with pytest.raises(RecipeError, match="accepted: a ResNet or a U-Net for images"):

@@ -266,8 +266,8 @@ def test_starts_that_cannot_be_had_stop_the_sweep_before_it_trains(tmp_path, net
         run_sweep(recipe, ["scratch", "pri3d_view_geo_r1"], [1.0], [0], tmp_path / "s")
     with pytest.raises(HubError):
         run_sweep(wide, ["scratch", "pri3d_view_geo_r18"], [1.0], [0], tmp_path / "s", init_kwargs={"hub": ["/none"]})
-    with pytest.raises(RecipeError, match="is a ResNet-18, the recipe is for a ResNet-50"):
-        run_sweep(tiny_recipe(tmp_path, "network.depth=50"), ["scratch", net], [1.0], [0], tmp_path / "s")
+    with pytest.raises(RecipeError, match="encoder 'resnet18', the recipe is for 'resnet50'"):
+        run_sweep(tiny_recipe(tmp_path, "network.encoder=resnet50"), ["scratch", net], [1.0], [0], tmp_path / "s")
     with pytest.raises(GeoPretrainError, match="Backbone 'imagenet'"):
         run_sweep(wide, ["scratch", "imagenet"], [1.0], [0], tmp_path / "s")
     assert written.calls == []

@@ -277,7 +277,7 @@ def test_recipes_are_those_of_the_paper(name):
     recipe = load_recipe(name)
     first = load_stage1(recipe)
     assert first.name == name.replace("gsc", "pri3d_view_geo")
-    assert first.model.depth == recipe.model.depth
+    assert first.model.encoder == recipe.model.encoder
     assert first.data == recipe.data
     assert (recipe.model.init, needs_stage1(recipe)) == ("stage1", True)
     assert (recipe.optim.batch, recipe.optim.lr, recipe.optim.schedule) == (64, 0.1, "poly")
@@ -291,7 +291,7 @@ def staged(tiny_recipe, gsc_recipe, tmp_path):
     """A recipe of both stages, its first of 3 steps, its second of none to speak of."""
     first = tmp_path / "first.yaml"
     first.write_bytes(tiny_recipe(name="pri3d_view_r18.first", optim={"steps": 3}).read_bytes())
-    model = {"depth": 18, "init": "stage1", "width": 8}
+    model = {"encoder": "resnet18", "init": "stage1", "width": 8}
     still = {"steps": 1, "lr": 1e-12, "bn_momentum": "floor"}
     return gsc_recipe(model=model, stage1={"recipe": str(first)}, optim=still, task={"depth_proxy": True})
 

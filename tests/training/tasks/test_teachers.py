@@ -150,7 +150,7 @@ def test_terms_are_found_before_the_first_step(tiny_recipe, tmp_path, monkeypatc
 
 def test_start_weights_may_move_while_they_are_trained(tiny_recipe, tmp_path):
     run_here(tiny_recipe(optim={"steps": 1}), tmp_path / "start")
-    path = tiny_recipe(model={"depth": 18, "init": str(tmp_path / "start"), "width": 8})
+    path = tiny_recipe(model={"encoder": "resnet18", "init": str(tmp_path / "start"), "width": 8})
 
     def move(info):
         if info.step == 1:
