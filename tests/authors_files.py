@@ -87,20 +87,31 @@ def layout(format: str, seed: int = 0, *, arch: Arch | None = None, **options: A
     return {
         "pri3d": _pri3d, "pri3d_3d": _pri3d_3d, "torchvision": _torchvision, "moco": _moco,
         "detectron2": _detectron2, "monodepth2": _monodepth2,
-    }[format](seed, _depth(arch), **options)  # fmt: skip
+    }[format](seed, _depth(arch), **_narrowing(arch, format), **options)  # fmt: skip
 
 
 # --- formats ---
 
 
 def _pri3d(
-    seed: int, depth: int, *, geo: bool = True, depth_proxy: bool = True, optimizer: bool = False, prefix: str = ""
+    seed: int,
+    depth: int,
+    *,
+    geo: bool = True,
+    depth_proxy: bool = True,
+    optimizer: bool = False,
+    prefix: str = "",
+    narrow: int = 1,
 ) -> Layout:
-    """A training state of Pri3D; `geo` and `depth_proxy`: which losses were on; `prefix`: "module." or nothing."""
-    shapes = manifest(f"pri3d_full_model_r{depth}")["keys"]
+    """A training state of Pri3D; `geo` and `depth_proxy`: which losses were on; `prefix`: "module." or nothing.
+
+    `narrow`: by how much its layers have fewer channels than the published ones.
+    """
+    shapes = narrowed(manifest(f"pri3d_full_model_r{depth}")["keys"], narrow)
     absent = () if geo else ("backbone3d.", "w2d.", "w3d.")
     absent = absent if depth_proxy else (*absent, "headnet.", "headloss.")
-    encoder, decoder = resnet(depth, seed), random_state(_unet_shapes(depth, "decoder"), seed, "decoder")
+    encoder = random_state(narrowed(_unet_shapes(depth, "encoder"), narrow), seed, "encoder")
+    decoder = random_state(narrowed(_unet_shapes(depth, "decoder"), narrow), seed, "decoder")
     parts = {f"backbone.encoder.{key}": value for key, value in encoder.items()}
     parts |= {f"backbone.decoder.{key}": value for key, value in decoder.items()}
     rest = {key: shape for key, shape in shapes.items() if key not in parts and not key.startswith(absent)}
@@ -315,6 +326,16 @@ def _sr_unet(format: str, seed: int, arch: Arch | None) -> State:
     out_chans = args.get("out_chans", shapes["final.bias"][1])
     shapes |= {"final.kernel": [shapes["final.kernel"][0], out_chans], "final.bias": [1, out_chans]}
     return random_state(shapes, seed, format)
+
+
+def narrowed(shapes: Mapping[str, list[int]], factor: int) -> dict[str, list[int]]:
+    """The shapes of the same network with fewer channels: every layer of Pri3D's has a multiple of 32."""
+    return {key: [size // factor if size % 32 == 0 else size for size in shape] for key, shape in shapes.items()}
+
+
+def _narrowing(arch: Arch | None, format: str) -> dict[str, int]:
+    width = 64 if arch is None else arch.args.get("width", 64)
+    return {"narrow": 64 // width} if format in ("pri3d", "pri3d_3d") else {}
 
 
 def _unet_shapes(depth: int, part: str) -> dict[str, list[int]]:

@@ -1,7 +1,8 @@
 """Every checkpoint that its authors publish: each of their files fetched, converted, verified, run, tensor by tensor.
 
-The files are as large as the real ones: written from the lists of the authors' keys, with random weights, in the
-formats of their time, and served by a server that imitates their hosts.
+The files are written from the lists of the authors' keys, with random weights, in the formats of their time, and served
+by a server that imitates their hosts. They are as large as the real ones, but for U-Nets of Pri3D of which there is one
+as large already: those have fewer channels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import geo_pretrain as gp
-from geo_pretrain import hub
+from geo_pretrain import catalog, hub
 from geo_pretrain.catalog import CATALOG, AuthorsFile, Entry
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.hub.cache import remove
@@ -28,6 +29,15 @@ from tests.zoo import resolve
 
 PUBLISHED = [entry for entry in CATALOG.values() if entry.status == "published-by-authors"]
 CASES = [(entry.name, number) for entry in PUBLISHED for number in range(len(entry.authors_files))]
+NARROW = 8  # channels of the stem of a U-Net whose like is converted at its real size already; the real ones have 64
+
+
+def _alike(entry: Entry, offered: AuthorsFile) -> tuple[str, ...]:
+    """What decides how a file is read: files that have it in common differ in names, addresses and terms alone."""
+    return offered.format, str(entry.arch), str(offered.roles), str("3D" in offered.content)
+
+
+REAL = {_alike(CATALOG[name], CATALOG[name].authors_files[k]): (name, k) for name, k in reversed(CASES)}
 
 
 def test_the_sweep_covers_what_the_authors_publish():
@@ -48,10 +58,14 @@ def test_an_authors_file_becomes_a_network(
     entry = CATALOG[name]
     offered = entry.authors_files[number]
     path = tmp_path / "file"
+    if offered.format == "pri3d" and REAL[_alike(entry, offered)] != (name, number):
+        narrow = {"width": NARROW, "out_chans": entry.arch.args["out_chans"] * NARROW // 64}
+        arch = replace(entry.arch, args=dict(entry.arch.args) | narrow)
+        entry = replace(entry, arch=arch)
     expected = write(entry, path, seed=number, file=number)
     if len(entry.authors_files) > 1:
         entry = only(entry, offered)
-        monkeypatch.setattr(hub, "find", {name: entry}.get)
+    monkeypatch.setattr(catalog, "CATALOG", {**CATALOG, name: entry})
     monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path / "cache"))
     with Hosts({offered.url: path}, scan_limit=100 << 20) as hosts:
         monkeypatch.setenv("GEO_PRETRAIN_MIRROR", hosts.url)
