@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import geo_pretrain as gp
-from geo_pretrain import catalog, hub
+from geo_pretrain import catalog
 from geo_pretrain.catalog import CATALOG, AuthorsFile, Entry
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.hub.cache import remove
