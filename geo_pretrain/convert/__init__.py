@@ -1,8 +1,8 @@
-"""Other people's checkpoint formats and ours, one file a family.
+"""Convert authors' checkpoint formats to ours, one file a format family.
 
-`FORMATS` says what can be read; `convert` turns the flat state dict of an authors' file into the roles of a checkpoint
-folder. Reading such a file safely is `hub.extract`'s work; here are only keys and tensors. No torch until a conversion
-runs.
+`FORMATS` lists what can be read; `convert` splits the flat state dict of an authors' file into the roles of a
+checkpoint folder. `hub.extract` reads such files safely; this package renames keys and permutes tensors. It imports no
+torch until a conversion runs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["FORMATS", "Converted", "Format", "convert"]
 
 @dataclass(frozen=True)
 class Format:
-    """One way in which authors lay out a checkpoint."""
+    """A checkpoint format of some authors."""
 
-    entries: tuple[str, ...]  # where the flat state dict lies in their file, in order of trial; "": at the top level
+    entries: tuple[str, ...]  # keys under which their file may hold the flat state dict, tried in order; "": top level
     function: str  # "module:function", imported when used: (format's name, state, networks) -> Converted
-    roles: tuple[str, ...]  # of a checkpoint folder: what such a file can yield
-    text: str  # for people
+    roles: tuple[str, ...]  # the roles of a checkpoint folder that such a file can fill
+    text: str  # description for users
 
 
 SR_UNET = "geo_pretrain.convert.sr_unet:convert_file"
@@ -81,22 +81,22 @@ FORMATS: Mapping[str, Format] = {
 
 
 def convert(format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]) -> Converted:
-    """An authors' flat state dict as the roles of a checkpoint folder.
+    """Convert an authors' flat state dict to the roles of a checkpoint folder.
 
     Args:
         format: a key of `FORMATS`.
         state: the entry of the file that `FORMATS[format].entries` names: names to tensors or numpy arrays. Numbers
             and texts among them are left out.
-        networks: the state dict (on the meta device will do) of each part of the network that the weights are for, by
-            role: "encoder", "decoder", "model".
+        networks: the state dict of each part of the network that the weights are for, by role ("encoder", "decoder",
+            "model"); tensors on the meta device suffice.
 
     Returns:
-        The roles that the file has, each part of the network as a whole and in the network's dtypes, and "heads" where
-        there are some. Parts that this format never holds, or this file does not, are left out.
+        The roles in the file: complete parts of the network in the network's dtypes, and "heads" if there are any.
+        Parts that the file does not hold are left out.
 
     Raises:
-        UnknownName: for a format.
-        WeightsMismatch: when the file has no part of the network, or one not as a whole.
+        UnknownName: for an unknown format.
+        WeightsMismatch: when the file has no part of the network, or an incomplete one.
     """
     if format not in FORMATS:
         raise unknown("checkpoint format", format, FORMATS)
@@ -131,7 +131,7 @@ def _run(rule: Format, format: str, state: Mapping[str, Tensor], networks: Mappi
 
 
 def _fits(name: str, tried: Format, state: Mapping[str, Tensor], networks: Mapping[str, Any]) -> bool:
-    """Whether another family would have read the file; the SR-UNet families tell each other themselves."""
+    """Whether another format reads the file; formats with the same function suggest each other themselves."""
     rule = FORMATS[name]
     if rule.function == tried.function or not set(networks) & set(rule.roles):
         return False
@@ -170,7 +170,7 @@ def _tensors(format: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
 def _like_networks(
     format: str, weights: Mapping[str, Mapping[str, Tensor]], networks: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Tensor]]:
-    """The weights in the networks' dtypes; whole numbers where others are expected are refused, and the reverse."""
+    """Cast the weights to the networks' dtypes; refuses to cast integers to floats or floats to integers."""
     cast: dict[str, dict[str, Tensor]] = {}
     for role, state in weights.items():
         network = networks.get(role, state)

@@ -1,4 +1,4 @@
-"""ResNets with Detectron2's names, to and from torchvision's, which are ours. Renames only; no number changes.
+"""Rename the keys of ResNets between Detectron2's names and torchvision's, which are ours; no number changes.
 
 | torchvision | Detectron2 |
 |---|---|
@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from geo_pretrain.convert.keys import Converted, place, shown
+from geo_pretrain.convert.keys import Converted, assign, shown
 from geo_pretrain.convert.torchvision import CLASSIFIER
 from geo_pretrain.errors import WeightsMismatch
 
@@ -40,7 +40,7 @@ STEM = "stem.conv1.weight"
 
 
 def from_detectron2(state: Mapping[str, T]) -> dict[str, T]:
-    """The tensors of Detectron2's ResNet under torchvision's names. Raises `WeightsMismatch` for a key it never has.
+    """Rename Detectron2's ResNet keys to torchvision's. Raises `WeightsMismatch` for a key that is not one of them.
 
     >>> from_detectron2({"res2.0.shortcut.norm.weight": 1, "stem.conv1.weight": 2})
     {'layer1.0.downsample.1.weight': 1, 'conv1.weight': 2}
@@ -49,7 +49,7 @@ def from_detectron2(state: Mapping[str, T]) -> dict[str, T]:
 
 
 def to_detectron2(state: Mapping[str, T]) -> dict[str, T]:
-    """The tensors of torchvision's ResNet under Detectron2's names; the inverse of `from_detectron2`.
+    """Rename torchvision's ResNet keys to Detectron2's; the inverse of `from_detectron2`.
 
     >>> to_detectron2({"bn1.running_var": 1, "layer4.2.conv3.weight": 2})
     {'stem.conv1.norm.running_var': 1, 'res5.2.conv3.weight': 2}
@@ -60,9 +60,9 @@ def to_detectron2(state: Mapping[str, T]) -> dict[str, T]:
 def convert_detectron2(
     format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]
 ) -> Converted:
-    """The encoder of a flat state dict, alone or inside a detector, which is left over; see `convert.convert`.
+    """Convert to the encoder, from a bare ResNet or a whole detector; see `convert.convert`.
 
-    Frozen norms count no batches; their counters are added as zeros.
+    Frozen norms have no batch counters; these are added as zeros.
     """
     prefix = next((prefix for prefix in PREFIXES if prefix + STEM in state), None)
     if prefix is None:
@@ -71,12 +71,12 @@ def convert_detectron2(
             f"{format!r}: no ResNet in keys such as {shown(state)}; accepted are files with one of {accepted}."
         )
     inside = from_detectron2({key.removeprefix(prefix): key for key in state if _is_inside(key, prefix)})
-    places = {key: ("encoder", ours) for ours, key in inside.items() if not ours.startswith(CLASSIFIER)}
-    return place(format, state, places, networks, counters=True)
+    targets = {key: ("encoder", ours) for ours, key in inside.items() if not ours.startswith(CLASSIFIER)}
+    return assign(format, state, targets, networks, counters=True)
 
 
 def _is_inside(key: str, prefix: str) -> bool:
-    """Of a detector only the ResNet; of a lone ResNet every key, so that a strange one is refused."""
+    """Whether a key belongs to the ResNet. In a bare ResNet file every key does, so unknown keys are rejected."""
     return not prefix or key.startswith((f"{prefix}stem.", f"{prefix}res"))
 
 
@@ -84,12 +84,12 @@ def _ours(key: str) -> str:
     for classifier in CLASSIFIERS:
         if key.startswith(classifier):
             return CLASSIFIER + key.removeprefix(classifier)
-    found = THEIRS.fullmatch(key)
-    if found is None:
+    match = THEIRS.fullmatch(key)
+    if match is None:
         raise WeightsMismatch(
             f"Detectron2's ResNet has no {key!r}; accepted are keys such as 'res2.0.conv1.norm.weight'."
         )
-    stage, block, conv, norm, leaf = found.group("stage", "block", "conv", "norm", "leaf")
+    stage, block, conv, norm, leaf = match.group("stage", "block", "conv", "norm", "leaf")
     plain, normed = ("downsample.0", "downsample.1") if conv == "shortcut" else (conv, f"bn{conv[-1]}")
     layer = normed if norm else plain
     return f"layer{int(stage) - 1}.{block}.{layer}.{leaf}" if stage else f"{layer}.{leaf}"
@@ -98,10 +98,10 @@ def _ours(key: str) -> str:
 def _theirs(key: str) -> str:
     if key.startswith(CLASSIFIER):
         return f"stem.{key}"
-    found = OURS.fullmatch(key)
-    if found is None:
+    match = OURS.fullmatch(key)
+    if match is None:
         raise WeightsMismatch(f"torchvision's ResNet has no {key!r}; accepted are keys such as 'layer1.0.bn1.weight'.")
-    stage, block, layer, leaf = found.group("stage", "block", "layer", "leaf")
+    stage, block, layer, leaf = match.group("stage", "block", "layer", "leaf")
     if layer.startswith("downsample"):
         conv = "shortcut.norm" if layer.endswith("1") else "shortcut"
     else:

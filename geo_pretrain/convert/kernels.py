@@ -1,4 +1,4 @@
-"""Kernel layouts of other sparse convolution libraries, to and from ours.
+"""Convert kernels between our layout and those of other sparse convolution libraries.
 
 Ours is MinkowskiEngine 0.5's: `kernel` [K*K*K, Cin, Cout], its slice ix + K * (iy + K * iz) belonging to the offset
 (ix, iy, iz), so x varies fastest; offsets are centered for odd K and start at 0 for even K; the sum is a correlation,
@@ -11,8 +11,8 @@ bias [1, Cout], and the tensors of a norm lie one level down, `<norm>.bn.weight`
 | spconv 2.2, 2.3 | `weight` [Cout, K, K, K, Cin] | axes follow the columns of `indices` | [Cout] | `.weight` |
 | torchsparse 1.4 to 2.1 | `kernel`, shaped as ours | x fastest for odd K, z fastest for K = 2 | [Cout] | `.weight` |
 
-State dicts are those of one 3D network. Tensors that need no change are handed on, not copied. None of the changes
-can be seen in the tensors afterwards: converting twice is wrong and cannot be noticed.
+Functions on state dicts take that of one 3D network; tensors that need no change are not copied. A conversion leaves
+no trace in the tensors, so converting twice goes unnoticed and is wrong.
 
 Sources: reference runs of ME 0.4.3 and 0.5.4 and of spconv 2.3.8; torchsparse (MIT) as its own test compares it with
 dense convolution.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Columns = Literal["zyx", "xyz"]
-HYBRID_KEYS = re.compile(r"block\d\.\d+\.conv[12]\.kernel")  # what PointContrast's and CSC's blocks name their kernels
+HYBRID_KEYS = re.compile(r"block\d\.\d+\.conv[12]\.kernel")  # kernels of the residual blocks of PointContrast and CSC
 
 
 # --- MinkowskiEngine 0.3 and 0.4 ---
@@ -48,12 +48,12 @@ def hybrid_to_cube() -> list[int]:
 
 
 def from_me04(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of PointContrast's or CSC's network under ME 0.3 or 0.4, kernels reordered for ours and ME 0.5."""
+    """Reorder the block kernels of a PointContrast or CSC state dict (ME 0.3 or 0.4) to our order, that of ME 0.5."""
     return _reorder_blocks(state, hybrid_to_cube())
 
 
 def to_me04(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict with the block kernels in the order that PointContrast's and CSC's code expects under ME 0.4."""
+    """Reorder the block kernels of our state dict to the order PointContrast's and CSC's code expects under ME 0.4."""
     permutation = hybrid_to_cube()
     return _reorder_blocks(state, [permutation.index(slice_) for slice_ in range(27)])
 
@@ -71,14 +71,14 @@ def _reorder_blocks(state: Mapping[str, Tensor], permutation: list[int]) -> dict
 
 
 def kernel_to_spconv(kernel: Tensor, columns: Columns = "zyx") -> Tensor:
-    """Our kernel as the `weight` [Cout, K, K, K, Cin] of spconv's convolutions.
+    """Convert our kernel to the `weight` [Cout, K, K, K, Cin] of spconv's convolutions.
 
     `columns` are the spatial columns of the `indices` spconv is given: its documents call them (z, y, x), some code
     bases (Pointcept) put (x, y, z) there. The same weight serves SubMConv3d, SparseConv3d with K = stride, and
     SparseInverseConv3d. spconv has no negative coordinates: shift the scene by a multiple of the coarsest stride.
 
-    K = 1 is the exception: up to 2.3.8 its layers read the memory of that weight as [Cin, Cout], against its shape
-    (issue 450 of traveller59/spconv), so this is how it is laid out.
+    K = 1 is an exception: spconv up to 2.3.8 reads the memory of that weight as [Cin, Cout], against its shape (issue
+    450 of traveller59/spconv), so the result has that memory layout.
     """
     if _size(kernel) == 1:
         return kernel.reshape(kernel.shape[-1], 1, 1, 1, kernel.shape[-2])
@@ -87,7 +87,7 @@ def kernel_to_spconv(kernel: Tensor, columns: Columns = "zyx") -> Tensor:
 
 
 def kernel_from_spconv(weight: Tensor, columns: Columns = "zyx") -> Tensor:
-    """Our kernel [K*K*K, Cin, Cout] ([Cin, Cout] for K = 1) of a spconv `weight` [Cout, K, K, K, Cin]."""
+    """Convert a spconv `weight` [Cout, K, K, K, Cin] to our kernel [K*K*K, Cin, Cout], or [Cin, Cout] for K = 1."""
     if weight.ndim != 5 or len(set(weight.shape[1:4])) != 1:
         raise ValueError(f"weight is {list(weight.shape)}; accepted: [Cout, K, K, K, Cin] (spconv 2.2 and 2.3).")
     if weight.shape[1] == 1:
@@ -97,7 +97,7 @@ def kernel_from_spconv(weight: Tensor, columns: Columns = "zyx") -> Tensor:
 
 
 def to_spconv(state: Mapping[str, Tensor], *, columns: Columns = "zyx") -> dict[str, Tensor]:
-    """Our state dict for a network of spconv layers with the same module names and plain nn.BatchNorm1d norms.
+    """Convert our state dict for a network of spconv layers with the same module names and nn.BatchNorm1d norms.
 
     >>> import torch
     >>> sorted(to_spconv({"bn0.bn.weight": torch.ones(2), "conv.kernel": torch.ones(27, 3, 2)}))
@@ -107,7 +107,7 @@ def to_spconv(state: Mapping[str, Tensor], *, columns: Columns = "zyx") -> dict[
 
 
 def from_spconv(state: Mapping[str, Tensor], *, columns: Columns = "zyx") -> dict[str, Tensor]:
-    """The inverse of `to_spconv`; norms are told by their running mean, convolutions by five dimensions."""
+    """The inverse of `to_spconv`; norms are recognized by their running mean, convolutions by five dimensions."""
     return _from_plain_names(state, "weight", lambda weight: kernel_from_spconv(weight, columns))
 
 
@@ -121,7 +121,7 @@ def _checked(columns: Columns) -> Columns:
 
 
 def kernel_to_torchsparse(kernel: Tensor) -> Tensor:
-    """Our kernel in torchsparse's order: the slices of K = 2 change from x fastest to z fastest, odd K stays.
+    """Convert our kernel to torchsparse's order: K = 2 changes from x fastest to z fastest, odd K stays.
 
     Raises ValueError for larger even K, whose offsets torchsparse centers differently (-1 .. K-2 for K = 4).
     """
@@ -134,17 +134,17 @@ def kernel_to_torchsparse(kernel: Tensor) -> Tensor:
 
 
 def kernel_from_torchsparse(kernel: Tensor) -> Tensor:
-    """Our kernel of torchsparse's; see `kernel_to_torchsparse`, which is its own inverse."""
+    """Convert a torchsparse kernel to ours; `kernel_to_torchsparse` is its own inverse."""
     return kernel_to_torchsparse(kernel)
 
 
 def to_torchsparse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict for a network of torchsparse layers with the same module names."""
+    """Convert our state dict for a network of torchsparse layers with the same module names."""
     return _to_plain_names(state, "kernel", kernel_to_torchsparse)
 
 
 def from_torchsparse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_torchsparse`; norms are told by their running mean."""
+    """The inverse of `to_torchsparse`; norms are recognized by their running mean."""
     return _from_plain_names(state, "kernel", kernel_from_torchsparse)
 
 

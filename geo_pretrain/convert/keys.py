@@ -1,4 +1,4 @@
-"""Key surgery that every family of checkpoints needs, and the report of how the keys of a file met a network's."""
+"""Renaming and matching of state-dict keys, shared by all formats, and the report of what matched."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from geo_pretrain.errors import WeightsMismatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T")  # tensors, or anything else that hangs on a key
+T = TypeVar("T")  # the values of a dict: tensors or anything else
 SHOWN_KEYS = 3
-HEADS = "heads"  # the role of what is trained along and no part of the network
-COUNTER = ".num_batches_tracked"  # of a norm: old and foreign files have none, and nothing is computed from it
+HEADS = "heads"  # the role of weights that were trained along but are no part of the network
+COUNTER = ".num_batches_tracked"  # of a BatchNorm: old and foreign files have none, and nothing is computed from it
 
 
 @dataclass(frozen=True)
 class KeyReport:
-    """What happened to the keys of a network and of a file."""
+    """How the keys of a file matched those of a network."""
 
-    matched: tuple[str, ...]  # of the network: in the file with the same shape
-    missing: tuple[str, ...]  # of the network's head: not in the file, or with another shape there
-    unexpected: tuple[str, ...]  # of the file: not used
-    added: tuple[str, ...] = ()  # of the network: such files need not have it, it was put in with a fixed value
+    matched: tuple[str, ...]  # keys of the network that the file has with the same shape
+    missing: tuple[str, ...]  # keys of the network's head that the file lacks or has with another shape
+    unexpected: tuple[str, ...]  # keys of the file that are not used
+    added: tuple[str, ...] = ()  # keys of the network that such files may lack, set to a fixed value
 
 
 @dataclass(frozen=True)
 class Converted:
-    """An authors' state dict taken apart into the roles of a checkpoint folder."""
+    """An authors' state dict split into the roles of a checkpoint folder."""
 
-    weights: dict[str, dict[str, Tensor]]  # role -> state dict with our names; parts of the network are whole
-    report: KeyReport  # keys of the network as "<role>.<key>", of the file as they are there, less any `module.`
+    weights: dict[str, dict[str, Tensor]]  # role -> state dict with our names; parts of the network are complete
+    report: KeyReport  # keys of the network as "<role>.<key>", keys of the file as they are, less any `module.`
 
 
 def without_data_parallel(state: Mapping[str, T]) -> Mapping[str, T]:
-    """The same tensors without the `module.` that data-parallel training leaves in front of every key."""
+    """Strip the `module.` that data-parallel training puts in front of every key."""
     if state and all(key.startswith("module.") for key in state):
         return {key.removeprefix("module."): value for key, value in state.items()}
     return state
@@ -45,10 +45,10 @@ def without_data_parallel(state: Mapping[str, T]) -> Mapping[str, T]:
 def match_keys(
     state: Mapping[str, Tensor], network: Mapping[str, Tensor], *, heads: tuple[str, ...], name: str
 ) -> KeyReport:
-    """Compare names and shapes of `state` with the network's state dict (a network on the meta device will do).
+    """Match names and shapes of `state` with the network's state dict (tensors on the meta device suffice).
 
-    Keys that begin with one of `heads` may be missing, left over or of another shape. Raises `WeightsMismatch`, with
-    `name` in the message, when any other key of either side has no partner of its shape on the other.
+    Keys that begin with one of `heads` may be missing, unexpected or of another shape. Raises `WeightsMismatch`, with
+    `name` in the message, for any other key that is missing, unexpected or of another shape.
     """
     matched = {key: None for key, value in network.items() if key in state and state[key].shape == value.shape}
     report = KeyReport(
@@ -69,26 +69,26 @@ def match_keys(
     return report
 
 
-def place(
+def assign(
     format: str,
     state: Mapping[str, Tensor],
-    places: Mapping[str, tuple[str, str]],
+    targets: Mapping[str, tuple[str, str]],
     networks: Mapping[str, Mapping[str, Tensor]],
     *,
     counters: bool = False,
 ) -> Converted:
-    """Put the tensors of a file where they belong, and compare each part of the network as a whole.
+    """Assign the tensors of a file to roles, and check each part of the network for completeness.
 
-    `places`: key of the file -> (role, our key); a key without place, or of a part that is not in `networks`, is
-    reported as unexpected. With `counters` a part without any norm's batch counter gets them all, as zeros. Raises
-    `WeightsMismatch` when a part that has a key in the file is not there name by name and shape by shape.
+    `targets`: key of the file -> (role, our key); keys without a target, or with a role that `networks` lacks, are
+    reported as unexpected. With `counters`, a part without any BatchNorm batch counter gets all of them, as zeros.
+    Raises `WeightsMismatch` when a part that has a key in the file does not match the network in all names and shapes.
     """
     import torch
 
     weights: dict[str, dict[str, Tensor]] = {}
     matched: list[str] = []
     added: list[str] = []
-    for key, (role, ours) in places.items():
+    for key, (role, ours) in targets.items():
         if role == HEADS or role in networks:
             weights.setdefault(role, {})[ours] = state[key]
     for role, part in weights.items():
@@ -102,13 +102,13 @@ def place(
         match_keys(part, network, heads=(), name=f"{format}: {role}")
         matched += [f"{role}.{key}" for key in network]
         weights[role] = {key: part[key] for key in network}
-    unexpected = [key for key in state if key not in places or places[key][0] not in weights]
-    found = [key for key in matched if key not in set(added)]
-    return Converted(weights, KeyReport(tuple(found), (), tuple(unexpected), tuple(added)))
+    unexpected = [key for key in state if key not in targets or targets[key][0] not in weights]
+    from_file = [key for key in matched if key not in set(added)]
+    return Converted(weights, KeyReport(tuple(from_file), (), tuple(unexpected), tuple(added)))
 
 
 def shown(keys: Iterable[str]) -> str:
-    """The first few keys, for messages."""
+    """The first few keys, for an error message."""
     listing = list(keys)
     return ", ".join(map(repr, listing[:SHOWN_KEYS])) + (", ..." if len(listing) > SHOWN_KEYS else "") or "none"
 

@@ -1,11 +1,11 @@
-"""Our checkpoints in other libraries' formats, for people who do not want ours.
+"""Export our checkpoints in the formats of other libraries.
 
-`OUT_FORMATS` says what can be written. A 2D format holds the encoder (no host has our decoders), a 3D format the whole
-U-Net. Beside the weights goes `<file>.json`: name, contract, license chain and provenance, which these formats have no
-place for; a safetensors file also carries them inside. Detectron2 and the libraries of OpenMMLab get `<file>.yaml`, the
-part of a config that says what the network expects. No torch at import.
+`OUT_FORMATS` lists the formats. A 2D format holds the encoder (no host has our decoders), a 3D format the whole U-Net.
+Name, contract, license chain and provenance, for which these formats have no field, go to `<file>.json`; a safetensors
+file also carries them in its metadata. Detectron2 and the OpenMMLab libraries get `<file>.yaml`, the part of a config
+that states the network's input. No torch at import.
 
-What the hosts read was taken from their loaders: Detectron2's checkpoint/detection_checkpoint.py (Apache-2.0),
+The formats follow the hosts' loaders: Detectron2's checkpoint/detection_checkpoint.py (Apache-2.0),
 MMEngine's runner/checkpoint.py (Apache-2.0), PointContrast's and CSC's `load_state_with_same_shape` (MIT).
 """
 
@@ -31,54 +31,56 @@ if TYPE_CHECKING:
 
 State = Mapping[str, "Tensor"]
 MODALITIES = {"encoder": "2D", "model": "3D"}
-WIDTH = 64  # of the ResNets that these hosts build
+WIDTH = 64  # these hosts build ResNets of no other width
 NUMPY_2, NUMPY_1 = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
 
 
 @dataclass(frozen=True)
 class OutFormat:
-    """One way in which another library keeps weights."""
+    """A weight format of another library."""
 
-    role: str  # of a checkpoint folder: what is written, "encoder" or "model"
-    suffixes: tuple[str, ...]  # of the file, the usual one first
+    role: str  # the role of a checkpoint folder that is written, "encoder" or "model"
+    suffixes: tuple[str, ...]  # accepted suffixes of the file, the usual one first
     rename: Callable[[State], dict[str, Tensor]]
-    text: str  # for people
-    entry: str = ""  # of a .pth file: where its reader looks for the state dict; "" at the top level
+    text: str  # description for users
+    entry: str = ""  # the key of a .pth file under which its reader looks for the state dict; "": top level
     config: Callable[[Checkpoint, Path], dict[str, Any]] | None = None
 
 
 def export_weights(format: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights of a checkpoint under the names and in the layouts of another library.
+    """Convert the weights of a checkpoint to the names and layouts of another library.
 
     Args:
         format: a key of `OUT_FORMATS`.
-        checkpoint: from `read_checkpoint`; the file with the format's role must be there.
+        checkpoint: from `read_checkpoint`; its folder must hold the file of the format's role.
 
     Raises:
-        UnknownName: for a format.
+        UnknownName: for an unknown format.
         WeightsMismatch: for a network that the format cannot hold; the message names formats that can.
-        CheckpointError: when the weights are missing, `DigestMismatch` when they are not the promised ones.
+        CheckpointError: when the weights are missing; `DigestMismatch` when their digest is wrong.
     """
     rule = _rule(format, checkpoint)
     return rule.rename(read_weights(checkpoint, rule.role))
 
 
 def write_export(format: str, checkpoint: Checkpoint, out: Path | str, *, overwrite: bool = False) -> list[Path]:
-    """Write a checkpoint's weights to the file `out`, and beside it what the weights alone do not say.
+    """Write a checkpoint's weights to the file `out`, and contract, license and provenance to files beside it.
 
-    The suffix of `out` says how: .safetensors; .pth, by torch.save; .pkl, a pickle of numpy arrays. Returns the files
-    written, weights first. They are put in place when all of them are complete, the weights last. Raises what
-    `export_weights` raises, and `CheckpointError` for another suffix, for files that are there already unless
-    `overwrite`, and for a disk that refuses.
+    The suffix of `out` chooses the container: .safetensors; .pth (torch.save); .pkl (a pickle of numpy arrays). Returns
+    the files written, weights first. They are moved into place once all are complete, the weights last. Raises what
+    `export_weights` raises, and `CheckpointError` for another suffix, for existing files unless `overwrite`, and for
+    disk errors.
     """
     rule, out = _rule(format, checkpoint), Path(out)
     if out.suffix not in rule.suffixes:
         accepted = ", ".join(rule.suffixes)
         raise CheckpointError(f"{out}: {format} cannot be read from a file ending in {out.suffix!r}; use: {accepted}.")
     beside = [_beside(out, "json")] + ([] if rule.config is None else [_beside(out, "yaml")])
-    there = [str(path) for path in (out, *beside) if path.is_dir() or (path.exists() and not overwrite)]
-    if there:
-        raise CheckpointError(f"{', '.join(there)}: in the way; give another name, or overwrite=True to replace files.")
+    in_the_way = [str(path) for path in (out, *beside) if path.is_dir() or (path.exists() and not overwrite)]
+    if in_the_way:
+        raise CheckpointError(
+            f"{', '.join(in_the_way)}: in the way; give another name, or overwrite=True to replace files."
+        )
     state = {key: value.contiguous() for key, value in export_weights(format, checkpoint).items()}
     try:
         with ExitStack() as stack:  # which puts the weights, entered first, in place last
@@ -121,7 +123,7 @@ def _write_safetensors(state: State, path: Path, rule: OutFormat, checkpoint: Ch
 
 
 def _in_order(content: bytes) -> bytes:
-    """A safetensors file whose metadata are sorted: the library lists them in another order each time."""
+    """Sort the metadata of a safetensors file, which the library writes in a different order each time."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -142,7 +144,7 @@ def _write_torch(state: State, path: Path, rule: OutFormat, checkpoint: Checkpoi
 
 
 def _write_pickle(state: State, path: Path, rule: OutFormat, checkpoint: Checkpoint) -> None:
-    """Detectron2's model file. numpy arrays only, and under the module's old name, which numpy 1 and 2 both know."""
+    """Write Detectron2's model file: numpy arrays, pickled under the module name that numpy 1 and 2 both know."""
     arrays = {key: value.float().numpy() for key, value in state.items()}
     content = {"model": arrays, "__author__": "geo_pretrain", "matching_heuristics": True}
     # the first occurrence is the only one (later arrays refer to it) and comes before all weights
@@ -152,7 +154,7 @@ def _write_pickle(state: State, path: Path, rule: OutFormat, checkpoint: Checkpo
 WRITERS = {".safetensors": _write_safetensors, ".pth": _write_torch, ".pkl": _write_pickle}
 
 
-# --- what goes beside ---
+# --- files beside the weights ---
 
 
 def _about(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -189,7 +191,7 @@ def _mmlab_config(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
 
 
 def _pixels(checkpoint: Checkpoint) -> tuple[str, list[float], list[float]]:
-    """Color order, mean and standard deviation on the scale 0 to 255, as both libraries want them."""
+    """Color order, mean and standard deviation on the scale 0 to 255 that both libraries use."""
     contract: Any = checkpoint.contract
     order = "".join(contract.channels)
     if order not in ("RGB", "BGR"):
@@ -221,7 +223,7 @@ def _same(state: State) -> dict[str, Tensor]:
 
 
 def _to_detectron2(state: State) -> dict[str, Tensor]:
-    """Without the counters of batches, which its frozen norms, the default, do not have."""
+    """Rename, and drop batch counters, which Detectron2's default frozen norms do not have."""
     return {key: value for key, value in to_detectron2(state).items() if not key.endswith(".num_batches_tracked")}
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints of the Pri3D authors: their `model` dictionary taken apart into the roles of a checkpoint folder.
+"""Split the `model` dictionary of a Pri3D checkpoint into the roles of a checkpoint folder.
 
-The key names are those the released code saves; 2D names already equal torchvision's, 3D names MinkowskiEngine 0.5's in
-ordinary kernel order, so nothing is renamed beyond the prefixes and nothing is permuted. What is no part of the 2D
-U-Net becomes "heads", under the names that our own pretext task gives: the 3D U-Net, both projections, the depth head.
+Keys are those the released code saves. 2D names already equal torchvision's, 3D names MinkowskiEngine 0.5's in ordinary
+kernel order, so that only prefixes are renamed and nothing is permuted. All that is no part of the 2D U-Net becomes
+"heads", under the names of our own pretext task: the 3D U-Net, both projections, the depth head.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from geo_pretrain.convert.keys import HEADS as HEADS_ROLE
-from geo_pretrain.convert.keys import Converted, place, without_data_parallel
+from geo_pretrain.convert.keys import Converted, assign, without_data_parallel
 from geo_pretrain.errors import WeightsMismatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T")  # tensors, or anything else that hangs on a key
+T = TypeVar("T")  # the values of a dict: tensors or anything else
 
 PREFIXES = {"backbone.encoder.": "encoder", "backbone.decoder.": "decoder", "backbone3d.": "backbone3d"}
 HEADS = ("w2d.", "w3d.", "headnet.", "headloss.")
-CONSTANT = "headloss."  # a fixed Sobel kernel, which our depth loss holds as a number
-NEEDED = {  # a key of each part, to tell "another file" from "a Pri3D file"
+CONSTANT = "headloss."  # a fixed Sobel kernel, a constant in our depth loss
+NEEDED = {  # keys of each part, to recognize a Pri3D file
     "encoder": ("conv1.weight", "layer4.0.conv1.weight"),
     "decoder": ("up1.conv1.weight", "conv0.weight"),
 }
-NEEDED_3D = {  # where there is a 3D part at all
+NEEDED_3D = {  # the same if there is a 3D part
     "backbone3d": ("conv0p1s1.kernel", "final.kernel"),
     "heads": ("w2d.weight", "w3d.weight"),
 }
@@ -34,12 +34,12 @@ BARE_ENCODER = "conv1.weight"  # a torchvision dictionary has it at the top leve
 
 
 def split_pri3d(model: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """Take apart the `model` entry of an authors' checkpoint.
+    """Split the `model` entry of an authors' checkpoint into parts.
 
-    Returns "encoder" (torchvision's names), "decoder" (without "decoder."), and, where the file has them, "backbone3d"
-    (what `sr_unet.convert_sr_unet` takes as family "pri3d") and "heads" (names as they are). A `module.` in front of
+    Returns "encoder" (torchvision's names), "decoder" (without "decoder."), and, if the file has them, "backbone3d"
+    (the input of `sr_unet.convert_sr_unet` for family "pri3d") and "heads" (names as they are). A `module.` in front of
     every key, left by data-parallel training, is removed. Raises `WeightsMismatch` for keys that belong to no part, or
-    when encoder or decoder are not there.
+    when encoder or decoder are missing.
     """
     model = without_data_parallel(model)
     if "model" in model:
@@ -68,9 +68,11 @@ def split_pri3d(model: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def convert_pri3d(format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]) -> Converted:
-    """Encoder and decoder of the 2D U-Net, and everything else that was learned as heads; see `convert.convert`."""
+    """Convert to encoder and decoder of the 2D U-Net, and heads (all other weights); see `convert.convert`."""
     parts = split_pri3d({key: key for key in state})
-    places = {key: (role, ours) for role in ("encoder", "decoder") for ours, key in parts[role].items()}
-    places |= {key: (HEADS_ROLE, f"backbone3d.{ours}") for ours, key in parts.get("backbone3d", {}).items()}
-    places |= {key: (HEADS_ROLE, ours) for ours, key in parts.get("heads", {}).items() if not ours.startswith(CONSTANT)}
-    return place(format, state, places, networks)
+    targets = {key: (role, ours) for role in ("encoder", "decoder") for ours, key in parts[role].items()}
+    targets |= {key: (HEADS_ROLE, f"backbone3d.{ours}") for ours, key in parts.get("backbone3d", {}).items()}
+    targets |= {
+        key: (HEADS_ROLE, ours) for ours, key in parts.get("heads", {}).items() if not ours.startswith(CONSTANT)
+    }
+    return assign(format, state, targets, networks)

@@ -1,4 +1,4 @@
-"""The image network of SLidR's raw checkpoints: a ResNet-50 and the 1x1 convolution that was trained on top of it.
+"""Convert the image network of SLidR's raw checkpoints: a ResNet-50 and the 1x1 convolution trained on top of it.
 
 Sautier et al., "Image-to-Lidar Self-Supervised Distillation for Autonomous Driving Data", CVPR 2022. The ResNet is
 MoCo v2's, which SLidR keeps frozen. The point network beside it is read by `sr_unet`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from geo_pretrain.convert.keys import HEADS, Converted, place, shown, without_data_parallel
+from geo_pretrain.convert.keys import HEADS, Converted, assign, shown, without_data_parallel
 from geo_pretrain.convert.torchvision import CLASSIFIER, SIGNS
 from geo_pretrain.errors import WeightsMismatch
 
@@ -22,7 +22,7 @@ ENCODER, HEAD = "encoder.", "decoder.0."
 def convert_slidr_images(
     format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]
 ) -> Converted:
-    """The encoder, and the 1x1 convolution as a head under its own name; see `convert.convert`."""
+    """Convert to the encoder, and the 1x1 convolution as a head under its own name; see `convert.convert`."""
     state = without_data_parallel(state)
     strange = [key for key in state if not key.startswith((ENCODER, HEAD))]
     if strange or ENCODER + SIGNS[0] not in state:
@@ -30,11 +30,11 @@ def convert_slidr_images(
             f"{format!r}: not an image network of SLidR: keys such as {shown(strange or state)}; accepted are files "
             f"with {ENCODER + SIGNS[0]!r} and nothing but {ENCODER!r} and {HEAD!r}."
         )
-    places = {}
+    targets = {}
     for key in state:
         name = key.removeprefix(ENCODER)
         if key.startswith(HEAD):
-            places[key] = (HEADS, key)
+            targets[key] = (HEADS, key)
         elif not name.startswith(CLASSIFIER):
-            places[key] = ("encoder", name)
-    return place(format, state, places, networks, counters=True)
+            targets[key] = ("encoder", name)
+    return assign(format, state, targets, networks, counters=True)

@@ -1,8 +1,8 @@
-"""SR-UNets in the checkpoints of their authors: a state dict of theirs becomes one of ours.
+"""Convert SR-UNet checkpoints of PointContrast, CSC, VoteNet, SLidR and Pri3D to our state dict.
 
-What differs between the families is data (`FAMILIES`): where the network lies in the file, and whether it was trained
-with MinkowskiEngine 0.4, whose block kernels need another order (`kernels.from_me04`). A wrong order loads without any
-error and ruins the features, so the family has to be said; it cannot be seen in the tensors.
+The families differ (`FAMILIES`) in where the file holds the network, and in whether it was trained with MinkowskiEngine
+0.4, whose block kernels are in another order (`kernels.from_me04`). A wrong order loads without any error and ruins the
+features; it cannot be seen in the tensors, so the family has to be given.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ HEADS = ("final.", "offsets_pre.", "bntr_offset.", "offsets.")  # CSC's instance
 
 @dataclass(frozen=True)
 class Family:
-    """How one code base stores its SR-UNet."""
+    """How one code base saves its SR-UNet."""
 
-    entry: str  # of the checkpoint file: the flat state dict
-    prefixes: tuple[str, ...]  # in front of the network's keys, after `module.`
+    entry: str  # the key of the checkpoint file that holds the flat state dict
+    prefixes: tuple[str, ...]  # possible prefixes of the network's keys, after `module.`
     me04: bool  # trained with MinkowskiEngine 0.4 or before
 
 
@@ -39,18 +39,18 @@ FAMILIES = {
     "pri3d": Family(entry="model", prefixes=("backbone3d.", ""), me04=False),
 }
 
-FORMAT_FAMILIES = {"pri3d_3d": "pri3d"}  # where a format of `convert.FORMATS` is called otherwise
+FORMAT_FAMILIES = {"pri3d_3d": "pri3d"}  # formats of `convert.FORMATS` with another name than their family
 
 
 def convert_sr_unet(
     family: str, state: Mapping[str, Tensor], network: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], KeyReport]:
-    """An authors' flat state dict as one of ours, and the report of its keys.
+    """Convert an authors' flat state dict to ours; returns it with the report of its keys.
 
-    `state` is the entry of the file that `FAMILIES` names; `network` the state dict of the SR-UNet it is for, on any
-    device, meta included. The result holds those keys of `network` that the file has with the same shape: all of
-    them, but for the head (`final`), which is left out where its shape differs, as after fine-tuning. Raises
-    `UnknownName` for a family, `WeightsMismatch` when the network is not in the file or not as a whole.
+    `state` is the entry of the file that `FAMILIES` names; `network` is the state dict of the SR-UNet it is for, on any
+    device, meta included. The result has all keys of `network`, except the head (`final`) where its shape differs, as
+    after fine-tuning. Raises `UnknownName` for an unknown family, `WeightsMismatch` when the file holds no complete
+    network.
     """
     if family not in FAMILIES:
         raise unknown("family of 3D checkpoints", family, FAMILIES)
@@ -68,7 +68,7 @@ def convert_sr_unet(
 
 
 def convert_file(format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]) -> Converted:
-    """The whole network, `final` included, of a file in one of the 3D formats; see `convert.convert`."""
+    """Convert a file in one of the 3D formats to the whole network, `final` included; see `convert.convert`."""
     family = FORMAT_FAMILIES.get(format, format)
     network = networks["model"]
     weights, report = convert_sr_unet(family, state, network)

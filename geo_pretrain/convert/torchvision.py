@@ -1,8 +1,8 @@
-"""ResNets with torchvision's names, which are ours: only what stands in front of them, and the classifier, go.
+"""Convert ResNets with torchvision's names, which are ours too: the prefix and the classifier are removed.
 
-Whoever trained the network wrapped it in something, so any prefix is accepted, as long as there is one ResNet and
-nothing beside it. Files from before PyTorch 0.4.1, torchvision's first ResNets among them, count no batches in their
-norms: those counters are added as zeros.
+Any prefix is accepted, since training code wraps networks in various ways, as long as there is one ResNet and nothing
+else in the file. Files from before PyTorch 0.4.1, such as torchvision's first ResNets, have no batch counters in their
+norms: these are added as zeros.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from geo_pretrain.convert.keys import Converted, place, shown
+from geo_pretrain.convert.keys import Converted, assign, shown
 from geo_pretrain.errors import WeightsMismatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SIGNS = ("conv1.weight", "layer1.0.conv1.weight")  # every ResNet has both, and nothing else at the same depth
-CLASSIFIER = "fc."  # or the projection that self-supervised training puts in its place
+SIGNS = ("conv1.weight", "layer1.0.conv1.weight")  # keys that every ResNet has, and nothing else under one prefix
+CLASSIFIER = "fc."  # or the projection head of self-supervised training
 
 
 def convert_torchvision(
     format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]
 ) -> Converted:
-    """The encoder of a flat state dict; see `convert.convert`."""
+    """Convert to the encoder; see `convert.convert`."""
     prefixes = [key.removesuffix(SIGNS[1]) for key in state if key.endswith(SIGNS[1])]
     prefixes = [prefix for prefix in prefixes if prefix + SIGNS[0] in state]
     if len(prefixes) != 1:
@@ -32,15 +32,16 @@ def convert_torchvision(
             f"{format!r}: {found} in keys such as {shown(state)}; accepted is one state dict with torchvision's names "
             f"({' and '.join(map(repr, SIGNS))}), under one prefix or none."
         )
-    return place(format, state, resnet_places(format, state, prefixes[0]), networks, counters=True)
+    return assign(format, state, resnet_targets(format, state, prefixes[0]), networks, counters=True)
 
 
-def resnet_places(
+def resnet_targets(
     format: str, state: Mapping[str, Tensor], prefix: str, *, beside: tuple[str, ...] = ()
 ) -> dict[str, tuple[str, str]]:
-    """Where the tensors of the ResNet under `prefix` belong: key of the file -> ("encoder", torchvision's name).
+    """Targets of the ResNet's tensors for `keys.assign`: key of the file -> ("encoder", torchvision's name).
 
-    Its classifier has no place, nor what begins with one of `beside`. Raises `WeightsMismatch` for any other key.
+    The classifier and keys that begin with one of `beside` have no target. Raises `WeightsMismatch` for any other key
+    that does not begin with `prefix`.
     """
     strange = [key for key in state if not key.startswith((prefix, *beside))]
     if strange:
