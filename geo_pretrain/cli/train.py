@@ -135,6 +135,8 @@ def finetune(
 
     A data-efficiency curve: `geo-pretrain finetune rooms_unet_r18 --sweep -b scratch -b runs/view --fraction 0.2
     --fraction 1 --seed 0 --seed 1 --out runs/curve`
+
+    Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain finetune ...`
     """
     from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 
@@ -160,21 +162,26 @@ def _finetune(
     overwrite: bool,
     as_json: bool,
 ) -> None:
+    from geo_pretrain.training.distributed import join
     from geo_pretrain.training.finetune.folder import result_rows
     from geo_pretrain.training.finetune.run import finetune as run
     from geo_pretrain.training.finetune.sweep import run_recipe
 
-    with progress(not as_json) as report:
+    world = join(device)
+    with progress(world.is_main and not as_json) as report:
         result = run(
             run_recipe(spec, fraction, seed),
             backbone,
             out,
             init_kwargs={"hub": hub} if hub else None,
-            device=device,
+            world=world,
             overwrite=overwrite,
             on_step=lambda step: report("fine-tuning", step.step, step.steps, str(step)),
             on_data=lambda done, total: report("rendering rooms", done, total, ""),
         )
+    world.close()
+    if not world.is_main:
+        return
     if as_json:
         typer.echo(json.dumps(result.data, default=str))
         return
@@ -198,10 +205,12 @@ def _sweep(
     device: str | None,
     as_json: bool,
 ) -> None:
+    from geo_pretrain.training.distributed import join
     from geo_pretrain.training.finetune.report import table_rows, write_report
     from geo_pretrain.training.finetune.sweep import run_sweep
 
-    with progress(not as_json) as report:
+    world = join(device)
+    with progress(world.is_main and not as_json) as report:
         result = run_sweep(
             spec,
             backbones,
@@ -209,11 +218,14 @@ def _sweep(
             seeds,
             out,
             init_kwargs={"hub": hub} if hub else None,
-            device=device,
+            world=world,
             on_run=lambda number, total, run: report("runs", number, total, f"{run}"),
             on_step=lambda step: report("fine-tuning", step.step, step.steps, str(step)),
             on_data=lambda done, total: report("rendering rooms", done, total, ""),
         )
+    world.close()
+    if not world.is_main:
+        return
     paths = write_report(result, out)
     if as_json:
         typer.echo(paths["summary.json"].read_text())

@@ -65,6 +65,9 @@ class World:
             dist.destroy_process_group()
 
 
+ALONE = World(0, 1, torch.device("cpu"))  # a process without others, where the device does not matter
+
+
 def join(device: str | None = None) -> World:
     """Join the group that torchrun announces in the environment, or be alone.
 

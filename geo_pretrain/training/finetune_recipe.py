@@ -91,7 +91,9 @@ class FinetuneOptim:
     momentum: float = 0.9
     dampening: float = 0.0
     weight_decay: float = 0.0
-    batch: int = 16
+    batch: int = 16  # images a step, over all processes and accumulation steps
+    accumulate: int = 1  # micro-batches that each process makes of its share of a batch
+    sync_bn: bool = False  # BatchNorm over all processes, not over each one's micro-batch; needs CUDA
     steps: int | None = None
     epochs: float | None = None  # one of the two
     schedule: Literal["poly", "multistep", "constant"] = "poly"
@@ -163,6 +165,7 @@ class FinetuneRecipe:
         for key, count in {
             "network.width": network.width,
             "optim.batch": optim.batch,
+            "optim.accumulate": optim.accumulate,
             "evaluate.batch": evaluate.batch,
             "save_every": self.save_every,
             "optim.steps": 1 if optim.steps is None else optim.steps,

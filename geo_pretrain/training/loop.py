@@ -254,6 +254,22 @@ class _Losses(nn.Module):
         return self._losses(batch)
 
 
+def synchronize_batchnorm(module: nn.Module, world: World) -> None:
+    """Exchange trained BatchNorm layers for SyncBatchNorm, in place; frozen ones (subclasses) stay as they are.
+
+    A single process has nothing to synchronize. Statistics are those of one micro-batch of all processes:
+    accumulation does not widen them. Raises `RecipeError` on CPU, which torch's SyncBatchNorm does not support.
+    """
+    if world.size == 1:
+        return
+    if world.device.type != "cuda":
+        raise RecipeError(f"'optim.sync_bn' is true, accepted for {world.size} processes on CPU is false.")
+    for parent in list(module.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
+                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(layer))
+
+
 def check_batch(batch: int, accumulate: int, world: World) -> None:
     """Raise `RecipeError` unless a batch can be dealt evenly to all micro-batches of all processes."""
     parts = world.size * accumulate

@@ -34,5 +34,5 @@ def pri3d_bn_momentum(step: int) -> float:
 def set_bn_momentum(module: nn.Module, momentum: float) -> None:
     """Set the momentum of every BatchNorm layer of a network."""
     for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm):
             layer.momentum = momentum

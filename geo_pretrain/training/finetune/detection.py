@@ -30,8 +30,9 @@ from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.training.config import check_key, parse
 from geo_pretrain.training.data.labelled.export import coco_json, encode_mask
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage, LabelledSource
+from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.coco import MAX_DETECTIONS, Kind, coco_report
-from geo_pretrain.training.finetune.task import Evaluation
+from geo_pretrain.training.finetune.task import Evaluation, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, LabelledAugment
 from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit
 from geo_pretrain.training.visualize.grids import PAPER, _save_grid
@@ -182,19 +183,22 @@ class Detection:
             for one in found
         ]
 
-    def evaluate(self, source: LabelledSource, ids: Sequence[str]) -> Evaluation:
+    def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
         """COCO's AP over these images; one that cannot be read raises `BadFrame`, since fewer are another measure.
 
         Images without an object are kept, where every detection is wrong; with `match_released_code` they are left out.
         """
         truth = self._truth_of(source, ids)
-        images = truth["images"]
-        detections: list[dict[str, Any]] = []
-        for start in range(0, len(images), self.recipe.evaluate.batch):
-            entries = images[start : start + self.recipe.evaluate.batch]
+        own: list[dict[str, Any]] = []
+        for entries in share_of(truth["images"], self.recipe.evaluate.batch, world):
             loaded = [source.load(entry["source_id"]).image for entry in entries]
             for entry, found in zip(entries, self.predict(loaded), strict=True):
-                detections += coco_detections(found, entry["id"])
+                own += coco_detections(found, entry["id"])
+        parts = cast(list[list[dict[str, Any]]], world.gather(own))
+        evaluation = self._measure(truth, [one for part in parts for one in part]) if world.is_main else None
+        return cast(Evaluation, world.gather(evaluation)[0])
+
+    def _measure(self, truth: dict[str, Any], detections: list[dict[str, Any]]) -> Evaluation:
         kinds: tuple[Kind, ...] = ("box", "mask") if self.with_masks else ("box",)
         reports = {kind: coco_report(truth, detections, kind) for kind in kinds}
         scores, per_class = {}, {}
@@ -204,7 +208,7 @@ class Detection:
                 scores[key] = report[measure]
                 per_class[key] = {name: report["classes"].get(name, {}).get(measure) for name in self.classes}
         details = {
-            "images": len(images),
+            "images": len(truth["images"]),
             "without_objects_left_out": truth["left_out"],
             "detections": len(detections),
             "score_threshold": self.score_threshold,

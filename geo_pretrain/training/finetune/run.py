@@ -8,16 +8,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
-from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import open_labelled, subset
 from geo_pretrain.training.data.labelled.scannet import read_scene_list
-from geo_pretrain.training.distributed import join
+from geo_pretrain.training.distributed import World, join
 from geo_pretrain.training.finetune.folder import FinetuneResult, check_result_out, finish
 from geo_pretrain.training.finetune.task import build_finetune_task
 from geo_pretrain.training.finetune.training import Finetuning, LabelledSplits, OnEvaluation
@@ -35,6 +36,7 @@ def finetune(
     init_kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
     device: str | None = None,
+    world: World | None = None,
     overwrite: bool = False,
     sources: tuple[LabelledSource, LabelledSource] | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
@@ -45,8 +47,9 @@ def finetune(
 
     `backbone`: a name of the catalog, a checkpoint folder, "imagenet" (torchvision's IMAGENET1K_V1) or "scratch".
     `init_kwargs`: where to look for it (`hub`, `revision`, `cache_dir`, `local_files_only`). `seed` None: the recipe's.
-    `device` None: CUDA when there is one. `sources`: training and validation images in place of the recipe's.
-    `on_data(done, total)` is called while rooms are rendered.
+    `device` None: CUDA when there is one; `world`: the processes of torchrun, if they were joined already; all of them
+    return the result. `sources`: training and validation images in place of the recipe's. `on_data(done, total)` is
+    called while rooms are rendered.
 
     Raises:
         Interrupted: SIGINT or SIGTERM arrived; the state is saved.
@@ -54,8 +57,6 @@ def finetune(
         CheckpointError: `out` already holds a result and `overwrite` is not set, or another process works there.
         DataError: a label or image cannot be used; file and value are named.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("Fine-tuning runs in one process; start it without torchrun (WORLD_SIZE is above 1).")
     if seed is not None:
         recipe = dataclasses.replace(recipe, seed=seed)
     out = Path(out)
@@ -64,18 +65,20 @@ def finetune(
     start = PretrainedInit(os.fspath(backbone), recipe.network.encoder, recipe.network.width, where)
     contract = start.contract()  # a wrong name is found before any data are read
     data = _open(recipe, sources, on_data)
-    world = join(device)
+    world = world or join(device)
     generators = torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else [])
-    with run_lock(out, "fine-tuning run"), generators:
+    with run_lock(out, "fine-tuning run") if world.is_main else nullcontext(), generators:
         check_result_out(out, overwrite=overwrite)  # again: another process may have ended there in between
-        run = RunFolder(out)
+        world.barrier()
+        run = RunFolder(out, writes=world.is_main)
         network = build_finetune_task(recipe, start, data.train.classes, contract)
         task = Finetuning(recipe, start.backbone, network, data, world, run, on_evaluation)
         run.create()
         progress = fit(task, world, run, on_step=on_step)
         if not progress.finished:
             raise progress.interrupted(run)
-        return finish(task, progress)
+        result = finish(task, progress) if world.is_main else None
+        return cast(FinetuneResult, world.gather(result)[0])
 
 
 def _open(

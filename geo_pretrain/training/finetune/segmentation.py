@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
+from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.metrics import class_iou, confusion_matrix, mean_iou, pixel_accuracy
-from geo_pretrain.training.finetune.task import Evaluation
+from geo_pretrain.training.finetune.task import Evaluation, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks import PretrainedInit, build_segmenter
 from geo_pretrain.training.visualize.grids import draw_segmentations
@@ -93,13 +94,15 @@ class Segmentation:
         return self.module.network if self.transferred == "all" else encoder_of(self.module.network)
 
     @torch.no_grad()
-    def evaluate(self, source: LabelledSource, ids: Sequence[str]) -> Evaluation:
+    def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
         """mIoU, accuracy and per-class IoU over these images; the confusion matrix is kept in the details."""
         exact = self.recipe.match_released_code
         outputs = len(self.classes) + 1
-        total = np.zeros((outputs, outputs), np.int64)
-        for _, truth, predicted in self.predictions(source, ids):
-            total += confusion_matrix(truth, predicted, outputs)
+        own = np.zeros((outputs, outputs), np.int64)
+        for batch in share_of(ids, self.recipe.evaluate.batch, world):
+            for _, truth, predicted in self.predictions(source, batch):
+                own += confusion_matrix(truth, predicted, outputs)
+        total = np.sum(cast(list[np.ndarray], world.gather(own)), axis=0)
         if not total.sum():
             raise DataError(f"No labelled pixel in {len(ids)} images of {source.name!r}, split {source.split!r}.")
         values = class_iou(total, match_released_code=exact)

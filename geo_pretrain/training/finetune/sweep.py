@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from geo_pretrain.files import write_text
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
+from geo_pretrain.training.distributed import World, join
 from geo_pretrain.training.finetune.folder import RESULTS, FinetuneResult, read_result
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
 from geo_pretrain.training.finetune.run import finetune
@@ -130,6 +132,7 @@ def run_sweep(
     *,
     init_kwargs: Mapping[str, Any] | None = None,
     device: str | None = None,
+    world: World | None = None,
     sources: tuple[LabelledSource, LabelledSource] | None = None,
     on_run: Callable[[int, int, Run], None] | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
@@ -145,7 +148,7 @@ def run_sweep(
         fractions: shares of the training images, above 0 and up to 1.
         init_kwargs: where `load_backbone` looks for named backbones (hub, cache_dir, ...).
         on_run: called with the number of the run, the number of runs and the run before each one, finished or not.
-        sources, on_step, on_data: of `finetune`.
+        device, world, sources, on_step, on_data: of `finetune`.
 
     Raises:
         RecipeError: the sweep in `out` has another recipe or another checkpoint under the same name.
@@ -157,8 +160,11 @@ def run_sweep(
     _check_axes(recipe, fractions, seeds)
     held = _check_starts(recipe, backbones, where)
     runs = plan(recipe, {backbone: label for label, (backbone, _) in held.items()}, fractions, seeds, out)
-    with run_lock(out, "sweep"):
-        _keep_plan(recipe, held, runs, out)
+    world = world or join(device)
+    with run_lock(out, "sweep") if world.is_main else nullcontext():
+        if world.is_main:
+            _keep_plan(recipe, held, runs, out)
+        world.barrier()
         for number, run in enumerate(runs):
             if on_run is not None:
                 on_run(number, len(runs), run)
@@ -168,7 +174,7 @@ def run_sweep(
                     run.backbone,
                     run.folder,
                     init_kwargs=where,
-                    device=device,
+                    world=world,
                     sources=sources,
                     on_step=on_step,
                     on_data=on_data,

@@ -11,15 +11,18 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
+from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks import PretrainedInit
+
+T = TypeVar("T")
 
 TASKS = {  # task of a recipe -> "module:class", called with (recipe, start, classes, contract)
     "segmentation": "geo_pretrain.training.finetune.segmentation:Segmentation",
@@ -63,8 +66,11 @@ class FinetuneTask(Protocol):
     def backbone(self) -> nn.Module:
         """The part of `module` that was transferred, for BatchNorm momentum and digests."""
 
-    def evaluate(self, source: LabelledSource, ids: Sequence[str]) -> Evaluation:
-        """Measure `module` on these images; leaves it in evaluation mode."""
+    def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
+        """Measure `module` on these images, each process of `world` on its share; leaves it in evaluation mode.
+
+        Every process gets the same result, which does not depend on their number.
+        """
 
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
         """Write a PNG: image, truth, prediction of these images."""
@@ -80,6 +86,12 @@ def build_finetune_task(
     module, _, name = TASKS[recipe.task].partition(":")
     task = getattr(importlib.import_module(module), name)(recipe, start, tuple(classes), contract)
     return cast(FinetuneTask, task)
+
+
+def share_of(items: Sequence[T], batch: int, world: World) -> list[list[T]]:
+    """The batches that this process measures: every `world.size`-th one, so that no batch depends on their number."""
+    batches = [list(items[start : start + batch]) for start in range(0, len(items), batch)]
+    return batches[world.rank :: world.size]
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

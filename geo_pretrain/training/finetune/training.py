@@ -20,7 +20,7 @@ from geo_pretrain.training.data.samples.sampler import Key, sample_seed, total_s
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, weights_digest
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, changes
-from geo_pretrain.training.loop import Budget, TrainingTask, micro_batch_loader
+from geo_pretrain.training.loop import Budget, TrainingTask, check_batch, micro_batch_loader, synchronize_batchnorm
 from geo_pretrain.training.runs import RunFolder
 from geo_pretrain.training.schedule import pri3d_bn_momentum, set_bn_momentum
 
@@ -56,9 +56,11 @@ class Finetuning(TrainingTask):
         self.module = task.module
         self.train_ids, self.val_ids = data.train.ids(), spread_ids(data.val.ids(), recipe.evaluate.images)
         optim = recipe.optim
+        check_batch(optim.batch, optim.accumulate, world)
         self.budget = Budget(
             steps=total_steps(len(self.train_ids), optim.batch, optim.epochs, optim.steps),
             batch=optim.batch,
+            accumulate=optim.accumulate,
             save_every=recipe.save_every,
             clip_norm=optim.clip_norm,
         )
@@ -66,6 +68,8 @@ class Finetuning(TrainingTask):
         self.module.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if optim.backbone_bn_momentum is not None:
             set_bn_momentum(task.backbone(), optim.backbone_bn_momentum)
+        if optim.sync_bn:
+            synchronize_batchnorm(self.module, world)
         self.optimizer = torch.optim.SGD(
             task.parameter_groups(),
             lr=optim.lr,
@@ -139,9 +143,9 @@ class Finetuning(TrainingTask):
     def evaluate(self, step: int) -> dict[str, float]:
         """Measure on the validation images, and keep the best weights if they are what is reported."""
         with self.precision():
-            evaluation = self.task.evaluate(self.data.val, self.val_ids)
+            evaluation = self.task.evaluate(self.data.val, self.val_ids, self.world)
         self.evaluations.append({"step": step, **evaluation.to_dict()})
-        if self.recipe.match_released_code and self.best()["step"] == step:
+        if self.recipe.match_released_code and self.best()["step"] == step and self.world.is_main:
             write_weights(self.task, self.run.path / BEST)
         if self.on_evaluation is not None:
             self.on_evaluation(step, evaluation)

@@ -399,12 +399,6 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
         run(tmp_path / "out", "optim.lr=1e30", "optim.steps=10")
 
 
-def test_more_than_one_process_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="one process"):
-        run(tmp_path / "out")
-
-
 def test_rooms_through_the_whole_way(tmp_path):
     options = "data.options={scenes: 1, val_scenes: 1, frames: 2, labelled: 2, width: 96, height: 72}"
     recipe = load_finetune_recipe("rooms_unet_r18", [options, "optim.steps=2", "network.width=8"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, HubError, RecipeError, UnknownName
+from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune import sweep
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
 from geo_pretrain.training.finetune.run import finetune
@@ -85,6 +86,7 @@ def test_seeds_outermost_then_shares_then_starts(tmp_path, net, recipe, written)
     run_sweep(recipe, [net, "scratch"], [1, 0.2], [5, 0], tmp_path / "s", **options)
     starts = [(net, 1.0), ("scratch", 1.0), (net, 0.2), ("scratch", 0.2)]
     assert written.calls == [(*start, seed) for seed in (5, 0) for start in starts]
+    assert written.options.pop("world") == World(0, 1, torch.device(options.pop("device")))
     assert written.options == options
 
 
