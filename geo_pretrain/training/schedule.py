@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from geo_pretrain.training.recipe import OptimSpec
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BN_FLOOR = 0.001
 
@@ -33,6 +35,8 @@ def pri3d_bn_momentum(step: int) -> float:
 
 def set_bn_momentum(module: nn.Module, momentum: float) -> None:
     """Set the momentum of every BatchNorm layer of a network."""
+    from torch import nn  # here, so that recipes can be read without torch
+
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm):
             layer.momentum = momentum

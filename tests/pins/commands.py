@@ -47,6 +47,10 @@ finetune rooms_unet_r18 --backbone scratch --backbone imagenet --out NOWHERE/out
 finetune rooms_unet_r18 --backbone scratch --out NOWHERE/out --set optim.no_such_key=1
 finetune scannet_unet_r18 --backbone scratch --data scannet:NOWHERE --out NOWHERE/out
 data preview no_such_source
+recipes
+recipes show pri3d_view_r18
+recipes show no_such_recipe
+recipes copy pri3d_view_r18 NOWHERE/x.txt
 data preview scannet:NOWHERE
 visualize features no_such_backbone
 """

@@ -1,0 +1,107 @@
+"""Commands that look at recipes, of pre-training and of fine-tuning: recipes list, show, copy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from geo_pretrain.cli.shared import app
+from geo_pretrain.errors import RecipeError, unknown
+
+recipes_app = typer.Typer(help="Look at recipes, and copy one to change it.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+NAME_HELP = "A recipe's name; `geo-pretrain recipes` lists them."
+COLUMNS = ("name", "command", "task", "network", "data")
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List recipes, show one, or copy one to change it. Without a command: list.
+
+    Example: `geo-pretrain recipes`
+    """
+    if context.invoked_subcommand is None:
+        recipes_list(as_json=False)
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """List recipes, a line each: name, the command that runs it, task, network and data.
+
+    Example: `geo-pretrain recipes list | grep rooms`
+    """
+    rows = [*_pretraining_rows(), *_finetuning_rows()]
+    if as_json:
+        typer.echo(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=2))
+        return
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    for row in (COLUMNS, *rows):
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help=NAME_HELP)]) -> None:
+    """Print a recipe's YAML file, comments included.
+
+    Example: `geo-pretrain recipes show pri3d_view_r18`
+    """
+    typer.echo(_file_of(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help=NAME_HELP)],
+    file: Annotated[Path, typer.Argument(help="The .yaml file to write; it must not exist.")],
+) -> None:
+    """Copy a recipe to a file of your own, to change it and to run it by the file's path.
+
+    Example: `geo-pretrain recipes copy pri3d_view_r18 mine.yaml`, then `geo-pretrain train mine.yaml --out runs/mine`
+    """
+    text = _file_of(name).read_text(encoding="utf-8")
+    if file.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"FILE is {str(file)!r}, accepted is a name that ends in .yaml, such as {file.stem}.yaml.")
+    try:
+        with file.open("x", encoding="utf-8") as written:
+            written.write(text)
+    except FileExistsError:
+        raise RecipeError(f"{str(file)!r} exists already and is left as it is; choose another FILE.") from None
+    typer.echo(f"Wrote {file}. Change its `name` too: the old one is that of the published weights.")
+
+
+def _pretraining_rows() -> list[tuple[str, ...]]:
+    from geo_pretrain.training.recipe import list_recipes, load_recipe
+
+    rows = []
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        networks = [
+            *([] if recipe.model is None else [f"resnet{recipe.model.depth}"]),
+            *([] if recipe.unet3d is None else [f"sr_unet{recipe.unet3d.variant}"]),
+        ]
+        rows.append((name, "train", str(recipe.task["name"]), " + ".join(networks), recipe.data.source))
+    return rows
+
+
+def _finetuning_rows() -> list[tuple[str, ...]]:
+    from geo_pretrain.training.finetune_recipe import list_finetune_recipes, load_finetune_recipe
+
+    rows = []
+    for name in list_finetune_recipes():
+        recipe = load_finetune_recipe(name)
+        network = f"{recipe.network.kind} on resnet{recipe.network.depth}"
+        rows.append((name, "finetune", recipe.task, network, recipe.data.source))
+    return rows
+
+
+def _file_of(name: str) -> Path:
+    """The file of a recipe of either kind. Raises `UnknownName`."""
+    from geo_pretrain.training import finetune_recipe, recipe
+
+    for folder in (recipe.RECIPES, finetune_recipe.RECIPES):
+        if (path := folder / f"{name}.yaml").is_file():
+            return path
+    raise unknown("recipe", name, [*recipe.list_recipes(), *finetune_recipe.list_finetune_recipes()])
