@@ -21,6 +21,7 @@ from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import RECIPE, SEEDS, THRESHOLD, labelled_frames, untrained, validation_spec
 from geo_pretrain.training.distributed import join
+from geo_pretrain.training.evaluation.features import ImageExtractor
 from geo_pretrain.training.evaluation.matching import evaluate_matching
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune_frames
 from geo_pretrain.training.networks import Transfer, segmentation_unet
@@ -43,9 +44,8 @@ def main() -> None:
         train(run, folder / str(seed), source, pairs, join("cpu"))
         networks = {"random": untrained(run), "pre-trained": load_backbone(folder / str(seed), decoder=True)}
         for name, network in networks.items():
-            measured = evaluate_matching(
-                network, ImageContract(), val, val_pairs, size=run.data.size, threshold=THRESHOLD
-            )
+            extractor = ImageExtractor(network, ImageContract())
+            measured = evaluate_matching(extractor, val, val_pairs, size=run.data.size, threshold=THRESHOLD)
             recall[name].append(round(measured.recall, 4))
         print(seed, recall, flush=True)
     few, held_out = labelled_frames(source, val, recipe.data.size)

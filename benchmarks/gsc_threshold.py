@@ -28,13 +28,12 @@ from benchmarks.common import machine, write_results
 from benchmarks.pretext_3d import trained
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.files import write_text
-from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import validation_spec
-from geo_pretrain.training.evaluation.comparison import random_twin
+from geo_pretrain.training.evaluation.features import ImageExtractor, load_extractor
 from geo_pretrain.training.evaluation.matching import evaluate_matching
 from geo_pretrain.training.evaluation.probes import ProbeSpec, linear_probe
 from geo_pretrain.training.recipe import Recipe, load_recipe
@@ -60,7 +59,8 @@ class Measure:
     def __call__(self, network: nn.Module, folder: Path, seed: int) -> dict[str, float]:
         """Both measures of a network with the contract of `folder`."""
         contract: Any = read_checkpoint(folder).contract
-        recall = evaluate_matching(network, contract, self.source, self.pairs, size=contract.size, seed=seed).recall
+        extractor = ImageExtractor(network, contract)
+        recall = evaluate_matching(extractor, self.source, self.pairs, size=contract.size, seed=seed).recall
         miou = linear_probe(network, self.train, self.val, ProbeSpec(seed=seed), part="unet").miou
         return dict(zip(MEASURES, (round(recall, 4), round(miou, 4)), strict=True))
 
@@ -96,8 +96,8 @@ def one_seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, floa
             trained(recipe, folder)
         if name not in results:
             measure = measure or Measure(first)
-            network = random_twin(start, seed) if name == RANDOM else load_backbone(folder, decoder=True)
-            results[name] = measure(network, folder, seed)
+            extractor = load_extractor(folder, random_init=name == RANDOM, seed=seed)
+            results[name] = measure(extractor.network, folder, seed)
             write_text(found, json.dumps(results))
             print(seed, name, results[name], flush=True)
     return results

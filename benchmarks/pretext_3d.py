@@ -27,8 +27,8 @@ from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import validation_spec
 from geo_pretrain.training.distributed import join
-from geo_pretrain.training.evaluation.comparison import RANDOM, compare_matching, compare_pixel_to_voxel
-from geo_pretrain.training.evaluation.recall import MatchingResult
+from geo_pretrain.training.evaluation.features import RANDOM
+from geo_pretrain.training.evaluation.matching import MatchingResult, compare_matching, compare_pixel_to_voxel
 from geo_pretrain.training.pretrain import train
 from geo_pretrain.training.recipe import Recipe, load_recipe
 

@@ -20,8 +20,8 @@ from geo_pretrain.catalog import CATALOG
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.training import pretrain as running
 from geo_pretrain.training.data.sources import registry as sources
-from geo_pretrain.training.evaluation import comparison
-from geo_pretrain.training.evaluation.recall import MatchingResult
+from geo_pretrain.training.evaluation import matching as matching_module
+from geo_pretrain.training.evaluation.matching import MatchingResult
 from geo_pretrain.training.recipe import DataSpec, load_recipe, load_stage1
 from geo_pretrain.training.visualize import preview
 from tests.authors_files import write
@@ -273,7 +273,7 @@ def test_every_option_of_eval_arrives(monkeypatch):
     data = DataSpec("seven_scenes", "x", frames=(0.25, 0.5), overlap=(0.5, 0.75), measure="match_released_code")
     named = {"count": 7, "threshold": 1.5, "seed": 9}
     plain = {"count": 100, "threshold": None, "seed": 0}
-    place = comparison, "compare_matching", {"net": result}
+    place = matching_module, "compare_matching", {"net": result}
     spec, options, shown = given(monkeypatch, *place, "eval", "matching", "net", *common, *matching, "--json")
     assert (spec, options) == (("net", data), named | {"size": (48, 64), "turn": "upright"})
     assert json.loads(shown.output)["net"] == {
@@ -285,7 +285,7 @@ def test_every_option_of_eval_arrives(monkeypatch):
     heading, row = (line.split() for line in shown.output.splitlines())
     assert heading == ["weights", "recall", "within", "3", "voxels", "chance", "pairs", "queries"]
     assert row == ["net", "25.0%", "±", "12.5%", "6.2%", "2", "20"]
-    place = comparison, "compare_pixel_to_voxel", {"net": result}
+    place = matching_module, "compare_pixel_to_voxel", {"net": result}
     spec, options, _ = given(monkeypatch, *place, "eval", "pixel-to-voxel", "net", *common)
     assert (spec, options) == (("net", dataclasses.replace(data, overlap=(0.0, 1.0))), named)
     spec, options, _ = given(monkeypatch, *place, "eval", "pixel-to-voxel", "net")

@@ -27,7 +27,7 @@ from geo_pretrain.cli.shared import app, console, escape, progress
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import Skips
     from geo_pretrain.training.data.labelled.image import LabelledSource
-    from geo_pretrain.training.evaluation.recall import MatchingResult
+    from geo_pretrain.training.evaluation.matching import MatchingResult
 
 eval_app = typer.Typer(help="Measure a backbone.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
@@ -60,7 +60,7 @@ def eval_matching(
     In 3D: `geo-pretrain eval matching runs/pointcontrast --data scannet:PATH --turn full`
     """
     from geo_pretrain.training.data.frame import Skips
-    from geo_pretrain.training.evaluation.comparison import compare_matching
+    from geo_pretrain.training.evaluation.matching import compare_matching
 
     spec = data_spec(data, frames, overlap, set_)
     skips = Skips()
@@ -99,7 +99,7 @@ def eval_pixel_to_voxel(
     Example: `geo-pretrain eval pixel-to-voxel runs/geo --data scannet:PATH --frames 0.75:1`
     """
     from geo_pretrain.training.data.frame import Skips
-    from geo_pretrain.training.evaluation.comparison import compare_pixel_to_voxel
+    from geo_pretrain.training.evaluation.matching import compare_pixel_to_voxel
 
     spec = data_spec(data, frames, "0:1", set_)
     skips = Skips()

@@ -23,7 +23,7 @@ LABELLED_HELP = "SOURCE or SOURCE:PATH of labelled images, such as rooms, scanne
 
 
 class Turn(StrEnum):
-    """Typer's way to list what an option accepts; means `cloud_matching.Turn`."""
+    """Typer's way to list what an option accepts; means `evaluation.matching.Turn`."""
 
     CAMERA, FULL, UPRIGHT = "camera", "full", "upright"
 

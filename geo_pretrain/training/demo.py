@@ -28,6 +28,7 @@ from geo_pretrain.training.data.frame import Frame, Skips, Source
 from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import join
+from geo_pretrain.training.evaluation.features import ImageExtractor
 from geo_pretrain.training.evaluation.matching import MatchingResult, evaluate_matching, match_pair
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune_frames, predict
 from geo_pretrain.training.loop import StepInfo
@@ -102,8 +103,7 @@ def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSp
     matching = {}
     for name, network in networks.items():
         measured = evaluate_matching(
-            network,
-            ImageContract(),
+            ImageExtractor(network, ImageContract()),
             val,
             val_pairs,
             size=recipe.data.size,
@@ -175,7 +175,7 @@ def draw_demo_matches(
         by_scene.setdefault(pair.scene, []).append(pair)
     middling = [by_scene[scene][len(by_scene[scene]) // 2] for scene in sorted(by_scene)[:4]]
     rows = [
-        [match_pair(network, ImageContract(), source, pair, size=size) for network in networks.values()]
+        [match_pair(ImageExtractor(network, ImageContract()), source, pair, size=size) for network in networks.values()]
         for pair in middling
     ]
     draw_matches(rows, [f"{name} weights" for name in networks], path, threshold=THRESHOLD)

@@ -21,11 +21,9 @@ from geo_pretrain.training.data.labelled.clouds import labelled_clouds
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.evaluation.cloud_matching import evaluate_cloud_matching
-from geo_pretrain.training.evaluation.comparison import dense_network, random_twin
-from geo_pretrain.training.evaluation.matching import evaluate_matching
-from geo_pretrain.training.evaluation.probes import STAGES, ProbeSpec, linear_probe
-from geo_pretrain.training.evaluation.recall import MatchingResult, spread_evenly
+from geo_pretrain.training.evaluation.features import STAGES, CloudExtractor, load_extractor
+from geo_pretrain.training.evaluation.matching import MatchingResult, evaluate_matching, spread_evenly
+from geo_pretrain.training.evaluation.probes import ProbeSpec, linear_probe
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec, PointsSpec, finetune_clouds, finetune_frames
 from geo_pretrain.training.finetune.segmentation3d import segmentation_srunet
 from geo_pretrain.training.recipe import DataSpec
@@ -110,9 +108,9 @@ def _images(
         return _load(folder, pretrained, seed, device, **options)
 
     def matching() -> dict[str, Any]:
-        network = dense_network(folder) if pretrained else random_twin(folder, seed)
+        extractor = load_extractor(folder, random_init=not pretrained, seed=seed, device=device)
         source, pairs = rooms.held_out()
-        result = evaluate_matching(network.to(device), contract, source, pairs, size=rooms.size, seed=seed)
+        result = evaluate_matching(extractor, source, pairs, size=rooms.size, seed=seed)
         return _recall(result, "dense output" if decoder else "encoder's maps")
 
     def probe() -> float:
@@ -140,7 +138,8 @@ def _points(
 
     def matching() -> dict[str, Any]:
         source, pairs = rooms.held_out()
-        result = evaluate_cloud_matching(network, contract, source, pairs, size=rooms.size, turn="upright", seed=seed)
+        extractor = CloudExtractor(network, contract)
+        result = evaluate_matching(extractor, source, pairs, size=rooms.size, turn="upright", seed=seed)
         return _recall(result, "output")
 
     def probe() -> float:

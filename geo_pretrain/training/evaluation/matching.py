@@ -1,133 +1,397 @@
-"""Dense matching between two views: does the nearest feature lie where the same surface point is seen?"""
+"""Matching by the nearest feature: pixels of two images, voxels of two clouds, or the pixels and voxels of a frame.
+
+Each asks how often the candidate whose feature is nearest (cosine) lies where the query's surface point truly is.
+`evaluate_matching` measures one feature extractor; `compare_matching` and `compare_pixel_to_voxel` measure a backbone
+beside its random-init baseline, as `geo-pretrain eval` does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import BadFrame
-from geo_pretrain.geometry import match_pixels
+from geo_pretrain.backbones.feature_pair import FeaturePair
+from geo_pretrain.contract import VoxelContract
+from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.geometry import centered, match_pixels, radius_matches
 from geo_pretrain.training.data.frame import Frame, Skips, Source
-from geo_pretrain.training.data.mining import Pair, resize_frame
-from geo_pretrain.training.evaluation.recall import MatchingResult, average_recall, nearest_row
-from geo_pretrain.training.tasks.pri3d import gather_cells, half_resolution_cell, sample_matches
+from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
+from geo_pretrain.training.data.samples.clouds import random_rotation
+from geo_pretrain.training.data.sources.registry import open_source
+from geo_pretrain.training.data.surfaces.fusing import Surfaces, cubic_voxel_size
+from geo_pretrain.training.evaluation.features import (
+    RANDOM,
+    CloudExtractor,
+    FeatureExtractor,
+    Features,
+    ImageExtractor,
+    PairedExtractor,
+    cloud_of,
+    load_extractor,
+    load_paired,
+    open_checkpoint,
+    paired_extractor,
+    pretraining_size,
+)
+from geo_pretrain.training.evaluation.progress import Progress, part_of
+from geo_pretrain.training.recipe import DataSpec, recipe_of
+from geo_pretrain.training.tasks.clouds import one_match_each
+from geo_pretrain.training.tasks.pri3d import sample_matches
+
+COUNTERPART = 1.5  # voxels: a voxel nearer than this, in the world, is a true counterpart, as in pre-training
+THRESHOLDS = {"px": 4.0, "voxels": 2.0}  # within which a match is right
+
+# How the cloud of a frame is held before it is voxelized. "camera": as its camera sees it. "full": rotated about its
+# centroid at random, as PointContrast does; "upright": the world rotated about its z axis, as CSC does.
+Turn = Literal["camera", "full", "upright"]
+Unit = Literal["px", "voxels"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class PairMatches:
-    """The matches of one pair: query pixels, where they truly are, and where the features put them."""
+class MatchingResult:
+    """Recall of a network over pairs; `per_pair` has one value a pair in the order of the pairs."""
 
-    pair: Pair
-    frame1: Frame
-    frame2: Frame
-    query: np.ndarray  # [N, 2] (u, v) in frame 1, px
-    truth: np.ndarray  # [N, 2] in frame 2
-    predicted: np.ndarray  # [N, 2] in frame 2
+    recall: float  # mean over pairs of the share of queries matched within `threshold`
+    threshold: float
+    per_pair: tuple[float, ...]
+    queries: int  # in all
+    chance: float  # recall of a uniformly drawn candidate
+    unit: Unit = "px"  # of the threshold
 
     @property
-    def error(self) -> np.ndarray:
-        """Distance between truth and prediction, px: [N]."""
-        return np.linalg.norm(self.predicted - self.truth, axis=-1)
+    def spread(self) -> float:
+        """Standard deviation over pairs."""
+        return float(np.std(self.per_pair))
+
+    @property
+    def measure(self) -> str:
+        """What is measured, such as "recall at 4 px"."""
+        return f"recall {'at' if self.unit == 'px' else 'within'} {self.threshold:g} {self.unit}"
 
 
-class EncoderMaps(nn.Module):
-    """An encoder's maps as one at half resolution: each of unit length, enlarged (bilinear), side by side.
+@dataclass(frozen=True)
+class Matches:
+    """Queries of one pair of frames: where each truly is in the second, and where the nearest feature puts it.
 
-    What is matched where there is no decoder.
+    Of images (u, v) px; of clouds points in the world, m, where query and truth are one; of the pixels and voxels of a
+    frame the voxels.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
-        """`encoder` gives a list of maps [B, C_i, H_i, W_i], those that are to be matched."""
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> [B, sum of channels, H / 2, W / 2]."""
-        size = (x.shape[2] // 2, x.shape[3] // 2)
-        maps = [F.normalize(m) for m in self.encoder(x)]
-        return torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps], dim=1)
+    pair: Pair
+    frames: tuple[Frame, ...]  # at the size that was matched
+    query: np.ndarray  # float64 [N, D]
+    truth: np.ndarray  # float64 [N, D]
+    predicted: np.ndarray  # float64 [N, D]
+    error: np.ndarray  # float64 [N], distance between truth and prediction: px or voxels
+    chance: float  # share of the candidates that would be right
 
 
 def evaluate_matching(
-    network: nn.Module,
-    contract: ImageContract,
+    extractor: FeatureExtractor | PairedExtractor,
     source: Source,
     pairs: Sequence[Pair],
     *,
     size: tuple[int, int],
-    threshold: float = 4.0,
+    threshold: float | None = None,
+    turn: Turn = "camera",
     queries: int = 500,
     seed: int = 0,
     skips: Skips | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> MatchingResult:
-    """Matching recall at `threshold` pixels (of images of `size`, height x width) over held-out pairs.
+    """Measure matching recall over held-out pairs, whose frames are brought to `size` (height, width).
+
+    A 2D network matches the pixels of two images, a 3D one the voxels of two clouds; two networks with one feature
+    space match pixels of a pair's first frame with its voxels.
 
     Args:
-        network: dense features [B, C, H/2, W/2] or [B, C, H, W] from images [B, 3, H, W], in eval mode.
-        queries: pixels of frame 1 drawn for each pair among those that frame 2 sees (projection, depth within 5 cm).
+        threshold: within which a match is right; None: 4 pixels (of images of `size`), 2 voxels.
+        turn: of clouds.
+        queries: drawn for each pair among those whose counterpart is known.
 
     Raises:
         DataError: no pair could be read.
     """
+    unit = unit_of(extractor)
+    within = THRESHOLDS[unit] if threshold is None else threshold
+    options: dict[str, Any] = {"size": size, "threshold": within, "turn": turn, "queries": queries}
 
     def measure(number: int, pair: Pair) -> tuple[np.ndarray, float]:
-        matches = match_pair(network, contract, source, pair, size=size, queries=queries, seed=seed + number)
-        return matches.error, chance
+        matches = match_pair(extractor, source, pair, seed=seed + number, **options)
+        return matches.error, matches.chance
 
-    chance = min(1.0, float(np.pi * threshold**2 / (size[0] * size[1])))
     return average_recall(
-        pairs, measure, source=source.name, threshold=threshold, unit="px", skips=skips, progress=progress
+        pairs, measure, source=source.name, threshold=within, unit=unit, skips=skips, progress=progress
     )
+
+
+def unit_of(extractor: FeatureExtractor | PairedExtractor) -> Unit:
+    """What distances between matches are measured in."""
+    return "px" if isinstance(extractor, ImageExtractor) else "voxels"
 
 
 @torch.no_grad()
 def match_pair(
-    network: nn.Module,
-    contract: ImageContract,
+    extractor: FeatureExtractor | PairedExtractor,
     source: Source,
     pair: Pair,
     *,
     size: tuple[int, int],
+    threshold: float | None = None,
+    turn: Turn = "camera",
     queries: int = 500,
     seed: int = 0,
-) -> PairMatches:
-    """Match pixels of one pair by the nearest feature (cosine) among all cells of the other image's map.
+) -> Matches:
+    """Match one pair by the nearest feature; arguments as for `evaluate_matching`. Raises `BadFrame`."""
+    threshold = THRESHOLDS[unit_of(extractor)] if threshold is None else threshold
+    if isinstance(extractor, PairedExtractor):
+        frame = resize_frame(source.load(pair.scene, pair.frame1), size)
+        return _match_modalities(extractor, pair, frame, threshold, queries, seed)
+    frame1, frame2 = (resize_frame(source.load(pair.scene, frame), size) for frame in (pair.frame1, pair.frame2))
+    if isinstance(extractor, CloudExtractor):
+        return _match_clouds(extractor, pair, frame1, frame2, turn, threshold, queries, seed)
+    return _match_images(extractor, pair, frame1, frame2, threshold, queries, seed)
+
+
+def _match_images(
+    extractor: FeatureExtractor, pair: Pair, frame1: Frame, frame2: Frame, threshold: float, queries: int, seed: int
+) -> Matches:
+    """Match pixels of frame 1 that frame 2 sees (projection, depth within 5 cm) among all cells of the other map.
 
     A cell of a map at half resolution stands for its center, between four pixels; of a map as large as the image for
-    its pixel. Raises `BadFrame`.
+    its pixel.
     """
-    frame1, frame2 = (resize_frame(source.load(pair.scene, f), size) for f in (pair.frame1, pair.frame2))
-    device = next(network.parameters()).device
-    target = match_pixels(*_cameras(frame1, frame2))
-    pixel1, pixel2, found = sample_matches(target, [seed], queries)
+    pixel1, pixel2, found = sample_matches(match_pixels(*_cameras(frame1, frame2)), [seed], queries)
     if not found.item():
-        raise BadFrame(f"{pair.scene}/{pair.frame1}-{pair.frame2}", "pair has no match")
-    transform = contract.transforms(resize=False)
-    features1, features2 = (network(transform(f.color)[None].to(device)).float() for f in (frame1, frame2))
-    stride = round(size[0] / features1.shape[-2])  # 2 of Pri3D's U-Net, 1 of a network at the image's resolution
-    pixel = pixel1.to(device)
-    cell = half_resolution_cell(pixel, size[1], features1.shape) if stride == 2 else pixel
-    best = nearest_row(gather_cells(features1, cell)[0], features2[0].flatten(1).T).cpu()
-    width = features2.shape[-1]
-    predicted = torch.stack([best % width, best // width], -1) * stride + (stride - 1) / 2
-    return PairMatches(
-        pair, frame1, frame2, _uv(pixel1[0], size[1]), _uv(pixel2[0], size[1]), predicted.double().numpy()
-    )
+        raise _no_match(pair)
+    features1, features2 = extractor.extract_frame(frame1), extractor.extract_frame(frame2)
+    best = nearest_row(features1.rows_at(pixel1[0]), features2.rows).cpu()
+    height, width = frame1.depth.shape
+    chance = min(1.0, float(np.pi * threshold**2 / (height * width)))
+    query, truth, predicted = _uv(pixel1[0], width), _uv(pixel2[0], width), features2.positions[best].numpy()
+    return Matches(pair, (frame1, frame2), query, truth, predicted, _distance(truth, predicted), chance)
+
+
+def _match_clouds(
+    extractor: CloudExtractor,
+    pair: Pair,
+    frame1: Frame,
+    frame2: Frame,
+    turn: Turn,
+    threshold: float,
+    queries: int,
+    seed: int,
+) -> Matches:
+    """Match voxels of cloud 1 with a counterpart in cloud 2 among all its voxels; each stands for its first point."""
+    generator, voxel_size = torch.Generator().manual_seed(seed), extractor.voxel_size
+    features1, features2 = (_extract_turned(extractor, frame, turn, generator) for frame in (frame1, frame2))
+    world1, world2 = features1.positions, features2.positions
+    counterparts = radius_matches(world1, world2, COUNTERPART * voxel_size)
+    if not len(counterparts):
+        raise _no_match(pair)
+    row = one_match_each(counterparts, queries, generator)[:, 0]
+    best = nearest_row(features1.rows[row], features2.rows).cpu()
+    chance = chance_within(world1[row], world2, threshold * voxel_size)
+    query, predicted = world1[row].numpy(), world2[best].numpy()
+    error = _distance(query, predicted) / voxel_size
+    return Matches(pair, (frame1, frame2), query, query, predicted, error, chance)
+
+
+def _extract_turned(extractor: CloudExtractor, frame: Frame, turn: Turn, generator: torch.Generator) -> Features:
+    """Features of the voxels of a frame's cloud, held as `turn` says; positions are those in the world."""
+    cloud = cloud_of(frame)
+    if turn == "camera":
+        to_network = torch.linalg.inv(torch.from_numpy(frame.cam_to_world).double())
+    else:
+        to_network = random_rotation(generator, turn) @ centered(torch.from_numpy(cloud.points).double())
+    return extractor.extract_surface(cloud, [], to_network=to_network)
+
+
+def _match_modalities(
+    extractor: PairedExtractor, pair: Pair, frame: Frame, threshold: float, queries: int, seed: int
+) -> Matches:
+    """Match pixels of a frame among all its voxels; see `PairedExtractor.correspond`."""
+    generator = torch.Generator().manual_seed(seed)
+    shown = extractor.correspond(frame, queries, generator)
+    best = nearest_row(shown.pixels, shown.candidates.rows).cpu()
+    voxels = shown.candidates.positions
+    chance = chance_within(voxels[shown.voxels], voxels, threshold)
+    truth, predicted = voxels[shown.voxels].numpy(), voxels[best].numpy()
+    return Matches(pair, (frame,), truth, truth, predicted, _distance(truth, predicted), chance)
+
+
+def average_recall(
+    items: Sequence[T],
+    measure: Callable[[int, T], tuple[np.ndarray, float]],
+    *,
+    source: str,
+    threshold: float,
+    unit: Unit,
+    skips: Skips | None = None,
+    progress: Progress | None = None,
+) -> MatchingResult:
+    """Mean recall over `items`: pairs, numbered for `measure`, which returns each query's error and the chance level.
+
+    Pairs that raise `BadFrame` are added to `skips`. Raises `DataError` when none is left; `source` names the data.
+    """
+    skips = skips if skips is not None else Skips()
+    recalls, chances, total = [], [], 0
+    for number, item in enumerate(items):
+        if progress is not None:
+            progress(number, len(items))
+        try:
+            error, chance = measure(number, item)
+        except BadFrame as bad:
+            skips.add(bad)
+            continue
+        recalls.append(float((error <= threshold).mean()))
+        chances.append(chance)
+        total += len(error)
+    if not recalls:
+        raise DataError(f"No pair of source {source!r} could be evaluated.\n{skips.summary()}")
+    return MatchingResult(float(np.mean(recalls)), threshold, tuple(recalls), total, float(np.mean(chances)), unit)
+
+
+def compare_matching(
+    backbone: str,
+    spec: DataSpec,
+    *,
+    size: tuple[int, int] | None = None,
+    count: int = 100,
+    threshold: float | None = None,
+    turn: Turn = "camera",
+    seed: int = 0,
+    skips: Skips | None = None,
+    progress: Progress | None = None,
+) -> dict[str, MatchingResult]:
+    """Measure matching recall of a backbone (catalog name or folder) and of its random-init baseline.
+
+    Pixels for a 2D backbone, voxels for a 3D one. An encoder without a decoder matches its maps, see `EncoderMaps`.
+
+    Args:
+        size: of the frames; None: that of pre-training.
+        count: pairs, spread evenly over all that `spec` allows.
+        threshold: None: 4 pixels, or 2 voxels.
+        turn: of the clouds of a 3D backbone.
+        seed: of queries, turns and random weights.
+    """
+    checkpoint = open_checkpoint(backbone)
+    if isinstance(checkpoint.contract, VoxelContract):
+        cubic_voxel_size(checkpoint.contract)  # refuse what cannot be measured before anything is rendered
+    spec = replace(spec, size=size or pretraining_size(checkpoint, spec.size))
+    skips = skips if skips is not None else Skips()
+    source = open_source(spec, split="val")
+    pairs = spread_evenly(find_pairs(source, spec, skips=skips), count)
+    results = {}
+    for number, (name, random_init) in enumerate({RANDOM: True, backbone: False}.items()):
+        results[name] = evaluate_matching(
+            load_extractor(checkpoint.folder, random_init=random_init, seed=seed),
+            source,
+            pairs,
+            size=spec.size,
+            threshold=threshold,
+            turn=turn,
+            seed=seed,
+            skips=skips,
+            progress=part_of(progress, number, 2),
+        )
+    return results
+
+
+def compare_pixel_to_voxel(
+    folder: str,
+    spec: DataSpec,
+    *,
+    count: int = 100,
+    threshold: float = 2.0,
+    seed: int = 0,
+    skips: Skips | None = None,
+    progress: Progress | None = None,
+) -> dict[str, MatchingResult]:
+    """Measure pixel-to-voxel recall of a folder of pri3d_geo, pri3d_view_geo, ppkt or img2pc beside random weights.
+
+    The random-init baseline re-initializes all of Pri3D; of taught networks only the student and the projections.
+    Frames have the size of pre-training; `count` of them are spread evenly over those of `spec`.
+    """
+    networks = {RANDOM: load_paired(folder, random_init=True, seed=seed), folder: load_paired(folder)}
+    recipe = recipe_of(open_checkpoint(folder))
+    spec = replace(spec, size=spec.size if recipe is None else recipe.data.size)
+    skips = skips if skips is not None else Skips()
+    if isinstance(networks[folder], FeaturePair):
+        spec = replace(spec, units="frames")
+        source = open_source(spec, split="val")
+        frames = spread_evenly(find_pairs(source, spec, skips=skips), count)
+    else:
+        source = open_source(spec, split="val")
+        frames = spread_frames(source, count)
+    surfaces = Surfaces(source)
+    return {
+        name: evaluate_matching(
+            paired_extractor(both, surfaces),
+            source,
+            frames,
+            size=spec.size,
+            threshold=threshold,
+            seed=seed,
+            skips=skips,
+            progress=part_of(progress, number, 2),
+        )
+        for number, (name, both) in enumerate(networks.items())
+    }
+
+
+def spread_frames(source: Source, count: int) -> list[Pair]:
+    """At most `count` frames, each paired with itself, spread evenly over all scenes; neighbors are taken in twos."""
+    twos = []
+    for scene in source.scenes():
+        ids = source.frame_ids(scene)
+        twos += [(scene, first, second) for first, second in zip(ids[::2], ids[1::2], strict=False)]
+    chosen = spread_evenly(twos, max(1, count // 2))
+    return [Pair(scene, frame, frame, 1.0) for scene, *frames in chosen for frame in frames]
+
+
+def spread_evenly(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, from the first to the last at even distances."""
+    if len(items) <= count:
+        return list(items)
+    return [items[k] for k in np.linspace(0, len(items) - 1, count).round().astype(int)]
+
+
+def nearest_row(query: Tensor, candidates: Tensor) -> Tensor:
+    """For each query [Q, C] the row of `candidates` [N, C] with the largest cosine: int64 [Q]."""
+    return (F.normalize(query, dim=-1) @ F.normalize(candidates, dim=-1).T).argmax(-1)
+
+
+def chance_within(truth: Tensor, places: Tensor, radius: float) -> float:
+    """Share of candidates at `places` [N, 3] within `radius` of a true position [Q, 3], mean over queries."""
+    exact = "donot_use_mm_for_euclid_dist"
+    near = [torch.cdist(part, places, compute_mode=exact) <= radius for part in truth.split(64)]
+    return float(torch.cat(near).double().mean())
+
+
+def _distance(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Euclidean distance of each row: float64 [N]."""
+    distance: np.ndarray = np.linalg.norm(predicted - truth, axis=-1)
+    return distance
+
+
+def _no_match(pair: Pair) -> BadFrame:
+    return BadFrame(f"{pair.scene}/{pair.frame1}-{pair.frame2}", "pair has no match")
 
 
 def _cameras(frame1: Frame, frame2: Frame) -> list[Tensor]:
-    """The arguments of `match_pixels` for one pair."""
+    """The arguments of `geometry.match_pixels` for one pair."""
     columns = [[f.depth, f.intrinsics.astype(np.float32), f.cam_to_world] for f in (frame1, frame2)]
     return [torch.from_numpy(np.ascontiguousarray(columns[k][c]))[None] for c in range(3) for k in range(2)]
 
 
 def _uv(pixel: Tensor, width: int) -> np.ndarray:
-    """Flat pixel indices [N] as (u, v): float [N, 2]."""
+    """Flat pixel indices [N] as (u, v): float64 [N, 2]."""
     return torch.stack([pixel % width, pixel // width], -1).double().numpy()

@@ -29,14 +29,12 @@ from geo_pretrain.errors import CheckpointError, DataError, RecipeError, unknown
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.labelled.clouds import LabelledCloud, batch_voxels, labelled_clouds, voxels_of
 from geo_pretrain.training.data.labelled.image import LabelledSource
-from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size
+from geo_pretrain.training.evaluation.features import RANDOM, STAGES, CloudExtractor, ImageExtractor
 from geo_pretrain.training.evaluation.metrics import confusion_matrix, mean_iou, pixel_accuracy
+from geo_pretrain.training.evaluation.progress import Progress, counted, part_of
 
 Part = Literal["encoder", "unet"]
-Progress = Callable[[int, int], None]
-RANDOM = "random"  # name of the random-init baseline in results
 PROBES = ("linear", "knn")
-STAGES = (1, 2, 3, 4)  # of the encoder: strides 4, 8, 16, 32
 QUERIES = 256  # of k-NN compared with the whole bank at once
 LEAST_STD = 1e-6  # a channel that varies less is constant
 
@@ -109,16 +107,16 @@ class Head:
 class ProbeData(ABC):
     """One labelled split as a frozen network sees it: features and labels of one image or cloud at a time."""
 
-    network: nn.Module
+    extractor: ImageExtractor | CloudExtractor
     classes: int  # without the unlabelled
     nothing: str  # begins the message that there is no label
     kind: str
     needs: str
 
-    def through(self, network: nn.Module) -> ProbeData:
+    def through(self, extractor: ImageExtractor | CloudExtractor) -> ProbeData:
         """The same images or clouds through another network of the same contract."""
         other = copy.copy(self)
-        other.network = network.eval()
+        other.extractor = extractor
         return other
 
     @abstractmethod
@@ -141,14 +139,12 @@ class ProbeData(ABC):
 class ImageData(ProbeData):
     """Labelled images through a 2D network that gives a map or several."""
 
+    extractor: ImageExtractor
     kind, needs = "images", "images with labels of segmentation"
 
-    def __init__(self, network: nn.Module, source: LabelledSource, spec: ProbeSpec) -> None:
-        self.network, self.source, self.classes = network.eval(), source, len(source.classes)
+    def __init__(self, extractor: ImageExtractor, source: LabelledSource) -> None:
+        self.extractor, self.source, self.classes = extractor, source, len(source.classes)
         self.nothing = f"Source {source.name!r}, split {source.split!r}: no labelled pixel"
-        self.contract = cast(ImageContract, network.contract)
-        if spec.size is not None:
-            self.contract = replace(self.contract, size=spec.size)
 
     def ids(self) -> list[str]:
         """Names of all images."""
@@ -160,10 +156,7 @@ class ImageData(ProbeData):
         if labelled.semantic is None:
             name = self.source.name
             raise DataError(f"{name}: image {id} has no labels of pixels; open the source for segmentation.")
-        device = next(self.network.parameters()).device
-        out = self.network(self.contract.transforms()(labelled.image)[None].to(device))
-        maps = [out] if isinstance(out, Tensor) else list(out)
-        return [m.float() for m in maps], torch.from_numpy(labelled.semantic.astype(np.int64))
+        return self.extractor.maps(labelled.image, resize=True), torch.from_numpy(labelled.semantic.astype(np.int64))
 
     def read(self, features: list[Tensor], places: Tensor, shape: torch.Size) -> Tensor:
         """See `read_at`."""
@@ -177,12 +170,11 @@ class ImageData(ProbeData):
 class CloudData(ProbeData):
     """The voxels of labelled clouds through a 3D network."""
 
+    extractor: CloudExtractor
     kind, needs, nothing = "clouds", "frames with labels", "No labelled voxel"
 
-    def __init__(
-        self, network: nn.Module, contract: VoxelContract, clouds: Sequence[LabelledCloud], classes: int
-    ) -> None:
-        self.network, self.contract, self.classes = network.eval(), contract, classes
+    def __init__(self, extractor: CloudExtractor, clouds: Sequence[LabelledCloud], classes: int) -> None:
+        self.extractor, self.classes = extractor, classes
         self.clouds = {cloud.id: cloud for cloud in clouds}
 
     def ids(self) -> list[str]:
@@ -190,15 +182,9 @@ class CloudData(ProbeData):
         return list(self.clouds)
 
     def load(self, id: str) -> tuple[list[Tensor], Tensor]:
-        """Features [N, C] of a cloud's voxels, and their majority labels: int64 [N].
-
-        Of an `SRUNet` the finest map before its last layer, `block8` (96 channels at the real width): what fine-tuning
-        keeps. Of other networks their output.
-        """
-        network, device = self.network, next(self.network.parameters()).device
-        x, truth = batch_voxels([voxels_of(self.clouds[id], self.contract)], device)
-        features = network.pyramid(x)[0] if isinstance(network, SRUNet) else network(x)
-        return [features.feats.float().cpu()], truth.cpu()
+        """Features [N, C] of a cloud's voxels, and their majority labels: int64 [N]."""
+        x, truth = batch_voxels([voxels_of(self.clouds[id], self.extractor.contract)], self.extractor.device)
+        return [self.extractor.voxel_rows(x).float().cpu()], truth.cpu()
 
     def read(self, features: list[Tensor], places: Tensor, shape: torch.Size) -> Tensor:
         """The rows at `places` [n, 1]."""
@@ -275,14 +261,14 @@ def compare_probes(
     for name in probes:
         if name not in PROBES:
             raise unknown("probe", name, PROBES)
-    networks = {
-        RANDOM: _load(backbone, part, device, pretrained=False, seed=spec.seed),
-        str(backbone): _load(backbone, part, device),
+    extractors = {
+        RANDOM: probe_extractor(_load(backbone, part, device, pretrained=False, seed=spec.seed), spec.size),
+        str(backbone): probe_extractor(_load(backbone, part, device), spec.size),
     }
-    seen, unseen = open_data(networks[RANDOM], train, val, spec)
+    seen, unseen = open_data(extractors[RANDOM], train, val, spec)
     return {
-        name: run_probes(probes, seen.through(network), unseen.through(network), spec, part_of(progress, number, 2))
-        for number, (name, network) in enumerate(networks.items())
+        name: run_probes(probes, seen.through(extractor), unseen.through(extractor), spec, part_of(progress, number, 2))
+        for number, (name, extractor) in enumerate(extractors.items())
     }
 
 
@@ -297,31 +283,39 @@ def _probe_alone(
     progress: Progress | None,
 ) -> ProbeResult:
     network = backbone if isinstance(backbone, nn.Module) else _load(backbone, part, device)
-    return run_probes([probe], *open_data(network.to(device), train, val, spec), spec, progress)[probe]
+    extractor = probe_extractor(network.to(device), spec.size)
+    return run_probes([probe], *open_data(extractor, train, val, spec), spec, progress)[probe]
+
+
+def probe_extractor(network: nn.Module, size: tuple[int, int] | None = None) -> ImageExtractor | CloudExtractor:
+    """Wrap a network with a `contract` for probes; `size`: of the images it sees, None: its contract's.
+
+    Of a sparse U-Net the finest map before its last layer is probed, `block8` (96 channels at the real width), which
+    fine-tuning keeps; of other 3D networks their output. Raises `CheckpointError` without a usable contract.
+    """
+    contract: Any = getattr(network, "contract", None)
+    if isinstance(contract, VoxelContract):
+        return CloudExtractor(network, contract, level=0 if isinstance(network, SRUNet) else None)
+    if isinstance(contract, ImageContract):
+        return ImageExtractor(network, contract if size is None else replace(contract, size=size))
+    raise CheckpointError(f"The network's contract is {contract!r}; the probes need an ImageContract or VoxelContract.")
 
 
 def open_data(
-    network: nn.Module, train: LabelledSource, val: LabelledSource, spec: ProbeSpec
+    extractor: ImageExtractor | CloudExtractor, train: LabelledSource, val: LabelledSource, spec: ProbeSpec
 ) -> tuple[ProbeData, ProbeData]:
-    """Both splits as the network sees them. Raises what `linear_probe` does for a network that cannot see them."""
-    contract = getattr(network, "contract", None)
-    if isinstance(contract, VoxelContract):
-        cubic_voxel_size(contract)  # refuse what cannot be measured before anything is rendered
-        splits = [
-            CloudData(network, contract, labelled_clouds(source, spec.size), len(val.classes))
-            for source in (train, val)
-        ]
-        return splits[0], splits[1]
-    if isinstance(contract, ImageContract):
-        return ImageData(network, train, spec), ImageData(network, val, spec)
-    raise CheckpointError(f"The network's contract is {contract!r}; the probes need an ImageContract or VoxelContract.")
+    """Both splits as the extractor sees them. Raises `RecipeError` for a 3D network and a source without depth."""
+    if isinstance(extractor, ImageExtractor):
+        return ImageData(extractor, train), ImageData(extractor, val)
+    seen, unseen = (CloudData(extractor, labelled_clouds(s, spec.size), len(val.classes)) for s in (train, val))
+    return seen, unseen
 
 
 def run_probes(
     probes: Sequence[str], train: ProbeData, val: ProbeData, spec: ProbeSpec, progress: Progress | None = None
 ) -> dict[str, ProbeResult]:
     """Run several probes on features of `train` that are read once. `progress` is called after every image."""
-    steps = _counted(progress, len(train.ids()) + len(probes) * len(val.ids()))
+    steps = counted(progress, len(train.ids()) + len(probes) * len(val.ids()))
     samples = draw_samples(train, spec, "train", steps)
     judge = {"linear": _linear_confusion, "knn": _knn_confusion}
     results = {}
@@ -450,23 +444,3 @@ def _load(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return load_backbone(checkpoint.folder, pretrained=pretrained, device=device, **options)
-
-
-def part_of(progress: Progress | None, number: int, count: int) -> Progress:
-    """Report the progress of one of `count` equal parts as progress of the whole."""
-
-    def show(done: int, total: int) -> None:
-        if progress is not None:
-            progress(number * total + done, count * total)
-
-    return show
-
-
-def _counted(progress: Progress | None, total: int) -> Iterator[None]:
-    """Each `next` reports one more image."""
-    done = 0
-    while True:
-        done += 1
-        if progress is not None:
-            progress(done, total)
-        yield

@@ -19,7 +19,7 @@ from geo_pretrain.errors import DataError, RecipeError, require
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms, open_labelled
-from geo_pretrain.training.evaluation.recall import spread_evenly
+from geo_pretrain.training.evaluation.matching import spread_evenly
 from geo_pretrain.training.finetune.folder import MODEL, PICTURE, RESULTS
 from geo_pretrain.training.finetune.published import PaperRow
 from geo_pretrain.training.finetune.segmentation import Segmentation

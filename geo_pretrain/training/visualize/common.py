@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import ImageFont
 
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, unknown
 from geo_pretrain.training.data.frame import Frame, Skips, Source
 from geo_pretrain.training.data.mining import resize_frame
-from geo_pretrain.training.evaluation.recall import spread_evenly
+from geo_pretrain.training.evaluation.features import pretraining_size
+from geo_pretrain.training.evaluation.matching import spread_evenly
+from geo_pretrain.training.evaluation.progress import Progress as Progress
 from geo_pretrain.training.recipe import DataSpec, recipe_of
-from geo_pretrain.training.visualize.features import Opened
+from geo_pretrain.training.visualize.columns import Opened
 
-Progress = Callable[[int, int], None]
 NOTHING = (234, 236, 239)  # where there is no feature: no depth, no point
 ROOMS_FRAMES = 12  # of a room, where the recipe does not say
 
@@ -28,23 +28,18 @@ def check_suffix(path: Path, accepted: Sequence[str]) -> None:
         raise RecipeError(f"The file to write is {path.name!r}; accepted: names that end in {', '.join(accepted)}.")
 
 
-def settled(spec: DataSpec, found: Opened, size: tuple[int, int] | None, scenes: int) -> DataSpec:
+def settled(spec: DataSpec, opened: Opened, size: tuple[int, int] | None, scenes: int) -> DataSpec:
     """`spec` with the size of frames: `size`, or else that of pre-training; and with `scenes` rooms as in pre-training.
 
     Rooms that the user described (`data.options`) stay as they are.
     """
-    contract = found.checkpoint.contract
-    if size is None and isinstance(contract, ImageContract):
-        size = contract.size
-    if size is None:
-        recipe = recipe_of(found.checkpoint)
-        size = spec.size if recipe is None else recipe.data.size
+    spec = replace(spec, size=size or pretraining_size(opened.checkpoint, spec.size))
     if spec.source != "rooms" or spec.options:
-        return replace(spec, size=size)
-    recipe = recipe_of(found.checkpoint)
+        return spec
+    recipe = recipe_of(opened.checkpoint)
     own = recipe is not None and recipe.data.source == "rooms"
     options = recipe.data.options if recipe is not None and own else {"frames": ROOMS_FRAMES}
-    return replace(spec, size=size, options={**options, "scenes": scenes})
+    return replace(spec, options={**options, "scenes": scenes})
 
 
 def chosen_scene(source: Source, scene: str | None) -> str:

@@ -12,8 +12,10 @@ from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.frame import Frame, Skips
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces
+from geo_pretrain.training.evaluation.features import Features
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.colors import shared_pca
+from geo_pretrain.training.visualize.columns import Column, find_backbone, load_columns
 from geo_pretrain.training.visualize.common import (
     Progress,
     check_suffix,
@@ -23,7 +25,6 @@ from geo_pretrain.training.visualize.common import (
     settled,
     shortened,
 )
-from geo_pretrain.training.visualize.features import Describer, Features, find_backbone, load_describers
 from geo_pretrain.training.visualize.grids import _enlarge, _save_grid
 
 SCENES = 4  # rooms that are there to choose from
@@ -53,7 +54,7 @@ def draw_features(
         backbones: catalog names or folders, 2D and 3D.
         scene: None: the source's first.
         size: of the frames; None: that of the first backbone's pre-training.
-        level: a map inside the networks instead of their output, see `load_describers`.
+        level: a map inside the networks instead of their output, see `load_columns`.
         twin: also the first backbone with random weights, drawn from `seed`.
 
     Raises:
@@ -67,9 +68,9 @@ def draw_features(
     source = open_source(spec, split="val")
     frames = load_frames(source, chosen_scene(source, scene), count, spec.size, skips)
     surfaces = Surfaces(source)
-    columns = [d for one in found for d in load_describers(one, surfaces, level=level, seed=seed, device=device)]
+    columns = [column for one in found for column in load_columns(one, surfaces, level=level, seed=seed, device=device)]
     if twin:
-        columns += load_describers(found[0], surfaces, level=level, random=True, seed=seed, device=device)
+        columns += load_columns(found[0], surfaces, level=level, random_init=True, seed=seed, device=device)
     rows = _described(frames, columns, skips, progress)
     panels = [[_enlarge(frame.color), *map(_enlarge, row)] for frame, row in _colored(rows, columns)]
     titles = ["image", *(shortened(column.title, panels[0][0].width) for column in columns)]
@@ -83,7 +84,7 @@ def draw_features(
 
 
 def _described(
-    frames: Sequence[Frame], columns: Sequence[Describer], skips: Skips, progress: Progress | None
+    frames: Sequence[Frame], columns: Sequence[Column], skips: Skips, progress: Progress | None
 ) -> list[tuple[Frame, list[Features]]]:
     """The features of every frame in every column; a frame without some is left out."""
     rows = []
@@ -93,7 +94,7 @@ def _described(
             for place, column in enumerate(columns):
                 if progress is not None:
                     progress(number * len(columns) + place, len(frames) * len(columns))
-                row.append(column.of_frame(frame))
+                row.append(column.pixel_features(frame))
             rows.append((frame, row))
         except BadFrame as bad:
             skips.add(bad)
@@ -103,13 +104,13 @@ def _described(
 
 
 def _colored(
-    rows: Sequence[tuple[Frame, list[Features]]], columns: Sequence[Describer]
+    rows: Sequence[tuple[Frame, list[Features]]], columns: Sequence[Column]
 ) -> list[tuple[Frame, list[np.ndarray]]]:
     """The features as pictures uint8 [H, W, 3], one color space for all rows and all columns of a space."""
     colors: dict[tuple[int, int], np.ndarray] = {}
     for space in dict.fromkeys(column.space for column in columns):
         cells = [(r, c) for c, column in enumerate(columns) if column.space == space for r in range(len(rows))]
-        colors |= zip(cells, shared_pca([rows[r][1][c].rows for r, c in cells]), strict=True)
+        colors |= zip(cells, shared_pca([rows[r][1][c].unit() for r, c in cells]), strict=True)
     return [
         (frame, [painted(colors[r, c], found.index) for c, found in enumerate(row)])
         for r, (frame, row) in enumerate(rows)

@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.evaluation.matching import PairMatches
-from geo_pretrain.training.evaluation.recall import Unit
+from geo_pretrain.training.evaluation.matching import Matches, Unit
 from geo_pretrain.training.visualize.preview import class_colors
 
 INK, PAPER, GREY = (28, 32, 38), (255, 255, 255), (120, 126, 134)
@@ -20,7 +19,7 @@ DRAW_SCALE = 2  # drawn large and reduced: Pillow's lines are not antialiased
 
 
 def draw_matches(
-    rows: Sequence[Sequence[PairMatches]],
+    rows: Sequence[Sequence[Matches]],
     titles: Sequence[str],
     path: Path,
     *,
@@ -54,9 +53,9 @@ def draw_segmentations(
     _save_grid(panels, captions, ["image", "truth", *titles], legend, path)
 
 
-def _match_panel(matches: PairMatches, threshold: float, shown: int) -> Image.Image:
-    left, right = _enlarge(matches.frame1.color), _enlarge(matches.frame2.color)
-    scale = left.width / matches.frame1.color.shape[1]
+def _match_panel(matches: Matches, threshold: float, shown: int) -> Image.Image:
+    left, right = (_enlarge(frame.color) for frame in matches.frames)
+    scale = left.width / matches.frames[0].color.shape[1]
     canvas = Image.new("RGB", (left.width * 2 + GAP // 2, left.height), PAPER)
     canvas.paste(left, (0, 0))
     canvas.paste(right, (left.width + GAP // 2, 0))

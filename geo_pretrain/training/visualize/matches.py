@@ -5,11 +5,8 @@ Pri3D (Hou et al., ICCV 2021), fig. 10.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +14,14 @@ import torch
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError
 from geo_pretrain.files import atomic_write
-from geo_pretrain.training.data.frame import Frame, Skips, Source
-from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
+from geo_pretrain.training.data.frame import Skips, Source
+from geo_pretrain.training.data.mining import Pair, find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size, frame_cloud
-from geo_pretrain.training.evaluation.cloud_matching import CloudMatches, Turn, match_clouds
-from geo_pretrain.training.evaluation.comparison import dense_network, random_twin
-from geo_pretrain.training.evaluation.matching import PairMatches, match_pair
-from geo_pretrain.training.evaluation.recall import spread_evenly
+from geo_pretrain.training.evaluation.features import CloudExtractor, FeatureExtractor, load_extractor
+from geo_pretrain.training.evaluation.matching import THRESHOLDS, Matches, Turn, match_pair, spread_evenly, unit_of
 from geo_pretrain.training.recipe import DataSpec
+from geo_pretrain.training.visualize.columns import RANDOM_TITLE, Opened, find_backbone
 from geo_pretrain.training.visualize.common import (
     Progress,
     check_suffix,
@@ -35,7 +31,6 @@ from geo_pretrain.training.visualize.common import (
     settled,
     shortened,
 )
-from geo_pretrain.training.visualize.features import RANDOM, Opened, find_backbone
 from geo_pretrain.training.visualize.grids import draw_matches
 from geo_pretrain.training.visualize.splat import behind_camera, splat
 
@@ -43,19 +38,11 @@ SCENES = 4  # rooms that are there to choose from
 SCRATCH = "scratch"  # what random weights are called on the command line
 PANEL = 2 * 256  # px: two images side by side, as `draw_matches` makes them
 
-Match = Callable[[Pair, int], PairMatches]
-
 
 @dataclass(frozen=True)
-class SeenMatches(PairMatches):
-    """Matches of two clouds, seen from behind their cameras; right or wrong is decided in the world."""
-
-    distance: np.ndarray  # [N], voxels
-
-    @property
-    def error(self) -> np.ndarray:
-        """Distance between truth and prediction, voxels: [N]."""
-        return self.distance
+class _Column:
+    title: str
+    extractor: FeatureExtractor
 
 
 def visualize_matches(
@@ -82,7 +69,7 @@ def visualize_matches(
         scene: None: pairs are spread over `count` scenes.
         size: of the frames; None: that of pre-training.
         threshold: within which a match is right; None: 4 pixels, 2 voxels.
-        turn: of the clouds, see `cloud_matching.Turn`.
+        turn: of the clouds, see `evaluation.matching.Turn`.
         seed: of queries, turns and random weights.
 
     Returns:
@@ -95,42 +82,69 @@ def visualize_matches(
     """
     check_suffix(out, [".png"])
     skips = skips if skips is not None else Skips()
-    if backbone == SCRATCH:
-        raise RecipeError(
-            f"{SCRATCH!r} is drawn beside a backbone; accepted as the backbone: a catalog name or a folder."
-        )
-    found = [find_backbone(name) for name in dict.fromkeys([backbone, against]) if name not in (None, SCRATCH)]
-    for one in found:
-        _check(one, found[0])
-    spec = settled(spec, found[0], size, SCENES)
+    opened = _open_all(backbone, against)
+    spec = settled(spec, opened[0], size, SCENES)
     source = open_source(spec, split="val")
-    scenes = [chosen_scene(source, scene)] if scene else spread_evenly(source.scenes(), count)
-    shown = spread_evenly(find_pairs(_SomeScenes(source, scenes), spec, skips=skips), count)
-    options: dict[str, Any] = {"source": source, "size": spec.size, "turn": turn, "device": device}
-    columns = [(one.title, _matcher(one, **options)) for one in found]
-    if against == SCRATCH:
-        columns.insert(0, (RANDOM, _matcher(found[0], random_twin(found[0].checkpoint.folder, seed), **options)))
-    voxels = isinstance(found[0].checkpoint.contract, VoxelContract)
-    threshold = (2.0 if voxels else 4.0) if threshold is None else threshold
+    pairs = _pairs_to_draw(source, spec, scene, count, skips)
+    columns = _load_columns(opened, against == SCRATCH, seed, device)
+    unit = unit_of(columns[0].extractor)
+    threshold = THRESHOLDS[unit] if threshold is None else threshold
     rows = []
-    for number, pair in enumerate(shown):
+    for number, pair in enumerate(pairs):
         try:
             row = []
-            for place, (_, match) in enumerate(columns):
+            for place, column in enumerate(columns):
                 if progress is not None:
-                    progress(number * len(columns) + place, len(shown) * len(columns))
-                row.append(match(pair, seed + number))
+                    progress(number * len(columns) + place, len(pairs) * len(columns))
+                matches = match_pair(column.extractor, source, pair, size=spec.size, turn=turn, seed=seed + number)
+                clouds = isinstance(column.extractor, CloudExtractor)
+                row.append(seen_matches(matches, column.extractor.voxel_size) if clouds else matches)
             rows.append(row)
         except BadFrame as bad:
             skips.add(bad)
     if not rows:
         raise DataError(f"No pair of source {source.name!r} can be shown.\n{skips.summary()}")
-    titles = [shortened(title, PANEL) for title, _ in columns]
+    titles = [shortened(column.title, PANEL) for column in columns]
     with atomic_write(out, suffix=out.suffix) as temporary:
-        draw_matches(rows, titles, temporary, threshold=threshold, unit="voxels" if voxels else "px")
+        draw_matches(rows, titles, temporary, threshold=threshold, unit=unit)
     return [
-        (title, [float((row[k].error <= threshold).mean()) for row in rows]) for k, (title, _) in enumerate(columns)
+        (column.title, [float((row[k].error <= threshold).mean()) for row in rows]) for k, column in enumerate(columns)
     ]
+
+
+def _open_all(backbone: str, against: str | None) -> list[Opened]:
+    """The backbone and, where one is given, the other one beside it, which must see the same kind of input."""
+    if backbone == SCRATCH:
+        raise RecipeError(
+            f"{SCRATCH!r} is drawn beside a backbone; accepted as the backbone: a catalog name or a folder."
+        )
+    opened = [find_backbone(name) for name in dict.fromkeys([backbone, against]) if name not in (None, SCRATCH)]
+    first = opened[0].checkpoint.contract
+    for one in opened:
+        contract = one.checkpoint.contract
+        if isinstance(contract, VoxelContract):
+            cubic_voxel_size(contract)
+        if type(contract) is not type(first):
+            raise CheckpointError(
+                f"{one.name!r} takes {contract}; beside {opened[0].name!r} are accepted networks that take "
+                f"{'images' if isinstance(first, ImageContract) else 'voxels'}, or {SCRATCH!r}."
+            )
+    return opened
+
+
+def _pairs_to_draw(source: Source, spec: DataSpec, scene: str | None, count: int, skips: Skips) -> list[Pair]:
+    scenes = [chosen_scene(source, scene)] if scene else spread_evenly(source.scenes(), count)
+    return spread_evenly(find_pairs(_SomeScenes(source, scenes), spec, skips=skips), count)
+
+
+def _load_columns(opened: list[Opened], beside_random: bool, seed: int, device: str) -> list[_Column]:
+    """The extractor of each backbone; before them, where asked for, that of the first with random weights."""
+    columns = [_Column(one.title, load_extractor(one.checkpoint.folder, device=device)) for one in opened]
+    if beside_random:
+        folder = opened[0].checkpoint.folder
+        baseline = load_extractor(folder, random_init=True, seed=seed, device=device)
+        columns.insert(0, _Column(RANDOM_TITLE, baseline))
+    return columns
 
 
 class _SomeScenes:
@@ -144,58 +158,22 @@ class _SomeScenes:
         return self._scenes
 
 
-def _check(one: Opened, first: Opened) -> None:
-    contract = one.checkpoint.contract
-    if isinstance(contract, VoxelContract):
-        cubic_voxel_size(contract)
-    if type(contract) is not type(first.checkpoint.contract):
-        raise CheckpointError(
-            f"{one.name!r} takes {contract}; beside {first.name!r} are accepted networks that take "
-            f"{'images' if isinstance(first.checkpoint.contract, ImageContract) else 'voxels'}, or {SCRATCH!r}."
-        )
+def seen_matches(matches: Matches, voxel_size: float) -> Matches:
+    """Project matches of two clouds into cameras behind the frames'; the frames' colors become pictures of the clouds.
 
-
-def _matcher(
-    found: Opened, network: Any = None, *, source: Source, size: tuple[int, int], turn: Turn, device: str
-) -> Match:
-    """What matches a pair with the network of a checkpoint, or with `network` in its place."""
-    contract = found.checkpoint.contract
-    if network is None:
-        network = dense_network(found.checkpoint.folder)
-    network = network.to(device)
-    if isinstance(contract, VoxelContract):
-        return partial(_match_clouds, network, contract, source, size, turn)
-
-    def match(pair: Pair, seed: int) -> PairMatches:
-        return match_pair(network, contract, source, pair, size=size, seed=seed)
-
-    return match
-
-
-def _match_clouds(
-    network: Any, contract: VoxelContract, source: Source, size: tuple[int, int], turn: Turn, pair: Pair, seed: int
-) -> PairMatches:
-    matches = match_clouds(network, contract, source, pair, size=size, turn=turn, seed=seed)
-    frames = [resize_frame(source.load(pair.scene, frame), size) for frame in (pair.frame1, pair.frame2)]
-    return seen_matches(matches, frames[0], frames[1])
-
-
-def seen_matches(matches: CloudMatches, frame1: Frame, frame2: Frame) -> SeenMatches:
-    """Matches of the clouds of two frames, with pictures of the clouds in place of the images; pixels are theirs."""
+    Errors stay those in the world: there it is decided what is right.
+    """
     drawn, cameras = [], []
-    for frame in (frame1, frame2):
+    for frame in matches.frames:
         cloud = frame_cloud(frame)
         points = torch.from_numpy(cloud.points)
         camera = behind_camera(points, frame, picture_size(frame))
-        row = splat(points, camera, matches.voxel_size / 2)
-        drawn.append(replace(frame, color=painted(cloud.colors, row)))
+        drawn.append(replace(frame, color=painted(cloud.colors, splat(points, camera, voxel_size / 2))))
         cameras.append(camera)
-    query, truth, predicted = (
-        camera.project(torch.from_numpy(points))[0].numpy()
-        for camera, points in (
-            (cameras[0], matches.query),
-            (cameras[1], matches.query),
-            (cameras[1], matches.predicted),
-        )
-    )
-    return SeenMatches(matches.pair, drawn[0], drawn[1], query, truth, predicted, matches.error)
+
+    def seen(camera: int, points: np.ndarray) -> np.ndarray:
+        pixels: np.ndarray = cameras[camera].project(torch.from_numpy(points))[0].numpy()
+        return pixels
+
+    query, truth, predicted = seen(0, matches.query), seen(1, matches.truth), seen(1, matches.predicted)
+    return replace(matches, frames=tuple(drawn), query=query, truth=truth, predicted=predicted)

@@ -22,8 +22,10 @@ from geo_pretrain.training.data.mining import resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
 from geo_pretrain.training.data.surfaces.ply import write_ply
+from geo_pretrain.training.evaluation.features import Features
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.colors import shared_pca
+from geo_pretrain.training.visualize.columns import Column, find_backbone, load_columns
 from geo_pretrain.training.visualize.common import (
     Progress,
     check_suffix,
@@ -34,7 +36,6 @@ from geo_pretrain.training.visualize.common import (
     settled,
     shortened,
 )
-from geo_pretrain.training.visualize.features import Describer, Features, find_backbone, load_describers
 from geo_pretrain.training.visualize.grids import _save_grid
 from geo_pretrain.training.visualize.splat import splat, turntable, up_direction, upright
 from geo_pretrain.training.visualize.viewer import viewer_page
@@ -86,7 +87,7 @@ def visualize_points(
         scene: None: the source's first. frame: the cloud of this frame instead of the surface of the scene.
         limit: points drawn; more are thinned at random, by `seed`.
         size: of the frames; None: that of pre-training.
-        level: a map inside the network instead of its output, see `load_describers`.
+        level: a map inside the network instead of its output, see `load_columns`.
         twin: also random weights, drawn from `seed`.
 
     Raises:
@@ -145,17 +146,17 @@ def paint_cloud(
         surface = frame_cloud(frames[0])
         if not len(surface):
             raise BadFrame(f"{name}/{frame}", "no pixel has a valid depth")
-    describers = load_describers(found, surfaces, level=level, seed=seed, device=device)
+    columns = load_columns(found, surfaces, level=level, seed=seed, device=device)
     if twin:
-        describers += load_describers(found, surfaces, level=level, random=True, seed=seed, device=device)
-    described = []
-    for number, describer in enumerate(describers):
+        columns += load_columns(found, surfaces, level=level, random_init=True, seed=seed, device=device)
+    extracted = []
+    for number, column in enumerate(columns):
         if progress is not None:
-            progress(number, len(describers))
-        described.append(describer.of_surface(surface, frames))
-    known = np.flatnonzero(np.all([features.index >= 0 for features in described], axis=0))
+            progress(number, len(columns))
+        extracted.append(column.extractor.extract_surface(surface, frames))
+    known = np.flatnonzero(np.all([features.index >= 0 for features in extracted], axis=0))
     drawn = np.sort(np.random.default_rng(seed).choice(known, min(limit, len(known)), replace=False))
-    layers = [*_layers(describers, described, drawn), ("colors", surface.colors[drawn])]
+    layers = [*_layers(columns, extracted, drawn), ("colors", surface.colors[drawn])]
     note = f"{len(drawn):,} of {len(surface):,} points"
     if len(known) < len(surface):
         note += f", of which the frames see {len(known):,}"
@@ -172,15 +173,15 @@ def paint_cloud(
 
 
 def _layers(
-    describers: Sequence[Describer], described: Sequence[Features], drawn: np.ndarray
+    columns: Sequence[Column], extracted: Sequence[Features], drawn: np.ndarray
 ) -> list[tuple[str, np.ndarray]]:
-    """The title of each describer and the colors of the points drawn; those of one space share a color space."""
-    rows = [features.rows[torch.from_numpy(features.index[drawn])] for features in described]
+    """The title of each column and the colors of the points drawn; those of one space share a color space."""
+    rows = [features.unit()[torch.from_numpy(features.index[drawn])] for features in extracted]
     colors: dict[int, np.ndarray] = {}
-    for space in dict.fromkeys(describer.space for describer in describers):
-        own = [k for k, describer in enumerate(describers) if describer.space == space]
+    for space in dict.fromkeys(column.space for column in columns):
+        own = [k for k, column in enumerate(columns) if column.space == space]
         colors |= zip(own, shared_pca([rows[k] for k in own]), strict=True)
-    return [(describer.title, colors[k]) for k, describer in enumerate(describers)]
+    return [(column.title, colors[k]) for k, column in enumerate(columns)]
 
 
 def _spacing(points: np.ndarray) -> float:

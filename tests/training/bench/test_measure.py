@@ -16,8 +16,8 @@ from geo_pretrain.training.bench.plan import BenchSpec, base_data, plan, rows
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs, resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.evaluation.matching import EncoderMaps
-from geo_pretrain.training.evaluation.recall import MatchingResult
+from geo_pretrain.training.evaluation.features import EncoderMaps
+from geo_pretrain.training.evaluation.matching import MatchingResult
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
 from tests.zoo import write_tiny, write_tiny_3d
@@ -86,8 +86,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(measuring, name, call)
 
     recall = MatchingResult(0.5, 4.0, (0.4, 0.6), 10, 0.01)
-    for name in ("evaluate_matching", "evaluate_cloud_matching"):
-        stand_in(name, recall)
+    stand_in("evaluate_matching", recall)
     for number, name in enumerate(("linear_probe", "finetune_frames", "finetune_clouds")):
         stand_in(name, SimpleNamespace(miou=number / 10))
     return found
@@ -104,9 +103,9 @@ def test_an_image_network_is_measured_with_the_budget_and_the_seed(tmp_path, cal
 
     matching = calls["evaluate_matching"]
     assert not matching.training
-    assert isinstance(matching.arguments[0], ResNetUNet)
+    assert isinstance(matching.arguments[0].network, ResNetUNet)
     assert matching.options == {"size": (48, 64), "seed": 6}
-    assert matching.arguments[2].scenes()[0] == "rooms_val_0000"
+    assert matching.arguments[1].scenes()[0] == "rooms_val_0000"
 
     probe = calls["linear_probe"]
     encoder, train, val, spec = probe.arguments
@@ -139,18 +138,18 @@ def test_an_encoder_alone_is_matched_by_its_maps(tmp_path, calls):
     ).folder
     got = measuring.measure(folder, data(), SPEC, seed=6)
     assert got["matching"]["of"] == "encoder's maps"
-    assert isinstance(calls["evaluate_matching"].arguments[0], EncoderMaps)
+    assert isinstance(calls["evaluate_matching"].arguments[0].network, EncoderMaps)
 
 
 def test_a_point_network_is_measured_with_the_budget_and_the_seed(tmp_path, calls):
     folder = write_tiny_3d(tmp_path / "tiny_net_srunet34").folder
     got = measuring.measure(folder, data(), SPEC, seed=6)
     assert (got["kind"], got["probe"], got["finetuned"], got["matching"]["of"]) == ("3D", 0.0, 0.2, "output")
-    matching = calls["evaluate_cloud_matching"]
+    matching = calls["evaluate_matching"]
     assert matching.options == {"size": (48, 64), "turn": "upright", "seed": 6}
-    assert matching.arguments[2].scenes()[0] == "rooms_val_0000"
+    assert matching.arguments[1].scenes()[0] == "rooms_val_0000"
     probed, train_source, val_source, spec = calls["linear_probe"].arguments
-    assert torch.equal(probed.final.kernel, matching.arguments[0].final.kernel)
+    assert torch.equal(probed.final.kernel, matching.arguments[0].network.final.kernel)
     assert (len(train_source.ids()), len(val_source.ids())) == (1, 8)
     assert (spec.pixels, spec.seed, spec.size) == (77, 6, (48, 64))
     tuned = calls["finetune_clouds"]

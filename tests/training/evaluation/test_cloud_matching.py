@@ -15,8 +15,14 @@ from geo_pretrain.errors import BadFrame, CheckpointError, DataError
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import Pair, find_pairs
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
-from geo_pretrain.training.evaluation.cloud_matching import evaluate_cloud_matching, match_clouds
-from geo_pretrain.training.evaluation.recall import average_recall, chance_within, spread_evenly
+from geo_pretrain.training.evaluation.features import CloudExtractor
+from geo_pretrain.training.evaluation.matching import (
+    average_recall,
+    chance_within,
+    evaluate_matching,
+    match_pair,
+    spread_evenly,
+)
 from geo_pretrain.training.recipe import DataSpec
 from tests.training.conftest import write_recording
 
@@ -76,8 +82,8 @@ def pairs(source):
 @pytest.mark.parametrize("turn", TURNS)
 def test_descriptor_that_knows_its_place_is_always_right(source, pairs, turn):
     network = Described(on_a_torus)
-    result = evaluate_cloud_matching(
-        network, COLORS, PaintedWithPosition(source), pairs, size=SIZE, turn=turn, queries=100
+    result = evaluate_matching(
+        CloudExtractor(network, COLORS), PaintedWithPosition(source), pairs, size=SIZE, turn=turn, queries=100
     )
     assert result.recall == 1.0
     assert result.spread == 0.0
@@ -93,14 +99,14 @@ def test_descriptor_that_knows_nothing_is_right_by_chance(source, pairs):
 
     generator = torch.Generator().manual_seed(0)
     many = [pair for pair in pairs for _ in range(3)]
-    noisy = evaluate_cloud_matching(Described(noise), ONES, source, many, size=SIZE, queries=400)
+    noisy = evaluate_matching(CloudExtractor(Described(noise), ONES), source, many, size=SIZE, queries=400)
     assert noisy.chance / 2 < noisy.recall < 2 * noisy.chance
-    constant = evaluate_cloud_matching(Described(torch.ones_like), ONES, source, many, size=SIZE, queries=400)
+    constant = evaluate_matching(CloudExtractor(Described(torch.ones_like), ONES), source, many, size=SIZE, queries=400)
     assert constant.recall < 5 * constant.chance
 
 
 def test_matches_equal_the_loop_over_voxels(source, pairs):
-    matches = match_clouds(Described(torch.tanh), COLORS, source, pairs[0], size=SIZE, queries=40, seed=3)
+    matches = match_pair(CloudExtractor(Described(torch.tanh), COLORS), source, pairs[0], size=SIZE, queries=40, seed=3)
     clouds = [slow_voxels(source.load(pairs[0].scene, f), SIZE) for f in (pairs[0].frame1, pairs[0].frame2)]
     features2 = [np.tanh(color) / np.linalg.norm(np.tanh(color)) for _, color in clouds[1]]
     places2 = np.array([place for place, _ in clouds[1]])
@@ -142,7 +148,9 @@ def test_a_turn_moves_the_voxels_but_not_their_places(source, pairs):
         return feats
 
     results = {
-        turn: match_clouds(Described(remember), COLORS, source, pairs[0], size=SIZE, turn=turn, queries=2000)
+        turn: match_pair(
+            CloudExtractor(Described(remember), COLORS), source, pairs[0], size=SIZE, turn=turn, queries=2000
+        )
         for turn in TURNS
     }
     assert len({seen[0], seen[2], seen[4]}) > 1  # other voxels
@@ -167,7 +175,7 @@ class Remembering(nn.Module):
 def test_both_clouds_are_turned_each_on_its_own_and_rigidly(source, pairs, turn):
     network = Remembering()
     itself = Pair(pairs[0].scene, pairs[0].frame1, pairs[0].frame1, 1.0)
-    match_clouds(network, ONES, source, itself, size=SIZE, turn=turn, seed=3)
+    match_pair(CloudExtractor(network, ONES), source, itself, size=SIZE, turn=turn, seed=3)
     first, second = network.seen
     if turn == "camera":
         assert torch.equal(first, second)
@@ -182,23 +190,24 @@ def test_both_clouds_are_turned_each_on_its_own_and_rigidly(source, pairs, turn)
 def test_every_pair_draws_its_own_queries(source, pairs):
     network = Described(lambda feats: torch.tanh(3 * feats))
     twice = [pairs[0], pairs[0]]
-    result = evaluate_cloud_matching(network, COLORS, source, twice, size=SIZE, queries=150)
+    result = evaluate_matching(CloudExtractor(network, COLORS), source, twice, size=SIZE, queries=150)
     assert result.per_pair[0] != result.per_pair[1]
 
 
 def test_evaluation_passes_its_options_on_and_holds_clouds_as_cameras_see_them(source, pairs):
     network = Described(on_a_torus)
     options = {"size": SIZE, "queries": 30, "turn": "upright", "threshold": 1.0}
-    result = evaluate_cloud_matching(network, COLORS, source, pairs[:2], seed=4, **options)
-    alone = [match_clouds(network, COLORS, source, pairs[k], seed=4 + k, **options) for k in (0, 1)]
+    result = evaluate_matching(CloudExtractor(network, COLORS), source, pairs[:2], seed=4, **options)
+    alone = [match_pair(CloudExtractor(network, COLORS), source, pairs[k], seed=4 + k, **options) for k in (0, 1)]
     assert result.per_pair == tuple(float((matches.error <= 1).mean()) for matches in alone)
     assert result.chance == pytest.approx((alone[0].chance + alone[1].chance) / 2)
     del options["turn"]
     plain, held = (
-        match_clouds(network, COLORS, source, pairs[0], **options, **turn) for turn in ({}, {"turn": "camera"})
+        match_pair(CloudExtractor(network, COLORS), source, pairs[0], **options, **turn)
+        for turn in ({}, {"turn": "camera"})
     )
     assert np.array_equal(plain.query, held.query)
-    result = evaluate_cloud_matching(network, COLORS, source, pairs[:1], **options)
+    result = evaluate_matching(CloudExtractor(network, COLORS), source, pairs[:1], **options)
     assert result.per_pair == (float((held.error <= 1).mean()),)
 
 
@@ -214,7 +223,9 @@ def test_an_error_equal_to_the_threshold_is_right():
 def test_same_seed_gives_the_same_result_and_another_one_does_not(source, pairs):
     def run(seed):
         network = Described(on_a_torus)
-        return evaluate_cloud_matching(network, COLORS, source, pairs, size=SIZE, turn="full", queries=50, seed=seed)
+        return evaluate_matching(
+            CloudExtractor(network, COLORS), source, pairs, size=SIZE, turn="full", queries=50, seed=seed
+        )
 
     assert run(0) == run(0)
     assert run(0).per_pair != run(100).per_pair
@@ -224,11 +235,11 @@ def test_pairs_that_cannot_be_read_are_counted(source, pairs):
     skips = Skips()
     broken = Pair(pairs[0].scene, "999999", pairs[0].frame1, 1.0)
     network = Described(torch.tanh)
-    result = evaluate_cloud_matching(network, ONES, source, [broken, pairs[0]], size=SIZE, skips=skips)
+    result = evaluate_matching(CloudExtractor(network, ONES), source, [broken, pairs[0]], size=SIZE, skips=skips)
     assert len(result.per_pair) == 1
     assert "missing" in skips.summary()
     with pytest.raises(DataError, match="could be evaluated"):
-        evaluate_cloud_matching(network, ONES, source, [broken], size=SIZE)
+        evaluate_matching(CloudExtractor(network, ONES), source, [broken], size=SIZE)
 
 
 def test_clouds_without_common_surface_are_a_bad_pair(tmp_path):
@@ -238,7 +249,7 @@ def test_clouds_without_common_surface_are_a_bad_pair(tmp_path):
     np.savetxt(folder / "frame-000010.pose.txt", pose)
     pair = Pair("kitchen", "000000", "000010", 0)
     with pytest.raises(BadFrame, match="no match"):
-        match_clouds(Described(torch.tanh), ONES, SevenScenes(folder), pair, size=SIZE)
+        match_pair(CloudExtractor(Described(torch.tanh), ONES), SevenScenes(folder), pair, size=SIZE)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +264,7 @@ def test_clouds_without_common_surface_are_a_bad_pair(tmp_path):
 )
 def test_what_rgbd_frames_cannot_give_is_refused_and_named(source, pairs, contract):
     with pytest.raises(CheckpointError, match="RGB-D frames give") as error:
-        evaluate_cloud_matching(Described(torch.tanh), contract, source, pairs, size=SIZE)
+        evaluate_matching(CloudExtractor(Described(torch.tanh), contract), source, pairs, size=SIZE)
     assert str(contract) in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""A backbone beside its random twin: which measurement it gets, at which size, on which weights."""
+"""A backbone beside its random-init baseline: which measurement it gets, at which size, on which weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.evaluation import comparison
-from geo_pretrain.training.evaluation.comparison import RANDOM, compare_matching, random_twin
-from geo_pretrain.training.evaluation.recall import MatchingResult
+from geo_pretrain.training.evaluation import matching
+from geo_pretrain.training.evaluation.features import RANDOM, CloudExtractor, ImageExtractor, load_extractor
+from geo_pretrain.training.evaluation.matching import MatchingResult, compare_matching
 from geo_pretrain.training.recipe import DataSpec, load_recipe
 from tests.training.test_loop import run_here
 from tests.zoo import CONTRACT_3D, role_weights, write_tiny, write_tiny_3d
@@ -26,16 +26,16 @@ def calls(monkeypatch):
     """The measurements asked for, not made."""
     made = []
 
-    def measure(name):
-        def evaluate(network, contract, source, pairs, **options):
-            made.append((name, network, options | {"pairs": pairs}))
-            return MatchingResult(0.5, 1.0, (0.5,), 1, 0.1)
+    def evaluate(extractor, source, pairs, **options):
+        made.append((type(extractor), extractor.network, options | {"pairs": pairs}))
+        return MatchingResult(0.5, 1.0, (0.5,), 1, 0.1)
 
-        return evaluate
-
-    for name in ("evaluate_matching", "evaluate_cloud_matching"):
-        monkeypatch.setattr(comparison, name, measure(name))
+    monkeypatch.setattr(matching, "evaluate_matching", evaluate)
     return made
+
+
+def random_init(folder, seed):
+    return load_extractor(folder, random_init=True, seed=seed).network
 
 
 @pytest.fixture
@@ -46,11 +46,11 @@ def spec(recording):
 def test_images_are_matched_at_the_size_of_their_contract(tmp_path, spec, calls):
     folder = str(write_tiny(tmp_path / "net").folder)
     assert list(compare_matching(folder, spec, seed=3)) == [RANDOM, folder]
-    for name, network, options in calls:
-        assert name == "evaluate_matching"
+    for kind, network, options in calls:
+        assert kind is ImageExtractor
         assert options["size"] == (64, 96)
         assert options["seed"] == 3
-        assert not {"turn", "threshold"} & options.keys()
+        assert options["threshold"] is None
         assert network(torch.zeros(1, 3, 64, 96)).shape == (1, 32, 32, 48)
 
 
@@ -61,7 +61,7 @@ def test_both_networks_get_the_same_pairs_of_all_held_out_ones(tmp_path, spec, c
         splits.append(split)
         return open_source(spec, split=split)
 
-    monkeypatch.setattr(comparison, "open_source", opened)
+    monkeypatch.setattr(matching, "open_source", opened)
     compare_matching(folder, spec, size=(48, 64), count=3, seed=3, progress=lambda *at: done.append(at))
     every = find_pairs(open_source(spec), replace(spec, size=(48, 64)), skips=Skips())
     assert len(every) > 4
@@ -72,7 +72,7 @@ def test_both_networks_get_the_same_pairs_of_all_held_out_ones(tmp_path, spec, c
         options["progress"](2, 5)
     assert done == [(2, 10), (7, 10)]
     assert splits == ["val"]
-    drawn, expected, other = (n.state_dict() for n in (calls[0][1], random_twin(folder, 3), random_twin(folder, 0)))
+    drawn, expected, other = (n.state_dict() for n in (calls[0][1], random_init(folder, 3), random_init(folder, 0)))
     assert all(torch.equal(value, expected[key]) for key, value in drawn.items())
     assert not torch.equal(drawn["encoder.conv1.weight"], other["encoder.conv1.weight"])
 
@@ -84,7 +84,7 @@ def test_clouds_are_matched_at_the_size_of_their_recipe(tmp_path, spec, calls, t
     assert [options["size"] for _, _, options in calls] == [(48, 64)] * 2 + [(96, 128)] * 2
     assert [options["turn"] for _, _, options in calls] == ["full"] * 2 + ["camera"] * 2
     assert calls[0][2]["threshold"] == 3.0
-    assert {name for name, _, _ in calls} == {"evaluate_cloud_matching"}
+    assert {kind for kind, _, _ in calls} == {CloudExtractor}
 
 
 def test_clouds_of_weights_without_a_recipe_of_ours_are_matched_at_the_size_of_the_data(tmp_path, spec, calls):
@@ -119,10 +119,10 @@ def test_what_cannot_be_measured_is_refused_before_the_data_are_opened(tmp_path)
 
 
 @pytest.mark.parametrize("write", [write_tiny, write_tiny_3d])
-def test_random_twin_has_the_shapes_but_not_the_weights(tmp_path, write):
+def test_random_init_has_the_shapes_but_not_the_weights(tmp_path, write):
     folder = write(tmp_path / "net").folder
     trained = load_backbone(folder, decoder=write is write_tiny).state_dict()
-    twins = [random_twin(folder, seed).state_dict() for seed in (0, 0, 1)]
+    twins = [random_init(folder, seed).state_dict() for seed in (0, 0, 1)]
     weights = [key for key in trained if key.endswith((".kernel", "conv1.weight"))]
     assert len(weights) > 5
     for key in weights:

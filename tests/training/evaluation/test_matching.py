@@ -13,7 +13,8 @@ from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import Pair, find_pairs
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
-from geo_pretrain.training.evaluation.matching import EncoderMaps, evaluate_matching, match_pair
+from geo_pretrain.training.evaluation.features import EncoderMaps, ImageExtractor
+from geo_pretrain.training.evaluation.matching import evaluate_matching, match_pair
 from geo_pretrain.training.recipe import DataSpec
 from tests.training.conftest import write_recording
 
@@ -41,6 +42,10 @@ class SharpColors(ColorFeatures):
         return torch.cat([x, self.bias.expand(len(x), 1, *x.shape[2:])], 1)
 
 
+def extractor(network):
+    return ImageExtractor(network, CONTRACT)
+
+
 @pytest.fixture(scope="module")
 def source(recording):
     return SevenScenes(recording)
@@ -53,17 +58,17 @@ def pairs(source):
 
 def test_frame_matched_with_itself_is_right_to_the_half_pixel(source, pairs):
     pair = Pair(pairs[0].scene, pairs[0].frame1, pairs[0].frame1, 1.0)
-    matches = match_pair(ColorFeatures(), CONTRACT, source, pair, size=SIZE, queries=200)
+    matches = match_pair(extractor(ColorFeatures()), source, pair, size=SIZE, queries=200)
     assert np.median(matches.error) <= np.sqrt(0.5)
     np.testing.assert_allclose(matches.query, matches.truth, atol=1)
 
 
 def test_features_at_the_image_s_resolution_are_matched_to_the_pixel(source, pairs):
     pair = Pair(pairs[0].scene, pairs[0].frame1, pairs[0].frame1, 1.0)
-    matches = match_pair(SharpColors(), CONTRACT, source, pair, size=SIZE, queries=200)
+    matches = match_pair(extractor(SharpColors()), source, pair, size=SIZE, queries=200)
     colors = [
         frame.color[places[:, 1].astype(int), places[:, 0].astype(int)]
-        for frame, places in ((matches.frame1, matches.query), (matches.frame2, matches.predicted))
+        for frame, places in ((matches.frames[0], matches.query), (matches.frames[1], matches.predicted))
     ]
     np.testing.assert_array_equal(*colors)  # another pixel may have the same color
     assert np.median(matches.error) <= 1
@@ -73,9 +78,9 @@ def test_features_at_the_image_s_resolution_are_matched_to_the_pixel(source, pai
 
 def test_nearest_feature_and_its_error_equal_the_loop(source, pairs):
     network = ColorFeatures()
-    matches = match_pair(network, CONTRACT, source, pairs[0], size=SIZE, queries=60, seed=3)
+    matches = match_pair(extractor(network), source, pairs[0], size=SIZE, queries=60, seed=3)
     maps = []
-    for frame in (matches.frame1, matches.frame2):
+    for frame in (matches.frames[0], matches.frames[1]):
         color = (frame.color / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         maps.append(np.concatenate([color[::2, ::2], np.ones((60, 80, 1))], -1))
         maps[-1] /= np.linalg.norm(maps[-1], axis=-1, keepdims=True)
@@ -86,14 +91,14 @@ def test_nearest_feature_and_its_error_equal_the_loop(source, pairs):
         column, row = int(predicted[0]) // 2, int(predicted[1]) // 2
         right += bool((i, j) == (row, column) or similarity[i, j] - similarity[row, column] < 1e-6)
     assert right == 60
-    truth_depth = matches.frame2.depth[matches.truth[:, 1].astype(int), matches.truth[:, 0].astype(int)]
+    truth_depth = matches.frames[1].depth[matches.truth[:, 1].astype(int), matches.truth[:, 0].astype(int)]
     assert (truth_depth > 0).all()
 
 
 def test_recall_is_the_mean_over_pairs_and_falls_with_noise(source, pairs):
-    clean = evaluate_matching(ColorFeatures(), CONTRACT, source, pairs, size=SIZE, queries=100)
-    noisy = evaluate_matching(ColorFeatures(noise=5.0), CONTRACT, source, pairs, size=SIZE, queries=100)
-    strict = evaluate_matching(ColorFeatures(), CONTRACT, source, pairs, size=SIZE, queries=100, threshold=1.0)
+    clean = evaluate_matching(extractor(ColorFeatures()), source, pairs, size=SIZE, queries=100)
+    noisy = evaluate_matching(extractor(ColorFeatures(noise=5.0)), source, pairs, size=SIZE, queries=100)
+    strict = evaluate_matching(extractor(ColorFeatures()), source, pairs, size=SIZE, queries=100, threshold=1.0)
     assert clean.recall == pytest.approx(np.mean(clean.per_pair))
     assert len(clean.per_pair) == len(pairs)
     assert clean.queries == 100 * len(pairs)
@@ -103,8 +108,8 @@ def test_recall_is_the_mean_over_pairs_and_falls_with_noise(source, pairs):
 
 
 def test_every_pair_draws_its_own_queries(source, pairs):
-    result = evaluate_matching(ColorFeatures(), CONTRACT, source, [pairs[0]] * 2, size=SIZE, queries=30, seed=4)
-    alone = [match_pair(ColorFeatures(), CONTRACT, source, pairs[0], size=SIZE, queries=30, seed=s) for s in (4, 5)]
+    result = evaluate_matching(extractor(ColorFeatures()), source, [pairs[0]] * 2, size=SIZE, queries=30, seed=4)
+    alone = [match_pair(extractor(ColorFeatures()), source, pairs[0], size=SIZE, queries=30, seed=s) for s in (4, 5)]
     assert not np.array_equal(alone[0].query, alone[1].query)
     assert result.per_pair == tuple(float((matches.error <= 4).mean()) for matches in alone)
 
@@ -112,11 +117,11 @@ def test_every_pair_draws_its_own_queries(source, pairs):
 def test_pairs_that_cannot_be_read_are_counted(source, pairs):
     skips = Skips()
     broken = Pair(pairs[0].scene, "999999", pairs[0].frame1, 1.0)
-    result = evaluate_matching(ColorFeatures(), CONTRACT, source, [broken, *pairs], size=SIZE, skips=skips)
+    result = evaluate_matching(extractor(ColorFeatures()), source, [broken, *pairs], size=SIZE, skips=skips)
     assert len(result.per_pair) == len(pairs)
     assert "missing" in skips.summary()
     with pytest.raises(DataError, match="could be evaluated"):
-        evaluate_matching(ColorFeatures(), CONTRACT, source, [broken], size=SIZE)
+        evaluate_matching(extractor(ColorFeatures()), source, [broken], size=SIZE)
 
 
 def test_pair_without_common_surface_is_a_bad_pair(tmp_path):
@@ -125,7 +130,7 @@ def test_pair_without_common_surface_is_a_bad_pair(tmp_path):
     pose[:3, 3] += 100
     np.savetxt(folder / "frame-000010.pose.txt", pose)
     with pytest.raises(BadFrame, match="no match"):
-        match_pair(ColorFeatures(), CONTRACT, SevenScenes(folder), Pair("kitchen", "000000", "000010", 0), size=SIZE)
+        match_pair(extractor(ColorFeatures()), SevenScenes(folder), Pair("kitchen", "000000", "000010", 0), size=SIZE)
 
 
 def test_maps_of_an_encoder_are_matched_side_by_side():

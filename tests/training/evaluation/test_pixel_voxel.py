@@ -18,13 +18,13 @@ from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.evaluation import pixel_voxel
-from geo_pretrain.training.evaluation.comparison import RANDOM, compare_pixel_to_voxel
-from geo_pretrain.training.evaluation.pixel_voxel import (
-    evaluate_pixel_to_voxel,
-    frames_in_twos,
-    load_pri3d,
-    match_frame,
+from geo_pretrain.training.data.surfaces.fusing import Surfaces
+from geo_pretrain.training.evaluation.features import RANDOM, Pri3DExtractor, load_pri3d
+from geo_pretrain.training.evaluation.matching import (
+    compare_pixel_to_voxel,
+    evaluate_matching,
+    match_pair,
+    spread_frames,
 )
 from geo_pretrain.training.recipe import load_recipe
 from tests.authors_files import write
@@ -34,6 +34,7 @@ from tests.training.test_loop import run_here
 from tests.zoo import write_tiny_3d
 
 FEW = {"steps": 2}
+SIZE = (48, 64)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ class HalfResolution(nn.Module):
 
     def __init__(self, contract, describe):
         super().__init__()
-        self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (contract.mean, contract.std))
+        self.mean, self.std = (nn.Parameter(torch.tensor(v).view(3, 1, 1)) for v in (contract.mean, contract.std))
         self.describe = describe
 
     def forward(self, image):
@@ -87,10 +88,18 @@ class PaintedWalls(PaintedWithPosition):
         return self.paint(dataclasses.replace(frame, depth=np.full_like(frame.depth, 2)))
 
 
+def extractor(task, source):
+    return Pri3DExtractor(task, Surfaces(source))
+
+
+def every_frame(source):
+    return spread_frames(source, 100)
+
+
 def test_descriptor_that_knows_its_place_is_always_right(folder, source):
     task = with_descriptor(load_pri3d(str(folder)), on_a_torus)
     walls = PaintedWalls(source)
-    result = evaluate_pixel_to_voxel(task, walls, frames_in_twos(walls), queries=100)
+    result = evaluate_matching(extractor(task, walls), walls, every_frame(walls), size=SIZE, queries=100)
     assert result.recall == 1.0
     assert result.chance < 0.2
     assert len(result.per_pair) == 6  # frames
@@ -100,7 +109,7 @@ def test_descriptor_that_knows_its_place_is_always_right(folder, source):
 def test_descriptor_that_knows_nothing_is_right_by_chance(folder, source):
     generator = torch.Generator().manual_seed(0)
     task = with_descriptor(load_pri3d(str(folder)), lambda rows: torch.randn(len(rows), 16, generator=generator))
-    result = evaluate_pixel_to_voxel(task, source, frames_in_twos(source) * 3)
+    result = evaluate_matching(extractor(task, source), source, every_frame(source) * 3, size=SIZE)
     assert result.chance / 2 < result.recall < 2 * result.chance
 
 
@@ -108,8 +117,9 @@ def test_descriptor_that_knows_nothing_is_right_by_chance(folder, source):
 def test_matches_equal_the_loop_over_voxels(folder, source, rounding):
     task = load_pri3d(str(folder))
     task.config = dataclasses.replace(task.config, rounding=rounding)
-    batch = task.collate([task.dataset(source, frames_in_twos(source))[(0, 0)]])
-    matches = match_frame(task, batch, 2, threshold=2.0, queries=50, generator=torch.Generator().manual_seed(1))
+    frame = every_frame(source)[1]
+    batch = task.collate([task.dataset(source, [frame])[(0, 0)]])
+    matches = match_pair(extractor(task, source), source, frame, size=SIZE, threshold=2.0, queries=50, seed=1)
     depth, intrinsics, pose = (
         batch[f"{name}2"][0].double().numpy() for name in ("depth", "intrinsics", "cam_to_world")
     )
@@ -136,13 +146,10 @@ def test_matches_equal_the_loop_over_voxels(folder, source, rounding):
 
 
 def test_recall_is_that_of_each_frame(folder, source):
-    task, pair = load_pri3d(str(folder)), frames_in_twos(source)[1]
-    batch = task.collate([task.dataset(source, [pair])[(0, 0)]])
-    alone = [
-        match_frame(task, batch, view, threshold=6.0, queries=20, generator=torch.Generator().manual_seed(4 + view))
-        for view in (1, 2)
-    ]
-    result = evaluate_pixel_to_voxel(task, source, [pair], threshold=6.0, queries=20, seed=5)
+    both, frames = extractor(load_pri3d(str(folder)), source), every_frame(source)[2:4]
+    options = {"size": SIZE, "threshold": 6.0, "queries": 20}
+    alone = [match_pair(both, source, frame, seed=5 + number, **options) for number, frame in enumerate(frames)]
+    result = evaluate_matching(both, source, frames, seed=5, **options)
     assert result.per_pair == tuple(float((matches.error <= 6).mean()) for matches in alone)
     assert result.per_pair[0] != result.per_pair[1]
 
@@ -162,33 +169,39 @@ def test_loaded_task_holds_the_folder_and_its_twin_does_not(folder):
 
 
 def test_images_are_not_augmented(folder, source):
-    samples = load_pri3d(str(folder)).dataset(source, frames_in_twos(source))
+    samples = load_pri3d(str(folder)).dataset(source, every_frame(source))
     assert torch.equal(samples[(0, 1)]["image1"], samples[(7, 1)]["image1"])
 
 
 def test_every_frame_is_taken_once(source):
-    pairs = frames_in_twos(source)
-    frames = [(pair.scene, frame) for pair in pairs for frame in (pair.frame1, pair.frame2)]
+    pairs = every_frame(source)
+    frames = [(pair.scene, pair.frame1) for pair in pairs]
+    assert all(pair.frame1 == pair.frame2 for pair in pairs)
     assert sorted(frames) == sorted((scene, frame) for scene in source.scenes() for frame in source.frame_ids(scene))
 
 
 def test_frames_that_cannot_be_read_are_counted(folder, source):
-    task, skips = load_pri3d(str(folder)), Skips()
-    good = frames_in_twos(source)[0]
-    broken = Pair(good.scene, "999999", good.frame1, 1.0)
-    result = evaluate_pixel_to_voxel(task, source, [broken, good], skips=skips)
+    both, skips = extractor(load_pri3d(str(folder)), source), Skips()
+    good = every_frame(source)[:2]
+    broken = Pair(good[0].scene, "999999", "999999", 1.0)
+    result = evaluate_matching(both, source, [broken, *good], size=SIZE, skips=skips)
     assert len(result.per_pair) == 2
     assert "missing" in skips.summary()
-    with pytest.raises(DataError, match="cannot be read"):
-        evaluate_pixel_to_voxel(task, source, [broken])
+    with pytest.raises(DataError, match=r"(?s)could be evaluated.*missing"):
+        evaluate_matching(both, source, [broken], size=SIZE)
 
 
 def test_a_frame_that_sees_no_voxel_is_named(folder, source, monkeypatch):
-    task, skips, good = load_pri3d(str(folder)), Skips(), match_frame
-    monkeypatch.setattr(pixel_voxel, "match_frame", lambda *a, **k: good(*a, **k) if a[2] == 1 else None)
-    pair = frames_in_twos(source)[0]
-    assert len(evaluate_pixel_to_voxel(task, source, [pair], skips=skips).per_pair) == 1
-    assert skips.reasons == {f"{pair.scene}/{pair.frame2}": "frame sees no voxel"}
+    both, skips, frames = extractor(load_pri3d(str(folder)), source), Skips(), every_frame(source)[:2]
+    chunk = both.voxels.chunk
+
+    def elsewhere(frame):
+        found = chunk(frame)
+        return found if frame.id == frames[0].frame1 else dataclasses.replace(found, points=found.points + 100)
+
+    monkeypatch.setattr(both.voxels, "chunk", elsewhere)
+    assert len(evaluate_matching(both, source, frames, size=SIZE, skips=skips).per_pair) == 1
+    assert skips.reasons == {f"{frames[1].scene}/{frames[1].frame1}": "frame sees no voxel"}
 
 
 def test_comparison_measures_both_on_the_same_queries(folder, tiny_recipe):

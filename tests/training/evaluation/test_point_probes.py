@@ -22,6 +22,7 @@ from geo_pretrain.training.evaluation.probes import (
     compare_probes,
     fit_head,
     linear_probe,
+    probe_extractor,
     run_probes,
 )
 from tests.training.painted_clouds import COLORS, ROOMS, Given, painted, tiny_unet
@@ -43,7 +44,8 @@ def folder(tmp_path_factory):
 
 def probe_clouds(probe, network, contract, train, val, classes, spec=SPEC, **options):
     """One probe of a network on clouds that are given."""
-    splits = [CloudData(network, contract, clouds, classes) for clouds in (train, val)]
+    network.contract = contract
+    splits = [CloudData(probe_extractor(network), clouds, classes) for clouds in (train, val)]
     return run_probes([probe], *splits, spec, **options)[probe]
 
 
@@ -120,9 +122,10 @@ def test_probe_needs_labels():
 
 def test_features_of_a_unet_are_those_before_its_last_layer():
     network = tiny_unet(normalize=False).eval()
+    network.contract = COLORS
     coords, feats, _ = voxels_of(painted(0), COLORS)
     x = SparseTensor(coords, feats)
-    (features,), _ = CloudData(network, COLORS, [painted(0)], 3).load(painted(0).id)
+    (features,), _ = CloudData(probe_extractor(network), [painted(0)], 3).load(painted(0).id)
     with torch.no_grad():
         assert torch.allclose(features @ network.final.kernel + network.final.bias, network(x).feats, atol=1e-5)
     assert features.shape == (len(coords), network.planes[-1])

@@ -28,6 +28,7 @@ from geo_pretrain.training.evaluation.probes import (
     knn_predict,
     knn_probe,
     linear_probe,
+    probe_extractor,
     read_at,
 )
 from tests.training.finetune.sweeps import Squares
@@ -226,7 +227,9 @@ def test_pixels_are_drawn_for_each_image_by_its_name(monkeypatch):
         source = Twins("train")
         source.names = names
         spec = dataclasses.replace(SPEC, pixels=40 * len(names), seed=seed)
-        return draw_samples(ImageData(Colors(1), source, spec), spec, "train", count()).features.split(40)
+        return draw_samples(
+            ImageData(probe_extractor(Colors(1), spec.size), source), spec, "train", count()
+        ).features.split(40)
 
     (first,), (both, other) = drawn("a"), drawn("a", "b")
     assert torch.equal(first, both)

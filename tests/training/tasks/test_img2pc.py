@@ -16,7 +16,7 @@ from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.evaluation.pixel_voxel import random_pair
+from geo_pretrain.training.evaluation.features import random_pair
 from geo_pretrain.training.pretrain import needs_stage1, run_recipe
 from geo_pretrain.training.recipe import list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.tasks import build_task, img2pc

@@ -21,8 +21,9 @@ from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.training.data.frame import Skips
 from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.evaluation import comparison
-from geo_pretrain.training.evaluation.pixel_voxel import evaluate_pair, match_own_voxels, random_pair
+from geo_pretrain.training.evaluation import matching
+from geo_pretrain.training.evaluation.features import TaughtExtractor, random_pair
+from geo_pretrain.training.evaluation.matching import compare_pixel_to_voxel, evaluate_matching, match_pair
 from geo_pretrain.training.recipe import DataSpec, load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.teachers import load_segmenter, load_teacher, sample_map
@@ -303,18 +304,18 @@ def test_matching_of_a_frame_with_its_own_voxels(run):
     source = open_source(load_recipe(str(run[0])).data)
     frame = find_pairs(source, load_recipe(str(run[0])).data, skips=Skips())[2]
     pair = load_pair(run[1])
-    matches = match_own_voxels(pair, source, frame, size=(48, 64), queries=50)
+    matches = match_pair(TaughtExtractor(pair), source, frame, size=(48, 64), queries=50)
     assert len(matches.error) == 50
     slow_own_voxels(pair, source, frame, matches)
     pair.image_projection.weight.data.zero_()  # one feature everywhere: one voxel for all
     pair.image_projection.bias.data.fill_(1)
-    matches = match_own_voxels(pair, source, frame, size=(48, 64), queries=50)
+    matches = match_pair(TaughtExtractor(pair), source, frame, size=(48, 64), queries=50)
     assert len(np.unique(matches.predicted, axis=0)) == 1
     random, again = random_pair(str(run[1]), 3), random_pair(str(run[1]), 3)
     trained = load_pair(run[1])
     options = {"size": (48, 64), "queries": 20, "threshold": 4.0}  # of one frame twice, each time with its own queries
-    alone = [match_own_voxels(trained, source, frame, seed=seed, **options) for seed in (3, 4)]
-    twice = evaluate_pair(trained, source, [frame, frame], seed=3, **options)
+    alone = [match_pair(TaughtExtractor(trained), source, frame, seed=seed, **options) for seed in (3, 4)]
+    twice = evaluate_matching(TaughtExtractor(trained), source, [frame, frame], seed=3, **options)
     assert twice.per_pair == tuple(float((each.error <= 4).mean()) for each in alone)
     assert twice.chance == pytest.approx((alone[0].chance + alone[1].chance) / 2)
     assert alone[0].chance != alone[1].chance
@@ -355,9 +356,9 @@ def test_pairs_are_compared_on_frames_of_their_recipes_size(run, recording, monk
         splits.append(split)
         return open_source(spec, split=split)
 
-    monkeypatch.setattr(comparison, "open_source", opened)
+    monkeypatch.setattr(matching, "open_source", opened)
     spec, done = DataSpec(source="seven_scenes", path=str(recording), size=(60, 80)), []
-    found = comparison.compare_pixel_to_voxel(
+    found = compare_pixel_to_voxel(
         str(run[1]), spec, count=2, threshold=4.0, seed=3, progress=lambda *at: done.append(at)
     )
     assert list(found) == ["random", str(run[1])]
@@ -367,7 +368,9 @@ def test_pairs_are_compared_on_frames_of_their_recipes_size(run, recording, monk
     scene, ids = source.scenes()[0], source.frame_ids(source.scenes()[0])
     for name, pair in (("random", random_pair(str(run[1]), 3)), (str(run[1]), load_pair(run[1]))):
         alone = [
-            match_own_voxels(pair, source, Pair(scene, id, id, 1.0), size=(48, 64), threshold=4.0, seed=3 + number)
+            match_pair(
+                TaughtExtractor(pair), source, Pair(scene, id, id, 1.0), size=(48, 64), threshold=4.0, seed=3 + number
+            )
             for number, id in enumerate((ids[0], ids[-1]))
         ]
         assert found[name].per_pair == tuple(float((matches.error <= 4).mean()) for matches in alone)

@@ -17,22 +17,20 @@ from PIL import Image
 from geo_pretrain.catalog import Arch
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError, UnknownName
-from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.data.frame import Skips, Surface
 from geo_pretrain.training.data.mining import find_pairs, resize_frame
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud, scene_surface
 from geo_pretrain.training.data.surfaces.ply import read_ply
-from geo_pretrain.training.evaluation.cloud_matching import match_clouds
-from geo_pretrain.training.evaluation.comparison import random_twin
+from geo_pretrain.training.evaluation.features import load_extractor
 from geo_pretrain.training.evaluation.matching import match_pair
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize import frames as frames_module
 from geo_pretrain.training.visualize import matches as matches_module
 from geo_pretrain.training.visualize import points as points_module
 from geo_pretrain.training.visualize.colors import shared_pca
+from geo_pretrain.training.visualize.columns import RANDOM_TITLE, find_backbone, load_columns
 from geo_pretrain.training.visualize.common import NOTHING, painted, settled, shortened
-from geo_pretrain.training.visualize.features import RANDOM, find_backbone, load_describers
 from geo_pretrain.training.visualize.frames import draw_features
 from geo_pretrain.training.visualize.grids import GAP, HEADER
 from geo_pretrain.training.visualize.matches import seen_matches, visualize_matches
@@ -96,15 +94,15 @@ def panel(picture, row, column, shape, columns, row_height):
 def test_features_share_their_colors_over_all_frames(tmp_path, image_folder, cloud_folder, source, spec):
     out = tmp_path / "new" / "features.png"
     titles = draw_features([image_folder, cloud_folder], spec, out, count=2, size=SIZE)
-    assert titles == ["image", "image", "cloud", RANDOM]
+    assert titles == ["image", "image", "cloud", RANDOM_TITLE]
     assert [path.name for path in out.parent.iterdir()] == ["features.png"]
     picture, scene = pixels(out), source.scenes()[0]
     frames = [resize_frame(source.load(scene, frame), SIZE) for frame in ("000000", "000050")]
     row_height = (picture.shape[0] - HEADER - 30) // 2
     for column, folder in ((1, image_folder), (2, cloud_folder)):
-        (describer,) = load_describers(find_backbone(folder), None)
-        features = [describer.of_frame(frame) for frame in frames]
-        for row, colors in enumerate(shared_pca([f.rows for f in features])):
+        (column_of,) = load_columns(find_backbone(folder), None)
+        features = [column_of.pixel_features(frame) for frame in frames]
+        for row, colors in enumerate(shared_pca([f.unit() for f in features])):
             shown = panel(picture, row, column, SIZE, 4, row_height)
             assert np.array_equal(shown, painted(colors, features[row].index))
     for row, frame in enumerate(frames):
@@ -117,12 +115,12 @@ def test_pixels_and_voxels_are_drawn_in_one_color_space(tmp_path, geo, source, s
     out = tmp_path / "features.png"
     assert draw_features([geo], spec, out, count=1, twin=False) == ["image", "geo: pixels", "geo: voxels"]
     picture, frame = pixels(out), resize_frame(source.load(source.scenes()[0], "000000"), SIZE)
-    features = [d.of_frame(frame) for d in load_describers(find_backbone(geo), Surfaces(source))]
+    features = [d.pixel_features(frame) for d in load_columns(find_backbone(geo), Surfaces(source))]
     row_height = picture.shape[0] - HEADER - 30
-    for column, colors in enumerate(shared_pca([f.rows for f in features]), start=1):
+    for column, colors in enumerate(shared_pca([f.unit() for f in features]), start=1):
         shown = panel(picture, 0, column, SIZE, 3, row_height)
         assert np.array_equal(shown, painted(colors, features[column - 1].index))
-    alone = painted(shared_pca([features[1].rows])[0], features[1].index)
+    alone = painted(shared_pca([features[1].unit()])[0], features[1].index)
     assert not np.array_equal(shown, alone)
 
 
@@ -134,10 +132,10 @@ def test_the_twin_is_of_the_map_and_the_seed_asked_for(tmp_path, image_folder, s
     assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
     frames = [resize_frame(source.load(source.scenes()[0], frame), SIZE) for frame in ("000000", "000050")]
     for column, random in ((1, False), (2, True)):
-        (describer,) = load_describers(find_backbone(image_folder), None, level=1, random=random, seed=3)
-        features = [describer.of_frame(frame) for frame in frames]
+        (column_of,) = load_columns(find_backbone(image_folder), None, level=1, random_init=random, seed=3)
+        features = [column_of.pixel_features(frame) for frame in frames]
         shown = panel(pixels(out), 0, column, SIZE, 3, 0)
-        assert np.array_equal(shown, painted(shared_pca([f.rows for f in features])[0], features[0].index))
+        assert np.array_equal(shown, painted(shared_pca([f.unit() for f in features])[0], features[0].index))
 
 
 def test_the_size_is_that_of_the_first_backbone_and_any_case_of_a_suffix_is_accepted(tmp_path, image_folder, spec):
@@ -155,13 +153,13 @@ def test_matches_are_those_that_are_measured(tmp_path, image_folder, source, spe
     seen, options = [], {"count": 2, "size": SIZE, "threshold": 3.0, "seed": 5}
     found = visualize_matches(image_folder, spec, tmp_path / "m.png", **options, progress=lambda *at: seen.append(at))
     assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert [title for title, _ in found] == [RANDOM, "image"]
+    assert [title for title, _ in found] == [RANDOM_TITLE, "image"]
     pairs = find_pairs(source, dataclasses.replace(spec, size=SIZE), skips=Skips())
-    shown, network = [pairs[0], pairs[-1]], load_backbone(image_folder, decoder=True)
+    shown, trained = [pairs[0], pairs[-1]], load_extractor(image_folder)
     for number, pair in enumerate(shown):
-        matches = match_pair(network, network.contract, source, pair, size=SIZE, seed=5 + number)
+        matches = match_pair(trained, source, pair, size=SIZE, seed=5 + number)
         assert found[1][1][number] == (matches.error <= 3).mean()
-    twin = match_pair(random_twin(image_folder, 5), network.contract, source, pairs[0], size=SIZE, seed=5)
+    twin = match_pair(load_extractor(image_folder, random_init=True, seed=5), source, pairs[0], size=SIZE, seed=5)
     assert found[0][1][0] == (twin.error <= 3).mean()
     assert found[0][1] != found[1][1]
     (alone,) = visualize_matches(image_folder, spec, tmp_path / "a.png", against=None, count=2, size=SIZE)
@@ -181,15 +179,15 @@ def test_matches_beside_another_backbone(tmp_path, image_folder, cloud_folder, g
 
 def test_matches_of_clouds_are_seen_by_their_cameras(tmp_path, cloud_folder, source, spec):
     pair = find_pairs(source, spec, skips=Skips())[0]
-    network = load_backbone(cloud_folder)
-    matches = match_clouds(network, network.contract, source, pair, size=SIZE, seed=0)
+    extractor = load_extractor(cloud_folder)
+    matches = match_pair(extractor, source, pair, size=SIZE, seed=0)
     middle = float(np.sort(matches.error)[len(matches.error) // 2])  # "within" means that this one is right, too
     found = visualize_matches(cloud_folder, spec, tmp_path / "m.png", count=1, threshold=middle)
     assert found[1][1] == [(matches.error <= middle).mean()]
     frames = [resize_frame(source.load(pair.scene, frame), SIZE) for frame in (pair.frame1, pair.frame2)]
-    seen = seen_matches(matches, *frames)
+    seen = seen_matches(matches, extractor.voxel_size)
     assert np.array_equal(seen.error, matches.error)
-    assert seen.frame1.color.shape == (192, 256, 3)
+    assert seen.frames[0].color.shape == (192, 256, 3)
     for points, drawn, frame in (
         (matches.query, seen.query, frames[0]),
         (matches.query, seen.truth, frames[1]),
@@ -200,10 +198,10 @@ def test_matches_of_clouds_are_seen_by_their_cameras(tmp_path, cloud_folder, sou
         for point, pixel in zip(points[:20], drawn, strict=False):
             x, y, z = (world_to_camera @ [*point, 1])[:3]
             np.testing.assert_allclose(pixel, [k[0, 0] * x / z + k[0, 2], k[1, 1] * y / z + k[1, 2]], atol=1e-6)
-    for drawn, frame in ((seen.frame1, frames[0]), (seen.frame2, frames[1])):
+    for drawn, frame in zip(seen.frames, frames, strict=True):
         cloud = frame_cloud(frame)
         points = torch.from_numpy(cloud.points)
-        row = splat(points, behind_camera(points, frame, (192, 256)), matches.voxel_size / 2)
+        row = splat(points, behind_camera(points, frame, (192, 256)), extractor.voxel_size / 2)
         assert np.array_equal(drawn.color, painted(cloud.colors, row))
 
 
@@ -227,14 +225,14 @@ def test_voxels_that_rgbd_cannot_give_are_refused_before_any_data_is_looked_for(
 
 def test_a_frame_without_features_is_left_out_of_all_columns(source):
     frames, skips = [source.load(source.scenes()[0], frame) for frame in ("000000", "000010")], Skips()
-    plain, blind = SimpleNamespace(of_frame=lambda frame: frame.id), SimpleNamespace()
+    plain, blind = SimpleNamespace(pixel_features=lambda frame: frame.id), SimpleNamespace()
 
     def refuse(frame):
         if frame.id == "000000":
             raise BadFrame(frame.id, "nothing is seen")
         return "seen"
 
-    blind.of_frame = refuse
+    blind.pixel_features = refuse
     assert frames_module._described(frames, [plain, blind], skips, None) == [(frames[1], ["000010", "seen"])]
     assert "nothing is seen" in skips.summary()
     with pytest.raises(DataError, match=r"(?s)No frame of scene .* can be shown.*nothing is seen"):
@@ -248,7 +246,7 @@ def test_clouds_are_turned_as_asked(tmp_path, cloud_folder, spec, monkeypatch):
         asked.append(options)
         raise BadFrame("here", "enough is known")
 
-    monkeypatch.setattr(matches_module, "match_clouds", match)
+    monkeypatch.setattr(matches_module, "match_pair", match)
     with pytest.raises(DataError, match="No pair of source"):
         visualize_matches(cloud_folder, spec, tmp_path / "m.png", count=2, against=None, turn="full", seed=4)
     assert asked == [{"size": SIZE, "turn": "full", "seed": seed} for seed in (4, 5)]
@@ -284,17 +282,17 @@ def test_points_of_a_cloud_backbone_in_a_ply_file(tmp_path, cloud_folder, source
     assert np.array_equal(np.stack([vertex[c] for c in ("red", "green", "blue")], 1), cloud.layers[0][1])
     assert all((places[tuple(p)] == c).all() for p, c in zip(points.tolist(), cloud.layers[1][1], strict=True))
     assert f"2,000 of {len(surface):,} points." in cloud.note
-    (describer,) = load_describers(find_backbone(cloud_folder), None)
-    features = describer.of_surface(surface, [])
+    (column_of,) = load_columns(find_backbone(cloud_folder), None)
+    features = column_of.extractor.extract_surface(surface, [])
     row = {point: number for number, point in enumerate(map(tuple, surface.points.tolist()))}
     drawn = [features.index[row[tuple(point)]] for point in points.tolist()]
-    assert np.array_equal(shared_pca([features.rows[drawn]])[0], cloud.layers[0][1])
+    assert np.array_equal(shared_pca([features.unit()[drawn]])[0], cloud.layers[0][1])
 
 
 def test_points_of_an_image_backbone_are_those_that_are_seen(tmp_path, image_folder, spec):
     frames = dataclasses.replace(spec, frames=(0.0, 1.0))
     cloud = visualize_points(image_folder, frames, tmp_path / "points.png", frame="000010")
-    assert [name for name, _ in cloud.layers] == ["image", RANDOM, "colors"]
+    assert [name for name, _ in cloud.layers] == ["image", RANDOM_TITLE, "colors"]
     assert len(cloud.points) == len(cloud.layers[0][1])
     assert cloud.top == 1.0
     assert cloud.title.endswith("/000010")
@@ -334,10 +332,10 @@ def test_layers_of_one_space_share_their_colors_on_points_too(tmp_path, geo, sou
     drawn = [row[tuple(point)] for point in cloud.points.tolist()]
     for first, random in ((0, False), (2, True)):
         described = [
-            describer.of_surface(far, frames)
-            for describer in load_describers(find_backbone(geo), Surfaces(source), random=random, seed=3)
+            drawn_column.extractor.extract_surface(far, frames)
+            for drawn_column in load_columns(find_backbone(geo), Surfaces(source), random_init=random, seed=3)
         ]
-        expected = shared_pca([features.rows[features.index[drawn]] for features in described])
+        expected = shared_pca([features.unit()[features.index[drawn]] for features in described])
         for (_, colors), own in zip(cloud.layers[first : first + 2], expected, strict=True):
             assert np.array_equal(colors, own)
     known = sum(bool(pixel >= 0) for pixel in described[0].index)
@@ -350,9 +348,9 @@ def test_the_cloud_and_its_twin_are_of_the_frame_and_the_map_asked_for(tmp_path,
     frame = resize_frame(source.load(source.scenes()[0], "000010"), SIZE)
     assert np.array_equal(cloud.points, frame_cloud(frame).points)
     for layer, random in ((0, False), (1, True)):
-        (describer,) = load_describers(find_backbone(image_folder), None, level=1, random=random, seed=3)
-        features = describer.of_surface(frame_cloud(frame), [frame])
-        assert np.array_equal(cloud.layers[layer][1], shared_pca([features.rows[features.index]])[0])
+        (column_of,) = load_columns(find_backbone(image_folder), None, level=1, random_init=random, seed=3)
+        features = column_of.extractor.extract_surface(frame_cloud(frame), [frame])
+        assert np.array_equal(cloud.layers[layer][1], shared_pca([features.unit()[features.index]])[0])
 
 
 def test_views_are_cut_from_above(tmp_path):
@@ -377,7 +375,7 @@ def test_the_page_holds_points_and_layers(tmp_path, geo, spec):
     out = tmp_path / "points.html"
     cloud = visualize_points(geo, spec, out, limit=500, seed=3)
     assert [name for name, _ in cloud.layers] == [
-        "geo: pixels", "geo: voxels", f"{RANDOM}: pixels", f"{RANDOM}: voxels", "colors"
+        "geo: pixels", "geo: voxels", f"{RANDOM_TITLE}: pixels", f"{RANDOM_TITLE}: voxels", "colors"
     ]  # fmt: skip
     text = out.read_text()
     assert not re.search(r"(src|href)=|https?:|@import|fetch\(", text)  # nothing from elsewhere

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.geometry import centered, radius_matches, rotation, transform
-from geo_pretrain.sparse.coordinates import voxelize
+from geo_pretrain.sparse.coordinates import Voxels, voxelize
 from geo_pretrain.training.data.frame import Frame, Source, Surface
 from geo_pretrain.training.data.mining import Pair
 from geo_pretrain.training.data.samples.sampler import Key, PairSamples, collate, load_pair
@@ -136,13 +136,20 @@ class ChunkPairSamples(PairSamples):
     def _tensors(self, frame: Frame, generator: torch.Generator) -> dict[str, Tensor]:
         box = chunk_box(frame, match_released_code=not self.frustum)
         chunk = crop(self.surfaces.load(frame.scene), *box)
-        points, feats = torch.from_numpy(chunk.points), torch.from_numpy(chunk.colors).float() / 255
-        if self.features == "ones":
-            feats = torch.ones_like(feats)
-        if self.match_released_code:
-            points = (points / self.voxel_size).trunc() * self.voxel_size + self.voxel_size / 2
-        voxels = voxelize(points, feats, self.voxel_size)
+        voxels = chunk_voxels(chunk, self.voxel_size, self.features, match_released_code=self.match_released_code)
         return super()._tensors(frame, generator) | {"coords": voxels.coords[:, 1:], "feats": voxels.feats}
+
+
+def chunk_voxels(
+    surface: Surface, voxel_size: float, features: Features, *, match_released_code: bool = False
+) -> Voxels:
+    """Voxelize a surface in the world's axes as Pri3D feeds it; see `ChunkPairSamples` for the arguments."""
+    points, feats = torch.from_numpy(surface.points), torch.from_numpy(surface.colors).float() / 255
+    if features == "ones":
+        feats = torch.ones_like(feats)
+    if match_released_code:
+        points = (points / voxel_size).trunc() * voxel_size + voxel_size / 2
+    return voxelize(points, feats, voxel_size)
 
 
 def turned_voxels(cloud: Surface, spec: CloudSpec, scale: float, generator: torch.Generator) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
-"""What backbones of each kind say of pixels and points, against loops and against their own other doors."""
+"""Features of pixels and points by backbones of each kind, against loops and against other ways to compute them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from geo_pretrain import hub
 from geo_pretrain.catalog import Arch
-from geo_pretrain.checkpoint import Pairing, read_checkpoint
+from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, HubError
 from geo_pretrain.loading import load_backbone, load_pair
@@ -21,17 +23,19 @@ from geo_pretrain.training.data.mining import Pair, resize_frame
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
-from geo_pretrain.training.evaluation.pixel_voxel import load_pri3d
+from geo_pretrain.training.evaluation import features as extraction
+from geo_pretrain.training.evaluation.features import (
+    ChunkExtractor,
+    CloudExtractor,
+    ImageExtractor,
+    is_paired,
+    load_pri3d,
+)
 from geo_pretrain.training.tasks.clouds import encode
-from geo_pretrain.training.visualize.features import (
-    RANDOM,
-    CloudDescriber,
-    ImageDescriber,
-    Pri3DPixels,
-    Pri3DVoxels,
-    _roles,
+from geo_pretrain.training.visualize.columns import (
+    RANDOM_TITLE,
     find_backbone,
-    load_describers,
+    load_columns,
 )
 from geo_pretrain.training.visualize.splat import frame_camera, splat
 from tests.training.test_loop import run_here
@@ -79,8 +83,8 @@ def cloud_folder(runs):
     return write_tiny_3d(runs / "cloud", recipe_yaml=None).folder
 
 
-def describers(folder, surfaces, **options):
-    return load_describers(find_backbone(str(folder)), surfaces, **options)
+def columns(folder, surfaces, **options):
+    return load_columns(find_backbone(str(folder)), surfaces, **options)
 
 
 class Colors(nn.Module):
@@ -112,9 +116,9 @@ def cell_features(frame):
 
 
 def test_a_pixel_has_the_feature_of_its_cell(frames):
-    found = ImageDescriber("x", "x", Colors(), PLAIN, None).of_frame(frames[0])
+    found = ImageExtractor(Colors(), PLAIN).extract_frame(frames[0])
     assert found.index.shape == SIZE
-    np.testing.assert_allclose(found.rows[found.index], cell_features(frames[0]), atol=1e-6)
+    np.testing.assert_allclose(found.unit()[found.index], cell_features(frames[0]), atol=1e-6)
 
 
 def test_a_point_has_the_mean_of_the_pixels_that_see_it(frames):
@@ -123,7 +127,7 @@ def test_a_point_has_the_mean_of_the_pixels_that_see_it(frames):
     rows = generator.choice(len(cloud), 300, replace=False)
     away = cloud.points[rows] + np.float32([0, 0, 40])
     surface = Surface(np.concatenate([cloud.points[rows], away]), np.zeros((600, 3), np.uint8))
-    found = ImageDescriber("x", "x", Colors(), PLAIN, None).of_surface(surface, frames)
+    found = ImageExtractor(Colors(), PLAIN).extract_surface(surface, frames)
     slow, seen_by = [], []
     described = [cell_features(frame) for frame in frames]
     for point in surface.points.astype(np.float64):
@@ -144,24 +148,24 @@ def test_a_point_has_the_mean_of_the_pixels_that_see_it(frames):
         if expected is None:
             assert found.index[number] == -1
         else:
-            np.testing.assert_allclose(found.rows[found.index[number]], expected, atol=1e-5)
-    assert len(found.rows) == sum(expected is not None for expected in slow)
+            np.testing.assert_allclose(found.unit()[found.index[number]], expected, atol=1e-5)
+    assert len(found.unit()) == sum(expected is not None for expected in slow)
     assert seen_by.count(0) > 100
 
 
 def test_points_that_no_frame_sees(frames):
     far = Surface(np.full((3, 3), 500, np.float32), np.zeros((3, 3), np.uint8))
     with pytest.raises(BadFrame, match="no frame sees a point"):
-        ImageDescriber("x", "x", Colors(), PLAIN, None).of_surface(far, frames)
+        ImageExtractor(Colors(), PLAIN).extract_surface(far, frames)
 
 
 def test_an_image_backbone_gives_its_dense_features(image_folder, surfaces, frames):
-    (found,) = describers(image_folder, surfaces)
+    (found,) = columns(image_folder, surfaces)
     network = load_backbone(image_folder, decoder=True)
     with torch.no_grad():
         dense = network(network.contract.transforms(resize=False)(frames[0].color)[None])
-    features = found.of_frame(frames[0])
-    grid = features.rows[features.index[::2, ::2]]
+    features = found.pixel_features(frames[0])
+    grid = features.unit()[features.index[::2, ::2]]
     torch.testing.assert_close(grid, F.normalize(dense[0], dim=0).movedim(0, -1))
     assert found.title == "image"
 
@@ -171,16 +175,16 @@ def test_a_map_of_an_encoder(image_folder, surfaces, frames, tmp_path):
     alone = write_tiny(tmp_path / "alone", arch=arch, weights={"encoder": role_weights("encoder")}).folder
     maps = load_backbone(image_folder)(PLAIN.transforms(resize=False)(frames[0].color)[None])
     for folder, level, stride in ((image_folder, 3, 16), (alone, None, 8), (alone, 0, 2)):
-        (found,) = describers(folder, surfaces, level=level)
-        features = found.of_frame(dataclasses.replace(frames[0]))
-        assert len(features.rows) == SIZE[0] // stride * (SIZE[1] // stride)
-        assert np.array_equal(features.index[::stride, ::stride].flatten(), np.arange(len(features.rows)))
-        assert features.rows.shape[1] == maps[int(math.log2(stride)) - 1].shape[1]
+        (found,) = columns(folder, surfaces, level=level)
+        features = found.pixel_features(dataclasses.replace(frames[0]))
+        assert len(features.unit()) == SIZE[0] // stride * (SIZE[1] // stride)
+        assert np.array_equal(features.index[::stride, ::stride].flatten(), np.arange(len(features.unit())))
+        assert features.unit().shape[1] == maps[int(math.log2(stride)) - 1].shape[1]
 
 
 @pytest.mark.parametrize("level", [None, 0, 2])
 def test_a_cloud_backbone_gives_what_encode_points_does(cloud_folder, surfaces, frames, level):
-    (found,) = describers(cloud_folder, surfaces, level=level)
+    (found,) = columns(cloud_folder, surfaces, level=level)
     network, cloud = load_backbone(cloud_folder), frame_cloud(frames[0])
     with torch.no_grad():
         if level is None:
@@ -188,35 +192,35 @@ def test_a_cloud_backbone_gives_what_encode_points_does(cloud_folder, surfaces, 
         else:
             widths = [info["num_chs"] for info in network.feature_info]
             expected = network.encode_points(cloud.points, cloud.colors).split(widths, dim=1)[level]
-    features = found.of_surface(cloud, [])
-    torch.testing.assert_close(features.rows[torch.from_numpy(features.index)], F.normalize(expected, dim=1))
-    seen = found.of_frame(frames[0])
+    features = found.extractor.extract_surface(cloud, [])
+    torch.testing.assert_close(features.unit()[torch.from_numpy(features.index)], F.normalize(expected, dim=1))
+    seen = found.pixel_features(frames[0])
     assert np.array_equal(seen.index >= 0, frames[0].depth > 0)
     assert np.array_equal(seen.index[frames[0].depth > 0], features.index)
 
 
 def test_a_network_of_ones_is_not_given_colors(surfaces, frames, tmp_path):
     contract = VoxelContract(0.1)
-    (found,) = describers(write_tiny_3d(tmp_path / "ones", contract=contract, recipe_yaml=None).folder, surfaces)
+    (found,) = columns(write_tiny_3d(tmp_path / "ones", contract=contract, recipe_yaml=None).folder, surfaces)
     painted = dataclasses.replace(frames[0], color=255 - frames[0].color)
-    assert torch.equal(found.of_frame(frames[0]).rows, found.of_frame(painted).rows)
+    assert torch.equal(found.pixel_features(frames[0]).unit(), found.pixel_features(painted).unit())
 
 
 def test_what_rgbd_cannot_give_is_refused():
     contract = VoxelContract((0.1, 1.0, 0.1), ("intensity",) * 3, coordinates="cylindrical")
     with pytest.raises(CheckpointError, match="RGB-D frames give"):
-        CloudDescriber("x", "x", nn.Identity(), contract, None)
+        CloudExtractor(nn.Identity(), contract)
 
 
 def test_a_frame_without_depth_is_a_bad_frame(cloud_folder, surfaces, frames):
-    (found,) = describers(cloud_folder, surfaces)
+    (found,) = columns(cloud_folder, surfaces)
     with pytest.raises(BadFrame, match="no pixel has a valid depth"):
-        found.of_frame(dataclasses.replace(frames[0], depth=np.zeros_like(frames[0].depth)))
+        found.pixel_features(dataclasses.replace(frames[0], depth=np.zeros_like(frames[0].depth)))
 
 
 def test_pixels_and_voxels_of_one_checkpoint_share_a_space(geo, source, surfaces, frames):
-    pixels, voxels = describers(geo, surfaces)
-    assert (type(pixels), type(voxels)) == (Pri3DPixels, Pri3DVoxels)
+    pixels, voxels = columns(geo, surfaces)
+    assert (type(pixels.extractor), type(voxels.extractor)) == (ImageExtractor, ChunkExtractor)
     assert pixels.space == voxels.space
     assert (pixels.title, voxels.title) == ("geo: pixels", "geo: voxels")
     task = load_pri3d(str(geo))
@@ -226,10 +230,10 @@ def test_pixels_and_voxels_of_one_checkpoint_share_a_space(geo, source, surfaces
         image = task.w2d(task.backbone(sample["image1"][None])[0].movedim(0, -1))
         coords = F.pad(sample["coords1"], (1, 0))
         cloud = task.w3d(encode(task.backbone3d, coords, sample["feats1"], low_precision=False))
-    found = pixels.of_frame(frame)
-    torch.testing.assert_close(found.rows[found.index[::2, ::2]], F.normalize(image, dim=-1))
-    seen = voxels.of_frame(frame)
-    torch.testing.assert_close(seen.rows, F.normalize(cloud, dim=1))
+    found = pixels.pixel_features(frame)
+    torch.testing.assert_close(found.unit()[found.index[::2, ::2]], F.normalize(image, dim=-1))
+    seen = voxels.pixel_features(frame)
+    torch.testing.assert_close(seen.unit(), F.normalize(cloud, dim=1))
     chunk = crop(surfaces.load(frame.scene), *chunk_box(frame))
     row = splat(torch.from_numpy(chunk.points), frame_camera(frame), task.voxel_size / 2)
     numbers = {tuple(place): number for number, place in enumerate(sample["coords1"].tolist())}
@@ -247,33 +251,51 @@ def test_a_frame_away_from_the_surface_is_a_bad_frame(geo, surfaces, frames):
     pose = frames[0].cam_to_world.copy()
     pose[:3, 3] += 100
     with pytest.raises(BadFrame, match="no surface"):
-        describers(geo, surfaces)[1].of_frame(dataclasses.replace(frames[0], cam_to_world=pose))
+        columns(geo, surfaces)[1].pixel_features(dataclasses.replace(frames[0], cam_to_world=pose))
 
 
 def test_the_chunk_is_that_of_the_recipe(geo, surfaces, frames):
-    (_, voxels), frame = describers(geo, surfaces), frames[0]
-    surface, edge = surfaces.load(frame.scene), np.float32(voxels.task.voxel_size)
+    (_, voxels), frame = columns(geo, surfaces), frames[0]
+    surface, edge = surfaces.load(frame.scene), np.float32(voxels.extractor.task.voxel_size)
     counts = []
     for frustum in (False, True):
-        voxels.task.config = dataclasses.replace(voxels.task.config, frustum=frustum)
+        voxels.extractor.task.config = dataclasses.replace(voxels.extractor.task.config, frustum=frustum)
         chunk = crop(surface, *chunk_box(frame, match_released_code=not frustum))
         counts.append(len({tuple(place) for place in np.floor(chunk.points / edge).tolist()}))
-        assert len(voxels.of_frame(frame).rows) == counts[-1]
+        assert len(voxels.pixel_features(frame).unit()) == counts[-1]
     assert counts[1] < counts[0]
 
 
-def test_what_drawing_needs_of_a_checkpoint(geo, cloud_folder):
+def test_what_drawing_needs_of_a_checkpoint(geo, cloud_folder, monkeypatch):
     """No more is fetched: the network, and of a pair the heads and the recipe that says which they are."""
-    assert set(_roles(read_checkpoint(geo))) >= {"encoder", "decoder", "heads", "recipe"}
-    assert set(_roles(read_checkpoint(cloud_folder))) == {"model"}
+    asked = []
+
+    def opened(name):
+        found = hub.open(name)
+
+        def fetch(*roles, optional=()):
+            asked.append((roles, optional))
+            return found.fetch(*roles, optional=optional)
+
+        return SimpleNamespace(network_roles=found.network_roles, fetch=fetch)
+
+    monkeypatch.setattr(extraction, "hub", SimpleNamespace(open=opened))
+    assert set(find_backbone(str(geo)).checkpoint.roles) >= {"encoder", "decoder", "heads", "recipe"}
+    find_backbone(str(cloud_folder))
+    assert [set(roles) for roles, _ in asked] == [{"encoder", "decoder"}, {"model"}]
+    assert {optional for _, optional in asked} == {("heads", "recipe")}
 
 
 def test_voxels_of_a_network_of_ones_have_no_colors(geo, surfaces, frames):
-    (_, voxels), cloud = describers(geo, surfaces), frame_cloud(frames[0])
+    (_, voxels), cloud = columns(geo, surfaces), frame_cloud(frames[0])
     painted = Surface(cloud.points, 255 - cloud.colors)
-    assert not torch.equal(voxels.of_surface(cloud, []).rows, voxels.of_surface(painted, []).rows)
-    voxels.task.config = dataclasses.replace(voxels.task.config, features="ones")
-    assert torch.equal(voxels.of_surface(cloud, []).rows, voxels.of_surface(painted, []).rows)
+    assert not torch.equal(
+        voxels.extractor.extract_surface(cloud, []).unit(), voxels.extractor.extract_surface(painted, []).unit()
+    )
+    voxels.extractor.task.config = dataclasses.replace(voxels.extractor.task.config, features="ones")
+    assert torch.equal(
+        voxels.extractor.extract_surface(cloud, []).unit(), voxels.extractor.extract_surface(painted, []).unit()
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,16 +305,14 @@ def test_voxels_of_a_network_of_ones_have_no_colors(geo, surfaces, frames):
 def test_which_checkpoints_hold_both_networks(tmp_path, task, expected, tiny_recipe):
     weights = {role: role_weights(role) for role in ("encoder", "decoder")} | {"heads": {"w": torch.zeros(1)}}
     recipe = tiny_recipe(task).read_text()
-    assert (
-        find_backbone(str(write_tiny(tmp_path / "a", weights=weights, recipe_yaml=recipe).folder)).in_both == expected
-    )
+    assert is_paired(write_tiny(tmp_path / "a", weights=weights, recipe_yaml=recipe)) == expected
     del weights["heads"]
-    assert not find_backbone(str(write_tiny(tmp_path / "b", weights=weights, recipe_yaml=recipe).folder)).in_both
+    assert not is_paired(write_tiny(tmp_path / "b", weights=weights, recipe_yaml=recipe))
 
 
 def test_a_map_of_such_a_checkpoint_is_one_column(geo, surfaces, frames):
-    (found,) = describers(geo, surfaces, level=1)
-    assert type(found) is ImageDescriber
+    (found,) = columns(geo, surfaces, level=1)
+    assert type(found.extractor) is ImageExtractor
 
 
 def test_a_network_with_its_teacher_has_pixels_and_voxels_in_one_space(surfaces, frames, tmp_path):
@@ -303,34 +323,34 @@ def test_a_network_with_its_teacher_has_pixels_and_voxels_in_one_space(surfaces,
         weights={"model": weights_3d(), "teacher": teacher},
         pairing=Pairing(ARCH, CONTRACT, "teacher"),
     ).folder
-    pixels, voxels = describers(folder, surfaces)
+    pixels, voxels = columns(folder, surfaces)
     assert (pixels.title, voxels.title) == ("taught: pixels", "taught: voxels")
     assert pixels.space == voxels.space
     pair, cloud = load_pair(folder), frame_cloud(frames[0])
     with torch.no_grad():
         image = pair.image_map(pair.image_contract.transforms(resize=False)(frames[0].color)[None])[0]
         points = pair.encode_points(cloud.points, cloud.colors)
-    found, seen = pixels.of_frame(frames[0]), voxels.of_frame(frames[0])
-    torch.testing.assert_close(found.rows[found.index[::2, ::2]], F.normalize(image, dim=0).movedim(0, -1))
-    torch.testing.assert_close(seen.rows[seen.index[frames[0].depth > 0]], points)
-    twin = describers(folder, surfaces, random=True)
+    found, seen = pixels.pixel_features(frames[0]), voxels.pixel_features(frames[0])
+    torch.testing.assert_close(found.unit()[found.index[::2, ::2]], F.normalize(image, dim=0).movedim(0, -1))
+    torch.testing.assert_close(seen.unit()[seen.index[frames[0].depth > 0]], points)
+    twin = columns(folder, surfaces, random_init=True)
     assert [d.title for d in twin] == ["random student: pixels", "random student: voxels"]
-    assert torch.equal(twin[0].of_frame(frames[0]).rows, found.rows)  # there is no projection to draw
-    assert not torch.allclose(twin[1].of_frame(frames[0]).rows, seen.rows, atol=1e-3)
-    other = describers(folder, surfaces, random=True, seed=1)[1].of_frame(frames[0]).rows
-    assert not torch.allclose(other, twin[1].of_frame(frames[0]).rows, atol=1e-3)
-    assert [type(d) for d in describers(folder, surfaces, level=0)] == [CloudDescriber]
+    assert torch.equal(twin[0].pixel_features(frames[0]).unit(), found.unit())  # there is no projection to draw
+    assert not torch.allclose(twin[1].pixel_features(frames[0]).unit(), seen.unit(), atol=1e-3)
+    other = columns(folder, surfaces, random_init=True, seed=1)[1].pixel_features(frames[0]).unit()
+    assert not torch.allclose(other, twin[1].pixel_features(frames[0]).unit(), atol=1e-3)
+    assert [type(d.extractor) for d in columns(folder, surfaces, level=0)] == [CloudExtractor]
 
 
 @pytest.mark.parametrize("kind", ["image", "cloud", "geo"])
 def test_the_twin_has_other_weights_and_its_own_space(kind, image_folder, cloud_folder, geo, surfaces, frames):
     folder = {"image": image_folder, "cloud": cloud_folder, "geo": geo}[kind]
-    trained = describers(folder, surfaces)
-    twins = [describers(folder, surfaces, random=True, seed=seed) for seed in (0, 0, 1)]
+    trained = columns(folder, surfaces)
+    twins = [columns(folder, surfaces, random_init=True, seed=seed) for seed in (0, 0, 1)]
     for own, first, again, other in zip(trained, *twins, strict=True):
-        assert RANDOM in first.title
+        assert RANDOM_TITLE in first.title
         assert own.space != first.space
-        rows = [d.of_frame(frames[0]).rows for d in (own, first, again, other)]
+        rows = [d.pixel_features(frames[0]).unit() for d in (own, first, again, other)]
         assert torch.equal(rows[1], rows[2])
         assert not torch.allclose(rows[0], rows[1], atol=1e-3)
         assert not torch.allclose(rows[1], rows[3], atol=1e-3)
@@ -340,7 +360,7 @@ def test_random_weights_leave_the_global_generator_alone(image_folder, surfaces)
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    describers(image_folder, surfaces, random=True)
+    columns(image_folder, surfaces, random_init=True)
     assert torch.equal(torch.rand(1), expected)
 
 
