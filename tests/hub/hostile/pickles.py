@@ -1,186 +1,33 @@
-"""A corpus of hostile files for the extraction of authors' checkpoints, put together instruction by instruction.
-
-`CORPUS` maps a name to an `Attack`: what builds the file, which error it has to end in, and a part of its message.
-Attacks marked `fires` touch a canary file when Python's own unpickler reads them; a test proves that they would.
-Everything else is a bomb, a lie about sizes, or a file that means two things.
-"""
+"""Attacks by pickles: code that runs, bombs, and lies about sizes."""
 
 from __future__ import annotations
 
-import io
 import pickle
-import struct
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
-from geo_pretrain.errors import CheckpointError, UnsafeFile
-
-# --- an assembler ----------------------------------------------------------------------------------------------------
-
-
-def text(value: str) -> bytes:
-    raw = value.encode("utf-8", "surrogatepass")
-    return b"X" + struct.pack("<I", len(raw)) + raw
-
-
-def number(value: int) -> bytes:
-    if -(1 << 31) <= value < 1 << 31:
-        return b"J" + struct.pack("<i", value)
-    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8a" + bytes([len(raw)]) + raw
-
-
-def raw(value: bytes) -> bytes:
-    return b"B" + struct.pack("<I", len(value)) + value
-
-
-def of(value: Any) -> bytes:
-    """A value that is assembled already, or a number or text."""
-    if isinstance(value, bytes):
-        return value
-    return text(value) if isinstance(value, str) else number(value)
-
-
-def name(module: str, attribute: str) -> bytes:
-    return f"c{module}\n{attribute}\n".encode()
-
-
-def stacked(module: str, attribute: str) -> bytes:
-    return text(module) + text(attribute) + b"\x93"
-
-
-def tuple_(*items: Any) -> bytes:
-    return b"(" + b"".join(map(of, items)) + b"t"
-
-
-def list_(*items: Any) -> bytes:
-    return b"](" + b"".join(map(of, items)) + b"e"
-
-
-def dict_(**items: Any) -> bytes:
-    return pairs(*((text(key), value) for key, value in items.items()))
-
-
-def pairs(*items: tuple[bytes, Any]) -> bytes:
-    return b"}(" + b"".join(key + of(value) for key, value in items) + b"u"
-
-
-def call(function: bytes, *arguments: Any) -> bytes:
-    return function + tuple_(*arguments) + b"R"
-
-
-def storage(key: Any = "0", count: int = 4, kind: bytes = name("torch", "FloatStorage"), *more: Any) -> bytes:
-    return tuple_("storage", kind, key, "cpu", count, *more) + b"Q"
-
-
-def tensor(size: bytes, stride: bytes, offset: Any = 0, of_storage: bytes | None = None) -> bytes:
-    rebuild = name("torch._utils", "_rebuild_tensor_v2")
-    hooks = name("collections", "OrderedDict") + b")R"
-    return call(rebuild, of_storage or storage(), offset, size, stride, b"\x89", hooks)
-
-
-GOOD = tensor(tuple_(4), tuple_(1))  # what a wanted tensor looks like, of the four floats of `torch_zip`
-FLOATS = struct.pack("<4f", 1, 2, 3, 4)
-
-
-def proto(body: bytes, version: int = 2) -> bytes:
-    return b"\x80" + bytes([version]) + body + b"."
-
-
-def torch_zip(body: bytes, records: dict[str, bytes] | None = None, *, method: int = zipfile.ZIP_STORED) -> bytes:
-    """What torch >= 1.6 writes: data.pkl and storages; `body` without protocol and stop."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", method) as archive:
-        archive.writestr("x/data.pkl", proto(body))
-        for key, value in ({"x/data/0": FLOATS} if records is None else records).items():
-            archive.writestr(key, value)
-    return stream.getvalue()
-
-
-def torch_legacy(
-    body: bytes,
-    *,
-    keys: bytes | None = None,
-    storages: bytes = struct.pack("<q", 4) + FLOATS,
-    system: bytes | None = None,
-) -> bytes:
-    """What torch < 1.6 writes."""
-    system = system or dict_(protocol_version=1001, little_endian=b"\x88")
-    keys = list_("0") if keys is None else keys
-    magic = number(0x1950A86A20F9469CFC6C)
-    return proto(magic) + proto(number(1001)) + proto(system) + proto(body) + proto(keys) + storages
-
-
-def legacy_tensor(view: bytes = b"N", kind: bytes = name("torch", "FloatStorage"), count: int = 4) -> bytes:
-    return tensor(tuple_(4), tuple_(1), 0, storage("0", count, kind, view))
-
-
-def numpy_dtype(code: str) -> bytes:
-    state = tuple_(3, "<", b"N", b"N", b"N", -1, -1, 0)
-    return call(name("numpy", "dtype"), code, b"\x89", b"\x88") + state + b"b"
-
-
-def numpy_array(shape: bytes, data: bytes, dtype: bytes | None = None) -> bytes:
-    start = call(name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray"), tuple_(0), raw(b"b"))
-    return start + tuple_(1, shape, dtype or numpy_dtype("f4"), b"\x89", data) + b"b"
-
-
-# --- the corpus ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Attack:
-    make: Callable[[str], bytes]  # given the path of the canary
-    error: type[CheckpointError] = UnsafeFile
-    match: str = ""
-    fires: bool = False  # Python's unpickler would touch the canary
-    limits: dict[str, Any] = field(default_factory=dict)
-    harmless: bool = False  # only a lie: even a reader with a hole in it could be given it without a process around it
-
-
-CORPUS: dict[str, Attack] = {}
-
-
-def attack(
-    title: str,
-    make: Callable[[str], bytes] | bytes,
-    match: str,
-    error: type[CheckpointError] = UnsafeFile,
-    *,
-    fires: bool = False,
-    harmless: bool = False,
-    **limits: Any,
-) -> None:
-    assert title not in CORPUS, title
-    build = (lambda _, made=make: made) if isinstance(make, bytes) else make
-    CORPUS[title] = Attack(build, error, match, fires, limits, harmless)
-
-
-lie = partial(attack, harmless=True)
-
-
-class Touch:
-    """A real object that runs a command when it is unpickled."""
-
-    def __init__(self, canary: str) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        import os
-
-        return os.system, (f"touch {self.canary}",)
-
-
-def system(canary: str) -> bytes:
-    return call(name("posix", "system"), f"touch {canary}")
-
-
-def python(canary: str) -> str:
-    return f"open({canary!r}, 'w').close()"
-
+from geo_pretrain.errors import CheckpointError
+from tests.hub.hostile.assembler import (
+    FLOATS,
+    GOOD,
+    call,
+    dict_,
+    legacy_tensor,
+    list_,
+    name,
+    number,
+    numpy_array,
+    numpy_dtype,
+    pairs,
+    proto,
+    raw,
+    stacked,
+    storage,
+    tensor,
+    text,
+    torch_legacy,
+    torch_zip,
+    tuple_,
+)
+from tests.hub.hostile.corpus import Touch, attack, lie, python, system
 
 # Code that runs, by the instruction that starts it.
 
@@ -602,126 +449,3 @@ lie(
     "no tensors",
     CheckpointError,
 )
-
-# Archives.
-
-
-def renamed(made: bytes, old: bytes, new: bytes, *, which: int) -> bytes:
-    """The same with one occurrence of a member's name changed: 0 is the one in place, -1 that of the directory."""
-    parts = made.split(old)
-    at = which % (len(parts) - 1)
-    return old.join(parts[: at + 1]) + new + old.join(parts[at + 1 :])
-
-
-def directory(made: bytes, field_at: int, form: str, value: int, member: int = 1) -> bytes:
-    """The same with a field of one member's line in the directory changed."""
-    at = -1
-    for _ in range(member + 1):
-        at = made.index(b"PK\x01\x02", at + 1)
-    return made[: at + field_at] + struct.pack(form, value) + made[at + field_at + struct.calcsize(form) :]
-
-
-PLAIN = torch_zip(dict_(a=GOOD))
-lie("a compressed data.pkl", torch_zip(dict_(a=GOOD), method=zipfile.ZIP_DEFLATED), "is compressed")
-attack(
-    "a zip bomb of 50 MB",
-    torch_zip(dict_(a=GOOD), {"x/data/0": bytes(50_000_000)}, method=zipfile.ZIP_DEFLATED),
-    "is compressed",
-)
-lie(
-    "a data.pkl beyond its limit",
-    torch_zip(text("a" * 100_000) + b"0" + dict_(a=GOOD)),
-    "1000 are accepted",
-    pickle=1000,
-)
-lie(
-    "more members than accepted",
-    torch_zip(dict_(a=GOOD), {f"x/data/{i}": FLOATS for i in range(20)}),
-    "21 members, 10 are accepted",
-    records=10,
-)
-lie(
-    "two members of one name",
-    renamed(
-        renamed(torch_zip(dict_(a=GOOD), {"x/data/0": FLOATS, "x/data/1": FLOATS}), b"x/data/1", b"x/data/0", which=0),
-        b"x/data/1",
-        b"x/data/0",
-        which=-1,
-    ),
-    "two members of one name",
-)
-lie("a member with two names", renamed(PLAIN, b"x/data/0", b"x/data/1", which=0), "another name in place")
-lie("two data.pkl", torch_zip(dict_(a=GOOD), {"y/data.pkl": proto(b"N")}), "2 data.pkl", CheckpointError)
-lie("an encrypted member", directory(PLAIN, 8, "<H", 1), "encrypted")
-INNER = (
-    torch_zip(b"N", {"x/data/1": FLOATS}).split(b"PK\x03\x04")[-1].partition(b"PK\x01\x02")[0]
-)  # a member as it lies
-NESTED = torch_zip(dict_(a=GOOD), {"x/data/0": b"PK\x03\x04" + INNER, "x/data/1": FLOATS})
-lie("members that overlap", directory(NESTED, 42, "<I", NESTED.index(INNER) - 4, member=2), "overlap")
-lie("two names for one member", directory(PLAIN, 42, "<I", 0), "another name in place")
-lie(
-    "a member beyond the end",
-    directory(directory(PLAIN, 20, "<I", 1 << 30), 24, "<I", 1 << 30),
-    "beyond",
-    CheckpointError,
-)
-lie("a member at the wrong place", directory(PLAIN, 42, "<I", 7), "where the directory says", CheckpointError)
-lie("bytes behind an archive", PLAIN + b"\0" * 1000, "follow the end")
-lie("an archive behind an archive", PLAIN + PLAIN[:-1] + b"x", "follow the end")
-lie("bytes behind the pickle of an archive", torch_zip(dict_(a=GOOD) + b".garbage"), "bytes follow its end")
-lie(
-    "a program of TorchScript",
-    torch_zip(dict_(a=GOOD), {"x/constants.pkl": b"", "x/code/a.py": b"import os"}),
-    "TorchScript",
-    CheckpointError,
-)
-
-# Legacy files and plain ones.
-
-attack(
-    "a second pickle behind the first",
-    lambda c: proto(dict_(a=numpy_array(tuple_(4), raw(FLOATS)))) + proto(system(c)),
-    "bytes follow",
-)
-lie("bytes behind a legacy file", torch_legacy(dict_(a=legacy_tensor())) + b"x", "1 bytes follow")
-lie(
-    "a legacy storage of another length",
-    torch_legacy(dict_(a=legacy_tensor()), storages=struct.pack("<q", 1 << 40) + FLOATS),
-    "4 are declared",
-    CheckpointError,
-)
-lie(
-    "a legacy storage of negative length",
-    torch_legacy(dict_(a=legacy_tensor()), storages=struct.pack("<q", -1) + FLOATS),
-    "4 are declared",
-    CheckpointError,
-)
-lie(
-    "a legacy file that declares more than it has",
-    torch_legacy(dict_(a=legacy_tensor(count=1 << 40)), storages=struct.pack("<q", 1 << 40) + FLOATS),
-    "breaks off among its storages",
-    CheckpointError,
-)
-lie(
-    "a legacy storage listed twice",
-    torch_legacy(dict_(a=legacy_tensor()), keys=list_("0", "0")),
-    "list of storages",
-    CheckpointError,
-)
-lie("a legacy storage of nobody", torch_legacy(dict_(a=legacy_tensor()), keys=list_("1")), "no tensor", CheckpointError)
-lie(
-    "a legacy storage of two types",
-    torch_legacy(dict_(a=legacy_tensor(), b=legacy_tensor(kind=name("torch", "DoubleStorage")))),
-    "declared in two ways",
-    CheckpointError,
-)
-lie("a legacy view beyond its storage", torch_legacy(dict_(a=legacy_tensor(tuple_("v", 2, 4)))), "view beyond")
-lie("a legacy view before its storage", torch_legacy(dict_(a=legacy_tensor(tuple_("v", -1, 2)))), "view beyond")
-lie("a legacy view of another shape", torch_legacy(dict_(a=legacy_tensor(tuple_("v", 1)))), "in a way torch does not")
-lie("a stack that is empty", proto(b"R"), "empty stack", CheckpointError)
-lie("a mark that is missing", proto(b"t"), "never set", CheckpointError)
-lie("a value below the mark", proto(b"N(R"), "empty stack", CheckpointError)
-lie("a memory of nothing", proto(b"h\x07"), "never remembered", CheckpointError)
-lie("values left over", proto(b"NN"), "left over", CheckpointError)
-lie("a pickle of a later Python", proto(b"N", 99), "protocol 99", CheckpointError)
-lie("an instruction that is none", proto(b"\xff"), "no pickle instruction", CheckpointError)
