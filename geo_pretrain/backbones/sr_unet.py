@@ -136,8 +136,7 @@ class SRUNet(Backbone):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """x at stride 1 with `in_chans` channels, scaled as the contract says -> the same voxels, [N, out_chans]."""
-        out = self.final(self.pyramid(x)[0])
-        return out.with_sorted_feats(F.normalize(out.sorted_feats, dim=1)) if self.normalize else out
+        return self._output(self.pyramid(x)[0])
 
     def pyramid(self, x: SparseTensor) -> list[SparseTensor]:
         """The finished maps of the U-Net at strides 1, 2, 4, 8, 16: outputs of block8, block7, block6, block5, block4.
@@ -158,6 +157,22 @@ class SRUNet(Backbone):
             x = module(f"block{number + 1}")(cat(x, skips.pop()))
             maps.append(x)
         return maps[::-1]
+
+    def forward_intermediates(
+        self, x: SparseTensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> Any:
+        """The network's output and the maps of `pyramid`, under timm's name and with its arguments.
+
+        Args:
+            x: as for `forward`.
+            indices: of the maps, finest first; a number n stands for the last n, None for all.
+            intermediates_only: return the list of maps alone.
+        """
+        maps = self.pyramid(x)
+        wanted = range(len(maps)) if indices is None else indices
+        wanted = range(len(maps))[-wanted:] if isinstance(wanted, int) else wanted
+        intermediates = [maps[index] for index in wanted]
+        return intermediates if intermediates_only else (self._output(maps[0]), intermediates)
 
     def encode_points(
         self,
@@ -181,6 +196,11 @@ class SRUNet(Backbone):
         maps = self.pyramid(x) if out == "pyramid" else [self(x)]
         found = torch.cat([m.feats[point_rows(m, coords)] for m in maps], dim=1)
         return found[voxels.inverse.to(weight.device)]
+
+    def _output(self, finest: SparseTensor) -> SparseTensor:
+        """The output that belongs to the finest map."""
+        out = self.final(finest)
+        return out.with_sorted_feats(F.normalize(out.sorted_feats, dim=1)) if self.normalize else out
 
     def _known_contract(self) -> VoxelContract:
         if self.contract is None:

@@ -47,7 +47,6 @@ def front_matter(
     arch: Arch,
     license: License,
     *,
-    modality: str,
     method: str | None,
     results: Sequence[Result] = (),
     papers: Mapping[str, Paper] | None = None,
@@ -61,9 +60,9 @@ def front_matter(
     datasets = [HUB_DATASETS[data] for data, _ in license.datasets if data in HUB_DATASETS]
     started = START.match(license.base_model)
     data: dict[str, Any] = {**license_fields(license.weights), "library_name": LIBRARY}
-    if modality == "2d":  # the Hub has no task for features of points, and its "feature-extraction" means text
+    if arch.modality == "2d":  # the Hub has no task for features of points, and its "feature-extraction" means text
         data["pipeline_tag"] = "image-feature-extraction"
-    data["tags"] = tags(arch, license, modality, method)
+    data["tags"] = tags(arch, license, method)
     if datasets:
         data["datasets"] = datasets
     if started:  # the same weights have a repository there
@@ -74,7 +73,7 @@ def front_matter(
 
 
 def license_fields(identifier: str) -> dict[str, str]:
-    """The Hub's fields for an SPDX identifier or a LicenseRef: one of its own identifiers, or name and page."""
+    """The Hub's metadata fields for an SPDX identifier or a LicenseRef: one of its own licenses, or name and page."""
     if identifier == UNSTATED:
         return {"license": "unknown"}
     key = identifier.lower().removesuffix("-only").removesuffix("-or-later")
@@ -93,13 +92,13 @@ def license_page(identifier: str) -> str | None:
     return f"https://spdx.org/licenses/{identifier}.html"
 
 
-def tags(arch: Arch, license: License, modality: str, method: str | None) -> list[str]:
+def tags(arch: Arch, license: License, method: str | None) -> list[str]:
     """What people filter by: method, modality, architecture, data, sensor, how it was trained, how it is stored."""
     data = [name for name, _ in license.datasets if name != "none"]
     sensors = [SENSORS.get(name, "rgb-d" if name.startswith("RGB-D") else None) for name in data]
     found = [
         None if method is None else slug(method),
-        "image" if modality == "2d" else "point-cloud",
+        "image" if arch.modality == "2d" else "point-cloud",
         *arch.architecture.tags,
         *(slug(name) for name in data),
         *sensors,

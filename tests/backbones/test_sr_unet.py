@@ -222,6 +222,22 @@ def test_wrong_shapes_are_refused(arguments: dict[str, object], message: str):
 
 
 @torch.no_grad()
+def test_forward_intermediates_is_timms_name_for_output_and_pyramid(golden: dict[str, Tensor]):
+    network, x = golden_network(golden).eval(), sparse(golden)
+    maps = network.pyramid(x)
+
+    def same(ours: list[SparseTensor], theirs: list[SparseTensor]) -> bool:
+        return len(ours) == len(theirs) and all(
+            torch.equal(a.feats, b.feats) for a, b in zip(ours, theirs, strict=True)
+        )
+
+    output, intermediates = network.forward_intermediates(x)
+    assert torch.equal(output.feats, network(x).feats)
+    assert same(intermediates, maps)
+    assert same(network.forward_intermediates(x, indices=2, intermediates_only=True), maps[-2:])
+    assert same(network.forward_intermediates(x, indices=(0, 3), intermediates_only=True), [maps[0], maps[3]])
+
+
 def test_feature_info_describes_the_pyramid(golden: dict[str, Tensor]):
     network = golden_network(golden).eval()
     x = sparse(golden)
