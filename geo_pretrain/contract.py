@@ -1,4 +1,7 @@
-"""What a network expects as input, as data: it is stored with the weights and becomes the network's transform."""
+"""Input contracts: what a network expects, as data that is stored with the weights and builds the input transform.
+
+A contract is to this package what `pretrained_cfg` is to timm.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ ACCEPTED = "a PIL image, uint8 [H, W, C] numpy, or a tensor [C, H, W] or [B, C, 
 
 @dataclass(frozen=True)
 class ImageContract:
-    """Channels in order, value range before normalization, mean and std in that range, size (H, W) of pre-training."""
+    """The input of an image network: channels in order, value range, mean and std, size (H, W) of pre-training."""
 
     channels: tuple[str, ...] = ("R", "G", "B")
     value_range: tuple[float, float] = (0.0, 1.0)
@@ -55,12 +58,12 @@ class ImageContract:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `contract_from_dict` is the way back."""
+        """Convert to plain JSON types; `contract_from_dict` converts back."""
         return {"kind": "image", **asdict(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ImageContract:
-        """Raises ValueError for unknown, missing or impossible entries."""
+        """Build a contract from its `to_dict` form. Raises ValueError for unknown, missing or impossible entries."""
         return cls(**_checked_keys(cls, data, "image"))
 
     def transforms(self, *, resize: bool = True) -> ImageTransform:
@@ -68,7 +71,7 @@ class ImageContract:
         return ImageTransform(self, resize)
 
     def with_channels(self, count: int) -> ImageContract:
-        """The contract after the stem was adapted to `count` channels: new ones take the average statistics."""
+        """The contract of a network with its stem adapted to `count` channels; new ones take the average statistics."""
         if count == len(self.channels):
             return self
         mean, std = sum(self.mean) / len(self.mean), sum(self.std) / len(self.std)
@@ -82,13 +85,13 @@ class ImageContract:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """An image in, the network's normalized float input out. Plain data, so data-loader workers can receive it."""
+    """Turns an image into the network's normalized float input. Plain data, so that it can be sent to workers."""
 
     contract: ImageContract
     resize: bool = True
 
     def __call__(self, image: Any) -> Tensor:
-        """A PIL image, uint8 [H, W, C] array or tensor [C, H, W] / [B, C, H, W] -> float32 [C, h, w] / [B, C, h, w].
+        """Convert a PIL image, uint8 [H, W, C] array or tensor [(B,) C, H, W] to float32 [(B,) C, h, w].
 
         Refuses floats outside [0, 1]: such an image was normalized already or is on a 0-255 scale.
         """
@@ -104,11 +107,11 @@ class ImageTransform:
 
 @dataclass(frozen=True)
 class VoxelContract:
-    """What a sparse 3D network expects: voxel edge, feature channels by name, their scaling, kind of coordinates.
+    """The input of a sparse 3D network: voxel edge, feature channels by name, their scaling, kind of coordinates.
 
     A channel named "one" is constant 1; every other is `raw * scale + offset`, where raw colors ("R", "G", "B",
     "grey") lie in [0, 1]. `voxel_size` is one edge in meters or, for "cylindrical" coordinates (radius, azimuth, z),
-    three: meters, degrees, meters. `reduce` says which points make a voxel's features.
+    three: meters, degrees, meters. A voxel's features are those of its first point or the mean (`reduce`).
     """
 
     voxel_size: float | tuple[float, float, float]
@@ -154,16 +157,16 @@ class VoxelContract:
 
     @property
     def given_channels(self) -> tuple[str, ...]:
-        """The channels that points must bring: all but the constant ones."""
+        """The channels that the caller gives: all but the constant ones."""
         return tuple(name for name in self.channels if name != "one")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `contract_from_dict` is the way back."""
+        """Convert to plain JSON types; `contract_from_dict` converts back."""
         return {"kind": "voxel", **asdict(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> VoxelContract:
-        """Raises ValueError for unknown, missing or impossible entries."""
+        """Build a contract from its `to_dict` form. Raises ValueError for unknown, missing or impossible entries."""
         return cls(**_checked_keys(cls, data, "voxel"))
 
     def transforms(self) -> VoxelTransform:
@@ -171,7 +174,7 @@ class VoxelContract:
         return VoxelTransform(self)
 
     def with_channels(self, count: int) -> VoxelContract:
-        """The contract after the stem was adapted to `count` channels; new ones are scaled as the others."""
+        """The contract of a network with its stem adapted to `count` channels; new ones are scaled as the others."""
         have = len(self.channels)
         if count == have:
             return self
@@ -183,9 +186,9 @@ class VoxelContract:
         return replace(self, channels=("grey",) if gray else tuple(f"channel{i}" for i in range(count)))
 
     def doubt(self, feats: Tensor) -> str | None:
-        """Why features [N, C] cannot be what this contract makes, in words; None when they can.
+        """Say why features [N, C] cannot come from this contract's transform; None if they can.
 
-        Pre-training adds a little noise to the features, so a tenth beyond the range is not doubted.
+        Pre-training adds a little noise to the features, so that 0.1 beyond the range is accepted.
         """
         low, high = feats.aminmax(dim=0)
         values = list(zip(self.channels, low.tolist(), high.tolist(), strict=True))
@@ -204,15 +207,15 @@ class VoxelContract:
 
 @dataclass(frozen=True)
 class VoxelTransform:
-    """Points in, the voxels of the network's input out. Plain data, so data-loader workers can receive it."""
+    """Turns points into the voxels of the network's input. Plain data, so that it can be sent to workers."""
 
     contract: VoxelContract
 
     def __call__(self, points: Any, features: Any = None, *, batch: Any = None) -> Voxels:
-        """Points [N, 3] in meters and `features` [N, C], arrays or tensors -> unique voxels, scaled features, inverse.
+        """Voxelize points [N, 3] in meters with `features` [N, C], arrays or tensors, and scale the features.
 
         Colors are uint8 or float in [0, 1], other features float; networks trained on ones take None. `batch` [N]
-        holds the number of the cloud that each point belongs to. Values that were scaled already, colors for a
+        holds the number of the cloud that each point belongs to. Values that were scaled already, features for a
         network without, and points that look like millimeters raise ValueError.
         """
         from geo_pretrain.sparse.coordinates import voxelize
@@ -228,7 +231,7 @@ class VoxelTransform:
 
 
 def contract_from_dict(data: Mapping[str, Any]) -> ImageContract | VoxelContract:
-    """Either contract from its `to_dict` form. Raises ValueError when it is neither."""
+    """Build an image or voxel contract from its `to_dict` form. Raises ValueError when it is neither."""
     kinds: dict[str, type[ImageContract] | type[VoxelContract]] = {"image": ImageContract, "voxel": VoxelContract}
     kind = data.get("kind")
     if kind not in kinds:
@@ -268,7 +271,7 @@ def _to_points(points: Any) -> Tensor:
 
 
 def _to_features(features: Any, points: Tensor, contract: VoxelContract) -> Tensor:
-    """The network's features of every point: float [N, C], scaled, with the constant channels filled in."""
+    """The features the network sees for every point: float [N, C], scaled, constant channels filled in."""
     import torch
 
     names, count = contract.given_channels, len(points)
@@ -312,7 +315,7 @@ def _check_colors(colors: Tensor) -> None:
 
 
 def _cylinder(points: Tensor) -> Tensor:
-    """(x, y, z) in meters -> (radius in meters, azimuth in degrees within [-180, 180], z in meters)."""
+    """Convert (x, y, z) m to cylindrical (radius in m, azimuth in degrees within [-180, 180], z in m)."""
     import torch
 
     x, y, z = points.unbind(dim=1)
@@ -325,7 +328,7 @@ def _span(values: Iterable[tuple[str, float, float]]) -> str:
 
 
 def _to_tensor(image: Any, chans: int) -> Tensor:
-    """Any accepted image as a tensor [C, H, W] or [B, C, H, W], uint8 or float in [0, 1]; ValueError otherwise."""
+    """Convert any accepted image to a tensor [(B,) C, H, W], uint8 or float in [0, 1]; ValueError for others."""
     import numpy as np
     import torch
 
@@ -364,7 +367,7 @@ def _from_pil(image: Any, chans: int) -> Any:
 
 
 def _resize(pixels: Tensor, contract: ImageContract) -> Tensor:
-    """To the contract's size. "nearest" takes the pixel under the center, as Pillow (and so Pri3D's loader) does."""
+    """Resize to the contract's size. "nearest" takes the pixel under the center, as Pillow and Pri3D do."""
     import torch
     from torch.nn import functional as F
 
@@ -382,9 +385,10 @@ def _resize(pixels: Tensor, contract: ImageContract) -> Tensor:
 
 
 def _under_centers(source: int, target: int) -> list[int]:
-    """For each of `target` pixels the source pixel under its center.
+    """The source pixel under the center of each of `target` pixels, by Pillow's NEAREST rule.
 
-    The positions are summed up step by step in double precision as Pillow does, so that ties fall the same way.
+    Positions are summed up step by step in double precision as Pillow does, so that ties fall the same way. Training
+    data are resized by `geometry.nearest_indices`, which differs at ties; weights and stored numbers depend on both.
     """
     step = source / target
     positions = accumulate([step * 0.5] + [step] * (target - 1))

@@ -1,4 +1,4 @@
-"""The errors users meet: what was given, what is accepted, and the nearest right thing, in that order."""
+"""Errors of this package, and helpers for their messages: what was given, what is accepted, the nearest right thing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class GeoPretrainError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all errors this package raises on purpose."""
 
 
 class UnknownName(GeoPretrainError, KeyError):
@@ -30,11 +30,11 @@ class CheckpointError(GeoPretrainError, RuntimeError):
 
 
 class DigestMismatch(CheckpointError):
-    """A file whose bytes are not those its checkpoint promises."""
+    """A file whose bytes do not have the size or digest that its checkpoint states."""
 
 
 class UnsafeFile(CheckpointError):
-    """A pickled file that asks for more than tensors, or for more than its limits; nothing of it was executed."""
+    """A pickled file that contains more than tensors, or exceeds the limits; nothing in it was executed."""
 
 
 class WeightsMismatch(GeoPretrainError, RuntimeError):
@@ -42,7 +42,7 @@ class WeightsMismatch(GeoPretrainError, RuntimeError):
 
 
 class HubError(GeoPretrainError, RuntimeError):
-    """A checkpoint that no source could deliver; the message lists each source with its reason."""
+    """A checkpoint that could not be fetched from any source; the message gives the reason for each source."""
 
 
 class DataError(GeoPretrainError, RuntimeError):
@@ -66,19 +66,19 @@ class MissingDependency(GeoPretrainError, ImportError):
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` options closest in spelling to `name`, best first (always as many as there are)."""
+    """The `count` options closest in spelling to `name`, best first."""
     ranked = sorted(options, key=lambda option: (-difflib.SequenceMatcher(None, name, option).ratio(), option))
     return ranked[:count]
 
 
 def unknown(kind: str, name: str, options: Iterable[str], hint: str = "") -> UnknownName:
-    """The error for an unknown `kind` (such as "backbone"), naming the three nearest."""
+    """Build the error for an unknown `kind` (such as "backbone"), which names the three nearest options."""
     closest = ", ".join(repr(option) for option in nearest(name, options))
     return UnknownName(f"Unknown {kind} {name!r}. Closest: {closest}." + (f" {hint}" if hint else ""))
 
 
 def require(package: str, extra: str) -> ModuleType:
-    """Import an optional library or say the exact line that installs it."""
+    """Import an optional library; MissingDependency with the exact install line if it is absent."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -87,7 +87,7 @@ def require(package: str, extra: str) -> ModuleType:
 
 
 def renamed(old: str, new: str) -> Any:
-    """A property that reads attribute `new` under its former name and warns; former names live for one version."""
+    """A property that reads attribute `new` under its former name and warns; kept for one version."""
 
     def read(self: Any) -> Any:
         warnings.warn(f"'{old}' is now '{new}'.", FutureWarning, stacklevel=2)

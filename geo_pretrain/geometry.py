@@ -17,7 +17,7 @@ MatchDistance = Literal["depth", "euclidean"]
 
 
 def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
-    """Pixel centers (u, v) in row-major order: [height * width, 2], with the dtype and device of `like`."""
+    """List pixel centers (u, v) in row-major order: [height * width, 2], with the dtype and device of `like`."""
     v, u = torch.meshgrid(
         torch.arange(height, dtype=like.dtype, device=like.device),
         torch.arange(width, dtype=like.dtype, device=like.device),
@@ -27,7 +27,7 @@ def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def backproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
-    """Depth images [..., H, W] m and pinhole matrices [..., 3, 3] to camera-frame points [..., H*W, 3] m.
+    """Back-project depth images [..., H, W] m with pinhole matrices [..., 3, 3] to camera-frame points [..., H*W, 3] m.
 
     Invalid pixels (depth 0) come out at the camera center; mask them with the depth.
     """
@@ -44,7 +44,7 @@ def transform(points: Tensor, a_to_b: Tensor) -> Tensor:
 
 
 def project(points: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
-    """Camera-frame points [..., N, 3] m to pixels uv [..., N, 2] and their z-depth [..., N] m.
+    """Project camera-frame points [..., N, 3] m to pixels uv [..., N, 2] and their z-depth [..., N] m.
 
     Points on the camera plane (z = 0) give infinite or NaN pixels: test z before using them.
     """
@@ -54,12 +54,12 @@ def project(points: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relative_pose(cam1_to_world: Tensor, cam2_to_world: Tensor) -> Tensor:
-    """Camera-1-to-camera-2 [..., 4, 4], computed in float64: world coordinates may be large."""
+    """The transform from camera 1 to camera 2, [..., 4, 4], in float64 since world coordinates may be large."""
     return torch.linalg.solve(cam2_to_world.double(), cam1_to_world.double())
 
 
 def resize_intrinsics(intrinsics: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Pinhole matrices [..., 3, 3] of an image of size `old` (H, W) after `nearest_indices` brought it to `new`.
+    """Adapt pinhole matrices [..., 3, 3] to an image that `nearest_indices` resized from `old` (H, W) to `new`.
 
     Exact when the sizes divide (output pixel u is then the camera ray of source pixel s*u + s//2); otherwise the
     center-aligned rule, which is right to within half a source pixel.
@@ -74,7 +74,11 @@ def resize_intrinsics(intrinsics: Tensor, old: tuple[int, int], new: tuple[int, 
 
 
 def nearest_indices(old: int, new: int) -> list[int]:
-    """Source index of each of `new` samples along an axis of length `old`: Pillow's NEAREST rule."""
+    """Source index of each of `new` samples along an axis of length `old`: the pixel under the sample's center.
+
+    Ties are exact here. Pillow sums positions up in floating point, so that it may choose the other pixel at a tie;
+    the input transform of a contract follows Pillow (`contract`), training data follow this rule.
+    """
     return [min(math.floor((index + 0.5) * old / new), old - 1) for index in range(new)]
 
 
@@ -91,7 +95,7 @@ def match_pixels(
     rounding: Rounding = "floor",
     match_released_code: bool = False,
 ) -> Tensor:
-    """For every pixel of frame 1 the pixel of frame 2 that sees the same surface point, by projection.
+    """Find for every pixel of frame 1 the pixel of frame 2 that sees the same surface point, by projection.
 
     Args:
         depth1, depth2: [B, H, W] m, 0 = invalid (the two may differ in size).
@@ -107,7 +111,7 @@ def match_pixels(
     """
     points = backproject(depth1, intrinsics1)
     points = transform(points, relative_pose(cam1_to_world, cam2_to_world).to(depth1.dtype))
-    target, inside, z = _land(points, intrinsics2, depth2.shape, rounding, match_released_code)
+    target, inside, z = _pixels_of(points, intrinsics2, depth2.shape, rounding, match_released_code)
     valid = inside & (depth1.flatten(-2) != -1 if match_released_code else depth1.flatten(-2) > 0)
     seen = depth2.flatten(-2).gather(-1, target)
     if distance == "depth":
@@ -131,10 +135,10 @@ def seen_at(
     rounding: Rounding = "floor",
     match_released_code: bool = False,
 ) -> Tensor:
-    """For every world point [..., N, 3] m the pixel of a frame that sees it, by projection.
+    """Find for every world point [..., N, 3] m the pixel of a frame that sees it, by projection.
 
     Args:
-        points: such as the centers of voxels; the authors project their lower corners.
+        points: for example voxel centers; the authors project the voxels' lower corners.
         depth: [..., H, W] m, 0 = invalid; intrinsics: [..., 3, 3]; cam_to_world: [..., 4, 4].
         tolerance: meters along the optical axis between the point and the depth there; Pri3D's code allows 0.2.
         rounding: how a projected coordinate becomes a pixel, see `match_pixels`.
@@ -146,7 +150,7 @@ def seen_at(
         int64 [..., N]: the flat pixel index, or -1 where the point is not seen.
     """
     in_camera = transform(points.double(), torch.linalg.inv(cam_to_world.double())).to(points.dtype)
-    target, inside, z = _land(in_camera, intrinsics, depth.shape, rounding, match_released_code)
+    target, inside, z = _pixels_of(in_camera, intrinsics, depth.shape, rounding, match_released_code)
     seen = depth.flatten(-2).gather(-1, target)
     valid = inside & ((z - seen).abs() < tolerance)
     if not match_released_code:
@@ -185,11 +189,11 @@ def register_depth(
 
 
 def radius_matches(points1: Tensor, points2: Tensor, radius: float) -> Tensor:
-    """All pairs of a point of [N, 3] and a point of [M, 3] that are less than `radius` apart: int64 [K, 2].
+    """Find all pairs of a point of [N, 3] and a point of [M, 3] less than `radius` apart: int64 [K, 2].
 
     Rows (index 1, index 2) in ascending order. Distances are measured in float64 and must be strictly smaller, as in
-    the k-d tree that PointContrast's code asks. Points are binned into cells as wide as the radius, so the cost grows
-    with the number of pairs found; memory too.
+    the k-d tree of PointContrast's code. Points are binned into cells as wide as the radius, so that time and memory
+    grow with the number of pairs found.
     """
     if not radius > 0:
         raise ValueError(f"radius is {radius!r}; accepted: meters above 0.")
@@ -224,25 +228,25 @@ def radius_matches(points1: Tensor, points2: Tensor, radius: float) -> Tensor:
 
 
 def rotation(axis: Tensor, angle: float) -> Tensor:
-    """The turn by `angle` (radians, right-handed) about `axis` [3], which needs no unit length: float64 [4, 4]."""
+    """The rotation by `angle` (radians, right-handed) about `axis` [3], of any length: float64 [4, 4]."""
     x, y, z = (axis.double() / axis.double().norm()).tolist()
     skew = torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64, device=axis.device)
-    turned = torch.eye(4, dtype=torch.float64, device=axis.device)
-    turned[:3, :3] += math.sin(angle) * skew + (1 - math.cos(angle)) * (skew @ skew)
-    return turned
+    rotated = torch.eye(4, dtype=torch.float64, device=axis.device)
+    rotated[:3, :3] += math.sin(angle) * skew + (1 - math.cos(angle)) * (skew @ skew)
+    return rotated
 
 
 def centered(points: Tensor) -> Tensor:
-    """The shift that takes the centroid of points [N, 3] to the origin: float64 [4, 4]."""
+    """The translation of the centroid of points [N, 3] to the origin: float64 [4, 4]."""
     shift = torch.eye(4, dtype=torch.float64, device=points.device)
     shift[:3, 3] = -points.double().mean(dim=0)
     return shift
 
 
-def _land(
+def _pixels_of(
     points: Tensor, intrinsics: Tensor, shape: torch.Size, rounding: Rounding, match_released_code: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where camera-frame points fall in an image [..., H, W]: flat pixel (0 when outside), whether inside, z-depth."""
+    """Pixels that camera-frame points fall on in an image [..., H, W]: flat index (0: outside), inside, z-depth."""
     height, width = shape[-2:]
     uv, z = project(points, intrinsics)
     if match_released_code:

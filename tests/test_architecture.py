@@ -239,7 +239,8 @@ def optional_libraries() -> dict[str, str]:
         for module, path in MODULES.items()
         for node in at_run_time(parse(path))
         if not isinstance(node, ast.Constant)
-        for name in {name.partition(".")[0] for name in named(node, module)} & OPTIONAL
+        for name in sorted(named(node, module))
+        if name.partition(".")[0] in OPTIONAL or name.startswith("torch.utils.tensorboard")
     }
 
 

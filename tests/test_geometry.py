@@ -307,6 +307,7 @@ def test_radius_matches_of_two_frames_need_no_table_of_distances():
     generator = torch.Generator().manual_seed(1)
     wall = torch.rand(20_000, 3, generator=generator) * torch.tensor([3.0, 3.0, 0.02])
     with LargestTensor() as largest:
+        geometry.radius_matches(wall[:2], wall[:2], 0.0375)  # torch imports what a mode needs when it is first used
         found, lines = python_lines(lambda: geometry.radius_matches(wall, wall.flip(0), 0.0375))
     assert lines < 5000
     assert largest.elements < 20_000_000

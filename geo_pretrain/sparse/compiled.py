@@ -29,7 +29,7 @@ ADDRESS, SIZE = types.uint64, types.int64
 
 
 def compiled(tasks: Callable[..., None]) -> Any:
-    """Machine code of a function of one job, kept for the next start where there is a folder to keep it in."""
+    """Compile a task to machine code, cached on disk where there is a folder for it."""
     signature = types.void(types.CPointer(types.int64))
     try:
         return numba.cfunc(signature, cache=True)(tasks)
@@ -39,7 +39,7 @@ def compiled(tasks: Callable[..., None]) -> Any:
 
 @intrinsic
 def next_task(context, counter):
-    """The counter's value, which grows by one: threads draw tasks from it."""
+    """Return the counter's value and increment it atomically: threads draw their tasks from it."""
 
     def emit(_context, b, _signature, args):
         return b.atomic_rmw("add", b.inttoptr(args[0], INT64.as_pointer()), INT64(1), "monotonic")
@@ -62,7 +62,7 @@ int32_at, int64_at, float_at = (_pointer_cast(kind) for kind in (types.int32, ty
 
 
 def run(tasks: Any, *values: int) -> None:
-    """Run compiled tasks on torch's number of threads; `values` follow the counter they draw from."""
+    """Run compiled tasks on as many threads as torch uses; the job is the counter followed by `values`."""
     counter = np.zeros(1, np.int64)
     job = np.array([counter.ctypes.data, *values], np.int64)
     pointer, threads = job.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)), torch.get_num_threads()
@@ -79,7 +79,7 @@ def run(tasks: Any, *values: int) -> None:
 
 @cache
 def _openmp() -> Any:
-    """The entry point of the OpenMP library that torch brought along, or None where it did not bring GNU's."""
+    """GOMP_parallel of the OpenMP library that torch loaded; None if that is not GNU's."""
     folder = Path(torch.__file__).parent
     for path in [*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")]:
         try:
@@ -93,5 +93,5 @@ def _openmp() -> Any:
 
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: those of a parent do not survive a fork."""
+    """Threads of this process; `process` is part of the cache key since threads do not survive a fork."""
     return ThreadPoolExecutor(threads)

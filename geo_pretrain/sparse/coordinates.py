@@ -1,4 +1,4 @@
-"""Points to voxels: integer coordinates, one feature row a voxel, and the way back to the points."""
+"""Voxelize points: integer coordinates, one feature row a voxel, and the voxel of every point."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def voxelize(
     reduce: Literal["first", "mean"] = "first",
     batch: Tensor | None = None,
 ) -> Voxels:
-    """Quantise points [N, 3] (m) with features [N, C] to voxels of edge `voxel_size` (m).
+    """Quantize points [N, 3] (m) with features [N, C] to voxels of edge `voxel_size` (m).
 
     A voxel's integer coordinate is floor(x / voxel_size), towards minus infinity, divided in the points' own dtype as
     MinkowskiEngine does; voxel c covers [c, c + 1) * voxel_size. Its feature is that of its first point or the mean of
@@ -58,7 +58,7 @@ def voxelize(
 
 
 def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The first index [M] of each different row of int64 `rows` [N, D], ascending, and for each row its group [N]."""
+    """Find unique rows of int64 `rows` [N, D]: indices of first occurrences [M], ascending; every row's group [N]."""
     keys = _pack(rows)
     if keys is None:  # extents beyond 63 bits together
         _, group = torch.unique(rows, dim=0, return_inverse=True)
@@ -75,7 +75,7 @@ def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pack(rows: Tensor) -> Tensor | None:
-    """One int64 key a row, different for different rows; None when the extents do not fit in 63 bits."""
+    """Pack each row into a unique int64 key; None when the extents do not fit in 63 bits."""
     if not len(rows):
         return rows.new_zeros(0)
     low = rows.amin(dim=0)

@@ -63,9 +63,9 @@ def _row(b: Value, base: Value, row: Value, width: Value) -> Value:
     return b.gep(b.inttoptr(base, FLOAT.as_pointer()), [b.mul(row, width)])
 
 
-def _entry(b: Value, rows: Value, place: Value) -> Value:
-    """rows[place] of int32 rows, as int64."""
-    return b.sext(b.load(b.gep(b.inttoptr(rows, INT32.as_pointer()), [place])), INT64)
+def _entry(b: Value, rows: Value, index: Value) -> Value:
+    """rows[index] of int32 rows, as int64."""
+    return b.sext(b.load(b.gep(b.inttoptr(rows, INT32.as_pointer()), [index])), INT64)
 
 
 def _vectors(b: Value, row: Value, count: int) -> list[Value]:
@@ -74,7 +74,7 @@ def _vectors(b: Value, row: Value, count: int) -> list[Value]:
 
 
 def _shapes(b: Value, height: Value, width: Value) -> Iterator[tuple[int, int]]:
-    """A case for every height and width (in vectors) of a block; what is emitted during an iteration belongs to it."""
+    """Emit a switch with one case for each height and width (in vectors) of a block; iterate over the cases."""
     end = b.append_basic_block("end")
     switch = b.switch(b.add(b.mul(height, INT64(WIDEST)), width), end)
     for rows in range(1, BLOCK + 1):
@@ -186,7 +186,7 @@ def _transpose_block(context, source, source_width, target, target_width):
 
 @compiled
 def _product_tasks(job):
-    """Output tiles, each on all columns or, where tiles are few, on some."""
+    """Compute output tiles, each for all columns or, where there are few tiles, for some."""
     g = numba.carray(job, (14,))
     counter, rows, inputs, outputs, kernel, out = g[0], g[1], g[2], g[3], g[4], g[5]
     starts, tiles, offsets, width, columns, height, share, shares = g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]
@@ -211,7 +211,7 @@ def _product_tasks(job):
 
 @compiled
 def _gradient_tasks(job):
-    """Some rows of a few kernel slices, over the pairs of all tiles."""
+    """Compute some rows of a few kernel slices of the gradient, over the pairs of all tiles."""
     g = numba.carray(job, (14,))
     counter, rows, inputs, outputs, grad, out = g[0], g[1], g[2], g[3], g[4], g[5]
     starts, tiles, offsets, width, columns, share, shares, group = g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]
@@ -239,7 +239,7 @@ def _gradient_tasks(job):
 
 @compiled
 def _transpose_tasks(job):
-    """Kernel slices [K, Cin, Cout] to [K, Cout, Cin], both whole numbers of vectors."""
+    """Transpose kernel slices [K, Cin, Cout] to [K, Cout, Cin]; both widths are multiples of a vector."""
     g = numba.carray(job, (6,))
     counter, source, target, offsets, width, columns = g[0], g[1], g[2], g[3], g[4], g[5]
     while True:
@@ -254,7 +254,7 @@ def _transpose_tasks(job):
 
 @compiled
 def _list_tasks(job):
-    """Counts the pairs of every tile and offset or, where `pairs` is not 0, lists them from their cells' places on."""
+    """Count the pairs of every tile and offset or, if `pairs` is not 0, list them from the given positions on."""
     g = numba.carray(job, (9,))
     counter, height, offsets, tiles, pairs = g[0], g[5], g[6], g[7], g[8]
     table = numba.carray(int32_at(g[1]), (height, offsets))
@@ -274,7 +274,7 @@ def _list_tasks(job):
 
 
 class Pairs(NamedTuple):
-    """The pairs of a map, by tile of TILE output rows and then by offset."""
+    """The pairs (input row, output row) of a kernel map, by tile of TILE output rows and then by offset."""
 
     inputs: np.ndarray  # int32 [P]
     outputs: np.ndarray  # int32 [P], ascending within a tile and offset
@@ -283,7 +283,7 @@ class Pairs(NamedTuple):
 
     @classmethod
     def of(cls, kernel_map: KernelMap) -> Pairs:
-        """The pairs of a map, listed once and kept with it."""
+        """The pairs of a kernel map, listed once and cached on it."""
         if "tiled_pairs" in kernel_map.__dict__:
             kept: Pairs = kernel_map.__dict__["tiled_pairs"]
             return kept
@@ -303,9 +303,9 @@ class Pairs(NamedTuple):
         return listed
 
 
-def sparse_conv_forward(rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
-    """sum_k rows[table[:, k]] @ kernel[k]: [N_out, Cout]. A transposed view of a kernel is as welcome as a kernel."""
-    _check(rows, kernel, kernel_map.inputs)
+def sparse_conv_forward(feats: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
+    """sum_k feats[table[:, k]] @ kernel[k]: [N_out, Cout]. The kernel may be a transposed view."""
+    _check(feats, kernel, kernel_map.inputs)
     height, (offsets, width, columns) = len(kernel_map.table), kernel.shape
     pairs = Pairs.of(kernel_map)
     excess = -columns % LANES
@@ -313,34 +313,34 @@ def sparse_conv_forward(rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> 
         kernel = torch.nn.functional.pad(kernel, (0, excess))
     elif width % LANES == 0 and kernel.transpose(1, 2).is_contiguous():
         kernel = _transposed(kernel)
-    rows, kernel, padded = rows.contiguous(), kernel.contiguous(), columns + excess
-    out = rows.new_empty(height, padded)
+    feats, kernel, padded = feats.contiguous(), kernel.contiguous(), columns + excess
+    out = feats.new_empty(height, padded)
     share = padded if pairs.tiles >= 4 * torch.get_num_threads() else min(COLUMNS, padded)
-    addresses = rows.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, kernel.data_ptr(), out.data_ptr()
+    addresses = feats.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, kernel.data_ptr(), out.data_ptr()
     sizes = pairs.tiles, offsets, width, padded, height, share, -(-padded // share)
     run(_product_tasks, *addresses, pairs.starts.ctypes.data, *sizes)
     return out[:, :columns].contiguous() if excess else out
 
 
-def sparse_conv_wgrad(rows: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
-    """d loss / d kernel [K, Cin, Cout] of `sparse_conv_forward`, given that of its output."""
-    _check(rows, grad, kernel_map.inputs)
-    offsets, width, columns = kernel_map.table.shape[1], rows.shape[1], grad.shape[1]
+def sparse_conv_wgrad(feats: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
+    """The gradient [K, Cin, Cout] of `sparse_conv_forward` with respect to its kernel; `grad` [N_out, Cout]."""
+    _check(feats, grad, kernel_map.inputs)
+    offsets, width, columns = kernel_map.table.shape[1], feats.shape[1], grad.shape[1]
     pairs = Pairs.of(kernel_map)
     padded = columns + -columns % LANES
-    rows, grad = rows.contiguous(), torch.nn.functional.pad(grad, (0, padded - columns)).contiguous()
-    out = rows.new_empty(offsets, width, padded)
+    feats, grad = feats.contiguous(), torch.nn.functional.pad(grad, (0, padded - columns)).contiguous()
+    out = feats.new_empty(offsets, width, padded)
     shares = -(-width // HEIGHT)
-    # Offsets that a task takes together share rows in cache; but every thread needs a few tasks.
+    # Offsets that a task takes together share features in cache; but every thread needs a few tasks.
     group = min(max(offsets * shares // (3 * torch.get_num_threads()), 1), 9)
-    addresses = rows.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, grad.data_ptr(), out.data_ptr()
+    addresses = feats.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, grad.data_ptr(), out.data_ptr()
     sizes = pairs.tiles, offsets, width, padded, HEIGHT, shares, group
     run(_gradient_tasks, *addresses, pairs.starts.ctypes.data, *sizes)
     return out[..., :columns].contiguous() if padded > columns else out
 
 
 def _check(rows: Tensor, other: Tensor, inputs: int) -> None:
-    """Compiled code believes what it is told, so it is asked here."""
+    """Check dtypes, devices and the number of rows, which compiled code does not."""
     kinds = [f"{tensor.dtype} on {tensor.device.type}" for tensor in (rows, other)]
     if kinds != ["torch.float32 on cpu"] * 2:
         raise ValueError(f"The fast backend got {' and '.join(kinds)}; accepted: torch.float32 on cpu.")
@@ -352,7 +352,7 @@ _scratch = threading.local()
 
 
 def _transposed(kernel: Tensor) -> Tensor:
-    """A contiguous copy of a kernel that is a transposed view, in memory that all layers of a thread share."""
+    """Copy a transposed view of a kernel to contiguous memory, which all layers of a thread share."""
     size = kernel.numel()
     if getattr(_scratch, "memory", None) is None or _scratch.memory.numel() < size:
         _scratch.memory = torch.empty(size)

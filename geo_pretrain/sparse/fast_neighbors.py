@@ -16,7 +16,7 @@ VOXELS = 256  # voxels a task
 
 @numba.njit
 def _slot(batch, x, y, z, mask):
-    """Where the search for a cell starts in the hash table: the eight of a cube of two are next to each other."""
+    """The first slot to search for a cell in the hash table; the eight cells of a cube of two have adjacent slots."""
     mixed = np.uint64(batch) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ np.uint64(x >> 1)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(29)) ^ np.uint64(y >> 1)) * np.uint64(0x94D049BB133111EB)
@@ -26,7 +26,7 @@ def _slot(batch, x, y, z, mask):
 
 @compiled
 def _hash_tasks(job):
-    """Enters every row into the hash table: one task, since slots are taken one after another."""
+    """Insert every row into the hash table; a single task, since slots are taken one after another."""
     g = numba.carray(job, (6,))
     count, stride, size = g[2], g[3], g[5]
     if next_task(g[0]) > 0:
@@ -43,7 +43,7 @@ def _hash_tasks(job):
 
 @compiled
 def _find_tasks(job):
-    """For each row and offset the row that lies there; of a symmetric table half is searched."""
+    """Look up the neighbor of each row at each offset; half of a symmetric table is searched, the rest mirrored."""
     g = numba.carray(job, (10,))
     counter, count, stride, size, offsets, symmetric = g[0], g[2], g[3], g[5], g[7], g[8]
     coords, slots = numba.carray(int32_at(g[1]), (count, 4)), numba.carray(int32_at(g[4]), (size,))
@@ -74,10 +74,10 @@ def _find_tasks(job):
 
 
 def neighbors(coords: Tensor, stride: int, offsets: Sequence[Sequence[int]], *, symmetric: bool) -> Tensor:
-    """int32 [N, K]: the row that lies each offset (x, y, z), in strides, away from each row; -1 where there is none.
+    """int32 [N, K]: the row at each offset (x, y, z), in strides, from each row; -1 where there is none.
 
-    `coords` int32 [N, 4] are unique and multiples of `stride`. `symmetric`: the offsets are those of a centered kernel;
-    whoever has me as a neighbor is mine, on the other side, so half of the search is saved.
+    `coords` int32 [N, 4] are unique and multiples of `stride`. `symmetric`: the offsets of a centered kernel.
+    If b is a's neighbor then a is b's on the other side, which saves half of the search.
     """
     coords, moves = coords.contiguous(), np.array(offsets, np.int64) * stride
     slots = np.empty(1 << max(4, (3 * len(coords)).bit_length()), np.int32)

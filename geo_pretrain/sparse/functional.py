@@ -1,4 +1,4 @@
-"""Operations on sparse tensors in plain torch: convolution, pooling, interpolation. Any device, any float type.
+"""Functions on sparse tensors: convolution, pooling, interpolation, on any device and in any float type.
 
 Convolutions follow MinkowskiEngine 0.5 (Choy et al., CVPR 2019): out[u] = sum_k in[u + offset_k] @ kernel[k], a
 correlation, outputs at every occupied (coarse) cell.
@@ -48,7 +48,7 @@ def convolve(
 
 
 class _Convolution(torch.autograd.Function):
-    """Rows [N_in, Cin] and kernel [K, Cin, Cout] through a map; gathers are repeated, not kept, for the gradients."""
+    """Convolution of features [N_in, Cin] with a kernel [K, Cin, Cout]; gathered features are not kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
@@ -69,7 +69,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _KernelGradient(torch.autograd.Function):
-    """The gradient of a convolution's kernel; linear in both arguments, so that derivatives of any order exist."""
+    """The gradient of a convolution's kernel, itself differentiable, so that derivatives of any order exist."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
@@ -85,7 +85,7 @@ class _KernelGradient(torch.autograd.Function):
 
 
 def max_pool(x: SparseTensor, kernel_size: int, stride: int) -> SparseTensor:
-    """The largest feature in each window, over occupied voxels only."""
+    """Max pooling over the occupied voxels of each window."""
     kernel_map = x.coordinate_manager.kernel_map(x.stride, stride, kernel_size, 1)
     rows, table = x.sorted_feats.detach(), kernel_map.table
     first = table.gather(1, (table >= 0).int().argmax(dim=1, keepdim=True)).clamp(min=0).long()
@@ -99,14 +99,14 @@ def max_pool(x: SparseTensor, kernel_size: int, stride: int) -> SparseTensor:
 
 
 def avg_pool(x: SparseTensor, kernel_size: int, stride: int) -> SparseTensor:
-    """The mean feature of each window, over occupied voxels only."""
+    """Average pooling over the occupied voxels of each window."""
     pooled = sum_pool(x, kernel_size, stride)
     table = x.coordinate_manager.kernel_map(x.stride, stride, kernel_size, 1).table
     return pooled.with_sorted_feats(pooled.sorted_feats / (table >= 0).sum(dim=1, keepdim=True).clamp(min=1))
 
 
 def sum_pool(x: SparseTensor, kernel_size: int, stride: int) -> SparseTensor:
-    """The sum of the features in each window."""
+    """Sum pooling over each window."""
     kernel_map = x.coordinate_manager.kernel_map(x.stride, stride, kernel_size, 1)
     rows = x.sorted_feats.to(accumulator(x.sorted_feats.dtype))
     total = rows.new_zeros(len(kernel_map.table), rows.shape[1])
@@ -116,7 +116,7 @@ def sum_pool(x: SparseTensor, kernel_size: int, stride: int) -> SparseTensor:
 
 
 def global_pool(x: SparseTensor, reduce: Literal["avg", "max", "sum"] = "avg") -> Tensor:
-    """One row for each batch element: [B, C]."""
+    """Pool all voxels of each batch element: [B, C], a plain tensor in batch order."""
     if reduce not in ("avg", "max", "sum"):
         raise ValueError(f"reduce is {reduce!r}; accepted: 'avg', 'max', 'sum'.")
     if reduce == "max":
@@ -131,7 +131,7 @@ def global_pool(x: SparseTensor, reduce: Literal["avg", "max", "sum"] = "avg") -
 
 
 def interpolate(x: SparseTensor, points: Tensor) -> Tensor:
-    """Trilinear features [M, C] at `points` [M, 4], rows (batch, x, y, z) in voxels of stride 1.
+    """Interpolate features trilinearly, [M, C], at `points` [M, 4], rows (batch, x, y, z) in voxels of stride 1.
 
     A corner's weight is the product over axes of 1 - distance / stride; unoccupied corners count as zero and weights
     are not renormalized, as in MinkowskiEngine. Voxel coordinates are the corners.
@@ -150,7 +150,7 @@ def interpolate(x: SparseTensor, points: Tensor) -> Tensor:
 
 
 def point_rows(x: SparseTensor, coords: Tensor) -> Tensor:
-    """For voxel coordinates [M, 4] of stride 1 the row of `x.feats` whose voxel contains each: int64, -1 for none."""
+    """The row of `x.feats` whose voxel contains each coordinate [M, 4] of stride 1: int64 [M], -1 for none."""
     _check_places("coords", coords, "integers")
     found = x.coordinate_map.index.find(floor_to(coords, x.stride)).long()
     if x.stride != x.coordinate_manager.base_stride:
@@ -181,7 +181,7 @@ def _autocast(rows: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _or_zero(rows: Tensor, kernel_map: KernelMap) -> Tensor:
-    """Zero rows where a window is empty (a stride larger than the kernel)."""
+    """Set rows to zero where the window is empty (a stride larger than the kernel)."""
     return torch.where((kernel_map.table >= 0).any(dim=1, keepdim=True), rows, 0)
 
 

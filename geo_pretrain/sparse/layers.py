@@ -12,7 +12,7 @@ from geo_pretrain.sparse.tensor import SparseTensor
 
 
 class _Convolution(nn.Module):
-    """What the two kinds of convolution share: `kernel` [K, Cin, Cout] ([Cin, Cout] if pointwise), `bias` [1, Cout]."""
+    """Base class of both convolutions: `kernel` [K, Cin, Cout] ([Cin, Cout] if pointwise), `bias` [1, Cout]."""
 
     transposed = False
 
@@ -29,7 +29,7 @@ class _Convolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within 1 / sqrt(fan), fan = input channels (transposed: output channels) times offsets."""
+        """Draw weights uniformly within 1 / sqrt(fan); fan = input channels (transposed: output) times offsets."""
         fan = (self.out_chans if self.transposed else self.in_chans) * self.kernel_size**3
         bound = 1 / math.sqrt(fan)
         nn.init.uniform_(self.kernel, -bound, bound)
@@ -49,12 +49,12 @@ class _Convolution(nn.Module):
         return y if self.bias is None else y.with_sorted_feats(y.sorted_feats + self.bias.to(y.sorted_feats.dtype))
 
     def extra_repr(self) -> str:
-        """Shown in `repr`."""
+        """The arguments shown in `repr`."""
         return f"{self.in_chans}, {self.out_chans}, kernel_size={self.kernel_size}, stride={self.stride}"
 
 
 class Conv3d(_Convolution):
-    """Sparse convolution; `stride` > 1 leads to the voxels of the coarser grid."""
+    """Sparse convolution; `stride` > 1 leads to coarser voxels."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Conv3d(_Convolution):
 
 
 class ConvTranspose3d(_Convolution):
-    """Transposed sparse convolution, back onto the voxels that the strided one came from."""
+    """Transposed sparse convolution, back onto the voxels that the strided convolution came from."""
 
     transposed = True
 

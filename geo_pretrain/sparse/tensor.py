@@ -71,13 +71,13 @@ class SparseTensor:
 
     @property
     def coords(self) -> Tensor:
-        """int32 [N, 4]."""
+        """Voxel coordinates, int32 [N, 4]."""
         coords = self.coordinate_map.coords
         return coords[self.coordinate_manager.rank] if self.stride == self.coordinate_manager.base_stride else coords
 
     @property
     def feats(self) -> Tensor:
-        """[N, C], row by row those of `coords`."""
+        """Features [N, C], row by row those of `coords`."""
         return (
             self.sorted_feats[self.coordinate_manager.rank]
             if self.stride == self.coordinate_manager.base_stride
@@ -109,7 +109,7 @@ class SparseTensor:
 
 
 def cat(*tensors: SparseTensor) -> SparseTensor:
-    """Channels of tensors on the same voxels side by side, in the order given."""
+    """Concatenate the channels of tensors on the same voxels."""
     _check_together(tensors)
     return tensors[0].with_sorted_feats(torch.cat([t.sorted_feats for t in tensors], dim=1))
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import geo_pretrain
-from geo_pretrain.errors import CheckpointError, GeoPretrainError
+from geo_pretrain.errors import CheckpointError, GeoPretrainError, MissingDependency, require
 from geo_pretrain.files import atomic_write, locked
 
 STATE, LOG, BOARD = "state.pt", "log.jsonl", "tensorboard"
@@ -165,10 +165,10 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 def _tensorboard(path: Path, step: int) -> Any:
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+        tensorboard = require("torch.utils.tensorboard", "training")
+    except MissingDependency:  # the log file holds the same numbers
         return None
-    return SummaryWriter(str(path), purge_step=step + 1)
+    return tensorboard.SummaryWriter(str(path), purge_step=step + 1)
 
 
 def code_version() -> str:
