@@ -79,7 +79,7 @@ def _pretraining_rows() -> list[tuple[str, ...]]:
     for name in list_recipes():
         recipe = load_recipe(name)
         networks = [
-            *([] if recipe.model is None else [f"resnet{recipe.model.depth}"]),
+            *([] if recipe.model is None else [recipe.model.encoder]),
             *([] if recipe.unet3d is None else [f"sr_unet{recipe.unet3d.variant}"]),
         ]
         rows.append((name, "train", str(recipe.task["name"]), " + ".join(networks), recipe.data.source))
@@ -92,7 +92,7 @@ def _finetuning_rows() -> list[tuple[str, ...]]:
     rows = []
     for name in list_finetune_recipes():
         recipe = load_finetune_recipe(name)
-        network = f"{recipe.network.kind} on resnet{recipe.network.depth}"
+        network = f"{recipe.network.kind} on {recipe.network.encoder}"
         rows.append((name, "finetune", recipe.task, network, recipe.data.source))
     return rows
 

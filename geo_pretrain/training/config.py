@@ -152,12 +152,17 @@ def merge_tree(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
             tree[key] = dict(value) if isinstance(value, Mapping) else value
 
 
-def changes(before: str, now: str, *, renames: Sequence[Renamed] = (), ignore: Iterable[str] = ()) -> list[str]:
-    """What differs between two YAML texts, as "key.key: old -> new", but for the keys `ignore`."""
-    ignored, missing = set(ignore), "(none)"
+def changes(
+    before: str, now: str, kind: type, *, renames: Sequence[Renamed] = (), ignore: Iterable[str] = ()
+) -> list[str]:
+    """List the differences of two YAML texts of the dataclass `kind` as "key.key: old -> new".
+
+    Keys in `ignore` do not count. A key that a text lacks, such as one that is newer than it, has its default there.
+    """
+    ignored, defaults, missing = set(ignore), _defaults(kind), "(none)"
     old, new = (_flat(rename_keys(yaml.safe_load(text), renames, where="recipe")) for text in (before, now))
     keys = [key for key in {**new, **old} if key not in ignored]
-    values = [(key, old.get(key, missing), new.get(key, missing)) for key in keys]
+    values = [(key, *(tree.get(key, defaults.get(key, missing)) for tree in (old, new))) for key in keys]
     return [f"{key}: {one} -> {two}" for key, one, two in values if one != two]
 
 
@@ -358,6 +363,26 @@ def _flat(tree: object, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def _defaults(kind: type, prefix: str = "") -> dict[str, Any]:
+    """The defaults of a dataclass and of its sections, by "key.key"."""
+    hints = typing.get_type_hints(kind)
+    defaults: dict[str, Any] = {}
+    for f in dataclasses.fields(kind):
+        key = prefix + f.name
+        section = next((hint for hint in (hints[f.name], *typing.get_args(hints[f.name])) if _is_section(hint)), None)
+        if section is not None:
+            defaults |= _defaults(section, key + ".")
+        elif f.default is not dataclasses.MISSING:
+            defaults[key] = plain_types(f.default)
+        elif f.default_factory is not dataclasses.MISSING:
+            defaults[key] = plain_types(f.default_factory())
+    return defaults
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:

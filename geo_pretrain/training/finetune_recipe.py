@@ -1,6 +1,6 @@
-"""Recipes of downstream runs: what is fine-tuned on which labels, how, and how it is measured. A closed YAML schema.
+"""Recipes of fine-tuning: the schema, and reading one from its YAML file in recipes/finetune.
 
-The files are in recipes/finetune; the reader, overrides and overlays are those of the pre-training recipes.
+A recipe says what is fine-tuned on which labels, and how the result is measured; it does not name the backbone.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from geo_pretrain.training.recipe import RESNETS, WITHOUT_EFFECT, EncoderName, O
 from geo_pretrain.training.schedule import learning_rate
 
 RECIPES = Path(__file__).parent / "recipes" / "finetune"
-RENAMED = (  # former keys, still read
+RENAMED = (  # former keys and values, which are still read
     Renamed("authors_exact", "match_released_code"),
     Renamed("data.options.authors_exact", "data.options.match_released_code"),
     Renamed("network.depth", "network.encoder", RESNETS),
 )
-OVERLAYS = RECIPES / "overlays"  # toy_TASK.yaml: laid over the recipes of a task by --toy
+OVERLAYS = RECIPES / "overlays"  # toy_TASK.yaml: what --toy applies to the recipes of a task
 
 TaskName = Literal["segmentation", "detection", "instances"]
 Kind = Literal[
@@ -39,46 +39,44 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """The network around the backbone; the backbone itself is named when the run is started."""
+    """The network around the backbone. The backbone itself is chosen when the run is started."""
 
     kind: Kind = "unet"
-    encoder: EncoderName = "resnet50"  # a backbone with another is refused
-    width: int = 64  # channels of the stem, for a start from scratch; a checkpoint brings its own
+    encoder: EncoderName = "resnet50"  # backbones with another encoder are refused
+    width: int = 64  # channels of the stem, for a random initialization; a checkpoint has its own
     output_stride: Literal[8, 16, 32] = 32  # 16 and 8 dilate the last stages
-    transfer: Literal["all", "encoder"] = "encoder"  # all: the U-Net's decoder too, but its last layer
-    freeze: int = 0  # stages without training from the stem on, as Detectron2's freeze_at
+    transfer: Literal["all", "encoder"] = "encoder"  # all: also the U-Net's decoder, without its last layer
+    freeze: int = 0  # number of frozen stages, counted from the stem, as Detectron2's freeze_at
     aux: float = 0.0  # weight of an auxiliary loss on layer3
-    options: dict[str, Any] = field(default_factory=dict)  # of the builder, such as decoder_atrous_rates
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of the builder, such as decoder_atrous_rates
 
 
 @dataclass(frozen=True)
 class LabelledAugment:
-    """Augmentation of training images together with their labels."""
+    """Augmentation of training images and their labels."""
 
     flip: float = 0.0  # probability of a horizontal flip
-    rotate: float = 0.0  # degrees: an angle is drawn from -rotate to rotate
-    crop: tuple[int, int] | None = None  # height and width cut from the (resized) image
+    rotate: float = 0.0  # degrees; the angle is drawn from [-rotate, rotate]
+    crop: tuple[int, int] | None = None  # height and width of a random crop of the (resized) image
     blur: float = 0.0  # probability
-    blur_kernel: int = 5  # pixels, odd
-    shorter: tuple[int, int] | None = None  # detection: the shorter side is drawn from this range
+    blur_kernel: int = 5  # odd number of pixels
+    shorter: tuple[int, int] | None = None  # detection: range that the length of the shorter side is drawn from
     longer: int = 1333  # detection: the longer side is at most this
 
 
 @dataclass(frozen=True)
 class LabelledSpec:
-    """Labelled images: which, how many, and at what size the network sees them."""
+    """Labelled images: which ones, how many, and at what size the network sees them."""
 
-    source: str = "rooms"  # of open_labelled
+    source: str = "rooms"  # a name that `open_labelled` accepts
     path: str | None = None  # folder of a data set on disk; rooms renders its own
-    size: tuple[int, int] | None = (240, 320)  # height and width that images are resized to; None: their own
-    resize: Literal["nearest", "bilinear"] | None = (
-        None  # of images; None: nearest with match_released_code, else bilinear
-    )
+    size: tuple[int, int] | None = (240, 320)  # height and width that images are resized to; None: not resized
+    resize: Literal["nearest", "bilinear"] | None = None  # None: bilinear; nearest with match_released_code
     augment: LabelledAugment = LabelledAugment()
-    fraction: float = 1.0  # share of the training images, whole scenes (data-efficient curves)
-    fraction_seed: int = 0  # which scenes; a smaller share lies inside a larger one
-    scenes: str | None = None  # an official list of scenes, or the folder of the lists; wins over fraction
-    options: dict[str, Any] = field(default_factory=dict)  # of the source; checked by the source
+    fraction: float = 1.0  # share of the training images, in whole scenes (data-efficiency curves)
+    fraction_seed: int = 0  # chooses the scenes; a smaller share is a subset of a larger one
+    scenes: str | None = None  # file of an official scene list, or the folder of such files; replaces `fraction`
+    options: dict[str, Any] = field(default_factory=dict)  # options of the source, which checks them
 
 
 @dataclass(frozen=True)
@@ -86,29 +84,31 @@ class FinetuneOptim:
     """SGD and its schedule."""
 
     lr: float = 0.01
-    backbone_factor: float = 1.0  # learning rate of the backbone over `lr`
-    head_factor: float = 1.0  # that of the new layers over `lr`
+    backbone_factor: float = 1.0  # learning rate of the backbone, relative to `lr`
+    head_factor: float = 1.0  # learning rate of the new layers, relative to `lr`
     momentum: float = 0.9
     dampening: float = 0.0
     weight_decay: float = 0.0
     batch: int = 16  # images a step, over all processes and accumulation steps
     accumulate: int = 1  # micro-batches that each process makes of its share of a batch
     sync_bn: bool = False  # BatchNorm over all processes, not over each one's micro-batch; needs CUDA
-    steps: int | None = None
-    epochs: float | None = None  # one of the two
+    steps: int | None = None  # either steps or epochs
+    epochs: float | None = None
     schedule: Literal["poly", "multistep", "constant"] = "poly"
     power: float = 0.9  # poly: lr (1 - s / (S + 1)) ** power
-    floor: float = 0.0  # poly: the learning rate of a group never falls below
-    milestones: tuple[int, int] | None = None  # multistep: steps from which on lr is multiplied by gamma (again)
+    floor: float = 0.0  # poly: lower limit of the learning rate of each group
+    milestones: tuple[int, int] | None = None  # multistep: at each of these steps lr is multiplied by gamma
     gamma: float = 0.1
-    warmup: int = 0  # steps: lr rises in a line from warmup_factor times its value; on any schedule
+    warmup: int = 0  # steps in which lr rises linearly from warmup_factor times its value; on any schedule
     warmup_factor: float = 0.001
-    bn_momentum: Literal["pri3d", "constant"] = "constant"  # pri3d: 0.5 halved every 20 steps, not under 0.001
-    backbone_bn_momentum: float | None = None  # of the backbone's BatchNorm; None: torch's
-    clip_norm: float | None = None  # of all gradients together; None: not clipped
+    bn_momentum: Literal["pri3d", "constant"] = (
+        "constant"  # pri3d: starts at 0.5, halved every 20 steps, at least 0.001
+    )
+    backbone_bn_momentum: float | None = None  # of the backbone's BatchNorm; None: torch's default
+    clip_norm: float | None = None  # largest norm of all gradients together; None: not clipped
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step 0 <= `step` < `steps`, before the factor of a group and the floor."""
+        """Learning rate at step 0 <= `step` < `steps`, before the factor of a parameter group and the floor."""
         if self.schedule == "poly":
             value = learning_rate(OptimSpec(lr=self.lr, power=self.power, schedule="poly"), step, steps)
         elif self.schedule == "multistep":
@@ -127,15 +127,14 @@ class EvaluateSpec:
     every_epochs: int | None = None  # n: after epochs 0, n, 2n, ... as the released loop counts
     every_steps: int | None = None
     batch: int = 1
-    images: int | None = None  # at most this many, spread evenly; None: all
-    size: tuple[int, int] | None = (
-        None  # of the labels that IoU is measured on under match_released_code; None: data.size
-    )
+    images: int | None = None  # at most this many, chosen at even spacing; None: all
+    # With match_released_code: the size of the labels that IoU is computed on; None: data.size.
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """Everything but the backbone that a downstream number depends on."""
+    """Everything that a downstream result depends on, except the backbone."""
 
     name: str
     task: TaskName
@@ -143,14 +142,14 @@ class FinetuneRecipe:
     data: LabelledSpec
     optim: FinetuneOptim
     evaluate: EvaluateSpec = EvaluateSpec()
-    match_released_code: bool = False  # reproduce what the released protocol did by accident; the report lists it
+    match_released_code: bool = False  # reproduce the released protocol's accidents; the report lists them
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = 4  # loader processes; no effect on the result
+    workers: int = 4  # data loading processes; they do not change the result
     save_every: int = 500  # steps between saved states
 
     def __post_init__(self) -> None:
-        """Checks that involve more than one key or a range."""
+        """Check ranges, and settings that depend on each other."""
         check = Checks()
         self._check_numbers(check)
         self._check_images(check)
@@ -158,7 +157,7 @@ class FinetuneRecipe:
         check.done()
 
     def _check_numbers(self, check: Checks) -> None:
-        """Budget, optimizer and evaluation."""
+        """Check budget, optimizer and evaluation."""
         network, optim, evaluate = self.network, self.optim, self.evaluate
         one = (optim.steps is None) != (optim.epochs is None)
         check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
@@ -191,7 +190,7 @@ class FinetuneRecipe:
         check(matches, "optim.milestones", optim.milestones, two, given=["optim.schedule"])
 
     def _check_images(self, check: Checks) -> None:
-        """Labelled images and their augmentation."""
+        """Check images and their augmentation."""
         data, augment = self.data, self.data.augment
         check(0 < data.fraction <= 1, "data.fraction", data.fraction, "above 0 and up to 1")
         for key, size in {"data.size": data.size, "data.augment.crop": augment.crop}.items():
@@ -203,7 +202,7 @@ class FinetuneRecipe:
         check(kernel >= 1 and kernel % 2 == 1, "data.augment.blur_kernel", kernel, "an odd number of pixels")
 
     def _check_network(self, check: Checks) -> None:
-        """The network, and whether it fits the task."""
+        """Check the network, and that it fits the task."""
         network = self.network
         kinds = KINDS[self.task]
         if network.kind not in kinds:
@@ -220,21 +219,21 @@ class FinetuneRecipe:
             check(plain, "network", given, "output_stride 32, no aux and no options for unet")
 
     def resize(self) -> str:
-        """How images are resized: "nearest" or "bilinear"."""
+        """The interpolation that images are resized with: "nearest" or "bilinear"."""
         return self.data.resize or ("nearest" if self.match_released_code else "bilinear")
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML text that parses back to an equal recipe."""
+        """Serialize as YAML, which parses back to an equal recipe."""
         return yaml.safe_dump(plain_types(self), sort_keys=False)
 
 
 def changes(before: str, now: str) -> list[str]:
-    """What differs between two fine-tuning recipes in YAML, but for `WITHOUT_EFFECT` and former keys."""
-    return config.changes(before, now, renames=RENAMED, ignore=WITHOUT_EFFECT)
+    """List the differences of two recipes in YAML as "key.key: old -> new"; keys in `WITHOUT_EFFECT` do not count."""
+    return config.changes(before, now, FinetuneRecipe, renames=RENAMED, ignore=WITHOUT_EFFECT)
 
 
 def list_finetune_recipes(task: str | None = None) -> list[str]:
-    """Names of the downstream recipes that come with the package, all or those of one task."""
+    """Names of the fine-tuning recipes in the package: all, or those of one task."""
     paths = sorted(RECIPES.glob("*.yaml"))
     return [path.stem for path in paths if task is None or read_tree(path).get("task") == task]
 

@@ -1,9 +1,9 @@
-"""Recipes: YAML files parsed into frozen dataclasses with a closed schema. One file regenerates one checkpoint."""
+"""Recipes of pre-training: the schema, and reading one from its YAML file. One recipe regenerates one checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,7 +29,7 @@ from geo_pretrain.training.config import (
 
 RECIPES = Path(__file__).parent / "recipes"
 TOY = RECIPES / "overlays" / "toy.yaml"
-STAGE1 = "stage1"  # as start weights: what the first stage of the same recipe trained
+STAGE1 = "stage1"  # as start weights: the checkpoint that the first stage of the same recipe trains
 RESNETS = {depth: f"resnet{depth}" for depth in (18, 34, 50, 101)}  # former values of keys that name an encoder
 _RENAMED = (
     Renamed("data.licence", "data.license"),
@@ -38,15 +38,15 @@ _RENAMED = (
     Renamed("data.measure", "data.measure", {"authors_exact": "match_released_code"}),
     Renamed("task.authors_exact", "task.match_released_code"),
 )
-# Former keys, still read, in the settings of a first stage too.
+# Former keys and values, which are still read; they may also stand in the settings of a first stage.
 RENAMED = (
     *_RENAMED,
     *(dataclasses.replace(one, old=f"{STAGE1}.{one.old}", new=f"{STAGE1}.{one.new}") for one in _RENAMED),
 )
-# Keys that two recipes with one result may differ in; what data are found at a path, their fingerprint says.
+# Keys that do not change the result. Data are compared by their fingerprint, not by their path.
 WITHOUT_EFFECT = ("workers", "save_every", "data.path")
-_SAME_DATA = ("source", "path", "size", "frames", "license", "options")  # of both stages
-_SAME_PAIRS = ("overlap", "measure", "max_pairs_per_scene")
+_SAME_DATA = ("source", "path", "size", "frames", "license", "options")  # data settings that a first stage takes over
+_SAME_PAIRS = ("overlap", "measure", "max_pairs_per_scene")  # the same, where both stages train on pairs
 
 EncoderName = Literal["resnet18", "resnet50"]  # names in backbones.architectures.ENCODERS
 
@@ -69,20 +69,20 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class UNet3DSpec:
-    """The sparse 3D U-Net to train, from random weights."""
+    """The sparse 3D U-Net to train; it starts from random weights."""
 
     variant: Literal["34C", "18A", "18B", "18C"] = "34C"  # of backbones.sr_unet
     width: int = 32  # channels of the stem; everything else scales with it
-    in_chans: Literal[3] = 3  # colors, or as many ones
+    in_chans: Literal[3] = 3  # RGB, or three ones
     out_chans: int = 32
     stem_kernel: int = 3
     voxel_size: float = 0.025  # m
-    bn_momentum: float = 0.1  # of the norms outside the residual blocks, as in the released code
+    bn_momentum: float = 0.1  # of BatchNorm layers outside the residual blocks, as in the released code
 
 
 @dataclass(frozen=True)
 class AugmentSpec:
-    """Photometric augmentation, drawn for each image on its own (methods of Pri3D: no flips, crops or rotations)."""
+    """Photometric augmentation, drawn independently for each image. Pri3D uses no flips, crops or rotations."""
 
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
     jitter_prob: float = 0.8
@@ -98,18 +98,19 @@ class DataSpec:
     source: str = "rooms"
     path: str | None = None  # folder of a data set on disk; rooms renders its own
     size: tuple[int, int] = (240, 320)  # working height and width
-    frames: tuple[float, float] = (0.0, 1.0)  # part of each scene's frames in order of time; the rest is held out
-    units: Literal["pairs", "frames"] = "pairs"  # frames: each frame on its own, as a pair with itself
-    overlap: tuple[float, float] = (0.3, 1.0)  # pairs with an overlap ratio in this range
-    # projective: Pri3D's paper by projection; match_released_code: the released script, 5 cm voxels within 7.5 cm
+    frames: tuple[float, float] = (0.0, 1.0)  # the part of each scene's frames to use, in order of time
+    units: Literal["pairs", "frames"] = "pairs"  # frames: single frames, each stored as a pair with itself
+    overlap: tuple[float, float] = (0.3, 1.0)  # range of the overlap ratio of pairs
+    # How overlap is measured. projective: by projection, as Pri3D's paper says; match_released_code: as the released
+    # script does it, by 5 cm voxels within 7.5 cm of each other.
     measure: Literal["projective", "match_released_code"] = "projective"
-    max_pairs_per_scene: int | None = None  # spread evenly over the scene's pairs
-    license: str | None = None  # of the data, SPDX; None: what the source says
-    options: dict[str, Any] = field(default_factory=dict)  # of the source; checked by the source
+    max_pairs_per_scene: int | None = None  # chosen at even spacing among the scene's pairs
+    license: str | None = None  # SPDX identifier of the data's license; None: the source's own
+    options: dict[str, Any] = field(default_factory=dict)  # options of the source, which checks them
     augment: AugmentSpec = AugmentSpec()
 
     def __post_init__(self) -> None:
-        """A wrong license is better known before training than after it."""
+        """Check the license, so that a wrong one is found before training."""
         if self.license is not None:
             try:
                 check_license(self.license)
@@ -127,24 +128,24 @@ class OptimSpec:
     momentum: float = 0.9
     dampening: float = 0.0
     weight_decay: float = 0.0
-    # cosine_epoch: constant within an epoch, as MoCo's released loop has it
+    # cosine_epoch: constant within an epoch, as in MoCo's released loop
     schedule: Literal["poly", "exponential", "cosine", "cosine_epoch", "constant"] = "poly"
     power: float = 0.9  # poly: lr (1 - s / (S + 1)) ** power
     gamma: float = 0.99  # exponential: lr gamma ** floor(s / every)
     every: int = 1000
-    first_decay: bool = False  # exponential: once more after the first step, as PointContrast's loop does
-    accumulate: int = 1
-    epochs: float | None = None
-    steps: int | None = None  # one of the two
-    # pri3d: 0.5 halved every 20 steps, not under 0.001; floor: 0.001 from the first step on
+    first_decay: bool = False  # exponential: an extra decay after the first step, as in PointContrast's loop
+    accumulate: int = 1  # micro-batches of each step
+    epochs: float | None = None  # either epochs or steps
+    steps: int | None = None
+    # pri3d: starts at 0.5, halved every 20 steps, at least 0.001; floor: 0.001 from the first step on
     bn_momentum: Literal["pri3d", "floor", "constant"] = "pri3d"
 
 
 @dataclass(frozen=True)
 class Stage1Spec:
-    """The first of two stages: the recipe that trains it, and settings laid over that recipe."""
+    """The first of two stages. In YAML: `stage1: {recipe: NAME, ...}` with any settings that replace the recipe's."""
 
-    recipe: str
+    recipe: str  # name or path of the recipe that trains it
     overrides: dict[str, Any] = field(default_factory=dict, metadata=OTHER_KEYS)
 
 
@@ -153,21 +154,21 @@ class Recipe:
     """Everything needed to regenerate a checkpoint."""
 
     name: str
-    task: dict[str, Any]  # {name: ..., and the task's own settings, checked by the task}
-    model: ModelSpec | None = None  # the 2D network; None: the task has none
-    unet3d: UNet3DSpec | None = None  # the 3D network; None: the task has none
+    task: dict[str, Any]  # {name: ..., and the task's own settings}, which the task checks
+    model: ModelSpec | None = None  # the 2D network, if the task trains one
+    unet3d: UNet3DSpec | None = None  # the 3D network, if the task trains one
     data: DataSpec = DataSpec()
     optim: OptimSpec = OptimSpec()
-    # What is trained first, on the same data. Its checkpoint is what "stage1" means in this recipe, such as in
-    # model.init or task.teacher. See `load_stage1`.
+    # Trained first, on the same data (see `load_stage1`). Where this recipe says "stage1", such as in model.init or
+    # task.teacher, the resulting checkpoint is used.
     stage1: Stage1Spec | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
-    workers: int = 4  # loader processes for each training process; no effect on the result
+    workers: int = 4  # data loading processes of each training process; they do not change the result
     save_every: int = 500  # steps between saved states
 
     def __post_init__(self) -> None:
-        """Checks that involve more than one key or a range."""
+        """Check ranges, and settings that depend on each other."""
         data, optim, check = self.data, self.optim, Checks()
         check("name" in self.task, "task.name", self.task, "the name of a pretext task")
         one = (optim.steps is None) != (optim.epochs is None)
@@ -197,17 +198,17 @@ class Recipe:
         check.done()
 
     def network2d(self) -> ModelSpec:
-        """`model`, for a task that trains a 2D network."""
+        """The section `model`. Raises `RecipeError` when it is missing, for the task trains a 2D network."""
         return self._needed(self.model, "model")
 
     def network3d(self) -> UNet3DSpec:
-        """`unet3d`, for a task that trains a 3D network."""
+        """The section `unet3d`. Raises `RecipeError` when it is missing, for the task trains a 3D network."""
         return self._needed(self.unet3d, "unet3d")
 
     def start_of(self, value: str, starts: Mapping[str, Path] = {}) -> str:
-        """The weights that a setting names: `starts["stage1"]`, the folder of the first stage, for "stage1".
+        """Start weights that a setting names, with "stage1" replaced by the folder `starts["stage1"]`.
 
-        Raises `RecipeError` when the first stage has not been trained.
+        Raises `RecipeError` when the setting is "stage1" and no first stage has been trained.
         """
         if value != STAGE1:
             return value
@@ -224,30 +225,44 @@ class Recipe:
         return section
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML text that parses back to an equal recipe."""
+        """Serialize as YAML, which parses back to an equal recipe."""
         return yaml.safe_dump(plain_types(self), sort_keys=False)
 
 
 def list_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the pre-training recipes in the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
+def load_recipe(
+    name: str,
+    overrides: Iterable[str] = (),
+    *,
+    toy: bool = False,
+    also: Sequence[Callable[[Recipe], object]] = (),
+) -> Recipe:
     """Read a recipe by name or by the path of a YAML file, and apply `key=value` overrides such as `optim.lr=0.05`.
 
-    `toy` lays the overlay recipes/overlays/toy.yaml over it: rooms at a scale that a CPU trains in minutes.
+    Args:
+        name: a recipe of the package, or the path of a file ending in .yaml.
+        overrides: texts `key.key=value`.
+        toy: apply recipes/overlays/toy.yaml: the same task on small rooms, which a CPU trains in minutes.
+        also: further checks of the recipe, such as of its task's settings; see `config.parse`.
+
+    Raises:
+        UnknownName: there is no such recipe.
+        RecipeError: names every mistake in the file and the overrides.
     """
     tree, path = _recipe_tree(name, toy=toy)
     apply_overrides(tree, overrides, RENAMED)
-    return parse(Recipe, tree, where=str(path))
+    return parse(Recipe, tree, where=str(path), also=also)
 
 
 def load_stage1(recipe: Recipe, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
-    """The recipe that trains the first stage of `recipe`; `overrides` as in `load_recipe`.
+    """Read the recipe that trains the first stage of `recipe`; `overrides` and `toy` as in `load_recipe`.
 
-    It has the seed of `recipe`, its data (the same choice of pairs, where both take pairs), and where `recipe` goes on
-    with the network of the first stage, that network; what the section stage1 says comes before that.
+    The first stage takes over the seed and the data of `recipe`, also the choice of pairs where both train on pairs,
+    and the 2D network where `recipe` continues training it. Settings in the section `stage1` win over these.
     """
     if recipe.stage1 is None:
         raise RecipeError(f"recipe {recipe.name}: key 'stage1' is missing.")
@@ -265,7 +280,7 @@ def load_stage1(recipe: Recipe, overrides: Iterable[str] = (), *, toy: bool = Fa
 
 
 def _take_over(tree: dict[str, Any], section: str, spec: object, keys: Iterable[str]) -> None:
-    """Set keys of a section as `spec` has them."""
+    """Set keys of a section to the values of `spec`."""
     values = {key: plain_types(getattr(spec, key)) for key in keys}
     tree[section] = dict(tree.get(section) or {}) | {key: value for key, value in values.items() if value is not None}
     for key, value in values.items():
@@ -274,38 +289,38 @@ def _take_over(tree: dict[str, Any], section: str, spec: object, keys: Iterable[
 
 
 def _recipe_tree(name: str, *, toy: bool) -> tuple[dict[str, Any], Path]:
-    """The keys and values of a recipe and the file they come from."""
+    """Read a recipe as nested mappings; returns them with the path of the file."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         raise unknown("recipe", name, list_recipes(), "Or give the path of a .yaml file.")
     tree = read_tree(path, RENAMED)
     if toy:
         overlay = read_tree(TOY)
-        own = overlay.pop("tasks").get(tree.get("task", {}).get("name"), {})
+        task_overlay = overlay.pop("tasks").get(tree.get("task", {}).get("name"), {})
         for network in ("model", "unet3d"):
             if tree.get(network) is None:
-                overlay.pop(network)  # the recipe trains none
+                overlay.pop(network)  # the recipe does not train this network
         if (tree.get("model") or {}).get("init") == STAGE1:
             del overlay["model"]["init"]  # a first stage is trained on rooms too, so nothing is downloaded
         merge_tree(tree, overlay)
-        merge_tree(tree, own)
+        merge_tree(tree, task_overlay)
         tree["name"] = retag(str(tree.get("name")), "toy")
     return tree, path
 
 
 def retag(name: str, tag: str) -> str:
-    """The checkpoint name with another tag: a run on other data must not carry a published name."""
+    """Replace the tag of a checkpoint name: a run on other data must not carry a published name."""
     return f"{name.partition('.')[0]}.{tag}"
 
 
-def recipe_of(found: Checkpoint) -> Recipe | None:
-    """The recipe in a checkpoint folder; weights trained elsewhere have none, so their catalog entry's; else None."""
-    if "recipe" in found.roles:
-        return load_recipe(str(found.folder / found.file_of("recipe")))
-    entry = find(found.name)
+def recipe_of(checkpoint: Checkpoint) -> Recipe | None:
+    """The recipe stored in a checkpoint folder, or that of its catalog entry; None if there is neither."""
+    if "recipe" in checkpoint.roles:
+        return load_recipe(str(checkpoint.folder / checkpoint.file_of("recipe")))
+    entry = find(checkpoint.name)
     return None if entry is None or entry.recipe is None else load_recipe(entry.recipe)
 
 
 def changes(before: str, now: str) -> list[str]:
-    """What differs between two recipes in YAML, as "key.key: old -> new", but for `WITHOUT_EFFECT` and former keys."""
-    return config.changes(before, now, renames=RENAMED, ignore=WITHOUT_EFFECT)
+    """List the differences of two recipes in YAML as "key.key: old -> new"; keys in `WITHOUT_EFFECT` do not count."""
+    return config.changes(before, now, Recipe, renames=RENAMED, ignore=WITHOUT_EFFECT)

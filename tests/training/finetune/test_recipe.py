@@ -236,3 +236,40 @@ def test_the_former_key_depth_still_names_the_encoder(tmp_path):
     assert load_finetune_recipe(str(former)) == recipe
     assert load_finetune_recipe("scannet_unet_r18", ["network.depth=50"]).network == recipe.network
     assert changes(former.read_text(), recipe.to_yaml()) == []
+
+
+def test_former_keys_are_read_and_a_stored_recipe_without_newer_keys_is_no_other_recipe(tmp_path):
+    path = tmp_path / "old.yaml"
+    exact = ["match_released_code=true", "data.options={match_released_code: true}"]
+    text = load_finetune_recipe("scannet_mask_rcnn_r50", exact).to_yaml()
+    tree = yaml.safe_load(text)
+    assert {"accumulate", "sync_bn"} <= tree["optim"].keys()
+    for key in ("accumulate", "sync_bn"):
+        del tree["optim"][key]
+    former = yaml.safe_dump(tree).replace("match_released_code", "authors_exact").replace("encoder: resnet", "depth: ")
+    path.write_text(former)
+    recipe = load_finetune_recipe(str(path))
+    assert recipe.match_released_code
+    assert recipe.data.options == {"match_released_code": True}
+    assert yaml.safe_load(recipe.to_yaml()) == yaml.safe_load(text)
+    assert changes(former, text) == []
+    assert changes(former, text.replace("sync_bn: false", "sync_bn: true")) == ["optim.sync_bn: False -> True"]
+    overrides = ["authors_exact=false", "network.depth=18"]
+    changed = load_finetune_recipe(str(path), overrides)
+    assert (changed.match_released_code, changed.network.encoder) == (False, "resnet18")
+
+
+def test_all_mistakes_are_named_at_once():
+    wrong = ["network.kind=deeplab", "optim.lr=-1", "data.augment.flip=2", "evaluate.btach=3", "precision=fp8"]
+    with pytest.raises(RecipeError) as error:
+        load_finetune_recipe("scannet_unet_r50", wrong)
+    first, *lines = str(error.value).splitlines()
+    assert first.endswith("5 mistakes:")
+    for part in (
+        "'network.kind'",
+        "'optim.lr' is -1.0",
+        "'data.augment.flip' is 2.0",
+        "'evaluate.btach'",
+        "'precision'",
+    ):
+        assert len([line for line in lines if part in line]) == 1, part
