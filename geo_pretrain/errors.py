@@ -45,6 +45,10 @@ class HubError(GeoPretrainError, RuntimeError):
     """A checkpoint that could not be fetched from any source; the message gives the reason for each source."""
 
 
+class NotThere(HubError):
+    """A source that works but does not have this checkpoint or file."""
+
+
 class DataError(GeoPretrainError, RuntimeError):
     """A data set that cannot be used at all."""
 

@@ -18,7 +18,7 @@ from typing import TypedDict
 from geo_pretrain.catalog import CATALOG, Arch, Entry, License, find
 from geo_pretrain.checkpoint import CONFIG, Checkpoint, Pairing, network_roles
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import CheckpointError, HubError, WeightsMismatch, unknown
+from geo_pretrain.errors import CheckpointError, HubError, NotThere, WeightsMismatch, unknown
 from geo_pretrain.hub.sources import (
     AUTHORS,
     HF_PREFIX,
@@ -30,7 +30,6 @@ from geo_pretrain.hub.sources import (
     Source,
     source_of,
 )
-from geo_pretrain.hub.transfer import NotThere
 
 HUB_VARIABLE = "GEO_PRETRAIN_HUB"
 FAILURES = (HubError, CheckpointError, WeightsMismatch, OSError)  # after which the next source is tried

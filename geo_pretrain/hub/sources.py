@@ -29,10 +29,10 @@ from geo_pretrain.checkpoint import (
     verify_file,
 )
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotThere
 from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
-from geo_pretrain.hub.transfer import NotThere, download
+from geo_pretrain.hub.transfer import download
 
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 HF_PREFIX, WEB_PREFIXES = "hf-hub:", ("http://", "https://")

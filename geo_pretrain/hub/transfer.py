@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import ipaddress
 import os
 import re
 import shutil
@@ -26,15 +25,23 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
-from html.parser import HTMLParser
 from http.client import HTTPException, HTTPResponse
 from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import parse_qsl, quote, urldefrag, urlencode, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, urldefrag, urljoin, urlsplit
 
 from geo_pretrain import __version__
-from geo_pretrain.errors import HubError
+from geo_pretrain.errors import HubError, NotThere
+from geo_pretrain.hub.links import (
+    WebPage,
+    confirmed_link,
+    direct_link,
+    google_refusal,
+    host,
+    is_google,
+    is_loopback,
+)
 
 CACHE_VARIABLE, MIRROR_VARIABLE = "GEO_PRETRAIN_CACHE", "GEO_PRETRAIN_MIRROR"
 TIMEOUT_VARIABLE = "GEO_PRETRAIN_TIMEOUT"
@@ -54,10 +61,6 @@ BUSY = (429, 500, 502, 503, 504)
 BROKEN = (TimeoutError, ConnectionResetError, ConnectionAbortedError, BrokenPipeError, HTTPException)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OTHER_CACHE = f"set {CACHE_VARIABLE} (or cache_dir=) to a folder"
-
-
-class NotThere(HubError):
-    """A source that works but does not have this checkpoint or file."""
 
 
 class _Broken(Exception):
@@ -199,8 +202,8 @@ class _Source:
     def __str__(self) -> str:
         """For messages: what was asked, and who answered. Not where redirects led: such addresses may hold keys."""
         notes = []
-        if _host(self.url) != _host(self.first):
-            notes.append(f"answered by {_host(self.url)}")
+        if host(self.url) != host(self.first):
+            notes.append(f"answered by {host(self.url)}")
         if self._address(self.url) != self.url:
             notes.append(f"by way of {MIRROR_VARIABLE}={self.mirror}")
         return f"{self.given} ({', '.join(notes)})" if notes else self.given
@@ -308,7 +311,7 @@ class _Source:
 
     def _address(self, url: str) -> str:
         """Where `url` is really fetched."""
-        if not self.mirror or _is_loopback(url) or f"{url}/".startswith(f"{self.mirror}/"):
+        if not self.mirror or is_loopback(url) or f"{url}/".startswith(f"{self.mirror}/"):
             return url
         parts = urlsplit(url)
         return f"{self.mirror}/{parts.netloc}{parts.path}" + (f"?{parts.query}" if parts.query else "")
@@ -318,7 +321,7 @@ class _Source:
         safe = quote(location.strip(), encoding="iso-8859-1", errors="replace", safe=string.punctuation)
         url = self._checked(safe, f"{self}: redirects to {location!r}")
         parts = urlsplit(url)
-        if urlsplit(self.url).scheme == "https" and parts.scheme == "http" and not (self.mirror or _is_loopback(url)):
+        if urlsplit(self.url).scheme == "https" and parts.scheme == "http" and not (self.mirror or is_loopback(url)):
             raise HubError(
                 f"{self}: redirects from https to http ({parts.hostname}), where anybody can alter the file."
             )
@@ -343,10 +346,10 @@ class _Source:
         code, reason = error.code, f"HTTP {error.code} {error.reason}".strip()
         if code == 416 and ranged:
             return _Broken("does not continue where it stopped", from_start=True)
-        if _is_google(self.url):
+        if is_google(self.url):
             text = self._guarded(partial(error.read, PAGE_LIMIT)).decode("utf-8", "replace")
-            if trouble := self._google_trouble(text):
-                return trouble
+            if refusal := google_refusal(text):
+                return type(refusal)(f"{self}: {refusal}")
         if code in (404, 410):
             return NotThere(f"{self}: HTTP {code}, no such file")
         if code in (401, 403):
@@ -366,94 +369,22 @@ class _Source:
 
     def _past(self, text: str) -> str:
         """The link behind a page that asks for a confirmation; any other page is an error."""
-        page = _Page()
-        page.feed(text)
-        if _is_google(self.url):
-            for action, inputs in page.forms:
-                if "id" in inputs and _is_google(urljoin(self.url, action)):
-                    base, _, query = action.partition("?")
-                    return f"{base}?{urlencode(dict(parse_qsl(query)) | inputs)}"
-            for link in page.links:
-                if "confirm=" in link and _is_google(urljoin(self.url, link)):
-                    return link
-            for cookie in self.cookies:
-                if cookie.name.startswith("download_warning") and "confirm=" not in self.url:
-                    return f"{self.url}{'&' if '?' in self.url else '?'}confirm={cookie.value}"
-            if trouble := self._google_trouble(text):
-                raise trouble
-        title = " ".join("".join(page.title).split())
+        page = WebPage.parse(text)
+        if is_google(self.url):
+            if link := confirmed_link(page, self.url, self.cookies):
+                return link
+            if refusal := google_refusal(text):
+                raise type(refusal)(f"{self}: {refusal}")
+        title = f" ({page.title[:200]!r})" if page.title else ""
         raise HubError(
-            f"{self}: sends a web page{f' ({title[:200]!r})' if title else ''} in place of the file. "
+            f"{self}: sends a web page{title} in place of the file. "
             "Check the address in a browser: a login or a notice may be in the way."
         )
-
-    def _google_trouble(self, text: str) -> HubError | None:
-        lower = text.lower()
-        if "quota exceeded" in lower or "too many users have viewed or downloaded" in lower:
-            return HubError(
-                f"{self}: Google Drive's quota for this file is used up (too many downloads). Try again in a day, or "
-                "fetch it in a browser where you are signed in."
-            )
-        if "does not exist" in lower or "in owner's trash" in lower or "in the owner's trash" in lower:
-            return NotThere(f"{self}: Google Drive has no such file: its owner removed it, or the link is wrong.")
-        if "infected with a virus" in lower:
-            return HubError(f"{self}: Google Drive calls the file infected and hands it to its owner only.")
-        return None
 
 
 _LOOK = "Check the address in a browser."
 _OTHER = "another file than the one meant."
 _HEADERS = {"User-Agent": f"geo_pretrain/{__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
-
-
-def direct_link(url: str) -> str:
-    """The address that sends the file, for the share links that people publish; others stay as they are.
-
-    >>> direct_link("https://drive.google.com/file/d/1Abc/view?usp=sharing")
-    'https://drive.google.com/uc?export=download&id=1Abc'
-    >>> direct_link("https://www.dropbox.com/s/1abc/nce.pth?dl=0")
-    'https://www.dropbox.com/s/1abc/nce.pth?dl=1'
-    """
-    parts = urlsplit(urldefrag(url).url)
-    query = dict(parse_qsl(parts.query))
-    if parts.hostname in ("drive.google.com", "docs.google.com"):
-        found = re.search(r"/file/(?:u/\d+/)?d/([^/]+)", parts.path)
-        identity = found.group(1) if found else query.get("id")
-        if identity:
-            # links to older files carry a key that belongs to them
-            key = {"resourcekey": query["resourcekey"]} if "resourcekey" in query else {}
-            return f"https://drive.google.com/uc?{urlencode({'export': 'download', 'id': identity} | key)}"
-    if parts.hostname in ("dropbox.com", "www.dropbox.com"):
-        return urlunsplit(parts._replace(query=urlencode(query | {"dl": "1"})))
-    return urlunsplit(parts)
-
-
-class _Page(HTMLParser):
-    """The title, links and hidden form fields of a web page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.title: list[str] = []
-        self.links: list[str] = []
-        self.forms: list[tuple[str, dict[str, str]]] = []
-        self.in_title = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {key: value or "" for key, value in attrs}
-        self.in_title = tag == "title" or (self.in_title and tag != "body")
-        if tag == "form":
-            self.forms.append((values.get("action", ""), {}))
-        elif tag == "input" and self.forms and values.get("type") == "hidden" and values.get("name"):
-            self.forms[-1][1][values["name"]] = values.get("value", "")
-        elif tag == "a" and values.get("href"):
-            self.links.append(values["href"])
-
-    def handle_endtag(self, tag: str) -> None:
-        self.in_title = self.in_title and tag != "title"
-
-    def handle_data(self, data: str) -> None:
-        if self.in_title:
-            self.title.append(data)
 
 
 def _mirror() -> str:
@@ -485,21 +416,6 @@ def _retry_after(text: str | None) -> float:
     with suppress(ValueError, TypeError, OverflowError):
         return parsedate_to_datetime(text).timestamp() - time.time()
     return 0.0
-
-
-def _host(url: str) -> str:
-    return urlsplit(url).hostname or ""
-
-
-def _is_google(url: str) -> bool:
-    return f".{_host(url)}".endswith((".google.com", ".googleusercontent.com"))
-
-
-def _is_loopback(url: str) -> bool:
-    host = _host(url)
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def _short(error: BaseException) -> str:

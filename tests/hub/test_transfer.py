@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from geo_pretrain.errors import HubError
+from geo_pretrain.errors import HubError, NotThere
 from geo_pretrain.hub import transfer
-from geo_pretrain.hub.transfer import NotThere, direct_link, download
+from geo_pretrain.hub.links import direct_link
+from geo_pretrain.hub.transfer import download
 from tests.hub.hosts import Fault, Hosts
 
 DRIVE = "https://drive.google.com/file/d/1Whl-ny5_aSH/view"
