@@ -1,4 +1,4 @@
-"""The checkpoint folder: read, write, validate. The only file that knows its format.
+"""Read, write and validate checkpoint folders. The only file that knows their format.
 
 A folder holds config.json (this format's number, name, architecture, contract, digests of all other files, license
 chain, provenance), the weights of each role as safetensors, golden input and outputs, recipe, log and card. Nothing is
@@ -56,7 +56,7 @@ class Pairing:
     interpolation: Literal["corners", "bilinear", "nearest"] = "bilinear"
 
     def roles(self) -> tuple[str, ...]:
-        """The files that are needed beside the folder's own network."""
+        """The roles of the files that the pair needs beside the folder's own network."""
         projected = self.image_projection is not None or self.point_projection is not None
         return (self.role, "heads") if projected and self.role != "heads" else (self.role,)
 
@@ -68,7 +68,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A validated config.json and where it lies; weights are read with `read_weights`."""
+    """A validated config.json and the folder it lies in; `read_weights` reads the weights."""
 
     folder: Path
     name: str
@@ -121,7 +121,7 @@ def write_checkpoint(
     finished: bool = True,
     pairing: Pairing | None = None,
 ) -> Checkpoint:
-    """Write a checkpoint folder, all of it or nothing; one that is there already is replaced.
+    """Write a checkpoint folder, whole or not at all; an older checkpoint there is replaced.
 
     `weights` maps a role ("encoder" and "decoder", or "model" for a network in one piece; "heads"; "teacher") to its
     state dict.
@@ -183,7 +183,7 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
 
 
 def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
-    """The `Checkpoint` in the text of a config.json that lies, or will lie, in `folder`."""
+    """Parse and validate the text of a config.json that lies, or will lie, in `folder`."""
     path = folder / CONFIG
     try:
         config = json.loads(text)
@@ -216,7 +216,7 @@ def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
 
 
 def read_weights(checkpoint: Checkpoint, role: str) -> dict[str, Tensor]:
-    """The tensors of one role (one of `WEIGHT_ROLES`, or "golden"), on the CPU.
+    """Read the tensors of one role (one of `WEIGHT_ROLES`, or "golden") to the CPU.
 
     Size and digest are checked before anything is parsed: `DigestMismatch` names the file and both digests.
     """
@@ -267,7 +267,7 @@ def sha256(path: Path) -> str:
 
 
 def recover(folder: Path) -> None:
-    """Finish or undo what a writer that was killed left behind: either the old or the new checkpoint is there after it.
+    """Finish or undo the write of a process that was killed: afterwards the old or the new checkpoint is in place.
 
     A staging folder is never complete, so it is dropped by the next write and ignored here.
     """
@@ -289,7 +289,7 @@ def _retired(folder: Path) -> Path:
 
 
 def put_in_place(staging: Path, folder: Path) -> None:
-    """Make a complete folder beside `folder` the checkpoint there; what was there and is no checkpoint's is kept.
+    """Move a complete `staging` folder to `folder`; files there that belong to no checkpoint are kept.
 
     Two renames; `recover` puts things right when the process dies between or after them.
     """
@@ -303,7 +303,7 @@ def put_in_place(staging: Path, folder: Path) -> None:
 
 
 def _retire(retired: Path, folder: Path) -> None:
-    """Remove a replaced checkpoint, after moving over what is not part of one."""
+    """Remove a replaced checkpoint, after moving files that belong to no checkpoint to the new one."""
     known = {CONFIG, *ROLES.values()}
     for path in retired.iterdir():
         if path.name not in known and not (folder / path.name).exists():
@@ -326,8 +326,8 @@ def check_target(folder: Path | str, name: str) -> None:
 
 
 def _check_roles(weights: Mapping[str, Any]) -> None:
-    strange = [role for role in weights if role not in WEIGHT_ROLES]
-    if strange or not any(weights.values()):
+    unknown_roles = [role for role in weights if role not in WEIGHT_ROLES]
+    if unknown_roles or not any(weights.values()):
         raise CheckpointError(
             f"Weights have roles {list(weights)}; accepted: one or more of {', '.join(WEIGHT_ROLES)}."
         )

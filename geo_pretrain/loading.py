@@ -255,7 +255,30 @@ class _Shape:
 
     def check(self, arch: Arch) -> None:
         """Raise ValueError for options that do not go together, or not with this architecture."""
-        _check_options(arch, **vars(self))
+        decoder, in_chans, out_indices, stride = self.decoder, self.in_chans, self.out_indices, self.output_stride
+        if in_chans is not None and (not isinstance(in_chans, int) or isinstance(in_chans, bool) or in_chans < 1):
+            raise ValueError(f"in_chans is {in_chans!r}; accepted: a whole number from 1 up.")
+        if out_indices is not None and not isinstance(out_indices, Sequence):
+            raise ValueError(f"out_indices is {out_indices!r}; accepted: a list of numbers, such as (1, 2, 3, 4).")
+        if arch.in_one_piece:
+            if decoder:
+                raise ValueError("A 3D U-Net always comes with its decoder; drop decoder=True.")
+            if out_indices is not None or stride != 32:
+                raise ValueError(
+                    "out_indices and output_stride shape image encoders; a 3D U-Net has network.pyramid(x): its maps "
+                    "at strides 1, 2, 4, 8, 16 in voxels. Drop them."
+                )
+            return
+        if decoder and not arch.has_decoder:
+            raise ValueError(f"This checkpoint holds an encoder alone ({arch}); drop decoder=True.")
+        if decoder and out_indices is not None:
+            raise ValueError(
+                "out_indices chooses maps of the encoder; with decoder=True there is one output. Drop one."
+            )
+        if stride not in (8, 16, 32):
+            raise ValueError(f"output_stride is {stride!r}; accepted: 8, 16 or 32.")
+        if decoder and stride != 32:
+            raise ValueError(f"output_stride={stride} dilates a lone encoder; the decoder needs stride 32. Drop one.")
 
     def contract(self, source: Checkpoint | Entry) -> ImageContract | VoxelContract:
         """What the network expects: the contract of pre-training, with other channels where these were asked for."""
@@ -280,7 +303,7 @@ def _pretrained(name_or_folder: str | os.PathLike[str], where: hubs.Where, shape
 
 
 def _random(name_or_folder: str | os.PathLike[str], where: hubs.Where, shape: _Shape) -> Any:
-    """The network of a checkpoint with random weights; only the config.json is fetched, for a catalog name nothing."""
+    """The network of a checkpoint with random weights. Fetches config.json alone, for a catalog name nothing."""
     source = find(str(name_or_folder)) or hubs.open(name_or_folder, **where).fetch()
     shape.check(source.arch)
     network = shape.build(source.arch)
@@ -289,7 +312,7 @@ def _random(name_or_folder: str | os.PathLike[str], where: hubs.Where, shape: _S
     return network
 
 
-def _load(checkpoint: Checkpoint, strict: bool, shape: _Shape) -> tuple[nn.Module, LoadReport]:
+def _load(checkpoint: Checkpoint, strict: bool, shape: _Shape) -> tuple[Any, LoadReport]:
     """Build on the meta device, plan, then put the file's tensors in place without a second copy."""
     with torch.device("meta"):
         network: nn.Module = shape.build(checkpoint.arch)
@@ -346,34 +369,6 @@ def _relative(value: Tensor, expected: Tensor) -> float:
     if value.shape != expected.shape:
         return float("inf")
     return float((value - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-
-
-def _check_options(
-    arch: Arch, *, decoder: bool, out_indices: Sequence[int] | None, output_stride: int, in_chans: int | None
-) -> None:
-    if in_chans is not None and (not isinstance(in_chans, int) or isinstance(in_chans, bool) or in_chans < 1):
-        raise ValueError(f"in_chans is {in_chans!r}; accepted: a whole number from 1 up.")
-    if out_indices is not None and not isinstance(out_indices, Sequence):
-        raise ValueError(f"out_indices is {out_indices!r}; accepted: a list of numbers, such as (1, 2, 3, 4).")
-    if arch.in_one_piece:
-        if decoder:
-            raise ValueError("A 3D U-Net always comes with its decoder; drop decoder=True.")
-        if out_indices is not None or output_stride != 32:
-            raise ValueError(
-                "out_indices and output_stride shape image encoders; a 3D U-Net has network.pyramid(x): its maps at "
-                "strides 1, 2, 4, 8, 16 in voxels. Drop them."
-            )
-        return
-    if decoder and not arch.has_decoder:
-        raise ValueError(f"This checkpoint holds an encoder alone ({arch}); drop decoder=True.")
-    if decoder and out_indices is not None:
-        raise ValueError("out_indices chooses maps of the encoder; with decoder=True there is one output. Drop one.")
-    if output_stride not in (8, 16, 32):
-        raise ValueError(f"output_stride is {output_stride!r}; accepted: 8, 16 or 32.")
-    if decoder and output_stride != 32:
-        raise ValueError(
-            f"output_stride={output_stride} dilates a lone encoder; the decoder needs stride 32. Drop one."
-        )
 
 
 # --- pairs of networks ---

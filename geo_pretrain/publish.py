@@ -20,9 +20,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geo_pretrain import checkpoint
 from geo_pretrain.catalog import CATALOG, Arch
-from geo_pretrain.checkpoint import CONFIG, ROLES, Checkpoint
+from geo_pretrain.checkpoint import (
+    CONFIG,
+    ROLES,
+    Checkpoint,
+    check_digest,
+    check_target,
+    parse_config,
+    put_in_place,
+    read_checkpoint,
+    recover,
+    verify_files,
+)
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError
 from geo_pretrain.files import sync_files
 from geo_pretrain.hub import HF_PREFIX
@@ -123,7 +133,7 @@ def publish(
     become <to>/<name>, all at once; another checkpoint of that name there is refused. Raises `HubError` when the target
     cannot be used or a transfer fails, saying what is online by then, and `DigestMismatch` when what arrived differs.
     """
-    found = checkpoint.read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder)
     spec = str(to)
     if spec.startswith(HF_PREFIX):
         repo, tag = _repository(spec), FIRST_TAG if tag is None else tag
@@ -133,73 +143,75 @@ def publish(
         raise HubError(f"Cannot publish to {spec!r}; {HF_PREFIX}owner/repo or a folder is accepted.")
     elif tag is not None or private:
         raise HubError(f"tag= and private= are understood by Hugging Face only, not by the folder {spec!r}.")
-    config = _check(found)
-    plan = Publication(found.name, spec, _files(found, config), _left_out(found), dry_run)
+    config = _check(checkpoint)
+    plan = Publication(checkpoint.name, spec, _files(checkpoint, config), _left_out(checkpoint), dry_run)
     if spec.startswith(HF_PREFIX):
         plan = replace(plan, repo=repo, tag=tag, private=private)
-        return plan if dry_run else _Upload(found, config, plan).run()
-    target = Path(to).expanduser() / found.name
+        return plan if dry_run else _Upload(checkpoint, config, plan).run()
+    target = Path(to).expanduser() / checkpoint.name
     if not _in_folder(target, config) and not dry_run:
-        _copy_to(target, found, config)
+        _copy_to(target, checkpoint, config)
     return replace(plan, url=str(target))
 
 
-def _check(found: Checkpoint) -> bytes:
-    """Refuse what must not go out; returns config.json, which stands for all files since it holds their digests."""
+def _check(checkpoint: Checkpoint) -> bytes:
+    """Refuse what must not be published; return config.json, which holds the digests of all other files."""
     from geo_pretrain.loading import verify
 
-    folder = found.folder
-    if not found.finished:
+    folder = checkpoint.folder
+    if not checkpoint.finished:
         raise CheckpointError(
             f"{folder}: its training did not finish; finished checkpoints are accepted. Resume the run."
         )
-    for name, stored in found.files.items():
+    for name, stored in checkpoint.files.items():
         if stored.role not in ROLES:
             raise CheckpointError(f"{folder / name}: has role {stored.role!r}; accepted: {', '.join(ROLES)}.")
-    for role in (*found.network_roles(), "golden", "card"):
-        found.file_of(role)
-    checkpoint.verify_files(found)
-    if not (folder / found.file_of("card")).read_bytes().strip():
-        raise CheckpointError(f"{folder / found.file_of('card')}: is empty; a card that says what this is is accepted.")
-    _check_license(found)
+    for role in (*checkpoint.network_roles(), "golden", "card"):
+        checkpoint.file_of(role)
+    verify_files(checkpoint)
+    if not (folder / checkpoint.file_of("card")).read_bytes().strip():
+        raise CheckpointError(
+            f"{folder / checkpoint.file_of('card')}: is empty; a card that says what this is is accepted."
+        )
+    _check_license(checkpoint)
     verify(folder, local_files_only=True)
-    _check_name(found)
+    _check_name(checkpoint)
     return (folder / CONFIG).read_bytes()
 
 
-def _check_license(found: Checkpoint) -> None:
-    """`License` cannot be built with gaps. Terms that nobody stated are one too: who would allow handing them on?"""
-    terms = {"the weights": found.license.weights, "the code": found.license.code}
-    terms |= {f"the data set {name}": license for name, license in found.license.datasets}
+def _check_license(checkpoint: Checkpoint) -> None:
+    """Refuse weights whose license chain contains unstated terms; a `License` cannot be built with gaps."""
+    terms = {"the weights": checkpoint.license.weights, "the code": checkpoint.license.code}
+    terms |= {f"the data set {name}": license for name, license in checkpoint.license.datasets}
     unstated = [what for what, license in terms.items() if license == UNSTATED]
-    unstated += ["the start weights"] if UNSTATED in found.license.base_model else []
+    unstated += ["the start weights"] if UNSTATED in checkpoint.license.base_model else []
     if unstated:
         raise CheckpointError(
-            f"{found.folder}: the license chain is incomplete, nobody stated terms for {', '.join(unstated)} "
+            f"{checkpoint.folder}: the license chain is incomplete, nobody stated terms for {', '.join(unstated)} "
             f"({UNSTATED}); accepted: an SPDX identifier or the name of known terms. Ask the owners, and keep it to "
             "yourself until then."
         )
 
 
-def _check_name(found: Checkpoint) -> None:
-    """A published name never changes meaning."""
-    check_published_name(found)
-    entry = CATALOG.get(found.name)
+def _check_name(checkpoint: Checkpoint) -> None:
+    """Refuse a name that the catalog gives to other files, another network or other input."""
+    check_published_name(checkpoint)
+    entry = CATALOG.get(checkpoint.name)
     if entry is None:
         return
     for what, same, have, wanted in (
-        ("network", _same_network(found.arch, entry.arch), found.arch, entry.arch),
-        ("input", found.contract == entry.contract, found.contract, entry.contract),
+        ("network", _same_network(checkpoint.arch, entry.arch), checkpoint.arch, entry.arch),
+        ("input", checkpoint.contract == entry.contract, checkpoint.contract, entry.contract),
     ):
         if not same:
             raise CheckpointError(
-                f"{found.folder}: {found.name!r} is a name of the catalog, whose {what} is {wanted}; this one's is "
-                f"{have}. Give it another name."
+                f"{checkpoint.folder}: {checkpoint.name!r} is a name of the catalog, whose {what} is {wanted}; this "
+                f"one's is {have}. Give it another name."
             )
 
 
 def _same_network(one: Arch, other: Arch) -> bool:
-    """Whether two descriptions mean the same: one may leave out what the other states (None: derived from the rest)."""
+    """Whether two architectures build the same network: one may leave out an argument that the other states."""
     from geo_pretrain.backbones.build import network_states
 
     def shapes(arch: Arch) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -218,23 +230,23 @@ def _same_network(one: Arch, other: Arch) -> bool:
     return all(theirs[key] == ours[key] for key in set(ours) & set(theirs)) and shapes(one) == shapes(other)
 
 
-def _files(found: Checkpoint, config: bytes) -> tuple[SentFile, ...]:
-    files = [SentFile(stored.role, name, stored.size, stored.sha256) for name, stored in found.files.items()]
+def _files(checkpoint: Checkpoint, config: bytes) -> tuple[SentFile, ...]:
+    files = [SentFile(stored.role, name, stored.size, stored.sha256) for name, stored in checkpoint.files.items()]
     return (*files, SentFile("config", CONFIG, len(config), hashlib.sha256(config).hexdigest()))
 
 
-def _left_out(found: Checkpoint) -> tuple[str, ...]:
-    ours = {CONFIG, *found.files}
-    return tuple(sorted(path.name for path in found.folder.iterdir() if path.name not in ours))
+def _left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    ours = {CONFIG, *checkpoint.files}
+    return tuple(sorted(path.name for path in checkpoint.folder.iterdir() if path.name not in ours))
 
 
 def _in_folder(target: Path, config: bytes) -> bool:
-    """Whether this very checkpoint is there, whole. Another one, or something else, in its place is refused."""
+    """Whether the folder holds this very checkpoint, undamaged. Another checkpoint or other files are refused."""
     hub = target.parent
     if (hub / CONFIG).is_file() or (hub.exists() and not hub.is_dir()):
         what = "a file" if hub.is_file() else "a checkpoint itself"
         raise HubError(f"{hub} is {what}; a folder that holds, or will hold, checkpoint folders is accepted.")
-    checkpoint.check_target(target, target.name)
+    check_target(target, target.name)
     if not (target / CONFIG).is_file():
         return False
     if (target / CONFIG).read_bytes() != config:
@@ -243,23 +255,23 @@ def _in_folder(target: Path, config: bytes) -> bool:
             "under another name, or remove that folder."
         )
     try:
-        checkpoint.verify_files(checkpoint.read_checkpoint(target))
+        verify_files(read_checkpoint(target))
     except CheckpointError:
         return False  # damaged, so it is written again
     return True
 
 
-def _copy_to(target: Path, found: Checkpoint, config: bytes) -> None:
+def _copy_to(target: Path, checkpoint: Checkpoint, config: bytes) -> None:
     staging = target.with_name(f".{target.name}.{os.getpid()}.writing")
     try:
-        checkpoint.recover(target)
+        recover(target)
         staging.mkdir(parents=True)
-        for name in found.files:
-            shutil.copyfile(found.folder / name, staging / name)  # contents alone: rights follow the umask
+        for name in checkpoint.files:
+            shutil.copyfile(checkpoint.folder / name, staging / name)  # contents alone: rights follow the umask
         (staging / CONFIG).write_bytes(config)
-        checkpoint.verify_files(checkpoint.read_checkpoint(staging))
+        verify_files(read_checkpoint(staging))
         sync_files(staging)
-        checkpoint.put_in_place(staging, target)
+        put_in_place(staging, target)
     except OSError as error:
         raise HubError(f"{target}: cannot be written ({error.strerror or error}). Choose another folder.") from error
     finally:
@@ -281,10 +293,10 @@ def _repository(spec: str) -> str:
 
 
 class _Upload:
-    """One publication on Hugging Face; `done` and `doing` tell what is online when it breaks off."""
+    """One upload to Hugging Face; `done` and `doing` say what is online when it breaks off."""
 
-    def __init__(self, found: Checkpoint, config: bytes, plan: Publication) -> None:
-        self.found, self.config, self.plan = found, config, plan
+    def __init__(self, checkpoint: Checkpoint, config: bytes, plan: Publication) -> None:
+        self.checkpoint, self.config, self.plan = checkpoint, config, plan
         self.repo, self.tag = str(plan.repo), str(plan.tag)
         self.done: list[str] = []
         self.doing = ""
@@ -305,7 +317,7 @@ class _Upload:
         return replace(self.plan, commit=commit, url=url, verified=verified)
 
     def _look(self, client: HfApi, folder: Path) -> tuple[str | None, str | None]:
-        """The commit with our tag, and that of main. Refuses a repository that holds something else."""
+        """The commits of our tag and of main, None if missing. Refuses a repository that holds something else."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
@@ -324,9 +336,11 @@ class _Upload:
             )
         files = {sibling.rfilename for sibling in info.siblings or ()}
         if CONFIG in files:
-            there = checkpoint.parse_config(self._config_at(client, str(info.sha), folder) or b"", Path(self.repo))
-            if there.name != self.found.name:
-                raise HubError(f"{self.repo!r} holds {there.name!r}, not {self.found.name!r}; it is one name's place.")
+            online = parse_config(self._config_at(client, str(info.sha), folder) or b"", Path(self.repo))
+            if online.name != self.checkpoint.name:
+                raise HubError(
+                    f"{self.repo!r} holds {online.name!r}, not {self.checkpoint.name!r}; it is one name's place."
+                )
         elif not files <= INITIAL_FILES:
             raise HubError(
                 f"{self.repo!r} holds something else ({_some(files - INITIAL_FILES)}); give a new repository."
@@ -342,7 +356,7 @@ class _Upload:
             return None
 
     def _create(self, client: HfApi) -> str:
-        """A new repository; returns the commit it begins with."""
+        """Create the repository; return its first commit."""
         kind = "private" if self.plan.private else "public"
         self._begin(f"creating the {kind} repository {self.repo!r}")
         client.create_repo(self.repo, private=self.plan.private)
@@ -350,25 +364,27 @@ class _Upload:
         return str(client.model_info(self.repo).sha)
 
     def _commit(self, client: HfApi, head: str) -> str:
-        """Everything in one commit on main; checkpoint files of an earlier version that this one lacks go."""
+        """Send all files in one commit on main, which removes checkpoint files of an earlier version."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        there = {sibling.rfilename for sibling in client.model_info(self.repo, revision=head).siblings or ()}
-        stale = there & set(ROLES.values()) - set(self.found.files)
-        operations: list[Any] = [CommitOperationAdd(name, self.found.folder / name) for name in self.found.files]
+        online = {sibling.rfilename for sibling in client.model_info(self.repo, revision=head).siblings or ()}
+        stale = online & set(ROLES.values()) - set(self.checkpoint.files)
+        operations: list[Any] = [
+            CommitOperationAdd(name, self.checkpoint.folder / name) for name in self.checkpoint.files
+        ]
         operations.append(CommitOperationAdd(CONFIG, self.config))
         self._begin(f"sending {len(operations)} files")
         info = client.create_commit(
             self.repo,
             [*operations, *(CommitOperationDelete(name) for name in sorted(stale))],
-            commit_message=f"{self.found.name} {self.tag}",
+            commit_message=f"{self.checkpoint.name} {self.tag}",
             parent_commit=head,  # somebody else's push in between is an error, not a mixture
         )
         self._finish(f"{len(operations)} files are on main of {self.repo!r}, in commit {info.oid}, without a tag")
         return str(info.oid)
 
     def _fetch_again(self, client: HfApi, commit: str, folder: Path) -> Mapping[str, float]:
-        """Every file, into an empty cache; compared with the folder's own digests, then loaded."""
+        """Download every file into an empty cache, compare the digests and recompute the golden outputs."""
         from geo_pretrain.loading import verify
 
         def fetch(name: str, *, again: bool = False) -> Path:
@@ -378,11 +394,11 @@ class _Upload:
         config = fetch(CONFIG)
         if config.read_bytes() != self.config:
             raise DigestMismatch(f"{self.repo}@{commit}: its {CONFIG} is not the one that was sent.")
-        for name, stored in self.found.files.items():
+        for name, stored in self.checkpoint.files.items():
             try:
-                checkpoint.check_digest(fetch(name), stored)
+                check_digest(fetch(name), stored)
             except DigestMismatch:  # on the way back, perhaps
-                checkpoint.check_digest(fetch(name, again=True), stored)
+                check_digest(fetch(name, again=True), stored)
         return dict(verify(config.parent, local_files_only=True).errors)
 
     def _begin(self, step: str) -> None:
@@ -394,7 +410,7 @@ class _Upload:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Errors of the client and its libraries become ours, each with what is online by then."""
+        """Turn errors of the client and its libraries into ours; each says what is online by then."""
         from huggingface_hub import errors
 
         try:

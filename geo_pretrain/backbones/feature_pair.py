@@ -1,4 +1,4 @@
-"""An image network and a point network whose features lie in one space: pixels and points compare by their cosine.
+"""An image network and a point network with one feature space: pixels and points compare by cosine similarity.
 
 PPKT (Liu et al., 2021) and Janda et al. (2022) teach points by pixels; Pri3D (Hou et al., 2021) learns both. Their
 folders hold the two networks and what projects their features, and `load_pair` puts them together.
@@ -34,7 +34,7 @@ INTERPOLATIONS: Mapping[str, dict[str, Any]] = {
 
 
 class FeaturePair(nn.Module):
-    """Both networks of a checkpoint folder and their projections, in evaluation mode.
+    """The image network and the point network of a checkpoint with their projections, in evaluation mode.
 
     `.image_network` and `.point_network` are the networks alone; `.image_transforms` and `.point_transforms` turn an
     image, and points, into what they take; `.dim` is the number of channels of the common space.
@@ -58,11 +58,12 @@ class FeaturePair(nn.Module):
 
     @classmethod
     def from_states(
-        cls, own: Any, pairing: Pairing, partner: Mapping[str, Tensor], heads: Mapping[str, Tensor]
+        cls, network: Any, pairing: Pairing, partner: Mapping[str, Tensor], heads: Mapping[str, Tensor]
     ) -> FeaturePair:
-        """`own` network with the one that `pairing` describes, from the tensors of its file and of the file "heads".
+        """Pair a network with the partner that `pairing` describes.
 
-        Raises `WeightsMismatch` when tensors are missing or do not fit.
+        `partner` are the tensors of the file with the partner's weights, `heads` those of the projections. Raises
+        `WeightsMismatch` when tensors are missing or do not fit.
         """
         with torch.device("meta"):
             other = build(pairing.arch, decoder=pairing.arch.has_decoder)
@@ -71,9 +72,9 @@ class FeaturePair(nn.Module):
             other.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise WeightsMismatch(f"The weights of {pairing.arch} do not fit it: {error}") from error
-        other.contract, other.name = pairing.contract, own.name
-        image, point = (own, other) if isinstance(own, ImageBackbone) else (other, own)
-        like = next(own.parameters())
+        other.contract, other.name = pairing.contract, network.name
+        image, point = (network, other) if isinstance(network, ImageBackbone) else (other, network)
+        like = next(network.parameters())
         pair = cls(
             image,
             point,
@@ -85,12 +86,12 @@ class FeaturePair(nn.Module):
 
     @property
     def image_contract(self) -> ImageContract:
-        """What `encode_image` takes, before `image_transforms`."""
+        """The input that the image network expects."""
         return cast("ImageContract", self.image_network.contract)
 
     @property
     def point_contract(self) -> VoxelContract:
-        """What `encode_points` makes of points."""
+        """The voxels that the point network expects."""
         return cast("VoxelContract", self.point_network.contract)
 
     @property
@@ -149,7 +150,7 @@ class FeaturePair(nn.Module):
 
 
 def pair_golden(pair: FeaturePair) -> dict[str, Tensor]:
-    """Seeded inputs for both networks and what they make of them, on the CPU in float32.
+    """Seeded inputs for both networks and their features, on the CPU in float32.
 
     "input.image", "input.coords", "input.feats"; "pair.image", thinned, and "pair.points".
     """
@@ -164,7 +165,7 @@ def pair_golden(pair: FeaturePair) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def pair_outputs(pair: FeaturePair, golden: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `pair` makes of the inputs in `golden`, under the names that `pair_golden` gives."""
+    """The features of the inputs in `golden`, under the names that `pair_golden` gives."""
     image = pair.encode_image(golden["input.image"])[..., ::THINNED, ::THINNED]
     return {
         "pair.image": image.contiguous(),

@@ -17,10 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geo_pretrain import __version__, checkpoint
+from geo_pretrain import __version__
 from geo_pretrain.cards import render_card
 from geo_pretrain.catalog import AuthorsFile, Entry
-from geo_pretrain.checkpoint import WEIGHT_ROLES, Checkpoint
+from geo_pretrain.checkpoint import (
+    CONFIG,
+    WEIGHT_ROLES,
+    Checkpoint,
+    check_target,
+    read_checkpoint,
+    read_weights,
+    sha256,
+    verify_file,
+    write_checkpoint,
+)
 from geo_pretrain.convert import FORMATS, convert
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, WeightsMismatch, unknown
 from geo_pretrain.files import write_text
@@ -60,10 +70,10 @@ def fetch(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """The checkpoint folder of an entry, made from its authors' file, with at least `roles`.
+    """Download an entry's authors' file and convert it; return the checkpoint folder, which has at least `roles`.
 
-    Of the files that hold the roles the one with the fewest others is taken (an encoder's own file before a whole
-    training state), the next when it fails. Raises `HubError` with each file's address and reason.
+    Several files may hold the roles: the one with the fewest others is tried first (an encoder's own file before a
+    whole training state). Raises `HubError` with each file's address and reason.
     """
     folder = cache_dir / "authors" / entry.name
     if _is_usable(folder, roles):
@@ -105,12 +115,12 @@ def convert_file(
     work: Path | None = None,
     overwrite: bool = False,
 ) -> Checkpoint:
-    """Make the checkpoint folder `folder` out of an authors' file.
+    """Convert an authors' file into the checkpoint folder `folder`.
 
-    `like` is the catalog entry whose architecture, contract and license the weights have; `name` (default: its name)
-    is what they are called. The network roles that the file has are written, whole or not at all; from the file of a
-    U-Net's encoder comes a checkpoint of that ResNet. `work` is a folder for intermediate files, `overwrite` allows to
-    replace a checkpoint. Raises `UnsafeFile`, `CheckpointError`, or `WeightsMismatch` when the network is not in the
+    `like` is the catalog entry with the architecture, contract and license of the weights; `name` of the checkpoint
+    is the entry's by default. Each network role that the file has is written whole; the file of a U-Net's encoder
+    gives a checkpoint of that ResNet. `work` is a folder for intermediate files; `overwrite` allows to replace a
+    checkpoint. Raises `UnsafeFile`, `CheckpointError`, or `WeightsMismatch` when the network is not in the
     file.
     """
     if format not in FORMATS:
@@ -118,12 +128,12 @@ def convert_file(
     path, name = Path(path), name or like.name
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; an authors' file in format {format!r} is accepted.")
-    checkpoint.check_target(folder, name)
-    if (folder / checkpoint.CONFIG).is_file() and not overwrite:
+    check_target(folder, name)
+    if (folder / CONFIG).is_file() and not overwrite:
         raise CheckpointError(f"{folder} holds a checkpoint; give another folder, or overwrite=True (--overwrite).")
     if origin is None:
         content = FORMATS[format].text
-        origin = Origin(path.name, checkpoint.sha256(path), format, content, datetime.date.today().isoformat())
+        origin = Origin(path.name, sha256(path), format, content, datetime.date.today().isoformat())
     beside = folder.resolve().with_name(f".{folder.name}.converting")
     tensors = (work or beside) / "tensors.safetensors"
     try:
@@ -141,29 +151,29 @@ def convert_file(
 
 
 def _is_usable(folder: Path, roles: Sequence[str]) -> bool:
-    """Whether the folder was made by today's rules and holds the roles, unaltered."""
-    if not (folder / checkpoint.CONFIG).is_file():
+    """Whether a folder was converted by today's rules and its files of these roles are intact."""
+    if not (folder / CONFIG).is_file():
         return False
     try:
-        found = checkpoint.read_checkpoint(folder)
+        checkpoint = read_checkpoint(folder)
         for role in roles:
-            checkpoint.verify_file(found, found.file_of(role))
+            verify_file(checkpoint, checkpoint.file_of(role))
     except CheckpointError:
         return False
-    return found.provenance.get("conversion") == CONVERSION
+    return checkpoint.provenance.get("conversion") == CONVERSION
 
 
 def _encoder(folder: Path) -> dict[str, Tensor]:
-    """The encoder that is in the cache already, without the counters that some formats leave out."""
+    """The cached encoder, without BatchNorm's counters, which some formats leave out; empty if there is none."""
     try:
-        state = checkpoint.read_weights(checkpoint.read_checkpoint(folder), "encoder")
+        state = read_weights(read_checkpoint(folder), "encoder")
     except CheckpointError:
         return {}
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def _warn_if_changed(name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    """Authors who offer an encoder in several files mean the same weights; whoever used one should know if not."""
+    """Warn when two of the authors' files hold different encoders: whoever used the first should know."""
     changed = [key for key in before if key not in after or not before[key].equal(after[key])]
     if changed:
         warnings.warn(
@@ -193,7 +203,7 @@ def _make(entry: Entry, file: AuthorsFile, folder: Path, cache_dir: Path, progre
 
 
 def _download_checked(file: AuthorsFile, part: Path, cache_dir: Path, progress: Progress | None) -> str:
-    """Fetch and compare with the digest that is known, from the catalog or from the first use; one forced retry."""
+    """Download a file and compare its digest with the catalog's or that of the first use; retry once."""
     known = file.sha256 or read_digests(cache_dir).get(file.url, {}).get("sha256")
     for _ in range(2):
         digest = download(file.url, part, limit=file.size, progress=progress)
@@ -252,7 +262,7 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
         "converted_by": __version__,
         "conversion": CONVERSION,
     }
-    own = name == like.name
+    is_the_entry = name == like.name
     whole = converted.weights.keys() >= expected.keys()
     arch = like.arch if whole else like.arch.encoder_alone  # a folder says what it holds, for whoever verifies it alone
     card = render_card(
@@ -261,10 +271,10 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
         like.contract,
         like.license,
         provenance,
-        recipe=like.recipe if own else None,
+        recipe=like.recipe if is_the_entry else None,
         roles=tuple(converted.weights),
     )
-    return checkpoint.write_checkpoint(
+    return write_checkpoint(
         folder,
         name=name,
         arch=arch,
@@ -280,7 +290,7 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
 
 
 def _network(like: Entry, weights: Mapping[str, Mapping[str, Tensor]]) -> Any:
-    """The network of the roles that are there, in evaluation mode: whole, or the encoder alone."""
+    """The network in evaluation mode: whole if all of its roles are in `weights`, else the encoder alone."""
     import torch
 
     from geo_pretrain.backbones.build import build

@@ -19,9 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from geo_pretrain import checkpoint
 from geo_pretrain.catalog import CATALOG
-from geo_pretrain.checkpoint import CHECKPOINT_NAME, CONFIG, FILE_NAME, Checkpoint, StoredFile
+from geo_pretrain.checkpoint import (
+    CHECKPOINT_NAME,
+    CONFIG,
+    FILE_NAME,
+    Checkpoint,
+    StoredFile,
+    parse_config,
+    put_in_place,
+    read_checkpoint,
+    recover,
+    verify_file,
+)
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
 from geo_pretrain.files import atomic_write, sync_files
 from geo_pretrain.hub.cache import default_cache, exclusive
@@ -34,7 +44,7 @@ PIECE = 1 << 20  # bytes read at a time
 
 @dataclass(frozen=True)
 class Span:
-    """Where a file's bytes lie in the bundle."""
+    """The range of a file's bytes in the bundle."""
 
     start: int
     size: int
@@ -42,7 +52,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Bundled:
-    """One checkpoint of a bundle; its inventory may list texts (log, card) that were left out."""
+    """One checkpoint of a bundle. Its inventory may list texts (log, card) that the bundle lacks."""
 
     checkpoint: Checkpoint  # `folder`: the bundle's path and the name, which is no folder
     config: bytes
@@ -55,7 +65,7 @@ class Bundled:
 
 
 def write_bundle(folders: Sequence[Path | str], out: Path | str) -> Path:
-    """Put checkpoint folders into the file `out`, which appears when all of it is written and read back.
+    """Write checkpoint folders into the bundle `out`, by an atomic write after it was read back.
 
     Every file is compared with its digest. The network's weights and golden values must be there; texts that a folder
     lists but does not hold (it came from a cache) are left out. An unfinished checkpoint stays one. Raises
@@ -68,9 +78,9 @@ def write_bundle(folders: Sequence[Path | str], out: Path | str) -> Path:
     try:
         with atomic_write(out) as part:
             with tarfile.open(part, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for found in chosen:
-                    for name in (*_files_to_bundle(found), CONFIG):
-                        _add(tar, found, name)
+                for checkpoint in chosen:
+                    for name in (*_files_to_bundle(checkpoint), CONFIG):
+                        _add(tar, checkpoint, name)
             with _opened(part) as stream:
                 for bundled in _contents(stream, part):
                     _verify(stream, bundled)
@@ -80,14 +90,14 @@ def write_bundle(folders: Sequence[Path | str], out: Path | str) -> Path:
 
 
 def list_bundle(bundle: Path | str) -> list[Bundled]:
-    """What a bundle holds, by its headers and configs; weights are not read. Raises `CheckpointError` for no bundle."""
+    """List the checkpoints of a bundle from its headers and configs. Raises `CheckpointError` for another file."""
     bundle = Path(bundle).expanduser()
     with _opened(bundle) as stream:
         return _contents(stream, bundle)
 
 
 def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> list[Path]:
-    """Unpack a bundle into <cache>/bundles/<name>, where names are looked up, and return these folders.
+    """Unpack a bundle into <cache>/bundles/<name>, where `hub.open` looks names up; return these folders.
 
     Everything is compared with the inventories' digests before the cache is touched; then all checkpoints are written
     beside their places and put there one after the other, each at once. One that is installed already is left alone;
@@ -101,19 +111,19 @@ def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> l
         for bundled in contents:
             check_published_name(bundled.checkpoint)
             _verify(stream, bundled)
-        places = {root / bundled.checkpoint.name: bundled for bundled in contents}
-        missing = _not_installed(places)
-        for place in sorted(missing):
-            locks.enter_context(exclusive(place))
+        targets = {root / bundled.checkpoint.name: bundled for bundled in contents}
+        missing = _not_installed(targets)
+        for folder in sorted(missing):
+            locks.enter_context(exclusive(folder))
         missing = _not_installed(missing)  # another process may have been quicker
         stagings: dict[Path, Path] = {}
         try:
-            for place, bundled in missing.items():
-                stagings[place] = place.with_name(f".{place.name}.writing")
-                _unpack(stream, bundled, stagings[place])
-            for place, staging in stagings.items():
-                checkpoint.recover(place)
-                checkpoint.put_in_place(staging, place)
+            for folder, bundled in missing.items():
+                stagings[folder] = folder.with_name(f".{folder.name}.writing")
+                _unpack(stream, bundled, stagings[folder])
+            for folder, staging in stagings.items():
+                recover(folder)
+                put_in_place(staging, folder)
         except OSError as error:
             reason = error.strerror or error
             needed = sum(bundled.size for bundled in missing.values()) // 10**6
@@ -124,58 +134,59 @@ def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> l
         finally:
             for staging in stagings.values():
                 shutil.rmtree(staging, ignore_errors=True)
-    return list(places)
+    return list(targets)
 
 
-def check_published_name(found: Checkpoint) -> None:
+def check_published_name(checkpoint: Checkpoint) -> None:
     """Raise `DigestMismatch` when the catalog keeps other files under this name: it never changes meaning."""
-    entry = CATALOG.get(found.name)
+    entry = CATALOG.get(checkpoint.name)
     for file in entry.files if entry is not None else ():
-        have = found.files.get(file.name)
+        have = checkpoint.files.get(file.name)
         if have is None or have.sha256 != file.sha256:
             raise DigestMismatch(
-                f"{found.folder}: {found.name!r} is published with sha256 {file.sha256} for {file.name}, this one "
-                f"{f'has {have.sha256}' if have else 'has no such file'}. A published name never changes meaning; "
-                "give this checkpoint another name."
+                f"{checkpoint.folder}: {checkpoint.name!r} is published with sha256 {file.sha256} for {file.name}, "
+                f"this one {f'has {have.sha256}' if have else 'has no such file'}. A published name never changes "
+                "meaning; give this checkpoint another name."
             )
 
 
 def _read_folders(folders: Sequence[Path | str]) -> list[Checkpoint]:
-    """Verified checkpoints in the order of their names."""
+    """Read and verify checkpoint folders; sorted by name."""
     chosen: dict[str, Checkpoint] = {}
     for folder in folders:
-        found = checkpoint.read_checkpoint(folder)
-        if found.name in chosen:
+        checkpoint = read_checkpoint(folder)
+        if checkpoint.name in chosen:
             raise CheckpointError(
-                f"{folder} and {chosen[found.name].folder} are both called {found.name!r}; each name is accepted once."
+                f"{folder} and {chosen[checkpoint.name].folder} are both called {checkpoint.name!r}; "
+                "each name is accepted once."
             )
-        for name in _files_to_bundle(found):
-            checkpoint.verify_file(found, name)
-        chosen[found.name] = found
+        for name in _files_to_bundle(checkpoint):
+            verify_file(checkpoint, name)
+        chosen[checkpoint.name] = checkpoint
     if not chosen:
         raise CheckpointError("No checkpoint folder is given; one or more are accepted.")
     return [chosen[name] for name in sorted(chosen)]
 
 
-def _needed(found: Checkpoint) -> set[str]:
-    """Names of the files without which a checkpoint can be neither loaded nor verified."""
-    return {found.file_of(role) for role in (*found.network_roles(), "golden")}
+def _needed(checkpoint: Checkpoint) -> set[str]:
+    """Names of the files that loading and verifying need."""
+    return {checkpoint.file_of(role) for role in (*checkpoint.network_roles(), "golden")}
 
 
-def _files_to_bundle(found: Checkpoint) -> list[str]:
-    needed = _needed(found)
-    return sorted(name for name in found.files if name in needed or (found.folder / name).is_file())
+def _files_to_bundle(checkpoint: Checkpoint) -> list[str]:
+    needed = _needed(checkpoint)
+    return sorted(name for name in checkpoint.files if name in needed or (checkpoint.folder / name).is_file())
 
 
-def _add(tar: tarfile.TarFile, found: Checkpoint, name: str) -> None:
-    header = tarfile.TarInfo(f"{found.name}/{name}")
+def _add(tar: tarfile.TarFile, checkpoint: Checkpoint, name: str) -> None:
+    header = tarfile.TarInfo(f"{checkpoint.name}/{name}")
     header.mode = 0o644
-    with (found.folder / name).open("rb") as stream:
+    with (checkpoint.folder / name).open("rb") as stream:
         header.size = os.fstat(stream.fileno()).st_size
         try:
             tar.addfile(header, stream)
         except ValueError as error:  # a name or number that a plain header has no room for
-            raise CheckpointError(f"{found.folder / name}: does not fit into a tar file ({error}).") from error
+            raise CheckpointError(f"{checkpoint.folder / name}: does not fit into a tar file ({error}).") from error
 
 
 @contextmanager
@@ -200,7 +211,7 @@ def _contents(stream: BinaryIO, bundle: Path) -> list[Bundled]:
 
 
 def _members(stream: BinaryIO, bundle: Path) -> Iterator[tuple[str, str, Span]]:
-    """Checkpoint name, file name and place of every file. Anything else raises `CheckpointError`."""
+    """Yield checkpoint name, file name and byte range of every file. Anything else raises `CheckpointError`."""
     length = os.fstat(stream.fileno()).st_size
     cut = f"{bundle}: is cut off after {length} bytes. Copy it again."
     position = 0
@@ -238,7 +249,7 @@ def _members(stream: BinaryIO, bundle: Path) -> Iterator[tuple[str, str, Span]]:
 
 
 def _bundled(stream: BinaryIO, bundle: Path, name: str, files: dict[str, Span]) -> Bundled:
-    """A checkpoint whose config, names and sizes agree with one another; digests are not compared yet."""
+    """Check that config, file names and sizes of a bundled checkpoint agree; digests are compared by `_verify`."""
     folder = bundle / name
     if CONFIG not in files:
         raise CheckpointError(f"{folder}: has no {CONFIG}.")
@@ -247,19 +258,21 @@ def _bundled(stream: BinaryIO, bundle: Path, name: str, files: dict[str, Span]) 
         raise CheckpointError(f"{folder / CONFIG}: has {span.size} bytes; at most {CONFIG_LIMIT} are accepted.")
     stream.seek(span.start)
     config = stream.read(span.size)
-    found = checkpoint.parse_config(config, folder)
-    if found.name != name:
-        raise CheckpointError(f"{folder}: its {CONFIG} calls it {found.name!r}; both must be the same.")
-    for file, there in files.items():
-        if file not in found.files:
+    checkpoint = parse_config(config, folder)
+    if checkpoint.name != name:
+        raise CheckpointError(f"{folder}: its {CONFIG} calls it {checkpoint.name!r}; both must be the same.")
+    for file, bytes_of_file in files.items():
+        if file not in checkpoint.files:
             raise CheckpointError(f"{folder / file}: is not listed in {CONFIG}.")
-        if there.size != found.files[file].size:
+        if bytes_of_file.size != checkpoint.files[file].size:
             raise DigestMismatch(
-                f"{folder / file}: has {there.size} bytes, its {CONFIG} promises {found.files[file].size}."
+                f"{folder / file}: has {bytes_of_file.size} bytes, its {CONFIG} promises {checkpoint.files[file].size}."
             )
-    for file in sorted(_needed(found) - set(files)):
-        raise CheckpointError(f"{folder / file}: is missing; {CONFIG} lists it as its {found.files[file].role} file.")
-    return Bundled(found, config, files)
+    for file in sorted(_needed(checkpoint) - set(files)):
+        raise CheckpointError(
+            f"{folder / file}: is missing; {CONFIG} lists it as its {checkpoint.files[file].role} file."
+        )
+    return Bundled(checkpoint, config, files)
 
 
 def _verify(stream: BinaryIO, bundled: Bundled) -> None:
@@ -283,16 +296,16 @@ def _copy(stream: BinaryIO, span: Span, path: Path, stored: StoredFile, target: 
         )
 
 
-def _not_installed(places: Mapping[Path, Bundled]) -> dict[Path, Bundled]:
-    return {place: bundled for place, bundled in places.items() if not _is_installed(place, bundled)}
+def _not_installed(targets: Mapping[Path, Bundled]) -> dict[Path, Bundled]:
+    return {folder: bundled for folder, bundled in targets.items() if not _is_installed(folder, bundled)}
 
 
 def _is_installed(folder: Path, bundled: Bundled) -> bool:
-    """Whether the very same checkpoint is there, whole; a damaged one is replaced."""
+    """Whether the same checkpoint is installed and undamaged."""
     try:
-        found = checkpoint.read_checkpoint(folder)
+        checkpoint = read_checkpoint(folder)
         for name in bundled.spans:
-            checkpoint.verify_file(found, name)
+            verify_file(checkpoint, name)
         return (folder / CONFIG).read_bytes() == bundled.config
     except CheckpointError:
         return False

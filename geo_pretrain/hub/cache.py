@@ -1,4 +1,4 @@
-"""What lies in the cache, and taking it out again.
+"""The cache of checkpoints: list it, remove from it, lock a folder of it.
 
     <cache>/hub/<host-digest>/<name>/   checkpoint folders from http(s) hubs
     <cache>/authors/<name>/             authors' files, converted; authors/digests.json stays when they go
@@ -74,40 +74,40 @@ def _drop_parts(folder: Path) -> None:
 
 
 def cached(cache_dir: str | os.PathLike[str] | None = None) -> list[Cached]:
-    """Every checkpoint folder in the cache, by kind and name; the same name may have come from several hubs."""
+    """List the checkpoint folders in the cache, by kind and name; several hubs may have given one name."""
     root = _root(cache_dir)
-    found = [_look(kind, folder) for kind in KINDS for folder in _folders(root, kind)]
-    return sorted(found, key=lambda one: (one.kind, one.name, one.folder))
+    entries = [_look(kind, folder) for kind in KINDS for folder in _folders(root, kind)]
+    return sorted(entries, key=lambda entry: (entry.kind, entry.name, entry.folder))
 
 
 def remove(names: str | Iterable[str] | None, cache_dir: str | os.PathLike[str] | None = None) -> list[Cached]:
-    """Remove the checkpoints with these names, of every kind; None: all of them and what killed processes left.
+    """Remove the checkpoints with these names, of every kind; None: all, and what killed processes left behind.
 
     The digests recorded for authors' files stay: they are what a later download is compared with. Returns what was
     removed. Raises `UnknownName` for a name that is not there, before anything is removed.
     """
     root = _root(cache_dir)
-    there = cached(root)
-    wanted = {one.name for one in there} if names is None else {names} if isinstance(names, str) else set(names)
-    known = {one.name for one in there}
+    present = cached(root)
+    wanted = {entry.name for entry in present} if names is None else {names} if isinstance(names, str) else set(names)
+    known = {entry.name for entry in present}
     for name in sorted(wanted - known):
         if not known:
             raise UnknownName(f"Unknown cached checkpoint {name!r}. The cache {root} holds none.")
         raise unknown("cached checkpoint", name, known, f"The cache is {root}; all names: `geo-pretrain cache ls`.")
-    chosen = [one for one in there if one.name in wanted]
-    for one in chosen:
-        if not one.folder.parent.resolve().is_relative_to(root.resolve()):
-            raise HubError(f"{one.folder} lies outside the cache {root} (a link); remove it yourself.")
+    chosen = [entry for entry in present if entry.name in wanted]
+    for entry in chosen:
+        if not entry.folder.parent.resolve().is_relative_to(root.resolve()):
+            raise HubError(f"{entry.folder} lies outside the cache {root} (a link); remove it yourself.")
     try:
-        for one in chosen:
-            with exclusive(one.folder):
-                _remove_folder(one.folder)
+        for entry in chosen:
+            with exclusive(entry.folder):
+                _remove_folder(entry.folder)
         if names is None:
             _sweep(root)
     except OSError as error:
         raise HubError(f"{error.filename or root}: cannot be removed ({error.strerror or error}).") from error
-    for one in chosen:
-        _prune(one.folder.parent, root)
+    for entry in chosen:
+        _prune(entry.folder.parent, root)
     return chosen
 
 
@@ -137,7 +137,7 @@ def _look(kind: str, folder: Path) -> Cached:
 
 
 def _remove_folder(folder: Path) -> None:
-    """The folder and what killed processes left beside it. The caller has the lock."""
+    """Remove a folder and what killed processes left beside it. The caller has the lock."""
     if folder.is_symlink():
         folder.unlink()  # what it points to is not ours
     elif folder.is_dir():
@@ -152,7 +152,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """What killed processes left where no folder came of it."""
+    """Remove what killed processes left of folders that were never completed."""
     for pattern in KINDS.values():
         for path in root.glob(pattern):
             if path.name.startswith(".") and path.name.endswith((".lock", *LEFT_BEHIND)):

@@ -1,8 +1,8 @@
 """Tensors out of the files that authors publish: pickles, read in a child process that can execute nothing of them.
 
 The package `unpickle`, the child, knows the formats. Here is its guard: it starts the child with an empty environment
-and limits on time, memory and output, turns every way in which it can end into one clear error, and puts the result in
-place only when it is whole.
+and limits on time, memory and output, turns every failure into one clear error, and puts the result in place only when
+it is complete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHILD = Path(__file__).with_name("unpickle")  # a folder, of which Python runs t
 
 @dataclass(frozen=True)
 class Limits:
-    """What one file may cost. The defaults hold every file that the catalog names several times over."""
+    """Limits on reading one file. The defaults suffice several times over for every file of the catalog."""
 
     seconds: float = 300.0  # by the clock, and of CPU
     memory: int = 2 << 30  # bytes, beside the mapped file
@@ -38,7 +38,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What was found in an authors' file beside its tensors."""
+    """What an authors' file holds beside its tensors."""
 
     entry: str  # which of the `entries` was found; "" the top level
     tensors: int
@@ -85,7 +85,7 @@ def extract(path: Path, out: Path, *, entries: Sequence[str] = ("",), limits: Li
 
 
 def _answer(path: Path, job: Mapping[str, Any], limits: Limits) -> Mapping[str, Any]:
-    """Run the child on a job; every way in which it can end but one is an error."""
+    """Run the child on a job; anything but a complete report raises."""
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-B", os.fspath(CHILD)],
@@ -117,6 +117,6 @@ def _answer(path: Path, job: Mapping[str, Any], limits: Limits) -> Mapping[str, 
 
 
 def _environment() -> dict[str, str]:
-    """Nothing of ours, but for what Windows needs to start a program; numerical libraries take one thread."""
+    """The child's environment: empty but for what Windows needs to start a program, and one thread a library."""
     kept = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
     return kept | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

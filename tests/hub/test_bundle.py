@@ -171,7 +171,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeyp
         if name == target.name:
             target.write_bytes(bytes(target.stat().st_size))
 
-    monkeypatch.setattr(checkpoint, "verify_file", verify_then_change)
+    monkeypatch.setattr(bundles, "verify_file", verify_then_change)
     with pytest.raises(DigestMismatch, match=r"encoder\.safetensors"):
         write_bundle([folder], tmp_path / "x.tar")
     assert os.listdir(tmp_path) == ["two"]

@@ -234,6 +234,8 @@ def test_a_pair_has_both_networks_in_one_space(run):
         want = F.normalize(F.interpolate(maps, (48, 64), mode="bilinear", align_corners=True), dim=1)
         torch.testing.assert_close(pixels, want)
         torch.testing.assert_close(found, network.encode_points(points, colors, out="final"))
+    with torch.no_grad(), pytest.warns(FutureWarning, match="'colours' is now 'colors'"):
+        assert torch.equal(pair.encode_points(points, colours=colors), found)
     assert (pair.dim, pixels.shape, found.shape) == (32, (2, 32, 48, 64), (300, 32))
     torch.testing.assert_close(pixels.norm(dim=1), torch.ones(2, 48, 64))
     shot = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8)
