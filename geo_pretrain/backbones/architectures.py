@@ -137,7 +137,7 @@ class Arch:
     def encoder_name(self) -> str | None:
         """The name in `ENCODERS` of the network's encoder, of any width; None: it has none."""
         encoder = self.encoder_alone
-        given = encoder.architecture.defaults | encoder.args
+        given = {**encoder.architecture.defaults, **encoder.args}
         for name, arch in ENCODERS.items():
             if arch.name == encoder.name and all(given.get(key) == value for key, value in arch.args.items()):
                 return name

@@ -75,7 +75,7 @@ def recipes_copy(
 def _pretraining_rows() -> list[tuple[str, ...]]:
     from geo_pretrain.training.recipe import list_recipes, load_recipe
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in list_recipes():
         recipe = load_recipe(name)
         networks = [
@@ -89,7 +89,7 @@ def _pretraining_rows() -> list[tuple[str, ...]]:
 def _finetuning_rows() -> list[tuple[str, ...]]:
     from geo_pretrain.training.finetune_recipe import list_finetune_recipes, load_finetune_recipe
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in list_finetune_recipes():
         recipe = load_finetune_recipe(name)
         network = f"{recipe.network.kind} on {recipe.network.encoder}"
