@@ -16,7 +16,7 @@ from benchmarks.common import machine, write_results
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.rooms import CLASSES
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import RECIPE, SEEDS, THRESHOLD, labelled_frames, untrained, validation_spec
@@ -37,7 +37,7 @@ def main() -> None:
     recipe = load_recipe(RECIPE)
     source, val_spec = open_source(recipe.data), validation_spec(recipe.data)
     val = open_source(val_spec, split="val")
-    pairs, val_pairs = (find_pairs(s, d, skips=Skips()) for s, d in ((source, recipe.data), (val, val_spec)))
+    pairs, val_pairs = (find_pairs(s, d, skips=SkippedFrames()) for s, d in ((source, recipe.data), (val, val_spec)))
     recall: dict[str, list[float]] = {"random": [], "pre-trained": []}
     for seed in SEEDS:
         run = load_recipe(RECIPE, [f"seed={seed}"])

@@ -28,7 +28,7 @@ from benchmarks.common import machine, write_results
 from benchmarks.pretext_3d import trained
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.files import write_text
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
@@ -51,7 +51,7 @@ class Measure:
     def __init__(self, recipe: Recipe) -> None:
         spec, size = validation_spec(recipe.data), {"height": recipe.data.size[0], "width": recipe.data.size[1]}
         self.source = open_source(spec, split="val")
-        self.pairs = find_pairs(self.source, spec, skips=Skips())[:PAIRS]
+        self.pairs = find_pairs(self.source, spec, skips=SkippedFrames())[:PAIRS]
         self.train, self.val = (
             open_labelled("rooms", None, split, task="segmentation", options=size) for split in ("train", "val")
         )

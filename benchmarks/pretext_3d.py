@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.common import machine, write_results
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import validation_spec
@@ -47,7 +47,9 @@ def trained(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train a recipe into `folder` unless it is there; how long it took."""
     if not (folder / CONFIG).exists() or not read_checkpoint(folder).finished:
         source = open_source(recipe.data)
-        train(recipe, folder, source, find_pairs(source, recipe.data, skips=Skips()), join("cpu"), overwrite=True)
+        train(
+            recipe, folder, source, find_pairs(source, recipe.data, skips=SkippedFrames()), join("cpu"), overwrite=True
+        )
     elif (folder / "recipe.yaml").read_text() != recipe.to_yaml():
         sys.exit(f"{folder} was trained with other settings. Choose another --out, or remove it.")
     provenance = read_checkpoint(folder).provenance

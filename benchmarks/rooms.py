@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine, spread, write_results
-from geo_pretrain.training.data.sources.rooms import GENERATOR, Rooms, RoomsConfig
+from geo_pretrain.rooms import GENERATOR, RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms
 
 SIZES = ((160, 120), (320, 240), (640, 480))
 
@@ -27,7 +28,7 @@ def measure(width: int, height: int, difficulty: str, repeats: int, frames: int)
     cpu, wall = [], []
     for index, scene in enumerate(source.scenes()):
         started, spent = time.perf_counter(), time.process_time()
-        source.render_scene(scene)
+        source.generator.render(scene)
         if index:  # the first one warms up
             wall.append(frames / (time.perf_counter() - started))
             cpu.append(frames / (time.process_time() - spent))

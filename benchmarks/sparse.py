@@ -30,10 +30,11 @@ from benchmarks.common import machine, spread, write_results
 from benchmarks.spconv_unet import SpconvUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.geometry import backproject, transform
+from geo_pretrain.rooms import RoomsConfig
 from geo_pretrain.sparse import SparseTensor, backend
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.sparse.layers import Conv3d, ConvTranspose3d
-from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms
 
 OURS, PEERS = ("plain", "fast"), ("spconv", "minkowski")
 LIBRARY = {"fast": "numba", "spconv": "spconv", "minkowski": "MinkowskiEngine"}

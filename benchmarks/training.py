@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine, spread, write_results
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.sources.registry import open_source
@@ -59,7 +59,7 @@ def main() -> None:
     for size in ((96, 128), (240, 320)):
         recipe = load_recipe("pri3d_view_r18.rooms_toy", [f"data.size={list(size)}"])
         source = open_source(recipe.data)
-        pairs = find_pairs(source, recipe.data, skips=Skips())
+        pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
         samples = build_task(recipe)[0].dataset(source, pairs)
         begin = time.perf_counter()
         batch = collate([samples[(0, k)] for k in range(PAIRS)])

@@ -9,6 +9,7 @@ from PIL import Image
 
 from geo_pretrain.errors import BadFrame
 from geo_pretrain.training.data.frame import Frame, Source
+from geo_pretrain.training.data.sources.rooms import Rooms
 
 MARGIN = 8  # pixels cut away, from another side in every scan: so each has its own principal point
 COLOR_SCALE = 4  # the color camera's resolution over the depth camera's (ScanNet: 1296x968 over 640x480)
@@ -58,8 +59,8 @@ def write_scannet(
                 continue
             is_lost = number == 0 and k in lost
             write_frame(scan, STEP * k, frame, np.full((4, 4), -np.inf) if is_lost else frame.cam_to_world)
-        if mesh and hasattr(source, "mesh"):
-            triangles = source.mesh(scene, 0.1)
+        if mesh and isinstance(source, Rooms):
+            triangles = source.generator.mesh(scene, 0.1)
             write_mesh(scan / f"{name}_vh_clean_2.ply", triangles.vertices, triangles.colors, triangles.faces)
     return names
 

@@ -25,7 +25,7 @@ from geo_pretrain.cli.options import (
 from geo_pretrain.cli.shared import app, console, escape, progress
 
 if TYPE_CHECKING:
-    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.data.labelled.image import LabelledSource
     from geo_pretrain.training.evaluation.matching import MatchingResult
 
@@ -59,11 +59,11 @@ def eval_matching(
 
     In 3D: `geo-pretrain eval matching runs/pointcontrast --data scannet:PATH --turn full`
     """
-    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.evaluation.matching import compare_matching
 
     spec = data_spec(data, frames, overlap, set_)
-    skips = Skips()
+    skips = SkippedFrames()
     with progress() as report:
         results = compare_matching(
             backbone,
@@ -98,11 +98,11 @@ def eval_pixel_to_voxel(
 
     Example: `geo-pretrain eval pixel-to-voxel runs/geo --data scannet:PATH --frames 0.75:1`
     """
-    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.evaluation.matching import compare_pixel_to_voxel
 
     spec = data_spec(data, frames, "0:1", set_)
-    skips = Skips()
+    skips = SkippedFrames()
     with progress() as report:
         results = compare_pixel_to_voxel(
             folder,
@@ -184,7 +184,7 @@ def _labelled_splits(data: str, on_rooms: Callable[[int, int], None]) -> tuple[L
     return train, val
 
 
-def _show_recall(results: Mapping[str, MatchingResult], skips: Skips, as_json: bool) -> None:
+def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as_json: bool) -> None:
     """What the `eval` commands print: a row for each set of weights."""
     if as_json:
         typer.echo(json.dumps({name: asdict(r) | {"spread": r.spread} for name, r in results.items()}))

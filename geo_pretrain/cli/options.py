@@ -12,7 +12,7 @@ from geo_pretrain.cli.shared import console, escape
 from geo_pretrain.errors import RecipeError
 
 if TYPE_CHECKING:
-    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.recipe import DataSpec
 
 DATA_HELP = "SOURCE or SOURCE:PATH, such as rooms, seven_scenes:PATH, scannet:PATH."
@@ -83,7 +83,7 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     return height, width
 
 
-def print_skips(skips: Skips) -> None:
+def print_skips(skips: SkippedFrames) -> None:
     """What was left out and why, if anything."""
     if skips.reasons:
         console.print(f"[yellow]{escape(skips.summary())}", soft_wrap=True, highlight=False)

@@ -51,10 +51,10 @@ def visualize_matches(
 
     Example: `geo-pretrain visualize matches runs/kitchen --data seven_scenes:PATH -o matches.png`
     """
-    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.visualize import matches
 
-    skips = Skips()
+    skips = SkippedFrames()
     with progress() as report:
         columns = matches.visualize_matches(
             backbone,
@@ -99,10 +99,10 @@ def visualize_features(
 
     Example: `geo-pretrain visualize features runs/kitchen --data seven_scenes:PATH -o features.png`
     """
-    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.visualize.frames import draw_features
 
-    skips = Skips()
+    skips = SkippedFrames()
     with progress() as report:
         draw_features(
             backbones,
@@ -146,10 +146,10 @@ def visualize_points(
 
     Example: `geo-pretrain visualize points runs/clouds --data scannet:PATH --scene scene0011_00 -o points.html`
     """
-    from geo_pretrain.training.data.frame import Skips
+    from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.visualize import points as drawing
 
-    skips = Skips()
+    skips = SkippedFrames()
     with progress() as report:
         cloud = drawing.visualize_points(
             backbone,

@@ -24,8 +24,8 @@ from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.rooms import CLASSES
-from geo_pretrain.training.data.frame import Frame, Skips, Source
-from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
+from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
+from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.features import ImageExtractor
@@ -91,8 +91,8 @@ def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSp
     val_spec = validation_spec(recipe.data)
     val = open_source(val_spec, split="val", progress=_stage(report, "rendering rooms", "held out"))
     clock.lap("render")
-    pairs = find_pairs(source, recipe.data, skips=Skips(), progress=_stage(report, "finding pairs", ""))
-    val_pairs = find_pairs(val, val_spec, skips=Skips())
+    pairs = find_pairs(source, recipe.data, skips=SkippedFrames(), progress=_stage(report, "finding pairs", ""))
+    val_pairs = find_pairs(val, val_spec, skips=SkippedFrames())
     clock.lap("pairs")
     folder = out / "hub" / recipe.name
     train(recipe, folder, source, pairs, join("cpu"), overwrite=True, on_step=_training_progress(report))

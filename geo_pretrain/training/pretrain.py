@@ -17,8 +17,8 @@ from torch import Tensor
 from geo_pretrain.checkpoint import Checkpoint, check_target, read_checkpoint
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.hub.cache import default_cache
-from geo_pretrain.training.data.frame import Skips, Source
-from geo_pretrain.training.data.mining import Pair, find_pairs
+from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
+from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import total_steps
 from geo_pretrain.training.data.sources.registry import open_source, source_note
 from geo_pretrain.training.distributed import World
@@ -48,7 +48,7 @@ class Outcome:
 
     checkpoint: Checkpoint | None  # None but in the main process
     pairs: int  # or frames, of the last stage
-    skips: Skips = field(default_factory=Skips)
+    skips: SkippedFrames = field(default_factory=SkippedFrames)
 
 
 def run_recipe(
@@ -122,7 +122,7 @@ def _run(
     report: Report,
     note: Callable[[str], None],
 ) -> Outcome:
-    skips = Skips()
+    skips = SkippedFrames()
     source = _open(recipe, world, report)
     if world.is_main and source_note(source):
         note(source_note(source))
@@ -156,7 +156,7 @@ def train(
     world: World,
     *,
     starts: Mapping[str, Path] = {},
-    skips: Skips | None = None,
+    skips: SkippedFrames | None = None,
     overwrite: bool = False,
     on_step: Callable[[StepInfo], None] | None = None,
 ) -> Checkpoint | None:
@@ -170,7 +170,7 @@ def train(
         CheckpointError: `out` already holds a checkpoint and `overwrite` is not set.
     """
     check_batch(recipe.optim.batch, recipe.optim.accumulate, world)
-    task = Pretraining(recipe, source, pairs, world, skips or Skips(), starts)
+    task = Pretraining(recipe, source, pairs, world, skips or SkippedFrames(), starts)
     license = run_license(recipe, task_settings(recipe), starts)  # now, when a failure costs nothing
     check_checkpoint_out(out, recipe.name, overwrite=overwrite)
     run = RunFolder(out, writes=world.is_main, board=True)
@@ -211,7 +211,7 @@ class Pretraining(TrainingTask):
         source: Source,
         pairs: list[Pair],
         world: World,
-        skips: Skips,
+        skips: SkippedFrames,
         starts: Mapping[str, Path] = {},
     ) -> None:
         self.recipe, self.source, self.pairs, self.world, self.skips = recipe, source, pairs, world, skips

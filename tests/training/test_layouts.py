@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from geo_pretrain import cli
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.loading import load_backbone
-from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+from geo_pretrain.rooms import RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms
 from tests.scannet_layout import write_scannet
 
 ROOMS = {"scenes": 2, "frames": 6, "width": 80, "height": 64}

@@ -22,7 +22,7 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.training import pretrain
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import MicroBatches
 from geo_pretrain.training.data.sources.registry import open_source
@@ -36,7 +36,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 def run_here(recipe_path, out, overrides=(), **options):
     recipe = load_recipe(str(recipe_path), overrides)
-    skips = Skips()
+    skips = SkippedFrames()
     source = open_source(recipe.data)
     pairs = find_pairs(source, recipe.data, skips=skips)
     return pretrain.train(recipe, out, source, pairs, ALONE, skips=skips, **options)
@@ -262,7 +262,7 @@ def test_run_is_not_continued_with_another_recipe_or_other_data(tmp_path, tiny_r
     frame.write_bytes((elsewhere / "frame-000010.color.png").read_bytes())
     recipe = load_recipe(str(path))
     source = open_source(load_recipe(str(path), [f"data.path={elsewhere}"]).data)
-    pairs = find_pairs(source, recipe.data, skips=Skips())
+    pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
     with pytest.raises(RecipeError, match="data have changed"):
         pretrain.train(recipe, tmp_path / "out", source, pairs, ALONE)
 
@@ -277,7 +277,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path
 def test_batch_must_divide_over_processes_and_parts(tmp_path, tiny_recipe):
     recipe = load_recipe(str(tiny_recipe()))
     source = open_source(recipe.data)
-    pairs = find_pairs(source, recipe.data, skips=Skips())
+    pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
     with pytest.raises(RecipeError, match="multiple of processes x accumulate = 3"):
         pretrain.train(recipe, tmp_path / "out", source, pairs, World(0, 3, torch.device("cpu")))
 
@@ -287,7 +287,7 @@ def test_broken_frames_are_skipped_counted_and_named(tmp_path, tiny_recipe):
     (folder / "frame-000000.pose.txt").write_text("-inf " * 16)
     (folder / "frame-000020.depth.png").write_bytes(b"broken")
     recipe = load_recipe(str(tiny_recipe()), [f"data.path={folder}", "optim.steps=2", "data.overlap=[0.05, 1.0]"])
-    skips = Skips()
+    skips = SkippedFrames()
     source = open_source(recipe.data)
     pairs = find_pairs(source, recipe.data, skips=skips)
     pretrain.train(recipe, tmp_path / "out", source, pairs, ALONE, skips=skips)
@@ -297,13 +297,13 @@ def test_broken_frames_are_skipped_counted_and_named(tmp_path, tiny_recipe):
     for path in folder.glob("frame-*.pose.txt"):
         path.write_text("nan " * 16)
     with pytest.raises(DataError, match=r"No pair of frames is left(.|\n)*not finite"):
-        find_pairs(source, recipe.data, skips=Skips())
+        find_pairs(source, recipe.data, skips=SkippedFrames())
 
 
 def test_frame_that_breaks_during_the_run_is_replaced_and_counted(tmp_path, tiny_recipe):
     folder = write_recording(tmp_path / "kitchen")
     recipe = load_recipe(str(tiny_recipe()), [f"data.path={folder}", "optim.steps=6"])
-    skips = Skips()
+    skips = SkippedFrames()
     source = open_source(recipe.data)
     pairs = find_pairs(source, recipe.data, skips=skips)
     (folder / "frame-000010.color.png").write_bytes(b"broken")

@@ -16,10 +16,10 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.bench.plan import BenchSpec
-from geo_pretrain.training.data.frame import Frame, Skips, Source
+from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.data.labelled.clouds import labelled_clouds
 from geo_pretrain.training.data.labelled.registry import open_labelled
-from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
+from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.evaluation.features import STAGES, CloudExtractor, load_extractor
 from geo_pretrain.training.evaluation.matching import MatchingResult, evaluate_matching, spread_evenly
@@ -49,7 +49,7 @@ class Rooms:
     def held_out(self) -> tuple[Source, list[Pair]]:
         """Pairs of rooms that nothing was trained on, spread evenly."""
         source = open_source(self.val_spec, split="val")
-        return source, spread_evenly(find_pairs(source, self.val_spec, skips=Skips()), self.pairs_wanted)
+        return source, spread_evenly(find_pairs(source, self.val_spec, skips=SkippedFrames()), self.pairs_wanted)
 
     def frames(self) -> tuple[list[Frame], list[Frame]]:
         """The labelled frames of training and validation rooms at the working size."""

@@ -1,13 +1,15 @@
-"""The frame: one registered RGB-D image with its camera, and what a source of frames must offer."""
+"""Registered RGB-D frames, pairs of them, and the protocols of a source of frames."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 
+from geo_pretrain import geometry
 from geo_pretrain.errors import BadFrame, DataError
 
 T = TypeVar("T")
@@ -27,8 +29,35 @@ class Frame:
     instance: np.ndarray | None = None  # int32 [H, W]
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two overlapping frames of a scene, the earlier one first."""
+
+    scene: str
+    frame1: str
+    frame2: str
+    overlap: float
+
+
+def resize_frame(frame: Frame, size: tuple[int, int]) -> Frame:
+    """Resize a frame to `size` (height, width): every image at the nearest pixel, intrinsics adapted."""
+    height, width = frame.depth.shape
+    if (height, width) == size:
+        return frame
+    pixels = np.ix_(geometry.nearest_indices(height, size[0]), geometry.nearest_indices(width, size[1]))
+    intrinsics = geometry.resize_intrinsics(torch.from_numpy(frame.intrinsics), (height, width), size).numpy()
+    return replace(
+        frame,
+        color=frame.color[pixels],
+        depth=frame.depth[pixels],
+        intrinsics=intrinsics,
+        semantic=None if frame.semantic is None else frame.semantic[pixels],
+        instance=None if frame.instance is None else frame.instance[pixels],
+    )
+
+
 class Source(Protocol):
-    """A data set of RGB-D sequences. Adding one means writing one file that yields `Frame`s."""
+    """A data set of RGB-D sequences. Adding one takes a file that yields `Frame`s and a row in `registry.SOURCES`."""
 
     name: str
 
@@ -46,12 +75,12 @@ class Source(Protocol):
 
 
 class NoSurface(DataError):
-    """A scene for which its source holds no surface."""
+    """Raised for a scene without a surface in its source."""
 
 
 @dataclass(frozen=True)
 class Surface:
-    """Colored points on the surfaces of a scene or of a part of it."""
+    """A colored point cloud of the surfaces of a scene, or of a part of it."""
 
     points: np.ndarray  # float32 [N, 3], world frame, meters
     colors: np.ndarray  # uint8 [N, 3], RGB
@@ -65,15 +94,15 @@ class Surface:
         return self.points.nbytes + self.colors.nbytes
 
 
-# What a source may offer beyond frames. Ask with `capability(source, SceneSurface)`.
+# Optional capabilities of a source beyond frames. Ask with `capability(source, SceneSurface)`.
 
 
 @runtime_checkable
 class SceneSurface(Protocol):
-    """A source that holds the surface of its scenes; others have theirs fused from depth."""
+    """A source that holds the surfaces of its scenes; those of other sources are fused from depth."""
 
     def surface(self, scene: str) -> Surface:
-        """The colored surface of a scene. Raises `NoSurface` without one, `DataError` when it is broken."""
+        """Load the colored surface of a scene. Raises `NoSurface` without one, `DataError` when it is broken."""
 
 
 @runtime_checkable
@@ -81,10 +110,10 @@ class SceneMesh(Protocol):
     """A source that holds triangle meshes of its scenes."""
 
     def vertices(self, scene: str) -> np.ndarray:
-        """Vertices float32 [V, 3] m. Raises as `SceneSurface.surface`."""
+        """Load vertices float32 [V, 3] m. Raises as `SceneSurface.surface`."""
 
     def triangles(self, scene: str) -> tuple[np.ndarray, np.ndarray]:
-        """Vertices float32 [V, 3] m and triangles int64 [F, 3]. Raises as `SceneSurface.surface`."""
+        """Load vertices float32 [V, 3] m and triangles int64 [F, 3]. Raises as `SceneSurface.surface`."""
 
 
 @runtime_checkable
@@ -92,47 +121,47 @@ class SceneSegments(SceneMesh, Protocol):
     """A source whose meshes come with a released over-segmentation."""
 
     def segments(self, scene: str, vertices: int) -> np.ndarray | None:
-        """The segment of each of so many vertices, int64 [V]; None where the scene comes without."""
+        """Load the segment id of every one of `vertices` vertices, int64 [V]; None for a scene without segments."""
 
 
 @runtime_checkable
 class Noted(Protocol):
-    """A source with something to say about its frames, for the provenance of checkpoints."""
+    """A source with a remark on its frames for the provenance of checkpoints."""
 
     @property
     def note(self) -> str:
-        """One sentence, or ""."""
+        """The remark: one sentence, or ""."""
 
 
 class SourcePart:
-    """A part of another source, such as a range of its frames; capabilities are those of the whole."""
+    """Base of sources that are part of another one, such as a range of its frames; they share its capabilities."""
 
     source: Source
 
 
 def capability(source: Source, kind: type[T]) -> T | None:
-    """`source`, or the source that it is a part of, as one with the capability `kind`; None when it lacks it."""
+    """Return `source`, or the whole that it is a part of, if it implements the protocol `kind`; else None."""
     while isinstance(source, SourcePart):
         source = source.source
     return source if isinstance(source, kind) else None
 
 
 @dataclass
-class Skips:
-    """What was left out and why, counted, to be reported at the end of a run."""
+class SkippedFrames:
+    """Files that were left out and why, to be reported at the end of a run."""
 
     reasons: dict[str, str] = field(default_factory=dict)
 
     def add(self, bad: BadFrame) -> None:
-        """Remember a frame or scene once, however often it is met."""
+        """Record a frame or scene; repeated calls count once."""
         self.reasons.setdefault(bad.path, bad.reason)
 
     def counts(self) -> dict[str, int]:
-        """How many paths were skipped for each reason."""
+        """Number of skipped paths per reason."""
         return dict(Counter(self.reasons.values()).most_common())
 
     def summary(self, limit: int = 5) -> str:
-        """A line a reason with its count and the first paths, or "" when nothing was skipped."""
+        """One line per reason with its count and the first paths; "" when nothing was skipped."""
         lines = []
         for reason, count in self.counts().items():
             paths = [path for path, why in self.reasons.items() if why == reason]

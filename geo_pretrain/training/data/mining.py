@@ -1,4 +1,4 @@
-"""Pairs of frames of one scene that overlap: every frame projected into every other, or their clouds compared."""
+"""Mining pairs of overlapping frames: depth maps are projected into each other, or point clouds compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
@@ -20,104 +20,80 @@ from geo_pretrain import geometry
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.files import write_text
 from geo_pretrain.sparse.coordinates import voxelize
-from geo_pretrain.training.data.frame import Frame, Skips, Source
+from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.recipe import DataSpec
 
-MINING_HEIGHT = 60  # overlap is measured on depth of about this height: a ratio needs no more
+MINING_HEIGHT = 60  # overlap is measured on depth maps of this height, which is accurate enough for a ratio
 BATCH = 256  # pairs projected at once
-CLOUD_VOXEL = 0.05  # m; the released overlap script thins clouds to this
-CLOUD_RADIUS = 0.075  # m; and counts points that have a neighbor this near
+CLOUD_VOXEL = 0.05  # m; voxel size to which the released overlap script thins clouds
+CLOUD_RADIUS = 0.075  # m; it counts points with a neighbor closer than this
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two overlapping frames of a scene, the earlier one first."""
-
-    scene: str
-    frame1: str
-    frame2: str
-    overlap: float
-
-
-def resize_frame(frame: Frame, size: tuple[int, int]) -> Frame:
-    """The frame at `size` (height, width), every image sampled at the nearest pixel, intrinsics adapted."""
-    old = frame.depth.shape
-    if old == size:
-        return frame
-    rows, columns = (np.array(geometry.nearest_indices(a, b)) for a, b in zip(old, size, strict=True))
-    grid = np.ix_(rows, columns)
-    intrinsics = geometry.resize_intrinsics(torch.from_numpy(frame.intrinsics), (old[0], old[1]), size).numpy()
-    semantic = None if frame.semantic is None else frame.semantic[grid]
-    instance = None if frame.instance is None else frame.instance[grid]
-    color, depth = frame.color[grid], frame.depth[grid]
-    return Frame(frame.scene, frame.id, color, depth, intrinsics, frame.cam_to_world, semantic, instance)
 
 
 def find_pairs(
     source: Source,
     spec: DataSpec,
     *,
-    skips: Skips,
+    skips: SkippedFrames,
     device: str | torch.device = "cpu",
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Pair]:
-    """All pairs of a source whose overlap ratio lies in `spec.overlap`, scene by scene in order of time.
+    """Find all pairs of a source whose overlap ratio lies in `spec.overlap`, scene by scene in order of time.
 
-    With `spec.units` "frames" every frame is a pair with itself (overlap 1), at most `max_pairs_per_scene` a scene,
-    and nothing is read: a frame that turns out to be broken is replaced when its sample is drawn.
-    Frames that cannot be read and scenes without a pair are added to `skips`. Mined pairs are kept in `cache_dir`.
+    With `spec.units` "frames" every frame is paired with itself (overlap 1), at most `max_pairs_per_scene` per scene,
+    and nothing is read: broken frames are replaced when samples are drawn. Frames that cannot be read and scenes
+    without a pair are added to `skips`. Mined pairs are cached in `cache_dir`.
 
     Raises:
         DataError: no pair is left; the message says what was skipped and why.
     """
     if spec.units == "frames":
-        return _frames(source, spec)
+        return _self_pairs(source, spec)
     cached = _cache_path(source, spec, cache_dir) if cache_dir is not None else None
     if cached is not None and cached.exists():
         tree = json.loads(cached.read_text(encoding="utf-8"))
         skips.reasons.update(tree["skips"])
         return [Pair(*row) for row in tree["pairs"]]
-    own = Skips()
+    skipped = SkippedFrames()
     pairs: list[Pair] = []
     scenes = source.scenes()
     for done, scene in enumerate(scenes):
         if progress is not None:
             progress(done, len(scenes))
-        found = _scene_pairs(source, scene, spec, own, device)
-        if not found:
+        mined = _scene_pairs(source, scene, spec, skipped, device)
+        if not mined:
             low, high = spec.overlap
-            own.add(BadFrame(scene, f"scene has no pair with an overlap in [{low:g}, {high:g}]"))
-        pairs += found
-    skips.reasons.update(own.reasons)
+            skipped.add(BadFrame(scene, f"scene has no pair with an overlap in [{low:g}, {high:g}]"))
+        pairs += mined
+    skips.reasons.update(skipped.reasons)
     if not pairs:
-        raise DataError(f"No pair of frames is left in source {source.name!r}.\n{own.summary()}")
+        raise DataError(f"No pair of frames is left in source {source.name!r}.\n{skipped.summary()}")
     if cached is not None:
-        write_text(cached, json.dumps({"pairs": [astuple(pair) for pair in pairs], "skips": own.reasons}))
+        write_text(cached, json.dumps({"pairs": [astuple(pair) for pair in pairs], "skips": skipped.reasons}))
     return pairs
 
 
 def overlap_matrix(frames: list[Frame], device: str | torch.device = "cpu") -> np.ndarray:
-    """Overlap ratio of every pair of frames of equal size: float [N, N], symmetric, diagonal 1."""
+    """Compute the overlap ratio of all pairs of equally sized frames: float [N, N], symmetric, diagonal 1."""
     depth = torch.stack([torch.from_numpy(f.depth) for f in frames]).to(device)
     intrinsics = torch.stack([torch.from_numpy(f.intrinsics) for f in frames]).float().to(device)
     poses = torch.stack([torch.from_numpy(f.cam_to_world) for f in frames]).to(device)
     ratios = np.eye(len(frames))
     for chunk in _batches(list(combinations(range(len(frames)), 2)), BATCH):
         i, j = torch.tensor(chunk, device=device).T
-        there = geometry.match_pixels(depth[i], depth[j], intrinsics[i], intrinsics[j], poses[i], poses[j])
-        back = geometry.match_pixels(depth[j], depth[i], intrinsics[j], intrinsics[i], poses[j], poses[i])
-        ratio = geometry.overlap_ratio(there, back, depth[i], depth[j]).cpu().numpy()
+        forward = geometry.match_pixels(depth[i], depth[j], intrinsics[i], intrinsics[j], poses[i], poses[j])
+        backward = geometry.match_pixels(depth[j], depth[i], intrinsics[j], intrinsics[i], poses[j], poses[i])
+        ratio = geometry.overlap_ratio(forward, backward, depth[i], depth[j]).cpu().numpy()
         ratios[i.cpu(), j.cpu()] = ratios[j.cpu(), i.cpu()] = ratio
     return ratios
 
 
 def thin_cloud(frame: Frame) -> Tensor:
-    """The world points of a frame, averaged over voxels of 5 cm that start half a voxel below the lowest: [N, 3] m.
+    """Back-project a frame to world points and average them in voxels of 5 cm: float64 [N, 3] m.
 
-    Float64, at the frame's own resolution: what the released overlap script keeps of a frame.
+    As the released overlap script: at the frame's own resolution; voxels start half a voxel below the lowest point.
     """
     depth, intrinsics = torch.from_numpy(frame.depth).double(), torch.from_numpy(frame.intrinsics)
     points = geometry.backproject(depth, intrinsics)[depth.flatten() > 0]
@@ -127,9 +103,9 @@ def thin_cloud(frame: Frame) -> Tensor:
 
 
 def cloud_overlap(cloud1: Tensor, cloud2: Tensor) -> tuple[float, float]:
-    """Share of points [N, 3] of each cloud with a point of the other less than 7.5 cm away: (of 1, of 2).
+    """Compute the share of points [N, 3] in each cloud with a point of the other closer than 7.5 cm: (of 1, of 2).
 
-    PointContrast, CSC and Pri3D call the larger of the two the overlap of a pair.
+    The overlap of a pair in PointContrast, CSC and Pri3D is the larger of the two.
     """
     matches = geometry.radius_matches(cloud1, cloud2, CLOUD_RADIUS)
     return (
@@ -139,7 +115,7 @@ def cloud_overlap(cloud1: Tensor, cloud2: Tensor) -> tuple[float, float]:
 
 
 def cloud_overlap_matrix(clouds: list[Tensor], device: str | torch.device = "cpu") -> np.ndarray:
-    """The larger `cloud_overlap` of every two clouds: float [N, N], symmetric, diagonal 1."""
+    """Compute the larger `cloud_overlap` of all pairs of clouds: float [N, N], symmetric, diagonal 1."""
     clouds = [cloud.to(device) for cloud in clouds]
     boxes = [(cloud.amin(dim=0), cloud.amax(dim=0)) for cloud in clouds]
     ratios = np.eye(len(clouds))
@@ -150,7 +126,9 @@ def cloud_overlap_matrix(clouds: list[Tensor], device: str | torch.device = "cpu
     return ratios
 
 
-def _scene_pairs(source: Source, scene: str, spec: DataSpec, skips: Skips, device: str | torch.device) -> list[Pair]:
+def _scene_pairs(
+    source: Source, scene: str, spec: DataSpec, skips: SkippedFrames, device: str | torch.device
+) -> list[Pair]:
     if spec.measure == "match_released_code":
         clouds = _load_all(source, scene, thin_cloud, skips)
         names, ratios = list(clouds), cloud_overlap_matrix(list(clouds.values()), device)
@@ -159,44 +137,46 @@ def _scene_pairs(source: Source, scene: str, spec: DataSpec, skips: Skips, devic
         frames = _load_all(source, scene, lambda frame: resize_frame(frame, size), skips)
         names, ratios = list(frames), overlap_matrix(list(frames.values()), device) if frames else np.eye(0)
     low, high = spec.overlap
-    found = [
+    pairs = [
         Pair(scene, names[i], names[j], float(ratios[i, j]))
         for i, j in combinations(range(len(names)), 2)
         if low <= ratios[i, j] <= high
     ]
-    return _thinned(found, spec.max_pairs_per_scene)
+    return _spread_evenly(pairs, spec.max_pairs_per_scene)
 
 
-def _frames(source: Source, spec: DataSpec) -> list[Pair]:
-    frames = [
+def _self_pairs(source: Source, spec: DataSpec) -> list[Pair]:
+    pairs = [
         pair
         for scene in source.scenes()
-        for pair in _thinned([Pair(scene, id, id, 1.0) for id in source.frame_ids(scene)], spec.max_pairs_per_scene)
+        for pair in _spread_evenly(
+            [Pair(scene, id, id, 1.0) for id in source.frame_ids(scene)], spec.max_pairs_per_scene
+        )
     ]
-    if not frames:
+    if not pairs:
         raise DataError(f"Source {source.name!r} has no frame.")
-    return frames
+    return pairs
 
 
-def _thinned(found: list[Pair], limit: int | None) -> list[Pair]:
-    """At most `limit`, spread evenly."""
-    if limit is None or len(found) <= limit:
-        return found
-    return [found[k] for k in np.linspace(0, len(found) - 1, limit).round().astype(int)]
+def _spread_evenly(pairs: list[Pair], limit: int | None) -> list[Pair]:
+    """Select at most `limit` pairs, spread evenly."""
+    if limit is None or len(pairs) <= limit:
+        return pairs
+    return [pairs[k] for k in np.linspace(0, len(pairs) - 1, limit).round().astype(int)]
 
 
 def _mining_size(spec: DataSpec) -> tuple[int, int]:
-    """Small, with the aspect of the working size."""
+    """The working size scaled down to a height of `MINING_HEIGHT`."""
     height, width = spec.size
     return (MINING_HEIGHT, round(width * MINING_HEIGHT / height)) if height > MINING_HEIGHT else spec.size
 
 
-def _load_all(source: Source, scene: str, keep: Callable[[Frame], T], skips: Skips) -> dict[str, T]:
-    """What `keep` makes of every readable frame of a scene, by the frame's name."""
+def _load_all(source: Source, scene: str, convert: Callable[[Frame], T], skips: SkippedFrames) -> dict[str, T]:
+    """Load and `convert` every readable frame of a scene, by the frame's name."""
 
     def load(frame_id: str) -> T | BadFrame:
         try:
-            return keep(source.load(scene, frame_id))
+            return convert(source.load(scene, frame_id))
         except BadFrame as bad:
             return bad
 

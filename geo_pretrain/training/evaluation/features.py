@@ -28,8 +28,8 @@ from geo_pretrain.sparse.functional import point_rows
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.frame import Frame, Surface
 from geo_pretrain.training.data.samples.clouds import chunk_voxels
-from geo_pretrain.training.data.samples.frame_clouds import FrameCloudSpec, frame_voxels
-from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
+from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, frame_voxels
+from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, cubic_voxel_size, frame_cloud
 from geo_pretrain.training.recipe import AugmentSpec, recipe_of
 from geo_pretrain.training.tasks import build_task
@@ -244,7 +244,7 @@ class ChunkExtractor(FeatureExtractor):
     def chunk(self, frame: Frame) -> Surface:
         """The chunk of surface around a frame, as in pre-training. Raises `BadFrame` when it is empty."""
         box = chunk_box(frame, match_released_code=not self.task.config.frustum)
-        chunk = crop(self.surfaces.load(frame.scene), *box)
+        chunk = crop_surface(self.surfaces.load(frame.scene), *box)
         if not len(chunk):
             raise BadFrame(f"{frame.scene}/{frame.id}", "no surface lies around the frame")
         return chunk
@@ -282,7 +282,7 @@ class TaughtExtractor(PairedExtractor):
             raise BadFrame(f"{frame.scene}/{frame.id}", "no pixel has a valid depth")
         pair, contract, device = self.pair, self.pair.point_contract, self.pixels.device
         kind: Literal["rgb", "ones"] = "rgb" if contract.given_channels else "ones"
-        spec = FrameCloudSpec(voxel_size=cubic_voxel_size(contract), features=kind, rotation="none")
+        spec = FrameCloudConfig(voxel_size=cubic_voxel_size(contract), features=kind, rotation="none")
         voxels = frame_voxels(frame, spec, generator)
         feats = voxels["feats"] + 0.5 + contract.offset if contract.given_channels else voxels["feats"]
         coords = F.pad(voxels["coords"], (1, 0))

@@ -20,9 +20,9 @@ from geo_pretrain.backbones.feature_pair import FeaturePair
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.geometry import centered, match_pixels, radius_matches
-from geo_pretrain.training.data.frame import Frame, Skips, Source
-from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
-from geo_pretrain.training.data.samples.clouds import random_rotation
+from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
+from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.samples.augment import random_rotation
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, cubic_voxel_size
 from geo_pretrain.training.evaluation.features import (
@@ -103,7 +103,7 @@ def evaluate_matching(
     turn: Turn = "camera",
     queries: int = 500,
     seed: int = 0,
-    skips: Skips | None = None,
+    skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> MatchingResult:
     """Measure matching recall over held-out pairs, whose frames are brought to `size` (height, width).
@@ -234,14 +234,14 @@ def average_recall(
     source: str,
     threshold: float,
     unit: Unit,
-    skips: Skips | None = None,
+    skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> MatchingResult:
     """Mean recall over `items`: pairs, numbered for `measure`, which returns each query's error and the chance level.
 
     Pairs that raise `BadFrame` are added to `skips`. Raises `DataError` when none is left; `source` names the data.
     """
-    skips = skips if skips is not None else Skips()
+    skips = skips if skips is not None else SkippedFrames()
     recalls, chances, total = [], [], 0
     for number, item in enumerate(items):
         if progress is not None:
@@ -268,7 +268,7 @@ def compare_matching(
     threshold: float | None = None,
     turn: Turn = "camera",
     seed: int = 0,
-    skips: Skips | None = None,
+    skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> dict[str, MatchingResult]:
     """Measure matching recall of a backbone (catalog name or folder) and of its random-init baseline.
@@ -286,7 +286,7 @@ def compare_matching(
     if isinstance(checkpoint.contract, VoxelContract):
         cubic_voxel_size(checkpoint.contract)  # refuse what cannot be measured before anything is rendered
     spec = replace(spec, size=size or pretraining_size(checkpoint, spec.size))
-    skips = skips if skips is not None else Skips()
+    skips = skips if skips is not None else SkippedFrames()
     source = open_source(spec, split="val")
     pairs = spread_evenly(find_pairs(source, spec, skips=skips), count)
     results = {}
@@ -312,7 +312,7 @@ def compare_pixel_to_voxel(
     count: int = 100,
     threshold: float = 2.0,
     seed: int = 0,
-    skips: Skips | None = None,
+    skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> dict[str, MatchingResult]:
     """Measure pixel-to-voxel recall of a folder of pri3d_geo, pri3d_view_geo, ppkt or img2pc beside random weights.
@@ -323,7 +323,7 @@ def compare_pixel_to_voxel(
     networks = {RANDOM: load_paired(folder, random_init=True, seed=seed), folder: load_paired(folder)}
     recipe = recipe_of(open_checkpoint(folder))
     spec = replace(spec, size=spec.size if recipe is None else recipe.data.size)
-    skips = skips if skips is not None else Skips()
+    skips = skips if skips is not None else SkippedFrames()
     if isinstance(networks[folder], FeaturePair):
         spec = replace(spec, units="frames")
         source = open_source(spec, split="val")

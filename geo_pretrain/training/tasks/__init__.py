@@ -16,8 +16,7 @@ from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training.config import parse
-from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.recipe import STAGE1, Recipe
 
 PRI3D = "geo_pretrain.training.tasks.pri3d"

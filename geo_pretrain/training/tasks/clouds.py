@@ -16,9 +16,9 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.sparse.tensor import SparseTensor
-from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.mining import Pair
-from geo_pretrain.training.data.samples.clouds import CloudPairSamples, CloudSpec, Features, Rotation, collate_clouds
+from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.augment import Rotation
+from geo_pretrain.training.data.samples.clouds import CloudPairSamples, Features, PairCloudConfig, collate_clouds
 from geo_pretrain.training.recipe import Recipe, UNet3DSpec
 from geo_pretrain.training.tasks import Export
 
@@ -66,7 +66,7 @@ class CloudPairs(nn.Module, ABC):
     def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
         """Pairs of voxelized clouds with their matches."""
         config = self.clouds
-        spec = CloudSpec(
+        spec = PairCloudConfig(
             voxel_size=self.spec.voxel_size,
             radius=config.radius,
             features=config.features,

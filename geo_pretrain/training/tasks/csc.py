@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.geometry import transform
-from geo_pretrain.training.data.samples.clouds import Features, Rotation
+from geo_pretrain.training.data.samples.augment import Rotation
+from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.losses import partition_info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs, one_match_each

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.sparse.tensor import SparseTensor
-from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.losses import (
     crd_loss,
     crd_scores,

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.pairs import SetPairSamples, check_labels
 from geo_pretrain.training.data.samples.sampler import sample_seed
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES
-from geo_pretrain.training.data.surfaces.sets import Kind, SetPairSamples, check_labels
+from geo_pretrain.training.data.surfaces.sets import Kind
 from geo_pretrain.training.initialize import initialize, initialize_heads
 from geo_pretrain.training.losses import depth_loss, set_info_nce
 from geo_pretrain.training.losses.sets import Denominator

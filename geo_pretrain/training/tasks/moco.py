@@ -23,8 +23,7 @@ from geo_pretrain.backbones.build import golden_values
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.samples.single_images import CropSamples, Mix, list_images
 from geo_pretrain.training.initialize import initialize

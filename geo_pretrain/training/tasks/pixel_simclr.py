@@ -22,9 +22,8 @@ from geo_pretrain.backbones.build import golden_values
 from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.mining import Pair
-from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewSpec, collate_views
+from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewConfig, collate_views
 from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.losses import nt_xent
 from geo_pretrain.training.recipe import Recipe
@@ -53,9 +52,9 @@ class Config:
             raise RecipeError(f"'task.flip_prob' is {self.flip_prob!r}, accepted is a probability, 0 to 1.")
         self.views()
 
-    def views(self) -> ViewSpec:
+    def views(self) -> ViewConfig:
         """How views are cut."""
-        return ViewSpec(scale=self.scale, flip_prob=self.flip_prob)
+        return ViewConfig(scale=self.scale, flip_prob=self.flip_prob)
 
 
 class PixelSimCLR(nn.Module):

@@ -22,10 +22,10 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.mining import Pair
-from geo_pretrain.training.data.samples.clouds import Features, Rotation
-from geo_pretrain.training.data.samples.frame_clouds import FrameCloudSamples, FrameCloudSpec, collate_frame_clouds
+from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.augment import Rotation
+from geo_pretrain.training.data.samples.clouds import Features
+from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, FrameCloudSamples, collate_frame_clouds
 from geo_pretrain.training.losses import info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks import Export
@@ -61,9 +61,9 @@ class FrameConfig:
             if not getattr(self, key) > 0:
                 raise RecipeError(f"'task.{key}' is {getattr(self, key)!r}, accepted is a number above 0.")
 
-    def cloud_spec(self, voxel_size: float) -> FrameCloudSpec:
+    def cloud_spec(self, voxel_size: float) -> FrameCloudConfig:
         """How frames become images and voxels. Raises `RecipeError` for impossible ranges."""
-        return FrameCloudSpec(
+        return FrameCloudConfig(
             voxel_size=voxel_size,
             features=self.features,
             pixels=self.pixels,

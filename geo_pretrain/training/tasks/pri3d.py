@@ -25,10 +25,10 @@ from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.geometry import match_pixels, seen_at
-from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.clouds import ChunkPairSamples, Features, collate_chunks
-from geo_pretrain.training.data.samples.sampler import PairSamples, collate, sample_seed
+from geo_pretrain.training.data.samples.pairs import PairSamples
+from geo_pretrain.training.data.samples.sampler import collate, sample_seed
 from geo_pretrain.training.initialize import initialize, initialize_heads
 from geo_pretrain.training.losses import depth_loss, info_nce
 from geo_pretrain.training.recipe import Recipe

@@ -19,10 +19,9 @@ from geo_pretrain.backbones.build import golden_values
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.data.frame import Source
-from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import collate
-from geo_pretrain.training.data.samples.single_images import TwiceSamples
+from geo_pretrain.training.data.samples.single_images import TwoColorViews
 from geo_pretrain.training.initialize import initialize
 from geo_pretrain.training.losses import depth_loss, info_nce
 from geo_pretrain.training.recipe import Recipe
@@ -68,7 +67,7 @@ class Trivial(nn.Module):
     def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
         """Single frames, each augmented twice."""
         arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
-        return TwiceSamples(*arguments, blur_taps=self.config.blur_taps)
+        return TwoColorViews(*arguments, blur_taps=self.config.blur_taps)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch that `forward` takes."""

@@ -10,8 +10,7 @@ import numpy as np
 from PIL import ImageFont
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, unknown
-from geo_pretrain.training.data.frame import Frame, Skips, Source
-from geo_pretrain.training.data.mining import resize_frame
+from geo_pretrain.training.data.frame import Frame, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.evaluation.features import pretraining_size
 from geo_pretrain.training.evaluation.matching import spread_evenly
 from geo_pretrain.training.evaluation.progress import Progress as Progress
@@ -60,7 +59,9 @@ def chosen_frame(source: Source, scene: str, frame: str) -> str:
     return frame
 
 
-def load_frames(source: Source, scene: str, count: int | None, size: tuple[int, int], skips: Skips) -> list[Frame]:
+def load_frames(
+    source: Source, scene: str, count: int | None, size: tuple[int, int], skips: SkippedFrames
+) -> list[Frame]:
     """At most `count` (None: all) frames of a scene, evenly spaced among those that can be read, at `size`.
 
     Raises `DataError` when none can be read.

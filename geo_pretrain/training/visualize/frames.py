@@ -9,7 +9,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.files import atomic_write
-from geo_pretrain.training.data.frame import Frame, Skips
+from geo_pretrain.training.data.frame import Frame, SkippedFrames
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces
 from geo_pretrain.training.evaluation.features import Features
@@ -42,7 +42,7 @@ def draw_features(
     twin: bool = True,
     seed: int = 0,
     device: str = "cpu",
-    skips: Skips | None = None,
+    skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Write a PNG of `count` frames of a scene and the features of each backbone there; returns the columns' titles.
@@ -62,7 +62,7 @@ def draw_features(
         UnknownName: a backbone or scene that there is not; DataError: no frame can be shown.
     """
     check_suffix(out, [".png"])
-    skips = skips if skips is not None else Skips()
+    skips = skips if skips is not None else SkippedFrames()
     found = [find_backbone(name) for name in backbones]
     spec = settled(spec, found[0], size, SCENES)
     source = open_source(spec, split="val")
@@ -84,7 +84,7 @@ def draw_features(
 
 
 def _described(
-    frames: Sequence[Frame], columns: Sequence[Column], skips: Skips, progress: Progress | None
+    frames: Sequence[Frame], columns: Sequence[Column], skips: SkippedFrames, progress: Progress | None
 ) -> list[tuple[Frame, list[Features]]]:
     """The features of every frame in every column; a frame without some is left out."""
     rows = []

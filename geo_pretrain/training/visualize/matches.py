@@ -14,8 +14,8 @@ import torch
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError
 from geo_pretrain.files import atomic_write
-from geo_pretrain.training.data.frame import Skips, Source
-from geo_pretrain.training.data.mining import Pair, find_pairs
+from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
+from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size, frame_cloud
 from geo_pretrain.training.evaluation.features import CloudExtractor, FeatureExtractor, load_extractor
@@ -58,7 +58,7 @@ def visualize_matches(
     turn: Turn = "camera",
     seed: int = 0,
     device: str = "cpu",
-    skips: Skips | None = None,
+    skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[str, list[float]]]:
     """Write a PNG: `count` pairs of views, lines from queries to their nearest features, green where right.
@@ -81,7 +81,7 @@ def visualize_matches(
         DataError: no pair can be shown; UnknownName: a backbone or scene that there is not.
     """
     check_suffix(out, [".png"])
-    skips = skips if skips is not None else Skips()
+    skips = skips if skips is not None else SkippedFrames()
     opened = _open_all(backbone, against)
     spec = settled(spec, opened[0], size, SCENES)
     source = open_source(spec, split="val")
@@ -132,7 +132,7 @@ def _open_all(backbone: str, against: str | None) -> list[Opened]:
     return opened
 
 
-def _pairs_to_draw(source: Source, spec: DataSpec, scene: str | None, count: int, skips: Skips) -> list[Pair]:
+def _pairs_to_draw(source: Source, spec: DataSpec, scene: str | None, count: int, skips: SkippedFrames) -> list[Pair]:
     scenes = [chosen_scene(source, scene)] if scene else spread_evenly(source.scenes(), count)
     return spread_evenly(find_pairs(_SomeScenes(source, scenes), spec, skips=skips), count)
 

@@ -17,8 +17,7 @@ from PIL import Image
 
 from geo_pretrain.errors import BadFrame, RecipeError
 from geo_pretrain.files import atomic_write
-from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.mining import resize_frame
+from geo_pretrain.training.data.frame import SkippedFrames, resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
 from geo_pretrain.training.data.surfaces.ply import write_ply
@@ -75,7 +74,7 @@ def visualize_points(
     twin: bool = True,
     seed: int = 0,
     device: str = "cpu",
-    skips: Skips | None = None,
+    skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> PaintedCloud:
     """Write a scene's points colored by features: .ply (one color a point), .html (turns), .png (four views).
@@ -129,11 +128,11 @@ def paint_cloud(
     twin: bool,
     seed: int,
     device: str,
-    skips: Skips | None,
+    skips: SkippedFrames | None,
     progress: Progress | None,
 ) -> PaintedCloud:
     """What `visualize_points` draws; arguments and errors are its."""
-    skips = skips if skips is not None else Skips()
+    skips = skips if skips is not None else SkippedFrames()
     found = find_backbone(backbone)
     spec = settled(spec, found, size, SCENES)
     source = open_source(spec, split="val")

@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.training.data.frame import Frame, SceneMesh, Source, capability
-from geo_pretrain.training.data.mining import resize_frame
+from geo_pretrain.training.data.frame import Frame, SceneMesh, Source, capability, resize_frame
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES, vertex_normals
 from geo_pretrain.training.data.surfaces.sets import Kind, SceneSets, label_sets, pixel_sets, scene_sets
 

@@ -13,8 +13,8 @@ from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.bench import measure as measuring
 from geo_pretrain.training.bench.plan import BenchSpec, base_data, plan, rows
-from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.mining import find_pairs, resize_frame
+from geo_pretrain.training.data.frame import SkippedFrames, resize_frame
+from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.evaluation.features import EncoderMaps
 from geo_pretrain.training.evaluation.matching import MatchingResult
@@ -49,7 +49,7 @@ def data(**options):
 def test_matching_is_on_pairs_spread_over_rooms_that_nothing_was_trained_on(options):
     source, pairs = measuring.Rooms(dataclasses.replace(data(**options), units="frames"), SPEC).held_out()
     assert source.scenes() == ["rooms_val_0000", "rooms_val_0001"]
-    every = find_pairs(source, dataclasses.replace(data(), max_pairs_per_scene=None), skips=Skips())
+    every = find_pairs(source, dataclasses.replace(data(), max_pairs_per_scene=None), skips=SkippedFrames())
     assert len(every) > 5  # not one a scene, as for training
     assert pairs == [every[round(k * (len(every) - 1) / 2)] for k in range(3)]
     assert all(pair.frame1 != pair.frame2 for pair in pairs)

@@ -12,14 +12,12 @@ from safetensors.numpy import load_file
 
 from geo_pretrain import geometry
 from geo_pretrain.errors import DataError
-from geo_pretrain.training.data.frame import Frame, Skips
+from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, resize_frame
 from geo_pretrain.training.data.mining import (
-    Pair,
     cloud_overlap,
     cloud_overlap_matrix,
     find_pairs,
     overlap_matrix,
-    resize_frame,
     thin_cloud,
 )
 from geo_pretrain.training.data.sources.registry import FrameRange
@@ -59,20 +57,20 @@ def test_batched_overlap_equals_one_pair_at_a_time(recording):
 
 def test_pairs_have_an_overlap_in_the_range_and_are_ordered(recording):
     source = SevenScenes(recording)
-    every = find_pairs(source, dataclasses.replace(SPEC, overlap=(0.0, 1.0)), skips=Skips())
+    every = find_pairs(source, dataclasses.replace(SPEC, overlap=(0.0, 1.0)), skips=SkippedFrames())
     assert len(every) == 15
-    some = find_pairs(source, SPEC, skips=Skips())
+    some = find_pairs(source, SPEC, skips=SkippedFrames())
     assert some == [pair for pair in every if pair.overlap >= 0.2]
     assert 3 <= len(some) < 15
     assert all(pair.frame1 < pair.frame2 for pair in every)
-    high = find_pairs(source, dataclasses.replace(SPEC, overlap=(0.7, 1.0)), skips=Skips())
+    high = find_pairs(source, dataclasses.replace(SPEC, overlap=(0.7, 1.0)), skips=SkippedFrames())
     assert [(p.frame1, p.frame2) for p in high] == [("000000", "000010")]
 
 
 def test_cap_spreads_over_the_pairs_of_a_scene(recording):
     source = SevenScenes(recording)
-    every = find_pairs(source, SPEC, skips=Skips())
-    few = find_pairs(source, dataclasses.replace(SPEC, max_pairs_per_scene=3), skips=Skips())
+    every = find_pairs(source, SPEC, skips=SkippedFrames())
+    few = find_pairs(source, dataclasses.replace(SPEC, max_pairs_per_scene=3), skips=SkippedFrames())
     assert few[0] == every[0]
     assert few[-1] == every[-1]
     assert len(few) == 3
@@ -86,32 +84,35 @@ def test_frames_are_pairs_with_themselves_and_nothing_is_read(tmp_path):
         depth.write_bytes(b"broken")  # found when its sample is drawn
     spec = dataclasses.replace(SPEC, units="frames", max_pairs_per_scene=3)
     ids = [f"{number:06d}" for number in (0, 20, 50)]  # of 0, 10, ..., 50, spread evenly
-    assert find_pairs(source, spec, skips=Skips(), cache_dir=tmp_path / "cache") == [
+    assert find_pairs(source, spec, skips=SkippedFrames(), cache_dir=tmp_path / "cache") == [
         Pair(scene, id, id, 1.0) for scene in ("a", "b") for id in ids
     ]
     assert not (tmp_path / "cache").exists()
     whole = dataclasses.replace(spec, max_pairs_per_scene=None)
-    assert len(find_pairs(source, whole, skips=Skips())) == 12
+    assert len(find_pairs(source, whole, skips=SkippedFrames())) == 12
     with pytest.raises(DataError, match="has no frame"):
-        find_pairs(FrameRange(source, 0.98, 0.99), spec, skips=Skips())
+        find_pairs(FrameRange(source, 0.98, 0.99), spec, skips=SkippedFrames())
 
 
 def test_mined_pairs_are_kept_and_go_stale_with_the_data(tmp_path, recording):
     folder = write_recording(tmp_path / "kitchen")
     (folder / "frame-000050.depth.png").write_bytes(b"broken")
-    first = Skips()
+    first = SkippedFrames()
     pairs = find_pairs(SevenScenes(folder), SPEC, skips=first, cache_dir=tmp_path / "cache")
     (cached,) = (tmp_path / "cache" / "pairs").iterdir()
     cached.write_text(cached.read_text().replace('"000000"', '"999999"'))
-    again = Skips()
+    again = SkippedFrames()
     from_cache = find_pairs(SevenScenes(folder), SPEC, skips=again, cache_dir=tmp_path / "cache")
     assert from_cache[0].frame1 == "999999"
     assert again == first
     assert len(again.reasons) == 1
     other = dataclasses.replace(SPEC, overlap=(0.3, 1.0))
-    assert find_pairs(SevenScenes(folder), other, skips=Skips(), cache_dir=tmp_path / "cache")[0].frame1 == "000000"
+    assert (
+        find_pairs(SevenScenes(folder), other, skips=SkippedFrames(), cache_dir=tmp_path / "cache")[0].frame1
+        == "000000"
+    )
     (folder / "frame-000050.depth.png").write_bytes(b"broken otherwise")
-    assert find_pairs(SevenScenes(folder), SPEC, skips=Skips(), cache_dir=tmp_path / "cache") == pairs
+    assert find_pairs(SevenScenes(folder), SPEC, skips=SkippedFrames(), cache_dir=tmp_path / "cache") == pairs
 
 
 def golden_frames(golden, pair):
@@ -150,15 +151,15 @@ def test_recipe_chooses_the_measure_and_the_cache_keeps_them_apart(tmp_path, rec
     """A pair at 30 % by projection is at 46 % by the released script, so it selects more pairs."""
     source, cache = SevenScenes(recording), tmp_path / "cache"
     exact = dataclasses.replace(SPEC, measure="match_released_code")
-    projective = find_pairs(source, SPEC, skips=Skips(), cache_dir=cache)
-    released = find_pairs(source, exact, skips=Skips(), cache_dir=cache)
+    projective = find_pairs(source, SPEC, skips=SkippedFrames(), cache_dir=cache)
+    released = find_pairs(source, exact, skips=SkippedFrames(), cache_dir=cache)
     assert len(list((cache / "pairs").iterdir())) == 2
     overlaps = {(p.frame1, p.frame2): p.overlap for p in released}
     golden = load_file(GOLDEN)
     for pair, names in {"pair80": ("000000", "000010"), "pair30": ("000040", "000050")}.items():
         assert overlaps[names] == pytest.approx(float(golden[f"{pair}.overlap_pointcontrast"][0]), abs=1e-3)
     assert len(released) >= len(projective)
-    assert find_pairs(source, exact, skips=Skips(), cache_dir=cache) == released
+    assert find_pairs(source, exact, skips=SkippedFrames(), cache_dir=cache) == released
 
 
 def test_scene_without_a_pair_is_skipped_and_counted(tmp_path):
@@ -166,7 +167,7 @@ def test_scene_without_a_pair_is_skipped_and_counted(tmp_path):
     write_recording(tmp_path / "b")
     for frame in range(10, 60, 10):
         (tmp_path / "b" / f"frame-{frame:06d}.pose.txt").unlink()
-    skips = Skips()
+    skips = SkippedFrames()
     pairs = find_pairs(SevenScenes(tmp_path), SPEC, skips=skips)
     assert {pair.scene for pair in pairs} == {"a"}
     assert "no pair with an overlap in [0.2, 1]" in skips.reasons["b"]
@@ -174,7 +175,7 @@ def test_scene_without_a_pair_is_skipped_and_counted(tmp_path):
 
 def test_nothing_left_is_an_error_that_lists_the_reasons(recording):
     with pytest.raises(DataError, match=r"No pair of frames(.|\n)*overlap in \[0.99, 1\]"):
-        find_pairs(SevenScenes(recording), dataclasses.replace(SPEC, overlap=(0.99, 1.0)), skips=Skips())
+        find_pairs(SevenScenes(recording), dataclasses.replace(SPEC, overlap=(0.99, 1.0)), skips=SkippedFrames())
 
 
 def test_resized_frame_keeps_the_rays(recording):

@@ -12,8 +12,8 @@ from torch import nn
 
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError
-from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.mining import Pair, find_pairs
+from geo_pretrain.training.data.frame import Pair, SkippedFrames
+from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.evaluation.features import CloudExtractor
 from geo_pretrain.training.evaluation.matching import (
@@ -76,7 +76,7 @@ def source(recording):
 
 @pytest.fixture(scope="module")
 def pairs(source):
-    return find_pairs(source, DataSpec(source="seven_scenes", size=SIZE, overlap=(0.3, 1.0)), skips=Skips())
+    return find_pairs(source, DataSpec(source="seven_scenes", size=SIZE, overlap=(0.3, 1.0)), skips=SkippedFrames())
 
 
 @pytest.mark.parametrize("turn", TURNS)
@@ -232,7 +232,7 @@ def test_same_seed_gives_the_same_result_and_another_one_does_not(source, pairs)
 
 
 def test_pairs_that_cannot_be_read_are_counted(source, pairs):
-    skips = Skips()
+    skips = SkippedFrames()
     broken = Pair(pairs[0].scene, "999999", pairs[0].frame1, 1.0)
     network = Described(torch.tanh)
     result = evaluate_matching(CloudExtractor(network, ONES), source, [broken, pairs[0]], size=SIZE, skips=skips)

@@ -10,7 +10,7 @@ import torch
 from geo_pretrain.catalog import Arch
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.loading import load_backbone
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.evaluation import matching
@@ -63,7 +63,7 @@ def test_both_networks_get_the_same_pairs_of_all_held_out_ones(tmp_path, spec, c
 
     monkeypatch.setattr(matching, "open_source", opened)
     compare_matching(folder, spec, size=(48, 64), count=3, seed=3, progress=lambda *at: done.append(at))
-    every = find_pairs(open_source(spec), replace(spec, size=(48, 64)), skips=Skips())
+    every = find_pairs(open_source(spec), replace(spec, size=(48, 64)), skips=SkippedFrames())
     assert len(every) > 4
     for _, _, options in calls:
         assert options["size"] == (48, 64)

@@ -18,10 +18,9 @@ from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, HubError
 from geo_pretrain.loading import load_backbone, load_pair
-from geo_pretrain.training.data.frame import Surface
-from geo_pretrain.training.data.mining import Pair, resize_frame
+from geo_pretrain.training.data.frame import Pair, Surface, resize_frame
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
-from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
+from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
 from geo_pretrain.training.evaluation import features as extraction
 from geo_pretrain.training.evaluation.features import (
@@ -234,7 +233,7 @@ def test_pixels_and_voxels_of_one_checkpoint_share_a_space(geo, source, surfaces
     torch.testing.assert_close(found.unit()[found.index[::2, ::2]], F.normalize(image, dim=-1))
     seen = voxels.pixel_features(frame)
     torch.testing.assert_close(seen.unit(), F.normalize(cloud, dim=1))
-    chunk = crop(surfaces.load(frame.scene), *chunk_box(frame))
+    chunk = crop_surface(surfaces.load(frame.scene), *chunk_box(frame))
     row = splat(torch.from_numpy(chunk.points), frame_camera(frame), task.voxel_size / 2)
     numbers = {tuple(place): number for number, place in enumerate(sample["coords1"].tolist())}
     for v in range(0, SIZE[0], 5):
@@ -260,7 +259,7 @@ def test_the_chunk_is_that_of_the_recipe(geo, surfaces, frames):
     counts = []
     for frustum in (False, True):
         voxels.extractor.task.config = dataclasses.replace(voxels.extractor.task.config, frustum=frustum)
-        chunk = crop(surface, *chunk_box(frame, match_released_code=not frustum))
+        chunk = crop_surface(surface, *chunk_box(frame, match_released_code=not frustum))
         counts.append(len({tuple(place) for place in np.floor(chunk.points / edge).tolist()}))
         assert len(voxels.pixel_features(frame).unit()) == counts[-1]
     assert counts[1] < counts[0]

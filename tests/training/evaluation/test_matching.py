@@ -10,8 +10,8 @@ from torch import nn
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.mining import Pair, find_pairs
+from geo_pretrain.training.data.frame import Pair, SkippedFrames
+from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.evaluation.features import EncoderMaps, ImageExtractor
 from geo_pretrain.training.evaluation.matching import evaluate_matching, match_pair
@@ -53,7 +53,7 @@ def source(recording):
 
 @pytest.fixture(scope="module")
 def pairs(source):
-    return find_pairs(source, DataSpec(source="seven_scenes", size=SIZE, overlap=(0.3, 1.0)), skips=Skips())
+    return find_pairs(source, DataSpec(source="seven_scenes", size=SIZE, overlap=(0.3, 1.0)), skips=SkippedFrames())
 
 
 def test_frame_matched_with_itself_is_right_to_the_half_pixel(source, pairs):
@@ -115,7 +115,7 @@ def test_every_pair_draws_its_own_queries(source, pairs):
 
 
 def test_pairs_that_cannot_be_read_are_counted(source, pairs):
-    skips = Skips()
+    skips = SkippedFrames()
     broken = Pair(pairs[0].scene, "999999", pairs[0].frame1, 1.0)
     result = evaluate_matching(extractor(ColorFeatures()), source, [broken, *pairs], size=SIZE, skips=skips)
     assert len(result.per_pair) == len(pairs)

@@ -15,8 +15,7 @@ from geo_pretrain.errors import CheckpointError, DataError, WeightsMismatch
 from geo_pretrain.hub.authors import convert_file
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.sparse import SparseTensor
-from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.frame import Pair, SkippedFrames
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces
 from geo_pretrain.training.evaluation.features import RANDOM, Pri3DExtractor, load_pri3d
@@ -181,7 +180,7 @@ def test_every_frame_is_taken_once(source):
 
 
 def test_frames_that_cannot_be_read_are_counted(folder, source):
-    both, skips = extractor(load_pri3d(str(folder)), source), Skips()
+    both, skips = extractor(load_pri3d(str(folder)), source), SkippedFrames()
     good = every_frame(source)[:2]
     broken = Pair(good[0].scene, "999999", "999999", 1.0)
     result = evaluate_matching(both, source, [broken, *good], size=SIZE, skips=skips)
@@ -192,7 +191,7 @@ def test_frames_that_cannot_be_read_are_counted(folder, source):
 
 
 def test_a_frame_that_sees_no_voxel_is_named(folder, source, monkeypatch):
-    both, skips, frames = extractor(load_pri3d(str(folder)), source), Skips(), every_frame(source)[:2]
+    both, skips, frames = extractor(load_pri3d(str(folder)), source), SkippedFrames(), every_frame(source)[:2]
     chunk = both.voxels.chunk
 
     def elsewhere(frame):

@@ -16,7 +16,7 @@ from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.training import losses
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.loop import make_optimizer
@@ -246,7 +246,7 @@ def test_processes_share_one_queue_and_one_memory(tmp_path, tiny_recipe):
         task.backbone.eval()  # a sample's features then do not depend on the others of its part
         recipe, frames = task.recipe, list(range(4))
         source = open_source(recipe.data)
-        samples = task.dataset(source, find_pairs(source, recipe.data, skips=Skips()))
+        samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
         with torch.no_grad():
             for _ in range(2):
                 task(task.collate([samples[(0, k)] for k in frames[rank::world]]))

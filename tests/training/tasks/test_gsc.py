@@ -16,11 +16,11 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.training import initialize
-from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.mining import Pair, find_pairs
+from geo_pretrain.training.data.frame import Pair, SkippedFrames
+from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.samples.pairs import check_labels
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
-from geo_pretrain.training.data.surfaces.sets import check_labels
 from geo_pretrain.training.losses import depth_loss
 from geo_pretrain.training.pretrain import needs_stage1, run_recipe
 from geo_pretrain.training.recipe import load_recipe, load_stage1
@@ -57,7 +57,7 @@ def task_and_batch(gsc_recipe):
     def make(*overrides):
         recipe = load_recipe(str(gsc_recipe()), overrides)
         source = open_source(recipe.data)
-        pairs = find_pairs(source, recipe.data, skips=Skips())
+        pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
         task, _ = build_task(recipe)
         samples = task.dataset(source, pairs)
         return task, task.collate([samples[(0, k)] for k in range(3)])

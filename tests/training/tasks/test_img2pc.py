@@ -13,7 +13,7 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.loading import load_backbone, load_pair, verify
 from geo_pretrain.sparse import SparseTensor
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.evaluation.features import random_pair
@@ -68,7 +68,7 @@ def task_and_batch(taught):
     def make(*overrides):
         recipe = load_recipe(str(taught()), overrides)
         source = open_source(recipe.data)
-        pairs = find_pairs(source, recipe.data, skips=Skips())
+        pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
         task, _ = build_task(recipe)
         samples = task.dataset(source, pairs)
         return task, task.collate([samples[(0, k)] for k in range(3)])
@@ -155,7 +155,7 @@ def test_teacher_of_another_resolution_can_be_read_bilinear(tiny_recipe, taught,
         recipe = load_recipe(str(taught()), [teacher, f"task.interpolation={kind}", "unet3d.out_chans=32"])
         source = open_source(recipe.data)
         task, _ = build_task(recipe)
-        samples = task.dataset(source, find_pairs(source, recipe.data, skips=Skips()))
+        samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
         batch = task.collate([samples[(0, k)] for k in range(2)])
         features = task.teach(batch)
         assert features.shape[-2:] == (24, 32)
@@ -201,7 +201,7 @@ def test_the_pair_takes_images_as_the_teacher_was_shown_them(taught, teacher):
     own = read_checkpoint(teacher).contract
     assert (own.size, own.interpolation) == ((48, 64), "bilinear")
     assert (contract.size, contract.interpolation) == ((56, 96), "nearest")
-    samples = task.dataset(source, find_pairs(source, recipe.data, skips=Skips()))
+    samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
     for k in (0, 3):
         color = source.load(samples.pairs[k].scene, samples.pairs[k].frame1).color
         torch.testing.assert_close(contract.transforms()(color), samples[(0, k)]["image"], atol=1e-6, rtol=0)

@@ -16,7 +16,7 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.training import pretrain
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import World
@@ -54,7 +54,7 @@ def task_and_batch(tiny_moco):
         recipe = load_recipe(str(tiny_moco(**changes)))
         source = open_source(recipe.data)
         task, _ = build_task(recipe)
-        samples = task.dataset(source, find_pairs(source, recipe.data, skips=Skips()))
+        samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
         return task, task.collate([samples[(0, k)] for k in range(count)])
 
     return make
@@ -292,7 +292,7 @@ def run_in_two_processes(recipe, folder):
 
     def work(rank):
         source = open_source(recipe.data)
-        pairs = find_pairs(source, recipe.data, skips=Skips())
+        pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
         pretrain.train(recipe, folder / "two", source, pairs, World(rank, 2, torch.device("cpu")))
 
     in_two_processes(work, folder)
@@ -355,7 +355,7 @@ def test_toy_runs_need_no_imagenet(name):
     recipe = load_recipe(name, small, toy=True)
     source = open_source(recipe.data)
     task, _ = build_task(recipe)
-    samples = task.dataset(source, find_pairs(source, recipe.data, skips=Skips()))
+    samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
     assert samples.own_data() == {}
     assert torch.isfinite(task(task.collate([samples[(0, k)] for k in range(2)]))["moco"])
 

@@ -18,8 +18,8 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import CheckpointError, DigestMismatch, RecipeError, WeightsMismatch
 from geo_pretrain.loading import load_backbone, load_pair, verify
 from geo_pretrain.sparse import SparseTensor
-from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
+from geo_pretrain.training.data.frame import Pair, SkippedFrames, resize_frame
+from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.evaluation import matching
 from geo_pretrain.training.evaluation.features import TaughtExtractor, random_pair
@@ -34,7 +34,7 @@ def tiny_batch(tiny_recipe, tiny, settings=None, *overrides):
     """A tiny task with `settings` and a batch of three frames."""
     recipe = load_recipe(str(tiny_recipe(tiny, task=settings or {})), overrides)
     source = open_source(recipe.data)
-    frames = find_pairs(source, recipe.data, skips=Skips())
+    frames = find_pairs(source, recipe.data, skips=SkippedFrames())
     task, _ = build_task(recipe)
     samples = task.dataset(source, frames)
     return task, task.collate([samples[(0, k)] for k in range(3)])
@@ -304,7 +304,7 @@ def test_a_pair_of_pri3d_is_its_two_networks(tmp_path, tiny_recipe):
 
 def test_matching_of_a_frame_with_its_own_voxels(run):
     source = open_source(load_recipe(str(run[0])).data)
-    frame = find_pairs(source, load_recipe(str(run[0])).data, skips=Skips())[2]
+    frame = find_pairs(source, load_recipe(str(run[0])).data, skips=SkippedFrames())[2]
     pair = load_pair(run[1])
     matches = match_pair(TaughtExtractor(pair), source, frame, size=(48, 64), queries=50)
     assert len(matches.error) == 50

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from geo_pretrain.errors import RecipeError, UnknownName
 from geo_pretrain.geometry import match_pixels
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
-from geo_pretrain.training.data.samples.sampler import PairSamples, collate
+from geo_pretrain.training.data.samples.pairs import PairSamples
+from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.losses import depth_loss
 from geo_pretrain.training.recipe import load_recipe
@@ -72,7 +73,7 @@ def task_and_batch(tiny_recipe):
     def make(*overrides):
         recipe = load_recipe(str(tiny_recipe()), overrides)
         source = open_source(recipe.data)
-        pairs = find_pairs(source, recipe.data, skips=Skips())
+        pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
         task, _ = build_task(recipe)
         samples = PairSamples(source, pairs, recipe.data, task.contract, 0)
         return task, collate([samples[(0, k)] for k in range(3)])

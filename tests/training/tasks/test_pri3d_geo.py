@@ -9,7 +9,7 @@ import torch
 from geo_pretrain.checkpoint import read_weights
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.sparse import SparseTensor
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import sample_seed
 from geo_pretrain.training.data.sources.registry import open_source
@@ -25,7 +25,7 @@ def task_and_batch(tiny_recipe):
     def make(*overrides, tiny="pri3d_geo"):
         recipe = load_recipe(str(tiny_recipe(tiny)), overrides)
         source = open_source(recipe.data)
-        pairs = find_pairs(source, recipe.data, skips=Skips())
+        pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
         task, _ = build_task(recipe)
         samples = task.dataset(source, pairs)
         return task, task.collate([samples[(0, k)] for k in range(3)])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.loading import load_backbone, verify
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.losses import depth_loss
@@ -29,7 +29,7 @@ def task_and_batch(tiny_recipe):
         recipe = load_recipe(str(tiny_recipe(**DEPTH)), overrides)
         source = open_source(recipe.data)
         task, _ = build_task(recipe)
-        samples = task.dataset(source, find_pairs(source, recipe.data, skips=Skips()))
+        samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
         return task, task.collate([samples[(0, k)] for k in range(3)])
 
     return make

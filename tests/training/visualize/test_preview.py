@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from geo_pretrain.cli import app
 from geo_pretrain.errors import DataError
-from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+from geo_pretrain.rooms import RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.scannet import ScanNet
 from geo_pretrain.training.data.surfaces.sets import SceneSets, label_sets, pixel_sets, scene_sets
 from geo_pretrain.training.visualize.preview import (

@@ -17,8 +17,8 @@ from PIL import Image
 from geo_pretrain.catalog import Arch
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError, UnknownName
-from geo_pretrain.training.data.frame import Skips, Surface
-from geo_pretrain.training.data.mining import find_pairs, resize_frame
+from geo_pretrain.training.data.frame import SkippedFrames, Surface, resize_frame
+from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud, scene_surface
 from geo_pretrain.training.data.surfaces.ply import read_ply
@@ -154,7 +154,7 @@ def test_matches_are_those_that_are_measured(tmp_path, image_folder, source, spe
     found = visualize_matches(image_folder, spec, tmp_path / "m.png", **options, progress=lambda *at: seen.append(at))
     assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert [title for title, _ in found] == [RANDOM_TITLE, "image"]
-    pairs = find_pairs(source, dataclasses.replace(spec, size=SIZE), skips=Skips())
+    pairs = find_pairs(source, dataclasses.replace(spec, size=SIZE), skips=SkippedFrames())
     shown, trained = [pairs[0], pairs[-1]], load_extractor(image_folder)
     for number, pair in enumerate(shown):
         matches = match_pair(trained, source, pair, size=SIZE, seed=5 + number)
@@ -178,7 +178,7 @@ def test_matches_beside_another_backbone(tmp_path, image_folder, cloud_folder, g
 
 
 def test_matches_of_clouds_are_seen_by_their_cameras(tmp_path, cloud_folder, source, spec):
-    pair = find_pairs(source, spec, skips=Skips())[0]
+    pair = find_pairs(source, spec, skips=SkippedFrames())[0]
     extractor = load_extractor(cloud_folder)
     matches = match_pair(extractor, source, pair, size=SIZE, seed=0)
     middle = float(np.sort(matches.error)[len(matches.error) // 2])  # "within" means that this one is right, too
@@ -224,7 +224,7 @@ def test_voxels_that_rgbd_cannot_give_are_refused_before_any_data_is_looked_for(
 
 
 def test_a_frame_without_features_is_left_out_of_all_columns(source):
-    frames, skips = [source.load(source.scenes()[0], frame) for frame in ("000000", "000010")], Skips()
+    frames, skips = [source.load(source.scenes()[0], frame) for frame in ("000000", "000010")], SkippedFrames()
     plain, blind = SimpleNamespace(pixel_features=lambda frame: frame.id), SimpleNamespace()
 
     def refuse(frame):
@@ -236,7 +236,7 @@ def test_a_frame_without_features_is_left_out_of_all_columns(source):
     assert frames_module._described(frames, [plain, blind], skips, None) == [(frames[1], ["000010", "seen"])]
     assert "nothing is seen" in skips.summary()
     with pytest.raises(DataError, match=r"(?s)No frame of scene .* can be shown.*nothing is seen"):
-        frames_module._described(frames[:1], [plain, blind], Skips(), None)
+        frames_module._described(frames[:1], [plain, blind], SkippedFrames(), None)
 
 
 def test_clouds_are_turned_as_asked(tmp_path, cloud_folder, spec, monkeypatch):
@@ -454,7 +454,7 @@ def test_recordings_without_depth_are_named_and_leave_nothing(tmp_path, draw, su
 
 
 def test_a_frame_that_cannot_be_read_is_left_out(tmp_path, image_folder, cloud_folder):
-    folder, skips = write_recording(tmp_path / "kitchen"), Skips()
+    folder, skips = write_recording(tmp_path / "kitchen"), SkippedFrames()
     (folder / "frame-000000.color.png").unlink()
     spec = DataSpec(source="seven_scenes", path=str(folder), size=SIZE)
     draw_features([image_folder], spec, tmp_path / "one.png", count=2, skips=skips, twin=False)

@@ -19,11 +19,11 @@ from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.geometry import centered, transform
 from geo_pretrain.sparse.tensor import SparseTensor
+from geo_pretrain.training.data.frame import resize_frame
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import Subset
 from geo_pretrain.training.data.labelled.rooms import LabelledRooms
-from geo_pretrain.training.data.mining import resize_frame
-from geo_pretrain.training.data.samples.clouds import random_rotation
+from geo_pretrain.training.data.samples.augment import random_rotation
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size, frame_cloud
 
 

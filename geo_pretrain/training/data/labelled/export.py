@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError, require
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import file_name
 
 
-def coco_json(source: LabelledSource, *, rle: bool = True, skips: Skips | None = None) -> dict[str, Any]:
+def coco_json(source: LabelledSource, *, rle: bool = True, skips: SkippedFrames | None = None) -> dict[str, Any]:
     """COCO's tree of images, annotations and categories; JSON can hold all of it.
 
     Image ids count the source's `ids()` from 1 ("source_id" is the id itself), category ids are the classes 1..C, areas
@@ -56,7 +56,7 @@ def coco_json(source: LabelledSource, *, rle: bool = True, skips: Skips | None =
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def write_coco(source: LabelledSource, out: Path, *, images: bool = False, skips: Skips | None = None) -> Path:
+def write_coco(source: LabelledSource, out: Path, *, images: bool = False, skips: SkippedFrames | None = None) -> Path:
     """Write `out`/annotations/instances_SPLIT.json and return its path.
 
     File names are those below the source's own folder, which another library gets as the folder of images. With

@@ -9,12 +9,12 @@ from typing import Any, cast
 import numpy as np
 
 from geo_pretrain.errors import RecipeError, unknown
-from geo_pretrain.rooms import CLASSES
+from geo_pretrain.rooms import CLASSES, RoomsConfig
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.image import LabelledImage
 from geo_pretrain.training.data.labelled.instances import instances_from_ids
 from geo_pretrain.training.data.labelled.mapping import LabelMap
-from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms
 
 STUFF = ("wall", "floor", "ceiling")  # segmented, not detected
 _FULL = 640 * 480  # pixels of the frames for which the published minimum of 1000 holds

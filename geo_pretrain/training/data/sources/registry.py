@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.errors import RecipeError, unknown
+from geo_pretrain.rooms import RoomsConfig
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.frame import Frame, Noted, Source, SourcePart, capability
-from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
 from geo_pretrain.training.recipe import DataSpec

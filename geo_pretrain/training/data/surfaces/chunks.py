@@ -1,4 +1,4 @@
-"""Chunks: the part of a scene's surface around what one frame sees, the 3D side of Pri3D's geometric prior."""
+"""Chunks: the part of a scene's surface around the view of one frame, the 3D side of Pri3D's geometric prior."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from geo_pretrain.training.data.frame import Frame, Surface
 
 
 def chunk_box(frame: Frame, *, match_released_code: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The world-aligned box of a frame's chunk: low and high corner, float64 [3] each, meters.
+    """Compute the world-aligned box of a frame's chunk: low and high corner, float64 [3] each, meters.
 
-    With `match_released_code`, as in Pri3D's released code, the box of all back-projected pixels, grown to whole
-    meters; pixels without depth lie at the camera center, so it holds that too as soon as there is one. Otherwise the
-    tight box of the view frustum: the camera center and the image's corners at the greatest depth.
+    With `match_released_code` (Pri3D's) it bounds all back-projected pixels, those without depth at the camera center,
+    and is grown to whole meters. Otherwise it is the tight box of the view frustum: the camera center and the image's
+    corners at the greatest depth.
     """
     depth, intrinsics = torch.from_numpy(frame.depth).double(), torch.from_numpy(frame.intrinsics)
     if not match_released_code:
@@ -29,7 +29,7 @@ def chunk_box(frame: Frame, *, match_released_code: bool = True) -> tuple[np.nda
     return (np.floor(low), np.ceil(high)) if match_released_code else (low, high)
 
 
-def crop(surface: Surface, low: np.ndarray, high: np.ndarray) -> Surface:
-    """The points strictly inside a box."""
+def crop_surface(surface: Surface, low: np.ndarray, high: np.ndarray) -> Surface:
+    """Keep the points strictly inside a box."""
     inside = ((surface.points > low) & (surface.points < high)).all(axis=1)
     return Surface(surface.points[inside], surface.colors[inside])

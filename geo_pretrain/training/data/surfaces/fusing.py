@@ -1,4 +1,4 @@
-"""The colored surface of a scene: the source's own, or fused from its depth frames; kept in a cache."""
+"""Surfaces of scenes: loaded from the source or fused from its depth frames, and cached."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +22,27 @@ from geo_pretrain.training.data.cache import cached_arrays
 from geo_pretrain.training.data.frame import Frame, NoSurface, SceneSurface, Source, Surface, capability
 
 FUSION_VOXEL = 0.01  # m; points of all frames in one voxel become one point
-_FUSION_PIXELS = 320 * 240  # of a frame: 640x480 gains nothing at 1 cm
-_PENDING = 2_000_000  # voxels held unmerged
-_REMEMBERED = 128 << 20  # bytes of surfaces that a `Surfaces` holds: dozens of rooms, a few real scans
+SPACING = 0.02  # m; the voxel of `fuse_points`, about as dense as the vertices of ScanNet's meshes
+NEAREST_DEPTH = 0.5  # m; the weight of depth stops growing below this
+_FUSION_PIXELS = 320 * 240  # used per frame: 640x480 gains nothing at 1 cm
+_PENDING = 2_000_000  # voxels held before they are merged
+_REMEMBERED = 128 << 20  # bytes of surfaces that a `Surfaces` keeps: dozens of rooms, a few real scans
 
 
 def scene_surface(source: Source, scene: str, *, cache_dir: Path | None = None) -> Surface:
-    """The surface of a scene: `source.surface(scene)` where the source has one, else fused from its depth frames.
+    """Load the surface of a scene from its source, or fuse it from the depth frames of a source without surfaces.
 
-    A `FrameRange` fuses its own frames only; a source's own surface is taken whole. `cache_dir` holds fused surfaces
+    A `FrameRange` fuses its own frames only; surfaces that a source holds are whole. `cache_dir` holds fused surfaces
     (default: the package's cache).
 
     Raises:
-        DataError: the source's own surface is broken, or no frame can be read.
+        DataError: the source's surface is broken, or no frame can be read.
     """
     return Surfaces(source, cache_dir).load(scene)
 
 
 class Surfaces:
-    """The surfaces of a source, for repeated use: the latest ones and the source's fingerprint are remembered."""
+    """The surfaces of a source for repeated use: keeps the latest ones and the source's fingerprint in memory."""
 
     def __init__(self, source: Source, cache_dir: Path | None = None) -> None:
         self.source, self.cache_dir = source, cache_dir
@@ -47,7 +50,7 @@ class Surfaces:
         self._surfaces: OrderedDict[str, Surface] = OrderedDict()  # the latest last
 
     def load(self, scene: str) -> Surface:
-        """As `scene_surface`."""
+        """Load a surface as `scene_surface` does."""
         if scene not in self._surfaces:
             self._surfaces[scene] = self._find(scene)
             while len(self._surfaces) > 1 and sum(s.nbytes for s in self._surfaces.values()) > _REMEMBERED:
@@ -56,19 +59,19 @@ class Surfaces:
         return self._surfaces[scene]
 
     def _find(self, scene: str) -> Surface:
-        own = capability(self.source, SceneSurface)
-        if own is not None:
+        whole = capability(self.source, SceneSurface)
+        if whole is not None:
             with contextlib.suppress(NoSurface):
-                return own.surface(scene)
+                return whole.surface(scene)
         if self._fingerprint is None:
             self._fingerprint = self.source.fingerprint()
         key = hashlib.sha256(f"1\0{self._fingerprint}\0{scene}".encode()).hexdigest()[:16]
         path = (self.cache_dir or default_cache()) / "surfaces" / f"{self.source.name}-{key}.safetensors"
-        return cached_surface(path, lambda: fuse(_readable_frames(self.source, scene)))
+        return cached_surface(path, lambda: fuse(readable_frames(self.source, scene, "fuse a surface from")))
 
 
 def cached_surface(path: Path, make: Callable[[], Surface]) -> Surface:
-    """The surface in a file; made and written there when the file is missing or damaged."""
+    """Read a surface from a file; make and write it when the file is missing or damaged."""
 
     def arrays() -> dict[str, np.ndarray]:
         surface = make()
@@ -78,7 +81,7 @@ def cached_surface(path: Path, make: Callable[[], Surface]) -> Surface:
 
 
 def frame_cloud(frame: Frame, step: int = 1) -> Surface:
-    """The pixels of a frame that have a depth, back-projected to the world; every `step`-th row and column."""
+    """Back-project the pixels with a depth, in every `step`-th row and column, to colored world points."""
     depth, intrinsics = torch.from_numpy(frame.depth).double(), torch.from_numpy(frame.intrinsics)
     use = torch.zeros_like(depth, dtype=torch.bool)
     use[::step, ::step] = depth[::step, ::step] > 0
@@ -87,7 +90,7 @@ def frame_cloud(frame: Frame, step: int = 1) -> Surface:
 
 
 def cubic_voxel_size(contract: VoxelContract) -> float:
-    """The edge of a contract's voxels, m. Raises `CheckpointError` when RGB-D frames cannot be made into them."""
+    """Return the edge length (m) of a contract's voxels. Raises `CheckpointError` if RGB-D frames cannot give them."""
     if isinstance(contract.voxel_size, tuple) or contract.given_channels not in ((), ("R", "G", "B")):
         raise CheckpointError(
             f"The network expects {contract}. RGB-D frames give cubic voxels with features R, G, B or constant 1."
@@ -96,39 +99,103 @@ def cubic_voxel_size(contract: VoxelContract) -> float:
 
 
 def fuse(frames: Iterable[Frame], voxel_size: float = FUSION_VOXEL) -> Surface:
-    """The mean point and color in every voxel that the depth of some frame falls into, first seen first.
-
-    Frames are merged as they come: memory is that of the surface, not of the frames.
-    """
-    parts: list[tuple[Tensor, Tensor]] = []
-    limit = _PENDING
+    """Fuse depth frames into one colored point per occupied voxel, the mean of its pixels; first seen first."""
+    voxels = _VoxelSums()
     for frame in frames:
-        cloud = frame_cloud(frame, max(1, round((frame.depth.size / _FUSION_PIXELS) ** 0.5)))
+        cloud = frame_cloud(frame, _fusion_step(frame))
         points, colors = torch.from_numpy(cloud.points).double(), torch.from_numpy(cloud.colors).double()
         sums = torch.cat([points, colors, torch.ones(len(points), 1, dtype=torch.float64)], dim=1)
-        parts.append(_merge([(torch.floor(points / voxel_size).long(), sums)]))
-        if sum(len(cells) for cells, _ in parts) > limit:
-            parts = [_merge(parts)]
-            limit = max(_PENDING, 2 * len(parts[0][0]))
-    if not parts:
+        voxels.add(torch.floor(points / voxel_size).long(), sums)
+    if not voxels:
         raise DataError("No frame to fuse a surface from.")
-    _, sums = _merge(parts)
+    _, sums = voxels.merged()
     means = sums[:, :6] / sums[:, 6:]
     return Surface(means[:, :3].float().numpy(), means[:, 3:].round().to(torch.uint8).numpy())
 
 
+@dataclass(frozen=True)
+class FusedPoints:
+    """The depth frames of a scene as one point per occupied voxel of 2 cm, first seen first."""
+
+    points: np.ndarray  # float32 [N, 3] m, the weighted mean of the voxel's pixels
+    towards: np.ndarray  # float32 [N, 3], the weighted mean of the unit directions from them to their cameras
+    weights: np.ndarray  # float64 [N], the sum of their weights
+    labels: np.ndarray  # int64 [N], the label with the largest weight (ties: the lowest); -1 for none
+
+
+def fuse_points(frames: Iterable[Frame], labels: Callable[[Frame], np.ndarray] | None = None) -> FusedPoints:
+    """Fuse depth frames into weighted points with viewing directions, and optionally the labels of their pixels.
+
+    A pixel weighs 1 / z^4, the inverse variance of depth from disparity, whose error grows with z^2: without it the
+    noise of far frames outnumbers near ones. Both sides of a sheet thinner than a voxel are merged into one point.
+
+    Args:
+        labels: the label of every pixel of a frame, int64 [H, W], -1 for none.
+    """
+    voxels = _VoxelSums()
+    for frame in frames:
+        step = _fusion_step(frame)
+        points = torch.from_numpy(frame_cloud(frame, step).points).double()
+        towards = torch.from_numpy(frame.cam_to_world[:3, 3]) - points
+        towards /= towards.norm(dim=1, keepdim=True)
+        depth = frame.depth[::step, ::step]
+        label = np.full(depth.shape, -1) if labels is None else labels(frame)[::step, ::step]
+        weight = torch.from_numpy(depth[depth > 0]).double().clamp(min=NEAREST_DEPTH)[:, None] ** -4
+        cells = torch.cat([torch.floor(points / SPACING).long(), torch.from_numpy(label[depth > 0])[:, None]], dim=1)
+        voxels.add(cells, torch.cat([points * weight, towards * weight, weight], dim=1))
+    if not voxels:
+        raise DataError("No frame to take points from.")
+    cells, sums = voxels.merged()
+    index, group = unique_rows(cells[:, :3])
+    total = sums.new_zeros(len(index), 7).index_add_(0, group, sums)
+    means = (total[:, :6] / total[:, 6:]).float().numpy()
+    majority = np.empty(len(index), np.int64)
+    winners_last = np.lexsort((-cells[:, 3].numpy(), sums[:, 6].numpy()))
+    majority[group.numpy()[winners_last]] = cells[:, 3].numpy()[winners_last]
+    return FusedPoints(means[:, :3].copy(), means[:, 3:].copy(), total[:, 6].numpy().copy(), majority)
+
+
+class _VoxelSums:
+    """Sums of values per cell, merged as frames come: memory grows with the surface, not with the frames."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._limit = _PENDING
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def add(self, cells: Tensor, values: Tensor) -> None:
+        """Add the values [N, 7] of cells int64 [N, D]."""
+        self._parts.append(_merge([(cells, values)]))
+        if sum(len(cells) for cells, _ in self._parts) > self._limit:
+            self._parts = [_merge(self._parts)]
+            self._limit = max(_PENDING, 2 * len(self._parts[0][0]))
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Unique cells, first seen first, and the sums of their values."""
+        return _merge(self._parts)
+
+
 def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Add up the sums [N, 7] of equal cells [N, 3]."""
+    """Sum the values [N, 7] of equal cells [N, D]."""
     cells, sums = (torch.cat(column) for column in zip(*parts, strict=True))
     index, inverse = unique_rows(cells)
     return cells[index], sums.new_zeros(len(index), sums.shape[1]).index_add_(0, inverse, sums)
 
 
-def _readable_frames(source: Source, scene: str) -> Iterator[Frame]:
-    found = False
+def _fusion_step(frame: Frame) -> int:
+    """Take every n-th row and column, so that about `_FUSION_PIXELS` pixels remain."""
+    return max(1, round((frame.depth.size / _FUSION_PIXELS) ** 0.5))
+
+
+def readable_frames(source: Source, scene: str, purpose: str) -> Iterator[Frame]:
+    """Load the frames of a scene but broken ones. Raises `DataError` naming the `purpose` when none is left."""
+    empty = True
     for frame_id in source.frame_ids(scene):
         with contextlib.suppress(BadFrame):
-            yield source.load(scene, frame_id)
-            found = True
-    if not found:
-        raise DataError(f"Scene {scene!r} of source {source.name!r} has no readable frame to fuse a surface from.")
+            frame = source.load(scene, frame_id)
+            empty = False
+            yield frame
+    if empty:
+        raise DataError(f"Scene {scene!r} of source {source.name!r} has no readable frame to {purpose}.")

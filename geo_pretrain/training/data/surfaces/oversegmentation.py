@@ -1,7 +1,8 @@
-"""Over-segmentation of surfaces: a graph is cut where the normal turns, as ScanNet's Segmentator does.
+"""Over-segmentation of surfaces where the normal changes, as ScanNet's Segmentator does.
 
-Felzenszwalb and Huttenlocher's cut (IJCV 2004) of a mesh, with ScanNet's weights and order, so that its `.segs.json`
-files and these segments mean the same; or of points with normals, joined to their nearest neighbors.
+Felzenszwalb and Huttenlocher's graph-based segmentation (IJCV 2004) of a mesh, with ScanNet's weights and order of
+edges, so that the segments equal those of its `.segs.json` files; or of points with normals, whose edges lead to their
+nearest neighbors.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import numpy as np
 
 from geo_pretrain.errors import DataError, RecipeError, require
 
-K_THRESH, MIN_VERTICES = 0.01, 20  # of the segments that come with ScanNet
+K_THRESH, MIN_VERTICES = 0.01, 20  # the parameters of the segments that come with ScanNet
 
-NEIGHBOURS, REACH = 8, 0.06  # edges of a point, and m that they reach: about three times the spacing of a ScanNet mesh
-# A normal is fitted to so many nearest points within so many m, weighted by a Gaussian of that width.
-PLANE_NEIGHBOURS, PLANE_REACH, PLANE_WIDTH = 48, 0.08, 0.04
+NEIGHBORS, REACH = 8, 0.06  # edges per point and their greatest length, m: three times the spacing of a ScanNet mesh
+# Normals are fitted to so many nearest points within so many m, weighted by a Gaussian of that width.
+PLANE_NEIGHBORS, PLANE_REACH, PLANE_WIDTH = 48, 0.08, 0.04
 
 
 def segment_mesh(
@@ -31,17 +32,17 @@ def segment_mesh(
     min_vertices: int = MIN_VERTICES,
     compiled: bool | None = None,
 ) -> np.ndarray:
-    """The segment of every vertex of a triangle mesh, named by the segment's root vertex: int64 [V].
+    """Segment a triangle mesh: the root vertex of each vertex's segment, int64 [V].
 
-    ScanNet's Segmentator: normals of vertices as `vertex_normals`; three edges a face, (1, 2), (1, 3), (3, 2), so that
-    two faces' common edge comes twice; weights as `edge_weights`; then `cut`. All in float32. A face without an area
-    has no normal but keeps its edges; a vertex without a face is its own segment.
+    As ScanNet's Segmentator, all in float32: `vertex_normals`; three edges per face, (1, 2), (1, 3), (3, 2), so that an
+    edge of two faces occurs twice; `edge_weights`; then `segment_graph`. A face without area has no normal but keeps
+    its edges; a vertex without a face is its own segment.
 
     Args:
-        vertices: float [V, 3] m; faces: int [F, 3] rows of vertices, whose order tells a face's outside.
-        k_thresh: how much normals may turn inside of a segment: larger values give larger segments.
-        min_vertices: smaller segments are joined to a neighbor.
-        compiled: use numba's machine code; None: where numba is installed. Either gives the same segments.
+        vertices: float [V, 3] m; faces: int [F, 3] rows of vertices, counter-clockwise seen from outside.
+        k_thresh: how much normals may change within a segment: larger values give larger segments.
+        min_vertices: smaller segments are merged into a neighbor.
+        compiled: use numba's machine code; None: if numba is installed. The segments are the same.
 
     Raises:
         DataError: a vertex is not finite, or a face names a vertex that is not there.
@@ -51,7 +52,7 @@ def segment_mesh(
     normals = vertex_normals(vertices, faces)
     a, b = faces[:, [0, 0, 2]].ravel(), faces[:, [1, 2, 1]].ravel()
     weights = edge_weights(vertices, normals, a, b)
-    return cut(len(vertices), a, b, weights, k_thresh=k_thresh, min_vertices=min_vertices, compiled=compiled)
+    return segment_graph(len(vertices), a, b, weights, k_thresh=k_thresh, min_vertices=min_vertices, compiled=compiled)
 
 
 def segment_points(
@@ -62,15 +63,15 @@ def segment_points(
     min_vertices: int = MIN_VERTICES,
     compiled: bool | None = None,
 ) -> np.ndarray:
-    """The segment of every point of a surface without a mesh, named by the segment's root point: int64 [N].
+    """Segment a surface without a mesh: the root point of each point's segment, int64 [N].
 
-    The edges of a point lead to its 8 nearest neighbors within 6 cm, each in its own direction; weights and cut are
-    the mesh's. A graph of neighbors, because meshing each depth frame would give as many surfaces as frames, whose
-    segments would have to be matched again: one graph for the scene has each segment once.
+    Directed edges lead from a point to its 8 nearest neighbors within 6 cm; weights and segmentation are the mesh's.
+    Meshing each depth frame instead would give as many surfaces as frames, whose segments would have to be matched:
+    one graph of the scene has each segment once.
 
     Args:
         points: float [N, 3] m, evenly spaced by 2 to 3 cm (as ScanNet's meshes, to which `k_thresh` refers).
-        normals: float [N, 3], unit, all to the same side of the surface: to where it is seen from.
+        normals: float [N, 3], unit, all on the side of the surface from which it is seen.
         k_thresh, min_vertices, compiled: as for `segment_mesh`.
 
     Raises:
@@ -80,18 +81,18 @@ def segment_points(
     points, normals = _floats("points", points), _floats("normals", normals)
     if points.shape != normals.shape:
         raise DataError(f"{len(points)} points have {len(normals)} normals; accepted is one a point.")
-    _, near = _neighbors(points, NEIGHBOURS, REACH)
+    _, near = _neighbors(points, NEIGHBORS, REACH)
     a, b = np.repeat(np.arange(len(points)), near.shape[1]), near.ravel()
     a, b = a[b < len(points)], b[b < len(points)]
     weights = edge_weights(points, normals, a, b)
-    return cut(len(points), a, b, weights, k_thresh=k_thresh, min_vertices=min_vertices, compiled=compiled)
+    return segment_graph(len(points), a, b, weights, k_thresh=k_thresh, min_vertices=min_vertices, compiled=compiled)
 
 
 def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """The running mean of the unit normals of a vertex's faces, in order of faces, *not* made unit again: [V, 3].
+    """Average the unit normals of the faces of each vertex, without normalizing the mean: float32 [V, 3].
 
-    As the Segmentator: float32, mean <- n / (k + 1) + (1 - 1 / (k + 1)) mean for the k-th face (from 0). Faces without
-    an area, whose normal would be NaN, are left out.
+    As the Segmentator, a running mean in order of faces: mean <- n / (k + 1) + (1 - 1 / (k + 1)) mean for the k-th face
+    (from 0). Faces without area, whose normal would be NaN, are left out.
     """
     one, two, three = (vertices[faces[:, corner]] for corner in range(3))
     face_normals, length = _unit(_cross(two - one, three - one))
@@ -101,7 +102,7 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     start = np.cumsum(count) - count
     by_count = np.argsort(-count, kind="stable")
     normals = np.zeros((len(vertices), 3), np.float32)
-    for k in range(int(count.max(initial=0))):  # the k-th face of every vertex that has so many
+    for k in range(int(count.max(initial=0))):  # the k-th face of every vertex with more than k
         rows = by_count[: np.searchsorted(-count[by_count], -k)]
         share = np.float32(1) / np.float32(k + 1)
         normals[rows] = share * values[order[start[rows] + k]] + (np.float32(1) - share) * normals[rows]
@@ -109,17 +110,17 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def edge_weights(vertices: np.ndarray, normals: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How much the surface turns along the edges a -> b: float32 [E] from 0 (flat) to 2.
+    """Weigh edges a -> b by the change of the normal: float32 [E] from 0 (flat) to 2.
 
-    w = 1 - n_a . n_b; where the surface bends away from its outside, n_b . (b - a) > 0, w becomes w squared: convex
-    edges, as within one object, are discounted. An edge without a length has no direction and no discount.
+    w = 1 - n_a . n_b. Convex edges, n_b . (b - a) > 0, as within one object, are discounted: w becomes w squared. An
+    edge of length 0 has no direction and no discount.
     """
     along, _ = _unit(vertices[b] - vertices[a])
     weights = np.float32(1) - _dot(normals[a], normals[b])
     return np.where(_dot(normals[b], along) > 0, weights * weights, weights)
 
 
-def cut(
+def segment_graph(
     count: int,
     a: np.ndarray,
     b: np.ndarray,
@@ -129,15 +130,15 @@ def cut(
     min_vertices: int = MIN_VERTICES,
     compiled: bool | None = None,
 ) -> np.ndarray:
-    """Components of a graph with `count` vertices and edges a -> b [E], each named by its root: int64 [count].
+    """Segment a graph of `count` vertices with edges a -> b [E]: the root of each vertex's component, int64 [count].
 
-    Edges are taken in ascending order of weight, equal weights in the order given (the Segmentator's own sort leaves
-    that open). Two components are joined when the weight is at most the threshold of either, which is `k_thresh` for
-    one vertex and afterwards the joining weight + `k_thresh` / size. A second pass in the same order joins components
-    of which either has fewer than `min_vertices` vertices. The root is that of the component of higher rank, the
-    second's if equal (union by rank).
+    Edges are visited in ascending order of weight, ties in the given order (the Segmentator's sort leaves that open).
+    Two components merge when the weight is at most the threshold of both, which is `k_thresh` for one vertex and after
+    a merge its weight + `k_thresh` / size. A second pass in the same order merges components of which one has fewer
+    than `min_vertices` vertices. The root is that of the component of higher rank, the second's if equal (union by
+    rank).
     """
-    check_cut(k_thresh, min_vertices)
+    check_segmentation(k_thresh, min_vertices)
     order = np.argsort(weights, kind="stable")
     a, b, weights = a[order], b[order], weights[order].astype(np.float32)
     sizes = np.arange(count + 1, dtype=np.float32)
@@ -146,19 +147,19 @@ def cut(
     if compiled is None:
         compiled = importlib.util.find_spec("numba") is not None
     ints: Callable[[np.ndarray], Any] = _int_array if compiled else _int_list
-    floats: Callable[[np.ndarray], Any] = _float_array if compiled else _packed
-    by_weight, small_ones = (_machine_code if compiled else _as_it_is)()
+    floats: Callable[[np.ndarray], Any] = _float_array if compiled else _float_packed
+    merge_edges, merge_rest = (_compiled if compiled else _interpreted)()
     parent, rank, size = (ints(x) for x in (np.arange(count), np.zeros(count, int), np.ones(count, int)))
     threshold = floats(np.full(count, k_thresh, np.float32))
-    by_weight(ints(a), ints(b), floats(weights), floats(shares), parent, rank, size, threshold)
+    merge_edges(ints(a), ints(b), floats(weights), floats(shares), parent, rank, size, threshold)
     roots = _roots(parent)
     across = roots[a] != roots[b]
-    small_ones(ints(a[across]), ints(b[across]), min_vertices, parent, rank, size)
+    merge_rest(ints(a[across]), ints(b[across]), min_vertices, parent, rank, size)
     return _roots(parent)
 
 
-def check_cut(k_thresh: float, min_vertices: int) -> None:
-    """Raise `RecipeError` for parameters of `cut` that are out of range."""
+def check_segmentation(k_thresh: float, min_vertices: int) -> None:
+    """Raise `RecipeError` for parameters of `segment_graph` that are out of range."""
     if not k_thresh > 0:
         raise RecipeError(f"'k_thresh' is {k_thresh!r}, accepted are numbers above 0, such as {K_THRESH}.")
     if not min_vertices >= 1:
@@ -166,25 +167,25 @@ def check_cut(k_thresh: float, min_vertices: int) -> None:
 
 
 def plane_normals(points: np.ndarray, towards: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Normals of a surface that is given by points alone: float32 [N, 3], unit.
+    """Fit a normal to each point's neighborhood by principal components: float32 [N, 3], unit.
 
-    The direction in which a point and its 48 nearest neighbors within 8 cm spread least, turned to the side of
-    `towards` [N, 3], the direction in which the surface was seen. Neighbors count by their `weights` [N] (the inverse
-    variance of their position; default: all alike) and by a Gaussian of 4 cm around the point. Points with fewer than
-    three neighbors have `towards` itself, whose length does not matter; zero gives (0, 0, 0).
+    The direction of least variance of a point and its 48 nearest neighbors within 8 cm, oriented to the side of
+    `towards` [N, 3], the direction of the viewer. Neighbors are weighted by `weights` [N] (the inverse variance of
+    their position; default: equal) and by a Gaussian of 4 cm around the point. Points with fewer than three neighbors
+    get `towards` itself, normalized; zero gives (0, 0, 0).
     """
     points, towards = _floats("points", points), _floats("directions", towards)
-    trust = np.ones(len(points)) if weights is None else np.asarray(weights, np.float64)
+    confidence = np.ones(len(points)) if weights is None else np.asarray(weights, np.float64)
     normals, _ = _unit(towards)
-    distance, near = _neighbors(points, PLANE_NEIGHBOURS, PLANE_REACH)
+    distance, near = _neighbors(points, PLANE_NEIGHBORS, PLANE_REACH)
     for start in range(0, len(points), 1 << 14):
         rows = slice(start, start + (1 << 14))
         own = np.arange(len(points))[rows, None]
         group = np.concatenate([own, near[rows]], axis=1)
-        there = group < len(points)
-        group = np.where(there, group, 0)
-        squared = np.concatenate([np.zeros(own.shape), np.where(there[:, 1:], distance[rows], 0) ** 2], axis=1)
-        share = np.where(there, trust[group] * np.exp(-squared / (2 * PLANE_WIDTH**2)), 0)
+        valid = group < len(points)
+        group = np.where(valid, group, 0)
+        squared = np.concatenate([np.zeros(own.shape), np.where(valid[:, 1:], distance[rows], 0) ** 2], axis=1)
+        share = np.where(valid, confidence[group] * np.exp(-squared / (2 * PLANE_WIDTH**2)), 0)
         share /= share.sum(axis=1, keepdims=True)
         around = points[group] - points[rows, None].astype(np.float64)
         around -= (around * share[..., None]).sum(axis=1, keepdims=True)
@@ -192,15 +193,15 @@ def plane_normals(points: np.ndarray, towards: np.ndarray, weights: np.ndarray |
         _, axes = np.linalg.eigh(around.transpose(0, 2, 1) @ around)
         thin = axes[:, :, 0]
         side = np.sign((thin * normals[rows]).sum(axis=1, keepdims=True))
-        fitted = (there.sum(axis=1) > 3)[:, None] & (side != 0)
+        fitted = (valid.sum(axis=1) > 3)[:, None] & (side != 0)
         normals[rows] = np.where(fitted, thin * side, normals[rows])
     return normals
 
 
-def join_by_weight(
+def merge_by_weight(
     a: Any, b: Any, weights: Any, shares: Any, parent: Any, rank: Any, size: Any, threshold: Any
 ) -> None:
-    """The first pass, in place. Plain Python on lists is what numba compiles on arrays: keep it to what both know."""
+    """Merge by weight, the first pass, in place. Must be valid for plain Python lists and for numba on arrays."""
     for edge in range(len(a)):
         x = a[edge]
         while parent[x] != x:
@@ -222,8 +223,8 @@ def join_by_weight(
                 threshold[y] = weight + shares[size[y]]
 
 
-def join_small(a: Any, b: Any, least: int, parent: Any, rank: Any, size: Any) -> None:
-    """The second pass, in place; see `join_by_weight`."""
+def merge_small(a: Any, b: Any, least: int, parent: Any, rank: Any, size: Any) -> None:
+    """Merge small components, the second pass, in place; see `merge_by_weight`."""
     for edge in range(len(a)):
         x = a[edge]
         while parent[x] != x:
@@ -243,17 +244,17 @@ def join_small(a: Any, b: Any, least: int, parent: Any, rank: Any, size: Any) ->
 
 
 @cache
-def _machine_code() -> tuple[Callable[..., None], ...]:
-    """Both passes compiled, kept for the next start where there is a folder to keep them in."""
+def _compiled() -> tuple[Callable[..., None], ...]:
+    """Compile both passes; the code is cached on disk where there is a folder for it."""
     numba = require("numba", "fast")
     try:
-        return tuple(numba.njit(cache=True)(each) for each in (join_by_weight, join_small))
+        return tuple(numba.njit(cache=True)(each) for each in (merge_by_weight, merge_small))
     except RuntimeError:
-        return tuple(numba.njit(each) for each in (join_by_weight, join_small))
+        return tuple(numba.njit(each) for each in (merge_by_weight, merge_small))
 
 
-def _as_it_is() -> tuple[Callable[..., None], ...]:
-    return join_by_weight, join_small
+def _interpreted() -> tuple[Callable[..., None], ...]:
+    return merge_by_weight, merge_small
 
 
 def _int_array(values: np.ndarray) -> np.ndarray:
@@ -268,8 +269,8 @@ def _float_array(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, np.float32)
 
 
-def _packed(values: np.ndarray) -> array[float]:
-    """As fast as a list, and what is put in is rounded to float32."""
+def _float_packed(values: np.ndarray) -> array[float]:
+    """An array as fast as a list that rounds values to float32."""
     return array("f", values.astype(np.float32).tobytes())
 
 
@@ -281,7 +282,7 @@ def _roots(parent: Any) -> np.ndarray:
 
 
 def _neighbors(points: np.ndarray, count: int, reach: float) -> tuple[np.ndarray, np.ndarray]:
-    """Distance and row of the `count` nearest other points within `reach`, nearest first; row N where there is none."""
+    """Find the `count` nearest other points within `reach`: distances and rows, nearest first; row N for none."""
     tree = require("scipy.spatial", "training").cKDTree(points)
     distance, near = tree.query(points, k=count + 1, distance_upper_bound=reach)
     own = near == np.arange(len(points))[:, None]
@@ -310,7 +311,7 @@ def _floats(what: str, values: np.ndarray) -> np.ndarray:
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Term by term: a library's product may add in another order or keep more digits."""
+    """Inner products of rows, term by term: a library may add in another order or keep more digits."""
     product: np.ndarray = a[:, 0] * b[:, 0] + a[:, 1] * b[:, 1] + a[:, 2] * b[:, 2]
     return product
 
@@ -322,6 +323,6 @@ def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _unit(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors [N, 3] divided by their lengths [N]; those of length 0 stay."""
+    """Normalize vectors [N, 3]; those of length 0 stay. Returns their lengths [N], too."""
     length = np.sqrt(_dot(vectors, vectors))
     return vectors / np.where(length > 0, length, np.float32(1))[:, None], length

@@ -10,7 +10,7 @@ from pycocotools import mask as masks
 from pycocotools.coco import COCO
 
 from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.labelled.export import coco_json, write_coco
 from geo_pretrain.training.data.labelled.registry import open_labelled, subset
 from tests.labelled_layouts import random_image, random_objects, run_lengths, write_coco_files, write_scannet_frame
@@ -113,7 +113,7 @@ def test_a_bad_image_stops_or_is_counted(scannet):
     (root / "scene0000_00" / "instance" / "000100.png").unlink()
     with pytest.raises(BadFrame, match="annotation is missing"):
         coco_json(source)
-    skips = Skips()
+    skips = SkippedFrames()
     tree = coco_json(source, skips=skips)
     assert [image["id"] for image in tree["images"]] == [1, 3, 4]  # ids of the others do not move
     assert {a["image_id"] for a in tree["annotations"]} <= {1, 3, 4}

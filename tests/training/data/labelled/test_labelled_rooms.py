@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from geo_pretrain.errors import RecipeError, UnknownName
-from geo_pretrain.rooms import CLASSES
+from geo_pretrain.rooms import CLASSES, RoomsConfig
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.labelled.rooms import LabelledRooms
-from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.demo import labelled_frames
 from tests.training.data.labelled.twins import assert_objects, objects
 

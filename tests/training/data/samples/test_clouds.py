@@ -12,27 +12,27 @@ from PIL import Image
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError, RecipeError
-from geo_pretrain.training.data.frame import Skips, Surface
-from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
+from geo_pretrain.training.data.frame import Pair, SkippedFrames, Surface, resize_frame
+from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.samples.augment import random_rotation
 from geo_pretrain.training.data.samples.clouds import (
     ChunkPairSamples,
     CloudPairSamples,
-    CloudSpec,
+    PairCloudConfig,
     collate_chunks,
     collate_clouds,
-    random_rotation,
-    turned_voxels,
+    rotated_voxels,
 )
-from geo_pretrain.training.data.samples.sampler import PairSamples
+from geo_pretrain.training.data.samples.pairs import PairSamples
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
-from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
+from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
 from geo_pretrain.training.data.surfaces.fusing import frame_cloud, scene_surface
 from geo_pretrain.training.recipe import DataSpec
 from tests.training.conftest import write_recording
 from tests.work import LargestTensor, python_lines
 
 SPEC = DataSpec(source="seven_scenes", size=(60, 80), overlap=(0.2, 1.0))
-COARSE = CloudSpec(voxel_size=0.06)
+COARSE = PairCloudConfig(voxel_size=0.06)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def source(recording):
 
 @pytest.fixture
 def pairs(source):
-    return find_pairs(source, SPEC, skips=Skips())
+    return find_pairs(source, SPEC, skips=SkippedFrames())
 
 
 @pytest.fixture
@@ -150,16 +150,16 @@ def test_upright_turns_come_in_all_orders():
 def test_ones_are_jittered_as_often_and_as_much_as_they_should():
     cloud = Surface(np.random.default_rng(0).random((500, 3), np.float32), np.full((500, 3), 51, np.uint8))
     generator = torch.Generator().manual_seed(0)
-    drawn = [turned_voxels(cloud, CloudSpec(), 1.0, generator)["feats"] for _ in range(400)]
+    drawn = [rotated_voxels(cloud, PairCloudConfig(), 1.0, generator)["feats"] for _ in range(400)]
     noisy = torch.cat([feats for feats in drawn if not (feats == 1).all()])
     assert sum((feats == 1).all() for feats in drawn) / 400 == pytest.approx(0.05, abs=0.03)
     assert noisy.mean().item() == pytest.approx(1, abs=1e-3)
     assert noisy.std().item() == pytest.approx(0.01, rel=0.02)
-    rgb = CloudSpec(features="rgb", rotation="upright", jitter_prob=1.0)
-    feats = turned_voxels(cloud, rgb, 1.0, generator)["feats"]
+    rgb = PairCloudConfig(features="rgb", rotation="upright", jitter_prob=1.0)
+    feats = rotated_voxels(cloud, rgb, 1.0, generator)["feats"]
     assert feats.mean().item() == pytest.approx(51 / 255 - 0.5, abs=1e-4)
     assert feats.std().item() == pytest.approx(0.01 / 255, rel=0.1)
-    plain = turned_voxels(cloud, dataclasses.replace(rgb, jitter_prob=0.0, rotation="none"), 1.0, generator)
+    plain = rotated_voxels(cloud, dataclasses.replace(rgb, jitter_prob=0.0, rotation="none"), 1.0, generator)
     assert (plain["feats"] == 51 / 255 - 0.5).all()
     assert torch.equal(plain["to_world"], torch.eye(4).double())
 
@@ -167,8 +167,8 @@ def test_ones_are_jittered_as_often_and_as_much_as_they_should():
 def test_color_of_a_voxel_is_that_of_its_point():
     points = np.array([[0.01, 0, 0], [0.012, 0, 0], [0.5, 0.5, 0.5]], np.float32)
     cloud = Surface(points, np.array([[0, 255, 51], [9, 9, 9], [102, 0, 255]], np.uint8))
-    spec = CloudSpec(features="rgb", rotation="none", jitter_prob=0)
-    voxels = turned_voxels(cloud, spec, 1.0, torch.Generator())
+    spec = PairCloudConfig(features="rgb", rotation="none", jitter_prob=0)
+    voxels = rotated_voxels(cloud, spec, 1.0, torch.Generator())
     torch.testing.assert_close(voxels["feats"] + 0.5, torch.tensor([[0, 1, 0.2], [0.4, 0, 1]]))
     assert torch.equal(voxels["points"], torch.from_numpy(points[[0, 2]]))
     assert voxels["coords"].tolist() == [[0, 0, 0], [20, 20, 20]]
@@ -177,7 +177,7 @@ def test_color_of_a_voxel_is_that_of_its_point():
 def apart(source):
     """A pair of frames that share nothing."""
     spec = dataclasses.replace(SPEC, overlap=(0.0, 1.0))
-    return min(find_pairs(source, spec, skips=Skips()), key=lambda pair: pair.overlap)
+    return min(find_pairs(source, spec, skips=SkippedFrames()), key=lambda pair: pair.overlap)
 
 
 def test_pair_without_a_match_contributes_none_or_the_authors_dummy(source):
@@ -216,7 +216,7 @@ def test_batch_of_clouds_says_which_rows_belong_together(samples):
 def test_broken_frame_is_replaced_and_reported(tmp_path):
     folder = write_recording(tmp_path / "kitchen")
     source = SevenScenes(folder)
-    pairs = find_pairs(source, SPEC, skips=Skips())
+    pairs = find_pairs(source, SPEC, skips=SkippedFrames())
     samples = CloudPairSamples(source, pairs, SPEC, COARSE, seed=0)
     untouched = samples[(0, 1)]
     path = folder / f"frame-{pairs[0].frame1}.depth.png"
@@ -242,8 +242,8 @@ def test_broken_frame_is_replaced_and_reported(tmp_path):
 )
 def test_settings_out_of_range_are_explained(options, message):
     with pytest.raises(RecipeError, match=message):
-        CloudSpec(**options)
-    assert CloudSpec().match_radius == pytest.approx(0.0375)
+        PairCloudConfig(**options)
+    assert PairCloudConfig().match_radius == pytest.approx(0.0375)
 
 
 def chunk_samples(source, pairs, tmp_path, **options):
@@ -259,7 +259,7 @@ def test_chunk_is_the_surface_in_the_box_of_the_frame(source, pairs, tmp_path):
     surface = scene_surface(source, pair.scene, cache_dir=tmp_path)
     for k, name in ((1, pair.frame1), (2, pair.frame2)):
         low, high = chunk_box(resize_frame(source.load(pair.scene, name), SPEC.size))
-        chunk = crop(surface, low, high)
+        chunk = crop_surface(surface, low, high)
         cells = {}
         for point, color in zip(chunk.points, chunk.colors, strict=True):
             cells.setdefault(tuple(np.floor(point / np.float32(0.05)).astype(int)), color)
@@ -288,7 +288,7 @@ def test_exact_voxels_of_a_chunk_are_truncated_towards_zero(source, pairs, tmp_p
     exact = chunk_samples(source, pairs, tmp_path, match_released_code=True)[(0, 0)]["coords1"]
     pair = pairs[0]
     box = chunk_box(resize_frame(source.load(pair.scene, pair.frame1), SPEC.size))
-    points = crop(scene_surface(source, pair.scene, cache_dir=tmp_path), *box).points
+    points = crop_surface(scene_surface(source, pair.scene, cache_dir=tmp_path), *box).points
     assert (points < 0).any()
     want = {tuple(row) for row in np.trunc(points / np.float32(0.05)).astype(int)}
     assert {tuple(row) for row in exact.tolist()} == want
@@ -315,7 +315,7 @@ def test_work_for_a_pair_of_working_size_is_vectorized():
             intrinsics = np.array([[290.0, 0, 159.5], [0, 290, 119.5], [0, 0, 1]])
             return Frame(scene, frame_id, np.zeros((240, 320, 3), np.uint8), depth, intrinsics, np.eye(4))
 
-    samples = CloudPairSamples(Wall(), [Pair("s", "0", "1", 1.0)], DataSpec(), CloudSpec(), 0)
+    samples = CloudPairSamples(Wall(), [Pair("s", "0", "1", 1.0)], DataSpec(), PairCloudConfig(), 0)
     samples[(0, 0)]
     with LargestTensor() as largest:
         found, lines = python_lines(lambda: samples[(1, 0)])

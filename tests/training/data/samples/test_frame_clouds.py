@@ -10,18 +10,18 @@ from scipy.ndimage import convolve
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.data.mining import Pair, find_pairs
-from geo_pretrain.training.data.samples.elastic import elastic_distortion, elastic_grid
+from geo_pretrain.training.data.frame import Frame, Pair
+from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.samples.augment import elastic_distortion, elastic_grid
 from geo_pretrain.training.data.samples.frame_clouds import (
+    FrameCloudConfig,
     FrameCloudSamples,
-    FrameCloudSpec,
     collate_frame_clouds,
-    fitted,
-    flipped,
+    fit_frame,
+    flip_frame,
     frame_voxels,
 )
-from geo_pretrain.training.data.samples.sampler import load_pair
+from geo_pretrain.training.data.samples.pairs import read_pair
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import AugmentSpec, DataSpec
 from tests.training.conftest import write_recording
@@ -36,7 +36,7 @@ def samples(recording):
     frames = find_pairs(source, spec, skips=None)
 
     def make(seed=0, contract=ImageContract(), **cloud):
-        return FrameCloudSamples(source, frames, spec, FrameCloudSpec(**{"voxel_size": 0.1, **cloud}), contract, seed)
+        return FrameCloudSamples(source, frames, spec, FrameCloudConfig(**{"voxel_size": 0.1, **cloud}), contract, seed)
 
     return make
 
@@ -99,7 +99,7 @@ SETTINGS = [
 def test_every_voxel_is_that_of_its_pixel(samples, settings, number):
     dataset = samples(**settings)
     sample = dataset[(3, number)]
-    (frame, _), _, _ = load_pair(dataset.source, dataset.pairs, (48, 64), 0, (3, number))
+    frame = read_pair(dataset.source, dataset.pairs, (48, 64), 0, (3, number)).frames[0]
     world = slow_points(sample) @ frame.cam_to_world[:3, :3].T + frame.cam_to_world[:3, 3]
     to_turned = np.linalg.inv(sample["to_world"].numpy())
     turned = world @ to_turned[:3, :3].T + to_turned[:3, 3]
@@ -143,36 +143,36 @@ def point_at(frame, row, column):
 
 def test_surfaces_stay_where_they_are_when_an_image_is_moved():
     frame, fill = frame_of(20, 40), np.zeros(3, dtype=np.uint8)
-    mirrored = flipped(frame)
-    small = fitted(frame, 0.5, (0.999, 0.5), fill)  # placed 10 rows down and 10 columns right
+    mirrored = flip_frame(frame)
+    small = fit_frame(frame, 0.5, (0.999, 0.5), fill)  # placed 10 rows down and 10 columns right
     for row, column in ((0, 0), (3, 7), (19, 39)):
         np.testing.assert_allclose(point_at(mirrored, row, 39 - column), point_at(frame, row, column))
     for row, column in ((1, 1), (3, 7), (19, 39)):
         np.testing.assert_allclose(point_at(small, row // 2 + 10, column // 2 + 10), point_at(frame, row, column))
-    big = fitted(frame, 3.0, (0.5, 0.999), fill)  # 20 of 40 rows and all 80 columns cut off in front
+    big = fit_frame(frame, 3.0, (0.5, 0.999), fill)  # 20 of 40 rows and all 80 columns cut off in front
     np.testing.assert_allclose(point_at(big, 2, 2), point_at(frame, 7, 27))
 
 
 def test_mirroring_twice_gives_the_frame_back():
     frame = frame_of(6, 8)
-    twice = flipped(flipped(frame))
+    twice = flip_frame(flip_frame(frame))
     assert np.array_equal(twice.color, frame.color)
     assert np.array_equal(twice.depth, frame.depth)
     np.testing.assert_allclose(twice.intrinsics, frame.intrinsics)
-    assert np.array_equal(flipped(frame).color[2, 1], frame.color[2, 6])
+    assert np.array_equal(flip_frame(frame).color[2, 1], frame.color[2, 6])
 
 
 def test_a_resized_frame_is_placed_anywhere_it_fits():
     frame, fill = frame_of(20, 40), np.array([1, 2, 3], dtype=np.uint8)
     for offset, rows in ((0.0, (0, 10)), (0.999, (10, 20))):
-        small = fitted(frame, 0.5, (offset, 0.0), fill)
+        small = fit_frame(frame, 0.5, (offset, 0.0), fill)
         covered = np.zeros((20, 40), dtype=bool)
         covered[slice(*rows), :20] = True
         assert np.array_equal(small.depth > 0, covered)
         assert (small.color[~covered] == fill).all()
         assert np.array_equal(small.depth[slice(*rows), :20], frame.depth[1::2, 1::2])
     for offset, start in ((0.0, 0), (0.999, 20)):
-        large = fitted(frame, 2.0, (offset, 0.0), fill)
+        large = fit_frame(frame, 2.0, (offset, 0.0), fill)
         assert np.array_equal(large.depth, np.repeat(np.repeat(frame.depth, 2, 0), 2, 1)[start : start + 20, :40])
 
 
@@ -229,7 +229,7 @@ def test_the_number_of_a_sample_is_that_of_the_frame_in_it(tmp_path):
     source = open_source(spec)
     frames = find_pairs(source, spec, skips=None)
     (folder / "frame-000010.depth.png").write_bytes(b"broken")
-    dataset = FrameCloudSamples(source, frames, spec, FrameCloudSpec(voxel_size=0.1), ImageContract(), 0)
+    dataset = FrameCloudSamples(source, frames, spec, FrameCloudConfig(voxel_size=0.1), ImageContract(), 0)
     replaced = set()
     for epoch in range(6):
         sample = dataset[(epoch, 1)]
@@ -248,7 +248,7 @@ def test_a_frame_that_would_lose_all_its_depth_stays_as_it_is(samples):
     depth = np.zeros_like(frame.depth)
     depth[6, 14] = 1.5
     frame = Frame("s", "f", frame.color, depth, frame.intrinsics, frame.cam_to_world)
-    moved = [dataset._moved(frame, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    moved = [dataset._flip_resize(frame, torch.Generator().manual_seed(seed)) for seed in range(40)]
     assert all(found.depth.any() for found in moved)
     kept = [found for found in moved if found is frame]
     assert 0 < len(kept) < 40
@@ -266,7 +266,7 @@ def test_of_a_pair_the_first_frame_is_taken(samples):
 def fine_cloud(**settings):
     """The cloud of a small frame whose points all have voxels of their own, by pixel; and the points as they were."""
     frame = frame_of(6, 8)
-    spec = FrameCloudSpec(pixels="all", voxel_size=0.001, **settings)
+    spec = FrameCloudConfig(pixels="all", voxel_size=0.001, **settings)
     found = frame_voxels(frame, spec, torch.Generator().manual_seed(3))
     assert len(found["coords"]) == len(found["pixel"])
     return found["points"][found["voxel"]], np.array([point_at(frame, p // 8, p % 8) for p in found["pixel"].tolist()])
@@ -294,13 +294,13 @@ def test_one_point_is_left_however_few_are_kept():
     depth = np.zeros_like(frame.depth)
     depth[2, 3] = 1.5
     frame = Frame("s", "f", frame.color, depth, frame.intrinsics, frame.cam_to_world)
-    found = frame_voxels(frame, FrameCloudSpec(keep=(0.1, 0.1)), torch.Generator().manual_seed(0))
+    found = frame_voxels(frame, FrameCloudConfig(keep=(0.1, 0.1)), torch.Generator().manual_seed(0))
     assert found["pixel"].tolist() == [2 * 8 + 3]
 
 
 def test_a_cloud_without_a_turn_stays_in_the_world():
     frame = frame_of(6, 8)
-    found = frame_voxels(frame, FrameCloudSpec(rotation="none"), torch.Generator().manual_seed(0))
+    found = frame_voxels(frame, FrameCloudConfig(rotation="none"), torch.Generator().manual_seed(0))
     assert torch.equal(found["to_world"], torch.eye(4, dtype=torch.float64))
 
 
@@ -316,4 +316,4 @@ def test_a_cloud_without_a_turn_stays_in_the_world():
 )
 def test_impossible_settings_are_told(settings, part):
     with pytest.raises(RecipeError, match=part):
-        FrameCloudSpec(**settings)
+        FrameCloudConfig(**settings)

@@ -9,9 +9,11 @@ from PIL import Image, ImageFilter
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError
-from geo_pretrain.training.data.frame import Skips
+from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
-from geo_pretrain.training.data.samples.sampler import PairSamples, augment, collate, sample_seed, total_steps
+from geo_pretrain.training.data.samples.augment import augment_colors
+from geo_pretrain.training.data.samples.pairs import PairSamples
+from geo_pretrain.training.data.samples.sampler import collate, sample_seed, total_steps
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.recipe import AugmentSpec, DataSpec
 from tests.training.conftest import write_recording
@@ -23,7 +25,7 @@ NO_AUGMENT = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=0)
 def samples(recording):
     spec = DataSpec(source="seven_scenes", size=(60, 80), overlap=(0.2, 1.0))
     source = SevenScenes(recording)
-    return PairSamples(source, find_pairs(source, spec, skips=Skips()), spec, ImageContract(), seed=0)
+    return PairSamples(source, find_pairs(source, spec, skips=SkippedFrames()), spec, ImageContract(), seed=0)
 
 
 def equal(a, b):
@@ -77,7 +79,7 @@ def test_all_data_gone_is_an_error(tmp_path):
     folder = write_recording(tmp_path / "kitchen")
     spec = DataSpec(source="seven_scenes", size=(60, 80), overlap=(0.2, 1.0))
     source = SevenScenes(folder)
-    samples = PairSamples(source, find_pairs(source, spec, skips=Skips()), spec, ImageContract(), seed=0)
+    samples = PairSamples(source, find_pairs(source, spec, skips=SkippedFrames()), spec, ImageContract(), seed=0)
     for path in folder.glob("*.png"):
         path.unlink()
     with pytest.raises(DataError, match="16 pairs in a row"):
@@ -87,7 +89,7 @@ def test_all_data_gone_is_an_error(tmp_path):
 def test_frame_that_loses_its_last_depth_at_the_working_size_is_replaced(tmp_path):
     folder = write_recording(tmp_path / "kitchen")
     spec = DataSpec(source="seven_scenes", size=(60, 80), overlap=(0.2, 1.0))
-    pairs = find_pairs(SevenScenes(folder), spec, skips=Skips())
+    pairs = find_pairs(SevenScenes(folder), spec, skips=SkippedFrames())
     path = folder / f"frame-{pairs[0].frame1}.depth.png"
     depth = np.zeros((120, 160), np.uint16)
     depth[0, 0] = 1000  # the working size keeps odd rows and columns
@@ -103,7 +105,7 @@ PICTURE = (np.random.default_rng(0).random((24, 32, 3)) * 255).astype(np.uint8)
 def rates(spec, test, count=400):
     hits = 0
     for k in range(count):
-        hits += bool(test(augment(PICTURE, spec, torch.Generator().manual_seed(sample_seed(0, 0, k)))))
+        hits += bool(test(augment_colors(PICTURE, spec, torch.Generator().manual_seed(sample_seed(0, 0, k)))))
     return hits / count
 
 
@@ -127,13 +129,13 @@ def test_augmentations_come_as_often_as_they_should():
 def test_blur_is_pillows_gaussian():
     spec = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=1, blur_radius=(1.5, 1.5))
     want = np.array(Image.fromarray(PICTURE).filter(ImageFilter.GaussianBlur(1.5)))
-    got = augment(PICTURE, spec, torch.Generator().manual_seed(0))
+    got = augment_colors(PICTURE, spec, torch.Generator().manual_seed(0))
     np.testing.assert_array_equal((got * 255).round().byte().permute(1, 2, 0).numpy(), want)
 
 
 def test_images_stay_in_range():
     for k in range(30):
-        image = augment(PICTURE, AugmentSpec(), torch.Generator().manual_seed(k))
+        image = augment_colors(PICTURE, AugmentSpec(), torch.Generator().manual_seed(k))
         assert image.shape == (3, 24, 32)
         assert 0 <= image.min() <= image.max() <= 1
 

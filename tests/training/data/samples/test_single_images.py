@@ -15,16 +15,10 @@ from torchvision.transforms.v2 import functional as tvf
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.geometry import nearest_indices
-from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.data.mining import Pair
+from geo_pretrain.training.data.frame import Frame, Pair
+from geo_pretrain.training.data.samples.augment import augment_colors, crop_resize, random_box
 from geo_pretrain.training.data.samples.sampler import sample_seed
-from geo_pretrain.training.data.samples.single_images import (
-    CropSamples,
-    TwiceSamples,
-    augment_colors,
-    list_images,
-    random_resized_crop,
-)
+from geo_pretrain.training.data.samples.single_images import CropSamples, TwoColorViews, list_images
 from geo_pretrain.training.recipe import AugmentSpec, DataSpec
 
 PLAIN = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=0)
@@ -79,13 +73,14 @@ def crops(spec=DataSpec(size=(32, 48), augment=PLAIN), source=None, pairs=PAIRS,
 @pytest.mark.parametrize("size", [(40, 50), (20, 300), (300, 20), (97, 41)])
 def test_crop_is_torchvisions_draw_for_draw(size):
     """Long images also reach the box in the middle that is taken when ten boxes do not fit."""
-    image = Image.fromarray(noise(1, *size))
+    image = noise(1, *size)
     theirs = RandomResizedCrop((32, 48), scale=(0.2, 1.0))
     for seed in range(40):
         torch.manual_seed(seed)
-        want = theirs(image)
+        want = theirs(Image.fromarray(image))
         torch.manual_seed(999)
-        got = random_resized_crop(image, (32, 48), (0.2, 1.0), torch.Generator().manual_seed(seed))
+        box = random_box(size, (0.2, 1.0), (3 / 4, 4 / 3), torch.Generator().manual_seed(seed))
+        got = crop_resize(image, box, (32, 48))
         assert np.array_equal(np.asarray(got), np.asarray(want)), seed
 
 
@@ -191,7 +186,7 @@ def test_what_replaces_a_broken_file_is_drawn_from_its_own_list(tmp_path):
     assert found == {1, 2, 3}
     data = crops(source=Frames(broken="0"), images=images, mix="combine")  # of frames 0, 0, 1, 2
     assert {brightness(data[(epoch, 0)]["image1"][0]) for epoch in range(12)} == {-1}
-    data = TwiceSamples(Frames(broken="0"), PAIRS, DataSpec(size=(32, 48)), CONTRACT, 5, blur_taps=None)
+    data = TwoColorViews(Frames(broken="0"), PAIRS, DataSpec(size=(32, 48)), CONTRACT, 5, blur_taps=None)
     assert {float(data[(epoch, 0)]["depth"][0, 0]) for epoch in range(12)} == {2.0, 3.0}
 
 
@@ -268,18 +263,18 @@ def test_blur_is_cut_where_the_image_is_too_small_to_mirror():
 
 def test_one_frame_twice_is_pixel_upon_pixel():
     spec = DataSpec(size=(20, 25), augment=PLAIN)
-    sample = TwiceSamples(Frames(), PAIRS, spec, CONTRACT, 5, blur_taps=25)[(0, 3)]
+    sample = TwoColorViews(Frames(), PAIRS, spec, CONTRACT, 5, blur_taps=25)[(0, 3)]
     assert torch.equal(sample["image1"], sample["image2"])
     rows, columns = nearest_indices(40, 20), nearest_indices(50, 25)
     assert np.array_equal(back(sample["image1"]), noise(2)[np.ix_(rows, columns)])
     assert sample["depth"].shape == (20, 25)
     assert (sample["depth"] == 3).all()
     spec = DataSpec(size=(40, 50), augment=AugmentSpec(jitter_prob=1.0))
-    data = TwiceSamples(Frames(), PAIRS, spec, CONTRACT, 5, blur_taps=25)
+    data = TwoColorViews(Frames(), PAIRS, spec, CONTRACT, 5, blur_taps=25)
     one, again = data[(0, 3)], data[(0, 3)]
     assert not torch.equal(one["image1"], one["image2"])
     assert torch.equal(one["image2"], again["image2"])
     assert not torch.equal(one["image2"], data[(1, 3)]["image2"])
-    broken = TwiceSamples(Frames(broken="2"), PAIRS, spec, CONTRACT, 5, blur_taps=None)[(0, 3)]
+    broken = TwoColorViews(Frames(broken="2"), PAIRS, spec, CONTRACT, 5, blur_taps=None)[(0, 3)]
     assert broken["skipped"][0] == ("s/2", "gone")
     assert len(data) == 4

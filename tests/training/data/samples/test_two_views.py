@@ -14,16 +14,15 @@ from torchvision.transforms.v2 import functional as tvf
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.data.frame import Skips
-from geo_pretrain.training.data.mining import find_pairs, resize_frame
+from geo_pretrain.training.data.frame import SkippedFrames, resize_frame
+from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples import two_views
+from geo_pretrain.training.data.samples.augment import Crop, crop_resize
 from geo_pretrain.training.data.samples.two_views import (
-    Crop,
     TwoViewSamples,
-    ViewSpec,
+    ViewConfig,
     collate_views,
     common_pixels,
-    cut,
     index_map,
     random_crop,
 )
@@ -63,7 +62,7 @@ def test_view_is_torchvisions_resized_crop(crop):
         Image.fromarray(color), crop.top, crop.left, crop.height, crop.width, [30, 40], InterpolationMode.BILINEAR
     )
     want = tvf.horizontal_flip(want) if crop.flip else want
-    np.testing.assert_array_equal(cut(color, crop), np.array(want))
+    np.testing.assert_array_equal(crop_resize(color, crop, (30, 40)), np.array(want))
 
 
 def slow_common(source1, source2):
@@ -124,7 +123,7 @@ def test_crops_are_drawn_as_torchvision_draws_them():
     theirs = RandomResizedCrop(32, scale=(0.2, 1.0))
     image = torch.zeros(3, 60, 80)
     want = np.array([[p[k] for k in ("top", "left", "height", "width")] for p in _params(theirs, image, 4000)])
-    crops = [random_crop((60, 80), ViewSpec(), seeded(seed)) for seed in range(4000)]
+    crops = [random_crop((60, 80), ViewConfig(), seeded(seed)) for seed in range(4000)]
     got = np.array([[c.top, c.left, c.height, c.width] for c in crops])
     for moment in (np.mean, np.std):
         np.testing.assert_allclose(moment(got, axis=0), moment(want, axis=0), rtol=0.06)
@@ -143,7 +142,7 @@ def _params(transform, image, count):
     [((20, 200), (3 / 4, 4 / 3), (0, 86, 20, 27)), ((200, 20), (3 / 4, 4 / 3), (86, 0, 27, 20))],
 )
 def test_box_that_never_fits_becomes_the_largest_in_the_middle(size, ratio, want):
-    crop = random_crop(size, ViewSpec(scale=(1.0, 1.0), ratio=ratio), seeded(0))
+    crop = random_crop(size, ViewConfig(scale=(1.0, 1.0), ratio=ratio), seeded(0))
     assert (crop.top, crop.left, crop.height, crop.width) == want
 
 
@@ -152,8 +151,8 @@ def make(recording):
     def make(augment=PLAIN, matches=200, **views):
         spec = DataSpec(source="seven_scenes", size=(60, 80), units="frames", augment=augment)
         source = SevenScenes(recording)
-        pairs = find_pairs(source, spec, skips=Skips())
-        return TwoViewSamples(source, pairs, spec, ImageContract(), 0, views=ViewSpec(**views), matches=matches)
+        pairs = find_pairs(source, spec, skips=SkippedFrames())
+        return TwoViewSamples(source, pairs, spec, ImageContract(), 0, views=ViewConfig(**views), matches=matches)
 
     return make
 
@@ -206,7 +205,7 @@ def test_sample_is_a_function_of_its_key(make):
     assert not torch.equal(first["image1"], first["image2"])
     assert first["seed"] != other["seed"]
     reseeded = TwoViewSamples(
-        samples.source, samples.pairs, samples.spec, ImageContract(), 1, views=ViewSpec(), matches=200
+        samples.source, samples.pairs, samples.spec, ImageContract(), 1, views=ViewConfig(), matches=200
     )
     assert not torch.equal(first["image1"], reseeded[(0, 2)]["image1"])
 
@@ -248,17 +247,17 @@ def test_batch_numbers_its_matches_through(make):
 )
 def test_impossible_ranges_are_named(wrong):
     with pytest.raises(RecipeError, match=f"'{next(iter(wrong))}' is"):
-        ViewSpec(**wrong)
+        ViewConfig(**wrong)
 
 
 def test_area_and_aspect_stay_in_their_ranges():
     for seed in range(300):
-        crop = random_crop((240, 320), ViewSpec(), seeded(seed))
+        crop = random_crop((240, 320), ViewConfig(), seeded(seed))
         assert 0.19 < crop.height * crop.width / (240 * 320) <= 1
         assert math.log(3 / 4) - 0.03 < math.log(crop.width / crop.height) < math.log(4 / 3) + 0.03
 
 
 def test_ratio_is_width_over_height():
     for seed in range(50):
-        crop = random_crop((240, 320), ViewSpec(scale=(0.1, 0.2), ratio=(1.8, 2.2)), seeded(seed))
+        crop = random_crop((240, 320), ViewConfig(scale=(0.1, 0.2), ratio=(1.8, 2.2)), seeded(seed))
         assert 1.75 < crop.width / crop.height < 2.25

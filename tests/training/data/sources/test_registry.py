@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, UnknownName
-from geo_pretrain.training.data.mining import resize_frame
+from geo_pretrain.training.data.frame import resize_frame
 from geo_pretrain.training.data.sources.registry import list_sources, open_source
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, UnknownName
-from geo_pretrain.rooms import CLASSES
+from geo_pretrain.rooms import CLASSES, GENERATOR, RoomsConfig
 from geo_pretrain.rooms.path import CLEARANCE, clearance
 from geo_pretrain.rooms.surface import depth_inside, scene_points
 from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.data.sources.rooms import GENERATOR, Rooms, RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.visualize.preview import class_colors, contact_sheet, depth_colors
 
 TINY = RoomsConfig(scenes=2, frames=3, width=64, height=64)
@@ -76,7 +76,7 @@ def test_frames_are_what_frame_promises(rooms: Rooms) -> None:
 
 def test_golden_layout_and_depth(rooms: Rooms) -> None:
     assert GENERATOR == GOLDEN_VERSION, "new version: renew GOLDEN_LAYOUT and GOLDEN_DEPTH"
-    packed = [rooms.scene(scene) for scene in rooms.scenes()[:3]]
+    packed = [rooms.generator.scene(scene) for scene in rooms.scenes()[:3]]
     text = json.dumps([[np.round(s.center, 3).tolist(), s.semantic.tolist()] for s in packed]).replace("-0.0,", "0.0,")
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == GOLDEN_LAYOUT
     means = [float(rooms.load(scene, "0002").depth.mean()) for scene in rooms.scenes()[:3]]
@@ -86,7 +86,7 @@ def test_golden_layout_and_depth(rooms: Rooms) -> None:
 def test_camera_overlaps_varies_and_keeps_its_distance(rooms: Rooms) -> None:
     shares, pitches = [], []
     for scene in rooms.scenes():
-        packed = rooms.scene(scene)
+        packed = rooms.generator.scene(scene)
         shots = [rooms.load(scene, frame_id) for frame_id in rooms.frame_ids(scene)]
         eyes = np.array([shot.cam_to_world[:3, 3] for shot in shots])
         assert clearance(packed, eyes).min() > CLEARANCE * 0.85
@@ -119,7 +119,7 @@ def test_things_do_not_interpenetrate() -> None:
     source = Rooms(RoomsConfig(scenes=5, seed=7, difficulty="hard"))
     checked = 0
     for scene in source.scenes():
-        packed = source.scene(scene)
+        packed = source.generator.scene(scene)
         points = scene_points(packed, np.random.default_rng(0), 60.0)
         things = ~np.isin(points.semantic, [CLASSES.index(c) for c in ("wall", "floor", "ceiling", "rug")])
         where, owner = points.points[things].astype(np.float64), points.instance[things]
@@ -142,8 +142,8 @@ def test_every_thing_rests_on_something() -> None:
     """Nothing floats: just below or behind each thing there is the shell or another thing."""
     source = Rooms(RoomsConfig(scenes=4, seed=9))
     for scene in source.scenes():
-        packed = source.scene(scene)
-        for box in source.boxes(scene):
+        packed = source.generator.scene(scene)
+        for box in source.generator.boxes(scene):
             if CLASSES[box.semantic] == "curtain":
                 continue  # hangs from a rod that is not modeled, 4 cm off the wall
             corners = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)])
@@ -163,7 +163,7 @@ def test_every_thing_rests_on_something() -> None:
 
 def test_boxes_hold_their_pixels(rooms: Rooms) -> None:
     for scene in rooms.scenes()[:3]:
-        boxes = {box.instance: box for box in rooms.boxes(scene)}
+        boxes = {box.instance: box for box in rooms.generator.boxes(scene)}
         for frame_id in rooms.frame_ids(scene)[::2]:
             frame = rooms.load(scene, frame_id)
             assert frame.instance is not None
@@ -193,7 +193,7 @@ def test_classes_are_many_and_not_told_by_color() -> None:
     for split in (0, 1):
         source = Rooms(RoomsConfig(scenes=12, frames=3, width=64, height=64, split=("train", "val")[split]))
         for scene in source.scenes():
-            arrays = source.render_scene(scene)
+            arrays = source.generator.render(scene)
             color, label = arrays["color"].reshape(-1, 3)[::5] / 255.0, arrays["semantic"].reshape(-1)[::5]
             seen |= set(np.unique(label).tolist())
             samples[split].append((color, label))
@@ -281,7 +281,8 @@ def test_two_processes_share_a_cache(tmp_path: Path) -> None:
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig\n"
+        "from geo_pretrain.rooms import RoomsConfig\n"
+        "from geo_pretrain.training.data.sources.rooms import Rooms\n"
         "Rooms(RoomsConfig(scenes=2, frames=3, width=64, height=64), cache_dir=Path(sys.argv[1])).prepare()\n"
     )
     both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "shared")]) for _ in range(2)]

@@ -9,19 +9,20 @@ from scipy.spatial import cKDTree
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.training.data.frame import NoSurface, Skips
+from geo_pretrain.rooms import RoomsConfig
+from geo_pretrain.training.data.frame import NoSurface, SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.clouds import (
     ChunkPairSamples,
     CloudPairSamples,
-    CloudSpec,
+    PairCloudConfig,
     collate_chunks,
     collate_clouds,
 )
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
-from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
+from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
 from geo_pretrain.training.data.surfaces.fusing import scene_surface
 from geo_pretrain.training.recipe import DataSpec
 from tests.scannet_layout import cut, write_scannet
@@ -67,7 +68,7 @@ def test_surface_is_the_mesh_and_lies_on_the_room(rooms, scans):
     root, names = scans
     for scan, room in names.items():
         surface = scene_surface(ScanNet(root), scan)
-        mesh = rooms.mesh(room, 0.1)
+        mesh = rooms.generator.mesh(room, 0.1)
         assert (surface.points == mesh.vertices).all()
         assert (surface.colors == mesh.colors).all()
         assert surface.points.dtype == np.float32
@@ -75,7 +76,7 @@ def test_surface_is_the_mesh_and_lies_on_the_room(rooms, scans):
     # Chunks of the last one: the mesh and the room's own dense points cover one another.
     frame = ScanNet(root).load(scan, "50")
     box = chunk_box(frame)
-    mesh_chunk, dense_chunk = crop(surface, *box), crop(rooms.points(room), *box)
+    mesh_chunk, dense_chunk = crop_surface(surface, *box), crop_surface(rooms.generator.points(room), *box)
     near, _ = cKDTree(mesh_chunk.points).query(dense_chunk.points)
     assert len(mesh_chunk) > 1000
     assert np.quantile(near, 0.99) < 0.1
@@ -91,7 +92,7 @@ def test_without_a_mesh_the_frames_are_fused(tmp_path, rooms):
     with pytest.raises(NoSurface, match=r"No mesh .*scene0000_00_vh_clean_2\.ply"):
         source.surface("scene0000_00")
     fused = scene_surface(source, "scene0000_00", cache_dir=tmp_path)
-    near, _ = cKDTree(rooms.points(rooms.scenes()[0], 1000.0).points).query(fused.points)
+    near, _ = cKDTree(rooms.generator.points(rooms.scenes()[0], 1000.0).points).query(fused.points)
     assert len(fused) > 10_000
     assert np.quantile(near, 0.99) < 0.06
 
@@ -156,11 +157,11 @@ def test_pairs_and_samples_come_out_of_the_layout(rooms, scans, measure):
     root, _ = scans
     spec = DataSpec(source="scannet", path=str(root), size=(56, 88), overlap=(0.2, 1.0), measure=measure)
     source = open_source(spec)
-    skips = Skips()
+    skips = SkippedFrames()
     pairs = find_pairs(source, spec, skips=skips)
     assert list(skips.counts()) == ["pose is not finite (tracking was lost)"]
     assert {pair.scene for pair in pairs} == {"scene0000_00", "scene0001_00"}
-    clouds = collate_clouds([CloudPairSamples(source, pairs, spec, CloudSpec(), 0)[(0, k)] for k in range(2)])
+    clouds = collate_clouds([CloudPairSamples(source, pairs, spec, PairCloudConfig(), 0)[(0, k)] for k in range(2)])
     assert min(clouds["matches_per_pair"]) > 100
     chunks = collate_chunks([ChunkPairSamples(source, pairs, spec, ImageContract(), 0)[(0, k)] for k in range(2)])
     assert chunks["coords1"].shape[1] == 4

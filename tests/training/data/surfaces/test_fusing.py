@@ -9,13 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from geo_pretrain.errors import DataError
+from geo_pretrain.rooms import RoomsConfig
 from geo_pretrain.training.data.frame import Frame, Surface
 from geo_pretrain.training.data.sources import rooms as room_source
 from geo_pretrain.training.data.sources.registry import FrameRange
-from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces import fusing as module
-from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop
+from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, cached_surface, frame_cloud, fuse, scene_surface
 from tests.training.conftest import write_recording
 
@@ -197,7 +198,7 @@ def test_rooms_are_dense_enough_for_two_centimetre_voxels(rooms):
     """Hardly a voxel on a surface is empty (2.4 points fall into one on average)."""
     name = rooms.scenes()[0]
     surface = scene_surface(FrameRange(rooms, 0.0, 0.5), name)
-    labelled = rooms.points(name, 400.0)
+    labelled = rooms.generator.points(name, 400.0)
     cells = {tuple(cell) for cell in np.floor(surface.points / 0.02).astype(int)}
     probes = labelled.points[::7]
     filled = np.mean([tuple(cell) in cells for cell in np.floor(probes / 0.02).astype(int)])
@@ -215,7 +216,7 @@ def test_surface_of_a_room_is_made_once_and_always_the_same(tmp_path, monkeypatc
     assert path.stat().st_mtime_ns == before
     path.unlink()
     assert (rooms.surface(name).points == surface.points).all()
-    assert (surface.colors == rooms.points(name, 300.0).colors).all()
+    assert (surface.colors == rooms.generator.points(name, 300.0).colors).all()
 
 
 def test_box_of_a_chunk_is_whole_metres_around_the_pixels_and_the_camera_behind_holes(recording):
@@ -250,6 +251,6 @@ def test_frustum_box_touches_the_camera_and_holds_every_pixel():
 def test_crop_keeps_what_lies_strictly_inside():
     points = np.array([[0, 0, 0], [0.5, 0.5, 0.5], [1, 0.5, 0.5], [0.5, 0.5, 0], [0.999, 0.001, 0.5]], np.float32)
     surface = Surface(points, np.arange(15, dtype=np.uint8).reshape(5, 3))
-    inside = crop(surface, np.zeros(3), np.ones(3))
+    inside = crop_surface(surface, np.zeros(3), np.ones(3))
     assert inside.colors[:, 0].tolist() == [3, 12]
     assert (inside.points == points[[1, 4]]).all()

@@ -8,9 +8,9 @@ import pytest
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.training.data.surfaces import oversegmentation as module
 from geo_pretrain.training.data.surfaces.oversegmentation import (
-    cut,
     edge_weights,
     plane_normals,
+    segment_graph,
     segment_mesh,
     segment_points,
     vertex_normals,
@@ -190,7 +190,7 @@ def test_ties_are_taken_in_the_order_given():
     a, b, weights = np.array([0, 1, 2]), np.array([1, 2, 3]), np.full(3, 0.5, F)
     for compiled in (False, True):
         for step, root in ((1, 1), (-1, 3)):
-            got = cut(4, a[::step], b[::step], weights, k_thresh=0.5, min_vertices=1, compiled=compiled)
+            got = segment_graph(4, a[::step], b[::step], weights, k_thresh=0.5, min_vertices=1, compiled=compiled)
             assert got.tolist() == [root] * 4
 
 
@@ -205,7 +205,7 @@ def test_threshold_is_kept_in_32_bits():
     want = 1 if float(threshold) > exact else 2
     edges = np.array([0, 1, 3]), np.array([1, 2, 2]), np.array([first, second, between])
     for compiled in (False, True):
-        got = cut(4, *edges, k_thresh=0.2, min_vertices=1, compiled=compiled)
+        got = segment_graph(4, *edges, k_thresh=0.2, min_vertices=1, compiled=compiled)
         assert len(np.unique(got)) == want
         np.testing.assert_array_equal(got, twin_cut(4, [(w, *e) for *e, w in zip(*edges, strict=True)], k, 1))
 
@@ -217,7 +217,7 @@ def test_random_graphs_compiled_or_not_are_the_twins():
         weights = (rng.integers(40, size=4 * count) / 50).astype(F)  # many ties
         want = twin_cut(count, list(zip(weights, a.tolist(), b.tolist(), strict=True)), k, least)
         for compiled in (False, True):
-            got = cut(count, a, b, weights, k_thresh=k, min_vertices=least, compiled=compiled)
+            got = segment_graph(count, a, b, weights, k_thresh=k, min_vertices=least, compiled=compiled)
             np.testing.assert_array_equal(got, want)
 
 

@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,25 +17,20 @@ from safetensors.numpy import load_file, save_file
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
-from geo_pretrain.training.data.frame import Frame, Skips
-from geo_pretrain.training.data.mining import Pair, find_pairs, resize_frame
-from geo_pretrain.training.data.samples.sampler import PairSamples, collate
+from geo_pretrain.rooms import RoomsConfig
+from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, resize_frame
+from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.samples.pairs import PairSamples, SetPairSamples, check_labels
+from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.sources.registry import FrameRange
-from geo_pretrain.training.data.sources.rooms import Rooms, RoomsConfig
+from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
+from geo_pretrain.training.data.surfaces import fusing
 from geo_pretrain.training.data.surfaces import sets as module
+from geo_pretrain.training.data.surfaces.fusing import fuse_points
 from geo_pretrain.training.data.surfaces.oversegmentation import plane_normals, segment_mesh, segment_points
-from geo_pretrain.training.data.surfaces.sets import (
-    SceneSets,
-    SetPairSamples,
-    Sets,
-    check_labels,
-    fuse_points,
-    label_sets,
-    pixel_sets,
-    scene_sets,
-)
+from geo_pretrain.training.data.surfaces.sets import SceneSets, Sets, label_sets, pixel_sets, scene_sets
 from geo_pretrain.training.recipe import DataSpec
 from tests.scannet_layout import STEP, write_scannet
 from tests.training.conftest import write_recording
@@ -162,10 +158,11 @@ def twin_fuse(frames, kind):
 @pytest.mark.parametrize("pending", [1, 2_000_000])
 @pytest.mark.parametrize("kind", [None, "instance"])
 def test_fused_points_are_the_weighted_means_of_every_voxel(rooms, monkeypatch, kind, pending):
-    monkeypatch.setattr(module, "_PENDING", pending)
+    monkeypatch.setattr(fusing, "_PENDING", pending)
     frames = [resize_frame(rooms.load(rooms.scenes()[0], f"000{k}"), (32, 48)) for k in (0, 1, 0)]
     frames[2] = replace(frames[0], depth=frames[0].depth * 0.2)  # some nearer than half a meter
-    got, want = fuse_points(frames, kind), twin_fuse(frames, kind)
+    labels = None if kind is None else partial(label_sets, kind=kind)
+    got, want = fuse_points(frames, labels), twin_fuse(frames, kind)
     assert (frames[2].depth < 0.5).any()
     assert len(got.points) < sum(frame.depth.size for frame in frames)
     np.testing.assert_allclose(got.points, want[:, :3], atol=1e-5)
@@ -182,7 +179,7 @@ def test_of_labels_with_equal_weights_a_fused_point_has_the_lower(labels):
     frame = Frame(
         "s", "0", np.zeros((1, 2, 3), np.uint8), np.ones((1, 2), np.float32), intrinsics, np.eye(4), None, instance
     )
-    assert fuse_points([frame], "instance").labels.tolist() == [2]
+    assert fuse_points([frame], lambda frame: frame.instance).labels.tolist() == [2]
 
 
 def test_large_frames_are_thinned_before_they_are_fused():
@@ -252,7 +249,7 @@ def test_segments_that_come_with_a_scan_are_used_as_they_are(scan, tmp_path):
 def test_other_segments_are_computed_from_the_mesh(scan, tmp_path, rooms, options):
     if options:
         write_segs(scan, [0])  # of other parameters: not read
-    mesh = rooms.mesh(rooms.scenes()[0], 0.1)
+    mesh = rooms.generator.mesh(rooms.scenes()[0], 0.1)
     sets = scene_sets(ScanNet(tmp_path), SCAN, cache_dir=tmp_path / "cache", **options)
     np.testing.assert_array_equal(sets.points, mesh.vertices)
     np.testing.assert_array_equal(sets.ids, segment_mesh(mesh.vertices, mesh.faces, **options))
@@ -434,8 +431,8 @@ def test_kept_pairs_and_sets_are_those_of_the_sources_options(written, tmp_path)
         shutil.copytree(written / SCAN / part, root / SCAN / part)
     sources = ScanNet(root), ScanNet(root, ScanNetConfig(constant_intrinsics=True))
     spec, cache = DataSpec(overlap=(0.0, 1.0)), tmp_path / "cache"
-    kept = [find_pairs(source, spec, skips=Skips(), cache_dir=cache) for source in sources]
-    anew = [find_pairs(source, spec, skips=Skips()) for source in sources]
+    kept = [find_pairs(source, spec, skips=SkippedFrames(), cache_dir=cache) for source in sources]
+    anew = [find_pairs(source, spec, skips=SkippedFrames()) for source in sources]
     assert kept == anew
     assert kept[0] != kept[1]
     for source in sources:
@@ -502,7 +499,7 @@ def spec():
 
 
 def test_samples_are_those_of_pairs_with_the_sets_of_every_pixel(rooms, spec, tmp_path):
-    pairs = find_pairs(rooms, spec, skips=Skips())
+    pairs = find_pairs(rooms, spec, skips=SkippedFrames())
     samples = SetPairSamples(rooms, pairs, spec, ImageContract(), 3, cache_dir=tmp_path)
     plain = PairSamples(rooms, pairs, spec, ImageContract(), 3)
     got, want = samples[(1, 0)], plain[(1, 0)]
@@ -520,7 +517,7 @@ def test_samples_are_those_of_pairs_with_the_sets_of_every_pixel(rooms, spec, tm
 
 
 def test_samples_take_the_options_of_sets(rooms, spec, tmp_path):
-    pairs = find_pairs(rooms, spec, skips=Skips())[:1]
+    pairs = find_pairs(rooms, spec, skips=SkippedFrames())[:1]
     semantic = SetPairSamples(rooms, pairs, spec, ImageContract(), 0, kind="semantic")[(0, 0)]
     frame = resize_frame(rooms.load(pairs[0].scene, pairs[0].frame2), spec.size)
     np.testing.assert_array_equal(semantic["sets2"], frame.semantic)
