@@ -1,0 +1,157 @@
+"""What CONTRIBUTING promises: a checkpoint, a data source and a pretext task are added by adding, tried in a copy.
+
+The copy is the repository as a contributor would have it; each test writes the new files and rows there and runs the
+package, or its tests, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("geo_pretrain", "tests", "model_cards", "docs", "README.md", "LICENSE", "hubconf.py", "pyproject.toml")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The repository in a folder of its own."""
+    root = tmp_path / "repository"
+    root.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, root / name)
+    return root
+
+
+def run(copy: Path, *arguments: str) -> str:
+    """Run Python in the copy, which is imported in place of this checkout; returns what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(copy), "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def insert(path: Path, before: str, text: str) -> None:
+    """Write `text` in front of the only line of a file that begins with `before`."""
+    content = path.read_text(encoding="utf-8")
+    assert content.count(f"\n{before}") == 1, (path, before)
+    path.write_text(content.replace(f"\n{before}", f"\n{text}{before}"), encoding="utf-8")
+
+
+def append_row(path: Path, table: str, row: str) -> None:
+    """Add a row at the end of the table that is called `table` and ends with a brace or bracket at column 0."""
+    content = path.read_text(encoding="utf-8")
+    start = content.index(f"\n{table}")
+    end = min(place for place in (content.find(f"\n{closing}", start) for closing in "})") if place > 0)
+    path.write_text(f"{content[:end]}\n{row}{content[end:]}", encoding="utf-8")
+
+
+# --- a checkpoint: one entry, one recipe
+
+NAME = "pri3d_view_r50.rooms"
+ENTRY = f"""ADDED = _entry("{NAME}", RESNET_UNET["r50"], ROOMS, "rooms", PRIORS["view"])
+"""
+
+
+def test_a_checkpoint_is_one_entry_and_one_recipe(copy: Path):
+    """All tests of catalog and cards pass, none of them edited; those left out run the code of cards of other names."""
+    path = copy / "geo_pretrain" / "catalog" / "pri3d.py"
+    insert(path, "ENTRIES: ", ENTRY)
+    content = path.read_text(encoding="utf-8")
+    path.write_text(content.replace("ENTRIES: tuple[Entry, ...] = (", "ENTRIES: tuple[Entry, ...] = (ADDED, "))
+    recipes = copy / "geo_pretrain" / "training" / "recipes"
+    like = (recipes / "pri3d_view_r18.rooms.yaml").read_text(encoding="utf-8")
+    recipe = like.replace("pri3d_view_r18.rooms", NAME).replace("resnet18", "resnet50")
+    (recipes / f"{NAME}.yaml").write_text(recipe, encoding="utf-8")
+    run(copy, "-m", "geo_pretrain.cards")  # what `make cards` does
+    assert NAME in (copy / "README.md").read_text(encoding="utf-8")
+    assert (copy / "model_cards" / f"{NAME}.md").exists()
+    tests = sorted(
+        str(path.relative_to(copy)) for path in (copy / "tests").rglob("test_ca*.py") if "cache" not in path.name
+    )
+    assert {"catalog", "cards"} <= {Path(test).stem.split("_")[1] for test in tests}
+    tests += ["tests/test_hubconf.py", "tests/training/test_recipe.py"]
+    printed = run(copy, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-k", "not the_code_of_a", *tests)
+    assert " passed" in printed
+    listed = run(copy, "-m", "geo_pretrain", "list", "pri3d_view_r50.rooms*")
+    assert NAME in listed
+
+
+# --- a data source: one file, one row
+
+SOURCE = '''"""A wall, seen from two sides of a room: a data source of one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from geo_pretrain.training.data.frame import Frame
+
+
+@dataclass(frozen=True)
+class WallConfig:
+    """Options of the source."""
+
+    frames: int = 3
+
+
+class Wall:
+    """A flat wall in front of a camera that moves sideways."""
+
+    name = "wall"
+
+    def __init__(self, root: Path, config: WallConfig) -> None:
+        self.root, self.config = root, config
+
+    def scenes(self) -> list[str]:
+        """One scene."""
+        return ["wall"]
+
+    def frame_ids(self, scene: str) -> list[str]:
+        """Frames in order."""
+        return [str(number) for number in range(self.config.frames)]
+
+    def load(self, scene: str, frame_id: str) -> Frame:
+        """Read one frame."""
+        rows, columns = np.mgrid[0:48, 0:64]
+        color = np.stack([rows * 5, columns * 3, rows + columns + int(frame_id)], axis=-1).astype(np.uint8)
+        depth = np.full((48, 64), 2.0, np.float32)
+        pose = np.eye(4)
+        pose[0, 3] = int(frame_id) / 16
+        intrinsics = np.array([[64.0, 0, 31.5], [0, 64.0, 23.5], [0, 0, 1]])
+        return Frame(scene, frame_id, color, depth, intrinsics, pose)
+
+    def fingerprint(self) -> str:
+        """The number of frames tells all."""
+        return f"{self.config.frames:064x}"
+'''
+
+
+def add_wall(copy: Path) -> None:
+    sources = copy / "geo_pretrain" / "training" / "data" / "sources"
+    (sources / "wall.py").write_text(SOURCE, encoding="utf-8")
+    registry = sources / "registry.py"
+    insert(registry, "Progress = ", "from geo_pretrain.training.data.sources.wall import Wall, WallConfig\n\n")
+    append_row(registry, "SOURCES", '    "wall": SourceRow(_folder(Wall, WallConfig), "wall", "MIT"),')
+
+
+def test_a_data_source_is_one_file_and_one_row(copy: Path, tmp_path: Path):
+    add_wall(copy)
+    picture = tmp_path / "wall.png"
+    run(copy, "-m", "geo_pretrain", "data", "preview", f"wall:{tmp_path}", "-o", str(picture))
+    with Image.open(picture) as image:
+        assert min(image.size) >= 48  # three frames of 64 x 48, each with its depth
