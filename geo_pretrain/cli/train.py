@@ -76,12 +76,12 @@ def train(
     Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain train ...`
     """
     from geo_pretrain.training.distributed import join
-    from geo_pretrain.training.pretrain import needs_stage1, run_recipe
-    from geo_pretrain.training.recipe import load_recipe, load_stage1, retag
+    from geo_pretrain.training.pretrain import load_checked_recipe, needs_stage1, run_recipe
+    from geo_pretrain.training.recipe import load_stage1, retag
 
     of_data = data_overrides(data, frames)
     length = [] if steps is None else [f"optim.steps={steps}", "optim.epochs=null"]
-    spec = load_recipe(recipe, [*of_data, *length, *set_], toy=toy)
+    spec = load_checked_recipe(recipe, [*of_data, *length, *set_], toy=toy)
     stage1 = load_stage1(spec, toy=toy) if spec.stage1 and needs_stage1(spec) else None
     if data is not None:
         tag = spec.data.source + ("_toy" if toy else "")

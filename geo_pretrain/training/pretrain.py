@@ -5,7 +5,7 @@ A run lives in `<out>.run/` (state, log) and ends by writing the checkpoint fold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from geo_pretrain.training.loop import (
     make_optimizer,
     micro_batch_loader,
 )
-from geo_pretrain.training.recipe import STAGE1, Recipe, changes
+from geo_pretrain.training.recipe import STAGE1, Recipe, changes, load_recipe
 from geo_pretrain.training.runs import RunFolder, check_out, run_lock
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
 from geo_pretrain.training.tasks import build_task, task_settings
@@ -81,8 +81,18 @@ def run_recipe(
         return _run(recipe, out, starts, world, overwrite, report, note)
 
 
+def load_checked_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
+    """`load_recipe`, which also checks the settings of the task, so that all mistakes are named at once."""
+    return load_recipe(name, overrides, toy=toy, also=[_check_task])
+
+
+def _check_task(recipe: Recipe) -> None:
+    if "name" in recipe.task:
+        task_settings(recipe)
+
+
 def needs_stage1(recipe: Recipe) -> bool:
-    """Whether something starts from what `stage1` trains; not so when every such setting names other weights."""
+    """Whether a start or a teacher is set to "stage1", so that the first stage has to be trained."""
     settings = [*task_settings(recipe).values(), None if recipe.model is None else recipe.model.init]
     return STAGE1 in [value for value in settings if isinstance(value, str)]
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.cli import app
-from geo_pretrain.errors import CheckpointError, RecipeError
+from geo_pretrain.errors import CheckpointError, RecipeError, UnknownName
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.pretrain import needs_stage1, run_recipe
+from geo_pretrain.training.pretrain import load_checked_recipe, needs_stage1, run_recipe
 from geo_pretrain.training.recipe import changes, list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.runs import run_lock
 from tests.training.test_licenses import license_of
@@ -221,3 +221,34 @@ def test_changes_between_recipes_are_named_by_key():
         "gone: None -> (none)",
     ]
     assert changes(before, before) == []
+
+
+def test_mistakes_in_the_settings_of_the_task_are_named_with_the_others():
+    wrong = ["task.temprature=1", "task.matches=many", "optim.batch=0", "optim.lrr=1"]
+    with pytest.raises(RecipeError) as error:
+        load_checked_recipe("pri3d_view_r18", wrong)
+    first, *lines = str(error.value).splitlines()
+    assert first.endswith("pri3d_view_r18.yaml: 4 mistakes:")
+    for part in (
+        "unknown key 'task.temprature'. Closest: 'task.temperature'",
+        "'task.matches' is 'many' (str), accepted is a whole number",
+        "'optim.batch' is 0",
+        "unknown key 'optim.lrr'",
+    ):
+        assert len([line for line in lines if line.startswith(f"  - {part}")]) == 1, part
+
+
+@pytest.mark.parametrize(
+    "override, kind, text",
+    [
+        ("task.temprature=1", RecipeError, "recipe pri3d_view_r18: unknown key 'task.temprature'. Closest: "),
+        ("task.name=pri3d_veiw", UnknownName, "Unknown task 'pri3d_veiw'. Closest: 'pri3d_view'"),
+        ("task.view=true", RecipeError, "recipe pri3d_view_r18: 'task.view' is not free"),
+        ("task={}", RecipeError, "'task.name' is {}"),
+    ],
+)
+def test_a_single_mistake_in_a_task_is_told_as_the_task_tells_it(override, kind, text):
+    with pytest.raises(kind) as error:
+        load_checked_recipe("pri3d_view_r18", [override])
+    assert text in str(error.value)
+    assert "mistakes" not in str(error.value)
