@@ -2,9 +2,9 @@
 
     python -m benchmarks.reliability
 
-Runs the table of tests/hub/test_faults.py (loopback servers that imitate the hosts, real processes, real disks) and the
-hostile files of tests/hub/hostile.py. Writes benchmarks/results/reliability.json and benchmarks/reliability.md. As root
-it mounts small disks, to fill them and to make them read-only.
+Runs the tables of tests/hub/test_faults*.py (loopback servers that imitate the hosts, real processes, real disks) and
+the hostile files of tests/hub/hostile.py. Writes benchmarks/results/reliability.json and benchmarks/reliability.md. As
+root it mounts small disks, to fill them and to make them read-only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from geo_pretrain.errors import CheckpointError
 from geo_pretrain.hub.extract import Limits, extract
 from tests.hub import hostile
 from tests.hub.hosts import BYTE_FAULTS, OTHER_FAULTS
-from tests.hub.test_faults import CASES, FINE, RUNS, SPECIAL, NoMount, check_case, hosts_of
+from tests.hub.test_faults import CASES, FINE, RUNS, check_case, hosts_of
+from tests.hub.test_faults_disk import SPECIAL, NoMount
 
 COMMAND = "python -m benchmarks.reliability"
 TABLE = Path(__file__).with_name("reliability.md")
