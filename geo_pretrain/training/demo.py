@@ -36,7 +36,7 @@ from geo_pretrain.training.networks import Transfer, segmentation_unet
 from geo_pretrain.training.pretrain import train
 from geo_pretrain.training.recipe import DataSpec, Recipe, load_recipe
 from geo_pretrain.training.tasks import build_task
-from geo_pretrain.training.visualize.grids import draw_matches, draw_segmentations
+from geo_pretrain.training.visualize.results import draw_matches, draw_segmentations
 
 RECIPE = "pri3d_view_r18.rooms_toy"
 VAL_SCENES = 8
@@ -206,7 +206,9 @@ def _finetune_all(
 
 def _draw_segmentations(models: dict[str, nn.Module], held_out: list[Frame], path: Path) -> None:
     frames = held_out[:: max(1, len(held_out) // 5)][:5]
-    rows = [(frame, [predict(model, ImageContract(), frame) for model in models.values()]) for frame in frames]
+    rows = [
+        (f.color, np.asarray(f.semantic), [predict(m, ImageContract(), f) for m in models.values()]) for f in frames
+    ]
     draw_segmentations(rows, list(models), CLASSES, path)
 
 

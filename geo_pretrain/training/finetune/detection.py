@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
@@ -35,15 +34,12 @@ from geo_pretrain.training.evaluation.coco import MAX_DETECTIONS, Kind, coco_rep
 from geo_pretrain.training.finetune.task import Evaluation, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, LabelledAugment
 from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit
-from geo_pretrain.training.visualize.grids import PAPER, _save_grid
-from geo_pretrain.training.visualize.preview import class_colors
+from geo_pretrain.training.visualize.results import draw_detections
 
 MSRA_MEAN, MSRA_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)  # BGR, 0-255: Detectron2's defaults
 SCALE_STEP = 32  # pixels between the lengths the shorter side is drawn from: 640, 672, ..., 800
-DRAWN_SCORE = 0.5  # detections below are not drawn
 HEAD_WIDTH = 256  # channels of torchvision's own mask head
 BASIC_BLOCKS = ("resnet18", "resnet34")  # have no 1x1 convolutions but on shortcuts
-CELL = 320  # pixels: longer side of a drawn image
 BUILDERS = {"faster_rcnn": adapter.faster_rcnn, "mask_rcnn": adapter.mask_rcnn}
 
 
@@ -217,7 +213,8 @@ class Detection:
 
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
         """Write a PNG: a row an image; columns are the image, its objects, and what was found with score 0.5 and up."""
-        rows = [(image, self.predict([image.image])[0]) for image in (source.load(id) for id in ids)]
+        images = (source.load(id) for id in ids)
+        rows = [(image.image, _instances(image), self.predict([image.image])[0]) for image in images]
         draw_detections(rows, self.classes, path)
 
     def quirks(self) -> dict[str, str]:
@@ -355,56 +352,6 @@ def stride_in_1x1(encoder: nn.Module) -> None:
     for block in encoder.modules():
         if isinstance(block, Bottleneck):
             block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
-
-
-def draw_detections(rows: Sequence[tuple[LabelledImage, Detections]], classes: Sequence[str], path: Path) -> None:
-    """Write a figure: a row an image; columns are the image, its objects, and the detections with score 0.5 and up."""
-    colors = class_colors(np.arange(len(classes) + 1)[None])[0]
-    pictures, captions, present = [], [], set()
-    for image, found in rows:
-        objects = _instances(image)
-        shown = found.scores >= DRAWN_SCORE
-        masks = None if found.masks is None else found.masks[shown]
-        texts = [f"{score:.2f}" for score in found.scores[shown]]
-        present |= {int(c) for c in (*objects.classes, *found.classes[shown])}
-        pictures.append(
-            [
-                _picture(image.image),
-                _overlay(image.image, objects.boxes, colors[objects.classes], objects.masks),
-                _overlay(image.image, found.boxes[shown], colors[found.classes[shown]], masks, texts),
-            ]
-        )
-        captions.append(["", f"{len(objects)} objects", f"{int(shown.sum())} found with score {DRAWN_SCORE:g} and up"])
-    size = [max(picture.size[k] for row in pictures for picture in row) for k in (0, 1)]
-    panels = [[ImageOps.pad(p, (size[0], size[1]), color=PAPER, centering=(0, 1)) for p in row] for row in pictures]
-    legend = [(classes[c - 1], tuple(int(v) for v in colors[c])) for c in sorted(present)]
-    _save_grid(panels, captions, ["image", "truth", "found"], legend, path)
-
-
-def _picture(pixels: np.ndarray) -> Image.Image:
-    """An image whose longer side is that of a cell."""
-    scale = CELL / max(pixels.shape[:2])
-    height, width = (round(side * scale) for side in pixels.shape[:2])
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _overlay(
-    pixels: np.ndarray, boxes: np.ndarray, colors: np.ndarray, masks: np.ndarray | None, texts: Sequence[str] = ()
-) -> Image.Image:
-    """An image with its masks tinted, and boxes outlined in their colors with a text at each."""
-    tinted = pixels.astype(np.float32)
-    for mask, color in zip(masks if masks is not None else (), colors, strict=masks is not None):
-        tinted[mask] = 0.5 * tinted[mask] + 0.5 * color
-    picture = _picture(tinted.round().astype(np.uint8))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
-    for k, (box, color) in enumerate(zip(boxes, colors, strict=True)):
-        ink = tuple(int(v) for v in color)
-        x0, y0, x1, y1 = (float(v) * CELL / max(pixels.shape[:2]) for v in box)
-        draw.rectangle([x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)], outline=ink, width=2)
-        if texts:
-            draw.rectangle([x0, y0, x0 + font.getlength(texts[k]) + 4, y0 + 14], fill=ink)
-            draw.text((x0 + 2, y0), texts[k], (0, 0, 0), font=font)
-    return picture
 
 
 def _dress(host: Any, options: DetectionOptions) -> None:

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from PIL import Image
 from safetensors.torch import load_file
 
 from geo_pretrain.errors import DataError, RecipeError, require
-from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms, open_labelled
 from geo_pretrain.training.evaluation.matching import spread_evenly
@@ -26,7 +24,7 @@ from geo_pretrain.training.finetune.segmentation import Segmentation
 from geo_pretrain.training.finetune.sweep import Point, SweepResult, read_plan, run_recipe
 from geo_pretrain.training.finetune.task import build_finetune_task
 from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit
-from geo_pretrain.training.visualize.grids import draw_segmentations
+from geo_pretrain.training.visualize import results
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B5B5B")  # without the yellow: too light
 MARKERS = "osD^vPX"
@@ -37,7 +35,6 @@ TEXTS = {"miou": "mIoU"} | {
 NAMES = {SCRATCH: "from scratch", IMAGENET: "ImageNet"}
 INCHES, DPI = (8.0, 4.2), 130  # about 1040 pixels wide: read at the width of a README
 LEGEND_ROW = 0.23  # inches
-PANEL = 320  # pixels: the widest panel of a picture
 
 
 def write_report(result: SweepResult, out: Path) -> dict[str, Path]:
@@ -156,19 +153,12 @@ def draw_predictions(
     for name, given in predictions.items():
         if len(given) != len(images):
             raise DataError(f"{name}: {len(given)} predictions for {len(images)} images.")
-    rows: list[tuple[Frame, list[np.ndarray]]] = []
-    size: tuple[int, int] | None = None
+    rows = []
     for number, labelled in enumerate(images):
         if labelled.semantic is None:
             raise DataError(f"Image {labelled.id} has no labels of pixels; the picture shows them.")
-        size = size or _panel_size(labelled.image.shape)
-        color = np.asarray(Image.fromarray(labelled.image).resize(size, Image.Resampling.BILINEAR))
-        truth, *guesses = (
-            _ids_at(ids, size) for ids in (labelled.semantic, *(p[number] for p in predictions.values()))
-        )
-        nothing = np.zeros(truth.shape, np.float32), np.eye(3), np.eye(4)  # the picture shows no depth and no camera
-        rows.append((Frame("", labelled.id, color, *nothing, truth), guesses))
-    draw_segmentations(rows, [shown(name) for name in predictions], ("unlabelled", *classes), path)
+        rows.append((labelled.image, labelled.semantic, [guesses[number] for guesses in predictions.values()]))
+    results.draw_predictions(rows, [shown(name) for name in predictions], classes, path)
 
 
 def draw_starts(
@@ -322,13 +312,3 @@ def _wrapped(name: str) -> str:
     """A long name in two lines."""
     cut = name.find("_", len(name) // 2)
     return name if len(name) < 16 or cut < 0 else f"{name[:cut]}\n{name[cut:]}"
-
-
-def _panel_size(shape: Sequence[int]) -> tuple[int, int]:
-    """Width and height of a panel of the picture."""
-    scale = min(1.0, PANEL / shape[1])
-    return round(shape[1] * scale), round(shape[0] * scale)
-
-
-def _ids_at(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.array(Image.fromarray(ids.astype(np.uint8)).resize(size, Image.Resampling.NEAREST), np.int16)

@@ -20,14 +20,13 @@ from torchvision.transforms.v2 import functional as tvf
 from geo_pretrain.adapters.common import encoder_of, parameter_groups
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
 from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.metrics import class_iou, confusion_matrix, mean_iou, pixel_accuracy
 from geo_pretrain.training.finetune.task import Evaluation, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks import PretrainedInit, build_segmenter
-from geo_pretrain.training.visualize.grids import draw_segmentations
+from geo_pretrain.training.visualize.results import draw_predictions
 
 CROP_CENTRES = (240, 320)  # the released KITTI loader draws the center of its crop below these, whatever the image
 
@@ -115,14 +114,8 @@ class Segmentation:
     @torch.no_grad()
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
         """A row an image: image, truth, prediction, all brought to the size of the first."""
-        rows: list[tuple[Frame, Sequence[np.ndarray]]] = []
-        size: tuple[int, int] | None = None
-        for image, truth, predicted in self.predictions(source, ids):
-            size = size or _shown_size(truth.shape)
-            color = np.array(Image.fromarray(image.image).resize(size, Image.Resampling.BILINEAR))
-            labels, guess = (_resized_ids(ids_, size) for ids_ in (truth, predicted))
-            rows.append((_frame(image.id, color, labels), [guess]))
-        draw_segmentations(rows, [self.recipe.network.kind], ("unlabeled", *self.classes), path)
+        rows = [(i.image, truth.numpy(), [guess.numpy()]) for i, truth, guess in self.predictions(source, ids)]
+        draw_predictions(rows, [self.recipe.network.kind], self.classes, path)
 
     def quirks(self) -> dict[str, str]:
         """What the released protocol does by accident, and what this run does."""
@@ -256,18 +249,3 @@ def _published(exact: bool) -> str:
 
 def _by(shape: Sequence[int]) -> str:
     return f"{shape[1]}x{shape[0]}"
-
-
-def _shown_size(shape: Sequence[int], width: int = 320) -> tuple[int, int]:
-    """Width and height of a panel."""
-    scale = min(1.0, width / shape[1])
-    return round(shape[1] * scale), round(shape[0] * scale)
-
-
-def _resized_ids(ids: Tensor, size: tuple[int, int]) -> np.ndarray:
-    return np.array(Image.fromarray(ids.numpy().astype(np.uint8)).resize(size, Image.Resampling.NEAREST), np.int16)
-
-
-def _frame(id: str, color: np.ndarray, labels: np.ndarray) -> Frame:
-    """What the figure is drawn from; it has no depth or camera."""
-    return Frame("", id, color, np.zeros(labels.shape, np.float32), np.eye(3), np.eye(4), labels)

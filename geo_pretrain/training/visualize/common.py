@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageFont
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, unknown
 from geo_pretrain.training.data.frame import Frame, SkippedFrames, Source, resize_frame
@@ -16,6 +15,7 @@ from geo_pretrain.training.evaluation.matching import spread_evenly
 from geo_pretrain.training.evaluation.progress import Progress as Progress
 from geo_pretrain.training.recipe import DataSpec, recipe_of
 from geo_pretrain.training.visualize.columns import Opened
+from geo_pretrain.training.visualize.grids import magnification
 
 NOTHING = (234, 236, 239)  # where there is no feature: no depth, no point
 ROOMS_FRAMES = 12  # of a room, where the recipe does not say
@@ -85,22 +85,7 @@ def painted(colors: np.ndarray, index: np.ndarray) -> np.ndarray:
     return table[index]
 
 
-def picture_size(frame: Frame, width: int = 256) -> tuple[int, int]:
-    """The size (height, width) of a picture beside a frame: its own, enlarged as whole pixels to about `width`."""
-    factor = max(1, round(width / frame.depth.shape[1]))
+def picture_size(frame: Frame) -> tuple[int, int]:
+    """The size (height, width) of a picture beside a frame: its own, enlarged as whole pixels to about 256."""
+    factor = magnification(frame.depth.shape[1])
     return frame.depth.shape[0] * factor, frame.depth.shape[1] * factor
-
-
-def shortened(text: str, width: int, size: int = 18) -> str:
-    """The text, its middle left out when it is wider than `width` pixels in the titles' font."""
-    font = ImageFont.load_default(size=size)
-    if font.getlength(text) <= width:
-        return text
-    keep = len(text) - 1
-    while keep > 2 and font.getlength(_cut(text, keep)) > width:
-        keep -= 1
-    return _cut(text, keep)
-
-
-def _cut(text: str, keep: int) -> str:
-    return f"{text[: keep - keep // 2]}...{text[len(text) - keep // 2 :]}"

@@ -23,9 +23,8 @@ from geo_pretrain.training.visualize.common import (
     load_frames,
     painted,
     settled,
-    shortened,
 )
-from geo_pretrain.training.visualize.grids import _enlarge, _save_grid
+from geo_pretrain.training.visualize.grids import enlarge, save_grid, shortened
 
 SCENES = 4  # rooms that are there to choose from
 
@@ -72,14 +71,14 @@ def draw_features(
     if twin:
         columns += load_columns(found[0], surfaces, level=level, random_init=True, seed=seed, device=device)
     rows = _described(frames, columns, skips, progress)
-    panels = [[_enlarge(frame.color), *map(_enlarge, row)] for frame, row in _colored(rows, columns)]
+    panels = [[enlarge(frame.color), *map(enlarge, row)] for frame, row in _colored(rows, columns)]
     titles = ["image", *(shortened(column.title, panels[0][0].width) for column in columns)]
     captions = [[f"{frame.scene}/{frame.id}"] + [""] * len(columns) for frame, _ in rows]
     legend = "Colors: three principal components of the features, the same in all rows of a column."
     if len({column.space for column in columns}) < len(columns):
         legend = legend.replace("of a column.", "of a column, and for pixels and voxels of one checkpoint.")
     with atomic_write(out, suffix=out.suffix) as temporary:
-        _save_grid(panels, captions, titles, legend, temporary)
+        save_grid(panels, captions, titles, legend, temporary)
     return titles
 
 

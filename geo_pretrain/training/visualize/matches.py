@@ -29,9 +29,9 @@ from geo_pretrain.training.visualize.common import (
     painted,
     picture_size,
     settled,
-    shortened,
 )
-from geo_pretrain.training.visualize.grids import draw_matches
+from geo_pretrain.training.visualize.grids import shortened
+from geo_pretrain.training.visualize.results import draw_matches
 from geo_pretrain.training.visualize.splat import behind_camera, splat
 
 SCENES = 4  # rooms that are there to choose from

@@ -33,9 +33,8 @@ from geo_pretrain.training.visualize.common import (
     load_frames,
     painted,
     settled,
-    shortened,
 )
-from geo_pretrain.training.visualize.grids import _save_grid
+from geo_pretrain.training.visualize.grids import save_grid, shortened
 from geo_pretrain.training.visualize.splat import splat, turntable, up_direction, upright
 from geo_pretrain.training.visualize.viewer import viewer_page
 
@@ -216,4 +215,4 @@ def _write_views(cloud: PaintedCloud, path: Path) -> None:
         pictures = [Image.fromarray(painted(colors[shown], view)) for view in views]
         panels.append([picture.resize(VIEW_SIZE[::-1], Image.Resampling.BOX) for picture in pictures])
         captions.append([shortened(title, VIEW_SIZE[1], 13)] + [""] * (VIEWS - 1))
-    _save_grid(panels, captions, [shortened(cloud.title, 4 * VIEW_SIZE[1])], cloud.note, path)
+    save_grid(panels, captions, [shortened(cloud.title, 4 * VIEW_SIZE[1])], cloud.note, path)

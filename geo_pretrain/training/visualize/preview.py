@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import contextlib
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame, SceneMesh, Source, capability, resize_frame
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES, vertex_normals
 from geo_pretrain.training.data.surfaces.sets import Kind, SceneSets, label_sets, pixel_sets, scene_sets
+from geo_pretrain.training.visualize.colors import class_colors, depth_colors, set_colors
+from geo_pretrain.training.visualize.grids import TILE_GAP, stack, tile
 
-_GAP = 4  # px between cells
 _WIDTH = 320  # px of a frame beside its sets, at most
 _TILT = np.deg2rad(55)  # from the horizon: how steeply a scene is looked down upon
 
@@ -28,7 +28,7 @@ def contact_sheet(source: Source, path: Path, *, scenes: int = 4, frames: int = 
     shown = _spread_frames(source, scenes, frames)
     rows = [[frame_strip(frame) for frame in row] for row in shown.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_grid(rows)).save(path, format="PNG")
+    Image.fromarray(tile(rows)).save(path, format="PNG")
 
 
 def sets_sheet(
@@ -57,12 +57,12 @@ def sets_sheet(
         small = [_at_most(frame, _WIDTH) for frame in row]
         maps = [pixel_sets(frame, sets) if kind == "segments" else label_sets(frame, kind) for frame in small]
         shown = zip(small, maps, strict=True)
-        pictures = _grid([[frame.color, sets_overlay(frame.color, ids)] for frame, ids in shown])
+        pictures = tile([[frame.color, sets_overlay(frame.color, ids)] for frame, ids in shown])
         size = pictures.shape[0], round(1.4 * pictures.shape[0])
         view = surface_view(sets, size, [frame.cam_to_world for frame in row])
-        blocks.append(np.concatenate([pictures, np.full((size[0], _GAP, 3), 255, np.uint8), view], axis=1))
+        blocks.append(np.concatenate([pictures, np.full((size[0], TILE_GAP, 3), 255, np.uint8), view], axis=1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_stacked(blocks)).save(path, format="PNG")
+    Image.fromarray(stack(blocks)).save(path, format="PNG")
 
 
 def frame_strip(frame: Frame) -> np.ndarray:
@@ -71,40 +71,6 @@ def frame_strip(frame: Frame) -> np.ndarray:
     if frame.semantic is not None:
         panels.append(class_colors(frame.semantic))
     return np.concatenate(panels, axis=1)
-
-
-def depth_colors(depth: np.ndarray) -> np.ndarray:
-    """Depth [H, W] meters to uint8 [H, W, 3]; invalid (0) is black."""
-    valid = depth > 0
-    if not valid.any():
-        return np.zeros((*depth.shape, 3), np.uint8)
-    low, high = np.percentile(depth[valid], [1, 99])
-    x = np.clip((depth - low) / max(high - low, 1e-6), 0, 1)[..., None]
-    stops = np.array([[253, 231, 110], [110, 205, 90], [35, 140, 140], [55, 90, 140], [50, 15, 75]], np.float64)
-    position = x * (len(stops) - 1)
-    index = np.minimum(position.astype(np.int64), len(stops) - 2)[..., 0]
-    mixed = stops[index] + (stops[index + 1] - stops[index]) * (position - index[..., None])
-    return np.where(valid[..., None], mixed, 0).astype(np.uint8)
-
-
-def class_colors(semantic: np.ndarray) -> np.ndarray:
-    """Class ids [H, W] to uint8 [H, W, 3]; a fixed color per id, black for 0 and below."""
-    count = max(int(semantic.max()) + 1, 1)
-    table = np.zeros((count, 3), np.uint8)
-    for index in range(1, count):
-        hue = (index * 0.61803398875) % 1.0  # golden ratio: neighbors in id differ in hue
-        light, strong = (0.95, 0.75, 0.55)[index % 3], (0.45, 0.75)[index % 2]
-        table[index] = [round(255 * c) for c in colorsys.hsv_to_rgb(hue, strong, light)]
-    return table[np.maximum(semantic, 0)]
-
-
-def set_colors(ids: np.ndarray) -> np.ndarray:
-    """Set ids [...] to uint8 [..., 3]: a fixed color an id, bright and unlike that of ids near by; -1 is black."""
-    hue, strong, light = ids * 0.61803398875 % 1, np.take([0.5, 0.8, 0.65], ids % 3), np.take([0.95, 0.75], ids % 2)
-    sector = (np.array([5, 3, 1]) + 6 * hue[..., None]) % 6
-    fall = np.clip(np.minimum(sector, 4 - sector), 0, 1)
-    colors = 255 * light[..., None] * (1 - strong[..., None] * fall)
-    return np.where(ids[..., None] < 0, 0, np.round(colors)).astype(np.uint8)
 
 
 def sets_overlay(color: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -182,28 +148,3 @@ def _at_most(frame: Frame, width: int) -> Frame:
 def _normalized(vector: np.ndarray) -> np.ndarray:
     unit: np.ndarray = vector / np.linalg.norm(vector)
     return unit
-
-
-def _stacked(blocks: list[np.ndarray]) -> np.ndarray:
-    """Pictures one below another, white where they are narrower."""
-    width = max(block.shape[1] for block in blocks)
-    sheet = np.full((sum(block.shape[0] + _GAP for block in blocks) - _GAP, width, 3), 255, np.uint8)
-    top = 0
-    for block in blocks:
-        sheet[top : top + block.shape[0], : block.shape[1]] = block
-        top += block.shape[0] + _GAP
-    return sheet
-
-
-def _grid(rows: list[list[np.ndarray]]) -> np.ndarray:
-    """Cells of one size (the first's; others are scaled) in rows, white between."""
-    height, width = rows[0][0].shape[:2]
-    columns = max(len(row) for row in rows)
-    sheet = np.full((len(rows) * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), 255, np.uint8)
-    for r, row in enumerate(rows):
-        for c, cell in enumerate(row):
-            if cell.shape[:2] != (height, width):
-                cell = np.asarray(Image.fromarray(cell).resize((width, height), Image.Resampling.BILINEAR))
-            top, left = r * (height + _GAP), c * (width + _GAP)
-            sheet[top : top + height, left : left + width] = cell
-    return sheet

@@ -27,13 +27,13 @@ from geo_pretrain.training.finetune.detection import (
     Detection,
     Detections,
     coco_detections,
-    draw_detections,
     stride_in_1x1,
 )
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune.task import build_finetune_task
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.networks import PretrainedInit
+from geo_pretrain.training.visualize.results import draw_detections
 from tests.zoo import write_tiny
 
 HEIGHT, WIDTH = 48, 64
@@ -614,7 +614,8 @@ def test_pictures(tmp_path):
     right[10:90, 100:150] = True
     found = Detections(boxes, np.array([1, 1]), np.array([0.9, 0.3]), np.stack([right, ~right]))
     nothing = Detections(boxes[:0], np.array([], int), np.array([]), None)
-    draw_detections([(image, found), (upright, nothing)], CLASSES, tmp_path / "deep" / "p.png")
+    rows = [(i.image, i.instances, f) for i, f in ((image, found), (upright, nothing))]
+    draw_detections(rows, CLASSES, tmp_path / "deep" / "p.png")
     sheet = np.asarray(Image.open(tmp_path / "deep" / "p.png").convert("RGB")).astype(int)
     # cells are 320 wide and high (the second image is upright), the first picture's own height is 200, at the bottom
     left, top = 12, 40 + 320 - 200

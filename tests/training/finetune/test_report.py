@@ -30,7 +30,7 @@ from geo_pretrain.training.finetune.report import (
 )
 from geo_pretrain.training.finetune.sweep import Point, SweepResult, run_sweep
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
-from geo_pretrain.training.visualize.preview import class_colors
+from geo_pretrain.training.visualize.colors import class_colors
 from tests.training.finetune.sweeps import Squares, Written, tiny_recipe
 from tests.zoo import write_tiny
 

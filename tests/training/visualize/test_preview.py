@@ -15,10 +15,8 @@ from geo_pretrain.rooms import RoomsConfig
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.scannet import ScanNet
 from geo_pretrain.training.data.surfaces.sets import SceneSets, label_sets, pixel_sets, scene_sets
+from geo_pretrain.training.visualize.colors import class_colors, depth_colors, set_colors
 from geo_pretrain.training.visualize.preview import (
-    class_colors,
-    depth_colors,
-    set_colors,
     sets_overlay,
     sets_sheet,
     surface_view,

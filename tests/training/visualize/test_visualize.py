@@ -30,9 +30,9 @@ from geo_pretrain.training.visualize import matches as matches_module
 from geo_pretrain.training.visualize import points as points_module
 from geo_pretrain.training.visualize.colors import shared_pca
 from geo_pretrain.training.visualize.columns import RANDOM_TITLE, find_backbone, load_columns
-from geo_pretrain.training.visualize.common import NOTHING, painted, settled, shortened
+from geo_pretrain.training.visualize.common import NOTHING, painted, settled
 from geo_pretrain.training.visualize.frames import draw_features
-from geo_pretrain.training.visualize.grids import GAP, HEADER
+from geo_pretrain.training.visualize.grids import GAP, HEADER, shortened
 from geo_pretrain.training.visualize.matches import seen_matches, visualize_matches
 from geo_pretrain.training.visualize.points import visualize_points
 from geo_pretrain.training.visualize.splat import behind_camera, splat

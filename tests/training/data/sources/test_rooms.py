@@ -21,7 +21,8 @@ from geo_pretrain.rooms.path import CLEARANCE, clearance
 from geo_pretrain.rooms.surface import depth_inside, scene_points
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.sources.rooms import Rooms
-from geo_pretrain.training.visualize.preview import class_colors, contact_sheet, depth_colors
+from geo_pretrain.training.visualize.colors import class_colors, depth_colors
+from geo_pretrain.training.visualize.preview import contact_sheet
 
 TINY = RoomsConfig(scenes=2, frames=3, width=64, height=64)
 
