@@ -310,7 +310,7 @@ def test_the_picture_is_of_the_largest_share_and_its_first_seed_that_are_finishe
         draw_starts(out, tmp_path / "x.png", fraction=fraction, seed=seed, init_kwargs=where)
         opened, start, recipe, weights = asked
         assert opened == (("rooms", Path("/data"), "val"), {"task": "segmentation", "options": {}})
-        assert start == ("scratch", 18, 8, where)
+        assert start == ("scratch", "resnet18", 8, where)
         assert (recipe.data.fraction, recipe.seed) == chosen
         assert weights == out / f"runs/scratch/{100 * chosen[0]:g}/seed{chosen[1]}" / "model.safetensors"
         ((images, guesses),) = shown
