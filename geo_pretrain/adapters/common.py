@@ -1,4 +1,4 @@
-"""What every host of an image encoder needs: loading it, freezing its first stages, learning rates by stage.
+"""Shared by all adapters of image encoders: loading, freezing of stages, learning rates by stage.
 
 `freeze_stages` and `parameter_groups` work on any network around an encoder with `stages()`, such as this package's
 own, or around a ResNet under torchvision's names: those the adapters build, torchvision's, smp's and timm's own.
@@ -20,47 +20,47 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import nearest, unknown
 from geo_pretrain.loading import load_backbone
 
-PLACES = ("", "encoder", "encoder.model", "backbone.body", "backbone")  # of the encoder in its host
+ENCODER_PATHS = ("", "encoder", "encoder.model", "backbone.body", "backbone")  # of the encoder in its host
 MAX_FREEZE = 5  # the stem and four stages
 LOAD_OPTIONS = ("in_chans", "strict", "hub", "revision", "cache_dir", "local_files_only", "device", "dtype")
 
 
-class StillBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that stays in evaluation mode whatever `.train()` is called on; state-dict keys as ever."""
+class FrozenStatsBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that ignores `.train()` and keeps its running statistics; state-dict keys do not change."""
 
-    def train(self, mode: bool = True) -> StillBatchNorm2d:
-        """Goes to evaluation mode."""
+    def train(self, mode: bool = True) -> FrozenStatsBatchNorm2d:
+        """Stay in evaluation mode."""
         return super().train(False)
 
 
-class StillSyncBatchNorm(nn.SyncBatchNorm):
-    """`StillBatchNorm2d` for networks that were converted to SyncBatchNorm."""
+class FrozenStatsSyncBatchNorm(nn.SyncBatchNorm):
+    """`FrozenStatsBatchNorm2d` for networks that were converted to SyncBatchNorm."""
 
-    def train(self, mode: bool = True) -> StillSyncBatchNorm:
-        """Goes to evaluation mode."""
+    def train(self, mode: bool = True) -> FrozenStatsSyncBatchNorm:
+        """Stay in evaluation mode."""
         return super().train(False)
 
 
-STILL: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm2d: StillBatchNorm2d,
-    nn.SyncBatchNorm: StillSyncBatchNorm,
+FROZEN_STATS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: FrozenStatsBatchNorm2d,
+    nn.SyncBatchNorm: FrozenStatsSyncBatchNorm,
 }
-MOVING = {still: moving for moving, still in STILL.items()}
+TRAINED_STATS = {frozen: trained for trained, frozen in FROZEN_STATS.items()}
 
 
 def encoder_of(network: nn.Module) -> nn.Module:
-    """The encoder in a host's network: the module with `stages()`, or that has conv1, bn1 and layer1 to layer4.
+    """Find the encoder in a network: a module with `stages()`, or with conv1, bn1 and layer1 to layer4.
 
     Raises ValueError where there is none.
     """
     wanted = {module for modules in STAGES.values() for module in modules}
     modules = dict(network.named_modules())
-    for place in PLACES:
-        if place in modules:
-            children = {name for name, _ in modules[place].named_children()}
-            if isinstance(modules[place], ImageEncoder) or wanted <= children:
-                return modules[place]
-    places = ", ".join(repr(place) for place in PLACES if place)
+    for path in ENCODER_PATHS:
+        if path in modules:
+            children = {name for name, _ in modules[path].named_children()}
+            if isinstance(modules[path], ImageEncoder) or wanted <= children:
+                return modules[path]
+    places = ", ".join(repr(path) for path in ENCODER_PATHS if path)
     raise ValueError(
         f"{type(network).__name__} has no ResNet with the stages {', '.join(sorted(wanted))}; accepted: such a ResNet, "
         f"or a network that has one as {places}."
@@ -68,7 +68,7 @@ def encoder_of(network: nn.Module) -> nn.Module:
 
 
 def stages_of(encoder: nn.Module) -> Stages:
-    """Name and modules of each stage of what `encoder_of` found, the stem first."""
+    """Name and modules of each stage of an encoder, the stem first."""
     return encoder.stages() if isinstance(encoder, ImageEncoder) else resnet_stages(encoder)
 
 
@@ -86,7 +86,7 @@ def freeze_stages(network: nn.Module, count: int) -> None:
         for part in parts:
             part.requires_grad_(number >= count)
             for module in part.modules():
-                _set_still(module, number < count, encoder.training)
+                _freeze_stats(module, number < count, encoder.training)
 
 
 def _check_freeze(count: int) -> None:
@@ -94,9 +94,9 @@ def _check_freeze(count: int) -> None:
         raise ValueError(f"freeze is {count!r}; accepted: 0 (nothing) to {MAX_FREEZE} (the whole encoder).")
 
 
-def _set_still(module: nn.Module, still: bool, training: bool) -> None:
-    """The class is exchanged, not the layer: weights, hooks, optimizers and the names of all stay as they are."""
-    changed = (STILL if still else MOVING).get(type(module))
+def _freeze_stats(module: nn.Module, frozen: bool, training: bool) -> None:
+    """Freeze or thaw BatchNorm statistics by changing the module's class: weights, hooks and optimizers stay valid."""
+    changed = (FROZEN_STATS if frozen else TRAINED_STATS).get(type(module))
     if changed is not None:
         module.__class__ = changed
         module.train(training)
@@ -105,7 +105,7 @@ def _set_still(module: nn.Module, still: bool, training: bool) -> None:
 def parameter_groups(
     network: nn.Module, lr: float, *, backbone_factor: float | None = None, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: "new" layers at `lr`, the pre-trained encoder slower; frozen parameters are left out.
+    """Parameter groups for an optimizer: "new" layers at `lr`, the encoder slower, frozen parameters left out.
 
     `backbone_factor` (0.1 unless `layer_decay` is given): one group "backbone" at `lr * backbone_factor`, the papers'
     rule. `layer_decay` d: a group each for "layer4" at lr * d, "layer3" at lr * d**2, down to "stem" at lr * d**5. Each
@@ -140,7 +140,7 @@ def parameter_groups(
 def load_encoder(
     name: str | os.PathLike[str], host: str, *, pretrained: bool = True, output_stride: int = 32, **load: Any
 ) -> Any:
-    """An `ImageEncoder` from `load_backbone` that host libraries have, too, as its `host_name`; else ValueError.
+    """Load an `ImageEncoder` that host libraries have too (`host_name`). Raises ValueError for other networks.
 
     Random numbers are drawn aside, so the host's own layers start the same with `pretrained` True or False.
     """
@@ -167,7 +167,7 @@ def load_encoder(
 def split_options(
     host: str, options: Mapping[str, Any], accepted: Collection[str], ours: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of `load_backbone`, and those of the host.
+    """Split options into those of `load_backbone` and those of the host.
 
     `ours` maps names of the host that a caller might try to what is used instead. Raises ValueError for those and
     `UnknownName` for what neither knows.
@@ -182,7 +182,7 @@ def split_options(
 
 
 def check_request(num_classes: int, freeze: int, *, least: int = 1) -> None:
-    """Before anything is fetched: ValueError unless `num_classes` is a number from `least` up, and `freeze` 0 to 5."""
+    """Raise ValueError unless `num_classes` is a number from `least` up and `freeze` 0 to 5."""
     _check_freeze(freeze)
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < least:
         what = " (the background is one)" if least > 1 else ""
@@ -190,7 +190,7 @@ def check_request(num_classes: int, freeze: int, *, least: int = 1) -> None:
 
 
 def equip(network: Any, encoder: Any, freeze: int, transforms: Any = None) -> Any:
-    """The last step of a builder: freezing, our attributes, the encoder's device and dtype, evaluation mode."""
+    """Finish a built network: freeze stages, attach contract and report, move it to the encoder's device and dtype."""
     freeze_stages(network, freeze)
     network.contract, network.load_report = encoder.contract, encoder.load_report
     network.transforms = encoder.transforms if transforms is None else transforms

@@ -1,4 +1,4 @@
-"""Our SR-UNets in MinkowskiEngine 0.5, for everything that is written against it.
+"""SR-UNets as MinkowskiEngine 0.5 networks and state dicts.
 
 Names and layouts of our weights are MinkowskiEngine's own, so `state_dict` is all that a network of its examples
 (MinkUNet34C) or of the authors' code, ported to 0.5, needs. What is built here was tested against the engine's recorded
@@ -90,7 +90,7 @@ class MinkowskiSRUNet(nn.Module):
 
 
 def _translated(engine: ModuleType, module: nn.Module) -> nn.Module:
-    """The engine's counterpart of one of our layers; of a container (a block, a sequence) one with such layers."""
+    """Translate a layer, or all layers of a container, into MinkowskiEngine's."""
     if isinstance(module, Conv3d | ConvTranspose3d):
         transposed = isinstance(module, ConvTranspose3d)
         build = engine.MinkowskiConvolutionTranspose if transposed else engine.MinkowskiConvolution

@@ -54,7 +54,7 @@ class HubResNet(timm.models.ResNet):  # type: ignore[name-defined]
     cache_dir: str | os.PathLike[str] | None = None
 
     def load_pretrained(self, location: str) -> None:
-        """Put the encoder that `location` names in place; timm calls this before it wraps or prunes the network.
+        """Load the encoder that `location` names; timm calls this before it wraps or prunes the network.
 
         Raises what `load_backbone` raises, and `WeightsMismatch` when a tensor of either side, but for the classifier,
         has no partner.
@@ -81,7 +81,7 @@ class HubResNet(timm.models.ResNet):  # type: ignore[name-defined]
 
 
 def register() -> None:
-    """Make timm know every 2D name of the catalog; names it has from here already stay as they are."""
+    """Register every 2D name of the catalog with timm, unless it is registered already."""
     variants: dict[str, dict[str, Entry]] = {}
     for entry in CATALOG.values():
         if entry.arch.host_encoder is not None:
@@ -104,7 +104,7 @@ default_cfgs: dict[str, Any] = {}  # where timm's decorator looks for the contra
 
 
 def _default_cfg(entries: Mapping[str, Entry]) -> Any:
-    """timm's record of one architecture; without an untagged entry, its bare name stands for no weights."""
+    """timm's `DefaultCfg` of an architecture; without an untagged entry its bare name has no weights."""
     cfgs = {tag: timm.models.PretrainedCfg(**_record(entry)) for tag, entry in entries.items()}
     if "" not in cfgs:
         some = next(iter(entries.values()))
@@ -114,7 +114,7 @@ def _default_cfg(entries: Mapping[str, Entry]) -> Any:
 
 
 def _record(entry: Entry) -> dict[str, Any]:
-    """A catalog entry in timm's words."""
+    """A catalog entry as a `PretrainedCfg` of timm."""
     return {
         "file": LOCATION + entry.name,
         "custom_load": True,  # the network's own load_pretrained takes it
@@ -127,12 +127,12 @@ def _record(entry: Entry) -> dict[str, Any]:
         "description": entry.description,
         "paper_name": entry.paper.title,
         "origin_url": entry.paper.url,
-        **_places(entry.contract),
+        **_timm_fields(entry.contract),
     }
 
 
-def _places(contract: Any) -> dict[str, Any]:
-    """What of the contract has a place in timm. Values are in [0, 1] there, too."""
+def _timm_fields(contract: Any) -> dict[str, Any]:
+    """The fields of the contract that timm has too. Its values are in [0, 1] as well."""
     return {
         "input_size": (len(contract.channels), *contract.size),
         "interpolation": contract.interpolation,
@@ -151,7 +151,7 @@ def _entrypoint(variant: str, encoder: str) -> Callable[..., nn.Module]:
 
 
 def _create(variant: str, encoder: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """timm builds, loads and wraps as for any network; what is ours is written onto the result."""
+    """Build the network with timm's own builder and attach contract and load report."""
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
     if pretrained and not (cfg.has_weights or cfg.state_dict):
@@ -168,12 +168,12 @@ def _create(variant: str, encoder: str, pretrained: bool, **kwargs: Any) -> nn.M
     model: Any = timm.models.build_model_with_cfg(network, variant, pretrained, **arguments)
     model.load_report, model.contract = networks[0].load_report, None
     if (cfg.file or "").startswith(LOCATION):
-        catalogd: Any = backbone_info(cfg.file.removeprefix(LOCATION)).contract
-        model.contract = networks[0].contract or catalogd.with_channels(networks[0].in_chans)
-        if model.contract != catalogd:  # other channels, or a checkpoint that was made otherwise
-            model.pretrained_cfg |= {key: v for key, v in _places(model.contract).items() if key not in overlay}
-    network_: nn.Module = model
-    return network_
+        published: Any = backbone_info(cfg.file.removeprefix(LOCATION)).contract
+        model.contract = networks[0].contract or published.with_channels(networks[0].in_chans)
+        if model.contract != published:  # other channels, or a checkpoint that was made otherwise
+            model.pretrained_cfg |= {key: v for key, v in _timm_fields(model.contract).items() if key not in overlay}
+    built: nn.Module = model
+    return built
 
 
 def _shown(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> str:

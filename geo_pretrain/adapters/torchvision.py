@@ -224,7 +224,7 @@ def _detector(
 
 
 def refuse_normalized(transform: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Before torchvision's own normalization: raise ValueError for float images that are visibly not in [0, 1]."""
+    """Raise ValueError for float images that are visibly not in [0, 1]; runs before torchvision normalizes them."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return  # values are not there yet
     for index, image in enumerate(inputs[0]):
@@ -240,7 +240,7 @@ def refuse_normalized(transform: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 def _unnormalized(contract: ImageContract) -> ImageTransform:
-    """Any image -> float [C, H, W] in [0, 1] at its own size: normalizing and resizing are left to the host."""
+    """Transform any image into float [C, H, W] in [0, 1]; the host normalizes and resizes."""
     count = len(contract.channels)
     return replace(contract, mean=(0.0,) * count, std=(1.0,) * count).transforms(resize=False)
 
@@ -259,5 +259,5 @@ def _host(encoder: Any, num_classes: int = 1, norm_layer: type[nn.Module] = nn.B
 
 
 def _channels(encoder: ImageEncoder, stage: int) -> int:
-    """Of the output of layer1 to layer4."""
+    """Channels of the output of layer1 to layer4."""
     return int(encoder.feature_info[stage]["num_chs"])

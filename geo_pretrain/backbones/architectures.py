@@ -1,4 +1,4 @@
-"""Every architecture of the zoo, one row each: the only place that knows them all. No torch until a class is loaded.
+"""Table of all architectures, one row each. torch is not imported until a class is loaded.
 
 An `Arch` is an architecture with the arguments of its constructor, as catalog entries and config.json state it.
 `ENCODERS` are the names by which recipes and other libraries call image encoders, such as "resnet18".
@@ -17,7 +17,7 @@ from geo_pretrain.errors import unknown
 
 @dataclass(frozen=True)
 class Architecture:
-    """What an architecture is. Adding one means adding its row to `ARCHITECTURES`."""
+    """One row of `ARCHITECTURES`: the class of a network, its weight files, its title."""
 
     name: str  # in catalog entries and checkpoint folders
     network: str  # "module:class" of the whole network
@@ -163,7 +163,7 @@ ENCODERS: Mapping[str, Arch] = {f"resnet{depth}": Arch("resnet", {"depth": depth
 
 
 def encoder_arch(name: str, **args: Any) -> Arch:
-    """The encoder that `name` stands for, with further arguments such as `width`. Raises `UnknownName`.
+    """Look up an encoder in `ENCODERS` and add arguments such as `width`. Raises `UnknownName`.
 
     >>> str(encoder_arch("resnet18", width=8))
     'resnet(depth=18, width=8)'

@@ -1,4 +1,4 @@
-"""What every network of the zoo carries besides its weights: its name, contract and load report."""
+"""Base classes of the networks: name, input contract and load report beside the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Backbone(nn.Module):
-    """Base of the networks. `load_backbone` fills the attributes; a network built by hand leaves them None."""
+    """Base class of all networks. `load_backbone` fills the attributes; a network built by hand leaves them None."""
 
     name: str | None = None
     contract: ImageContract | VoxelContract | None = None
@@ -23,7 +23,7 @@ class Backbone(nn.Module):
 
 
 class ImageBackbone(Backbone):
-    """Base of the networks that see images."""
+    """Base class of the networks that take images."""
 
     contract: ImageContract | None
 

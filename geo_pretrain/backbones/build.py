@@ -1,4 +1,4 @@
-"""From an `Arch` to its network, and the golden values that show whether a network still computes what it did.
+"""Build networks from an `Arch`, and compute golden values, which show whether a network's outputs have changed.
 
 A golden file holds a small seeded input and the outputs of a network in evaluation mode. Written with the weights, it
 is recomputed by `loading.verify`, on another machine, after a transfer or years later.
@@ -31,7 +31,7 @@ def build(
     out_indices: Sequence[int] | None = None,
     output_stride: int = 32,
 ) -> Any:
-    """The network of an `Arch`, randomly initialized; without `decoder` the encoder alone, where there is one.
+    """Build the network of an `Arch` with random weights; without `decoder` only its encoder, where it has one.
 
     Arguments that do not fit its class raise `CheckpointError`.
     """
@@ -46,7 +46,7 @@ def build(
 
 
 def build_encoder(name: str, *, width: int = HOST_WIDTH, **options: Any) -> Any:
-    """A randomly initialized `ImageEncoder` by its name, such as "resnet18"; `options` are those of `build`.
+    """Build a randomly initialized `ImageEncoder` by its name, such as "resnet18"; `options` are those of `build`.
 
     Raises `UnknownName`.
 
@@ -57,7 +57,7 @@ def build_encoder(name: str, *, width: int = HOST_WIDTH, **options: Any) -> Any:
 
 
 def network_states(arch: Arch) -> dict[str, dict[str, Tensor]]:
-    """Names and shapes of a network's tensors by role, on the meta device: what converters compare files with."""
+    """A network's state dict for each role, on the meta device; converters compare files with it."""
     with torch.device("meta"):
         network = build(arch, decoder=arch.has_decoder)
     if not arch.has_decoder:
@@ -66,7 +66,7 @@ def network_states(arch: Arch) -> dict[str, dict[str, Tensor]]:
 
 
 def golden_values(network: nn.Module, *, ones: bool = False, offset: float = -0.5) -> dict[str, Tensor]:
-    """A seeded input and the outputs of `network`, a float32 network on the CPU in evaluation mode.
+    """Draw a seeded input and compute the outputs of `network`, which is float32, on the CPU and in evaluation mode.
 
     Images: "input" [1, C, 64, 96], "encoder.0" to "encoder.4" and, where there is one, "decoder". Points:
     "input.coords" [N, 4], "input.feats" [N, C] from `offset` to `offset` + 1 (`ones`: constant 1), "output" [N, C].
@@ -89,7 +89,7 @@ def golden_values(network: nn.Module, *, ones: bool = False, offset: float = -0.
 
 @torch.no_grad()
 def golden_outputs(network: Any, golden: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `network` makes of the inputs in `golden`, under the names that `golden_values` gives."""
+    """Compute the outputs of `network` for the inputs in `golden`, with the names of `golden_values`."""
     if isinstance(network, SRUNet):
         return {"output": network(SparseTensor(golden["input.coords"], golden["input.feats"])).feats}
     if not isinstance(network, ImageBackbone):

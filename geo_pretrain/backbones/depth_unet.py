@@ -1,4 +1,4 @@
-"""The U-Net that self-supervised depth made popular: a ResNet whose maps are concatenated on the way up.
+"""The U-Net of self-supervised depth estimation: a ResNet encoder and a decoder with concatenated skips.
 
 Janda et al. pre-train "the ResUNet of Godard et al." to give 16 features for each pixel, and publish no code. This is
 the plainest reading: the depth network of Godard et al., "Digging Into Self-Supervised Monocular Depth Estimation",
@@ -23,7 +23,7 @@ LEVELS = (4, 3, 2, 1, 0)  # of the decoder, coarsest first; level i goes from st
 
 
 class DepthDecoder(nn.Module):
-    """Five levels, each: 3x3 convolution, nearest upsampling by 2, the encoder's map beside it, 3x3 convolution.
+    """Five levels, each: 3x3 convolution, nearest upsampling by 2, concatenation of the encoder's map, 3x3 convolution.
 
     Every convolution sees a mirrored border and is followed by an ELU, but for the linear `head`; there are no norms.
     State-dict keys are `upconv<level>_<0 or 1>` and `head`, each with weight and bias.
@@ -92,5 +92,5 @@ def mirror_border(x: Tensor) -> Tensor:
 
 
 def _crop(x: Tensor, height: int, width: int) -> Tensor:
-    """Without the last row or column, where an odd side was rounded up on the way down."""
+    """Crop the row or column by which an odd side was rounded up in the encoder."""
     return x[:, :, :height, :width]

@@ -1,4 +1,4 @@
-"""What every 2D encoder can do: an image in, a pyramid of maps out, and its stages by name.
+"""The interface of 2D encoders: an image in, a pyramid of feature maps out, stages by name.
 
 Start weights, teachers, adapters and fine-tuning use encoders through this protocol and know no particular network.
 """

@@ -224,7 +224,7 @@ def _feature_info(width: int, expansion: int, output_stride: int, out_indices: S
 
 
 def _initialize(encoder: nn.Module) -> None:
-    """Convolutions from N(0, sqrt(2 / (k * k * out channels))), norms to identity: torchvision's start and Pri3D's."""
+    """Draw convolutions from N(0, sqrt(2 / (k * k * out channels))), as torchvision and Pri3D do."""
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -184,7 +184,7 @@ class SRUNet(Backbone):
     ) -> Tensor:
         """Features of points [N, 3] (m), arrays or tensors on any device -> [N, D], on the network's device.
 
-        Voxelises as the contract says (`features` [N, C]: see `VoxelTransform`; None for networks trained on ones),
+        Voxelizes as the contract says (`features` [N, C]: see `VoxelTransform`; None for networks trained on ones),
         runs, and gives each point the row of the voxel it lies in. `out` "pyramid" concatenates all maps, finest first
         (832 channels for 34C); "final" is the network's output. `batch` [N]: the cloud each point belongs to.
         """
@@ -194,11 +194,11 @@ class SRUNet(Backbone):
         coords = voxels.coords.to(weight.device)
         x = SparseTensor(coords, voxels.feats.to(weight))
         maps = self.pyramid(x) if out == "pyramid" else [self(x)]
-        found = torch.cat([m.feats[point_rows(m, coords)] for m in maps], dim=1)
-        return found[voxels.inverse.to(weight.device)]
+        voxel_feats = torch.cat([m.feats[point_rows(m, coords)] for m in maps], dim=1)
+        return voxel_feats[voxels.inverse.to(weight.device)]
 
     def _output(self, finest: SparseTensor) -> SparseTensor:
-        """The output that belongs to the finest map."""
+        """Compute the network's output from the finest map."""
         out = self.final(finest)
         return out.with_sorted_feats(F.normalize(out.sorted_feats, dim=1)) if self.normalize else out
 
@@ -247,7 +247,7 @@ def _shape(
 
 
 def _kaiming(network: nn.Module) -> None:
-    """Ordinary convolutions from N(0, sqrt(2 / (K * out channels))); transposed ones keep MinkowskiEngine's start."""
+    """Draw convolutions from N(0, sqrt(2 / (K * out channels))); transposed ones stay MinkowskiEngine's."""
     for module in network.modules():
         if isinstance(module, Conv3d):
             kernel = module.kernel
@@ -256,7 +256,7 @@ def _kaiming(network: nn.Module) -> None:
 
 
 def _level() -> int:
-    """The `stacklevel` with which a warning by the caller of this function points outside torch and this file."""
+    """Compute the `stacklevel` that makes a warning point at the first caller outside torch and this file."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INNER_FILES):
         frame, level = frame.f_back, level + 1

@@ -154,17 +154,17 @@ def card_of(name_or_folder: str | os.PathLike[str]) -> str:
     looks_like_path = not isinstance(name_or_folder, str) or os.sep in text or text.startswith((".", "~"))
     if not looks_like_path and not (folder / CONFIG).is_file() and (find(text) is not None or not folder.is_dir()):
         return render_entry(backbone_info(text))
-    found = read_checkpoint(folder)
-    held = {stored.role for stored in found.files.values()}
+    checkpoint = read_checkpoint(folder)
+    held = {stored.role for stored in checkpoint.files.values()}
     return render_card(
-        found.name,
-        found.arch,
-        found.contract,
-        found.license,
-        found.provenance,
+        checkpoint.name,
+        checkpoint.arch,
+        checkpoint.contract,
+        checkpoint.license,
+        checkpoint.provenance,
         recipe=f"{FOLDER}/{TEXT_ROLES['recipe']}" if "recipe" in held else None,
-        finished=found.finished,
-        files=found.files,
+        finished=checkpoint.finished,
+        files=checkpoint.files,
     )
 
 

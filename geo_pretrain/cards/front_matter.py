@@ -1,4 +1,4 @@
-"""The YAML block at the top of a card, as the Hugging Face Hub reads it: license, tags, data, start weights, numbers.
+"""The YAML metadata of a card, as the Hugging Face Hub reads it: license, tags, data, base model, results.
 
 Identifiers are the Hub's own where it has one. What it has none for (a data set that is not hosted there, start weights
 that are not) goes into the tags or is left out: a made-up identifier would link to somebody else's page.
@@ -51,7 +51,7 @@ def front_matter(
     results: Sequence[Result] = (),
     papers: Mapping[str, Paper] | None = None,
 ) -> str:
-    """The block with its two lines of dashes. `results` become the model-index.
+    """Render the YAML block between its two lines of dashes. `results` become the model-index.
 
     `papers` maps the table of each result to the paper it stands in; without it the results are our own measurements.
     """
@@ -86,17 +86,17 @@ def license_fields(identifier: str) -> dict[str, str]:
 
 
 def license_page(identifier: str) -> str | None:
-    """Where the terms can be read: the owner's page, or SPDX's for identifiers of its own. None: nowhere we know."""
+    """URL of the license text: the owner's page, or SPDX's; None if unknown."""
     if identifier.startswith("LicenseRef-"):
         return TERMS.get(identifier)
     return f"https://spdx.org/licenses/{identifier}.html"
 
 
 def tags(arch: Arch, license: License, method: str | None) -> list[str]:
-    """What people filter by: method, modality, architecture, data, sensor, how it was trained, how it is stored."""
+    """Tags of a card: method, modality, architecture, data, sensor, training and file format."""
     data = [name for name, _ in license.datasets if name != "none"]
     sensors = [SENSORS.get(name, "rgb-d" if name.startswith("RGB-D") else None) for name in data]
-    found = [
+    candidates = [
         None if method is None else slug(method),
         "image" if arch.modality == "2d" else "point-cloud",
         *arch.architecture.tags,
@@ -105,11 +105,11 @@ def tags(arch: Arch, license: License, method: str | None) -> list[str]:
         "self-supervised",
         "safetensors",
     ]
-    return list(dict.fromkeys(tag for tag in found if tag))
+    return list(dict.fromkeys(tag for tag in candidates if tag))
 
 
 def model_index(name: str, results: Iterable[Result], papers: Mapping[str, Paper] | None) -> list[dict[str, Any]]:
-    """Results grouped by task and data, as huggingface_hub groups them, so that its client writes back what it read.
+    """Group results by task and data, as huggingface_hub does, so that its client round-trips them.
 
     A task's text is split at its first comma: "semantic segmentation, PSPNet" is the Hub's task semantic-segmentation,
     and the rest goes into the metric's name.
@@ -156,5 +156,5 @@ def slug(text: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """With a capital first letter, the rest as it is."""
+    """Capitalize the first letter only."""
     return text[:1].upper() + text[1:]

@@ -40,7 +40,7 @@ def tree(data: Mapping[str, Any], indent: str = "") -> str:
 
 
 def _plain(value: object) -> str:
-    """On one line and without Markdown: some texts come out of other people's files."""
+    """Escape Markdown and put the text on one line: some texts come from other people's files."""
     return re.sub(r"([\\`*<\[\]])", r"\\\1", " ".join(str(value).split()))
 
 

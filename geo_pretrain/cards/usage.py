@@ -1,4 +1,4 @@
-"""The code that a card shows: complete snippets, one a library, and only those that work for the checkpoint.
+"""The code snippets of a card, one a library, and only those that work for the checkpoint.
 
 Snippets of one card go together: the first makes `image` or `points`, which the others use. The tests run them.
 """
@@ -15,7 +15,7 @@ CLONE = "path/to/geo_pretrain"  # of this project, for torch.hub
 
 @dataclass(frozen=True)
 class Snippet:
-    """A few lines about a library, and the code."""
+    """One code snippet and the sentence above it."""
 
     text: str
     code: str
@@ -33,7 +33,7 @@ def snippets(
     pretrained: bool = True,
     decoder: bool = True,
 ) -> list[Snippet]:
-    """How to get the network in each library that can hold it.
+    """Snippets that load the network in each library that supports it.
 
     `where` is what load_backbone takes: a name, a folder or hf-hub:owner/repo. `name` is the catalog's, for libraries
     that know nothing else; None: it has none. `decoder=False`: its weights are not there. `pretrained=False`: no
@@ -41,16 +41,16 @@ def snippets(
     """
     by_name = pretrained and name is not None
     if isinstance(contract, VoxelContract):
-        found = [_own_3d(where, arch, contract, pretrained)]
-        found += [_torch_hub(str(name))] if by_name else []
-        found += [_minkowski(where)] if pretrained else []
-        return found
-    found = [_own_2d(where, arch, contract, pretrained, decoder)]
-    found += [_torch_hub(str(name))] if by_name else []
+        shown = [_own_3d(where, arch, contract, pretrained)]
+        shown += [_torch_hub(str(name))] if by_name else []
+        shown += [_minkowski(where)] if pretrained else []
+        return shown
+    shown = [_own_2d(where, arch, contract, pretrained, decoder)]
+    shown += [_torch_hub(str(name))] if by_name else []
     if pretrained and arch.host_encoder is not None:
-        found += [_timm(str(name)), _smp(str(name))] if by_name else []
-        found.append(_torchvision(where))
-    return found
+        shown += [_timm(str(name)), _smp(str(name))] if by_name else []
+        shown.append(_torchvision(where))
+    return shown
 
 
 def encoder_channels(arch: Arch) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def dense_shape(arch: Arch, contract: ImageContract) -> str:
 
 
 def output_channels(arch: Arch) -> int:
-    """Channels of the network's output, with the constructor's own default where the arguments are silent."""
+    """Channels of the network's output, stated or by the constructor's default."""
     stated = arch.args.get("out_chans") or arch.architecture.defaults.get("out_chans")
     return int(stated or encoder_channels(arch)[1] // 2)
 

@@ -50,7 +50,7 @@ def weights_section(entry: Entry) -> list[str]:
 
 
 def found_by_name(name: str, source: str) -> str:
-    """How libraries that take names alone find a folder of the catalog's name; "" when it is kept under another."""
+    """How libraries that accept only names find a folder that has its catalog name; "" if it has another."""
     owner, _, repo = source.removeprefix("hf-hub:").partition("@")[0].rpartition("/")
     if source == FOLDER:
         hub, where = "PARENT", f", the folder that holds this one as `{name}`"
@@ -86,7 +86,7 @@ def _hub_files(files: Iterable[File]) -> str:
 
 
 def stored_files(files: Mapping[str, StoredFile] | None) -> str:
-    """The inventory but for the card, which cannot state its own digest."""
+    """The table of files without the card, which cannot state its own digest."""
     if files is None:
         return ""
     rows = [(f"`{n}`", f.role, f"{f.size:,}", f"`{f.sha256}`") for n, f in files.items() if f.role != "card"]

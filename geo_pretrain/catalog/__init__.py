@@ -67,7 +67,7 @@ def list_backbones(
     data: str | None = None,
     status: str | None = None,
 ) -> list[str]:
-    """Names of the catalog that match everything given, in natural order (r18 before r50, `kitti` before `kitti_180`).
+    """List the names that match all given filters, in natural order (r18 before r50, `kitti` before `kitti_180`).
 
     `pattern` is fnmatch's (`"pri3d_*_r50*"`). `modality` is "2d" or "3d", `data` the pre-training data ("ScanNet",
     any case), `status` a key of `STATUSES`. `license` is an exact identifier of the weights' license ("MIT") or a
@@ -104,7 +104,7 @@ def backbone_info(name: str) -> Entry:
 
 
 def find(name: str, *, stacklevel: int = 2) -> Entry | None:
-    """The entry called `name`, now or once: an old name gives a FutureWarning at the caller. None: there is none."""
+    """Look up an entry by its current or former name (FutureWarning at the caller); None if unknown."""
     if name in RENAMED:
         message = f"{name!r} is called {RENAMED[name]!r} now; the old name will stop working."
         warnings.warn(message, FutureWarning, stacklevel=stacklevel)
@@ -118,5 +118,5 @@ def _check(what: str, value: str | None, options: Iterable[str]) -> None:
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Digits compare as numbers and sort before text."""
+    """Sort key: digits compare as numbers and sort before text."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]

@@ -1,4 +1,4 @@
-"""CSC, Contrastive Scene Contexts (Hou et al., CVPR 2021): PointContrast with negatives split by place in the scene.
+"""CSC, Contrastive Scene Contexts (Hou et al., CVPR 2021): negatives are split by position in the scene.
 
 Numbers are the README's: each stands with the checkpoint it was fine-tuned from. The code is MIT; no separate terms
 are given for the weights, so their entry states what ScanNet imposes.

@@ -1,7 +1,7 @@
 """The types of the catalog: what is known about a checkpoint, as data. No I/O and no torch.
 
-What cannot be true cannot be built: an entry without its license chain, files that do not hold the network, a status
-that its files and recipe do not bear out.
+Entries check themselves when they are built: the license chain is complete, the files hold the whole network, and the
+status agrees with files and recipe.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Result:
-    """One number somebody reported or measured; `table` says where it stands. Metrics in PERCENTAGES are in percent."""
+    """One reported or measured number; `table` is its source. Metrics in PERCENTAGES are in percent."""
 
     task: str
     dataset: str
@@ -93,7 +93,7 @@ class File:
 
 @dataclass(frozen=True)
 class AuthorsFile:
-    """A file its authors offer: where, in which format, what is inside. `convert/` knows the formats."""
+    """A file that the authors of a method publish: URL, format (see `convert/`) and content."""
 
     url: str
     format: str  # a key of `convert.FORMATS`
@@ -181,7 +181,7 @@ class Entry:
             raise ValueError(f"{self.name}: the network takes {chans} channels, its contract names {named}.")
 
     def _check_status(self) -> None:
-        """Without files here the status is the best that holds: the authors' files, else a recipe, else planned."""
+        """Check the status: without files here it is the authors' files, else a recipe, else planned."""
         has = {
             "published-here": bool(self.files),
             "published-by-authors": bool(self.authors_files),
@@ -232,7 +232,7 @@ class Entry:
         return next((r.value for r in self.results if (r.task, r.dataset, r.metric) == wanted), None)
 
     def how_to_get(self) -> str:
-        """What a user can do when no source delivered the files, as one clause."""
+        """Describe in one clause how to get the files when no source has delivered them."""
         ways = []
         if self.files:
             sources = dict.fromkeys(source for file in self.files for source in file.sources)

@@ -1,4 +1,4 @@
-"""The license chain of weights: code, weights, every data set, start weights. Incomplete or wrong, it cannot be built.
+"""The license chain of weights: code, weights, every data set, start weights; checked when it is built.
 
 Licenses are part of an entry's type, so weights without a whole chain, or that claim more freedom than the chain
 leaves, cannot be published.
@@ -109,7 +109,7 @@ class License:
                 )
 
     def base_terms(self) -> tuple[str, ...]:
-        """What stands in the brackets of `base_model`, licenses and remarks; empty for "none".
+        """Licenses and remarks in the parentheses of `base_model`; empty for "none".
 
         Raises ValueError when it is not "none" and no license is among them.
         """
@@ -124,12 +124,12 @@ class License:
         return tuple(filter(None, terms))
 
     def matches(self, wanted: str) -> bool:
-        """`wanted` is the weights' exact identifier or a group: "permissive", "non-commercial"."""
+        """Whether the weights' license is `wanted`, an identifier or a group: "permissive", "non-commercial"."""
         return self.weights in LICENSE_GROUPS.get(wanted, (wanted,))
 
 
 def strictest(*terms: str) -> str:
-    """The license that allows least; of equals the first. Terms without an SPDX identifier are taken for strict."""
+    """The most restrictive license, the first of equals. Terms without an SPDX identifier count as restrictive."""
     kinds = (PERMISSIVE, SHARE_ALIKE, NO_DERIVATIVES)
     return max(terms, key=lambda term: next((rank for rank, kind in enumerate(kinds) if term in kind), len(kinds)))
 

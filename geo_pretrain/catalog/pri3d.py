@@ -46,12 +46,12 @@ MOCO_V2 = "MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0; ImageNet terms: non-c
 
 
 def imagenet(arch: str) -> str:
-    """The start weights that nearly all of these networks have in common."""
+    """The ImageNet weights that nearly all of these networks started from."""
     return f"torchvision ResNet-{DEPTHS[arch]} IMAGENET1K_V1 (BSD-3-Clause; ImageNet terms: non-commercial research)"
 
 
 def scannet_license(base_model: str, code: str = "MIT") -> License:
-    """Of weights made from ScanNet's frames that ImageNet has a part in."""
+    """The license chain of weights trained on ScanNet from ImageNet weights."""
     return License(code=code, weights="LicenseRef-ScanNet-ToU", datasets=SCANNET_TERMS, base_model=base_model)
 
 
@@ -61,7 +61,7 @@ def drive(file_id: str, content: str, file_format: str, roles: tuple[str, ...] =
 
 
 def _run(file_id: str, content: str = "2D U-Net, 3D U-Net and heads") -> AuthorsFile:
-    """A file that a training run saved: all its networks, and the optimizer."""
+    """A training checkpoint: all networks of the run, and the optimizer."""
     return drive(file_id, content, "pri3d", ("encoder", "decoder", "heads"))
 
 
@@ -201,7 +201,7 @@ def _entry(
 
 
 def _scannet(name: str, arch: str, description: str) -> Entry:
-    """An entry trained as most are: on ScanNet, from ImageNet."""
+    """An entry trained on ScanNet from ImageNet weights, as most are."""
     return _entry(name, RESNET_UNET[arch], scannet_license(imagenet(arch)), "ScanNet", description)
 
 

@@ -1,4 +1,4 @@
-"""Where networks start: ImageNet, MoCo v2, random weights, an earlier stage, or a checkpoint of this zoo."""
+"""Initialize networks: from ImageNet, MoCo v2, an earlier stage or a checkpoint of this zoo."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def initialize(network: nn.Module, recipe: Recipe) -> None:
 
 
 def initialize_encoder(network: nn.Module, spec: ModelSpec) -> None:
-    """Put the weights that `spec.init` names into the encoder of `network`, a U-Net or an encoder.
+    """Load the weights that `spec.init` names into the encoder of `network`, a U-Net or an encoder.
 
     A checkpoint of the same U-Net fills the decoder too; one of an encoder alone, or of another U-Net, leaves the
     decoder as it is. "imagenet" is torchvision's IMAGENET1K_V1, which all Pri3D encoders started from, never V2.
@@ -57,7 +57,7 @@ def initialize_encoder(network: nn.Module, spec: ModelSpec) -> None:
 
 
 def initialize_heads(task: nn.Module, start: str, *, prefix: str = "", required: bool = True) -> None:
-    """Fill a task's heads from those of a checkpoint: 3D network, projections, depth head, all but `backbone.*`.
+    """Load a task's heads from a checkpoint: 3D network, projections, depth head, all but `backbone.*`.
 
     Heads that the task has not are left out, as are those of the task whose keys do not begin with `prefix`. Start
     weights that are an encoder's alone (`WITHOUT_HEADS`) change nothing; nor, unless heads are `required`, does a
@@ -78,7 +78,7 @@ def initialize_heads(task: nn.Module, start: str, *, prefix: str = "", required:
 
 
 def moco_v2_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The checkpoint folder of MoCo's own ImageNet encoder `name`, a key of `IMAGENET_STARTS`.
+    """Download and convert MoCo's ImageNet encoder `name`, a key of `IMAGENET_STARTS`; returns its checkpoint folder.
 
     Fetched once, read without executing anything of it, kept in the cache. A file that somebody has put where the
     message of the error says is taken in place of a download.
@@ -122,7 +122,7 @@ def _download(url: str, part: Path) -> None:
 
 
 def _check_md5(path: Path, prefix: str) -> str:
-    """The sha256 of a file whose MD5 begins with `prefix`: all that MoCo's authors state about it."""
+    """Check that a file's MD5 begins with `prefix`, all that MoCo's authors state; returns its sha256."""
     with path.open("rb") as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if not md5.startswith(prefix):
@@ -145,7 +145,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _checkpoint(start: str, *, decoder: bool) -> nn.Module:
-    """A named network or a folder's; with its decoder where it has one and it is wanted."""
+    """Load the network of a name or folder, with its decoder if it has one and `decoder` asks for it."""
     if start in IMAGENET_STARTS:
         return load_backbone(moco_v2_folder(start))
     entry = find(start)

@@ -52,11 +52,11 @@ class PretrainedInit:
 
     @property
     def named(self) -> bool:
-        """Whether it is a checkpoint, in the catalog or a folder."""
+        """Whether it is a checkpoint: a name of the catalog or a folder."""
         return self.backbone not in (SCRATCH, IMAGENET)
 
     def unet(self, seed: int) -> tuple[ResNetUNet, Transfer]:
-        """The U-Net of Pri3D with these weights, and which part of it is pre-trained; the rest is drawn by `seed`."""
+        """Build Pri3D's U-Net with these weights; returns it and its pre-trained part. The rest is drawn by `seed`."""
         width = self.width
         if self.named:
             arch = self._checked().arch
@@ -72,7 +72,7 @@ class PretrainedInit:
         return network, "encoder"
 
     def host(self, builder: Callable[..., Any], seed: int, **options: Any) -> Any:
-        """A network of another library with these weights; `builder` is one of geo_pretrain.adapters."""
+        """Build another library's network with these weights; `builder` is one of geo_pretrain.adapters."""
         if self.named:
             self._checked()
         elif self.width != HOST_WIDTH:
@@ -89,7 +89,7 @@ class PretrainedInit:
         return network
 
     def contract(self) -> ImageContract:
-        """What the backbone expects of an image."""
+        """The input contract of the backbone."""
         return cast(ImageContract, self._checked().contract) if self.named else ImageContract()
 
     def _encoder_weights(self) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ class PretrainedInit:
         return weights
 
     def _checked(self) -> Entry | hubs.Opened:
-        """The checkpoint that is named, if it has the recipe's encoder; its weights are not fetched."""
+        """Open the named checkpoint and check that it has the recipe's encoder; weights are not fetched."""
         entry = find(self.backbone)
         checkpoint = entry or hubs.open(self.backbone, **self.where)
         encoder = checkpoint.arch.encoder_name
@@ -125,7 +125,7 @@ class PretrainedInit:
 
 
 def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, seed: int) -> tuple[Segmenter, Transfer]:
-    """The segmentation network of a recipe, and which part of it is pre-trained.
+    """Build the segmentation network of a recipe; returns it and which part of it is pre-trained.
 
     Labels are 1 to `classes`; a "unet" has an output for class 0, too. New layers are drawn by `seed`.
     """
@@ -155,7 +155,7 @@ def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, se
 
 
 def segmentation_unet(pretrained: ResNetUNet, classes: int, *, seed: int, transfer: Transfer = "all") -> ResNetUNet:
-    """A U-Net shaped like `pretrained` whose last layer gives `classes` logits.
+    """Copy a U-Net with a new last layer of `classes` logits.
 
     `transfer` says which weights are those of `pretrained`: "all" but `decoder.conv0` (Pri3D's protocol), "encoder", or
     "none". The others are drawn by `seed`, the same ones whatever is transferred.
@@ -180,7 +180,7 @@ class Segmenter(nn.Module):
             stages_of(encoder_of(network))[AUX_STAGE][1][-1].register_forward_hook(self._keep)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, 3, H, W] -> logits [B, classes, h, w] and, in training mode, those of the auxiliary head on stage 3."""
+        """[B, 3, H, W] -> logits [B, classes, h, w] and, in training mode, logits of the auxiliary head."""
         height, width = images.shape[-2:]
         down, right = -height % self.multiple, -width % self.multiple
         logits = self.network(F.pad(images, (0, right, 0, down)) if down or right else images)
@@ -214,6 +214,6 @@ def _aux_head(channels: int, classes: int) -> nn.Sequential:
 
 
 def _uncovered(logits: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
-    """The part of logits of a padded image that shows the image, rounded up to whole cells."""
+    """Crop the logits of a padded image to the image, rounded up to whole cells."""
     rows, columns = (-(-given * own // all) for given, own, all in zip(logits.shape[-2:], size, padded, strict=True))
     return logits[..., :rows, :columns]

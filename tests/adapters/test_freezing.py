@@ -80,7 +80,7 @@ def test_stages_can_be_thawed_and_frozen_again():
     freeze_stages(network, 1)
     thawed = {type(module) for module in network.encoder.layer1.modules()} | {type(network.encoder.layer4[1].bn2)}
     assert nn.BatchNorm2d in thawed
-    assert not any("Still" in kind.__name__ for kind in thawed)
+    assert not any("FrozenStats" in kind.__name__ for kind in thawed)
     assert network.encoder.layer4[1].bn2.training
     assert not network.encoder.bn1.training
     moved = train_a_step(network)
