@@ -98,7 +98,7 @@ def _folder(source: Callable[[Path, Any], Source], config: type) -> Opener:
     """The opener of a layout on disk: a class called with the folder and its options, a dataclass."""
 
     def call(spec: DataSpec, split: str, device: str, progress: Progress | None) -> Source:
-        options = parse(config, spec.options, where="data.options", prefix="data.options.")
+        options: Any = parse(config, spec.options, where="data.options", prefix="data.options.")
         if spec.path is None:
             raise RecipeError(f"Source {spec.source!r} needs a folder: --data {spec.source}:PATH (or data.path=PATH).")
         return source(Path(spec.path).expanduser(), options)

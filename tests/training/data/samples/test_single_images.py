@@ -159,7 +159,7 @@ def test_batch_mixing_holds_a_frame_and_an_image_and_repeats_the_fewer(tmp_path,
         seen = Counter(brightness(s["image1"][1]) for s in samples)
         assert len(seen) == count
         assert max(seen.values()) - min(seen.values()) <= 1
-        partners.append([data._again((epoch, k), min(count, len(PAIRS))) for k in range(len(data))])
+        partners.append([data._repeated((epoch, k), min(count, len(PAIRS))) for k in range(len(data))])
     assert all(set(p) == set(range(min(count, len(PAIRS)))) for p in partners)
     if count > 1:
         assert len({tuple(p) for p in partners}) > 1
@@ -196,7 +196,7 @@ def test_partners_in_a_mixed_batch_depend_on_the_seed(tmp_path):
     partners = set()
     for seed in range(8):
         data = CropSamples(Frames(), PAIRS, DataSpec(size=(32, 48)), CONTRACT, seed, **options)
-        partners.add(tuple(data._again((0, k), len(PAIRS)) for k in range(len(data))))
+        partners.add(tuple(data._repeated((0, k), len(PAIRS)) for k in range(len(data))))
     assert len(partners) > 1
 
 

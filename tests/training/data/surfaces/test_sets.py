@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
-from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.rooms import RoomsConfig
-from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, resize_frame
+from geo_pretrain.training.data.frame import Pair, SkippedFrames, resize_frame
 from geo_pretrain.training.data.mining import find_pairs
-from geo_pretrain.training.data.samples.pairs import PairSamples, SetPairSamples, check_labels
-from geo_pretrain.training.data.samples.sampler import collate
+from geo_pretrain.training.data.samples.pairs import check_labels
 from geo_pretrain.training.data.sources.registry import FrameRange
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
-from geo_pretrain.training.data.surfaces import fusing
 from geo_pretrain.training.data.surfaces import sets as module
 from geo_pretrain.training.data.surfaces.fusing import fuse_points
 from geo_pretrain.training.data.surfaces.oversegmentation import plane_normals, segment_mesh, segment_points
@@ -132,61 +125,6 @@ def test_sampled_at_every_second_pixel_the_half_resolution_map_is_exact(rooms, r
 
 
 # Scenes
-
-
-def twin_fuse(frames, kind):
-    cells = {}
-    for frame in frames:
-        points = np.float32(world_points(frame)[0]).astype(float)
-        labels = label_sets(frame, kind)[frame.depth > 0] if kind else np.full(len(points), -1)
-        for point, z, label in zip(points, frame.depth[frame.depth > 0].astype(float), labels, strict=True):
-            towards = frame.cam_to_world[:3, 3] - point
-            row = point, towards / np.linalg.norm(towards), max(z, 0.5) ** -4, int(label)
-            cells.setdefault(tuple(np.floor(point / 0.02).astype(int)), []).append(row)
-    out = []
-    for rows in cells.values():
-        share = np.array([w for *_, w, _ in rows])
-        votes = Counter()
-        for *_, w, label in rows:
-            votes[label] += w
-        most = min(votes, key=lambda label: (-votes[label], label))
-        out.append((*np.average([p for p, *_ in rows], axis=0, weights=share),
-                    *np.average([t for _, t, *_ in rows], axis=0, weights=share), share.sum(), most))  # fmt: skip
-    return np.array(out)
-
-
-@pytest.mark.parametrize("pending", [1, 2_000_000])
-@pytest.mark.parametrize("kind", [None, "instance"])
-def test_fused_points_are_the_weighted_means_of_every_voxel(rooms, monkeypatch, kind, pending):
-    monkeypatch.setattr(fusing, "_PENDING", pending)
-    frames = [resize_frame(rooms.load(rooms.scenes()[0], f"000{k}"), (32, 48)) for k in (0, 1, 0)]
-    frames[2] = replace(frames[0], depth=frames[0].depth * 0.2)  # some nearer than half a meter
-    labels = None if kind is None else partial(label_sets, kind=kind)
-    got, want = fuse_points(frames, labels), twin_fuse(frames, kind)
-    assert (frames[2].depth < 0.5).any()
-    assert len(got.points) < sum(frame.depth.size for frame in frames)
-    np.testing.assert_allclose(got.points, want[:, :3], atol=1e-5)
-    np.testing.assert_allclose(got.towards, want[:, 3:6], atol=1e-5)
-    np.testing.assert_allclose(got.weights, want[:, 6], rtol=1e-5)
-    np.testing.assert_array_equal(got.labels, want[:, 7])
-    assert len(np.unique(got.labels)) == 1 if kind is None else len(np.unique(got.labels)) > 3
-
-
-@pytest.mark.parametrize("labels", [(2, 5), (5, 2)])
-def test_of_labels_with_equal_weights_a_fused_point_has_the_lower(labels):
-    intrinsics = np.array([[1e3, 0, -1], [0, 1e3, -1], [0, 0, 1]])  # two pixels in one voxel
-    instance = np.array([labels], np.int32)
-    frame = Frame(
-        "s", "0", np.zeros((1, 2, 3), np.uint8), np.ones((1, 2), np.float32), intrinsics, np.eye(4), None, instance
-    )
-    assert fuse_points([frame], lambda frame: frame.instance).labels.tolist() == [2]
-
-
-def test_large_frames_are_thinned_before_they_are_fused():
-    depth = np.ones((480, 640), np.float32)
-    intrinsics = np.diag([5.0, 5.0, 1.0])  # no two pixels in one voxel
-    big = Frame("s", "0", np.zeros((480, 640, 3), np.uint8), depth, intrinsics, np.eye(4))
-    assert len(fuse_points([big]).points) == 240 * 320
 
 
 def test_sets_of_a_source_without_a_mesh_are_segments_of_its_fused_frames(rooms, room_sets):
@@ -488,39 +426,3 @@ def test_last_scenes_are_remembered(monkeypatch, rooms):
     for scene in "abaacab":
         sets.scene(scene)
     assert found == ["a", "b", "c", "b"]
-
-
-# Samples
-
-
-@pytest.fixture(scope="module")
-def spec():
-    return DataSpec(source="rooms", size=(48, 64), overlap=(0.2, 1.0))
-
-
-def test_samples_are_those_of_pairs_with_the_sets_of_every_pixel(rooms, spec, tmp_path):
-    pairs = find_pairs(rooms, spec, skips=SkippedFrames())
-    samples = SetPairSamples(rooms, pairs, spec, ImageContract(), 3, cache_dir=tmp_path)
-    plain = PairSamples(rooms, pairs, spec, ImageContract(), 3)
-    got, want = samples[(1, 0)], plain[(1, 0)]
-    assert set(got) == {*want, "sets1", "sets2"}
-    for name, value in want.items():
-        assert torch.equal(got[name], value) if isinstance(value, torch.Tensor) else got[name] == value
-    scene = scene_sets(rooms, pairs[0].scene, cache_dir=tmp_path)
-    for number, frame_id in ((1, pairs[0].frame1), (2, pairs[0].frame2)):
-        frame = resize_frame(rooms.load(pairs[0].scene, frame_id), spec.size)
-        np.testing.assert_array_equal(got[f"sets{number}"], pixel_sets(frame, scene, stride=2))
-    assert len(set(got["sets1"].unique().tolist()) & set(got["sets2"].unique().tolist()) - {-1}) > 3
-    batch = collate([pickle.loads(pickle.dumps(samples))[(0, k)] for k in range(2)])
-    assert batch["sets2"].shape == (2, 48, 64)
-    assert batch["sets1"].dtype == torch.int64
-
-
-def test_samples_take_the_options_of_sets(rooms, spec, tmp_path):
-    pairs = find_pairs(rooms, spec, skips=SkippedFrames())[:1]
-    semantic = SetPairSamples(rooms, pairs, spec, ImageContract(), 0, kind="semantic")[(0, 0)]
-    frame = resize_frame(rooms.load(pairs[0].scene, pairs[0].frame2), spec.size)
-    np.testing.assert_array_equal(semantic["sets2"], frame.semantic)
-    options = {"k_thresh": 0.03, "min_vertices": 7, "cache_dir": tmp_path}
-    got = SetPairSamples(rooms, pairs, spec, ImageContract(), 0, **options)[(0, 0)]["sets2"]
-    np.testing.assert_array_equal(got, pixel_sets(frame, scene_sets(rooms, pairs[0].scene, **options), stride=2))
