@@ -60,11 +60,11 @@ def main() -> None:
         recipe = load_recipe("pri3d_view_r18.rooms_toy", [f"data.size={list(size)}"])
         source = open_source(recipe.data)
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
-        samples = build_task(recipe)[0].dataset(source, pairs)
+        samples = build_task(recipe).dataset(source, pairs)
         begin = time.perf_counter()
         batch = collate([samples[(0, k)] for k in range(PAIRS)])
         loading = time.perf_counter() - begin
-        _, task = build_task(recipe)
+        task = build_task(recipe)
         task.to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(task.parameters(), lr=0.01, momentum=0.9)
         times: dict[str, list[float]] = {"batched": [], "looped": []}

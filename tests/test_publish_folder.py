@@ -194,7 +194,7 @@ def test_what_a_recipe_makes_may_have_its_name(name: str):
     if recipe.model is not None:
         recipe = replace(recipe, model=replace(recipe.model, init="scratch"))
     with torch.device("meta"):
-        task: Any = build_task(recipe)[0]
+        task: Any = build_task(recipe)
     arch = Arch(CATALOG[name].arch.name, json.loads(json.dumps(task.arch_args)))
     contract = contract_from_dict(json.loads(json.dumps(task.contract.to_dict())))
     publishing._check_name(Checkpoint(Path(name), name, arch, contract, {}, CATALOG[name].license, {}, True))

@@ -138,8 +138,7 @@ def validation_spec(spec: DataSpec) -> DataSpec:
 
 def untrained(recipe: Recipe) -> ResNetUNet:
     """The network exactly as pre-training found it."""
-    _, module = build_task(recipe)
-    return cast(ResNetUNet, module.backbone).eval()
+    return cast(ResNetUNet, build_task(recipe).backbone).eval()
 
 
 def scene_spread(result: MatchingResult, pairs: list[Pair]) -> Spread:

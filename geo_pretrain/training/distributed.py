@@ -1,23 +1,33 @@
-"""One process or many: the few calls that differ, for torchrun with gloo (CPU) or nccl (CUDA)."""
+"""One process or many: the few calls that differ, for torchrun with gloo (CPU) or nccl (CUDA).
+
+Also Shuffle-BN (He et al., "Momentum Contrast", CVPR 2020, section 3.3), which mixes samples between processes.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all processes of a run."""
+    """This process among all processes of a run, and what they do together."""
 
     rank: int
     size: int
     device: torch.device
+
+    @classmethod
+    def current(cls, device: torch.device) -> World:
+        """The group that this process has joined; a group of one where it has joined none."""
+        return cls(dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else cls(0, 1, device)
 
     @property
     def is_main(self) -> bool:
@@ -25,34 +35,78 @@ class World:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module whose gradients are averaged over all processes; BatchNorm statistics stay per process."""
+        """Average a module's gradients over all processes; BatchNorm statistics stay per process."""
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process, so that all leave the loop at the same step."""
+        """Whether the flag is set in any process, so that all of them can act at the same step."""
         if self.size == 1:
             return flag
         shared = torch.tensor([flag], dtype=torch.float32, device=self.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return bool(shared.item())
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor over all processes."""
+    def mean(self, values: Tensor) -> Tensor:
+        """Average a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size
         return values
 
-    def gather(self, item: object) -> list[object]:
-        """One object of every process, in all of them."""
+    def all_gather_object(self, item: object) -> list[object]:
+        """Collect one object from every process, in every process."""
         if self.size == 1:
             return [item]
         items: list[object] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
+
+    def all_gather(self, rows: Tensor) -> Tensor:
+        """Collect the rows [B, ...] of all processes: [size * B, ...].
+
+        They are interleaved as the loader deals samples: row i comes from process i % size.
+        """
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """The rows of this process among those of all, in the order of `all_gather`."""
+        return rows[self.rank :: self.size]
+
+    def broadcast(self, number: int) -> int:
+        """The main process's number, in every process."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number, device=self.device)
+        dist.broadcast(value, src=0)
+        return int(value)
+
+    def forward_shuffled(
+        self, network: Callable[[Tensor], Tensor], samples: Tensor, groups: int, *, seed: int
+    ) -> Tensor:
+        """Shuffle-BN: run the samples of all processes, redistributed at random, through BatchNorm groups.
+
+        Args:
+            samples: this process's [B, P, 3, H, W]; all size * B * P images are permuted one by one.
+            groups: number of BatchNorm groups per process. seed: of the permutation; the main process's counts.
+
+        Returns:
+            The outputs for all processes' samples, in the order of `all_gather`: [size * B, P, dim].
+        """
+        samples = self.all_gather(samples)
+        shape = samples.shape[:2]
+        images = samples.flatten(0, 1)
+        generator = torch.Generator().manual_seed(self.broadcast(seed))
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        share = self.own_rows(images[order][:, None])
+        outputs = self.all_gather(forward_in_groups(network, share, groups))[:, 0]
+        return outputs[order.argsort()].unflatten(0, shape)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -65,20 +119,48 @@ class World:
             dist.destroy_process_group()
 
 
+def forward_in_groups(network: Callable[[Tensor], Tensor], samples: Tensor, groups: int) -> Tensor:
+    """Run samples [B, P, 3, H, W] through a network in groups that BatchNorm normalizes apart: [B, P, dim], in order.
+
+    Sample i is in group i % groups; `groups` divides B. Running statistics are those of the first group, as the main
+    process's are kept where groups are processes.
+    """
+    images = samples.shape[1]
+    outputs = []
+    for group in range(groups):
+        with frozen_bn_stats(network) if group else nullcontext():
+            outputs.append(network(samples[group::groups].flatten(0, 1)).unflatten(0, (-1, images)))
+    return torch.stack(outputs, dim=1).flatten(0, 1)
+
+
+@contextmanager
+def frozen_bn_stats(network: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Normalize by batch statistics, but do not update the running statistics of BatchNorm."""
+    modules = network.modules() if isinstance(network, nn.Module) else ()
+    layers = [layer for layer in modules if isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
 ALONE = World(0, 1, torch.device("cpu"))  # a process without others, where the device does not matter
 
 
 def join(device: str | None = None) -> World:
-    """Join the group that torchrun announces in the environment, or be alone.
+    """Join the group that torchrun announces in the environment; without one this process is alone.
 
     `device` None takes CUDA when there is one.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if kind.type == "cuda":
-        kind = torch.device("cuda", kind.index if size == 1 else int(os.environ.get("LOCAL_RANK", "0")))
-        if kind.index is not None:
-            torch.cuda.set_device(kind)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", chosen.index if size == 1 else int(os.environ.get("LOCAL_RANK", "0")))
+        if chosen.index is not None:
+            torch.cuda.set_device(chosen)
     if size > 1:
-        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
-    return World(rank, size, kind)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(rank, size, chosen)

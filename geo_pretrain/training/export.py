@@ -15,13 +15,13 @@ from geo_pretrain.training.data.frame import Source
 from geo_pretrain.training.data.sources.registry import source_note
 from geo_pretrain.training.recipe import Recipe, list_recipes
 from geo_pretrain.training.runs import code_version, library_versions
-from geo_pretrain.training.tasks import Task
+from geo_pretrain.training.tasks import PretextTask
 
 
 def write_run(
     recipe: Recipe,
     out: Path,
-    task: Task,
+    task: PretextTask,
     source: Source,
     log: Path,
     provenance: dict[str, Any],

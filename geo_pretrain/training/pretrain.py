@@ -186,7 +186,7 @@ def train(
     run = RunFolder(out, writes=world.is_main, board=True)
     run.create()
     progress = fit(task, world, run, on_step=on_step)
-    for skipped in world.gather(task.skips.reasons):
+    for skipped in world.all_gather_object(task.skips.reasons):
         task.skips.reasons.update(skipped)  # type: ignore[call-overload]
     checkpoint = None
     if world.is_main:
@@ -225,7 +225,7 @@ class Pretraining(TrainingTask):
         starts: Mapping[str, Path] = {},
     ) -> None:
         self.recipe, self.source, self.pairs, self.world, self.skips = recipe, source, pairs, world, skips
-        self.task, self.module = build_task(recipe, starts)
+        self.task = self.module = build_task(recipe, starts)
         self.unit, self.views = self.task.unit, self.task.views
         self.dataset = self.task.dataset(source, pairs)
         self.samples = len(self.dataset)  # type: ignore[arg-type]

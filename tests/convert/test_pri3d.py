@@ -105,7 +105,7 @@ def test_heads_are_those_of_our_own_pretext_task(task: str):
     """Name by name and shape by shape: such a folder can be measured and trained on."""
     recipe, depth = load_recipe(task, ["model.init=scratch"]), int(task[-2:])
     with torch.device("meta"):
-        _, ours = build_task(recipe)
+        ours = build_task(recipe)
     expected = {key: value.shape for key, value in ours.state_dict().items() if not key.startswith("backbone.")}
     keys = json.loads((DATA / f"pri3d_full_model_r{depth}.json").read_text())["keys"]
     without = () if "geo" in task else ("backbone3d.", "w2d.", "w3d.")

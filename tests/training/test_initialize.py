@@ -196,7 +196,7 @@ def test_stage1_is_the_folder_that_the_first_stage_left(tmp_path, tiny_recipe):
     recipe = load_recipe(str(tiny_recipe(model={"init": "stage1"})))
     with pytest.raises(RecipeError, match="no first stage was trained"):
         build_task(recipe)
-    _, task = build_task(recipe, {"stage1": tmp_path / "first"})
+    task = build_task(recipe, {"stage1": tmp_path / "first"})
     stored = load_file(tmp_path / "first" / "decoder.safetensors")
     assert torch.equal(task.state_dict()["backbone.decoder.conv0.weight"], stored["conv0.weight"])
 
@@ -206,12 +206,12 @@ def test_continued_training_keeps_the_heads_that_its_loss_has(tmp_path, tiny_rec
     heads = load_file(tmp_path / "first" / "heads.safetensors")
     for name, kept in (("pri3d_view_geo", ("backbone3d.", "w2d.", "w3d.", "headnet.")), ("pri3d_view", ("headnet.",))):
         path = tiny_recipe(name, model={"init": str(tmp_path / "first")}, task={"keep_heads": True})
-        _, task = build_task(load_recipe(str(path)))
+        task = build_task(load_recipe(str(path)))
         state = task.state_dict()
         wanted = {key for key in heads if key.startswith(kept)}
         assert wanted == {key for key in state if not key.startswith("backbone.")}
         assert all(torch.equal(state[key], heads[key]) for key in wanted)
-        _, fresh = build_task(load_recipe(str(path), ["task.keep_heads=false"]))
+        fresh = build_task(load_recipe(str(path), ["task.keep_heads=false"]))
         assert not torch.equal(fresh.state_dict()["headnet.weight"], heads["headnet.weight"])
         assert torch.equal(fresh.state_dict()["backbone.decoder.conv0.bias"], state["backbone.decoder.conv0.bias"])
     run_here(tiny_recipe(optim={"steps": 1}), tmp_path / "view")

@@ -364,12 +364,12 @@ def test_cosine_falls_each_step_and_moco_s_each_epoch():
 def test_what_is_frozen_is_not_trained_by_either_optimizer(tmp_path, tiny_recipe, monkeypatch):
     build = pretrain.build_task
 
-    def frozen(recipe):
-        task, module = build(recipe)
-        module.backbone.encoder.layer4.requires_grad_(False)
-        return task, module
+    def frozen(recipe, starts):
+        task = build(recipe, starts)
+        task.backbone.encoder.layer4.requires_grad_(False)
+        return task
 
-    _, fresh = build(load_recipe(str(tiny_recipe())))
+    fresh = build(load_recipe(str(tiny_recipe())))
     monkeypatch.setattr(pretrain, "build_task", frozen)
     for kind in ("sgd", "adam"):
         run_here(tiny_recipe(optim={"kind": kind, "steps": 2, "weight_decay": 0.1, "lr": 1e-3}), tmp_path / kind)

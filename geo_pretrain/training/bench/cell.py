@@ -104,7 +104,7 @@ def _train(recipe: Recipe, folder: Path, job: Job) -> None:
 
 def _training_facts(recipe: Recipe, folder: Path, job: Job) -> dict[str, Any]:
     provenance = read_checkpoint(folder).provenance
-    views = getattr(build_task(recipe, job.starts())[0], "views", None)
+    views = build_task(recipe, job.starts()).views
     facts = {"recipe": recipe.name, "steps": provenance["steps"], "batch": recipe.optim.batch, "views": views}
     return facts | {"seconds": round(float(provenance["seconds"]), 1)}
 

@@ -33,8 +33,9 @@ from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, cubic_voxel_size, frame_cloud
 from geo_pretrain.training.recipe import AugmentSpec, recipe_of
 from geo_pretrain.training.tasks import build_task
-from geo_pretrain.training.tasks.clouds import encode, one_match_each
+from geo_pretrain.training.tasks.matching import one_match_each
 from geo_pretrain.training.tasks.pri3d import Pri3D
+from geo_pretrain.training.tasks.voxels import encode
 
 RANDOM = "random"  # name of the random-init baseline in results
 STAGES = (1, 2, 3, 4)  # of an encoder: strides 4, 8, 16, 32
@@ -432,7 +433,7 @@ def load_pri3d(name: str, *, pretrained: bool = True, seed: int = 0) -> Pri3D:
         raise CheckpointError(f"{checkpoint.folder}: no recipe tells how its voxel part is built; {ACCEPTED}.")
     if recipe.model is not None:
         recipe = replace(recipe, model=replace(recipe.model, init="scratch"))  # what it started from is not needed
-    _, task = build_task(replace(recipe, seed=seed, data=replace(recipe.data, augment=PLAIN)))
+    task = build_task(replace(recipe, seed=seed, data=replace(recipe.data, augment=PLAIN)))
     if not isinstance(task, Pri3D) or not task.config.geo:
         raise CheckpointError(f"{name!r} was trained by task {recipe.task['name']!r}, without voxels; {ACCEPTED}.")
     if pretrained:

@@ -41,8 +41,7 @@ from geo_pretrain.training.evaluation.features import (
 )
 from geo_pretrain.training.evaluation.progress import Progress, part_of
 from geo_pretrain.training.recipe import DataSpec, recipe_of
-from geo_pretrain.training.tasks.clouds import one_match_each
-from geo_pretrain.training.tasks.pri3d import sample_matches
+from geo_pretrain.training.tasks.matching import one_match_each, sample_matches
 
 COUNTERPART = 1.5  # voxels: a voxel nearer than this, in the world, is a true counterpart, as in pre-training
 THRESHOLDS = {"px": 4.0, "voxels": 2.0}  # within which a match is right

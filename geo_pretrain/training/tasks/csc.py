@@ -1,4 +1,4 @@
-"""Contrastive Scene Contexts: PointContrast's comparison, repeated for each part of the space around a point.
+"""Contrastive Scene Contexts: PointContrast's loss, once for each part of the space around a point.
 
 Hou et al., "Exploring Data-Efficient 3D Scene Understanding with Contrastive Scene Contexts", CVPR 2021; defaults are
 those of the released code (MIT), from which the published weights came.
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.geometry import transform
+from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.losses import partition_info_nce
-from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs, one_match_each
+from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs
+from geo_pretrain.training.tasks.matching import one_match_each
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,18 @@ class Config(CloudConfig):
     inner: float = 2.0  # voxels: closer rows are no negatives
     outer: float = 20.0  # voxels: border between near and far
 
-    def __post_init__(self) -> None:
-        """Ranges."""
-        super().__post_init__()
-        self.require_positive("inner", "outer")
+    def check_ranges(self, check: Checks) -> None:
+        """Note every setting out of range."""
+        super().check_ranges(check)
+        self.check_positive(check, "inner", "outer")
 
 
 class CSC(CloudPairs):
     """The partitioned PointInfoNCE of each pair; partitions are upright, so they are taken in world coordinates."""
 
+    config_type = Config
+    config: Config
     terms = ("partition",)
-
-    def __init__(self, recipe: Recipe, config: Config) -> None:
-        super().__init__(recipe, config)
-        self.config = config
 
     def losses(
         self, batch: Mapping[str, Any], features1: Tensor, features2: Tensor, generator: torch.Generator
@@ -67,10 +66,3 @@ class CSC(CloudPairs):
                 )
             )
         return (torch.stack(losses).mean(),)
-
-
-def build(recipe: Recipe, config: Config) -> CSC:
-    """The task, its weights drawn from the recipe's seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return CSC(recipe, config)

@@ -1,35 +1,30 @@
-"""A cloud as a whole learns what a frozen image network says of its image as a whole: three baselines of PPKT.
+"""A whole cloud learns what a frozen image network says about its whole image: three baselines of PPKT.
 
 Global KD: the classes of an image classifier (Hinton et al., 2015). Gupta et al. (CVPR 2016): its pooled features, by
 distance. CRD (Tian et al., ICLR 2020): pooled features, by contrast. PPKT (Liu et al., 2021) names them with few
 details: what is pooled, and what the paper leaves open, stands beside the settings. Only the encoder of the sparse
-U-Net is taught; its decoder is frozen, so that its random weights are left as they were drawn.
+U-Net is taught; its decoder is frozen and keeps its random weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.errors import DataError
 from geo_pretrain.sparse.tensor import SparseTensor
+from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
-from geo_pretrain.training.losses import (
-    crd_loss,
-    crd_scores,
-    kl_distillation,
-    l2_distillation,
-    queue_nce,
-)
+from geo_pretrain.training.distributed import World
+from geo_pretrain.training.losses import crd_loss, crd_scores, kl_distillation, l2_distillation, queue_nce
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.moco import gather
-from geo_pretrain.training.tasks.ppkt import FrameConfig, TaughtByImages, teacher_of
+from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, find_teacher
 from geo_pretrain.training.tasks.teachers import Teacher, load_classifier
 
 TEMPERATURES = {"kd": 1.0, "l2": 1.0, "crd": 0.07}
@@ -38,7 +33,7 @@ STAGES = (("conv0p1s1", "bn0", None), *((f"conv{n}p{1 << n - 1}s2", f"bn{n}", f"
 
 
 @dataclass(frozen=True)
-class Config(FrameConfig):
+class Config(TaughtConfig):
     """Settings of the task. Pooling is the mean over the teacher's last map and over the student's coarsest voxels."""
 
     loss: Literal["kd", "l2", "crd"] = "kd"  # set by the task's name
@@ -55,15 +50,13 @@ class Config(FrameConfig):
     memory: int | None = None  # rows of the memory: the number of frames
     memory_momentum: float = 0.5
 
-    def __post_init__(self) -> None:
-        """Ranges."""
-        self.require_positive("dim", "queue")
-        if self.temperature is not None:
-            self.require_positive("temperature")
-        if self.loss == "crd" and self.negatives == "memory" and not self.memory:
-            raise RecipeError(f"'task.memory' is {self.memory!r}, accepted is the number of frames.")
-        if not 0 <= self.memory_momentum < 1:
-            raise RecipeError(f"'task.memory_momentum' is {self.memory_momentum!r}, accepted is 0 up to, not with, 1.")
+    def check_ranges(self, check: Checks) -> None:
+        """Note every setting out of range."""
+        self.check_positive(check, "dim", "queue", "temperature")
+        if self.loss == "crd" and self.negatives == "memory":
+            check(bool(self.memory), "task.memory", self.memory, "the number of frames")
+        momentum = self.memory_momentum
+        check(0 <= momentum < 1, "task.memory_momentum", momentum, "0 up to, not with, 1")
 
 
 class GlobalDistillation(TaughtByImages):
@@ -72,7 +65,8 @@ class GlobalDistillation(TaughtByImages):
     The student's decoder never runs. It is frozen: with gradients of 0, weight decay would shrink it to nothing.
     """
 
-    normalize = True
+    config_type = Config
+    config: Config
     queue: Tensor  # [K, dim], and where the next row goes
     pointer: Tensor
     memory_student: Tensor  # [M, dim], a row an image
@@ -80,7 +74,7 @@ class GlobalDistillation(TaughtByImages):
 
     def __init__(self, recipe: Recipe, config: Config, teacher: Teacher, classifier: nn.Linear | None) -> None:
         super().__init__(recipe, config, teacher)
-        self.config, self.classifier = config, classifier
+        self.classifier = classifier
         self.temperature = config.temperature or TEMPERATURES[config.loss]
         if classifier is not None:
             classifier.requires_grad_(False)
@@ -94,6 +88,13 @@ class GlobalDistillation(TaughtByImages):
             self._add_negatives()
         else:
             self.head = nn.Linear(channels, teacher.out_chans if classifier is None else classifier.out_features)
+
+    @classmethod
+    def create(cls, recipe: Recipe, config: Config) -> Self:  # type: ignore[override]
+        """Load the teacher and its classifier, then make the student with random weights."""
+        if config.loss == "kd" and config.targets == "classifier":
+            return cls(recipe, config, *load_classifier(config.teacher, config.teacher_depth))
+        return cls(recipe, config, find_teacher(recipe, config), None)
 
     def _add_negatives(self) -> None:
         config = self.config
@@ -116,9 +117,9 @@ class GlobalDistillation(TaughtByImages):
         return super().dataset(source, pairs)
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The loss of a batch as `FrameCloudSamples` yields it, a scalar under the loss's name."""
-        image = self.teach(batch).mean(dim=(2, 3))
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.low_precision):
+        """The loss of a batch of `FrameCloudSamples`, a scalar under the loss's name."""
+        image = self.teacher_maps(batch).mean(dim=(2, 3))
+        with self.autocast(image.device):
             cloud = pool(encoder_map(self.backbone, SparseTensor(batch["coords"], batch["feats"])))
         student = self.head(cloud.float())
         if self.config.loss == "kd":
@@ -136,14 +137,14 @@ class GlobalDistillation(TaughtByImages):
         # A copy: the backward pass must find what the forward pass has seen.
         loss = queue_nce(student, teacher, self.queue.clone(), temperature=self.temperature)
         if self.training:
-            keys = gather(teacher.detach())[: len(self.queue)]
-            place = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-            self.queue[place] = keys
+            keys = World.current(teacher.device).all_gather(teacher.detach())[: len(self.queue)]
+            rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+            self.queue[rows] = keys
             self.pointer = (self.pointer + len(keys)) % len(self.queue)
         return loss
 
     def _against_memory(self, batch: Mapping[str, Any], student: Tensor, teacher: Tensor) -> Tensor:
-        """CRD's released loss: each side's features against the other side's memory."""
+        """CRD's released loss: the features of each side against the memory of the other side."""
         own, memory = batch["index"], self.memory_student
         draws = [
             torch.randint(len(memory), (self.config.queue,), generator=torch.Generator().manual_seed(seed))
@@ -152,17 +153,18 @@ class GlobalDistillation(TaughtByImages):
         rows = torch.cat([own[:, None], torch.stack(draws).to(own.device)], dim=1)
         loss = self.memory_loss(student, teacher, rows)
         if self.training:
-            self.remember(gather(own), gather(student.detach()), gather(teacher.detach()))
+            world = World.current(own.device)
+            self.remember(*(world.all_gather(rows) for rows in (own, student.detach(), teacher.detach())))
         return loss
 
     def remember(self, index: Tensor, student: Tensor, teacher: Tensor) -> None:
-        """Move the memories' rows int64 [N] towards features [N, dim]."""
+        """Move rows `index`, int64 [N], of both memories towards new features [N, dim]."""
         for bank, key in ((self.memory_student, student), (self.memory_teacher, teacher)):
             mixed = self.config.memory_momentum * bank[index] + (1 - self.config.memory_momentum) * key
             bank[index] = F.normalize(mixed, dim=1)
 
     def memory_loss(self, student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
-        """Both sides of CRD's loss for features [N, dim] of length 1 and memory rows int64 [N, K + 1], own one first.
+        """Both sides of CRD's loss for unit features [N, dim] and memory rows int64 [N, K + 1], the true pair first.
 
         The first call sets the normalization constants.
         """
@@ -178,7 +180,7 @@ class GlobalDistillation(TaughtByImages):
 
 
 def encoder_map(network: SRUNet, x: SparseTensor) -> SparseTensor:
-    """The coarsest map of a sparse U-Net, that of block4 at stride 16, without what its decoder would cost."""
+    """Run only the encoder of a sparse U-Net: its coarsest map, of block4 at stride 16."""
     module = network.get_submodule
     for convolution, norm, blocks in STAGES:
         x = network.relu(module(norm)(module(convolution)(x)))
@@ -187,17 +189,7 @@ def encoder_map(network: SRUNet, x: SparseTensor) -> SparseTensor:
 
 
 def pool(x: SparseTensor) -> Tensor:
-    """The mean over the voxels of each batch element: [B, C]."""
+    """Average the voxels of each batch element: [B, C]."""
     rows = x.sorted_feats.float()
     total = rows.new_zeros(x.batch_size, rows.shape[1]).index_add(0, x.batch, rows)
     return total / torch.bincount(x.batch, minlength=x.batch_size)[:, None]
-
-
-def build(recipe: Recipe, config: Config) -> GlobalDistillation:
-    """The task, its weights drawn from the recipe's seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        if config.loss == "kd" and config.targets == "classifier":
-            teacher, classifier = load_classifier(config.teacher, config.teacher_depth)
-            return GlobalDistillation(recipe, config, teacher, classifier)
-        return GlobalDistillation(recipe, config, teacher_of(recipe, config), None)

@@ -1,4 +1,4 @@
-"""Pixel-level SimCLR: pixels of two augmented views of one image that show one pixel of it get one feature.
+"""Pixel-level SimCLR: pixels of two augmented views that show the same pixel of an image get the same feature.
 
 Stage 1 of Janda et al., "Self-Supervised Pre-training of 3D Point Cloud Networks with Image Data" (2022); its network
 teaches stage 2, `tasks.img2pc`. The paper publishes no code and few numbers: it says that positives are the augmented
@@ -15,24 +15,23 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from geo_pretrain.backbones.build import golden_values
 from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
+from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewConfig, collate_views
 from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.losses import nt_xent
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks import Export
-from geo_pretrain.training.tasks.clouds import zero
+from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TaskConfig):
     """Settings of the task. Colors, gray and blur are `data.augment`'s."""
 
     temperature: float = 0.1  # SimCLR's
@@ -43,13 +42,10 @@ class Config:
     scope: Literal["batch", "image"] = "batch"  # negatives: pixels of all images of the local batch, or of the own
     negatives: Literal["both", "other"] = "both"  # of both views, as SimCLR's, or of the other view alone
 
-    def __post_init__(self) -> None:
-        """Ranges."""
-        for key in ("temperature", "matches", "channels"):
-            if not getattr(self, key) > 0:
-                raise RecipeError(f"'task.{key}' is {getattr(self, key)!r}, accepted is a number above 0.")
-        if not 0 <= self.flip_prob <= 1:
-            raise RecipeError(f"'task.flip_prob' is {self.flip_prob!r}, accepted is a probability, 0 to 1.")
+    def check_ranges(self, check: Checks) -> None:
+        """Note every setting out of range."""
+        self.check_positive(check, "temperature", "matches", "channels")
+        check(0 <= self.flip_prob <= 1, "task.flip_prob", self.flip_prob, "a probability, 0 to 1")
         self.views()
 
     def views(self) -> ViewConfig:
@@ -57,22 +53,26 @@ class Config:
         return ViewConfig(scale=self.scale, flip_prob=self.flip_prob)
 
 
-class PixelSimCLR(nn.Module):
+class PixelSimCLR(PretextTask):
     """A `ResNetDepthUNet`, whose dense features at the image's resolution are contrasted; state keys `backbone.*`."""
 
-    unit, views = "images", 2
+    config_type = Config
+    config: Config
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
-        super().__init__()
+        super().__init__(recipe, config)
         if recipe.data.units != "frames":
             raise RecipeError(f"'data.units' is {recipe.data.units!r}, accepted here is frames: images come alone.")
         model = recipe.network2d()
-        self.recipe, self.config = recipe, config
         self.contract = ImageContract(
             size=recipe.data.size, mean=(0.45,) * 3, std=(0.225,) * 3, interpolation="bilinear"
         )
         self.arch_args = {"depth": model.depth, "width": model.width, "out_chans": config.channels}
         self.backbone = ResNetDepthUNet(**self.arch_args)
+
+    def load_start_weights(self) -> None:
+        """The start weights that the recipe names, for the encoder and where possible the decoder."""
+        initialize_encoder(self.backbone, self.recipe.network2d())
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
         """Two views of each image, with matching pixels."""
@@ -87,22 +87,22 @@ class PixelSimCLR(nn.Module):
         )
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch that `forward` takes."""
+        """Join samples to the batch that `forward` takes."""
         return collate_views(samples)
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The loss of a batch as `TwoViewSamples` yields it: "nce", a scalar.
+        """The loss of a batch of `TwoViewSamples`: {"nce": a scalar}.
 
         All views pass through the network in one call, as in SimCLR. The mean is over the matches, so an image with
         few common pixels counts less, and one without counts nothing.
         """
         views = torch.cat([batch["image1"], batch["image2"]])
-        with torch.autocast(views.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        with self.autocast(views.device):
             features: Tensor = self.backbone(views)
         rows = features.permute(0, 2, 3, 1).flatten(0, 2)
         matches = batch["matches"]
         if not len(matches):
-            return {"nce": zero(self)}
+            return {"nce": self.zero_loss()}
         # Losses are computed in full precision.
         pixels1, pixels2 = (
             F.normalize(rows[matches[:, view] + view * (len(rows) // 2)].float(), dim=1) for view in (0, 1)
@@ -115,20 +115,8 @@ class PixelSimCLR(nn.Module):
 
     def export(self) -> Export:
         """The network in two files."""
-        network = ResNetDepthUNet(**self.arch_args)
-        network.load_state_dict(self.backbone.state_dict())
-        network.eval()
-        weights = {"encoder": network.encoder.state_dict(), "decoder": network.decoder.state_dict()}
-        return Export("resnet_depth_unet", dict(self.arch_args), self.contract, weights, golden_values(network))
+        unet = copy_network(self.backbone, self.arch_args)
+        return export_network("resnet_depth_unet", self.arch_args, unet, self.contract, self.heads())
 
     def _loss(self, pixels1: Tensor, pixels2: Tensor) -> Tensor:
         return nt_xent(pixels1, pixels2, temperature=self.config.temperature, negatives=self.config.negatives)
-
-
-def build(recipe: Recipe, config: Config) -> PixelSimCLR:
-    """The task, its weights drawn from the recipe's seed, its encoder started as the recipe says."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        task = PixelSimCLR(recipe, config)
-    initialize_encoder(task.backbone, recipe.network2d())
-    return task

@@ -1,4 +1,4 @@
-"""PointContrast: points of two scans of a scene that lie at one place get one feature.
+"""PointContrast: points of two scans that lie at the same place in the scene get the same feature.
 
 Xie et al., "PointContrast: Unsupervised Pre-training for 3D Point Cloud Understanding", ECCV 2020; defaults are those
 of the released code and launch scripts (MIT), from which the published weights came. The paper's formula for the
@@ -14,9 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from geo_pretrain.training.config import Checks
 from geo_pretrain.training.losses import hardest_contrastive, info_nce
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs, draw, one_match_each
+from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs
+from geo_pretrain.training.tasks.matching import draw, one_match_each
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,20 @@ class Config(CloudConfig):
     negative_margin: float = 1.4
     squared: bool = True  # hardest: relu(d^2 - margin) for positives; False: the paper's relu(d - margin)^2
 
-    def __post_init__(self) -> None:
-        """Ranges."""
-        super().__post_init__()
-        self.require_positive("positives", "candidates", "positive_margin", "negative_margin")
+    def check_ranges(self, check: Checks) -> None:
+        """Note every setting out of range."""
+        super().check_ranges(check)
+        self.check_positive(check, "positives", "candidates", "positive_margin", "negative_margin")
 
 
 class PointContrast(CloudPairs):
     """PointInfoNCE or the hardest-contrastive loss."""
 
+    config_type = Config
+    config: Config
+
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config)
-        self.config = config
         self.terms = ("nce",) if config.loss == "nce" else ("positive", "negative")
 
     def losses(
@@ -73,10 +77,3 @@ class PointContrast(CloudPairs):
 
     def _nce(self, anchors: Tensor, others: Tensor) -> Tensor:
         return info_nce(anchors, others, temperature=self.config.temperature, symmetric=False, normalize=False)
-
-
-def build(recipe: Recipe, config: Config) -> PointContrast:
-    """The task, its weights drawn from the recipe's seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return PointContrast(recipe, config)

@@ -1,7 +1,7 @@
 """PPKD: points learn the classes that a frozen segmentation network gives to their pixels; a baseline of PPKT.
 
 Liu et al., "Learning from 2D: Contrastive Pixel-to-Point Knowledge Transfer for 3D Pretraining", 2021, table 5: KL
-divergence a point, from the 150 classes of a network trained on ADE20K.
+divergence per point, from the 150 classes of a network trained on ADE20K.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from geo_pretrain.errors import RecipeError
+from geo_pretrain.training.config import Checks
 from geo_pretrain.training.losses import kl_distillation
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.clouds import draw, encode
-from geo_pretrain.training.tasks.ppkt import FrameConfig, TaughtByImages, teacher_of
-from geo_pretrain.training.tasks.teachers import Teacher, sample_map
+from geo_pretrain.training.tasks.matching import sample_map
+from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size
+from geo_pretrain.training.tasks.teachers import Teacher
 
 
 @dataclass(frozen=True)
-class Config(FrameConfig):
+class Config(TaughtConfig):
     """Settings of the task; numbers of samples hold for each process.
 
     The teacher's map is taken as logits: those of a segmentation network, or the channels of any other network's map
@@ -33,19 +33,19 @@ class Config(FrameConfig):
     matches: int = 4096  # points of the batch
     align_corners: bool = False  # of the upsampling of the teacher's map
 
-    def __post_init__(self) -> None:
-        """Ranges."""
-        self.require_positive("temperature", "matches")
+    def check_ranges(self, check: Checks) -> None:
+        """Note every setting out of range."""
+        self.check_positive(check, "temperature", "matches")
 
 
 class PPKD(TaughtByImages):
     """The student's last layer gives the teacher's classes; nothing else is trained."""
 
-    normalize = False
+    config_type = Config
+    config: Config
 
     def __init__(self, recipe: Recipe, config: Config, teacher: Teacher) -> None:
-        super().__init__(recipe, config, teacher)
-        self.config = config
+        super().__init__(recipe, config, teacher, normalize=False)
         if self.spec.out_chans != teacher.out_chans:
             raise RecipeError(
                 f"'unet3d.out_chans' is {self.spec.out_chans}, accepted is {teacher.out_chans}: the classes of teacher "
@@ -53,20 +53,9 @@ class PPKD(TaughtByImages):
             )
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The loss of a batch as `FrameCloudSamples` yields it: {"ppkd": a scalar}, the mean over the drawn points."""
-        element = batch["element"]
-        generator = torch.Generator().manual_seed(batch["seed"][0])
-        rows = draw(len(element), self.config.matches, generator, element.device)
-        voxels = encode(self.backbone, batch["coords"], batch["feats"], low_precision=self.low_precision)
-        size = batch["image"].shape[-2], batch["image"].shape[-1]
-        align = self.config.align_corners
-        logits = sample_map(self.teach(batch), element[rows], batch["pixel"][rows], size, align_corners=align)
-        own = voxels[batch["voxel"][rows]]
-        return {"ppkd": kl_distillation(own, logits, temperature=self.config.temperature)}
-
-
-def build(recipe: Recipe, config: Config) -> PPKD:
-    """The task, its weights drawn from the recipe's seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return PPKD(recipe, config, teacher_of(recipe, config))
+        """The loss of a batch of `FrameCloudSamples`: {"ppkd": a scalar}, the mean over the drawn points."""
+        rows = draw_points(batch, self.config.matches)
+        student = self.student_rows(batch)[batch["voxel"][rows]]
+        element, pixel, align = batch["element"][rows], batch["pixel"][rows], self.config.align_corners
+        logits = sample_map(self.teacher_maps(batch), element, pixel, image_size(batch), align_corners=align)
+        return {"ppkd": kl_distillation(student, logits, temperature=self.config.temperature)}

@@ -1,4 +1,4 @@
-"""Frozen image networks that teach 3D ones: by the last map of an encoder, by a U-Net's dense features, or by classes.
+"""Frozen image networks that teach 3D ones, by an encoder's last map, a U-Net's dense features, or classes.
 
 PPKT (Liu et al., 2021) takes layer4 of torchvision's ResNet-50; Janda et al. (2022) the dense features of their first
 stage; the baselines of PPKT a classifier's or a segmentation network's distribution. A teacher gets no gradients and
@@ -21,13 +21,14 @@ from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError, WeightsMismatch
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit, build_segmenter
 from geo_pretrain.training.recipe import ModelSpec
 
 
 class Teacher(nn.Module):
-    """A frozen network for images. Its state is part of the student's, so a run goes on with what it began with.
+    """A frozen image network. Its state is part of the task's, so that a resumed run keeps its teacher.
 
     `contract` says what images it takes, `arch` what it is (None: a network of no architecture of the zoo),
     `out_chans` how many channels its map has.
@@ -49,12 +50,12 @@ class Teacher(nn.Module):
 
         The last map of an encoder (stride 32), or dense features (or logits) of a network that has them.
         """
-        found = self.network(images)
-        return (found[-1] if isinstance(found, list) else cast(Tensor, found)).float()
+        maps = self.network(images)
+        return (maps[-1] if isinstance(maps, list) else cast(Tensor, maps)).float()
 
 
 def load_teacher(weights: str, depth: int = 50, *, dense: bool = False) -> Teacher:
-    """The frozen network that `weights` names, as a `Teacher` with its contract.
+    """Load the frozen network that `weights` names, with its contract.
 
     Args:
         weights: "imagenet" (torchvision's IMAGENET1K_V1), "moco_v2", "moco_v2_800ep", "scratch" (random, drawn from
@@ -64,8 +65,8 @@ def load_teacher(weights: str, depth: int = 50, *, dense: bool = False) -> Teach
         dense: features of the whole U-Net, where the checkpoint has one, instead of the encoder's last map.
 
     Raises:
-        RecipeError: `dense` of an encoder alone, or a checkpoint that is no image network.
-        GeoPretrainError: weights that could not be had, as `load_backbone` and `initialize_encoder` raise.
+        RecipeError: `dense` of an encoder alone, or a checkpoint that is not an image network.
+        GeoPretrainError: weights that cannot be found, as `load_backbone` and `initialize_encoder` raise.
     """
     if weights in (IMAGENET, *IMAGENET_STARTS, SCRATCH):
         if dense:
@@ -89,9 +90,9 @@ def load_teacher(weights: str, depth: int = 50, *, dense: bool = False) -> Teach
 
 
 def load_classifier(weights: str, depth: int = 50) -> tuple[Teacher, nn.Linear]:
-    """An image classifier as a `Teacher` and the layer from its pooled last map to its classes: torchvision's only.
+    """Load torchvision's image classifier: a `Teacher`, and the layer from its pooled last map to its classes.
 
-    Raises `RecipeError` for other weights, which have no classifier.
+    Raises `RecipeError` for other weights than "imagenet", which have no classifier.
     """
     if weights != IMAGENET:
         raise RecipeError(
@@ -106,14 +107,14 @@ def load_classifier(weights: str, depth: int = 50) -> tuple[Teacher, nn.Linear]:
 
 
 def load_segmenter(weights: str, file: str | None = None) -> Teacher:
-    """A segmentation network as a `Teacher` that gives logits [B, classes, h, w], before they are made large.
+    """Load a segmentation network as a `Teacher` that gives logits [B, classes, h, w], before upsampling.
 
     Args:
-        weights: the folder of a finished `geo-pretrain finetune` run for segmentation; or what is in `file`.
+        weights: the folder of a finished `geo-pretrain finetune` run for segmentation; ignored with `file`.
         file: a state dict (.pth, .safetensors) of torchvision's FCN or DeepLabV3 with a ResNet of depth 50 or 101.
 
     Raises:
-        RecipeError: neither is given, or the folder is of another task.
+        RecipeError: neither is given, or the folder is of another downstream task.
         WeightsMismatch: the file holds another network.
     """
     if file is not None:
@@ -152,8 +153,6 @@ def _torchvision_segmenter(path: Path) -> Teacher:
 
 def _finetuned(folder: Path) -> Teacher:
     from safetensors.torch import load_file
-
-    from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if results["task"] != "segmentation":
@@ -204,10 +203,10 @@ class _Logits(nn.Module):
         """images [B, 3, H, W] -> [B, classes, h, w], without the `first` ones."""
         network: Any = self.network
         if hasattr(network, "classifier"):  # torchvision's own call makes them as large as the image
-            found = network.classifier(network.backbone(images)["out"])
+            output = network.classifier(network.backbone(images)["out"])
         else:
-            found = network(images)
-        logits: Tensor = found[0] if isinstance(found, tuple) else found
+            output = network(images)
+        logits: Tensor = output[0] if isinstance(output, tuple) else output
         return logits[:, self.first :]
 
 
@@ -217,39 +216,3 @@ def _initialize(network: ResNetEncoder, weights: str, depth: int) -> None:
     except GeoPretrainError as error:
         said = str(error).replace("--set model.init=scratch", "--set task.teacher=NAME or a checkpoint folder")
         raise type(error)(f"Teacher {weights!r}: {said}") from error
-
-
-def sample_map(maps: Tensor, element: Tensor, pixel: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
-    """What bilinear upsampling of `maps` to `size` would hold at single pixels, without making the large map.
-
-    Args:
-        maps: [B, C, h, w].
-        element, pixel: int64 [N], batch element and flat pixel (row * width + column) of an image of `size`.
-        size: (height, width) of the images. align_corners: the rule of `torch.nn.functional.interpolate`.
-
-    Returns:
-        [N, C].
-    """
-    height, width = maps.shape[-2:]
-    row, column = pixel // size[1], pixel % size[1]
-    top, bottom, down = _between(row, size[0], height, align_corners)
-    left, right, along = _between(column, size[1], width, align_corners)
-    flat = maps.flatten(2).transpose(1, 2)  # [B, h * w, C]
-
-    def corner(y: Tensor, x: Tensor) -> Tensor:
-        return flat[element, y * width + x]
-
-    down, along = down.to(maps.dtype)[:, None], along.to(maps.dtype)[:, None]
-    upper = corner(top, left) * (1 - along) + corner(top, right) * along
-    lower = corner(bottom, left) * (1 - along) + corner(bottom, right) * along
-    return upper * (1 - down) + lower * down
-
-
-def _between(index: Tensor, large: int, small: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """For positions on an axis of `large`: the cells of the axis of `small` before and after, and how far between."""
-    if align_corners:
-        place = index.double() * ((small - 1) / (large - 1) if large > 1 else 0.0)
-    else:
-        place = ((index.double() + 0.5) * (small / large) - 0.5).clamp(min=0)
-    before = place.floor().long().clamp(max=small - 1)
-    return before, (before + 1).clamp(max=small - 1), place - before

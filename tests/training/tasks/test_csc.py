@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from geo_pretrain.training.tasks.clouds import one_match_each
+from geo_pretrain.training.tasks.matching import one_match_each
 from tests.training.losses.test_contrastive import slow_partition_nce
 from tests.training.tasks.test_pointcontrast import outputs, seeded, task_and_batch  # noqa: F401 (a fixture)
 

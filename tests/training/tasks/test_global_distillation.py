@@ -148,7 +148,7 @@ def test_crd_of_a_batch_contrasts_unit_features_with_the_queue_or_drawn_rows(tin
 @pytest.mark.parametrize("name", ["ppkt", "ppkd", "gupta"])
 def test_weights_are_drawn_by_the_recipes_seed(tiny_recipe, name):
     first, again, other = (
-        build_task(load_recipe(str(tiny_recipe(name)), [f"seed={seed}"]))[1].state_dict() for seed in (1, 1, 2)
+        build_task(load_recipe(str(tiny_recipe(name)), [f"seed={seed}"])).state_dict() for seed in (1, 1, 2)
     )
     assert all(torch.equal(value, again[key]) for key, value in first.items())
     for key in ("backbone.conv0p1s1.kernel", "teacher.network.conv1.weight"):
@@ -160,7 +160,7 @@ def test_queue_takes_the_newest_keys_in_turn(tiny_recipe):
     task.train()
     start = task.queue.clone()
     with torch.no_grad():
-        keys = F.normalize(task.key(task.teach(batch).mean(dim=(2, 3))), dim=1)
+        keys = F.normalize(task.key(task.teacher_maps(batch).mean(dim=(2, 3))), dim=1)
         for _ in range(3):
             task(batch)
     assert int(task.pointer) == 9 % 8
@@ -229,7 +229,7 @@ def test_a_classifier_brings_its_classes(tiny_recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["gupta", "crd"])
 def test_the_decoder_keeps_its_random_weights_under_weight_decay(tmp_path, tiny_recipe, name):
     path = tiny_recipe(name, task=TASKS[name], optim={"steps": 3, "weight_decay": 0.5, "lr": 0.1})
-    drawn = build_task(load_recipe(str(path)))[1].backbone.state_dict()
+    drawn = build_task(load_recipe(str(path))).backbone.state_dict()
     run_here(path, tmp_path / "out")
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert made.keys() == drawn.keys()
@@ -268,7 +268,7 @@ def test_processes_share_one_queue_and_one_memory(tmp_path, tiny_recipe):
 def test_a_frozen_decoder_is_no_trouble_for_two_processes(tmp_path, tiny_recipe):
     path = tiny_recipe("crd", task=TASKS["crd"], optim={"steps": 2, "weight_decay": 0.5}, save_every=1)
     run_in_two_processes(load_recipe(str(path)), tmp_path)
-    drawn = build_task(load_recipe(str(path)))[1].backbone.state_dict()
+    drawn = build_task(load_recipe(str(path))).backbone.state_dict()
     made = load_file(tmp_path / "two" / "model.safetensors")
     assert all(torch.equal(value, drawn[key]) == key.startswith(DECODER) for key, value in made.items())
     assert all(np.isfinite(line["crd"]) for line in logged(tmp_path / "two"))

@@ -26,7 +26,7 @@ from geo_pretrain.training.pretrain import needs_stage1, run_recipe
 from geo_pretrain.training.recipe import load_recipe, load_stage1
 from geo_pretrain.training.tasks import build_task, gsc
 from geo_pretrain.training.tasks.gsc import draws_of_cells, half_resolution_sets, limit_sets
-from geo_pretrain.training.tasks.pri3d import half_resolution_cell
+from geo_pretrain.training.tasks.matching import half_resolution_cell
 from tests.training.conftest import write_recording
 from tests.training.losses.test_sets import slow_set_loss
 from tests.training.test_loop import ALONE, Stop, logged, run_here, stop_at
@@ -58,7 +58,7 @@ def task_and_batch(gsc_recipe):
         recipe = load_recipe(str(gsc_recipe()), overrides)
         source = open_source(recipe.data)
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
-        task, _ = build_task(recipe)
+        task = build_task(recipe)
         samples = task.dataset(source, pairs)
         return task, task.collate([samples[(0, k)] for k in range(3)])
 
@@ -116,7 +116,7 @@ def test_draws_of_a_pair_do_not_depend_on_its_batch():
 
 def slow_loss(task, batch):
     """The mean over pairs of the loop over sets, from features at the cells of pixels (2 row, 2 column)."""
-    options = task.settings
+    options = task.config
     rows, ids = [], []
     for k in (1, 2):
         features = task.backbone(batch[f"image{k}"]).detach().double()
@@ -212,7 +212,7 @@ def test_seed_and_kind_reach_the_sets(gsc_recipe, monkeypatch):
     monkeypatch.setattr(gsc, "SetPairSamples", lambda *arguments, **options: (arguments, options))
     for kind in ("segments", "semantic", "instance"):
         recipe = load_recipe(str(gsc_recipe()), ["seed=9", f"task.sets={kind}"])
-        arguments, options = build_task(recipe)[0].dataset(None, [])
+        arguments, options = build_task(recipe).dataset(None, [])
         assert (arguments[-1], options["kind"]) == (9, kind)
 
 
@@ -243,9 +243,9 @@ def test_starts_without_heads_leave_the_depth_head_random(tiny_recipe, gsc_recip
     monkeypatch.setattr(initialize, "moco_v2_folder", lambda name: tmp_path / "moco")
     encoder = load_file(tmp_path / "moco" / "encoder.safetensors")
     path = gsc_recipe(task={"depth_proxy": True})
-    _, fresh = build_task(load_recipe(str(path)))
+    fresh = build_task(load_recipe(str(path)))
     for start in ("moco_v2_800ep", "moco_v2", str(tmp_path / "moco")):  # the folder has heads, none for depth
-        _, task = build_task(load_recipe(str(path), [f"model.init={start}"]))
+        task = build_task(load_recipe(str(path), [f"model.init={start}"]))
         assert torch.equal(task.backbone.encoder.conv1.weight, encoder["conv1.weight"])
         assert torch.equal(task.headnet.weight, fresh.headnet.weight)
 
@@ -267,7 +267,7 @@ def test_bf16_changes_the_network_and_not_the_precision_of_the_loss(task_and_bat
 def test_state_keys_and_shapes_are_those_of_pri3ds_released_module(depth, extra, keep):
     keys = json.loads((DATA / f"pri3d_full_model_r{depth}.json").read_text())["keys"]
     with torch.device("meta"):
-        _, task = build_task(load_recipe(f"gsc_r{depth}", ["model.init=scratch", *extra]))
+        task = build_task(load_recipe(f"gsc_r{depth}", ["model.init=scratch", *extra]))
     own = {key: list(value.shape) for key, value in task.state_dict().items()}
     assert own == {key: shape for key, shape in keys.items() if key.partition(".")[0] in ("backbone", *keep)}
 
@@ -337,7 +337,7 @@ def test_stopped_run_continues_bit_for_bit(tmp_path, gsc_recipe):
 def test_start_depends_on_the_seed_alone(gsc_recipe):
     def first(seed, noise):
         torch.manual_seed(noise)
-        _, task = build_task(load_recipe(str(gsc_recipe()), [f"seed={seed}"]))
+        task = build_task(load_recipe(str(gsc_recipe()), [f"seed={seed}"]))
         return task.backbone.encoder.conv1.weight
 
     assert torch.equal(first(0, 1), first(0, 2))

@@ -19,9 +19,9 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.evaluation.features import random_pair
 from geo_pretrain.training.pretrain import needs_stage1, run_recipe
 from geo_pretrain.training.recipe import list_recipes, load_recipe, load_stage1
-from geo_pretrain.training.tasks import build_task, img2pc
-from geo_pretrain.training.tasks.clouds import draw
-from geo_pretrain.training.tasks.img2pc import nearest_cells
+from geo_pretrain.training.tasks import build_task
+from geo_pretrain.training.tasks import taught as shared
+from geo_pretrain.training.tasks.matching import draw, nearest_cells
 from tests.training.conftest import recipe_writer
 from tests.training.tasks.test_pixel_simclr import slow_nce, tiny
 from tests.training.tasks.test_ppkt import nearly_the_same
@@ -69,7 +69,7 @@ def task_and_batch(taught):
         recipe = load_recipe(str(taught()), overrides)
         source = open_source(recipe.data)
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
-        task, _ = build_task(recipe)
+        task = build_task(recipe)
         samples = task.dataset(source, pairs)
         return task, task.collate([samples[(0, k)] for k in range(3)])
 
@@ -154,10 +154,10 @@ def test_teacher_of_another_resolution_can_be_read_bilinear(tiny_recipe, taught,
     for kind in ("nearest", "bilinear"):
         recipe = load_recipe(str(taught()), [teacher, f"task.interpolation={kind}", "unet3d.out_chans=32"])
         source = open_source(recipe.data)
-        task, _ = build_task(recipe)
+        task = build_task(recipe)
         samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
         batch = task.collate([samples[(0, k)] for k in range(2)])
-        features = task.teach(batch)
+        features = task.teacher_maps(batch)
         assert features.shape[-2:] == (24, 32)
         corners = {} if kind == "nearest" else {"align_corners": False}
         large = F.normalize(F.interpolate(features, size=(48, 64), mode=kind, **corners), dim=1).flatten(2)
@@ -184,8 +184,8 @@ def test_a_step_in_bf16_is_nearly_that_in_fp32(task_and_batch):
 
 def test_the_student_computes_in_the_precision_of_the_recipe(task_and_batch, monkeypatch):
     seen = []
-    encode = img2pc.encode
-    monkeypatch.setattr(img2pc, "encode", lambda *a, **options: seen.append(options) or encode(*a, **options))
+    encode = shared.encode
+    monkeypatch.setattr(shared, "encode", lambda *a, **options: seen.append(options) or encode(*a, **options))
     for precision in ("fp32", "bf16"):
         task, batch = task_and_batch(f"precision={precision}")
         task(batch)
@@ -196,7 +196,7 @@ def test_the_pair_takes_images_as_the_teacher_was_shown_them(taught, teacher):
     """At the size of this stage's data by nearest pixels, whatever the teacher's own contract says of both."""
     recipe = load_recipe(str(taught()), ["data.size=[56, 96]"])
     source = open_source(recipe.data)
-    task, _ = build_task(recipe)
+    task = build_task(recipe)
     contract = task.export().pairing.contract
     own = read_checkpoint(teacher).contract
     assert (own.size, own.interpolation) == ((48, 64), "bilinear")
@@ -208,13 +208,13 @@ def test_the_pair_takes_images_as_the_teacher_was_shown_them(taught, teacher):
 
 
 def test_the_pair_reads_maps_as_they_were_read_in_training(taught):
-    pairing = build_task(load_recipe(str(taught()), ["task.interpolation=bilinear"]))[0].export().pairing
+    pairing = build_task(load_recipe(str(taught()), ["task.interpolation=bilinear"])).export().pairing
     assert pairing.interpolation == "bilinear"
 
 
 def test_start_depends_on_the_seed(taught):
     def first(*overrides):
-        return build_task(load_recipe(str(taught()), ["unet3d.out_chans=32", *overrides]))[0].projection.weight
+        return build_task(load_recipe(str(taught()), ["unet3d.out_chans=32", *overrides])).projection.weight
 
     assert torch.equal(first(), first())
     assert not torch.equal(first(), first("seed=1"))
@@ -295,7 +295,7 @@ def test_recipes_are_the_entries(teacher):
     assert names == ["img2pc_srunet34", "img2pc_srunet34.rooms"]
     for name in names:
         recipe, entry = load_recipe(name, [f"task.teacher={teacher}"]), find(name)
-        task, _ = build_task(recipe)
+        task = build_task(recipe)
         assert entry.recipe == name
         assert (dict(entry.arch.args), entry.contract) == (task.arch_args, task.contract)
         assert needs_stage1(load_recipe(name))

@@ -19,12 +19,12 @@ from geo_pretrain.training import pretrain
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.distributed import World
+from geo_pretrain.training.distributed import World, forward_in_groups
 from geo_pretrain.training.loop import make_optimizer
 from geo_pretrain.training.losses import queue_nce
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task, moco
-from geo_pretrain.training.tasks.moco import groups_of, in_groups
+from geo_pretrain.training.tasks.moco import groups_of
 from tests.training.data.samples.test_single_images import image_folder
 from tests.training.test_loop import Stop, logged, run_here, stop_at
 from tests.two_processes import in_two_processes
@@ -53,7 +53,7 @@ def task_and_batch(tiny_moco):
     def make(count=4, **changes):
         recipe = load_recipe(str(tiny_moco(**changes)))
         source = open_source(recipe.data)
-        task, _ = build_task(recipe)
+        task = build_task(recipe)
         samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
         return task, task.collate([samples[(0, k)] for k in range(count)])
 
@@ -78,7 +78,7 @@ def norm_network():
 def test_groups_are_normalized_apart_and_the_first_is_recorded():
     network, images = norm_network(), torch.randn(6, 2, 3, 8, 8)
     alone = copy.deepcopy(network)
-    got = in_groups(network, images, 3)
+    got = forward_in_groups(network, images, 3)
     for group in range(3):
         twin = copy.deepcopy(alone)
         rows = torch.cat([images[k] for k in (group, group + 3)])  # every third sample, both its images
@@ -88,8 +88,6 @@ def test_groups_are_normalized_apart_and_the_first_is_recorded():
                 torch.testing.assert_close(network.state_dict()[key], value)
     assert network[1].num_batches_tracked == 1
     assert network[1].track_running_stats
-    with pytest.raises(RecipeError, match="divides the 6 samples"):
-        in_groups(network, images, 4)
 
 
 @pytest.mark.parametrize("samples, groups", [(1, 1), (2, 2), (4, 4), (9, 3), (12, 6), (32, 8), (35, 7), (256, 8)])
@@ -102,12 +100,18 @@ def test_samples_that_cannot_be_cut_are_told():
         assert groups_of(11) == 1
 
 
-def test_groups_are_processes_where_several_train(task_and_batch, monkeypatch):
+def test_groups_are_processes_where_several_train(task_and_batch):
     task, _ = task_and_batch()
     stated, _ = task_and_batch(task={"bn_groups": 1})
-    assert (task._groups(4), stated._groups(4)) == (4, 1)
-    monkeypatch.setattr(moco, "place", lambda: (0, 2))
-    assert (task._groups(4), stated._groups(4)) == (1, 1)
+    alone, together = (World(0, size, torch.device("cpu")) for size in (1, 2))
+    assert (task.bn_groups(4, alone), stated.bn_groups(4, alone)) == (4, 1)
+    assert (task.bn_groups(4, together), stated.bn_groups(4, together)) == (1, 1)
+
+
+def test_groups_of_different_sizes_are_refused(task_and_batch):
+    task, batch = task_and_batch(task={"bn_groups": 3})
+    with pytest.raises(RecipeError, match="bn_groups' is 3, accepted here is a number that divides the 4 samples"):
+        task(batch)
 
 
 @pytest.mark.parametrize("groups", [1, 2, None])
@@ -178,7 +182,7 @@ def test_start_depends_on_the_seed_and_the_keys_start_from_the_start_weights_too
     path = tiny_moco()
 
     def built(*overrides):
-        return build_task(load_recipe(str(path), overrides))[0]
+        return build_task(load_recipe(str(path), overrides))
 
     one, again, other = built(), built(), built("seed=1")
     assert torch.equal(one.query.head[0].weight, again.query.head[0].weight)
@@ -203,14 +207,14 @@ def test_the_query_network_is_what_is_exported(task_and_batch):
 
 def test_settings_reach_the_crops_and_the_loss(task_and_batch, tiny_moco):
     recipe = load_recipe(str(tiny_moco(task={"scale": [0.5, 0.6], "flip_prob": 0.25}, seed=11)))
-    task, _ = build_task(recipe)
+    task = build_task(recipe)
     samples = task.dataset(None, [])
     assert (samples.scale, samples.flip_prob, samples.resize, samples.seed) == ((0.5, 0.6), 0.25, (60, 80), 11)
     losses = []
     for temperature in (0.2, 1.0):
         task, batch = task_and_batch(task={"temperature": temperature, "bn_groups": 1})
         loss = task(batch)["moco"]
-        keys, fresh = task.queue[:4], build_task(task.recipe)[0]
+        keys, fresh = task.queue[:4], build_task(task.recipe)
         with torch.no_grad():
             query = fresh.query(batch["image1"].flatten(0, 1))
         want = queue_nce(query, keys, fresh.queue, temperature=temperature)
@@ -235,10 +239,10 @@ def test_queue_goes_round(task_and_batch):
     task, _ = task_and_batch()
     rows = torch.arange(24.0)[:, None].expand(-1, 8)
     for begin in range(0, 24, 4):
-        task._enqueue(rows[begin : begin + 4])
+        task.enqueue(rows[begin : begin + 4])
     assert task.queue[:, 0].tolist() == [20, 21, 22, 23, 14, 15, 16, 17, 18, 19]
     assert task.queue_end == 4
-    task._enqueue(rows[:13])  # more than it holds: the last ten stay
+    task.enqueue(rows[:13])  # more than it holds: the last ten stay
     assert sorted(task.queue[:, 0].tolist()) == list(range(3, 13))
 
 
@@ -354,7 +358,7 @@ def test_toy_runs_need_no_imagenet(name):
     small = ["model.width=8", "optim.batch=2", "data.options={scenes: 1, frames: 3, width: 96, height: 72}"]
     recipe = load_recipe(name, small, toy=True)
     source = open_source(recipe.data)
-    task, _ = build_task(recipe)
+    task = build_task(recipe)
     samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
     assert samples.own_data() == {}
     assert torch.isfinite(task(task.collate([samples[(0, k)] for k in range(2)]))["moco"])
@@ -400,7 +404,7 @@ def test_released_settings():
     ):
         recipe = load_recipe(f"moco_v2_{name}_r50")
         with torch.device("meta"):
-            task, _ = build_task(load_recipe(f"moco_v2_{name}_r50", ["model.init=scratch"]))
+            task = build_task(load_recipe(f"moco_v2_{name}_r50", ["model.init=scratch"]))
         config, optim = task.config, recipe.optim
         images = optim.batch * task.views
         assert (images, optim.lr, optim.momentum, optim.weight_decay, optim.epochs) == (256, 0.03, 0.9, 1e-4, 100)

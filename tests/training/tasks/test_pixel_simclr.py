@@ -111,7 +111,7 @@ def task_and_batch(tiny_recipe):
         recipe = load_recipe(str(tiny(tiny_recipe)), overrides)
         source = open_source(recipe.data)
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
-        task, _ = build_task(recipe)
+        task = build_task(recipe)
         samples = task.dataset(source, pairs)
         return task, task.collate([samples[(0, k)] for k in range(3)])
 
@@ -212,7 +212,7 @@ def test_start_depends_on_the_seed_and_on_the_recipe_s_weights(tiny_recipe, tmp_
     path = str(tiny(tiny_recipe))
 
     def first(*overrides):
-        _, task = build_task(load_recipe(path, overrides))
+        task = build_task(load_recipe(path, overrides))
         return task.backbone
 
     assert torch.equal(first().decoder.head.weight, first().decoder.head.weight)
@@ -265,7 +265,7 @@ def test_recipes_are_the_entries():
     assert names == ["img2pc_stage1_r18", "img2pc_stage1_r18.rooms"]
     for name in names:
         recipe, entry = load_recipe(name, ["model.init=scratch"]), find(name)
-        task, _ = build_task(recipe)
+        task = build_task(recipe)
         export = task.export()
         assert entry.recipe == name
         assert dict(entry.arch.args) == export.arch_args

@@ -14,7 +14,8 @@ from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
-from geo_pretrain.training.tasks.clouds import draw, encode, one_match_each
+from geo_pretrain.training.tasks.matching import draw, one_match_each
+from geo_pretrain.training.tasks.voxels import encode
 from tests.training.losses.test_contrastive import slow_hardest
 from tests.training.test_loop import Stop, logged, run_here, stop_at
 
@@ -58,7 +59,7 @@ def task_and_batch(tiny_recipe):
         recipe = load_recipe(str(tiny_recipe(tiny)), overrides)
         source = open_source(recipe.data)
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
-        task, _ = build_task(recipe)
+        task = build_task(recipe)
         samples = task.dataset(source, pairs)
         return task, task.collate([samples[(0, k)] for k in range(3)])
 
@@ -172,7 +173,7 @@ def test_wrong_settings_are_named(tiny_recipe):
 def test_start_depends_on_the_seed_alone(tiny_recipe):
     def first(seed, noise):
         torch.manual_seed(noise)
-        _, task = build_task(load_recipe(str(tiny_recipe("pointcontrast_nce")), [f"seed={seed}"]))
+        task = build_task(load_recipe(str(tiny_recipe("pointcontrast_nce")), [f"seed={seed}"]))
         return task.backbone.conv0p1s1.kernel
 
     assert torch.equal(first(0, 1), first(0, 2))

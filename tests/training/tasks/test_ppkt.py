@@ -26,7 +26,8 @@ from geo_pretrain.training.evaluation.features import TaughtExtractor, random_pa
 from geo_pretrain.training.evaluation.matching import compare_pixel_to_voxel, evaluate_matching, match_pair
 from geo_pretrain.training.recipe import DataSpec, load_recipe
 from geo_pretrain.training.tasks import build_task
-from geo_pretrain.training.tasks.teachers import load_segmenter, load_teacher, sample_map
+from geo_pretrain.training.tasks.matching import sample_map
+from geo_pretrain.training.tasks.teachers import load_segmenter, load_teacher
 from tests.training.test_loop import Stop, logged, run_here, stop_at
 
 
@@ -35,7 +36,7 @@ def tiny_batch(tiny_recipe, tiny, settings=None, *overrides):
     recipe = load_recipe(str(tiny_recipe(tiny, task=settings or {})), overrides)
     source = open_source(recipe.data)
     frames = find_pairs(source, recipe.data, skips=SkippedFrames())
-    task, _ = build_task(recipe)
+    task = build_task(recipe)
     samples = task.dataset(source, frames)
     return task, task.collate([samples[(0, k)] for k in range(3)])
 

@@ -20,7 +20,7 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.losses import depth_loss
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
-from geo_pretrain.training.tasks.pri3d import half_resolution_cell, sample_matches
+from geo_pretrain.training.tasks.matching import half_resolution_cell, sample_matches
 from tests.training.losses.test_contrastive import slow_info_nce
 
 DATA = Path(__file__).parents[2] / "data"
@@ -74,7 +74,7 @@ def task_and_batch(tiny_recipe):
         recipe = load_recipe(str(tiny_recipe()), overrides)
         source = open_source(recipe.data)
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
-        task, _ = build_task(recipe)
+        task = build_task(recipe)
         samples = PairSamples(source, pairs, recipe.data, task.contract, 0)
         return task, collate([samples[(0, k)] for k in range(3)])
 
@@ -173,7 +173,7 @@ def test_state_keys_and_shapes_are_those_of_the_released_module(name, absent):
     """The released module without what the task does not train, and without its constant Sobel kernel."""
     keys = json.loads((DATA / "pri3d_full_model_r18.json").read_text())["keys"]
     with torch.device("meta"):
-        _, task = build_task(load_recipe(name, ["model.init=scratch"]))
+        task = build_task(load_recipe(name, ["model.init=scratch"]))
     own = {key: list(value.shape) for key, value in task.state_dict().items()}
     assert own == {key: shape for key, shape in keys.items() if not key.startswith(("headloss.", *absent))}
 
@@ -181,7 +181,7 @@ def test_state_keys_and_shapes_are_those_of_the_released_module(name, absent):
 def test_start_depends_on_the_seed_alone(tiny_recipe):
     def first(seed, noise):
         torch.manual_seed(noise)
-        _, task = build_task(load_recipe(str(tiny_recipe()), [f"seed={seed}"]))
+        task = build_task(load_recipe(str(tiny_recipe()), [f"seed={seed}"]))
         return task.backbone.encoder.conv1.weight
 
     assert torch.equal(first(0, 1), first(0, 2))

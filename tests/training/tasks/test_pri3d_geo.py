@@ -15,7 +15,7 @@ from geo_pretrain.training.data.samples.sampler import sample_seed
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
-from geo_pretrain.training.tasks.pri3d import sample_matches
+from geo_pretrain.training.tasks.matching import sample_matches
 from tests.training.losses.test_contrastive import slow_info_nce
 from tests.training.test_loop import Stop, assert_same_weights, finish, logged, run_here, start, stop_at, weights
 
@@ -26,7 +26,7 @@ def task_and_batch(tiny_recipe):
         recipe = load_recipe(str(tiny_recipe(tiny)), overrides)
         source = open_source(recipe.data)
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
-        task, _ = build_task(recipe)
+        task = build_task(recipe)
         samples = task.dataset(source, pairs)
         return task, task.collate([samples[(0, k)] for k in range(3)])
 

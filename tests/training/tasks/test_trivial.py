@@ -15,7 +15,7 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.losses import depth_loss
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
-from geo_pretrain.training.tasks.pri3d import sample_matches
+from geo_pretrain.training.tasks.matching import sample_matches
 from tests.training.losses.test_contrastive import slow_info_nce
 from tests.training.test_loop import Stop, assert_same_weights, logged, run_here, stop_at
 
@@ -28,7 +28,7 @@ def task_and_batch(tiny_recipe):
     def make(*overrides):
         recipe = load_recipe(str(tiny_recipe(**DEPTH)), overrides)
         source = open_source(recipe.data)
-        task, _ = build_task(recipe)
+        task = build_task(recipe)
         samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
         return task, task.collate([samples[(0, k)] for k in range(3)])
 
@@ -79,7 +79,7 @@ def test_bf16_changes_the_network_and_not_the_precision_of_the_losses(task_and_b
     (task, batch), (low, _) = task_and_batch(), task_and_batch("precision=bf16")
     with torch.no_grad():
         full, half = task(batch), low(batch)
-        assert low._features(batch["image1"]).dtype == torch.float32
+        assert low.features(batch["image1"]).dtype == torch.float32
     for name in ("trivial", "depth"):
         assert half[name].dtype == torch.float32
         assert half[name] != full[name]
@@ -90,7 +90,7 @@ def test_start_depends_on_the_seed_and_on_the_recipe_s_weights(tiny_recipe, tmp_
     path = str(tiny_recipe(**DEPTH))
 
     def built(*overrides):
-        return build_task(load_recipe(path, overrides))[0]
+        return build_task(load_recipe(path, overrides))
 
     one, again, other = built(), built(), built("seed=9")
     assert torch.equal(one.headnet.weight, again.headnet.weight)

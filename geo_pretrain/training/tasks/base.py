@@ -1,0 +1,141 @@
+"""What all pretext tasks share: settings with range checks, seeded random weights, mixed precision and export."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from geo_pretrain.backbones.architectures import ARCHITECTURES
+from geo_pretrain.backbones.build import golden_values
+from geo_pretrain.checkpoint import Pairing
+from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.seeding import seeded
+from geo_pretrain.training.config import Checks
+from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.sampler import collate
+from geo_pretrain.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The settings of a task, section `task` of a recipe. A subclass adds its own and checks their ranges."""
+
+    def __post_init__(self) -> None:
+        """Raise one `RecipeError` that names every setting out of range."""
+        check = Checks()
+        self.check_ranges(check)
+        check.done()
+
+    def check_ranges(self, check: Checks) -> None:
+        """Note every setting out of range."""
+
+    def check_positive(self, check: Checks, *keys: str) -> None:
+        """Note every setting among `keys` that is given (not None) and not above 0."""
+        for key in keys:
+            value = getattr(self, key)
+            check(value is None or value > 0, f"task.{key}", value, "a number above 0")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a task contributes to a checkpoint folder."""
+
+    arch: str
+    arch_args: dict[str, Any]
+    contract: ImageContract | VoxelContract
+    weights: dict[str, dict[str, Tensor]]  # role (encoder, decoder, model, heads, teacher) -> tensors
+    golden: dict[str, Tensor]  # a small input and the outputs it must give
+    pairing: Pairing | None = None  # the network of the other modality, where both are in `weights`
+
+
+class PretextTask(nn.Module, ABC):
+    """A pretext task: the networks that it trains, the samples they see, and the losses of a batch.
+
+    Every loss must reach every parameter that is not frozen, with a gradient of 0 where there is nothing to learn:
+    processes that train together wait for each other's gradients.
+    """
+
+    config_type: type[TaskConfig]
+    config: TaskConfig
+    unit = "images"  # what a sample is made of, for displays: "images" or "clouds"
+    views = 2  # how many of them a sample holds
+
+    def __init__(self, recipe: Recipe, config: TaskConfig) -> None:
+        super().__init__()
+        self.recipe, self.config = recipe, config
+        self.low_precision = recipe.precision == "bf16"
+
+    @classmethod
+    def build(cls, recipe: Recipe, config: TaskConfig) -> Self:
+        """Build the task: random weights drawn from the recipe's seed, then the start weights that the recipe names."""
+        with seeded(recipe.seed):
+            task = cls.create(recipe, config)
+        task.load_start_weights()
+        return task
+
+    @classmethod
+    def create(cls, recipe: Recipe, config: TaskConfig) -> Self:
+        """Make the task with random weights."""
+        return cls(recipe, config)
+
+    def load_start_weights(self) -> None:
+        """Replace random weights by the start weights that the recipe names; by default none."""
+
+    @abstractmethod
+    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+        """Samples indexed by (epoch, pair), each a function of this key and the recipe's seed alone."""
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Join samples to the batch that `forward` takes: tensors, and lists under "seed" and "skipped"."""
+        return collate(samples)
+
+    @abstractmethod
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The losses of a batch by name, scalars; their sum is minimized."""
+
+    @abstractmethod
+    def export(self) -> Export:
+        """Weights and golden values of what was learned, on the CPU, in evaluation mode."""
+
+    def heads(self) -> dict[str, Tensor]:
+        """The state beside `backbone.*`, on the CPU: projections, heads and partner networks."""
+        return {key: value.cpu() for key, value in self.state_dict().items() if not key.startswith("backbone.")}
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Run networks in the precision of the recipe; losses are computed in float32."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.low_precision)
+
+    def zero_loss(self) -> Tensor:
+        """A loss of 0 that reaches every parameter, for a batch with nothing to learn from."""
+        return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0
+
+
+def copy_network(network: nn.Module, args: Mapping[str, Any]) -> Any:
+    """Copy a network, built from `args`, to the CPU, in evaluation mode and with contiguous weights."""
+    copy = type(network)(**args)
+    copy.load_state_dict(network.state_dict())
+    return copy.eval()
+
+
+def export_network(
+    arch: str,
+    args: Mapping[str, Any],
+    network: nn.Module,
+    contract: ImageContract | VoxelContract,
+    heads: dict[str, Tensor],
+    pairing: Pairing | None = None,
+) -> Export:
+    """Export a network that `copy_network` made: its weights by role, golden values, and heads where there are any."""
+    roles = ARCHITECTURES[arch].roles
+    parts = {role: network if len(roles) == 1 else network.get_submodule(role) for role in roles}
+    weights = {role: part.state_dict() for role, part in parts.items()}
+    if heads:
+        weights["heads"] = heads
+    ones = isinstance(contract, VoxelContract) and not contract.given_channels
+    return Export(arch, dict(args), contract, weights, golden_values(network, ones=ones), pairing)

@@ -1,0 +1,55 @@
+"""What tasks on images share: a 2D U-Net, Pri3D's depth proxy beside it, and their export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geo_pretrain.backbones.resnet_unet import ResNetUNet
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.training.initialize import initialize
+from geo_pretrain.training.losses import depth_loss
+from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
+
+
+class ImageUNetTask(PretextTask):
+    """Pri3D's 2D U-Net `backbone.*` and, with `depth_proxy`, its depth head `headnet.*`; the loss is a subclass's."""
+
+    def __init__(self, recipe: Recipe, config: TaskConfig, *, depth_proxy: bool) -> None:
+        super().__init__(recipe, config)
+        model = recipe.network2d()
+        self.contract = ImageContract(size=recipe.data.size)
+        self.arch_args = {"depth": model.depth, "width": model.width}
+        self.backbone = ResNetUNet(**self.arch_args)
+        if depth_proxy:
+            self.headnet = nn.Conv2d(self.backbone.out_chans, 1, 1)
+
+    def load_start_weights(self) -> None:
+        """The start weights that the recipe names, for the encoder and where possible the decoder."""
+        initialize(self.backbone, self.recipe)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features of images [B, 3, H, W] at half resolution: float32 [B, C, h, w].
+
+        Views are passed one after the other, so that BatchNorm sees one view at a time.
+        """
+        with self.autocast(images.device):
+            features: Tensor = self.backbone(images)
+        return features.float()
+
+    def depth_proxy_loss(self, features: Sequence[Tensor], depths: Sequence[Tensor]) -> Tensor:
+        """The mean of Pri3D's depth loss over the two views of a batch."""
+        view1, view2 = (depth_loss(self.predict_depth(*view), view[1]) for view in zip(features, depths, strict=True))
+        return (view1 + view2) / 2
+
+    def predict_depth(self, features: Tensor, target: Tensor) -> Tensor:
+        """Depth [B, 1, H, W] predicted from features [B, C, h, w], as large as `target` [B, H, W]."""
+        return F.interpolate(self.headnet(features), size=target.shape[-2:], mode="bilinear", align_corners=True)
+
+    def export(self) -> Export:
+        """The U-Net in two files, everything else in a third."""
+        unet = copy_network(self.backbone, self.arch_args)
+        return export_network("resnet_unet", self.arch_args, unet, self.contract, self.heads())

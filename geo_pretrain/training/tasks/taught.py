@@ -1,0 +1,174 @@
+"""What tasks share in which a frozen image network teaches a sparse 3D network, on single frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from geo_pretrain.backbones.architectures import Arch
+from geo_pretrain.backbones.feature_pair import FeaturePair, pair_golden
+from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.checkpoint import Pairing
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import RecipeError
+from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.augment import Rotation
+from geo_pretrain.training.data.samples.clouds import Features
+from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, FrameCloudSamples, collate_frame_clouds
+from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
+from geo_pretrain.training.tasks.matching import draw
+from geo_pretrain.training.tasks.teachers import Teacher, load_segmenter, load_teacher
+from geo_pretrain.training.tasks.voxels import encode, unet_args, voxel_contract
+
+ADE20K = "ade20k"  # a segmentation network whose file the user has
+
+
+@dataclass(frozen=True)
+class TaughtConfig(TaskConfig):
+    """Settings of every task that teaches a cloud by its own image; ranges of augmentation are not in PPKT's paper."""
+
+    # imagenet | moco_v2 | scratch | stage1 | catalog name | checkpoint folder; a segmentation network with its logits:
+    # folder of a fine-tuning run | ade20k
+    teacher: str = "imagenet"
+    teacher_file: str | None = None  # the weights of "ade20k", see teachers.load_segmenter
+    teacher_depth: Literal[18, 50] = 50  # of the first three
+    dense: bool = False  # the teacher's dense features instead of its last map; needs a decoder
+    features: Features = "rgb"  # of voxels, color / 255 - 0.5
+    pixels: Literal["one", "all"] = "one"  # a voxel's own pixel, or (SLidR) every pixel that falls in it
+    flip_prob: float = 0.5  # mirrored images
+    resize: tuple[float, float] = (0.8, 1.25)  # of images, with their intrinsics; cut or padded to the size of all
+    scale: tuple[float, float] = (0.9, 1.1)  # of clouds
+    rotation: Rotation = "upright"  # of clouds: any turn about z, +-pi/64 about x and y
+    elastic_prob: float = 0.95  # distortions of clouds, see data/samples/elastic.py
+    color_jitter: float = 0.0  # of the voxels' colors
+    keep: tuple[float, float] = (1.0, 1.0)  # share of the points
+
+    def cloud_spec(self, voxel_size: float) -> FrameCloudConfig:
+        """How frames become images and voxels. Raises `RecipeError` for impossible ranges."""
+        return FrameCloudConfig(
+            voxel_size=voxel_size,
+            features=self.features,
+            pixels=self.pixels,
+            rotation=self.rotation,
+            scale=self.scale,
+            elastic_prob=self.elastic_prob,
+            keep=self.keep,
+            color_jitter=self.color_jitter,
+            flip_prob=self.flip_prob,
+            resize=self.resize,
+        )
+
+
+class TaughtByImages(PretextTask):
+    """A sparse U-Net, the student, and the frozen image network that teaches it; the loss is a subclass's.
+
+    State: `backbone.*` is the student, `teacher.*` the frozen teacher, the rest a subclass's projections. `normalize`
+    says whether the student's rows have length 1.
+    """
+
+    config: TaughtConfig
+    views = 1
+
+    def __init__(self, recipe: Recipe, config: TaughtConfig, teacher: Teacher, *, normalize: bool = True) -> None:
+        super().__init__(recipe, config)
+        self.spec = recipe.network3d()
+        self.cloud_spec = config.cloud_spec(self.spec.voxel_size)
+        self.contract = voxel_contract(self.spec, config.features)
+        self.arch_args = unet_args(self.spec, normalize=normalize)
+        self.backbone = SRUNet(**self.arch_args, bn_momentum=self.spec.bn_momentum)
+        self.teacher = teacher
+
+    @classmethod
+    def create(cls, recipe: Recipe, config: TaughtConfig) -> Self:  # type: ignore[override]
+        """Load the teacher, then make the student with random weights."""
+        return cls(recipe, config, find_teacher(recipe, config))
+
+    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+        """Single frames: an image and the voxels of its points."""
+        if self.recipe.data.units != "frames":
+            raise RecipeError(
+                f"recipe {self.recipe.name}: 'data.units' is {self.recipe.data.units!r}, accepted for task "
+                f"{self.recipe.task['name']!r} is 'frames'."
+            )
+        contract, seed = self.teacher.contract, self.recipe.seed
+        return FrameCloudSamples(source, pairs, self.recipe.data, self.cloud_spec, contract, seed)
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Join samples to the batch that `forward` takes."""
+        return collate_frame_clouds(samples)
+
+    def teacher_maps(self, batch: Mapping[str, Any]) -> Tensor:
+        """The teacher's maps of a batch's images: float32 [B, C, h, w], without gradients."""
+        with self.autocast(batch["image"].device):
+            maps: Tensor = self.teacher(batch["image"])
+        return maps
+
+    def student_rows(self, batch: Mapping[str, Any]) -> Tensor:
+        """The student's outputs for a batch's voxels: float32 [N, out_chans]."""
+        return encode(self.backbone, batch["coords"], batch["feats"], low_precision=self.low_precision)
+
+    def heads(self) -> dict[str, Tensor]:
+        """What is trained beside the student, on the CPU: the projections; not queues, memories or classifiers."""
+        trained = {key for key, parameter in self.named_parameters() if parameter.requires_grad}
+        return {key: value for key, value in super().heads().items() if key in trained}
+
+    def export(self) -> Export:
+        """The student, its projections in a file of their own, and where `pairing` pairs them the teacher too.
+
+        A teacher of no architecture of the zoo is left out.
+        """
+        student = copy_network(self.backbone, self.arch_args)
+        pairing = None if self.teacher.arch is None else self.pairing(self.teacher.arch)
+        export = export_network("sr_unet", self.arch_args, student, self.contract, self.heads(), pairing)
+        if pairing is not None:
+            student.contract = self.contract
+            state = {key: value.cpu() for key, value in self.teacher.network.state_dict().items()}
+            export.weights["teacher"] = state
+            pair = FeaturePair.from_states(student, pairing, state, export.weights.get("heads", {}))
+            export.golden.update(pair_golden(pair))
+        return export
+
+    def pairing(self, teacher: Arch) -> Pairing | None:
+        """How a checkpoint folder pairs the student with a teacher whose features it shares; by default not at all."""
+        return None
+
+    def shown_images(self) -> ImageContract:
+        """The images that the teacher was shown: its contract, at the size of the recipe's data by nearest pixels."""
+        return replace(self.teacher.contract, size=self.recipe.data.size, interpolation="nearest")
+
+
+def draw_points(batch: Mapping[str, Any], count: int) -> Tensor:
+    """Draw at most `count` points of a batch, each with its pixel: int64 [n]; one stream of draws for all images."""
+    generator = torch.Generator().manual_seed(batch["seed"][0])
+    return draw(len(batch["pixel"]), count, generator, batch["pixel"].device)
+
+
+def image_size(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) of a batch's images."""
+    return batch["image"].shape[-2], batch["image"].shape[-1]
+
+
+def find_teacher(recipe: Recipe, config: TaughtConfig) -> Teacher:
+    """Load the teacher that a recipe names."""
+    if config.teacher == ADE20K:
+        if config.teacher_file is None:
+            raise RecipeError(
+                f"recipe {recipe.name}: teacher 'ade20k' has no file that could be fetched. Accepted: --set "
+                "task.teacher_file=FILE, a state dict of torchvision's FCN or DeepLabV3 trained on ADE20K's 150 "
+                "classes; or --set task.teacher=FOLDER, a finished segmentation run of `geo-pretrain finetune`."
+            )
+        return load_segmenter(config.teacher, config.teacher_file)
+    if config.teacher_file is not None:
+        raise RecipeError(
+            f"'task.teacher_file' is given, and 'task.teacher' is {config.teacher!r}: accepted is ade20k."
+        )
+    if (Path(config.teacher) / "results.json").is_file():
+        return load_segmenter(config.teacher)
+    return load_teacher(config.teacher, config.teacher_depth, dense=config.dense)

@@ -1,0 +1,46 @@
+"""What tasks with a sparse 3D network share: its arguments, its contract, and a forward pass over a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geo_pretrain.contract import VoxelContract
+from geo_pretrain.sparse.tensor import SparseTensor
+from geo_pretrain.training.data.samples.clouds import Features
+from geo_pretrain.training.recipe import UNet3DSpec
+
+CHANNELS = {"ones": ("one", "one", "one"), "rgb": ("R", "G", "B")}
+
+
+def unet_args(spec: UNet3DSpec, *, normalize: bool) -> dict[str, Any]:
+    """The arguments of `SRUNet` that a checkpoint folder states: those that change its outputs."""
+    return {
+        "variant": spec.variant,
+        "width": spec.width,
+        "in_chans": spec.in_chans,
+        "out_chans": spec.out_chans,
+        "stem_kernel": spec.stem_kernel,
+        "normalize": normalize,
+    }
+
+
+def voxel_contract(spec: UNet3DSpec, features: Features) -> VoxelContract:
+    """What a network trained on ones, or on colors in [-0.5, 0.5], expects."""
+    offset = -0.5 if features == "rgb" else 0.0
+    return VoxelContract(voxel_size=spec.voxel_size, channels=CHANNELS[features], scale=1.0, offset=offset)
+
+
+def encode(network: nn.Module, coords: Tensor, feats: Tensor, *, low_precision: bool) -> Tensor:
+    """Run a sparse network over a batch: float32 [N, C], row by row of `coords` [N, 4].
+
+    Batch elements without a voxel may be missing from the batch numbers in `coords`.
+    """
+    present, number = torch.unique(coords[:, 0], return_inverse=True)
+    if len(present) <= int(coords[:, 0].max()):
+        coords = torch.cat([number[:, None].to(coords.dtype), coords[:, 1:]], dim=1)
+    with torch.autocast(coords.device.type, torch.bfloat16, enabled=low_precision):
+        features: Tensor = network(SparseTensor(coords, feats)).feats
+    return features.float()  # losses are computed in full precision
