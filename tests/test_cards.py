@@ -1,13 +1,8 @@
-"""Cards and tables say what the catalog says, the Hub can read them, their code runs, and those here are up to date."""
+"""Cards and tables say what the catalog or a folder says, and those in the repository are up to date."""
 
 from __future__ import annotations
 
-import ast
-import builtins
-import functools
 import hashlib
-import importlib
-import importlib.util
 import os
 import re
 import shutil
@@ -15,73 +10,32 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from PIL import Image
+from huggingface_hub import ModelCard
 
 from geo_pretrain import cards, catalog
-from geo_pretrain.backbones.build import build
-from geo_pretrain.cards.front_matter import license_fields
-from geo_pretrain.catalog import CATALOG, Arch, File, License, Paper, Result, list_backbones
-from geo_pretrain.checkpoint import CONFIG, write_checkpoint
-from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.catalog import CATALOG, Arch, Paper, Result, list_backbones
+from geo_pretrain.checkpoint import CONFIG
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, UnknownName
-from tests.adapters import test_minkowski
-from tests.zoo import ARCH, ARCH_3D, CONTRACT, CONTRACT_3D, LICENSE, write_tiny, write_tiny_3d
+from tests.cards_reading import (
+    PROVENANCE,
+    PUBLISHED,
+    PYTHON,
+    ROOMS,
+    codes,
+    converted,
+    every_kind_of_card,
+    folder_card,
+    metadata,
+    published_here,
+    section,
+    tables,
+)
+from tests.zoo import ARCH, ARCH_3D, CONTRACT, LICENSE, write_tiny
 
 REPO = Path(__file__).resolve().parents[1]
-PUBLISHED = [name for name, entry in CATALOG.items() if entry.status == "published-by-authors"]
-PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PROVENANCE = {"steps": 130, "data": {"source": "rooms", "fingerprint": "ab12"}, "skipped": {}, "notes": ""}
-ROOMS = "pri3d_view_r18.rooms"  # any name of a real ResNet-18 U-Net
-engine = test_minkowski.engine  # a stand-in for MinkowskiEngine
-
-
-def metadata(card: str) -> dict[str, Any]:
-    start, block, body = card.split("---\n", 2)
-    assert start == ""
-    assert body.startswith("\n# ")
-    return yaml.safe_load(block)
-
-
-def codes(card: str) -> list[str]:
-    return PYTHON.findall(card)
-
-
-def tables(card: str) -> list[list[list[str]]]:
-    """Every Markdown table as rows of cells, the head first and without the line of dashes."""
-    found = []
-    for block in card.split("\n\n"):
-        if block.startswith("| "):
-            rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.strip().splitlines()]
-            assert all(set(cell) == {" ", "-"} for cell in rows[1])
-            found.append([[cell.strip() for cell in row] for row in (rows[0], *rows[2:])])
-    return found
-
-
-def section(card: str, heading: str) -> str:
-    return card.split(f"\n## {heading}\n\n", 1)[1].split("\n## ", 1)[0]
-
-
-def converted(name: str, **source: str) -> dict[str, Any]:
-    """The provenance of a folder that was made from an authors' file."""
-    url = CATALOG[name].authors_files[0].url
-    origin = {"url": url, "sha256": "e" * 64, "format": "pri3d", "content": "2D U-Net", "fetched": "2026-11-21"}
-    return {"source": origin | source, "foreign": ["omegaconf.DictConfig", "numpy.core.multiarray.scalar"]} | {
-        "in_the_file": {"step": 60000, "__author__": "x"},
-        "converted_by": "0.1",
-    }
-
-
-def folder_card(name: str, provenance: dict[str, Any], **options: Any) -> str:
-    entry = CATALOG[name]
-    return cards.render_card(name, entry.arch, entry.contract, entry.license, provenance, **options)
 
 
 # ---- cards of the catalog ----
@@ -133,24 +87,6 @@ def test_a_card_shows_what_works_for_its_status(name: str):
         assert by_hand in card
 
 
-@functools.cache
-def every_kind_of_card() -> dict[str, str]:
-    known = {name: cards.render_entry(entry) for name, entry in CATALOG.items()}
-    measured = (Result("dense matching", "rooms val", "recall at 4 px", 0.61, "eval matching"),)
-    known["run"] = cards.render_card("my_net_r18", ARCH, CONTRACT, LICENSE, PROVENANCE, recipe="x", results=measured)
-    known["unfinished"] = cards.render_card("my_net", ARCH_3D, CONTRACT_3D, LICENSE, {"seed": None}, finished=False)
-    for name in PUBLISHED:
-        known[f"converted {name}"] = folder_card(name, converted(name))
-    known["here"] = cards.render_entry(published_here())
-    return known
-
-
-def published_here():
-    file = {"size": 94_301_232, "sha256": "5" * 64, "sources": (f"hf-hub:someone/{ROOMS}@{'c' * 40}",)}
-    files = [File(role, f"{role}.safetensors", **file) for role in ("encoder", "decoder", "golden")]
-    return replace(CATALOG[ROOMS], status="published-here", files=tuple(files))
-
-
 @pytest.mark.parametrize("kind", list(every_kind_of_card()))
 def test_a_card_has_no_holes(kind: str):
     card = every_kind_of_card()[kind]
@@ -173,215 +109,6 @@ def test_a_card_has_no_holes(kind: str):
     for text, target in re.findall(r"\[([^\]\n]*)\]\(([^)\s]*)\)", card):
         assert text
         assert re.fullmatch(r"https?://[\w.-]+/\S*", target), target
-
-
-# ---- what the Hub reads ----
-
-# The Hub's identifiers (huggingface.co/docs/hub/repositories-licenses), as far as anything here may need them.
-HUB_LICENSES = {"mit", "apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"}
-HUB_LICENSES |= {"unknown", "other"}
-
-
-@pytest.mark.parametrize(
-    "identifier, fields",
-    [
-        ("MIT", ("mit",)),
-        ("Apache-2.0", ("apache-2.0",)),
-        ("CC-BY-NC-SA-3.0", ("cc-by-nc-sa-3.0",)),
-        ("CC-BY-NC-4.0", ("cc-by-nc-4.0",)),
-        ("CC0-1.0", ("cc0-1.0",)),
-        ("GPL-3.0-only", ("gpl-3.0",)),
-        ("LGPL-2.1-or-later", ("lgpl-2.1",)),
-        ("ODbL-1.0", ("odbl",)),
-        ("PDDL-1.0", ("pddl",)),
-        ("ODC-By-1.0", ("odc-by",)),
-        ("LicenseRef-unstated", ("unknown",)),
-        ("LicenseRef-ScanNet-ToU", ("other", "scannet-tou", "https://kaldir.vc.in.tum.de/scannet/ScanNet_TOS.pdf")),
-        ("LicenseRef-ImageNet-terms", ("other", "imagenet-terms", "https://www.image-net.org/download.php")),
-        ("LicenseRef-data-owner", ("other", "data-owner")),
-        ("0BSD", ("other", "0bsd", "https://spdx.org/licenses/0BSD.html")),
-        ("EUPL-1.2", ("other", "eupl-1.2", "https://spdx.org/licenses/EUPL-1.2.html")),
-    ],
-)
-def test_licenses_are_written_in_the_hubs_words(identifier: str, fields: tuple[str, ...]):
-    keys = ("license", "license_name", "license_link")
-    assert license_fields(identifier) == dict(zip(keys, fields, strict=False))
-
-
-@pytest.mark.parametrize("kind", list(every_kind_of_card()))
-def test_the_hubs_own_client_reads_and_keeps_the_front_matter(kind: str):
-    card = every_kind_of_card()[kind]
-    data = metadata(card)
-    read = ModelCard(card)
-    assert read.data.to_dict() == data
-    assert metadata(read.content) == data, "the client writes back what it read"
-    assert ModelCardData(**data).to_dict() == data
-    assert (
-        not set(data)
-        - {*["license", "license_name", "license_link", "library_name", "pipeline_tag", "tags"]}
-        - {*["datasets", "base_model", "model-index"]}
-    )
-    assert data["library_name"] == "geo_pretrain"
-    assert data["license"] in HUB_LICENSES
-    assert (data["license"] == "other") == ("license_name" in data)
-    assert re.fullmatch(r"[a-z0-9.-]+", data.get("license_name", "x"))
-    assert data.get("pipeline_tag", "image-feature-extraction") == "image-feature-extraction"
-    assert ("pipeline_tag" in data) == ("image" in data["tags"]) == ("point-cloud" not in data["tags"])
-    assert len(set(data["tags"])) == len(data["tags"])
-    assert all(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", tag) for tag in data["tags"])
-    assert {"self-supervised", "safetensors"} <= set(data["tags"])
-    if "model-index" in data:
-        name, results = model_index_to_eval_results(data["model-index"])
-        assert eval_results_to_model_index(name, results) == data["model-index"]
-
-
-@pytest.mark.parametrize(
-    "name, license, tags, datasets, base_model",
-    [
-        (
-            "pri3d_view_geo_r50",
-            "other",
-            "pri3d image resnet unet scannet imagenet rgb-d",
-            ["ILSVRC/imagenet-1k"],
-            "timm/resnet50.tv_in1k",
-        ),
-        (
-            "pri3d_geo_r18",
-            "other",
-            "pri3d image resnet unet scannet imagenet rgb-d",
-            ["ILSVRC/imagenet-1k"],
-            "timm/resnet18.tv_in1k",
-        ),
-        (
-            "pri3d_unsup_geo_r50",
-            "other",
-            "pri3d image resnet unet scannet imagenet rgb-d",
-            ["ILSVRC/imagenet-1k"],
-            None,
-        ),
-        (
-            "pri3d_view_r50.kitti",
-            "cc-by-nc-sa-3.0",
-            "pri3d image resnet unet kitti imagenet lidar",
-            ["ILSVRC/imagenet-1k"],
-            "timm/resnet50.tv_in1k",
-        ),
-        (
-            "pri3d_view_r50.megadepth",
-            "unknown",
-            "pri3d image resnet unet megadepth imagenet",
-            ["ILSVRC/imagenet-1k"],
-            "timm/resnet50.tv_in1k",
-        ),
-        (ROOMS, "mit", "pri3d image resnet unet rooms rgb-d", None, None),
-        ("img2pc_stage1_r18", "other", "img2pc image resnet unet scannet", None, None),
-        (
-            "pointcontrast_nce_srunet34",
-            "other",
-            "pointcontrast point-cloud sparse-unet minkowski scannet rgb-d",
-            None,
-            None,
-        ),
-        (
-            "slidr_srunet34.nuscenes",
-            "cc-by-nc-sa-4.0",
-            "slidr point-cloud sparse-unet minkowski nuscenes imagenet lidar",
-            ["ILSVRC/imagenet-1k"],
-            None,  # the image network was its teacher, not its start
-        ),
-        (
-            "ppkt_srunet34",
-            "other",
-            "ppkt point-cloud sparse-unet minkowski scannet imagenet rgb-d",
-            ["ILSVRC/imagenet-1k"],
-            None,  # a teacher again, and one that the Hub has
-        ),
-    ],
-)
-def test_the_front_matter_of_known_entries(name, license, tags, datasets, base_model):
-    data = metadata(cards.render_entry(CATALOG[name]))
-    assert data["license"] == license
-    if name == "img2pc_stage1_r18":  # whatever else its chain holds
-        assert set(tags.split()) <= set(data["tags"])
-        return
-    assert data["tags"] == [*tags.split(), "self-supervised", "safetensors"]
-    assert data.get("datasets") == datasets
-    assert data.get("base_model") == base_model
-
-
-def test_tags_of_two_data_sets_of_one_kind_stand_once():
-    license = License(
-        code="MIT",
-        weights="LicenseRef-ScanNet-ToU",
-        datasets=(
-            ("ScanNet", "LicenseRef-ScanNet-ToU"),
-            ("rooms", "MIT"),
-            ("RGB-D folder in 7-Scenes layout", "LicenseRef-data-owner"),
-        ),
-        base_model="none",
-    )
-    found = metadata(cards.render_card("my_net_r18", ARCH, CONTRACT, license, {}))["tags"]
-    expected = "image resnet unet scannet rooms rgb-d-folder-in-7-scenes-layout rgb-d self-supervised safetensors"
-    assert found == expected.split()
-
-
-def test_start_weights_named_on_the_hub_exist_there():
-    timm = pytest.importorskip("timm")
-    named = {metadata(card).get("base_model") for card in every_kind_of_card().values()} - {None}
-    assert named == {"timm/resnet18.tv_in1k", "timm/resnet50.tv_in1k"}
-    assert {name.removeprefix("timm/") for name in named} <= set(timm.list_pretrained("resnet*"))
-
-
-def test_only_the_authors_own_weights_carry_the_authors_numbers_as_metadata():
-    with_numbers = {name for name, entry in CATALOG.items() if "model-index" in metadata(cards.render_entry(entry))}
-    assert with_numbers == {name for name in PUBLISHED if CATALOG[name].results}
-    assert len(with_numbers) >= 15
-    assert "pri3d_view_r18" not in with_numbers  # its numbers are known, its weights are not public
-
-
-def test_reported_numbers_in_the_metadata_name_their_paper():
-    index = metadata(cards.render_entry(CATALOG["pri3d_view_geo_r18"]))["model-index"]
-    paper = "Pri3D: Can 3D Priors Help 2D Representation Learning? (ICCV 2021)"
-
-    def expected(dataset: str, kind: str, value: float, table: str) -> dict[str, Any]:
-        return {
-            "task": {"type": "semantic-segmentation", "name": "Semantic segmentation"},
-            "dataset": {"name": dataset, "type": kind},
-            "metrics": [{"type": "mean_iou", "value": value, "name": "mIoU"}],
-            "source": {"url": "https://arxiv.org/abs/2104.11225", "name": f"{paper}, {table}"},
-        }
-
-    results = [expected("ScanNet", "scannet", 55.7, "T1"), expected("NYUv2", "nyuv2", 48.1, "T5")]
-    assert index == [{"name": "pri3d_view_geo_r18", "results": results}]
-
-
-def test_a_number_of_another_paper_is_credited_to_it():
-    card = cards.render_entry(CATALOG["moco_v2_sup_in_sn_r50"])  # its method is MoCo v2's, its numbers are Pri3D's
-    results = metadata(card)["model-index"][0]["results"]
-    assert {result["source"]["url"] for result in results} == {"https://arxiv.org/abs/2104.11225"}
-    assert "stated by [Pri3D: Can 3D Priors" in section(card, "Reported by the authors")
-    assert "https://arxiv.org/abs/2003.04297" in section(card, "Citation")
-    ppkt = section(cards.render_entry(CATALOG["gupta_srunet34"]), "Reported by the authors")
-    assert "Contrastive Pixel-to-Point" in ppkt
-    assert "which are not public" in ppkt
-
-
-def test_details_of_a_task_and_several_metrics_stay_apart():
-    results = metadata(cards.render_entry(CATALOG["pri3d_view_geo_r50"]))["model-index"][0]["results"]
-    found = {
-        (r["task"]["type"], r["dataset"]["name"], m["name"]): (m["type"], m["value"])
-        for r in results
-        for m in r["metrics"]
-    }
-    assert len(found) == len(CATALOG["pri3d_view_geo_r50"].results)
-    assert found["semantic-segmentation", "ScanNet", "mIoU"] == ("mean_iou", 61.7)
-    assert found["semantic-segmentation", "ScanNet", "mIoU, PSPNet"] == ("mean_iou", 62.8)
-    assert found["semantic-segmentation", "ScanNet", "mIoU, 20 % of the training scenes"] == ("mean_iou", 51.5)
-    assert found["object-detection", "NYUv2", "AP75"] == ("ap75", 20.4)
-    assert found["instance-segmentation", "ScanNet", "AP"] == ("ap", 18.7)
-    three_d = metadata(cards.render_entry(CATALOG["pointcontrast_nce_srunet34"]))["model-index"][0]["results"]
-    assert {r["task"]["type"] for r in three_d} >= {"3d-semantic-segmentation", "3d-object-detection", "classification"}
-    assert next(r for r in three_d if r["dataset"]["name"] == "SUN RGB-D")["dataset"]["type"] == "sun-rgb-d"
 
 
 # ---- cards of folders ----
@@ -581,260 +308,6 @@ def test_an_old_name_warns_and_gives_the_card_of_the_new_one(monkeypatch: pytest
     monkeypatch.setattr(catalog, "RENAMED", {"pri3d_old_r18": "pri3d_view_r18"})
     with pytest.warns(FutureWarning, match="'pri3d_view_r18' now"):
         assert "\n# pri3d_view_r18\n" in cards.card_of("pri3d_old_r18")
-
-
-# ---- what goes in ----
-
-
-@pytest.mark.parametrize(
-    "arch, contract, rows",
-    [
-        (
-            ARCH,
-            ImageContract(
-                mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225), size=(480, 640), interpolation="bilinear"
-            ),
-            {
-                "channels": "R, G, B, in this order",
-                "values": "[0, 1] before normalization; 8-bit images are divided by 255",
-                "mean": "0.45, 0.45, 0.45",
-                "standard deviation": "0.225, 0.225, 0.225",
-                "size": "480x640 (height x width) in pre-training; `.transforms` resizes (bilinear)",
-                "tensor": "float [B, 3, H, W], normalized",
-            },
-        ),
-        (
-            Arch("sr_unet", {"variant": "34C", "out_chans": 64, "normalize": True}),
-            VoxelContract(0.025),
-            {
-                "voxel edge": "2.5 cm",
-                "coordinates": "cartesian: x, y, z in meters",
-                "channels": "3 x constant 1",
-                "values": "1 everywhere; colors are not taken",
-                "points of one voxel": "the first gives the features",
-                "output": "64 channels a voxel, of length 1",
-            },
-        ),
-        (
-            ARCH_3D,
-            VoxelContract(0.05, ("R", "G", "B"), scale=2.0, offset=-1.0, reduce="mean"),
-            {
-                "voxel edge": "5 cm",
-                "coordinates": "cartesian: x, y, z in meters",
-                "channels": "R, G, B, in this order",
-                "values": "colors in [0, 1] (8-bit ones are divided by 255) * 2 - 1",
-                "points of one voxel": "the features are their mean",
-                "output": "32 channels a voxel",
-            },
-        ),
-        (
-            Arch("sr_unet", {"in_chans": 2}),
-            VoxelContract((0.1, 1.0, 0.2), ("intensity", "one"), coordinates="cylindrical"),
-            {
-                "voxel edge": "0.1 m x 1 degree x 0.2 m",
-                "coordinates": "cylindrical: radius, azimuth and height of x, y, z in meters, "
-                "with the sensor at the origin",
-                "channels": "intensity; 1 x constant 1",
-                "values": "intensity",
-                "points of one voxel": "the first gives the features",
-                "output": "32 channels a voxel",
-            },
-        ),
-    ],
-    ids=["image", "ones", "colors", "cylinder"],
-)
-def test_the_contract_is_a_table(arch: Arch, contract: ImageContract | VoxelContract, rows: dict[str, str]):
-    card = cards.render_card("my_net", arch, contract, LICENSE, {})
-    assert {row[0]: row[1] for row in tables(section(card, "What goes in"))[0][1:]} == rows
-
-
-def test_limits_say_what_the_network_was_not_shown():
-    def limits(name: str) -> str:
-        return section(cards.render_entry(CATALOG[name]), "Limitations")
-
-    assert "Colors are not used" in limits("pointcontrast_nce_srunet34")
-    assert "Colors are not used" not in limits("csc_100k_srunet34")
-    assert "saw MegaDepth at 180x360 pixels" in limits("pri3d_view_r50.megadepth")
-    assert "Rooms are procedural" in limits(ROOMS)
-    assert "license limits" not in limits(ROOMS)
-    assert "license limits" in limits("pri3d_view_geo_r50")
-    assert "the authors report no number" in limits("pri3d_view_geo_r50.lr001")
-    assert "was not measured" in limits("pri3d_view_geo_r50")
-    assert "reach the numbers above was not measured" in limits("pri3d_view_r18")
-
-
-# ---- code ----
-
-
-@pytest.mark.parametrize("kind", list(every_kind_of_card()))
-def test_code_compiles_and_the_names_it_uses_exist(kind: str):
-    blocks = codes(every_kind_of_card()[kind])
-    assert blocks
-    known = set(dir(builtins))
-    modules: dict[str, Any] = {}
-    for code in blocks:
-        for node in ast.walk(tree := ast.parse(code)):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    if importlib.util.find_spec(alias.name.split(".")[0]) is None:
-                        assert alias.name == "MinkowskiEngine"
-                        continue
-                    bound = alias.asname or alias.name.split(".")[0]
-                    module = importlib.import_module(alias.name)
-                    modules[bound] = module if alias.asname else sys.modules[bound]
-            elif isinstance(node, ast.ImportFrom):
-                module = importlib.import_module(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names)
-        for statement in tree.body:
-            used = [n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
-            assert set(used) <= known, f"{set(used) - known} is not defined before {ast.unparse(statement)}"
-            known |= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-            if isinstance(statement, ast.Import | ast.ImportFrom):
-                known |= {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
-            for n in ast.walk(statement):  # gp.load_backbone, timm.create_model, np.load
-                if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in modules:
-                    assert hasattr(modules[n.value.id], n.attr), ast.unparse(n)
-
-
-def run(card: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Execute a card's code, all of it, from top to bottom, as a reader would."""
-    names = {} if names is None else names
-    for code in codes(card):
-        exec(compile(code, "card", "exec"), names)
-    return names
-
-
-def comment(card: str, line: str) -> str:
-    return re.search(rf"^{re.escape(line)}.*  # (.*)$", card, re.MULTILINE)[1]
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the snippets name: an image, a cloud, a clone of this project."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save("image.jpg")
-    points = rng.uniform(0, 1, (200, 3)).astype(np.float32)
-    colors = rng.integers(0, 256, (200, 3), dtype=np.uint8)
-    np.savez("cloud.npz", points=points, colors=colors, intensity=rng.random((200, 1), dtype=np.float32))
-    (tmp_path / "path" / "to" / "this").mkdir(parents=True)
-    (tmp_path / "path" / "to" / "geo_pretrain").symlink_to(REPO)
-    return tmp_path
-
-
-def test_the_code_of_a_tiny_2d_card_runs(place: Path):
-    checkpoint = write_tiny(place / "path" / "to" / "this" / "folder")
-    card = cards.card_of(checkpoint.folder)
-    names = run(card)
-    channels, strides = re.fullmatch(r"(.*) channels at strides (.*)", comment(card, "maps = ")).groups()
-    assert [str(m.shape[1]) for m in names["maps"]] == channels.split(", ")
-    assert [str(64 // m.shape[2]) for m in names["maps"]] == strides.split(", ")
-    assert str(list(names["features"].shape)) == comment(card, "features = ") == "[1, 32, 32, 48]"
-    assert len(codes(card)) == 1  # it fits no other library: its width is 8
-
-
-@pytest.mark.parametrize(
-    "arch, size",
-    [
-        (Arch("resnet_unet", {"depth": 18, "width": 8}), (33, 50)),
-        (Arch("resnet_unet", {"depth": 50, "width": 8}), (64, 90)),
-        (Arch("resnet_depth_unet", {"depth": 18, "width": 8}), (33, 50)),
-        (Arch("resnet_depth_unet", {"depth": 18, "width": 8, "out_chans": 5}), (64, 32)),
-        (Arch("resnet", {"depth": 34, "width": 8}), (32, 64)),
-    ],
-    ids=str,
-)
-def test_shapes_in_2d_cards_are_those_of_the_networks(arch: Arch, size: tuple[int, int]):
-    contract = ImageContract(size=size)
-    card = cards.render_card("my_net", arch, contract, LICENSE, {})
-    network = build(arch, decoder="unet" in arch.name).eval()
-    image = torch.zeros(1, 3, *size)
-    encoder = getattr(network, "encoder", network)
-    channels = ", ".join(str(info["num_chs"]) for info in encoder.feature_info)
-    assert comment(card, "maps = ").startswith(f"{channels} channels at")
-    assert ("features = " in card) == ("unet" in arch.name)
-    if "unet" in arch.name:
-        with torch.no_grad():
-            assert comment(card, "features = ") == str(list(network(image).shape))
-
-
-@pytest.mark.parametrize(
-    "contract",
-    [
-        CONTRACT_3D,
-        VoxelContract(0.05),
-        VoxelContract((0.1, 5.0, 0.1), ("intensity", "one", "one"), coordinates="cylindrical"),
-    ],
-    ids=["colors", "ones", "intensity"],
-)
-def test_the_code_of_a_3d_card_runs(place: Path, contract: VoxelContract, engine):
-    checkpoint = write_tiny_3d(place / "path" / "to" / "this" / "folder", contract=contract)
-    card = cards.card_of(checkpoint.folder)
-    names = run(card)
-    assert names["features"].shape == (200, sum(m.feats.shape[1] for m in names["maps"]))
-    assert f"[{len(names['points'])}, {names['network'].final.kernel.shape[1]}]" == str([200, 32])
-    assert comment(card, "output = network.encode_points(") == "[N, 32]: what the loss saw"
-    assert names["output"].F.shape == (len(names["voxels"].coords), 32)
-    assert list(names["weights"]) == list(names["network"].state_dict())
-    assert ("intensity" in names) == ("intensity" in contract.channels)
-    assert ("colors" in names) == ("R" in contract.channels)
-
-
-@pytest.fixture(scope="module")
-def real_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hub folder with a ResNet-18 U-Net of the real width, as `geo-pretrain train --out runs/NAME` leaves it."""
-    entry, hub = CATALOG[ROOMS], tmp_path_factory.mktemp("runs")
-    torch.manual_seed(0)
-    network = build(entry.arch, decoder=True)
-    write_checkpoint(
-        hub / ROOMS,
-        name=ROOMS,
-        arch=entry.arch,
-        contract=entry.contract,
-        weights={"encoder": network.encoder.state_dict(), "decoder": network.decoder.state_dict()},
-        golden={"input": torch.zeros(1)},
-        license=entry.license,
-        provenance={},
-        recipe_yaml="name: x\n",
-        log="",
-        card="# x\n",
-    )
-    return hub
-
-
-@pytest.mark.parametrize("of", ["name", "folder"])
-def test_the_code_of_a_real_2d_card_runs_in_every_library(place: Path, real_hub: Path, of: str, monkeypatch):
-    """The catalog's card after its recipe was run, and the folder's own card."""
-    for library in ("timm", "segmentation_models_pytorch"):
-        pytest.importorskip(library)
-    if of == "name":
-        card = cards.card_of(ROOMS)
-        variable, hub = re.search(r"^export (\w+)=(\w+)$", card, re.MULTILINE).groups()
-        (place / hub).symlink_to(real_hub)
-    else:
-        (place / "path" / "to" / "this" / "folder").symlink_to(real_hub / ROOMS)
-        card = cards.card_of(real_hub / ROOMS)
-        variable, parent = re.search(r"`export (\w+)=(PARENT)`", card).groups()
-        hub = str(real_hub)
-        assert parent == "PARENT"
-    monkeypatch.setenv(variable, hub)
-    assert len(codes(card)) == 5
-    seen: dict[str, Any] = {}
-    image = torch.rand(1, 3, 64, 64)
-    stem = None
-    for code in codes(card):
-        names = run(f"```python\n{code}\n```", {"image": seen.get("image")})
-        seen |= names
-        found = [value for value in names.values() if isinstance(value, torch.nn.Module)]
-        for network in found:  # each one has the checkpoint's weights
-            weight = next(iter(network.state_dict().values()))
-            stem = weight if stem is None else stem
-            assert weight.shape == (64, 3, 7, 7)
-            assert torch.equal(weight, stem)
-            with torch.no_grad():
-                network.eval()(image)
-        assert found
-    assert str(list(seen["maps"][0].shape)) == "[1, 64, 120, 160]"
 
 
 # ---- tables ----
