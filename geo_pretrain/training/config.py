@@ -1,6 +1,6 @@
-"""YAML files as frozen dataclasses: reading, overrides, overlays, former keys, checks and differences.
+"""Reads YAML files into frozen dataclasses: overrides, overlays, renamed keys, checks and differences.
 
-Knows no recipe: schemas are in `recipe` and `finetune_recipe`. Whatever is wrong with a file is named at once.
+This module knows no recipe; the schemas are in `recipe` and `finetune_recipe`. Errors name all mistakes of a file.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _BAD: Any = object()  # in place of a value that is missing or wrong
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a file: the keys it is about and the sentence that names it."""
+    """One mistake in a file: the keys it concerns, and a sentence for the user."""
 
     keys: tuple[str, ...]
     text: str
 
     def touches(self, keys: Iterable[str]) -> bool:
-        """Whether it is about one of `keys`, or about a key inside or around one of them."""
+        """Whether the mistake concerns one of `keys`, one of their subkeys or a section they are in."""
         return any(_inside(one, other) or _inside(other, one) for one in self.keys for other in keys)
 
 
 class Mistakes(RecipeError):
-    """One or several mistakes in a file; `problems` lists them."""
+    """The error for one or more mistakes in a file; `problems` lists them."""
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
@@ -46,32 +46,33 @@ class Mistakes(RecipeError):
 
 
 class Checks:
-    """Collects checks of values: `check = Checks()`, then `check(condition, ...)` for each, then `check.done()`."""
+    """Collects failed checks: `check = Checks()`, then `check(condition, ...)` for each, then `check.done()`."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
 
     def __call__(self, condition: bool, key: str, value: object, accepted: str, *, given: Sequence[str] = ()) -> bool:
-        """Note a mistake unless the condition holds; returns the condition.
+        """Record a mistake unless the condition holds; returns the condition.
 
-        `key` may name several: "optim.steps / optim.epochs". `given` names other keys that the condition depends on.
+        `key` may name several keys: "optim.steps / optim.epochs". `given` names further keys that the condition depends
+        on; if one of these has a mistake of its own, this one is not reported.
         """
         if not condition:
             self.note(f"'{key}' is {value!r}, accepted is {accepted}.", *key.split(" / "), *given)
         return condition
 
     def note(self, text: str, *keys: str) -> None:
-        """Note a mistake about `keys` in words."""
+        """Record a mistake that concerns `keys`, in words."""
         self.problems.append(Problem(keys, text))
 
     def done(self) -> None:
-        """Raise `RecipeError` if there were mistakes, naming all."""
+        """Raise one `RecipeError` that names all recorded mistakes, if there are any."""
         if self.problems:
             raise _error("", self.problems)
 
 
 def check_key(condition: bool, key: str, value: object, accepted: str) -> None:
-    """Raise `RecipeError`, saying what was given for `key` and what is accepted, unless the condition holds."""
+    """Raise a `RecipeError` with the value of `key` and what is accepted, unless the condition holds."""
     check = Checks()
     check(condition, key, value, accepted)
     check.done()
@@ -79,15 +80,15 @@ def check_key(condition: bool, key: str, value: object, accepted: str) -> None:
 
 @dataclass(frozen=True)
 class Renamed:
-    """A former key, or former values of a key: files, overrides and stored recipes that have it are still read."""
+    """A renamed key, or a key with renamed values; old files, overrides and stored recipes are still read."""
 
     old: str
     new: str
-    values: Mapping[Any, Any] = field(default_factory=dict)  # former value -> today's; others stay as they are
+    values: Mapping[Any, Any] = field(default_factory=dict)  # old value -> new value; others are kept
 
 
 def read_tree(path: Path, renames: Sequence[Renamed] = ()) -> dict[str, Any]:
-    """Read a YAML file of keys and values, former keys under their new names. Raises `RecipeError` for other files."""
+    """Read a YAML file of keys and values and rename old keys. Raises `RecipeError` for any other file."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -98,7 +99,7 @@ def read_tree(path: Path, renames: Sequence[Renamed] = ()) -> dict[str, Any]:
 
 
 def rename_keys(tree: Mapping[str, Any], renames: Sequence[Renamed], *, where: str, prefix: str = "") -> dict[str, Any]:
-    """A copy of a tree with former keys under their new names; `prefix` is what comes before its own keys."""
+    """Copy nested mappings with old keys renamed; `prefix` is the path of `tree` in the file, such as "data."."""
     copy = _copied(tree)
     for renamed in renames:
         if not (renamed.old.startswith(prefix) and renamed.new.startswith(prefix)):
@@ -115,9 +116,9 @@ def rename_keys(tree: Mapping[str, Any], renames: Sequence[Renamed], *, where: s
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str], renames: Sequence[Renamed] = ()) -> None:
-    """Set keys of nested mappings in place from texts `key.key=value`; values are read as YAML.
+    """Set keys of nested mappings in place from texts `key.key=value`; values are parsed as YAML.
 
-    Raises `RecipeError` naming all overrides that cannot be applied.
+    Raises `RecipeError` that names all overrides which cannot be applied.
     """
     problems = []
     by_old = {renamed.old: renamed for renamed in renames}
@@ -142,7 +143,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str], renames: Seq
 
 
 def merge_tree(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
-    """Lay `overlay` over `tree` in place; a None removes the key."""
+    """Merge `overlay` into `tree` in place, section by section; a value None removes the key."""
     for key, value in overlay.items():
         if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
             merge_tree(tree[key], value)
@@ -167,7 +168,7 @@ def changes(
 
 
 def plain_types(value: Any) -> Any:
-    """Dataclasses as mappings and tuples as lists, so that YAML stays plain and `parse` reads it back."""
+    """Convert dataclasses to mappings and tuples to lists, so that YAML stays plain and `parse` reads it back."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         tree: dict[str, Any] = {}
         for f in dataclasses.fields(value):
@@ -188,12 +189,19 @@ def parse(
     renames: Sequence[Renamed] = (),
     also: Sequence[Callable[[T], object]] = (),
 ) -> T:
-    """Turn nested mappings into the dataclass `kind`.
+    """Build the dataclass `kind` from nested mappings.
 
-    `prefix` comes before the tree's own keys in messages. `also` are further checks of the result, each of which may
-    raise; what they find is named together with the rest.
+    Args:
+        kind: a dataclass; its fields may be dataclasses too. Its `__post_init__` may check values with `Checks`.
+        tree: what was read from YAML.
+        where: the file, for messages.
+        prefix: path of `tree` in the file, such as "task.", for messages.
+        renames: old keys that are accepted.
+        also: further checks of the result, functions that raise `RecipeError` or `UnknownName`.
 
-    Raises `RecipeError` that names every unknown key, wrong type, missing key and value out of range.
+    Raises:
+        RecipeError: names every unknown key, wrong type, missing key and value out of range. A single mistake that a
+            function in `also` found is raised as that function raised it.
     """
     if isinstance(tree, Mapping) and renames:
         tree = rename_keys(tree, renames, where=where, prefix=prefix)
@@ -209,19 +217,22 @@ def parse(
 
 
 class _Parser:
-    """Parses sections and notes what is wrong, going on with stand-ins so that all mistakes are found."""
+    """Parses sections and collects mistakes; wrong values are replaced so that parsing goes on to the end."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
-        self.doubtful: set[str] = set()  # keys whose value is a stand-in; checks of them mean nothing
-        self.causes: list[GeoPretrainError] = []  # errors of checks from elsewhere, which say where by themselves
+        self.doubtful: set[str] = set()  # keys whose value was replaced, so that later checks of it mean nothing
+        self.causes: list[GeoPretrainError] = []  # errors that functions in `also` raised
 
     def note(self, text: str, *keys: str) -> None:
         self.problems.append(Problem(keys, text))
         self.doubtful.update(keys)
 
     def run(self, check: Callable[[Any], object], value: object, *own: type[GeoPretrainError]) -> None:
-        """Call a check and note what it finds, but for mistakes about doubtful keys; errors in `own` become causes."""
+        """Call a check and record the mistakes it raises, except those about doubtful keys.
+
+        With `own`, errors of these types are recorded too, and the error itself is kept.
+        """
         try:
             check(value)
         except (RecipeError, *own) as error:
@@ -231,7 +242,7 @@ class _Parser:
             self.causes += [error] if fresh and own else []
 
     def section(self, kind: type, tree: object, prefix: str) -> object:
-        """An instance of the dataclass `kind`; with mistakes, one of stand-ins."""
+        """Build an instance of the dataclass `kind`, with replaced values where there are mistakes."""
         if not isinstance(tree, Mapping):
             name = prefix.rstrip(".")
             self.note(f"{name or 'the file'} is {_shown(tree)}, expected keys and values.", *([name] if name else []))
@@ -256,7 +267,7 @@ class _Parser:
         return self._built(kind, values | usable)
 
     def value(self, hint: Any, value: object, key: str) -> Any:
-        """A value as its type hint wants it; `_BAD` after a mistake."""
+        """Convert a value to its type hint; returns `_BAD` for a mistake."""
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
             if value is None and type(None) in args:
@@ -304,18 +315,18 @@ class _Parser:
     def _note_unknown(self, key: str, accepted: Sequence[str], prefix: str) -> None:
         closest = ", ".join(repr(prefix + name) for name in nearest(key, accepted, 1))
         self.note(f"unknown key '{prefix}{key}'. Closest: {closest}. Accepted: {', '.join(accepted)}.", prefix + key)
-        # The key that was probably meant is neither missing nor worth a check.
+        # The key that was probably meant must not be reported as missing or out of range.
         self.doubtful.update(prefix + name for name in difflib.get_close_matches(key, accepted, 1))
 
     def _built(self, kind: type, values: dict[str, Any]) -> object:
-        """An instance of `kind`, unchecked where its own checks fail."""
+        """Build an instance of `kind`; if its own checks fail, build it without them."""
         made: list[object] = []
         self.run(lambda _: made.append(kind(**values)), None)
         return made[0] if made else _unchecked(kind, values)
 
 
 def _usable(f: dataclasses.Field[Any], hint: Any, value: object) -> Any:
-    """The value; after a mistake its default, or any value of the right type."""
+    """The value, or in place of `_BAD` the default, or any value of the right type."""
     if value is not _BAD:
         return value
     if f.default is not dataclasses.MISSING:
@@ -328,7 +339,7 @@ def _usable(f: dataclasses.Field[Any], hint: Any, value: object) -> Any:
 
 
 def _unchecked(kind: type, values: Mapping[str, Any]) -> object:
-    """An instance of a dataclass without the checks of its `__post_init__`."""
+    """Build an instance of a dataclass without calling its `__post_init__`."""
     hints = typing.get_type_hints(kind)
     made = object.__new__(kind)
     for f in dataclasses.fields(kind):
@@ -338,7 +349,7 @@ def _unchecked(kind: type, values: Mapping[str, Any]) -> object:
 
 
 def _error(where: str, problems: Sequence[Problem]) -> Mistakes:
-    """One error for all problems: one line for a single one, else a list."""
+    """The error that names all problems: one line for a single problem, else a list."""
     start = f"{where}: " if where else ""
     if len(problems) == 1:
         return Mistakes(start + problems[0].text, problems)
@@ -351,12 +362,12 @@ def _shown(value: object) -> str:
 
 
 def _inside(key: str, other: str) -> bool:
-    """Whether `key` is `other` or one of its keys."""
+    """Whether `key` is `other` or a subkey of it."""
     return key == other or key.startswith((f"{other}.", f"{other}["))
 
 
 def _flat(tree: object, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one with keys "key.key"; values as they are, lists too."""
+    """Flatten nested mappings to keys "key.key"; lists are values."""
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree} if prefix else {}
     flat: dict[str, Any] = {}
@@ -366,7 +377,7 @@ def _flat(tree: object, prefix: str = "") -> dict[str, Any]:
 
 
 def _defaults(kind: type, prefix: str = "") -> dict[str, Any]:
-    """The defaults of a dataclass and of its sections, by "key.key"."""
+    """Default values of a dataclass and its sections, by "key.key"."""
     hints = typing.get_type_hints(kind)
     defaults: dict[str, Any] = {}
     for f in dataclasses.fields(kind):
@@ -397,7 +408,7 @@ def _translated(renamed: Renamed, value: object) -> object:
 
 
 def _get(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """The value at a path of keys, `_BAD` when there is none."""
+    """The value at a path of keys; `_BAD` if there is none."""
     value: Any = tree
     for key in path:
         if not isinstance(value, Mapping) or key not in value:
@@ -412,7 +423,7 @@ def _pop(tree: dict[str, Any], path: Sequence[str]) -> None:
 
 
 def _set(tree: dict[str, Any], path: Sequence[str], value: object) -> str | None:
-    """Set the value at a path of keys; returns the key that holds a value where keys are needed, if one does."""
+    """Set the value at a path of keys; returns the key in the way if it holds a value instead of keys, else None."""
     *parents, last = path
     branch = tree
     for parent in parents:

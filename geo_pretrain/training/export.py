@@ -1,4 +1,4 @@
-"""From a run to its checkpoint folder: weights, golden values, recipe, log, license and provenance."""
+"""Writes the checkpoint folder of a run: weights, golden values, recipe, log, license, provenance and card."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def write_run(
     finished: bool,
     starts: Mapping[str, Path] = {},
 ) -> Checkpoint:
-    """Write the checkpoint folder `out` of a run, atomically; `provenance` is completed with versions and notes.
+    """Write the checkpoint folder `out` atomically; seed, start weights and software versions join `provenance`.
 
-    `license` comes from `licenses.run_license`, called before the run: what it started from may have moved since.
-    `starts` as in `build_task`.
+    `license` is the result of `licenses.run_license`, called before the run, since start weights may move meanwhile.
+    `starts` maps "stage1" to the folder of the first stage, as in `build_task`.
     """
     export = task.export()
     provenance = provenance | {

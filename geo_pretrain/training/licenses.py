@@ -1,4 +1,4 @@
-"""The license chain of the weights that a run makes: the strictest terms of everything they learned from."""
+"""The license chain of trained weights: the strictest terms of all data and weights that a run uses."""
 
 from __future__ import annotations
 
@@ -23,46 +23,49 @@ UNKNOWN_TERMS = "LicenseRef-unknown"
 
 
 def run_license(recipe: Recipe, settings: Mapping[str, Any], starts: Mapping[str, Path] = {}) -> License:
-    """The license chain of weights made by a recipe: the strictest terms of its data, start weights and teacher.
+    """Compute the license of the weights that a recipe trains: the strictest terms of data, start weights and teacher.
 
-    `settings` are all settings of the recipe's task, defaults included: a teacher that the recipe does not name
-    teaches too. `starts` maps "stage1" to the folder of the first stage; one that is not trained yet has the terms of
-    its recipe's name. 3D networks always start from random weights.
+    Args:
+        recipe: the recipe. 3D networks always start from random weights.
+        settings: all settings of the recipe's task with their defaults; a teacher counts also where it is the default.
+        starts: maps "stage1" to the folder of the trained first stage. Before it is trained, the terms of the catalog
+            entry that its recipe is named after count.
 
-    Raises `GeoPretrainError` when weights that are named cannot be found.
+    Raises:
+        GeoPretrainError: start weights or a teacher cannot be found.
     """
     dataset, terms = data_license(recipe.data)
     model, teacher = recipe.model, settings.get("teacher")
-    start, teaching = Origin(), Origin()
+    start, taught_by = Origin(), Origin()
     if model is not None:
         start = _origin(_weights(recipe, model.init, starts), model.encoder)
     if teacher is not None:
-        teaching = _origin(_weights(recipe, teacher, starts), f"resnet{settings.get('teacher_depth', 50)}")
-    base = f"random weights; teacher: {teaching.name}" if teaching.name else "none (random weights)"
+        taught_by = _origin(_weights(recipe, teacher, starts), f"resnet{settings.get('teacher_depth', 50)}")
+    base = f"random weights; teacher: {taught_by.name}" if taught_by.name else "none (random weights)"
     mixed = (("ImageNet", IMAGENET_TERMS),) if settings.get("mix", "none") != "none" else ()
-    datasets = dict([(dataset, terms), *mixed, *start.datasets, *teaching.datasets])
-    weights = strictest(terms, *(more for _, more in mixed), start.terms or terms, teaching.terms or terms)
+    datasets = dict([(dataset, terms), *mixed, *start.datasets, *taught_by.datasets])
+    weights = strictest(terms, *(more for _, more in mixed), start.terms or terms, taught_by.terms or terms)
     return License(code="MIT", weights=weights, datasets=tuple(datasets.items()), base_model=start.name or base)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Weights that a run builds on; all empty for a random start."""
+    """Weights that a run builds on, with their terms; all fields are empty for random weights."""
 
     name: str = ""
-    terms: str = ""  # of the weights
-    datasets: tuple[tuple[str, str], ...] = ()  # behind them, with their terms
+    terms: str = ""  # license of the weights
+    datasets: tuple[tuple[str, str], ...] = ()  # data sets the weights were trained on, each with its license
 
 
 def _weights(recipe: Recipe, value: str, starts: Mapping[str, Path]) -> str:
-    """The weights that a setting names; a first stage that is not trained yet by its recipe's name."""
+    """Name or folder of the weights in a setting; for a first stage not trained yet, the name of its recipe."""
     if value == STAGE1 and STAGE1 not in starts and recipe.stage1 is not None:
         return recipe.stage1.recipe
     return recipe.start_of(value, starts)
 
 
 def _origin(weights: str, encoder: str) -> Origin:
-    """Name, terms and data sets of start weights of an encoder, or of a teacher."""
+    """Look up name, terms and data sets of start weights or of a teacher."""
     if weights == "scratch":
         return Origin()
     terms = IMAGENET_TERMS
@@ -79,15 +82,15 @@ def _origin(weights: str, encoder: str) -> Origin:
     if (Path(weights) / "results.json").is_file():
         return _finetuned(Path(weights))
     entry = None if Path(weights).is_dir() else find(weights)
-    found = entry or hub.open(weights)
-    name, license = weights if entry else found.name, found.license
+    described = entry or hub.open(weights)
+    name, license = weights if entry else described.name, described.license
     return Origin(f"{name} ({license.weights})", license.weights, license.datasets)
 
 
 def _finetuned(folder: Path) -> Origin:
-    """Weights of a fine-tuning run: what its backbone and its labelled images allow.
+    """Name, terms and data sets of the weights in a fine-tuning folder: those of its backbone and of its labels.
 
-    A backbone that cannot be found any more has unknown terms, which are strict.
+    A backbone that can no longer be found has unknown terms, which are the strictest.
     """
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     backbone, source = results["backbone"]["name"], results["data"]["source"]

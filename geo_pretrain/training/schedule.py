@@ -1,4 +1,4 @@
-"""What changes over the steps of a run: learning rate and BatchNorm momentum, as functions of the step."""
+"""Schedules: learning rate and BatchNorm momentum as functions of the step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BN_FLOOR = 0.001
 
 
 def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
-    """The learning rate of step 0 <= `step` < `steps`."""
+    """Learning rate at step 0 <= `step` < `steps`."""
     if spec.schedule == "cosine":
         return 0.5 * spec.lr * (1 + math.cos(math.pi * step / steps))
     if spec.schedule == "cosine_epoch" and spec.epochs is not None:
@@ -29,7 +29,7 @@ def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
 
 
 def pri3d_bn_momentum(step: int) -> float:
-    """Pri3D's momentum after optimizer step `step`: 0.5 halved every 20 steps, not under 0.001 (VoteNet's rule)."""
+    """BatchNorm momentum of Pri3D and VoteNet: starts at 0.5, halved every 20 optimizer steps, at least 0.001."""
     return max(0.5 * 0.5 ** (step // 20), BN_FLOOR)
 
 
