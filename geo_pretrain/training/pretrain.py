@@ -20,7 +20,7 @@ from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import total_steps
-from geo_pretrain.training.data.sources.registry import open_source, source_note
+from geo_pretrain.training.data.sources.registry import open_source, source_note, source_options
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.export import write_run
 from geo_pretrain.training.licenses import run_license
@@ -82,8 +82,8 @@ def run_recipe(
 
 
 def load_checked_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
-    """`load_recipe`, which also checks the settings of the task, so that all mistakes are named at once."""
-    return load_recipe(name, overrides, toy=toy, also=[_check_task])
+    """`load_recipe`, and check the settings of the task and the options of the data source with the rest."""
+    return load_recipe(name, overrides, toy=toy, also=[_check_task, lambda recipe: source_options(recipe.data)])
 
 
 def _check_task(recipe: Recipe) -> None:

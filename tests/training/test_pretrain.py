@@ -223,17 +223,18 @@ def test_changes_between_recipes_are_named_by_key():
     assert changes(before, before) == []
 
 
-def test_mistakes_in_the_settings_of_the_task_are_named_with_the_others():
-    wrong = ["task.temprature=1", "task.matches=many", "optim.batch=0", "optim.lrr=1"]
+def test_mistakes_in_settings_of_task_and_source_are_named_with_the_others():
+    wrong = ["task.temprature=1", "task.matches=many", "optim.batch=0", "optim.lrr=1", "data.options={step: 1}"]
     with pytest.raises(RecipeError) as error:
         load_checked_recipe("pri3d_view_r18", wrong)
     first, *lines = str(error.value).splitlines()
-    assert first.endswith("pri3d_view_r18.yaml: 4 mistakes:")
+    assert first.endswith("pri3d_view_r18.yaml: 5 mistakes:")
     for part in (
         "unknown key 'task.temprature'. Closest: 'task.temperature'",
         "'task.matches' is 'many' (str), accepted is a whole number",
         "'optim.batch' is 0",
         "unknown key 'optim.lrr'",
+        "unknown key 'data.options.step'. Closest: ",
     ):
         assert len([line for line in lines if line.startswith(f"  - {part}")]) == 1, part
 

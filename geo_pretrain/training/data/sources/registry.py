@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenSc
 from geo_pretrain.training.recipe import DataSpec
 
 Progress = Callable[[int, int], None]
-Opener = Callable[[DataSpec, str, str, Progress | None], Source]  # spec, split, device, progress
+
+
+@dataclass(frozen=True)
+class Opener:
+    """How a source is opened, with its options parsed."""
+
+    config: type  # dataclass of `data.options`
+    open: Callable[[Any, DataSpec, str, Progress | None], Source]  # called with options, spec, device, progress
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,18 @@ def open_source(
 
     `progress(done, total)` is called while scenes are rendered.
     """
+    options = source_options(spec, split)
+    source = SOURCES[spec.source].opener.open(options, spec, device, progress)
+    return source if spec.frames == (0.0, 1.0) else FrameRange(source, *spec.frames)
+
+
+def source_options(spec: DataSpec, split: str = "train") -> Any:
+    """Parse the options of a source without opening it. Raises `UnknownName`, or `RecipeError` for wrong options."""
     if spec.source not in SOURCES:
         raise unknown("data source", spec.source, list_sources(), "Write SOURCE or SOURCE:PATH.")
-    source = SOURCES[spec.source].opener(spec, split, device, progress)
-    return source if spec.frames == (0.0, 1.0) else FrameRange(source, *spec.frames)
+    config = SOURCES[spec.source].opener.config
+    given = {"split": split} if any(field.name == "split" for field in fields(config)) else {}
+    return parse(config, {**given, **spec.options}, where="data.options", prefix="data.options.")
 
 
 class FrameRange(SourcePart):
@@ -85,11 +100,10 @@ def source_note(source: Source) -> str:
     return "" if noted is None else noted.note
 
 
-def _rooms(spec: DataSpec, split: str, device: str, progress: Progress | None) -> Source:
+def _open_rooms(options: RoomsConfig, spec: DataSpec, device: str, progress: Progress | None) -> Source:
     if spec.path is not None:
         raise RecipeError("Source 'rooms' renders its own scenes and takes no path; see data.options.")
-    config = parse(RoomsConfig, {"split": split, **spec.options}, where="data.options", prefix="data.options.")
-    source = Rooms(config, device=device, progress=progress)
+    source = Rooms(options, device=device, progress=progress)
     source.prepare()
     return source
 
@@ -97,18 +111,17 @@ def _rooms(spec: DataSpec, split: str, device: str, progress: Progress | None) -
 def _folder(source: Callable[[Path, Any], Source], config: type) -> Opener:
     """The opener of a layout on disk: a class called with the folder and its options, a dataclass."""
 
-    def call(spec: DataSpec, split: str, device: str, progress: Progress | None) -> Source:
-        options: Any = parse(config, spec.options, where="data.options", prefix="data.options.")
+    def call(options: Any, spec: DataSpec, device: str, progress: Progress | None) -> Source:
         if spec.path is None:
             raise RecipeError(f"Source {spec.source!r} needs a folder: --data {spec.source}:PATH (or data.path=PATH).")
         return source(Path(spec.path).expanduser(), options)
 
-    return call
+    return Opener(config, call)
 
 
 # A layout says nothing about whose frames they are, so a folder's license is its owner's unless `data.license` tells.
 SOURCES = {
-    "rooms": SourceRow(_rooms, "rooms", "MIT"),
+    "rooms": SourceRow(Opener(RoomsConfig, _open_rooms), "rooms", "MIT"),
     "scannet": SourceRow(_folder(ScanNet, ScanNetConfig), "ScanNet", "LicenseRef-ScanNet-ToU"),
     "seven_scenes": SourceRow(
         _folder(SevenScenes, SevenScenesConfig), "RGB-D folder in 7-Scenes layout", "LicenseRef-data-owner"
