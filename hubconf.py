@@ -1,4 +1,4 @@
-"""torch.hub's door: one entry point a catalog name, each taking the arguments of `load_backbone`.
+"""Entry points for torch.hub: one for each catalog name, with the arguments of `load_backbone`.
 
 torch.hub.load(REPO, "pri3d_view_r18.rooms", source="local", trust_repo=True, pretrained=False)
 """

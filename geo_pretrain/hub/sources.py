@@ -30,6 +30,7 @@ from geo_pretrain.checkpoint import (
 )
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotThere
+from geo_pretrain.files import atomic_write
 from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
 from geo_pretrain.hub.transfer import download
@@ -262,8 +263,8 @@ class WebServer(Source):
         try:
             for role in roles:
                 self._fetch_file(checkpoint, checkpoint.file_of(role))
-            self.part.write_bytes(self.config)
-            self.part.replace(self.folder / CONFIG)
+            with atomic_write(self.folder / CONFIG) as part:
+                part.write_bytes(self.config)
         finally:
             self.part.unlink(missing_ok=True)
 

@@ -1,9 +1,8 @@
-"""One file from the network to the disk.
+"""Download one file from the network to the disk.
 
-`download` knows what goes wrong between here and a file: connections that break or stall, servers that are busy, share
-links that answer with a page, full and read-only disks. What can be cured is tried again; the rest becomes an error
-that says what to do. Nothing half-written stays. Whether the bytes are the right ones is the caller's question: it
-gets their digest.
+`download` handles connections that break or stall, busy servers, share links that answer with a web page, full and
+read-only disks. It retries what may pass; the rest becomes an error that says what to do. No partial file stays. The
+caller compares the digest that it returns.
 
 GEO_PRETRAIN_MIRROR=http://host/base fetches every address `https://drive.google.com/x?y`, redirects included, as
 `http://host/base/drive.google.com/x?y`: for clusters behind a mirror, and for tests. Loopback addresses and the mirror
@@ -64,7 +63,7 @@ OTHER_CACHE = f"set {CACHE_VARIABLE} (or cache_dir=) to a folder"
 
 
 class _Broken(Exception):
-    """A failure that another attempt may cure; `pause`: seconds that the server asks for."""
+    """A failure worth another attempt; `pause`: seconds that the server asks to wait."""
 
     def __init__(self, reason: str, pause: float = 0.0, *, from_start: bool = False) -> None:
         super().__init__(reason)
@@ -102,7 +101,7 @@ def download(url: str, target: Path, *, limit: int | None = None, progress: Prog
 
 
 def disk_error(error: OSError, path: Path, missing: int | None = None) -> HubError:
-    """What the disk refused, as something to do; `missing`: bytes that were still to be written."""
+    """Turn an error of the disk into one that says what to do; `missing`: bytes that were still to be written."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in FULL:
         more = f" {_size(missing)} more are needed" if missing else " more room is needed"
@@ -119,7 +118,7 @@ def _size(number: int) -> str:
 
 
 class _Written:
-    """The bytes on the disk so far, their digest, and what the server must still hold for them to be continued."""
+    """The partial file: bytes written so far, their digest, and the ETag that allows to continue."""
 
     def __init__(self, path: Path, limit: int | None, progress: Progress | None) -> None:
         self.path, self.limit, self.progress = path, limit, progress
@@ -132,7 +131,7 @@ class _Written:
         self.done, self.digest = 0, hashlib.sha256()
 
     def restart(self, total: int | None, validator: str | None) -> None:
-        """From the first byte; `total` is what the server promises."""
+        """Start over from the first byte; `total`: bytes that the server promises."""
         self.total, self.validator = total, validator
         self._begin()
         try:
@@ -181,14 +180,14 @@ class _Written:
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
-    """Redirects are followed by `_Source`, which looks at each."""
+    """Follow no redirect: `_Source` checks and follows each itself."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 class _Source:
-    """An address, the cookies of its visit, and the hosts it leads to."""
+    """One address being downloaded: its redirects, cookies and errors."""
 
     def __init__(self, url: str) -> None:
         self.given = self.first = self.url = url  # asked for, its first address, the address of the last hop
@@ -200,7 +199,7 @@ class _Source:
         self.opener = urllib.request.build_opener(_Stay, urllib.request.HTTPCookieProcessor(self.cookies))
 
     def __str__(self) -> str:
-        """For messages: what was asked, and who answered. Not where redirects led: such addresses may hold keys."""
+        """For messages: the given address and the host that answered, no redirected address, which may hold keys."""
         notes = []
         if host(self.url) != host(self.first):
             notes.append(f"answered by {host(self.url)}")
@@ -209,7 +208,7 @@ class _Source:
         return f"{self.given} ({', '.join(notes)})" if notes else self.given
 
     def fetch(self, written: _Written) -> None:
-        """One attempt. Raises `_Broken` for what another may cure."""
+        """Make one attempt. Raises `_Broken` if another may succeed."""
         ranged = {}
         if written.done and written.validator is not None:
             ranged = {"Range": f"bytes={written.done}-", "If-Range": written.validator}
@@ -218,7 +217,7 @@ class _Source:
             self._receive(answer, written)
 
     def _begin(self, answer: HTTPResponse, written: _Written) -> None:
-        """Continue what is written or start again, as the server answers."""
+        """Check the answer's headers; continue the partial file or start over."""
         if answer.status not in (200, 203, 206):
             raise HubError(f"{self}: HTTP {answer.status} {answer.reason}: no file comes with it. {_LOOK}")
         if (coding := answer.headers.get("Content-Encoding", "identity").lower()) not in ("identity", ""):
@@ -256,7 +255,7 @@ class _Source:
             raise _Broken(f"the connection ended after {written.done} of {written.total} bytes")
 
     def _guarded(self, read: Callable[[], Any]) -> Any:
-        """What `read` returns; a connection's failures as `_Broken` or `HubError`."""
+        """Call `read`; failures of the connection become `_Broken` or `HubError`."""
         try:
             return read()
         except urllib.error.HTTPError:
@@ -282,7 +281,7 @@ class _Source:
         )
 
     def _ask(self, headers: Mapping[str, str]) -> HTTPResponse:
-        """The answer that holds the file, after redirects and pages that only ask for a confirmation."""
+        """Send the request, follow redirects and confirm pages; return the answer that holds the file."""
         self.url = self.first
         seen: list[str] = []
         while True:
@@ -310,14 +309,14 @@ class _Source:
             answer.close()
 
     def _address(self, url: str) -> str:
-        """Where `url` is really fetched."""
+        """The address that is fetched for `url`: the mirror's where one is set."""
         if not self.mirror or is_loopback(url) or f"{url}/".startswith(f"{self.mirror}/"):
             return url
         parts = urlsplit(url)
         return f"{self.mirror}/{parts.netloc}{parts.path}" + (f"?{parts.query}" if parts.query else "")
 
     def _hop(self, location: str) -> str:
-        """The absolute address of a redirect or link on the page at `self.url`; refuses unsafe ones."""
+        """Resolve a redirect or link of the page at `self.url` to an absolute address; refuse unsafe ones."""
         safe = quote(location.strip(), encoding="iso-8859-1", errors="replace", safe=string.punctuation)
         url = self._checked(safe, f"{self}: redirects to {location!r}")
         parts = urlsplit(url)
@@ -333,7 +332,7 @@ class _Source:
         return url
 
     def _checked(self, location: str, otherwise: str) -> str:
-        """`location` as an absolute http(s) address, seen from the last hop; a file of this machine is none."""
+        """Resolve a location to an absolute http(s) URL, relative to the last hop; rejects file: URLs."""
         with suppress(ValueError):
             url = urldefrag(urljoin(self.url, location)).url
             parts = urlsplit(url)
@@ -362,7 +361,7 @@ class _Source:
         return HubError(f"{self}: {reason}. {_LOOK}")
 
     def _is_page(self, answer: HTTPResponse) -> bool:
-        """Whether a web page comes in place of a file; some servers call every file a page, so its start counts."""
+        """Whether the answer is a web page instead of a file, judged by its start: servers mislabel files as HTML."""
         head = self._guarded(partial(answer.peek, 512)).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
         called_so = answer.headers.get_content_type() in ("text/html", "application/xhtml+xml")
         return head.startswith((b"<!doctype html", b"<html")) or (called_so and head.startswith(b"<"))
@@ -408,7 +407,7 @@ def _timeout() -> float:
 
 
 def _retry_after(text: str | None) -> float:
-    """Seconds, from a Retry-After header: a number or a date; 0 for anything else."""
+    """Parse a Retry-After header, a number or a date, into seconds; 0 for anything else."""
     if text is None:
         return 0.0
     if text.strip().isdecimal():
