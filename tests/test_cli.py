@@ -53,6 +53,9 @@ COMMANDS = [
     ["visualize", "matches"],
     ["visualize", "features"],
     ["visualize", "points"],
+    ["recipes", "list"],
+    ["recipes", "show"],
+    ["recipes", "copy"],
 ]
 
 
