@@ -145,8 +145,8 @@ def test_every_option_of_matches_arrives(monkeypatch):
 
 def test_every_option_of_features_and_points_arrives(monkeypatch):
     data = DataSpec("seven_scenes", "x", frames=(0.25, 0.5), overlap=(0.0, 1.0), measure="match_released_code")
-    common = {"scene": "a", "size": (48, 64), "level": 2, "twin": False, "seed": 9, "device": "cuda"}
-    plain = {"scene": None, "size": None, "level": None, "twin": True, "seed": 0, "device": "cpu"}
+    common = {"scene": "a", "size": (48, 64), "level": 2, "baseline": False, "seed": 9, "device": "cuda"}
+    plain = {"scene": None, "size": None, "level": None, "baseline": True, "seed": 0, "device": "cpu"}
     options = [*COMMON, "--map", 2, "--alone"]
     place = drawing_frames, "draw_features", ["image"]
     spec, named, _ = given(monkeypatch, *place, "features", "m", "n", *options, "--count", 7, "-o", "f.png")

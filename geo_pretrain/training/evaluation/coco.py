@@ -1,4 +1,4 @@
-"""COCO's average precision for boxes and masks, by pycocotools, without what it prints and without its traps.
+"""COCO average precision for boxes and masks by pycocotools, without its output and its traps.
 
 Traps: an annotation whose id is 0 never counts as found, an empty list of detections is a crash, detections of an
 unknown class vanish, and the lists given are written to. All areas, at most 100 detections an image.
@@ -23,7 +23,7 @@ MAX_DETECTIONS = 100  # an image; the best by score
 
 
 def coco_ap(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: Kind = "box") -> dict[str, float]:
-    """AP (mean over IoU 0.5, 0.55, ..., 0.95), AP50 and AP75, from 0 to 1: the means over classes with objects.
+    """Compute AP (mean over IoU 0.5, 0.55, ..., 0.95), AP50 and AP75, in [0, 1], as means over classes with objects.
 
     `truth` is COCO's tree (images, annotations, categories), as `data.export.coco_json` makes it; each detection is
     {image_id, category_id, score} with a bbox [x, y, width, height] or a segmentation (run lengths or polygons), the
@@ -36,14 +36,14 @@ def coco_ap(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], k
 def coco_class_ap(
     truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: Kind = "box"
 ) -> dict[str, dict[str, float]]:
-    """AP, AP50 and AP75 of each class by name; classes without an object in the truth are left out. See `coco_ap`."""
+    """Compute AP, AP50 and AP75 of each class by name, without classes that the truth lacks. See `coco_ap`."""
     return _by_class(_precision(truth, detections, kind), truth)
 
 
 def coco_report(
     truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: Kind = "box"
 ) -> dict[str, Any]:
-    """What `coco_ap` gives, with what `coco_class_ap` gives under "classes": one evaluation instead of two."""
+    """Compute `coco_ap`, with `coco_class_ap` under "classes", in one evaluation instead of two."""
     precision = _precision(truth, detections, kind)
     return {**_means(precision), "classes": _by_class(precision, truth)}
 
@@ -61,10 +61,10 @@ def _precision(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]
         {**a, "id": number, "iscrowd": int(a.get("iscrowd", 0)), "area": a.get("area", 0.0)}
         for number, a in enumerate(truth["annotations"], 1)
     ]
-    found = [{**d, "id": number, "iscrowd": 0, "area": 0.0} for number, d in enumerate(detections, 1)]
+    detected = [{**d, "id": number, "iscrowd": 0, "area": 0.0} for number, d in enumerate(detections, 1)]
     with redirect_stdout(io.StringIO()):
         sides = []
-        for annotations in (wanted, found):
+        for annotations in (wanted, detected):
             side = coco()
             side.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": annotations}
             side.createIndex()
@@ -78,7 +78,7 @@ def _precision(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]
 
 
 def _means(precision: np.ndarray) -> dict[str, float]:
-    """AP at all thresholds, at 0.5 and at 0.75 of what has objects."""
+    """Average precision over all thresholds, at 0.5 and at 0.75, over classes with objects."""
     values = {"AP": precision, "AP50": precision[:1], "AP75": precision[5:6]}
     return {name: float(value[value > -1].mean()) for name, value in values.items()}
 
@@ -106,11 +106,11 @@ def _check_truth(truth: Mapping[str, Any], kind: Kind) -> None:
 def _check_detections(truth: Mapping[str, Any], detections: Iterable[Mapping[str, Any]], kind: Kind) -> None:
     images = {image["id"] for image in truth["images"]}
     classes = {category["id"] for category in truth["categories"]}
-    for place, detection in enumerate(detections):
+    for number, detection in enumerate(detections):
         for key, known in (("image_id", images), ("category_id", classes)):
             if detection.get(key) not in known:
-                raise DataError(f"Detection {place} has {key} {detection.get(key)!r}, which the truth does not have.")
+                raise DataError(f"Detection {number} has {key} {detection.get(key)!r}, which the truth does not have.")
         if SHAPES[kind] not in detection:
-            raise DataError(f"Detection {place} has no {SHAPES[kind]!r}, which AP by {kind} needs.")
+            raise DataError(f"Detection {number} has no {SHAPES[kind]!r}, which AP by {kind} needs.")
         if not math.isfinite(detection.get("score", math.nan)):
-            raise DataError(f"Detection {place} has score {detection.get('score')!r}; expected a finite number.")
+            raise DataError(f"Detection {number} has score {detection.get('score')!r}; expected a finite number.")

@@ -53,17 +53,17 @@ class Features:
     positions: Tensor  # float64 [M, D] of each row: (u, v) px; a voxel's first point, m; of chunks the voxel itself
 
     def unit(self) -> Tensor:
-        """The rows at unit length, as matching by cosine compares them, on the CPU."""
+        """Normalize the rows to unit length, as cosine compares them; on the CPU."""
         return F.normalize(self.rows, dim=1).cpu()
 
     def rows_at(self, pixels: Tensor) -> Tensor:
-        """Features of flat pixels or points [Q]: [Q, C], laid out as a map's are: sums of float32 depend on it."""
+        """Gather features of flat pixels or points: [Q, C], laid out as a map's, on which sums of float32 depend."""
         chosen = torch.from_numpy(self.index).flatten()[pixels].to(self.rows.device)
         return self.rows.T.index_select(1, chosen).T
 
 
 class FeatureExtractor(nn.Module, ABC):
-    """One network in eval mode, and the features it gives."""
+    """A frozen network that gives features of pixels and points."""
 
     @property
     def device(self) -> torch.device:
@@ -72,15 +72,15 @@ class FeatureExtractor(nn.Module, ABC):
 
     @abstractmethod
     def extract_frame(self, frame: Frame) -> Features:
-        """Features of a frame's pixels. Raises `BadFrame` when it has none."""
+        """Extract features of a frame's pixels. Raises `BadFrame` when it has none."""
 
     @abstractmethod
     def extract_surface(self, surface: Surface, frames: Sequence[Frame]) -> Features:
-        """Features of the points of a surface that `frames` look at."""
+        """Extract features of the points of a surface that `frames` look at."""
 
 
 class ImageExtractor(FeatureExtractor):
-    """A 2D network: a dense map, or one map of an encoder."""
+    """Feature extractor around a 2D network: its dense map, or one map of an encoder."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class ImageExtractor(FeatureExtractor):
         self.eval()
 
     def maps(self, image: np.ndarray, *, resize: bool = False) -> list[Tensor]:
-        """All maps [1, C, h, w] of an image uint8 [H, W, 3], float32; `resize`: first to the contract's size."""
+        """Compute all maps [1, C, h, w] of an image uint8 [H, W, 3]; `resize`: first to the contract's size."""
         inputs = self.contract.transforms(resize=resize)(image)[None].to(self.device)
         outputs: Any = self.network(inputs)
         return [m.float() for m in ([outputs] if isinstance(outputs, Tensor) else outputs)]
@@ -144,7 +144,7 @@ class ImageExtractor(FeatureExtractor):
 
 
 class CloudExtractor(FeatureExtractor):
-    """A 3D network on the voxels of points. Clouds are given to it in the world's axes, whose z is mostly up."""
+    """Feature extractor around a 3D network. Clouds keep the world's axes, whose z is mostly up."""
 
     def __init__(self, network: nn.Module, contract: VoxelContract, *, level: int | None = None) -> None:
         """Wrap a network from voxels to voxels.
@@ -178,7 +178,7 @@ class CloudExtractor(FeatureExtractor):
         return Features(rows.float(), voxels.inverse.numpy(), world[voxels.index])
 
     def voxel_rows(self, x: SparseTensor) -> Tensor:
-        """Features [N, C] of voxels, in the order of `x.coords`."""
+        """Compute features [N, C] of voxels, in the order of `x.coords`."""
         network: Any = self.network
         outputs = network(x) if self.level is None else network.pyramid(x)[self.level]
         rows: Tensor = outputs.feats[point_rows(outputs, x.coords)]
@@ -206,7 +206,7 @@ class PairedExtractor(nn.Module, ABC):
 
 
 class Pri3DExtractor(PairedExtractor):
-    """Both networks of Pri3D's geometric prior; voxels are those of the chunk of surface around a frame."""
+    """Both networks of Pri3D's geometric prior, on the chunk of surface around a frame."""
 
     def __init__(self, task: Pri3D, surfaces: Surfaces) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class ChunkExtractor(FeatureExtractor):
         self.eval()
 
     def chunk(self, frame: Frame) -> Surface:
-        """The chunk of surface around a frame, as in pre-training. Raises `BadFrame` when it is empty."""
+        """Crop the chunk of surface around a frame, as in pre-training. Raises `BadFrame` when it is empty."""
         box = chunk_box(frame, match_released_code=not self.task.config.frustum)
         chunk = crop_surface(self.surfaces.load(frame.scene), *box)
         if not len(chunk):
@@ -265,7 +265,7 @@ class ChunkExtractor(FeatureExtractor):
 
 
 class TaughtExtractor(PairedExtractor):
-    """A point network and the image network that taught it (PPKT, img2pc): voxels are those of a frame's own cloud."""
+    """A point network and the image network that taught it (PPKT, img2pc), on the frame's own cloud."""
 
     def __init__(self, pair: FeaturePair) -> None:
         super().__init__()
@@ -334,14 +334,13 @@ class EncoderMaps(nn.Module):
 
 
 def open_checkpoint(name: str | Path, *, heads: bool = False) -> Checkpoint:
-    """Fetch a backbone (catalog name or folder) with its recipe, and with `heads` what a paired network needs."""
-
+    """Fetch a backbone (catalog name or folder) with its recipe; `heads`: also what a paired network needs."""
     opened = hub.open(name)
     return opened.fetch(*opened.network_roles(), optional=("heads", "recipe") if heads else ("recipe",))
 
 
 def pretraining_size(checkpoint: Checkpoint, otherwise: tuple[int, int]) -> tuple[int, int]:
-    """The size of frames (height, width) in pre-training; `otherwise` where neither contract nor recipe says it."""
+    """Size of frames (height, width) in pre-training; `otherwise` where neither contract nor recipe says it."""
     if isinstance(checkpoint.contract, ImageContract):
         return checkpoint.contract.size
     recipe = recipe_of(checkpoint)
@@ -400,7 +399,7 @@ def load_paired(name: str | Path, *, random_init: bool = False, seed: int = 0) -
 
 
 def paired_extractor(networks: Pri3D | FeaturePair, surfaces: Surfaces) -> PairedExtractor:
-    """The extractor of both networks of a checkpoint; `surfaces` are those of the source that frames come from."""
+    """Wrap both networks of a checkpoint; `surfaces` are those of the source that frames come from."""
     if isinstance(networks, FeaturePair):
         return TaughtExtractor(networks)
     return Pri3DExtractor(networks, surfaces)
@@ -454,7 +453,7 @@ def _put_weights(task: Pri3D, checkpoint: Checkpoint) -> None:
 
 
 def cloud_of(frame: Frame) -> Surface:
-    """The cloud of a frame. Raises `BadFrame` when no pixel has a depth."""
+    """Back-project a frame. Raises `BadFrame` when no pixel has a depth."""
     cloud = frame_cloud(frame)
     if not len(cloud):
         raise BadFrame(f"{frame.scene}/{frame.id}", "no pixel has a valid depth")
@@ -462,7 +461,7 @@ def cloud_of(frame: Frame) -> Surface:
 
 
 def _cells(pixels: int, cells: int) -> np.ndarray:
-    """The cell of each pixel along an axis; at half resolution pixel // 2, as in pre-training: int64 [pixels]."""
+    """Map pixels along an axis to cells: int64 [pixels]; at half resolution pixel // 2, as in pre-training."""
     pixel = np.arange(pixels)
     index = np.minimum(pixel // 2, cells - 1) if round(pixels / cells) == 2 else pixel * cells // pixels
     return index.astype(np.int64)

@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MatchingResult:
-    """Recall of a network over pairs; `per_pair` has one value a pair in the order of the pairs."""
+    """Matching recall of a network; `per_pair` has one value per pair, in order."""
 
     recall: float  # mean over pairs of the share of queries matched within `threshold`
     threshold: float
@@ -77,10 +77,10 @@ class MatchingResult:
 
 @dataclass(frozen=True)
 class Matches:
-    """Queries of one pair of frames: where each truly is in the second, and where the nearest feature puts it.
+    """Matches of one pair of frames: where each query truly is, and where its nearest feature lies.
 
-    Of images (u, v) px; of clouds points in the world, m, where query and truth are one; of the pixels and voxels of a
-    frame the voxels.
+    Images: (u, v) px. Clouds: points in the world, m, where query and truth are the same. Pixels and voxels of a frame:
+    voxel coordinates.
     """
 
     pair: Pair
@@ -132,7 +132,7 @@ def evaluate_matching(
 
 
 def unit_of(extractor: FeatureExtractor | PairedExtractor) -> Unit:
-    """What distances between matches are measured in."""
+    """Unit of the distance between matches."""
     return "px" if isinstance(extractor, ImageExtractor) else "voxels"
 
 
@@ -167,8 +167,8 @@ def _match_images(
     A cell of a map at half resolution stands for its center, between four pixels; of a map as large as the image for
     its pixel.
     """
-    pixel1, pixel2, found = sample_matches(match_pixels(*_cameras(frame1, frame2)), [seed], queries)
-    if not found.item():
+    pixel1, pixel2, has_match = sample_matches(match_pixels(*_cameras(frame1, frame2)), [seed], queries)
+    if not has_match.item():
         raise _no_match(pair)
     features1, features2 = extractor.extract_frame(frame1), extractor.extract_frame(frame2)
     best = nearest_row(features1.rows_at(pixel1[0]), features2.rows).cpu()
@@ -190,7 +190,7 @@ def _match_clouds(
 ) -> Matches:
     """Match voxels of cloud 1 with a counterpart in cloud 2 among all its voxels; each stands for its first point."""
     generator, voxel_size = torch.Generator().manual_seed(seed), extractor.voxel_size
-    features1, features2 = (_extract_turned(extractor, frame, turn, generator) for frame in (frame1, frame2))
+    features1, features2 = (_extract_rotated(extractor, frame, turn, generator) for frame in (frame1, frame2))
     world1, world2 = features1.positions, features2.positions
     counterparts = radius_matches(world1, world2, COUNTERPART * voxel_size)
     if not len(counterparts):
@@ -203,8 +203,8 @@ def _match_clouds(
     return Matches(pair, (frame1, frame2), query, query, predicted, error, chance)
 
 
-def _extract_turned(extractor: CloudExtractor, frame: Frame, turn: Turn, generator: torch.Generator) -> Features:
-    """Features of the voxels of a frame's cloud, held as `turn` says; positions are those in the world."""
+def _extract_rotated(extractor: CloudExtractor, frame: Frame, turn: Turn, generator: torch.Generator) -> Features:
+    """Extract features of a frame's cloud after rotating it as `turn` says; positions stay those in the world."""
     cloud = cloud_of(frame)
     if turn == "camera":
         to_network = torch.linalg.inv(torch.from_numpy(frame.cam_to_world).double())
@@ -236,7 +236,7 @@ def average_recall(
     skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> MatchingResult:
-    """Mean recall over `items`: pairs, numbered for `measure`, which returns each query's error and the chance level.
+    """Average recall over `items` (pairs); `measure(number, item)` returns each query's error and the chance level.
 
     Pairs that raise `BadFrame` are added to `skips`. Raises `DataError` when none is left; `source` names the data.
     """
@@ -347,7 +347,7 @@ def compare_pixel_to_voxel(
 
 
 def spread_frames(source: Source, count: int) -> list[Pair]:
-    """At most `count` frames, each paired with itself, spread evenly over all scenes; neighbors are taken in twos."""
+    """Choose at most `count` frames, each paired with itself, spread evenly over all scenes two neighbors at a time."""
     twos = []
     for scene in source.scenes():
         ids = source.frame_ids(scene)
@@ -357,21 +357,21 @@ def spread_frames(source: Source, count: int) -> list[Pair]:
 
 
 def spread_evenly(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the items, from the first to the last at even distances."""
+    """Choose at most `count` of the items, from the first to the last at even distances."""
     if len(items) <= count:
         return list(items)
     return [items[k] for k in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def nearest_row(query: Tensor, candidates: Tensor) -> Tensor:
-    """For each query [Q, C] the row of `candidates` [N, C] with the largest cosine: int64 [Q]."""
+    """Find for each query [Q, C] the row of `candidates` [N, C] with the largest cosine: int64 [Q]."""
     return (F.normalize(query, dim=-1) @ F.normalize(candidates, dim=-1).T).argmax(-1)
 
 
-def chance_within(truth: Tensor, places: Tensor, radius: float) -> float:
-    """Share of candidates at `places` [N, 3] within `radius` of a true position [Q, 3], mean over queries."""
+def chance_within(truth: Tensor, candidates: Tensor, radius: float) -> float:
+    """Share of candidate positions [N, 3] within `radius` of a true position [Q, 3], mean over queries."""
     exact = "donot_use_mm_for_euclid_dist"
-    near = [torch.cdist(part, places, compute_mode=exact) <= radius for part in truth.split(64)]
+    near = [torch.cdist(part, candidates, compute_mode=exact) <= radius for part in truth.split(64)]
     return float(torch.cat(near).double().mean())
 
 
@@ -386,7 +386,7 @@ def _no_match(pair: Pair) -> BadFrame:
 
 
 def _cameras(frame1: Frame, frame2: Frame) -> list[Tensor]:
-    """The arguments of `geometry.match_pixels` for one pair."""
+    """Stack the arguments of `geometry.match_pixels` for one pair."""
     columns = [[f.depth, f.intrinsics.astype(np.float32), f.cam_to_world] for f in (frame1, frame2)]
     return [torch.from_numpy(np.ascontiguousarray(columns[k][c]))[None] for c in range(3) for k in range(2)]
 

@@ -1,4 +1,4 @@
-"""Segmentation in numbers: one confusion matrix over all images, and what is read from it."""
+"""Segmentation metrics: one confusion matrix over all images; mean IoU and accuracy from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def confusion_matrix(truth: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
-    """Pixels by (true class, predicted class): int64 [classes, classes]; pixels whose truth is 0 are left out."""
+    """Count pixels by (true class, predicted class): int64 [classes, classes]; pixels whose truth is 0 are left out."""
     known = truth > 0
     index = truth[known] * classes + predicted[known]
     return torch.bincount(index, minlength=classes**2).reshape(classes, classes).cpu().numpy()
@@ -43,5 +43,5 @@ def pixel_accuracy(confusion: np.ndarray) -> float:
 
 
 def best_class(logits: Tensor) -> Tensor:
-    """The likeliest class but 0 (unlabeled): [B, classes, H, W] -> int64 [B, H, W]."""
+    """Return the likeliest class other than 0 (unlabeled): [B, classes, H, W] -> int64 [B, H, W]."""
     return logits[:, 1:].argmax(1) + 1

@@ -1,4 +1,4 @@
-"""Linear and k-NN probes: how much of a segmentation the frozen features of a backbone hold already, in minutes.
+"""Linear and k-NN probes: how well frozen features of a backbone segment, measured in minutes.
 
 2D backbones are probed at labelled pixels, 3D ones at the voxels of labelled RGB-D frames. Nothing of the backbone is
 trained. Features of a pixel are read from the maps bilinearly, corners aligned, so a linear layer on the map and then
@@ -41,14 +41,10 @@ LEAST_STD = 1e-6  # a channel that varies less is constant
 
 @dataclass(frozen=True)
 class ProbeSpec:
-    """What a probe reads and fits; the same for every backbone of a comparison."""
+    """Settings of a probe; the same for every backbone of a comparison."""
 
-    size: tuple[int, int] | None = (
-        None  # height and width the network sees; None: those of its contract; 3D: of the frames
-    )
-    pixels: int = (
-        20_000  # labelled pixels of the training images, the same number of each; k-NN: of the others, too. 3D: voxels
-    )
+    size: tuple[int, int] | None = None  # height, width of the network's input; None: its contract's; 3D: of frames
+    pixels: int = 20_000  # labelled pixels (3D: voxels) of the training images, equally many of each; k-NN: of val too
     penalty: float = 1e-4  # linear: weight of half the squared norm of the weights, beside the mean cross-entropy
     iterations: int = 200  # linear: at most
     k: int = 20
@@ -66,7 +62,7 @@ class ProbeSpec:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe measured on the validation images, in shares of 1."""
+    """Result of a probe on the validation images, in shares of 1."""
 
     probe: str  # "linear" or "knn"
     miou: float  # over the classes present in the truth
@@ -77,7 +73,7 @@ class ProbeResult:
 
     @property
     def measured(self) -> int:
-        """Labelled pixels or voxels of the validation split that were judged."""
+        """Number of labelled pixels or voxels of the validation split that were classified."""
         return int(self.confusion.sum())
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +101,7 @@ class Head:
 
 
 class ProbeData(ABC):
-    """One labelled split as a frozen network sees it: features and labels of one image or cloud at a time."""
+    """One labelled split read through a frozen network: features and labels of one image or cloud at a time."""
 
     extractor: ImageExtractor | CloudExtractor
     classes: int  # without the unlabelled
@@ -114,10 +110,10 @@ class ProbeData(ABC):
     needs: str
 
     def through(self, extractor: ImageExtractor | CloudExtractor) -> ProbeData:
-        """The same images or clouds through another network of the same contract."""
-        other = copy.copy(self)
-        other.extractor = extractor
-        return other
+        """Read the same images or clouds through another network of the same contract."""
+        data = copy.copy(self)
+        data.extractor = extractor
+        return data
 
     @abstractmethod
     def ids(self) -> list[str]:
@@ -304,7 +300,7 @@ def probe_extractor(network: nn.Module, size: tuple[int, int] | None = None) -> 
 def open_data(
     extractor: ImageExtractor | CloudExtractor, train: LabelledSource, val: LabelledSource, spec: ProbeSpec
 ) -> tuple[ProbeData, ProbeData]:
-    """Both splits as the extractor sees them. Raises `RecipeError` for a 3D network and a source without depth."""
+    """Open both splits for an extractor. Raises `RecipeError` for a 3D network and a source without depth."""
     if isinstance(extractor, ImageExtractor):
         return ImageData(extractor, train), ImageData(extractor, val)
     seen, unseen = (CloudData(extractor, labelled_clouds(s, spec.size), len(val.classes)) for s in (train, val))
@@ -329,9 +325,9 @@ def run_probes(
 
 
 def fit_head(samples: Samples, *, penalty: float, iterations: int = 200) -> Head:
-    """The least mean cross-entropy + penalty / 2 |weights|^2 over features of mean 0 and deviation 1 a channel.
+    """Minimize mean cross-entropy + penalty / 2 |weights|^2 over features standardized per channel.
 
-    The head returned takes the features as they are.
+    The head returned takes features that are not standardized.
     """
     x, (classes, target) = samples.features, samples.labels.unique(return_inverse=True)
     mean, std = x.mean(0), x.std(0, correction=0)
@@ -354,7 +350,7 @@ def fit_head(samples: Samples, *, penalty: float, iterations: int = 200) -> Head
 
 
 def knn_predict(bank: Samples, queries: Samples, *, k: int, temperature: float) -> Tensor:
-    """The class of each query: the largest sum of exp(cosine / temperature) over its k nearest in the bank: [N]."""
+    """Predict the class of each query by its k nearest in the bank, weighted by exp(cosine / temperature): [N]."""
     directions, labels = _directions(bank), bank.labels
     count = int(labels.max()) + 1
     chosen = []
@@ -367,7 +363,7 @@ def knn_predict(bank: Samples, queries: Samples, *, k: int, temperature: float) 
 
 
 def read_at(maps: Sequence[Tensor], pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [1, C_k, h_k, w_k] read at `pixels` [N, 2] (row, column) of an image of `size`: float [N, sum of C_k]."""
+    """Interpolate maps [1, C_k, h_k, w_k] at `pixels` [N, 2] (row, column) of an image of `size`: [N, sum of C_k]."""
     last = pixels.new_tensor([max(size[0] - 1, 1), max(size[1] - 1, 1)])
     grid = (pixels / last * 2 - 1).flip(-1)[None, None].to(maps[0])  # (x, y), the corners at -1 and 1
     read = [F.grid_sample(m, grid, mode="bilinear", padding_mode="border", align_corners=True)[0, :, 0] for m in maps]
@@ -376,7 +372,7 @@ def read_at(maps: Sequence[Tensor], pixels: Tensor, size: tuple[int, int]) -> Te
 
 @torch.no_grad()
 def apply_head(head: Head, maps: Sequence[Tensor], widths: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Classes [H, W] = `size` from maps [1, C_k, h_k, w_k]: each map's logits are enlarged, then summed."""
+    """Classify every pixel of `size` from maps [1, C_k, h_k, w_k]: each map's logits are enlarged, then summed."""
     logits = head.bias[:, None, None]
     for features, weight in zip(maps, head.weight.split(list(widths), dim=1), strict=True):
         part = F.conv2d(features, weight[:, :, None, None].to(features))
@@ -425,14 +421,14 @@ def _knn_confusion(samples: Samples, val: ProbeData, spec: ProbeSpec, steps: Ite
 
 
 def _directions(samples: Samples) -> Tensor:
-    """Unit features in which each map has an equal part, whatever its scale and width."""
+    """Normalize features so that each map counts equally, whatever its scale and width."""
     return F.normalize(torch.cat([F.normalize(m) for m in samples.features.split(list(samples.widths), 1)], 1))
 
 
 def _load(
     backbone: str | Path, part: Part | None, device: torch.device | str, *, pretrained: bool = True, seed: int = 0
 ) -> nn.Module:
-    """The network whose features are probed; of a 2D backbone the one that gives the maps of `part`."""
+    """Load the network that is probed; of a 2D backbone the one that gives the maps of `part`."""
     opened = hub.open(backbone)
     checkpoint = opened.fetch(*opened.network_roles(decoder=part != "encoder"))
     if part == "unet" and not checkpoint.arch.has_decoder:

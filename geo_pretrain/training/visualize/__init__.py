@@ -1,1 +1,1 @@
-"""Pictures of what a backbone has learned: matches between views, features on images and on points."""
+"""All pictures: matches, features on images and points, predictions, previews of data."""

@@ -23,7 +23,7 @@ _ROUNDING = 1e-6  # of the features' size: what varies less is the rounding of f
 
 @dataclass(frozen=True)
 class ColorSpace:
-    """Directions of a feature space that stand for red, green and blue; K of them, 3 unless there are fewer."""
+    """Principal components of a feature space as red, green and blue; K of them, 3 unless there are fewer channels."""
 
     mean: Tensor  # float64 [C]
     axes: Tensor  # float64 [C, K], orthonormal columns, the largest variance first
@@ -31,11 +31,11 @@ class ColorSpace:
     high: np.ndarray  # [K]: color 255
 
     def components(self, features: Tensor) -> np.ndarray:
-        """Features [N, C] along the axes: float64 [N, K]."""
+        """Project features [N, C] onto the axes: float64 [N, K]."""
         return np.concatenate([((part - self.mean) @ self.axes).numpy() for part in _chunks(features)])
 
     def colors(self, features: Tensor) -> np.ndarray:
-        """Features [N, C] as uint8 [N, 3]; a component that does not vary, or that there is not, is half bright."""
+        """Color features [N, C]: uint8 [N, 3]; constant or missing components map to 0.5."""
         span = self.high - self.low
         scaled = (self.components(features) - self.low) / np.where(span > 0, span, 1)
         shades = np.full((len(scaled), COMPONENTS), 0.5)
@@ -44,7 +44,7 @@ class ColorSpace:
 
 
 def fit_colors(features: Sequence[Tensor], percentiles: tuple[float, float] = PERCENTILES) -> ColorSpace:
-    """The color space of all rows of `features`, each [N_i, C] with one C.
+    """Fit one color space to all rows of `features`, each [N_i, C] with the same C.
 
     Axes are the eigenvectors of the C x C covariance, computed in float64, each with the sign that makes its largest
     entry (by magnitude, the first of equal ones) positive: the same features give the same colors at every call.
@@ -76,7 +76,7 @@ def fit_colors(features: Sequence[Tensor], percentiles: tuple[float, float] = PE
 
 
 def shared_pca(features: Sequence[Tensor | np.ndarray]) -> list[np.ndarray]:
-    """Colors uint8 [N_i, 3] of each array [N_i, C], in one color space fitted to all of them: see `fit_colors`.
+    """Color arrays [N_i, C] in one color space fitted to all of them (`fit_colors`): uint8 [N_i, 3] each.
 
     For the frames of a scene, or for two modalities whose features live in one space, such as pixels and voxels.
     """
@@ -86,7 +86,7 @@ def shared_pca(features: Sequence[Tensor | np.ndarray]) -> list[np.ndarray]:
 
 
 def depth_colors(depth: np.ndarray) -> np.ndarray:
-    """Depth [H, W] meters to uint8 [H, W, 3]; invalid (0) is black."""
+    """Color depth [H, W] in meters: uint8 [H, W, 3]; invalid (0) is black."""
     valid = depth > 0
     if not valid.any():
         return np.zeros((*depth.shape, 3), np.uint8)
@@ -100,7 +100,7 @@ def depth_colors(depth: np.ndarray) -> np.ndarray:
 
 
 def class_colors(semantic: np.ndarray) -> np.ndarray:
-    """Class ids [H, W] to uint8 [H, W, 3]; a fixed color per id, black for 0 and below."""
+    """Color class ids [H, W]: uint8 [H, W, 3], a fixed color per id, black for 0 and below."""
     count = max(int(semantic.max()) + 1, 1)
     table = np.zeros((count, 3), np.uint8)
     for index in range(1, count):
@@ -111,7 +111,7 @@ def class_colors(semantic: np.ndarray) -> np.ndarray:
 
 
 def set_colors(ids: np.ndarray) -> np.ndarray:
-    """Set ids [...] to uint8 [..., 3]: a fixed color an id, bright and unlike that of ids near by; -1 is black."""
+    """Color set ids [...]: uint8 [..., 3], a fixed bright color per id, unlike those of nearby ids; -1 is black."""
     hue, strong, light = ids * 0.61803398875 % 1, np.take([0.5, 0.8, 0.65], ids % 3), np.take([0.95, 0.75], ids % 2)
     sector = (np.array([5, 3, 1]) + 6 * hue[..., None]) % 6
     fall = np.clip(np.minimum(sector, 4 - sector), 0, 1)

@@ -30,27 +30,27 @@ ENCODER_MAP = 2  # of an encoder that comes alone: stride 8, the finest with a v
 
 @dataclass(frozen=True)
 class Opened:
-    """A backbone that was found and is not loaded yet."""
+    """A backbone whose files are there and that is not loaded yet."""
 
     name: str  # as given
     checkpoint: Checkpoint
 
     @property
     def title(self) -> str:
-        """The name, of a folder the last part of its path."""
+        """The name, or the last part of a folder's path."""
         return Path(self.name).name or self.name
 
 
 @dataclass(frozen=True)
 class Column:
-    """One extractor in a picture. Columns of one `space` share a feature space, so one color space."""
+    """An extractor in a picture. Columns of one `space` share a feature space, so one color space."""
 
     title: str
     space: str
     extractor: FeatureExtractor
 
     def pixel_features(self, frame: Frame) -> Features:
-        """Features of a frame's pixels; points that are not pixels are drawn into its camera. Raises `BadFrame`."""
+        """Extract features of a frame's pixels; those of a chunk are rendered into its camera. Raises `BadFrame`."""
         if not isinstance(self.extractor, ChunkExtractor):
             return self.extractor.extract_frame(frame)
         chunk = self.extractor.chunk(frame)
@@ -73,7 +73,7 @@ def load_columns(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> list[Column]:
-    """Load the column of a backbone; with a paired network two, for pixels and voxels of one feature space.
+    """Load the column of a backbone, or two of a paired one: pixels and voxels in one feature space.
 
     Args:
         surfaces: of the source that frames come from.

@@ -1,10 +1,11 @@
-"""What all pictures share: which scenes and frames are shown, rooms as in pre-training, files that appear whole."""
+"""Helpers of all pictures: which scenes and frames they show, and how a grid of them is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,17 +19,18 @@ from geo_pretrain.training.visualize.columns import Opened
 from geo_pretrain.training.visualize.grids import magnification
 
 NOTHING = (234, 236, 239)  # where there is no feature: no depth, no point
+Item, ColumnKind, Cell = TypeVar("Item"), TypeVar("ColumnKind"), TypeVar("Cell")
 ROOMS_FRAMES = 12  # of a room, where the recipe does not say
 
 
 def check_suffix(path: Path, accepted: Sequence[str]) -> None:
-    """Raises `RecipeError` for a file of another kind; better known before anything is computed."""
+    """Raise `RecipeError` for a file of another kind, before anything is computed."""
     if path.suffix.lower() not in accepted:
         raise RecipeError(f"The file to write is {path.name!r}; accepted: names that end in {', '.join(accepted)}.")
 
 
-def settled(spec: DataSpec, opened: Opened, size: tuple[int, int] | None, scenes: int) -> DataSpec:
-    """`spec` with the size of frames: `size`, or else that of pre-training; and with `scenes` rooms as in pre-training.
+def drawing_spec(spec: DataSpec, opened: Opened, size: tuple[int, int] | None, scenes: int) -> DataSpec:
+    """Set the size of frames in `spec` (`size`, or else pre-training's) and render `scenes` rooms as in pre-training.
 
     Rooms that the user described (`data.options`) stay as they are.
     """
@@ -36,13 +38,13 @@ def settled(spec: DataSpec, opened: Opened, size: tuple[int, int] | None, scenes
     if spec.source != "rooms" or spec.options:
         return spec
     recipe = recipe_of(opened.checkpoint)
-    own = recipe is not None and recipe.data.source == "rooms"
-    options = recipe.data.options if recipe is not None and own else {"frames": ROOMS_FRAMES}
+    on_rooms = recipe is not None and recipe.data.source == "rooms"
+    options = recipe.data.options if recipe is not None and on_rooms else {"frames": ROOMS_FRAMES}
     return replace(spec, options={**options, "scenes": scenes})
 
 
-def chosen_scene(source: Source, scene: str | None) -> str:
-    """The scene asked for, or the first. Raises `UnknownName`, naming the nearest ones."""
+def pick_scene(source: Source, scene: str | None) -> str:
+    """Return the scene asked for, or the first. Raises `UnknownName`, naming the nearest ones."""
     scenes = source.scenes()
     if scene is None:
         return scenes[0]
@@ -51,8 +53,8 @@ def chosen_scene(source: Source, scene: str | None) -> str:
     return scene
 
 
-def chosen_frame(source: Source, scene: str, frame: str) -> str:
-    """The frame asked for. Raises `UnknownName`, naming the nearest ones."""
+def pick_frame(source: Source, scene: str, frame: str) -> str:
+    """Return the frame asked for. Raises `UnknownName`, naming the nearest ones."""
     ids = source.frame_ids(scene)
     if frame not in ids:
         raise unknown("frame", frame, ids)
@@ -62,7 +64,7 @@ def chosen_frame(source: Source, scene: str, frame: str) -> str:
 def load_frames(
     source: Source, scene: str, count: int | None, size: tuple[int, int], skips: SkippedFrames
 ) -> list[Frame]:
-    """At most `count` (None: all) frames of a scene, evenly spaced among those that can be read, at `size`.
+    """Load at most `count` (None: all) frames of a scene, evenly spaced, at `size`; unreadable ones go to `skips`.
 
     Raises `DataError` when none can be read.
     """
@@ -79,8 +81,8 @@ def load_frames(
     return frames
 
 
-def painted(colors: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Colors uint8 [M, 3] at `index` [H, W]: uint8 [H, W, 3], a pale gray where it is -1."""
+def paint(colors: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Look up colors uint8 [M, 3] by `index` [H, W]: uint8 [H, W, 3], pale gray where it is -1."""
     table = np.concatenate([colors, np.array([NOTHING], np.uint8)])
     return table[index]
 
@@ -89,3 +91,27 @@ def picture_size(frame: Frame) -> tuple[int, int]:
     """The size (height, width) of a picture beside a frame: its own, enlarged as whole pixels to about 256."""
     factor = magnification(frame.depth.shape[1])
     return frame.depth.shape[0] * factor, frame.depth.shape[1] * factor
+
+
+def fill_rows(
+    items: Sequence[Item],
+    columns: Sequence[ColumnKind],
+    cell: Callable[[int, Item, ColumnKind], Cell],
+    *,
+    skips: SkippedFrames,
+    progress: Progress | None,
+) -> list[tuple[Item, list[Cell]]]:
+    """Compute `cell(number, item, column)` for every item and column; items that raise `BadFrame` go to `skips`."""
+    rows = []
+    for number, item in enumerate(items):
+        row = []
+        try:
+            for done, column in enumerate(columns, start=number * len(columns)):
+                if progress is not None:
+                    progress(done, len(items) * len(columns))
+                row.append(cell(number, item, column))
+        except BadFrame as bad:
+            skips.add(bad)
+        else:
+            rows.append((item, row))
+    return rows

@@ -56,7 +56,7 @@ def save_grid(
 def _swatch_rows(
     legend: Sequence[tuple[str, tuple[int, ...]]], width: int
 ) -> list[list[tuple[int, str, tuple[int, ...]]]]:
-    """Class names with their colors, wrapped to the width of the figure."""
+    """Wrap class names with their colors to the width of the figure."""
     font = ImageFont.load_default(size=13)
     rows: list[list[tuple[int, str, tuple[int, ...]]]] = [[]]
     left = GAP
@@ -71,7 +71,7 @@ def _swatch_rows(
 
 
 def magnification(width: int, target: int = 256) -> int:
-    """The whole factor by which a picture of `width` pixels becomes about `target` wide."""
+    """Return the whole factor that makes a picture of `width` pixels about `target` wide."""
     return max(1, round(target / width))
 
 
@@ -109,16 +109,16 @@ def stack(blocks: list[np.ndarray]) -> np.ndarray:
     return sheet
 
 
-def shortened(text: str, width: int, size: int = 18) -> str:
+def shorten(text: str, width: int, size: int = 18) -> str:
     """Leave out the middle of a text that is wider than `width` pixels in the titles' font."""
     font = ImageFont.load_default(size=size)
     if font.getlength(text) <= width:
         return text
     keep = len(text) - 1
-    while keep > 2 and font.getlength(_cut(text, keep)) > width:
+    while keep > 2 and font.getlength(_without_middle(text, keep)) > width:
         keep -= 1
-    return _cut(text, keep)
+    return _without_middle(text, keep)
 
 
-def _cut(text: str, keep: int) -> str:
+def _without_middle(text: str, keep: int) -> str:
     return f"{text[: keep - keep // 2]}...{text[len(text) - keep // 2 :]}"

@@ -12,25 +12,34 @@ import numpy as np
 import torch
 
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError
+from geo_pretrain.errors import CheckpointError, DataError, RecipeError
 from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size, frame_cloud
 from geo_pretrain.training.evaluation.features import CloudExtractor, FeatureExtractor, load_extractor
-from geo_pretrain.training.evaluation.matching import THRESHOLDS, Matches, Turn, match_pair, spread_evenly, unit_of
+from geo_pretrain.training.evaluation.matching import (
+    THRESHOLDS,
+    Matches,
+    Turn,
+    Unit,
+    match_pair,
+    spread_evenly,
+    unit_of,
+)
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.columns import RANDOM_TITLE, Opened, find_backbone
 from geo_pretrain.training.visualize.common import (
     Progress,
     check_suffix,
-    chosen_scene,
-    painted,
+    drawing_spec,
+    fill_rows,
+    paint,
+    pick_scene,
     picture_size,
-    settled,
 )
-from geo_pretrain.training.visualize.grids import shortened
+from geo_pretrain.training.visualize.grids import shorten
 from geo_pretrain.training.visualize.results import draw_matches
 from geo_pretrain.training.visualize.splat import behind_camera, splat
 
@@ -61,7 +70,7 @@ def visualize_matches(
     skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[str, list[float]]]:
-    """Write a PNG: `count` pairs of views, lines from queries to their nearest features, green where right.
+    """Draw matches of `count` pairs of views as a PNG: lines from queries to their nearest features, green where right.
 
     Args:
         backbone: a catalog name or folder; images for 2D ones (of an encoder alone its maps), clouds for 3D ones.
@@ -76,35 +85,36 @@ def visualize_matches(
         Each column's title and the share of right matches of each pair shown, in the order of the picture.
 
     Raises:
-        RecipeError: `out` is no .png, or `backbone` is "scratch".
+        RecipeError: `out` is not a .png, or `backbone` is "scratch".
         CheckpointError: voxels that RGB-D cannot give, or a backbone of another kind beside.
-        DataError: no pair can be shown; UnknownName: a backbone or scene that there is not.
+        DataError: no pair can be shown; UnknownName: no such backbone or scene.
     """
     check_suffix(out, [".png"])
     skips = skips if skips is not None else SkippedFrames()
     opened = _open_all(backbone, against)
-    spec = settled(spec, opened[0], size, SCENES)
+    spec = drawing_spec(spec, opened[0], size, SCENES)
     source = open_source(spec, split="val")
     pairs = _pairs_to_draw(source, spec, scene, count, skips)
     columns = _load_columns(opened, against == SCRATCH, seed, device)
     unit = unit_of(columns[0].extractor)
     threshold = THRESHOLDS[unit] if threshold is None else threshold
-    rows = []
-    for number, pair in enumerate(pairs):
-        try:
-            row = []
-            for place, column in enumerate(columns):
-                if progress is not None:
-                    progress(number * len(columns) + place, len(pairs) * len(columns))
-                matches = match_pair(column.extractor, source, pair, size=spec.size, turn=turn, seed=seed + number)
-                clouds = isinstance(column.extractor, CloudExtractor)
-                row.append(seen_matches(matches, column.extractor.voxel_size) if clouds else matches)
-            rows.append(row)
-        except BadFrame as bad:
-            skips.add(bad)
+
+    def match(number: int, pair: Pair, column: _Column) -> Matches:
+        matches = match_pair(column.extractor, source, pair, size=spec.size, turn=turn, seed=seed + number)
+        clouds = isinstance(column.extractor, CloudExtractor)
+        return project_matches(matches, column.extractor.voxel_size) if clouds else matches
+
+    rows = [row for _, row in fill_rows(pairs, columns, match, skips=skips, progress=progress)]
     if not rows:
         raise DataError(f"No pair of source {source.name!r} can be shown.\n{skips.summary()}")
-    titles = [shortened(column.title, PANEL) for column in columns]
+    return _draw(rows, columns, threshold, unit, out)
+
+
+def _draw(
+    rows: list[list[Matches]], columns: list[_Column], threshold: float, unit: Unit, out: Path
+) -> list[tuple[str, list[float]]]:
+    """Write the figure; returns each column's title and the share of right matches in each row."""
+    titles = [shorten(column.title, PANEL) for column in columns]
     with atomic_write(out, suffix=out.suffix) as temporary:
         draw_matches(rows, titles, temporary, threshold=threshold, unit=unit)
     return [
@@ -113,33 +123,35 @@ def visualize_matches(
 
 
 def _open_all(backbone: str, against: str | None) -> list[Opened]:
-    """The backbone and, where one is given, the other one beside it, which must see the same kind of input."""
+    """Open the backbone and the one to draw beside it; both must take the same kind of input."""
     if backbone == SCRATCH:
         raise RecipeError(
             f"{SCRATCH!r} is drawn beside a backbone; accepted as the backbone: a catalog name or a folder."
         )
     opened = [find_backbone(name) for name in dict.fromkeys([backbone, against]) if name not in (None, SCRATCH)]
     first = opened[0].checkpoint.contract
-    for one in opened:
-        contract = one.checkpoint.contract
+    for other in opened:
+        contract = other.checkpoint.contract
         if isinstance(contract, VoxelContract):
             cubic_voxel_size(contract)
         if type(contract) is not type(first):
             raise CheckpointError(
-                f"{one.name!r} takes {contract}; beside {opened[0].name!r} are accepted networks that take "
+                f"{other.name!r} takes {contract}; beside {opened[0].name!r} are accepted networks that take "
                 f"{'images' if isinstance(first, ImageContract) else 'voxels'}, or {SCRATCH!r}."
             )
     return opened
 
 
 def _pairs_to_draw(source: Source, spec: DataSpec, scene: str | None, count: int, skips: SkippedFrames) -> list[Pair]:
-    scenes = [chosen_scene(source, scene)] if scene else spread_evenly(source.scenes(), count)
+    scenes = [pick_scene(source, scene)] if scene else spread_evenly(source.scenes(), count)
     return spread_evenly(find_pairs(_SomeScenes(source, scenes), spec, skips=skips), count)
 
 
 def _load_columns(opened: list[Opened], beside_random: bool, seed: int, device: str) -> list[_Column]:
-    """The extractor of each backbone; before them, where asked for, that of the first with random weights."""
-    columns = [_Column(one.title, load_extractor(one.checkpoint.folder, device=device)) for one in opened]
+    """Load the extractor of each backbone; with `beside_random` the first one's random-init baseline comes first."""
+    columns = [
+        _Column(backbone.title, load_extractor(backbone.checkpoint.folder, device=device)) for backbone in opened
+    ]
     if beside_random:
         folder = opened[0].checkpoint.folder
         baseline = load_extractor(folder, random_init=True, seed=seed, device=device)
@@ -148,7 +160,7 @@ def _load_columns(opened: list[Opened], beside_random: bool, seed: int, device: 
 
 
 class _SomeScenes:
-    """Some scenes of a source: pairs of all of them would take hours to find, for a picture of three."""
+    """A source cut down to some scenes: finding the pairs of all would take hours, for a picture of three."""
 
     def __init__(self, source: Source, scenes: list[str]) -> None:
         self._scenes, self.name = scenes, source.name
@@ -158,7 +170,7 @@ class _SomeScenes:
         return self._scenes
 
 
-def seen_matches(matches: Matches, voxel_size: float) -> Matches:
+def project_matches(matches: Matches, voxel_size: float) -> Matches:
     """Project matches of two clouds into cameras behind the frames'; the frames' colors become pictures of the clouds.
 
     Errors stay those in the world: there it is decided what is right.
@@ -168,7 +180,7 @@ def seen_matches(matches: Matches, voxel_size: float) -> Matches:
         cloud = frame_cloud(frame)
         points = torch.from_numpy(cloud.points)
         camera = behind_camera(points, frame, picture_size(frame))
-        drawn.append(replace(frame, color=painted(cloud.colors, splat(points, camera, voxel_size / 2))))
+        drawn.append(replace(frame, color=paint(cloud.colors, splat(points, camera, voxel_size / 2))))
         cameras.append(camera)
 
     def seen(camera: int, points: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Features on points: the surface of a scene, or the cloud of one frame, colored by what a backbone says of it.
+"""Features on points: the surface of a scene, or the cloud of one frame, colored by a backbone's features.
 
-A 3D backbone describes the points itself. Of a 2D one each point has the mean over the frames that see it. Janda et al.
-(2022), fig. 2.
+A 3D backbone gives features of the points themselves. Of a 2D one each point has the mean over the frames that see it.
+Janda et al. (2022), fig. 2.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from geo_pretrain.training.visualize.columns import Column, find_backbone, load_
 from geo_pretrain.training.visualize.common import (
     Progress,
     check_suffix,
-    chosen_frame,
-    chosen_scene,
+    drawing_spec,
     load_frames,
-    painted,
-    settled,
+    paint,
+    pick_frame,
+    pick_scene,
 )
-from geo_pretrain.training.visualize.grids import save_grid, shortened
-from geo_pretrain.training.visualize.splat import splat, turntable, up_direction, upright
+from geo_pretrain.training.visualize.grids import save_grid, shorten
+from geo_pretrain.training.visualize.splat import rotation_to_z, splat, turntable, up_direction
 from geo_pretrain.training.visualize.viewer import viewer_page
 
 SUFFIXES = (".ply", ".html", ".png")
@@ -49,11 +49,13 @@ DRAWN_LARGER = 2  # pictures are reduced by it: soft edges
 
 @dataclass(frozen=True)
 class PaintedCloud:
-    """Points that a backbone has features of, with colors."""
+    """Points with the colors of a backbone's features."""
 
     points: np.ndarray  # float32 [N, 3], m, world
-    layers: tuple[tuple[str, np.ndarray], ...]  # title and uint8 [N, 3]: backbone, its twin, the colors of the surface
-    turn: np.ndarray  # float64 [3, 3], takes the world's up to z
+    layers: tuple[
+        tuple[str, np.ndarray], ...
+    ]  # title and uint8 [N, 3]: backbone, its baseline, the colors of the surface
+    rotation: np.ndarray  # float64 [3, 3], takes the world's up to z
     title: str
     note: str  # how many of which points these are
     spacing: float  # m, about the distance of neighbors
@@ -70,27 +72,27 @@ def visualize_points(
     limit: int = POINTS,
     size: tuple[int, int] | None = None,
     level: int | None = None,
-    twin: bool = True,
+    baseline: bool = True,
     seed: int = 0,
     device: str = "cpu",
     skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> PaintedCloud:
-    """Write a scene's points colored by features: .ply (one color a point), .html (turns), .png (four views).
+    """Draw a scene's points colored by features: .ply (one color a point), .html (rotates), .png (four views).
 
-    A PLY file has the colors of the backbone's first layer, in the world's frame; page and picture also have the twin
-    and the surface's own colors, z is up, and begin with the upper part cut off.
+    A PLY file has the colors of the backbone's first layer, in the world's frame; page and picture also have the
+    baseline and the surface's own colors, z is up, and begin with the upper part cut off.
 
     Args:
         scene: None: the source's first. frame: the cloud of this frame instead of the surface of the scene.
         limit: points drawn; more are thinned at random, by `seed`.
         size: of the frames; None: that of pre-training.
         level: a map inside the network instead of its output, see `load_columns`.
-        twin: also random weights, drawn from `seed`.
+        baseline: also the network with random weights, drawn from `seed`.
 
     Raises:
         RecipeError: `out` has another suffix, or `limit` is below 1.
-        UnknownName: a backbone, scene or frame that there is not; DataError: no frame or surface can be read.
+        UnknownName: no such backbone, scene or frame; DataError: no frame or surface can be read.
     """
     check_suffix(out, SUFFIXES)
     if limit < 1:
@@ -103,7 +105,7 @@ def visualize_points(
         limit=limit,
         size=size,
         level=level,
-        twin=twin and out.suffix.lower() != ".ply",
+        baseline=baseline and out.suffix.lower() != ".ply",
         seed=seed,
         device=device,
         skips=skips,
@@ -124,29 +126,29 @@ def paint_cloud(
     limit: int,
     size: tuple[int, int] | None,
     level: int | None,
-    twin: bool,
+    baseline: bool,
     seed: int,
     device: str,
     skips: SkippedFrames | None,
     progress: Progress | None,
 ) -> PaintedCloud:
-    """What `visualize_points` draws; arguments and errors are its."""
+    """Compute the colored points that `visualize_points` writes; arguments and errors are the same."""
     skips = skips if skips is not None else SkippedFrames()
-    found = find_backbone(backbone)
-    spec = settled(spec, found, size, SCENES)
+    opened = find_backbone(backbone)
+    spec = drawing_spec(spec, opened, size, SCENES)
     source = open_source(spec, split="val")
-    name = chosen_scene(source, scene)
+    name = pick_scene(source, scene)
     surfaces = Surfaces(source)
     if frame is None:
         frames, surface = load_frames(source, name, None, spec.size, skips), surfaces.load(name)
     else:
-        frames = [resize_frame(source.load(name, chosen_frame(source, name, frame)), spec.size)]
+        frames = [resize_frame(source.load(name, pick_frame(source, name, frame)), spec.size)]
         surface = frame_cloud(frames[0])
         if not len(surface):
             raise BadFrame(f"{name}/{frame}", "no pixel has a valid depth")
-    columns = load_columns(found, surfaces, level=level, seed=seed, device=device)
-    if twin:
-        columns += load_columns(found, surfaces, level=level, random_init=True, seed=seed, device=device)
+    columns = load_columns(opened, surfaces, level=level, seed=seed, device=device)
+    if baseline:
+        columns += load_columns(opened, surfaces, level=level, random_init=True, seed=seed, device=device)
     extracted = []
     for number, column in enumerate(columns):
         if progress is not None:
@@ -162,8 +164,8 @@ def paint_cloud(
     return PaintedCloud(
         points,
         tuple(layers),
-        upright(up_direction([f.cam_to_world for f in frames])),
-        f"{found.title}: {name}" + (f"/{frame}" if frame else ""),
+        rotation_to_z(up_direction([f.cam_to_world for f in frames])),
+        f"{opened.title}: {name}" + (f"/{frame}" if frame else ""),
         f"{note}. Colors: three principal components of the features.",
         _spacing(points),
         TOP if frame is None else 1.0,
@@ -173,46 +175,46 @@ def paint_cloud(
 def _layers(
     columns: Sequence[Column], extracted: Sequence[Features], drawn: np.ndarray
 ) -> list[tuple[str, np.ndarray]]:
-    """The title of each column and the colors of the points drawn; those of one space share a color space."""
+    """Each column's title and the colors of the points drawn; columns of one feature space share a color space."""
     rows = [features.unit()[torch.from_numpy(features.index[drawn])] for features in extracted]
     colors: dict[int, np.ndarray] = {}
     for space in dict.fromkeys(column.space for column in columns):
-        own = [k for k, column in enumerate(columns) if column.space == space]
-        colors |= zip(own, shared_pca([rows[k] for k in own]), strict=True)
+        members = [k for k, column in enumerate(columns) if column.space == space]
+        colors |= zip(members, shared_pca([rows[k] for k in members]), strict=True)
     return [(column.title, colors[k]) for k, column in enumerate(columns)]
 
 
 def _spacing(points: np.ndarray) -> float:
-    """About the distance between neighbors, m: that of a square lattice with as many points to a cell of 10 cm."""
+    """Estimate the distance between neighbors, m, as on a square lattice with as many points in a cell of 10 cm."""
     cells = np.unique(np.floor(points / 0.1).astype(np.int64), axis=0)
     return 0.1 / max(len(points) / len(cells), 1.0) ** 0.5
 
 
 def _write_ply(cloud: PaintedCloud, path: Path) -> None:
     colors = cloud.layers[0][1]
-    place = {axis: cloud.points[:, k].astype(np.float32) for k, axis in enumerate("xyz")}
-    shade = {color: colors[:, k] for k, color in enumerate(("red", "green", "blue"))}
-    write_ply(path, {"vertex": place | shade})
+    position = {axis: cloud.points[:, k].astype(np.float32) for k, axis in enumerate("xyz")}
+    color = {name: colors[:, k] for k, name in enumerate(("red", "green", "blue"))}
+    write_ply(path, {"vertex": position | color})
 
 
 def _write_page(cloud: PaintedCloud, path: Path) -> None:
-    turned = cloud.points.astype(np.float64) @ cloud.turn.T
+    rotated = cloud.points.astype(np.float64) @ cloud.rotation.T
     page = viewer_page(
-        turned, cloud.layers, title=cloud.title, note=cloud.note, size=2.2 * cloud.spacing, top=cloud.top
+        rotated, cloud.layers, title=cloud.title, note=cloud.note, size=2.2 * cloud.spacing, top=cloud.top
     )
     path.write_text(page, encoding="utf-8")
 
 
 def _write_views(cloud: PaintedCloud, path: Path) -> None:
-    turned = cloud.points.astype(np.float64) @ cloud.turn.T
-    low, high = turned[:, 2].min(), turned[:, 2].max()
-    shown = turned[:, 2] <= low + cloud.top * (high - low)
-    points = torch.from_numpy(turned[shown])
+    rotated = cloud.points.astype(np.float64) @ cloud.rotation.T
+    low, high = rotated[:, 2].min(), rotated[:, 2].max()
+    shown = rotated[:, 2] <= low + cloud.top * (high - low)
+    points = torch.from_numpy(rotated[shown])
     large = (VIEW_SIZE[0] * DRAWN_LARGER, VIEW_SIZE[1] * DRAWN_LARGER)
     views = [splat(points, camera, 1.1 * cloud.spacing) for camera in turntable(points, VIEWS, large, ELEVATION)]
     panels, captions = [], []
     for title, colors in cloud.layers:
-        pictures = [Image.fromarray(painted(colors[shown], view)) for view in views]
+        pictures = [Image.fromarray(paint(colors[shown], view)) for view in views]
         panels.append([picture.resize(VIEW_SIZE[::-1], Image.Resampling.BOX) for picture in pictures])
-        captions.append([shortened(title, VIEW_SIZE[1], 13)] + [""] * (VIEWS - 1))
-    save_grid(panels, captions, [shortened(cloud.title, 4 * VIEW_SIZE[1])], cloud.note, path)
+        captions.append([shorten(title, VIEW_SIZE[1], 13)] + [""] * (VIEWS - 1))
+    save_grid(panels, captions, [shorten(cloud.title, 4 * VIEW_SIZE[1])], cloud.note, path)

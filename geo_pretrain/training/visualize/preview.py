@@ -1,4 +1,4 @@
-"""Pictures of any source in one PNG: a contact sheet of color, depth and classes, or a scene's geometric sets."""
+"""Previews of a data source as a PNG: a contact sheet of color, depth and classes, or geometric sets of scenes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sets_sheet(
     kind: Kind = "segments",
     cache_dir: Path | None = None,
 ) -> None:
-    """Write the geometric sets of a few scenes: a block each, of `frames` rows and the whole surface beside them.
+    """Write the geometric sets of a few scenes: a block each, with `frames` rows and the whole surface beside them.
 
     A row is a frame's colors and the same under the colors of its sets, with dark borders; pixels in no set are gray.
     The surface is seen from above, what faces away (near walls, the ceiling) left out. A set has one color throughout.
@@ -66,7 +66,7 @@ def sets_sheet(
 
 
 def frame_strip(frame: Frame) -> np.ndarray:
-    """Color, colored depth and, where known, colored classes beside each other: uint8 [H, k W, 3]."""
+    """Lay color, colored depth and, where known, colored classes side by side: uint8 [H, k W, 3]."""
     panels = [frame.color, depth_colors(frame.depth)]
     if frame.semantic is not None:
         panels.append(class_colors(frame.semantic))
@@ -74,7 +74,7 @@ def frame_strip(frame: Frame) -> np.ndarray:
 
 
 def sets_overlay(color: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """An image uint8 [H, W, 3] under the colors of its sets [H, W], borders between sets darkened."""
+    """Tint an image uint8 [H, W, 3] with the colors of its sets [H, W] and darken their borders."""
     gray = np.repeat(color.mean(axis=2, keepdims=True), 3, axis=2)
     mixed = np.where(ids[..., None] < 0, 0.5 * gray, 0.35 * gray + 0.65 * set_colors(ids))
     border = np.zeros(ids.shape, bool)
@@ -85,7 +85,7 @@ def sets_overlay(color: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def surface_view(sets: SceneSets, size: tuple[int, int], poses: list[np.ndarray]) -> np.ndarray:
-    """The points of a scene in the colors of their sets, from above and without perspective: uint8 [*size, 3].
+    """Render the points of a scene in the colors of their sets, from above, orthographic: uint8 [*size, 3].
 
     Up is what the cameras at `poses` (camera-to-world [4, 4]) hold upwards, and the far side is where they look on
     average. Points whose normals (which the sets must have) face away from the viewer are left out. The nearest point
@@ -124,7 +124,7 @@ def surface_view(sets: SceneSets, size: tuple[int, int], poses: list[np.ndarray]
 
 
 def _spread_frames(source: Source, scenes: int, frames: int) -> dict[str, list[Frame]]:
-    """The readable ones of `frames` frames evenly spaced in time of each of the first `scenes` scenes that has any."""
+    """Load `frames` evenly spaced frames of each of the first `scenes` scenes; unreadable ones are left out."""
     shown: dict[str, list[Frame]] = {}
     for scene in source.scenes()[:scenes]:
         ids = source.frame_ids(scene)
@@ -140,7 +140,7 @@ def _spread_frames(source: Source, scenes: int, frames: int) -> dict[str, list[F
 
 
 def _at_most(frame: Frame, width: int) -> Frame:
-    """The frame, made smaller where it is wider."""
+    """Shrink a frame that is wider than `width`."""
     height, old = frame.depth.shape
     return frame if old <= width else resize_frame(frame, (round(height * width / old), width))
 

@@ -30,7 +30,7 @@ def draw_matches(
     unit: Unit = "px",
     shown: int = 60,
 ) -> None:
-    """Write a figure: a row a pair, a column a network; green joins what is matched right, red what is wrong.
+    """Write a figure of matches: a row per pair, a column per network; right matches are green, wrong ones red.
 
     rows[i][j] are the matches of pair i by network j, their errors in `unit`; `titles` has one text a column.
     """
@@ -46,7 +46,7 @@ def draw_segmentations(
     classes: Sequence[str],
     path: Path,
 ) -> None:
-    """Write a figure: a row an image; columns are the image, its labels, and each prediction.
+    """Write a figure of segmentations: a row per image; columns are the image, its labels, and each prediction.
 
     A row is (image uint8 [H, W, 3], class ids [H, W], predicted ids [H, W] for each of `titles`); `classes` names the
     ids from 0, which is no class.
@@ -68,7 +68,7 @@ def draw_predictions(
     classes: Sequence[str],
     path: Path,
 ) -> None:
-    """Write `draw_segmentations` of images and ids of any sizes, brought to that of the first truth, 320 wide at most.
+    """Resize images and class ids to the size of the first labels (at most 320 wide) and draw them as segmentations.
 
     `classes` names the ids from 1.
     """
@@ -105,7 +105,7 @@ class Boxes(Protocol):
 
 
 def draw_detections(rows: Sequence[tuple[np.ndarray, Instances, Boxes]], classes: Sequence[str], path: Path) -> None:
-    """Write a figure: a row an image; columns are the image, its objects, and the detections with score 0.5 and up.
+    """Write a figure of detections: a row per image; columns are image, objects, and detections of score >= 0.5.
 
     A row is (image uint8 [H, W, 3], its objects, what was found); `classes` names the ids from 1.
     """

@@ -1,4 +1,4 @@
-"""Points drawn into cameras: a z-buffer of squares, cameras around a scene, and which way is up in it."""
+"""Rendering of points: a z-buffer of squares, cameras around a scene, and which way is up in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from geo_pretrain.training.data.frame import Frame
 
 MAX_REACH = 6  # px: a point very near the camera would cover the picture
 DISTANCE = 3.0  # of turntable cameras, in half diagonals of the cloud
-BACK, RISE = 0.35, 0.3  # of a camera behind another, in that one's median depth
+BACK, RISE = 0.35, 0.3  # of a camera behind a frame's, as shares of its median depth
 MARGIN = 1.05  # room around what is seen
 SNAP = math.cos(math.radians(30))  # cameras look a little up or down; the world's axis is meant
 
@@ -35,23 +35,23 @@ class Camera:
 
 
 def frame_camera(frame: Frame) -> Camera:
-    """The camera of a frame."""
+    """Make the camera of a frame."""
     height, width = frame.depth.shape
     intrinsics, pose = torch.from_numpy(frame.intrinsics).double(), torch.from_numpy(frame.cam_to_world).double()
     return Camera(intrinsics, pose, (height, width))
 
 
 def behind_camera(points: Tensor, frame: Frame, size: tuple[int, int]) -> Camera:
-    """A camera behind and above that of a frame, looking the same way, that sees all of the frame's points [N, 3]."""
+    """Place a camera behind and above a frame's, looking the same way, that sees all of the frame's points [N, 3]."""
     points, pose = points.double(), torch.from_numpy(frame.cam_to_world).double()
     eye, up, forward = pose[:3, 3], -pose[:3, 1], pose[:3, 2]
     depth = ((points - eye) @ forward).median()
     moved = eye + depth * (BACK * -forward + RISE * up)
-    return fitted(points, [look_at(moved, eye + depth * forward, up)], size)[0]
+    return fit_cameras(points, [look_at(moved, eye + depth * forward, up)], size)[0]
 
 
 def splat(points: Tensor, camera: Camera, radius: float) -> np.ndarray:
-    """The row of the point seen at each pixel: int64 [H, W], -1 where there is none.
+    """Render points with a z-buffer: the row of the point seen at each pixel, int64 [H, W], -1 where there is none.
 
     A point [N, 3] (m, world) covers the square of half the edge `radius` (m) around it that faces the camera: at least
     the pixel it falls on, at most `MAX_REACH` pixels each way. The nearest wins; of equally near ones the first.
@@ -77,7 +77,7 @@ def splat(points: Tensor, camera: Camera, radius: float) -> np.ndarray:
 
 
 def up_direction(poses: Sequence[np.ndarray]) -> np.ndarray:
-    """Which way is up in the world of these camera-to-world poses [4, 4]: float64 [3], unit length.
+    """Estimate which way is up from camera-to-world poses [4, 4]: float64 [3], unit length.
 
     People hold cameras upright: the mean of the cameras' own up, or the axis of the world within 30 degrees of it.
     """
@@ -89,16 +89,16 @@ def up_direction(poses: Sequence[np.ndarray]) -> np.ndarray:
     return mean
 
 
-def upright(up: np.ndarray) -> np.ndarray:
-    """A rotation float64 [3, 3] that takes the unit vector `up` [3] to z."""
-    other = np.eye(3)[np.abs(up).argmin()]
-    x = np.cross(other, up)
+def rotation_to_z(up: np.ndarray) -> np.ndarray:
+    """Return a rotation float64 [3, 3] that takes the unit vector `up` [3] to z."""
+    farthest_axis = np.eye(3)[np.abs(up).argmin()]
+    x = np.cross(farthest_axis, up)
     x /= np.linalg.norm(x)
     return np.stack([x, np.cross(up, x), up])
 
 
 def look_at(eye: Tensor, target: Tensor, up: Tensor) -> Tensor:
-    """The pose, camera-to-world float64 [4, 4], of a camera at `eye` [3] that looks at `target` [3]; not along `up`."""
+    """Pose (camera-to-world float64 [4, 4]) of a camera at `eye` [3] that looks at `target` [3]; not along `up`."""
     forward = (target - eye) / (target - eye).norm()
     right = torch.linalg.cross(forward, up)
     right = right / right.norm()
@@ -109,7 +109,7 @@ def look_at(eye: Tensor, target: Tensor, up: Tensor) -> Tensor:
 
 
 def turntable(points: Tensor, count: int, size: tuple[int, int], elevation: float) -> list[Camera]:
-    """`count` cameras around points [N, 3] (z is up), evenly spaced, `elevation` radians up, that see all of them."""
+    """Place `count` cameras around points [N, 3] (z is up), `elevation` radians above them, that see all of them."""
     points, up = points.double(), torch.tensor([0.0, 0, 1], dtype=torch.float64)
     center = (points.amin(dim=0) + points.amax(dim=0)) / 2
     distance = DISTANCE * max(float((points - center).norm(dim=1).max()), 1e-3)
@@ -119,13 +119,13 @@ def turntable(points: Tensor, count: int, size: tuple[int, int], elevation: floa
         flat, high = distance * math.cos(elevation), distance * math.sin(elevation)
         eye = center + torch.tensor([flat * math.cos(turn), flat * math.sin(turn), high], dtype=torch.float64)
         poses.append(look_at(eye, center, up))
-    return fitted(points, poses, size)
+    return fit_cameras(points, poses, size)
 
 
-def fitted(points: Tensor, poses: Sequence[Tensor], size: tuple[int, int]) -> list[Camera]:
-    """Cameras at camera-to-world `poses` that see all points [N, 3], which lie before them, in the middle of a picture.
+def fit_cameras(points: Tensor, poses: Sequence[Tensor], size: tuple[int, int]) -> list[Camera]:
+    """Make cameras at camera-to-world `poses` that see all points [N, 3] before them, centered in the picture.
 
-    They have one focal length: the longest with which every point falls inside every picture.
+    They share one focal length: the longest with which every point falls inside every picture.
     """
     plain = torch.eye(3, dtype=torch.float64)
     seen = [Camera(plain, pose, size).project(points)[0] for pose in poses]

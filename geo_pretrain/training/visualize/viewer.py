@@ -1,4 +1,4 @@
-"""A cloud as one HTML file that turns in any browser, without a network: arrays and program are inside it."""
+"""A viewer of point clouds in one HTML file: it rotates in any browser and loads nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def viewer_page(
     azimuth: float = 0.8,
     elevation: float = 0.6,
 ) -> str:
-    """The text of a page that shows a cloud; it turns by itself and by hand, buttons choose its colors.
+    """Return the text of a page that shows a cloud; it rotates by itself and by hand, buttons choose its colors.
 
     Args:
         points: float [N, 3], m, z is up.

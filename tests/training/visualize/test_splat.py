@@ -16,10 +16,10 @@ from geo_pretrain.training.visualize.splat import (
     behind_camera,
     frame_camera,
     look_at,
+    rotation_to_z,
     splat,
     turntable,
     up_direction,
-    upright,
 )
 
 
@@ -113,7 +113,9 @@ def poses(*ups):
     found = []
     for up in ups:
         pose = np.eye(4)
-        pose[:3, :3] = upright(-np.asarray(up, float) / np.linalg.norm(up))[[0, 2, 1]].T  # the second column is down
+        pose[:3, :3] = rotation_to_z(-np.asarray(up, float) / np.linalg.norm(up))[
+            [0, 2, 1]
+        ].T  # the second column is down
         found.append(pose)
     return found
 
@@ -129,7 +131,7 @@ def test_up_is_the_axis_that_cameras_mean():
 
 @pytest.mark.parametrize("up", [(0, 0, 1), (0, -1, 0), (1, 0, 0), (0.6, 0, -0.8)])
 def test_upright_is_a_rotation_that_lifts_up(up):
-    turn = upright(np.array(up, float))
+    turn = rotation_to_z(np.array(up, float))
     np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(turn) == pytest.approx(1)
     np.testing.assert_allclose(turn @ up, [0, 0, 1], atol=1e-12)

@@ -30,10 +30,10 @@ from geo_pretrain.training.visualize import matches as matches_module
 from geo_pretrain.training.visualize import points as points_module
 from geo_pretrain.training.visualize.colors import shared_pca
 from geo_pretrain.training.visualize.columns import RANDOM_TITLE, find_backbone, load_columns
-from geo_pretrain.training.visualize.common import NOTHING, painted, settled
+from geo_pretrain.training.visualize.common import NOTHING, drawing_spec, paint
 from geo_pretrain.training.visualize.frames import draw_features
-from geo_pretrain.training.visualize.grids import GAP, HEADER, shortened
-from geo_pretrain.training.visualize.matches import seen_matches, visualize_matches
+from geo_pretrain.training.visualize.grids import GAP, HEADER, shorten
+from geo_pretrain.training.visualize.matches import project_matches, visualize_matches
 from geo_pretrain.training.visualize.points import visualize_points
 from geo_pretrain.training.visualize.splat import behind_camera, splat
 from geo_pretrain.training.visualize.viewer import viewer_page
@@ -104,7 +104,7 @@ def test_features_share_their_colors_over_all_frames(tmp_path, image_folder, clo
         features = [column_of.pixel_features(frame) for frame in frames]
         for row, colors in enumerate(shared_pca([f.unit() for f in features])):
             shown = panel(picture, row, column, SIZE, 4, row_height)
-            assert np.array_equal(shown, painted(colors, features[row].index))
+            assert np.array_equal(shown, paint(colors, features[row].index))
     for row, frame in enumerate(frames):
         assert np.array_equal(panel(picture, row, 0, SIZE, 4, row_height), frame.color)
     twin = panel(picture, 0, 3, SIZE, 4, row_height)
@@ -113,14 +113,14 @@ def test_features_share_their_colors_over_all_frames(tmp_path, image_folder, clo
 
 def test_pixels_and_voxels_are_drawn_in_one_color_space(tmp_path, geo, source, spec):
     out = tmp_path / "features.png"
-    assert draw_features([geo], spec, out, count=1, twin=False) == ["image", "geo: pixels", "geo: voxels"]
+    assert draw_features([geo], spec, out, count=1, baseline=False) == ["image", "geo: pixels", "geo: voxels"]
     picture, frame = pixels(out), resize_frame(source.load(source.scenes()[0], "000000"), SIZE)
     features = [d.pixel_features(frame) for d in load_columns(find_backbone(geo), Surfaces(source))]
     row_height = picture.shape[0] - HEADER - 30
     for column, colors in enumerate(shared_pca([f.unit() for f in features]), start=1):
         shown = panel(picture, 0, column, SIZE, 3, row_height)
-        assert np.array_equal(shown, painted(colors, features[column - 1].index))
-    alone = painted(shared_pca([features[1].unit()])[0], features[1].index)
+        assert np.array_equal(shown, paint(colors, features[column - 1].index))
+    alone = paint(shared_pca([features[1].unit()])[0], features[1].index)
     assert not np.array_equal(shown, alone)
 
 
@@ -135,18 +135,18 @@ def test_the_twin_is_of_the_map_and_the_seed_asked_for(tmp_path, image_folder, s
         (column_of,) = load_columns(find_backbone(image_folder), None, level=1, random_init=random, seed=3)
         features = [column_of.pixel_features(frame) for frame in frames]
         shown = panel(pixels(out), 0, column, SIZE, 3, 0)
-        assert np.array_equal(shown, painted(shared_pca([f.unit() for f in features])[0], features[0].index))
+        assert np.array_equal(shown, paint(shared_pca([f.unit() for f in features])[0], features[0].index))
 
 
 def test_the_size_is_that_of_the_first_backbone_and_any_case_of_a_suffix_is_accepted(tmp_path, image_folder, spec):
     other = write_tiny(tmp_path / "other", contract=ImageContract(size=(32, 48))).folder
-    draw_features([image_folder, str(other)], spec, tmp_path / "x.PNG", count=1, twin=False)
+    draw_features([image_folder, str(other)], spec, tmp_path / "x.PNG", count=1, baseline=False)
     assert pixels(tmp_path / "x.PNG").shape[1] == 3 * (3 * 96 + GAP) + GAP
 
 
 def test_painted_leaves_pixels_without_a_feature_pale():
     colors = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
-    assert painted(colors, np.array([[1, -1]])).tolist() == [[[4, 5, 6], list(NOTHING)]]
+    assert paint(colors, np.array([[1, -1]])).tolist() == [[[4, 5, 6], list(NOTHING)]]
 
 
 def test_matches_are_those_that_are_measured(tmp_path, image_folder, source, spec):
@@ -185,7 +185,7 @@ def test_matches_of_clouds_are_seen_by_their_cameras(tmp_path, cloud_folder, sou
     found = visualize_matches(cloud_folder, spec, tmp_path / "m.png", count=1, threshold=middle)
     assert found[1][1] == [(matches.error <= middle).mean()]
     frames = [resize_frame(source.load(pair.scene, frame), SIZE) for frame in (pair.frame1, pair.frame2)]
-    seen = seen_matches(matches, extractor.voxel_size)
+    seen = project_matches(matches, extractor.voxel_size)
     assert np.array_equal(seen.error, matches.error)
     assert seen.frames[0].color.shape == (192, 256, 3)
     for points, drawn, frame in (
@@ -202,7 +202,7 @@ def test_matches_of_clouds_are_seen_by_their_cameras(tmp_path, cloud_folder, sou
         cloud = frame_cloud(frame)
         points = torch.from_numpy(cloud.points)
         row = splat(points, behind_camera(points, frame, (192, 256)), extractor.voxel_size / 2)
-        assert np.array_equal(drawn.color, painted(cloud.colors, row))
+        assert np.array_equal(drawn.color, paint(cloud.colors, row))
 
 
 def test_pairs_are_of_some_scenes_spread_over_all(tmp_path, image_folder, monkeypatch):
@@ -233,10 +233,10 @@ def test_a_frame_without_features_is_left_out_of_all_columns(source):
         return "seen"
 
     blind.pixel_features = refuse
-    assert frames_module._described(frames, [plain, blind], skips, None) == [(frames[1], ["000010", "seen"])]
+    assert frames_module._extract_rows(frames, [plain, blind], skips, None) == [(frames[1], ["000010", "seen"])]
     assert "nothing is seen" in skips.summary()
     with pytest.raises(DataError, match=r"(?s)No frame of scene .* can be shown.*nothing is seen"):
-        frames_module._described(frames[:1], [plain, blind], SkippedFrames(), None)
+        frames_module._extract_rows(frames[:1], [plain, blind], SkippedFrames(), None)
 
 
 def test_clouds_are_turned_as_asked(tmp_path, cloud_folder, spec, monkeypatch):
@@ -327,7 +327,7 @@ def test_layers_of_one_space_share_their_colors_on_points_too(tmp_path, geo, sou
     cloud = visualize_points(geo, spec, tmp_path / "points.html", limit=400, seed=3)
     assert len(cloud.points) == 400
     assert cloud.points.max() <= surface.points.max()  # where pixels and voxels both say something
-    assert all((cloud.turn @ -frame.cam_to_world[:3, 1])[2] > 0.8 for frame in frames)
+    assert all((cloud.rotation @ -frame.cam_to_world[:3, 1])[2] > 0.8 for frame in frames)
     row = {point: number for number, point in enumerate(map(tuple, far.points.tolist()))}
     drawn = [row[tuple(point)] for point in cloud.points.tolist()]
     for first, random in ((0, False), (2, True)):
@@ -381,7 +381,7 @@ def test_the_page_holds_points_and_layers(tmp_path, geo, spec):
     assert not re.search(r"(src|href)=|https?:|@import|fetch\(", text)  # nothing from elsewhere
     scene = json.loads(re.search(r'<script id="scene" type="application/json">(.*?)</script>', text).group(1))
     points = np.frombuffer(base64.b64decode(scene["points"]), "<f4").reshape(-1, 3)
-    turned = cloud.points.astype(np.float64) @ cloud.turn.T
+    turned = cloud.points.astype(np.float64) @ cloud.rotation.T
     np.testing.assert_allclose(points, turned - (turned.min(0) + turned.max(0)) / 2, atol=1e-6)
     assert [layer["name"] for layer in scene["layers"]] == [name for name, _ in cloud.layers]
     for layer, (_, colors) in zip(scene["layers"], cloud.layers, strict=True):
@@ -409,18 +409,18 @@ def test_points_are_thinned_by_the_seed(tmp_path, cloud_folder, spec):
 
 def test_rooms_are_those_of_pretraining(image_folder, geo, tmp_path, tiny_recipe):
     found = find_backbone(geo)
-    plain = settled(DataSpec(), found, None, 4)
+    plain = drawing_spec(DataSpec(), found, None, 4)
     assert plain.options == {"frames": 12, "scenes": 4}  # it was trained on another source
     assert plain.size == (48, 64)
-    assert settled(DataSpec(options={"seed": 3}), found, (8, 9), 4) == DataSpec(options={"seed": 3}, size=(8, 9))
+    assert drawing_spec(DataSpec(options={"seed": 3}), found, (8, 9), 4) == DataSpec(options={"seed": 3}, size=(8, 9))
     recipe = (found.checkpoint.folder / "recipe.yaml").read_text()
     tree = yaml.safe_load(recipe)
     tree["data"] |= {"source": "rooms", "path": None, "options": {"width": 64, "height": 64}}
     of_rooms = write_tiny_3d(tmp_path / "rooms", recipe_yaml=yaml.safe_dump(tree)).folder
-    assert settled(DataSpec(), find_backbone(str(of_rooms)), None, 2).options == {
+    assert drawing_spec(DataSpec(), find_backbone(str(of_rooms)), None, 2).options == {
         "width": 64, "height": 64, "scenes": 2
     }  # fmt: skip
-    other = settled(DataSpec(source="scannet", path="x"), find_backbone(image_folder), None, 2)
+    other = drawing_spec(DataSpec(source="scannet", path="x"), find_backbone(image_folder), None, 2)
     assert (other.size, other.options) == ((64, 96), {})
 
 
@@ -457,9 +457,9 @@ def test_a_frame_that_cannot_be_read_is_left_out(tmp_path, image_folder, cloud_f
     folder, skips = write_recording(tmp_path / "kitchen"), SkippedFrames()
     (folder / "frame-000000.color.png").unlink()
     spec = DataSpec(source="seven_scenes", path=str(folder), size=SIZE)
-    draw_features([image_folder], spec, tmp_path / "one.png", count=2, skips=skips, twin=False)
+    draw_features([image_folder], spec, tmp_path / "one.png", count=2, skips=skips, baseline=False)
     assert "color image is missing" in skips.summary()
-    draw_features([image_folder], spec, tmp_path / "two.png", count=6, twin=False)
+    draw_features([image_folder], spec, tmp_path / "two.png", count=6, baseline=False)
     assert pixels(tmp_path / "two.png").shape[0] > 3 * pixels(tmp_path / "one.png").shape[0]
     visualize_points(cloud_folder, spec, tmp_path / "points.ply", limit=50)
     with pytest.raises(UnknownName, match="Unknown frame '7'"):
@@ -490,9 +490,9 @@ def test_an_encoder_alone_has_features_and_matches(tmp_path, spec):
 
 
 def test_long_titles_are_shortened_in_the_middle():
-    assert shortened("runs", 300) == "runs"
+    assert shorten("runs", 300) == "runs"
     name = "pri3d_view_geo_r50_with_a_very_long_name_that_goes_on.rooms"
-    short = shortened(name, 200)
+    short = shorten(name, 200)
     assert short.startswith("pri3d_")
     assert short.endswith(".rooms")
     assert "..." in short
