@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training.config",),
     ("training.recipe", "training.finetune_recipe", "training.schedule"),
     ("training.data",),
-    ("training.initialize", "training.networks", "training.licenses"),
+    ("training.initialize", "training.networks", "training.networks3d", "training.licenses"),
     ("training.tasks",),
     ("training.loop",),
     ("training.evaluation",),

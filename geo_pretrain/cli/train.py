@@ -136,6 +136,8 @@ def finetune(
     A data-efficiency curve: `geo-pretrain finetune rooms_unet_r18 --sweep -b scratch -b runs/view --fraction 0.2
     --fraction 1 --seed 0 --seed 1 --out runs/curve`
 
+    In 3D: `geo-pretrain finetune rooms_srunet34 -b runs/csc --out runs/srunet`
+
     Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain finetune ...`
     """
     from geo_pretrain.training.finetune_recipe import load_finetune_recipe

@@ -15,7 +15,7 @@ import yaml
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training import config
 from geo_pretrain.training.config import Checks, Renamed, apply_overrides, merge_tree, parse, plain_types, read_tree
-from geo_pretrain.training.recipe import RESNETS, WITHOUT_EFFECT, EncoderName, OptimSpec, retag
+from geo_pretrain.training.recipe import RESNETS, WITHOUT_EFFECT, EncoderName, OptimSpec, UNet3DSpec, retag
 from geo_pretrain.training.schedule import learning_rate
 
 RECIPES = Path(__file__).parent / "recipes" / "finetune"
@@ -26,12 +26,13 @@ RENAMED = (  # former keys and values, which are still read
 )
 OVERLAYS = RECIPES / "overlays"  # toy_TASK.yaml: what --toy applies to the recipes of a task
 
-TaskName = Literal["segmentation", "detection", "instances"]
+TaskName = Literal["segmentation", "segmentation3d", "detection", "instances"]
 Kind = Literal[
-    "unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn", "faster_rcnn", "mask_rcnn"
+    "unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn", "srunet", "faster_rcnn", "mask_rcnn"
 ]  # fmt: skip
 KINDS: dict[str, tuple[str, ...]] = {
     "segmentation": ("unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn"),
+    "segmentation3d": ("srunet",),
     "detection": ("faster_rcnn", "mask_rcnn"),
     "instances": ("mask_rcnn",),
 }
@@ -49,6 +50,7 @@ class NetworkSpec:
     freeze: int = 0  # number of frozen stages, counted from the stem, as Detectron2's freeze_at
     aux: float = 0.0  # weight of an auxiliary loss on layer3
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the builder, such as decoder_atrous_rates
+    unet3d: UNet3DSpec | None = None  # srunet: the network for a random initialization; a checkpoint has its own
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,22 @@ class FinetuneRecipe:
             check.note(kind, "network.kind", "task")
         check(0 <= network.freeze <= 5, "network.freeze", network.freeze, "0 (nothing) to 5 (stem and all stages)")
         check(network.aux >= 0, "network.aux", network.aux, "0 (none) or more")
-        if network.kind != "unet":
+        check(
+            (network.unet3d is None) or network.kind == "srunet",
+            "network.unet3d",
+            network.unet3d,
+            "none but for srunet",
+        )
+        if network.kind == "srunet":
+            used = ("kind", "unet3d")
+            others = [
+                key for key, value in vars(network).items() if key not in used and value != getattr(NetworkSpec(), key)
+            ]
+            given = {key: getattr(network, key) for key in others}
+            check(not others, "network", given, "kind and unet3d for srunet")
+            plain = self.data.augment == LabelledAugment()
+            check(plain, "data.augment", plain_types(self.data.augment), "none for srunet: clouds are rotated upright")
+        elif network.kind != "unet":
             alone = network.transfer == "encoder"
             check(alone, "network.transfer", network.transfer, "'encoder' but for unet", given=["network.kind"])
         else:

@@ -22,8 +22,8 @@ from geo_pretrain.training.finetune.in_memory import (
     finetune_clouds,
     finetune_frames,
 )
-from geo_pretrain.training.finetune.segmentation3d import segmentation_srunet
 from geo_pretrain.training.networks import segmentation_unet
+from geo_pretrain.training.networks3d import segmentation_srunet
 
 PAINT = np.array([[0, 0, 0], [250, 20, 20], [20, 250, 20], [20, 20, 250]], np.uint8)
 

@@ -25,7 +25,7 @@ from geo_pretrain.training.evaluation.features import STAGES, CloudExtractor, lo
 from geo_pretrain.training.evaluation.matching import MatchingResult, evaluate_matching, spread_evenly
 from geo_pretrain.training.evaluation.probes import ProbeSpec, linear_probe
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec, PointsSpec, finetune_clouds, finetune_frames
-from geo_pretrain.training.finetune.segmentation3d import segmentation_srunet
+from geo_pretrain.training.networks3d import segmentation_srunet
 from geo_pretrain.training.recipe import DataSpec
 
 
@@ -148,9 +148,9 @@ def _points(
 
     def finetuned() -> float:
         host = segmentation_srunet(network, rooms.classes + 1, seed=seed).to(device)
-        clouds = [labelled_clouds(source, rooms.size) for source in (rooms.train, rooms.val)]
+        train, val = (labelled_clouds(source, rooms.size) for source in (rooms.train, rooms.val))
         budget = PointsSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr_points)
-        return finetune_clouds(host, contract, *clouds, budget, seed=seed).miou
+        return finetune_clouds(host, contract, train, val, budget, seed=seed).miou
 
     return {"matching": matching, "probe": probe, "finetuned": finetuned}
 

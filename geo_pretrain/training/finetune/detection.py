@@ -2,7 +2,7 @@
 
 The protocol is that of Pri3D's and GSC's Detectron2 runs: stages frozen, flips, the shorter side drawn anew for each
 image, a step schedule with warmup. What the released configuration does by accident is reproduced with
-`match_released_code` and mended otherwise; `Detection.quirks` says which. torchvision's host differs from
+`match_released_code` and mended otherwise; `Detection.protocol_deviations` says which. torchvision's host differs from
 Detectron2's in details that are listed there, too.
 """
 
@@ -31,7 +31,7 @@ from geo_pretrain.training.data.labelled.export import coco_json, encode_mask
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage, LabelledSource
 from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.coco import MAX_DETECTIONS, Kind, coco_report
-from geo_pretrain.training.finetune.task import Evaluation, share_of
+from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, LabelledAugment
 from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit
 from geo_pretrain.training.visualize.results import draw_detections
@@ -82,11 +82,13 @@ class Detections:
         return len(self.classes)
 
 
-class Detection:
+class Detection(FinetuneTask):
     """The task "detection" or "instances" of a fine-tuning run; see `FinetuneTask`.
 
     Scores are box_ap, box_ap50 and box_ap75, for Mask R-CNN mask_ap, mask_ap50 and mask_ap75 as well, from 0 to 1.
     """
+
+    contract: ImageContract
 
     def __init__(
         self, recipe: FinetuneRecipe, start: PretrainedInit, classes: Sequence[str], contract: ImageContract
@@ -217,7 +219,7 @@ class Detection:
         rows = [(image.image, _instances(image), self.predict([image.image])[0]) for image in images]
         draw_detections(rows, self.classes, path)
 
-    def quirks(self) -> dict[str, str]:
+    def protocol_deviations(self) -> dict[str, str]:
         """What the released configuration does by accident, and what this run does."""
         exact, options = self.recipe.match_released_code, self.options
         said = {

@@ -112,12 +112,12 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
     """The content of results.json."""
     recipe, metric, train = task.recipe, task.task.metric, task.data.train
     last = task.evaluations[-1] if task.evaluations[-1]["step"] == progress.steps else None
-    quirks = {
+    deviations = {
         "number reported": "the best on the validation images (as published)"
         if uses == "best"
         else "the last (mended)",
         "end of the run": "is not measured (as published)" if last is None else "is measured",
-        **task.task.quirks(),
+        **task.task.protocol_deviations(),
     }
     license, terms = data_terms(train.name)
     return {
@@ -147,7 +147,7 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
         "evaluations": [{"step": past["step"], "scores": past["scores"]} for past in task.evaluations],
         "last": last,
         "best": task.best(),
-        "quirks": quirks,
+        "quirks": deviations,
         "seconds": round(progress.seconds, 1),
         "device": task.world.device.type,
         "code": code_version(),

@@ -20,10 +20,10 @@ from geo_pretrain.training.data.labelled.registry import data_terms, open_labell
 from geo_pretrain.training.evaluation.matching import spread_evenly
 from geo_pretrain.training.finetune.folder import MODEL, PICTURE, RESULTS
 from geo_pretrain.training.finetune.published import PaperRow
+from geo_pretrain.training.finetune.registry import backbone_init, build_finetune_task
 from geo_pretrain.training.finetune.segmentation import Segmentation
 from geo_pretrain.training.finetune.sweep import Point, SweepResult, read_plan, run_recipe
-from geo_pretrain.training.finetune.task import build_finetune_task
-from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit
+from geo_pretrain.training.networks import IMAGENET, SCRATCH
 from geo_pretrain.training.visualize import results
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B5B5B")  # without the yellow: too light
@@ -52,7 +52,7 @@ def write_report(result: SweepResult, out: Path) -> dict[str, Path]:
 
 
 def markdown(result: SweepResult, *, figure: str | None = None) -> str:
-    """The sweep as a page: what was run, the table, the paper's numbers beside, quirks."""
+    """The sweep as a page: what was run, the table, the paper's numbers beside, deviations from the protocol."""
     text, seeds = metric_text(result.metric), sorted({seed for point in result.points for seed in point.values})
     lines = [f"# {result.recipe.name}: {text} against share of data", ""]
     if figure is not None:
@@ -78,9 +78,9 @@ def markdown(result: SweepResult, *, figure: str | None = None) -> str:
         lines += ["", f"The recipe differs from `{result.recipe.name}` as shipped: {'; '.join(result.changed)}."]
     if result.missing:
         lines += ["", f"Not run yet: {'; '.join(result.missing)}."]
-    if result.quirks:
+    if result.protocol_deviations:
         lines += ["", "| protocol | this run |", "|---|---|"]
-        lines += [f"| {name} | {what} |" for name, what in result.quirks.items()]
+        lines += [f"| {name} | {what} |" for name, what in result.protocol_deviations.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -196,7 +196,7 @@ def draw_starts(
     predictions = {}
     for label in (label for label in held if label in shown_runs):
         run = shown_runs[label]
-        start = PretrainedInit(run.backbone, recipe.network.encoder, recipe.network.width, where)
+        start = backbone_init(recipe, run.backbone, where)
         task = build_finetune_task(run_recipe(recipe, *chosen), start, val.classes, start.contract())
         task.module.load_state_dict(load_file(run.folder / MODEL))
         predictions[label] = [guess.numpy() for _, _, guess in cast(Segmentation, task).predictions(val, ids)]

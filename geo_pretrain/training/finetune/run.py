@@ -20,11 +20,10 @@ from geo_pretrain.training.data.labelled.registry import open_labelled, subset
 from geo_pretrain.training.data.labelled.scannet import read_scene_list
 from geo_pretrain.training.distributed import World, join
 from geo_pretrain.training.finetune.folder import FinetuneResult, check_result_out, finish
-from geo_pretrain.training.finetune.task import build_finetune_task
+from geo_pretrain.training.finetune.registry import backbone_init, build_finetune_task
 from geo_pretrain.training.finetune.training import Finetuning, LabelledSplits, OnEvaluation
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.loop import StepInfo, fit
-from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.runs import RunFolder, run_lock
 
 
@@ -62,7 +61,7 @@ def finetune(
     out = Path(out)
     check_result_out(out, overwrite=overwrite)
     where = dict(init_kwargs or {})
-    start = PretrainedInit(os.fspath(backbone), recipe.network.encoder, recipe.network.width, where)
+    start = backbone_init(recipe, os.fspath(backbone), where)
     contract = start.contract()  # a wrong name is found before any data are read
     data = _open(recipe, sources, on_data)
     world = world or join(device)
@@ -89,7 +88,9 @@ def _open(
     """The recipe's share of the training images, and the validation images."""
     spec = recipe.data
     if sources is None:
-        labels: Literal["segmentation", "detection"] = "segmentation" if recipe.task == "segmentation" else "detection"
+        labels: Literal["segmentation", "detection"] = (
+            "segmentation" if recipe.task.startswith("segmentation") else "detection"
+        )
         path = None if spec.path is None else Path(spec.path)
         train, val = (
             open_labelled(spec.source, path, split, task=labels, options=spec.options, progress=on_data)

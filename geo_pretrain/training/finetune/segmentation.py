@@ -22,19 +22,21 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
 from geo_pretrain.training.distributed import ALONE, World
-from geo_pretrain.training.evaluation.metrics import class_iou, confusion_matrix, mean_iou, pixel_accuracy
-from geo_pretrain.training.finetune.task import Evaluation, share_of
+from geo_pretrain.training.evaluation.metrics import confusion_matrix
+from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, segmentation_evaluation, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
-from geo_pretrain.training.networks import PretrainedInit, build_segmenter
+from geo_pretrain.training.networks import PretrainedInit, Segmenter, build_segmenter
 from geo_pretrain.training.visualize.results import draw_predictions
 
 CROP_CENTRES = (240, 320)  # the released KITTI loader draws the center of its crop below these, whatever the image
 
 
-class Segmentation:
+class Segmentation(FinetuneTask):
     """The task: see `FinetuneTask`."""
 
     metric = "miou"
+    module: Segmenter
+    contract: ImageContract
 
     def __init__(
         self, recipe: FinetuneRecipe, start: PretrainedInit, classes: Sequence[str], contract: ImageContract
@@ -104,12 +106,7 @@ class Segmentation:
         total = np.sum(cast(list[np.ndarray], world.gather(own)), axis=0)
         if not total.sum():
             raise DataError(f"No labelled pixel in {len(ids)} images of {source.name!r}, split {source.split!r}.")
-        values = class_iou(total, match_released_code=exact)
-        iou = {
-            name: None if np.isnan(value) else float(value) for name, value in zip(self.classes, values, strict=True)
-        }
-        scores = {"miou": mean_iou(total, match_released_code=exact), "accuracy": pixel_accuracy(total)}
-        return Evaluation(scores, {"iou": iou}, {"confusion": total.tolist(), "images": len(ids)})
+        return segmentation_evaluation(total, self.classes, images=len(ids), match_released_code=exact)
 
     @torch.no_grad()
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
@@ -117,7 +114,7 @@ class Segmentation:
         rows = [(i.image, truth.numpy(), [guess.numpy()]) for i, truth, guess in self.predictions(source, ids)]
         draw_predictions(rows, [self.recipe.network.kind], self.classes, path)
 
-    def quirks(self) -> dict[str, str]:
+    def protocol_deviations(self) -> dict[str, str]:
         """What the released protocol does by accident, and what this run does."""
         exact, data = self.recipe.match_released_code, self.recipe.data
         size = self.truth_size()

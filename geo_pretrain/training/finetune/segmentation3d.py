@@ -1,8 +1,14 @@
-"""Semantic segmentation of the clouds of labelled RGB-D frames: the network, its loss, and its confusion matrix."""
+"""Semantic segmentation of the clouds of labelled RGB-D frames: one class a voxel, mIoU over labelled voxels.
+
+The papers' protocols (PointContrast, tables 4 and 7) segment whole scans; a frame's cloud is what a labelled RGB-D
+source offers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,31 +17,98 @@ from torch import Tensor, nn
 
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import VoxelContract
-from geo_pretrain.training.data.labelled.clouds import LabelledCloud, batch_voxels, voxels_of
+from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.training.data.labelled.clouds import (
+    LabelledCloud,
+    batch_voxels,
+    cloud_of,
+    labelled_frame,
+    voxels_of,
+)
+from geo_pretrain.training.data.labelled.image import LabelledSource
+from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.metrics import best_class, confusion_matrix
+from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, segmentation_evaluation, share_of
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe
+from geo_pretrain.training.networks3d import PretrainedInit3D, segmentation_srunet
+from geo_pretrain.training.visualize.grids import draw_segmentations
 
 
-def segmentation_srunet(start: SRUNet, classes: int, *, seed: int, transfer: bool = True) -> SRUNet:
-    """A U-Net shaped like `start` whose last layer gives `classes` logits.
+class CloudSegmentation(FinetuneTask):
+    """The task "segmentation3d"; see `FinetuneTask`."""
 
-    All other weights are those of `start` or, without `transfer`, drawn by `seed`, like the last layer: the same ones
-    whatever is transferred.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = SRUNet(
-            start.variant,
-            in_chans=start.in_chans,
-            out_chans=classes,
-            width=start.width,
-            stem_kernel=start.conv0p1s1.kernel_size,
-            planes=start.planes,
-            layers=start.layers,
-        )
-    if transfer:
-        kept = {key: value for key, value in start.state_dict().items() if not key.startswith("final.")}
-        network.load_state_dict(network.state_dict() | kept)
-    return network
+    metric = "miou"
+    module: SRUNet
+    contract: VoxelContract
+
+    def __init__(
+        self, recipe: FinetuneRecipe, start: PretrainedInit3D, classes: Sequence[str], contract: VoxelContract
+    ) -> None:
+        self.recipe, self.classes, self.contract = recipe, tuple(classes), contract
+        network, transfer = start.unet(recipe.seed)
+        self.module = segmentation_srunet(network, 1 + len(classes), seed=recipe.seed, transfer=transfer)
+
+    def load(self, source: LabelledSource, id: str) -> LabelledCloud:
+        """The cloud of one frame. Raises `BadFrame` for one without depth, `RecipeError` if no frame has any."""
+        cloud = cloud_of(labelled_frame(source, id, self.recipe.data.size), id)
+        if not len(cloud.points):
+            raise BadFrame(id, "no pixel has a valid depth")
+        return cloud
+
+    def sample(self, item: LabelledCloud, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinates, features and labels of the voxels, after an upright rotation."""
+        return voxels_of(item, self.contract, generator)
+
+    def collate(self, samples: list[Any]) -> dict[str, Any]:
+        """The clouds stay a list."""
+        return {"clouds": samples}
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Cross-entropy over the labelled voxels of all clouds together."""
+        return {"segmentation": cloud_loss(self.module, batch["clouds"])}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """All layers but the last at `backbone_factor`, the last at `head_factor`."""
+        optim, last = self.recipe.optim, [*self.module.final.parameters()]
+        known = {id(parameter) for parameter in last}
+        rest = [parameter for parameter in self.module.parameters() if id(parameter) not in known]
+        return [{"params": rest, "factor": optim.backbone_factor}, {"params": last, "factor": optim.head_factor}]
+
+    def backbone(self) -> nn.Module:
+        """The whole U-Net."""
+        return self.module
+
+    def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
+        """mIoU, accuracy and per-class IoU over the labelled voxels of these frames' clouds, as they lie."""
+        outputs = 1 + len(self.classes)
+        own = np.zeros((outputs, outputs), np.int64)
+        for (name,) in share_of(ids, 1, world):
+            own += cloud_confusion(self.module, self.contract, self.load(source, name))
+        total = np.sum(cast(list[np.ndarray], world.gather(own)), axis=0)
+        if not total.sum():
+            raise DataError(f"No labelled voxel in {len(ids)} clouds of {source.name!r}, split {source.split!r}.")
+        return segmentation_evaluation(total, self.classes, images=len(ids), match_released_code=False)
+
+    @torch.no_grad()
+    def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
+        """A row a frame: its image, its labels, and the class of each pixel's voxel."""
+        self.module.eval()
+        rows = []
+        for name in ids:
+            frame = labelled_frame(source, name, self.recipe.data.size)
+            cloud = cloud_of(frame, name)
+            points = torch.from_numpy(cloud.points)
+            colors = torch.from_numpy(cloud.colors) if self.contract.given_channels else None
+            inverse = self.contract.transforms()(points, colors).inverse
+            x, _ = batch_voxels([voxels_of(cloud, self.contract)], next(self.module.parameters()).device)
+            guess = np.zeros(frame.depth.shape, np.int16)
+            guess[frame.depth > 0] = best_class(self.module(x).feats.float()).cpu()[inverse].numpy()
+            rows.append((frame, [guess]))
+        draw_segmentations(rows, [self.recipe.network.kind], ("unlabeled", *self.classes), path)
+
+    def protocol_deviations(self) -> dict[str, str]:
+        """How this differs from the papers' segmentation of scans."""
+        return {"scenes": "the cloud of one labelled frame at a time (published: whole scans)"}
 
 
 def cloud_loss(network: nn.Module, voxels: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

@@ -29,10 +29,10 @@ from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.distributed import World, join
 from geo_pretrain.training.finetune.folder import RESULTS, FinetuneResult, read_result
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
+from geo_pretrain.training.finetune.registry import backbone_init
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.loop import StepInfo
-from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.runs import run_folder, run_lock
 
 SWEEP, RUNS, FORMAT = "sweep.json", "runs", 1
@@ -93,7 +93,7 @@ class SweepResult:
     points: tuple[Point, ...]
     paper: tuple[PaperRow, ...]  # of this metric
     images: Mapping[float, int]  # training images of each share
-    quirks: Mapping[str, str]  # of the protocol -> what these runs do
+    protocol_deviations: Mapping[str, str]  # what the released protocol does by accident -> what these runs do
     changed: tuple[str, ...] = ()  # how the recipe differs from the one shipped under its name
     missing: tuple[str, ...] = ()  # runs of the sweep that are not finished
 
@@ -117,7 +117,7 @@ class SweepResult:
                 for p in self.points
             ],
             "reported_by_papers": [dataclasses.asdict(row) for row in self.paper],
-            "quirks": dict(self.quirks),
+            "quirks": dict(self.protocol_deviations),
             "changed": list(self.changed),
             "missing": list(self.missing),
         }
@@ -237,7 +237,7 @@ def read_sweep(out: Path) -> SweepResult:
         ),
         paper=tuple(row for row in paper_rows(recipe) if row.metric == first.metric),
         images=images,
-        quirks=first.data["quirks"],
+        protocol_deviations=first.data["quirks"],
         changed=_changed(recipe),
         missing=tuple(str(run) for run in runs if run not in finished),
     )
@@ -284,7 +284,7 @@ def _check_starts(
         raise RecipeError(f"backbones are {list(backbones)}, accepted is one or more, each once.")
     checkpoints = {}
     for backbone in backbones:
-        start = PretrainedInit(backbone, recipe.network.encoder, recipe.network.width, where)
+        start = backbone_init(recipe, backbone, where)
         start.unet(recipe.seed)
         if start.named:
             checkpoints[backbone] = hub.open(backbone, **where).fetch()

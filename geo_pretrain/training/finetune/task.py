@@ -1,34 +1,27 @@
-"""What a downstream task brings to the fine-tuning loop, and where its network starts.
+"""What a downstream task brings to a fine-tuning run: labels, losses, metrics.
 
-The loop (finetune.py) knows steps, schedules, state and logs; a task knows labels, losses and metrics. Adding a task
-means writing one class with the methods of `FinetuneTask` and naming it in `TASKS`.
+Adding a task means writing one class with the methods of `FinetuneTask`, in one file, and one row in registry.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geo_pretrain.contract import ImageContract
-from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
+from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.distributed import ALONE, World
-from geo_pretrain.training.finetune_recipe import FinetuneRecipe
-from geo_pretrain.training.networks import PretrainedInit
+from geo_pretrain.training.evaluation.metrics import class_iou, mean_iou, pixel_accuracy
 
 T = TypeVar("T")
-
-TASKS = {  # task of a recipe -> "module:class", called with (recipe, start, classes, contract)
-    "segmentation": "geo_pretrain.training.finetune.segmentation:Segmentation",
-    "detection": "geo_pretrain.training.finetune.detection:Detection",
-    "instances": "geo_pretrain.training.finetune.detection:Detection",
-}
 
 
 @dataclass(frozen=True)
@@ -44,48 +37,62 @@ class Evaluation:
         return {"scores": self.scores, "per_class": self.per_class, "details": self.details}
 
 
-class FinetuneTask(Protocol):
-    """A task of one run. `sample` runs in loader processes, everything else in the training process."""
+class FinetuneTask(ABC):
+    """A task of one run. `load` and `sample` run in loader processes, everything else in the training process."""
 
     module: nn.Module  # all that is trained and saved; the loop moves it and calls .train() before a step
     metric: str  # the score that picks the best evaluation and goes into tables: "miou", "box_ap50"
-    contract: ImageContract  # what images are turned into
+    contract: ImageContract | VoxelContract  # what images or points are turned into
 
-    def sample(self, image: LabelledImage, generator: torch.Generator) -> Any:
-        """A training sample with augmentation drawn from `generator` alone. Raises `BadFrame` for one bad image."""
+    def load(self, source: LabelledSource, id: str) -> Any:
+        """What a sample is made of: a labelled image. Raises `BadFrame` when it cannot be used."""
+        return source.load(id)
 
+    @abstractmethod
+    def sample(self, item: Any, generator: torch.Generator) -> Any:
+        """A training sample of what `load` gave, with augmentation drawn from `generator` alone. Raises `BadFrame`."""
+
+    @abstractmethod
     def collate(self, samples: list[Any]) -> dict[str, Any]:
         """A batch; tensors in it, in lists and in dicts too, are moved to the device by the loop."""
 
+    @abstractmethod
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Scalar losses by name; the loop minimizes their sum."""
 
+    @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """[{"params": [...], "factor": 10.0}, ...]: learning rate of the group over that of the schedule."""
 
+    @abstractmethod
     def backbone(self) -> nn.Module:
         """The part of `module` that was transferred, for BatchNorm momentum and digests."""
 
+    @abstractmethod
     def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
         """Measure `module` on these images, each process of `world` on its share; leaves it in evaluation mode.
 
         Every process gets the same result, which does not depend on their number.
         """
 
+    @abstractmethod
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
         """Write a PNG: image, truth, prediction of these images."""
 
-    def quirks(self) -> dict[str, str]:
+    @abstractmethod
+    def protocol_deviations(self) -> dict[str, str]:
         """Name of each accident of the released protocol -> what this run does about it, in words."""
 
 
-def build_finetune_task(
-    recipe: FinetuneRecipe, start: PretrainedInit, classes: Sequence[str], contract: ImageContract
-) -> FinetuneTask:
-    """The task of a recipe: its network with `start`'s weights for these classes (1.. in the labels)."""
-    module, _, name = TASKS[recipe.task].partition(":")
-    task = getattr(importlib.import_module(module), name)(recipe, start, tuple(classes), contract)
-    return cast(FinetuneTask, task)
+def segmentation_evaluation(
+    confusion: np.ndarray, classes: Sequence[str], *, images: int, match_released_code: bool
+) -> Evaluation:
+    """mIoU, accuracy and per-class IoU of a confusion matrix [1 + C, 1 + C], which is kept in the details."""
+    values = class_iou(confusion, match_released_code=match_released_code)
+    iou = {name: None if np.isnan(value) else float(value) for name, value in zip(classes, values, strict=True)}
+    miou = mean_iou(confusion, match_released_code=match_released_code)
+    scores = {"miou": miou, "accuracy": pixel_accuracy(confusion)}
+    return Evaluation(scores, {"iou": iou}, {"confusion": confusion.tolist(), "images": images})
 
 
 def share_of(items: Sequence[T], batch: int, world: World) -> list[list[T]]:

@@ -173,7 +173,7 @@ class _Samples(Dataset[Any]):
         epoch, position = key
         generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, position))
         try:
-            return self.task.sample(self.source.load(self.ids[position]), generator)
+            return self.task.sample(self.task.load(self.source, self.ids[position]), generator)
         except DataError as error:
             return _Unusable(str(error))  # raised in the training process, where the message survives
 

@@ -1,4 +1,4 @@
-"""Detection as a task of fine-tuning: samples, losses against torchvision's own network, AP, quirks, exact resume."""
+"""Detection as a task of fine-tuning: samples, losses against torchvision's network, AP, deviations, exact resume."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from geo_pretrain.training.finetune.detection import (
     coco_detections,
     stride_in_1x1,
 )
+from geo_pretrain.training.finetune.registry import build_finetune_task
 from geo_pretrain.training.finetune.run import finetune
-from geo_pretrain.training.finetune.task import build_finetune_task
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.visualize.results import draw_detections
@@ -152,7 +152,7 @@ def generator(seed=0):
 
 
 def bare(**changes):
-    """A task whose network is never asked: `sample` and `quirks` do without."""
+    """A task whose network is never asked: `sample` and `protocol_deviations` do without."""
     made = recipe(**changes)
     task = object.__new__(Detection)
     task._build = lambda *args, **load: nn.Identity()
@@ -404,11 +404,11 @@ def test_a_start_from_scratch_is_not_frozen_unless_released_so():
     assert frozen_stages(task) == [False] * 5
     assert norms(encoder_of(task.module)) == {nn.BatchNorm2d}
     assert task.thawed
-    assert "trained with BatchNorm from scratch" in task.quirks()["frozen random layers"]
+    assert "trained with BatchNorm from scratch" in task.protocol_deviations()["frozen random layers"]
     exact = bare(match_released_code=True, **frozen)
     assert not exact.thawed
-    assert "stay frozen" in exact.quirks()["frozen random layers"]
-    assert "frozen random layers" not in bare().quirks()
+    assert "stay frozen" in exact.protocol_deviations()["frozen random layers"]
+    assert "frozen random layers" not in bare().protocol_deviations()
 
 
 def test_every_start_begins_with_the_same_new_layers():
@@ -452,7 +452,7 @@ def test_the_network_of_the_coco_protocol():
     host.train()
     losses = task.losses(batch_of(task))
     assert all(torch.isfinite(value) for value in losses.values())
-    assert "SyncBN" in task.quirks()["BatchNorm"]
+    assert "SyncBN" in task.protocol_deviations()["BatchNorm"]
     light = task_of(network={"options": {"box_head": "4conv1fc"}}).module
     assert not norms(light.roi_heads) | norms(light.backbone.fpn)
 
@@ -637,7 +637,7 @@ def test_the_report_says_which_accidents_were_reproduced(name):
     for exact in (False, True):
         made = dataclasses.replace(load_finetune_recipe(name), match_released_code=exact)
         task = Detection(made, _Nowhere("imagenet", 50), CLASSES, ImageContract())
-        said[exact] = task.quirks()
+        said[exact] = task.protocol_deviations()
         assert task.score_threshold == (0.5 if exact else 0.05)
     keys = {"images without objects", "score threshold", "input", "place of the stride", "ImageNet weights", "host"}
     assert set(said[True]) == set(said[False]) == keys
@@ -652,7 +652,7 @@ def test_the_coco_protocol_has_none_of_the_inputs_accidents():
     task = Detection(made, _Nowhere("imagenet", 50), CLASSES, ImageContract())
     assert not task.msra
     assert task.score_threshold == 0.05
-    assert set(task.quirks()) == {"images without objects", "ImageNet weights", "BatchNorm", "host"}
+    assert set(task.protocol_deviations()) == {"images without objects", "ImageNet weights", "BatchNorm", "host"}
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------

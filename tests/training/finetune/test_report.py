@@ -84,7 +84,7 @@ def test_the_page_says_what_the_numbers_are():
     assert "Not run yet" not in text
     assert "differs from" not in text
     more = dataclasses.replace(
-        RESULT, missing=("scratch, 40 %",), changed=("optim.lr 0.01 -> 0.1",), paper=(), quirks={}
+        RESULT, missing=("scratch, 40 %",), changed=("optim.lr 0.01 -> 0.1",), paper=(), protocol_deviations={}
     )
     text = markdown(more)
     assert "Not run yet: scratch, 40 %." in text

@@ -15,8 +15,9 @@ from geo_pretrain.catalog import Arch
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, GeoPretrainError, RecipeError, UnknownName
 from geo_pretrain.training.data.labelled.image import LabelledImage
+from geo_pretrain.training.finetune.registry import build_finetune_task
 from geo_pretrain.training.finetune.segmentation import crop_box, segmentation_loss
-from geo_pretrain.training.finetune.task import build_finetune_task, weights_digest
+from geo_pretrain.training.finetune.task import weights_digest
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.networks import PretrainedInit
 from tests.zoo import role_weights, write_tiny, write_tiny_3d
@@ -322,16 +323,16 @@ def test_absent_classes():
     assert mended.per_class["iou"] == {"ground": 1.0, "red": None, "green": None}
 
 
-def test_quirks_are_told_one_by_one():
+def test_protocol_deviations_are_told_one_by_one():
     crop = "data.augment.crop=[32, 32]"
-    mended = task_for(recipe_for("scannet_unet_r18", crop)).quirks()
-    exact = task_for(recipe_for("scannet_unet_r18", crop, "match_released_code=true")).quirks()
+    mended = task_for(recipe_for("scannet_unet_r18", crop)).protocol_deviations()
+    exact = task_for(recipe_for("scannet_unet_r18", crop, "match_released_code=true")).protocol_deviations()
     assert mended.keys() == exact.keys()
     assert len(mended) == 5
     assert all(text.endswith("(mended)") for text in mended.values())
     assert all(text.endswith("(as published)") for text in exact.values())
     assert exact["size IoU is measured at"].startswith("64x48")
-    chosen = task_for(recipe_for("scannet_unet_r18", "data.resize=nearest")).quirks()
+    chosen = task_for(recipe_for("scannet_unet_r18", "data.resize=nearest")).protocol_deviations()
     assert chosen["image resize"] == "nearest (as published)"
 
 

@@ -15,7 +15,7 @@ from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.labelled.clouds import LabelledCloud, voxels_of
 from geo_pretrain.training.data.samples.sampler import sample_seed
 from geo_pretrain.training.finetune.in_memory import PointsSpec, evaluate_clouds, finetune_clouds
-from geo_pretrain.training.finetune.segmentation3d import segmentation_srunet
+from geo_pretrain.training.networks3d import segmentation_srunet
 from tests.training.painted_clouds import COLORS, ONES, painted, tiny_unet
 
 

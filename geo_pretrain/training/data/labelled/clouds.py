@@ -19,7 +19,7 @@ from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.geometry import centered, transform
 from geo_pretrain.sparse.tensor import SparseTensor
-from geo_pretrain.training.data.frame import resize_frame
+from geo_pretrain.training.data.frame import Frame, resize_frame
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import Subset
 from geo_pretrain.training.data.labelled.rooms import LabelledRooms
@@ -42,19 +42,28 @@ def labelled_clouds(source: LabelledSource, size: tuple[int, int] | None = None)
 
     Raises `RecipeError` for a source whose labelled images have no depth; so far only rooms has it.
     """
+    clouds = [cloud_of(labelled_frame(source, id, size), id) for id in source.ids()]
+    return [cloud for cloud in clouds if len(cloud.points)]
+
+
+def labelled_frame(source: LabelledSource, id: str, size: tuple[int, int] | None = None) -> Frame:
+    """The RGB-D frame of a labelled image, with the classes of `source`; sampled at `size` (None: its own).
+
+    Raises `RecipeError` for a source whose labelled images have no depth.
+    """
     rooms = _rooms_of(source)
-    clouds = []
-    for id in source.ids():
-        scene, _, frame_id = id.partition("/")
-        frame, semantic = rooms.rooms.load(scene, frame_id), source.load(id).semantic
-        if semantic is None:
-            raise DataError(f"{source.name}: image {id} has no labels of pixels; open the source for segmentation.")
-        frame = dataclasses.replace(frame, semantic=semantic.astype(np.int16))  # the classes of this source
-        frame = frame if size is None else resize_frame(frame, size)
-        cloud, labels = frame_cloud(frame), np.asarray(frame.semantic)[frame.depth > 0]
-        if len(cloud):
-            clouds.append(LabelledCloud(id, cloud.points, cloud.colors, labels.astype(np.int64)))
-    return clouds
+    scene, _, frame_id = id.partition("/")
+    frame, semantic = rooms.rooms.load(scene, frame_id), source.load(id).semantic
+    if semantic is None:
+        raise DataError(f"{source.name}: image {id} has no labels of pixels; open the source for segmentation.")
+    frame = dataclasses.replace(frame, semantic=semantic.astype(np.int16))
+    return frame if size is None else resize_frame(frame, size)
+
+
+def cloud_of(frame: Frame, id: str) -> LabelledCloud:
+    """The cloud of a labelled frame: a point for each pixel with a valid depth, row by row."""
+    cloud, labels = frame_cloud(frame), np.asarray(frame.semantic)[frame.depth > 0]
+    return LabelledCloud(id, cloud.points, cloud.colors, labels.astype(np.int64))
 
 
 def voxels_of(

@@ -1,0 +1,94 @@
+"""The sparse U-Net that 3D fine-tuning trains: a backbone with pre-trained or random weights, and a new last layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from geo_pretrain import hub
+from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.contract import VoxelContract
+from geo_pretrain.errors import RecipeError
+from geo_pretrain.loading import load_backbone
+from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size
+from geo_pretrain.training.networks import IMAGENET, SCRATCH
+from geo_pretrain.training.recipe import UNet3DSpec
+
+
+@dataclass(frozen=True)
+class PretrainedInit3D:
+    """Where the 3D backbone of a run comes from: "scratch", a name of the catalog or a checkpoint folder."""
+
+    backbone: str
+    spec: UNet3DSpec = field(default_factory=UNet3DSpec)  # the network for "scratch"; a checkpoint brings its own
+    where: Mapping[str, Any] = field(default_factory=dict)  # load_backbone's hub, revision, cache_dir, ...
+
+    @property
+    def named(self) -> bool:
+        """Whether it is a checkpoint, in the catalog or a folder."""
+        return self.backbone != SCRATCH
+
+    def contract(self) -> VoxelContract:
+        """What the backbone expects of points: for "scratch" their colors in [-0.5, 0.5].
+
+        Raises `RecipeError` for an image network, and for voxels that RGB-D frames cannot be made into.
+        """
+        if not self.named:
+            return VoxelContract(voxel_size=self.spec.voxel_size, channels=("R", "G", "B"), offset=-0.5)
+        if self.backbone == IMAGENET:
+            raise RecipeError(
+                "Backbone 'imagenet' is a ResNet for images, the recipe is for points; accepted: scratch, a 3D "
+                "backbone of the catalog or its folder."
+            )
+        opened = hub.open(self.backbone, **self.where)
+        if opened.arch.modality != "3d":
+            raise RecipeError(
+                f"Backbone {self.backbone!r} is {opened.arch}, a network for images; accepted: a 3D backbone, or "
+                "a 2D recipe."
+            )
+        contract = cast(VoxelContract, opened.contract)
+        cubic_voxel_size(contract)
+        return contract
+
+    def unet(self, seed: int) -> tuple[SRUNet, bool]:
+        """The network, and whether its weights are pre-trained; random ones are drawn by `seed`."""
+        if self.named:
+            self.contract()  # a wrong kind is named before anything is fetched
+            return cast(SRUNet, load_backbone(self.backbone, **self.where)), True
+        spec = self.spec
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = SRUNet(
+                spec.variant,
+                in_chans=spec.in_chans,
+                out_chans=spec.out_chans,
+                width=spec.width,
+                stem_kernel=spec.stem_kernel,
+            )
+        return network, False
+
+
+def segmentation_srunet(start: SRUNet, classes: int, *, seed: int, transfer: bool = True) -> SRUNet:
+    """A U-Net shaped like `start` whose last layer gives `classes` logits.
+
+    All other weights are those of `start` or, without `transfer`, drawn by `seed`, like the last layer: the same ones
+    whatever is transferred.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = SRUNet(
+            start.variant,
+            in_chans=start.in_chans,
+            out_chans=classes,
+            width=start.width,
+            stem_kernel=start.conv0p1s1.kernel_size,
+            planes=start.planes,
+            layers=start.layers,
+        )
+    if transfer:
+        kept = {key: value for key, value in start.state_dict().items() if not key.startswith("final.")}
+        network.load_state_dict(network.state_dict() | kept)
+    return network
