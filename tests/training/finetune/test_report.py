@@ -296,9 +296,12 @@ def test_the_picture_is_of_the_largest_share_and_its_first_seed_that_are_finishe
         report, "open_labelled", lambda *place, **more: asked.append((place, more)) or Squares("val", 8)
     )
     monkeypatch.setattr(report, "load_file", lambda path: path)
-    monkeypatch.setattr(
-        report, "PretrainedInit", lambda *start: asked.append(start) or SimpleNamespace(contract=lambda: None)
-    )
+
+    def init(recipe, backbone, where):
+        asked.append((backbone, recipe.network.encoder, recipe.network.width, where))
+        return SimpleNamespace(contract=lambda: None)
+
+    monkeypatch.setattr(report, "backbone_init", init)
     monkeypatch.setattr(report, "build_finetune_task", lambda recipe, *_: asked.append(recipe) or Task())
     monkeypatch.setattr(report, "draw_predictions", lambda images, guesses, *_: shown.append((images, guesses)))
     for fraction, seed, chosen in (
