@@ -31,7 +31,7 @@ from geo_pretrain.training.evaluation.metrics import best_class, confusion_matri
 from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, segmentation_evaluation, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks3d import PretrainedInit3D, segmentation_srunet
-from geo_pretrain.training.visualize.grids import draw_segmentations
+from geo_pretrain.training.visualize.results import draw_predictions
 
 
 class CloudSegmentation(FinetuneTask):
@@ -103,8 +103,8 @@ class CloudSegmentation(FinetuneTask):
             x, _ = batch_voxels([voxels_of(cloud, self.contract)], next(self.module.parameters()).device)
             guess = np.zeros(frame.depth.shape, np.int16)
             guess[frame.depth > 0] = best_class(self.module(x).feats.float()).cpu()[inverse].numpy()
-            rows.append((frame, [guess]))
-        draw_segmentations(rows, [self.recipe.network.kind], ("unlabeled", *self.classes), path)
+            rows.append((frame.color, np.asarray(frame.semantic), [guess]))
+        draw_predictions(rows, [self.recipe.network.kind], self.classes, path)
 
     def protocol_deviations(self) -> dict[str, str]:
         """How this differs from the papers' segmentation of scans."""
