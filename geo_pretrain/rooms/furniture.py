@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from geo_pretrain.rooms.materials import Palette
-from geo_pretrain.rooms.scene import Material, Support, Thing, turn
+from geo_pretrain.rooms.scene import Material, Support, Thing, rotation_about
 
 Builder = Callable[[np.random.Generator, Palette], Thing]
 
@@ -20,7 +20,7 @@ Builder = Callable[[np.random.Generator, Palette], Thing]
 def legs(
     thing: Thing, rng: np.random.Generator, size: tuple[float, float, float], thickness: float, material: Material
 ) -> None:
-    """Four legs under the corners of a footprint; size = (width, depth, height)."""
+    """Add four legs under the corners of a footprint; size = (width, depth, height)."""
     width, depth, height = size
     style = rng.integers(3)
     inset = thickness * 0.75
@@ -80,13 +80,13 @@ def sofa(rng: np.random.Generator, palette: Palette, seats: int | None = None) -
     for side in (-1, 1):
         thing.box((side * (width - arm) / 2, 0, foot), (arm, depth, arm_height - foot), cloth)
         if arm > 0.16:
-            roll = turn("x", math.pi / 2)
+            roll = rotation_about("x", math.pi / 2)
             center = arm_height - depth / 2  # a cylinder lying along y with its axis at the arm's top edge
             thing.cylinder((side * (width - arm) / 2, 0, center), arm * 0.99, depth * 0.99, cloth, rotation=roll)
     for index in range(seats):
         x = (index - (seats - 1) / 2) * each
         thing.box((x, 0.09, seat - 0.12), (each - 0.015, depth - 0.2, 0.12), cushion, taper=(0.96, 0.97))
-        lean = turn("x", 0.16)
+        lean = rotation_about("x", 0.16)
         thing.box(
             (x, -depth / 2 + 0.255, seat + 0.01),
             (each - 0.03, 0.13, back - seat - 0.04),
@@ -134,7 +134,9 @@ def _office_chair(rng: np.random.Generator, palette: Palette) -> Thing:
     for k in range(5):
         angle = 2 * math.pi * k / 5 + 0.3
         c, s = math.cos(angle), math.sin(angle)
-        thing.box((0.13 * c, 0.13 * s, 0.06), (0.25, 0.04, 0.03), metal, rotation=turn("z", angle), taper=(0.9, 0.6))
+        thing.box(
+            (0.13 * c, 0.13 * s, 0.06), (0.25, 0.04, 0.03), metal, rotation=rotation_about("z", angle), taper=(0.9, 0.6)
+        )
         thing.ellipsoid((0.25 * c, 0.25 * s, 0.0), (0.06, 0.06, 0.06), metal)
     thing.cylinder((0, 0, 0.07), 0.05, seat - 0.13, metal)
     thing.box((0, 0, seat - 0.07), (width, width, 0.07), cloth, taper=(0.92, 0.92))
@@ -222,7 +224,7 @@ def _fronts(
     material: Material,
     metal: Material,
 ) -> None:
-    """Doors or drawers with handles: a grid of thin boxes on a front whose lower middle is `at`."""
+    """Add doors or drawers with handles: a grid of thin boxes on a front whose lower middle is `at`."""
     x0, y, z0 = at
     width, height = size[0] / columns, size[1] / rows
     knob = rng.random() < 0.5

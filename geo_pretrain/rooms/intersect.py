@@ -1,6 +1,6 @@
 """Which part does each ray meet first? Tile culling and exact ray-solid intersections, without loops over parts.
 
-The image is cut into 8x8 tiles. A part is paired with a tile when its oriented box is not outside the tile's four
+The image is divided into 8x8 tiles. A part is paired with a tile when its oriented box is not outside the tile's four
 side planes; only pairs are intersected, 64 rays at once, and the nearest hit is a scatter-min. Shadow rays start at
 the light and use the same kernels with the tiles' surface points as ends (see `occluded`).
 Every function returns the ray parameter of the first hit, or `MISS`; origins must be outside of the solids.
@@ -70,12 +70,12 @@ def _away_from_zero(x: Tensor) -> Tensor:
 
 
 def _behind(x: Tensor) -> Tensor:
-    """0 where x >= 0, a huge number where x < 0."""
+    """Penalize negative x: 0 where x >= 0, a huge number where x < 0."""
     return x.mul(-_STEEP).clamp_(min=0.0, max=MISS)
 
 
 def hit_box(o: Triple, d: Triple, coef: Tensor) -> Tensor:
-    """First hit of rays with the cube [-1, 1]^3: o components [n, 1], d components [n, R] -> [n, R]."""
+    """Intersect rays with the cube [-1, 1]^3: o components [n, 1], d components [n, R] -> ray parameters [n, R]."""
     enter, leave = _slab(o[0], d[0])
     for axis in (1, 2):
         near, far = _slab(o[axis], d[axis])
@@ -90,7 +90,7 @@ def _slab(o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hit_frustum(o: Triple, d: Triple, coef: Tensor) -> Tensor:
-    """First hit with the box whose sides are |x| <= c0 + c1 z and |y| <= c2 + c3 z; coef [n, 4]."""
+    """Intersect rays with the box of sides |x| <= c0 + c1 z and |y| <= c2 + c3 z; coef [n, 4]."""
     enter, leave = _slab(o[2], d[2])
     for axis in (0, 1):
         offset, slope = coef[:, 2 * axis, None], coef[:, 2 * axis + 1, None]
@@ -105,7 +105,7 @@ def hit_frustum(o: Triple, d: Triple, coef: Tensor) -> Tensor:
 
 
 def hit_quadric(o: Triple, d: Triple, coef: Tensor) -> Tensor:
-    """First hit with x^2 + y^2 <= c0 + c1 z + c2 z^2 inside |z| <= 1: cylinder, cone or ellipsoid."""
+    """Intersect rays with x^2 + y^2 <= c0 + c1 z + c2 z^2 inside |z| <= 1: cylinder, cone or ellipsoid."""
     c0, c1, c2 = coef[:, 0, None], coef[:, 1, None], coef[:, 2, None]
 
     def implicit(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ KERNELS: tuple[Callable[[Triple, Triple, Tensor], Tensor], ...] = (hit_box, hit_
 
 @dataclass(frozen=True)
 class View:
-    """A pinhole camera cut into tiles. Rays are camera directions (x, y, 1), so the ray parameter is the z-depth."""
+    """A pinhole camera with a tiled image. Rays are camera directions (x, y, 1): the ray parameter is the z-depth."""
 
     cam_to_world: Tensor  # [4, 4] float32
     x: Tensor  # [columns, TILE] of each tile column
@@ -143,7 +143,7 @@ class View:
 
     @staticmethod
     def of(cam_to_world: Tensor, k: Tensor, width: int, height: int, shift: tuple[float, float] = (0, 0)) -> View:
-        """`shift` moves every ray inside its pixel, (-0.5, 0.5) px; (0, 0) is the center, at integer (u, v)."""
+        """Make the view of a pose; `shift`, (-0.5, 0.5) px, moves rays from the pixel centers, at integer (u, v)."""
         device = cam_to_world.device
 
         def rays(count: int, focal: Tensor, center: Tensor, offset: float) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,7 @@ class View:
 
 
 def image_from_tiles(tiles: Tensor, width: int, height: int) -> Tensor:
-    """[tiles, 64, ...] -> [height, width, ...]."""
+    """Rearrange tiles [tiles, 64, ...] to an image [height, width, ...]."""
     rest = tiles.shape[2:]
     grid = tiles.reshape(height // TILE, width // TILE, TILE, TILE, *rest)
     return grid.transpose(1, 2).reshape(height, width, *rest)
@@ -173,7 +173,7 @@ def image_from_tiles(tiles: Tensor, width: int, height: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sight:
-    """What a camera pose may see: (tile, part) pairs of each kind, and the camera in every part's unit frame.
+    """The candidates visible from a camera pose: (tile, part) pairs of each kind, and the camera in every part's frame.
 
     It holds for all views that share pose and image, wherever their rays lie inside of the pixels.
     """
@@ -185,7 +185,7 @@ class Sight:
 
     @staticmethod
     def of(geometry: Geometry, view: View) -> Sight:
-        """Cull once for a pose."""
+        """Cull parts once for a pose."""
         seen = _tile_overlap(geometry, view)
         to_unit = geometry.to_unit
         return Sight(
@@ -199,13 +199,13 @@ class Sight:
 
 
 def _apply(vector: Tensor, matrix: Tensor) -> Tensor:
-    """Rows [P, 3] times matrices [P, 3, 3]; written out, since its bits must not depend on a BLAS library."""
+    """Multiply rows [P, 3] by matrices [P, 3, 3]; written out, since the bits must not depend on a BLAS library."""
     x, y, z = (vector[:, i, None] * matrix[:, i] for i in range(3))
     return x + y + z
 
 
 def first_hit(sight: Sight, view: View) -> tuple[Tensor, Tensor]:
-    """Depth [tiles, 64] (z, meters) and part index [tiles, 64] (shell faces follow the parts) of every ray."""
+    """Find depth [tiles, 64] (z, meters) and part index [tiles, 64] (shell faces follow the parts) of every ray."""
     depth, index = shell_hit(sight.geometry, view.cam_to_world[:3, 3], view.directions())
     hits = [_hit_camera(sight, view, *pair, kernel) for pair, kernel in zip(sight.pairs, KERNELS, strict=True)]
     tile, part = (torch.cat([pair[k] for pair in sight.pairs]) for k in (0, 1))
@@ -217,7 +217,7 @@ def first_hit(sight: Sight, view: View) -> tuple[Tensor, Tensor]:
 
 
 def shell_hit(geometry: Geometry, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rays from inside leave the room: parameter [...] and face index [...]; direction [..., 3]."""
+    """Find where rays from inside leave the room: parameter [...] and face index [...]; direction [..., 3]."""
     low = torch.stack([-geometry.room[0] / 2, -geometry.room[1] / 2, torch.zeros_like(geometry.room[2])])
     high = torch.stack([geometry.room[0] / 2, geometry.room[1] / 2, geometry.room[2]])
     d = _away_from_zero(direction)
@@ -229,7 +229,7 @@ def shell_hit(geometry: Geometry, origin: Tensor, direction: Tensor) -> tuple[Te
 
 
 def _tile_overlap(geometry: Geometry, view: View) -> Tensor:
-    """Bool [tiles, P]: the part's oriented box may be seen in the tile (never wrongly False)."""
+    """Test conservatively which parts' oriented boxes may be seen in each tile: bool [tiles, P]."""
     count = geometry.parts
     rotation, origin = view.cam_to_world[:3, :3], view.cam_to_world[:3, 3]
     center = (geometry.center[:count] - origin) @ rotation  # [P, 3] camera frame
@@ -254,7 +254,7 @@ def _pairs(seen: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 def _hit_camera(
     sight: Sight, view: View, tile: Tensor, part: Tensor, kernel: Callable[[Triple, Triple, Tensor], Tensor]
 ) -> Tensor:
-    """Ray parameters [pairs, 64] of the rays of `tile` with `part`."""
+    """Intersect the rays of tiles with parts: ray parameters [pairs, 64]."""
     geometry = sight.geometry
     columns = len(view.x)
     out = torch.empty(len(tile), TILE * TILE, device=tile.device)
@@ -274,7 +274,7 @@ def _split(x: Tensor) -> Triple:
 
 
 def occluded(geometry: Geometry, light: Tensor, points: Tensor, wanted: Tensor) -> Tensor:
-    """Bool [tiles, 64]: a shadow-casting part lies between `light` [3] and `points` [tiles, 64, 3].
+    """Test whether a shadow-casting part lies between `light` [3] and `points` [tiles, 64, 3]: bool [tiles, 64].
 
     Points must be a little off their surfaces. Only `wanted` [tiles, 64] points are answered for; others may be True.
     """
@@ -298,7 +298,7 @@ def occluded(geometry: Geometry, light: Tensor, points: Tensor, wanted: Tensor) 
 
 
 def _light_overlap(geometry: Geometry, light: Tensor, points: Tensor, wanted: Tensor) -> Tensor:
-    """Bool [tiles, P]: the part may cut a segment from `light` to a wanted point of the tile."""
+    """Test conservatively which parts may intersect a segment from `light` to a wanted point: bool [tiles, P]."""
     count = geometry.parts
     weight = wanted.float()[..., None]
     center = (points * weight).sum(1) / weight.sum(1)

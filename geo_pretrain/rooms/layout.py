@@ -1,7 +1,7 @@
 """A furnished room from a seed: shell, doors and windows, furniture by room type, small things, lights.
 
 `make_scene` is the one entry. The order of random draws is part of the data's definition: changing it needs a new
-`GENERATOR` version in `source.py`.
+`GENERATOR` version in `generator.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from geo_pretrain.rooms import furniture as fu
 from geo_pretrain.rooms import objects as ob
 from geo_pretrain.rooms.materials import Palette, linear
 from geo_pretrain.rooms.placing import Room
-from geo_pretrain.rooms.scene import Lights, Scene, Sun, Support, Thing, pack, turn
+from geo_pretrain.rooms.scene import Lights, Scene, Sun, Support, Thing, pack, rotation_about
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def make_scene(name: str, rng: np.random.Generator, difficulty: str) -> Scene:
 
 
 def _structure(room: Room, palette: Palette) -> None:
-    """Baseboards, and at times a column in a corner, a chimney breast or ceiling beams; all of class wall."""
+    """Add baseboards, and at times a column in a corner, a chimney breast or ceiling beams; all of class wall."""
     rng, (w, d, h) = room.rng, room.size
     if rng.random() < 0.6:
         board, high = palette.hard(), rng.uniform(0.06, 0.11)
@@ -92,7 +92,7 @@ def _doors(room: Room, palette: Palette) -> None:
 
 
 def _windows(room: Room, palette: Palette, brightness: float) -> list[Thing]:
-    """Windows on one or two walls, alike within a room, with curtains in half of the rooms."""
+    """Add windows to one or two walls, alike within a room, with curtains in half of the rooms."""
     rng = room.rng
     width, height = rng.uniform(0.8, 1.8), rng.uniform(0.9, 1.4)
     sill = rng.uniform(0.75, 1.0)
@@ -113,7 +113,7 @@ def _windows(room: Room, palette: Palette, brightness: float) -> list[Thing]:
 
 
 def _hang_curtains(room: Room, palette: Palette, window: Thing, width: float, height: float, sill: float) -> None:
-    """One curtain on each side of a window, half over the wall, from above the window to the sill or the floor."""
+    """Hang a curtain on each side of a window, half over the wall, from above it to the sill or the floor."""
     rng = room.rng
     top = min(sill + height + 0.14, float(room.size[2]) - 0.03)
     bottom = 0.04 if rng.random() < 0.6 else sill - 0.2
@@ -125,7 +125,7 @@ def _hang_curtains(room: Room, palette: Palette, window: Thing, width: float, he
 
 
 def _ceiling_lamps(room: Room, palette: Palette) -> list[Thing]:
-    """One lamp in the middle, or two alike along the longer axis."""
+    """Add one ceiling lamp in the middle, or two alike along the longer axis."""
     rng, (w, d, h) = room.rng, room.size
     spots = [(0.0, 0.0)]
     if max(w, d) > 4.6 and rng.random() < 0.6:
@@ -243,7 +243,7 @@ def _maybe_wall(room: Room, palette: Palette, *options: tuple[fu.Builder, float]
 
 
 def _rug(room: Room, palette: Palette, near: Thing, forward: float = 0.3) -> None:
-    """A rug in front of a thing; shifted back into the room, dropped when it would not fit."""
+    """Add a rug in front of a thing, shifted back into the room; none if it does not fit."""
     rug = ob.rug(room.rng, palette)
     rug.place(near.rotation, near.rotation @ np.array([0, forward, 0]) + near.shift * (1, 1, 0))
     corners = np.abs(np.concatenate([part.bound[None] for part in rug.parts])).max(0)
@@ -257,7 +257,7 @@ def _rug(room: Room, palette: Palette, near: Thing, forward: float = 0.3) -> Non
 
 
 def _desk_place(room: Room, palette: Palette) -> None:
-    """A desk at a wall with a chair in front of it and a screen on it."""
+    """Add a desk at a wall with a chair in front of it and a screen on it."""
     rng = room.rng
     desk = room.against_wall(fu.desk(rng, palette), tries=20)
     if desk is None:
@@ -274,11 +274,11 @@ def _desk_place(room: Room, palette: Palette) -> None:
             rng.uniform(-0.2, 0.2), low[1] + 0.2, high[2], float(screen.local_bounds()[1][0]) * 2 + 0.05, 0.3
         )
         spot.z = desk.supports[0].z
-        room.on(desk, spot, screen, turned=lambda: float(rng.normal(0, 0.08)))
+        room.on(desk, spot, screen, random_angle=lambda: float(rng.normal(0, 0.08)))
 
 
 def _tv_place(room: Room, palette: Palette) -> None:
-    """A television on a sideboard, or on the wall."""
+    """Add a television on a sideboard, or on the wall."""
     rng = room.rng
     if rng.random() < 0.3:
         room.against_wall(ob.wall_screen(rng, palette), gap=0.0, z=float(rng.uniform(0.9, 1.2)))
@@ -286,11 +286,11 @@ def _tv_place(room: Room, palette: Palette) -> None:
     board = room.against_wall(_sideboard(rng, palette), front=0.4)
     if board is not None:
         screen = ob.screen(rng, palette, float(rng.uniform(0.85, 1.2)))
-        room.on(board, board.supports[0], screen, turned=lambda: 0.0)
+        room.on(board, board.supports[0], screen, random_angle=lambda: 0.0)
 
 
 def _dining_set(room: Room, palette: Palette, seats: int) -> None:
-    """A table with chairs that are alike, pushed under it by various amounts."""
+    """Add a table with chairs that are alike, pushed under it by various amounts."""
     rng = room.rng
     table = room.in_open(fu.table(rng, palette, low=False), middle=True, tries=25)
     if table is None:
@@ -310,7 +310,7 @@ def _dining_set(room: Room, palette: Palette, seats: int) -> None:
 
 
 def _dress_walls(room: Room, palette: Palette, level: Level) -> None:
-    """Pictures in free wall space, at times a row of equal ones."""
+    """Hang pictures in free wall space, at times a row of equal ones."""
     rng = room.rng
     for _ in range(rng.poisson(2.5 + 1.5 * level.clutter)):
         thing = ob.picture(rng, palette)
@@ -325,7 +325,7 @@ def _dress_walls(room: Room, palette: Palette, level: Level) -> None:
 
 
 def _floor_things(room: Room, palette: Palette, level: Level) -> None:
-    """Plants, floor lamps, bins, boxes, balls, stacks; and a rug if there is none."""
+    """Add plants, floor lamps, bins, boxes, balls, stacks; and a rug if there is none."""
     rng = room.rng
     if rng.random() < 0.35 and not any(thing.label == "rug" for thing in room.things):
         middle = Thing("rug", shift=np.zeros(3))
@@ -343,20 +343,20 @@ def _floor_things(room: Room, palette: Palette, level: Level) -> None:
 
 
 def _fill_supports(room: Room, palette: Palette, level: Level) -> None:
-    """Small things on tables, boards, beds and sofas."""
+    """Put small things on tables, boards, beds and sofas."""
     rng = room.rng
     for owner in list(room.things):
         for support in owner.supports:
             if support.kind == "pillow":
                 if rng.random() < 0.75:
-                    room.on(owner, support, ob.pillow(rng, palette), turned=lambda: float(rng.normal(0, 0.15)))
+                    room.on(owner, support, ob.pillow(rng, palette), random_angle=lambda: float(rng.normal(0, 0.15)))
             elif support.kind == "shelf":
                 _fill_board(room, palette, owner, support, level)
             else:
                 area = support.width * support.depth
                 for _ in range(min(7, rng.poisson(level.clutter * (0.6 + 2.2 * area)))):
                     thing = _small_thing(rng, palette)
-                    room.on(owner, support, thing, turned=lambda: float(rng.normal(0, 0.5)), tries=3)
+                    room.on(owner, support, thing, random_angle=lambda: float(rng.normal(0, 0.5)), tries=3)
 
 
 def _small_thing(rng: np.random.Generator, palette: Palette) -> Thing:
@@ -375,21 +375,21 @@ def _small_thing(rng: np.random.Generator, palette: Palette) -> Thing:
 
 
 def _fill_board(room: Room, palette: Palette, owner: Thing, support: Support, level: Level) -> None:
-    """Books, and a few other things, along a board of a shelf."""
+    """Put books and a few other things along a board of a shelf."""
     rng = room.rng
     if support.headroom > 0.16 and rng.random() < 0.75:
         share = rng.uniform(0.25, 0.95)
         books = ob.book_row(rng, palette, support.width * share - 0.01, support.headroom - 0.01)
-        room.on(owner, support, books, turned=lambda: 0.0, tries=3)
+        room.on(owner, support, books, random_angle=lambda: 0.0, tries=3)
     for _ in range(min(3, rng.poisson(0.6 * level.clutter))):
         thing = ob.vase(rng, palette) if rng.random() < 0.4 else _small_thing(rng, palette)
         if thing.lamps:
             continue
-        room.on(owner, support, thing, turned=lambda: float(rng.uniform(0, 2 * math.pi)), tries=3)
+        room.on(owner, support, thing, random_angle=lambda: float(rng.uniform(0, 2 * math.pi)), tries=3)
 
 
 def _lights(room: Room, windows: list[Thing], ceiling: list[Thing], level: Level) -> Lights:
-    """The strongest lights: ceiling lamps, windows by day, then lit lamps."""
+    """Choose the strongest lights: ceiling lamps, windows by day, then lit lamps."""
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = []
     down = np.array([0.0, 0.0, -1.0])
     for thing in ceiling:
@@ -421,7 +421,7 @@ def _lights(room: Room, windows: list[Thing], ceiling: list[Thing], level: Level
 
 
 def _sun(room: Room, windows: list[Thing], rng: np.random.Generator) -> Sun:
-    """Sunlight through the windows of one wall: low enough to reach the floor inside."""
+    """Add sunlight through the windows of one wall, low enough to reach the floor inside."""
     first = windows[0]
     normal = first.rotation @ np.array([0.0, 1.0, 0.0])
     wall = int(np.argmax([normal @ n for n in np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])]))
@@ -434,7 +434,7 @@ def _sun(room: Room, windows: list[Thing], rng: np.random.Generator) -> Sun:
         half = (high[0] - low[0]) / 2 - 0.1
         middle = window.shift[axis]
         rects.append((middle - half, middle + half, window.shift[2] + 0.05, window.shift[2] + high[2] - 0.05))
-    spread = turn("z", float(rng.uniform(-0.7, 0.7)))
+    spread = rotation_about("z", float(rng.uniform(-0.7, 0.7)))
     direction = spread @ -normal * math.cos(0.6) + np.array([0.0, 0.0, math.sin(rng.uniform(0.4, 0.9))])
     direction /= np.linalg.norm(direction)
     return Sun(

@@ -59,13 +59,13 @@ LOOKS: dict[str, Look] = {
 
 
 def linear(color: Sequence[float]) -> Color:
-    """sRGB to linear RGB (gamma 2.2)."""
+    """Convert sRGB to linear RGB (gamma 2.2)."""
     r, g, b = (float(np.clip(c, 0, 1)) ** 2.2 for c in color)
     return r, g, b
 
 
 class Palette:
-    """The colors of one room and the dealing of materials from them. Draws from `rng` in call order."""
+    """The colors of one room, from which its materials are drawn; uses `rng` in call order."""
 
     def __init__(self, rng: np.random.Generator, difficulty: str) -> None:
         self.rng = rng
@@ -81,7 +81,7 @@ class Palette:
         return colorsys.hsv_to_rgb(hue, saturation, self.rng.uniform(0.35, 0.95))
 
     def color(self, light: bool = False) -> Color:
-        """A palette color (sRGB) with a little jitter; `light` lifts it towards white."""
+        """Draw a palette color (sRGB) with a little jitter; `light` lifts it towards white."""
         color = np.array(self.colors[self.rng.integers(len(self.colors))])
         color = color * self.rng.uniform(0.85, 1.12) + self.rng.normal(0, 0.02, 3)
         if light:
@@ -90,13 +90,13 @@ class Palette:
         return float(r), float(g), float(b)
 
     def _second(self, base: Color) -> Color:
-        """A partner color: another of the palette, or a darker or lighter shade, closer when contrast is low."""
+        """Draw the second color of a pattern: another of the palette or another shade, closer when contrast is low."""
         other = np.array(self.color()) if self.rng.random() < 0.6 else np.array(base) * self.rng.choice([0.55, 1.5])
         mixed = np.array(base) + (np.clip(other, 0, 1) - base) * self.look.contrast
         return float(mixed[0]), float(mixed[1]), float(mixed[2])
 
     def make(self, pattern: str, base: Color, second: Color, *, scale: float, gloss: float = 0.0) -> Material:
-        """A material with this room's gloss and grain; colors are sRGB."""
+        """Make a material with this room's gloss and grain; colors are sRGB."""
         return Material(
             pattern=PATTERN_ID[pattern],
             base=linear(base),

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from geo_pretrain.rooms.materials import Palette
-from geo_pretrain.rooms.scene import Lamp, Material, Support, Thing, turn
+from geo_pretrain.rooms.scene import Lamp, Material, Support, Thing, rotation_about
 
 WARM = (1.0, 0.82, 0.6)
 
@@ -148,18 +148,18 @@ def plant(rng: np.random.Generator, palette: Palette, small: bool = False) -> Th
             angle, out = rng.uniform(0, 2 * math.pi), scale * rng.uniform(0.03, 0.2)
             z = pot + scale * rng.uniform(0.25, 0.62)
             size = scale * rng.uniform(0.16, 0.28)
-            tilt = turn("z", angle) @ turn("y", rng.uniform(-0.6, 0.6))
+            tilt = rotation_about("z", angle) @ rotation_about("y", rng.uniform(-0.6, 0.6))
             at = (out * math.cos(angle), out * math.sin(angle), z)
             thing.ellipsoid(at, (size, size * 0.7, size * rng.uniform(0.25, 0.7)), leaf, rotation=tilt)
     return thing
 
 
 def _blades(thing: Thing, rng: np.random.Generator, leaf: Material, count: int, pot: float, scale: float) -> None:
-    """Thin long ellipsoids that lean outwards from the middle of the pot."""
+    """Add leaves: thin long ellipsoids that lean outwards from the middle of the pot."""
     for k in range(count):
         angle = 2 * math.pi * k / count + rng.uniform(-0.3, 0.3)
         lean, length = rng.uniform(0.1, 0.75), scale * rng.uniform(0.4, 0.65)
-        tilt = turn("z", angle) @ turn("y", lean)
+        tilt = rotation_about("z", angle) @ rotation_about("y", lean)
         middle = tilt @ np.array([0, 0, length / 2])
         at = (middle[0], middle[1], pot + middle[2] - length / 2)
         thing.ellipsoid(at, (0.02 + 0.02 * scale, scale * rng.uniform(0.07, 0.13), length), leaf, rotation=tilt)
@@ -198,7 +198,7 @@ def pillow(rng: np.random.Generator, palette: Palette) -> Thing:
         return thing
     half = height / 2
     thing.box((0, 0, half), (width, depth, half), cloth, taper=(0.72, 0.72))
-    thing.box((0, 0, 0), (width, depth, half), cloth, taper=(0.72, 0.72), rotation=turn("x", math.pi))
+    thing.box((0, 0, 0), (width, depth, half), cloth, taper=(0.72, 0.72), rotation=rotation_about("x", math.pi))
     return thing
 
 
@@ -221,7 +221,7 @@ def book_stack(rng: np.random.Generator, palette: Palette) -> Thing:
     z = 0.0
     for _ in range(int(rng.integers(1, 5))):
         size = (rng.uniform(0.14, 0.22), rng.uniform(0.2, 0.28), rng.uniform(0.015, 0.045))
-        thing.box((0, 0, z), size, palette.hard(), rotation=turn("z", rng.uniform(-0.4, 0.4)))
+        thing.box((0, 0, z), size, palette.hard(), rotation=rotation_about("z", rng.uniform(-0.4, 0.4)))
         z += size[2] + 0.0005
     return thing
 
@@ -260,7 +260,7 @@ def vase(rng: np.random.Generator, palette: Palette) -> Thing:
     if rng.random() < 0.4:
         leaf = palette.leaves()
         for _ in range(3):
-            tilt = turn("z", rng.uniform(0, 6.28)) @ turn("y", rng.uniform(0.05, 0.35))
+            tilt = rotation_about("z", rng.uniform(0, 6.28)) @ rotation_about("y", rng.uniform(0.05, 0.35))
             middle = tilt @ np.array([0, 0, height * 0.5])
             at = (middle[0], middle[1], height * 0.98 + middle[2] - height * 0.5)
             thing.ellipsoid(at, (0.012, 0.03, height), leaf, rotation=tilt)
@@ -287,7 +287,7 @@ def ball(rng: np.random.Generator, palette: Palette, small: bool = False) -> Thi
     """A ball: a toy on a shelf or a seat ball on the floor."""
     thing = Thing("ball")
     diameter = rng.uniform(0.06, 0.14) if small else rng.uniform(0.2, 0.6)
-    tilt = turn("x", rng.uniform(0, 3)) @ turn("y", rng.uniform(0, 3))
+    tilt = rotation_about("x", rng.uniform(0, 3)) @ rotation_about("y", rng.uniform(0, 3))
     thing.ellipsoid((0, 0, 0), (diameter, diameter, diameter), palette.ceramic(), rotation=tilt)
     return thing
 

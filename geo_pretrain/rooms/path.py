@@ -20,13 +20,13 @@ _PROBE = (32, 24)
 
 
 def intrinsics(width: int, height: int) -> np.ndarray:
-    """A Kinect-like pinhole [3, 3]: 58 degrees across, integer pixel centers."""
+    """Intrinsics [3, 3] of a Kinect-like pinhole camera: 58 degrees across, integer pixel centers."""
     focal = 577.87 / 640 * width
     return np.array([[focal, 0.0, (width - 1) / 2], [0.0, focal, (height - 1) / 2], [0.0, 0.0, 1.0]])
 
 
 def look(position: np.ndarray, yaw: float, pitch: float, roll: float = 0.0) -> np.ndarray:
-    """Camera-to-world [4, 4] of a camera at `position` that looks along yaw (from +x towards +y) and pitch (up)."""
+    """Camera-to-world [4, 4] of a camera at `position` looking along yaw (from +x towards +y) and pitch (up)."""
     forward = np.array([math.cos(yaw) * math.cos(pitch), math.sin(yaw) * math.cos(pitch), math.sin(pitch)])
     right = np.array([math.sin(yaw), -math.cos(yaw), 0.0])
     down = np.cross(forward, right)
@@ -38,7 +38,7 @@ def look(position: np.ndarray, yaw: float, pitch: float, roll: float = 0.0) -> n
 
 
 def clearance(scene: Scene, points: np.ndarray) -> np.ndarray:
-    """Distance [N] from points [N, 3] to the nearest part's oriented box or wall, meters."""
+    """Compute the distance (m) of points [N, 3] to the nearest part's oriented box or wall: [N]."""
     parts = len(scene.kind) - 6
     offset = points[:, None] - scene.center[None, :parts]
     local = np.einsum("npi,pij->npj", offset, scene.rotation[:parts])
@@ -62,7 +62,7 @@ class _Walk:
         ).reshape(-1, 3)
 
     def _free_points(self) -> np.ndarray:
-        """Up to 64 points with clearance, best effort in a crammed room."""
+        """Sample up to 64 points with clearance; the best ones in a crammed room."""
         half = self.scene.size / 2 - 0.3
         points = self.rng.uniform(
             [-half[0], -half[1], 1.2], [half[0], half[1], min(1.8, self.scene.size[2] - 0.6)], (512, 3)
@@ -91,7 +91,7 @@ class _Walk:
             self.target = far[rng.integers(len(far))]
 
     def step(self) -> np.ndarray:
-        """The next camera-to-world pose."""
+        """Advance to the next camera-to-world pose."""
         if self.left == 0:
             self._new_leg()
         self.left -= 1
@@ -125,7 +125,7 @@ class _Walk:
             self.left = 0  # what it walked towards was not worth seeing
 
     def _fault(self, pose: np.ndarray) -> float:
-        """How bad a view is: 0 when nothing is near and no single part fills the image."""
+        """Score a view: 0 when nothing is near and no single part fills the image, larger is worse."""
         width, height = _PROBE
         depth, part = self.renderer.depth(pose, intrinsics(width, height), width, height)
         near = float((depth < _NEAR).float().mean())
@@ -140,6 +140,6 @@ def _wrap(angle: float) -> float:
 
 
 def camera_path(renderer: Renderer, rng: np.random.Generator, frames: int) -> np.ndarray:
-    """Camera-to-world poses [frames, 4, 4]. `renderer` must be on CPU, so that every machine walks the same way."""
+    """Draw a camera path: camera-to-world poses [frames, 4, 4], the same on every machine if `renderer` is on CPU."""
     walk = _Walk(renderer, rng)
     return np.stack([walk.step() for _ in range(frames)])

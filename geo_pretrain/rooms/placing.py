@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from geo_pretrain.rooms.scene import Material, Part, Support, Thing, turn
+from geo_pretrain.rooms.scene import Material, Part, Support, Thing, rotation_about
 
 # Turn about z that makes a thing's front look into the room, for walls x-, x+, y-, y+.
 WALL_TURNS = (-math.pi / 2, math.pi / 2, 0.0, math.pi)
@@ -29,11 +29,11 @@ class Boxes:
         self.half = np.array([p.bound for p in parts]).reshape(-1, 3)
 
     def reach(self) -> np.ndarray:
-        """Half sizes [N, 3] of the upright boxes around each."""
+        """Half sizes [N, 3] of the axis-aligned boxes around each."""
         return np.asarray((np.abs(self.axes) * self.half[:, None, :]).sum(-1))
 
     def overlaps(self, other: Boxes, slack: float = _TOUCH) -> np.ndarray:
-        """Bool [N, M], True when two boxes overlap by more than `slack` along every separating axis."""
+        """Test which boxes overlap by more than `slack` along every separating axis: bool [N, M]."""
         hit = np.zeros((len(self.center), len(other.center)), dtype=bool)
         if hit.size == 0:
             return hit
@@ -48,7 +48,7 @@ class Boxes:
 def _cross_section(
     gap: np.ndarray, axes: np.ndarray, half: np.ndarray, other_axes: np.ndarray, other_half: np.ndarray
 ) -> np.ndarray:
-    """Least overlap [K] of pairs of boxes over the 15 separating axes; negative when they are apart."""
+    """Compute the least overlap [K] of pairs of boxes over the 15 separating axes; negative when they are apart."""
     mine, theirs = axes.swapaxes(-1, -2), other_axes.swapaxes(-1, -2)
     a, b = np.repeat(mine, 3, axis=1), np.tile(theirs, (1, 3, 1))
     edges = a[..., [1, 2, 0]] * b[..., [2, 0, 1]] - a[..., [2, 0, 1]] * b[..., [1, 2, 0]]
@@ -72,7 +72,7 @@ class Room:
         self._zone_boxes = Boxes([])
 
     def fits(self, thing: Thing, *, ignore_zones: bool = False) -> bool:
-        """Inside the room, off everything placed and out of the zones that must stay free."""
+        """Test whether a thing is inside the room, off everything placed and out of the zones that must stay free."""
         boxes = Boxes(thing.parts)
         reach = boxes.reach()
         low, high = (boxes.center - reach).min(0) + 1e-6, (boxes.center + reach).max(0) - 1e-6
@@ -118,8 +118,8 @@ class Room:
     def wall_spot(
         self, thing: Thing, wall: int, along: float, gap: float, z: float = 0.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rotation and shift that put the thing's back `gap` from a wall, its middle at `along` on the wall."""
-        rotation = turn("z", WALL_TURNS[wall])
+        """Compute rotation and shift that put a thing's back `gap` from a wall, its middle at `along` on the wall."""
+        rotation = rotation_about("z", WALL_TURNS[wall])
         normal, tangent = rotation @ np.array([0.0, 1.0, 0.0]), rotation @ np.array([1.0, 0.0, 0.0])
         reach = self.size[0] / 2 if wall < 2 else self.size[1] / 2
         low, _ = thing.local_bounds()
@@ -170,7 +170,7 @@ class Room:
             else:
                 x, y = self.rng.uniform(-0.5, 0.5, 2) * self.size[:2]
                 angle = float(self.rng.uniform(0, 2 * math.pi))
-            placed = self.try_at(thing, turn("z", angle), np.array([x, y, z]), front=front)
+            placed = self.try_at(thing, rotation_about("z", angle), np.array([x, y, z]), front=front)
             if placed:
                 return placed
         return None
@@ -184,29 +184,29 @@ class Room:
         return self.try_at(thing, other.rotation, other.rotation @ local + other.shift * (1, 1, 0))
 
     def facing(self, thing: Thing, other: Thing, at: tuple[float, float], jitter: float = 0.0) -> Thing | None:
-        """Put a thing at a point of another's frame, its front towards the other's middle (turned to an axis)."""
+        """Put a thing at a point of another's frame, its front towards the other's middle (rotated to an axis)."""
         x, y = at
         angle = 0.0 if y < 0 else math.pi
         if abs(x) > abs(y):
             angle = math.pi / 2 if x > 0 else -math.pi / 2
-        rotation = other.rotation @ turn("z", angle + float(self.rng.normal(0, jitter)))
+        rotation = other.rotation @ rotation_about("z", angle + float(self.rng.normal(0, jitter)))
         return self.try_at(thing, rotation, other.rotation @ np.array([x, y, 0.0]) + other.shift * (1, 1, 0))
 
     def on(
-        self, owner: Thing, support: Support, thing: Thing, *, turned: Callable[[], float], tries: int = 5
+        self, owner: Thing, support: Support, thing: Thing, *, random_angle: Callable[[], float], tries: int = 5
     ) -> Thing | None:
         """Stand a small thing on a support of a placed owner, anywhere that is free."""
         low, high = thing.local_bounds()
         if high[2] - low[2] > support.headroom:
             return None
         for _ in range(tries):
-            angle = turned()
+            angle = random_angle()
             c, s = abs(math.cos(angle)), abs(math.sin(angle))
             wide, deep = (high - low)[0] * c + (high - low)[1] * s, (high - low)[0] * s + (high - low)[1] * c
             room_x, room_y = (support.width - wide) / 2, (support.depth - deep) / 2
             if room_x < 0 or room_y < 0:
                 continue
-            spin = turn("z", angle)
+            spin = rotation_about("z", angle)
             middle = spin @ ((low + high) / 2 * (1, 1, 0))
             local = np.array(
                 [

@@ -36,7 +36,7 @@ from geo_pretrain.rooms.scene import (
 )
 from geo_pretrain.rooms.textures import Surface, albedo
 
-_OFFSETS = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))  # a turned square: rays of a pixel
+_OFFSETS = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))  # a rotated square: rays of a pixel
 
 
 TILE_RAYS = TILE * TILE
@@ -93,7 +93,7 @@ class Renderer:
         self.shell_normals = axes.to(self.device)
 
     def depth(self, cam_to_world: np.ndarray, k: np.ndarray, width: int, height: int) -> tuple[Tensor, Tensor]:
-        """Depth [H, W] and part index [H, W] only; sizes are multiples of 8."""
+        """Render only depth [H, W] and part index [H, W]; sizes are multiples of 8."""
         view = self._view(cam_to_world, k, width, height)
         sight = Sight.of(self.geometry, view)
         depth, part = first_hit(sight, view)
@@ -101,7 +101,7 @@ class Renderer:
 
     @torch.no_grad()
     def render(self, cam_to_world: np.ndarray, k: np.ndarray, width: int, height: int, samples: int = 1) -> Rendering:
-        """One frame; `samples` is 1 or 4 rays per pixel for color (depth and ids always take the center)."""
+        """Render one frame; `samples` is 1 or 4 rays per pixel for color (depth and ids always take the center)."""
         view = self._view(cam_to_world, k, width, height)
         sight = Sight.of(self.geometry, view)
         depth, part = first_hit(sight, view)
@@ -133,7 +133,7 @@ class Renderer:
         return View.of(pose, torch.as_tensor(k, dtype=torch.float64, device=self.device), width, height, shift)
 
     def _smooth_edges(self, sight: Sight, views: list[View], part: Tensor, radiance: Tensor, focal: float) -> Tensor:
-        """Average rays through four places of each pixel; only those that meet another part are shaded anew.
+        """Average rays through four points of each pixel; only those that meet another part are shaded again.
 
         Textures are already filtered by their footprint, so inside of a part one color a pixel is enough.
         """
@@ -160,7 +160,7 @@ class Renderer:
         return smooth
 
     def _surface(self, view: View, rays: Tensor, z: Tensor, part: Tensor, focal: float) -> tuple[Hits, Tensor]:
-        """Points, normals and surface coordinates where rays [N, 3] meet parts [N]; also the view cosine [N]."""
+        """Compute points, normals and surface coordinates where rays [N, 3] meet parts [N]; and view cosines [N]."""
         point = view.cam_to_world[:3, 3] + rays * z[:, None]
         hits = self.hits_at(point, part, torch.ones_like(z))
         cosine = -dot(rays, hits.normal) / dot(rays, rays).sqrt()
@@ -168,7 +168,7 @@ class Renderer:
         return Hits(hits.part, point, hits.local, hits.normal, _with_footprint(hits.surface, footprint)), cosine
 
     def hits_at(self, point: Tensor, part: Tensor, footprint: Tensor) -> Hits:
-        """Normals and texture coordinates of surface points [N, 3] of known parts [N]."""
+        """Compute normals and texture coordinates of surface points [N, 3] of known parts [N]."""
         rotation = self.geometry.rotation[part]
         half = self.geometry.half[part]
         coef = self.geometry.coef[part]
@@ -186,7 +186,7 @@ class Renderer:
         return Hits(part, point, local, normal, surface)
 
     def _shade(self, hits: Hits, view: View) -> Tensor:
-        """Radiance [N, 3] towards the camera."""
+        """Compute the radiance [N, 3] towards the camera."""
         color = albedo(hits.surface)
         material = hits.surface.material
         eye = view.cam_to_world[:3, 3] - hits.point
@@ -215,7 +215,7 @@ class Renderer:
         return self._mirror(hits, eye, radiance)
 
     def _ambient(self, hits: Hits) -> Tensor:
-        """Light without direction [N, 3], darker in the room's edges and on undersides."""
+        """Compute ambient light [N, 3], darker in the room's edges and on undersides."""
         room = self.geometry.room
         near = torch.stack([room[0] / 2 - hits.point[:, 0].abs(), room[1] / 2 - hits.point[:, 1].abs()], 1)
         height = torch.stack([hits.point[:, 2], room[2] - hits.point[:, 2]], 1)
@@ -228,7 +228,7 @@ class Renderer:
         return self.ambient * (shade * up)[:, None]
 
     def _sources(self, hits: Hits) -> list[tuple[Tensor, Tensor]]:
-        """Each light's position [3] and its strength at the points [N, 3], before cosine and shadow."""
+        """Position [3] of each light and its strength at the points [N, 3], before cosine and shadow."""
         lights, sun = self.scene.lights, self.scene.sun
         sources = []
         for position, color, normal, facing in zip(
@@ -249,7 +249,7 @@ class Renderer:
         return sources
 
     def _sunlit(self, point: Tensor, sun: Tensor, wall: int) -> Tensor:
-        """1 where the line to the sun leaves the room through a window pane, else 0."""
+        """Test whether the line to the sun leaves the room through a window pane: 1 or 0."""
         axis = 0 if wall < 2 else 1
         plane = self.geometry.room[axis] / 2 * (-1 if wall % 2 == 0 else 1)
         towards = sun - point
@@ -289,7 +289,7 @@ def _with_footprint(surface: Surface, footprint: Tensor) -> Surface:
 
 
 def _normals(unit: Tensor, half: Tensor, coef: Tensor, kind: Tensor, sphere: Tensor) -> Tensor:
-    """Outward unit normals [N, 3] in the part's frame, from the unit-frame position on the surface."""
+    """Compute outward unit normals [N, 3] in the part's frame from positions on the unit solid."""
     x, y, z = unit.unbind(1)
     quadric = kind == QUADRIC
     # Signed excess over each bounding surface; the largest is the face that the point lies on.
@@ -315,7 +315,7 @@ def _normals(unit: Tensor, half: Tensor, coef: Tensor, kind: Tensor, sphere: Ten
 def _face_coordinates(
     local: Tensor, normal: Tensor, half: Tensor, quadric: Tensor, sphere: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Coordinates [N, 2] along the face in meters and the face's half extent [N, 2]; round sides unroll."""
+    """Compute coordinates [N, 2] along the face (m) and the face's half extent [N, 2]; round sides are unrolled."""
     axis = normal.abs().argmax(1)
     first = torch.where(axis == 0, 1, 0)
     second = torch.where(axis == 2, 1, 2)

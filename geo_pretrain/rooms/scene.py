@@ -1,6 +1,6 @@
 """What a room is made of: materials, convex parts, things built from parts, and the packed scene that is ray cast.
 
-A part is one convex solid in a unit frame, stretched by half sizes (meters), turned and moved: a box, a box whose top
+A part is one convex solid in a unit frame, stretched by half sizes (meters), rotated and moved: a box, a box whose top
 is scaled (frustum), or a quadric (cylinder, cone, ellipsoid). Everything visible is a part or one of the six shell
 faces (floor, ceiling, four walls) of the room's inside box. World frame: meters, z up, floor at z = 0, room centered.
 """
@@ -112,12 +112,12 @@ class Part:
         return (1.0, 0.0, -1.0, 0.0) if self.sphere else (mx * mx, 2 * mx * nx, nx * nx, 0.0)
 
     def moved(self, rotation: np.ndarray, shift: np.ndarray) -> Part:
-        """This part after x -> rotation x + shift."""
+        """Return this part moved by x -> rotation x + shift."""
         return replace(self, center=rotation @ self.center + shift, rotation=rotation @ self.rotation)
 
 
-def turn(axis: str, angle: float) -> np.ndarray:
-    """Rotation matrix [3, 3] about x, y or z by `angle` radians (right-handed)."""
+def rotation_about(axis: str, angle: float) -> np.ndarray:
+    """Rotation matrix [3, 3] about the axis x, y or z by `angle` radians (right-handed)."""
     c, s = math.cos(angle), math.sin(angle)
     i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
     matrix = np.eye(3)
@@ -227,7 +227,7 @@ class OrientedBox:
 
     center: np.ndarray  # [3]
     size: np.ndarray  # [3], full
-    rotation: np.ndarray  # [3, 3], columns are the box axes; a turn about z
+    rotation: np.ndarray  # [3, 3], columns are the box axes; a rotation about z
     semantic: int
     instance: int
 
@@ -323,7 +323,7 @@ def pack(
 
 
 def oriented_box(thing: Thing, instance: int) -> OrientedBox:
-    """The box of a placed thing in its own axes (its turn about z)."""
+    """Compute the box of a placed thing along its own axes (rotated about z)."""
     low, high = thing.local_bounds()
     center = thing.rotation @ ((low + high) / 2) + thing.shift
     return OrientedBox(center, high - low, thing.rotation.copy(), CLASS_ID[thing.label], instance)

@@ -25,7 +25,7 @@ SENSORS: dict[str, Sensor] = {
 
 
 def develop(radiance: np.ndarray, sensor: Sensor, rng: np.random.Generator) -> np.ndarray:
-    """Linear radiance [H, W, 3] to uint8 sRGB-like: auto exposure, soft shoulder, gamma, balance and noise."""
+    """Convert linear radiance [H, W, 3] to uint8 sRGB: auto exposure, soft shoulder, gamma, white balance and noise."""
     height, width = radiance.shape[:2]
     mean = float(radiance.mean()) + 1e-4
     # Not full compensation: dark rooms stay darker than bright ones.
@@ -46,7 +46,7 @@ def develop(radiance: np.ndarray, sensor: Sensor, rng: np.random.Generator) -> n
 def disturb_depth(
     depth: np.ndarray, slant: np.ndarray, gloss: np.ndarray, fx: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """A structured-light depth image: axial and lateral noise, disparity steps, holes; 0 where nothing is measured.
+    """Simulate a structured-light depth image: axial and lateral noise, disparity steps, holes (0).
 
     Axial noise and its growth with depth and slant after Nguyen, Izadi & Lovell, "Modeling Kinect Sensor Noise"
     (3DIMPVT 2012); holes at shadows of edges, grazing angles and glossy surfaces. depth, slant, gloss: [H, W].
@@ -76,7 +76,7 @@ def disturb_depth(
 
 
 def _blobs(height: int, width: int, cell: float, rng: np.random.Generator) -> np.ndarray:
-    """Smooth random values in [0, 1], [H, W], whose bumps are about `cell` pixels wide."""
+    """Draw smooth random values [H, W] in [0, 1] whose bumps are about `cell` pixels wide."""
     rows, columns = (np.arange(count) / max(cell, 2.0) for count in (height, width))
     grid = rng.random((int(rows[-1]) + 2, int(columns[-1]) + 2))
     r, c = rows.astype(np.int64), columns.astype(np.int64)

@@ -52,14 +52,14 @@ class _Raw:
 
 
 def scene_mesh(scene: Scene, edge: float = 0.25) -> Mesh:
-    """Triangulate every part and the room's shell; flat faces are cut so that no side is longer than `edge` meters."""
+    """Triangulate every part and the room's shell; flat faces are divided into sides of at most `edge` meters."""
     raw = _triangulate(scene, edge)
     inner, part = _shrink_to_face(raw)
     return Mesh(raw.vertices.astype(np.float32), *_attributes(scene, inner, part), raw.faces)
 
 
 def scene_points(scene: Scene, rng: np.random.Generator, density: float = 400.0) -> SurfacePoints:
-    """Draw points evenly over the visible surfaces, about `density` to the square meter."""
+    """Sample points uniformly on the visible surfaces, about `density` per square meter."""
     raw = _triangulate(scene, 1.0)
     corners = raw.vertices[raw.faces]
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
@@ -95,7 +95,7 @@ def snap(scene: Scene, points: np.ndarray, part: np.ndarray) -> np.ndarray:
 
 
 def depth_inside(scene: Scene, points: np.ndarray, part: int) -> np.ndarray:
-    """How deep points [N, 3] lie inside one part, meters (a lower bound for round parts); negative outside."""
+    """Compute how deep (m) points [N, 3] lie inside one part (a lower bound for round parts); negative outside."""
     unit = _unit(scene, points, np.full(len(points), part))
     half, coef = scene.half[part], scene.coef[part]
     x, y, z = unit.T
@@ -111,7 +111,7 @@ def depth_inside(scene: Scene, points: np.ndarray, part: int) -> np.ndarray:
 
 
 def hidden(scene: Scene, points: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Bool [N]: the point of `part` [N] lies inside another part, on the shell behind a part, or outside the room."""
+    """Test whether a point of `part` [N] lies inside another part, on the shell behind a part, or outside the room."""
     room = scene.size / 2
     outside = (
         (np.abs(points[:, :2]) > room[:2] - 1e-4).any(1) | (points[:, 2] < 1e-4) | (points[:, 2] > scene.size[2] - 1e-4)
@@ -140,7 +140,7 @@ def _unit(scene: Scene, points: np.ndarray, part: np.ndarray) -> np.ndarray:
 def _attributes(
     scene: Scene, points: np.ndarray, part: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Normals, colors, semantic and instance ids of surface points."""
+    """Compute normals, colors, semantic and instance ids of surface points."""
     renderer = Renderer(scene)
     normals, colors = [], []
     for start in range(0, len(points), 1 << 16):
@@ -158,7 +158,7 @@ def _attributes(
 
 
 def _shrink_to_face(raw: _Raw) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices drawn a hair towards the middle of their faces, so that each takes its own face's normal and color."""
+    """Move vertices slightly towards the middle of their faces, so that each gets its own face's normal and color."""
     total, count = np.zeros_like(raw.vertices), np.zeros((len(raw.vertices), 1))
     middle = raw.vertices[raw.faces].mean(1)
     for corner in range(3):
@@ -192,7 +192,7 @@ def _drop_slivers(raw: _Raw) -> _Raw:
 
 
 def _patches(scene: Scene, part: int, edge: float) -> list[tuple[np.ndarray, bool]]:
-    """Grids [rows, columns, 3] of unit-frame points that cover a part, each with whether to flip its triangles."""
+    """Cover a part by grids [rows, columns, 3] of unit-frame points, each with whether to flip its triangles."""
     if scene.kind[part] == QUADRIC:
         return _round_patches(scene, part, edge)
     if scene.kind[part] == SHELL:

@@ -25,7 +25,7 @@ _VOLUME = 32  # side of the periodic noise volume
 
 @dataclass(frozen=True)
 class Surface:
-    """Points [N] of surfaces whose color is wanted."""
+    """Points [N] on surfaces, with all that their color depends on."""
 
     point: Tensor  # [N, 3] m in the part's frame
     uv: Tensor  # [N, 2] m along the face
@@ -35,7 +35,7 @@ class Surface:
     material: Tensor  # [N, M_COLUMNS]
 
     def pick(self, index: Tensor) -> Surface:
-        """The points of `index`."""
+        """Select the points of `index`."""
         return Surface(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
     @property
@@ -51,7 +51,7 @@ class Surface:
 
 @lru_cache(maxsize=4)
 def _tables(device: str) -> tuple[Tensor, Tensor]:
-    """Random table [TABLE, 3] in [0, 1] and noise volume [1, 2, 33, 33, 33] with mean 0.5, always the same."""
+    """The constant random table [TABLE, 3] in [0, 1] and noise volume [1, 2, 33, 33, 33] with mean 0.5."""
     rng = np.random.default_rng(20240607)
     table = torch.from_numpy(rng.random((TABLE, 3), dtype=np.float32))
     volume = rng.random((2, _VOLUME, _VOLUME, _VOLUME), dtype=np.float32)
@@ -60,21 +60,21 @@ def _tables(device: str) -> tuple[Tensor, Tensor]:
 
 
 def random_of(a: Tensor, b: Tensor, seed: Tensor, salt: int = 0) -> Tensor:
-    """Three random numbers in [0, 1] for each integer cell (a, b) of a seed: [N, 3]."""
+    """Hash integer cells (a, b) and a seed to three random numbers in [0, 1]: [N, 3]."""
     table, _ = _tables(str(a.device))
     mixed = a.long() * 1619 + b.long() * 3137 + seed * 797 + salt * 101
     return table[(mixed ^ (mixed >> 5)) & (TABLE - 1)]
 
 
 def noise(point: Tensor, channel: int = 0) -> Tensor:
-    """Smooth random values in [0, 1] with period 32 and lattice 1: point [N, 3] -> [N]."""
+    """Evaluate smooth noise in [0, 1] with period 32 and lattice 1: point [N, 3] -> [N]."""
     _, volume = _tables(str(point.device))
     unit = torch.remainder(point, _VOLUME) * (2 / _VOLUME) - 1
     return F.grid_sample(volume, unit.view(1, 1, 1, -1, 3), align_corners=True)[0, channel, 0, 0]
 
 
 def fbm(point: Tensor, width: Tensor) -> Tensor:
-    """Three octaves of noise, each faded where `width` (pixel size in lattice units, [N]) is too coarse for it."""
+    """Sum three octaves of noise, each faded where `width` (pixel size in lattice units, [N]) is too coarse."""
     total = torch.full_like(width, 0.5)
     for octave, weight in enumerate((0.55, 0.3, 0.2)):
         frequency = 2.0**octave
@@ -84,7 +84,7 @@ def fbm(point: Tensor, width: Tensor) -> Tensor:
 
 
 def bands(x: Tensor, width: Tensor, share: float = 0.5) -> Tensor:
-    """Soft-edged square wave of period 1, 1 for `share` of it; `width` is a pixel in periods. [N] -> [N]."""
+    """Evaluate a soft square wave of period 1, 1 for `share` of it; `width` is a pixel in periods. [N] -> [N]."""
     distance = ((x - torch.floor(x)) - 0.5).abs()  # 0 in the middle of the band
     soft = width.clamp(min=0.02)
     wave = ((share / 2 - distance) / soft + 0.5).clamp(0, 1)
@@ -93,7 +93,7 @@ def bands(x: Tensor, width: Tensor, share: float = 0.5) -> Tensor:
 
 
 def albedo(surface: Surface) -> Tensor:
-    """Linear RGB [N, 3] in [0, 1] of the points."""
+    """Compute the linear RGB color [N, 3] in [0, 1] of the points."""
     kinds = surface.material[:, M_KIND].long()
     base = surface.material[:, M_BASE : M_BASE + 3]
     color = base.clone()
@@ -111,7 +111,7 @@ def albedo(surface: Surface) -> Tensor:
 
 
 def _mix(surface: Surface, weight: Tensor) -> Tensor:
-    """Second color where `weight` [N] is 1, base color where it is 0."""
+    """Interpolate from the base color (`weight` [N] 0) to the second color (1)."""
     base = surface.material[:, M_BASE : M_BASE + 3]
     second = surface.material[:, M_SECOND : M_SECOND + 3]
     return base + (second - base) * weight[:, None]
@@ -160,7 +160,7 @@ def _marble(s: Surface) -> Tensor:
 
 
 def _wood(s: Surface) -> Tensor:
-    """Long fibres along the part's longest axis."""
+    """Wood: long fibers along the part's longest axis."""
     return _mix(s, _grain(s.point, s.longest, s.seed, s.scale, s.footprint))
 
 
@@ -239,7 +239,7 @@ def _unit(s: Surface) -> tuple[Tensor, Tensor]:
 
 
 def _tone(s: Surface, which: int) -> Tensor:
-    """A color of the picture's own small palette, [N, 3]."""
+    """The n-th color of the picture's own small palette, [N, 3]."""
     number = torch.full_like(s.seed, which)
     return 0.04 + 0.8 * random_of(number, s.seed, s.seed, 5) ** 1.6
 

@@ -228,7 +228,7 @@ class Pretraining(TrainingTask):
         self.task = self.module = build_task(recipe, starts)
         self.unit, self.views = self.task.unit, self.task.views
         self.dataset = self.task.dataset(source, pairs)
-        self.samples = len(self.dataset)  # type: ignore[arg-type]
+        self.samples = len(self.dataset)
         optim = recipe.optim
         self.budget = Budget(
             steps=total_steps(self.samples, optim.batch, optim.epochs, optim.steps),
@@ -289,8 +289,7 @@ class Pretraining(TrainingTask):
 
     def own_data(self) -> dict[str, Any]:
         """Facts, a fingerprint among them, of data that samples take from elsewhere than the source; often {}."""
-        own: Callable[[], dict[str, Any]] = getattr(self.dataset, "own_data", dict)
-        return own()
+        return self.dataset.own_data()
 
     def provenance(self, progress: Progress) -> dict[str, Any]:
         """What a checkpoint says about the run that made it."""

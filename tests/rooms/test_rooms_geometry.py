@@ -12,7 +12,7 @@ from geo_pretrain.rooms.intersect import MISS, Geometry, hit_box, hit_frustum, h
 from geo_pretrain.rooms.layout import make_scene
 from geo_pretrain.rooms.path import camera_path, intrinsics, look
 from geo_pretrain.rooms.render import Renderer
-from geo_pretrain.rooms.scene import CLASSES, Lights, Material, Scene, Thing, pack, turn
+from geo_pretrain.rooms.scene import CLASSES, Lights, Material, Scene, Thing, pack, rotation_about
 from geo_pretrain.rooms.surface import depth_inside, scene_mesh, scene_points
 
 WIDTH, HEIGHT = 96, 64
@@ -222,7 +222,7 @@ def test_points_lie_on_what_the_camera_sees(scene: Scene, renderer: Renderer, po
 def test_mesh_has_the_area_of_its_solids() -> None:
     thing = Thing("ball")
     thing.ellipsoid((0, 0, 1), (1, 1, 1), Material())
-    thing.box((2, 0, 0.5), (1, 2, 0.5), Material(), rotation=turn("z", 0.3))
+    thing.box((2, 0, 0.5), (1, 2, 0.5), Material(), rotation=rotation_about("z", 0.3))
     thing.cylinder((-2, 0, 0.5), 1.0, 1.0, Material(), top=0.5)
     mesh = scene_mesh(small_scene(thing), 0.5)
     corners = mesh.vertices[mesh.faces].astype(np.float64)

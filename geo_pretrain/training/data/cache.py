@@ -1,4 +1,4 @@
-"""Files that can be made again: written whole or not at all; arrays carry a digest, and damaged ones are made again."""
+"""Cached arrays: written atomically with a digest; missing or damaged files are made again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def cached_arrays(path: Path, make: Callable[[], Arrays], what: str) -> Arrays:
-    """The arrays in a safetensors file; made and written there when the file is missing or damaged.
+    """Read arrays from a safetensors file; make and write them when the file is missing or damaged.
 
     Raises `DataError`, which calls the arrays `what`, where the file cannot be written.
     """
@@ -39,7 +39,7 @@ def cached_arrays(path: Path, make: Callable[[], Arrays], what: str) -> Arrays:
 
 
 def arrays_digest(arrays: Arrays) -> str:
-    """sha256 hex over names, types, shapes and values, whatever the order."""
+    """A sha256 (hex) over names, types, shapes and values, independent of the order."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name}:{array.dtype.str}{array.shape};".encode())

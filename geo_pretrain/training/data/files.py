@@ -17,7 +17,7 @@ _GREY, _PALETTE = 0, 3  # color types of PNG whose pixels are one number
 
 
 def read_color(path: Path) -> np.ndarray:
-    """An 8-bit image file as uint8 [H, W, 3] RGB."""
+    """Read an 8-bit image file: uint8 [H, W, 3] RGB."""
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
@@ -28,7 +28,7 @@ def read_color(path: Path) -> np.ndarray:
 
 
 def read_depth(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """A 16-bit PNG in millimeters as float32 [H, W] meters; 0 and 65535 become 0 (invalid)."""
+    """Read a 16-bit PNG in millimeters: float32 [H, W] meters; 0 and 65535 become 0 (invalid)."""
     try:
         with Image.open(path) as image:
             if image.mode not in ("I;16", "I;16B", "I;16L", "I"):
@@ -48,7 +48,7 @@ def read_depth(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[int] = (8,)) -> np.ndarray:
-    """A PNG of ids as int32 [H, W]; `bits` are the depths the data set may have, `shape` (H, W) the image's size.
+    """Read a PNG of ids: int32 [H, W]. `bits` are the accepted bit depths, `shape` (H, W) is the image's size.
 
     The depth is read from the file's header: Pillow stretches gray images of 1, 2 and 4 bits to 0..255, which would
     turn one class into another.
@@ -77,7 +77,7 @@ def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[i
 
 
 def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:
-    """A text file of numbers as float64 [rows, columns]."""
+    """Read a text file of numbers: float64 [rows, columns]."""
     try:
         values = [float(word) for word in path.read_text(encoding="utf-8").split()]
     except FileNotFoundError:
@@ -90,7 +90,7 @@ def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:
 
 
 def read_pose(path: Path) -> np.ndarray:
-    """A camera-to-world matrix, float64 [4, 4]; lost tracking (NaN, -inf) and non-rigid matrices are bad frames."""
+    """Read a camera-to-world matrix, float64 [4, 4]; lost tracking (NaN, -inf) or no rigid motion is a bad frame."""
     pose = read_matrix(path, 4, 4)
     if not np.isfinite(pose).all():
         raise BadFrame(path, "pose is not finite (tracking was lost)")
@@ -101,7 +101,7 @@ def read_pose(path: Path) -> np.ndarray:
 
 
 def files_fingerprint(root: Path, paths: Iterable[Path]) -> str:
-    """sha256 over relative names, sizes and modification times: cheap, and it changes when a file does."""
+    """A sha256 over relative names, sizes and modification times: cheap; it changes when a file does."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         stat = path.stat()

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from geo_pretrain.backbones.architectures import ARCHITECTURES
 from geo_pretrain.backbones.build import golden_values
@@ -18,7 +17,7 @@ from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.seeding import seeded
 from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
-from geo_pretrain.training.data.samples.sampler import collate
+from geo_pretrain.training.data.samples.sampler import Samples, collate
 from geo_pretrain.training.recipe import Recipe
 
 
@@ -88,7 +87,7 @@ class PretextTask(nn.Module, ABC):
         """Replace random weights by the start weights that the recipe names; by default none."""
 
     @abstractmethod
-    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+    def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Samples indexed by (epoch, pair), each a function of this key and the recipe's seed alone."""
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import CloudPairSamples, Features, PairCloudConfig, collate_clouds
+from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
 from geo_pretrain.training.tasks.voxels import encode, unet_args, voxel_contract
@@ -53,7 +53,7 @@ class CloudPairs(PretextTask):
         self.arch_args = unet_args(self.spec, normalize=True)
         self.backbone = SRUNet(**self.arch_args, bn_momentum=self.spec.bn_momentum)
 
-    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+    def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Pairs of voxelized clouds with their matches."""
         config = self.config
         spec = PairCloudConfig(

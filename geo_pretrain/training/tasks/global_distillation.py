@@ -21,6 +21,7 @@ from geo_pretrain.errors import DataError
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.losses import crd_loss, crd_scores, kl_distillation, l2_distillation, queue_nce
 from geo_pretrain.training.recipe import Recipe
@@ -107,7 +108,7 @@ class GlobalDistillation(TaughtByImages):
         for name in ("constant_student", "constant_teacher"):
             self.register_buffer(name, torch.tensor(-1.0))  # set by the first batch
 
-    def dataset(self, source: Source, pairs: list[Pair]) -> Any:
+    def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Single frames; the memory must have a row for each."""
         if self.config.negatives == "memory" and self.config.loss == "crd" and len(pairs) > (self.config.memory or 0):
             raise DataError(

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.pairs import SetPairSamples, check_labels
-from geo_pretrain.training.data.samples.sampler import sample_seed
+from geo_pretrain.training.data.samples.sampler import Samples, sample_seed
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES
 from geo_pretrain.training.data.surfaces.sets import Kind
 from geo_pretrain.training.initialize import initialize_heads
@@ -69,7 +68,7 @@ class GSC(ImageUNetTask):
         if self.config.depth_proxy:
             initialize_heads(self, self.recipe.network2d().init, prefix="headnet.", required=False)
 
-    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+    def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Pairs of images with the set of every pixel. Raises `DataError` when the labels asked for are not there."""
         if self.config.sets != "segments":
             check_labels(source, pairs, self.config.sets)

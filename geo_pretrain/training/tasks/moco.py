@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.single_images import CropSamples, Mix, list_images
 from geo_pretrain.training.distributed import World, forward_in_groups
 from geo_pretrain.training.initialize import initialize
@@ -100,7 +100,7 @@ class MoCo(PretextTask):
         initialize(self.query.encoder, self.recipe)
         self.key.load_state_dict(self.query.state_dict())
 
-    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+    def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Two crops of each image; see `CropSamples`. Raises `RecipeError` or `DataError` without `task.images`."""
         config = self.config
         return CropSamples(

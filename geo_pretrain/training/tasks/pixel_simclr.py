@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewConfig, collate_views
 from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.losses import nt_xent
@@ -74,7 +74,7 @@ class PixelSimCLR(PretextTask):
         """The start weights that the recipe names, for the encoder and where possible the decoder."""
         initialize_encoder(self.backbone, self.recipe.network2d())
 
-    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+    def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Two views of each image, with matching pixels."""
         return TwoViewSamples(
             source,

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from geo_pretrain.backbones.architectures import Arch
 from geo_pretrain.backbones.feature_pair import FeaturePair, pair_golden
@@ -25,7 +24,7 @@ from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.clouds import ChunkPairSamples, Features, collate_chunks
 from geo_pretrain.training.data.samples.pairs import PairSamples
-from geo_pretrain.training.data.samples.sampler import collate, sample_seed
+from geo_pretrain.training.data.samples.sampler import Samples, collate, sample_seed
 from geo_pretrain.training.initialize import initialize_heads
 from geo_pretrain.training.losses import info_nce
 from geo_pretrain.training.recipe import Recipe
@@ -91,7 +90,7 @@ class Pri3D(ImageUNetTask):
         if self.config.keep_heads:
             initialize_heads(self, self.recipe.network2d().init)
 
-    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+    def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Pairs of images; with the geometric prior also the chunk of surface around each."""
         arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
         if not self.config.geo:

@@ -9,7 +9,6 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from geo_pretrain.backbones.architectures import Arch
 from geo_pretrain.backbones.feature_pair import FeaturePair, pair_golden
@@ -21,6 +20,7 @@ from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, FrameCloudSamples, collate_frame_clouds
+from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
 from geo_pretrain.training.tasks.matching import draw
@@ -90,7 +90,7 @@ class TaughtByImages(PretextTask):
         """Load the teacher, then make the student with random weights."""
         return cls(recipe, config, find_teacher(recipe, config))
 
-    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+    def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Single frames: an image and the voxels of its points."""
         if self.recipe.data.units != "frames":
             raise RecipeError(

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.single_images import TwoColorViews
 from geo_pretrain.training.losses import info_nce
 from geo_pretrain.training.recipe import Recipe
@@ -51,7 +51,7 @@ class Trivial(ImageUNetTask):
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config, depth_proxy=config.depth_proxy)
 
-    def dataset(self, source: Source, pairs: list[Pair]) -> Dataset[dict[str, Any]]:
+    def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Single frames, each augmented twice."""
         arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
         return TwoColorViews(*arguments, blur_taps=self.config.blur_taps)

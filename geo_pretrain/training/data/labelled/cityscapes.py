@@ -16,7 +16,7 @@ SPLITS = ("train", "val")  # the labels of test are not public
 
 
 def open_cityscapes(path: Path, split: str) -> SemanticFolder:
-    """Labelled images of a split; ids such as "aachen_000000_000019"; a scene is a city."""
+    """Open the labelled images of a split; ids such as "aachen_000000_000019"; a scene is a city."""
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     need_folders(path, [f"leftImg8bit/{split}", f"gtFine/{split}"], LAYOUT)

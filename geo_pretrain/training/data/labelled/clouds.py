@@ -29,7 +29,7 @@ from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size, frame_c
 
 @dataclass(frozen=True)
 class LabelledCloud:
-    """The points that one frame sees, with labels."""
+    """The back-projected points of one frame, with labels."""
 
     id: str
     points: np.ndarray  # float32 [N, 3], world, z up, m
@@ -38,7 +38,7 @@ class LabelledCloud:
 
 
 def labelled_clouds(source: LabelledSource, size: tuple[int, int] | None = None) -> list[LabelledCloud]:
-    """Back-project every labelled frame of `source`, its images first sampled at `size` (None: their own).
+    """Back-project every labelled frame of `source`, its images first resized to `size` (None: their own).
 
     Raises `RecipeError` for a source whose labelled images have no depth; so far only rooms has it.
     """
@@ -84,7 +84,7 @@ def voxels_of(
 
 
 def majority_label(labels: Tensor, inverse: Tensor, count: int) -> Tensor:
-    """The most frequent known label (above 0) among the points [N] of each of `count` voxels: int64 [count].
+    """Find the most frequent label above 0 among the points [N] of each of `count` voxels: int64 [count].
 
     Ties go to the smallest label; 0 where no point's label is known. `inverse` [N]: the voxel of each point.
     """
@@ -108,7 +108,7 @@ def batch_voxels(
 
 
 def _rooms_of(source: LabelledSource) -> LabelledRooms:
-    """The rooms behind a source, whose frames have depth."""
+    """Return the rooms that a source is, or is a subset of; their frames have depth."""
     inner: Any = source
     while isinstance(inner, Subset):
         inner = inner.source

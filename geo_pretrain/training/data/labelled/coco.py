@@ -51,7 +51,7 @@ class Coco:
         self.folder = self._image_folder(root, split, config)
 
     def ids(self) -> list[str]:
-        """Image ids by number, with `drop_empty` only those with an object."""
+        """Image ids in ascending order, with `drop_empty` only those with an object."""
         if not self.config.drop_empty:
             return list(self._images)
         kept = [id for id, found in self._annotations.items() if any(not a.get("iscrowd", 0) for a in found)]
@@ -60,17 +60,17 @@ class Coco:
         return kept
 
     def scene_of(self, id: str) -> str:
-        """The image itself: nothing says which images belong together."""
+        """The image itself: which images share a scene is unknown."""
         return id
 
     def file_name(self, id: str) -> str:
-        """The image's path below its folder, as the annotations have it."""
+        """The image's path below its folder, as in the annotations."""
         return str(self._entry(id)["file_name"])
 
     def load(self, id: str) -> LabelledImage:
         """Read one image. Raises `BadFrame`.
 
-        Boxes are the annotated ones, cut to the image; annotations without any area are left out (a few are).
+        Boxes are the annotated ones, clipped to the image; annotations without any area are left out (a few are).
         """
         entry = self._entry(id)
         path = self.folder / entry["file_name"]
@@ -97,7 +97,7 @@ class Coco:
         return LabelledImage(id, image, None, instances)
 
     def fingerprint(self) -> str:
-        """Name, size and time of the annotations and of every image."""
+        """A digest of name, size and time of the annotations and of every image."""
         paths = [self.folder / entry["file_name"] for entry in self._images.values()]
         found = files.files_fingerprint(self.folder, [path for path in paths if path.is_file()])
         own = files.files_fingerprint(self.root, [self.file])
@@ -163,7 +163,7 @@ class Coco:
         return max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
 
     def _mask(self, annotation: Mapping[str, Any], width: int, height: int) -> np.ndarray:
-        """bool [H, W], from polygons (their union), or from run lengths as numbers or as text."""
+        """Decode a mask, bool [H, W], from polygons (their union) or from run lengths as numbers or text."""
         mask = require("pycocotools.mask", "training")
         shape = annotation.get("segmentation")
         if isinstance(shape, list):
@@ -194,7 +194,7 @@ class Coco:
 
 
 def text_lengths(text: str) -> list[int] | None:
-    """The run lengths in COCO's compressed text, or None when it is something else.
+    """Decode run lengths from COCO's compressed text; None when it is something else.
 
     Each character holds five bits of a number, low ones first, and whether more follow; from the fourth on, a number
     is the difference to the one two places before.
@@ -217,7 +217,7 @@ def text_lengths(text: str) -> list[int] | None:
 
 
 def open_coco(path: Path, split: str, task: str, options: Mapping[str, Any]) -> Coco:
-    """The instances of a split; "train" and "val" stand for the only files whose names begin so, such as val2017."""
+    """Open the instances of a split; "train" and "val" also match a single file with a year, such as val2017."""
     return Coco(path, split, parse(CocoOptions, options, where="data.options", prefix="data.options."))
 
 
@@ -235,7 +235,7 @@ def _annotation_file(root: Path, split: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The annotation file, with the keys that are needed in every entry."""
+    """Read the annotation file and check the keys of every entry."""
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

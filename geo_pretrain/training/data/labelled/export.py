@@ -1,4 +1,4 @@
-"""Any source with objects as a data set in COCO's format, for COCO's own evaluation or another library's training."""
+"""Export any source with objects in COCO's format, for COCO's evaluation or another library's training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from geo_pretrain.training.data.labelled.registry import file_name
 
 
 def coco_json(source: LabelledSource, *, rle: bool = True, skips: SkippedFrames | None = None) -> dict[str, Any]:
-    """COCO's tree of images, annotations and categories; JSON can hold all of it.
+    """Convert a source to COCO's tree of images, annotations and categories, ready for JSON.
 
     Image ids count the source's `ids()` from 1 ("source_id" is the id itself), category ids are the classes 1..C, areas
     are those of the masks. `rle=False` leaves the masks out: boxes only. Unusable images are left out and added to
@@ -76,6 +76,6 @@ def write_coco(source: LabelledSource, out: Path, *, images: bool = False, skips
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """A mask [H, W] as COCO's compressed run lengths, which JSON can hold."""
+    """Encode a mask [H, W] as COCO's compressed run lengths, ready for JSON."""
     runs = require("pycocotools.mask", "training").encode(np.asfortranarray(mask, np.uint8))
     return {"size": [int(size) for size in runs["size"]], "counts": runs["counts"].decode("ascii")}

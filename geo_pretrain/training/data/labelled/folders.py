@@ -1,4 +1,4 @@
-"""What folder layouts have in common: an image file, its label files, and the scene that it shows."""
+"""What folder layouts share: image files with their label files and scenes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class InstanceRule:
-    """Which objects of an instance image count."""
+    """Which objects of an instance image are kept."""
 
     min_pixels: int = 1000  # smaller objects are left out, measured at the image's full size
     unnumbered: bool = False  # pixels of a class with instance number 0 are an object, as in Pri3D's conversion
@@ -41,7 +41,7 @@ class InstanceRule:
 
 
 class Folder:
-    """Images and label files below a folder: the part of a source that does not depend on the task."""
+    """Images and label files below a folder: the base of sources of either task."""
 
     def __init__(self, name: str, split: str, root: Path, items: Iterable[Item], labels: LabelMap) -> None:
         self.name, self.split, self.root, self.labels = name, split, root, labels
@@ -57,7 +57,7 @@ class Folder:
         return self._item(id).scene
 
     def scenes(self) -> list[str]:
-        """All scenes of the split, those too whose images are all left out."""
+        """All scenes of the split, including those without a usable image."""
         return list(dict.fromkeys(item.scene for item in self._items.values()))
 
     def file_name(self, id: str) -> str:
@@ -65,7 +65,7 @@ class Folder:
         return self._item(id).image.relative_to(self.root).as_posix()
 
     def fingerprint(self) -> str:
-        """Names, sizes and times of images and labels, and the label map."""
+        """A digest of names, sizes and times of images and labels, and of the label map."""
         paths = [p for item in self._items.values() for p in (item.image, item.labels, item.instances) if p is not None]
         found = files.files_fingerprint(self.root, [path for path in paths if path.is_file()])
         facts = f"{found}\n{self.name}\n{self.split}\n{self.labels.classes}\n{sorted(self.labels.ids.items())}"
@@ -78,7 +78,7 @@ class Folder:
 
 
 class SemanticFolder(Folder):
-    """A source of segmentation: one image of class ids beside each image."""
+    """A source for segmentation: one image of class ids per image."""
 
     def __init__(
         self, name: str, split: str, root: Path, items: Iterable[Item], labels: LabelMap, bits: Sequence[int] = (8,)
@@ -97,7 +97,7 @@ class SemanticFolder(Folder):
 
 
 class InstanceFolder(Folder):
-    """A source of detection: an image of label * 1000 + instance, or one of labels and one of instances."""
+    """A source for detection: an image of label * 1000 + instance, or one of labels and one of instances."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class InstanceFolder(Folder):
         return LabelledImage(id, image, None, self._instances(id, image.shape))
 
     def fingerprint(self) -> str:
-        """That of the files, with the rule."""
+        """A digest of the files and the rule."""
         return hashlib.sha256(f"{super().fingerprint()}\n{self.rule}".encode()).hexdigest()
 
     def _instances(self, id: str, shape: Sequence[int] | None) -> Instances:
@@ -153,14 +153,14 @@ class InstanceFolder(Folder):
 
 
 def combine(labels: np.ndarray, instances: np.ndarray, path: object) -> np.ndarray:
-    """label * 1000 + instance, from two images of one size."""
+    """Combine two images of one size to label * 1000 + instance."""
     if instances.max(initial=0) > 999:
         raise BadFrame(path, f"instance number {int(instances.max())}, accepted are 0 to 999")
     return labels * 1000 + instances
 
 
 def list_files(folder: Path, pattern: str, layout: str) -> list[Path]:
-    """Files of a folder by name, in order of their names. Raises `DataError` when there are none."""
+    """List the files of a folder that match, sorted by name. Raises `DataError` when there are none."""
     found = sorted(folder.glob(pattern))
     if not found:
         raise DataError(f"No {pattern} in {str(folder)!r}. Expected layout: {layout}")

@@ -1,4 +1,4 @@
-"""The labelled image: what the readers of this folder give, and what a source of such images must offer."""
+"""Labelled images, and the protocols of a source of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Instances:
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One image with its labels: of every pixel, or of every object."""
+    """One image with labels of its pixels or of its objects."""
 
     id: str
     image: np.ndarray  # uint8 [H, W, 3], RGB
@@ -32,7 +32,7 @@ class LabelledImage:
 
 
 class LabelledSource(Protocol):
-    """One split of a labelled data set, for one task. Adding a data set means writing one file with such a class."""
+    """One split of a labelled data set, for one task. Adding a data set takes a file with such a class and a row."""
 
     name: str
     split: str
@@ -61,7 +61,7 @@ class ImageFiles(Protocol):
 
 @runtime_checkable
 class SceneList(Protocol):
-    """A labelled source that knows its scenes, those without a labeled image too."""
+    """A labelled source that knows its scenes, including those without a labelled image."""
 
     def scenes(self) -> list[str]:
         """Names of all scenes of the split."""

@@ -1,4 +1,4 @@
-"""The objects in an image of instance ids."""
+"""Extracting objects from images of instance ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from geo_pretrain.training.data.labelled.mapping import LabelMap
 def instances_from_ids(
     ids: np.ndarray, labels: LabelMap, path: object, *, min_pixels: int, unnumbered: bool = False
 ) -> Instances:
-    """The objects in an image of label * 1000 + instance, by ascending id; ids [H, W].
+    """Extract the objects from an image of label * 1000 + instance, ids [H, W], in ascending order of id.
 
     Objects of ignored labels and of fewer than `min_pixels` pixels are left out. Instance 0 means that the pixels
     belong to no object, unless `unnumbered`: then they are one.
@@ -29,7 +29,7 @@ def instances_from_ids(
 
 
 def instances_from_masks(masks: np.ndarray, classes: np.ndarray) -> Instances:
-    """Objects of masks [N, H, W], none of them empty, with their tight boxes; no crowds."""
+    """Make objects from non-empty masks [N, H, W] with their tight boxes; none is a crowd."""
     boxes = np.array([_box(mask) for mask in masks], np.float32).reshape(-1, 4)
     return Instances(boxes, classes.astype(np.int64), masks, np.zeros(len(masks), bool))
 

@@ -17,7 +17,7 @@ SPLITS = {"train": slice(VALIDATION, None), "val": slice(VALIDATION)}
 
 
 def open_kitti(path: Path, split: str) -> SemanticFolder:
-    """Labelled images of a split; ids such as "000000_10". Nothing says which show one scene: each is its own."""
+    """Open the labelled images of a split; ids such as "000000_10". Scenes are unknown: each image is its own."""
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     root = path / "training" if (path / "training").is_dir() else path

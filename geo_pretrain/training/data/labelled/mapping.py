@@ -1,4 +1,4 @@
-"""Label maps: which id in a data set's files is which class. They are data, one YAML file each in labels/."""
+"""Label maps from the ids in a data set's files to classes: one YAML file each in labels/."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LARGEST = 2**16  # ids are read from 8- and 16-bit images
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Ids of files -> classes 1..C; 0 is ignored, an id that is not listed is an error."""
+    """Maps ids in files to classes 1..C; 0 is ignored, ids that are not listed are errors."""
 
     name: str
     about: str
@@ -27,14 +27,14 @@ class LabelMap:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """int16 [65536]: the class of every id, -1 where there is none."""
+        """The class of every id, int16 [65536]; -1 for unlisted ids."""
         table = np.full(_LARGEST, -1, np.int16)
         for given, label in self.ids.items():
             table[given] = label
         return table
 
     def apply(self, ids: np.ndarray, path: object) -> np.ndarray:
-        """Class of every id: uint8 of the same shape. Raises `BadFrame` naming `path`, the value and its pixels."""
+        """Map ids to classes, uint8 of the same shape. Raises `BadFrame` naming `path`, the id and its pixels."""
         mapped = self.table[ids]
         wrong = mapped < 0
         if wrong.any():
@@ -43,7 +43,7 @@ class LabelMap:
         return mapped.astype(np.uint8)
 
     def accepted(self) -> str:
-        """The ids a file may hold, such as "label map scannet20 accepts 0 to 40"."""
+        """Describe the ids a file may hold, such as "label map scannet20 accepts 0 to 40"."""
         runs: list[list[int]] = []
         for given in sorted(self.ids):
             if runs and given == runs[-1][1] + 1:
@@ -61,7 +61,7 @@ def list_label_maps() -> list[str]:
 
 @cache
 def label_map(name: str) -> LabelMap:
-    """A label map by name."""
+    """Load a label map by name."""
     path = LABELS / f"{name}.yaml"
     if not path.is_file():
         raise unknown("label map", name, list_label_maps())

@@ -38,7 +38,7 @@ class NYUv2Options:
 
 
 def open_nyuv2(path: Path, split: str, task: str, options: Mapping[str, Any]) -> SemanticFolder | InstanceFolder:
-    """Labelled images of a split; ids such as "0001". Nothing says which show one scene: each is its own."""
+    """Open the labelled images of a split; ids such as "0001". Scenes are unknown: each image is its own."""
     config = parse(NYUv2Options, options, where="data.options", prefix="data.options.")
     if split not in _FOLDERS:
         raise unknown("split", split, _FOLDERS)

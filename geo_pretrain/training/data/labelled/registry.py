@@ -1,4 +1,4 @@
-"""Names of labelled data sets, opening one, and taking a part of one for the data-efficient protocols."""
+"""The registry of labelled data sets, opening one, and subsets for the data-efficient protocols."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ Opener = Callable[[Path, str, Task, Mapping[str, Any]], LabelledSource]
 
 @dataclass(frozen=True)
 class DataSet:
-    """A row of the registry: what a labelled data set has, how it is opened, and its terms as it is published."""
+    """A row of the registry: how a labelled data set is opened, its tasks and its published terms."""
 
     opener: Opener | None  # None: rooms, which have no folder
     tasks: tuple[Task, ...]
     license: str  # SPDX or LicenseRef
-    terms: str  # what the license comes to
+    terms: str  # the license in words
 
 
 def _plain(opener: Callable[[Path, str], LabelledSource]) -> Opener:
-    """The opener of a data set without options and with labels for one task only."""
+    """Make the opener of a data set that has no options and labels for one task only."""
 
     def call(path: Path, split: str, task: Task, options: Mapping[str, Any]) -> LabelledSource:
         if options:
@@ -81,13 +81,13 @@ _OTHER = ("LicenseRef-data-owner", "images given by the caller: as their owner s
 
 
 def data_terms(source: str) -> tuple[str, str]:
-    """The license of a labelled data set (SPDX or LicenseRef) and what it comes to, in words."""
+    """Look up the license of a labelled data set (SPDX or LicenseRef) and its meaning in words."""
     row = DATA_SETS.get(source)
     return _OTHER if row is None else (row.license, row.terms)
 
 
 def list_labelled(task: Task | None = None) -> list[str]:
-    """Names that `open_labelled` accepts, all or those with labels for `task`."""
+    """List the names that `open_labelled` accepts, all or those with labels for `task`."""
     return [name for name, row in sorted(DATA_SETS.items()) if task is None or task in row.tasks]
 
 
@@ -140,11 +140,11 @@ class Subset:
         return list(self._ids)
 
     def scene_of(self, id: str) -> str:
-        """That of the source."""
+        """The scene that an image shows."""
         return self.source.scene_of(id)
 
     def file_name(self, id: str) -> str:
-        """That of the source."""
+        """The image's path, as the source has it."""
         return file_name(self.source, id)
 
     def load(self, id: str) -> LabelledImage:
@@ -152,7 +152,7 @@ class Subset:
         return self.source.load(id)
 
     def fingerprint(self) -> str:
-        """That of the source, with the scenes."""
+        """A digest of the source and the chosen scenes."""
         chosen = "\n".join([self.source.fingerprint(), *sorted(self.chosen)])
         return hashlib.sha256(chosen.encode()).hexdigest()
 
@@ -160,10 +160,10 @@ class Subset:
 def subset(
     source: LabelledSource, fraction: float, seed: int = 0, *, scenes: Sequence[str] | None = None
 ) -> LabelledSource:
-    """Whole scenes of a source whose share of the images is as near to `fraction` as whole scenes allow, at least one.
+    """Take whole scenes of a source, at least one, whose share of the images is closest to `fraction`.
 
-    Scenes are taken in an order that `seed` and their names decide, so that smaller fractions lie inside larger ones.
-    `scenes`, an official list (`read_scene_list`), are taken as they are, whatever their share; see `Subset.share`.
+    `seed` and the names of the scenes decide their order, so that smaller fractions are subsets of larger ones. An
+    official list (`read_scene_list`) given as `scenes` is taken as it is; `Subset.share` tells its share of images.
     """
     if not 0 < fraction <= 1:
         raise RecipeError(f"fraction={fraction!r}; accepted: above 0 and up to 1.")
@@ -191,5 +191,5 @@ def subset(
 
 
 def file_name(source: LabelledSource, id: str) -> str:
-    """The image's path below the folder of images, or its id where a source has no files."""
+    """The image's path below the folder of images, or its id if the source has no files."""
     return source.file_name(id) if isinstance(source, ImageFiles) else f"{id}.png"

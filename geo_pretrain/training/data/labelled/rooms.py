@@ -1,4 +1,4 @@
-"""rooms with labels, the embedded data set of all three tasks: no path, no download."""
+"""Rooms with labels, the embedded data set: no path, no download."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FULL = 640 * 480  # pixels of the frames for which the published minimum of 100
 
 @dataclass(frozen=True)
 class LabelledRoomsOptions:
-    """What to render and which frames have labels. Fewer scenes or frames of them change no other image."""
+    """What to render and which frames have labels. Images do not depend on the number of scenes."""
 
     seed: int = 0
     scenes: int = 24  # of the training split
@@ -65,15 +65,15 @@ class LabelledRooms:
         return names
 
     def scene_of(self, id: str) -> str:
-        """The room."""
+        """The room that an image shows."""
         return id.partition("/")[0]
 
     def file_name(self, id: str) -> str:
-        """What the image would be called as a file."""
+        """The name of the image as a file."""
         return f"{id}.png"
 
     def load(self, id: str) -> LabelledImage:
-        """One frame from the cache of rooms; its scene is rendered first when that is missing."""
+        """Read one frame from the cache of rooms; its scene is rendered first when that is missing."""
         scene, _, frame_id = id.partition("/")
         if not frame_id:
             raise unknown("image", id, self.ids())
@@ -87,14 +87,14 @@ class LabelledRooms:
         )
 
     def fingerprint(self) -> str:
-        """That of the rooms, with what is labelled."""
+        """A digest of the rooms and of what is labelled."""
         return f"{self.rooms.fingerprint()}[{self.task}:{self.labelled}:{self.min_pixels}]"
 
 
 def open_rooms(
     split: str, task: str, options: Mapping[str, Any], progress: Callable[[int, int], None] | None = None
 ) -> LabelledRooms:
-    """Render what the cache lacks; `progress(done, total)` is called after each scene."""
+    """Open rooms with labels; scenes that the cache lacks are rendered, `progress(done, total)` after each."""
     config = parse(LabelledRoomsOptions, options, where="data.options", prefix="data.options.")
     if split not in ("train", "val"):
         raise unknown("split", split, ("train", "val"))
@@ -117,7 +117,7 @@ def open_rooms(
 
 
 def _labels(task: str) -> LabelMap:
-    """All classes for segmentation, the things among them for detection."""
+    """Map labels to all classes for segmentation, to countable ones for detection."""
     chosen = CLASSES[1:] if task == "segmentation" else tuple(name for name in CLASSES[1:] if name not in STUFF)
     ids = {given: chosen.index(name) + 1 if name in chosen else 0 for given, name in enumerate(CLASSES)}
     return LabelMap("rooms", "class ids of rooms", chosen, ids)

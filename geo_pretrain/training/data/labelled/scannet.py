@@ -30,7 +30,7 @@ class ScanNetOptions:
 
 
 def open_scannet(path: Path, split: str, task: str, options: Mapping[str, Any]) -> SemanticFolder | InstanceFolder:
-    """Labelled frames of the scenes in a split's list; ids such as "scene0000_00/000100"."""
+    """Open the labelled frames of the scenes in a split's list; ids such as "scene0000_00/000100"."""
     config = parse(ScanNetOptions, options, where="data.options", prefix="data.options.")
     root = path / "scannet_frames_25k" if (path / "scannet_frames_25k").is_dir() else path
     if not root.is_dir():
@@ -65,7 +65,7 @@ def open_scannet(path: Path, split: str, task: str, options: Mapping[str, Any]) 
 
 
 def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
-    """Names of scenes, one a line. In a folder, the official list of a `fraction` of the images (0.2 -> *_20.txt).
+    """Read names of scenes, one per line. In a folder, the official list of a `fraction` of images (0.2: *_20.txt).
 
     Pri3D's lists are called scannetv2_train_20.txt and so on (1, 5, 10, 20, 40, 60 and 80 percent).
     """

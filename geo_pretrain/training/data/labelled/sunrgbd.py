@@ -18,7 +18,7 @@ _FOLDERS = {"train": ("train",), "val": ("val", "test")}
 
 
 def open_sunrgbd(path: Path, split: str) -> SemanticFolder:
-    """Labelled images of a split; ids such as "000001". Nothing says which show one scene: each is its own."""
+    """Open the labelled images of a split; ids such as "000001". Scenes are unknown: each image is its own."""
     if split not in _FOLDERS:
         raise unknown("split", split, _FOLDERS)
     labels = next((name for name in ("semseg_label37", "semseg-label37") if (path / name).is_dir()), "semseg_label37")

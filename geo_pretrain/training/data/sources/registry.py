@@ -1,4 +1,4 @@
-"""Names of data sources, and opening one from a recipe."""
+"""The registry of data sources, and opening one from a recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Opener:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row of the registry: how a source is opened, and whose frames it gives."""
+    """A row of the registry: how a source is opened, its data set and license."""
 
     opener: Opener
     dataset: str
@@ -38,7 +38,7 @@ class SourceRow:
 
 
 def list_sources() -> list[str]:
-    """Names that `data.source` accepts."""
+    """List the names that `data.source` accepts."""
     return sorted(SOURCES)
 
 
@@ -64,7 +64,7 @@ def source_options(spec: DataSpec, split: str = "train") -> Any:
 
 
 class FrameRange(SourcePart):
-    """A part of each scene's frames in order of time, such as the first 75 %: the rest is held out."""
+    """A range of each scene's frames in order of time, such as the first 75 % (the rest is held out)."""
 
     def __init__(self, source: Source, start: float, stop: float) -> None:
         self.source, self.start, self.stop = source, start, stop
@@ -84,18 +84,18 @@ class FrameRange(SourcePart):
         return self.source.load(scene, frame_id)
 
     def fingerprint(self) -> str:
-        """That of the source, with the range."""
+        """A digest of the source and the range."""
         return f"{self.source.fingerprint()}[{self.start:g}:{self.stop:g}]"
 
 
 def data_license(spec: DataSpec) -> tuple[str, str]:
-    """The data set of a recipe and its license (SPDX or LicenseRef)."""
+    """Look up the data set of a recipe and its license (SPDX or LicenseRef)."""
     row = SOURCES[spec.source]
     return row.dataset, spec.license or row.license
 
 
 def source_note(source: Source) -> str:
-    """What the source says about its frames, for the provenance."""
+    """The source's remark on its frames, for the provenance."""
     noted = capability(source, Noted)
     return "" if noted is None else noted.note
 
@@ -109,7 +109,7 @@ def _open_rooms(options: RoomsConfig, spec: DataSpec, device: str, progress: Pro
 
 
 def _folder(source: Callable[[Path, Any], Source], config: type) -> Opener:
-    """The opener of a layout on disk: a class called with the folder and its options, a dataclass."""
+    """Make the opener of a layout on disk; `source` is called with the folder and its options, a `config`."""
 
     def call(options: Any, spec: DataSpec, device: str, progress: Progress | None) -> Source:
         if spec.path is None:

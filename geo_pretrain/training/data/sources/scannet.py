@@ -77,7 +77,7 @@ class ScanNet:
         return Frame(scene, frame_id, color, depth, intrinsics, pose, semantic, instance)
 
     def surface(self, scene: str) -> Surface:
-        """The vertices of the scan's mesh. Raises `NoSurface` without one, `DataError` when it is broken."""
+        """Read the colored vertices of the mesh. Raises `NoSurface` without one, `DataError` when it is broken."""
         path, (vertex,) = self._read_mesh(scene, "vertex")
         points = _positions(path, vertex, "red", "green", "blue")
         colors = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
@@ -86,18 +86,18 @@ class ScanNet:
         return Surface(points, colors)
 
     def triangles(self, scene: str) -> tuple[np.ndarray, np.ndarray]:
-        """Vertices float32 [V, 3] m and triangles int64 [F, 3] of the scan's mesh; raises as `surface`."""
+        """Read vertices float32 [V, 3] m and triangles int64 [F, 3] of the scan's mesh; raises as `surface`."""
         path, (vertex, face) = self._read_mesh(scene, "vertex", "face")
         points = _positions(path, vertex)
         return points, triangle_rows(path, face, len(points))
 
     def vertices(self, scene: str) -> np.ndarray:
-        """Vertices float32 [V, 3] m of the scan's mesh, whose faces are not read; raises as `surface`."""
+        """Read vertices float32 [V, 3] m of the scan's mesh, not its faces; raises as `surface`."""
         path, (vertex,) = self._read_mesh(scene, "vertex")
         return _positions(path, vertex)
 
     def segments(self, scene: str, vertices: int) -> np.ndarray | None:
-        """The segment of every vertex of the mesh, int64 [V], as released (k 0.01, 20 vertices); None without the file.
+        """Read the released segment of every vertex, int64 [V] (k 0.01, 20 vertices); None without the file.
 
         Raises:
             DataError: the file is broken or not of a mesh with so many `vertices`.
@@ -124,7 +124,7 @@ class ScanNet:
         return ids.astype(np.int64)
 
     def fingerprint(self) -> str:
-        """The options, and names, sizes and times of poses, intrinsics, meshes and their segments.
+        """A digest of the options and of names, sizes and times of poses, intrinsics, meshes and segments.
 
         Each frame has a pose; looking at all images too would take long on a disk of the network.
         """
@@ -148,7 +148,7 @@ class ScanNet:
 
 
 def _positions(path: Path, vertex: Columns, *others: str) -> np.ndarray:
-    """float32 [V, 3]; `others` are properties that vertices must have too."""
+    """Stack x, y, z to float32 [V, 3]; vertices must have the properties `others`, too."""
     missing = [name for name in ("x", "y", "z", *others) if name not in vertex]
     if missing:
         raise DataError(f"{path}: vertices have no {', '.join(missing)}; they have {', '.join(vertex)}.")
@@ -159,7 +159,7 @@ def _positions(path: Path, vertex: Columns, *others: str) -> np.ndarray:
 
 
 def _read_labels(path: Path, shape: tuple[int, ...], kind: type[np.signedinteger[Any]]) -> np.ndarray:
-    """Label ids on the depth grid, [H, W]: label images have the size of either camera's."""
+    """Read label ids and resize them to the depth grid [H, W]; label images may have either camera's size."""
     ids = files.read_ids(path, bits=(8, 16))
     if ids.max() > np.iinfo(kind).max:
         raise BadFrame(path, f"label {ids.max()} is above {np.iinfo(kind).max}; is this an image of instances?")

@@ -54,7 +54,7 @@ class SevenScenes:
 
     @property
     def note(self) -> str:
-        """What a user of these frames should know; written into the provenance of checkpoints."""
+        """A remark on the registration of these frames, for the provenance of checkpoints."""
         if self.registration is not None:
             return "depth registered to the color camera"
         return (
@@ -90,7 +90,7 @@ class SevenScenes:
         return Frame(scene, frame_id, color, depth, intrinsics, pose)
 
     def fingerprint(self) -> str:
-        """Names, sizes and times of all frame files and intrinsics, and the registration."""
+        """A digest of names, sizes and times of all frame files and intrinsics, and of the registration."""
         digest = files.files_fingerprint(self.root, chain(*map(self.root.rglob, ("frame-*", INTRINSICS))))
         if self.registration is None:
             return digest
@@ -109,7 +109,7 @@ class SevenScenes:
 
 
 def read_registration(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Color intrinsics [3, 3] and depth-to-color extrinsics [4, 4] (m) from a JSON file."""
+    """Read color intrinsics [3, 3] and depth-to-color extrinsics [4, 4] (m) from a JSON file."""
     try:
         tree: Any = json.loads(path.read_text(encoding="utf-8"))
         matrices = [np.array(tree[key], dtype=np.float64) for key in ("color_intrinsics", "depth_to_color")]

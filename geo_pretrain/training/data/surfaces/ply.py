@@ -25,7 +25,7 @@ _NAMES = {kind: name for name, kind in reversed(_TYPES.items())}  # the old name
 
 
 def read_ply(path: Path, elements: Collection[str] | None = None) -> dict[str, Columns]:
-    """The columns of a file by element and property: {"vertex": {"x": float32 [N], ...}, "face": {...}}.
+    """Read the columns of a file by element and property: {"vertex": {"x": float32 [N], ...}, "face": {...}}.
 
     A list property is an array [N, K] where all its lists have K items, otherwise an object array of arrays. With
     `elements`, nothing after the last of them is read.
@@ -95,7 +95,7 @@ def write_ply(path: Path, elements: Mapping[str, Mapping[str, np.ndarray]]) -> N
 
 
 def triangle_rows(path: Path, face: Columns, vertices: int) -> np.ndarray:
-    """The triangles of an element "face" of a file with so many vertices: int64 [F, 3].
+    """Extract the triangles of the element "face" of a file with `vertices` vertices: int64 [F, 3].
 
     Raises:
         DataError: faces have no corners, other than three, or corners that are not there.
@@ -137,7 +137,7 @@ class _BrokenRow(Exception):
 
 
 def _read_header(path: Path, data: bytes) -> tuple[str, list[_Element], int]:
-    """Byte order ("" for ASCII), elements, and where the body begins."""
+    """Parse the header: byte order ("" for ASCII), elements, and the offset of the body."""
     if data[:4] not in (b"ply\n", b"ply\r"):
         raise DataError(f"{path}: is no PLY file; it begins with {data[:4]!r}, expected b'ply'.")
     order: str | None = None
@@ -171,7 +171,7 @@ def _is_whole(kind: str) -> bool:
 
 
 def _read_element(body: _Binary | _Ascii, element: _Element) -> Columns:
-    """The next element: in one go where every list is as long as in the first row, else row by row."""
+    """Read the next element at once if all its lists are as long as in the first row, else row by row."""
     start, properties = body.position, element.properties
     if element.rows and properties:
         lengths = [len(values) for values in _read_row(body, element, 0)]
@@ -200,13 +200,13 @@ def _ragged(values: list[np.ndarray], item: _Property) -> np.ndarray:
 
 
 class _Binary:
-    """A body of numbers in memory layout."""
+    """A binary body."""
 
     def __init__(self, data: bytes, position: int, order: str) -> None:
         self.data, self.position, self.order = data, position, order
 
     def take(self, kind: str, length: int) -> np.ndarray:
-        """The next numbers."""
+        """Read the next numbers."""
         dtype = np.dtype(self.order + kind)
         if length < 0 or self.position + length * dtype.itemsize > len(self.data):
             raise _BrokenRow("the file is cut off")
@@ -215,7 +215,7 @@ class _Binary:
         return values.astype(kind)
 
     def table(self, element: _Element, lengths: list[int]) -> list[np.ndarray] | None:
-        """Every column of an element whose lists have these lengths; None when they have others."""
+        """Read every column of an element whose lists have these lengths; None when they have others."""
         fields: list[tuple[str, str, tuple[int, ...]]] = []
         for k, (item, length) in enumerate(zip(element.properties, lengths, strict=True)):
             if item.count is not None:
@@ -233,13 +233,13 @@ class _Binary:
 
 
 class _Ascii:
-    """A body of words."""
+    """An ASCII body."""
 
     def __init__(self, data: bytes, position: int) -> None:
         self.words, self.position = data[position:].split(), 0
 
     def take(self, kind: str, length: int) -> np.ndarray:
-        """The next numbers."""
+        """Read the next numbers."""
         words = self.words[self.position : self.position + length]
         if length < 0 or len(words) < length:
             raise _BrokenRow("the file is cut off")
@@ -247,7 +247,7 @@ class _Ascii:
         return _numbers(words, kind)
 
     def table(self, element: _Element, lengths: list[int]) -> list[np.ndarray] | None:
-        """Every column of an element whose lists have these lengths; None when they have others."""
+        """Read every column of an element whose lists have these lengths; None when they have others."""
         width = sum(length + (item.count is not None) for item, length in zip(element.properties, lengths, strict=True))
         words = self.words[self.position : self.position + width * element.rows]
         if len(words) < width * element.rows:
