@@ -6,6 +6,7 @@ package, or its tests, in processes of their own.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -155,3 +156,103 @@ def test_a_data_source_is_one_file_and_one_row(copy: Path, tmp_path: Path):
     run(copy, "-m", "geo_pretrain", "data", "preview", f"wall:{tmp_path}", "-o", str(picture))
     with Image.open(picture) as image:
         assert min(image.size) >= 48  # three frames of 64 x 48, each with its depth
+
+
+# --- a pretext task: one file, its loss, one row
+
+LOSS = '''"""Agreement of two views."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def disagreement(features1: Tensor, features2: Tensor) -> Tensor:
+    """The mean squared difference of features [B, C, H, W]; real methods also keep them from collapsing.
+
+    >>> import torch
+    >>> float(disagreement(torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3, 3)))
+    1.0
+    """
+    return (features1 - features2).square().mean()
+'''
+TASK = '''"""Two color augmentations of one frame get the same features: a pretext task of one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from geo_pretrain.training.config import Checks
+from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.single_images import TwoColorViews
+from geo_pretrain.training.losses.agreement import disagreement
+from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.tasks.base import TaskConfig
+from geo_pretrain.training.tasks.images import ImageUNetTask
+
+
+@dataclass(frozen=True)
+class Config(TaskConfig):
+    """Settings of the task."""
+
+    weight: float = 1.0
+
+    def check_ranges(self, check: Checks) -> None:
+        """Note every setting out of range."""
+        self.check_positive(check, "weight")
+
+
+class Agreement(ImageUNetTask):
+    """The 2D U-Net of Pri3D, trained to agree on two views."""
+
+    config_type = Config
+    config: Config
+
+    def __init__(self, recipe: Recipe, config: Config) -> None:
+        super().__init__(recipe, config, depth_proxy=False)
+
+    def dataset(self, source: Source, pairs: list[Pair]) -> TwoColorViews:
+        """Single frames, each augmented twice."""
+        return TwoColorViews(source, pairs, self.recipe.data, self.contract, self.recipe.seed, blur_taps=None)
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The loss of a batch."""
+        loss = disagreement(self.features(batch["image1"]), self.features(batch["image2"]))
+        return {"agreement": self.config.weight * loss}
+'''
+TASK_RECIPE = """
+name: agreement_r18.wall
+task: {name: agreement, weight: 2.0}
+model: {encoder: resnet18, init: scratch, width: 8}
+data: {source: wall, size: [48, 64], units: frames, options: {frames: 4}}
+optim: {batch: 2, lr: 0.01, steps: 2}
+workers: 0
+"""
+USE = """
+import geo_pretrain as gp, torch, sys
+network = gp.load_backbone(sys.argv[1], decoder=True)
+print("shape", tuple(network(torch.zeros(1, 3, 48, 64)).shape))
+"""
+
+
+def test_a_pretext_task_is_one_file_its_loss_and_one_row(copy: Path, tmp_path: Path):
+    """It trains two steps on the source above, and what it writes is a checkpoint like any other."""
+    add_wall(copy)
+    training = copy / "geo_pretrain" / "training"
+    (training / "losses" / "agreement.py").write_text(LOSS, encoding="utf-8")
+    (training / "tasks" / "agreement.py").write_text(TASK, encoding="utf-8")
+    row = '    "agreement": ("geo_pretrain.training.tasks.agreement:Agreement", {}),'
+    append_row(training / "tasks" / "__init__.py", "TASKS", row)
+    recipe, out = tmp_path / "agreement.yaml", tmp_path / "agreement"
+    recipe.write_text(TASK_RECIPE, encoding="utf-8")
+    run(copy, "-m", "geo_pretrain", "train", str(recipe), "--data", f"wall:{tmp_path}", "--out", str(out))
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert all(json.loads(line)["agreement"] > 0 for line in lines)
+    run(copy, "-m", "geo_pretrain", "verify", str(out))
+    assert "shape (1, 4, 24, 32)" in run(copy, "-c", USE, str(out))
+    run(copy, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "tests/test_architecture.py", "-k", "fault")
