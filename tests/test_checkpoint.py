@@ -258,7 +258,8 @@ for place in range(1, 100):
     if child == 0:
         calls = 0
         for owner, name in (
-            (Path, "rename"), (checkpoint.shutil, "rmtree"), (checkpoint, "_save_tensors"), (checkpoint, "_sync_folder")
+            (Path, "rename"), (checkpoint.shutil, "rmtree"), (checkpoint, "_save_tensors"),
+            (checkpoint, "sync_files"), (checkpoint, "sync_folder"),
         ):
             setattr(owner, name, dying(getattr(owner, name), place))
         write_tiny(folder, provenance={"steps": 8})
