@@ -267,6 +267,8 @@ class ChunkExtractor(FeatureExtractor):
 class TaughtExtractor(PairedExtractor):
     """A point network and the image network that taught it (PPKT, img2pc), on the frame's own cloud."""
 
+    voxels: CloudExtractor
+
     def __init__(self, pair: FeaturePair) -> None:
         super().__init__()
         self.pair = pair

@@ -19,8 +19,11 @@ from geo_pretrain.training.visualize.columns import Opened
 from geo_pretrain.training.visualize.grids import magnification
 
 NOTHING = (234, 236, 239)  # where there is no feature: no depth, no point
-Item, ColumnKind, Cell = TypeVar("Item"), TypeVar("ColumnKind"), TypeVar("Cell")
 ROOMS_FRAMES = 12  # of a room, where the recipe does not say
+
+Item = TypeVar("Item")
+ColumnKind = TypeVar("ColumnKind")
+Cell = TypeVar("Cell")
 
 
 def check_suffix(path: Path, accepted: Sequence[str]) -> None:

@@ -101,8 +101,9 @@ def visualize_matches(
 
     def match(number: int, pair: Pair, column: _Column) -> Matches:
         matches = match_pair(column.extractor, source, pair, size=spec.size, turn=turn, seed=seed + number)
-        clouds = isinstance(column.extractor, CloudExtractor)
-        return project_matches(matches, column.extractor.voxel_size) if clouds else matches
+        if isinstance(column.extractor, CloudExtractor):
+            return project_matches(matches, column.extractor.voxel_size)
+        return matches
 
     rows = [row for _, row in fill_rows(pairs, columns, match, skips=skips, progress=progress)]
     if not rows:

@@ -131,7 +131,7 @@ def test_features_of_a_unet_are_those_before_its_last_layer():
     assert features.shape == (len(coords), network.planes[-1])
 
 
-def test_backbone_is_probed_beside_its_random_twin(folder, rooms):
+def test_backbone_is_probed_beside_its_random_init_baseline(folder, rooms):
     spec, done = ProbeSpec(size=(32, 32), pixels=300, iterations=30, seed=3), []
     found = compare_probes(folder, *rooms, spec, progress=lambda *at: done.append(at))
     assert list(found) == [RANDOM, str(folder)]

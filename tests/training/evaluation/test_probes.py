@@ -299,7 +299,7 @@ def folder(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("probes") / "net").folder
 
 
-def test_a_checkpoint_stands_beside_its_random_twin(folder):
+def test_a_checkpoint_stands_beside_its_random_init_baseline(folder):
     train, val = Squares("train", noise=60.0), Squares("val", 2, noise=60.0)
     done = []
     results = compare_probes(str(folder), train, val, SPEC, progress=lambda *at: done.append(at))
