@@ -24,6 +24,7 @@ from geo_pretrain.catalog import Entry, find
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.seeding import seeded
 from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.recipe import ModelSpec
 
@@ -63,8 +64,7 @@ class PretrainedInit:
             if arch.has_decoder:
                 return load_backbone(self.backbone, decoder=True, **self.where), "all"
             width = arch.args.get("width", HOST_WIDTH)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             network: ResNetUNet = build(unet_arch(self.encoder, width=width), decoder=True)
         if self.backbone == SCRATCH:
             return network, "none"
@@ -79,8 +79,7 @@ class PretrainedInit:
             raise RecipeError(
                 f"'network.width' is {self.width}, accepted is {HOST_WIDTH}: other libraries' ResNets have it."
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             if self.named:
                 return builder(self.backbone, **self.where, **options)
             network = builder(SHAPE_TEMPLATES[self.encoder], pretrained=False, **options)
@@ -148,8 +147,7 @@ def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, se
     if spec.aux:
         with torch.device("meta"):
             channels = build_encoder(spec.encoder).feature_info[AUX_STAGE]["num_chs"]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             aux = _aux_head(channels, classes)
     return Segmenter(network, multiple=multiple, aux=aux), "encoder" if init.backbone != SCRATCH else "none"
 
@@ -160,8 +158,7 @@ def segmentation_unet(pretrained: ResNetUNet, classes: int, *, seed: int, transf
     `transfer` says which weights are those of `pretrained`: "all" but `decoder.conv0` (Pri3D's protocol), "encoder", or
     "none". The others are drawn by `seed`, the same ones whatever is transferred.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = unet_like(pretrained.encoder, classes)
     prefixes = {"all": ("encoder.", "decoder.up"), "encoder": ("encoder.",), "none": ()}[transfer]
     kept = {key: value for key, value in pretrained.state_dict().items() if key.startswith(prefixes)}

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
-
 from geo_pretrain import hub
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.seeding import seeded
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size
 from geo_pretrain.training.networks import IMAGENET, SCRATCH
 from geo_pretrain.training.recipe import UNet3DSpec
@@ -59,8 +58,7 @@ class PretrainedInit3D:
             self.contract()  # a wrong kind is named before anything is fetched
             return cast(SRUNet, load_backbone(self.backbone, **self.where)), True
         spec = self.spec
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             network = SRUNet(
                 spec.variant,
                 in_chans=spec.in_chans,
@@ -77,8 +75,7 @@ def segmentation_srunet(start: SRUNet, classes: int, *, seed: int, transfer: boo
     All other weights are those of `start` or, without `transfer`, drawn by `seed`, like the last layer: the same ones
     whatever is transferred.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = SRUNet(
             start.variant,
             in_chans=start.in_chans,

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet, unet_like
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.seeding import seeded
 from geo_pretrain.training.bench.plan import BenchSpec
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.data.labelled.clouds import labelled_clouds
@@ -157,8 +156,7 @@ def _points(
 
 def encoder_segmenter(encoder: ResNetEncoder, classes: int, *, seed: int) -> ResNetUNet:
     """A U-Net for segmentation around an encoder; its decoder is drawn by `seed`, the same whatever the encoder."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = unet_like(encoder, classes)
     network.encoder.load_state_dict(encoder.state_dict())
     return network
@@ -166,8 +164,7 @@ def encoder_segmenter(encoder: ResNetEncoder, classes: int, *, seed: int) -> Res
 
 def _load(folder: Path, pretrained: bool, seed: int, device: str, **options: Any) -> Any:
     """The network of a folder in eval mode; a random one is drawn by `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return load_backbone(folder, pretrained=pretrained, device=device, **options)
 
 

@@ -24,6 +24,7 @@ from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, WeightsMismatch
 from geo_pretrain.geometry import seen_at, transform
 from geo_pretrain.loading import load_backbone, load_pair
+from geo_pretrain.seeding import seeded
 from geo_pretrain.sparse.functional import point_rows
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.frame import Frame, Surface
@@ -372,8 +373,7 @@ def load_extractor(
         options["decoder"] = True
     elif dense:
         options["out_indices"] = STAGES
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network: nn.Module = load_backbone(folder, **options)
     if isinstance(contract, VoxelContract):
         return CloudExtractor(network, contract, level=level)
@@ -410,8 +410,7 @@ def paired_extractor(networks: Pri3D | FeaturePair, surfaces: Surfaces) -> Paire
 def random_pair(name: str | Path, seed: int = 0) -> FeaturePair:
     """Load a pair whose point network and projections are drawn from `seed`; the teacher keeps its weights."""
     pair = load_pair(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         fresh = load_backbone(str(name), pretrained=False)
         pair.get_submodule("point_network").load_state_dict(fresh.state_dict())
         for layer in (pair.image_projection, pair.point_projection):

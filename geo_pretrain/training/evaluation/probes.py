@@ -27,6 +27,7 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, DataError, RecipeError, unknown
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.seeding import seeded
 from geo_pretrain.training.data.labelled.clouds import LabelledCloud, batch_voxels, labelled_clouds, voxels_of
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.evaluation.features import RANDOM, STAGES, CloudExtractor, ImageExtractor
@@ -437,6 +438,5 @@ def _load(
     if checkpoint.arch.modality == "2d":
         unet = checkpoint.arch.has_decoder and part != "encoder"
         options = {"decoder": True} if unet else {"out_indices": STAGES}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return load_backbone(checkpoint.folder, pretrained=pretrained, device=device, **options)

@@ -192,9 +192,9 @@ class Detection(FinetuneTask):
             loaded = [source.load(entry["source_id"]).image for entry in entries]
             for entry, found in zip(entries, self.predict(loaded), strict=True):
                 own += coco_detections(found, entry["id"])
-        parts = cast(list[list[dict[str, Any]]], world.gather(own))
+        parts = cast(list[list[dict[str, Any]]], world.all_gather_object(own))
         evaluation = self._measure(truth, [one for part in parts for one in part]) if world.is_main else None
-        return cast(Evaluation, world.gather(evaluation)[0])
+        return cast(Evaluation, world.all_gather_object(evaluation)[0])
 
     def _measure(self, truth: dict[str, Any], detections: list[dict[str, Any]]) -> Evaluation:
         kinds: tuple[Kind, ...] = ("box", "mask") if self.with_masks else ("box",)

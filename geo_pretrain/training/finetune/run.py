@@ -77,7 +77,7 @@ def finetune(
         if not progress.finished:
             raise progress.interrupted(run)
         result = finish(task, progress) if world.is_main else None
-        return cast(FinetuneResult, world.gather(result)[0])
+        return cast(FinetuneResult, world.all_gather_object(result)[0])
 
 
 def _open(

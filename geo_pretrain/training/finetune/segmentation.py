@@ -103,7 +103,7 @@ class Segmentation(FinetuneTask):
         for batch in share_of(ids, self.recipe.evaluate.batch, world):
             for _, truth, predicted in self.predictions(source, batch):
                 own += confusion_matrix(truth, predicted, outputs)
-        total = np.sum(cast(list[np.ndarray], world.gather(own)), axis=0)
+        total = np.sum(cast(list[np.ndarray], world.all_gather_object(own)), axis=0)
         if not total.sum():
             raise DataError(f"No labelled pixel in {len(ids)} images of {source.name!r}, split {source.split!r}.")
         return segmentation_evaluation(total, self.classes, images=len(ids), match_released_code=exact)

@@ -84,7 +84,7 @@ class CloudSegmentation(FinetuneTask):
         own = np.zeros((outputs, outputs), np.int64)
         for (name,) in share_of(ids, 1, world):
             own += cloud_confusion(self.module, self.contract, self.load(source, name))
-        total = np.sum(cast(list[np.ndarray], world.gather(own)), axis=0)
+        total = np.sum(cast(list[np.ndarray], world.all_gather_object(own)), axis=0)
         if not total.sum():
             raise DataError(f"No labelled voxel in {len(ids)} clouds of {source.name!r}, split {source.split!r}.")
         return segmentation_evaluation(total, self.classes, images=len(ids), match_released_code=False)
