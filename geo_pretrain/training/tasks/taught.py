@@ -46,7 +46,7 @@ class TaughtConfig(TaskConfig):
     resize: tuple[float, float] = (0.8, 1.25)  # of images, with their intrinsics; cut or padded to the size of all
     scale: tuple[float, float] = (0.9, 1.1)  # of clouds
     rotation: Rotation = "upright"  # of clouds: any turn about z, +-pi/64 about x and y
-    elastic_prob: float = 0.95  # distortions of clouds, see data/samples/elastic.py
+    elastic_prob: float = 0.95  # distortions of clouds, see data/samples/augment.py
     color_jitter: float = 0.0  # of the voxels' colors
     keep: tuple[float, float] = (1.0, 1.0)  # share of the points
 
