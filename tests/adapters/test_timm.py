@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import functools
 import http.server
 import importlib
@@ -496,8 +495,3 @@ def test_smp_knows_the_normalization_and_leaves_weights_out_on_request(sources: 
     assert model.encoder.model.load_report is None
     with pytest.raises(WeightsMismatch):
         smp.Unet("tu-pri3d_geo_r18", encoder_weights=True)
-
-
-def test_examples():
-    result = doctest.testmod(importlib.import_module("geo_pretrain.adapters.timm"))
-    assert (result.failed, result.attempted) == (0, 2)
