@@ -40,7 +40,7 @@ def run_license(recipe: Recipe, settings: Mapping[str, Any], starts: Mapping[str
     if model is not None:
         start = _origin(_weights(recipe, model.init, starts), model.encoder)
     if teacher is not None:
-        taught_by = _origin(_weights(recipe, teacher, starts), f"resnet{settings.get('teacher_depth', 50)}")
+        taught_by = _origin(_weights(recipe, teacher, starts), settings.get("teacher_encoder", "resnet50"))
     base = f"random weights; teacher: {taught_by.name}" if taught_by.name else "none (random weights)"
     mixed = (("ImageNet", IMAGENET_TERMS),) if settings.get("mix", "none") != "none" else ()
     datasets = dict([(dataset, terms), *mixed, *start.datasets, *taught_by.datasets])

@@ -34,6 +34,7 @@ RESNETS = {depth: f"resnet{depth}" for depth in (18, 34, 50, 101)}  # former val
 _RENAMED = (
     Renamed("data.licence", "data.license"),
     Renamed("model.depth", "model.encoder", RESNETS),
+    Renamed("task.teacher_depth", "task.teacher_encoder", RESNETS),
     Renamed("data.augment.grey_prob", "data.augment.grayscale_prob"),
     Renamed("data.measure", "data.measure", {"authors_exact": "match_released_code"}),
     Renamed("task.authors_exact", "task.match_released_code"),
@@ -60,11 +61,6 @@ class ModelSpec:
     encoder: EncoderName = "resnet18"
     init: str = "imagenet"  # imagenet | moco_v2 | scratch | stage1 | catalog name | checkpoint folder
     width: int = 64  # channels of the stem; everything else scales with it
-
-    @property
-    def depth(self) -> int:
-        """Layers of the ResNet."""
-        return int(self.encoder.removeprefix("resnet"))
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ def canonical(recipe: dict[str, Any]) -> dict[str, Any]:
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items()}
     if isinstance(model := tree.get("model"), dict) and "encoder" in model:
         model["depth"] = int(model.pop("encoder").removeprefix("resnet"))
+    if "teacher_encoder" in tree["task"]:
+        tree["task"]["teacher_depth"] = int(tree["task"].pop("teacher_encoder").removeprefix("resnet"))
     del tree["data"]["path"]
     return renamed(tree)
 

@@ -74,7 +74,7 @@ UNET3D = {"variant": "18A", "width": 8, "voxel_size": 0.15}
 CLOUDS = {"model": None, "unet3d": UNET3D, "optim": {"dampening": 0.0, "bn_momentum": "constant", "steps": 30}}
 TAUGHT = CLOUDS | {"data": {"units": "frames"}}
 IMAGES = {"units": "frames", "overlap": None}
-FROZEN = {"teacher": "scratch", "teacher_depth": 18}
+FROZEN = {"teacher": "scratch", "teacher_encoder": "resnet18"}
 # What a tiny recipe of each task changes; 3D tasks see the same recording.
 TINY_TASKS = {
     "pri3d_view": {},

@@ -94,7 +94,7 @@ class GlobalDistillation(TaughtByImages):
     def create(cls, recipe: Recipe, config: Config) -> Self:  # type: ignore[override]
         """Load the teacher and its classifier, then make the student with random weights."""
         if config.loss == "kd" and config.targets == "classifier":
-            return cls(recipe, config, *load_classifier(config.teacher, config.teacher_depth))
+            return cls(recipe, config, *load_classifier(config.teacher, config.teacher_encoder))
         return cls(recipe, config, find_teacher(recipe, config), None)
 
     def _add_negatives(self) -> None:

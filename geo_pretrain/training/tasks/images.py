@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geo_pretrain.backbones.architectures import encoder_arch
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.training.initialize import initialize
@@ -22,7 +23,7 @@ class ImageUNetTask(PretextTask):
         super().__init__(recipe, config)
         model = recipe.network2d()
         self.contract = ImageContract(size=recipe.data.size)
-        self.arch_args = {"depth": model.depth, "width": model.width}
+        self.arch_args = dict(encoder_arch(model.encoder, width=model.width).args)
         self.backbone = ResNetUNet(**self.arch_args)
         if depth_proxy:
             self.headnet = nn.Conv2d(self.backbone.out_chans, 1, 1)

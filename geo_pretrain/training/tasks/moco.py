@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.resnet_unet import ResNetEncoder
+from geo_pretrain.backbones.architectures import encoder_arch
+from geo_pretrain.backbones.build import build_encoder
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.config import Checks
@@ -62,11 +63,11 @@ class Config(TaskConfig):
 
 
 class Projector(nn.Module):
-    """A ResNet, the mean over the image, and two linear layers: an image becomes one vector of length 1."""
+    """An encoder, the mean over the image, and two linear layers: an image becomes one vector of length 1."""
 
-    def __init__(self, depth: int, width: int, dim: int) -> None:
+    def __init__(self, encoder: str, width: int, dim: int) -> None:
         super().__init__()
-        self.encoder = ResNetEncoder(depth, width=width, out_indices=(4,))
+        self.encoder = build_encoder(encoder, width=width, out_indices=(4,))
         channels = self.encoder.feature_info[-1]["num_chs"]
         self.head = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, dim))
 
@@ -88,8 +89,8 @@ class MoCo(PretextTask):
         model = recipe.network2d()
         self.views = 2 if config.mix == "batch" else 1  # images a sample
         self.contract = ImageContract(size=recipe.data.size, interpolation="bilinear")
-        self.arch_args: dict[str, Any] = {"depth": model.depth, "width": model.width}
-        self.query, self.key = (Projector(model.depth, model.width, config.dim) for _ in range(2))
+        self.arch_args = dict(encoder_arch(model.encoder, width=model.width).args)
+        self.query, self.key = (Projector(model.encoder, model.width, config.dim) for _ in range(2))
         self.key.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(config.queue, config.dim), dim=-1))
         self.register_buffer("queue_end", torch.zeros((), dtype=torch.long))

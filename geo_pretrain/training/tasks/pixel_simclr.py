@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from geo_pretrain.backbones.architectures import encoder_arch
 from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
@@ -67,7 +68,7 @@ class PixelSimCLR(PretextTask):
         self.contract = ImageContract(
             size=recipe.data.size, mean=(0.45,) * 3, std=(0.225,) * 3, interpolation="bilinear"
         )
-        self.arch_args = {"depth": model.depth, "width": model.width, "out_chans": config.channels}
+        self.arch_args = {**encoder_arch(model.encoder, width=model.width).args, "out_chans": config.channels}
         self.backbone = ResNetDepthUNet(**self.arch_args)
 
     def load_start_weights(self) -> None:

@@ -21,7 +21,7 @@ from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, FrameCloudSamples, collate_frame_clouds
 from geo_pretrain.training.data.samples.sampler import Samples
-from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.recipe import EncoderName, Recipe
 from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
 from geo_pretrain.training.tasks.matching import draw
 from geo_pretrain.training.tasks.teachers import Teacher, load_segmenter, load_teacher
@@ -38,7 +38,7 @@ class TaughtConfig(TaskConfig):
     # folder of a fine-tuning run | ade20k
     teacher: str = "imagenet"
     teacher_file: str | None = None  # the weights of "ade20k", see teachers.load_segmenter
-    teacher_depth: Literal[18, 50] = 50  # of the first three
+    teacher_encoder: EncoderName = "resnet50"  # of the first three
     dense: bool = False  # the teacher's dense features instead of its last map; needs a decoder
     features: Features = "rgb"  # of voxels, color / 255 - 0.5
     pixels: Literal["one", "all"] = "one"  # a voxel's own pixel, or (SLidR) every pixel that falls in it
@@ -171,4 +171,4 @@ def find_teacher(recipe: Recipe, config: TaughtConfig) -> Teacher:
         )
     if (Path(config.teacher) / "results.json").is_file():
         return load_segmenter(config.teacher)
-    return load_teacher(config.teacher, config.teacher_depth, dense=config.dense)
+    return load_teacher(config.teacher, config.teacher_encoder, dense=config.dense)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain import hub
-from geo_pretrain.backbones.resnet_unet import ResNetEncoder
-from geo_pretrain.catalog.entry import Arch
+from geo_pretrain.backbones.architectures import HOST_WIDTH, Arch, encoder_arch
+from geo_pretrain.backbones.build import build_encoder
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError, WeightsMismatch
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
-from geo_pretrain.training.initialize import initialize_encoder
+from geo_pretrain.training.initialize import imagenet_classifier, initialize_encoder
 from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit, build_segmenter
 from geo_pretrain.training.recipe import ModelSpec
 
@@ -54,14 +54,14 @@ class Teacher(nn.Module):
         return (maps[-1] if isinstance(maps, list) else cast(Tensor, maps)).float()
 
 
-def load_teacher(weights: str, depth: int = 50, *, dense: bool = False) -> Teacher:
+def load_teacher(weights: str, encoder: str = "resnet50", *, dense: bool = False) -> Teacher:
     """Load the frozen network that `weights` names, with its contract.
 
     Args:
         weights: "imagenet" (torchvision's IMAGENET1K_V1), "moco_v2", "moco_v2_800ep", "scratch" (random, drawn from
             torch's global generator), or what `load_backbone` accepts: a name of the catalog, a checkpoint folder, a
             hub's address.
-        depth: of the ResNet, for the first four.
+        encoder: name of the network, for the first four.
         dense: features of the whole U-Net, where the checkpoint has one, instead of the encoder's last map.
 
     Raises:
@@ -74,22 +74,22 @@ def load_teacher(weights: str, depth: int = 50, *, dense: bool = False) -> Teach
                 f"Teacher {weights!r} is an encoder alone and has no dense features; accepted: its last map "
                 "(dense false), or a checkpoint with a decoder."
             )
-        encoder = ResNetEncoder(depth)
+        network = build_encoder(encoder)
         if weights != SCRATCH:
-            _initialize(encoder, weights, depth)
-        chans = encoder.feature_info[-1]["num_chs"]
-        return Teacher(encoder, ImageContract(), chans, Arch("resnet", {"depth": depth, "width": 64}))
+            _initialize(network, weights, encoder)
+        chans = network.feature_info[-1]["num_chs"]
+        return Teacher(network, ImageContract(), chans, encoder_arch(encoder, width=HOST_WIDTH))
     found = hub.open(weights)
     if not isinstance(found.contract, ImageContract):
         raise RecipeError(f"Teacher {weights!r} is {found.arch}; accepted: a network for images.")
     if dense and not found.arch.has_decoder:
         raise RecipeError(f"Teacher {weights!r} is an encoder alone; accepted: dense false, or one with a decoder.")
-    network: Any = load_backbone(weights, decoder=dense)
+    network = load_backbone(weights, decoder=dense)
     chans = network.out_chans if dense else network.feature_info[-1]["num_chs"]
     return Teacher(network, found.contract, chans, found.arch if dense else found.arch.encoder_alone)
 
 
-def load_classifier(weights: str, depth: int = 50) -> tuple[Teacher, nn.Linear]:
+def load_classifier(weights: str, encoder: str = "resnet50") -> tuple[Teacher, nn.Linear]:
     """Load torchvision's image classifier: a `Teacher`, and the layer from its pooled last map to its classes.
 
     Raises `RecipeError` for other weights than "imagenet", which have no classifier.
@@ -99,11 +99,8 @@ def load_classifier(weights: str, depth: int = 50) -> tuple[Teacher, nn.Linear]:
             f"Teacher {weights!r} has no classifier; accepted: --set task.teacher=imagenet, whose torchvision file has "
             "one, or --set task.targets=features, which takes the channels of any teacher's pooled map for classes."
         )
-    import torchvision
-
-    teacher = load_teacher(weights, depth)  # fetches the file, or says where to put it
-    enum = getattr(torchvision.models, f"ResNet{depth}_Weights").IMAGENET1K_V1
-    return teacher, cast(nn.Linear, torchvision.models.get_model(f"resnet{depth}", weights=enum).fc)
+    teacher = load_teacher(weights, encoder)
+    return teacher, cast(nn.Linear, imagenet_classifier(encoder).fc)
 
 
 def load_segmenter(weights: str, file: str | None = None) -> Teacher:
@@ -210,9 +207,9 @@ class _Logits(nn.Module):
         return logits[:, self.first :]
 
 
-def _initialize(network: ResNetEncoder, weights: str, depth: int) -> None:
+def _initialize(network: nn.Module, weights: str, encoder: str) -> None:
     try:
-        initialize_encoder(network, ModelSpec(encoder=cast(Any, f"resnet{depth}"), init=weights))
+        initialize_encoder(network, ModelSpec(encoder=cast(Any, encoder), init=weights))
     except GeoPretrainError as error:
         said = str(error).replace("--set model.init=scratch", "--set task.teacher=NAME or a checkpoint folder")
         raise type(error)(f"Teacher {weights!r}: {said}") from error

@@ -215,7 +215,7 @@ def test_a_classifier_brings_its_classes(tiny_recipe, tmp_path, monkeypatch):
     network = torchvision.models.resnet18().eval()
     torch.save(network.state_dict(), place)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    task, batch = tiny_batch(tiny_recipe, "global_kd", {"teacher": "imagenet", "teacher_depth": 18})
+    task, batch = tiny_batch(tiny_recipe, "global_kd", {"teacher": "imagenet", "teacher_encoder": "resnet18"})
     task.eval()
     with torch.no_grad():
         (got,) = task(batch).values()

@@ -166,7 +166,7 @@ def test_key_network_starts_as_the_query_network_and_is_not_optimized(task_and_b
 
 def test_an_image_is_the_mean_of_its_map_through_two_layers_at_length_one():
     torch.manual_seed(0)
-    network = moco.Projector(18, 8, 5).eval()
+    network = moco.Projector("resnet18", 8, 5).eval()
     images = torch.randn(3, 3, 64, 96)
     first, second = network.head[0], network.head[2]
     with torch.no_grad():

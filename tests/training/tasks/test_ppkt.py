@@ -227,7 +227,7 @@ def test_a_pair_has_both_networks_in_one_space(run):
     image = torch.rand(2, 3, 48, 64)
     points, colors = torch.rand(300, 3) * 3, torch.randint(0, 256, (300, 3), dtype=torch.uint8)
     heads, teacher = (load_file(run[1] / f"{role}.safetensors") for role in ("heads", "teacher"))
-    alone = load_teacher("scratch", 18).network
+    alone = load_teacher("scratch", "resnet18").network
     alone.load_state_dict(teacher)
     with torch.no_grad():
         pixels, found = pair.encode_image(image), pair.encode_points(points, colors)
@@ -392,7 +392,7 @@ def test_teachers_by_name_and_folder(tmp_path, tiny_recipe):
     assert not dense(images.requires_grad_()).requires_grad
     assert not last.train().training
     with pytest.raises(RecipeError, match="is an encoder alone"):
-        load_teacher("scratch", 18, dense=True)
+        load_teacher("scratch", "resnet18", dense=True)
     run_here(tiny_recipe("csc"), tmp_path / "csc", ["optim.steps=1"])
     with pytest.raises(RecipeError, match="accepted: a network for images"):
         load_teacher(str(tmp_path / "csc"))
@@ -432,7 +432,11 @@ def test_wrong_settings_are_told(tiny_recipe):
         ({"teacher": "ade20k"}, (), r"'ade20k' has no file that could be fetched. Accepted: --set task.teacher_file"),
         ({"teacher_file": "x.pth"}, (), r"'task.teacher' is 'scratch': accepted is ade20k"),
         ({"temperature": 0}, (), r"'task.temperature' is 0"),
-        ({}, ("task.teacher_depth=101",), r"'task.teacher_depth' is 101 \(int\), accepted is one of 18, 50"),
+        (
+            {},
+            ("task.teacher_depth=101",),
+            r"'task.teacher_encoder' is 'resnet101' \(str\), accepted is one of resnet18, resnet50",
+        ),
         ({"resize": [1.2, 0.8]}, (), r"'task.resize' is \[1.2, 0.8\]"),
         ({"flip_prob": 1.5}, (), r"'task.flip_prob' is 1.5, accepted is a probability"),
         ({"teacher": "stage1"}, (), r"no first stage was trained"),

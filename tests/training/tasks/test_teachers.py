@@ -79,7 +79,7 @@ def test_the_channels_of_a_fine_tuned_network_are_its_classes_in_order(tmp_path,
 
 def test_a_fine_tuned_network_teaches_ppkd(finetuned, tiny_recipe, recording, tmp_path):
     folder, start = finetuned
-    settings = {"teacher": str(folder), "teacher_depth": None, "flip_prob": 0.0, "resize": [1.0, 1.0]}
+    settings = {"teacher": str(folder), "teacher_encoder": None, "flip_prob": 0.0, "resize": [1.0, 1.0]}
     plain = ("data.augment.jitter_prob=0", "data.augment.grayscale_prob=0", "data.augment.blur_prob=0")
     task, batch = tiny_batch(tiny_recipe, "ppkd", settings, *PPKD, *plain)
     assert task.teacher.contract == GREY
@@ -129,7 +129,7 @@ def test_a_folder_of_another_task_is_no_segmenter(moved):
 
 
 def test_a_teacher_that_is_not_named_has_its_terms(tiny_recipe):
-    path = tiny_recipe("ppkt", task={"teacher": None, "teacher_depth": None})
+    path = tiny_recipe("ppkt", task={"teacher": None, "teacher_encoder": None})
     license = license_of(load_recipe(str(path), ["data.license=CC0-1.0"]))
     assert license.weights == "LicenseRef-ImageNet-terms"
     assert "teacher: torchvision ResNet-50 IMAGENET1K_V1" in license.base_model
@@ -167,7 +167,7 @@ def test_a_teacher_that_cannot_be_fetched_is_told_in_a_teachers_words(tmp_path, 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(GeoPretrainError) as caught:
-        load_teacher("imagenet", 18)
+        load_teacher("imagenet", "resnet18")
     said = str(caught.value)
     assert said.startswith("Teacher 'imagenet': init 'imagenet' needs https://")
     assert said.endswith("or start from random weights: --set task.teacher=NAME or a checkpoint folder.")
