@@ -233,9 +233,10 @@ class _Parser:
 
         With `own`, errors of these types are recorded too, and the error itself is kept.
         """
+        expected: tuple[type[GeoPretrainError], ...] = (RecipeError, *own)
         try:
             check(value)
-        except (RecipeError, *own) as error:
+        except expected as error:
             problems = error.problems if isinstance(error, Mistakes) else (Problem((), str(error)),)
             fresh = [problem for problem in problems if not problem.touches(self.doubtful)]
             self.problems += fresh
@@ -341,7 +342,7 @@ def _usable(f: dataclasses.Field[Any], hint: Any, value: object) -> Any:
 def _unchecked(kind: type, values: Mapping[str, Any]) -> object:
     """Build an instance of a dataclass without calling its `__post_init__`."""
     hints = typing.get_type_hints(kind)
-    made = object.__new__(kind)
+    made: object = object.__new__(kind)
     for f in dataclasses.fields(kind):
         value = values[f.name] if f.name in values else _usable(f, hints[f.name], _BAD)
         object.__setattr__(made, f.name, value)
