@@ -1,4 +1,4 @@
-"""The pictures: what stands where in them, that they appear whole or not at all, and what is refused."""
+"""The pictures: what stands where in them, and that they show what is measured."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
-from geo_pretrain.catalog import Arch
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError, UnknownName
+from geo_pretrain.errors import BadFrame, CheckpointError, DataError
 from geo_pretrain.training.data.frame import SkippedFrames, Surface, resize_frame
 from geo_pretrain.training.data.mining import find_pairs
-from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud, scene_surface
 from geo_pretrain.training.data.surfaces.ply import read_ply
 from geo_pretrain.training.evaluation.features import load_extractor
@@ -32,54 +29,15 @@ from geo_pretrain.training.visualize.colors import shared_pca
 from geo_pretrain.training.visualize.columns import RANDOM_TITLE, find_backbone, load_columns
 from geo_pretrain.training.visualize.common import NOTHING, drawing_spec, paint
 from geo_pretrain.training.visualize.frames import draw_features
-from geo_pretrain.training.visualize.grids import GAP, HEADER, shorten
+from geo_pretrain.training.visualize.grids import GAP, HEADER
 from geo_pretrain.training.visualize.matches import project_matches, visualize_matches
 from geo_pretrain.training.visualize.points import visualize_points
 from geo_pretrain.training.visualize.splat import behind_camera, splat
 from geo_pretrain.training.visualize.viewer import viewer_page
-from tests.training.conftest import write_recording
-from tests.training.test_loop import run_here
-from tests.zoo import CONTRACT_3D, role_weights, write_tiny, write_tiny_3d
+from tests.training.visualize.conftest import pixels
+from tests.zoo import write_tiny, write_tiny_3d
 
 SIZE = (48, 64)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def image_folder(runs):
-    return str(write_tiny(runs / "image").folder)
-
-
-@pytest.fixture(scope="module")
-def cloud_folder(runs):
-    contract = dataclasses.replace(CONTRACT_3D, voxel_size=0.1)
-    return str(write_tiny_3d(runs / "cloud", contract=contract, recipe_yaml=None).folder)
-
-
-@pytest.fixture
-def geo(runs, tiny_recipe):
-    if not (runs / "geo").exists():
-        run_here(tiny_recipe("pri3d_geo", optim={"steps": 1}), runs / "geo")
-    return str(runs / "geo")
-
-
-@pytest.fixture(scope="module")
-def source(recording):
-    return SevenScenes(recording)
-
-
-@pytest.fixture(scope="module")
-def spec(recording):
-    return DataSpec(source="seven_scenes", path=str(recording), size=SIZE, overlap=(0.3, 1.0))
-
-
-def pixels(path):
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def panel(picture, row, column, shape, columns, row_height):
@@ -422,89 +380,3 @@ def test_rooms_are_those_of_pretraining(image_folder, geo, tmp_path, tiny_recipe
     }  # fmt: skip
     other = drawing_spec(DataSpec(source="scannet", path="x"), find_backbone(image_folder), None, 2)
     assert (other.size, other.options) == ((64, 96), {})
-
-
-DRAWN = [
-    (lambda backbone, spec, out, **options: draw_features([backbone], spec, out, **options), ".png"),
-    (visualize_matches, ".png"),
-    (visualize_points, ".ply"),
-]
-
-
-@pytest.mark.parametrize("draw, suffix", DRAWN, ids=["features", "matches", "points"])
-def test_mistakes_are_named_and_leave_nothing(tmp_path, draw, suffix, image_folder, spec):
-    out = tmp_path / "out" / f"x{suffix}"
-    with pytest.raises(UnknownName, match=r"Unknown scene 'kitchen'\. Closest: 'recording"):
-        draw(image_folder, spec, out, scene="kitchen")
-    with pytest.raises(RecipeError, match=r"'x.gif'; accepted: names that end in .*\.png"):
-        draw("no such backbone", spec, out.with_suffix(".gif"))
-    with pytest.raises(UnknownName, match="Unknown data source"):
-        draw(image_folder, DataSpec(source="scanet"), out)
-    assert not out.parent.exists()
-
-
-@pytest.mark.parametrize("draw, suffix", DRAWN, ids=["features", "matches", "points"])
-def test_recordings_without_depth_are_named_and_leave_nothing(tmp_path, draw, suffix, image_folder):
-    folder = write_recording(tmp_path / "blind")
-    for path in folder.glob("*.depth.png"):
-        path.unlink()
-    with pytest.raises(DataError, match="depth image is missing"):
-        draw(image_folder, DataSpec(source="seven_scenes", path=str(folder)), tmp_path / f"x{suffix}")
-    assert [path.name for path in tmp_path.iterdir()] == ["blind"]
-
-
-def test_a_frame_that_cannot_be_read_is_left_out(tmp_path, image_folder, cloud_folder):
-    folder, skips = write_recording(tmp_path / "kitchen"), SkippedFrames()
-    (folder / "frame-000000.color.png").unlink()
-    spec = DataSpec(source="seven_scenes", path=str(folder), size=SIZE)
-    draw_features([image_folder], spec, tmp_path / "one.png", count=2, skips=skips, baseline=False)
-    assert "color image is missing" in skips.summary()
-    draw_features([image_folder], spec, tmp_path / "two.png", count=6, baseline=False)
-    assert pixels(tmp_path / "two.png").shape[0] > 3 * pixels(tmp_path / "one.png").shape[0]
-    visualize_points(cloud_folder, spec, tmp_path / "points.ply", limit=50)
-    with pytest.raises(UnknownName, match="Unknown frame '7'"):
-        visualize_points(cloud_folder, spec, tmp_path / "x.ply", frame="7")
-    with pytest.raises(RecipeError, match="number of points is 0"):
-        visualize_points(cloud_folder, spec, tmp_path / "x.ply", limit=0)
-
-
-def test_a_frame_whose_depth_is_lost_by_its_size_is_named(tmp_path, cloud_folder):
-    folder = write_recording(tmp_path / "kitchen")
-    depth = np.zeros((120, 160), np.uint16)
-    depth[0, 0] = 1000  # at half the size every second pixel is taken, beginning with the second
-    Image.fromarray(depth).save(folder / "frame-000000.depth.png")
-    spec = DataSpec(source="seven_scenes", path=str(folder))
-    with pytest.raises(BadFrame, match="kitchen/000000: no pixel has a valid depth"):
-        visualize_points(cloud_folder, spec, tmp_path / "x.ply", frame="000000", size=(60, 80))
-
-
-def test_an_encoder_alone_has_features_and_matches(tmp_path, spec):
-    arch = Arch("resnet", {"depth": 18, "width": 8})
-    folder = str(write_tiny(tmp_path / "net", arch=arch, weights={"encoder": role_weights("encoder")}).folder)
-    shown = visualize_matches(folder, spec, tmp_path / "matches.png", count=1)
-    assert [title for title, _ in shown] == ["random weights", "net"]
-    with pytest.raises(RecipeError, match="'scratch' is drawn beside a backbone"):
-        visualize_matches("scratch", spec, tmp_path / "x.png")
-    draw_features([folder], spec, tmp_path / "x.png", count=1)
-    assert pixels(tmp_path / "x.png").shape[1] == 3 * (288 + GAP) + GAP
-
-
-def test_long_titles_are_shortened_in_the_middle():
-    assert shorten("runs", 300) == "runs"
-    name = "pri3d_view_geo_r50_with_a_very_long_name_that_goes_on.rooms"
-    short = shorten(name, 200)
-    assert short.startswith("pri3d_")
-    assert short.endswith(".rooms")
-    assert "..." in short
-    assert len(short) < len(name)
-
-
-def test_features_that_are_not_numbers_are_reported(tmp_path, spec):
-    weights = {role: role_weights(role) for role in ("encoder", "decoder")}
-    weights["decoder"] = {
-        key: value * torch.nan if value.is_floating_point() else value for key, value in weights["decoder"].items()
-    }
-    folder = str(write_tiny(tmp_path / "net", weights=weights).folder)
-    with pytest.raises(DataError, match="are not finite"):
-        draw_features([folder], spec, tmp_path / "x.png")
-    assert not (tmp_path / "x.png").exists()
