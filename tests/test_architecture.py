@@ -1,7 +1,4 @@
-"""Laws 1 and 2 of the house: arrows run down, without circles; importing stays light. Files and functions are short.
-
-`python tests/test_architecture.py` prints the faults that KNOWN lacks and removes from KNOWN those that are gone.
-"""
+"""Laws 1 and 2 of the house: arrows run down, without circles; importing stays light. Files and functions are short."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parents[1]
 ROOT = HOUSE / "geo_pretrain"
-KNOWN = Path(__file__).with_name("known_faults.txt")
 
 # Floors of the house, lowest first. A module imports from floors below its own, and from its own without a circle.
 # A row may name a package, or one module of it that stands on another floor; the longest matching name counts.
@@ -46,13 +42,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "__main__"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-PLANNED = {
-    "files",
-    "sparse.backend",
-    "training.config",
-    "training.finetune_recipe",
-    "training.licenses",
-}  # rooms of the drawing that are still to be built
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60
 DATA_TABLES: set[str] = set()  # files of rows only, which may be as long as there is data
 OPTIONAL = {
@@ -244,12 +233,8 @@ def optional_libraries() -> dict[str, str]:
     }
 
 
-def known() -> set[str]:
-    return set(KNOWN.read_text(encoding="utf-8").splitlines()) if KNOWN.exists() else set()
-
-
 def test_every_room_has_its_floor():
-    assert {room(module) for module in MODULES} | PLANNED >= set(FLOOR), "a row of FLOORS that names nothing"
+    assert {room(module) for module in MODULES} == set(FLOOR), "a row of FLOORS that names nothing"
     assert len(MODULES) > 20
 
 
@@ -257,13 +242,8 @@ def test_every_room_has_its_floor():
     "kind", ["arrow", "circle", "circle of rooms", "long file", "long function", "optional library"]
 )
 def test_there_is_no_fault(kind: str):
-    new = {fault: why for fault, why in faults().items() if fault.startswith(kind + " ") and fault not in known()}
+    new = {fault: why for fault, why in faults().items() if fault.startswith(kind + " ")}
     assert not new, "".join(f"\n  {fault}: {why}" for fault, why in new.items())
-
-
-def test_known_faults_are_still_there():
-    stale = known() - set(faults())
-    assert not stale, f"Mended; run `python tests/test_architecture.py`, which removes them from {KNOWN.name}: {stale}"
 
 
 def test_the_guard_sees_each_kind_of_import(monkeypatch: pytest.MonkeyPatch):
@@ -315,10 +295,3 @@ def test_the_public_face_is_complete_and_small():
     with pytest.raises(AttributeError, match="no attribute 'load_backbones'; public names: backbone_info"):
         _ = gp.load_backbones
     assert len(MODULES["geo_pretrain"].read_text().splitlines()) < 40
-
-
-if __name__ == "__main__":
-    remaining = known() & set(faults())  # read as a set of lines: what is left of a merge conflict goes, too
-    KNOWN.write_text("".join(fault + "\n" for fault in sorted(remaining)), encoding="utf-8")
-    for fault in sorted(set(faults()) - remaining):
-        print(f"{fault}: {faults()[fault]}")
