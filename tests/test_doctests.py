@@ -15,7 +15,7 @@ EXAMPLES = {
     "geo_pretrain.backbones.architectures": 1,
     "geo_pretrain.backbones.build": 1,
     "geo_pretrain.catalog": 1,
-    "geo_pretrain.hub.transfer": 2,
+    "geo_pretrain.hub.links": 2,
     "geo_pretrain.adapters.timm": 2,
     "geo_pretrain.loading": 2,
     "geo_pretrain.sparse.coordinates": 1,

@@ -76,7 +76,7 @@ class World:
         return torch.stack(parts, dim=1).flatten(0, 1)
 
     def own_rows(self, rows: Tensor) -> Tensor:
-        """The rows of this process among those of all, in the order of `all_gather`."""
+        """This process's rows among all rows, in the order of `all_gather`."""
         return rows[self.rank :: self.size]
 
     def broadcast(self, number: int) -> int:
@@ -122,8 +122,8 @@ class World:
 def forward_in_groups(network: Callable[[Tensor], Tensor], samples: Tensor, groups: int) -> Tensor:
     """Run samples [B, P, 3, H, W] through a network in groups that BatchNorm normalizes apart: [B, P, dim], in order.
 
-    Sample i is in group i % groups; `groups` divides B. Running statistics are those of the first group, as the main
-    process's are kept where groups are processes.
+    Sample i is in group i % groups; `groups` divides B. Running statistics come from the first group, as they come
+    from the main process where groups are processes.
     """
     images = samples.shape[1]
     outputs = []

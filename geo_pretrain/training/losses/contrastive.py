@@ -39,8 +39,8 @@ def info_nce(
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
     logits = query @ key.transpose(-1, -2) / temperature
     if ignore is not None:
-        own = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(ignore & ~own, -torch.inf)
+        diagonal = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(ignore & ~diagonal, -torch.inf)
     positive = logits.diagonal(dim1=-2, dim2=-1)
     loss = (logits.logsumexp(-1) - positive).mean(-1)
     if symmetric:
@@ -107,11 +107,11 @@ def anchor_nce(
     """
 
     def part(begin: int, end: int) -> Tensor:
-        own, index = anchors[begin:end], torch.arange(begin, end, device=anchors.device)
-        positive = (own * positives[begin:end]).sum(-1, keepdim=True) / temperature
-        scores = [positive if negatives == "anchors" else own @ positives.T / temperature]
+        rows, index = anchors[begin:end], torch.arange(begin, end, device=anchors.device)
+        positive = (rows * positives[begin:end]).sum(-1, keepdim=True) / temperature
+        scores = [positive if negatives == "anchors" else rows @ positives.T / temperature]
         if negatives != "positives":
-            scores.append((own @ anchors.T / temperature).scatter(1, index[:, None], -torch.inf))
+            scores.append((rows @ anchors.T / temperature).scatter(1, index[:, None], -torch.inf))
         return torch.cat(scores, dim=1).logsumexp(1) - positive[:, 0]
 
     count = len(anchors)

@@ -146,16 +146,16 @@ class GlobalDistillation(TaughtByImages):
 
     def _against_memory(self, batch: Mapping[str, Any], student: Tensor, teacher: Tensor) -> Tensor:
         """CRD's released loss: the features of each side against the memory of the other side."""
-        own, memory = batch["index"], self.memory_student
+        index, memory = batch["index"], self.memory_student
         draws = [
             torch.randint(len(memory), (self.config.queue,), generator=torch.Generator().manual_seed(seed))
             for seed in batch["seed"]
         ]
-        rows = torch.cat([own[:, None], torch.stack(draws).to(own.device)], dim=1)
+        rows = torch.cat([index[:, None], torch.stack(draws).to(index.device)], dim=1)
         loss = self.memory_loss(student, teacher, rows)
         if self.training:
-            world = World.current(own.device)
-            self.remember(*(world.all_gather(rows) for rows in (own, student.detach(), teacher.detach())))
+            world = World.current(index.device)
+            self.remember(*(world.all_gather(rows) for rows in (index, student.detach(), teacher.detach())))
         return loss
 
     def remember(self, index: Tensor, student: Tensor, teacher: Tensor) -> None:

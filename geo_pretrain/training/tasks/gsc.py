@@ -63,7 +63,7 @@ class GSC(ImageUNetTask):
             self.w2d = nn.Linear(self.backbone.out_chans, config.projection)
 
     def load_start_weights(self) -> None:
-        """The U-Net's start weights, and those of the depth head where the first stage has one."""
+        """The U-Net's start weights, and the depth head's where the first stage has one."""
         super().load_start_weights()
         if self.config.depth_proxy:
             initialize_heads(self, self.recipe.network2d().init, prefix="headnet.", required=False)

@@ -2,9 +2,9 @@
 
 Stage 1 of Janda et al., "Self-Supervised Pre-training of 3D Point Cloud Networks with Image Data" (2022); its network
 teaches stage 2, `tasks.img2pc`. The paper publishes no code and few numbers: it says that positives are the augmented
-pixels that come from the same original pixel, that negatives are all others, those of other images of the batch
-included, that the augmentation is roughly SimCLR's, that the encoder starts from ImageNet and that there are 16
-outputs. Everything else is our reading.
+pixels that come from the same original pixel, that negatives are all others, also in other images of the batch,
+that the augmentation is roughly SimCLR's, that the encoder starts from ImageNet and that there are 16 outputs.
+Everything else is our reading.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Config(TaskConfig):
     channels: int = 16  # of the features
     scale: tuple[float, float] = (0.2, 1.0)  # of the crops: share of the image's area
     flip_prob: float = 0.5
-    scope: Literal["batch", "image"] = "batch"  # negatives: pixels of all images of the local batch, or of the own
+    scope: Literal["batch", "image"] = "batch"  # negatives: pixels of all local images, or of the same image
     negatives: Literal["both", "other"] = "both"  # of both views, as SimCLR's, or of the other view alone
 
     def check_ranges(self, check: Checks) -> None:

@@ -2,7 +2,7 @@
 
 Xie et al., "PointContrast: Unsupervised Pre-training for 3D Point Cloud Understanding", ECCV 2020; defaults are those
 of the released code and launch scripts (MIT), from which the published weights came. The paper's formula for the
-hardest-contrastive loss, and negatives from the own pair only, are options.
+hardest-contrastive loss, and negatives from the anchor's pair only, are options.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Config(CloudConfig):
     """Settings of the task; each default is the released code's. Numbers of samples hold for each process."""
 
     loss: Literal["nce", "hardest"] = "nce"  # set by the task's name
-    negatives: Literal["batch", "pair"] = "batch"  # nce: anchors of all pairs of the batch, or of the own pair only
+    negatives: Literal["batch", "pair"] = "batch"  # nce: anchors of all pairs of the batch, or of the same pair only
     positives: int = 1024  # hardest: matches for each pair, drawn from the whole batch
     candidates: int = 256  # hardest: points of each side for each pair, drawn from the whole batch
     positive_margin: float = 0.1

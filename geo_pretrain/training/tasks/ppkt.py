@@ -31,7 +31,7 @@ class Config(TaughtConfig):
     temperature: float = 0.04  # SLidR: 0.07
     matches: int = 4096  # anchors of the batch or of each image:
     matches_of: Literal["batch", "image"] = "batch"
-    # algorithm 1 flattens the points of all images; "image": the own image's alone, with `matches` of each
+    # algorithm 1 flattens the points of all images; "image": points of one image at a time, `matches` of each
     negatives: Literal["batch", "image"] = "batch"
     align_corners: bool = True  # of the upsampling, as SLidR has it
 

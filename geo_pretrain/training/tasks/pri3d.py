@@ -85,7 +85,7 @@ class Pri3D(ImageUNetTask):
             self.w3d = nn.Linear(spec.out_chans, PROJECTION)
 
     def load_start_weights(self) -> None:
-        """The U-Net's start weights, and with `keep_heads` those of everything else."""
+        """The U-Net's start weights, and with `keep_heads` everything else's too."""
         super().load_start_weights()
         if self.config.keep_heads:
             initialize_heads(self, self.recipe.network2d().init)

@@ -120,9 +120,9 @@ class TaughtByImages(PretextTask):
         return {key: value for key, value in super().heads().items() if key in trained}
 
     def export(self) -> Export:
-        """The student, its projections in a file of their own, and where `pairing` pairs them the teacher too.
+        """The student, its projections in a second file, and the teacher if `pairing` pairs the two.
 
-        A teacher of no architecture of the zoo is left out.
+        A teacher whose architecture is not in the zoo is left out.
         """
         student = copy_network(self.backbone, self.arch_args)
         pairing = None if self.teacher.arch is None else self.pairing(self.teacher.arch)

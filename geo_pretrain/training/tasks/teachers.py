@@ -79,14 +79,14 @@ def load_teacher(weights: str, encoder: str = "resnet50", *, dense: bool = False
             _initialize(network, weights, encoder)
         chans = network.feature_info[-1]["num_chs"]
         return Teacher(network, ImageContract(), chans, encoder_arch(encoder, width=HOST_WIDTH))
-    found = hub.open(weights)
-    if not isinstance(found.contract, ImageContract):
-        raise RecipeError(f"Teacher {weights!r} is {found.arch}; accepted: a network for images.")
-    if dense and not found.arch.has_decoder:
+    opened = hub.open(weights)
+    if not isinstance(opened.contract, ImageContract):
+        raise RecipeError(f"Teacher {weights!r} is {opened.arch}; accepted: a network for images.")
+    if dense and not opened.arch.has_decoder:
         raise RecipeError(f"Teacher {weights!r} is an encoder alone; accepted: dense false, or one with a decoder.")
     network = load_backbone(weights, decoder=dense)
     chans = network.out_chans if dense else network.feature_info[-1]["num_chs"]
-    return Teacher(network, found.contract, chans, found.arch if dense else found.arch.encoder_alone)
+    return Teacher(network, opened.contract, chans, opened.arch if dense else opened.arch.encoder_alone)
 
 
 def load_classifier(weights: str, encoder: str = "resnet50") -> tuple[Teacher, nn.Linear]:
@@ -199,7 +199,7 @@ class _Logits(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> [B, classes, h, w], without the `first` ones."""
         network: Any = self.network
-        if hasattr(network, "classifier"):  # torchvision's own call makes them as large as the image
+        if hasattr(network, "classifier"):  # torchvision's forward would upsample them to the image
             output = network.classifier(network.backbone(images)["out"])
         else:
             output = network(images)
