@@ -74,7 +74,7 @@ def load_teacher(weights: str, encoder: str = "resnet50", *, dense: bool = False
                 f"Teacher {weights!r} is an encoder alone and has no dense features; accepted: its last map "
                 "(dense false), or a checkpoint with a decoder."
             )
-        network = build_encoder(encoder)
+        network: Any = build_encoder(encoder)
         if weights != SCRATCH:
             _initialize(network, weights, encoder)
         chans = network.feature_info[-1]["num_chs"]
