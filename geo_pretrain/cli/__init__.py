@@ -1,4 +1,4 @@
-"""`geo-pretrain ...`: parses, calls, prints. Everything it does is one call into the package."""
+"""The command line `geo-pretrain`; each command parses its options, calls the package once and prints the result."""
 
 from geo_pretrain.cli import backbone, bench, data, evaluate, picture, recipe, train
 from geo_pretrain.cli.shared import app, console, main

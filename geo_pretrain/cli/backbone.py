@@ -1,4 +1,4 @@
-"""Commands around the zoo: what there is, fetching, checking, converting, publishing, the cache."""
+"""Commands for checkpoints: list, info, pull, verify, convert, publish, bundle, card, cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from geo_pretrain.catalog import Entry
     from geo_pretrain.hub import Opened
 
-cache_app = typer.Typer(help="Look at and clear what was downloaded.", no_args_is_help=True)
+cache_app = typer.Typer(help="List and clear downloaded checkpoints.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
 LIST_WIDTH = 400  # more than any row: names and folders are copied from lists, so none is cut
@@ -29,12 +29,12 @@ NAME_HELP = "A catalog name, a checkpoint folder or hf-hub:OWNER/REPO."
 @app.command("list")
 def list_command(
     pattern: Annotated[str, typer.Argument(help="Names to show, with * and ?.")] = "*",
-    method: Annotated[str | None, typer.Option(help="Such as pri3d.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method, such as pri3d.")] = None,
     modality: Annotated[str | None, typer.Option(help="2d or 3d.")] = None,
-    license: Annotated[str | None, typer.Option(help="SPDX, or: permissive, non-commercial.")] = None,
-    data: Annotated[str | None, typer.Option(help="What it was pre-trained on, such as ScanNet.")] = None,
-    status: Annotated[str | None, typer.Option(help="Such as regenerable.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The names, machine-readable.")] = False,
+    license: Annotated[str | None, typer.Option(help="SPDX identifier, or permissive or non-commercial.")] = None,
+    data: Annotated[str | None, typer.Option(help="Pre-training data, such as ScanNet.")] = None,
+    status: Annotated[str | None, typer.Option(help="Status, such as regenerable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the names as JSON.")] = False,
 ) -> None:
     """List the backbones of the catalog.
 
@@ -64,9 +64,9 @@ def info(
     name: Annotated[str, typer.Argument(help=NAME_HELP)],
     loaded: Annotated[bool, typer.Option("--loaded", help="Load the weights and report every tensor.")] = False,
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show everything known about a backbone; with --loaded also what happened to each tensor when it was loaded.
+    """Show everything known about a backbone; with --loaded also the load report of every tensor.
 
     Example: `geo-pretrain info pri3d_view_geo_r50`
 
@@ -111,7 +111,7 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
 
 
 def _load(name: str, hub: str | None) -> tuple[Any, Path]:
-    """The load report of the whole network, and the folder it came from."""
+    """Load the whole network; return its load report and its checkpoint folder."""
     from geo_pretrain.loading import load_backbone
 
     opened = _open(name, hub)
@@ -127,7 +127,7 @@ def _open(name: str, hub: str | None) -> Opened:
 
 
 def _rows(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested facts as lines; a tuple of facts becomes one line each."""
+    """Flatten nested facts to rows; each item of a tuple gets its own row."""
     rows = []
     for key, value in facts.items():
         title = f"{prefix}{key}"
@@ -147,9 +147,9 @@ def _rows(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 @app.command()
 def pull(
     names: Annotated[list[str] | None, typer.Argument(help=NAME_HELP)] = None,
-    encoder: Annotated[bool, typer.Option("--encoder", help="Of image networks only the encoder's file.")] = False,
+    encoder: Annotated[bool, typer.Option("--encoder", help="For image networks fetch only the encoder.")] = False,
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
-    from_bundle: Annotated[Path | None, typer.Option(help="A file made by `bundle`: install what it holds.")] = None,
+    from_bundle: Annotated[Path | None, typer.Option(help="Install checkpoints from a file made by `bundle`.")] = None,
 ) -> None:
     """Fetch checkpoints into the cache, so that loading them needs no network.
 
@@ -174,7 +174,7 @@ def pull(
 def verify(
     name: Annotated[str, typer.Argument(help=NAME_HELP)],
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
-    tolerance: Annotated[float, typer.Option(help="Relative to each output's largest magnitude.")] = 1e-4,
+    tolerance: Annotated[float, typer.Option(help="Tolerance relative to each output's largest magnitude.")] = 1e-4,
 ) -> None:
     """Compare every file with its digest, load the network and recompute its golden outputs.
 
@@ -196,10 +196,10 @@ def convert(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder (--from) or file (--to) to write.")],
     from_: Annotated[str | None, typer.Option("--from", help="Format of the authors' file, such as pri3d.")] = None,
     to: Annotated[str | None, typer.Option("--to", help="Format to write, such as detectron2.")] = None,
-    name: Annotated[str | None, typer.Option(help="With --from: what the checkpoint is called.")] = None,
-    like: Annotated[str | None, typer.Option(help="With --from: the catalog entry it is like; default: NAME.")] = None,
+    name: Annotated[str | None, typer.Option(help="With --from: name of the new checkpoint.")] = None,
+    like: Annotated[str | None, typer.Option(help="With --from: the catalog entry to imitate; default: NAME.")] = None,
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file or checkpoint there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file or checkpoint.")] = False,
 ) -> None:
     """Turn an authors' file into a checkpoint folder, or a checkpoint into another library's format.
 
@@ -240,9 +240,9 @@ def publish(
     to: Annotated[str, typer.Option("--to", help="hf-hub:OWNER/REPO, or a folder of checkpoint folders.")],
     tag: Annotated[str | None, typer.Option(help="Name of this version; default: see docs/publish.md.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list files, publish nothing.")] = False,
 ) -> None:
-    """Put a checkpoint where others can load it, then load it from there and compare.
+    """Publish a checkpoint, then load it from there and compare digests and golden outputs.
 
     Example: `geo-pretrain publish runs/kitchen --to hf-hub:me/pri3d_view_r18.kitchen --dry-run`
     """
@@ -258,7 +258,7 @@ def bundle(
     out: Annotated[Path, typer.Option("--out", "-o", help="The .tar file to write.")],
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
 ) -> None:
-    """Put checkpoints into one file for a machine without network, where `pull --from-bundle` installs them.
+    """Pack checkpoints into one file for a machine without network; `pull --from-bundle` installs them there.
 
     Example: `geo-pretrain bundle pri3d_view_geo_r50 csc_100k_srunet34 -o zoo.tar`
     """
@@ -288,8 +288,8 @@ def card(
 
 
 @cache_app.command("ls")
-def cache_list(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
-    """List the checkpoints in the cache. What came from Hugging Face lies in its own cache: `hf cache ls`.
+def cache_list(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the checkpoints in the cache. `hf cache ls` lists files from Hugging Face.
 
     Example: `geo-pretrain cache ls`
     """
@@ -310,7 +310,7 @@ def cache_list(as_json: Annotated[bool, typer.Option("--json", help="Machine-rea
 @cache_app.command("rm")
 def cache_remove(
     names: Annotated[list[str] | None, typer.Argument(help="Names as `cache ls` shows them.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all checkpoints.")] = False,
 ) -> None:
     """Remove checkpoints from the cache; they are fetched again when next needed.
 

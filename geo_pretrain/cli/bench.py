@@ -1,4 +1,4 @@
-"""Commands that compare ways of pre-training: bench pretext."""
+"""The command `bench pretext`, which compares pretext tasks."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from rich.table import Table
 from geo_pretrain.cli.options import SET_HELP
 from geo_pretrain.cli.shared import app, console, escape, progress
 
-bench_app = typer.Typer(help="Compare ways of pre-training.", no_args_is_help=True)
+bench_app = typer.Typer(help="Compare pretext tasks.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 
 @bench_app.command("pretext")
 def bench_pretext(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where checkpoints and results go.")] = Path("bench"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints and results.")] = Path("bench"),
     task: Annotated[list[str], typer.Option(help="A pretext task; may be repeated. Default: all.")] = [],  # noqa: B006
-    seed: Annotated[list[int], typer.Option(help="Of pre-training and measurements; may be repeated.")] = [0, 1, 2],  # noqa: B006
-    toy: Annotated[bool, typer.Option("--toy", help="Small networks and rooms: a CPU, under an hour.")] = False,
+    seed: Annotated[list[int], typer.Option(help="Seed of training and measurements; may be repeated.")] = [0, 1, 2],  # noqa: B006
+    toy: Annotated[bool, typer.Option("--toy", help="Small networks and rooms: under an hour on a CPU.")] = False,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of every task.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Samples a step of every task.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples per step of every task.")] = None,
     finetune_steps: Annotated[int | None, typer.Option(help="Steps of every fine-tuning run.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes at a time; default: one a core; on a GPU one.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Parallel processes; default: one per core, one on a GPU.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    list_: Annotated[bool, typer.Option("--list", help="Show what would be trained, and stop.")] = False,
-    render: Annotated[Path | None, typer.Option(help="A Markdown page to put the table into.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the planned trainings and exit.")] = False,
+    render: Annotated[Path | None, typer.Option(help="Markdown page to insert the table into.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Train every pretext task at the same budget on rooms and measure each beside random weights: one table.
+    """Train every pretext task with the same budget on rooms; compare each to random initialization in one table.
 
     Matching on held-out rooms, a linear probe and fine-tuning, in 2D or 3D, over seeds. Interrupted? Give the same
     command again: finished cells are kept. Exit code 1 when a task failed; the others are in the table.
@@ -57,7 +57,7 @@ def bench_pretext(
         _show_plan(chosen, spec)
         return
     if render is not None:
-        parts(render)  # a page that cannot hold the table is better known now
+        parts(render)  # fail early if the page has no place for the table
     with progress(not as_json) as report:
         results = run_bench(
             chosen,
@@ -81,7 +81,7 @@ def bench_pretext(
 
 
 def _show_results(results: dict[str, Any], out: Path) -> None:
-    """The table, and where the numbers lie."""
+    """Print the table and the path of the results."""
     from geo_pretrain.training.bench.report import HEAD, table
     from geo_pretrain.training.bench.run import RESULTS
 
@@ -93,7 +93,7 @@ def _show_results(results: dict[str, Any], out: Path) -> None:
 
 
 def _show_plan(chosen: list[Any], spec: Any) -> None:
-    """What each task would train."""
+    """Print the planned trainings of each task."""
     from geo_pretrain.training.bench.plan import plan
 
     shown = Table("task", "recipe", "", "first stage", box=None)

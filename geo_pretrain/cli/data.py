@@ -1,4 +1,4 @@
-"""Commands that look at data: data preview."""
+"""The command `data preview`, which draws frames of a data source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from geo_pretrain.cli.options import DATA_HELP, SET_HELP, data_spec
 from geo_pretrain.cli.shared import app, console, progress
 
-data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
+data_app = typer.Typer(help="Preview data sources.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
@@ -48,6 +48,6 @@ def data_preview(
 
 
 def _preview_options(data: str, scenes: int) -> list[str]:
-    """A few small rooms instead of the full set."""
+    """Options for a few small rooms instead of the full set."""
     options = f"{{scenes: {scenes}, frames: 12}}"
     return [f"data.options={options}"] if data == "rooms" else []

@@ -47,9 +47,9 @@ def eval_matching(
     turn: Annotated[Turn, typer.Option(help=TURN_HELP)] = Turn.CAMERA,
     seed: Annotated[int, typer.Option(help="Of queries, turns and random weights.")] = 0,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Matching between views: how often is the nearest feature within 4 px (3D: 2 voxels) of the same surface point?
+    """Measure how often a feature's nearest neighbor in another view is within 4 px (3D: 2 voxels) of its match.
 
     2D backbones match the pixels of two images (an encoder without decoder by its maps side by side), 3D ones the
     voxels of two frames' clouds. A network with random weights is measured beside it; ± is the standard deviation over
@@ -85,12 +85,12 @@ def eval_pixel_to_voxel(
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
     pairs: Annotated[int, typer.Option(help="Frames, each with its chunk, spread over the scenes.")] = 100,
-    threshold: Annotated[float, typer.Option(help="Voxels within which a match is right.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Of queries and random weights.")] = 0,
+    threshold: Annotated[float, typer.Option(help="Largest error of a correct match, in voxels.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Seed of queries and random weights.")] = 0,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Matching across modalities: how often is the voxel nearest to a pixel's feature within 2 voxels of its surface?
+    """Measure how often the voxel nearest to a pixel's feature lies within 2 voxels of the pixel's surface point.
 
     Candidates are all voxels of the chunk of surface around the frame, seen or not (Pri3D); of the frame's own cloud
     (networks that a frozen one has taught). The same networks with random weights are measured beside it (the frozen
@@ -126,10 +126,10 @@ def eval_probe(
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH; default: pre-training's; 3D: the images' own.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of pixels and random weights.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of pixels and random weights.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Quick comparison without fine-tuning: a linear probe and k nearest neighbors on frozen features.
+    """Compare frozen features with random initialization by a linear probe and k-NN prediction.
 
     The same architecture with random weights is measured beside it. 2D backbones are judged by the pixels of labelled
     images, 3D ones by the voxels of labelled RGB-D frames, which rooms has.
@@ -141,7 +141,7 @@ def eval_probe(
     from geo_pretrain.training.data.labelled.registry import subset
     from geo_pretrain.training.evaluation.probes import ProbeSpec, compare_probes
 
-    measured = _measured(backbone)  # a name that does not exist is better known before rooms are rendered
+    measured = _measured(backbone)  # an unknown name fails before rooms are rendered
     with progress(not as_json) as report:
         train, val = _labelled_splits(data, lambda done, total: report("rendering rooms", done, total, ""))
         results = compare_probes(
@@ -163,7 +163,7 @@ def eval_probe(
 
 
 def _measured(backbone: str) -> str:
-    """What the probes of a backbone classify: "pixel" or "voxel"."""
+    """The unit that a backbone's probes classify: "pixel" or "voxel"."""
     from geo_pretrain import hub
     from geo_pretrain.contract import VoxelContract
 
@@ -173,7 +173,7 @@ def _measured(backbone: str) -> str:
 
 
 def _labelled_splits(data: str, on_rooms: Callable[[int, int], None]) -> tuple[LabelledSource, LabelledSource]:
-    """Training and validation images of `--data`, labeled for segmentation."""
+    """Open the training and validation images of `--data`, labeled for segmentation."""
     from geo_pretrain.training.data.labelled.registry import open_labelled
 
     name, _, path = data.partition(":")
@@ -185,7 +185,7 @@ def _labelled_splits(data: str, on_rooms: Callable[[int, int], None]) -> tuple[L
 
 
 def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as_json: bool) -> None:
-    """What the `eval` commands print: a row for each set of weights."""
+    """Print the recall of the `eval` commands, one row per set of weights."""
     if as_json:
         typer.echo(json.dumps({name: asdict(r) | {"spread": r.spread} for name, r in results.items()}))
         return

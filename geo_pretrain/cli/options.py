@@ -1,4 +1,4 @@
-"""Options that several commands share, and what their texts mean: data, sizes, ranges."""
+"""Options that several commands share, and their parsers: data, sizes, ranges."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LABELLED_HELP = "SOURCE or SOURCE:PATH of labelled images, such as rooms, scanne
 
 
 class Turn(StrEnum):
-    """Typer's way to list what an option accepts; means `evaluation.matching.Turn`."""
+    """The values of `--turn` as an enum for Typer; see `evaluation.matching.Turn`."""
 
     CAMERA, FULL, UPRIGHT = "camera", "full", "upright"
 
 
 def data_overrides(data: str | None, frames: str | None) -> list[str]:
-    """`--data` and `--frames` as overrides of a recipe."""
+    """Convert `--data` and `--frames` to overrides of a recipe."""
     overrides = []
     if data is not None:
         source, _, path = data.partition(":")
@@ -42,7 +42,7 @@ def data_overrides(data: str | None, frames: str | None) -> list[str]:
 
 
 def labelled_overrides(data: str | None) -> list[str]:
-    """`--data` as overrides of a recipe."""
+    """Convert `--data` to overrides of a recipe."""
     if data is None:
         return []
     source, _, path = data.partition(":")
@@ -53,7 +53,7 @@ def labelled_overrides(data: str | None) -> list[str]:
 
 
 def data_spec(data: str, frames: str | None, overlap: str, overrides: list[str]) -> DataSpec:
-    """A data section on its own, for commands that need no recipe."""
+    """Build a data section for commands without a recipe."""
     from geo_pretrain.training.config import apply_overrides, parse
     from geo_pretrain.training.recipe import RENAMED, Recipe
 
@@ -64,7 +64,7 @@ def data_spec(data: str, frames: str | None, overlap: str, overrides: list[str])
 
 
 def range_of(option: str, text: str) -> str:
-    """`LOW:HIGH` as a YAML list."""
+    """Convert `LOW:HIGH` to a YAML list."""
     try:
         low, high = (float(part) for part in text.split(":"))
     except ValueError:
@@ -73,7 +73,7 @@ def range_of(option: str, text: str) -> str:
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:
-    """`--size` as height and width."""
+    """Parse `--size` into height and width."""
     if text is None:
         return None
     try:
@@ -84,6 +84,6 @@ def size_of(text: str | None) -> tuple[int, int] | None:
 
 
 def print_skips(skips: SkippedFrames) -> None:
-    """What was left out and why, if anything."""
+    """Print the skipped frames and the reasons, if any."""
     if skips.reasons:
         console.print(f"[yellow]{escape(skips.summary())}", soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""Commands that draw what a backbone has learned: visualize matches, features, points."""
+"""The commands `visualize matches`, `visualize features` and `visualize points`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from geo_pretrain.cli.shared import app, console, escape, progress
 if TYPE_CHECKING:
     from geo_pretrain.training.recipe import DataSpec
 
-visualize_app = typer.Typer(help="Draw what a backbone has learned.", no_args_is_help=True)
+visualize_app = typer.Typer(help="Draw matches and features of backbones.", no_args_is_help=True)
 app.add_typer(visualize_app, name="visualize")
 
 BACKBONE_HELP = "A catalog name or a checkpoint folder, 2D or 3D."
 SCENE_HELP = "A scene of the source; default: the first."
 SIZE_HELP = "HEIGHTxWIDTH of the frames; default: that of pre-training."
-MAP_HELP = "Of the encoder's maps (strides 2 to 32), or the sparse U-Net's (1 to 16), instead of the output: 0 to 4."
-ALONE_HELP = "Without the same network with random weights beside it."
-SEED_HELP = "Of random weights and of what is drawn at random."
+MAP_HELP = "Draw feature map 0 to 4 (strides 2 to 32; sparse U-Net: 1 to 16) instead of the output."
+ALONE_HELP = "Leave out the random-initialization baseline."
+SEED_HELP = "Seed of random weights and random choices."
 DEVICE_HELP = "cpu or cuda."
 
 
@@ -30,14 +30,14 @@ def visualize_matches(
     backbone: Annotated[str, typer.Argument(help=BACKBONE_HELP)],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("matches.png"),
-    against: Annotated[str, typer.Option(help="What stands beside it: scratch, or another backbone.")] = "scratch",
-    alone: Annotated[bool, typer.Option("--alone", help="Nothing beside it.")] = False,
+    against: Annotated[str, typer.Option(help="Backbone to compare with, or scratch (random weights).")] = "scratch",
+    alone: Annotated[bool, typer.Option("--alone", help="Leave out the comparison.")] = False,
     scene: Annotated[str | None, typer.Option(help="A scene of the source; default: one for each pair.")] = None,
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs to show.")] = 3,
     overlap: Annotated[str, typer.Option(help="Range of overlap of the pairs.")] = "0.3:1",
     threshold: Annotated[
-        float | None, typer.Option(help="Within which a match is right; default: 4 px, 2 voxels.")
+        float | None, typer.Option(help="Largest error of a correct match; default: 4 px, 2 voxels.")
     ] = None,
     turn: Annotated[Turn, typer.Option(help=TURN_HELP)] = Turn.CAMERA,
     size: Annotated[str | None, typer.Option(help=SIZE_HELP)] = None,
@@ -79,7 +79,7 @@ def visualize_matches(
 
 @visualize_app.command("features")
 def visualize_features(
-    backbones: Annotated[list[str], typer.Argument(help=BACKBONE_HELP + " Several: a column each.")],
+    backbones: Annotated[list[str], typer.Argument(help=BACKBONE_HELP + " One column per backbone.")],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("features.png"),
     scene: Annotated[str | None, typer.Option(help=SCENE_HELP)] = None,
@@ -128,11 +128,9 @@ def visualize_points(
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     out: Annotated[Path, typer.Option("--out", "-o", help="The .ply, .html or .png to write.")] = Path("points.html"),
     scene: Annotated[str | None, typer.Option(help=SCENE_HELP)] = None,
-    frame: Annotated[str | None, typer.Option(help="The cloud of this frame, not the scene's surface.")] = None,
+    frame: Annotated[str | None, typer.Option(help="Draw this frame's cloud instead of the scene's surface.")] = None,
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
-    points: Annotated[int, typer.Option(min=1, help="Points to draw at most; the others are left out at random.")] = (
-        200_000
-    ),
+    points: Annotated[int, typer.Option(min=1, help="Maximum number of points to draw, chosen at random.")] = 200_000,
     map_: Annotated[int | None, typer.Option("--map", min=0, max=4, help=MAP_HELP)] = None,
     size: Annotated[str | None, typer.Option(help=SIZE_HELP)] = None,
     alone: Annotated[bool, typer.Option("--alone", help=ALONE_HELP)] = False,
@@ -140,7 +138,7 @@ def visualize_points(
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
 ) -> None:
-    """Draw features on the points of a scene: a PLY file, an HTML page that turns, or four views as PNG.
+    """Draw features on the points of a scene: a PLY file, an interactive HTML page, or four views as PNG.
 
     Of a 2D backbone each point has the mean of the pixels that see it.
 

@@ -1,4 +1,4 @@
-"""Commands that look at recipes, of pre-training and of fine-tuning: recipes list, show, copy."""
+"""The commands `recipes list`, `recipes show` and `recipes copy`, for pre-training and fine-tuning recipes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from geo_pretrain.cli.shared import app
 from geo_pretrain.errors import RecipeError, unknown
 
-recipes_app = typer.Typer(help="Look at recipes, and copy one to change it.", invoke_without_command=True)
+recipes_app = typer.Typer(help="List, show and copy recipes.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 
 NAME_HELP = "A recipe's name; `geo-pretrain recipes` lists them."
@@ -29,8 +29,8 @@ def recipes(context: typer.Context) -> None:
 
 
 @recipes_app.command("list")
-def recipes_list(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
-    """List recipes, a line each: name, the command that runs it, task, network and data.
+def recipes_list(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List recipes, one per line: name, the command that runs it, task, network and data.
 
     Example: `geo-pretrain recipes list | grep rooms`
     """
@@ -57,7 +57,7 @@ def recipes_copy(
     name: Annotated[str, typer.Argument(help=NAME_HELP)],
     file: Annotated[Path, typer.Argument(help="The .yaml file to write; it must not exist.")],
 ) -> None:
-    """Copy a recipe to a file of your own, to change it and to run it by the file's path.
+    """Copy a recipe to a file that you can edit and run by its path.
 
     Example: `geo-pretrain recipes copy pri3d_view_r18 mine.yaml`, then `geo-pretrain train mine.yaml --out runs/mine`
     """
@@ -98,7 +98,7 @@ def _finetuning_rows() -> list[tuple[str, ...]]:
 
 
 def _file_of(name: str) -> Path:
-    """The file of a recipe of either kind. Raises `UnknownName`."""
+    """Find the file of a pre-training or fine-tuning recipe. Raises `UnknownName`."""
     from geo_pretrain.training import finetune_recipe, recipe
 
     for folder in (recipe.RECIPES, finetune_recipe.RECIPES):

@@ -1,4 +1,4 @@
-"""What all commands share: the application, its console, errors as one message, progress."""
+"""The shared parts of all commands: the Typer application, its console, error messages, progress."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _message(error: GeoPretrainError | OSError) -> str:
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning of this package as one line for people; those of libraries say where they come from."""
+    """Format a warning of this package as one line; warnings of libraries keep their file and line."""
     if Path(filename).is_relative_to(Path(__file__).parents[1]):
         return f"Warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
@@ -68,7 +68,7 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 @contextmanager
 def progress(show: bool = True) -> Iterator[Callable[[str, int, int, str], None]]:
-    """A callable (stage, done, total, detail): live bars in a terminal, a line now and then elsewhere."""
+    """A callable (stage, done, total, detail): live bars in a terminal, otherwise a line every few seconds."""
     if not show:
         yield lambda stage, done, total, detail: None
         return

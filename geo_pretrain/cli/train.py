@@ -1,4 +1,4 @@
-"""Commands that train: demo, train, finetune."""
+"""The commands `demo`, `train` and `finetune`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ BACKBONE_HELP = "A catalog name, a checkpoint folder, imagenet or scratch; with 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where pictures, report and checkpoint go.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures, report, checkpoint.")] = Path("demo"),
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006 (typer copies it)
     finetune_steps: Annotated[int, typer.Option(help="Steps of each fine-tuning run.")] = 100,
 ) -> None:
-    """Run the whole path on a CPU in minutes: rooms, pre-training, load_backbone, matching, segmentation.
+    """Run the demo, minutes on a CPU: rooms, pre-training, load_backbone, matching, segmentation.
 
     Example: `geo-pretrain demo --out demo`
     """
@@ -65,7 +65,7 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CUDA where there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished checkpoint.")] = False,
 ) -> None:
-    """Make a checkpoint from RGB-D. Interrupted? Give the same command again: it goes on exactly where it was.
+    """Pre-train a checkpoint on RGB-D data. Run the same command again to resume an interrupted run exactly.
 
     Example: `geo-pretrain train pri3d_view_r18 --data seven_scenes:PATH --steps 500 --out runs/kitchen`
 
@@ -114,22 +114,22 @@ def finetune(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     data: Annotated[str | None, typer.Option(help=LABELLED_HELP)] = None,
     fraction: Annotated[list[float], typer.Option(help="Share of the training images, whole scenes.")] = [1.0],  # noqa: B006
-    seed: Annotated[list[int], typer.Option(help="Of order, augmentation and new weights.")] = [0],  # noqa: B006
-    sweep: Annotated[bool, typer.Option("--sweep", help="All given backbones, fractions and seeds: a table.")] = False,
+    seed: Annotated[list[int], typer.Option(help="Seed of sample order, augmentation and new weights.")] = [0],  # noqa: B006
+    sweep: Annotated[bool, typer.Option("--sweep", help="Run all combinations and write a table.")] = False,
     toy: Annotated[bool, typer.Option("--toy", help="The same protocol on small rooms: CPU, minutes.")] = False,
     match_released_code: Annotated[
         bool,
         typer.Option(
-            "--match-released-code", "--authors-exact", help="With what the released protocol does by accident."
+            "--match-released-code", "--authors-exact", help="Reproduce the accidents of the released protocol."
         ),
     ] = False,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CUDA where there is one.")] = None,
     hub: Annotated[str | None, typer.Option(help="Where to look for backbones first.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Fine-tune a backbone by the protocol of a paper's table and measure it. Interrupted? Give the same command again.
+    """Fine-tune and evaluate a backbone by a paper's protocol. Run the same command again to resume.
 
     Example: `geo-pretrain finetune scannet_unet_r50 -b pri3d_view_geo_r50 --data scannet:PATH --out runs/unet`
 

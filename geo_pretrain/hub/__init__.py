@@ -1,7 +1,7 @@
-"""From a name, folder, URL or Hugging Face repository to a checkpoint folder of this machine, in two steps.
+"""Resolve a name, folder, URL or Hugging Face repository to a local checkpoint folder, in two steps.
 
     opened = hub.open("pri3d_view_geo_r50")              # its description: config.json, verified
-    checkpoint = opened.fetch("encoder", "golden")       # these files of it, verified, and no others
+    checkpoint = opened.fetch("encoder", "golden")       # fetches and verifies these files only
 
 Disk and network are touched in this room and nowhere else on the loading side. No torch, but where an authors' file is
 converted: the hub moves bytes and compares digests; whoever reads the weights compares them again.
@@ -88,7 +88,7 @@ def open(
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint that is described and whose files are not fetched yet."""
+    """A checkpoint with its description; `fetch` downloads its files."""
 
     description: Description
     _source: Source = field(repr=False)
@@ -147,7 +147,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class _Search:
-    """The sources of a request that are still to be tried, and why the others failed."""
+    """The remaining sources of a request, and the failures of the others."""
 
     request: Request
     sources: tuple[str, ...]

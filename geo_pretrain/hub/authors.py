@@ -1,4 +1,4 @@
-"""Checkpoints in their authors' formats: fetched from where they lie, made into our checkpoint folder, cached.
+"""Checkpoints in their authors' formats: downloaded, converted into our checkpoint folder, cached.
 
 An authors' file is a pickle from a stranger. It is read in a subprocess that executes nothing of it (`extract`); what
 comes out are tensors, converted (`convert`), put into the network, run once for the golden values, and written as a
@@ -194,7 +194,7 @@ def _make(entry: Entry, file: AuthorsFile, folder: Path, cache_dir: Path, progre
         origin = Origin(file.url, digest, file.format, file.content, today)
         try:
             convert_file(part, folder, like=entry, format=file.format, origin=origin, work=work, overwrite=True)
-        except (CheckpointError, WeightsMismatch) as error:  # names the part, which is gone when somebody reads it
+        except (CheckpointError, WeightsMismatch) as error:  # the message names the temporary file, which will be gone
             text = str(error).removeprefix(f"{part}: ").removeprefix(f"{file.url}: ")
             raise type(error)(f"{file.url}: {text}") from error
         _record_digest(file.url, digest, cache_dir)
@@ -264,7 +264,7 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
     }
     is_the_entry = name == like.name
     whole = converted.weights.keys() >= expected.keys()
-    arch = like.arch if whole else like.arch.encoder_alone  # a folder says what it holds, for whoever verifies it alone
+    arch = like.arch if whole else like.arch.encoder_alone  # config.json describes this folder alone
     card = render_card(
         name,
         arch,

@@ -54,7 +54,7 @@ class Span:
 class Bundled:
     """One checkpoint of a bundle. Its inventory may list texts (log, card) that the bundle lacks."""
 
-    checkpoint: Checkpoint  # `folder`: the bundle's path and the name, which is no folder
+    checkpoint: Checkpoint  # `folder`: the bundle's path plus the name; not a real folder
     config: bytes
     spans: Mapping[str, Span]  # by file name, without config.json
 

@@ -22,7 +22,7 @@ from geo_pretrain.files import locked
 from geo_pretrain.hub.transfer import CACHE_VARIABLE, disk_error
 
 KINDS = {"hub": "hub/*/*", "authors": "authors/*", "bundle": "bundles/*"}  # where the folders of each lie
-LEFT_BEHIND = (".part", ".writing", ".old", ".work")  # ends of the hidden names that killed processes leave
+LEFT_BEHIND = (".part", ".writing", ".old", ".work")  # suffixes of hidden files that killed processes leave
 
 
 @dataclass(frozen=True)

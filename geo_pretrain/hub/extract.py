@@ -1,4 +1,4 @@
-"""Tensors out of the files that authors publish: pickles, read in a child process that can execute nothing of them.
+"""Extract tensors from the authors' pickle files in a child process that executes nothing in them.
 
 The package `unpickle`, the child, knows the formats. Here is its guard: it starts the child with an empty environment
 and limits on time, memory and output, turns every failure into one clear error, and puts the result in place only when
@@ -20,7 +20,7 @@ from typing import Any
 
 from geo_pretrain.errors import CheckpointError, UnsafeFile
 
-CHILD = Path(__file__).with_name("unpickle")  # a folder, of which Python runs the __main__
+CHILD = Path(__file__).with_name("unpickle")  # a folder; Python runs its __main__
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Extracted:
 
     entry: str  # which of the `entries` was found; "" the top level
     tensors: int
-    foreign: tuple[str, ...]  # classes it names that are not on the list: inert placeholders took their place
+    foreign: tuple[str, ...]  # classes outside the allowlist, replaced by inert placeholders
     scalars: Mapping[str, Any]  # numbers and short texts at its top level
     skipped: Mapping[str, str]  # key in the entry -> why it is not in the result
 

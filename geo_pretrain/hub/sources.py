@@ -52,7 +52,7 @@ class Request:
     revision: str | None
     cache_dir: Path | None  # None: the default cache, for Hugging Face its own
     offline: bool
-    entry: Entry | None = None  # of the catalog, which promises digests and names authors' files
+    entry: Entry | None = None  # the catalog entry, with digests and authors' files
 
     @property
     def cache(self) -> Path:

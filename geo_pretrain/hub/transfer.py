@@ -45,7 +45,7 @@ from geo_pretrain.hub.links import (
 CACHE_VARIABLE, MIRROR_VARIABLE = "GEO_PRETRAIN_CACHE", "GEO_PRETRAIN_MIRROR"
 TIMEOUT_VARIABLE = "GEO_PRETRAIN_TIMEOUT"
 TIMEOUT = 30.0  # seconds without a byte
-SLOWEST = 100  # bytes a second, over the time of a stall: less is one too
+SLOWEST = 100  # bytes per second; a slower connection over TIMEOUT counts as stalled
 ATTEMPTS = 3
 PAUSE = 0.3  # seconds before the second attempt; three times that before the third
 LONGEST_PAUSE = 15.0  # a server that asks for more (Retry-After) is not waited for

@@ -54,7 +54,7 @@ class RoomsConfig:
                 )
 
     def digest(self) -> str:
-        """A sha256 (hex) of everything that decides the frames of a scene, so not of the number of scenes."""
+        """A sha256 (hex) of every setting that affects the frames of a scene; excludes the number of scenes."""
         facts = {**asdict(self), "generator": GENERATOR, "classes": CLASSES}
         del facts["scenes"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Which part does each ray meet first? Tile culling and exact ray-solid intersections, without loops over parts.
+"""Find the first part that each ray hits: tile culling and exact ray-solid intersections, without loops over parts.
 
 The image is divided into 8x8 tiles. A part is paired with a tile when its oriented box is not outside the tile's four
 side planes; only pairs are intersected, 64 rays at once, and the nearest hit is a scatter-min. Shadow rays start at

@@ -1,4 +1,4 @@
-"""Which colors and patterns a room uses: a small palette, shared by all its things, whatever their class.
+"""Colors and patterns of a room: one small palette, shared by all things regardless of their class.
 
 No class owns a color or a pattern: walls, sofas, tables and bins draw from the same palette, so that a network that
 looks at color alone cannot tell them apart. What differs between materials is their role (cloth, hard, metal, ...).

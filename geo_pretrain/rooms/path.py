@@ -122,7 +122,7 @@ class _Walk:
                 break
         if best is not None and best[1] != 0.0:
             self.yaw = _wrap(self.yaw + best[1])
-            self.left = 0  # what it walked towards was not worth seeing
+            self.left = 0  # choose a new target: the view of this one is bad
 
     def _fault(self, pose: np.ndarray) -> float:
         """Score a view: 0 when nothing is near and no single part fills the image, larger is worse."""

@@ -1,4 +1,4 @@
-"""Where things fit: exact separation of oriented boxes, walls to stand against, surfaces to stand on.
+"""Placement of things: exact separation tests of oriented boxes, spots along walls and on surfaces.
 
 A `Room` collects placed things. A new thing is accepted when the boxes of its parts overlap neither another thing's
 parts nor a zone that must stay free (in front of doors, wardrobes, desks), and lie inside the room.

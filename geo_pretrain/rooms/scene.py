@@ -1,4 +1,4 @@
-"""What a room is made of: materials, convex parts, things built from parts, and the packed scene that is ray cast.
+"""The parts of a room: materials, convex parts, things built from parts, and the packed scene for ray casting.
 
 A part is one convex solid in a unit frame, stretched by half sizes (meters), rotated and moved: a box, a box whose top
 is scaled (frustum), or a quadric (cylinder, cone, ellipsoid). Everything visible is a part or one of the six shell

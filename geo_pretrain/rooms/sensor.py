@@ -1,4 +1,4 @@
-"""From radiance and exact depth to what a camera delivers: exposure, noise, and optionally a Kinect's depth faults."""
+"""A camera model for radiance and exact depth: exposure, noise, and optionally a Kinect's depth errors."""
 
 from __future__ import annotations
 

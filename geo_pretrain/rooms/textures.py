@@ -25,7 +25,7 @@ _VOLUME = 32  # side of the periodic noise volume
 
 @dataclass(frozen=True)
 class Surface:
-    """Points [N] on surfaces, with all that their color depends on."""
+    """Points [N] on surfaces, with all inputs of their color."""
 
     point: Tensor  # [N, 3] m in the part's frame
     uv: Tensor  # [N, 2] m along the face

@@ -1,4 +1,4 @@
-"""The whole path in minutes on a CPU: rooms -> pairs -> Pri3D (view) -> checkpoint folder -> load_backbone -> use.
+"""The demo, minutes on a CPU: rooms -> pairs -> Pri3D (view) -> checkpoint -> load_backbone -> matching, segmentation.
 
 Everything runs through the doors that users take: the recipe `pri3d_view_r18.rooms_toy`, the engine, a hub folder
 and `load_backbone` by name.
@@ -44,7 +44,7 @@ VAL_PAIRS_PER_SCENE = 5
 VAL_FRAMES_PER_SCENE = 12
 LABELLED_PER_SCENE = 2
 SEEDS = (0, 1, 2)
-# The decoder starts anew from both: at this budget transferring it too does not help (docs/benchmarks.md).
+# Both runs start with a random decoder: at this budget transferring it too does not help (docs/benchmarks.md).
 STARTS: dict[str, Transfer] = {"scratch": "none", "pre-trained": "encoder"}
 THRESHOLD = 4.0  # px
 
@@ -53,7 +53,7 @@ Report = Callable[[str, int, int, str], None]  # stage, done, total, detail
 
 @dataclass(frozen=True)
 class Spread:
-    """A number measured several times."""
+    """Repeated measurements of one number."""
 
     values: tuple[float, ...]
 
@@ -73,7 +73,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured, in shares of 1."""
+    """The measurements of the demo, each from 0 to 1."""
 
     matching: dict[str, Spread]  # "random", "pre-trained": recall, over held-out scenes
     chance: float
@@ -84,7 +84,7 @@ class DemoResult:
 
 
 def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSpec, report: Report) -> DemoResult:
-    """Run all of it and write matches.png, segmentation.png, report.html and results.json into `out`."""
+    """Run the demo and write matches.png, segmentation.png, report.html and results.json into `out`."""
     clock = _Clock()
     recipe = load_recipe(RECIPE, overrides)
     source = open_source(recipe.data, progress=_stage(report, "rendering rooms", "train"))
@@ -132,17 +132,17 @@ def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSp
 
 
 def validation_spec(spec: DataSpec) -> DataSpec:
-    """Held-out rooms of the same kind, fewer scenes and a few pairs of each."""
+    """Configure held-out rooms of the same kind: fewer scenes, a few pairs each."""
     return replace(spec, options=spec.options | {"scenes": VAL_SCENES}, max_pairs_per_scene=VAL_PAIRS_PER_SCENE)
 
 
 def untrained(recipe: Recipe) -> ResNetUNet:
-    """The network exactly as pre-training found it."""
+    """The network with its initial weights, before pre-training."""
     return cast(ResNetUNet, build_task(recipe).backbone).eval()
 
 
 def scene_spread(result: MatchingResult, pairs: list[Pair]) -> Spread:
-    """Matching recall of each scene."""
+    """Compute the matching recall of each scene."""
     by_scene: dict[str, list[float]] = {}
     for pair, recall in zip(pairs, result.per_pair, strict=True):
         by_scene.setdefault(pair.scene, []).append(recall)
@@ -150,12 +150,12 @@ def scene_spread(result: MatchingResult, pairs: list[Pair]) -> Spread:
 
 
 def labelled_frames(source: Source, val: Source, size: tuple[int, int]) -> tuple[list[Frame], list[Frame]]:
-    """A few labelled images of each training scene, and the held-out ones to measure on."""
+    """A few labelled frames of each training scene, and held-out frames for evaluation."""
     return _spread_frames(source, LABELLED_PER_SCENE, size), _spread_frames(val, VAL_FRAMES_PER_SCENE, size)
 
 
 def _spread_frames(source: Source, count: int, size: tuple[int, int]) -> list[Frame]:
-    """`count` frames of each scene, evenly spaced in time, starting later from scene to scene."""
+    """Choose `count` evenly spaced frames of each scene, with a different offset per scene."""
     frames = []
     for number, scene in enumerate(source.scenes()):
         ids = source.frame_ids(scene)
@@ -168,7 +168,7 @@ def _spread_frames(source: Source, count: int, size: tuple[int, int]) -> list[Fr
 def draw_demo_matches(
     networks: Mapping[str, nn.Module], source: Source, pairs: list[Pair], size: tuple[int, int], path: Path
 ) -> None:
-    """The pair of middling overlap from each of the first four held-out scenes, by every network."""
+    """Draw every network's matches of the median-overlap pair of each of the first four held-out scenes."""
     by_scene: dict[str, list[Pair]] = {}
     for pair in sorted(pairs, key=lambda pair: pair.overlap):
         by_scene.setdefault(pair.scene, []).append(pair)
@@ -183,7 +183,7 @@ def draw_demo_matches(
 def _finetune_all(
     pretrained: ResNetUNet, labelled: list[Frame], held_out: list[Frame], spec: FinetuneSpec, report: Report
 ) -> tuple[dict[str, Spread], dict[str, nn.Module]]:
-    """The same budget from both starts, for every seed."""
+    """Fine-tune from both initializations with the same budget, for every seed."""
     scores: dict[str, list[float]] = {start: [] for start in STARTS}
     models: dict[str, nn.Module] = {}
     runs = [(seed, start) for seed in SEEDS for start in STARTS]
@@ -212,7 +212,7 @@ def _draw_segmentations(models: dict[str, nn.Module], held_out: list[Frame], pat
 
 
 def _stage(report: Report, stage: str, detail: str) -> Callable[[int, int], None]:
-    """A (done, total) callback that reports one stage."""
+    """Make a (done, total) callback that reports one stage."""
     return lambda done, total: report(stage, done, total, detail)
 
 
@@ -231,7 +231,7 @@ def _training_progress(report: Report) -> Callable[[StepInfo], None]:
 
 
 class _Clock:
-    """Wall time of each stage."""
+    """Measures the wall time of each stage."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -244,7 +244,7 @@ class _Clock:
 
 
 def table_rows(result: DemoResult) -> list[tuple[str, str, str]]:
-    """The demo's table: measure, without, with pre-training."""
+    """Rows of the demo's table: measure, without pre-training, with pre-training."""
     return [
         (
             f"matching recall at {THRESHOLD:g} px (%)",
@@ -299,7 +299,7 @@ def write_report(result: DemoResult, recipe: Recipe, spec: FinetuneSpec, out: Pa
 
 
 def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
+    """Describe the machine of the measurements."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,4 +1,4 @@
-"""One cell of a benchmark in a process of its own: train a recipe, measure what came out, write one JSON file.
+"""Run one cell of a benchmark in its own process: train a recipe, measure the checkpoint, write a JSON file.
 
 Run as `python -m geo_pretrain.training.bench.cell JOB.json`. Training goes on where it stopped.
 """
@@ -29,35 +29,35 @@ SHOWN = 10.0  # seconds between progress lines
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to do."""
+    """The job of one process: what to train and what to measure."""
 
     folder: str  # of the checkpoint
     seed: int
     spec: BenchSpec
-    recipe: str | None = None  # a YAML file to train into `folder`; None: it is there
+    recipe: str | None = None  # a YAML file to train into `folder`; None: the checkpoint exists
     stage1: str | None = None  # the trained first stage that the recipe starts from
-    result: str | None = None  # the JSON file for what is measured; None: nothing is
+    result: str | None = None  # the JSON file for the measurements; None: measure nothing
     pretrained: bool = True  # False: measure the architecture with random weights
     device: str = "cpu"
 
     def starts(self) -> dict[str, Path]:
-        """The trained first stage as `build_task` takes it."""
+        """The trained first stage in the form that `build_task` takes."""
         return {} if self.stage1 is None else {STAGE1: Path(self.stage1)}
 
     def to_json(self) -> str:
-        """The file that `main` reads."""
+        """Convert to the JSON that `main` reads."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """The way back."""
+        """Parse the JSON that `to_json` writes."""
         tree = json.loads(text)
         spec = tree.pop("spec")
         return cls(spec=BenchSpec(**{**spec, "overrides": tuple(spec["overrides"])}), **tree)
 
 
 def run_job(job: Job) -> None:
-    """Train and measure as the job says; what is done already is not repeated."""
+    """Train and measure as the job says, skipping finished parts."""
     folder = Path(job.folder)
     if job.recipe is not None and not is_trained(folder):
         _train(load_recipe(job.recipe), folder, job)
@@ -75,17 +75,17 @@ def run_job(job: Job) -> None:
     facts: dict[str, Any] = {"seed": job.seed, "twin": twin_key(folder), "arch": str(read_checkpoint(folder).arch)}
     if job.recipe is not None:
         facts["training"] = _training_facts(load_recipe(job.recipe), folder, job)
-    facts["processor seconds"] = round(time.process_time(), 1)  # of this sitting; the others are by the clock
+    facts["processor seconds"] = round(time.process_time(), 1)  # of this process only; the other times are wall-clock
     write_text(Path(job.result), json.dumps({**facts, **found}, indent=1) + "\n")
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether a finished checkpoint lies there."""
+    """Whether the folder holds a finished checkpoint."""
     return (folder / CONFIG).is_file() and read_checkpoint(folder).finished
 
 
 def twin_key(folder: Path) -> str:
-    """Names architecture and input of a checkpoint: equal for two whose random twins are equal."""
+    """Key of a checkpoint's architecture and input; equal keys share one random-initialization baseline."""
     found = read_checkpoint(folder)
     text = json.dumps([found.arch.name, found.arch.args, found.contract.to_dict()], sort_keys=True)
     return f"{found.arch.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -110,13 +110,13 @@ def _training_facts(recipe: Recipe, folder: Path, job: Job) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    """A line of the cell's log."""
+    """Print a line to the cell's log."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def main() -> None:
-    """Do the job in the file that is named on the command line; the last line of a failure says why."""
+    """Run the job in the file given on the command line; after a failure the last line states the reason."""
     try:
         run_job(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
     except (GeoPretrainError, OSError) as error:

@@ -29,10 +29,10 @@ from geo_pretrain.training.recipe import DataSpec
 
 
 class Rooms:
-    """The rooms that a benchmark measures on: held-out pairs, and labelled frames of both splits."""
+    """The rooms for a benchmark's measurements: held-out pairs, and labelled frames of both splits."""
 
     def __init__(self, data: DataSpec, spec: BenchSpec) -> None:
-        options = {key: value for key, value in data.options.items() if key != "split"}  # which is chosen here
+        options = {key: value for key, value in data.options.items() if key != "split"}  # the split is chosen here
         self.size = data.size
         self.val_spec = replace(
             data, units="pairs", options=options | {"scenes": spec.val_scenes}, max_pairs_per_scene=None
@@ -46,7 +46,7 @@ class Rooms:
         self.pairs_wanted = spec.pairs
 
     def held_out(self) -> tuple[Source, list[Pair]]:
-        """Pairs of rooms that nothing was trained on, spread evenly."""
+        """Evenly spaced pairs of held-out rooms."""
         source = open_source(self.val_spec, split="val")
         return source, spread_evenly(find_pairs(source, self.val_spec, skips=SkippedFrames()), self.pairs_wanted)
 
@@ -70,7 +70,7 @@ def measure(
     device: str = "cpu",
     report: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """All measurements of a checkpoint folder, or with `pretrained` False of its architecture with random weights.
+    """Measure a checkpoint folder, or with `pretrained=False` its architecture with random weights.
 
     Returns plain JSON types: "kind", "matching" {"recall", "threshold", "unit", "chance", "of"}, "probe" and
     "finetuned" (mIoU, shares of 1) and "seconds" by measurement. `seed` draws queries, pixels, new layers, order and,
@@ -155,7 +155,7 @@ def _points(
 
 
 def encoder_segmenter(encoder: ResNetEncoder, classes: int, *, seed: int) -> ResNetUNet:
-    """A U-Net for segmentation around an encoder; its decoder is drawn by `seed`, the same whatever the encoder."""
+    """Build a segmentation U-Net around an encoder; its decoder's random weights depend on `seed` only."""
     with seeded(seed):
         network = unet_like(encoder, classes)
     network.encoder.load_state_dict(encoder.state_dict())
@@ -163,7 +163,7 @@ def encoder_segmenter(encoder: ResNetEncoder, classes: int, *, seed: int) -> Res
 
 
 def _load(folder: Path, pretrained: bool, seed: int, device: str, **options: Any) -> Any:
-    """The network of a folder in eval mode; a random one is drawn by `seed`."""
+    """Load the network of a folder in eval mode; `seed` draws the weights of a random one."""
     with seeded(seed):
         return load_backbone(folder, pretrained=pretrained, device=device, **options)
 

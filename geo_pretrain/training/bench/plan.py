@@ -1,4 +1,4 @@
-"""What a benchmark trains: one recipe a task, the same budget for all, and which runs start from which."""
+"""The plan of a benchmark: one recipe per task, one budget for all, and the dependencies between runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Kind = Literal["2D", "3D"]
 BASE = "pri3d_view_r18.rooms"  # whose rooms and image size all tasks get
 # Geometric Set Consistency trains one network in two stages: 5 epochs of Pri3D and 2 of its own in the paper.
 SHARE = 5 / 7
-# What no override may set, and what sets it.
+# Keys that no override may set, and what sets each.
 FIXED = {
     "optim.batch": "Give --batch.",
     "optim.steps": "Give --steps.",
@@ -33,7 +33,7 @@ FIXED = {
 
 @dataclass(frozen=True)
 class BenchSpec:
-    """The budget, the same for every task and both starts. The defaults are those of `--toy`."""
+    """The budget, the same for every task and both initializations. The defaults are those of `--toy`."""
 
     toy: bool = True
     steps: int = 80  # of pre-training
@@ -44,8 +44,8 @@ class BenchSpec:
     finetune_lr_points: float = 0.3  # 3D
     pairs: int = 40  # held out, for matching
     val_scenes: int = 8
-    labelled: int = 2  # frames of a training scene that labels are known of
-    pixels: int = 10_000  # labelled pixels, or voxels, that a linear probe is fitted to
+    labelled: int = 2  # labelled frames of each training scene
+    pixels: int = 10_000  # labelled pixels or voxels for fitting a linear probe
     overrides: tuple[str, ...] = ()  # key=value in every recipe
 
     def __post_init__(self) -> None:
@@ -73,26 +73,26 @@ FULL = BenchSpec(
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a task and the recipe that stands for it."""
+    """One row of the table: a task and its recipe."""
 
     task: str
     recipe: str | None  # None: not available
     kind: Kind | None
-    why: str = ""  # it is not available
+    why: str = ""  # the reason why it is not available
 
 
 @dataclass(frozen=True)
 class Training:
-    """One run of a recipe. `key` names its checkpoint folder and depends on all that decides its weights."""
+    """One run of a recipe. `key` names its checkpoint folder and covers everything that determines the weights."""
 
     key: str
     recipe: Recipe
     stage1: Training | None = None
-    continued: bool = False  # stage1 trains the same network; else it trains a teacher
+    continued: bool = False  # True: stage1 trains the same network; False: stage1 trains a teacher
 
 
 def rows(tasks: Sequence[str] = ()) -> list[Row]:
-    """A row for each task asked for (none: all), in the order of the registry. Raises for an unknown name."""
+    """List the rows of the requested tasks (none: all) in the registry's order. Raises for an unknown name."""
     for task in tasks:
         if task not in TASKS:
             raise unknown("task", task, TASKS)
@@ -101,7 +101,7 @@ def rows(tasks: Sequence[str] = ()) -> list[Row]:
 
 
 def plan(row: Row, spec: BenchSpec, seed: int) -> Training:
-    """The training of a row with one seed.
+    """Plan the training of a row with one seed.
 
     Every recipe gets the same rooms, image size, steps and batch. Where one network learns in two stages they share
     the steps; a teacher is trained for as many steps beside them. Raises `RecipeError` when the budget does not fit.
@@ -123,7 +123,7 @@ def plan(row: Row, spec: BenchSpec, seed: int) -> Training:
 
 @lru_cache(maxsize=8)
 def base_data(spec: BenchSpec) -> DataSpec:
-    """The rooms that all tasks are trained on."""
+    """The data section of the rooms that all tasks train on."""
     data = load_recipe(BASE, spec.overrides, toy=spec.toy).data
     split = data.options.get("split", "train")
     check_key(split == "train", "data.options.split", split, "train: the rooms of val are measured on")
@@ -131,7 +131,7 @@ def base_data(spec: BenchSpec) -> DataSpec:
 
 
 def shared_overrides(spec: BenchSpec) -> list[str]:
-    """What is the same in every recipe."""
+    """The overrides that every recipe gets."""
     data = base_data(spec)
     return [
         "data.source=rooms",
@@ -143,7 +143,7 @@ def shared_overrides(spec: BenchSpec) -> list[str]:
 
 
 def identity(spec: BenchSpec) -> dict[str, Any]:
-    """What must not change between two sittings, in plain JSON types."""
+    """The settings that must not change when a benchmark is resumed, in plain JSON types."""
     tree: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
     return tree
 
@@ -158,7 +158,7 @@ def _row(task: str, recipes: list[Recipe]) -> Row:
 
 
 def _preference(recipe: Recipe) -> tuple[Any, ...]:
-    """Rooms before data sets, small before large, plain names before variants."""
+    """Sort key of recipes: rooms before data sets, small before large, plain names before variants."""
     rooms, _, tag = recipe.name.partition(".")
     small = recipe.model is None or recipe.model.encoder == "resnet18"
     return tag != "rooms", not small, tag != "", len(rooms), rooms
@@ -174,7 +174,7 @@ def _recipes_by_task() -> dict[str, list[Recipe]]:
 
 
 def _load(name: str, steps: int, common: Sequence[str], *, toy: bool) -> Recipe:
-    """A recipe with the budget; a schedule that counts epochs, which the budget does not, becomes its smooth twin."""
+    """Load a recipe with the budget; an epoch-based schedule becomes its per-step equivalent."""
     epochwise = load_recipe(name, toy=toy).optim.schedule == "cosine_epoch"
     schedule = ["optim.schedule=cosine"] if epochwise else []
     return load_recipe(name, _budget(steps, [*schedule, *common]), toy=toy)

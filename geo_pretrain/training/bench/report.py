@@ -1,4 +1,4 @@
-"""From the cells of a benchmark to its table: means and deviations over seeds, random weights above what beats them."""
+"""The table of a benchmark: mean and deviation over seeds, with the random-initialization baseline of each group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def summarize(
     found: Found,
     failures: Mapping[tuple[str, int], str],
 ) -> dict[str, Any]:
-    """What is kept of a benchmark: the budget, a group for each architecture and input, and what failed.
+    """Summarize a benchmark: the budget, one group per architecture and input, and the failures.
 
     A group: {"kind", "arch", "input", "of" (what was matched), "chance", "threshold", "random": row,
     "tasks": {task: row}}; a row: {"seeds": [...], a list of values a measure, and of tasks "training"}.
@@ -52,7 +52,7 @@ def summarize(
 
 
 def table(results: Mapping[str, Any]) -> list[list[str]]:
-    """The table for people, without its head: for each group a row of random weights and one a task; then failures."""
+    """Rows of the table for people: per group one row of random weights and one per task; then failures."""
     lines = []
     wanted = len(results["seeds"])
     for group in results["groups"].values():
@@ -67,7 +67,7 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table in Markdown, in %, as mean ± sample standard deviation over seeds; above it the budget in words."""
+    """Render the budget and the table in Markdown, in %, as mean ± sample standard deviation over seeds."""
     budget, seeds = results["budget"], results["seeds"]
     scale = "toy networks and rooms" if budget["toy"] else "the recipes' own networks and rooms"
     text = (
@@ -94,13 +94,13 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def render(page: Path, results: Mapping[str, Any]) -> None:
-    """Put the table between the marks of a Markdown page. Raises `DataError` for a page without them."""
+    """Insert the table between the marks of a Markdown page. Raises `DataError` if the marks are missing."""
     before, after = parts(page)
     page.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
 
 
 def parts(page: Path) -> tuple[str, str]:
-    """What stands before and after the marks of a page. Raises `DataError` for a page without them."""
+    """Split a page into the text before and after the marks. Raises `DataError` if the marks are missing."""
     try:
         before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     except FileNotFoundError:
@@ -143,7 +143,7 @@ def _training(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _cells(row: Mapping[str, Any], wanted: int) -> list[str]:
-    """The three numbers of a row as texts."""
+    """Format the three scores of a row."""
     return [_spread(row[measure], wanted) for measure in MEASURES]
 
 
@@ -157,7 +157,7 @@ def _spread(values: Sequence[float], wanted: int) -> str:
 
 
 def _text(training: Mapping[str, Any]) -> str:
-    """Steps and time of a task's training."""
+    """Format steps and time of a task's training."""
     text = f"{training['steps']} steps, {statistics.median(training['seconds']):.0f} s"
     first = training.get("first stage")
     if first is None:

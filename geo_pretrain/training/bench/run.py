@@ -1,4 +1,4 @@
-"""Runs a benchmark: cells as processes side by side, each finished one kept, so that a stopped run goes on."""
+"""Run a benchmark: cells run as parallel processes, and finished cells are kept so that a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ from geo_pretrain.training.runs import Interrupted, run_lock
 SPEC, RESULTS = "bench.json", "results.json"
 POLL = 0.2  # seconds between looks at the processes
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # beside Ctrl-C
-PATIENCE = 60.0  # seconds that a process has to save its state when the run is stopped
+PATIENCE = 60.0  # seconds for a process to save its state when the run is stopped
 
-Report = Callable[[int, int, str], None]  # cells done, all that are known of, what happened
+Report = Callable[[int, int, str], None]  # cells done, cells known, event
 
 
 @dataclass
 class Cell:
-    """A process to be run: a training with its measurements, a first stage, or random weights measured."""
+    """One process: a training with its measurements, a first stage, or measurements of random weights."""
 
     key: str
     job: Job
-    row: str  # the task, or what this is
+    row: str  # the task, or a description of the cell
     training: Training | None = None  # None: nothing is trained
     failure: str = ""
 
     @property
     def seed(self) -> int:
-        """Of training and measurements."""
+        """The seed of training and measurements."""
         return self.job.seed
 
 
 @dataclass
 class Bench:
-    """A run in progress."""
+    """The state of a benchmark in progress."""
 
     rows: list[Row]
     seeds: list[int]
@@ -65,15 +65,15 @@ class Bench:
     begun: dict[str, Cell] = field(default_factory=dict)
 
     def checkpoint(self, training: Training) -> Path:
-        """Where a training ends."""
+        """The checkpoint folder of the training."""
         return self.out / "checkpoints" / training.key
 
     def result(self, key: str) -> Path:
-        """The JSON file of a cell that measures."""
+        """The JSON file of the cell's measurements."""
         return self.out / "cells" / f"{key}.json"
 
     def is_done(self, cell: Cell) -> bool:
-        """Whether its result is there."""
+        """Whether the cell's result exists."""
         if cell.job.result is not None:
             return Path(cell.job.result).is_file()
         return cell.training is not None and is_trained(self.checkpoint(cell.training))
@@ -118,7 +118,7 @@ def run_bench(
 
 
 def _write(bench: Bench, command: str, seconds: int) -> dict[str, Any]:
-    """results.json, from the cells that are there."""
+    """Write results.json from the finished cells."""
     results = summarize(bench.rows, bench.seeds, bench.spec, _found(bench), _failures(bench))
     results = {
         "command": command,
@@ -131,13 +131,13 @@ def _write(bench: Bench, command: str, seconds: int) -> dict[str, Any]:
 
 
 def _seconds_before(results: Path) -> int:
-    """How long earlier calls took that came to their end."""
+    """Total seconds of earlier completed calls."""
     tree = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     return int(tree.get("seconds of all calls", 0))
 
 
 def _claim(out: Path, spec: BenchSpec) -> None:
-    """Remember the budget; refuse a folder that was begun with another."""
+    """Store the budget; reject a folder that was begun with another one."""
     path, mine = out / SPEC, identity(spec)
     if path.is_file():
         theirs = json.loads(path.read_text(encoding="utf-8"))
@@ -149,7 +149,7 @@ def _claim(out: Path, spec: BenchSpec) -> None:
 
 
 def _add(bench: Bench, row: Row, seed: int) -> None:
-    """The cells of a row, a first stage before what starts from it; one training serves all rows that need it."""
+    """Add the cells of a row, first stages before the runs that need them; rows share equal trainings."""
     if row.recipe is None:
         return
     training = plan(row, bench.spec, seed)
@@ -163,7 +163,7 @@ def _add(bench: Bench, row: Row, seed: int) -> None:
 
 
 def _add_twin(bench: Bench, cell: Cell) -> None:
-    """Random weights of the architecture that a measured cell has, once for each seed."""
+    """Add the random-initialization baseline of a measured cell's architecture, once per seed."""
     if cell.job.result is None or not cell.job.pretrained:
         return
     twin = json.loads(Path(cell.job.result).read_text(encoding="utf-8"))["twin"]
@@ -181,7 +181,7 @@ def _add_twin(bench: Bench, cell: Cell) -> None:
 
 
 def _prepare_rooms(spec: BenchSpec, progress: Callable[[int, int], None] | None) -> None:
-    """Render before the processes start, which would otherwise all render the same rooms."""
+    """Render the rooms once before the processes start, which would otherwise each render them."""
     from geo_pretrain.training.bench.measure import Rooms
 
     data = base_data(spec)
@@ -192,7 +192,7 @@ def _prepare_rooms(spec: BenchSpec, progress: Callable[[int, int], None] | None)
 def _run_all(bench: Bench, threads: int) -> None:
     """Keep `bench.jobs` processes busy until every cell is done or has failed."""
     running: dict[str, Popen[bytes]] = {}
-    bench.report(0, len(bench.cells), "")  # time left is reckoned from here
+    bench.report(0, len(bench.cells), "")  # start of the remaining-time estimate
     with _stopped_together(running):
         while True:
             for key in [key for key, process in running.items() if process.poll() is not None]:
@@ -213,7 +213,7 @@ def _run_all(bench: Bench, threads: int) -> None:
 
 
 def _is_ready(bench: Bench, cell: Cell) -> bool:
-    """Whether what a cell starts from is there, or never will be, which is its failure."""
+    """Whether a cell's first stage is finished; if that stage failed, the cell fails too."""
     first = None if cell.training is None else cell.training.stage1
     if first is None:
         return True
@@ -224,7 +224,7 @@ def _is_ready(bench: Bench, cell: Cell) -> bool:
 
 
 def _start(bench: Bench, cell: Cell, threads: int) -> Popen[bytes]:
-    """The process of a cell, its output in logs/<key>.txt."""
+    """Start the process of a cell, with its output in logs/<key>.txt."""
     job = cell.job
     if cell.training is not None:
         first = cell.training.stage1
@@ -249,7 +249,7 @@ def _start(bench: Bench, cell: Cell, threads: int) -> Popen[bytes]:
 
 
 def _collect(bench: Bench, cell: Cell, returncode: int) -> None:
-    """Note how a cell ended, and what is to be done because of it."""
+    """Record how a cell ended, and add the cells that follow from it."""
     if returncode or (not cell.failure and not bench.is_done(cell)):
         cell.failure = _why(bench.out / "logs" / f"{cell.key}.txt", returncode)
     if not cell.failure:
@@ -260,7 +260,7 @@ def _collect(bench: Bench, cell: Cell, returncode: int) -> None:
 
 
 def _why(log: Path, returncode: int) -> str:
-    """Why a process ended: what it said last, unless it was killed and had no say."""
+    """The reason why a process failed: the last line of its output, or the signal that killed it."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     said = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
     last = " ".join(lines[said[-1] if said else -1 :]).removeprefix("Error: ")
@@ -275,7 +275,7 @@ def _why(log: Path, returncode: int) -> str:
 
 @contextmanager
 def _stopped_together(running: dict[str, Popen[bytes]]) -> Iterator[None]:
-    """When this process is stopped, its processes are, too, and have time to save their states."""
+    """Stop the child processes together with this one, and give them time to save their states."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -301,7 +301,7 @@ def _stopped_together(running: dict[str, Popen[bytes]]) -> Iterator[None]:
 
 
 def _found(bench: Bench) -> dict[tuple[str, int], dict[str, Any]]:
-    """What was measured, by (task or twin's key, seed)."""
+    """Read the measurements by (task or baseline's key, seed)."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for cell in bench.cells.values():
         if cell.job.result is None or not bench.is_done(cell):

@@ -55,12 +55,12 @@ class DetectionOptions:
     anchors: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)  # pixels: edge on each level of the pyramid
     roi_batch: int = 512  # boxes an image that the heads are trained on
     proposals: int = 1000  # boxes an image that the heads see
-    score_threshold: float = 0.05  # detections below do not count
-    authors_score_threshold: float | None = None  # the same, with match_released_code; None: as ever
+    score_threshold: float = 0.05  # detections with lower scores are dropped
+    authors_score_threshold: float | None = None  # the same, with match_released_code; None: `score_threshold`
     authors_input: Literal["rgb", "msra"] = "rgb"  # with match_released_code; msra: BGR minus mean, stride in the 1x1
 
     def __post_init__(self) -> None:
-        """Ranges."""
+        """Check the ranges of the options."""
         for key in ("width", "roi_batch", "proposals"):
             check_key(getattr(self, key) >= 1, f"network.options.{key}", getattr(self, key), "a whole number from 1 up")
         for key in ("score_threshold", "authors_score_threshold"):
@@ -71,7 +71,7 @@ class DetectionOptions:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a network found in one image, best first."""
+    """The detections of a network in one image, sorted by descending score."""
 
     boxes: np.ndarray  # float32 [N, 4]: x0, y0, x1, y1 in pixels of the image given
     classes: np.ndarray  # int64 [N], 1..C
@@ -104,18 +104,18 @@ class Detection(FinetuneTask):
 
     @property
     def score_threshold(self) -> float:
-        """Detections below do not count."""
+        """The score below which detections are dropped."""
         exact = self.options.authors_score_threshold if self.recipe.match_released_code else None
         return self.options.score_threshold if exact is None else exact
 
     @property
     def thawed(self) -> bool:
-        """Whether a start from scratch trains what the recipe freezes."""
+        """Whether training from scratch unfreezes the stages and norms that the recipe freezes."""
         frozen = self.recipe.network.freeze > 0 or self.options.norm == "frozen"
         return frozen and self.start.backbone == SCRATCH and not self.recipe.match_released_code
 
     def sample(self, image: LabelledImage, generator: torch.Generator) -> dict[str, Any]:
-        """{"image": uint8 [3, H, W], "boxes", "labels", "masks"}; crowds are left out, a flip is drawn."""
+        """{"image": uint8 [3, H, W], "boxes", "labels", "masks"}, flipped at random, without crowds."""
         objects = _instances(image)
         _check_objects(image, objects, len(self.classes))
         kept = ~objects.crowd
@@ -133,7 +133,7 @@ class Detection(FinetuneTask):
         return sample
 
     def collate(self, samples: list[Any]) -> dict[str, Any]:
-        """Images stay a list: their sizes differ.
+        """Collate a batch; images of different sizes stay a list.
 
         With `match_released_code` those without an object are left out of a batch, unless all are so; a source's own
         option `drop_empty` takes the next images in their stead, as the released conversion does.
@@ -147,7 +147,7 @@ class Detection(FinetuneTask):
         }
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The host's own: of objectness and boxes of the proposals, of classes, boxes and masks of the heads.
+        """The detector's own losses: objectness and boxes of the RPN; classes, boxes and masks of the heads.
 
         The host draws scales and samples boxes from the global generator, which the loop seeds for each step.
         """
@@ -155,19 +155,19 @@ class Detection(FinetuneTask):
         return losses
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The encoder and the rest, without what is frozen."""
+        """Two parameter groups, the encoder and the rest, without frozen parameters."""
         optim = self.recipe.optim
         factors = {"backbone": optim.backbone_factor, "new": optim.head_factor}
         groups = parameter_groups(self.module, 1.0, backbone_factor=1.0)
         return [{"params": group["params"], "factor": factors[group["name"]]} for group in groups]
 
     def backbone(self) -> nn.Module:
-        """The ResNet."""
+        """The ResNet encoder."""
         return encoder_of(self.module)
 
     @torch.no_grad()
     def predict(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """Find objects in images uint8 [H, W, 3]; the network goes to evaluation mode. A mask is where it is likely."""
+        """Detect objects in images uint8 [H, W, 3], in evaluation mode; masks are binarized."""
         self.module.eval()
         device = next(self.module.parameters()).device
         found = self.module([self._pixels(image).to(device).float() / 255 for image in images])
@@ -182,7 +182,7 @@ class Detection(FinetuneTask):
         ]
 
     def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
-        """COCO's AP over these images; one that cannot be read raises `BadFrame`, since fewer are another measure.
+        """Compute COCO's AP over these images. Raises `BadFrame` for an unreadable image instead of skipping it.
 
         Images without an object are kept, where every detection is wrong; with `match_released_code` they are left out.
         """
@@ -214,13 +214,13 @@ class Detection(FinetuneTask):
         return Evaluation(scores, per_class, details)
 
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
-        """Write a PNG: a row an image; columns are the image, its objects, and what was found with score 0.5 and up."""
+        """Write a PNG with one row per image: image, ground truth, and detections with score 0.5 or more."""
         images = (source.load(id) for id in ids)
         rows = [(image.image, _instances(image), self.predict([image.image])[0]) for image in images]
         draw_detections(rows, self.classes, path)
 
     def protocol_deviations(self) -> dict[str, str]:
-        """What the released configuration does by accident, and what this run does."""
+        """Map each accident of the released configuration to what this run does about it."""
         exact, options = self.recipe.match_released_code, self.options
         said = {
             "images without objects": "are left out of batches and of evaluation, as released"
@@ -267,7 +267,7 @@ class Detection(FinetuneTask):
         return said
 
     def _build(self, name: str, **load: Any) -> nn.Module:
-        """The host around a backbone; random numbers are drawn in an order that no start changes."""
+        """Build the detector around a backbone; new weights are drawn in the same order for every initialization."""
         network, options, data = self.recipe.network, self.options, self.recipe.data
         shorter, longer = _sides(data.size, data.augment)
         host: Any = BUILDERS[network.kind](
@@ -297,12 +297,12 @@ class Detection(FinetuneTask):
         return cast(nn.Module, host)
 
     def _pixels(self, image: np.ndarray) -> Tensor:
-        """uint8 [H, W, 3] RGB -> uint8 [3, H, W] in the order the network gets."""
+        """uint8 [H, W, 3] RGB -> uint8 [3, H, W] in the network's channel order."""
         ordered = image[:, :, ::-1] if self.msra else image
         return torch.from_numpy(np.ascontiguousarray(ordered.transpose(2, 0, 1)))
 
     def _truth_of(self, source: LabelledSource, ids: Sequence[str]) -> dict[str, Any]:
-        """COCO's tree of these images, made once: the validation images are the same all through a run."""
+        """Build COCO's annotation dict of these images, cached because a run always uses the same validation images."""
         key = "\n".join([source.name, source.split, source.fingerprint(), *ids])
         if self._truth is None or self._truth[0] != key:
             tree = coco_json(_Chosen(source, ids), rle=self.with_masks)
@@ -317,7 +317,7 @@ class Detection(FinetuneTask):
 
 
 class _Chosen:
-    """Some images of a source, in the order given."""
+    """A subset of a labelled source, in the given order of image ids."""
 
     def __init__(self, source: LabelledSource, ids: Sequence[str]) -> None:
         self.name, self.split, self.classes = source.name, source.split, source.classes
@@ -325,12 +325,12 @@ class _Chosen:
         self._ids = list(ids)
 
     def ids(self) -> list[str]:
-        """Those chosen."""
+        """The chosen image ids."""
         return self._ids
 
 
 def coco_detections(found: Detections, image_id: int) -> list[dict[str, Any]]:
-    """Detections of one image in COCO's result format, with box and, where there is one, mask."""
+    """Convert the detections of one image to COCO's result format: boxes, and masks if the network predicts them."""
     entries: list[dict[str, Any]] = []
     for k in range(len(found)):
         x0, y0, x1, y1 = found.boxes[k].tolist()
@@ -357,7 +357,7 @@ def stride_in_1x1(encoder: nn.Module) -> None:
 
 
 def _dress(host: Any, options: DetectionOptions) -> None:
-    """Give the host the heads and norms that the adapter has no option for."""
+    """Replace heads and norm layers of the detector for which the adapter has no option."""
     channels, heads = options.width, host.roi_heads
     norm = nn.BatchNorm2d if options.norm == "everywhere" else None
     if norm is not None:
@@ -372,7 +372,7 @@ def _dress(host: Any, options: DetectionOptions) -> None:
 
 
 def _sides(size: tuple[int, int] | None, augment: LabelledAugment) -> tuple[tuple[int, ...], int]:
-    """Lengths that the shorter side is drawn from, the last one for evaluation, and the most the longer side has."""
+    """Return the candidate lengths of the shorter side (evaluation uses the last) and the limit of the longer side."""
     if augment.shorter is not None:
         low, high = augment.shorter
         return (*range(low, high, SCALE_STEP), high), augment.longer
@@ -386,7 +386,7 @@ def _instances(image: LabelledImage) -> Instances:
 
 
 def _check_objects(image: LabelledImage, objects: Instances, classes: int) -> None:
-    """What torchvision would stop at with a message that names no image."""
+    """Reject invalid annotations by image id, where torchvision's error would not name the image."""
     height, width = image.image.shape[:2]
     wrong = (objects.classes < 1) | (objects.classes > classes)
     if wrong.any():
@@ -401,7 +401,7 @@ def _check_objects(image: LabelledImage, objects: Instances, classes: int) -> No
 
 
 def _check_recipe(recipe: FinetuneRecipe, contract: ImageContract) -> None:
-    """Refuse what would otherwise be ignored."""
+    """Reject recipe settings that this task would ignore."""
     augment, plain = recipe.data.augment, LabelledAugment()
     for key in ("rotate", "crop", "blur"):
         if getattr(augment, key) != getattr(plain, key):

@@ -1,4 +1,4 @@
-"""The folder that a fine-tuning run ends in: results.json, weights, log, recipe, a picture."""
+"""The result folder of a fine-tuning run: results.json, weights, log, recipe and a figure of predictions."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ DRAWN = 4  # validation images in the figure
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run measured; `score` is what its table shows."""
+    """The measurements of a run; tables show `score`."""
 
     recipe: str
     task: str
     metric: str
     backbone: str
     seed: int
-    fraction: float  # of the training images, as it came out
+    fraction: float  # actual share of the training images
     score: float  # a share of 1
     uses: Literal["last", "best"]  # which evaluation `score` is from
     last: float | None  # None: the end of the run was not measured, as in the released protocol
@@ -44,13 +44,13 @@ class FinetuneResult:
     data: dict[str, Any]  # the whole of results.json
 
     def per_class(self, what: str = "iou") -> dict[str, float | None]:
-        """Values by class of the evaluation that `score` is from; None for a class without pixels."""
+        """Per-class values of the evaluation behind `score`; None for a class without pixels."""
         values: dict[str, float | None] = self.data[self.uses]["per_class"][what]
         return values
 
 
 def read_result(folder: Path) -> FinetuneResult:
-    """The result in a finished run's folder. Raises `CheckpointError` when there is none."""
+    """Read the result of a finished run from its folder. Raises `CheckpointError` if there is none."""
     path = folder / RESULTS
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def read_result(folder: Path) -> FinetuneResult:
 
 
 def result_rows(results: Iterable[FinetuneResult]) -> list[dict[str, str]]:
-    """A table for people, a row a result; its column "table" says whether last or best is the number to be compared."""
+    """Rows of a table for people, one per result; column "table" names the evaluation to compare: last or best."""
     rows = []
     for result in results:
         rows.append(
@@ -81,7 +81,7 @@ def result_rows(results: Iterable[FinetuneResult]) -> list[dict[str, str]]:
 
 
 def check_result_out(out: Path, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` when `out` holds something else, or a result that must not be replaced."""
+    """Raise `CheckpointError` if `out` holds anything but a result, or one that must not be overwritten."""
     check_out(out, RESULTS, "a result", overwrite=overwrite)
     if run_folder(out).exists():
         return  # it is gone on with, even when it was killed while it wrote `out`
@@ -90,7 +90,7 @@ def check_result_out(out: Path, *, overwrite: bool) -> None:
 
 
 def finish(task: Finetuning, progress: Progress) -> FinetuneResult:
-    """Write the folder `out`; results.json comes last and says that the rest is there."""
+    """Write the folder `out`; results.json is written last, so its presence means that the folder is complete."""
     run, recipe = task.run, task.recipe
     uses: Literal["last", "best"] = "best" if recipe.match_released_code else "last"
     if uses == "best":
@@ -109,7 +109,7 @@ def finish(task: Finetuning, progress: Progress) -> FinetuneResult:
 
 
 def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
-    """The content of results.json."""
+    """Build the content of results.json."""
     recipe, metric, train = task.recipe, task.task.metric, task.data.train
     last = task.evaluations[-1] if task.evaluations[-1]["step"] == progress.steps else None
     deviations = {

@@ -63,7 +63,7 @@ class SegmentationResult:
 
 
 class InMemoryFinetuning(TrainingTask):
-    """Segmentation on `count` samples: `draw` makes a batch of those chosen, `loss` says how wrong `network` is."""
+    """Segmentation on `count` samples: `draw` makes a batch, `loss` computes the network's loss on it."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class InMemoryFinetuning(TrainingTask):
         self.budget = Budget(steps=optim.steps or 0, batch=optim.batch)
 
     def batches(self, start: int) -> Iterator[Any]:
-        """One permutation of the samples after another, cut into batches."""
+        """Yield batches, from a new permutation of the samples in each epoch."""
         order = torch.empty(0, dtype=torch.long)
         while True:
             while len(order) < self.optim.batch:
@@ -91,11 +91,11 @@ class InMemoryFinetuning(TrainingTask):
             yield self.draw(chosen, self.generator)
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Cross-entropy."""
+        """Cross-entropy of a batch."""
         return {"segmentation": self.loss(batch)}
 
     def schedule(self, step: int) -> float:
-        """Set learning rate and BatchNorm momentum."""
+        """Set learning rate and BatchNorm momentum of a step."""
         rate = learning_rate(self.optim, step, self.budget.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -103,7 +103,7 @@ class InMemoryFinetuning(TrainingTask):
         return rate
 
     def train(self, on_step: OnStep | None) -> tuple[float, ...]:
-        """Take all steps; the loss of each."""
+        """Take all steps; return the loss of each."""
         losses: list[float] = []
 
         def note(loss: float) -> None:
@@ -165,7 +165,7 @@ def finetune_clouds(
     seed: int = 0,
     on_step: OnStep | None = None,
 ) -> SegmentationResult:
-    """Train `network` (logits [N, 1 + C] of voxels) on labelled clouds and measure it on others, as they lie.
+    """Train `network` (logits [N, 1 + C] of voxels) on labelled clouds and measure it on other, unaugmented clouds.
 
     SGD, poly schedule, cross-entropy over the labelled voxels of a batch, the last state measured. In training every
     cloud is rotated upright about its centroid (any angle about z, +-pi/64 about x and y). The seed draws order and
@@ -212,7 +212,7 @@ def evaluate_frames(
 
 
 def evaluate_clouds(network: nn.Module, contract: VoxelContract, clouds: Sequence[LabelledCloud]) -> np.ndarray:
-    """The confusion matrix of a network over the labelled voxels of clouds as they lie: int64 [1 + C, 1 + C]."""
+    """The confusion matrix of a network over the labelled voxels of unaugmented clouds: int64 [1 + C, 1 + C]."""
     parts = [cloud_confusion(network, contract, cloud) for cloud in clouds]
     total = np.sum(parts, axis=0)
     if not parts or not total.sum():

@@ -1,4 +1,4 @@
-"""What the papers report for the protocol of a recipe: from the catalog, and their baselines that are no checkpoint."""
+"""Scores that the papers report for a recipe's protocol: of catalog entries, and of baselines without a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One number that a paper reports for a protocol."""
+    """One score that a paper reports for a protocol."""
 
     backbone: str  # name of the catalog, "scratch" or "imagenet"
     fraction: float  # share of the training images
@@ -38,7 +38,7 @@ class PaperRow:
 
 
 def paper_rows(recipe: FinetuneRecipe) -> tuple[PaperRow, ...]:
-    """The papers' numbers for the data set, task, network and encoder of a recipe; none for rooms.
+    """List the papers' scores for the data set, task, network and encoder of a recipe; empty for rooms.
 
     Baselines first, then the catalog's order; fractions rising. Whether the recipe's other settings are the paper's
     is not looked at.
@@ -76,5 +76,5 @@ def _row(name: str, result: Result, table: str, recipe: FinetuneRecipe, dataset:
 
 
 def _table(entry: Entry, result: Result) -> str:
-    """The table with its paper; results of another paper's baselines name it already."""
+    """The label of a table including its paper, unless the entry already names the paper."""
     return result.table if result.table.split()[0] in PAPERS.values() else f"{PAPERS[entry.method]} {result.table}"

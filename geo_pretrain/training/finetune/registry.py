@@ -1,4 +1,4 @@
-"""Downstream tasks by their names in recipes, one row each, and where the backbone of a run comes from."""
+"""The registry of downstream tasks by their names in recipes, and the initialization of a run's backbone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TASKS = {  # task of a recipe -> "module:class", called with (recipe, start, cla
 
 
 def backbone_init(recipe: FinetuneRecipe, backbone: str, where: Mapping[str, Any]) -> PretrainedInit | PretrainedInit3D:
-    """Where the backbone of a run comes from; `where`: load_backbone's hub, revision, cache_dir, ..."""
+    """The initialization of a run's backbone; `where`: hub, revision, cache_dir, ... of load_backbone."""
     network = recipe.network
     if recipe.task == "segmentation3d":
         return PretrainedInit3D(backbone, network.unet3d or UNet3DSpec(), where)
@@ -35,7 +35,7 @@ def build_finetune_task(
     classes: Sequence[str],
     contract: ImageContract | VoxelContract,
 ) -> FinetuneTask:
-    """The task of a recipe: its network with `start`'s weights for these classes (1.. in the labels)."""
+    """Build the task of a recipe: its network with `start`'s weights and outputs for these classes (labels 1..C)."""
     module, _, name = TASKS[recipe.task].partition(":")
     task = getattr(importlib.import_module(module), name)(recipe, start, tuple(classes), contract)
     return cast(FinetuneTask, task)

@@ -1,4 +1,4 @@
-"""A sweep as people read it: Markdown, JSON, the curve of score against share of data, and predictions side by side.
+"""Reports of a sweep: Markdown, JSON, a curve of score against share of data, and predictions side by side.
 
 Colors are Okabe and Ito's, which color-blind readers tell apart; markers differ as well. What was measured is solid,
 what a paper reports is dashed, hollow and italic.
@@ -28,7 +28,7 @@ from geo_pretrain.training.visualize import results
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B5B5B")  # without the yellow: too light
 MARKERS = "osD^vPX"
-FIXED = {SCRATCH: 6, IMAGENET: 5}  # places in COLORS that these starts have in every figure
+FIXED = {SCRATCH: 6, IMAGENET: 5}  # indices into COLORS of these starts, in every figure
 TEXTS = {"miou": "mIoU"} | {
     f"{shape}_ap{threshold}": f"{shape} AP{threshold}" for shape in ("box", "mask") for threshold in ("", 50, 75)
 }
@@ -52,7 +52,7 @@ def write_report(result: SweepResult, out: Path) -> dict[str, Path]:
 
 
 def markdown(result: SweepResult, *, figure: str | None = None) -> str:
-    """The sweep as a page: what was run, the table, the paper's numbers beside, deviations from the protocol."""
+    """Render the sweep as Markdown: its runs, the table with the papers' scores, deviations from the protocol."""
     text, seeds = metric_text(result.metric), sorted({seed for point in result.points for seed in point.values})
     lines = [f"# {result.recipe.name}: {text} against share of data", ""]
     if figure is not None:
@@ -85,7 +85,7 @@ def markdown(result: SweepResult, *, figure: str | None = None) -> str:
 
 
 def table(result: SweepResult) -> list[str]:
-    """Lines of a Markdown table: a row a start with the paper's row under it, a column a share of data."""
+    """Lines of a Markdown table: one row per start, the paper's row below it, one column per share of data."""
     shares = sorted({p.fraction for p in result.points} | {row.fraction for row in result.paper})
     lines = [f"| start | {' | '.join(map(percent, shares))} |", "|---|" + "---:|" * len(shares)]
     for name in starts(result):
@@ -102,7 +102,7 @@ def table(result: SweepResult) -> list[str]:
 
 
 def table_rows(result: SweepResult) -> list[tuple[str, ...]]:
-    """The table for a terminal: a heading, then a row a start; the paper's number in brackets behind the measured."""
+    """The table for a terminal: a heading, then one row per start; the paper's score in brackets after ours."""
     shares = sorted({p.fraction for p in result.points})
     points = {(p.backbone, p.fraction): p for p in result.points}
     papers = {(row.backbone, row.fraction): row for row in result.paper}
@@ -118,7 +118,7 @@ def table_rows(result: SweepResult) -> list[tuple[str, ...]]:
 
 
 def draw_curve(result: SweepResult, path: Path) -> None:
-    """Write the figure: score against share of the training images, a line a start, error bars over seeds.
+    """Plot score against share of the training images, one line per start, with error bars over seeds.
 
     With one share only, the starts stand side by side.
     """
@@ -146,7 +146,7 @@ def draw_predictions(
     classes: Sequence[str],
     path: Path,
 ) -> None:
-    """Write a grid: a row an image; columns are the image, its labels, and what each start predicts.
+    """Write a grid with one row per image: the image, its labels, and the prediction of each start.
 
     `predictions`: start -> class ids [H, W] of each image, 1.. (0: none), of any size; `classes` names 1...
     """
@@ -171,7 +171,7 @@ def draw_starts(
     sources: tuple[LabelledSource, LabelledSource] | None = None,
     init_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `draw_predictions` of a segmentation sweep's fine-tuned networks on validation images, spread evenly.
+    """Draw predictions of a segmentation sweep's fine-tuned networks on evenly spaced validation images.
 
     `fraction` and `seed` None: the largest share, and the first seed, that is finished. `sources` and `init_kwargs` are
     those of the sweep. Raises `DataError` when there is no such finished run, `RecipeError` for other tasks.
@@ -204,17 +204,17 @@ def draw_starts(
 
 
 def starts(result: SweepResult) -> list[str]:
-    """Names of all rows: those measured first, in order of the sweep, then those that only papers have."""
+    """Names of all rows: measured starts in the sweep's order, then starts that only papers report."""
     return list(dict.fromkeys([*(p.backbone for p in result.points), *(row.backbone for row in result.paper)]))
 
 
 def metric_text(metric: str) -> str:
-    """A metric as papers write it."""
+    """The name of a metric as papers write it."""
     return TEXTS.get(metric, metric)
 
 
 def shown(backbone: str) -> str:
-    """A start as people call it."""
+    """The display name of a start."""
     return NAMES.get(backbone, backbone)
 
 
@@ -224,7 +224,7 @@ def percent(fraction: float) -> str:
 
 
 def spread(point: Point) -> str:
-    """Mean and standard deviation in percent; one value stands alone."""
+    """Mean and standard deviation as text in percent; for a single value only the value."""
     mean = f"{100 * point.mean:.1f}"
     return mean if point.std is None else f"{mean} ± {100 * point.std:.1f}"
 
@@ -283,7 +283,7 @@ def _side_by_side(axes: Any, result: SweepResult, shares: Sequence[float]) -> No
 
 
 def _beside(axes: Any, place: int, value: float, text: str, *, right: bool) -> None:
-    """A text beside a point: to the right what was measured, to the left, in italics, what is reported."""
+    """Annotate a point: measured scores to the right, reported scores to the left in italics."""
     style = {"ha": "left", "style": "normal"} if right else {"ha": "right", "style": "italic"}
     offset = (12 if right else -12, 0)
     axes.annotate(
@@ -292,7 +292,7 @@ def _beside(axes: Any, place: int, value: float, text: str, *, right: bool) -> N
 
 
 def _hollow(style: Mapping[str, Any]) -> dict[str, Any]:
-    """The marker of a start for what a paper reports."""
+    """The hollow marker of a start's score in a paper."""
     return {**style, "markerfacecolor": "none", "markersize": 9}
 
 
@@ -301,7 +301,7 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     others = [place for place in range(len(COLORS)) if place not in FIXED.values()]
     styles = {}
     for number, name in enumerate(name for name in names if name not in FIXED):
-        turn, place = divmod(number, len(others))  # a color that comes again has another marker
+        turn, place = divmod(number, len(others))  # a repeated color gets another marker
         styles[name] = {"color": COLORS[others[place]], "marker": MARKERS[(others[place] + turn) % len(MARKERS)]}
     for name, place in FIXED.items():
         styles[name] = {"color": COLORS[place], "marker": MARKERS[place]}
@@ -309,6 +309,6 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _wrapped(name: str) -> str:
-    """A long name in two lines."""
+    """Wrap a long name into two lines."""
     cut = name.find("_", len(name) // 2)
     return name if len(name) < 16 or cut < 0 else f"{name[:cut]}\n{name[cut:]}"

@@ -1,4 +1,4 @@
-"""Fine-tuning: a downstream recipe and a backbone become a number, with everything that it depends on beside it.
+"""Fine-tune a backbone by a downstream recipe; the result records the score and everything it depends on.
 
 A run lives in `<out>.run/` (state, log) and ends by writing the folder `<out>` (folder.py).
 """
@@ -42,7 +42,7 @@ def finetune(
     on_evaluation: OnEvaluation | None = None,
     on_data: Callable[[int, int], None] | None = None,
 ) -> FinetuneResult:
-    """Fine-tune `backbone` by a recipe, or go on with the run that `<out>.run` holds, and write the folder `out`.
+    """Fine-tune `backbone` by a recipe, or resume the run in `<out>.run`, and write the folder `out`.
 
     `backbone`: a name of the catalog, a checkpoint folder, "imagenet" (torchvision's IMAGENET1K_V1) or "scratch".
     `init_kwargs`: where to look for it (`hub`, `revision`, `cache_dir`, `local_files_only`). `seed` None: the recipe's.
@@ -62,12 +62,12 @@ def finetune(
     check_result_out(out, overwrite=overwrite)
     where = dict(init_kwargs or {})
     start = backbone_init(recipe, os.fspath(backbone), where)
-    contract = start.contract()  # a wrong name is found before any data are read
+    contract = start.contract()  # an unknown name fails before any data are read
     data = _open(recipe, sources, on_data)
     world = world or join(device)
     generators = torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else [])
     with run_lock(out, "fine-tuning run") if world.is_main else nullcontext(), generators:
-        check_result_out(out, overwrite=overwrite)  # again: another process may have ended there in between
+        check_result_out(out, overwrite=overwrite)  # again: another process may have finished a run there meanwhile
         world.barrier()
         run = RunFolder(out, writes=world.is_main)
         network = build_finetune_task(recipe, start, data.train.classes, contract)
@@ -85,7 +85,7 @@ def _open(
     sources: tuple[LabelledSource, LabelledSource] | None,
     on_data: Callable[[int, int], None] | None,
 ) -> LabelledSplits:
-    """The recipe's share of the training images, and the validation images."""
+    """Open the recipe's share of the training images, and all validation images."""
     spec = recipe.data
     if sources is None:
         labels: Literal["segmentation", "detection"] = (

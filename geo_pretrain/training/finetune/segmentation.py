@@ -1,4 +1,4 @@
-"""Semantic segmentation as a task of the fine-tuning loop: images and labels in, mIoU from one confusion matrix out.
+"""Semantic segmentation as a task of the fine-tuning loop, measured by mIoU from one confusion matrix.
 
 Labels are 0 (ignore) and 1..C. Pri3D's U-Net has an output for class 0, too, which no label trains and which is never
 predicted; other networks have C outputs. Logits are brought to the size of the labels (bilinear, align_corners=True).
@@ -32,7 +32,7 @@ CROP_CENTRES = (240, 320)  # the released KITTI loader draws the center of its c
 
 
 class Segmentation(FinetuneTask):
-    """The task: see `FinetuneTask`."""
+    """The task "segmentation" of a fine-tuning run; see `FinetuneTask`."""
 
     metric = "miou"
     module: Segmenter
@@ -47,7 +47,7 @@ class Segmentation(FinetuneTask):
         self._normalize = contract.transforms(resize=False)
 
     def sample(self, image: LabelledImage, generator: torch.Generator) -> dict[str, Tensor]:
-        """Resized, turned, cropped, flipped, blurred: image [3, H, W] normalized and labels int64 [H, W]."""
+        """Augment by resize, rotation, crop, flip and blur: image [3, H, W] normalized and labels int64 [H, W]."""
         pixels, labels = self._sized(image)
         augment = self.recipe.data.augment
         if augment.rotate:
@@ -72,7 +72,7 @@ class Segmentation(FinetuneTask):
         return {key: torch.stack([sample[key] for sample in samples]) for key in ("image", "labels")}
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The loss of the logits, and of the auxiliary ones times their weight."""
+        """The loss of the logits, and the weighted loss of the auxiliary logits."""
         logits, aux = self.module(batch["image"])
         parts = {"segmentation": segmentation_loss(logits, batch["labels"], self.first)}
         if aux is not None:
@@ -91,12 +91,12 @@ class Segmentation(FinetuneTask):
         return groups
 
     def backbone(self) -> nn.Module:
-        """The encoder, or with the decoder transferred the whole U-Net."""
+        """The encoder, or the whole U-Net if its decoder is transferred too."""
         return self.module.network if self.transferred == "all" else encoder_of(self.module.network)
 
     @torch.no_grad()
     def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
-        """mIoU, accuracy and per-class IoU over these images; the confusion matrix is kept in the details."""
+        """mIoU, accuracy and per-class IoU over these images; the details hold the confusion matrix."""
         exact = self.recipe.match_released_code
         outputs = len(self.classes) + 1
         own = np.zeros((outputs, outputs), np.int64)
@@ -110,12 +110,12 @@ class Segmentation(FinetuneTask):
 
     @torch.no_grad()
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
-        """A row an image: image, truth, prediction, all brought to the size of the first."""
+        """Draw one row per image: image, ground truth and prediction, all resized to the first image's size."""
         rows = [(i.image, truth.numpy(), [guess.numpy()]) for i, truth, guess in self.predictions(source, ids)]
         draw_predictions(rows, [self.recipe.network.kind], self.classes, path)
 
     def protocol_deviations(self) -> dict[str, str]:
-        """What the released protocol does by accident, and what this run does."""
+        """Map each accident of the released protocol to what this run does about it."""
         exact, data = self.recipe.match_released_code, self.recipe.data
         size = self.truth_size()
         found = {
@@ -136,11 +136,11 @@ class Segmentation(FinetuneTask):
         return found
 
     def truth_size(self) -> tuple[int, int] | None:
-        """The size that labels are brought to before they are compared; None: their own."""
+        """The size to which labels are resized before the comparison; None: no resizing."""
         return (self.recipe.evaluate.size or self.recipe.data.size) if self.recipe.match_released_code else None
 
     def predictions(self, source: LabelledSource, ids: Sequence[str]) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:
-        """Each image with its labels and its predicted classes, int64 [H, W] on the CPU."""
+        """Yield each image with its labels and predicted classes, int64 [H, W] on the CPU."""
         self.module.eval()
         device = next(self.module.parameters()).device
         pending: list[tuple[LabelledImage, Tensor, Tensor]] = []
@@ -174,7 +174,7 @@ class Segmentation(FinetuneTask):
         return torch.from_numpy(np.array(labels)).long()
 
     def _sized(self, image: LabelledImage) -> tuple[Image.Image, Image.Image]:
-        """Image and labels at `data.size`."""
+        """Resize image and labels to `data.size`."""
         pixels, labels = Image.fromarray(image.image), self._labels(image)
         size = self.recipe.data.size
         if size is not None:
@@ -183,7 +183,7 @@ class Segmentation(FinetuneTask):
         return pixels, labels
 
     def _labels(self, image: LabelledImage) -> Image.Image:
-        """The labels, if they can be used."""
+        """Return the labels after checking them."""
         labels = image.semantic
         if labels is None:
             raise BadFrame(image.id, "image has no labels of pixels")
@@ -199,7 +199,7 @@ class Segmentation(FinetuneTask):
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, first: int) -> Tensor:
-    """Negative log-likelihood of logits [B, K, h, w] brought to the size of labels [B, H, W].
+    """Negative log-likelihood of logits [B, K, h, w], upsampled to the size of labels [B, H, W].
 
     `first` is the class of output 0. The released loss has weight 0 for class 0 and 1 / (1 + 0.001) for all others; its
     mean is over the weights, so it is the plain mean over labelled pixels. Without any of them the loss is 0.
@@ -212,7 +212,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, first: int) -> Tensor:
 def crop_box(
     shape: Sequence[int], crop: tuple[int, int], generator: torch.Generator, id: str, match_released_code: bool
 ) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a crop, every place of the image equally likely.
+    """Draw left, top, right and bottom of a crop, uniformly over all positions in the image.
 
     `match_released_code`: the center is drawn in [0, 240) x [0, 320) whatever the size of the image, and moved inside.
     """
@@ -232,7 +232,7 @@ def crop_box(
 
 
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Logits [B, K, h, w] at another size [H, W]."""
+    """Upsample logits [B, K, h, w] to the size [H, W]."""
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 

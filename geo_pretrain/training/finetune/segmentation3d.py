@@ -1,4 +1,4 @@
-"""Semantic segmentation of the clouds of labelled RGB-D frames: one class a voxel, mIoU over labelled voxels.
+"""Semantic segmentation of the point clouds of labelled RGB-D frames, measured by mIoU over labelled voxels.
 
 The papers' protocols (PointContrast, tables 4 and 7) segment whole scans; a frame's cloud is what a labelled RGB-D
 source offers.
@@ -49,7 +49,7 @@ class CloudSegmentation(FinetuneTask):
         self.module = segmentation_srunet(network, 1 + len(classes), seed=recipe.seed, transfer=transfer)
 
     def load(self, source: LabelledSource, id: str) -> LabelledCloud:
-        """The cloud of one frame. Raises `BadFrame` for one without depth, `RecipeError` if no frame has any."""
+        """Load the cloud of one frame. Raises `BadFrame` for one without depth, `RecipeError` if no frame has any."""
         cloud = cloud_of(labelled_frame(source, id, self.recipe.data.size), id)
         if not len(cloud.points):
             raise BadFrame(id, "no pixel has a valid depth")
@@ -60,7 +60,7 @@ class CloudSegmentation(FinetuneTask):
         return voxels_of(item, self.contract, generator)
 
     def collate(self, samples: list[Any]) -> dict[str, Any]:
-        """The clouds stay a list."""
+        """Collate a batch; clouds stay a list."""
         return {"clouds": samples}
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class CloudSegmentation(FinetuneTask):
         return self.module
 
     def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
-        """mIoU, accuracy and per-class IoU over the labelled voxels of these frames' clouds, as they lie."""
+        """mIoU, accuracy and per-class IoU over the labelled voxels of these frames' unaugmented clouds."""
         outputs = 1 + len(self.classes)
         own = np.zeros((outputs, outputs), np.int64)
         for (name,) in share_of(ids, 1, world):
@@ -91,7 +91,7 @@ class CloudSegmentation(FinetuneTask):
 
     @torch.no_grad()
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
-        """A row a frame: its image, its labels, and the class of each pixel's voxel."""
+        """Draw one row per frame: its image, its labels, and the predicted class of each pixel's voxel."""
         self.module.eval()
         rows = []
         for name in ids:
@@ -112,7 +112,7 @@ class CloudSegmentation(FinetuneTask):
 
 
 def cloud_loss(network: nn.Module, voxels: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Cross-entropy over the labelled voxels (from `voxels_of`) of several clouds together; 0 if none has a label."""
+    """Cross-entropy over all labelled voxels (from `voxels_of`) of several clouds; 0 without labels."""
     x, labels = batch_voxels(voxels, voxels[0][1].device)
     logits: Tensor = network(x).feats.float()
     known = labels > 0  # a mean over no voxel at all would be NaN
@@ -121,7 +121,7 @@ def cloud_loss(network: nn.Module, voxels: Sequence[tuple[Tensor, Tensor, Tensor
 
 @torch.no_grad()
 def cloud_confusion(network: nn.Module, contract: VoxelContract, cloud: LabelledCloud) -> np.ndarray:
-    """The confusion matrix over the labelled voxels of a cloud as it lies, rows = truth: int64 [1 + C, 1 + C]."""
+    """The confusion matrix over the labelled voxels of an unaugmented cloud, rows = truth: int64 [1 + C, 1 + C]."""
     network.eval()
     x, truth = batch_voxels([voxels_of(cloud, contract)], next(network.parameters()).device)
     logits: Tensor = network(x).feats.float()

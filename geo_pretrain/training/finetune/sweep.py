@@ -42,22 +42,22 @@ FREE = ("seed", "data.fraction", "data.path", "workers", "save_every")
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of a sweep, and where its run lies."""
+    """One run of a sweep: backbone, share of the data, seed, and its folder."""
 
     backbone: str  # "scratch", "imagenet", a name of the catalog or a folder
-    label: str  # what tables call it: a folder goes by the name of its checkpoint
+    label: str  # name in tables; for a folder the name of its checkpoint
     fraction: float
     seed: int
     sweep: Path
 
     @property
     def folder(self) -> Path:
-        """Where the run ends up."""
+        """The folder of the finished run."""
         return self.sweep / RUNS / _slug(self.label) / f"{100 * self.fraction:.10g}" / f"seed{self.seed}"
 
     @property
     def working(self) -> Path:
-        """Where it is while it goes on: `finetune` keeps its state there."""
+        """The working folder, where `finetune` keeps the state of an unfinished run."""
         return run_folder(self.folder)
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Point:
-    """One start on one share of the data: a score for each seed, shares of 1."""
+    """The scores of one start on one share of the data, one per seed, each from 0 to 1."""
 
     backbone: str  # label
     fraction: float
@@ -85,11 +85,11 @@ class Point:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep measured so far, beside what papers report for the same protocol."""
+    """The scores of a sweep's finished runs, beside the papers' scores for the same protocol."""
 
     recipe: FinetuneRecipe
     metric: str  # of all numbers: "miou", "box_ap50"
-    which: str  # state of each run that is measured: "last" or "best"
+    which: str  # evaluation of each run that counts: "last" or "best"
     points: tuple[Point, ...]
     paper: tuple[PaperRow, ...]  # of this metric
     images: Mapping[float, int]  # training images of each share
@@ -98,7 +98,7 @@ class SweepResult:
     missing: tuple[str, ...] = ()  # runs of the sweep that are not finished
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; measured and reported numbers are apart."""
+        """Convert to plain JSON types; measured and reported scores are separate."""
         license, terms = data_terms(self.recipe.data.source)
         return {
             "recipe": yaml.safe_load(self.recipe.to_yaml()),
@@ -138,7 +138,7 @@ def run_sweep(
     on_step: Callable[[StepInfo], None] | None = None,
     on_data: Callable[[int, int], None] | None = None,
 ) -> SweepResult:
-    """Fine-tune every start on every share with every seed, but for runs that are finished, and summarize all.
+    """Fine-tune every start on every share with every seed, skipping finished runs, and summarize all.
 
     All starts see the same images of a share; seeds draw the order, augmentation and new weights. Every seed goes
     through all starts before the next one begins, so a sweep that is stopped has whole curves.
@@ -185,7 +185,7 @@ def run_sweep(
 def plan(
     recipe: FinetuneRecipe, labels: Mapping[str, str], fractions: Sequence[float], seeds: Sequence[int], out: Path
 ) -> list[Run]:
-    """All runs of a sweep in order; `labels`: backbone -> what it is called."""
+    """List all runs of a sweep in order; `labels` maps each backbone to its label."""
     return [
         Run(backbone, label, float(fraction), seed, out)
         for seed in seeds
@@ -195,12 +195,12 @@ def plan(
 
 
 def run_recipe(recipe: FinetuneRecipe, fraction: float, seed: int) -> FinetuneRecipe:
-    """The recipe of one run."""
+    """Build the recipe of one run."""
     return replace(recipe, data=replace(recipe.data, fraction=fraction), seed=seed)
 
 
 def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
-    """Keys that make another measurement, as "optim.lr 0.01 -> 0.02"; those in `FREE` do not."""
+    """List the keys outside `FREE` whose values differ, such as "optim.lr 0.01 -> 0.02"."""
     before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
     keys = [key for key in {**before, **after} if key not in FREE]
     gone = object()
@@ -212,7 +212,7 @@ def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
 
 
 def read_sweep(out: Path) -> SweepResult:
-    """What the folder of a sweep holds so far, without training anything.
+    """Read the finished runs of a sweep's folder, without training anything.
 
     Raises `DataError` when it is no such folder or has no finished run, `RecipeError` when its runs do not belong
     together.
@@ -244,7 +244,7 @@ def read_sweep(out: Path) -> SweepResult:
 
 
 def read_plan(out: Path) -> tuple[FinetuneRecipe, dict[str, tuple[str, str | None]], list[Run]]:
-    """A sweep's recipe, its starts (label -> backbone and digest), and its runs. Raises `DataError`."""
+    """Read a sweep's recipe, starts (label -> backbone and digest) and runs. Raises `DataError`."""
     path = out / SWEEP
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -279,7 +279,7 @@ def _check_axes(recipe: FinetuneRecipe, fractions: Sequence[float], seeds: Seque
 def _check_starts(
     recipe: FinetuneRecipe, backbones: Sequence[str], where: Mapping[str, Any]
 ) -> dict[str, tuple[str, str | None]]:
-    """Label -> backbone and the digest of its weights (None: not a checkpoint). Each is loaded once, to be sure."""
+    """Load each start once; map its label to backbone and digest of the weights (None: not a checkpoint)."""
     if not backbones or len(set(backbones)) != len(backbones):
         raise RecipeError(f"backbones are {list(backbones)}, accepted is one or more, each once.")
     checkpoints = {}
@@ -302,7 +302,7 @@ def _check_starts(
 
 
 def _keep_plan(recipe: FinetuneRecipe, held: dict[str, tuple[str, str | None]], runs: list[Run], out: Path) -> None:
-    """Add runs to the sweep in `out`, or begin it."""
+    """Add runs to the sweep in `out`, or create it."""
     if (out / SWEEP).exists():
         old_recipe, old_held, old_runs = read_plan(out)
         changed = differences(old_recipe, recipe)
@@ -330,7 +330,7 @@ def _keep_plan(recipe: FinetuneRecipe, held: dict[str, tuple[str, str | None]], 
 
 
 def _check_runs(recipe: FinetuneRecipe, finished: Mapping[Run, FinetuneResult]) -> dict[float, int]:
-    """That all runs are of one recipe and on the same data; the number of training images of each share."""
+    """Check that all runs share recipe and data; return the number of training images of each share."""
     same: dict[tuple[str, Any], tuple[Run, Any]] = {}
     images: dict[float, int] = {}
     for run, result in finished.items():
@@ -354,14 +354,14 @@ def _check_runs(recipe: FinetuneRecipe, finished: Mapping[Run, FinetuneResult]) 
 
 
 def _changed(recipe: FinetuneRecipe) -> tuple[str, ...]:
-    """How a recipe differs from the one that is shipped under its name."""
+    """List the differences between a recipe and the shipped recipe of its name."""
     if recipe.name not in list_finetune_recipes():
         return ()
     return tuple(differences(load_finetune_recipe(recipe.name), recipe))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; tuples as lists."""
+    """Flatten nested mappings to dotted keys; tuples become lists."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -372,6 +372,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _slug(label: str) -> str:
-    """A label as the name of a folder; what had to be changed is told apart by a digest."""
+    """Convert a label to a folder name; a digest is appended if characters had to be replaced."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", label).strip("._")
     return plain if plain == label else f"{plain[-40:]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""What a downstream task brings to a fine-tuning run: labels, losses, metrics.
+"""The interface of a downstream task in a fine-tuning run: labels, losses, metrics.
 
 Adding a task means writing one class with the methods of `FinetuneTask`, in one file, and one row in registry.py.
 """
@@ -26,14 +26,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measurement over the validation images."""
+    """The scores of one evaluation over the validation images."""
 
     scores: dict[str, float]  # shares of 1, such as {"miou": 0.61}; the loop's best is by the task's `metric`
     per_class: dict[str, dict[str, float | None]] = field(default_factory=dict)  # {"iou": {"wall": 0.7}}; None: absent
     details: dict[str, Any] = field(default_factory=dict)  # JSON: whatever else results.json should keep
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Convert to plain JSON types."""
         return {"scores": self.scores, "per_class": self.per_class, "details": self.details}
 
 
@@ -45,16 +45,16 @@ class FinetuneTask(ABC):
     contract: ImageContract | VoxelContract  # what images or points are turned into
 
     def load(self, source: LabelledSource, id: str) -> Any:
-        """What a sample is made of: a labelled image. Raises `BadFrame` when it cannot be used."""
+        """Load the labelled image of a sample. Raises `BadFrame` if it is unusable."""
         return source.load(id)
 
     @abstractmethod
     def sample(self, item: Any, generator: torch.Generator) -> Any:
-        """A training sample of what `load` gave, with augmentation drawn from `generator` alone. Raises `BadFrame`."""
+        """Make a training sample from `load`'s result; augmentation uses `generator` only. Raises `BadFrame`."""
 
     @abstractmethod
     def collate(self, samples: list[Any]) -> dict[str, Any]:
-        """A batch; tensors in it, in lists and in dicts too, are moved to the device by the loop."""
+        """Collate a batch; the loop moves its tensors, also those in lists and dicts, to the device."""
 
     @abstractmethod
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -62,11 +62,11 @@ class FinetuneTask(ABC):
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """[{"params": [...], "factor": 10.0}, ...]: learning rate of the group over that of the schedule."""
+        """[{"params": [...], "factor": 10.0}, ...]: factor on the schedule's learning rate."""
 
     @abstractmethod
     def backbone(self) -> nn.Module:
-        """The part of `module` that was transferred, for BatchNorm momentum and digests."""
+        """The transferred part of `module`; BatchNorm momentum and digests apply to it."""
 
     @abstractmethod
     def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
@@ -77,17 +77,17 @@ class FinetuneTask(ABC):
 
     @abstractmethod
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
-        """Write a PNG: image, truth, prediction of these images."""
+        """Write a PNG with image, ground truth and prediction of these images."""
 
     @abstractmethod
     def protocol_deviations(self) -> dict[str, str]:
-        """Name of each accident of the released protocol -> what this run does about it, in words."""
+        """Map each accident of the released protocol to what this run does about it, in words."""
 
 
 def segmentation_evaluation(
     confusion: np.ndarray, classes: Sequence[str], *, images: int, match_released_code: bool
 ) -> Evaluation:
-    """mIoU, accuracy and per-class IoU of a confusion matrix [1 + C, 1 + C], which is kept in the details."""
+    """mIoU, accuracy and per-class IoU of a confusion matrix [1 + C, 1 + C], which the details keep."""
     values = class_iou(confusion, match_released_code=match_released_code)
     iou = {name: None if np.isnan(value) else float(value) for name, value in zip(classes, values, strict=True)}
     miou = mean_iou(confusion, match_released_code=match_released_code)
@@ -96,13 +96,13 @@ def segmentation_evaluation(
 
 
 def share_of(items: Sequence[T], batch: int, world: World) -> list[list[T]]:
-    """The batches that this process measures: every `world.size`-th one, so that no batch depends on their number."""
+    """Yield this process's batches, every `world.size`-th one; the batches do not depend on the number of processes."""
     batches = [list(items[start : start + batch]) for start in range(0, len(items), batch)]
     return batches[world.rank :: world.size]
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """A sha256 of names, types, shapes and values: which weights a run started from."""
+    """Compute a sha256 over names, types, shapes and values of weights; it identifies a run's initial weights."""
     digest = hashlib.sha256()
     for key in sorted(weights):
         value = weights[key].detach().cpu().contiguous()

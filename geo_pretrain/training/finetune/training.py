@@ -1,4 +1,4 @@
-"""A fine-tuning run as a task of the training loop: labelled samples, schedule, evaluations, what a state remembers."""
+"""A fine-tuning run as a task of the training loop: samples, schedule, evaluations, saved state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LabelledSplits:
 
     train: LabelledSource
     val: LabelledSource
-    fraction: float  # share of the source's training images that `train` came to
+    fraction: float  # actual share of the source's training images in `train`
 
 
 class Finetuning(TrainingTask):
@@ -81,7 +81,7 @@ class Finetuning(TrainingTask):
         self.evaluations: list[dict[str, Any]] = []
 
     def batches(self, start: int) -> Iterator[Any]:
-        """Micro-batches. Raises `DataError` naming the image that cannot be used."""
+        """Yield the micro-batches of each step. Raises `DataError` with the name of an unusable image."""
         loader = micro_batch_loader(
             _Samples(self.data.train, self.train_ids, self.task, self.recipe.seed),
             len(self.train_ids),
@@ -113,11 +113,11 @@ class Finetuning(TrainingTask):
         return rate
 
     def seed(self, step: int, micro_batch: int) -> None:
-        """Seed dropout and what torchvision's detectors draw: a function of the step, as all else."""
+        """Seed the global random generators (dropout, torchvision's samplers) from the step."""
         torch.manual_seed(sample_seed(self.recipe.seed, step, -2 - micro_batch))
 
     def identity(self) -> dict[str, Any]:
-        """Recipe, backbone and data."""
+        """The identity of the run: recipe, backbone and data."""
         return {
             "recipe": self.recipe.to_yaml(),
             "backbone": self.digest,
@@ -125,23 +125,23 @@ class Finetuning(TrainingTask):
         }
 
     def changed_settings(self, recipe: str) -> list[str]:
-        """Keys in which the recipe of a saved run differs."""
+        """List the keys in which a saved run's recipe differs from this one."""
         return changes(recipe, self.recipe.to_yaml())
 
     def extras(self) -> dict[str, Any]:
-        """The evaluations so far."""
+        """The evaluations so far, for the saved state."""
         return {"evaluations": self.evaluations}
 
     def restore(self, extras: Mapping[str, Any]) -> None:
-        """Take the evaluations back."""
+        """Restore the evaluations from a saved state."""
         self.evaluations = extras["evaluations"]
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether the recipe measures after this step."""
+        """Whether the recipe evaluates after this step."""
         return step in self.due
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Measure on the validation images, and keep the best weights if they are what is reported."""
+        """Evaluate on the validation images; save the weights of the best evaluation if the recipe reports it."""
         with self.precision():
             evaluation = self.task.evaluate(self.data.val, self.val_ids, self.world)
         self.evaluations.append({"step": step, **evaluation.to_dict()})
@@ -152,16 +152,16 @@ class Finetuning(TrainingTask):
         return evaluation.scores
 
     def best(self) -> dict[str, Any]:
-        """The first of the highest evaluations."""
+        """The evaluation with the highest score; the first one on ties."""
         return max(self.evaluations, key=lambda evaluation: evaluation["scores"][self.task.metric])
 
     def precision(self) -> torch.autocast:
-        """The number type of forward passes, as a context."""
+        """The autocast context of forward passes in the recipe's precision."""
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
 
 class _Samples(Dataset[Any]):
-    """Training samples by (epoch, position): workers and resuming change nothing."""
+    """Training samples by (epoch, position), independent of worker count and resuming."""
 
     def __init__(self, source: LabelledSource, ids: Sequence[str], task: FinetuneTask, seed: int) -> None:
         self.source, self.ids, self.task, self.seed = source, list(ids), task, seed
@@ -180,14 +180,14 @@ class _Samples(Dataset[Any]):
 
 @dataclass(frozen=True)
 class _Unusable:
-    """Why a sample could not be made."""
+    """The reason why a sample could not be made."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class _Collate:
-    """The task's batches, or what is wrong with one of the samples."""
+    """Collate with the task, or pass on the first `_Unusable` sample."""
 
     task: FinetuneTask
 
@@ -199,7 +199,7 @@ class _Collate:
 
 
 def evaluation_steps(recipe: FinetuneRecipe, images: int, steps: int) -> list[int]:
-    """Steps after which a run over this many training images is measured.
+    """List the steps after which a run with this many training images is evaluated.
 
     The released loops measure after epochs 0, n, 2n, ... or every n steps, and so often never at the end; here the end
     is measured, too, unless the recipe is `match_released_code` (and measures at all before).
@@ -218,7 +218,7 @@ def evaluation_steps(recipe: FinetuneRecipe, images: int, steps: int) -> list[in
 
 
 def spread_ids(ids: list[str], count: int | None) -> list[str]:
-    """At most `count` of them, evenly spaced."""
+    """Choose at most `count` evenly spaced ids."""
     if count is None or count >= len(ids):
         return ids
     return [ids[k * len(ids) // count] for k in range(count)]
