@@ -61,14 +61,14 @@ class Pairing:
         return (self.role, "heads") if projected and self.role != "heads" else (self.role,)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Convert to plain JSON types."""
         arch = {"name": self.arch.name, "args": dict(self.arch.args)}
         return {**self.__dict__, "arch": arch, "contract": self.contract.to_dict()}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A validated config.json and the folder it lies in; `read_weights` reads the weights."""
+    """A validated config.json and its folder; `read_weights` reads the weights."""
 
     folder: Path
     name: str
@@ -183,7 +183,7 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
 
 
 def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
-    """Parse and validate the text of a config.json that lies, or will lie, in `folder`."""
+    """Parse and validate the text of the config.json of `folder`, which need not exist yet."""
     path = folder / CONFIG
     try:
         config = json.loads(text)

@@ -1,4 +1,4 @@
-"""Input contracts: what a network expects, as data that is stored with the weights and builds the input transform.
+"""Input contracts: the expected input of a network, stored with the weights; they build the input transform.
 
 A contract is to this package what `pretrained_cfg` is to timm.
 """

@@ -1,4 +1,4 @@
-"""Errors of this package, and helpers for their messages: what was given, what is accepted, the nearest right thing."""
+"""Errors of this package, and helpers for their messages: given value, accepted values, closest match."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ SHOWN_KEYS = 8
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What happened to every tensor of the network and of the files."""
+    """The load result of every tensor of the network and of the files."""
 
     loaded: int  # tensors of the network that came from the files
     fresh: tuple[str, ...]  # of the network, newly initialized
@@ -64,7 +64,7 @@ class LoadReport:
 
 
 class LoadOptions(hubs.Where, total=False):
-    """The keyword arguments of `load_backbone` but for `decoder`, which decides what it returns."""
+    """The keyword arguments of `load_backbone` except `decoder`, which selects the return type."""
 
     pretrained: bool
     in_chans: int | None
@@ -144,7 +144,7 @@ def load_pair(
     dtype: torch.dtype | None = None,
     **where: Unpack[hubs.Where],
 ) -> FeaturePair:
-    """Load the image network and the point network of a checkpoint whose features lie in one space.
+    """Load the image network and the point network of a checkpoint that share one feature space.
 
     For folders of PPKT, img2pc and Pri3D's geometric prior. `name_or_folder`, and `hub`, `revision`, `cache_dir`,
     `local_files_only` in `where`: see `hub.open`. Raises `CheckpointError` for a checkpoint that holds one network
@@ -281,7 +281,7 @@ class _Shape:
             raise ValueError(f"output_stride={stride} dilates a lone encoder; the decoder needs stride 32. Drop one.")
 
     def contract(self, source: Checkpoint | Entry) -> ImageContract | VoxelContract:
-        """What the network expects: the contract of pre-training, with other channels where these were asked for."""
+        """The input contract of the network: that of pre-training, with the requested number of channels."""
         return source.contract if self.in_chans is None else source.contract.with_channels(self.in_chans)
 
 

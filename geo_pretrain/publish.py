@@ -59,7 +59,7 @@ class SentFile:
 
 @dataclass(frozen=True)
 class Publication:
-    """What was published where; after a dry run, what would be."""
+    """The published files and their location; after a dry run, those that would be published."""
 
     name: str
     to: str
@@ -155,7 +155,7 @@ def publish(
 
 
 def _check(checkpoint: Checkpoint) -> bytes:
-    """Refuse what must not be published; return config.json, which holds the digests of all other files."""
+    """Reject unpublishable folders; return config.json, which holds the digests of all other files."""
     from geo_pretrain.loading import verify
 
     folder = checkpoint.folder
@@ -293,7 +293,7 @@ def _repository(spec: str) -> str:
 
 
 class _Upload:
-    """One upload to Hugging Face; `done` and `doing` say what is online when it breaks off."""
+    """One upload to Hugging Face; after a failure `done` and `doing` state what is online."""
 
     def __init__(self, checkpoint: Checkpoint, config: bytes, plan: Publication) -> None:
         self.checkpoint, self.config, self.plan = checkpoint, config, plan
@@ -410,7 +410,7 @@ class _Upload:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn errors of the client and its libraries into ours; each says what is online by then."""
+        """Turn errors of the client and its libraries into ours; each states what is online."""
         from huggingface_hub import errors
 
         try:
@@ -457,7 +457,7 @@ def _response(error: BaseException) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in one line, and what to do about it."""
+    """Explain an error in one line, with its remedy."""
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     if isinstance(error, LocalTokenNotFoundError):

@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from torch's global CPU generator as if it had just been seeded; afterwards it goes on where it was."""
+    """Seed torch's global CPU generator within a context; its previous state is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

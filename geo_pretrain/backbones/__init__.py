@@ -1,1 +1,1 @@
-"""The networks; `architectures` says which there are, without torch."""
+"""The networks; `architectures` lists them without importing torch."""

@@ -107,7 +107,7 @@ class Arch:
 
     @property
     def modality(self) -> Literal["2d", "3d"]:
-        """What the network sees: "2d" images or "3d" points."""
+        """The modality of the network's input: "2d" images or "3d" points."""
         return self.architecture.modality
 
     @property
@@ -117,7 +117,7 @@ class Arch:
 
     @property
     def has_decoder(self) -> bool:
-        """Whether the network is an encoder and a decoder, and the encoder can be loaded alone."""
+        """Whether the network has a decoder, so that its encoder can be loaded alone."""
         return "decoder" in self.roles
 
     @property

@@ -18,7 +18,7 @@ class Backbone(nn.Module):
     load_report: Any = None  # a loading.LoadReport; that module imports this one
 
     def extra_repr(self) -> str:
-        """Shown in `repr(model)`: name and contract."""
+        """Name and contract, for `repr(model)`."""
         return ", ".join(str(part) for part in (self.name, self.contract) if part is not None)
 
 

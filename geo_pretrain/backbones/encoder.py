@@ -28,4 +28,4 @@ class ImageEncoder(Protocol):
         """x [B, in_chans, H, W], normalized -> maps [B, C, H / stride, W / stride], finest first."""
 
     def stages(self) -> Stages:
-        """Name and modules of each stage, the stem first: what is frozen, dilated or given its own learning rate."""
+        """List name and modules of each stage, stem first; freezing, dilation and learning rates apply per stage."""

@@ -96,7 +96,7 @@ class FeaturePair(nn.Module):
 
     @property
     def image_transforms(self) -> ImageTransform:
-        """The callable that turns an image into what `encode_image` takes: resizes and normalizes."""
+        """The transform from an image to the input of `encode_image`: resizes and normalizes."""
         return self.image_network.transforms
 
     @property

@@ -64,7 +64,7 @@ def render_card(
     files: Mapping[str, StoredFile] | None = None,
     roles: Iterable[str] | None = None,
 ) -> str:
-    """The README.md of a checkpoint folder: what it is, how to load it, license chain, provenance, measured results.
+    """Render the README.md of a checkpoint folder: summary, loading, license chain, provenance, measured results.
 
     `results` were measured with these very weights. Numbers of the catalog are added, as the authors', only when
     `provenance` says that the folder was converted from a file the authors publish under this name. `source` is what
@@ -145,7 +145,7 @@ def render_entry(entry: Entry) -> str:
 
 
 def card_of(name_or_folder: str | os.PathLike[str]) -> str:
-    """The card of a catalog name, or that of a checkpoint folder rendered anew from its config.json.
+    """Render the card of a catalog entry, or of a checkpoint folder from its config.json.
 
     A folder wins over a name, as in load_backbone. Raises `UnknownName` or `CheckpointError`.
     """

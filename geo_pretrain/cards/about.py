@@ -1,4 +1,4 @@
-"""What is known about a checkpoint: method, paper, reported and measured results, license, citation."""
+"""Card sections about a checkpoint: method, paper, reported and measured results, license, citation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def method_of(name: str) -> str | None:
 
 
 def paper_of_method(name: str) -> Paper | None:
-    """The paper of a name: its entry's, or that of any entry with its method."""
+    """Look up the paper of a name: its entry's paper, or the paper of any entry with the same method."""
     method = method_of(name)
     papers = (entry.paper for entry in CATALOG.values() if entry.method == method)
     return CATALOG[name].paper if name in CATALOG else next(papers, None)

@@ -146,7 +146,7 @@ def task_of(result: Result) -> str:
 
 
 def detail_of(result: Result) -> str:
-    """What a task's text says after its first comma, such as "PSPNet" or "20 % of the training scenes"."""
+    """Extract the text of a task after its first comma, such as "PSPNet" or "20 % of the training scenes"."""
     return result.task.partition(",")[2].strip()
 
 

@@ -1,4 +1,4 @@
-"""What a network expects of its input, as a table of its card."""
+"""The input contract of a network as a table in its card."""
 
 from __future__ import annotations
 

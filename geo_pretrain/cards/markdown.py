@@ -26,7 +26,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def tree(data: Mapping[str, Any], indent: str = "") -> str:
-    """Nested mappings as a Markdown list; what is empty is left out."""
+    """Render nested mappings as a Markdown list; empty ones are left out."""
     lines = []
     for key, value in data.items():
         if isinstance(value, Mapping):

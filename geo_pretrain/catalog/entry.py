@@ -1,4 +1,4 @@
-"""The types of the catalog: what is known about a checkpoint, as data. No I/O and no torch.
+"""The types of the catalog's entries, as plain data. No I/O and no torch.
 
 Entries check themselves when they are built: the license chain is complete, the files hold the whole network, and the
 status agrees with files and recipe.

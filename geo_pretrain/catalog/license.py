@@ -129,7 +129,7 @@ class License:
 
 
 def strictest(*terms: str) -> str:
-    """The most restrictive license, the first of equals. Terms without an SPDX identifier count as restrictive."""
+    """The most restrictive license, the first one on ties. Terms without an SPDX identifier count as restrictive."""
     kinds = (PERMISSIVE, SHARE_ALIKE, NO_DERIVATIVES)
     return max(terms, key=lambda term: next((rank for rank, kind in enumerate(kinds) if term in kind), len(kinds)))
 

@@ -48,7 +48,7 @@ def hybrid_to_cube() -> list[int]:
 
 
 def from_me04(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Reorder the block kernels of a PointContrast or CSC state dict (ME 0.3 or 0.4) to our order, that of ME 0.5."""
+    """Reorder the block kernels of a PointContrast or CSC state dict (ME 0.3 or 0.4) to the order of ME 0.5."""
     return _reorder_blocks(state, hybrid_to_cube())
 
 

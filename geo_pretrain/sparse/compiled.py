@@ -1,4 +1,4 @@
-"""Tasks compiled by numba and run on torch's threads: what the fast kernels are made of (extra `fast`).
+"""Numba-compiled tasks that run on torch's threads, the base of the fast kernels (extra `fast`).
 
 A task is a function of one job, an array of addresses and sizes that begins with the address of a counter; the threads
 draw numbers from the counter and return when none are left. They are torch's own OpenMP threads where these can be

@@ -283,7 +283,7 @@ class Pairs(NamedTuple):
 
     @classmethod
     def of(cls, kernel_map: KernelMap) -> Pairs:
-        """The pairs of a kernel map, listed once and cached on it."""
+        """List the pairs of a kernel map; the result is cached on the map."""
         if "tiled_pairs" in kernel_map.__dict__:
             kept: Pairs = kernel_map.__dict__["tiled_pairs"]
             return kept

@@ -72,7 +72,7 @@ class Checks:
 
 
 def check_key(condition: bool, key: str, value: object, accepted: str) -> None:
-    """Raise a `RecipeError` with the value of `key` and what is accepted, unless the condition holds."""
+    """Raise a `RecipeError` with the value of `key` and the accepted values unless the condition holds."""
     check = Checks()
     check(condition, key, value, accepted)
     check.done()

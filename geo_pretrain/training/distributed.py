@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of a run, and what they do together."""
+    """The rank of this process, the number of processes, and their collective operations."""
 
     rank: int
     size: int

@@ -68,7 +68,7 @@ class LabelledAugment:
 
 @dataclass(frozen=True)
 class LabelledSpec:
-    """Labelled images: which ones, how many, and at what size the network sees them."""
+    """Selection of labelled images: source, number, and input size of the network."""
 
     source: str = "rooms"  # a name that `open_labelled` accepts
     path: str | None = None  # folder of a data set on disk; rooms renders its own

@@ -28,7 +28,7 @@ from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, stop_re
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a progress display may want to know."""
+    """The information about one step for progress displays."""
 
     step: int  # steps done
     steps: int
@@ -53,7 +53,7 @@ class Budget:
 
 
 class TrainingTask(ABC):
-    """What `fit` trains: networks with losses, batches, an optimizer with its schedule, and what a state must remember.
+    """The interface of a task for `fit`: networks, losses, batches, optimizer, schedule and saved state.
 
     Every loss of a batch must reach every parameter that is not frozen, with a gradient of 0 where there is nothing to
     learn from: processes that train together wait for each other's gradients.
@@ -79,7 +79,7 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def schedule(self, step: int) -> float:
-        """Set what changes with the step, such as rates and BatchNorm's momentum; the learning rate for the log."""
+        """Set learning rates, BatchNorm momentum and the like for a step; return the learning rate for the log."""
 
     def seed(self, step: int, micro_batch: int) -> None:  # noqa: B027
         """Seed global generators before the losses of a micro-batch, numbered through all processes, if they are used.
@@ -88,7 +88,7 @@ class TrainingTask(ABC):
         """
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between two sittings of a run: "recipe" (YAML), "data", ..., plain types."""
+        """The settings that must not change when a run is resumed: "recipe" (YAML), "data", ..., plain types."""
         return {}
 
     def changed_settings(self, recipe: str) -> list[str]:
@@ -96,7 +96,7 @@ class TrainingTask(ABC):
         return []
 
     def extras(self) -> dict[str, Any]:
-        """What the state holds beside weights, optimizer and step, plain types."""
+        """Additional entries of the saved state besides weights, optimizer and step, in plain types."""
         return {}
 
     def restore(self, extras: Mapping[str, Any]) -> None:  # noqa: B027
@@ -125,7 +125,7 @@ class Progress:
         return self.step == self.steps
 
     def interrupted(self, run: RunFolder) -> Interrupted:
-        """The error that says how to go on."""
+        """Build the error that tells how to resume."""
         return Interrupted(
             f"Stopped after step {self.step} of {self.steps}; the state is in {run.path}. "
             "Give the same command again to go on."
@@ -233,7 +233,7 @@ class _Loop:
         )
 
     def report(self, losses: dict[str, float], lr: float) -> None:
-        """Log a step, and show it to whoever watches."""
+        """Log a step and pass it to the progress display."""
         task, progress = self.task, self.progress
         rate = task.views * task.budget.batch * (progress.step - self.first) / self.sitting
         record = {"step": progress.step, "lr": lr, **losses}

@@ -31,7 +31,7 @@ class PretrainedInit3D:
         return self.backbone != SCRATCH
 
     def contract(self) -> VoxelContract:
-        """What the backbone expects of points: for "scratch" their colors in [-0.5, 0.5].
+        """The backbone's input contract for points: for "scratch" colors in [-0.5, 0.5].
 
         Raises `RecipeError` for an image network, and for voxels that RGB-D frames cannot be made into.
         """

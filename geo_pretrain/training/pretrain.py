@@ -44,7 +44,7 @@ Report = Callable[[str, int, int, str], None]  # stage, done, total, detail
 
 @dataclass
 class Outcome:
-    """What a run of one recipe, or of two in a row, ended with."""
+    """The result of a run of one recipe, or of two stages."""
 
     checkpoint: Checkpoint | None  # None but in the main process
     pairs: int  # or frames, of the last stage
@@ -98,7 +98,7 @@ def needs_stage1(recipe: Recipe) -> bool:
 
 
 def _is_done(stage1: Recipe, folder: Path, world: World, report: Report, *, overwrite: bool) -> bool:
-    """Whether the folder holds what this very recipe makes. Raises when it holds another's result."""
+    """Whether the folder holds this recipe's result. Raises if it holds the result of another recipe."""
     if not (folder / "config.json").is_file():
         return False
     found = read_checkpoint(folder)
@@ -170,7 +170,7 @@ def train(
     overwrite: bool = False,
     on_step: Callable[[StepInfo], None] | None = None,
 ) -> Checkpoint | None:
-    """Train a recipe, or go on with the run that `<out>.run` holds, and write the checkpoint folder `out`.
+    """Train a recipe, or resume the run in `<out>.run`, and write the checkpoint folder `out`.
 
     Returns the checkpoint in the main process, None in the others.
 
@@ -292,7 +292,7 @@ class Pretraining(TrainingTask):
         return self.dataset.own_data()
 
     def provenance(self, progress: Progress) -> dict[str, Any]:
-        """What a checkpoint says about the run that made it."""
+        """Build the provenance of a checkpoint: facts about its training run."""
         return {
             "data": {
                 "source": self.source.name,

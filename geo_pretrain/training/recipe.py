@@ -310,7 +310,7 @@ def retag(name: str, tag: str) -> str:
 
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe | None:
-    """The recipe stored in a checkpoint folder, or that of its catalog entry; None if there is neither."""
+    """Read the recipe of a checkpoint folder, or of its catalog entry; None if neither has one."""
     if "recipe" in checkpoint.roles:
         return load_recipe(str(checkpoint.folder / checkpoint.file_of("recipe")))
     entry = find(checkpoint.name)

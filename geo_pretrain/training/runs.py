@@ -33,7 +33,7 @@ class Interrupted(GeoPretrainError):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where state and log of a run live until its result is written to `out`."""
+    """The folder with state and log of a run, until its result is written to `out`."""
 
     out: Path
     writes: bool = True  # False: a process beside the main one, which only reads
@@ -55,7 +55,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder and what is in it."""
+        """Delete the folder and its content."""
         shutil.rmtree(self.path)
 
     def save(self, state: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ def run_folder(out: Path) -> Path:
 
 
 def check_out(out: Path, result: str, what: str, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` when `out` holds `what`, known by its file `result`, and no run to be continued."""
+    """Raise `CheckpointError` if `out` holds a finished `what` (its file `result`) and there is no run to resume."""
     if (out / result).exists() and not run_folder(out).exists() and not overwrite:
         raise CheckpointError(f"{str(out)!r} already holds {what}. Choose another --out, or pass --overwrite.")
 

@@ -18,7 +18,7 @@ Persistent = Callable[[Any], Any]
 
 
 class Machine:
-    """Interprets one pickle in `data` from byte `at`; afterwards `at` is the first byte after it.
+    """Interprets one pickle in `data` from byte `at`; afterwards `at` points behind the pickle.
 
     `persistent` resolves the file's persistent ids; None: the file may have none. Raises `Refused` and `Unreadable`
     only.

@@ -29,7 +29,7 @@ ALIASES |= {"complexfloat": "complex64", "complexdouble": "complex128"}
 
 
 class Refused(Exception):
-    """The file asks for more than tensors, or for more than its limits."""
+    """Raised when a file contains more than tensors, or exceeds the limits."""
 
 
 class Unreadable(Exception):

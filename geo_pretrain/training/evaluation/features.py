@@ -47,7 +47,7 @@ ACCEPTED = "accepted: folders that a recipe of task pri3d_geo or pri3d_view_geo 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of pixels or points, many of which share one: a cell of a map, a voxel."""
+    """Features of map cells or voxels, and the index of the feature of each pixel or point."""
 
     rows: Tensor  # float32 [M, C], as the network gives them and where it is
     index: np.ndarray  # int64 [H, W] or [N], the row of each pixel or point, -1 for none
@@ -121,7 +121,7 @@ class ImageExtractor(FeatureExtractor):
 
     @torch.no_grad()
     def extract_surface(self, surface: Surface, frames: Sequence[Frame]) -> Features:
-        """Each point has the mean over the frames that see it, within 5 cm of their depth."""
+        """Average the features of each point over the frames that see it, within 5 cm of their depth."""
         points = torch.from_numpy(surface.points).double()
         total: Tensor | None = None
         count = torch.zeros(len(points), dtype=torch.int64)
@@ -168,7 +168,7 @@ class CloudExtractor(FeatureExtractor):
     def extract_surface(
         self, surface: Surface, frames: Sequence[Frame], *, to_network: Tensor | None = None
     ) -> Features:
-        """Each point has the voxel it lies in; `frames` are not needed.
+        """Extract one feature per voxel and the voxel of each point; `frames` are unused.
 
         `to_network`: float64 [4, 4], moves the points before they are voxelized; positions stay those in the world.
         """
@@ -196,7 +196,7 @@ class Correspondences:
 
 
 class PairedExtractor(nn.Module, ABC):
-    """A 2D and a 3D network whose features lie in one space."""
+    """A 2D and a 3D network that share one feature space."""
 
     pixels: FeatureExtractor
     voxels: FeatureExtractor
@@ -252,12 +252,12 @@ class ChunkExtractor(FeatureExtractor):
         return chunk
 
     def extract_frame(self, frame: Frame) -> Features:
-        """Each point of the frame's chunk has the voxel it lies in: `index` is over these points."""
+        """Extract one feature per voxel of the frame's chunk; `index` runs over the chunk's points."""
         return self.extract_surface(self.chunk(frame), [])
 
     @torch.no_grad()
     def extract_surface(self, surface: Surface, frames: Sequence[Frame]) -> Features:
-        """Each point has the voxel it lies in; `frames` are not needed."""
+        """Extract one feature per voxel and the voxel of each point; `frames` are unused."""
         config = self.task.config
         voxels = chunk_voxels(surface, self.voxel_size, config.features, match_released_code=config.match_released_code)
         coords, feats = voxels.coords.to(self.device), voxels.feats.to(self.device)

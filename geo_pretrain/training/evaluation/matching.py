@@ -71,13 +71,13 @@ class MatchingResult:
 
     @property
     def measure(self) -> str:
-        """What is measured, such as "recall at 4 px"."""
+        """The name of the measure, such as "recall at 4 px"."""
         return f"recall {'at' if self.unit == 'px' else 'within'} {self.threshold:g} {self.unit}"
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Matches of one pair of frames: where each query truly is, and where its nearest feature lies.
+    """Matches of one pair of frames: the true position and the nearest-feature position of each query.
 
     Images: (u, v) px. Clouds: points in the world, m, where query and truth are the same. Pixels and voxels of a frame:
     voxel coordinates.
@@ -314,7 +314,7 @@ def compare_pixel_to_voxel(
     skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> dict[str, MatchingResult]:
-    """Measure pixel-to-voxel recall of a folder of pri3d_geo, pri3d_view_geo, ppkt or img2pc beside random weights.
+    """Compare pixel-to-voxel recall of a pri3d_geo, pri3d_view_geo, ppkt or img2pc folder with random initialization.
 
     The random-init baseline re-initializes all of Pri3D; of taught networks only the student and the projections.
     Frames have the size of pre-training; `count` of them are spread evenly over those of `spec`.

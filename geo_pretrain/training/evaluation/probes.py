@@ -429,7 +429,7 @@ def _directions(samples: Samples) -> Tensor:
 def _load(
     backbone: str | Path, part: Part | None, device: torch.device | str, *, pretrained: bool = True, seed: int = 0
 ) -> nn.Module:
-    """Load the network that is probed; of a 2D backbone the one that gives the maps of `part`."""
+    """Load the network to probe; for a 2D backbone, the one that outputs the maps of `part`."""
     opened = hub.open(backbone)
     checkpoint = opened.fetch(*opened.network_roles(decoder=part != "encoder"))
     if part == "unet" and not checkpoint.arch.has_decoder:

@@ -1,4 +1,4 @@
-"""Pretext tasks, one a file: its settings, networks, samples, and what a batch does. `TASKS` lists them."""
+"""Pretext tasks, one per module: settings, networks, samples and losses. `TASKS` lists them."""
 
 from __future__ import annotations
 

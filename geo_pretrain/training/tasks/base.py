@@ -1,4 +1,4 @@
-"""What all pretext tasks share: settings with range checks, seeded random weights, mixed precision and export."""
+"""Shared parts of pretext tasks: settings with range checks, seeded random weights, mixed precision and export."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class Export:
-    """What a task contributes to a checkpoint folder."""
+    """A task's contribution to a checkpoint folder."""
 
     arch: str
     arch_args: dict[str, Any]
@@ -100,7 +100,7 @@ class PretextTask(nn.Module, ABC):
 
     @abstractmethod
     def export(self) -> Export:
-        """Weights and golden values of what was learned, on the CPU, in evaluation mode."""
+        """Export the trained weights and golden values, on the CPU, in evaluation mode."""
 
     def heads(self) -> dict[str, Tensor]:
         """The state beside `backbone.*`, on the CPU: projections, heads and partner networks."""

@@ -1,4 +1,4 @@
-"""What tasks on pairs of clouds share: their settings, their samples, and the network whose outputs they compare."""
+"""Shared parts of tasks on pairs of clouds: settings, samples, and the network with the compared outputs."""
 
 from __future__ import annotations
 

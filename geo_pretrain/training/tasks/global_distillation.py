@@ -1,4 +1,4 @@
-"""A whole cloud learns what a frozen image network says about its whole image: three baselines of PPKT.
+"""Three baselines of PPKT that distill a frozen image network's global output into a whole cloud.
 
 Global KD: the classes of an image classifier (Hinton et al., 2015). Gupta et al. (CVPR 2016): its pooled features, by
 distance. CRD (Tian et al., ICLR 2020): pooled features, by contrast. PPKT (Liu et al., 2021) names them with few

@@ -1,4 +1,4 @@
-"""What tasks on images share: a 2D U-Net, Pri3D's depth proxy beside it, and their export."""
+"""Shared parts of tasks on images: a 2D U-Net, Pri3D's depth proxy, and their export."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def gather_cells(features: Tensor, cell: Tensor) -> Tensor:
 
 
 def nearest_cells(maps: Tensor, element: Tensor, pixel: Tensor, size: tuple[int, int]) -> Tensor:
-    """Sample what nearest upsampling of `maps` [B, C, h, w] to `size` (height, width) gives at single pixels: [N, C].
+    """Sample nearest upsampling of `maps` [B, C, h, w] to `size` (height, width) at single pixels: [N, C].
 
     `element`, `pixel`: int64 [N], batch element and flat pixel (row * width + column) of an image of `size`.
     """
@@ -78,7 +78,7 @@ def nearest_cells(maps: Tensor, element: Tensor, pixel: Tensor, size: tuple[int,
 
 
 def sample_map(maps: Tensor, element: Tensor, pixel: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
-    """Sample what bilinear upsampling of `maps` to `size` gives at single pixels, without making the large map.
+    """Sample bilinear upsampling of `maps` to `size` at single pixels, without building the large map.
 
     Args:
         maps: [B, C, h, w].

@@ -142,7 +142,7 @@ class MoCo(PretextTask):
         return {"moco": loss}
 
     def export(self) -> Export:
-        """The query encoder alone; its projection beside it."""
+        """Export the query encoder, and its projection as a head."""
         encoder = copy_network(self.query.encoder, self.arch_args)
         heads = {f"head.{key}": value.cpu() for key, value in self.query.head.state_dict().items()}
         return export_network("resnet", self.arch_args, encoder, self.contract, heads)

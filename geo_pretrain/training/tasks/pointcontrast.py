@@ -1,4 +1,4 @@
-"""PointContrast: points of two scans that lie at the same place in the scene get the same feature.
+"""PointContrast: points of two scans at the same position in the scene get the same feature.
 
 Xie et al., "PointContrast: Unsupervised Pre-training for 3D Point Cloud Understanding", ECCV 2020; defaults are those
 of the released code and launch scripts (MIT), from which the published weights came. The paper's formula for the

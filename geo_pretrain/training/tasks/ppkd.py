@@ -1,4 +1,4 @@
-"""PPKD: points learn the classes that a frozen segmentation network gives to their pixels; a baseline of PPKT.
+"""PPKD, a baseline of PPKT: points learn a frozen segmentation network's class predictions at their pixels.
 
 Liu et al., "Learning from 2D: Contrastive Pixel-to-Point Knowledge Transfer for 3D Pretraining", 2021, table 5: KL
 divergence per point, from the 150 classes of a network trained on ADE20K.

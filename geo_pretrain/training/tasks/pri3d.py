@@ -190,7 +190,7 @@ class Pri3D(ImageUNetTask):
         ]
 
     def export(self) -> Export:
-        """The U-Net in two files, everything else in a third; with a 3D network also what pairs the two."""
+        """Export the U-Net in two files and the heads in a third; with a 3D network also the pairing."""
         unet = copy_network(self.backbone, self.arch_args)
         pairing = self.pairing() if self.config.geo else None
         export = export_network("resnet_unet", self.arch_args, unet, self.contract, self.heads(), pairing)

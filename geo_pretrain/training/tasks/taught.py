@@ -1,4 +1,4 @@
-"""What tasks share in which a frozen image network teaches a sparse 3D network, on single frames."""
+"""Shared parts of tasks that distill a frozen image network into a sparse 3D network, on single frames."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ADE20K = "ade20k"  # a segmentation network whose file the user has
 
 @dataclass(frozen=True)
 class TaughtConfig(TaskConfig):
-    """Settings of every task that teaches a cloud by its own image; ranges of augmentation are not in PPKT's paper."""
+    """Settings of tasks that distill an image into its cloud; PPKT's paper gives no ranges of augmentation."""
 
     # imagenet | moco_v2 | scratch | stage1 | catalog name | checkpoint folder; a segmentation network with its logits:
     # folder of a fine-tuning run | ade20k
@@ -51,7 +51,7 @@ class TaughtConfig(TaskConfig):
     keep: tuple[float, float] = (1.0, 1.0)  # share of the points
 
     def cloud_spec(self, voxel_size: float) -> FrameCloudConfig:
-        """How frames become images and voxels. Raises `RecipeError` for impossible ranges."""
+        """Configure the conversion of frames to images and voxels. Raises `RecipeError` for impossible ranges."""
         return FrameCloudConfig(
             voxel_size=voxel_size,
             features=self.features,
@@ -115,7 +115,7 @@ class TaughtByImages(PretextTask):
         return encode(self.backbone, batch["coords"], batch["feats"], low_precision=self.low_precision)
 
     def heads(self) -> dict[str, Tensor]:
-        """What is trained beside the student, on the CPU: the projections; not queues, memories or classifiers."""
+        """The trained projections besides the student, on the CPU; no queues, memories or classifiers."""
         trained = {key for key, parameter in self.named_parameters() if parameter.requires_grad}
         return {key: value for key, value in super().heads().items() if key in trained}
 

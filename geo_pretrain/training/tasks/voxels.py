@@ -1,4 +1,4 @@
-"""What tasks with a sparse 3D network share: its arguments, its contract, and a forward pass over a batch."""
+"""Shared parts of tasks with a sparse 3D network: its arguments, its contract, a forward pass over a batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unet_args(spec: UNet3DSpec, *, normalize: bool) -> dict[str, Any]:
 
 
 def voxel_contract(spec: UNet3DSpec, features: Features) -> VoxelContract:
-    """What a network trained on ones, or on colors in [-0.5, 0.5], expects."""
+    """The input contract of a network trained on ones, or on colors in [-0.5, 0.5]."""
     offset = -0.5 if features == "rgb" else 0.0
     return VoxelContract(voxel_size=spec.voxel_size, channels=CHANNELS[features], scale=1.0, offset=offset)
 

@@ -60,7 +60,7 @@ class Column:
 
 
 def find_backbone(name: str) -> Opened:
-    """Open the checkpoint of a catalog name or folder, with all it takes to draw. Raises what `hub.open` does."""
+    """Open the checkpoint of a catalog name or folder for drawing. Raises the errors of `hub.open`."""
     return Opened(name, open_checkpoint(name, heads=True))
 
 

@@ -124,7 +124,7 @@ def _draw(
 
 
 def _open_all(backbone: str, against: str | None) -> list[Opened]:
-    """Open the backbone and the one to draw beside it; both must take the same kind of input."""
+    """Open the backbone and the one to compare it with; both must take the same kind of input."""
     if backbone == SCRATCH:
         raise RecipeError(
             f"{SCRATCH!r} is drawn beside a backbone; accepted as the backbone: a catalog name or a folder."

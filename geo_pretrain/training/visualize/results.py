@@ -1,4 +1,4 @@
-"""Figures of results: matches between two views, and segmentations and detections beside their truth."""
+"""Figures of results: matches between two views; segmentations and detections with their ground truth."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def draw_detections(rows: Sequence[tuple[np.ndarray, Instances, Boxes]], classes
 
 
 def _cell(pixels: np.ndarray) -> Image.Image:
-    """Resize an image so that its longer side is that of a cell."""
+    """Resize an image so that its longer side fills a cell."""
     scale = CELL / max(pixels.shape[:2])
     height, width = (round(side * scale) for side in pixels.shape[:2])
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)

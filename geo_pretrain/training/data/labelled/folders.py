@@ -1,4 +1,4 @@
-"""What folder layouts share: image files with their label files and scenes."""
+"""Shared parts of folder layouts: image files with their label files and scenes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class InstanceRule:
-    """Which objects of an instance image are kept."""
+    """The rule that selects the objects of an instance image to keep."""
 
     min_pixels: int = 1000  # smaller objects are left out, measured at the image's full size
     unnumbered: bool = False  # pixels of a class with instance number 0 are an object, as in Pri3D's conversion
@@ -114,7 +114,7 @@ class InstanceFolder(Folder):
         self._kept: list[str] | None = None
 
     def ids(self) -> list[str]:
-        """Names of all images; with `drop_empty` those with an object, which reads every label file once."""
+        """Names of all images; `drop_empty` omits those without objects (reads every label file once)."""
         if self._kept is None:
             names = super().ids()
             self._kept = [id for id in names if self._has_objects(id)] if self.rule.drop_empty else names

@@ -61,7 +61,7 @@ class ImageFiles(Protocol):
 
 @runtime_checkable
 class SceneList(Protocol):
-    """A labelled source that knows its scenes, including those without a labelled image."""
+    """A labelled source that lists its scenes, including scenes without a labelled image."""
 
     def scenes(self) -> list[str]:
         """Names of all scenes of the split."""

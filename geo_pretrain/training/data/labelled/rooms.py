@@ -22,7 +22,7 @@ _FULL = 640 * 480  # pixels of the frames for which the published minimum of 100
 
 @dataclass(frozen=True)
 class LabelledRoomsOptions:
-    """What to render and which frames have labels. Images do not depend on the number of scenes."""
+    """Options of labelled rooms: scenes to render, labelled frames. Images do not depend on the number of scenes."""
 
     seed: int = 0
     scenes: int = 24  # of the training split
@@ -87,7 +87,7 @@ class LabelledRooms:
         )
 
     def fingerprint(self) -> str:
-        """A digest of the rooms and of what is labelled."""
+        """A digest of the rooms and of their labelled frames."""
         return f"{self.rooms.fingerprint()}[{self.task}:{self.labelled}:{self.min_pixels}]"
 
 

@@ -44,7 +44,7 @@ class Normalize:
         return (image - self.mean) / self.std
 
     def fill_color(self) -> np.ndarray:
-        """The color, uint8 [3], that normalizes to nearly 0."""
+        """Compute the color, uint8 [3], that normalizes to nearly 0."""
         color: np.ndarray = (255 * self.mean.flatten()).round().to(torch.uint8).numpy()
         return color
 

@@ -186,7 +186,7 @@ def collate_chunks(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def join_ragged(
     samples: list[dict[str, Any]], coords: tuple[str, ...], others: tuple[str, ...]
 ) -> tuple[dict[str, Any], list[list[int]]]:
-    """Concatenate what differs in length, with the batch number in front of coordinates, and `collate` the rest.
+    """Concatenate fields of varying length (coordinates get the batch index in front) and `collate` the rest.
 
     Also returns the number of rows of each sample, for each of `coords`.
     """

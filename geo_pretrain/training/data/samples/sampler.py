@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Samples(Dataset[dict[str, Any]], ABC):
-    """The samples of a run. Indexed by (epoch, position), so that workers, processes and resuming change nothing."""
+    """The samples of a run. Indexed by (epoch, position), independent of workers, processes and resuming."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -36,7 +36,7 @@ class Samples(Dataset[dict[str, Any]], ABC):
         """
 
     def own_data(self) -> dict[str, Any]:
-        """Describe data beside the source's frames, for the provenance of checkpoints; {} when there are none."""
+        """Describe training data besides the source's frames, for a checkpoint's provenance; {} if there is none."""
         return {}
 
 

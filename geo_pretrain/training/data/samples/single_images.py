@@ -88,7 +88,7 @@ class CropSamples(Samples):
         return sample | {"seed": device_seed(generator), "skipped": skipped}
 
     def own_data(self) -> dict[str, Any]:
-        """Number and fingerprint of the `images` beside the frames; {} without."""
+        """Number and fingerprint of the extra `images`; {} if there are none."""
         return {"images": len(self.images), "images_fingerprint": self._fingerprint} if self.images else {}
 
     @cached_property

@@ -34,7 +34,7 @@ VIEW_ATTEMPTS = 100  # pairs of crops drawn until they share a pixel; with SimCL
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How views are cropped. Defaults are SimCLR's, except that a crop covers at least a fifth of the image."""
+    """Cropping of views. Defaults are SimCLR's, except that a crop covers at least a fifth of the image."""
 
     scale: tuple[float, float] = (0.2, 1.0)  # area of the crop as a share of the image's
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its width over its height, in pixels

@@ -89,7 +89,7 @@ class Rooms:
         return cached_surface(path, make)
 
     def prepare(self) -> None:
-        """Render what the cache lacks, with `progress(done, total)` after each scene; safe in several processes."""
+        """Render uncached scenes, with `progress(done, total)` after each one; safe in several processes."""
         names = self.scenes()
         fresh = not (self.cache_dir / "manifest.json").exists()
         for done, scene in enumerate(names):
@@ -131,7 +131,7 @@ class Rooms:
 
     @contextlib.contextmanager
     def _written(self, path: Path) -> Iterator[Path]:
-        """Wrap `atomic_write`; errors say what to do."""
+        """Wrap `atomic_write`; its errors name a remedy."""
         try:
             with atomic_write(path) as temporary:
                 yield temporary
