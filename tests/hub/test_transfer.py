@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
-def impatient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(quick: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the faults that are over when patience is; a busy machine must not look like them."""
     if request.node.callspec.params["kind"] in ("stall", "drip", "silent"):
         monkeypatch.setenv("GEO_PRETRAIN_TIMEOUT", "0.2")
