@@ -133,6 +133,8 @@ class FeaturePair(nn.Module):
         name of `colors`.
         """
         if colours is not None:
+            if colors is not None:
+                raise TypeError("encode_points got 'colors' and 'colours', its former name; give one of them.")
             warnings.warn("'colours' is now 'colors'.", FutureWarning, stacklevel=2)
             colors = colours
         voxels, weight = self.point_transforms(points, colors, batch=batch), self.point_network.final.kernel

@@ -69,7 +69,7 @@ def recipes_copy(
             written.write(text)
     except FileExistsError:
         raise RecipeError(f"{str(file)!r} exists already and is left as it is; choose another FILE.") from None
-    typer.echo(f"Wrote {file}. Change its `name` too: the old one is that of the published weights.")
+    typer.echo(f"Wrote {file}. Change its `name` too, so that results of both recipes are told apart.")
 
 
 def _pretraining_rows() -> list[tuple[str, ...]]:
@@ -92,7 +92,8 @@ def _finetuning_rows() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name in list_finetune_recipes():
         recipe = load_finetune_recipe(name)
-        network = f"{recipe.network.kind} on {recipe.network.encoder}"
+        encoder = "" if recipe.task == "segmentation3d" else f" on {recipe.network.encoder}"
+        network = f"{recipe.network.kind}{encoder}"
         rows.append((name, "finetune", recipe.task, network, recipe.data.source))
     return rows
 

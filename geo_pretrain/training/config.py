@@ -91,7 +91,7 @@ def read_tree(path: Path, renames: Sequence[Renamed] = ()) -> dict[str, Any]:
     """Read a YAML file of keys and values and rename old keys. Raises `RecipeError` for any other file."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: expected keys and values, got {_shown(tree)}.")
@@ -128,7 +128,11 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str], renames: Seq
             text = f"Override {override!r} is not of the form key=value, such as optim.lr=0.05."
             problems.append(Problem((), text))
             continue
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(Problem((key,), f"Override {override!r}: {text!r} is not valid YAML."))
+            continue
         if key in by_old:
             key, value = by_old[key].new, _translated(by_old[key], value)
         blocking = _set(tree, key.split("."), value)

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from geo_pretrain.errors import RecipeError
+
 
 @dataclass(frozen=True)
 class World:
@@ -153,10 +155,13 @@ ALONE = World(0, 1, torch.device("cpu"))  # a process without others, where the 
 def join(device: str | None = None) -> World:
     """Join the group that torchrun announces in the environment; without one this process is alone.
 
-    `device` None takes CUDA when there is one.
+    `device` None takes CUDA when there is one. Raises `RecipeError` for a device that torch does not know.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise RecipeError(f"Device {device!r} is none that torch knows; accepted: cpu, cuda, cuda:N.") from error
     if chosen.type == "cuda":
         chosen = torch.device("cuda", chosen.index if size == 1 else int(os.environ.get("LOCAL_RANK", "0")))
         if chosen.index is not None:

@@ -183,6 +183,7 @@ class FinetuneRecipe:
             "optim.clip_norm": 1.0 if optim.clip_norm is None else optim.clip_norm,
         }.items():
             check(value > 0, key, value, "a number above 0")
+        check(optim.batch % max(optim.accumulate, 1) == 0, "optim.batch", optim.batch, "a multiple of accumulate")
         check(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
         both = evaluate.every_epochs is not None and evaluate.every_steps is not None
         pair = (evaluate.every_epochs, evaluate.every_steps)

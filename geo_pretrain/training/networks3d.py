@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from geo_pretrain import hub
 from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.catalog import Arch, find
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.loading import load_backbone
@@ -42,15 +43,20 @@ class PretrainedInit3D:
                 "Backbone 'imagenet' is a ResNet for images, the recipe is for points; accepted: scratch, a 3D "
                 "backbone of the catalog or its folder."
             )
+        entry = find(self.backbone)
+        if entry is not None:  # a wrong kind is named before anything is fetched
+            self._check(entry.arch)
         opened = hub.open(self.backbone, **self.where)
-        if opened.arch.modality != "3d":
-            raise RecipeError(
-                f"Backbone {self.backbone!r} is {opened.arch}, a network for images; accepted: a 3D backbone, or "
-                "a 2D recipe."
-            )
+        self._check(opened.arch)
         contract = cast(VoxelContract, opened.contract)
         cubic_voxel_size(contract)
         return contract
+
+    def _check(self, arch: Arch) -> None:
+        if arch.modality != "3d":
+            raise RecipeError(
+                f"Backbone {self.backbone!r} is {arch}, a network for images; accepted: a 3D backbone, or a 2D recipe."
+            )
 
     def unet(self, seed: int) -> tuple[SRUNet, bool]:
         """The network, and whether its weights are pre-trained; random ones are drawn by `seed`."""

@@ -149,8 +149,9 @@ def identity(spec: BenchSpec) -> dict[str, Any]:
 
 
 def _row(task: str, recipes: list[Recipe]) -> Row:
-    if importlib.util.find_spec(TASKS[task][0]) is None:
-        return Row(task, None, None, f"no module {TASKS[task][0]}")
+    module = TASKS[task][0].partition(":")[0]
+    if importlib.util.find_spec(module) is None:
+        return Row(task, None, None, f"no module {module}")
     if not recipes:
         return Row(task, None, None, "no recipe")
     best = min(recipes, key=_preference)
