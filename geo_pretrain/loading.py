@@ -114,8 +114,9 @@ def load_backbone(
 
     The encoder maps [B, 3, H, W] to five maps at strides 2, 4, 8, 16, 32 (those in `out_indices`); its U-Net gives
     dense features [B, C, H/2, W/2]. The sparse U-Net takes points through `.encode_points(points, features)`, or a
-    `SparseTensor`; `.forward_intermediates(x)` gives its maps too. `.transforms` turns an image or points into input, `.contract` says
-    what that is, `.feature_info` describes the maps, `.load_report` what was loaded. Call `.train()` to fine-tune.
+    `SparseTensor`; `.forward_intermediates(x)` gives its maps too. `.transforms` turns an image or points into input,
+    `.contract` says what that is, `.feature_info` describes the maps, `.load_report` what was loaded. Call `.train()`
+    to fine-tune.
 
     `name_or_folder`, `hub`, `revision`, `cache_dir`, `local_files_only`: see `hub.open`. `pretrained=False` builds the
     network with a random start; for a name of the catalog no file is needed. `in_chans` other than that of the
