@@ -53,9 +53,6 @@ COMMANDS = [
     ["visualize", "matches"],
     ["visualize", "features"],
     ["visualize", "points"],
-    ["recipes", "list"],
-    ["recipes", "show"],
-    ["recipes", "copy"],
 ]
 
 
