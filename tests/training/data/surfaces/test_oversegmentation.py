@@ -224,7 +224,7 @@ def test_random_graphs_compiled_or_not_are_the_twins():
 def test_without_numba_it_is_the_same_code(monkeypatch):
     vertices, faces = cube(6)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(module, "_machine_code", lambda: pytest.fail("numba was asked for"))
+    monkeypatch.setattr(module, "_compiled", lambda: pytest.fail("numba was asked for"))
     assert len(np.unique(segment_mesh(vertices, faces))) == 6
 
 
