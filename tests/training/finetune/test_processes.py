@@ -144,7 +144,7 @@ def test_batches_of_the_papers_are_dealt_to_processes_and_accumulation_steps(nam
 def test_batch_that_cannot_be_dealt_evenly_is_refused():
     with pytest.raises(RecipeError, match="multiple of accumulate"):
         recipe_for("scannet_unet_r18", "optim.batch=4", "optim.accumulate=3")
-    with pytest.raises(RecipeError, match="'optim.batch' is 4, accepted is a multiple of processes x accumulate = 6"):
+    with pytest.raises(RecipeError, match=r"'optim\.batch' is 4, accepted is a multiple of processes x accumulate = 6"):
         check_batch(4, 2, World(0, 3, torch.device("cpu")))
     with pytest.raises(RecipeError, match=r"optim\.accumulate.*from 1 up"):
         recipe_for("scannet_unet_r18", "optim.accumulate=0")

@@ -301,7 +301,7 @@ def test_last_is_reported_by_default_and_best_under_match_released_code(tmp_path
     scores = iter([0.3, 0.7, 0.7, 0.4] * 2)
     original = Segmentation.evaluate
 
-    def scripted(self, source, ids):
+    def scripted(self, source, ids, world):
         found = original(self, source, ids)
         score = next(scores)
         self.seen = [*getattr(self, "seen", []), (score, {k: v.clone() for k, v in self.module.state_dict().items()})]
