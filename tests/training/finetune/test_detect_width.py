@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 
-from tests.training.finetune.test_detection import batch_of, norms, task_of
+from tests.training.finetune.test_detection import task_of
+from tests.training.finetune.test_detection_network import batch_of, norms
 
 
 @pytest.mark.parametrize(("norm", "box_head"), [("encoder", "2fc"), ("everywhere", "4conv1fc")])
