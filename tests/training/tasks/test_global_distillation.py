@@ -240,11 +240,13 @@ def test_the_decoder_keeps_its_random_weights_under_weight_decay(tmp_path, tiny_
 def test_processes_share_one_queue_and_one_memory(tmp_path, tiny_recipe):
     """Rows of two processes are those of one with the whole batch, in its order: sample k is process k % 2's."""
 
-    def state(settings, rank, world):
-        task, _ = tiny_batch(tiny_recipe, "crd", settings)
+    names = ("crd", "crd_memory")
+    recipes = {name: load_recipe(str(tiny_recipe("crd", task=TASKS[name]))) for name in names}  # one file, read at once
+
+    def state(recipe, rank, world):
+        task, frames = build_task(recipe), list(range(4))
         task.train()
         task.backbone.eval()  # a sample's features then do not depend on the others of its part
-        recipe, frames = task.recipe, list(range(4))
         source = open_source(recipe.data)
         samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
         with torch.no_grad():
@@ -253,11 +255,11 @@ def test_processes_share_one_queue_and_one_memory(tmp_path, tiny_recipe):
         return {key: value for key, value in task.named_buffers(recurse=False) if not key.startswith("constant")}
 
     def work(rank):
-        torch.save([state(TASKS[name], rank, 2) for name in ("crd", "crd_memory")], tmp_path / f"{rank}.pt")
+        torch.save([state(recipes[name], rank, 2) for name in names], tmp_path / f"{rank}.pt")
 
     in_two_processes(work, tmp_path)
-    for number, name in enumerate(("crd", "crd_memory")):
-        alone = state(TASKS[name], 0, 1)
+    for number, name in enumerate(names):
+        alone = state(recipes[name], 0, 1)
         assert alone.keys() == ({"queue", "pointer"} if name == "crd" else {"memory_student", "memory_teacher"})
         for rank in range(2):
             shared = torch.load(tmp_path / f"{rank}.pt")[number]
