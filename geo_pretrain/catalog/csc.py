@@ -6,8 +6,9 @@ are given for the weights, so their entry states what ScanNet imposes.
 
 from __future__ import annotations
 
-from geo_pretrain.catalog.entry import AuthorsFile, Entry, Paper, Result
-from geo_pretrain.catalog.license import License
+from functools import partial
+
+from geo_pretrain.catalog.entry import AuthorsFile, Entry, Paper, Result, limited, new_entry
 from geo_pretrain.catalog.pointcontrast import DETECTION, ROOMS_LICENSE, SCANNET_LICENSE, SEGMENTATION, SRUNET34
 from geo_pretrain.contract import VoxelContract
 
@@ -20,25 +21,12 @@ PAPER = Paper(
 )
 CONTRACT = VoxelContract(0.025, ("R", "G", "B"), offset=-0.5)
 FOLDER = "http://kaldir.vc.in.tum.de/3dsis/contrastive_scene_contexts/pretrain"
-FILES = {
-    "20k": "partition8_4096_20k",
-    "60k": "partition8_4096_60k",
-    "100k": "partition8_4096_100k",
-    "partition4": "partition4_4096_100k",
-}
 TEXT = "PointInfoNCE within spatial partitions around each point"
-DESCRIPTIONS = {
-    "20k": f"{TEXT} (file partition8), 20,000 steps",
-    "60k": f"{TEXT} (file partition8), 60,000 steps",
-    "100k": f"{TEXT} (file partition8), 100,000 steps",
-    "partition4": f"{TEXT} (file partition4), 100,000 steps",
-}
 INSTANCES = "3D instance segmentation"
 
 
 def _limited(task: str, metric: str, what: str, values: dict[int, float]) -> tuple[Result, ...]:
-    """Rows of the data-efficient benchmark; `what` names the limit, such as "% of the scenes"."""
-    return tuple(Result(f"{task}, {n} {what}", "ScanNet", metric, value, "README") for n, value in values.items())
+    return limited(task, "ScanNet", metric, "README", what, values)
 
 
 def _readme(task: str, dataset: str, metric: str, value: float) -> Result:
@@ -70,36 +58,28 @@ RESULTS: dict[str, tuple[Result, ...]] = {
         _readme(DETECTION, "SUN RGB-D", "mAP@0.25", 58.9),
     ),
 }
-
-
-def _entry(name: str, license: License, data: str, description: str, *, recipe: str | None, key: str = "") -> Entry:
-    files = (AuthorsFile(f"{FOLDER}/{FILES[key]}.pth", "csc", "3D U-Net, optimizer state", ("model",)),) if key else ()
-    return Entry(
-        name=name,
-        method="csc",
-        modality="3d",
-        arch=SRUNET34,
-        contract=CONTRACT,
-        license=license,
-        paper=PAPER,
-        data=data,
-        description=description,
-        status="published-by-authors" if files else "regenerable",
-        recipe=recipe,
-        authors_files=files,
-        results=RESULTS.get(key, ()),
-    )
+# name -> (partitions, thousands of steps)
+RUNS = {"20k": (8, 20), "60k": (8, 60), "100k": (8, 100), "partition4": (4, 100)}
+_entry = partial(new_entry, method="csc", paper=PAPER, contract=CONTRACT)
 
 
 def _published(key: str) -> Entry:
-    name = f"csc_{key}_srunet34"
-    recipe = None if key == "partition4" else name
-    return _entry(name, SCANNET_LICENSE, "ScanNet", DESCRIPTIONS[key], recipe=recipe, key=key)
+    parts, steps = RUNS[key]
+    url = f"{FOLDER}/partition{parts}_4096_{steps}k.pth"
+    return _entry(
+        f"csc_{key}_srunet34",
+        SRUNET34,
+        SCANNET_LICENSE,
+        "ScanNet",
+        f"{TEXT} (file partition{parts}), {steps},000 steps",
+        has_recipe=key != "partition4",
+        authors_files=(AuthorsFile(url, "csc", "3D U-Net, optimizer state", ("model",)),),
+        results=RESULTS[key],
+    )
 
 
-ROOMS = "csc_srunet34.rooms"
 ROOMS_TEXT = f"{TEXT}, on procedural rooms only; full size, for one GPU"
 ENTRIES: tuple[Entry, ...] = (
-    *(_published(key) for key in FILES),
-    _entry(ROOMS, ROOMS_LICENSE, "rooms", ROOMS_TEXT, recipe=ROOMS),
+    *(_published(key) for key in RUNS),
+    _entry("csc_srunet34.rooms", SRUNET34, ROOMS_LICENSE, "rooms", ROOMS_TEXT),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,6 +250,50 @@ class Entry:
         if not ways:
             ways.append("nobody offers it and no recipe makes it yet; pretrained=False builds the network")
         return "; or ".join(ways)
+
+
+def new_entry(
+    name: str,
+    arch: Arch,
+    license: License,
+    data: str,
+    description: str,
+    *,
+    method: str,
+    paper: Paper,
+    contract: ImageContract | VoxelContract,
+    has_recipe: bool = True,
+    authors_files: tuple[AuthorsFile, ...] = (),
+    results: tuple[Result, ...] = (),
+) -> Entry:
+    """An entry that is not on this project's hub; its recipe, if it has one, bears its name."""
+    return Entry(
+        name=name,
+        method=method,
+        modality=arch.modality,
+        arch=arch,
+        contract=contract,
+        license=license,
+        paper=paper,
+        data=data,
+        description=description,
+        status="published-by-authors" if authors_files else "regenerable" if has_recipe else "planned",
+        recipe=name if has_recipe else None,
+        authors_files=authors_files,
+        results=results,
+    )
+
+
+def results_of(task: str, dataset: str, table: str, values: Mapping[str, float]) -> tuple[Result, ...]:
+    """Results of one task on one data set; `values` maps metrics to numbers."""
+    return tuple(Result(task, dataset, metric, value, table) for metric, value in values.items())
+
+
+def limited(
+    task: str, dataset: str, metric: str, table: str, what: str, values: Mapping[int, float]
+) -> tuple[Result, ...]:
+    """Results with limited data; `values` maps a number of `what`, such as "% of the scenes", to a result."""
+    return tuple(Result(f"{task}, {number} {what}", dataset, metric, value, table) for number, value in values.items())
 
 
 def _repeated(items: Iterable[Any]) -> list[Any]:

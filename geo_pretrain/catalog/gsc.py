@@ -6,9 +6,11 @@ authors released neither code nor weights.
 
 from __future__ import annotations
 
-from geo_pretrain.catalog.entry import Entry, Paper, Result
-from geo_pretrain.catalog.license import License
-from geo_pretrain.catalog.pri3d import CONTRACT, RESNET_UNET, SEGMENTATION, box_and_mask, miou, scannet_license
+from functools import partial
+
+from geo_pretrain.catalog.entry import Entry, Paper, Result, limited, new_entry
+from geo_pretrain.catalog.license import rooms_license
+from geo_pretrain.catalog.pri3d import CONTRACT, RESNET_UNET, SCENES, SEGMENTATION, box_and_mask, miou, scannet_license
 
 PAPER = Paper(
     title="Self-Supervised Image Representation Learning with Geometric Set Consistency",
@@ -21,10 +23,7 @@ RESULTS: dict[str, tuple[Result, ...]] = {
     "r18": (miou("ScanNet", "T1", 57.2),),
     "r50": (
         miou("ScanNet", "T1", 63.1),
-        *(
-            miou("ScanNet", "T2", value, f"{SEGMENTATION}, {share} % of the training scenes")
-            for share, value in ((20, 54.1), (40, 58.3), (60, 60.4), (80, 61.5))
-        ),
+        *limited(SEGMENTATION, "ScanNet", "mIoU", "T2", SCENES, {20: 54.1, 40: 58.3, 60: 60.4, 80: 61.5}),
         miou("ScanNet", "T3", 62.2, f"{SEGMENTATION}, DeepLabV3"),
         miou("ScanNet", "T3", 62.7, f"{SEGMENTATION}, DeepLabV3+"),
         miou("ScanNet", "T3", 63.7, f"{SEGMENTATION}, PSPNet"),
@@ -34,41 +33,24 @@ RESULTS: dict[str, tuple[Result, ...]] = {
     ),
 }
 TEXT = "contrastive learning between geometric consistency sets of two frames"
+_entry = partial(new_entry, method="gsc", paper=PAPER, contract=CONTRACT)
 
 
-def _entry(arch: str) -> Entry:
+def _scannet(arch: str) -> Entry:
     stage1 = f"pri3d_view_geo_{arch}"
-    return Entry(
-        name=f"gsc_{arch}",
-        method="gsc",
-        modality="2d",
-        arch=RESNET_UNET[arch],
-        contract=CONTRACT,
-        license=scannet_license(f"{stage1} (LicenseRef-ScanNet-ToU)"),
-        paper=PAPER,
-        data="ScanNet",
-        description=f"{TEXT}, after {stage1}",
-        status="regenerable",
-        recipe=f"gsc_{arch}",
-        results=RESULTS[arch],
-    )
+    license = scannet_license(f"{stage1} (LicenseRef-ScanNet-ToU)")
+    text = f"{TEXT}, after {stage1}"
+    return _entry(f"gsc_{arch}", RESNET_UNET[arch], license, "ScanNet", text, results=RESULTS[arch])
 
 
-def _rooms_entry() -> Entry:
-    name, stage1 = "gsc_r18.rooms", "pri3d_view_geo_r18.rooms"
-    return Entry(
-        name=name,
-        method="gsc",
-        modality="2d",
-        arch=RESNET_UNET["r18"],
-        contract=CONTRACT,
-        license=License(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=f"{stage1} (MIT)"),
-        paper=PAPER,
-        data="rooms",
-        description=f"{TEXT}, after Pri3D view and geo; full size, for one GPU",
-        status="regenerable",
-        recipe=name,
-    )
-
-
-ENTRIES: tuple[Entry, ...] = (_entry("r18"), _entry("r50"), _rooms_entry())
+ENTRIES: tuple[Entry, ...] = (
+    _scannet("r18"),
+    _scannet("r50"),
+    _entry(
+        "gsc_r18.rooms",
+        RESNET_UNET["r18"],
+        rooms_license("pri3d_view_geo_r18.rooms (MIT)"),
+        "rooms",
+        f"{TEXT}, after Pri3D view and geo; full size, for one GPU",
+    ),
+)

@@ -6,10 +6,12 @@ what "16-dimensional" means open: ResNet-18 and 16 outputs at full resolution he
 
 from __future__ import annotations
 
+from functools import partial
+
 from geo_pretrain.catalog.csc import CONTRACT, INSTANCES
-from geo_pretrain.catalog.entry import Arch, Entry, Paper, Result
-from geo_pretrain.catalog.license import License
-from geo_pretrain.catalog.pointcontrast import DETECTION, ROOMS_LICENSE, SEGMENTATION
+from geo_pretrain.catalog.entry import Arch, Entry, Paper, Result, new_entry
+from geo_pretrain.catalog.license import License, rooms_license
+from geo_pretrain.catalog.pointcontrast import DETECTION, ROOMS_LICENSE, SEGMENTATION, SRUNET34
 from geo_pretrain.catalog.pri3d import SCANNET_TERMS, imagenet, scannet_license
 from geo_pretrain.contract import ImageContract
 
@@ -35,62 +37,30 @@ RESULTS = (
     Result(SEGMENTATION, "SemanticKITTI", "mIoU", 42.0, "T1"),
     Result(DETECTION, "SUN RGB-D", "mAP@0.5", 33.1, "T1"),
 )
+_entry = partial(new_entry, method="img2pc", paper=PAPER)
+IMAGE_NETWORK = Arch("resnet_depth_unet", {"depth": 18, "width": 64, "out_chans": 16})
+POINT_NETWORK = Arch("sr_unet", {**SRUNET34.args, "out_chans": 16})
+IMAGE_CONTRACT = ImageContract(mean=(0.45,) * 3, std=(0.225,) * 3, interpolation="bilinear")
+STAGE2_LICENSE = License(
+    code="MIT",
+    weights="LicenseRef-ScanNet-ToU",
+    datasets=SCANNET_TERMS,
+    base_model=f"random weights; teacher: {STAGE1} (LicenseRef-ScanNet-ToU)",
+)
 
 
 def _stage1(name: str, license: License, data: str, description: str) -> Entry:
-    return Entry(
-        name=name,
-        method="img2pc",
-        modality="2d",
-        arch=Arch("resnet_depth_unet", {"depth": 18, "width": 64, "out_chans": 16}),
-        contract=ImageContract(mean=(0.45,) * 3, std=(0.225,) * 3, interpolation="bilinear"),
-        license=license,
-        paper=PAPER,
-        data=data,
-        description=description,
-        status="regenerable",
-        recipe=name,
-    )
+    return _entry(name, IMAGE_NETWORK, license, data, description, contract=IMAGE_CONTRACT)
 
 
-def _stage2(
-    name: str,
-    terms: str,
-    datasets: tuple[tuple[str, str], ...],
-    teacher: str,
-    data: str,
-    description: str,
-    results: tuple[Result, ...] = (),
-) -> Entry:
-    args = {"variant": "34C", "in_chans": 3, "out_chans": 16, "width": 32, "stem_kernel": 3, "normalize": True}
-    return Entry(
-        name=name,
-        method="img2pc",
-        modality="3d",
-        arch=Arch("sr_unet", args),
-        contract=CONTRACT,
-        license=License(
-            code="MIT", weights=terms, datasets=datasets, base_model=f"random weights; teacher: {teacher} ({terms})"
-        ),
-        paper=PAPER,
-        data=data,
-        description=description,
-        status="regenerable",
-        recipe=name,
-        results=results,
-    )
+def _stage2(name: str, license: License, data: str, description: str, results: tuple[Result, ...] = ()) -> Entry:
+    return _entry(name, POINT_NETWORK, license, data, description, contract=CONTRACT, results=results)
 
 
+ROOMS_TEACHER = rooms_license(f"random weights; teacher: {STAGE1}.rooms (MIT)")
 ENTRIES: tuple[Entry, ...] = (
     _stage1(STAGE1, scannet_license(imagenet("r18")), "ScanNet", DESCRIPTIONS[STAGE1]),
-    _stage2(STAGE2, "LicenseRef-ScanNet-ToU", SCANNET_TERMS, STAGE1, "ScanNet", DESCRIPTIONS[STAGE2], RESULTS),
+    _stage2(STAGE2, STAGE2_LICENSE, "ScanNet", DESCRIPTIONS[STAGE2], RESULTS),
     _stage1(f"{STAGE1}.rooms", ROOMS_LICENSE, "rooms", f"{DESCRIPTIONS[STAGE1]}{ROOMS_TEXT}"),
-    _stage2(
-        f"{STAGE2}.rooms",
-        "MIT",
-        ROOMS_LICENSE.datasets,
-        f"{STAGE1}.rooms",
-        "rooms",
-        f"{DESCRIPTIONS[STAGE2]}{ROOMS_TEXT}",
-    ),
+    _stage2(f"{STAGE2}.rooms", ROOMS_TEACHER, "rooms", f"{DESCRIPTIONS[STAGE2]}{ROOMS_TEXT}"),
 )

@@ -11,67 +11,32 @@ from dataclasses import dataclass
 
 from geo_pretrain.errors import UnknownName, nearest
 
-PERMISSIVE = (
-    "0BSD",
-    "AFL-3.0",
-    "Apache-2.0",
-    "BSD-2-Clause",
-    "BSD-3-Clause",
-    "BSL-1.0",
-    "CC-BY-2.0",
-    "CC-BY-3.0",
-    "CC-BY-4.0",
-    "CC0-1.0",
-    "CDLA-Permissive-1.0",
-    "CDLA-Permissive-2.0",
-    "ISC",
-    "MIT",
-    "MIT-0",
-    "NCSA",
-    "ODC-By-1.0",
-    "PDDL-1.0",
-    "Unlicense",
-    "Zlib",
+PERMISSIVE = tuple(
+    """
+    0BSD AFL-3.0 Apache-2.0 BSD-2-Clause BSD-3-Clause BSL-1.0 CC-BY-2.0 CC-BY-3.0 CC-BY-4.0 CC0-1.0
+    CDLA-Permissive-1.0 CDLA-Permissive-2.0 ISC MIT MIT-0 NCSA ODC-By-1.0 PDDL-1.0 Unlicense Zlib
+    """.split()  # noqa: SIM905
 )
-SHARE_ALIKE = (  # what is made of it must be under the same terms
-    "AGPL-3.0-only",
-    "AGPL-3.0-or-later",
-    "CC-BY-SA-2.0",
-    "CC-BY-SA-3.0",
-    "CC-BY-SA-4.0",
-    "CDLA-Sharing-1.0",
-    "EPL-2.0",
-    "EUPL-1.2",
-    "GPL-2.0-only",
-    "GPL-2.0-or-later",
-    "GPL-3.0-only",
-    "GPL-3.0-or-later",
-    "LGPL-2.1-only",
-    "LGPL-2.1-or-later",
-    "LGPL-3.0-only",
-    "LGPL-3.0-or-later",
-    "MPL-2.0",
-    "ODbL-1.0",
+# what is made of it must be under the same terms
+SHARE_ALIKE = tuple(
+    """
+    AGPL-3.0-only AGPL-3.0-or-later CC-BY-SA-2.0 CC-BY-SA-3.0 CC-BY-SA-4.0 CDLA-Sharing-1.0 EPL-2.0 EUPL-1.2
+    GPL-2.0-only GPL-2.0-or-later GPL-3.0-only GPL-3.0-or-later LGPL-2.1-only LGPL-2.1-or-later LGPL-3.0-only
+    LGPL-3.0-or-later MPL-2.0 ODbL-1.0
+    """.split()  # noqa: SIM905
 )
 NO_DERIVATIVES = ("CC-BY-ND-2.0", "CC-BY-ND-3.0", "CC-BY-ND-4.0")
-NON_COMMERCIAL = (
-    "CC-BY-NC-2.0",
-    "CC-BY-NC-3.0",
-    "CC-BY-NC-4.0",
-    "CC-BY-NC-ND-2.0",
-    "CC-BY-NC-ND-3.0",
-    "CC-BY-NC-ND-4.0",
-    "CC-BY-NC-SA-2.0",
-    "CC-BY-NC-SA-3.0",
-    "CC-BY-NC-SA-4.0",
-    "LicenseRef-ADE20K-terms",
-    "LicenseRef-ImageNet-terms",
-    "LicenseRef-ScanNet-ToU",
+NON_COMMERCIAL = tuple(
+    """
+    CC-BY-NC-2.0 CC-BY-NC-3.0 CC-BY-NC-4.0 CC-BY-NC-ND-2.0 CC-BY-NC-ND-3.0 CC-BY-NC-ND-4.0 CC-BY-NC-SA-2.0
+    CC-BY-NC-SA-3.0 CC-BY-NC-SA-4.0 LicenseRef-ADE20K-terms LicenseRef-ImageNet-terms LicenseRef-ScanNet-ToU
+    """.split()  # noqa: SIM905
 )
 LICENSE_GROUPS = {"permissive": PERMISSIVE, "non-commercial": NON_COMMERCIAL}
 LICENSES = (*PERMISSIVE, *SHARE_ALIKE, *NO_DERIVATIVES, *NON_COMMERCIAL)
 LICENSE_REF = re.compile(r"LicenseRef-[A-Za-z0-9.-]*[A-Za-z0-9]")  # SPDX's form for terms without an identifier
 NO_BASE = re.compile(r"none( \([^()]*\))?")  # a base model that brings no terms along
+SCRATCH = "none (random weights)"
 BRACKETS = re.compile(r"\(([^()]*)\)")
 
 
@@ -126,6 +91,11 @@ class License:
     def matches(self, wanted: str) -> bool:
         """Whether the weights' license is `wanted`, an identifier or a group: "permissive", "non-commercial"."""
         return self.weights in LICENSE_GROUPS.get(wanted, (wanted,))
+
+
+def rooms_license(base_model: str = SCRATCH) -> License:
+    """The license chain of weights trained on the procedural rooms."""
+    return License(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=base_model)
 
 
 def strictest(*terms: str) -> str:

@@ -8,9 +8,10 @@ imposes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
-from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result
-from geo_pretrain.catalog.license import License
+from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result, new_entry
+from geo_pretrain.catalog.license import SCRATCH, License, rooms_license
 from geo_pretrain.catalog.pri3d import MOCO_V2, RESNET50, box_and_mask, drive, imagenet, miou, scannet_license
 from geo_pretrain.contract import ImageContract
 
@@ -22,7 +23,6 @@ PAPER = Paper(
     url="https://arxiv.org/abs/2003.04297",
 )
 CONTRACT = ImageContract(size=(224, 224), interpolation="bilinear")
-SCRATCH = "none (random weights)"
 BOTH = "ImageNet+ScanNet"
 IMAGENET = ("ImageNet", "LicenseRef-ImageNet-terms")
 # variant -> (what it started from, what it was trained on, description)
@@ -49,48 +49,34 @@ RESULTS: dict[str, tuple[Result, ...]] = {
     "in_sn_mixing": (miou("ScanNet", "Pri3D T1", 54.5),),
     "unsup_in_sn": (miou("ScanNet", "Pri3D T9", 55.4),),
 }
+TEXT = "momentum contrast between augmentations of single images"
+_entry = partial(new_entry, method="moco_v2", paper=PAPER, contract=CONTRACT)
 
 
-def _entry(variant: str) -> Entry:
+def _scannet(variant: str) -> Entry:
     base_model, data, text = VARIANTS[variant]
     files = AUTHORS_FILES.get(variant, ())
-    name = f"moco_v2_{variant}_r50"
-    return Entry(
-        name=name,
-        method="moco_v2",
-        modality="2d",
-        arch=RESNET50,
-        contract=CONTRACT,
-        license=scannet_license(base_model, code="CC-BY-NC-4.0" if files else "MIT"),
-        paper=PAPER,
-        data=data,
-        description=f"momentum contrast between augmentations of single images, {text}; a baseline of Pri3D",
-        status="published-by-authors" if files else "regenerable",
-        recipe=name,
+    return _entry(
+        f"moco_v2_{variant}_r50",
+        RESNET50,
+        scannet_license(base_model, code="CC-BY-NC-4.0" if files else "MIT"),
+        data,
+        f"{TEXT}, {text}; a baseline of Pri3D",
         authors_files=files,
         results=RESULTS[variant],
     )
 
 
-def _rooms_entry() -> Entry:
-    name = "moco_v2_r18.rooms"
-    return Entry(
-        name=name,
-        method="moco_v2",
-        modality="2d",
-        arch=Arch("resnet", {"depth": 18, "width": 64}),
-        contract=CONTRACT,
-        license=License(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=SCRATCH),
-        paper=PAPER,
-        data="rooms",
-        description="momentum contrast between augmentations of single images, from a random start on procedural "
-        "rooms only; full size, for one GPU",
-        status="regenerable",
-        recipe=name,
-    )
-
-
-ENTRIES: tuple[Entry, ...] = (*(_entry(variant) for variant in VARIANTS), _rooms_entry())
+ENTRIES: tuple[Entry, ...] = (
+    *(_scannet(variant) for variant in VARIANTS),
+    _entry(
+        "moco_v2_r18.rooms",
+        Arch("resnet", {"depth": 18, "width": 64}),
+        rooms_license(),
+        "rooms",
+        f"{TEXT}, from a random start on procedural rooms only; full size, for one GPU",
+    ),
+)
 
 # What other networks start from: MoCo's own encoders, which no recipe here makes and nobody asks of us by name.
 START_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_{0}ep/moco_v2_{0}ep_pretrain.pth.tar"
@@ -99,17 +85,13 @@ MD5_PREFIXES = {"moco_v2": "59fd9945", "moco_v2_800ep": "a04e12f8"}  # MoCo's RE
 
 def _start(epochs: int) -> Entry:
     terms = "CC-BY-NC-4.0"  # of code and weights alike
-    return Entry(
-        name=f"moco_v2_r50.imagenet_{epochs}ep",
-        method="moco_v2",
-        modality="2d",
-        arch=RESNET50,
-        contract=CONTRACT,
-        license=License(code=terms, weights=terms, datasets=(IMAGENET,), base_model=SCRATCH),
-        paper=PAPER,
-        data="ImageNet",
-        description=f"momentum contrast on ImageNet without labels, {epochs} epochs: start weights of other networks",
-        status="published-by-authors",
+    return _entry(
+        f"moco_v2_r50.imagenet_{epochs}ep",
+        RESNET50,
+        License(code=terms, weights=terms, datasets=(IMAGENET,), base_model=SCRATCH),
+        "ImageNet",
+        f"momentum contrast on ImageNet without labels, {epochs} epochs: start weights of other networks",
+        has_recipe=False,
         authors_files=(AuthorsFile(START_URL.format(epochs), "moco", "ResNet-50 encoder", ("encoder",)),),
     )
 

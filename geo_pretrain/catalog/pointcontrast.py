@@ -6,8 +6,10 @@ what ScanNet imposes. The released code feeds features of ones (plus a little no
 
 from __future__ import annotations
 
-from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result
-from geo_pretrain.catalog.license import License
+from functools import partial
+
+from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result, new_entry, results_of
+from geo_pretrain.catalog.license import SCRATCH, License, rooms_license
 from geo_pretrain.contract import VoxelContract
 
 PAPER = Paper(
@@ -21,11 +23,10 @@ SRUNET34 = Arch(
     "sr_unet", {"variant": "34C", "in_chans": 3, "out_chans": 32, "width": 32, "stem_kernel": 3, "normalize": True}
 )
 CONTRACT = VoxelContract(0.025)
-SCRATCH = "none (random weights)"
 SCANNET_LICENSE = License(
     code="MIT", weights="LicenseRef-ScanNet-ToU", datasets=(("ScanNet", "LicenseRef-ScanNet-ToU"),), base_model=SCRATCH
 )
-ROOMS_LICENSE = License(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model=SCRATCH)
+ROOMS_LICENSE = rooms_license()
 
 SEGMENTATION, DETECTION = "3D semantic segmentation", "3D object detection"
 LOSSES = {
@@ -46,11 +47,11 @@ def _shares(task: str, metric: str, table: str, values: dict[int, float]) -> tup
 
 
 def _segmentation(dataset: str, table: str, miou: float, macc: float) -> tuple[Result, ...]:
-    return tuple(Result(SEGMENTATION, dataset, metric, v, table) for metric, v in (("mIoU", miou), ("mAcc", macc)))
+    return results_of(SEGMENTATION, dataset, table, {"mIoU": miou, "mAcc": macc})
 
 
 def _detection(dataset: str, table: str, ap50: float, ap25: float) -> tuple[Result, ...]:
-    return tuple(Result(DETECTION, dataset, metric, v, table) for metric, v in (("mAP@0.5", ap50), ("mAP@0.25", ap25)))
+    return results_of(DETECTION, dataset, table, {"mAP@0.5": ap50, "mAP@0.25": ap25})
 
 
 RESULTS: dict[str, tuple[Result, ...]] = {
@@ -75,39 +76,17 @@ RESULTS: dict[str, tuple[Result, ...]] = {
         *_shares("part segmentation", "IoU", "T3", {1: 74.0, 5: 79.9, 100: 85.1}),
     ),
 }
+_entry = partial(new_entry, method="pointcontrast", paper=PAPER, contract=CONTRACT)
 
 
 def _entries(loss: str) -> tuple[Entry, Entry]:
-    name = f"pointcontrast_{loss}_srunet34"
-    published = Entry(
-        name=name,
-        method="pointcontrast",
-        modality="3d",
-        arch=SRUNET34,
-        contract=CONTRACT,
-        license=SCANNET_LICENSE,
-        paper=PAPER,
-        data="ScanNet",
-        description=LOSSES[loss],
-        status="published-by-authors",
-        recipe=name,
-        authors_files=(AuthorsFile(URLS[loss], "pointcontrast", "3D U-Net, optimizer state; 290 MB", ("model",)),),
-        results=RESULTS[loss],
+    name, text = f"pointcontrast_{loss}_srunet34", LOSSES[loss]
+    file = AuthorsFile(URLS[loss], "pointcontrast", "3D U-Net, optimizer state; 290 MB", ("model",))
+    rooms_text = f"{text}, on procedural rooms only; full size, for one GPU"
+    return (
+        _entry(name, SRUNET34, SCANNET_LICENSE, "ScanNet", text, authors_files=(file,), results=RESULTS[loss]),
+        _entry(f"{name}.rooms", SRUNET34, ROOMS_LICENSE, "rooms", rooms_text),
     )
-    rooms = Entry(
-        name=f"{name}.rooms",
-        method="pointcontrast",
-        modality="3d",
-        arch=SRUNET34,
-        contract=CONTRACT,
-        license=ROOMS_LICENSE,
-        paper=PAPER,
-        data="rooms",
-        description=f"{LOSSES[loss]}, on procedural rooms only; full size, for one GPU",
-        status="regenerable",
-        recipe=f"{name}.rooms",
-    )
-    return published, rooms
 
 
 ENTRIES: tuple[Entry, ...] = (*_entries("nce"), *_entries("hardest"))

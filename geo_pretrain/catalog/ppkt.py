@@ -10,9 +10,9 @@ bears the name stands here.
 from __future__ import annotations
 
 from geo_pretrain.catalog.csc import CONTRACT
-from geo_pretrain.catalog.entry import Arch, Entry, Paper, Result
-from geo_pretrain.catalog.license import License
-from geo_pretrain.catalog.pointcontrast import DETECTION, SEGMENTATION
+from geo_pretrain.catalog.entry import Arch, Entry, Paper, Result, new_entry, results_of
+from geo_pretrain.catalog.license import License, rooms_license
+from geo_pretrain.catalog.pointcontrast import DETECTION, SEGMENTATION, SRUNET34
 
 PAPER = Paper(
     title="Learning from 2D: Contrastive Pixel-to-Point Knowledge Transfer for 3D Pretraining",
@@ -48,8 +48,7 @@ Pair = tuple[float, float]
 
 
 def _network(variant: str = "34C", out_chans: int = 128, normalize: bool = True) -> Arch:
-    args = {"variant": variant, "in_chans": 3, "out_chans": out_chans, "width": 32, "stem_kernel": 3}
-    return Arch("sr_unet", args | {"normalize": normalize})
+    return Arch("sr_unet", {**SRUNET34.args, "variant": variant, "out_chans": out_chans, "normalize": normalize})
 
 
 def _license(teacher: str, teachers_data: tuple[str, str] = ("ImageNet", "LicenseRef-ImageNet-terms")) -> License:
@@ -69,17 +68,12 @@ ADE20K = _license(
 
 
 def _detection(dataset: str, table: str, ap25: float, ap50: float | None = None) -> tuple[Result, ...]:
-    values = {"mAP@0.25": ap25, "mAP@0.5": ap50}
-    return tuple(
-        Result(DETECTION, dataset, metric, value, f"PPKT {table}")
-        for metric, value in values.items()
-        if value is not None
-    )
+    values = {"mAP@0.25": ap25} | ({} if ap50 is None else {"mAP@0.5": ap50})
+    return results_of(DETECTION, dataset, f"PPKT {table}", values)
 
 
 def _segmentation(dataset: str, table: str, accuracy: str, acc: float, miou: float) -> tuple[Result, ...]:
-    values = {accuracy: acc, "mIoU": miou}
-    return tuple(Result(SEGMENTATION, dataset, metric, value, f"PPKT {table}") for metric, value in values.items())
+    return results_of(SEGMENTATION, dataset, f"PPKT {table}", {accuracy: acc, "mIoU": miou})
 
 
 def _tables(s3dis: Pair, sun: Pair, scannet: Pair, scannet_boxes: Pair) -> tuple[Result, ...]:
@@ -95,26 +89,17 @@ def _tables(s3dis: Pair, sun: Pair, scannet: Pair, scannet_boxes: Pair) -> tuple
 def _entry(
     name: str,
     description: str,
-    results: tuple[Result, ...],
+    results: tuple[Result, ...] = (),
     *,
     method: str = "ppkt",
     arch: Arch | None = None,
     license: License = SUPERVISED,
+    data: str = "ScanNet",
     paper: Paper = PAPER,
 ) -> Entry:
-    return Entry(
-        name=name,
-        method=method,
-        modality="3d",
-        arch=arch or _network(),
-        contract=CONTRACT,
-        license=license,
-        paper=paper,
-        data="ScanNet",
-        description=description,
-        status="regenerable",
-        recipe=name,
-        results=results,
+    arch = arch or _network()
+    return new_entry(
+        name, arch, license, data, description, method=method, paper=paper, contract=CONTRACT, results=results
     )
 
 
@@ -144,23 +129,11 @@ ENTRIES: tuple[Entry, ...] = (
         _detection("SUN RGB-D", "T5", 58.03),
         license=ADE20K,
     ),
-    Entry(
-        name="ppkt_srunet34.rooms",
-        method="ppkt",
-        modality="3d",
-        arch=_network(),
-        contract=CONTRACT,
-        license=License(
-            code="MIT",
-            weights="MIT",
-            datasets=(("rooms", "MIT"),),
-            base_model="random weights; teacher: pri3d_view_r18.rooms (MIT)",
-        ),
-        paper=PAPER,
+    _entry(
+        "ppkt_srunet34.rooms",
+        f"{TEXT}, from a network that learned the same procedural rooms; full size, for one GPU",
+        license=rooms_license("random weights; teacher: pri3d_view_r18.rooms (MIT)"),
         data="rooms",
-        description=f"{TEXT}, from a network that learned the same procedural rooms; full size, for one GPU",
-        status="regenerable",
-        recipe="ppkt_srunet34.rooms",
     ),
     _entry(
         "global_kd_srunet34",

@@ -10,8 +10,8 @@ Two baselines of the paper stand here too: they differ from Pri3D in the loss al
 
 from __future__ import annotations
 
-from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result
-from geo_pretrain.catalog.license import License
+from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result, limited, new_entry, results_of
+from geo_pretrain.catalog.license import License, rooms_license
 from geo_pretrain.contract import ImageContract
 
 PAPER = Paper(
@@ -32,16 +32,15 @@ WIDE_CONTRACT = ImageContract(size=(180, 360))
 
 Triple = tuple[float, float, float]
 SEGMENTATION, DETECTION, INSTANCES = "semantic segmentation", "object detection", "instance segmentation"
+SCENES = "% of the training scenes"
 
-ROOMS = License(code="MIT", weights="MIT", datasets=(("rooms", "MIT"),), base_model="none (random weights)")
+ROOMS = rooms_license()
 SCANNET_TERMS = (("ScanNet", "LicenseRef-ScanNet-ToU"), ("ImageNet", "LicenseRef-ImageNet-terms"))
 PRIORS = {
     "view": "view-invariant contrastive learning between overlapping frames",
     "geo": "contrastive learning between pixels and the scene's 3D surface",
     "view_geo": "view-invariant and geometric contrastive learning together",
 }
-
-
 MOCO_V2 = "MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0; ImageNet terms: non-commercial research)"
 
 
@@ -71,9 +70,7 @@ def box_and_mask(dataset: str, tables: tuple[str, str], boxes: Triple, masks: Tr
 
 
 def _ap(task: str, dataset: str, table: str, ap50: float, ap75: float, ap: float) -> tuple[Result, ...]:
-    return tuple(
-        Result(task, dataset, metric, value, table) for metric, value in (("AP50", ap50), ("AP75", ap75), ("AP", ap))
-    )
+    return results_of(task, dataset, table, {"AP50": ap50, "AP75": ap75, "AP": ap})
 
 
 def miou(dataset: str, table: str, value: float, task: str = SEGMENTATION) -> Result:
@@ -105,10 +102,7 @@ RESULTS: dict[str, tuple[Result, ...]] = {
         miou("ScanNet", "T4", 61.6, f"{SEGMENTATION}, DeepLabV3+"),
         miou("ScanNet", "T4", 62.8, f"{SEGMENTATION}, PSPNet"),
         *box_and_mask("NYUv2", ("T6", "T7"), (34.0, 20.4, 19.4), (29.5, 16.3, 15.8)),
-        *(
-            miou("ScanNet", "README", value, f"{SEGMENTATION}, {share} % of the training scenes")
-            for share, value in ((20, 51.5), (40, 56.2), (60, 58.9), (80, 60.3))
-        ),
+        *limited(SEGMENTATION, "ScanNet", "mIoU", "README", SCENES, {20: 51.5, 40: 56.2, 60: 58.9, 80: 60.3}),
     ),
     "pri3d_view_r50.nodepth": (miou("ScanNet", "T10", 60.2),),
     # the table says mAP; the README gives the same values as AP at 0.5
@@ -182,20 +176,17 @@ def _entry(
     method: str = "pri3d",
     has_recipe: bool = True,
 ) -> Entry:
-    authors_files = AUTHORS_FILES.get(name, ())
-    return Entry(
-        name=name,
+    return new_entry(
+        name,
+        arch,
+        license,
+        data,
+        description,
         method=method,
-        modality="2d",
-        arch=arch,
-        contract=contract,
-        license=license,
         paper=PAPER,
-        data=data,
-        description=description,
-        status="published-by-authors" if authors_files else "regenerable",
-        recipe=name if has_recipe else None,
-        authors_files=authors_files,
+        contract=contract,
+        has_recipe=has_recipe,
+        authors_files=AUTHORS_FILES.get(name, ()),
         results=RESULTS.get(name, ()),
     )
 

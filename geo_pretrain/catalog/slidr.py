@@ -6,7 +6,7 @@ what nuScenes and the teacher impose.
 
 from __future__ import annotations
 
-from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result
+from geo_pretrain.catalog.entry import Arch, AuthorsFile, Entry, Paper, Result, limited, new_entry
 from geo_pretrain.catalog.license import License
 from geo_pretrain.catalog.pointcontrast import SEGMENTATION
 from geo_pretrain.contract import VoxelContract
@@ -20,33 +20,31 @@ PAPER = Paper(
 )
 RELEASES = "https://github.com/valeoai/SLidR/releases/download"
 PROBE = f"{SEGMENTATION}, linear probing"
-
-
-def _share(dataset: str, percent: int, value: float) -> Result:
-    task = SEGMENTATION if percent == 100 else f"{SEGMENTATION}, {percent} % of the training data"
-    return Result(task, dataset, "mIoU", value, "README")
-
+SHARE = "% of the training data"
+RESULTS = (
+    Result(PROBE, "nuScenes", "mIoU", 38.8, "README"),
+    *limited(SEGMENTATION, "nuScenes", "mIoU", "README", SHARE, {1: 38.3, 5: 52.2, 10: 58.8, 25: 66.2}),
+    Result(SEGMENTATION, "nuScenes", "mIoU", 74.6, "README"),
+    *limited(SEGMENTATION, "SemanticKITTI", "mIoU", "README", SHARE, {1: 44.6}),
+)
+ARGS = {"variant": "34C", "in_chans": 1, "out_chans": 64, "width": 32, "stem_kernel": 3, "normalize": True}
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry(
-        name="slidr_srunet34.nuscenes",
-        method="slidr",
-        modality="3d",
-        arch=Arch(
-            "sr_unet",
-            {"variant": "34C", "in_chans": 1, "out_chans": 64, "width": 32, "stem_kernel": 3, "normalize": True},
-        ),
-        contract=VoxelContract((0.1, 1.0, 0.1), ("intensity",), coordinates="cylindrical"),
-        license=License(
+    new_entry(
+        "slidr_srunet34.nuscenes",
+        Arch("sr_unet", ARGS),
+        License(
             code="Apache-2.0",
             weights="CC-BY-NC-SA-4.0",
             datasets=(("nuScenes", "CC-BY-NC-SA-4.0"), ("ImageNet", "LicenseRef-ImageNet-terms")),
             base_model="random weights; teacher: MoCo v2 ResNet-50 without labels (CC-BY-NC-4.0)",
         ),
+        "nuScenes",
+        "contrastive distillation from images to LiDAR points through superpixels; intensity in [0, 255]",
+        method="slidr",
         paper=PAPER,
-        data="nuScenes",
-        description="contrastive distillation from images to LiDAR points through superpixels; intensity in [0, 255]",
-        status="published-by-authors",
+        contract=VoxelContract((0.1, 1.0, 0.1), ("intensity",), coordinates="cylindrical"),
+        has_recipe=False,
         authors_files=(
             AuthorsFile(f"{RELEASES}/v1.0/minkunet_slidr_1gpu.pt", "slidr", "3D U-Net", ("model",)),
             AuthorsFile(
@@ -56,10 +54,6 @@ ENTRIES: tuple[Entry, ...] = (
                 ("model",),
             ),
         ),
-        results=(
-            Result(PROBE, "nuScenes", "mIoU", 38.8, "README"),
-            *(_share("nuScenes", p, v) for p, v in ((1, 38.3), (5, 52.2), (10, 58.8), (25, 66.2), (100, 74.6))),
-            _share("SemanticKITTI", 1, 44.6),
-        ),
+        results=RESULTS,
     ),
 )
