@@ -35,7 +35,7 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import validation_spec
 from geo_pretrain.training.evaluation.features import ImageExtractor, load_extractor
 from geo_pretrain.training.evaluation.matching import evaluate_matching
-from geo_pretrain.training.evaluation.probes import ProbeSpec, linear_probe
+from geo_pretrain.training.evaluation.probes import ProbeSpec, probe_backbone
 from geo_pretrain.training.recipe import Recipe, load_recipe
 
 RECIPE = "gsc_r18.rooms"
@@ -61,7 +61,7 @@ class Measure:
         contract: Any = read_checkpoint(folder).contract
         extractor = ImageExtractor(network, contract)
         recall = evaluate_matching(extractor, self.source, self.pairs, size=contract.size, seed=seed).recall
-        miou = linear_probe(network, self.train, self.val, ProbeSpec(seed=seed), part="unet").miou
+        miou = probe_backbone(network, self.train, self.val, ProbeSpec(seed=seed)).miou
         return dict(zip(MEASURES, (round(recall, 4), round(miou, 4)), strict=True))
 
 

@@ -30,8 +30,8 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.features import ImageExtractor
 from geo_pretrain.training.evaluation.matching import MatchingResult, evaluate_matching, match_pair
+from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec, finetune_frames, predict
-from geo_pretrain.training.loop import StepInfo
 from geo_pretrain.training.networks import Transfer, segmentation_unet
 from geo_pretrain.training.pretrain import train
 from geo_pretrain.training.recipe import DataSpec, Recipe, load_recipe
@@ -49,26 +49,6 @@ STARTS: dict[str, Transfer] = {"scratch": "none", "pre-trained": "encoder"}
 THRESHOLD = 4.0  # px
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, detail
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Repeated measurements of one number."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """The mean of the values."""
-        return float(np.mean(self.values))
-
-    @property
-    def std(self) -> float:
-        """Their standard deviation."""
-        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
-
-    def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}"
 
 
 @dataclass(frozen=True)
@@ -95,14 +75,21 @@ def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSp
     val_pairs = find_pairs(val, val_spec, skips=SkippedFrames())
     clock.lap("pairs")
     folder = out / "hub" / recipe.name
-    train(recipe, folder, source, pairs, join("cpu"), overwrite=True, on_step=_training_progress(report))
+    train(
+        recipe,
+        folder,
+        source,
+        pairs,
+        join("cpu"),
+        overwrite=True,
+        on_step=lambda info: report("pre-training", info.step, info.steps, str(info)),
+    )
     clock.lap("pre-train")
 
     pretrained = load_backbone(recipe.name, decoder=True, hub=str(out / "hub"), local_files_only=True)
     networks = {"random": untrained(recipe), "pre-trained": pretrained}
-    matching = {}
-    for name, network in networks.items():
-        measured = evaluate_matching(
+    matching = {
+        name: evaluate_matching(
             ImageExtractor(network, ImageContract()),
             val,
             val_pairs,
@@ -110,7 +97,8 @@ def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSp
             threshold=THRESHOLD,
             progress=_stage(report, "matching", name),
         )
-        matching[name] = (measured, scene_spread(measured, val_pairs))
+        for name, network in networks.items()
+    }
     clock.lap("matching")
 
     labelled, held_out = labelled_frames(source, val, recipe.data.size)
@@ -119,14 +107,8 @@ def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSp
 
     draw_demo_matches(networks, val, val_pairs, recipe.data.size, out / "matches.png")
     _draw_segmentations(models, held_out, out / "segmentation.png")
-    result = DemoResult(
-        {name: spread for name, (_, spread) in matching.items()},
-        matching["random"][0].chance,
-        scores,
-        len(labelled),
-        clock.laps,
-        folder,
-    )
+    recall = {name: scene_spread(measured, val_pairs) for name, measured in matching.items()}
+    result = DemoResult(recall, matching["random"].chance, scores, len(labelled), clock.laps, folder)
     write_report(result, recipe, finetuning, out)
     return result
 
@@ -188,16 +170,12 @@ def _finetune_all(
     models: dict[str, nn.Module] = {}
     runs = [(seed, start) for seed in SEEDS for start in STARTS]
     for number, (seed, start) in enumerate(runs):
+
+        def show(step: int, loss: float, done: int = number * spec.steps, run: str = f"{start}, seed {seed}") -> None:
+            report("fine-tuning", done + step, len(runs) * spec.steps, f"{run}, loss {loss:.2f}")
+
         network = segmentation_unet(pretrained, len(CLASSES), seed=seed, transfer=STARTS[start])
-        result = finetune_frames(
-            network,
-            ImageContract(),
-            labelled,
-            held_out,
-            spec,
-            seed=seed,
-            on_step=_finetuning_progress(report, number, len(runs), spec.steps, f"{start}, seed {seed}"),
-        )
+        result = finetune_frames(network, ImageContract(), labelled, held_out, spec, seed=seed, on_step=show)
         scores[start].append(result.miou)
         models[start] = network
     return {start: Spread(tuple(values)) for start, values in scores.items()}, models
@@ -216,20 +194,6 @@ def _stage(report: Report, stage: str, detail: str) -> Callable[[int, int], None
     return lambda done, total: report(stage, done, total, detail)
 
 
-def _finetuning_progress(report: Report, number: int, runs: int, steps: int, text: str) -> Callable[[int, float], None]:
-    def show(step: int, loss: float) -> None:
-        report("fine-tuning", number * steps + step, runs * steps, f"{text}, loss {loss:.2f}")
-
-    return show
-
-
-def _training_progress(report: Report) -> Callable[[StepInfo], None]:
-    def show(info: StepInfo) -> None:
-        report("pre-training", info.step, info.steps, str(info))
-
-    return show
-
-
 class _Clock:
     """Measures the wall time of each stage."""
 
@@ -245,13 +209,14 @@ class _Clock:
 
 def table_rows(result: DemoResult) -> list[tuple[str, str, str]]:
     """Rows of the demo's table: measure, without pre-training, with pre-training."""
+    recall, miou = result.matching, result.miou
     return [
         (
             f"matching recall at {THRESHOLD:g} px (%)",
-            f"{result.matching['random']}  (random weights)",
-            str(result.matching["pre-trained"]),
+            f"{recall['random']}  (random weights)",
+            str(recall["pre-trained"]),
         ),
-        ("segmentation mIoU (%)", f"{result.miou['scratch']}  (from scratch)", str(result.miou["pre-trained"])),
+        ("segmentation mIoU (%)", f"{miou['scratch']}  (from scratch)", str(miou["pre-trained"])),
     ]
 
 
@@ -266,13 +231,8 @@ def write_report(result: DemoResult, recipe: Recipe, spec: FinetuneSpec, out: Pa
         "matching_recall": {name: list(spread.values) for name, spread in result.matching.items()},
         "matching_chance": result.chance,
         "miou": {name: list(spread.values) for name, spread in result.miou.items()},
-        "finetuning": {
-            "steps": spec.steps,
-            "batch": spec.batch,
-            "lr": spec.lr,
-            "seeds": SEEDS,
-            "images": result.labelled,
-        },
+        "finetuning": {key: getattr(spec, key) for key in ("steps", "batch", "lr")}
+        | {"seeds": SEEDS, "images": result.labelled},
     }
     (out / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table_rows(result))

@@ -6,13 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet, unet_like
-from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import read_checkpoint
-from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.loading import load_backbone
+from geo_pretrain.contract import VoxelContract
 from geo_pretrain.seeding import seeded
 from geo_pretrain.training.bench.plan import BenchSpec
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
@@ -20,9 +18,9 @@ from geo_pretrain.training.data.labelled.clouds import labelled_clouds
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.evaluation.features import STAGES, CloudExtractor, load_extractor
-from geo_pretrain.training.evaluation.matching import MatchingResult, evaluate_matching, spread_evenly
-from geo_pretrain.training.evaluation.probes import ProbeSpec, linear_probe
+from geo_pretrain.training.evaluation.features import STAGES, load_extractor, load_network
+from geo_pretrain.training.evaluation.matching import evaluate_matching, spread_evenly
+from geo_pretrain.training.evaluation.probes import ProbeSpec, probe_backbone
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec, PointsSpec, finetune_clouds, finetune_frames
 from geo_pretrain.training.networks3d import segmentation_srunet
 from geo_pretrain.training.recipe import DataSpec
@@ -76,82 +74,42 @@ def measure(
     "finetuned" (mIoU, shares of 1) and "seconds" by measurement. `seed` draws queries, pixels, new layers, order and,
     without `pretrained`, the weights.
     """
-    contract = read_checkpoint(folder).contract
-    rooms = Rooms(data, spec)
-    parts: dict[str, Callable[[], Any]]
-    if isinstance(contract, VoxelContract):
-        parts = _points(folder, contract, rooms, spec, seed, pretrained, device)
-    else:
-        parts = _images(folder, contract, rooms, spec, seed, pretrained, device)
-    found: dict[str, Any] = {"kind": "3D" if isinstance(contract, VoxelContract) else "2D", "seconds": {}}
-    for name, part in parts.items():
-        report(name)
-        start = time.monotonic()
-        found[name] = part()
-        found["seconds"][name] = round(time.monotonic() - start, 1)
-    return found
-
-
-def _images(
-    folder: Path,
-    contract: ImageContract,
-    rooms: Rooms,
-    spec: BenchSpec,
-    seed: int,
-    pretrained: bool,
-    device: str,
-) -> dict[str, Callable[[], Any]]:
-    decoder = read_checkpoint(folder).arch.has_decoder
-
-    def load(**options: Any) -> Any:
-        return _load(folder, pretrained, seed, device, **options)
+    checkpoint, rooms = read_checkpoint(folder), Rooms(data, spec)
+    points = isinstance(checkpoint.contract, VoxelContract)
+    start: dict[str, Any] = {"random_init": not pretrained, "seed": seed, "device": device}
 
     def matching() -> dict[str, Any]:
-        extractor = load_extractor(folder, random_init=not pretrained, seed=seed, device=device)
         source, pairs = rooms.held_out()
-        result = evaluate_matching(extractor, source, pairs, size=rooms.size, seed=seed)
-        return _recall(result, "dense output" if decoder else "encoder's maps")
+        turn: dict[str, Any] = {"turn": "upright"} if points else {}
+        result = evaluate_matching(load_extractor(folder, **start), source, pairs, size=rooms.size, **turn, seed=seed)
+        dense = "dense output" if checkpoint.arch.has_decoder else "encoder's maps"
+        facts = {key: getattr(result, key) for key in ("recall", "threshold", "unit", "chance")}
+        return facts | {"of": "output" if points else dense}
 
     def probe() -> float:
+        network = load_network(folder, **start, **({} if points else {"out_indices": STAGES}))
         probe_spec = ProbeSpec(size=rooms.size, pixels=spec.pixels, seed=seed)
-        return linear_probe(load(out_indices=STAGES), rooms.train, rooms.val, probe_spec, device=device).miou
+        return probe_backbone(network, rooms.train, rooms.val, probe_spec, device=device).miou
 
     def finetuned() -> float:
-        network = encoder_segmenter(load(), rooms.classes + 1, seed=seed).to(device)
+        network = load_network(folder, **start)
+        if points:
+            host = segmentation_srunet(network, rooms.classes + 1, seed=seed).to(device)
+            clouds = (labelled_clouds(source, rooms.size) for source in (rooms.train, rooms.val))
+            budget = PointsSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr_points)
+            return finetune_clouds(host, checkpoint.contract, *clouds, budget, seed=seed).miou
+        unet = encoder_segmenter(network, rooms.classes + 1, seed=seed).to(device)
         budget = FinetuneSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr)
-        return finetune_frames(network, contract, *rooms.frames(), budget, seed=seed).miou
+        return finetune_frames(unet, checkpoint.contract, *rooms.frames(), budget, seed=seed).miou
 
-    return {"matching": matching, "probe": probe, "finetuned": finetuned}
-
-
-def _points(
-    folder: Path,
-    contract: VoxelContract,
-    rooms: Rooms,
-    spec: BenchSpec,
-    seed: int,
-    pretrained: bool,
-    device: str,
-) -> dict[str, Callable[[], Any]]:
-    network = cast(SRUNet, _load(folder, pretrained, seed, device))
-
-    def matching() -> dict[str, Any]:
-        source, pairs = rooms.held_out()
-        extractor = CloudExtractor(network, contract)
-        result = evaluate_matching(extractor, source, pairs, size=rooms.size, turn="upright", seed=seed)
-        return _recall(result, "output")
-
-    def probe() -> float:
-        probe_spec = ProbeSpec(size=rooms.size, pixels=spec.pixels, seed=seed)
-        return linear_probe(network, rooms.train, rooms.val, probe_spec, device=device).miou
-
-    def finetuned() -> float:
-        host = segmentation_srunet(network, rooms.classes + 1, seed=seed).to(device)
-        train, val = (labelled_clouds(source, rooms.size) for source in (rooms.train, rooms.val))
-        budget = PointsSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr_points)
-        return finetune_clouds(host, contract, train, val, budget, seed=seed).miou
-
-    return {"matching": matching, "probe": probe, "finetuned": finetuned}
+    found: dict[str, Any] = {"kind": "3D" if points else "2D", "seconds": {}}
+    for part in (matching, probe, finetuned):
+        name = part.__name__
+        report(name)
+        begin = time.monotonic()
+        found[name] = part()
+        found["seconds"][name] = round(time.monotonic() - begin, 1)
+    return found
 
 
 def encoder_segmenter(encoder: ResNetEncoder, classes: int, *, seed: int) -> ResNetUNet:
@@ -160,14 +118,3 @@ def encoder_segmenter(encoder: ResNetEncoder, classes: int, *, seed: int) -> Res
         network = unet_like(encoder, classes)
     network.encoder.load_state_dict(encoder.state_dict())
     return network
-
-
-def _load(folder: Path, pretrained: bool, seed: int, device: str, **options: Any) -> Any:
-    """Load the network of a folder in eval mode; `seed` draws the weights of a random one."""
-    with seeded(seed):
-        return load_backbone(folder, pretrained=pretrained, device=device, **options)
-
-
-def _recall(result: MatchingResult, of: str) -> dict[str, Any]:
-    facts = {"threshold": result.threshold, "unit": result.unit, "chance": result.chance, "of": of}
-    return {"recall": result.recall, **facts}

@@ -9,6 +9,7 @@ from typing import Any
 
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.bench.plan import BenchSpec, Row, identity
+from geo_pretrain.training.evaluation.metrics import Spread
 
 MEASURES = ("matching", "probe", "finetuned")
 HEAD = ("task", "matching recall", "linear-probe mIoU", "fine-tuned mIoU", "training")
@@ -150,9 +151,7 @@ def _cells(row: Mapping[str, Any], wanted: int) -> list[str]:
 def _spread(values: Sequence[float], wanted: int) -> str:
     if not values:
         return "-"
-    text = f"{100 * statistics.mean(values):.1f}"
-    if len(values) > 1:
-        text += f" ± {100 * statistics.stdev(values):.1f}"
+    text = str(Spread(tuple(values)))
     return text if len(values) == wanted else f"{text} ({len(values)} of {wanted} seeds)"
 
 

@@ -22,30 +22,26 @@ SHAPES = {"box": "bbox", "mask": "segmentation"}
 MAX_DETECTIONS = 100  # an image; the best by score
 
 
-def coco_ap(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: Kind = "box") -> dict[str, float]:
+def coco_report(
+    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: Kind = "box"
+) -> dict[str, Any]:
     """Compute AP (mean over IoU 0.5, 0.55, ..., 0.95), AP50 and AP75, in [0, 1], as means over classes with objects.
+
+    Under "classes" the same of each class by name, without classes that the truth lacks.
 
     `truth` is COCO's tree (images, annotations, categories), as `data.export.coco_json` makes it; each detection is
     {image_id, category_id, score} with a bbox [x, y, width, height] or a segmentation (run lengths or polygons), the
     one that `kind` needs. Crowds are neither found nor missed; detections inside them count for nothing.
     Raises `DataError` when there is no object to find, and for detections that are not of this truth.
     """
-    return _means(_precision(truth, detections, kind))
-
-
-def coco_class_ap(
-    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: Kind = "box"
-) -> dict[str, dict[str, float]]:
-    """Compute AP, AP50 and AP75 of each class by name, without classes that the truth lacks. See `coco_ap`."""
-    return _by_class(_precision(truth, detections, kind), truth)
-
-
-def coco_report(
-    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: Kind = "box"
-) -> dict[str, Any]:
-    """Compute `coco_ap`, with `coco_class_ap` under "classes", in one evaluation instead of two."""
     precision = _precision(truth, detections, kind)
-    return {**_means(precision), "classes": _by_class(precision, truth)}
+    ordered = sorted(truth["categories"], key=lambda category: category["id"])
+    classes = {
+        str(category["name"]): _means(precision[:, :, [k]])
+        for k, category in enumerate(ordered)
+        if (precision[:, :, k] > -1).any()
+    }
+    return {**_means(precision), "classes": classes}
 
 
 def _precision(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: Kind) -> np.ndarray:
@@ -81,15 +77,6 @@ def _means(precision: np.ndarray) -> dict[str, float]:
     """Average precision over all thresholds, at 0.5 and at 0.75, over classes with objects."""
     values = {"AP": precision, "AP50": precision[:1], "AP75": precision[5:6]}
     return {name: float(value[value > -1].mean()) for name, value in values.items()}
-
-
-def _by_class(precision: np.ndarray, truth: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    ordered = sorted(truth["categories"], key=lambda category: category["id"])
-    return {
-        str(category["name"]): _means(precision[:, :, [k]])
-        for k, category in enumerate(ordered)
-        if (precision[:, :, k] > -1).any()
-    }
 
 
 def _check_truth(truth: Mapping[str, Any], kind: Kind) -> None:

@@ -350,31 +350,37 @@ def pretraining_size(checkpoint: Checkpoint, otherwise: tuple[int, int]) -> tupl
     return otherwise if recipe is None else recipe.data.size
 
 
-def load_extractor(
+def load_network(
     folder: str | Path,
     *,
-    level: int | None = None,
     random_init: bool = False,
     seed: int = 0,
     device: str | torch.device = "cpu",
-) -> ImageExtractor | CloudExtractor:
-    """Load one network of a checkpoint folder.
+    **options: Any,
+) -> Any:
+    """Load a backbone, or its architecture with random weights drawn from `seed`; `options` of `load_backbone`."""
+    with seeded(seed):
+        return load_backbone(folder, pretrained=not random_init, device=device, **options)
 
-    Args:
-        level: a map of the encoder (0 to 4: strides 2 to 32) or of the sparse U-Net (strides 1 to 16); None: the
-            output, of an encoder that comes alone its maps side by side (`EncoderMaps`).
-        random_init: the same architecture with random weights drawn from `seed`.
+
+def output_options(checkpoint: Checkpoint, *, decoder: bool = True) -> dict[str, Any]:
+    """Options of `load_backbone` for the output: of a 2D network the U-Net's, without decoder the encoder's maps."""
+    if checkpoint.arch.modality == "3d":
+        return {}
+    return {"decoder": True} if decoder and checkpoint.arch.has_decoder else {"out_indices": STAGES}
+
+
+def load_extractor(folder: str | Path, *, level: int | None = None, **options: Any) -> ImageExtractor | CloudExtractor:
+    """Load one network of a checkpoint folder; `options`: `random_init`, `seed` and `device` of `load_network`.
+
+    `level`: a map of the encoder (0 to 4: strides 2 to 32) or of the sparse U-Net (strides 1 to 16); None: the output,
+    of an encoder that comes alone its maps side by side (`EncoderMaps`).
     """
     checkpoint = read_checkpoint(folder)
     contract = checkpoint.contract
-    options: dict[str, Any] = {"pretrained": not random_init, "device": device}
-    dense = checkpoint.arch.modality == "2d" and level is None
-    if dense and checkpoint.arch.has_decoder:
-        options["decoder"] = True
-    elif dense:
-        options["out_indices"] = STAGES
-    with seeded(seed):
-        network: nn.Module = load_backbone(folder, **options)
+    if level is None:
+        options |= output_options(checkpoint)
+    network = load_network(folder, **options)
     if isinstance(contract, VoxelContract):
         return CloudExtractor(network, contract, level=level)
     return ImageExtractor(EncoderMaps(network) if "out_indices" in options else network, contract, level=level)
@@ -382,10 +388,14 @@ def load_extractor(
 
 def is_paired(checkpoint: Checkpoint) -> bool:
     """Whether a folder holds a 2D and a 3D network with one feature space, which `load_paired` accepts."""
-    if checkpoint.pairing is not None and checkpoint.arch.modality == "3d":
+    if _is_taught(checkpoint):
         return True
     recipe = recipe_of(checkpoint) if "heads" in checkpoint.roles else None
     return recipe is not None and recipe.task["name"] in ("pri3d_geo", "pri3d_view_geo")
+
+
+def _is_taught(checkpoint: Checkpoint) -> bool:
+    return checkpoint.pairing is not None and checkpoint.arch.modality == "3d"
 
 
 def load_paired(name: str | Path, *, random_init: bool = False, seed: int = 0) -> Pri3D | FeaturePair:
@@ -394,8 +404,7 @@ def load_paired(name: str | Path, *, random_init: bool = False, seed: int = 0) -
     `random_init`: all weights of Pri3D are drawn from `seed`; of a taught network its own and the projections. Raises
     `CheckpointError` for one network alone, and for a folder that does not say how its 3D part is built.
     """
-    checkpoint = open_checkpoint(name)
-    if checkpoint.pairing is not None and checkpoint.arch.modality == "3d":
+    if _is_taught(open_checkpoint(name)):
         return random_pair(name, seed) if random_init else load_pair(name)
     return load_pri3d(str(name), pretrained=not random_init, seed=seed)
 

@@ -7,7 +7,7 @@ beside its random-init baseline, as `geo-pretrain eval` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -120,15 +120,23 @@ def evaluate_matching(
     """
     unit = unit_of(extractor)
     within = THRESHOLDS[unit] if threshold is None else threshold
+    skips = skips if skips is not None else SkippedFrames()
     options: dict[str, Any] = {"size": size, "threshold": within, "turn": turn, "queries": queries}
-
-    def measure(number: int, pair: Pair) -> tuple[np.ndarray, float]:
-        matches = match_pair(extractor, source, pair, seed=seed + number, **options)
-        return matches.error, matches.chance
-
-    return average_recall(
-        pairs, measure, source=source.name, threshold=within, unit=unit, skips=skips, progress=progress
-    )
+    recalls, chances, total = [], [], 0
+    for number, pair in enumerate(pairs):
+        if progress is not None:
+            progress(number, len(pairs))
+        try:
+            matches = match_pair(extractor, source, pair, seed=seed + number, **options)
+        except BadFrame as bad:
+            skips.add(bad)
+            continue
+        recalls.append(float((matches.error <= within).mean()))
+        chances.append(matches.chance)
+        total += len(matches.error)
+    if not recalls:
+        raise DataError(f"No pair of source {source.name!r} could be evaluated.\n{skips.summary()}")
+    return MatchingResult(float(np.mean(recalls)), within, tuple(recalls), total, float(np.mean(chances)), unit)
 
 
 def unit_of(extractor: FeatureExtractor | PairedExtractor) -> Unit:
@@ -171,7 +179,7 @@ def _match_images(
     if not has_match.item():
         raise _no_match(pair)
     features1, features2 = extractor.extract_frame(frame1), extractor.extract_frame(frame2)
-    best = nearest_row(features1.rows_at(pixel1[0]), features2.rows).cpu()
+    best = nearest_row(features1.rows_at(pixel1[0]), features2.rows)
     height, width = frame1.depth.shape
     chance = min(1.0, float(np.pi * threshold**2 / (height * width)))
     query, truth, predicted = _uv(pixel1[0], width), _uv(pixel2[0], width), features2.positions[best].numpy()
@@ -196,7 +204,7 @@ def _match_clouds(
     if not len(counterparts):
         raise _no_match(pair)
     row = one_match_each(counterparts, queries, generator)[:, 0]
-    best = nearest_row(features1.rows[row], features2.rows).cpu()
+    best = nearest_row(features1.rows[row], features2.rows)
     chance = chance_within(world1[row], world2, threshold * voxel_size)
     query, predicted = world1[row].numpy(), world2[best].numpy()
     error = _distance(query, predicted) / voxel_size
@@ -219,43 +227,11 @@ def _match_modalities(
     """Match pixels of a frame among all its voxels; see `PairedExtractor.correspond`."""
     generator = torch.Generator().manual_seed(seed)
     shown = extractor.correspond(frame, queries, generator)
-    best = nearest_row(shown.pixels, shown.candidates.rows).cpu()
+    best = nearest_row(shown.pixels, shown.candidates.rows)
     voxels = shown.candidates.positions
     chance = chance_within(voxels[shown.voxels], voxels, threshold)
     truth, predicted = voxels[shown.voxels].numpy(), voxels[best].numpy()
     return Matches(pair, (frame,), truth, truth, predicted, _distance(truth, predicted), chance)
-
-
-def average_recall(
-    items: Sequence[T],
-    measure: Callable[[int, T], tuple[np.ndarray, float]],
-    *,
-    source: str,
-    threshold: float,
-    unit: Unit,
-    skips: SkippedFrames | None = None,
-    progress: Progress | None = None,
-) -> MatchingResult:
-    """Average recall over `items` (pairs); `measure(number, item)` returns each query's error and the chance level.
-
-    Pairs that raise `BadFrame` are added to `skips`. Raises `DataError` when none is left; `source` names the data.
-    """
-    skips = skips if skips is not None else SkippedFrames()
-    recalls, chances, total = [], [], 0
-    for number, item in enumerate(items):
-        if progress is not None:
-            progress(number, len(items))
-        try:
-            error, chance = measure(number, item)
-        except BadFrame as bad:
-            skips.add(bad)
-            continue
-        recalls.append(float((error <= threshold).mean()))
-        chances.append(chance)
-        total += len(error)
-    if not recalls:
-        raise DataError(f"No pair of source {source!r} could be evaluated.\n{skips.summary()}")
-    return MatchingResult(float(np.mean(recalls)), threshold, tuple(recalls), total, float(np.mean(chances)), unit)
 
 
 def compare_matching(
@@ -288,20 +264,12 @@ def compare_matching(
     skips = skips if skips is not None else SkippedFrames()
     source = open_source(spec, split="val")
     pairs = spread_evenly(find_pairs(source, spec, skips=skips), count)
-    results = {}
-    for number, (name, random_init) in enumerate({RANDOM: True, backbone: False}.items()):
-        results[name] = evaluate_matching(
-            load_extractor(checkpoint.folder, random_init=random_init, seed=seed),
-            source,
-            pairs,
-            size=spec.size,
-            threshold=threshold,
-            turn=turn,
-            seed=seed,
-            skips=skips,
-            progress=part_of(progress, number, 2),
-        )
-    return results
+    extractors = {
+        RANDOM: load_extractor(checkpoint.folder, random_init=True, seed=seed),
+        backbone: load_extractor(checkpoint.folder),
+    }
+    options: dict[str, Any] = {"size": spec.size, "threshold": threshold, "turn": turn, "seed": seed, "skips": skips}
+    return _evaluate_each(extractors, source, pairs, progress, options)
 
 
 def compare_pixel_to_voxel(
@@ -325,24 +293,30 @@ def compare_pixel_to_voxel(
     skips = skips if skips is not None else SkippedFrames()
     if isinstance(networks[folder], FeaturePair):
         spec = replace(spec, units="frames")
-        source = open_source(spec, split="val")
+    source = open_source(spec, split="val")
+    if isinstance(networks[folder], FeaturePair):
         frames = spread_evenly(find_pairs(source, spec, skips=skips), count)
     else:
-        source = open_source(spec, split="val")
         frames = spread_frames(source, count)
     surfaces = Surfaces(source)
+    extractors = {name: paired_extractor(both, surfaces) for name, both in networks.items()}
+    options: dict[str, Any] = {"size": spec.size, "threshold": threshold, "seed": seed, "skips": skips}
+    return _evaluate_each(extractors, source, frames, progress, options)
+
+
+def _evaluate_each(
+    extractors: Mapping[str, FeatureExtractor | PairedExtractor],
+    source: Source,
+    pairs: Sequence[Pair],
+    progress: Progress | None,
+    options: Mapping[str, Any],
+) -> dict[str, MatchingResult]:
+    """Measure several extractors on the same pairs, with one progress for all."""
     return {
         name: evaluate_matching(
-            paired_extractor(both, surfaces),
-            source,
-            frames,
-            size=spec.size,
-            threshold=threshold,
-            seed=seed,
-            skips=skips,
-            progress=part_of(progress, number, 2),
+            extractor, source, pairs, progress=part_of(progress, number, len(extractors)), **options
         )
-        for number, (name, both) in enumerate(networks.items())
+        for number, (name, extractor) in enumerate(extractors.items())
     }
 
 
@@ -364,8 +338,8 @@ def spread_evenly(items: Sequence[T], count: int) -> list[T]:
 
 
 def nearest_row(query: Tensor, candidates: Tensor) -> Tensor:
-    """Find for each query [Q, C] the row of `candidates` [N, C] with the largest cosine: int64 [Q]."""
-    return (F.normalize(query, dim=-1) @ F.normalize(candidates, dim=-1).T).argmax(-1)
+    """Find for each query [Q, C] the row of `candidates` [N, C] with the largest cosine: int64 [Q], CPU."""
+    return (F.normalize(query, dim=-1) @ F.normalize(candidates, dim=-1).T).argmax(-1).cpu()
 
 
 def chance_within(truth: Tensor, candidates: Tensor, radius: float) -> float:

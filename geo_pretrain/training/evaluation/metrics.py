@@ -1,10 +1,33 @@
-"""Segmentation metrics: one confusion matrix over all images; mean IoU and accuracy from it."""
+"""Segmentation metrics: one confusion matrix over all images; mean IoU and accuracy from it. Scores over seeds."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one number from 0 to 1, such as a score for each seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean of the values."""
+        return float(np.mean(self.values))
+
+    @property
+    def std(self) -> float:
+        """Their sample standard deviation (n - 1); 0 for one value."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        """In percent: "20.0 ± 10.0"; of one value the value alone."""
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}" if len(self.values) > 1 else f"{100 * self.mean:.1f}"
 
 
 def confusion_matrix(truth: Tensor, predicted: Tensor, classes: int) -> np.ndarray:

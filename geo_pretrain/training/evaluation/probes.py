@@ -26,11 +26,15 @@ from geo_pretrain import hub
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, DataError, RecipeError, unknown
-from geo_pretrain.loading import load_backbone
-from geo_pretrain.seeding import seeded
 from geo_pretrain.training.data.labelled.clouds import LabelledCloud, batch_voxels, labelled_clouds, voxels_of
 from geo_pretrain.training.data.labelled.image import LabelledSource
-from geo_pretrain.training.evaluation.features import RANDOM, STAGES, CloudExtractor, ImageExtractor
+from geo_pretrain.training.evaluation.features import (
+    RANDOM,
+    CloudExtractor,
+    ImageExtractor,
+    load_network,
+    output_options,
+)
 from geo_pretrain.training.evaluation.metrics import confusion_matrix, mean_iou, pixel_accuracy
 from geo_pretrain.training.evaluation.progress import Progress, counted, part_of
 
@@ -105,6 +109,7 @@ class ProbeData(ABC):
     """One labelled split read through a frozen network: features and labels of one image or cloud at a time."""
 
     extractor: ImageExtractor | CloudExtractor
+    ids: list[str]  # of all images or clouds
     classes: int  # without the unlabelled
     nothing: str  # begins the message that there is no label
     kind: str
@@ -115,10 +120,6 @@ class ProbeData(ABC):
         data = copy.copy(self)
         data.extractor = extractor
         return data
-
-    @abstractmethod
-    def ids(self) -> list[str]:
-        """Names of all images or clouds."""
 
     @abstractmethod
     def load(self, id: str) -> tuple[list[Tensor], Tensor]:
@@ -134,21 +135,16 @@ class ProbeData(ABC):
 
 
 class ImageData(ProbeData):
-    """Labelled images through a 2D network that gives a map or several."""
+    """Labelled images through a 2D network that gives a map or several: [1, C_k, h_k, w_k], and labels [H, W]."""
 
     extractor: ImageExtractor
     kind, needs = "images", "images with labels of segmentation"
 
     def __init__(self, extractor: ImageExtractor, source: LabelledSource) -> None:
-        self.extractor, self.source, self.classes = extractor, source, len(source.classes)
+        self.extractor, self.source, self.ids, self.classes = extractor, source, source.ids(), len(source.classes)
         self.nothing = f"Source {source.name!r}, split {source.split!r}: no labelled pixel"
 
-    def ids(self) -> list[str]:
-        """Names of all images."""
-        return self.source.ids()
-
     def load(self, id: str) -> tuple[list[Tensor], Tensor]:
-        """Maps [1, C_k, h_k, w_k] of an image, and its labels at their own size: int64 [H, W]."""
         labelled = self.source.load(id)
         if labelled.semantic is None:
             name = self.source.name
@@ -156,16 +152,14 @@ class ImageData(ProbeData):
         return self.extractor.maps(labelled.image, resize=True), torch.from_numpy(labelled.semantic.astype(np.int64))
 
     def read(self, features: list[Tensor], places: Tensor, shape: torch.Size) -> Tensor:
-        """See `read_at`."""
         return read_at(features, places, (shape[0], shape[1]))
 
     def predict(self, head: Head, features: list[Tensor], widths: Sequence[int], shape: torch.Size) -> Tensor:
-        """See `apply_head`."""
         return apply_head(head, features, widths, shape)
 
 
 class CloudData(ProbeData):
-    """The voxels of labelled clouds through a 3D network."""
+    """The voxels of labelled clouds through a 3D network: features [N, C], and majority labels [N]."""
 
     extractor: CloudExtractor
     kind, needs, nothing = "clouds", "frames with labels", "No labelled voxel"
@@ -173,39 +167,38 @@ class CloudData(ProbeData):
     def __init__(self, extractor: CloudExtractor, clouds: Sequence[LabelledCloud], classes: int) -> None:
         self.extractor, self.classes = extractor, classes
         self.clouds = {cloud.id: cloud for cloud in clouds}
-
-    def ids(self) -> list[str]:
-        """Names of all clouds."""
-        return list(self.clouds)
+        self.ids = list(self.clouds)
 
     def load(self, id: str) -> tuple[list[Tensor], Tensor]:
-        """Features [N, C] of a cloud's voxels, and their majority labels: int64 [N]."""
         x, truth = batch_voxels([voxels_of(self.clouds[id], self.extractor.contract)], self.extractor.device)
         return [self.extractor.voxel_rows(x).float().cpu()], truth.cpu()
 
     def read(self, features: list[Tensor], places: Tensor, shape: torch.Size) -> Tensor:
-        """The rows at `places` [n, 1]."""
         return features[0][places[:, 0]]
 
     def predict(self, head: Head, features: list[Tensor], widths: Sequence[int], shape: torch.Size) -> Tensor:
-        """The class of each voxel."""
         return head.classes[F.linear(features[0], head.weight, head.bias).argmax(dim=1)]
 
 
-def linear_probe(
+def probe_backbone(
     backbone: str | Path | nn.Module,
     train: LabelledSource,
     val: LabelledSource,
     spec: ProbeSpec = ProbeSpec(),
     *,
+    probe: str = "linear",
     part: Part | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> ProbeResult:
-    """Fit softmax regression to frozen features and measure its mIoU on every labelled pixel (or voxel) of `val`.
+    """Classify pixels (or voxels) of `val` by their frozen features, from labelled ones of `train`.
 
-    The fit is the minimum of a convex function, found by L-BFGS, so nothing depends on a schedule. Logits are brought
-    to the size of the labels (bilinear, corners aligned). Classes that no training pixel has are never predicted.
+    "linear": softmax regression, judged on every labelled pixel. The fit is the minimum of a convex function, found by
+    L-BFGS, so nothing depends on a schedule. Logits are brought to the size of the labels (bilinear, corners aligned).
+    Classes that no training pixel has are never predicted.
+
+    "knn": k-NN prediction for `spec.pixels` pixels from as many of `train`. Nearest by cosine; the parts of a feature
+    that come from different maps count equally.
 
     Args:
         backbone: catalog name, checkpoint folder, or a network with a `contract`: from images to a map or maps, or from
@@ -219,25 +212,9 @@ def linear_probe(
         CheckpointError: no part of the kind asked for, or voxels that RGB-D frames cannot give.
         RecipeError: a 3D backbone, and a source without depth.
     """
-    return _probe_alone("linear", backbone, train, val, spec, part, device, progress)
-
-
-def knn_probe(
-    backbone: str | Path | nn.Module,
-    train: LabelledSource,
-    val: LabelledSource,
-    spec: ProbeSpec = ProbeSpec(),
-    *,
-    part: Part | None = None,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-) -> ProbeResult:
-    """Classify `spec.pixels` labelled pixels (or voxels) of `val` by k-NN prediction from as many of `train`.
-
-    Nearest by cosine; the parts of a feature that come from different maps count equally. Arguments and errors are
-    those of `linear_probe`.
-    """
-    return _probe_alone("knn", backbone, train, val, spec, part, device, progress)
+    network = backbone if isinstance(backbone, nn.Module) else _load(backbone, part)
+    extractor = probe_extractor(network.to(device), spec.size)
+    return run_probes([probe], *open_data(extractor, train, val, spec), spec, progress)[probe]
 
 
 def compare_probes(
@@ -247,41 +224,24 @@ def compare_probes(
     spec: ProbeSpec = ProbeSpec(),
     *,
     probes: Sequence[str] = PROBES,
-    part: Part | None = None,
-    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, dict[str, ProbeResult]]:
     """Probe a backbone (catalog name or folder, 2D or 3D) and its random-init baseline.
 
-    Returns {"random": {probe: result}, backbone: {probe: result}}. Arguments and errors are those of `linear_probe`.
+    Returns {"random": {probe: result}, backbone: {probe: result}}. Arguments and errors are those of `probe_backbone`.
     """
     for name in probes:
         if name not in PROBES:
             raise unknown("probe", name, PROBES)
     extractors = {
-        RANDOM: probe_extractor(_load(backbone, part, device, pretrained=False, seed=spec.seed), spec.size),
-        str(backbone): probe_extractor(_load(backbone, part, device), spec.size),
+        RANDOM: probe_extractor(_load(backbone, random_init=True, seed=spec.seed), spec.size),
+        str(backbone): probe_extractor(_load(backbone), spec.size),
     }
     seen, unseen = open_data(extractors[RANDOM], train, val, spec)
     return {
         name: run_probes(probes, seen.through(extractor), unseen.through(extractor), spec, part_of(progress, number, 2))
         for number, (name, extractor) in enumerate(extractors.items())
     }
-
-
-def _probe_alone(
-    probe: str,
-    backbone: str | Path | nn.Module,
-    train: LabelledSource,
-    val: LabelledSource,
-    spec: ProbeSpec,
-    part: Part | None,
-    device: torch.device | str,
-    progress: Progress | None,
-) -> ProbeResult:
-    network = backbone if isinstance(backbone, nn.Module) else _load(backbone, part, device)
-    extractor = probe_extractor(network.to(device), spec.size)
-    return run_probes([probe], *open_data(extractor, train, val, spec), spec, progress)[probe]
 
 
 def probe_extractor(network: nn.Module, size: tuple[int, int] | None = None) -> ImageExtractor | CloudExtractor:
@@ -312,7 +272,7 @@ def run_probes(
     probes: Sequence[str], train: ProbeData, val: ProbeData, spec: ProbeSpec, progress: Progress | None = None
 ) -> dict[str, ProbeResult]:
     """Run several probes on features of `train` that are read once. `progress` is called after every image."""
-    steps = counted(progress, len(train.ids()) + len(probes) * len(val.ids()))
+    steps = counted(progress, len(train.ids) + len(probes) * len(val.ids))
     samples = draw_samples(train, spec, "train", steps)
     judge = {"linear": _linear_confusion, "knn": _knn_confusion}
     results = {}
@@ -384,11 +344,10 @@ def apply_head(head: Head, maps: Sequence[Tensor], widths: Sequence[int], size: 
 @torch.no_grad()
 def draw_samples(data: ProbeData, spec: ProbeSpec, split: str, steps: Iterator[None]) -> Samples:
     """Read features at labelled places, drawn for each image by the seed and its name alone."""
-    ids = data.ids()
-    per_image = -(-spec.pixels // max(len(ids), 1))
+    per_image = -(-spec.pixels // max(len(data.ids), 1))
     drawn_features, drawn_labels = [], []
     widths: tuple[int, ...] = ()
-    for id in ids:
+    for id in data.ids:
         features, truth = data.load(id)
         known = (truth > 0).nonzero()
         digest = hashlib.sha256(f"{spec.seed}\n{split}\n{id}".encode()).digest()
@@ -399,7 +358,7 @@ def draw_samples(data: ProbeData, spec: ProbeSpec, split: str, steps: Iterator[N
         widths = tuple(part.shape[1] for part in features)
         next(steps)
     if not sum(map(len, drawn_labels)):
-        raise DataError(f"{data.nothing} in {len(ids)} {data.kind}; a probe needs {data.needs}.")
+        raise DataError(f"{data.nothing} in {len(data.ids)} {data.kind}; a probe needs {data.needs}.")
     return Samples(torch.cat(drawn_features), torch.cat(drawn_labels), widths)
 
 
@@ -408,7 +367,7 @@ def _linear_confusion(samples: Samples, val: ProbeData, spec: ProbeSpec, steps: 
     count = 1 + val.classes
     confusion = np.zeros((count, count), np.int64)
     with torch.no_grad():
-        for id in val.ids():
+        for id in val.ids:
             features, truth = val.load(id)
             confusion += confusion_matrix(truth, val.predict(head, features, samples.widths, truth.shape), count)
             next(steps)
@@ -426,17 +385,10 @@ def _directions(samples: Samples) -> Tensor:
     return F.normalize(torch.cat([F.normalize(m) for m in samples.features.split(list(samples.widths), 1)], 1))
 
 
-def _load(
-    backbone: str | Path, part: Part | None, device: torch.device | str, *, pretrained: bool = True, seed: int = 0
-) -> nn.Module:
+def _load(backbone: str | Path, part: Part | None = None, **options: Any) -> nn.Module:
     """Load the network to probe; for a 2D backbone, the one that outputs the maps of `part`."""
     opened = hub.open(backbone)
     checkpoint = opened.fetch(*opened.network_roles(decoder=part != "encoder"))
     if part == "unet" and not checkpoint.arch.has_decoder:
         raise CheckpointError(f"{checkpoint.name!r} holds an encoder alone ({checkpoint.arch}); probe part='encoder'.")
-    options: dict[str, Any] = {}
-    if checkpoint.arch.modality == "2d":
-        unet = checkpoint.arch.has_decoder and part != "encoder"
-        options = {"decoder": True} if unet else {"out_indices": STAGES}
-    with seeded(seed):
-        return load_backbone(checkpoint.folder, pretrained=pretrained, device=device, **options)
+    return load_network(checkpoint.folder, **output_options(checkpoint, decoder=part != "encoder"), **options)

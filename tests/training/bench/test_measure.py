@@ -87,7 +87,7 @@ def calls(monkeypatch):
 
     recall = MatchingResult(0.5, 4.0, (0.4, 0.6), 10, 0.01)
     stand_in("evaluate_matching", recall)
-    for number, name in enumerate(("linear_probe", "finetune_frames", "finetune_clouds")):
+    for number, name in enumerate(("probe_backbone", "finetune_frames", "finetune_clouds")):
         stand_in(name, SimpleNamespace(miou=number / 10))
     return found
 
@@ -99,7 +99,7 @@ def test_an_image_network_is_measured_with_the_budget_and_the_seed(tmp_path, cal
     facts = {"recall": 0.5, "threshold": 4.0, "unit": "px", "chance": 0.01, "of": "dense output"}
     assert (got["matching"], got["probe"], got["finetuned"]) == (facts, 0.0, 0.1)
     assert set(got["seconds"]) == {"matching", "probe", "finetuned"}
-    whole = measuring._load(folder, True, 0, "cpu", decoder=True)
+    whole = measuring.load_network(folder, decoder=True)
 
     matching = calls["evaluate_matching"]
     assert not matching.training
@@ -107,7 +107,7 @@ def test_an_image_network_is_measured_with_the_budget_and_the_seed(tmp_path, cal
     assert matching.options == {"size": (48, 64), "seed": 6}
     assert matching.arguments[1].scenes()[0] == "rooms_val_0000"
 
-    probe = calls["linear_probe"]
+    probe = calls["probe_backbone"]
     encoder, train, val, spec = probe.arguments
     assert torch.equal(encoder.conv1.weight, whole.encoder.conv1.weight)
     assert (train.split, val.split) == ("train", "val")
@@ -148,7 +148,7 @@ def test_a_point_network_is_measured_with_the_budget_and_the_seed(tmp_path, call
     matching = calls["evaluate_matching"]
     assert matching.options == {"size": (48, 64), "turn": "upright", "seed": 6}
     assert matching.arguments[1].scenes()[0] == "rooms_val_0000"
-    probed, train_source, val_source, spec = calls["linear_probe"].arguments
+    probed, train_source, val_source, spec = calls["probe_backbone"].arguments
     assert torch.equal(probed.final.kernel, matching.arguments[0].network.final.kernel)
     assert (len(train_source.ids()), len(val_source.ids())) == (1, 8)
     assert (spec.pixels, spec.seed, spec.size) == (77, 6, (48, 64))
@@ -157,7 +157,7 @@ def test_a_point_network_is_measured_with_the_budget_and_the_seed(tmp_path, call
     assert (len(train), len(val)) == (1, 8)
     assert (budget.steps, budget.batch, budget.lr) == (5, 3, 0.07)
     assert tuned.options["seed"] == 6
-    start = measuring._load(folder, True, 0, "cpu")
+    start = measuring.load_network(folder)
     twin = measuring.segmentation_srunet(start, len(train_source.classes) + 1, seed=6)
     assert all(torch.equal(value, twin.state_dict()[key]) for key, value in network.state_dict().items())
 
@@ -167,7 +167,7 @@ def test_random_weights_are_drawn_by_the_seed(tmp_path, calls):
 
     def first(seed, pretrained):
         measuring.measure(folder, data(), SPEC, seed=seed, pretrained=pretrained)
-        return calls["linear_probe"].arguments[0].conv1.weight
+        return calls["probe_backbone"].arguments[0].conv1.weight
 
     one, again, other = first(1, False), first(1, False), first(2, False)
     assert torch.equal(one, again)

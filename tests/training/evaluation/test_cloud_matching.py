@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from geo_pretrain.errors import BadFrame, CheckpointError, DataError
 from geo_pretrain.training.data.frame import Pair, SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
+from geo_pretrain.training.evaluation import matching
 from geo_pretrain.training.evaluation.features import CloudExtractor
 from geo_pretrain.training.evaluation.matching import (
-    average_recall,
     chance_within,
     evaluate_matching,
     match_pair,
@@ -211,11 +212,13 @@ def test_evaluation_passes_its_options_on_and_holds_clouds_as_cameras_see_them(s
     assert result.per_pair == (float((held.error <= 1).mean()),)
 
 
-def test_an_error_equal_to_the_threshold_is_right():
-    def measure(number, error):
-        return np.array(error), 0.25 * number
+def test_an_error_equal_to_the_threshold_is_right(monkeypatch, source):
+    def match(extractor, source, errors, *, seed, **_):
+        return SimpleNamespace(error=np.array(errors), chance=0.25 * seed)
 
-    result = average_recall([[1.9, 2.0], [2.0, 2.1]], measure, source="none", threshold=2.0, unit="voxels")
+    monkeypatch.setattr(matching, "match_pair", match)
+    extractor = CloudExtractor(Described(torch.tanh), COLORS)
+    result = evaluate_matching(extractor, source, [[1.9, 2.0], [2.0, 2.1]], size=SIZE, threshold=2.0)
     assert result.per_pair == (1.0, 0.5)
     assert (result.recall, result.spread, result.queries, result.chance) == (0.75, 0.25, 4, 0.125)
 

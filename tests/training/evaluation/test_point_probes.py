@@ -21,7 +21,7 @@ from geo_pretrain.training.evaluation.probes import (
     ProbeSpec,
     compare_probes,
     fit_head,
-    linear_probe,
+    probe_backbone,
     probe_extractor,
     run_probes,
 )
@@ -148,7 +148,7 @@ def test_backbone_is_probed_beside_its_random_init_baseline(folder, rooms):
     assert not np.array_equal(*(alone.confusion for alone in results))
     assert found[RANDOM]["knn"].measured <= 300
     assert set(found[RANDOM]) == {"linear", "knn"}
-    by_name = linear_probe(folder, *rooms, spec)
+    by_name = probe_backbone(folder, *rooms, spec)
     assert np.array_equal(by_name.confusion, found[str(folder)]["linear"].confusion)
     with pytest.raises(UnknownName, match="linear"):
         compare_probes(folder, *rooms, spec, probes=["liner"])

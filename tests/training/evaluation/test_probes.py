@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -26,8 +27,7 @@ from geo_pretrain.training.evaluation.probes import (
     draw_samples,
     fit_head,
     knn_predict,
-    knn_probe,
-    linear_probe,
+    probe_backbone,
     probe_extractor,
     read_at,
 )
@@ -35,6 +35,7 @@ from tests.training.finetune.sweeps import Squares
 from tests.zoo import ARCH, role_weights, write_tiny, write_tiny_3d
 
 SPEC = ProbeSpec(size=(64, 96), pixels=600)
+linear_probe, knn_probe = (partial(probe_backbone, probe=probe) for probe in ("linear", "knn"))
 
 
 class Colors(nn.Module):
@@ -244,7 +245,7 @@ def test_a_network_is_measured_as_it_is_used_and_a_twin_is_drawn_by_the_seed(fol
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         expected = load_backbone(folder, decoder=True, pretrained=False).state_dict()
-    drawn = probes._load(str(folder), None, "cpu", pretrained=False, seed=3).state_dict()
+    drawn = probes._load(str(folder), random_init=True, seed=3).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in drawn.items())
     spec = ProbeSpec()
     assert (spec.k, spec.temperature, spec.penalty) == (20, 0.07, 1e-4)
