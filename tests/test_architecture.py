@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.zoo import write_tiny_3d
+
 HOUSE = Path(__file__).resolve().parents[1]
 ROOT = HOUSE / "geo_pretrain"
 
@@ -57,6 +59,8 @@ OPTIONAL = {
     "tensorboard",
     "timm",
 }
+# put together torchvision's own networks; all others import it where a 2D network is built or an image is changed
+OF_TORCHVISION = {"geo_pretrain.adapters.torchvision", "geo_pretrain.training.finetune.detection"}
 LIGHT = (
     "geo_pretrain",
     "geo_pretrain.errors",
@@ -200,7 +204,7 @@ def faults() -> dict[str, str]:
         for group in circles(arrows):
             within = [f"{member} -> {target}" for member in group for target in sorted(arrows[member] & set(group))]
             found |= {f"{kind} {member}": ", ".join(within) for member in group}
-    return found | long_files() | long_functions() | optional_libraries()
+    return found | long_files() | long_functions() | optional_libraries() | early_torchvision()
 
 
 def long_files() -> dict[str, str]:
@@ -233,13 +237,25 @@ def optional_libraries() -> dict[str, str]:
     }
 
 
+def early_torchvision() -> dict[str, str]:
+    return {
+        f"early torchvision {module}": "import it inside the function: point networks do without it"
+        for module, path in MODULES.items()
+        if module not in OF_TORCHVISION
+        for node in parse(path).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        if any(name.partition(".")[0] == "torchvision" for name in named(node, module))
+    }
+
+
 def test_every_room_has_its_floor():
     assert {room(module) for module in MODULES} == set(FLOOR), "a row of FLOORS that names nothing"
     assert len(MODULES) > 20
 
 
 @pytest.mark.parametrize(
-    "kind", ["arrow", "circle", "circle of rooms", "long file", "long function", "optional library"]
+    "kind",
+    ["arrow", "circle", "circle of rooms", "long file", "long function", "optional library", "early torchvision"],
 )
 def test_there_is_no_fault(kind: str):
     new = {fault: why for fault, why in faults().items() if fault.startswith(kind + " ")}
@@ -269,7 +285,7 @@ def test_the_guard_sees_each_kind_of_import(monkeypatch: pytest.MonkeyPatch):
 
 
 def heavy_modules(code: str) -> set[str]:
-    watched = "{'torch', 'torchvision', 'numpy', 'huggingface_hub', 'safetensors'}"
+    watched = "{'torch', 'torchvision', 'torch._dynamo', 'numpy', 'huggingface_hub', 'safetensors'}"
     script = f"import sys\n{code}\nprint(*sorted({watched} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     return set(done.stdout.split())
@@ -283,6 +299,19 @@ def test_light_modules_import_nothing_heavy(module: str):
 def test_listing_and_info_import_nothing_heavy():
     code = "import geo_pretrain as gp; assert gp.list_backbones(); gp.backbone_info('pri3d_view_r18'); dir(gp)"
     assert heavy_modules(code) == set()
+
+
+def test_point_networks_are_loaded_without_torchvision(tmp_path: Path):
+    """torchvision imports torch._dynamo: together they take longer than torch itself."""
+    folder = write_tiny_3d(tmp_path / "points").folder
+    code = f"from geo_pretrain import load_backbone; load_backbone({str(folder)!r})"
+    assert not heavy_modules(code) & {"torchvision", "torch._dynamo"}
+
+
+def test_training_in_3d_is_prepared_without_torchvision():
+    modules = "pretrain, tasks.pointcontrast, tasks.csc, tasks.ppkt, finetune.run, finetune.segmentation3d"
+    code = "\n".join(f"import geo_pretrain.training.{module}" for module in modules.split(", "))
+    assert not heavy_modules(code) & {"torchvision", "torch._dynamo"}
 
 
 def test_the_public_face_is_complete_and_small():

@@ -164,7 +164,7 @@ def _create(variant: str, encoder: str, pretrained: bool, **kwargs: Any) -> nn.M
         return networks[0]
 
     block, layers = BLOCKS[ENCODERS[encoder].args["depth"]]
-    arguments = {"block": getattr(timm.models.resnet, block.__name__), "layers": layers, **kwargs}
+    arguments = {"block": getattr(timm.models.resnet, block), "layers": layers, **kwargs}
     model: Any = timm.models.build_model_with_cfg(network, variant, pretrained, **arguments)
     model.load_report, model.contract = networks[0].load_report, None
     if (cfg.file or "").startswith(LOCATION):

@@ -8,20 +8,23 @@ the published checkpoints. `width` scales every layer: 64 is the real network, 8
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from geo_pretrain.backbones.base import ImageBackbone
 from geo_pretrain.backbones.encoder import HOST_WIDTH, Stages
 
-BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
-    101: (Bottleneck, (3, 4, 23, 3)),
+if TYPE_CHECKING:
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
+# depth -> name of the block's class in torchvision and timm, blocks of each stage
+BLOCKS = {
+    18: ("BasicBlock", (2, 2, 2, 2)),
+    34: ("BasicBlock", (3, 4, 6, 3)),
+    50: ("Bottleneck", (3, 4, 6, 3)),
+    101: ("Bottleneck", (3, 4, 23, 3)),
 }
 MIN_SIZE = 32  # pixels: below this the last stage has nothing to look at
 STAGES = {"stem": ("conv1", "bn1"), **{f"layer{stage}": (f"layer{stage}",) for stage in range(1, 5)}}
@@ -183,7 +186,8 @@ def _dilate_stage(stage: nn.Sequential, first: int, rest: int) -> None:
     """
     block: Any
     for index, block in enumerate(stage):
-        strided, *others = [block.conv1, block.conv2] if isinstance(block, BasicBlock) else [block.conv2]
+        is_bottleneck = hasattr(block, "conv3")
+        strided, *others = [block.conv2] if is_bottleneck else [block.conv1, block.conv2]
         _set_dilation(strided, first if index == 0 else rest)
         for conv in others:
             _set_dilation(conv, rest)
@@ -199,7 +203,10 @@ def _set_dilation(conv: nn.Conv2d, dilation: int) -> None:
 def _lookup(depth: int) -> tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]:
     if depth not in BLOCKS:
         raise ValueError(f"Unknown ResNet depth {depth!r}; accepted: {', '.join(map(str, BLOCKS))}.")
-    return BLOCKS[depth]
+    from torchvision.models import resnet  # here: point networks do without torchvision, which loads slowly
+
+    name, repeats = BLOCKS[depth]
+    return getattr(resnet, name), repeats
 
 
 def _stage(

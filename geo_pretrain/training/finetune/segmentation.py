@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as tvf
 
 from geo_pretrain.adapters.common import encoder_of, parameter_groups
 from geo_pretrain.contract import ImageContract
@@ -61,6 +60,8 @@ class Segmentation(FinetuneTask):
             pixels, labels = pixels.transpose(mirror), labels.transpose(mirror)
         tensor = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
         if _uniform(0, 1, generator) < augment.blur:
+            from torchvision.transforms.v2 import functional as tvf
+
             tensor = tvf.gaussian_blur(tensor, [augment.blur_kernel] * 2)
         return {"image": self._normalize(tensor), "labels": torch.from_numpy(np.array(labels)).long()}
 

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tvf
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.geometry import rotation
@@ -106,6 +105,8 @@ def augment_colors(
         blur_taps: blur with a Gaussian kernel of so many taps whose sigma is drawn from `spec.blur_radius`; the kernel
             is shortened to the largest odd one that the image can mirror at its border. None: Pillow's blur, as Pri3D.
     """
+    from torchvision.transforms.v2 import functional as tvf  # here: point clouds do without torchvision
+
     image = Image.fromarray(color)
     if uniform(0, 1, generator) < spec.jitter_prob:
         image = _jitter(image, spec.jitter, generator)
@@ -129,6 +130,8 @@ def _jitter(
     image: Image.Image, strengths: tuple[float, float, float, float], generator: torch.Generator
 ) -> Image.Image:
     """Change brightness, contrast, saturation and hue in random order, as Pri3D draws them."""
+    from torchvision.transforms.v2 import functional as tvf
+
     brightness, contrast, saturation, hue = strengths
     operations = [
         (tvf.adjust_brightness, uniform(max(0, 1 - brightness), 1 + brightness, generator)),

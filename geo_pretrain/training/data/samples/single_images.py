@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError, RecipeError
@@ -165,6 +164,8 @@ def list_images(folder: str | None) -> list[Path]:
             "'task.images' is missing, accepted is a folder of class folders with images, such as ImageNet's 'train': "
             "--set task.images=PATH. Without such images: --set task.mix=none."
         )
+    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+
     path = Path(folder).expanduser()
     try:
         return [Path(file) for file, _ in ImageFolder(str(path)).samples]
