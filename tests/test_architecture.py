@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training.evaluation",),
     ("training.visualize",),  # pictures, of what fine-tuning predicts, too
     ("training.finetune",),
-    ("training.pretrain", "training.export"),
+    ("training.pretrain",),
     ("training.bench", "training.demo"),
     ("cli", "__main__"),
 )

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from geo_pretrain import hub
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.catalog import Arch, find
+from geo_pretrain.catalog import find
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.loading import load_backbone
@@ -43,36 +43,35 @@ class PretrainedInit3D:
                 "Backbone 'imagenet' is a ResNet for images, the recipe is for points; accepted: scratch, a 3D "
                 "backbone of the catalog or its folder."
             )
-        entry = find(self.backbone)
-        if entry is not None:  # a wrong kind is named before anything is fetched
-            self._check(entry.arch)
-        opened = hub.open(self.backbone, **self.where)
-        self._check(opened.arch)
-        contract = cast(VoxelContract, opened.contract)
+        checkpoint = find(self.backbone) or hub.open(self.backbone, **self.where)
+        if checkpoint.arch.modality != "3d":
+            raise RecipeError(
+                f"Backbone {self.backbone!r} is {checkpoint.arch}, a network for images; accepted: a 3D backbone, or "
+                "a 2D recipe."
+            )
+        contract = cast(VoxelContract, checkpoint.contract)
         cubic_voxel_size(contract)
         return contract
-
-    def _check(self, arch: Arch) -> None:
-        if arch.modality != "3d":
-            raise RecipeError(
-                f"Backbone {self.backbone!r} is {arch}, a network for images; accepted: a 3D backbone, or a 2D recipe."
-            )
 
     def unet(self, seed: int) -> tuple[SRUNet, bool]:
         """The network, and whether its weights are pre-trained; random ones are drawn by `seed`."""
         if self.named:
             self.contract()  # a wrong kind is named before anything is fetched
             return cast(SRUNet, load_backbone(self.backbone, **self.where)), True
-        spec = self.spec
         with seeded(seed):
-            network = SRUNet(
-                spec.variant,
-                in_chans=spec.in_chans,
-                out_chans=spec.out_chans,
-                width=spec.width,
-                stem_kernel=spec.stem_kernel,
-            )
-        return network, False
+            return SRUNet(**unet_args(self.spec)), False
+
+
+def unet_args(spec: UNet3DSpec, *, normalize: bool = False) -> dict[str, Any]:
+    """The arguments of `SRUNet` that a checkpoint folder states: those that change its outputs."""
+    return {
+        "variant": spec.variant,
+        "width": spec.width,
+        "in_chans": spec.in_chans,
+        "out_chans": spec.out_chans,
+        "stem_kernel": spec.stem_kernel,
+        "normalize": normalize,
+    }
 
 
 def segmentation_srunet(start: SRUNet, classes: int, *, seed: int, transfer: bool = True) -> SRUNet:

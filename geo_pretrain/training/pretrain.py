@@ -5,6 +5,7 @@ A run lives in `<out>.run/` (state, log) and ends by writing the checkpoint fold
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geo_pretrain.checkpoint import Checkpoint, check_target, read_checkpoint
+from geo_pretrain.cards import render_card
+from geo_pretrain.catalog.entry import Arch
+from geo_pretrain.catalog.license import License
+from geo_pretrain.checkpoint import Checkpoint, check_target, read_checkpoint, write_checkpoint
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
@@ -22,7 +26,6 @@ from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import total_steps
 from geo_pretrain.training.data.sources.registry import open_source, source_note, source_options
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.export import write_run
 from geo_pretrain.training.licenses import run_license
 from geo_pretrain.training.loop import (
     Budget,
@@ -34,8 +37,8 @@ from geo_pretrain.training.loop import (
     make_optimizer,
     micro_batch_loader,
 )
-from geo_pretrain.training.recipe import STAGE1, Recipe, changes, load_recipe
-from geo_pretrain.training.runs import RunFolder, check_out, run_lock
+from geo_pretrain.training.recipe import STAGE1, Recipe, changes, list_recipes, load_recipe
+from geo_pretrain.training.runs import RunFolder, check_out, code_version, library_versions, run_lock
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
 from geo_pretrain.training.tasks import build_task, task_settings
 
@@ -190,11 +193,7 @@ def train(
         task.skips.reasons.update(skipped)  # type: ignore[call-overload]
     checkpoint = None
     if world.is_main:
-        facts = task.provenance(progress)
-        finished = progress.finished
-        checkpoint = write_run(
-            recipe, out, task.task, source, run.log_file, facts, license, finished=finished, starts=starts
-        )
+        checkpoint = task.write(run, progress, license)
         if progress.finished:
             run.keep_board()
             run.remove()
@@ -225,6 +224,7 @@ class Pretraining(TrainingTask):
         starts: Mapping[str, Path] = {},
     ) -> None:
         self.recipe, self.source, self.pairs, self.world, self.skips = recipe, source, pairs, world, skips
+        self.starts = starts
         self.task = self.module = build_task(recipe, starts)
         self.unit, self.views = self.task.unit, self.task.views
         self.dataset = self.task.dataset(source, pairs)
@@ -276,33 +276,63 @@ class Pretraining(TrainingTask):
         return rate
 
     def identity(self) -> dict[str, Any]:
-        """Recipe and data."""
+        """Recipe and data, also data that samples take from elsewhere than the source."""
         return {
             "recipe": self.recipe.to_yaml(),
             "data": self.source.fingerprint(),
-            "own_data": self.own_data(),
+            "own_data": self.dataset.own_data(),
         }
 
     def changed_settings(self, recipe: str) -> list[str]:
         """Keys in which the recipe of a saved run differs."""
         return changes(recipe, self.recipe.to_yaml())
 
-    def own_data(self) -> dict[str, Any]:
-        """Facts, a fingerprint among them, of data that samples take from elsewhere than the source; often {}."""
-        return self.dataset.own_data()
+    def write(self, run: RunFolder, progress: Progress, license: License) -> Checkpoint:
+        """Write the checkpoint folder atomically: weights, golden values, recipe, log, license, provenance and card.
+
+        `license` is the result of `run_license`, called before the run, since start weights may move meanwhile.
+        """
+        recipe, export = self.recipe, self.task.export()
+        arch = Arch(export.arch, export.arch_args)
+        provenance = self.provenance(progress)
+        made_by = recipe.name if recipe.name in list_recipes() else "recipe.yaml"  # a changed recipe is in the folder
+        finished = progress.finished
+        card = render_card(recipe.name, arch, export.contract, license, provenance, recipe=made_by, finished=finished)
+        return write_checkpoint(
+            run.out,
+            name=recipe.name,
+            arch=arch,
+            contract=export.contract,
+            weights=export.weights,
+            golden=export.golden,
+            license=license,
+            provenance=provenance,
+            recipe_yaml=recipe.to_yaml(),
+            log=run.log_file,
+            card=card,
+            finished=finished,
+            pairing=export.pairing,
+        )
 
     def provenance(self, progress: Progress) -> dict[str, Any]:
-        """Build the provenance of a checkpoint: facts about its training run."""
+        """Facts about the training run."""
+        recipe = self.recipe
         return {
             "data": {
                 "source": self.source.name,
                 "fingerprint": self.source.fingerprint(),
                 "pairs": len(self.pairs),
-                **self.own_data(),
+                **self.dataset.own_data(),
             },
             "steps": progress.step,
             "seconds": round(progress.seconds, 1),
             "processes": self.world.size,
             "device": self.world.device.type,
             "skipped": self.skips.counts(),
+            "seed": recipe.seed,
+            "init": "scratch" if recipe.model is None else recipe.start_of(recipe.model.init, self.starts),
+            "notes": source_note(self.source),
+            "code": code_version(),
+            "python": platform.python_version(),
+            "libraries": library_versions(),
         }

@@ -7,8 +7,9 @@ predicted; other networks have C outputs. Logits are brought to the size of the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from geo_pretrain.adapters.common import encoder_of, parameter_groups
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
-from geo_pretrain.training.distributed import ALONE, World
+from geo_pretrain.training.data.samples.augment import uniform
 from geo_pretrain.training.evaluation.metrics import confusion_matrix
-from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, segmentation_evaluation, share_of
+from geo_pretrain.training.finetune.task import SegmentationTask
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks import PretrainedInit, Segmenter, build_segmenter
 from geo_pretrain.training.visualize.results import draw_predictions
@@ -30,10 +31,9 @@ from geo_pretrain.training.visualize.results import draw_predictions
 CROP_CENTRES = (240, 320)  # the released KITTI loader draws the center of its crop below these, whatever the image
 
 
-class Segmentation(FinetuneTask):
+class Segmentation(SegmentationTask):
     """The task "segmentation" of a fine-tuning run; see `FinetuneTask`."""
 
-    metric = "miou"
     module: Segmenter
     contract: ImageContract
 
@@ -43,6 +43,7 @@ class Segmentation(FinetuneTask):
         self.recipe, self.classes, self.contract = recipe, tuple(classes), contract
         self.module, self.transferred = build_segmenter(recipe.network, start, len(classes), seed=recipe.seed)
         self.first = 0 if recipe.network.kind == "unet" else 1  # class of the first output
+        self.exact = recipe.match_released_code
         self._normalize = contract.transforms(resize=False)
 
     def sample(self, image: LabelledImage, generator: torch.Generator) -> dict[str, Tensor]:
@@ -50,16 +51,16 @@ class Segmentation(FinetuneTask):
         pixels, labels = self._sized(image)
         augment = self.recipe.data.augment
         if augment.rotate:
-            angle = _uniform(-augment.rotate, augment.rotate, generator)
+            angle = uniform(-augment.rotate, augment.rotate, generator)
             pixels, labels = pixels.rotate(angle, self._resampling()), labels.rotate(angle, Image.Resampling.NEAREST)
         if augment.crop is not None:
-            box = crop_box(labels.size[::-1], augment.crop, generator, image.id, self.recipe.match_released_code)
+            box = crop_box(labels.size[::-1], augment.crop, generator, image.id, self.exact)
             pixels, labels = pixels.crop(box), labels.crop(box)
-        if _uniform(0, 1, generator) < augment.flip:
+        if uniform(0, 1, generator) < augment.flip:
             mirror = Image.Transpose.FLIP_LEFT_RIGHT
             pixels, labels = pixels.transpose(mirror), labels.transpose(mirror)
-        tensor = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-        if _uniform(0, 1, generator) < augment.blur:
+        tensor = _tensor(pixels)
+        if uniform(0, 1, generator) < augment.blur:
             from torchvision.transforms.v2 import functional as tvf
 
             tensor = tvf.gaussian_blur(tensor, [augment.blur_kernel] * 2)
@@ -95,21 +96,12 @@ class Segmentation(FinetuneTask):
         """The encoder, or the whole U-Net if its decoder is transferred too."""
         return self.module.network if self.transferred == "all" else encoder_of(self.module.network)
 
-    @torch.no_grad()
-    def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
-        """mIoU, accuracy and per-class IoU over these images; the details hold the confusion matrix."""
-        exact = self.recipe.match_released_code
-        outputs = len(self.classes) + 1
-        own = np.zeros((outputs, outputs), np.int64)
-        for batch in share_of(ids, self.recipe.evaluate.batch, world):
-            for _, truth, predicted in self.predictions(source, batch):
-                own += confusion_matrix(truth, predicted, outputs)
-        total = np.sum(cast(list[np.ndarray], world.all_gather_object(own)), axis=0)
-        if not total.sum():
-            raise DataError(f"No labelled pixel in {len(ids)} images of {source.name!r}, split {source.split!r}.")
-        return segmentation_evaluation(total, self.classes, images=len(ids), match_released_code=exact)
+    def confusion(self, source: LabelledSource, ids: Sequence[str]) -> np.ndarray:
+        """Count labelled pixels by true and predicted class."""
+        outputs = 1 + len(self.classes)
+        found = [confusion_matrix(truth, guess, outputs) for _, truth, guess in self.predictions(source, ids)]
+        return np.sum(found, axis=0)  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
         """Draw one row per image: image, ground truth and prediction, all resized to the first image's size."""
         rows = [(i.image, truth.numpy(), [guess.numpy()]) for i, truth, guess in self.predictions(source, ids)]
@@ -117,8 +109,7 @@ class Segmentation(FinetuneTask):
 
     def protocol_deviations(self) -> dict[str, str]:
         """Map each accident of the released protocol to what this run does about it."""
-        exact, data = self.recipe.match_released_code, self.recipe.data
-        size = self.truth_size()
+        exact, data, size = self.exact, self.recipe.data, self.truth_size()
         found = {
             "image resize": f"{self.recipe.resize()}{_published(self.recipe.resize() == 'nearest')}",
             "size IoU is measured at": (
@@ -138,34 +129,22 @@ class Segmentation(FinetuneTask):
 
     def truth_size(self) -> tuple[int, int] | None:
         """The size to which labels are resized before the comparison; None: no resizing."""
-        return (self.recipe.evaluate.size or self.recipe.data.size) if self.recipe.match_released_code else None
+        return (self.recipe.evaluate.size or self.recipe.data.size) if self.exact else None
 
+    @torch.no_grad()
     def predictions(self, source: LabelledSource, ids: Sequence[str]) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:
         """Yield each image with its labels and predicted classes, int64 [H, W] on the CPU."""
         self.module.eval()
         device = next(self.module.parameters()).device
-        pending: list[tuple[LabelledImage, Tensor, Tensor]] = []
-        for position, id in enumerate(ids):
-            image = source.load(id)
-            pixels, _ = self._sized(image)
-            tensor = self._normalize(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
-            if pending and tensor.shape != pending[0][1].shape:
-                yield from self._flush(pending, device)
-                pending = []
-            pending.append((image, tensor, self._truth(image)))
-            if len(pending) == self.recipe.evaluate.batch or position == len(ids) - 1:
-                yield from self._flush(pending, device)
-                pending = []
-
-    def _flush(
-        self, pending: list[tuple[LabelledImage, Tensor, Tensor]], device: torch.device
-    ) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:
-        logits, _ = self.module(torch.stack([tensor for _, tensor, _ in pending]).to(device))
-        for number, (image, _, truth) in enumerate(pending):
-            full = upsample(logits[number : number + 1], truth.shape)
-            first = 0 if self.recipe.match_released_code and self.first == 0 else 1
-            predicted = full[:, first - self.first :].argmax(1)[0] + first
-            yield image, truth, predicted.cpu()
+        lowest = 0 if self.exact and self.first == 0 else 1  # class that may be predicted
+        loaded = ((image, self._normalize(_tensor(self._sized(image)[0]))) for image in map(source.load, ids))
+        for _, same_size in groupby(loaded, key=lambda one: one[1].shape):
+            while batch := list(islice(same_size, self.recipe.evaluate.batch)):
+                logits, _ = self.module(torch.stack([tensor for _, tensor in batch]).to(device))
+                for (image, _), output in zip(batch, logits, strict=True):
+                    truth = self._truth(image)
+                    full = upsample(output[None], truth.shape)[0]
+                    yield image, truth, (full[lowest - self.first :].argmax(0) + lowest).cpu()
 
     def _truth(self, image: LabelledImage) -> Tensor:
         labels = self._labels(image)
@@ -237,8 +216,9 @@ def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def _uniform(low: float, high: float, generator: torch.Generator) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
+def _tensor(pixels: Image.Image) -> Tensor:
+    """uint8 [3, H, W] of an RGB image."""
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def _published(exact: bool) -> str:

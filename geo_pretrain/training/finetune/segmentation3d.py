@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import VoxelContract
-from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.errors import BadFrame
 from geo_pretrain.training.data.labelled.clouds import (
     LabelledCloud,
     batch_voxels,
@@ -26,18 +26,17 @@ from geo_pretrain.training.data.labelled.clouds import (
     voxels_of,
 )
 from geo_pretrain.training.data.labelled.image import LabelledSource
-from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.metrics import best_class, confusion_matrix
-from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, segmentation_evaluation, share_of
+from geo_pretrain.training.finetune.task import SegmentationTask
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks3d import PretrainedInit3D, segmentation_srunet
 from geo_pretrain.training.visualize.results import draw_predictions
 
 
-class CloudSegmentation(FinetuneTask):
+class CloudSegmentation(SegmentationTask):
     """The task "segmentation3d"; see `FinetuneTask`."""
 
-    metric = "miou"
+    counted = "voxel", "clouds"
     module: SRUNet
     contract: VoxelContract
 
@@ -78,16 +77,10 @@ class CloudSegmentation(FinetuneTask):
         """The whole U-Net."""
         return self.module
 
-    def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
-        """mIoU, accuracy and per-class IoU over the labelled voxels of these frames' unaugmented clouds."""
-        outputs = 1 + len(self.classes)
-        own = np.zeros((outputs, outputs), np.int64)
-        for (name,) in share_of(ids, 1, world):
-            own += cloud_confusion(self.module, self.contract, self.load(source, name))
-        total = np.sum(cast(list[np.ndarray], world.all_gather_object(own)), axis=0)
-        if not total.sum():
-            raise DataError(f"No labelled voxel in {len(ids)} clouds of {source.name!r}, split {source.split!r}.")
-        return segmentation_evaluation(total, self.classes, images=len(ids), match_released_code=False)
+    def confusion(self, source: LabelledSource, ids: Sequence[str]) -> np.ndarray:
+        """Count the labelled voxels of these frames' unaugmented clouds by true and predicted class."""
+        found = [cloud_confusion(self.module, self.contract, self.load(source, name)) for name in ids]
+        return np.sum(found, axis=0)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:

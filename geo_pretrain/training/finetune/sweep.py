@@ -23,7 +23,7 @@ import yaml
 from geo_pretrain import hub
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.files import write_text
-from geo_pretrain.training.config import parse
+from geo_pretrain.training.config import changes, parse
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.distributed import World, join
@@ -200,15 +200,8 @@ def run_recipe(recipe: FinetuneRecipe, fraction: float, seed: int) -> FinetuneRe
 
 
 def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
-    """List the keys outside `FREE` whose values differ, such as "optim.lr 0.01 -> 0.02"."""
-    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
-    keys = [key for key in {**before, **after} if key not in FREE]
-    gone = object()
-    return [
-        f"{key} {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
-        for key in keys
-        if before.get(key, gone) != after.get(key, gone)
-    ]
+    """List the keys outside `FREE` whose values differ, such as "optim.lr: 0.01 -> 0.02"."""
+    return changes(old.to_yaml(), new.to_yaml(), FinetuneRecipe, ignore=FREE)
 
 
 def read_sweep(out: Path) -> SweepResult:
@@ -358,17 +351,6 @@ def _changed(recipe: FinetuneRecipe) -> tuple[str, ...]:
     if recipe.name not in list_finetune_recipes():
         return ()
     return tuple(differences(load_finetune_recipe(recipe.name), recipe))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to dotted keys; tuples become lists."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _slug(label: str) -> str:

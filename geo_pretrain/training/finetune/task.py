@@ -10,16 +10,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.metrics import class_iou, mean_iou, pixel_accuracy
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 
 T = TypeVar("T")
 
@@ -84,15 +86,33 @@ class FinetuneTask(ABC):
         """Map each accident of the released protocol to what this run does about it, in words."""
 
 
-def segmentation_evaluation(
-    confusion: np.ndarray, classes: Sequence[str], *, images: int, match_released_code: bool
-) -> Evaluation:
-    """mIoU, accuracy and per-class IoU of a confusion matrix [1 + C, 1 + C], which the details keep."""
-    values = class_iou(confusion, match_released_code=match_released_code)
-    iou = {name: None if np.isnan(value) else float(value) for name, value in zip(classes, values, strict=True)}
-    miou = mean_iou(confusion, match_released_code=match_released_code)
-    scores = {"miou": miou, "accuracy": pixel_accuracy(confusion)}
-    return Evaluation(scores, {"iou": iou}, {"confusion": confusion.tolist(), "images": images})
+class SegmentationTask(FinetuneTask):
+    """A task measured by mIoU, accuracy and per-class IoU from one confusion matrix over all images."""
+
+    metric = "miou"
+    recipe: FinetuneRecipe
+    classes: tuple[str, ...]
+    counted = "pixel", "images"
+    exact = False  # whether IoU counts as the released code does
+
+    @abstractmethod
+    def confusion(self, source: LabelledSource, ids: Sequence[str]) -> np.ndarray:
+        """The confusion matrix over these images, rows = truth: int64 [1 + C, 1 + C]."""
+
+    def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
+        """Add the confusion matrices of all processes; the details hold the sum."""
+        own = np.zeros((1 + len(self.classes),) * 2, np.int64)
+        for batch in share_of(ids, self.recipe.evaluate.batch, world):
+            own += self.confusion(source, batch)
+        total = np.sum(cast(list[np.ndarray], world.all_gather_object(own)), axis=0)
+        if not total.sum():
+            thing, places = self.counted
+            raise DataError(f"No labelled {thing} in {len(ids)} {places} of {source.name!r}, split {source.split!r}.")
+        values = class_iou(total, match_released_code=self.exact)
+        iou = {name: None if np.isnan(v) else float(v) for name, v in zip(self.classes, values, strict=True)}
+        miou = mean_iou(total, match_released_code=self.exact)
+        scores = {"miou": miou, "accuracy": pixel_accuracy(total)}
+        return Evaluation(scores, {"iou": iou}, {"confusion": total.tolist(), "images": len(ids)})
 
 
 def share_of(items: Sequence[T], batch: int, world: World) -> list[list[T]]:

@@ -16,9 +16,10 @@ from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import CloudPairSamples, Features, PairCloudConfig, collate_clouds
 from geo_pretrain.training.data.samples.sampler import Samples
+from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
-from geo_pretrain.training.tasks.voxels import encode, unet_args, voxel_contract
+from geo_pretrain.training.tasks.voxels import encode, voxel_contract
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from geo_pretrain.geometry import transform
 from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import Features
-from geo_pretrain.training.losses import partition_info_nce
+from geo_pretrain.training.losses.contrastive import partition_info_nce
 from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs
 from geo_pretrain.training.tasks.matching import one_match_each
 

@@ -23,7 +23,8 @@ from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.losses import crd_loss, crd_scores, kl_distillation, l2_distillation, queue_nce
+from geo_pretrain.training.losses.contrastive import queue_nce
+from geo_pretrain.training.losses.distillation import crd_loss, crd_scores, kl_distillation, l2_distillation
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, find_teacher
 from geo_pretrain.training.tasks.teachers import Teacher, load_classifier

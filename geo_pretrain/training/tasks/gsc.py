@@ -21,8 +21,7 @@ from geo_pretrain.training.data.samples.sampler import Samples, sample_seed
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES
 from geo_pretrain.training.data.surfaces.sets import Kind
 from geo_pretrain.training.initialize import initialize_heads
-from geo_pretrain.training.losses import set_info_nce
-from geo_pretrain.training.losses.sets import Denominator
+from geo_pretrain.training.losses.sets import Denominator, set_info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import TaskConfig
 from geo_pretrain.training.tasks.images import ImageUNetTask

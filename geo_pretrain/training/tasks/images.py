@@ -11,7 +11,7 @@ from geo_pretrain.backbones.architectures import encoder_arch
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.training.initialize import initialize
-from geo_pretrain.training.losses import depth_loss
+from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from geo_pretrain.backbones.architectures import Arch
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.training.config import Checks
-from geo_pretrain.training.losses import anchor_nce
+from geo_pretrain.training.losses.contrastive import anchor_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.matching import nearest_cells, sample_map
 from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size

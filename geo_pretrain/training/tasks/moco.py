@@ -26,7 +26,7 @@ from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.single_images import CropSamples, Mix, list_images
 from geo_pretrain.training.distributed import World, forward_in_groups
 from geo_pretrain.training.initialize import initialize
-from geo_pretrain.training.losses import queue_nce
+from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
 

@@ -26,7 +26,7 @@ from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewConfig, collate_views
 from geo_pretrain.training.initialize import initialize_encoder
-from geo_pretrain.training.losses import nt_xent
+from geo_pretrain.training.losses.contrastive import nt_xent
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.training.config import Checks
-from geo_pretrain.training.losses import hardest_contrastive, info_nce
+from geo_pretrain.training.losses.contrastive import hardest_contrastive, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs
 from geo_pretrain.training.tasks.matching import draw, one_match_each

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.config import Checks
-from geo_pretrain.training.losses import kl_distillation
+from geo_pretrain.training.losses.distillation import kl_distillation
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.matching import sample_map
 from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size

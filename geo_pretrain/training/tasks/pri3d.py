@@ -26,12 +26,13 @@ from geo_pretrain.training.data.samples.clouds import ChunkPairSamples, Features
 from geo_pretrain.training.data.samples.pairs import PairSamples
 from geo_pretrain.training.data.samples.sampler import Samples, collate, sample_seed
 from geo_pretrain.training.initialize import initialize_heads
-from geo_pretrain.training.losses import info_nce
+from geo_pretrain.training.losses.contrastive import info_nce
+from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Export, TaskConfig, copy_network, export_network
 from geo_pretrain.training.tasks.images import ImageUNetTask
 from geo_pretrain.training.tasks.matching import gather_cells, half_resolution_cell, sample_matches
-from geo_pretrain.training.tasks.voxels import encode, unet_args
+from geo_pretrain.training.tasks.voxels import encode
 
 PROJECTION = 64  # channels in which pixels and voxels are compared
 CAMERA = ("depth", "intrinsics", "cam_to_world")  # what a batch holds of each frame, beside its image
@@ -79,7 +80,7 @@ class Pri3D(ImageUNetTask):
         if config.geo:
             spec = recipe.network3d()
             self.voxel_size = spec.voxel_size
-            self.arch_args3d = unet_args(spec, normalize=False)
+            self.arch_args3d = unet_args(spec)
             self.backbone3d = SRUNet(**self.arch_args3d, bn_momentum=spec.bn_momentum, init="kaiming")
             self.w2d = nn.Linear(self.backbone.out_chans, PROJECTION)
             self.w3d = nn.Linear(spec.out_chans, PROJECTION)

@@ -17,7 +17,7 @@ from geo_pretrain.training.config import Checks
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.single_images import TwoColorViews
-from geo_pretrain.training.losses import info_nce
+from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import TaskConfig
 from geo_pretrain.training.tasks.images import ImageUNetTask

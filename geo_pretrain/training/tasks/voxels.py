@@ -1,8 +1,6 @@
-"""Shared parts of tasks with a sparse 3D network: its arguments, its contract, a forward pass over a batch."""
+"""Shared parts of tasks with a sparse 3D network: its contract, a forward pass over a batch."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +11,6 @@ from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.recipe import UNet3DSpec
 
 CHANNELS = {"ones": ("one", "one", "one"), "rgb": ("R", "G", "B")}
-
-
-def unet_args(spec: UNet3DSpec, *, normalize: bool) -> dict[str, Any]:
-    """The arguments of `SRUNet` that a checkpoint folder states: those that change its outputs."""
-    return {
-        "variant": spec.variant,
-        "width": spec.width,
-        "in_chans": spec.in_chans,
-        "out_chans": spec.out_chans,
-        "stem_kernel": spec.stem_kernel,
-        "normalize": normalize,
-    }
 
 
 def voxel_contract(spec: UNet3DSpec, features: Features) -> VoxelContract:

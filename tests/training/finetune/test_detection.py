@@ -139,10 +139,7 @@ def generator(seed=0):
 def bare(**changes):
     """A task whose network is never asked: `sample` and `protocol_deviations` do without."""
     made = recipe(**changes)
-    task = object.__new__(Detection)
-    task._build = lambda *args, **load: nn.Identity()
-    task.__init__(made, _Nowhere("scratch", made.network.encoder), CLASSES, ImageContract())
-    return task
+    return Detection(made, _Nowhere("scratch", made.network.encoder), CLASSES, ImageContract())
 
 
 class _Nowhere(PretrainedInit):
@@ -375,7 +372,7 @@ def test_the_report_says_which_accidents_were_reproduced(name):
         made = dataclasses.replace(load_finetune_recipe(name), match_released_code=exact)
         task = Detection(made, _Nowhere("imagenet", 50), CLASSES, ImageContract())
         said[exact] = task.protocol_deviations()
-        assert task.score_threshold == (0.5 if exact else 0.05)
+        assert task.setup.score_threshold == (0.5 if exact else 0.05)
     keys = {"images without objects", "score threshold", "input", "place of the stride", "ImageNet weights", "host"}
     assert set(said[True]) == set(said[False]) == keys
     for key in keys - {"ImageNet weights", "host"}:
@@ -387,8 +384,8 @@ def test_the_report_says_which_accidents_were_reproduced(name):
 def test_the_coco_protocol_has_none_of_the_inputs_accidents():
     made = dataclasses.replace(load_finetune_recipe("coco_mask_rcnn_r50"), match_released_code=True)
     task = Detection(made, _Nowhere("imagenet", 50), CLASSES, ImageContract())
-    assert not task.msra
-    assert task.score_threshold == 0.05
+    assert not task.setup.msra
+    assert task.setup.score_threshold == 0.05
     assert set(task.protocol_deviations()) == {"images without objects", "ImageNet weights", "BatchNorm", "host"}
 
 
@@ -407,8 +404,8 @@ def test_recipes_of_the_papers(name):
     batch, lr, rois, freeze, norm, head = PAPER[name]
     task = Detection(made, _Nowhere("scratch", "resnet50"), CLASSES, ImageContract())
     o = made.optim
-    assert (o.batch, o.lr, task.options.roi_batch, made.network.freeze) == (batch, lr, rois, freeze)
-    assert (task.options.norm, task.options.box_head, made.network.kind, made.network.encoder) == (
+    assert (o.batch, o.lr, task.setup.options.roi_batch, made.network.freeze) == (batch, lr, rois, freeze)
+    assert (task.setup.options.norm, task.setup.options.box_head, made.network.kind, made.network.encoder) == (
         norm, head, "mask_rcnn", "resnet50"
     )  # fmt: skip
     assert (o.momentum, o.dampening, o.weight_decay, o.steps) == (0.9, 0, 1e-4, 90_000)
@@ -418,8 +415,8 @@ def test_recipes_of_the_papers(name):
     assert made.data.source == name.partition("_")[0]
     assert (made.data.augment.flip, made.data.augment.shorter, made.data.augment.longer) == (0.5, (640, 800), 1333)
     assert made.data.size is None
-    assert task.options.anchors == (32, 64, 128, 256, 512)
-    assert task.options.proposals == 1000
+    assert task.setup.options.anchors == (32, 64, 128, 256, 512)
+    assert task.setup.options.proposals == 1000
     assert not made.match_released_code
 
 

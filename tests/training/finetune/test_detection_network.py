@@ -15,10 +15,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.catalog import Arch
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.finetune.detection import (
-    coco_detections,
-    stride_in_1x1,
-)
+from geo_pretrain.training.finetune.detection import coco_detections
+from geo_pretrain.training.finetune.detector import stride_in_1x1
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from tests.training.finetune.test_detection import (  # noqa: F401 (one_thread is a fixture)
     HEIGHT,
@@ -134,7 +132,7 @@ def test_the_shorter_side_is_drawn_and_fixed_for_measuring(plain):
 
 
 def sides_of(made):
-    from geo_pretrain.training.finetune.detection import _sides
+    from geo_pretrain.training.finetune.detector import _sides
 
     return _sides(made.data.size, made.data.augment)
 
@@ -186,7 +184,7 @@ def test_a_start_from_scratch_is_not_frozen_unless_released_so():
     task = task_of(**frozen)
     assert frozen_stages(task) == [False] * 5
     assert norms(encoder_of(task.module)) == {nn.BatchNorm2d}
-    assert task.thawed
+    assert task.setup.thawed
     assert "trained with BatchNorm from scratch" in task.protocol_deviations()["frozen random layers"]
     exact = bare(match_released_code=True, **frozen)
     assert not exact.thawed
@@ -218,7 +216,7 @@ def test_a_checkpoint_folder_brings_its_encoder_and_contract(tmp_path):
     assert len(encoder) == 20 * 5  # 20 convolutions and their norms, which do not count
     assert frozen_stages(task) == [True, True, False, False, False]
     assert norms(task.module) == {FrozenBatchNorm2d}
-    assert not task.thawed
+    assert not task.setup.thawed
     scratch, mine = task_of().module.state_dict(), task.module.state_dict()
     assert all(torch.equal(mine[key], scratch[key]) for key in mine if not key.startswith("backbone.body"))
 

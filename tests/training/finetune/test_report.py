@@ -84,11 +84,11 @@ def test_the_page_says_what_the_numbers_are():
     assert "Not run yet" not in text
     assert "differs from" not in text
     more = dataclasses.replace(
-        RESULT, missing=("scratch, 40 %",), changed=("optim.lr 0.01 -> 0.1",), paper=(), protocol_deviations={}
+        RESULT, missing=("scratch, 40 %",), changed=("optim.lr: 0.01 -> 0.1",), paper=(), protocol_deviations={}
     )
     text = markdown(more)
     assert "Not run yet: scratch, 40 %." in text
-    assert "differs from `scannet_unet_r50` as shipped: optim.lr 0.01 -> 0.1." in text
+    assert "differs from `scannet_unet_r50` as shipped: optim.lr: 0.01 -> 0.1." in text
     assert "not measured here" not in text
     assert "curve.png" not in text
     assert "protocol" not in text

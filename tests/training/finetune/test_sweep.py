@@ -171,7 +171,7 @@ def test_another_recipe_in_the_same_folder_is_refused_by_key(tmp_path, recipe, w
     run_sweep(recipe, ["scratch"], [1.0], [0], tmp_path / "s")
     other = tiny_recipe(tmp_path, "optim.lr=0.1", "data.augment.flip=0.5")
     with pytest.raises(
-        RecipeError, match=r"data.augment.flip 0.0 -> 0.5; optim.lr 0.05 -> 0.1\. .*choose another --out"
+        RecipeError, match=r"data.augment.flip: 0.0 -> 0.5; optim.lr: 0.05 -> 0.1\. .*choose another --out"
     ):
         run_sweep(other, ["scratch"], [1.0], [1], tmp_path / "s")
     assert len(written.calls) == 1
@@ -184,12 +184,12 @@ def test_differences_name_each_key_once(tmp_path, recipe):
     assert differences(recipe, recipe) == []
     other = tiny_recipe(tmp_path, "data.options={labelled: 3}", "data.size=[32, 96]", "optim.steps=", "optim.epochs=2")
     assert differences(recipe, other) == [
-        "data.size [64, 96] -> [32, 96]",
-        "optim.steps 2 -> None",
-        "optim.epochs None -> 2.0",
-        "data.options.labelled absent -> 3",
+        "data.size: [64, 96] -> [32, 96]",
+        "data.options.labelled: (none) -> 3",
+        "optim.steps: 2 -> None",
+        "optim.epochs: None -> 2.0",
     ]
-    assert "data.options.labelled 3 -> absent" in differences(other, recipe)
+    assert "data.options.labelled: 3 -> (none)" in differences(other, recipe)
 
 
 def test_a_folder_whose_weights_changed_is_refused(tmp_path, recipe, written):
@@ -315,7 +315,7 @@ def test_a_run_put_in_by_hand_must_be_of_the_recipe(tmp_path, recipe, written):
     kept = tmp_path / "s" / "runs" / "scratch" / "100" / "seed0" / "recipe.yaml"
     text = kept.read_text()
     kept.write_text(text.replace("lr: 0.05", "lr: 0.2"))
-    with pytest.raises(RecipeError, match=r"seed0: this run has another recipe: optim.lr 0.05 -> 0.2"):
+    with pytest.raises(RecipeError, match=r"seed0: this run has another recipe: optim.lr: 0.05 -> 0.2"):
         read_sweep(tmp_path / "s")
     kept.write_text(text.replace("\nseed: 0", "\nseed: 4"))
     with pytest.raises(RecipeError, match="seed 0 -> 4"):
@@ -451,6 +451,6 @@ def test_a_recipe_that_is_not_the_shipped_one_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "finetune", Written())
     recipe = load_finetune_recipe("scannet_unet_r18", ["optim.batch=8", "data.path=/data/scannet", "workers=0"])
     result = run_sweep(recipe, ["scratch"], [1.0], [0], tmp_path / "s")
-    assert result.changed == ("optim.batch 64 -> 8",)
+    assert result.changed == ("optim.batch: 64 -> 8",)
     assert {row.backbone for row in result.paper} == set(TABLES["scannet_unet_r18"])
     assert [row["value"] for row in result.to_dict()["reported_by_papers"] if row["backbone"] == "scratch"] == [0.375]

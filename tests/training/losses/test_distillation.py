@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from geo_pretrain.training import losses
+from geo_pretrain.training.losses import distillation as losses
 from tests.training.losses.test_contrastive import close
 
 

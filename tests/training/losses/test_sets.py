@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from geo_pretrain.training.losses import set_info_nce
+from geo_pretrain.training.losses.sets import set_info_nce
 from tests.training.losses.test_contrastive import close
 
 

@@ -15,11 +15,12 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.sparse import SparseTensor
-from geo_pretrain.training import losses
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.loop import make_optimizer
+from geo_pretrain.training.losses.contrastive import queue_nce
+from geo_pretrain.training.losses.distillation import kl_distillation, l2_distillation
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.global_distillation import encoder_map, pool
@@ -107,10 +108,10 @@ def test_every_weight_that_is_trained_is_reached_and_the_teacher_is_not(tiny_rec
 
 def test_losses_of_a_batch_are_those_of_pooled_features(tiny_recipe):
     for name, settings, loss in (
-        ("gupta", {}, losses.l2_distillation),
-        ("gupta", {"form": "norm"}, partial(losses.l2_distillation, form="norm")),
-        ("global_kd", {}, losses.kl_distillation),
-        ("global_kd", {"temperature": 3.0}, partial(losses.kl_distillation, temperature=3.0)),
+        ("gupta", {}, l2_distillation),
+        ("gupta", {"form": "norm"}, partial(l2_distillation, form="norm")),
+        ("global_kd", {}, kl_distillation),
+        ("global_kd", {"temperature": 3.0}, partial(kl_distillation, temperature=3.0)),
     ):
         task, batch = tiny_batch(tiny_recipe, name, TASKS[name] | settings)
         task.eval()
@@ -133,7 +134,7 @@ def test_crd_of_a_batch_contrasts_unit_features_with_the_queue_or_drawn_rows(tin
             student, teacher = (F.normalize(f, dim=1) for f in (task.head(cloud), task.key(image)))
             (got,) = task(batch).values()
             if name == "crd":
-                want = losses.queue_nce(student, teacher, task.queue, temperature=temperature or 0.07)
+                want = queue_nce(student, teacher, task.queue, temperature=temperature or 0.07)
             else:
                 drawn = [torch.randint(6, (5,), generator=torch.Generator().manual_seed(s)) for s in batch["seed"]]
                 rows = torch.stack([torch.tensor([own, *d]) for own, d in zip(batch["index"], drawn, strict=True)])
@@ -220,7 +221,7 @@ def test_a_classifier_brings_its_classes(tiny_recipe, tmp_path, monkeypatch):
     with torch.no_grad():
         (got,) = task(batch).values()
         student = task.head(pool(task.backbone.pyramid(SparseTensor(batch["coords"], batch["feats"]))[-1]))
-        want = losses.kl_distillation(student, network(batch["image"]))
+        want = kl_distillation(student, network(batch["image"]))
     assert student.shape == (3, 1000)
     assert task.heads().keys() == {"head.weight", "head.bias"}  # torchvision's layer is not ours to keep
     assert got.item() == pytest.approx(want.item(), rel=1e-4)

@@ -21,7 +21,7 @@ from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.pairs import check_labels
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
-from geo_pretrain.training.losses import depth_loss
+from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.pretrain import needs_stage1, run_recipe
 from geo_pretrain.training.recipe import load_recipe, load_stage1
 from geo_pretrain.training.tasks import build_task, gsc

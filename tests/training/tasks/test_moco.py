@@ -21,7 +21,7 @@ from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import World, forward_in_groups
 from geo_pretrain.training.loop import make_optimizer
-from geo_pretrain.training.losses import queue_nce
+from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task, moco
 from geo_pretrain.training.tasks.moco import groups_of

@@ -14,7 +14,7 @@ from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.losses import anchor_nce, nt_xent
+from geo_pretrain.training.losses.contrastive import anchor_nce, nt_xent
 from geo_pretrain.training.recipe import list_recipes, load_recipe
 from geo_pretrain.training.tasks import build_task
 from tests.training.test_loop import Stop, logged, run_here, stop_at

@@ -17,7 +17,7 @@ from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.pairs import PairSamples
 from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.losses import depth_loss
+from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.matching import half_resolution_cell, sample_matches

@@ -12,7 +12,7 @@ from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.losses import depth_loss
+from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.matching import sample_matches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import file_name
 
 
-def coco_json(source: LabelledSource, *, rle: bool = True, skips: SkippedFrames | None = None) -> dict[str, Any]:
+def coco_json(
+    source: LabelledSource, ids: Sequence[str] | None = None, *, rle: bool = True, skips: SkippedFrames | None = None
+) -> dict[str, Any]:
     """Convert a source to COCO's tree of images, annotations and categories, ready for JSON.
 
-    Image ids count the source's `ids()` from 1 ("source_id" is the id itself), category ids are the classes 1..C, areas
-    are those of the masks. `rle=False` leaves the masks out: boxes only. Unusable images are left out and added to
-    `skips`; without one they raise `BadFrame`.
+    Image ids count `ids` (None: the source's) from 1 ("source_id" is the id itself), category ids are the classes
+    1..C, areas are those of the masks. `rle=False` leaves the masks out: boxes only. Unusable images are left out and
+    added to `skips`; without one they raise `BadFrame`.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, id in enumerate(source.ids(), 1):
+    for number, id in enumerate(source.ids() if ids is None else ids, 1):
         try:
             image = source.load(id)
         except BadFrame as bad:
