@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from geo_pretrain.errors import GeoPretrainError, RecipeError
-from geo_pretrain.training.data.samples.sampler import MicroBatches
+from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.recipe import OptimSpec
+from geo_pretrain.training.finetune_recipe import FinetuneOptim, FinetuneRecipe
+from geo_pretrain.training.recipe import OptimSpec, Recipe
 from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, stop_requests, write_nothing
 
 
@@ -109,6 +110,53 @@ class TrainingTask(ABC):
     def evaluate(self, step: int) -> dict[str, float]:
         """Measure `module`, which may be left in evaluation mode; scores for the log."""
         raise NotImplementedError
+
+
+class RecipeTask(TrainingTask):
+    """A task of a recipe: its budget, and its micro-batches of a dataset indexed by (epoch, position)."""
+
+    def __init__(
+        self,
+        recipe: Recipe | FinetuneRecipe,
+        module: nn.Module,
+        dataset: Dataset[Any],
+        collate: Callable[[list[Any]], Any],
+        world: World,
+    ) -> None:
+        self.recipe, self.module, self.dataset, self.collate, self.world = recipe, module, dataset, collate, world
+        optim, self.samples = recipe.optim, len(dataset)  # type: ignore[arg-type]
+        self.budget = Budget(
+            steps=total_steps(self.samples, optim.batch, optim.epochs, optim.steps),
+            batch=optim.batch,
+            accumulate=optim.accumulate,
+            save_every=recipe.save_every,
+            clip_norm=optim.clip_norm if isinstance(optim, FinetuneOptim) else None,
+        )
+        # channels_last is about 10 % faster on CPU and more on CUDA, and the same on every resume.
+        module.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """Micro-batches of this process, from step `start` on."""
+        recipe, budget, world = self.recipe, self.budget, self.world
+        keys = MicroBatches(
+            self.samples,
+            batch=budget.batch,
+            accumulate=budget.accumulate,
+            rank=world.rank,
+            world=world.size,
+            start=start,
+            steps=budget.steps,
+            seed=recipe.seed,
+        )
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=keys,
+            num_workers=min(recipe.workers, os.cpu_count() or 1),  # more would only be in each other's way
+            collate_fn=self.collate,
+            generator=torch.Generator().manual_seed(recipe.seed),  # keeps the loader off the global generator
+            pin_memory=world.device.type == "cuda",
+        )
+        return iter(loader)
 
 
 @dataclass
@@ -284,38 +332,6 @@ def make_optimizer(spec: OptimSpec, module: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.Adam(trained, lr=spec.lr, weight_decay=spec.weight_decay)
     return torch.optim.SGD(
         trained, lr=spec.lr, momentum=spec.momentum, dampening=spec.dampening, weight_decay=spec.weight_decay
-    )
-
-
-def micro_batch_loader(
-    dataset: Dataset[Any],
-    samples: int,
-    budget: Budget,
-    world: World,
-    collate: Callable[[list[Any]], Any],
-    *,
-    start: int,
-    seed: int,
-    workers: int,
-) -> DataLoader[Any]:
-    """The micro-batches of one process from step `start` on, of a dataset indexed by (epoch, position < `samples`)."""
-    batches = MicroBatches(
-        samples,
-        batch=budget.batch,
-        accumulate=budget.accumulate,
-        rank=world.rank,
-        world=world.size,
-        start=start,
-        steps=budget.steps,
-        seed=seed,
-    )
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=min(workers, os.cpu_count() or 1),  # more would only be in each other's way
-        collate_fn=collate,
-        generator=torch.Generator().manual_seed(seed),  # keeps the loader off the global generator
-        pin_memory=world.device.type == "cuda",
     )
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from geo_pretrain.cards import render_card
@@ -23,20 +22,11 @@ from geo_pretrain.errors import RecipeError
 from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
 from geo_pretrain.training.data.mining import find_pairs
-from geo_pretrain.training.data.samples.sampler import total_steps
+from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.sources.registry import open_source, source_note, source_options
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.licenses import run_license
-from geo_pretrain.training.loop import (
-    Budget,
-    Progress,
-    StepInfo,
-    TrainingTask,
-    check_batch,
-    fit,
-    make_optimizer,
-    micro_batch_loader,
-)
+from geo_pretrain.training.loop import Progress, RecipeTask, StepInfo, check_batch, fit, make_optimizer
 from geo_pretrain.training.recipe import STAGE1, Recipe, changes, list_recipes, load_recipe
 from geo_pretrain.training.runs import RunFolder, check_out, code_version, library_versions, run_lock
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
@@ -209,9 +199,11 @@ def check_checkpoint_out(out: Path, name: str, *, overwrite: bool) -> None:
     check_out(out, "config.json", "a checkpoint", overwrite=overwrite)
 
 
-class Pretraining(TrainingTask):
+class Pretraining(RecipeTask):
     """A pretext task with the data, optimizer and schedule of its recipe."""
 
+    recipe: Recipe
+    dataset: Samples
     logs_rate = True
 
     def __init__(
@@ -223,44 +215,22 @@ class Pretraining(TrainingTask):
         skips: SkippedFrames,
         starts: Mapping[str, Path] = {},
     ) -> None:
-        self.recipe, self.source, self.pairs, self.world, self.skips = recipe, source, pairs, world, skips
-        self.starts = starts
-        self.task = self.module = build_task(recipe, starts)
+        self.source, self.pairs, self.skips, self.starts = source, pairs, skips, starts
+        self.task = build_task(recipe, starts)
         self.unit, self.views = self.task.unit, self.task.views
-        self.dataset = self.task.dataset(source, pairs)
-        self.samples = len(self.dataset)
-        optim = recipe.optim
-        self.budget = Budget(
-            steps=total_steps(self.samples, optim.batch, optim.epochs, optim.steps),
-            batch=optim.batch,
-            accumulate=optim.accumulate,
-            save_every=recipe.save_every,
-        )
-        # channels_last is about 10 % faster on CPU and more on CUDA, and the same on every resume.
-        self.module.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = make_optimizer(optim, self.module)
+        super().__init__(recipe, self.task, self.task.dataset(source, pairs), self.task.collate, world)
+        self.optimizer = make_optimizer(recipe.optim, self.task)
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
         """Micro-batches; files that failed on the way are noted in `skips`."""
-        recipe = self.recipe
-        loader = micro_batch_loader(
-            self.dataset,
-            self.samples,
-            self.budget,
-            self.world,
-            self.task.collate,
-            start=start,
-            seed=recipe.seed,
-            workers=recipe.workers,
-        )
-        for batch in loader:
+        for batch in super().batches(start):
             for path, reason in batch.pop("skipped"):
                 self.skips.reasons.setdefault(path, reason)
             yield batch
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The losses of the pretext task."""
-        losses: dict[str, Tensor] = self.module(batch)
+        losses: dict[str, Tensor] = self.task(batch)
         return losses
 
     def schedule(self, step: int) -> float:

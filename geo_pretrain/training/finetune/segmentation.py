@@ -100,7 +100,7 @@ class Segmentation(SegmentationTask):
         """Count labelled pixels by true and predicted class."""
         outputs = 1 + len(self.classes)
         found = [confusion_matrix(truth, guess, outputs) for _, truth, guess in self.predictions(source, ids)]
-        return np.sum(found, axis=0)  # type: ignore[no-any-return]
+        return np.sum(found, axis=0)
 
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
         """Draw one row per image: image, ground truth and prediction, all resized to the first image's size."""

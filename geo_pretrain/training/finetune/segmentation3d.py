@@ -80,7 +80,7 @@ class CloudSegmentation(SegmentationTask):
     def confusion(self, source: LabelledSource, ids: Sequence[str]) -> np.ndarray:
         """Count the labelled voxels of these frames' unaugmented clouds by true and predicted class."""
         found = [cloud_confusion(self.module, self.contract, self.load(source, name)) for name in ids]
-        return np.sum(found, axis=0)  # type: ignore[no-any-return]
+        return np.sum(found, axis=0)
 
     @torch.no_grad()
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 from geo_pretrain.errors import DataError
 from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.labelled.image import LabelledSource
-from geo_pretrain.training.data.samples.sampler import Key, sample_seed, total_steps
+from geo_pretrain.training.data.samples.sampler import Key, sample_seed
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, weights_digest
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, changes
-from geo_pretrain.training.loop import Budget, TrainingTask, check_batch, micro_batch_loader, synchronize_batchnorm
+from geo_pretrain.training.loop import RecipeTask, check_batch, synchronize_batchnorm
 from geo_pretrain.training.runs import RunFolder
 from geo_pretrain.training.schedule import pri3d_bn_momentum, set_bn_momentum
 
@@ -38,8 +38,10 @@ class LabelledSplits:
     fraction: float  # actual share of the source's training images in `train`
 
 
-class Finetuning(TrainingTask):
+class Finetuning(RecipeTask):
     """A downstream task with the labelled data, optimizer and schedule of its recipe."""
+
+    recipe: FinetuneRecipe
 
     def __init__(
         self,
@@ -51,21 +53,13 @@ class Finetuning(TrainingTask):
         run: RunFolder,
         on_evaluation: OnEvaluation | None = None,
     ) -> None:
-        self.recipe, self.backbone, self.task, self.data = recipe, backbone, task, data
-        self.world, self.run, self.on_evaluation = world, run, on_evaluation
-        self.module = task.module
-        self.train_ids, self.val_ids = data.train.ids(), spread_ids(data.val.ids(), recipe.evaluate.images)
         optim = recipe.optim
         check_batch(optim.batch, optim.accumulate, world)
-        self.budget = Budget(
-            steps=total_steps(len(self.train_ids), optim.batch, optim.epochs, optim.steps),
-            batch=optim.batch,
-            accumulate=optim.accumulate,
-            save_every=recipe.save_every,
-            clip_norm=optim.clip_norm,
-        )
+        self.backbone, self.task, self.data, self.run, self.on_evaluation = backbone, task, data, run, on_evaluation
+        self.train_ids, self.val_ids = data.train.ids(), spread_ids(data.val.ids(), recipe.evaluate.images)
         self.digest = weights_digest(task.backbone().state_dict())
-        self.module.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        samples = _Samples(data.train, self.train_ids, task, recipe.seed)
+        super().__init__(recipe, task.module, samples, _Collate(task), world)
         if optim.backbone_bn_momentum is not None:
             set_bn_momentum(task.backbone(), optim.backbone_bn_momentum)
         if optim.sync_bn:
@@ -82,17 +76,7 @@ class Finetuning(TrainingTask):
 
     def batches(self, start: int) -> Iterator[Any]:
         """Yield the micro-batches of each step. Raises `DataError` with the name of an unusable image."""
-        loader = micro_batch_loader(
-            _Samples(self.data.train, self.train_ids, self.task, self.recipe.seed),
-            len(self.train_ids),
-            self.budget,
-            self.world,
-            _Collate(self.task),
-            start=start,
-            seed=self.recipe.seed,
-            workers=self.recipe.workers,
-        )
-        for batch in loader:
+        for batch in super().batches(start):
             if isinstance(batch, _Unusable):
                 raise DataError(f"A training image cannot be used: {batch.reason}")
             yield batch
