@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geo_pretrain.adapters.common import encoder_of, parameter_groups
+from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.labelled.export import coco_json, encode_mask
@@ -97,13 +97,6 @@ class Detection(FinetuneTask):
         """
         losses: dict[str, Tensor] = self.module([image.float() / 255 for image in batch["images"]], batch["targets"])
         return losses
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Two parameter groups, the encoder and the rest, without frozen parameters."""
-        optim = self.recipe.optim
-        factors = {"backbone": optim.backbone_factor, "new": optim.head_factor}
-        groups = parameter_groups(self.module, 1.0, backbone_factor=1.0)
-        return [{"params": group["params"], "factor": factors[group["name"]]} for group in groups]
 
     def backbone(self) -> nn.Module:
         """The ResNet encoder."""

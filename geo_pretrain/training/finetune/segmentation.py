@@ -6,7 +6,7 @@ predicted; other networks have C outputs. Logits are brought to the size of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geo_pretrain.adapters.common import encoder_of, parameter_groups
+from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
@@ -81,16 +81,8 @@ class Segmentation(SegmentationTask):
             parts["aux"] = self.recipe.network.aux * segmentation_loss(aux, batch["labels"], self.first)
         return parts
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The encoder at `backbone_factor`, everything else at `head_factor`."""
-        optim = self.recipe.optim
-        found = parameter_groups(
-            self.module.network, optim.head_factor, backbone_factor=optim.backbone_factor / optim.head_factor
-        )
-        groups = [{"params": group["params"], "factor": group["lr"]} for group in found]
-        if self.module.aux is not None:
-            groups.append({"params": list(self.module.aux.parameters()), "factor": optim.head_factor})
-        return groups
+    def encoder_parameters(self) -> Iterable[nn.Parameter]:
+        return encoder_of(self.module.network).parameters()
 
     def backbone(self) -> nn.Module:
         """The encoder, or the whole U-Net if its decoder is transferred too."""

@@ -6,7 +6,7 @@ source offers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,9 @@ class CloudSegmentation(SegmentationTask):
         """Cross-entropy over the labelled voxels of all clouds together."""
         return {"segmentation": cloud_loss(self.module, batch["clouds"])}
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """All layers but the last at `backbone_factor`, the last at `head_factor`."""
-        optim, last = self.recipe.optim, [*self.module.final.parameters()]
-        known = {id(parameter) for parameter in last}
-        rest = [parameter for parameter in self.module.parameters() if id(parameter) not in known]
-        return [{"params": rest, "factor": optim.backbone_factor}, {"params": last, "factor": optim.head_factor}]
+    def encoder_parameters(self) -> Iterable[nn.Parameter]:
+        """All layers but the last."""
+        return (p for name, p in self.module.named_parameters() if not name.startswith("final."))
 
     def backbone(self) -> nn.Module:
         """The whole U-Net."""

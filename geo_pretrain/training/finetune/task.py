@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.labelled.image import LabelledSource
@@ -43,6 +44,7 @@ class FinetuneTask(ABC):
     """A task of one run. `load` and `sample` run in loader processes, everything else in the training process."""
 
     module: nn.Module  # all that is trained and saved; the loop moves it and calls .train() before a step
+    recipe: FinetuneRecipe
     metric: str  # the score that picks the best evaluation and goes into tables: "miou", "box_ap50"
     contract: ImageContract | VoxelContract  # what images or points are turned into
 
@@ -62,9 +64,19 @@ class FinetuneTask(ABC):
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Scalar losses by name; the loop minimizes their sum."""
 
-    @abstractmethod
+    def encoder_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters that are trained at `backbone_factor`; all others have `head_factor`."""
+        return encoder_of(self.module).parameters()
+
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """[{"params": [...], "factor": 10.0}, ...]: factor on the schedule's learning rate."""
+        """[{"params": [...], "factor": 10.0}, ...] without frozen ones: factor on the schedule's learning rate."""
+        optim, inside = self.recipe.optim, {id(parameter) for parameter in self.encoder_parameters()}
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if id(p) in inside], "factor": optim.backbone_factor},
+            {"params": [p for p in trained if id(p) not in inside], "factor": optim.head_factor},
+        ]
+        return [group for group in groups if group["params"]]
 
     @abstractmethod
     def backbone(self) -> nn.Module:
@@ -90,7 +102,6 @@ class SegmentationTask(FinetuneTask):
     """A task measured by mIoU, accuracy and per-class IoU from one confusion matrix over all images."""
 
     metric = "miou"
-    recipe: FinetuneRecipe
     classes: tuple[str, ...]
     counted = "pixel", "images"
     exact = False  # whether IoU counts as the released code does

@@ -25,7 +25,7 @@ from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import EncoderName, Recipe
 from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
 from geo_pretrain.training.tasks.matching import draw
-from geo_pretrain.training.tasks.teachers import Teacher, load_segmenter, load_teacher
+from geo_pretrain.training.tasks.teachers import Teacher, finetuned_segmenter, load_teacher, torchvision_segmenter
 from geo_pretrain.training.tasks.voxels import encode, voxel_contract
 
 ADE20K = "ade20k"  # a segmentation network whose file the user has
@@ -38,7 +38,7 @@ class TaughtConfig(TaskConfig):
     # imagenet | moco_v2 | scratch | stage1 | catalog name | checkpoint folder; a segmentation network with its logits:
     # folder of a fine-tuning run | ade20k
     teacher: str = "imagenet"
-    teacher_file: str | None = None  # the weights of "ade20k", see teachers.load_segmenter
+    teacher_file: str | None = None  # the weights of "ade20k", see teachers.torchvision_segmenter
     teacher_encoder: EncoderName = "resnet50"  # of the first three
     dense: bool = False  # the teacher's dense features instead of its last map; needs a decoder
     features: Features = "rgb"  # of voxels, color / 255 - 0.5
@@ -165,11 +165,11 @@ def find_teacher(recipe: Recipe, config: TaughtConfig) -> Teacher:
                 "task.teacher_file=FILE, a state dict of torchvision's FCN or DeepLabV3 trained on ADE20K's 150 "
                 "classes; or --set task.teacher=FOLDER, a finished segmentation run of `geo-pretrain finetune`."
             )
-        return load_segmenter(config.teacher, config.teacher_file)
+        return torchvision_segmenter(Path(config.teacher_file).expanduser())
     if config.teacher_file is not None:
         raise RecipeError(
             f"'task.teacher_file' is given, and 'task.teacher' is {config.teacher!r}: accepted is ade20k."
         )
     if (Path(config.teacher) / "results.json").is_file():
-        return load_segmenter(config.teacher)
+        return finetuned_segmenter(Path(config.teacher))
     return load_teacher(config.teacher, config.teacher_encoder, dense=config.dense)

@@ -103,23 +103,12 @@ def load_classifier(weights: str, encoder: str = "resnet50") -> tuple[Teacher, n
     return teacher, cast(nn.Linear, imagenet_classifier(encoder).fc)
 
 
-def load_segmenter(weights: str, file: str | None = None) -> Teacher:
+def torchvision_segmenter(path: Path) -> Teacher:
     """Load a segmentation network as a `Teacher` that gives logits [B, classes, h, w], before upsampling.
 
-    Args:
-        weights: the folder of a finished `geo-pretrain finetune` run for segmentation; ignored with `file`.
-        file: a state dict (.pth, .safetensors) of torchvision's FCN or DeepLabV3 with a ResNet of depth 50 or 101.
-
-    Raises:
-        RecipeError: neither is given, or the folder is of another downstream task.
-        WeightsMismatch: the file holds another network.
+    `path`: a state dict (.pth, .safetensors) of torchvision's FCN or DeepLabV3 with a ResNet of depth 50 or 101. Raises
+    `WeightsMismatch` when it is of another network.
     """
-    if file is not None:
-        return _torchvision_segmenter(Path(file).expanduser())
-    return _finetuned(Path(weights).expanduser())
-
-
-def _torchvision_segmenter(path: Path) -> Teacher:
     from torchvision.models import segmentation
 
     if not path.is_file():
@@ -148,7 +137,11 @@ def _torchvision_segmenter(path: Path) -> Teacher:
     return Teacher(_Logits(network, first=0), ImageContract(), len(last))
 
 
-def _finetuned(folder: Path) -> Teacher:
+def finetuned_segmenter(folder: Path) -> Teacher:
+    """Load the network of a finished `geo-pretrain finetune` run as a `Teacher` that gives logits before upsampling.
+
+    Raises `RecipeError` when the run is of another downstream task.
+    """
     from safetensors.torch import load_file
 
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))

@@ -187,7 +187,7 @@ def test_a_start_from_scratch_is_not_frozen_unless_released_so():
     assert task.setup.thawed
     assert "trained with BatchNorm from scratch" in task.protocol_deviations()["frozen random layers"]
     exact = bare(match_released_code=True, **frozen)
-    assert not exact.thawed
+    assert not exact.setup.thawed
     assert "stay frozen" in exact.protocol_deviations()["frozen random layers"]
     assert "frozen random layers" not in bare().protocol_deviations()
 

@@ -27,7 +27,7 @@ from geo_pretrain.training.evaluation.matching import compare_pixel_to_voxel, ev
 from geo_pretrain.training.recipe import DataSpec, load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.matching import sample_map
-from geo_pretrain.training.tasks.teachers import load_segmenter, load_teacher
+from geo_pretrain.training.tasks.teachers import load_teacher, torchvision_segmenter
 from tests.training.test_loop import Stop, logged, run_here, stop_at
 
 
@@ -405,7 +405,7 @@ def test_a_segmentation_network_of_torchvision_teaches_its_classes(tmp_path, tin
     torch.manual_seed(0)
     network = getattr(segmentation, kind)(weights=None, weights_backbone=None, num_classes=7, aux_loss=True).eval()
     torch.save(network.state_dict(), tmp_path / "seg.pth")
-    teacher = load_segmenter("ade20k", str(tmp_path / "seg.pth"))
+    teacher = torchvision_segmenter(tmp_path / "seg.pth")
     images = torch.rand(1, 3, 48, 64)
     with torch.no_grad():
         logits = teacher(images)
@@ -414,7 +414,7 @@ def test_a_segmentation_network_of_torchvision_teaches_its_classes(tmp_path, tin
     assert teacher.out_chans == 7
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     save_file(network.state_dict(), tmp_path / "seg.safetensors")
-    again = load_segmenter("ade20k", str(tmp_path / "seg.safetensors"))
+    again = torchvision_segmenter(tmp_path / "seg.safetensors")
     assert torch.equal(again(images), logits)
     settings = {"teacher": "ade20k", "teacher_file": str(tmp_path / "seg.pth")}
     with pytest.raises(RecipeError, match=r"'unet3d.out_chans' is 512, accepted is 7: the classes of teacher 'ade20k'"):
@@ -424,7 +424,7 @@ def test_a_segmentation_network_of_torchvision_teaches_its_classes(tmp_path, tin
         assert task(batch)["ppkd"].item() > 0
         torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
         with pytest.raises(WeightsMismatch, match="accepted is a state dict of torchvision's fcn_resnet50"):
-            load_segmenter("ade20k", str(tmp_path / "other.pth"))
+            torchvision_segmenter(tmp_path / "other.pth")
 
 
 def test_wrong_settings_are_told(tiny_recipe):

@@ -18,7 +18,7 @@ from geo_pretrain.errors import GeoPretrainError, RecipeError
 from geo_pretrain.loading import verify
 from geo_pretrain.training import pretrain
 from geo_pretrain.training.recipe import load_recipe
-from geo_pretrain.training.tasks.teachers import load_segmenter, load_teacher
+from geo_pretrain.training.tasks.teachers import finetuned_segmenter, load_teacher
 from tests.training.finetune.test_run import run
 from tests.training.tasks.test_ppkt import tiny_batch
 from tests.training.test_licenses import license_of
@@ -70,7 +70,7 @@ def test_the_channels_of_a_fine_tuned_network_are_its_classes_in_order(tmp_path,
     weights[f"{last}.weight"].zero_()
     weights[f"{last}.bias"].copy_(torch.tensor(biases))
     save_file(weights, tmp_path / "out" / "model.safetensors")
-    teacher = load_segmenter(str(tmp_path / "out"))
+    teacher = finetuned_segmenter(tmp_path / "out")
     logits = teacher(torch.randn(1, 3, 48, 64))
     assert (teacher.out_chans, logits.shape[1]) == (3, 3)
     torch.testing.assert_close(logits, torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1).expand_as(logits))
@@ -96,7 +96,7 @@ def test_a_fine_tuned_network_teaches_ppkd(finetuned, tiny_recipe, recording, tm
 
 
 def test_a_backbone_that_is_gone_is_no_trouble_and_its_terms_are_strict(moved, tiny_recipe, tmp_path):
-    assert load_segmenter(str(moved)).contract == GREY
+    assert finetuned_segmenter(moved).contract == GREY
     path = tiny_recipe("ppkd", task={"teacher": str(moved)})
     license = run_here(path, tmp_path / "out", [*PPKD, "optim.steps=1"]).license
     assert (f"what {tmp_path / 'gone'} learned from", "LicenseRef-unknown") in license.datasets
@@ -112,20 +112,20 @@ def test_a_backbone_that_is_gone_is_no_trouble_and_its_terms_are_strict(moved, t
 
 def test_a_folder_without_a_contract_has_that_of_its_backbone(finetuned, moved, tmp_path):
     earlier = forget_contract(shutil.copytree(finetuned[0], tmp_path / "earlier"))
-    assert load_segmenter(str(earlier)).contract == GREY
+    assert finetuned_segmenter(earlier).contract == GREY
     with pytest.raises(RecipeError, match=r"has no 'contract' and its backbone '.*gone', whose images it took, cannot"):
-        load_segmenter(str(forget_contract(moved)))
+        finetuned_segmenter(forget_contract(moved))
     results = json.loads((moved / "results.json").read_text()) | {"contract": {"kind": "image", "size": [1, 1]}}
     (moved / "results.json").write_text(json.dumps(results))
     with pytest.raises(RecipeError, match=r"'contract' in its results.json cannot be read: .*missing \['channels'"):
-        load_segmenter(str(moved))
+        finetuned_segmenter(moved)
 
 
 def test_a_folder_of_another_task_is_no_segmenter(moved):
     results = json.loads((moved / "results.json").read_text()) | {"task": "detection"}
     (moved / "results.json").write_text(json.dumps(results))
     with pytest.raises(RecipeError, match="was fine-tuned for detection, accepted is segmentation"):
-        load_segmenter(str(moved))
+        finetuned_segmenter(moved)
 
 
 def test_a_teacher_that_is_not_named_has_its_terms(tiny_recipe):
