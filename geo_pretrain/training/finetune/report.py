@@ -22,7 +22,7 @@ from geo_pretrain.training.finetune.folder import MODEL, PICTURE, RESULTS
 from geo_pretrain.training.finetune.published import PaperRow
 from geo_pretrain.training.finetune.registry import backbone_init, build_finetune_task
 from geo_pretrain.training.finetune.segmentation import Segmentation
-from geo_pretrain.training.finetune.sweep import Point, SweepResult, read_plan, run_recipe
+from geo_pretrain.training.finetune.sweep import SweepResult, read_plan, run_recipe
 from geo_pretrain.training.networks import IMAGENET, SCRATCH
 from geo_pretrain.training.visualize import results
 
@@ -92,7 +92,7 @@ def table(result: SweepResult) -> list[str]:
         points = {p.fraction: p for p in result.points if p.backbone == name}
         rows = {row.fraction: row for row in result.paper if row.backbone == name}
         if points:
-            cells = [spread(points[f]) if f in points else "" for f in shares]
+            cells = [str(points[f].spread) if f in points else "" for f in shares]
             lines.append(f"| {shown(name)} | {' | '.join(cells)} |")
         if rows:
             tables = ", ".join(dict.fromkeys(rows[f].table for f in shares if f in rows))
@@ -112,7 +112,7 @@ def table_rows(result: SweepResult) -> list[tuple[str, ...]]:
         for share in shares:
             point, paper = points.get((name, share)), papers.get((name, share))
             said = f" [{paper.table}: {100 * paper.value:.1f}]" if paper is not None else ""
-            cells.append((spread(point) if point is not None else "") + said)
+            cells.append((str(point.spread) if point is not None else "") + said)
         rows.append((shown(name), *cells))
     return rows
 
@@ -223,18 +223,12 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:g} %"
 
 
-def spread(point: Point) -> str:
-    """Mean and standard deviation as text in percent; for a single value only the value."""
-    mean = f"{100 * point.mean:.1f}"
-    return mean if point.std is None else f"{mean} ± {100 * point.std:.1f}"
-
-
 def _curves(axes: Any, result: SweepResult, shares: Sequence[float]) -> None:
     measured = list(dict.fromkeys(p.backbone for p in result.points))
     for name, style in _styles(measured).items():
         points = sorted((p for p in result.points if p.backbone == name), key=lambda p: p.fraction)
-        x, y = [100 * p.fraction for p in points], [100 * p.mean for p in points]
-        errors = [100 * (p.std or 0.0) for p in points]
+        x, y = [100 * p.fraction for p in points], [100 * p.spread.mean for p in points]
+        errors = [100 * p.spread.std for p in points]
         axes.errorbar(x, y, errors, label=shown(name), linewidth=2, markersize=7, capsize=4, **style)
         rows = sorted((row for row in result.paper if row.backbone == name), key=lambda row: row.fraction)
         _paper_line(axes, rows, name, style)
@@ -267,10 +261,10 @@ def _paper_line(axes: Any, rows: Sequence[PaperRow], name: str, style: Mapping[s
 def _side_by_side(axes: Any, result: SweepResult, shares: Sequence[float]) -> None:
     points, tables = {p.backbone: p for p in result.points}, []
     for place, (name, style) in enumerate(_styles(list(points)).items()):
-        point = points[name]
-        error = None if point.std is None else 100 * point.std
-        axes.errorbar([place], [100 * point.mean], error, markersize=9, capsize=6, linestyle="none", **style)
-        _beside(axes, place, point.mean, spread(point), right=True)
+        point, spread = points[name], points[name].spread
+        error = 100 * spread.std if len(spread.values) > 1 else None
+        axes.errorbar([place], [100 * spread.mean], error, markersize=9, capsize=6, linestyle="none", **style)
+        _beside(axes, place, spread.mean, str(spread), right=True)
         for row in result.paper:
             if (row.backbone, row.fraction) == (name, point.fraction):
                 axes.plot([place], [100 * row.value], linestyle="none", **_hollow(style))

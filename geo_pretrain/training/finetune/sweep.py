@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from geo_pretrain import hub
@@ -27,6 +26,7 @@ from geo_pretrain.training.config import changes, parse
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.distributed import World, join
+from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.finetune.folder import RESULTS, FinetuneResult, read_result
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
 from geo_pretrain.training.finetune.registry import backbone_init
@@ -73,14 +73,9 @@ class Point:
     values: Mapping[int, float]
 
     @property
-    def mean(self) -> float:
-        """The mean over seeds."""
-        return float(np.mean(list(self.values.values())))
-
-    @property
-    def std(self) -> float | None:
-        """The sample standard deviation over seeds (n - 1); None for one seed."""
-        return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else None
+    def spread(self) -> Spread:
+        """Mean and standard deviation over seeds."""
+        return Spread(tuple(self.values.values()))
 
 
 @dataclass(frozen=True)
@@ -110,8 +105,8 @@ class SweepResult:
                     "backbone": p.backbone,
                     "fraction": p.fraction,
                     "images": self.images.get(p.fraction),
-                    "mean": p.mean,
-                    "std": p.std,
+                    "mean": p.spread.mean,
+                    "std": p.spread.std if len(p.values) > 1 else None,
                     "seeds": {str(seed): value for seed, value in p.values.items()},
                 }
                 for p in self.points

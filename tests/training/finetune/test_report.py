@@ -271,7 +271,7 @@ def test_the_picture_of_a_sweep_is_drawn_from_its_weights(tmp_path, monkeypatch)
                     confusion_matrix(*(torch.from_numpy(a.astype(np.int64)) for a in (image.semantic, guess)), 4)
                     for image, guess in zip(images, predictions[point.backbone], strict=True)
                 )
-                assert mean_iou(confusion) == pytest.approx(point.mean)
+                assert mean_iou(confusion) == pytest.approx(point.spread.mean)
     draw_starts(tmp_path / "s", tmp_path / "grid.png", sources=sources, images=1)
     assert [image.id for image in calls.pop()[0]] == ["val_0"]
     with pytest.raises(DataError, match="no finished run of the share and seed"):

@@ -70,7 +70,7 @@ def test_a_real_sweep_trains_what_finetune_trains_and_is_not_trained_twice(tmp_p
     alone = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, fraction=0.5))
     same = finetune(alone, net, tmp_path / "alone", seed=3, device="cpu", sources=sources)
     assert result.points[2].values == {3: same.score}
-    assert result.points[2].std is None
+    assert result.to_dict()["measured"][2]["std"] is None
     weights = {run.relative_to(out / "runs"): run.read_bytes() for run in (out / "runs").rglob("model.safetensors")}
     assert weights[Path("tiny_net_r18/50/seed3/model.safetensors")] == (same.folder / "model.safetensors").read_bytes()
     assert len(set(weights.values())) == 4
@@ -95,16 +95,16 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path, recipe, written):
     (point,) = result.points
     assert list(point.values) == [0, 2, 3]
     assert point.values == pytest.approx({0: 0.4, 2: 0.44, 3: 0.49})
-    assert point.mean == pytest.approx(statistics.mean([0.4, 0.44, 0.49]))
-    assert point.std == pytest.approx(statistics.stdev([0.4, 0.44, 0.49]))
+    assert point.spread.mean == pytest.approx(statistics.mean([0.4, 0.44, 0.49]))
+    assert point.spread.std == pytest.approx(statistics.stdev([0.4, 0.44, 0.49]))
     tree = json.loads(json.dumps(result.to_dict()))
     (measured,) = tree["measured"]
     assert measured == {
         "backbone": "scratch",
         "fraction": 0.5,
         "images": 200,
-        "mean": point.mean,
-        "std": point.std,
+        "mean": point.spread.mean,
+        "std": point.spread.std,
         "seeds": {str(seed): value for seed, value in point.values.items()},
     }
     assert tree["reported_by_papers"] == []
