@@ -60,7 +60,7 @@ OPTIONAL = {
     "timm",
 }
 # put together torchvision's own networks; all others import it where a 2D network is built or an image is changed
-OF_TORCHVISION = {"geo_pretrain.adapters.torchvision", "geo_pretrain.training.finetune.detection"}
+OF_TORCHVISION = {"geo_pretrain.adapters.torchvision", "geo_pretrain.training.finetune.detector"}
 LIGHT = (
     "geo_pretrain",
     "geo_pretrain.errors",
