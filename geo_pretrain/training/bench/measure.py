@@ -75,7 +75,8 @@ def measure(
     without `pretrained`, the weights.
     """
     checkpoint, rooms = read_checkpoint(folder), Rooms(data, spec)
-    points = isinstance(checkpoint.contract, VoxelContract)
+    contract: Any = checkpoint.contract
+    points = isinstance(contract, VoxelContract)
     start: dict[str, Any] = {"random_init": not pretrained, "seed": seed, "device": device}
 
     def matching() -> dict[str, Any]:
@@ -87,7 +88,7 @@ def measure(
         return facts | {"of": "output" if points else dense}
 
     def probe() -> float:
-        network = load_network(folder, **start, **({} if points else {"out_indices": STAGES}))
+        network = load_network(folder, **start, out_indices=None if points else STAGES)
         probe_spec = ProbeSpec(size=rooms.size, pixels=spec.pixels, seed=seed)
         return probe_backbone(network, rooms.train, rooms.val, probe_spec, device=device).miou
 
@@ -95,12 +96,12 @@ def measure(
         network = load_network(folder, **start)
         if points:
             host = segmentation_srunet(network, rooms.classes + 1, seed=seed).to(device)
-            clouds = (labelled_clouds(source, rooms.size) for source in (rooms.train, rooms.val))
-            budget = PointsSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr_points)
-            return finetune_clouds(host, checkpoint.contract, *clouds, budget, seed=seed).miou
+            train, val = (labelled_clouds(source, rooms.size) for source in (rooms.train, rooms.val))
+            points_budget = PointsSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr_points)
+            return finetune_clouds(host, contract, train, val, points_budget, seed=seed).miou
         unet = encoder_segmenter(network, rooms.classes + 1, seed=seed).to(device)
         budget = FinetuneSpec(spec.finetune_steps, spec.finetune_batch, spec.finetune_lr)
-        return finetune_frames(unet, checkpoint.contract, *rooms.frames(), budget, seed=seed).miou
+        return finetune_frames(unet, contract, *rooms.frames(), budget, seed=seed).miou
 
     found: dict[str, Any] = {"kind": "3D" if points else "2D", "seconds": {}}
     for part in (matching, probe, finetuned):

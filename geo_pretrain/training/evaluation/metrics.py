@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +19,12 @@ class Spread:
     @property
     def mean(self) -> float:
         """The mean of the values."""
-        return float(np.mean(self.values))
+        return statistics.mean(self.values)
 
     @property
     def std(self) -> float:
         """Their sample standard deviation (n - 1); 0 for one value."""
-        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def __str__(self) -> str:
         """In percent: "20.0 ± 10.0"; of one value the value alone."""
