@@ -134,21 +134,30 @@ def _pri3d_3d(seed: int, depth: int, **options: Any) -> Layout:
     )
 
 
-def _torchvision(seed: int, depth: int, *, fc: bool = False, counters: bool = True, prefix: str = "") -> Layout:
+def _torchvision(
+    seed: int, depth: int, *, fc: bool = False, counters: bool = True, prefix: str = "", narrow: int = 1
+) -> Layout:
     """A ResNet's state dict; `fc` and `counters` (of batches, in norms): whether it has them."""
-    encoder = resnet(depth, seed)
-    written = encoder | (_classifier(depth, seed) if fc else {})
+    encoder = resnet(depth, seed, narrow)
+    written = encoder | (_classifier(depth, seed, narrow) if fc else {})
     content = _state_dict(_without_counters(written, counters), prefix)
     return Layout(content, "", {"encoder": _zero_counters(encoder, counters)})
 
 
 def _moco(
-    seed: int, depth: int, *, variant: str = "raw", entry: str = "state_dict", counters: bool = True, **extra: bool
+    seed: int,
+    depth: int,
+    *,
+    variant: str = "raw",
+    entry: str = "state_dict",
+    counters: bool = True,
+    narrow: int = 1,
+    **extra: bool,
 ) -> Layout:
     """A training state of MoCo v2 (`variant` "raw"), or one converted to keys with `variant` in front."""
     fc = extra.get("fc", variant == "raw")
-    encoder = resnet(depth, seed)
-    channels = 512 if depth < 50 else 2048
+    encoder = resnet(depth, seed, narrow)
+    channels = _channels(depth, narrow)
     projection = {"fc.0.weight": [channels, channels], "fc.0.bias": [channels]}
     projection |= {"fc.2.weight": [128, channels], "fc.2.bias": [128]}
     head = random_state(projection, seed, "projection") if fc else {}
@@ -185,11 +194,18 @@ def detectron2_name(key: str) -> str:
 
 
 def _detectron2(
-    seed: int, depth: int, *, fc: bool = False, counters: bool = False, prefix: str = "", detector: bool = False
+    seed: int,
+    depth: int,
+    *,
+    fc: bool = False,
+    counters: bool = False,
+    prefix: str = "",
+    detector: bool = False,
+    narrow: int = 1,
 ) -> Layout:
     """What the usual conversion script pickles: arrays. `detector`: the ResNet inside a fine-tuned one."""
-    encoder = resnet(depth, seed)
-    written = _without_counters(encoder | (_classifier(depth, seed) if fc else {}), counters)
+    encoder = resnet(depth, seed, narrow)
+    written = _without_counters(encoder | (_classifier(depth, seed, narrow) if fc else {}), counters)
     model = {prefix + detectron2_name(key): value.numpy() for key, value in written.items()}
     if detector:
         rest = {"backbone.fpn_lateral2.weight": [256, 256, 1, 1], "roi_heads.box_predictor.cls_score.bias": [20]}
@@ -275,7 +291,7 @@ def _slidr(format: str, seed: int, arch: Arch | None, *, raw: bool | None = None
         return Layout(content, "model_points", {"model": points})
     depth = _depth(arch) if images else 50
     encoder = resnet(depth, seed)
-    channels = 512 if depth < 50 else 2048
+    channels = _channels(depth)
     head = {"decoder.0.weight": [64, channels, 1, 1], "decoder.0.bias": [64]}
     head = random_state(head, seed, "image head")
     content["model_images"] = _state_dict({f"encoder.{k}": v for k, v in encoder.items()} | head, prefix)
@@ -294,9 +310,9 @@ def manifest(name: str) -> Any:
     return json.loads((DATA / f"{name}.json").read_text())
 
 
-def resnet(depth: int, seed: int) -> State:
+def resnet(depth: int, seed: int, narrow: int = 1) -> State:
     """A ResNet-18 or -50 without classifier, torchvision's names."""
-    return random_state(_unet_shapes(depth, "encoder"), seed, "encoder")
+    return random_state(narrowed(_unet_shapes(depth, "encoder"), narrow), seed, "encoder")
 
 
 def random_state(shapes: Mapping[str, list[int]], seed: int, part: str) -> State:
@@ -321,21 +337,22 @@ def _random(key: str, shape: list[int], generator: torch.Generator) -> Tensor:
 
 
 def _sr_unet(format: str, seed: int, arch: Arch | None) -> State:
-    shapes = dict(manifest(MANIFESTS_3D[format])["keys"])
+    stored = manifest(MANIFESTS_3D[format])["keys"]
     args = arch.args if arch is not None else {}
-    out_chans = args.get("out_chans", shapes["final.bias"][1])
+    out_chans = args.get("out_chans", stored["final.bias"][1])
+    shapes = narrowed(stored, 32 // args.get("width", 32))
     shapes |= {"final.kernel": [shapes["final.kernel"][0], out_chans], "final.bias": [1, out_chans]}
     return random_state(shapes, seed, format)
 
 
 def narrowed(shapes: Mapping[str, list[int]], factor: int) -> dict[str, list[int]]:
-    """The shapes of the same network with fewer channels: every layer of Pri3D's has a multiple of 32."""
+    """The shapes of the same network with fewer channels: every layer of the published ones has a multiple of 32."""
     return {key: [size // factor if size % 32 == 0 else size for size in shape] for key, shape in shapes.items()}
 
 
 def _narrowing(arch: Arch | None, format: str) -> dict[str, int]:
     width = 64 if arch is None else arch.args.get("width", 64)
-    return {"narrow": 64 // width} if format in ("pri3d", "pri3d_3d") else {}
+    return {} if format == "monodepth2" else {"narrow": 64 // width}
 
 
 def _unet_shapes(depth: int, part: str) -> dict[str, list[int]]:
@@ -343,8 +360,13 @@ def _unet_shapes(depth: int, part: str) -> dict[str, list[int]]:
     return {key.removeprefix(f"{part}."): shape for key, shape in shapes.items() if key.startswith(f"{part}.")}
 
 
-def _classifier(depth: int, seed: int) -> State:
-    return random_state({"fc.weight": [1000, 512 if depth < 50 else 2048], "fc.bias": [1000]}, seed, "fc")
+def _channels(depth: int, narrow: int = 1) -> int:
+    """Channels of a ResNet's last map."""
+    return (512 if depth < 50 else 2048) // narrow
+
+
+def _classifier(depth: int, seed: int, narrow: int = 1) -> State:
+    return random_state({"fc.weight": [1000, _channels(depth, narrow)], "fc.bias": [1000]}, seed, "fc")
 
 
 def _without_counters(state: State, counters: bool) -> State:

@@ -26,6 +26,10 @@ from tests.hub.hosts import Fault, Hosts
 from tests.zoo import resolve
 
 NAME = "pri3d_view_r18"
+UNET = Arch("resnet_unet", {"depth": 18, "width": 8, "out_chans": 4})  # the network of that name has 64 and 32
+RESNET = Arch("resnet", {"depth": 18, "width": 8})
+NARROW = 8  # times fewer channels than the published networks have
+ENTRY = replace(CATALOG[NAME], arch=UNET)
 STATE, ENCODER = "https://drive.google.com/file/d/1State/view", "https://www.dropbox.com/s/1enc/encoder.pth?dl=0"
 OTHER = "https://github.com/lab/zoo/releases/download/v1/encoder.pkl"
 FILES = (
@@ -44,7 +48,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for seed, mark in ((0, ""), (1, " changed")):
         for file, options in zip(FILES, ({"geo": False}, {}, {}), strict=True):
             path = folder / f"{file.format}{seed}"
-            write(file.format, path, seed, arch=CATALOG[NAME].arch, **options)
+            write(file.format, path, seed, arch=UNET, **options)
             paths[file.url + mark] = path
     return paths
 
@@ -67,8 +71,7 @@ def hosts(written: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 def offer(monkeypatch: pytest.MonkeyPatch, *files: AuthorsFile) -> Entry:
     """The entry as if its authors offered these files."""
     whole = any("decoder" in file.roles for file in files)
-    arch = CATALOG[NAME].arch if whole else Arch("resnet", {"depth": 18, "width": 64})
-    entry = replace(CATALOG[NAME], arch=arch, authors_files=files, status="published-by-authors")
+    entry = replace(ENTRY, arch=UNET if whole else RESNET, authors_files=files, status="published-by-authors")
     monkeypatch.setattr(hub, "find", {NAME: entry}.get)
     return entry
 
@@ -84,17 +87,17 @@ def test_an_encoder_comes_from_its_own_file_and_a_decoder_from_the_whole_state(h
     found = read_checkpoint(folder)
     assert found.name == NAME
     assert [stored.role for stored in found.files.values()] == ["encoder", "golden", "card"]
-    assert found.arch == Arch("resnet", {"depth": 18, "width": 64})  # what is in the folder
+    assert found.arch == RESNET  # what is in the folder
     assert len(verify(folder).errors) == 5
     encoder = load_backbone(NAME)  # no network: nothing more was sent
     assert set(hosts.bytes_sent) == {ENCODER}
-    expected = layout("torchvision", arch=CATALOG[NAME].arch).expected
+    expected = layout("torchvision", arch=UNET).expected
     assert encoder.load_report.coverage == 1
     assert all(encoder.state_dict()[key].equal(value) for key, value in expected["encoder"].items())
 
     network = load_backbone(NAME, decoder=True)
     assert set(hosts.bytes_sent) == {ENCODER, STATE}
-    expected = layout("pri3d", arch=CATALOG[NAME].arch, geo=False).expected
+    expected = layout("pri3d", arch=UNET, geo=False).expected
     for role in WHOLE:
         state = network.get_submodule(role).state_dict()
         assert state.keys() == expected[role].keys()
@@ -273,7 +276,7 @@ def test_a_hostile_file_is_refused_and_nothing_runs(hosts: Hosts, tmp_path: Path
 
 def test_a_file_of_another_network_is_refused(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     offer(monkeypatch, FILES[1])
-    write("torchvision", tmp_path / "r50", arch=CATALOG["pri3d_view_r50"].arch)
+    write("torchvision", tmp_path / "r50", arch=Arch("resnet", {"depth": 50, "width": 8}))
     hosts.files[ENCODER] = tmp_path / "r50"
     with pytest.raises(HubError, match="of 120 tensors match this network"):
         resolve(NAME)
@@ -281,7 +284,7 @@ def test_a_file_of_another_network_is_refused(hosts: Hosts, tmp_path: Path, monk
 
 def test_weights_that_compute_nothing_are_refused(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     offer(monkeypatch, FILES[1])
-    state = resnet(18, 0)
+    state = resnet(18, 0, NARROW)
     state["layer3.0.bn1.running_var"][0] = float("nan")
     torch.save(state, tmp_path / "nan.pth")
     hosts.files[ENCODER] = tmp_path / "nan.pth"
@@ -289,13 +292,14 @@ def test_weights_that_compute_nothing_are_refused(hosts: Hosts, tmp_path: Path, 
         resolve(NAME)
 
 
-SCRIPT = """
-import sys
+SCRIPT = f"""
 from dataclasses import replace
 from geo_pretrain import hub
-from tests.hub.test_authors import FILES, NAME, CATALOG
-hub.find = {NAME: replace(CATALOG[NAME], authors_files=FILES, status="published-by-authors")}.get
-print(hub.open(NAME).fetch("encoder").folder)
+from geo_pretrain.catalog import CATALOG, Arch, AuthorsFile
+arch = Arch("{UNET.name}", {dict(UNET.args)})
+entry = replace(CATALOG["{NAME}"], arch=arch, authors_files={FILES}, status="published-by-authors")
+hub.find = {{entry.name: entry}}.get
+print(hub.open(entry.name).fetch("encoder").folder)
 """
 
 
@@ -316,17 +320,15 @@ def test_many_processes_fetch_once(hosts: Hosts):
 
 
 def test_a_file_fetched_by_hand(tmp_path: Path, written: dict[str, Path]):
-    found = authors.convert_file(
-        written[OTHER], tmp_path / "mine", like=CATALOG[NAME], format="detectron2", name="my_r18"
-    )
+    found = authors.convert_file(written[OTHER], tmp_path / "mine", like=ENTRY, format="detectron2", name="my_r18")
     assert found.name == "my_r18"
-    assert found.license == CATALOG[NAME].license
-    assert verify_encoder(tmp_path / "mine", layout("detectron2", arch=CATALOG[NAME].arch))
+    assert found.license == ENTRY.license
+    assert verify_encoder(tmp_path / "mine", layout("detectron2", arch=UNET))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
 
 
 def test_what_is_there_is_kept(tmp_path: Path, written: dict[str, Path]):
-    arguments = {"like": CATALOG[NAME], "format": "detectron2"}
+    arguments = {"like": ENTRY, "format": "detectron2"}
     work = tmp_path / "work"
     work.mkdir()
     (work / "notes.txt").write_text("mine")
@@ -350,7 +352,6 @@ def verify_encoder(folder: Path, expected: Layout) -> bool:
 
 
 def test_convert_file_refuses_what_it_cannot_do_and_leaves_nothing(tmp_path: Path, written: dict[str, Path]):
-    entry = CATALOG[NAME]
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     (tmp_path / "page.pth").write_text("<html>Sign in</html>")
@@ -362,7 +363,7 @@ def test_convert_file_refuses_what_it_cannot_do_and_leaves_nothing(tmp_path: Pat
         ({"name": "../evil"}, CheckpointError, "letters, digits"),
         ({"path": tmp_path / "page.pth"}, UnsafeFile, "web page"),
     ):
-        arguments = {"path": written[OTHER], "folder": tmp_path / "out", "like": entry, "format": "detectron2"} | kwargs
+        arguments = {"path": written[OTHER], "folder": tmp_path / "out", "like": ENTRY, "format": "detectron2"} | kwargs
         with pytest.raises(CheckpointError if error is UnsafeFile else error, match=text):
             authors.convert_file(arguments.pop("path"), arguments.pop("folder"), **arguments)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "page.pth"]
@@ -371,6 +372,7 @@ def test_convert_file_refuses_what_it_cannot_do_and_leaves_nothing(tmp_path: Pat
 
 def test_foreign_objects_are_reported(tmp_path: Path):
     entry = CATALOG["pointcontrast_nce_srunet34"]
+    entry = replace(entry, arch=Arch("sr_unet", dict(entry.arch.args) | {"width": 32 // NARROW}))
     expected = write(entry, tmp_path / "nce.pth", 3)
     found = authors.convert_file(tmp_path / "nce.pth", tmp_path / "nce", like=entry, format="pointcontrast")
     assert found.provenance["foreign"] == [

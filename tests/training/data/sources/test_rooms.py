@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -24,7 +25,7 @@ from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.visualize.colors import class_colors, depth_colors
 from geo_pretrain.training.visualize.preview import contact_sheet
 
-TINY = RoomsConfig(scenes=2, frames=3, width=64, height=64)
+TINY = RoomsConfig(scenes=2, frames=2, width=64, height=64)
 
 # What the generator of this version makes of seed 0: a change of these numbers needs a new GENERATOR version.
 GOLDEN_VERSION = "1"
@@ -192,10 +193,10 @@ def test_classes_are_many_and_not_told_by_color() -> None:
     seen: set[int] = set()
     samples: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]
     for split in (0, 1):
-        source = Rooms(RoomsConfig(scenes=12, frames=3, width=64, height=64, split=("train", "val")[split]))
+        source = Rooms(RoomsConfig(scenes=12, frames=1, width=64, height=64, split=("train", "val")[split]))
         for scene in source.scenes():
             arrays = source.generator.render(scene)
-            color, label = arrays["color"].reshape(-1, 3)[::5] / 255.0, arrays["semantic"].reshape(-1)[::5]
+            color, label = arrays["color"].reshape(-1, 3)[::2] / 255.0, arrays["semantic"].reshape(-1)[::2]
             seen |= set(np.unique(label).tolist())
             samples[split].append((color, label))
             np.add.at(sums[split], label, color)
@@ -234,12 +235,21 @@ def test_other_configs_other_frames(tmp_path: Path, change: dict[str, object]) -
     assert a.config.digest() != b.config.digest()
 
 
+ONE = replace(TINY, scenes=1, frames=1)
+
+
+@pytest.fixture(scope="module")
+def one_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of one frame, to be copied and harmed."""
+    folder = tmp_path_factory.mktemp("one_scene")
+    Rooms(ONE, cache_dir=folder).prepare()
+    return folder
+
+
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "empty", "other config", "text"])
-def test_damaged_scene_is_rendered_again(tmp_path: Path, harm: str) -> None:
-    config = replace(TINY, scenes=1)
-    source = Rooms(config, cache_dir=tmp_path)
-    source.prepare()
-    expected = digest(source)
+def test_damaged_scene_is_rendered_again(tmp_path: Path, one_scene: Path, harm: str) -> None:
+    expected = digest(Rooms(ONE, cache_dir=one_scene))
+    tmp_path = Path(shutil.copytree(one_scene, tmp_path / "cache"))
     path = next(tmp_path.glob("*.safetensors"))
     intact = path.read_bytes()
     if harm == "truncated":
@@ -251,10 +261,10 @@ def test_damaged_scene_is_rendered_again(tmp_path: Path, harm: str) -> None:
     elif harm == "text":
         path.write_text("not a scene")
     else:
-        other = Rooms(replace(config, seed=3), cache_dir=tmp_path / "other")
+        other = Rooms(replace(ONE, seed=3), cache_dir=tmp_path / "other")
         other.prepare()
         path.write_bytes(next((tmp_path / "other").glob("*.safetensors")).read_bytes())
-    assert digest(Rooms(config, cache_dir=tmp_path)) == expected
+    assert digest(Rooms(ONE, cache_dir=tmp_path)) == expected
     assert path.read_bytes() == intact
     listed = json.loads((tmp_path / "manifest.json").read_text())["scenes"]["rooms_train_0000"]
     assert listed["bytes"] == len(intact)
@@ -284,7 +294,7 @@ def test_two_processes_share_a_cache(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from geo_pretrain.rooms import RoomsConfig\n"
         "from geo_pretrain.training.data.sources.rooms import Rooms\n"
-        "Rooms(RoomsConfig(scenes=2, frames=3, width=64, height=64), cache_dir=Path(sys.argv[1])).prepare()\n"
+        "Rooms(RoomsConfig(scenes=2, frames=2, width=64, height=64), cache_dir=Path(sys.argv[1])).prepare()\n"
     )
     both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "shared")]) for _ in range(2)]
     assert [process.wait(timeout=600) for process in both] == [0, 0]
@@ -336,7 +346,7 @@ def test_unknown_names(rooms: Rooms) -> None:
 
 def test_depth_noise_is_a_kinects(tmp_path: Path) -> None:
     """Holes at a plausible rate; the error is millimeters near and centimeters far, with no large bias."""
-    exact = Rooms(RoomsConfig(scenes=3, frames=3, width=160, height=120), cache_dir=tmp_path / "a")
+    exact = Rooms(RoomsConfig(scenes=3, frames=1, width=160, height=120), cache_dir=tmp_path / "a")
     noisy = Rooms(replace(exact.config, depth_noise=True), cache_dir=tmp_path / "b")
     pairs = [(a.depth, b.depth) for a, b in zip(frames(exact), frames(noisy), strict=True)]
     assert all(np.array_equal(a.color, b.color) for a, b in zip(frames(exact)[:2], frames(noisy)[:2], strict=True))
