@@ -1,8 +1,4 @@
-"""Reports of a sweep: Markdown, JSON, a curve of score against share of data, and predictions side by side.
-
-Colors are Okabe and Ito's, which color-blind readers tell apart; markers differ as well. What was measured is solid,
-what a paper reports is dashed, hollow and italic.
-"""
+"""Reports of a sweep: Markdown, JSON, a curve of score against share of data, and predictions side by side."""
 
 from __future__ import annotations
 
@@ -19,22 +15,15 @@ from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSou
 from geo_pretrain.training.data.labelled.registry import data_terms, open_labelled
 from geo_pretrain.training.evaluation.matching import spread_evenly
 from geo_pretrain.training.finetune.folder import MODEL, PICTURE, RESULTS
-from geo_pretrain.training.finetune.published import PaperRow
 from geo_pretrain.training.finetune.registry import backbone_init, build_finetune_task
 from geo_pretrain.training.finetune.segmentation import Segmentation
 from geo_pretrain.training.finetune.sweep import SweepResult, read_plan, run_recipe
-from geo_pretrain.training.networks import IMAGENET, SCRATCH
 from geo_pretrain.training.visualize import results
+from geo_pretrain.training.visualize.curves import draw_curves, percent, shown
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B5B5B")  # without the yellow: too light
-MARKERS = "osD^vPX"
-FIXED = {SCRATCH: 6, IMAGENET: 5}  # indices into COLORS of these starts, in every figure
 TEXTS = {"miou": "mIoU"} | {
     f"{shape}_ap{threshold}": f"{shape} AP{threshold}" for shape in ("box", "mask") for threshold in ("", 50, 75)
 }
-NAMES = {SCRATCH: "from scratch", IMAGENET: "ImageNet"}
-INCHES, DPI = (8.0, 4.2), 130  # about 1040 pixels wide: read at the width of a README
-LEGEND_ROW = 0.23  # inches
 
 
 def write_report(result: SweepResult, out: Path) -> dict[str, Path]:
@@ -86,15 +75,15 @@ def markdown(result: SweepResult, *, figure: str | None = None) -> str:
 
 def table(result: SweepResult) -> list[str]:
     """Lines of a Markdown table: one row per start, the paper's row below it, one column per share of data."""
+    measured, reported = result.by_start()
     shares = sorted({p.fraction for p in result.points} | {row.fraction for row in result.paper})
     lines = [f"| start | {' | '.join(map(percent, shares))} |", "|---|" + "---:|" * len(shares)]
-    for name in starts(result):
-        points = {p.fraction: p for p in result.points if p.backbone == name}
-        rows = {row.fraction: row for row in result.paper if row.backbone == name}
-        if points:
-            cells = [str(points[f].spread) if f in points else "" for f in shares]
+    for name in {**measured, **reported}:
+        if name in measured:
+            cells = [str(measured[name].get(share, "")) for share in shares]
             lines.append(f"| {shown(name)} | {' | '.join(cells)} |")
-        if rows:
+        if name in reported:
+            rows = {row.fraction: row for row in reported[name]}
             tables = ", ".join(dict.fromkeys(rows[f].table for f in shares if f in rows))
             cells = [f"*{100 * rows[f].value:.1f}*" if f in rows else "" for f in shares]
             lines.append(f"| *{shown(name)}: {tables}* | {' | '.join(cells)} |")
@@ -103,41 +92,21 @@ def table(result: SweepResult) -> list[str]:
 
 def table_rows(result: SweepResult) -> list[tuple[str, ...]]:
     """The table for a terminal: a heading, then one row per start; the paper's score in brackets after ours."""
+    measured, _ = result.by_start()
     shares = sorted({p.fraction for p in result.points})
-    points = {(p.backbone, p.fraction): p for p in result.points}
-    papers = {(row.backbone, row.fraction): row for row in result.paper}
-    rows: list[tuple[str, ...]] = [("start", *map(percent, shares))]
-    for name in dict.fromkeys(p.backbone for p in result.points):
-        cells = []
-        for share in shares:
-            point, paper = points.get((name, share)), papers.get((name, share))
-            said = f" [{paper.table}: {100 * paper.value:.1f}]" if paper is not None else ""
-            cells.append((str(point.spread) if point is not None else "") + said)
-        rows.append((shown(name), *cells))
-    return rows
+    papers = {(row.backbone, row.fraction): f" [{row.table}: {100 * row.value:.1f}]" for row in result.paper}
+    rows = [
+        (shown(name), *(f"{scores.get(share, '')}{papers.get((name, share), '')}" for share in shares))
+        for name, scores in measured.items()
+    ]
+    return [("start", *map(percent, shares)), *rows]
 
 
 def draw_curve(result: SweepResult, path: Path) -> None:
-    """Plot score against share of the training images, one line per start, with error bars over seeds.
-
-    With one share only, the starts stand side by side.
-    """
-    figure_class = require("matplotlib.figure", "training").Figure  # never pyplot: no window, no global state
-    require("matplotlib.backends.backend_agg", "training")
-    if not result.points:
-        raise DataError("The sweep has no finished run; a figure needs one.")
-    with require("matplotlib", "training").rc_context({"font.size": 13, "axes.spines.top": False}):
-        figure = figure_class(figsize=INCHES, dpi=DPI, layout="constrained")
-        axes = figure.subplots()
-        axes.spines["right"].set_visible(False)
-        axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.set_ylabel(f"{metric_text(result.metric)} (%)")
-        axes.set_title(result.recipe.name, loc="left", fontsize=14)
-        shares = sorted({p.fraction for p in result.points})
-        (_curves if len(shares) > 1 else _side_by_side)(axes, result, shares)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+    """Plot score against share of the training images, one line per start; see `visualize.curves`."""
+    measured, reported = result.by_start()
+    rows = {name: [(row.fraction, row.value, row.table) for row in rows] for name, rows in reported.items()}
+    draw_curves(measured, rows, path, title=result.recipe.name, metric=metric_text(result.metric))
 
 
 def draw_predictions(
@@ -203,106 +172,6 @@ def draw_starts(
     draw_predictions([val.load(id) for id in ids], predictions, val.classes, path)
 
 
-def starts(result: SweepResult) -> list[str]:
-    """Names of all rows: measured starts in the sweep's order, then starts that only papers report."""
-    return list(dict.fromkeys([*(p.backbone for p in result.points), *(row.backbone for row in result.paper)]))
-
-
 def metric_text(metric: str) -> str:
     """The name of a metric as papers write it."""
     return TEXTS.get(metric, metric)
-
-
-def shown(backbone: str) -> str:
-    """The display name of a start."""
-    return NAMES.get(backbone, backbone)
-
-
-def percent(fraction: float) -> str:
-    """A share as text: "20 %"."""
-    return f"{100 * fraction:g} %"
-
-
-def _curves(axes: Any, result: SweepResult, shares: Sequence[float]) -> None:
-    measured = list(dict.fromkeys(p.backbone for p in result.points))
-    for name, style in _styles(measured).items():
-        points = sorted((p for p in result.points if p.backbone == name), key=lambda p: p.fraction)
-        x, y = [100 * p.fraction for p in points], [100 * p.spread.mean for p in points]
-        errors = [100 * p.spread.std for p in points]
-        axes.errorbar(x, y, errors, label=shown(name), linewidth=2, markersize=7, capsize=4, **style)
-        rows = sorted((row for row in result.paper if row.backbone == name), key=lambda row: row.fraction)
-        _paper_line(axes, rows, name, style)
-    if shares[0] < 0.1:
-        axes.set_xscale("log")
-    ticks = [100 * share for share in sorted({*shares, *(r.fraction for r in result.paper if r.backbone in measured)})]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("share of the training images (%)")
-    handles, texts = axes.get_legend_handles_labels()
-    order = sorted(range(len(texts)), key=lambda k: hasattr(handles[k], "get_linestyle"))  # error bars: measured first
-    axes.figure.legend(
-        [handles[k] for k in order],
-        [texts[k] for k in order],
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        fontsize=11,
-    )
-    axes.figure.set_size_inches(INCHES[0], INCHES[1] + LEGEND_ROW * -(-len(texts) // 2))
-
-
-def _paper_line(axes: Any, rows: Sequence[PaperRow], name: str, style: Mapping[str, Any]) -> None:
-    if rows:
-        tables = ", ".join(dict.fromkeys(row.table for row in rows))
-        x, y = [100 * row.fraction for row in rows], [100 * row.value for row in rows]
-        axes.plot(x, y, "--", label=f"{shown(name)} ({tables})", linewidth=1.3, **_hollow(style))
-
-
-def _side_by_side(axes: Any, result: SweepResult, shares: Sequence[float]) -> None:
-    points, tables = {p.backbone: p for p in result.points}, []
-    for place, (name, style) in enumerate(_styles(list(points)).items()):
-        point, spread = points[name], points[name].spread
-        error = 100 * spread.std if len(spread.values) > 1 else None
-        axes.errorbar([place], [100 * spread.mean], error, markersize=9, capsize=6, linestyle="none", **style)
-        _beside(axes, place, spread.mean, str(spread), right=True)
-        for row in result.paper:
-            if (row.backbone, row.fraction) == (name, point.fraction):
-                axes.plot([place], [100 * row.value], linestyle="none", **_hollow(style))
-                _beside(axes, place, row.value, f"{100 * row.value:.1f}", right=False)
-                tables.append(row.table)
-    axes.set_xlim(-0.5, len(points) - 0.3)
-    axes.set_xticks(range(len(points)), [_wrapped(shown(name)) for name in points], fontsize=12)
-    reported = f"\nhollow: as {', '.join(dict.fromkeys(tables))} report" if tables else ""
-    axes.set_xlabel(f"{percent(shares[0])} of the training images{reported}")
-
-
-def _beside(axes: Any, place: int, value: float, text: str, *, right: bool) -> None:
-    """Annotate a point: measured scores to the right, reported scores to the left in italics."""
-    style = {"ha": "left", "style": "normal"} if right else {"ha": "right", "style": "italic"}
-    offset = (12 if right else -12, 0)
-    axes.annotate(
-        text, (place, 100 * value), xytext=offset, textcoords="offset points", va="center", fontsize=11, **style
-    )
-
-
-def _hollow(style: Mapping[str, Any]) -> dict[str, Any]:
-    """The hollow marker of a start's score in a paper."""
-    return {**style, "markerfacecolor": "none", "markersize": 9}
-
-
-def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Color and marker of each start: the same for scratch and ImageNet in every figure."""
-    others = [place for place in range(len(COLORS)) if place not in FIXED.values()]
-    styles = {}
-    for number, name in enumerate(name for name in names if name not in FIXED):
-        turn, place = divmod(number, len(others))  # a repeated color gets another marker
-        styles[name] = {"color": COLORS[others[place]], "marker": MARKERS[(others[place] + turn) % len(MARKERS)]}
-    for name, place in FIXED.items():
-        styles[name] = {"color": COLORS[place], "marker": MARKERS[place]}
-    return {name: styles[name] for name in names}
-
-
-def _wrapped(name: str) -> str:
-    """Wrap a long name into two lines."""
-    cut = name.find("_", len(name) // 2)
-    return name if len(name) < 16 or cut < 0 else f"{name[:cut]}\n{name[cut:]}"

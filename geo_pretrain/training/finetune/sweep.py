@@ -92,6 +92,16 @@ class SweepResult:
     changed: tuple[str, ...] = ()  # how the recipe differs from the one shipped under its name
     missing: tuple[str, ...] = ()  # runs of the sweep that are not finished
 
+    def by_start(self) -> tuple[dict[str, dict[float, Spread]], dict[str, list[PaperRow]]]:
+        """Measured scores by start and share, and what papers report by start, shares rising."""
+        measured: dict[str, dict[float, Spread]] = {}
+        for point in self.points:
+            measured.setdefault(point.backbone, {})[point.fraction] = point.spread
+        reported: dict[str, list[PaperRow]] = {}
+        for row in sorted(self.paper, key=lambda row: row.fraction):
+            reported.setdefault(row.backbone, []).append(row)
+        return measured, {name: reported[name] for name in dict.fromkeys(row.backbone for row in self.paper)}
+
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON types; measured and reported scores are separate."""
         license, terms = data_terms(self.recipe.data.source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ def build_task(recipe: Recipe, starts: Mapping[str, Path] = {}) -> PretextTask:
     `starts` maps "stage1" to the folder of the first stage, for recipes that start from one.
     """
     task_class, config = _parsed(recipe)
-    settings = {field.name: getattr(config, field.name) for field in fields(config)}
-    config = replace(config, **{key: recipe.start_of(STAGE1, starts) for key, v in settings.items() if v == STAGE1})
+    staged = [key for key, value in vars(config).items() if value == STAGE1]
+    config = replace(config, **{key: recipe.start_of(STAGE1, starts) for key in staged})
     if recipe.model is not None:
         recipe = replace(recipe, model=replace(recipe.model, init=recipe.start_of(recipe.model.init, starts)))
     return task_class.build(recipe, config)
@@ -57,7 +57,7 @@ def build_task(recipe: Recipe, starts: Mapping[str, Path] = {}) -> PretextTask:
 def task_settings(recipe: Recipe) -> dict[str, Any]:
     """All settings of a recipe's task, also those that the recipe leaves to their defaults."""
     _, config = _parsed(recipe)
-    return {field.name: getattr(config, field.name) for field in fields(config)}
+    return dict(vars(config))
 
 
 def _parsed(recipe: Recipe) -> tuple[type[PretextTask], TaskConfig]:

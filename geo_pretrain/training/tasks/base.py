@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.backbones.architectures import ARCHITECTURES
 from geo_pretrain.backbones.build import golden_values
+from geo_pretrain.backbones.feature_pair import FeaturePair, pair_golden
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.seeding import seeded
@@ -62,6 +63,10 @@ class PretextTask(nn.Module, ABC):
 
     config_type: type[TaskConfig]
     config: TaskConfig
+    arch: str  # of the network `backbone` that a run is for, a name in backbones.architectures
+    arch_args: dict[str, Any]  # its arguments, as a checkpoint folder states them
+    backbone: Any
+    contract: ImageContract | VoxelContract
     unit = "images"  # what a sample is made of, for displays: "images" or "clouds"
     views = 2  # how many of them a sample holds
 
@@ -98,9 +103,30 @@ class PretextTask(nn.Module, ABC):
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The losses of a batch by name, scalars; their sum is minimized."""
 
-    @abstractmethod
     def export(self) -> Export:
         """Export the trained weights and golden values, on the CPU, in evaluation mode."""
+        network = type(self.backbone)(**self.arch_args)
+        network.load_state_dict(self.backbone.state_dict())
+        network.eval()
+        roles = ARCHITECTURES[self.arch].roles
+        parts = {role: network if len(roles) == 1 else network.get_submodule(role) for role in roles}
+        weights = {role: part.state_dict() for role, part in parts.items()} | self.other_weights()
+        ones = isinstance(self.contract, VoxelContract) and not self.contract.given_channels
+        golden, pairing = golden_values(network, ones=ones), self.pairing()
+        if pairing is not None:
+            network.contract = self.contract
+            pair = FeaturePair.from_states(network, pairing, weights[pairing.role], weights.get("heads", {}))
+            golden |= pair_golden(pair)
+        return Export(self.arch, dict(self.arch_args), self.contract, weights, golden, pairing)
+
+    def pairing(self) -> Pairing | None:
+        """How a checkpoint folder pairs the network with one of the other modality; by default not at all."""
+        return None
+
+    def other_weights(self) -> dict[str, dict[str, Tensor]]:
+        """The weights beside the network's own, by role: "heads", if there are any."""
+        heads = self.heads()
+        return {"heads": heads} if heads else {}
 
     def heads(self) -> dict[str, Tensor]:
         """The state beside `backbone.*`, on the CPU: projections, heads and partner networks."""
@@ -113,28 +139,3 @@ class PretextTask(nn.Module, ABC):
     def zero_loss(self) -> Tensor:
         """A loss of 0 that reaches every parameter, for a batch with nothing to learn from."""
         return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0
-
-
-def copy_network(network: nn.Module, args: Mapping[str, Any]) -> Any:
-    """Copy a network, built from `args`, to the CPU, in evaluation mode and with contiguous weights."""
-    copy = type(network)(**args)
-    copy.load_state_dict(network.state_dict())
-    return copy.eval()
-
-
-def export_network(
-    arch: str,
-    args: Mapping[str, Any],
-    network: nn.Module,
-    contract: ImageContract | VoxelContract,
-    heads: dict[str, Tensor],
-    pairing: Pairing | None = None,
-) -> Export:
-    """Export a network that `copy_network` made: its weights by role, golden values, and heads where there are any."""
-    roles = ARCHITECTURES[arch].roles
-    parts = {role: network if len(roles) == 1 else network.get_submodule(role) for role in roles}
-    weights = {role: part.state_dict() for role, part in parts.items()}
-    if heads:
-        weights["heads"] = heads
-    ones = isinstance(contract, VoxelContract) and not contract.given_channels
-    return Export(arch, dict(args), contract, weights, golden_values(network, ones=ones), pairing)

@@ -18,7 +18,7 @@ from geo_pretrain.training.data.samples.clouds import CloudPairSamples, Features
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
+from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
 from geo_pretrain.training.tasks.voxels import encode, voxel_contract
 
 
@@ -44,6 +44,7 @@ class CloudPairs(PretextTask):
     """A sparse U-Net whose normalized outputs are compared at the matches of two clouds; the loss is a subclass's."""
 
     config: CloudConfig
+    arch = "sr_unet"
     unit = "clouds"
     terms: tuple[str, ...]  # names of the losses
 
@@ -91,8 +92,3 @@ class CloudPairs(PretextTask):
         self, batch: Mapping[str, Any], features1: Tensor, features2: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, ...]:
         """One scalar for each of `terms`. features1, features2: [N, C], unit rows; there is at least one match."""
-
-    def export(self) -> Export:
-        """The network, its last layer included, with golden values on seeded random voxels."""
-        network = copy_network(self.backbone, self.arch_args)
-        return export_network("sr_unet", self.arch_args, network, self.contract, self.heads())

@@ -13,11 +13,13 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.training.initialize import initialize
 from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
+from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
 
 
 class ImageUNetTask(PretextTask):
     """Pri3D's 2D U-Net `backbone.*` and, with `depth_proxy`, its depth head `headnet.*`; the loss is a subclass's."""
+
+    arch = "resnet_unet"
 
     def __init__(self, recipe: Recipe, config: TaskConfig, *, depth_proxy: bool) -> None:
         super().__init__(recipe, config)
@@ -49,8 +51,3 @@ class ImageUNetTask(PretextTask):
     def predict_depth(self, features: Tensor, target: Tensor) -> Tensor:
         """Depth [B, 1, H, W] predicted from features [B, C, h, w], as large as `target` [B, H, W]."""
         return F.interpolate(self.headnet(features), size=target.shape[-2:], mode="bilinear", align_corners=True)
-
-    def export(self) -> Export:
-        """The U-Net in two files, everything else in a third."""
-        unet = copy_network(self.backbone, self.arch_args)
-        return export_network("resnet_unet", self.arch_args, unet, self.contract, self.heads())

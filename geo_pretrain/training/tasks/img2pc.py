@@ -93,7 +93,7 @@ class Img2PC(TaughtByImages):
             return F.normalize(sample_map(maps, element, pixel, image_size(batch), align_corners=False), dim=1)
         return F.normalize(nearest_cells(maps, element, pixel, image_size(batch)), dim=1)
 
-    def pairing(self, teacher: Arch) -> Pairing:
+    def paired(self, teacher: Arch) -> Pairing:
         """Points, projected where they have to be, are compared with upsampled pixels."""
         return Pairing(
             teacher,

@@ -28,7 +28,7 @@ from geo_pretrain.training.distributed import World, forward_in_groups
 from geo_pretrain.training.initialize import initialize
 from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
+from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
 
 GROUPS = 8  # as many as the released trainers have processes
 
@@ -81,6 +81,7 @@ class MoCo(PretextTask):
 
     config_type = Config
     config: Config
+    arch = "resnet"
     queue: Tensor  # [K, dim]
     queue_end: Tensor  # where the next key goes
 
@@ -95,6 +96,15 @@ class MoCo(PretextTask):
         self.register_buffer("queue", F.normalize(torch.randn(config.queue, config.dim), dim=-1))
         self.register_buffer("queue_end", torch.zeros((), dtype=torch.long))
         self.pending: list[Tensor] = []  # keys of the micro-batches of this step; empty between steps
+
+    @property
+    def backbone(self) -> nn.Module:  # type: ignore[override]
+        """The query encoder."""
+        return self.query.encoder
+
+    def heads(self) -> dict[str, Tensor]:
+        """The projection of the query encoder."""
+        return {f"head.{key}": value.cpu() for key, value in self.query.head.state_dict().items()}
 
     def load_start_weights(self) -> None:
         """The encoder's start weights; the key network starts as the query network."""
@@ -140,12 +150,6 @@ class MoCo(PretextTask):
             self.enqueue(torch.cat(self.pending))
             self.pending = []
         return {"moco": loss}
-
-    def export(self) -> Export:
-        """Export the query encoder, and its projection as a head."""
-        encoder = copy_network(self.query.encoder, self.arch_args)
-        heads = {f"head.{key}": value.cpu() for key, value in self.query.head.state_dict().items()}
-        return export_network("resnet", self.arch_args, encoder, self.contract, heads)
 
     def bn_groups(self, samples: int, world: World) -> int:
         """BatchNorm groups for the `samples` that this process takes at once. Raises `RecipeError` for unequal ones."""

@@ -28,7 +28,7 @@ from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewCon
 from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.losses.contrastive import nt_xent
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
+from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Config(TaskConfig):
 class PixelSimCLR(PretextTask):
     """A `ResNetDepthUNet`, whose dense features at the image's resolution are contrasted; state keys `backbone.*`."""
 
+    arch = "resnet_depth_unet"
     config_type = Config
     config: Config
 
@@ -113,11 +114,6 @@ class PixelSimCLR(PretextTask):
         parts = zip(*(pixels.split(batch["matches_per_image"]) for pixels in (pixels1, pixels2)), strict=True)
         terms = [self._loss(*part) * len(part[0]) for part in parts if len(part[0])]
         return {"nce": torch.stack(terms).sum() / len(matches)}
-
-    def export(self) -> Export:
-        """The network in two files."""
-        unet = copy_network(self.backbone, self.arch_args)
-        return export_network("resnet_depth_unet", self.arch_args, unet, self.contract, self.heads())
 
     def _loss(self, pixels1: Tensor, pixels2: Tensor) -> Tensor:
         return nt_xent(pixels1, pixels2, temperature=self.config.temperature, negatives=self.config.negatives)

@@ -83,7 +83,7 @@ class PPKT(TaughtByImages):
         ]
         return [torch.cat(drawn)] if together else drawn
 
-    def pairing(self, teacher: Arch) -> Pairing:
+    def paired(self, teacher: Arch) -> Pairing:
         """Pixels are projected, upsampled and compared with points."""
         return Pairing(
             teacher,

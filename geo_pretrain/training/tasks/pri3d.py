@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain.backbones.architectures import Arch
-from geo_pretrain.backbones.feature_pair import FeaturePair, pair_golden
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import VoxelContract
@@ -29,10 +28,10 @@ from geo_pretrain.training.initialize import initialize_heads
 from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Export, TaskConfig, copy_network, export_network
+from geo_pretrain.training.tasks.base import TaskConfig
 from geo_pretrain.training.tasks.images import ImageUNetTask
 from geo_pretrain.training.tasks.matching import gather_cells, half_resolution_cell, sample_matches
-from geo_pretrain.training.tasks.voxels import encode
+from geo_pretrain.training.tasks.voxels import CHANNELS, encode
 
 PROJECTION = 64  # channels in which pixels and voxels are compared
 CAMERA = ("depth", "intrinsics", "cam_to_world")  # what a batch holds of each frame, beside its image
@@ -190,19 +189,11 @@ class Pri3D(ImageUNetTask):
             for element in range(len(batch["seed"]))
         ]
 
-    def export(self) -> Export:
-        """Export the U-Net in two files and the heads in a third; with a 3D network also the pairing."""
-        unet = copy_network(self.backbone, self.arch_args)
-        pairing = self.pairing() if self.config.geo else None
-        export = export_network("resnet_unet", self.arch_args, unet, self.contract, self.heads(), pairing)
-        if pairing is not None:
-            unet.contract, heads = self.contract, export.weights["heads"]
-            export.golden.update(pair_golden(FeaturePair.from_states(unet, pairing, heads, heads)))
-        return export
-
-    def pairing(self) -> Pairing:
+    def pairing(self) -> Pairing | None:
         """How a checkpoint folder finds the 3D network and the projections among the heads."""
-        channels = ("R", "G", "B") if self.config.features == "rgb" else ("one", "one", "one")
+        if not self.config.geo:
+            return None
+        channels = CHANNELS[self.config.features]
         return Pairing(
             Arch("sr_unet", self.arch_args3d),
             VoxelContract(voxel_size=self.voxel_size, channels=channels),

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.backbones.architectures import Arch
-from geo_pretrain.backbones.feature_pair import FeaturePair, pair_golden
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract
@@ -23,7 +22,7 @@ from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, Fr
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import EncoderName, Recipe
-from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig, copy_network, export_network
+from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
 from geo_pretrain.training.tasks.matching import draw
 from geo_pretrain.training.tasks.teachers import Teacher, finetuned_segmenter, load_teacher, torchvision_segmenter
 from geo_pretrain.training.tasks.voxels import encode, voxel_contract
@@ -75,6 +74,7 @@ class TaughtByImages(PretextTask):
     """
 
     config: TaughtConfig
+    arch = "sr_unet"
     views = 1
 
     def __init__(self, recipe: Recipe, config: TaughtConfig, teacher: Teacher, *, normalize: bool = True) -> None:
@@ -120,24 +120,17 @@ class TaughtByImages(PretextTask):
         trained = {key for key, parameter in self.named_parameters() if parameter.requires_grad}
         return {key: value for key, value in super().heads().items() if key in trained}
 
-    def export(self) -> Export:
-        """The student, its projections in a second file, and the teacher if `pairing` pairs the two.
+    def other_weights(self) -> dict[str, dict[str, Tensor]]:
+        """The trained projections, and the teacher if `pairing` pairs it with the student."""
+        teacher = {key: value.cpu() for key, value in self.teacher.network.state_dict().items()}
+        return super().other_weights() | ({} if self.pairing() is None else {"teacher": teacher})
 
-        A teacher whose architecture is not in the zoo is left out.
-        """
-        student = copy_network(self.backbone, self.arch_args)
-        pairing = None if self.teacher.arch is None else self.pairing(self.teacher.arch)
-        export = export_network("sr_unet", self.arch_args, student, self.contract, self.heads(), pairing)
-        if pairing is not None:
-            student.contract = self.contract
-            state = {key: value.cpu() for key, value in self.teacher.network.state_dict().items()}
-            export.weights["teacher"] = state
-            pair = FeaturePair.from_states(student, pairing, state, export.weights.get("heads", {}))
-            export.golden.update(pair_golden(pair))
-        return export
+    def pairing(self) -> Pairing | None:
+        """How a checkpoint folder pairs the student with its teacher; not at all if the zoo has no such network."""
+        return None if self.teacher.arch is None else self.paired(self.teacher.arch)
 
-    def pairing(self, teacher: Arch) -> Pairing | None:
-        """How a checkpoint folder pairs the student with a teacher whose features it shares; by default not at all."""
+    def paired(self, teacher: Arch) -> Pairing | None:
+        """The pairing with a teacher whose features the student shares; by default none."""
         return None
 
     def shown_images(self) -> ImageContract:

@@ -19,7 +19,6 @@ from geo_pretrain.training.evaluation.metrics import confusion_matrix, mean_iou
 from geo_pretrain.training.finetune import report, sweep
 from geo_pretrain.training.finetune.published import PaperRow
 from geo_pretrain.training.finetune.report import (
-    COLORS,
     draw_curve,
     draw_predictions,
     draw_starts,
@@ -31,6 +30,7 @@ from geo_pretrain.training.finetune.report import (
 from geo_pretrain.training.finetune.sweep import Point, SweepResult, run_sweep
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.visualize.colors import class_colors
+from geo_pretrain.training.visualize.curves import COLORS, styles
 from tests.training.finetune.sweeps import Squares, Written, tiny_recipe
 from tests.zoo import write_tiny
 
@@ -208,11 +208,11 @@ def test_colors_differ_for_color_blind_readers_and_from_the_paper(sight):
 
 def test_many_starts_differ_in_color_or_marker_and_known_ones_keep_theirs():
     names = ["a", "scratch", *"bcdefgh", "imagenet"]
-    styles = report._styles(names)
-    assert list(styles) == names
-    assert len({tuple(style.values()) for style in styles.values()}) == len(names)
-    assert styles["scratch"] == report._styles(["scratch"])["scratch"]
-    assert styles["imagenet"] == report._styles(["imagenet", "x"])["imagenet"]
+    found = styles(names)
+    assert list(found) == names
+    assert len({tuple(style.values()) for style in found.values()}) == len(names)
+    assert found["scratch"] == styles(["scratch"])["scratch"]
+    assert found["imagenet"] == styles(["imagenet", "x"])["imagenet"]
 
 
 def test_the_picture_shows_image_truth_and_predictions_at_their_places(tmp_path):
