@@ -186,7 +186,7 @@ from typing import Any
 
 from torch import Tensor
 
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Positive
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.single_images import TwoColorViews
 from geo_pretrain.training.losses.agreement import disagreement
@@ -199,11 +199,7 @@ from geo_pretrain.training.tasks.images import ImageUNetTask
 class Config(TaskConfig):
     """Settings of the task."""
 
-    weight: float = 1.0
-
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        self.check_positive(check, "weight")
+    weight: Positive = 1.0
 
 
 class Agreement(ImageUNetTask):

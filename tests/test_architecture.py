@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("loading", "__init__"),  # the public face hands out names of loading and of floors below
     ("adapters", "publish"),
     ("training.distributed", "training.runs", "training.losses", "training"),
+    ("training.checks",),
     ("training.config",),
     ("training.recipe", "training.finetune_recipe", "training.schedule"),
     ("training.data",),

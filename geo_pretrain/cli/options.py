@@ -54,13 +54,12 @@ def labelled_overrides(data: str | None) -> list[str]:
 
 def data_spec(data: str, frames: str | None, overlap: str, overrides: list[str]) -> DataSpec:
     """Build a data section for commands without a recipe."""
-    from geo_pretrain.training.config import apply_overrides, parse
+    from geo_pretrain.training.config import Draft
     from geo_pretrain.training.recipe import RENAMED, Recipe
 
     tree: dict[str, Any] = {"name": "command line", "task": {"name": "none"}, "optim": {"steps": 1}}
     options = [*data_overrides(data, frames), f"data.overlap={range_of('--overlap', overlap)}", *overrides]
-    apply_overrides(tree, options, RENAMED)
-    return parse(Recipe, tree, where="command line").data
+    return Draft(tree, "command line", RENAMED).override(options).parse(Recipe).data
 
 
 def range_of(option: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Reads YAML files into frozen dataclasses: overrides, overlays, renamed keys, checks and differences.
+"""Reads YAML files into frozen dataclasses: overrides, overlays, renamed keys and differences.
 
 This module knows no recipe; the schemas are in `recipe` and `finetune_recipe`. Errors name all mistakes of a file.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,65 +18,13 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from geo_pretrain.errors import GeoPretrainError, RecipeError, UnknownName, nearest
+from geo_pretrain.training.checks import Mistakes, Problem, all_mistakes
 
 T = TypeVar("T")
 # Metadata of a dataclass field, `field(default_factory=dict, metadata=OTHER_KEYS)`: it takes all keys that the
 # dataclass does not know, as they are.
 OTHER_KEYS = {"takes": "other keys"}
 _BAD: Any = object()  # in place of a value that is missing or wrong
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One mistake in a file: the keys it concerns, and a sentence for the user."""
-
-    keys: tuple[str, ...]
-    text: str
-
-    def touches(self, keys: Iterable[str]) -> bool:
-        """Whether the mistake concerns one of `keys`, one of their subkeys or a section they are in."""
-        return any(_inside(one, other) or _inside(other, one) for one in self.keys for other in keys)
-
-
-class Mistakes(RecipeError):
-    """The error for one or more mistakes in a file; `problems` lists them."""
-
-    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
-        super().__init__(message)
-        self.problems = tuple(problems)
-
-
-class Checks:
-    """Collects failed checks: `check = Checks()`, then `check(condition, ...)` for each, then `check.done()`."""
-
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-
-    def __call__(self, condition: bool, key: str, value: object, accepted: str, *, given: Sequence[str] = ()) -> bool:
-        """Record a mistake unless the condition holds; returns the condition.
-
-        `key` may name several keys: "optim.steps / optim.epochs". `given` names further keys that the condition depends
-        on; if one of these has a mistake of its own, this one is not reported.
-        """
-        if not condition:
-            self.note(f"'{key}' is {value!r}, accepted is {accepted}.", *key.split(" / "), *given)
-        return condition
-
-    def note(self, text: str, *keys: str) -> None:
-        """Record a mistake that concerns `keys`, in words."""
-        self.problems.append(Problem(keys, text))
-
-    def done(self) -> None:
-        """Raise one `RecipeError` that names all recorded mistakes, if there are any."""
-        if self.problems:
-            raise _error("", self.problems)
-
-
-def check_key(condition: bool, key: str, value: object, accepted: str) -> None:
-    """Raise a `RecipeError` with the value of `key` and the accepted values unless the condition holds."""
-    check = Checks()
-    check(condition, key, value, accepted)
-    check.done()
 
 
 @dataclass(frozen=True)
@@ -87,63 +36,85 @@ class Renamed:
     values: Mapping[Any, Any] = field(default_factory=dict)  # old value -> new value; others are kept
 
 
-def read_tree(path: Path, renames: Sequence[Renamed] = ()) -> dict[str, Any]:
-    """Read a YAML file of keys and values and rename old keys. Raises `RecipeError` for any other file."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: expected keys and values, got {_shown(tree)}.")
-    return rename_keys(tree, renames, where=str(path))
+class Draft:
+    """Settings on their way from a file to a dataclass: their tree, and the mistakes in the file and the overrides."""
 
+    def __init__(self, tree: Any, where: str, renames: Sequence[Renamed] = (), prefix: str = "") -> None:
+        """`where`: the file; `prefix`: path of `tree` in it, such as "task."; both are for messages."""
+        self.tree, self.where, self.renames, self.prefix = tree, where, renames, prefix
+        self.problems: list[Problem] = []
+        self.overrides: dict[str, str] = {}  # key -> the override that set it
+        self._rename()
 
-def rename_keys(tree: Mapping[str, Any], renames: Sequence[Renamed], *, where: str, prefix: str = "") -> dict[str, Any]:
-    """Copy nested mappings with old keys renamed; `prefix` is the path of `tree` in the file, such as "data."."""
-    copy = _copied(tree)
-    for renamed in renames:
-        if not (renamed.old.startswith(prefix) and renamed.new.startswith(prefix)):
-            continue
-        old, new = renamed.old.removeprefix(prefix).split("."), renamed.new.removeprefix(prefix).split(".")
-        value = _get(copy, old)
-        if value is _BAD:
-            continue
-        _pop(copy, old)
-        if _get(copy, new) is not _BAD:
-            raise RecipeError(f"{where}: '{renamed.new}' is given twice, also by its former name '{renamed.old}'.")
-        _set(copy, new, _translated(renamed, value))
-    return copy
-
-
-def apply_overrides(tree: dict[str, Any], overrides: Iterable[str], renames: Sequence[Renamed] = ()) -> None:
-    """Set keys of nested mappings in place from texts `key.key=value`; values are parsed as YAML.
-
-    Raises `RecipeError` that names all overrides which cannot be applied.
-    """
-    problems = []
-    by_old = {renamed.old: renamed for renamed in renames}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            text = f"Override {override!r} is not of the form key=value, such as optim.lr=0.05."
-            problems.append(Problem((), text))
-            continue
+    @classmethod
+    def read(cls, path: Path, renames: Sequence[Renamed] = ()) -> Draft:
+        """Read a YAML file of keys and values. Raises `RecipeError` for any other file."""
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            problems.append(Problem((key,), f"Override {override!r}: {text!r} is not valid YAML."))
-            continue
-        if key in by_old:
-            key, value = by_old[key].new, _translated(by_old[key], value)
-        blocking = _set(tree, key.split("."), value)
-        if blocking is not None:
-            problems.append(Problem((key,), f"Override {override!r}: '{blocking}' holds a value, not keys."))
-        elif isinstance(value, Mapping):
-            renewed = rename_keys(tree, renames, where=f"Override {override!r}")
-            tree.clear()
-            tree.update(renewed)
-    if problems:
-        raise _error("", problems)
+            tree = _load_yaml(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not valid YAML: {error}") from None
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{path}: expected keys and values, got {_shown(tree)}.")
+        return cls(tree, str(path), renames)
+
+    def override(self, overrides: Iterable[str]) -> Draft:
+        """Set keys from texts `key.key=value`, values in YAML; the last one counts where a key is given again."""
+        by_old = {renamed.old: renamed for renamed in self.renames}
+        spelled: dict[str, str] = {}  # key -> how the override that set it spelled the key
+        for override in overrides:
+            given, equals, text = override.partition("=")
+            given = given.strip()
+            if not equals or not given:
+                self._note(f"Override {override!r} is not of the form key=value, such as optim.lr=0.05.")
+                continue
+            try:
+                value = _load_yaml(text)
+            except yaml.YAMLError:
+                self._note(f"Override {override!r}: {text!r} is not valid YAML.")
+                continue
+            renamed = by_old.get(given)
+            key, value = (given, value) if renamed is None else (renamed.new, _translated(renamed, value))
+            if spelled.setdefault(key, given) != given:
+                self._note(f"{key!r} is given twice, by {self.overrides[key]!r} and, under another name, {override!r}.")
+            blocking = _set(self.tree, key.split("."), value)
+            if blocking is not None:
+                self._note(f"Override {override!r}: '{blocking}' holds a value, not keys.")
+            self.overrides[key] = override
+            if isinstance(value, Mapping):
+                self._rename()
+        return self
+
+    def parse(self, kind: type[T], also: Sequence[Callable[[T], object]] = ()) -> T:
+        """Build the dataclass `kind`; see the function `parse`."""
+        parser = _Parser(self.problems)
+        value = typing.cast(T, parser.section(kind, self.tree, self.prefix))
+        for check in also:
+            parser.run(check, value, RecipeError, UnknownName)
+        if len(parser.problems) == 1 and parser.causes and not isinstance(parser.causes[0], Mistakes):
+            raise parser.causes[0]
+        if parser.problems:
+            raise all_mistakes(self.where, parser.problems, self.overrides)
+        return value
+
+    def _note(self, text: str, *keys: str) -> None:
+        self.problems.append(Problem(keys, text))
+
+    def _rename(self) -> None:
+        """Rename old keys; where a key has both names, the value under its present name stays."""
+        self.tree = _copied(self.tree)
+        for renamed in self.renames:
+            if not (renamed.old.startswith(self.prefix) and renamed.new.startswith(self.prefix)):
+                continue
+            old, new = (key.removeprefix(self.prefix).split(".") for key in (renamed.old, renamed.new))
+            value = _get(self.tree, old)
+            if value is _BAD:
+                continue
+            del _get(self.tree, old[:-1])[old[-1]]
+            if _get(self.tree, new) is not _BAD:
+                text = f"'{renamed.new}' is given twice, also by its former name '{renamed.old}'."
+                self._note(text, renamed.new, renamed.old)
+            else:
+                _set(self.tree, new, _translated(renamed, value))
 
 
 def merge_tree(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
@@ -164,11 +135,25 @@ def changes(
 
     Keys in `ignore` do not count. A key that a text lacks, such as one that is newer than it, has its default there.
     """
-    ignored, defaults, missing = set(ignore), _defaults(kind), "(none)"
-    old, new = (_flat(rename_keys(yaml.safe_load(text), renames, where="recipe")) for text in (before, now))
-    keys = [key for key in {**new, **old} if key not in ignored]
-    values = [(key, *(tree.get(key, defaults.get(key, missing)) for tree in (old, new))) for key in keys]
-    return [f"{key}: {one} -> {two}" for key, one, two in values if one != two]
+    old, new = (Draft(yaml.safe_load(text), "recipe", renames).tree for text in (before, now))
+    return _differences(kind, old, new, set(ignore))
+
+
+def _differences(
+    kind: type | None, old: Mapping[str, Any], new: Mapping[str, Any], ignored: set[str], prefix: str = ""
+) -> list[str]:
+    """`changes` of nested mappings; `kind` is None where they are not those of a dataclass."""
+    hints = {} if kind is None else typing.get_type_hints(kind)
+    defaults = {} if kind is None else _defaults(kind)
+    found = []
+    for name in {**new, **old}:
+        key = prefix + str(name)
+        one, two = (tree.get(name, defaults.get(name, "(none)")) for tree in (old, new))
+        if isinstance(one, Mapping) and isinstance(two, Mapping):
+            found += _differences(_section_of(hints.get(name)), one, two, ignored, f"{key}.")
+        elif one != two and key not in ignored:
+            found.append(f"{key}: {one} -> {two}")
+    return found
 
 
 def plain_types(value: Any) -> Any:
@@ -204,27 +189,17 @@ def parse(
         also: further checks of the result, functions that raise `RecipeError` or `UnknownName`.
 
     Raises:
-        RecipeError: names every unknown key, wrong type, missing key and value out of range. A single mistake that a
-            function in `also` found is raised as that function raised it.
+        RecipeError: names every unknown key, wrong type, missing key and value out of range. A function in `also` that
+            found the only mistake raises its own error.
     """
-    if isinstance(tree, Mapping) and renames:
-        tree = rename_keys(tree, renames, where=where, prefix=prefix)
-    parser = _Parser()
-    value = typing.cast(T, parser.section(kind, tree, prefix))
-    for check in also:
-        parser.run(check, value, RecipeError, UnknownName)
-    if len(parser.problems) == 1 and parser.causes:
-        raise parser.causes[0]
-    if parser.problems:
-        raise _error(where, parser.problems)
-    return value
+    return Draft(tree, where, renames, prefix).parse(kind, also)
 
 
 class _Parser:
     """Parses sections and collects mistakes; wrong values are replaced so that parsing goes on to the end."""
 
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
+    def __init__(self, problems: Iterable[Problem] = ()) -> None:
+        self.problems = list(problems)
         self.doubtful: set[str] = set()  # keys whose value was replaced, so that later checks of it mean nothing
         self.causes: list[GeoPretrainError] = []  # errors that functions in `also` raised
 
@@ -301,13 +276,12 @@ class _Parser:
         return tuple(items)
 
     def _scalar(self, hint: type, value: object, key: str) -> Any:
-        if hint is float and isinstance(value, str):
-            try:  # YAML 1.1 reads 1e-3 as a string
-                return float(value)
-            except ValueError:
-                pass
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+        if hint is float and isinstance(value, str | int | float) and not isinstance(value, bool):
+            try:
+                number = float(value)  # YAML 1.1 reads 1e-3 as a string
+            except (ValueError, OverflowError):
+                return self._refuse(key, value, "a number")
+            return number if math.isfinite(number) else self._refuse(key, value, "a finite number")
         if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
             return value
         names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -353,56 +327,60 @@ def _unchecked(kind: type, values: Mapping[str, Any]) -> object:
     return made
 
 
-def _error(where: str, problems: Sequence[Problem]) -> Mistakes:
-    """The error that names all problems: one line for a single problem, else a list."""
-    start = f"{where}: " if where else ""
-    if len(problems) == 1:
-        return Mistakes(start + problems[0].text, problems)
-    lines = "".join(f"\n  - {problem.text}" for problem in problems)
-    return Mistakes(f"{start}{len(problems)} mistakes:{lines}", problems)
-
-
 def _shown(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def _inside(key: str, other: str) -> bool:
-    """Whether `key` is `other` or a subkey of it."""
-    return key == other or key.startswith((f"{other}.", f"{other}["))
-
-
-def _flat(tree: object, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to keys "key.key"; lists are values."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree} if prefix else {}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _defaults(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Default values of a dataclass and its sections, by "key.key"."""
+def _defaults(kind: type) -> dict[str, Any]:
+    """The fields of a dataclass that have defaults, in plain types; a section without a default has its fields'."""
     hints = typing.get_type_hints(kind)
     defaults: dict[str, Any] = {}
     for f in dataclasses.fields(kind):
-        key = prefix + f.name
-        section = next((hint for hint in (hints[f.name], *typing.get_args(hints[f.name])) if _is_section(hint)), None)
-        if section is not None:
-            defaults |= _defaults(section, key + ".")
-        elif f.default is not dataclasses.MISSING:
-            defaults[key] = plain_types(f.default)
+        if f.default is not dataclasses.MISSING:
+            defaults[f.name] = plain_types(f.default)
         elif f.default_factory is not dataclasses.MISSING:
-            defaults[key] = plain_types(f.default_factory())
+            defaults[f.name] = plain_types(f.default_factory())
+        elif (section := _section_of(hints[f.name])) is not None:
+            defaults[f.name] = _defaults(section)
     return defaults
+
+
+def _section_of(hint: Any) -> type | None:
+    """The dataclass in a type hint such as `Spec` or `Spec | None`; None if there is none."""
+    return next((part for part in (hint, *typing.get_args(hint)) if _is_section(part)), None)
 
 
 def _is_section(hint: Any) -> bool:
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
-def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+def _copied(tree: Any) -> Any:
+    """Copy nested mappings; lists are values."""
+    return {key: _copied(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        first: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, key) is not key:
+                line = first[key.value].start_mark.line + 1
+                problem = f"key {key.value!r} is given twice, first in line {line}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    """Load one YAML document. Raises `yaml.YAMLError`."""
+    try:
+        return _copied(yaml.load(text, _Loader))
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply, or a value contains itself") from None
+    except (ValueError, AttributeError) as error:  # of values that look like a date or have a wrong tag
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from None
 
 
 def _translated(renamed: Renamed, value: object) -> object:
@@ -412,9 +390,15 @@ def _translated(renamed: Renamed, value: object) -> object:
         return value
 
 
-def _get(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
+def lookup(tree: Any, key: str) -> Any:
+    """The value of "key.key" in nested mappings; None if there is none."""
+    value = _get(tree, key.split("."))
+    return None if value is _BAD else value
+
+
+def _get(tree: Any, path: Sequence[str]) -> Any:
     """The value at a path of keys; `_BAD` if there is none."""
-    value: Any = tree
+    value = tree
     for key in path:
         if not isinstance(value, Mapping) or key not in value:
             return _BAD
@@ -422,17 +406,14 @@ def _get(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
     return value
 
 
-def _pop(tree: dict[str, Any], path: Sequence[str]) -> None:
-    *parents, last = path
-    del _get(tree, parents)[last]
-
-
 def _set(tree: dict[str, Any], path: Sequence[str], value: object) -> str | None:
     """Set the value at a path of keys; returns the key in the way if it holds a value instead of keys, else None."""
     *parents, last = path
     branch = tree
     for parent in parents:
-        branch = branch.setdefault(parent, {})
+        if branch.get(parent) is None:  # also a section that is null
+            branch[parent] = {}
+        branch = branch[parent]
         if not isinstance(branch, dict):
             return parent
     branch[last] = value

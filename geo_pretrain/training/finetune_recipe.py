@@ -5,20 +5,32 @@ A recipe says what is fine-tuned on which labels, and how the result is measured
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
-from geo_pretrain.errors import RecipeError, unknown
-from geo_pretrain.training import config
-from geo_pretrain.training.config import Checks, Renamed, apply_overrides, merge_tree, parse, plain_types, read_tree
-from geo_pretrain.training.recipe import RESNETS, WITHOUT_EFFECT, EncoderName, OptimSpec, UNet3DSpec, retag
+from geo_pretrain.training import config, recipe
+from geo_pretrain.training.checks import (
+    Accepts,
+    Checks,
+    Count,
+    ImageSize,
+    Momentum,
+    NaturalNumber,
+    NotNegative,
+    Odd,
+    Positive,
+    Probability,
+    Seed,
+    Share,
+)
+from geo_pretrain.training.config import Draft, Renamed, merge_tree, plain_types
+from geo_pretrain.training.recipe import RESNETS, WITHOUT_EFFECT, EncoderName, OptimSpec, RecipeName, UNet3DSpec, retag
 from geo_pretrain.training.schedule import learning_rate
 
-RECIPES = Path(__file__).parent / "recipes" / "finetune"
+RECIPES = recipe.KINDS["finetune"][1]
 RENAMED = (  # former keys and values, which are still read
     Renamed("authors_exact", "match_released_code"),
     Renamed("data.options.authors_exact", "data.options.match_released_code"),
@@ -30,6 +42,10 @@ TaskName = Literal["segmentation", "segmentation3d", "detection", "instances"]
 Kind = Literal[
     "unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn", "srunet", "faster_rcnn", "mask_rcnn"
 ]  # fmt: skip
+Freeze = Annotated[int, Accepts(lambda n: 0 <= n <= 5, "0 (nothing) to 5 (stem and all stages)")]
+Degrees = Annotated[float, Accepts(lambda angle: 0 <= angle <= 180, "degrees from 0 to 180")]
+Lengths = Annotated[tuple[int, int], Accepts(lambda r: 32 <= r[0] <= r[1], "[low, high] with 32 <= low <= high")]
+Milestones = Annotated[tuple[int, int], Accepts(lambda m: 1 <= m[0] < m[1], "[first, second] with 1 <= first < second")]
 KINDS: dict[str, tuple[str, ...]] = {
     "segmentation": ("unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn"),
     "segmentation3d": ("srunet",),
@@ -44,11 +60,11 @@ class NetworkSpec:
 
     kind: Kind = "unet"
     encoder: EncoderName = "resnet50"  # backbones with another encoder are refused
-    width: int = 64  # channels of the stem, for a random initialization; a checkpoint has its own
+    width: Count = 64  # channels of the stem, for a random initialization; a checkpoint has its own
     output_stride: Literal[8, 16, 32] = 32  # 16 and 8 dilate the last stages
     transfer: Literal["all", "encoder"] = "encoder"  # all: also the U-Net's decoder, without its last layer
-    freeze: int = 0  # number of frozen stages, counted from the stem, as Detectron2's freeze_at
-    aux: float = 0.0  # weight of an auxiliary loss on layer3
+    freeze: Freeze = 0  # number of frozen stages, counted from the stem, as Detectron2's freeze_at
+    aux: NotNegative = 0.0  # weight of an auxiliary loss on layer3
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the builder, such as decoder_atrous_rates
     unet3d: UNet3DSpec | None = None  # srunet: the network for a random initialization; a checkpoint has its own
 
@@ -57,13 +73,13 @@ class NetworkSpec:
 class LabelledAugment:
     """Augmentation of training images and their labels."""
 
-    flip: float = 0.0  # probability of a horizontal flip
-    rotate: float = 0.0  # degrees; the angle is drawn from [-rotate, rotate]
-    crop: tuple[int, int] | None = None  # height and width of a random crop of the (resized) image
-    blur: float = 0.0  # probability
-    blur_kernel: int = 5  # odd number of pixels
-    shorter: tuple[int, int] | None = None  # detection: range that the length of the shorter side is drawn from
-    longer: int = 1333  # detection: the longer side is at most this
+    flip: Probability = 0.0  # probability of a horizontal flip
+    rotate: Degrees = 0.0  # degrees; the angle is drawn from [-rotate, rotate]
+    crop: ImageSize | None = None  # height and width of a random crop of the (resized) image
+    blur: Probability = 0.0  # probability
+    blur_kernel: Odd = 5  # odd number of pixels
+    shorter: Lengths | None = None  # detection: range that the length of the shorter side is drawn from
+    longer: Count = 1333  # detection: the longer side is at most this
 
 
 @dataclass(frozen=True)
@@ -72,11 +88,11 @@ class LabelledSpec:
 
     source: str = "rooms"  # a name that `open_labelled` accepts
     path: str | None = None  # folder of a data set on disk; rooms renders its own
-    size: tuple[int, int] | None = (240, 320)  # height and width that images are resized to; None: not resized
+    size: ImageSize | None = (240, 320)  # height and width that images are resized to; None: not resized
     resize: Literal["nearest", "bilinear"] | None = None  # None: bilinear; nearest with match_released_code
     augment: LabelledAugment = LabelledAugment()
-    fraction: float = 1.0  # share of the training images, in whole scenes (data-efficiency curves)
-    fraction_seed: int = 0  # chooses the scenes; a smaller share is a subset of a larger one
+    fraction: Share = 1.0  # share of the training images, in whole scenes (data-efficiency curves)
+    fraction_seed: Seed = 0  # chooses the scenes; a smaller share is a subset of a larger one
     scenes: str | None = None  # file of an official scene list, or the folder of such files; replaces `fraction`
     options: dict[str, Any] = field(default_factory=dict)  # options of the source, which checks them
 
@@ -85,29 +101,29 @@ class LabelledSpec:
 class FinetuneOptim:
     """SGD and its schedule."""
 
-    lr: float = 0.01
-    backbone_factor: float = 1.0  # learning rate of the backbone, relative to `lr`
-    head_factor: float = 1.0  # learning rate of the new layers, relative to `lr`
-    momentum: float = 0.9
-    dampening: float = 0.0
-    weight_decay: float = 0.0
-    batch: int = 16  # images a step, over all processes and accumulation steps
-    accumulate: int = 1  # micro-batches that each process makes of its share of a batch
+    lr: Positive = 0.01
+    backbone_factor: Positive = 1.0  # learning rate of the backbone, relative to `lr`
+    head_factor: Positive = 1.0  # learning rate of the new layers, relative to `lr`
+    momentum: Momentum = 0.9
+    dampening: Probability = 0.0
+    weight_decay: NotNegative = 0.0
+    batch: Count = 16  # images a step, over all processes and accumulation steps
+    accumulate: Count = 1  # micro-batches that each process makes of its share of a batch
     sync_bn: bool = False  # BatchNorm over all processes, not over each one's micro-batch; needs CUDA
-    steps: int | None = None  # either steps or epochs
-    epochs: float | None = None
+    steps: Count | None = None  # either steps or epochs
+    epochs: Positive | None = None
     schedule: Literal["poly", "multistep", "constant"] = "poly"
-    power: float = 0.9  # poly: lr (1 - s / (S + 1)) ** power
-    floor: float = 0.0  # poly: lower limit of the learning rate of each group
-    milestones: tuple[int, int] | None = None  # multistep: at each of these steps lr is multiplied by gamma
-    gamma: float = 0.1
-    warmup: int = 0  # steps in which lr rises linearly from warmup_factor times its value; on any schedule
-    warmup_factor: float = 0.001
+    power: NotNegative = 0.9  # poly: lr (1 - s / (S + 1)) ** power
+    floor: NotNegative = 0.0  # poly: lower limit of the learning rate of each group
+    milestones: Milestones | None = None  # multistep: at each of these steps lr is multiplied by gamma
+    gamma: Share = 0.1
+    warmup: NaturalNumber = 0  # steps in which lr rises linearly from warmup_factor times its value; on any schedule
+    warmup_factor: Probability = 0.001
     bn_momentum: Literal["pri3d", "constant"] = (
         "constant"  # pri3d: starts at 0.5, halved every 20 steps, at least 0.001
     )
-    backbone_bn_momentum: float | None = None  # of the backbone's BatchNorm; None: torch's default
-    clip_norm: float | None = None  # largest norm of all gradients together; None: not clipped
+    backbone_bn_momentum: Probability | None = None  # of the backbone's BatchNorm; None: torch's default
+    clip_norm: Positive | None = None  # largest norm of all gradients together; None: not clipped
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate at step 0 <= `step` < `steps`, before the factor of a parameter group and the floor."""
@@ -126,83 +142,51 @@ class FinetuneOptim:
 class EvaluateSpec:
     """When and how the validation images are measured; at the end of the run too, unless match_released_code is set."""
 
-    every_epochs: int | None = None  # n: after epochs 0, n, 2n, ... as the released loop counts
-    every_steps: int | None = None
-    batch: int = 1
-    images: int | None = None  # at most this many, chosen at even spacing; None: all
+    every_epochs: Count | None = None  # n: after epochs 0, n, 2n, ... as the released loop counts
+    every_steps: Count | None = None
+    batch: Count = 1
+    images: Count | None = None  # at most this many, chosen at even spacing; None: all
     # With match_released_code: the size of the labels that IoU is computed on; None: data.size.
-    size: tuple[int, int] | None = None
+    size: ImageSize | None = None
 
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
     """Everything that a downstream result depends on, except the backbone."""
 
-    name: str
+    name: RecipeName
     task: TaskName
     network: NetworkSpec
     data: LabelledSpec
     optim: FinetuneOptim
     evaluate: EvaluateSpec = EvaluateSpec()
     match_released_code: bool = False  # reproduce the released protocol's accidents; the report lists them
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = 4  # data loading processes; they do not change the result
-    save_every: int = 500  # steps between saved states
+    workers: NaturalNumber = 4  # data loading processes; they do not change the result
+    save_every: Count = 500  # steps between saved states
 
     def __post_init__(self) -> None:
         """Check ranges, and settings that depend on each other."""
         check = Checks()
-        self._check_numbers(check)
-        self._check_images(check)
+        check.ranges(self)
+        self._check_training(check)
         self._check_network(check)
         check.done()
 
-    def _check_numbers(self, check: Checks) -> None:
-        """Check budget, optimizer and evaluation."""
-        network, optim, evaluate = self.network, self.optim, self.evaluate
+    def _check_training(self, check: Checks) -> None:
+        """Check settings of optimizer and evaluation that depend on each other."""
+        optim, evaluate = self.optim, self.evaluate
         one = (optim.steps is None) != (optim.epochs is None)
         check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
-        for key, count in {
-            "network.width": network.width,
-            "optim.batch": optim.batch,
-            "optim.accumulate": optim.accumulate,
-            "evaluate.batch": evaluate.batch,
-            "save_every": self.save_every,
-            "optim.steps": 1 if optim.steps is None else optim.steps,
-            "evaluate.every_epochs": 1 if evaluate.every_epochs is None else evaluate.every_epochs,
-            "evaluate.every_steps": 1 if evaluate.every_steps is None else evaluate.every_steps,
-            "evaluate.images": 1 if evaluate.images is None else evaluate.images,
-        }.items():
-            check(count >= 1, key, count, "a whole number from 1 up")
-        for key, value in {
-            "optim.lr": optim.lr,
-            "optim.backbone_factor": optim.backbone_factor,
-            "optim.head_factor": optim.head_factor,
-            "optim.epochs": 1.0 if optim.epochs is None else optim.epochs,
-            "optim.clip_norm": 1.0 if optim.clip_norm is None else optim.clip_norm,
-        }.items():
-            check(value > 0, key, value, "a number above 0")
-        check(optim.batch % max(optim.accumulate, 1) == 0, "optim.batch", optim.batch, "a multiple of accumulate")
-        check(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
+        whole = optim.batch % max(optim.accumulate, 1) == 0
+        check(whole, "optim.batch", optim.batch, "a multiple of accumulate", given=["optim.accumulate"])
         both = evaluate.every_epochs is not None and evaluate.every_steps is not None
         pair = (evaluate.every_epochs, evaluate.every_steps)
         check(not both, "evaluate.every_epochs / every_steps", pair, "one of the two, or neither")
         matches = (optim.milestones is not None) == (optim.schedule == "multistep")
         two = "two steps, for the multistep schedule only"
         check(matches, "optim.milestones", optim.milestones, two, given=["optim.schedule"])
-
-    def _check_images(self, check: Checks) -> None:
-        """Check images and their augmentation."""
-        data, augment = self.data, self.data.augment
-        check(0 < data.fraction <= 1, "data.fraction", data.fraction, "above 0 and up to 1")
-        for key, size in {"data.size": data.size, "data.augment.crop": augment.crop}.items():
-            check(size is None or min(size) >= 32, key, size, "[height, width], each from 32 up")
-        for key, share in {"data.augment.flip": augment.flip, "data.augment.blur": augment.blur}.items():
-            check(0 <= share <= 1, key, share, "a probability from 0 to 1")
-        check(0 <= augment.rotate <= 180, "data.augment.rotate", augment.rotate, "degrees from 0 to 180")
-        kernel = augment.blur_kernel
-        check(kernel >= 1 and kernel % 2 == 1, "data.augment.blur_kernel", kernel, "an odd number of pixels")
 
     def _check_network(self, check: Checks) -> None:
         """Check the network, and that it fits the task."""
@@ -211,8 +195,6 @@ class FinetuneRecipe:
         if network.kind not in kinds:
             kind = f"'network.kind' is {network.kind!r}, accepted for task {self.task!r} is one of {', '.join(kinds)}."
             check.note(kind, "network.kind", "task")
-        check(0 <= network.freeze <= 5, "network.freeze", network.freeze, "0 (nothing) to 5 (stem and all stages)")
-        check(network.aux >= 0, "network.aux", network.aux, "0 (none) or more")
         check(
             (network.unet3d is None) or network.kind == "srunet",
             "network.unet3d",
@@ -253,24 +235,29 @@ def changes(before: str, now: str) -> list[str]:
 def list_finetune_recipes(task: str | None = None) -> list[str]:
     """Names of the fine-tuning recipes in the package: all, or those of one task."""
     paths = sorted(RECIPES.glob("*.yaml"))
-    return [path.stem for path in paths if task is None or read_tree(path).get("task") == task]
+    return [path.stem for path in paths if task is None or Draft.read(path).tree.get("task") == task]
 
 
-def load_finetune_recipe(name_or_path: str, overrides: Iterable[str] = (), *, toy: bool = False) -> FinetuneRecipe:
+def load_finetune_recipe(
+    name_or_path: str,
+    overrides: Iterable[str] = (),
+    *,
+    toy: bool = False,
+    also: Sequence[Callable[[FinetuneRecipe], object]] = (),
+) -> FinetuneRecipe:
     """Read a recipe by name or by the path of a YAML file, and apply `key=value` overrides such as `optim.lr=0.05`.
 
-    `toy` lays overlays/toy_TASK.yaml over it: rooms at a scale that a CPU trains in minutes. Raises `UnknownName`,
-    `RecipeError`.
+    `toy` lays overlays/toy_TASK.yaml over it: rooms at a scale that a CPU trains in minutes. `also`: see `parse`.
+    Raises `UnknownName`, and `RecipeError` that names every mistake in the file and the overrides.
     """
-    path = Path(name_or_path) if name_or_path.endswith((".yaml", ".yml")) else RECIPES / f"{name_or_path}.yaml"
-    if not path.is_file():
-        raise unknown("fine-tuning recipe", name_or_path, list_finetune_recipes(), "Or give the path of a .yaml file.")
-    tree = read_tree(path, RENAMED)
-    if toy:
-        overlay = OVERLAYS / f"toy_{tree.get('task')}.yaml"
-        if not overlay.is_file():
-            raise RecipeError(f"{path}: 'task' is {tree.get('task')!r}, accepted is one of {', '.join(KINDS)}.")
-        merge_tree(tree, read_tree(overlay))
-        tree["name"] = retag(str(tree.get("name")), "toy")
-    apply_overrides(tree, overrides, RENAMED)
-    return parse(FinetuneRecipe, tree, where=str(path))
+    path = recipe.recipe_path(name_or_path, "finetune")
+    draft = Draft.read(path, RENAMED)
+    tree = draft.tree
+    if isinstance(tree.get("task"), dict) and "network" not in tree:
+        raise recipe.other_kind(str(path), "train")
+    overlay = OVERLAYS / f"toy_{tree.get('task')}.yaml"
+    if toy and overlay.is_file():  # without it the task is wrong, which is named with the other mistakes
+        merge_tree(tree, Draft.read(overlay).tree)
+        if isinstance(tree.get("name"), str):
+            tree["name"] = retag(tree["name"], "toy")
+    return draft.override(overrides).parse(FinetuneRecipe, also)

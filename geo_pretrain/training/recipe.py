@@ -6,28 +6,39 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.license import check_license
-from geo_pretrain.checkpoint import Checkpoint
+from geo_pretrain.checkpoint import CHECKPOINT_NAME, Checkpoint
 from geo_pretrain.errors import RecipeError, UnknownName, unknown
 from geo_pretrain.training import config
-from geo_pretrain.training.config import (
-    OTHER_KEYS,
+from geo_pretrain.training.checks import (
+    Accepts,
     Checks,
-    Renamed,
-    apply_overrides,
+    Count,
+    ImageSize,
+    Interval,
+    Meters,
+    Momentum,
+    NaturalNumber,
+    NotNegative,
+    Odd,
+    Positive,
+    Probability,
+    Seed,
+    Share,
     check_key,
-    merge_tree,
-    parse,
-    plain_types,
-    read_tree,
 )
+from geo_pretrain.training.config import OTHER_KEYS, Draft, Renamed, lookup, merge_tree, plain_types
 
 RECIPES = Path(__file__).parent / "recipes"
+KINDS = {  # the command that runs a recipe -> its kind in words, the folder of those in the package
+    "train": ("pre-training recipe", RECIPES),
+    "finetune": ("fine-tuning recipe", RECIPES / "finetune"),
+}
 TOY = RECIPES / "overlays" / "toy.yaml"
 STAGE1 = "stage1"  # as start weights: the checkpoint that the first stage of the same recipe trains
 RESNETS = {depth: f"resnet{depth}" for depth in (18, 34, 50, 101)}  # former values of keys that name an encoder
@@ -50,6 +61,12 @@ _SAME_DATA = ("source", "path", "size", "frames", "license", "options")  # data 
 _SAME_PAIRS = ("overlap", "measure", "max_pairs_per_scene")  # the same, where both stages train on pairs
 
 EncoderName = Literal["resnet18", "resnet50"]  # names in backbones.architectures.ENCODERS
+RecipeName = Annotated[str, Accepts(CHECKPOINT_NAME.fullmatch, "letters, digits, '.', '_' and '-'")]
+Jitter = Annotated[
+    tuple[float, float, float, float],
+    Accepts(lambda jitter: min(jitter) >= 0 and jitter[3] <= 0.5, "four numbers from 0 up, the last one up to 0.5"),
+]
+Radii = Annotated[tuple[float, float], Accepts(lambda r: 0 <= r[0] <= r[1], "[low, high] with 0 <= low <= high")]
 
 T = TypeVar("T")
 
@@ -60,7 +77,7 @@ class ModelSpec:
 
     encoder: EncoderName = "resnet18"
     init: str = "imagenet"  # imagenet | moco_v2 | scratch | stage1 | catalog name | checkpoint folder
-    width: int = 64  # channels of the stem; everything else scales with it
+    width: Count = 64  # channels of the stem; everything else scales with it
 
 
 @dataclass(frozen=True)
@@ -68,23 +85,23 @@ class UNet3DSpec:
     """The sparse 3D U-Net to train; it starts from random weights."""
 
     variant: Literal["34C", "18A", "18B", "18C"] = "34C"  # of backbones.sr_unet
-    width: int = 32  # channels of the stem; everything else scales with it
+    width: Count = 32  # channels of the stem; everything else scales with it
     in_chans: Literal[3] = 3  # RGB, or three ones
-    out_chans: int = 32
-    stem_kernel: int = 3
-    voxel_size: float = 0.025  # m
-    bn_momentum: float = 0.1  # of BatchNorm layers outside the residual blocks, as in the released code
+    out_chans: Count = 32
+    stem_kernel: Odd = 3
+    voxel_size: Meters = 0.025
+    bn_momentum: Probability = 0.1  # of BatchNorm layers outside the residual blocks, as in the released code
 
 
 @dataclass(frozen=True)
 class AugmentSpec:
     """Photometric augmentation, drawn independently for each image. Pri3D uses no flips, crops or rotations."""
 
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
-    jitter_prob: float = 0.8
-    grayscale_prob: float = 0.2
-    blur_prob: float = 0.5
-    blur_radius: tuple[float, float] = (0.1, 2.0)  # pixels, Pillow's Gaussian
+    jitter: Jitter = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+    jitter_prob: Probability = 0.8
+    grayscale_prob: Probability = 0.2
+    blur_prob: Probability = 0.5
+    blur_radius: Radii = (0.1, 2.0)  # pixels, Pillow's Gaussian
 
 
 @dataclass(frozen=True)
@@ -93,14 +110,14 @@ class DataSpec:
 
     source: str = "rooms"
     path: str | None = None  # folder of a data set on disk; rooms renders its own
-    size: tuple[int, int] = (240, 320)  # working height and width
-    frames: tuple[float, float] = (0.0, 1.0)  # the part of each scene's frames to use, in order of time
+    size: ImageSize = (240, 320)  # working height and width
+    frames: Interval = (0.0, 1.0)  # the part of each scene's frames to use, in order of time
     units: Literal["pairs", "frames"] = "pairs"  # frames: single frames, each stored as a pair with itself
-    overlap: tuple[float, float] = (0.3, 1.0)  # range of the overlap ratio of pairs
+    overlap: Interval = (0.3, 1.0)  # range of the overlap ratio of pairs
     # How overlap is measured. projective: by projection, as Pri3D's paper says; match_released_code: as the released
     # script does it, by 5 cm voxels within 7.5 cm of each other.
     measure: Literal["projective", "match_released_code"] = "projective"
-    max_pairs_per_scene: int | None = None  # chosen at even spacing among the scene's pairs
+    max_pairs_per_scene: Count | None = None  # chosen at even spacing among the scene's pairs
     license: str | None = None  # SPDX identifier of the data's license; None: the source's own
     options: dict[str, Any] = field(default_factory=dict)  # options of the source, which checks them
     augment: AugmentSpec = AugmentSpec()
@@ -119,20 +136,20 @@ class OptimSpec:
     """The optimizer and its schedule; `batch` counts pairs over all processes and accumulation steps."""
 
     kind: Literal["sgd", "adam"] = "sgd"
-    batch: int = 64
-    lr: float = 0.1
-    momentum: float = 0.9
-    dampening: float = 0.0
-    weight_decay: float = 0.0
+    batch: Count = 64
+    lr: Positive = 0.1
+    momentum: Momentum = 0.9
+    dampening: Probability = 0.0
+    weight_decay: NotNegative = 0.0
     # cosine_epoch: constant within an epoch, as in MoCo's released loop
     schedule: Literal["poly", "exponential", "cosine", "cosine_epoch", "constant"] = "poly"
-    power: float = 0.9  # poly: lr (1 - s / (S + 1)) ** power
-    gamma: float = 0.99  # exponential: lr gamma ** floor(s / every)
-    every: int = 1000
+    power: NotNegative = 0.9  # poly: lr (1 - s / (S + 1)) ** power
+    gamma: Share = 0.99  # exponential: lr gamma ** floor(s / every)
+    every: Count = 1000
     first_decay: bool = False  # exponential: an extra decay after the first step, as in PointContrast's loop
-    accumulate: int = 1  # micro-batches of each step
-    epochs: float | None = None  # either epochs or steps
-    steps: int | None = None
+    accumulate: Count = 1  # micro-batches of each step
+    epochs: Positive | None = None  # either epochs or steps
+    steps: Count | None = None
     # pri3d: starts at 0.5, halved every 20 steps, at least 0.001; floor: 0.001 from the first step on
     bn_momentum: Literal["pri3d", "floor", "constant"] = "pri3d"
 
@@ -149,7 +166,7 @@ class Stage1Spec:
 class Recipe:
     """Everything needed to regenerate a checkpoint."""
 
-    name: str
+    name: RecipeName
     task: dict[str, Any]  # {name: ..., and the task's own settings}, which the task checks
     model: ModelSpec | None = None  # the 2D network, if the task trains one
     unet3d: UNet3DSpec | None = None  # the 3D network, if the task trains one
@@ -159,32 +176,17 @@ class Recipe:
     # task.teacher, the resulting checkpoint is used.
     stage1: Stage1Spec | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = 0
-    workers: int = 4  # data loading processes of each training process; they do not change the result
-    save_every: int = 500  # steps between saved states
+    seed: Seed = 0
+    workers: NaturalNumber = 4  # data loading processes of each training process; they do not change the result
+    save_every: Count = 500  # steps between saved states
 
     def __post_init__(self) -> None:
         """Check ranges, and settings that depend on each other."""
-        data, optim, check = self.data, self.optim, Checks()
+        optim, check = self.optim, Checks()
+        check.ranges(self)
         check("name" in self.task, "task.name", self.task, "the name of a pretext task")
         one = (optim.steps is None) != (optim.epochs is None)
         check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
-        for key, value in {
-            "optim.batch": optim.batch,
-            "optim.accumulate": optim.accumulate,
-            "optim.every": optim.every,
-            "save_every": self.save_every,
-            **({} if self.model is None else {"model.width": self.model.width}),
-            **({} if self.unet3d is None else {"unet3d.width": self.unet3d.width}),
-        }.items():
-            check(value >= 1, key, value, "a whole number from 1 up")
-        if self.unet3d is not None:
-            check(self.unet3d.voxel_size > 0, "unet3d.voxel_size", self.unet3d.voxel_size, "meters above 0")
-        check(optim.steps is None or optim.steps >= 1, "optim.steps", optim.steps, "from 1 up")
-        check(self.workers >= 0, "workers", self.workers, "0 (load in the training process) or more")
-        check(min(data.size) >= 32, "data.size", data.size, "[height, width], each from 32 up")
-        for key, (low, high) in {"data.overlap": data.overlap, "data.frames": data.frames}.items():
-            check(0 <= low < high <= 1, key, [low, high], "[low, high] with 0 <= low < high <= 1")
         stepwise = optim.steps is not None and optim.epochs is None
         epochs = "a number, for the schedule cosine_epoch"
         check(not (stepwise and optim.schedule == "cosine_epoch"), "optim.epochs", None, epochs)
@@ -249,9 +251,7 @@ def load_recipe(
         UnknownName: there is no such recipe.
         RecipeError: names every mistake in the file and the overrides.
     """
-    tree, path = _recipe_tree(name, toy=toy)
-    apply_overrides(tree, overrides, RENAMED)
-    return parse(Recipe, tree, where=str(path), also=also)
+    return _draft(name, toy=toy).override(overrides).parse(Recipe, also)
 
 
 def load_stage1(recipe: Recipe, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
@@ -262,15 +262,15 @@ def load_stage1(recipe: Recipe, overrides: Iterable[str] = (), *, toy: bool = Fa
     """
     if recipe.stage1 is None:
         raise RecipeError(f"recipe {recipe.name}: key 'stage1' is missing.")
-    tree, path = _recipe_tree(recipe.stage1.recipe, toy=toy)
-    tree |= {"seed": recipe.seed, "workers": recipe.workers}
-    both_pairs = recipe.data.units == "pairs" == tree.get("data", {}).get("units", "pairs")
-    _take_over(tree, "data", recipe.data, (*_SAME_DATA, *(_SAME_PAIRS if both_pairs else ())))
+    draft = _draft(recipe.stage1.recipe, toy=toy)
+    draft.where += f", changed by stage1 of recipe {recipe.name}"
+    draft.tree |= {"seed": recipe.seed, "workers": recipe.workers}
+    both_pairs = recipe.data.units == "pairs" == (lookup(draft.tree, "data.units") or "pairs")
+    _take_over(draft.tree, "data", recipe.data, (*_SAME_DATA, *(_SAME_PAIRS if both_pairs else ())))
     if recipe.model is not None and recipe.model.init == STAGE1:
-        _take_over(tree, "model", recipe.model, ("encoder", "width"))
-    merge_tree(tree, recipe.stage1.overrides)
-    apply_overrides(tree, overrides, RENAMED)
-    first = parse(Recipe, tree, where=f"{path}, changed by stage1 of recipe {recipe.name}")
+        _take_over(draft.tree, "model", recipe.model, ("encoder", "width"))
+    merge_tree(draft.tree, recipe.stage1.overrides)
+    first = draft.override(overrides).parse(Recipe)
     check_key(first.stage1 is None, "stage1.recipe", first.name, "a recipe of one stage")
     return first
 
@@ -284,24 +284,53 @@ def _take_over(tree: dict[str, Any], section: str, spec: object, keys: Iterable[
             tree[section].pop(key, None)
 
 
-def _recipe_tree(name: str, *, toy: bool) -> tuple[dict[str, Any], Path]:
-    """Read a recipe as nested mappings; returns them with the path of the file."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        raise unknown("recipe", name, list_recipes(), "Or give the path of a .yaml file.")
-    tree = read_tree(path, RENAMED)
+def _draft(name: str, *, toy: bool) -> Draft:
+    """Read a recipe by name or path, under the toy overlay if asked."""
+    path = recipe_path(name, "train")
+    draft = Draft.read(path, RENAMED)
+    tree = draft.tree
+    if isinstance(tree.get("task"), str) and "network" in tree:
+        raise other_kind(str(path), "finetune")
     if toy:
-        overlay = read_tree(TOY)
-        task_overlay = overlay.pop("tasks").get(tree.get("task", {}).get("name"), {})
+        overlay = Draft.read(TOY).tree
+        task_overlay = overlay.pop("tasks").get(str(lookup(tree, "task.name")), {})
         for network in ("model", "unet3d"):
             if tree.get(network) is None:
                 overlay.pop(network)  # the recipe does not train this network
-        if (tree.get("model") or {}).get("init") == STAGE1:
+        if lookup(tree, "model.init") == STAGE1:
             del overlay["model"]["init"]  # a first stage is trained on rooms too, so nothing is downloaded
         merge_tree(tree, overlay)
         merge_tree(tree, task_overlay)
-        tree["name"] = retag(str(tree.get("name")), "toy")
-    return tree, path
+        if isinstance(tree.get("name"), str):
+            tree["name"] = retag(tree["name"], "toy")
+    return draft
+
+
+def recipe_path(name: str, command: str | None = None) -> Path:
+    """The YAML file of a recipe that `geo-pretrain COMMAND` runs, by name or path; without a command, of any recipe.
+
+    Raises `UnknownName`, or `RecipeError` for the name of a recipe that another command runs.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise UnknownName(f"{name!r} {found}; accepted: the path of a recipe's .yaml file, or a recipe's name.")
+    for runs, (_, folder) in KINDS.items():
+        path = folder / f"{name}.yaml"
+        if path.is_file() and command in (None, runs):
+            return path
+        if path.is_file():
+            raise other_kind(name, runs)
+    folders = [folder for runs, (_, folder) in KINDS.items() if command in (None, runs)]
+    names = [path.stem for folder in folders for path in folder.glob("*.yaml")]
+    raise unknown("recipe", name, names, "Or give the path of a .yaml file.")
+
+
+def other_kind(name: str, command: str) -> RecipeError:
+    """The error for a recipe that was given to the wrong command; `command` is the one that runs it."""
+    return RecipeError(f"{name} is a {KINDS[command][0]}; run it by `geo-pretrain {command} {name}`.")
 
 
 def retag(name: str, tag: str) -> str:

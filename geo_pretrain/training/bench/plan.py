@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from geo_pretrain.errors import RecipeError, unknown
-from geo_pretrain.training.config import check_key
+from geo_pretrain.training.checks import check_key
 from geo_pretrain.training.pretrain import needs_stage1
 from geo_pretrain.training.recipe import STAGE1, DataSpec, Recipe, list_recipes, load_recipe, load_stage1
 from geo_pretrain.training.tasks import TASKS

@@ -7,7 +7,7 @@ What the released configuration does by accident is reproduced with `match_relea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -20,7 +20,8 @@ from geo_pretrain.adapters import torchvision as adapter
 from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.config import check_key, parse
+from geo_pretrain.training.checks import Accepts, Checks, Count, check_key
+from geo_pretrain.training.config import parse
 from geo_pretrain.training.evaluation.coco import MAX_DETECTIONS
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, LabelledAugment
 from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit
@@ -29,6 +30,8 @@ MSRA_MEAN, MSRA_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)  # BGR, 0-255: 
 SCALE_STEP = 32  # pixels between the lengths the shorter side is drawn from: 640, 672, ..., 800
 HEAD_WIDTH = 256  # channels of torchvision's own mask head
 BASIC_BLOCKS = ("resnet18", "resnet34")  # have no 1x1 convolutions but on shortcuts
+Threshold = Annotated[float, Accepts(lambda score: 0 <= score < 1, "from 0 to below 1")]
+Anchors = Annotated[tuple[int, int, int, int, int], Accepts(lambda edges: min(edges) >= 1, "five edges in pixels")]
 BUILDERS = {"faster_rcnn": adapter.faster_rcnn, "mask_rcnn": adapter.mask_rcnn}
 
 
@@ -39,23 +42,20 @@ class DetectionOptions:
     # frozen: the encoder's BatchNorms keep statistics and weights; encoder: they are trained; everywhere: pyramid,
     # box head and mask head have BatchNorms, too
     norm: Literal["frozen", "encoder", "everywhere"] = "frozen"
-    width: int = 256  # channels of the pyramid, of the box head's convolutions and of the mask head
+    width: Count = 256  # channels of the pyramid, of the box head's convolutions and of the mask head
     box_head: Literal["2fc", "4conv1fc"] = "2fc"
-    anchors: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)  # pixels: edge on each level of the pyramid
-    roi_batch: int = 512  # boxes an image that the heads are trained on
-    proposals: int = 1000  # boxes an image that the heads see
-    score_threshold: float = 0.05  # detections with lower scores are dropped
-    authors_score_threshold: float | None = None  # the same, with match_released_code; None: `score_threshold`
+    anchors: Anchors = (32, 64, 128, 256, 512)  # pixels: edge on each level of the pyramid
+    roi_batch: Count = 512  # boxes an image that the heads are trained on
+    proposals: Count = 1000  # boxes an image that the heads see
+    score_threshold: Threshold = 0.05  # detections with lower scores are dropped
+    authors_score_threshold: Threshold | None = None  # the same, with match_released_code; None: `score_threshold`
     authors_input: Literal["rgb", "msra"] = "rgb"  # with match_released_code; msra: BGR minus mean, stride in the 1x1
 
     def __post_init__(self) -> None:
         """Check the ranges of the options."""
-        for key in ("width", "roi_batch", "proposals"):
-            check_key(getattr(self, key) >= 1, f"network.options.{key}", getattr(self, key), "a whole number from 1 up")
-        for key in ("score_threshold", "authors_score_threshold"):
-            value = getattr(self, key)
-            check_key(value is None or 0 <= value < 1, f"network.options.{key}", value, "from 0 to below 1")
-        check_key(min(self.anchors) >= 1, "network.options.anchors", self.anchors, "five edges in pixels")
+        check = Checks()
+        check.ranges(self, "network.options.")
+        check.done()
 
 
 class DetectorSetup:

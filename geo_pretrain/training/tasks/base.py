@@ -16,7 +16,7 @@ from geo_pretrain.backbones.feature_pair import FeaturePair, pair_golden
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.seeding import seeded
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Checks
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples, collate
 from geo_pretrain.training.recipe import Recipe
@@ -24,22 +24,17 @@ from geo_pretrain.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The settings of a task, section `task` of a recipe. A subclass adds its own and checks their ranges."""
+    """The settings of a task, section `task` of a recipe. A subclass adds its own, with ranges in their types."""
 
     def __post_init__(self) -> None:
         """Raise one `RecipeError` that names every setting out of range."""
         check = Checks()
-        self.check_ranges(check)
+        check.ranges(self, "task.")
+        self.check_settings(check)
         check.done()
 
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-
-    def check_positive(self, check: Checks, *keys: str) -> None:
-        """Note every setting among `keys` that is given (not None) and not above 0."""
-        for key in keys:
-            value = getattr(self, key)
-            check(value is None or value > 0, f"task.{key}", value, "a number above 0")
+    def check_settings(self, check: Checks) -> None:
+        """Note settings that do not go together."""
 
 
 @dataclass(frozen=True)

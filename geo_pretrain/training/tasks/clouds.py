@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Count, NotNegative, Positive, Probability
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import CloudPairSamples, Features, PairCloudConfig, collate_clouds
@@ -26,18 +26,14 @@ from geo_pretrain.training.tasks.voxels import encode, voxel_contract
 class CloudConfig(TaskConfig):
     """Settings of every task on pairs of clouds; each default is PointContrast's released code's."""
 
-    radius: float | None = None  # m, of matches; None: 1.5 voxels
+    radius: Positive | None = None  # m, of matches; None: 1.5 voxels
     features: Features = "ones"
     rotation: Rotation = "full"
-    jitter: float = 0.01  # noise on the features
-    jitter_prob: float = 0.95
-    temperature: float = 0.4
-    matches: int = 4096  # anchors of a process's batch, or of a pair where the task contrasts pair by pair
+    jitter: NotNegative = 0.01  # noise on the features
+    jitter_prob: Probability = 0.95
+    temperature: Positive = 0.4
+    matches: Count = 4096  # anchors of a process's batch, or of a pair where the task contrasts pair by pair
     match_released_code: bool = False  # a pair without matches gets a dummy one
-
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        self.check_positive(check, "temperature", "matches", "radius")
 
 
 class CloudPairs(PretextTask):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.geometry import transform
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Positive
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.losses.contrastive import partition_info_nce
@@ -28,13 +28,8 @@ class Config(CloudConfig):
 
     features: Features = "rgb"
     rotation: Rotation = "upright"
-    inner: float = 2.0  # voxels: closer rows are no negatives
-    outer: float = 20.0  # voxels: border between near and far
-
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        super().check_ranges(check)
-        self.check_positive(check, "inner", "outer")
+    inner: Positive = 2.0  # voxels: closer rows are no negatives
+    outer: Positive = 20.0  # voxels: border between near and far
 
 
 class CSC(CloudPairs):

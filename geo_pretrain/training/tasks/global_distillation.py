@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.errors import DataError
 from geo_pretrain.sparse.tensor import SparseTensor
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Checks, Count, Momentum, Positive
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.distributed import World
@@ -39,26 +39,23 @@ class Config(TaughtConfig):
     """Settings of the task. Pooling is the mean over the teacher's last map and over the student's coarsest voxels."""
 
     loss: Literal["kd", "l2", "crd"] = "kd"  # set by the task's name
-    temperature: float | None = None  # None: 1 for kd (PPKT names none), 0.07 for crd
+    temperature: Positive | None = None  # None: 1 for kd (PPKT names none), 0.07 for crd
     # kd: the classes of the teacher's classifier, which "imagenet" has; or, of any teacher, its pooled channels taken
     # as classes (not in any paper: for teachers without a classifier)
     targets: Literal["classifier", "features"] = "classifier"
     # l2: what distance is, see losses.distillation; the recipe takes "mean", for "squared" diverges at its rate
     form: Literal["squared", "norm", "mean"] = "squared"
-    dim: int = 128  # crd: channels that both sides are projected to
+    dim: Count = 128  # crd: channels that both sides are projected to
     # crd: against a queue of earlier images, as in MoCo, or CRD's released memory of all images with its estimation
     negatives: Literal["queue", "memory"] = "queue"
-    queue: int = 16384  # rows of the queue; drawn from the memory for each image
-    memory: int | None = None  # rows of the memory: the number of frames
-    memory_momentum: float = 0.5
+    queue: Count = 16384  # rows of the queue; drawn from the memory for each image
+    memory: Count | None = None  # rows of the memory: the number of frames
+    memory_momentum: Momentum = 0.5
 
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        self.check_positive(check, "dim", "queue", "temperature")
+    def check_settings(self, check: Checks) -> None:
+        """Note a memory of unknown size."""
         if self.loss == "crd" and self.negatives == "memory":
             check(bool(self.memory), "task.memory", self.memory, "the number of frames")
-        momentum = self.memory_momentum
-        check(0 <= momentum < 1, "task.memory_momentum", momentum, "0 up to, not with, 1")
 
 
 class GlobalDistillation(TaughtByImages):

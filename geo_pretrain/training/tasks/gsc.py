@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Count, Positive
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.pairs import SetPairSamples, check_labels
 from geo_pretrain.training.data.samples.sampler import Samples, sample_seed
@@ -32,22 +32,18 @@ class Config(TaskConfig):
     """Settings of the task. The paper gives the kind of sets, k_thresh as 0.01 to 0.05, and one pixel as an option."""
 
     sets: Kind = "segments"  # semantic, instance: from the ground truth, the paper's upper bound
-    k_thresh: float = K_THRESH  # of the graph cut: larger, larger segments; the paper's ablation: 0.01 to 0.05
-    min_vertices: int = MIN_VERTICES  # of a segment
-    temperature: float = 0.4  # Pri3D's
+    k_thresh: Positive = K_THRESH  # of the graph cut: larger, larger segments; the paper's ablation: 0.01 to 0.05
+    min_vertices: Count = MIN_VERTICES  # of a segment
+    temperature: Positive = 0.4  # Pri3D's
     denominator: Denominator = "other"  # see losses.sets
     symmetric: bool = True  # as Pri3D's code
     renormalize: bool = True  # make the mean feature of a set unit again
-    min_size: int = 5  # cells of the feature map that a set must have in each view
-    max_sets: int | None = None  # of a pair, drawn from those in both views; None: all
+    min_size: Count = 5  # cells of the feature map that a set must have in each view
+    max_sets: Count | None = None  # of a pair, drawn from those in both views; None: all
     unmatched: bool = False  # sets seen in one view alone are negatives
     asymmetric: bool = False  # one random pixel of a set against the mean of its pixels in the other view
-    projection: int | None = None  # channels of a linear layer before the loss; None: the network's own output
+    projection: Count | None = None  # channels of a linear layer before the loss; None: the network's own output
     depth_proxy: bool = False  # Pri3D's depth loss beside; the paper's second stage has the set loss alone
-
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        self.check_positive(check, "k_thresh", "min_vertices", "temperature", "min_size", "max_sets", "projection")
 
 
 class GSC(ImageUNetTask):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.backbones.architectures import Arch
 from geo_pretrain.checkpoint import Pairing
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Count, NotNegative, Positive, PositiveRange, Probability, Shares
 from geo_pretrain.training.losses.contrastive import anchor_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.matching import nearest_cells, sample_map
@@ -39,20 +39,16 @@ class Config(TaughtConfig):
 
     teacher: str = "stage1"
     dense: bool = True  # the teacher gives features of pixels
-    flip_prob: float = 0.0  # images are taken as they are
-    resize: tuple[float, float] = (1.0, 1.0)
-    scale: tuple[float, float] = (1.0, 1.0)
-    elastic_prob: float = 0.0
-    color_jitter: float = 0.05  # standard deviation of noise on the points' colors, of 255
-    keep: tuple[float, float] = (0.5, 1.0)  # share of the points, drawn anew for each scan
-    temperature: float = 0.4
-    matches: int = 4096  # points of the batch, each with its pixel
+    flip_prob: Probability = 0.0  # images are taken as they are
+    resize: PositiveRange = (1.0, 1.0)
+    scale: PositiveRange = (1.0, 1.0)
+    elastic_prob: Probability = 0.0
+    color_jitter: NotNegative = 0.05  # standard deviation of noise on the points' colors, of 255
+    keep: Shares = (0.5, 1.0)  # share of the points, drawn anew for each scan
+    temperature: Positive = 0.4
+    matches: Count = 4096  # points of the batch, each with its pixel
     negatives: Literal["pixels", "points", "union"] = "pixels"  # of the other points: pixel features, their own, both
     interpolation: Literal["nearest", "bilinear"] = "nearest"  # of a teacher whose map is smaller than the image
-
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        self.check_positive(check, "temperature", "matches")
 
 
 class Img2PC(TaughtByImages):

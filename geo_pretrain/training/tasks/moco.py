@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from geo_pretrain.backbones.architectures import encoder_arch
 from geo_pretrain.backbones.build import build_encoder
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Accepts, Count, Momentum, Positive, Probability, Shares
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.single_images import CropSamples, Mix, list_images
@@ -30,6 +30,7 @@ from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
 
+FrameSize = Annotated[tuple[int, int], Accepts(lambda size: min(size) >= 1, "[height, width], each from 1 up")]
 GROUPS = 8  # as many as the released trainers have processes
 
 
@@ -37,29 +38,20 @@ GROUPS = 8  # as many as the released trainers have processes
 class Config(TaskConfig):
     """Settings of the task; each default is the released code's. Crops are as large as `data.size`."""
 
-    dim: int = 128  # of what is compared
-    queue: int = 65536  # older keys, the negatives
-    momentum: float = 0.999  # of the key encoder
-    temperature: float = 0.2
+    dim: Count = 128  # of what is compared
+    queue: Count = 65536  # older keys, the negatives
+    momentum: Momentum = 0.999  # of the key encoder
+    temperature: Positive = 0.2
     # Shuffle-BN: number of BatchNorm groups per process. Keys are normalized in other groups than queries, so that
     # batch statistics do not tell which key belongs to a query. None: 1 when distributed, else as `groups_of` says.
     # 1 in a single process disables shuffling.
-    bn_groups: int | None = None
-    resize: tuple[int, int] | None = (240, 320)  # of frames before the crop, to the nearest pixel; null: as they are
-    scale: tuple[float, float] = (0.2, 1.0)  # share of the image that a crop covers
-    flip_prob: float = 0.5
+    bn_groups: Count | None = None
+    resize: FrameSize | None = (240, 320)  # of frames before the crop, to the nearest pixel; null: as they are
+    scale: Shares = (0.2, 1.0)  # share of the image that a crop covers
+    flip_prob: Probability = 0.5
     # combine: frames and `images` in one list; batch: a frame and an image in each sample, so optim.batch counts both
     mix: Mix = "none"
     images: str | None = None  # folder of class folders, such as ImageNet's train
-
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        self.check_positive(check, "dim", "queue", "temperature", "bn_groups")
-        check(0 <= self.momentum < 1, "task.momentum", self.momentum, "a number from 0 up, under 1")
-        scaled = 0 < self.scale[0] <= self.scale[1] <= 1
-        check(scaled, "task.scale", list(self.scale), "[low, high] with 0 < low <= high <= 1")
-        if self.resize is not None:
-            check(min(self.resize) >= 1, "task.resize", list(self.resize), "[height, width], each from 1 up")
 
 
 class Projector(nn.Module):

@@ -21,7 +21,7 @@ from geo_pretrain.backbones.architectures import encoder_arch
 from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Count, Positive, Probability, Shares
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewConfig, collate_views
@@ -35,19 +35,13 @@ from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
 class Config(TaskConfig):
     """Settings of the task. Colors, gray and blur are `data.augment`'s."""
 
-    temperature: float = 0.1  # SimCLR's
-    matches: int = 1024  # pixels of each image, each with its twin
-    channels: int = 16  # of the features
-    scale: tuple[float, float] = (0.2, 1.0)  # of the crops: share of the image's area
-    flip_prob: float = 0.5
+    temperature: Positive = 0.1  # SimCLR's
+    matches: Count = 1024  # pixels of each image, each with its twin
+    channels: Count = 16  # of the features
+    scale: Shares = (0.2, 1.0)  # of the crops: share of the image's area
+    flip_prob: Probability = 0.5
     scope: Literal["batch", "image"] = "batch"  # negatives: pixels of all local images, or of the same image
     negatives: Literal["both", "other"] = "both"  # of both views, as SimCLR's, or of the other view alone
-
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        self.check_positive(check, "temperature", "matches", "channels")
-        check(0 <= self.flip_prob <= 1, "task.flip_prob", self.flip_prob, "a probability, 0 to 1")
-        self.views()
 
     def views(self) -> ViewConfig:
         """How views are cut."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Count, Positive
 from geo_pretrain.training.losses.contrastive import hardest_contrastive, info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs
@@ -27,16 +27,11 @@ class Config(CloudConfig):
 
     loss: Literal["nce", "hardest"] = "nce"  # set by the task's name
     negatives: Literal["batch", "pair"] = "batch"  # nce: anchors of all pairs of the batch, or of the same pair only
-    positives: int = 1024  # hardest: matches for each pair, drawn from the whole batch
-    candidates: int = 256  # hardest: points of each side for each pair, drawn from the whole batch
-    positive_margin: float = 0.1
-    negative_margin: float = 1.4
+    positives: Count = 1024  # hardest: matches for each pair, drawn from the whole batch
+    candidates: Count = 256  # hardest: points of each side for each pair, drawn from the whole batch
+    positive_margin: Positive = 0.1
+    negative_margin: Positive = 1.4
     squared: bool = True  # hardest: relu(d^2 - margin) for positives; False: the paper's relu(d - margin)^2
-
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        super().check_ranges(check)
-        self.check_positive(check, "positives", "candidates", "positive_margin", "negative_margin")
 
 
 class PointContrast(CloudPairs):

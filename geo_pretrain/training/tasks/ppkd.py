@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Count, Positive
 from geo_pretrain.training.losses.distillation import kl_distillation
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.matching import sample_map
@@ -29,13 +29,9 @@ class Config(TaughtConfig):
     (not in any paper: for teachers without classes).
     """
 
-    temperature: float = 1.0  # of both distributions; the paper names none
-    matches: int = 4096  # points of the batch
+    temperature: Positive = 1.0  # of both distributions; the paper names none
+    matches: Count = 4096  # points of the batch
     align_corners: bool = False  # of the upsampling of the teacher's map
-
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        self.check_positive(check, "temperature", "matches")
 
 
 class PPKD(TaughtByImages):

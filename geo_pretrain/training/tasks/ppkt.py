@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.backbones.architectures import Arch
 from geo_pretrain.checkpoint import Pairing
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Count, Positive
 from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.matching import draw, sample_map
@@ -28,16 +28,12 @@ from geo_pretrain.training.tasks.teachers import Teacher
 class Config(TaughtConfig):
     """Settings of the task; numbers of samples hold for each process."""
 
-    temperature: float = 0.04  # SLidR: 0.07
-    matches: int = 4096  # anchors of the batch or of each image:
+    temperature: Positive = 0.04  # SLidR: 0.07
+    matches: Count = 4096  # anchors of the batch or of each image:
     matches_of: Literal["batch", "image"] = "batch"
     # algorithm 1 flattens the points of all images; "image": points of one image at a time, `matches` of each
     negatives: Literal["batch", "image"] = "batch"
     align_corners: bool = True  # of the upsampling, as SLidR has it
-
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        self.check_positive(check, "temperature", "matches")
 
 
 class PPKT(TaughtByImages):

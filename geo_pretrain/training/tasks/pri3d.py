@@ -19,7 +19,7 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.geometry import match_pixels, seen_at
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Checks, Count, Positive
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.clouds import ChunkPairSamples, Features, collate_chunks
 from geo_pretrain.training.data.samples.pairs import PairSamples
@@ -43,10 +43,10 @@ class Config(TaskConfig):
 
     view: bool  # pixel to pixel; set by the task's name, as is geo
     geo: bool  # voxel to pixel
-    temperature: float = 0.4
-    matches: int = 1024  # sampled for each image pair, and for each chunk; the paper contrasts all
-    tolerance: float = 0.05  # m; the paper: 0.02 with distance "euclidean"
-    geo_tolerance: float | None = None  # m; None: 0.05, under match_released_code the released 0.2
+    temperature: Positive = 0.4
+    matches: Count = 1024  # sampled for each image pair, and for each chunk; the paper contrasts all
+    tolerance: Positive = 0.05  # m; the paper: 0.02 with distance "euclidean"
+    geo_tolerance: Positive | None = None  # m; None: 0.05, under match_released_code the released 0.2
     distance: Literal["depth", "euclidean"] = "depth"
     rounding: Literal["floor", "nearest"] = "floor"
     symmetric: bool = True  # the paper's eq. 1 is one-directional
@@ -57,9 +57,8 @@ class Config(TaskConfig):
     keep_heads: bool = False  # start the 3D network, projections and depth head from the checkpoint in model.init too
     match_released_code: bool = False  # the released matchers with their defects, see geometry.match_pixels and seen_at
 
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        self.check_positive(check, "temperature", "matches", "tolerance", "geo_tolerance")
+    def check_settings(self, check: Checks) -> None:
+        """Note a task without any loss."""
         if not (self.view or self.geo or self.depth_proxy):
             text = "'task.depth_proxy' is False, accepted here is True: nothing else would be learned."
             check.note(text, "task.depth_proxy")

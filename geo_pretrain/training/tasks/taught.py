@@ -15,6 +15,7 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
+from geo_pretrain.training.checks import NotNegative, PositiveRange, Probability, Shares
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import Features
@@ -42,13 +43,13 @@ class TaughtConfig(TaskConfig):
     dense: bool = False  # the teacher's dense features instead of its last map; needs a decoder
     features: Features = "rgb"  # of voxels, color / 255 - 0.5
     pixels: Literal["one", "all"] = "one"  # a voxel's own pixel, or (SLidR) every pixel that falls in it
-    flip_prob: float = 0.5  # mirrored images
-    resize: tuple[float, float] = (0.8, 1.25)  # of images, with their intrinsics; cut or padded to the size of all
-    scale: tuple[float, float] = (0.9, 1.1)  # of clouds
+    flip_prob: Probability = 0.5  # mirrored images
+    resize: PositiveRange = (0.8, 1.25)  # of images, with their intrinsics; cut or padded to the size of all
+    scale: PositiveRange = (0.9, 1.1)  # of clouds
     rotation: Rotation = "upright"  # of clouds: any turn about z, +-pi/64 about x and y
-    elastic_prob: float = 0.95  # distortions of clouds, see data/samples/augment.py
-    color_jitter: float = 0.0  # of the voxels' colors
-    keep: tuple[float, float] = (1.0, 1.0)  # share of the points
+    elastic_prob: Probability = 0.95  # distortions of clouds, see data/samples/augment.py
+    color_jitter: NotNegative = 0.0  # of the voxels' colors
+    keep: Shares = (1.0, 1.0)  # share of the points
 
     def cloud_spec(self, voxel_size: float) -> FrameCloudConfig:
         """Configure the conversion of frames to images and voxels. Raises `RecipeError` for impossible ranges."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geo_pretrain.training.config import Checks
+from geo_pretrain.training.checks import Count, Odd, Positive
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.single_images import TwoColorViews
@@ -28,18 +28,12 @@ from geo_pretrain.training.tasks.matching import gather_cells, half_resolution_c
 class Config(TaskConfig):
     """Settings of the task; each default is the released code's."""
 
-    temperature: float = 0.4
-    matches: int = 1024  # pixels sampled for each frame
+    temperature: Positive = 0.4
+    matches: Count = 1024  # pixels sampled for each frame
     symmetric: bool = True
     dedup: bool = False  # do not count samples of the same feature cell as negatives of each other
-    blur_taps: int | None = 25  # of the Gaussian, its sigma in data.augment.blur_radius; null: Pillow's blur
+    blur_taps: Odd | None = 25  # of the Gaussian, its sigma in data.augment.blur_radius; null: Pillow's blur
     depth_proxy: bool = False  # the baseline knows no depth; true: with Pri3D's second loss
-
-    def check_ranges(self, check: Checks) -> None:
-        """Note every setting out of range."""
-        self.check_positive(check, "temperature", "matches")
-        odd = self.blur_taps is None or (self.blur_taps >= 1 and self.blur_taps % 2 == 1)
-        check(odd, "task.blur_taps", self.blur_taps, "an odd number from 1 up, or null")
 
 
 class Trivial(ImageUNetTask):

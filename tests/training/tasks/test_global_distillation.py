@@ -199,7 +199,7 @@ def test_wrong_settings_are_told(tiny_recipe):
         tiny_batch(tiny_recipe, "global_kd", {})
     with pytest.raises(RecipeError, match=r"'task.memory' is None, accepted is the number of frames"):
         tiny_batch(tiny_recipe, "crd", {"negatives": "memory"})
-    with pytest.raises(RecipeError, match=r"'task.memory_momentum' is 1.0, accepted is 0 up to"):
+    with pytest.raises(RecipeError, match=r"'task.memory_momentum' is 1.0, accepted is a number from 0 to below 1"):
         tiny_batch(tiny_recipe, "crd", {"memory_momentum": 1.0})
     with pytest.raises(RecipeError, match=r"'task.temperature' is 0.0, accepted is a number above 0"):
         tiny_batch(tiny_recipe, "crd", {"temperature": 0.0})

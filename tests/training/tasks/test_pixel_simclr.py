@@ -189,7 +189,7 @@ def test_wrong_settings_are_named(tiny_recipe):
         ("task.matches=0", "'task.matches' is 0"),
         ("task.channels=0", "'task.channels' is 0"),
         ("task.flip_prob=1.5", "'task.flip_prob' is 1.5"),
-        ("task.scale=[0, 1]", r"'scale' is \(0.0, 1.0\)"),
+        ("task.scale=[0, 1]", r"'task.scale' is \[0.0, 1.0\]"),
         ("task.negatives=all", "both, other"),
         ("data.units=pairs", "'data.units' is 'pairs', accepted here is frames"),
         ("model=null", "key 'model' is missing"),

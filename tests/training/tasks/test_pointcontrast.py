@@ -161,7 +161,7 @@ def test_wrong_settings_are_named(tiny_recipe):
     for tiny, override, part in (
         ("pointcontrast_nce", "task.temprature=1", "'task.temperature'"),
         ("pointcontrast_nce", "task.loss=hardest", "'task.loss' is not free"),
-        ("pointcontrast_hardest", "task.candidates=0", "'task.candidates' is 0, accepted is a number above 0"),
+        ("pointcontrast_hardest", "task.candidates=0", "'task.candidates' is 0, accepted is a whole number from 1 up"),
         ("pointcontrast_nce", "task.rotation=half", "full, upright, none"),
         ("pointcontrast_nce", "unet3d=null", "key 'unet3d' is missing"),
         ("csc", "task.inner=0", "'task.inner' is 0.0"),
