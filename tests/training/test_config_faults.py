@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import contextlib
 
-from geo_pretrain.errors import RecipeError
+import pytest
+import yaml
+
+from geo_pretrain.errors import RecipeError, UnknownName
 from geo_pretrain.training.bench.plan import rows
 from geo_pretrain.training.distributed import join
-from geo_pretrain.training.finetune_recipe import load_finetune_recipe
-from geo_pretrain.training.recipe import load_recipe
+from geo_pretrain.training.finetune_recipe import changes, load_finetune_recipe
+from geo_pretrain.training.pretrain import load_checked_recipe
+from geo_pretrain.training.recipe import load_recipe, load_stage1, recipe_path
 from geo_pretrain.training.tasks import TASKS
 
 
@@ -39,3 +43,186 @@ def test_the_benchmark_has_a_recipe_for_every_task():
     listed = {row.task: row.recipe for row in rows([])}
     assert listed.keys() == TASKS.keys()
     assert None not in listed.values()
+
+
+RANGES = [  # override -> what is accepted; of a pre-training recipe
+    ("optim.lr=-1", "a number above 0"),
+    ("optim.lr=.nan", "a finite number"),
+    ("optim.lr=inf", "a finite number"),
+    ("optim.momentum=7", "a number from 0 to below 1"),
+    ("optim.dampening=2", "a probability"),
+    ("optim.weight_decay=-1", "a number from 0 up"),
+    ("optim.epochs=-1", "a number above 0"),
+    ("optim.gamma=1.5", "a number above 0 and up to 1"),
+    ("optim.power=-1", "a number from 0 up"),
+    ("data.augment.grayscale_prob=2", "a probability"),
+    ("data.augment.jitter=[0.4, 0.4, 0.4, 0.6]", "four numbers from 0 up, the last one up to 0.5"),
+    ("data.augment.blur_radius=[2, 1]", "0 <= low <= high"),
+    ("data.max_pairs_per_scene=0", "a whole number from 1 up"),
+    ("seed=-1", "a whole number from 0 to"),
+    ("name=a/b", "letters, digits"),
+    ("name=''", "letters, digits"),
+    ("save_every=0", "a whole number from 1 up"),
+    ("unet3d={bn_momentum: 3}", "a probability"),
+    ("unet3d={stem_kernel: 4}", "an odd number"),
+]
+FINETUNE_RANGES = [
+    ("optim.momentum=7", "a number from 0 to below 1"),
+    ("optim.warmup=-1", "a whole number from 0 up"),
+    ("optim.warmup_factor=-1", "a probability"),
+    ("optim.power=-1", "a number from 0 up"),
+    ("optim.floor=-1", "a number from 0 up"),
+    ("optim.weight_decay=-1", "a number from 0 up"),
+    ("optim.backbone_bn_momentum=2", "a probability"),
+    ("data.augment.rotate=200", "degrees from 0 to 180"),
+    ("data.augment.shorter=[100, 64]", "32 <= low <= high"),
+    ("data.fraction_seed=-1", "a whole number from 0 to"),
+    ("evaluate.size=[8, 8]", "each from 32 up"),
+    ("network.freeze=6", "0 (nothing) to 5"),
+    ("seed=-1", "a whole number from 0 to"),
+    ("name=a b", "letters, digits"),
+]
+
+
+@pytest.mark.parametrize(
+    "load, name, override, accepted",
+    [(load_recipe, "pri3d_view_r18", *row) for row in RANGES]
+    + [(load_finetune_recipe, "scannet_unet_r50", *row) for row in FINETUNE_RANGES],
+)
+def test_a_value_out_of_range_is_named_with_what_is_accepted_and_its_override(load, name, override, accepted):
+    with pytest.raises(RecipeError) as error:
+        load(name, [override])
+    message = str(error.value)
+    assert f"accepted is {accepted}" in message or accepted in message.partition("accepted is ")[2]
+    assert message.endswith(f"Given by --set {override}.")
+    assert ".yaml" not in message  # the file is not to blame
+
+
+def test_only_those_mistakes_that_an_override_made_name_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\ntask: {name: pri3d_view}\noptim: {steps: 5, lr: -1}\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(str(path), ["optim.batch=0", "seed=1"])
+    first, *lines = str(error.value).splitlines()
+    assert first == f"{path}: 2 mistakes:"
+    assert sorted(lines) == [
+        "  - 'optim.batch' is 0, accepted is a whole number from 1 up. Given by --set optim.batch=0.",
+        "  - 'optim.lr' is -1.0, accepted is a number above 0.",
+    ]
+    with pytest.raises(RecipeError, match=r"mine\.yaml: 'optim\.lr' is -1\.0, accepted is a number above 0\.$"):
+        load_recipe(str(path), ["optim.batch=4"])
+
+
+def test_a_key_under_both_its_names_is_refused_in_overrides_too():
+    for overrides in (["model.depth=50", "model.encoder=resnet18"], ["model.encoder=resnet18", "model.depth=50"]):
+        with pytest.raises(RecipeError, match=r"'model\.encoder' is given twice") as error:
+            load_recipe("pri3d_view_r18", overrides)
+        assert all(repr(override) in str(error.value) for override in overrides)
+    assert load_recipe("pri3d_view_r18", ["model.depth=18", "model.depth=50"]).model.encoder == "resnet50"
+
+
+def test_a_doubled_key_hides_no_other_mistake(tmp_path):
+    path = tmp_path / "both.yaml"
+    path.write_text(
+        "name: both\ntask: {name: pri3d_view}\nmodel: {depth: 18, encoder: resnet18}\n"
+        "data: {licence: MIT, license: MIT}\noptim: {steps: 5, batch: 0}\ncolor: red\n"
+    )
+    with pytest.raises(RecipeError) as error:
+        load_recipe(str(path), ["precision=fp8", "x"])
+    assert len(error.value.problems) == 6
+    for part in ("'model.encoder' is given twice", "'data.license' is given twice", "'optim.batch'", "'precision'"):
+        assert str(error.value).count(part) == 1
+
+
+@pytest.mark.parametrize("load", [load_recipe, load_finetune_recipe])
+def test_a_key_that_a_file_gives_twice_is_an_error_with_its_line(tmp_path, load):
+    path = tmp_path / "twice.yaml"
+    path.write_text("name: x\noptim:\n  lr: 1\n  batch: 2\n  lr: 3\n")
+    with pytest.raises(RecipeError, match=r"key 'lr' is given twice, first in line 3(.|\n)*line 5"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "5",
+        "- a",
+        "a: &a {b: *a}",
+        "a: 2020-13-45",
+        "a: !!int x",
+        "a: !!timestamp x",
+        "? [1]\n: 2",
+        "{" * 3000,
+    ],
+)
+@pytest.mark.parametrize("load", [load_recipe, load_finetune_recipe])
+def test_a_file_that_is_no_recipe_is_named(tmp_path, load, text):
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"odd\.yaml"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("toy", [False, True])
+@pytest.mark.parametrize(
+    "value",
+    ["null", "5", "[]", "{}", "x", "[1, {a: 2}]", ".nan", "{1: 2}", "{null: 1}", "{name: [1]}", "2020-01-01", "é"],
+)
+@pytest.mark.parametrize(
+    "key", ["name", "task", "model", "model.init", "data", "data.source", "optim", "stage1", "seed"]
+)
+def test_values_of_any_type_are_refused_or_taken_without_a_traceback(key, value, toy):
+    for load, name in ((load_checked_recipe, "gsc_r18.rooms"), (load_finetune_recipe, "rooms_unet_r18")):
+        with contextlib.suppress(RecipeError, UnknownName):
+            load(name, [f"{key}={value}"], toy=toy)
+
+
+@pytest.mark.parametrize("value", ["null", "5", "[]", "{}", "x", "[1, {a: 2}]", "{1: 2}"])
+@pytest.mark.parametrize("key", ["name", "task", "model", "data", "optim", "stage1", "unet3d"])
+def test_a_file_of_odd_sections_is_refused_under_toy_too(tmp_path, key, value):
+    path = tmp_path / "odd.yaml"
+    for name, load in (("gsc_r18", load_checked_recipe), ("rooms_unet_r18", load_finetune_recipe)):
+        tree = yaml.safe_load(recipe_path(name).read_text()) | {key: yaml.safe_load(value)}
+        path.write_text(yaml.safe_dump(tree))
+        for toy in (False, True):
+            with contextlib.suppress(RecipeError, UnknownName):
+                recipe = load(str(path), toy=toy)
+                if load is load_checked_recipe and recipe.stage1 is not None:
+                    load_stage1(recipe, toy=toy)
+
+
+def test_a_recipe_of_the_other_kind_is_told_with_its_command(tmp_path):
+    file, other = tmp_path / "labels.yaml", tmp_path / "pretext.yaml"
+    file.write_text(recipe_path("rooms_unet_r18").read_text())
+    other.write_text(recipe_path("gsc_r18").read_text())
+    for given in ("rooms_unet_r18", str(file)):
+        with pytest.raises(
+            RecipeError, match=f"{given} is a fine-tuning recipe; run it by `geo-pretrain finetune {given}`"
+        ):
+            load_recipe(given)
+    for given in ("gsc_r18", str(other)):
+        with pytest.raises(
+            RecipeError, match=f"{given} is a pre-training recipe; run it by `geo-pretrain train {given}`"
+        ):
+            load_finetune_recipe(given)
+
+
+@pytest.mark.parametrize("load", [load_recipe, load_finetune_recipe])
+def test_a_path_without_a_recipe_is_told(tmp_path, load):
+    for path, what in ((tmp_path / "none.yaml", "does not exist"), (tmp_path, "is a folder")):
+        with pytest.raises(UnknownName, match=f"{path}' {what}"):
+            load(str(path))
+
+
+def test_a_section_that_is_left_out_is_no_difference():
+    text = load_finetune_recipe("rooms_unet_r18").to_yaml()
+    without = text.replace("  unet3d: null\n", "")
+    assert without != text
+    assert changes(without, text) == changes(text, without) == []
+    cloud = load_finetune_recipe("rooms_srunet34", ["network.unet3d={width: 8}"]).to_yaml()
+    null = load_finetune_recipe("rooms_srunet34", ["network.unet3d=null"]).to_yaml()
+    (changed,) = changes(cloud, null)
+    assert changed.startswith("network.unet3d: {'variant': '34C', 'width': 8")
+    assert changed.endswith(" -> None")

@@ -63,9 +63,9 @@ def task_settings(recipe: Recipe) -> dict[str, Any]:
 def _parsed(recipe: Recipe) -> tuple[type[PretextTask], TaskConfig]:
     """The class of a recipe's task and its settings."""
     settings = dict(recipe.task)
-    name = settings.pop("name")
+    name = str(settings.pop("name"))
     if name not in TASKS:
-        raise unknown("task", str(name), TASKS)
+        raise unknown("task", name, TASKS)
     row, fixed = TASKS[name]
     taken = sorted(settings.keys() & fixed.keys())
     if taken:
