@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -108,7 +107,9 @@ def plan(row: Row, spec: BenchSpec, seed: int) -> Training:
     """
     if row.recipe is None:
         raise RecipeError(f"Task {row.task!r} is not available: {row.why}.")
-    common = [*shared_overrides(spec), f"seed={seed}"]
+    data = base_data(spec)
+    rooms = ["data.source=rooms", f"data.size={list(data.size)}", f"data.options={json.dumps(data.options)}"]
+    common = [*rooms, *spec.overrides, f"optim.batch={spec.batch}", f"seed={seed}"]
     recipe = _load(row.recipe, spec.steps, common, toy=spec.toy)
     if not needs_stage1(recipe) or recipe.stage1 is None:
         return Training(_key(recipe, None), recipe)
@@ -130,18 +131,6 @@ def base_data(spec: BenchSpec) -> DataSpec:
     return data
 
 
-def shared_overrides(spec: BenchSpec) -> list[str]:
-    """The overrides that every recipe gets."""
-    data = base_data(spec)
-    return [
-        "data.source=rooms",
-        f"data.size={list(data.size)}",
-        f"data.options={json.dumps(data.options)}",
-        *spec.overrides,
-        f"optim.batch={spec.batch}",
-    ]
-
-
 def identity(spec: BenchSpec) -> dict[str, Any]:
     """The settings that must not change when a benchmark is resumed, in plain JSON types."""
     tree: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
@@ -149,9 +138,6 @@ def identity(spec: BenchSpec) -> dict[str, Any]:
 
 
 def _row(task: str, recipes: list[Recipe]) -> Row:
-    module = TASKS[task][0].partition(":")[0]
-    if importlib.util.find_spec(module) is None:
-        return Row(task, None, None, f"no module {module}")
     if not recipes:
         return Row(task, None, None, "no recipe")
     best = min(recipes, key=_preference)

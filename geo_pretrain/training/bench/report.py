@@ -76,22 +76,18 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"steps of {budget['finetune_batch']}; seeds {', '.join(map(str, seeds))}. In %, mean ± sample standard "
         "deviation over seeds."
     )
-    lines = [text, "", f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
+    rows: list[Sequence[str]] = [HEAD, ["---"] * len(HEAD)]
     for group in results["groups"].values():
-        network = f"{group['arch']}, {group['input']}"
-        note = f"{network}; matched: {group['of']}, {group['threshold']}, chance {100 * group['chance']:.1f}"
-        lines.append(
-            f"| *{group['kind']}, random weights* | {' | '.join(_cells(group['random'], len(seeds)))} | {note} |"
-        )
-        for task, row in group["tasks"].items():
-            cells = [*_cells(row, len(seeds)), _text(row["training"])]
-            lines.append(f"| `{task}` | {' | '.join(cells)} |")
+        matched = f"matched: {group['of']}, {group['threshold']}, chance {100 * group['chance']:.1f}"
+        note = f"{group['arch']}, {group['input']}; {matched}"
+        rows.append([f"*{group['kind']}, random weights*", *_cells(group["random"], len(seeds)), note])
+        rows += [
+            [f"`{task}`", *_cells(row, len(seeds)), _text(row["training"])] for task, row in group["tasks"].items()
+        ]
     for what, why in results["failed"].items():
-        lines.append(f"| `{what}` | failed | failed | failed | {next(iter(why.values())).replace('|', '/')} |")
-    lines += [
-        f"| `{task}` | {' | '.join(['not available'] * 3)} | {why} |" for task, why in results["not available"].items()
-    ]
-    return "\n".join(lines)
+        rows.append([f"`{what}`", *["failed"] * 3, next(iter(why.values())).replace("|", "/")])
+    rows += [[f"`{task}`", *["not available"] * 3, why] for task, why in results["not available"].items()]
+    return "\n".join([text, "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def render(page: Path, results: Mapping[str, Any]) -> None:

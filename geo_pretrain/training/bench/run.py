@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 from types import FrameType
@@ -20,6 +20,7 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.files import write_text
 from geo_pretrain.training.bench.cell import Job, is_trained
+from geo_pretrain.training.bench.measure import Rooms
 from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data, identity, plan
 from geo_pretrain.training.bench.report import summarize
 from geo_pretrain.training.data.sources.registry import open_source
@@ -45,9 +46,13 @@ class Cell:
     failure: str = ""
 
     @property
-    def seed(self) -> int:
-        """The seed of training and measurements."""
-        return self.job.seed
+    def first(self) -> Training | None:
+        """The first stage that must be trained before."""
+        return None if self.training is None else self.training.stage1
+
+    def is_done(self) -> bool:
+        """Whether the result exists; of a first stage, which has none, the checkpoint."""
+        return is_trained(Path(self.job.folder)) if self.job.result is None else Path(self.job.result).is_file()
 
 
 @dataclass
@@ -62,21 +67,26 @@ class Bench:
     device: str
     report: Report
     cells: dict[str, Cell] = field(default_factory=dict)  # by key, in the order of running
-    begun: dict[str, Cell] = field(default_factory=dict)
+    begun: set[str] = field(default_factory=set)
 
     def checkpoint(self, training: Training) -> Path:
         """The checkpoint folder of the training."""
         return self.out / "checkpoints" / training.key
 
-    def result(self, key: str) -> Path:
-        """The JSON file of the cell's measurements."""
-        return self.out / "cells" / f"{key}.json"
-
-    def is_done(self, cell: Cell) -> bool:
-        """Whether the cell's result exists."""
-        if cell.job.result is not None:
-            return Path(cell.job.result).is_file()
-        return cell.training is not None and is_trained(self.checkpoint(cell.training))
+    def add(self, key: str, row: str, folder: Path, seed: int, training: Training | None, *, measured: bool) -> None:
+        """Add a cell; without a training it measures random weights of the folder's architecture."""
+        first = None if training is None else training.stage1
+        job = Job(
+            str(folder),
+            seed,
+            self.spec,
+            recipe=None if training is None else str(self.out / "recipes" / f"{key}.yaml"),
+            stage1=None if first is None else str(self.checkpoint(first)),
+            result=str(self.out / "cells" / f"{key}.json") if measured else None,
+            pretrained=training is not None,
+            device=self.device,
+        )
+        self.cells[key] = Cell(key, job, row, training)
 
 
 def run_bench(
@@ -119,21 +129,17 @@ def run_bench(
 
 def _write(bench: Bench, command: str, seconds: int) -> dict[str, Any]:
     """Write results.json from the finished cells."""
-    results = summarize(bench.rows, bench.seeds, bench.spec, _found(bench), _failures(bench))
+    failures = {(cell.row, cell.job.seed): cell.failure for cell in bench.cells.values() if cell.failure}
+    path = bench.out / RESULTS
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     results = {
         "command": command,
         "machine": machine() | {"jobs": bench.jobs},
         "seconds of this call": seconds,
-        "seconds of all calls": seconds + _seconds_before(bench.out / RESULTS),
-    } | results
-    write_text(bench.out / RESULTS, json.dumps(results, indent=1) + "\n")
+        "seconds of all calls": seconds + int(before.get("seconds of all calls", 0)),
+    } | summarize(bench.rows, bench.seeds, bench.spec, _found(bench), failures)
+    write_text(path, json.dumps(results, indent=1) + "\n")
     return results
-
-
-def _seconds_before(results: Path) -> int:
-    """Total seconds of earlier completed calls."""
-    tree = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-    return int(tree.get("seconds of all calls", 0))
 
 
 def _claim(out: Path, spec: BenchSpec) -> None:
@@ -153,13 +159,10 @@ def _add(bench: Bench, row: Row, seed: int) -> None:
     if row.recipe is None:
         return
     training = plan(row, bench.spec, seed)
-    if training.stage1 is not None and training.stage1.key not in bench.cells:
-        first = training.stage1
-        job = Job(str(bench.checkpoint(first)), seed, bench.spec, device=bench.device)
-        bench.cells[first.key] = Cell(first.key, job, f"first stage of {row.task}", first)
-    result = str(bench.result(training.key))
-    job = Job(str(bench.checkpoint(training)), seed, bench.spec, result=result, device=bench.device)
-    bench.cells[training.key] = Cell(training.key, job, row.task, training)
+    first = training.stage1
+    if first is not None and first.key not in bench.cells:
+        bench.add(first.key, f"first stage of {row.task}", bench.checkpoint(first), seed, first, measured=False)
+    bench.add(training.key, row.task, bench.checkpoint(training), seed, training, measured=True)
 
 
 def _add_twin(bench: Bench, cell: Cell) -> None:
@@ -167,23 +170,13 @@ def _add_twin(bench: Bench, cell: Cell) -> None:
     if cell.job.result is None or not cell.job.pretrained:
         return
     twin = json.loads(Path(cell.job.result).read_text(encoding="utf-8"))["twin"]
-    key = f"random-{twin}-s{cell.seed}"
+    key = f"random-{twin}-s{cell.job.seed}"
     if key not in bench.cells:
-        job = Job(
-            cell.job.folder,
-            cell.seed,
-            bench.spec,
-            result=str(bench.result(key)),
-            pretrained=False,
-            device=bench.device,
-        )
-        bench.cells[key] = Cell(key, job, f"random weights ({twin})")
+        bench.add(key, f"random weights ({twin})", Path(cell.job.folder), cell.job.seed, None, measured=True)
 
 
 def _prepare_rooms(spec: BenchSpec, progress: Callable[[int, int], None] | None) -> None:
     """Render the rooms once before the processes start, which would otherwise each render them."""
-    from geo_pretrain.training.bench.measure import Rooms
-
     data = base_data(spec)
     open_source(data, progress=progress)
     Rooms(data, spec)
@@ -202,22 +195,20 @@ def _run_all(bench: Bench, threads: int) -> None:
                     break
                 if cell.key in bench.begun or not _is_ready(bench, cell):
                     continue
-                bench.begun[cell.key] = cell
-                if cell.failure or bench.is_done(cell):
+                bench.begun.add(cell.key)
+                if cell.failure or cell.is_done():
                     _collect(bench, cell, 0)
                 else:
                     running[cell.key] = _start(bench, cell, threads)
-            if not running and all(key in bench.begun for key in bench.cells):
+            if not running and bench.begun.issuperset(bench.cells):
                 return
             time.sleep(POLL)
 
 
 def _is_ready(bench: Bench, cell: Cell) -> bool:
     """Whether a cell's first stage is finished; if that stage failed, the cell fails too."""
-    first = None if cell.training is None else cell.training.stage1
-    if first is None:
-        return True
-    if is_trained(bench.checkpoint(first)):
+    first = cell.first
+    if first is None or is_trained(bench.checkpoint(first)):
         return True
     cell.failure = bench.cells[first.key].failure and f"first stage: {bench.cells[first.key].failure}"
     return bool(cell.failure)
@@ -225,15 +216,10 @@ def _is_ready(bench: Bench, cell: Cell) -> bool:
 
 def _start(bench: Bench, cell: Cell, threads: int) -> Popen[bytes]:
     """Start the process of a cell, with its output in logs/<key>.txt."""
-    job = cell.job
-    if cell.training is not None:
-        first = cell.training.stage1
-        path = bench.out / "recipes" / f"{cell.key}.yaml"
-        write_text(path, cell.training.recipe.to_yaml())
-        job = replace(job, recipe=str(path), stage1=None if first is None else str(bench.checkpoint(first)))
+    if cell.training is not None and cell.job.recipe is not None:
+        write_text(Path(cell.job.recipe), cell.training.recipe.to_yaml())
     file = bench.out / "jobs" / f"{cell.key}.json"
-    write_text(file, job.to_json())
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    write_text(file, cell.job.to_json())
     log = bench.out / "logs" / f"{cell.key}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -242,7 +228,7 @@ def _start(bench: Bench, cell: Cell, threads: int) -> Popen[bytes]:
             stdout=output,
             stderr=STDOUT,
             stdin=DEVNULL,
-            env=environment,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             # A terminal would send its Ctrl-C to them, too, and the second signal stops a training without saving.
             start_new_session=True,
         )
@@ -250,13 +236,13 @@ def _start(bench: Bench, cell: Cell, threads: int) -> Popen[bytes]:
 
 def _collect(bench: Bench, cell: Cell, returncode: int) -> None:
     """Record how a cell ended, and add the cells that follow from it."""
-    if returncode or (not cell.failure and not bench.is_done(cell)):
+    if returncode or (not cell.failure and not cell.is_done()):
         cell.failure = _why(bench.out / "logs" / f"{cell.key}.txt", returncode)
     if not cell.failure:
         _add_twin(bench, cell)
-    done = sum(bool(other.failure) or bench.is_done(other) for other in bench.cells.values())
+    done = sum(bool(other.failure) or other.is_done() for other in bench.cells.values())
     ending = f"failed: {cell.failure}" if cell.failure else "done"
-    bench.report(done, len(bench.cells), f"{cell.row}, seed {cell.seed}: {ending}")
+    bench.report(done, len(bench.cells), f"{cell.row}, seed {cell.job.seed}: {ending}")
 
 
 def _why(log: Path, returncode: int) -> str:
@@ -304,18 +290,14 @@ def _found(bench: Bench) -> dict[tuple[str, int], dict[str, Any]]:
     """Read the measurements by (task or baseline's key, seed)."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for cell in bench.cells.values():
-        if cell.job.result is None or not bench.is_done(cell):
+        if cell.job.result is None or not cell.is_done():
             continue
         tree = json.loads(Path(cell.job.result).read_text(encoding="utf-8"))
         tree["input"] = str(read_checkpoint(cell.job.folder).contract)
-        if cell.training is not None and cell.training.stage1 is not None:
-            first = cell.training.stage1
+        first = cell.first
+        if cell.training is not None and first is not None:
             seconds = read_checkpoint(bench.checkpoint(first)).provenance["seconds"]
             facts = {"recipe": first.recipe.name, "steps": first.recipe.optim.steps, "seconds": float(seconds)}
             tree["first stage"] = facts | {"continued": cell.training.continued}
-        found[cell.row if cell.job.pretrained else tree["twin"], cell.seed] = tree
+        found[cell.row if cell.job.pretrained else tree["twin"], cell.job.seed] = tree
     return found
-
-
-def _failures(bench: Bench) -> dict[tuple[str, int], str]:
-    return {(cell.row, cell.seed): cell.failure for cell in bench.cells.values() if cell.failure}

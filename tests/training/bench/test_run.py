@@ -68,7 +68,7 @@ def test_a_run_has_a_process_a_core_or_one_on_a_gpu(tmp_path, monkeypatch, devic
     ((bench, threads),) = seen
     assert (bench.jobs, threads) == (want, 6 // want)
     assert results["seeds"] == bench.seeds == [1, 3]
-    assert [cell.seed for cell in bench.cells.values()] == [1, 3]
+    assert [cell.job.seed for cell in bench.cells.values()] == [1, 3]
     assert {cell.job.device for cell in bench.cells.values()} == {device}
     assert bench.out == tmp_path / "out"  # recipes name folders in it, and cells are other processes
     assert (tmp_path / "out" / "results.json").is_file()
