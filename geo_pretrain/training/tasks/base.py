@@ -74,14 +74,9 @@ class PretextTask(nn.Module, ABC):
     def build(cls, recipe: Recipe, config: TaskConfig) -> Self:
         """Build the task: random weights drawn from the recipe's seed, then the start weights that the recipe names."""
         with seeded(recipe.seed):
-            task = cls.create(recipe, config)
+            task = cls(recipe, config)
         task.load_start_weights()
         return task
-
-    @classmethod
-    def create(cls, recipe: Recipe, config: TaskConfig) -> Self:
-        """Make the task with random weights."""
-        return cls(recipe, config)
 
     def load_start_weights(self) -> None:
         """Replace random weights by the start weights that the recipe names; by default none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from geo_pretrain.training.distributed import World
 from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.losses.distillation import crd_loss, crd_scores, kl_distillation, l2_distillation
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, find_teacher
+from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig
 from geo_pretrain.training.tasks.teachers import Teacher, load_classifier
 
 TEMPERATURES = {"kd": 1.0, "l2": 1.0, "crd": 0.07}
@@ -71,29 +71,29 @@ class GlobalDistillation(TaughtByImages):
     memory_student: Tensor  # [M, dim], a row an image
     memory_teacher: Tensor
 
-    def __init__(self, recipe: Recipe, config: Config, teacher: Teacher, classifier: nn.Linear | None) -> None:
-        super().__init__(recipe, config, teacher)
-        self.classifier = classifier
+    def __init__(self, recipe: Recipe, config: Config) -> None:
+        super().__init__(recipe, config)
         self.temperature = config.temperature or TEMPERATURES[config.loss]
-        if classifier is not None:
-            classifier.requires_grad_(False)
         self.backbone.requires_grad_(False)
         for module in filter(None, (name for stage in STAGES for name in stage)):
             self.backbone.get_submodule(module).requires_grad_(True)
         channels = self.backbone.planes[3]
         if config.loss == "crd":
             self.head = nn.Linear(channels, config.dim)
-            self.key = nn.Linear(teacher.out_chans, config.dim)
+            self.key = nn.Linear(self.teacher.out_chans, config.dim)
             self._add_negatives()
         else:
-            self.head = nn.Linear(channels, teacher.out_chans if classifier is None else classifier.out_features)
+            known = self.classifier
+            self.head = nn.Linear(channels, self.teacher.out_chans if known is None else known.out_features)
 
-    @classmethod
-    def create(cls, recipe: Recipe, config: Config) -> Self:  # type: ignore[override]
-        """Load the teacher and its classifier, then make the student with random weights."""
-        if config.loss == "kd" and config.targets == "classifier":
-            return cls(recipe, config, *load_classifier(config.teacher, config.teacher_encoder))
-        return cls(recipe, config, find_teacher(recipe, config), None)
+    def find_teacher(self) -> Teacher:
+        """Load the teacher and, where its classes are the targets, its classifier."""
+        self.classifier: nn.Linear | None = None
+        if self.config.loss == "kd" and self.config.targets == "classifier":
+            teacher, self.classifier = load_classifier(self.config.teacher, self.config.teacher_encoder)
+            self.classifier.requires_grad_(False)
+            return teacher
+        return super().find_teacher()
 
     def _add_negatives(self) -> None:
         config = self.config

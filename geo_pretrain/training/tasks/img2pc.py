@@ -16,14 +16,12 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.architectures import Arch
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.training.checks import Count, NotNegative, Positive, PositiveRange, Probability, Shares
 from geo_pretrain.training.losses.contrastive import anchor_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.matching import nearest_cells, sample_map
 from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size
-from geo_pretrain.training.tasks.teachers import Teacher
 
 # `negatives` as `anchor_nce` names them: points are the anchors, their pixels the positives
 READINGS: Mapping[str, Literal["positives", "anchors", "both"]] = {
@@ -61,11 +59,13 @@ class Img2PC(TaughtByImages):
     config_type = Config
     config: Config
 
-    def __init__(self, recipe: Recipe, config: Config, teacher: Teacher) -> None:
-        width = recipe.network3d().out_chans
-        same = width == teacher.out_chans
-        super().__init__(recipe, config, teacher, normalize=same)
-        self.projection = None if same else nn.Linear(width, teacher.out_chans)
+    def __init__(self, recipe: Recipe, config: Config) -> None:
+        super().__init__(recipe, config)
+        self.projection = None if self.normalizes() else nn.Linear(self.spec.out_chans, self.teacher.out_chans)
+
+    def normalizes(self) -> bool:
+        """Whether the student's outputs are compared as they are, and not projected first."""
+        return self.spec.out_chans == self.teacher.out_chans
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The loss of a batch of `FrameCloudSamples`: {"nce": a scalar}."""
@@ -89,12 +89,7 @@ class Img2PC(TaughtByImages):
             return F.normalize(sample_map(maps, element, pixel, image_size(batch), align_corners=False), dim=1)
         return F.normalize(nearest_cells(maps, element, pixel, image_size(batch)), dim=1)
 
-    def paired(self, teacher: Arch) -> Pairing:
+    def pairing(self) -> Pairing | None:
         """Points, projected where they have to be, are compared with upsampled pixels."""
-        return Pairing(
-            teacher,
-            self.shown_images(),
-            role="teacher",
-            point_projection=None if self.projection is None else "projection",
-            interpolation=self.config.interpolation,
-        )
+        projection = None if self.projection is None else "projection"
+        return self.pair_with_teacher(point_projection=projection, interpolation=self.config.interpolation)

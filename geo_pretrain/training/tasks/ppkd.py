@@ -18,7 +18,6 @@ from geo_pretrain.training.losses.distillation import kl_distillation
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.matching import sample_map
 from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size
-from geo_pretrain.training.tasks.teachers import Teacher
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,17 @@ class PPKD(TaughtByImages):
     config_type = Config
     config: Config
 
-    def __init__(self, recipe: Recipe, config: Config, teacher: Teacher) -> None:
-        super().__init__(recipe, config, teacher, normalize=False)
-        if self.spec.out_chans != teacher.out_chans:
+    def __init__(self, recipe: Recipe, config: Config) -> None:
+        super().__init__(recipe, config)
+        if self.spec.out_chans != self.teacher.out_chans:
             raise RecipeError(
-                f"'unet3d.out_chans' is {self.spec.out_chans}, accepted is {teacher.out_chans}: the classes of teacher "
-                f"{config.teacher!r}."
+                f"'unet3d.out_chans' is {self.spec.out_chans}, accepted is {self.teacher.out_chans}: the classes of "
+                f"teacher {config.teacher!r}."
             )
+
+    def normalizes(self) -> bool:
+        """Logits are not normalized."""
+        return False
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The loss of a batch of `FrameCloudSamples`: {"ppkd": a scalar}, the mean over the drawn points."""

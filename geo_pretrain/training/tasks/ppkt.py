@@ -14,14 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.architectures import Arch
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.training.checks import Count, Positive
 from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.matching import draw, sample_map
 from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size
-from geo_pretrain.training.tasks.teachers import Teacher
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,9 @@ class PPKT(TaughtByImages):
     config_type = Config
     config: Config
 
-    def __init__(self, recipe: Recipe, config: Config, teacher: Teacher) -> None:
-        super().__init__(recipe, config, teacher)
-        self.projection = nn.Conv2d(teacher.out_chans, self.spec.out_chans, kernel_size=1)
+    def __init__(self, recipe: Recipe, config: Config) -> None:
+        super().__init__(recipe, config)
+        self.projection = nn.Conv2d(self.teacher.out_chans, self.spec.out_chans, kernel_size=1)
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The loss of a batch of `FrameCloudSamples`: {"ppnce": a scalar}."""
@@ -79,12 +77,7 @@ class PPKT(TaughtByImages):
         ]
         return [torch.cat(drawn)] if together else drawn
 
-    def paired(self, teacher: Arch) -> Pairing:
+    def pairing(self) -> Pairing | None:
         """Pixels are projected, upsampled and compared with points."""
-        return Pairing(
-            teacher,
-            self.shown_images(),
-            role="teacher",
-            image_projection="projection",
-            interpolation="corners" if self.config.align_corners else "bilinear",
-        )
+        interpolation = "corners" if self.config.align_corners else "bilinear"
+        return self.pair_with_teacher(image_projection="projection", interpolation=interpolation)

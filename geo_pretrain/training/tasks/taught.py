@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from geo_pretrain.backbones.architectures import Arch
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import Pairing
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.checks import NotNegative, PositiveRange, Probability, Shares
 from geo_pretrain.training.data.frame import Pair, Source
@@ -70,27 +68,44 @@ class TaughtConfig(TaskConfig):
 class TaughtByImages(PretextTask):
     """A sparse U-Net, the student, and the frozen image network that teaches it; the loss is a subclass's.
 
-    State: `backbone.*` is the student, `teacher.*` the frozen teacher, the rest a subclass's projections. `normalize`
-    says whether the student's rows have length 1.
+    State: `backbone.*` is the student, `teacher.*` the frozen teacher, the rest a subclass's projections.
     """
 
     config: TaughtConfig
     arch = "sr_unet"
     views = 1
 
-    def __init__(self, recipe: Recipe, config: TaughtConfig, teacher: Teacher, *, normalize: bool = True) -> None:
+    def __init__(self, recipe: Recipe, config: TaughtConfig) -> None:
         super().__init__(recipe, config)
+        self.teacher = self.find_teacher()  # first: a random one is drawn before the student
         self.spec = recipe.network3d()
         self.cloud_spec = config.cloud_spec(self.spec.voxel_size)
         self.contract = voxel_contract(self.spec, config.features)
-        self.arch_args = unet_args(self.spec, normalize=normalize)
+        self.arch_args = unet_args(self.spec, normalize=self.normalizes())
         self.backbone = SRUNet(**self.arch_args, bn_momentum=self.spec.bn_momentum)
-        self.teacher = teacher
 
-    @classmethod
-    def create(cls, recipe: Recipe, config: TaughtConfig) -> Self:  # type: ignore[override]
-        """Load the teacher, then make the student with random weights."""
-        return cls(recipe, config, find_teacher(recipe, config))
+    def normalizes(self) -> bool:
+        """Whether the student's rows have length 1."""
+        return True
+
+    def find_teacher(self) -> Teacher:
+        """Load the teacher that the recipe names."""
+        config = self.config
+        if config.teacher == ADE20K:
+            if config.teacher_file is None:
+                raise RecipeError(
+                    f"recipe {self.recipe.name}: teacher 'ade20k' has no file that could be fetched. Accepted: --set "
+                    "task.teacher_file=FILE, a state dict of torchvision's FCN or DeepLabV3 trained on ADE20K's 150 "
+                    "classes; or --set task.teacher=FOLDER, a finished segmentation run of `geo-pretrain finetune`."
+                )
+            return torchvision_segmenter(Path(config.teacher_file).expanduser())
+        if config.teacher_file is not None:
+            raise RecipeError(
+                f"'task.teacher_file' is given, and 'task.teacher' is {config.teacher!r}: accepted is ade20k."
+            )
+        if (Path(config.teacher) / "results.json").is_file():
+            return finetuned_segmenter(Path(config.teacher))
+        return load_teacher(config.teacher, config.teacher_encoder, dense=config.dense)
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Single frames: an image and the voxels of its points."""
@@ -126,17 +141,15 @@ class TaughtByImages(PretextTask):
         teacher = {key: value.cpu() for key, value in self.teacher.network.state_dict().items()}
         return super().other_weights() | ({} if self.pairing() is None else {"teacher": teacher})
 
-    def pairing(self) -> Pairing | None:
-        """How a checkpoint folder pairs the student with its teacher; not at all if the zoo has no such network."""
-        return None if self.teacher.arch is None else self.paired(self.teacher.arch)
+    def pair_with_teacher(self, **projected: Any) -> Pairing | None:
+        """The pairing with a teacher whose features the student shares; None if the zoo has no such network.
 
-    def paired(self, teacher: Arch) -> Pairing | None:
-        """The pairing with a teacher whose features the student shares; by default none."""
-        return None
-
-    def shown_images(self) -> ImageContract:
-        """The images that the teacher was shown: its contract, at the size of the recipe's data by nearest pixels."""
-        return replace(self.teacher.contract, size=self.recipe.data.size, interpolation="nearest")
+        Its images are those it was shown: its contract's, at the size of the recipe's data by nearest pixels.
+        """
+        if self.teacher.arch is None:
+            return None
+        images = replace(self.teacher.contract, size=self.recipe.data.size, interpolation="nearest")
+        return Pairing(self.teacher.arch, images, role="teacher", **projected)
 
 
 def draw_points(batch: Mapping[str, Any], count: int) -> Tensor:
@@ -148,22 +161,3 @@ def draw_points(batch: Mapping[str, Any], count: int) -> Tensor:
 def image_size(batch: Mapping[str, Any]) -> tuple[int, int]:
     """(height, width) of a batch's images."""
     return batch["image"].shape[-2], batch["image"].shape[-1]
-
-
-def find_teacher(recipe: Recipe, config: TaughtConfig) -> Teacher:
-    """Load the teacher that a recipe names."""
-    if config.teacher == ADE20K:
-        if config.teacher_file is None:
-            raise RecipeError(
-                f"recipe {recipe.name}: teacher 'ade20k' has no file that could be fetched. Accepted: --set "
-                "task.teacher_file=FILE, a state dict of torchvision's FCN or DeepLabV3 trained on ADE20K's 150 "
-                "classes; or --set task.teacher=FOLDER, a finished segmentation run of `geo-pretrain finetune`."
-            )
-        return torchvision_segmenter(Path(config.teacher_file).expanduser())
-    if config.teacher_file is not None:
-        raise RecipeError(
-            f"'task.teacher_file' is given, and 'task.teacher' is {config.teacher!r}: accepted is ade20k."
-        )
-    if (Path(config.teacher) / "results.json").is_file():
-        return finetuned_segmenter(Path(config.teacher))
-    return load_teacher(config.teacher, config.teacher_encoder, dense=config.dense)
