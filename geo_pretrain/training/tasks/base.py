@@ -21,6 +21,8 @@ from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples, collate
 from geo_pretrain.training.recipe import Recipe
 
+Batch = Mapping[str, Any]  # tensors, and lists under "seed" and "skipped"
+
 
 @dataclass(frozen=True)
 class TaskConfig:
@@ -90,7 +92,7 @@ class PretextTask(nn.Module, ABC):
         return collate(samples)
 
     @abstractmethod
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch by name, scalars; their sum is minimized."""
 
     def export(self) -> Export:

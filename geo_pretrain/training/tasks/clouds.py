@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from geo_pretrain.training.data.samples.clouds import CloudPairSamples, Features
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
+from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig
 from geo_pretrain.training.tasks.voxels import encode, voxel_contract
 
 
@@ -69,7 +68,7 @@ class CloudPairs(PretextTask):
         """Join samples to the batch that `forward` takes."""
         return collate_clouds(samples)
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of `CloudPairSamples`, scalars.
 
         The two views pass through the network in two calls, so that BatchNorm sees one at a time.
@@ -85,6 +84,6 @@ class CloudPairs(PretextTask):
 
     @abstractmethod
     def losses(
-        self, batch: Mapping[str, Any], features1: Tensor, features2: Tensor, generator: torch.Generator
+        self, batch: Batch, features1: Tensor, features2: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, ...]:
         """One scalar for each of `terms`. features1, features2: [N, C], unit rows; there is at least one match."""

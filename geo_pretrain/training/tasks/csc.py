@@ -6,9 +6,7 @@ those of the released code (MIT), from which the published weights came.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from geo_pretrain.training.checks import Positive
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.losses.contrastive import partition_info_nce
+from geo_pretrain.training.tasks.base import Batch
 from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs
 from geo_pretrain.training.tasks.matching import one_match_each
 
@@ -40,7 +39,7 @@ class CSC(CloudPairs):
     terms = ("partition",)
 
     def losses(
-        self, batch: Mapping[str, Any], features1: Tensor, features2: Tensor, generator: torch.Generator
+        self, batch: Batch, features1: Tensor, features2: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, ...]:
         """The mean over the pairs of the batch that have a match."""
         config, voxel_size = self.config, self.spec.voxel_size

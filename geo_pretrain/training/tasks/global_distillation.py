@@ -8,9 +8,8 @@ U-Net is taught; its decoder is frozen and keeps its random weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from geo_pretrain.training.distributed import World
 from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.losses.distillation import crd_loss, crd_scores, kl_distillation, l2_distillation
 from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.tasks.base import Batch
 from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig
 from geo_pretrain.training.tasks.teachers import Teacher, load_classifier
 
@@ -115,7 +115,7 @@ class GlobalDistillation(TaughtByImages):
             )
         return super().dataset(source, pairs)
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch of `FrameCloudSamples`, a scalar under the loss's name."""
         image = self.teacher_maps(batch).mean(dim=(2, 3))
         with self.autocast(image.device):
@@ -142,7 +142,7 @@ class GlobalDistillation(TaughtByImages):
             self.pointer = (self.pointer + len(keys)) % len(self.queue)
         return loss
 
-    def _against_memory(self, batch: Mapping[str, Any], student: Tensor, teacher: Tensor) -> Tensor:
+    def _against_memory(self, batch: Batch, student: Tensor, teacher: Tensor) -> Tensor:
         """CRD's released loss: the features of each side against the memory of the other side."""
         index, memory = batch["index"], self.memory_student
         draws = [

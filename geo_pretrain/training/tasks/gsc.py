@@ -7,9 +7,8 @@ comes from, and what the paper leaves open is an option.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from geo_pretrain.training.data.surfaces.sets import Kind
 from geo_pretrain.training.initialize import initialize_heads
 from geo_pretrain.training.losses.sets import Denominator, set_info_nce
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import TaskConfig
+from geo_pretrain.training.tasks.base import Batch, TaskConfig
 from geo_pretrain.training.tasks.images import ImageUNetTask
 
 
@@ -78,7 +77,7 @@ class GSC(ImageUNetTask):
             kind=self.config.sets,
         )
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of `SetPairSamples`, scalars: "set", and "depth" with the depth proxy.
 
         A pair without a common set costs nothing but counts in the batch, as a pair without a match does in Pri3D.

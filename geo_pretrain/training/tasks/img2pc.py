@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.training.checks import Count, NotNegative, Positive, PositiveRange, Probability, Shares
 from geo_pretrain.training.losses.contrastive import anchor_nce
 from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.tasks.base import Batch
 from geo_pretrain.training.tasks.matching import nearest_cells, sample_map
 from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size
 
@@ -67,7 +68,7 @@ class Img2PC(TaughtByImages):
         """Whether the student's outputs are compared as they are, and not projected first."""
         return self.spec.out_chans == self.teacher.out_chans
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch of `FrameCloudSamples`: {"nce": a scalar}."""
         rows = draw_points(batch, self.config.matches)
         loss = anchor_nce(
@@ -82,7 +83,7 @@ class Img2PC(TaughtByImages):
         """Outputs of the student [n, out_chans] in the teacher's space: float32 [n, C], rows of length 1."""
         return voxels if self.projection is None else F.normalize(self.projection(voxels), dim=1)
 
-    def pixel_features(self, batch: Mapping[str, Any], rows: Tensor) -> Tensor:
+    def pixel_features(self, batch: Batch, rows: Tensor) -> Tensor:
         """The teacher's features of the pixels of points `rows`, int64 [n]: [n, C], rows of length 1."""
         maps, element, pixel = self.teacher_maps(batch), batch["element"][rows], batch["pixel"][rows]
         if self.config.interpolation == "bilinear":

@@ -8,9 +8,8 @@ one is written from the paper.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from geo_pretrain.training.distributed import World, forward_in_groups
 from geo_pretrain.training.initialize import initialize
 from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
+from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig
 
 FrameSize = Annotated[tuple[int, int], Accepts(lambda size: min(size) >= 1, "[height, width], each from 1 up")]
 GROUPS = 8  # as many as the released trainers have processes
@@ -119,7 +118,7 @@ class MoCo(PretextTask):
             mix=config.mix,
         )
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch of `CropSamples`: {"moco": a scalar}; the keys enter the queue.
 
         With several micro-batches a step, they see the same queue and the same key network.

@@ -9,7 +9,6 @@ Everything else is our reading.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewCon
 from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.losses.contrastive import nt_xent
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
+from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class PixelSimCLR(PretextTask):
         """Join samples to the batch that `forward` takes."""
         return collate_views(samples)
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch of `TwoViewSamples`: {"nce": a scalar}.
 
         All views pass through the network in one call, as in SimCLR. The mean is over the matches, so an image with

@@ -7,9 +7,8 @@ hardest-contrastive loss, and negatives from the anchor's pair only, are options
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from geo_pretrain.training.checks import Count, Positive
 from geo_pretrain.training.losses.contrastive import hardest_contrastive, info_nce
 from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.tasks.base import Batch
 from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs
 from geo_pretrain.training.tasks.matching import draw, one_match_each
 
@@ -45,7 +45,7 @@ class PointContrast(CloudPairs):
         self.terms = ("nce",) if config.loss == "nce" else ("positive", "negative")
 
     def losses(
-        self, batch: Mapping[str, Any], features1: Tensor, features2: Tensor, generator: torch.Generator
+        self, batch: Batch, features1: Tensor, features2: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, ...]:
         """PointInfoNCE, or the two terms of the hardest-contrastive loss."""
         config, matches = self.config, batch["matches"]

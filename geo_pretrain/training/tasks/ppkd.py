@@ -6,9 +6,7 @@ divergence per point, from the 150 classes of a network trained on ADE20K.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.checks import Count, Positive
 from geo_pretrain.training.losses.distillation import kl_distillation
 from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.tasks.base import Batch
 from geo_pretrain.training.tasks.matching import sample_map
 from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size
 
@@ -51,7 +50,7 @@ class PPKD(TaughtByImages):
         """Logits are not normalized."""
         return False
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch of `FrameCloudSamples`: {"ppkd": a scalar}, the mean over the drawn points."""
         rows = draw_points(batch, self.config.matches)
         student = self.student_rows(batch)[batch["voxel"][rows]]

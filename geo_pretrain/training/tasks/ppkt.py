@@ -7,9 +7,8 @@ the paper leaves open are those of its re-implementation in SLidR (Sautier et al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.training.checks import Count, Positive
 from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.tasks.base import Batch
 from geo_pretrain.training.tasks.matching import draw, sample_map
 from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size
 
@@ -44,7 +44,7 @@ class PPKT(TaughtByImages):
         super().__init__(recipe, config)
         self.projection = nn.Conv2d(self.teacher.out_chans, self.spec.out_chans, kernel_size=1)
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch of `FrameCloudSamples`: {"ppnce": a scalar}."""
         groups = self.draw_groups(batch)
         sizes, rows = [len(group) for group in groups], torch.cat(groups)
@@ -56,7 +56,7 @@ class PPKT(TaughtByImages):
         ]
         return {"ppnce": torch.stack(losses).mean()}
 
-    def pixel_features(self, batch: Mapping[str, Any], rows: Tensor) -> Tensor:
+    def pixel_features(self, batch: Batch, rows: Tensor) -> Tensor:
         """Projected features of the pixels of points `rows`, int64 [n]: float32 [n, out_chans], not normalized.
 
         Projection and upsampling are linear, so they are exchanged, and upsampling is done for these pixels alone.
@@ -65,7 +65,7 @@ class PPKT(TaughtByImages):
         element, pixel = batch["element"][rows], batch["pixel"][rows]
         return sample_map(maps, element, pixel, image_size(batch), align_corners=self.config.align_corners)
 
-    def draw_groups(self, batch: Mapping[str, Any]) -> list[Tensor]:
+    def draw_groups(self, batch: Batch) -> list[Tensor]:
         """Draw the points that are contrasted with each other: one group for the batch, or one for each image."""
         element, together = batch["element"], self.config.negatives == "batch"
         if together and self.config.matches_of == "batch":

@@ -7,7 +7,6 @@ geometric matcher, whose tolerance also accepts voxels behind the surface. The p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from geo_pretrain.training.initialize import initialize_heads
 from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import TaskConfig
+from geo_pretrain.training.tasks.base import Batch, TaskConfig
 from geo_pretrain.training.tasks.images import ImageUNetTask
 from geo_pretrain.training.tasks.matching import gather_cells, half_resolution_cell, sample_matches
 from geo_pretrain.training.tasks.voxels import CHANNELS, encode
@@ -106,7 +105,7 @@ class Pri3D(ImageUNetTask):
         """Join samples to the batch that `forward` takes."""
         return collate_chunks(samples) if self.config.geo else collate(samples)
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of pairs, scalars: "view", "geo", "depth" as the task has them."""
         features1, features2 = self.features(batch["image1"]), self.features(batch["image2"])
         losses = {}
@@ -120,7 +119,7 @@ class Pri3D(ImageUNetTask):
             losses["depth"] = self.depth_proxy_loss((features1, features2), (batch["depth1"], batch["depth2"]))
         return losses
 
-    def view_loss(self, batch: Mapping[str, Any], features1: Tensor, features2: Tensor) -> tuple[Tensor, Tensor]:
+    def view_loss(self, batch: Batch, features1: Tensor, features2: Tensor) -> tuple[Tensor, Tensor]:
         """The pixel-to-pixel loss, a scalar, and which pairs have a match: bool [B]."""
         config = self.config
         target = match_pixels(
@@ -146,7 +145,7 @@ class Pri3D(ImageUNetTask):
         # A pair without a match contributes nothing, but still counts in the batch, as in the released code.
         return torch.where(matched, loss, 0).sum() / len(matched), matched
 
-    def geo_loss(self, batch: Mapping[str, Any], k: int, features: Tensor, used: Tensor) -> Tensor:
+    def geo_loss(self, batch: Batch, k: int, features: Tensor, used: Tensor) -> Tensor:
         """The loss of the voxels of chunk `k` against the pixels of frame `k` that see them; a mean over the batch."""
         coords, depth = batch[f"coords{k}"], batch[f"depth{k}"]
         if not len(coords):
@@ -171,7 +170,7 @@ class Pri3D(ImageUNetTask):
         )
         return loss.sum() / len(used)
 
-    def seen_voxels(self, batch: Mapping[str, Any], k: int) -> list[Tensor]:
+    def seen_voxels(self, batch: Batch, k: int) -> list[Tensor]:
         """For each pair the pixel of frame `k` that sees each voxel of its chunk: int64 [n], -1 for none."""
         config, coords = self.config, batch[f"coords{k}"]
         # The released matcher projects a voxel's corner instead of its center.

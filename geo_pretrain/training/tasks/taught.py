@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, Fr
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import EncoderName, Recipe
-from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
+from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig
 from geo_pretrain.training.tasks.matching import draw
 from geo_pretrain.training.tasks.teachers import Teacher, finetuned_segmenter, load_teacher, torchvision_segmenter
 from geo_pretrain.training.tasks.voxels import encode, voxel_contract
@@ -121,13 +120,13 @@ class TaughtByImages(PretextTask):
         """Join samples to the batch that `forward` takes."""
         return collate_frame_clouds(samples)
 
-    def teacher_maps(self, batch: Mapping[str, Any]) -> Tensor:
+    def teacher_maps(self, batch: Batch) -> Tensor:
         """The teacher's maps of a batch's images: float32 [B, C, h, w], without gradients."""
         with self.autocast(batch["image"].device):
             maps: Tensor = self.teacher(batch["image"])
         return maps
 
-    def student_rows(self, batch: Mapping[str, Any]) -> Tensor:
+    def student_rows(self, batch: Batch) -> Tensor:
         """The student's outputs for a batch's voxels: float32 [N, out_chans]."""
         return encode(self.backbone, batch["coords"], batch["feats"], low_precision=self.low_precision)
 
@@ -152,12 +151,12 @@ class TaughtByImages(PretextTask):
         return Pairing(self.teacher.arch, images, role="teacher", **projected)
 
 
-def draw_points(batch: Mapping[str, Any], count: int) -> Tensor:
+def draw_points(batch: Batch, count: int) -> Tensor:
     """Draw at most `count` points of a batch, each with its pixel: int64 [n]; one stream of draws for all images."""
     generator = torch.Generator().manual_seed(batch["seed"][0])
     return draw(len(batch["pixel"]), count, generator, batch["pixel"].device)
 
 
-def image_size(batch: Mapping[str, Any]) -> tuple[int, int]:
+def image_size(batch: Batch) -> tuple[int, int]:
     """(height, width) of a batch's images."""
     return batch["image"].shape[-2], batch["image"].shape[-1]

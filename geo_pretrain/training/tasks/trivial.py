@@ -6,9 +6,7 @@ learned from a second look at the same frame. Colors are changed as `data.augmen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +17,7 @@ from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.single_images import TwoColorViews
 from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import TaskConfig
+from geo_pretrain.training.tasks.base import Batch, TaskConfig
 from geo_pretrain.training.tasks.images import ImageUNetTask
 from geo_pretrain.training.tasks.matching import gather_cells, half_resolution_cell, sample_matches
 
@@ -50,7 +48,7 @@ class Trivial(ImageUNetTask):
         arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
         return TwoColorViews(*arguments, blur_taps=self.config.blur_taps)
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of `TwoColorViews`, scalars: "trivial", and "depth" with the depth proxy."""
         config, depth = self.config, batch["depth"]
         features1, features2 = (self.features(batch[f"image{k}"]) for k in (1, 2))
