@@ -136,7 +136,6 @@ class RecipeTask(TrainingTask):
         module.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batches(self, start: int) -> Iterator[Any]:
-        """Micro-batches of this process, from step `start` on."""
         recipe, budget, world = self.recipe, self.budget, self.world
         keys = MicroBatches(
             self.samples,
@@ -298,7 +297,6 @@ class _Losses(nn.Module):
         self.trained, self._losses = task.module, task.losses
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """Losses by name."""
         return self._losses(batch)
 
 

@@ -229,12 +229,10 @@ class Pretraining(RecipeTask):
             yield batch
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The losses of the pretext task."""
         losses: dict[str, Tensor] = self.task(batch)
         return losses
 
     def schedule(self, step: int) -> float:
-        """Set learning rate and BatchNorm momentum."""
         spec = self.recipe.optim
         rate = learning_rate(spec, step, self.budget.steps)
         for group in self.optimizer.param_groups:
@@ -254,7 +252,6 @@ class Pretraining(RecipeTask):
         }
 
     def changed_settings(self, recipe: str) -> list[str]:
-        """Keys in which the recipe of a saved run differs."""
         return changes(recipe, self.recipe.to_yaml())
 
     def write(self, run: RunFolder, progress: Progress, license: License) -> Checkpoint:

@@ -99,7 +99,6 @@ class Detection(FinetuneTask):
         return losses
 
     def backbone(self) -> nn.Module:
-        """The ResNet encoder."""
         return encoder_of(self.module)
 
     @torch.no_grad()
@@ -157,7 +156,6 @@ class Detection(FinetuneTask):
         draw_detections(rows, self.classes, path)
 
     def protocol_deviations(self) -> dict[str, str]:
-        """Map each accident of the released configuration to what this run does about it."""
         return self.setup.deviations()
 
     def _pixels(self, image: np.ndarray) -> Tensor:

@@ -91,11 +91,9 @@ class InMemoryFinetuning(TrainingTask):
             yield self.draw(chosen, self.generator)
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Cross-entropy of a batch."""
         return {"segmentation": self.loss(batch)}
 
     def schedule(self, step: int) -> float:
-        """Set learning rate and BatchNorm momentum of a step."""
         rate = learning_rate(self.optim, step, self.budget.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

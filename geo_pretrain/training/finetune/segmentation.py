@@ -74,7 +74,6 @@ class Segmentation(SegmentationTask):
         return {key: torch.stack([sample[key] for sample in samples]) for key in ("image", "labels")}
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The loss of the logits, and the weighted loss of the auxiliary logits."""
         logits, aux = self.module(batch["image"])
         parts = {"segmentation": segmentation_loss(logits, batch["labels"], self.first)}
         if aux is not None:
@@ -100,7 +99,6 @@ class Segmentation(SegmentationTask):
         draw_predictions(rows, [self.recipe.network.kind], self.classes, path)
 
     def protocol_deviations(self) -> dict[str, str]:
-        """Map each accident of the released protocol to what this run does about it."""
         exact, data, size = self.exact, self.recipe.data, self.truth_size()
         found = {
             "image resize": f"{self.recipe.resize()}{_published(self.recipe.resize() == 'nearest')}",
@@ -155,7 +153,6 @@ class Segmentation(SegmentationTask):
         return pixels, labels
 
     def _labels(self, image: LabelledImage) -> Image.Image:
-        """Return the labels after checking them."""
         labels = image.semantic
         if labels is None:
             raise BadFrame(image.id, "image has no labels of pixels")

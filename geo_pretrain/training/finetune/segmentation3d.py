@@ -59,7 +59,6 @@ class CloudSegmentation(SegmentationTask):
         return voxels_of(item, self.contract, generator)
 
     def collate(self, samples: list[Any]) -> dict[str, Any]:
-        """Collate a batch; clouds stay a list."""
         return {"clouds": samples}
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -71,7 +70,6 @@ class CloudSegmentation(SegmentationTask):
         return (p for name, p in self.module.named_parameters() if not name.startswith("final."))
 
     def backbone(self) -> nn.Module:
-        """The whole U-Net."""
         return self.module
 
     def confusion(self, source: LabelledSource, ids: Sequence[str]) -> np.ndarray:
@@ -97,7 +95,6 @@ class CloudSegmentation(SegmentationTask):
         draw_predictions(rows, [self.recipe.network.kind], self.classes, path)
 
     def protocol_deviations(self) -> dict[str, str]:
-        """How this differs from the papers' segmentation of scans."""
         return {"scenes": "the cloud of one labelled frame at a time (published: whole scans)"}
 
 

@@ -52,7 +52,6 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """The folder of the finished run."""
         return self.sweep / RUNS / _slug(self.label) / f"{100 * self.fraction:.10g}" / f"seed{self.seed}"
 
     @property

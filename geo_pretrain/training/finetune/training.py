@@ -82,7 +82,6 @@ class Finetuning(RecipeTask):
             yield batch
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """The losses of the downstream task, in the recipe's precision."""
         with self.precision():
             return self.task.losses(batch)
 
@@ -101,7 +100,6 @@ class Finetuning(RecipeTask):
         torch.manual_seed(sample_seed(self.recipe.seed, step, -2 - micro_batch))
 
     def identity(self) -> dict[str, Any]:
-        """The identity of the run: recipe, backbone and data."""
         return {
             "recipe": self.recipe.to_yaml(),
             "backbone": self.digest,
@@ -109,19 +107,15 @@ class Finetuning(RecipeTask):
         }
 
     def changed_settings(self, recipe: str) -> list[str]:
-        """List the keys in which a saved run's recipe differs from this one."""
         return changes(recipe, self.recipe.to_yaml())
 
     def extras(self) -> dict[str, Any]:
-        """The evaluations so far, for the saved state."""
         return {"evaluations": self.evaluations}
 
     def restore(self, extras: Mapping[str, Any]) -> None:
-        """Restore the evaluations from a saved state."""
         self.evaluations = extras["evaluations"]
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether the recipe evaluates after this step."""
         return step in self.due
 
     def evaluate(self, step: int) -> dict[str, float]:

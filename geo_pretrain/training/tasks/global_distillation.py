@@ -53,7 +53,6 @@ class Config(TaughtConfig):
     memory_momentum: Momentum = 0.5
 
     def check_settings(self, check: Checks) -> None:
-        """Note a memory of unknown size."""
         if self.loss == "crd" and self.negatives == "memory":
             check(bool(self.memory), "task.memory", self.memory, "the number of frames")
 

@@ -31,7 +31,6 @@ class ImageUNetTask(PretextTask):
             self.headnet = nn.Conv2d(self.backbone.out_chans, 1, 1)
 
     def load_start_weights(self) -> None:
-        """The start weights that the recipe names, for the encoder and where possible the decoder."""
         initialize(self.backbone, self.recipe)
 
     def features(self, images: Tensor) -> Tensor:

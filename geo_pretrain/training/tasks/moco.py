@@ -90,11 +90,9 @@ class MoCo(PretextTask):
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
-        """The query encoder."""
         return self.query.encoder
 
     def heads(self) -> dict[str, Tensor]:
-        """The projection of the query encoder."""
         return {f"head.{key}": value.cpu() for key, value in self.query.head.state_dict().items()}
 
     def load_start_weights(self) -> None:

@@ -43,7 +43,6 @@ class Config(TaskConfig):
     negatives: Literal["both", "other"] = "both"  # of both views, as SimCLR's, or of the other view alone
 
     def views(self) -> ViewConfig:
-        """How views are cut."""
         return ViewConfig(scale=self.scale, flip_prob=self.flip_prob)
 
 
@@ -66,7 +65,6 @@ class PixelSimCLR(PretextTask):
         self.backbone = ResNetDepthUNet(**self.arch_args)
 
     def load_start_weights(self) -> None:
-        """The start weights that the recipe names, for the encoder and where possible the decoder."""
         initialize_encoder(self.backbone, self.recipe.network2d())
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:

@@ -57,7 +57,6 @@ class Config(TaskConfig):
     match_released_code: bool = False  # the released matchers with their defects, see geometry.match_pixels and seen_at
 
     def check_settings(self, check: Checks) -> None:
-        """Note a task without any loss."""
         if not (self.view or self.geo or self.depth_proxy):
             text = "'task.depth_proxy' is False, accepted here is True: nothing else would be learned."
             check.note(text, "task.depth_proxy")

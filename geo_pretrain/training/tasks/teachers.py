@@ -41,7 +41,6 @@ class Teacher(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
