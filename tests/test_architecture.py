@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("backbones", "convert"),
     ("catalog",),
     ("checkpoint",),
-    ("convert.out", "cards"),  # convert.out writes a checkpoint folder in other people's formats
+    ("convert.out", "cards", "listing"),  # convert.out writes a checkpoint folder in other people's formats
     ("hub",),  # opens names as folders: converts authors' files and writes their cards
     ("loading", "__init__"),  # the public face hands out names of loading and of floors below
     ("adapters", "publish"),
@@ -69,6 +69,7 @@ LIGHT = (
     "geo_pretrain.catalog",
     "geo_pretrain.checkpoint",
     "geo_pretrain.cards",
+    "geo_pretrain.listing",
     "geo_pretrain.hub",
     "geo_pretrain.hub.bundle",
     "geo_pretrain.hub.cache",

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from geo_pretrain import __version__, cli
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.errors import CheckpointError
+from geo_pretrain.listing import answer
 from geo_pretrain.training import pretrain as running
 from geo_pretrain.training.data.sources import registry as sources
 from geo_pretrain.training.evaluation import matching as matching_module
@@ -100,6 +101,48 @@ def test_a_list_in_a_narrow_pipe_cuts_nothing():
     lines = CliRunner().invoke(cli.app, ["list"], env={"COLUMNS": "80"}).output.splitlines()
     rows = {line.split()[0]: line.split()[-1] for line in lines[1:]}
     assert rows == {name: entry.status for name, entry in CATALOG.items()}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["pri3d*"],
+        ["--license", "permissive", "*r18*"],
+        ["--data=kitti"],
+        ["--method", "pri3d", "--modality", "2d"],
+        ["--status", "regenerable"],
+    ],
+    ids=" ".join,
+)
+def test_a_plain_list_is_answered_without_the_command_line_parser(arguments):
+    assert f"{answer(arguments)}\n" == run("list", *arguments).output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--json"],
+        ["a", "b"],
+        ["nothing*"],
+        ["--no-such", "x"],
+        ["--method"],
+        ["--method", "no_such"],
+        ["-x"],
+    ],
+    ids=" ".join,
+)
+def test_help_mistakes_and_empty_lists_are_left_to_the_command_line_parser(arguments):
+    assert answer(arguments) is None
+
+
+def test_a_plain_list_loads_no_library_of_the_command_line():
+    code = "import sys; from geo_pretrain.__main__ import main; sys.argv = ['geo-pretrain', 'list']; main()"
+    code += "; print(*{'typer', 'rich', 'pydantic', 'torch', 'numpy', 'json'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:-1] == run("list").output.splitlines()[1:]
+    assert done.stdout.splitlines()[-1] == ""
 
 
 def test_info_as_table_and_json():

@@ -40,23 +40,17 @@ def list_command(
 
     Example: `geo-pretrain list "pri3d*" --license permissive`
     """
-    from geo_pretrain.catalog import backbone_info, list_backbones
+    from geo_pretrain.catalog import list_backbones
     from geo_pretrain.errors import nearest
+    from geo_pretrain.listing import catalog_lines
 
     names = list_backbones(pattern, method=method, modality=modality, license=license, data=data, status=status)
     if as_json:
         typer.echo(json.dumps(names))
-        return
-    table = Table(box=None)
-    for column in ("name", "network", "data", "weights' license", "status"):
-        table.add_column(column, no_wrap=True)
-    for name in names:
-        entry = backbone_info(name)
-        license = entry.license.weights.removeprefix("LicenseRef-")
-        table.add_row(name, entry.arch.title, entry.data, license, entry.status)
-    # One line a name, also in a pipe, where rich would take the terminal for 80 columns wide.
-    wide = Console(width=max(console.width, LIST_WIDTH), soft_wrap=True)
-    wide.print(table if names else f"No backbone matches. Closest: {', '.join(nearest(pattern, list_backbones()))}.")
+    elif names:
+        typer.echo(catalog_lines(names))
+    else:
+        typer.echo(f"No backbone matches. Closest: {', '.join(nearest(pattern, list_backbones()))}.")
 
 
 @app.command()

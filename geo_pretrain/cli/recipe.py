@@ -34,13 +34,13 @@ def recipes_list(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
 
     Example: `geo-pretrain recipes list | grep rooms`
     """
+    from geo_pretrain.listing import columns
+
     rows = [*_pretraining_rows(), *_finetuning_rows()]
     if as_json:
         typer.echo(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=2))
         return
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    for row in (COLUMNS, *rows):
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    typer.echo(columns([COLUMNS, *rows]))
 
 
 @recipes_app.command("show")
