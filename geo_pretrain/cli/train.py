@@ -140,10 +140,10 @@ def finetune(
 
     Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain finetune ...`
     """
-    from geo_pretrain.training.finetune_recipe import load_finetune_recipe
+    from geo_pretrain.training.finetune.registry import load_checked_finetune_recipe
 
     overrides = [*labelled_overrides(data), *(["match_released_code=true"] if match_released_code else []), *set_]
-    spec = load_finetune_recipe(recipe, overrides, toy=toy)
+    spec = load_checked_finetune_recipe(recipe, overrides, toy=toy)
     if sweep:
         _sweep(spec, backbone, fraction, seed, out, hub, device, as_json)
         return

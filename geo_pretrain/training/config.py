@@ -293,7 +293,8 @@ class _Parser:
 
     def _note_unknown(self, key: str, accepted: Sequence[str], prefix: str) -> None:
         closest = ", ".join(repr(prefix + name) for name in nearest(key, accepted, 1))
-        self.note(f"unknown key '{prefix}{key}'. Closest: {closest}. Accepted: {', '.join(accepted)}.", prefix + key)
+        known = f"Closest: {closest}. Accepted: {', '.join(accepted)}" if accepted else "There are none here"
+        self.note(f"unknown key '{prefix}{key}'. {known}.", prefix + key)
         # The key that was probably meant must not be reported as missing or out of range.
         self.doubtful.update(prefix + name for name in difflib.get_close_matches(key, accepted, 1))
 

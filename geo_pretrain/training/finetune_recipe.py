@@ -218,6 +218,10 @@ class FinetuneRecipe:
             given = {"output_stride": network.output_stride, "aux": network.aux, "options": network.options}
             check(plain, "network", given, "output_stride 32, no aux and no options for unet")
 
+    def labels(self) -> Literal["segmentation", "detection"]:
+        """The kind of labels that the task is trained on."""
+        return "segmentation" if self.task.startswith("segmentation") else "detection"
+
     def resize(self) -> str:
         """The interpolation that images are resized with: "nearest" or "bilinear"."""
         return self.data.resize or ("nearest" if self.match_released_code else "bilinear")

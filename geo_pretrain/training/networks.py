@@ -25,6 +25,7 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.seeding import seeded
+from geo_pretrain.training.checks import check_key
 from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.recipe import ModelSpec
 
@@ -134,14 +135,7 @@ def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, se
         unet = segmentation_unet(pretrained, classes + 1, seed=seed, transfer=transferred)
         freeze_stages(unet, spec.freeze)
         return Segmenter(unet, multiple=1, aux=None), transferred
-    network = init.host(
-        _builder(spec.kind),
-        seed,
-        num_classes=classes,
-        output_stride=spec.output_stride,
-        freeze=spec.freeze,
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in spec.options.items()},
-    )
+    network = _host(spec, init, classes, seed)
     multiple = 1 if spec.kind == "fcn" else (DIVISIBLE[spec.kind] or spec.output_stride)
     aux = None
     if spec.aux:
@@ -150,6 +144,23 @@ def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, se
         with seeded(seed):
             aux = _aux_head(channels, classes)
     return Segmenter(network, multiple=multiple, aux=aux), "encoder" if init.backbone != SCRATCH else "none"
+
+
+def check_options(spec: NetworkSpec) -> None:
+    """Raise `RecipeError` for options that the builder of a segmentation network refuses; no weights are made."""
+    try:
+        if spec.kind != "unet":
+            with torch.device("meta"):
+                _host(spec, PretrainedInit(SCRATCH, spec.encoder, HOST_WIDTH, {}), 1, 0)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        check_key(False, "network.options", spec.options, f"what {spec.kind} takes: {error}".rstrip("."))
+
+
+def _host(spec: NetworkSpec, init: PretrainedInit, classes: int, seed: int) -> Any:
+    """Another library's segmentation network with the weights of `init`."""
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.options.items()}
+    fixed = {"num_classes": classes, "output_stride": spec.output_stride, "freeze": spec.freeze}
+    return init.host(_builder(spec.kind), seed, **fixed, **options)
 
 
 def segmentation_unet(pretrained: ResNetUNet, classes: int, *, seed: int, transfer: Transfer = "all") -> ResNetUNet:

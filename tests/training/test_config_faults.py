@@ -10,7 +10,8 @@ import yaml
 from geo_pretrain.errors import RecipeError, UnknownName
 from geo_pretrain.training.bench.plan import rows
 from geo_pretrain.training.distributed import join
-from geo_pretrain.training.finetune_recipe import changes, load_finetune_recipe
+from geo_pretrain.training.finetune.registry import load_checked_finetune_recipe
+from geo_pretrain.training.finetune_recipe import changes, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.pretrain import load_checked_recipe
 from geo_pretrain.training.recipe import load_recipe, load_stage1, recipe_path
 from geo_pretrain.training.tasks import TASKS
@@ -174,7 +175,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, load, text):
     "key", ["name", "task", "model", "model.init", "data", "data.source", "optim", "stage1", "seed"]
 )
 def test_values_of_any_type_are_refused_or_taken_without_a_traceback(key, value, toy):
-    for load, name in ((load_checked_recipe, "gsc_r18.rooms"), (load_finetune_recipe, "rooms_unet_r18")):
+    for load, name in ((load_checked_recipe, "gsc_r18.rooms"), (load_checked_finetune_recipe, "rooms_unet_r18")):
         with contextlib.suppress(RecipeError, UnknownName):
             load(name, [f"{key}={value}"], toy=toy)
 
@@ -183,7 +184,7 @@ def test_values_of_any_type_are_refused_or_taken_without_a_traceback(key, value,
 @pytest.mark.parametrize("key", ["name", "task", "model", "data", "optim", "stage1", "unet3d"])
 def test_a_file_of_odd_sections_is_refused_under_toy_too(tmp_path, key, value):
     path = tmp_path / "odd.yaml"
-    for name, load in (("gsc_r18", load_checked_recipe), ("rooms_unet_r18", load_finetune_recipe)):
+    for name, load in (("gsc_r18", load_checked_recipe), ("rooms_unet_r18", load_checked_finetune_recipe)):
         tree = yaml.safe_load(recipe_path(name).read_text()) | {key: yaml.safe_load(value)}
         path.write_text(yaml.safe_dump(tree))
         for toy in (False, True):
@@ -226,3 +227,32 @@ def test_a_section_that_is_left_out_is_no_difference():
     (changed,) = changes(cloud, null)
     assert changed.startswith("network.unet3d: {'variant': '34C', 'width': 8")
     assert changed.endswith(" -> None")
+
+
+def test_fine_tuning_names_wrong_options_of_data_and_network_with_the_rest():
+    cases = {
+        "rooms_deeplabv3_r18": ["network.options.decoder_chanels=8", "data.options.scnes=3", "optim.lr=-1"],
+        "scannet_mask_rcnn_r50": ["network.options.width=0", "data.options.min_pxels=3", "network.aux=1", "seed=-1"],
+        "rooms_unet_r18": ["data.source=roms", "optim.lr=-1"],
+        "cityscapes_unet_r50": ["data.options.x=1", "optim.lr=-1"],
+    }
+    parts = {
+        "rooms_deeplabv3_r18": [
+            "'network.options' is {",
+            "Unknown option of smp.DeepLabV3 'decoder_chanels'",
+            "unknown key 'data.options.scnes'",
+        ],
+        "scannet_mask_rcnn_r50": ["'network.options.width' is 0", "'data.options.min_pxels'", "'network.aux' is 1.0"],
+        "rooms_unet_r18": ["Unknown labelled data set 'roms'. Closest: 'rooms'"],
+        "cityscapes_unet_r50": ["unknown key 'data.options.x'. There are none here."],
+    }
+    for name, wrong in cases.items():
+        with pytest.raises(RecipeError) as error:
+            load_checked_finetune_recipe(name, wrong)
+        assert len(error.value.problems) == len(wrong), str(error.value)
+        assert all(part in str(error.value) for part in parts[name]), str(error.value)
+
+
+@pytest.mark.parametrize("name", list_finetune_recipes())
+def test_every_fine_tuning_recipe_has_options_that_its_data_and_network_take(name):
+    assert load_checked_finetune_recipe(name) == load_finetune_recipe(name)

@@ -21,7 +21,7 @@ from geo_pretrain.training.data.labelled.export import coco_json, encode_mask
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage, LabelledSource
 from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.coco import Kind, coco_report
-from geo_pretrain.training.finetune.detector import DetectorSetup
+from geo_pretrain.training.finetune.detector import DetectorSetup, detection_options
 from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks import PretrainedInit
@@ -57,6 +57,11 @@ class Detection(FinetuneTask):
         self.metric = "mask_ap" if recipe.task == "instances" else "box_ap"
         self.module: nn.Module = start.host(self.setup.build, recipe.seed)
         self._truth: tuple[str, dict[str, Any]] | None = None
+
+    @classmethod
+    def check(cls, recipe: FinetuneRecipe) -> None:
+        """Raise `RecipeError` for settings that torchvision's detectors do not take."""
+        detection_options(recipe)
 
     def sample(self, image: LabelledImage, generator: torch.Generator) -> dict[str, Any]:
         """{"image": uint8 [3, H, W], "boxes", "labels", "masks"}, flipped at random, without crowds."""

@@ -20,7 +20,7 @@ from geo_pretrain.adapters import torchvision as adapter
 from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.checks import Accepts, Checks, Count, check_key
+from geo_pretrain.training.checks import Accepts, Checks, Count, Mistakes
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.evaluation.coco import MAX_DETECTIONS
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, LabelledAugment
@@ -62,9 +62,10 @@ class DetectorSetup:
     """What a recipe and the weights that it starts from make of a detector."""
 
     def __init__(self, recipe: FinetuneRecipe, start: PretrainedInit, classes: int, contract: ImageContract) -> None:
-        _check_recipe(recipe, contract)
+        self.options = detection_options(recipe)
+        if contract.channels != ("R", "G", "B"):
+            raise RecipeError(f"The backbone takes channels {contract.channels}, accepted for detection are R, G, B.")
         self.recipe, self.start, self.classes, self.contract = recipe, start, classes, contract
-        self.options = parse(DetectionOptions, recipe.network.options, where=recipe.name, prefix="network.options.")
         self.msra = recipe.match_released_code and self.options.authors_input == "msra"
         self.with_masks = recipe.network.kind == "mask_rcnn"
 
@@ -188,23 +189,24 @@ def _sides(size: tuple[int, int] | None, augment: LabelledAugment) -> tuple[tupl
     return (min(cast(tuple[int, int], size)),), max(cast(tuple[int, int], size))
 
 
-def _check_recipe(recipe: FinetuneRecipe, contract: ImageContract) -> None:
-    """Reject recipe settings that this task would ignore."""
-    augment, plain = recipe.data.augment, LabelledAugment()
+def detection_options(recipe: FinetuneRecipe) -> DetectionOptions:
+    """Parse `network.options`, and reject settings of the recipe that this task would ignore."""
+    augment, plain, network, check = recipe.data.augment, LabelledAugment(), recipe.network, Checks()
     for key in ("rotate", "crop", "blur"):
-        if getattr(augment, key) != getattr(plain, key):
-            raise RecipeError(
-                f"'data.augment.{key}' is {getattr(augment, key)!r}, accepted for task {recipe.task!r} is "
-                f"{getattr(plain, key)!r}: there are flip and shorter."
-            )
-    check_key(recipe.network.output_stride == 32, "network.output_stride", recipe.network.output_stride, "32")
-    check_key(recipe.network.aux == 0, "network.aux", recipe.network.aux, "0: the host has no such loss")
+        given, accepted = getattr(augment, key), getattr(plain, key)
+        if given != accepted:
+            text = f"'data.augment.{key}' is {given!r}, accepted for task {recipe.task!r} is {accepted!r}"
+            check.note(f"{text}: there are flip and shorter.", f"data.augment.{key}", "task")
+    check(network.output_stride == 32, "network.output_stride", network.output_stride, "32")
+    check(network.aux == 0, "network.aux", network.aux, "0: the host has no such loss")
     if augment.shorter is None:
-        check_key(recipe.data.size is not None, "data.size", None, "[height, width], or set data.augment.shorter")
+        check(recipe.data.size is not None, "data.size", None, "[height, width], or set data.augment.shorter")
     else:
-        low, high = augment.shorter
-        check_key(
-            32 <= low <= high <= augment.longer, "data.augment.shorter", [low, high], "32 <= low <= high <= longer"
-        )
-    if contract.channels != ("R", "G", "B"):
-        raise RecipeError(f"The backbone takes channels {contract.channels}, accepted for detection are R, G, B.")
+        fits = augment.shorter[1] <= augment.longer
+        check(fits, "data.augment.shorter", list(augment.shorter), "[low, high] with high <= longer")
+    try:
+        options = parse(DetectionOptions, network.options, where="", prefix="network.options.")
+    except Mistakes as error:
+        check.problems += error.problems
+    check.done()
+    return options

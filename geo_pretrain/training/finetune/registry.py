@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.training.data.labelled.registry import labelled_options
 from geo_pretrain.training.finetune.task import FinetuneTask
-from geo_pretrain.training.finetune_recipe import FinetuneRecipe
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe, load_finetune_recipe
 from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.networks3d import PretrainedInit3D
 from geo_pretrain.training.recipe import UNet3DSpec
@@ -19,6 +20,19 @@ TASKS = {  # task of a recipe -> "module:class", called with (recipe, start, cla
     "detection": "geo_pretrain.training.finetune.detection:Detection",
     "instances": "geo_pretrain.training.finetune.detection:Detection",
 }
+
+
+def load_checked_finetune_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) -> FinetuneRecipe:
+    """`load_finetune_recipe`, and check the options of the data set and of the network with the rest."""
+    return load_finetune_recipe(name, overrides, toy=toy, also=[_check_data, _check_network])
+
+
+def _check_data(recipe: FinetuneRecipe) -> None:
+    labelled_options(recipe.data.source, recipe.labels(), recipe.data.options)
+
+
+def _check_network(recipe: FinetuneRecipe) -> None:
+    _task_class(recipe).check(recipe)
 
 
 def backbone_init(recipe: FinetuneRecipe, backbone: str, where: Mapping[str, Any]) -> PretrainedInit | PretrainedInit3D:
@@ -36,6 +50,10 @@ def build_finetune_task(
     contract: ImageContract | VoxelContract,
 ) -> FinetuneTask:
     """Build the task of a recipe: its network with `start`'s weights and outputs for these classes (labels 1..C)."""
+    return _task_class(recipe)(recipe, start, tuple(classes), contract)
+
+
+def _task_class(recipe: FinetuneRecipe) -> Any:
+    """The subclass of `FinetuneTask` for a recipe."""
     module, _, name = TASKS[recipe.task].partition(":")
-    task = getattr(importlib.import_module(module), name)(recipe, start, tuple(classes), contract)
-    return cast(FinetuneTask, task)
+    return getattr(importlib.import_module(module), name)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
@@ -88,12 +88,9 @@ def _open(
     """Open the recipe's share of the training images, and all validation images."""
     spec = recipe.data
     if sources is None:
-        labels: Literal["segmentation", "detection"] = (
-            "segmentation" if recipe.task.startswith("segmentation") else "detection"
-        )
         path = None if spec.path is None else Path(spec.path)
         train, val = (
-            open_labelled(spec.source, path, split, task=labels, options=spec.options, progress=on_data)
+            open_labelled(spec.source, path, split, task=recipe.labels(), options=spec.options, progress=on_data)
             for split in ("train", "val")
         )
     else:

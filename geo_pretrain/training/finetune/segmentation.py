@@ -25,7 +25,7 @@ from geo_pretrain.training.data.samples.augment import uniform
 from geo_pretrain.training.evaluation.metrics import confusion_matrix
 from geo_pretrain.training.finetune.task import SegmentationTask
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
-from geo_pretrain.training.networks import PretrainedInit, Segmenter, build_segmenter
+from geo_pretrain.training.networks import PretrainedInit, Segmenter, build_segmenter, check_options
 from geo_pretrain.training.visualize.results import draw_predictions
 
 CROP_CENTRES = (240, 320)  # the released KITTI loader draws the center of its crop below these, whatever the image
@@ -45,6 +45,11 @@ class Segmentation(SegmentationTask):
         self.first = 0 if recipe.network.kind == "unet" else 1  # class of the first output
         self.exact = recipe.match_released_code
         self._normalize = contract.transforms(resize=False)
+
+    @classmethod
+    def check(cls, recipe: FinetuneRecipe) -> None:
+        """Raise `RecipeError` for options that the network does not take."""
+        check_options(recipe.network)
 
     def sample(self, image: LabelledImage, generator: torch.Generator) -> dict[str, Tensor]:
         """Augment by resize, rotation, crop, flip and blur: image [3, H, W] normalized and labels int64 [H, W]."""

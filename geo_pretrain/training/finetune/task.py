@@ -48,6 +48,10 @@ class FinetuneTask(ABC):
     metric: str  # the score that picks the best evaluation and goes into tables: "miou", "box_ap50"
     contract: ImageContract | VoxelContract  # what images or points are turned into
 
+    @classmethod
+    def check(cls, recipe: FinetuneRecipe) -> None:
+        """Raise `RecipeError` for settings of a recipe that the task cannot use, before anything is loaded."""
+
     def load(self, source: LabelledSource, id: str) -> Any:
         """Load the labelled image of a sample. Raises `BadFrame` if it is unusable."""
         return source.load(id)

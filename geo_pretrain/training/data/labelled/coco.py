@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, require, unknown
-from geo_pretrain.training.config import parse
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.labelled.folders import need_folders
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage
@@ -216,9 +215,9 @@ def text_lengths(text: str) -> list[int] | None:
     return lengths if shift == 0 else None
 
 
-def open_coco(path: Path, split: str, task: str, options: Mapping[str, Any]) -> Coco:
+def open_coco(path: Path, split: str, task: str, options: CocoOptions) -> Coco:
     """Open the instances of a split; "train" and "val" also match a single file with a year, such as val2017."""
-    return Coco(path, split, parse(CocoOptions, options, where="data.options", prefix="data.options."))
+    return Coco(path, split, options)
 
 
 def _annotation_file(root: Path, split: str) -> Path:

@@ -7,13 +7,10 @@ classes but of different ones of the 894 may have one number, and are then one o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from geo_pretrain.errors import DataError, unknown
-from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.folders import (
     InstanceFolder,
     InstanceRule,
@@ -37,9 +34,8 @@ class NYUv2Options:
     match_released_code: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
 
 
-def open_nyuv2(path: Path, split: str, task: str, options: Mapping[str, Any]) -> SemanticFolder | InstanceFolder:
+def open_nyuv2(path: Path, split: str, task: str, options: NYUv2Options) -> SemanticFolder | InstanceFolder:
     """Open the labelled images of a split; ids such as "0001". Scenes are unknown: each image is its own."""
-    config = parse(NYUv2Options, options, where="data.options", prefix="data.options.")
     if split not in _FOLDERS:
         raise unknown("split", split, _FOLDERS)
     _refuse_mat(path)
@@ -53,7 +49,9 @@ def open_nyuv2(path: Path, split: str, task: str, options: Mapping[str, Any]) ->
         items.append(Item(number, number, image, root / "label" / f"new_nyu_class13_{number}.png", instances))
     if kind == "label":
         return SemanticFolder("nyuv2", split, path, items, label_map("nyu13"))
-    rule = InstanceRule(config.min_pixels, config.match_released_code, config.drop_empty or config.match_released_code)
+    rule = InstanceRule(
+        options.min_pixels, options.match_released_code, options.drop_empty or options.match_released_code
+    )
     return InstanceFolder("nyuv2", split, path, items, label_map("nyu9"), rule, bits=(8, 16))
 
 

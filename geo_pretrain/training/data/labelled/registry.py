@@ -11,17 +11,23 @@ from typing import Any, Literal
 import numpy as np
 
 from geo_pretrain.errors import DataError, RecipeError, unknown
+from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.cityscapes import open_cityscapes
-from geo_pretrain.training.data.labelled.coco import open_coco
+from geo_pretrain.training.data.labelled.coco import CocoOptions, open_coco
 from geo_pretrain.training.data.labelled.image import ImageFiles, LabelledImage, LabelledSource, SceneList
 from geo_pretrain.training.data.labelled.kitti import open_kitti
-from geo_pretrain.training.data.labelled.nyuv2 import open_nyuv2
-from geo_pretrain.training.data.labelled.rooms import open_rooms
-from geo_pretrain.training.data.labelled.scannet import open_scannet
+from geo_pretrain.training.data.labelled.nyuv2 import NYUv2Options, open_nyuv2
+from geo_pretrain.training.data.labelled.rooms import LabelledRoomsOptions, open_rooms
+from geo_pretrain.training.data.labelled.scannet import ScanNetOptions, open_scannet
 from geo_pretrain.training.data.labelled.sunrgbd import open_sunrgbd
 
 Task = Literal["segmentation", "detection"]
-Opener = Callable[[Path, str, Task, Mapping[str, Any]], LabelledSource]
+Opener = Callable[[Path, str, Task, Any], LabelledSource]  # called with folder, split, task, options
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a data set that has none."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +38,13 @@ class DataSet:
     tasks: tuple[Task, ...]
     license: str  # SPDX or LicenseRef
     terms: str  # the license in words
+    options: type = NoOptions  # dataclass of `data.options`
 
 
 def _plain(opener: Callable[[Path, str], LabelledSource]) -> Opener:
     """Make the opener of a data set that has no options and labels for one task only."""
 
-    def call(path: Path, split: str, task: Task, options: Mapping[str, Any]) -> LabelledSource:
-        if options:
-            raise RecipeError(f"data.options: this data set has none; got {', '.join(map(repr, options))}.")
-        return opener(path, split)
-
-    return call
+    return lambda path, split, task, options: opener(path, split)
 
 
 SEGMENTATION: tuple[Task, ...] = ("segmentation",)
@@ -59,15 +61,17 @@ DATA_SETS = {
         ("detection",),
         "CC-BY-4.0",
         "that is for the annotations; the images are Flickr users', each under its own terms",
+        CocoOptions,
     ),
     "kitti": DataSet(_plain(open_kitti), SEGMENTATION, "CC-BY-NC-SA-3.0", "non-commercial, share alike"),
-    "nyuv2": DataSet(open_nyuv2, BOTH, "LicenseRef-unstated", "published for research without a license"),
-    "rooms": DataSet(None, BOTH, "MIT", "rendered by this package"),
+    "nyuv2": DataSet(open_nyuv2, BOTH, "LicenseRef-unstated", "published for research without a license", NYUv2Options),
+    "rooms": DataSet(None, BOTH, "MIT", "rendered by this package", LabelledRoomsOptions),
     "scannet": DataSet(
         open_scannet,
         BOTH,
         "LicenseRef-ScanNet-ToU",
         "non-commercial research and education; on a signed agreement",
+        ScanNetOptions,
     ),
     "sunrgbd": DataSet(
         _plain(open_sunrgbd),
@@ -107,6 +111,18 @@ def open_labelled(
     `RecipeError` for wrong options, `DataError` saying what is missing where. `progress(done, total)` is called while
     rooms are rendered.
     """
+    settings, row = labelled_options(source, task, options), DATA_SETS[source]
+    if row.opener is None:
+        if path is not None:
+            raise RecipeError("Source 'rooms' renders its own scenes and takes no path; see data.options.")
+        return open_rooms(split, task, settings, progress)
+    if path is None:
+        raise RecipeError(f"Source {source!r} needs a folder: --data {source}:PATH (or data.path=PATH).")
+    return row.opener(Path(path).expanduser(), split, task, settings)
+
+
+def labelled_options(source: str, task: Task, options: Mapping[str, Any]) -> Any:
+    """Parse the options of a data set without opening it. Raises `UnknownName`, `RecipeError`."""
     if source not in DATA_SETS:
         raise unknown("labelled data set", source, list_labelled(), "Write SOURCE or SOURCE:PATH.")
     row = DATA_SETS[source]
@@ -116,13 +132,7 @@ def open_labelled(
             f"Source {source!r} has no labels for task {task!r}, only for {has}. "
             f"Sources for it: {', '.join(list_labelled(task)) or 'none; tasks are segmentation and detection'}."
         )
-    if row.opener is None:
-        if path is not None:
-            raise RecipeError("Source 'rooms' renders its own scenes and takes no path; see data.options.")
-        return open_rooms(split, task, options, progress)
-    if path is None:
-        raise RecipeError(f"Source {source!r} needs a folder: --data {source}:PATH (or data.path=PATH).")
-    return row.opener(Path(path).expanduser(), split, task, options)
+    return parse(row.options, options, where="data.options", prefix="data.options.")
 
 
 class Subset:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
-from geo_pretrain.errors import RecipeError, unknown
+from geo_pretrain.errors import unknown
 from geo_pretrain.rooms import CLASSES, RoomsConfig
-from geo_pretrain.training.config import parse
+from geo_pretrain.training.checks import Checks, Count
 from geo_pretrain.training.data.labelled.image import LabelledImage
 from geo_pretrain.training.data.labelled.instances import instances_from_ids
 from geo_pretrain.training.data.labelled.mapping import LabelMap
@@ -28,17 +28,16 @@ class LabelledRoomsOptions:
     scenes: int = 24  # of the training split
     val_scenes: int = 8
     frames: int = 12  # rendered per scene
-    labelled: int = 2  # of them, in a training scene; every frame of a validation scene has labels
+    labelled: Count = 2  # of them, in a training scene; every frame of a validation scene has labels
     width: int = 160
     height: int = 120
     difficulty: str = "medium"
-    min_pixels: int | None = None  # of an object; None: as large a part of the image as 1000 pixels of 640x480
+    min_pixels: Count | None = None  # of an object; None: as large a part of the image as 1000 pixels of 640x480
 
     def __post_init__(self) -> None:
-        for field in ("labelled", "min_pixels"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise RecipeError(f"rooms: {field}={value} is out of range; accepted: 1 and more.")
+        check = Checks()
+        check.ranges(self, "data.options.")
+        check.done()
 
 
 class LabelledRooms:
@@ -92,28 +91,27 @@ class LabelledRooms:
 
 
 def open_rooms(
-    split: str, task: str, options: Mapping[str, Any], progress: Callable[[int, int], None] | None = None
+    split: str, task: str, options: LabelledRoomsOptions, progress: Callable[[int, int], None] | None = None
 ) -> LabelledRooms:
     """Open rooms with labels; scenes that the cache lacks are rendered, `progress(done, total)` after each."""
-    config = parse(LabelledRoomsOptions, options, where="data.options", prefix="data.options.")
     if split not in ("train", "val"):
         raise unknown("split", split, ("train", "val"))
     train = split == "train"
     rooms = Rooms(
         RoomsConfig(
-            seed=config.seed,
-            scenes=config.scenes if train else config.val_scenes,
-            frames=config.frames,
-            width=config.width,
-            height=config.height,
+            seed=options.seed,
+            scenes=options.scenes if train else options.val_scenes,
+            frames=options.frames,
+            width=options.width,
+            height=options.height,
             split=split,
-            difficulty=config.difficulty,
+            difficulty=options.difficulty,
         ),
         progress=progress,
     )
     rooms.prepare()
-    labelled = config.labelled if train else config.frames
-    return LabelledRooms(rooms, split, task, labelled=labelled, min_pixels=config.min_pixels)
+    labelled = options.labelled if train else options.frames
+    return LabelledRooms(rooms, split, task, labelled=labelled, min_pixels=options.min_pixels)
 
 
 def _labels(task: str) -> LabelMap:

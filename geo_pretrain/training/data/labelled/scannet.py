@@ -6,13 +6,10 @@ scannetv2_train.txt and scannetv2_val.txt of the ScanNet repository (folder Task
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from geo_pretrain.errors import DataError
-from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.folders import InstanceFolder, InstanceRule, Item, SemanticFolder
 from geo_pretrain.training.data.labelled.mapping import label_map
 
@@ -29,13 +26,12 @@ class ScanNetOptions:
     match_released_code: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
 
 
-def open_scannet(path: Path, split: str, task: str, options: Mapping[str, Any]) -> SemanticFolder | InstanceFolder:
+def open_scannet(path: Path, split: str, task: str, options: ScanNetOptions) -> SemanticFolder | InstanceFolder:
     """Open the labelled frames of the scenes in a split's list; ids such as "scene0000_00/000100"."""
-    config = parse(ScanNetOptions, options, where="data.options", prefix="data.options.")
     root = path / "scannet_frames_25k" if (path / "scannet_frames_25k").is_dir() else path
     if not root.is_dir():
         raise DataError(f"No folder {str(path)!r}. Expected layout: {LAYOUT}")
-    listed = _list_path(root, path, split, config.split_file)
+    listed = _list_path(root, path, split, options.split_file)
     scenes = read_scene_list(listed)
     missing = [scene for scene in scenes if not (root / scene).is_dir()]
     if missing:
@@ -60,7 +56,9 @@ def open_scannet(path: Path, split: str, task: str, options: Mapping[str, Any]) 
         raise DataError(f"No color/*.jpg in any scene of {str(root)!r}. Expected layout: {LAYOUT}")
     if task == "segmentation":
         return SemanticFolder("scannet", split, root, items, label_map("scannet20"), bits=(8, 16))
-    rule = InstanceRule(config.min_pixels, config.match_released_code, config.drop_empty or config.match_released_code)
+    rule = InstanceRule(
+        options.min_pixels, options.match_released_code, options.drop_empty or options.match_released_code
+    )
     return InstanceFolder("scannet", split, root, items, label_map("scannet18"), rule)
 
 
