@@ -57,7 +57,7 @@ def data_spec(data: str, frames: str | None, overlap: str, overrides: list[str])
     from geo_pretrain.training.config import Draft
     from geo_pretrain.training.recipe import RENAMED, Recipe
 
-    tree: dict[str, Any] = {"name": "command line", "task": {"name": "none"}, "optim": {"steps": 1}}
+    tree: dict[str, Any] = {"name": "command_line", "task": {"name": "none"}, "optim": {"steps": 1}}
     options = [*data_overrides(data, frames), f"data.overlap={range_of('--overlap', overlap)}", *overrides]
     return Draft(tree, "command line", RENAMED).override(options).parse(Recipe).data
 

@@ -48,7 +48,7 @@ class FinetuneTask(ABC):
     metric: str  # the score that picks the best evaluation and goes into tables: "miou", "box_ap50"
     contract: ImageContract | VoxelContract  # what images or points are turned into
 
-    @classmethod
+    @classmethod  # noqa: B027 (many tasks take all settings)
     def check(cls, recipe: FinetuneRecipe) -> None:
         """Raise `RecipeError` for settings of a recipe that the task cannot use, before anything is loaded."""
 
