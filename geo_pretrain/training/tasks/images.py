@@ -20,6 +20,7 @@ class ImageUNetTask(PretextTask):
     """Pri3D's 2D U-Net `backbone.*` and, with `depth_proxy`, its depth head `headnet.*`; the loss is a subclass's."""
 
     arch = "resnet_unet"
+    contract: ImageContract
 
     def __init__(self, recipe: Recipe, config: TaskConfig, *, depth_proxy: bool) -> None:
         super().__init__(recipe, config)

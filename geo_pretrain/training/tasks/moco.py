@@ -73,6 +73,7 @@ class MoCo(PretextTask):
     config_type = Config
     config: Config
     arch = "resnet"
+    contract: ImageContract
     queue: Tensor  # [K, dim]
     queue_end: Tensor  # where the next key goes
 
@@ -89,7 +90,7 @@ class MoCo(PretextTask):
         self.pending: list[Tensor] = []  # keys of the micro-batches of this step; empty between steps
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override]
+    def backbone(self) -> nn.Module:
         return self.query.encoder
 
     def heads(self) -> dict[str, Tensor]:
@@ -103,12 +104,9 @@ class MoCo(PretextTask):
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Two crops of each image; see `CropSamples`. Raises `RecipeError` or `DataError` without `task.images`."""
         config = self.config
+        arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
         return CropSamples(
-            source,
-            pairs,
-            self.recipe.data,
-            self.contract,
-            self.recipe.seed,
+            *arguments,
             scale=config.scale,
             flip_prob=config.flip_prob,
             resize=config.resize,

@@ -50,6 +50,7 @@ class PixelSimCLR(PretextTask):
     """A `ResNetDepthUNet`, whose dense features at the image's resolution are contrasted; state keys `backbone.*`."""
 
     arch = "resnet_depth_unet"
+    contract: ImageContract
     config_type = Config
     config: Config
 
@@ -69,15 +70,8 @@ class PixelSimCLR(PretextTask):
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Two views of each image, with matching pixels."""
-        return TwoViewSamples(
-            source,
-            pairs,
-            self.recipe.data,
-            self.contract,
-            self.recipe.seed,
-            views=self.config.views(),
-            matches=self.config.matches,
-        )
+        arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
+        return TwoViewSamples(*arguments, views=self.config.views(), matches=self.config.matches)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Join samples to the batch that `forward` takes."""

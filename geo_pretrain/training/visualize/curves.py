@@ -76,9 +76,9 @@ def _curves(axes: Any, measured: Measured, reported: Reported, shares: Sequence[
         label = shown(name)
         axes.errorbar(_percents(x), y, errors, label=label, linewidth=2, markersize=7, capsize=4, **style)
         if reported.get(name):
-            x, y, tables = zip(*reported[name], strict=True)
+            x, values, tables = zip(*reported[name], strict=True)
             label = f"{label} ({', '.join(dict.fromkeys(tables))})"
-            axes.plot(_percents(x), _percents(y), "--", label=label, linewidth=1.3, **_hollow(style))
+            axes.plot(_percents(x), _percents(values), "--", label=label, linewidth=1.3, **_hollow(style))
             ticks |= set(x)
     if shares[0] < 0.1:
         axes.set_xscale("log")
