@@ -205,23 +205,20 @@ def fit(
     return progress
 
 
+@dataclass
 class _Loop:
     """One sitting of a run."""
 
-    def __init__(
-        self,
-        task: TrainingTask,
-        world: World,
-        run: RunFolder | None,
-        progress: Progress,
-        log: WriteLog,
-        on_step: Callable[[StepInfo], None] | None,
-    ) -> None:
-        self.task, self.world, self.run, self.progress, self.log, self.on_step = (
-            task, world, run, progress, log, on_step
-        )  # fmt: skip
-        self.model = world.wrap(_Losses(task))
-        self.first, self.sitting = progress.step, 0.0
+    task: TrainingTask
+    world: World
+    run: RunFolder | None
+    progress: Progress
+    log: WriteLog
+    on_step: Callable[[StepInfo], None] | None
+
+    def __post_init__(self) -> None:
+        self.model = self.world.wrap(_Losses(self.task))
+        self.first, self.sitting = self.progress.step, 0.0
 
     def take_steps(self, stop: Event) -> None:
         """Steps, evaluations and saved states until the end or a request to stop."""
@@ -263,19 +260,19 @@ class _Loop:
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / budget.accumulate
         means = world.mean(torch.stack(list(sums.values())))
-        self.check_finite(dict(zip(sums, means.tolist(), strict=True)), bool(torch.isfinite(means.sum())))
+        means_by_name = dict(zip(sums, means.tolist(), strict=True))
+        if not torch.isfinite(means.sum()):
+            raise self.not_finite(means_by_name)
         if budget.clip_norm is not None:
             nn.utils.clip_grad_norm_(task.module.parameters(), budget.clip_norm)
         task.optimizer.step()
-        return dict(zip(sums, means.tolist(), strict=True))
+        return means_by_name
 
-    def check_finite(self, losses: dict[str, float], finite: bool) -> None:
-        """Raise `GeoPretrainError` unless `finite`."""
-        if finite:
-            return
+    def not_finite(self, losses: dict[str, float]) -> GeoPretrainError:
+        """Build the error that names the step and its losses."""
         shown = ", ".join(f"{name} {value:g}" for name, value in losses.items())
         kept = "" if self.run is None else f" The last good state is in {self.run.path};"
-        raise GeoPretrainError(
+        return GeoPretrainError(
             f"The loss is not finite at step {self.progress.step + 1} ({shown}).{kept or ';'} try a lower optim.lr."
         )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, fields
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples, collate
 from geo_pretrain.training.recipe import Recipe
 
+T = TypeVar("T")
 Batch = Mapping[str, Any]  # tensors, and lists under "seed" and "skipped"
 
 
@@ -37,6 +38,12 @@ class TaskConfig:
 
     def check_settings(self, check: Checks) -> None:
         """Note settings that do not go together."""
+
+
+def same_settings(kind: type[T], config: TaskConfig, **more: Any) -> T:
+    """Build the dataclass `kind` from `more` and the settings of a task that have the names of its fields."""
+    names = {field.name for field in fields(kind)} & vars(config).keys()  # type: ignore[arg-type]
+    return kind(**{name: getattr(config, name) for name in names}, **more)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from geo_pretrain.training.data.samples.clouds import CloudPairSamples, Features
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig
+from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig, same_settings
 from geo_pretrain.training.tasks.voxels import encode, voxel_contract
 
 
@@ -52,16 +52,7 @@ class CloudPairs(PretextTask):
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Pairs of voxelized clouds with their matches."""
-        config = self.config
-        spec = PairCloudConfig(
-            voxel_size=self.spec.voxel_size,
-            radius=config.radius,
-            features=config.features,
-            rotation=config.rotation,
-            jitter=config.jitter,
-            jitter_prob=config.jitter_prob,
-            match_released_code=config.match_released_code,
-        )
+        spec = same_settings(PairCloudConfig, self.config, voxel_size=self.spec.voxel_size)
         return CloudPairSamples(source, pairs, self.recipe.data, spec, self.recipe.seed)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, Fr
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import EncoderName, Recipe
-from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig
+from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig, same_settings
 from geo_pretrain.training.tasks.matching import draw
 from geo_pretrain.training.tasks.teachers import Teacher, finetuned_segmenter, load_teacher, torchvision_segmenter
 from geo_pretrain.training.tasks.voxels import encode, voxel_contract
@@ -48,21 +48,6 @@ class TaughtConfig(TaskConfig):
     color_jitter: NotNegative = 0.0  # of the voxels' colors
     keep: Shares = (1.0, 1.0)  # share of the points
 
-    def cloud_spec(self, voxel_size: float) -> FrameCloudConfig:
-        """Configure the conversion of frames to images and voxels. Raises `RecipeError` for impossible ranges."""
-        return FrameCloudConfig(
-            voxel_size=voxel_size,
-            features=self.features,
-            pixels=self.pixels,
-            rotation=self.rotation,
-            scale=self.scale,
-            elastic_prob=self.elastic_prob,
-            keep=self.keep,
-            color_jitter=self.color_jitter,
-            flip_prob=self.flip_prob,
-            resize=self.resize,
-        )
-
 
 class TaughtByImages(PretextTask):
     """A sparse U-Net, the student, and the frozen image network that teaches it; the loss is a subclass's.
@@ -78,7 +63,7 @@ class TaughtByImages(PretextTask):
         super().__init__(recipe, config)
         self.teacher = self.find_teacher()  # first: a random one is drawn before the student
         self.spec = recipe.network3d()
-        self.cloud_spec = config.cloud_spec(self.spec.voxel_size)
+        self.cloud_spec = same_settings(FrameCloudConfig, config, voxel_size=self.spec.voxel_size)
         self.contract = voxel_contract(self.spec, config.features)
         self.arch_args = unet_args(self.spec, normalize=self.normalizes())
         self.backbone = SRUNet(**self.arch_args, bn_momentum=self.spec.bn_momentum)
