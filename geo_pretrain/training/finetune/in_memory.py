@@ -32,25 +32,26 @@ OnStep = Callable[[int, float], None]  # step (1, 2, ...), loss
 
 @dataclass(frozen=True)
 class FinetuneSpec:
-    """The budget of a run on images, the same for every start."""
+    """The budget of a run on images, the same for every start; SGD as in Pri3D's table 1."""
 
     steps: int = 100
     batch: int = 4
     lr: float = 0.05
+    momentum: float = 0.9
+    dampening: float = 0.1
+    weight_decay: float = 0.0
+    bn_momentum: float | None = None  # None: Pri3D's, which falls
     flip: bool = True  # horizontal, p 0.5
 
 
 @dataclass(frozen=True)
-class PointsSpec:
+class PointsSpec(FinetuneSpec):
     """The budget of a run on clouds, the same for every start; SGD as in PointContrast's segmentation."""
 
-    steps: int = 100
-    batch: int = 4  # clouds
     lr: float = 0.1
-    momentum: float = 0.9
-    dampening: float = 0.1
     weight_decay: float = 1e-4
     bn_momentum: float = 0.1  # the released 0.02 forgets the start's statistics in hundreds of steps only
+    flip: bool = False  # clouds are rotated
 
 
 @dataclass(frozen=True)
@@ -68,26 +69,26 @@ class InMemoryFinetuning(TrainingTask):
     def __init__(
         self,
         network: nn.Module,
-        optim: OptimSpec,
+        spec: FinetuneSpec,
         count: int,
         draw: Callable[[Tensor, torch.Generator], Any],
         loss: Callable[[Any], Tensor],
-        bn_momentum: Callable[[int], float],
         seed: int,
     ) -> None:
-        self.module, self.optim, self.count, self.draw, self.loss = network, optim, count, draw, loss
-        self.bn_momentum = bn_momentum
+        self.module, self.spec, self.count, self.draw, self.loss = network, spec, count, draw, loss
+        settings = {key: value for key, value in vars(spec).items() if key not in ("flip", "bn_momentum")}
+        self.optim = OptimSpec(**settings)
         self.generator = torch.Generator().manual_seed(sample_seed(seed, 0, 0))
-        self.optimizer = make_optimizer(optim, network)
-        self.budget = Budget(steps=optim.steps or 0, batch=optim.batch)
+        self.optimizer = make_optimizer(self.optim, network)
+        self.budget = Budget(steps=spec.steps, batch=spec.batch)
 
     def batches(self, start: int) -> Iterator[Any]:
         """Yield batches, from a new permutation of the samples in each epoch."""
         order = torch.empty(0, dtype=torch.long)
         while True:
-            while len(order) < self.optim.batch:
+            while len(order) < self.spec.batch:
                 order = torch.cat([order, torch.randperm(self.count, generator=self.generator)])
-            chosen, order = order[: self.optim.batch], order[self.optim.batch :]
+            chosen, order = order[: self.spec.batch], order[self.spec.batch :]
             yield self.draw(chosen, self.generator)
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
@@ -97,11 +98,12 @@ class InMemoryFinetuning(TrainingTask):
         rate = learning_rate(self.optim, step, self.budget.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        set_bn_momentum(self.module, self.bn_momentum(step))
+        falling = pri3d_bn_momentum(max(step - 1, 0))
+        set_bn_momentum(self.module, falling if self.spec.bn_momentum is None else self.spec.bn_momentum)
         return rate
 
-    def train(self, on_step: OnStep | None) -> tuple[float, ...]:
-        """Take all steps; return the loss of each."""
+    def train(self, on_step: OnStep | None, measure: Callable[[], np.ndarray]) -> SegmentationResult:
+        """Take all steps, then `measure` the confusion matrix."""
         losses: list[float] = []
 
         def note(loss: float) -> None:
@@ -111,7 +113,8 @@ class InMemoryFinetuning(TrainingTask):
 
         world = World(0, 1, next(self.module.parameters()).device)
         fit(self, world, on_step=lambda info: note(info.losses["segmentation"]))
-        return tuple(losses)
+        confusion = measure()
+        return SegmentationResult(mean_iou(confusion), confusion, tuple(losses))
 
 
 def finetune_frames(
@@ -126,9 +129,9 @@ def finetune_frames(
 ) -> SegmentationResult:
     """Train `network` (logits [B, classes, H/2, W/2]) on labelled frames and measure it on others.
 
-    Pri3D's protocol, table 1: SGD, momentum 0.9, dampening 0.1, poly schedule, BN momentum of Pri3D, cross-entropy on
-    logits brought to label size (bilinear, align_corners), class 0 ignored. The seed draws batches and flips. The last
-    state is measured (the released protocol reports the best epoch on the validation set, which flatters).
+    Pri3D's protocol, table 1: SGD, poly schedule, cross-entropy on logits brought to label size (bilinear,
+    align_corners), class 0 ignored. The seed draws batches and flips. The last state is measured (the released protocol
+    reports the best epoch on the validation set, which flatters).
     """
     images, labels = _stack(train, contract)
 
@@ -144,13 +147,8 @@ def finetune_frames(
         x, y = batch
         return segmentation_loss(network(x), y, first=0)
 
-    optim = OptimSpec(batch=spec.batch, lr=spec.lr, momentum=0.9, dampening=0.1, steps=spec.steps)
-    task = InMemoryFinetuning(
-        network, optim, len(images), draw, loss, lambda step: pri3d_bn_momentum(max(step - 1, 0)), seed
-    )
-    losses = task.train(on_step)
-    confusion = evaluate_frames(network, contract, val)
-    return SegmentationResult(mean_iou(confusion), confusion, losses)
+    task = InMemoryFinetuning(network, spec, len(images), draw, loss, seed)
+    return task.train(on_step, lambda: evaluate_frames(network, contract, val))
 
 
 def finetune_clouds(
@@ -175,20 +173,8 @@ def finetune_clouds(
     def draw(chosen: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [voxels_of(train[k], contract, generator) for k in chosen.tolist()]
 
-    optim = OptimSpec(
-        batch=spec.batch,
-        lr=spec.lr,
-        momentum=spec.momentum,
-        dampening=spec.dampening,
-        weight_decay=spec.weight_decay,
-        steps=spec.steps,
-    )
-    task = InMemoryFinetuning(
-        network, optim, len(train), draw, lambda batch: cloud_loss(network, batch), lambda step: spec.bn_momentum, seed
-    )
-    losses = task.train(on_step)
-    confusion = evaluate_clouds(network, contract, val)
-    return SegmentationResult(mean_iou(confusion), confusion, losses)
+    task = InMemoryFinetuning(network, spec, len(train), draw, lambda batch: cloud_loss(network, batch), seed)
+    return task.train(on_step, lambda: evaluate_clouds(network, contract, val))
 
 
 def evaluate_frames(
