@@ -200,7 +200,9 @@ class SRUNet(Backbone):
     def _output(self, finest: SparseTensor) -> SparseTensor:
         """Compute the network's output from the finest map."""
         out = self.final(finest)
-        return out.with_sorted_feats(F.normalize(out.sorted_feats, dim=1)) if self.normalize else out
+        if not self.normalize:
+            return out
+        return out.with_sorted_feats(F.normalize(out.computed_feats, dim=1), dtype=out.dtype)
 
     def _known_contract(self) -> VoxelContract:
         if self.contract is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,7 @@ from torch import Tensor
 from geo_pretrain.errors import require
 
 CHOICES = ("auto", "plain", "fast")
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 _choice = os.environ.get("GEO_PRETRAIN_SPARSE", "auto")
 if _choice not in CHOICES:
     raise ValueError(f"GEO_PRETRAIN_SPARSE is {_choice!r}; accepted: {', '.join(CHOICES)}.")
@@ -24,6 +26,36 @@ def is_fast(tensor: Tensor) -> bool:
     if _choice == "plain" or tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.int32):
         return False
     return _choice == "fast" or _has_numba()
+
+
+def computed_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which convolutions of such features compute: float32 for 16-bit ones on the CPU, else their own.
+
+    No kernel here multiplies 16-bit numbers on a CPU, and torch's own are several times slower than float32's.
+    """
+    return torch.float32 if device == "cpu" and dtype in LOW_PRECISION else dtype
+
+
+def describe(dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
+    """Which kernels compute convolutions of such features, in words.
+
+    >>> with use("plain"):
+    ...     describe(torch.bfloat16)
+    'torch.bfloat16 on cpu: computed in torch.float32 by plain torch'
+    """
+    computed = computed_dtype(device, dtype)
+    kernels = "numba's kernels" if is_fast(torch.empty(0, dtype=computed, device=device)) else "plain torch"
+    change = "" if computed == dtype else f" in {computed}"
+    return f"{dtype} on {device}: computed{change} by {kernels}"
+
+
+@cache
+def warn_once(dtype: torch.dtype) -> None:
+    """Say, once a process, that a 16-bit dtype is computed in float32 on the CPU."""
+    warnings.warn(
+        f"Sparse convolutions: {describe(dtype)}, as quick as float32; features are handed out as {dtype}.",
+        stacklevel=2,
+    )
 
 
 @cache

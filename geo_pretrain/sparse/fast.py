@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geo_pretrain.sparse.backend import LOW_PRECISION
 from geo_pretrain.sparse.compiled import (
     ADDRESS,
     INT64,
@@ -304,7 +305,8 @@ class Pairs(NamedTuple):
 
 
 def sparse_conv_forward(feats: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
-    """sum_k feats[table[:, k]] @ kernel[k]: [N_out, Cout]. The kernel may be a transposed view."""
+    """sum_k feats[table[:, k]] @ kernel[k]: [N_out, Cout]. The kernel may be a transposed view, and of 16 bits."""
+    kernel = _in_float32(kernel)
     _check(feats, kernel, kernel_map.inputs)
     height, (offsets, width, columns) = len(kernel_map.table), kernel.shape
     pairs = Pairs.of(kernel_map)
@@ -351,12 +353,27 @@ def _check(rows: Tensor, other: Tensor, inputs: int) -> None:
 _scratch = threading.local()
 
 
+def _memory(name: str, shape: torch.Size) -> Tensor:
+    """Memory for a kernel [K, Cin, Cout] in another layout, which all layers of a thread share under this name."""
+    size = shape.numel()
+    if not hasattr(_scratch, name) or getattr(_scratch, name).numel() < size:
+        setattr(_scratch, name, torch.empty(size))
+    memory: Tensor = getattr(_scratch, name)[:size]
+    return memory.view(shape)
+
+
 def _transposed(kernel: Tensor) -> Tensor:
-    """Copy a transposed view of a kernel to contiguous memory, which all layers of a thread share."""
-    size = kernel.numel()
-    if getattr(_scratch, "memory", None) is None or _scratch.memory.numel() < size:
-        _scratch.memory = torch.empty(size)
-    copy: Tensor = _scratch.memory[:size].view(kernel.shape)
+    """Copy a transposed view of a kernel to contiguous memory."""
+    copy = _memory("transposed", kernel.shape)
     offsets, columns, width = kernel.shape
     run(_transpose_tasks, kernel.data_ptr(), copy.data_ptr(), offsets, width, columns)
     return copy
+
+
+def _in_float32(kernel: Tensor) -> Tensor:
+    """Convert a kernel of 16 bits; a transposed view stays one."""
+    if kernel.dtype not in LOW_PRECISION:
+        return kernel
+    if kernel.is_contiguous():
+        return _memory("float32", kernel.shape).copy_(kernel)
+    return _memory("float32", kernel.mT.shape).copy_(kernel.mT).mT

@@ -6,6 +6,7 @@ correlation, outputs at every occupied (coarse) cell.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from types import ModuleType
 from typing import Any, Literal
@@ -27,9 +28,11 @@ def convolve(
     `stride` > 1 leads to the coarser voxels; `transposed` back to the finer ones (all children where none are known).
     """
     _check_kernel(x, kernel, kernel_size, stride)
-    rows, kernel = _autocast(x.sorted_feats, kernel)
+    dtype = _output_dtype(x, kernel)
+    rows, kernel = _operands(x, kernel, dtype)
     if kernel.ndim == 2:
-        return x.with_sorted_feats(rows @ kernel)
+        with _as_given(rows):
+            return x.with_sorted_feats(rows @ kernel.to(rows.dtype), dtype=dtype)
     if transposed:
         if x.stride % stride:
             raise ValueError(
@@ -44,17 +47,21 @@ def convolve(
     else:
         target = x.stride * stride
         kernel_map = x.coordinate_manager.kernel_map(x.stride, stride, kernel_size, dilation)
-    return x.with_sorted_feats(_Convolution.apply(rows, kernel, kernel_map), stride=target)
+    return x.with_sorted_feats(_Convolution.apply(rows, kernel, kernel_map), stride=target, dtype=dtype)
 
 
 class _Convolution(torch.autograd.Function):
-    """Convolution of features [N_in, Cin] with a kernel [K, Cin, Cout]; gathered features are not kept for backward."""
+    """Convolution of features [N_in, Cin] with a kernel [K, Cin, Cout]; gathered features are not kept for backward.
+
+    Features may be float32 where the kernel has 16 bits.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
         ctx.save_for_backward(rows, kernel)
         ctx.kernel_map, ctx.origin = kernel_map, kernel_map.origin  # kept: the backward pass would make it again
-        return _kernels(rows).sparse_conv_forward(rows, kernel, kernel_map)
+        with _as_given(rows):
+            return _kernels(rows).sparse_conv_forward(rows, kernel, kernel_map)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -64,7 +71,7 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_rows = _Convolution.apply(grad, kernel.transpose(1, 2), ctx.kernel_map.reverse)
         if ctx.needs_input_grad[1]:
-            grad_kernel = _KernelGradient.apply(rows, grad, ctx.kernel_map)
+            grad_kernel = _KernelGradient.apply(rows, grad, ctx.kernel_map).to(kernel.dtype)
         return grad_rows, grad_kernel, None
 
 
@@ -75,7 +82,8 @@ class _KernelGradient(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
         ctx.save_for_backward(rows, grad)
         ctx.kernel_map = kernel_map
-        return _kernels(rows).sparse_conv_wgrad(rows, grad, kernel_map)
+        with _as_given(rows):
+            return _kernels(rows).sparse_conv_wgrad(rows, grad, kernel_map)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -160,7 +168,7 @@ def point_rows(x: SparseTensor, coords: Tensor) -> Tensor:
 
 def relu(x: SparseTensor) -> SparseTensor:
     """max(0, features)."""
-    return x.with_sorted_feats(torch.relu(x.sorted_feats))
+    return x.with_sorted_feats(torch.relu(x.computed_feats), dtype=x.dtype)
 
 
 def _kernels(feats: Tensor) -> ModuleType:
@@ -172,12 +180,31 @@ def _kernels(feats: Tensor) -> ModuleType:
     return plain
 
 
-def _autocast(rows: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
-    kind = rows.device.type
-    if torch.is_autocast_enabled(kind) and rows.dtype != torch.float64:  # as torch: doubles stay
-        dtype = torch.get_autocast_dtype(kind)
-        return rows.to(dtype), kernel.to(dtype)
-    return rows, kernel
+def _output_dtype(x: SparseTensor, kernel: Tensor) -> torch.dtype:
+    """The dtype of a convolution's features: autocast's, or that of features and kernel."""
+    device = x.computed_feats.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # as torch: doubles stay
+        return torch.get_autocast_dtype(device)
+    if x.dtype != kernel.dtype:
+        raise ValueError(
+            f"The features are {x.dtype}, the kernel is {kernel.dtype}; accepted: the same dtype, or autocast."
+        )
+    return x.dtype
+
+
+def _operands(x: SparseTensor, kernel: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Features in the dtype in which their device computes a convolution with results of `dtype`, and its kernel."""
+    computed = backend.computed_dtype(x.computed_feats.device.type, dtype)
+    if computed == dtype:
+        return x.computed_feats.to(dtype), kernel.to(dtype)
+    backend.warn_once(dtype)
+    return x.computed_feats.to(computed), kernel
+
+
+def _as_given(rows: Tensor) -> AbstractContextManager[Any]:
+    """Products in the dtype of the operands, also within autocast, which would cast them again."""
+    device = rows.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _or_zero(rows: Tensor, kernel_map: KernelMap) -> Tensor:
@@ -191,7 +218,7 @@ def _check_kernel(x: SparseTensor, kernel: Tensor, kernel_size: int, stride: int
         raise ValueError(
             f"kernel is {tuple(kernel.shape)}; accepted: [{kernel_size**3}, Cin, Cout] for kernel_size {kernel_size}."
         )
-    if x.sorted_feats.shape[1] != kernel.shape[-2]:
+    if x.computed_feats.shape[1] != kernel.shape[-2]:
         raise ValueError(f"This convolution takes {kernel.shape[-2]} channels; got {x!r}.")
 
 

@@ -6,8 +6,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from geo_pretrain.sparse import functional
+from geo_pretrain.sparse.backend import LOW_PRECISION
 from geo_pretrain.sparse.tensor import SparseTensor
 
 
@@ -46,7 +48,9 @@ class _Convolution(nn.Module):
             dilation=self.dilation,
             transposed=self.transposed,
         )
-        return y if self.bias is None else y.with_sorted_feats(y.sorted_feats + self.bias.to(y.sorted_feats.dtype))
+        if self.bias is None:
+            return y
+        return y.with_sorted_feats(y.computed_feats + self.bias.to(y.computed_feats.dtype), dtype=y.dtype)
 
     def extra_repr(self) -> str:
         """The arguments shown in `repr`."""
@@ -88,8 +92,22 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Features [N, C] -> [N, C]."""
-        rows: Tensor = self.bn(x.sorted_feats)
-        return x.with_sorted_feats(rows)
+        rows = x.computed_feats
+        if rows.dtype == torch.float32 and self.bn.weight is not None and self.bn.weight.dtype in LOW_PRECISION:
+            rows = self._in_float32(rows)
+        else:
+            rows = self.bn(rows)
+        return x.with_sorted_feats(rows, dtype=x.dtype)
+
+    def _in_float32(self, rows: Tensor) -> Tensor:
+        """Normalize float32 features with parameters of 16 bits, which torch does not mix on a CPU."""
+        state = {**dict(self.bn.named_parameters()), **dict(self.bn.named_buffers())}
+        wide = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+        rows = functional_call(self.bn, wide, rows)
+        with torch.no_grad():
+            for name, buffer in self.bn.named_buffers():
+                buffer.copy_(wide[name])
+        return rows
 
 
 class ReLU(nn.Module):
@@ -101,4 +119,6 @@ class ReLU(nn.Module):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Features [N, C] -> [N, C]."""
-        return x.with_sorted_feats(torch.relu_(x.sorted_feats)) if self.inplace else functional.relu(x)
+        if not self.inplace:
+            return functional.relu(x)
+        return x.with_sorted_feats(torch.relu_(x.computed_feats), dtype=x.dtype)

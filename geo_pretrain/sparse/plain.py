@@ -18,6 +18,7 @@ PADDED_BYTES = 1 << 28
 
 def sparse_conv_forward(feats: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
     """sum_k feats[table[:, k]] @ kernel[k]: [N_out, Cout], offset by offset or, for small maps, in one product."""
+    kernel = kernel.to(feats.dtype)
     outputs, offsets = kernel_map.table.shape
     size = kernel.shape[1] * kernel.shape[2]
     padding = (outputs - kernel_map.count / offsets) * size

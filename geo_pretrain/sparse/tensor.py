@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,9 @@ class SparseTensor:
     from this one share its `coordinate_manager`: coordinates of all strides, and kernel maps, are built once. Strided
     tensors have an order of their own: compare them by coordinate.
 
-    Layers work in Morton order (along a Z-curve): `sorted_feats` are the features in that order.
+    Layers work in Morton order (along a Z-curve): `sorted_feats` are the features in that order. Where 16-bit features
+    are computed in float32 (on a CPU), layers hand on `computed_feats`, not rounded; `feats` and `sorted_feats` are
+    rounded to `dtype`.
 
     >>> x = SparseTensor(torch.tensor([[0, 1, 2, 3], [0, -1, 2, 3]], dtype=torch.int32), torch.tensor([[1.0], [2.0]]))
     >>> x.with_sorted_feats(x.sorted_feats * 10).feats.tolist()
@@ -36,20 +40,27 @@ class SparseTensor:
                 order = morton_order(coords, stride)
         self.coordinate_manager = CoordinateManager(coords, stride, *order)
         self.stride = stride
-        self.sorted_feats = feats[self.coordinate_manager.order]
+        self.computed_feats, self.dtype = feats[self.coordinate_manager.order], feats.dtype
 
     rows = renamed("rows", "sorted_feats")
     with_rows = renamed("with_rows", "with_sorted_feats")
     grid = renamed("grid", "coordinate_manager")
 
-    def with_sorted_feats(self, sorted_feats: Tensor, *, stride: int | None = None) -> SparseTensor:
-        """The same voxels, or those at another stride, with other features in Morton order."""
+    @property
+    def sorted_feats(self) -> Tensor:
+        """Features [N, C] in Morton order."""
+        return self.computed_feats.to(self.dtype)
+
+    def with_sorted_feats(
+        self, sorted_feats: Tensor, *, stride: int | None = None, dtype: torch.dtype | None = None
+    ) -> SparseTensor:
+        """The same voxels, or those at another stride, with other features in Morton order.
+
+        `dtype` is what readers get the features in, their own if it is None.
+        """
         other = object.__new__(SparseTensor)
-        other.coordinate_manager, other.sorted_feats, other.inverse = (
-            self.coordinate_manager,
-            sorted_feats,
-            self.inverse,
-        )
+        other.coordinate_manager, other.inverse = self.coordinate_manager, self.inverse
+        other.computed_feats, other.dtype = sorted_feats, dtype or sorted_feats.dtype
         other.stride = self.stride if stride is None else stride
         voxels = len(other.coordinate_map)
         if len(sorted_feats) != voxels:
@@ -95,23 +106,28 @@ class SparseTensor:
         return self.coordinate_map.coords[:, 0].long()
 
     def __len__(self) -> int:
-        return len(self.sorted_feats)
+        return len(self.computed_feats)
 
     def __add__(self, other: SparseTensor) -> SparseTensor:
         _check_together((self, other))
-        return self.with_sorted_feats(self.sorted_feats + other.sorted_feats)
+        return self.with_sorted_feats(self.computed_feats + other.computed_feats, dtype=_common_dtype(self, other))
 
     def __repr__(self) -> str:
         return (
-            f"SparseTensor({len(self)} voxels x {self.sorted_feats.shape[1]} channels, stride {self.stride}, "
-            f"batch {self.batch_size}, {self.sorted_feats.dtype}, {self.sorted_feats.device})"
+            f"SparseTensor({len(self)} voxels x {self.computed_feats.shape[1]} channels, stride {self.stride}, "
+            f"batch {self.batch_size}, {self.dtype}, {self.computed_feats.device})"
         )
 
 
 def cat(*tensors: SparseTensor) -> SparseTensor:
     """Concatenate the channels of tensors on the same voxels."""
     _check_together(tensors)
-    return tensors[0].with_sorted_feats(torch.cat([t.sorted_feats for t in tensors], dim=1))
+    rows = torch.cat([t.computed_feats for t in tensors], dim=1)
+    return tensors[0].with_sorted_feats(rows, dtype=_common_dtype(*tensors))
+
+
+def _common_dtype(*tensors: SparseTensor) -> torch.dtype:
+    return reduce(torch.promote_types, (t.dtype for t in tensors))
 
 
 def _check_together(tensors: tuple[SparseTensor, ...]) -> None:
