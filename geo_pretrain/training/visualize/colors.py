@@ -5,7 +5,6 @@ As in the figures of Pri3D (Hou et al., ICCV 2021) and of Janda et al. (2022): e
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -91,32 +90,30 @@ def depth_colors(depth: np.ndarray) -> np.ndarray:
     if not valid.any():
         return np.zeros((*depth.shape, 3), np.uint8)
     low, high = np.percentile(depth[valid], [1, 99])
-    x = np.clip((depth - low) / max(high - low, 1e-6), 0, 1)[..., None]
+    x = np.clip((depth - low) / max(high - low, 1e-6), 0, 1)
     stops = np.array([[253, 231, 110], [110, 205, 90], [35, 140, 140], [55, 90, 140], [50, 15, 75]], np.float64)
-    position = x * (len(stops) - 1)
-    index = np.minimum(position.astype(np.int64), len(stops) - 2)[..., 0]
-    mixed = stops[index] + (stops[index + 1] - stops[index]) * (position - index[..., None])
+    position, places = x * (len(stops) - 1), np.arange(len(stops))
+    mixed = np.stack([np.interp(position, places, channel) for channel in stops.T], axis=-1)
     return np.where(valid[..., None], mixed, 0).astype(np.uint8)
 
 
 def class_colors(semantic: np.ndarray) -> np.ndarray:
     """Color class ids [H, W]: uint8 [H, W, 3], a fixed color per id, black for 0 and below."""
-    count = max(int(semantic.max()) + 1, 1)
-    table = np.zeros((count, 3), np.uint8)
-    for index in range(1, count):
-        hue = (index * 0.61803398875) % 1.0  # golden ratio: neighbors in id differ in hue
-        light, strong = (0.95, 0.75, 0.55)[index % 3], (0.45, 0.75)[index % 2]
-        table[index] = [round(255 * c) for c in colorsys.hsv_to_rgb(hue, strong, light)]
-    return table[np.maximum(semantic, 0)]
+    strong, light = np.take([0.45, 0.75], semantic % 2), np.take([0.95, 0.75, 0.55], semantic % 3)
+    return np.where(semantic[..., None] <= 0, 0, _by_hue(semantic, strong, light)).astype(np.uint8)
 
 
 def set_colors(ids: np.ndarray) -> np.ndarray:
     """Color set ids [...]: uint8 [..., 3], a fixed bright color per id, unlike those of nearby ids; -1 is black."""
-    hue, strong, light = ids * 0.61803398875 % 1, np.take([0.5, 0.8, 0.65], ids % 3), np.take([0.95, 0.75], ids % 2)
-    sector = (np.array([5, 3, 1]) + 6 * hue[..., None]) % 6
+    strong, light = np.take([0.5, 0.8, 0.65], ids % 3), np.take([0.95, 0.75], ids % 2)
+    return np.where(ids[..., None] < 0, 0, _by_hue(ids, strong, light)).astype(np.uint8)
+
+
+def _by_hue(ids: np.ndarray, strong: np.ndarray, light: np.ndarray) -> np.ndarray:
+    """Colors [..., 3], 0 to 255, of saturation and value in [0, 1]; the golden ratio sets hues of neighbors apart."""
+    sector = (np.array([5, 3, 1]) + 6 * (ids * 0.61803398875 % 1)[..., None]) % 6
     fall = np.clip(np.minimum(sector, 4 - sector), 0, 1)
-    colors = 255 * light[..., None] * (1 - strong[..., None] * fall)
-    return np.where(ids[..., None] < 0, 0, np.round(colors)).astype(np.uint8)
+    return np.round(255 * light[..., None] * (1 - strong[..., None] * fall))
 
 
 def _chunks(features: Tensor) -> Iterator[Tensor]:

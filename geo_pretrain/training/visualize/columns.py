@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from geo_pretrain.backbones.feature_pair import FeaturePair
 from geo_pretrain.checkpoint import Checkpoint
@@ -22,6 +25,7 @@ from geo_pretrain.training.evaluation.features import (
     open_checkpoint,
     paired_extractor,
 )
+from geo_pretrain.training.visualize.colors import shared_pca
 from geo_pretrain.training.visualize.splat import frame_camera, splat
 
 RANDOM_TITLE = "random weights"  # of the random-init baseline
@@ -93,3 +97,25 @@ def load_columns(
         level = ENCODER_MAP
     extractor = load_extractor(checkpoint.folder, level=level, random_init=random_init, seed=seed, device=device)
     return [Column(title, space, extractor)]
+
+
+def load_beside_random(
+    backbones: Sequence[Opened], surfaces: Surfaces, *, baseline: bool, seed: int, **options: Any
+) -> list[Column]:
+    """Load the columns of several backbones; with `baseline` those of the first with random weights come last.
+
+    `options`: `level` and `device` of `load_columns`.
+    """
+    columns = [column for opened in backbones for column in load_columns(opened, surfaces, seed=seed, **options)]
+    if baseline:
+        columns += load_columns(backbones[0], surfaces, random_init=True, seed=seed, **options)
+    return columns
+
+
+def shared_colors(columns: Sequence[Column], rows: Sequence[Sequence[Tensor]]) -> list[list[np.ndarray]]:
+    """Color features rows[i][j] [N, C] of column j: uint8 [N, 3], with one color space for each feature space."""
+    colors: dict[tuple[int, int], np.ndarray] = {}
+    for space in dict.fromkeys(column.space for column in columns):
+        cells = [(r, c) for c, column in enumerate(columns) if column.space == space for r in range(len(rows))]
+        colors |= zip(cells, shared_pca([rows[r][c] for r, c in cells]), strict=True)
+    return [[colors[r, c] for c in range(len(columns))] for r in range(len(rows))]

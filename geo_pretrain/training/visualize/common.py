@@ -13,12 +13,12 @@ from geo_pretrain.errors import BadFrame, DataError, RecipeError, unknown
 from geo_pretrain.training.data.frame import Frame, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.evaluation.features import pretraining_size
 from geo_pretrain.training.evaluation.matching import spread_evenly
-from geo_pretrain.training.evaluation.progress import Progress as Progress
+from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec, recipe_of
 from geo_pretrain.training.visualize.columns import Opened
-from geo_pretrain.training.visualize.grids import magnification
 
 NOTHING = (234, 236, 239)  # where there is no feature: no depth, no point
+SCENES = 4  # rooms that are there to choose from
 ROOMS_FRAMES = 12  # of a room, where the recipe does not say
 
 Item = TypeVar("Item")
@@ -32,7 +32,7 @@ def check_suffix(path: Path, accepted: Sequence[str]) -> None:
         raise RecipeError(f"The file to write is {path.name!r}; accepted: names that end in {', '.join(accepted)}.")
 
 
-def drawing_spec(spec: DataSpec, opened: Opened, size: tuple[int, int] | None, scenes: int) -> DataSpec:
+def drawing_spec(spec: DataSpec, opened: Opened, size: tuple[int, int] | None, scenes: int = SCENES) -> DataSpec:
     """Set the size of frames in `spec` (`size`, or else pre-training's) and render `scenes` rooms as in pre-training.
 
     Rooms that the user described (`data.options`) stay as they are.
@@ -56,14 +56,6 @@ def pick_scene(source: Source, scene: str | None) -> str:
     return scene
 
 
-def pick_frame(source: Source, scene: str, frame: str) -> str:
-    """Return the frame asked for. Raises `UnknownName`, naming the nearest ones."""
-    ids = source.frame_ids(scene)
-    if frame not in ids:
-        raise unknown("frame", frame, ids)
-    return frame
-
-
 def load_frames(
     source: Source, scene: str, count: int | None, size: tuple[int, int], skips: SkippedFrames
 ) -> list[Frame]:
@@ -71,10 +63,8 @@ def load_frames(
 
     Raises `DataError` when none can be read.
     """
-    ids = source.frame_ids(scene)
-    wanted = ids if count is None else spread_evenly(ids, count)
-    frames = []
-    for frame_id in wanted:
+    ids, frames = source.frame_ids(scene), []
+    for frame_id in ids if count is None else spread_evenly(ids, count):
         try:
             frames.append(resize_frame(source.load(scene, frame_id), size))
         except BadFrame as bad:
@@ -90,21 +80,19 @@ def paint(colors: np.ndarray, index: np.ndarray) -> np.ndarray:
     return table[index]
 
 
-def picture_size(frame: Frame) -> tuple[int, int]:
-    """The size (height, width) of a picture beside a frame: its own, enlarged as whole pixels to about 256."""
-    factor = magnification(frame.depth.shape[1])
-    return frame.depth.shape[0] * factor, frame.depth.shape[1] * factor
-
-
 def fill_rows(
     items: Sequence[Item],
     columns: Sequence[ColumnKind],
     cell: Callable[[int, Item, ColumnKind], Cell],
     *,
+    what: str,
     skips: SkippedFrames,
     progress: Progress | None,
 ) -> list[tuple[Item, list[Cell]]]:
-    """Compute `cell(number, item, column)` for every item and column; items that raise `BadFrame` go to `skips`."""
+    """Compute `cell(number, item, column)` for every item and column; items that raise `BadFrame` go to `skips`.
+
+    Raises `DataError` when none is left; `what` names them.
+    """
     rows = []
     for number, item in enumerate(items):
         row = []
@@ -117,4 +105,6 @@ def fill_rows(
             skips.add(bad)
         else:
             rows.append((item, row))
+    if not rows:
+        raise DataError(f"No {what} can be shown.\n{skips.summary()}")
     return rows

@@ -109,6 +109,12 @@ def stack(blocks: list[np.ndarray]) -> np.ndarray:
     return sheet
 
 
+def save_sheet(sheet: np.ndarray, path: Path) -> None:
+    """Write a picture [H, W, 3] as a PNG, whatever the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(path, format="PNG")
+
+
 def shorten(text: str, width: int, size: int = 18) -> str:
     """Leave out the middle of a text that is wider than `width` pixels in the titles' font."""
     font = ImageFont.load_default(size=size)

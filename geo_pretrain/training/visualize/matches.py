@@ -5,53 +5,44 @@ Pri3D (Hou et al., ICCV 2021), fig. 10.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import CheckpointError, DataError, RecipeError
+from geo_pretrain.errors import CheckpointError, RecipeError
 from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size, frame_cloud
-from geo_pretrain.training.evaluation.features import CloudExtractor, FeatureExtractor, load_extractor
+from geo_pretrain.training.evaluation.features import CloudExtractor, load_extractor
 from geo_pretrain.training.evaluation.matching import (
     THRESHOLDS,
     Matches,
     Turn,
-    Unit,
     match_pair,
     spread_evenly,
     unit_of,
 )
+from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec
-from geo_pretrain.training.visualize.columns import RANDOM_TITLE, Opened, find_backbone
+from geo_pretrain.training.visualize.columns import RANDOM_TITLE, Column, Opened, find_backbone
 from geo_pretrain.training.visualize.common import (
-    Progress,
     check_suffix,
     drawing_spec,
     fill_rows,
     paint,
     pick_scene,
-    picture_size,
 )
-from geo_pretrain.training.visualize.grids import shorten
+from geo_pretrain.training.visualize.grids import magnification, shorten
 from geo_pretrain.training.visualize.results import draw_matches
 from geo_pretrain.training.visualize.splat import behind_camera, splat
 
-SCENES = 4  # rooms that are there to choose from
 SCRATCH = "scratch"  # what random weights are called on the command line
 PANEL = 2 * 256  # px: two images side by side, as `draw_matches` makes them
-
-
-@dataclass(frozen=True)
-class _Column:
-    title: str
-    extractor: FeatureExtractor
 
 
 def visualize_matches(
@@ -92,29 +83,21 @@ def visualize_matches(
     check_suffix(out, [".png"])
     skips = skips if skips is not None else SkippedFrames()
     opened = _open_all(backbone, against)
-    spec = drawing_spec(spec, opened[0], size, SCENES)
+    spec = drawing_spec(spec, opened[0], size)
     source = open_source(spec, split="val")
     pairs = _pairs_to_draw(source, spec, scene, count, skips)
     columns = _load_columns(opened, against == SCRATCH, seed, device)
     unit = unit_of(columns[0].extractor)
     threshold = THRESHOLDS[unit] if threshold is None else threshold
 
-    def match(number: int, pair: Pair, column: _Column) -> Matches:
+    def match(number: int, pair: Pair, column: Column) -> Matches:
         matches = match_pair(column.extractor, source, pair, size=spec.size, turn=turn, seed=seed + number)
         if isinstance(column.extractor, CloudExtractor):
             return project_matches(matches, column.extractor.voxel_size)
         return matches
 
-    rows = [row for _, row in fill_rows(pairs, columns, match, skips=skips, progress=progress)]
-    if not rows:
-        raise DataError(f"No pair of source {source.name!r} can be shown.\n{skips.summary()}")
-    return _draw(rows, columns, threshold, unit, out)
-
-
-def _draw(
-    rows: list[list[Matches]], columns: list[_Column], threshold: float, unit: Unit, out: Path
-) -> list[tuple[str, list[float]]]:
-    """Write the figure; returns each column's title and the share of right matches in each row."""
+    what = f"pair of source {source.name!r}"
+    rows = [row for _, row in fill_rows(pairs, columns, match, what=what, skips=skips, progress=progress)]
     titles = [shorten(column.title, PANEL) for column in columns]
     with atomic_write(out, suffix=out.suffix) as temporary:
         draw_matches(rows, titles, temporary, threshold=threshold, unit=unit)
@@ -148,15 +131,16 @@ def _pairs_to_draw(source: Source, spec: DataSpec, scene: str | None, count: int
     return spread_evenly(find_pairs(_SomeScenes(source, scenes), spec, skips=skips), count)
 
 
-def _load_columns(opened: list[Opened], beside_random: bool, seed: int, device: str) -> list[_Column]:
+def _load_columns(opened: list[Opened], beside_random: bool, seed: int, device: str) -> list[Column]:
     """Load the extractor of each backbone; with `beside_random` the first one's random-init baseline comes first."""
+    folders = [backbone.checkpoint.folder for backbone in opened]
     columns = [
-        _Column(backbone.title, load_extractor(backbone.checkpoint.folder, device=device)) for backbone in opened
+        Column(backbone.title, backbone.name, load_extractor(folder, device=device))
+        for backbone, folder in zip(opened, folders, strict=True)
     ]
     if beside_random:
-        folder = opened[0].checkpoint.folder
-        baseline = load_extractor(folder, random_init=True, seed=seed, device=device)
-        columns.insert(0, _Column(RANDOM_TITLE, baseline))
+        baseline = load_extractor(folders[0], random_init=True, seed=seed, device=device)
+        columns.insert(0, Column(RANDOM_TITLE, RANDOM_TITLE, baseline))
     return columns
 
 
@@ -180,7 +164,10 @@ def project_matches(matches: Matches, voxel_size: float) -> Matches:
     for frame in matches.frames:
         cloud = frame_cloud(frame)
         points = torch.from_numpy(cloud.points)
-        camera = behind_camera(points, frame, picture_size(frame))
+        size = [
+            side * magnification(frame.depth.shape[1]) for side in frame.depth.shape
+        ]  # as large as images are drawn
+        camera = behind_camera(points, frame, (size[0], size[1]))
         drawn.append(replace(frame, color=paint(cloud.colors, splat(points, camera, voxel_size / 2))))
         cameras.append(camera)
 

@@ -15,23 +15,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from geo_pretrain.errors import BadFrame, RecipeError
+from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.files import atomic_write
-from geo_pretrain.training.data.frame import SkippedFrames, resize_frame
+from geo_pretrain.training.data.frame import Frame, SkippedFrames, Source, Surface, resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
+from geo_pretrain.training.data.surfaces.fusing import Surfaces
 from geo_pretrain.training.data.surfaces.ply import write_ply
-from geo_pretrain.training.evaluation.features import Features
+from geo_pretrain.training.evaluation.features import Features, cloud_of
+from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec
-from geo_pretrain.training.visualize.colors import shared_pca
-from geo_pretrain.training.visualize.columns import Column, find_backbone, load_columns
+from geo_pretrain.training.visualize.columns import Column, find_backbone, load_beside_random, shared_colors
 from geo_pretrain.training.visualize.common import (
-    Progress,
     check_suffix,
     drawing_spec,
     load_frames,
     paint,
-    pick_frame,
     pick_scene,
 )
 from geo_pretrain.training.visualize.grids import save_grid, shorten
@@ -39,7 +37,6 @@ from geo_pretrain.training.visualize.splat import rotation_to_z, splat, turntabl
 from geo_pretrain.training.visualize.viewer import viewer_page
 
 SUFFIXES = (".ply", ".html", ".png")
-SCENES = 4  # rooms that are there to choose from
 POINTS = 200_000  # drawn: a page of 5 MB with three layers
 TOP = 0.8  # share of a scene's height that pictures show at first: ceilings hide what is below them
 VIEWS, VIEW_SIZE = 4, (288, 320)  # of the turntable
@@ -97,91 +94,58 @@ def visualize_points(
     check_suffix(out, SUFFIXES)
     if limit < 1:
         raise RecipeError(f"The number of points is {limit}; accepted: 1 and more.")
-    cloud = paint_cloud(
-        backbone,
-        spec,
-        scene=scene,
-        frame=frame,
-        limit=limit,
-        size=size,
-        level=level,
-        baseline=baseline and out.suffix.lower() != ".ply",
-        seed=seed,
-        device=device,
-        skips=skips,
-        progress=progress,
-    )
-    write = {".ply": _write_ply, ".html": _write_page, ".png": _write_views}[out.suffix.lower()]
-    with atomic_write(out, suffix=out.suffix) as temporary:
-        write(cloud, temporary)
-    return cloud
-
-
-def paint_cloud(
-    backbone: str,
-    spec: DataSpec,
-    *,
-    scene: str | None,
-    frame: str | None,
-    limit: int,
-    size: tuple[int, int] | None,
-    level: int | None,
-    baseline: bool,
-    seed: int,
-    device: str,
-    skips: SkippedFrames | None,
-    progress: Progress | None,
-) -> PaintedCloud:
-    """Compute the colored points that `visualize_points` writes; arguments and errors are the same."""
+    suffix = out.suffix.lower()
     skips = skips if skips is not None else SkippedFrames()
     opened = find_backbone(backbone)
-    spec = drawing_spec(spec, opened, size, SCENES)
+    spec = drawing_spec(spec, opened, size)
     source = open_source(spec, split="val")
-    name = pick_scene(source, scene)
-    surfaces = Surfaces(source)
-    if frame is None:
-        frames, surface = load_frames(source, name, None, spec.size, skips), surfaces.load(name)
-    else:
-        frames = [resize_frame(source.load(name, pick_frame(source, name, frame)), spec.size)]
-        surface = frame_cloud(frames[0])
-        if not len(surface):
-            raise BadFrame(f"{name}/{frame}", "no pixel has a valid depth")
-    columns = load_columns(opened, surfaces, level=level, seed=seed, device=device)
-    if baseline:
-        columns += load_columns(opened, surfaces, level=level, random_init=True, seed=seed, device=device)
+    name, surfaces = pick_scene(source, scene), Surfaces(source)
+    frames, surface = _load_surface(source, name, frame, spec.size, surfaces, skips)
+    baseline = baseline and suffix != ".ply"
+    columns = load_beside_random([opened], surfaces, baseline=baseline, level=level, seed=seed, device=device)
     extracted = []
     for number, column in enumerate(columns):
         if progress is not None:
             progress(number, len(columns))
         extracted.append(column.extractor.extract_surface(surface, frames))
+    title = f"{opened.title}: {name}" + (f"/{frame}" if frame else "")
+    rotation = rotation_to_z(up_direction([f.cam_to_world for f in frames]))
+    top = TOP if frame is None else 1.0
+    points, layers, note = _paint(columns, extracted, surface, limit, seed)
+    cloud = PaintedCloud(points, layers, rotation, title, note, _spacing(points), top)
+    write = {".ply": _write_ply, ".html": _write_page, ".png": _write_views}[suffix]
+    with atomic_write(out, suffix=out.suffix) as temporary:
+        write(cloud, temporary)
+    return cloud
+
+
+def _load_surface(
+    source: Source, scene: str, frame: str | None, size: tuple[int, int], surfaces: Surfaces, skips: SkippedFrames
+) -> tuple[list[Frame], Surface]:
+    """Load a scene's surface and the frames that see it, or one frame and its own cloud."""
+    if frame is None:
+        return load_frames(source, scene, None, size, skips), surfaces.load(scene)
+    ids = source.frame_ids(scene)
+    if frame not in ids:
+        raise unknown("frame", frame, ids)
+    loaded = resize_frame(source.load(scene, frame), size)
+    return [loaded], cloud_of(loaded)
+
+
+def _paint(
+    columns: Sequence[Column], extracted: Sequence[Features], surface: Surface, limit: int, seed: int
+) -> tuple[np.ndarray, tuple[tuple[str, np.ndarray], ...], str]:
+    """Draw at most `limit` points that have all features: points, layers and note of a `PaintedCloud`."""
     known = np.flatnonzero(np.all([features.index >= 0 for features in extracted], axis=0))
     drawn = np.sort(np.random.default_rng(seed).choice(known, min(limit, len(known)), replace=False))
-    layers = [*_layers(columns, extracted, drawn), ("colors", surface.colors[drawn])]
+    rows = [features.unit()[torch.from_numpy(features.index[drawn])] for features in extracted]
+    (colors,) = shared_colors(columns, [rows])
+    layers = [(column.title, painted) for column, painted in zip(columns, colors, strict=True)]
     note = f"{len(drawn):,} of {len(surface):,} points"
     if len(known) < len(surface):
         note += f", of which the frames see {len(known):,}"
-    points = surface.points[drawn]
-    return PaintedCloud(
-        points,
-        tuple(layers),
-        rotation_to_z(up_direction([f.cam_to_world for f in frames])),
-        f"{opened.title}: {name}" + (f"/{frame}" if frame else ""),
-        f"{note}. Colors: three principal components of the features.",
-        _spacing(points),
-        TOP if frame is None else 1.0,
-    )
-
-
-def _layers(
-    columns: Sequence[Column], extracted: Sequence[Features], drawn: np.ndarray
-) -> list[tuple[str, np.ndarray]]:
-    """Each column's title and the colors of the points drawn; columns of one feature space share a color space."""
-    rows = [features.unit()[torch.from_numpy(features.index[drawn])] for features in extracted]
-    colors: dict[int, np.ndarray] = {}
-    for space in dict.fromkeys(column.space for column in columns):
-        members = [k for k, column in enumerate(columns) if column.space == space]
-        colors |= zip(members, shared_pca([rows[k] for k in members]), strict=True)
-    return [(column.title, colors[k]) for k, column in enumerate(columns)]
+    note += ". Colors: three principal components of the features."
+    return surface.points[drawn], (*layers, ("colors", surface.colors[drawn])), note
 
 
 def _spacing(points: np.ndarray) -> float:

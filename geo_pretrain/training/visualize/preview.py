@@ -6,14 +6,14 @@ import contextlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame, SceneMesh, Source, capability, resize_frame
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES, vertex_normals
 from geo_pretrain.training.data.surfaces.sets import Kind, SceneSets, label_sets, pixel_sets, scene_sets
+from geo_pretrain.training.evaluation.matching import spread_evenly
 from geo_pretrain.training.visualize.colors import class_colors, depth_colors, set_colors
-from geo_pretrain.training.visualize.grids import TILE_GAP, stack, tile
+from geo_pretrain.training.visualize.grids import TILE_GAP, save_sheet, stack, tile
 
 _WIDTH = 320  # px of a frame beside its sets, at most
 _TILT = np.deg2rad(55)  # from the horizon: how steeply a scene is looked down upon
@@ -27,8 +27,7 @@ def contact_sheet(source: Source, path: Path, *, scenes: int = 4, frames: int = 
     """
     shown = _spread_frames(source, scenes, frames)
     rows = [[frame_strip(frame) for frame in row] for row in shown.values()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(tile(rows)).save(path, format="PNG")
+    save_sheet(tile(rows), path)
 
 
 def sets_sheet(
@@ -61,8 +60,7 @@ def sets_sheet(
         size = pictures.shape[0], round(1.4 * pictures.shape[0])
         view = surface_view(sets, size, [frame.cam_to_world for frame in row])
         blocks.append(np.concatenate([pictures, np.full((size[0], TILE_GAP, 3), 255, np.uint8), view], axis=1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(stack(blocks)).save(path, format="PNG")
+    save_sheet(stack(blocks), path)
 
 
 def frame_strip(frame: Frame) -> np.ndarray:
@@ -127,11 +125,9 @@ def _spread_frames(source: Source, scenes: int, frames: int) -> dict[str, list[F
     """Load `frames` evenly spaced frames of each of the first `scenes` scenes; unreadable ones are left out."""
     shown: dict[str, list[Frame]] = {}
     for scene in source.scenes()[:scenes]:
-        ids = source.frame_ids(scene)
-        for pick in sorted({round(x) for x in np.linspace(0, len(ids) - 1, min(frames, len(ids)))}):
+        for frame_id in spread_evenly(source.frame_ids(scene), frames):
             with contextlib.suppress(BadFrame):
-                frame = source.load(scene, ids[pick])
-                shown.setdefault(scene, []).append(frame)
+                shown.setdefault(scene, []).append(source.load(scene, frame_id))
     if not shown:
         raise DataError(
             f"Source {source.name!r} has no frame that can be shown; accepted: at least one readable frame."
