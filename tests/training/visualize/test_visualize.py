@@ -22,12 +22,11 @@ from geo_pretrain.training.data.surfaces.ply import read_ply
 from geo_pretrain.training.evaluation.features import load_extractor
 from geo_pretrain.training.evaluation.matching import match_pair
 from geo_pretrain.training.recipe import DataSpec
-from geo_pretrain.training.visualize import frames as frames_module
 from geo_pretrain.training.visualize import matches as matches_module
 from geo_pretrain.training.visualize import points as points_module
 from geo_pretrain.training.visualize.colors import shared_pca
 from geo_pretrain.training.visualize.columns import RANDOM_TITLE, find_backbone, load_columns
-from geo_pretrain.training.visualize.common import NOTHING, drawing_spec, paint
+from geo_pretrain.training.visualize.common import NOTHING, drawing_spec, fill_rows, paint
 from geo_pretrain.training.visualize.frames import draw_features
 from geo_pretrain.training.visualize.grids import GAP, HEADER
 from geo_pretrain.training.visualize.matches import project_matches, visualize_matches
@@ -183,18 +182,17 @@ def test_voxels_that_rgbd_cannot_give_are_refused_before_any_data_is_looked_for(
 
 def test_a_frame_without_features_is_left_out_of_all_columns(source):
     frames, skips = [source.load(source.scenes()[0], frame) for frame in ("000000", "000010")], SkippedFrames()
-    plain, blind = SimpleNamespace(pixel_features=lambda frame: frame.id), SimpleNamespace()
 
-    def refuse(frame):
-        if frame.id == "000000":
+    def cell(number, frame, column):
+        if frame.id == "000000" and column == "blind":
             raise BadFrame(frame.id, "nothing is seen")
-        return "seen"
+        return frame.id if column == "plain" else "seen"
 
-    blind.pixel_features = refuse
-    assert frames_module._extract_rows(frames, [plain, blind], skips, None) == [(frames[1], ["000010", "seen"])]
+    options = {"columns": ["plain", "blind"], "cell": cell, "what": "frame of scene 'x'", "progress": None}
+    assert fill_rows(frames, skips=skips, **options) == [(frames[1], ["000010", "seen"])]
     assert "nothing is seen" in skips.summary()
     with pytest.raises(DataError, match=r"(?s)No frame of scene .* can be shown.*nothing is seen"):
-        frames_module._extract_rows(frames[:1], [plain, blind], SkippedFrames(), None)
+        fill_rows(frames[:1], skips=SkippedFrames(), **options)
 
 
 def test_clouds_are_turned_as_asked(tmp_path, cloud_folder, spec, monkeypatch):
