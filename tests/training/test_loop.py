@@ -29,7 +29,8 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.recipe import OptimSpec, load_recipe
 from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum
-from tests.training.conftest import write_recording
+from tests.forked import command_line
+from tests.training.conftest import recipe_writer, write_recording
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -50,6 +51,7 @@ def command(recipe_path, out, processes=1):
 
 
 def start(recipe_path, out, processes=1):
+    """The command in a process of its own, under torchrun where there are several: so does tasks/test_pri3d_geo.py."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command(recipe_path, out, processes),
@@ -61,13 +63,18 @@ def start(recipe_path, out, processes=1):
     )
 
 
+def fork(recipe_path, out, processes=1):
+    """The same command in a fork of this process."""
+    return command_line(command(recipe_path, out)[3:], processes)
+
+
 def finish(process):
     output = process.communicate(timeout=900)[0]
     assert process.returncode == 0, output
 
 
 def kill_all(process):
-    """SIGKILL the process and its children (torchrun gives each a session of its own)."""
+    """SIGKILL the process and its children (each has a session of its own)."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in (*map(int, children), process.pid):
         with suppress(ProcessLookupError):
@@ -95,7 +102,7 @@ def break_off(recipe_path, out, steps, stop, processes=1):
     On a busy machine a run may end before anybody sees how far it is.
     """
     for step in steps:
-        process = start(recipe_path, out, processes)
+        process = fork(recipe_path, out, processes)
         stopped = stop(process) if wait_for_step(process, out, step) else None
         if Path(f"{out}.run").exists():
             return stopped
@@ -122,27 +129,36 @@ def logged(folder):
     ]
 
 
+STEPS = 24  # of the runs that are broken off
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, recording):
+    """The same run, not broken off."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_here(recipe_writer(folder, recording)(optim={"steps": STEPS}), folder / "run")
+    return folder / "run"
+
+
 @pytest.mark.parametrize("workers, processes", [(0, 1), (2, 1), (0, 2)])
-def test_killed_run_continues_bit_for_bit(tmp_path, tiny_recipe, workers, processes):
-    path = tiny_recipe(workers=workers)
-    if processes == 1:
-        run_here(path, tmp_path / "whole")
-    else:
-        finish(start(path, tmp_path / "whole", processes))
-    steps = (random.Random(os.getpid()).randrange(8, 40), 8, 8, 8)
+def test_killed_run_continues_bit_for_bit(tmp_path, tiny_recipe, whole, workers, processes):
+    path = tiny_recipe(workers=workers, optim={"steps": STEPS})
+    if processes > 1:
+        whole = tmp_path / "whole"
+        finish(fork(path, whole, processes))
+    steps = (random.Random(os.getpid()).randrange(8, 18), 8, 8, 8)
     break_off(path, tmp_path / "broken", steps, kill_all, processes)
     assert not (tmp_path / "broken" / "config.json").exists()
     assert (tmp_path / "broken.run" / "state.pt").exists()
-    finish(start(path, tmp_path / "broken", processes))
-    assert_same_weights(tmp_path / "whole", tmp_path / "broken")
-    assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
-    assert [line["step"] for line in logged(tmp_path / "broken")] == list(range(1, 61))
+    finish(fork(path, tmp_path / "broken", processes))
+    assert_same_weights(whole, tmp_path / "broken")
+    assert logged(whole) == logged(tmp_path / "broken")
+    assert [line["step"] for line in logged(tmp_path / "broken")] == list(range(1, STEPS + 1))
     assert not (tmp_path / "broken.run").exists()
 
 
-def test_interrupt_saves_a_loadable_checkpoint_and_says_how_to_go_on(tmp_path, tiny_recipe):
-    path = tiny_recipe()
-    run_here(path, tmp_path / "whole")
+def test_interrupt_saves_a_loadable_checkpoint_and_says_how_to_go_on(tmp_path, tiny_recipe, whole):
+    path = tiny_recipe(optim={"steps": STEPS})
 
     def interrupt(process):
         process.send_signal(signal.SIGINT)
@@ -153,12 +169,12 @@ def test_interrupt_saves_a_loadable_checkpoint_and_says_how_to_go_on(tmp_path, t
     assert "Give the same command again" in " ".join(output.split())
     checkpoint = read_checkpoint(tmp_path / "run")
     assert not checkpoint.finished
-    assert 10 <= checkpoint.provenance["steps"] < 60
+    assert 10 <= checkpoint.provenance["steps"] < STEPS
     with pytest.warns(UserWarning, match="unfinished"):
         load_backbone(tmp_path / "run", decoder=True)
-    finish(start(path, tmp_path / "run"))
+    finish(fork(path, tmp_path / "run"))
     assert read_checkpoint(tmp_path / "run").finished
-    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    assert_same_weights(whole, tmp_path / "run")
 
 
 def test_workers_change_nothing(tmp_path, tiny_recipe):
@@ -170,7 +186,7 @@ def test_workers_change_nothing(tmp_path, tiny_recipe):
 def test_two_processes_equal_two_accumulation_steps(tmp_path, tiny_recipe):
     """Both see the same micro-batches, so gradients, and with them all parameters, agree but for rounding."""
     run_here(tiny_recipe(optim={"steps": 4, "accumulate": 2}), tmp_path / "accumulated")
-    finish(start(tiny_recipe(optim={"steps": 4}), tmp_path / "two", processes=2))
+    finish(fork(tiny_recipe(optim={"steps": 4}), tmp_path / "two", processes=2))
     run_here(tiny_recipe(optim={"steps": 4}), tmp_path / "whole")
     accumulated, two, whole = (weights(tmp_path / name) for name in ("accumulated", "two", "whole"))
     for role in accumulated:

@@ -8,8 +8,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,11 +21,11 @@ from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune.training import evaluation_steps
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.runs import Interrupted
+from tests.forked import Forked
 from tests.training.finetune.test_segmentation import Squares, recipe_for, task_for
 from tests.zoo import write_tiny
 
 SOURCES = (Squares("train"), Squares("val", count=3))
-ROOT = Path(__file__).parents[3]
 
 
 def run(out, *overrides, backbone="scratch", sources=SOURCES, name="scannet_unet_r18", **options):
@@ -65,20 +63,11 @@ def stop_at(step):
 # resume
 
 LONG = ("optim.steps=36", "evaluate.every_steps=7", "save_every=5", "data.augment.flip=0.5", "data.augment.blur=0.5")
-CHILD = """
-import sys
-from pathlib import Path
-from tests.training.finetune.test_run import LONG, run
-run(Path(sys.argv[1]), *LONG, "match_released_code=true", "workers=" + sys.argv[2])
-"""
 
 
 def start(out, workers):
-    command = [sys.executable, "-c", CHILD, str(out), str(workers)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    """The run in a process of its own."""
+    return Forked(lambda: run(out, *LONG, "match_released_code=true", f"workers={workers}"))
 
 
 def wait_for_line(process, out, lines, seconds=600):
