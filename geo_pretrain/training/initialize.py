@@ -19,14 +19,9 @@ from geo_pretrain.hub.authors import Origin, convert_file
 from geo_pretrain.hub.cache import default_cache, exclusive
 from geo_pretrain.hub.transfer import download
 from geo_pretrain.loading import load_backbone
-from geo_pretrain.training.recipe import ModelSpec, Recipe
+from geo_pretrain.training.recipe import ModelSpec
 
 WITHOUT_HEADS = ("scratch", "imagenet", *IMAGENET_STARTS)  # start weights that are an encoder's alone
-
-
-def initialize(network: nn.Module, recipe: Recipe) -> None:
-    """`initialize_encoder` with the 2D start weights of a recipe, "stage1" among them."""
-    initialize_encoder(network, recipe.network2d())
 
 
 def initialize_encoder(network: nn.Module, spec: ModelSpec) -> None:

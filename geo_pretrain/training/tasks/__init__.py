@@ -11,9 +11,7 @@ from typing import Any
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.recipe import STAGE1, Recipe
-from geo_pretrain.training.tasks.base import Export, PretextTask, TaskConfig
-
-__all__ = ["TASKS", "Export", "PretextTask", "TaskConfig", "build_task", "task_settings"]
+from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
 
 PRI3D = "geo_pretrain.training.tasks.pri3d:Pri3D"
 POINTCONTRAST = "geo_pretrain.training.tasks.pointcontrast:PointContrast"

@@ -66,9 +66,8 @@ class GSC(ImageUNetTask):
         """Pairs of images with the set of every pixel. Raises `DataError` when the labels asked for are not there."""
         if self.config.sets != "segments":
             check_labels(source, pairs, self.config.sets)
-        arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
         return SetPairSamples(
-            *arguments,
+            *self.arguments(source, pairs),
             k_thresh=self.config.k_thresh,
             min_vertices=self.config.min_vertices,
             kind=self.config.sets,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,29 +11,42 @@ from torch import Tensor, nn
 from geo_pretrain.backbones.architectures import encoder_arch
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.training.initialize import initialize
+from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.losses.depth import depth_loss
-from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.recipe import DataSpec, Recipe
 from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
 
 
-class ImageUNetTask(PretextTask):
-    """Pri3D's 2D U-Net `backbone.*` and, with `depth_proxy`, its depth head `headnet.*`; the loss is a subclass's."""
+class ImageTask(PretextTask):
+    """A task on images: the arguments and start weights of its network."""
 
-    arch = "resnet_unet"
     contract: ImageContract
 
-    def __init__(self, recipe: Recipe, config: TaskConfig, *, depth_proxy: bool) -> None:
+    def __init__(self, recipe: Recipe, config: TaskConfig, **args: Any) -> None:
         super().__init__(recipe, config)
         model = recipe.network2d()
         self.contract = ImageContract(size=recipe.data.size)
-        self.arch_args = dict(encoder_arch(model.encoder, width=model.width).args)
+        self.arch_args = {**encoder_arch(model.encoder, width=model.width).args, **args}
+
+    def load_start_weights(self) -> None:
+        initialize_encoder(self.backbone, self.recipe.network2d())
+
+    def arguments(self, source: Source, pairs: list[Pair]) -> tuple[Source, list[Pair], DataSpec, ImageContract, int]:
+        """What all kinds of samples of images take first."""
+        return source, pairs, self.recipe.data, self.contract, self.recipe.seed
+
+
+class ImageUNetTask(ImageTask):
+    """Pri3D's 2D U-Net `backbone.*` and, with `depth_proxy`, its depth head `headnet.*`; the loss is a subclass's."""
+
+    arch = "resnet_unet"
+
+    def __init__(self, recipe: Recipe, config: TaskConfig, *, depth_proxy: bool) -> None:
+        super().__init__(recipe, config)
         self.backbone = ResNetUNet(**self.arch_args)
         if depth_proxy:
             self.headnet = nn.Conv2d(self.backbone.out_chans, 1, 1)
-
-    def load_start_weights(self) -> None:
-        initialize(self.backbone, self.recipe)
 
     def features(self, images: Tensor) -> Tensor:
         """Features of images [B, 3, H, W] at half resolution: float32 [B, C, h, w].

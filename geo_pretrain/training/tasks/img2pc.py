@@ -22,7 +22,7 @@ from geo_pretrain.training.losses.contrastive import anchor_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Batch
 from geo_pretrain.training.tasks.matching import nearest_cells, sample_map
-from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size
+from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points
 
 # `negatives` as `anchor_nce` names them: points are the anchors, their pixels the positives
 READINGS: Mapping[str, Literal["positives", "anchors", "both"]] = {
@@ -87,8 +87,8 @@ class Img2PC(TaughtByImages):
         """The teacher's features of the pixels of points `rows`, int64 [n]: [n, C], rows of length 1."""
         maps, element, pixel = self.teacher_maps(batch), batch["element"][rows], batch["pixel"][rows]
         if self.config.interpolation == "bilinear":
-            return F.normalize(sample_map(maps, element, pixel, image_size(batch), align_corners=False), dim=1)
-        return F.normalize(nearest_cells(maps, element, pixel, image_size(batch)), dim=1)
+            return F.normalize(sample_map(maps, element, pixel, batch["image"].shape[-2:], align_corners=False), dim=1)
+        return F.normalize(nearest_cells(maps, element, pixel, batch["image"].shape[-2:]), dim=1)
 
     def pairing(self) -> Pairing | None:
         """Points, projected where they have to be, are compared with upsampled pixels."""

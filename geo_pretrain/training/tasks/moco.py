@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.architectures import encoder_arch
 from geo_pretrain.backbones.build import build_encoder
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
@@ -24,10 +23,10 @@ from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.single_images import CropSamples, Mix, list_images
 from geo_pretrain.training.distributed import World, forward_in_groups
-from geo_pretrain.training.initialize import initialize
 from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig
+from geo_pretrain.training.tasks.base import Batch, TaskConfig
+from geo_pretrain.training.tasks.images import ImageTask
 
 FrameSize = Annotated[tuple[int, int], Accepts(lambda size: min(size) >= 1, "[height, width], each from 1 up")]
 GROUPS = 8  # as many as the released trainers have processes
@@ -67,13 +66,12 @@ class Projector(nn.Module):
         return F.normalize(self.head(self.encoder(images)[0].mean((2, 3))).float(), dim=-1)
 
 
-class MoCo(PretextTask):
+class MoCo(ImageTask):
     """Query network, key network and queue; all of them are in the state, so that a run resumes exactly."""
 
     config_type = Config
     config: Config
     arch = "resnet"
-    contract: ImageContract
     queue: Tensor  # [K, dim]
     queue_end: Tensor  # where the next key goes
 
@@ -82,7 +80,6 @@ class MoCo(PretextTask):
         model = recipe.network2d()
         self.views = 2 if config.mix == "batch" else 1  # images a sample
         self.contract = ImageContract(size=recipe.data.size, interpolation="bilinear")
-        self.arch_args = dict(encoder_arch(model.encoder, width=model.width).args)
         self.query, self.key = (Projector(model.encoder, model.width, config.dim) for _ in range(2))
         self.key.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(config.queue, config.dim), dim=-1))
@@ -98,15 +95,14 @@ class MoCo(PretextTask):
 
     def load_start_weights(self) -> None:
         """The encoder's start weights; the key network starts as the query network."""
-        initialize(self.query.encoder, self.recipe)
+        super().load_start_weights()
         self.key.load_state_dict(self.query.state_dict())
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Two crops of each image; see `CropSamples`. Raises `RecipeError` or `DataError` without `task.images`."""
         config = self.config
-        arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
         return CropSamples(
-            *arguments,
+            *self.arguments(source, pairs),
             scale=config.scale,
             flip_prob=config.flip_prob,
             resize=config.resize,

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geo_pretrain.backbones.architectures import encoder_arch
 from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
@@ -24,10 +23,10 @@ from geo_pretrain.training.checks import Count, Positive, Probability, Shares
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewConfig, collate_views
-from geo_pretrain.training.initialize import initialize_encoder
 from geo_pretrain.training.losses.contrastive import nt_xent
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig
+from geo_pretrain.training.tasks.base import Batch, TaskConfig
+from geo_pretrain.training.tasks.images import ImageTask
 
 
 @dataclass(frozen=True)
@@ -46,32 +45,26 @@ class Config(TaskConfig):
         return ViewConfig(scale=self.scale, flip_prob=self.flip_prob)
 
 
-class PixelSimCLR(PretextTask):
+class PixelSimCLR(ImageTask):
     """A `ResNetDepthUNet`, whose dense features at the image's resolution are contrasted; state keys `backbone.*`."""
 
     arch = "resnet_depth_unet"
-    contract: ImageContract
     config_type = Config
     config: Config
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
-        super().__init__(recipe, config)
+        super().__init__(recipe, config, out_chans=config.channels)
         if recipe.data.units != "frames":
             raise RecipeError(f"'data.units' is {recipe.data.units!r}, accepted here is frames: images come alone.")
-        model = recipe.network2d()
         self.contract = ImageContract(
             size=recipe.data.size, mean=(0.45,) * 3, std=(0.225,) * 3, interpolation="bilinear"
         )
-        self.arch_args = {**encoder_arch(model.encoder, width=model.width).args, "out_chans": config.channels}
         self.backbone = ResNetDepthUNet(**self.arch_args)
-
-    def load_start_weights(self) -> None:
-        initialize_encoder(self.backbone, self.recipe.network2d())
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Two views of each image, with matching pixels."""
-        arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
-        return TwoViewSamples(*arguments, views=self.config.views(), matches=self.config.matches)
+        first = self.arguments(source, pairs)
+        return TwoViewSamples(*first, views=self.config.views(), matches=self.config.matches)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Join samples to the batch that `forward` takes."""

@@ -16,7 +16,7 @@ from geo_pretrain.training.losses.distillation import kl_distillation
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Batch
 from geo_pretrain.training.tasks.matching import sample_map
-from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size
+from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points
 
 
 @dataclass(frozen=True)
@@ -55,5 +55,5 @@ class PPKD(TaughtByImages):
         rows = draw_points(batch, self.config.matches)
         student = self.student_rows(batch)[batch["voxel"][rows]]
         element, pixel, align = batch["element"][rows], batch["pixel"][rows], self.config.align_corners
-        logits = sample_map(self.teacher_maps(batch), element, pixel, image_size(batch), align_corners=align)
+        logits = sample_map(self.teacher_maps(batch), element, pixel, batch["image"].shape[-2:], align_corners=align)
         return {"ppkd": kl_distillation(student, logits, temperature=self.config.temperature)}

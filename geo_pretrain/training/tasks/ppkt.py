@@ -19,7 +19,7 @@ from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Batch
 from geo_pretrain.training.tasks.matching import draw, sample_map
-from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points, image_size
+from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig, draw_points
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PPKT(TaughtByImages):
         """
         maps = self.projection(self.teacher_maps(batch))
         element, pixel = batch["element"][rows], batch["pixel"][rows]
-        return sample_map(maps, element, pixel, image_size(batch), align_corners=self.config.align_corners)
+        return sample_map(maps, element, pixel, batch["image"].shape[-2:], align_corners=self.config.align_corners)
 
     def draw_groups(self, batch: Batch) -> list[Tensor]:
         """Draw the points that are contrasted with each other: one group for the batch, or one for each image."""

@@ -89,11 +89,10 @@ class Pri3D(ImageUNetTask):
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Pairs of images; with the geometric prior also the chunk of surface around each."""
-        arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
         if not self.config.geo:
-            return PairSamples(*arguments)
+            return PairSamples(*self.arguments(source, pairs))
         return ChunkPairSamples(
-            *arguments,
+            *self.arguments(source, pairs),
             voxel_size=self.voxel_size,
             features=self.config.features,
             frustum=self.config.frustum,

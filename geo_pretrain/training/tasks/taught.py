@@ -140,8 +140,3 @@ def draw_points(batch: Batch, count: int) -> Tensor:
     """Draw at most `count` points of a batch, each with its pixel: int64 [n]; one stream of draws for all images."""
     generator = torch.Generator().manual_seed(batch["seed"][0])
     return draw(len(batch["pixel"]), count, generator, batch["pixel"].device)
-
-
-def image_size(batch: Batch) -> tuple[int, int]:
-    """(height, width) of a batch's images."""
-    return batch["image"].shape[-2], batch["image"].shape[-1]

@@ -45,8 +45,7 @@ class Trivial(ImageUNetTask):
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Single frames, each augmented twice."""
-        arguments = source, pairs, self.recipe.data, self.contract, self.recipe.seed
-        return TwoColorViews(*arguments, blur_taps=self.config.blur_taps)
+        return TwoColorViews(*self.arguments(source, pairs), blur_taps=self.config.blur_taps)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of `TwoColorViews`, scalars: "trivial", and "depth" with the depth proxy."""
