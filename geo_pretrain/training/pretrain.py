@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from geo_pretrain.cards import render_card
-from geo_pretrain.catalog.entry import Arch
 from geo_pretrain.catalog.license import License
 from geo_pretrain.checkpoint import Checkpoint, check_target, read_checkpoint, write_checkpoint
 from geo_pretrain.errors import RecipeError
@@ -260,25 +259,22 @@ class Pretraining(RecipeTask):
         `license` is the result of `run_license`, called before the run, since start weights may move meanwhile.
         """
         recipe, export = self.recipe, self.task.export()
-        arch = Arch(export.arch, export.arch_args)
         provenance = self.provenance(progress)
         made_by = recipe.name if recipe.name in list_recipes() else "recipe.yaml"  # a changed recipe is in the folder
         finished = progress.finished
-        card = render_card(recipe.name, arch, export.contract, license, provenance, recipe=made_by, finished=finished)
+        card = render_card(
+            recipe.name, export.arch, export.contract, license, provenance, recipe=made_by, finished=finished
+        )
         return write_checkpoint(
             run.out,
             name=recipe.name,
-            arch=arch,
-            contract=export.contract,
-            weights=export.weights,
-            golden=export.golden,
             license=license,
             provenance=provenance,
             recipe_yaml=recipe.to_yaml(),
             log=run.log_file,
             card=card,
             finished=finished,
-            pairing=export.pairing,
+            **vars(export),
         )
 
     def provenance(self, progress: Progress) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.architectures import ARCHITECTURES
+from geo_pretrain.backbones.architectures import ARCHITECTURES, Arch
 from geo_pretrain.backbones.build import golden_values
 from geo_pretrain.backbones.feature_pair import FeaturePair, pair_golden
 from geo_pretrain.checkpoint import Pairing
@@ -50,8 +50,7 @@ def same_settings(kind: type[T], config: TaskConfig, **more: Any) -> T:
 class Export:
     """A task's contribution to a checkpoint folder."""
 
-    arch: str
-    arch_args: dict[str, Any]
+    arch: Arch
     contract: ImageContract | VoxelContract
     weights: dict[str, dict[str, Tensor]]  # role (encoder, decoder, model, heads, teacher) -> tensors
     golden: dict[str, Tensor]  # a small input and the outputs it must give
@@ -116,7 +115,7 @@ class PretextTask(nn.Module, ABC):
             network.contract = self.contract
             pair = FeaturePair.from_states(network, pairing, weights[pairing.role], weights.get("heads", {}))
             golden |= pair_golden(pair)
-        return Export(self.arch, dict(self.arch_args), self.contract, weights, golden, pairing)
+        return Export(Arch(self.arch, self.arch_args), self.contract, weights, golden, pairing)
 
     def pairing(self) -> Pairing | None:
         """How a checkpoint folder pairs the network with one of the other modality; by default not at all."""

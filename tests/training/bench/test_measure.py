@@ -126,13 +126,12 @@ def test_an_image_network_is_measured_with_the_budget_and_the_seed(tmp_path, cal
 
 
 def test_an_encoder_alone_is_matched_by_its_maps(tmp_path, calls):
-    checkpoint = write_tiny(tmp_path / "tiny_net_r18")
     task = build_task(load_recipe("moco_v2_unsup_in_sn_r50", ["model.width=8", "task.queue=8"], toy=True))
     exported = task.export()
     folder = write_tiny(
         tmp_path / "encoder_r50",
         "encoder_net_r50",
-        arch=dataclasses.replace(checkpoint.arch, name=exported.arch, args=exported.arch_args),
+        arch=exported.arch,
         weights={"encoder": exported.weights["encoder"]},
         golden=exported.golden,
     ).folder

@@ -268,5 +268,5 @@ def test_recipes_are_the_entries():
         task = build_task(recipe)
         export = task.export()
         assert entry.recipe == name
-        assert dict(entry.arch.args) == export.arch_args
+        assert dict(entry.arch.args) == export.arch.args
         assert (entry.arch.name, entry.contract) == (export.arch, export.contract)
