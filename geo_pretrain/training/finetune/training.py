@@ -59,7 +59,7 @@ class Finetuning(RecipeTask):
         self.train_ids, self.val_ids = data.train.ids(), spread_ids(data.val.ids(), recipe.evaluate.images)
         self.digest = weights_digest(task.backbone().state_dict())
         samples = _Samples(data.train, self.train_ids, task, recipe.seed)
-        super().__init__(recipe, task.module, samples, _Collate(task), world)
+        super().__init__(recipe, task.module, samples, samples.collate, world)
         if optim.backbone_bn_momentum is not None:
             set_bn_momentum(task.backbone(), optim.backbone_bn_momentum)
         if optim.sync_bn:
@@ -77,8 +77,8 @@ class Finetuning(RecipeTask):
     def batches(self, start: int) -> Iterator[Any]:
         """Yield the micro-batches of each step. Raises `DataError` with the name of an unusable image."""
         for batch in super().batches(start):
-            if isinstance(batch, _Unusable):
-                raise DataError(f"A training image cannot be used: {batch.reason}")
+            if isinstance(batch, DataError):
+                raise DataError(f"A training image cannot be used: {batch}")
             yield batch
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
@@ -139,7 +139,10 @@ class Finetuning(RecipeTask):
 
 
 class _Samples(Dataset[Any]):
-    """Training samples by (epoch, position), independent of worker count and resuming."""
+    """Training samples by (epoch, position), independent of worker count and resuming.
+
+    What cannot be used is handed on as a `DataError`: raised in the training process, its message survives.
+    """
 
     def __init__(self, source: LabelledSource, ids: Sequence[str], task: FinetuneTask, seed: int) -> None:
         self.source, self.ids, self.task, self.seed = source, list(ids), task, seed
@@ -153,27 +156,14 @@ class _Samples(Dataset[Any]):
         try:
             return self.task.sample(self.task.load(self.source, self.ids[position]), generator)
         except DataError as error:
-            return _Unusable(str(error))  # raised in the training process, where the message survives
+            return error
 
-
-@dataclass(frozen=True)
-class _Unusable:
-    """The reason why a sample could not be made."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Collate:
-    """Collate with the task, or pass on the first `_Unusable` sample."""
-
-    task: FinetuneTask
-
-    def __call__(self, samples: list[Any]) -> Any:
+    def collate(self, samples: list[Any]) -> Any:
+        """Collate with the task, or hand on the first sample that cannot be used."""
         try:
-            return next((s for s in samples if isinstance(s, _Unusable)), None) or self.task.collate(samples)
+            return next((s for s in samples if isinstance(s, DataError)), None) or self.task.collate(samples)
         except DataError as error:
-            return _Unusable(str(error))
+            return error
 
 
 def evaluation_steps(recipe: FinetuneRecipe, images: int, steps: int) -> list[int]:
