@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 SCRATCH, IMAGENET = "scratch", "imagenet"
 # entries of the catalog that give the shape of an encoder, without their weights
 SHAPE_TEMPLATES = {"resnet18": "pri3d_view_geo_r18", "resnet50": "pri3d_view_geo_r50"}
-# what the sides of an image must be multiples of; None: of the network's output stride
-DIVISIBLE = {"fpn": 32, "upernet": None, "pspnet": None, "deeplabv3": None, "deeplabv3plus": None}
-
+DIVISIBLE = {"fcn": 1, "fpn": 32}  # what the sides of an image must be multiples of; others: of the output stride
 AUX_STAGE = 3  # of the encoder, whose map feeds the auxiliary head: layer3 of a ResNet
 
 Transfer = Literal["all", "encoder", "none"]  # which part of a U-Net has pre-trained weights
@@ -136,7 +134,7 @@ def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, se
         freeze_stages(unet, spec.freeze)
         return Segmenter(unet, multiple=1, aux=None), transferred
     network = _host(spec, init, classes, seed)
-    multiple = 1 if spec.kind == "fcn" else (DIVISIBLE[spec.kind] or spec.output_stride)
+    multiple = DIVISIBLE.get(spec.kind, spec.output_stride)
     aux = None
     if spec.aux:
         with torch.device("meta"):

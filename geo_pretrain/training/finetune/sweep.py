@@ -54,11 +54,6 @@ class Run:
     def folder(self) -> Path:
         return self.sweep / RUNS / _slug(self.label) / f"{100 * self.fraction:.10g}" / f"seed{self.seed}"
 
-    @property
-    def working(self) -> Path:
-        """The working folder, where `finetune` keeps the state of an unfinished run."""
-        return run_folder(self.folder)
-
     def __str__(self) -> str:
         return f"{self.label}, {100 * self.fraction:g} % of the data, seed {self.seed}"
 
@@ -172,7 +167,7 @@ def run_sweep(
         for number, run in enumerate(runs):
             if on_run is not None:
                 on_run(number, len(runs), run)
-            if not (run.folder / RESULTS).exists() or run.working.exists():
+            if not (run.folder / RESULTS).exists() or run_folder(run.folder).exists():
                 finetune(
                     run_recipe(recipe, run.fraction, run.seed),
                     run.backbone,
