@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.geometry import rotation
+from geo_pretrain.geometry import centered, rotation
 from geo_pretrain.training.recipe import AugmentSpec
 
 Rotation = Literal["full", "upright", "none"]
@@ -165,6 +165,15 @@ def random_rotation(generator: torch.Generator, mode: Rotation) -> Tensor:
     rotations = [rotation(axis, float(angle)) for axis, angle in zip(torch.eye(3), angles, strict=True)]
     first, second, third = torch.randperm(3, generator=generator).tolist()
     return rotations[first] @ rotations[second] @ rotations[third]
+
+
+def scaled_rotation(points: Tensor, scale: float, mode: Rotation, generator: torch.Generator) -> Tensor:
+    """Scale points [N, 3] and rotate them at random about their centroid, which moves to the origin: float64 [4, 4].
+
+    With `mode` "none" they are only scaled, about the origin.
+    """
+    scaled = torch.diag(torch.tensor([scale, scale, scale, 1.0], dtype=torch.float64))
+    return scaled if mode == "none" else random_rotation(generator, mode) @ scaled @ centered(points)
 
 
 def elastic_grid(points: Tensor, granularity: float) -> tuple[int, int, int]:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.geometry import centered, radius_matches, transform
+from geo_pretrain.geometry import radius_matches, transform
 from geo_pretrain.sparse.coordinates import Voxels, voxelize
 from geo_pretrain.training.data.frame import Frame, Pair, Source, Surface
-from geo_pretrain.training.data.samples.augment import Rotation, random_rotation, uniform
+from geo_pretrain.training.data.samples.augment import Rotation, scaled_rotation, uniform
 from geo_pretrain.training.data.samples.pairs import PairSamples, read_pair
-from geo_pretrain.training.data.samples.sampler import Key, Samples, collate, device_seed
+from geo_pretrain.training.data.samples.sampler import Key, Samples, Skipped, collate
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
 from geo_pretrain.training.recipe import DataSpec
@@ -56,40 +56,34 @@ class PairCloudConfig:
 
 
 class CloudPairSamples(Samples):
-    """The point clouds of frame pairs, each rotated at random. Indexed by (epoch, pair)."""
+    """The point clouds of frame pairs, each rotated at random.
+
+    coords1, 2: int32 [n, 3], voxels of the rotated cloud; feats1, 2: float [n, C]; points1, 2: float32 [n, 3], the
+    point that stands for each voxel, rotated frame, m; to_world1, 2: float64 [4, 4], from the rotated frame.
+    matches: int64 [m, 2], all pairs of rows whose points are closer than the radius in the world.
+    """
 
     def __init__(self, source: Source, pairs: list[Pair], spec: DataSpec, cloud: PairCloudConfig, seed: int) -> None:
-        self.source, self.pairs, self.spec, self.cloud, self.seed = source, pairs, spec, cloud, seed
+        super().__init__(source, pairs, spec, seed)
+        self.cloud = cloud
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        """Load one sample, by (epoch, pair).
-
-        coords1, 2: int32 [n, 3], voxels of the rotated cloud; feats1, 2: float [n, C]; points1, 2: float32 [n, 3], the
-        point that stands for each voxel, rotated frame, m; to_world1, 2: float64 [4, 4], from the rotated frame.
-        matches: int64 [m, 2], all pairs of rows whose points are closer than the radius in the world.
-        seed, skipped: see `Samples`.
-        """
-        pair = read_pair(self.source, self.pairs, self.spec.size, self.seed, key)
-        generator = pair.generator
+    def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
+        _, frames = read_pair(self, key, generator, skipped)
         scale = uniform(*self.cloud.scale, generator)
-        sample: dict[str, Any] = {"skipped": pair.skipped}
+        sample: dict[str, Any] = {}
         world = []
-        for number, frame in enumerate(pair.frames, start=1):
+        for number, frame in enumerate(frames, start=1):
             view = rotated_voxels(frame_cloud(frame), self.cloud, scale, generator)
             world.append(transform(view["points"].double(), view["to_world"]))
             sample |= {f"{name}{number}": value for name, value in view.items()}
         sample["matches"] = radius_matches(world[0], world[1], self.cloud.match_radius)
         if self.cloud.match_released_code and not len(sample["matches"]):
             sample["matches"] = torch.zeros(1, 2, dtype=torch.int64)
-        sample["seed"] = device_seed(generator)
         return sample
 
 
 class ChunkPairSamples(PairSamples):
-    """`PairSamples` with the voxels of the surface around each frame."""
+    """`PairSamples` with the surface around each frame: coords1, 2 int32 [n, 3], world voxels; feats1, 2 [n, 3]."""
 
     def __init__(
         self,
@@ -118,10 +112,6 @@ class ChunkPairSamples(PairSamples):
         self.frustum, self.match_released_code = frustum, match_released_code
         self.surfaces = Surfaces(source, cache_dir)
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        """Load one sample as `PairSamples`, and coords1, 2: int32 [n, 3], world voxels; feats1, 2: float32 [n, 3]."""
-        return super().__getitem__(key)
-
     def _tensors(self, frame: Frame, generator: torch.Generator) -> dict[str, Tensor]:
         box = chunk_box(frame, match_released_code=not self.frustum)
         chunk = crop_surface(self.surfaces.load(frame.scene), *box)
@@ -146,9 +136,7 @@ def rotated_voxels(
 ) -> dict[str, Tensor]:
     """Rotate a cloud about its centroid, which moves to the origin, and voxelize it, one point per voxel."""
     points, colors = torch.from_numpy(cloud.points), torch.from_numpy(cloud.colors)
-    to_rotated = torch.diag(torch.tensor([scale, scale, scale, 1.0], dtype=torch.float64))
-    if config.rotation != "none":
-        to_rotated = random_rotation(generator, config.rotation) @ to_rotated @ centered(points)
+    to_rotated = scaled_rotation(points, scale, config.rotation, generator)
     moved = transform(points.double(), to_rotated).float()
     voxels = voxelize(moved, colors, config.voxel_size)
     feats = voxels.feats.float() if config.features == "rgb" else torch.ones(len(voxels), 3)

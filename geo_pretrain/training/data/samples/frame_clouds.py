@@ -16,21 +16,20 @@ from torch import Tensor
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.geometry import backproject, centered, transform
+from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.training.data.frame import Frame, Pair, Source, resize_frame
 from geo_pretrain.training.data.samples.augment import (
-    Normalize,
     Rotation,
     augment_colors,
     elastic_distortion,
     elastic_grid,
-    random_rotation,
+    scaled_rotation,
     uniform,
 )
 from geo_pretrain.training.data.samples.clouds import Features, join_ragged
 from geo_pretrain.training.data.samples.pairs import read_pair
-from geo_pretrain.training.data.samples.sampler import Key, Samples, device_seed
+from geo_pretrain.training.data.samples.sampler import ImageSamples, Key, Skipped
 from geo_pretrain.training.recipe import DataSpec
 
 ELASTIC = ((0.2, 0.4), (0.8, 1.6))  # m: granularity and magnitude of each distortion
@@ -69,8 +68,16 @@ class FrameCloudConfig:
             raise RecipeError(f"'task.color_jitter' is {self.color_jitter!r}, accepted is a number from 0 up.")
 
 
-class FrameCloudSamples(Samples):
-    """Single frames with their point clouds. Indexed by (epoch, frame).
+class FrameCloudSamples(ImageSamples):
+    """Single frames with their point clouds.
+
+    image: float [3, H, W], normalized; depth: float [H, W] m and intrinsics: float64 [3, 3], of that image.
+    coords: int32 [n, 3], voxels of the rotated cloud; feats: float [n, 3]; points: float32 [n, 3], the point that
+    stands for each voxel, rotated frame, m; to_world: float64 [4, 4], from the rotated frame (an elastic distortion
+    cannot be undone and is not in it).
+    pixel: int64 [m], flat pixels of the image (row * W + column), and voxel: int64 [m], the row of `coords` that
+    each falls in; with pixels "one" voxel is 0 .. n - 1, and pixel [n] holds one pixel per voxel.
+    index: the number of the frame that was read, which replaces the one asked for where that is broken.
 
     `pairs` are frames paired with themselves, as `data.units: frames` gives them; of other pairs the first frame is
     used. Photometric augmentation is the recipe's (`data.augment`) and changes the image, not the cloud's colors.
@@ -85,39 +92,19 @@ class FrameCloudSamples(Samples):
         contract: ImageContract,
         seed: int,
     ) -> None:
-        self.source, self.spec, self.cloud, self.seed = source, spec, cloud, seed
-        self.pairs = [replace(pair, frame2=pair.frame1) for pair in pairs]
-        self.normalize = Normalize(contract)
+        super().__init__(source, [replace(pair, frame2=pair.frame1) for pair in pairs], spec, contract, seed)
+        self.cloud = cloud
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        """Load one sample, by (epoch, frame).
-
-        image: float [3, H, W], normalized; depth: float [H, W] m and intrinsics: float64 [3, 3], of that image.
-        coords: int32 [n, 3], voxels of the rotated cloud; feats: float [n, 3]; points: float32 [n, 3], the point that
-        stands for each voxel, rotated frame, m; to_world: float64 [4, 4], from the rotated frame (an elastic distortion
-        cannot be undone and is not in it).
-        pixel: int64 [m], flat pixels of the image (row * W + column), and voxel: int64 [m], the row of `coords` that
-        each falls in; with pixels "one" voxel is 0 .. n - 1, and pixel [n] holds one pixel per voxel.
-        index: the number of the frame that was read, which replaces the one asked for where that is broken;
-        seed, skipped: see `Samples`.
-        """
-        pair = read_pair(self.source, self.pairs, self.spec.size, self.seed, key)
-        generator = pair.generator
-        frame = self._flip_resize(pair.frames[0], generator)
-        image = self.normalize(augment_colors(frame.color, self.spec.augment, generator))
-        sample: dict[str, Any] = {
-            "skipped": pair.skipped,
-            "image": image,
+    def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
+        index, (frame, _) = read_pair(self, key, generator, skipped)
+        frame = self._flip_resize(frame, generator)
+        return {
+            "image": self.normalize(augment_colors(frame.color, self.spec.augment, generator)),
             "depth": torch.from_numpy(np.ascontiguousarray(frame.depth)),
             "intrinsics": torch.from_numpy(frame.intrinsics),
-            "index": torch.tensor(pair.index),
+            "index": torch.tensor(index),
             **frame_voxels(frame, self.cloud, generator),
         }
-        sample["seed"] = device_seed(generator)
-        return sample
 
     def _flip_resize(self, frame: Frame, generator: torch.Generator) -> Frame:
         """Mirror and resize a frame at random; unchanged where that would leave no pixel with a depth."""
@@ -163,10 +150,7 @@ def frame_voxels(frame: Frame, config: FrameCloudConfig, generator: torch.Genera
         for granularity, magnitude in ELASTIC:
             noise = torch.randn(*elastic_grid(world, granularity), 3, generator=generator)
             world = elastic_distortion(world, noise, granularity, magnitude)
-    factor = uniform(*config.scale, generator)
-    to_rotated = torch.diag(torch.tensor([factor, factor, factor, 1.0], dtype=torch.float64))
-    if config.rotation != "none":
-        to_rotated = random_rotation(generator, config.rotation) @ to_rotated @ centered(world)
+    to_rotated = scaled_rotation(world, uniform(*config.scale, generator), config.rotation, generator)
     points = transform(world, to_rotated).float()
     colors = torch.from_numpy(np.ascontiguousarray(frame.color)).flatten(0, 1)[pixel]
     voxels = voxelize(points, colors, config.voxel_size)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.training.data.frame import Pair, Source
+from geo_pretrain.training.data.samples.augment import Normalize
+from geo_pretrain.training.recipe import DataSpec
 
 ATTEMPTS = 16  # replacements tried for a sample whose files broke after the pairs were mined
 
@@ -21,23 +25,41 @@ T = TypeVar("T")
 
 
 class Samples(Dataset[dict[str, Any]], ABC):
-    """The samples of a run. Indexed by (epoch, position), independent of workers, processes and resuming."""
+    """The samples of a run, one a pair. Indexed by (epoch, position), independent of workers, processes and resuming.
 
-    @abstractmethod
+    Every sample has the fields that its class names, "seed", an integer for draws made later on the device, and
+    "skipped", (path, reason) of the files that could not be read and were replaced.
+    """
+
+    def __init__(self, source: Source, pairs: Sequence[Pair], spec: DataSpec, seed: int) -> None:
+        self.source, self.pairs, self.spec, self.seed = source, pairs, spec, seed
+
     def __len__(self) -> int:
-        """Number of samples in an epoch."""
+        return len(self.pairs)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        generator = sample_generator(self.seed, key)
+        skipped: Skipped = []
+        sample = self._draw(key, generator, skipped)
+        return sample | {"seed": device_seed(generator), "skipped": skipped}
 
     @abstractmethod
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        """Load the sample at a position, augmented as its epoch draws it.
-
-        Every sample has "seed", an integer for draws made later on the device, and "skipped", (path, reason) of the
-        files that could not be read and were replaced.
-        """
+    def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
+        """Load the sample at a position; draws come from `generator`, files that cannot be read go to `skipped`."""
 
     def own_data(self) -> dict[str, Any]:
         """Describe training data besides the source's frames, for a checkpoint's provenance; {} if there is none."""
         return {}
+
+
+class ImageSamples(Samples):
+    """Samples with images, normalized as `contract` says."""
+
+    def __init__(
+        self, source: Source, pairs: Sequence[Pair], spec: DataSpec, contract: ImageContract, seed: int
+    ) -> None:
+        super().__init__(source, pairs, spec, seed)
+        self.normalize = Normalize(contract)
 
 
 class MicroBatches(Sampler[list[Key]]):

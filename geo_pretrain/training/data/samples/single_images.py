@@ -16,14 +16,12 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.training.data.files import files_fingerprint, read_color
 from geo_pretrain.training.data.frame import Frame, Pair, Source, resize_frame
-from geo_pretrain.training.data.samples.augment import Normalize, augment_colors, crop_resize, random_box, uniform
+from geo_pretrain.training.data.samples.augment import augment_colors, crop_resize, random_box, uniform
 from geo_pretrain.training.data.samples.sampler import (
+    ImageSamples,
     Key,
-    Samples,
     Skipped,
-    device_seed,
     read_or_replace,
-    sample_generator,
     sample_seed,
 )
 from geo_pretrain.training.recipe import DataSpec
@@ -32,8 +30,10 @@ Mix = Literal["none", "combine", "batch"]
 ASPECTS = (3 / 4, 4 / 3)  # of a crop, as torchvision's `RandomResizedCrop`
 
 
-class CropSamples(Samples):
-    """Two augmented crops of each image, as MoCo v2 draws them. Indexed by (epoch, position).
+class CropSamples(ImageSamples):
+    """Two augmented crops of each image, as MoCo v2 draws them.
+
+    image1, image2 [P, 3, H, W] normalized, P = 2 (frame, image) with `mix` "batch" and else 1.
 
     Images are the first frames of the pairs, each as often as it is listed. With `mix` "combine" the `images` follow
     them in one list; with "batch" every sample holds a frame and an image, and the shorter list is repeated until
@@ -55,25 +55,17 @@ class CropSamples(Samples):
         mix: Mix = "none",
     ) -> None:
         """`spec.size` is the size of a crop, `scale` the share of the image it covers; `resize` is done first."""
-        self.source, self.pairs, self.spec, self.seed = source, pairs, spec, seed
+        super().__init__(source, pairs, spec, contract, seed)
         self.scale, self.flip_prob, self.resize = scale, flip_prob, resize
         self.images, self.mix = images, mix
-        self.normalize = Normalize(contract)
 
     def __len__(self) -> int:
         if self.mix == "combine":
             return len(self.pairs) + len(self.images)
         return max(len(self.pairs), len(self.images)) if self.mix == "batch" else len(self.pairs)
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        """Load one sample, by (epoch, position).
-
-        image1, image2 [P, 3, H, W] normalized, P = 2 (frame, image) with `mix` "batch" and else 1; seed, skipped: see
-        `Samples`.
-        """
+    def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
         index = key[1]
-        generator = sample_generator(self.seed, key)
-        skipped: Skipped = []
         colors = []
         if self.mix != "combine" or index < len(self.pairs):
             number, count = self._repeated(key, len(self.pairs)), len(self.pairs)
@@ -83,8 +75,7 @@ class CropSamples(Samples):
             number = self._repeated(key, count) if self.mix == "batch" else index - len(self.pairs)
             colors.append(read_or_replace(self._image, count, number, generator, skipped, what="images")[1])
         views = [[self._view(color, generator) for color in colors] for _ in range(2)]
-        sample: dict[str, Any] = {f"image{k}": torch.stack(view) for k, view in enumerate(views, 1)}
-        return sample | {"seed": device_seed(generator), "skipped": skipped}
+        return {f"image{k}": torch.stack(view) for k, view in enumerate(views, 1)}
 
     def own_data(self) -> dict[str, Any]:
         """Number and fingerprint of the extra `images`; {} if there are none."""
@@ -116,8 +107,8 @@ class CropSamples(Samples):
         return self.normalize(view)
 
 
-class TwoColorViews(Samples):
-    """The first frame of each pair with its colors augmented twice, pixels aligned. Indexed by (epoch, pair)."""
+class TwoColorViews(ImageSamples):
+    """The first frame of each pair with its colors augmented twice: image1, 2 [3, H, W] normalized; depth [H, W] m."""
 
     def __init__(
         self,
@@ -130,21 +121,15 @@ class TwoColorViews(Samples):
         blur_taps: int | None,
     ) -> None:
         """`blur_taps`: see `augment_colors`."""
-        self.source, self.pairs, self.spec, self.seed, self.blur_taps = source, pairs, spec, seed, blur_taps
-        self.normalize = Normalize(contract)
+        super().__init__(source, pairs, spec, contract, seed)
+        self.blur_taps = blur_taps
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        """Load one sample, by (epoch, pair): image1, image2 [3, H, W] normalized; depth [H, W] m; seed; skipped."""
-        generator = sample_generator(self.seed, key)
-        skipped: Skipped = []
+    def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
         _, frame = read_or_replace(self._frame, len(self.pairs), key[1], generator, skipped, what="images")
         views = [augment_colors(frame.color, self.spec.augment, generator, self.blur_taps) for _ in range(2)]
         sample: dict[str, Any] = {f"image{k}": self.normalize(view) for k, view in enumerate(views, 1)}
         sample["depth"] = torch.from_numpy(np.ascontiguousarray(frame.depth))
-        return sample | {"seed": device_seed(generator), "skipped": skipped}
+        return sample
 
     def _frame(self, index: int) -> Frame:
         return resize_frame(_first_frame(self.source, self.pairs[index]), self.spec.size)

@@ -19,14 +19,13 @@ from geo_pretrain.geometry import nearest_indices
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.augment import (
     Crop,
-    Normalize,
     augment_colors,
     crop_resize,
     random_box,
     uniform,
 )
 from geo_pretrain.training.data.samples.pairs import read_pair
-from geo_pretrain.training.data.samples.sampler import Key, Samples, collate, device_seed
+from geo_pretrain.training.data.samples.sampler import ImageSamples, Key, Skipped, collate
 from geo_pretrain.training.recipe import DataSpec
 
 VIEW_ATTEMPTS = 100  # pairs of crops drawn until they share a pixel; with SimCLR's scale 1 in 400 does not
@@ -48,8 +47,15 @@ class ViewConfig:
             raise RecipeError(f"'ratio' is {self.ratio!r}, accepted is (low, high) with 0 < low <= high.")
 
 
-class TwoViewSamples(Samples):
-    """Two views of each frame with the pixels that they share. Indexed by (epoch, frame)."""
+class TwoViewSamples(ImageSamples):
+    """Two views of each frame with the pixels that they share.
+
+    image1, image2: [3, H, W], normalized, of the size of the frame (`DataSpec.size`); matches: int64 [n, 2], flat
+    pixels of view 1 and 2 that show the same pixel of the frame, at most `matches`, without repetition; rows1, 2:
+    int64 [H] and columns1, 2: int64 [W], the row and column of the frame that each row and column of a view shows.
+
+    Views that have no pixel in common are drawn again, `VIEW_ATTEMPTS` times; after that n is 0.
+    """
 
     def __init__(
         self,
@@ -63,38 +69,22 @@ class TwoViewSamples(Samples):
         matches: int,
     ) -> None:
         """`pairs` are frames paired with themselves (the first frame is used); `matches` is the most kept per image."""
-        self.source, self.pairs, self.spec, self.seed = source, pairs, spec, seed
+        super().__init__(source, pairs, spec, contract, seed)
         self.views, self.matches = views, matches
-        self.normalize = Normalize(contract)
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        """Load one sample, by (epoch, frame).
-
-        image1, image2: [3, H, W], normalized, of the size of the frame (`DataSpec.size`); matches: int64 [n, 2], flat
-        pixels of view 1 and 2 that show the same pixel of the frame, at most `matches`, without repetition; rows1, 2:
-        int64 [H] and columns1, 2: int64 [W], the row and column of the frame that each row and column of a view shows;
-        seed, skipped: see `Samples`.
-
-        Views that have no pixel in common are drawn again, `VIEW_ATTEMPTS` times; after that n is 0.
-        """
-        pair = read_pair(self.source, self.pairs, self.spec.size, self.seed, key)
-        frame, generator = pair.frames[0], pair.generator
-        height, width = self.spec.size
+    def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
+        _, (frame, _) = read_pair(self, key, generator, skipped)
         for _ in range(VIEW_ATTEMPTS):
-            crops = [random_crop((height, width), self.views, generator) for _ in range(2)]
-            maps = [index_map(crop, (height, width)) for crop in crops]
+            crops = [random_crop(self.spec.size, self.views, generator) for _ in range(2)]
+            maps = [index_map(crop, self.spec.size) for crop in crops]
             matches = common_pixels(maps[0], maps[1], self.matches, generator)
             if len(matches):
                 break
-        sample: dict[str, Any] = {"skipped": pair.skipped, "matches": matches}
+        sample: dict[str, Any] = {"matches": matches}
         for number, (crop, (rows, columns)) in enumerate(zip(crops, maps, strict=True), start=1):
             view = crop_resize(frame.color, crop, self.spec.size)
             sample[f"image{number}"] = self.normalize(augment_colors(view, self.spec.augment, generator))
             sample[f"rows{number}"], sample[f"columns{number}"] = rows, columns
-        sample["seed"] = device_seed(generator)
         return sample
 
 

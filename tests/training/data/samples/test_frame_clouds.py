@@ -99,7 +99,7 @@ SETTINGS = [
 def test_every_voxel_is_that_of_its_pixel(samples, settings, number):
     dataset = samples(**settings)
     sample = dataset[(3, number)]
-    frame = read_pair(dataset.source, dataset.pairs, (48, 64), 0, (3, number)).frames[0]
+    _, (frame, _) = read_pair(dataset, (3, number), torch.Generator(), [])
     world = slow_points(sample) @ frame.cam_to_world[:3, :3].T + frame.cam_to_world[:3, 3]
     to_turned = np.linalg.inv(sample["to_world"].numpy())
     turned = world @ to_turned[:3, :3].T + to_turned[:3, 3]
