@@ -149,7 +149,7 @@ def add_wall(copy: Path) -> None:
     (sources / "wall.py").write_text(SOURCE, encoding="utf-8")
     registry = sources / "registry.py"
     insert(registry, "Progress = ", "from geo_pretrain.training.data.sources.wall import Wall, WallConfig\n\n")
-    append_row(registry, "SOURCES", '    "wall": SourceRow(_folder(Wall, WallConfig), "wall", "MIT"),')
+    append_row(registry, "SOURCES", '    "wall": SourceRow(WallConfig, _folder(Wall), "wall", "MIT"),')
 
 
 def test_a_data_source_is_one_file_and_one_row(copy: Path, tmp_path: Path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +19,16 @@ _GREY, _PALETTE = 0, 3  # color types of PNG whose pixels are one number
 
 def read_color(path: Path) -> np.ndarray:
     """Read an 8-bit image file: uint8 [H, W, 3] RGB."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise BadFrame(path, "color image is missing") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadFrame(path, f"color image cannot be read ({_first_line(error)})") from None
+    with _reading(path, "color image"), Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def read_depth(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
     """Read a 16-bit PNG in millimeters: float32 [H, W] meters; 0 and 65535 become 0 (invalid)."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("I;16", "I;16B", "I;16L", "I"):
-                raise BadFrame(path, f"depth has image mode {image.mode}, expected 16-bit grey")
-            millimeters = np.asarray(image).astype(np.int64)
-    except FileNotFoundError:
-        raise BadFrame(path, "depth image is missing") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadFrame(path, f"depth image cannot be read ({_first_line(error)})") from None
+    with _reading(path, "depth image"), Image.open(path) as image:
+        if image.mode not in ("I;16", "I;16B", "I;16L", "I"):
+            raise BadFrame(path, f"depth has image mode {image.mode}, expected 16-bit grey")
+        millimeters = np.asarray(image).astype(np.int64)
     if shape is not None and millimeters.shape != shape:
         given, wanted = "x".join(map(str, millimeters.shape[::-1])), "x".join(map(str, shape[::-1]))
         raise BadFrame(path, f"depth is {given}, the color image {wanted}")
@@ -54,7 +45,7 @@ def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[i
     turn one class into another.
     """
     wanted = " or ".join(map(str, bits))
-    try:
+    with _reading(path, "annotation"):
         with path.open("rb") as file:
             header = file.read(26)
         if not header.startswith(_SIGNATURE) or len(header) < 26:
@@ -66,10 +57,6 @@ def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[i
             raise BadFrame(path, f"{depth}-bit gray, expected {wanted}-bit ids")
         with Image.open(path) as image:
             ids = np.asarray(image).astype(np.int32)
-    except FileNotFoundError:
-        raise BadFrame(path, "annotation is missing") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadFrame(path, f"annotation cannot be read ({_first_line(error)})") from None
     if shape is not None and ids.shape != tuple(shape[:2]):
         given, expected = (f"{size[1]}x{size[0]}" for size in (ids.shape, shape))
         raise BadFrame(path, f"annotation is {given}, the image {expected}")
@@ -78,12 +65,8 @@ def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[i
 
 def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:
     """Read a text file of numbers: float64 [rows, columns]."""
-    try:
+    with _reading(path, "file", "is not a matrix of numbers"):
         values = [float(word) for word in path.read_text(encoding="utf-8").split()]
-    except FileNotFoundError:
-        raise BadFrame(path, "file is missing") from None
-    except (OSError, ValueError) as error:
-        raise BadFrame(path, f"not a matrix of numbers ({_first_line(error)})") from None
     if len(values) != rows * columns:
         raise BadFrame(path, f"{len(values)} numbers, expected {rows}x{columns}")
     return np.array(values, dtype=np.float64).reshape(rows, columns)
@@ -109,5 +92,13 @@ def files_fingerprint(root: Path, paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+@contextmanager
+def _reading(path: Path, what: str, fault: str = "cannot be read") -> Iterator[None]:
+    """Turn errors of reading a file into a `BadFrame` that calls it `what`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise BadFrame(path, f"{what} is missing") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadFrame(path, f"{what} {fault} ({reason})") from None

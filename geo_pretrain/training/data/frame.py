@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -44,16 +45,21 @@ def resize_frame(frame: Frame, size: tuple[int, int]) -> Frame:
     height, width = frame.depth.shape
     if (height, width) == size:
         return frame
-    pixels = np.ix_(geometry.nearest_indices(height, size[0]), geometry.nearest_indices(width, size[1]))
     intrinsics = geometry.resize_intrinsics(torch.from_numpy(frame.intrinsics), (height, width), size).numpy()
     return replace(
         frame,
-        color=frame.color[pixels],
-        depth=frame.depth[pixels],
+        color=resize_image(frame.color, size),
+        depth=resize_image(frame.depth, size),
         intrinsics=intrinsics,
-        semantic=None if frame.semantic is None else frame.semantic[pixels],
-        instance=None if frame.instance is None else frame.instance[pixels],
+        semantic=None if frame.semantic is None else resize_image(frame.semantic, size),
+        instance=None if frame.instance is None else resize_image(frame.instance, size),
     )
+
+
+def resize_image(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Resize an image [H, W, ...] to `size` (height, width), taking the nearest pixels."""
+    rows, columns = (geometry.nearest_indices(old, new) for old, new in zip(image.shape, size, strict=False))
+    return image[np.ix_(rows, columns)]
 
 
 class Source(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from itertools import combinations
@@ -81,8 +81,8 @@ def overlap_matrix(frames: list[Frame], device: str | torch.device = "cpu") -> n
     intrinsics = torch.stack([torch.from_numpy(f.intrinsics) for f in frames]).float().to(device)
     poses = torch.stack([torch.from_numpy(f.cam_to_world) for f in frames]).to(device)
     ratios = np.eye(len(frames))
-    for chunk in _batches(list(combinations(range(len(frames)), 2)), BATCH):
-        i, j = torch.tensor(chunk, device=device).T
+    for chunk in torch.combinations(torch.arange(len(frames), device=device)).split(BATCH):
+        i, j = chunk.T
         forward = geometry.match_pixels(depth[i], depth[j], intrinsics[i], intrinsics[j], poses[i], poses[j])
         backward = geometry.match_pixels(depth[j], depth[i], intrinsics[j], intrinsics[i], poses[j], poses[i])
         ratio = geometry.overlap_ratio(forward, backward, depth[i], depth[j]).cpu().numpy()
@@ -108,10 +108,7 @@ def cloud_overlap(cloud1: Tensor, cloud2: Tensor) -> tuple[float, float]:
     The overlap of a pair in PointContrast, CSC and Pri3D is the larger of the two.
     """
     matches = geometry.radius_matches(cloud1, cloud2, CLOUD_RADIUS)
-    return (
-        len(matches[:, 0].unique()) / len(cloud1),
-        len(matches[:, 1].unique()) / len(cloud2),
-    )
+    return len(matches[:, 0].unique()) / len(cloud1), len(matches[:, 1].unique()) / len(cloud2)
 
 
 def cloud_overlap_matrix(clouds: list[Tensor], device: str | torch.device = "cpu") -> np.ndarray:
@@ -146,13 +143,10 @@ def _scene_pairs(
 
 
 def _self_pairs(source: Source, spec: DataSpec) -> list[Pair]:
-    pairs = [
-        pair
-        for scene in source.scenes()
-        for pair in _spread_evenly(
-            [Pair(scene, id, id, 1.0) for id in source.frame_ids(scene)], spec.max_pairs_per_scene
-        )
-    ]
+    pairs: list[Pair] = []
+    for scene in source.scenes():
+        frames = [Pair(scene, id, id, 1.0) for id in source.frame_ids(scene)]
+        pairs += _spread_evenly(frames, spec.max_pairs_per_scene)
     if not pairs:
         raise DataError(f"Source {source.name!r} has no frame.")
     return pairs
@@ -187,11 +181,6 @@ def _load_all(source: Source, scene: str, convert: Callable[[Frame], T], skips: 
         if isinstance(item, BadFrame):
             skips.add(item)
     return {name: item for name, item in loaded.items() if not isinstance(item, BadFrame)}
-
-
-def _batches(items: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _cache_path(source: Source, spec: DataSpec, cache_dir: Path) -> Path:

@@ -18,7 +18,7 @@ from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.pairs import SetPairSamples, check_labels
 from geo_pretrain.training.data.samples.sampler import Samples, sample_seed
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES
-from geo_pretrain.training.data.surfaces.sets import Kind
+from geo_pretrain.training.data.surfaces.sets import Kind, Sets
 from geo_pretrain.training.initialize import initialize_heads
 from geo_pretrain.training.losses.sets import Denominator, set_info_nce
 from geo_pretrain.training.recipe import Recipe
@@ -66,12 +66,9 @@ class GSC(ImageUNetTask):
         """Pairs of images with the set of every pixel. Raises `DataError` when the labels asked for are not there."""
         if self.config.sets != "segments":
             check_labels(source, pairs, self.config.sets)
-        return SetPairSamples(
-            *self.arguments(source, pairs),
-            k_thresh=self.config.k_thresh,
-            min_vertices=self.config.min_vertices,
-            kind=self.config.sets,
-        )
+        config = self.config
+        sets = Sets(source, k_thresh=config.k_thresh, min_vertices=config.min_vertices, kind=config.sets)
+        return SetPairSamples(*self.arguments(source, pairs), sets)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of `SetPairSamples`, scalars: "set", and "depth" with the depth proxy.

@@ -10,7 +10,7 @@ import numpy as np
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame, SceneMesh, Source, capability, resize_frame
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES, vertex_normals
-from geo_pretrain.training.data.surfaces.sets import Kind, SceneSets, label_sets, pixel_sets, scene_sets
+from geo_pretrain.training.data.surfaces.sets import Kind, SceneSets, Sets, label_sets, pixel_sets
 from geo_pretrain.training.evaluation.matching import spread_evenly
 from geo_pretrain.training.visualize.colors import class_colors, depth_colors, set_colors
 from geo_pretrain.training.visualize.grids import TILE_GAP, save_sheet, stack, tile
@@ -45,11 +45,12 @@ def sets_sheet(
 
     A row is a frame's colors and the same under the colors of its sets, with dark borders; pixels in no set are gray.
     The surface is seen from above, what faces away (near walls, the ceiling) left out. A set has one color throughout.
-    Options and errors as for `scene_sets`; frames that cannot be read are left out, `DataError` when none can.
+    Options and errors as for `Sets`; frames that cannot be read are left out, `DataError` when none can.
     """
     blocks = []
+    all_sets = Sets(source, k_thresh=k_thresh, min_vertices=min_vertices, kind=kind, cache_dir=cache_dir)
     for scene, row in _spread_frames(source, scenes, frames).items():
-        sets = scene_sets(source, scene, k_thresh=k_thresh, min_vertices=min_vertices, kind=kind, cache_dir=cache_dir)
+        sets = all_sets.scene(scene)
         meshed = capability(source, SceneMesh)
         if sets.normals is None and meshed is not None:  # segments as released: the mesh has the normals
             sets = SceneSets(sets.points, sets.ids, vertex_normals(*meshed.triangles(scene)))

@@ -209,11 +209,11 @@ def test_settings_reach_the_sets(task_and_batch):
 
 def test_seed_and_kind_reach_the_sets(gsc_recipe, monkeypatch):
     monkeypatch.setattr(gsc, "check_labels", lambda *_: None)  # the recording has none
-    monkeypatch.setattr(gsc, "SetPairSamples", lambda *arguments, **options: (arguments, options))
+    monkeypatch.setattr(gsc, "SetPairSamples", lambda *arguments: arguments)
     for kind in ("segments", "semantic", "instance"):
         recipe = load_recipe(str(gsc_recipe()), ["seed=9", f"task.sets={kind}"])
-        arguments, options = build_task(recipe).dataset(None, [])
-        assert (arguments[-1], options["kind"]) == (9, kind)
+        *_, seed, sets = build_task(recipe).dataset(None, [])
+        assert (seed, sets.kind) == (9, kind)
 
 
 def test_labels_that_the_frames_lack_are_missed_before_training(gsc_recipe, tmp_path):

@@ -14,7 +14,7 @@ from geo_pretrain.errors import DataError
 from geo_pretrain.rooms import RoomsConfig
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.scannet import ScanNet
-from geo_pretrain.training.data.surfaces.sets import SceneSets, label_sets, pixel_sets, scene_sets
+from geo_pretrain.training.data.surfaces.sets import SceneSets, Sets, label_sets, pixel_sets
 from geo_pretrain.training.visualize.colors import class_colors, depth_colors, set_colors
 from geo_pretrain.training.visualize.preview import (
     sets_overlay,
@@ -139,7 +139,7 @@ def test_sheet_shows_frames_their_sets_and_the_surface(rooms, tmp_path):
     height, gap = 2 * 64 + 4, 4
     assert sheet.shape == (height, 2 * 96 + 2 * gap + round(1.4 * height), 3)
     scene = rooms.scenes()[0]
-    sets = scene_sets(rooms, scene, cache_dir=tmp_path)
+    sets = Sets(rooms, cache_dir=tmp_path).scene(scene)
     for top, frame_id in ((0, "0000"), (68, "0002")):
         frame = rooms.load(scene, frame_id)
         np.testing.assert_array_equal(sheet[top : top + 64, :96], frame.color)

@@ -17,7 +17,7 @@ from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError
 from geo_pretrain.training.data.frame import SkippedFrames, Surface, resize_frame
 from geo_pretrain.training.data.mining import find_pairs
-from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud, scene_surface
+from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
 from geo_pretrain.training.data.surfaces.ply import read_ply
 from geo_pretrain.training.evaluation.features import load_extractor
 from geo_pretrain.training.evaluation.matching import match_pair
@@ -230,7 +230,7 @@ def test_points_of_a_cloud_backbone_in_a_ply_file(tmp_path, cloud_folder, source
     vertex = read_ply(out)["vertex"]
     assert list(vertex) == ["x", "y", "z", "red", "green", "blue"]
     points = np.stack([vertex[axis] for axis in "xyz"], 1)
-    surface = scene_surface(source, source.scenes()[0])
+    surface = Surfaces(source).load(source.scenes()[0])
     places = {tuple(point): color for point, color in zip(surface.points.tolist(), surface.colors, strict=True)}
     assert len(points) == 2000 < len(surface)
     assert all(tuple(point) in places for point in points.tolist())
@@ -262,7 +262,7 @@ def test_points_of_an_image_backbone_are_those_that_are_seen(tmp_path, image_fol
 
 
 def test_points_that_no_frame_sees_are_left_out(tmp_path, image_folder, source, spec, monkeypatch):
-    surface = scene_surface(source, source.scenes()[0])
+    surface = Surfaces(source).load(source.scenes()[0])
     far = Surface(
         np.concatenate([surface.points + np.float32(50), surface.points]), np.concatenate([surface.colors] * 2)
     )
@@ -275,7 +275,7 @@ def test_points_that_no_frame_sees_are_left_out(tmp_path, image_folder, source, 
 
 def test_layers_of_one_space_share_their_colors_on_points_too(tmp_path, geo, source, spec, monkeypatch):
     name = source.scenes()[0]
-    whole = scene_surface(source, name)
+    whole = Surfaces(source).load(name)
     surface = Surface(whole.points[::9], whole.colors[::9])
     far = Surface(np.concatenate([surface.points, surface.points + np.float32(50)]), np.tile(surface.colors, (2, 1)))
     monkeypatch.setattr(points_module.Surfaces, "load", lambda self, scene: far)

@@ -105,7 +105,7 @@ class ChunkPairSamples(PairSamples):
             features: "rgb" is color / 255, as in the released code; "ones" is the paper's occupancy.
             frustum: use the tight box of the view frustum instead of the authors' box, see `chunk_box`.
             match_released_code: truncate voxel indices towards zero instead of rounding down.
-            cache_dir: folder of fused surfaces, see `scene_surface`.
+            cache_dir: folder of fused surfaces, see `Surfaces`.
         """
         super().__init__(source, pairs, spec, contract, seed)
         self.voxel_size, self.features = voxel_size, features

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame, Pair, Source, resize_frame
 from geo_pretrain.training.data.samples.augment import augment_colors
 from geo_pretrain.training.data.samples.sampler import ATTEMPTS, ImageSamples, Key, Samples, Skipped, read_or_replace
-from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES
 from geo_pretrain.training.data.surfaces.sets import LABEL_SOURCES, Kind, Sets, frame_labels
 from geo_pretrain.training.recipe import DataSpec
 
@@ -84,15 +82,10 @@ class SetPairSamples(PairSamples):
         spec: DataSpec,
         contract: ImageContract,
         seed: int,
-        *,
-        k_thresh: float = K_THRESH,
-        min_vertices: int = MIN_VERTICES,
-        kind: Kind = "segments",
-        cache_dir: Path | None = None,
+        sets: Sets,
     ) -> None:
-        """`k_thresh`, `min_vertices`, `kind` and `cache_dir` as for `scene_sets`."""
         super().__init__(source, pairs, spec, contract, seed)
-        self.sets = Sets(source, k_thresh=k_thresh, min_vertices=min_vertices, kind=kind, cache_dir=cache_dir)
+        self.sets = sets
 
     def _tensors(self, frame: Frame, generator: torch.Generator) -> dict[str, Tensor]:
         return super()._tensors(frame, generator) | {"sets": torch.from_numpy(self.sets.pixels(frame))}

@@ -18,21 +18,15 @@ from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenSc
 from geo_pretrain.training.recipe import DataSpec
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Opener:
-    """How a source is opened, with its options parsed."""
-
-    config: type  # dataclass of `data.options`
-    open: Callable[[Any, DataSpec, str, Progress | None], Source]  # called with options, spec, device, progress
+Opener = Callable[[Any, DataSpec, str, Progress | None], Source]  # called with options, spec, device, progress
 
 
 @dataclass(frozen=True)
 class SourceRow:
     """A row of the registry: how a source is opened, its data set and license."""
 
-    opener: Opener
+    config: type  # dataclass of `data.options`
+    open: Opener
     dataset: str
     license: str  # SPDX or LicenseRef
 
@@ -50,7 +44,7 @@ def open_source(
     `progress(done, total)` is called while scenes are rendered.
     """
     options = source_options(spec, split)
-    source = SOURCES[spec.source].opener.open(options, spec, device, progress)
+    source = SOURCES[spec.source].open(options, spec, device, progress)
     return source if spec.frames == (0.0, 1.0) else FrameRange(source, *spec.frames)
 
 
@@ -58,7 +52,7 @@ def source_options(spec: DataSpec, split: str = "train") -> Any:
     """Parse the options of a source without opening it. Raises `UnknownName`, or `RecipeError` for wrong options."""
     if spec.source not in SOURCES:
         raise unknown("data source", spec.source, list_sources(), "Write SOURCE or SOURCE:PATH.")
-    config = SOURCES[spec.source].opener.config
+    config = SOURCES[spec.source].config
     given = {"split": split} if any(field.name == "split" for field in fields(config)) else {}
     return parse(config, {**given, **spec.options}, where="data.options", prefix="data.options.")
 
@@ -71,7 +65,6 @@ class FrameRange(SourcePart):
         self.name = source.name
 
     def scenes(self) -> list[str]:
-        """All scenes of the source."""
         return self.source.scenes()
 
     def frame_ids(self, scene: str) -> list[str]:
@@ -80,7 +73,6 @@ class FrameRange(SourcePart):
         return ids[math.ceil(self.start * len(ids)) : math.ceil(self.stop * len(ids))]
 
     def load(self, scene: str, frame_id: str) -> Frame:
-        """Read one frame."""
         return self.source.load(scene, frame_id)
 
     def fingerprint(self) -> str:
@@ -108,22 +100,22 @@ def _open_rooms(options: RoomsConfig, spec: DataSpec, device: str, progress: Pro
     return source
 
 
-def _folder(source: Callable[[Path, Any], Source], config: type) -> Opener:
-    """Make the opener of a layout on disk; `source` is called with the folder and its options, a `config`."""
+def _folder(source: Callable[[Path, Any], Source]) -> Opener:
+    """Make the opener of a layout on disk; `source` is called with the folder and its options."""
 
     def call(options: Any, spec: DataSpec, device: str, progress: Progress | None) -> Source:
         if spec.path is None:
             raise RecipeError(f"Source {spec.source!r} needs a folder: --data {spec.source}:PATH (or data.path=PATH).")
         return source(Path(spec.path).expanduser(), options)
 
-    return Opener(config, call)
+    return call
 
 
 # A layout says nothing about whose frames they are, so a folder's license is its owner's unless `data.license` tells.
 SOURCES = {
-    "rooms": SourceRow(Opener(RoomsConfig, _open_rooms), "rooms", "MIT"),
-    "scannet": SourceRow(_folder(ScanNet, ScanNetConfig), "ScanNet", "LicenseRef-ScanNet-ToU"),
+    "rooms": SourceRow(RoomsConfig, _open_rooms, "rooms", "MIT"),
+    "scannet": SourceRow(ScanNetConfig, _folder(ScanNet), "ScanNet", "LicenseRef-ScanNet-ToU"),
     "seven_scenes": SourceRow(
-        _folder(SevenScenes, SevenScenesConfig), "RGB-D folder in 7-Scenes layout", "LicenseRef-data-owner"
+        SevenScenesConfig, _folder(SevenScenes), "RGB-D folder in 7-Scenes layout", "LicenseRef-data-owner"
     ),
 }

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.geometry import nearest_indices
 from geo_pretrain.training.data import files
-from geo_pretrain.training.data.frame import Frame, NoSurface, Surface
+from geo_pretrain.training.data.frame import Frame, NoSurface, Surface, resize_image
 from geo_pretrain.training.data.surfaces.ply import Columns, read_ply, triangle_rows
 
 # Pri3D uses one matrix for every scan, at 320x240: focal length 288.9353025, principal point 159.5, 119.5. This one at
@@ -55,18 +54,14 @@ class ScanNet:
         return self._scenes
 
     def frame_ids(self, scene: str) -> list[str]:
-        """Frame numbers, in order of time."""
         return sorted((p.stem for p in (self.root / scene / "pose").glob("*.txt")), key=lambda s: (len(s), s))
 
     def load(self, scene: str, frame_id: str) -> Frame:
-        """Read one frame. Raises `BadFrame`."""
         folder = self.root / scene
         pose = files.read_pose(folder / "pose" / f"{frame_id}.txt")
         color_path = folder / "color" / f"{frame_id}.jpg"
         color = files.read_color(color_path if color_path.exists() else color_path.with_suffix(".png"))
         depth = files.read_depth(folder / "depth" / f"{frame_id}.png")
-        rows, columns = (nearest_indices(old, new) for old, new in zip(color.shape, depth.shape, strict=False))
-        color = color[rows][:, columns]
         semantic, instance = (
             None if name is None else _read_labels(folder / name / f"{frame_id}.png", depth.shape, kind)
             for name, kind in ((self.config.labels, np.int16), (self.config.instances, np.int32))
@@ -74,10 +69,9 @@ class ScanNet:
         intrinsics = CONSTANT_640
         if not self.config.constant_intrinsics:
             intrinsics = files.read_matrix(folder / "intrinsic" / "intrinsic_depth.txt", 4, 4)[:3, :3]
-        return Frame(scene, frame_id, color, depth, intrinsics, pose, semantic, instance)
+        return Frame(scene, frame_id, resize_image(color, depth.shape), depth, intrinsics, pose, semantic, instance)
 
     def surface(self, scene: str) -> Surface:
-        """Read the colored vertices of the mesh. Raises `NoSurface` without one, `DataError` when it is broken."""
         path, (vertex,) = self._read_mesh(scene, "vertex")
         points = _positions(path, vertex, "red", "green", "blue")
         colors = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
@@ -86,22 +80,15 @@ class ScanNet:
         return Surface(points, colors)
 
     def triangles(self, scene: str) -> tuple[np.ndarray, np.ndarray]:
-        """Read vertices float32 [V, 3] m and triangles int64 [F, 3] of the scan's mesh; raises as `surface`."""
         path, (vertex, face) = self._read_mesh(scene, "vertex", "face")
         points = _positions(path, vertex)
         return points, triangle_rows(path, face, len(points))
 
     def vertices(self, scene: str) -> np.ndarray:
-        """Read vertices float32 [V, 3] m of the scan's mesh, not its faces; raises as `surface`."""
         path, (vertex,) = self._read_mesh(scene, "vertex")
         return _positions(path, vertex)
 
     def segments(self, scene: str, vertices: int) -> np.ndarray | None:
-        """Read the released segment of every vertex, int64 [V] (k 0.01, 20 vertices); None without the file.
-
-        Raises:
-            DataError: the file is broken or not of a mesh with so many `vertices`.
-        """
         path = self._segments_path(scene)
         try:
             tree: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -113,7 +100,7 @@ class ScanNet:
             raise DataError(f"{path}: has no 'segIndices', the list of the segments of the vertices.")
         try:
             ids = np.array(tree["segIndices"])
-        except ValueError:
+        except ValueError:  # a list with lists in it
             ids = np.zeros(0)
         if ids.ndim != 1 or ids.dtype.kind != "i" or (ids < 0).any():
             raise DataError(f"{path}: 'segIndices' is no list of whole numbers from 0, one a vertex.")
@@ -163,5 +150,4 @@ def _read_labels(path: Path, shape: tuple[int, ...], kind: type[np.signedinteger
     ids = files.read_ids(path, bits=(8, 16))
     if ids.max() > np.iinfo(kind).max:
         raise BadFrame(path, f"label {ids.max()} is above {np.iinfo(kind).max}; is this an image of instances?")
-    rows, columns = (nearest_indices(old, new) for old, new in zip(ids.shape, shape, strict=True))
-    return ids[rows][:, columns].astype(kind)
+    return resize_image(ids, shape).astype(kind)

@@ -63,7 +63,6 @@ class SevenScenes:
         )
 
     def scenes(self) -> list[str]:
-        """Folders with frames, relative to the root."""
         return list(self._scenes)
 
     def frame_ids(self, scene: str) -> list[str]:
@@ -71,7 +70,6 @@ class SevenScenes:
         return sorted(p.name.split("-")[1].split(".")[0] for p in self._scenes[scene].glob("frame-*.pose.txt"))
 
     def load(self, scene: str, frame_id: str) -> Frame:
-        """Read one frame. Raises `BadFrame`."""
         stem = self._scenes[scene] / f"frame-{frame_id}"
         pose = files.read_pose(stem.with_name(stem.name + ".pose.txt"))
         color = files.read_color(self._color_path(stem))

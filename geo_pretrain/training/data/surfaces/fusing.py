@@ -29,20 +29,11 @@ _PENDING = 2_000_000  # voxels held before they are merged
 _REMEMBERED = 128 << 20  # bytes of surfaces that a `Surfaces` keeps: dozens of rooms, a few real scans
 
 
-def scene_surface(source: Source, scene: str, *, cache_dir: Path | None = None) -> Surface:
-    """Load the surface of a scene from its source, or fuse it from the depth frames of a source without surfaces.
-
-    A `FrameRange` fuses its own frames only; surfaces that a source holds are whole. `cache_dir` holds fused surfaces
-    (default: the package's cache).
-
-    Raises:
-        DataError: the source's surface is broken, or no frame can be read.
-    """
-    return Surfaces(source, cache_dir).load(scene)
-
-
 class Surfaces:
-    """The surfaces of a source for repeated use: keeps the latest ones and the source's fingerprint in memory."""
+    """The surfaces of a source for repeated use: keeps the latest ones and the source's fingerprint in memory.
+
+    `cache_dir` holds fused surfaces (default: the package's cache).
+    """
 
     def __init__(self, source: Source, cache_dir: Path | None = None) -> None:
         self.source, self.cache_dir = source, cache_dir
@@ -50,7 +41,13 @@ class Surfaces:
         self._surfaces: OrderedDict[str, Surface] = OrderedDict()  # the latest last
 
     def load(self, scene: str) -> Surface:
-        """Load a surface as `scene_surface` does."""
+        """Load the surface of a scene from its source, or fuse it from the depth frames of a source without surfaces.
+
+        A `FrameRange` fuses its own frames only; surfaces that a source holds are whole.
+
+        Raises:
+            DataError: the source's surface is broken, or no frame can be read.
+        """
         if scene not in self._surfaces:
             self._surfaces[scene] = self._find(scene)
             while len(self._surfaces) > 1 and sum(s.nbytes for s in self._surfaces.values()) > _REMEMBERED:

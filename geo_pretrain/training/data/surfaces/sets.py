@@ -62,33 +62,6 @@ class SceneSets:
         return require("scipy.spatial", "training").cKDTree(self.points)
 
 
-def scene_sets(
-    source: Source,
-    scene: str,
-    *,
-    k_thresh: float = K_THRESH,
-    min_vertices: int = MIN_VERTICES,
-    kind: Kind = "segments",
-    cache_dir: Path | None = None,
-) -> SceneSets:
-    """Load or compute the sets of a scene.
-
-    kind "segments": the segments released with a scan if the parameters equal theirs; else `segment_mesh` of the
-    source's mesh; else `segment_points` of its depth frames, fused to a point per 2 cm (`fuse_points`) with normals of
-    locally fitted planes. A `FrameRange` fuses its own frames only.
-    kind "semantic" or "instance": points fused from the frames, each with the label of its pixels.
-
-    Args:
-        k_thresh, min_vertices: see `segment_mesh`; unused for labels.
-        cache_dir: folder of computed segments (default: the package's cache).
-
-    Raises:
-        DataError: the source's mesh or segments are broken, no frame can be read, or frames have no such labels.
-        RecipeError: a parameter is out of range.
-    """
-    return Sets(source, k_thresh=k_thresh, min_vertices=min_vertices, kind=kind, cache_dir=cache_dir).scene(scene)
-
-
 def pixel_sets(frame: Frame, sets: SceneSets, *, radius: float = RADIUS, stride: int = 1) -> np.ndarray:
     """Assign every pixel the set of the nearest surface point: int64 [H, W].
 
@@ -119,7 +92,20 @@ def frame_labels(frame: Frame, kind: Kind) -> np.ndarray | None:
 
 
 class Sets:
-    """The sets of a source's scenes and frames for repeated use: keeps the latest ones in memory."""
+    """The sets of a source's scenes and frames for repeated use: keeps the latest ones in memory.
+
+    kind "segments": the segments released with a scan if the parameters equal theirs; else `segment_mesh` of the
+    source's mesh; else `segment_points` of its depth frames, fused to a point per 2 cm (`fuse_points`) with normals of
+    locally fitted planes. A `FrameRange` fuses its own frames only.
+    kind "semantic" or "instance": points fused from the frames, each with the label of its pixels.
+
+    Args:
+        k_thresh, min_vertices: see `segment_mesh`; unused for labels.
+        cache_dir: folder of computed segments (default: the package's cache).
+
+    Raises:
+        RecipeError: a parameter is out of range.
+    """
 
     def __init__(
         self,
@@ -142,7 +128,11 @@ class Sets:
         self._bytes = 0
 
     def scene(self, scene: str) -> SceneSets:
-        """Load the sets of a scene as `scene_sets` does."""
+        """Load or compute the sets of a scene.
+
+        Raises:
+            DataError: the source's mesh or segments are broken, no frame can be read, or frames have no such labels.
+        """
         if scene not in self._scenes:
             self._scenes[scene] = self._find(scene)
             if len(self._scenes) > _SCENES:

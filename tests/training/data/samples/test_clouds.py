@@ -26,7 +26,7 @@ from geo_pretrain.training.data.samples.clouds import (
 from geo_pretrain.training.data.samples.pairs import PairSamples
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
-from geo_pretrain.training.data.surfaces.fusing import frame_cloud, scene_surface
+from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
 from geo_pretrain.training.recipe import DataSpec
 from tests.training.conftest import write_recording
 from tests.work import LargestTensor, python_lines
@@ -256,7 +256,7 @@ def test_chunk_is_the_surface_in_the_box_of_the_frame(source, pairs, tmp_path):
     samples = chunk_samples(source, pairs, tmp_path)
     sample = samples[(0, 0)]
     pair = pairs[0]
-    surface = scene_surface(source, pair.scene, cache_dir=tmp_path)
+    surface = Surfaces(source, cache_dir=tmp_path).load(pair.scene)
     for k, name in ((1, pair.frame1), (2, pair.frame2)):
         low, high = chunk_box(resize_frame(source.load(pair.scene, name), SPEC.size))
         chunk = crop_surface(surface, low, high)
@@ -288,7 +288,7 @@ def test_exact_voxels_of_a_chunk_are_truncated_towards_zero(source, pairs, tmp_p
     exact = chunk_samples(source, pairs, tmp_path, match_released_code=True)[(0, 0)]["coords1"]
     pair = pairs[0]
     box = chunk_box(resize_frame(source.load(pair.scene, pair.frame1), SPEC.size))
-    points = crop_surface(scene_surface(source, pair.scene, cache_dir=tmp_path), *box).points
+    points = crop_surface(Surfaces(source, cache_dir=tmp_path).load(pair.scene), *box).points
     assert (points < 0).any()
     want = {tuple(row) for row in np.trunc(points / np.float32(0.05)).astype(int)}
     assert {tuple(row) for row in exact.tolist()} == want

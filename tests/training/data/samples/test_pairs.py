@@ -18,7 +18,7 @@ from geo_pretrain.training.data.samples.pairs import PairSamples, SetPairSamples
 from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
-from geo_pretrain.training.data.surfaces.sets import pixel_sets, scene_sets
+from geo_pretrain.training.data.surfaces.sets import Sets, pixel_sets
 from geo_pretrain.training.recipe import AugmentSpec, DataSpec
 from tests.training.conftest import write_recording
 
@@ -115,13 +115,13 @@ def spec():
 
 def test_samples_are_those_of_pairs_with_the_sets_of_every_pixel(rooms, spec, tmp_path):
     pairs = find_pairs(rooms, spec, skips=SkippedFrames())
-    samples = SetPairSamples(rooms, pairs, spec, ImageContract(), 3, cache_dir=tmp_path)
+    samples = SetPairSamples(rooms, pairs, spec, ImageContract(), 3, Sets(rooms, cache_dir=tmp_path))
     plain = PairSamples(rooms, pairs, spec, ImageContract(), 3)
     got, want = samples[(1, 0)], plain[(1, 0)]
     assert set(got) == {*want, "sets1", "sets2"}
     for name, value in want.items():
         assert torch.equal(got[name], value) if isinstance(value, torch.Tensor) else got[name] == value
-    scene = scene_sets(rooms, pairs[0].scene, cache_dir=tmp_path)
+    scene = Sets(rooms, cache_dir=tmp_path).scene(pairs[0].scene)
     for number, frame_id in ((1, pairs[0].frame1), (2, pairs[0].frame2)):
         frame = resize_frame(rooms.load(pairs[0].scene, frame_id), spec.size)
         np.testing.assert_array_equal(got[f"sets{number}"], pixel_sets(frame, scene, stride=2))
@@ -133,9 +133,9 @@ def test_samples_are_those_of_pairs_with_the_sets_of_every_pixel(rooms, spec, tm
 
 def test_samples_take_the_options_of_sets(rooms, spec, tmp_path):
     pairs = find_pairs(rooms, spec, skips=SkippedFrames())[:1]
-    semantic = SetPairSamples(rooms, pairs, spec, ImageContract(), 0, kind="semantic")[(0, 0)]
+    semantic = SetPairSamples(rooms, pairs, spec, ImageContract(), 0, Sets(rooms, kind="semantic"))[(0, 0)]
     frame = resize_frame(rooms.load(pairs[0].scene, pairs[0].frame2), spec.size)
     np.testing.assert_array_equal(semantic["sets2"], frame.semantic)
     options = {"k_thresh": 0.03, "min_vertices": 7, "cache_dir": tmp_path}
-    got = SetPairSamples(rooms, pairs, spec, ImageContract(), 0, **options)[(0, 0)]["sets2"]
-    np.testing.assert_array_equal(got, pixel_sets(frame, scene_sets(rooms, pairs[0].scene, **options), stride=2))
+    got = SetPairSamples(rooms, pairs, spec, ImageContract(), 0, Sets(rooms, **options))[(0, 0)]["sets2"]
+    np.testing.assert_array_equal(got, pixel_sets(frame, Sets(rooms, **options).scene(pairs[0].scene), stride=2))

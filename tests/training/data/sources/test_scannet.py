@@ -23,7 +23,7 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
-from geo_pretrain.training.data.surfaces.fusing import scene_surface
+from geo_pretrain.training.data.surfaces.fusing import Surfaces
 from geo_pretrain.training.recipe import DataSpec
 from tests.scannet_layout import cut, write_scannet
 
@@ -67,7 +67,7 @@ def test_lost_tracking_is_a_bad_frame(scans):
 def test_surface_is_the_mesh_and_lies_on_the_room(rooms, scans):
     root, names = scans
     for scan, room in names.items():
-        surface = scene_surface(ScanNet(root), scan)
+        surface = Surfaces(ScanNet(root)).load(scan)
         mesh = rooms.generator.mesh(room, 0.1)
         assert (surface.points == mesh.vertices).all()
         assert (surface.colors == mesh.colors).all()
@@ -91,7 +91,7 @@ def test_without_a_mesh_the_frames_are_fused(tmp_path, rooms):
     source = ScanNet(tmp_path / "scans")
     with pytest.raises(NoSurface, match=r"No mesh .*scene0000_00_vh_clean_2\.ply"):
         source.surface("scene0000_00")
-    fused = scene_surface(source, "scene0000_00", cache_dir=tmp_path)
+    fused = Surfaces(source, cache_dir=tmp_path).load("scene0000_00")
     near, _ = cKDTree(rooms.generator.points(rooms.scenes()[0], 1000.0).points).query(fused.points)
     assert len(fused) > 10_000
     assert np.quantile(near, 0.99) < 0.06
@@ -112,10 +112,10 @@ def test_broken_mesh_is_an_error_and_never_replaced_silently(tmp_path, rooms, ch
     path = mesh_path(tmp_path)
     path.write_bytes(change(path.read_bytes()))
     if reason is None:
-        assert len(scene_surface(ScanNet(tmp_path), "scene0000_00")) > 1000
+        assert len(Surfaces(ScanNet(tmp_path)).load("scene0000_00")) > 1000
         return
     with pytest.raises(DataError, match=reason) as error:
-        scene_surface(ScanNet(tmp_path), "scene0000_00")
+        Surfaces(ScanNet(tmp_path)).load("scene0000_00")
     assert str(path) in str(error.value)
 
 
@@ -127,7 +127,7 @@ def test_vertices_must_be_finite(tmp_path, rooms):
     data[start : start + 4] = np.float32(np.nan).tobytes()
     path.write_bytes(data)
     with pytest.raises(DataError, match="some vertices are not finite"):
-        scene_surface(ScanNet(tmp_path), "scene0000_00")
+        Surfaces(ScanNet(tmp_path)).load("scene0000_00")
 
 
 def test_fingerprint_changes_with_the_mesh(tmp_path, rooms):

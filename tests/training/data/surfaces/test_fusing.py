@@ -17,7 +17,7 @@ from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces import fusing as module
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
-from geo_pretrain.training.data.surfaces.fusing import Surfaces, cached_surface, frame_cloud, fuse, scene_surface
+from geo_pretrain.training.data.surfaces.fusing import Surfaces, cached_surface, frame_cloud, fuse
 from tests.training.conftest import write_recording
 
 
@@ -83,14 +83,14 @@ def test_source_without_a_surface_has_its_frames_fused_and_kept(tmp_path):
     folder = write_recording(tmp_path / "kitchen")
     (folder / "frame-000050.depth.png").write_bytes(b"broken")
     source = SevenScenes(folder)
-    first = scene_surface(source, "kitchen", cache_dir=tmp_path)
+    first = Surfaces(source, cache_dir=tmp_path).load("kitchen")
     want = fuse([source.load("kitchen", frame) for frame in source.frame_ids("kitchen")[:5]])
     assert (first.points == want.points).all()
     (path,) = (tmp_path / "surfaces").iterdir()
     save_again(path, "points", lambda points: points + 1)  # whoever reads the file would see it
-    assert (scene_surface(source, "kitchen", cache_dir=tmp_path).points == first.points + 1).all()
+    assert (Surfaces(source, cache_dir=tmp_path).load("kitchen").points == first.points + 1).all()
     (folder / "frame-000050.depth.png").write_bytes(b"broken otherwise")
-    assert (scene_surface(SevenScenes(folder), "kitchen", cache_dir=tmp_path).points == first.points).all()
+    assert (Surfaces(SevenScenes(folder), cache_dir=tmp_path).load("kitchen").points == first.points).all()
 
 
 def save_again(path, name, change):
@@ -131,16 +131,16 @@ def test_scenes_of_one_source_keep_their_own_surfaces(tmp_path):
     source = SevenScenes(tmp_path / "data")
     for scene in ("one", "two"):
         frames = [source.load(scene, frame) for frame in source.frame_ids(scene)]
-        assert (scene_surface(source, scene, cache_dir=tmp_path).points == fuse(frames).points).all()
+        assert (Surfaces(source, cache_dir=tmp_path).load(scene).points == fuse(frames).points).all()
 
 
 def test_held_out_frames_are_not_fused(tmp_path, recording):
     source = SevenScenes(recording)
     half = FrameRange(source, 0.0, 0.5)
-    fused = scene_surface(half, source.scenes()[0], cache_dir=tmp_path)
+    fused = Surfaces(half, cache_dir=tmp_path).load(source.scenes()[0])
     assert (fused.points == fuse(frames_of(half)).points).all()
     assert len(half.frame_ids(source.scenes()[0])) == 3
-    assert len(fused) < len(scene_surface(source, source.scenes()[0], cache_dir=tmp_path))
+    assert len(fused) < len(Surfaces(source, cache_dir=tmp_path).load(source.scenes()[0]))
 
 
 def test_scene_without_a_readable_frame_is_an_error(tmp_path):
@@ -148,7 +148,7 @@ def test_scene_without_a_readable_frame_is_an_error(tmp_path):
     for path in folder.glob("*.depth.png"):
         path.unlink()
     with pytest.raises(DataError, match="'kitchen' of source 'seven_scenes' has no readable frame"):
-        scene_surface(SevenScenes(folder), "kitchen", cache_dir=tmp_path)
+        Surfaces(SevenScenes(folder), cache_dir=tmp_path).load("kitchen")
 
 
 def test_surfaces_travel_to_workers(tmp_path, recording):
@@ -197,7 +197,7 @@ def rooms():
 def test_rooms_are_dense_enough_for_two_centimetre_voxels(rooms):
     """Hardly a voxel on a surface is empty (2.4 points fall into one on average)."""
     name = rooms.scenes()[0]
-    surface = scene_surface(FrameRange(rooms, 0.0, 0.5), name)
+    surface = Surfaces(FrameRange(rooms, 0.0, 0.5)).load(name)
     labelled = rooms.generator.points(name, 400.0)
     cells = {tuple(cell) for cell in np.floor(surface.points / 0.02).astype(int)}
     probes = labelled.points[::7]

@@ -23,7 +23,7 @@ from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces import sets as module
 from geo_pretrain.training.data.surfaces.fusing import fuse_points
 from geo_pretrain.training.data.surfaces.oversegmentation import plane_normals, segment_mesh, segment_points
-from geo_pretrain.training.data.surfaces.sets import SceneSets, Sets, label_sets, pixel_sets, scene_sets
+from geo_pretrain.training.data.surfaces.sets import SceneSets, Sets, label_sets, pixel_sets
 from geo_pretrain.training.recipe import DataSpec
 from tests.scannet_layout import STEP, write_scannet
 from tests.training.conftest import write_recording
@@ -39,7 +39,7 @@ def rooms():
 
 @pytest.fixture(scope="module")
 def room_sets(rooms, tmp_path_factory):
-    return scene_sets(rooms, rooms.scenes()[0], cache_dir=tmp_path_factory.mktemp("cache"))
+    return Sets(rooms, cache_dir=tmp_path_factory.mktemp("cache")).scene(rooms.scenes()[0])
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_sets_of_a_source_without_a_mesh_are_segments_of_its_fused_frames(rooms,
 
 def test_range_of_frames_has_its_own_sets(rooms, tmp_path):
     one, other = (
-        scene_sets(FrameRange(rooms, *part), rooms.scenes()[0], cache_dir=tmp_path) for part in ((0, 0.2), (0.2, 0.4))
+        Sets(FrameRange(rooms, *part), cache_dir=tmp_path).scene(rooms.scenes()[0]) for part in ((0, 0.2), (0.2, 0.4))
     )
     np.testing.assert_array_equal(one.points, fuse_points(frames_of(rooms)[:1]).points)
     np.testing.assert_array_equal(other.points, fuse_points(frames_of(rooms)[1:2]).points)
@@ -157,13 +157,13 @@ def test_broken_frames_are_left_out_and_scenes_of_one_source_keep_their_own_sets
     source = SevenScenes(tmp_path / "home")
     for number in range(10, 60, 10):
         (folder / f"frame-0000{number}.depth.png").write_bytes(b"broken")
-    sets = scene_sets(source, "kitchen", cache_dir=tmp_path)
+    sets = Sets(source, cache_dir=tmp_path).scene("kitchen")
     np.testing.assert_array_equal(sets.points, fuse_points([source.load("kitchen", "000000")]).points)
     other = fuse_points([source.load("office", "000050")])
-    np.testing.assert_array_equal(scene_sets(source, "office", cache_dir=tmp_path).points, other.points)
+    np.testing.assert_array_equal(Sets(source, cache_dir=tmp_path).scene("office").points, other.points)
     (folder / "frame-000000.depth.png").unlink()
     with pytest.raises(DataError, match="Scene 'kitchen' of source 'seven_scenes' has no readable frame"):
-        scene_sets(source, "kitchen", cache_dir=tmp_path)
+        Sets(source, cache_dir=tmp_path).scene("kitchen")
 
 
 # ScanNet
@@ -174,12 +174,12 @@ def test_segments_that_come_with_a_scan_are_used_as_they_are(scan, tmp_path):
     count = len(source.vertices(SCAN))
     ids = np.arange(count)[::-1] // 7
     write_segs(scan, ids)
-    sets = scene_sets(source, SCAN, cache_dir=tmp_path / "cache")
+    sets = Sets(source, cache_dir=tmp_path / "cache").scene(SCAN)
     np.testing.assert_array_equal(sets.ids, ids)
     np.testing.assert_array_equal(sets.points, source.surface(SCAN).points)
     assert sets.ids.dtype == np.int64
     assert not (tmp_path / "cache").exists()
-    in_range = scene_sets(FrameRange(source, 0, 0.5), SCAN, cache_dir=tmp_path / "cache")
+    in_range = Sets(FrameRange(source, 0, 0.5), cache_dir=tmp_path / "cache").scene(SCAN)
     np.testing.assert_array_equal(in_range.ids, ids)
 
 
@@ -188,7 +188,7 @@ def test_other_segments_are_computed_from_the_mesh(scan, tmp_path, rooms, option
     if options:
         write_segs(scan, [0])  # of other parameters: not read
     mesh = rooms.generator.mesh(rooms.scenes()[0], 0.1)
-    sets = scene_sets(ScanNet(tmp_path), SCAN, cache_dir=tmp_path / "cache", **options)
+    sets = Sets(ScanNet(tmp_path), cache_dir=tmp_path / "cache", **options).scene(SCAN)
     np.testing.assert_array_equal(sets.points, mesh.vertices)
     np.testing.assert_array_equal(sets.ids, segment_mesh(mesh.vertices, mesh.faces, **options))
     assert (np.einsum("ni,ni->n", sets.normals, mesh.normals)[np.unique(mesh.faces)] > 0).mean() > 0.99
@@ -199,7 +199,7 @@ def test_scan_without_a_mesh_has_its_frames_fused(written, tmp_path):
         (tmp_path / SCAN / part).mkdir(parents=True)
         for path in (written / SCAN / part).iterdir():
             (tmp_path / SCAN / part / path.name).write_bytes(path.read_bytes())
-    sets = scene_sets(ScanNet(tmp_path), SCAN, cache_dir=tmp_path / "cache")
+    sets = Sets(ScanNet(tmp_path), cache_dir=tmp_path / "cache").scene(SCAN)
     np.testing.assert_array_equal(sets.points, fuse_points(frames_of(ScanNet(written))).points)
 
 
@@ -216,7 +216,7 @@ def test_scan_without_a_mesh_has_its_frames_fused(written, tmp_path):
 def test_broken_segments_are_an_error_that_names_the_file(scan, tmp_path, ids, changes, reason):
     path = write_segs(scan, ids, **changes)
     with pytest.raises(DataError, match=reason) as error:
-        scene_sets(ScanNet(tmp_path), SCAN)
+        Sets(ScanNet(tmp_path)).scene(SCAN)
     assert str(path) in str(error.value)
 
 
@@ -224,7 +224,7 @@ def test_broken_segments_are_an_error_that_names_the_file(scan, tmp_path, ids, c
 def test_a_file_of_something_else_is_an_error(scan, tmp_path, text, reason):
     write_segs(scan, [0]).write_text(text)
     with pytest.raises(DataError, match=rf"segs\.json: .*{reason}"):
-        scene_sets(ScanNet(tmp_path), SCAN)
+        Sets(ScanNet(tmp_path)).scene(SCAN)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_broken_faces_are_an_error_that_names_the_file(scan, tmp_path, change, r
     path = scan / f"{SCAN}_vh_clean_2.ply"
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(DataError, match=reason) as error:
-        scene_sets(ScanNet(tmp_path), SCAN, cache_dir=tmp_path)
+        Sets(ScanNet(tmp_path), cache_dir=tmp_path).scene(SCAN)
     assert str(path) in str(error.value)
 
 
@@ -268,10 +268,10 @@ def test_sets_of_labels_are_the_labels(rooms, tmp_path):
     assert (ids[:5] == -1).all()
     assert (ids[5:] == frame.semantic[5:]).all()
     assert (Sets(rooms, kind="instance").pixels(frame) == frame.instance).all()
-    sets = scene_sets(rooms, rooms.scenes()[0], kind="semantic", cache_dir=tmp_path)
+    sets = Sets(rooms, kind="semantic", cache_dir=tmp_path).scene(rooms.scenes()[0])
     assert set(np.unique(sets.ids)) <= {int(i) for f in frames_of(rooms) for i in np.unique(f.semantic)}
     assert (pixel_sets(frame, sets) == frame.semantic).mean() > 0.95
-    things = scene_sets(rooms, rooms.scenes()[0], kind="instance", cache_dir=tmp_path)
+    things = Sets(rooms, kind="instance", cache_dir=tmp_path).scene(rooms.scenes()[0])
     assert (pixel_sets(frame, things) == frame.instance).mean() > 0.95
     assert not any(tmp_path.iterdir())
 
@@ -279,7 +279,7 @@ def test_sets_of_labels_are_the_labels(rooms, tmp_path):
 def test_frames_without_labels_cannot_have_sets_of_labels(recording):
     source = SevenScenes(recording)
     frame = frames_of(source)[0]
-    for call in (lambda: label_sets(frame, "semantic"), lambda: scene_sets(source, frame.scene, kind="semantic")):
+    for call in (lambda: label_sets(frame, "semantic"), lambda: Sets(source, kind="semantic").scene(frame.scene)):
         with pytest.raises(DataError, match=r"has no semantic labels.*such as rooms, or scannet.*kind 'segments'"):
             call()
     pairs = [Pair(frame.scene, id, id, 1.0) for id in ("999999", frame.id)]  # the first one cannot be read
@@ -340,7 +340,7 @@ def test_computed_sets_are_kept_and_made_again_when_damaged(rooms, tmp_path, mon
     monkeypatch.setattr(module, "segment_points", lambda *a, **k: made.append(k) or segment_points(*a, **k))
 
     def sets(**options):
-        return scene_sets(half, rooms.scenes()[0], cache_dir=tmp_path, **options)
+        return Sets(half, cache_dir=tmp_path, **options).scene(rooms.scenes()[0])
 
     first = sets()
     (path,) = (tmp_path / "sets").iterdir()
@@ -374,7 +374,7 @@ def test_kept_pairs_and_sets_are_those_of_the_sources_options(written, tmp_path)
     assert kept == anew
     assert kept[0] != kept[1]
     for source in sources:
-        sets = scene_sets(source, SCAN, cache_dir=cache)
+        sets = Sets(source, cache_dir=cache).scene(SCAN)
         np.testing.assert_array_equal(sets.points, fuse_points(frames_of(source)).points)
     assert len(list((cache / "sets").iterdir())) == 2
 
@@ -382,7 +382,7 @@ def test_kept_pairs_and_sets_are_those_of_the_sources_options(written, tmp_path)
 def test_cache_that_cannot_be_written_is_named(rooms, tmp_path):
     (tmp_path / "sets").write_text("a file")
     with pytest.raises(DataError, match=r"Cannot write the sets to .*GEO_PRETRAIN_CACHE"):
-        scene_sets(rooms, rooms.scenes()[0], cache_dir=tmp_path)
+        Sets(rooms, cache_dir=tmp_path).scene(rooms.scenes()[0])
 
 
 def test_maps_are_remembered_up_to_a_limit(rooms, tmp_path, monkeypatch):
