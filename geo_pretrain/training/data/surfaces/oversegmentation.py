@@ -10,12 +10,12 @@ from __future__ import annotations
 import importlib.util
 from array import array
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from geo_pretrain.errors import DataError, RecipeError, require
+from geo_pretrain.training.data.surfaces import graph_loops
 
 K_THRESH, MIN_VERTICES = 0.01, 20  # the parameters of the segments that come with ScanNet
 
@@ -49,9 +49,9 @@ def segment_mesh(
         RecipeError: `k_thresh` or `min_vertices` is out of range.
     """
     vertices, faces = _checked_mesh(vertices, faces)
-    normals = vertex_normals(vertices, faces)
+    normals = vertex_normals(vertices, faces, compiled=compiled)
     a, b = faces[:, [0, 0, 2]].ravel(), faces[:, [1, 2, 1]].ravel()
-    weights = edge_weights(vertices, normals, a, b)
+    weights = edge_weights(vertices, normals, a, b, compiled=compiled)
     return segment_graph(len(vertices), a, b, weights, k_thresh=k_thresh, min_vertices=min_vertices, compiled=compiled)
 
 
@@ -84,16 +84,19 @@ def segment_points(
     _, near = _neighbors(points, NEIGHBORS, REACH)
     a, b = np.repeat(np.arange(len(points)), near.shape[1]), near.ravel()
     a, b = a[b < len(points)], b[b < len(points)]
-    weights = edge_weights(points, normals, a, b)
+    weights = edge_weights(points, normals, a, b, compiled=compiled)
     return segment_graph(len(points), a, b, weights, k_thresh=k_thresh, min_vertices=min_vertices, compiled=compiled)
 
 
-def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+def vertex_normals(vertices: np.ndarray, faces: np.ndarray, *, compiled: bool | None = None) -> np.ndarray:
     """Average the unit normals of the faces of each vertex, without normalizing the mean: float32 [V, 3].
 
     As the Segmentator, a running mean in order of faces: mean <- n / (k + 1) + (1 - 1 / (k + 1)) mean for the k-th face
     (from 0). Faces without area, whose normal would be NaN, are left out.
     """
+    vertices, faces = _checked_mesh(vertices, faces)
+    if _uses_numba(compiled):
+        return graph_loops.compiled()["vertex_normals"](vertices, faces)
     one, two, three = (vertices[faces[:, corner]] for corner in range(3))
     face_normals, length = _unit(_cross(two - one, three - one))
     corners, values = faces[length > 0].ravel(), np.repeat(face_normals[length > 0], 3, axis=0)
@@ -109,12 +112,16 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     return normals
 
 
-def edge_weights(vertices: np.ndarray, normals: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def edge_weights(
+    vertices: np.ndarray, normals: np.ndarray, a: np.ndarray, b: np.ndarray, *, compiled: bool | None = None
+) -> np.ndarray:
     """Weigh edges a -> b by the change of the normal: float32 [E] from 0 (flat) to 2.
 
     w = 1 - n_a . n_b. Convex edges, n_b . (b - a) > 0, as within one object, are discounted: w becomes w squared. An
     edge of length 0 has no direction and no discount.
     """
+    if _uses_numba(compiled):
+        return graph_loops.compiled()["edge_weights"](vertices, normals, a, b)
     along, _ = _unit(vertices[b] - vertices[a])
     weights = np.float32(1) - _dot(normals[a], normals[b])
     return np.where(_dot(normals[b], along) > 0, weights * weights, weights)
@@ -139,22 +146,21 @@ def segment_graph(
     rank).
     """
     check_segmentation(k_thresh, min_vertices)
-    order = np.argsort(weights, kind="stable")
-    a, b, weights = a[order], b[order], weights[order].astype(np.float32)
-    sizes = np.arange(count + 1, dtype=np.float32)
-    sizes[0] = 1
-    shares = np.float32(k_thresh) / sizes
-    if compiled is None:
-        compiled = importlib.util.find_spec("numba") is not None
-    ints: Callable[[np.ndarray], Any] = _int_array if compiled else _int_list
-    floats: Callable[[np.ndarray], Any] = _float_array if compiled else _float_packed
-    merge_edges, merge_rest = (_compiled if compiled else _interpreted)()
-    parent, rank, size = (ints(x) for x in (np.arange(count), np.zeros(count, int), np.ones(count, int)))
-    threshold = floats(np.full(count, k_thresh, np.float32))
-    merge_edges(ints(a), ints(b), floats(weights), floats(shares), parent, rank, size, threshold)
+    order = _ascending(weights.astype(np.float32))
+    a, b, weights = a[order].astype(np.int64), b[order].astype(np.int64), weights[order].astype(np.float32)
+    shares = np.float32(k_thresh) / np.maximum(np.arange(count + 1, dtype=np.float32), 1)
+    if _uses_numba(compiled):
+        merge = graph_loops.compiled()["merge"]
+        ints: Callable[[np.ndarray], Any] = np.ascontiguousarray
+        floats: Callable[[np.ndarray], Any] = np.ascontiguousarray
+    else:  # ten times faster than arrays, and as they round to float32
+        merge, ints, floats = graph_loops.merge, np.ndarray.tolist, _packed
+    parent, rank, size = (ints(x) for x in (np.arange(count), np.zeros(count, np.int64), np.ones(count, np.int64)))
+    state = floats(shares), parent, rank, size, floats(np.full(count, k_thresh, np.float32))
+    merge(ints(a), ints(b), floats(weights), 0, *state)
     roots = _roots(parent)
     across = roots[a] != roots[b]
-    merge_rest(ints(a[across]), ints(b[across]), min_vertices, parent, rank, size)
+    merge(ints(a[across]), ints(b[across]), floats(weights[across]), min_vertices, *state)
     return _roots(parent)
 
 
@@ -198,80 +204,22 @@ def plane_normals(points: np.ndarray, towards: np.ndarray, weights: np.ndarray |
     return normals
 
 
-def merge_by_weight(
-    a: Any, b: Any, weights: Any, shares: Any, parent: Any, rank: Any, size: Any, threshold: Any
-) -> None:
-    """Merge by weight, the first pass, in place. Must be valid for plain Python lists and for numba on arrays."""
-    for edge in range(len(a)):
-        x = a[edge]
-        while parent[x] != x:
-            parent[x] = parent[parent[x]]
-            x = parent[x]
-        y = b[edge]
-        while parent[y] != y:
-            parent[y] = parent[parent[y]]
-            y = parent[y]
-        if x != y:
-            weight = weights[edge]
-            if weight <= threshold[x] and weight <= threshold[y]:
-                if rank[x] > rank[y]:
-                    x, y = y, x
-                parent[x] = y
-                size[y] += size[x]
-                if rank[x] == rank[y]:
-                    rank[y] += 1
-                threshold[y] = weight + shares[size[y]]
+def _uses_numba(compiled: bool | None) -> bool:
+    return importlib.util.find_spec("numba") is not None if compiled is None else compiled
 
 
-def merge_small(a: Any, b: Any, least: int, parent: Any, rank: Any, size: Any) -> None:
-    """Merge small components, the second pass, in place; see `merge_by_weight`."""
-    for edge in range(len(a)):
-        x = a[edge]
-        while parent[x] != x:
-            parent[x] = parent[parent[x]]
-            x = parent[x]
-        y = b[edge]
-        while parent[y] != y:
-            parent[y] = parent[parent[y]]
-            y = parent[y]
-        if x != y and (size[x] < least or size[y] < least):
-            if rank[x] > rank[y]:
-                x, y = y, x
-            parent[x] = y
-            size[y] += size[x]
-            if rank[x] == rank[y]:
-                rank[y] += 1
+def _packed(values: np.ndarray) -> array[float]:
+    return array("f", values.tobytes())
 
 
-@cache
-def _compiled() -> tuple[Callable[..., None], ...]:
-    """Compile both passes; the code is cached on disk where there is a folder for it."""
-    numba = require("numba", "fast")
-    try:
-        return tuple(numba.njit(cache=True)(each) for each in (merge_by_weight, merge_small))
-    except RuntimeError:
-        return tuple(numba.njit(each) for each in (merge_by_weight, merge_small))
-
-
-def _interpreted() -> tuple[Callable[..., None], ...]:
-    return merge_by_weight, merge_small
-
-
-def _int_array(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values, np.int64)
-
-
-def _int_list(values: np.ndarray) -> Any:
-    return values.tolist()
-
-
-def _float_array(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values, np.float32)
-
-
-def _float_packed(values: np.ndarray) -> array[float]:
-    """An array as fast as a list that rounds values to float32."""
-    return array("f", values.astype(np.float32).tobytes())
+def _ascending(weights: np.ndarray) -> np.ndarray:
+    """A stable argsort of float32 weights [E], by one sort of integers that hold weight and position."""
+    bits = (weights + np.float32(0)).view(np.int32)  # -0 becomes 0
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the numbers
+    keys[np.isnan(weights)] = 0x7FFFFFFF  # last
+    packed = (keys.astype(np.int64) << 32) | np.arange(len(weights))
+    packed.sort()
+    return packed & 0xFFFFFFFF
 
 
 def _roots(parent: Any) -> np.ndarray:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.rooms import RoomGenerator, RoomsConfig
+from geo_pretrain.training.data.surfaces import graph_loops
 from geo_pretrain.training.data.surfaces import oversegmentation as module
 from geo_pretrain.training.data.surfaces.oversegmentation import (
     edge_weights,
@@ -149,6 +151,36 @@ def test_normals_and_weights_are_those_of_the_description_to_the_bit():
     np.testing.assert_array_equal(weights, want)
 
 
+@pytest.mark.parametrize("scene, noise", [(0, 0), (1, 0.002)])
+def test_numba_gives_the_same_bits_on_rooms(scene, noise):
+    """Without noise many weights are equal: their order counts."""
+    rooms = RoomGenerator(RoomsConfig(scenes=2))
+    mesh = rooms.mesh(rooms.names()[scene], edge=0.2)
+    vertices = mesh.vertices + np.random.default_rng(0).normal(0, noise, mesh.vertices.shape).astype(F)
+    a, b = mesh.faces[:, 0], mesh.faces[:, 1]
+    slow, fast = ({"compiled": compiled} for compiled in (False, True))
+    normals = vertex_normals(vertices, mesh.faces, **slow)
+    np.testing.assert_array_equal(as_bits(vertex_normals(vertices, mesh.faces, **fast)), as_bits(normals))
+    weights = edge_weights(vertices, normals, a, b, **slow)
+    np.testing.assert_array_equal(as_bits(edge_weights(vertices, normals, a, b, **fast)), as_bits(weights))
+    segments = segment_mesh(vertices, mesh.faces, **slow)
+    np.testing.assert_array_equal(segment_mesh(vertices, mesh.faces, **fast), segments)
+    assert 100 < len(np.unique(segments)) < len(vertices) / 20
+
+
+def as_bits(values):
+    assert values.dtype == F
+    return values.view(np.int32)
+
+
+def test_edges_are_sorted_as_a_stable_argsort_sorts_them():
+    rng = np.random.default_rng(0)
+    weights = (rng.integers(-30, 30, 3000) / 8).astype(F)  # many ties
+    weights[::7], weights[::11], weights[::13] = -0.0, np.nan, -np.nan
+    weights[::17], weights[::19] = np.inf, -np.inf
+    np.testing.assert_array_equal(module._ascending(weights), np.argsort(weights, kind="stable"))
+
+
 def test_convex_edges_are_discounted_and_concave_ones_are_not():
     """A roof seen from outside (convex) and from inside (concave): normals turn by the same angle."""
     points = np.array([[-1, 0, 0], [1, 0, 0], [0, 0, 0]], F)
@@ -224,7 +256,7 @@ def test_random_graphs_compiled_or_not_are_the_twins():
 def test_without_numba_it_is_the_same_code(monkeypatch):
     vertices, faces = cube(6)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(module, "_compiled", lambda: pytest.fail("numba was asked for"))
+    monkeypatch.setattr(graph_loops, "compiled", lambda: pytest.fail("numba was asked for"))
     assert len(np.unique(segment_mesh(vertices, faces))) == 6
 
 
