@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +20,29 @@ Arrays = Mapping[str, np.ndarray]
 def cached_arrays(path: Path, make: Callable[[], Arrays], what: str) -> Arrays:
     """Read arrays from a safetensors file; make and write them when the file is missing or damaged.
 
-    Raises `DataError`, which calls the arrays `what`, where the file cannot be written.
+    Raises `DataError` where the file cannot be written, see `writing`.
     """
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="np") as file:
         arrays: Arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if (file.metadata() or {}).get("sha256") == arrays_digest(arrays):
             return arrays
     arrays = {name: np.ascontiguousarray(array) for name, array in make().items()}
+    with writing(path, what) as part:
+        save_file(dict(arrays), part, metadata={"sha256": arrays_digest(arrays)})
+    return arrays
+
+
+@contextlib.contextmanager
+def writing(path: Path, what: str) -> Iterator[Path]:
+    """`atomic_write` for files of the cache. Where they cannot be written, a `DataError` calls them `what`."""
     try:
         with atomic_write(path) as part:
-            save_file(dict(arrays), part, metadata={"sha256": arrays_digest(arrays)})
+            yield part
     except OSError as error:
         raise DataError(
             f"Cannot write the {what} to {str(path)!r} ({error.strerror}). "
             "Set GEO_PRETRAIN_CACHE to a folder that can be written."
         ) from error
-    return arrays
 
 
 def arrays_digest(arrays: Arrays) -> str:

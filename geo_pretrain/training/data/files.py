@@ -83,6 +83,12 @@ def read_pose(path: Path) -> np.ndarray:
     return pose
 
 
+def first_names(names: Sequence[object], limit: int = 5) -> str:
+    """List the first names for a message: "a, b, c, d, e and 7 more"."""
+    shown = ", ".join(map(str, names[:limit]))
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 def files_fingerprint(root: Path, paths: Iterable[Path]) -> str:
     """A sha256 over relative names, sizes and modification times: cheap; it changes when a file does."""
     digest = hashlib.sha256()

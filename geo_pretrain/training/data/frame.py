@@ -12,6 +12,7 @@ import torch
 
 from geo_pretrain import geometry
 from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.training.data.files import first_names
 
 T = TypeVar("T")
 
@@ -171,6 +172,5 @@ class SkippedFrames:
         lines = []
         for reason, count in self.counts().items():
             paths = [path for path, why in self.reasons.items() if why == reason]
-            more = f" and {count - limit} more" if count > limit else ""
-            lines.append(f"skipped {count}: {reason} ({', '.join(paths[:limit])}{more})")
+            lines.append(f"skipped {count}: {reason} ({first_names(paths, limit)})")
         return "\n".join(lines)

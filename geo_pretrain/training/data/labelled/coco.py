@@ -124,7 +124,7 @@ class Coco:
         found: dict[str, list[dict[str, Any]]] = {id: [] for id in self._images}
         for annotation in annotations:
             if annotation["category_id"] not in self._class_of:
-                raise self._wrong(annotation, "category_id", f"categories have {_some(self._class_of)}")
+                raise self._wrong(annotation, "category_id", f"categories have {files.first_names([*self._class_of])}")
             if str(annotation["image_id"]) not in found:
                 raise self._wrong(annotation, "image_id", "no image of the file has it")
             found[str(annotation["image_id"])].append(annotation)
@@ -259,8 +259,3 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _some(names: Mapping[int, int], limit: int = 5) -> str:
-    shown = ", ".join(map(str, list(names)[:limit]))
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -49,15 +49,12 @@ class Folder:
         self._items = {item.id: item for item in items}
 
     def ids(self) -> list[str]:
-        """Names of all images, in the order of their files."""
         return list(self._items)
 
     def scene_of(self, id: str) -> str:
-        """The scene that an image shows."""
         return self._item(id).scene
 
     def scenes(self) -> list[str]:
-        """All scenes of the split, including those without a usable image."""
         return list(dict.fromkeys(item.scene for item in self._items.values()))
 
     def file_name(self, id: str) -> str:
@@ -87,7 +84,6 @@ class SemanticFolder(Folder):
         self.bits = tuple(bits)
 
     def load(self, id: str) -> LabelledImage:
-        """Read one image. Raises `BadFrame`."""
         item = self._item(id)
         if item.labels is None:
             raise BadFrame(item.image, "image has no file of labels")
@@ -126,7 +122,6 @@ class InstanceFolder(Folder):
         return list(self._kept)
 
     def load(self, id: str) -> LabelledImage:
-        """Read one image. Raises `BadFrame`."""
         image = files.read_color(self._item(id).image)
         return LabelledImage(id, image, None, self._instances(id, image.shape))
 

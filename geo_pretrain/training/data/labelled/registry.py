@@ -12,6 +12,7 @@ import numpy as np
 
 from geo_pretrain.errors import DataError, RecipeError, unknown
 from geo_pretrain.training.config import parse
+from geo_pretrain.training.data.files import first_names
 from geo_pretrain.training.data.labelled.cityscapes import open_cityscapes
 from geo_pretrain.training.data.labelled.coco import CocoOptions, open_coco
 from geo_pretrain.training.data.labelled.image import ImageFiles, LabelledImage, LabelledSource, SceneList
@@ -150,15 +151,12 @@ class Subset:
         return list(self._ids)
 
     def scene_of(self, id: str) -> str:
-        """The scene that an image shows."""
         return self.source.scene_of(id)
 
     def file_name(self, id: str) -> str:
-        """The image's path, as the source has it."""
         return file_name(self.source, id)
 
     def load(self, id: str) -> LabelledImage:
-        """Read one image."""
         return self.source.load(id)
 
     def fingerprint(self) -> str:
@@ -187,11 +185,9 @@ def subset(
         known = set(source.scenes()) if isinstance(source, SceneList) else set(images)
         missing = sorted(set(scenes) - known)
         if missing or not scenes:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            listed = f"{', '.join(missing[:5])}{more}" if missing else "an empty list"
             raise DataError(
-                f"Scenes of the list that split {source.split!r} of {source.name!r} lacks: {listed}; "
-                f"it has {len(known)}."
+                f"Scenes of the list that split {source.split!r} of {source.name!r} lacks: "
+                f"{first_names(missing) or 'an empty list'}; it has {len(known)}."
             )
         return Subset(source, scenes)
     order = sorted(images, key=lambda scene: hashlib.sha256(f"{seed}\n{scene}".encode()).digest())

@@ -64,12 +64,7 @@ class LabelledRooms:
         return names
 
     def scene_of(self, id: str) -> str:
-        """The room that an image shows."""
         return id.partition("/")[0]
-
-    def file_name(self, id: str) -> str:
-        """The name of the image as a file."""
-        return f"{id}.png"
 
     def load(self, id: str) -> LabelledImage:
         """Read one frame from the cache of rooms; its scene is rendered first when that is missing."""

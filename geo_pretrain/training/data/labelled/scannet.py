@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from geo_pretrain.errors import DataError
+from geo_pretrain.training.data.files import first_names
 from geo_pretrain.training.data.labelled.folders import InstanceFolder, InstanceRule, Item, SemanticFolder
 from geo_pretrain.training.data.labelled.mapping import label_map
 
@@ -36,15 +37,15 @@ def open_scannet(path: Path, split: str, task: str, options: ScanNetOptions) -> 
     missing = [scene for scene in scenes if not (root / scene).is_dir()]
     if missing:
         raise DataError(
-            f"{str(root)!r} lacks {len(missing)} of the {len(scenes)} scenes of {str(listed)!r}: {_some(missing)}. "
-            f"Expected layout: {LAYOUT}"
+            f"{str(root)!r} lacks {len(missing)} of the {len(scenes)} scenes of {str(listed)!r}: "
+            f"{first_names(missing)}. Expected layout: {LAYOUT}"
         )
     kind = "label" if task == "segmentation" else "instance"
     for folder in ("color", kind):
         bare = [scene for scene in scenes if not (root / scene / folder).is_dir()]
         if bare:
             raise DataError(
-                f"No folder {folder!r} in {len(bare)} of {len(scenes)} scenes of {str(root)!r}: {_some(bare)}. "
+                f"No folder {folder!r} in {len(bare)} of {len(scenes)} scenes of {str(root)!r}: {first_names(bare)}. "
                 f"Expected layout: {LAYOUT}"
             )
     items = [
@@ -69,10 +70,12 @@ def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
     """
     if path.is_dir():
         if fraction is None:
-            raise DataError(f"{str(path)!r} is a folder; name one of its lists: {_some(_lists(path))}.")
+            raise DataError(f"{str(path)!r} is a folder; name one of its lists: {first_names(_lists(path))}.")
         file = path / f"scannetv2_train_{100 * fraction:g}.txt"
         if not file.is_file():
-            raise DataError(f"No list {file.name!r} in {str(path)!r}; there are: {_some(_lists(path)) or 'none'}.")
+            raise DataError(
+                f"No list {file.name!r} in {str(path)!r}; there are: {first_names(_lists(path)) or 'none'}."
+            )
         path = file
     try:
         names = path.read_text(encoding="utf-8").split()
@@ -82,7 +85,7 @@ def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
         raise DataError(f"{str(path)!r}: the list of scenes is empty.")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"{str(path)!r}: {_some(twice)} more than once.")
+        raise DataError(f"{str(path)!r}: {first_names(twice)} more than once.")
     return names
 
 
@@ -108,7 +111,3 @@ def _annotation(image: Path, kind: str) -> tuple[Path | None, Path | None]:
 
 def _lists(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.glob("*.txt"))
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

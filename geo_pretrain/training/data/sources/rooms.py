@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,9 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from geo_pretrain.errors import DataError, unknown
-from geo_pretrain.files import atomic_write
+from geo_pretrain.errors import unknown
 from geo_pretrain.rooms import CLASSES, FIELDS, GENERATOR, RoomGenerator, RoomsConfig
+from geo_pretrain.training.data.cache import writing
 from geo_pretrain.training.data.frame import Frame, Surface
 from geo_pretrain.training.data.surfaces.fusing import cached_surface
 
@@ -51,11 +51,9 @@ class Rooms:
         return {**self.__dict__, "progress": None}  # a callback does not travel to worker processes
 
     def scenes(self) -> list[str]:
-        """Names such as "rooms_train_0000"."""
         return self.generator.names()
 
     def frame_ids(self, scene: str) -> list[str]:
-        """Names "0000", "0001", ... in order of time."""
         self.generator.index(scene)  # raises for an unknown scene
         return [f"{index:04d}" for index in range(self.config.frames)]
 
@@ -125,21 +123,9 @@ class Rooms:
 
     def _store(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
         facts = {"config": self.config.digest(), "sha256": _digest(arrays), "generator": GENERATOR}
-        with self._written(path) as temporary:
+        with writing(path, "rooms") as temporary:
             # One key only: the order of several would differ from run to run, and so would the file's bytes.
             save_file(arrays, temporary, metadata={"rooms": json.dumps(facts)})
-
-    @contextlib.contextmanager
-    def _written(self, path: Path) -> Iterator[Path]:
-        """Wrap `atomic_write`; its errors name a remedy."""
-        try:
-            with atomic_write(path) as temporary:
-                yield temporary
-        except OSError as error:
-            raise DataError(
-                f"rooms: cannot write to the cache folder {str(path.parent)!r} ({error.strerror}). "
-                "Set GEO_PRETRAIN_CACHE to a folder that can be written."
-            ) from error
 
     def _write_manifest(self) -> None:
         """Describe the folder: config, generator and the digest in each scene file present."""
@@ -149,7 +135,7 @@ class Rooms:
                 scenes[path.stem] = {"sha256": _facts(file.metadata()).get("sha256"), "bytes": path.stat().st_size}
         config = {key: value for key, value in asdict(self.config).items() if key != "scenes"}
         content = {"generator": GENERATOR, "config": config, "classes": CLASSES, "scenes": scenes}
-        with self._written(self.cache_dir / "manifest.json") as temporary:
+        with writing(self.cache_dir / "manifest.json", "rooms") as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
