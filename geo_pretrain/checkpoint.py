@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from geo_pretrain.catalog.entry import Arch, License
+from geo_pretrain.catalog import CATALOG
+from geo_pretrain.catalog.entry import FILE_NAME, WEIGHT_ROLES, Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
 from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed
 from geo_pretrain.files import sync_files, sync_folder
@@ -26,10 +29,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CONFIG = "config.json"
-WEIGHT_ROLES = ("encoder", "decoder", "model", "heads", "teacher")
 TEXT_ROLES = {"recipe": "recipe.yaml", "log": "log.jsonl", "card": "README.md"}
 ROLES = {role: f"{role}.safetensors" for role in (*WEIGHT_ROLES, "golden")} | TEXT_ROLES
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -133,19 +134,19 @@ def write_checkpoint(
     folder = Path(folder).resolve()
     check_target(folder, name)
     _check_roles(weights)
-    recover(folder)
-    staging = _staging(folder)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     tensors = {role: state for role, state in weights.items() if state} | {"golden": golden}
     texts = {"recipe": recipe_yaml, "log": log.read_text("utf-8") if isinstance(log, Path) else log, "card": card}
-    try:
+    with staged(folder) as staging:
         for role, state in tensors.items():
             _save_tensors(state, staging / ROLES[role])
         written = [role for role, text in texts.items() if text is not None]
         for role in written:
             (staging / ROLES[role]).write_bytes(str(texts[role]).encode())
-        files = {ROLES[role]: asdict(_describe(staging / ROLES[role], role)) for role in (*tensors, *written)}
+        paths = {role: staging / ROLES[role] for role in (*tensors, *written)}
+        files = {
+            path.name: {"role": role, "size": path.stat().st_size, "sha256": sha256(path)}
+            for role, path in paths.items()
+        }
         config = {
             "format": FORMAT,
             "name": name,
@@ -158,12 +159,6 @@ def write_checkpoint(
         } | ({} if pairing is None else {"pair": pairing.to_dict()})
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         read_checkpoint(staging)  # what nobody could read back is not put in place
-        sync_files(staging)
-        put_in_place(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        recover(folder)
-        raise
     return read_checkpoint(folder)
 
 
@@ -213,6 +208,28 @@ def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
         )
     except (ValueError, TypeError, KeyError) as error:  # from the dataclasses' own checks
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def means_folder(name_or_path: str | os.PathLike[str]) -> bool:
+    """A checkpoint folder wins over a name; a bare name means what lies here under it if the catalog lacks it."""
+    folder = Path(name_or_path).expanduser()
+    if (folder / CONFIG).is_file() or not isinstance(name_or_path, str):
+        return True
+    looks_like_path = os.sep in name_or_path or name_or_path.startswith((".", "~"))
+    return looks_like_path or (folder.exists() and name_or_path not in CATALOG)
+
+
+def intact_checkpoint(folder: Path, roles: Iterable[str]) -> Checkpoint | None:
+    """The checkpoint in `folder` if its files of these roles are as promised; None: they have to be made again."""
+    if not (folder / CONFIG).is_file():
+        return None
+    try:
+        checkpoint = read_checkpoint(folder)
+        for role in roles:
+            verify_file(checkpoint, checkpoint.file_of(role))
+    except CheckpointError:
+        return None
+    return checkpoint
 
 
 def read_weights(checkpoint: Checkpoint, role: str) -> dict[str, Tensor]:
@@ -269,7 +286,7 @@ def sha256(path: Path) -> str:
 def recover(folder: Path) -> None:
     """Finish or undo the write of a process that was killed: afterwards the old or the new checkpoint is in place.
 
-    A staging folder is never complete, so it is dropped by the next write and ignored here.
+    A folder of `staged` is never complete, so it is dropped by the next write and ignored here.
     """
     retired = _retired(folder)
     if not retired.is_dir():
@@ -280,26 +297,34 @@ def recover(folder: Path) -> None:
         retired.rename(folder)
 
 
-def _staging(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.writing")
-
-
 def _retired(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def put_in_place(staging: Path, folder: Path) -> None:
-    """Move a complete `staging` folder to `folder`; files there that belong to no checkpoint are kept.
+@contextmanager
+def staged(folder: Path, writer: str = "") -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, which takes its place at the end, or is removed after an error.
 
-    Two renames; `recover` puts things right when the process dies between or after them.
+    Files in the old folder that belong to no checkpoint are kept. Two renames; `recover` puts things right when the
+    process dies between or after them. `writer` tells writers apart where there may be several at a time.
     """
-    retired = _retired(folder)
-    if folder.exists():
-        folder.rename(retired)
-    staging.rename(folder)
-    sync_folder(folder.parent)
-    if retired.is_dir():
-        _retire(retired, folder)
+    recover(folder)
+    staging, retired = folder.with_name(f".{folder.name}{writer and '.' + writer}.writing"), _retired(folder)
+    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        sync_files(staging)
+        if folder.exists():
+            folder.rename(retired)
+        staging.rename(folder)
+        sync_folder(folder.parent)
+        if retired.is_dir():
+            _retire(retired, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        recover(folder)
+        raise
 
 
 def _retire(retired: Path, folder: Path) -> None:
@@ -339,10 +364,6 @@ def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     # clones: safetensors refuses tensors that share memory, and views would drag their whole storage along.
     # Not save_file: its files are readable by their owner alone, whatever the umask says.
     path.write_bytes(save({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}))
-
-
-def _describe(path: Path, role: str) -> StoredFile:
-    return StoredFile(role=role, size=path.stat().st_size, sha256=sha256(path))
 
 
 def _get(config: Mapping[str, Any], key: str, kind: type, path: Path, prefix: str = "") -> Any:

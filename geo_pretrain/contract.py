@@ -6,9 +6,9 @@ A contract is to this package what `pretrained_cfg` is to timm.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +25,32 @@ ACCEPTED = "a PIL image, uint8 [H, W, C] numpy, or a tensor [C, H, W] or [B, C, 
 
 
 @dataclass(frozen=True)
-class ImageContract:
+class Contract:
+    """The form in which both contracts are stored."""
+
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain JSON types; `contract_from_dict` converts back."""
+        return {"kind": self.kind, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build a contract from its `to_dict` form. Raises ValueError for unknown, missing or impossible entries."""
+        names = {"kind", *(field.name for field in fields(cls))}
+        if set(data) != names or data["kind"] != cls.kind:
+            missing, extra = sorted(names - set(data)), sorted(set(data) - names)
+            raise ValueError(
+                f"not a contract of kind {cls.kind!r}: missing {missing}, unknown {extra}, kind {data.get('kind')!r}."
+            )
+        return cls(**{key: value for key, value in data.items() if key != "kind"})
+
+
+@dataclass(frozen=True)
+class ImageContract(Contract):
     """The input of an image network: channels in order, value range, mean and std, size (H, W) of pre-training."""
 
+    kind: ClassVar = "image"
     channels: tuple[str, ...] = ("R", "G", "B")
     value_range: tuple[float, float] = (0.0, 1.0)
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -56,15 +79,6 @@ class ImageContract:
             f"images: {order} in [{self.value_range[0]:g}, {self.value_range[1]:g}], mean {mean}, std {std}, "
             f"pre-trained at {self.size[0]}x{self.size[1]} (HxW, {self.interpolation} resize)"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to plain JSON types; `contract_from_dict` converts back."""
-        return {"kind": "image", **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ImageContract:
-        """Build a contract from its `to_dict` form. Raises ValueError for unknown, missing or impossible entries."""
-        return cls(**_checked_keys(cls, data, "image"))
 
     def transforms(self, *, resize: bool = True) -> ImageTransform:
         """The transform of this contract; `resize=False` keeps the image's own size."""
@@ -95,18 +109,16 @@ class ImageTransform:
 
         Refuses floats outside [0, 1]: such an image was normalized already or is on a 0-255 scale.
         """
-        import torch
-
         pixels = _to_tensor(image, len(self.contract.channels))
         if self.resize:
             pixels = _resize(pixels, self.contract)
-        scaled = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels.to(torch.float32)
+        scaled = _as_float(pixels)
         mean, std = (scaled.new_tensor(values)[:, None, None] for values in (self.contract.mean, self.contract.std))
         return (scaled - mean) / std
 
 
 @dataclass(frozen=True)
-class VoxelContract:
+class VoxelContract(Contract):
     """The input of a sparse 3D network: voxel edge, feature channels by name, their scaling, kind of coordinates.
 
     A channel named "one" is constant 1; every other is `raw * scale + offset`, where raw colors ("R", "G", "B",
@@ -114,6 +126,7 @@ class VoxelContract:
     three: meters, degrees, meters. A voxel's features are those of its first point or the mean (`reduce`).
     """
 
+    kind: ClassVar = "voxel"
     voxel_size: float | tuple[float, float, float]
     channels: tuple[str, ...] = ("one", "one", "one")
     scale: float = 1.0
@@ -148,9 +161,7 @@ class VoxelContract:
             return f"voxels: {size}, features constant 1 ({len(self.channels)} channels)"
         order = "".join(names) if max(map(len, names)) == 1 else "+".join(names)
         ones = len(self.channels) - len(names)
-        text = order + (" in [0, 1]" if set(names) <= COLORS else "")
-        text += f" * {self.scale:g}" if self.scale != 1 else ""
-        text += f" {'-' if self.offset < 0 else '+'} {abs(self.offset):g}" if self.offset else ""
+        text = order + (" in [0, 1]" if set(names) <= COLORS else "") + self.scaling
         text += f", {ones} x constant 1" if ones else ""
         whose = "a voxel's first point" if self.reduce == "first" else "the mean of a voxel's points"
         return f"voxels: {size}, {text}, of {whose}"
@@ -160,14 +171,11 @@ class VoxelContract:
         """The channels that the caller gives: all but the constant ones."""
         return tuple(name for name in self.channels if name != "one")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to plain JSON types; `contract_from_dict` converts back."""
-        return {"kind": "voxel", **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> VoxelContract:
-        """Build a contract from its `to_dict` form. Raises ValueError for unknown, missing or impossible entries."""
-        return cls(**_checked_keys(cls, data, "voxel"))
+    @property
+    def scaling(self) -> str:
+        """The scaling of raw channels as a text, such as " * 2 - 0.5"; "" where there is none."""
+        scale = f" * {self.scale:g}" if self.scale != 1 else ""
+        return scale + (f" {'-' if self.offset < 0 else '+'} {abs(self.offset):g}" if self.offset else "")
 
     def transforms(self) -> VoxelTransform:
         """The transform of this contract: points to voxels."""
@@ -239,22 +247,19 @@ def contract_from_dict(data: Mapping[str, Any]) -> ImageContract | VoxelContract
     return kinds[kind].from_dict(data)
 
 
-def _checked_keys(cls: type, data: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    fields = {"kind", *cls.__dataclass_fields__}  # type: ignore[attr-defined]
-    if set(data) != fields or data["kind"] != kind:
-        missing, extra = sorted(fields - set(data)), sorted(set(data) - fields)
-        raise ValueError(
-            f"not a contract of kind {kind!r}: missing {missing}, unknown {extra}, kind {data.get('kind')!r}."
-        )
-    return {key: value for key, value in data.items() if key != "kind"}
-
-
 def _as_tensor(values: Any) -> Tensor:
     import numpy as np
     import torch
 
     # a copy of arrays: torch dislikes those that are read-only or run backwards
     return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
+
+
+def _as_float(values: Tensor) -> Tensor:
+    """Values in float32; bytes are divided by 255."""
+    import torch
+
+    return values.to(torch.float32) / 255 if values.dtype == torch.uint8 else values.to(torch.float32)
 
 
 def _to_points(points: Any) -> Tensor:
@@ -290,10 +295,11 @@ def _to_features(features: Any, points: Tensor, contract: VoxelContract) -> Tens
     if features.shape != (count, len(names)):
         raise ValueError(f"features are {tuple(features.shape)}; accepted: {wanted}, one row a point.")
     if features.dtype == torch.uint8 and set(names) <= COLORS:
-        features = features.to(torch.float32) / 255
+        features = _as_float(features)
     if not features.is_floating_point():
         raise ValueError(f"features are {features.dtype}; accepted: {_kinds(names)}.")
-    _check_colors(features[:, [name in COLORS for name in names]])
+    colors = features[:, [name in COLORS for name in names]]
+    _check_range(colors, "colors", "shifted already, which is done here")
     given = [index for index, name in enumerate(contract.channels) if name != "one"]
     feats[:, given] = features.to(torch.float32) * contract.scale + contract.offset
     return feats
@@ -303,14 +309,14 @@ def _kinds(names: tuple[str, ...]) -> str:
     return "uint8 or float in [0, 1]" if set(names) <= COLORS else "float"
 
 
-def _check_colors(colors: Tensor) -> None:
-    if not colors.numel():
+def _check_range(values: Tensor, what: str, below: str) -> None:
+    if not values.numel():
         return
-    low, high = (float(bound) for bound in colors.aminmax())
+    low, high = (float(bound) for bound in values.aminmax())
     if not (low >= 0 and high <= 1):  # so written, NaN is refused too
         raise ValueError(
-            f"Float colors must lie in [0, 1]; these span [{low:.4g}, {high:.4g}]. Below 0 they were probably shifted "
-            "already, which is done here; up to 255 they need dividing by 255 (or pass uint8)."
+            f"Float {what} must lie in [0, 1]; these span [{low:.4g}, {high:.4g}]. Below 0 they were probably {below}; "
+            "up to 255 they need dividing by 255 (or pass uint8)."
         )
 
 
@@ -346,12 +352,7 @@ def _to_tensor(image: Any, chans: int) -> Tensor:
         return image
     if not image.is_floating_point():
         raise ValueError(f"Got a tensor of {image.dtype}; accepted: {ACCEPTED}.")
-    low, high = (float(bound) for bound in torch.aminmax(image))
-    if not (low >= 0 and high <= 1):  # so written, NaN is refused too
-        raise ValueError(
-            f"Float images must lie in [0, 1]; this one spans [{low:.4g}, {high:.4g}]. "
-            "Below 0 it was probably normalized already; up to 255 it needs dividing by 255 (or pass uint8)."
-        )
+    _check_range(image, "images", "normalized already")
     return image
 
 

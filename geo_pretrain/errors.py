@@ -81,6 +81,22 @@ def unknown(kind: str, name: str, options: Iterable[str], hint: str = "") -> Unk
     return UnknownName(f"Unknown {kind} {name!r}. Closest: {closest}." + (f" {hint}" if hint else ""))
 
 
+def some(texts: Iterable[str], count: int = 3) -> str:
+    """The first few texts for a message, and how many more there are.
+
+    >>> some(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    listed = list(texts)
+    more = f" and {len(listed) - count} more" if len(listed) > count else ""
+    return (", ".join(listed[:count]) or "none") + more
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def require(package: str, extra: str) -> ModuleType:
     """Import an optional library; MissingDependency with the exact install line if it is absent."""
     try:

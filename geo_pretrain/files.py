@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from geo_pretrain.errors import CheckpointError
 
@@ -73,13 +72,23 @@ def locked(path: Path, *, busy: str = "", stacklevel: int = 1) -> Iterator[None]
 
     `stacklevel`: of the warning; 1 is the caller's `with` statement.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     lock = FileLock(path.with_name(f".{path.name}.lock"))
-    if busy:
-        _acquire_at_once(lock, path, busy)
+    for patience in (0,) if busy else (WAIT_NOTE, -1, -1, -1):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=patience)
+            break
+        except Timeout:
+            if busy:
+                raise CheckpointError(busy) from None
+            note = f"Another process is working on {path}; waiting for it to finish."
+            warnings.warn(note, stacklevel=stacklevel + 2)  # this function and contextlib's lie in between
+        except FileNotFoundError:
+            continue  # somebody cleared the cache in between
     else:
-        _acquire(lock, path, stacklevel + 3)  # this function and contextlib's lie in between
+        lock.acquire(timeout=0 if busy else -1)
     try:
         yield
     finally:
@@ -87,28 +96,3 @@ def locked(path: Path, *, busy: str = "", stacklevel: int = 1) -> Iterator[None]
             with suppress(OSError):
                 Path(lock.lock_file).unlink()  # whoever waits on the removed file notices and starts over
         lock.release()
-
-
-def _acquire_at_once(lock: Any, path: Path, busy: str) -> None:
-    from filelock import Timeout
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CheckpointError(busy) from None
-
-
-def _acquire(lock: Any, path: Path, stacklevel: int) -> None:
-    from filelock import Timeout
-
-    for patience in (WAIT_NOTE, -1, -1, -1):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=patience)
-            return
-        except Timeout:
-            warnings.warn(f"Another process is working on {path}; waiting for it to finish.", stacklevel=stacklevel)
-        except FileNotFoundError:
-            continue  # somebody cleared the cache in between
-    lock.acquire()

@@ -26,7 +26,7 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.catalog import Arch, Entry, find
 from geo_pretrain.checkpoint import Checkpoint, network_roles, read_weights
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import CheckpointError, WeightsMismatch
+from geo_pretrain.errors import CheckpointError, WeightsMismatch, some
 
 MIN_COVERAGE = 0.9
 GOLDEN_TOLERANCE = 1e-4  # of the largest magnitude: other processors sum in another order
@@ -323,9 +323,12 @@ def _load(checkpoint: Checkpoint, strict: bool, shape: _Shape) -> tuple[Any, Loa
         given |= {prefix + key: value for key, value in read_weights(checkpoint, role).items()}
     expected = network.state_dict()
     built = checkpoint.arch if shape.decoder else checkpoint.arch.encoder_alone
-    reshaped = _adapt_given_stem(given, expected, built.architecture.stem, shape.in_chans)
+    stem, reshaped = built.architecture.stem, list[str]()
+    if shape.in_chans is not None and stem in given and given[stem].shape[1] != shape.in_chans:
+        given[stem] = adapt_stem(given[stem], expected[stem].shape[1])
+        reshaped.append(stem)
     fits, fresh, dropped = match(expected, given)
-    report = LoadReport(len(fits), fresh, dropped, reshaped, len(fits) / len(expected))
+    report = LoadReport(len(fits), fresh, dropped, tuple(reshaped), len(fits) / len(expected))
     report.raise_if_below(MIN_COVERAGE, checkpoint.name, _prefix_hint(expected, given))
     if strict and (fresh or dropped):
         raise WeightsMismatch(
@@ -337,16 +340,6 @@ def _load(checkpoint: Checkpoint, strict: bool, shape: _Shape) -> tuple[Any, Loa
         fits = {**network.state_dict(), **fits}
     network.load_state_dict(fits, assign=True)
     return network, report
-
-
-def _adapt_given_stem(
-    given: dict[str, Tensor], expected: Mapping[str, Tensor], stem: str, in_chans: int | None
-) -> tuple[str, ...]:
-    """Adapt the weight `stem` in `given` if the caller asked for other channels; returns the keys that changed."""
-    if stem not in given or in_chans is None or given[stem].shape[1] == in_chans:
-        return ()
-    given[stem] = adapt_stem(given[stem], expected[stem].shape[1])
-    return (stem,)
 
 
 def _prefix_hint(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
@@ -362,8 +355,7 @@ def _prefix_hint(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) ->
 
 
 def _shown(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
-    return (", ".join(map(repr, keys[:SHOWN_KEYS])) or "none") + more
+    return some(map(repr, keys), SHOWN_KEYS)
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:

@@ -28,13 +28,11 @@ from geo_pretrain.checkpoint import (
     check_digest,
     check_target,
     parse_config,
-    put_in_place,
     read_checkpoint,
-    recover,
+    staged,
     verify_files,
 )
-from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError
-from geo_pretrain.files import sync_files
+from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError, some
 from geo_pretrain.hub import HF_PREFIX
 from geo_pretrain.hub.bundle import check_published_name
 
@@ -262,20 +260,14 @@ def _in_folder(target: Path, config: bytes) -> bool:
 
 
 def _copy_to(target: Path, checkpoint: Checkpoint, config: bytes) -> None:
-    staging = target.with_name(f".{target.name}.{os.getpid()}.writing")
     try:
-        recover(target)
-        staging.mkdir(parents=True)
-        for name in checkpoint.files:
-            shutil.copyfile(checkpoint.folder / name, staging / name)  # contents alone: rights follow the umask
-        (staging / CONFIG).write_bytes(config)
-        verify_files(read_checkpoint(staging))
-        sync_files(staging)
-        put_in_place(staging, target)
+        with staged(target, str(os.getpid())) as staging:
+            for name in checkpoint.files:
+                shutil.copyfile(checkpoint.folder / name, staging / name)  # contents alone: rights follow the umask
+            (staging / CONFIG).write_bytes(config)
+            verify_files(read_checkpoint(staging))
     except OSError as error:
         raise HubError(f"{target}: cannot be written ({error.strerror or error}). Choose another folder.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _repository(spec: str) -> str:
@@ -343,7 +335,7 @@ class _Upload:
                 )
         elif not files <= INITIAL_FILES:
             raise HubError(
-                f"{self.repo!r} holds something else ({_some(files - INITIAL_FILES)}); give a new repository."
+                f"{self.repo!r} holds something else ({some(sorted(files - INITIAL_FILES))}); give a new repository."
             )
         return None, info.sha
 
@@ -438,11 +430,6 @@ def _next_tag(tags: Mapping[str, str]) -> str:
     return f"v{max(numbers, default=1) + 1}"
 
 
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _chain(error: BaseException) -> list[BaseException]:
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
@@ -463,7 +450,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token. Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
     texts = [" ".join(str(one).split()) or type(one).__name__ for one in _chain(error)]
-    text = "; because: ".join(dict.fromkeys((texts[0], texts[1] if len(texts) > 1 else texts[0])))
+    text = "; because: ".join(dict.fromkeys(texts[:2]))
     text += "" if text.endswith(".") else "."
     response = _response(error)
     if response is None:

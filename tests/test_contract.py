@@ -74,7 +74,7 @@ def test_grey_palette_and_alpha_pictures_become_rgb():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.rand(3, 40, 40) * 255, "up to 255 it needs dividing by 255"),
+        (torch.rand(3, 40, 40) * 255, "up to 255 they need dividing by 255"),
         (torch.rand(3, 40, 40) - 0.5, "probably normalized already"),
         (torch.full((3, 40, 40), float("nan")), r"must lie in \[0, 1\]"),
         (torch.zeros(3, 40, 40, dtype=torch.int64), "torch.int64"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -16,29 +16,30 @@ from torch import nn
 from geo_pretrain.backbones.encoder import ImageEncoder, Stages
 from geo_pretrain.backbones.resnet_unet import STAGES, resnet_stages
 from geo_pretrain.catalog import CATALOG, find
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import nearest, unknown
 from geo_pretrain.loading import load_backbone
+
+Name: TypeAlias = str | os.PathLike[str]  # of a checkpoint, or its folder
 
 ENCODER_PATHS = ("", "encoder", "encoder.model", "backbone.body", "backbone")  # of the encoder in its host
 MAX_FREEZE = 5  # the stem and four stages
 LOAD_OPTIONS = ("in_chans", "strict", "hub", "revision", "cache_dir", "local_files_only", "device", "dtype")
 
 
-class FrozenStatsBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that ignores `.train()` and keeps its running statistics; state-dict keys do not change."""
+class _FrozenStats(nn.Module):
+    """Ignores `.train()`, so that a BatchNorm keeps its running statistics; state-dict keys do not change."""
 
-    def train(self, mode: bool = True) -> FrozenStatsBatchNorm2d:
+    def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode."""
         return super().train(False)
 
 
-class FrozenStatsSyncBatchNorm(nn.SyncBatchNorm):
+class FrozenStatsBatchNorm2d(_FrozenStats, nn.BatchNorm2d):
+    """BatchNorm that keeps its running statistics."""
+
+
+class FrozenStatsSyncBatchNorm(_FrozenStats, nn.SyncBatchNorm):
     """`FrozenStatsBatchNorm2d` for networks that were converted to SyncBatchNorm."""
-
-    def train(self, mode: bool = True) -> FrozenStatsSyncBatchNorm:
-        """Stay in evaluation mode."""
-        return super().train(False)
 
 
 FROZEN_STATS: dict[type[nn.Module], type[nn.Module]] = {
@@ -137,9 +138,7 @@ def parameter_groups(
     return used
 
 
-def load_encoder(
-    name: str | os.PathLike[str], host: str, *, pretrained: bool = True, output_stride: int = 32, **load: Any
-) -> Any:
+def load_encoder(name: Name, host: str, *, pretrained: bool = True, output_stride: int = 32, **load: Any) -> Any:
     """Load an `ImageEncoder` that host libraries have too (`host_name`). Raises ValueError for other networks.
 
     Random numbers are drawn aside, so the host's own layers start the same with `pretrained` True or False.
@@ -196,9 +195,3 @@ def equip(network: Any, encoder: Any, freeze: int, transforms: Any = None) -> An
     network.transforms = encoder.transforms if transforms is None else transforms
     weight = next(encoder.parameters())
     return network.to(weight.device, weight.dtype).eval()
-
-
-def contract_of(encoder: Any) -> ImageContract:
-    """The contract of an encoder that came from `load_backbone`."""
-    contract: ImageContract = encoder.transforms.contract
-    return contract

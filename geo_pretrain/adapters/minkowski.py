@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.backbones.sr_unet import SRUNet, finished_maps
 from geo_pretrain.errors import MissingDependency, require
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.sparse.layers import BatchNorm, Conv3d, ConvTranspose3d, ReLU
@@ -51,10 +51,7 @@ def me_network(model_or_name: SRUNet | str | os.PathLike[str], **load_kwargs: An
 class MinkowskiSRUNet(nn.Module):
     """The layers of an `SRUNet` as MinkowskiEngine's; weights are freshly drawn until a state dict is loaded."""
 
-    conv0p1s1: nn.Module
-    bn0: nn.Module
     final: nn.Module
-    relu: nn.Module
 
     def __init__(self, model: SRUNet) -> None:
         super().__init__()
@@ -68,18 +65,8 @@ class MinkowskiSRUNet(nn.Module):
 
     def forward(self, x: Any) -> Any:
         """ME SparseTensor with our network's input channels -> one with its output channels, on the same voxels."""
-        engine, module = _engine(), self.get_submodule
-        x = self.relu(self.bn0(self.conv0p1s1(x)))
-        skips = [x]
-        for number in range(1, 5):
-            x = self.relu(module(f"bn{number}")(module(f"conv{number}p{1 << number - 1}s2")(x)))
-            x = module(f"block{number}")(x)
-            skips.append(x)
-        skips.pop()
-        for number in range(4, 8):
-            x = self.relu(module(f"bntr{number}")(module(f"convtr{number}p{256 >> number}s2")(x)))
-            x = module(f"block{number + 1}")(engine.cat(x, skips.pop()))
-        x = self.final(x)
+        engine = _engine()
+        x = self.final(finished_maps(self, x, engine.cat)[0])
         if not self.normalize:
             return x
         return engine.SparseTensor(

@@ -23,15 +23,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from geo_pretrain.adapters.common import (
+    Name,
     check_request,
-    contract_of,
     equip,
     freeze_stages,
     load_encoder,
@@ -90,13 +89,7 @@ for _name in ENCODERS:
 
 
 def unet(
-    name: str | os.PathLike[str],
-    *,
-    num_classes: int,
-    pretrained: bool = True,
-    freeze: int = 0,
-    output_stride: int = 32,
-    **options: Any,
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 32, **options: Any
 ) -> Any:
     """`smp.Unet`: [B, C, H, W] -> logits [B, num_classes, H, W], any size from 32 x 32 pixels up.
 
@@ -107,52 +100,28 @@ def unet(
 
 
 def unetplusplus(
-    name: str | os.PathLike[str],
-    *,
-    num_classes: int,
-    pretrained: bool = True,
-    freeze: int = 0,
-    output_stride: int = 32,
-    **options: Any,
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 32, **options: Any
 ) -> Any:
     """`smp.UnetPlusPlus`: [B, C, H, W], sides multiples of 32 -> logits [B, num_classes, H, W]. Stride 32 only."""
     return _build(smp.UnetPlusPlus, name, num_classes, pretrained, freeze, _stride(output_stride, 32), options)
 
 
 def fpn(
-    name: str | os.PathLike[str],
-    *,
-    num_classes: int,
-    pretrained: bool = True,
-    freeze: int = 0,
-    output_stride: int = 32,
-    **options: Any,
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 32, **options: Any
 ) -> Any:
     """`smp.FPN`: [B, C, H, W], sides multiples of 32 -> logits [B, num_classes, H, W]. Stride 32 only."""
     return _build(smp.FPN, name, num_classes, pretrained, freeze, _stride(output_stride, 32), options)
 
 
 def upernet(
-    name: str | os.PathLike[str],
-    *,
-    num_classes: int,
-    pretrained: bool = True,
-    freeze: int = 0,
-    output_stride: int = 32,
-    **options: Any,
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 32, **options: Any
 ) -> Any:
     """`smp.UPerNet`: [B, C, H, W], sides multiples of the stride -> logits [B, num_classes, H, W]."""
     return _build(smp.UPerNet, name, num_classes, pretrained, freeze, _stride(output_stride, 32, 16, 8), options)
 
 
 def pspnet(
-    name: str | os.PathLike[str],
-    *,
-    num_classes: int,
-    pretrained: bool = True,
-    freeze: int = 0,
-    output_stride: int = 8,
-    **options: Any,
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 8, **options: Any
 ) -> Any:
     """`smp.PSPNet` on the whole encoder at stride 8, as its paper has it: logits [B, num_classes, H, W].
 
@@ -165,13 +134,7 @@ def pspnet(
 
 
 def deeplabv3(
-    name: str | os.PathLike[str],
-    *,
-    num_classes: int,
-    pretrained: bool = True,
-    freeze: int = 0,
-    output_stride: int = 16,
-    **options: Any,
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 16, **options: Any
 ) -> Any:
     """`smp.DeepLabV3`: [B, C, H, W], sides multiples of the stride 16 or 8 -> logits [B, num_classes, H, W].
 
@@ -183,13 +146,7 @@ def deeplabv3(
 
 
 def deeplabv3plus(
-    name: str | os.PathLike[str],
-    *,
-    num_classes: int,
-    pretrained: bool = True,
-    freeze: int = 0,
-    output_stride: int = 16,
-    **options: Any,
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 16, **options: Any
 ) -> Any:
     """`smp.DeepLabV3Plus`: as `deeplabv3`, with the map of layer1 and separable convolutions in the decoder."""
     stride = _stride(output_stride, 16, 8)
@@ -198,13 +155,7 @@ def deeplabv3plus(
 
 
 def _build(
-    host: Any,
-    name: str | os.PathLike[str],
-    num_classes: int,
-    pretrained: bool,
-    freeze: int,
-    output_stride: int,
-    options: dict[str, Any],
+    host: Any, name: Name, num_classes: int, pretrained: bool, freeze: int, output_stride: int, options: dict[str, Any]
 ) -> Any:
     title = f"smp.{host.__name__}"
     signature = inspect.signature(host.__init__).parameters.values()
@@ -221,7 +172,7 @@ def _build(
         **({"encoder_depth": 5, stride_name: output_stride} | rest),
     )
     network.encoder.load_state_dict(encoder.state_dict())
-    contract = contract_of(encoder)
+    contract: ImageContract = encoder.contract
     network.preprocessing_params = _preprocessing(contract)
     # what smp ignores when it builds the network again from its saved configuration, and people can read there
     network.config["_geo_pretrain"] = {"name": encoder.name, "contract": contract.to_dict(), "pretrained": pretrained}

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -33,7 +33,7 @@ from geo_pretrain.backbones.architectures import ENCODERS
 from geo_pretrain.backbones.resnet_unet import BLOCKS
 from geo_pretrain.catalog import CATALOG, RENAMED, Entry, backbone_info
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import WeightsMismatch, require, unknown
+from geo_pretrain.errors import WeightsMismatch, require, some, unknown
 from geo_pretrain.loading import LoadReport, load_backbone, match
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ timm = require("timm", "adapters")
 
 LOCATION = "geo_pretrain:"  # what timm takes for the file of the weights is this and the name
 HEAD = "fc."
-SHOWN_KEYS = 3
 
 
 class HubResNet(timm.models.ResNet):  # type: ignore[name-defined]
@@ -70,8 +69,8 @@ class HubResNet(timm.models.ResNet):  # type: ignore[name-defined]
         if missing or unused:
             raise WeightsMismatch(
                 f"{name!r}: {len(fits)} of {len(expected)} tensors of this timm network are in the checkpoint; all are "
-                f"needed. Here: {_shown(missing, expected)}. There instead: {_shown(unused, given)}. Accepted: ResNets "
-                "of width 64, and options of timm that leave the layers of its plain ResNet as they are."
+                f"needed. Here: {_shapes(missing, expected)}. There instead: {_shapes(unused, given)}. Accepted: "
+                "ResNets of width 64, and options of timm that leave the layers of its plain ResNet as they are."
             )
         self.load_state_dict({**own, **fits})
         fresh = tuple(key for key in own if key not in fits)
@@ -176,9 +175,8 @@ def _create(variant: str, encoder: str, pretrained: bool, **kwargs: Any) -> nn.M
     return built
 
 
-def _shown(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
-    texts = [f"{key} {list(tensors[key].shape)}" for key in keys]
-    return ", ".join(texts[:SHOWN_KEYS]) + (", ..." if len(texts) > SHOWN_KEYS else "") or "nothing"
+def _shapes(keys: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
+    return some(f"{key} {list(tensors[key].shape)}" for key in keys) if keys else "nothing"
 
 
 register()

@@ -10,7 +10,6 @@ The networks carry `contract`, `transforms` and `load_report` as plain attribute
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -28,8 +27,8 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import FrozenBatchNorm2d
 
 from geo_pretrain.adapters.common import (
+    Name,
     check_request,
-    contract_of,
     equip,
     freeze_stages,
     load_encoder,
@@ -88,7 +87,7 @@ def resnet(name: str, *, num_classes: int = 1000, **load_kwargs: Any) -> ResNet:
 
 
 def deeplabv3(
-    name: str | os.PathLike[str],
+    name: Name,
     *,
     num_classes: int,
     pretrained: bool = True,
@@ -111,7 +110,7 @@ def deeplabv3(
 
 
 def fcn(
-    name: str | os.PathLike[str],
+    name: Name,
     *,
     num_classes: int,
     pretrained: bool = True,
@@ -128,7 +127,7 @@ def fcn(
 
 
 def faster_rcnn(
-    name: str | os.PathLike[str],
+    name: Name,
     *,
     num_classes: int,
     pretrained: bool = True,
@@ -153,7 +152,7 @@ def faster_rcnn(
 
 
 def mask_rcnn(
-    name: str | os.PathLike[str],
+    name: Name,
     *,
     num_classes: int,
     pretrained: bool = True,
@@ -168,13 +167,7 @@ def mask_rcnn(
 
 
 def _segmentation_encoder(
-    host: str,
-    name: str | os.PathLike[str],
-    num_classes: int,
-    pretrained: bool,
-    freeze: int,
-    output_stride: int,
-    options: dict[str, Any],
+    host: str, name: Name, num_classes: int, pretrained: bool, freeze: int, output_stride: int, options: dict[str, Any]
 ) -> Any:
     own = ("num_classes", "pretrained", "freeze", "output_stride", "aux_loss")
     load, _ = split_options(f"torchvision's {host}", options, own, OURS)
@@ -192,7 +185,7 @@ def _segmentation_parts(
 
 def _detector(
     host: Any,
-    name: str | os.PathLike[str],
+    name: Name,
     num_classes: int,
     pretrained: bool,
     freeze: int | None,
@@ -213,7 +206,7 @@ def _detector(
     if isinstance(pyramid, bool) or not isinstance(pyramid, int) or pyramid < 1:
         raise ValueError(f"pyramid is {pyramid!r}; accepted: a whole number of channels from 1 up (torchvision: 256).")
     encoder = load_encoder(name, title, pretrained=pretrained, **load)
-    contract = contract_of(encoder)
+    contract: ImageContract = encoder.contract
     body = _host(encoder, norm_layer=NORMS[norm])
     layers = {f"layer{stage}": str(stage - 1) for stage in range(1, 5)}
     backbone = BackboneWithFPN(body, layers, [_channels(encoder, stage) for stage in range(1, 5)], pyramid)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -132,7 +132,13 @@ class SRUNet(Backbone):
     @property
     def transforms(self) -> VoxelTransform:
         """The callable that turns points (and their colors) into this network's voxels, as in pre-training."""
-        return self._known_contract().transforms()
+        if self.contract is None:
+            # not an AttributeError: nn.Module would hide it behind "has no attribute 'transforms'"
+            raise RuntimeError(
+                "This network was built without a contract, so voxel size and features it expects are unknown. "
+                "Networks from load_backbone carry one; or set network.contract = VoxelContract(...)."
+            )
+        return self.contract.transforms()
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """x at stride 1 with `in_chans` channels, scaled as the contract says -> the same voxels, [N, out_chans]."""
@@ -144,19 +150,7 @@ class SRUNet(Backbone):
         Channels and strides stand in `feature_info`.
         """
         self._check(x)
-        module = self.get_submodule
-        x = self.relu(self.bn0(self.conv0p1s1(x)))
-        skips = [x]
-        for number in range(1, 5):
-            x = self.relu(module(f"bn{number}")(module(f"conv{number}p{1 << number - 1}s2")(x)))
-            x = module(f"block{number}")(x)
-            skips.append(x)
-        maps = [skips.pop()]
-        for number in range(4, 8):
-            x = self.relu(module(f"bntr{number}")(module(f"convtr{number}p{256 >> number}s2")(x)))
-            x = module(f"block{number + 1}")(cat(x, skips.pop()))
-            maps.append(x)
-        return maps[::-1]
+        return finished_maps(self, x, cat)
 
     def forward_intermediates(
         self, x: SparseTensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
@@ -204,15 +198,6 @@ class SRUNet(Backbone):
             return out
         return out.with_sorted_feats(F.normalize(out.computed_feats, dim=1), dtype=out.dtype)
 
-    def _known_contract(self) -> VoxelContract:
-        if self.contract is None:
-            # not an AttributeError: nn.Module would hide it behind "has no attribute 'transforms'"
-            raise RuntimeError(
-                "This network was built without a contract, so voxel size and features it expects are unknown. "
-                "Networks from load_backbone carry one; or set network.contract = VoxelContract(...)."
-            )
-        return self.contract
-
     def _check(self, x: SparseTensor) -> None:
         if not isinstance(x, SparseTensor):
             raise TypeError(f"Got {type(x).__name__}; accepted: a SparseTensor. For points: encode_points(points).")
@@ -230,6 +215,23 @@ class SRUNet(Backbone):
             doubt = self.contract.doubt(x.sorted_feats.detach())
             if doubt is not None:
                 warnings.warn(f"{self.name or 'This network'} expects {self.contract}; {doubt}", stacklevel=_level())
+
+
+def finished_maps(network: Any, x: Any, cat: Callable[[Any, Any], Any]) -> list[Any]:
+    """The maps of `SRUNet.pyramid`, of any network with the same layers; `cat` joins the channels of two maps."""
+    module = network.get_submodule
+    x = network.relu(network.bn0(network.conv0p1s1(x)))
+    skips = [x]
+    for number in range(1, 5):
+        x = network.relu(module(f"bn{number}")(module(f"conv{number}p{1 << number - 1}s2")(x)))
+        x = module(f"block{number}")(x)
+        skips.append(x)
+    maps = [skips.pop()]
+    for number in range(4, 8):
+        x = network.relu(module(f"bntr{number}")(module(f"convtr{number}p{256 >> number}s2")(x)))
+        x = module(f"block{number + 1}")(cat(x, skips.pop()))
+        maps.append(x)
+    return maps[::-1]
 
 
 def _shape(

@@ -31,9 +31,9 @@ from geo_pretrain.cards.markdown import bullets, join, tree
 from geo_pretrain.cards.table import BEGIN, END, catalog_table, headline, update_readme
 from geo_pretrain.cards.usage import snippets
 from geo_pretrain.cards.weights import FOLDER, WEIGHTS_FROM, found_by_name, stored_files, weights_section
-from geo_pretrain.catalog import CATALOG, backbone_info, find
+from geo_pretrain.catalog import CATALOG, backbone_info
 from geo_pretrain.catalog.entry import Arch, Entry, License, Result
-from geo_pretrain.checkpoint import CONFIG, TEXT_ROLES, StoredFile, read_checkpoint
+from geo_pretrain.checkpoint import TEXT_ROLES, StoredFile, means_folder, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 
 __all__ = [
@@ -149,12 +149,9 @@ def card_of(name_or_folder: str | os.PathLike[str]) -> str:
 
     A folder wins over a name, as in load_backbone. Raises `UnknownName` or `CheckpointError`.
     """
-    text = os.fspath(name_or_folder)
-    folder = Path(text).expanduser()
-    looks_like_path = not isinstance(name_or_folder, str) or os.sep in text or text.startswith((".", "~"))
-    if not looks_like_path and not (folder / CONFIG).is_file() and (find(text) is not None or not folder.is_dir()):
-        return render_entry(backbone_info(text))
-    checkpoint = read_checkpoint(folder)
+    if not means_folder(name_or_folder):
+        return render_entry(backbone_info(os.fspath(name_or_folder)))
+    checkpoint = read_checkpoint(Path(name_or_folder).expanduser())
     held = {stored.role for stored in checkpoint.files.values()}
     return render_card(
         checkpoint.name,

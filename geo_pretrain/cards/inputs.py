@@ -43,7 +43,10 @@ def _voxel_rows(arch: Arch, contract: VoxelContract) -> list[tuple[str, str]]:
         ("channels", _voxel_channels(contract)),
         ("values", _voxel_values(contract)),
         ("points of one voxel", "the first gives the features" if first else "the features are their mean"),
-        ("output", f"{output_channels(arch)} channels a voxel" + (", of length 1" if _normalized(arch) else "")),
+        (
+            "output",
+            f"{output_channels(arch)} channels a voxel" + (", of length 1" if arch.args.get("normalize") else ""),
+        ),
     ]
 
 
@@ -59,10 +62,4 @@ def _voxel_values(contract: VoxelContract) -> str:
     if not names:
         return "1 everywhere; colors are not taken"
     raw = "colors in [0, 1] (8-bit ones are divided by 255)" if set(names) <= COLORS else ", ".join(names)
-    scale = f" * {contract.scale:g}" if contract.scale != 1 else ""
-    offset = f" {'-' if contract.offset < 0 else '+'} {abs(contract.offset):g}" if contract.offset else ""
-    return f"{raw}{scale}{offset}"
-
-
-def _normalized(arch: Arch) -> bool:
-    return bool(arch.args.get("normalize", False))
+    return raw + contract.scaling

@@ -5,7 +5,7 @@ Snippets of one card go together: the first makes `image` or `points`, which the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from geo_pretrain.catalog.entry import Arch
 from geo_pretrain.contract import COLORS, ImageContract, VoxelContract
@@ -24,6 +24,49 @@ class Snippet:
         return f"{self.text}\n\n```python\n{self.code}\n```"
 
 
+TORCH_HUB = Snippet(
+    "From torch.hub, with the arguments of `load_backbone` (here from a clone of the project):",
+    """\
+import torch
+
+network = torch.hub.load("{clone}", "{name}", source="local")""",
+)
+TIMM = Snippet(
+    "In timm, whose `create_model` knows the name after the first import:",
+    """\
+import geo_pretrain.adapters.timm
+import timm
+
+features = timm.create_model("{name}", pretrained=True, features_only=True)
+classifier = timm.create_model("{name}", pretrained=True, num_classes=10)""",
+)
+SMP = Snippet(
+    "In segmentation-models-pytorch, under any of its decoders:",
+    """\
+import geo_pretrain.adapters.timm
+import segmentation_models_pytorch as smp
+
+network = smp.Unet("tu-{name}", encoder_weights=True, classes=20)""",
+)
+TORCHVISION = Snippet(
+    "As torchvision's own `ResNet`, with a fresh classifier:",
+    """\
+from geo_pretrain.adapters.torchvision import resnet
+
+network = resnet("{where}", num_classes=10)""",
+)
+MINKOWSKI = Snippet(
+    "In MinkowskiEngine 0.5, where it is installed (nothing above needs it):",
+    """\
+import MinkowskiEngine as ME
+from geo_pretrain.adapters.minkowski import me_network, state_dict
+
+network = me_network("{where}")
+output = network(ME.SparseTensor(voxels.feats, coordinates=voxels.coords))
+weights = state_dict("{where}")  # for a network of your own""",
+)
+
+
 def snippets(
     where: str,
     arch: Arch,
@@ -39,17 +82,16 @@ def snippets(
     that know nothing else; None: it has none. `decoder=False`: its weights are not there. `pretrained=False`: no
     weights are, and only the network itself is shown.
     """
-    by_name = pretrained and name is not None
+    hosts = {"name": name, "where": where, "clone": CLONE}
     if isinstance(contract, VoxelContract):
         shown = [_own_3d(where, arch, contract, pretrained)]
-        shown += [_torch_hub(str(name))] if by_name else []
-        shown += [_minkowski(where)] if pretrained else []
-        return shown
-    shown = [_own_2d(where, arch, contract, pretrained, decoder)]
-    shown += [_torch_hub(str(name))] if by_name else []
-    if pretrained and arch.host_encoder is not None:
-        shown += [_timm(str(name)), _smp(str(name))] if by_name else []
-        shown.append(_torchvision(where))
+        others = [TORCH_HUB, MINKOWSKI]
+    else:
+        shown = [_own_2d(where, arch, contract, pretrained, decoder)]
+        others = [TORCH_HUB, *([TIMM, SMP, TORCHVISION] if arch.host_encoder is not None else [])]
+    for other in others if pretrained else ():
+        if name is not None or "{name}" not in other.code:
+            shown.append(replace(other, code=other.code.format(**hosts)))
     return shown
 
 
@@ -76,92 +118,41 @@ def output_channels(arch: Arch) -> int:
 def _own_2d(where: str, arch: Arch, contract: ImageContract, pretrained: bool, decoder: bool) -> Snippet:
     off = "" if pretrained else ", pretrained=False"
     maps = ", ".join(map(str, encoder_channels(arch)))
-    lines = [
-        "import geo_pretrain as gp",
-        "from PIL import Image",
-        "",
-        'image = Image.open("image.jpg")',
-        f'encoder = gp.load_backbone("{where}"{off})',
-        f"maps = encoder(encoder.transforms(image)[None])  # {maps} channels at strides 2, 4, 8, 16, 32",
-    ]
+    code = f"""\
+import geo_pretrain as gp
+from PIL import Image
+
+image = Image.open("image.jpg")
+encoder = gp.load_backbone("{where}"{off})
+maps = encoder(encoder.transforms(image)[None])  # {maps} channels at strides 2, 4, 8, 16, 32"""
     if decoder and arch.has_decoder:
-        lines += [
-            f'unet = gp.load_backbone("{where}", decoder=True{off})',
-            f"features = unet(unet.transforms(image)[None])  # {dense_shape(arch, contract)}",
-        ]
+        code += f"""
+unet = gp.load_backbone("{where}", decoder=True{off})
+features = unet(unet.transforms(image)[None])  # {dense_shape(arch, contract)}"""
     text = "`.transforms` takes PIL images, uint8 arrays [H, W, 3] and tensors; `.train()` begins fine-tuning."
-    return Snippet(text, "\n".join(lines))
+    return Snippet(text, code)
 
 
 def _own_3d(where: str, arch: Arch, contract: VoxelContract, pretrained: bool) -> Snippet:
     names = contract.given_channels
     colors = bool(names) and set(names) <= COLORS
     given = "" if not names else "colors" if colors else "_".join(names)
-    loaded = ['points = cloud["points"]  # float [N, 3] in meters']
+    off = "" if pretrained else ", pretrained=False"
+    call, loaded = "points", ""
     if given:
-        loaded.append(f'{given} = cloud["{given}"]  # {"uint8" if colors else "float"} [N, {len(names)}]')
-    call = f"points, {given}" if given else "points"
-    lines = [
-        "import geo_pretrain as gp",
-        "import numpy as np",
-        "from geo_pretrain.sparse import SparseTensor",
-        "",
-        'cloud = np.load("cloud.npz")',
-        *loaded,
-        f'network = gp.load_backbone("{where}"{"" if pretrained else ", pretrained=False"})',
-        f"features = network.encode_points({call})  # [N, D]: the maps of all strides, for each point",
-        f'output = network.encode_points({call}, out="final")  # [N, {output_channels(arch)}]: what the loss saw',
-        f"voxels = network.transforms({call})",
-        "maps = network.pyramid(SparseTensor(voxels.coords, voxels.feats))  # strides 1, 2, 4, 8, 16 in voxels",
-    ]
+        call = f"points, {given}"
+        loaded = f'\n{given} = cloud["{given}"]  # {"uint8" if colors else "float"} [N, {len(names)}]'
+    code = f"""\
+import geo_pretrain as gp
+import numpy as np
+from geo_pretrain.sparse import SparseTensor
+
+cloud = np.load("cloud.npz")
+points = cloud["points"]  # float [N, 3] in meters{loaded}
+network = gp.load_backbone("{where}"{off})
+features = network.encode_points({call})  # [N, D]: the maps of all strides, for each point
+output = network.encode_points({call}, out="final")  # [N, {output_channels(arch)}]: what the loss saw
+voxels = network.transforms({call})
+maps = network.pyramid(SparseTensor(voxels.coords, voxels.feats))  # strides 1, 2, 4, 8, 16 in voxels"""
     text = "`.transforms` makes voxels of points as in pre-training; `.train()` begins fine-tuning."
-    return Snippet(text, "\n".join(lines))
-
-
-def _torch_hub(name: str) -> Snippet:
-    code = f'import torch\n\nnetwork = torch.hub.load("{CLONE}", "{name}", source="local")'
-    return Snippet("From torch.hub, with the arguments of `load_backbone` (here from a clone of the project):", code)
-
-
-def _timm(name: str) -> Snippet:
-    code = "\n".join(
-        [
-            "import geo_pretrain.adapters.timm",
-            "import timm",
-            "",
-            f'features = timm.create_model("{name}", pretrained=True, features_only=True)',
-            f'classifier = timm.create_model("{name}", pretrained=True, num_classes=10)',
-        ]
-    )
-    return Snippet("In timm, whose `create_model` knows the name after the first import:", code)
-
-
-def _smp(name: str) -> Snippet:
-    code = "\n".join(
-        [
-            "import geo_pretrain.adapters.timm",
-            "import segmentation_models_pytorch as smp",
-            "",
-            f'network = smp.Unet("tu-{name}", encoder_weights=True, classes=20)',
-        ]
-    )
-    return Snippet("In segmentation-models-pytorch, under any of its decoders:", code)
-
-
-def _torchvision(where: str) -> Snippet:
-    code = f'from geo_pretrain.adapters.torchvision import resnet\n\nnetwork = resnet("{where}", num_classes=10)'
-    return Snippet("As torchvision's own `ResNet`, with a fresh classifier:", code)
-
-
-def _minkowski(where: str) -> Snippet:
-    code = "\n".join(
-        [
-            "import MinkowskiEngine as ME",
-            "from geo_pretrain.adapters.minkowski import me_network, state_dict",
-            "",
-            f'network = me_network("{where}")',
-            "output = network(ME.SparseTensor(voxels.feats, coordinates=voxels.coords))",
-            f'weights = state_dict("{where}")  # for a network of your own',
-        ]
-    )
-    return Snippet("In MinkowskiEngine 0.5, where it is installed (nothing above needs it):", code)
+    return Snippet(text, code)

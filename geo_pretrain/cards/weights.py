@@ -26,22 +26,20 @@ def weights_section(entry: Entry) -> list[str]:
             _hub_files(entry.files),
         ]
     if entry.status == "published-by-authors":
-        first = entry.authors_files[0]
-        by_hand = f"geo-pretrain convert FILE --from {first.format} --name {name} --out DIR"
         parts = [
             f'The authors publish them. `load_backbone("{name}")` downloads their file, reads it without executing '
             "anything in it, converts it, and keeps the checkpoint folder in the cache: later calls need no network. "
-            f"A file fetched by hand becomes a folder to load with `{by_hand}`.",
+            f"A file fetched by hand becomes a folder to load with `{entry.convert_command()}`.",
             _authors_files(entry.authors_files),
         ]
         if entry.recipe is not None:
-            parts.append(f"To make your own: `{_train_command(entry, 'DIR')}`.")
+            parts.append(f"To make your own: `{entry.train_command()}`.")
         return parts
     if entry.status == "regenerable":
         folder = f"runs/{name}"
         return [
             "Nobody publishes them; a recipe of this project makes them. Names below are then found in `runs`:",
-            f"```bash\n{_train_command(entry, folder)}\nexport GEO_PRETRAIN_HUB=runs\n```",
+            f"```bash\n{entry.train_command(folder)}\nexport GEO_PRETRAIN_HUB=runs\n```",
         ]
     return [
         "Nobody publishes them and no recipe of this project makes them yet. `pretrained=False` builds the network "
@@ -59,11 +57,6 @@ def found_by_name(name: str, source: str) -> str:
     else:
         return ""
     return f"Libraries that take names alone find it after `export GEO_PRETRAIN_HUB={hub}`{where}."
-
-
-def _train_command(entry: Entry, out: str) -> str:
-    data = "" if entry.data == "rooms" else f" --data {entry.data.lower().rpartition('+')[2]}:PATH"
-    return f"geo-pretrain train {entry.recipe}{data} --out {out}"
 
 
 def _authors_files(files: Iterable[AuthorsFile]) -> str:

@@ -231,6 +231,16 @@ class Entry:
         wanted = (task, dataset, metric)
         return next((r.value for r in self.results if (r.task, r.dataset, r.metric) == wanted), None)
 
+    def convert_command(self) -> str:
+        """The command that makes a folder of the first of the authors' files."""
+        return f"geo-pretrain convert FILE --from {self.authors_files[0].format} --name {self.name} --out DIR"
+
+    def train_command(self, out: str = "DIR") -> str:
+        """The command that makes the checkpoint by its recipe."""
+        source = self.data.lower().rpartition("+")[2]  # what a recipe mixes in beside it has a key of its own
+        data = "" if self.data == "rooms" else f" --data {source}:PATH"
+        return f"geo-pretrain train {self.recipe}{data} --out {out}"
+
     def how_to_get(self) -> str:
         """Describe in one clause how to get the files when no source has delivered them."""
         ways = []
@@ -238,15 +248,12 @@ class Entry:
             sources = dict.fromkeys(source for file in self.files for source in file.sources)
             ways.append(f"its files are at {', '.join(sources)}")
         if self.authors_files:
-            offered = self.authors_files[0]
             ways.append(
-                f"fetch the authors' file by hand ({offered.url}), make a folder of it with "
-                f"`geo-pretrain convert FILE --from {offered.format} --name {self.name} --out DIR` and load DIR"
+                f"fetch the authors' file by hand ({self.authors_files[0].url}), make a folder of it with "
+                f"`{self.convert_command()}` and load DIR"
             )
         if self.recipe is not None:
-            source = self.data.lower().rpartition("+")[2]  # what a recipe mixes in beside it has a key of its own
-            data = "" if self.data == "rooms" else f" --data {source}:PATH"
-            ways.append(f"make it with `geo-pretrain train {self.recipe}{data} --out DIR` and load DIR")
+            ways.append(f"make it with `{self.train_command()}` and load DIR")
         if not ways:
             ways.append("nobody offers it and no recipe makes it yet; pretrained=False builds the network")
         return "; or ".join(ways)

@@ -16,6 +16,7 @@ from geo_pretrain.cli.shared import app, console, escape
 
 if TYPE_CHECKING:
     from geo_pretrain.catalog import Entry
+    from geo_pretrain.checkpoint import Checkpoint
     from geo_pretrain.hub import Opened
 
 cache_app = typer.Typer(help="List and clear downloaded checkpoints.", no_args_is_help=True)
@@ -71,10 +72,10 @@ def info(
     entry = find(name)
     facts = _entry_facts(entry) if entry is not None else None
     if facts is None or loaded:
-        report, folder = _load(name, hub) if loaded else (None, None)
-        facts = facts or _folder_facts(folder or _open(name, hub).fetch().folder)
+        report, checkpoint = _load(name, hub) if loaded else (None, _open(name, hub).fetch())
+        facts = facts or _folder_facts(checkpoint)
         if report is not None:
-            facts["loaded"] = {"from": str(folder), **asdict(report)}
+            facts["loaded"] = {"from": str(checkpoint.folder), **asdict(report)}
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
         return
@@ -91,27 +92,27 @@ def _entry_facts(entry: Entry) -> dict[str, Any]:
     return facts | {"arch": str(entry.arch), "contract": str(entry.contract)}
 
 
-def _folder_facts(folder: Path) -> dict[str, Any]:
-    from geo_pretrain.checkpoint import read_checkpoint
+def _folder_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "name": checkpoint.name,
+        "folder": str(checkpoint.folder),
+        "arch": str(checkpoint.arch),
+        "contract": str(checkpoint.contract),
+        "finished": checkpoint.finished,
+        "license": asdict(checkpoint.license),
+        "files": [f"{name}: {file.role}, {file.size} bytes" for name, file in checkpoint.files.items()],
+        "provenance": dict(checkpoint.provenance),
+    }
 
-    found = read_checkpoint(folder)
-    facts: dict[str, Any] = {"name": found.name, "folder": str(folder), "arch": str(found.arch)}
-    facts |= {"contract": str(found.contract), "finished": found.finished, "license": asdict(found.license)}
-    return (
-        facts
-        | {"files": [f"{n}: {f.role}, {f.size} bytes" for n, f in found.files.items()]}
-        | {"provenance": dict(found.provenance)}
-    )
 
-
-def _load(name: str, hub: str | None) -> tuple[Any, Path]:
-    """Load the whole network; return its load report and its checkpoint folder."""
+def _load(name: str, hub: str | None) -> tuple[Any, Checkpoint]:
+    """Load the whole network; return its load report and its checkpoint."""
     from geo_pretrain.loading import load_backbone
 
     opened = _open(name, hub)
     checkpoint = opened.fetch(*opened.network_roles())
     network: Any = load_backbone(checkpoint.folder, decoder=checkpoint.arch.has_decoder)
-    return network.load_report, checkpoint.folder
+    return network.load_report, checkpoint
 
 
 def _open(name: str, hub: str | None) -> Opened:

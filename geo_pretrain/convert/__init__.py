@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from geo_pretrain.convert.keys import Converted
+from geo_pretrain.convert.keys import Converted, Networks, State
 from geo_pretrain.errors import WeightsMismatch, unknown
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def convert(format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]) -> Converted:
+def convert(format: str, state: State, networks: Networks) -> Converted:
     """Convert an authors' flat state dict to the roles of a checkpoint folder.
 
     Args:
@@ -120,7 +120,7 @@ def convert(format: str, state: Mapping[str, Tensor], networks: Mapping[str, Map
     return Converted(_like_networks(format, converted.weights, networks), report)
 
 
-def _run(rule: Format, format: str, state: Mapping[str, Tensor], networks: Mapping[str, Any]) -> Converted:
+def _run(rule: Format, format: str, state: State, networks: Networks) -> Converted:
     module, _, function = rule.function.partition(":")
     converted: Converted = getattr(importlib.import_module(module), function)(format, state, networks)
     if not set(converted.weights) & set(networks):
@@ -130,7 +130,7 @@ def _run(rule: Format, format: str, state: Mapping[str, Tensor], networks: Mappi
     return converted
 
 
-def _fits(name: str, tried: Format, state: Mapping[str, Tensor], networks: Mapping[str, Any]) -> bool:
+def _fits(name: str, tried: Format, state: State, networks: Networks) -> bool:
     """Whether another format reads the file; formats with the same function suggest each other themselves."""
     rule = FORMATS[name]
     if rule.function == tried.function or not set(networks) & set(rule.roles):
@@ -167,9 +167,7 @@ def _tensors(format: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _like_networks(
-    format: str, weights: Mapping[str, Mapping[str, Tensor]], networks: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, dict[str, Tensor]]:
+def _like_networks(format: str, weights: Networks, networks: Networks) -> dict[str, dict[str, Tensor]]:
     """Cast the weights to the networks' dtypes; refuses to cast integers to floats or floats to integers."""
     cast: dict[str, dict[str, Tensor]] = {}
     for role, state in weights.items():

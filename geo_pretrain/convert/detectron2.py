@@ -18,14 +18,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from geo_pretrain.convert.keys import Converted, assign, shown
+from geo_pretrain.convert.keys import Converted, Networks, State, assign, shown
 from geo_pretrain.convert.torchvision import CLASSIFIER
 from geo_pretrain.errors import WeightsMismatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 T = TypeVar("T")  # tensors or numpy arrays
 
@@ -57,9 +54,7 @@ def to_detectron2(state: Mapping[str, T]) -> dict[str, T]:
     return {_theirs(key): value for key, value in state.items()}
 
 
-def convert_detectron2(
-    format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]
-) -> Converted:
+def convert_detectron2(format: str, state: State, networks: Networks) -> Converted:
     """Convert to the encoder, from a bare ResNet or a whole detector; see `convert.convert`.
 
     Frozen norms have no batch counters; these are added as zeros.
@@ -70,14 +65,10 @@ def convert_detectron2(
         raise WeightsMismatch(
             f"{format!r}: no ResNet in keys such as {shown(state)}; accepted are files with one of {accepted}."
         )
-    inside = from_detectron2({key.removeprefix(prefix): key for key in state if _is_inside(key, prefix)})
+    parts = (f"{prefix}stem.", f"{prefix}res") if prefix else ""  # in a bare ResNet's file, unknown keys are refused
+    inside = from_detectron2({key.removeprefix(prefix): key for key in state if key.startswith(parts)})
     targets = {key: ("encoder", ours) for ours, key in inside.items() if not ours.startswith(CLASSIFIER)}
     return assign(format, state, targets, networks, counters=True)
-
-
-def _is_inside(key: str, prefix: str) -> bool:
-    """Whether a key belongs to the ResNet. In a bare ResNet file every key does, so unknown keys are rejected."""
-    return not prefix or key.startswith((f"{prefix}stem.", f"{prefix}res"))
 
 
 def _ours(key: str) -> str:

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
+
+from geo_pretrain.convert.keys import State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,18 +49,18 @@ def hybrid_to_cube() -> list[int]:
     return [hybrid.index((x, y, z)) for z, y, x in itertools.product((-1, 0, 1), repeat=3)]
 
 
-def from_me04(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_me04(state: State) -> dict[str, Tensor]:
     """Reorder the block kernels of a PointContrast or CSC state dict (ME 0.3 or 0.4) to the order of ME 0.5."""
     return _reorder_blocks(state, hybrid_to_cube())
 
 
-def to_me04(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_me04(state: State) -> dict[str, Tensor]:
     """Reorder the block kernels of our state dict to the order PointContrast's and CSC's code expects under ME 0.4."""
     permutation = hybrid_to_cube()
     return _reorder_blocks(state, [permutation.index(slice_) for slice_ in range(27)])
 
 
-def _reorder_blocks(state: Mapping[str, Tensor], permutation: list[int]) -> dict[str, Tensor]:
+def _reorder_blocks(state: State, permutation: list[int]) -> dict[str, Tensor]:
     reordered = dict(state)
     for key in filter(HYBRID_KEYS.fullmatch, state):
         if state[key].ndim != 3 or len(state[key]) != 27:
@@ -96,7 +98,7 @@ def kernel_from_spconv(weight: Tensor, columns: Columns = "zyx") -> Tensor:
     return weight.permute(axes).flatten(0, 2).contiguous()
 
 
-def to_spconv(state: Mapping[str, Tensor], *, columns: Columns = "zyx") -> dict[str, Tensor]:
+def to_spconv(state: State, *, columns: Columns = "zyx") -> dict[str, Tensor]:
     """Convert our state dict for a network of spconv layers with the same module names and nn.BatchNorm1d norms.
 
     >>> import torch
@@ -106,7 +108,7 @@ def to_spconv(state: Mapping[str, Tensor], *, columns: Columns = "zyx") -> dict[
     return _to_plain_names(state, "weight", lambda kernel: kernel_to_spconv(kernel, columns))
 
 
-def from_spconv(state: Mapping[str, Tensor], *, columns: Columns = "zyx") -> dict[str, Tensor]:
+def from_spconv(state: State, *, columns: Columns = "zyx") -> dict[str, Tensor]:
     """The inverse of `to_spconv`; norms are recognized by their running mean, convolutions by five dimensions."""
     return _from_plain_names(state, "weight", lambda weight: kernel_from_spconv(weight, columns))
 
@@ -133,17 +135,15 @@ def kernel_to_torchsparse(kernel: Tensor) -> Tensor:
     return _cube(kernel).permute(2, 1, 0, 3, 4).flatten(0, 2).contiguous()
 
 
-def kernel_from_torchsparse(kernel: Tensor) -> Tensor:
-    """Convert a torchsparse kernel to ours; `kernel_to_torchsparse` is its own inverse."""
-    return kernel_to_torchsparse(kernel)
+kernel_from_torchsparse = kernel_to_torchsparse  # its own inverse
 
 
-def to_torchsparse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_torchsparse(state: State) -> dict[str, Tensor]:
     """Convert our state dict for a network of torchsparse layers with the same module names."""
     return _to_plain_names(state, "kernel", kernel_to_torchsparse)
 
 
-def from_torchsparse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_torchsparse(state: State) -> dict[str, Tensor]:
     """The inverse of `to_torchsparse`; norms are recognized by their running mean."""
     return _from_plain_names(state, "kernel", kernel_from_torchsparse)
 
@@ -165,7 +165,7 @@ def _cube(kernel: Tensor) -> Tensor:
     return kernel.reshape(*[_size(kernel)] * 3, *kernel.shape[-2:])
 
 
-def _to_plain_names(state: Mapping[str, Tensor], leaf: str, kernel: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _to_plain_names(state: State, leaf: str, kernel: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     plain = {}
     for key, value in state.items():
         module, _, last = key.rpartition(".")
@@ -180,7 +180,7 @@ def _to_plain_names(state: Mapping[str, Tensor], leaf: str, kernel: Callable[[Te
     return plain
 
 
-def _from_plain_names(state: Mapping[str, Tensor], leaf: str, kernel: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _from_plain_names(state: State, leaf: str, kernel: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     ours = {}
     for key, value in state.items():
         module, _, last = key.rpartition(".")

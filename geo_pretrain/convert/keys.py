@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from geo_pretrain.errors import WeightsMismatch
+from geo_pretrain.errors import WeightsMismatch, some
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+State: TypeAlias = "Mapping[str, Tensor]"  # a flat state dict
+Networks: TypeAlias = "Mapping[str, State]"  # role -> the state dict of that part of a network
 T = TypeVar("T")  # the values of a dict: tensors or anything else
-SHOWN_KEYS = 3
 HEADS = "heads"  # the role of weights that were trained along but are no part of the network
 COUNTER = ".num_batches_tracked"  # of a BatchNorm: old and foreign files have none, and nothing is computed from it
 
@@ -42,9 +43,7 @@ def without_data_parallel(state: Mapping[str, T]) -> Mapping[str, T]:
     return state
 
 
-def match_keys(
-    state: Mapping[str, Tensor], network: Mapping[str, Tensor], *, heads: tuple[str, ...], name: str
-) -> KeyReport:
+def match_keys(state: State, network: State, *, heads: tuple[str, ...], name: str) -> KeyReport:
     """Match names and shapes of `state` with the network's state dict (tensors on the meta device suffice).
 
     Keys that begin with one of `heads` may be missing, unexpected or of another shape. Raises `WeightsMismatch`, with
@@ -71,9 +70,9 @@ def match_keys(
 
 def assign(
     format: str,
-    state: Mapping[str, Tensor],
+    state: State,
     targets: Mapping[str, tuple[str, str]],
-    networks: Mapping[str, Mapping[str, Tensor]],
+    networks: Networks,
     *,
     counters: bool = False,
 ) -> Converted:
@@ -109,12 +108,9 @@ def assign(
 
 def shown(keys: Iterable[str]) -> str:
     """The first few keys, for an error message."""
-    listing = list(keys)
-    return ", ".join(map(repr, listing[:SHOWN_KEYS])) + (", ..." if len(listing) > SHOWN_KEYS else "") or "none"
+    return some(map(repr, keys))
 
 
-def _listed(title: str, keys: list[str], tensors: Mapping[str, Tensor]) -> str:
-    if not keys:
-        return ""
-    listing = ", ".join(f"{key} {list(tensors[key].shape)}" for key in keys[:SHOWN_KEYS])
-    return f" {title} ({len(keys)}): {listing}{', ...' if len(keys) > SHOWN_KEYS else ''}."
+def _listed(title: str, keys: list[str], tensors: State) -> str:
+    shapes = some(f"{key} {list(tensors[key].shape)}" for key in keys)
+    return f" {title} ({len(keys)}): {shapes}." if keys else ""

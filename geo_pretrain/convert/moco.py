@@ -9,14 +9,10 @@ file without a ResNet is an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-from geo_pretrain.convert.keys import Converted, assign, shown, without_data_parallel
+from geo_pretrain.convert.keys import Converted, Networks, State, assign, shown, without_data_parallel
 from geo_pretrain.convert.torchvision import SIGNS, resnet_targets
 from geo_pretrain.errors import WeightsMismatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # prefix of the ResNet's keys, after `module.` -> prefixes of what else such a file holds
 PREFIXES: Mapping[str, tuple[str, ...]] = {
@@ -27,7 +23,7 @@ PREFIXES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def convert_moco(format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]) -> Converted:
+def convert_moco(format: str, state: State, networks: Networks) -> Converted:
     """Convert to the query encoder, without its projection head; see `convert.convert`."""
     state = without_data_parallel(state)
     for prefix, beside in PREFIXES.items():

@@ -11,15 +11,10 @@ Decoder layers 0 to 9 are the convolutions of levels 4 to 0, two a level; layer 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-from geo_pretrain.convert.keys import HEADS, Converted, assign, shown, without_data_parallel
+from geo_pretrain.convert.keys import HEADS, Converted, Networks, State, assign, shown, without_data_parallel
 from geo_pretrain.convert.torchvision import CLASSIFIER, SIGNS
 from geo_pretrain.errors import WeightsMismatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ENCODERS = ("encoder.encoder.", "encoder.")
 DECODERS = ("decoder.decoder.", "decoder.")
@@ -28,9 +23,7 @@ CONV = re.compile(r"(?P<number>\d)\.conv\.conv\.(?P<leaf>weight|bias)")
 OUTPUT = re.compile(r"1(?P<scale>[0-3])\.conv\.(?P<leaf>weight|bias)")
 
 
-def convert_monodepth2(
-    format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]
-) -> Converted:
+def convert_monodepth2(format: str, state: State, networks: Networks) -> Converted:
     """Convert to encoder, decoder, or both, whichever the file has; see `convert.convert`."""
     state = without_data_parallel(state)
     encoder = next((prefix for prefix in ENCODERS if prefix + SIGNS[0] in state), None)

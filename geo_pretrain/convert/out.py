@@ -23,13 +23,13 @@ from geo_pretrain import __version__
 from geo_pretrain.checkpoint import Checkpoint, read_weights, sha256
 from geo_pretrain.convert import kernels
 from geo_pretrain.convert.detectron2 import to_detectron2
+from geo_pretrain.convert.keys import State
 from geo_pretrain.errors import CheckpointError, WeightsMismatch, unknown
 from geo_pretrain.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-State = Mapping[str, "Tensor"]
 MODALITIES = {"encoder": "2D", "model": "3D"}
 WIDTH = 64  # these hosts build ResNets of no other width
 NUMPY_2, NUMPY_1 = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
@@ -86,9 +86,11 @@ def write_export(format: str, checkpoint: Checkpoint, out: Path | str, *, overwr
         with ExitStack() as stack:  # which puts the weights, entered first, in place last
             parts = {path: stack.enter_context(atomic_write(path)) for path in (out, *reversed(beside))}
             WRITERS[out.suffix](state, parts[out], rule, checkpoint)
-            _write_text(parts[beside[0]], json.dumps(_note(format, checkpoint, out, parts[out]), indent=2) + "\n")
+            note = json.dumps(_note(format, checkpoint, out, parts[out]), indent=2)
+            parts[beside[0]].write_text(f"{note}\n", encoding="utf-8")
             if rule.config is not None:
-                _write_text(parts[beside[1]], _config_text(format, checkpoint, rule.config(checkpoint, out)))
+                text = _config_text(format, checkpoint, rule.config(checkpoint, out))
+                parts[beside[1]].write_text(text, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{out}: could not be written ({error.strerror or error}).") from error
     return [out, *beside]
@@ -211,15 +213,7 @@ def _beside(out: Path, suffix: str) -> Path:
     return out.with_name(f"{out.name}.{suffix}")
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
 MMLAB_PREFIX = "backbone."
-
-
-def _same(state: State) -> dict[str, Tensor]:
-    return dict(state)
 
 
 def _to_detectron2(state: State) -> dict[str, Tensor]:
@@ -233,8 +227,8 @@ def _to_mmlab(state: State) -> dict[str, Tensor]:
 
 TENSORS = (".safetensors", ".pth")
 OUT_FORMATS: Mapping[str, OutFormat] = {
-    "torchvision": OutFormat("encoder", TENSORS, _same, "torchvision ResNet without fc"),
-    "timm": OutFormat("encoder", TENSORS, _same, "timm ResNet with num_classes=0 (checkpoint_path=, or file= overlay)"),
+    "torchvision": OutFormat("encoder", TENSORS, dict, "torchvision ResNet without fc"),
+    "timm": OutFormat("encoder", TENSORS, dict, "timm ResNet with num_classes=0 (checkpoint_path=, or file= overlay)"),
     "detectron2": OutFormat(
         "encoder", (".pkl",), _to_detectron2, "Detectron2 ResNet, with a config", config=_detectron2_config
     ),
@@ -246,7 +240,7 @@ OUT_FORMATS: Mapping[str, OutFormat] = {
         entry="state_dict",
         config=_mmlab_config,
     ),
-    "me05": OutFormat("model", TENSORS, _same, "MinkowskiEngine 0.5"),
+    "me05": OutFormat("model", TENSORS, dict, "MinkowskiEngine 0.5"),
     "me04": OutFormat(
         "model", TENSORS, kernels.to_me04, "MinkowskiEngine 0.4: PointContrast's and CSC's code", entry="state_dict"
     ),

@@ -8,14 +8,11 @@ kernel order, so that only prefixes are renamed and nothing is permuted. All tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from geo_pretrain.convert.keys import HEADS as HEADS_ROLE
-from geo_pretrain.convert.keys import Converted, assign, without_data_parallel
+from geo_pretrain.convert.keys import Converted, Networks, State, assign, without_data_parallel
 from geo_pretrain.errors import WeightsMismatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 T = TypeVar("T")  # the values of a dict: tensors or anything else
 
@@ -67,7 +64,7 @@ def split_pri3d(model: Mapping[str, T]) -> dict[str, dict[str, T]]:
     return parts
 
 
-def convert_pri3d(format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]) -> Converted:
+def convert_pri3d(format: str, state: State, networks: Networks) -> Converted:
     """Convert to encoder and decoder of the 2D U-Net, and heads (all other weights); see `convert.convert`."""
     parts = split_pri3d({key: key for key in state})
     targets = {key: (role, ours) for role in ("encoder", "decoder") for ours, key in parts[role].items()}

@@ -6,22 +6,14 @@ MoCo v2's, which SLidR keeps frozen. The point network beside it is read by `sr_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from geo_pretrain.convert.keys import HEADS, Converted, assign, shown, without_data_parallel
+from geo_pretrain.convert.keys import HEADS, Converted, Networks, State, assign, shown, without_data_parallel
 from geo_pretrain.convert.torchvision import CLASSIFIER, SIGNS
 from geo_pretrain.errors import WeightsMismatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ENCODER, HEAD = "encoder.", "decoder.0."
 
 
-def convert_slidr_images(
-    format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]
-) -> Converted:
+def convert_slidr_images(format: str, state: State, networks: Networks) -> Converted:
     """Convert to the encoder, and the 1x1 convolution as a head under its own name; see `convert.convert`."""
     state = without_data_parallel(state)
     strange = [key for key in state if not key.startswith((ENCODER, HEAD))]

@@ -7,12 +7,11 @@ features; it cannot be seen in the tensors, so the family has to be given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from geo_pretrain.convert.kernels import from_me04
-from geo_pretrain.convert.keys import Converted, KeyReport, match_keys, without_data_parallel
+from geo_pretrain.convert.keys import Converted, KeyReport, Networks, State, match_keys, without_data_parallel
 from geo_pretrain.errors import WeightsMismatch, unknown
 
 if TYPE_CHECKING:
@@ -42,9 +41,7 @@ FAMILIES = {
 FORMAT_FAMILIES = {"pri3d_3d": "pri3d"}  # formats of `convert.FORMATS` with another name than their family
 
 
-def convert_sr_unet(
-    family: str, state: Mapping[str, Tensor], network: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], KeyReport]:
+def convert_sr_unet(family: str, state: State, network: State) -> tuple[dict[str, Tensor], KeyReport]:
     """Convert an authors' flat state dict to ours; returns it with the report of its keys.
 
     `state` is the entry of the file that `FAMILIES` names; `network` is the state dict of the SR-UNet it is for, on any
@@ -67,7 +64,7 @@ def convert_sr_unet(
     return (from_me04(matched) if rule.me04 else matched), report
 
 
-def convert_file(format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]) -> Converted:
+def convert_file(format: str, state: State, networks: Networks) -> Converted:
     """Convert a file in one of the 3D formats to the whole network, `final` included; see `convert.convert`."""
     family = FORMAT_FAMILIES.get(format, format)
     network = networks["model"]
@@ -83,7 +80,7 @@ def convert_file(format: str, state: Mapping[str, Tensor], networks: Mapping[str
     return Converted({"model": weights}, KeyReport(matched, (), report.unexpected))
 
 
-def _prefix(family: str, state: Mapping[str, Tensor]) -> str:
+def _prefix(family: str, state: State) -> str:
     for prefix in FAMILIES[family].prefixes:
         if prefix + STEM in state:
             return prefix

@@ -7,22 +7,14 @@ norms: these are added as zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from geo_pretrain.convert.keys import Converted, assign, shown
+from geo_pretrain.convert.keys import Converted, Networks, State, assign, shown
 from geo_pretrain.errors import WeightsMismatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SIGNS = ("conv1.weight", "layer1.0.conv1.weight")  # keys that every ResNet has, and nothing else under one prefix
 CLASSIFIER = "fc."  # or the projection head of self-supervised training
 
 
-def convert_torchvision(
-    format: str, state: Mapping[str, Tensor], networks: Mapping[str, Mapping[str, Tensor]]
-) -> Converted:
+def convert_torchvision(format: str, state: State, networks: Networks) -> Converted:
     """Convert to the encoder; see `convert.convert`."""
     prefixes = [key.removesuffix(SIGNS[1]) for key in state if key.endswith(SIGNS[1])]
     prefixes = [prefix for prefix in prefixes if prefix + SIGNS[0] in state]
@@ -36,7 +28,7 @@ def convert_torchvision(
 
 
 def resnet_targets(
-    format: str, state: Mapping[str, Tensor], prefix: str, *, beside: tuple[str, ...] = ()
+    format: str, state: State, prefix: str, *, beside: tuple[str, ...] = ()
 ) -> dict[str, tuple[str, str]]:
     """Targets of the ResNet's tensors for `keys.assign`: key of the file -> ("encoder", torchvision's name).
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
 
-from geo_pretrain.catalog import CATALOG, Arch, Entry, License, find
-from geo_pretrain.checkpoint import CONFIG, Checkpoint, Pairing, network_roles
-from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.catalog import CATALOG, Entry, find
+from geo_pretrain.checkpoint import Checkpoint, means_folder, network_roles
 from geo_pretrain.errors import CheckpointError, HubError, NotThere, WeightsMismatch, unknown
 from geo_pretrain.hub.sources import (
     AUTHORS,
@@ -78,51 +77,20 @@ def open(
         base, _, name = text.rstrip("/").rpartition("/")
         return _Search(replace(request, name=name), (base,)).open()
     folder = Path(text).expanduser()
-    if _means_folder(name_or_path, folder):
+    if means_folder(name_or_path):
         if revision is not None:
             raise HubError(f"{folder} is a folder; revision={revision!r} is understood by Hugging Face only.")
         source = Folder(folder)
-        return Opened(source.look(), source)
+        return Opened(**vars(source.look()), _source=source)
     return _search_for_name(request, hub).open()
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A checkpoint with its description; `fetch` downloads its files."""
+class Opened(Description):
+    """The description of a checkpoint; `fetch` brings its files."""
 
-    description: Description
-    _source: Source = field(repr=False)
-    _search: _Search | None = field(default=None, repr=False)  # the sources after this one; None: a folder was given
-
-    @property
-    def name(self) -> str:
-        """The checkpoint's own name, also where it was opened as a folder or URL."""
-        return self.description.name
-
-    @property
-    def arch(self) -> Arch:
-        """The network's architecture and its arguments."""
-        return self.description.arch
-
-    @property
-    def contract(self) -> ImageContract | VoxelContract:
-        """The input that the network expects."""
-        return self.description.contract
-
-    @property
-    def license(self) -> License:
-        """The terms of code, weights and data sets."""
-        return self.description.license
-
-    @property
-    def pairing(self) -> Pairing | None:
-        """The network of the other modality, if the checkpoint holds one."""
-        return self.description.pairing
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The roles of all files that `fetch` can bring."""
-        return self.description.roles
+    _source: Source = field(kw_only=True, repr=False)
+    _search: _Search | None = field(kw_only=True, default=None, repr=False)  # the sources after this one
 
     def network_roles(self, *, decoder: bool = True) -> tuple[str, ...]:
         """The roles of the files with the network's weights; decoder=False: only the first, which is enough for it."""
@@ -165,20 +133,12 @@ class _Search:
                 failures[spec] = error
             else:
                 rest = replace(self, sources=self.sources[number + 1 :], failures=failures, current=spec)
-                return Opened(description, source, rest)
+                return Opened(**vars(description), _source=source, _search=rest)
         raise _failed(self.request.name, failures) from next(reversed(failures.values()), None)
 
     def failed(self, error: Exception) -> _Search:
         """The search after the source that was opened last failed, too."""
         return replace(self, failures={**self.failures, self.current: error})
-
-
-def _means_folder(given: str | os.PathLike[str], folder: Path) -> bool:
-    """A checkpoint folder wins over a name; a bare name means what lies here under it if the catalog lacks it."""
-    if (folder / CONFIG).is_file() or not isinstance(given, str):
-        return True
-    looks_like_path = os.sep in given or given.startswith((".", "~"))
-    return looks_like_path or (folder.exists() and given not in CATALOG)
 
 
 def _search_for_name(request: Request, hub: str | Sequence[str] | None) -> _Search:

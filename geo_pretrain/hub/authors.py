@@ -11,9 +11,9 @@ import datetime
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,10 @@ from geo_pretrain.checkpoint import (
     WEIGHT_ROLES,
     Checkpoint,
     check_target,
+    intact_checkpoint,
     read_checkpoint,
     read_weights,
     sha256,
-    verify_file,
     write_checkpoint,
 )
 from geo_pretrain.convert import FORMATS, convert
@@ -36,15 +36,13 @@ from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, Weigh
 from geo_pretrain.files import write_text
 from geo_pretrain.hub.cache import exclusive
 from geo_pretrain.hub.extract import Extracted, extract
-from geo_pretrain.hub.transfer import download
+from geo_pretrain.hub.transfer import Progress, download
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONVERSION = 1  # raised when a rule of conversion changes: older folders in the cache are then made anew
 DIGESTS = "digests.json"
-
-Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,6 @@ class Origin:
     format: str
     content: str
     fetched: str  # date
-
-    def as_dict(self) -> dict[str, str]:
-        """For the provenance in config.json."""
-        return dict(vars(self))
 
 
 def fetch(
@@ -152,15 +146,8 @@ def convert_file(
 
 def _is_usable(folder: Path, roles: Sequence[str]) -> bool:
     """Whether a folder was converted by today's rules and its files of these roles are intact."""
-    if not (folder / CONFIG).is_file():
-        return False
-    try:
-        checkpoint = read_checkpoint(folder)
-        for role in roles:
-            verify_file(checkpoint, checkpoint.file_of(role))
-    except CheckpointError:
-        return False
-    return checkpoint.provenance.get("conversion") == CONVERSION
+    checkpoint = intact_checkpoint(folder, roles)
+    return checkpoint is not None and checkpoint.provenance.get("conversion") == CONVERSION
 
 
 def _encoder(folder: Path) -> dict[str, Tensor]:
@@ -255,7 +242,7 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
     golden = golden_values(network, ones=not getattr(like.contract, "given_channels", True))
     _check_finite(golden, origin)
     provenance = {
-        "source": origin.as_dict(),
+        "source": asdict(origin),
         "in_the_file": dict(extracted.scalars),
         "foreign": list(extracted.foreign),  # classes in the file that were not built
         "not_used": len(converted.report.unexpected),

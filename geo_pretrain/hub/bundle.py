@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,14 +26,13 @@ from geo_pretrain.checkpoint import (
     Checkpoint,
     StoredFile,
     parse_config,
-    put_in_place,
     read_checkpoint,
-    recover,
+    staged,
     verify_file,
 )
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
-from geo_pretrain.files import atomic_write, sync_files
-from geo_pretrain.hub.cache import default_cache, exclusive
+from geo_pretrain.files import atomic_write
+from geo_pretrain.hub.cache import cache_root, exclusive
 
 CONFIG_LIMIT = 10 << 20  # bytes; a config.json is a few kB
 MEMBER_LIMIT = 10_000  # files in one bundle: about a thousand checkpoints
@@ -105,7 +103,7 @@ def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> l
     else, `DigestMismatch` for altered bytes or another checkpoint than the catalog's, `HubError` for the disk.
     """
     bundle = Path(bundle).expanduser()
-    root = (Path(cache_dir).expanduser() if cache_dir is not None else default_cache()) / "bundles"
+    root = cache_root(cache_dir) / "bundles"
     with _opened(bundle) as stream, ExitStack() as locks:
         contents = _contents(stream, bundle)
         for bundled in contents:
@@ -116,14 +114,10 @@ def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> l
         for folder in sorted(missing):
             locks.enter_context(exclusive(folder))
         missing = _not_installed(missing)  # another process may have been quicker
-        stagings: dict[Path, Path] = {}
         try:
-            for folder, bundled in missing.items():
-                stagings[folder] = folder.with_name(f".{folder.name}.writing")
-                _unpack(stream, bundled, stagings[folder])
-            for folder, staging in stagings.items():
-                recover(folder)
-                put_in_place(staging, folder)
+            with ExitStack() as stagings:  # which puts all in place once all are complete, the last one first
+                for folder, bundled in reversed(missing.items()):
+                    _unpack(stream, bundled, stagings.enter_context(staged(folder)))
         except OSError as error:
             reason = error.strerror or error
             needed = sum(bundled.size for bundled in missing.values()) // 10**6
@@ -131,9 +125,6 @@ def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> l
                 f"{root}: cannot be written ({reason}); {needed} MB are needed there. Free some room or make it "
                 "writable, or set GEO_PRETRAIN_CACHE to another folder."
             ) from error
-        finally:
-            for staging in stagings.values():
-                shutil.rmtree(staging, ignore_errors=True)
     return list(targets)
 
 
@@ -312,10 +303,7 @@ def _is_installed(folder: Path, bundled: Bundled) -> bool:
 
 
 def _unpack(stream: BinaryIO, bundled: Bundled, staging: Path) -> None:
-    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
-    staging.mkdir(parents=True)
     for file, span in bundled.spans.items():
         with (staging / file).open("wb") as target:
             _copy(stream, span, bundled.checkpoint.folder / file, bundled.checkpoint.files[file], target)
     (staging / CONFIG).write_bytes(bundled.config)
-    sync_files(staging)

@@ -42,6 +42,11 @@ def default_cache() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/geo_pretrain").expanduser()
 
 
+def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder that a caller names, or the default one."""
+    return Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Let one process and thread at a time work on a folder of the cache, which need not exist; others wait.
@@ -75,7 +80,7 @@ def _drop_parts(folder: Path) -> None:
 
 def cached(cache_dir: str | os.PathLike[str] | None = None) -> list[Cached]:
     """List the checkpoint folders in the cache, by kind and name; several hubs may have given one name."""
-    root = _root(cache_dir)
+    root = cache_root(cache_dir)
     entries = [_look(kind, folder) for kind in KINDS for folder in _folders(root, kind)]
     return sorted(entries, key=lambda entry: (entry.kind, entry.name, entry.folder))
 
@@ -86,7 +91,7 @@ def remove(names: str | Iterable[str] | None, cache_dir: str | os.PathLike[str] 
     The digests recorded for authors' files stay: they are what a later download is compared with. Returns what was
     removed. Raises `UnknownName` for a name that is not there, before anything is removed.
     """
-    root = _root(cache_dir)
+    root = cache_root(cache_dir)
     present = cached(root)
     wanted = {entry.name for entry in present} if names is None else {names} if isinstance(names, str) else set(names)
     known = {entry.name for entry in present}
@@ -109,10 +114,6 @@ def remove(names: str | Iterable[str] | None, cache_dir: str | os.PathLike[str] 
     for entry in chosen:
         _prune(entry.folder.parent, root)
     return chosen
-
-
-def _root(cache_dir: str | os.PathLike[str] | None) -> Path:
-    return Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
 
 
 def _folders(root: Path, kind: str) -> Iterator[Path]:

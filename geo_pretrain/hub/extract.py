@@ -75,13 +75,7 @@ def extract(path: Path, out: Path, *, entries: Sequence[str] = ("",), limits: Li
         raise CheckpointError(f"{out}: could not be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
-    return Extracted(
-        entry=report["entry"],
-        tensors=report["tensors"],
-        foreign=tuple(report["foreign"]),
-        scalars=report["scalars"],
-        skipped=report["skipped"],
-    )
+    return Extracted(**{**report, "foreign": tuple(report["foreign"])})
 
 
 def _answer(path: Path, job: Mapping[str, Any], limits: Limits) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,17 +23,18 @@ from geo_pretrain.checkpoint import (
     Checkpoint,
     Pairing,
     check_digest,
+    intact_checkpoint,
     parse_config,
     read_checkpoint,
     sha256,
     verify_file,
 )
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotThere
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotThere, first_line
 from geo_pretrain.files import atomic_write
 from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
-from geo_pretrain.hub.transfer import download
+from geo_pretrain.hub.transfer import Progress, download
 
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 HF_PREFIX, WEB_PREFIXES = "hf-hub:", ("http://", "https://")
@@ -218,21 +219,21 @@ class WebServer(Source):
 
     def look(self) -> Description:
         """Read the cached config.json, else fetch it."""
-        if self._is_complete(()):
-            return Description.of(read_checkpoint(self.folder))
-        self._refuse_offline()
-        with exclusive(self.folder):
-            if self._is_complete(()):  # another process may have been quicker
-                return Description.of(read_checkpoint(self.folder))
-            checkpoint, self.config = self._fetch_config()
+        checkpoint = self._cached(())
+        if checkpoint is None:
+            self._refuse_offline()
+            with exclusive(self.folder):
+                checkpoint = self._cached(())  # another process may have been quicker
+                if checkpoint is None:
+                    checkpoint, self.config = self._fetch_config()
         return Description.of(checkpoint)
 
     def fetch(self, roles: Sequence[str]) -> Checkpoint:
         """Fetch the files that the cache lacks, or that are damaged there."""
-        if not self._is_complete(roles):
+        if self._cached(roles) is None:
             self._refuse_offline()
             with exclusive(self.folder):
-                if not self._is_complete(roles):
+                if self._cached(roles) is None:
                     self._fill(roles)
         return read_checkpoint(self.folder)
 
@@ -240,18 +241,14 @@ class WebServer(Source):
         if self.request.offline:
             raise HubError(f"not in the cache {self.folder}, and {DOWNLOADS_OFF}")
 
-    def _is_complete(self, roles: Sequence[str]) -> bool:
-        """Whether the cached copy can be used as it is; a broken one is fetched again."""
-        if not (self.folder / CONFIG).is_file():
-            return False
-        try:
-            checkpoint = read_checkpoint(self.folder)
-            _check_pins(checkpoint, self.request, str(self.folder))
-            for role in roles:
-                verify_file(checkpoint, checkpoint.file_of(role))
-        except CheckpointError:
-            return False
-        return True
+    def _cached(self, roles: Sequence[str]) -> Checkpoint | None:
+        """The cached copy if it can be used as it is; a broken one is fetched again."""
+        checkpoint = intact_checkpoint(self.folder, roles)
+        with suppress(DigestMismatch):
+            if checkpoint is not None:
+                _check_pins(checkpoint, self.request, str(self.folder))
+                return checkpoint
+        return None
 
     def _fill(self, roles: Sequence[str]) -> None:
         """Bring the files and then config.json into the cache; the caller has the lock."""
@@ -323,16 +320,17 @@ def _with_one_retry(fetch: Callable[[], T], url: str) -> T:
 
 
 @contextmanager
-def _progress_bar(title: str) -> Iterator[Callable[[int, int | None], None] | None]:
+def _progress_bar(title: str) -> Iterator[Progress | None]:
     """A progress bar in a terminal, None elsewhere: for files that take minutes."""
     if not sys.stderr.isatty():
         yield None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    sizes = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), *sizes)
+    with progress.Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(title, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
@@ -340,4 +338,4 @@ def _progress_bar(title: str) -> Iterator[Callable[[int, int | None], None] | No
 def _first_lines(error: Exception) -> str:
     """The first line of an error, and of its cause: transfer libraries hide the reason there."""
     chain = [error] + ([error.__cause__] if error.__cause__ is not None else [])
-    return "; because: ".join((str(one).strip().splitlines() or [type(one).__name__])[0] for one in chain)
+    return "; because: ".join(map(first_line, chain))

@@ -31,7 +31,7 @@ from typing import IO, Any
 from urllib.parse import quote, urldefrag, urljoin, urlsplit
 
 from geo_pretrain import __version__
-from geo_pretrain.errors import HubError, NotThere
+from geo_pretrain.errors import HubError, NotThere, first_line
 from geo_pretrain.hub.links import (
     WebPage,
     confirmed_link,
@@ -263,14 +263,14 @@ class _Source:
         except urllib.error.URLError as error:  # before anything was sent
             reason = error.reason if isinstance(error.reason, Exception) else error
             if isinstance(reason, BROKEN) and not isinstance(reason, TimeoutError):
-                raise _Broken(_short(reason)) from error
-            raise HubError(f"{self}: {_short(reason)}. {self._unreachable()}") from error
+                raise _Broken(first_line(reason)) from error
+            raise HubError(f"{self}: {first_line(reason)}. {self._unreachable()}") from error
         except TimeoutError as error:
             raise _Broken(f"no byte for {self.timeout:g} s") from error
         except BROKEN as error:
-            raise _Broken(f"the connection broke ({_short(error)})") from error
+            raise _Broken(f"the connection broke ({first_line(error)})") from error
         except (OSError, ValueError) as error:
-            raise HubError(f"{self}: {_short(error)}. {self._unreachable()}") from error
+            raise HubError(f"{self}: {first_line(error)}. {self._unreachable()}") from error
 
     def _unreachable(self) -> str:
         if self._address(self.url) != self.url:
@@ -415,7 +415,3 @@ def _retry_after(text: str | None) -> float:
     with suppress(ValueError, TypeError, OverflowError):
         return parsedate_to_datetime(text).timestamp() - time.time()
     return 0.0
-
-
-def _short(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

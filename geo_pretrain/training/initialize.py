@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from geo_pretrain import hub
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.moco import IMAGENET_STARTS, MD5_PREFIXES
-from geo_pretrain.checkpoint import CONFIG, read_checkpoint, read_weights
-from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError, WeightsMismatch
+from geo_pretrain.checkpoint import intact_checkpoint, read_weights, sha256
+from geo_pretrain.errors import DigestMismatch, GeoPretrainError, HubError, WeightsMismatch
 from geo_pretrain.hub.authors import Origin, convert_file
 from geo_pretrain.hub.cache import default_cache, exclusive
 from geo_pretrain.hub.transfer import download
@@ -86,7 +86,7 @@ def moco_v2_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -
     offered = entry.authors_files[0]
     by_hand = cache / "authors" / offered.url.rpartition("/")[2]
     with exclusive(folder):
-        if _is_whole(folder):
+        if intact_checkpoint(folder, ["encoder"]) is not None:
             return folder
         part = folder.with_name(f".{entry.name}.work") / "download.part"
         try:
@@ -125,18 +125,7 @@ def _check_md5(path: Path, prefix: str) -> str:
             f"{path}: its MD5 is {md5}; its authors state one that begins with {prefix}. It was altered at its source "
             "or on the way; nothing of it was read."
         )
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_whole(folder: Path) -> bool:
-    if not (folder / CONFIG).is_file():
-        return False
-    try:
-        read_weights(read_checkpoint(folder), "encoder")  # compares the digest
-    except CheckpointError:
-        return False
-    return True
+    return sha256(path)
 
 
 def _checkpoint(start: str, *, decoder: bool) -> nn.Module:

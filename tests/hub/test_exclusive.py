@@ -130,22 +130,28 @@ def test_waiting_is_said(tmp_path: Path, monkeypatch):
             pass
 
 
-def test_a_cache_that_is_cleared_meanwhile_is_made_again(tmp_path: Path):
+def test_a_cache_that_is_cleared_meanwhile_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
     class Lock:
         """The folder goes between its making and the lock's, once."""
 
-        asked = 0
+        def __init__(self, path: Path) -> None:
+            self.lock_file = path
 
         def acquire(self, timeout: float) -> None:
-            self.asked += 1
-            if self.asked == 1:
+            asked.append(timeout)
+            if len(asked) == 1:
                 (tmp_path / "hub").rmdir()
                 raise FileNotFoundError
 
-    lock = Lock()
-    files._acquire(lock, tmp_path / "hub" / "tiny", 1)
-    assert lock.asked == 2
-    assert (tmp_path / "hub").is_dir()
+        def release(self) -> None:
+            pass
+
+    monkeypatch.setattr("filelock.FileLock", Lock)
+    with files.locked(tmp_path / "hub" / "tiny"):
+        assert len(asked) == 2
+        assert (tmp_path / "hub").is_dir()
 
 
 def test_an_empty_folder_does_not_stay(tmp_path: Path):

@@ -355,7 +355,7 @@ VALUES = st.recursive(
 @given(VALUES, st.integers(0, pickle.HIGHEST_PROTOCOL))
 def test_plain_values_come_out_of_the_machine_as_they_went_in(value: Any, protocol: int):
     data = pickle.dumps([value, value], protocol)
-    assert Machine(data, 0, len(data), Budget(10_000, 1 << 20)).run() == [value, value]
+    assert Machine(data, Budget(10_000, 1 << 20)).run() == [value, value]
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_plain_values_come_out_of_the_machine_as_they_went_in(value: Any, protoc
     ],
 )
 def test_rare_instructions_do_what_they_do_in_python(body: bytes):
-    found = Machine(body, 0, len(body), Budget(100, 100)).run()
+    found = Machine(body, Budget(100, 100)).run()
     twin = pickle.loads(body, encoding="latin1")
     assert found == twin
     assert type(found) is type(twin) or isinstance(found, Dict)

@@ -185,7 +185,7 @@ def test_state_never_reaches_a_stand_in(tmp_path: Path):
 )
 def test_names_are_told_apart_by_where_they_come_from(module: str, name: str, is_refused: bool):
     budget = Budget(10, 10)
-    Machine(b"", 0, 0, budget).name(module, name)
+    Machine(b"", budget).name(module, name)
     assert bool(budget.forbidden) == is_refused
     if is_refused:
         with pytest.raises(Refused, match=re.escape(f"{module}.{name}")):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from geo_pretrain.hub.unpickle.budget import Budget
-from geo_pretrain.hub.unpickle.machine import Machine, Persistent
+from geo_pretrain.hub.unpickle.machine import Machine
 from geo_pretrain.hub.unpickle.names import ITEM, NAME_LENGTH, Name, Refused, Unreadable, shown
 from geo_pretrain.hub.unpickle.nodes import CELLS, Storage, kind
 
@@ -35,10 +35,10 @@ def read_file(data: Any, budget: Budget, limits: Mapping[str, Any]) -> Opened:
         raise Unreadable(f"it is {what}; accepted are {ACCEPTED}")
     if head[:1] not in (b"\x80", b"(", b"}", b"]", b"c"):  # protocol 2 and later, or a container of protocol 0 or 1
         raise Unreadable(f"it is no pickle; accepted are {ACCEPTED}")
-    machine = Machine(data, 0, len(data), budget)
+    machine = Machine(data, budget)
     top = machine.run()
     if type(top) is int and top == LEGACY_MAGIC:
-        return read_legacy(data, machine.at, budget)
+        return read_legacy(data, machine, budget)
     nothing_after(machine.at, data)
     return Opened(top)
 
@@ -78,7 +78,7 @@ def nothing_after(at: int, data: Any) -> None:
         raise Refused(f"{len(data) - at} bytes follow its end")
 
 
-def read_legacy(data: Any, at: int, budget: Budget) -> Opened:
+def read_legacy(data: Any, machine: Machine, budget: Budget) -> Opened:
     """torch < 1.6: pickles of magic number, protocol, system, object and storage keys; then the raw storages."""
     declared: dict[str, Storage] = {}
 
@@ -93,23 +93,17 @@ def read_legacy(data: Any, at: int, budget: Budget) -> Opened:
             raise Unreadable(f"storage {shown(whole.key)} is declared in two ways")
         return view_of(whole, given[5])
 
-    def following(answers: Persistent | None = None) -> Any:
-        nonlocal at
-        machine = Machine(data, at, len(data), budget, answers)
-        value = machine.run()
-        at = machine.at
-        return value
-
-    if following() != LEGACY_PROTOCOL:
+    if machine.run() != LEGACY_PROTOCOL:
         raise Unreadable("it is of a protocol that torch < 1.6 did not write")
-    system = following()
+    system = machine.run()
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise Unreadable("it was written on a big-endian machine; save it again on a little-endian one")
-    top, keys = following(persistent), following()
+    machine.persistent = persistent
+    top, keys = machine.run(), machine.run()
     budget.check_names()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
         raise Unreadable("its list of storages is none")
-    records = {}
+    records, at = {}, machine.at
     for key in keys:
         if key not in declared:
             raise Unreadable(f"storage {shown(key)} belongs to no tensor")
@@ -189,7 +183,7 @@ def read_zip(data: Any, budget: Budget, limits: Mapping[str, Any]) -> Opened:
             raise Refused("its pickle refers to data in a way torch does not")
         return storage_of(given)
 
-    machine = Machine(text, 0, size, budget, persistent)
+    machine = Machine(text, budget, persistent)
     top = machine.run()
     nothing_after(machine.at, text)
     storages = {key.removeprefix("data/"): where for key, where in records.items() if key.startswith("data/")}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import io
 import pickle
-import re
-import struct
+import pickletools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,68 +14,68 @@ from geo_pretrain.hub.unpickle.names import NAME_LENGTH, Name, Refused, Unreadab
 from geo_pretrain.hub.unpickle.nodes import Array, Dict, Dtype, Foreign, kind, put
 from geo_pretrain.hub.unpickle.stand_ins import call
 
+LONGEST_INTEGER = 64  # bytes
+
 Persistent = Callable[[Any], Any]
 
 
 class Machine:
-    """Interprets one pickle in `data` from byte `at`; afterwards `at` points behind the pickle.
+    """Interprets the pickles at the start of `data`, bytes or a memory map; `at` points behind the last one read.
 
     `persistent` resolves the file's persistent ids; None: the file may have none. Raises `Refused` and `Unreadable`
     only.
     """
 
-    def __init__(self, data: Any, at: int, end: int, budget: Budget, persistent: Persistent | None = None) -> None:
-        self.data, self.at, self.end = data, at, end
+    def __init__(self, data: Any, budget: Budget, persistent: Persistent | None = None) -> None:
+        self.stream = io.BytesIO(data) if isinstance(data, bytes) else data  # a memory map is a stream
+        self.at = 0
         self.budget, self.persistent = budget, persistent
+
+    def run(self) -> Any:
+        """Interpret the next pickle up to its STOP and return its value."""
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}  # by index: a huge index is one entry, not an array
-
-    def run(self) -> Any:
-        """Interpret the pickle up to its STOP and return its value."""
+        self.stream.seek(self.at)
         try:
-            while (code := self.take(1)[0]) != pickle.STOP[0]:
+            while (code := self.next_code()) != pickle.STOP[0]:
                 self.budget.spend()
-                step = STEPS.get(code)
-                if step is None:
-                    raise Unreadable(f"byte {self.at - 1} (0x{code:02x}) is no pickle instruction")
-                step(self)
+                if code in READERS:
+                    STEPS[code](self, self.argument(code))
+                else:
+                    STEPS[code](self)
             value = self.pop()
             if self.stack or self.marks:
                 raise Unreadable("its pickle ends with values left over")
         except (Unreadable, Refused):
             self.budget.check_names()  # outranks damage: Python would execute a broken pickle up to where it breaks
             raise
+        self.at = self.stream.tell()
         return value
 
     # reading
 
-    def take(self, count: int) -> bytes:
-        """The next `count` bytes; a count beyond the end is an error before anything is allocated."""
-        if count > self.end - self.at:
+    def next_code(self) -> int:
+        """The byte of the next instruction."""
+        code = self.stream.read(1)
+        if not code:
             raise Unreadable("the pickle breaks off (a truncated file, or none of pickle)")
-        self.at += count
-        return self.data[self.at - count : self.at]
+        if code != pickle.STOP and code[0] not in STEPS:
+            raise Unreadable(f"byte {self.stream.tell() - 1} (0x{code[0]:02x}) is no pickle instruction")
+        return code[0]
 
-    def number(self, form: str) -> int:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
-
-    def counted(self, form: str) -> bytes:
-        count = self.number(form)
-        if count < 0:
-            raise Unreadable("a negative length in the pickle")
-        return self.take(count)
-
-    def line(self, limit: int | None = None) -> bytes:
-        stop = self.data.find(b"\n", self.at, self.end if limit is None else min(self.end, self.at + limit))
-        if stop < 0:
-            raise Unreadable("a line of the pickle does not end")
-        text = self.take(stop - self.at)
-        self.at += 1
-        return text
-
-    def text_line(self) -> str:
-        return decoded(self.line(4 * NAME_LENGTH), "utf-8")
+    def argument(self, code: int) -> Any:
+        """The argument of an instruction, decoded by the standard library."""
+        try:
+            value = READERS[code](self.stream)
+        except ValueError as error:
+            text = str(error)
+            if any(words in text for words in ("not enough data", "remain", "no newline", "sys.maxsize")):
+                raise Unreadable("the pickle breaks off (a truncated file, or none of pickle)") from error
+            raise Unreadable(f"an argument of the pickle is none ({shown(text)})") from error
+        if isinstance(value, int) and value.bit_length() > 8 * LONGEST_INTEGER:
+            raise Refused(f"its pickle holds an integer of {value.bit_length() // 8 + 1} bytes")
+        return value
 
     # the stack
 
@@ -118,39 +118,6 @@ class Machine:
         if index not in self.memo:
             raise Unreadable("the pickle recalls what it never remembered")
         self.push(self.memo[index])
-
-    # numbers and texts
-
-    def integer_line(self) -> None:
-        text = self.line(NAME_LENGTH).rstrip(b"L")
-        if text in (b"00", b"01"):
-            self.push(text == b"01")
-        elif re.fullmatch(rb"\s*[+-]?\d+\s*", text):
-            self.push(int(text))
-        else:
-            raise Unreadable("a number of the pickle is none")
-
-    def float_line(self) -> None:
-        try:
-            self.push(float(self.line(NAME_LENGTH)))
-        except ValueError as error:
-            raise Unreadable("a number of the pickle is none") from error
-
-    def long(self, form: str) -> None:
-        count = self.number(form)
-        if not 0 <= count <= 64:
-            raise Refused(f"its pickle holds an integer of {count} bytes")
-        self.push(int.from_bytes(self.take(count), "little", signed=True))
-
-    def quoted_line(self) -> None:
-        text = self.line()
-        if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b"'", b'"'):
-            raise Unreadable("a text of the pickle has no quotes")
-        try:
-            raw = codecs.escape_decode(text[1:-1])[0]  # what pickle itself uses
-        except ValueError as error:
-            raise Unreadable("a text of the pickle is not one") from error
-        self.push(decoded(raw, "latin-1"))
 
     # containers
 
@@ -237,19 +204,11 @@ class Machine:
             raise Refused("its pickle refers to data outside itself")
         return self.persistent(given)
 
-    def extension(self) -> None:
+    def extension(self, code: int) -> None:
         raise Refused("its pickle uses the extension registry")
 
     def outside(self) -> None:
         raise Refused("its pickle refers to buffers outside itself")
-
-
-def decoded(raw: bytes, encoding: str) -> str:
-    """Decode a text of the pickle."""
-    try:
-        return raw.decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
-    except UnicodeDecodeError as error:
-        raise Unreadable(f"a text of the pickle is not {encoding}") from error
 
 
 def protocol(version: int) -> None:
@@ -258,16 +217,33 @@ def protocol(version: int) -> None:
         raise Unreadable(f"a pickle of protocol {version}; up to {pickle.HIGHEST_PROTOCOL} are accepted")
 
 
-def index(text: bytes) -> int:
-    """Parse a memo index as protocol 0 writes it, in decimal."""
-    if not re.fullmatch(rb"\d{1,12}", text):
-        raise Unreadable("the pickle remembers under an index that is no number")
-    return int(text)
+def name_pair(stream: Any) -> tuple[str, str]:
+    """The two lines after GLOBAL and INST; Python's own reader joins them."""
+    lines: list[Any] = [pickletools.read_stringnl(stream, decode=False, stripquotes=False) for _ in range(2)]
+    return lines[0].decode(), lines[1].decode()
 
 
-INSTRUCTIONS: dict[bytes, Callable[[Machine], Any]] = {
-    pickle.PROTO: lambda s: protocol(s.take(1)[0]),
-    pickle.FRAME: lambda s: s.take(8),
+def quoted_line(stream: Any) -> str:
+    """The text after STRING; Python's own reader takes ASCII alone, Python 2 wrote arrays so."""
+    return codecs.escape_decode(pickletools.read_stringnl(stream, decode=False))[0].decode("latin-1")
+
+
+READERS: dict[int, Callable[[Any], Any]] = {
+    ord(opcode.code): opcode.arg.reader for opcode in pickletools.opcodes if opcode.arg is not None
+}
+READERS |= {pickle.GLOBAL[0]: name_pair, pickle.INST[0]: name_pair, pickle.STRING[0]: quoted_line}
+
+VALUES = (  # instructions that push their argument
+    *(pickle.INT, pickle.LONG, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.LONG4),
+    *(pickle.FLOAT, pickle.BINFLOAT, pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING),
+    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
+    *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
+)
+INSTRUCTIONS: dict[bytes, Callable[..., Any]] = {
+    **dict.fromkeys(VALUES, lambda s, value: s.push(value)),
+    pickle.BYTEARRAY8: lambda s, raw: s.push(bytes(raw)),
+    pickle.PROTO: lambda s, version: protocol(version),
+    pickle.FRAME: lambda s, size: None,
     pickle.MARK: lambda s: s.marks.append(len(s.stack)),
     pickle.POP: Machine.drop,
     pickle.POP_MARK: Machine.pop_mark,
@@ -275,26 +251,6 @@ INSTRUCTIONS: dict[bytes, Callable[[Machine], Any]] = {
     pickle.NONE: lambda s: s.push(None),
     pickle.NEWTRUE: lambda s: s.push(True),
     pickle.NEWFALSE: lambda s: s.push(False),
-    pickle.INT: Machine.integer_line,
-    pickle.LONG: Machine.integer_line,
-    pickle.BININT: lambda s: s.push(s.number("<i")),
-    pickle.BININT1: lambda s: s.push(s.number("<B")),
-    pickle.BININT2: lambda s: s.push(s.number("<H")),
-    pickle.LONG1: lambda s: s.long("<B"),
-    pickle.LONG4: lambda s: s.long("<i"),
-    pickle.FLOAT: Machine.float_line,
-    pickle.BINFLOAT: lambda s: s.push(s.number(">d")),
-    pickle.STRING: Machine.quoted_line,
-    pickle.BINSTRING: lambda s: s.push(decoded(s.counted("<i"), "latin-1")),
-    pickle.SHORT_BINSTRING: lambda s: s.push(decoded(s.counted("<B"), "latin-1")),
-    pickle.BINBYTES: lambda s: s.push(s.counted("<I")),
-    pickle.SHORT_BINBYTES: lambda s: s.push(s.counted("<B")),
-    pickle.BINBYTES8: lambda s: s.push(s.counted("<Q")),
-    pickle.BYTEARRAY8: lambda s: s.push(s.counted("<Q")),
-    pickle.UNICODE: lambda s: s.push(decoded(s.line(), "raw-unicode-escape")),
-    pickle.BINUNICODE: lambda s: s.push(decoded(s.counted("<I"), "utf-8")),
-    pickle.SHORT_BINUNICODE: lambda s: s.push(decoded(s.counted("<B"), "utf-8")),
-    pickle.BINUNICODE8: lambda s: s.push(decoded(s.counted("<Q"), "utf-8")),
     pickle.EMPTY_LIST: lambda s: s.push([]),
     pickle.EMPTY_TUPLE: lambda s: s.push(()),
     pickle.EMPTY_DICT: lambda s: s.push(Dict()),
@@ -311,26 +267,20 @@ INSTRUCTIONS: dict[bytes, Callable[[Machine], Any]] = {
     pickle.SETITEM: Machine.set_item,
     pickle.SETITEMS: lambda s: s.set_items(s.pop_mark(), s.top()),
     pickle.ADDITEMS: Machine.add_items,
-    pickle.PUT: lambda s: s.remember(index(s.line(NAME_LENGTH))),
-    pickle.BINPUT: lambda s: s.remember(s.number("<B")),
-    pickle.LONG_BINPUT: lambda s: s.remember(s.number("<I")),
+    **dict.fromkeys((pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT), Machine.remember),
     pickle.MEMOIZE: lambda s: s.remember(len(s.memo)),
-    pickle.GET: lambda s: s.recall(index(s.line(NAME_LENGTH))),
-    pickle.BINGET: lambda s: s.recall(s.number("<B")),
-    pickle.LONG_BINGET: lambda s: s.recall(s.number("<I")),
-    pickle.GLOBAL: lambda s: s.push(s.name(s.text_line(), s.text_line())),
+    **dict.fromkeys((pickle.GET, pickle.BINGET, pickle.LONG_BINGET), Machine.recall),
+    pickle.GLOBAL: lambda s, pair: s.push(s.name(*pair)),
     pickle.STACK_GLOBAL: Machine.stacked_name,
     pickle.REDUCE: Machine.reduce,
     pickle.NEWOBJ: Machine.reduce,
     pickle.NEWOBJ_EX: Machine.reduce_with_keywords,
     pickle.OBJ: Machine.instance,
-    pickle.INST: lambda s: s.push(call(s.name(s.text_line(), s.text_line()), tuple(s.pop_mark()), s.budget)),
+    pickle.INST: lambda s, pair: s.push(call(s.name(*pair), tuple(s.pop_mark()), s.budget)),
     pickle.BUILD: lambda s: s.build(s.pop(), s.top()),
     pickle.BINPERSID: lambda s: s.push(s.persist(s.pop())),
-    pickle.PERSID: lambda s: s.push(s.persist(s.text_line())),
-    pickle.EXT1: Machine.extension,
-    pickle.EXT2: Machine.extension,
-    pickle.EXT4: Machine.extension,
+    pickle.PERSID: lambda s, text: s.push(s.persist(text)),
+    **dict.fromkeys((pickle.EXT1, pickle.EXT2, pickle.EXT4), Machine.extension),
     pickle.NEXT_BUFFER: Machine.outside,
     pickle.READONLY_BUFFER: Machine.outside,
 }
