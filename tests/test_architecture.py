@@ -50,6 +50,7 @@ DATA_TABLES: set[str] = set()  # files of rows only, which may be as long as the
 OPTIONAL = {
     "MinkowskiEngine",
     "gradio",
+    "llvmlite",
     "matplotlib",
     "numba",
     "pycocotools",

@@ -73,8 +73,8 @@ def use(choice: str) -> Iterator[None]:
     global _choice
     if choice not in CHOICES:
         raise ValueError(f"The sparse backend is {choice!r}; accepted: {', '.join(CHOICES)}.")
-    if choice == "fast":
-        require("numba", "fast")
+    if choice == "fast" and not _has_numba():
+        require("numba", "fast")  # says what to install
     before, _choice = _choice, choice
     try:
         yield

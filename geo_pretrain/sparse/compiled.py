@@ -1,18 +1,17 @@
-"""Numba-compiled tasks that run on torch's threads, the base of the fast kernels (extra `fast`).
+"""Machine code of the fast kernels: compiled once by numba, kept in a file, run on torch's threads (extra `fast`).
 
-A task is a function of one job, an array of addresses and sizes that begins with the address of a counter; the threads
-draw numbers from the counter and return when none are left. They are torch's own OpenMP threads where these can be
-reached: a second pool would fight with it for the cores.
+What is kept needs no numba to run, only the LLVM under it: importing numba takes longer than everything else here. The
+threads are torch's own OpenMP threads where these can be reached: a second pool would fight with it for the cores.
 """
-# mypy: allow-untyped-defs
-# What numba compiles has no Python types.
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,60 +20,115 @@ import numpy as np
 import torch
 
 from geo_pretrain.errors import require
+from geo_pretrain.files import atomic_write
+from geo_pretrain.sparse import processor
 
-numba = require("numba", "fast")
-types, intrinsic = numba.types, numba.extending.intrinsic
-INT64 = numba.core.cgutils.ir.IntType(64)
-ADDRESS, SIZE = types.uint64, types.int64
-
-
-def compiled(tasks: Callable[..., None]) -> Any:
-    """Compile a task to machine code, cached on disk where there is a folder for it."""
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        return numba.cfunc(signature, cache=True)(tasks)
-    except RuntimeError:
-        return numba.cfunc(signature)(tasks)
+llvm = require("llvmlite.binding", "fast")
+FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+EXTERNAL = {"memset", "memcpy", "memmove"}  # what compiled code may call
+DIGEST = 32  # bytes of SHA-256 before the object code in a file
 
 
-@intrinsic
-def next_task(context, counter):
-    """Return the counter's value and increment it atomically: threads draw their tasks from it."""
-
-    def emit(_context, b, _signature, args):
-        return b.atomic_rmw("add", b.inttoptr(args[0], INT64.as_pointer()), INT64(1), "monotonic")
-
-    return SIZE(ADDRESS), emit
-
-
-def _pointer_cast(kind: Any) -> Any:
-    @intrinsic
-    def cast(context, address):
-        def emit(_context, b, signature, args):
-            return b.inttoptr(args[0], _context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(ADDRESS), emit
-
-    return cast
-
-
-int32_at, int64_at, float_at = (_pointer_cast(kind) for kind in (types.int32, types.int64, types.float32))
-
-
-def run(tasks: Any, *values: int) -> None:
-    """Run compiled tasks on as many threads as torch uses; the job is the counter followed by `values`."""
+def run(name: str, *values: int) -> None:
+    """Run a task of `kernels` on as many threads as torch uses; the job is the counter followed by `values`."""
+    task = _task(name)
     counter = np.zeros(1, np.int64)
     job = np.array([counter.ctypes.data, *values], np.int64)
-    pointer, threads = job.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)), torch.get_num_threads()
+    pointer, threads = job.ctypes.data, torch.get_num_threads()
     if threads == 1:
-        tasks.ctypes(pointer)
+        task(pointer)
     elif (parallel := _openmp()) is not None:
-        parallel(tasks.address, pointer, threads, 0)
+        parallel(ctypes.cast(task, ctypes.c_void_p), pointer, threads, 0)
     else:
-        others = [_pool(os.getpid(), threads).submit(tasks.ctypes, pointer) for _ in range(threads - 1)]
-        tasks.ctypes(pointer)
+        others = [_pool(os.getpid(), threads).submit(task, pointer) for _ in range(threads - 1)]
+        task(pointer)
         for other in others:
             other.result()
+
+
+@cache
+def _task(name: str) -> Any:
+    """A task as a function of its job's address."""
+    return FUNCTION(_engine().get_function_address(name))
+
+
+@cache
+def _engine() -> Any:
+    """LLVM with the machine code of all tasks, from the file that keeps it or compiled now."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_default_triple().create_target_machine(
+        cpu=processor.NAME, features=processor.FEATURES, opt=3, jit=True
+    )
+    code = _kept()
+    if code is None:
+        code = _compiled(target)
+        _keep(code)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine
+
+
+def _compiled(target: Any) -> bytes:
+    """Compile all tasks to one object file that calls nothing of Python."""
+    from geo_pretrain.sparse import kernels  # imports numba
+
+    whole = llvm.parse_assembly("")
+    for name in kernels.TASKS:
+        text, entry = kernels.assembly(name)
+        module = llvm.parse_assembly(text)
+        module.get_function(entry).name = name
+        for value in (*module.functions, *module.global_variables):
+            if not value.is_declaration and value.name != name:
+                value.linkage = "internal"
+        whole.link_in(module)
+    builder = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(whole, builder)  # drops the wrappers' error paths, which are never taken
+    called = {function.name for function in whole.functions if function.is_declaration}
+    foreign = {name for name in called if not name.startswith("llvm.")} - EXTERNAL
+    if foreign:
+        raise RuntimeError(f"The compiled kernels call {', '.join(sorted(foreign))}; accepted: {', '.join(EXTERNAL)}.")
+    code: bytes = target.emit_object(whole)
+    return code
+
+
+# ---- The file -------------------------------------------------------------------------------------------------------
+
+
+def _kept() -> bytes | None:
+    """The object code from the first file that holds it undamaged."""
+    for path in _paths():
+        with suppress(OSError):
+            content = path.read_bytes()
+            digest, code = content[:DIGEST], content[DIGEST:]
+            if hashlib.sha256(code).digest() == digest:
+                return code
+    return None
+
+
+def _keep(code: bytes) -> None:
+    """Write the object code to the first folder that takes it; without one it is compiled in every process."""
+    for path in _paths():
+        with suppress(OSError), atomic_write(path) as part:
+            part.write_bytes(hashlib.sha256(code).digest() + code)
+            return
+
+
+def _paths() -> Iterator[Path]:
+    """Where the object code of these sources may lie: numba's cache folder if set, beside the sources, the user's."""
+    here = Path(__file__).parent
+    sources = [(here / name).read_bytes() for name in ("kernels.py", "processor.py", "compiled.py")]
+    versions = llvm.llvm_version_info, llvm.get_process_triple(), processor.NAME, processor.FEATURES
+    name = f"kernels-{hashlib.sha256(b''.join(sources) + repr(versions).encode()).hexdigest()[:16]}.o"
+    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
+        yield Path(chosen) / name
+    else:
+        yield here / "__pycache__" / name
+        yield Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "geo_pretrain" / "kernels" / name
+
+
+# ---- Threads --------------------------------------------------------------------------------------------------------
 
 
 @cache

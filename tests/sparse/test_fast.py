@@ -185,3 +185,38 @@ def test_processors_with_narrower_vectors_get_the_same_results(name, features, l
     settings = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
     script = OTHER_PROCESSOR.format(lanes=lanes)
     subprocess.run([sys.executable, "-c", script], env=os.environ | settings, check=True)
+
+
+WARM = """
+import sys
+import torch
+from geo_pretrain.sparse import compiled, fast
+from tests.sparse.twins import random_cloud
+from geo_pretrain.sparse import SparseTensor, layers
+assert {compiles} == (compiled._kept() is None)
+coords, feats = random_cloud(0)
+layers.Conv3d(3, 8)(SparseTensor(coords, feats.float()))
+assert {compiles} == ("numba" in sys.modules), "numba"
+"""
+
+
+def test_machine_code_is_compiled_once_and_then_runs_without_numba(tmp_path):
+    settings = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "GEO_PRETRAIN_SPARSE": "fast"}
+
+    def start(compiles: bool) -> None:
+        subprocess.run([sys.executable, "-c", WARM.format(compiles=compiles)], env=settings, check=True)
+
+    start(compiles=True)
+    start(compiles=False)
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-100])  # a damaged file is compiled anew
+    start(compiles=True)
+    start(compiles=False)
+
+
+def test_the_processor_and_the_sources_name_the_file_of_machine_code(monkeypatch, tmp_path):
+    paths = list(compiled._paths())
+    monkeypatch.setattr(compiled.processor, "FEATURES", "+sse2")
+    assert not {path.name for path in paths} & {path.name for path in compiled._paths()}
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    assert [path.parent for path in compiled._paths()] == [tmp_path]
