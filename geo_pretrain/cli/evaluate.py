@@ -23,6 +23,7 @@ from geo_pretrain.cli.options import (
     size_of,
 )
 from geo_pretrain.cli.shared import app, console, escape, progress
+from geo_pretrain.errors import unknown
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import SkippedFrames
@@ -39,13 +40,13 @@ def eval_matching(
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; default: that of pre-training.")] = None,
-    pairs: Annotated[int, typer.Option(help="Pairs to measure, spread over the scenes.")] = 100,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs to measure, spread over the scenes.")] = 100,
     overlap: Annotated[str, typer.Option(help="Range of overlap of the pairs.")] = "0.3:1",
     threshold: Annotated[
-        float | None, typer.Option(help="Within which a match is right; default: 4 px, 2 voxels.")
+        float | None, typer.Option(min=0, help="Within which a match is right; default: 4 px, 2 voxels.")
     ] = None,
     turn: Annotated[Turn, typer.Option(help=TURN_HELP)] = Turn.CAMERA,
-    seed: Annotated[int, typer.Option(help="Of queries, turns and random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of queries, turns and random weights.")] = 0,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -84,9 +85,9 @@ def eval_pixel_to_voxel(
     folder: Annotated[str, typer.Argument(help="A checkpoint folder of pri3d_geo, pri3d_view_geo, ppkt or img2pc.")],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
-    pairs: Annotated[int, typer.Option(help="Frames, each with its chunk, spread over the scenes.")] = 100,
-    threshold: Annotated[float, typer.Option(help="Largest error of a correct match, in voxels.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Seed of queries and random weights.")] = 0,
+    pairs: Annotated[int, typer.Option(min=1, help="Frames, each with its chunk, spread over the scenes.")] = 100,
+    threshold: Annotated[float, typer.Option(min=0, help="Largest error of a correct match, in voxels.")] = 2.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of queries and random weights.")] = 0,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -121,12 +122,12 @@ def eval_probe(
     backbone: Annotated[str, typer.Argument(help="A catalog name or a checkpoint folder.")],
     data: Annotated[str, typer.Option(help=LABELLED_HELP)] = "rooms",
     probes: Annotated[str, typer.Option(help="linear, knn or both, separated by a comma.")] = "linear,knn",
-    fraction: Annotated[float, typer.Option(help="Share of the training images, whole scenes.")] = 1.0,
-    pixels: Annotated[int, typer.Option(help="Labelled pixels (3D: voxels) of the training images.")] = 20_000,
+    fraction: Annotated[float, typer.Option(min=1e-9, max=1, help="Share of the training images, whole scenes.")] = 1.0,
+    pixels: Annotated[int, typer.Option(min=1, help="Labelled pixels (3D: voxels) of the training images.")] = 20_000,
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH; default: pre-training's; 3D: the images' own.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of pixels and random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of pixels and random weights.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare frozen features with random initialization by a linear probe and k-NN prediction.
@@ -139,8 +140,12 @@ def eval_probe(
     In 3D: `geo-pretrain eval probe runs/pointcontrast`
     """
     from geo_pretrain.training.data.labelled.registry import subset
-    from geo_pretrain.training.evaluation.probes import ProbeSpec, compare_probes
+    from geo_pretrain.training.evaluation.probes import PROBES, ProbeSpec, compare_probes
 
+    spec, names = ProbeSpec(size=size_of(size), pixels=pixels, seed=seed), [part.strip() for part in probes.split(",")]
+    for name in names:
+        if name not in PROBES:
+            raise unknown("probe", name, PROBES)
     measured = _measured(backbone)  # an unknown name fails before rooms are rendered
     with progress(not as_json) as report:
         train, val = _labelled_splits(data, lambda done, total: report("rendering rooms", done, total, ""))
@@ -148,8 +153,8 @@ def eval_probe(
             backbone,
             subset(train, fraction, seed) if fraction < 1 else train,
             val,
-            ProbeSpec(size=size_of(size), pixels=pixels, seed=seed),
-            probes=[part.strip() for part in probes.split(",")],
+            spec,
+            probes=names,
             progress=lambda done, total: report("probing", done, total, ""),
         )
     if as_json:

@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from geo_pretrain.cli.shared import console, escape
-from geo_pretrain.errors import RecipeError
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.recipe import DataSpec
 
-DATA_HELP = "SOURCE or SOURCE:PATH, such as rooms, seven_scenes:PATH, scannet:PATH."
+DATA_HELP = (
+    "SOURCE or SOURCE:PATH, such as rooms, seven_scenes:PATH, scannet:PATH. A recipe's data.options hold for its own "
+    "source only."
+)
 FRAMES_HELP = "Part of each scene's frames in order of time, such as 0:0.75."
 SET_HELP = "KEY=VALUE in the recipe, such as optim.lr=0.05; may be repeated."
 TURN_HELP = "3D only: clouds as their camera sees them, or turned at random in full or upright (about the world's z)."
-LABELLED_HELP = "SOURCE or SOURCE:PATH of labelled images, such as rooms, scannet:PATH, nyuv2:PATH, coco:PATH."
+LABELLED_HELP = (
+    "SOURCE or SOURCE:PATH of labelled images, such as rooms, scannet:PATH, nyuv2:PATH, coco:PATH. A recipe's "
+    "data.options hold for its own source only."
+)
 
 
 class Turn(StrEnum):
@@ -28,28 +33,17 @@ class Turn(StrEnum):
     CAMERA, FULL, UPRIGHT = "camera", "full", "upright"
 
 
-def data_overrides(data: str | None, frames: str | None) -> list[str]:
+def data_overrides(data: str | None, frames: str | None = None) -> list[str]:
     """Convert `--data` and `--frames` to overrides of a recipe."""
     overrides = []
     if data is not None:
         source, _, path = data.partition(":")
+        if not source:
+            raise typer.BadParameter(f"--data is {data!r}; accepted: SOURCE or SOURCE:PATH.")
         overrides += [f"data.source={source}", f"data.path={json.dumps(path) if path else 'null'}"]
-        if source != "rooms":
-            overrides.append("data.options={}")
     if frames is not None:
         overrides.append(f"data.frames={range_of('--frames', frames)}")
     return overrides
-
-
-def labelled_overrides(data: str | None) -> list[str]:
-    """Convert `--data` to overrides of a recipe."""
-    if data is None:
-        return []
-    source, _, path = data.partition(":")
-    if not source:
-        raise RecipeError(f"--data is {data!r}; accepted: {LABELLED_HELP}")
-    overrides: list[Any] = [f"data.source={source}", f"data.path={json.dumps(path) if path else 'null'}"]
-    return [str(override) for override in overrides]
 
 
 def data_spec(data: str, frames: str | None, overlap: str, overrides: list[str]) -> DataSpec:
@@ -78,7 +72,9 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     try:
         height, width = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise typer.BadParameter(f"--size is {text!r}; expected HEIGHTxWIDTH, such as 240x320.") from None
+        height = width = 0
+    if min(height, width) < 32:
+        raise typer.BadParameter(f"--size is {text!r}; expected HEIGHTxWIDTH, each from 32 up, such as 240x320.")
     return height, width
 
 

@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from geo_pretrain.cli.shared import app
-from geo_pretrain.errors import RecipeError, unknown
+from geo_pretrain.errors import RecipeError
 
 recipes_app = typer.Typer(help="List, show and copy recipes.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 
-NAME_HELP = "A recipe's name; `geo-pretrain recipes` lists them."
+NAME_HELP = "A recipe's name (`geo-pretrain recipes` lists them), or the path of its .yaml file."
 COLUMNS = ("name", "command", "task", "network", "data")
 
 
@@ -49,7 +49,9 @@ def recipes_show(name: Annotated[str, typer.Argument(help=NAME_HELP)]) -> None:
 
     Example: `geo-pretrain recipes show pri3d_view_r18`
     """
-    typer.echo(_file_of(name).read_text(encoding="utf-8"), nl=False)
+    from geo_pretrain.training.recipe import recipe_path
+
+    typer.echo(recipe_path(name).read_text(encoding="utf-8"), nl=False)
 
 
 @recipes_app.command("copy")
@@ -61,9 +63,15 @@ def recipes_copy(
 
     Example: `geo-pretrain recipes copy pri3d_view_r18 mine.yaml`, then `geo-pretrain train mine.yaml --out runs/mine`
     """
-    text = _file_of(name).read_text(encoding="utf-8")
+    from geo_pretrain.training.recipe import recipe_path
+
+    source = recipe_path(name)
+    text = source.read_text(encoding="utf-8")
     if file.suffix not in (".yaml", ".yml"):
-        raise RecipeError(f"FILE is {str(file)!r}, accepted is a name that ends in .yaml, such as {file.stem}.yaml.")
+        example = file / source.name if file.is_dir() else f"{file.stem}.yaml"
+        raise RecipeError(f"FILE is {str(file)!r}, accepted is a name that ends in .yaml, such as {example}.")
+    if not file.parent.is_dir():
+        raise RecipeError(f"FILE is {str(file)!r}, but the folder {str(file.parent)!r} does not exist; make it first.")
     try:
         with file.open("x", encoding="utf-8") as written:
             written.write(text)
@@ -96,13 +104,3 @@ def _finetuning_rows() -> list[tuple[str, ...]]:
         network = f"{recipe.network.kind}{encoder}"
         rows.append((name, "finetune", recipe.task, network, recipe.data.source))
     return rows
-
-
-def _file_of(name: str) -> Path:
-    """Find the file of a pre-training or fine-tuning recipe. Raises `UnknownName`."""
-    from geo_pretrain.training import finetune_recipe, recipe
-
-    for folder in (recipe.RECIPES, finetune_recipe.RECIPES):
-        if (path := folder / f"{name}.yaml").is_file():
-            return path
-    raise unknown("recipe", name, [*recipe.list_recipes(), *finetune_recipe.list_finetune_recipes()])

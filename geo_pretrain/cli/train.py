@@ -17,7 +17,6 @@ from geo_pretrain.cli.options import (
     LABELLED_HELP,
     SET_HELP,
     data_overrides,
-    labelled_overrides,
     print_skips,
 )
 from geo_pretrain.cli.shared import app, console, escape, progress
@@ -76,13 +75,13 @@ def train(
     Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain train ...`
     """
     from geo_pretrain.training.distributed import join
-    from geo_pretrain.training.pretrain import load_checked_recipe, needs_stage1, run_recipe
+    from geo_pretrain.training.pretrain import CHECKS, load_checked_recipe, needs_stage1, run_recipe
     from geo_pretrain.training.recipe import load_stage1, retag
 
     of_data = data_overrides(data, frames)
     length = [] if steps is None else [f"optim.steps={steps}", "optim.epochs=null"]
     spec = load_checked_recipe(recipe, [*of_data, *length, *set_], toy=toy)
-    stage1 = load_stage1(spec, toy=toy) if spec.stage1 and needs_stage1(spec) else None
+    stage1 = load_stage1(spec, toy=toy, also=CHECKS) if spec.stage1 and needs_stage1(spec) else None
     if data is not None:
         tag = spec.data.source + ("_toy" if toy else "")
         if not any(item.startswith("name=") for item in set_):
@@ -142,7 +141,7 @@ def finetune(
     """
     from geo_pretrain.training.finetune.registry import load_checked_finetune_recipe
 
-    overrides = [*labelled_overrides(data), *(["match_released_code=true"] if match_released_code else []), *set_]
+    overrides = [*data_overrides(data), *(["match_released_code=true"] if match_released_code else []), *set_]
     spec = load_checked_finetune_recipe(recipe, overrides, toy=toy)
     if sweep:
         _sweep(spec, backbone, fraction, seed, out, hub, device, as_json)

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from geo_pretrain.errors import GeoPretrainError, RecipeError, UnknownName, nearest
+from geo_pretrain.errors import GeoPretrainError, RecipeError, nearest
 from geo_pretrain.training.checks import Mistakes, Problem, all_mistakes
 
 T = TypeVar("T")
@@ -57,8 +57,11 @@ class Draft:
             raise RecipeError(f"{path}: expected keys and values, got {_shown(tree)}.")
         return cls(tree, str(path), renames)
 
-    def override(self, overrides: Iterable[str]) -> Draft:
-        """Set keys from texts `key.key=value`, values in YAML; the last one counts where a key is given again."""
+    def override(self, overrides: Iterable[str], owners: Mapping[str, str] = {}) -> Draft:
+        """Set keys from texts `key.key=value`, values in YAML; the last one counts where a key is given again.
+
+        `owners`: key -> a key that holds for its present value only, which goes when an override changes the first.
+        """
         by_old = {renamed.old: renamed for renamed in self.renames}
         spelled: dict[str, str] = {}  # key -> how the override that set it spelled the key
         for override in overrides:
@@ -76,6 +79,8 @@ class Draft:
             key, value = (given, value) if renamed is None else (renamed.new, _translated(renamed, value))
             if spelled.setdefault(key, given) != given:
                 self._note(f"{key!r} is given twice, by {self.overrides[key]!r} and, under another name, {override!r}.")
+            if key in owners and lookup(self.tree, key) not in (None, value):
+                _set(self.tree, owners[key].split("."), {})
             blocking = _set(self.tree, key.split("."), value)
             if blocking is not None:
                 self._note(f"Override {override!r}: '{blocking}' holds a value, not keys.")
@@ -89,7 +94,7 @@ class Draft:
         parser = _Parser(self.problems)
         value = typing.cast(T, parser.section(kind, self.tree, self.prefix))
         for check in also:
-            parser.run(check, value, RecipeError, UnknownName)
+            parser.run(check, value, GeoPretrainError)
         if len(parser.problems) == 1 and parser.causes and not isinstance(parser.causes[0], Mistakes):
             raise parser.causes[0]
         if parser.problems:
@@ -186,7 +191,7 @@ def parse(
         where: the file, for messages.
         prefix: path of `tree` in the file, such as "task.", for messages.
         renames: old keys that are accepted.
-        also: further checks of the result, functions that raise `RecipeError` or `UnknownName`.
+        also: further checks of the result, functions that raise errors of this package.
 
     Raises:
         RecipeError: names every unknown key, wrong type, missing key and value out of range. A function in `also` that

@@ -264,4 +264,4 @@ def load_finetune_recipe(
         merge_tree(tree, Draft.read(overlay).tree)
         if isinstance(tree.get("name"), str):
             tree["name"] = retag(tree["name"], "toy")
-    return draft.override(overrides).parse(FinetuneRecipe, also)
+    return draft.override(overrides, recipe.OWNERS).parse(FinetuneRecipe, also)

@@ -19,7 +19,8 @@ from geo_pretrain.hub.authors import Origin, convert_file
 from geo_pretrain.hub.cache import default_cache, exclusive
 from geo_pretrain.hub.transfer import download
 from geo_pretrain.loading import load_backbone
-from geo_pretrain.training.recipe import ModelSpec
+from geo_pretrain.training.checks import check_key
+from geo_pretrain.training.recipe import STAGE1, ModelSpec
 
 WITHOUT_HEADS = ("scratch", "imagenet", *IMAGENET_STARTS)  # start weights that are an encoder's alone
 
@@ -49,6 +50,17 @@ def initialize_encoder(network: nn.Module, spec: ModelSpec) -> None:
         _load(network, loaded.state_dict(), spec.init)
     else:
         _load(encoder, getattr(loaded, "encoder", loaded).state_dict(), spec.init)
+
+
+def check_start(start: str) -> None:
+    """Raise `RecipeError` for a `model.init` that is neither a name nor a checkpoint folder; fetches no weights."""
+    names = (*WITHOUT_HEADS, STAGE1)
+    if start not in names and find(start) is None:
+        try:
+            hub.open(start)
+        except GeoPretrainError as error:
+            accepted = f"one of {', '.join(names)}, or a name or folder. {error}"
+            check_key(False, "model.init", start, accepted.rstrip("."))
 
 
 def initialize_heads(task: nn.Module, start: str, *, prefix: str = "", required: bool = True) -> None:

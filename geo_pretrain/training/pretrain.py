@@ -24,6 +24,7 @@ from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.sources.registry import open_source, source_note, source_options
 from geo_pretrain.training.distributed import World
+from geo_pretrain.training.initialize import check_start
 from geo_pretrain.training.licenses import run_license
 from geo_pretrain.training.loop import Progress, RecipeTask, StepInfo, check_batch, fit, make_optimizer
 from geo_pretrain.training.recipe import STAGE1, Recipe, changes, list_recipes, load_recipe
@@ -74,13 +75,25 @@ def run_recipe(
 
 
 def load_checked_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
-    """`load_recipe`, and check the settings of the task and the options of the data source with the rest."""
-    return load_recipe(name, overrides, toy=toy, also=[_check_task, lambda recipe: source_options(recipe.data)])
+    """`load_recipe`, and check the task's settings, the data source's options and the start weights with the rest."""
+    return load_recipe(name, overrides, toy=toy, also=CHECKS)
 
 
 def _check_task(recipe: Recipe) -> None:
     if "name" in recipe.task:
         task_settings(recipe)
+
+
+def _check_source(recipe: Recipe) -> None:
+    source_options(recipe.data)
+
+
+def _check_start(recipe: Recipe) -> None:
+    if recipe.model is not None:
+        check_start(recipe.model.init)
+
+
+CHECKS = (_check_task, _check_source, _check_start)  # of a recipe, before any work
 
 
 def needs_stage1(recipe: Recipe) -> bool:

@@ -60,6 +60,8 @@ WITHOUT_EFFECT = ("workers", "save_every", "data.path")
 _SAME_DATA = ("source", "path", "size", "frames", "license", "options")  # data settings that a first stage takes over
 _SAME_PAIRS = ("overlap", "measure", "max_pairs_per_scene")  # the same, where both stages train on pairs
 
+OWNERS = {"data.source": "data.options"}  # options are those of one source
+
 EncoderName = Literal["resnet18", "resnet50"]  # names in backbones.architectures.ENCODERS
 RecipeName = Annotated[str, Accepts(CHECKPOINT_NAME.fullmatch, "letters, digits, '.', '_' and '-'")]
 Jitter = Annotated[
@@ -251,11 +253,17 @@ def load_recipe(
         UnknownName: there is no such recipe.
         RecipeError: names every mistake in the file and the overrides.
     """
-    return _draft(name, toy=toy).override(overrides).parse(Recipe, also)
+    return _draft(name, toy=toy).override(overrides, OWNERS).parse(Recipe, also)
 
 
-def load_stage1(recipe: Recipe, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
-    """Read the recipe that trains the first stage of `recipe`; `overrides` and `toy` as in `load_recipe`.
+def load_stage1(
+    recipe: Recipe,
+    overrides: Iterable[str] = (),
+    *,
+    toy: bool = False,
+    also: Sequence[Callable[[Recipe], object]] = (),
+) -> Recipe:
+    """Read the recipe that trains the first stage of `recipe`; the arguments are those of `load_recipe`.
 
     The first stage takes over the seed and the data of `recipe`, also the choice of pairs where both train on pairs,
     and the 2D network where `recipe` continues training it. Settings in the section `stage1` win over these.
@@ -270,7 +278,7 @@ def load_stage1(recipe: Recipe, overrides: Iterable[str] = (), *, toy: bool = Fa
     if recipe.model is not None and recipe.model.init == STAGE1:
         _take_over(draft.tree, "model", recipe.model, ("encoder", "width"))
     merge_tree(draft.tree, recipe.stage1.overrides)
-    first = draft.override(overrides).parse(Recipe)
+    first = draft.override(overrides, OWNERS).parse(Recipe, also)
     check_key(first.stage1 is None, "stage1.recipe", first.name, "a recipe of one stage")
     return first
 

@@ -7,14 +7,16 @@ import contextlib
 import pytest
 import yaml
 
+from geo_pretrain.cli.options import data_spec
 from geo_pretrain.errors import RecipeError, UnknownName
 from geo_pretrain.training.bench.plan import rows
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.finetune.registry import load_checked_finetune_recipe
 from geo_pretrain.training.finetune_recipe import changes, list_finetune_recipes, load_finetune_recipe
-from geo_pretrain.training.pretrain import load_checked_recipe
+from geo_pretrain.training.pretrain import CHECKS, load_checked_recipe
 from geo_pretrain.training.recipe import load_recipe, load_stage1, recipe_path
 from geo_pretrain.training.tasks import TASKS
+from tests.front_door import geo_pretrain
 
 
 @pytest.mark.parametrize("load", [load_recipe, load_finetune_recipe])
@@ -256,3 +258,57 @@ def test_fine_tuning_names_wrong_options_of_data_and_network_with_the_rest():
 @pytest.mark.parametrize("name", list_finetune_recipes())
 def test_every_fine_tuning_recipe_has_options_that_its_data_and_network_take(name):
     assert load_checked_finetune_recipe(name) == load_finetune_recipe(name)
+
+
+def test_start_weights_that_there_are_not_are_named_with_the_recipe(tmp_path):
+    for start in ("nope", str(tmp_path)):
+        with pytest.raises(RecipeError) as error:
+            load_checked_recipe("pri3d_view_r18.rooms", [f"model.init={start}", "optim.lr=-1"])
+        assert len(error.value.problems) == 2
+        assert f"'model.init' is '{start}', accepted is one of scratch, imagenet" in str(error.value)
+    recipe = load_checked_recipe("gsc_r18.rooms", ["stage1.model.init=nope", "stage1.task.x=1"])
+    with pytest.raises(RecipeError, match=r"changed by stage1 of recipe gsc_r18\.rooms: 2 mistakes"):
+        load_stage1(recipe, also=CHECKS)
+
+
+def test_options_of_a_source_go_when_an_override_names_another_source():
+    rooms = load_checked_recipe("pri3d_view_r18.rooms")
+    assert load_checked_recipe("pri3d_view_r18.rooms", ["data.source=rooms"]).data.options == rooms.data.options != {}
+    scannet = load_checked_recipe("pri3d_view_r18.rooms", ["data.source=scannet", "data.options.labels=x"])
+    assert scannet.data.options == {"labels": "x"}
+    labelled = load_checked_finetune_recipe("rooms_unet_r18", ["data.source=scannet", "data.path=/scans"])
+    assert labelled.data.options == {}
+
+
+def test_a_command_without_a_recipe_takes_the_options_it_is_given():
+    assert data_spec("rooms", None, "0.3:1", ["data.options.scenes=3"]).options == {"scenes": 3}
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["matching", "x", "--pairs", "0"], "--pairs"),
+        (["matching", "x", "--size", "3x3"], "each from 32 up"),
+        (["pixel-to-voxel", "x", "--pairs", "0"], "--pairs"),
+        (["probe", "x", "--fraction", "0"], "--fraction"),
+        (["probe", "x", "--pixels", "0"], "--pixels"),
+    ],
+)
+def test_numbers_of_eval_are_checked_before_any_work(arguments, part):
+    assert part in geo_pretrain("eval", *arguments, expected=2).errors
+
+
+def test_probes_are_checked_before_the_backbone_is_opened():
+    assert (
+        "Unknown probe 'zz'" in geo_pretrain("eval", "probe", "no_such_backbone", "--probes", "zz", expected=1).errors
+    )
+
+
+def test_recipes_are_shown_by_path_and_copied_to_where_there_is_a_folder(tmp_path):
+    path = recipe_path("gsc_r18")
+    assert geo_pretrain("recipes", "show", path).output == path.read_text()
+    assert f"such as {tmp_path}/gsc_r18.yaml" in geo_pretrain("recipes", "copy", "gsc_r18", tmp_path, expected=1).errors
+    missing = geo_pretrain("recipes", "copy", "gsc_r18", tmp_path / "no" / "mine.yaml", expected=1)
+    assert f"the folder '{tmp_path}/no' does not exist; make it first" in missing.errors
+    for name, what in (("nothere.yaml", "does not exist"), (tmp_path, "is a folder")):
+        assert what in geo_pretrain("recipes", "show", name, expected=1).errors
