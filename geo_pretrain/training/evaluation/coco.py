@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,19 @@ Kind = Literal["box", "mask"]
 IOU_TYPES = {"box": "bbox", "mask": "segm"}
 SHAPES = {"box": "bbox", "mask": "segmentation"}
 MAX_DETECTIONS = 100  # an image; the best by score
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The detections of a network in one image, sorted by descending score."""
+
+    boxes: np.ndarray  # float32 [N, 4]: x0, y0, x1, y1 in pixels of the image given
+    classes: np.ndarray  # int64 [N], 1..C
+    scores: np.ndarray  # float32 [N], from 0 to 1
+    masks: np.ndarray | None  # bool [N, H, W]; None: the network gives boxes only
+
+    def __len__(self) -> int:
+        return len(self.classes)
 
 
 def coco_report(

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from geo_pretrain import hub
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import CheckpointError, DataError, RecipeError, unknown
+from geo_pretrain.errors import CheckpointError, DataError, unknown
+from geo_pretrain.training.checks import Checks, Count, Positive
 from geo_pretrain.training.data.labelled.clouds import LabelledCloud, batch_voxels, labelled_clouds, voxels_of
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.evaluation.features import (
@@ -49,20 +50,17 @@ class ProbeSpec:
     """Settings of a probe; the same for every backbone of a comparison."""
 
     size: tuple[int, int] | None = None  # height, width of the network's input; None: its contract's; 3D: of frames
-    pixels: int = 20_000  # labelled pixels (3D: voxels) of the training images, equally many of each; k-NN: of val too
-    penalty: float = 1e-4  # linear: weight of half the squared norm of the weights, beside the mean cross-entropy
-    iterations: int = 200  # linear: at most
-    k: int = 20
-    temperature: float = 0.07  # k-NN: a neighbor's vote is exp(cosine / temperature)
+    pixels: Count = 20_000  # labelled pixels (3D: voxels) of the training images, equally many of each; k-NN: val too
+    penalty: Positive = 1e-4  # linear: weight of half the squared norm of the weights, beside the mean cross-entropy
+    iterations: Count = 200  # linear: at most
+    k: Count = 20
+    temperature: Positive = 0.07  # k-NN: a neighbor's vote is exp(cosine / temperature)
     seed: int = 0  # of the pixels, and of the random-init baseline's weights
 
     def __post_init__(self) -> None:
-        for key, least in (("pixels", 1), ("iterations", 1), ("k", 1)):
-            if getattr(self, key) < least:
-                raise RecipeError(f"'{key}' is {getattr(self, key)}, accepted is a whole number from {least} up.")
-        for key in ("penalty", "temperature"):
-            if not getattr(self, key) > 0:
-                raise RecipeError(f"'{key}' is {getattr(self, key)}, accepted is a number above 0.")
+        check = Checks()
+        check.ranges(self)
+        check.done()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ The network and the protocol are `detector.DetectorSetup`'s.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,25 +19,12 @@ from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.labelled.export import coco_json, encode_mask
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage, LabelledSource
 from geo_pretrain.training.distributed import ALONE, World
-from geo_pretrain.training.evaluation.coco import Kind, coco_report
+from geo_pretrain.training.evaluation.coco import Detections, Kind, coco_report
 from geo_pretrain.training.finetune.detector import DetectorSetup, detection_options
 from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.visualize.results import draw_detections
-
-
-@dataclass(frozen=True)
-class Detections:
-    """The detections of a network in one image, sorted by descending score."""
-
-    boxes: np.ndarray  # float32 [N, 4]: x0, y0, x1, y1 in pixels of the image given
-    classes: np.ndarray  # int64 [N], 1..C
-    scores: np.ndarray  # float32 [N], from 0 to 1
-    masks: np.ndarray | None  # bool [N, H, W]; None: the network gives boxes only
-
-    def __len__(self) -> int:
-        return len(self.classes)
 
 
 class Detection(FinetuneTask):

@@ -42,7 +42,7 @@ class ColorSpace:
         return np.rint(shades * 255).astype(np.uint8)
 
 
-def fit_colors(features: Sequence[Tensor], percentiles: tuple[float, float] = PERCENTILES) -> ColorSpace:
+def fit_colors(features: Sequence[Tensor]) -> ColorSpace:
     """Fit one color space to all rows of `features`, each [N_i, C] with the same C.
 
     Axes are the eigenvectors of the C x C covariance, computed in float64, each with the sign that makes its largest
@@ -69,7 +69,7 @@ def fit_colors(features: Sequence[Tensor], percentiles: tuple[float, float] = PE
     largest = axes.abs().argmax(dim=0)
     axes = axes * axes[largest, torch.arange(axes.shape[1])].sign()
     space = ColorSpace(mean, axes, np.zeros(axes.shape[1]), np.ones(axes.shape[1]))
-    low, high = np.percentile(np.concatenate([space.components(part) for part in features]), percentiles, axis=0)
+    low, high = np.percentile(np.concatenate([space.components(part) for part in features]), PERCENTILES, axis=0)
     still = high - low <= _ROUNDING * (float(mean.abs().max()) + (high - low).max())
     return ColorSpace(mean, axes, low, np.where(still, low, high))
 

@@ -70,9 +70,9 @@ def _swatch_rows(
     return rows
 
 
-def magnification(width: int, target: int = 256) -> int:
-    """Return the whole factor that makes a picture of `width` pixels about `target` wide."""
-    return max(1, round(target / width))
+def magnification(width: int) -> int:
+    """Return the whole factor that makes a picture of `width` pixels about 256 wide."""
+    return max(1, round(256 / width))
 
 
 def enlarge(pixels: np.ndarray) -> Image.Image:
@@ -85,27 +85,21 @@ def enlarge(pixels: np.ndarray) -> Image.Image:
 def tile(rows: list[list[np.ndarray]]) -> np.ndarray:
     """Lay cells [h, w, 3] out in rows, white between; all get the size of the first."""
     height, width = rows[0][0].shape[:2]
-    columns = max(len(row) for row in rows)
-    sheet = np.full(
-        (len(rows) * (height + TILE_GAP) - TILE_GAP, columns * (width + TILE_GAP) - TILE_GAP, 3), 255, np.uint8
-    )
-    for r, row in enumerate(rows):
-        for c, cell in enumerate(row):
-            if cell.shape[:2] != (height, width):
-                cell = np.asarray(Image.fromarray(cell).resize((width, height), Image.Resampling.BILINEAR))
-            top, left = r * (height + TILE_GAP), c * (width + TILE_GAP)
-            sheet[top : top + height, left : left + width] = cell
-    return sheet
+
+    def fitted(cell: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(cell).resize((width, height), Image.Resampling.BILINEAR))
+
+    return stack([stack([fitted(cell) for cell in row], axis=1) for row in rows])
 
 
-def stack(blocks: list[np.ndarray]) -> np.ndarray:
-    """Lay pictures one below another, white where they are narrower."""
-    width = max(block.shape[1] for block in blocks)
-    sheet = np.full((sum(block.shape[0] + TILE_GAP for block in blocks) - TILE_GAP, width, 3), 255, np.uint8)
-    top = 0
+def stack(blocks: list[np.ndarray], axis: int = 0) -> np.ndarray:
+    """Lay pictures one below another (axis 1: side by side), white between and where they are smaller."""
+    shape = [max(block.shape[k] for block in blocks) for k in (0, 1)]
+    shape[axis] = sum(block.shape[axis] + TILE_GAP for block in blocks) - TILE_GAP
+    sheet, corner = np.full((*shape, 3), 255, np.uint8), [0, 0]
     for block in blocks:
-        sheet[top : top + block.shape[0], : block.shape[1]] = block
-        top += block.shape[0] + TILE_GAP
+        sheet[corner[0] : corner[0] + block.shape[0], corner[1] : corner[1] + block.shape[1]] = block
+        corner[axis] += block.shape[axis] + TILE_GAP
     return sheet
 
 

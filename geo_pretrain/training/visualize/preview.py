@@ -13,7 +13,7 @@ from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_V
 from geo_pretrain.training.data.surfaces.sets import Kind, SceneSets, Sets, label_sets, pixel_sets
 from geo_pretrain.training.evaluation.matching import spread_evenly
 from geo_pretrain.training.visualize.colors import class_colors, depth_colors, set_colors
-from geo_pretrain.training.visualize.grids import TILE_GAP, save_sheet, stack, tile
+from geo_pretrain.training.visualize.grids import save_sheet, stack, tile
 
 _WIDTH = 320  # px of a frame beside its sets, at most
 _TILT = np.deg2rad(55)  # from the horizon: how steeply a scene is looked down upon
@@ -60,7 +60,7 @@ def sets_sheet(
         pictures = tile([[frame.color, sets_overlay(frame.color, ids)] for frame, ids in shown])
         size = pictures.shape[0], round(1.4 * pictures.shape[0])
         view = surface_view(sets, size, [frame.cam_to_world for frame in row])
-        blocks.append(np.concatenate([pictures, np.full((size[0], TILE_GAP, 3), 255, np.uint8), view], axis=1))
+        blocks.append(stack([pictures, view], axis=1))
     save_sheet(stack(blocks), path)
 
 
@@ -128,7 +128,8 @@ def _spread_frames(source: Source, scenes: int, frames: int) -> dict[str, list[F
     for scene in source.scenes()[:scenes]:
         for frame_id in spread_evenly(source.frame_ids(scene), frames):
             with contextlib.suppress(BadFrame):
-                shown.setdefault(scene, []).append(source.load(scene, frame_id))
+                frame = source.load(scene, frame_id)
+                shown.setdefault(scene, []).append(frame)
     if not shown:
         raise DataError(
             f"Source {source.name!r} has no frame that can be shown; accepted: at least one readable frame."

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from geo_pretrain.training.data.labelled.image import Instances
+from geo_pretrain.training.evaluation.coco import Detections
 from geo_pretrain.training.evaluation.matching import Matches, Unit
 from geo_pretrain.training.visualize.colors import class_colors
 from geo_pretrain.training.visualize.grids import GAP, PAPER, enlarge, save_grid
 
 RIGHT, WRONG = (38, 201, 106), (238, 60, 60)
 DRAW_SCALE = 2  # drawn large and reduced: Pillow's lines are not antialiased
+SHOWN = 60  # matches of a pair, at most
 DRAWN_SCORE = 0.5  # detections below are not drawn
 CELL = 320  # px: longer side of an image with boxes
 PANEL = 320  # px: the widest panel of predictions
@@ -28,13 +29,12 @@ def draw_matches(
     *,
     threshold: float,
     unit: Unit = "px",
-    shown: int = 60,
 ) -> None:
     """Write a figure of matches: a row per pair, a column per network; right matches are green, wrong ones red.
 
     rows[i][j] are the matches of pair i by network j, their errors in `unit`; `titles` has one text a column.
     """
-    panels = [[_match_panel(matches, threshold, shown) for matches in row] for row in rows]
+    panels = [[_match_panel(matches, threshold) for matches in row] for row in rows]
     captions = [[f"{(m.error <= threshold).mean():.0%} within {threshold:g} {unit}" for m in row] for row in rows]
     legend = f"green: the nearest feature lies within {threshold:g} {unit} of the true position; red: it does not"
     save_grid(panels, captions, titles, legend, path)
@@ -84,27 +84,9 @@ def draw_predictions(
     draw_segmentations(resized, titles, ("unlabelled", *classes), path)
 
 
-class Boxes(Protocol):
-    """Objects that were found in an image, as detection tasks predict them."""
-
-    @property
-    def boxes(self) -> np.ndarray:
-        """float32 [N, 4]: x0, y0, x1, y1 in pixels."""
-
-    @property
-    def classes(self) -> np.ndarray:
-        """int64 [N], 1..C."""
-
-    @property
-    def scores(self) -> np.ndarray:
-        """float32 [N], from 0 to 1."""
-
-    @property
-    def masks(self) -> np.ndarray | None:
-        """bool [N, H, W]; None: boxes only."""
-
-
-def draw_detections(rows: Sequence[tuple[np.ndarray, Instances, Boxes]], classes: Sequence[str], path: Path) -> None:
+def draw_detections(
+    rows: Sequence[tuple[np.ndarray, Instances, Detections]], classes: Sequence[str], path: Path
+) -> None:
     """Write a figure of detections: a row per image; columns are image, objects, and detections of score >= 0.5.
 
     A row is (image uint8 [H, W, 3], its objects, what was found); `classes` names the ids from 1.
@@ -161,7 +143,7 @@ def _resized_ids(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.array(Image.fromarray(ids.astype(np.uint8)).resize(size, Image.Resampling.NEAREST), np.int16)
 
 
-def _match_panel(matches: Matches, threshold: float, shown: int) -> Image.Image:
+def _match_panel(matches: Matches, threshold: float) -> Image.Image:
     left, right = (enlarge(frame.color) for frame in matches.frames)
     scale = left.width / matches.frames[0].color.shape[1]
     canvas = Image.new("RGB", (left.width * 2 + GAP // 2, left.height), PAPER)
@@ -169,7 +151,7 @@ def _match_panel(matches: Matches, threshold: float, shown: int) -> Image.Image:
     canvas.paste(right, (left.width + GAP // 2, 0))
     canvas = canvas.resize((canvas.width * DRAW_SCALE, canvas.height * DRAW_SCALE), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(canvas)
-    chosen = np.linspace(0, len(matches.query) - 1, min(shown, len(matches.query))).round().astype(int)
+    chosen = np.linspace(0, len(matches.query) - 1, min(SHOWN, len(matches.query))).round().astype(int)
     offset = np.array([left.width + GAP // 2, 0.0])
     for k in sorted(chosen, key=lambda k: matches.error[k] <= threshold):  # right ones on top
         color = RIGHT if matches.error[k] <= threshold else WRONG

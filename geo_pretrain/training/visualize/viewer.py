@@ -20,8 +20,6 @@ def viewer_page(
     note: str,
     size: float,
     top: float = 1.0,
-    azimuth: float = 0.8,
-    elevation: float = 0.6,
 ) -> str:
     """Return the text of a page that shows a cloud; it rotates by itself and by hand, buttons choose its colors.
 
@@ -30,7 +28,6 @@ def viewer_page(
         layers: names and colors uint8 [N, 3]; the first is shown first.
         size: diameter of a point, m.
         top: share of the height that is shown at first: the slider "cut from above" takes ceilings away.
-        azimuth, elevation: radians, where the view begins.
     """
     centered = points - (points.min(axis=0) + points.max(axis=0)) / 2
     scene = {
@@ -41,8 +38,8 @@ def viewer_page(
         "radius": max(float(np.linalg.norm(centered, axis=1).max()), 1e-3),
         "size": size,
         "top": top,
-        "azimuth": azimuth,
-        "elevation": elevation,
+        "azimuth": 0.8,  # radians, where the view begins
+        "elevation": 0.6,
     }
     # "</script>" in a name would end the element that holds it
     return PAGE.read_text(encoding="utf-8").replace("__SCENE__", json.dumps(scene).replace("<", "\\u003c"))
