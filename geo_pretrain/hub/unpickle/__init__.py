@@ -1,15 +1,15 @@
 """The child process that reads somebody else's pickled file and writes the tensors of one entry as safetensors.
 
 Run by `hub.extract` as `python -I <this folder>` with a JSON job on standard input; standalone: standard library, and
-numpy for strided tensors. Python's own unpickler is not used. `machine` steps through the instructions itself and can
-build nothing but containers, numbers, texts and the inert `nodes`: no instruction imports, calls or sets an attribute.
-What a file asks to import or call becomes a placeholder (`Foreign`), or the file is refused. Values are looked at
-lazily and never walked, compared or hashed as a whole: depth, sharing and cycles cost nothing.
+numpy for strided tensors. Python's own unpickler is not used: `pickletools` decodes the instructions, and `machine`,
+which steps through them, can build nothing but containers, numbers, texts and the inert `nodes`. No instruction
+imports, calls or sets an attribute. What a file asks to import or call becomes a placeholder (`Foreign`), or the file
+is refused. Values are looked at lazily and never walked, compared or hashed as a whole: depth, sharing and cycles cost
+nothing.
 
 `__main__` -> `job` (limits, the second wall, the report) -> `tensors` (what is wanted, safetensors) -> `formats` (torch
 >= 1.6, a zip; torch < 1.6, "legacy"; plain pickles of numpy arrays) -> `machine` -> `stand_ins` (for calls) -> `nodes`,
-`budget` -> `names` (what a file may name). Layouts as written by torch/serialization.py, numpy's `__reduce__` and the
-opcodes of pickletools.
+`budget` -> `names` (what a file may name). Layouts as written by torch/serialization.py and numpy's `__reduce__`.
 
 Nothing but this text may stand here: the child does not run this file, see `__main__`.
 """
