@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +86,7 @@ def initialize_heads(task: nn.Module, start: str, *, prefix: str = "", required:
         task.load_state_dict(heads, strict=False)
 
 
-def moco_v2_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def moco_v2_folder(name: str) -> Path:
     """Download and convert MoCo's ImageNet encoder `name`, a key of `IMAGENET_STARTS`; returns its checkpoint folder.
 
     Fetched once, read without executing anything of it, kept in the cache. A file that somebody has put where the
@@ -93,19 +95,17 @@ def moco_v2_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -
     Raises `GeoPretrainError` when there is no file to be had, and `DigestMismatch` when it is not the published one.
     """
     entry = IMAGENET_STARTS[name]
-    cache = Path(cache_dir) if cache_dir is not None else default_cache()
-    folder = cache / "authors" / entry.name
+    folder = default_cache() / "authors" / entry.name
     offered = entry.authors_files[0]
-    by_hand = cache / "authors" / offered.url.rpartition("/")[2]
-    with exclusive(folder):
+    by_hand = folder.parent / offered.url.rpartition("/")[2]
+    with exclusive(folder), ExitStack() as work:
         if intact_checkpoint(folder, ["encoder"]) is not None:
             return folder
-        part = folder.with_name(f".{entry.name}.work") / "download.part"
         try:
-            path = by_hand if by_hand.is_file() else part
-            if path is part:
-                part.parent.mkdir(parents=True, exist_ok=True)
-                _download(offered.url, part)
+            path = by_hand
+            if not by_hand.is_file():
+                path = Path(work.enter_context(TemporaryDirectory(".work", f".{entry.name}", folder.parent)), "file")
+                _download(offered.url, path)
             digest = _check_md5(path, MD5_PREFIXES[name])
             today = datetime.date.today().isoformat()
             origin = Origin(offered.url, digest, offered.format, offered.content, today)
@@ -115,10 +115,6 @@ def moco_v2_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -
                 f"init '{name}' needs {offered.url}, which could not be downloaded ({error}). "
                 f"Put the file at {by_hand}, or start from random weights: --set model.init=scratch."
             ) from error
-        finally:
-            part.unlink(missing_ok=True)
-            if part.parent.is_dir():
-                part.parent.rmdir()
     return folder
 
 

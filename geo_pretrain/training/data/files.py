@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from geo_pretrain.errors import BadFrame
+from geo_pretrain.errors import BadFrame, first_line
 
 INVALID_MM = (0, 65535)  # both mean "no measurement"; 65535 is rare and easily forgotten
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -83,12 +83,6 @@ def read_pose(path: Path) -> np.ndarray:
     return pose
 
 
-def first_names(names: Sequence[object], limit: int = 5) -> str:
-    """List the first names for a message: "a, b, c, d, e and 7 more"."""
-    shown = ", ".join(map(str, names[:limit]))
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
 def files_fingerprint(root: Path, paths: Iterable[Path]) -> str:
     """A sha256 over relative names, sizes and modification times: cheap; it changes when a file does."""
     digest = hashlib.sha256()
@@ -106,5 +100,4 @@ def _reading(path: Path, what: str, fault: str = "cannot be read") -> Iterator[N
     except FileNotFoundError:
         raise BadFrame(path, f"{what} is missing") from None
     except (OSError, ValueError, SyntaxError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadFrame(path, f"{what} {fault} ({reason})") from None
+        raise BadFrame(path, f"{what} {fault} ({first_line(error)})") from None

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from geo_pretrain import geometry
-from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.training.data.files import first_names
+from geo_pretrain.errors import BadFrame, DataError, some
 
 T = TypeVar("T")
 
@@ -172,5 +171,5 @@ class SkippedFrames:
         lines = []
         for reason, count in self.counts().items():
             paths = [path for path, why in self.reasons.items() if why == reason]
-            lines.append(f"skipped {count}: {reason} ({first_names(paths, limit)})")
+            lines.append(f"skipped {count}: {reason} ({some(paths, limit)})")
         return "\n".join(lines)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from geo_pretrain.errors import BadFrame, DataError, require, unknown
+from geo_pretrain.errors import BadFrame, DataError, require, some, unknown
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.labelled.folders import need_folders
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage
@@ -124,7 +124,7 @@ class Coco:
         found: dict[str, list[dict[str, Any]]] = {id: [] for id in self._images}
         for annotation in annotations:
             if annotation["category_id"] not in self._class_of:
-                raise self._wrong(annotation, "category_id", f"categories have {files.first_names([*self._class_of])}")
+                raise self._wrong(annotation, "category_id", f"categories have {some(map(str, self._class_of), 5)}")
             if str(annotation["image_id"]) not in found:
                 raise self._wrong(annotation, "image_id", "no image of the file has it")
             found[str(annotation["image_id"])].append(annotation)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from geo_pretrain.errors import BadFrame, DataError, RecipeError, unknown
+from geo_pretrain.errors import BadFrame, DataError, unknown
+from geo_pretrain.training.checks import Checks, Count
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage
 from geo_pretrain.training.data.labelled.instances import instances_from_ids
@@ -23,8 +24,8 @@ class Item:
     id: str
     scene: str
     image: Path
-    labels: Path | None = None  # of classes
-    instances: Path | None = None
+    annotation: Path  # of classes or of instances
+    labels: Path | None = None  # of classes, beside instances without them
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,24 @@ class InstanceRule:
     unnumbered: bool = False  # pixels of a class with instance number 0 are an object, as in Pri3D's conversion
     drop_empty: bool = False  # leave out images without any object
 
+
+@dataclass(frozen=True)
+class InstanceOptions:
+    """Options for detection, see `InstanceRule`."""
+
+    min_pixels: Count = 1000
+    drop_empty: bool = False
+    match_released_code: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
+
     def __post_init__(self) -> None:
-        if self.min_pixels < 1:
-            raise RecipeError(f"min_pixels={self.min_pixels} is out of range; accepted: 1 and more.")
+        check = Checks()
+        check.ranges(self, "data.options.")
+        check.done()
+
+    def rule(self) -> InstanceRule:
+        """The rule for the objects to keep."""
+        exact = self.match_released_code
+        return InstanceRule(self.min_pixels, unnumbered=exact, drop_empty=self.drop_empty or exact)
 
 
 class Folder:
@@ -63,8 +79,8 @@ class Folder:
 
     def fingerprint(self) -> str:
         """A digest of names, sizes and times of images and labels, and of the label map."""
-        paths = [p for item in self._items.values() for p in (item.image, item.labels, item.instances) if p is not None]
-        found = files.files_fingerprint(self.root, [path for path in paths if path.is_file()])
+        paths = [path for item in self._items.values() for path in (item.image, item.annotation, item.labels)]
+        found = files.files_fingerprint(self.root, [path for path in paths if path is not None and path.is_file()])
         facts = f"{found}\n{self.name}\n{self.split}\n{self.labels.classes}\n{sorted(self.labels.ids.items())}"
         return hashlib.sha256(facts.encode()).hexdigest()
 
@@ -85,11 +101,9 @@ class SemanticFolder(Folder):
 
     def load(self, id: str) -> LabelledImage:
         item = self._item(id)
-        if item.labels is None:
-            raise BadFrame(item.image, "image has no file of labels")
         image = files.read_color(item.image)
-        ids = files.read_ids(item.labels, image.shape, bits=self.bits)
-        return LabelledImage(id, image, self.labels.apply(ids, item.labels), None)
+        ids = files.read_ids(item.annotation, image.shape, bits=self.bits)
+        return LabelledImage(id, image, self.labels.apply(ids, item.annotation), None)
 
 
 class InstanceFolder(Folder):
@@ -131,13 +145,11 @@ class InstanceFolder(Folder):
 
     def _instances(self, id: str, shape: Sequence[int] | None) -> Instances:
         item = self._item(id)
-        if item.instances is None:
-            raise BadFrame(item.image, "image has no file of instances")
-        ids = files.read_ids(item.instances, shape, bits=self.bits)
+        ids = files.read_ids(item.annotation, shape, bits=self.bits)
         if item.labels is not None:
-            ids = combine(files.read_ids(item.labels, ids.shape), ids, item.instances)
+            ids = combine(files.read_ids(item.labels, ids.shape), ids, item.annotation)
         rule = self.rule
-        path = item.labels or item.instances  # the file that holds the label
+        path = item.labels or item.annotation  # the file that holds the label
         return instances_from_ids(ids, self.labels, path, min_pixels=rule.min_pixels, unnumbered=rule.unnumbered)
 
     def _has_objects(self, id: str) -> bool:

@@ -7,13 +7,12 @@ classes but of different ones of the 894 may have one number, and are then one o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from geo_pretrain.errors import DataError, unknown
 from geo_pretrain.training.data.labelled.folders import (
     InstanceFolder,
-    InstanceRule,
+    InstanceOptions,
     Item,
     SemanticFolder,
     list_files,
@@ -25,16 +24,7 @@ LAYOUT = "{train,val}/{color/nyu_rgb_0001.png, label/new_nyu_class13_0001.png, i
 _FOLDERS = {"train": ("train",), "val": ("val", "test")}
 
 
-@dataclass(frozen=True)
-class NYUv2Options:
-    """Options of the source, for detection."""
-
-    min_pixels: int = 1000
-    drop_empty: bool = False
-    match_released_code: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
-
-
-def open_nyuv2(path: Path, split: str, task: str, options: NYUv2Options) -> SemanticFolder | InstanceFolder:
+def open_nyuv2(path: Path, split: str, task: str, options: InstanceOptions) -> SemanticFolder | InstanceFolder:
     """Open the labelled images of a split; ids such as "0001". Scenes are unknown: each image is its own."""
     if split not in _FOLDERS:
         raise unknown("split", split, _FOLDERS)
@@ -45,14 +35,11 @@ def open_nyuv2(path: Path, split: str, task: str, options: NYUv2Options) -> Sema
     items = []
     for image in list_files(root / "color", "nyu_rgb_*.png", LAYOUT):
         number = image.stem.removeprefix("nyu_rgb_")
-        instances = root / "instance" / f"{number}.png" if kind == "instance" else None
-        items.append(Item(number, number, image, root / "label" / f"new_nyu_class13_{number}.png", instances))
+        labels, instances = root / "label" / f"new_nyu_class13_{number}.png", root / "instance" / f"{number}.png"
+        items.append(Item(number, number, image, *([labels] if kind == "label" else [instances, labels])))
     if kind == "label":
         return SemanticFolder("nyuv2", split, path, items, label_map("nyu13"))
-    rule = InstanceRule(
-        options.min_pixels, options.match_released_code, options.drop_empty or options.match_released_code
-    )
-    return InstanceFolder("nyuv2", split, path, items, label_map("nyu9"), rule, bits=(8, 16))
+    return InstanceFolder("nyuv2", split, path, items, label_map("nyu9"), options.rule(), bits=(8, 16))
 
 
 def _refuse_mat(path: Path) -> None:

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from geo_pretrain.errors import DataError, RecipeError, unknown
+from geo_pretrain.errors import DataError, RecipeError, some, unknown
 from geo_pretrain.training.config import parse
-from geo_pretrain.training.data.files import first_names
 from geo_pretrain.training.data.labelled.cityscapes import open_cityscapes
 from geo_pretrain.training.data.labelled.coco import CocoOptions, open_coco
+from geo_pretrain.training.data.labelled.folders import InstanceOptions
 from geo_pretrain.training.data.labelled.image import ImageFiles, LabelledImage, LabelledSource, SceneList
 from geo_pretrain.training.data.labelled.kitti import open_kitti
-from geo_pretrain.training.data.labelled.nyuv2 import NYUv2Options, open_nyuv2
+from geo_pretrain.training.data.labelled.nyuv2 import open_nyuv2
 from geo_pretrain.training.data.labelled.rooms import LabelledRoomsOptions, open_rooms
 from geo_pretrain.training.data.labelled.scannet import ScanNetOptions, open_scannet
 from geo_pretrain.training.data.labelled.sunrgbd import open_sunrgbd
@@ -65,7 +65,9 @@ DATA_SETS = {
         CocoOptions,
     ),
     "kitti": DataSet(_plain(open_kitti), SEGMENTATION, "CC-BY-NC-SA-3.0", "non-commercial, share alike"),
-    "nyuv2": DataSet(open_nyuv2, BOTH, "LicenseRef-unstated", "published for research without a license", NYUv2Options),
+    "nyuv2": DataSet(
+        open_nyuv2, BOTH, "LicenseRef-unstated", "published for research without a license", InstanceOptions
+    ),
     "rooms": DataSet(None, BOTH, "MIT", "rendered by this package", LabelledRoomsOptions),
     "scannet": DataSet(
         open_scannet,
@@ -187,7 +189,7 @@ def subset(
         if missing or not scenes:
             raise DataError(
                 f"Scenes of the list that split {source.split!r} of {source.name!r} lacks: "
-                f"{first_names(missing) or 'an empty list'}; it has {len(known)}."
+                f"{some(missing, 5) if missing else 'an empty list'}; it has {len(known)}."
             )
         return Subset(source, scenes)
     order = sorted(images, key=lambda scene: hashlib.sha256(f"{seed}\n{scene}".encode()).digest())

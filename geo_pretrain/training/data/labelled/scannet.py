@@ -9,22 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from geo_pretrain.errors import DataError
-from geo_pretrain.training.data.files import first_names
-from geo_pretrain.training.data.labelled.folders import InstanceFolder, InstanceRule, Item, SemanticFolder
+from geo_pretrain.errors import DataError, some
+from geo_pretrain.training.data.labelled.folders import InstanceFolder, InstanceOptions, Item, SemanticFolder
 from geo_pretrain.training.data.labelled.mapping import label_map
 
 LAYOUT = "scannet_frames_25k/sceneXXXX_XX/{color/*.jpg, label/*.png, instance/*.png}, scannetv2_train.txt and _val.txt"
 
 
 @dataclass(frozen=True)
-class ScanNetOptions:
-    """Options of the source; all but the first are for detection."""
+class ScanNetOptions(InstanceOptions):
+    """Options of the source."""
 
     split_file: str | None = None  # list of the split's scenes, one a line; None: scannetv2_SPLIT.txt beside the scenes
-    min_pixels: int = 1000
-    drop_empty: bool = False
-    match_released_code: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
 
 
 def open_scannet(path: Path, split: str, task: str, options: ScanNetOptions) -> SemanticFolder | InstanceFolder:
@@ -38,18 +34,18 @@ def open_scannet(path: Path, split: str, task: str, options: ScanNetOptions) -> 
     if missing:
         raise DataError(
             f"{str(root)!r} lacks {len(missing)} of the {len(scenes)} scenes of {str(listed)!r}: "
-            f"{first_names(missing)}. Expected layout: {LAYOUT}"
+            f"{some(missing, 5)}. Expected layout: {LAYOUT}"
         )
     kind = "label" if task == "segmentation" else "instance"
     for folder in ("color", kind):
         bare = [scene for scene in scenes if not (root / scene / folder).is_dir()]
         if bare:
             raise DataError(
-                f"No folder {folder!r} in {len(bare)} of {len(scenes)} scenes of {str(root)!r}: {first_names(bare)}. "
+                f"No folder {folder!r} in {len(bare)} of {len(scenes)} scenes of {str(root)!r}: {some(bare, 5)}. "
                 f"Expected layout: {LAYOUT}"
             )
     items = [
-        Item(f"{scene}/{image.stem}", scene, image, *_annotation(image, kind))
+        Item(f"{scene}/{image.stem}", scene, image, root / scene / kind / f"{image.stem}.png")
         for scene in scenes
         for image in sorted((root / scene / "color").glob("*.jpg"), key=lambda image: (len(image.stem), image.stem))
     ]
@@ -57,10 +53,7 @@ def open_scannet(path: Path, split: str, task: str, options: ScanNetOptions) -> 
         raise DataError(f"No color/*.jpg in any scene of {str(root)!r}. Expected layout: {LAYOUT}")
     if task == "segmentation":
         return SemanticFolder("scannet", split, root, items, label_map("scannet20"), bits=(8, 16))
-    rule = InstanceRule(
-        options.min_pixels, options.match_released_code, options.drop_empty or options.match_released_code
-    )
-    return InstanceFolder("scannet", split, root, items, label_map("scannet18"), rule)
+    return InstanceFolder("scannet", split, root, items, label_map("scannet18"), options.rule())
 
 
 def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
@@ -70,12 +63,10 @@ def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
     """
     if path.is_dir():
         if fraction is None:
-            raise DataError(f"{str(path)!r} is a folder; name one of its lists: {first_names(_lists(path))}.")
+            raise DataError(f"{str(path)!r} is a folder; name one of its lists: {some(_lists(path), 5)}.")
         file = path / f"scannetv2_train_{100 * fraction:g}.txt"
         if not file.is_file():
-            raise DataError(
-                f"No list {file.name!r} in {str(path)!r}; there are: {first_names(_lists(path)) or 'none'}."
-            )
+            raise DataError(f"No list {file.name!r} in {str(path)!r}; there are: {some(_lists(path), 5)}.")
         path = file
     try:
         names = path.read_text(encoding="utf-8").split()
@@ -85,7 +76,7 @@ def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
         raise DataError(f"{str(path)!r}: the list of scenes is empty.")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"{str(path)!r}: {first_names(twice)} more than once.")
+        raise DataError(f"{str(path)!r}: {some(twice, 5)} more than once.")
     return names
 
 
@@ -101,12 +92,6 @@ def _list_path(root: Path, path: Path, split: str, given: str | None) -> Path:
         f"No list of scenes {name!r} in {' or '.join(repr(str(folder)) for folder in folders)}. It is in ScanNet's "
         "repository, folder Tasks/Benchmark: put it there, or name a list with the option split_file."
     )
-
-
-def _annotation(image: Path, kind: str) -> tuple[Path | None, Path | None]:
-    """The label file or the instance file of an image."""
-    file = image.parent.parent / kind / f"{image.stem}.png"
-    return (file, None) if kind == "label" else (None, file)
 
 
 def _lists(folder: Path) -> list[str]:

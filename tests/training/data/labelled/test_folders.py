@@ -260,7 +260,7 @@ def test_an_unknown_image_names_the_nearest(scannet):
     "options, reason",
     [
         ({"min_pixel": 3}, "unknown key 'data.options.min_pixel'. Closest: 'data.options.min_pixels'"),
-        ({"min_pixels": 0}, "min_pixels=0 is out of range"),
+        ({"min_pixels": 0}, "'data.options.min_pixels' is 0, accepted is a whole number from 1 up"),
         ({"match_released_code": 1}, "'data.options.match_released_code' is 1"),
     ],
 )

@@ -96,8 +96,8 @@ def test_rendering_is_reported():
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"labelled": 0}, "'data.options.labelled' is 0"),
-        ({"min_pixels": 0}, "'data.options.min_pixels' is 0"),
+        ({"labelled": 0}, "'data.options.labelled' is 0, accepted is a whole number from 1 up"),
+        ({"min_pixels": 0}, "'data.options.min_pixels' is 0, accepted is a whole number"),
         ({"width": 65}, "width=65"),
         ({"scene": 3}, "unknown key 'data.options.scene'. Closest: 'data.options.scenes'"),
     ],
