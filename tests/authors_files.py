@@ -289,9 +289,9 @@ def _slidr(format: str, seed: int, arch: Arch | None, *, raw: bool | None = None
     content["config"] = {"dataset": "nuScenes", "lr": 0.5, "name": None, "crop": (224, 416)}
     if not (images or raw):
         return Layout(content, "model_points", {"model": points})
-    depth = _depth(arch) if images else 50
-    encoder = resnet(depth, seed)
-    channels = _channels(depth)
+    depth, narrow = (_depth(arch), _narrowing(arch, format)["narrow"]) if images else (50, 1)
+    encoder = resnet(depth, seed, narrow)
+    channels = _channels(depth, narrow)
     head = {"decoder.0.weight": [64, channels, 1, 1], "decoder.0.bias": [64]}
     head = random_state(head, seed, "image head")
     content["model_images"] = _state_dict({f"encoder.{k}": v for k, v in encoder.items()} | head, prefix)
@@ -351,8 +351,9 @@ def narrowed(shapes: Mapping[str, list[int]], factor: int) -> dict[str, list[int
 
 
 def _narrowing(arch: Arch | None, format: str) -> dict[str, int]:
-    width = 64 if arch is None else arch.args.get("width", 64)
-    return {} if format == "monodepth2" else {"narrow": 64 // width}
+    real = 32 if format == "pri3d_3d" else 64
+    width = real if arch is None else arch.args.get("width", real)
+    return {} if format == "monodepth2" else {"narrow": real // width}
 
 
 def _unet_shapes(depth: int, part: str) -> dict[str, list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from geo_pretrain import cli
 from geo_pretrain.errors import DataError, RecipeError, UnknownName
+from geo_pretrain.training.bench import plan as planning
 from geo_pretrain.training.bench import run as running
 from geo_pretrain.training.bench.plan import FULL, BenchSpec
 from geo_pretrain.training.bench.report import BEGIN, END
@@ -47,7 +49,14 @@ def test_list_shows_every_task_with_its_recipe_and_first_stage():
         run("--toy", "--list", "--task", "pri3d_veiw")
 
 
-def test_bench_trains_measures_and_prints_one_table(tmp_path):
+@pytest.fixture
+def few(monkeypatch):
+    """The toy measures little: what arrives in the processes is the same, their numbers are not looked at."""
+    small = functools.partial(BenchSpec, pairs=4, val_scenes=2, labelled=1, pixels=500)
+    monkeypatch.setattr(planning, "BenchSpec", small)
+
+
+def test_bench_trains_measures_and_prints_one_table(tmp_path, few):
     page = tmp_path / "page.md"
     page.write_text(f"{BEGIN}\n{END}\n")
     command = ["--toy", "--task", "depth_prediction", "--seed", 0, "--steps", 1, "--finetune-steps", 1, *sets(*TINY)]
@@ -65,7 +74,7 @@ def test_bench_trains_measures_and_prints_one_table(tmp_path):
         run(*[2 if part == 1 else part for part in command], "--out", tmp_path / "bench")
 
 
-def test_failed_task_is_in_the_table_and_the_exit_code(tmp_path):
+def test_failed_task_is_in_the_table_and_the_exit_code(tmp_path, few):
     options = sets(*TINY, "data.overlap=[0.99999, 1.0]")
     shown = run("--toy", "--task", "depth_prediction", "--seed", 0, "--steps", 1, *options, "--out", tmp_path / "b")
     assert shown.exit_code == 1

@@ -81,7 +81,8 @@ def test_other_files_are_refused(model: dict[str, torch.Tensor], change, message
         split_pri3d(change(model))
 
 
-UNET = network_states(Arch("resnet_unet", {"depth": 18}))
+ARCH = Arch("resnet_unet", {"depth": 18, "width": 8})  # an eighth of the published channels, in 3D 4 of 32
+UNET = network_states(ARCH)
 MADE = made_file("pri3d")
 
 
@@ -94,7 +95,7 @@ def test_a_whole_file_becomes_encoder_decoder_and_heads(prefix: str):
 
 @pytest.mark.parametrize("geo, depth_proxy, heads", [(True, False, 378), (False, True, 2), (False, False, 0)])
 def test_losses_that_were_off_leave_no_heads(geo: bool, depth_proxy: bool, heads: int):
-    made = layout("pri3d", geo=geo, depth_proxy=depth_proxy)
+    made = layout("pri3d", arch=ARCH, geo=geo, depth_proxy=depth_proxy)
     converted = convert("pri3d", made.state, UNET)
     assert_same(converted.weights, made.expected)
     assert len(converted.weights.get("heads", ())) == heads
@@ -118,7 +119,7 @@ def test_heads_are_those_of_our_own_pretext_task(task: str):
 
 
 def test_an_encoder_alone_can_be_had():
-    converted = convert("pri3d", MADE.state, network_states(Arch("resnet", {"depth": 18})))
+    converted = convert("pri3d", MADE.state, network_states(Arch("resnet", {"depth": 18, "width": 8})))
     assert set(converted.weights) == {"encoder", "heads"}
     assert sum(key.startswith("backbone.decoder.") for key in converted.report.unexpected) == 74
 
@@ -127,7 +128,7 @@ def test_an_encoder_alone_can_be_had():
     "change, message",
     [
         (lambda m: {k: v for k, v in m.items() if k != "backbone.decoder.up3.bn1_2.bias"},
-         r"'pri3d: decoder': 73 of 74 tensors match this .*; all are needed\. Missing \(1\): up3.bn1_2.bias \[64\]\."),
+         r"'pri3d: decoder': 73 of 74 tensors match this .*; all are needed\. Missing \(1\): up3.bn1_2.bias \[8\]\."),
         (lambda m: {k: v for k, v in m.items() if k != "backbone.encoder.bn1.num_batches_tracked"},
          r"'pri3d: encoder': 119 of 120"),
         (lambda m: m | {"backbone.decoder.conv0.bias": torch.zeros(21)}, r"instead \(1\): conv0.bias \[21\]"),
@@ -142,23 +143,23 @@ def test_a_network_that_is_not_whole_is_refused(change, message: str):
 
 def test_another_depth_is_refused():
     with pytest.raises(WeightsMismatch, match=r"'pri3d: encoder': \d+ of 318 tensors match this network"):
-        convert("pri3d", MADE.state, network_states(Arch("resnet_unet", {"depth": 50})))
+        convert("pri3d", MADE.state, network_states(Arch("resnet_unet", {"depth": 50, "width": 8})))
 
 
 def test_a_file_without_the_3d_network_has_none_to_give():
-    sparse = network_states(Arch("sr_unet", {"out_chans": 96, "stem_kernel": 5}))
+    sparse = network_states(Arch("sr_unet", {"width": 4, "out_chans": 12, "stem_kernel": 5}))
     converted = convert("pri3d_3d", MADE.state, sparse)
     heads, prefix = MADE.expected["heads"], "backbone3d."
     assert_same(converted.weights, {"model": {k.removeprefix(prefix): heads[k] for k in heads if k.startswith(prefix)}})
     with pytest.raises(WeightsMismatch, match="No SR-UNet of family 'pri3d' in keys such as"):
-        convert("pri3d_3d", layout("pri3d", geo=False).state, sparse)
+        convert("pri3d_3d", layout("pri3d", arch=ARCH, geo=False).state, sparse)
 
 
 def test_another_last_layer_of_a_sparse_network_is_refused():
-    sparse = network_states(Arch("sr_unet", {"out_chans": 32, "stem_kernel": 5}))
+    sparse = network_states(Arch("sr_unet", {"width": 4, "out_chans": 32, "stem_kernel": 5}))
     with pytest.raises(
         WeightsMismatch,
         match=r"'pri3d_3d': the last layer is another one: missing are final.kernel, "
-        r"final.bias, shaped \[\[96, 32\], \[1, 32\]\]; the file has {'backbone3d.final.kernel': \[96, 96\]",
+        r"final.bias, shaped \[\[12, 32\], \[1, 32\]\]; the file has {'backbone3d.final.kernel': \[12, 12\]",
     ):
         convert("pri3d_3d", MADE.state, sparse)

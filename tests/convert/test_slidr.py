@@ -13,7 +13,7 @@ from geo_pretrain.errors import WeightsMismatch
 from tests.authors_files import layout
 from tests.convert.test_formats import assert_same, made_file
 
-NETWORKS = network_states(Arch("resnet", {"depth": 18}))
+NETWORKS = network_states(Arch("resnet", {"depth": 18, "width": 8}))
 IMAGES = made_file("slidr_images")
 FILE: dict[str, Tensor] = dict(IMAGES.state)
 
@@ -22,7 +22,7 @@ FILE: dict[str, Tensor] = dict(IMAGES.state)
 def test_encoder_and_head_are_taken_apart(prefix: str):
     converted = convert("slidr_images", {prefix + key: value for key, value in FILE.items()}, NETWORKS)
     assert_same(converted.weights, IMAGES.expected)
-    assert converted.weights["heads"]["decoder.0.weight"].shape == (64, 512, 1, 1)
+    assert converted.weights["heads"]["decoder.0.weight"].shape == (64, 64, 1, 1)
     assert converted.report.unexpected == converted.report.added == ()
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file
+from torch import nn
 
 from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
@@ -92,11 +93,17 @@ def moco_file(path, depth=50, seed=0):
     return write("moco", path, seed, arch=Arch("resnet", {"depth": depth, "width": 64}))["encoder"]
 
 
+@pytest.fixture(scope="module")
+def moco_content(tmp_path_factory):
+    """The encoder that is to be read out of MoCo's file, and the file."""
+    path = tmp_path_factory.mktemp("moco") / "moco.pth.tar"
+    return moco_file(path), path.read_bytes()
+
+
 @pytest.fixture
-def published(tmp_path, monkeypatch):
+def published(tmp_path, moco_content, monkeypatch):
     """MoCo's file of 200 epochs where it is published, on an imitated host; its MD5 is what its README would say."""
-    expected = moco_file(tmp_path / "moco.pth.tar")
-    content = (tmp_path / "moco.pth.tar").read_bytes()
+    expected, content = moco_content
     monkeypatch.setitem(initialize.MD5_PREFIXES, "moco_v2", hashlib.md5(content).hexdigest()[:8])
     monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -107,16 +114,23 @@ def published(tmp_path, monkeypatch):
         yield hosts, url, expected, content
 
 
+class WithDecoder(nn.Module):
+    """What a U-Net is to `initialize_encoder`, without the 150 million weights of a real decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = ResNetEncoder(50), nn.Linear(2, 2)
+
+
 def test_moco_is_fetched_once_and_its_query_encoder_taken(published, tmp_path):
     hosts, url, expected, _ = published
-    for _ in range(2):
-        network = ResNetUNet(50)
-        decoder = {key: value.clone() for key, value in network.decoder.state_dict().items()}
+    for network in (ResNetEncoder(50), WithDecoder()):
+        decoder = {key: value for key, value in copy.deepcopy(network).state_dict().items() if "decoder" in key}
         initialize_encoder(network, ModelSpec(encoder="resnet50", init="moco_v2"))
-        state = network.encoder.state_dict()
+        state = getattr(network, "encoder", network).state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in state.items())
-        assert all(torch.equal(value, decoder[key]) for key, value in network.decoder.state_dict().items())
+        assert all(torch.equal(value, network.state_dict()[key]) for key, value in decoder.items())
     assert hosts.served[url] == 1
     found = read_checkpoint(tmp_path / "cache" / "authors" / "moco_v2_r50.imagenet_200ep")
     assert found.provenance["source"]["url"] == url
