@@ -7,6 +7,7 @@ The center of pixel (row i, column j) lies at the integer coordinate (u = j, v =
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Literal
 
 import torch
@@ -94,6 +95,7 @@ def match_pixels(
     distance: MatchDistance = "depth",
     rounding: Rounding = "floor",
     match_released_code: bool = False,
+    authors_exact: bool | None = None,
 ) -> Tensor:
     """Find for every pixel of frame 1 the pixel of frame 2 that sees the same surface point, by projection.
 
@@ -105,10 +107,14 @@ def match_pixels(
         rounding: how a projected coordinate becomes a pixel. The authors truncate; "nearest" has no half-pixel bias.
         match_released_code: Pri3D's released matcher to the letter: truncation towards zero, which lets (-1, 0) in as
             row or column 0, and invalid depth taken to be -1, so that zero-depth pixels take part.
+        authors_exact: former name of `match_released_code`.
 
     Returns:
         int64 [B, H*W]: the flat pixel index in frame 2, or -1 where there is no match.
     """
+    if authors_exact is not None:
+        warnings.warn("'authors_exact' is now 'match_released_code'.", FutureWarning, stacklevel=2)
+        match_released_code = authors_exact
     points = backproject(depth1, intrinsics1)
     points = transform(points, relative_pose(cam1_to_world, cam2_to_world).to(depth1.dtype))
     target, inside, z = _pixels_of(points, intrinsics2, depth2.shape, rounding, match_released_code)

@@ -151,6 +151,9 @@ def load_pair(
     `local_files_only` in `where`: see `hub.open`. Raises `CheckpointError` for a checkpoint that holds one network
     alone, and what `load_backbone` raises.
     """
+    if refused := where.keys() - hubs.Where.__annotations__.keys():
+        accepted = ", ".join(["device", "dtype", *hubs.Where.__annotations__])
+        raise TypeError(f"load_pair() takes no {', '.join(sorted(refused))}; accepted: {accepted}.")
     checkpoint = _fetch_pair(name_or_folder, where)
     network = load_backbone(checkpoint.folder, decoder=checkpoint.arch.has_decoder, device=device, dtype=dtype)
     return _joined(checkpoint, network)

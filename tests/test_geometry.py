@@ -331,3 +331,11 @@ def test_centered_points_have_their_mean_at_the_origin():
     moved = geometry.transform(points.double(), geometry.centered(points))
     assert moved.mean(dim=0).abs().max() < 1e-12
     torch.testing.assert_close(moved - moved[0], (points - points[0]).double(), atol=1e-5, rtol=0)
+
+
+def test_the_former_name_of_match_released_code_still_works():
+    depth, intrinsics, pose = torch.ones(1, 4, 4), torch.eye(3)[None], torch.eye(4)[None]
+    views = (depth, depth, intrinsics, intrinsics, pose, pose)
+    with pytest.warns(FutureWarning, match="'authors_exact' is now 'match_released_code'"):
+        former = geometry.match_pixels(*views, authors_exact=True)
+    assert torch.equal(former, geometry.match_pixels(*views, match_released_code=True))

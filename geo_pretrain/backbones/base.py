@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 if TYPE_CHECKING:
     from geo_pretrain.contract import ImageContract, ImageTransform, VoxelContract
+
+T = TypeVar("T")
 
 
 class Backbone(nn.Module):
@@ -20,6 +23,18 @@ class Backbone(nn.Module):
     def extra_repr(self) -> str:
         """Name and contract, for `repr(model)`."""
         return ", ".join(str(part) for part in (self.name, self.contract) if part is not None)
+
+
+def choose_maps(maps: Sequence[T], indices: int | Sequence[int] | None) -> list[T]:
+    """The maps that `forward_intermediates` is asked for: those at indices, a number n for the last n, None for all."""
+    count = len(maps)
+    if indices is None:
+        return list(maps)
+    wanted = range(count)[-indices:] if isinstance(indices, int) and 0 < indices <= count else indices
+    if isinstance(wanted, int) or not all(-count <= index < count for index in wanted):
+        accepted = f"None, a number of maps from 1 to {count}, or a list of indices from 0 to {count - 1}"
+        raise ValueError(f"indices is {indices!r}; accepted: {accepted}.")
+    return [maps[index] for index in wanted]
 
 
 class ImageBackbone(Backbone):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geo_pretrain.backbones.base import ImageBackbone
+from geo_pretrain.backbones.base import ImageBackbone, choose_maps
 from geo_pretrain.backbones.encoder import HOST_WIDTH, Stages
 
 if TYPE_CHECKING:
@@ -82,6 +82,14 @@ class ResNetEncoder(ImageBackbone):
             x = self.get_submodule(f"layer{index}")(x)
             maps.append(x)
         return [maps[index] for index in self.out_indices]
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> Any:
+        """The last map and those of `forward` (`indices`: see `choose_maps`), under timm's name."""
+        maps = self(x)
+        intermediates = choose_maps(maps, indices)
+        return intermediates if intermediates_only else (maps[-1], intermediates)
 
     def stages(self) -> Stages:
         """Five stages: "stem", "layer1" to "layer4"."""
@@ -153,6 +161,14 @@ class ResNetUNet(ImageBackbone):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H / 2, W / 2]."""
         return self.decoder(self.encoder(x)[1:])
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> Any:
+        """The dense features and the encoder's maps (`indices`: see `choose_maps`), under timm's name."""
+        maps = self.encoder(x)
+        intermediates = choose_maps(maps, indices)
+        return intermediates if intermediates_only else (self.decoder(maps[1:]), intermediates)
 
 
 def unet_like(encoder: ResNetEncoder, out_chans: int) -> ResNetUNet:

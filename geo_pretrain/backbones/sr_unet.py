@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geo_pretrain.backbones.base import Backbone
+from geo_pretrain.backbones.base import Backbone, choose_maps
 from geo_pretrain.sparse.functional import point_rows
 from geo_pretrain.sparse.layers import BatchNorm, Conv3d, ConvTranspose3d, ReLU
 from geo_pretrain.sparse.tensor import SparseTensor, cat
@@ -163,9 +163,7 @@ class SRUNet(Backbone):
             intermediates_only: return the list of maps alone.
         """
         maps = self.pyramid(x)
-        wanted = range(len(maps)) if indices is None else indices
-        wanted = range(len(maps))[-wanted:] if isinstance(wanted, int) else wanted
-        intermediates = [maps[index] for index in wanted]
+        intermediates = choose_maps(maps, indices)
         return intermediates if intermediates_only else (self._output(maps[0]), intermediates)
 
     def encode_points(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import VoxelContract
+from geo_pretrain.loading import load_backbone, load_pair
 from geo_pretrain.sparse import SparseTensor, use
 from geo_pretrain.sparse.layers import Conv3d, ConvTranspose3d
 
@@ -399,3 +400,25 @@ def test_right_features_and_networks_without_contract_are_quiet():
         tiny(COLOR)(voxels(RGB - 0.5 + noise))
         tiny(VoxelContract(0.02, ("R", "G", "B")))(voxels(RGB))
         SRUNet("18A", width=4).eval()(voxels(RGB * 255))
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_forward_intermediates_of_image_networks_is_timms(decoder):
+    network = load_backbone("pri3d_view_r18", pretrained=False, decoder=decoder)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        output, maps = network.forward_intermediates(images)
+        encoder = network.encoder if decoder else network
+        expected = encoder(images)
+        assert torch.equal(output, network(images) if decoder else expected[-1])
+        assert all(torch.equal(*both) for both in zip(maps, expected, strict=True))
+        (last,) = network.forward_intermediates(images, 1, intermediates_only=True)
+        assert torch.equal(last, expected[-1])
+        for wrong in ([9], 0, 9, [-9]):
+            with pytest.raises(ValueError, match=r"indices is .*; accepted: None, a number of maps from 1 to 5"):
+                network.forward_intermediates(images, wrong)
+
+
+def test_load_pair_names_the_arguments_it_takes():
+    with pytest.raises(TypeError, match=r"load_pair\(\) takes no in_chans; accepted: device, dtype, hub, revision"):
+        load_pair("ppkt_srunet34", in_chans=4)

@@ -14,7 +14,7 @@ from geo_pretrain.errors import BadFrame, first_line
 
 INVALID_MM = (0, 65535)  # both mean "no measurement"; 65535 is rare and easily forgotten
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_GREY, _PALETTE = 0, 3  # color types of PNG whose pixels are one number
+_GRAY, _PALETTE = 0, 3  # color types of PNG whose pixels are one number
 
 
 def read_color(path: Path) -> np.ndarray:
@@ -51,9 +51,9 @@ def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[i
         if not header.startswith(_SIGNATURE) or len(header) < 26:
             raise BadFrame(path, f"not a PNG; labels are {wanted}-bit PNGs (other formats change ids)")
         depth, kind = header[24], header[25]
-        if kind not in (_GREY, _PALETTE):
+        if kind not in (_GRAY, _PALETTE):
             raise BadFrame(path, f"a PNG in color, expected {wanted}-bit gray ids")
-        if kind == _GREY and depth not in bits:
+        if kind == _GRAY and depth not in bits:
             raise BadFrame(path, f"{depth}-bit gray, expected {wanted}-bit ids")
         with Image.open(path) as image:
             ids = np.asarray(image).astype(np.int32)

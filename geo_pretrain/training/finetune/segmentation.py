@@ -28,7 +28,7 @@ from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks import PretrainedInit, Segmenter, build_segmenter, check_options
 from geo_pretrain.training.visualize.results import draw_predictions
 
-CROP_CENTRES = (240, 320)  # the released KITTI loader draws the center of its crop below these, whatever the image
+CROP_CENTERS = (240, 320)  # the released KITTI loader draws the center of its crop below these, whatever the image
 
 
 class Segmentation(SegmentationTask):
@@ -118,7 +118,7 @@ class Segmentation(SegmentationTask):
         }
         if data.augment.crop is not None:
             found["center of crops"] = (
-                f"drawn in [0, {CROP_CENTRES[0]}) x [0, {CROP_CENTRES[1]})" if exact else "uniform over the image"
+                f"drawn in [0, {CROP_CENTERS[0]}) x [0, {CROP_CENTERS[1]})" if exact else "uniform over the image"
             ) + _published(exact)
         return found
 
@@ -198,8 +198,8 @@ def crop_box(
         return int(torch.randint(count, (), generator=generator))
 
     if match_released_code:
-        top = min(max(draw(CROP_CENTRES[0]) - rows // 2, 0), height - rows)
-        left = min(max(draw(CROP_CENTRES[1]) - columns // 2, 0), width - columns)
+        top = min(max(draw(CROP_CENTERS[0]) - rows // 2, 0), height - rows)
+        left = min(max(draw(CROP_CENTERS[1]) - columns // 2, 0), width - columns)
     else:
         top, left = draw(height - rows + 1), draw(width - columns + 1)
     return left, top, left + columns, top + rows
