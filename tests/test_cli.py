@@ -248,7 +248,7 @@ def test_card_is_printed_or_written(zoo):
 def test_train_then_eval_matching(tmp_path, tiny_recipe, recording):  # noqa: F811
     out = tmp_path / "kitchen"
     data = f"seven_scenes:{recording}"
-    trained = run("train", tiny_recipe(), "--data", data, "--steps", 30, "--out", out, "--device", "cpu")
+    trained = run("train", tiny_recipe(), "--data", data, "--steps", 4, "--out", out, "--device", "cpu")
     assert trained.exit_code == 0, trained.output
     assert json.loads((out / "config.json").read_text())["name"] == "pri3d_view_r18.seven_scenes"
     assert "not registered" in trained.output

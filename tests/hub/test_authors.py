@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from geo_pretrain.errors import CheckpointError, HubError, UnknownName, UnsafeFi
 from geo_pretrain.hub import authors
 from geo_pretrain.loading import load_backbone, verify
 from tests.authors_files import Layout, layout, resnet, write
+from tests.forked import Forked
 from tests.hub.hosts import Fault, Hosts
 from tests.zoo import resolve
 
@@ -292,26 +291,10 @@ def test_weights_that_compute_nothing_are_refused(hosts: Hosts, tmp_path: Path, 
         resolve(NAME)
 
 
-SCRIPT = f"""
-from dataclasses import replace
-from geo_pretrain import hub
-from geo_pretrain.catalog import CATALOG, Arch, AuthorsFile
-arch = Arch("{UNET.name}", {dict(UNET.args)})
-entry = replace(CATALOG["{NAME}"], arch=arch, authors_files={FILES}, status="published-by-authors")
-hub.find = {{entry.name: entry}}.get
-print(hub.open(entry.name).fetch("encoder").folder)
-"""
-
-
 def test_many_processes_fetch_once(hosts: Hosts):
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    started = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, env=environment, cwd=root)
-        for _ in range(3)
-    ]
-    folders = {process.communicate(timeout=600)[0].strip() for process in started}
-    assert all(process.returncode == 0 for process in started)
+    started = [Forked(lambda: print(hub.open(NAME).fetch("encoder").folder)) for _ in range(3)]
+    folders = {process.communicate()[0].strip() for process in started}
+    assert [process.returncode for process in started] == [0, 0, 0]
     assert len(folders) == 1
     assert dict(hosts.served) == {ENCODER: 1}
 

@@ -7,8 +7,6 @@ import itertools
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.visualize.colors import class_colors, depth_colors
 from geo_pretrain.training.visualize.preview import contact_sheet
+from tests.forked import Forked
 
 TINY = RoomsConfig(scenes=2, frames=2, width=64, height=64)
 
@@ -289,15 +288,8 @@ def test_manifest_and_progress(tmp_path: Path) -> None:
 
 
 def test_two_processes_share_a_cache(tmp_path: Path) -> None:
-    code = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path\n"
-        "from geo_pretrain.rooms import RoomsConfig\n"
-        "from geo_pretrain.training.data.sources.rooms import Rooms\n"
-        "Rooms(RoomsConfig(scenes=2, frames=2, width=64, height=64), cache_dir=Path(sys.argv[1])).prepare()\n"
-    )
-    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "shared")]) for _ in range(2)]
-    assert [process.wait(timeout=600) for process in both] == [0, 0]
+    both = [Forked(lambda: Rooms(TINY, cache_dir=tmp_path / "shared").prepare()) for _ in range(2)]
+    assert [(process.communicate(), process.returncode)[1] for process in both] == [0, 0]
     alone = Rooms(TINY, cache_dir=tmp_path / "alone")
     assert digest(Rooms(TINY, cache_dir=tmp_path / "shared")) == digest(alone)
     assert len(list((tmp_path / "shared").iterdir())) == 3  # two scenes and the manifest
