@@ -6,9 +6,9 @@ fine-tuned segmentation network can teach a 3D network, so this lies below both 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -158,7 +158,8 @@ def _host(spec: NetworkSpec, init: PretrainedInit, classes: int, seed: int) -> A
     """Another library's segmentation network with the weights of `init`."""
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.options.items()}
     fixed = {"num_classes": classes, "output_stride": spec.output_stride, "freeze": spec.freeze}
-    return init.host(_builder(spec.kind), seed, **fixed, **options)
+    library = "torchvision" if spec.kind == "fcn" else "smp"
+    return init.host(resolve_name(f"geo_pretrain.adapters.{library}:{spec.kind}"), seed, **fixed, **options)
 
 
 def segmentation_unet(pretrained: ResNetUNet, classes: int, *, seed: int, transfer: Transfer = "all") -> ResNetUNet:
@@ -199,12 +200,6 @@ class Segmenter(nn.Module):
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self._aux_map = output
-
-
-def _builder(kind: str) -> Callable[..., Any]:
-    host = "torchvision" if kind == "fcn" else "smp"
-    builder: Callable[..., Any] = getattr(importlib.import_module(f"geo_pretrain.adapters.{host}"), kind)
-    return builder
 
 
 def _aux_head(channels: int, classes: int) -> nn.Sequential:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 from geo_pretrain.contract import ImageContract, VoxelContract
@@ -32,7 +32,7 @@ def _check_data(recipe: FinetuneRecipe) -> None:
 
 
 def _check_network(recipe: FinetuneRecipe) -> None:
-    _task_class(recipe).check(recipe)
+    resolve_name(TASKS[recipe.task]).check(recipe)
 
 
 def backbone_init(recipe: FinetuneRecipe, backbone: str, where: Mapping[str, Any]) -> PretrainedInit | PretrainedInit3D:
@@ -50,10 +50,5 @@ def build_finetune_task(
     contract: ImageContract | VoxelContract,
 ) -> FinetuneTask:
     """Build the task of a recipe: its network with `start`'s weights and outputs for these classes (labels 1..C)."""
-    return _task_class(recipe)(recipe, start, tuple(classes), contract)
-
-
-def _task_class(recipe: FinetuneRecipe) -> Any:
-    """The subclass of `FinetuneTask` for a recipe."""
-    module, _, name = TASKS[recipe.task].partition(":")
-    return getattr(importlib.import_module(module), name)
+    task: FinetuneTask = resolve_name(TASKS[recipe.task])(recipe, start, tuple(classes), contract)
+    return task

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from geo_pretrain.errors import RecipeError, unknown
@@ -68,7 +68,6 @@ def _parsed(recipe: Recipe) -> tuple[type[PretextTask], TaskConfig]:
     taken = sorted(settings.keys() & fixed.keys())
     if taken:
         raise RecipeError(f"recipe {recipe.name}: 'task.{taken[0]}' is not free; the task's name, {name!r}, sets it.")
-    module, _, class_name = row.partition(":")
-    task_class: type[PretextTask] = getattr(importlib.import_module(module), class_name)
+    task_class: type[PretextTask] = resolve_name(row)
     settings = {**fixed, **settings}
     return task_class, parse(task_class.config_type, settings, where=f"recipe {recipe.name}", prefix="task.")
