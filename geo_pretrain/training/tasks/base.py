@@ -72,6 +72,7 @@ class PretextTask(nn.Module, ABC):
     contract: ImageContract | VoxelContract
     unit = "images"  # what a sample is made of, for displays: "images" or "clouds"
     views = 2  # how many of them a sample holds
+    collate = staticmethod(collate)  # joins samples to the batch that `forward` takes
 
     def __init__(self, recipe: Recipe, config: TaskConfig) -> None:
         super().__init__()
@@ -92,10 +93,6 @@ class PretextTask(nn.Module, ABC):
     @abstractmethod
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Samples indexed by (epoch, pair), each a function of this key and the recipe's seed alone."""
-
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Join samples to the batch that `forward` takes: tensors, and lists under "seed" and "skipped"."""
-        return collate(samples)
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:

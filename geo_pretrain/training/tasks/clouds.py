@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +40,7 @@ class CloudPairs(PretextTask):
     config: CloudConfig
     arch = "sr_unet"
     unit = "clouds"
+    collate = staticmethod(collate_clouds)
     terms: tuple[str, ...]  # names of the losses
 
     def __init__(self, recipe: Recipe, config: CloudConfig) -> None:
@@ -54,10 +54,6 @@ class CloudPairs(PretextTask):
         """Pairs of voxelized clouds with their matches."""
         spec = same_settings(PairCloudConfig, self.config, voxel_size=self.spec.voxel_size)
         return CloudPairSamples(source, pairs, self.recipe.data, spec, self.recipe.seed)
-
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Join samples to the batch that `forward` takes."""
-        return collate_clouds(samples)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of `CloudPairSamples`, scalars.

@@ -10,7 +10,7 @@ Everything else is our reading.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ class PixelSimCLR(ImageTask):
     """A `ResNetDepthUNet`, whose dense features at the image's resolution are contrasted; state keys `backbone.*`."""
 
     arch = "resnet_depth_unet"
+    collate = staticmethod(collate_views)
     config_type = Config
     config: Config
 
@@ -65,10 +66,6 @@ class PixelSimCLR(ImageTask):
         """Two views of each image, with matching pixels."""
         first = self.arguments(source, pairs)
         return TwoViewSamples(*first, views=self.config.views(), matches=self.config.matches)
-
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Join samples to the batch that `forward` takes."""
-        return collate_views(samples)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch of `TwoViewSamples`: {"nce": a scalar}.

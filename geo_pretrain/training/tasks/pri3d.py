@@ -8,7 +8,7 @@ geometric matcher, whose tolerance also accepts voxels behind the surface. The p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from geo_pretrain.training.checks import Checks, Count, Positive
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.clouds import ChunkPairSamples, Features, collate_chunks
 from geo_pretrain.training.data.samples.pairs import PairSamples
-from geo_pretrain.training.data.samples.sampler import Samples, collate, sample_seed
+from geo_pretrain.training.data.samples.sampler import Samples, sample_seed
 from geo_pretrain.training.initialize import initialize_heads
 from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.networks3d import unet_args
@@ -74,6 +74,7 @@ class Pri3D(ImageUNetTask):
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config, depth_proxy=config.depth_proxy)
         if config.geo:
+            self.collate = collate_chunks
             spec = recipe.network3d()
             self.voxel_size = spec.voxel_size
             self.arch_args3d = unet_args(spec)
@@ -98,10 +99,6 @@ class Pri3D(ImageUNetTask):
             frustum=self.config.frustum,
             match_released_code=self.config.match_released_code,
         )
-
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Join samples to the batch that `forward` takes."""
-        return collate_chunks(samples) if self.config.geo else collate(samples)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of pairs, scalars: "view", "geo", "depth" as the task has them."""

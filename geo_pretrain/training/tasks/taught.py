@@ -58,6 +58,7 @@ class TaughtByImages(PretextTask):
     config: TaughtConfig
     arch = "sr_unet"
     views = 1
+    collate = staticmethod(collate_frame_clouds)
 
     def __init__(self, recipe: Recipe, config: TaughtConfig) -> None:
         super().__init__(recipe, config)
@@ -100,10 +101,6 @@ class TaughtByImages(PretextTask):
             )
         contract, seed = self.teacher.contract, self.recipe.seed
         return FrameCloudSamples(source, pairs, self.recipe.data, self.cloud_spec, contract, seed)
-
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Join samples to the batch that `forward` takes."""
-        return collate_frame_clouds(samples)
 
     def teacher_maps(self, batch: Batch) -> Tensor:
         """The teacher's maps of a batch's images: float32 [B, C, h, w], without gradients."""
