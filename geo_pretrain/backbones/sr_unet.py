@@ -215,20 +215,23 @@ class SRUNet(Backbone):
                 warnings.warn(f"{self.name or 'This network'} expects {self.contract}; {doubt}", stacklevel=_level())
 
 
+def encoder_maps(network: Any, x: Any) -> list[Any]:
+    """The maps on the way down of an `SRUNet` at strides 1, 2, 4, 8, 16; the last is the output of block4."""
+    module = network.get_submodule
+    maps = [network.relu(network.bn0(network.conv0p1s1(x)))]
+    for number in range(1, 5):
+        x = network.relu(module(f"bn{number}")(module(f"conv{number}p{1 << number - 1}s2")(maps[-1])))
+        maps.append(module(f"block{number}")(x))
+    return maps
+
+
 def finished_maps(network: Any, x: Any, cat: Callable[[Any, Any], Any]) -> list[Any]:
     """The maps of `SRUNet.pyramid`, of any network with the same layers; `cat` joins the channels of two maps."""
-    module = network.get_submodule
-    x = network.relu(network.bn0(network.conv0p1s1(x)))
-    skips = [x]
-    for number in range(1, 5):
-        x = network.relu(module(f"bn{number}")(module(f"conv{number}p{1 << number - 1}s2")(x)))
-        x = module(f"block{number}")(x)
-        skips.append(x)
+    module, skips = network.get_submodule, encoder_maps(network, x)
     maps = [skips.pop()]
     for number in range(4, 8):
-        x = network.relu(module(f"bntr{number}")(module(f"convtr{number}p{256 >> number}s2")(x)))
-        x = module(f"block{number + 1}")(cat(x, skips.pop()))
-        maps.append(x)
+        x = network.relu(module(f"bntr{number}")(module(f"convtr{number}p{256 >> number}s2")(maps[-1])))
+        maps.append(module(f"block{number + 1}")(cat(x, skips.pop())))
     return maps[::-1]
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.backbones.sr_unet import encoder_maps
 from geo_pretrain.errors import DataError
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.checks import Checks, Count, Momentum, Positive
@@ -30,8 +30,7 @@ from geo_pretrain.training.tasks.taught import TaughtByImages, TaughtConfig
 from geo_pretrain.training.tasks.teachers import Teacher, load_classifier
 
 TEMPERATURES = {"kd": 1.0, "l2": 1.0, "crd": 0.07}
-# Modules of an `SRUNet` up to its coarsest map, in order: a convolution, its norm, and the blocks after both.
-STAGES = (("conv0p1s1", "bn0", None), *((f"conv{n}p{1 << n - 1}s2", f"bn{n}", f"block{n}") for n in range(1, 5)))
+DECODER = ("convtr", "bntr", "block5", "block6", "block7", "block8", "final")  # how an `SRUNet`'s modules begin
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,8 @@ class GlobalDistillation(TaughtByImages):
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config)
         self.temperature = config.temperature or TEMPERATURES[config.loss]
-        self.backbone.requires_grad_(False)
-        for module in filter(None, (name for stage in STAGES for name in stage)):
-            self.backbone.get_submodule(module).requires_grad_(True)
+        for name, module in self.backbone.named_children():
+            module.requires_grad_(not name.startswith(DECODER))
         channels = self.backbone.planes[3]
         if config.loss == "crd":
             self.head = nn.Linear(channels, config.dim)
@@ -118,7 +116,7 @@ class GlobalDistillation(TaughtByImages):
         """The loss of a batch of `FrameCloudSamples`, a scalar under the loss's name."""
         image = self.teacher_maps(batch).mean(dim=(2, 3))
         with self.autocast(image.device):
-            cloud = pool(encoder_map(self.backbone, SparseTensor(batch["coords"], batch["feats"])))
+            cloud = pool(encoder_maps(self.backbone, SparseTensor(batch["coords"], batch["feats"]))[-1])
         student = self.head(cloud.float())
         if self.config.loss == "kd":
             logits = image if self.classifier is None else self.classifier(image)
@@ -175,15 +173,6 @@ class GlobalDistillation(TaughtByImages):
                 constant.fill_(float(scores.detach().mean()) * len(memory))
             total = total + crd_loss(scores, constant, len(memory))
         return total
-
-
-def encoder_map(network: SRUNet, x: SparseTensor) -> SparseTensor:
-    """Run only the encoder of a sparse U-Net: its coarsest map, of block4 at stride 16."""
-    module = network.get_submodule
-    for convolution, norm, blocks in STAGES:
-        x = network.relu(module(norm)(module(convolution)(x)))
-        x = x if blocks is None else module(blocks)(x)
-    return x
 
 
 def pool(x: SparseTensor) -> Tensor:

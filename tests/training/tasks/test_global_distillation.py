@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.backbones.sr_unet import SRUNet, encoder_maps
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.sparse import SparseTensor
@@ -23,7 +23,7 @@ from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.losses.distillation import kl_distillation, l2_distillation
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
-from geo_pretrain.training.tasks.global_distillation import encoder_map, pool
+from geo_pretrain.training.tasks.global_distillation import pool
 from tests.training.losses.test_contrastive import close
 from tests.training.tasks.test_moco import run_in_two_processes
 from tests.training.tasks.test_ppkt import tiny_batch
@@ -80,7 +80,7 @@ def test_the_encoder_alone_computes_what_the_whole_network_does():
     coords[:, 0] = coords[:, 0].abs() % 2
     x = SparseTensor(coords, torch.randn(len(coords), 3))
     with torch.no_grad():
-        alone, whole = encoder_map(network, x), network.pyramid(x)[-1]
+        alone, whole = encoder_maps(network, x)[-1], network.pyramid(x)[-1]
         assert torch.equal(alone.sorted_feats, whole.sorted_feats)
         for element in (0, 1):
             mean = whole.feats[whole.coords[:, 0] == element].mean(dim=0)
