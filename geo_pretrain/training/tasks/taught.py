@@ -119,8 +119,10 @@ class TaughtByImages(PretextTask):
 
     def other_weights(self) -> dict[str, dict[str, Tensor]]:
         """The trained projections, and the teacher if `pairing` pairs it with the student."""
-        teacher = {key: value.cpu() for key, value in self.teacher.network.state_dict().items()}
-        return super().other_weights() | ({} if self.pairing() is None else {"teacher": teacher})
+        weights = super().other_weights()
+        if self.pairing() is not None:
+            weights["teacher"] = {key: value.cpu() for key, value in self.teacher.network.state_dict().items()}
+        return weights
 
     def pair_with_teacher(self, **projected: Any) -> Pairing | None:
         """The pairing with a teacher whose features the student shares; None if the zoo has no such network.
