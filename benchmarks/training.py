@@ -19,7 +19,6 @@ import torch
 from benchmarks.common import machine, spread, write_results
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
-from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
@@ -62,7 +61,7 @@ def main() -> None:
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
         samples = build_task(recipe).dataset(source, pairs)
         begin = time.perf_counter()
-        batch = collate([samples[(0, k)] for k in range(PAIRS)])
+        batch = samples.collate([samples[(0, k)] for k in range(PAIRS)])
         loading = time.perf_counter() - begin
         task = build_task(recipe)
         task.to(memory_format=torch.channels_last).train()

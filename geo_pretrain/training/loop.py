@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from geo_pretrain.errors import GeoPretrainError, RecipeError
 from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
@@ -113,18 +113,17 @@ class TrainingTask(ABC):
 
 
 class RecipeTask(TrainingTask):
-    """A task of a recipe: its budget, and its micro-batches of a dataset indexed by (epoch, position)."""
+    """A task of a recipe: its budget, and its micro-batches of a dataset indexed by (epoch, position) that collates."""
 
     def __init__(
         self,
         recipe: Recipe | FinetuneRecipe,
         module: nn.Module,
-        dataset: Dataset[Any],
-        collate: Callable[[list[Any]], Any],
+        dataset: Any,
         world: World,
     ) -> None:
-        self.recipe, self.module, self.dataset, self.collate, self.world = recipe, module, dataset, collate, world
-        optim, self.samples = recipe.optim, len(dataset)  # type: ignore[arg-type]
+        self.recipe, self.module, self.dataset, self.world = recipe, module, dataset, world
+        optim, self.samples = recipe.optim, len(dataset)
         self.budget = Budget(
             steps=total_steps(self.samples, optim.batch, optim.epochs, optim.steps),
             batch=optim.batch,
@@ -151,7 +150,7 @@ class RecipeTask(TrainingTask):
             self.dataset,
             batch_sampler=keys,
             num_workers=min(recipe.workers, os.cpu_count() or 1),  # more would only be in each other's way
-            collate_fn=self.collate,
+            collate_fn=self.dataset.collate,
             generator=torch.Generator().manual_seed(recipe.seed),  # keeps the loader off the global generator
             pin_memory=world.device.type == "cuda",
         )

@@ -230,7 +230,7 @@ class Pretraining(RecipeTask):
         self.source, self.pairs, self.skips, self.starts = source, pairs, skips, starts
         self.task = build_task(recipe, starts)
         self.unit, self.views = self.task.unit, self.task.views
-        super().__init__(recipe, self.task, self.task.dataset(source, pairs), self.task.collate, world)
+        super().__init__(recipe, self.task, self.task.dataset(source, pairs), world)
         self.optimizer = make_optimizer(recipe.optim, self.task)
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:

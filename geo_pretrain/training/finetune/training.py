@@ -59,7 +59,7 @@ class Finetuning(RecipeTask):
         self.train_ids, self.val_ids = data.train.ids(), spread_ids(data.val.ids(), recipe.evaluate.images)
         self.digest = weights_digest(task.backbone().state_dict())
         samples = _Samples(data.train, self.train_ids, task, recipe.seed)
-        super().__init__(recipe, task.module, samples, samples.collate, world)
+        super().__init__(recipe, task.module, samples, world)
         if optim.backbone_bn_momentum is not None:
             set_bn_momentum(task.backbone(), optim.backbone_bn_momentum)
         if optim.sync_bn:

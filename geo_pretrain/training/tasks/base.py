@@ -18,7 +18,7 @@ from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.seeding import seeded
 from geo_pretrain.training.checks import Checks
 from geo_pretrain.training.data.frame import Pair, Source
-from geo_pretrain.training.data.samples.sampler import Samples, collate
+from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.recipe import Recipe
 
 T = TypeVar("T")
@@ -72,7 +72,6 @@ class PretextTask(nn.Module, ABC):
     contract: ImageContract | VoxelContract
     unit = "images"  # what a sample is made of, for displays: "images" or "clouds"
     views = 2  # how many of them a sample holds
-    collate = staticmethod(collate)  # joins samples to the batch that `forward` takes
 
     def __init__(self, recipe: Recipe, config: TaskConfig) -> None:
         super().__init__()

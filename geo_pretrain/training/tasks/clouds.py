@@ -12,7 +12,7 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.training.checks import Count, NotNegative, Positive, Probability
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.augment import Rotation
-from geo_pretrain.training.data.samples.clouds import CloudPairSamples, Features, PairCloudConfig, collate_clouds
+from geo_pretrain.training.data.samples.clouds import CloudPairSamples, Features, PairCloudConfig
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import Recipe
@@ -40,7 +40,6 @@ class CloudPairs(PretextTask):
     config: CloudConfig
     arch = "sr_unet"
     unit = "clouds"
-    collate = staticmethod(collate_clouds)
     terms: tuple[str, ...]  # names of the losses
 
     def __init__(self, recipe: Recipe, config: CloudConfig) -> None:

@@ -22,7 +22,7 @@ from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.checks import Count, Positive, Probability, Shares
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples
-from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewConfig, collate_views
+from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewConfig
 from geo_pretrain.training.losses.contrastive import nt_xent
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Batch, TaskConfig
@@ -49,7 +49,6 @@ class PixelSimCLR(ImageTask):
     """A `ResNetDepthUNet`, whose dense features at the image's resolution are contrasted; state keys `backbone.*`."""
 
     arch = "resnet_depth_unet"
-    collate = staticmethod(collate_views)
     config_type = Config
     config: Config
 

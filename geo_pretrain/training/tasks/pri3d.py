@@ -20,7 +20,7 @@ from geo_pretrain.contract import VoxelContract
 from geo_pretrain.geometry import match_pixels, seen_at
 from geo_pretrain.training.checks import Checks, Count, Positive
 from geo_pretrain.training.data.frame import Pair, Source
-from geo_pretrain.training.data.samples.clouds import ChunkPairSamples, Features, collate_chunks
+from geo_pretrain.training.data.samples.clouds import ChunkPairSamples, Features
 from geo_pretrain.training.data.samples.pairs import PairSamples
 from geo_pretrain.training.data.samples.sampler import Samples, sample_seed
 from geo_pretrain.training.initialize import initialize_heads
@@ -74,7 +74,6 @@ class Pri3D(ImageUNetTask):
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config, depth_proxy=config.depth_proxy)
         if config.geo:
-            self.collate = collate_chunks
             spec = recipe.network3d()
             self.voxel_size = spec.voxel_size
             self.arch_args3d = unet_args(spec)

@@ -16,7 +16,7 @@ from geo_pretrain.training.checks import NotNegative, PositiveRange, Probability
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import Features
-from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, FrameCloudSamples, collate_frame_clouds
+from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, FrameCloudSamples
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.networks3d import unet_args
 from geo_pretrain.training.recipe import EncoderName, Recipe
@@ -58,7 +58,6 @@ class TaughtByImages(PretextTask):
     config: TaughtConfig
     arch = "sr_unet"
     views = 1
-    collate = staticmethod(collate_frame_clouds)
 
     def __init__(self, recipe: Recipe, config: TaughtConfig) -> None:
         super().__init__(recipe, config)

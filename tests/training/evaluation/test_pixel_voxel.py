@@ -117,7 +117,8 @@ def test_matches_equal_the_loop_over_voxels(folder, source, rounding):
     task = load_pri3d(str(folder))
     task.config = dataclasses.replace(task.config, rounding=rounding)
     frame = every_frame(source)[1]
-    batch = task.collate([task.dataset(source, [frame])[(0, 0)]])
+    samples = task.dataset(source, [frame])
+    batch = samples.collate([samples[(0, 0)]])
     matches = match_pair(extractor(task, source), source, frame, size=SIZE, threshold=2.0, queries=50, seed=1)
     depth, intrinsics, pose = (
         batch[f"{name}2"][0].double().numpy() for name in ("depth", "intrinsics", "cam_to_world")

@@ -252,7 +252,7 @@ def test_processes_share_one_queue_and_one_memory(tmp_path, tiny_recipe):
         samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
         with torch.no_grad():
             for _ in range(2):
-                task(task.collate([samples[(0, k)] for k in frames[rank::world]]))
+                task(samples.collate([samples[(0, k)] for k in frames[rank::world]]))
         return {key: value for key, value in task.named_buffers(recurse=False) if not key.startswith("constant")}
 
     def work(rank):

@@ -71,7 +71,7 @@ def task_and_batch(taught):
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
         task = build_task(recipe)
         samples = task.dataset(source, pairs)
-        return task, task.collate([samples[(0, k)] for k in range(3)])
+        return task, samples.collate([samples[(0, k)] for k in range(3)])
 
     return make
 
@@ -156,7 +156,7 @@ def test_teacher_of_another_resolution_can_be_read_bilinear(tiny_recipe, taught,
         source = open_source(recipe.data)
         task = build_task(recipe)
         samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
-        batch = task.collate([samples[(0, k)] for k in range(2)])
+        batch = samples.collate([samples[(0, k)] for k in range(2)])
         features = task.teacher_maps(batch)
         assert features.shape[-2:] == (24, 32)
         corners = {} if kind == "nearest" else {"align_corners": False}

@@ -55,7 +55,7 @@ def task_and_batch(tiny_moco):
         source = open_source(recipe.data)
         task = build_task(recipe)
         samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
-        return task, task.collate([samples[(0, k)] for k in range(count)])
+        return task, samples.collate([samples[(0, k)] for k in range(count)])
 
     return make
 
@@ -361,7 +361,7 @@ def test_toy_runs_need_no_imagenet(name):
     task = build_task(recipe)
     samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
     assert samples.own_data() == {}
-    assert torch.isfinite(task(task.collate([samples[(0, k)] for k in range(2)]))["moco"])
+    assert torch.isfinite(task(samples.collate([samples[(0, k)] for k in range(2)]))["moco"])
 
 
 def test_a_mixed_batch_alternates_frames_and_images(task_and_batch, tmp_path):

@@ -113,7 +113,7 @@ def task_and_batch(tiny_recipe):
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
         task = build_task(recipe)
         samples = task.dataset(source, pairs)
-        return task, task.collate([samples[(0, k)] for k in range(3)])
+        return task, samples.collate([samples[(0, k)] for k in range(3)])
 
     return make
 

@@ -38,7 +38,7 @@ def tiny_batch(tiny_recipe, tiny, settings=None, *overrides):
     frames = find_pairs(source, recipe.data, skips=SkippedFrames())
     task = build_task(recipe)
     samples = task.dataset(source, frames)
-    return task, task.collate([samples[(0, k)] for k in range(3)])
+    return task, samples.collate([samples[(0, k)] for k in range(3)])
 
 
 @pytest.mark.parametrize("align_corners", [True, False])

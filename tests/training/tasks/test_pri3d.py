@@ -15,7 +15,6 @@ from geo_pretrain.geometry import match_pixels
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.pairs import PairSamples
-from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.recipe import load_recipe
@@ -76,7 +75,7 @@ def task_and_batch(tiny_recipe):
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
         task = build_task(recipe)
         samples = PairSamples(source, pairs, recipe.data, task.contract, 0)
-        return task, collate([samples[(0, k)] for k in range(3)])
+        return task, samples.collate([samples[(0, k)] for k in range(3)])
 
     return make
 

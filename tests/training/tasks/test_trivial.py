@@ -30,7 +30,7 @@ def task_and_batch(tiny_recipe):
         source = open_source(recipe.data)
         task = build_task(recipe)
         samples = task.dataset(source, find_pairs(source, recipe.data, skips=SkippedFrames()))
-        return task, task.collate([samples[(0, k)] for k in range(3)])
+        return task, samples.collate([samples[(0, k)] for k in range(3)])
 
     return make
 

@@ -6,6 +6,7 @@ et al., CVPR 2021). Chunks are Pri3D's (Hou et al., ICCV 2021). All draws depend
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from geo_pretrain.sparse.coordinates import Voxels, voxelize
 from geo_pretrain.training.data.frame import Frame, Pair, Source, Surface
 from geo_pretrain.training.data.samples.augment import Rotation, scaled_rotation, uniform
 from geo_pretrain.training.data.samples.pairs import PairSamples, read_pair
-from geo_pretrain.training.data.samples.sampler import Key, Samples, Skipped, collate
+from geo_pretrain.training.data.samples.sampler import Key, Samples, Skipped
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
 from geo_pretrain.training.recipe import DataSpec
@@ -63,6 +64,9 @@ class CloudPairSamples(Samples):
     matches: int64 [m, 2], all pairs of rows whose points are closer than the radius in the world.
     """
 
+    coords = ("coords1", "coords2")
+    ragged = ("feats1", "feats2", "points1", "points2", "matches")
+
     def __init__(self, source: Source, pairs: list[Pair], spec: DataSpec, cloud: PairCloudConfig, seed: int) -> None:
         super().__init__(source, pairs, spec, seed)
         self.cloud = cloud
@@ -81,9 +85,22 @@ class CloudPairSamples(Samples):
             sample["matches"] = torch.zeros(1, 2, dtype=torch.int64)
         return sample
 
+    @classmethod
+    def collate(cls, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Join samples; matches are rows of the batch, and matches_per_pair is how many each pair has."""
+        batch = super().collate(samples)
+        batch["matches_per_pair"] = [len(sample["matches"]) for sample in samples]
+        rows = torch.tensor([[len(sample[name]) for name in cls.coords] for sample in samples])  # [B, 2]
+        starts = rows.cumsum(dim=0) - rows
+        batch["matches"] = batch["matches"] + starts.repeat_interleave(torch.tensor(batch["matches_per_pair"]), dim=0)
+        return batch
+
 
 class ChunkPairSamples(PairSamples):
     """`PairSamples` with the surface around each frame: coords1, 2 int32 [n, 3], world voxels; feats1, 2 [n, 3]."""
+
+    coords = ("coords1", "coords2")
+    ragged = ("feats1", "feats2")
 
     def __init__(
         self,
@@ -150,40 +167,3 @@ def rotated_voxels(
         "points": moved[voxels.index],
         "to_world": torch.linalg.inv(to_rotated),
     }
-
-
-def collate_clouds(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collate a batch of `CloudPairSamples`.
-
-    coords1, 2: int32 [N, 4], rows (batch, x, y, z); feats1, 2: [N, C]; points1, 2: [N, 3]; to_world1, 2: [B, 4, 4];
-    matches: int64 [M, 2] into the joined rows, and matches_per_pair, how many each pair has; seed, skipped: lists.
-    """
-    batch, lengths = join_ragged(samples, ("coords1", "coords2"), ("feats1", "feats2", "points1", "points2", "matches"))
-    batch["matches_per_pair"] = [len(sample["matches"]) for sample in samples]
-    rows = torch.tensor(lengths).T  # [B, 2]
-    starts = rows.cumsum(dim=0) - rows
-    batch["matches"] = batch["matches"] + starts.repeat_interleave(torch.tensor(batch["matches_per_pair"]), dim=0)
-    return batch
-
-
-def collate_chunks(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collate a batch of `ChunkPairSamples`: as `collate`, with coords1, 2 int32 [N, 4] and feats1, 2 [N, 3]."""
-    return join_ragged(samples, ("coords1", "coords2"), ("feats1", "feats2"))[0]
-
-
-def join_ragged(
-    samples: list[dict[str, Any]], coords: tuple[str, ...], others: tuple[str, ...]
-) -> tuple[dict[str, Any], list[list[int]]]:
-    """Concatenate fields of varying length (coordinates get the batch index in front) and `collate` the rest.
-
-    Also returns the number of rows of each sample, for each of `coords`.
-    """
-    ragged = {*coords, *others}
-    batch = collate([{k: v for k, v in sample.items() if k not in ragged} for sample in samples])
-    lengths = [[len(sample[name]) for sample in samples] for name in coords]
-    for name, rows in zip(coords, lengths, strict=True):
-        numbers = torch.arange(len(samples), dtype=torch.int32).repeat_interleave(torch.tensor(rows))
-        batch[name] = torch.cat([numbers[:, None], torch.cat([sample[name] for sample in samples])], dim=1)
-    for name in others:
-        batch[name] = torch.cat([sample[name] for sample in samples])
-    return batch, lengths

@@ -7,6 +7,7 @@ and each keeps its pixel. The cloud is distorted, scaled and rotated independent
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from geo_pretrain.training.data.samples.augment import (
     scaled_rotation,
     uniform,
 )
-from geo_pretrain.training.data.samples.clouds import Features, join_ragged
+from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.data.samples.pairs import read_pair
 from geo_pretrain.training.data.samples.sampler import ImageSamples, Key, Skipped
 from geo_pretrain.training.recipe import DataSpec
@@ -83,6 +84,9 @@ class FrameCloudSamples(ImageSamples):
     used. Photometric augmentation is the recipe's (`data.augment`) and changes the image, not the cloud's colors.
     """
 
+    coords = ("coords",)
+    ragged = ("feats", "points", "pixel", "voxel")
+
     def __init__(
         self,
         source: Source,
@@ -117,20 +121,14 @@ class FrameCloudSamples(ImageSamples):
             changed = fit_frame(changed, factor, (offsets[0], offsets[1]), self.normalize.fill_color())
         return changed if changed.depth.any() else frame
 
-
-def collate_frame_clouds(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collate a batch of `FrameCloudSamples`.
-
-    image [B, 3, H, W]; depth [B, H, W]; coords: int32 [N, 4], rows (batch, x, y, z); feats [N, 3]; points [N, 3];
-    pixel, voxel, element: int64 [M], the flat pixel in its own image, the row of the joined `coords`, and the batch
-    element of every correspondence; to_world, intrinsics, index [B, ...]; seed, skipped: lists.
-    """
-    batch, lengths = join_ragged(samples, ("coords",), ("feats", "points", "pixel", "voxel"))
-    rows = torch.tensor(lengths[0])
-    counts = torch.tensor([len(sample["pixel"]) for sample in samples])
-    batch["element"] = torch.arange(len(samples)).repeat_interleave(counts)
-    batch["voxel"] = batch["voxel"] + (rows.cumsum(dim=0) - rows).repeat_interleave(counts)
-    return batch
+    @classmethod
+    def collate(cls, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Join samples; voxel is a row of the batch, and element int64 [M] the sample that each pixel is of."""
+        batch = super().collate(samples)
+        rows, counts = (torch.tensor([len(sample[name]) for sample in samples]) for name in ("coords", "pixel"))
+        batch["element"] = torch.arange(len(samples)).repeat_interleave(counts)
+        batch["voxel"] = batch["voxel"] + (rows.cumsum(dim=0) - rows).repeat_interleave(counts)
+        return batch
 
 
 def frame_voxels(frame: Frame, config: FrameCloudConfig, generator: torch.Generator) -> dict[str, Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -31,6 +32,9 @@ class Samples(Dataset[dict[str, Any]], ABC):
     "skipped", (path, reason) of the files that could not be read and were replaced.
     """
 
+    coords: tuple[str, ...] = ()  # fields int32 [n, 3] of varying length; a batch has [N, 4], rows (sample, x, y, z)
+    ragged: tuple[str, ...] = ()  # other fields [n, ...] of varying length; a batch has [N, ...]
+
     def __init__(self, source: Source, pairs: Sequence[Pair], spec: DataSpec, seed: int) -> None:
         self.source, self.pairs, self.spec, self.seed = source, pairs, spec, seed
 
@@ -46,6 +50,20 @@ class Samples(Dataset[dict[str, Any]], ABC):
     @abstractmethod
     def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
         """Load the sample at a position; draws come from `generator`, files that cannot be read go to `skipped`."""
+
+    @classmethod
+    def collate(cls, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Join samples to a batch: tensors stacked, or joined where their lengths vary; seeds and skipped as lists."""
+        batch: dict[str, Any] = {}
+        for name, value in samples[0].items():
+            parts = [sample[name] for sample in samples]
+            if name in cls.coords:
+                batch[name] = torch.cat([F.pad(part, (1, 0), value=number) for number, part in enumerate(parts)])
+            elif isinstance(value, Tensor):
+                batch[name] = torch.cat(parts) if name in cls.ragged else torch.stack(parts)
+        batch["seed"] = [sample["seed"] for sample in samples]
+        batch["skipped"] = [item for sample in samples for item in sample["skipped"]]
+        return batch
 
     def own_data(self) -> dict[str, Any]:
         """Describe training data besides the source's frames, for a checkpoint's provenance; {} if there is none."""
@@ -137,15 +155,3 @@ def read_or_replace(
             index = int(torch.randint(count, (), generator=generator))
     listed = "; ".join(f"{path}: {reason}" for path, reason in skipped[:3])
     raise DataError(f"{ATTEMPTS} {what} in a row cannot be read; the data seem to be gone. First: {listed}")
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack tensors; keep seeds and skipped files as lists."""
-    batch: dict[str, Any] = {
-        name: torch.stack([sample[name] for sample in samples])
-        for name, value in samples[0].items()
-        if isinstance(value, Tensor)
-    }
-    batch["seed"] = [sample["seed"] for sample in samples]
-    batch["skipped"] = [item for sample in samples for item in sample["skipped"]]
-    return batch

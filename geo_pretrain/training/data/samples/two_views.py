@@ -7,6 +7,7 @@ ICML 2020): random resized crop, flip, colors, gray, blur. Janda et al. contrast
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from geo_pretrain.training.data.samples.augment import (
     uniform,
 )
 from geo_pretrain.training.data.samples.pairs import read_pair
-from geo_pretrain.training.data.samples.sampler import ImageSamples, Key, Skipped, collate
+from geo_pretrain.training.data.samples.sampler import ImageSamples, Key, Skipped
 from geo_pretrain.training.recipe import DataSpec
 
 VIEW_ATTEMPTS = 100  # pairs of crops drawn until they share a pixel; with SimCLR's scale 1 in 400 does not
@@ -57,6 +58,8 @@ class TwoViewSamples(ImageSamples):
     Views that have no pixel in common are drawn again, `VIEW_ATTEMPTS` times; after that n is 0.
     """
 
+    ragged = ("matches",)
+
     def __init__(
         self,
         source: Source,
@@ -86,6 +89,15 @@ class TwoViewSamples(ImageSamples):
             sample[f"image{number}"] = self.normalize(augment_colors(view, self.spec.augment, generator))
             sample[f"rows{number}"], sample[f"columns{number}"] = rows, columns
         return sample
+
+    @classmethod
+    def collate(cls, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Join samples; matches are flat pixels of the batch, and matches_per_image is how many each sample has."""
+        batch = super().collate(samples)
+        batch["matches_per_image"] = [len(sample["matches"]) for sample in samples]
+        starts = torch.arange(len(samples)) * batch["image1"][0, 0].numel()
+        batch["matches"] += starts.repeat_interleave(torch.tensor(batch["matches_per_image"]))[:, None]
+        return batch
 
 
 def random_crop(size: tuple[int, int], config: ViewConfig, generator: torch.Generator) -> Crop:
@@ -123,19 +135,6 @@ def common_pixels(
         row, column = (_one_of_run(runs[axis][position[axis], view], generator) for axis in (0, 1))
         pixels.append(row * width + column)
     return torch.stack(pixels, dim=1)
-
-
-def collate_views(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collate a batch of `TwoViewSamples`.
-
-    As `collate`, but matches: int64 [M, 2], flat pixels of the whole batch (sample, row, column), and
-    matches_per_image, how many each sample has.
-    """
-    batch = collate([{name: value for name, value in sample.items() if name != "matches"} for sample in samples])
-    pixels = batch["image1"][0, 0].numel()
-    batch["matches"] = torch.cat([sample["matches"] + number * pixels for number, sample in enumerate(samples)])
-    batch["matches_per_image"] = [len(sample["matches"]) for sample in samples]
-    return batch
 
 
 def _common_runs(index1: Tensor, index2: Tensor) -> Tensor:

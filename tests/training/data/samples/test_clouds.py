@@ -19,8 +19,6 @@ from geo_pretrain.training.data.samples.clouds import (
     ChunkPairSamples,
     CloudPairSamples,
     PairCloudConfig,
-    collate_chunks,
-    collate_clouds,
     rotated_voxels,
 )
 from geo_pretrain.training.data.samples.pairs import PairSamples
@@ -187,14 +185,14 @@ def test_pair_without_a_match_contributes_none_or_the_authors_dummy(source):
     assert sample["matches"].shape == (0, 2)
     exact = dataclasses.replace(fine, match_released_code=True)
     assert CloudPairSamples(source, pair, SPEC, exact, seed=0)[(0, 0)]["matches"].tolist() == [[0, 0]]
-    batch = collate_clouds([sample, sample])
+    batch = CloudPairSamples.collate([sample, sample])
     assert batch["matches_per_pair"] == [0, 0]
     assert batch["matches"].shape == (0, 2)
 
 
 def test_batch_of_clouds_says_which_rows_belong_together(samples):
     parts = [samples[(0, k)] for k in (0, 3, 1)]
-    batch = collate_clouds(parts)
+    batch = CloudPairSamples.collate(parts)
     assert batch["coords1"].dtype == torch.int32
     assert batch["to_world2"].shape == (3, 4, 4)
     assert batch["seed"] == [part["seed"] for part in parts]
@@ -274,7 +272,7 @@ def test_chunk_is_the_surface_in_the_box_of_the_frame(source, pairs, tmp_path):
 def test_chunks_of_a_batch_carry_their_number(source, pairs, tmp_path):
     samples = chunk_samples(source, pairs, tmp_path, features="ones")
     parts = [samples[(0, k)] for k in (0, 2)]
-    batch = collate_chunks(parts)
+    batch = ChunkPairSamples.collate(parts)
     assert batch["image1"].shape == (2, 3, 60, 80)
     assert (batch["feats2"] == 1).all()
     for number, part in enumerate(parts):

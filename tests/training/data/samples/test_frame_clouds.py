@@ -16,7 +16,6 @@ from geo_pretrain.training.data.samples.augment import elastic_distortion, elast
 from geo_pretrain.training.data.samples.frame_clouds import (
     FrameCloudConfig,
     FrameCloudSamples,
-    collate_frame_clouds,
     fit_frame,
     flip_frame,
     frame_voxels,
@@ -212,7 +211,7 @@ def test_flips_and_factors_have_the_asked_frequency_and_range(samples):
 
 def test_a_batch_joins_clouds_and_counts_their_rows(samples):
     parts = [samples(pixels="all")[(0, k)] for k in (0, 3, 5)]
-    batch = collate_frame_clouds(parts)
+    batch = FrameCloudSamples.collate(parts)
     for number, part in enumerate(parts):
         mine = batch["element"] == number
         assert torch.equal(batch["pixel"][mine], part["pixel"])

@@ -15,7 +15,6 @@ from geo_pretrain.rooms import RoomsConfig
 from geo_pretrain.training.data.frame import SkippedFrames, resize_frame
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.pairs import PairSamples, SetPairSamples
-from geo_pretrain.training.data.samples.sampler import collate
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.data.surfaces.sets import Sets, pixel_sets
@@ -56,7 +55,7 @@ def test_drawing_a_sample_leaves_the_global_generators_alone(samples):
 
 
 def test_batch_has_the_shapes_that_tasks_expect(samples):
-    batch = collate([samples[(0, k)] for k in range(3)])
+    batch = samples.collate([samples[(0, k)] for k in range(3)])
     assert {k: tuple(v.shape) for k, v in batch.items() if isinstance(v, torch.Tensor)} == {
         f"{name}{k}": (3, *shape)
         for k in (1, 2)
@@ -126,7 +125,7 @@ def test_samples_are_those_of_pairs_with_the_sets_of_every_pixel(rooms, spec, tm
         frame = resize_frame(rooms.load(pairs[0].scene, frame_id), spec.size)
         np.testing.assert_array_equal(got[f"sets{number}"], pixel_sets(frame, scene, stride=2))
     assert len(set(got["sets1"].unique().tolist()) & set(got["sets2"].unique().tolist()) - {-1}) > 3
-    batch = collate([pickle.loads(pickle.dumps(samples))[(0, k)] for k in range(2)])
+    batch = samples.collate([pickle.loads(pickle.dumps(samples))[(0, k)] for k in range(2)])
     assert batch["sets2"].shape == (2, 48, 64)
     assert batch["sets1"].dtype == torch.int64
 

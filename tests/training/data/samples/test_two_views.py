@@ -21,7 +21,6 @@ from geo_pretrain.training.data.samples.augment import Crop, crop_resize
 from geo_pretrain.training.data.samples.two_views import (
     TwoViewSamples,
     ViewConfig,
-    collate_views,
     common_pixels,
     index_map,
     random_crop,
@@ -233,7 +232,7 @@ def test_batch_numbers_its_matches_through(make):
     samples = make(matches=7)
     parts = [samples[(0, k)] for k in range(3)]
     parts[1]["matches"] = parts[1]["matches"][:0]
-    batch = collate_views(parts)
+    batch = TwoViewSamples.collate(parts)
     assert batch["matches_per_image"] == [7, 0, 7]
     assert batch["image1"].shape == (3, 3, 60, 80)
     assert batch["rows1"].shape == (3, 60)

@@ -16,8 +16,6 @@ from geo_pretrain.training.data.samples.clouds import (
     ChunkPairSamples,
     CloudPairSamples,
     PairCloudConfig,
-    collate_chunks,
-    collate_clouds,
 )
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.sources.rooms import Rooms
@@ -161,9 +159,13 @@ def test_pairs_and_samples_come_out_of_the_layout(rooms, scans, measure):
     pairs = find_pairs(source, spec, skips=skips)
     assert list(skips.counts()) == ["pose is not finite (tracking was lost)"]
     assert {pair.scene for pair in pairs} == {"scene0000_00", "scene0001_00"}
-    clouds = collate_clouds([CloudPairSamples(source, pairs, spec, PairCloudConfig(), 0)[(0, k)] for k in range(2)])
+    clouds = CloudPairSamples.collate(
+        [CloudPairSamples(source, pairs, spec, PairCloudConfig(), 0)[(0, k)] for k in range(2)]
+    )
     assert min(clouds["matches_per_pair"]) > 100
-    chunks = collate_chunks([ChunkPairSamples(source, pairs, spec, ImageContract(), 0)[(0, k)] for k in range(2)])
+    chunks = ChunkPairSamples.collate(
+        [ChunkPairSamples(source, pairs, spec, ImageContract(), 0)[(0, k)] for k in range(2)]
+    )
     assert chunks["coords1"].shape[1] == 4
     assert chunks["image1"].shape == (2, 3, 56, 88)
     assert torch.bincount(chunks["coords1"][:, 0]).min() > 1000
