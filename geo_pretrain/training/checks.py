@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from geo_pretrain.errors import RecipeError
 
@@ -93,6 +93,22 @@ class Checks:
         """Raise one `RecipeError` that names all recorded mistakes, if there are any."""
         if self.problems:
             raise all_mistakes("", self.problems)
+
+
+@dataclass(frozen=True)
+class Ranged:
+    """A dataclass that raises one `RecipeError` for all values out of the ranges that the types of its fields state."""
+
+    section: ClassVar[str] = ""  # of a recipe, for messages, such as "task."
+
+    def __post_init__(self) -> None:
+        check = Checks()
+        check.ranges(self, self.section)
+        self.check_settings(check)
+        check.done()
+
+    def check_settings(self, check: Checks) -> None:
+        """Note values that do not go together."""
 
 
 def check_key(condition: bool, key: str, value: object, accepted: str) -> None:

@@ -20,7 +20,7 @@ from geo_pretrain.adapters import torchvision as adapter
 from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.checks import Accepts, Checks, Count, Mistakes
+from geo_pretrain.training.checks import Accepts, Checks, Count, Mistakes, Ranged
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.evaluation.coco import MAX_DETECTIONS
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, LabelledAugment
@@ -36,9 +36,10 @@ BUILDERS = {"faster_rcnn": adapter.faster_rcnn, "mask_rcnn": adapter.mask_rcnn}
 
 
 @dataclass(frozen=True)
-class DetectionOptions:
+class DetectionOptions(Ranged):
     """`network.options` of a recipe for detection or instances."""
 
+    section = "network.options."
     # frozen: the encoder's BatchNorms keep statistics and weights; encoder: they are trained; everywhere: pyramid,
     # box head and mask head have BatchNorms, too
     norm: Literal["frozen", "encoder", "everywhere"] = "frozen"
@@ -50,12 +51,6 @@ class DetectionOptions:
     score_threshold: Threshold = 0.05  # detections with lower scores are dropped
     authors_score_threshold: Threshold | None = None  # the same, with match_released_code; None: `score_threshold`
     authors_input: Literal["rgb", "msra"] = "rgb"  # with match_released_code; msra: BGR minus mean, stride in the 1x1
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the options."""
-        check = Checks()
-        check.ranges(self, "network.options.")
-        check.done()
 
 
 class DetectorSetup:

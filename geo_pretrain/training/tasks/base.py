@@ -16,7 +16,7 @@ from geo_pretrain.backbones.feature_pair import FeaturePair, pair_golden
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.seeding import seeded
-from geo_pretrain.training.checks import Checks
+from geo_pretrain.training.checks import Ranged
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.recipe import Recipe
@@ -26,18 +26,10 @@ Batch = Mapping[str, Any]  # tensors, and lists under "seed" and "skipped"
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Ranged):
     """The settings of a task, section `task` of a recipe. A subclass adds its own, with ranges in their types."""
 
-    def __post_init__(self) -> None:
-        """Raise one `RecipeError` that names every setting out of range."""
-        check = Checks()
-        check.ranges(self, "task.")
-        self.check_settings(check)
-        check.done()
-
-    def check_settings(self, check: Checks) -> None:
-        """Note settings that do not go together."""
+    section = "task."
 
 
 def same_settings(kind: type[T], config: TaskConfig, **more: Any) -> T:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import RecipeError
 from geo_pretrain.geometry import radius_matches, transform
 from geo_pretrain.sparse.coordinates import Voxels, voxelize
+from geo_pretrain.training.checks import Meters, PositiveRange, Ranged
 from geo_pretrain.training.data.frame import Frame, Pair, Source, Surface
 from geo_pretrain.training.data.samples.augment import Rotation, scaled_rotation, uniform
 from geo_pretrain.training.data.samples.pairs import PairSamples, read_pair
@@ -30,25 +30,17 @@ Features = Literal["ones", "rgb"]
 
 
 @dataclass(frozen=True)
-class PairCloudConfig:
+class PairCloudConfig(Ranged):
     """How a frame becomes voxels. Defaults are PointContrast's."""
 
-    voxel_size: float = 0.025  # m
-    radius: float | None = None  # m, of a match; None: 1.5 voxels
+    voxel_size: Meters = 0.025
+    radius: Meters | None = None  # of a match; None: 1.5 voxels
     features: Features = "ones"  # "rgb": color / 255 - 0.5
     rotation: Rotation = "full"  # "upright": any angle about z, +-pi/64 about x and y
     jitter: float = 0.01  # standard deviation; of rgb on the scale 0 to 255, as in CSC's code (no visible effect)
     jitter_prob: float = 0.95
-    scale: tuple[float, float] = (1.0, 1.0)  # same for both clouds; the released code has (0.8, 1.2) switched off
+    scale: PositiveRange = (1.0, 1.0)  # same for both clouds; the released code has (0.8, 1.2) switched off
     match_released_code: bool = False  # give a pair without matches the match (0, 0)
-
-    def __post_init__(self) -> None:
-        """Raise `RecipeError` for values out of range."""
-        for key in ("voxel_size", "match_radius"):
-            if not getattr(self, key) > 0:
-                raise RecipeError(f"'{key}' is {getattr(self, key)!r}, accepted are meters above 0.")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise RecipeError(f"'scale' is {self.scale!r}, accepted is (low, high) with 0 < low <= high.")
 
     @property
     def match_radius(self) -> float:

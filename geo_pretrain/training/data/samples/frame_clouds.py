@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import RecipeError
 from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.sparse.coordinates import voxelize
+from geo_pretrain.training.checks import Meters, NotNegative, PositiveRange, Probability, Ranged, Shares
 from geo_pretrain.training.data.frame import Frame, Pair, Source, resize_frame
 from geo_pretrain.training.data.samples.augment import (
     Rotation,
@@ -37,36 +37,20 @@ ELASTIC = ((0.2, 0.4), (0.8, 1.6))  # m: granularity and magnitude of each disto
 
 
 @dataclass(frozen=True)
-class FrameCloudConfig:
+class FrameCloudConfig(Ranged):
     """How a frame becomes an image and voxels. Defaults augment nothing but rotate; PPKT's values are in brackets."""
 
-    voxel_size: float = 0.025  # m
+    voxel_size: Meters = 0.025
     features: Features = "rgb"  # color / 255 - 0.5
     pixels: Literal["one", "all"] = "one"  # correspondences: one pixel per voxel (the one its features are of), or all
     rotation: Rotation = "upright"  # about the centroid, which moves to the origin
-    scale: tuple[float, float] = (1.0, 1.0)  # of the cloud (0.9, 1.1)
-    elastic_prob: float = 0.0  # (0.95)
-    keep: tuple[float, float] = (1.0, 1.0)  # share of the points that stay, drawn in this range
-    color_jitter: float = 0.0  # standard deviation of noise on the voxels' colors, as a share of 255
-    color_jitter_prob: float = 0.95
-    flip_prob: float = 0.0  # of mirroring the image (0.5)
-    resize: tuple[float, float] = (1.0, 1.0)  # of the image, then cropped or padded to its size (0.8, 1.25)
-
-    def __post_init__(self) -> None:
-        """Raise `RecipeError` for values out of range."""
-        if not self.voxel_size > 0:
-            raise RecipeError(f"'voxel_size' is {self.voxel_size!r}, accepted are meters above 0.")
-        for key in ("elastic_prob", "flip_prob", "color_jitter_prob"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise RecipeError(f"'task.{key}' is {getattr(self, key)!r}, accepted is a probability, 0 to 1.")
-        for key in ("scale", "keep", "resize"):
-            low, high = getattr(self, key)
-            if not 0 < low <= high:
-                raise RecipeError(f"'task.{key}' is {[low, high]!r}, accepted is [low, high] with 0 < low <= high.")
-        if self.keep[1] > 1:
-            raise RecipeError(f"'task.keep' is {list(self.keep)!r}, accepted are shares up to 1.")
-        if self.color_jitter < 0:
-            raise RecipeError(f"'task.color_jitter' is {self.color_jitter!r}, accepted is a number from 0 up.")
+    scale: PositiveRange = (1.0, 1.0)  # of the cloud (0.9, 1.1)
+    elastic_prob: Probability = 0.0  # (0.95)
+    keep: Shares = (1.0, 1.0)  # share of the points that stay, drawn in this range
+    color_jitter: NotNegative = 0.0  # standard deviation of noise on the voxels' colors, as a share of 255
+    color_jitter_prob: Probability = 0.95
+    flip_prob: Probability = 0.0  # of mirroring the image (0.5)
+    resize: PositiveRange = (1.0, 1.0)  # of the image, then cropped or padded to its size (0.8, 1.25)
 
 
 class FrameCloudSamples(ImageSamples):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import RecipeError
 from geo_pretrain.geometry import nearest_indices
+from geo_pretrain.training.checks import PositiveRange, Probability, Ranged, Shares
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.augment import (
     Crop,
@@ -33,19 +33,12 @@ VIEW_ATTEMPTS = 100  # pairs of crops drawn until they share a pixel; with SimCL
 
 
 @dataclass(frozen=True)
-class ViewConfig:
+class ViewConfig(Ranged):
     """Cropping of views. Defaults are SimCLR's, except that a crop covers at least a fifth of the image."""
 
-    scale: tuple[float, float] = (0.2, 1.0)  # area of the crop as a share of the image's
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its width over its height, in pixels
-    flip_prob: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Raise `RecipeError` for values out of range."""
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise RecipeError(f"'scale' is {self.scale!r}, accepted is (low, high) with 0 < low <= high <= 1.")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise RecipeError(f"'ratio' is {self.ratio!r}, accepted is (low, high) with 0 < low <= high.")
+    scale: Shares = (0.2, 1.0)  # area of the crop as a share of the image's
+    ratio: PositiveRange = (3 / 4, 4 / 3)  # its width over its height, in pixels
+    flip_prob: Probability = 0.5
 
 
 class TwoViewSamples(ImageSamples):

@@ -233,9 +233,9 @@ def test_broken_frame_is_replaced_and_reported(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"voxel_size": 0.0}, "'voxel_size' is 0.0, accepted are meters above 0"),
-        ({"radius": -1.0}, "'match_radius' is -1.0"),
-        ({"scale": (1.2, 0.8)}, r"'scale' is \(1.2, 0.8\)"),
+        ({"voxel_size": 0.0}, "'voxel_size' is 0.0, accepted is meters above 0"),
+        ({"radius": -1.0}, "'radius' is -1.0"),
+        ({"scale": (1.2, 0.8)}, r"'scale' is \[1.2, 0.8\]"),
     ],
 )
 def test_settings_out_of_range_are_explained(options, message):

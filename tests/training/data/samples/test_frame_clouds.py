@@ -306,9 +306,9 @@ def test_a_cloud_without_a_turn_stays_in_the_world():
 @pytest.mark.parametrize(
     "settings, part",
     [
-        ({"keep": (0.5, 1.5)}, "accepted are shares up to 1"),
-        ({"scale": (0.0, 1.0)}, r"'task.scale' is \[0.0, 1.0\]"),
-        ({"color_jitter": -1.0}, "'task.color_jitter' is -1.0"),
+        ({"keep": (0.5, 1.5)}, "0 < low <= high <= 1"),
+        ({"scale": (0.0, 1.0)}, r"'scale' is \[0.0, 1.0\]"),
+        ({"color_jitter": -1.0}, "'color_jitter' is -1.0"),
         ({"voxel_size": 0.0}, "meters above 0"),
         ({"elastic_prob": 2.0}, "a probability"),
     ],
