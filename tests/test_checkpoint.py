@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from safetensors.torch import load_file
 from geo_pretrain import checkpoint as module
 from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_files, write_checkpoint
 from geo_pretrain.errors import CheckpointError, DigestMismatch
+from tests.forked import Forked
 from tests.zoo import (
     ARCH,
     ARCH_3D,
@@ -235,44 +240,35 @@ def test_a_failing_write_leaves_the_old_one_and_no_rubbish(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
 
 
-CRASH = """
-import os, signal, sys
-from pathlib import Path
-from geo_pretrain import checkpoint
-from tests.zoo import write_tiny
+def write_and_die(folder: Path, place: int) -> None:
+    """Replace a checkpoint, and be killed before the disk operation of this number."""
+    calls = itertools.count(1)
 
-def dying(function, place):
-    def wrapper(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == place:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapper
+    def dying(function: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
 
-for place in range(1, 100):
-    folder = Path(sys.argv[1]) / str(place) / "tiny"
-    write_tiny(folder)
-    (folder / "notes.txt").write_text("mine")
-    child = os.fork()
-    if child == 0:
-        calls = 0
-        for owner, name in (
-            (Path, "rename"), (checkpoint.shutil, "rmtree"), (checkpoint, "_save_tensors"),
-            (checkpoint, "sync_files"), (checkpoint, "sync_folder"),
-        ):
-            setattr(owner, name, dying(getattr(owner, name), place))
-        write_tiny(folder, provenance={"steps": 8})
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        break
-"""
+        return wrapper
+
+    operations = ((module, "_save_tensors"), (module, "sync_files"), (module, "sync_folder"))
+    for owner, name in ((Path, "rename"), (module.shutil, "rmtree"), *operations):
+        setattr(owner, name, dying(getattr(owner, name)))
+    write_tiny(folder, provenance={"steps": 8})
 
 
 def test_a_writer_killed_at_any_step_leaves_the_old_or_the_new_one(tmp_path: Path):
     """Every disk operation that matters is a place to die; the last writer outlives all of them."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], env=environment, check=True)
+    for place in range(1, 100):
+        folder = tmp_path / str(place) / "tiny"
+        write_tiny(folder)
+        (folder / "notes.txt").write_text("mine")
+        writer = Forked(partial(write_and_die, folder, place))
+        output, _ = writer.communicate()
+        assert writer.returncode in (0, -signal.SIGKILL), output
+        if writer.returncode == 0:
+            break
     folders = [path / "tiny" for path in sorted(tmp_path.iterdir(), key=lambda path: int(path.name))]
     seen = []
     for folder in folders:

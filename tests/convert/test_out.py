@@ -7,6 +7,7 @@ import json
 import os
 import pickletools
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from geo_pretrain.contract import ImageContract, contract_from_dict
 from geo_pretrain.convert.out import OUT_FORMATS, export_weights, write_export
 from geo_pretrain.errors import CheckpointError, DigestMismatch, UnknownName, WeightsMismatch
 from tests.convert import dense
+from tests.forked import Forked
 from tests.zoo import write_tiny, write_tiny_3d
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -356,24 +358,22 @@ def test_a_folder_in_the_way_is_never_replaced(light, tmp_path: Path):
 def test_a_disk_that_refuses_leaves_what_was_there(encoders, tmp_path: Path):
     """A limit on file sizes stands for a full disk: the write fails half way."""
     (tmp_path / "r.pth").write_text("mine")
-    code = f"""
-import resource, signal
-from geo_pretrain.checkpoint import read_checkpoint
-from geo_pretrain.convert.out import write_export
-from geo_pretrain.errors import CheckpointError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-found = read_checkpoint({str(encoders[18].folder)!r})
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, {resource.getrlimit(resource.RLIMIT_FSIZE)[1]}))
-for format, name in (("torchvision", "r.safetensors"), ("detectron2", "r.pkl"), ("torchvision", "r.pth")):
-    try:
-        write_export(format, found, {str(tmp_path)!r} + "/" + name, overwrite=True)
-    except CheckpointError as error:
-        print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("could not be written") == 3
-    assert "r.pkl: could not be written (File too large)" in done.stdout
+
+    def write_all() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit))
+        for format, name in (("torchvision", "r.safetensors"), ("detectron2", "r.pkl"), ("torchvision", "r.pth")):
+            try:
+                write_export(format, encoders[18], tmp_path / name, overwrite=True)
+            except CheckpointError as error:
+                print(error)
+
+    writer = Forked(write_all)
+    output, _ = writer.communicate()
+    assert writer.returncode == 0, output
+    assert output.count("could not be written") == 3
+    assert "r.pkl: could not be written (File too large)" in output
     assert files(tmp_path) == {"r.pth"}
     assert (tmp_path / "r.pth").read_text() == "mine"
 
