@@ -101,10 +101,9 @@ def open_rooms(
             height=options.height,
             split=split,
             difficulty=options.difficulty,
-        ),
-        progress=progress,
+        )
     )
-    rooms.prepare()
+    rooms.prepare(progress)
     labelled = options.labelled if train else options.frames
     return LabelledRooms(rooms, split, task, labelled=labelled, min_pixels=options.min_pixels)
 

@@ -95,8 +95,8 @@ def source_note(source: Source) -> str:
 def _open_rooms(options: RoomsConfig, spec: DataSpec, device: str, progress: Progress | None) -> Source:
     if spec.path is not None:
         raise RecipeError("Source 'rooms' renders its own scenes and takes no path; see data.options.")
-    source = Rooms(options, device=device, progress=progress)
-    source.prepare()
+    source = Rooms(options, device=device)
+    source.prepare(progress)
     return source
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from geo_pretrain.errors import unknown
+from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.rooms import CLASSES, FIELDS, GENERATOR, RoomGenerator, RoomsConfig
 from geo_pretrain.training.data.cache import writing
 from geo_pretrain.training.data.frame import Frame, Surface
@@ -32,23 +32,11 @@ class Rooms:
 
     name = "rooms"
 
-    def __init__(
-        self,
-        config: RoomsConfig,
-        *,
-        cache_dir: Path | None = None,
-        device: str = "cpu",
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        root = Path(os.environ.get("GEO_PRETRAIN_CACHE", "~/.cache/geo_pretrain")).expanduser() / "rooms"
+    def __init__(self, config: RoomsConfig, *, cache_dir: Path | None = None, device: str = "cpu") -> None:
         self.config = config
         self.generator = RoomGenerator(config, device)
-        self.cache_dir = Path(cache_dir) if cache_dir is not None else root / config.digest()[:16]
-        self.progress = progress
+        self.cache_dir = cache_dir or default_cache() / "rooms" / config.digest()[:16]
         self._checked: set[str] = set()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "progress": None}  # a callback does not travel to worker processes
 
     def scenes(self) -> list[str]:
         return self.generator.names()
@@ -86,14 +74,14 @@ class Rooms:
 
         return cached_surface(path, make)
 
-    def prepare(self) -> None:
+    def prepare(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Render uncached scenes, with `progress(done, total)` after each one; safe in several processes."""
         names = self.scenes()
         fresh = not (self.cache_dir / "manifest.json").exists()
-        for done, scene in enumerate(names):
+        for done, scene in enumerate(names, start=1):
             fresh |= self._ensure(scene)
-            if self.progress:
-                self.progress(done + 1, len(names))
+            if progress is not None:
+                progress(done, len(names))
         if fresh:  # a complete cache may be on a read-only disk
             self._write_manifest()
 

@@ -56,12 +56,7 @@ def segment_mesh(
 
 
 def segment_points(
-    points: np.ndarray,
-    normals: np.ndarray,
-    *,
-    k_thresh: float = K_THRESH,
-    min_vertices: int = MIN_VERTICES,
-    compiled: bool | None = None,
+    points: np.ndarray, normals: np.ndarray, *, k_thresh: float = K_THRESH, min_vertices: int = MIN_VERTICES
 ) -> np.ndarray:
     """Segment a surface without a mesh: the root point of each point's segment, int64 [N].
 
@@ -72,7 +67,7 @@ def segment_points(
     Args:
         points: float [N, 3] m, evenly spaced by 2 to 3 cm (as ScanNet's meshes, to which `k_thresh` refers).
         normals: float [N, 3], unit, all on the side of the surface from which it is seen.
-        k_thresh, min_vertices, compiled: as for `segment_mesh`.
+        k_thresh, min_vertices: as for `segment_mesh`.
 
     Raises:
         DataError: a point or a normal is not finite.
@@ -84,8 +79,8 @@ def segment_points(
     _, near = _neighbors(points, NEIGHBORS, REACH)
     a, b = np.repeat(np.arange(len(points)), near.shape[1]), near.ravel()
     a, b = a[b < len(points)], b[b < len(points)]
-    weights = edge_weights(points, normals, a, b, compiled=compiled)
-    return segment_graph(len(points), a, b, weights, k_thresh=k_thresh, min_vertices=min_vertices, compiled=compiled)
+    weights = edge_weights(points, normals, a, b)
+    return segment_graph(len(points), a, b, weights, k_thresh=k_thresh, min_vertices=min_vertices)
 
 
 def vertex_normals(vertices: np.ndarray, faces: np.ndarray, *, compiled: bool | None = None) -> np.ndarray:

@@ -272,8 +272,8 @@ def test_damaged_scene_is_rendered_again(tmp_path: Path, one_scene: Path, harm: 
 
 def test_manifest_and_progress(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    source = Rooms(TINY, cache_dir=tmp_path, progress=lambda done, total: calls.append((done, total)))
-    source.prepare()
+    source = Rooms(TINY, cache_dir=tmp_path)
+    source.prepare(lambda done, total: calls.append((done, total)))
     assert calls == [(1, 2), (2, 2)]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["generator"] == GENERATOR
@@ -308,7 +308,8 @@ def test_unwritable_cache_teaches(tmp_path: Path) -> None:
 
 
 def test_travels_to_workers(tmp_path: Path) -> None:
-    source = Rooms(TINY, cache_dir=tmp_path, progress=lambda done, total: None)
+    source = Rooms(TINY, cache_dir=tmp_path)
+    source.prepare(lambda done, total: None)
     copy = pickle.loads(pickle.dumps(source))
     assert np.array_equal(copy.load("rooms_train_0000", "0001").color, source.load("rooms_train_0000", "0001").color)
 
