@@ -1,10 +1,13 @@
-"""The sparse U-Net that 3D fine-tuning trains: a backbone with pre-trained or random weights, and a new last layer."""
+"""The sparse U-Nets that training builds: arguments and contract, pre-trained or random weights, a forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
 
 from geo_pretrain import hub
 from geo_pretrain.backbones.sr_unet import SRUNet
@@ -13,9 +16,13 @@ from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.seeding import seeded
+from geo_pretrain.sparse.tensor import SparseTensor
+from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size
 from geo_pretrain.training.networks import IMAGENET, SCRATCH
 from geo_pretrain.training.recipe import UNet3DSpec
+
+CHANNELS = {"ones": ("one", "one", "one"), "rgb": ("R", "G", "B")}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class PretrainedInit3D:
         Raises `RecipeError` for an image network, and for voxels that RGB-D frames cannot be made into.
         """
         if not self.named:
-            return VoxelContract(voxel_size=self.spec.voxel_size, channels=("R", "G", "B"), offset=-0.5)
+            return voxel_contract(self.spec, "rgb")
         if self.backbone == IMAGENET:
             raise RecipeError(
                 "Backbone 'imagenet' is a ResNet for images, the recipe is for points; accepted: scratch, a 3D "
@@ -94,3 +101,22 @@ def segmentation_srunet(start: SRUNet, classes: int, *, seed: int, transfer: boo
         kept = {key: value for key, value in start.state_dict().items() if not key.startswith("final.")}
         network.load_state_dict(network.state_dict() | kept)
     return network
+
+
+def voxel_contract(spec: UNet3DSpec, features: Features) -> VoxelContract:
+    """The input contract of a network trained on ones, or on colors in [-0.5, 0.5]."""
+    offset = -0.5 if features == "rgb" else 0.0
+    return VoxelContract(voxel_size=spec.voxel_size, channels=CHANNELS[features], scale=1.0, offset=offset)
+
+
+def encode(network: nn.Module, coords: Tensor, feats: Tensor, *, low_precision: bool) -> Tensor:
+    """Run a sparse network over a batch: float32 [N, C], row by row of `coords` [N, 4].
+
+    Batch elements without a voxel may be missing from the batch numbers in `coords`.
+    """
+    present, number = torch.unique(coords[:, 0], return_inverse=True)
+    if len(present) <= int(coords[:, 0].max()):
+        coords = torch.cat([number[:, None].to(coords.dtype), coords[:, 1:]], dim=1)
+    with torch.autocast(coords.device.type, torch.bfloat16, enabled=low_precision):
+        features: Tensor = network(SparseTensor(coords, feats)).feats
+    return features.float()  # losses are computed in full precision

@@ -32,11 +32,11 @@ from geo_pretrain.training.data.samples.clouds import chunk_voxels
 from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, frame_voxels
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, cubic_voxel_size, frame_cloud
+from geo_pretrain.training.networks3d import encode
 from geo_pretrain.training.recipe import AugmentSpec, recipe_of
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.matching import one_match_each
 from geo_pretrain.training.tasks.pri3d import Pri3D
-from geo_pretrain.training.tasks.voxels import encode
 
 RANDOM = "random"  # name of the random-init baseline in results
 STAGES = (1, 2, 3, 4)  # of an encoder: strides 4, 8, 16, 32

@@ -14,10 +14,9 @@ from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import CloudPairSamples, Features, PairCloudConfig
 from geo_pretrain.training.data.samples.sampler import Samples
-from geo_pretrain.training.networks3d import unet_args
+from geo_pretrain.training.networks3d import encode, unet_args, voxel_contract
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig, same_settings
-from geo_pretrain.training.tasks.voxels import encode, voxel_contract
 
 
 @dataclass(frozen=True)

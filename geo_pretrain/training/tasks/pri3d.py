@@ -25,12 +25,11 @@ from geo_pretrain.training.data.samples.pairs import PairSamples
 from geo_pretrain.training.data.samples.sampler import Samples, sample_seed
 from geo_pretrain.training.initialize import initialize_heads
 from geo_pretrain.training.losses.contrastive import info_nce
-from geo_pretrain.training.networks3d import unet_args
+from geo_pretrain.training.networks3d import CHANNELS, encode, unet_args
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import Batch, TaskConfig
 from geo_pretrain.training.tasks.images import ImageUNetTask
 from geo_pretrain.training.tasks.matching import gather_cells, half_resolution_cell, sample_matches
-from geo_pretrain.training.tasks.voxels import CHANNELS, encode
 
 PROJECTION = 64  # channels in which pixels and voxels are compared
 CAMERA = ("depth", "intrinsics", "cam_to_world")  # what a batch holds of each frame, beside its image

@@ -18,12 +18,11 @@ from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, FrameCloudSamples
 from geo_pretrain.training.data.samples.sampler import Samples
-from geo_pretrain.training.networks3d import unet_args
+from geo_pretrain.training.networks3d import encode, unet_args, voxel_contract
 from geo_pretrain.training.recipe import EncoderName, Recipe
 from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig, same_settings
 from geo_pretrain.training.tasks.matching import draw
 from geo_pretrain.training.tasks.teachers import Teacher, finetuned_segmenter, load_teacher, torchvision_segmenter
-from geo_pretrain.training.tasks.voxels import encode, voxel_contract
 
 ADE20K = "ade20k"  # a segmentation network whose file the user has
 

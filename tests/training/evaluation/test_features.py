@@ -30,7 +30,7 @@ from geo_pretrain.training.evaluation.features import (
     is_paired,
     load_pri3d,
 )
-from geo_pretrain.training.tasks.voxels import encode
+from geo_pretrain.training.networks3d import encode
 from geo_pretrain.training.visualize.columns import (
     RANDOM_TITLE,
     find_backbone,

@@ -12,10 +12,10 @@ from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
+from geo_pretrain.training.networks3d import encode
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.matching import draw, one_match_each
-from geo_pretrain.training.tasks.voxels import encode
 from tests.training.losses.test_contrastive import slow_hardest
 from tests.training.test_loop import Stop, logged, run_here, stop_at
 
