@@ -45,7 +45,9 @@ Kind = Literal[
 Freeze = Annotated[int, Accepts(lambda n: 0 <= n <= 5, "0 (nothing) to 5 (stem and all stages)")]
 Degrees = Annotated[float, Accepts(lambda angle: 0 <= angle <= 180, "degrees from 0 to 180")]
 Lengths = Annotated[tuple[int, int], Accepts(lambda r: 32 <= r[0] <= r[1], "[low, high] with 32 <= low <= high")]
-Milestones = Annotated[tuple[int, int], Accepts(lambda m: 1 <= m[0] < m[1], "[first, second] with 1 <= first < second")]
+Milestones = Annotated[
+    tuple[int, int], Accepts(lambda m: 1 <= m[0] <= m[1], "[first, second] with 1 <= first <= second")
+]
 KINDS: dict[str, tuple[str, ...]] = {
     "segmentation": ("unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn"),
     "segmentation3d": ("srunet",),

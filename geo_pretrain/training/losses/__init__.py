@@ -1,1 +1,30 @@
 """Losses of the pretext tasks: pure functions of tensors, each with a runnable example and a slow twin in its test."""
+
+from __future__ import annotations
+
+from geo_pretrain.training.losses.contrastive import (
+    anchor_nce,
+    hardest_contrastive,
+    info_nce,
+    nt_xent,
+    partition_info_nce,
+    queue_nce,
+)
+from geo_pretrain.training.losses.depth import depth_loss
+from geo_pretrain.training.losses.distillation import crd_loss, crd_scores, kl_distillation, l2_distillation
+from geo_pretrain.training.losses.sets import set_info_nce
+
+__all__ = [
+    "anchor_nce",
+    "crd_loss",
+    "crd_scores",
+    "depth_loss",
+    "hardest_contrastive",
+    "info_nce",
+    "kl_distillation",
+    "l2_distillation",
+    "nt_xent",
+    "partition_info_nce",
+    "queue_nce",
+    "set_info_nce",
+]
