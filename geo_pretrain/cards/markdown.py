@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from geo_pretrain.errors import DataError
 
 
 def join(*parts: str) -> str:
@@ -23,6 +26,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
     )
+
+
+def around_marks(page: Path, begin: str, end: str) -> tuple[str, str]:
+    """Split a page into what comes before and after two marks, each there once and in order. Raises `DataError`."""
+    try:
+        text = page.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{page}: no such page.") from None
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise DataError(
+            f"{page}: no lines {begin!r} and {end!r} around a table; it needs one line of each, in this order."
+        )
+    return text.partition(begin)[0], text.partition(end)[2]
 
 
 def tree(data: Mapping[str, Any], indent: str = "") -> str:

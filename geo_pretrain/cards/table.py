@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from geo_pretrain.cards.front_matter import detail_of, task_of
-from geo_pretrain.cards.markdown import table
+from geo_pretrain.cards.markdown import around_marks, table
 from geo_pretrain.cards.weights import WEIGHTS_FROM
 from geo_pretrain.catalog import backbone_info, list_backbones
 from geo_pretrain.catalog.entry import Entry
-from geo_pretrain.errors import GeoPretrainError
 
 BEGIN, END = "<!-- catalog -->", "<!-- /catalog -->"
 TABLE_HEAD = ("name", "network", "data", "weights' license", "weights from", "reported")
@@ -64,13 +63,10 @@ def headline(entry: Entry) -> str | None:
 def update_readme(path: Path) -> bool:
     """Put the table between the markers of a Markdown file; returns whether the file changed.
 
-    Raises `GeoPretrainError` when the two markers are not there once each, in order.
+    Raises `DataError` when the two markers are not there once each, in order.
     """
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise GeoPretrainError(f"{path}: needs one line {BEGIN!r} and, after it, one line {END!r}.")
-    before, rest = text.split(BEGIN)
-    updated = f"{before}{BEGIN}\n{catalog_table()}\n{END}{rest.split(END)[1]}"
+    text, (before, after) = path.read_text(encoding="utf-8"), around_marks(path, BEGIN, END)
+    updated = f"{before}{BEGIN}\n{catalog_table()}\n{END}{after}"
     if updated != text:
         path.write_text(updated, encoding="utf-8")
     return updated != text

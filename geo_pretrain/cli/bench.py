@@ -44,8 +44,9 @@ def bench_pretext(
 
     Some tasks: `geo-pretrain bench pretext --toy --task pri3d_view --task csc --seed 0 --out runs/two`
     """
+    from geo_pretrain.cards.markdown import around_marks
     from geo_pretrain.training.bench.plan import FULL, BenchSpec, rows
-    from geo_pretrain.training.bench.report import parts
+    from geo_pretrain.training.bench.report import BEGIN, END
     from geo_pretrain.training.bench.report import render as render_page
     from geo_pretrain.training.bench.run import run_bench
 
@@ -57,7 +58,7 @@ def bench_pretext(
         _show_plan(chosen, spec)
         return
     if render is not None:
-        parts(render)  # fail early if the page has no place for the table
+        around_marks(render, BEGIN, END)  # fail early if the page has no place for the table
     with progress(not as_json) as report:
         results = run_bench(
             chosen,

@@ -16,10 +16,10 @@ from geo_pretrain.training.bench.plan import BenchSpec
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.data.labelled.clouds import labelled_clouds
 from geo_pretrain.training.data.labelled.registry import open_labelled
-from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.evaluation.features import STAGES, load_extractor, load_network
-from geo_pretrain.training.evaluation.matching import evaluate_matching, spread_evenly
+from geo_pretrain.training.evaluation.matching import evaluate_matching
 from geo_pretrain.training.evaluation.probes import ProbeSpec, probe_backbone
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec, PointsSpec, finetune_clouds, finetune_frames
 from geo_pretrain.training.networks3d import segmentation_srunet

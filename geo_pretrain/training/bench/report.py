@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from geo_pretrain.errors import DataError
+from geo_pretrain.cards.markdown import around_marks
+from geo_pretrain.cards.markdown import table as markdown_table
 from geo_pretrain.training.bench.plan import BenchSpec, Row, identity
 from geo_pretrain.training.evaluation.metrics import Spread
 
@@ -76,7 +77,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"steps of {budget['finetune_batch']}; seeds {', '.join(map(str, seeds))}. In %, mean ± sample standard "
         "deviation over seeds."
     )
-    rows: list[Sequence[str]] = [HEAD, ["---"] * len(HEAD)]
+    rows: list[Sequence[str]] = []
     for group in results["groups"].values():
         matched = f"matched: {group['of']}, {group['threshold']}, chance {100 * group['chance']:.1f}"
         note = f"{group['arch']}, {group['input']}; {matched}"
@@ -87,25 +88,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     for what, why in results["failed"].items():
         rows.append([f"`{what}`", *["failed"] * 3, next(iter(why.values())).replace("|", "/")])
     rows += [[f"`{task}`", *["not available"] * 3, why] for task, why in results["not available"].items()]
-    return "\n".join([text, "", *(f"| {' | '.join(row)} |" for row in rows)])
+    return f"{text}\n\n{markdown_table(HEAD, rows)}"
 
 
 def render(page: Path, results: Mapping[str, Any]) -> None:
     """Insert the table between the marks of a Markdown page. Raises `DataError` if the marks are missing."""
-    before, after = parts(page)
+    before, after = around_marks(page, BEGIN, END)
     page.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
-
-
-def parts(page: Path) -> tuple[str, str]:
-    """Split a page into the text before and after the marks. Raises `DataError` if the marks are missing."""
-    try:
-        before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    except FileNotFoundError:
-        raise DataError(f"{page}: no such page.") from None
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise DataError(f"{page}: no lines {BEGIN!r} and {END!r}, between which the table would go.")
-    return before, after
 
 
 def _group(twin: str, run: Mapping[str, Any], random: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

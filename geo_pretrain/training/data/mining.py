@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from itertools import combinations
@@ -139,24 +139,24 @@ def _scene_pairs(
         for i, j in combinations(range(len(names)), 2)
         if low <= ratios[i, j] <= high
     ]
-    return _spread_evenly(pairs, spec.max_pairs_per_scene)
+    return spread_evenly(pairs, spec.max_pairs_per_scene)
 
 
 def _self_pairs(source: Source, spec: DataSpec) -> list[Pair]:
     pairs: list[Pair] = []
     for scene in source.scenes():
         frames = [Pair(scene, id, id, 1.0) for id in source.frame_ids(scene)]
-        pairs += _spread_evenly(frames, spec.max_pairs_per_scene)
+        pairs += spread_evenly(frames, spec.max_pairs_per_scene)
     if not pairs:
         raise DataError(f"Source {source.name!r} has no frame.")
     return pairs
 
 
-def _spread_evenly(pairs: list[Pair], limit: int | None) -> list[Pair]:
-    """Select at most `limit` pairs, spread evenly."""
-    if limit is None or len(pairs) <= limit:
-        return pairs
-    return [pairs[k] for k in np.linspace(0, len(pairs) - 1, limit).round().astype(int)]
+def spread_evenly(items: Sequence[T], limit: int | None) -> list[T]:
+    """Choose at most `limit` (None: all) of the items, from the first to the last at even distances."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    return [items[k] for k in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 
 def _mining_size(spec: DataSpec) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from geo_pretrain import hub
 from geo_pretrain.backbones.feature_pair import FeaturePair
-from geo_pretrain.checkpoint import Checkpoint, read_checkpoint, read_weights
+from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, WeightsMismatch
 from geo_pretrain.geometry import seen_at, transform
@@ -42,7 +42,8 @@ RANDOM = "random"  # name of the random-init baseline in results
 STAGES = (1, 2, 3, 4)  # of an encoder: strides 4, 8, 16, 32
 SEEN_WITHIN = 0.05  # m along the optical axis between a point and the depth of a frame that sees it
 PLAIN = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=0)
-ACCEPTED = "accepted: folders that a recipe of task pri3d_geo or pri3d_view_geo wrote"
+GEOMETRIC = ("pri3d_geo", "pri3d_view_geo")  # tasks whose folders hold Pri3D's 3D network
+ACCEPTED = f"accepted: folders that a recipe of task {' or '.join(GEOMETRIC)} wrote"
 
 
 @dataclass(frozen=True)
@@ -391,7 +392,7 @@ def is_paired(checkpoint: Checkpoint) -> bool:
     if _is_taught(checkpoint):
         return True
     recipe = recipe_of(checkpoint) if "heads" in checkpoint.roles else None
-    return recipe is not None and recipe.task["name"] in ("pri3d_geo", "pri3d_view_geo")
+    return recipe is not None and recipe.task["name"] in GEOMETRIC
 
 
 def _is_taught(checkpoint: Checkpoint) -> bool:
@@ -440,26 +441,20 @@ def load_pri3d(name: str, *, pretrained: bool = True, seed: int = 0) -> Pri3D:
     recipe = recipe_of(checkpoint)
     if recipe is None:
         raise CheckpointError(f"{checkpoint.folder}: no recipe tells how its voxel part is built; {ACCEPTED}.")
-    if recipe.model is not None:
-        recipe = replace(recipe, model=replace(recipe.model, init="scratch"))  # what it started from is not needed
-    task = build_task(replace(recipe, seed=seed, data=replace(recipe.data, augment=PLAIN)))
-    if not isinstance(task, Pri3D) or not task.config.geo:
+    if recipe.task["name"] not in GEOMETRIC:
         raise CheckpointError(f"{name!r} was trained by task {recipe.task['name']!r}, without voxels; {ACCEPTED}.")
-    if pretrained:
-        _put_weights(task, checkpoint)
-    return task.eval()
-
-
-def _put_weights(task: Pri3D, checkpoint: Checkpoint) -> None:
-    state = read_weights(checkpoint, "heads")
-    for role in checkpoint.network_roles():
-        state |= {f"backbone.{role}.{key}": value for key, value in read_weights(checkpoint, role).items()}
+    start = str(checkpoint.folder) if pretrained else "scratch"
+    recipe = replace(
+        recipe,
+        seed=seed,
+        data=replace(recipe.data, augment=PLAIN),
+        model=recipe.model and replace(recipe.model, init=start),
+        task=recipe.task | {"keep_heads": pretrained},
+    )
     try:
-        task.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsMismatch(
-            f"{checkpoint.folder}: the weights do not fit the folder's own recipe: {error}"
-        ) from error
+        return cast(Pri3D, build_task(recipe)).eval()
+    except WeightsMismatch as error:
+        raise WeightsMismatch(f"{start}: the weights do not fit the folder's own recipe: {error}") from error
 
 
 def cloud_of(frame: Frame) -> Surface:

@@ -21,7 +21,7 @@ from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.geometry import centered, match_pixels, radius_matches
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
-from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.samples.augment import random_rotation
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, cubic_voxel_size
@@ -328,13 +328,6 @@ def spread_frames(source: Source, count: int) -> list[Pair]:
         twos += [(scene, first, second) for first, second in zip(ids[::2], ids[1::2], strict=False)]
     chosen = spread_evenly(twos, max(1, count // 2))
     return [Pair(scene, frame, frame, 1.0) for scene, *frames in chosen for frame in frames]
-
-
-def spread_evenly(items: Sequence[T], count: int) -> list[T]:
-    """Choose at most `count` of the items, from the first to the last at even distances."""
-    if len(items) <= count:
-        return list(items)
-    return [items[k] for k in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def nearest_row(query: Tensor, candidates: Tensor) -> Tensor:

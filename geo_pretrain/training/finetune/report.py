@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from geo_pretrain.errors import DataError, RecipeError, require
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms, open_labelled
-from geo_pretrain.training.evaluation.matching import spread_evenly
+from geo_pretrain.training.data.mining import spread_evenly
 from geo_pretrain.training.finetune.folder import MODEL, PICTURE, RESULTS
 from geo_pretrain.training.finetune.registry import backbone_init, build_finetune_task
 from geo_pretrain.training.finetune.segmentation import Segmentation

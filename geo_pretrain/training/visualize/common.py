@@ -11,8 +11,8 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, unknown
 from geo_pretrain.training.data.frame import Frame, SkippedFrames, Source, resize_frame
+from geo_pretrain.training.data.mining import spread_evenly
 from geo_pretrain.training.evaluation.features import pretraining_size
-from geo_pretrain.training.evaluation.matching import spread_evenly
 from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec, recipe_of
 from geo_pretrain.training.visualize.columns import Opened
@@ -63,8 +63,8 @@ def load_frames(
 
     Raises `DataError` when none can be read.
     """
-    ids, frames = source.frame_ids(scene), []
-    for frame_id in ids if count is None else spread_evenly(ids, count):
+    frames = []
+    for frame_id in spread_evenly(source.frame_ids(scene), count):
         try:
             frames.append(resize_frame(source.load(scene, frame_id), size))
         except BadFrame as bad:

@@ -15,7 +15,7 @@ from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, RecipeError
 from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
-from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size, frame_cloud
 from geo_pretrain.training.evaluation.features import CloudExtractor, load_extractor
@@ -24,7 +24,6 @@ from geo_pretrain.training.evaluation.matching import (
     Matches,
     Turn,
     match_pair,
-    spread_evenly,
     unit_of,
 )
 from geo_pretrain.training.evaluation.progress import Progress

@@ -9,9 +9,9 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame, SceneMesh, Source, capability, resize_frame
+from geo_pretrain.training.data.mining import spread_evenly
 from geo_pretrain.training.data.surfaces.oversegmentation import K_THRESH, MIN_VERTICES, vertex_normals
 from geo_pretrain.training.data.surfaces.sets import Kind, SceneSets, Sets, label_sets, pixel_sets
-from geo_pretrain.training.evaluation.matching import spread_evenly
 from geo_pretrain.training.visualize.colors import class_colors, depth_colors, set_colors
 from geo_pretrain.training.visualize.grids import save_sheet, stack, tile
 

@@ -14,7 +14,7 @@ from torch import nn
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError
 from geo_pretrain.training.data.frame import Pair, SkippedFrames
-from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.evaluation import matching
 from geo_pretrain.training.evaluation.features import CloudExtractor
@@ -22,7 +22,6 @@ from geo_pretrain.training.evaluation.matching import (
     chance_within,
     evaluate_matching,
     match_pair,
-    spread_evenly,
 )
 from geo_pretrain.training.recipe import DataSpec
 from tests.training.conftest import write_recording
