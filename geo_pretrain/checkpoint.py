@@ -32,6 +32,7 @@ CONFIG = "config.json"
 TEXT_ROLES = {"recipe": "recipe.yaml", "log": "log.jsonl", "card": "README.md"}
 ROLES = {role: f"{role}.safetensors" for role in (*WEIGHT_ROLES, "golden")} | TEXT_ROLES
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+THREADS = min(os.cpu_count() or 1, 8)  # that compute a BLAKE3; memory is not faster than so many
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class StoredFile:
 
     role: str
     size: int  # bytes
-    sha256: str
+    sha256: str  # compared after downloads, before publication
+    blake3: str | None = None  # compared at each load, as it is several times quicker; None: an older folder
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def write_checkpoint(
             (staging / ROLES[role]).write_bytes(str(texts[role]).encode())
         paths = {role: staging / ROLES[role] for role in (*tensors, *written)}
         files = {
-            path.name: {"role": role, "size": path.stat().st_size, "sha256": sha256(path)}
+            path.name: {"role": role, "size": path.stat().st_size, "sha256": sha256(path), "blake3": blake3(path)}
             for role, path in paths.items()
         }
         config = {
@@ -226,7 +228,7 @@ def intact_checkpoint(folder: Path, roles: Iterable[str]) -> Checkpoint | None:
     try:
         checkpoint = read_checkpoint(folder)
         for role in roles:
-            verify_file(checkpoint, checkpoint.file_of(role))
+            verify_file(checkpoint, checkpoint.file_of(role), load_digest=True)
     except CheckpointError:
         return None
     return checkpoint
@@ -235,28 +237,48 @@ def intact_checkpoint(folder: Path, roles: Iterable[str]) -> Checkpoint | None:
 def read_weights(checkpoint: Checkpoint, role: str) -> dict[str, Tensor]:
     """Read the tensors of one role (one of `WEIGHT_ROLES`, or "golden") to the CPU.
 
-    Size and digest are checked before anything is parsed: `DigestMismatch` names the file and both digests.
+    The digest is computed of the very memory that the tensors are: `DigestMismatch` names the file and both digests.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    import torch
+    from safetensors import SafetensorError, safe_open
 
-    name = checkpoint.file_of(role)
-    verify_file(checkpoint, name)
+    path, stored = _listed(checkpoint, checkpoint.file_of(role))
     try:
-        return load_file(checkpoint.folder / name)
+        with safe_open(path, framework="pt") as file:  # maps the file
+            tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
     except SafetensorError as error:
-        raise CheckpointError(f"{checkpoint.folder / name}: is not a safetensors file ({error}).") from error
+        check_digest(path, stored)
+        raise CheckpointError(f"{path}: is not a safetensors file ({error}).") from error
+    digest = hashlib.sha256() if stored.blake3 is None else _blake3_hasher()
+    with path.open("rb") as stream:  # the names and shapes; then come the tensors, one after another without gaps
+        digest.update(stream.read(max(0, stored.size - sum(tensor.nbytes for tensor in tensors.values()))))
+    for tensor in tensors.values():
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    _compare_load_digest(path, stored, digest.hexdigest())
+    return tensors
 
 
-def verify_file(checkpoint: Checkpoint, name: str) -> None:
-    """Compare one file with the inventory. Raises `CheckpointError` (absent, unlisted) or `DigestMismatch`."""
+def verify_file(checkpoint: Checkpoint, name: str, *, load_digest: bool = False) -> None:
+    """Compare one file with the inventory. Raises `CheckpointError` (absent, unlisted) or `DigestMismatch`.
+
+    By its sha256 or, for a file that was compared so before, with `load_digest` by the digest of loads.
+    """
+    path, stored = _listed(checkpoint, name)
+    if load_digest and stored.blake3 is not None:
+        _compare_load_digest(path, stored, blake3(path))
+    else:
+        check_digest(path, stored)
+
+
+def _listed(checkpoint: Checkpoint, name: str) -> tuple[Path, StoredFile]:
+    """The path of a file that is there, and its line of the inventory."""
     if name not in checkpoint.files:
         listed = ", ".join(checkpoint.files)
         raise CheckpointError(f"{checkpoint.folder / name}: is not listed in {CONFIG}; listed are: {listed}.")
     path, stored = checkpoint.folder / name, checkpoint.files[name]
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing; {CONFIG} lists it with {stored.size} bytes.")
-    check_digest(path, stored)
+    return path, stored
 
 
 def verify_files(checkpoint: Checkpoint) -> None:
@@ -281,6 +303,27 @@ def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def blake3(path: Path) -> str:
+    """Hex BLAKE3 digest of a file, by several threads."""
+    digest: str = _blake3_hasher().update_mmap(path).hexdigest()
+    return digest
+
+
+def _blake3_hasher() -> Any:
+    from blake3 import blake3 as hasher
+
+    return hasher(max_threads=THREADS)  # not AUTO, whose threads are missing in forked processes: these would hang
+
+
+def _compare_load_digest(path: Path, stored: StoredFile, actual: str) -> None:
+    if actual != (stored.blake3 or stored.sha256) or path.stat().st_size != stored.size:
+        check_digest(path, stored)
+        raise DigestMismatch(
+            f"{path}: blake3 is {actual}, expected {stored.blake3}, although sha256 and size are the expected ones: "
+            f"{CONFIG} was altered; nothing of the file was loaded. Fetch or write it again."
+        )
 
 
 def recover(folder: Path) -> None:
@@ -384,9 +427,11 @@ def _stored(file: str, entry: Any, path: Path) -> StoredFile:
     role, digest = _get(entry, "role", str, path, prefix), _get(entry, "sha256", str, path, prefix)
     if role in (*WEIGHT_ROLES, "golden") and not file.endswith(".safetensors"):
         raise CheckpointError(f"{path}: {file!r} has role {role!r}; only .safetensors files may hold tensors.")
-    if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise CheckpointError(f"{path}: key '{prefix}sha256' is {digest!r}; 64 hex digits are accepted.")
-    return StoredFile(role=role, size=_get(entry, "size", int, path, prefix), sha256=digest)
+    quick = _get(entry, "blake3", str, path, prefix) if "blake3" in entry else None
+    for key, value in (("sha256", digest), ("blake3", quick)):
+        if value is not None and not re.fullmatch(r"[0-9a-f]{64}", value):
+            raise CheckpointError(f"{path}: key '{prefix}{key}' is {value!r}; 64 hex digits are accepted.")
+    return StoredFile(role=role, size=_get(entry, "size", int, path, prefix), sha256=digest, blake3=quick)
 
 
 def _pairing(entry: Mapping[str, Any], path: Path) -> Pairing:

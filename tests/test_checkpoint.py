@@ -15,10 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 
 from geo_pretrain import checkpoint as module
-from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_files, write_checkpoint
+from geo_pretrain.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+    read_weights,
+    verify_file,
+    verify_files,
+    write_checkpoint,
+)
 from geo_pretrain.errors import CheckpointError, DigestMismatch
 from tests.forked import Forked
 from tests.zoo import (
@@ -118,6 +126,72 @@ def test_altered_files_are_refused_with_both_digests(tmp_path: Path, damage, wha
         verify_files(found)
 
 
+def write_small(folder: Path, *, with_blake3: bool) -> Checkpoint:
+    """A file of few bytes with tensors of every kind that needs care: scalars, empty ones, halves."""
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7), "c": torch.empty(0), "d": torch.ones(3).half()}
+    write_tiny(folder, weights={"encoder": state})
+    if not with_blake3:
+        change_config(folder, **{"files__encoder.safetensors__blake3": None})
+    return read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("with_blake3", [True, False], ids=["blake3", "an older folder"])
+def test_any_altered_byte_is_found(tmp_path: Path, with_blake3: bool):
+    found = write_small(tmp_path / "tiny", with_blake3=with_blake3)
+    stored = found.files["encoder.safetensors"]
+    path = tmp_path / "tiny/encoder.safetensors"
+    data = path.read_bytes()
+    assert (stored.blake3 is not None) == with_blake3
+    weights = read_weights(found, "encoder")
+    assert {key: tuple(value.shape) for key, value in weights.items()} == {"a": (2, 3), "b": (), "c": (0,), "d": (3,)}
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(DigestMismatch, match=f"sha256 is .*, expected {stored.sha256}"):
+            read_weights(found, "encoder")
+        with pytest.raises(DigestMismatch):
+            verify_file(found, "encoder.safetensors", load_digest=True)
+    path.write_bytes(data)
+    verify_file(found, "encoder.safetensors", load_digest=True)
+
+
+def test_blake3_is_stored_beside_sha256_and_compared_at_each_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = write_tiny(tmp_path / "tiny")
+    for name, stored in found.files.items():
+        assert stored.blake3 == blake3((tmp_path / "tiny" / name).read_bytes()).hexdigest()
+    read: list[str] = []
+    monkeypatch.setattr(module, "sha256", lambda path: read.append(path.name))
+    read_weights(found, "encoder")
+    verify_file(found, "README.md", load_digest=True)
+    assert read == []  # sha256 takes several times longer
+
+
+def test_a_wrong_blake3_is_refused_although_sha256_agrees(tmp_path: Path):
+    write_tiny(tmp_path / "tiny")
+    change_config(tmp_path / "tiny", **{"files__encoder.safetensors__blake3": "1" * 64})
+    found = read_checkpoint(tmp_path / "tiny")
+    with pytest.raises(DigestMismatch, match=f"blake3 is [0-9a-f]{{64}}, expected {'1' * 64}, although sha256"):
+        read_weights(found, "encoder")
+    with pytest.raises(DigestMismatch, match=r"config\.json was altered"):
+        verify_file(found, "encoder.safetensors", load_digest=True)
+
+
+def test_weights_load_in_a_process_that_was_forked_after_a_load(tmp_path: Path):
+    """As a data loader's worker may: threads of a pool that all hashes share would be missing there."""
+    found = write_tiny(tmp_path / "tiny", weights={"encoder": {"a": torch.zeros(1 << 20)}})
+    code = f"""
+import os
+from geo_pretrain.checkpoint import read_checkpoint, read_weights
+found = read_checkpoint({str(found.folder)!r})
+read_weights(found, "encoder")
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    read_weights(found, "encoder")
+    os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
+
+
 def test_missing_and_unlisted_files_are_refused(tmp_path: Path):
     found = write_tiny(tmp_path / "tiny")
     with pytest.raises(CheckpointError, match="no file with role 'heads'; it has: encoder, decoder, golden"):
@@ -174,6 +248,8 @@ GOOD = {"role": "encoder", "size": 1, "sha256": "0" * 64}
         ({"files": {"a/b.safetensors": GOOD}}, "plain names inside the folder"),
         ({"files": {"encoder.bin": GOOD}}, "only .safetensors files may hold tensors"),
         ({"files": {"e.safetensors": GOOD | {"sha256": "xyz"}}}, "64 hex digits are accepted"),
+        ({"files": {"e.safetensors": GOOD | {"blake3": "xyz"}}}, r"safetensors\.blake3' is 'xyz'; 64 hex digits are"),
+        ({"files": {"e.safetensors": GOOD | {"blake3": 5}}}, r"safetensors\.blake3' is 5; str is accepted"),
         ({"files": {"e.safetensors": {"role": "encoder", "size": 1}}}, r"'files\.e\.safetensors\.sha256' is missing"),
         ({"files": {"e.safetensors": 5}}, "'files.e.safetensors' is 5"),
         ({"finished": 1}, "key 'finished' is 1; bool is accepted"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from geo_pretrain.checkpoint import read_checkpoint
 from tests.hub.loopback_hub import Fault, LoopbackHub
@@ -92,6 +93,16 @@ def test_bytes_that_stay_altered_are_refused(server, published, tmp_path: Path):
     assert published[0]["sha256"] in answer
     server.fault()
     assert Path(resolve(server, tmp_path / "home", published)).is_dir()
+
+
+def test_a_cached_file_is_compared_by_its_pin_whatever_config_says(server, published, tmp_path: Path):
+    folder = Path(resolve(server, tmp_path / "home", published))
+    path, config = folder / "encoder.safetensors", folder / "config.json"
+    was = read_checkpoint(folder).files[path.name].blake3
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    config.write_text(config.read_text().replace(str(was), blake3(path.read_bytes()).hexdigest()))
+    answer = resolve(server, tmp_path / "home", published, local_files_only=True)
+    assert f"expected {published[0]['sha256']}" in answer
 
 
 def test_a_repository_with_other_weights_than_the_catalog_promises_is_refused(server, published, tmp_path: Path):
