@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, unknown
-from geo_pretrain.training.checks import Checks, Count
+from geo_pretrain.training.checks import Count, Ranged
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage
 from geo_pretrain.training.data.labelled.instances import instances_from_ids
@@ -38,17 +38,14 @@ class InstanceRule:
 
 
 @dataclass(frozen=True)
-class InstanceOptions:
+class InstanceOptions(Ranged):
     """Options for detection, see `InstanceRule`."""
+
+    section = "data.options."
 
     min_pixels: Count = 1000
     drop_empty: bool = False
     match_released_code: bool = False  # Pri3D's conversion: empty images dropped, instance 0 is an object
-
-    def __post_init__(self) -> None:
-        check = Checks()
-        check.ranges(self, "data.options.")
-        check.done()
 
     def rule(self) -> InstanceRule:
         """The rule for the objects to keep."""

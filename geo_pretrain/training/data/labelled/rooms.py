@@ -10,7 +10,7 @@ import numpy as np
 
 from geo_pretrain.errors import unknown
 from geo_pretrain.rooms import CLASSES, RoomsConfig
-from geo_pretrain.training.checks import Checks, Count
+from geo_pretrain.training.checks import Count, Ranged
 from geo_pretrain.training.data.labelled.image import LabelledImage
 from geo_pretrain.training.data.labelled.instances import instances_from_ids
 from geo_pretrain.training.data.labelled.mapping import LabelMap
@@ -21,8 +21,10 @@ _FULL = 640 * 480  # pixels of the frames for which the published minimum of 100
 
 
 @dataclass(frozen=True)
-class LabelledRoomsOptions:
+class LabelledRoomsOptions(Ranged):
     """Options of labelled rooms: scenes to render, labelled frames. Images do not depend on the number of scenes."""
+
+    section = "data.options."
 
     seed: int = 0
     scenes: int = 24  # of the training split
@@ -33,11 +35,6 @@ class LabelledRoomsOptions:
     height: int = 120
     difficulty: str = "medium"
     min_pixels: Count | None = None  # of an object; None: as large a part of the image as 1000 pixels of 640x480
-
-    def __post_init__(self) -> None:
-        check = Checks()
-        check.ranges(self, "data.options.")
-        check.done()
 
 
 class LabelledRooms:
