@@ -26,7 +26,7 @@ from geo_pretrain import hub
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, DataError, unknown
-from geo_pretrain.training.checks import Checks, Count, Positive
+from geo_pretrain.training.checks import Count, Positive, Ranged
 from geo_pretrain.training.data.labelled.clouds import LabelledCloud, batch_voxels, labelled_clouds, voxels_of
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.evaluation.features import (
@@ -46,7 +46,7 @@ LEAST_STD = 1e-6  # a channel that varies less is constant
 
 
 @dataclass(frozen=True)
-class ProbeSpec:
+class ProbeSpec(Ranged):
     """Settings of a probe; the same for every backbone of a comparison."""
 
     size: tuple[int, int] | None = None  # height, width of the network's input; None: its contract's; 3D: of frames
@@ -56,11 +56,6 @@ class ProbeSpec:
     k: Count = 20
     temperature: Positive = 0.07  # k-NN: a neighbor's vote is exp(cosine / temperature)
     seed: int = 0  # of the pixels, and of the random-init baseline's weights
-
-    def __post_init__(self) -> None:
-        check = Checks()
-        check.ranges(self)
-        check.done()
 
 
 @dataclass(frozen=True)
