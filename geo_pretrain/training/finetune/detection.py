@@ -113,32 +113,23 @@ class Detection(FinetuneTask):
 
         Images without an object are kept, where every detection is wrong; with `match_released_code` they are left out.
         """
-        truth = self._truth_of(source, ids)
+        key = "\n".join([source.name, source.split, source.fingerprint(), *ids])
+        if self._truth is None or self._truth[0] != key:  # a run always measures the same images
+            masks, drop_empty = self.setup.with_masks, self.recipe.match_released_code
+            self._truth = key, coco_truth(source, ids, masks=masks, drop_empty=drop_empty)
+        truth = self._truth[1]
         own: list[dict[str, Any]] = []
         for entries in share_of(truth["images"], self.recipe.evaluate.batch, world):
             loaded = [source.load(entry["source_id"]).image for entry in entries]
             for entry, found in zip(entries, self.predict(loaded), strict=True):
                 own += coco_detections(found, entry["id"])
         parts = cast(list[list[dict[str, Any]]], world.all_gather_object(own))
-        evaluation = self._measure(truth, [one for part in parts for one in part]) if world.is_main else None
+        evaluation = None
+        if world.is_main:
+            detections = [one for part in parts for one in part]
+            evaluation = average_precision(truth, detections, self.classes, masks=self.setup.with_masks)
+            evaluation.details["score_threshold"] = self.setup.score_threshold
         return cast(Evaluation, world.all_gather_object(evaluation)[0])
-
-    def _measure(self, truth: dict[str, Any], detections: list[dict[str, Any]]) -> Evaluation:
-        kinds: tuple[Kind, ...] = ("box", "mask") if self.setup.with_masks else ("box",)
-        reports = {kind: coco_report(truth, detections, kind) for kind in kinds}
-        scores, per_class = {}, {}
-        for kind, report in reports.items():
-            for measure in ("AP", "AP50", "AP75"):
-                key = f"{kind}_{measure.lower()}"
-                scores[key] = report[measure]
-                per_class[key] = {name: report["classes"].get(name, {}).get(measure) for name in self.classes}
-        details = {
-            "images": len(truth["images"]),
-            "without_objects_left_out": truth["left_out"],
-            "detections": len(detections),
-            "score_threshold": self.setup.score_threshold,
-        }
-        return Evaluation(scores, per_class, details)
 
     def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
         """Write a PNG with one row per image: image, ground truth, and detections with score 0.5 or more."""
@@ -154,19 +145,31 @@ class Detection(FinetuneTask):
         ordered = image[:, :, ::-1] if self.setup.msra else image
         return torch.from_numpy(np.ascontiguousarray(ordered.transpose(2, 0, 1)))
 
-    def _truth_of(self, source: LabelledSource, ids: Sequence[str]) -> dict[str, Any]:
-        """Build COCO's annotation dict of these images, cached because a run always uses the same validation images."""
-        key = "\n".join([source.name, source.split, source.fingerprint(), *ids])
-        if self._truth is None or self._truth[0] != key:
-            tree = coco_json(source, ids, rle=self.setup.with_masks)
-            given = len(tree["images"])
-            if self.recipe.match_released_code:
-                full = {a["image_id"] for a in tree["annotations"] if not a["iscrowd"]}
-                tree["images"] = [image for image in tree["images"] if image["id"] in full]
-                tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] in full]
-            tree["left_out"] = given - len(tree["images"])
-            self._truth = (key, tree)
-        return self._truth[1]
+
+def coco_truth(source: LabelledSource, ids: Sequence[str], *, masks: bool, drop_empty: bool) -> dict[str, Any]:
+    """COCO's annotation dict of these images, and how many without an object were "left_out"."""
+    tree = coco_json(source, ids, rle=masks)
+    given = len(tree["images"])
+    if drop_empty:
+        full = {a["image_id"] for a in tree["annotations"] if not a["iscrowd"]}
+        tree["images"] = [image for image in tree["images"] if image["id"] in full]
+        tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] in full]
+    return tree | {"left_out": given - len(tree["images"])}
+
+
+def average_precision(
+    truth: dict[str, Any], detections: list[dict[str, Any]], classes: Sequence[str], *, masks: bool
+) -> Evaluation:
+    """COCO's AP, AP50 and AP75 of all classes and of each, by boxes and for a network with masks by these as well."""
+    kinds: tuple[Kind, ...] = ("box", "mask") if masks else ("box",)
+    scores, per_class = {}, {}
+    for kind, report in {kind: coco_report(truth, detections, kind) for kind in kinds}.items():
+        for measure in ("AP", "AP50", "AP75"):
+            key = f"{kind}_{measure.lower()}"
+            scores[key] = report[measure]
+            per_class[key] = {name: report["classes"].get(name, {}).get(measure) for name in classes}
+    details = {"images": len(truth["images"]), "without_objects_left_out": truth["left_out"]}
+    return Evaluation(scores, per_class, details | {"detections": len(detections)})
 
 
 def coco_detections(found: Detections, image_id: int) -> list[dict[str, Any]]:
