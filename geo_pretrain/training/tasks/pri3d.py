@@ -145,7 +145,7 @@ class Pri3D(ImageUNetTask):
             return self.zero_loss()
         voxels = encode(self.backbone3d, coords, batch[f"feats{k}"], low_precision=self.low_precision)
         rows, pixels, elements = [], [], []
-        for element, target in enumerate(self.seen_voxels(batch, k)):
+        for element, target in enumerate(seen_voxels(batch, k, self.voxel_size, self.config)):
             if used[element] and (target >= 0).any():
                 seed = sample_seed(batch["seed"][element], k, 0)
                 voxel, pixel, _ = sample_matches(target[None], [seed], self.config.matches)
@@ -163,23 +163,6 @@ class Pri3D(ImageUNetTask):
         )
         return loss.sum() / len(used)
 
-    def seen_voxels(self, batch: Batch, k: int) -> list[Tensor]:
-        """For each pair the pixel of frame `k` that sees each voxel of its chunk: int64 [n], -1 for none."""
-        config, coords = self.config, batch[f"coords{k}"]
-        # The released matcher projects a voxel's corner instead of its center.
-        offset, tolerance = (0.0, 0.2) if config.match_released_code else (0.5, 0.05)
-        points = (coords[:, 1:].double() + offset) * self.voxel_size
-        return [
-            seen_at(
-                points[coords[:, 0] == element],
-                *(batch[f"{name}{k}"][element] for name in CAMERA),
-                tolerance=config.geo_tolerance or tolerance,
-                rounding=config.rounding,
-                match_released_code=config.match_released_code,
-            )
-            for element in range(len(batch["seed"]))
-        ]
-
     def pairing(self) -> Pairing | None:
         """How a checkpoint folder finds the 3D network and the projections among the heads."""
         if not self.config.geo:
@@ -194,3 +177,21 @@ class Pri3D(ImageUNetTask):
             point_projection="w3d",
             interpolation="nearest",
         )
+
+
+def seen_voxels(batch: Batch, k: int, voxel_size: float, config: Config) -> list[Tensor]:
+    """For each pair the pixel of frame `k` that sees each voxel of its chunk: int64 [n], -1 for none."""
+    coords = batch[f"coords{k}"]
+    # The released matcher projects a voxel's corner instead of its center.
+    offset, tolerance = (0.0, 0.2) if config.match_released_code else (0.5, 0.05)
+    points = (coords[:, 1:].double() + offset) * voxel_size
+    return [
+        seen_at(
+            points[coords[:, 0] == element],
+            *(batch[f"{name}{k}"][element] for name in CAMERA),
+            tolerance=config.geo_tolerance or tolerance,
+            rounding=config.rounding,
+            match_released_code=config.match_released_code,
+        )
+        for element in range(len(batch["seed"]))
+    ]
