@@ -269,4 +269,4 @@ def test_recipes_are_the_entries():
         export = task.export()
         assert entry.recipe == name
         assert dict(entry.arch.args) == export.arch.args
-        assert (entry.arch.name, entry.contract) == (export.arch, export.contract)
+        assert (entry.arch.name, entry.contract) == (export.arch.name, export.contract)
