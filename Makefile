@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "geo_pretrain needs Python 3.11 or newer with venv (Debian: apt-get install python3-venv)."; exit 1; }
 	@test -e $(INSTALLED) || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]'
 	@touch $(INSTALLED)
 
 clean:

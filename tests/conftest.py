@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of the many programs that tests start would compile all anew
+sys.dont_write_bytecode = False
 os.environ.pop("GEO_PRETRAIN_HUB", None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so does a shell for what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start and interrupt must notice
