@@ -38,7 +38,8 @@ def public_losses() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", public_losses())
-def test_every_loss_has_an_example(name: str):
+def test_every_loss_is_exported_and_has_an_example(name: str):
+    assert name in losses.__all__
     loss = public_losses()[name]
     (example,) = doctest.DocTestFinder().find(loss, name, globs=vars(importlib.import_module(loss.__module__)).copy())
     result = doctest.DocTestRunner().run(example)
