@@ -66,7 +66,7 @@ def test_bilinear_stays_within_the_colors_of_the_image():
     assert float(value.mean()) == pytest.approx(PIXELS.mean() / 255, abs=0.01)
 
 
-def test_grey_palette_and_alpha_pictures_become_rgb():
+def test_gray_palette_and_alpha_pictures_become_rgb():
     for mode in ("L", "P", "RGBA", "1"):
         assert CONTRACT.transforms()(Image.fromarray(PIXELS).convert(mode)).shape == (3, 32, 40)
 

@@ -232,7 +232,7 @@ def test_stem_channels_slow_twin():
 
 
 @pytest.mark.parametrize("chans", [1, 2, 3])
-def test_grey_images_give_the_same_response_with_fewer_channels(chans: int):
+def test_gray_images_give_the_same_response_with_fewer_channels(chans: int):
     weight = torch.randn(5, 3, 7, 7)
     gray = torch.rand(1, 1, 20, 20)
     expected = F.conv2d(gray.expand(-1, 3, -1, -1), weight)

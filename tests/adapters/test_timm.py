@@ -263,7 +263,7 @@ def test_options_give_what_they_give_in_load_backbone(name: str, options: dict[s
 
 
 @torch.no_grad()
-def test_a_grey_image_in_one_channel_gives_what_it_gives_in_three(sources: dict[str, nn.Module]):
+def test_a_gray_image_in_one_channel_gives_what_it_gives_in_three(sources: dict[str, nn.Module]):
     model = timm.create_model("pri3d_view_r18", pretrained=True, features_only=True, in_chans=1).eval()
     gray = images(1)
     expected = create_feature_extractor(sources["pri3d_view_r18"], TAPS)(gray.expand(-1, 3, -1, -1))

@@ -1,4 +1,4 @@
-"""Voxelisation against MinkowskiEngine's numbers and a dictionary that anybody can follow."""
+"""Voxelization against MinkowskiEngine's numbers and a dictionary that anybody can follow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    """Quantisation cases of MinkowskiEngine 0.5.4 (the `quant.` tensors of its golden file)."""
+    """Quantization cases of MinkowskiEngine 0.5.4 (the `quant.` tensors of its golden file)."""
     return load_file(DATA / "me_quantize.safetensors")
 
 

@@ -27,7 +27,7 @@ def read_depth(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
     """Read a 16-bit PNG in millimeters: float32 [H, W] meters; 0 and 65535 become 0 (invalid)."""
     with _reading(path, "depth image"), Image.open(path) as image:
         if image.mode not in ("I;16", "I;16B", "I;16L", "I"):
-            raise BadFrame(path, f"depth has image mode {image.mode}, expected 16-bit grey")
+            raise BadFrame(path, f"depth has image mode {image.mode}, expected 16-bit gray")
         millimeters = np.asarray(image).astype(np.int64)
     if shape is not None and millimeters.shape != shape:
         given, wanted = "x".join(map(str, millimeters.shape[::-1])), "x".join(map(str, shape[::-1]))

@@ -71,7 +71,7 @@ class Inline:
         return self.returncode
 
     def send_signal(self, number):
-        self.signalled = number
+        self.signaled = number
 
 
 @pytest.fixture
@@ -363,7 +363,7 @@ def test_stop_reaches_the_processes_and_keeps_what_is_done(tmp_path, monkeypatch
     monkeypatch.setattr(running, "Popen", Endless)
     with pytest.raises(Interrupted, match="same command again"):
         run_bench(rows(["pri3d_view"]), [0, 1], TINY, tmp_path, jobs=1)
-    assert [process.signalled for process in processes] == [2]
+    assert [process.signaled for process in processes] == [2]
     assert not (tmp_path / "results.json").exists()
 
 

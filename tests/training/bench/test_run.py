@@ -132,7 +132,7 @@ def test_a_cell_that_fails_says_why_last(tmp_path, monkeypatch, capsys, error, c
 def test_twins_differ_with_the_input_and_the_size_of_the_network(tmp_path):
     one = write_tiny(tmp_path / "tiny_net_r18")
     gray = write_tiny(
-        tmp_path / "grey_net_r18", "grey_net_r18", contract=dataclasses.replace(CONTRACT, mean=(0.5, 0.5, 0.5))
+        tmp_path / "gray_net_r18", "gray_net_r18", contract=dataclasses.replace(CONTRACT, mean=(0.5, 0.5, 0.5))
     )
     assert twin_key(one.folder) != twin_key(gray.folder)
     config = json.loads((one.folder / "config.json").read_text())

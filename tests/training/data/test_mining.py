@@ -141,7 +141,7 @@ def test_exact_measure_of_apart_clouds_is_zero_and_of_a_cloud_with_itself_one(re
     assert (matrix == matrix.T).all()
 
 
-def test_neighbors_of_the_exact_measure_are_less_than_seven_and_a_half_centimetres_apart():
+def test_neighbors_of_the_exact_measure_are_less_than_seven_and_a_half_centimeters_apart():
     points = [torch.tensor([[x, 0.0, 0.0], [x, 3.0, 0.0]], dtype=torch.float64) for x in (0, 0.0749, 0.0751)]
     assert cloud_overlap_matrix(points)[0].tolist() == [1, 1, 0]
     assert cloud_overlap(points[0], points[1][:1]) == (0.5, 1.0)

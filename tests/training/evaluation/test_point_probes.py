@@ -28,7 +28,7 @@ from geo_pretrain.training.evaluation.probes import (
 from tests.training.painted_clouds import COLORS, ROOMS, Given, painted, tiny_unet
 from tests.zoo import write_tiny_3d
 
-METRE = VoxelContract(1.0, ("R", "G", "B"), offset=-0.5)
+METER = VoxelContract(1.0, ("R", "G", "B"), offset=-0.5)
 SPEC = ProbeSpec(pixels=200)
 
 
@@ -87,7 +87,7 @@ def test_voxels_of_a_probe_are_drawn_for_each_cloud_by_seed_name_and_part(monkey
     def drawn(*names, pixels=30, seed=0, probe="linear"):
         spec, clouds = ProbeSpec(pixels=pixels, iterations=1, seed=seed), [cloud(name) for name in names]
         read.clear()
-        probe_clouds(probe, Given(), METRE, clouds, clouds, 2, spec)
+        probe_clouds(probe, Given(), METER, clouds, clouds, 2, spec)
         (found,) = read
         rows = ((found.features[:, 0] + 0.5) * 255).round().long()
         assert torch.equal(rows % 3, found.labels)

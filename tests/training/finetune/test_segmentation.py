@@ -147,7 +147,7 @@ def test_labels_move_with_their_image(overrides):
         assert sample["labels"].unique().numel() == 4
 
 
-def test_nearest_takes_the_pixel_under_the_centre_and_bilinear_mixes():
+def test_nearest_takes_the_pixel_under_the_center_and_bilinear_mixes():
     image = coded()
     rows = [int((i + 0.5) * 60 / 48) for i in range(48)]
     columns = [int((j + 0.5) * 84 / 64) for j in range(64)]

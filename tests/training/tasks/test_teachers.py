@@ -25,7 +25,7 @@ from tests.training.test_licenses import license_of
 from tests.training.test_loop import logged, run_here
 from tests.zoo import write_tiny
 
-GREY = ImageContract(size=(64, 96), mean=(0.4, 0.45, 0.5), std=(0.2, 0.225, 0.25), interpolation="bilinear")
+GRAY = ImageContract(size=(64, 96), mean=(0.4, 0.45, 0.5), std=(0.2, 0.225, 0.25), interpolation="bilinear")
 PPKD = {"data.license=CC0-1.0", "unet3d.out_chans=3"}
 
 
@@ -33,7 +33,7 @@ PPKD = {"data.license=CC0-1.0", "unet3d.out_chans=3"}
 def finetuned(tmp_path_factory):
     """The folder of a short fine-tuning run of a U-Net, and that of the backbone that it started from."""
     folder = tmp_path_factory.mktemp("finetuned")
-    write_tiny(folder / "start", contract=GREY)
+    write_tiny(folder / "start", contract=GRAY)
     run(folder / "out", backbone=folder / "start")
     return folder / "out", folder / "start"
 
@@ -82,8 +82,8 @@ def test_a_fine_tuned_network_teaches_ppkd(finetuned, tiny_recipe, recording, tm
     settings = {"teacher": str(folder), "teacher_encoder": None, "flip_prob": 0.0, "resize": [1.0, 1.0]}
     plain = ("data.augment.jitter_prob=0", "data.augment.grayscale_prob=0", "data.augment.blur_prob=0")
     task, batch = tiny_batch(tiny_recipe, "ppkd", settings, *PPKD, *plain)
-    assert task.teacher.contract == GREY
-    shown = replace(GREY, size=(48, 64), interpolation="nearest").transforms()
+    assert task.teacher.contract == GRAY
+    shown = replace(GRAY, size=(48, 64), interpolation="nearest").transforms()
     with Image.open(recording / "frame-000000.color.png") as picture:
         color = shown(picture)
     torch.testing.assert_close(batch["image"][0], color, atol=1e-6, rtol=0)
@@ -96,7 +96,7 @@ def test_a_fine_tuned_network_teaches_ppkd(finetuned, tiny_recipe, recording, tm
 
 
 def test_a_backbone_that_is_gone_is_no_trouble_and_its_terms_are_strict(moved, tiny_recipe, tmp_path):
-    assert finetuned_segmenter(moved).contract == GREY
+    assert finetuned_segmenter(moved).contract == GRAY
     path = tiny_recipe("ppkd", task={"teacher": str(moved)})
     license = run_here(path, tmp_path / "out", [*PPKD, "optim.steps=1"]).license
     assert (f"what {tmp_path / 'gone'} learned from", "LicenseRef-unknown") in license.datasets
@@ -112,7 +112,7 @@ def test_a_backbone_that_is_gone_is_no_trouble_and_its_terms_are_strict(moved, t
 
 def test_a_folder_without_a_contract_has_that_of_its_backbone(finetuned, moved, tmp_path):
     earlier = forget_contract(shutil.copytree(finetuned[0], tmp_path / "earlier"))
-    assert finetuned_segmenter(earlier).contract == GREY
+    assert finetuned_segmenter(earlier).contract == GRAY
     with pytest.raises(RecipeError, match=r"has no 'contract' and its backbone '.*gone', whose images it took, cannot"):
         finetuned_segmenter(forget_contract(moved))
     results = json.loads((moved / "results.json").read_text()) | {"contract": {"kind": "image", "size": [1, 1]}}

@@ -49,7 +49,7 @@ def test_depth_runs_from_yellow_to_blue_between_the_limits_of_its_valid_pixels()
     assert class_colors(np.array([[-1, 0, 3]], np.int16)).any(axis=2).tolist() == [[False, False, True]]
 
 
-def test_overlay_has_the_sets_colors_dark_borders_and_grey_where_there_is_no_set():
+def test_overlay_has_the_sets_colors_dark_borders_and_gray_where_there_is_no_set():
     color = np.random.default_rng(0).integers(256, size=(4, 6, 3)).astype(np.uint8)
     ids = np.full((4, 6), 3)
     ids[:, 3:] = 8

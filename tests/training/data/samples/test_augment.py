@@ -23,7 +23,7 @@ def rates(spec, test, count=400):
     return hits / count
 
 
-def is_grey(image):
+def is_gray(image):
     return torch.equal(image[0], image[1]) and torch.equal(image[1], image[2])
 
 
@@ -34,7 +34,7 @@ def is_changed(image):
 def test_augmentations_come_as_often_as_they_should():
     only = {"jitter_prob": 0.0, "grayscale_prob": 0.0, "blur_prob": 0.0}
     assert rates(AugmentSpec(**only), is_changed, 20) == 0
-    assert rates(AugmentSpec(**only | {"grayscale_prob": 0.2}), is_grey) == pytest.approx(0.2, abs=0.07)
+    assert rates(AugmentSpec(**only | {"grayscale_prob": 0.2}), is_gray) == pytest.approx(0.2, abs=0.07)
     assert rates(AugmentSpec(**only | {"jitter_prob": 0.8}), is_changed) == pytest.approx(0.8, abs=0.07)
     assert rates(AugmentSpec(**only | {"blur_prob": 0.5}), is_changed) == pytest.approx(0.5, abs=0.08)
     assert AugmentSpec() == AugmentSpec((0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.5, (0.1, 2.0))

@@ -187,7 +187,7 @@ def test_boxes_hold_their_pixels(rooms: Rooms) -> None:
 
 
 def test_classes_are_many_and_not_told_by_color() -> None:
-    """Mean colors of classes learnt in some rooms hardly name the classes of pixels in others."""
+    """Mean colors of classes learned in some rooms hardly name the classes of pixels in others."""
     sums, counts, hits, total = np.zeros((2, len(CLASSES), 3)), np.zeros((2, len(CLASSES))), Counter(), Counter()
     seen: set[int] = set()
     samples: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]

@@ -194,7 +194,7 @@ def rooms():
     return Rooms(RoomsConfig(scenes=1, frames=3, width=96, height=64))
 
 
-def test_rooms_are_dense_enough_for_two_centimetre_voxels(rooms):
+def test_rooms_are_dense_enough_for_two_centimeter_voxels(rooms):
     """Hardly a voxel on a surface is empty (2.4 points fall into one on average)."""
     name = rooms.scenes()[0]
     surface = Surfaces(FrameRange(rooms, 0.0, 0.5)).load(name)
@@ -219,7 +219,7 @@ def test_surface_of_a_room_is_made_once_and_always_the_same(tmp_path, monkeypatc
     assert (surface.colors == rooms.generator.points(name, 300.0).colors).all()
 
 
-def test_box_of_a_chunk_is_whole_metres_around_the_pixels_and_the_camera_behind_holes(recording):
+def test_box_of_a_chunk_is_whole_meters_around_the_pixels_and_the_camera_behind_holes(recording):
     """methods.md 4.3: pixels without depth add the camera center."""
     frame = frames_of(SevenScenes(recording))[0]
     points, _ = world_points(frame)
