@@ -147,22 +147,14 @@ def faster_rcnn(
     stem would make a poor baseline of it. `freeze` and `norm` say otherwise for either.
     `pyramid`: channels of the feature pyramid and of the heads' input.
     """
-    network: FasterRCNN = _detector(FasterRCNN, name, num_classes, pretrained, freeze, norm, pyramid, options)
+    options |= {"pretrained": pretrained, "freeze": freeze, "norm": norm, "pyramid": pyramid}
+    network: FasterRCNN = _detector(FasterRCNN, name, num_classes, **options)
     return network
 
 
-def mask_rcnn(
-    name: Name,
-    *,
-    num_classes: int,
-    pretrained: bool = True,
-    freeze: int | None = None,
-    norm: Literal["frozen", "batch"] | None = None,
-    pyramid: int = PYRAMID,
-    **options: Any,
-) -> MaskRCNN:
-    """torchvision's Mask R-CNN on a feature pyramid (FPN); everything as in `faster_rcnn`, with masks."""
-    network: MaskRCNN = _detector(MaskRCNN, name, num_classes, pretrained, freeze, norm, pyramid, options)
+def mask_rcnn(name: Name, *, num_classes: int, **options: Any) -> MaskRCNN:
+    """torchvision's Mask R-CNN on a feature pyramid (FPN); all options are those of `faster_rcnn`, with masks."""
+    network: MaskRCNN = _detector(MaskRCNN, name, num_classes, **options)
     return network
 
 
@@ -187,11 +179,13 @@ def _detector(
     host: Any,
     name: Name,
     num_classes: int,
-    pretrained: bool,
-    freeze: int | None,
-    norm: str | None,
-    pyramid: int,
-    options: dict[str, Any],
+    /,
+    *,
+    pretrained: bool = True,
+    freeze: int | None = None,
+    norm: str | None = None,
+    pyramid: int = PYRAMID,
+    **options: Any,
 ) -> Any:
     title = f"torchvision's {host.__name__}"
     accepted = {"size_divisible", "fixed_size"}  # of its transform

@@ -11,26 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from geo_pretrain.cards.about import (
-    bibtex,
-    citation_section,
-    facts_table,
-    is_authors_own,
-    license_section,
-    measured_section,
-    method_of,
-    paper_of_method,
-    papers_of,
-    reported_section,
-    summary,
-)
+from geo_pretrain.cards import sections
 from geo_pretrain.cards.front_matter import front_matter
-from geo_pretrain.cards.inputs import expects
-from geo_pretrain.cards.limits import entry_limits, folder_limits
 from geo_pretrain.cards.markdown import bullets, join, tree
+from geo_pretrain.cards.sections import FOLDER, bibtex
 from geo_pretrain.cards.table import BEGIN, END, catalog_table, headline, update_readme
 from geo_pretrain.cards.usage import snippets
-from geo_pretrain.cards.weights import FOLDER, WEIGHTS_FROM, found_by_name, stored_files, weights_section
 from geo_pretrain.catalog import CATALOG, backbone_info
 from geo_pretrain.catalog.entry import Arch, Entry, License, Result
 from geo_pretrain.checkpoint import TEXT_ROLES, StoredFile, means_folder, read_checkpoint
@@ -72,10 +58,10 @@ def render_card(
     `roles` those of its weights (default: the inventory's, or all that the network has).
     """
     entry = CATALOG.get(name)
-    theirs = entry is not None and is_authors_own(entry, provenance)
-    paper = paper_of_method(name)
+    theirs = entry is not None and sections.is_authors_own(entry, provenance)
+    paper = sections.paper_of_method(name)
     reported = entry.results if entry is not None and theirs else ()
-    papers = papers_of(entry) if entry is not None else {}
+    papers = sections.papers_of(entry) if entry is not None else {}
     inventory = arch.roles if files is None else {stored.role for stored in files.values()}
     held = set(inventory if roles is None else roles)
     data = entry.data if entry is not None else license.datasets[0][0]
@@ -84,38 +70,38 @@ def render_card(
         name,
         arch,
         license,
-        method=method_of(name),
+        method=sections.method_of(name),
         results=results or reported,
         papers=None if results else papers,
     )
-    by_name = found_by_name(name, source) if entry is not None else ""
+    by_name = sections.found_by_name(name, source) if entry is not None else ""
     shown = snippets(source, arch, contract, name=name if by_name else None, decoder="decoder" in held)
     return join(
         head,
         f"# {name}",
-        summary(arch, data, entry.description if entry is not None else ""),
+        sections.summary(arch, data, entry.description if entry is not None else ""),
         "" if finished else "**Unfinished**: written on the way; training goes on or was stopped.",
-        facts_table(arch, data, paper, {"recipe": command}),
+        sections.facts_table(arch, data, paper, {"recipe": command}),
         "## Use",
         by_name,
         *map(str, shown),
-        expects(arch, contract),
-        *measured_section(results),
-        *reported_section(reported, papers, "these weights"),
+        sections.expects(arch, contract),
+        *sections.measured_section(results),
+        *sections.reported_section(reported, papers, "these weights"),
         "## Limitations",
-        bullets(folder_limits(contract, license, data, theirs, bool(results), bool(reported))),
-        license_section(license),
+        bullets(sections.folder_limits(contract, license, data, theirs, bool(results), bool(reported))),
+        sections.license_section(license),
         "## Provenance",
         tree(provenance),
-        stored_files(files),
-        citation_section(paper),
+        sections.stored_files(files),
+        sections.citation_section(paper),
     )
 
 
 def render_entry(entry: Entry) -> str:
     """The card of a catalog entry, for model_cards/."""
     theirs = entry.status == "published-by-authors"
-    papers = papers_of(entry)
+    papers = sections.papers_of(entry)
     head = front_matter(
         entry.name,
         entry.arch,
@@ -129,18 +115,20 @@ def render_entry(entry: Entry) -> str:
     return join(
         head,
         f"# {entry.name}",
-        summary(entry.arch, entry.data, entry.description),
-        facts_table(entry.arch, entry.data, entry.paper, {"weights from": WEIGHTS_FROM[entry.status]}),
+        sections.summary(entry.arch, entry.data, entry.description),
+        sections.facts_table(
+            entry.arch, entry.data, entry.paper, {"weights from": sections.WEIGHTS_FROM[entry.status]}
+        ),
         "## Weights",
-        *weights_section(entry),
+        *sections.weights_section(entry),
         "## Use",
         *map(str, shown),
-        expects(entry.arch, entry.contract),
-        *reported_section(entry.results, papers, whose),
+        sections.expects(entry.arch, entry.contract),
+        *sections.reported_section(entry.results, papers, whose),
         "## Limitations",
-        bullets(entry_limits(entry)),
-        license_section(entry.license),
-        citation_section(entry.paper),
+        bullets(sections.entry_limits(entry)),
+        sections.license_section(entry.license),
+        sections.citation_section(entry.paper),
     )
 
 

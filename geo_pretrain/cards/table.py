@@ -7,7 +7,7 @@ from pathlib import Path
 
 from geo_pretrain.cards.front_matter import detail_of, task_of
 from geo_pretrain.cards.markdown import around_marks, table
-from geo_pretrain.cards.weights import WEIGHTS_FROM
+from geo_pretrain.cards.sections import WEIGHTS_FROM
 from geo_pretrain.catalog import backbone_info, list_backbones
 from geo_pretrain.catalog.entry import Entry
 
