@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from geo_pretrain.cli.options import SET_HELP
-from geo_pretrain.cli.shared import app, console, escape, progress
+from geo_pretrain.cli.shared import app, console, print_table, progress
 
 bench_app = typer.Typer(help="Compare pretext tasks.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
@@ -86,10 +85,7 @@ def _show_results(results: dict[str, Any], out: Path) -> None:
     from geo_pretrain.training.bench.report import HEAD, table
     from geo_pretrain.training.bench.run import RESULTS
 
-    shown = Table(*HEAD, box=None, title="in %, mean ± deviation over seeds")
-    for line in table(results):
-        shown.add_row(*(escape(cell) for cell in line))
-    console.print(shown)
+    print_table(HEAD, table(results), title="in %, mean ± deviation over seeds")
     console.print(f"Results: {out / RESULTS}", soft_wrap=True, highlight=False)
 
 
@@ -97,12 +93,12 @@ def _show_plan(chosen: list[Any], spec: Any) -> None:
     """Print the planned trainings of each task."""
     from geo_pretrain.training.bench.plan import plan
 
-    shown = Table("task", "recipe", "", "first stage", box=None)
+    rows = []
     for row in chosen:
         if row.recipe is None:
-            shown.add_row(row.task, f"not available: {row.why}", "", "")
+            rows.append((row.task, f"not available: {row.why}", "", ""))
             continue
         first = plan(row, spec, 0).stage1
         stage = "" if first is None else f"{first.recipe.name}, {first.recipe.optim.steps} steps"
-        shown.add_row(row.task, row.recipe, row.kind, stage)
-    console.print(shown)
+        rows.append((row.task, row.recipe, row.kind, stage))
+    print_table(("task", "recipe", "", "first stage"), rows)

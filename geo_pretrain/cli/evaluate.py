@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from geo_pretrain.cli.options import (
     DATA_HELP,
@@ -22,7 +21,7 @@ from geo_pretrain.cli.options import (
     print_skips,
     size_of,
 )
-from geo_pretrain.cli.shared import app, console, escape, progress
+from geo_pretrain.cli.shared import app, print_table, progress
 from geo_pretrain.errors import unknown
 
 if TYPE_CHECKING:
@@ -160,11 +159,12 @@ def eval_probe(
     if as_json:
         typer.echo(json.dumps({w: {p: r.to_dict() for p, r in found.items()} for w, found in results.items()}))
         return
-    table = Table("weights", "probe", "mIoU", f"{measured} accuracy", box=None)
-    for weights, found in results.items():
-        for probe, result in found.items():
-            table.add_row(escape(weights), probe, f"{result.miou:.1%}", f"{result.accuracy:.1%}")
-    console.print(table)
+    rows = [
+        (weights, probe, f"{result.miou:.1%}", f"{result.accuracy:.1%}")
+        for weights, found in results.items()
+        for probe, result in found.items()
+    ]
+    print_table(("weights", "probe", "mIoU", f"{measured} accuracy"), rows)
 
 
 def _measured(backbone: str) -> str:
@@ -195,10 +195,9 @@ def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as
         typer.echo(json.dumps({name: asdict(r) | {"spread": r.spread} for name, r in results.items()}))
         return
     measure = next(iter(results.values())).measure
-    table = Table("weights", measure, "chance", "pairs", "queries", box=None)
-    for name, r in results.items():
-        table.add_row(
-            escape(name), f"{r.recall:.1%} ± {r.spread:.1%}", f"{r.chance:.1%}", str(len(r.per_pair)), str(r.queries)
-        )
-    console.print(table)
+    rows = [
+        (name, f"{r.recall:.1%} ± {r.spread:.1%}", f"{r.chance:.1%}", str(len(r.per_pair)), str(r.queries))
+        for name, r in results.items()
+    ]
+    print_table(("weights", measure, "chance", "pairs", "queries"), rows)
     print_skips(skips)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape as escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from geo_pretrain import __version__
 from geo_pretrain.errors import GeoPretrainError
@@ -64,6 +65,14 @@ def _version(value: bool) -> None:
 @app.callback()
 def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     """Backbones pre-trained with 3D geometry: list them, load them, make them."""
+
+
+def print_table(head: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None) -> None:
+    """Print a table without lines; cells are texts, not markup."""
+    table = Table(*head, box=None, title=title)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 @contextmanager

@@ -6,23 +6,17 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from geo_pretrain.cli.options import (
-    DATA_HELP,
-    FRAMES_HELP,
-    LABELLED_HELP,
-    SET_HELP,
-    data_overrides,
-    print_skips,
-)
-from geo_pretrain.cli.shared import app, console, escape, progress
+from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, LABELLED_HELP, SET_HELP, data_overrides, print_skips
+from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 
 if TYPE_CHECKING:
-    from geo_pretrain.training.finetune_recipe import FinetuneRecipe
+    from geo_pretrain.training.finetune.folder import FinetuneResult
+    from geo_pretrain.training.finetune.sweep import SweepResult
 
 BACKBONE_HELP = "A catalog name, a checkpoint folder, imagenet or scratch; with --sweep several."
 
@@ -139,102 +133,58 @@ def finetune(
 
     Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain finetune ...`
     """
+    from geo_pretrain.training.distributed import join
+    from geo_pretrain.training.finetune import run
+    from geo_pretrain.training.finetune import sweep as sweeps
     from geo_pretrain.training.finetune.registry import load_checked_finetune_recipe
 
     overrides = [*data_overrides(data), *(["match_released_code=true"] if match_released_code else []), *set_]
     spec = load_checked_finetune_recipe(recipe, overrides, toy=toy)
-    if sweep:
-        _sweep(spec, backbone, fraction, seed, out, hub, device, as_json)
-        return
     for option, given in (("--backbone", backbone), ("--fraction", fraction), ("--seed", seed)):
-        if len(given) > 1:
+        if len(given) > 1 and not sweep:
             raise typer.BadParameter(f"{option} is given {len(given)} times; once is accepted, or add --sweep.")
-    _finetune(spec, backbone[0], fraction[0], seed[0], out, hub, device, overwrite, as_json)
-
-
-def _finetune(
-    spec: FinetuneRecipe,
-    backbone: str,
-    fraction: float,
-    seed: int,
-    out: Path,
-    hub: str | None,
-    device: str | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    from geo_pretrain.training.distributed import join
-    from geo_pretrain.training.finetune.folder import result_rows
-    from geo_pretrain.training.finetune.run import finetune as run
-    from geo_pretrain.training.finetune.sweep import run_recipe
-
     world = join(device)
     with progress(world.is_main and not as_json) as report:
-        result = run(
-            run_recipe(spec, fraction, seed),
-            backbone,
-            out,
-            init_kwargs={"hub": hub} if hub else None,
-            world=world,
-            overwrite=overwrite,
-            on_step=lambda step: report("fine-tuning", step.step, step.steps, str(step)),
-            on_data=lambda done, total: report("rendering rooms", done, total, ""),
-        )
+        options: dict[str, Any] = {
+            "init_kwargs": {"hub": hub} if hub else None,
+            "world": world,
+            "on_step": lambda step: report("fine-tuning", step.step, step.steps, str(step)),
+            "on_data": lambda done, total: report("rendering rooms", done, total, ""),
+        }
+        if sweep:
+            options["on_run"] = lambda number, total, run: report("runs", number, total, f"{run}")
+            swept = sweeps.run_sweep(spec, backbone, fraction, seed, out, **options)
+        else:
+            spec = sweeps.run_recipe(spec, fraction[0], seed[0])
+            result = run.finetune(spec, backbone[0], out, overwrite=overwrite, **options)
     world.close()
-    if not world.is_main:
-        return
+    if world.is_main and sweep:
+        _show_sweep(swept, out, as_json)
+    elif world.is_main:
+        _show_result(result, as_json)
+
+
+def _show_result(result: FinetuneResult, as_json: bool) -> None:
+    from geo_pretrain.training.finetune.folder import result_rows
+
     if as_json:
         typer.echo(json.dumps(result.data, default=str))
         return
     rows = result_rows([result])
-    table = Table(*rows[0], box=None)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row.values()))
-    console.print(table)
+    print_table(rows[0], (row.values() for row in rows))
     for quirk, what in result.data.get("quirks", {}).items():
         console.print(f"{escape(quirk)}: {escape(what)}", highlight=False, soft_wrap=True)
     console.print(f"Results: {result.folder}", soft_wrap=True, highlight=False)
 
 
-def _sweep(
-    spec: FinetuneRecipe,
-    backbones: list[str],
-    fractions: list[float],
-    seeds: list[int],
-    out: Path,
-    hub: str | None,
-    device: str | None,
-    as_json: bool,
-) -> None:
-    from geo_pretrain.training.distributed import join
+def _show_sweep(result: SweepResult, out: Path, as_json: bool) -> None:
     from geo_pretrain.training.finetune.report import table_rows, write_report
-    from geo_pretrain.training.finetune.sweep import run_sweep
 
-    world = join(device)
-    with progress(world.is_main and not as_json) as report:
-        result = run_sweep(
-            spec,
-            backbones,
-            fractions,
-            seeds,
-            out,
-            init_kwargs={"hub": hub} if hub else None,
-            world=world,
-            on_run=lambda number, total, run: report("runs", number, total, f"{run}"),
-            on_step=lambda step: report("fine-tuning", step.step, step.steps, str(step)),
-            on_data=lambda done, total: report("rendering rooms", done, total, ""),
-        )
-    world.close()
-    if not world.is_main:
-        return
     paths = write_report(result, out)
     if as_json:
         typer.echo(paths["summary.json"].read_text())
         return
     head, *rows = table_rows(result)
-    table = Table(*head, box=None)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
+    print_table(head, rows)
     for path in paths.values():
         console.print(f"Wrote {path}", soft_wrap=True, highlight=False)
