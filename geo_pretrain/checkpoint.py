@@ -87,7 +87,7 @@ class Checkpoint:
 
     def network_roles(self, *, decoder: bool = True) -> tuple[str, ...]:
         """The roles of the files with the network's weights; decoder=False: only the first, which is enough for it."""
-        return network_roles(self.arch, decoder=decoder)
+        return self.arch.network_roles(decoder=decoder)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -100,12 +100,6 @@ class Checkpoint:
             if stored.role == role:
                 return name
         raise CheckpointError(f"{self.folder}: holds no file with role {role!r}; it has: {', '.join(self.roles)}.")
-
-
-def network_roles(arch: Arch, *, decoder: bool = True) -> tuple[str, ...]:
-    """The roles of a network's weights: "model", or "encoder" and "decoder"; decoder=False: only the encoder's role."""
-    roles = arch.roles
-    return roles if decoder else roles[:1]
 
 
 def write_checkpoint(

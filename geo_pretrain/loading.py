@@ -24,7 +24,7 @@ from geo_pretrain.backbones.feature_pair import FeaturePair, pair_outputs
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.catalog import Arch, Entry, find
-from geo_pretrain.checkpoint import Checkpoint, network_roles, read_weights
+from geo_pretrain.checkpoint import Checkpoint, read_weights
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, WeightsMismatch, some
 
@@ -52,15 +52,6 @@ class LoadReport:
             if keys
         ]
         return "; ".join(parts)
-
-    def raise_if_below(self, coverage: float, name: str, hint: str = "") -> None:
-        """Raise `WeightsMismatch` unless at least this share of the network was loaded."""
-        if self.coverage < coverage:
-            total = self.loaded + len(self.fresh)
-            raise WeightsMismatch(
-                f"{name!r}: {self.loaded} of {total} tensors match this network (coverage {self.coverage:.0%}; "
-                f"at least {coverage:.0%} is accepted).{hint}"
-            )
 
 
 class LoadOptions(hubs.Where, total=False):
@@ -297,7 +288,7 @@ def _pretrained(name_or_folder: str | os.PathLike[str], where: hubs.Where, shape
     opened = hubs.open(name_or_folder, **where)
     # a source may hold the encoder alone where the catalog, and another source, have the whole network
     promised = opened.arch if entry is None else entry.arch
-    checkpoint = opened.fetch(*network_roles(promised, decoder=shape.decoder))
+    checkpoint = opened.fetch(*promised.network_roles(decoder=shape.decoder))
     shape.check(checkpoint.arch)
     if not checkpoint.finished:
         warnings.warn(f"{checkpoint.name!r} is unfinished: its training went on or was stopped.", stacklevel=3)
@@ -332,7 +323,11 @@ def _load(checkpoint: Checkpoint, strict: bool, shape: _Shape) -> tuple[Any, Loa
         reshaped.append(stem)
     fits, fresh, dropped = match(expected, given)
     report = LoadReport(len(fits), fresh, dropped, tuple(reshaped), len(fits) / len(expected))
-    report.raise_if_below(MIN_COVERAGE, checkpoint.name, _prefix_hint(expected, given))
+    if report.coverage < MIN_COVERAGE:
+        raise WeightsMismatch(
+            f"{checkpoint.name!r}: {len(fits)} of {len(expected)} tensors match this network (coverage "
+            f"{report.coverage:.0%}; at least {MIN_COVERAGE:.0%} is accepted).{_prefix_hint(expected, given)}"
+        )
     if strict and (fresh or dropped):
         raise WeightsMismatch(
             f"{checkpoint.name!r}: the file does not fit this network exactly. Missing or of another shape: "

@@ -303,7 +303,7 @@ class _Upload:
             commit = tagged or self._commit(client, head or self._create(client))
             verified = self._fetch_again(client, commit, Path(folder))
             if tagged is None:
-                self._begin(f"setting the tag {self.tag!r}")
+                self.doing = f"setting the tag {self.tag!r}"
                 client.create_tag(self.repo, tag=self.tag, revision=commit)
         url = f"{client.endpoint}/{self.repo}/tree/{self.tag}"
         return replace(self.plan, commit=commit, url=url, verified=verified)
@@ -350,9 +350,10 @@ class _Upload:
     def _create(self, client: HfApi) -> str:
         """Create the repository; return its first commit."""
         kind = "private" if self.plan.private else "public"
-        self._begin(f"creating the {kind} repository {self.repo!r}")
+        self.doing = f"creating the {kind} repository {self.repo!r}"
         client.create_repo(self.repo, private=self.plan.private)
-        self._finish(f"the {kind} repository {self.repo!r} was created")
+        self.doing = ""
+        self.done.append(f"the {kind} repository {self.repo!r} was created")
         return str(client.model_info(self.repo).sha)
 
     def _commit(self, client: HfApi, head: str) -> str:
@@ -365,14 +366,15 @@ class _Upload:
             CommitOperationAdd(name, self.checkpoint.folder / name) for name in self.checkpoint.files
         ]
         operations.append(CommitOperationAdd(CONFIG, self.config))
-        self._begin(f"sending {len(operations)} files")
+        self.doing = f"sending {len(operations)} files"
         info = client.create_commit(
             self.repo,
             [*operations, *(CommitOperationDelete(name) for name in sorted(stale))],
             commit_message=f"{self.checkpoint.name} {self.tag}",
             parent_commit=head,  # somebody else's push in between is an error, not a mixture
         )
-        self._finish(f"{len(operations)} files are on main of {self.repo!r}, in commit {info.oid}, without a tag")
+        self.doing = ""
+        self.done.append(f"{len(operations)} files are on main of {self.repo!r}, in commit {info.oid}, without a tag")
         return str(info.oid)
 
     def _fetch_again(self, client: HfApi, commit: str, folder: Path) -> Mapping[str, float]:
@@ -392,13 +394,6 @@ class _Upload:
             except DigestMismatch:  # on the way back, perhaps
                 check_digest(fetch(name, again=True), stored)
         return dict(verify(config.parent, local_files_only=True).errors)
-
-    def _begin(self, step: str) -> None:
-        self.doing = step
-
-    def _finish(self, result: str) -> None:
-        self.done.append(result)
-        self.doing = ""
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

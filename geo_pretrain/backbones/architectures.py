@@ -115,6 +115,10 @@ class Arch:
         """Roles of the files that hold the network's weights."""
         return self.architecture.roles
 
+    def network_roles(self, *, decoder: bool = True) -> tuple[str, ...]:
+        """`roles`, or for decoder=False only the first, which is enough for the network without decoder."""
+        return self.roles if decoder else self.roles[:1]
+
     @property
     def has_decoder(self) -> bool:
         """Whether the network has a decoder, so that its encoder can be loaded alone."""

@@ -81,7 +81,6 @@ def bench_pretext(
 
 
 def _show_results(results: dict[str, Any], out: Path) -> None:
-    """Print the table and the path of the results."""
     from geo_pretrain.training.bench.report import HEAD, table
     from geo_pretrain.training.bench.run import RESULTS
 
@@ -90,7 +89,6 @@ def _show_results(results: dict[str, Any], out: Path) -> None:
 
 
 def _show_plan(chosen: list[Any], spec: Any) -> None:
-    """Print the planned trainings of each task."""
     from geo_pretrain.training.bench.plan import plan
 
     rows = []

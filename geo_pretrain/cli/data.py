@@ -36,7 +36,7 @@ def data_preview(
     from geo_pretrain.training.visualize.preview import contact_sheet, sets_sheet
 
     preview = [] if any(s.startswith("data.options") for s in set_) else _preview_options(data, scenes)
-    spec = data_spec(data, None, "0:1", [*preview, *set_])
+    spec = data_spec(data, None, [*preview, *set_])
     with progress() as report:
         source = open_source(spec, progress=lambda d, t: report("rendering rooms", d, t, ""))
     if sets:

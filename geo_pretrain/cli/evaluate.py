@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +26,6 @@ from geo_pretrain.errors import unknown
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import SkippedFrames
-    from geo_pretrain.training.data.labelled.image import LabelledSource
     from geo_pretrain.training.evaluation.matching import MatchingResult
 
 eval_app = typer.Typer(help="Measure a backbone.", no_args_is_help=True)
@@ -62,7 +61,7 @@ def eval_matching(
     from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.evaluation.matching import compare_matching
 
-    spec = data_spec(data, frames, overlap, set_)
+    spec = data_spec(data, frames, set_, overlap)
     skips = SkippedFrames()
     with progress() as report:
         results = compare_matching(
@@ -101,7 +100,7 @@ def eval_pixel_to_voxel(
     from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.evaluation.matching import compare_pixel_to_voxel
 
-    spec = data_spec(data, frames, "0:1", set_)
+    spec = data_spec(data, frames, set_)
     skips = SkippedFrames()
     with progress() as report:
         results = compare_pixel_to_voxel(
@@ -138,16 +137,27 @@ def eval_probe(
 
     In 3D: `geo-pretrain eval probe runs/pointcontrast`
     """
-    from geo_pretrain.training.data.labelled.registry import subset
+    from geo_pretrain import hub
+    from geo_pretrain.training.data.labelled.registry import open_labelled, subset
     from geo_pretrain.training.evaluation.probes import PROBES, ProbeSpec, compare_probes
 
     spec, names = ProbeSpec(size=size_of(size), pixels=pixels, seed=seed), [part.strip() for part in probes.split(",")]
     for name in names:
         if name not in PROBES:
             raise unknown("probe", name, PROBES)
-    measured = _measured(backbone)  # an unknown name fails before rooms are rendered
+    unit = "voxel" if hub.open(backbone).arch.modality == "3d" else "pixel"  # fails before rooms are rendered
+    source, _, path = data.partition(":")
     with progress(not as_json) as report:
-        train, val = _labelled_splits(data, lambda done, total: report("rendering rooms", done, total, ""))
+        train, val = (
+            open_labelled(
+                source,
+                Path(path) if path else None,
+                split,
+                task="segmentation",
+                progress=lambda done, total: report("rendering rooms", done, total, ""),
+            )
+            for split in ("train", "val")
+        )
         results = compare_probes(
             backbone,
             subset(train, fraction, seed) if fraction < 1 else train,
@@ -164,33 +174,10 @@ def eval_probe(
         for weights, found in results.items()
         for probe, result in found.items()
     ]
-    print_table(("weights", "probe", "mIoU", f"{measured} accuracy"), rows)
-
-
-def _measured(backbone: str) -> str:
-    """The unit that a backbone's probes classify: "pixel" or "voxel"."""
-    from geo_pretrain import hub
-    from geo_pretrain.contract import VoxelContract
-
-    opened = hub.open(backbone)
-    checkpoint = opened.fetch(*opened.network_roles(decoder=False))
-    return "voxel" if isinstance(checkpoint.contract, VoxelContract) else "pixel"
-
-
-def _labelled_splits(data: str, on_rooms: Callable[[int, int], None]) -> tuple[LabelledSource, LabelledSource]:
-    """Open the training and validation images of `--data`, labeled for segmentation."""
-    from geo_pretrain.training.data.labelled.registry import open_labelled
-
-    name, _, path = data.partition(":")
-    folder = Path(path) if path else None
-    train, val = (
-        open_labelled(name, folder, split, task="segmentation", progress=on_rooms) for split in ("train", "val")
-    )
-    return train, val
+    print_table(("weights", "probe", "mIoU", f"{unit} accuracy"), rows)
 
 
 def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as_json: bool) -> None:
-    """Print the recall of the `eval` commands, one row per set of weights."""
     if as_json:
         typer.echo(json.dumps({name: asdict(r) | {"spread": r.spread} for name, r in results.items()}))
         return

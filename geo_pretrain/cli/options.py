@@ -46,7 +46,7 @@ def data_overrides(data: str | None, frames: str | None = None) -> list[str]:
     return overrides
 
 
-def data_spec(data: str, frames: str | None, overlap: str, overrides: list[str]) -> DataSpec:
+def data_spec(data: str, frames: str | None, overrides: list[str], overlap: str = "0:1") -> DataSpec:
     """Build a data section for commands without a recipe."""
     from geo_pretrain.training.config import Draft
     from geo_pretrain.training.recipe import RENAMED, Recipe

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, SET_HELP, TURN_HELP, Turn, data_spec, print_skips, size_of
 from geo_pretrain.cli.shared import app, console, escape, progress
-
-if TYPE_CHECKING:
-    from geo_pretrain.training.recipe import DataSpec
 
 visualize_app = typer.Typer(help="Draw matches and features of backbones.", no_args_is_help=True)
 app.add_typer(visualize_app, name="visualize")
@@ -58,7 +55,7 @@ def visualize_matches(
     with progress() as report:
         columns = matches.visualize_matches(
             backbone,
-            data_spec(data, frames, overlap, set_),
+            data_spec(data, frames, set_, overlap),
             out,
             against=None if alone else against,
             scene=scene,
@@ -106,7 +103,7 @@ def visualize_features(
     with progress() as report:
         draw_features(
             backbones,
-            _data(data, frames, set_),
+            data_spec(data, frames, set_),
             out,
             scene=scene,
             count=count,
@@ -151,7 +148,7 @@ def visualize_points(
     with progress() as report:
         cloud = drawing.visualize_points(
             backbone,
-            _data(data, frames, set_),
+            data_spec(data, frames, set_),
             out,
             scene=scene,
             frame=frame,
@@ -166,7 +163,3 @@ def visualize_points(
         )
     console.print(f"Wrote {out}: {escape(cloud.note)}", highlight=False, soft_wrap=True)
     print_skips(skips)
-
-
-def _data(data: str, frames: str | None, overrides: list[str]) -> DataSpec:
-    return data_spec(data, frames, "0:1", overrides)

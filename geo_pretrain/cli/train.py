@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from geo_pretrain.training.finetune.sweep import SweepResult
 
 BACKBONE_HELP = "A catalog name, a checkpoint folder, imagenet or scratch; with --sweep several."
+RELEASED_HELP = "Reproduce the accidents of the released protocol."
 
 
 @app.command()
@@ -111,10 +112,7 @@ def finetune(
     sweep: Annotated[bool, typer.Option("--sweep", help="Run all combinations and write a table.")] = False,
     toy: Annotated[bool, typer.Option("--toy", help="The same protocol on small rooms: CPU, minutes.")] = False,
     match_released_code: Annotated[
-        bool,
-        typer.Option(
-            "--match-released-code", "--authors-exact", help="Reproduce the accidents of the released protocol."
-        ),
+        bool, typer.Option("--match-released-code", "--authors-exact", help=RELEASED_HELP)
     ] = False,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CUDA where there is one.")] = None,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from geo_pretrain.catalog import CATALOG, Entry, find
-from geo_pretrain.checkpoint import Checkpoint, means_folder, network_roles
+from geo_pretrain.checkpoint import Checkpoint, means_folder
 from geo_pretrain.errors import CheckpointError, HubError, NotThere, WeightsMismatch, unknown
 from geo_pretrain.hub.sources import (
     AUTHORS,
@@ -94,7 +94,7 @@ class Opened(Description):
 
     def network_roles(self, *, decoder: bool = True) -> tuple[str, ...]:
         """The roles of the files with the network's weights; decoder=False: only the first, which is enough for it."""
-        return network_roles(self.arch, decoder=decoder)
+        return self.arch.network_roles(decoder=decoder)
 
     def fetch(self, *roles: str, optional: Sequence[str] = ()) -> Checkpoint:
         """Bring the files with these roles, and no others, into a local folder; return its `Checkpoint`.

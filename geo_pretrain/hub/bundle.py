@@ -33,8 +33,8 @@ from geo_pretrain.checkpoint import (
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
 from geo_pretrain.files import atomic_write
 from geo_pretrain.hub.cache import cache_root, exclusive
+from geo_pretrain.hub.sources import CONFIG_LIMIT
 
-CONFIG_LIMIT = 10 << 20  # bytes; a config.json is a few kB
 MEMBER_LIMIT = 10_000  # files in one bundle: about a thousand checkpoints
 BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 PIECE = 1 << 20  # bytes read at a time

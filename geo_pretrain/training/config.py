@@ -353,11 +353,8 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 def _section_of(hint: Any) -> type | None:
     """The dataclass in a type hint such as `Spec` or `Spec | None`; None if there is none."""
-    return next((part for part in (hint, *typing.get_args(hint)) if _is_section(part)), None)
-
-
-def _is_section(hint: Any) -> bool:
-    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    parts = (hint, *typing.get_args(hint))
+    return next((part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
 
 
 def _copied(tree: Any) -> Any:

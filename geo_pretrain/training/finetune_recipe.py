@@ -23,6 +23,7 @@ from geo_pretrain.training.checks import (
     Odd,
     Positive,
     Probability,
+    Ranged,
     Seed,
     Share,
 )
@@ -153,7 +154,7 @@ class EvaluateSpec:
 
 
 @dataclass(frozen=True)
-class FinetuneRecipe:
+class FinetuneRecipe(Ranged):
     """Everything that a downstream result depends on, except the backbone."""
 
     name: RecipeName
@@ -168,16 +169,8 @@ class FinetuneRecipe:
     workers: NaturalNumber = 4  # data loading processes; they do not change the result
     save_every: Count = 500  # steps between saved states
 
-    def __post_init__(self) -> None:
-        """Check ranges, and settings that depend on each other."""
-        check = Checks()
-        check.ranges(self)
-        self._check_training(check)
-        self._check_network(check)
-        check.done()
-
-    def _check_training(self, check: Checks) -> None:
-        """Check settings of optimizer and evaluation that depend on each other."""
+    def check_settings(self, check: Checks) -> None:
+        """Note settings that do not go together."""
         optim, evaluate = self.optim, self.evaluate
         one = (optim.steps is None) != (optim.epochs is None)
         check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
@@ -189,36 +182,28 @@ class FinetuneRecipe:
         matches = (optim.milestones is not None) == (optim.schedule == "multistep")
         two = "two steps, for the multistep schedule only"
         check(matches, "optim.milestones", optim.milestones, two, given=["optim.schedule"])
+        self._check_network(check)
 
     def _check_network(self, check: Checks) -> None:
-        """Check the network, and that it fits the task."""
-        network = self.network
-        kinds = KINDS[self.task]
+        network, kinds = self.network, KINDS[self.task]
         if network.kind not in kinds:
             kind = f"'network.kind' is {network.kind!r}, accepted for task {self.task!r} is one of {', '.join(kinds)}."
             check.note(kind, "network.kind", "task")
-        check(
-            (network.unet3d is None) or network.kind == "srunet",
-            "network.unet3d",
-            network.unet3d,
-            "none but for srunet",
-        )
+        right = network.unet3d is None or network.kind == "srunet"
+        check(right, "network.unet3d", network.unet3d, "none but for srunet")
         if network.kind == "srunet":
-            used = ("kind", "unet3d")
-            others = [
-                key for key, value in vars(network).items() if key not in used and value != getattr(NetworkSpec(), key)
-            ]
-            given = {key: getattr(network, key) for key in others}
-            check(not others, "network", given, "kind and unet3d for srunet")
-            plain = self.data.augment == LabelledAugment()
-            check(plain, "data.augment", plain_types(self.data.augment), "none for srunet: clouds are rotated upright")
+            plain = vars(NetworkSpec(kind="srunet", unet3d=network.unet3d))
+            given = {key: value for key, value in vars(network).items() if value != plain[key]}
+            check(not given, "network", given, "kind and unet3d for srunet")
+            alone = self.data.augment == LabelledAugment()
+            check(alone, "data.augment", plain_types(self.data.augment), "none for srunet: clouds are rotated upright")
         elif network.kind != "unet":
             alone = network.transfer == "encoder"
             check(alone, "network.transfer", network.transfer, "'encoder' but for unet", given=["network.kind"])
         else:
-            plain = (network.output_stride, network.aux, network.options) == (32, 0, {})
             given = {"output_stride": network.output_stride, "aux": network.aux, "options": network.options}
-            check(plain, "network", given, "output_stride 32, no aux and no options for unet")
+            alone = given == {"output_stride": 32, "aux": 0, "options": {}}
+            check(alone, "network", given, "output_stride 32, no aux and no options for unet")
 
     def labels(self) -> Literal["segmentation", "detection"]:
         """The kind of labels that the task is trained on."""

@@ -28,6 +28,7 @@ from geo_pretrain.training.checks import (
     Odd,
     Positive,
     Probability,
+    Ranged,
     Seed,
     Share,
     check_key,
@@ -165,7 +166,7 @@ class Stage1Spec:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Ranged):
     """Everything needed to regenerate a checkpoint."""
 
     name: RecipeName
@@ -182,10 +183,9 @@ class Recipe:
     workers: NaturalNumber = 4  # data loading processes of each training process; they do not change the result
     save_every: Count = 500  # steps between saved states
 
-    def __post_init__(self) -> None:
-        """Check ranges, and settings that depend on each other."""
-        optim, check = self.optim, Checks()
-        check.ranges(self)
+    def check_settings(self, check: Checks) -> None:
+        """Note settings that do not go together."""
+        optim = self.optim
         check("name" in self.task, "task.name", self.task, "the name of a pretext task")
         one = (optim.steps is None) != (optim.epochs is None)
         check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
@@ -195,7 +195,6 @@ class Recipe:
         if optim.accumulate >= 1:
             whole = optim.batch % optim.accumulate == 0
             check(whole, "optim.batch", optim.batch, "a multiple of accumulate", given=["optim.accumulate"])
-        check.done()
 
     def network2d(self) -> ModelSpec:
         """The section `model`. Raises `RecipeError` when it is missing, for the task trains a 2D network."""

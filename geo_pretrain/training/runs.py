@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -120,16 +120,10 @@ def check_out(out: Path, result: str, what: str, *, overwrite: bool) -> None:
         raise CheckpointError(f"{str(out)!r} already holds {what}. Choose another --out, or pass --overwrite.")
 
 
-@contextmanager
-def run_lock(out: Path, what: str) -> Iterator[None]:
-    """Hold the lock of `out` for `what` ("fine-tuning run"); a second process is refused at once.
-
-    Raises:
-        CheckpointError: another process, or this one a second time, holds the lock.
-    """
+def run_lock(out: Path, what: str) -> AbstractContextManager[None]:
+    """Hold the lock of `out` for `what` ("fine-tuning run"); while another holds it, raise `CheckpointError`."""
     busy = f"Another process is at work on the {what} in {str(out)!r}. Wait until it ends, or choose another --out."
-    with locked(out, busy=busy):
-        yield
+    return locked(out, busy=busy)
 
 
 @contextmanager

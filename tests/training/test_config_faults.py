@@ -281,7 +281,7 @@ def test_options_of_a_source_go_when_an_override_names_another_source():
 
 
 def test_a_command_without_a_recipe_takes_the_options_it_is_given():
-    assert data_spec("rooms", None, "0.3:1", ["data.options.scenes=3"]).options == {"scenes": 3}
+    assert data_spec("rooms", None, ["data.options.scenes=3"], "0.3:1").options == {"scenes": 3}
 
 
 @pytest.mark.parametrize(
