@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geo_pretrain.cards.front_matter import UNSTATED
 from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.checkpoint import (
     CONFIG,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 FIRST_TAG = "v1"
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-UNSTATED = "LicenseRef-unstated"
 INITIAL_FILES = {".gitattributes", "README.md", "LICENSE"}  # what a repository has that was just made on the website
 
 

@@ -83,20 +83,13 @@ FORMATS: Mapping[str, Format] = {
 def convert(format: str, state: State, networks: Networks) -> Converted:
     """Convert an authors' flat state dict to the roles of a checkpoint folder.
 
-    Args:
-        format: a key of `FORMATS`.
-        state: the entry of the file that `FORMATS[format].entries` names: names to tensors or numpy arrays. Numbers
-            and texts among them are left out.
-        networks: the state dict of each part of the network that the weights are for, by role ("encoder", "decoder",
-            "model"); tensors on the meta device suffice.
+    `state` is the entry of the file that `FORMATS[format].entries` names: names to tensors or numpy arrays; numbers and
+    texts among them are left out. `networks` holds the state dict of each part of the network that the weights are for,
+    by role ("encoder", "decoder", "model"); tensors on the meta device suffice.
 
-    Returns:
-        The roles in the file: complete parts of the network in the network's dtypes, and "heads" if there are any.
-        Parts that the file does not hold are left out.
-
-    Raises:
-        UnknownName: for an unknown format.
-        WeightsMismatch: when the file has no part of the network, or an incomplete one.
+    Returns the roles in the file: complete parts of the network in the network's dtypes, and "heads" if there are any.
+    Raises `UnknownName` for an unknown format, `WeightsMismatch` when the file has no part of the network, or an
+    incomplete one.
     """
     if format not in FORMATS:
         raise unknown("checkpoint format", format, FORMATS)

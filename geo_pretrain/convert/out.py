@@ -48,16 +48,10 @@ class OutFormat:
 
 
 def export_weights(format: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Convert the weights of a checkpoint to the names and layouts of another library.
+    """Convert the weights of a checkpoint to the names and layouts of another library, a key of `OUT_FORMATS`.
 
-    Args:
-        format: a key of `OUT_FORMATS`.
-        checkpoint: from `read_checkpoint`; its folder must hold the file of the format's role.
-
-    Raises:
-        UnknownName: for an unknown format.
-        WeightsMismatch: for a network that the format cannot hold; the message names formats that can.
-        CheckpointError: when the weights are missing; `DigestMismatch` when their digest is wrong.
+    Raises `UnknownName` for an unknown format, `WeightsMismatch` for a network that the format cannot hold (naming
+    formats that can), `CheckpointError` when the weights are missing and `DigestMismatch` when they were altered.
     """
     rule = _rule(format, checkpoint)
     return rule.rename(read_weights(checkpoint, rule.role))

@@ -240,7 +240,9 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
     converted = convert(origin.format, load_file(tensors), expected)
     network = _network(like, {role: converted.weights[role] for role in expected if role in converted.weights})
     golden = golden_values(network, ones=not getattr(like.contract, "given_channels", True))
-    _check_finite(golden, origin)
+    bad = [key for key, value in golden.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise CheckpointError(f"{origin.url}: its weights give infinite or undefined outputs ({', '.join(bad)}).")
     provenance = {
         "source": asdict(origin),
         "in_the_file": dict(extracted.scalars),
@@ -293,9 +295,3 @@ def _network(like: Entry, weights: Mapping[str, Mapping[str, Tensor]]) -> Any:
     state = weights[roles[0]] if not whole else {f"{r}.{k}": v for r in roles for k, v in weights[r].items()}
     network.load_state_dict(state, assign=True)
     return network.eval()
-
-
-def _check_finite(golden: Mapping[str, Tensor], origin: Origin) -> None:
-    bad = [key for key, value in golden.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise CheckpointError(f"{origin.url}: its weights give infinite or undefined outputs ({', '.join(bad)}).")

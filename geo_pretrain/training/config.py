@@ -183,19 +183,13 @@ def parse(
     renames: Sequence[Renamed] = (),
     also: Sequence[Callable[[T], object]] = (),
 ) -> T:
-    """Build the dataclass `kind` from nested mappings.
+    """Build the dataclass `kind`, whose fields may be dataclasses too, from nested mappings.
 
-    Args:
-        kind: a dataclass; its fields may be dataclasses too. Its `__post_init__` may check values with `Checks`.
-        tree: what was read from YAML.
-        where: the file, for messages.
-        prefix: path of `tree` in the file, such as "task.", for messages.
-        renames: old keys that are accepted.
-        also: further checks of the result, functions that raise errors of this package.
+    `where` is the file and `prefix` the path of `tree` in it, such as "task.", for messages; `renames` are old keys
+    that are accepted; `also` are further checks of the result, functions that raise errors of this package.
 
-    Raises:
-        RecipeError: names every unknown key, wrong type, missing key and value out of range. A function in `also` that
-            found the only mistake raises its own error.
+    Raises `RecipeError` that names every unknown key, wrong type, missing key and value out of range; a function in
+    `also` that found the only mistake raises its own error.
     """
     return Draft(tree, where, renames, prefix).parse(kind, also)
 

@@ -240,17 +240,11 @@ def load_recipe(
     toy: bool = False,
     also: Sequence[Callable[[Recipe], object]] = (),
 ) -> Recipe:
-    """Read a recipe by name or by the path of a YAML file, and apply `key=value` overrides such as `optim.lr=0.05`.
+    """Read a recipe by name or by the path of a .yaml file, and apply `key=value` overrides such as `optim.lr=0.05`.
 
-    Args:
-        name: a recipe of the package, or the path of a file ending in .yaml.
-        overrides: texts `key.key=value`.
-        toy: apply recipes/overlays/toy.yaml: the same task on small rooms, which a CPU trains in minutes.
-        also: further checks of the recipe, such as of its task's settings; see `config.parse`.
-
-    Raises:
-        UnknownName: there is no such recipe.
-        RecipeError: names every mistake in the file and the overrides.
+    `toy` lays recipes/overlays/toy.yaml over it: the same task on small rooms, which a CPU trains in minutes. `also`:
+    further checks, such as of the task's settings; see `config.parse`. Raises `UnknownName`, and `RecipeError` that
+    names every mistake in the file and the overrides.
     """
     return _draft(name, toy=toy).override(overrides, OWNERS).parse(Recipe, also)
 
