@@ -6,9 +6,9 @@ An `Arch` is an architecture with the arguments of its constructor, as catalog e
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 from geo_pretrain.backbones.encoder import HOST_WIDTH
@@ -32,8 +32,7 @@ class Architecture:
 
     def load_class(self) -> Any:
         """Import the network's class."""
-        module, _, name = self.network.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return resolve_name(self.network)
 
 
 _RESNET = {"depth": 18, "width": HOST_WIDTH}

@@ -7,9 +7,9 @@ torch until a conversion runs.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from geo_pretrain.convert.keys import Converted, Networks, State
@@ -114,8 +114,7 @@ def convert(format: str, state: State, networks: Networks) -> Converted:
 
 
 def _run(rule: Format, format: str, state: State, networks: Networks) -> Converted:
-    module, _, function = rule.function.partition(":")
-    converted: Converted = getattr(importlib.import_module(module), function)(format, state, networks)
+    converted: Converted = resolve_name(rule.function)(format, state, networks)
     if not set(converted.weights) & set(networks):
         raise WeightsMismatch(
             f"{format!r}: the file holds {_listed(converted.weights)}; this network is made of {_listed(networks)}."
