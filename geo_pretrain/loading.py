@@ -281,7 +281,6 @@ class _Shape:
 
 
 def _pretrained(name_or_folder: str | os.PathLike[str], where: hubs.Where, shape: _Shape, strict: bool) -> Any:
-    """The network with the weights of a checkpoint."""
     entry = find(str(name_or_folder))
     if entry is not None:
         shape.check(entry.arch)  # before anything is fetched

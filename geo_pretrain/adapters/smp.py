@@ -173,7 +173,6 @@ def _build(
 
 
 def _preprocessing(contract: ImageContract) -> dict[str, Any]:
-    """The contract as the parameters of smp's preprocessing."""
     return {
         "input_space": "RGB" if contract.channels == ("R", "G", "B") else "+".join(contract.channels),
         "input_range": list(contract.value_range),

@@ -244,5 +244,4 @@ def _host(encoder: Any, num_classes: int = 1, norm_layer: type[nn.Module] = nn.B
 
 
 def _channels(encoder: ImageEncoder, stage: int) -> int:
-    """Channels of the output of layer1 to layer4."""
     return int(encoder.feature_info[stage]["num_chs"])

@@ -155,13 +155,7 @@ class SRUNet(Backbone):
     def forward_intermediates(
         self, x: SparseTensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
     ) -> Any:
-        """The network's output and the maps of `pyramid`, under timm's name and with its arguments.
-
-        Args:
-            x: as for `forward`.
-            indices: of the maps, finest first; a number n stands for the last n, None for all.
-            intermediates_only: return the list of maps alone.
-        """
+        """The network's output and the maps of `pyramid` (`indices`: see `choose_maps`), under timm's name."""
         maps = self.pyramid(x)
         intermediates = choose_maps(maps, indices)
         return intermediates if intermediates_only else (self._output(maps[0]), intermediates)
@@ -190,7 +184,6 @@ class SRUNet(Backbone):
         return voxel_feats[voxels.inverse.to(weight.device)]
 
     def _output(self, finest: SparseTensor) -> SparseTensor:
-        """Compute the network's output from the finest map."""
         out = self.final(finest)
         if not self.normalize:
             return out

@@ -94,12 +94,9 @@ class World:
     ) -> Tensor:
         """Shuffle-BN: run the samples of all processes, redistributed at random, through BatchNorm groups.
 
-        Args:
-            samples: this process's [B, P, 3, H, W]; all size * B * P images are permuted one by one.
-            groups: number of BatchNorm groups per process. seed: of the permutation; the main process's counts.
-
-        Returns:
-            The outputs for all processes' samples, in the order of `all_gather`: [size * B, P, dim].
+        `samples` are this process's [B, P, 3, H, W]; all size * B * P images are permuted one by one, by the main
+        process's `seed`. `groups`: number of BatchNorm groups per process. Returns the outputs for all processes'
+        samples, in the order of `all_gather`: [size * B, P, dim].
         """
         samples = self.all_gather(samples)
         shape = samples.shape[:2]

@@ -58,11 +58,9 @@ def run_recipe(
     """Train `recipe` into the checkpoint folder `out`, after `stage1` into `<out>.stage1` if the recipe starts from it.
 
     A first stage that is finished is used as it is; `starts` maps "stage1" to the folder of one trained elsewhere.
-    Interrupted runs go on, in the stage where they were. `note` is told what the data source says about itself.
-
-    Raises:
-        CheckpointError: another process works on `out`.
-        RecipeError: `<out>.stage1` was made by another recipe; and as `train`, `find_pairs`, `open_source`.
+    Interrupted runs go on, in the stage where they were. `note` is told what the data source says about itself. Raises
+    as `train`, `find_pairs` and `open_source`, `CheckpointError` when another process works on `out`, and `RecipeError`
+    when `<out>.stage1` was made by another recipe.
     """
     check_checkpoint_out(out, recipe.name, overwrite=overwrite)
     with run_lock(out, "training run") if world.is_main else nullcontext():
