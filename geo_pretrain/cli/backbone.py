@@ -203,7 +203,11 @@ def convert(
     Out: `geo-pretrain convert pri3d_view_geo_r50 --to detectron2 --out r50.pkl`
     """
     if (from_ is None) == (to is None):
-        raise typer.BadParameter(f"give --from FORMAT or --to FORMAT, one of them. {_formats()}")
+        from geo_pretrain.convert import FORMATS
+        from geo_pretrain.convert.out import OUT_FORMATS
+
+        formats = f"In: {', '.join(FORMATS)}. Out: {', '.join(OUT_FORMATS)}."
+        raise typer.BadParameter(f"give --from FORMAT or --to FORMAT, one of them. {formats}")
     if from_ is not None:
         from geo_pretrain.catalog import backbone_info, find
         from geo_pretrain.hub.authors import convert_file
@@ -220,13 +224,6 @@ def convert(
     checkpoint = opened.fetch(*opened.network_roles(decoder=False))
     for path in write_export(str(to), checkpoint, out, overwrite=overwrite):
         console.print(f"Wrote {path}", soft_wrap=True, highlight=False)
-
-
-def _formats() -> str:
-    from geo_pretrain.convert import FORMATS
-    from geo_pretrain.convert.out import OUT_FORMATS
-
-    return f"In: {', '.join(FORMATS)}. Out: {', '.join(OUT_FORMATS)}."
 
 
 @app.command()

@@ -35,19 +35,14 @@ def data_preview(
     from geo_pretrain.training.data.sources.registry import open_source
     from geo_pretrain.training.visualize.preview import contact_sheet, sets_sheet
 
-    preview = [] if any(s.startswith("data.options") for s in set_) else _preview_options(data, scenes)
-    spec = data_spec(data, None, [*preview, *set_])
+    small = data == "rooms" and not any(s.startswith("data.options") for s in set_)  # instead of the full set
+    options = [f"data.options={{scenes: {scenes}, frames: 12}}"] if small else []
+    spec = data_spec(data, None, [*options, *set_])
     with progress() as report:
         source = open_source(spec, progress=lambda d, t: report("rendering rooms", d, t, ""))
     if sets:
-        options: dict[str, Any] = {"kind": kind, "k_thresh": k_thresh, "min_vertices": min_vertices}
-        sets_sheet(source, out, scenes=scenes, frames=frames, **options)
+        chosen: dict[str, Any] = {"kind": kind, "k_thresh": k_thresh, "min_vertices": min_vertices}
+        sets_sheet(source, out, scenes=scenes, frames=frames, **chosen)
     else:
         contact_sheet(source, out, scenes=scenes, frames=frames)
     console.print(f"Wrote {out}", soft_wrap=True)
-
-
-def _preview_options(data: str, scenes: int) -> list[str]:
-    """Options for a few small rooms instead of the full set."""
-    options = f"{{scenes: {scenes}, frames: 12}}"
-    return [f"data.options={options}"] if data == "rooms" else []
