@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 
 import pytest
 
+gc.disable()  # imports make no garbage; a million objects of torch were looked through again and again
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of the many programs that tests start would compile all anew
 sys.dont_write_bytecode = False
@@ -17,6 +19,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so does a shell for wha
 os.environ["GEO_PRETRAIN_MIRROR"] = "http://127.0.0.1:9"  # where authors' files would come from: nobody listens there
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported stays: the collector need not look at it after each test."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Rooms rendered by one test worker serve the others; nothing of the user's cache is read or written."""
@@ -24,6 +32,28 @@ def own_cache(tmp_path_factory):
     base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     os.environ["GEO_PRETRAIN_CACHE"] = str(base / "geo_pretrain_cache")
     return base
+
+
+@pytest.fixture(scope="module")
+def quick_weights():
+    """Random weights repeat after 4,999 numbers: drawing them takes most of the time that a real-size network takes."""
+    import torch
+
+    def repeating(draw):
+        def fill(tensor, *arguments, **options):
+            if tensor.is_meta or tensor.numel() <= 4999 or not tensor.is_contiguous():
+                return draw(tensor, *arguments, **options)
+            flat = tensor.view(-1)
+            drawn = draw(flat[:4999], *arguments, **options)
+            flat.copy_(drawn.repeat(-(-len(flat) // 4999))[: len(flat)])
+            return tensor
+
+        return fill
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("normal_", "uniform_"):
+            patch.setattr(torch.Tensor, name, repeating(getattr(torch.Tensor, name)))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 # bytecode is copied too, and spares the compiler; not what other tests are writing just now, nor numba's
@@ -36,13 +38,28 @@ def copy(tmp_path: Path) -> Path:
 
 
 def run(copy: Path, *arguments: str) -> str:
-    """Run Python in the copy, which is imported in place of this checkout; returns what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(copy), "COLUMNS": "120"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
+    """Run Python in the copy, which is imported in place of this checkout; returns what it printed.
+
+    A fork, which has torch already, forgets this checkout and begins with `-m MODULE` or `-c CODE` as Python would.
+    """
+
+    def work() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("geo_pretrain", "tests", "hubconf")]:
+            del sys.modules[name]
+        for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+            del os.environ[name]
+        os.chdir(copy)
+        sys.path[:] = [str(copy), *(place for place in sys.path if place and Path(place).resolve() != ROOT)]
+        kind, what, *sys.argv[1:] = arguments
+        if kind == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(what, {"__name__": "__main__"})
+
+    process = Forked(work, {"PYTHONPATH": str(copy), "COLUMNS": "120"})
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed[-8000:]
+    return printed
 
 
 def insert(path: Path, before: str, text: str) -> None:

@@ -8,11 +8,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from itertools import count
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ import pytest
 
 from geo_pretrain.catalog import File
 from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.loading import load_backbone
+from geo_pretrain.publish import publish
+from tests.forked import Forked
 from tests.hub.loopback_hub import Fault, LoopbackHub
 from tests.zoo import write_tiny, write_tiny_3d
 
@@ -27,67 +33,57 @@ NAME = "tiny_net_r18"
 ROOT = Path(__file__).resolve().parents[1]
 CARD = "---\nlicense: mit\nlibrary_name: geo_pretrain\n---\n# tiny\n"
 
-# huggingface_hub reads its settings when it is imported, so a process of its own makes the calls, one a line.
-WORKER = """
-import json, os, sys
-from dataclasses import asdict
-import geo_pretrain as gp
-from geo_pretrain.publish import publish
-from huggingface_hub import constants
-usual = {"ENDPOINT": constants.ENDPOINT, "HF_HUB_OFFLINE": constants.HF_HUB_OFFLINE}
-print("ready", flush=True)
-for line in sys.stdin:
-    call = json.loads(line)
-    os.environ["HF_TOKEN"] = call.pop("token")
-    for key, value in (usual | call.pop("settings", {})).items():
-        setattr(constants, key, value)
+
+def answer_calls(connection: Connection) -> None:
+    """Make the calls that arrive, and send what comes of each."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+    from huggingface_hub import constants
+
+    usual = {"ENDPOINT": constants.ENDPOINT, "HF_HUB_OFFLINE": constants.HF_HUB_OFFLINE}
+    with suppress(EOFError):
+        while True:
+            call = connection.recv()
+            os.environ["HF_TOKEN"] = call.pop("token")
+            for key, value in (usual | call.pop("settings", {})).items():
+                setattr(constants, key, value)
+            connection.send(answer_to(call))
+
+
+def answer_to(call: dict[str, Any]) -> dict[str, Any]:
+    """What a call gives, or how it fails."""
     try:
         if "load" in call:
-            encoder = gp.load_backbone(call.pop("load"), **call)
-            answer = {"coverage": encoder.load_report.coverage, "name": encoder.name}
-        else:
-            done = publish(**call)
-            answer = asdict(done) | {"lines": done.catalog_lines(), "size": done.size, "shown": str(done)}
+            encoder = load_backbone(call.pop("load"), **call)
+            return {"coverage": encoder.load_report.coverage, "name": encoder.name}
+        done = publish(**call)
+        answer = asdict(done) | {"lines": done.catalog_lines(), "size": done.size, "shown": str(done)}
+        return json.loads(json.dumps(answer))
     except BaseException as error:
         notes = getattr(error, "__notes__", [])
-        answer = {"error": type(error).__name__, "text": str(error), "notes": notes}
-    print("answer " + json.dumps(answer), flush=True)
-"""
+        return {"error": type(error).__name__, "text": str(error), "notes": notes}
 
 
 class Worker:
-    """A process that publishes to the loopback Hub."""
+    """A fork that publishes to the loopback Hub: huggingface_hub reads its settings when it is imported."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        settings = (
-            os.environ | environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GEO_PRETRAIN_SPARSE": "plain"}
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=settings,
-        )
-        assert self.read() == "ready"
+        self.calls, theirs = Pipe()
 
-    def read(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        def work() -> None:
+            self.calls.close()
+            answer_calls(theirs)
+
+        self.process = Forked(work, environment)
+        theirs.close()
 
     def __call__(self, *, token: str = "hf_lab", **call: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"token": token, **call}, default=str) + "\n")
-        self.process.stdin.flush()
-        while not (line := self.read()).startswith("answer "):
-            assert self.process.poll() is None, "the worker died"
-        return json.loads(line.removeprefix("answer "))
+        self.calls.send(json.loads(json.dumps({"token": token, **call}, default=str)))
+        return self.calls.recv()
 
     def stop(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=300)
+        self.calls.close()
+        self.process.communicate()
 
 
 @pytest.fixture(scope="module")

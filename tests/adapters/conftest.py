@@ -27,6 +27,11 @@ def lively(network: nn.Module) -> nn.Module:
     return network
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick(quick_weights: None) -> None:
+    """Whatever the weights are, hosts compute the same with them."""
+
+
 @pytest.fixture(scope="session")
 def source() -> nn.Module:
     """The torchvision network that the checkpoint was made from."""

@@ -20,8 +20,9 @@ from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.catalog.entry import File
 from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_file
-from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, UnknownName
+from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError, UnknownName
 from geo_pretrain.loading import load_backbone
+from tests.forked import Forked
 from tests.zoo import resolve, role_weights, write_tiny, write_tiny_3d
 
 NAME = "tiny_net_r18"
@@ -363,31 +364,26 @@ def hugging_face(server: Server) -> Behavior:
     return behave
 
 
-HF_SCRIPT = """
-import json, sys
-from geo_pretrain.errors import GeoPretrainError
-from tests.zoo import resolve
-answers = []
-for call in json.loads(sys.argv[1]):
-    try:
-        answers.append(str(resolve(**call)))
-    except GeoPretrainError as error:
-        answers.append(f"{type(error).__name__}: {error}")
-print(json.dumps(answers))
-"""
-
-
 def in_process(calls: list[dict[str, object]], server: Server, cache: Path, **environment: str) -> list[str]:
-    """huggingface_hub reads its settings when imported, so each case gets a process of its own."""
-    import os
-
+    """huggingface_hub reads its settings when imported, so each case gets a fork of its own that imports it anew."""
     settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **environment}
     settings["HF_HUB_DISABLE_TELEMETRY"] = settings["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
-    settings["PYTHONPATH"] = str(Path(__file__).parents[1])
-    command = [sys.executable, "-c", HF_SCRIPT, json.dumps(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+
+    def work() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]
+        answers = []
+        for call in calls:
+            try:
+                answers.append(str(resolve(**call)))  # type: ignore[arg-type]
+            except GeoPretrainError as error:
+                answers.append(f"{type(error).__name__}: {error}")
+        print(json.dumps(answers))
+
+    process = Forked(work, settings)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    return json.loads(printed.splitlines()[-1])
 
 
 def test_hugging_face_repositories(server: Server, tmp_path: Path):

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 
-from tests.training.finetune.test_detection import task_of
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.training.config import parse
+from geo_pretrain.training.finetune.detection import Detection
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe
+from geo_pretrain.training.networks import PretrainedInit
+from tests.training.finetune.test_detection import CLASSES, task_of, tree
 from tests.training.finetune.test_detection_network import batch_of, norms
 
 
@@ -34,7 +39,10 @@ def test_a_narrow_pyramid_has_narrow_heads(norm, box_head):
 
 
 def test_the_hosts_own_width_is_the_default_and_keeps_its_heads():
-    heads = task_of().module.roi_heads
+    made = tree()
+    del made["network"]["options"]["width"]
+    recipe = parse(FinetuneRecipe, made, where="test")
+    heads = Detection(recipe, PretrainedInit("scratch", "resnet18"), CLASSES, ImageContract()).module.roi_heads
     assert heads.mask_predictor.mask_fcn_logits.in_channels == 256
     assert heads.mask_predictor.conv5_mask.out_channels == 256
     assert {m.out_channels for m in heads.mask_head.modules() if isinstance(m, nn.Conv2d)} == {256}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +98,8 @@ def tight(mask):
 
 def tree(**changes):
     """A recipe that runs in moments; `changes` go into its sections."""
-    small = {"anchors": [8, 16, 32, 64, 128], "roi_batch": 8, "proposals": 12, "norm": "encoder"}
+    small: dict[str, Any] = {"anchors": [8, 16, 32, 64, 128], "roi_batch": 8, "proposals": 12, "norm": "encoder"}
+    small["width"] = 32  # test_detection_network.py has the 256 channels of torchvision's own
     base = {
         "name": "shapes_mask_rcnn_r18",
         "task": "instances",

@@ -34,8 +34,8 @@ from tests.zoo import write_tiny
 
 @pytest.fixture(scope="module")
 def plain():
-    """The task as most tests need it; they leave its weights alone."""
-    return task_of()
+    """The task with the channels of torchvision's own network; tests leave its weights alone."""
+    return task_of(network={"options": {"width": 256}})
 
 
 def theirs(masks=True, **changes):
@@ -223,7 +223,7 @@ def test_a_checkpoint_folder_brings_its_encoder_and_contract(tmp_path):
 
 def test_the_network_of_the_coco_protocol():
     """BatchNorm in pyramid, box and mask heads; four convolutions before one layer in the box head."""
-    task = task_of(network={"options": {"norm": "everywhere", "box_head": "4conv1fc"}})
+    task = task_of(network={"options": {"width": 256, "norm": "everywhere", "box_head": "4conv1fc"}})
     host = task.module
     convolutions = [m for m in host.roi_heads.box_head.modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convolutions] == [256] * 4

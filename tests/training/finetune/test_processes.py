@@ -33,7 +33,10 @@ BATCH = ("optim.batch=4", "optim.lr=0.02", "data.augment.flip=0.5", "workers=0")
     "name, overrides",
     [
         ("scannet_unet_r18", ("data.augment.blur=0.5",)),
-        ("rooms_pspnet_r18", ("data.size=[32, 32]", "optim.steps=3", "network.aux=0.4")),  # has dropout
+        (
+            "rooms_pspnet_r18",
+            ("data.size=[32, 32]", "optim.steps=3", "save_every=3", "evaluate.every_steps=3", "network.aux=0.4"),
+        ),  # has dropout
     ],
 )
 def test_two_processes_equal_two_accumulation_steps(tmp_path, name, overrides):
