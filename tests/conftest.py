@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
@@ -23,6 +24,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported stays: the collector need not look at it after each test."""
     gc.freeze()
     gc.enable()
+    atexit.register(gc.unfreeze)  # or libraries take what they made for leaked
 
 
 @pytest.fixture(scope="session", autouse=True)
