@@ -8,6 +8,7 @@ building the sparse tensor and all kernel maps; engines take turns within a repe
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -209,6 +210,35 @@ def sgemm_rate() -> float:
     return 2 * 2048**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(9)) / 1e9
 
 
+def openblas_rates(number: type[ctypes.c_int | ctypes.c_int64] = ctypes.c_int, affix: str = "{}") -> dict[str, float]:
+    """GFLOP/s of every OpenBLAS in this process whose functions are named so, by its path and chosen kind of core."""
+    maps = Path("/proc/self/maps").read_text().split()
+    a, size, rates = torch.randn(3, 1024, 1024), number(1024), {}
+    for path in sorted({path for path in maps if path.startswith("/") and "openblas" in path}):
+        library = ctypes.CDLL(path)
+        product = getattr(library, affix.format("cblas_sgemm"), None)
+        if product is None:  # numpy's own, which no engine uses
+            continue
+        core = getattr(library, affix.format("openblas_get_corename"))
+        core.restype = ctypes.c_char_p
+        x, y, z = (ctypes.c_void_p(matrix.data_ptr()) for matrix in a)
+        plain, one, zero = [ctypes.c_int(code) for code in (101, 111, 111)], ctypes.c_float(1), ctypes.c_float(0)
+        call = partial(product, *plain, size, size, size, one, x, size, y, size, zero, z, size)
+        rates[f"{path} ({core().decode()})"] = 2 * 1024**3 / min(seconds(call) for _ in range(9)) / 1e9
+    return rates
+
+
+def check_openblas(rate: float) -> None:
+    """Refuse to compare with a MinkowskiEngine whose OpenBLAS takes this processor for another kind."""
+    importlib.import_module("MinkowskiEngine")
+    for library, reached in openblas_rates().items():
+        if reached < rate / 2:
+            raise SystemExit(
+                f"{library} multiplies at {reached:.0f} GFLOP/s, torch at {rate:.0f}: MinkowskiEngine would look "
+                "slow. Set OPENBLAS_CORETYPE to this processor's kind (SkylakeX, Zen, Haswell, ...) and run again."
+            )
+
+
 def peak_memory(name: str, coords_file: Path, mode: str, threads: int) -> float:
     """MB by which a process of its own grows, at its peak, for the network and one forward pass or training step."""
     command = [sys.executable, "-m", "benchmarks.sparse", "--child", name, str(coords_file), mode]
@@ -297,6 +327,8 @@ def main() -> None:
         importlib.import_module("geo_pretrain.sparse.fast")
     start = round(time.perf_counter() - started, 1)
     rate = sgemm_rate()
+    if "minkowski" in names:
+        check_openblas(rate)
     run = partial(measure, names=names, repeats=options.repeats, rate=rate, threads=options.threads)
     results = {
         "what": "SR-UNet34 (34C, in 3, out 32), float32, CPU: seconds of a forward pass (eval) and a training step",

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from geo_pretrain.backbones.base import Backbone, choose_maps
 from geo_pretrain.sparse.functional import point_rows
-from geo_pretrain.sparse.layers import BatchNorm, Conv3d, ConvTranspose3d, ReLU
+from geo_pretrain.sparse.layers import BatchNorm, Conv3d, ConvTranspose3d, ReLU, normalized
 from geo_pretrain.sparse.tensor import SparseTensor, cat
 
 if TYPE_CHECKING:
@@ -37,6 +37,15 @@ INNER_FILES = (__file__, str(Path(nn.__file__).parent))  # a warning about the i
 LEVELS = ("block8", "block7", "block6", "block5", "block4")  # the finished maps, finest first: strides 1 to 16
 
 
+class _ConvNorm(nn.Sequential):
+    """A convolution and its norm."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Same voxels."""
+        convolution, norm = self
+        return normalized(convolution, norm, x)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3x3 convolutions with a shortcut; 1x1x1 and norm on the shortcut when the channels change."""
 
@@ -50,13 +59,13 @@ class BasicBlock(nn.Module):
         self.downsample: nn.Sequential | None = None
         if in_chans != out_chans:
             shortcut = Conv3d(in_chans, out_chans, kernel_size=1)
-            self.downsample = nn.Sequential(shortcut, BatchNorm(out_chans, momentum=bn_momentum))
+            self.downsample = _ConvNorm(shortcut, BatchNorm(out_chans, momentum=bn_momentum))
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Same voxels, `out_chans` channels."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.norm1(self.conv1(x)))
-        return self.relu(self.norm2(self.conv2(x)) + shortcut)
+        x = normalized(self.conv1, self.norm1, x, self.relu)
+        return normalized(self.conv2, self.norm2, x, self.relu, shortcut)
 
 
 class SRUNet(Backbone):
@@ -211,9 +220,9 @@ class SRUNet(Backbone):
 def encoder_maps(network: Any, x: Any) -> list[Any]:
     """The maps on the way down of an `SRUNet` at strides 1, 2, 4, 8, 16; the last is the output of block4."""
     module = network.get_submodule
-    maps = [network.relu(network.bn0(network.conv0p1s1(x)))]
+    maps = [normalized(network.conv0p1s1, network.bn0, x, network.relu)]
     for number in range(1, 5):
-        x = network.relu(module(f"bn{number}")(module(f"conv{number}p{1 << number - 1}s2")(maps[-1])))
+        x = normalized(module(f"conv{number}p{1 << number - 1}s2"), module(f"bn{number}"), maps[-1], network.relu)
         maps.append(module(f"block{number}")(x))
     return maps
 
@@ -223,7 +232,7 @@ def finished_maps(network: Any, x: Any, cat: Callable[[Any, Any], Any]) -> list[
     module, skips = network.get_submodule, encoder_maps(network, x)
     maps = [skips.pop()]
     for number in range(4, 8):
-        x = network.relu(module(f"bntr{number}")(module(f"convtr{number}p{256 >> number}s2")(maps[-1])))
+        x = normalized(module(f"convtr{number}p{256 >> number}s2"), module(f"bntr{number}"), maps[-1], network.relu)
         maps.append(module(f"block{number + 1}")(cat(x, skips.pop())))
     return maps[::-1]
 

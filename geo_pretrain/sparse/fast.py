@@ -22,6 +22,7 @@ from torch import Tensor
 
 from geo_pretrain.sparse.backend import LOW_PRECISION
 from geo_pretrain.sparse.compiled import run
+from geo_pretrain.sparse.plain import Finish
 from geo_pretrain.sparse.processor import LANES, TILE
 
 if TYPE_CHECKING:
@@ -60,8 +61,11 @@ class Pairs(NamedTuple):
         return listed
 
 
-def sparse_conv_forward(feats: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
-    """sum_k feats[table[:, k]] @ kernel[k]: [N_out, Cout]. The kernel may be a transposed view, and of 16 bits."""
+def sparse_conv_forward(feats: Tensor, kernel: Tensor, kernel_map: KernelMap, finish: Finish | None = None) -> Tensor:
+    """sum_k feats[table[:, k]] @ kernel[k]: [N_out, Cout]. The kernel may be a transposed view, and of 16 bits.
+
+    `finish` is done on each tile while it is in cache.
+    """
     kernel = _in_float32(kernel)
     _check(feats, kernel, kernel_map.inputs)
     height, (offsets, width, columns) = len(kernel_map.table), kernel.shape
@@ -76,8 +80,16 @@ def sparse_conv_forward(feats: Tensor, kernel: Tensor, kernel_map: KernelMap) ->
     share = padded if pairs.tiles >= 4 * torch.get_num_threads() else min(COLUMNS, padded)
     addresses = feats.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, kernel.data_ptr(), out.data_ptr()
     sizes = pairs.tiles, offsets, width, padded, height, share, -(-padded // share)
-    run("product", *addresses, pairs.starts.ctypes.data, *sizes)
-    return out[:, :columns].contiguous() if excess else out
+    last: tuple[int, ...] = (0, 0, 0, 0)
+    if finish is not None and not excess:
+        finish = finish.contiguous()
+        residual = 0 if finish.residual is None else finish.residual.data_ptr()
+        last = finish.scale.data_ptr(), finish.shift.data_ptr(), residual, int(finish.relu)
+    run("product", *addresses, pairs.starts.ctypes.data, *sizes, *last)
+    if not excess:
+        return out
+    out = out[:, :columns].contiguous()
+    return out if finish is None else finish.apply(out)
 
 
 def sparse_conv_wgrad(feats: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:

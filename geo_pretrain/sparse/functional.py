@@ -16,23 +16,32 @@ from torch import Tensor
 
 from geo_pretrain.sparse import backend, plain
 from geo_pretrain.sparse.maps import KernelMap, floor_to
-from geo_pretrain.sparse.plain import accumulator
+from geo_pretrain.sparse.plain import Finish, accumulator
 from geo_pretrain.sparse.tensor import SparseTensor
 
 
 def convolve(
-    x: SparseTensor, kernel: Tensor, *, kernel_size: int, stride: int = 1, dilation: int = 1, transposed: bool = False
+    x: SparseTensor,
+    kernel: Tensor,
+    *,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    transposed: bool = False,
+    finish: Finish | None = None,
 ) -> SparseTensor:
     """Sparse convolution with kernel [kernel_size^3, Cin, Cout], or [Cin, Cout] for a pointwise one.
 
     `stride` > 1 leads to the coarser voxels; `transposed` back to the finer ones (all children where none are known).
+    `finish` is what follows, in inference only: it has no gradient.
     """
     _check_kernel(x, kernel, kernel_size, stride)
     dtype = _output_dtype(x, kernel)
     rows, kernel = _operands(x, kernel, dtype)
     if kernel.ndim == 2:
         with _as_given(rows):
-            return x.with_sorted_feats(rows @ kernel.to(rows.dtype), dtype=dtype)
+            rows = rows @ kernel.to(rows.dtype)
+        return x.with_sorted_feats(rows if finish is None else finish.apply(rows), dtype=dtype)
     if transposed:
         if x.stride % stride:
             raise ValueError(
@@ -47,7 +56,7 @@ def convolve(
     else:
         target = x.stride * stride
         kernel_map = x.coordinate_manager.kernel_map(x.stride, stride, kernel_size, dilation)
-    return x.with_sorted_feats(_Convolution.apply(rows, kernel, kernel_map), stride=target, dtype=dtype)
+    return x.with_sorted_feats(_Convolution.apply(rows, kernel, kernel_map, finish), stride=target, dtype=dtype)
 
 
 class _Convolution(torch.autograd.Function):
@@ -57,14 +66,14 @@ class _Convolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, kernel: Tensor, kernel_map: KernelMap, finish: Finish | None = None) -> Tensor:
         ctx.save_for_backward(rows, kernel)
         ctx.kernel_map, ctx.origin = kernel_map, kernel_map.origin  # kept: the backward pass would make it again
         with _as_given(rows):
-            return _kernels(rows).sparse_conv_forward(rows, kernel, kernel_map)
+            return _kernels(rows).sparse_conv_forward(rows, kernel, kernel_map, finish)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, kernel = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_rows = grad_kernel = None
@@ -72,7 +81,7 @@ class _Convolution(torch.autograd.Function):
             grad_rows = _Convolution.apply(grad, kernel.transpose(1, 2), ctx.kernel_map.reverse)
         if ctx.needs_input_grad[1]:
             grad_kernel = _KernelGradient.apply(rows, grad, ctx.kernel_map).to(kernel.dtype)
-        return grad_rows, grad_kernel, None
+        return grad_rows, grad_kernel, None, None
 
 
 class _KernelGradient(torch.autograd.Function):

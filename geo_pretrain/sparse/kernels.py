@@ -101,13 +101,16 @@ def _shapes(b: Value, height: Value, width: Value) -> Iterator[tuple[int, int]]:
     b.position_at_end(end)
 
 
+def _muladd(b: Value) -> Value:
+    """LLVM's a * b + c of vectors."""
+    return cgutils.get_or_insert_function(b.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32")
+
+
 def _accumulate(b: Value, sums: list[Value], count: int, first: Value, stop: Value, step: Callable[..., Any]) -> None:
     """sums[r] += scalars[r] * row over all i from `first` to `stop` (at least one), where step(i) = (scalars, row).
 
     Rows are `count` vectors wide. Sums are loaded before the loop and stored after it.
     """
-    signature = ir.FunctionType(VECTOR, [VECTOR] * 3)
-    muladd = cgutils.get_or_insert_function(b.module, signature, f"llvm.fmuladd.v{LANES}f32")
     places = [place for row in sums for place in _vectors(b, row, count)]
     start = [b.load(place, align=4) for place in places]
     before, body, after = b.block, b.append_basic_block("sum"), b.append_basic_block("store")
@@ -121,7 +124,8 @@ def _accumulate(b: Value, sums: list[Value], count: int, first: Value, stop: Val
         spread = b.insert_element(undefined, b.load(scalar), INT32(0))
         spread = b.shuffle_vector(spread, undefined, INDICES([0] * LANES))
         following += [
-            b.call(muladd, [spread, f, t]) for f, t in zip(factors, totals[r * count : (r + 1) * count], strict=True)
+            b.call(_muladd(b), [spread, f, t])
+            for f, t in zip(factors, totals[r * count : (r + 1) * count], strict=True)
         ]
     i_next = b.add(i, INT64(1))
     for phi, entering, returning in zip([i, *totals], [first, *start], [i_next, *following], strict=True):
@@ -195,13 +199,45 @@ def _transpose_block(context, source, source_width, target, target_width):
     return SIZE(ADDRESS, SIZE, ADDRESS, SIZE), emit
 
 
+def _finishing(with_residual: bool) -> Any:
+    """Make the intrinsic that changes one vector of results, in the order and rounding of torch's own operations."""
+
+    @intrinsic
+    def finish(context, out, scale, shift, residual, floor):
+        """out = max(out * scale + shift [+ residual], floor), not a number where it was."""
+
+        def emit(_context, b, _signature, args):
+            out, scale, shift, residual, floor = args
+            place, *others = [b.inttoptr(address, VECTOR.as_pointer()) for address in (out, scale, shift, residual)]
+            value, factor, term = (b.load(pointer, align=4) for pointer in (place, *others[:2]))
+            value = b.call(_muladd(b), [value, factor, term])
+            if with_residual:
+                value = b.fadd(value, b.load(others[2], align=4))
+            undefined = VECTOR(ir.Undefined)
+            least = b.shuffle_vector(b.insert_element(undefined, floor, INT32(0)), undefined, INDICES([0] * LANES))
+            b.store(b.select(b.fcmp_ordered("<", value, least), least, value), place, align=4)
+            return INT64(0)
+
+        return SIZE(ADDRESS, ADDRESS, ADDRESS, ADDRESS, types.float32), emit
+
+    return finish
+
+
+_finish, _finish_with_residual = _finishing(False), _finishing(True)
+
+
 # ---- Convolution ----------------------------------------------------------------------------------------------------
 
 
 @task
 def product(job):
-    """Compute output tiles, each for all columns or, where there are few tiles, for some."""
-    g = numba.carray(job, (14,))
+    """Compute output tiles, each for all columns or, where there are few tiles, for some.
+
+    Where `scale` is not 0 they are scaled, shifted and so on while they are in cache.
+    """
+    g = numba.carray(job, (18,))
+    scale, shift, residual = g[14], g[15], g[16]
+    floor = np.float32(0) if g[17] else np.float32(-np.inf)
     counter, rows, inputs, outputs, kernel, out = g[0], g[1], g[2], g[3], g[4], g[5]
     starts, tiles, offsets, width, columns, height, share, shares = g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]
     bounds = numba.carray(int64_at(starts), (tiles * offsets + 1,))
@@ -212,7 +248,8 @@ def product(job):
             return
         tile, left = number % tiles, number // tiles * share
         right = min(left + share, columns)
-        result[tile * TILE : min(tile * TILE + TILE, height), left:right] = 0
+        top, bottom = tile * TILE, min(tile * TILE + TILE, height)
+        result[top:bottom, left:right] = 0
         for k in range(offsets):
             first, stop = bounds[tile * offsets + k], bounds[tile * offsets + k + 1]
             for c in range(left, right, WIDEST * LANES):
@@ -221,6 +258,14 @@ def product(job):
                 for p in range(first, stop, BLOCK):
                     rest = min(BLOCK, stop - p)
                     _product_block(rest, count, rows, width, inputs, outputs, p, here, columns, there, columns)
+        if scale:
+            for row in range(top, bottom):
+                for c in range(left, right, LANES):
+                    place = 4 * (row * columns + c)
+                    if residual:
+                        _finish_with_residual(out + place, scale + 4 * c, shift + 4 * c, residual + place, floor)
+                    else:
+                        _finish(out + place, scale + 4 * c, shift + 4 * c, 0, floor)
 
 
 @task

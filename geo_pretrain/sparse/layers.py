@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from geo_pretrain.sparse import functional
 from geo_pretrain.sparse.backend import LOW_PRECISION
+from geo_pretrain.sparse.plain import Finish
 from geo_pretrain.sparse.tensor import SparseTensor
 
 
@@ -38,7 +41,7 @@ class _Convolution(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
+    def forward(self, x: SparseTensor, finish: Finish | None = None) -> SparseTensor:
         """Features [N, in_chans] -> [N', out_chans] on the same (stride 1), coarser or, transposed, finer voxels."""
         y = functional.convolve(
             x,
@@ -47,6 +50,7 @@ class _Convolution(nn.Module):
             stride=self.stride,
             dilation=self.dilation,
             transposed=self.transposed,
+            finish=finish,
         )
         if self.bias is None:
             return y
@@ -122,3 +126,41 @@ class ReLU(nn.Module):
         if not self.inplace:
             return functional.relu(x)
         return x.with_sorted_feats(torch.relu_(x.computed_feats), dtype=x.dtype)
+
+
+def normalized(
+    convolution: Any, norm: Any, x: Any, relu: nn.Module | None = None, residual: SparseTensor | None = None
+) -> Any:
+    """relu(norm(convolution(x)) + residual), the last two where given.
+
+    In inference on the CPU our layers do it in one pass over the features, unless a module is hooked or replaced.
+    """
+    if _is_one_pass(convolution, norm, relu, x) and (residual is None or residual.dtype == x.dtype):
+        bn, computed = norm.bn, x.computed_feats.dtype
+        if computed in LOW_PRECISION:
+            computed = torch.float32
+        weight, bias, mean, variance = (
+            t.to(computed) for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None
+        )
+        scale = weight * torch.rsqrt(variance + bn.eps)
+        added = None if residual is None else residual.computed_feats.to(computed)
+        return convolution(x, Finish(scale, torch.addcmul(bias, mean, scale, value=-1), added, relu is not None))
+    y = norm(convolution(x))
+    y = y if residual is None else y + residual
+    return y if relu is None else relu(y)
+
+
+def _is_one_pass(convolution: Any, norm: Any, relu: nn.Module | None, x: Any) -> bool:
+    """Whether nobody can tell the difference: no gradients, and no module hooked, replaced or training."""
+    modules = [convolution, norm, *([] if relu is None else [relu])]
+    if torch.is_grad_enabled() or type(norm) is not BatchNorm or x.computed_feats.device.type != "cpu":
+        return False  # also for layers of another library on its own tensors
+    bn = norm.bn
+    if norm.training or bn.training or bn.running_mean is None or bn.weight is None or convolution.bias is not None:
+        return False
+    classes = Conv3d, ConvTranspose3d, BatchNorm, ReLU, nn.BatchNorm1d
+    return not (_global_forward_hooks or _global_forward_pre_hooks) and all(
+        type(module) in classes
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        for module in (*modules, bn)
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,15 +10,41 @@ from torch import Tensor
 if TYPE_CHECKING:
     from geo_pretrain.sparse.maps import KernelMap
 
+
+class Finish(NamedTuple):
+    """What follows a convolution of inference, done as its results are stored: a norm [, a sum] [, a ReLU]."""
+
+    scale: Tensor  # [Cout]
+    shift: Tensor  # [Cout]
+    residual: Tensor | None = None  # [N_out, Cout]
+    relu: bool = False
+
+    def contiguous(self) -> Finish:
+        """The same with every tensor contiguous, as compiled code reads them."""
+        residual = None if self.residual is None else self.residual.contiguous()
+        return Finish(self.scale.contiguous(), self.shift.contiguous(), residual, self.relu)
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """Change rows [N_out, Cout] in place."""
+        torch.addcmul(self.shift, rows, self.scale, out=rows)
+        if self.residual is not None:
+            rows += self.residual
+        return rows.relu_() if self.relu else rows
+
+
 # A small map is quicker as one product with padding than offset by offset. What padding may cost, in multiply-adds an
 # offset: about the time of three calls, at the speed of the device.
 PADDING = {"cpu": 1.5e6, "cuda": 2e8}
 PADDED_BYTES = 1 << 28
 
 
-def sparse_conv_forward(feats: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
+def sparse_conv_forward(feats: Tensor, kernel: Tensor, kernel_map: KernelMap, finish: Finish | None = None) -> Tensor:
     """sum_k feats[table[:, k]] @ kernel[k]: [N_out, Cout], offset by offset or, for small maps, in one product."""
-    kernel = kernel.to(feats.dtype)
+    out = _products(feats, kernel.to(feats.dtype), kernel_map)
+    return out if finish is None else finish.apply(out)
+
+
+def _products(feats: Tensor, kernel: Tensor, kernel_map: KernelMap) -> Tensor:
     outputs, offsets = kernel_map.table.shape
     size = kernel.shape[1] * kernel.shape[2]
     padding = (outputs - kernel_map.count / offsets) * size

@@ -66,10 +66,10 @@ def calls(engine: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[in
     names, counts = ("sparse_conv_forward", "sparse_conv_wgrad"), [0, 0]
 
     def count(number: int, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def counted(feats: Tensor, other: Tensor, kernel_map: Any) -> Tensor:
+        def counted(feats: Tensor, *others: Any) -> Tensor:
             assert feats.dtype == torch.float32
             counts[number] += 1
-            return original(feats, other, kernel_map)
+            return original(feats, *others)
 
         return counted
 
