@@ -207,7 +207,7 @@ def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
 
 
 def means_folder(name_or_path: str | os.PathLike[str]) -> bool:
-    """A checkpoint folder wins over a name; a bare name means what lies here under it if the catalog lacks it."""
+    """Whether a folder is meant: one with a checkpoint, any path, or an existing folder that is no catalog name."""
     folder = Path(name_or_path).expanduser()
     if (folder / CONFIG).is_file() or not isinstance(name_or_path, str):
         return True

@@ -276,7 +276,7 @@ class _Shape:
             raise ValueError(f"output_stride={stride} dilates a lone encoder; the decoder needs stride 32. Drop one.")
 
     def contract(self, source: Checkpoint | Entry) -> ImageContract | VoxelContract:
-        """The input contract of the network: that of pre-training, with the requested number of channels."""
+        """The input contract of pre-training, adapted to the requested number of channels."""
         return source.contract if self.in_chans is None else source.contract.with_channels(self.in_chans)
 
 
@@ -365,7 +365,7 @@ def _relative(value: Tensor, expected: Tensor) -> float:
 
 
 def _fetch_pair(name_or_folder: str | os.PathLike[str], where: hubs.Where) -> Checkpoint:
-    """A checkpoint with the files of both its networks."""
+    """Fetch the files of both networks of a checkpoint."""
     opened = hubs.open(name_or_folder, **where)
     if opened.pairing is None:
         raise CheckpointError(
@@ -376,7 +376,7 @@ def _fetch_pair(name_or_folder: str | os.PathLike[str], where: hubs.Where) -> Ch
 
 
 def _joined(checkpoint: Checkpoint, network: Any) -> FeaturePair:
-    """The pair of a checkpoint, with `network`, loaded from it, in the place of the one it is named for."""
+    """Build the pair of a checkpoint from its network, which is loaded already, and the partner's stored weights."""
     pairing = checkpoint.pairing
     assert pairing is not None
     heads = read_weights(checkpoint, "heads") if "heads" in pairing.roles() else {}

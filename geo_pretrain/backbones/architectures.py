@@ -130,7 +130,7 @@ class Arch:
 
     @property
     def encoder_alone(self) -> Arch:
-        """The network's encoder; the network itself where it is one or comes in one piece."""
+        """The `Arch` of the encoder alone; of the whole network where it is an encoder or comes in one piece."""
         encoder = self.architecture.encoder
         if encoder is None:
             return self

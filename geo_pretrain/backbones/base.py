@@ -26,7 +26,7 @@ class Backbone(nn.Module):
 
 
 def choose_maps(maps: Sequence[T], indices: int | Sequence[int] | None) -> list[T]:
-    """The maps that `forward_intermediates` is asked for: those at indices, a number n for the last n, None for all."""
+    """Select maps for `forward_intermediates`: at the given indices, the last n for a number n, all for None."""
     count = len(maps)
     if indices is None:
         return list(maps)

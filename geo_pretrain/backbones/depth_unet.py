@@ -4,7 +4,7 @@ Janda et al. pre-train "the ResUNet of Godard et al." to give 16 features for ea
 the plainest reading: the depth network of Godard et al., "Digging Into Self-Supervised Monocular Depth Estimation",
 ICCV 2019, with one linear 3x3 head of 16 channels at full resolution in place of its disparity heads. Written from its
 description; their code, whose license is non-commercial, was not used. `width` scales every layer: 64 is the real
-network, 8 a tiny twin for tests.
+network, 8 a tiny version for tests.
 """
 
 from __future__ import annotations

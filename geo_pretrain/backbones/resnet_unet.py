@@ -2,7 +2,7 @@
 
 Hou et al., "Pri3D: Can 3D Priors Help 2D Representation Learning?", ICCV 2021 (network written from its description).
 Blocks are torchvision's, so encoder weights move to and from torchvision without renaming; decoder keys are those of
-the published checkpoints. `width` scales every layer: 64 is the real network, 8 a tiny twin for tests.
+the published checkpoints. `width` scales every layer: 64 is the real network, 8 a tiny version for tests.
 """
 
 from __future__ import annotations

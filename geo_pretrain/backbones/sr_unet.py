@@ -2,7 +2,7 @@
 
 Choy et al., "4D Spatio-Temporal ConvNets", CVPR 2019 (the family Res16UNet); Xie et al., "PointContrast", ECCV 2020
 (the variant 34C). Written from their description; names and shapes are those of the published checkpoints in
-MinkowskiEngine 0.5's layout. `width` scales every layer: 32 is the real network, 16 a toy, 8 a tiny twin for tests.
+MinkowskiEngine 0.5's layout. `width` scales every layer: 32 is the real network, 16 a toy, 8 a tiny version for tests.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _ap(task: str, dataset: str, table: str, ap50: float, ap75: float, ap: float
 
 
 def miou(dataset: str, table: str, value: float, task: str = SEGMENTATION) -> Result:
-    """One value of semantic segmentation."""
+    """The reported mIoU of semantic segmentation on a data set."""
     return Result(task, dataset, "mIoU", value, table)
 
 

@@ -137,7 +137,7 @@ class _Search:
         raise _failed(self.request.name, failures) from next(reversed(failures.values()), None)
 
     def failed(self, error: Exception) -> _Search:
-        """The search after the source that was opened last failed, too."""
+        """Record that the source opened last has failed, and return the search among those after it."""
         return replace(self, failures={**self.failures, self.current: error})
 
 

@@ -190,7 +190,7 @@ def _make(entry: Entry, file: AuthorsFile, folder: Path, cache_dir: Path, progre
 
 
 def _download_checked(file: AuthorsFile, part: Path, cache_dir: Path, progress: Progress | None) -> str:
-    """Download a file and compare its digest with the catalog's or that of the first use; retry once."""
+    """Download a file and compare its digest with the catalog's or the first use's; retry once."""
     known = file.sha256 or read_digests(cache_dir).get(file.url, {}).get("sha256")
     for _ in range(2):
         digest = download(file.url, part, limit=file.size, progress=progress)

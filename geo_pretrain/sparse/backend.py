@@ -60,7 +60,7 @@ def warn_once(dtype: torch.dtype) -> None:
 
 @cache
 def _has_numba() -> bool:
-    """Looked up once: every convolution asks, and an absent library is searched for in every folder of sys.path."""
+    """Whether numba is installed; cached, since every convolution asks and the search of sys.path takes long."""
     return importlib.util.find_spec("numba") is not None
 
 

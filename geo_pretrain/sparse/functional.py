@@ -190,7 +190,7 @@ def _kernels(feats: Tensor) -> ModuleType:
 
 
 def _output_dtype(x: SparseTensor, kernel: Tensor) -> torch.dtype:
-    """The dtype of a convolution's features: autocast's, or that of features and kernel."""
+    """The dtype of a convolution's output: autocast's, or else the dtype of features and kernel."""
     device = x.computed_feats.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # as torch: doubles stay
         return torch.get_autocast_dtype(device)
@@ -211,7 +211,7 @@ def _operands(x: SparseTensor, kernel: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def _as_given(rows: Tensor) -> AbstractContextManager[Any]:
-    """Products in the dtype of the operands, also within autocast, which would cast them again."""
+    """Switch autocast off: operands have the right dtype already and would be cast again."""
     device = rows.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 

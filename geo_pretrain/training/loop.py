@@ -44,7 +44,7 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many steps a run takes, and how big one is."""
+    """The number of steps of a run, and the samples and micro-batches of each."""
 
     steps: int
     batch: int  # samples a step, of all processes together
@@ -101,7 +101,7 @@ class TrainingTask(ABC):
         return {}
 
     def restore(self, extras: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take `extras` of a saved state back."""
+        """Restore the task from a saved state, which has the entries of `extras`."""
 
     def evaluation_due(self, step: int) -> bool:
         """Whether `evaluate` is to be called after this step (1, 2, ...), in all processes."""
@@ -206,7 +206,7 @@ def fit(
 
 @dataclass
 class _Loop:
-    """One sitting of a run."""
+    """The part of a run that one process takes: from the start or a saved state to the end or a request to stop."""
 
     task: TrainingTask
     world: World
@@ -354,7 +354,7 @@ def _save(run: RunFolder, task: TrainingTask, world: World, progress: Progress) 
 
 
 def _restore(run: RunFolder, task: TrainingTask, world: World, progress: Progress) -> None:
-    """Go on from the saved state, if there is one."""
+    """Load the saved state into task and progress, if there is one."""
     state = run.load()
     if state is not None:
         _check_identity(run, state.get("identity", state), task, world)  # once these keys lay in the state itself

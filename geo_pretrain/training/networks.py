@@ -203,7 +203,7 @@ class Segmenter(nn.Module):
 
 
 def _aux_head(channels: int, classes: int) -> nn.Sequential:
-    """PSPNet's: 3x3 to a quarter of the channels, norm, dropout 0.1, 1x1."""
+    """PSPNet's auxiliary head: 3x3 to a quarter of the channels, norm, dropout 0.1, 1x1."""
     inner = channels // 4
     return nn.Sequential(
         nn.Conv2d(channels, inner, kernel_size=3, padding=1, bias=False),

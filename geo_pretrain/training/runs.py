@@ -128,7 +128,7 @@ def run_lock(out: Path, what: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """An event set by the first SIGINT or SIGTERM; a second signal acts at once, as if this were not here."""
+    """An event set by the first SIGINT or SIGTERM; a second signal acts at once, as without this handler."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -110,7 +110,7 @@ class ImageExtractor(FeatureExtractor):
 
     @torch.no_grad()
     def extract_frame(self, frame: Frame) -> Features:
-        """Each pixel has the cell of the map that covers it; a cell stands for its center."""
+        """Assign each pixel the cell of the map that covers it; a cell's position is its center."""
         features = self.maps(frame.color)[self.level or 0]
         (height, width), (h, w) = frame.depth.shape, features.shape[-2:]
         index = _cells(height, h)[:, None] * w + _cells(width, w)
@@ -159,7 +159,7 @@ class CloudExtractor(FeatureExtractor):
         self.eval()
 
     def extract_frame(self, frame: Frame) -> Features:
-        """Each pixel with a depth has the voxel of the frame's own cloud that it falls into."""
+        """Assign each pixel with a depth the voxel of the frame's own cloud that it falls into."""
         features = self.extract_surface(cloud_of(frame), [])
         index = np.full(frame.depth.shape, -1, np.int64)
         index[frame.depth > 0] = features.index

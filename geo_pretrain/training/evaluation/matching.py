@@ -196,7 +196,7 @@ def _match_clouds(
     queries: int,
     seed: int,
 ) -> Matches:
-    """Match voxels of cloud 1 with a counterpart in cloud 2 among all its voxels; each stands for its first point."""
+    """Match voxels of cloud 1 with a counterpart in cloud 2 among all its voxels; a voxel lies at its first point."""
     generator, voxel_size = torch.Generator().manual_seed(seed), extractor.voxel_size
     features1, features2 = (_extract_rotated(extractor, frame, turn, generator) for frame in (frame1, frame2))
     world1, world2 = features1.positions, features2.positions

@@ -54,7 +54,7 @@ class DetectionOptions(Ranged):
 
 
 class DetectorSetup:
-    """What a recipe and the weights that it starts from make of a detector."""
+    """The options, deviations and construction of a detector, from a recipe and its start weights."""
 
     def __init__(self, recipe: FinetuneRecipe, start: PretrainedInit, classes: int, contract: ImageContract) -> None:
         self.options = detection_options(recipe)

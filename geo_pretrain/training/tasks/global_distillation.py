@@ -57,7 +57,9 @@ class Config(TaughtConfig):
 
 
 class GlobalDistillation(TaughtByImages):
-    """One feature of a cloud against one of its image. Heads: `head.*` of the student; crd: `key.*` of the teacher.
+    """Compares one feature of a whole cloud with one of its image.
+
+    Heads: `head.*` of the student, and for crd `key.*` of the teacher.
 
     The student's decoder never runs. It is frozen: with gradients of 0, weight decay would shrink it to nothing.
     """

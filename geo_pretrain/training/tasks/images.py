@@ -33,7 +33,7 @@ class ImageTask(PretextTask):
         initialize_encoder(self.backbone, self.recipe.network2d())
 
     def arguments(self, source: Source, pairs: list[Pair]) -> tuple[Source, list[Pair], DataSpec, ImageContract, int]:
-        """What all kinds of samples of images take first."""
+        """The first arguments of all image samples: source, pairs, data section, contract and seed."""
         return source, pairs, self.recipe.data, self.contract, self.recipe.seed
 
 
