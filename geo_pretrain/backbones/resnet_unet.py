@@ -249,7 +249,7 @@ def _feature_info(width: int, expansion: int, output_stride: int, out_indices: S
 def _initialize(encoder: nn.Module) -> None:
     """Draw convolutions from N(0, sqrt(2 / (k * k * out channels))), as torchvision and Pri3D do."""
     for module in encoder.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # drawing nothing takes torch milliseconds
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
