@@ -3,7 +3,7 @@
     python -m benchmarks.reliability
 
 Runs the tables of tests/hub/test_faults*.py (loopback servers that imitate the hosts, real processes, real disks) and
-the hostile files of tests/hub/hostile.py. Writes benchmarks/results/reliability.json and benchmarks/reliability.md. As
+the hostile files of tests/hub/hostile/. Writes benchmarks/results/reliability.json and benchmarks/reliability.md. As
 root it mounts small disks, to fill them and to make them read-only.
 """
 

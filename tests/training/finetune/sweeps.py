@@ -74,7 +74,7 @@ class Written:
 
 
 def write_run(recipe, backbone, out: Path, score, how) -> None:
-    """The parts of a finished run's folder that a sweep reads, as finetune.py documents them."""
+    """The parts of a finished run's folder that a sweep reads, see `finetune.folder`."""
     scores = {how.metric: score, "accuracy": 0.9}
     measured = {"step": 2, "scores": scores, "per_class": {"iou": {}}, "details": {}}
     fraction = recipe.data.fraction
