@@ -88,67 +88,74 @@ for _name in ENCODERS:
     smp.encoders.encoders[PREFIX + _name] = {**smp.encoders.encoders[_name], **_settings}
 
 
-def unet(name: Name, *, num_classes: int, output_stride: int = 32, **options: Any) -> Any:
+def unet(
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 32, **options: Any
+) -> Any:
     """`smp.Unet`: [B, C, H, W] -> logits [B, num_classes, H, W], any size from 32 x 32 pixels up.
 
     This is smp's U-Net around our encoder. Pri3D's own, whose decoder is pre-trained as well, is
     `load_backbone(name, decoder=True)`.
     """
-    return _build(smp.Unet, name, num_classes, _stride(output_stride, 32, 16, 8), **options)
+    return _build(smp.Unet, name, num_classes, pretrained, freeze, _stride(output_stride, 32, 16, 8), options)
 
 
-def unetplusplus(name: Name, *, num_classes: int, output_stride: int = 32, **options: Any) -> Any:
+def unetplusplus(
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 32, **options: Any
+) -> Any:
     """`smp.UnetPlusPlus`: [B, C, H, W], sides multiples of 32 -> logits [B, num_classes, H, W]. Stride 32 only."""
-    return _build(smp.UnetPlusPlus, name, num_classes, _stride(output_stride, 32), **options)
+    return _build(smp.UnetPlusPlus, name, num_classes, pretrained, freeze, _stride(output_stride, 32), options)
 
 
-def fpn(name: Name, *, num_classes: int, output_stride: int = 32, **options: Any) -> Any:
+def fpn(
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 32, **options: Any
+) -> Any:
     """`smp.FPN`: [B, C, H, W], sides multiples of 32 -> logits [B, num_classes, H, W]. Stride 32 only."""
-    return _build(smp.FPN, name, num_classes, _stride(output_stride, 32), **options)
+    return _build(smp.FPN, name, num_classes, pretrained, freeze, _stride(output_stride, 32), options)
 
 
-def upernet(name: Name, *, num_classes: int, output_stride: int = 32, **options: Any) -> Any:
+def upernet(
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 32, **options: Any
+) -> Any:
     """`smp.UPerNet`: [B, C, H, W], sides multiples of the stride -> logits [B, num_classes, H, W]."""
-    return _build(smp.UPerNet, name, num_classes, _stride(output_stride, 32, 16, 8), **options)
+    return _build(smp.UPerNet, name, num_classes, pretrained, freeze, _stride(output_stride, 32, 16, 8), options)
 
 
-def pspnet(name: Name, *, num_classes: int, output_stride: int = 8, **options: Any) -> Any:
+def pspnet(
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 8, **options: Any
+) -> Any:
     """`smp.PSPNet` on the whole encoder at stride 8, as its paper has it: logits [B, num_classes, H, W].
 
     smp's default ends after layer2, where most of the weights (94 % of a ResNet-50's) have not been used yet. Sides are
     multiples of the stride.
     """
     stride = _stride(output_stride, 8, 16, 32)
-    return _build(smp.PSPNet, name, num_classes, stride, **{"upsampling": stride, **options})
+    options = {"upsampling": stride, **options}
+    return _build(smp.PSPNet, name, num_classes, pretrained, freeze, stride, options)
 
 
-def deeplabv3(name: Name, *, num_classes: int, output_stride: int = 16, **options: Any) -> Any:
+def deeplabv3(
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 16, **options: Any
+) -> Any:
     """`smp.DeepLabV3`: [B, C, H, W], sides multiples of the stride 16 or 8 -> logits [B, num_classes, H, W].
 
     Atrous rates are (6, 12, 18) at stride 16 and twice that at 8, unless `decoder_atrous_rates` says otherwise.
     """
     stride = _stride(output_stride, 16, 8)
     options = {"decoder_atrous_rates": ATROUS_RATES[stride], **options}
-    return _build(smp.DeepLabV3, name, num_classes, stride, **options)
+    return _build(smp.DeepLabV3, name, num_classes, pretrained, freeze, stride, options)
 
 
-def deeplabv3plus(name: Name, *, num_classes: int, output_stride: int = 16, **options: Any) -> Any:
+def deeplabv3plus(
+    name: Name, *, num_classes: int, pretrained: bool = True, freeze: int = 0, output_stride: int = 16, **options: Any
+) -> Any:
     """`smp.DeepLabV3Plus`: as `deeplabv3`, with the map of layer1 and separable convolutions in the decoder."""
     stride = _stride(output_stride, 16, 8)
     options = {"decoder_atrous_rates": ATROUS_RATES[stride], **options}
-    return _build(smp.DeepLabV3Plus, name, num_classes, stride, **options)
+    return _build(smp.DeepLabV3Plus, name, num_classes, pretrained, freeze, stride, options)
 
 
 def _build(
-    host: Any,
-    name: Name,
-    num_classes: int,
-    output_stride: int,
-    /,
-    *,
-    pretrained: bool = True,
-    freeze: int = 0,
-    **options: Any,
+    host: Any, name: Name, num_classes: int, pretrained: bool, freeze: int, output_stride: int, options: dict[str, Any]
 ) -> Any:
     title = f"smp.{host.__name__}"
     signature = inspect.signature(host.__init__).parameters.values()
@@ -173,6 +180,7 @@ def _build(
 
 
 def _preprocessing(contract: ImageContract) -> dict[str, Any]:
+    """The contract as the parameters of smp's preprocessing."""
     return {
         "input_space": "RGB" if contract.channels == ("R", "G", "B") else "+".join(contract.channels),
         "input_range": list(contract.value_range),

@@ -10,7 +10,7 @@ The networks carry `contract`, `transforms` and `load_report` as plain attribute
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -48,7 +48,6 @@ UNDILATED = ("resnet18", "resnet34")  # torchvision refuses to dilate their basi
 FROZEN = 2  # stages, as Detectron2 and torchvision freeze under pre-trained weights
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
 SLACK = 0.05  # beyond [0, 1], for resampling that overshoots
-SEGMENTATION_OPTIONS = ("num_classes", "pretrained", "freeze", "output_stride", "aux_loss")
 OURS = {  # what torchvision calls otherwise or what is not free here
     "weights": "use pretrained=True or False, and load_state_dict for a whole network",
     "weights_backbone": "use pretrained=True or False",
@@ -91,30 +90,39 @@ def deeplabv3(
     name: Name,
     *,
     num_classes: int,
+    pretrained: bool = True,
+    freeze: int = 0,
     output_stride: int = 16,
+    aux_loss: bool = False,
     atrous_rates: Sequence[int] | None = None,
     **options: Any,
 ) -> DeepLabV3:
-    """torchvision's DeepLabV3: [B, C, H, W] -> {"out": logits [B, num_classes, H, W]}, and "aux" with `aux_loss=True`.
+    """torchvision's DeepLabV3: [B, C, H, W] -> {"out": logits [B, num_classes, H, W]}, and "aux" with `aux_loss`.
 
     Atrous rates are (6, 12, 18) at stride 16 and twice that at 8, unless given. torchvision's own builder has stride 8,
     and ResNet-50 and deeper; here shallower ones are dilated, too, by the same rule.
     """
-
-    def head(channels: int) -> nn.Module:
-        return DeepLabHead(channels, num_classes, atrous_rates or ATROUS_RATES[output_stride])
-
-    network: DeepLabV3 = _segmentation(DeepLabV3, name, num_classes, output_stride, head, **options)
+    encoder = _segmentation_encoder("DeepLabV3", name, num_classes, pretrained, freeze, output_stride, options)
+    rates = ATROUS_RATES[output_stride] if atrous_rates is None else atrous_rates
+    head = DeepLabHead(_channels(encoder, 4), num_classes, rates)
+    network: DeepLabV3 = equip(DeepLabV3(*_segmentation_parts(encoder, head, num_classes, aux_loss)), encoder, freeze)
     return network
 
 
-def fcn(name: Name, *, num_classes: int, output_stride: int = 8, **options: Any) -> FCN:
+def fcn(
+    name: Name,
+    *,
+    num_classes: int,
+    pretrained: bool = True,
+    freeze: int = 0,
+    output_stride: int = 8,
+    aux_loss: bool = False,
+    **options: Any,
+) -> FCN:
     """torchvision's FCN: [B, C, H, W] -> {"out": logits [B, num_classes, H, W]}, and "aux" (layer3) with `aux_loss`."""
-
-    def head(channels: int) -> nn.Module:
-        return FCNHead(channels, num_classes)
-
-    network: FCN = _segmentation(FCN, name, num_classes, output_stride, head, **options)
+    encoder = _segmentation_encoder("FCN", name, num_classes, pretrained, freeze, output_stride, options)
+    head = FCNHead(_channels(encoder, 4), num_classes)
+    network: FCN = equip(FCN(*_segmentation_parts(encoder, head, num_classes, aux_loss)), encoder, freeze)
     return network
 
 
@@ -139,51 +147,51 @@ def faster_rcnn(
     stem would make a poor baseline of it. `freeze` and `norm` say otherwise for either.
     `pyramid`: channels of the feature pyramid and of the heads' input.
     """
-    options |= {"pretrained": pretrained, "freeze": freeze, "norm": norm, "pyramid": pyramid}
-    network: FasterRCNN = _detector(FasterRCNN, name, num_classes, **options)
+    network: FasterRCNN = _detector(FasterRCNN, name, num_classes, pretrained, freeze, norm, pyramid, options)
     return network
 
 
-def mask_rcnn(name: Name, *, num_classes: int, **options: Any) -> MaskRCNN:
-    """torchvision's Mask R-CNN on a feature pyramid (FPN); all options are those of `faster_rcnn`, with masks."""
-    network: MaskRCNN = _detector(MaskRCNN, name, num_classes, **options)
-    return network
-
-
-def _segmentation(
-    host: Any,
+def mask_rcnn(
     name: Name,
-    num_classes: int,
-    output_stride: int,
-    head: Callable[[int], nn.Module],
-    /,
     *,
+    num_classes: int,
     pretrained: bool = True,
-    freeze: int = 0,
-    aux_loss: bool = False,
+    freeze: int | None = None,
+    norm: Literal["frozen", "batch"] | None = None,
+    pyramid: int = PYRAMID,
     **options: Any,
+) -> MaskRCNN:
+    """torchvision's Mask R-CNN on a feature pyramid (FPN); everything as in `faster_rcnn`, with masks."""
+    network: MaskRCNN = _detector(MaskRCNN, name, num_classes, pretrained, freeze, norm, pyramid, options)
+    return network
+
+
+def _segmentation_encoder(
+    host: str, name: Name, num_classes: int, pretrained: bool, freeze: int, output_stride: int, options: dict[str, Any]
 ) -> Any:
-    title = f"torchvision's {host.__name__}"
-    load, _ = split_options(title, options, SEGMENTATION_OPTIONS, OURS)
+    own = ("num_classes", "pretrained", "freeze", "output_stride", "aux_loss")
+    load, _ = split_options(f"torchvision's {host}", options, own, OURS)
     check_request(num_classes, freeze)
-    encoder = load_encoder(name, title, pretrained=pretrained, output_stride=output_stride, **load)
+    return load_encoder(name, f"torchvision's {host}", pretrained=pretrained, output_stride=output_stride, **load)
+
+
+def _segmentation_parts(
+    encoder: ImageEncoder, head: nn.Module, num_classes: int, aux_loss: bool
+) -> tuple[nn.Module, nn.Module, nn.Module | None]:
     layers = {"layer4": "out"} | ({"layer3": "aux"} if aux_loss else {})
     aux = FCNHead(_channels(encoder, 3), num_classes) if aux_loss else None
-    network = host(IntermediateLayerGetter(_host(encoder), layers), head(_channels(encoder, 4)), aux)
-    return equip(network, encoder, freeze)
+    return IntermediateLayerGetter(_host(encoder), layers), head, aux
 
 
 def _detector(
     host: Any,
     name: Name,
     num_classes: int,
-    /,
-    *,
-    pretrained: bool = True,
-    freeze: int | None = None,
-    norm: str | None = None,
-    pyramid: int = PYRAMID,
-    **options: Any,
+    pretrained: bool,
+    freeze: int | None,
+    norm: str | None,
+    pyramid: int,
+    options: dict[str, Any],
 ) -> Any:
     title = f"torchvision's {host.__name__}"
     accepted = {"size_divisible", "fixed_size"}  # of its transform
@@ -244,4 +252,5 @@ def _host(encoder: Any, num_classes: int = 1, norm_layer: type[nn.Module] = nn.B
 
 
 def _channels(encoder: ImageEncoder, stage: int) -> int:
+    """Channels of the output of layer1 to layer4."""
     return int(encoder.feature_info[stage]["num_chs"])
