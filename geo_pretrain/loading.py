@@ -100,14 +100,13 @@ def load_backbone(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> ResNetEncoder | ResNetUNet | SRUNet:
-    """A pre-trained network in evaluation mode: for images the encoder, or with `decoder=True` the whole U-Net; for
-    points the sparse U-Net.
+    """Load a pre-trained network: the encoder or, with `decoder=True`, the U-Net for images; a sparse U-Net for points.
 
-    The encoder maps [B, 3, H, W] to five maps at strides 2, 4, 8, 16, 32 (those in `out_indices`); its U-Net gives
-    dense features [B, C, H/2, W/2]. The sparse U-Net takes points through `.encode_points(points, features)`, or a
-    `SparseTensor`; `.forward_intermediates(x)` gives its maps too. `.transforms` turns an image or points into input,
-    `.contract` says what that is, `.feature_info` describes the maps, `.load_report` what was loaded. Call `.train()`
-    to fine-tune.
+    It comes in evaluation mode; call `.train()` to fine-tune. The encoder maps [B, 3, H, W] to five maps at strides 2,
+    4, 8, 16, 32 (those in `out_indices`); its U-Net gives dense features [B, C, H/2, W/2]. The sparse U-Net takes
+    points through `.encode_points(points, features)`, or a `SparseTensor`; `.forward_intermediates(x)` gives its maps
+    too. `.transforms` turns an image or points into input, `.contract` says what that is, `.feature_info` describes
+    the maps, `.load_report` what was loaded.
 
     `name_or_folder`, `hub`, `revision`, `cache_dir`, `local_files_only`: see `hub.open`. `pretrained=False` builds the
     network with a random start; for a name of the catalog no file is needed. `in_chans` other than that of the

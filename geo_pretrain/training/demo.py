@@ -1,6 +1,6 @@
 """The demo, minutes on a CPU: rooms -> pairs -> Pri3D (view) -> checkpoint -> load_backbone -> matching, segmentation.
 
-Everything runs through the doors that users take: the recipe `pri3d_view_r18.rooms_toy`, the engine, a hub folder
+Everything runs through the doors that users take: the recipe `pri3d_view_r18.rooms_toy`, the loop, a hub folder
 and `load_backbone` by name.
 """
 

@@ -43,8 +43,8 @@ def coco_report(
 
     Under "classes" the same of each class by name, without classes that the truth lacks.
 
-    `truth` is COCO's tree (images, annotations, categories), as `data.export.coco_json` makes it; each detection is
-    {image_id, category_id, score} with a bbox [x, y, width, height] or a segmentation (run lengths or polygons), the
+    `truth` is COCO's tree (images, annotations, categories) as `labelled.export.coco_json` makes it; each detection
+    is {image_id, category_id, score} with a bbox [x, y, width, height] or a segmentation (run lengths or polygons), the
     one that `kind` needs. Crowds are neither found nor missed; detections inside them count for nothing.
     Raises `DataError` when there is no object to find, and for detections that are not of this truth.
     """
