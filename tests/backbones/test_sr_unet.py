@@ -420,5 +420,8 @@ def test_forward_intermediates_of_image_networks_is_timms(decoder):
 
 
 def test_load_pair_names_the_arguments_it_takes():
-    with pytest.raises(TypeError, match=r"load_pair\(\) got an unexpected keyword argument .in_chans.; accepted: device, dtype, hub, revision"):
+    with pytest.raises(
+        TypeError,
+        match=r"load_pair\(\) got an unexpected keyword argument .in_chans.; accepted: device, dtype, hub, revision",
+    ):
         load_pair("ppkt_srunet34", in_chans=4)
