@@ -171,7 +171,7 @@ def test_a_filter_splits_the_catalog_without_rest(key: str):
 
 
 def slowly(key: str, value: str, entry: Entry) -> bool:
-    """The filters, spelt out."""
+    """The filters, spelled out."""
     if key == "license":
         groups = {"permissive": PERMISSIVE, "non-commercial": NON_COMMERCIAL}
         return entry.license.weights == value or entry.license.weights in groups.get(value, ())
@@ -202,7 +202,7 @@ def test_a_pattern_finds_what_a_regular_expression_finds(pattern: str):
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(NAMES), st.integers(0, 40), st.sampled_from("xq7"))
-def test_a_misspelt_name_is_told_the_right_one(name: str, place: int, letter: str):
+def test_a_misspelled_name_is_told_the_right_one(name: str, place: int, letter: str):
     """One letter more anywhere: the name meant is among the three nearest."""
     from geo_pretrain import backbone_info
 

@@ -170,8 +170,8 @@ def _grain(point: Tensor, along: Tensor, seed: Tensor, scale: Tensor, footprint:
     width = footprint / scale
     rings = 0.5 + 0.5 * torch.sin(2 * math.pi * (q[:, 0] + q[:, 1] + q[:, 2] + 1.6 * noise(q * 0.7)))
     keep = (1.5 - 2 * width).clamp(0, 1)
-    fibre = fbm(q * 6, width * 6)
-    return (0.45 + keep * (0.35 * (rings - 0.5)) + 0.6 * (fibre - 0.5)).clamp(0, 1)
+    fiber = fbm(q * 6, width * 6)
+    return (0.45 + keep * (0.35 * (rings - 0.5)) + 0.6 * (fiber - 0.5)).clamp(0, 1)
 
 
 def _tiles(s: Surface) -> Tensor:

@@ -269,7 +269,7 @@ def test_images_with_nothing_but_crowds_are_dropped_on_demand(written):
         source.ids()
 
 
-def test_grey_images_become_color(written):
+def test_gray_images_become_color(written):
     path = written[0] / "val2017" / "000000000007.jpg"
     Image.open(path).convert("L").save(path)
     assert open_labelled("coco", written[0], "val", task="detection").load("7").image.shape == (30, 40, 3)
