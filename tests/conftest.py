@@ -27,6 +27,23 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     atexit.register(gc.unfreeze)  # or libraries take what they made for leaked
 
 
+# Files with tests of ten seconds and more: begun first, so that no core waits for them at the end.
+LONG = (
+    "test_adding.py",
+    "test_cli_bench.py",
+    "test_demo.py",
+    "test_fast.py",
+    "test_layouts.py",
+    "test_loop.py",
+    "test_pri3d_geo.py",
+    "test_processes.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Rooms rendered by one test worker serve the others; nothing of the user's cache is read or written."""

@@ -201,18 +201,17 @@ assert {compiles} == ("numba" in sys.modules), "numba"
 """
 
 
-def test_machine_code_is_compiled_once_and_then_runs_without_numba(tmp_path):
-    settings = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "GEO_PRETRAIN_SPARSE": "fast"}
-
-    def start(compiles: bool) -> None:
-        subprocess.run([sys.executable, "-c", WARM.format(compiles=compiles)], env=settings, check=True)
-
-    start(compiles=True)
-    start(compiles=False)
-    (kept,) = tmp_path.iterdir()
-    kept.write_bytes(kept.read_bytes()[:-100])  # a damaged file is compiled anew
-    start(compiles=True)
-    start(compiles=False)
+def test_machine_code_is_compiled_once_and_then_runs_without_numba(monkeypatch, tmp_path):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("GEO_PRETRAIN_SPARSE", "fast")
+    assert compiled._kept() is None
+    (path,) = compiled._paths()
+    path.write_bytes(b"damaged" * 10_000)  # is as good as none
+    for compiles in (True, False):
+        subprocess.run([sys.executable, "-c", WARM.format(compiles=compiles)], check=True)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    path.write_bytes(path.read_bytes()[:-100])  # cut off
+    assert compiled._kept() is None
 
 
 def test_the_processor_and_the_sources_name_the_file_of_machine_code(monkeypatch, tmp_path):
