@@ -32,15 +32,7 @@ from urllib.parse import quote, urldefrag, urljoin, urlsplit
 
 from geo_pretrain import __version__
 from geo_pretrain.errors import HubError, NotThere, first_line
-from geo_pretrain.hub.links import (
-    WebPage,
-    confirmed_link,
-    direct_link,
-    google_refusal,
-    host,
-    is_google,
-    is_loopback,
-)
+from geo_pretrain.hub.links import WebPage, confirmed_link, direct_link, google_refusal, host, is_google, is_loopback
 
 CACHE_VARIABLE, MIRROR_VARIABLE = "GEO_PRETRAIN_CACHE", "GEO_PRETRAIN_MIRROR"
 TIMEOUT_VARIABLE = "GEO_PRETRAIN_TIMEOUT"

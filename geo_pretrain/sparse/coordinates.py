@@ -69,9 +69,14 @@ def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.full((count,), len(rows), dtype=torch.int64, device=rows.device)
     first = first.scatter_reduce(0, group, positions, reduce="amin")
     index, order = torch.sort(first)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(count, device=rows.device)
-    return index, rank[group]
+    return index, inverted(order)[group]
+
+
+def inverted(permutation: Tensor) -> Tensor:
+    """The inverse of a permutation, int64 [N]."""
+    places = torch.empty_like(permutation)
+    places[permutation] = torch.arange(len(permutation), device=permutation.device)
+    return places
 
 
 def _pack(rows: Tensor) -> Tensor | None:

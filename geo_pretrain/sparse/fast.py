@@ -1,6 +1,6 @@
-"""The sparse convolution and its weight gradient on the CPU in float32, compiled by numba (extra `fast`).
+"""Sparse convolution, its weight gradient and neighbor search on the CPU, compiled by numba (extra `fast`).
 
-The same functions as in `plain`, their twins in torch. What makes these fast:
+The functions of a convolution are those of `plain`, their twins in torch, in float32. What makes these fast:
 
 * Pairs (input row, output row) are listed once a map, by tile of output rows and then by offset. A tile belongs to one
   thread: no atomics on features, no locks, and results do not depend on the number of threads.
@@ -14,6 +14,7 @@ The compiled tasks stand in `kernels`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -107,6 +108,21 @@ def sparse_conv_wgrad(feats: Tensor, grad: Tensor, kernel_map: KernelMap) -> Ten
     sizes = pairs.tiles, offsets, width, padded, HEIGHT, shares, group
     run("gradient", *addresses, pairs.starts.ctypes.data, *sizes)
     return out[..., :columns].contiguous() if padded > columns else out
+
+
+def neighbors(coords: Tensor, stride: int, offsets: Sequence[Sequence[int]], *, symmetric: bool) -> Tensor:
+    """int32 [N, K]: the row at each offset (x, y, z), in strides, from each row; -1 where there is none.
+
+    `coords` int32 [N, 4] are unique and multiples of `stride`; they are searched for in a hash table. `symmetric`: the
+    offsets of a centered kernel. If b is a's neighbor then a is b's on the other side, which saves half of the search.
+    """
+    coords, moves = coords.contiguous(), np.array(offsets, np.int64) * stride
+    slots = np.empty(1 << max(4, (3 * len(coords)).bit_length()), np.int32)
+    table = coords.new_full((len(coords), len(moves)), -1)
+    shared = coords.data_ptr(), len(coords), stride, slots.ctypes.data, len(slots)
+    run("insert", *shared)
+    run("find", *shared, moves.ctypes.data, len(moves), int(symmetric), table.data_ptr())
+    return table
 
 
 def _check(rows: Tensor, other: Tensor, inputs: int) -> None:

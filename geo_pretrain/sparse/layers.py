@@ -21,7 +21,15 @@ class _Convolution(nn.Module):
 
     transposed = False
 
-    def __init__(self, in_chans: int, out_chans: int, kernel_size: int, stride: int, dilation: int, bias: bool) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         for name, value in {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}.items():
             if not isinstance(value, int) or value < 1:
@@ -63,17 +71,6 @@ class _Convolution(nn.Module):
 
 class Conv3d(_Convolution):
     """Sparse convolution; `stride` > 1 leads to coarser voxels."""
-
-    def __init__(
-        self,
-        in_chans: int,
-        out_chans: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        dilation: int = 1,
-        bias: bool = False,
-    ) -> None:
-        super().__init__(in_chans, out_chans, kernel_size, stride, dilation, bias)
 
 
 class ConvTranspose3d(_Convolution):

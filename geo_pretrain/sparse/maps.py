@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.sparse import backend
-from geo_pretrain.sparse.coordinates import unique_rows
+from geo_pretrain.sparse.coordinates import inverted, unique_rows
 
 ALIGNED = 1024  # Morton codes count from a multiple of this, so that cells of strides up to it are runs of the order
 KEY_BITS = 62
@@ -120,7 +120,7 @@ class CoordinateMap:
         offsets = [(x * dilation, y * dilation, z * dilation) for x, y, z in kernel_offsets(kernel_size)]
         symmetric = kernel_size % 2 == 1
         if backend.is_fast(self.coords):
-            from geo_pretrain.sparse.fast_neighbors import neighbors  # numba compiles as this is imported
+            from geo_pretrain.sparse.fast import neighbors  # needs the extra `fast`
 
             table = neighbors(self.coords, self.stride, offsets, symmetric=symmetric)
         else:
@@ -138,9 +138,7 @@ class CoordinateMap:
         index, group = unique_rows(coords.long())
         kept = coords[index]
         order, exact = morton_order(kept, span)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device)
-        return CoordinateMap(kept[order], span, exact=exact), rank[group]
+        return CoordinateMap(kept[order], span, exact=exact), inverted(order)[group]
 
 
 class CoordinateManager:
@@ -150,8 +148,7 @@ class CoordinateManager:
         """`coords`: unique int32 [N, 4], rows (batch, x, y, z); `order`, `exact`: their `morton_order`."""
         self.base_stride = stride
         self.order = order  # the caller's row of each voxel in Morton order
-        self.rank = torch.empty_like(order)  # and the inverse
-        self.rank[order] = torch.arange(len(order), device=order.device)
+        self.rank = inverted(order)
         self.batch_size = int(coords[:, 0].max()) + 1
         self.coordinate_maps = {stride: CoordinateMap(coords[order], stride, exact=exact)}
         self._parents: dict[tuple[int, int], Tensor] = {}
@@ -279,9 +276,7 @@ class CoordinateIndex:
             position, same = _search(self.keys, self.keys + (x * self.extent[2] + y) * self.extent[3] + z)
             return torch.where(same, position, -1)
         found = self.find(self.coords[self.rows], offset).long()
-        rank = torch.empty_like(self.rows)
-        rank[self.rows] = torch.arange(len(rank), device=rank.device)
-        return torch.where(found >= 0, rank[found.clamp(min=0)], -1)
+        return torch.where(found >= 0, inverted(self.rows)[found.clamp(min=0)], -1)
 
     def _cells(self, coords: Tensor) -> Tensor:
         wide = coords.to(torch.int64, copy=True)

@@ -83,17 +83,12 @@ class SparseTensor:
     @property
     def coords(self) -> Tensor:
         """Voxel coordinates, int32 [N, 4]."""
-        coords = self.coordinate_map.coords
-        return coords[self.coordinate_manager.rank] if self.stride == self.coordinate_manager.base_stride else coords
+        return self._in_given_order(self.coordinate_map.coords)
 
     @property
     def feats(self) -> Tensor:
         """Features [N, C], row by row those of `coords`."""
-        return (
-            self.sorted_feats[self.coordinate_manager.rank]
-            if self.stride == self.coordinate_manager.base_stride
-            else self.sorted_feats
-        )
+        return self._in_given_order(self.sorted_feats)
 
     @property
     def batch_size(self) -> int:
@@ -104,6 +99,10 @@ class SparseTensor:
     def batch(self) -> Tensor:
         """The batch number of each row of `sorted_feats`: int64 [N]."""
         return self.coordinate_map.coords[:, 0].long()
+
+    def _in_given_order(self, rows: Tensor) -> Tensor:
+        """Rows in Morton order, put into the order of the caller's voxels; strided tensors keep their own order."""
+        return rows[self.coordinate_manager.rank] if self.stride == self.coordinate_manager.base_stride else rows
 
     def __len__(self) -> int:
         return len(self.computed_feats)

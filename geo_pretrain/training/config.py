@@ -195,7 +195,7 @@ def parse(
 
 
 class _Parser:
-    """Parses sections and collects mistakes; wrong values are replaced so that parsing goes on to the end."""
+    """Parses sections and collects mistakes; something stands in for a wrong value, so that parsing goes on."""
 
     def __init__(self, problems: Iterable[Problem] = ()) -> None:
         self.problems = list(problems)
@@ -221,13 +221,13 @@ class _Parser:
             self.causes += [error] if fresh and own else []
 
     def section(self, kind: type, tree: object, prefix: str) -> object:
-        """Build an instance of the dataclass `kind`, with replaced values where there are mistakes."""
+        """Build an instance of the dataclass `kind`, with stand-ins where there are mistakes."""
         if not isinstance(tree, Mapping):
             name = prefix.rstrip(".")
             self.note(f"{name or 'the file'} is {_shown(tree)}, expected keys and values.", *([name] if name else []))
-            tree = {}
             if not name:
-                return _unchecked(kind, {})
+                return _filled(kind, {})
+            tree = {}
         hints = typing.get_type_hints(kind)
         fields = {f.name: f for f in dataclasses.fields(kind) if f.metadata != OTHER_KEYS}
         others = [f.name for f in dataclasses.fields(kind) if f.metadata == OTHER_KEYS]
@@ -238,12 +238,12 @@ class _Parser:
         for name, f in fields.items():
             if name in tree:
                 values[name] = self.value(hints[name], tree[name], prefix + name)
-            elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                values[name] = _BAD
-                if prefix + name not in self.doubtful:
-                    self.note(f"key '{prefix}{name}' is missing.", prefix + name)
-        usable = {name: _usable(fields[name], hints[name], values[name]) for name in fields if name in values}
-        return self._built(kind, values | usable)
+            elif f.default is f.default_factory is dataclasses.MISSING and prefix + name not in self.doubtful:
+                self.note(f"key '{prefix}{name}' is missing.", prefix + name)
+        built = _filled(kind, values)
+        if hasattr(kind, "__post_init__"):
+            self.run(kind.__post_init__, built)
+        return built
 
     def value(self, hint: Any, value: object, key: str) -> Any:
         """Convert a value to its type hint; returns `_BAD` for a mistake."""
@@ -297,34 +297,29 @@ class _Parser:
         # The key that was probably meant must not be reported as missing or out of range.
         self.doubtful.update(prefix + name for name in difflib.get_close_matches(key, accepted, 1))
 
-    def _built(self, kind: type, values: dict[str, Any]) -> object:
-        """Build an instance of `kind`; if its own checks fail, build it without them."""
-        made: list[object] = []
-        self.run(lambda _: made.append(kind(**values)), None)
-        return made[0] if made else _unchecked(kind, values)
+
+def _filled(kind: type, values: Mapping[str, Any]) -> object:
+    """An instance of a dataclass before its `__post_init__`.
+
+    For a value that is missing or `_BAD` stands the default or, without one, any value of the right type.
+    """
+    hints = typing.get_type_hints(kind)
+    made: object = object.__new__(kind)
+    for f in dataclasses.fields(kind):
+        value = values.get(f.name, _BAD)
+        object.__setattr__(made, f.name, _stand_in(f, hints[f.name]) if value is _BAD else value)
+    return made
 
 
-def _usable(f: dataclasses.Field[Any], hint: Any, value: object) -> Any:
-    """The value, or in place of `_BAD` the default, or any value of the right type."""
-    if value is not _BAD:
-        return value
+def _stand_in(f: dataclasses.Field[Any], hint: Any) -> Any:
+    """The default of a field, or any value of its type."""
     if f.default is not dataclasses.MISSING:
         return f.default
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     if dataclasses.is_dataclass(hint):
-        return _unchecked(typing.cast(type, hint), {})
+        return _filled(typing.cast(type, hint), {})
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Literal else (typing.get_origin(hint) or hint)()
-
-
-def _unchecked(kind: type, values: Mapping[str, Any]) -> object:
-    """Build an instance of a dataclass without calling its `__post_init__`."""
-    hints = typing.get_type_hints(kind)
-    made: object = object.__new__(kind)
-    for f in dataclasses.fields(kind):
-        value = values[f.name] if f.name in values else _usable(f, hints[f.name], _BAD)
-        object.__setattr__(made, f.name, value)
-    return made
 
 
 def _shown(value: object) -> str:

@@ -172,10 +172,7 @@ class FinetuneRecipe(Ranged):
     def check_settings(self, check: Checks) -> None:
         """Note settings that do not go together."""
         optim, evaluate = self.optim, self.evaluate
-        one = (optim.steps is None) != (optim.epochs is None)
-        check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
-        whole = optim.batch % max(optim.accumulate, 1) == 0
-        check(whole, "optim.batch", optim.batch, "a multiple of accumulate", given=["optim.accumulate"])
+        recipe.check_length(check, optim)
         both = evaluate.every_epochs is not None and evaluate.every_steps is not None
         pair = (evaluate.every_epochs, evaluate.every_steps)
         check(not both, "evaluate.every_epochs / every_steps", pair, "one of the two, or neither")

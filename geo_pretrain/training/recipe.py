@@ -187,14 +187,10 @@ class Recipe(Ranged):
         """Note settings that do not go together."""
         optim = self.optim
         check("name" in self.task, "task.name", self.task, "the name of a pretext task")
-        one = (optim.steps is None) != (optim.epochs is None)
-        check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
+        check_length(check, optim)
         stepwise = optim.steps is not None and optim.epochs is None
         epochs = "a number, for the schedule cosine_epoch"
         check(not (stepwise and optim.schedule == "cosine_epoch"), "optim.epochs", None, epochs)
-        if optim.accumulate >= 1:
-            whole = optim.batch % optim.accumulate == 0
-            check(whole, "optim.batch", optim.batch, "a multiple of accumulate", given=["optim.accumulate"])
 
     def network2d(self) -> ModelSpec:
         """The section `model`. Raises `RecipeError` when it is missing, for the task trains a 2D network."""
@@ -226,6 +222,14 @@ class Recipe(Ranged):
     def to_yaml(self) -> str:
         """Serialize as YAML, which parses back to an equal recipe."""
         return yaml.safe_dump(plain_types(self), sort_keys=False)
+
+
+def check_length(check: Checks, optim: Any) -> None:
+    """Note a run's section `optim` that states no length or two, or a batch that is not divided evenly."""
+    one = (optim.steps is None) != (optim.epochs is None)
+    check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
+    whole = optim.batch % max(optim.accumulate, 1) == 0
+    check(whole, "optim.batch", optim.batch, "a multiple of accumulate", given=["optim.accumulate"])
 
 
 def list_recipes() -> list[str]:
@@ -278,11 +282,7 @@ def load_stage1(
 
 def _take_over(tree: dict[str, Any], section: str, spec: object, keys: Iterable[str]) -> None:
     """Set keys of a section to the values of `spec`."""
-    values = {key: plain_types(getattr(spec, key)) for key in keys}
-    tree[section] = dict(tree.get(section) or {}) | {key: value for key, value in values.items() if value is not None}
-    for key, value in values.items():
-        if value is None:
-            tree[section].pop(key, None)
+    tree[section] = dict(tree.get(section) or {}) | {key: plain_types(getattr(spec, key)) for key in keys}
 
 
 def _draft(name: str, *, toy: bool) -> Draft:

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.sparse import SparseTensor, backend, compiled, fast, fast_neighbors
+from geo_pretrain.sparse import SparseTensor, backend, compiled, fast
 from geo_pretrain.sparse.maps import KernelMap, kernel_offsets
 
 CHANNELS = [(3, 5), (32, 32), (5, 96), (96, 100), (100, 3), (48, 80)]
@@ -122,7 +122,7 @@ def test_neighbors_equal_a_dictionary(stride, low, kernel_size, dilation):
     ]
     assert sum(row >= 0 for line in expected for row in line) > 2 * len(coords)
     for symmetric in {False, kernel_size % 2 == 1}:
-        table = fast_neighbors.neighbors(coords, stride, offsets, symmetric=symmetric)
+        table = fast.neighbors(coords, stride, offsets, symmetric=symmetric)
         assert table.dtype == torch.int32
         assert table.tolist() == expected
 
