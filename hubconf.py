@@ -11,7 +11,7 @@ from typing import Any as _Any
 from geo_pretrain.catalog import CATALOG as _CATALOG
 from geo_pretrain.catalog import RENAMED as _RENAMED
 
-dependencies = ["torch", "torchvision", "numpy", "safetensors", "huggingface_hub", "PIL"]
+dependencies = ["torch", "torchvision", "numpy", "safetensors", "huggingface_hub", "PIL", "blake3", "filelock"]
 
 
 def _entrypoint(name: str, **kwargs: _Any) -> _Any:

@@ -30,7 +30,7 @@ from geo_pretrain.checkpoint import (
     verify_file,
 )
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotThere, first_line
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotThere, first_line, renamed
 from geo_pretrain.files import atomic_write
 from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
@@ -71,6 +71,7 @@ class Description:
     license: License
     roles: tuple[str, ...]  # of the files that can be fetched
     pairing: Pairing | None = None
+    licence = renamed("licence", "license")
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Description:

@@ -468,3 +468,9 @@ def test_options_of_no_network_are_refused_before_anything_is_fetched(server: Se
 def test_the_hub_does_not_import_torch_or_hugging_face():
     code = "import sys, geo_pretrain.hub; sys.exit(bool({'torch', 'huggingface_hub'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_opened_checkpoint_answers_to_the_former_spelling_of_license(tmp_path: Path):
+    opened = hub.open(write_tiny(tmp_path / NAME).folder)
+    with pytest.warns(FutureWarning, match="'licence' is now 'license'"):
+        assert opened.licence is opened.license
