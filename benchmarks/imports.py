@@ -1,47 +1,70 @@
-"""What a user waits for: import geo_pretrain, `geo-pretrain list`, and whether torch was needed for it.
+"""What a user waits for before anything is computed: imports, `geo-pretrain list`, networks of both kinds.
 
     python -m benchmarks.imports
 
-Writes benchmarks/results/imports.json. Each figure is a fresh process; `import torch` stands beside them.
+Writes benchmarks/results/imports.json. Each figure is a fresh process that finds its bytecode compiled, as an installed
+package has it; `import torch` stands beside them. Processor time is that of all threads.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
 from benchmarks.common import machine, spread, write_results
 
 REPEATS = 7
+BUILD = "from geo_pretrain import load_backbone; load_backbone({!r}, pretrained=False)"
 SNIPPETS = {
     "python": "pass",
     "import geo_pretrain": "import geo_pretrain",
     "list_backbones()": "import geo_pretrain as gp; gp.list_backbones('pri3d*')",
     "geo-pretrain list": "import sys; sys.argv = ['geo-pretrain', 'list']\n"
-    "from geo_pretrain.cli import app; app(standalone_mode=False)",
+    "from geo_pretrain.__main__ import main; main()",
     "import torch": "import torch",
-    "import geo_pretrain.loading": "import geo_pretrain.loading",
+    "import load_backbone": "from geo_pretrain import load_backbone",
+    "load_backbone, 3D": BUILD.format("pointcontrast_nce_srunet34"),
+    "load_backbone, 2D": BUILD.format("pri3d_view_geo_r18"),
 }
-REPORT = "\nimport sys; sys.stderr.write('loaded:' + ','.join(m for m in ('torch', 'torchvision') if m in sys.modules))"
+HEAVY = ("torch", "torchvision", "torch._dynamo", "typer", "rich")
+REPORT = f"""
+import sys, time
+used = time.process_time()
+peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))
+loaded = [name for name in {HEAVY} if name in sys.modules]
+print(used, int(peak) / 1024, *loaded, sep='|', file=sys.stderr)
+"""
 
 
 def main() -> None:
     """Run every snippet in turn, several times."""
-    seconds: dict[str, list[float]] = {name: [] for name in SNIPPETS}
-    loaded: dict[str, str] = {}
-    for repeat in range(REPEATS + 1):
-        for name, code in SNIPPETS.items():
-            begin = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", code + REPORT], capture_output=True, text=True, check=True)
-            if repeat > 0:  # the first fills the file cache
-                seconds[name].append(time.perf_counter() - begin)
-            loaded[name] = done.stderr.rpartition("loaded:")[2]
+    wall: dict[str, list[float]] = {name: [] for name in SNIPPETS}
+    processor: dict[str, list[float]] = {name: [] for name in SNIPPETS}
+    memory: dict[str, list[float]] = {name: [] for name in SNIPPETS}
+    loaded: dict[str, list[str]] = {}
+    with tempfile.TemporaryDirectory() as bytecode:
+        environment = os.environ | {"PYTHONPYCACHEPREFIX": bytecode, "PYTHONDONTWRITEBYTECODE": ""}
+        for repeat in range(REPEATS + 1):
+            for name, code in SNIPPETS.items():
+                command = [sys.executable, "-c", code + REPORT]
+                begin = time.perf_counter()
+                done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+                seconds = time.perf_counter() - begin
+                used, megabytes, *loaded[name] = done.stderr.splitlines()[-1].split("|")
+                if repeat > 0:  # the first compiles, and fills the file cache
+                    wall[name].append(seconds)
+                    processor[name].append(float(used))
+                    memory[name].append(float(megabytes))
     results: dict[str, Any] = {
         name: {
-            "seconds": spread(seconds[name]),
-            "heavy_libraries_loaded": loaded[name].split(",") if loaded[name] else [],
+            "seconds": spread(wall[name]),
+            "processor_seconds": spread(processor[name]),
+            "peak_MB": spread(memory[name]),
+            "heavy_libraries_loaded": loaded[name],
         }
         for name in SNIPPETS
     }
