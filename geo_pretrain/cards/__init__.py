@@ -140,14 +140,13 @@ def card_of(name_or_folder: str | os.PathLike[str]) -> str:
     if not means_folder(name_or_folder):
         return render_entry(backbone_info(os.fspath(name_or_folder)))
     checkpoint = read_checkpoint(Path(name_or_folder).expanduser())
-    held = {stored.role for stored in checkpoint.files.values()}
     return render_card(
         checkpoint.name,
         checkpoint.arch,
         checkpoint.contract,
         checkpoint.license,
         checkpoint.provenance,
-        recipe=f"{FOLDER}/{TEXT_ROLES['recipe']}" if "recipe" in held else None,
+        recipe=f"{FOLDER}/{TEXT_ROLES['recipe']}" if "recipe" in checkpoint.roles else None,
         finished=checkpoint.finished,
         files=checkpoint.files,
     )

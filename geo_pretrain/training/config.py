@@ -238,7 +238,7 @@ class _Parser:
         for name, f in fields.items():
             if name in tree:
                 values[name] = self.value(hints[name], tree[name], prefix + name)
-            elif f.default is f.default_factory is dataclasses.MISSING and prefix + name not in self.doubtful:
+            elif _is_required(f) and prefix + name not in self.doubtful:
                 self.note(f"key '{prefix}{name}' is missing.", prefix + name)
         built = _filled(kind, values)
         if hasattr(kind, "__post_init__"):
@@ -311,6 +311,10 @@ def _filled(kind: type, values: Mapping[str, Any]) -> object:
     return made
 
 
+def _is_required(f: dataclasses.Field[Any]) -> bool:
+    return f.default is f.default_factory is dataclasses.MISSING
+
+
 def _stand_in(f: dataclasses.Field[Any], hint: Any) -> Any:
     """The default of a field, or any value of its type."""
     if f.default is not dataclasses.MISSING:
@@ -329,15 +333,11 @@ def _shown(value: object) -> str:
 def _defaults(kind: type) -> dict[str, Any]:
     """The fields of a dataclass that have defaults, in plain types; a section without a default has its fields'."""
     hints = typing.get_type_hints(kind)
-    defaults: dict[str, Any] = {}
-    for f in dataclasses.fields(kind):
-        if f.default is not dataclasses.MISSING:
-            defaults[f.name] = plain_types(f.default)
-        elif f.default_factory is not dataclasses.MISSING:
-            defaults[f.name] = plain_types(f.default_factory())
-        elif (section := _section_of(hints[f.name])) is not None:
-            defaults[f.name] = _defaults(section)
-    return defaults
+    return {
+        f.name: plain_types(_stand_in(f, hints[f.name]))
+        for f in dataclasses.fields(kind)
+        if not _is_required(f) or dataclasses.is_dataclass(hints[f.name])
+    }
 
 
 def _section_of(hint: Any) -> type | None:
