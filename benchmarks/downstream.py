@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine, write_results
+from benchmarks.sweep_pictures import draw_starts
 
 SEEDS = (0, 1, 2)
 DOCS = Path(__file__).parents[1] / "docs"
@@ -81,7 +82,7 @@ def at_every_rate(folder: Path, name: str, study: Study) -> dict[str, Any]:
     sweeps = {rate: sweep(folder, name, study, rate) for rate in study.rates}
     results = grid({rate: json.loads((out / "summary.json").read_text()) for rate, out in sweeps.items()})
     fair: float = next(p["lr"] for p in results["best of the learning rates"] if p["backbone"] == "scratch")
-    draw_predictions(sweeps[fair])
+    draw_starts(sweeps[fair], DOCS / "downstream_predictions.png", fraction=1.0, seed=SEEDS[0], images=DRAWN)
     return results
 
 
@@ -146,13 +147,6 @@ def grid(summaries: dict[float, dict[str, Any]]) -> dict[str, Any]:
         "gains over scratch": gains,
         "missing": [missing for summary in summaries.values() for missing in summary["missing"]],
     }
-
-
-def draw_predictions(out: Path) -> None:
-    """Image, truth and what the networks of a sweep predict, all labelled images, the first seed."""
-    from geo_pretrain.training.finetune.report import draw_starts
-
-    draw_starts(out, DOCS / "downstream_predictions.png", fraction=1.0, seed=SEEDS[0], images=DRAWN)
 
 
 def run(arguments: list[str]) -> None:

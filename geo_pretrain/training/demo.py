@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import Template
 from typing import Any, cast
 
 import numpy as np
@@ -38,6 +39,7 @@ from geo_pretrain.training.recipe import DataSpec, Recipe, load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.visualize.results import draw_matches, draw_segmentations
 
+PAGE = Path(__file__).with_name("demo.html")
 RECIPE = "pri3d_view_r18.rooms_toy"
 VAL_SCENES = 8
 VAL_PAIRS_PER_SCENE = 5
@@ -242,7 +244,7 @@ def write_report(result: DemoResult, recipe: Recipe, spec: FinetuneSpec, out: Pa
         for title, name in (("Matching", "matches.png"), ("Segmentation", "segmentation.png"))
     )
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
-    text = _PAGE.format(
+    text = Template(PAGE.read_text(encoding="utf-8")).substitute(
         rows=rows,
         pictures=pictures,
         seconds=seconds,
@@ -266,25 +268,3 @@ def machine() -> dict[str, str]:
         names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return {"cpu": model, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>geo_pretrain demo</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; color: #1c2026; }}
-table {{ border-collapse: collapse; margin: 1rem 0; }}
-td, th {{ border-bottom: 1px solid #d6dae0; padding: .4rem 1rem .4rem 0; text-align: left; }}
-img {{ max-width: 100%; }} pre {{ background: #f4f5f7; padding: 1rem; overflow: auto; }} .note {{ color: #5d646d; }}
-</style></head><body>
-<h1>geo_pretrain demo</h1>
-<p>A ResNet-18 U-Net was pre-trained for {pretraining} steps with the view-invariant task of Pri3D on procedural RGB-D
-rooms, from random weights, written to a checkpoint folder and loaded back with <code>load_backbone</code>.</p>
-<table><tr><th></th><th>without</th><th>with pre-training</th></tr>{rows}</table>
-<p class="note">Matching: mean and standard deviation over {scenes} held-out rooms, nearest feature among all cells of
-the other image (chance: {chance} %). Segmentation: mean and standard deviation over {seeds} fine-tuning seeds,
-{labelled} labelled images, {steps} steps for both starts; the encoder is transferred, the decoder is new.</p>
-{pictures}
-<h2>How it was made</h2>
-<p class="note">{machine}; {seconds}.</p>
-<pre>{recipe}</pre>
-</body></html>
-"""

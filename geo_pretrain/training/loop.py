@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from threading import Event
@@ -115,13 +115,7 @@ class TrainingTask(ABC):
 class RecipeTask(TrainingTask):
     """A task of a recipe: its budget, and its micro-batches of a dataset indexed by (epoch, position) that collates."""
 
-    def __init__(
-        self,
-        recipe: Recipe | FinetuneRecipe,
-        module: nn.Module,
-        dataset: Any,
-        world: World,
-    ) -> None:
+    def __init__(self, recipe: Recipe | FinetuneRecipe, module: nn.Module, dataset: Any, world: World) -> None:
         self.recipe, self.module, self.dataset, self.world = recipe, module, dataset, world
         optim, self.samples = recipe.optim, len(dataset)
         self.budget = Budget(
@@ -324,8 +318,13 @@ def make_optimizer(spec: OptimSpec, module: nn.Module) -> torch.optim.Optimizer:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if spec.kind == "adam":
         return torch.optim.Adam(trained, lr=spec.lr, weight_decay=spec.weight_decay)
+    return make_sgd(spec, trained)
+
+
+def make_sgd(spec: OptimSpec | FinetuneOptim, parameters: Iterable[Any]) -> torch.optim.SGD:
+    """SGD with the settings of a recipe over parameters or groups of them."""
     return torch.optim.SGD(
-        trained, lr=spec.lr, momentum=spec.momentum, dampening=spec.dampening, weight_decay=spec.weight_decay
+        parameters, lr=spec.lr, momentum=spec.momentum, dampening=spec.dampening, weight_decay=spec.weight_decay
     )
 
 

@@ -71,14 +71,8 @@ class PretrainedInit3D:
 
 def unet_args(spec: UNet3DSpec, *, normalize: bool = False) -> dict[str, Any]:
     """The arguments of `SRUNet` that a checkpoint folder states: those that change its outputs."""
-    return {
-        "variant": spec.variant,
-        "width": spec.width,
-        "in_chans": spec.in_chans,
-        "out_chans": spec.out_chans,
-        "stem_kernel": spec.stem_kernel,
-        "normalize": normalize,
-    }
+    stated = ("variant", "width", "in_chans", "out_chans", "stem_kernel")
+    return {name: getattr(spec, name) for name in stated} | {"normalize": normalize}
 
 
 def segmentation_srunet(start: SRUNet, classes: int, *, seed: int, transfer: bool = True) -> SRUNet:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geo_pretrain.cards import render_card
 from geo_pretrain.catalog.license import License
-from geo_pretrain.checkpoint import Checkpoint, check_target, read_checkpoint, write_checkpoint
+from geo_pretrain.checkpoint import CONFIG, Checkpoint, check_target, read_checkpoint, write_checkpoint
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
@@ -100,13 +100,16 @@ def needs_stage1(recipe: Recipe) -> bool:
     return STAGE1 in [value for value in settings if isinstance(value, str)]
 
 
+def is_trained(folder: Path) -> bool:
+    """Whether the folder holds a finished checkpoint."""
+    return (folder / CONFIG).is_file() and read_checkpoint(folder).finished
+
+
 def _is_done(stage1: Recipe, folder: Path, world: World, report: Report, *, overwrite: bool) -> bool:
     """Whether the folder holds this recipe's result. Raises if it holds the result of another recipe."""
-    if not (folder / "config.json").is_file():
+    if not is_trained(folder):
         return False
     found = read_checkpoint(folder)
-    if not found.finished:
-        return False
     theirs = (folder / found.file_of("recipe")).read_text(encoding="utf-8") if "recipe" in found.roles else "{}"
     changed = changes(theirs, stage1.to_yaml())
     fingerprint = _open(stage1, world, report).fingerprint()
@@ -206,7 +209,7 @@ def train(
 def check_checkpoint_out(out: Path, name: str, *, overwrite: bool) -> None:
     """Raise `CheckpointError` when the run could not end in `out`, or would replace a finished checkpoint there."""
     check_target(out, name)
-    check_out(out, "config.json", "a checkpoint", overwrite=overwrite)
+    check_out(out, CONFIG, "a checkpoint", overwrite=overwrite)
 
 
 class Pretraining(RecipeTask):

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from geo_pretrain.checkpoint import CONFIG, read_checkpoint
+from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.files import write_text
 from geo_pretrain.training.bench.measure import measure
 from geo_pretrain.training.bench.plan import BenchSpec, base_data
 from geo_pretrain.training.distributed import join
-from geo_pretrain.training.pretrain import run_recipe
+from geo_pretrain.training.pretrain import is_trained, run_recipe
 from geo_pretrain.training.recipe import STAGE1, Recipe, load_recipe
 from geo_pretrain.training.runs import Interrupted
 from geo_pretrain.training.tasks import build_task
@@ -77,11 +77,6 @@ def run_job(job: Job) -> None:
         facts["training"] = _training_facts(load_recipe(job.recipe), folder, job)
     facts["processor seconds"] = round(time.process_time(), 1)  # of this process only; the other times are wall-clock
     write_text(Path(job.result), json.dumps({**facts, **found}, indent=1) + "\n")
-
-
-def is_trained(folder: Path) -> bool:
-    """Whether the folder holds a finished checkpoint."""
-    return (folder / CONFIG).is_file() and read_checkpoint(folder).finished
 
 
 def twin_key(folder: Path) -> str:

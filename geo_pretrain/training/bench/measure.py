@@ -13,8 +13,8 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.seeding import seeded
 from geo_pretrain.training.bench.plan import BenchSpec
-from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
-from geo_pretrain.training.data.labelled.clouds import labelled_clouds
+from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source
+from geo_pretrain.training.data.labelled.clouds import labelled_clouds, labelled_frame
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source
@@ -50,12 +50,9 @@ class Rooms:
 
     def frames(self) -> tuple[list[Frame], list[Frame]]:
         """The labelled frames of training and validation rooms at the working size."""
-        found = []
-        for source in (self.train, self.val):
-            rooms: Any = source
-            parts = (id.partition("/") for id in source.ids())
-            found.append([resize_frame(rooms.rooms.load(scene, id), self.size) for scene, _, id in parts])
-        return found[0], found[1]
+        sources = (self.train, self.val)
+        train, val = ([labelled_frame(source, id, self.size) for id in source.ids()] for source in sources)
+        return train, val
 
 
 def measure(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -126,12 +126,6 @@ def base_data(spec: BenchSpec) -> DataSpec:
     split = data.options.get("split", "train")
     check_key(split == "train", "data.options.split", split, "train: the rooms of val are measured on")
     return data
-
-
-def identity(spec: BenchSpec) -> dict[str, Any]:
-    """The settings that must not change when a benchmark is resumed, in plain JSON types."""
-    tree: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
-    return tree
 
 
 def _row(task: str, recipes: list[Recipe]) -> Row:

@@ -9,7 +9,8 @@ from typing import Any
 
 from geo_pretrain.cards.markdown import around_marks
 from geo_pretrain.cards.markdown import table as markdown_table
-from geo_pretrain.training.bench.plan import BenchSpec, Row, identity
+from geo_pretrain.training.bench.plan import BenchSpec, Row
+from geo_pretrain.training.config import plain_types
 from geo_pretrain.training.evaluation.metrics import Spread
 
 MEASURES = ("matching", "probe", "finetuned")
@@ -45,7 +46,7 @@ def summarize(
     for (name, seed), why in failures.items():
         failed.setdefault(name, {})[str(seed)] = why
     return {
-        "budget": identity(spec),
+        "budget": plain_types(spec),
         "seeds": list(seeds),
         "groups": ordered,
         "failed": failed,
@@ -100,9 +101,7 @@ def render(page: Path, results: Mapping[str, Any]) -> None:
 def _group(twin: str, run: Mapping[str, Any], random: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     matching = run["matching"]
     return {
-        "kind": run["kind"],
-        "arch": run["arch"],
-        "input": run["input"],
+        **{key: run[key] for key in ("kind", "arch", "input")},
         "of": matching["of"],
         "chance": round(matching["chance"], 4),
         "threshold": f"{matching['threshold']:g} {matching['unit']}",

@@ -19,12 +19,14 @@ from typing import Any
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.files import write_text
-from geo_pretrain.training.bench.cell import Job, is_trained
+from geo_pretrain.training.bench.cell import Job
 from geo_pretrain.training.bench.measure import Rooms
-from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data, identity, plan
+from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data, plan
 from geo_pretrain.training.bench.report import summarize
+from geo_pretrain.training.config import plain_types
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.demo import machine
+from geo_pretrain.training.pretrain import is_trained
 from geo_pretrain.training.runs import Interrupted, run_lock
 
 SPEC, RESULTS = "bench.json", "results.json"
@@ -144,7 +146,7 @@ def _write(bench: Bench, command: str, seconds: int) -> dict[str, Any]:
 
 def _claim(out: Path, spec: BenchSpec) -> None:
     """Store the budget; reject a folder that was begun with another one."""
-    path, mine = out / SPEC, identity(spec)
+    path, mine = out / SPEC, plain_types(spec)
     if path.is_file():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         changed = [f"{key} {theirs.get(key)!r} -> {value!r}" for key, value in mine.items() if theirs.get(key) != value]

@@ -291,13 +291,11 @@ def compare_pixel_to_voxel(
     recipe = recipe_of(open_checkpoint(folder))
     spec = replace(spec, size=spec.size if recipe is None else recipe.data.size)
     skips = skips if skips is not None else SkippedFrames()
-    if isinstance(networks[folder], FeaturePair):
+    taught = isinstance(networks[folder], FeaturePair)
+    if taught:
         spec = replace(spec, units="frames")
     source = open_source(spec, split="val")
-    if isinstance(networks[folder], FeaturePair):
-        frames = spread_evenly(find_pairs(source, spec, skips=skips), count)
-    else:
-        frames = spread_frames(source, count)
+    frames = spread_evenly(find_pairs(source, spec, skips=skips), count) if taught else spread_frames(source, count)
     surfaces = Surfaces(source)
     extractors = {name: paired_extractor(both, surfaces) for name, both in networks.items()}
     options: dict[str, Any] = {"size": spec.size, "threshold": threshold, "seed": seed, "skips": skips}

@@ -63,21 +63,19 @@ def read_result(folder: Path) -> FinetuneResult:
 
 def result_rows(results: Iterable[FinetuneResult]) -> list[dict[str, str]]:
     """Rows of a table for people, one per result; column "table" names the evaluation to compare: last or best."""
-    rows = []
-    for result in results:
-        rows.append(
-            {
-                "recipe": result.recipe,
-                "backbone": result.backbone,
-                "data": f"{100 * result.fraction:.3g} %",
-                "seed": str(result.seed),
-                "metric": result.metric,
-                "last": "-" if result.last is None else f"{100 * result.last:.1f}",
-                "best": f"{100 * result.best:.1f} (step {result.best_step})",
-                "table": result.uses,
-            }
-        )
-    return rows
+    return [
+        {
+            "recipe": result.recipe,
+            "backbone": result.backbone,
+            "data": f"{100 * result.fraction:.3g} %",
+            "seed": str(result.seed),
+            "metric": result.metric,
+            "last": "-" if result.last is None else f"{100 * result.last:.1f}",
+            "best": f"{100 * result.best:.1f} (step {result.best_step})",
+            "table": result.uses,
+        }
+        for result in results
+    ]
 
 
 def check_result_out(out: Path, *, overwrite: bool) -> None:
@@ -158,18 +156,12 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
 def _result(folder: Path, data: dict[str, Any]) -> FinetuneResult:
     metric = data["metric"]
     return FinetuneResult(
-        recipe=data["recipe"],
-        task=data["task"],
-        metric=metric,
+        **{key: data[key] for key in ("recipe", "task", "metric", "seed", "score", "uses", "steps")},
         backbone=data["backbone"]["name"],
-        seed=data["seed"],
         fraction=data["data"]["fraction"],
-        score=data["score"],
-        uses=data["uses"],
         last=None if data["last"] is None else data["last"]["scores"][metric],
         best=data["best"]["scores"][metric],
         best_step=data["best"]["step"],
-        steps=data["steps"],
         folder=folder,
         data=data,
     )

@@ -41,7 +41,6 @@ class FinetuneSpec:
     dampening: float = 0.1
     weight_decay: float = 0.0
     bn_momentum: float | None = None  # None: Pri3D's, which falls
-    flip: bool = True  # horizontal, p 0.5
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ class PointsSpec(FinetuneSpec):
     lr: float = 0.1
     weight_decay: float = 1e-4
     bn_momentum: float = 0.1  # the released 0.02 forgets the start's statistics in hundreds of steps only
-    flip: bool = False  # clouds are rotated
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class InMemoryFinetuning(TrainingTask):
         seed: int,
     ) -> None:
         self.module, self.spec, self.count, self.draw, self.loss = network, spec, count, draw, loss
-        settings = {key: value for key, value in vars(spec).items() if key not in ("flip", "bn_momentum")}
+        settings = {key: value for key, value in vars(spec).items() if key != "bn_momentum"}
         self.optim = OptimSpec(**settings)
         self.generator = torch.Generator().manual_seed(sample_seed(seed, 0, 0))
         self.optimizer = make_optimizer(self.optim, network)
@@ -130,18 +128,16 @@ def finetune_frames(
     """Train `network` (logits [B, classes, H/2, W/2]) on labelled frames and measure it on others.
 
     Pri3D's protocol, table 1: SGD, poly schedule, cross-entropy on logits brought to label size (bilinear,
-    align_corners), class 0 ignored. The seed draws batches and flips. The last state is measured (the released protocol
-    reports the best epoch on the validation set, which flatters).
+    align_corners), class 0 ignored; images are flipped with probability 0.5. The seed draws batches and flips. The last
+    state is measured (the released protocol reports the best epoch on the validation set, which flatters).
     """
     images, labels = _stack(train, contract)
 
     def draw(chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x, y = images[chosen], labels[chosen]
-        if spec.flip:
-            flips = torch.rand(spec.batch, generator=generator) < 0.5
-            x = torch.where(flips[:, None, None, None], x.flip(-1), x)
-            y = torch.where(flips[:, None, None], y.flip(-1), y)
-        return x, y
+        flips = torch.rand(spec.batch, generator=generator) < 0.5
+        x = torch.where(flips[:, None, None, None], x.flip(-1), x)
+        return x, torch.where(flips[:, None, None], y.flip(-1), y)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch

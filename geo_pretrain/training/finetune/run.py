@@ -5,7 +5,6 @@ A run lives in `<out>.run/` (state, log) and ends by writing the folder `<out>` 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -33,7 +32,6 @@ def finetune(
     out: Path,
     *,
     init_kwargs: Mapping[str, Any] | None = None,
-    seed: int | None = None,
     device: str | None = None,
     world: World | None = None,
     overwrite: bool = False,
@@ -45,7 +43,7 @@ def finetune(
     """Fine-tune `backbone` by a recipe, or resume the run in `<out>.run`, and write the folder `out`.
 
     `backbone`: a name of the catalog, a checkpoint folder, "imagenet" (torchvision's IMAGENET1K_V1) or "scratch".
-    `init_kwargs`: where to look for it (`hub`, `revision`, `cache_dir`, `local_files_only`). `seed` None: the recipe's.
+    `init_kwargs`: where to look for it (`hub`, `revision`, `cache_dir`, `local_files_only`).
     `device` None: CUDA when there is one; `world`: the processes of torchrun, if they were joined already; all of them
     return the result. `sources`: training and validation images in place of the recipe's. `on_data(done, total)` is
     called while rooms are rendered.
@@ -56,8 +54,6 @@ def finetune(
         CheckpointError: `out` already holds a result and `overwrite` is not set, or another process works there.
         DataError: a label or image cannot be used; file and value are named.
     """
-    if seed is not None:
-        recipe = dataclasses.replace(recipe, seed=seed)
     out = Path(out)
     check_result_out(out, overwrite=overwrite)
     where = dict(init_kwargs or {})

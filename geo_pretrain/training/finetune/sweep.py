@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,8 @@ def run_sweep(
     where = dict(init_kwargs or {})
     _check_axes(recipe, fractions, seeds)
     held = _check_starts(recipe, backbones, where)
-    runs = plan(recipe, {backbone: label for label, (backbone, _) in held.items()}, fractions, seeds, out)
+    order = product(seeds, fractions, held.items())
+    runs = [Run(backbone, label, float(share), seed, out) for seed, share, (label, (backbone, _)) in order]
     world = world or join(device)
     with run_lock(out, "sweep") if world.is_main else nullcontext():
         if world.is_main:
@@ -179,18 +181,6 @@ def run_sweep(
                     on_data=on_data,
                 )
     return read_sweep(out)
-
-
-def plan(
-    recipe: FinetuneRecipe, labels: Mapping[str, str], fractions: Sequence[float], seeds: Sequence[int], out: Path
-) -> list[Run]:
-    """List all runs of a sweep in order; `labels` maps each backbone to its label."""
-    return [
-        Run(backbone, label, float(fraction), seed, out)
-        for seed in seeds
-        for fraction in fractions
-        for backbone, label in labels.items()
-    ]
 
 
 def run_recipe(recipe: FinetuneRecipe, fraction: float, seed: int) -> FinetuneRecipe:

@@ -20,7 +20,7 @@ from geo_pretrain.training.data.samples.sampler import Key, sample_seed
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, weights_digest
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, changes
-from geo_pretrain.training.loop import RecipeTask, check_batch, synchronize_batchnorm
+from geo_pretrain.training.loop import RecipeTask, check_batch, make_sgd, synchronize_batchnorm
 from geo_pretrain.training.runs import RunFolder
 from geo_pretrain.training.schedule import pri3d_bn_momentum, set_bn_momentum
 
@@ -64,13 +64,7 @@ class Finetuning(RecipeTask):
             set_bn_momentum(task.backbone(), optim.backbone_bn_momentum)
         if optim.sync_bn:
             synchronize_batchnorm(self.module, world)
-        self.optimizer = torch.optim.SGD(
-            task.parameter_groups(),
-            lr=optim.lr,
-            momentum=optim.momentum,
-            dampening=optim.dampening,
-            weight_decay=optim.weight_decay,
-        )
+        self.optimizer = make_sgd(optim, task.parameter_groups())
         self.due = frozenset(evaluation_steps(recipe, len(self.train_ids), self.budget.steps))
         self.evaluations: list[dict[str, Any]] = []
 

@@ -41,8 +41,7 @@ def drawing_spec(spec: DataSpec, opened: Opened, size: tuple[int, int] | None, s
     if spec.source != "rooms" or spec.options:
         return spec
     recipe = recipe_of(opened.checkpoint)
-    on_rooms = recipe is not None and recipe.data.source == "rooms"
-    options = recipe.data.options if recipe is not None and on_rooms else {"frames": ROOMS_FRAMES}
+    options = recipe.data.options if recipe and recipe.data.source == "rooms" else {"frames": ROOMS_FRAMES}
     return replace(spec, options={**options, "scenes": scenes})
 
 

@@ -13,14 +13,7 @@ from geo_pretrain.training.evaluation.features import Features
 from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.columns import Column, find_backbone, load_beside_random, shared_colors
-from geo_pretrain.training.visualize.common import (
-    check_suffix,
-    drawing_spec,
-    fill_rows,
-    load_frames,
-    paint,
-    pick_scene,
-)
+from geo_pretrain.training.visualize.common import check_suffix, drawing_spec, fill_rows, load_frames, paint, pick_scene
 from geo_pretrain.training.visualize.grids import enlarge, save_grid, shorten
 
 

@@ -19,23 +19,11 @@ from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size, frame_cloud
 from geo_pretrain.training.evaluation.features import CloudExtractor, load_extractor
-from geo_pretrain.training.evaluation.matching import (
-    THRESHOLDS,
-    Matches,
-    Turn,
-    match_pair,
-    unit_of,
-)
+from geo_pretrain.training.evaluation.matching import THRESHOLDS, Matches, Turn, match_pair, unit_of
 from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.columns import RANDOM_TITLE, Column, Opened, find_backbone
-from geo_pretrain.training.visualize.common import (
-    check_suffix,
-    drawing_spec,
-    fill_rows,
-    paint,
-    pick_scene,
-)
+from geo_pretrain.training.visualize.common import check_suffix, drawing_spec, fill_rows, paint, pick_scene
 from geo_pretrain.training.visualize.grids import magnification, shorten
 from geo_pretrain.training.visualize.results import draw_matches
 from geo_pretrain.training.visualize.splat import behind_camera, splat
@@ -132,13 +120,9 @@ def _pairs_to_draw(source: Source, spec: DataSpec, scene: str | None, count: int
 
 def _load_columns(opened: list[Opened], beside_random: bool, seed: int, device: str) -> list[Column]:
     """Load the extractor of each backbone; with `beside_random` the first one's random-init baseline comes first."""
-    folders = [backbone.checkpoint.folder for backbone in opened]
-    columns = [
-        Column(backbone.title, backbone.name, load_extractor(folder, device=device))
-        for backbone, folder in zip(opened, folders, strict=True)
-    ]
+    columns = [Column(one.title, one.name, load_extractor(one.checkpoint.folder, device=device)) for one in opened]
     if beside_random:
-        baseline = load_extractor(folders[0], random_init=True, seed=seed, device=device)
+        baseline = load_extractor(opened[0].checkpoint.folder, random_init=True, seed=seed, device=device)
         columns.insert(0, Column(RANDOM_TITLE, RANDOM_TITLE, baseline))
     return columns
 
@@ -163,10 +147,9 @@ def project_matches(matches: Matches, voxel_size: float) -> Matches:
     for frame in matches.frames:
         cloud = frame_cloud(frame)
         points = torch.from_numpy(cloud.points)
-        size = [
-            side * magnification(frame.depth.shape[1]) for side in frame.depth.shape
-        ]  # as large as images are drawn
-        camera = behind_camera(points, frame, (size[0], size[1]))
+        height, width = frame.depth.shape
+        larger = magnification(width)  # as large as images are drawn
+        camera = behind_camera(points, frame, (height * larger, width * larger))
         drawn.append(replace(frame, color=paint(cloud.colors, splat(points, camera, voxel_size / 2))))
         cameras.append(camera)
 

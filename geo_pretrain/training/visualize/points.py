@@ -25,13 +25,7 @@ from geo_pretrain.training.evaluation.features import Features, cloud_of
 from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.columns import Column, find_backbone, load_beside_random, shared_colors
-from geo_pretrain.training.visualize.common import (
-    check_suffix,
-    drawing_spec,
-    load_frames,
-    paint,
-    pick_scene,
-)
+from geo_pretrain.training.visualize.common import check_suffix, drawing_spec, load_frames, paint, pick_scene
 from geo_pretrain.training.visualize.grids import save_grid, shorten
 from geo_pretrain.training.visualize.splat import rotation_to_z, splat, turntable, up_direction
 from geo_pretrain.training.visualize.viewer import viewer_page
@@ -49,9 +43,8 @@ class PaintedCloud:
     """Points with the colors of a backbone's features."""
 
     points: np.ndarray  # float32 [N, 3], m, world
-    layers: tuple[
-        tuple[str, np.ndarray], ...
-    ]  # title and uint8 [N, 3]: backbone, its baseline, the colors of the surface
+    # title and uint8 [N, 3]: backbone, its baseline, the colors of the surface
+    layers: tuple[tuple[str, np.ndarray], ...]
     rotation: np.ndarray  # float64 [3, 3], takes the world's up to z
     title: str
     note: str  # how many of which points these are

@@ -78,7 +78,7 @@ def test_finished_result_is_not_replaced_by_accident(tmp_path):
     run(tmp_path / "out")
     with pytest.raises(CheckpointError, match="--overwrite"):
         run(tmp_path / "out")
-    assert run(tmp_path / "out", overwrite=True, seed=5).seed == 5
+    assert run(tmp_path / "out", "seed=5", overwrite=True).seed == 5
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thoughts.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="holds no result"):
@@ -94,7 +94,7 @@ def test_a_result_that_is_being_replaced_is_gone_before_the_rest_changes(tmp_pat
 
     monkeypatch.setattr(finetune_folder, "write_weights", stop)
     with pytest.raises(Stop):
-        run(tmp_path / "out", "optim.steps=1", overwrite=True, seed=5)
+        run(tmp_path / "out", "optim.steps=1", "seed=5", overwrite=True)
     with pytest.raises(CheckpointError, match="has not ended"):
         read_result(tmp_path / "out")
 

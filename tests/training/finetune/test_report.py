@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import sweep_pictures
+from benchmarks.sweep_pictures import draw_predictions, draw_starts
 from geo_pretrain.errors import DataError, MissingDependency, RecipeError
 from geo_pretrain.training.data.labelled.image import LabelledImage
 from geo_pretrain.training.evaluation.metrics import confusion_matrix, mean_iou
-from geo_pretrain.training.finetune import report, sweep
+from geo_pretrain.training.finetune import sweep
 from geo_pretrain.training.finetune.published import PaperRow
 from geo_pretrain.training.finetune.report import (
     draw_curve,
-    draw_predictions,
-    draw_starts,
     markdown,
     table,
     table_rows,
@@ -258,7 +258,7 @@ def test_the_picture_of_a_sweep_is_drawn_from_its_weights(tmp_path, monkeypatch)
     recipe = tiny_recipe(tmp_path)
     result = run_sweep(recipe, ["scratch", net], [0.5, 1.0], [1], tmp_path / "s", device="cpu", sources=sources)
     calls = []
-    monkeypatch.setattr(report, "draw_predictions", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(sweep_pictures, "draw_predictions", lambda *arguments: calls.append(arguments))
     for fraction in (None, 0.5):
         draw_starts(tmp_path / "s", tmp_path / "grid.png", sources=sources, images=9, fraction=fraction)
         images, predictions, classes, path = calls.pop()
@@ -293,17 +293,17 @@ def test_the_picture_is_of_the_largest_share_and_its_first_seed_that_are_finishe
             return [(None, None, torch.zeros(1)) for _ in ids]
 
     monkeypatch.setattr(
-        report, "open_labelled", lambda *place, **more: asked.append((place, more)) or Squares("val", 8)
+        sweep_pictures, "open_labelled", lambda *place, **more: asked.append((place, more)) or Squares("val", 8)
     )
-    monkeypatch.setattr(report, "load_file", lambda path: path)
+    monkeypatch.setattr(sweep_pictures, "load_file", lambda path: path)
 
     def init(recipe, backbone, where):
         asked.append((backbone, recipe.network.encoder, recipe.network.width, where))
         return SimpleNamespace(contract=lambda: None)
 
-    monkeypatch.setattr(report, "backbone_init", init)
-    monkeypatch.setattr(report, "build_finetune_task", lambda recipe, *_: asked.append(recipe) or Task())
-    monkeypatch.setattr(report, "draw_predictions", lambda images, guesses, *_: shown.append((images, guesses)))
+    monkeypatch.setattr(sweep_pictures, "backbone_init", init)
+    monkeypatch.setattr(sweep_pictures, "build_finetune_task", lambda recipe, *_: asked.append(recipe) or Task())
+    monkeypatch.setattr(sweep_pictures, "draw_predictions", lambda images, guesses, *_: shown.append((images, guesses)))
     for fraction, seed, chosen in (
         (None, None, (1.0, 6)),
         (0.5, None, (0.5, 1)),

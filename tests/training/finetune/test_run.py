@@ -171,7 +171,7 @@ def test_run_is_not_continued_with_anything_else(tmp_path):
     with pytest.raises(RecipeError, match=r"another recipe; it differs in: optim.lr: .* -> 0\.5"):
         run(tmp_path / "out", "optim.lr=0.5")
     with pytest.raises(RecipeError, match="another recipe; it differs in: seed: 0 -> 3"):
-        run(tmp_path / "out", seed=3)
+        run(tmp_path / "out", "seed=3")
     with pytest.raises(RecipeError, match="from another backbone"):
         run(tmp_path / "out", backbone=tmp_path / "tiny_net_r18")
     with pytest.raises(RecipeError, match="on other data"):
@@ -187,14 +187,14 @@ def test_run_is_not_continued_with_anything_else(tmp_path):
 def test_it_learns_and_depends_on_its_seed_alone(tmp_path):
     found = []
     overrides = ("optim.steps=60", "optim.lr=0.05", "optim.batch=4", "evaluate.every_steps=60", "save_every=100")
-    result = run(tmp_path / "a", *overrides, sources=(Squares("train", count=8), SOURCES[1]), seed=1)
+    result = run(tmp_path / "a", *overrides, "seed=1", sources=(Squares("train", count=8), SOURCES[1]))
     untrained = task_for(recipe_for(), contract=contract_of_scratch()).evaluate(SOURCES[1], SOURCES[1].ids())
     assert untrained.scores["miou"] < 0.3
     assert result.score > 0.6
     assert result.seed == 1
     for number, seed in enumerate((0, 0, 1)):
         torch.manual_seed(number)
-        run(tmp_path / f"s{number}", seed=seed)
+        run(tmp_path / f"s{number}", f"seed={seed}")
         found.append((tmp_path / f"s{number}" / "log.jsonl").read_text())
     assert found[0] == found[1] != found[2]
 

@@ -67,8 +67,8 @@ def test_a_real_sweep_trains_what_finetune_trains_and_is_not_trained_twice(tmp_p
     ]
     assert result.images == {0.5: 4, 1.0: 8}
     assert (result.metric, result.which, result.missing) == ("miou", "last", ())
-    alone = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, fraction=0.5))
-    same = finetune(alone, net, tmp_path / "alone", seed=3, device="cpu", sources=sources)
+    alone = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, fraction=0.5), seed=3)
+    same = finetune(alone, net, tmp_path / "alone", device="cpu", sources=sources)
     assert result.points[2].values == {3: same.score}
     assert result.to_dict()["measured"][2]["std"] is None
     weights = {run.relative_to(out / "runs"): run.read_bytes() for run in (out / "runs").rglob("model.safetensors")}
