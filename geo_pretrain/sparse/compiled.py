@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import stat
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,6 +29,7 @@ llvm = require("llvmlite.binding", "fast")
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 EXTERNAL = {"memset", "memcpy", "memmove"}  # what compiled code may call
 DIGEST = 32  # bytes of SHA-256 before the object code in a file
+_MAKING = threading.Lock()  # of the engine: of two, one would be freed, with code that runs
 
 
 def run(name: str, *values: int) -> None:
@@ -49,7 +52,9 @@ def run(name: str, *values: int) -> None:
 @cache
 def _task(name: str) -> Any:
     """A task as a function of its job's address."""
-    return FUNCTION(_engine().get_function_address(name))
+    with _MAKING:
+        task = FUNCTION(_engine().get_function_address(name))
+    return task
 
 
 @cache
@@ -97,14 +102,24 @@ def _compiled(target: Any) -> bytes:
 
 
 def _kept() -> bytes | None:
-    """The object code from the first file that holds it undamaged."""
+    """The object code from the first file that holds it undamaged, and that no stranger wrote."""
     for path in _paths():
-        with suppress(OSError):
-            content = path.read_bytes()
+        with suppress(OSError), path.open("rb") as file:
+            content = file.read()
             digest, code = content[:DIGEST], content[DIGEST:]
-            if hashlib.sha256(code).digest() == digest:
+            if hashlib.sha256(code).digest() == digest and _is_trusted(os.fstat(file.fileno())):
                 return code
     return None
+
+
+def _is_trusted(file: os.stat_result) -> bool:
+    """Whether a file is this user's, root's or the owner's of these sources, and nobody else may write it.
+
+    Its code runs, and NUMBA_CACHE_DIR may be a folder where everybody writes, such as /tmp.
+    """
+    if os.name != "posix":
+        return True
+    return file.st_uid in (0, os.geteuid(), Path(__file__).stat().st_uid) and not file.st_mode & stat.S_IWOTH
 
 
 def _keep(code: bytes) -> None:
@@ -125,7 +140,8 @@ def _paths() -> Iterator[Path]:
         yield Path(chosen) / name
     else:
         yield here / "__pycache__" / name
-        yield Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "geo_pretrain" / "kernels" / name
+        with suppress(RuntimeError):  # of a user without a home
+            yield Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "geo_pretrain" / "kernels" / name
 
 
 # ---- Threads --------------------------------------------------------------------------------------------------------

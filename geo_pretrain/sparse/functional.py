@@ -36,7 +36,7 @@ def convolve(
     `finish` is what follows, in inference only: it has no gradient.
     """
     _check_kernel(x, kernel, kernel_size, stride)
-    dtype = _output_dtype(x, kernel)
+    dtype = output_dtype(x, kernel)
     rows, kernel = _operands(x, kernel, dtype)
     if kernel.ndim == 2:
         with _as_given(rows):
@@ -189,7 +189,7 @@ def _kernels(feats: Tensor) -> ModuleType:
     return plain
 
 
-def _output_dtype(x: SparseTensor, kernel: Tensor) -> torch.dtype:
+def output_dtype(x: SparseTensor, kernel: Tensor) -> torch.dtype:
     """The dtype of a convolution's output: autocast's, or else the dtype of features and kernel."""
     device = x.computed_feats.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # as torch: doubles stay

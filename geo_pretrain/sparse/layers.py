@@ -93,8 +93,8 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Features [N, C] -> [N, C]."""
-        rows = x.computed_feats
-        if rows.dtype == torch.float32 and self.bn.weight is not None and self.bn.weight.dtype in LOW_PRECISION:
+        rows, weight = x.computed_feats, getattr(self.bn, "weight", None)
+        if rows.dtype == torch.float32 and weight is not None and weight.dtype in LOW_PRECISION:
             rows = self._in_float32(rows)
         else:
             rows = self.bn(rows)
@@ -132,13 +132,11 @@ def normalized(
 
     In inference on the CPU our layers do it in one pass over the features, unless a module is hooked or replaced.
     """
-    if _is_one_pass(convolution, norm, relu, x) and (residual is None or residual.dtype == x.dtype):
+    if _is_one_pass(convolution, norm, relu, x) and (residual is None or _is_sum(convolution, x, residual)):
         bn, computed = norm.bn, x.computed_feats.dtype
         if computed in LOW_PRECISION:
             computed = torch.float32
-        weight, bias, mean, variance = (
-            t.to(computed) for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None
-        )
+        weight, bias, mean, variance = (t.to(computed) for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var))
         scale = weight * torch.rsqrt(variance + bn.eps)
         added = None if residual is None else residual.computed_feats.to(computed)
         return convolution(x, Finish(scale, torch.addcmul(bias, mean, scale, value=-1), added, relu is not None))
@@ -149,15 +147,35 @@ def normalized(
 
 def _is_one_pass(convolution: Any, norm: Any, relu: nn.Module | None, x: Any) -> bool:
     """Whether nobody can tell the difference: no gradients, and no module hooked, replaced or training."""
-    modules = [convolution, norm, *([] if relu is None else [relu])]
-    if torch.is_grad_enabled() or type(norm) is not BatchNorm or x.computed_feats.device.type != "cpu":
+    if torch.is_grad_enabled() or type(convolution) not in (Conv3d, ConvTranspose3d) or type(norm) is not BatchNorm:
         return False  # also for layers of another library on its own tensors
-    bn = norm.bn
-    if norm.training or bn.training or bn.running_mean is None or bn.weight is None or convolution.bias is not None:
-        return False
+    bn, width = norm.bn, convolution.kernel.shape[-1]
+    modules = [convolution, norm, bn, *([] if relu is None else [relu])]
     classes = Conv3d, ConvTranspose3d, BatchNorm, ReLU, nn.BatchNorm1d
-    return not (_global_forward_hooks or _global_forward_pre_hooks) and all(
-        type(module) in classes
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-        for module in (*modules, bn)
+    if (
+        _global_forward_hooks
+        or _global_forward_pre_hooks
+        or any(
+            type(module) not in classes
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or "forward" in vars(module)
+            for module in modules
+        )
+    ):
+        return False
+    if norm.training or bn.training or convolution.bias is not None or x.computed_feats.device.type != "cpu":
+        return False
+    values = bn.weight, bn.bias, bn.running_mean, bn.running_var
+    return all(value is not None and value.shape == (width,) for value in values)  # kernels check no lengths
+
+
+def _is_sum(convolution: Any, x: SparseTensor, residual: SparseTensor) -> bool:
+    """Whether `residual` has the voxels, channels and dtype of the convolution's output; if not, `+` says what is."""
+    stride = x.stride // convolution.stride if convolution.transposed else x.stride * convolution.stride
+    return (
+        residual.coordinate_manager is x.coordinate_manager
+        and residual.stride == stride
+        and residual.computed_feats.shape[1] == convolution.kernel.shape[-1]
+        and residual.dtype == functional.output_dtype(x, convolution.kernel)
     )

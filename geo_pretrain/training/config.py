@@ -57,10 +57,11 @@ class Draft:
             raise RecipeError(f"{path}: expected keys and values, got {_shown(tree)}.")
         return cls(tree, str(path), renames)
 
-    def override(self, overrides: Iterable[str], owners: Mapping[str, str] = {}) -> Draft:
+    def override(self, overrides: Iterable[str], owners: Mapping[str, tuple[str, str]] = {}) -> Draft:
         """Set keys from texts `key.key=value`, values in YAML; the last one counts where a key is given again.
 
-        `owners`: key -> a key that holds for its present value only, which goes when an override changes the first.
+        `owners`: key -> a key that holds for its present value only, which goes when an override changes the first; and
+        the value that the first has where it is not given.
         """
         by_old = {renamed.old: renamed for renamed in self.renames}
         spelled: dict[str, str] = {}  # key -> how the override that set it spelled the key
@@ -79,8 +80,14 @@ class Draft:
             key, value = (given, value) if renamed is None else (renamed.new, _translated(renamed, value))
             if spelled.setdefault(key, given) != given:
                 self._note(f"{key!r} is given twice, by {self.overrides[key]!r} and, under another name, {override!r}.")
-            if key in owners and lookup(self.tree, key) not in (None, value):
-                _set(self.tree, owners[key].split("."), {})
+            if key in owners:
+                owned, default = owners[key]
+                if value != (lookup(self.tree, key) or default):
+                    _set(self.tree, owned.split("."), {})
+                    for lost in [text for other, text in self.overrides.items() if f"{other}.".startswith(f"{owned}.")]:
+                        self._note(
+                            f"Override {lost!r} would be lost: {override!r} drops '{owned}'. Give it after that."
+                        )
             blocking = _set(self.tree, key.split("."), value)
             if blocking is not None:
                 self._note(f"Override {override!r}: '{blocking}' holds a value, not keys.")

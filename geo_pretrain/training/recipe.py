@@ -61,7 +61,8 @@ WITHOUT_EFFECT = ("workers", "save_every", "data.path")
 _SAME_DATA = ("source", "path", "size", "frames", "license", "options")  # data settings that a first stage takes over
 _SAME_PAIRS = ("overlap", "measure", "max_pairs_per_scene")  # the same, where both stages train on pairs
 
-OWNERS = {"data.source": "data.options"}  # options are those of one source
+# Options are those of one source, of rooms where none is given.
+OWNERS = {"data.source": ("data.options", "rooms")}
 
 EncoderName = Literal["resnet18", "resnet50"]  # names in backbones.architectures.ENCODERS
 RecipeName = Annotated[str, Accepts(CHECKPOINT_NAME.fullmatch, "letters, digits, '.', '_' and '-'")]

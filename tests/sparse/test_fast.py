@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import stat
 import subprocess
 import sys
+import threading
 from itertools import product
 
 import pytest
@@ -220,3 +222,46 @@ def test_the_processor_and_the_sources_name_the_file_of_machine_code(monkeypatch
     assert not {path.name for path in paths} & {path.name for path in compiled._paths()}
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     assert [path.parent for path in compiled._paths()] == [tmp_path]
+
+
+def test_threads_that_begin_together_make_one_engine(monkeypatch):
+    """Of two engines one would be freed while its code runs. The first thread waits for the second, which may not."""
+    read, begun, second = compiled._kept, [], threading.Thread(target=compiled._task, args=("insert",))
+
+    def kept() -> bytes | None:
+        begun.append(threading.current_thread())
+        if not second.ident:
+            second.start()
+            second.join(timeout=0.5)
+        return read()
+
+    monkeypatch.setattr(compiled, "_kept", kept)
+    compiled._task.cache_clear()
+    compiled._engine.cache_clear()
+    compiled._task("find")
+    second.join()
+    assert begun == [threading.current_thread()]
+
+
+def test_machine_code_of_strangers_is_not_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    (path,) = compiled._paths()
+    compiled._keep(b"code")
+    assert compiled._kept() == b"code"
+    path.chmod(0o666)
+    assert compiled._kept() is None
+    status = os.stat(__file__)
+    stranger = os.stat_result((stat.S_IFREG | 0o644, *status[1:4], status.st_uid + 4711, *status[5:]))
+    assert not compiled._is_trusted(stranger)
+    assert compiled._is_trusted(os.stat_result((stat.S_IFREG | 0o664, *status[1:])))
+
+
+def test_a_user_without_a_home_compiles(monkeypatch, tmp_path):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(compiled.Path, "expanduser", no_home)
+    assert [path.parent.name for path in compiled._paths()] == ["__pycache__"]

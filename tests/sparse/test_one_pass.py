@@ -136,6 +136,51 @@ def test_other_cases_go_step_by_step(case: str, engine: str):
     assert torch.equal(y.feats, expected.feats)
 
 
+class Wrapped(nn.Module):
+    """A convolution inside another module, as adapters of weights and observers are put there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Conv3d(8, 8)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("place", ["convolution", "norm", "no norm", "no shift"])
+def test_modules_of_other_kinds_in_their_places_are_called(place: str, engine: str):
+    conv: nn.Module = Wrapped() if place == "convolution" else Conv3d(8, 8)
+    norm = settled(BatchNorm(8))
+    if place == "norm":
+        norm.bn = nn.LayerNorm(8)  # type: ignore[assignment]
+    if place == "no norm":
+        norm.bn = nn.Identity()  # type: ignore[assignment]
+    if place == "no shift":
+        norm.bn.bias = None  # type: ignore[assignment]
+    with torch.no_grad():
+        y, expected = (step(conv, norm, input_tensor(), ReLU(), None) for step in (normalized, in_steps))
+    assert torch.equal(y.feats, expected.feats)
+
+
+def test_a_sum_or_norm_that_does_not_fit_is_refused_and_not_read_beyond_its_end(engine: str):
+    conv, norm, x = Conv3d(8, 8), settled(BatchNorm(8)), input_tensor()
+    with torch.no_grad():
+        coarse = Conv3d(8, 8, 2, 2)(x)
+        with pytest.raises(ValueError, match="The tensors have strides 1 and 2"):
+            normalized(conv, norm, x, ReLU(), coarse)
+        with pytest.raises(ValueError, match="The tensors come from two different inputs"):
+            normalized(conv, norm, x, ReLU(), input_tensor())
+        with pytest.raises(RuntimeError, match="running_mean should contain 8 elements"):
+            normalized(conv, settled(BatchNorm(4)), x)
+
+
+def test_under_autocast_a_sum_has_the_dtype_of_the_steps(engine: str):
+    conv, norm, x = Conv3d(8, 8), settled(BatchNorm(8)), input_tensor()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y, expected = (step(conv, norm, x, ReLU(), x) for step in (normalized, in_steps))
+    assert y.dtype == expected.dtype == torch.float32
+
+
 def test_a_network_calls_no_norm_in_inference_and_every_one_in_training(norms: list[nn.Module], engine: str):
     torch.manual_seed(0)
     network = SRUNet("18A", in_chans=8, width=16)

@@ -280,6 +280,19 @@ def test_options_of_a_source_go_when_an_override_names_another_source():
     assert labelled.data.options == {}
 
 
+def test_options_given_before_their_source_are_not_lost_silently():
+    with pytest.raises(RecipeError, match=r"'data.options.labels=x' would be lost: 'data.source=scannet' drops"):
+        load_checked_recipe("pri3d_view_r18.rooms", ["data.options.labels=x", "data.source=scannet"])
+
+
+def test_a_recipe_that_names_no_source_has_the_options_of_rooms(tmp_path):
+    text = load_checked_recipe("pri3d_view_r18.rooms").to_yaml()
+    path = tmp_path / "mine.yaml"
+    path.write_text("".join(line for line in text.splitlines(True) if line.strip() != "source: rooms"))
+    assert load_checked_recipe(str(path), ["data.source=rooms"]).data.options != {}
+    assert load_checked_recipe(str(path), ["data.source=scannet", "data.path=/scans"]).data.options == {}
+
+
 def test_a_command_without_a_recipe_takes_the_options_it_is_given():
     assert data_spec("rooms", None, ["data.options.scenes=3"], "0.3:1").options == {"scenes": 3}
 
