@@ -232,7 +232,7 @@ class Agreement(ImageUNetTask):
 
     def dataset(self, source: Source, pairs: list[Pair]) -> TwoColorViews:
         """Single frames, each augmented twice."""
-        return TwoColorViews(source, pairs, self.recipe.data, self.contract, self.recipe.seed, blur_taps=None)
+        return TwoColorViews(*self.arguments(source, pairs), blur_taps=None)
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The loss of a batch."""

@@ -105,23 +105,23 @@ def moco_v2_folder(name: str) -> Path:
             path = by_hand
             if not by_hand.is_file():
                 path = Path(work.enter_context(TemporaryDirectory(".work", f".{entry.name}", folder.parent)), "file")
-                _download(offered.url, path)
+                if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+                    raise HubError("HF_HUB_OFFLINE is set")
+                download(offered.url, path)
             digest = _check_md5(path, MD5_PREFIXES[name])
             today = datetime.date.today().isoformat()
             origin = Origin(offered.url, digest, offered.format, offered.content, today)
             convert_file(path, folder, like=entry, format=offered.format, origin=origin, overwrite=True)
         except HubError as error:
-            raise GeoPretrainError(
-                f"init '{name}' needs {offered.url}, which could not be downloaded ({error}). "
-                f"Put the file at {by_hand}, or start from random weights: --set model.init=scratch."
-            ) from error
+            raise _not_downloaded(name, offered.url, by_hand, error) from error
     return folder
 
 
-def _download(url: str, part: Path) -> None:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise HubError("HF_HUB_OFFLINE is set")
-    download(url, part)
+def _not_downloaded(start: str, url: str, place: Path, error: Exception) -> GeoPretrainError:
+    return GeoPretrainError(
+        f"init '{start}' needs {url}, which could not be downloaded ({error}). "
+        f"Put the file at {place}, or start from random weights: --set model.init=scratch."
+    )
 
 
 def _check_md5(path: Path, prefix: str) -> str:
@@ -154,10 +154,7 @@ def imagenet_classifier(encoder: str) -> nn.Module:
         network: nn.Module = torchvision.models.get_model(encoder, weights=enum)
     except OSError as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / enum.url.rpartition("/")[2]
-        raise GeoPretrainError(
-            f"init 'imagenet' needs {enum.url}, which could not be downloaded ({error}). "
-            f"Put the file at {place}, or start from random weights: --set model.init=scratch."
-        ) from error
+        raise _not_downloaded("imagenet", enum.url, place, error) from error
     return network
 
 

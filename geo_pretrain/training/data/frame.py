@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -46,14 +46,9 @@ def resize_frame(frame: Frame, size: tuple[int, int]) -> Frame:
     if (height, width) == size:
         return frame
     intrinsics = geometry.resize_intrinsics(torch.from_numpy(frame.intrinsics), (height, width), size).numpy()
-    return replace(
-        frame,
-        color=resize_image(frame.color, size),
-        depth=resize_image(frame.depth, size),
-        intrinsics=intrinsics,
-        semantic=None if frame.semantic is None else resize_image(frame.semantic, size),
-        instance=None if frame.instance is None else resize_image(frame.instance, size),
-    )
+    images = {name: getattr(frame, name) for name in ("color", "depth", "semantic", "instance")}
+    resized: Any = {name: resize_image(image, size) for name, image in images.items() if image is not None}
+    return replace(frame, intrinsics=intrinsics, **resized)
 
 
 def resize_image(image: np.ndarray, size: Sequence[int]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypeVar
 
@@ -32,10 +32,13 @@ class TaskConfig(Ranged):
     section = "task."
 
 
-def same_settings(kind: type[T], config: TaskConfig, **more: Any) -> T:
-    """Build the dataclass `kind` from `more` and the settings of a task that have the names of its fields."""
+def same_settings(kind: Callable[..., T], config: TaskConfig, *first: Any, **more: Any) -> T:
+    """Build the dataclass `kind` from the settings of a task that have the names of its fields.
+
+    `first` are its first arguments; `more` are added to the settings, or replace them.
+    """
     names = {field.name for field in fields(kind)} & vars(config).keys()  # type: ignore[arg-type]
-    return kind(**{name: getattr(config, name) for name in names}, **more)
+    return kind(*first, **{name: getattr(config, name) for name in names} | more)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.training.checks import Count, NotNegative, Positive, Probability
+from geo_pretrain.training.checks import Count, Positive
 from geo_pretrain.training.data.frame import Pair, Source
-from geo_pretrain.training.data.samples.augment import Rotation
-from geo_pretrain.training.data.samples.clouds import CloudPairSamples, Features, PairCloudConfig
+from geo_pretrain.training.data.samples.clouds import CloudPairSamples, PairCloudConfig, PairCloudSettings
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.networks3d import encode, unet_args, voxel_contract
 from geo_pretrain.training.recipe import Recipe
@@ -20,17 +19,11 @@ from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig, sam
 
 
 @dataclass(frozen=True)
-class CloudConfig(TaskConfig):
+class CloudConfig(PairCloudSettings, TaskConfig):
     """Settings of every task on pairs of clouds; each default is PointContrast's released code's."""
 
-    radius: Positive | None = None  # m, of matches; None: 1.5 voxels
-    features: Features = "ones"
-    rotation: Rotation = "full"
-    jitter: NotNegative = 0.01  # noise on the features
-    jitter_prob: Probability = 0.95
     temperature: Positive = 0.4
     matches: Count = 4096  # anchors of a process's batch, or of a pair where the task contrasts pair by pair
-    match_released_code: bool = False  # a pair without matches gets a dummy one
 
 
 class CloudPairs(PretextTask):
@@ -51,7 +44,7 @@ class CloudPairs(PretextTask):
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Pairs of voxelized clouds with their matches."""
         spec = same_settings(PairCloudConfig, self.config, voxel_size=self.spec.voxel_size)
-        return CloudPairSamples(source, pairs, self.recipe.data, spec, self.recipe.seed)
+        return CloudPairSamples(source, pairs, self.recipe.data, self.recipe.seed, spec)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of `CloudPairSamples`, scalars.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.backbones.sr_unet import encoder_maps
 from geo_pretrain.errors import DataError
+from geo_pretrain.sparse.functional import global_pool
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.checks import Checks, Count, Momentum, Positive
 from geo_pretrain.training.data.frame import Pair, Source
@@ -118,8 +119,8 @@ class GlobalDistillation(TaughtByImages):
         """The loss of a batch of `FrameCloudSamples`, a scalar under the loss's name."""
         image = self.teacher_maps(batch).mean(dim=(2, 3))
         with self.autocast(image.device):
-            cloud = pool(encoder_maps(self.backbone, SparseTensor(batch["coords"], batch["feats"]))[-1])
-        student = self.head(cloud.float())
+            coarsest = encoder_maps(self.backbone, SparseTensor(batch["coords"], batch["feats"]))[-1]
+        student = self.head(global_pool(coarsest.with_sorted_feats(coarsest.sorted_feats.float())))
         if self.config.loss == "kd":
             logits = image if self.classifier is None else self.classifier(image)
             loss = kl_distillation(student, logits, temperature=self.temperature)
@@ -175,10 +176,3 @@ class GlobalDistillation(TaughtByImages):
                 constant.fill_(float(scores.detach().mean()) * len(memory))
             total = total + crd_loss(scores, constant, len(memory))
         return total
-
-
-def pool(x: SparseTensor) -> Tensor:
-    """Average the voxels of each batch element: [B, C]."""
-    rows = x.sorted_feats.float()
-    total = rows.new_zeros(x.batch_size, rows.shape[1]).index_add(0, x.batch, rows)
-    return total / torch.bincount(x.batch, minlength=x.batch_size)[:, None]

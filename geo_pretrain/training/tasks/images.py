@@ -32,9 +32,9 @@ class ImageTask(PretextTask):
     def load_start_weights(self) -> None:
         initialize_encoder(self.backbone, self.recipe.network2d())
 
-    def arguments(self, source: Source, pairs: list[Pair]) -> tuple[Source, list[Pair], DataSpec, ImageContract, int]:
-        """The first arguments of all image samples: source, pairs, data section, contract and seed."""
-        return source, pairs, self.recipe.data, self.contract, self.recipe.seed
+    def arguments(self, source: Source, pairs: list[Pair]) -> tuple[Source, list[Pair], DataSpec, int, ImageContract]:
+        """The first arguments of all image samples: source, pairs, data section, seed and contract."""
+        return source, pairs, self.recipe.data, self.recipe.seed, self.contract
 
 
 class ImageUNetTask(ImageTask):

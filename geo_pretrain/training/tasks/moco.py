@@ -25,7 +25,7 @@ from geo_pretrain.training.data.samples.single_images import CropSamples, Mix, l
 from geo_pretrain.training.distributed import World, forward_in_groups
 from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Batch, TaskConfig
+from geo_pretrain.training.tasks.base import Batch, TaskConfig, same_settings
 from geo_pretrain.training.tasks.images import ImageTask
 
 FrameSize = Annotated[tuple[int, int], Accepts(lambda size: min(size) >= 1, "[height, width], each from 1 up")]
@@ -100,15 +100,8 @@ class MoCo(ImageTask):
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Two crops of each image; see `CropSamples`. Raises `RecipeError` or `DataError` without `task.images`."""
-        config = self.config
-        return CropSamples(
-            *self.arguments(source, pairs),
-            scale=config.scale,
-            flip_prob=config.flip_prob,
-            resize=config.resize,
-            images=() if config.mix == "none" else list_images(config.images),
-            mix=config.mix,
-        )
+        images = () if self.config.mix == "none" else list_images(self.config.images)
+        return same_settings(CropSamples, self.config, *self.arguments(source, pairs), images=images)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch of `CropSamples`: {"moco": a scalar}; the keys enter the queue.

@@ -25,7 +25,7 @@ from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.two_views import TwoViewSamples, ViewConfig
 from geo_pretrain.training.losses.contrastive import nt_xent
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Batch, TaskConfig
+from geo_pretrain.training.tasks.base import Batch, TaskConfig, same_settings
 from geo_pretrain.training.tasks.images import ImageTask
 
 
@@ -40,9 +40,6 @@ class Config(TaskConfig):
     flip_prob: Probability = 0.5
     scope: Literal["batch", "image"] = "batch"  # negatives: pixels of all local images, or of the same image
     negatives: Literal["both", "other"] = "both"  # of both views, as SimCLR's, or of the other view alone
-
-    def views(self) -> ViewConfig:
-        return ViewConfig(scale=self.scale, flip_prob=self.flip_prob)
 
 
 class PixelSimCLR(ImageTask):
@@ -63,8 +60,8 @@ class PixelSimCLR(ImageTask):
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Two views of each image, with matching pixels."""
-        first = self.arguments(source, pairs)
-        return TwoViewSamples(*first, views=self.config.views(), matches=self.config.matches)
+        views = same_settings(ViewConfig, self.config)
+        return TwoViewSamples(*self.arguments(source, pairs), views=views, matches=self.config.matches)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch of `TwoViewSamples`: {"nce": a scalar}.

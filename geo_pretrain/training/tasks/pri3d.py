@@ -27,7 +27,7 @@ from geo_pretrain.training.initialize import initialize_heads
 from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.networks3d import CHANNELS, encode, unet_args
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Batch, TaskConfig
+from geo_pretrain.training.tasks.base import Batch, TaskConfig, same_settings
 from geo_pretrain.training.tasks.images import ImageUNetTask
 from geo_pretrain.training.tasks.matching import gather_cells, half_resolution_cell, sample_matches
 
@@ -88,15 +88,10 @@ class Pri3D(ImageUNetTask):
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Pairs of images; with the geometric prior also the chunk of surface around each."""
+        first = self.arguments(source, pairs)
         if not self.config.geo:
-            return PairSamples(*self.arguments(source, pairs))
-        return ChunkPairSamples(
-            *self.arguments(source, pairs),
-            voxel_size=self.voxel_size,
-            features=self.config.features,
-            frustum=self.config.frustum,
-            match_released_code=self.config.match_released_code,
-        )
+            return PairSamples(*first)
+        return same_settings(ChunkPairSamples, self.config, *first, voxel_size=self.voxel_size)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of pairs, scalars: "view", "geo", "depth" as the task has them."""

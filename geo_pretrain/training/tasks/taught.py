@@ -97,8 +97,8 @@ class TaughtByImages(PretextTask):
                 f"recipe {self.recipe.name}: 'data.units' is {self.recipe.data.units!r}, accepted for task "
                 f"{self.recipe.task['name']!r} is 'frames'."
             )
-        contract, seed = self.teacher.contract, self.recipe.seed
-        return FrameCloudSamples(source, pairs, self.recipe.data, self.cloud_spec, contract, seed)
+        data, seed, images = self.recipe.data, self.recipe.seed, self.teacher.contract
+        return FrameCloudSamples(source, pairs, data, seed, images, self.cloud_spec)
 
     def teacher_maps(self, batch: Batch) -> Tensor:
         """The teacher's maps of a batch's images: float32 [B, C, h, w], without gradients."""

@@ -15,6 +15,7 @@ from geo_pretrain.backbones.sr_unet import SRUNet, encoder_maps
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.sparse import SparseTensor
+from geo_pretrain.sparse.functional import global_pool
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
@@ -23,7 +24,6 @@ from geo_pretrain.training.losses.contrastive import queue_nce
 from geo_pretrain.training.losses.distillation import kl_distillation, l2_distillation
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
-from geo_pretrain.training.tasks.global_distillation import pool
 from tests.training.losses.test_contrastive import close
 from tests.training.tasks.test_moco import run_in_two_processes
 from tests.training.tasks.test_ppkt import tiny_batch
@@ -84,7 +84,7 @@ def test_the_encoder_alone_computes_what_the_whole_network_does():
         assert torch.equal(alone.sorted_feats, whole.sorted_feats)
         for element in (0, 1):
             mean = whole.feats[whole.coords[:, 0] == element].mean(dim=0)
-            torch.testing.assert_close(pool(alone)[element], mean)
+            torch.testing.assert_close(global_pool(alone)[element], mean)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -118,7 +118,7 @@ def test_losses_of_a_batch_are_those_of_pooled_features(tiny_recipe):
         with torch.no_grad():
             image = task.teacher.network(batch["image"])[-1].mean(dim=(2, 3))
             x = SparseTensor(batch["coords"], batch["feats"])
-            student = task.head(pool(task.backbone.pyramid(x)[-1]))
+            student = task.head(global_pool(task.backbone.pyramid(x)[-1]))
             (got,) = task(batch).values()
         assert got.item() == pytest.approx(loss(student, image).item(), rel=1e-5)
 
@@ -130,7 +130,7 @@ def test_crd_of_a_batch_contrasts_unit_features_with_the_queue_or_drawn_rows(tin
         task.eval()
         with torch.no_grad():
             image = task.teacher.network(batch["image"])[-1].mean(dim=(2, 3))
-            cloud = pool(task.backbone.pyramid(SparseTensor(batch["coords"], batch["feats"]))[-1])
+            cloud = global_pool(task.backbone.pyramid(SparseTensor(batch["coords"], batch["feats"]))[-1])
             student, teacher = (F.normalize(f, dim=1) for f in (task.head(cloud), task.key(image)))
             (got,) = task(batch).values()
             if name == "crd":
@@ -220,7 +220,7 @@ def test_a_classifier_brings_its_classes(tiny_recipe, tmp_path, monkeypatch):
     task.eval()
     with torch.no_grad():
         (got,) = task(batch).values()
-        student = task.head(pool(task.backbone.pyramid(SparseTensor(batch["coords"], batch["feats"]))[-1]))
+        student = task.head(global_pool(task.backbone.pyramid(SparseTensor(batch["coords"], batch["feats"]))[-1]))
         want = kl_distillation(student, network(batch["image"]))
     assert student.shape == (3, 1000)
     assert task.heads().keys() == {"head.weight", "head.bias"}  # torchvision's layer is not ours to keep

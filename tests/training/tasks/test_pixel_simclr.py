@@ -202,7 +202,7 @@ def test_settings_of_the_crop_reach_the_samples(task_and_batch):
     whole, batch = task_and_batch("task.scale=[1.0, 1.0]", "task.flip_prob=1.0")
     assert batch["rows1"].tolist() == [list(range(48))] * 3
     assert batch["columns2"].tolist() == [list(range(63, -1, -1))] * 3
-    assert whole.config.views().flip_prob == 1
+    assert whole.dataset(None, []).views.flip_prob == 1
     other, _ = task_and_batch("seed=9", "task.matches=5")
     samples = other.dataset(None, [])
     assert (samples.seed, samples.matches) == (9, 5)

@@ -74,7 +74,7 @@ def task_and_batch(tiny_recipe):
         source = open_source(recipe.data)
         pairs = find_pairs(source, recipe.data, skips=SkippedFrames())
         task = build_task(recipe)
-        samples = PairSamples(source, pairs, recipe.data, task.contract, 0)
+        samples = PairSamples(source, pairs, recipe.data, 0, task.contract)
         return task, samples.collate([samples[(0, k)] for k in range(3)])
 
     return make

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from geo_pretrain.contract import VoxelContract
@@ -98,11 +99,7 @@ def batch_voxels(
     clouds: Sequence[tuple[Tensor, Tensor, Tensor]], device: torch.device | str
 ) -> tuple[SparseTensor, Tensor]:
     """Join the voxels of several clouds (from `voxels_of`) into one SparseTensor, with their labels [N]."""
-    rows = []
-    for number, (coords, _, _) in enumerate(clouds):
-        coords = coords.clone()
-        coords[:, 0] = number
-        rows.append(coords)
+    rows = [F.pad(coords[:, 1:], (1, 0), value=number) for number, (coords, _, _) in enumerate(clouds)]
     feats, labels = (torch.cat([cloud[column] for cloud in clouds]) for column in (1, 2))
     return SparseTensor(torch.cat(rows).to(device), feats.to(device)), labels.to(device)
 

@@ -28,9 +28,7 @@ class CocoOptions:
     """Options of the source."""
 
     images: str | None = None  # folder of the images; None: SPLIT/, images/SPLIT/, images/ or the data set's folder
-    drop_empty: bool = (
-        False  # leave out images with nothing but crowds, or nothing at all, as Detectron2 does in training
-    )
+    drop_empty: bool = False  # leave out images without an object that is no crowd, as Detectron2 does in training
 
 
 class Coco:
@@ -138,10 +136,8 @@ class Coco:
             candidates = [Path(config.images).expanduser()]
         else:
             own = self.file.stem.removeprefix("instances_")  # such as val2017 for the split val
-            folders = [
-                folder for name in dict.fromkeys((own, split)) for folder in (root / name, root / "images" / name)
-            ]
-            candidates = [*folders, root / "images", root]
+            names = own, f"images/{own}", split, f"images/{split}", "images", ""
+            candidates = list(dict.fromkeys(root / name for name in names))
         first = next(iter(self._images.values()))["file_name"]
         for folder in candidates:
             if (folder / first).is_file():

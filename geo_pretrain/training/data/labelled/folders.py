@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +53,18 @@ class InstanceOptions(Ranged):
         return InstanceRule(self.min_pixels, unnumbered=exact, drop_empty=self.drop_empty or exact)
 
 
+@dataclass(eq=False, repr=False)
 class Folder:
     """Images and label files below a folder: the base of sources of either task."""
 
-    def __init__(self, name: str, split: str, root: Path, items: Iterable[Item], labels: LabelMap) -> None:
-        self.name, self.split, self.root, self.labels = name, split, root, labels
-        self.classes = labels.classes
+    name: str
+    split: str
+    root: Path
+    items: InitVar[Iterable[Item]]
+    labels: LabelMap
+
+    def __post_init__(self, items: Iterable[Item]) -> None:
+        self.classes = self.labels.classes
         self._items = {item.id: item for item in items}
 
     def ids(self) -> list[str]:
@@ -87,14 +93,11 @@ class Folder:
         return self._items[id]
 
 
+@dataclass(eq=False, repr=False)
 class SemanticFolder(Folder):
     """A source for segmentation: one image of class ids per image."""
 
-    def __init__(
-        self, name: str, split: str, root: Path, items: Iterable[Item], labels: LabelMap, bits: Sequence[int] = (8,)
-    ) -> None:
-        super().__init__(name, split, root, items, labels)
-        self.bits = tuple(bits)
+    bits: Sequence[int] = (8,)
 
     def load(self, id: str) -> LabelledImage:
         item = self._item(id)
@@ -103,22 +106,13 @@ class SemanticFolder(Folder):
         return LabelledImage(id, image, self.labels.apply(ids, item.annotation), None)
 
 
+@dataclass(eq=False, repr=False)
 class InstanceFolder(Folder):
     """A source for detection: an image of label * 1000 + instance, or one of labels and one of instances."""
 
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        root: Path,
-        items: Iterable[Item],
-        labels: LabelMap,
-        rule: InstanceRule,
-        bits: Sequence[int] = (16,),
-    ) -> None:
-        super().__init__(name, split, root, items, labels)
-        self.rule, self.bits = rule, tuple(bits)
-        self._kept: list[str] | None = None
+    rule: InstanceRule
+    bits: Sequence[int] = (16,)
+    _kept: list[str] | None = field(default=None, init=False)
 
     def ids(self) -> list[str]:
         """Names of all images; `drop_empty` omits those without objects (reads every label file once)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 
@@ -32,7 +32,11 @@ class LabelledImage:
 
 
 class LabelledSource(Protocol):
-    """One split of a labelled data set, for one task. Adding a data set takes a file with such a class and a row."""
+    """One split of a labelled data set, for one task. Adding a data set takes a file with such a class and a row.
+
+    A source whose images are files also has `file_name(id)`, the image's path below the folder of images. One that
+    knows of scenes without a labelled image has `scenes()`, the names of all scenes of the split.
+    """
 
     name: str
     split: str
@@ -49,19 +53,3 @@ class LabelledSource(Protocol):
 
     def fingerprint(self) -> str:
         """A sha256 that changes when the data change."""
-
-
-@runtime_checkable
-class ImageFiles(Protocol):
-    """A labelled source whose images are files."""
-
-    def file_name(self, id: str) -> str:
-        """The image's path below the folder of images."""
-
-
-@runtime_checkable
-class SceneList(Protocol):
-    """A labelled source that lists its scenes, including scenes without a labelled image."""
-
-    def scenes(self) -> list[str]:
-        """Names of all scenes of the split."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from geo_pretrain.errors import DataError, unknown
+from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.labelled.folders import (
     InstanceFolder,
     InstanceOptions,
@@ -26,8 +26,6 @@ _FOLDERS = {"train": ("train",), "val": ("val", "test")}
 
 def open_nyuv2(path: Path, split: str, task: str, options: InstanceOptions) -> SemanticFolder | InstanceFolder:
     """Open the labelled images of a split; ids such as "0001". Scenes are unknown: each image is its own."""
-    if split not in _FOLDERS:
-        raise unknown("split", split, _FOLDERS)
     _refuse_mat(path)
     root = next((path / name for name in _FOLDERS[split] if (path / name).is_dir()), path / _FOLDERS[split][0])
     kind = "label" if task == "segmentation" else "instance"

@@ -15,7 +15,7 @@ from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.cityscapes import open_cityscapes
 from geo_pretrain.training.data.labelled.coco import CocoOptions, open_coco
 from geo_pretrain.training.data.labelled.folders import InstanceOptions
-from geo_pretrain.training.data.labelled.image import ImageFiles, LabelledImage, LabelledSource, SceneList
+from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
 from geo_pretrain.training.data.labelled.kitti import open_kitti
 from geo_pretrain.training.data.labelled.nyuv2 import open_nyuv2
 from geo_pretrain.training.data.labelled.rooms import LabelledRoomsOptions, open_rooms
@@ -40,6 +40,7 @@ class DataSet:
     license: str  # SPDX or LicenseRef
     terms: str  # the license in words
     options: type = NoOptions  # dataclass of `data.options`
+    splits: tuple[str, ...] = ("train", "val")  # (): whichever its files name
 
 
 def _plain(opener: Callable[[Path, str], LabelledSource]) -> Opener:
@@ -63,6 +64,7 @@ DATA_SETS = {
         "CC-BY-4.0",
         "that is for the annotations; the images are Flickr users', each under its own terms",
         CocoOptions,
+        splits=(),
     ),
     "kitti": DataSet(_plain(open_kitti), SEGMENTATION, "CC-BY-NC-SA-3.0", "non-commercial, share alike"),
     "nyuv2": DataSet(
@@ -75,6 +77,7 @@ DATA_SETS = {
         "LicenseRef-ScanNet-ToU",
         "non-commercial research and education; on a signed agreement",
         ScanNetOptions,
+        splits=(),
     ),
     "sunrgbd": DataSet(
         _plain(open_sunrgbd),
@@ -115,6 +118,8 @@ def open_labelled(
     rooms are rendered.
     """
     settings, row = labelled_options(source, task, options), DATA_SETS[source]
+    if row.splits and split not in row.splits:
+        raise unknown("split", split, row.splits)
     if row.opener is None:
         if path is not None:
             raise RecipeError("Source 'rooms' renders its own scenes and takes no path; see data.options.")
@@ -184,7 +189,7 @@ def subset(
     if not images:
         raise DataError(f"Source {source.name!r} has no image in split {source.split!r}.")
     if scenes is not None:
-        known = set(source.scenes()) if isinstance(source, SceneList) else set(images)
+        known = set(source.scenes()) if hasattr(source, "scenes") else set(images)
         missing = sorted(set(scenes) - known)
         if missing or not scenes:
             raise DataError(
@@ -200,4 +205,4 @@ def subset(
 
 def file_name(source: LabelledSource, id: str) -> str:
     """The image's path below the folder of images, or its id if the source has no files."""
-    return source.file_name(id) if isinstance(source, ImageFiles) else f"{id}.png"
+    return str(source.file_name(id)) if hasattr(source, "file_name") else f"{id}.png"

@@ -86,8 +86,6 @@ def open_rooms(
     split: str, task: str, options: LabelledRoomsOptions, progress: Callable[[int, int], None] | None = None
 ) -> LabelledRooms:
     """Open rooms with labels; scenes that the cache lacks are rendered, `progress(done, total)` after each."""
-    if split not in ("train", "val"):
-        raise unknown("split", split, ("train", "val"))
     train = split == "train"
     rooms = Rooms(
         RoomsConfig(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from geo_pretrain.errors import DataError, unknown
+from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.labelled.folders import Item, SemanticFolder, list_files, need_folders
 from geo_pretrain.training.data.labelled.mapping import label_map
 
@@ -19,8 +19,6 @@ _FOLDERS = {"train": ("train",), "val": ("val", "test")}
 
 def open_sunrgbd(path: Path, split: str) -> SemanticFolder:
     """Open the labelled images of a split; ids such as "000001". Scenes are unknown: each image is its own."""
-    if split not in _FOLDERS:
-        raise unknown("split", split, _FOLDERS)
     labels = next((name for name in ("semseg_label37", "semseg-label37") if (path / name).is_dir()), "semseg_label37")
     need_folders(path, ["image", labels], LAYOUT)
     has_splits = any((path / "image" / name).is_dir() for names in _FOLDERS.values() for name in names)

@@ -196,11 +196,9 @@ def elastic_distortion(points: Tensor, noise: Tensor, granularity: float, magnit
     smooth = noise.permute(3, 0, 1, 2)[:, None]  # the three components are blurred like a batch
     for _ in range(ELASTIC_BLURS):
         for axis in range(3):
-            shape = [1, 1, 1, 1, 1]
-            shape[2 + axis] = 3
-            padding = [0, 0, 0]
-            padding[axis] = 1
-            smooth = F.conv3d(smooth, smooth.new_full(shape, 1 / 3), padding=padding)
+            taps = [3 if other == axis else 1 for other in range(3)]
+            box = smooth.new_full((1, 1, *taps), 1 / 3)
+            smooth = F.conv3d(smooth, box, padding=[count // 2 for count in taps])
     smooth = smooth[:, 0].permute(1, 2, 3, 0)
     position = (points - points.amin(dim=0)).to(noise.dtype) / granularity + 1
     low = position.floor().long()

@@ -7,40 +7,44 @@ et al., CVPR 2021). Chunks are Pri3D's (Hou et al., ICCV 2021). All draws depend
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.geometry import radius_matches, transform
 from geo_pretrain.sparse.coordinates import Voxels, voxelize
-from geo_pretrain.training.checks import Meters, PositiveRange, Ranged
-from geo_pretrain.training.data.frame import Frame, Pair, Source, Surface
+from geo_pretrain.training.checks import Meters, NotNegative, PositiveRange, Probability, Ranged
+from geo_pretrain.training.data.frame import Frame, Surface
 from geo_pretrain.training.data.samples.augment import Rotation, scaled_rotation, uniform
 from geo_pretrain.training.data.samples.pairs import PairSamples, read_pair
 from geo_pretrain.training.data.samples.sampler import Key, Samples, Skipped
 from geo_pretrain.training.data.surfaces.chunks import chunk_box, crop_surface
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
-from geo_pretrain.training.recipe import DataSpec
 
 Features = Literal["ones", "rgb"]
 
 
 @dataclass(frozen=True)
-class PairCloudConfig(Ranged):
-    """How a frame becomes voxels. Defaults are PointContrast's."""
+class PairCloudSettings(Ranged):
+    """What a task may choose of `PairCloudConfig`; each default is PointContrast's released code's."""
 
-    voxel_size: Meters = 0.025
     radius: Meters | None = None  # of a match; None: 1.5 voxels
     features: Features = "ones"  # "rgb": color / 255 - 0.5
     rotation: Rotation = "full"  # "upright": any angle about z, +-pi/64 about x and y
-    jitter: float = 0.01  # standard deviation; of rgb on the scale 0 to 255, as in CSC's code (no visible effect)
-    jitter_prob: float = 0.95
-    scale: PositiveRange = (1.0, 1.0)  # same for both clouds; the released code has (0.8, 1.2) switched off
+    jitter: NotNegative = 0.01  # standard deviation; of rgb on the scale 0 to 255, as in CSC's code (no visible effect)
+    jitter_prob: Probability = 0.95
     match_released_code: bool = False  # give a pair without matches the match (0, 0)
+
+
+@dataclass(frozen=True)
+class PairCloudConfig(PairCloudSettings):
+    """How a frame becomes voxels."""
+
+    voxel_size: Meters = 0.025
+    scale: PositiveRange = (1.0, 1.0)  # same for both clouds; the released code has (0.8, 1.2) switched off
 
     @property
     def match_radius(self) -> float:
@@ -48,6 +52,7 @@ class PairCloudConfig(Ranged):
         return 1.5 * self.voxel_size if self.radius is None else self.radius
 
 
+@dataclass(eq=False, repr=False)
 class CloudPairSamples(Samples):
     """The point clouds of frame pairs, each rotated at random.
 
@@ -59,9 +64,7 @@ class CloudPairSamples(Samples):
     coords = ("coords1", "coords2")
     ragged = ("feats1", "feats2", "points1", "points2", "matches")
 
-    def __init__(self, source: Source, pairs: list[Pair], spec: DataSpec, cloud: PairCloudConfig, seed: int) -> None:
-        super().__init__(source, pairs, spec, seed)
-        self.cloud = cloud
+    cloud: PairCloudConfig
 
     def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
         _, frames = read_pair(self, key, generator, skipped)
@@ -88,38 +91,30 @@ class CloudPairSamples(Samples):
         return batch
 
 
+@dataclass(eq=False, repr=False)
 class ChunkPairSamples(PairSamples):
-    """`PairSamples` with the surface around each frame: coords1, 2 int32 [n, 3], world voxels; feats1, 2 [n, 3]."""
+    """`PairSamples` with the surface around each frame: coords1, 2 int32 [n, 3], world voxels; feats1, 2 [n, 3].
+
+    Args:
+        features: "rgb" is color / 255, as in the released code; "ones" is the paper's occupancy.
+        frustum: use the tight box of the view frustum instead of the authors' box, see `chunk_box`.
+        match_released_code: truncate voxel indices towards zero instead of rounding down.
+        cache_dir: folder of fused surfaces, see `Surfaces`.
+    """
 
     coords = ("coords1", "coords2")
     ragged = ("feats1", "feats2")
 
-    def __init__(
-        self,
-        source: Source,
-        pairs: list[Pair],
-        spec: DataSpec,
-        contract: ImageContract,
-        seed: int,
-        *,
-        voxel_size: float = 0.02,
-        features: Features = "rgb",
-        frustum: bool = False,
-        match_released_code: bool = False,
-        cache_dir: Path | None = None,
-    ) -> None:
-        """Configure the chunks and their voxels.
+    _: KW_ONLY
+    voxel_size: float = 0.02
+    features: Features = "rgb"
+    frustum: bool = False
+    match_released_code: bool = False
+    cache_dir: Path | None = None
 
-        Args:
-            features: "rgb" is color / 255, as in the released code; "ones" is the paper's occupancy.
-            frustum: use the tight box of the view frustum instead of the authors' box, see `chunk_box`.
-            match_released_code: truncate voxel indices towards zero instead of rounding down.
-            cache_dir: folder of fused surfaces, see `Surfaces`.
-        """
-        super().__init__(source, pairs, spec, contract, seed)
-        self.voxel_size, self.features = voxel_size, features
-        self.frustum, self.match_released_code = frustum, match_released_code
-        self.surfaces = Surfaces(source, cache_dir)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.surfaces = Surfaces(self.source, self.cache_dir)
 
     def _tensors(self, frame: Frame, generator: torch.Generator) -> dict[str, Tensor]:
         box = chunk_box(frame, match_released_code=not self.frustum)

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.training.checks import Meters, NotNegative, PositiveRange, Probability, Ranged, Shares
-from geo_pretrain.training.data.frame import Frame, Pair, Source, resize_frame
+from geo_pretrain.training.data.frame import Frame, resize_frame
 from geo_pretrain.training.data.samples.augment import (
     Rotation,
     augment_colors,
@@ -31,7 +30,6 @@ from geo_pretrain.training.data.samples.augment import (
 from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.data.samples.pairs import read_pair
 from geo_pretrain.training.data.samples.sampler import ImageSamples, Key, Skipped
-from geo_pretrain.training.recipe import DataSpec
 
 ELASTIC = ((0.2, 0.4), (0.8, 1.6))  # m: granularity and magnitude of each distortion
 
@@ -53,6 +51,7 @@ class FrameCloudConfig(Ranged):
     resize: PositiveRange = (1.0, 1.0)  # of the image, then cropped or padded to its size (0.8, 1.25)
 
 
+@dataclass(eq=False, repr=False)
 class FrameCloudSamples(ImageSamples):
     """Single frames with their point clouds.
 
@@ -71,17 +70,11 @@ class FrameCloudSamples(ImageSamples):
     coords = ("coords",)
     ragged = ("feats", "points", "pixel", "voxel")
 
-    def __init__(
-        self,
-        source: Source,
-        pairs: list[Pair],
-        spec: DataSpec,
-        cloud: FrameCloudConfig,
-        contract: ImageContract,
-        seed: int,
-    ) -> None:
-        super().__init__(source, [replace(pair, frame2=pair.frame1) for pair in pairs], spec, contract, seed)
-        self.cloud = cloud
+    cloud: FrameCloudConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pairs = [replace(pair, frame2=pair.frame1) for pair in self.pairs]
 
     def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
         index, (frame, _) = read_pair(self, key, generator, skipped)

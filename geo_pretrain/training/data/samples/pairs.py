@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame, Pair, Source, resize_frame
 from geo_pretrain.training.data.samples.augment import augment_colors
 from geo_pretrain.training.data.samples.sampler import ATTEMPTS, ImageSamples, Key, Samples, Skipped, read_or_replace
 from geo_pretrain.training.data.surfaces.sets import LABEL_SOURCES, Kind, Sets, frame_labels
-from geo_pretrain.training.recipe import DataSpec
 
 
 def read_pair(
@@ -68,6 +67,7 @@ class PairSamples(ImageSamples):
         }
 
 
+@dataclass(eq=False, repr=False)
 class SetPairSamples(PairSamples):
     """`PairSamples` with the geometric set of every pixel, alike in both images: sets1, 2 int64 [H, W], -1 for none.
 
@@ -75,17 +75,7 @@ class SetPairSamples(PairSamples):
     resolution.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        pairs: list[Pair],
-        spec: DataSpec,
-        contract: ImageContract,
-        seed: int,
-        sets: Sets,
-    ) -> None:
-        super().__init__(source, pairs, spec, contract, seed)
-        self.sets = sets
+    sets: Sets
 
     def _tensors(self, frame: Frame, generator: torch.Generator) -> dict[str, Tensor]:
         return super()._tensors(frame, generator) | {"sets": torch.from_numpy(self.sets.pixels(frame))}

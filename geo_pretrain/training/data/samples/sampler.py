@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ Skipped = list[tuple[str, str]]  # (path, reason) of files that could not be rea
 T = TypeVar("T")
 
 
+@dataclass(eq=False, repr=False)
 class Samples(Dataset[dict[str, Any]], ABC):
     """The samples of a run, one a pair. Indexed by (epoch, position), independent of workers, processes and resuming.
 
@@ -32,11 +34,14 @@ class Samples(Dataset[dict[str, Any]], ABC):
     "skipped", (path, reason) of the files that could not be read and were replaced.
     """
 
-    coords: tuple[str, ...] = ()  # fields int32 [n, 3] of varying length; a batch has [N, 4], rows (sample, x, y, z)
-    ragged: tuple[str, ...] = ()  # other fields [n, ...] of varying length; a batch has [N, ...]
+    # Names of a sample's fields int32 [n, 3] of varying length; a batch has [N, 4], rows (sample, x, y, z).
+    coords: ClassVar[tuple[str, ...]] = ()
+    ragged: ClassVar[tuple[str, ...]] = ()  # other fields [n, ...] of varying length; a batch has [N, ...]
 
-    def __init__(self, source: Source, pairs: Sequence[Pair], spec: DataSpec, seed: int) -> None:
-        self.source, self.pairs, self.spec, self.seed = source, pairs, spec, seed
+    source: Source
+    pairs: Sequence[Pair]
+    spec: DataSpec
+    seed: int
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -45,7 +50,8 @@ class Samples(Dataset[dict[str, Any]], ABC):
         generator = sample_generator(self.seed, key)
         skipped: Skipped = []
         sample = self._draw(key, generator, skipped)
-        return sample | {"seed": device_seed(generator), "skipped": skipped}
+        on_device = int(torch.randint(2**62, (), generator=generator))
+        return sample | {"seed": on_device, "skipped": skipped}
 
     @abstractmethod
     def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
@@ -70,14 +76,14 @@ class Samples(Dataset[dict[str, Any]], ABC):
         return {}
 
 
+@dataclass(eq=False, repr=False)
 class ImageSamples(Samples):
     """Samples with images, normalized as `contract` says."""
 
-    def __init__(
-        self, source: Source, pairs: Sequence[Pair], spec: DataSpec, contract: ImageContract, seed: int
-    ) -> None:
-        super().__init__(source, pairs, spec, seed)
-        self.normalize = Normalize(contract)
+    contract: ImageContract
+
+    def __post_init__(self) -> None:
+        self.normalize = Normalize(self.contract)
 
 
 class MicroBatches(Sampler[list[Key]]):
@@ -133,11 +139,6 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 def sample_generator(seed: int, key: Key) -> torch.Generator:
     """The random generator that all draws of a sample come from."""
     return torch.Generator().manual_seed(sample_seed(seed, *key))
-
-
-def device_seed(generator: torch.Generator) -> int:
-    """Draw the seed that a sample carries for draws made later, on the device."""
-    return int(torch.randint(2**62, (), generator=generator))
 
 
 def read_or_replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,24 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.training.data.files import files_fingerprint, read_color
 from geo_pretrain.training.data.frame import Frame, Pair, Source, resize_frame
 from geo_pretrain.training.data.samples.augment import augment_colors, crop_resize, random_box, uniform
-from geo_pretrain.training.data.samples.sampler import (
-    ImageSamples,
-    Key,
-    Skipped,
-    read_or_replace,
-    sample_seed,
-)
-from geo_pretrain.training.recipe import DataSpec
+from geo_pretrain.training.data.samples.sampler import ImageSamples, Key, Skipped, read_or_replace, sample_seed
 
 Mix = Literal["none", "combine", "batch"]
 ASPECTS = (3 / 4, 4 / 3)  # of a crop, as torchvision's `RandomResizedCrop`
 
 
+@dataclass(eq=False, repr=False)
 class CropSamples(ImageSamples):
     """Two augmented crops of each image, as MoCo v2 draws them.
 
@@ -38,26 +32,16 @@ class CropSamples(ImageSamples):
     Images are the first frames of the pairs, each as often as it is listed. With `mix` "combine" the `images` follow
     them in one list; with "batch" every sample holds a frame and an image, and the shorter list is repeated until
     the epoch ends.
+
+    `spec.size` is the size of a crop, `scale` the share of the image it covers; `resize` is done first.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        pairs: list[Pair],
-        spec: DataSpec,
-        contract: ImageContract,
-        seed: int,
-        *,
-        scale: tuple[float, float],
-        flip_prob: float,
-        resize: tuple[int, int] | None = None,
-        images: Sequence[Path] = (),
-        mix: Mix = "none",
-    ) -> None:
-        """`spec.size` is the size of a crop, `scale` the share of the image it covers; `resize` is done first."""
-        super().__init__(source, pairs, spec, contract, seed)
-        self.scale, self.flip_prob, self.resize = scale, flip_prob, resize
-        self.images, self.mix = images, mix
+    _: KW_ONLY
+    scale: tuple[float, float]
+    flip_prob: float
+    resize: tuple[int, int] | None = None
+    images: Sequence[Path] = ()
+    mix: Mix = "none"
 
     def __len__(self) -> int:
         if self.mix == "combine":
@@ -107,22 +91,12 @@ class CropSamples(ImageSamples):
         return self.normalize(view)
 
 
+@dataclass(eq=False, repr=False)
 class TwoColorViews(ImageSamples):
     """The first frame of each pair with its colors augmented twice: image1, 2 [3, H, W] normalized; depth [H, W] m."""
 
-    def __init__(
-        self,
-        source: Source,
-        pairs: list[Pair],
-        spec: DataSpec,
-        contract: ImageContract,
-        seed: int,
-        *,
-        blur_taps: int | None,
-    ) -> None:
-        """`blur_taps`: see `augment_colors`."""
-        super().__init__(source, pairs, spec, contract, seed)
-        self.blur_taps = blur_taps
+    _: KW_ONLY
+    blur_taps: int | None  # see `augment_colors`
 
     def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
         _, frame = read_or_replace(self._frame, len(self.pairs), key[1], generator, skipped, what="images")

@@ -8,26 +8,17 @@ ICML 2020): random resized crop, flip, colors, gray, blur. Janda et al. contrast
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.geometry import nearest_indices
 from geo_pretrain.training.checks import PositiveRange, Probability, Ranged, Shares
-from geo_pretrain.training.data.frame import Pair, Source
-from geo_pretrain.training.data.samples.augment import (
-    Crop,
-    augment_colors,
-    crop_resize,
-    random_box,
-    uniform,
-)
+from geo_pretrain.training.data.samples.augment import Crop, augment_colors, crop_resize, random_box, uniform
 from geo_pretrain.training.data.samples.pairs import read_pair
 from geo_pretrain.training.data.samples.sampler import ImageSamples, Key, Skipped
-from geo_pretrain.training.recipe import DataSpec
 
 VIEW_ATTEMPTS = 100  # pairs of crops drawn until they share a pixel; with SimCLR's scale 1 in 400 does not
 
@@ -41,6 +32,7 @@ class ViewConfig(Ranged):
     flip_prob: Probability = 0.5
 
 
+@dataclass(eq=False, repr=False)
 class TwoViewSamples(ImageSamples):
     """Two views of each frame with the pixels that they share.
 
@@ -48,25 +40,15 @@ class TwoViewSamples(ImageSamples):
     pixels of view 1 and 2 that show the same pixel of the frame, at most `matches`, without repetition; rows1, 2:
     int64 [H] and columns1, 2: int64 [W], the row and column of the frame that each row and column of a view shows.
 
+    `pairs` are frames paired with themselves; of other pairs the first frame is used.
     Views that have no pixel in common are drawn again, `VIEW_ATTEMPTS` times; after that n is 0.
     """
 
     ragged = ("matches",)
 
-    def __init__(
-        self,
-        source: Source,
-        pairs: list[Pair],
-        spec: DataSpec,
-        contract: ImageContract,
-        seed: int,
-        *,
-        views: ViewConfig,
-        matches: int,
-    ) -> None:
-        """`pairs` are frames paired with themselves (the first frame is used); `matches` is the most kept per image."""
-        super().__init__(source, pairs, spec, contract, seed)
-        self.views, self.matches = views, matches
+    _: KW_ONLY
+    views: ViewConfig
+    matches: int  # the most kept per image
 
     def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
         _, (frame, _) = read_pair(self, key, generator, skipped)

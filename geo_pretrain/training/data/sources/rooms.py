@@ -67,12 +67,7 @@ class Rooms:
     def surface(self, scene: str) -> Surface:
         """Points of the visible surfaces, dense enough for 2 cm voxels; sampled once (seconds), then cached."""
         path = self.cache_dir / "surfaces" / f"{scene}.safetensors"
-
-        def make() -> Surface:
-            dense = self.generator.points(scene, SURFACE_DENSITY)
-            return Surface(dense.points, dense.colors)
-
-        return cached_surface(path, make)
+        return cached_surface(path, lambda: self.generator.points(scene, SURFACE_DENSITY))
 
     def prepare(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Render uncached scenes, with `progress(done, total)` after each one; safe in several processes."""

@@ -17,6 +17,7 @@ from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError
 from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.hub.cache import default_cache
+from geo_pretrain.rooms import SurfacePoints
 from geo_pretrain.sparse.coordinates import unique_rows
 from geo_pretrain.training.data.cache import cached_arrays
 from geo_pretrain.training.data.frame import Frame, NoSurface, SceneSurface, Source, Surface, capability
@@ -67,7 +68,7 @@ class Surfaces:
         return cached_surface(path, lambda: fuse(readable_frames(self.source, scene, "fuse a surface from")))
 
 
-def cached_surface(path: Path, make: Callable[[], Surface]) -> Surface:
+def cached_surface(path: Path, make: Callable[[], Surface | SurfacePoints]) -> Surface:
     """Read a surface from a file; make and write it when the file is missing or damaged."""
 
     def arrays() -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ def pairs(source):
 
 @pytest.fixture
 def samples(source, pairs):
-    return CloudPairSamples(source, pairs, SPEC, COARSE, seed=0)
+    return CloudPairSamples(source, pairs, SPEC, 0, COARSE)
 
 
 def equal(a, b):
@@ -89,7 +89,7 @@ def test_voxels_hold_their_points_and_the_points_lie_on_the_frames(samples, sour
 def test_matches_are_all_points_near_the_moved_point(source, pairs, scale):
     """methods.md 4.4, by brute force in the frame of view 2: the radius is scaled with the clouds."""
     spec = dataclasses.replace(COARSE, scale=scale)
-    sample = CloudPairSamples(source, pairs, SPEC, spec, seed=0)[(0, 0)]
+    sample = CloudPairSamples(source, pairs, SPEC, 0, spec)[(0, 0)]
     one_to_two = torch.linalg.inv(sample["to_world2"]) @ sample["to_world1"]
     there = moved(sample["points1"], one_to_two)
     distance = (there[:, None] - sample["points2"].double()[None]).norm(dim=-1)
@@ -181,10 +181,10 @@ def apart(source):
 def test_pair_without_a_match_contributes_none_or_the_authors_dummy(source):
     pair = [apart(source)]
     fine = dataclasses.replace(COARSE, radius=1e-5)
-    sample = CloudPairSamples(source, pair, SPEC, fine, seed=0)[(0, 0)]
+    sample = CloudPairSamples(source, pair, SPEC, 0, fine)[(0, 0)]
     assert sample["matches"].shape == (0, 2)
     exact = dataclasses.replace(fine, match_released_code=True)
-    assert CloudPairSamples(source, pair, SPEC, exact, seed=0)[(0, 0)]["matches"].tolist() == [[0, 0]]
+    assert CloudPairSamples(source, pair, SPEC, 0, exact)[(0, 0)]["matches"].tolist() == [[0, 0]]
     batch = CloudPairSamples.collate([sample, sample])
     assert batch["matches_per_pair"] == [0, 0]
     assert batch["matches"].shape == (0, 2)
@@ -215,7 +215,7 @@ def test_broken_frame_is_replaced_and_reported(tmp_path):
     folder = write_recording(tmp_path / "kitchen")
     source = SevenScenes(folder)
     pairs = find_pairs(source, SPEC, skips=SkippedFrames())
-    samples = CloudPairSamples(source, pairs, SPEC, COARSE, seed=0)
+    samples = CloudPairSamples(source, pairs, SPEC, 0, COARSE)
     untouched = samples[(0, 1)]
     path = folder / f"frame-{pairs[0].frame1}.depth.png"
     Image.fromarray(np.zeros((120, 160), np.uint16)).save(path)
@@ -246,7 +246,7 @@ def test_settings_out_of_range_are_explained(options, message):
 
 def chunk_samples(source, pairs, tmp_path, **options):
     return ChunkPairSamples(
-        source, pairs, SPEC, ImageContract(), 0, cache_dir=tmp_path, **{"voxel_size": 0.05} | options
+        source, pairs, SPEC, 0, ImageContract(), cache_dir=tmp_path, **{"voxel_size": 0.05} | options
     )
 
 
@@ -264,7 +264,7 @@ def test_chunk_is_the_surface_in_the_box_of_the_frame(source, pairs, tmp_path):
         assert 1000 < len(cells) < len(surface)
         assert [tuple(row) for row in sample[f"coords{k}"].tolist()] == list(cells)
         np.testing.assert_allclose(sample[f"feats{k}"].numpy(), np.array(list(cells.values())) / 255, atol=1e-6)
-    images = PairSamples(source, pairs, SPEC, ImageContract(), 0)[(0, 0)]
+    images = PairSamples(source, pairs, SPEC, 0, ImageContract())[(0, 0)]
     assert all(torch.equal(sample[name], images[name]) for name in images if name != "skipped" and name != "seed")
     assert sample["seed"] == images["seed"]  # chunks draw nothing
 
@@ -313,7 +313,7 @@ def test_work_for_a_pair_of_working_size_is_vectorized():
             intrinsics = np.array([[290.0, 0, 159.5], [0, 290, 119.5], [0, 0, 1]])
             return Frame(scene, frame_id, np.zeros((240, 320, 3), np.uint8), depth, intrinsics, np.eye(4))
 
-    samples = CloudPairSamples(Wall(), [Pair("s", "0", "1", 1.0)], DataSpec(), PairCloudConfig(), 0)
+    samples = CloudPairSamples(Wall(), [Pair("s", "0", "1", 1.0)], DataSpec(), 0, PairCloudConfig())
     samples[(0, 0)]
     with LargestTensor() as largest:
         found, lines = python_lines(lambda: samples[(1, 0)])

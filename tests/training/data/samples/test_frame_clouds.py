@@ -35,7 +35,7 @@ def samples(recording):
     frames = find_pairs(source, spec, skips=None)
 
     def make(seed=0, contract=ImageContract(), **cloud):
-        return FrameCloudSamples(source, frames, spec, FrameCloudConfig(**{"voxel_size": 0.1, **cloud}), contract, seed)
+        return FrameCloudSamples(source, frames, spec, seed, contract, FrameCloudConfig(**{"voxel_size": 0.1, **cloud}))
 
     return make
 
@@ -228,7 +228,7 @@ def test_the_number_of_a_sample_is_that_of_the_frame_in_it(tmp_path):
     source = open_source(spec)
     frames = find_pairs(source, spec, skips=None)
     (folder / "frame-000010.depth.png").write_bytes(b"broken")
-    dataset = FrameCloudSamples(source, frames, spec, FrameCloudConfig(voxel_size=0.1), ImageContract(), 0)
+    dataset = FrameCloudSamples(source, frames, spec, 0, ImageContract(), FrameCloudConfig(voxel_size=0.1))
     replaced = set()
     for epoch in range(6):
         sample = dataset[(epoch, 1)]
@@ -257,7 +257,7 @@ def test_a_frame_that_would_lose_all_its_depth_stays_as_it_is(samples):
 def test_of_a_pair_the_first_frame_is_taken(samples):
     dataset = samples()
     pair = Pair(dataset.pairs[0].scene, dataset.pairs[2].frame1, dataset.pairs[0].frame1, 0.5)
-    mixed = FrameCloudSamples(dataset.source, [pair], dataset.spec, dataset.cloud, ImageContract(), 0)
+    mixed = FrameCloudSamples(dataset.source, [pair], dataset.spec, 0, ImageContract(), dataset.cloud)
     assert [p.frame2 for p in mixed.pairs] == [dataset.pairs[2].frame1]
     assert len(mixed) == 1
 

@@ -28,7 +28,7 @@ NO_AUGMENT = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=0)
 def samples(recording):
     spec = DataSpec(source="seven_scenes", size=(60, 80), overlap=(0.2, 1.0))
     source = SevenScenes(recording)
-    return PairSamples(source, find_pairs(source, spec, skips=SkippedFrames()), spec, ImageContract(), seed=0)
+    return PairSamples(source, find_pairs(source, spec, skips=SkippedFrames()), spec, 0, ImageContract())
 
 
 def equal(a, b):
@@ -69,7 +69,7 @@ def test_batch_has_the_shapes_that_tasks_expect(samples):
 
 def test_without_augmentation_the_image_is_the_normalized_frame(samples, recording):
     plain = PairSamples(
-        samples.source, samples.pairs, DataSpec(size=(120, 160), augment=NO_AUGMENT), ImageContract(), 0
+        samples.source, samples.pairs, DataSpec(size=(120, 160), augment=NO_AUGMENT), 0, ImageContract()
     )
     pair = samples.pairs[0]
     image = plain[(0, 0)]["image1"]
@@ -82,7 +82,7 @@ def test_all_data_gone_is_an_error(tmp_path):
     folder = write_recording(tmp_path / "kitchen")
     spec = DataSpec(source="seven_scenes", size=(60, 80), overlap=(0.2, 1.0))
     source = SevenScenes(folder)
-    samples = PairSamples(source, find_pairs(source, spec, skips=SkippedFrames()), spec, ImageContract(), seed=0)
+    samples = PairSamples(source, find_pairs(source, spec, skips=SkippedFrames()), spec, 0, ImageContract())
     for path in folder.glob("*.png"):
         path.unlink()
     with pytest.raises(DataError, match="16 pairs in a row"):
@@ -97,7 +97,7 @@ def test_frame_that_loses_its_last_depth_at_the_working_size_is_replaced(tmp_pat
     depth = np.zeros((120, 160), np.uint16)
     depth[0, 0] = 1000  # the working size keeps odd rows and columns
     Image.fromarray(depth).save(path)
-    sample = PairSamples(SevenScenes(folder), pairs, spec, ImageContract(), seed=0)[(0, 0)]
+    sample = PairSamples(SevenScenes(folder), pairs, spec, 0, ImageContract())[(0, 0)]
     assert sample["skipped"][0] == (f"kitchen/{pairs[0].frame1}", "no pixel has a valid depth at 60x80")
     assert sample["depth1"].any()
 
@@ -114,8 +114,8 @@ def spec():
 
 def test_samples_are_those_of_pairs_with_the_sets_of_every_pixel(rooms, spec, tmp_path):
     pairs = find_pairs(rooms, spec, skips=SkippedFrames())
-    samples = SetPairSamples(rooms, pairs, spec, ImageContract(), 3, Sets(rooms, cache_dir=tmp_path))
-    plain = PairSamples(rooms, pairs, spec, ImageContract(), 3)
+    samples = SetPairSamples(rooms, pairs, spec, 3, ImageContract(), Sets(rooms, cache_dir=tmp_path))
+    plain = PairSamples(rooms, pairs, spec, 3, ImageContract())
     got, want = samples[(1, 0)], plain[(1, 0)]
     assert set(got) == {*want, "sets1", "sets2"}
     for name, value in want.items():
@@ -132,9 +132,9 @@ def test_samples_are_those_of_pairs_with_the_sets_of_every_pixel(rooms, spec, tm
 
 def test_samples_take_the_options_of_sets(rooms, spec, tmp_path):
     pairs = find_pairs(rooms, spec, skips=SkippedFrames())[:1]
-    semantic = SetPairSamples(rooms, pairs, spec, ImageContract(), 0, Sets(rooms, kind="semantic"))[(0, 0)]
+    semantic = SetPairSamples(rooms, pairs, spec, 0, ImageContract(), Sets(rooms, kind="semantic"))[(0, 0)]
     frame = resize_frame(rooms.load(pairs[0].scene, pairs[0].frame2), spec.size)
     np.testing.assert_array_equal(semantic["sets2"], frame.semantic)
     options = {"k_thresh": 0.03, "min_vertices": 7, "cache_dir": tmp_path}
-    got = SetPairSamples(rooms, pairs, spec, ImageContract(), 0, Sets(rooms, **options))[(0, 0)]["sets2"]
+    got = SetPairSamples(rooms, pairs, spec, 0, ImageContract(), Sets(rooms, **options))[(0, 0)]["sets2"]
     np.testing.assert_array_equal(got, pixel_sets(frame, Sets(rooms, **options).scene(pairs[0].scene), stride=2))

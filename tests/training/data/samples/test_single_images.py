@@ -67,7 +67,7 @@ def image_folder(path, count=7):
 
 def crops(spec=DataSpec(size=(32, 48), augment=PLAIN), source=None, pairs=PAIRS, **options):
     options = {"scale": (0.2, 1.0), "flip_prob": 0.5} | options
-    return CropSamples(source or Frames(), pairs, spec, CONTRACT, 5, **options)
+    return CropSamples(source or Frames(), pairs, spec, 5, CONTRACT, **options)
 
 
 @pytest.mark.parametrize("size", [(40, 50), (20, 300), (300, 20), (97, 41)])
@@ -186,7 +186,7 @@ def test_what_replaces_a_broken_file_is_drawn_from_its_own_list(tmp_path):
     assert found == {1, 2, 3}
     data = crops(source=Frames(broken="0"), images=images, mix="combine")  # of frames 0, 0, 1, 2
     assert {brightness(data[(epoch, 0)]["image1"][0]) for epoch in range(12)} == {-1}
-    data = TwoColorViews(Frames(broken="0"), PAIRS, DataSpec(size=(32, 48)), CONTRACT, 5, blur_taps=None)
+    data = TwoColorViews(Frames(broken="0"), PAIRS, DataSpec(size=(32, 48)), 5, CONTRACT, blur_taps=None)
     assert {float(data[(epoch, 0)]["depth"][0, 0]) for epoch in range(12)} == {2.0, 3.0}
 
 
@@ -195,7 +195,7 @@ def test_partners_in_a_mixed_batch_depend_on_the_seed(tmp_path):
     options = {"scale": (0.2, 1.0), "flip_prob": 0.5, "images": images, "mix": "batch"}
     partners = set()
     for seed in range(8):
-        data = CropSamples(Frames(), PAIRS, DataSpec(size=(32, 48)), CONTRACT, seed, **options)
+        data = CropSamples(Frames(), PAIRS, DataSpec(size=(32, 48)), seed, CONTRACT, **options)
         partners.add(tuple(data._repeated((0, k), len(PAIRS)) for k in range(len(data))))
     assert len(partners) > 1
 
@@ -263,18 +263,18 @@ def test_blur_is_cut_where_the_image_is_too_small_to_mirror():
 
 def test_one_frame_twice_is_pixel_upon_pixel():
     spec = DataSpec(size=(20, 25), augment=PLAIN)
-    sample = TwoColorViews(Frames(), PAIRS, spec, CONTRACT, 5, blur_taps=25)[(0, 3)]
+    sample = TwoColorViews(Frames(), PAIRS, spec, 5, CONTRACT, blur_taps=25)[(0, 3)]
     assert torch.equal(sample["image1"], sample["image2"])
     rows, columns = nearest_indices(40, 20), nearest_indices(50, 25)
     assert np.array_equal(back(sample["image1"]), noise(2)[np.ix_(rows, columns)])
     assert sample["depth"].shape == (20, 25)
     assert (sample["depth"] == 3).all()
     spec = DataSpec(size=(40, 50), augment=AugmentSpec(jitter_prob=1.0))
-    data = TwoColorViews(Frames(), PAIRS, spec, CONTRACT, 5, blur_taps=25)
+    data = TwoColorViews(Frames(), PAIRS, spec, 5, CONTRACT, blur_taps=25)
     one, again = data[(0, 3)], data[(0, 3)]
     assert not torch.equal(one["image1"], one["image2"])
     assert torch.equal(one["image2"], again["image2"])
     assert not torch.equal(one["image2"], data[(1, 3)]["image2"])
-    broken = TwoColorViews(Frames(broken="2"), PAIRS, spec, CONTRACT, 5, blur_taps=None)[(0, 3)]
+    broken = TwoColorViews(Frames(broken="2"), PAIRS, spec, 5, CONTRACT, blur_taps=None)[(0, 3)]
     assert broken["skipped"][0] == ("s/2", "gone")
     assert len(data) == 4

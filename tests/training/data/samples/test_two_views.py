@@ -151,7 +151,7 @@ def make(recording):
         spec = DataSpec(source="seven_scenes", size=(60, 80), units="frames", augment=augment)
         source = SevenScenes(recording)
         pairs = find_pairs(source, spec, skips=SkippedFrames())
-        return TwoViewSamples(source, pairs, spec, ImageContract(), 0, views=ViewConfig(**views), matches=matches)
+        return TwoViewSamples(source, pairs, spec, 0, ImageContract(), views=ViewConfig(**views), matches=matches)
 
     return make
 
@@ -204,7 +204,7 @@ def test_sample_is_a_function_of_its_key(make):
     assert not torch.equal(first["image1"], first["image2"])
     assert first["seed"] != other["seed"]
     reseeded = TwoViewSamples(
-        samples.source, samples.pairs, samples.spec, ImageContract(), 1, views=ViewConfig(), matches=200
+        samples.source, samples.pairs, samples.spec, 1, ImageContract(), views=ViewConfig(), matches=200
     )
     assert not torch.equal(first["image1"], reseeded[(0, 2)]["image1"])
 

@@ -160,11 +160,11 @@ def test_pairs_and_samples_come_out_of_the_layout(rooms, scans, measure):
     assert list(skips.counts()) == ["pose is not finite (tracking was lost)"]
     assert {pair.scene for pair in pairs} == {"scene0000_00", "scene0001_00"}
     clouds = CloudPairSamples.collate(
-        [CloudPairSamples(source, pairs, spec, PairCloudConfig(), 0)[(0, k)] for k in range(2)]
+        [CloudPairSamples(source, pairs, spec, 0, PairCloudConfig())[(0, k)] for k in range(2)]
     )
     assert min(clouds["matches_per_pair"]) > 100
     chunks = ChunkPairSamples.collate(
-        [ChunkPairSamples(source, pairs, spec, ImageContract(), 0)[(0, k)] for k in range(2)]
+        [ChunkPairSamples(source, pairs, spec, 0, ImageContract())[(0, k)] for k in range(2)]
     )
     assert chunks["coords1"].shape[1] == 4
     assert chunks["image1"].shape == (2, 3, 56, 88)
