@@ -89,11 +89,6 @@ class Surface:
     def __len__(self) -> int:
         return len(self.points)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the arrays."""
-        return self.points.nbytes + self.colors.nbytes
-
 
 # Optional capabilities of a source beyond frames. Ask with `capability(source, SceneSurface)`.
 

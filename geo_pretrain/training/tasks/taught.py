@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,9 @@ from torch import Tensor
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.checks import NotNegative, PositiveRange, Probability, Shares
+from geo_pretrain.training.checks import PositiveRange, Probability
 from geo_pretrain.training.data.frame import Pair, Source
-from geo_pretrain.training.data.samples.augment import Rotation
-from geo_pretrain.training.data.samples.clouds import Features
-from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, FrameCloudSamples
+from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, FrameCloudSamples, FrameCloudSettings
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.networks3d import encode, unet_args, voxel_contract
 from geo_pretrain.training.recipe import EncoderName, Recipe
@@ -28,7 +26,7 @@ ADE20K = "ade20k"  # a segmentation network whose file the user has
 
 
 @dataclass(frozen=True)
-class TaughtConfig(TaskConfig):
+class TaughtConfig(FrameCloudSettings, TaskConfig):
     """Settings of tasks that distill an image into its cloud; PPKT's paper gives no ranges of augmentation."""
 
     # imagenet | moco_v2 | scratch | stage1 | catalog name | checkpoint folder; a segmentation network with its logits:
@@ -37,15 +35,10 @@ class TaughtConfig(TaskConfig):
     teacher_file: str | None = None  # the weights of "ade20k", see teachers.torchvision_segmenter
     teacher_encoder: EncoderName = "resnet50"  # of the first three
     dense: bool = False  # the teacher's dense features instead of its last map; needs a decoder
-    features: Features = "rgb"  # of voxels, color / 255 - 0.5
-    pixels: Literal["one", "all"] = "one"  # a voxel's own pixel, or (SLidR) every pixel that falls in it
-    flip_prob: Probability = 0.5  # mirrored images
-    resize: PositiveRange = (0.8, 1.25)  # of images, with their intrinsics; cut or padded to the size of all
-    scale: PositiveRange = (0.9, 1.1)  # of clouds
-    rotation: Rotation = "upright"  # of clouds: any turn about z, +-pi/64 about x and y
-    elastic_prob: Probability = 0.95  # distortions of clouds, see data/samples/augment.py
-    color_jitter: NotNegative = 0.0  # of the voxels' colors
-    keep: Shares = (1.0, 1.0)  # share of the points
+    flip_prob: Probability = 0.5
+    resize: PositiveRange = (0.8, 1.25)
+    scale: PositiveRange = (0.9, 1.1)
+    elastic_prob: Probability = 0.95
 
 
 class TaughtByImages(PretextTask):

@@ -212,7 +212,7 @@ def test_seed_and_kind_reach_the_sets(gsc_recipe, monkeypatch):
     monkeypatch.setattr(gsc, "SetPairSamples", lambda *arguments: arguments)
     for kind in ("segments", "semantic", "instance"):
         recipe = load_recipe(str(gsc_recipe()), ["seed=9", f"task.sets={kind}"])
-        *_, seed, sets = build_task(recipe).dataset(None, [])
+        *_, seed, _, sets = build_task(recipe).dataset(None, [])
         assert (seed, sets.kind) == (9, kind)
 
 

@@ -35,20 +35,27 @@ ELASTIC = ((0.2, 0.4), (0.8, 1.6))  # m: granularity and magnitude of each disto
 
 
 @dataclass(frozen=True)
-class FrameCloudConfig(Ranged):
-    """How a frame becomes an image and voxels. Defaults augment nothing but rotate; PPKT's values are in brackets."""
+class FrameCloudSettings(Ranged):
+    """What a task may choose of `FrameCloudConfig`. Defaults augment nothing but rotate; PPKT's are in brackets."""
 
-    voxel_size: Meters = 0.025
     features: Features = "rgb"  # color / 255 - 0.5
-    pixels: Literal["one", "all"] = "one"  # correspondences: one pixel per voxel (the one its features are of), or all
-    rotation: Rotation = "upright"  # about the centroid, which moves to the origin
+    # Correspondences: one pixel per voxel (the one its features are of), or (SLidR) every pixel that falls in it.
+    pixels: Literal["one", "all"] = "one"
+    rotation: Rotation = "upright"  # about the centroid, which moves to the origin; "upright": +-pi/64 about x, y
     scale: PositiveRange = (1.0, 1.0)  # of the cloud (0.9, 1.1)
-    elastic_prob: Probability = 0.0  # (0.95)
+    elastic_prob: Probability = 0.0  # of distorting the cloud (0.95), see augment.py
     keep: Shares = (1.0, 1.0)  # share of the points that stay, drawn in this range
     color_jitter: NotNegative = 0.0  # standard deviation of noise on the voxels' colors, as a share of 255
-    color_jitter_prob: Probability = 0.95
     flip_prob: Probability = 0.0  # of mirroring the image (0.5)
-    resize: PositiveRange = (1.0, 1.0)  # of the image, then cropped or padded to its size (0.8, 1.25)
+    resize: PositiveRange = (1.0, 1.0)  # of the image and its intrinsics, then cut or padded to its size (0.8, 1.25)
+
+
+@dataclass(frozen=True)
+class FrameCloudConfig(FrameCloudSettings):
+    """How a frame becomes an image and voxels."""
+
+    voxel_size: Meters = 0.025
+    color_jitter_prob: Probability = 0.95
 
 
 @dataclass(eq=False, repr=False)

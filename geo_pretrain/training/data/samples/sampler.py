@@ -120,9 +120,7 @@ class MicroBatches(Sampler[list[Key]]):
 
 def total_steps(pairs: int, batch: int, epochs: float | None, steps: int | None) -> int:
     """Optimizer steps of a run: given, or enough to see every pair `epochs` times."""
-    if steps is not None:
-        return steps
-    return max(1, math.ceil((epochs or 0) * pairs / batch))
+    return max(1, math.ceil((epochs or 0) * pairs / batch)) if steps is None else steps
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

@@ -78,10 +78,8 @@ class SevenScenes:
         intrinsics = self._intrinsics(scene)
         if self.registration is not None:
             color_intrinsics, depth_to_color = self.registration
-            depth_t, own, other, moved = (
-                torch.from_numpy(a) for a in (depth, intrinsics, color_intrinsics, depth_to_color)
-            )
-            depth = register_depth(depth_t, own, other, moved, (color.shape[0], color.shape[1])).numpy()
+            tensors = map(torch.from_numpy, (depth, intrinsics, color_intrinsics, depth_to_color))
+            depth = register_depth(*tensors, (color.shape[0], color.shape[1])).numpy()
             if not depth.any():
                 raise BadFrame(depth_path, "no depth is left after registration to the color camera")
             intrinsics, pose = color_intrinsics, pose @ np.linalg.inv(depth_to_color)

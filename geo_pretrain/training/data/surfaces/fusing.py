@@ -51,7 +51,8 @@ class Surfaces:
         """
         if scene not in self._surfaces:
             self._surfaces[scene] = self._find(scene)
-            while len(self._surfaces) > 1 and sum(s.nbytes for s in self._surfaces.values()) > _REMEMBERED:
+            kept = self._surfaces.values()
+            while len(kept) > 1 and sum(s.points.nbytes + s.colors.nbytes for s in kept) > _REMEMBERED:
                 self._surfaces.popitem(last=False)
         self._surfaces.move_to_end(scene)
         return self._surfaces[scene]
@@ -104,9 +105,7 @@ def fuse(frames: Iterable[Frame], voxel_size: float = FUSION_VOXEL) -> Surface:
         points, colors = torch.from_numpy(cloud.points).double(), torch.from_numpy(cloud.colors).double()
         sums = torch.cat([points, colors, torch.ones(len(points), 1, dtype=torch.float64)], dim=1)
         voxels.add(torch.floor(points / voxel_size).long(), sums)
-    if not voxels:
-        raise DataError("No frame to fuse a surface from.")
-    _, sums = voxels.merged()
+    _, sums = voxels.merged("fuse a surface from")
     means = sums[:, :6] / sums[:, 6:]
     return Surface(means[:, :3].float().numpy(), means[:, 3:].round().to(torch.uint8).numpy())
 
@@ -141,9 +140,7 @@ def fuse_points(frames: Iterable[Frame], labels: Callable[[Frame], np.ndarray] |
         weight = torch.from_numpy(depth[depth > 0]).double().clamp(min=NEAREST_DEPTH)[:, None] ** -4
         cells = torch.cat([torch.floor(points / SPACING).long(), torch.from_numpy(label[depth > 0])[:, None]], dim=1)
         voxels.add(cells, torch.cat([points * weight, towards * weight, weight], dim=1))
-    if not voxels:
-        raise DataError("No frame to take points from.")
-    cells, sums = voxels.merged()
+    cells, sums = voxels.merged("take points from")
     index, group = unique_rows(cells[:, :3])
     total = sums.new_zeros(len(index), 7).index_add_(0, group, sums)
     means = (total[:, :6] / total[:, 6:]).float().numpy()
@@ -160,9 +157,6 @@ class _VoxelSums:
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._limit = _PENDING
 
-    def __bool__(self) -> bool:
-        return bool(self._parts)
-
     def add(self, cells: Tensor, values: Tensor) -> None:
         """Add the values [N, 7] of cells int64 [N, D]."""
         self._parts.append(_merge([(cells, values)]))
@@ -170,8 +164,10 @@ class _VoxelSums:
             self._parts = [_merge(self._parts)]
             self._limit = max(_PENDING, 2 * len(self._parts[0][0]))
 
-    def merged(self) -> tuple[Tensor, Tensor]:
-        """Unique cells, first seen first, and the sums of their values."""
+    def merged(self, purpose: str) -> tuple[Tensor, Tensor]:
+        """Unique cells, first seen first, and the sums of their values. Raises `DataError` when no frame was added."""
+        if not self._parts:
+            raise DataError(f"No frame to {purpose}.")
         return _merge(self._parts)
 
 
