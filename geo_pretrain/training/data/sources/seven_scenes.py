@@ -78,8 +78,9 @@ class SevenScenes:
         intrinsics = self._intrinsics(scene)
         if self.registration is not None:
             color_intrinsics, depth_to_color = self.registration
-            tensors = map(torch.from_numpy, (depth, intrinsics, color_intrinsics, depth_to_color))
-            depth = register_depth(*tensors, (color.shape[0], color.shape[1])).numpy()
+            own, other, moved = (torch.from_numpy(a) for a in (intrinsics, color_intrinsics, depth_to_color))
+            size = color.shape[0], color.shape[1]
+            depth = register_depth(torch.from_numpy(depth), own, other, moved, size).numpy()
             if not depth.any():
                 raise BadFrame(depth_path, "no depth is left after registration to the color camera")
             intrinsics, pose = color_intrinsics, pose @ np.linalg.inv(depth_to_color)
