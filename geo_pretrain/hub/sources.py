@@ -60,6 +60,11 @@ class Request:
         """The folder of this package's own cache."""
         return self.cache_dir or default_cache()
 
+    @property
+    def pinned(self) -> set[str]:
+        """The names of the files whose sha256 the catalog states."""
+        return set() if self.entry is None else {file.name for file in self.entry.files}
+
 
 @dataclass(frozen=True)
 class Description:
@@ -179,11 +184,10 @@ class HuggingFace(Source):
         assert checkpoint is not None
         snapshot = checkpoint.folder.name
         commit = snapshot if re.fullmatch(r"[0-9a-f]{40}", snapshot) else self.revision
-        pinned = {file.name for file in self.request.entry.files} if self.request.entry is not None else set()
         for role in roles:
             name = checkpoint.file_of(role)
             # pins are sha256s, and another client may have downloaded the file without a look at them
-            quick = name not in pinned and (checkpoint.folder / name).is_file()
+            quick = name not in self.request.pinned and (checkpoint.folder / name).is_file()
             self._download(name, commit)
             try:
                 verify_file(checkpoint, name, load_digest=quick)  # the client compares sizes, not digests
@@ -248,9 +252,11 @@ class WebServer(Source):
     def _cached(self, roles: Sequence[str]) -> Checkpoint | None:
         """The cached copy if it can be used as it is; a broken one is fetched again."""
         checkpoint = intact_checkpoint(self.folder, roles)
-        with suppress(DigestMismatch):
+        with suppress(CheckpointError):
             if checkpoint is not None:
                 _check_pins(checkpoint, self.request, str(self.folder))
+                for name in self.request.pinned.intersection(map(checkpoint.file_of, roles)):
+                    verify_file(checkpoint, name)  # pins are sha256s
                 return checkpoint
         return None
 

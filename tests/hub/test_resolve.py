@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from geo_pretrain import hub
+from geo_pretrain import checkpoint, hub
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.catalog.entry import File
@@ -341,7 +341,12 @@ def test_published_entries_are_pinned_to_their_digests(server: Server, monkeypat
     with pytest.raises(HubError, match=f"promises sha256 {stored.sha256} .* expected {'0' * 64}"):
         resolve(entry.name)
     publish(stored.sha256)
-    assert (resolve(entry.name) / "encoder.safetensors").is_file()
+    path = resolve(entry.name) / "encoder.safetensors"
+    whole, config = path.read_bytes(), path.with_name("config.json")
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # in the cache, with the digest of loads in config.json
+    config.write_text(config.read_text().replace(str(stored.blake3), checkpoint.blake3(path)))
+    assert resolve(entry.name) == path.parent
+    assert path.read_bytes() == whole
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
