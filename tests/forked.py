@@ -75,6 +75,12 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def import_anew(*packages: str) -> None:
+    """Have these packages imported anew, as in a process that has just begun."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+
+
 def command_line(arguments: Sequence[object], processes: int = 1) -> Forked:
     """`geo-pretrain` with these arguments; several processes are told of each other as by torchrun.
 

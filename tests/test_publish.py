@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,7 +24,7 @@ from geo_pretrain.catalog import File
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.publish import publish
-from tests.forked import Forked
+from tests.forked import Forked, import_anew
 from tests.hub.loopback_hub import Fault, LoopbackHub
 from tests.zoo import write_tiny, write_tiny_3d
 
@@ -36,8 +35,7 @@ CARD = "---\nlicense: mit\nlibrary_name: geo_pretrain\n---\n# tiny\n"
 
 def answer_calls(connection: Connection) -> None:
     """Make the calls that arrive, and send what comes of each."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
-        del sys.modules[name]
+    import_anew("huggingface_hub")
     from huggingface_hub import constants
 
     usual = {"ENDPOINT": constants.ENDPOINT, "HF_HUB_OFFLINE": constants.HF_HUB_OFFLINE}

@@ -7,7 +7,6 @@ import functools
 import http.server
 import importlib
 import pickle
-import subprocess
 import sys
 import threading
 import warnings
@@ -31,9 +30,9 @@ from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DigestMismatch, HubError, MissingDependency, UnknownName, WeightsMismatch
 from geo_pretrain.loading import load_backbone
+from tests.forked import Forked, import_anew
 from tests.zoo import write_tiny
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = [entry.name for entry in CATALOG.values() if entry.modality == "2d"]
 TAPS = ["relu", "layer1", "layer2", "layer3", "layer4"]
 TOY_CONTRACT = ImageContract(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), size=(96, 128), interpolation="bilinear")
@@ -97,11 +96,6 @@ def assert_equal_maps(maps, expected) -> None:
         assert float((value - other).abs().max() / other.abs().max()) < 1e-5
 
 
-def script(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    given = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=given)
-
-
 # --- names ---
 
 
@@ -139,23 +133,29 @@ def test_the_sweep_sees_the_catalog():
 
 
 def test_a_fresh_process_lists_exactly_the_2d_names_and_neither_asks_a_hub_nor_loads_a_second_time():
-    code = """
-import importlib, warnings, timm
-before = set(timm.list_pretrained()), set(timm.list_models())
-import geo_pretrain.adapters.timm as adapter
-added = set(timm.list_pretrained()) - before[0]
-print(*sorted(added))
-assert set(timm.list_models()) - before[1] == {name.partition(".")[0] for name in added} == set(
-    timm.list_models(module="timm"))
-warnings.simplefilter("error")
-importlib.reload(adapter)
-assert set(timm.list_pretrained()) - before[0] == added
-print(*timm.list_models("pri3d_view_r18*", pretrained=True))
-print(timm.get_pretrained_cfg("pri3d_view_r50").tag, adapter.pri3d_view_r50 is timm.model_entrypoint("pri3d_view_r50"))
-"""
-    done = script(code, GEO_PRETRAIN_HUB="http://127.0.0.1:9")  # where nobody answers
-    assert done.returncode == 0, done.stderr
-    added, some, default = done.stdout.splitlines()
+
+    def work() -> None:
+        import_anew("geo_pretrain", "timm")
+        import timm
+
+        before = set(timm.list_pretrained()), set(timm.list_models())
+        import geo_pretrain.adapters.timm as adapter
+
+        added = set(timm.list_pretrained()) - before[0]
+        print(*sorted(added))
+        models = set(timm.list_models()) - before[1]
+        assert models == {name.partition(".")[0] for name in added} == set(timm.list_models(module="timm"))
+        warnings.simplefilter("error")
+        importlib.reload(adapter)
+        assert set(timm.list_pretrained()) - before[0] == added
+        print(*timm.list_models("pri3d_view_r18*", pretrained=True))
+        default = timm.get_pretrained_cfg("pri3d_view_r50").tag
+        print(default, adapter.pri3d_view_r50 is timm.model_entrypoint("pri3d_view_r50"))
+
+    process = Forked(work, {"GEO_PRETRAIN_HUB": "http://127.0.0.1:9"})  # where nobody answers
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    added, some, default = printed.splitlines()
     assert added.split() == sorted(NAMES)
     assert some.split() == [name for name in timm.list_pretrained() if name.startswith("pri3d_view_r18")]
     assert default == "None True"  # the untagged name is the one of ScanNet

@@ -22,7 +22,7 @@ from geo_pretrain.catalog.entry import File
 from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_file
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError, UnknownName
 from geo_pretrain.loading import load_backbone
-from tests.forked import Forked
+from tests.forked import Forked, import_anew
 from tests.zoo import resolve, role_weights, write_tiny, write_tiny_3d
 
 NAME = "tiny_net_r18"
@@ -375,8 +375,7 @@ def in_process(calls: list[dict[str, object]], server: Server, cache: Path, **en
     settings["HF_HUB_DISABLE_TELEMETRY"] = settings["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
 
     def work() -> None:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
-            del sys.modules[name]
+        import_anew("huggingface_hub")
         answers = []
         for call in calls:
             try:

@@ -176,11 +176,11 @@ def test_queue_takes_the_newest_keys_in_turn(tiny_recipe):
 
 @pytest.mark.parametrize("name", ["global_kd", "crd", "crd_memory"])
 def test_stopped_run_continues_bit_for_bit_and_its_folder_opens(tmp_path, tiny_recipe, name):
-    path = tiny_recipe(name.partition("_m")[0], task=TASKS[name] | {"resize": [1.0, 1.0]}, optim={"steps": 6})
+    path = tiny_recipe(name.partition("_m")[0], task=TASKS[name] | {"resize": [1.0, 1.0]}, optim={"steps": 4})
     run_here(path, tmp_path / "whole", ["optim.accumulate=2"])
     with pytest.raises(Stop):
-        run_here(path, tmp_path / "broken", ["optim.accumulate=2", "save_every=3"], on_step=stop_at(5))
-    run_here(path, tmp_path / "broken", ["optim.accumulate=2", "save_every=3"])
+        run_here(path, tmp_path / "broken", ["optim.accumulate=2", "save_every=2"], on_step=stop_at(3))
+    run_here(path, tmp_path / "broken", ["optim.accumulate=2", "save_every=2"])
     for role in ("model", "heads"):
         first, second = (load_file(tmp_path / folder / f"{role}.safetensors") for folder in ("whole", "broken"))
         assert first.keys() == second.keys()
