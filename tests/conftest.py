@@ -11,6 +11,7 @@ import sys
 import pytest
 
 gc.disable()  # imports make no garbage; a million objects of torch were looked through again and again
+os.fsync = lambda descriptor: None  # tests that write real files wait for the disk only in processes of their own
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of the many programs that tests start would compile all anew
 sys.dont_write_bytecode = False

@@ -43,6 +43,8 @@ from tests.zoo import (
     write_tiny_3d,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_weights")
+
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:

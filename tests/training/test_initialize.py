@@ -29,6 +29,8 @@ from tests.authors_files import write
 from tests.hub.hosts import Fault, Hosts
 from tests.training.test_loop import run_here
 
+pytestmark = pytest.mark.usefixtures("quick_weights")
+
 
 def serve(monkeypatch, answer):
     """Stand in for torchvision's download; returns the addresses asked for."""
