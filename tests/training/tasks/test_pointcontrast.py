@@ -182,7 +182,8 @@ def test_start_depends_on_the_seed_alone(tiny_recipe):
 
 @pytest.mark.parametrize("tiny", ["pointcontrast_nce", "pointcontrast_hardest", "csc"])
 def test_run_learns_and_its_folder_opens(tmp_path, tiny_recipe, tiny):
-    checkpoint = run_here(tiny_recipe(tiny, optim={"steps": 20}), tmp_path / "out")
+    steps = 30 if tiny == "csc" else 20  # whose loss falls slowest
+    checkpoint = run_here(tiny_recipe(tiny, optim={"steps": steps}), tmp_path / "out")
     totals = [sum(v for k, v in line.items() if k not in ("step", "lr")) for line in logged(tmp_path / "out")]
     assert sum(totals[-5:]) < 0.9 * sum(totals[:5])
     assert verify(tmp_path / "out").passed
