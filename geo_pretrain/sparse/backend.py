@@ -60,8 +60,9 @@ def warn_once(dtype: torch.dtype) -> None:
 
 @cache
 def _has_numba() -> bool:
-    """Whether numba is installed; cached, since every convolution asks and the search of sys.path takes long."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether numba is installed and compiles; cached: every convolution asks, and searching sys.path takes long."""
+    compiles = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")  # numba's own switch, for debugging
+    return compiles and importlib.util.find_spec("numba") is not None
 
 
 @contextmanager

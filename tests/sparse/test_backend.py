@@ -27,6 +27,15 @@ def no_numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @has_numba
+def test_auto_is_plain_where_numba_is_told_not_to_compile(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    backend._has_numba.cache_clear()
+    with use("auto"):
+        assert not backend.is_fast(ROWS)
+    backend._has_numba.cache_clear()
+
+
+@has_numba
 def test_auto_is_fast_for_float32_on_the_cpu_only():
     with use("auto"):
         assert functional._kernels(ROWS).__name__ == "geo_pretrain.sparse.fast"
