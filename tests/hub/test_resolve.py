@@ -379,7 +379,7 @@ def in_process(calls: list[dict[str, object]], server: Server, cache: Path, **en
         answers = []
         for call in calls:
             try:
-                answers.append(str(resolve(**call)))  # type: ignore[arg-type]
+                answers.append(str(resolve(**call)))
             except GeoPretrainError as error:
                 answers.append(f"{type(error).__name__}: {error}")
         print(json.dumps(answers))

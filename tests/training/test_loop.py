@@ -142,18 +142,19 @@ def whole(tmp_path_factory, recording):
 
 @pytest.mark.parametrize("workers, processes", [(0, 1), (2, 1), (0, 2)])
 def test_killed_run_continues_bit_for_bit(tmp_path, tiny_recipe, whole, workers, processes):
-    path = tiny_recipe(workers=workers, optim={"steps": STEPS})
+    length = STEPS if processes == 1 else 16
+    path = tiny_recipe(workers=workers, optim={"steps": length})
     if processes > 1:
         whole = tmp_path / "whole"
         finish(fork(path, whole, processes))
-    steps = (random.Random(os.getpid()).randrange(8, 18), 8, 8, 8)
+    steps = (random.Random(os.getpid()).randrange(8, length - 6), 8, 8, 8)
     break_off(path, tmp_path / "broken", steps, kill_all, processes)
     assert not (tmp_path / "broken" / "config.json").exists()
     assert (tmp_path / "broken.run" / "state.pt").exists()
     finish(fork(path, tmp_path / "broken", processes))
     assert_same_weights(whole, tmp_path / "broken")
     assert logged(whole) == logged(tmp_path / "broken")
-    assert [line["step"] for line in logged(tmp_path / "broken")] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in logged(tmp_path / "broken")] == list(range(1, length + 1))
     assert not (tmp_path / "broken.run").exists()
 
 
