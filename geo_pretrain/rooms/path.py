@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from geo_pretrain.rooms.render import Renderer
+from geo_pretrain.rooms.render import SceneRenderer
 from geo_pretrain.rooms.scene import CLASS_ID, Scene
 
 CLEARANCE = 0.38  # m between the camera and any part
@@ -50,7 +50,7 @@ def clearance(scene: Scene, points: np.ndarray) -> np.ndarray:
 class _Walk:
     """The camera's state and the rules of its next step."""
 
-    def __init__(self, renderer: Renderer, rng: np.random.Generator) -> None:
+    def __init__(self, renderer: SceneRenderer, rng: np.random.Generator) -> None:
         self.renderer, self.scene, self.rng = renderer, renderer.scene, rng
         self.free = self._free_points()
         self.position = self.free[0]
@@ -131,7 +131,7 @@ class _Walk:
         near = float((depth < _NEAR).float().mean())
         share = float(part.flatten().bincount().max()) / (width * height)
         close = max(0.0, 1.4 - float(depth.median()))
-        bare = float((part >= self.renderer.geometry.parts).float().mean())
+        bare = float((part >= self.renderer.parts).float().mean())
         return max(0.0, near - 0.02) * 4 + max(0.0, share - 0.5) + close + max(0.0, bare - 0.62)
 
 
@@ -139,7 +139,7 @@ def _wrap(angle: float) -> float:
     return (angle + math.pi) % (2 * math.pi) - math.pi
 
 
-def camera_path(renderer: Renderer, rng: np.random.Generator, frames: int) -> np.ndarray:
+def camera_path(renderer: SceneRenderer, rng: np.random.Generator, frames: int) -> np.ndarray:
     """Draw a camera path: camera-to-world poses [frames, 4, 4], the same on every machine if `renderer` is on CPU."""
     walk = _Walk(renderer, rng)
     return np.stack([walk.step() for _ in range(frames)])

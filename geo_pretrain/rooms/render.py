@@ -8,6 +8,7 @@ shadows, sunlight through the windows, Blinn-Phong highlights, and for glossy su
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from geo_pretrain.rooms.scene import (
 )
 from geo_pretrain.rooms.textures import Surface, albedo
 
-_OFFSETS = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))  # a rotated square: rays of a pixel
+OFFSETS = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))  # a rotated square: rays of a pixel
 
 
 TILE_RAYS = TILE * TILE
@@ -59,6 +60,19 @@ class Rendering:
     gloss: Tensor  # 0..1
 
 
+class SceneRenderer(Protocol):
+    """What renders views of a scene: `Renderer` by torch, on any device, or `compiled.renderer` by numba on a CPU."""
+
+    scene: Scene
+    parts: int  # of the scene, without the six shell faces
+
+    def depth(self, cam_to_world: np.ndarray, k: np.ndarray, width: int, height: int) -> tuple[Tensor, Tensor]:
+        """Render only depth [H, W] and part index [H, W] (shell faces follow the parts)."""
+
+    def render(self, cam_to_world: np.ndarray, k: np.ndarray, width: int, height: int, samples: int = 1) -> Rendering:
+        """Render one frame; `samples` is 1 or 4 rays per pixel for color."""
+
+
 @dataclass(frozen=True)
 class Hits:
     """Surface points [N] seen by rays: everything that shading needs."""
@@ -77,6 +91,7 @@ class Renderer:
         self.device = torch.device(device)
         self.scene = scene
         self.geometry = Geometry.of(scene, self.device)
+        self.parts = self.geometry.parts
 
         def put(array: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.as_tensor(array, dtype=dtype, device=self.device)
@@ -110,7 +125,7 @@ class Renderer:
         hits, cosine = self._surface(view, rays, depth.flatten(), part.flatten(), focal)
         radiance = self._shade(hits, view)
         if samples > 1:
-            shifted = [self._view(cam_to_world, k, width, height, shift) for shift in _OFFSETS]
+            shifted = [self._view(cam_to_world, k, width, height, shift) for shift in OFFSETS]
             radiance = self._smooth_edges(sight, shifted, part, radiance, focal)
 
         def image(flat: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Surface:
 
 
 @lru_cache(maxsize=4)
-def _tables(device: str) -> tuple[Tensor, Tensor]:
+def tables(device: str) -> tuple[Tensor, Tensor]:
     """The constant random table [TABLE, 3] in [0, 1] and noise volume [1, 2, 33, 33, 33] with mean 0.5."""
     rng = np.random.default_rng(20240607)
     table = torch.from_numpy(rng.random((TABLE, 3), dtype=np.float32))
@@ -61,14 +61,14 @@ def _tables(device: str) -> tuple[Tensor, Tensor]:
 
 def random_of(a: Tensor, b: Tensor, seed: Tensor, salt: int = 0) -> Tensor:
     """Hash integer cells (a, b) and a seed to three random numbers in [0, 1]: [N, 3]."""
-    table, _ = _tables(str(a.device))
+    table, _ = tables(str(a.device))
     mixed = a.long() * 1619 + b.long() * 3137 + seed * 797 + salt * 101
     return table[(mixed ^ (mixed >> 5)) & (TABLE - 1)]
 
 
 def noise(point: Tensor, channel: int = 0) -> Tensor:
     """Evaluate smooth noise in [0, 1] with period 32 and lattice 1: point [N, 3] -> [N]."""
-    _, volume = _tables(str(point.device))
+    _, volume = tables(str(point.device))
     unit = torch.remainder(point, _VOLUME) * (2 / _VOLUME) - 1
     return F.grid_sample(volume, unit.view(1, 1, 1, -1, 3), align_corners=True)[0, channel, 0, 0]
 

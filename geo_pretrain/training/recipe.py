@@ -57,7 +57,7 @@ RENAMED = (
     *(dataclasses.replace(one, old=f"{STAGE1}.{one.old}", new=f"{STAGE1}.{one.new}") for one in _RENAMED),
 )
 # Keys that do not change the result. Data are compared by their fingerprint, not by their path.
-WITHOUT_EFFECT = ("workers", "save_every", "data.path")
+WITHOUT_EFFECT = ("workers", "save_every", "data.path", "data.options.cache", "data.options.renderer")
 _SAME_DATA = ("source", "path", "size", "frames", "license", "options")  # data settings that a first stage takes over
 _SAME_PAIRS = ("overlap", "measure", "max_pairs_per_scene")  # the same, where both stages train on pairs
 

@@ -35,7 +35,7 @@ class Rooms:
         self.val_spec = replace(
             data, units="pairs", options=options | {"scenes": spec.val_scenes}, max_pairs_per_scene=None
         )
-        labelled = {key: value for key, value in options.items() if key != "depth_noise"}
+        labelled = {key: value for key, value in options.items() if key not in ("depth_noise", "cache")}
         labelled |= {"val_scenes": spec.val_scenes, "labelled": spec.labelled}
         self.train, self.val = (
             open_labelled("rooms", None, split, task="segmentation", options=labelled) for split in ("train", "val")

@@ -34,6 +34,7 @@ class LabelledRoomsOptions(Ranged):
     width: int = 160
     height: int = 120
     difficulty: str = "medium"
+    renderer: str = "torch"  # see `RoomsConfig`
     min_pixels: Count | None = None  # of an object; None: as large a part of the image as 1000 pixels of 640x480
 
 
@@ -96,6 +97,7 @@ def open_rooms(
             height=options.height,
             split=split,
             difficulty=options.difficulty,
+            renderer=options.renderer,
         )
     )
     rooms.prepare(progress)

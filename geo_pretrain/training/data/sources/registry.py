@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.errors import RecipeError, unknown
-from geo_pretrain.rooms import RoomsConfig
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.frame import Frame, Noted, Source, SourcePart, capability
-from geo_pretrain.training.data.sources.rooms import Rooms
+from geo_pretrain.training.data.sources.rooms import Rooms, RoomsOptions
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
 from geo_pretrain.training.recipe import DataSpec
@@ -92,10 +91,10 @@ def source_note(source: Source) -> str:
     return "" if noted is None else noted.note
 
 
-def _open_rooms(options: RoomsConfig, spec: DataSpec, device: str, progress: Progress | None) -> Source:
+def _open_rooms(options: RoomsOptions, spec: DataSpec, device: str, progress: Progress | None) -> Source:
     if spec.path is not None:
         raise RecipeError("Source 'rooms' renders its own scenes and takes no path; see data.options.")
-    source = Rooms(options, device=device)
+    source = Rooms(options.config, device=device, cache=options.cache)
     source.prepare(progress)
     return source
 
@@ -113,7 +112,7 @@ def _folder(source: Callable[[Path, Any], Source]) -> Opener:
 
 # A layout says nothing about whose frames they are, so a folder's license is its owner's unless `data.license` tells.
 SOURCES = {
-    "rooms": SourceRow(RoomsConfig, _open_rooms, "rooms", "MIT"),
+    "rooms": SourceRow(RoomsOptions, _open_rooms, "rooms", "MIT"),
     "scannet": SourceRow(ScanNetConfig, _folder(ScanNet), "ScanNet", "LicenseRef-ScanNet-ToU"),
     "seven_scenes": SourceRow(
         SevenScenesConfig, _folder(SevenScenes), "RGB-D folder in 7-Scenes layout", "LicenseRef-data-owner"

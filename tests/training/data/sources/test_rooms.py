@@ -13,13 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, UnknownName
 from geo_pretrain.rooms import CLASSES, GENERATOR, RoomsConfig
 from geo_pretrain.rooms.path import CLEARANCE, clearance
 from geo_pretrain.rooms.surface import depth_inside, scene_points
 from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.sources.registry import open_source, source_note
 from geo_pretrain.training.data.sources.rooms import Rooms
+from geo_pretrain.training.recipe import DataSpec, changes, load_recipe
 from geo_pretrain.training.visualize.colors import class_colors, depth_colors
 from geo_pretrain.training.visualize.preview import contact_sheet
 from tests.forked import Forked
@@ -305,6 +308,59 @@ def test_unwritable_cache_teaches(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="GEO_PRETRAIN_CACHE"):
         Rooms(TINY, cache_dir=tmp_path / "file" / "cache").prepare()
+
+
+class Frames(Dataset[np.ndarray]):
+    """The colors of a source's frames, for a loader."""
+
+    def __init__(self, source: Rooms) -> None:
+        self.source = source
+        self.ids = [(scene, frame_id) for scene in source.scenes() for frame_id in source.frame_ids(scene)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self.source.load(*self.ids[number]).color
+
+
+@pytest.mark.parametrize("renderer", ["auto", "torch"])
+def test_frames_rendered_beside_training_are_those_of_the_cache(tmp_path: Path, renderer: str) -> None:
+    """Without a cache nothing is written, and a loader's workers get the same bytes in any order."""
+    config = replace(TINY, renderer=renderer, depth_noise=True)
+    kept, free = (Rooms(config, cache_dir=tmp_path / cache, cache=cache) for cache in ("disk", "none"))
+    free.prepare()
+    assert free.fingerprint() == kept.fingerprint()
+    assert digest(free) == digest(kept)
+    backwards = list(reversed(range(len(Frames(free)))))
+    loader = DataLoader(Frames(free), batch_size=None, sampler=backwards, num_workers=2)
+    for number, color in zip(backwards, loader, strict=True):
+        assert np.array_equal(color, Frames(kept)[number])
+    assert not (tmp_path / "none").exists()
+
+
+def test_options_say_whether_frames_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path))
+    options = {"scenes": 1, "frames": 1, "width": 64, "height": 64, "renderer": "auto"}
+    free, kept = (open_source(DataSpec(options={**options, "cache": cache})) for cache in ("none", "disk"))
+    assert np.array_equal(free.load("rooms_train_0000", "0000").color, kept.load("rooms_train_0000", "0000").color)
+    assert len(list(tmp_path.glob("rooms/*/*.safetensors"))) == 1
+    assert source_note(kept) == "Rooms are rendered by numba."
+    assert source_note(Rooms(TINY)) == ""
+    with pytest.raises(RecipeError, match="Nearest: 'none'"):
+        open_source(DataSpec(options={"cache": "non"}))
+
+
+def test_a_run_goes_on_with_another_cache_or_the_renderer_it_had() -> None:
+    """Neither counts as a change of the recipe: data are compared by their fingerprint, which names the renderer."""
+    before, now = (
+        load_recipe("pri3d_view_r18.rooms_toy", [f"data.options.{option}" for option in options]).to_yaml()
+        for options in ((), ("cache=none", "renderer=auto"))
+    )
+    assert before != now
+    assert changes(before, now) == []
+    assert Rooms(TINY, cache="none").fingerprint() == Rooms(TINY).fingerprint()
+    assert Rooms(replace(TINY, renderer="torch")).fingerprint() != Rooms(replace(TINY, renderer="numba")).fingerprint()
 
 
 def test_travels_to_workers(tmp_path: Path) -> None:
