@@ -32,6 +32,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 LONG = (
     "test_adding.py",
     "test_cli_bench.py",
+    "test_compiled.py",
     "test_demo.py",
     "test_fast.py",
     "test_layouts.py",

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from geo_pretrain.errors import MissingDependency, RecipeError
 from geo_pretrain.rooms import RoomGenerator, RoomsConfig, generator
@@ -32,6 +33,15 @@ from geo_pretrain.rooms.compiled.renderer import CompiledRenderer
 
 SAME_IDS, SAME_COLORS = 0.999, 0.995  # shares of pixels, of color values
 DEPTH, RADIANCE = 2e-6, 1e-3  # m; of a color's size
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(own_cache: Path) -> None:
+    """Let one test worker compile, in a fresh checkout, and the others load what it compiled."""
+    with FileLock(own_cache / "rooms_compiled.lock"):
+        _, compiled, poses = both(0, "easy")
+        compiled.render(poses[0], intrinsics(64, 64), 64, 64, 1)
+
 
 CASES = [(0, 160, 120, "medium"), (1, 320, 240, "hard"), (2, 96, 64, "easy"), (5, 64, 128, "hard")]
 
