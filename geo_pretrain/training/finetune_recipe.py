@@ -39,9 +39,16 @@ RENAMED = (  # former keys and values, which are still read
 )
 OVERLAYS = RECIPES / "overlays"  # toy_TASK.yaml: what --toy applies to the recipes of a task
 
-TaskName = Literal["segmentation", "segmentation3d", "detection", "instances"]
+TaskName = Literal[
+    "segmentation", "detection", "instances",
+    "segmentation3d", "instances3d", "detection3d", "classification3d", "parts3d",
+]  # fmt: skip
+LabelName = Literal[
+    "segmentation", "detection", "segmentation3d", "instances3d", "detection3d", "classification3d", "parts3d"
+]  # fmt: skip
 Kind = Literal[
-    "unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn", "srunet", "faster_rcnn", "mask_rcnn"
+    "unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn", "faster_rcnn", "mask_rcnn",
+    "srunet", "srunet_instances", "votenet", "srunet_classifier",
 ]  # fmt: skip
 Freeze = Annotated[int, Accepts(lambda n: 0 <= n <= 5, "0 (nothing) to 5 (stem and all stages)")]
 Degrees = Annotated[float, Accepts(lambda angle: 0 <= angle <= 180, "degrees from 0 to 180")]
@@ -51,10 +58,16 @@ Milestones = Annotated[
 ]
 KINDS: dict[str, tuple[str, ...]] = {
     "segmentation": ("unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn"),
-    "segmentation3d": ("srunet",),
     "detection": ("faster_rcnn", "mask_rcnn"),
     "instances": ("mask_rcnn",),
+    "segmentation3d": ("srunet",),
+    "instances3d": ("srunet_instances",),
+    "detection3d": ("votenet",),
+    "classification3d": ("srunet_classifier",),
+    "parts3d": ("srunet",),
 }
+POINT_KINDS = ("srunet", "srunet_instances", "votenet", "srunet_classifier")  # networks for point clouds
+FRAME_SETS = ("rooms",)  # sets of labelled RGB-D frames, whose clouds 3D segmentation takes
 
 
 @dataclass(frozen=True)
@@ -186,14 +199,20 @@ class FinetuneRecipe(Ranged):
         if network.kind not in kinds:
             kind = f"'network.kind' is {network.kind!r}, accepted for task {self.task!r} is one of {', '.join(kinds)}."
             check.note(kind, "network.kind", "task")
-        right = network.unet3d is None or network.kind == "srunet"
-        check(right, "network.unet3d", network.unet3d, "none but for srunet")
-        if network.kind == "srunet":
-            plain = vars(NetworkSpec(kind="srunet", unet3d=network.unet3d))
+        right = network.unet3d is None or network.kind in POINT_KINDS
+        check(right, "network.unet3d", network.unet3d, f"none but for {', '.join(POINT_KINDS)}")
+        if network.kind in POINT_KINDS:
+            options = {} if network.kind == "srunet" else network.options
+            plain = vars(NetworkSpec(kind=network.kind, unet3d=network.unet3d, options=options))
             given = {key: value for key, value in vars(network).items() if value != plain[key]}
-            check(not given, "network", given, "kind and unet3d for srunet")
+            check(not given, "network", given, f"kind and unet3d for {network.kind}")
             alone = self.data.augment == LabelledAugment()
-            check(alone, "data.augment", plain_types(self.data.augment), "none for srunet: clouds are rotated upright")
+            check(
+                alone,
+                "data.augment",
+                plain_types(self.data.augment),
+                f"none for {network.kind}: clouds are rotated upright",
+            )
         elif network.kind != "unet":
             alone = network.transfer == "encoder"
             check(alone, "network.transfer", network.transfer, "'encoder' but for unet", given=["network.kind"])
@@ -202,9 +221,13 @@ class FinetuneRecipe(Ranged):
             alone = given == {"output_stride": 32, "aux": 0, "options": {}}
             check(alone, "network", given, "output_stride 32, no aux and no options for unet")
 
-    def labels(self) -> Literal["segmentation", "detection"]:
-        """The kind of labels that the task is trained on."""
-        return "segmentation" if self.task.startswith("segmentation") else "detection"
+    def labels(self) -> LabelName:
+        """The kind of labels that the task is trained on: those of a task of `open_labelled`."""
+        if self.task == "instances":
+            return "detection"
+        if self.task == "segmentation3d" and self.data.source in FRAME_SETS:
+            return "segmentation"
+        return self.task
 
     def resize(self) -> str:
         """The interpolation that images are resized with: "nearest" or "bilinear"."""

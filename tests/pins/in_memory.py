@@ -14,7 +14,7 @@ from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.data.labelled.clouds import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.finetune.in_memory import (
     FinetuneSpec,
     PointsSpec,

@@ -8,7 +8,7 @@ from torch import nn
 
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import VoxelContract
-from geo_pretrain.training.data.labelled.clouds import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 
 ROOMS = {"scenes": 2, "val_scenes": 1, "frames": 3, "labelled": 2, "width": 64, "height": 64}
 COLORS = VoxelContract(0.1, ("R", "G", "B"), offset=-0.5)

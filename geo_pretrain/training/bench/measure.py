@@ -14,7 +14,7 @@ from geo_pretrain.contract import VoxelContract
 from geo_pretrain.seeding import seeded
 from geo_pretrain.training.bench.plan import BenchSpec
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source
-from geo_pretrain.training.data.labelled.clouds import labelled_clouds, labelled_frame
+from geo_pretrain.training.data.labelled.clouds.frames import labelled_clouds, labelled_frame
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source

@@ -27,7 +27,9 @@ from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, DataError, unknown
 from geo_pretrain.training.checks import Count, Positive, Ranged
-from geo_pretrain.training.data.labelled.clouds import LabelledCloud, batch_voxels, labelled_clouds, voxels_of
+from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.frames import labelled_clouds
+from geo_pretrain.training.data.labelled.clouds.voxels import batch_voxels, voxels_of
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.evaluation.features import (
     RANDOM,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.data.labelled.clouds import LabelledCloud, voxels_of
+from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.voxels import voxels_of
 from geo_pretrain.training.data.samples.sampler import sample_seed
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.evaluation.metrics import best_class, confusion_matrix, mean_iou

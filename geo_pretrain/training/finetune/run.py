@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from geo_pretrain.errors import DataError
-from geo_pretrain.training.data.labelled.image import LabelledSource
+from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.labelled.registry import open_labelled, subset
 from geo_pretrain.training.data.labelled.scannet import read_scene_list
 from geo_pretrain.training.distributed import World, join
@@ -35,7 +35,7 @@ def finetune(
     device: str | None = None,
     world: World | None = None,
     overwrite: bool = False,
-    sources: tuple[LabelledSource, LabelledSource] | None = None,
+    sources: tuple[LabelledData, LabelledData] | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     on_evaluation: OnEvaluation | None = None,
     on_data: Callable[[int, int], None] | None = None,
@@ -78,7 +78,7 @@ def finetune(
 
 def _open(
     recipe: FinetuneRecipe,
-    sources: tuple[LabelledSource, LabelledSource] | None,
+    sources: tuple[LabelledData, LabelledData] | None,
     on_data: Callable[[int, int], None] | None,
 ) -> LabelledSplits:
     """Open the recipe's share of the training images, and all validation images."""

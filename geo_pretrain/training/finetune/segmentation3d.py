@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import BadFrame
-from geo_pretrain.training.data.labelled.clouds import LabelledCloud, batch_voxels, cloud_of, labelled_frame, voxels_of
+from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.frames import cloud_of, labelled_frame
+from geo_pretrain.training.data.labelled.clouds.voxels import batch_voxels, voxels_of
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.evaluation.metrics import best_class, confusion_matrix
 from geo_pretrain.training.finetune.task import SegmentationTask

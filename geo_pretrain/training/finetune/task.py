@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import DataError
-from geo_pretrain.training.data.labelled.image import LabelledSource
+from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.metrics import class_iou, mean_iou, pixel_accuracy
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
@@ -52,7 +52,7 @@ class FinetuneTask(ABC):
     def check(cls, recipe: FinetuneRecipe) -> None:
         """Raise `RecipeError` for settings of a recipe that the task cannot use, before anything is loaded."""
 
-    def load(self, source: LabelledSource, id: str) -> Any:
+    def load(self, source: LabelledData, id: str) -> Any:
         """Load the labelled image of a sample. Raises `BadFrame` if it is unusable."""
         return source.load(id)
 
@@ -87,14 +87,14 @@ class FinetuneTask(ABC):
         """The transferred part of `module`; BatchNorm momentum and digests apply to it."""
 
     @abstractmethod
-    def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
+    def evaluate(self, source: LabelledData, ids: Sequence[str], world: World = ALONE) -> Evaluation:
         """Measure `module` on these images, each process of `world` on its share; leaves it in evaluation mode.
 
         Every process gets the same result, which does not depend on their number.
         """
 
     @abstractmethod
-    def draw(self, source: LabelledSource, ids: Sequence[str], path: Path) -> None:
+    def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:
         """Write a PNG with image, ground truth and prediction of these images."""
 
     @abstractmethod
@@ -111,10 +111,10 @@ class SegmentationTask(FinetuneTask):
     exact = False  # whether IoU counts as the released code does
 
     @abstractmethod
-    def confusion(self, source: LabelledSource, ids: Sequence[str]) -> np.ndarray:
+    def confusion(self, source: LabelledData, ids: Sequence[str]) -> np.ndarray:
         """The confusion matrix over these images, rows = truth: int64 [1 + C, 1 + C]."""
 
-    def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
+    def evaluate(self, source: LabelledData, ids: Sequence[str], world: World = ALONE) -> Evaluation:
         """Add the confusion matrices of all processes; the details hold the sum."""
         own = np.zeros((1 + len(self.classes),) * 2, np.int64)
         for batch in share_of(ids, self.recipe.evaluate.batch, world):

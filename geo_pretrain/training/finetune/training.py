@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from geo_pretrain.errors import DataError
 from geo_pretrain.files import atomic_write
-from geo_pretrain.training.data.labelled.image import LabelledSource
+from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.samples.sampler import Key, sample_seed
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, weights_digest
@@ -33,8 +33,8 @@ OnEvaluation = Callable[[int, Evaluation], None]
 class LabelledSplits:
     """The labelled data of a run."""
 
-    train: LabelledSource
-    val: LabelledSource
+    train: LabelledData
+    val: LabelledData
     fraction: float  # actual share of the source's training images in `train`
 
 
@@ -138,7 +138,7 @@ class _Samples(Dataset[Any]):
     What cannot be used is handed on as a `DataError`: raised in the training process, its message survives.
     """
 
-    def __init__(self, source: LabelledSource, ids: Sequence[str], task: FinetuneTask, seed: int) -> None:
+    def __init__(self, source: LabelledData, ids: Sequence[str], task: FinetuneTask, seed: int) -> None:
         self.source, self.ids, self.task, self.seed = source, list(ids), task, seed
 
     def __len__(self) -> int:

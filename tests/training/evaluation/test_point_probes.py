@@ -12,7 +12,9 @@ from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import DataError, UnknownName
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.sparse.tensor import SparseTensor
-from geo_pretrain.training.data.labelled.clouds import LabelledCloud, labelled_clouds, voxels_of
+from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.frames import labelled_clouds
+from geo_pretrain.training.data.labelled.clouds.voxels import voxels_of
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.evaluation import probes
 from geo_pretrain.training.evaluation.probes import (

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
-from geo_pretrain.training.data.labelled.clouds import LabelledCloud, labelled_clouds, voxels_of
+from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.frames import labelled_clouds
+from geo_pretrain.training.data.labelled.clouds.voxels import voxels_of
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune.in_memory import PointsSpec, evaluate_clouds

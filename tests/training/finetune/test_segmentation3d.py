@@ -12,7 +12,8 @@ from torch import nn
 
 from geo_pretrain.errors import DataError
 from geo_pretrain.sparse.tensor import SparseTensor
-from geo_pretrain.training.data.labelled.clouds import LabelledCloud, voxels_of
+from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.voxels import voxels_of
 from geo_pretrain.training.data.samples.sampler import sample_seed
 from geo_pretrain.training.finetune.in_memory import PointsSpec, evaluate_clouds, finetune_clouds
 from geo_pretrain.training.networks3d import segmentation_srunet

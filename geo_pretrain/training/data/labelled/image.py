@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from geo_pretrain.training.data.labelled.dataset import LabelledData
+
 
 @dataclass(frozen=True)
 class Instances:
@@ -31,25 +33,12 @@ class LabelledImage:
     instances: Instances | None
 
 
-class LabelledSource(Protocol):
-    """One split of a labelled data set, for one task. Adding a data set takes a file with such a class and a row.
+class LabelledSource(LabelledData, Protocol):
+    """One split of a data set of labelled images, for one task. Adding a set takes a file with such a class and a row.
 
     A source whose images are files also has `file_name(id)`, the image's path below the folder of images. One that
     knows of scenes without a labelled image has `scenes()`, the names of all scenes of the split.
     """
 
-    name: str
-    split: str
-    classes: tuple[str, ...]  # names of the classes 1..C
-
-    def ids(self) -> list[str]:
-        """Names of all images, in a fixed order."""
-
-    def scene_of(self, id: str) -> str:
-        """The scene that an image shows; images of one scene stay together in subsets."""
-
     def load(self, id: str) -> LabelledImage:
         """Read one image. Raises `BadFrame` with path and reason when one of its files cannot be used."""
-
-    def fingerprint(self) -> str:
-        """A sha256 that changes when the data change."""

@@ -3,57 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from geo_pretrain.errors import DataError, RecipeError, some, unknown
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.cityscapes import open_cityscapes
+from geo_pretrain.training.data.labelled.clouds.sets import CLOUD_SETS
 from geo_pretrain.training.data.labelled.coco import CocoOptions, open_coco
+from geo_pretrain.training.data.labelled.dataset import DataSet, ImageTask, LabelledData, Progress, Task, plain
 from geo_pretrain.training.data.labelled.folders import InstanceOptions
-from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
 from geo_pretrain.training.data.labelled.kitti import open_kitti
 from geo_pretrain.training.data.labelled.nyuv2 import open_nyuv2
 from geo_pretrain.training.data.labelled.rooms import LabelledRoomsOptions, open_rooms
 from geo_pretrain.training.data.labelled.scannet import ScanNetOptions, open_scannet
 from geo_pretrain.training.data.labelled.sunrgbd import open_sunrgbd
 
-Task = Literal["segmentation", "detection"]
-Opener = Callable[[Path, str, Task, Any], LabelledSource]  # called with folder, split, task, options
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """The options of a data set that has none."""
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A row of the registry: how a labelled data set is opened, its tasks and its published terms."""
-
-    opener: Opener | None  # None: rooms, which have no folder
-    tasks: tuple[Task, ...]
-    license: str  # SPDX or LicenseRef
-    terms: str  # the license in words
-    options: type = NoOptions  # dataclass of `data.options`
-    splits: tuple[str, ...] = ("train", "val")  # (): whichever its files name
-
-
-def _plain(opener: Callable[[Path, str], LabelledSource]) -> Opener:
-    """Make the opener of a data set that has no options and labels for one task only."""
-
-    return lambda path, split, task, options: opener(path, split)
-
-
-SEGMENTATION: tuple[Task, ...] = ("segmentation",)
-BOTH: tuple[Task, ...] = ("segmentation", "detection")
-DATA_SETS = {
+SEGMENTATION: tuple[ImageTask, ...] = ("segmentation",)
+BOTH: tuple[ImageTask, ...] = ("segmentation", "detection")
+IMAGE_SETS = {
     "cityscapes": DataSet(
-        _plain(open_cityscapes),
+        plain(open_cityscapes),
         SEGMENTATION,
         "LicenseRef-Cityscapes-terms",
         "non-commercial: research, teaching, publications; on registration",
@@ -66,11 +39,11 @@ DATA_SETS = {
         CocoOptions,
         splits=(),
     ),
-    "kitti": DataSet(_plain(open_kitti), SEGMENTATION, "CC-BY-NC-SA-3.0", "non-commercial, share alike"),
+    "kitti": DataSet(plain(open_kitti), SEGMENTATION, "CC-BY-NC-SA-3.0", "non-commercial, share alike"),
     "nyuv2": DataSet(
         open_nyuv2, BOTH, "LicenseRef-unstated", "published for research without a license", InstanceOptions
     ),
-    "rooms": DataSet(None, BOTH, "MIT", "rendered by this package", LabelledRoomsOptions),
+    "rooms": DataSet(None, BOTH, "MIT", "rendered by this package", LabelledRoomsOptions, embedded=open_rooms),
     "scannet": DataSet(
         open_scannet,
         BOTH,
@@ -80,12 +53,13 @@ DATA_SETS = {
         splits=(),
     ),
     "sunrgbd": DataSet(
-        _plain(open_sunrgbd),
+        plain(open_sunrgbd),
         SEGMENTATION,
         "LicenseRef-unstated",
         "published for research without a license; holds images of NYUv2, B3DO, SUN3D",
     ),
 }
+DATA_SETS = {**IMAGE_SETS, **CLOUD_SETS}
 # A folder may hold other files than the published ones: its owner knows.
 _OTHER = ("LicenseRef-data-owner", "images given by the caller: as their owner says")
 
@@ -108,9 +82,9 @@ def open_labelled(
     *,
     task: Task,
     options: Mapping[str, Any] = {},
-    progress: Callable[[int, int], None] | None = None,
-) -> LabelledSource:
-    """Open one split ("train" or "val") of a labelled data set.
+    progress: Progress | None = None,
+) -> Any:
+    """Open one split ("train" or "val") of a labelled data set: a `LabelledSource`, for tasks in 3D a `CloudSource`.
 
     Segmentation gives `semantic`, detection (and instance segmentation) gives `instances`; their classes differ.
     `path` is the data set's folder, None for rooms; `options` are checked by the data set. Raises `UnknownName`,
@@ -120,12 +94,13 @@ def open_labelled(
     settings, row = labelled_options(source, task, options), DATA_SETS[source]
     if row.splits and split not in row.splits:
         raise unknown("split", split, row.splits)
-    if row.opener is None:
+    if row.embedded is not None:
         if path is not None:
-            raise RecipeError("Source 'rooms' renders its own scenes and takes no path; see data.options.")
-        return open_rooms(split, task, settings, progress)
+            raise RecipeError(f"Source {source!r} renders its own scenes and takes no path; see data.options.")
+        return row.embedded(split, task, settings, progress)
     if path is None:
         raise RecipeError(f"Source {source!r} needs a folder: --data {source}:PATH (or data.path=PATH).")
+    assert row.opener is not None  # a set is embedded, or on disk
     return row.opener(Path(path).expanduser(), split, task, settings)
 
 
@@ -144,9 +119,9 @@ def labelled_options(source: str, task: Task, options: Mapping[str, Any]) -> Any
 
 
 class Subset:
-    """The images of some scenes of a source."""
+    """The images or clouds of some scenes of a source."""
 
-    def __init__(self, source: LabelledSource, scenes: Sequence[str]) -> None:
+    def __init__(self, source: LabelledData, scenes: Sequence[str]) -> None:
         self.source, self.chosen = source, frozenset(scenes)
         self.name, self.split, self.classes = source.name, source.split, source.classes
         everything = source.ids()
@@ -163,7 +138,7 @@ class Subset:
     def file_name(self, id: str) -> str:
         return file_name(self.source, id)
 
-    def load(self, id: str) -> LabelledImage:
+    def load(self, id: str) -> Any:
         return self.source.load(id)
 
     def fingerprint(self) -> str:
@@ -172,9 +147,7 @@ class Subset:
         return hashlib.sha256(chosen.encode()).hexdigest()
 
 
-def subset(
-    source: LabelledSource, fraction: float, seed: int = 0, *, scenes: Sequence[str] | None = None
-) -> LabelledSource:
+def subset(source: LabelledData, fraction: float, seed: int = 0, *, scenes: Sequence[str] | None = None) -> Subset:
     """Take whole scenes of a source, at least one, whose share of the images is closest to `fraction`.
 
     `seed` and the names of the scenes decide their order, so that smaller fractions are subsets of larger ones. An
@@ -203,6 +176,6 @@ def subset(
     return Subset(source, order[: nearest + 1])
 
 
-def file_name(source: LabelledSource, id: str) -> str:
+def file_name(source: LabelledData, id: str) -> str:
     """The image's path below the folder of images, or its id if the source has no files."""
     return str(source.file_name(id)) if hasattr(source, "file_name") else f"{id}.png"

@@ -12,7 +12,8 @@ import torch
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.rooms import CLASSES
-from geo_pretrain.training.data.labelled.clouds import labelled_clouds, majority_label, voxels_of
+from geo_pretrain.training.data.labelled.clouds.frames import labelled_clouds
+from geo_pretrain.training.data.labelled.clouds.voxels import majority_label, voxels_of
 from geo_pretrain.training.data.labelled.registry import open_labelled, subset
 from tests.training.finetune.sweeps import Squares
 from tests.training.painted_clouds import COLORS, ROOMS, painted
