@@ -135,7 +135,12 @@ def kernel_to_torchsparse(kernel: Tensor) -> Tensor:
     return _cube(kernel).permute(2, 1, 0, 3, 4).flatten(0, 2).contiguous()
 
 
-kernel_from_torchsparse = kernel_to_torchsparse  # its own inverse
+def kernel_from_torchsparse(kernel: Tensor) -> Tensor:
+    """Convert torchsparse's kernel to our order: K = 2 changes from z fastest to x fastest, odd K stays.
+
+    Raises ValueError for larger even K, as `kernel_to_torchsparse`, which is its own inverse.
+    """
+    return kernel_to_torchsparse(kernel)
 
 
 def to_torchsparse(state: State) -> dict[str, Tensor]:

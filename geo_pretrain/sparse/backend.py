@@ -16,6 +16,7 @@ from geo_pretrain.errors import require
 
 CHOICES = ("auto", "plain", "fast")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+NUMBA = ("numba", "llvmlite")  # what the fast kernels import
 _choice = os.environ.get("GEO_PRETRAIN_SPARSE", "auto")
 if _choice not in CHOICES:
     raise ValueError(f"GEO_PRETRAIN_SPARSE is {_choice!r}; accepted: {', '.join(CHOICES)}.")
@@ -60,9 +61,9 @@ def warn_once(dtype: torch.dtype) -> None:
 
 @cache
 def _has_numba() -> bool:
-    """Whether numba is installed and compiles; cached: every convolution asks, and searching sys.path takes long."""
+    """Whether numba is installed whole and compiles; cached: every convolution asks, and searching sys.path is slow."""
     compiles = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")  # numba's own switch, for debugging
-    return compiles and importlib.util.find_spec("numba") is not None
+    return compiles and all(importlib.util.find_spec(name) is not None for name in NUMBA)
 
 
 @contextmanager
@@ -75,7 +76,8 @@ def use(choice: str) -> Iterator[None]:
     if choice not in CHOICES:
         raise ValueError(f"The sparse backend is {choice!r}; accepted: {', '.join(CHOICES)}.")
     if choice == "fast" and not _has_numba():
-        require("numba", "fast")  # says what to install
+        for name in NUMBA:
+            require(name, "fast")  # says what to install
     before, _choice = _choice, choice
     try:
         yield

@@ -10,11 +10,13 @@ import ctypes
 import hashlib
 import os
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ llvm = require("llvmlite.binding", "fast")
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 EXTERNAL = {"memset", "memcpy", "memmove"}  # what compiled code may call
 DIGEST = 32  # bytes of SHA-256 before the object code in a file
+FILES = 8  # kept in a folder: several versions and processors may share one
 _MAKING = threading.Lock()  # of the engine: of two, one would be freed, with code that runs
 
 
@@ -123,15 +126,33 @@ def _is_trusted(file: os.stat_result) -> bool:
 
 
 def _keep(code: bytes) -> None:
-    """Write the object code to the first folder that takes it; without one it is compiled in every process."""
+    """Write the object code to the first folder that takes it; without one it is compiled in every process.
+
+    Where Python writes no bytecode, nothing is written beside the sources.
+    """
     for path in _paths():
-        with suppress(OSError), atomic_write(path) as part:
-            part.write_bytes(hashlib.sha256(code).digest() + code)
+        if sys.dont_write_bytecode and path.parent == _bytecode():
+            continue
+        with suppress(OSError):
+            with atomic_write(path) as part:
+                part.write_bytes(hashlib.sha256(code).digest() + code)
+            _remove_old(path)
             return
 
 
+def _remove_old(written: Path) -> None:
+    """Remove the oldest files of machine code beside the one just written, but for a few."""
+    dated = []
+    for path in written.parent.glob(f"kernels-{'[0-9a-f]' * 16}.o"):
+        with suppress(OSError):  # another process removed it
+            dated.append((path != written, -path.stat().st_mtime, path))
+    for *_, path in sorted(dated)[FILES:]:
+        with suppress(OSError):
+            path.unlink()
+
+
 def _paths() -> Iterator[Path]:
-    """Where the object code of these sources may lie: numba's cache folder if set, beside the sources, the user's."""
+    """Where the object code of these sources may lie: numba's cache folder if set, with Python's bytecode, the user's."""
     here = Path(__file__).parent
     sources = [(here / name).read_bytes() for name in ("kernels.py", "processor.py", "compiled.py")]
     versions = llvm.llvm_version_info, llvm.get_process_triple(), processor.NAME, processor.FEATURES
@@ -139,9 +160,14 @@ def _paths() -> Iterator[Path]:
     if chosen := os.environ.get("NUMBA_CACHE_DIR"):
         yield Path(chosen) / name
     else:
-        yield here / "__pycache__" / name
+        yield _bytecode() / name
         with suppress(RuntimeError):  # of a user without a home
             yield Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "geo_pretrain" / "kernels" / name
+
+
+def _bytecode() -> Path:
+    """The folder where Python keeps the bytecode of these sources."""
+    return Path(cache_from_source(__file__)).parent
 
 
 # ---- Threads --------------------------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ ROWS = torch.zeros(2, 3)
 has_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs numba")
 
 
-@pytest.fixture
-def no_numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "numba" else find(name, *rest))
-    monkeypatch.setitem(sys.modules, "numba", None)
+@pytest.fixture(params=["numba", "llvmlite"])
+def no_numba(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    find, gone = importlib.util.find_spec, request.param
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == gone else find(name, *rest))
+    monkeypatch.setitem(sys.modules, gone, None)
     backend._has_numba.cache_clear()
     yield
     backend._has_numba.cache_clear()
@@ -50,7 +50,7 @@ def test_auto_without_numba_is_plain(no_numba: None):
 
 
 def test_fast_without_numba_says_what_to_install(no_numba: None):
-    with pytest.raises(MissingDependency, match=r"pip install .*geo.pretrain\[fast\]"), use("fast"):
+    with pytest.raises(MissingDependency, match=r"'(numba|llvmlite)'.*pip install .*geo.pretrain\[fast\]"), use("fast"):
         pass
 
 

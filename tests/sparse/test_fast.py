@@ -226,6 +226,35 @@ def test_the_processor_and_the_sources_name_the_file_of_machine_code(monkeypatch
     assert [path.parent for path in compiled._paths()] == [tmp_path]
 
 
+def test_where_python_writes_no_bytecode_nothing_is_written_beside_the_sources(monkeypatch, tmp_path):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "bytecode"))
+    beside, of_user = compiled._paths()
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    compiled._keep(b"code")
+    assert (beside.exists(), of_user.exists()) == (False, True)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    compiled._keep(b"code")
+    assert beside.is_relative_to(tmp_path / "bytecode")
+    assert beside.exists()
+
+
+def test_of_old_machine_code_the_newest_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    old = [tmp_path / f"kernels-{number:016x}.o" for number in range(20)]
+    for number, path in enumerate(old):
+        path.touch()
+        os.utime(path, (number, number))
+    others = [tmp_path / "kernels-mine.o", tmp_path / "renderer-0123456789abcdef.o"]
+    for path in others:
+        path.touch()
+    compiled._keep(b"code")
+    (written,) = compiled._paths()
+    assert set(tmp_path.iterdir()) == {written, *others, *old[-compiled.FILES + 1 :]}
+    assert compiled._kept() == b"code"
+
+
 def test_threads_that_begin_together_make_one_engine(monkeypatch):
     """Of two engines one would be freed while its code runs. The first thread waits for the second, which may not."""
     read, begun, second = compiled._kept, [], threading.Thread(target=compiled._task, args=("insert",))
@@ -266,4 +295,5 @@ def test_a_user_without_a_home_compiles(monkeypatch, tmp_path):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(compiled.Path, "expanduser", no_home)
+    monkeypatch.setattr(sys, "pycache_prefix", None)
     assert [path.parent.name for path in compiled._paths()] == ["__pycache__"]
