@@ -152,7 +152,7 @@ def _remove_old(written: Path) -> None:
 
 
 def _paths() -> Iterator[Path]:
-    """Where the object code of these sources may lie: numba's cache folder if set, with Python's bytecode, the user's."""
+    """Where the object code of these sources may lie: numba's cache folder if set, Python's bytecode, the user's."""
     here = Path(__file__).parent
     sources = [(here / name).read_bytes() for name in ("kernels.py", "processor.py", "compiled.py")]
     versions = llvm.llvm_version_info, llvm.get_process_triple(), processor.NAME, processor.FEATURES
