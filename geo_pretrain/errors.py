@@ -97,12 +97,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def require(package: str, extra: str) -> ModuleType:
-    """Import an optional library; MissingDependency with the exact install line if it is absent."""
+def require(package: str, extra: str = "", *, install: str = "") -> ModuleType:
+    """Import an optional library; MissingDependency with the exact install line if it is absent.
+
+    The line is `install`, or that of our extra.
+    """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        line = f"pip install 'geo_pretrain[{extra}]'"
+        line = install or f"pip install 'geo_pretrain[{extra}]'"
         raise MissingDependency(f"This needs the library {package!r}, which is not installed: {line}") from error
 
 

@@ -57,9 +57,11 @@ OPTIONAL = {
     "scenezoo",
     "scipy",
     "segmentation_models_pytorch",
+    "spconv",
     "submitit",
     "tensorboard",
     "timm",
+    "warpconvnet",
 }
 # put together torchvision's own networks; all others import it where a 2D network is built or an image is changed
 OF_TORCHVISION = {"geo_pretrain.adapters.torchvision", "geo_pretrain.training.finetune.detector"}

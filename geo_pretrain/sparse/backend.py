@@ -1,4 +1,8 @@
-"""Which kernels compute sparse convolutions: plain torch, or numba's (extra `fast`) for float32 on the CPU."""
+"""Which kernels compute sparse convolutions: plain torch, numba's (extra `fast`) for float32 on the CPU, or a peer's.
+
+Peers are engines of other libraries (see `peers`). They compute where they are chosen and where they can; torch does
+the rest.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,17 @@ from torch import Tensor
 
 from geo_pretrain.errors import require
 
-CHOICES = ("auto", "plain", "fast")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-NUMBA = ("numba", "llvmlite")  # what the fast kernels import
+PEERS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {  # what each takes, by device
+    "spconv": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32, torch.float16)},
+    "warpconvnet": {"cuda": (torch.float32, torch.bfloat16, torch.float16)},
+}
+INSTALL = {
+    "spconv": "pip install spconv-cu126 (or -cu118 to -cu124, as your CUDA is; for CPUs: pip install spconv)",
+    "warpconvnet": "pip install warpconvnet (wheels by version of torch and CUDA: github.com/NVlabs/WarpConvNet)",
+}
+CHOICES = ("auto", "plain", "fast", *PEERS)
+NUMBA = ("llvmlite", "numba")  # what the fast kernels import; numba without llvmlite breaks off half-imported
 _choice = os.environ.get("GEO_PRETRAIN_SPARSE", "auto")
 if _choice not in CHOICES:
     raise ValueError(f"GEO_PRETRAIN_SPARSE is {_choice!r}; accepted: {', '.join(CHOICES)}.")
@@ -24,9 +36,18 @@ if _choice not in CHOICES:
 
 def is_fast(tensor: Tensor) -> bool:
     """Whether numba's kernels take this tensor: float32 or int32 on the CPU, with numba installed, not switched off."""
-    if _choice == "plain" or tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.int32):
+    return _takes_numba(tensor.device.type, tensor.dtype)
+
+
+def _takes_numba(device: str, dtype: torch.dtype) -> bool:
+    if _choice not in ("auto", "fast") or device != "cpu" or dtype not in (torch.float32, torch.int32):
         return False
     return _choice == "fast" or _has_numba()
+
+
+def peer(device: str, dtype: torch.dtype) -> str | None:
+    """The name of the other library's engine that was chosen, if it takes such features."""
+    return _choice if dtype in PEERS.get(_choice, {}).get(device, ()) else None
 
 
 def computed_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +66,7 @@ def describe(dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
     'torch.bfloat16 on cpu: computed in torch.float32 by plain torch'
     """
     computed = computed_dtype(device, dtype)
-    kernels = "numba's kernels" if is_fast(torch.empty(0, dtype=computed, device=device)) else "plain torch"
+    kernels = peer(device, computed) or ("numba's kernels" if _takes_numba(device, computed) else "plain torch")
     change = "" if computed == dtype else f" in {computed}"
     return f"{dtype} on {device}: computed{change} by {kernels}"
 
@@ -60,6 +81,12 @@ def warn_once(dtype: torch.dtype) -> None:
 
 
 @cache
+def say_once(text: str) -> None:
+    """Warn of something once a process."""
+    warnings.warn(text, stacklevel=2)
+
+
+@cache
 def _has_numba() -> bool:
     """Whether numba is installed whole and compiles; cached: every convolution asks, and searching sys.path is slow."""
     compiles = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")  # numba's own switch, for debugging
@@ -68,7 +95,9 @@ def _has_numba() -> bool:
 
 @contextmanager
 def use(choice: str) -> Iterator[None]:
-    """Choose the backend within a `with` block: "plain", "fast" or "auto" (fast where possible).
+    """Choose the backend within a `with` block: "plain", "fast", "auto" (fast where possible), or another library's.
+
+    "spconv" and "warpconvnet" compute with these libraries, on a GPU, what they can, torch the rest.
 
     The environment variable GEO_PRETRAIN_SPARSE sets the choice outside such blocks.
     """
@@ -78,6 +107,8 @@ def use(choice: str) -> Iterator[None]:
     if choice == "fast" and not _has_numba():
         for name in NUMBA:
             require(name, "fast")  # says what to install
+    if choice in PEERS and importlib.util.find_spec(choice) is None:
+        require(choice, install=INSTALL[choice])
     before, _choice = _choice, choice
     try:
         yield

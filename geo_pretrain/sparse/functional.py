@@ -56,7 +56,21 @@ def convolve(
     else:
         target = x.stride * stride
         kernel_map = x.coordinate_manager.kernel_map(x.stride, stride, kernel_size, dilation)
-    return x.with_sorted_feats(_Convolution.apply(rows, kernel, kernel_map, finish), stride=target, dtype=dtype)
+    return x.with_sorted_feats(_products(rows, kernel, kernel_map, finish), stride=target, dtype=dtype)
+
+
+def _products(rows: Tensor, kernel: Tensor, kernel_map: KernelMap, finish: Finish | None) -> Tensor:
+    """Convolve by the other library's engine that was chosen, where it can, else by ours."""
+    name = backend.peer(rows.device.type, rows.dtype)
+    if name is not None and kernel_map.count:
+        from geo_pretrain.sparse import peers
+
+        way = peers.way(name, rows, kernel)
+        if way is not None:
+            out = peers.convolve(name, way, rows, kernel, kernel_map)
+            return out if finish is None else finish.apply(out)
+    result: Tensor = _Convolution.apply(rows, kernel, kernel_map, finish)
+    return result
 
 
 class _Convolution(torch.autograd.Function):

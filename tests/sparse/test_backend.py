@@ -67,7 +67,12 @@ def test_choices_end_with_their_block_also_after_errors():
 
 
 def test_unknown_backends_are_refused():
-    with pytest.raises(ValueError, match="The sparse backend is 'quick'; accepted: auto, plain, fast"), use("quick"):
+    with (
+        pytest.raises(
+            ValueError, match="The sparse backend is 'quick'; accepted: auto, plain, fast, spconv, warpconvnet"
+        ),
+        use("quick"),
+    ):
         pass
 
 
@@ -81,5 +86,7 @@ def test_the_environment_sets_the_first_choice(monkeypatch: pytest.MonkeyPatch):
 def test_an_unknown_backend_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GEO_PRETRAIN_SPARSE", "quick")
     again = importlib.util.module_from_spec(importlib.util.find_spec(backend.__name__))
-    with pytest.raises(ValueError, match="GEO_PRETRAIN_SPARSE is 'quick'; accepted: auto, plain, fast"):
+    with pytest.raises(
+        ValueError, match="GEO_PRETRAIN_SPARSE is 'quick'; accepted: auto, plain, fast, spconv, warpconvnet"
+    ):
         again.__spec__.loader.exec_module(again)
