@@ -8,7 +8,8 @@ play no part. Its weights are [Cout, K, K, K, Cin], with the offsets in our orde
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,23 +20,37 @@ from geo_pretrain.sparse.backend import INSTALL
 from geo_pretrain.sparse.maps import KernelMap
 from geo_pretrain.sparse.peer_layouts import WORD, masked_pairs, padded_pairs
 
-VERSION = str(require("spconv", install=INSTALL["spconv"]).__version__)
-spconv: Any = importlib.import_module("spconv.pytorch")
-functions: Any = importlib.import_module("spconv.pytorch.functional")
-operators: Any = importlib.import_module("spconv.pytorch.ops")
-CPU_ONLY: bool = importlib.import_module("spconv.cppconstants").CPU_ONLY_BUILD
 IMPLICIT, NATIVE = "implicit GEMM", "native"
 ALL_OFFSETS = [np.array([0xFFFFFFFF], dtype=np.uint32)]
 
-if not torch.cuda.is_available():  # its backward asks for a CUDA stream even on a CPU, and ignores it
-    operators.get_current_stream = lambda: 0
+
+class Library(NamedTuple):
+    """The parts of spconv that are used."""
+
+    version: str
+    functions: Any
+    native: Any  # the name of the native way, in spconv's words
+    timer: Any  # one that does not run
+    has_cuda: bool
+
+
+@cache
+def library() -> Library:
+    """Import spconv; MissingDependency, with the line that installs it, where it is absent."""
+    spconv: Any = require("spconv", install=INSTALL["spconv"])
+    operators: Any = importlib.import_module("spconv.pytorch.ops")
+    if not torch.cuda.is_available():  # its backward asks for a CUDA stream even on a CPU, and ignores it
+        operators.get_current_stream = lambda: 0
+    functions = importlib.import_module("spconv.pytorch.functional")
+    has_cuda = not importlib.import_module("spconv.cppconstants").CPU_ONLY_BUILD
+    return Library(spconv.__version__, functions, spconv.ConvAlgo.Native, operators.CUDAKernelTimer(False), has_cuda)
 
 
 def ways(feats: Tensor, offsets: int) -> tuple[str, ...]:
     """The algorithms for such features, best first. GeoPretrainError where this build has no CUDA."""
     if feats.device.type == "cpu":
         return (NATIVE,)
-    if CPU_ONLY:
+    if not library().has_cuda:
         raise GeoPretrainError(
             f"This spconv is the build for CPUs, the features are on {feats.device}: install "
             f"the one of your CUDA ({INSTALL['spconv']})."
@@ -49,11 +64,11 @@ def convolution(feats: Tensor, kernel: Tensor, kernel_map: KernelMap, way: str) 
     """sum_k feats[table[:, k]] @ kernel[k]: [N_out, Cout], with spconv's gradients."""
     size = round(len(kernel) ** (1 / 3))
     filters = kernel.permute(2, 0, 1).reshape(kernel.shape[2], size, size, size, kernel.shape[1]).contiguous()
-    outputs = len(kernel_map.table)
+    outputs, functions = len(kernel_map.table), library().functions
     if way == NATIVE:
         pairs, counts = padded_pairs(kernel_map)
         function = functions.SubMConvFunction if kernel_map.symmetric else functions.SparseConvFunction
-        return function.apply(feats.contiguous(), filters, pairs, counts, outputs, spconv.ConvAlgo.Native)
+        return function.apply(feats.contiguous(), filters, pairs, counts, outputs, library().native)
     there, back = masked_pairs(kernel_map), masked_pairs(kernel_map.reverse)
     return functions.SparseImplicitGemmFunction.apply(
         feats.contiguous(),
@@ -68,6 +83,6 @@ def convolution(feats: Tensor, kernel: Tensor, kernel_map: KernelMap, way: str) 
         ALL_OFFSETS,
         torch.is_grad_enabled(),
         False,
-        operators.CUDAKernelTimer(False),
+        library().timer,
         True,
     )

@@ -10,7 +10,8 @@ asked for. For 16 bits it tries what it has and keeps the quickest, with sums in
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +21,25 @@ from geo_pretrain.sparse.backend import INSTALL
 from geo_pretrain.sparse.maps import KernelMap
 from geo_pretrain.sparse.peer_layouts import listed_pairs
 
-VERSION = str(getattr(require("warpconvnet", install=INSTALL["warpconvnet"]), "__version__", "of unknown version"))
-search: Any = importlib.import_module("warpconvnet.geometry.coords.search.search_results")
-functional: Any = importlib.import_module("warpconvnet.nn.functional.sparse_conv")
 EXACT, QUICKEST = "explicit and implicit GEMM", "auto"
 ALGORITHMS: dict[str, Any] = {EXACT: ["explicit_gemm", "explicit_gemm_grouped", "implicit_gemm"], QUICKEST: "auto"}
+
+
+class Library(NamedTuple):
+    """The parts of WarpConvNet that are used."""
+
+    version: str
+    functions: Any
+    pairs: Any  # what its search gives
+
+
+@cache
+def library() -> Library:
+    """Import WarpConvNet; MissingDependency, with the line that installs it, where it is absent."""
+    version = str(getattr(require("warpconvnet", install=INSTALL["warpconvnet"]), "__version__", "of unknown version"))
+    functions = importlib.import_module("warpconvnet.nn.functional.sparse_conv")
+    search: Any = importlib.import_module("warpconvnet.geometry.coords.search.search_results")
+    return Library(version, functions, search.IntSearchResult)
 
 
 def ways(feats: Tensor, offsets: int) -> tuple[str, ...]:
@@ -37,13 +52,15 @@ def convolution(feats: Tensor, kernel: Tensor, kernel_map: KernelMap, way: str) 
     operands = feats.contiguous(), kernel.contiguous(), searched(kernel_map), len(kernel_map.table), feats.dtype
     if way == EXACT and len(kernel_map.table) != len(feats):
         # Where outputs are other voxels and the algorithms are named, it would measure them anew in every call.
-        return functional.SpatiallySparseConvExplicitGEMMFunction.apply(*operands)
+        return library().functions.SpatiallySparseConvExplicitGEMMFunction.apply(*operands)
     algorithms = [ALGORITHMS[way]] * 3  # forward, gradient of the input, gradient of the kernel
-    return functional.UnifiedSpatiallySparseConvFunction.apply(*operands[:4], *algorithms, feats.dtype, None, None)
+    return library().functions.UnifiedSpatiallySparseConvFunction.apply(
+        *operands[:4], *algorithms, feats.dtype, None, None
+    )
 
 
 def searched(kernel_map: KernelMap) -> Any:
     """The pairs of a kernel map as WarpConvNet's search gives them; cached on the map."""
     if "warpconvnet_pairs" not in kernel_map.__dict__:
-        kernel_map.__dict__["warpconvnet_pairs"] = search.IntSearchResult(*listed_pairs(kernel_map))
+        kernel_map.__dict__["warpconvnet_pairs"] = library().pairs(*listed_pairs(kernel_map))
     return kernel_map.__dict__["warpconvnet_pairs"]

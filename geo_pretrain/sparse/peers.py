@@ -1,7 +1,8 @@
 """Convolutions by engines of other libraries, on our voxels, kernel maps and weights: spconv, WarpConvNet.
 
-An engine is a module with three things: `ways(feats, offsets)`, the algorithms that it has for such features, best
-first; `convolution(feats, kernel, kernel_map, way)`, differentiable once; `VERSION`. What it lacks, torch does.
+An engine is a module with three functions: `library()` imports it; `ways(feats, offsets)` are the algorithms that it
+has for such features, best first; `convolution(feats, kernel, kernel_map, way)` is differentiable once. What it lacks,
+torch does.
 
 Before an engine first computes on a device, in a dtype, with a kernel size, a small convolution of it and its gradients
 are compared with plain torch's. Pairs or kernels in another order, of another version or on a device where nobody tried
@@ -46,7 +47,9 @@ def convolve(name: str, way: str, rows: Tensor, kernel: Tensor, kernel_map: Kern
 @cache
 def engine(name: str) -> ModuleType:
     """The module that drives an engine; MissingDependency, with the line that installs it, where it is absent."""
-    return importlib.import_module(MODULES[name])
+    module = importlib.import_module(MODULES[name])
+    module.library()
+    return module
 
 
 class _Convolution(torch.autograd.Function):
@@ -78,21 +81,21 @@ class _Convolution(torch.autograd.Function):
 @cache
 def _way(name: str, device: torch.device, dtype: torch.dtype, offsets: int, aligned: bool) -> str | None:
     feats, module = torch.empty(0, dtype=dtype, device=device), engine(name)
-    wrong = []
+    release, wrong = f"{name} {module.library().version}", []
     for way in module.ways(feats, offsets):
         try:
             with torch.inference_mode(False):
                 difference = _difference(module, way, feats, offsets, aligned)
         except Exception as error:  # of any library: it has no kernel for this
-            backend.say_once(f"{name} {module.VERSION} cannot do this ({way}: {error}); torch does it.")
+            backend.say_once(f"{release} cannot do this ({way}: {error}); torch does it.")
             continue
         if difference <= TOLERANCE[dtype]:
             return str(way)
         wrong.append(f"{way}: {difference:.1e} of the largest value")
     if wrong:
         raise GeoPretrainError(
-            f"{name} {module.VERSION} on {device} does not give plain torch's features and gradients for kernels of "
-            f"{offsets} offsets in {dtype} ({'; '.join(wrong)}; accepted: {TOLERANCE[dtype]:g}). Choose another: "
+            f"{release} on {device} does not give plain torch's features and gradients for kernels of {offsets} "
+            f"offsets in {dtype} ({'; '.join(wrong)}; accepted: {TOLERANCE[dtype]:g}). Choose another: "
             "use('auto'), use('plain')."
         )
     return None

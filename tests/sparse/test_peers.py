@@ -18,7 +18,7 @@ from torch import Tensor
 
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.errors import GeoPretrainError, MissingDependency
-from geo_pretrain.sparse import SparseTensor, backend, peer_layouts, peers, plain, use
+from geo_pretrain.sparse import SparseTensor, backend, peer_layouts, peer_spconv, peer_warpconvnet, peers, plain, use
 from geo_pretrain.sparse.layers import Conv3d, ConvTranspose3d
 from geo_pretrain.sparse.maps import KernelMap
 from tests.sparse.twins import random_cloud, within
@@ -28,9 +28,10 @@ TILE = 16
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
-    for cached in (peers._way, peers.engine, backend.say_once):
+    monkeypatch.undo()
+    for cached in (peers._way, peers.engine, peer_spconv.library, peer_warpconvnet.library, backend.say_once):
         cached.cache_clear()
 
 
@@ -188,7 +189,9 @@ def test_the_implicit_way_hands_spconv_what_it_documents(spconv: None, monkeypat
         return read_masked(feats, kernel, outputs, peer_layouts.MaskedPairs(there, *masks, *order))
 
     engine = peers.engine("spconv")
-    monkeypatch.setattr(engine, "functions", SimpleNamespace(SparseImplicitGemmFunction=SimpleNamespace(apply=apply)))
+    functions = SimpleNamespace(SparseImplicitGemmFunction=SimpleNamespace(apply=apply))
+    library = engine.library()._replace(functions=functions)
+    monkeypatch.setattr(engine, "library", lambda: library)
     for kernel_map in (*maps(2), *maps(3)):
         offsets = kernel_map.table.shape[1]
         feats, kernel = torch.randn(kernel_map.inputs, 3), torch.randn(offsets, 3, 2)
@@ -199,7 +202,7 @@ def test_the_implicit_way_hands_spconv_what_it_documents(spconv: None, monkeypat
 
 def test_spconvs_build_for_cpus_says_so_on_a_gpu(spconv: None):
     engine = peers.engine("spconv")
-    if not engine.CPU_ONLY:
+    if engine.library().has_cuda:
         pytest.skip("this spconv has CUDA")
     with pytest.raises(GeoPretrainError, match=r"build for CPUs.*cuda:0.*pip install spconv-cu126"):
         engine.ways(SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32), 27)
@@ -237,7 +240,6 @@ class _StandIn:
             vars(module).update(values)
             module.__spec__ = importlib.util.spec_from_loader(name, None)
             monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.delitem(sys.modules, peers.MODULES["warpconvnet"], raising=False)
         monkeypatch.setitem(backend.PEERS["warpconvnet"], "cpu", (torch.float32, torch.bfloat16))
 
 
@@ -273,7 +275,10 @@ def test_warpconvnet_may_take_its_quickest_way_for_16_bits(monkeypatch: pytest.M
 
 
 def stand_in(convolution: Any) -> SimpleNamespace:
-    return SimpleNamespace(VERSION="0", ways=lambda feats, offsets: ("first", "second"), convolution=convolution)
+    library = SimpleNamespace(version="0")
+    return SimpleNamespace(
+        library=lambda: library, ways=lambda feats, offsets: ("first", "second"), convolution=convolution
+    )
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, convolution: Any) -> None:
@@ -366,7 +371,6 @@ def test_a_step_frees_what_the_engine_kept(monkeypatch: pytest.MonkeyPatch):
 def test_a_missing_library_is_named_with_the_line_that_installs_it(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, peers.MODULES[name], raising=False)
     with pytest.raises(MissingDependency, match=rf"'{name}', which is not installed: pip install {name}"), use(name):
         pass
     monkeypatch.setattr(backend, "_choice", name)  # as the environment variable does
