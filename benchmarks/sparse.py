@@ -1,8 +1,15 @@
-"""SR-UNet34 on the CPU: our engines, spconv and MinkowskiEngine side by side, on frames and a room of rooms.
+"""SR-UNet34: our engine by all its backends, spconv and MinkowskiEngine side by side, on frames and a room of rooms.
 
-Run: python -m benchmarks.sparse [--repeats 7] [--inputs frame batch room] [--engines plain fast spconv minkowski]
-[--threads N]; writes benchmarks/results/sparse.json. Peers are measured where they can be imported. Every time includes
-building the sparse tensor and all kernel maps; engines take turns within a repeat, so that a busy moment hits all.
+On a CPU:  python -m benchmarks.sparse [--repeats 7] [--inputs frame batch room] [--threads N]
+           [--engines plain fast by_spconv spconv minkowski]
+On a GPU:  python -m benchmarks.sparse --device cuda [--precision float32 float16 bfloat16]
+           [--engines plain by_spconv by_warpconvnet spconv minkowski]; within --budget seconds (540)
+Dry run:   python -m benchmarks.sparse --quick [--device cpu]: tiny inputs, nothing kept
+
+Results go to benchmarks/results/sparse.json (sparse_cuda.json), after every input anew: what is measured when time
+runs out is kept. Peers are measured where they can be imported; by_spconv and by_warpconvnet are our layers with their
+products. Every time includes building the sparse tensor and all kernel maps; engines take turns within a repeat, so
+that a busy moment hits all. On a busy machine compare the minima, and the processor times.
 """
 
 from __future__ import annotations
@@ -10,7 +17,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
-import importlib.util
+import importlib.metadata
+import json
 import os
 import statistics
 import subprocess
@@ -19,195 +27,62 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common import machine, spread, write_results
-from benchmarks.spconv_unet import SpconvUNet
+from benchmarks.sparse_engines import (
+    BY_PEER,
+    ENGINES,
+    FEW,
+    INPUTS,
+    LIBRARY,
+    OWN,
+    PEERS,
+    Engine,
+    available,
+    build_inputs,
+    first_call,
+    gflop,
+    kept_inputs,
+    layer_groups,
+    seconds,
+)
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.geometry import backproject, transform
-from geo_pretrain.rooms import RoomsConfig
-from geo_pretrain.sparse import SparseTensor, backend
-from geo_pretrain.sparse.coordinates import voxelize
-from geo_pretrain.sparse.layers import Conv3d, ConvTranspose3d
-from geo_pretrain.training.data.sources.rooms import Rooms
+from geo_pretrain.sparse import SparseTensor
 
-OURS, PEERS = ("plain", "fast"), ("spconv", "minkowski")
-LIBRARY = {"fast": "numba", "spconv": "spconv", "minkowski": "MinkowskiEngine"}
-WANTED = 22_000  # voxels of the frame; frames differ, and the nearest to this is taken
-SCENES = RoomsConfig(seed=5, scenes=4, frames=20, width=640, height=480)
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def points(source: Rooms, scene: str, frame_id: str) -> Tensor:
-    """World points [N, 3] m of a frame's valid pixels."""
-    frame = source.load(scene, frame_id)
-    depth = torch.as_tensor(frame.depth)
-    world = transform(
-        backproject(depth, torch.as_tensor(frame.intrinsics).float()), torch.as_tensor(frame.cam_to_world).float()
-    )
-    return world[depth.flatten() > 0]
+class Turns:
+    """Wall and processor seconds of every action in every repeat."""
+
+    def __init__(self, actions: dict[str, Callable[[], None]], repeats: int, device: str) -> None:
+        """Each time is taken after an unmeasured call of the same.
+
+        Right after another engine's turn memory has been handed back and that engine's threads still spin.
+        """
+        self.wall: dict[str, list[float]] = defaultdict(list)
+        self.processor: dict[str, list[float]] = defaultdict(list)
+        for _ in range(repeats):
+            for name, action in actions.items():
+                action()
+                before = time.process_time()
+                self.wall[name].append(seconds(action, device))
+                self.processor[name].append(time.process_time() - before)
 
 
-def voxels(clouds: list[Tensor], size: float) -> Tensor:
-    """Coordinates int32 [N, 4] of a batch of clouds."""
-    batch = torch.cat([torch.full((len(cloud),), number) for number, cloud in enumerate(clouds)])
-    cloud = torch.cat(clouds)
-    return voxelize(cloud, cloud.new_ones(len(cloud), 1), size, batch=batch).coords
+# ---- The limit of the processor -------------------------------------------------------------------------------------
 
 
-def build_inputs(names: list[str]) -> dict[str, Tensor]:
-    """One frame at 2 cm, one frame of each of four scenes at 2.5 cm, all frames of a scene at 2 cm."""
-    source = Rooms(SCENES)
-    chosen = []
-    for scene in source.scenes():
-        clouds = [points(source, scene, frame_id) for frame_id in source.frame_ids(scene)]
-        sizes = [len(voxels([cloud], 0.02)) for cloud in clouds]
-        best = min(range(len(clouds)), key=lambda i: abs(sizes[i] - WANTED))
-        chosen.append((abs(sizes[best] - WANTED), clouds[best], torch.cat(clouds)))
-    frame = min(chosen, key=lambda choice: choice[0])[1]
-    makers: dict[str, Callable[[], Tensor]] = {
-        "frame": lambda: voxels([frame], 0.02),
-        "batch": lambda: voxels([cloud for _, cloud, _ in chosen], 0.025),
-        "room": lambda: voxels([chosen[0][2]], 0.02),
-    }
-    return {name: makers[name]() for name in names}
-
-
-class Engine:
-    """One of the engines with its SR-UNet34 (in 3, out 32), random weights."""
-
-    def __init__(self, name: str, coords: Tensor) -> None:
-        torch.manual_seed(0)
-        self.name, self.coords, self.feats = name, coords, torch.rand(len(coords), 3)
-        self.network: nn.Module = SRUNet()
-        if name == "spconv":
-            self.network = SpconvUNet(3, 32)
-        elif name == "minkowski":
-            from geo_pretrain.adapters.minkowski import me_network
-
-            self.network = me_network(self.network)
-
-    def output(self) -> Tensor:
-        """Features [N, 32]."""
-        if self.name == "spconv":
-            return self.network(self.feats, self.coords)
-        if self.name == "minkowski":
-            engine = importlib.import_module("MinkowskiEngine")
-            return self.network(engine.SparseTensor(self.feats, coordinates=self.coords)).F
-        with self.use():
-            return self.network(SparseTensor(self.coords, self.feats)).sorted_feats
-
-    def use(self) -> AbstractContextManager[None]:
-        """Our engine of this name."""
-        return backend.use(self.name) if self.name in OURS else nullcontext()
-
-    def forward(self) -> None:
-        """Inference."""
-        self.network.eval()
-        with torch.no_grad():
-            self.output()
-
-    def train(self) -> None:
-        """Forward and backward in training mode; the optimizer's step is the same for all."""
-        self.network.train()
-        self.network.zero_grad()
-        with self.use():
-            self.output().square().mean().backward()
-
-    def maps(self) -> None:
-        """Of ours: the sparse tensor and every kernel map of the forward pass, as the engine uses it."""
-        with self.use():
-            manager = SparseTensor(self.coords, self.feats).coordinate_manager
-            for stride in (1, 2, 4, 8, 16):
-                used = [manager.kernel_map(stride, 1, 3, 1)]
-                if stride < 16:
-                    used += [(down := manager.kernel_map(stride, 2, 2, 1)), down.reverse]
-                for kernel_map in used:
-                    if self.name == "fast":
-                        from geo_pretrain.sparse.fast import Pairs
-
-                        Pairs.of(kernel_map)
-                    else:
-                        _ = kernel_map.tiles, kernel_map.count
-
-
-def seconds(action: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
-def take_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every action in every repeat, each time after an unmeasured call of the same.
-
-    Right after another engine's turn memory has been handed back and that engine's threads still spin.
-    """
-    times: dict[str, list[float]] = defaultdict(list)
-    for _ in range(repeats):
-        for name, action in actions.items():
-            action()
-            times[name].append(seconds(action))
-    return times
-
-
-def gflop(network: nn.Module, x: SparseTensor) -> dict[str, float]:
-    """Multiply-adds of every convolution of a network, counted twice, in 10^9: 2 * pairs * Cin * Cout by layer name."""
-    counts: dict[str, float] = {}
-
-    def count(name: str, layer: Conv3d | ConvTranspose3d, inputs: tuple[SparseTensor], output: SparseTensor) -> None:
-        size, fine = layer.kernel_size, min(inputs[0].stride, output.stride)
-        pairs = len(output) if size == 1 else x.grid.kernel_map(fine, layer.stride, size, layer.dilation).count
-        counts[name] = 2e-9 * pairs * layer.in_chans * layer.out_chans
-
-    hooks = []
-    for name, layer in network.named_modules():
-        if isinstance(layer, Conv3d | ConvTranspose3d):
-            hooks.append(layer.register_forward_hook(lambda m, i, o, name=name: count(name, m, i, o)))
-    with torch.no_grad():
-        network(x)
-    for hook in hooks:
-        hook.remove()
-    return counts
-
-
-def layer_groups(engine: Engine, repeats: int, rate: float) -> dict[str, dict[str, float]]:
-    """Of one of ours: median ms, GFLOP and share of the sgemm rate of each of the network's children."""
-    network = engine.network.eval()
-    with engine.use():
-        counts = gflop(network, SparseTensor(engine.coords, engine.feats))
-    times: dict[str, list[float]] = defaultdict(list)
-    begun: list[float] = []
-    hooks = []
-    for name, child in network.named_children():
-        if name != "relu":
-            hooks.append(child.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter())))
-            hooks.append(
-                child.register_forward_hook(lambda *_, name=name: times[name].append(time.perf_counter() - begun.pop()))
-            )
-    for _ in range(repeats):
-        engine.forward()
-    for hook in hooks:
-        hook.remove()
-    table = {}
-    for name, values in times.items():
-        work = sum(value for layer, value in counts.items() if layer.split(".")[0] == name)
-        middle = statistics.median(values)
-        table[name] = {"ms": round(middle * 1e3, 2), "gflop": round(work, 2)}
-        if work:
-            table[name]["of_sgemm"] = round(work / middle / rate, 2)
-    return table
-
-
-def sgemm_rate() -> float:
-    """GFLOP/s of torch's float32 product of 2048 x 2048 matrices: the best of 9."""
-    a, b = torch.randn(2, 2048, 2048)
-    return 2 * 2048**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(9)) / 1e9
+def sgemm_rate(device: str = "cpu", size: int = 2048) -> float:
+    """GFLOP/s of torch's float32 product of square matrices: the best of 9."""
+    a, b = torch.randn(2, size, size, device=device)
+    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b), device) for _ in range(9)) / 1e9
 
 
 def openblas_rates(number: type[ctypes.c_int | ctypes.c_int64] = ctypes.c_int, affix: str = "{}") -> dict[str, float]:
@@ -239,6 +114,9 @@ def check_openblas(rate: float) -> None:
             )
 
 
+# ---- Memory ---------------------------------------------------------------------------------------------------------
+
+
 def peak_memory(name: str, coords_file: Path, mode: str, threads: int) -> float:
     """MB by which a process of its own grows, at its peak, for the network and one forward pass or training step."""
     command = [sys.executable, "-m", "benchmarks.sparse", "--child", name, str(coords_file), mode]
@@ -264,36 +142,116 @@ def _status(field: str) -> float:
     return round(int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024, 1)
 
 
-def measure(name: str, coords: Tensor, names: list[str], repeats: int, rate: float, threads: int) -> dict[str, Any]:
-    """Everything about one input."""
-    group = {engine: Engine(engine, coords) for engine in names}
-    with torch.no_grad():
-        work = sum(gflop(SRUNet().eval(), SparseTensor(coords, torch.rand(len(coords), 3))).values())
-    forward = take_turns({engine: group[engine].forward for engine in names}, repeats)
-    maps = take_turns({engine: group[engine].maps for engine in names if engine in OURS}, repeats)
-    train = {} if name == "room" else take_turns({engine: group[engine].train for engine in names}, repeats)
-    coords_file = Path(tempfile.mkdtemp()) / "coords.pt"
-    torch.save(coords, coords_file)
-    results: dict[str, Any] = {"voxels": len(coords), "gflop": round(work, 1), "engines": {}}
-    for engine in names:
-        middle = statistics.median(forward[engine])
-        entry: dict[str, Any] = {"forward_s": spread(forward[engine])}
-        entry["forward_of_sgemm"] = round(work / middle / rate, 2)
-        if engine in maps:
-            entry["maps_of_forward"] = round(statistics.median(maps[engine]) / middle, 3)
-            entry["groups"] = layer_groups(group[engine], repeats, rate)
-        if engine in train:
-            entry["train_s"] = spread(train[engine])
-        modes = ("forward", "train") if engine in train else ("forward",)
-        entry["peak_mb"] = {mode: peak_memory(engine, coords_file, mode, threads) for mode in modes}
-        results["engines"][engine] = entry
-    coords_file.unlink()
-    if set(OURS) <= group.keys():
+def peak_memory_cuda(action: Callable[[], None]) -> float:
+    """MB of a GPU that an action takes at its peak, beyond what was held before (weights, features)."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    action()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+# ---- The measurement ------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """What is measured, how often and on what."""
+
+    def __init__(self, options: argparse.Namespace, names: list[str], rate: float) -> None:
+        self.options, self.names, self.rate = options, names, rate
+        self.device: str = options.device
+        self.until = time.monotonic() + options.budget
+
+    def measure(self, coords: Tensor, precision: str) -> dict[str, Any]:
+        """Everything about one input in one precision. An engine that fails is named with its error and left out."""
         with torch.no_grad():
-            plain, fast = (group[engine].output() for engine in OURS)
-        results["fast_differs_by"] = float((plain - fast).abs().max() / plain.abs().max())
-    results["times_faster"] = ratios({"forward": forward, "train": train})
-    return results
+            x = SparseTensor(coords, torch.rand(len(coords), 3))
+            work = sum(gflop(SRUNet().eval(), x).values())
+        results: dict[str, Any] = {"voxels": len(coords), "gflop": round(work, 1), "engines": {}}
+        group = self.engines(coords, precision, results)
+        repeats = self.options.repeats
+        forward = Turns({name: engine.forward for name, engine in group.items()}, repeats, self.device)
+        maps = Turns({name: engine.maps for name, engine in group.items() if engine.is_ours}, repeats, self.device)
+        train = Turns({name: engine.train for name, engine in group.items()}, repeats, self.device)
+        for name, engine in group.items():
+            middle = statistics.median(forward.wall[name])
+            entry: dict[str, Any] = {"forward_s": spread(forward.wall[name]), "train_s": spread(train.wall[name])}
+            if self.device == "cpu":
+                entry["forward_processor_s"] = spread(forward.processor[name])
+                entry["train_processor_s"] = spread(train.processor[name])
+            entry["forward_of_sgemm"] = round(work / middle / self.rate, 2)
+            if engine.is_ours:
+                entry["maps_of_forward"] = round(statistics.median(maps.wall[name]) / middle, 3)
+                entry["groups"] = layer_groups(engine, repeats, self.rate)
+            results["engines"][name] = entry
+        self.memory(coords, group, results["engines"])
+        results["differs_from_plain_by"] = differences(group)
+        results["times_faster"] = ratios({"forward": forward.wall, "train": train.wall})
+        return results
+
+    def engines(self, coords: Tensor, precision: str, results: dict[str, Any]) -> dict[str, Engine]:
+        """The engines that can do it; libraries of GPUs choose their algorithms in these first calls."""
+        group = {}
+        for name in self.names:
+            started = time.perf_counter()
+            try:
+                engine = Engine(name, coords, self.device, PRECISIONS[precision])
+                engine.forward()
+                engine.train()
+            except Exception as error:  # of another library: the others are still compared
+                if name in OWN[self.device]:
+                    raise
+                results.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"
+                continue
+            results.setdefault("first_calls_s", {})[name] = round(time.perf_counter() - started, 2)
+            group[name] = engine
+        return group
+
+    def memory(self, coords: Tensor, group: dict[str, Engine], entries: dict[str, Any]) -> None:
+        """Peak memory of a forward pass and of a step."""
+        modes = ("forward", "train")
+        if self.device == "cuda":
+            for name, engine in group.items():
+                entries[name]["peak_mb"] = {mode: peak_memory_cuda(getattr(engine, mode)) for mode in modes}
+        elif not self.options.quick:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "coords.pt"
+                torch.save(coords, path)
+                for name in group:
+                    peaks = {mode: peak_memory(name, path, mode, self.options.threads) for mode in modes}
+                    entries[name]["peak_mb"] = peaks
+
+    def run(self, keep: Callable[[dict[str, Any]], None]) -> None:
+        """Measure every input in every precision while there is time, and keep the results after each."""
+        done: dict[str, Any] = {}
+        kept = build_inputs(FEW, voxel=0.16) if self.options.quick else kept_inputs(self.options.coords)
+        for name, coords in kept.items():
+            for precision in self.options.precision:
+                if name not in self.options.inputs:
+                    continue
+                late = time.monotonic() > self.until
+                done[f"{name}, {precision}" if self.device == "cuda" else name] = (
+                    f"not measured: over {self.options.budget} s" if late else self.measure(coords, precision)
+                )
+                keep(done)
+                if self.device == "cuda":
+                    torch.cuda.empty_cache()
+
+
+def differences(group: dict[str, Engine]) -> dict[str, float]:
+    """How far our features of other backends lie from those of plain torch, of the largest; the same weights."""
+    ours = {name: engine for name, engine in group.items() if engine.is_ours}
+    for engine in ours.values():
+        engine.network.load_state_dict(next(iter(ours.values())).network.state_dict())
+        engine.network.eval()
+    with torch.no_grad():
+        outputs = {name: engine.output().float() for name, engine in ours.items()}
+    plain = outputs.pop("plain", None)
+    if plain is None:
+        return {}
+    return {name: float((out - plain).abs().max() / plain.abs().max()) for name, out in outputs.items()}
 
 
 def ratios(times: dict[str, dict[str, list[float]]]) -> dict[str, float]:
@@ -302,44 +260,81 @@ def ratios(times: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     for mode, by_engine in times.items():
         middle = {engine: statistics.median(values) for engine, values in by_engine.items()}
         peers = [middle[engine] for engine in PEERS if engine in middle]
-        for engine in (engine for engine in OURS if engine in middle and peers):
+        for engine in (engine for engine in middle if engine not in PEERS and peers):
             faster[f"{mode}_{engine}_than_peer"] = round(min(peers) / middle[engine], 2)
-        if middle.keys() >= set(OURS):
-            faster[f"{mode}_fast_than_plain"] = round(middle["plain"] / middle["fast"], 2)
+        for engine in ("fast", *BY_PEER):
+            if middle.keys() >= {"plain", engine}:
+                faster[f"{mode}_{engine}_than_plain"] = round(middle["plain"] / middle[engine], 2)
     return faster
 
 
-def main() -> None:
-    """Measure all inputs on all engines that can be imported."""
+def versions(names: list[str]) -> dict[str, str]:
+    """The releases of the libraries behind some engines, as they are installed."""
+    distributions = importlib.metadata.packages_distributions()
+    found = {}
+    for library in {LIBRARY[name] for name in names if name in LIBRARY}:
+        for distribution in distributions.get(library, [library]):
+            found[distribution] = importlib.metadata.version(distribution)
+    return dict(sorted(found.items()))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--inputs", nargs="+", default=["frame", "batch", "room"], choices=["frame", "batch", "room"])
-    parser.add_argument("--engines", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
+    parser.add_argument("--device", default="cpu", choices=list(OWN))
+    parser.add_argument("--repeats", type=int, default=None, help="7; 1 with --quick")
+    parser.add_argument("--inputs", nargs="+", default=list(INPUTS), choices=INPUTS)
+    parser.add_argument("--engines", nargs="+", default=None, choices=ENGINES)
+    parser.add_argument("--precision", nargs="+", default=None, choices=list(PRECISIONS), help="autocast, on CUDA")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--budget", type=float, default=None, help="seconds after which nothing new is begun; CUDA: 540"
+    )
+    parser.add_argument(
+        "--coords", type=Path, default=None, help="file that keeps the inputs, for machines without time"
+    )
+    parser.add_argument("--quick", action="store_true", help="a dry run: tiny inputs, results only printed")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    on_cuda = options.device == "cuda"
+    options.repeats = options.repeats or (1 if options.quick else 7)
+    options.precision = options.precision or (["float32", "float16"] if on_cuda else ["float32"])
+    options.budget = options.budget or (540 if on_cuda else float("inf"))
+    if not on_cuda and options.precision != ["float32"]:
+        parser.error("--precision is for --device cuda: on a CPU 16 bits are computed in float32")
+    if on_cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; --quick tries the same on a CPU")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure all inputs on all engines that can be imported."""
+    options = parse(arguments)
     torch.set_num_threads(options.threads)
     if options.child:
         return child(*options.child)
-    names = [e for e in options.engines if e == "plain" or importlib.util.find_spec(LIBRARY[e])]
-    started = time.perf_counter()
-    if "fast" in names:
-        importlib.import_module("geo_pretrain.sparse.fast")
-    start = round(time.perf_counter() - started, 1)
-    rate = sgemm_rate()
-    if "minkowski" in names:
+    names = available(options.device, options.engines)
+    start = round(first_call(), 2) if "fast" in names else None
+    rate = sgemm_rate(options.device, 256 if options.quick else 8192 if options.device == "cuda" else 2048)
+    if "minkowski" in names and options.device == "cpu":
         check_openblas(rate)
-    run = partial(measure, names=names, repeats=options.repeats, rate=rate, threads=options.threads)
-    results = {
-        "what": "SR-UNet34 (34C, in 3, out 32), float32, CPU: seconds of a forward pass (eval) and a training step",
-        "machine": machine(),
+    about = {
+        "what": f"SR-UNet34 (34C, 3 to 32), {options.device}: seconds of a forward pass (eval) and a training step",
+        "machine": machine() | ({"gpu": torch.cuda.get_device_name()} if options.device == "cuda" else {}),
+        "libraries": versions(names),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "sgemm_gflops": round(rate),
-        "fast_start_s": start,
+        "fast_start_s": start,  # import, machine code and first convolution
         "repeats": options.repeats,
-        "inputs": {name: run(name, coords) for name, coords in build_inputs(options.inputs).items()},
     }
-    write_results("sparse", " ".join(["python -m benchmarks.sparse", *sys.argv[1:]]), results)
+    command = " ".join(["python -m benchmarks.sparse", *(sys.argv[1:] if arguments is None else arguments)])
+
+    def keep(inputs: dict[str, Any]) -> None:
+        if options.quick:
+            print(json.dumps({**about, "inputs": inputs}))
+        else:
+            write_results("sparse_cuda" if options.device == "cuda" else "sparse", command, {**about, "inputs": inputs})
+
+    Bench(options, names, rate).run(keep)
 
 
 if __name__ == "__main__":

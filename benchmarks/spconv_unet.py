@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geo_pretrain.sparse import peer_spconv
+
 PLANES, LAYERS, STEM = (32, 64, 128, 256, 256, 128, 96, 96), (2, 3, 4, 6, 2, 2, 2, 2), 32
 MARGIN = 16  # cells of the coarsest stride
 
 
 def _spconv() -> Any:
-    """The library, made to train without a GPU: its backward asks for a CUDA stream even on the CPU, and ignores it."""
-    operators: Any = importlib.import_module("spconv.pytorch.ops")
-    if not torch.cuda.is_available():
-        operators.get_current_stream = lambda: 0
+    """The library, made to train without a GPU."""
+    peer_spconv.library()
     return importlib.import_module("spconv.pytorch")
 
 
