@@ -1,4 +1,4 @@
-"""Losses of the pretext tasks: pure functions of tensors, each with a runnable example and a slow twin in its test."""
+"""Losses of pretext and 3D tasks: pure functions of tensors, each with a runnable example and a slow twin in a test."""
 
 from __future__ import annotations
 
@@ -13,9 +13,20 @@ from geo_pretrain.training.losses.contrastive import (
 from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.losses.distillation import crd_loss, crd_scores, kl_distillation, l2_distillation
 from geo_pretrain.training.losses.sets import set_info_nce
+from geo_pretrain.training.losses.voting import (
+    assign_proposals,
+    box_losses,
+    center_loss,
+    objectness_loss,
+    vote_loss,
+    votenet_losses,
+)
 
 __all__ = [
     "anchor_nce",
+    "assign_proposals",
+    "box_losses",
+    "center_loss",
     "crd_loss",
     "crd_scores",
     "depth_loss",
@@ -24,7 +35,10 @@ __all__ = [
     "kl_distillation",
     "l2_distillation",
     "nt_xent",
+    "objectness_loss",
     "partition_info_nce",
     "queue_nce",
     "set_info_nce",
+    "vote_loss",
+    "votenet_losses",
 ]
