@@ -24,6 +24,7 @@ from geo_pretrain.training.data.surfaces.ply import write_ply
 from geo_pretrain.training.evaluation.features import Features, cloud_of
 from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec
+from geo_pretrain.training.visualize.cloud_layers import spacing
 from geo_pretrain.training.visualize.columns import Column, find_backbone, load_beside_random, shared_colors
 from geo_pretrain.training.visualize.common import check_suffix, drawing_spec, load_frames, paint, pick_scene
 from geo_pretrain.training.visualize.grids import save_grid, shorten
@@ -105,7 +106,7 @@ def visualize_points(
     rotation = rotation_to_z(up_direction([f.cam_to_world for f in frames]))
     top = TOP if frame is None else 1.0
     points, layers, note = _paint(columns, extracted, surface, limit, seed)
-    cloud = PaintedCloud(points, layers, rotation, title, note, _spacing(points), top)
+    cloud = PaintedCloud(points, layers, rotation, title, note, spacing(points), top)
     write = {".ply": _write_ply, ".html": _write_page, ".png": _write_views}[suffix]
     with atomic_write(out, suffix=out.suffix) as temporary:
         write(cloud, temporary)
@@ -139,12 +140,6 @@ def _paint(
         note += f", of which the frames see {len(known):,}"
     note += ". Colors: three principal components of the features."
     return surface.points[drawn], (*layers, ("colors", surface.colors[drawn])), note
-
-
-def _spacing(points: np.ndarray) -> float:
-    """Estimate the distance between neighbors, m, as on a square lattice with as many points in a cell of 10 cm."""
-    cells = np.unique(np.floor(points / 0.1).astype(np.int64), axis=0)
-    return 0.1 / max(len(points) / len(cells), 1.0) ** 0.5
 
 
 def _write_ply(cloud: PaintedCloud, path: Path) -> None:

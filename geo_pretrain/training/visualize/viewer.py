@@ -20,6 +20,7 @@ def viewer_page(
     note: str,
     size: float,
     top: float = 1.0,
+    edges: Sequence[tuple[np.ndarray, np.ndarray] | None] = (),
 ) -> str:
     """Return the text of a page that shows a cloud; it rotates by itself and by hand, buttons choose its colors.
 
@@ -28,13 +29,19 @@ def viewer_page(
         layers: names and colors uint8 [N, 3]; the first is shown first.
         size: diameter of a point, m.
         top: share of the height that is shown at first: the slider "cut from above" takes ceilings away.
+        edges: of each layer, points [M, 3] and colors [M, 3] that are drawn beside the cloud's: edges of boxes.
     """
-    centered = points - (points.min(axis=0) + points.max(axis=0)) / 2
+    center = (points.min(axis=0) + points.max(axis=0)) / 2
+    centered = points - center
+    layers_of_page = [{"name": name, "colors": _base64(colors.astype(np.uint8))} for name, colors in layers]
+    for layer, edge in zip(layers_of_page, edges, strict=False):
+        if edge is not None:
+            layer["places"], layer["shades"] = _base64((edge[0] - center).astype("<f4")), _base64(edge[1])
     scene = {
         "title": title,
         "note": note,
         "points": _base64(centered.astype("<f4")),
-        "layers": [{"name": name, "colors": _base64(colors.astype(np.uint8))} for name, colors in layers],
+        "layers": layers_of_page,
         "radius": max(float(np.linalg.norm(centered, axis=1).max()), 1e-3),
         "size": size,
         "top": top,

@@ -314,7 +314,7 @@ def test_views_are_cut_from_above(tmp_path):
     points = np.concatenate([plane + [0, 0, 1], plane]).astype(np.float32)  # the ceiling comes first
     blue, red = ([[0, 0, 255]] * len(plane), [[255, 0, 0]] * len(plane))
     layer = ("x", np.array([*blue, *red], np.uint8))
-    spacing = points_module._spacing(plane)
+    spacing = points_module.spacing(plane)
     assert spacing == pytest.approx(0.02, rel=0.1)
     for top, expected in ((0.5, {(255, 0, 0)}), (1.0, {(0, 0, 255), (255, 0, 0)})):
         turn = np.eye(3)[[1, 2, 0]]  # the world's x is up, and it lies below its origin
