@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import singledispatch
 from pathlib import Path
 
@@ -167,7 +167,7 @@ def _in_true_colors(numbers: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray,
 def _present(cloud: LabelledCloud, found: CloudPrediction) -> set[int]:
     """The classes that a cloud's picture shows."""
     if isinstance(found, PointLabels):
-        truth = [] if cloud.labels is None else np.unique(cloud.labels)
+        truth: Iterable[int] = [] if cloud.labels is None else np.unique(cloud.labels)
         return {int(c) for c in (*np.unique(found.labels), *truth) if c > 0}
     if isinstance(found, Detections3D):
         truth = [] if cloud.boxes is None else cloud.boxes.classes
