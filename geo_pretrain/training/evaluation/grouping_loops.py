@@ -25,16 +25,13 @@ def grow(
     """Number each point's cluster: see `grouping.clusters`; `order` to `last` are the fields of its `_Cells`."""
     count = len(points)
     cluster = np.full(count, -1, np.int64)
-    queue = np.empty(count, np.int64)
-    near = np.empty(count, np.int64)
-    here = np.empty(27, np.int64)  # the position in `order` that is next, and the end, in each cell around a point
-    end = np.empty(27, np.int64)
+    queue, near = np.empty((2, count), np.int64)
+    here, end = np.empty((2, 27), np.int64)  # in each cell around a point: what is next in `order`, and the end
     clusters = 0
     for seed in range(count):
         if cluster[seed] >= 0:
             continue
-        cluster[seed] = clusters
-        queue[0] = seed
+        cluster[seed], queue[0] = clusters, seed
         waiting, done = 1, 0
         while done < waiting:
             point = queue[done]
