@@ -39,16 +39,11 @@ RENAMED = (  # former keys and values, which are still read
 )
 OVERLAYS = RECIPES / "overlays"  # toy_TASK.yaml: what --toy applies to the recipes of a task
 
-TaskName = Literal[
-    "segmentation", "detection", "instances",
-    "segmentation3d", "instances3d", "detection3d", "classification3d", "parts3d",
-]  # fmt: skip
-LabelName = Literal[
-    "segmentation", "detection", "segmentation3d", "instances3d", "detection3d", "classification3d", "parts3d"
-]  # fmt: skip
+TaskName = Literal["segmentation", "segmentation3d", "detection", "instances"]
+LabelName = Literal["segmentation", "detection", "segmentation3d"]
 Kind = Literal[
     "unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn", "faster_rcnn", "mask_rcnn",
-    "srunet", "srunet_instances", "votenet", "srunet_classifier",
+    "srunet",
 ]  # fmt: skip
 Freeze = Annotated[int, Accepts(lambda n: 0 <= n <= 5, "0 (nothing) to 5 (stem and all stages)")]
 Degrees = Annotated[float, Accepts(lambda angle: 0 <= angle <= 180, "degrees from 0 to 180")]
@@ -61,12 +56,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "detection": ("faster_rcnn", "mask_rcnn"),
     "instances": ("mask_rcnn",),
     "segmentation3d": ("srunet",),
-    "instances3d": ("srunet_instances",),
-    "detection3d": ("votenet",),
-    "classification3d": ("srunet_classifier",),
-    "parts3d": ("srunet",),
 }
-POINT_KINDS = ("srunet", "srunet_instances", "votenet", "srunet_classifier")  # networks for point clouds
+POINT_KINDS = ("srunet",)  # networks for point clouds
 FRAME_SETS = ("rooms",)  # sets of labelled RGB-D frames, whose clouds 3D segmentation takes
 
 
