@@ -1,7 +1,4 @@
-"""What fine-tuned networks say about one cloud or image, in the input's own order and frame.
-
-`FinetuneTask.predict` gives these; pictures, files and benchmarks are made of them.
-"""
+"""What networks say about one cloud, in its own order of points and its own frame; pictures are made of it."""
 
 from __future__ import annotations
 
@@ -10,15 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D
-from geo_pretrain.training.evaluation.coco import Detections as Detections
-
-
-@dataclass(frozen=True)
-class ImageLabels:
-    """The class of each pixel of an image."""
-
-    labels: np.ndarray  # int64 [H, W], 1..C
-    scores: np.ndarray  # float32 [H, W]: probability of the label
 
 
 @dataclass(frozen=True)
@@ -70,4 +58,3 @@ class CloudClass:
 
 
 CloudPrediction = PointLabels | PointInstances | Detections3D | CloudClass
-Prediction = ImageLabels | Detections | CloudPrediction

@@ -22,7 +22,6 @@ from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.metrics import class_iou, mean_iou, pixel_accuracy
-from geo_pretrain.training.evaluation.predictions import Prediction
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 
 T = TypeVar("T")
@@ -93,14 +92,6 @@ class FinetuneTask(ABC):
 
         Every process gets the same result, which does not depend on their number.
         """
-
-    def predict(self, items: Sequence[Any]) -> Sequence[Prediction]:
-        """Say what `module` finds in images uint8 [H, W, 3], in 3D in clouds, in evaluation mode, without gradients.
-
-        Labels are not looked at and may be missing. A cloud's answer is about its own points, in their order and frame,
-        whatever the network was shown of them.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no predict.")
 
     @abstractmethod
     def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D
+from geo_pretrain.training.data.samples.cloud_boxes import box_rows
+from geo_pretrain.training.geometry3d.boxes import EDGES, box_corners
+from geo_pretrain.training.visualize.colors import class_colors
 from geo_pretrain.training.visualize.common import paint
 from geo_pretrain.training.visualize.grids import save_grid, shorten
 from geo_pretrain.training.visualize.splat import Camera, splat, turntable
@@ -26,7 +29,6 @@ ELEVATION = math.radians(52)  # over the walls of a room
 ROOM, CEILING_CELL, CEILING_SHARE, TOP = 2.1, 0.25, 0.5, 0.8  # m, m, of the cells, of the height: see `shown_height`
 OUTLIERS, FAR = 98.0, 1.6  # percentile of distance, and how much farther a point may be to be fitted into the picture
 LINE = 2  # px of a box's edges in the picture
-EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7))
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ class CloudLayer:
     title: str
     colors: np.ndarray  # uint8 [N, 3]
     caption: str = ""
-    boxes: Boxes3D | None = None
-    box_colors: np.ndarray | None = None  # uint8 [K, 3]
+    boxes: Boxes3D | None = None  # drawn in the colors of their classes
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,6 @@ class CloudPicture:
     title: str
     points: np.ndarray  # float32 [N, 3], m, z is up
     layers: tuple[CloudLayer, ...]
-
-
-def box_corners(boxes: Boxes3D) -> np.ndarray:
-    """Corners float64 [K, 8, 3] in the cloud's frame: the lower four, counter-clockwise from above, and the upper."""
-    signs = np.array([[x, y, z] for z in (-1, 1) for x, y in ((-1, -1), (1, -1), (1, 1), (-1, 1))], np.float64)
-    own = boxes.sizes[:, None].astype(np.float64) / 2 * signs
-    cos, sin = np.cos(boxes.headings.astype(np.float64)), np.sin(boxes.headings.astype(np.float64))
-    zero, one = np.zeros_like(cos), np.ones_like(cos)
-    turned = np.stack([np.stack(row, -1) for row in ((cos, -sin, zero), (sin, cos, zero), (zero, zero, one))], -2)
-    return own @ turned.transpose(0, 2, 1) + boxes.centers[:, None]
 
 
 def shown_height(points: np.ndarray) -> float:
@@ -132,8 +123,8 @@ def _panels(picture: CloudPicture) -> list[Image.Image]:
     panels = []
     for layer in picture.layers:
         panel = Image.fromarray(paint(layer.colors[chosen], seen))
-        if layer.boxes is not None and len(layer.boxes):
-            _draw_boxes(panel, layer, camera)
+        if layer.boxes is not None:
+            _draw_boxes(panel, layer.boxes, camera)
         panels.append(panel.resize(PANEL[::-1], Image.Resampling.BOX))
     return panels
 
@@ -143,17 +134,20 @@ def _camera(points: Tensor, boxes: Sequence[Boxes3D], size: tuple[int, int]) -> 
     center = points.median(dim=0).values
     distance = (points - center).norm(dim=1)
     reach = FAR * float(np.percentile(distance.numpy(), OUTLIERS))
-    corners = [torch.from_numpy(box_corners(some).reshape(-1, 3)) for some in boxes if len(some)]
+    corners = [_corners(some).reshape(-1, 3) for some in boxes]
     return turntable(torch.cat([points[distance <= max(reach, 1e-6)], *corners]), 4, size, ELEVATION)[0]
 
 
-def _draw_boxes(panel: Image.Image, layer: CloudLayer, camera: Camera) -> None:
-    """Draw the edges of a layer's boxes, also those behind other points."""
-    assert layer.boxes is not None
-    assert layer.box_colors is not None
+def _corners(boxes: Boxes3D) -> Tensor:
+    """Corners float64 [K, 8, 3] of boxes, joined by `EDGES`."""
+    return box_corners(box_rows(boxes).double())
+
+
+def _draw_boxes(panel: Image.Image, boxes: Boxes3D, camera: Camera) -> None:
+    """Draw the edges of boxes, also those behind other points."""
     draw = ImageDraw.Draw(panel)
-    for corners, color in zip(box_corners(layer.boxes), layer.box_colors, strict=True):
-        uv, z = camera.project(torch.from_numpy(corners))
+    for corners, color in zip(_corners(boxes), class_colors(boxes.classes), strict=True):
+        uv, z = camera.project(corners)
         if float(z.min()) <= 0:  # behind the camera
             continue
         for start, end in EDGES:
@@ -165,9 +159,8 @@ def _edge_points(layer: CloudLayer, size: float) -> tuple[np.ndarray, np.ndarray
     """Points along the edges of a layer's boxes, half of `size` apart, with colors uint8; browsers draw thin lines."""
     if layer.boxes is None or not len(layer.boxes):
         return None
-    assert layer.box_colors is not None
     places, colors = [], []
-    for corners, color in zip(box_corners(layer.boxes), layer.box_colors, strict=True):
+    for corners, color in zip(_corners(layer.boxes).numpy(), class_colors(layer.boxes.classes), strict=True):
         for start, end in EDGES:
             length = float(np.linalg.norm(corners[end] - corners[start]))
             share = np.linspace(0, 1, min(max(round(2 * length / size), 1), 2000) + 1)[:, None]

@@ -128,7 +128,7 @@ def _plain(cloud: LabelledCloud) -> CloudLayer:
 
 
 def _boxes_layer(title: str, colors: np.ndarray, boxes: Boxes3D, caption: str) -> CloudLayer:
-    return CloudLayer(title, colors, caption, boxes, class_colors(boxes.classes))
+    return CloudLayer(title, colors, caption, boxes)
 
 
 def _some(boxes: Boxes3D, chosen: np.ndarray) -> Boxes3D:

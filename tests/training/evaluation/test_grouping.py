@@ -57,9 +57,10 @@ def test_clusters_are_those_of_all_pairs(compiled, seed, neighbors):
     assert 1 < found.max() < len(points)
 
 
-def test_neighbors_are_closer_than_the_radius(compiled):
+@pytest.mark.parametrize("neighbors", [None, 3])
+def test_neighbors_are_closer_than_the_radius(compiled, neighbors):
     points = np.array([[0, 0, 0], [1, 1, 0], [2.5, 1, 0], [2.5, 1, 1.49]])
-    assert clusters(points, np.ones(4, np.int64), 1.5, compiled=compiled).tolist() == [0, 0, 1, 1]
+    assert clusters(points, np.ones(4, np.int64), 1.5, neighbors=neighbors, compiled=compiled).tolist() == [0, 0, 1, 1]
 
 
 def test_limit_follows_the_first_neighbors_only_and_so_cuts_a_heap(compiled):

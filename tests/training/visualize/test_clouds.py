@@ -16,7 +16,7 @@ from PIL import Image
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D, LabelledCloud
 from geo_pretrain.training.evaluation.predictions import CloudClass, Detections3D, PointInstances, PointLabels
 from geo_pretrain.training.visualize import clouds
-from geo_pretrain.training.visualize.cloud_layers import box_corners, shown_height, spacing
+from geo_pretrain.training.visualize.cloud_layers import CloudLayer, _edge_points, shown_height, spacing
 from geo_pretrain.training.visualize.clouds import cloud_colors, draw_clouds, prediction_layers
 
 CLASSES = ("wall", "chair", "table")
@@ -41,14 +41,13 @@ def cloud(seed: int = 0) -> LabelledCloud:
     )
 
 
-def test_corners_of_a_box_turn_counter_clockwise_with_its_heading():
-    corners = box_corners(BOXES)
-    # turned by a quarter: the length 2 lies along the cloud's y, and the box's own -x, -y corner points to +x, -y
-    expected = [[1.5, 1, 0], [1.5, 3, 0], [0.5, 3, 0], [0.5, 1, 0]]
-    assert corners[0, :4] == pytest.approx(np.array(expected), abs=1e-6)
-    assert corners[0, 4:, 2] == pytest.approx(1.0)
-    assert corners[1].min(0) == pytest.approx([-1, -2, -3])
-    assert corners[1].max(0) == pytest.approx([1, 2, 3])
+def test_edges_join_the_corners_of_a_turned_box():
+    one = Boxes3D(BOXES.centers[:1], BOXES.sizes[:1], BOXES.headings[:1], BOXES.classes[:1])
+    places, _ = _edge_points(CloudLayer("found", np.zeros((0, 3), np.uint8), boxes=one), size=0.02)
+    assert places.min(0) == pytest.approx([0.5, 1, 0], abs=1e-6)  # turned by a quarter: length 2 lies along y
+    assert places.max(0) == pytest.approx([1.5, 3, 1], abs=1e-6)
+    on_border = np.isclose(places, places.min(0)) | np.isclose(places, places.max(0))
+    assert (on_border.sum(1) >= 2).all()  # no diagonals
 
 
 def test_only_ceilings_are_left_out():
@@ -133,6 +132,6 @@ def test_figures_and_pages_are_written(kind: str, tmp_path: Path):
     if places is not None:  # the edges lie on the hull of the boxes, in the page's centered frame
         ends = np.frombuffer(base64.b64decode(places), "<f4").reshape(-1, 3)
         shift = (rows[0][0].points.min(0) + rows[0][0].points.max(0)) / 2
-        assert ends.min(0) + shift == pytest.approx(box_corners(BOXES).reshape(-1, 3).min(0), abs=1e-5)
+        assert ends.min(0) + shift == pytest.approx([-1, -2, -3], abs=1e-5)
     draw_clouds(rows[1:], CLASSES, tmp_path / "bare.png", page=False)
     assert not (tmp_path / "bare.html").exists()
