@@ -193,6 +193,15 @@ class VoxelContract(Contract):
         gray = count == 1 and set(self.channels) <= COLORS
         return replace(self, channels=("grey",) if gray else tuple(f"channel{i}" for i in range(count)))
 
+    def scaled(self, raw: Tensor) -> Tensor:
+        """Scale the given channels [N, given], colors from 0 to 1, and fill in constant ones: float32 [N, C]."""
+        import torch
+
+        feats = torch.ones(len(raw), len(self.channels), dtype=torch.float32, device=raw.device)
+        given = [index for index, name in enumerate(self.channels) if name != "one"]
+        feats[:, given] = raw.to(torch.float32) * self.scale + self.offset
+        return feats
+
     def doubt(self, feats: Tensor) -> str | None:
         """Say why features [N, C] cannot come from this contract's transform; None if they can.
 
@@ -280,7 +289,6 @@ def _to_features(features: Any, points: Tensor, contract: VoxelContract) -> Tens
     import torch
 
     names, count = contract.given_channels, len(points)
-    feats = torch.ones(count, len(contract.channels), dtype=torch.float32, device=points.device)
     wanted = f"[{count}, {len(names)}] ({', '.join(names)})"
     if not names:
         if features is not None:
@@ -288,7 +296,7 @@ def _to_features(features: Any, points: Tensor, contract: VoxelContract) -> Tens
                 "This network was trained on constant features; accepted: features=None. To fine-tune on others, set "
                 "network.contract to a VoxelContract that names them."
             )
-        return feats
+        return torch.ones(count, len(contract.channels), dtype=torch.float32, device=points.device)
     if features is None:
         raise ValueError(f"This network needs features of the points; accepted: {_kinds(names)} {wanted}.")
     features = _as_tensor(features).to(points.device)
@@ -300,9 +308,7 @@ def _to_features(features: Any, points: Tensor, contract: VoxelContract) -> Tens
         raise ValueError(f"features are {features.dtype}; accepted: {_kinds(names)}.")
     colors = features[:, [name in COLORS for name in names]]
     _check_range(colors, "colors", "shifted already, which is done here")
-    given = [index for index, name in enumerate(contract.channels) if name != "one"]
-    feats[:, given] = features.to(torch.float32) * contract.scale + contract.offset
-    return feats
+    return contract.scaled(features)
 
 
 def _kinds(names: tuple[str, ...]) -> str:

@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training.distributed", "training.runs", "training.geometry3d", "training.losses", "training"),
     ("training.checks",),
     ("training.config",),
-    ("training.recipe", "training.finetune_recipe", "training.schedule"),
+    ("training.recipe", "training.cloud_recipe", "training.finetune_recipe", "training.schedule"),
     ("training.data",),
     ("training.initialize", "training.networks", "training.networks3d", "training.licenses"),
     ("training.tasks",),

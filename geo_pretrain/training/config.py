@@ -258,7 +258,9 @@ class _Parser:
         if origin in (typing.Union, types.UnionType):
             if value is None and type(None) in args:
                 return None
-            return self.value(next(a for a in args if a is not type(None)), value, key)
+            kinds = [kind for kind in args if kind is not type(None)]
+            fits = [kind for kind in kinds if isinstance(kind, type) and isinstance(value, kind)]
+            return self.value((fits or kinds)[0], value, key)
         if dataclasses.is_dataclass(hint):
             return self.section(typing.cast(type, hint), value, key + ".")
         if origin is Literal:
@@ -273,6 +275,10 @@ class _Parser:
         return self._scalar(hint, value, key)
 
     def _tuple(self, args: tuple[Any, ...], value: object, key: str) -> Any:
+        if args[1:] == (Ellipsis,):  # as many values as are given
+            if not isinstance(value, list | tuple):
+                return self._refuse(key, value, "a list")
+            args = args[:1] * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(args):
             return self._refuse(key, value, f"a list of {len(args)} values")
         items = [self.value(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))]

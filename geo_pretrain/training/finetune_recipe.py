@@ -17,6 +17,7 @@ from geo_pretrain.training.checks import (
     Checks,
     Count,
     ImageSize,
+    Meters,
     Momentum,
     NaturalNumber,
     NotNegative,
@@ -27,6 +28,7 @@ from geo_pretrain.training.checks import (
     Seed,
     Share,
 )
+from geo_pretrain.training.cloud_recipe import FRAMES, CloudSpec
 from geo_pretrain.training.config import Draft, Renamed, merge_tree, plain_types
 from geo_pretrain.training.recipe import RESNETS, WITHOUT_EFFECT, EncoderName, OptimSpec, RecipeName, UNet3DSpec, retag
 from geo_pretrain.training.schedule import learning_rate
@@ -49,7 +51,8 @@ Freeze = Annotated[int, Accepts(lambda n: 0 <= n <= 5, "0 (nothing) to 5 (stem a
 Degrees = Annotated[float, Accepts(lambda angle: 0 <= angle <= 180, "degrees from 0 to 180")]
 Lengths = Annotated[tuple[int, int], Accepts(lambda r: 32 <= r[0] <= r[1], "[low, high] with 32 <= low <= high")]
 Milestones = Annotated[
-    tuple[int, int], Accepts(lambda m: 1 <= m[0] <= m[1], "[first, second] with 1 <= first <= second")
+    tuple[int, ...],
+    Accepts(lambda m: len(m) > 0 and m[0] >= 1 and list(m) == sorted(m), "rising whole numbers from 1 up"),
 ]
 KINDS: dict[str, tuple[str, ...]] = {
     "segmentation": ("unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn"),
@@ -102,12 +105,14 @@ class LabelledSpec:
     fraction_seed: Seed = 0  # chooses the scenes; a smaller share is a subset of a larger one
     scenes: str | None = None  # file of an official scene list, or the folder of such files; replaces `fraction`
     options: dict[str, Any] = field(default_factory=dict)  # options of the source, which checks them
+    cloud: CloudSpec | None = None  # tasks in 3D: None: of frames, their upright rotation; of whole clouds, CloudSpec()
 
 
 @dataclass(frozen=True)
 class FinetuneOptim:
-    """SGD and its schedule."""
+    """The optimizer and its schedule."""
 
+    optimizer: Literal["sgd", "adam"] = "sgd"  # adam takes neither momentum nor dampening
     lr: Positive = 0.01
     backbone_factor: Positive = 1.0  # learning rate of the backbone, relative to `lr`
     head_factor: Positive = 1.0  # learning rate of the new layers, relative to `lr`
@@ -122,22 +127,28 @@ class FinetuneOptim:
     schedule: Literal["poly", "multistep", "constant"] = "poly"
     power: NotNegative = 0.9  # poly: lr (1 - s / (S + 1)) ** power
     floor: NotNegative = 0.0  # poly: lower limit of the learning rate of each group
-    milestones: Milestones | None = None  # multistep: at each of these steps lr is multiplied by gamma
+    milestones: Milestones | None = None  # multistep: at each of these lr is multiplied by gamma
+    milestones_in: Literal["steps", "epochs"] = "steps"
     gamma: Share = 0.1
     warmup: NaturalNumber = 0  # steps in which lr rises linearly from warmup_factor times its value; on any schedule
     warmup_factor: Probability = 0.001
-    bn_momentum: Literal["pri3d", "constant"] = (
-        "constant"  # pri3d: starts at 0.5, halved every 20 steps, at least 0.001
-    )
+    # BatchNorm of the whole network. pri3d: starts at 0.5, halved every 20 steps, at least 0.001; votenet: the same,
+    # halved every `bn_epochs` epochs.
+    bn_momentum: Literal["pri3d", "votenet", "constant"] = "constant"
+    bn_epochs: Count = 20
     backbone_bn_momentum: Probability | None = None  # of the backbone's BatchNorm; None: torch's default
     clip_norm: Positive | None = None  # largest norm of all gradients together; None: not clipped
 
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate at step 0 <= `step` < `steps`, before the factor of a parameter group and the floor."""
+    def rate(self, step: int, steps: int, *, epoch: int = 0) -> float:
+        """Learning rate at step 0 <= `step` < `steps`, before the factor of a parameter group and the floor.
+
+        `epoch`: number of passes through the training data that are complete.
+        """
         if self.schedule == "poly":
             value = learning_rate(OptimSpec(lr=self.lr, power=self.power, schedule="poly"), step, steps)
         elif self.schedule == "multistep":
-            value = self.lr * self.gamma ** sum(step >= milestone for milestone in self.milestones or ())
+            reached = epoch if self.milestones_in == "epochs" else step
+            value = self.lr * self.gamma ** sum(reached >= milestone for milestone in self.milestones or ())
         else:
             value = self.lr
         if step < self.warmup:
@@ -155,6 +166,9 @@ class EvaluateSpec:
     images: Count | None = None  # at most this many, chosen at even spacing; None: all
     # With match_released_code: the size of the labels that IoU is computed on; None: data.size.
     size: ImageSize | None = None
+    level: Literal["voxels", "points"] = "voxels"  # 3D segmentation: what the reported score counts; both are measured
+    chunk: Meters | None = None  # 3D: larger clouds are evaluated in tiles of this width, to save memory; None: whole
+    margin: NotNegative = 2.0  # m; context around a tile
 
 
 @dataclass(frozen=True)
@@ -181,8 +195,14 @@ class FinetuneRecipe(Ranged):
         pair = (evaluate.every_epochs, evaluate.every_steps)
         check(not both, "evaluate.every_epochs / every_steps", pair, "one of the two, or neither")
         matches = (optim.milestones is not None) == (optim.schedule == "multistep")
-        two = "two steps, for the multistep schedule only"
-        check(matches, "optim.milestones", optim.milestones, two, given=["optim.schedule"])
+        which = "a list of steps (or epochs), for the multistep schedule only"
+        check(matches, "optim.milestones", optim.milestones, which, given=["optim.schedule"])
+        plain = (optim.momentum, optim.dampening) == (FinetuneOptim.momentum, FinetuneOptim.dampening)
+        both_given = "optim.momentum / optim.dampening"
+        alone = optim.optimizer == "sgd" or plain
+        check(alone, both_given, (optim.momentum, optim.dampening), "neither for adam", given=["optim.optimizer"])
+        if self.data.cloud is not None:
+            self.data.cloud.check_settings(check)
         self._check_network(check)
 
     def _check_network(self, check: Checks) -> None:
@@ -192,6 +212,8 @@ class FinetuneRecipe(Ranged):
             check.note(kind, "network.kind", "task")
         right = network.unet3d is None or network.kind in POINT_KINDS
         check(right, "network.unet3d", network.unet3d, f"none but for {', '.join(POINT_KINDS)}")
+        right = self.data.cloud is None or network.kind in POINT_KINDS
+        check(right, "data.cloud", plain_types(self.data.cloud), f"none but for {', '.join(POINT_KINDS)}")
         if network.kind in POINT_KINDS:
             options = {} if network.kind == "srunet" else network.options
             plain = vars(NetworkSpec(kind=network.kind, unet3d=network.unet3d, options=options))
@@ -202,7 +224,7 @@ class FinetuneRecipe(Ranged):
                 alone,
                 "data.augment",
                 plain_types(self.data.augment),
-                f"none for {network.kind}: clouds are rotated upright",
+                f"none for {network.kind}: that of clouds is data.cloud.augment",
             )
         elif network.kind != "unet":
             alone = network.transfer == "encoder"
@@ -216,9 +238,15 @@ class FinetuneRecipe(Ranged):
         """The kind of labels that the task is trained on: those of a task of `open_labelled`."""
         if self.task == "instances":
             return "detection"
-        if self.task == "segmentation3d" and self.data.source in FRAME_SETS:
-            return "segmentation"
-        return self.task
+        return "segmentation" if self.on_frames() else self.task
+
+    def on_frames(self) -> bool:
+        """Whether the clouds of a 3D task are those of labelled RGB-D frames, not whole ones."""
+        return self.task == "segmentation3d" and self.data.source in FRAME_SETS
+
+    def clouds(self) -> CloudSpec:
+        """How clouds become voxels: `data.cloud`, or the default for the kind of clouds."""
+        return self.data.cloud or (FRAMES if self.on_frames() else CloudSpec())
 
     def resize(self) -> str:
         """The interpolation that images are resized with: "nearest" or "bilinear"."""

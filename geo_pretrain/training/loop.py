@@ -88,6 +88,10 @@ class TrainingTask(ABC):
         Called for every micro-batch.
         """
 
+    def remarks(self) -> dict[str, Any]:
+        """What else the log's line of the step just taken should hold, in plain JSON types."""
+        return {}
+
     def identity(self) -> dict[str, Any]:
         """The settings that must not change when a run is resumed: "recipe" (YAML), "data", ..., plain types."""
         return {}
@@ -273,7 +277,7 @@ class _Loop:
         """Log a step and pass it to the progress display."""
         task, progress = self.task, self.progress
         rate = task.views * task.budget.batch * (progress.step - self.first) / self.sitting
-        record = {"step": progress.step, "lr": lr, **losses}
+        record = {"step": progress.step, "lr": lr, **losses, **task.remarks()}
         self.log(record | ({f"{task.unit}_per_second": round(rate, 2)} if task.logs_rate else {}), losses)
         if self.on_step is not None:
             self.on_step(StepInfo(progress.step, progress.steps, losses, rate, task.unit))
@@ -311,6 +315,13 @@ def check_batch(batch: int, accumulate: int, world: World) -> None:
     parts = world.size * accumulate
     if batch % parts:
         raise RecipeError(f"'optim.batch' is {batch}, accepted is a multiple of processes x accumulate = {parts}.")
+
+
+def make_finetune_optimizer(spec: FinetuneOptim, groups: Iterable[Any]) -> torch.optim.Optimizer:
+    """The optimizer of a fine-tuning recipe over groups of parameters; Adam with torch's betas, as VoteNet's."""
+    if spec.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=spec.lr, weight_decay=spec.weight_decay)
+    return make_sgd(spec, groups)
 
 
 def make_optimizer(spec: OptimSpec, module: nn.Module) -> torch.optim.Optimizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -17,12 +17,19 @@ from geo_pretrain.errors import RecipeError
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.seeding import seeded
 from geo_pretrain.sparse.tensor import SparseTensor
+from geo_pretrain.training.cloud_recipe import CloudSpec
 from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size
 from geo_pretrain.training.networks import IMAGENET, SCRATCH
 from geo_pretrain.training.recipe import UNet3DSpec
 
 CHANNELS = {"ones": ("one", "one", "one"), "rgb": ("R", "G", "B")}
+FEATURES = {  # data.cloud.features -> channels, offset
+    "rgb": (("R", "G", "B"), -0.5),
+    "gray": (("intensity", "intensity", "intensity"), -0.5),
+    "mean": (("intensity",), -0.5),
+    "intensity": (("intensity",), 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class PretrainedInit3D:
     backbone: str
     spec: UNet3DSpec = field(default_factory=UNet3DSpec)  # the network for "scratch"; a checkpoint brings its own
     where: Mapping[str, Any] = field(default_factory=dict)  # load_backbone's hub, revision, cache_dir, ...
+    frames: bool = True  # only voxels are accepted that RGB-D frames can be made into
 
     @property
     def named(self) -> bool:
@@ -41,7 +49,7 @@ class PretrainedInit3D:
     def contract(self) -> VoxelContract:
         """The backbone's input contract for points: for "scratch" colors in [-0.5, 0.5].
 
-        Raises `RecipeError` for an image network, and for voxels that RGB-D frames cannot be made into.
+        Raises `RecipeError` for an image network, and with `frames` for voxels that RGB-D frames cannot be made into.
         """
         if not self.named:
             return voxel_contract(self.spec, "rgb")
@@ -57,16 +65,62 @@ class PretrainedInit3D:
                 "a 2D recipe."
             )
         contract = cast(VoxelContract, checkpoint.contract)
-        cubic_voxel_size(contract)
+        if self.frames:
+            cubic_voxel_size(contract)
         return contract
 
-    def unet(self, seed: int) -> tuple[SRUNet, bool]:
-        """The network, and whether its weights are pre-trained; random ones are drawn by `seed`."""
+    def unet(self, seed: int, in_chans: int | None = None) -> tuple[SRUNet, bool]:
+        """The network, and whether its weights are pre-trained; random ones are drawn by `seed`.
+
+        `in_chans`: input channels other than its own, see `load_backbone`.
+        """
         if self.named:
             self.contract()  # a wrong kind is named before anything is fetched
-            return cast(SRUNet, load_backbone(self.backbone, **self.where)), True
+            return cast(SRUNet, load_backbone(self.backbone, in_chans=in_chans, **self.where)), True
         with seeded(seed):
-            return SRUNet(**unet_args(self.spec)), False
+            return SRUNet(**unet_args(self.spec) | ({} if in_chans is None else {"in_chans": in_chans})), False
+
+
+@dataclass(frozen=True)
+class CloudInput:
+    """The input of a 3D task: what points are turned into, and how that differs from the backbone's pre-training."""
+
+    contract: VoxelContract
+    in_chans: int | None  # input channels of the network; None: its own
+    choice: str  # what was chosen, in words
+    differs: bool  # whether features are not those of the pre-training
+
+
+def cloud_input(spec: CloudSpec, contract: VoxelContract, backbone: str) -> CloudInput:
+    """Reconcile the input that a recipe asks for with a backbone's `contract`.
+
+    Raises `RecipeError` where the number of channels differs, with the ways out.
+    """
+    wanted = contract
+    if spec.voxel_size is not None:
+        wanted = replace(wanted, voxel_size=spec.voxel_size, coordinates="cartesian")
+    have, chans = len(contract.channels), None
+    if spec.features == "ones":
+        wanted = replace(wanted, channels=("one",) * have, scale=1.0, offset=0.0)
+    elif spec.features != "contract":
+        channels, offset = FEATURES[spec.features]
+        wanted = replace(wanted, channels=channels, scale=1.0, offset=offset)
+        one = backbone == SCRATCH or spec.features == "mean"
+        chans = len(channels) if one and len(channels) != have else None
+        if len(channels) != have and chans is None:
+            ways = [name for name, (given, _) in FEATURES.items() if len(given) == have]
+            raise RecipeError(
+                f"'data.cloud.features' is {spec.features!r}, {len(channels)} channels; backbone {backbone!r} takes "
+                f"{have} ({', '.join(contract.channels)}). Accepted for it: {', '.join(['contract', 'ones', *ways])}"
+                f"{', mean (adds the weights of its channels)' if have > 1 else ''}; or another backbone, or scratch."
+            )
+    same = (wanted.channels, wanted.scale, wanted.offset) == (contract.channels, contract.scale, contract.offset)
+    if backbone == SCRATCH:
+        return CloudInput(wanted, chans, f"{wanted} (random weights expect nothing)", False)
+    if same:
+        return CloudInput(wanted, chans, f"{wanted}: the features of the backbone's pre-training are kept", False)
+    choice = f"{wanted}, by data.cloud.features={spec.features}; the backbone was pre-trained on {contract}"
+    return CloudInput(wanted, chans, choice, True)
 
 
 def unet_args(spec: UNet3DSpec, *, normalize: bool = False) -> dict[str, Any]:

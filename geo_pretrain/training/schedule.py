@@ -29,8 +29,13 @@ def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
 
 
 def pri3d_bn_momentum(step: int) -> float:
-    """BatchNorm momentum of Pri3D and VoteNet: starts at 0.5, halved every 20 optimizer steps, at least 0.001."""
+    """BatchNorm momentum of Pri3D: starts at 0.5, halved every 20 optimizer steps, at least 0.001."""
     return max(0.5 * 0.5 ** (step // 20), BN_FLOOR)
+
+
+def votenet_bn_momentum(epoch: int, every: int = 20) -> float:
+    """BatchNorm momentum of VoteNet: 0.5, halved after every `every` epochs, at least 0.001."""
+    return max(0.5 * 0.5 ** (epoch // every), BN_FLOOR)
 
 
 def set_bn_momentum(module: nn.Module, momentum: float) -> None:

@@ -61,6 +61,12 @@ def class_iou(confusion: np.ndarray, *, match_released_code: bool = False) -> np
     return np.divide(inside, union, out=np.full(len(inside), np.nan), where=union > 0)
 
 
+def class_accuracy(confusion: np.ndarray) -> np.ndarray:
+    """Share of each class 1..'s pixels (or voxels, points) that are right: float64 [classes - 1], NaN without any."""
+    truth = confusion.sum(1)[1:]
+    return np.divide(confusion.diagonal()[1:], truth, out=np.full(len(truth), np.nan), where=truth > 0)
+
+
 def pixel_accuracy(confusion: np.ndarray) -> float:
     """Share of labelled pixels that are right."""
     return float(confusion.diagonal()[1:].sum() / max(confusion.sum(), 1))

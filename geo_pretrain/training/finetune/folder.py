@@ -118,6 +118,7 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
         **task.task.protocol_deviations(),
     }
     license, terms = data_terms(train.name)
+    skipped = [{"path": path, "reason": reason} for path, reason in sorted(task.skipped.items())]
     return {
         "format": FORMAT,
         "recipe": recipe.name,
@@ -140,7 +141,9 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
             "classes": list(train.classes),
             "train_fingerprint": train.fingerprint(),
             "val_fingerprint": task.data.val.fingerprint(),
+            **({"skipped": skipped} if task.task.skips_broken else {}),
         },
+        **task.task.facts(),
         "steps": progress.steps,
         "evaluations": [{"step": past["step"], "scores": past["scores"]} for past in task.evaluations],
         "last": last,

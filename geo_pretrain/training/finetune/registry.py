@@ -9,7 +9,7 @@ from typing import Any
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.training.data.labelled.registry import labelled_options
 from geo_pretrain.training.finetune.task import FinetuneTask
-from geo_pretrain.training.finetune_recipe import FinetuneRecipe, load_finetune_recipe
+from geo_pretrain.training.finetune_recipe import POINT_KINDS, FinetuneRecipe, load_finetune_recipe
 from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.networks3d import PretrainedInit3D
 from geo_pretrain.training.recipe import UNet3DSpec
@@ -38,8 +38,8 @@ def _check_network(recipe: FinetuneRecipe) -> None:
 def backbone_init(recipe: FinetuneRecipe, backbone: str, where: Mapping[str, Any]) -> PretrainedInit | PretrainedInit3D:
     """The initialization of a run's backbone; `where`: hub, revision, cache_dir, ... of load_backbone."""
     network = recipe.network
-    if recipe.task == "segmentation3d":
-        return PretrainedInit3D(backbone, network.unet3d or UNet3DSpec(), where)
+    if network.kind in POINT_KINDS:
+        return PretrainedInit3D(backbone, network.unet3d or UNet3DSpec(), where, frames=recipe.on_frames())
     return PretrainedInit(backbone, network.encoder, network.width, where)
 
 

@@ -47,6 +47,7 @@ class FinetuneTask(ABC):
     recipe: FinetuneRecipe
     metric: str  # the score that picks the best evaluation and goes into tables: "miou", "box_ap50"
     contract: ImageContract | VoxelContract  # what images or points are turned into
+    skips_broken = False  # whether a `BadFrame` is skipped and counted in training, instead of ending the run
 
     @classmethod  # noqa: B027 (many tasks take all settings)
     def check(cls, recipe: FinetuneRecipe) -> None:
@@ -100,6 +101,10 @@ class FinetuneTask(ABC):
     @abstractmethod
     def protocol_deviations(self) -> dict[str, str]:
         """Map each accident of the released protocol to what this run does about it, in words."""
+
+    def facts(self) -> dict[str, Any]:
+        """Further entries of results.json, in plain JSON types."""
+        return {}
 
 
 class SegmentationTask(FinetuneTask):

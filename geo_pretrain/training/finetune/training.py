@@ -16,13 +16,13 @@ from torch.utils.data import Dataset
 from geo_pretrain.errors import DataError
 from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.labelled.dataset import LabelledData
-from geo_pretrain.training.data.samples.sampler import Key, sample_seed
+from geo_pretrain.training.data.samples.sampler import Key, Skipped, read_or_replace, sample_seed
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, weights_digest
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, changes
-from geo_pretrain.training.loop import RecipeTask, check_batch, make_sgd, synchronize_batchnorm
+from geo_pretrain.training.loop import RecipeTask, check_batch, make_finetune_optimizer, synchronize_batchnorm
 from geo_pretrain.training.runs import RunFolder
-from geo_pretrain.training.schedule import pri3d_bn_momentum, set_bn_momentum
+from geo_pretrain.training.schedule import pri3d_bn_momentum, set_bn_momentum, votenet_bn_momentum
 
 BEST = "best.safetensors"  # weights of the best evaluation, in the run's folder
 
@@ -64,16 +64,31 @@ class Finetuning(RecipeTask):
             set_bn_momentum(task.backbone(), optim.backbone_bn_momentum)
         if optim.sync_bn:
             synchronize_batchnorm(self.module, world)
-        self.optimizer = make_sgd(optim, task.parameter_groups())
+        self.optimizer = make_finetune_optimizer(optim, task.parameter_groups())
         self.due = frozenset(evaluation_steps(recipe, len(self.train_ids), self.budget.steps))
         self.evaluations: list[dict[str, Any]] = []
+        self.skipped: dict[str, str] = {}  # path -> reason, of training samples that were left out
+        self._remarks: dict[str, Any] = {}
 
     def batches(self, start: int) -> Iterator[Any]:
-        """Yield the micro-batches of each step. Raises `DataError` with the name of an unusable image."""
+        """Yield the micro-batches of each step. Raises `DataError` with the name of an unusable image or cloud.
+
+        Broken clouds, which another one replaced, and clouds beyond the limit of a batch are noted for the log.
+        """
         for batch in super().batches(start):
             if isinstance(batch, DataError):
-                raise DataError(f"A training image cannot be used: {batch}")
+                thing = "cloud" if self.task.skips_broken else "image"
+                raise DataError(f"A training {thing} cannot be used: {batch}")
+            for name in ("skipped", "dropped") if isinstance(batch, dict) else ():
+                if found := batch.pop(name, None):
+                    self._remarks[name] = self._remarks[name] + found if name in self._remarks else found
+            self.skipped |= dict(self._remarks.get("skipped", ()))
             yield batch
+
+    def remarks(self) -> dict[str, Any]:
+        """Broken clouds that were replaced, and the number of clouds dropped from the batch, of the last step."""
+        remarks, self._remarks = self._remarks, {}
+        return remarks
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         with self.precision():
@@ -82,11 +97,14 @@ class Finetuning(RecipeTask):
     def schedule(self, step: int) -> float:
         """Set the learning rate of each group, and BatchNorm momentum."""
         spec = self.recipe.optim
-        rate = spec.rate(step, self.budget.steps)
+        epoch = step * spec.batch // len(self.train_ids)
+        rate = spec.rate(step, self.budget.steps, epoch=epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = max(rate * group["factor"], spec.floor)
         if spec.bn_momentum == "pri3d":
             set_bn_momentum(self.module, pri3d_bn_momentum(max(step - 1, 0)))
+        elif spec.bn_momentum == "votenet":
+            set_bn_momentum(self.module, votenet_bn_momentum(epoch, spec.bn_epochs))
         return rate
 
     def seed(self, step: int, micro_batch: int) -> None:
@@ -104,10 +122,10 @@ class Finetuning(RecipeTask):
         return changes(recipe, self.recipe.to_yaml())
 
     def extras(self) -> dict[str, Any]:
-        return {"evaluations": self.evaluations}
+        return {"evaluations": self.evaluations, "skipped": self.skipped}
 
     def restore(self, extras: Mapping[str, Any]) -> None:
-        self.evaluations = extras["evaluations"]
+        self.evaluations, self.skipped = extras["evaluations"], extras.get("skipped", {})
 
     def evaluation_due(self, step: int) -> bool:
         return step in self.due
@@ -116,6 +134,8 @@ class Finetuning(RecipeTask):
         """Evaluate on the validation images; save the weights of the best evaluation if the recipe reports it."""
         with self.precision():
             evaluation = self.task.evaluate(self.data.val, self.val_ids, self.world)
+        for skipped in self.world.all_gather_object(self.skipped) if self.task.skips_broken else ():
+            self.skipped |= skipped
         self.evaluations.append({"step": step, **evaluation.to_dict()})
         if self.recipe.match_released_code and self.best()["step"] == step and self.world.is_main:
             write_weights(self.task, self.run.path / BEST)
@@ -135,7 +155,8 @@ class Finetuning(RecipeTask):
 class _Samples(Dataset[Any]):
     """Training samples by (epoch, position), independent of worker count and resuming.
 
-    What cannot be used is handed on as a `DataError`: raised in the training process, its message survives.
+    What cannot be used is handed on as a `DataError`: raised in the training process, its message survives. A task that
+    skips broken clouds gets another one in its place, and the batch has the list "skipped" of (path, reason).
     """
 
     def __init__(self, source: LabelledData, ids: Sequence[str], task: FinetuneTask, seed: int) -> None:
@@ -147,15 +168,27 @@ class _Samples(Dataset[Any]):
     def __getitem__(self, key: Key) -> Any:
         epoch, position = key
         generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, position))
+
+        def draw(row: int) -> Any:
+            return self.task.sample(self.task.load(self.source, self.ids[row]), generator)
+
         try:
-            return self.task.sample(self.task.load(self.source, self.ids[position]), generator)
+            if not self.task.skips_broken:
+                return draw(position)
+            skipped: Skipped = []
+            _, sample = read_or_replace(draw, len(self.ids), position, generator, skipped, what="clouds")
+            return sample, skipped
         except DataError as error:
             return error
 
     def collate(self, samples: list[Any]) -> Any:
         """Collate with the task, or hand on the first sample that cannot be used."""
         try:
-            return next((s for s in samples if isinstance(s, DataError)), None) or self.task.collate(samples)
+            unusable = next((s for s in samples if isinstance(s, DataError)), None)
+            if unusable is not None or not self.task.skips_broken:
+                return unusable or self.task.collate(samples)
+            skipped = [one for _, skipped in samples for one in skipped]
+            return self.task.collate([sample for sample, _ in samples]) | {"skipped": skipped}
         except DataError as error:
             return error
 

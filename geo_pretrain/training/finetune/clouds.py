@@ -1,0 +1,125 @@
+"""What tasks on point clouds share: their input, samples, batches, skipped scans, and evaluation within memory."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.contract import VoxelContract
+from geo_pretrain.errors import BadFrame, DataError, some
+from geo_pretrain.sparse.tensor import SparseTensor
+from geo_pretrain.training.cloud_recipe import CloudSpec
+from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.limited import LabelledPoints
+from geo_pretrain.training.data.labelled.dataset import LabelledData
+from geo_pretrain.training.data.samples.whole_clouds import (
+    CloudSample,
+    collate_voxels,
+    evaluation_sample,
+    training_sample,
+)
+from geo_pretrain.training.distributed import ALONE, World
+from geo_pretrain.training.finetune.task import FinetuneTask, share_of
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe
+from geo_pretrain.training.networks3d import CloudInput, PretrainedInit3D, cloud_input
+
+
+class CloudTask(FinetuneTask):
+    """A task on labelled clouds. A task of its own has `build`, `losses`, `evaluate` and `draw`, and its `metric`.
+
+    Clouds are loaded by `load`, in training sampled by `data.cloud` and joined by `collate_voxels`; in evaluation
+    `shared_clouds` yields those of a process, `evaluation_sample` voxelizes one and `forward` runs a sparse network.
+    """
+
+    skips_broken = True
+    classes: tuple[str, ...]
+    cloud: CloudSpec
+    inputs: CloudInput
+    contract: VoxelContract  # what the network is fed, which data.cloud may choose differently from the backbone's
+
+    def __init__(
+        self, recipe: FinetuneRecipe, start: PretrainedInit3D, classes: Sequence[str], contract: VoxelContract
+    ) -> None:
+        self.recipe, self.classes, self.cloud = recipe, tuple(classes), recipe.clouds()
+        self.inputs = cloud_input(self.cloud, contract, start.backbone)
+        self.contract = self.inputs.contract
+        if self.inputs.differs:
+            warnings.warn(f"Input: {self.inputs.choice}.", stacklevel=2)
+        limited = self.cloud.labelled_points
+        self.labelled = None if limited is None else LabelledPoints.of(limited, recipe.data.fraction_seed)
+        self.skipped: dict[str, str] = {}  # path -> reason, of clouds left out of the latest evaluation
+        network, transfer = start.unet(recipe.seed, self.inputs.in_chans)
+        self.module = self.build(network, transfer)
+
+    @abstractmethod
+    def build(self, start: SRUNet, transfer: bool) -> nn.Module:
+        """The task's network around `start`, whose weights are taken with `transfer` and drawn by the seed without."""
+
+    def load(self, source: LabelledData, id: str) -> LabelledCloud:
+        """Load a cloud. Raises `BadFrame` if it is unusable or empty."""
+        cloud = cast(LabelledCloud, source.load(id))
+        if not len(cloud):
+            raise BadFrame(id, "the cloud has no point")
+        return cloud
+
+    def sample(self, item: LabelledCloud, generator: torch.Generator) -> Any:
+        """Draw, augment and voxelize a cloud, whose labels may be limited to a few points."""
+        cloud = item if self.labelled is None else self.labelled.keep(item)
+        return training_sample(cloud, self.cloud, self.contract, generator)
+
+    def collate(self, samples: list[Any]) -> dict[str, Any]:
+        """Join samples to a batch within the limit of voxels."""
+        return collate_voxels(samples, self.cloud.limit)
+
+    def evaluation_sample(self, cloud: LabelledCloud) -> CloudSample:
+        """Voxelize a cloud without augmentation."""
+        return evaluation_sample(cloud, self.cloud, self.contract)
+
+    def shared_clouds(
+        self, source: LabelledData, ids: Sequence[str], world: World = ALONE
+    ) -> Iterator[tuple[str, LabelledCloud]]:
+        """Yield this process's share of the clouds with their ids; broken ones are noted in `skipped`."""
+        self.skipped = {}
+        for batch in share_of(ids, self.recipe.evaluate.batch, world):
+            for id in batch:
+                try:
+                    yield id, self.load(source, id)
+                except BadFrame as bad:
+                    self.skipped[bad.path] = bad.reason
+
+    def all_skipped(self, source: LabelledData, ids: Sequence[str], world: World) -> list[dict[str, str]]:
+        """The broken clouds that all processes skipped, sorted, for an evaluation's details.
+
+        Raises `DataError` when none of the clouds could be read.
+        """
+        gathered = cast(list[dict[str, str]], world.all_gather_object(self.skipped))
+        skipped = {path: reason for part in gathered for path, reason in part.items()}
+        if ids and len(skipped) >= len(ids):
+            listed = some((f"{path}: {reason}" for path, reason in sorted(skipped.items())), 3)
+            raise DataError(
+                f"None of {len(ids)} clouds of {source.name!r}, split {source.split!r}, can be read: {listed}."
+            )
+        return [{"path": path, "reason": reason} for path, reason in sorted(skipped.items())]
+
+    def forward(self, coords: Tensor, feats: Tensor) -> Tensor:
+        """Run `module`, a sparse network, over voxels on its device: float32 [N, C], row by row of `coords`."""
+        device = next(self.module.parameters()).device
+        output: SparseTensor = self.module(SparseTensor(coords.to(device), feats.to(device)))
+        return output.feats.float()
+
+    def encoder_parameters(self) -> Iterable[nn.Parameter]:
+        """All layers of the sparse network but the last."""
+        return (p for name, p in self.backbone().named_parameters() if not name.startswith("final."))
+
+    def backbone(self) -> nn.Module:
+        return self.module
+
+    def facts(self) -> dict[str, Any]:
+        """The input that was chosen, in words."""
+        return {"input": self.inputs.choice}
