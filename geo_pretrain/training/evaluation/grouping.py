@@ -17,6 +17,7 @@ from geo_pretrain.errors import DataError
 from geo_pretrain.training.checks import Count, NaturalNumber, Positive
 from geo_pretrain.training.evaluation import grouping_loops
 
+RELEASED_NEIGHBORS = 1000  # the limit of the released code, which cuts a large instance whose offsets are good
 FARTHEST = 2**19  # cells from the first: what lies farther shares the outermost cells
 
 
@@ -74,10 +75,11 @@ def joined(*parts: Proposals) -> Proposals:
 
 @dataclass(frozen=True)
 class Grouping:
-    """How points become proposals; the defaults are the released code's for voxels (lengths in voxels)."""
+    """How points become proposals; the defaults are the released code's for voxels, but for `neighbors`."""
 
-    radius: Positive = 1.5  # neighbors are closer than this
-    neighbors: Count | None = 1000  # of a point's neighbors only the first of this number are followed; None: all
+    radius: Positive = 1.5  # neighbors are closer than this, in voxels
+    # Of a point's neighbors only the first of this number are followed; None: all. The released code: 1000.
+    neighbors: Count | None = None
     cluster: Count = 50  # clusters with fewer points are dropped
     proposal: NaturalNumber = 100  # and then those that do not have more points than this
     score: Literal["mean", "median"] = "mean"  # of the class's logits over the points
@@ -125,7 +127,7 @@ def clusters(
     classes: np.ndarray,
     radius: float,
     *,
-    neighbors: int | None = 1000,
+    neighbors: int | None = None,
     compiled: bool | None = None,
 ) -> np.ndarray:
     """Number the cluster of each point, from 0 in the order of their first points: int64 [N].

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from geo_pretrain.errors import DataError
-from geo_pretrain.training.evaluation.grouping import Grouping, Proposals, clusters, group, joined
+from geo_pretrain.training.evaluation.grouping import (
+    RELEASED_NEIGHBORS,
+    Grouping,
+    Proposals,
+    clusters,
+    group,
+    joined,
+)
 
 PATHS = {"plain": False, "compiled": True}
 
@@ -70,6 +77,13 @@ def test_limit_follows_the_first_neighbors_only_and_so_cuts_a_heap(compiled):
     assert clusters(heap, ones, 1.5, neighbors=None, compiled=compiled).tolist() == [0] * 10
     mixed = np.array([2, 2, 2, 1, 1, 1, 1, 1, 1, 1])  # neighbors of other classes count
     assert clusters(heap, mixed, 1.5, neighbors=4, compiled=compiled).tolist() == [0, 0, 0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_large_instance_with_perfect_offsets_is_one_proposal_unless_the_limit_is_the_released_one(compiled):
+    heap, ones, logits = np.zeros((1200, 3)), np.ones(1200, np.int64), np.ones((1200, 2))
+    assert [len(rows) for rows in group(heap, logits, ones, compiled=compiled).members] == [1200]
+    released = group(heap, logits, ones, Grouping(neighbors=RELEASED_NEIGHBORS), compiled=compiled)
+    assert [len(rows) for rows in released.members] == [1000]
 
 
 def test_far_points_and_few_points(compiled):
