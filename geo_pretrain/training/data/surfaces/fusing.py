@@ -141,13 +141,49 @@ def fuse_points(frames: Iterable[Frame], labels: Callable[[Frame], np.ndarray] |
         cells = torch.cat([torch.floor(points / SPACING).long(), torch.from_numpy(label[depth > 0])[:, None]], dim=1)
         voxels.add(cells, torch.cat([points * weight, towards * weight, weight], dim=1))
     cells, sums = voxels.merged("take points from")
+    total, majority = _by_voxel(cells, sums)
+    means = (total[:, :6] / total[:, 6:]).float().numpy()
+    return FusedPoints(means[:, :3].copy(), means[:, 3:].copy(), total[:, 6].numpy().copy(), majority)
+
+
+@dataclass(frozen=True)
+class LabelledSurface:
+    """The depth frames of a scene as one colored, labelled point per occupied voxel, first seen first."""
+
+    points: np.ndarray  # float32 [N, 3] m, the mean of the voxel's pixels
+    colors: np.ndarray  # uint8 [N, 3], their mean
+    labels: np.ndarray  # int64 [N], the label that most of them have (ties: the lowest)
+
+
+def fuse_labelled(
+    frames: Iterable[Frame], labels: Callable[[Frame], np.ndarray], voxel_size: float = SPACING
+) -> LabelledSurface:
+    """Fuse depth frames into one labelled point per voxel; each pixel counts once, in its voxel's mean and its vote.
+
+    Args:
+        labels: the label of every pixel of a frame, int64 [H, W].
+    """
+    voxels = _VoxelSums()
+    for frame in frames:
+        step = _fusion_step(frame)
+        cloud = frame_cloud(frame, step)
+        points, colors = torch.from_numpy(cloud.points).double(), torch.from_numpy(cloud.colors).double()
+        label = torch.from_numpy(labels(frame)[::step, ::step][frame.depth[::step, ::step] > 0])
+        cells = torch.cat([torch.floor(points / voxel_size).long(), label[:, None]], dim=1)
+        voxels.add(cells, torch.cat([points, colors, torch.ones(len(points), 1, dtype=torch.float64)], dim=1))
+    total, majority = _by_voxel(*voxels.merged("fuse a labelled surface from"))
+    means = total[:, :6] / total[:, 6:]
+    return LabelledSurface(means[:, :3].float().numpy(), means[:, 3:].round().to(torch.uint8).numpy(), majority)
+
+
+def _by_voxel(cells: Tensor, sums: Tensor) -> tuple[Tensor, np.ndarray]:
+    """Join the cells (x, y, z, label) of a voxel: sums [N, 7] of all, and the label with the largest last sum [N]."""
     index, group = unique_rows(cells[:, :3])
     total = sums.new_zeros(len(index), 7).index_add_(0, group, sums)
-    means = (total[:, :6] / total[:, 6:]).float().numpy()
     majority = np.empty(len(index), np.int64)
     winners_last = np.lexsort((-cells[:, 3].numpy(), sums[:, 6].numpy()))
     majority[group.numpy()[winners_last]] = cells[:, 3].numpy()[winners_last]
-    return FusedPoints(means[:, :3].copy(), means[:, 3:].copy(), total[:, 6].numpy().copy(), majority)
+    return total, majority
 
 
 class _VoxelSums:

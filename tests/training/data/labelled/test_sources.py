@@ -11,7 +11,13 @@ import pytest
 from geo_pretrain.catalog.license import check_license
 from geo_pretrain.errors import DataError, RecipeError, UnknownName
 from geo_pretrain.training.data.labelled.image import LabelledImage
-from geo_pretrain.training.data.labelled.registry import data_terms, list_labelled, open_labelled, subset
+from geo_pretrain.training.data.labelled.registry import (
+    DATA_SETS,
+    data_terms,
+    list_labelled,
+    open_labelled,
+    subset,
+)
 
 
 class Fake:
@@ -50,7 +56,8 @@ def scenes_of(source):
 
 
 def test_every_source_is_listed_with_its_tasks():
-    assert list_labelled() == ["cityscapes", "coco", "kitti", "nyuv2", "rooms", "scannet", "sunrgbd"]
+    assert list_labelled() == sorted(DATA_SETS)
+    assert {"cityscapes", "coco", "kitti", "nyuv2", "rooms", "rooms3d", "scannet", "sunrgbd"} <= set(DATA_SETS)
     assert list_labelled("detection") == ["coco", "nyuv2", "rooms", "scannet"]
     assert list_labelled("segmentation") == ["cityscapes", "kitti", "nyuv2", "rooms", "scannet", "sunrgbd"]
 
@@ -70,8 +77,8 @@ def test_every_source_has_terms_and_the_docs_say_the_same():
 
 @pytest.mark.parametrize("source", list_labelled())
 def test_every_source_opens_only_with_what_it_needs(source, tmp_path):
-    task = "detection" if source == "coco" else "segmentation"
-    if source == "rooms":
+    task = DATA_SETS[source].tasks[0]
+    if DATA_SETS[source].embedded is not None:
         with pytest.raises(RecipeError, match="takes no path"):
             open_labelled(source, tmp_path, "train", task=task)
         return
