@@ -23,7 +23,7 @@ CLOUD_SETS: dict[str, DataSet] = {
     ),
     "rooms3d": DataSet(
         None,
-        ("segmentation3d", "instances3d", "detection3d"),
+        ("segmentation3d", "instances3d", "detection3d", "classification3d", "parts3d"),
         "MIT",
         "rendered by this package",
         Rooms3DOptions,
