@@ -129,11 +129,10 @@ def flipped(cells: Tensor, spec: CloudAugment, generator: torch.Generator) -> Te
 
 
 def shifted(cells: Tensor, spec: CloudAugment, generator: torch.Generator) -> Tensor:
-    """Move voxel coordinates [M, 3] by a random whole number from [0, shift) along each of `spec.shift_axes`."""
+    """Move voxel coordinates [M, 3] by a random whole number from [0, shift) along each axis."""
     if not spec.shift:
         return cells
-    moves = torch.tensor([axis in spec.shift_axes for axis in AXES])
-    return cells + (moves * torch.randint(spec.shift, (3,), generator=generator)).to(cells.dtype)
+    return cells + torch.randint(spec.shift, (3,), generator=generator).to(cells.dtype)
 
 
 def augmented_colors(colors: Tensor, spec: CloudAugment, generator: torch.Generator) -> Tensor:
