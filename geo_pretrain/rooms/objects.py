@@ -28,8 +28,8 @@ def floor_lamp(rng: np.random.Generator, palette: Palette) -> Thing:
     thing = Thing("lamp")
     metal, lit = palette.metal(), rng.random() < 0.5
     height, wide = rng.uniform(1.35, 1.7), rng.uniform(0.3, 0.45)
-    thing.cylinder((0, 0, 0), rng.uniform(0.24, 0.32), 0.03, metal, top=0.85)
-    thing.cylinder((0, 0, 0.03), 0.03, height - 0.28, metal)
+    thing.cylinder((0, 0, 0), rng.uniform(0.24, 0.32), 0.03, metal, top=0.85, name="foot")
+    thing.cylinder((0, 0, 0.03), 0.03, height - 0.28, metal, name="pole")
     drop = rng.uniform(0.22, 0.32)
     thing.cylinder(
         (0, 0, height - drop),
@@ -38,6 +38,7 @@ def floor_lamp(rng: np.random.Generator, palette: Palette) -> Thing:
         palette.shade(1.6 if lit else 0.0),
         top=float(rng.uniform(0.5, 1.0)),
         casts=False,
+        name="shade",
     )
     if lit:
         thing.lamps.append(Lamp((0, 0, height + 0.06), _light(rng, 0.9)))
@@ -50,12 +51,12 @@ def table_lamp(rng: np.random.Generator, palette: Palette) -> Thing:
     foot, lit = palette.ceramic(), rng.random() < 0.5
     height, wide = rng.uniform(0.32, 0.5), rng.uniform(0.18, 0.28)
     body = height * 0.5
-    thing.cylinder((0, 0, 0), wide * 0.5, 0.015, foot)
+    thing.cylinder((0, 0, 0), wide * 0.5, 0.015, foot, name="foot")
     if rng.random() < 0.5:
-        thing.ellipsoid((0, 0, 0.012), (wide * 0.5, wide * 0.5, body * 0.8), foot)
+        thing.ellipsoid((0, 0, 0.012), (wide * 0.5, wide * 0.5, body * 0.8), foot, name="foot")
     else:
-        thing.cylinder((0, 0, 0.015), wide * 0.4, body * 0.75, foot, top=float(rng.uniform(0.3, 0.8)))
-    thing.cylinder((0, 0, body * 0.7), 0.02, height * 0.3, palette.metal())
+        thing.cylinder((0, 0, 0.015), wide * 0.4, body * 0.75, foot, top=float(rng.uniform(0.3, 0.8)), name="foot")
+    thing.cylinder((0, 0, body * 0.7), 0.02, height * 0.3, palette.metal(), name="pole")
     drop = height * 0.45
     thing.cylinder(
         (0, 0, height - drop),
@@ -64,6 +65,7 @@ def table_lamp(rng: np.random.Generator, palette: Palette) -> Thing:
         palette.shade(1.6 if lit else 0.0),
         top=float(rng.uniform(0.5, 0.95)),
         casts=False,
+        name="shade",
     )
     if lit:
         thing.lamps.append(Lamp((0, 0, height + 0.05), _light(rng, 0.45)))
@@ -76,17 +78,23 @@ def ceiling_lamp(rng: np.random.Generator, palette: Palette) -> Thing:
     style = rng.integers(3)
     shade = palette.shade(2.2)
     if style == 0:
-        thing.cylinder((0, 0, -0.07), rng.uniform(0.3, 0.5), 0.07, shade, casts=False)
+        thing.cylinder((0, 0, -0.07), rng.uniform(0.3, 0.5), 0.07, shade, casts=False, name="shade")
         bottom = -0.07
     elif style == 1:
         wide = rng.uniform(0.3, 0.45)
-        thing.cylinder((0, 0, -0.12), wide * 0.6, 0.12, shade, top=1.6, casts=False)
+        thing.cylinder((0, 0, -0.12), wide * 0.6, 0.12, shade, top=1.6, casts=False, name="shade")
         bottom = -0.12
     else:
         drop, wide = rng.uniform(0.3, 0.5), rng.uniform(0.25, 0.4)
-        thing.cylinder((0, 0, -drop), 0.012, drop, palette.metal(), casts=False)
+        thing.cylinder((0, 0, -drop), 0.012, drop, palette.metal(), casts=False, name="pole")
         thing.cylinder(
-            (0, 0, -drop - wide * 0.5), wide, wide * 0.5, shade, top=float(rng.uniform(0.3, 0.9)), casts=False
+            (0, 0, -drop - wide * 0.5),
+            wide,
+            wide * 0.5,
+            shade,
+            top=float(rng.uniform(0.3, 0.9)),
+            casts=False,
+            name="shade",
         )
         bottom = -drop - wide * 0.5
     thing.lamps.append(Lamp((0, 0, bottom - 0.03), _light(rng, 2.6)))
@@ -136,21 +144,21 @@ def plant(rng: np.random.Generator, palette: Palette, small: bool = False) -> Th
     scale = rng.uniform(0.16, 0.26) if small else rng.uniform(0.6, 1.1)
     pot = scale * rng.uniform(0.28, 0.36)
     rim = pot * rng.uniform(0.9, 1.15)
-    thing.cylinder((0, 0, 0), rim * 0.8, pot, palette.ceramic(), top=1.3)
-    thing.cylinder((0, 0, pot), rim * 0.92, 0.006, palette.hard())
+    thing.cylinder((0, 0, 0), rim * 0.8, pot, palette.ceramic(), top=1.3, name="pot")
+    thing.cylinder((0, 0, pot), rim * 0.92, 0.006, palette.hard(), name="pot")
     leaf = palette.leaves()
     count = int(rng.integers(7, 13))
     if rng.random() < 0.5:
         _blades(thing, rng, leaf, count, pot, scale)
     else:
-        thing.cylinder((0, 0, pot), 0.05 * scale, scale * 0.45, palette.hard())
+        thing.cylinder((0, 0, pot), 0.05 * scale, scale * 0.45, palette.hard(), name="stem")
         for _ in range(count):
             angle, out = rng.uniform(0, 2 * math.pi), scale * rng.uniform(0.03, 0.2)
             z = pot + scale * rng.uniform(0.25, 0.62)
             size = scale * rng.uniform(0.16, 0.28)
             tilt = rotation_about("z", angle) @ rotation_about("y", rng.uniform(-0.6, 0.6))
             at = (out * math.cos(angle), out * math.sin(angle), z)
-            thing.ellipsoid(at, (size, size * 0.7, size * rng.uniform(0.25, 0.7)), leaf, rotation=tilt)
+            thing.ellipsoid(at, (size, size * 0.7, size * rng.uniform(0.25, 0.7)), leaf, rotation=tilt, name="leaves")
     return thing
 
 
@@ -162,7 +170,9 @@ def _blades(thing: Thing, rng: np.random.Generator, leaf: Material, count: int, 
         tilt = rotation_about("z", angle) @ rotation_about("y", lean)
         middle = tilt @ np.array([0, 0, length / 2])
         at = (middle[0], middle[1], pot + middle[2] - length / 2)
-        thing.ellipsoid(at, (0.02 + 0.02 * scale, scale * rng.uniform(0.07, 0.13), length), leaf, rotation=tilt)
+        thing.ellipsoid(
+            at, (0.02 + 0.02 * scale, scale * rng.uniform(0.07, 0.13), length), leaf, rotation=tilt, name="leaves"
+        )
 
 
 def screen(rng: np.random.Generator, palette: Palette, diagonal: float) -> Thing:
@@ -171,10 +181,12 @@ def screen(rng: np.random.Generator, palette: Palette, diagonal: float) -> Thing
     width, height = diagonal * 0.87, diagonal * 0.49
     metal = palette.metal()
     lift = 0.04 + 0.1 * diagonal * float(rng.random() < 0.5)
-    thing.box((0, 0, 0), (width * 0.4, 0.16, 0.015), metal)
-    thing.box((0, -0.03, 0.015), (0.06, 0.03, lift + 0.1), metal)
-    thing.box((0, 0, lift), (width, 0.035, height), metal)
-    thing.box((0, 0.0185, lift + 0.012), (width - 0.024, 0.004, height - 0.024), palette.screen(), casts=False)
+    thing.box((0, 0, 0), (width * 0.4, 0.16, 0.015), metal, name="foot")
+    thing.box((0, -0.03, 0.015), (0.06, 0.03, lift + 0.1), metal, name="foot")
+    thing.box((0, 0, lift), (width, 0.035, height), metal, name="screen")
+    thing.box(
+        (0, 0.0185, lift + 0.012), (width - 0.024, 0.004, height - 0.024), palette.screen(), casts=False, name="screen"
+    )
     return thing
 
 
@@ -183,8 +195,8 @@ def wall_screen(rng: np.random.Generator, palette: Palette) -> Thing:
     thing = Thing("tv")
     diagonal = rng.uniform(0.9, 1.4)
     width, height = diagonal * 0.87, diagonal * 0.49
-    thing.box((0, 0.035, 0), (width, 0.05, height), palette.metal())
-    thing.box((0, 0.061, 0.012), (width - 0.024, 0.004, height - 0.024), palette.screen(), casts=False)
+    thing.box((0, 0.035, 0), (width, 0.05, height), palette.metal(), name="screen")
+    thing.box((0, 0.061, 0.012), (width - 0.024, 0.004, height - 0.024), palette.screen(), casts=False, name="screen")
     return thing
 
 

@@ -96,6 +96,7 @@ class Part:
     taper: tuple[float, float] = (1.0, 1.0)
     sphere: bool = False  # a quadric that is an ellipsoid, not a cylinder
     casts: bool = True  # casts shadows
+    name: str = ""  # what it is of its thing, such as "legs"; "" for things that are not taken apart
 
     @cached_property
     def bound(self) -> np.ndarray:
@@ -170,12 +171,13 @@ class Thing:
         taper: tuple[float, float] = (1.0, 1.0),
         rotation: np.ndarray | None = None,
         casts: bool = True,
+        name: str = "",
     ) -> None:
         """Add a box standing on `at` = (x, y, bottom z), full `size` (x, y, z); `taper` scales its top face."""
         half = np.asarray(size, dtype=np.float64) / 2
         center = np.asarray(at, dtype=np.float64) + (0, 0, half[2])
         kind = BOX if taper == (1.0, 1.0) else FRUSTUM
-        self.parts.append(Part(kind, center, half, _or_eye(rotation), material, taper, casts=casts))
+        self.parts.append(Part(kind, center, half, _or_eye(rotation), material, taper, casts=casts, name=name))
 
     def cylinder(
         self,
@@ -188,19 +190,26 @@ class Thing:
         rotation: np.ndarray | None = None,
         squash: float = 1.0,
         casts: bool = True,
+        name: str = "",
     ) -> None:
         """Add a cylinder standing on `at`; its top has `top` times the diameter, its depth `squash` times it."""
         half = np.array([diameter / 2, diameter / 2 * squash, height / 2])
         center = np.asarray(at, dtype=np.float64) + (0, 0, height / 2)
-        self.parts.append(Part(QUADRIC, center, half, _or_eye(rotation), material, (top, top), casts=casts))
+        self.parts.append(Part(QUADRIC, center, half, _or_eye(rotation), material, (top, top), casts=casts, name=name))
 
     def ellipsoid(
-        self, at: Sequence[float], size: Sequence[float], material: Material, *, rotation: np.ndarray | None = None
+        self,
+        at: Sequence[float],
+        size: Sequence[float],
+        material: Material,
+        *,
+        rotation: np.ndarray | None = None,
+        name: str = "",
     ) -> None:
         """Add an ellipsoid with its lowest point at `at` (before `rotation` about its center) and full `size`."""
         half = np.asarray(size, dtype=np.float64) / 2
         center = np.asarray(at, dtype=np.float64) + (0, 0, half[2])
-        self.parts.append(Part(QUADRIC, center, half, _or_eye(rotation), material, sphere=True))
+        self.parts.append(Part(QUADRIC, center, half, _or_eye(rotation), material, sphere=True, name=name))
 
     def place(self, rotation: np.ndarray, shift: Sequence[float] | np.ndarray) -> None:
         """Move the whole thing by x -> rotation x + shift; may be called again to move it further."""

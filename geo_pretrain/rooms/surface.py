@@ -55,14 +55,27 @@ def scene_mesh(scene: Scene, edge: float = 0.25) -> Mesh:
     """Triangulate every part and the room's shell; flat faces are divided into sides of at most `edge` meters."""
     raw = _triangulate(scene, edge)
     inner, part = _shrink_to_face(raw)
-    return Mesh(raw.vertices.astype(np.float32), *_attributes(scene, inner, part), raw.faces)
+    return Mesh(raw.vertices.astype(np.float32), *surface_attributes(scene, inner, part), raw.faces)
 
 
 def scene_points(scene: Scene, rng: np.random.Generator, density: float = 400.0) -> SurfacePoints:
     """Sample points uniformly on the visible surfaces, about `density` per square meter."""
+    points, part = surface_sample(scene, rng, density)
+    return SurfacePoints(points.astype(np.float32), *surface_attributes(scene, points, part))
+
+
+def surface_sample(
+    scene: Scene, rng: np.random.Generator, density: float, shell: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample the visible surfaces, about `density` points per square meter: float64 [N, 3], and their parts [N].
+
+    `shell`: also the room's own walls, floor and ceiling.
+    """
     raw = _triangulate(scene, 1.0)
     corners = raw.vertices[raw.faces]
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
+    if not shell:
+        area = np.where(scene.kind[raw.part[raw.faces[:, 0]]] == SHELL, 0.0, area)
     count = rng.poisson(area * density)
     which = np.repeat(np.arange(len(area)), count)
     a, b = rng.random((2, len(which), 1))
@@ -73,8 +86,7 @@ def scene_points(scene: Scene, rng: np.random.Generator, density: float = 400.0)
     part = raw.part[raw.faces[which, 0]]
     points = snap(scene, points, part)
     seen = ~hidden(scene, points, part)
-    points, part = points[seen], part[seen]
-    return SurfacePoints(points.astype(np.float32), *_attributes(scene, points, part))
+    return points[seen], part[seen]
 
 
 def snap(scene: Scene, points: np.ndarray, part: np.ndarray) -> np.ndarray:
@@ -137,7 +149,7 @@ def _unit(scene: Scene, points: np.ndarray, part: np.ndarray) -> np.ndarray:
     return np.einsum("nj,nji->ni", points - scene.center[part], scene.rotation[part]) / scene.half[part]
 
 
-def _attributes(
+def surface_attributes(
     scene: Scene, points: np.ndarray, part: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Compute normals, colors, semantic and instance ids of surface points."""

@@ -77,7 +77,8 @@ class CloudAugment:
     color_translation_prob: Probability = 0.95
     color_jitter: NotNegative = 0.0  # standard deviation of noise on each voxel's colors, as a share of 255
     color_jitter_prob: Probability = 0.95
-    shift: NaturalNumber = 0  # voxels move by a whole number from 0 to below this along each axis
+    shift: NaturalNumber = 0  # voxels move by a whole number from 0 to below this along each of ...
+    shift_axes: Axes = "xyz"  # ... these axes; PointContrast's code moves batch, x, y instead of x, y, z: xy (D30)
 
 
 # What clouds of RGB-D frames get unless their recipe says otherwise: an upright rotation about the centroid.
@@ -96,7 +97,8 @@ class CloudSpec:
     features: CloudFeatures = "contract"
     normalize: Literal["none", "unit_sphere"] = "none"  # unit_sphere: mean to the origin, largest norm 1 (objects)
     points: Count | None = None  # number of points drawn from a cloud (with repetition from a smaller one); None: all
-    bounds: Meters | None = None  # evaluation: half edge of a cube about the middle of the cloud's box; None: all of it
+    # Evaluation: half the edge of a cube about the middle of the cloud's box, whose points are measured; None: all.
+    bounds: Meters | None = None
     # The label of a voxel. agree: that of all its points, else ignored (released code of PointContrast, CSC);
     # agree_known: the same without regard to unlabelled points; majority of the labelled points; first: of the point
     # whose features the voxel has (SLidR).

@@ -17,7 +17,6 @@ from geo_pretrain.training.checks import (
     Checks,
     Count,
     ImageSize,
-    Meters,
     Momentum,
     NaturalNumber,
     NotNegative,
@@ -167,8 +166,6 @@ class EvaluateSpec:
     # With match_released_code: the size of the labels that IoU is computed on; None: data.size.
     size: ImageSize | None = None
     level: Literal["voxels", "points"] = "voxels"  # 3D segmentation: what the reported score counts; both are measured
-    chunk: Meters | None = None  # 3D: larger clouds are evaluated in tiles of this width, to save memory; None: whole
-    margin: NotNegative = 2.0  # m; context around a tile
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from geo_pretrain.errors import GeoPretrainError, RecipeError
+from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError, first_line
 from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune_recipe import FinetuneOptim, FinetuneRecipe
 from geo_pretrain.training.recipe import OptimSpec, Recipe
 from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, stop_requests, write_nothing
+from geo_pretrain.training.states import not_finite
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,8 @@ def fit(
 
     Raises:
         RecipeError: the saved state is that of other settings, other data, or another number of processes.
-        GeoPretrainError: a loss is not finite.
+        CheckpointError: no saved state can be used; of two, the older one is used, see `RunFolder.load`.
+        GeoPretrainError: a loss is not finite, or a weight where a state would be saved or the run would end.
     """
     progress = Progress(task.budget.steps)
     if run is not None:
@@ -231,11 +234,15 @@ class _Loop:
             progress.seconds += time.monotonic() - begin
             self.report(losses, lr)
             measured = task.evaluation_due(progress.step)
+            saving = progress.step % task.budget.save_every == 0 and not progress.finished
+            if measured or saving or progress.finished:
+                self.check_values()
             if measured:
                 self.log({"step": progress.step, "evaluation": task.evaluate(progress.step)}, {})
                 task.module.train()
             stopped = self.world.any(stop.is_set())
-            saving = progress.step % task.budget.save_every == 0 and not progress.finished
+            if stopped:
+                self.check_values()
             if self.run is not None and (stopped or measured or saving):
                 _save(self.run, task, self.world, progress)
             if stopped:
@@ -259,19 +266,24 @@ class _Loop:
         means = world.mean(torch.stack(list(sums.values())))
         means_by_name = dict(zip(sums, means.tolist(), strict=True))
         if not torch.isfinite(means.sum()):
-            raise self.not_finite(means_by_name)
+            shown = ", ".join(f"{name} {value:g}" for name, value in means_by_name.items())
+            raise self.diverged(f"The loss is not finite at step {self.progress.step + 1} ({shown})")
         if budget.clip_norm is not None:
             nn.utils.clip_grad_norm_(task.module.parameters(), budget.clip_norm)
         task.optimizer.step()
         return means_by_name
 
-    def not_finite(self, losses: dict[str, float]) -> GeoPretrainError:
-        """Build the error that names the step and its losses."""
-        shown = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-        kept = "" if self.run is None else f" The last good state is in {self.run.path};"
-        return GeoPretrainError(
-            f"The loss is not finite at step {self.progress.step + 1} ({shown}).{kept or ';'} try a lower optim.lr."
-        )
+    def check_values(self) -> None:
+        """Raise the error of a diverged run if a weight is not finite, which only the next step's loss would show."""
+        trained = {"module": self.task.module.state_dict(), "optimizer": self.task.optimizer.state_dict()["state"]}
+        if (name := not_finite(trained)) is not None:
+            raise self.diverged(f"{name} is not finite after step {self.progress.step}")
+
+    def diverged(self, what: str) -> GeoPretrainError:
+        """Build the error of a diverged run. The last state is finite, but may be diverging already."""
+        kept = self.run is not None and self.run.has_state()
+        state = f" The last saved state is in {self.run.path};" if kept and self.run is not None else ";"
+        return GeoPretrainError(f"{what}{'.' if kept else ''}{state} try a lower optim.lr.")
 
     def report(self, losses: dict[str, float], lr: float) -> None:
         """Log a step and pass it to the progress display."""
@@ -365,13 +377,26 @@ def _save(run: RunFolder, task: TrainingTask, world: World, progress: Progress) 
 
 def _restore(run: RunFolder, task: TrainingTask, world: World, progress: Progress) -> None:
     """Load the saved state into task and progress, if there is one."""
-    state = run.load()
+    state = run.load(task.budget.steps)
     if state is not None:
-        _check_identity(run, state.get("identity", state), task, world)  # once these keys lay in the state itself
-        task.module.load_state_dict(state["module"])
-        task.optimizer.load_state_dict(state["optimizer"])
-        task.restore(state)
-        progress.step, progress.seconds = state["step"], state["seconds"]
+        try:
+            _check_identity(run, state.get("identity", state), task, world)  # once these keys lay in the state itself
+            task.module.load_state_dict(state["module"])
+            task.optimizer.load_state_dict(state["optimizer"])
+            task.restore(state)
+            progress.step, progress.seconds = state["step"], state["seconds"]
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if isinstance(error, GeoPretrainError):
+                raise
+            raise CheckpointError(
+                f"The state in {run.path} does not fit this run ({type(error).__name__}: {first_line(error)}). Resume "
+                "it with the version that wrote it, or remove that folder to start from the beginning."
+            ) from error
+    elif world.is_main and (lost := run.logged_steps()) > task.budget.save_every:
+        warnings.warn(
+            f"{run.path} has no saved state, though its log reaches step {lost}: the run starts from the beginning.",
+            stacklevel=3,
+        )
     world.barrier()
 
 

@@ -99,23 +99,23 @@ def cloud_input(spec: CloudSpec, contract: VoxelContract, backbone: str) -> Clou
     wanted = contract
     if spec.voxel_size is not None:
         wanted = replace(wanted, voxel_size=spec.voxel_size, coordinates="cartesian")
-    have, chans = len(contract.channels), None
+    have, scratch = len(contract.channels), backbone == SCRATCH
     if spec.features == "ones":
         wanted = replace(wanted, channels=("one",) * have, scale=1.0, offset=0.0)
     elif spec.features != "contract":
         channels, offset = FEATURES[spec.features]
         wanted = replace(wanted, channels=channels, scale=1.0, offset=offset)
-        one = backbone == SCRATCH or spec.features == "mean"
-        chans = len(channels) if one and len(channels) != have else None
-        if len(channels) != have and chans is None:
+        if len(channels) != have and not scratch and spec.features != "mean":
             ways = [name for name, (given, _) in FEATURES.items() if len(given) == have]
             raise RecipeError(
                 f"'data.cloud.features' is {spec.features!r}, {len(channels)} channels; backbone {backbone!r} takes "
                 f"{have} ({', '.join(contract.channels)}). Accepted for it: {', '.join(['contract', 'ones', *ways])}"
                 f"{', mean (adds the weights of its channels)' if have > 1 else ''}; or another backbone, or scratch."
             )
+    # Random weights take any number: also where `contract` is that of an earlier run's choice.
+    chans = len(wanted.channels) if scratch or len(wanted.channels) != have else None
     same = (wanted.channels, wanted.scale, wanted.offset) == (contract.channels, contract.scale, contract.offset)
-    if backbone == SCRATCH:
+    if scratch:
         return CloudInput(wanted, chans, f"{wanted} (random weights expect nothing)", False)
     if same:
         return CloudInput(wanted, chans, f"{wanted}: the features of the backbone's pre-training are kept", False)

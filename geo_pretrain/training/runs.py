@@ -7,21 +7,22 @@ import shutil
 import signal
 import subprocess
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 import geo_pretrain
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, MissingDependency, require
-from geo_pretrain.files import atomic_write, locked
+from geo_pretrain.files import atomic_write, locked, sync_file, sync_folder
+from geo_pretrain.training.states import BadState, check_log, check_values, log_facts, read_state, write_state
 
 STATE, LOG, BOARD = "state.pt", "log.jsonl", "tensorboard"
+EARLIER = "state.earlier.pt"  # the state before `STATE`
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors")  # whose versions a result names
 
 WriteLog = Callable[[Mapping[str, Any], Mapping[str, float]], None]  # a line {"step": ..., ...}; the losses in it
@@ -38,6 +39,7 @@ class RunFolder:
     out: Path
     writes: bool = True  # False: a process beside the main one, which only reads
     board: bool = False  # write TensorBoard's event files, where it is installed
+    refused: set[str] = field(default_factory=set, init=False, repr=False, compare=False)  # states that are not used
 
     @property
     def path(self) -> Path:
@@ -59,17 +61,69 @@ class RunFolder:
         shutil.rmtree(self.path)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the state; a kill at any moment leaves the old one or the new one."""
-        if self.writes:
-            with atomic_write(self.path / STATE) as part:
-                torch.save(state, part)
+        """Replace the state and keep the one before; a kill at any moment leaves the old ones or the new ones.
 
-    def load(self) -> dict[str, Any] | None:
-        """The saved state, its tensors on the CPU; None at the beginning of a run."""
-        path = self.path / STATE
-        if not path.exists():
-            return None
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        The state notes what the log is at this moment, and is on disk after it.
+        """
+        if not self.writes:
+            return
+        if self.log_file.exists():
+            sync_file(self.log_file)
+        latest, earlier = self.path / STATE, self.path / EARLIER
+        with atomic_write(latest) as part:
+            write_state({**state, "log": log_facts(self.log_file)}, part)
+            sync_file(part)
+            if latest.exists() and STATE not in self.refused:
+                latest.replace(earlier)  # killed here, a run goes on from `earlier`
+        sync_folder(self.path)
+        self.refused.discard(STATE)
+
+    def has_state(self) -> bool:
+        """Whether a state was saved."""
+        return any((self.path / name).exists() for name in (STATE, EARLIER))
+
+    def logged_steps(self) -> int:
+        """The last step in the log; 0 at the beginning."""
+        return max((int(record["step"]) for _, record in _records(self.log_file)), default=0)
+
+    def load(self, steps: int | None = None) -> dict[str, Any] | None:
+        """The latest saved state that can be used, its tensors on the CPU; None at the beginning of a run.
+
+        A state must have its digest, finite values, at most `steps` steps, and a log that begins as it did when the
+        state was saved. One that does not is named in a warning, and the one before is used. Raises `CheckpointError`
+        with the reasons where there are states and none can be used.
+        """
+        reasons = []
+        for name in (STATE, EARLIER):
+            if not (self.path / name).exists():
+                continue
+            try:
+                state = self._checked(self.path / name, steps)
+            except BadState as bad:
+                reasons.append(f"{name} {bad}")
+                self.refused.add(name)
+                continue
+            if reasons and self.writes:
+                what = f"{'; '.join(reasons)}. The run goes on from {name}, saved after step {state['step']}."
+                warnings.warn(f"{self.path}: {what}", stacklevel=2)
+            return state
+        if reasons:
+            raise CheckpointError(
+                f"No saved state in {self.path} can be used: {'; '.join(reasons)}. Put the files back as they were, "
+                "or remove that folder to start from the beginning."
+            )
+        return None
+
+    def _checked(self, path: Path, steps: int | None) -> dict[str, Any]:
+        state = read_state(path)
+        step = state["step"]
+        if steps is not None and step > steps:
+            raise BadState(f"was saved after step {step} of a run of {steps} steps")
+        check_values(state)
+        if "log" in state:
+            check_log(self.log_file, state["log"])
+        elif self.log_file.exists() or step:
+            _check_lines(self.log_file, step)
         return state
 
     @contextmanager
@@ -149,12 +203,30 @@ def stop_requests() -> Iterator[threading.Event]:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        if not line.endswith("}") or json.loads(line)["step"] > step:
-            break
-        kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    """Keep the lines of a log up to `step`; those after it, and what is no line, are dropped."""
+    kept = b"".join(line for line, record in _records(path) if record["step"] <= step)
+    if not path.exists() or len(kept) != path.stat().st_size:
+        path.write_bytes(kept)
+
+
+def _check_lines(path: Path, step: int) -> None:
+    """Raise `BadState` unless the log has a line of each step up to this one: for states that note no digest of it."""
+    steps = [record["step"] for _, record in _records(path) if "lr" in record and record["step"] <= step]
+    if steps != list(range(1, step + 1)):
+        raise BadState(f"was saved after step {step}, and {path.name} has {len(steps)} of these steps")
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a log and what they say, up to the first that was broken off."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            record = json.loads(line)
+            record["step"] <= 0  # noqa: B015 - a number, or it is no line of ours
+        except (ValueError, KeyError, TypeError):
+            return
+        if not line.endswith(b"\n"):
+            return
+        yield line, record
 
 
 def _tensorboard(path: Path, step: int) -> Any:

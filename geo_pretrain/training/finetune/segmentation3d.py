@@ -22,7 +22,7 @@ from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.frames import cloud_of, labelled_frame
 from geo_pretrain.training.data.labelled.clouds.voxels import batch_voxels, voxels_of
 from geo_pretrain.training.data.labelled.dataset import LabelledData
-from geo_pretrain.training.data.samples.whole_clouds import CloudSample
+from geo_pretrain.training.data.samples.whole_clouds import CloudSample, voxel_of_points
 from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.metrics import (
     best_class,
@@ -32,9 +32,11 @@ from geo_pretrain.training.evaluation.metrics import (
     mean_iou,
     pixel_accuracy,
 )
+from geo_pretrain.training.evaluation.predictions import PointLabels
 from geo_pretrain.training.finetune.clouds import CloudTask
 from geo_pretrain.training.finetune.task import Evaluation
 from geo_pretrain.training.networks3d import segmentation_srunet
+from geo_pretrain.training.visualize.clouds import draw_clouds
 from geo_pretrain.training.visualize.results import draw_predictions
 
 LEVELS = ("voxel", "point")
@@ -67,10 +69,22 @@ class CloudSegmentation(CloudTask):
         return {"segmentation": labelled_loss(logits[:, 1:], labels, first=1)}
 
     @torch.no_grad()
-    def predict(self, sample: CloudSample) -> Tensor:
-        """The predicted class of each voxel: int64 [M], 1..C, on the CPU."""
+    def logits(self, sample: CloudSample) -> Tensor:
+        """The logits of each voxel of a cloud, float32 [M, 1 + C] on the CPU; the first is of no class."""
         self.module.eval()
-        return best_class(self.forward(sample.coords, sample.feats)).cpu()
+        return self.forward(sample.coords, sample.feats).cpu()
+
+    def predict(self, items: Sequence[LabelledCloud]) -> list[PointLabels]:
+        """Predict the class of each point of clouds, whose labels are not looked at."""
+        found = []
+        for cloud in items:
+            sample = self.evaluation_sample(cloud)
+            logits = self.logits(sample)
+            labels = best_class(logits)
+            scores = logits[:, 1:].softmax(1).gather(1, labels[:, None] - 1)[:, 0]
+            voxel = voxel_of_points(sample, cloud)
+            found.append(PointLabels(labels[voxel].numpy(), scores[voxel].numpy()))
+        return found
 
     def evaluate(self, source: LabelledData, ids: Sequence[str], world: World = ALONE) -> Evaluation:
         """Add the confusion matrices of all clouds and processes, over voxels and over points.
@@ -116,19 +130,23 @@ class CloudSegmentation(CloudTask):
         sample = self.evaluation_sample(cloud)
         if sample.labels is None or cloud.labels is None:
             raise DataError(f"Cloud {cloud.id!r} has no labels of points.")
-        guess, classes = self.predict(sample), 1 + len(self.classes)
+        guess, classes = best_class(self.logits(sample)), 1 + len(self.classes)
         truth = torch.from_numpy(cloud.labels)[sample.chosen]
         by_point = confusion_matrix(truth, guess[sample.inverse], classes)
         return np.stack([confusion_matrix(sample.labels, guess, classes), by_point])
 
     def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:
         """Draw one row per cloud; of frames: the image, its labels, and the predicted class of each pixel's voxel."""
+        if not self.recipe.on_frames():
+            clouds = [self.load(source, name) for name in ids]
+            draw_clouds(list(zip(clouds, self.predict(clouds), strict=True)), self.classes, path)
+            return
         rows = []
         for name in ids:
             frame = labelled_frame(cast(Any, source), name, self.recipe.data.size)
             sample = self.evaluation_sample(cloud_of(frame, name))
             guess = np.zeros(frame.depth.shape, np.int16)
-            guess[frame.depth > 0] = self.predict(sample)[sample.inverse].numpy()
+            guess[frame.depth > 0] = best_class(self.logits(sample))[sample.inverse].numpy()
             rows.append((frame.color, np.asarray(frame.semantic), [guess]))
         draw_predictions(rows, [self.recipe.network.kind], self.classes, path)
 

@@ -1,4 +1,4 @@
-"""Losses of pretext and 3D tasks: pure functions of tensors, each with a runnable example and a slow twin in a test."""
+"""Losses of all tasks: pure functions of tensors, each with a runnable example and a slow twin in a test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from geo_pretrain.training.losses.contrastive import (
 )
 from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.losses.distillation import crd_loss, crd_scores, kl_distillation, l2_distillation
+from geo_pretrain.training.losses.segmentation import lovasz_softmax
 from geo_pretrain.training.losses.sets import set_info_nce
 from geo_pretrain.training.losses.voting import (
     assign_proposals,
@@ -34,6 +35,7 @@ __all__ = [
     "info_nce",
     "kl_distillation",
     "l2_distillation",
+    "lovasz_softmax",
     "nt_xent",
     "objectness_loss",
     "partition_info_nce",

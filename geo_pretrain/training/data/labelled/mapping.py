@@ -33,13 +33,13 @@ class LabelMap:
             table[given] = label
         return table
 
-    def apply(self, ids: np.ndarray, path: object) -> np.ndarray:
+    def apply(self, ids: np.ndarray, path: object, unit: str = "pixels") -> np.ndarray:
         """Map ids to classes, uint8 of the same shape. Raises `BadFrame` naming `path`, the id and its pixels."""
         mapped = self.table[ids]
         wrong = mapped < 0
         if wrong.any():
             value = int(ids[wrong].min())
-            raise BadFrame(path, f"label id {value} in {int((ids == value).sum())} pixels; {self.accepted()}")
+            raise BadFrame(path, f"label id {value} in {int((ids == value).sum())} {unit}; {self.accepted()}")
         return mapped.astype(np.uint8)
 
     def accepted(self) -> str:
@@ -69,5 +69,5 @@ def label_map(name: str) -> LabelMap:
     first, last = tree["ids"]
     ids = dict.fromkeys([*range(first, last + 1), *tree.get("ignore", [])], 0)
     for label, given in enumerate(tree["classes"].values(), 1):
-        ids[given] = label
+        ids |= dict.fromkeys(given if isinstance(given, list) else [given], label)  # several ids may be one class
     return LabelMap(name, tree["about"], tuple(tree["classes"]), ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +121,16 @@ def labelled_options(source: str, task: Task, options: Mapping[str, Any]) -> Any
 class Subset:
     """The images or clouds of some scenes of a source."""
 
+    category_of: Callable[[str], int]  # only where the source has it: objects
+
     def __init__(self, source: LabelledData, scenes: Sequence[str]) -> None:
         self.source, self.chosen = source, frozenset(scenes)
         self.name, self.split, self.classes = source.name, source.split, source.classes
         everything = source.ids()
         self._ids = [id for id in everything if source.scene_of(id) in self.chosen]
         self.share = len(self._ids) / len(everything)  # of the images
+        if hasattr(source, "category_of"):
+            self.category_of = source.category_of
 
     def ids(self) -> list[str]:
         """Images of the chosen scenes, in the source's order."""
@@ -152,13 +156,16 @@ def subset(source: LabelledData, fraction: float, seed: int = 0, *, scenes: Sequ
 
     `seed` and the names of the scenes decide their order, so that smaller fractions are subsets of larger ones. An
     official list (`read_scene_list`) given as `scenes` is taken as it is; `Subset.share` tells its share of images.
+    Of a source of objects, which has `category_of(id)`, that share is taken of each category, at least one scene.
     """
     if not 0 < fraction <= 1:
         raise RecipeError(f"fraction={fraction!r}; accepted: above 0 and up to 1.")
     images: dict[str, int] = {}
+    categories: dict[str, int] = {}
     for id in source.ids():
         scene = source.scene_of(id)
         images[scene] = images.get(scene, 0) + 1
+        categories[scene] = source.category_of(id) if hasattr(source, "category_of") else 0
     if not images:
         raise DataError(f"Source {source.name!r} has no image in split {source.split!r}.")
     if scenes is not None:
@@ -171,9 +178,13 @@ def subset(source: LabelledData, fraction: float, seed: int = 0, *, scenes: Sequ
             )
         return Subset(source, scenes)
     order = sorted(images, key=lambda scene: hashlib.sha256(f"{seed}\n{scene}".encode()).digest())
-    taken = np.cumsum([images[scene] for scene in order])
-    nearest = int(np.argmin(np.abs(taken - fraction * taken[-1])))  # the first of equals: fewer images
-    return Subset(source, order[: nearest + 1])
+    chosen: list[str] = []
+    for category in sorted(set(categories.values())):
+        members = [scene for scene in order if categories[scene] == category]
+        taken = np.cumsum([images[scene] for scene in members])
+        nearest = int(np.argmin(np.abs(taken - fraction * taken[-1])))  # the first of equals: fewer images
+        chosen += members[: nearest + 1]
+    return Subset(source, chosen)
 
 
 def file_name(source: LabelledData, id: str) -> str:

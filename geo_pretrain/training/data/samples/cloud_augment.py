@@ -129,10 +129,11 @@ def flipped(cells: Tensor, spec: CloudAugment, generator: torch.Generator) -> Te
 
 
 def shifted(cells: Tensor, spec: CloudAugment, generator: torch.Generator) -> Tensor:
-    """Move voxel coordinates [M, 3] by a random whole number from [0, shift) along each axis."""
+    """Move voxel coordinates [M, 3] by a random whole number from [0, shift) along each of `spec.shift_axes`."""
     if not spec.shift:
         return cells
-    return cells + torch.randint(spec.shift, (3,), generator=generator).to(cells.dtype)
+    moves = torch.tensor([axis in spec.shift_axes for axis in AXES])
+    return cells + (moves * torch.randint(spec.shift, (3,), generator=generator)).to(cells.dtype)
 
 
 def augmented_colors(colors: Tensor, spec: CloudAugment, generator: torch.Generator) -> Tensor:

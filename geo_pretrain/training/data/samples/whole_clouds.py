@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geo_pretrain.contract import COLORS, VoxelContract
-from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.errors import BadFrame, DataError, require
 from geo_pretrain.sparse.coordinates import Voxels
 from geo_pretrain.training.cloud_recipe import CloudSpec, VoxelLabels
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
@@ -160,9 +160,9 @@ def voxel_targets(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Label and instance of each voxel, int64 [M] each, None where the cloud has none.
 
-    A voxel's instance is that of its first point with the voxel's label; 0 where the voxel has no label.
+    A voxel's instance is that of its points with the voxel's label; 0 where these are of several, as the released code,
+    which ignores such voxels, and where the voxel has no label.
     """
-    count = len(voxels.coords)
     labels = None if cloud.labels is None else torch.from_numpy(cloud.labels)[chosen]
     instances = None if cloud.instances is None else torch.from_numpy(cloud.instances)[chosen]
     if labels is None:
@@ -170,11 +170,9 @@ def voxel_targets(
     by_voxel = voxel_labels(labels, voxels.inverse, voxels.index, rule)
     if instances is None:
         return by_voxel, None
-    fits = labels == by_voxel[voxels.inverse]
-    rows = torch.where(fits, torch.arange(len(labels)), len(labels))
-    first = torch.full((count,), len(labels)).scatter_reduce(0, voxels.inverse, rows, reduce="amin")
-    known = (by_voxel > 0) & (first < len(labels))
-    return by_voxel, torch.where(known, instances[first.clamp(max=len(labels) - 1)], 0)
+    fits = (labels > 0) & (labels == by_voxel[voxels.inverse])
+    low, high = _extremes(instances[fits], voxels.inverse[fits], len(voxels.coords))
+    return by_voxel, torch.where(low == high, low, 0)
 
 
 def voxel_labels(labels: Tensor, inverse: Tensor, index: Tensor, rule: VoxelLabels) -> Tensor:
@@ -182,18 +180,34 @@ def voxel_labels(labels: Tensor, inverse: Tensor, index: Tensor, rule: VoxelLabe
 
     `inverse` [P]: the voxel of each point; `index` [M]: the first point of each voxel.
     """
-    count, first = len(index), labels[index]
+    first = labels[index]
     if rule == "majority":
-        return majority_label(labels, inverse, count)
-    if rule == "agree":
-        differs = (labels != first[inverse]).long()
-        return torch.where(torch.zeros(count, dtype=torch.int64).index_add(0, inverse, differs) > 0, 0, first)
-    if rule == "agree_known":
-        most = torch.zeros(count, dtype=torch.int64).scatter_reduce(0, inverse, labels, reduce="amax")
-        above = torch.where(labels > 0, labels, torch.iinfo(torch.int64).max)
-        least = torch.full((count,), torch.iinfo(torch.int64).max).scatter_reduce(0, inverse, above, reduce="amin")
-        return torch.where(most == least, most, 0)
-    return first
+        return majority_label(labels, inverse, len(index))
+    if rule == "first":
+        return first
+    counted = labels > 0 if rule == "agree_known" else torch.ones_like(labels, dtype=torch.bool)
+    low, high = _extremes(labels[counted], inverse[counted], len(index))
+    return torch.where(low == high, low, 0)
+
+
+def _extremes(values: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The smallest and largest of the values [P] of each voxel, int64 [count] each; voxels without a value differ."""
+    low = torch.full((count,), torch.iinfo(torch.int64).max).scatter_reduce(0, inverse, values, reduce="amin")
+    return low, torch.full((count,), -1).scatter_reduce(0, inverse, values, reduce="amax")
+
+
+def voxel_of_points(sample: CloudSample, cloud: LabelledCloud) -> Tensor:
+    """The voxel that speaks for each point of a cloud: int64 [N].
+
+    For a point that was not drawn, or lies outside the bounds, it is the voxel of the nearest point that has one.
+    """
+    voxel = torch.full((len(cloud),), -1)
+    voxel[sample.chosen] = sample.inverse
+    missing = (voxel < 0).numpy()
+    if missing.any():
+        tree = require("scipy.spatial", "training").cKDTree(cloud.points[~missing])
+        voxel[missing] = voxel[~missing][tree.query(cloud.points[missing])[1]]
+    return voxel
 
 
 def _mean(raw: Tensor, voxels: Voxels) -> Tensor:

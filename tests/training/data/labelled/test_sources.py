@@ -198,6 +198,25 @@ def test_a_subset_is_a_source():
     assert scenes_of(subset(part, 0.5)) < scenes_of(part)
 
 
+def test_a_share_of_objects_is_taken_in_each_category():
+    """Loops over the categories; one of them has a single object, which every share holds."""
+    sizes = {1: 40, 2: 10, 3: 1}
+    source = Fake({f"{category}-{k}": 1 for category, count in sizes.items() for k in range(count)})
+    plain = {fraction: subset(source, fraction) for fraction in (0.05, 0.2, 1.0)}
+    source.category_of = lambda id: int(id.split("-")[0])
+    for fraction in plain:
+        part = subset(source, fraction)
+        for category, count in sizes.items():
+            taken = [id for id in part.ids() if source.category_of(id) == category]
+            order = sorted(
+                (f"{category}-{k}" for k in range(count)),
+                key=lambda scene: hashlib.sha256(f"0\n{scene}".encode()).digest(),
+            )
+            assert {source.scene_of(id) for id in taken} == set(order[: max(1, round(fraction * count))])
+            assert all(part.category_of(id) == category for id in taken)
+    assert not hasattr(plain[0.2], "category_of")
+
+
 def test_nothing_to_choose_from_is_an_error():
     with pytest.raises(DataError, match="Source 'fake' has no image in split 'train'"):
         subset(Fake({}), 0.5)

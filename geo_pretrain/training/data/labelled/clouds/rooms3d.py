@@ -22,6 +22,7 @@ from geo_pretrain.training.checks import Count, Meters, Ranged
 from geo_pretrain.training.data.cache import cached_arrays
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D, LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.room_objects import ObjectsConfig, RoomObjects
 from geo_pretrain.training.data.labelled.dataset import Progress
 from geo_pretrain.training.data.labelled.rooms import STUFF
 from geo_pretrain.training.data.sources.rooms import Rooms
@@ -30,12 +31,16 @@ from geo_pretrain.training.data.surfaces.fusing import fuse_labelled
 VERSION = "1"  # changes whenever the same rooms would give other scans
 # Classes of detection3d: ten, as in SUN RGB-D, large enough for the boxes of a scan of some cm.
 DETECTED = ("bed", "sofa", "chair", "table", "desk", "cabinet", "shelf", "lamp", "plant", "stool")
+OBJECT_TASKS = ("classification3d", "parts3d")
 _OBJECTS = 1 << 16  # more than a room has: a label of fusion is class * _OBJECTS + object
 
 
 @dataclass(frozen=True)
 class Rooms3DOptions(Ranged):
-    """Options of rooms as scans: how many, from which frames. A scan does not depend on how many there are."""
+    """Options of rooms as scans: how many, from which frames; and of their objects, for tasks on single objects.
+
+    A scan or an object does not depend on how many there are.
+    """
 
     section = "data.options."
 
@@ -50,6 +55,9 @@ class Rooms3DOptions(Ranged):
     renderer: str = "torch"  # see `RoomsConfig`
     spacing: Meters = 0.02  # edge of the voxels that pixels are fused in
     min_points: Count = 50  # of an object in a scan, for it to be one in detection
+    objects: Count = 240  # single objects of the training split, for classification3d and parts3d
+    val_objects: Count = 120
+    object_points: Count = 2048  # of each
 
 
 class Rooms3D:
@@ -135,8 +143,22 @@ def _labels(frame: Frame) -> np.ndarray:
     return semantic.astype(np.int64) * _OBJECTS + instance
 
 
-def open_rooms3d(split: str, task: str, options: Rooms3DOptions, progress: Progress | None = None) -> Rooms3D:
-    """Open rooms as scans; those that the cache lacks are made, `progress(done, total)` after each."""
+def open_rooms3d(
+    split: str, task: str, options: Rooms3DOptions, progress: Progress | None = None
+) -> Rooms3D | RoomObjects:
+    """Open rooms as scans or as single objects; what the cache lacks is made, `progress(done, total)` after each."""
+    source = _objects(split, task, options) if task in OBJECT_TASKS else _scans(split, task, options)
+    source.prepare(progress)
+    return source
+
+
+def _objects(split: str, task: str, options: Rooms3DOptions) -> RoomObjects:
+    count = options.objects if split == "train" else options.val_objects
+    config = ObjectsConfig(options.seed, split, count, options.object_points, options.difficulty)
+    return RoomObjects(config, task)
+
+
+def _scans(split: str, task: str, options: Rooms3DOptions) -> Rooms3D:
     config = RoomsConfig(
         seed=options.seed,
         scenes=options.scenes if split == "train" else options.val_scenes,
@@ -148,6 +170,4 @@ def open_rooms3d(split: str, task: str, options: Rooms3DOptions, progress: Progr
         depth_noise=options.depth_noise,
         renderer=options.renderer,
     )
-    source = Rooms3D(Rooms(config, cache="none"), task, spacing=options.spacing, min_points=options.min_points)
-    source.prepare(progress)
-    return source
+    return Rooms3D(Rooms(config, cache="none"), task, spacing=options.spacing, min_points=options.min_points)

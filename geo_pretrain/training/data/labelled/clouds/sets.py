@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from geo_pretrain.training.data.labelled.clouds.kitti_object import KITTIObjectOptions, open_kitti_object
 from geo_pretrain.training.data.labelled.clouds.rooms3d import Rooms3DOptions, open_rooms3d
 from geo_pretrain.training.data.labelled.clouds.s3dis import S3DISOptions, open_s3dis
+from geo_pretrain.training.data.labelled.clouds.semantickitti import SemanticKITTIOptions, open_semantickitti
+from geo_pretrain.training.data.labelled.clouds.shapenetcore import ShapeNetCoreOptions, open_shapenetcore
+from geo_pretrain.training.data.labelled.clouds.shapenetpart import ShapeNetPartOptions, open_shapenetpart
+from geo_pretrain.training.data.labelled.clouds.synthia4d import Synthia4DOptions, open_synthia4d
 from geo_pretrain.training.data.labelled.dataset import DataSet
 
+WITH_TEST = ("train", "val", "test")
+SHAPENET = ("LicenseRef-ShapeNet-terms", "non-commercial research and education; on registration")
 CLOUD_SETS: dict[str, DataSet] = {
+    "kitti_object": DataSet(
+        open_kitti_object,
+        ("detection3d",),
+        "CC-BY-NC-SA-3.0",
+        "non-commercial, share alike",
+        KITTIObjectOptions,
+        WITH_TEST,
+    ),
     "rooms3d": DataSet(
         None,
-        ("segmentation3d", "instances3d", "detection3d"),
+        ("segmentation3d", "instances3d", "detection3d", "classification3d", "parts3d"),
         "MIT",
         "rendered by this package",
         Rooms3DOptions,
@@ -21,5 +36,23 @@ CLOUD_SETS: dict[str, DataSet] = {
         "LicenseRef-2D-3D-S-terms",
         "non-commercial research; on a form",
         S3DISOptions,
+    ),
+    "semantickitti": DataSet(
+        open_semantickitti,
+        ("segmentation3d",),
+        "CC-BY-NC-SA-3.0",
+        "non-commercial, share alike: labels on KITTI's scans",
+        SemanticKITTIOptions,
+        WITH_TEST,
+    ),
+    "shapenetcore": DataSet(open_shapenetcore, ("classification3d",), *SHAPENET, ShapeNetCoreOptions, WITH_TEST),
+    "shapenetpart": DataSet(open_shapenetpart, ("parts3d",), *SHAPENET, ShapeNetPartOptions),
+    "synthia4d": DataSet(
+        open_synthia4d,
+        ("segmentation3d",),
+        "CC-BY-NC-SA-3.0",
+        "non-commercial, share alike",
+        Synthia4DOptions,
+        WITH_TEST,
     ),
 }
