@@ -1,4 +1,4 @@
-"""Pictures of clouds: the same points in several colors, boxes around objects; as a PNG and as a page that turns."""
+"""Pictures of clouds: the same points in several colors, with boxes of objects; as a PNG, and as a page that turns."""
 
 from __future__ import annotations
 
