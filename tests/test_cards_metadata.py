@@ -221,7 +221,8 @@ def test_details_of_a_task_and_several_metrics_stay_apart():
         for r in results
         for m in r["metrics"]
     }
-    assert len(found) == len(CATALOG["pri3d_view_geo_r50"].results)
+    stated = {(r.task, r.dataset, r.metric) for r in CATALOG["pri3d_view_geo_r50"].results}
+    assert len(found) == len(stated)  # the first of several numbers of a benchmark
     assert found["semantic-segmentation", "ScanNet", "mIoU"] == ("mean_iou", 61.7)
     assert found["semantic-segmentation", "ScanNet", "mIoU, PSPNet"] == ("mean_iou", 62.8)
     assert found["semantic-segmentation", "ScanNet", "mIoU, 20 % of the training scenes"] == ("mean_iou", 51.5)

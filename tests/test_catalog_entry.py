@@ -9,7 +9,7 @@ import pytest
 
 from geo_pretrain import checkpoint
 from geo_pretrain.catalog import CATALOG, Arch, AuthorsFile, File, Result
-from geo_pretrain.catalog.entry import FILE_ROLES, PERCENTAGES, WEIGHT_ROLES
+from geo_pretrain.catalog.entry import FILE_ROLES, PERCENTAGES, WEIGHT_ROLES, Baseline
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import UnknownName
 
@@ -74,8 +74,8 @@ RESULT = Result("semantic segmentation", "ScanNet", "mIoU", 50.0, "T1")
         ),
         # results
         (
-            {"results": (RESULT, dataclasses.replace(RESULT, value=1.0, table="T2"))},
-            "more than one result for semantic segmentation / ScanNet / mIoU",
+            {"results": (RESULT, dataclasses.replace(RESULT, value=1.0))},
+            "more than one result for semantic segmentation / ScanNet / mIoU / T1",
         ),
     ],
 )
@@ -187,6 +187,17 @@ def test_results_are_possible_numbers(metric: str, value: float, accepted: bool)
     else:
         with pytest.raises(ValueError, match=rf"{metric} on data is {value}; accepted: a (finite number|percentage)"):
             Result("task", "data", metric, value, "T1")
+
+
+def test_a_benchmark_may_hold_the_numbers_of_several_papers():
+    other = dataclasses.replace(RESULT, value=1.0, table="PPKT T1", note="which run is not said")
+    entry = dataclasses.replace(ENTRY, results=(RESULT, other))
+    assert entry.result(RESULT.task, RESULT.dataset, RESULT.metric) == RESULT.value
+
+
+def test_a_row_of_a_table_has_a_start_or_a_reason():
+    with pytest.raises(ValueError, match="accepted: either a start or why there is none"):
+        Baseline("SO-Net", "", (RESULT,))
 
 
 def test_all_metrics_of_the_catalog_are_known_percentages():

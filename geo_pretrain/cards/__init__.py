@@ -19,6 +19,7 @@ from geo_pretrain.cards.table import BEGIN, END, catalog_table, headline, update
 from geo_pretrain.cards.usage import snippets
 from geo_pretrain.catalog import CATALOG, backbone_info
 from geo_pretrain.catalog.entry import Arch, Entry, License, Result
+from geo_pretrain.catalog.tables import scratch_values
 from geo_pretrain.checkpoint import TEXT_ROLES, StoredFile, means_folder, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 
@@ -87,7 +88,7 @@ def render_card(
         *map(str, shown),
         sections.expects(arch, contract),
         *sections.measured_section(results),
-        *sections.reported_section(reported, papers, "these weights"),
+        *sections.reported_section(reported, papers, "these weights", scratch_values(entry)),
         "## Limitations",
         bullets(sections.folder_limits(contract, license, data, theirs, bool(results), bool(reported))),
         sections.license_section(license),
@@ -124,7 +125,7 @@ def render_entry(entry: Entry) -> str:
         "## Use",
         *map(str, shown),
         sections.expects(entry.arch, entry.contract),
-        *sections.reported_section(entry.results, papers, whose),
+        *sections.reported_section(entry.results, papers, whose, scratch_values(entry)),
         "## Limitations",
         bullets(sections.entry_limits(entry)),
         sections.license_section(entry.license),

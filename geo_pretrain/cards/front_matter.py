@@ -108,15 +108,21 @@ def tags(arch: Arch, license: License, method: str | None) -> list[str]:
 def model_index(name: str, results: Iterable[Result], papers: Mapping[str, Paper] | None) -> list[dict[str, Any]]:
     """Group results by task and data, as huggingface_hub does, so that its client round-trips them.
 
+    A benchmark that several papers measured has the numbers of the first one alone, since a group has one source.
+    Numbers with a note are left out: it is open whether they are of these weights.
+
     A task's text is split at its first comma: "semantic segmentation, PSPNet" is the Hub's task semantic-segmentation,
     and the rest goes into the metric's name.
     """
     groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((slug(task_of(result)), slug(result.dataset)), []).append(result)
+    for result in (r for r in results if not r.note):
+        group = groups.setdefault((slug(task_of(result)), slug(result.dataset)), [])
+        same_paper = papers is None or not group or papers[group[0].table] == papers[result.table]
+        if same_paper and all((r.task, r.metric) != (result.task, result.metric) for r in group):
+            group.append(result)
     index: list[dict[str, Any]] = []
     for (task, dataset), members in groups.items():
-        group: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "task": {"type": task, "name": sentence(task_of(members[0]))},
             "dataset": {"name": members[0].dataset, "type": dataset},
             "metrics": [
@@ -132,8 +138,8 @@ def model_index(name: str, results: Iterable[Result], papers: Mapping[str, Paper
             tables = list(dict.fromkeys(result.table for result in members))
             paper = papers[tables[0]]
             where = f"{paper.title} ({paper.venue} {paper.year}), {', '.join(tables)}"
-            group["source"] = {"url": paper.url, "name": where}
-        index.append(group)
+            facts["source"] = {"url": paper.url, "name": where}
+        index.append(facts)
     return [{"name": name, "results": index}]
 
 

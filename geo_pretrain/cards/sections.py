@@ -14,6 +14,7 @@ from geo_pretrain.cards.usage import output_channels
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.catalog.entry import AuthorsFile, Entry, File, License, Paper, Result
 from geo_pretrain.catalog.license import PERMISSIVE
+from geo_pretrain.catalog.tables import paper_of
 from geo_pretrain.checkpoint import StoredFile
 from geo_pretrain.contract import COLORS, ImageContract, VoxelContract
 
@@ -69,8 +70,7 @@ def is_authors_own(entry: Entry, provenance: Mapping[str, Any]) -> bool:
 
 def papers_of(entry: Entry) -> dict[str, Paper]:
     """The paper behind each table of the results: "T1" is one of the entry's own, "Pri3D T1" one of that method's."""
-    by_method = {other.method: other.paper for other in CATALOG.values()}
-    return {r.table: by_method.get(r.table.split()[0].lower(), entry.paper) for r in entry.results}
+    return {r.table: paper_of(r.table, entry.paper) for r in entry.results}
 
 
 def measured_section(results: Sequence[Result]) -> list[str]:
@@ -78,8 +78,14 @@ def measured_section(results: Sequence[Result]) -> list[str]:
     return ["## Measured", "With this project, on these weights.", _results(results)] if results else []
 
 
-def reported_section(results: Sequence[Result], papers: Mapping[str, Paper], whose: str) -> list[str]:
-    """The section of the authors' results; `papers` maps each table to its paper, `whose` names the weights."""
+def reported_section(
+    results: Sequence[Result], papers: Mapping[str, Paper], whose: str, scratch: Mapping[Result, float]
+) -> list[str]:
+    """The section of the authors' results.
+
+    `papers` maps each table to its paper, `whose` names the weights, `scratch` gives the same table's value for random
+    weights.
+    """
     if not results:
         return []
     cited = {papers[result.table].title: papers[result.table] for result in results}
@@ -88,12 +94,17 @@ def reported_section(results: Sequence[Result], papers: Mapping[str, Paper], who
         f"Numbers of networks that started from {whose}, as stated by {sources}: T is a table of a paper, README that "
         "of its repository. Not one of them was measured with this project."
     )
-    return ["## Reported by the authors", text, _results(results)]
+    if scratch:
+        text += ' "scratch" is what the same table states for random weights.'
+    return ["## Reported by the authors", text, _results(results, scratch)]
 
 
-def _results(results: Iterable[Result]) -> str:
-    rows = [(r.task, r.dataset, r.metric, f"{r.value:g}", r.table) for r in results]
-    return table(("task", "data", "metric", "value", "from"), rows)
+def _results(results: Iterable[Result], scratch: Mapping[Result, float] | None = None) -> str:
+    head, rows = ["task", "data", "metric", "value", "from"], []
+    for r in results:
+        row = [r.task, r.dataset, r.metric, f"{r.value:g}", f"{r.table}: {r.note}" if r.note else r.table]
+        rows.append((*row, f"{scratch[r]:g}" if r in scratch else "-") if scratch else tuple(row))
+    return table((*head, "scratch") if scratch else tuple(head), rows)
 
 
 def license_section(license: License) -> str:

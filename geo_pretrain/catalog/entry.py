@@ -35,7 +35,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HF_SOURCE = re.compile(r"hf-hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}", re.ASCII)
 WEB = re.compile(r"https?://[^/\s]+/\S+")
-PERCENTAGES = ("mIoU", "mAcc", "IoU", "accuracy", "AP", "AP50", "AP75", "mAP@0.25", "mAP@0.5")
+PERCENTAGES = ("mIoU", "mAcc", "IoU", "accuracy", "AP", "AP50", "AP75", "mAP@0.25", "mAP@0.5", "mIoU gain")
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,39 @@ class Paper:
 
 @dataclass(frozen=True)
 class Result:
-    """One reported or measured number; `table` is its source. Metrics in PERCENTAGES are in percent."""
+    """One reported or measured number; `table` is its source. Metrics in PERCENTAGES are in percent.
+
+    What limits or changes the benchmark follows the task after a comma: "3D semantic segmentation, 1 % of the scenes".
+    """
 
     task: str
     dataset: str
     metric: str
     value: float
-    table: str
+    table: str  # "T4" of the entry's own paper, "PPKT T3" of another
+    note: str = ""  # what the source leaves open about these weights
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
             raise ValueError(f"{self.metric} on {self.dataset} is {self.value}; accepted: a finite number.")
         if self.metric in PERCENTAGES and not 0 <= self.value <= 100:
             raise ValueError(f"{self.metric} on {self.dataset} is {self.value}; accepted: a percentage, 0 to 100.")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One row of papers' tables that is no checkpoint of the catalog: scratch, supervised, another method."""
+
+    label: str  # as the tables print it
+    network: str  # "resnet50", or the title of a 3D network ("SR-UNet34C"); "" where the table does not say
+    results: tuple[Result, ...]  # tables include their paper: "PPKT T1"
+    start: str = ""  # what fine-tuning calls it: "scratch", "imagenet"
+    absent: str = ""  # why it cannot be run here
+
+    def __post_init__(self) -> None:
+        if bool(self.start) == bool(self.absent):
+            raise ValueError(f"{self.label}: accepted: either a start or why there is none.")
+        check_unique(self.label, self.results)
 
 
 @dataclass(frozen=True)
@@ -166,9 +186,7 @@ class Entry:
         self._check_status()
         self._check_files()
         self._check_authors_files()
-        twice = _repeated((result.task, result.dataset, result.metric) for result in self.results)
-        if twice:
-            raise ValueError(f"{self.name}: more than one result for {' / '.join(twice[0])}.")
+        check_unique(self.name, self.results)
 
     def _check_network(self) -> None:
         wanted = ImageContract if self.modality == "2d" else VoxelContract
@@ -227,7 +245,7 @@ class Entry:
             )
 
     def result(self, task: str, dataset: str, metric: str) -> float | None:
-        """The reported value of a benchmark, or None."""
+        """The reported value of a benchmark, or None; of several, the first: the paper's own before other papers'."""
         wanted = (task, dataset, metric)
         return next((r.value for r in self.results if (r.task, r.dataset, r.metric) == wanted), None)
 
@@ -301,6 +319,13 @@ def limited(
 ) -> tuple[Result, ...]:
     """Results with limited data; `values` maps a number of `what`, such as "% of the scenes", to a result."""
     return tuple(Result(f"{task}, {number} {what}", dataset, metric, value, table) for number, value in values.items())
+
+
+def check_unique(name: str, results: Iterable[Result]) -> None:
+    """Raise unless every table states one number of a benchmark at most; different tables may state different ones."""
+    twice = _repeated((result.task, result.dataset, result.metric, result.table) for result in results)
+    if twice:
+        raise ValueError(f"{name}: more than one result for {' / '.join(twice[0])}.")
 
 
 def _repeated(items: Iterable[Any]) -> list[Any]:

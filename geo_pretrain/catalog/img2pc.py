@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from geo_pretrain.catalog.csc import CONTRACT, INSTANCES
+from geo_pretrain.catalog.csc import CONTRACT
 from geo_pretrain.catalog.entry import Arch, Entry, Paper, Result, new_entry
 from geo_pretrain.catalog.license import License, rooms_license
-from geo_pretrain.catalog.pointcontrast import DETECTION, ROOMS_LICENSE, SEGMENTATION, SRUNET34
+from geo_pretrain.catalog.pointcontrast import ROOMS_LICENSE, SRUNET34, janda_row
 from geo_pretrain.catalog.pri3d import SCANNET_TERMS, imagenet, scannet_license
 from geo_pretrain.contract import ImageContract
 
@@ -28,15 +28,7 @@ DESCRIPTIONS = {
     STAGE2: "contrastive transfer from the pixels of the first stage to the points of the same scan",
 }
 ROOMS_TEXT = ", on procedural rooms only; full size, for one GPU"
-RESULTS = (
-    Result(SEGMENTATION, "S3DIS", "mIoU", 66.5, "T1"),
-    Result(INSTANCES, "S3DIS", "mAP@0.5", 55.8, "T1"),
-    Result(SEGMENTATION, "ScanNet", "mIoU", 67.7, "T1"),
-    Result(INSTANCES, "ScanNet", "mAP@0.5", 48.5, "T1"),
-    Result(DETECTION, "ScanNet", "mAP@0.5", 37.7, "T1"),
-    Result(SEGMENTATION, "SemanticKITTI", "mIoU", 42.0, "T1"),
-    Result(DETECTION, "SUN RGB-D", "mAP@0.5", 33.1, "T1"),
-)
+RESULTS = janda_row(66.5, 55.8, 67.7, 48.5, 37.7, 42.0, 33.1, table="T1")
 _entry = partial(new_entry, method="img2pc", paper=PAPER)
 IMAGE_NETWORK = Arch("resnet_depth_unet", {"depth": 18, "width": 64, "out_chans": 16})
 POINT_NETWORK = Arch("sr_unet", {**SRUNET34.args, "out_chans": 16})

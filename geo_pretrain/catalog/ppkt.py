@@ -109,7 +109,14 @@ ENTRIES: tuple[Entry, ...] = (
     _entry(
         "ppkt_srunet34",
         f"{TEXT}, from a ResNet-50 of ImageNet",
-        _tables((75.19, 68.28), (57.26, 33.92), (88.53, 69.56), (59.67, 38.90)),
+        (
+            *_tables((75.19, 68.28), (57.26, 33.92), (88.53, 69.56), (59.67, 38.90)),
+            *_segmentation("S3DIS", "T4", "mAcc", 75.19, 68.28),
+            *_detection("SUN RGB-D", "T5", 57.26),
+            *_detection("ScanNet", "T6", 59.67),
+            *_detection("SUN RGB-D", "T6", 57.26),
+            Result(f"{SEGMENTATION}, 15 % of the labels", "ScanNet", "mIoU gain", 2.23, "PPKT Fig. 4"),
+        ),
     ),
     _entry(
         "ppkt_srunet18",
