@@ -8,8 +8,9 @@ from geo_pretrain.training.data.labelled.clouds.s3dis import S3DISOptions, open_
 from geo_pretrain.training.data.labelled.clouds.semantickitti import SemanticKITTIOptions, open_semantickitti
 from geo_pretrain.training.data.labelled.clouds.shapenetcore import ShapeNetCoreOptions, open_shapenetcore
 from geo_pretrain.training.data.labelled.clouds.shapenetpart import ShapeNetPartOptions, open_shapenetpart
+from geo_pretrain.training.data.labelled.clouds.sunrgbd3d import open_sunrgbd3d
 from geo_pretrain.training.data.labelled.clouds.synthia4d import Synthia4DOptions, open_synthia4d
-from geo_pretrain.training.data.labelled.dataset import DataSet
+from geo_pretrain.training.data.labelled.dataset import DataSet, plain
 
 WITH_TEST = ("train", "val", "test")
 SHAPENET = ("LicenseRef-ShapeNet-terms", "non-commercial research and education; on registration")
@@ -47,6 +48,12 @@ CLOUD_SETS: dict[str, DataSet] = {
     ),
     "shapenetcore": DataSet(open_shapenetcore, ("classification3d",), *SHAPENET, ShapeNetCoreOptions, WITH_TEST),
     "shapenetpart": DataSet(open_shapenetpart, ("parts3d",), *SHAPENET, ShapeNetPartOptions),
+    "sunrgbd3d": DataSet(
+        plain(open_sunrgbd3d),
+        ("detection3d",),
+        "LicenseRef-unstated",
+        "published for research without a license; holds images of NYUv2, B3DO, SUN3D",
+    ),
     "synthia4d": DataSet(
         open_synthia4d,
         ("segmentation3d",),
