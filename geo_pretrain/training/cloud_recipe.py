@@ -39,6 +39,10 @@ Elastic = Annotated[
     ),
 ]
 Axes = Annotated[str, Accepts(lambda axes: set(axes) <= set("xyz") and len(set(axes)) == len(axes), "some of x, y, z")]
+Cylinders = Annotated[
+    tuple[float, float, float],
+    Accepts(lambda edges: min(edges) > 0 and edges[1] <= 180, "three edges: meters, degrees up to 180, meters"),
+]
 CloudFeatures = Literal["contract", "rgb", "ones", "gray", "mean", "intensity"]
 VoxelLabels = Literal["agree", "agree_known", "majority", "first"]
 
@@ -91,6 +95,8 @@ class CloudSpec:
 
     # Edge of a voxel, m; None: that of the backbone's contract, for "scratch" of network.unet3d.
     voxel_size: Meters | None = None
+    # Edges of cylindrical voxels about the z axis through a scanner (radius, azimuth, z), in place of voxel_size.
+    cylindrical: Cylinders | None = None
     # Input channels. contract: what the backbone was pre-trained on; rgb: color / 255 - 0.5, as the released code for
     # S3DIS and ScanNet; ones; of laser scans: gray: remission in all three channels, minus 0.5; mean: the same in one
     # channel, with the weights of the three added; intensity: remission + 1 in one channel, as SLidR.
@@ -113,6 +119,9 @@ class CloudSpec:
     def check_settings(self, check: Checks) -> None:
         """Note settings that do not go together or are out of range."""
         points, prefix = self.labelled_points, "data.cloud."
+        both = self.voxel_size is not None and self.cylindrical is not None
+        sizes = (self.voxel_size, self.cylindrical)
+        check(not both, f"{prefix}voxel_size / {prefix}cylindrical", sizes, "one of the two, or neither")
         right = not isinstance(points, int) or points >= 1
         check(right, prefix + "labelled_points", points, "a whole number from 1 up, or the path of a list")
         clip = self.augment.jitter_clip is None or self.augment.jitter > 0

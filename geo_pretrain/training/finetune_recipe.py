@@ -123,7 +123,7 @@ class FinetuneOptim:
     sync_bn: bool = False  # BatchNorm over all processes, not over each one's micro-batch; needs CUDA
     steps: Count | None = None  # either steps or epochs
     epochs: Positive | None = None
-    schedule: Literal["poly", "multistep", "constant"] = "poly"
+    schedule: Literal["poly", "cosine", "multistep", "constant"] = "poly"  # cosine: from lr to 0, by the step
     power: NotNegative = 0.9  # poly: lr (1 - s / (S + 1)) ** power
     floor: NotNegative = 0.0  # poly: lower limit of the learning rate of each group
     milestones: Milestones | None = None  # multistep: at each of these lr is multiplied by gamma
@@ -143,8 +143,8 @@ class FinetuneOptim:
 
         `epoch`: number of passes through the training data that are complete.
         """
-        if self.schedule == "poly":
-            value = learning_rate(OptimSpec(lr=self.lr, power=self.power, schedule="poly"), step, steps)
+        if self.schedule in ("poly", "cosine"):
+            value = learning_rate(OptimSpec(lr=self.lr, power=self.power, schedule=self.schedule), step, steps)
         elif self.schedule == "multistep":
             reached = epoch if self.milestones_in == "epochs" else step
             value = self.lr * self.gamma ** sum(reached >= milestone for milestone in self.milestones or ())
@@ -153,6 +153,13 @@ class FinetuneOptim:
         if step < self.warmup:
             value *= self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup
         return value
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Weights of losses that a protocol adds to the task's own."""
+
+    lovasz: NotNegative = 0.0  # 3D segmentation: of the Lovasz loss beside cross-entropy; SLidR: 1
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,7 @@ class FinetuneRecipe(Ranged):
     network: NetworkSpec
     data: LabelledSpec
     optim: FinetuneOptim
+    loss: LossSpec = LossSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     match_released_code: bool = False  # reproduce the released protocol's accidents; the report lists them
     seed: Seed = 0
@@ -198,6 +206,8 @@ class FinetuneRecipe(Ranged):
         both_given = "optim.momentum / optim.dampening"
         alone = optim.optimizer == "sgd" or plain
         check(alone, both_given, (optim.momentum, optim.dampening), "neither for adam", given=["optim.optimizer"])
+        right = self.task == "segmentation3d" or self.loss == LossSpec()
+        check(right, "loss.lovasz", self.loss.lovasz, "0 but for task 'segmentation3d'", given=["task"])
         if self.data.cloud is not None:
             self.data.cloud.check_settings(check)
         self._check_network(check)

@@ -99,6 +99,8 @@ def cloud_input(spec: CloudSpec, contract: VoxelContract, backbone: str) -> Clou
     wanted = contract
     if spec.voxel_size is not None:
         wanted = replace(wanted, voxel_size=spec.voxel_size, coordinates="cartesian")
+    if spec.cylindrical is not None:
+        wanted = replace(wanted, voxel_size=spec.cylindrical, coordinates="cylindrical")
     have, scratch = len(contract.channels), backbone == SCRATCH
     if spec.features == "ones":
         wanted = replace(wanted, channels=("one",) * have, scale=1.0, offset=0.0)

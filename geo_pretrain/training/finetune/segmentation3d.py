@@ -35,6 +35,7 @@ from geo_pretrain.training.evaluation.metrics import (
 from geo_pretrain.training.evaluation.predictions import PointLabels
 from geo_pretrain.training.finetune.clouds import CloudTask
 from geo_pretrain.training.finetune.task import Evaluation
+from geo_pretrain.training.losses import lovasz_softmax
 from geo_pretrain.training.networks3d import segmentation_srunet
 from geo_pretrain.training.visualize.clouds import draw_clouds
 from geo_pretrain.training.visualize.results import draw_predictions
@@ -62,11 +63,16 @@ class CloudSegmentation(CloudTask):
         return cloud
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Cross-entropy over the labelled voxels of all clouds together."""
+        """Cross-entropy over the labelled voxels of all clouds together, and where the recipe says so Lovasz's loss."""
         logits, labels = self.forward(batch["coords"], batch["feats"]), batch["labels"]
         if self.recipe.on_frames():
-            return {"segmentation": labelled_loss(logits, labels)}
-        return {"segmentation": labelled_loss(logits[:, 1:], labels, first=1)}
+            losses = {"segmentation": labelled_loss(logits, labels)}
+        else:
+            losses = {"segmentation": labelled_loss(logits[:, 1:], labels, first=1)}
+        if self.recipe.loss.lovasz:
+            known = labels > 0
+            losses["lovasz"] = self.recipe.loss.lovasz * lovasz_softmax(logits[known, 1:], labels[known] - 1)
+        return losses
 
     @torch.no_grad()
     def logits(self, sample: CloudSample) -> Tensor:

@@ -125,7 +125,6 @@ def open_shapenetcore(path: Path, split: str, task: str, options: ShapeNetCoreOp
     else:
         models = split_models(folder_models(path), options.seed)
         how = f"no all.csv: own split of 70 / 10 / 20 % per category by seed {options.seed}, not the official one"
-        warnings.warn(f"shapenetcore: {how}.", stacklevel=2)
     named = options.measure if split == "val" else split
     chosen = {id: model for id, model in models.items() if model.split == named}
     if split != "test" and chosen and all(not model.synset for model in chosen.values()):
@@ -134,6 +133,8 @@ def open_shapenetcore(path: Path, split: str, task: str, options: ShapeNetCoreOp
     empty = {id for id, file in present.items() if not file.stat().st_size or _known_empty(path, file)}
     if not set(present) - empty:
         raise DataError(f"No mesh of split {named!r} in {str(path)!r}. Expected layout: {LAYOUT}")
+    if not (shrec or listed.is_file()):
+        warnings.warn(f"shapenetcore: {how}.", stacklevel=2)
     items = {id: ListedCloud(id, file) for id, file in present.items() if id not in empty}
     source = ShapeNetCore("shapenetcore", split, path, list(CATEGORIES.values()), items, options)
     source.options = options
