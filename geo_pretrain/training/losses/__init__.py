@@ -12,6 +12,7 @@ from geo_pretrain.training.losses.contrastive import (
 )
 from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.losses.distillation import crd_loss, crd_scores, kl_distillation, l2_distillation
+from geo_pretrain.training.losses.offsets import center_offsets, direction_loss, offset_loss
 from geo_pretrain.training.losses.segmentation import lovasz_softmax
 from geo_pretrain.training.losses.sets import set_info_nce
 from geo_pretrain.training.losses.voting import (
@@ -28,9 +29,11 @@ __all__ = [
     "assign_proposals",
     "box_losses",
     "center_loss",
+    "center_offsets",
     "crd_loss",
     "crd_scores",
     "depth_loss",
+    "direction_loss",
     "hardest_contrastive",
     "info_nce",
     "kl_distillation",
@@ -38,6 +41,7 @@ __all__ = [
     "lovasz_softmax",
     "nt_xent",
     "objectness_loss",
+    "offset_loss",
     "partition_info_nce",
     "queue_nce",
     "set_info_nce",
