@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from geo_pretrain.errors import BadFrame, first_line
+from geo_pretrain.errors import BadFrame, DataError, first_line
 
 INVALID_MM = (0, 65535)  # both mean "no measurement"; 65535 is rare and easily forgotten
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -90,6 +90,20 @@ def files_fingerprint(root: Path, paths: Iterable[Path]) -> str:
         stat = path.stat()
         digest.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """Turn a `DataError` about a file into a `BadFrame` with its path: what the file belongs to is skipped and counted.
+
+    A reader of one file, such as a mesh, does not know whether a program can go on without it.
+    """
+    try:
+        yield
+    except BadFrame:
+        raise
+    except DataError as error:
+        raise BadFrame(path, str(error).removeprefix(f"{path}: ").rstrip(".")) from None
 
 
 @contextmanager

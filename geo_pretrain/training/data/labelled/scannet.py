@@ -6,8 +6,10 @@ scannetv2_train.txt and scannetv2_val.txt of the ScanNet repository (folder Task
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from geo_pretrain.errors import DataError, some
 from geo_pretrain.training.data.labelled.folders import InstanceFolder, InstanceOptions, Item, SemanticFolder
@@ -28,7 +30,7 @@ def open_scannet(path: Path, split: str, task: str, options: ScanNetOptions) -> 
     root = path / "scannet_frames_25k" if (path / "scannet_frames_25k").is_dir() else path
     if not root.is_dir():
         raise DataError(f"No folder {str(path)!r}. Expected layout: {LAYOUT}")
-    listed = _list_path(root, path, split, options.split_file)
+    listed = split_list((path, root, root.parent), split, options.split_file)
     scenes = read_scene_list(listed)
     missing = [scene for scene in scenes if not (root / scene).is_dir()]
     if missing:
@@ -59,15 +61,17 @@ def open_scannet(path: Path, split: str, task: str, options: ScanNetOptions) -> 
 def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
     """Read names of scenes, one per line. In a folder, the official list of a `fraction` of images (0.2: *_20.txt).
 
-    Pri3D's lists are called scannetv2_train_20.txt and so on (1, 5, 10, 20, 40, 60 and 80 percent).
+    Pri3D's lists are called scannetv2_train_20.txt and so on (1, 5, 10, 20, 40, 60 and 80 percent), those of ScanNet's
+    data-efficient benchmark 20.txt (1, 5, 10, 20; of detection 10, 20, 40, 80).
     """
     if path.is_dir():
         if fraction is None:
             raise DataError(f"{str(path)!r} is a folder; name one of its lists: {some(_lists(path), 5)}.")
-        file = path / f"scannetv2_train_{100 * fraction:g}.txt"
-        if not file.is_file():
-            raise DataError(f"No list {file.name!r} in {str(path)!r}; there are: {some(_lists(path), 5)}.")
-        path = file
+        names = [f"{prefix}{100 * fraction:g}.txt" for prefix in ("scannetv2_train_", "")]
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise DataError(f"No list {names[0]!r} in {str(path)!r}; there are: {some(_lists(path), 5)}.")
+        path = found[0]
     try:
         names = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
@@ -80,14 +84,24 @@ def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
     return names
 
 
-def _list_path(root: Path, path: Path, split: str, given: str | None) -> Path:
+@overload
+def split_list(folders: Sequence[Path], split: str, given: str | None) -> Path: ...
+@overload
+def split_list(folders: Sequence[Path], split: str, given: str | None, *, required: bool) -> Path | None: ...
+def split_list(folders: Sequence[Path], split: str, given: str | None, *, required: bool = True) -> Path | None:
+    """Find the list of a split's scenes: `given`, or scannetv2_SPLIT.txt in one of the folders.
+
+    Raises `DataError` where there is none and one is `required`.
+    """
     if given is not None:
         return Path(given).expanduser()
     name = f"scannetv2_{split}.txt"
-    folders = list(dict.fromkeys((path, root, root.parent)))
+    folders = list(dict.fromkeys(folders))
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
+    if not required:
+        return None
     raise DataError(
         f"No list of scenes {name!r} in {' or '.join(repr(str(folder)) for folder in folders)}. It is in ScanNet's "
         "repository, folder Tasks/Benchmark: put it there, or name a list with the option split_file."

@@ -19,8 +19,9 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data import files
-from geo_pretrain.training.data.frame import Frame, NoSurface, Surface, resize_image
-from geo_pretrain.training.data.surfaces.ply import Columns, read_ply, triangle_rows
+from geo_pretrain.training.data.frame import Frame, Surface, resize_image
+from geo_pretrain.training.data.sources import scannet_files as scan_files
+from geo_pretrain.training.data.surfaces.ply import triangle_rows
 
 # Pri3D uses one matrix for every scan, at 320x240: focal length 288.9353025, principal point 159.5, 119.5. This one at
 # 640x480 becomes that when `resize_frame` takes the second of every two pixels.
@@ -72,43 +73,22 @@ class ScanNet:
         return Frame(scene, frame_id, resize_image(color, depth.shape), depth, intrinsics, pose, semantic, instance)
 
     def surface(self, scene: str) -> Surface:
-        path, (vertex,) = self._read_mesh(scene, "vertex")
-        points = _positions(path, vertex, "red", "green", "blue")
-        colors = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
-        if colors.dtype != np.uint8:
-            raise DataError(f"{path}: colors are {colors.dtype}, expected uchar.")
-        return Surface(points, colors)
+        return Surface(*scan_files.colored_vertices(self._mesh_path(scene)))
 
     def triangles(self, scene: str) -> tuple[np.ndarray, np.ndarray]:
-        path, (vertex, face) = self._read_mesh(scene, "vertex", "face")
-        points = _positions(path, vertex)
+        path = self._mesh_path(scene)
+        vertex, face = scan_files.read_mesh(path, "vertex", "face")
+        points = scan_files.positions(path, vertex)
         return points, triangle_rows(path, face, len(points))
 
     def vertices(self, scene: str) -> np.ndarray:
-        path, (vertex,) = self._read_mesh(scene, "vertex")
-        return _positions(path, vertex)
+        path = self._mesh_path(scene)
+        (vertex,) = scan_files.read_mesh(path, "vertex")
+        return scan_files.positions(path, vertex)
 
     def segments(self, scene: str, vertices: int) -> np.ndarray | None:
         path = self._segments_path(scene)
-        try:
-            tree: Any = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: segments cannot be read ({error}).") from None
-        if not isinstance(tree, dict) or "segIndices" not in tree:
-            raise DataError(f"{path}: has no 'segIndices', the list of the segments of the vertices.")
-        try:
-            ids = np.array(tree["segIndices"])
-        except ValueError:  # a list with lists in it
-            ids = np.zeros(0)
-        if ids.ndim != 1 or ids.dtype.kind != "i" or (ids < 0).any():
-            raise DataError(f"{path}: 'segIndices' is no list of whole numbers from 0, one a vertex.")
-        if len(ids) != vertices:
-            raise DataError(
-                f"{path}: has {len(ids)} segments, expected one for each of the mesh's {vertices} vertices."
-            )
-        return ids.astype(np.int64)
+        return scan_files.read_segments(path, vertices) if path.exists() else None
 
     def fingerprint(self) -> str:
         """A digest of the options and of names, sizes and times of poses, intrinsics, meshes and segments.
@@ -121,28 +101,11 @@ class ScanNet:
         options = json.dumps(asdict(self.config), sort_keys=True)
         return hashlib.sha256(f"{files.files_fingerprint(self.root, found)}\0{options}".encode()).hexdigest()
 
-    def _read_mesh(self, scene: str, *elements: str) -> tuple[Path, list[Columns]]:
-        path = self._mesh_path(scene)
-        if not path.is_file():
-            raise NoSurface(f"No mesh {str(path)!r}; it comes with the scans ('{path.name}').")
-        return path, list(read_ply(path, elements).values())
-
     def _mesh_path(self, scene: str) -> Path:
-        return self.root / scene / f"{scene}_vh_clean_2.ply"
+        return scan_files.mesh_path(self.root / scene)
 
     def _segments_path(self, scene: str) -> Path:
-        return self._mesh_path(scene).with_suffix(".0.010000.segs.json")
-
-
-def _positions(path: Path, vertex: Columns, *others: str) -> np.ndarray:
-    """Stack x, y, z to float32 [V, 3]; vertices must have the properties `others`, too."""
-    missing = [name for name in ("x", "y", "z", *others) if name not in vertex]
-    if missing:
-        raise DataError(f"{path}: vertices have no {', '.join(missing)}; they have {', '.join(vertex)}.")
-    points = np.stack([vertex[k] for k in "xyz"], 1)
-    if not (len(points) and np.isfinite(points).all()):
-        raise DataError(f"{path}: {'some vertices are not finite' if len(points) else 'the mesh has no vertices'}.")
-    return points.astype(np.float32)
+        return scan_files.segments_path(self.root / scene)
 
 
 def _read_labels(path: Path, shape: tuple[int, ...], kind: type[np.signedinteger[Any]]) -> np.ndarray:

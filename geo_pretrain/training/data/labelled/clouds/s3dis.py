@@ -20,7 +20,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, some
 from geo_pretrain.training.checks import Accepts, Ranged
-from geo_pretrain.training.data.files import files_fingerprint
+from geo_pretrain.training.data.files import files_fingerprint, usable
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.s3dis_text import MIXED, RAW_CLASSES, Room, read_room
 from geo_pretrain.training.data.surfaces.ply import read_ply, write_ply
@@ -140,10 +140,8 @@ def label_table(options: S3DISOptions) -> np.ndarray:
 
 def read_prepared(path: Path) -> Room:
     """Read a converted room. Raises `BadFrame` if the file is broken or none of ours."""
-    try:
+    with usable(path):
         vertex = read_ply(path, ("vertex",))["vertex"]
-    except DataError as error:
-        raise BadFrame(path, str(error).removeprefix(f"{path}: ").rstrip(".")) from None
     columns = ("x", "y", "z", *RGB, "label", "instance")
     missing = [name for name in columns if name not in vertex]
     if missing:

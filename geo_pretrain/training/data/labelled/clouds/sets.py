@@ -5,6 +5,7 @@ from __future__ import annotations
 from geo_pretrain.training.data.labelled.clouds.kitti_object import KITTIObjectOptions, open_kitti_object
 from geo_pretrain.training.data.labelled.clouds.rooms3d import Rooms3DOptions, open_rooms3d
 from geo_pretrain.training.data.labelled.clouds.s3dis import S3DISOptions, open_s3dis
+from geo_pretrain.training.data.labelled.clouds.scannet3d import ScanNet3DOptions, open_scannet3d
 from geo_pretrain.training.data.labelled.clouds.semantickitti import SemanticKITTIOptions, open_semantickitti
 from geo_pretrain.training.data.labelled.clouds.shapenetcore import ShapeNetCoreOptions, open_shapenetcore
 from geo_pretrain.training.data.labelled.clouds.shapenetpart import ShapeNetPartOptions, open_shapenetpart
@@ -37,6 +38,14 @@ CLOUD_SETS: dict[str, DataSet] = {
         "LicenseRef-2D-3D-S-terms",
         "non-commercial research; on a form",
         S3DISOptions,
+    ),
+    "scannet3d": DataSet(
+        open_scannet3d,
+        ("segmentation3d", "instances3d", "detection3d"),
+        "LicenseRef-ScanNet-ToU",
+        "non-commercial research and education; on a signed agreement",
+        ScanNet3DOptions,
+        WITH_TEST,
     ),
     "semantickitti": DataSet(
         open_semantickitti,
