@@ -38,7 +38,8 @@ RENAMED = (  # former keys and values, which are still read
     Renamed("data.options.authors_exact", "data.options.match_released_code"),
     Renamed("network.depth", "network.encoder", RESNETS),
 )
-OVERLAYS = RECIPES / "overlays"  # toy_TASK.yaml: what --toy applies to the recipes of a task
+# What --toy applies to recipes of a task: toy_TASK.yaml; to those on clouds of frames: toy_TASK_frames.yaml.
+OVERLAYS = RECIPES / "overlays"
 
 TaskName = Literal["segmentation", "segmentation3d", "detection", "instances"]
 LabelName = Literal["segmentation", "detection", "segmentation3d"]
@@ -292,9 +293,21 @@ def load_finetune_recipe(
     tree = draft.tree
     if isinstance(tree.get("task"), dict) and "network" not in tree:
         raise recipe.other_kind(str(path), "train")
-    overlay = OVERLAYS / f"toy_{tree.get('task')}.yaml"
-    if toy and overlay.is_file():  # without it the task is wrong, which is named with the other mistakes
-        merge_tree(tree, Draft.read(overlay).tree)
-        if isinstance(tree.get("name"), str):
-            tree["name"] = retag(tree["name"], "toy")
+    if toy:
+        _lay_toy_over(tree)
     return draft.override(overrides, recipe.OWNERS).parse(FinetuneRecipe, also)
+
+
+def _lay_toy_over(tree: dict[str, Any]) -> None:
+    """Lay the toy of its task over a recipe; options of another source than the toy's go. Nothing for a wrong task."""
+    data = tree["data"] if isinstance(tree.get("data"), dict) else {}
+    frames = tree.get("task") == "segmentation3d" and data.get("source") in FRAME_SETS
+    overlay = OVERLAYS / f"toy_{tree.get('task')}{'_frames' if frames else ''}.yaml"
+    if not overlay.is_file():  # the task is wrong, which is named with the other mistakes
+        return
+    toy = Draft.read(overlay).tree
+    if data.get("source") != toy["data"].get("source"):
+        data.pop("options", None)
+    merge_tree(tree, toy)
+    if isinstance(tree.get("name"), str):
+        tree["name"] = retag(tree["name"], "toy")

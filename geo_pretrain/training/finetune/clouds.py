@@ -37,6 +37,7 @@ class CloudTask(FinetuneTask):
     `shared_clouds` yields those of a process, `evaluation_sample` voxelizes one and `forward` runs a sparse network.
     """
 
+    unit = "clouds"
     skips_broken = True
     classes: tuple[str, ...]
     cloud: CloudSpec

@@ -47,6 +47,7 @@ class FinetuneTask(ABC):
     recipe: FinetuneRecipe
     metric: str  # the score that picks the best evaluation and goes into tables: "miou", "box_ap50"
     contract: ImageContract | VoxelContract  # what images or points are turned into
+    unit = "images"  # what is counted in displays: "images" or "clouds"
     skips_broken = False  # whether a `BadFrame` is skipped and counted in training, instead of ending the run
 
     @classmethod  # noqa: B027 (many tasks take all settings)

@@ -60,6 +60,7 @@ class Finetuning(RecipeTask):
         self.digest = weights_digest(task.backbone().state_dict())
         samples = _Samples(data.train, self.train_ids, task, recipe.seed)
         super().__init__(recipe, task.module, samples, world)
+        self.unit = task.unit
         if optim.backbone_bn_momentum is not None:
             set_bn_momentum(task.backbone(), optim.backbone_bn_momentum)
         if optim.sync_bn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from geo_pretrain.training.finetune.run import finetune
-from geo_pretrain.training.finetune_recipe import list_finetune_recipes, load_finetune_recipe
+from geo_pretrain.training.finetune_recipe import POINT_KINDS, list_finetune_recipes, load_finetune_recipe
 
 pytestmark = pytest.mark.usefixtures("quick_weights")
 
@@ -25,9 +25,27 @@ SMALL = {
         "data.augment.shorter=[64, 64]",
     ],
 }
+SCANS = "data.options={scenes: 1, val_scenes: 1, frames: 2, width: 64, height: 64, objects: 2, val_objects: 1}"
+CLOUDS = [SCANS, "optim.batch=2", "optim.steps=1", "evaluate.images=1", "network.unet3d.width=8"]
 
 
-@pytest.mark.parametrize("name", [name for name in list_finetune_recipes() if not name.startswith("rooms_")])
+def recipes(clouds):
+    """Names of the recipes on whole clouds, or of all others; those on rooms have runs of their own."""
+    names = [name for name in list_finetune_recipes() if not name.startswith("rooms_")]
+    return [name for name in names if (load_finetune_recipe(name).network.kind in POINT_KINDS) == clouds]
+
+
+@pytest.mark.parametrize("name", recipes(clouds=True))
+def test_one_step_of_every_recipe_on_clouds(name, tmp_path):
+    recipe = load_finetune_recipe(name, CLOUDS, toy=True)
+    result = finetune(recipe, "scratch", tmp_path / "out", device="cpu")
+    assert (result.recipe, result.steps, result.data["task"]) == (f"{name}.toy", 1, recipe.task)
+    assert 0 <= result.score <= 1
+    assert result.data["data"]["source"] == "rooms3d"
+    assert (tmp_path / "out" / "predictions.png").is_file()
+
+
+@pytest.mark.parametrize("name", recipes(clouds=False))
 def test_one_step_of_every_recipe(name, tmp_path):
     kind = load_finetune_recipe(name).network.kind
     size = [] if kind == "mask_rcnn" else ["data.size=[64, 64]"]
