@@ -95,12 +95,12 @@ def _pretraining_rows() -> list[tuple[str, ...]]:
 
 
 def _finetuning_rows() -> list[tuple[str, ...]]:
-    from geo_pretrain.training.finetune_recipe import list_finetune_recipes, load_finetune_recipe
+    from geo_pretrain.training.finetune_recipe import POINT_KINDS, list_finetune_recipes, load_finetune_recipe
 
     rows: list[tuple[str, ...]] = []
     for name in list_finetune_recipes():
         recipe = load_finetune_recipe(name)
-        encoder = "" if recipe.task == "segmentation3d" else f" on {recipe.network.encoder}"
+        encoder = "" if recipe.network.kind in POINT_KINDS else f" on {recipe.network.encoder}"
         network = f"{recipe.network.kind}{encoder}"
         rows.append((name, "finetune", recipe.task, network, recipe.data.source))
     return rows

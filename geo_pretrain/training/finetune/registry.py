@@ -17,6 +17,7 @@ from geo_pretrain.training.recipe import UNet3DSpec
 TASKS = {  # task of a recipe -> "module:class", called with (recipe, start, classes, contract)
     "segmentation": "geo_pretrain.training.finetune.segmentation:Segmentation",
     "segmentation3d": "geo_pretrain.training.finetune.segmentation3d:CloudSegmentation",
+    "instances3d": "geo_pretrain.training.finetune.instances3d:Instances3D",
     "detection": "geo_pretrain.training.finetune.detection:Detection",
     "instances": "geo_pretrain.training.finetune.detection:Detection",
 }
