@@ -131,6 +131,19 @@ def unet_args(spec: UNet3DSpec, *, normalize: bool = False) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in stated} | {"normalize": normalize}
 
 
+def srunet_shape(network: SRUNet) -> dict[str, Any]:
+    """The arguments of `SRUNet` that its shapes depend on, in plain JSON types."""
+    return {
+        "variant": network.variant,
+        "in_chans": network.in_chans,
+        "out_chans": network.out_chans,
+        "width": network.width,
+        "stem_kernel": network.conv0p1s1.kernel_size,
+        "planes": list(network.planes),
+        "layers": list(network.layers),
+    }
+
+
 def segmentation_srunet(start: SRUNet, classes: int, *, seed: int, transfer: bool = True) -> SRUNet:
     """A U-Net shaped like `start` whose last layer gives `classes` logits.
 

@@ -1,4 +1,4 @@
-"""What networks say about one cloud, in its own order of points and its own frame; pictures are made of it."""
+"""What networks say about one cloud, in its own order of points and its own frame, or about one image's pixels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D
+
+
+@dataclass(frozen=True)
+class PixelLabels:
+    """The class of each pixel of an image."""
+
+    labels: np.ndarray  # int64 [H, W], 1..C
+    scores: np.ndarray  # float32 [H, W]: probability of the label
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from geo_pretrain.training.data.samples.whole_clouds import (
 from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.finetune.task import FinetuneTask, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
-from geo_pretrain.training.networks3d import CloudInput, PretrainedInit3D, cloud_input
+from geo_pretrain.training.networks3d import CloudInput, PretrainedInit3D, cloud_input, srunet_shape
 
 
 class CloudTask(FinetuneTask):
@@ -56,6 +56,7 @@ class CloudTask(FinetuneTask):
         self.labelled = None if limited is None else LabelledPoints.of(limited, recipe.data.fraction_seed)
         self.skipped: dict[str, str] = {}  # path -> reason, of clouds left out of the latest evaluation
         network, transfer = start.unet(recipe.seed, self.inputs.in_chans)
+        self._start_shape = srunet_shape(network)
         self.module = self.build(network, transfer)
 
     @abstractmethod
@@ -120,6 +121,9 @@ class CloudTask(FinetuneTask):
 
     def backbone(self) -> nn.Module:
         return self.module
+
+    def start_shape(self) -> dict[str, Any]:
+        return dict(self._start_shape)
 
     def facts(self) -> dict[str, Any]:
         """The input that was chosen, in words."""

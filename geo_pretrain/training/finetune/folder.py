@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from safetensors.torch import load_file
 
+from geo_pretrain.checkpoint import sha256
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.files import write_text
 from geo_pretrain.training.config import plain_types
@@ -129,7 +130,8 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
         "score": (task.best() if uses == "best" else task.evaluations[-1])["scores"][metric],
         "seed": recipe.seed,
         "authors_exact": recipe.match_released_code,  # the name in results.json
-        "backbone": {"name": task.backbone, "digest": task.digest},
+        "backbone": {"name": task.backbone, "digest": task.digest, "shape": task.task.start_shape()},
+        "model": {"sha256": sha256(task.run.out / MODEL)},
         "contract": plain_types(task.task.contract.to_dict()),
         "data": {
             "source": train.name,

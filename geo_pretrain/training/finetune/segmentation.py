@@ -23,6 +23,7 @@ from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.labelled.image import LabelledImage, LabelledSource
 from geo_pretrain.training.data.samples.augment import uniform
 from geo_pretrain.training.evaluation.metrics import confusion_matrix
+from geo_pretrain.training.evaluation.predictions import PixelLabels
 from geo_pretrain.training.finetune.task import SegmentationTask
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks import PretrainedInit, Segmenter, build_segmenter, check_options
@@ -125,6 +126,21 @@ class Segmentation(SegmentationTask):
     def truth_size(self) -> tuple[int, int] | None:
         """The size to which labels are resized before the comparison; None: no resizing."""
         return (self.recipe.evaluate.size or self.recipe.data.size) if self.exact else None
+
+    @torch.no_grad()
+    def predict(self, items: Sequence[np.ndarray]) -> list[PixelLabels]:
+        """Predict the class of each pixel of images uint8 [H, W, 3], at their own size; class 0 is never predicted."""
+        self.module.eval()
+        device, found = next(self.module.parameters()).device, []
+        for image in items:
+            pixels = Image.fromarray(image)
+            if self.recipe.data.size is not None:
+                pixels = pixels.resize(self.recipe.data.size[::-1], self._resampling())
+            logits, _ = self.module(self._normalize(_tensor(pixels))[None].to(device))
+            chances = upsample(logits, image.shape[:2])[0, 1 - self.first :].softmax(0)
+            scores, labels = chances.max(0)
+            found.append(PixelLabels((labels + 1).cpu().numpy(), scores.cpu().numpy()))
+        return found
 
     @torch.no_grad()
     def predictions(self, source: LabelledSource, ids: Sequence[str]) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:

@@ -96,12 +96,24 @@ class FinetuneTask(ABC):
         """
 
     @abstractmethod
+    def predict(self, items: Sequence[Any]) -> list[Any]:
+        """Predict in evaluation mode, in the order of `items`: images uint8 [H, W, 3], RGB, or `LabelledCloud`s.
+
+        Labels of clouds are not looked at and may be None. Results are in the size, frame and order of points of the
+        input; their types are in evaluation/predictions.py, that of boxes in images is `evaluation.coco.Detections`.
+        """
+
+    @abstractmethod
     def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:
         """Write a PNG with image, ground truth and prediction of these images."""
 
     @abstractmethod
     def protocol_deviations(self) -> dict[str, str]:
         """Map each accident of the released protocol to what this run does about it, in words."""
+
+    def start_shape(self) -> dict[str, Any]:
+        """What, beside the recipe, the shape of the network depends on: the start weights' own, in plain JSON types."""
+        return {"width": int(cast(Any, encoder_of(self.backbone())).conv1.weight.shape[0])}
 
     def facts(self) -> dict[str, Any]:
         """Further entries of results.json, in plain JSON types."""

@@ -17,6 +17,7 @@ from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage
+from geo_pretrain.training.finetune import load_finetuned
 from geo_pretrain.training.finetune.detection import (
     Detection,
     Detections,
@@ -466,3 +467,9 @@ def test_a_run_that_was_killed_goes_on_as_if_it_never_was(tmp_path):
     assert whole.metric == "mask_ap"
     assert whole.data["quirks"]["images without objects"].startswith("are trained on and measured")
     assert Image.open(whole.folder / "predictions.png").size[0] == 3 * (320 + 12) + 12
+
+    loaded = load_finetuned(whole.folder)  # scratch: its norms are not frozen, whatever the recipe says
+    assert loaded.evaluate(sources[1], sources[1].ids()[:2]).per_class.keys() == whole.data["last"]["per_class"].keys()
+    found, known = loaded.predict([sources[1].load("val0").image])[0], load_file(whole.folder / "model.safetensors")
+    assert found.boxes.shape == (len(found), 4)
+    assert all(torch.equal(value, known[key]) for key, value in loaded.module.state_dict().items())

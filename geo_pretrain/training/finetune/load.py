@@ -1,0 +1,172 @@
+"""Load the folder of a finished fine-tuning run in Python: its network with its weights, ready to predict."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from geo_pretrain import hub
+from geo_pretrain.backbones.architectures import HOST_WIDTH, Arch, unet_arch
+from geo_pretrain.backbones.build import build
+from geo_pretrain.backbones.resnet_unet import ResNetUNet
+from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.catalog import find
+from geo_pretrain.checkpoint import sha256
+from geo_pretrain.contract import contract_from_dict
+from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, WeightsMismatch, some
+from geo_pretrain.seeding import seeded
+from geo_pretrain.training.finetune.folder import FORMAT, MODEL, RESULTS
+from geo_pretrain.training.finetune.registry import build_finetune_task
+from geo_pretrain.training.finetune.task import FinetuneTask
+from geo_pretrain.training.finetune_recipe import POINT_KINDS, FinetuneRecipe, load_finetune_recipe
+from geo_pretrain.training.networks import IMAGENET, SCRATCH, SHAPE_TEMPLATES, PretrainedInit, Transfer
+from geo_pretrain.training.networks3d import PretrainedInit3D
+from geo_pretrain.training.recipe import UNet3DSpec
+
+
+def load_finetuned(folder: str | os.PathLike[str], *, device: str | torch.device | None = None) -> FinetuneTask:
+    """Load a fine-tuned network from the folder that `geo-pretrain finetune` wrote; nothing is downloaded.
+
+    The result is in evaluation mode; `.predict(items)` takes images (uint8 [H, W, 3], RGB) or, for tasks on clouds,
+    `LabelledCloud`s, whose labels may all be None. `.classes` names the labels 1..C, `.module` is the network.
+
+    Args:
+        folder: with results.json, recipe.yaml and model.safetensors.
+        device: where the network is put; None: the CPU.
+
+    Raises:
+        CheckpointError: a file is missing or is not what the run wrote (`DigestMismatch` for altered weights).
+        WeightsMismatch: the weights are not those of the network that the recipe describes.
+        RecipeError: the recipe has a setting that this version does not know.
+
+    Example:
+        >>> from geo_pretrain.training.finetune import load_finetuned
+        >>> task = load_finetuned("runs/unet")  # doctest: +SKIP
+        >>> labels = task.predict([image])[0].labels  # doctest: +SKIP
+    """
+    path = Path(folder).expanduser()
+    results = _results(path)
+    recipe = load_finetune_recipe(str(_there(path, "recipe.yaml")))
+    try:
+        contract = contract_from_dict(results["contract"])
+        classes, backbone = tuple(results["data"]["classes"]), results["backbone"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / RESULTS}: not a result of fine-tuning ({error!r}).") from None
+    shape = backbone.get("shape") or _shape_of_start(recipe, backbone["name"], path)
+    task = build_finetune_task(recipe, _saved_init(recipe, backbone["name"], shape), classes, contract)
+    _load_weights(task, path, results.get("model"))
+    task.module.to(device if device is not None else "cpu").eval()
+    return task
+
+
+@dataclass(frozen=True)
+class SavedInit(PretrainedInit):
+    """The shape of an image network whose weights are about to be loaded: nothing is fetched or kept."""
+
+    @property
+    def named(self) -> bool:
+        return False
+
+    def unet(self, seed: int) -> tuple[ResNetUNet, Transfer]:
+        """Pri3D's U-Net of this shape, and that nothing in it is pre-trained."""
+        with seeded(seed):
+            network: ResNetUNet = build(unet_arch(self.encoder, width=self.width), decoder=True)
+        return network, "none"
+
+    def host(self, builder: Callable[..., Any], seed: int, **options: Any) -> Any:
+        """Another library's network; an encoder that the catalog has no shape of is read from the run's start."""
+        with seeded(seed):
+            return builder(SHAPE_TEMPLATES.get(self.encoder, self.backbone), pretrained=False, **options)
+
+
+@dataclass(frozen=True)
+class SavedInit3D(PretrainedInit3D):
+    """The shape of a 3D network whose weights are about to be loaded; `shape`: arguments of `SRUNet`."""
+
+    shape: Mapping[str, Any] = field(default_factory=dict)
+
+    def unet(self, seed: int, in_chans: int | None = None) -> tuple[SRUNet, bool]:
+        """The network of this shape, and that nothing in it is pre-trained."""
+        with seeded(seed):
+            return SRUNet(**dict(self.shape) | ({} if in_chans is None else {"in_chans": in_chans})), False
+
+
+def _saved_init(recipe: FinetuneRecipe, backbone: str, shape: Mapping[str, Any]) -> SavedInit | SavedInit3D:
+    if recipe.network.kind in POINT_KINDS:  # "scratch": the contract is the task's own by now
+        return SavedInit3D(SCRATCH, frames=recipe.on_frames(), shape=shape)
+    return SavedInit(backbone, recipe.network.encoder, shape["width"])
+
+
+def _shape_of_start(recipe: FinetuneRecipe, backbone: str, folder: Path) -> dict[str, Any]:
+    """The shape of the start of a run whose results.json does not state it, which older versions wrote."""
+    spec, in_3d = recipe.network, recipe.network.kind in POINT_KINDS
+    if backbone in (SCRATCH, IMAGENET):
+        own = spec.unet3d or UNet3DSpec()
+        if in_3d:
+            return {name: getattr(own, name) for name in ("variant", "width", "in_chans", "stem_kernel")}
+        return {"width": spec.width}
+    try:
+        arch: Arch = (find(backbone) or hub.open(backbone, local_files_only=True)).arch
+    except GeoPretrainError as error:
+        raise CheckpointError(
+            f"{folder}: an older version wrote this run and did not keep the shape of its start {backbone!r}, which "
+            f"cannot be opened: {error}"
+        ) from None
+    given: dict[str, Any] = dict(arch.args)
+    return given if in_3d else {"width": given.get("width", HOST_WIDTH)}
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; accepted: the --out of a finished fine-tuning run.")
+    path = _there(folder, RESULTS)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}).") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        given = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise CheckpointError(f"{path}: format is {given!r}; this version reads {FORMAT}.")
+    return data
+
+
+def _there(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        what = (
+            "a checkpoint folder: load_backbone loads it" if (folder / "config.json").is_file() else "no finished run"
+        )
+        raise CheckpointError(f"{str(folder)!r} has no {name}; it is {what}.")
+    return folder / name
+
+
+def _load_weights(task: FinetuneTask, folder: Path, stated: Mapping[str, Any] | None) -> None:
+    """Load model.safetensors strictly, after a comparison with the digest that results.json states."""
+    path = _there(folder, MODEL)
+    if stated is not None:
+        found = sha256(path)
+        if found != stated["sha256"]:
+            raise DigestMismatch(f"{path}: sha256 is {found}, {RESULTS} states {stated['sha256']}; it was altered.")
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error}).") from None
+    own = task.module.state_dict()
+    wrong = [f"{key} is missing" for key in own if key not in weights]
+    wrong += [f"{key} is not of the network" for key in weights if key not in own]
+    wrong += [
+        f"{key} is {list(weights[key].shape)}, the network has {list(value.shape)}"
+        for key, value in own.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    if wrong:
+        raise WeightsMismatch(f"{path}: {len(wrong)} of {len(own)} tensors do not fit: {some(wrong)}.")
+    task.module.load_state_dict(weights)
