@@ -9,9 +9,16 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
+from geo_pretrain.redact import safe
+
+LONGEST_LINE = 500  # characters of another library's message; a server may have written it
+
 
 class GeoPretrainError(Exception):
-    """Base class of all errors this package raises on purpose."""
+    """Base class of all errors this package raises on purpose; its message holds no logins and control characters."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(safe(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class UnknownName(GeoPretrainError, KeyError):
@@ -58,8 +65,8 @@ class BadFrame(DataError):
 
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
-        self.path = str(path)
-        self.reason = reason
+        self.path = safe(str(path))
+        self.reason = safe(reason)
 
     def __reduce__(self) -> tuple[type[BadFrame], tuple[str, str]]:  # workers send it to the main process
         return type(self), (self.path, self.reason)
@@ -94,7 +101,13 @@ def some(texts: Iterable[str], count: int = 3) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
+
+
+def shown(error: BaseException) -> BaseException | None:
+    """The error as the cause of another one; None if its text, which a traceback shows, holds keys or escapes."""
+    return error if safe(str(error)) == str(error) else None
 
 
 def require(package: str, extra: str = "", *, install: str = "") -> ModuleType:

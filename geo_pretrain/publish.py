@@ -36,6 +36,8 @@ from geo_pretrain.checkpoint import (
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError, some
 from geo_pretrain.hub import HF_PREFIX
 from geo_pretrain.hub.bundle import check_published_name
+from geo_pretrain.hub.outgoing import outgoing
+from geo_pretrain.redact import safe
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -64,6 +66,7 @@ class Publication:
     files: tuple[SentFile, ...]  # config.json last
     left_out: tuple[str, ...]  # in the folder, but no part of the checkpoint
     dry_run: bool
+    cleaned: tuple[str, ...] = field(default=(), kw_only=True)  # texts that lose paths of this machine, or keys
     url: str = ""  # for people; the folder for a folder
     repo: str | None = None  # Hugging Face only, as are the next three
     private: bool = False
@@ -85,6 +88,8 @@ class Publication:
         lines.append(f"  in all: {len(self.files)} files, {self.size} bytes")
         if self.left_out:
             lines.append(f"Not part of the checkpoint, so left out: {', '.join(self.left_out)}")
+        if self.cleaned:
+            lines.append(f"Without the folders of this machine that the originals name: {', '.join(self.cleaned)}")
         if self.dry_run:
             return "\n".join([*lines, "This was a dry run: nothing was written or sent."])
         if self.commit is not None:
@@ -128,7 +133,8 @@ def publish(
     On Hugging Face the files of the inventory and config.json become one commit, are fetched again, compared and
     loaded, and then tagged (`tag`, "v1" unless given). A tag stays what it is: one that exists with other content is
     refused, the same content once more changes nothing. `private` makes a new repository private. In a folder they
-    become <to>/<name>, all at once; another checkpoint of that name there is refused. Raises `HubError` when the target
+    become <to>/<name>, all at once; another checkpoint of that name there is refused. Recipe, log, card and config.json
+    go without absolute paths, logins and keys; the originals stay as they are. Raises `HubError` when the target
     cannot be used or a transfer fails, saying what is online by then, and `DigestMismatch` when what arrived differs.
     """
     checkpoint = read_checkpoint(folder)
@@ -142,13 +148,16 @@ def publish(
     elif tag is not None or private:
         raise HubError(f"tag= and private= are understood by Hugging Face only, not by the folder {spec!r}.")
     config = _check(checkpoint)
-    plan = Publication(checkpoint.name, spec, _files(checkpoint, config), _left_out(checkpoint), dry_run)
+    texts = outgoing(checkpoint)
+    config = texts.get(CONFIG, config)
+    left_out, sent = _left_out(checkpoint), parse_config(config, checkpoint.folder)
+    plan = Publication(checkpoint.name, spec, _files(sent, config), left_out, dry_run, cleaned=tuple(sorted(texts)))
     if spec.startswith(HF_PREFIX):
         plan = replace(plan, repo=repo, tag=tag, private=private)
-        return plan if dry_run else _Upload(checkpoint, config, plan).run()
+        return plan if dry_run else _Upload(sent, texts | {CONFIG: config}, plan).run()
     target = Path(to).expanduser() / checkpoint.name
     if not _in_folder(target, config) and not dry_run:
-        _copy_to(target, checkpoint, config)
+        _copy_to(target, sent, texts | {CONFIG: config})
     return replace(plan, url=str(target))
 
 
@@ -259,12 +268,14 @@ def _in_folder(target: Path, config: bytes) -> bool:
     return True
 
 
-def _copy_to(target: Path, checkpoint: Checkpoint, config: bytes) -> None:
+def _copy_to(target: Path, checkpoint: Checkpoint, texts: Mapping[str, bytes]) -> None:
+    """Copy the files of the checkpoint to `target`; those in `texts`, config.json among them, have these bytes."""
     try:
         with staged(target, str(os.getpid())) as staging:
-            for name in checkpoint.files:
+            for name in {*checkpoint.files} - {*texts}:
                 shutil.copyfile(checkpoint.folder / name, staging / name)  # contents alone: rights follow the umask
-            (staging / CONFIG).write_bytes(config)
+            for name, text in texts.items():
+                (staging / name).write_bytes(text)
             verify_files(read_checkpoint(staging))
     except OSError as error:
         raise HubError(f"{target}: cannot be written ({error.strerror or error}). Choose another folder.") from error
@@ -287,8 +298,9 @@ def _repository(spec: str) -> str:
 class _Upload:
     """One upload to Hugging Face; after a failure `done` and `doing` state what is online."""
 
-    def __init__(self, checkpoint: Checkpoint, config: bytes, plan: Publication) -> None:
-        self.checkpoint, self.config, self.plan = checkpoint, config, plan
+    def __init__(self, checkpoint: Checkpoint, texts: Mapping[str, bytes], plan: Publication) -> None:
+        self.checkpoint, self.texts, self.plan = checkpoint, texts, plan
+        self.config = texts[CONFIG]
         self.repo, self.tag = str(plan.repo), str(plan.tag)
         self.done: list[str] = []
         self.doing = ""
@@ -363,7 +375,8 @@ class _Upload:
         online = {sibling.rfilename for sibling in client.model_info(self.repo, revision=head).siblings or ()}
         stale = online & set(ROLES.values()) - set(self.checkpoint.files)
         operations: list[Any] = [
-            CommitOperationAdd(name, self.checkpoint.folder / name) for name in self.checkpoint.files
+            CommitOperationAdd(name, self.texts.get(name) or self.checkpoint.folder / name)
+            for name in self.checkpoint.files
         ]
         operations.append(CommitOperationAdd(CONFIG, self.config))
         self.doing = f"sending {len(operations)} files"
@@ -407,7 +420,7 @@ class _Upload:
         except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
             raise HubError(f"Hugging Face, {self.repo!r}: {_reason(error)}\n{self._so_far(error)}") from error
         except BaseException as error:
-            error.add_note(self._so_far(error))
+            error.add_note(safe(self._so_far(error)))
             raise
 
     def _so_far(self, error: BaseException) -> str:

@@ -157,12 +157,12 @@ def pull(
     if not names and from_bundle is None:
         raise typer.BadParameter("give NAMES or --from-bundle FILE.")
     for folder in install_bundle(from_bundle) if from_bundle is not None else ():
-        console.print(f"{folder.name}: {folder}", soft_wrap=True, highlight=False)
+        console.print(escape(f"{folder.name}: {folder}"), soft_wrap=True, highlight=False)
 
     for name in names or ():
         opened = _open(name, hub)
         checkpoint = opened.fetch(*opened.network_roles(decoder=not encoder), *(() if encoder else ("golden",)))
-        console.print(f"{name}: {checkpoint.folder}", soft_wrap=True, highlight=False)
+        console.print(escape(f"{name}: {checkpoint.folder}"), soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -180,7 +180,7 @@ def verify(
     result = check(name, hub=hub, tolerance=tolerance)
     table = Table("output", "difference", "", box=None)
     for output, error in result.errors.items():
-        table.add_row(output, f"{error:.1e}", "ok" if error <= result.tolerance else "[red]differs")
+        table.add_row(escape(output), f"{error:.1e}", "ok" if error <= result.tolerance else "[red]differs")
     console.print(table)
     console.print(f"{result.name}: {len(result.errors)} golden outputs reproduced within {tolerance:g}.")
 
@@ -271,10 +271,11 @@ def card(
     Example: `geo-pretrain card pri3d_view_geo_r50`
     """
     from geo_pretrain.cards import card_of
+    from geo_pretrain.redact import printable
 
     text = card_of(name)
     if out is None:
-        typer.echo(text, nl=False)
+        typer.echo(printable(text), nl=False)
     else:
         out.write_text(text, encoding="utf-8")
 

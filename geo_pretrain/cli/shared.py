@@ -12,12 +12,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape as escape
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from geo_pretrain import __version__
 from geo_pretrain.errors import GeoPretrainError
+from geo_pretrain.redact import safe
 
 app = typer.Typer(
     name="geo-pretrain",
@@ -41,6 +42,11 @@ def main() -> None:
         sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
 
 
+def escape(text: str) -> str:
+    """Text for the console: no markup, no control characters, no logins; a server or a file may have written it."""
+    return escape_markup(safe(text))
+
+
 def _message(error: GeoPretrainError | OSError) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}."
@@ -52,8 +58,8 @@ def _format_warning(
 ) -> str:
     """Format a warning of this package as one line; warnings of libraries keep their file and line."""
     if Path(filename).is_relative_to(Path(__file__).parents[1]):
-        return f"Warning: {message}\n"
-    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+        return f"Warning: {safe(str(message))}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {safe(str(message))}\n"
 
 
 def _version(value: bool) -> None:
@@ -99,10 +105,10 @@ def progress(show: bool = True) -> Iterator[Callable[[str, int, int, str], None]
             if stage not in tasks:
                 for task in tasks.values():  # an earlier stage is over when the next one begins
                     bars.update(task, completed=next(t.total or 0 for t in bars.tasks if t.id == task))
-                tasks[stage] = bars.add_task(stage, total=total, detail=detail)
+                tasks[stage] = bars.add_task(escape(stage), total=total, detail="")
             elif done < bars.tasks[tasks[stage]].completed:  # the same stage of the next run
                 bars.reset(tasks[stage])
-            bars.update(tasks[stage], completed=done, total=total, detail=detail)
+            bars.update(tasks[stage], completed=done, total=total, detail=escape(detail))
 
         yield report
 
@@ -121,7 +127,7 @@ def _quiet_progress() -> Callable[[str, int, int, str], None]:
             return
         left = (now - begin[stage]) / done * (total - done) if done else float("nan")
         ending = f", {left:.0f} s left" if done and done < total else ""
-        typer.echo(f"{stage}: {done}/{total} {detail}{ending}".rstrip())
+        typer.echo(safe(f"{stage}: {done}/{total} {detail}{ending}".rstrip()))
         shown[stage] = now
 
     return report

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
+from urllib.parse import urlsplit, urlunsplit
 
 from geo_pretrain.catalog import CATALOG, Entry, find
 from geo_pretrain.checkpoint import Checkpoint, means_folder
@@ -74,7 +75,9 @@ def open(
     if text.startswith(HF_PREFIX):
         return _Search(request, (text,)).open()
     if text.startswith(WEB_PREFIXES):
-        base, _, name = text.rstrip("/").rpartition("/")
+        address = urlsplit(text)
+        above, _, name = address.path.rstrip("/").rpartition("/")
+        base = urlunsplit(address._replace(path=above, fragment=""))
         return _Search(replace(request, name=name), (base,)).open()
     folder = Path(text).expanduser()
     if means_folder(name_or_path):

@@ -10,6 +10,7 @@ links, devices, sparse files and long names are refused before they mean anythin
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from geo_pretrain.checkpoint import (
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
 from geo_pretrain.files import atomic_write
 from geo_pretrain.hub.cache import cache_root, exclusive
+from geo_pretrain.hub.outgoing import outgoing
 from geo_pretrain.hub.sources import CONFIG_LIMIT
 
 MEMBER_LIMIT = 10_000  # files in one bundle: about a thousand checkpoints
@@ -66,7 +68,8 @@ def write_bundle(folders: Sequence[Path | str], out: Path | str) -> Path:
     """Write checkpoint folders into the bundle `out`, by an atomic write after it was read back.
 
     Every file is compared with its digest. The network's weights and golden values must be there; texts that a folder
-    lists but does not hold (it came from a cache) are left out. An unfinished checkpoint stays one. Raises
+    lists but does not hold (it came from a cache) are left out, and so are paths of this machine (`outgoing`). An
+    unfinished checkpoint stays one. Raises
     `CheckpointError` or `DigestMismatch` for a folder that is none, `HubError` when `out` cannot be written.
     """
     out = Path(out).expanduser()
@@ -77,8 +80,9 @@ def write_bundle(folders: Sequence[Path | str], out: Path | str) -> Path:
         with atomic_write(out) as part:
             with tarfile.open(part, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for checkpoint in chosen:
+                    texts = outgoing(checkpoint)
                     for name in (*_files_to_bundle(checkpoint), CONFIG):
-                        _add(tar, checkpoint, name)
+                        _add(tar, checkpoint, name, texts.get(name))
             with _opened(part) as stream:
                 for bundled in _contents(stream, part):
                     _verify(stream, bundled)
@@ -169,11 +173,12 @@ def _files_to_bundle(checkpoint: Checkpoint) -> list[str]:
     return sorted(name for name in checkpoint.files if name in needed or (checkpoint.folder / name).is_file())
 
 
-def _add(tar: tarfile.TarFile, checkpoint: Checkpoint, name: str) -> None:
+def _add(tar: tarfile.TarFile, checkpoint: Checkpoint, name: str, text: bytes | None = None) -> None:
+    """Add a file of the folder, or `text` in its place."""
     header = tarfile.TarInfo(f"{checkpoint.name}/{name}")
     header.mode = 0o644
-    with (checkpoint.folder / name).open("rb") as stream:
-        header.size = os.fstat(stream.fileno()).st_size
+    with (checkpoint.folder / name).open("rb") if text is None else io.BytesIO(text) as stream:
+        header.size = os.fstat(stream.fileno()).st_size if text is None else len(text)
         try:
             tar.addfile(header, stream)
         except ValueError as error:  # a name or number that a plain header has no room for

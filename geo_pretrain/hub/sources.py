@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from geo_pretrain.catalog import Arch, Entry, License
 from geo_pretrain.checkpoint import (
@@ -30,11 +30,11 @@ from geo_pretrain.checkpoint import (
     verify_file,
 )
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotThere, first_line, renamed
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotThere, first_line, renamed, shown
 from geo_pretrain.files import atomic_write
 from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
-from geo_pretrain.hub.transfer import Progress, download
+from geo_pretrain.hub.transfer import LARGEST, Progress, download
 
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 HF_PREFIX, WEB_PREFIXES = "hf-hub:", ("http://", "https://")
@@ -209,7 +209,7 @@ class HuggingFace(Source):
             raise NotThere(f"Hugging Face has no file {file!r} in {self.repo!r}") from error
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
             said = f"{file} is not in its cache, and {DOWNLOADS_OFF}" if self.request.offline else _first_lines(error)
-            raise HubError(f"Hugging Face, {self.repo!r}: {said}") from error
+            raise HubError(f"Hugging Face, {self.repo!r}: {said}") from shown(error)
 
 
 class WebServer(Source):
@@ -219,8 +219,11 @@ class WebServer(Source):
     """
 
     def __init__(self, base: str, request: Request) -> None:
-        self.request, self.url = request, f"{base}/{request.name}"
-        host = f"{urlsplit(base).hostname}-{hashlib.sha256(base.encode()).hexdigest()[:12]}"
+        self.request, self.base = request, base
+        self.url = self._address()
+        parts = urlsplit(base)
+        same = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))  # whoever asks
+        host = f"{parts.hostname}-{hashlib.sha256(same.encode()).hexdigest()[:12]}"
         self.folder = request.cache / "hub" / host / request.name
         self.part = self.folder / ".download.part"
         self.config: bytes | None = None  # what `look` fetched; None: it found the cached one
@@ -244,6 +247,12 @@ class WebServer(Source):
                 if self._cached(roles) is None:
                     self._fill(roles)
         return read_checkpoint(self.folder)
+
+    def _address(self, *names: str) -> str:
+        """The address of the checkpoint, or of a file of it, with the query of the hub's address: signatures."""
+        parts = urlsplit(self.base)
+        path = "/".join((parts.path.rstrip("/"), self.request.name, *names))
+        return urlunsplit(parts._replace(path=path, fragment=""))
 
     def _refuse_offline(self) -> None:
         if self.request.offline:
@@ -276,7 +285,7 @@ class WebServer(Source):
             self.part.unlink(missing_ok=True)
 
     def _fetch_config(self) -> tuple[Checkpoint, bytes]:
-        url = f"{self.url}/{CONFIG}"
+        url = self._address(CONFIG)
 
         def once() -> tuple[Checkpoint, bytes]:
             download(url, self.part, limit=CONFIG_LIMIT)
@@ -292,7 +301,9 @@ class WebServer(Source):
         return checkpoint, text
 
     def _fetch_file(self, checkpoint: Checkpoint, file: str) -> None:
-        target, stored, url = self.folder / file, checkpoint.files[file], f"{self.url}/{file}"
+        target, stored, url = self.folder / file, checkpoint.files[file], self._address(file)
+        if stored.size > LARGEST:
+            raise CheckpointError(f"{url}: {CONFIG} promises {stored.size} bytes; at most {LARGEST} are accepted.")
         if target.is_file() and sha256(target) == stored.sha256:
             return
 

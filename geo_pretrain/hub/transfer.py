@@ -6,7 +6,13 @@ caller compares the digest that it returns.
 
 GEO_PRETRAIN_MIRROR=http://host/base fetches every address `https://drive.google.com/x?y`, redirects included, as
 `http://host/base/drive.google.com/x?y`: for clusters behind a mirror, and for tests. Loopback addresses and the mirror
-itself are left alone. GEO_PRETRAIN_TIMEOUT: seconds without a byte before a connection counts as stalled.
+itself are left alone. A login (`http://name:password@host`) in it, as in a hub's address, is sent to that host alone.
+
+How long a server is listened to: GEO_PRETRAIN_TIMEOUT seconds without a byte, twice that for the headers or a page,
+`SLOWEST` bytes per second, and one deadline for a file with all attempts: GEO_PRETRAIN_DEADLINE seconds, or what its
+size takes at `SLOW` bytes per second (`LONGEST` at most). Redirects do not leave https, and lead to hosts of this
+machine or of private networks only if the user named them, in the address itself or in GEO_PRETRAIN_REDIRECTS (HOST or
+HOST:PORT, separated by commas).
 """
 
 from __future__ import annotations
@@ -31,19 +37,24 @@ from typing import IO, Any
 from urllib.parse import quote, urldefrag, urljoin, urlsplit
 
 from geo_pretrain import __version__
-from geo_pretrain.errors import HubError, NotThere, first_line
+from geo_pretrain.errors import HubError, NotThere, first_line, shown
+from geo_pretrain.hub.exchange import HEAD_LIMIT, REDIRECTS_VARIABLE, Exchange, NotPublic, Overdue, Watch
 from geo_pretrain.hub.links import WebPage, confirmed_link, direct_link, google_refusal, host, is_google, is_loopback
 
 CACHE_VARIABLE, MIRROR_VARIABLE = "GEO_PRETRAIN_CACHE", "GEO_PRETRAIN_MIRROR"
-TIMEOUT_VARIABLE = "GEO_PRETRAIN_TIMEOUT"
+TIMEOUT_VARIABLE, DEADLINE_VARIABLE = "GEO_PRETRAIN_TIMEOUT", "GEO_PRETRAIN_DEADLINE"
 TIMEOUT = 30.0  # seconds without a byte
-SLOWEST = 100  # bytes per second; a slower connection over TIMEOUT counts as stalled
+SLOWEST = 1000  # bytes per second; a slower connection over TIMEOUT counts as stalled
+SLOW = 20_000  # bytes per second on average that the deadline of a file allows for
+UNKNOWN_SIZE = 500 << 20  # bytes that the deadline allows for where nobody promised a size
+LARGEST = 16 << 30  # bytes that any file may have; the largest checkpoint has 1 GB
+LONGEST = 12 * 3600.0  # seconds that the deadline allows for at most, unless it is given
 ATTEMPTS = 3
 PAUSE = 0.3  # seconds before the second attempt; three times that before the third
 LONGEST_PAUSE = 15.0  # a server that asks for more (Retry-After) is not waited for
 REDIRECTS = 10  # pages that ask for a confirmation count too
 BLOCK = 1 << 18
-PAGE_LIMIT = 1 << 20  # bytes of a web page that are looked at
+PAGE_LIMIT = 1 << 18  # bytes of a web page that are looked at
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all (None: not known)
 
@@ -62,16 +73,24 @@ class _Broken(Exception):
         self.pause, self.from_start = pause, from_start
 
 
-def download(url: str, target: Path, *, limit: int | None = None, progress: Progress | None = None) -> str:
+def download(
+    url: str,
+    target: Path,
+    *,
+    limit: int | None = None,
+    deadline: float | None = None,
+    progress: Progress | None = None,
+) -> str:
     """Write the file behind `url` (or behind a share link) to `target` and return the sha256 of its bytes.
 
     Truncated and stalled transfers and busy servers get `ATTEMPTS` tries, a server that can continues where it
-    stopped. More than `limit` bytes are refused. Raises `NotThere` for a file that does not exist and `HubError` for
-    everything else, the disk included; `target` does not exist then. Two processes must not share a `target`:
-    see `cache.exclusive`.
+    stopped. More than `limit` bytes (at most `LARGEST`) are refused. `deadline`: seconds for all of it, which
+    GEO_PRETRAIN_DEADLINE overrides; the default follows from the size. Raises `NotThere` for a file that does not exist
+    and `HubError` for everything else, the disk included; `target` does not exist then. Two processes must not share a
+    `target`: see `cache.exclusive`.
     """
-    written = _Written(Path(target), limit, progress)
-    source = _Source(url)
+    written = _Written(Path(target), LARGEST if limit is None else min(limit, LARGEST), progress)
+    source = _Source(url, _seconds(DEADLINE_VARIABLE, deadline), limit)
     try:
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -79,10 +98,11 @@ def download(url: str, target: Path, *, limit: int | None = None, progress: Prog
                 return written.finish()
             except _Broken as error:
                 pause = max(PAUSE * 3 ** (attempt - 1), error.pause)
-                if attempt == ATTEMPTS:
-                    raise HubError(f"{source}: {error} ({ATTEMPTS} attempts). Try again later.") from error
                 if pause > LONGEST_PAUSE:
-                    raise HubError(f"{source}: {error}. Try again in {pause:.0f} s, as the server asks.") from error
+                    wait = f"in {pause:.0f} s" if pause < 86400 else "in more than a day"
+                    raise HubError(f"{source}: {error}. Try again {wait}, as the server asks.") from shown(error)
+                if attempt == ATTEMPTS:
+                    raise HubError(f"{source}: {error} ({ATTEMPTS} attempts). Try again later.") from shown(error)
                 if error.from_start:
                     written.validator = None
             time.sleep(pause)
@@ -112,7 +132,7 @@ def _size(number: int) -> str:
 class _Written:
     """The partial file: bytes written so far, their digest, and the ETag that allows to continue."""
 
-    def __init__(self, path: Path, limit: int | None, progress: Progress | None) -> None:
+    def __init__(self, path: Path, limit: int, progress: Progress | None) -> None:
         self.path, self.limit, self.progress = path, limit, progress
         self.total: int | None = None
         self.validator: str | None = None  # a strong ETag
@@ -135,9 +155,10 @@ class _Written:
             free = shutil.disk_usage(self.path.parent).free
         except OSError as error:
             raise disk_error(error, self.path, total) from error
-        if total is not None and total > free:
+        needed = total if total is not None else self.limit if self.limit < LARGEST else 0
+        if needed > free:
             raise HubError(
-                f"{self.path}: {_size(total)} are needed, {_size(free)} are free there. "
+                f"{self.path}: {_size(needed)} are needed, {_size(free)} are free there. "
                 f"Free some, or {OTHER_CACHE} on a larger disk."
             )
 
@@ -181,14 +202,27 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 class _Source:
     """One address being downloaded: its redirects, cookies and errors."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, deadline: float | None = None, limit: int | None = None) -> None:
         self.given = self.first = self.url = url  # asked for, its first address, the address of the last hop
-        self.mirror, self.timeout = _mirror(), _timeout()
+        self.mirror, self.timeout = _mirror(), _seconds(TIMEOUT_VARIABLE) or TIMEOUT
+        self.deadline = deadline  # None: by the size
         self.first = self.url = direct_link(
             self._checked(quote(url.strip(), safe=string.punctuation), f"{url!r} is no address")
         )
+        self.watch = Watch(self.timeout, self._allowance(limit))
+        self.exchange = Exchange(self.watch, (self.first, self.mirror))
+        self.first = self.url = self.exchange.take_login(self.first)
+        self.mirror = self.exchange.take_login(self.mirror)
         self.cookies = CookieJar()
-        self.opener = urllib.request.build_opener(_Stay, urllib.request.HTTPCookieProcessor(self.cookies))
+        self.opener = urllib.request.build_opener(
+            _Stay, urllib.request.HTTPCookieProcessor(self.cookies), *self.exchange.handlers()
+        )
+
+    def _allowance(self, size: int | None) -> float:
+        """Seconds for a file of so many bytes, with all attempts."""
+        if self.deadline is not None:
+            return self.deadline
+        return 10 * self.timeout + min((UNKNOWN_SIZE if size is None else size) / SLOW, LONGEST)
 
     def __str__(self) -> str:
         """For messages: the given address and the host that answered, no redirected address, which may hold keys."""
@@ -211,7 +245,7 @@ class _Source:
     def _begin(self, answer: HTTPResponse, written: _Written) -> None:
         """Check the answer's headers; continue the partial file or start over."""
         if answer.status not in (200, 203, 206):
-            raise HubError(f"{self}: HTTP {answer.status} {answer.reason}: no file comes with it. {_LOOK}")
+            raise HubError(f"{self}: HTTP {answer.status} {answer.reason[:200]}: no file comes with it. {_LOOK}")
         if (coding := answer.headers.get("Content-Encoding", "identity").lower()) not in ("identity", ""):
             raise HubError(f"{self}: comes compressed ({coding}) although the plain file was asked for. {_LOOK}")
         if answer.status == 206:
@@ -224,7 +258,9 @@ class _Source:
         tag = answer.headers.get("ETag", "")
         can_continue = tag.startswith('"') and answer.headers.get("Accept-Ranges", "").lower() == "bytes"
         total = answer.length
-        if written.limit is not None and total is not None and total > written.limit:
+        if total is not None:  # at most what was promised
+            self.watch.allowance = self._allowance(min(total, written.limit))
+        if total is not None and total > written.limit:
             raise HubError(
                 f"{self}: is {total} bytes long, at most {written.limit} are accepted: another file than the one meant."
             )
@@ -233,8 +269,8 @@ class _Source:
     def _receive(self, answer: HTTPResponse, written: _Written) -> None:
         left = answer.length
         since, count = time.monotonic(), 0
-        while block := self._guarded(partial(answer.read1, BLOCK)):
-            if written.limit is not None and written.done + len(block) > written.limit:
+        while block := self._next(answer):
+            if written.done + len(block) > written.limit:
                 raise HubError(f"{self}: goes on after {written.limit} bytes, the most that are accepted: {_OTHER}")
             written.add(block)
             left = None if left is None else left - len(block)
@@ -246,6 +282,12 @@ class _Source:
         if left:
             raise _Broken(f"the connection ended after {written.done} of {written.total} bytes")
 
+    def _next(self, answer: HTTPResponse) -> bytes:
+        """The next bytes of the file, b"" at its end."""
+        self.watch.phase("the file", BLOCK + HEAD_LIMIT)
+        block: bytes = self._guarded(partial(answer.read1, BLOCK))
+        return block
+
     def _guarded(self, read: Callable[[], Any]) -> Any:
         """Call `read`; failures of the connection become `_Broken` or `HubError`."""
         try:
@@ -255,14 +297,33 @@ class _Source:
         except urllib.error.URLError as error:  # before anything was sent
             reason = error.reason if isinstance(error.reason, Exception) else error
             if isinstance(reason, BROKEN) and not isinstance(reason, TimeoutError):
-                raise _Broken(first_line(reason)) from error
-            raise HubError(f"{self}: {first_line(reason)}. {self._unreachable()}") from error
+                raise _Broken(first_line(reason)) from shown(error)
+            raise HubError(f"{self}: {first_line(reason)}. {self._unreachable()}") from shown(error)
         except TimeoutError as error:
+            try:
+                self.watch.patience()
+            except Overdue as overdue:
+                raise self._overdue(overdue) from error
             raise _Broken(f"no byte for {self.timeout:g} s") from error
+        except Overdue as error:
+            raise self._overdue(error) from error
+        except NotPublic as error:
+            raise HubError(
+                f"{self}: redirects to a host that nobody named: {error}. If that is meant, set "
+                f"{REDIRECTS_VARIABLE} to its name, or HOST:PORT."
+            ) from error
         except BROKEN as error:
-            raise _Broken(f"the connection broke ({first_line(error)})") from error
+            raise _Broken(f"the connection broke ({first_line(error)})") from shown(error)
         except (OSError, ValueError) as error:
-            raise HubError(f"{self}: {first_line(error)}. {self._unreachable()}") from error
+            raise HubError(f"{self}: {first_line(error)}. {self._unreachable()}") from shown(error)
+
+    def _overdue(self, error: Overdue) -> Exception:
+        if not error.whole:
+            return _Broken(str(error))
+        return HubError(
+            f"{self}: {error}, the deadline for a file of this size. On a slow connection set {DEADLINE_VARIABLE} to "
+            "more seconds."
+        )
 
     def _unreachable(self) -> str:
         if self._address(self.url) != self.url:
@@ -281,24 +342,31 @@ class _Source:
             if len(seen) > REDIRECTS + 1:
                 circle = " in a circle" if len(set(seen)) < len(seen) else ""
                 raise HubError(f"{self}: redirects{circle}, {REDIRECTS} times. {_LOOK}")
-            query = urllib.request.Request(self._address(self.url), headers={**_HEADERS, **headers})
             try:
-                answer = self._guarded(partial(self.opener.open, query, timeout=self.timeout))
+                answer = self._guarded(partial(self._open, self._address(self.url), headers))
             except urllib.error.HTTPError as error:
                 with error:
                     if error.code not in MOVED or not error.headers.get("Location"):
-                        raise self._refusal(error, ranged=bool(headers)) from error
+                        raise self._refusal(error, ranged=bool(headers)) from shown(error)
                     self.url = self._hop(error.headers["Location"])
                 continue
             try:
                 if not self._is_page(answer):
                     return answer
+                self.watch.phase("its page", PAGE_LIMIT + HEAD_LIMIT)
                 text = self._guarded(partial(answer.read, PAGE_LIMIT)).decode("utf-8", "replace")
                 self.url = self._hop(self._past(text))
             except BaseException:
                 answer.close()
                 raise
             answer.close()
+
+    def _open(self, address: str, headers: Mapping[str, str]) -> HTTPResponse:
+        self.watch.phase("its answer", HEAD_LIMIT)
+        login = self.exchange.prepare(address)
+        query = urllib.request.Request(address, headers={**_HEADERS, **login, **headers})
+        answer: HTTPResponse = self.opener.open(query, timeout=self.watch.patience())
+        return answer
 
     def _address(self, url: str) -> str:
         """The address that is fetched for `url`: the mirror's where one is set."""
@@ -310,9 +378,11 @@ class _Source:
     def _hop(self, location: str) -> str:
         """Resolve a redirect or link of the page at `self.url` to an absolute address; refuse unsafe ones."""
         safe = quote(location.strip(), encoding="iso-8859-1", errors="replace", safe=string.punctuation)
-        url = self._checked(safe, f"{self}: redirects to {location!r}")
+        url = self._checked(safe, f"{self}: redirects to {location[:200]!r}")
+        url = self.exchange.take_login(url)
         parts = urlsplit(url)
-        if urlsplit(self.url).scheme == "https" and parts.scheme == "http" and not (self.mirror or is_loopback(url)):
+        by_mirror = self._address(url) != url
+        if urlsplit(self.url).scheme == "https" and parts.scheme == "http" and not by_mirror:
             raise HubError(
                 f"{self}: redirects from https to http ({parts.hostname}), where anybody can alter the file."
             )
@@ -334,10 +404,11 @@ class _Source:
         raise HubError(f"{otherwise}; http and https addresses are accepted.")
 
     def _refusal(self, error: urllib.error.HTTPError, *, ranged: bool) -> Exception:
-        code, reason = error.code, f"HTTP {error.code} {error.reason}".strip()
+        code, reason = error.code, f"HTTP {error.code} {str(error.reason)[:200]}".strip()
         if code == 416 and ranged:
             return _Broken("does not continue where it stopped", from_start=True)
         if is_google(self.url):
+            self.watch.phase("its page", PAGE_LIMIT + HEAD_LIMIT)
             text = self._guarded(partial(error.read, PAGE_LIMIT)).decode("utf-8", "replace")
             if refusal := google_refusal(text):
                 return type(refusal)(f"{self}: {refusal}")
@@ -385,16 +456,17 @@ def _mirror() -> str:
     return text
 
 
-def _timeout() -> float:
-    text = os.environ.get(TIMEOUT_VARIABLE, "").strip()
+def _seconds(variable: str, otherwise: float | None = None) -> float | None:
+    """The number of seconds in an environment variable; `otherwise` where it is not set."""
+    text = os.environ.get(variable, "").strip()
     if not text:
-        return TIMEOUT
+        return otherwise
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise HubError(f"{TIMEOUT_VARIABLE}={text!r}; a number of seconds above 0 is accepted.")
+        raise HubError(f"{variable}={text!r}; a number of seconds above 0 is accepted.")
     return seconds
 
 

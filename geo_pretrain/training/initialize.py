@@ -107,7 +107,7 @@ def moco_v2_folder(name: str) -> Path:
                 path = Path(work.enter_context(TemporaryDirectory(".work", f".{entry.name}", folder.parent)), "file")
                 if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
                     raise HubError("HF_HUB_OFFLINE is set")
-                download(offered.url, path)
+                download(offered.url, path, limit=offered.size)
             digest = _check_md5(path, MD5_PREFIXES[name])
             today = datetime.date.today().isoformat()
             origin = Origin(offered.url, digest, offered.format, offered.content, today)
