@@ -66,7 +66,7 @@ def main() -> None:
         measured = at_its_own_rate(folder, name, study) if not study.rates else at_every_rate(folder, name, study)
         results = {"machine": machine(), "minutes of this call": round((time.perf_counter() - start) / 60, 1)}
         results |= {"pre-training steps": study.pretraining, **measured}
-        write_results(f"downstream_{name}", f"python -m benchmarks.downstream FOLDER {name}", results)
+        write_results(f"downstream_{name}", f"python -m benchmarks.downstream FOLDER {name}", results, timed=False)
 
 
 def at_its_own_rate(folder: Path, name: str, study: Study) -> dict[str, Any]:

@@ -142,7 +142,9 @@ def main() -> None:
         "validation pairs": PAIRS,
     }
     command = shlex.join(["python", "-m", "benchmarks.gsc_threshold", *sys.argv[1:]])
-    write_results(options.results, command, {"settings": settings, "weights": results, "machine": machine()})
+    write_results(
+        options.results, command, {"settings": settings, "weights": results, "machine": machine()}, timed=False
+    )
     print(table(results))
 
 

@@ -139,7 +139,7 @@ def main() -> None:
             print(name, seed, json.dumps(summary(runs[-1:])), flush=True)
         results[name] = summary(runs)
     command = shlex.join(["python", "-m", "benchmarks.pretext_3d", *sys.argv[1:]])
-    write_results(options.results, command, {"recipes": results, "machine": machine()})
+    write_results(options.results, command, {"recipes": results, "machine": machine()}, timed=False)
     print(table(results))
 
 

@@ -168,7 +168,7 @@ def main() -> None:
     facts = machine()
     TABLE.write_text(table(rooms, outcomes, facts["python"]), encoding="utf-8")
     faults = [{key: value for key, value in asdict(one).items() if value != ""} for one in outcomes]
-    write_results("reliability", COMMAND, {"rooms": rooms, "machine": facts, "faults": faults})
+    write_results("reliability", COMMAND, {"rooms": rooms, "machine": facts, "faults": faults}, timed=False)
 
 
 if __name__ == "__main__":

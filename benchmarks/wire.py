@@ -56,7 +56,7 @@ def main() -> None:
             measure("authors: then the decoder", hub="", decoder=True)
         sizes = {name: round(stored.size / 1e6, 1) for name, stored in found.files.items()}
     results = {"machine": machine(), "network": NAME, "files of the checkpoint, MB": sizes, "loads": rows}
-    write_results("wire", "python -m benchmarks.wire", results)
+    write_results("wire", "python -m benchmarks.wire", results, timed=False)
 
 
 if __name__ == "__main__":

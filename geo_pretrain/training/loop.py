@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError, first_line
+from geo_pretrain.threads import Pace, considerate_waiting
 from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune_recipe import FinetuneOptim, FinetuneRecipe
@@ -201,6 +202,8 @@ def fit(
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests()) if run is not None else Event()
         log = stack.enter_context(run.log(progress.step)) if run is not None else write_nothing
+        if world.device.type == "cpu":
+            stack.enter_context(considerate_waiting())
         _Loop(task, world, run, progress, log, on_step).take_steps(stop)
     return progress
 
@@ -218,7 +221,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.model = self.world.wrap(_Losses(self.task))
-        self.first, self.sitting = self.progress.step, 0.0
+        self.first, self.sitting, self.pace = self.progress.step, 0.0, Pace()
 
     def take_steps(self, stop: Event) -> None:
         """Steps, evaluations and saved states until the end or a request to stop."""
@@ -230,8 +233,11 @@ class _Loop:
             lr = task.schedule(progress.step)
             losses = self.take_step(micro_batches)
             progress.step += 1
-            self.sitting += time.monotonic() - begin
-            progress.seconds += time.monotonic() - begin
+            seconds = time.monotonic() - begin
+            self.sitting += seconds
+            progress.seconds += seconds
+            if slow := self.pace.step(seconds):
+                warnings.warn(slow, stacklevel=2)
             self.report(losses, lr)
             measured = task.evaluation_due(progress.step)
             saving = progress.step % task.budget.save_every == 0 and not progress.finished
