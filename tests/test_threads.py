@@ -20,18 +20,18 @@ import os, threading, time, torch
 from geo_pretrain import threads
 torch.set_num_threads(2); torch.ones(1000, 1000) @ torch.ones(1000, 1000)
 threads.INTERVAL = 0.001
-looks = iter([0.0, {busy}, {busy}] + [{free}] * 200)
+looks = [0.0, {busy}, {busy}]
 counts, done = [], threading.Event()
 def share():
     counts.append(len(os.listdir("/proc/self/task")))
-    try:
-        return next(looks)
-    except StopIteration:
+    if len(counts) <= len(looks):
+        return looks[len(counts) - 1]
+    if len(counts) > 20 and counts[-1] == counts[0]:
         done.set()
-        return None
+    return {free}
 with threads.considerate_waiting(share):
-    done.wait(20)
-print(max(counts) - counts[0], counts[-1] - counts[0], len(os.listdir("/proc/self/task")) - counts[0])
+    ended = done.wait(30)
+print(max(counts) - counts[0], int(ended), sum(thread.name == "load" for thread in threading.enumerate()))
 """
 
 
@@ -46,10 +46,10 @@ def watched(**environment):
 
 @needs_libgomp
 def test_a_team_is_held_while_the_machine_is_busy_and_ended_when_it_is_free_again():
-    most, last, after = watched()
+    most, ended, watching = watched()
     assert most >= 2  # its thread, and the rest of its team
-    assert last == 0
-    assert after == -1  # the watching thread is gone too
+    assert ended
+    assert not watching
 
 
 def test_what_the_user_set_is_left_alone(monkeypatch):
