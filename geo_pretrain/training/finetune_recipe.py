@@ -41,11 +41,13 @@ RENAMED = (  # former keys and values, which are still read
 # What --toy applies to recipes of a task: toy_TASK.yaml; to those on clouds of frames: toy_TASK_frames.yaml.
 OVERLAYS = RECIPES / "overlays"
 
-TaskName = Literal["segmentation", "segmentation3d", "detection", "instances", "instances3d"]
-LabelName = Literal["segmentation", "detection", "segmentation3d", "instances3d"]
+TaskName = Literal[
+    "segmentation", "segmentation3d", "detection", "instances", "instances3d", "parts3d", "classification3d"
+]  # fmt: skip
+LabelName = Literal["segmentation", "detection", "segmentation3d", "instances3d", "parts3d", "classification3d"]
 Kind = Literal[
     "unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn", "faster_rcnn", "mask_rcnn",
-    "srunet", "srunet_instances",
+    "srunet", "srunet_instances", "srunet_classifier",
 ]  # fmt: skip
 Freeze = Annotated[int, Accepts(lambda n: 0 <= n <= 5, "0 (nothing) to 5 (stem and all stages)")]
 Degrees = Annotated[float, Accepts(lambda angle: 0 <= angle <= 180, "degrees from 0 to 180")]
@@ -60,8 +62,10 @@ KINDS: dict[str, tuple[str, ...]] = {
     "instances": ("mask_rcnn",),
     "segmentation3d": ("srunet",),
     "instances3d": ("srunet_instances",),
+    "parts3d": ("srunet",),
+    "classification3d": ("srunet_classifier",),
 }
-POINT_KINDS = ("srunet", "srunet_instances")  # networks for point clouds
+POINT_KINDS = ("srunet", "srunet_instances", "srunet_classifier")  # networks for point clouds
 FRAME_SETS = ("rooms",)  # sets of labelled RGB-D frames, whose clouds 3D segmentation takes
 
 

@@ -47,6 +47,16 @@ def best_parts(logits: Tensor, parts: Sequence[int]) -> Tensor:
     return labels[logits[:, labels - 1].argmax(dim=1)]
 
 
+def likeliest_category(logits: Tensor, table: PartTable) -> int:
+    """The category whose parts have the largest probability over all points together, for logits [N, P] of all parts.
+
+    On ties the smaller number.
+    """
+    weight = logits.softmax(dim=1).sum(dim=0)
+    sums = torch.stack([weight[[part - 1 for part in parts]].sum() for parts in table.parts])
+    return 1 + int(sums.argmax())
+
+
 def shape_iou(truth: np.ndarray, predicted: np.ndarray, parts: Sequence[int]) -> float:
     """Mean IoU over the parts of an object's category; a part in neither truth nor prediction counts 1.
 

@@ -10,9 +10,14 @@ from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.finetune.sweep import SweepResult
 from geo_pretrain.training.visualize.curves import draw_curves, percent, shown
 
-TEXTS = {"miou": "mIoU", "ap": "AP", "ap50": "AP50", "ap25": "AP25"} | {
-    f"{shape}_ap{threshold}": f"{shape} AP{threshold}" for shape in ("box", "mask") for threshold in ("", 50, 75)
-}
+TEXTS = {
+    "miou": "mIoU",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap25": "AP25",
+    "instance_miou": "instance mIoU",
+    "accuracy": "accuracy",
+} | {f"{shape}_ap{threshold}": f"{shape} AP{threshold}" for shape in ("box", "mask") for threshold in ("", 50, 75)}
 
 
 def write_report(result: SweepResult, out: Path) -> dict[str, Path]:

@@ -54,6 +54,12 @@ class FinetuneTask(ABC):
     def check(cls, recipe: FinetuneRecipe) -> None:
         """Raise `RecipeError` for settings of a recipe that the task cannot use, before anything is loaded."""
 
+    def prepare(self, train: LabelledData) -> None:  # noqa: B027 (most tasks learn nothing before training)
+        """Take from the training data what the network is built from, such as typical sizes; called before training.
+
+        It must come out the same in each process and each time, and be kept with the weights (buffers).
+        """
+
     def load(self, source: LabelledData, id: str) -> Any:
         """Load the labelled image of a sample. Raises `BadFrame` if it is unusable."""
         return source.load(id)

@@ -57,6 +57,7 @@ class Finetuning(RecipeTask):
         check_batch(optim.batch, optim.accumulate, world)
         self.backbone, self.task, self.data, self.run, self.on_evaluation = backbone, task, data, run, on_evaluation
         self.train_ids, self.val_ids = data.train.ids(), spread_ids(data.val.ids(), recipe.evaluate.images)
+        task.prepare(data.train)
         self.digest = weights_digest(task.backbone().state_dict())
         samples = _Samples(data.train, self.train_ids, task, recipe.seed)
         super().__init__(recipe, task.module, samples, world)
