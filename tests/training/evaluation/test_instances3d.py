@@ -266,6 +266,49 @@ def test_scores_rank_predictions_of_all_clouds_together():
     assert measure(scenes).per_class()["ap50"].tolist() == [0.25, 1.0]
 
 
+def test_equal_scores_in_several_clouds_are_one_point_of_the_curve():
+    one, other = cloud((300, 1, 1)), cloud((300, 2, 1))
+    scenes = [(one, found((0, 300, 1, 0.5))), (other, found((0, 300, 2, 0.1), (0, 300, 1, 0.5)))]
+    # precision 1/2 at recall 1, then the added point: each weighs half the recall
+    assert measure(scenes).per_class()["ap50"].tolist() == [0.75, 1.0]
+    for order in ((0.6, 0.5), (0.5, 0.6)):  # apart, the right one first: 1, the wrong one first: 1/4
+        scenes = [(one, found((0, 300, 1, order[0]))), (other, found((0, 300, 2, 0.1), (0, 300, 1, order[1])))]
+        assert measure(scenes).per_class()["ap50"][0] == (1.0 if order[0] > order[1] else 0.25)
+
+
+def test_predictions_of_a_class_that_no_truth_has_cost_nothing():
+    alone = measure([(TARGET, found((0, 300, 1, 0.5), (600, 900, 2, 0.5)))], classes=3)
+    more = measure([(TARGET, found((0, 300, 1, 0.5), (600, 900, 2, 0.5), (0, 900, 3, 0.99)))], classes=3)
+    np.testing.assert_array_equal(alone.values, more.values)
+
+
+def test_too_small_predictions_are_left_out_whatever_they_cover():
+    truth = cloud((100, 1, 1), (300, 2, 1))
+    right, others = (0, 100, 1, 0.5), (100, 400, 2, 0.5)
+    assert ap(truth, [right, others, (100, 199, 1, 0.9)])[1] == 1.0  # 99 points on another class
+    assert ap(truth, [right, others, (100, 200, 1, 0.9)])[1] == pytest.approx((0.25 + 1) / 2)  # 100 points
+    assert ap(truth, [(0, 99, 1, 0.5), others])[1] == 0.5  # IoU 0.99, but too small: missed
+
+
+def test_truth_that_is_too_small_is_neither_missed_nor_found():
+    truth = cloud((300, 1, 1), (99, 1, 2), (300, 2, 1))
+    good = (0, 300, 1, 0.5), (399, 699, 2, 0.5)
+    assert ap(truth, good)[0] == 1.0  # not missed
+    assert ap(truth, [*good, (299, 399, 1, 0.9)])[0] == 1.0  # found, IoU 0.99: neither right nor wrong
+    # 60 or 50 of 110 points are on the small one, IoU 0.4 or less: the larger share is ignored at 0.5, the other is not
+    for start, expected in ((339, 1.0), (349, 0.25)):
+        mixed = measure([(truth, found(*good, (start, start + 110, 1, 0.9)))])
+        assert mixed.per_class()["ap50"][0] == expected
+
+
+def test_void_of_a_prediction_is_ignored_above_the_threshold_only():
+    truth = cloud((300, 1, 1), (300, 0, 0), (300, 2, 1))
+    good = (0, 300, 1, 0.5), (600, 900, 2, 0.5)
+    for size, expected in ((300, 0.25), (299, 1.0)):  # void's share of 600 and 599 points is 0.5, and just above
+        mixed = measure([(truth, found(*good, (300, 600 + size, 1, 0.9)))])
+        assert mixed.per_class()["ap50"][0] == expected
+
+
 def test_points_without_void_and_numbers_shared_by_classes():
     labels, instances = cloud((200, 1, 7), (200, 2, 7))
     assert ap((labels, instances), [(0, 200, 1, 0.5), (200, 400, 2, 0.5)]) == (1.0, 1.0, 1.0)
