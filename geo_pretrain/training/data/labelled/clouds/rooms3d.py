@@ -98,7 +98,7 @@ class Rooms3D:
             instance = np.where(large[instance], instance, 0)
             kept = self._counted[scan["box_semantic"]] & large[scan["box_instance"]]
             classes = self._class_of[scan["box_semantic"][kept]]
-            boxes = Boxes3D(*(scan[f"box_{name}"][kept] for name in ("center", "size", "heading")), classes)
+            boxes = Boxes3D(scan["box_center"][kept], scan["box_size"][kept], scan["box_heading"][kept], classes)
         return LabelledCloud(id, scan["points"], scan["colors"], self._class_of[semantic], instance, boxes)
 
     def prepare(self, progress: Progress | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from geo_pretrain.training.data.labelled.clouds.folder import FolderOptions, open_clouds
 from geo_pretrain.training.data.labelled.clouds.kitti_object import KITTIObjectOptions, open_kitti_object
 from geo_pretrain.training.data.labelled.clouds.rooms3d import Rooms3DOptions, open_rooms3d
 from geo_pretrain.training.data.labelled.clouds.s3dis import S3DISOptions, open_s3dis
@@ -16,6 +17,14 @@ from geo_pretrain.training.data.labelled.dataset import DataSet, plain
 WITH_TEST = ("train", "val", "test")
 SHAPENET = ("LicenseRef-ShapeNet-terms", "non-commercial research and education; on registration")
 CLOUD_SETS: dict[str, DataSet] = {
+    "clouds": DataSet(
+        open_clouds,
+        ("segmentation3d", "instances3d", "detection3d"),
+        "LicenseRef-data-owner",
+        "clouds given by the caller: as their owner says",
+        FolderOptions,
+        splits=(),
+    ),
     "kitti_object": DataSet(
         open_kitti_object,
         ("detection3d",),

@@ -1,0 +1,285 @@
+"""One reader for files of point clouds: PLY, npy, npz, LAS and LAZ, with the fields that a user names.
+
+`file_columns` gives what a file holds, `read_cloud` makes a `LabelledCloud` of it.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geo_pretrain.errors import BadFrame, DataError, first_line, nearest, require, some
+from geo_pretrain.training.checks import Positive, Ranged
+from geo_pretrain.training.data.labelled.clouds.classes import FileClasses
+from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.surfaces.ply import Columns, read_ply
+
+# Names that are tried in this order where none is given; also with CloudCompare's prefix "scalar_", in any case.
+POINTS = (("x", "y", "z"), "points", "point", "xyz", "coords", "coord", "positions", "position", "pos")
+COLORS = (("red", "green", "blue"), ("r", "g", "b"), "colors", "color", "rgb")
+LABELS = ("label", "labels", "class", "classification", "semantic", "semantics", "semantic_label", "sem", "gt")
+INSTANCES = ("instance", "instances", "instance_id", "instance_label", "object", "object_id")
+INTENSITIES = ("intensity", "remission", "reflectance", "reflectivity")
+# Columns of a plain array [N, K] where the option `columns` does not name them.
+PLAIN = {
+    3: ("x", "y", "z"),
+    4: ("x", "y", "z", "label"),
+    6: ("x", "y", "z", "red", "green", "blue"),
+    7: ("x", "y", "z", "red", "green", "blue", "label"),
+    8: ("x", "y", "z", "red", "green", "blue", "label", "instance"),
+}
+_FAR = 10_000.0  # m; beyond it float32 would not hold a millimeter
+Names = Sequence[str | tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class CloudFields(Ranged):
+    """Names of the fields of cloud files; None: the usual names are tried. Fields may also be arrays [N, 3]."""
+
+    section = "data.options."
+
+    label: str | None = None
+    instance: str | None = None
+    color: str | None = None  # one name of an array [N, 3], three with commas, or none: colors are not read
+    intensity: str | None = None
+    columns: tuple[str, ...] = ()  # of plain arrays [N, K] in npy files, such as [x, y, z, _, label]
+    scale: Positive = 1.0  # meters per unit of the coordinates
+    # What intensities are multiplied with to be from 0 to 1; None: by their type's range, numbers with a point by 1.
+    intensity_scale: Positive | None = None
+    no_instance: int = 0  # the instance number that means none; -1 where objects are numbered from 0
+
+
+def read_cloud(
+    path: Path,
+    fields: CloudFields = CloudFields(),
+    classes: FileClasses | None = None,
+    *,
+    need: Collection[str] = ("label",),
+    id: str | None = None,
+) -> LabelledCloud:
+    """Read a file of points: meters, z up as the file has it, in the file's order.
+
+    Coordinates beyond 10 km are moved to near the origin, by whole units, before they become float32.
+
+    Args:
+        classes: the classes of the labels; None: neither labels nor instances are read.
+        need: which of "label" and "instance" the file must have.
+        id: of the cloud; None: the file's name without its suffix.
+
+    Raises:
+        BadFrame: the file is missing, cut off or empty, its coordinates are not finite, a field is missing, or a label
+            is none of `classes`; with path and reason.
+        MissingDependency: LAS without the library laspy.
+    """
+    file = _File(Path(path), file_columns(path, fields))
+    points = file.points() * fields.scale
+    labels = instances = None
+    if classes is not None:
+        labels = file.whole("label", fields.label, LABELS, needed="label" in need)
+        instances = file.whole("instance", fields.instance, INSTANCES, needed="instance" in need)
+        labels = None if labels is None else classes.apply(labels, path)
+        if instances is not None:
+            instances = np.where(instances == fields.no_instance, 0, instances + (fields.no_instance < 0)).clip(0)
+    return LabelledCloud(
+        file.path.stem if id is None else id,
+        near_origin(points).astype(np.float32),
+        file.colors(fields.color),
+        labels,
+        instances,
+        intensity=file.intensity(fields),
+    )
+
+
+def near_origin(points: np.ndarray) -> np.ndarray:
+    """Move coordinates [N, 3] beyond 10 km, as of maps, axis by axis to begin within a unit of 0."""
+    return points - np.where(np.abs(points).max(axis=0) > _FAR, np.floor(points.min(axis=0)), 0.0)
+
+
+def file_columns(path: Path, fields: CloudFields = CloudFields()) -> Columns:
+    """Read all columns of a file as they are, [N] or [N, K] each. Raises `BadFrame`, `DataError`."""
+    path = Path(path)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: accepted are files of points that end in {', '.join(CLOUD_SUFFIXES)}.")
+    if not path.is_file():
+        raise BadFrame(path, "file is missing")
+    return reader(path, fields)
+
+
+def _ply_columns(path: Path, fields: CloudFields) -> Columns:
+    try:
+        return read_ply(path, ["vertex"])["vertex"]
+    except DataError as error:
+        raise BadFrame(path, str(error).removeprefix(f"{path}: ").rstrip(".")) from None
+
+
+def _npy_columns(path: Path, fields: CloudFields) -> Columns:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadFrame(path, f"cannot be read ({first_line(error)})") from None
+    if array.dtype.names:
+        return {name: array[name] for name in array.dtype.names}
+    if array.ndim != 2:
+        raise BadFrame(path, f"an array of shape {list(array.shape)}; accepted: [N, K], or named columns [N]")
+    names = fields.columns or PLAIN.get(array.shape[1], ())
+    if len(names) != array.shape[1]:
+        given = f"{len(names)} are named" if fields.columns else "their meaning is not known"
+        raise BadFrame(
+            path, f"{array.shape[1]} columns, but {given}; accepted: data.options.columns with a name for each"
+        )
+    return {name: array[:, k] for k, name in enumerate(names)}
+
+
+def _npz_columns(path: Path, fields: CloudFields) -> Columns:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise BadFrame(path, f"cannot be read ({first_line(error)})") from None
+    return {name: array for name, array in found.items() if array.ndim in (1, 2)}
+
+
+def _las_columns(path: Path, fields: CloudFields) -> Columns:
+    laspy: Any = require("laspy", "las")
+    if path.suffix.lower() == ".laz" and not laspy.LazBackend.detect_available():
+        require("lazrs", "las")
+    try:
+        las = laspy.read(path)
+        names = [name for name in las.point_format.dimension_names if name not in ("X", "Y", "Z")]
+        columns = {name: np.asarray(las[name]) for name in ("x", "y", "z", *names)}
+    except (OSError, ValueError, RuntimeError, laspy.errors.LaspyException) as error:
+        raise BadFrame(path, f"cannot be read ({first_line(error)})") from None
+    if len(columns["x"]) != las.header.point_count:
+        raise BadFrame(path, f"has {len(columns['x'])} of {las.header.point_count} points: it is cut off")
+    return columns
+
+
+READERS: Mapping[str, Callable[[Path, CloudFields], Columns]] = {
+    ".ply": _ply_columns,
+    ".npy": _npy_columns,
+    ".npz": _npz_columns,
+    ".las": _las_columns,
+    ".laz": _las_columns,
+}
+CLOUD_SUFFIXES = tuple(READERS)
+
+
+class _File:
+    """The columns of a file, found by name and checked; whatever is wrong is a `BadFrame` with the file's path."""
+
+    def __init__(self, path: Path, columns: Columns) -> None:
+        self.path, self.columns = path, columns
+        self._known = {_plain(name): column for name, column in reversed(columns.items())} | columns
+
+    def _find(self, names: Names, width: int) -> np.ndarray | None:
+        """Find the first of `names` that the file has: [N] for width 1, else [N, width], of one column or several."""
+        for name in names:
+            parts = (name,) if isinstance(name, str) else name
+            found = [self._known.get(part, self._known.get(_plain(part))) for part in parts]
+            columns = [column for column in found if column is not None and column.dtype != object]
+            if len(columns) < len(parts):
+                continue
+            if len(parts) == width and all(column.ndim == 1 for column in columns):
+                lengths = {len(column) for column in columns}
+                if len(lengths) > 1:
+                    raise BadFrame(self.path, f"fields {', '.join(parts)} have {sorted(lengths)} rows")
+                return columns[0] if width == 1 else np.stack(columns, axis=1)
+            if len(parts) == 1 < width and columns[0].ndim == 2 and columns[0].shape[1] >= width:
+                return columns[0][:, :width]
+        return None
+
+    def points(self) -> np.ndarray:
+        """Coordinates as float64 [N, 3], finite; at least one point."""
+        found = self._find(POINTS, 3)
+        if found is None:
+            raise BadFrame(self.path, f"no coordinates x y z or points [N, 3]; it has {self._names()}")
+        self.rows = len(found)
+        if not self.rows:
+            raise BadFrame(self.path, "the cloud has no point")
+        points = found.astype(np.float64)
+        wrong = int((~np.isfinite(points)).any(axis=1).sum())
+        if wrong:
+            raise BadFrame(self.path, f"coordinates of {wrong} of {self.rows} points are not finite")
+        return points
+
+    def field(
+        self, what: str, given: str | None, usual: Names, *, needed: bool = False, width: int = 1
+    ) -> np.ndarray | None:
+        """The field of a meaning by its given or usual names; one that is given or `needed` must be there."""
+        names: Names = usual
+        if given is not None:
+            parts = tuple(part.strip() for part in given.split(","))
+            names = parts if len(parts) == 1 else (parts,)
+        found = self._find(names, width)
+        if found is None and (needed or given is not None):
+            shown = [name if isinstance(name, str) else " ".join(name) for name in names]
+            near = f"; nearest {nearest(given, self.columns, 1)[0]!r}" if given is not None else ""
+            raise BadFrame(
+                self.path,
+                f"no field {' or '.join(shown)} (data.options.{what}); it has {self._names()}{near}",
+            )
+        if found is not None and len(found) != self.rows:
+            raise BadFrame(self.path, f"{what} has {len(found)} rows, the points have {self.rows}")
+        return found
+
+    def whole(self, what: str, given: str | None, usual: Names, *, needed: bool) -> np.ndarray | None:
+        """A field of whole numbers: int64 [N]; numbers with a point are accepted where they are whole."""
+        found = self.field(what, given, usual, needed=needed)
+        if found is None:
+            return None
+        if found.dtype.kind not in "iu":
+            if found.dtype.kind != "f":
+                raise BadFrame(self.path, f"{what} is {found.dtype}; accepted: whole numbers")
+            wrong = ~(np.isfinite(found) & (found == np.round(found)))
+            if wrong.any():
+                raise BadFrame(self.path, f"{what} of {int(wrong.sum())} points is no whole number: {found[wrong][0]}")
+        return found.astype(np.int64)
+
+    def colors(self, given: str | None) -> np.ndarray | None:
+        """Colors uint8 [N, 3]; None: the file has none.
+
+        Whole numbers are from 0 to 255, or from 0 to 65535 where one is above 255 (as LAS has it); numbers with a point
+        from 0 to 255, or from 0 to 1 where none is above 1.
+        """
+        found = None if given == "none" else self.field("color", given, COLORS, width=3)
+        if found is None or found.dtype == np.uint8:
+            return found
+        values = found.astype(np.float64)
+        largest = values.max(initial=0)
+        limit = 65535 if found.dtype.kind in "iu" else 255
+        if not np.isfinite(values).all() or values.min(initial=0) < 0 or largest > limit:
+            raise BadFrame(
+                self.path, f"colors are from {values.min():g} to {largest:g}; accepted: 0 to {limit}, finite"
+            )
+        if found.dtype.kind == "f" and largest <= 1:
+            values = values * 255
+        elif largest > 255:
+            values = values // 256
+        return values.round().astype(np.uint8)
+
+    def intensity(self, fields: CloudFields) -> np.ndarray | None:
+        """Intensities from 0 to 1: float32 [N]; None: the file has none."""
+        found = self.field("intensity", fields.intensity, INTENSITIES)
+        if found is None:
+            return None
+        scale = fields.intensity_scale
+        if scale is None:
+            scale = 1 / np.iinfo(found.dtype).max if found.dtype.kind in "iu" else 1.0
+        values = found.astype(np.float64) * scale
+        if not np.isfinite(values).all():
+            raise BadFrame(self.path, "intensities are not finite")
+        return values.clip(0, 1).astype(np.float32)
+
+    def _names(self) -> str:
+        return some(self.columns, 30)
+
+
+def _plain(name: str) -> str:
+    """A field's name in lower case without CloudCompare's prefix."""
+    return name.lower().removeprefix("scalar_")
