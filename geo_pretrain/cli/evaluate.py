@@ -1,4 +1,4 @@
-"""Commands that measure a backbone: eval matching, pixel-to-voxel, probe."""
+"""Commands that measure a backbone: eval matching, pixel-to-voxel, probe; and eval folds, which adds up runs."""
 
 from __future__ import annotations
 
@@ -175,6 +175,31 @@ def eval_probe(
         for probe, result in found.items()
     ]
     print_table(("weights", "probe", "mIoU", f"{unit} accuracy"), rows)
+
+
+@eval_app.command("folds")
+def eval_folds(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of fine-tuned networks, one a fold.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Add up the runs of a cross-validation, such as S3DIS' six areas, and measure all of them as one.
+
+    Counts are added, not scores: the row "pooled" is what papers report as 6-fold. Below it is the mean of the folds.
+
+    Example: `geo-pretrain eval folds runs/area1 runs/area2 runs/area3 runs/area4 runs/area5 runs/area6`
+    """
+    from geo_pretrain.training.finetune.folds import pool_folds
+
+    folds = pool_folds(runs)
+    if as_json:
+        typer.echo(json.dumps(folds.to_dict()))
+        return
+    names = list(folds.pooled)
+    mean = {name: sum(scores[name] for scores in folds.each) / len(folds.each) for name in names}
+    rows = [(str(result.folder), scores) for result, scores in zip(folds.results, folds.each, strict=True)]
+    rows += [("pooled", folds.pooled), ("mean of the folds", mean)]
+    shown = [(name, *(f"{scores[key]:.1%}" for key in names)) for name, scores in rows]
+    print_table((f"fold ({folds.level})", "mIoU", "mAcc", "accuracy"), shown)
 
 
 def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as_json: bool) -> None:

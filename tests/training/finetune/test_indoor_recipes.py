@@ -91,3 +91,38 @@ def test_scannet_is_trained_with_few_points_of_few_scans_by_lists(tmp_path):
     last = result["last"]["scores"]
     assert last["miou"] == last["point_miou"]
     assert (tmp_path / "out" / "predictions.png").is_file()
+
+
+def test_six_folds_are_measured_as_one(tmp_path):
+    """Two of the areas, by networks of one step: their confusion matrices are added, whatever the mean of scores is."""
+    write_s3dis(tmp_path / "raw")
+    folders = [tmp_path / f"area{area}" for area in (1, 2)]
+    matrices = []
+    for area, folder in zip((1, 2), folders, strict=True):
+        options = "optim.steps=1", "evaluate.every_steps=1", f"data.options.area={area}"
+        result = finetune("s3dis_srunet34", f"s3dis:{tmp_path / 'raw'}", folder, *options)
+        matrices.append(np.array(result["last"]["details"]["confusion"]))
+    ended = geo_pretrain("eval", "folds", *folders, "--json")
+    found = json.loads(ended.output)
+    total = np.zeros((14, 14), int)
+    for matrix in matrices:
+        total += matrix
+    ious, recalls = {}, []
+    for row, name in enumerate(result["data"]["classes"], 1):
+        truth, guess, both = total[row].sum(), total[:, row].sum(), total[row, row]
+        if truth:
+            ious[name] = both / (truth + guess - both)
+            recalls.append(both / truth)
+    assert found["pooled"]["miou"] == pytest.approx(np.mean(list(ious.values())))
+    assert found["pooled"]["macc"] == pytest.approx(np.mean(recalls))
+    assert {name: value for name, value in found["iou"].items() if name in ious} == pytest.approx(ious)
+    assert [fold["folder"] for fold in found["folds"]] == [str(folder) for folder in folders]
+    assert found["level"] == "voxels"
+    table = geo_pretrain("eval", "folds", *folders).output
+    assert f"pooled {found['pooled']['miou']:.1%}" in " ".join(table.split())
+    assert "measured on the same data" in geo_pretrain("eval", "folds", folders[0], folders[0], expected=1).errors
+    recipe = folders[1] / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("lr: 0.05", "lr: 0.04"))
+    assert "no folds of one experiment: optim.lr: 0.05 -> 0.04" in geo_pretrain(
+        "eval", "folds", *folders, expected=1
+    ).errors.replace("\n", " ")
