@@ -42,12 +42,15 @@ RENAMED = (  # former keys and values, which are still read
 OVERLAYS = RECIPES / "overlays"
 
 TaskName = Literal[
-    "segmentation", "segmentation3d", "detection", "instances", "instances3d", "parts3d", "classification3d"
+    "segmentation", "segmentation3d", "detection", "detection3d", "instances", "instances3d", "parts3d",
+    "classification3d",
 ]  # fmt: skip
-LabelName = Literal["segmentation", "detection", "segmentation3d", "instances3d", "parts3d", "classification3d"]
+LabelName = Literal[
+    "segmentation", "detection", "segmentation3d", "detection3d", "instances3d", "parts3d", "classification3d"
+]  # fmt: skip
 Kind = Literal[
     "unet", "deeplabv3", "deeplabv3plus", "pspnet", "fpn", "upernet", "fcn", "faster_rcnn", "mask_rcnn",
-    "srunet", "srunet_instances", "srunet_classifier",
+    "srunet", "srunet_instances", "srunet_classifier", "votenet",
 ]  # fmt: skip
 Freeze = Annotated[int, Accepts(lambda n: 0 <= n <= 5, "0 (nothing) to 5 (stem and all stages)")]
 Degrees = Annotated[float, Accepts(lambda angle: 0 <= angle <= 180, "degrees from 0 to 180")]
@@ -62,10 +65,11 @@ KINDS: dict[str, tuple[str, ...]] = {
     "instances": ("mask_rcnn",),
     "segmentation3d": ("srunet",),
     "instances3d": ("srunet_instances",),
+    "detection3d": ("votenet",),
     "parts3d": ("srunet",),
     "classification3d": ("srunet_classifier",),
 }
-POINT_KINDS = ("srunet", "srunet_instances", "srunet_classifier")  # networks for point clouds
+POINT_KINDS = ("srunet", "srunet_instances", "srunet_classifier", "votenet")  # networks for point clouds
 FRAME_SETS = ("rooms",)  # sets of labelled RGB-D frames, whose clouds 3D segmentation takes
 
 

@@ -18,6 +18,7 @@ TASKS = {  # task of a recipe -> "module:class", called with (recipe, start, cla
     "segmentation": "geo_pretrain.training.finetune.segmentation:Segmentation",
     "segmentation3d": "geo_pretrain.training.finetune.segmentation3d:CloudSegmentation",
     "instances3d": "geo_pretrain.training.finetune.instances3d:Instances3D",
+    "detection3d": "geo_pretrain.training.finetune.detection3d:Detection3D",
     "parts3d": "geo_pretrain.training.finetune.parts3d:Parts3D",
     "classification3d": "geo_pretrain.training.finetune.classification3d:Classification3D",
     "detection": "geo_pretrain.training.finetune.detection:Detection",

@@ -147,6 +147,19 @@ class Proposing(nn.Module):
         return chosen if shape.sampling == "vote_fps" else chosen * shape.vote_factor  # the first vote of each seed
 
 
+@torch.no_grad()
+def quiet_start(network: VoteNet) -> None:
+    """Let votes begin at their seeds and proposals without offsets: the last layers' weights for them become 0.
+
+    Random ones, which the released code starts from, move votes about a meter; a few hundred steps are spent on that.
+    """
+    moves = network.vgen.conv3.weight.unflatten(0, (network.vgen.factor, 3 + FEATURES))
+    moves[:, :3] = 0
+    network.vgen.conv3.bias.unflatten(0, (network.vgen.factor, 3 + FEATURES))[:, :3] = 0
+    network.pnet.conv3.weight.zero_()
+    network.pnet.conv3.bias.zero_()
+
+
 class _Aggregation(nn.Module):
     """The features of the votes in a ball around each proposal: a shared perceptron, then the maximum."""
 
