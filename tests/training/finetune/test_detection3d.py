@@ -24,6 +24,7 @@ from geo_pretrain.training.finetune.registry import (
     load_checked_finetune_recipe,
 )
 from geo_pretrain.training.finetune.run import finetune
+from geo_pretrain.training.finetune_recipe import RECIPES
 from geo_pretrain.training.geometry3d.boxes import points_in_boxes
 from tests.forked import Forked
 from tests.training.finetune.blocks import Blocks, blocks
@@ -301,3 +302,27 @@ def test_settings_that_boxes_do_not_allow_are_refused(override, parts):
         recipe_of(override)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name, points, bins, classes", [("scannet3d", 40_000, 1, 18), ("sunrgbd3d", 20_000, 12, 10)])
+def test_recipes_state_the_released_protocol(name, points, bins, classes):
+    recipe = load_checked_finetune_recipe(f"{name}_votenet", ["network.unet3d.width=8"])
+    cloud, optim, augment = recipe.clouds(), recipe.optim, recipe.clouds().augment
+    assert (cloud.voxel_size, cloud.features, cloud.points) == (0.025, "ones", points)
+    assert (augment.mirror, augment.rotate, augment.scale) == (
+        ((0.5, 0.5, 0), (0, 0, 5), (1, 1)) if bins == 1 else ((0.5, 0, 0), (0, 0, 30), (0.85, 1.15))
+    )
+    assert (optim.optimizer, optim.batch, optim.epochs, optim.weight_decay) == ("adam", 32 if bins == 1 else 64, 180, 0)
+    rates = [optim.rate(0, 1, epoch=epoch) for epoch in (0, 79, 80, 119, 120, 160, 179)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-6, 1e-6])
+    assert (optim.bn_momentum, optim.bn_epochs) == ("votenet", 20)
+    init = backbone_init(recipe, "scratch", {})
+    task = build_finetune_task(recipe, init, [f"c{k}" for k in range(classes)], init.contract())
+    assert (task.module.shape.heading_bins, task.module.shape.seeds, task.module.shape.proposals) == (bins, 1024, 256)
+    assert task.module.mean_sizes.shape == (classes, 3)
+    text = (RECIPES / f"{name}_votenet.yaml").read_text()
+    (line,) = [
+        line for line in text.splitlines() if "--set" in line
+    ]  # CSC's settings, as the recipe's header tells them
+    csc = load_checked_finetune_recipe(f"{name}_votenet", line.removeprefix("#").replace("--set", "").split())
+    assert (csc.optim.bn_epochs, csc.clouds().features) == (80, "rgb")
