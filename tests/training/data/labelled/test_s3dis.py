@@ -85,6 +85,9 @@ def test_published_faults_lose_no_point_that_can_be_read():
     ]
     assert "odd bytes in b'20.316 7.354 3.111 185\\x00187 182'" in found.faults[0]
     assert "5 words: b'1 2 3 4 5'" in found.faults[3]
+    alone = parse_lines(good + broken[0][0] + good)
+    assert [fault.partition(",")[0] for fault in alone.faults] == ["line 2: repaired"]
+    assert np.array_equal(alone.points[1], rows[2, :3].astype(np.float32))
 
 
 def test_a_room_has_its_objects_by_name_without_copies_and_strange_files(tmp_path):

@@ -26,6 +26,7 @@ COLUMNS = 6
 CHUNK = 1 << 18  # bytes that are parsed together: their words fit into a processor's cache
 DIGITS = 15  # a decimal of so many digits is a whole number over a power of ten, both exact in float64
 _OF_NUMBERS = b"0123456789+-.eE \t\r\n"
+_CONTROLS = [bytes([byte]) for byte in range(ord(" ")) if byte not in b"\t\r\n"]  # no white space of a text
 _BLANKED = bytes(byte if byte in _OF_NUMBERS else ord(" ") for byte in range(256))
 
 
@@ -142,6 +143,8 @@ def _chunks(data: bytes) -> Iterator[bytes]:
 def _parse_chunk(data: bytes) -> np.ndarray | None:
     """Parse lines of six plain decimals each: float64 [N, 6]; None where anything else occurs (blank lines do not)."""
     characters = np.frombuffer(data, np.uint8)
+    if any(data.count(byte) for byte in _CONTROLS):
+        return None
     inside = characters > ord(" ")
     edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
     starts, lengths = edges[::2], edges[1::2] - edges[::2]
