@@ -60,7 +60,7 @@ class Conversion:
         told = [f"{item}: {remark}" for item, remarks in sorted(self.remarks.items()) for remark in remarks]
         if told:
             more = f", {limit} of them (all: {INDEX})" if len(told) > limit else ""
-            lines += [f"{len(told)} remarks on raw files{more}:", *(f"  {remark}" for remark in told[:limit])]
+            lines += [f"remarks on raw files: {len(told)}{more}", *(f"  {remark}" for remark in told[:limit])]
         return "\n".join(lines)
 
 

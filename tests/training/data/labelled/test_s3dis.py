@@ -252,7 +252,7 @@ def test_conversion_goes_on_where_it_stopped_and_counts_broken_rooms(raw, tmp_pa
     again = convert_data("s3dis", root, out)
     assert sorted(again.made) == [f"Area_{k}/office_1" for k in (2, 3, 4)]
     assert [*again.remarks] == ["Area_1/office_1"]  # as it was made by the first call
-    assert "1 remarks on raw files" in again.summary()
+    assert "remarks on raw files: 1" in again.summary()
     assert len(convert_data("s3dis", root, out).present) == 6
     lines = [json.loads(line) for line in (out / INDEX).read_text().splitlines()]
     assert lines[0] == {"converter": "s3dis", "version": 1, "settings": {"voxel_size": 0.01}}
