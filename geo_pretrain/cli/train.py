@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from geo_pretrain.training.finetune.sweep import SweepResult
 
 BACKBONE_HELP = "A catalog name, a checkpoint folder, imagenet or scratch; with --sweep several."
+SCENES_HELP = "An official list of training scenes, or the folder of such lists, from which --fraction chooses."
+POINTS_HELP = "Labelled points of each training cloud: a number, or the path of an official list."
 RELEASED_HELP = "Reproduce the accidents of the released protocol."
 
 
@@ -108,6 +110,8 @@ def finetune(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     data: Annotated[str | None, typer.Option(help=LABELLED_HELP)] = None,
     fraction: Annotated[list[float], typer.Option(help="Share of the training images, whole scenes.")] = [1.0],  # noqa: B006
+    scenes: Annotated[str | None, typer.Option(help=SCENES_HELP)] = None,
+    labelled_points: Annotated[str | None, typer.Option(help=POINTS_HELP)] = None,
     seed: Annotated[list[int], typer.Option(help="Seed of sample order, augmentation and new weights.")] = [0],  # noqa: B006
     sweep: Annotated[bool, typer.Option("--sweep", help="Run all combinations and write a table.")] = False,
     toy: Annotated[bool, typer.Option("--toy", help="The same protocol on small rooms: CPU, minutes.")] = False,
@@ -127,7 +131,9 @@ def finetune(
     A data-efficiency curve: `geo-pretrain finetune rooms_unet_r18 --sweep -b scratch -b runs/view --fraction 0.2
     --fraction 1 --seed 0 --seed 1 --out runs/curve`
 
-    In 3D: `geo-pretrain finetune rooms_srunet34 -b runs/csc --out runs/srunet`
+    In 3D: `geo-pretrain finetune rooms3d_srunet34 -b runs/csc --fraction 0.1 --out runs/srunet`
+
+    Few labelled points: `geo-pretrain finetune rooms3d_srunet34 -b runs/csc --labelled-points 20 --out runs/points`
 
     Several processes: `torchrun --nproc-per-node 8 -m geo_pretrain finetune ...`
     """
@@ -136,7 +142,10 @@ def finetune(
     from geo_pretrain.training.finetune import sweep as sweeps
     from geo_pretrain.training.finetune.registry import load_checked_finetune_recipe
 
-    overrides = [*data_overrides(data), *(["match_released_code=true"] if match_released_code else []), *set_]
+    overrides = data_overrides(data)
+    overrides += [f"data.scenes={json.dumps(scenes)}"] if scenes is not None else []
+    overrides += [f"data.cloud.labelled_points={_number_or_path(labelled_points)}"] if labelled_points else []
+    overrides += [*(["match_released_code=true"] if match_released_code else []), *set_]
     spec = load_checked_finetune_recipe(recipe, overrides, toy=toy)
     for option, given in (("--backbone", backbone), ("--fraction", fraction), ("--seed", seed)):
         if len(given) > 1 and not sweep:
@@ -160,6 +169,11 @@ def finetune(
         _show_sweep(swept, out, as_json)
     elif world.is_main:
         _show_result(result, as_json)
+
+
+def _number_or_path(text: str) -> str:
+    """The YAML of a number of points, or of the path of a list."""
+    return text if text.isdecimal() else json.dumps(text)
 
 
 def _show_result(result: FinetuneResult, as_json: bool) -> None:

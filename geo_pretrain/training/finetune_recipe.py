@@ -220,6 +220,10 @@ class FinetuneRecipe(Ranged):
         check(right, "loss.lovasz", self.loss.lovasz, "0 but for task 'segmentation3d'", given=["task"])
         if self.data.cloud is not None:
             self.data.cloud.check_settings(check)
+            limited, whole = self.data.cloud.labelled_points, ("detection3d", "classification3d")
+            right = limited is None or (self.task not in whole and not self.on_frames())
+            none = f"none for {' and '.join(whole)}, and for clouds of frames"
+            check(right, "data.cloud.labelled_points", limited, none, given=["task", "data.source"])
         self._check_network(check)
 
     def _check_network(self, check: Checks) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -54,6 +55,9 @@ class CloudTask(FinetuneTask):
             warnings.warn(f"Input: {self.inputs.choice}.", stacklevel=2)
         limited = self.cloud.labelled_points
         self.labelled = None if limited is None else LabelledPoints.of(limited, recipe.data.fraction_seed)
+        self.training_cloud = self.cloud
+        if limited is not None and self.cloud.labels == "agree" and not recipe.match_released_code:
+            self.training_cloud = replace(self.cloud, labels="agree_known")
         self.skipped: dict[str, str] = {}  # path -> reason, of clouds left out of the latest evaluation
         network, transfer = start.unet(recipe.seed, self.inputs.in_chans)
         self._start_shape = srunet_shape(network)
@@ -73,7 +77,7 @@ class CloudTask(FinetuneTask):
     def sample(self, item: LabelledCloud, generator: torch.Generator) -> Any:
         """Draw, augment and voxelize a cloud, whose labels may be limited to a few points."""
         cloud = item if self.labelled is None else self.labelled.keep(item)
-        return training_sample(cloud, self.cloud, self.contract, generator)
+        return training_sample(cloud, self.training_cloud, self.contract, generator)
 
     def collate(self, samples: list[Any]) -> dict[str, Any]:
         """Join samples to a batch within the limit of voxels."""
@@ -126,5 +130,16 @@ class CloudTask(FinetuneTask):
         return dict(self._start_shape)
 
     def facts(self) -> dict[str, Any]:
-        """The input that was chosen, in words."""
-        return {"input": self.inputs.choice}
+        """The input that was chosen and the limit of labels, in words."""
+        return {"input": self.inputs.choice} | ({"labelled_points": self.limits()} if self.labelled else {})
+
+    def limits(self) -> str:
+        """Say which points of training clouds keep their labels, and what becomes of the voxels they are in.
+
+        As released, unlabelled points are one more class where labels of a voxel must agree, so that a labelled point
+        counts only where it is alone with its like; here they have no say unless `match_released_code` is set.
+        """
+        assert self.labelled is not None
+        rule = self.training_cloud.labels
+        say = {"agree": "unlabelled points of its voxel take the label back (as released)"}
+        return f"{self.labelled}; {say.get(rule, 'unlabelled points of its voxel have no say')} ({rule})"

@@ -37,6 +37,11 @@ class LabelledPoints:
             return cls(given, seed)
         return cls(listed=read_point_list(Path(given).expanduser()), path=given)
 
+    def __str__(self) -> str:
+        if self.listed is not None:
+            return f"labelled points of the list {self.path!r}"
+        return f"{self.count} labelled points of each training cloud, drawn by seed {self.seed}"
+
     def keep(self, cloud: LabelledCloud) -> LabelledCloud:
         """The cloud with labels (and instances) of these points only; all others become 0.
 
