@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune.registry import (
     backbone_init,
@@ -24,6 +25,7 @@ from geo_pretrain.training.finetune.registry import (
 )
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.losses import center_offsets, direction_loss, offset_loss
+from tests.indoor_layouts import write_s3dis, write_scannet_release
 from tests.training.finetune.test_run import assert_same_run
 from tests.two_processes import in_two_processes
 
@@ -319,3 +321,38 @@ def test_two_processes_measure_what_one_does(tmp_path):
         assert task.evaluate(source, source.ids(), World(rank, 2, CPU)) == alone
 
     in_two_processes(work, tmp_path)
+
+
+# the published recipes on files in their sets' layouts
+
+TINY = (
+    "network.unet3d={variant: 18A, width: 8}",
+    "network.options.minimum=5",
+    "network.options.grouping={cluster: 3, proposal: 3}",
+    "data.cloud.voxel_size=0.1",
+    "optim.batch=2",
+    "optim.steps=1",
+    "evaluate.every_steps=1",
+    "workers=0",
+)
+
+
+@pytest.mark.filterwarnings("ignore:S3DIS is not complete")
+@pytest.mark.parametrize("write, name", [(write_s3dis, "s3dis"), (write_scannet_release, "scannet3d")])
+def test_published_recipes_train_measure_and_predict_on_their_layouts(tmp_path, write, name):
+    write(tmp_path / "data")
+    recipe = load_checked_finetune_recipe(f"{name}_instances", [*TINY, f"data.path={tmp_path / 'data'}"])
+    result = finetune(recipe, "scratch", tmp_path / "out", device="cpu")
+    assert 0 <= result.score <= 1
+    ap = result.per_class("ap50")
+    things = {"s3dis": {"floor", "wall", "table", "chair"}, "scannet3d": {"table", "chair"}}[name]
+    assert {each for each, value in ap.items() if value is not None} == things
+    assert recipe.network.options.get("stuff", []) == ([] if name == "s3dis" else ["wall", "floor"])
+    init = backbone_init(recipe, "scratch", {})
+    source = open_labelled(name, tmp_path / "data", "val", task="instances3d", options=recipe.data.options)
+    task = build_finetune_task(recipe, init, source.classes, init.contract())
+    if name == "scannet3d":
+        source = open_labelled(name, tmp_path / "data", "test", task="instances3d")
+    cloud = source.load(source.ids()[0])
+    (found,) = task.predict([cloud])
+    assert found.masks.shape[1] == len(found.labels.labels) == len(cloud)
