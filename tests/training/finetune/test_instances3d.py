@@ -18,6 +18,10 @@ from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.distributed import World
+from geo_pretrain.training.evaluation.grouping import Proposals
+from geo_pretrain.training.evaluation.instances3d import InstanceRules, instance_precision, overlaps_of
+from geo_pretrain.training.evaluation.scannet_benchmark import write_scannet_instances
+from geo_pretrain.training.finetune import instances3d
 from geo_pretrain.training.finetune.registry import (
     backbone_init,
     build_finetune_task,
@@ -167,17 +171,11 @@ def test_released_rules_are_switched_and_named(monkeypatch):
     limited = []
     monkeypatch.setattr(
         "geo_pretrain.training.finetune.instances3d.group",
-        lambda places, logits, classes, settings: limited.append(settings.neighbors) or _nothing(),
+        lambda places, logits, classes, settings: limited.append(settings.neighbors) or Proposals.of([], [], []),
     )
     for task in (mended, released):
         task.find(scene(1))
     assert limited == [None, 1000]
-
-
-def _nothing():
-    from geo_pretrain.training.evaluation.grouping import Proposals
-
-    return Proposals.of([], [], [])
 
 
 @pytest.mark.parametrize("more", [(), ("data.cloud.points=300",), ("network.options.group=points",)])
@@ -205,6 +203,17 @@ def test_predictions_are_of_all_points_in_the_clouds_order_without_looking_at_la
             assert labels[numbers == owner][0] == label
 
 
+def test_predictions_are_those_that_are_measured():
+    task, cloud = task_of(), scene(1)
+    (found,) = task.predict([cloud])
+    proposals = Proposals.of([np.flatnonzero(mask) for mask in found.masks], found.classes, found.scores)
+    objects = np.where(cloud.labels > 1, cloud.labels, 0)
+    precision = instance_precision([overlaps_of(objects, cloud.instances, proposals)], 3, InstanceRules(5))
+    scores = task.evaluate(Scenes("val"), ["1"]).scores
+    assert precision.means() == {name: pytest.approx(scores[f"point_{name}"]) for name in ("ap", "ap50", "ap25")}
+    assert 0 < scores["point_ap"] < 1
+
+
 def test_classes_grouped_without_their_offsets(monkeypatch):
     task = task_of(
         "network.options.unshifted=[ball]", "network.options.unshifted_grouping={radius: 3, cluster: 5, proposal: 5}"
@@ -212,8 +221,6 @@ def test_classes_grouped_without_their_offsets(monkeypatch):
     answer(task, monkeypatch)
     assert task.evaluate(Scenes("val"), ["1"]).scores["ap50"] == 1.0
     calls = []
-    from geo_pretrain.training.finetune import instances3d
-
     real = instances3d.group
     monkeypatch.setattr(instances3d, "group", lambda *given: calls.append(given) or real(*given))
     task.find(scene(1))
@@ -356,3 +363,6 @@ def test_published_recipes_train_measure_and_predict_on_their_layouts(tmp_path, 
     cloud = source.load(source.ids()[0])
     (found,) = task.predict([cloud])
     assert found.masks.shape[1] == len(found.labels.labels) == len(cloud)
+    if name == "scannet3d":
+        listed = write_scannet_instances(tmp_path / "export", cloud.id, found).read_text().splitlines()
+        assert len(listed) == len(found)
