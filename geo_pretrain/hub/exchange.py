@@ -183,8 +183,8 @@ class _SecureHandler(urllib.request.HTTPSHandler):
 
 def _connection(kind: type[HTTPConnection], exchange: Exchange, place: str, **options: Any) -> HTTPConnection:
     connection = kind(place, **options)
-    connection.response_class = partial(_Response, watch=exchange.watch)
-    connection._create_connection = exchange.connect
+    connection.response_class = partial(_Response, watch=exchange.watch)  # type: ignore[assignment]
+    connection._create_connection = exchange.connect  # type: ignore[attr-defined]
     return connection
 
 
