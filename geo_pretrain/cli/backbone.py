@@ -194,11 +194,16 @@ def convert(
     name: Annotated[str | None, typer.Option(help="With --from: name of the new checkpoint.")] = None,
     like: Annotated[str | None, typer.Option(help="With --from: the catalog entry to imitate; default: NAME.")] = None,
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
+    prefix: Annotated[str | None, typer.Option(help="With --from: what stands before the network's keys.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="With --from: keys to leave out, with * and ?.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file or checkpoint.")] = False,
 ) -> None:
     """Turn an authors' file into a checkpoint folder, or a checkpoint into another library's format.
 
     Example: `geo-pretrain convert FILE.pth --from pri3d --name pri3d_view_geo_r50 --out pri3d_view_geo_r50`
+
+    A wrapped one: `geo-pretrain convert last.ckpt --from torchvision --like pri3d_view_r18 --name mine --out mine
+    --prefix model.backbone. --ignore "*.head.*"`; without --prefix the one that fits is looked for.
 
     Out: `geo-pretrain convert pri3d_view_geo_r50 --to detectron2 --out r50.pkl`
     """
@@ -215,11 +220,23 @@ def convert(
         if name is None or (like is None and find(name) is None):
             raise typer.BadParameter("--from needs --name: a catalog name, or your own with --like CATALOG_NAME.")
         entry = backbone_info(like or name)
-        found = convert_file(Path(source), out, like=entry, format=from_, name=name, overwrite=overwrite)
+        found = convert_file(
+            Path(source),
+            out,
+            like=entry,
+            format=from_,
+            name=name,
+            overwrite=overwrite,
+            prefix=prefix,
+            ignore=ignore or (),
+            note=lambda text: console.print(escape(text), soft_wrap=True, highlight=False),
+        )
         console.print(f"Checkpoint: {found.folder}", soft_wrap=True, highlight=False)
         return
     from geo_pretrain.convert.out import write_export
 
+    if prefix is not None or ignore:
+        raise typer.BadParameter("--prefix and --ignore are about a file that is read: they go with --from.")
     opened = _open(source, hub)
     checkpoint = opened.fetch(*opened.network_roles(decoder=False))
     for path in write_export(str(to), checkpoint, out, overwrite=overwrite):

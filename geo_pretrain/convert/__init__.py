@@ -7,12 +7,15 @@ torch until a conversion runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from geo_pretrain.convert.keys import Converted, Networks, State
+from geo_pretrain.convert.prefixes import find_prefix, select
 from geo_pretrain.errors import WeightsMismatch, unknown
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ FORMATS: Mapping[str, Format] = {
     ),
     "pri3d_3d": Format(("model",), SR_UNET, ("model",), "Pri3D: the 3D U-Net alone"),
     "torchvision": Format(
-        ("", "state_dict", "model"),
+        ("state_dict", "model", ""),
         "geo_pretrain.convert.torchvision:convert_torchvision",
         ("encoder",),
         "torchvision ResNet, with or without classifier",
@@ -60,7 +63,7 @@ FORMATS: Mapping[str, Format] = {
         "Detectron2 ResNet (pickle with numpy arrays)",
     ),
     "monodepth2": Format(
-        ("", "state_dict", "model"),
+        ("state_dict", "model", ""),
         "geo_pretrain.convert.monodepth2:convert_monodepth2",
         ("encoder", "decoder", "heads"),
         "monodepth2-style depth network, in one file or in two",
@@ -80,12 +83,16 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def convert(format: str, state: State, networks: Networks) -> Converted:
+def convert(
+    format: str, state: State, networks: Networks, *, prefix: str | None = "", ignore: Sequence[str] = ()
+) -> Converted:
     """Convert an authors' flat state dict to the roles of a checkpoint folder.
 
     `state` is the entry of the file that `FORMATS[format].entries` names: names to tensors or numpy arrays; numbers and
     texts among them are left out. `networks` holds the state dict of each part of the network that the weights are for,
-    by role ("encoder", "decoder", "model"); tensors on the meta device suffice.
+    by role ("encoder", "decoder", "model"); tensors on the meta device suffice. Only keys under `prefix` are looked at,
+    and none that match a pattern in `ignore`; prefix=None: where the whole file does not fit, the one prefix is looked
+    for under which a whole network lies, and the report names it.
 
     Returns the roles in the file: complete parts of the network in the network's dtypes, and "heads" if there are any.
     Raises `UnknownName` for an unknown format, `WeightsMismatch` when the file has no part of the network, or an
@@ -100,17 +107,27 @@ def convert(format: str, state: State, networks: Networks) -> Converted:
             f"Files of format {format!r} hold {_listed(rule.roles)}; this network is made of {_listed(networks)}. "
             f"Formats that hold it: {_listed(fitting)}."
         )
-    tensors = _tensors(format, state)
+    everything = _tensors(format, state)
+    tensors = select(everything, prefix or "", ignore)
+    found = prefix or ""
     try:
         converted = _run(rule, format, tensors, networks)
     except WeightsMismatch as error:
         fitting = [name for name in FORMATS if _fits(name, rule, tensors, networks)]
         if fitting:
             raise WeightsMismatch(f"{error} It does fit as format {_listed(fitting)}.") from error
-        raise
-    unused = tuple(key for key in state if key not in tensors)
-    report = replace(converted.report, unexpected=converted.report.unexpected + unused)
+        if prefix is not None:
+            raise
+        found = find_prefix(tensors, networks, partial(_run, rule, format, networks=networks), error)
+        converted = _run(rule, format, select(tensors, found), networks)
+    below = [found + key for key in converted.report.unexpected]
+    beside = [key for key in state if key not in everything or not key.startswith(found) or _ignored(key, ignore)]
+    report = replace(converted.report, unexpected=tuple(dict.fromkeys([*below, *beside])), prefix=found)
     return Converted(_like_networks(format, converted.weights, networks), report)
+
+
+def _ignored(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _run(rule: Format, format: str, state: State, networks: Networks) -> Converted:

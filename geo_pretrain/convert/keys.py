@@ -26,6 +26,22 @@ class KeyReport:
     missing: tuple[str, ...]  # keys of the network's head that the file lacks or has with another shape
     unexpected: tuple[str, ...]  # keys of the file that are not used
     added: tuple[str, ...] = ()  # keys of the network that such files may lack, set to a fixed value
+    prefix: str = ""  # in front of the keys of the file that were used; the others are unexpected
+
+    def coverage(self, networks: Networks) -> str:
+        """What was found of each part of the network, and what of the file was not used, in a line or two."""
+        found = [*self.matched, *self.added]
+        parts = []
+        for role, network in networks.items():
+            count = sum(key.startswith(f"{role}.") for key in found)
+            if count:
+                parts.append(f"{role}: {count} of {len(network)} tensors")
+        lines = ["; ".join(parts) + (f" (prefix {self.prefix!r})" if self.prefix else "")]
+        if self.added:
+            lines.append(f"Not in the file, set to zero: {len(self.added)}, such as {self.added[0]!r}")
+        if self.unexpected:
+            lines.append(f"Not used: {len(self.unexpected)} keys of the file: {shown(self.unexpected)}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import datetime
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,8 +31,8 @@ from geo_pretrain.checkpoint import (
     sha256,
     write_checkpoint,
 )
-from geo_pretrain.convert import FORMATS, convert
-from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, WeightsMismatch, unknown
+from geo_pretrain.convert import FORMATS, Converted, convert
+from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, UnsafeFile, WeightsMismatch, unknown
 from geo_pretrain.files import write_text
 from geo_pretrain.hub.cache import exclusive
 from geo_pretrain.hub.extract import Extracted, extract
@@ -108,14 +108,22 @@ def convert_file(
     origin: Origin | None = None,
     work: Path | None = None,
     overwrite: bool = False,
+    prefix: str | None = None,
+    ignore: Sequence[str] = (),
+    note: Callable[[str], None] = lambda _: None,
 ) -> Checkpoint:
-    """Convert an authors' file into the checkpoint folder `folder`.
+    """Convert an authors' file, or a safetensors file with such weights, into the checkpoint folder `folder`.
 
     `like` is the catalog entry with the architecture, contract and license of the weights; `name` of the checkpoint
     is the entry's by default. Each network role that the file has is written whole; the file of a U-Net's encoder
     gives a checkpoint of that ResNet. `work` is a folder for intermediate files; `overwrite` allows to replace a
-    checkpoint. Raises `UnsafeFile`, `CheckpointError`, or `WeightsMismatch` when the network is not in the
-    file.
+    checkpoint.
+
+    Where the file holds more than the network, the one prefix is looked for under which a whole network lies, in the
+    entry that the format names and then among all dicts of the file; `prefix` names it ("": none), and keys that match
+    one of `ignore` are left out. `note` is told what was found of each part, and what was not used.
+
+    Raises `UnsafeFile`, `CheckpointError`, or `WeightsMismatch` when the network is not in the file.
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
@@ -132,8 +140,10 @@ def convert_file(
     tensors = (work or beside) / "tensors.safetensors"
     try:
         tensors.parent.mkdir(parents=True, exist_ok=True)
-        extracted = extract(path, tensors, entries=FORMATS[format].entries)
-        return _write(tensors, extracted, folder, like, name, origin)
+        chosen = _Chosen(prefix, tuple(ignore), network_states_of(like))
+        converted, extracted = chosen.convert(path, tensors, format)
+        note(converted.report.coverage(chosen.networks))
+        return _write(converted, extracted, folder, like, name, origin)
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot be written ({error.strerror or error}). Choose another one."
@@ -142,6 +152,65 @@ def convert_file(
         with suppress(OSError):
             tensors.unlink(missing_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Which of a file's tensors are converted, for which networks."""
+
+    prefix: str | None
+    ignore: tuple[str, ...]
+    networks: Mapping[str, Mapping[str, Tensor]]
+
+    def convert(self, path: Path, tensors: Path, format: str) -> tuple[Converted, Extracted]:
+        """Convert from the entries of the format; where nothing fits there, from all dicts of the file."""
+        from safetensors.torch import load_file
+
+        if is_safetensors(path):
+            state = _load_safetensors(path)
+            return self._converted(format, state), Extracted("", len(state), (), {}, {})
+        try:
+            extracted = extract(path, tensors, entries=FORMATS[format].entries)
+            return self._converted(format, load_file(tensors)), extracted
+        except UnsafeFile:
+            raise
+        except (CheckpointError, WeightsMismatch) as error:
+            if self.prefix == "":
+                raise
+            try:
+                extracted = extract(path, tensors, entries=("*",))
+                return self._converted(format, load_file(tensors)), extracted
+            except (CheckpointError, WeightsMismatch) as other:
+                # what lies in the format's own entry says more, unless there is nothing
+                nothing = not isinstance(error, WeightsMismatch) and isinstance(other, WeightsMismatch)
+                raise (other if nothing or self.prefix else error) from None
+
+    def _converted(self, format: str, state: Mapping[str, Tensor]) -> Converted:
+        return convert(format, state, self.networks, prefix=self.prefix, ignore=self.ignore)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors files do: the length of a JSON object, and the object."""
+    with path.open("rb") as stream:
+        head = stream.read(10)
+    return len(head) == 10 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: is a damaged safetensors file ({error}); fetch or write it again.") from error
+
+
+def network_states_of(entry: Entry) -> Mapping[str, Mapping[str, Tensor]]:
+    """The state dict of each part of an entry's network, on the meta device."""
+    from geo_pretrain.backbones.build import network_states
+
+    return network_states(entry.arch)
 
 
 def _is_usable(folder: Path, roles: Sequence[str]) -> bool:
@@ -180,7 +249,8 @@ def _make(entry: Entry, file: AuthorsFile, folder: Path, cache_dir: Path, progre
         today = datetime.date.today().isoformat()
         origin = Origin(file.url, digest, file.format, file.content, today)
         try:
-            convert_file(part, folder, like=entry, format=file.format, origin=origin, work=work, overwrite=True)
+            rest = {"origin": origin, "work": work, "overwrite": True, "prefix": ""}  # all of it is known
+            convert_file(part, folder, like=entry, format=file.format, **rest)
         except (CheckpointError, WeightsMismatch) as error:  # the message names the temporary file, which will be gone
             text = str(error).removeprefix(f"{part}: ").removeprefix(f"{file.url}: ")
             raise type(error)(f"{file.url}: {text}") from error
@@ -231,13 +301,12 @@ def _record_digest(url: str, digest: str, cache_dir: Path) -> None:
         write_text(path, json.dumps(digests, indent=2, sort_keys=True) + "\n")
 
 
-def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name: str, origin: Origin) -> Checkpoint:
-    from safetensors.torch import load_file
+def _write(
+    converted: Converted, extracted: Extracted, folder: Path, like: Entry, name: str, origin: Origin
+) -> Checkpoint:
+    from geo_pretrain.backbones.build import golden_values
 
-    from geo_pretrain.backbones.build import golden_values, network_states
-
-    expected = network_states(like.arch)
-    converted = convert(origin.format, load_file(tensors), expected)
+    expected = network_states_of(like)
     network = _network(like, {role: converted.weights[role] for role in expected if role in converted.weights})
     golden = golden_values(network, ones=not getattr(like.contract, "given_channels", True))
     bad = [key for key, value in golden.items() if value.is_floating_point() and not value.isfinite().all()]
@@ -248,6 +317,7 @@ def _write(tensors: Path, extracted: Extracted, folder: Path, like: Entry, name:
         "in_the_file": dict(extracted.scalars),
         "foreign": list(extracted.foreign),  # classes in the file that were not built
         "not_used": len(converted.report.unexpected),
+        **({"prefix": converted.report.prefix} if converted.report.prefix else {}),
         "converted_by": __version__,
         "conversion": CONVERSION,
     }

@@ -51,9 +51,10 @@ def extract(path: Path, out: Path, *, entries: Sequence[str] = ("",), limits: Li
     """Write the tensors in the first of `entries` that `path` has to the safetensors file `out`, contiguous.
 
     `path` is a file of torch.save (either format) or a pickle with numpy arrays; an entry is a key of its top-level
-    dict, "" that dict itself. Values of the entry that are no tensors are left out and listed. Nothing in the file is
-    executed. Raises `UnsafeFile` for a file that asks for more than tensors or for more than `limits`, and
-    `CheckpointError` for one that is damaged, of another format or has no tensors there; `out` is then untouched.
+    dict, "" that dict itself, "*" the tensors of all dicts inside it, keys joined by dots. Values of the entry that are
+    no tensors are left out and listed. Nothing in the file is executed. Raises `UnsafeFile` for a file that asks for
+    more than tensors or for more than `limits`, and `CheckpointError` for one that is damaged, of another format or has
+    no tensors there; `out` is then untouched.
     """
     path, out = Path(path), Path(out)
     if isinstance(entries, str) or not entries:

@@ -19,6 +19,7 @@ from geo_pretrain.hub.unpickle.nodes import CELLS, Array, Dict, Dtype, Storage, 
 BLOCK = 8 << 20  # bytes copied at a time
 RANK = 32  # numpy's (1.x) limit of dimensions
 KEY_LENGTH = 512
+DEPTH, CELLS_OF_A_FILE = 4, 1_000_000  # of dicts inside dicts that are looked at
 NUMPY_DTYPES = {"f2": "float16", "f4": "float32", "f8": "float64", "i1": "int8", "i2": "int16", "i4": "int32"}
 NUMPY_DTYPES |= {"i8": "int64", "u1": "uint8", "b1": "bool", "?": "bool"}
 
@@ -50,9 +51,14 @@ class Wanted:
 
 
 def choose(top: Any, entries: Sequence[str]) -> tuple[str, Dict]:
-    """The first of `entries` with at least one tensor. Raises `Unreadable` listing what the file has instead."""
+    """The first of `entries` with at least one tensor. Raises `Unreadable` listing what the file has instead.
+
+    The entry "*" is all of the file: the tensors of dicts inside dicts, their keys joined by dots.
+    """
     for entry in entries:
         values = top if entry == "" else top.get(entry) if isinstance(top, Dict) else None
+        if entry == "*" and isinstance(top, Dict):
+            values = flat(top)
         if isinstance(values, Dict) and any(unusable(value) is None for value in values.values()):
             return entry, values
     wanted = " or ".join(repr(entry) if entry else "the top level" for entry in entries)
@@ -61,6 +67,29 @@ def choose(top: Any, entries: Sequence[str]) -> tuple[str, Dict]:
     lines = [f"{shown_key(key)!r}: {unusable(value) or 'tensor'}" for key, value in list(top.items())[:SHOWN]]
     more = f", and {len(top) - SHOWN} more" if len(top) > SHOWN else ""
     raise Unreadable(f"it has no tensors in {wanted}. Its top level holds {', '.join(lines) or 'nothing'}{more}")
+
+
+def flat(top: Dict) -> Dict:
+    """The tensors in `top` and in dicts inside it, under their keys joined by dots."""
+    found = Dict()
+    todo: list[tuple[str, Any, int]] = [("", top, 0)]
+    seen = 0
+    while todo:
+        path, values, depth = todo.pop()
+        for key, value in values.items():
+            seen += 1
+            if seen > CELLS_OF_A_FILE:
+                raise Refused(f"its dicts hold more than {CELLS_OF_A_FILE} values")
+            if not isinstance(key, str):
+                continue  # an optimizer's state, by number
+            if isinstance(value, Dict) and depth < DEPTH:
+                todo.append((f"{path}{key}.", value, depth + 1))
+            elif unusable(value) is None:
+                if path + key in found:
+                    found.repeated.add(path + key)
+                found[path + key] = value
+        found.repeated |= {path + key for key in values.repeated}
+    return found
 
 
 def unusable(value: Any) -> str | None:
