@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.catalog.entry import FILE_NAME, WEIGHT_ROLES, Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
 from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed
 from geo_pretrain.files import sync_files, sync_folder
+from geo_pretrain.tensors import NotTensors, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -231,24 +232,18 @@ def intact_checkpoint(folder: Path, roles: Iterable[str]) -> Checkpoint | None:
 def read_weights(checkpoint: Checkpoint, role: str) -> dict[str, Tensor]:
     """Read the tensors of one role (one of `WEIGHT_ROLES`, or "golden") to the CPU.
 
-    The digest is computed of the very memory that the tensors are: `DigestMismatch` names the file and both digests.
+    The digest is computed of the very memory that the tensors are, and nobody else can change it: it is no map of the
+    file. Raises `DigestMismatch`, which names the file and both digests.
     """
-    import torch
-    from safetensors import SafetensorError, safe_open
-
     path, stored = _listed(checkpoint, checkpoint.file_of(role))
-    try:
-        with safe_open(path, framework="pt") as file:  # maps the file
-            tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
-    except SafetensorError as error:
-        check_digest(path, stored)
-        raise CheckpointError(f"{path}: is not a safetensors file ({error}).") from error
     digest = hashlib.sha256() if stored.blake3 is None else _blake3_hasher()
-    with path.open("rb") as stream:  # the names and shapes; then come the tensors, one after another without gaps
-        digest.update(stream.read(max(0, stored.size - sum(tensor.nbytes for tensor in tensors.values()))))
-    for tensor in tensors.values():
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    _compare_load_digest(path, stored, digest.hexdigest())
+    try:
+        tensors, size = read_tensors(path, digest)
+    except NotTensors as error:
+        check_digest(path, stored)
+        raise CheckpointError(f"{path}: is not a safetensors file of weights ({error}).") from error
+    if (digest.hexdigest(), size) != (stored.blake3 or stored.sha256, stored.size):
+        _raise_mismatch(path, stored, digest.hexdigest())
     return tensors
 
 
@@ -259,7 +254,9 @@ def verify_file(checkpoint: Checkpoint, name: str, *, load_digest: bool = False)
     """
     path, stored = _listed(checkpoint, name)
     if load_digest and stored.blake3 is not None:
-        _compare_load_digest(path, stored, blake3(path))
+        actual = blake3(path)
+        if (actual, path.stat().st_size) != (stored.blake3, stored.size):
+            _raise_mismatch(path, stored, actual)
     else:
         check_digest(path, stored)
 
@@ -311,13 +308,13 @@ def _blake3_hasher() -> Any:
     return hasher(max_threads=THREADS)  # not AUTO, whose threads are missing in forked processes: these would hang
 
 
-def _compare_load_digest(path: Path, stored: StoredFile, actual: str) -> None:
-    if actual != (stored.blake3 or stored.sha256) or path.stat().st_size != stored.size:
-        check_digest(path, stored)
-        raise DigestMismatch(
-            f"{path}: blake3 is {actual}, expected {stored.blake3}, although sha256 and size are the expected ones: "
-            f"{CONFIG} was altered; nothing of the file was loaded. Fetch or write it again."
-        )
+def _raise_mismatch(path: Path, stored: StoredFile, actual: str) -> NoReturn:
+    """Raise the error of a file whose digest of loads is not the promised one."""
+    check_digest(path, stored)
+    raise DigestMismatch(
+        f"{path}: blake3 is {actual}, expected {stored.blake3}, although sha256 and size are the expected ones: "
+        f"{CONFIG} was altered; nothing of the file was loaded. Fetch or write it again."
+    )
 
 
 def recover(folder: Path) -> None:

@@ -1,16 +1,20 @@
-"""Locks and atomic writes: every file that others may read or write at the same time goes through here."""
+"""Locks, atomic writes, digests of JSON: every file that others may read or write meanwhile goes through here."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from geo_pretrain.errors import CheckpointError
+from geo_pretrain.errors import CheckpointError, first_line
 
+SEAL = "sha256"  # key of the digest in JSON files that we read again
 WAIT_NOTE = 5.0  # seconds of waiting for another process before a warning says so
 
 
@@ -38,6 +42,37 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file by an `atomic_write`."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_sealed(path: Path, tree: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Write a JSON object by an `atomic_write`, with a sha256 over all of it as its last key."""
+    write_text(path, json.dumps({**tree, SEAL: _tree_digest(tree)}, indent=indent) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a JSON object and compare it with its sha256, which is left out of the result.
+
+    Files of older versions have none; a warning says so. Raises `CheckpointError` with the reason where the file is no
+    JSON object or was altered, FileNotFoundError where there is none.
+    """
+    try:
+        tree = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({first_line(error)}).") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: holds {type(tree).__name__}; an object is accepted.")
+    if SEAL not in tree:
+        warnings.warn(f"{path.name} is of an older version, without a digest; it is used unchecked.", stacklevel=2)
+        return tree
+    promised = tree.pop(SEAL)
+    if promised != _tree_digest(tree):
+        raise CheckpointError(f"{path}: was altered: its {SEAL} is not that of its content.")
+    return tree
+
+
+def _tree_digest(tree: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(tree))  # as it is read: keys are texts, tuples lists
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def sync_file(path: Path) -> None:

@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("contract",),
     ("backbones", "convert"),
     ("catalog",),
+    ("tensors",),
     ("checkpoint",),
     ("convert.out", "cards", "listing"),  # convert.out writes a checkpoint folder in other people's formats
     ("hub",),  # opens names as folders: converts authors' files and writes their cards

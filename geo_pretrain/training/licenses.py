@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from geo_pretrain.catalog import find
 from geo_pretrain.catalog.license import License, strictest
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.errors import GeoPretrainError
+from geo_pretrain.files import read_sealed
 from geo_pretrain.training.data.sources.registry import data_license
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.recipe import STAGE1, Recipe
@@ -92,7 +92,7 @@ def _finetuned(folder: Path) -> Origin:
 
     A backbone that can no longer be found has unknown terms, which are the strictest.
     """
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read_sealed(folder / "results.json")
     backbone, source = results["backbone"]["name"], results["data"]["source"]
     labels = results["data"].get("licence") or ("MIT" if source == "rooms" else "LicenseRef-data-owner")
     try:

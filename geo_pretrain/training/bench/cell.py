@@ -15,7 +15,7 @@ from typing import Any
 
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import GeoPretrainError
-from geo_pretrain.files import write_text
+from geo_pretrain.files import write_sealed
 from geo_pretrain.training.bench.measure import measure
 from geo_pretrain.training.bench.plan import BenchSpec, base_data
 from geo_pretrain.training.distributed import join
@@ -76,7 +76,7 @@ def run_job(job: Job) -> None:
     if job.recipe is not None:
         facts["training"] = _training_facts(load_recipe(job.recipe), folder, job)
     facts["processor seconds"] = round(time.process_time(), 1)  # of this process only; the other times are wall-clock
-    write_text(Path(job.result), json.dumps({**facts, **found}, indent=1) + "\n")
+    write_sealed(Path(job.result), {**facts, **found}, indent=1)
 
 
 def twin_key(folder: Path) -> str:

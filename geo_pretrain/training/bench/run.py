@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from types import FrameType
 from typing import Any
 
 from geo_pretrain.checkpoint import read_checkpoint
-from geo_pretrain.errors import RecipeError
-from geo_pretrain.files import write_text
+from geo_pretrain.errors import CheckpointError, RecipeError
+from geo_pretrain.files import read_sealed, write_sealed, write_text
 from geo_pretrain.training.bench.cell import Job
 from geo_pretrain.training.bench.measure import Rooms
 from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data, plan
@@ -54,7 +55,15 @@ class Cell:
 
     def is_done(self) -> bool:
         """Whether the result exists; of a first stage, which has none, the checkpoint."""
-        return is_trained(Path(self.job.folder)) if self.job.result is None else Path(self.job.result).is_file()
+        if self.job.result is None:
+            return is_trained(Path(self.job.folder))
+        try:
+            return bool(read_sealed(Path(self.job.result)))
+        except FileNotFoundError:
+            return False
+        except CheckpointError as error:
+            warnings.warn(f"{error} It is measured anew.", stacklevel=2)
+            return False
 
 
 @dataclass
@@ -133,27 +142,35 @@ def _write(bench: Bench, command: str, seconds: int) -> dict[str, Any]:
     """Write results.json from the finished cells."""
     failures = {(cell.row, cell.job.seed): cell.failure for cell in bench.cells.values() if cell.failure}
     path = bench.out / RESULTS
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = _seconds_before(path)
     results = {
         "command": command,
         "machine": machine() | {"jobs": bench.jobs},
         "seconds of this call": seconds,
-        "seconds of all calls": seconds + int(before.get("seconds of all calls", 0)),
+        "seconds of all calls": seconds + before,
     } | summarize(bench.rows, bench.seeds, bench.spec, _found(bench), failures)
     write_text(path, json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _seconds_before(path: Path) -> int:
+    """The seconds of earlier calls; of a results.json that cannot be read, which is written anew, none."""
+    try:
+        return int(json.loads(path.read_bytes())["seconds of all calls"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _claim(out: Path, spec: BenchSpec) -> None:
     """Store the budget; reject a folder that was begun with another one."""
     path, mine = out / SPEC, plain_types(spec)
     if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = read_sealed(path)
         changed = [f"{key} {theirs.get(key)!r} -> {value!r}" for key, value in mine.items() if theirs.get(key) != value]
         if changed:
             raise RecipeError(f"{out} was begun with another budget: {', '.join(changed)}. Choose another --out.")
         return
-    write_text(path, json.dumps(mine, indent=1) + "\n")
+    write_sealed(path, mine, indent=1)
 
 
 def _add(bench: Bench, row: Row, seed: int) -> None:
@@ -171,7 +188,7 @@ def _add_twin(bench: Bench, cell: Cell) -> None:
     """Add the random-initialization baseline of a measured cell's architecture, once per seed."""
     if cell.job.result is None or not cell.job.pretrained:
         return
-    twin = json.loads(Path(cell.job.result).read_text(encoding="utf-8"))["twin"]
+    twin = read_sealed(Path(cell.job.result))["twin"]
     key = f"random-{twin}-s{cell.job.seed}"
     if key not in bench.cells:
         bench.add(key, f"random weights ({twin})", Path(cell.job.folder), cell.job.seed, None, measured=True)
@@ -294,7 +311,7 @@ def _found(bench: Bench) -> dict[tuple[str, int], dict[str, Any]]:
     for cell in bench.cells.values():
         if cell.job.result is None or not cell.is_done():
             continue
-        tree = json.loads(Path(cell.job.result).read_text(encoding="utf-8"))
+        tree = read_sealed(Path(cell.job.result))
         tree["input"] = str(read_checkpoint(cell.job.folder).contract)
         first = cell.first
         if cell.training is not None and first is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from geo_pretrain import geometry
-from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.files import write_text
+from geo_pretrain.errors import BadFrame, CheckpointError, DataError, first_line
+from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.recipe import DataSpec
@@ -52,10 +53,10 @@ def find_pairs(
     if spec.units == "frames":
         return _self_pairs(source, spec)
     cached = _cache_path(source, spec, cache_dir) if cache_dir is not None else None
-    if cached is not None and cached.exists():
-        tree = json.loads(cached.read_text(encoding="utf-8"))
-        skips.reasons.update(tree["skips"])
-        return [Pair(*row) for row in tree["pairs"]]
+    known = None if cached is None else _cached_pairs(cached, source)
+    if known is not None:
+        skips.reasons.update(known[1])
+        return known[0]
     skipped = SkippedFrames()
     pairs: list[Pair] = []
     scenes = source.scenes()
@@ -71,7 +72,7 @@ def find_pairs(
     if not pairs:
         raise DataError(f"No pair of frames is left in source {source.name!r}.\n{skipped.summary()}")
     if cached is not None:
-        write_text(cached, json.dumps({"pairs": [astuple(pair) for pair in pairs], "skips": skipped.reasons}))
+        write_sealed(cached, {"pairs": [astuple(pair) for pair in pairs], "skips": skipped.reasons})
     return pairs
 
 
@@ -181,6 +182,24 @@ def _load_all(source: Source, scene: str, convert: Callable[[Frame], T], skips: 
         if isinstance(item, BadFrame):
             skips.add(item)
     return {name: item for name, item in loaded.items() if not isinstance(item, BadFrame)}
+
+
+def _cached_pairs(path: Path, source: Source) -> tuple[list[Pair], dict[str, str]] | None:
+    """Pairs and skips of an earlier mining; None without one, where it is damaged, or where scenes were renamed since.
+
+    A file that cannot be used is named in a warning.
+    """
+    try:
+        tree = read_sealed(path)
+        pairs = [Pair(str(scene), str(first), str(second), float(r)) for scene, first, second, r in tree["pairs"]]
+        skips = {str(name): str(reason) for name, reason in tree["skips"].items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
+        warnings.warn(f"{path} cannot be used ({first_line(error)}); pairs are found anew.", stacklevel=3)
+        return None
+    # a scene may have the name of its folder, which is no part of the fingerprint
+    return (pairs, skips) if {pair.scene for pair in pairs} <= set(source.scenes()) else None
 
 
 def _cache_path(source: Source, spec: DataSpec, cache_dir: Path) -> Path:

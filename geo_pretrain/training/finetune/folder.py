@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file
-
 from geo_pretrain.checkpoint import sha256
 from geo_pretrain.errors import CheckpointError
-from geo_pretrain.files import write_text
+from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.config import plain_types
 from geo_pretrain.training.data.labelled.registry import data_terms
-from geo_pretrain.training.finetune.training import BEST, Finetuning, spread_ids, write_weights
+from geo_pretrain.training.finetune.training import Finetuning, spread_ids, write_weights
 from geo_pretrain.training.loop import Progress
 from geo_pretrain.training.runs import LOG, check_out, code_version, library_versions, run_folder
 
@@ -54,8 +51,12 @@ def read_result(folder: Path) -> FinetuneResult:
     """Read the result of a finished run from its folder. Raises `CheckpointError` if there is none."""
     path = folder / RESULTS
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_sealed(path)
         return _result(folder, data)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} This is not a result of fine-tuning; remove its folder to run it again."
+        ) from None
     except FileNotFoundError:
         raise CheckpointError(f"No {RESULTS} in {str(folder)!r}: the run there has not ended.") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -93,7 +94,7 @@ def finish(task: Finetuning, progress: Progress) -> FinetuneResult:
     run, recipe = task.run, task.recipe
     uses: Literal["last", "best"] = "best" if recipe.match_released_code else "last"
     if uses == "best":
-        task.module.load_state_dict(load_file(run.path / BEST))
+        task.load_best()
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / RESULTS).unlink(missing_ok=True)
     write_weights(task.task, run.out / MODEL)
@@ -102,7 +103,7 @@ def finish(task: Finetuning, progress: Progress) -> FinetuneResult:
     (run.out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     shutil.copyfile(run.log_file, run.out / LOG)
     data = summary(task, progress, uses)
-    write_text(run.out / RESULTS, json.dumps(data, indent=2) + "\n")
+    write_sealed(run.out / RESULTS, data, indent=2)
     run.remove()
     return _result(run.out, data)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from geo_pretrain import hub
 from geo_pretrain.backbones.architectures import HOST_WIDTH, Arch, unet_arch
@@ -20,10 +16,11 @@ from geo_pretrain.backbones.build import build
 from geo_pretrain.backbones.resnet_unet import ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.catalog import find
-from geo_pretrain.checkpoint import sha256
 from geo_pretrain.contract import contract_from_dict
-from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, WeightsMismatch, some
+from geo_pretrain.errors import CheckpointError, GeoPretrainError, WeightsMismatch, some
+from geo_pretrain.files import read_sealed
 from geo_pretrain.seeding import seeded
+from geo_pretrain.tensors import load_tensors
 from geo_pretrain.training.finetune.folder import FORMAT, MODEL, RESULTS
 from geo_pretrain.training.finetune.registry import build_finetune_task
 from geo_pretrain.training.finetune.task import FinetuneTask
@@ -129,13 +126,9 @@ def _results(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; accepted: the --out of a finished fine-tuning run.")
     path = _there(folder, RESULTS)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}).") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        given = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise CheckpointError(f"{path}: format is {given!r}; this version reads {FORMAT}.")
+    data = read_sealed(path)
+    if data.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format is {data.get('format')!r}; this version reads {FORMAT}.")
     return data
 
 
@@ -151,14 +144,7 @@ def _there(folder: Path, name: str) -> Path:
 def _load_weights(task: FinetuneTask, folder: Path, stated: Mapping[str, Any] | None) -> None:
     """Load model.safetensors strictly, after a comparison with the digest that results.json states."""
     path = _there(folder, MODEL)
-    if stated is not None:
-        found = sha256(path)
-        if found != stated["sha256"]:
-            raise DigestMismatch(f"{path}: sha256 is {found}, {RESULTS} states {stated['sha256']}; it was altered.")
-    try:
-        weights: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error}).") from None
+    weights = load_tensors(path, None if stated is None else stated["sha256"], RESULTS)
     own = task.module.state_dict()
     wrong = [f"{key} is missing" for key in own if key not in weights]
     wrong += [f"{key} is not of the network" for key in weights if key not in own]

@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 
 from geo_pretrain import hub
-from geo_pretrain.errors import DataError, RecipeError
-from geo_pretrain.files import write_text
+from geo_pretrain.errors import CheckpointError, DataError, RecipeError
+from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.config import changes, parse
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
@@ -229,7 +229,7 @@ def read_plan(out: Path) -> tuple[FinetuneRecipe, dict[str, tuple[str, str | Non
     """Read a sweep's recipe, starts (label -> backbone and digest) and runs. Raises `DataError`."""
     path = out / SWEEP
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_sealed(path)
         if kept["format"] != FORMAT:
             raise DataError(f"{path}: format {kept['format']!r}; this version reads {FORMAT}.")
         recipe = parse(FinetuneRecipe, yaml.safe_load(kept["recipe"]), where=str(path))
@@ -237,6 +237,8 @@ def read_plan(out: Path) -> tuple[FinetuneRecipe, dict[str, tuple[str, str | Non
         return recipe, held, [Run(held[label][0], label, share, seed, out) for label, share, seed in kept["runs"]]
     except FileNotFoundError:
         raise DataError(f"{out} holds no sweep: {SWEEP} is missing.") from None
+    except CheckpointError as error:
+        raise DataError(f"{error} It is not the plan of a sweep.") from None
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, RecipeError):
             raise
@@ -308,7 +310,7 @@ def _keep_plan(recipe: FinetuneRecipe, held: dict[str, tuple[str, str | None]], 
         "starts": {label: list(start) for label, start in held.items()},
         "runs": list(dict.fromkeys((run.label, run.fraction, run.seed) for run in runs)),
     }
-    write_text(out / SWEEP, json.dumps(tree, indent=2) + "\n")
+    write_sealed(out / SWEEP, tree, indent=2)
 
 
 def _check_runs(recipe: FinetuneRecipe, finished: Mapping[Run, FinetuneResult]) -> dict[float, int]:

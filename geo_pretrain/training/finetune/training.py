@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from geo_pretrain.errors import DataError
+from geo_pretrain.checkpoint import sha256
+from geo_pretrain.errors import CheckpointError, DataError
 from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.samples.sampler import Key, Skipped, read_or_replace, sample_seed
@@ -69,6 +71,7 @@ class Finetuning(RecipeTask):
         self.optimizer = make_finetune_optimizer(optim, task.parameter_groups())
         self.due = frozenset(evaluation_steps(recipe, len(self.train_ids), self.budget.steps))
         self.evaluations: list[dict[str, Any]] = []
+        self.best_sha256: str | None = None  # of the file `BEST`; None: not written yet, or by an older version
         self.skipped: dict[str, str] = {}  # path -> reason, of training samples that were left out
         self._remarks: dict[str, Any] = {}
 
@@ -124,10 +127,11 @@ class Finetuning(RecipeTask):
         return changes(recipe, self.recipe.to_yaml())
 
     def extras(self) -> dict[str, Any]:
-        return {"evaluations": self.evaluations, "skipped": self.skipped}
+        return {"evaluations": self.evaluations, "skipped": self.skipped, "best_sha256": self.best_sha256}
 
     def restore(self, extras: Mapping[str, Any]) -> None:
         self.evaluations, self.skipped = extras["evaluations"], extras.get("skipped", {})
+        self.best_sha256 = extras.get("best_sha256")
 
     def evaluation_due(self, step: int) -> bool:
         return step in self.due
@@ -141,6 +145,7 @@ class Finetuning(RecipeTask):
         self.evaluations.append({"step": step, **evaluation.to_dict()})
         if self.recipe.match_released_code and self.best()["step"] == step and self.world.is_main:
             write_weights(self.task, self.run.path / BEST)
+            self.best_sha256 = sha256(self.run.path / BEST)
         if self.on_evaluation is not None:
             self.on_evaluation(step, evaluation)
         return evaluation.scores
@@ -148,6 +153,20 @@ class Finetuning(RecipeTask):
     def best(self) -> dict[str, Any]:
         """The evaluation with the highest score; the first one on ties."""
         return max(self.evaluations, key=lambda evaluation: evaluation["scores"][self.task.metric])
+
+    def load_best(self) -> None:
+        """Load the weights of the best evaluation. Raises `CheckpointError` if the run's folder holds others."""
+        path = self.run.path / BEST
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            data = b""
+        if not data or self.best_sha256 not in (None, hashlib.sha256(data).hexdigest()):
+            raise CheckpointError(
+                f"{path}, the weights of the best evaluation, {'was altered' if data else 'is missing or empty'}. Put "
+                "it back as it was, or remove that folder to start from the beginning."
+            )
+        self.module.load_state_dict(load(data))
 
     def precision(self) -> torch.autocast:
         """The autocast context of forward passes in the recipe's precision."""

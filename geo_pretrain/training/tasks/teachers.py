@@ -7,7 +7,6 @@ stays in evaluation mode whatever mode its student is in.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,9 @@ from geo_pretrain.backbones.build import build_encoder
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError, WeightsMismatch
+from geo_pretrain.files import read_sealed
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.tensors import load_tensors
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.initialize import imagenet_classifier, initialize_encoder
 from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit, build_segmenter
@@ -113,9 +114,7 @@ def torchvision_segmenter(path: Path) -> Teacher:
     if not path.is_file():
         raise RecipeError(f"'task.teacher_file' is {str(path)!r}, accepted is an existing .pth or .safetensors file.")
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
+        state = load_tensors(path, None, "")
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
     state = {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
@@ -141,13 +140,11 @@ def finetuned_segmenter(folder: Path) -> Teacher:
 
     Raises `RecipeError` when the run is of another downstream task.
     """
-    from safetensors.torch import load_file
-
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read_sealed(folder / "results.json")
     if results["task"] != "segmentation":
         raise RecipeError(f"Teacher {str(folder)!r} was fine-tuned for {results['task']}, accepted is segmentation.")
     recipe = load_finetune_recipe(str(folder / "recipe.yaml"))
-    state = load_file(folder / "model.safetensors")
+    state = load_tensors(folder / "model.safetensors", results.get("model", {}).get("sha256"), "results.json")
     stem = next(value for key, value in state.items() if key.endswith("conv1.weight") and value.shape[1] == 3)
     # Random weights of the same shape, then the run's: the backbone that it started from need not be there any more.
     init = PretrainedInit(SCRATCH, recipe.network.encoder, len(stem))

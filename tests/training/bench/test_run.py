@@ -99,6 +99,12 @@ def test_a_cell_hands_on_what_its_job_says(tmp_path, told):
     assert (options["seed"], options["pretrained"], options["device"]) == (5, False, "cuda")
     tree = json.loads(result.read_text())
     assert (tree["seed"], tree["kind"], tree["twin"]) == (5, "2D", twin_key(folder))
+    cell = running.Cell("x", job, "row")
+    assert cell.is_done()
+    for text in (result.read_text().replace('"2D"', '"3D"'), "", "[]"):
+        result.write_text(text)
+        with pytest.warns(UserWarning, match=r"x\.json: .* measured anew"):
+            assert not cell.is_done()
 
 
 def test_a_cell_trains_what_is_not_trained_yet(tmp_path, told):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from itertools import combinations
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 
 from geo_pretrain import geometry
 from geo_pretrain.errors import DataError
+from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, resize_frame
 from geo_pretrain.training.data.mining import (
     cloud_overlap,
@@ -100,7 +102,8 @@ def test_mined_pairs_are_kept_and_go_stale_with_the_data(tmp_path, recording):
     first = SkippedFrames()
     pairs = find_pairs(SevenScenes(folder), SPEC, skips=first, cache_dir=tmp_path / "cache")
     (cached,) = (tmp_path / "cache" / "pairs").iterdir()
-    cached.write_text(cached.read_text().replace('"000000"', '"999999"'))
+    tree = read_sealed(cached)
+    write_sealed(cached, json.loads(json.dumps(tree).replace('"000000"', '"999999"')))
     again = SkippedFrames()
     from_cache = find_pairs(SevenScenes(folder), SPEC, skips=again, cache_dir=tmp_path / "cache")
     assert from_cache[0].frame1 == "999999"
@@ -113,6 +116,53 @@ def test_mined_pairs_are_kept_and_go_stale_with_the_data(tmp_path, recording):
     )
     (folder / "frame-000050.depth.png").write_bytes(b"broken otherwise")
     assert find_pairs(SevenScenes(folder), SPEC, skips=SkippedFrames(), cache_dir=tmp_path / "cache") == pairs
+
+
+SPOILS = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[:60],
+    "binary": lambda text: "\udcff",
+    "another frame": lambda text: text.replace('"000000"', '"999999"'),
+    "another overlap": lambda text: text.replace(", 0.", ", 9.", 1),
+    "a pair is gone": lambda text: text.replace(text[text.index("], [") : text.index("], [", 99)], ""),
+    "no object": lambda text: "[1, 2]",
+    "deep": lambda text: "[" * 100_000,
+    "of another version": lambda text: '{"pairs": [1]}',
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+@pytest.mark.filterwarnings("ignore:.*of an older version")
+def test_a_damaged_cache_is_named_and_pairs_are_found_anew(tmp_path, recording, spoil):
+    def find():
+        return find_pairs(SevenScenes(recording), SPEC, skips=SkippedFrames(), cache_dir=tmp_path)
+
+    pairs = find()
+    (cached,) = (tmp_path / "pairs").iterdir()
+    good = cached.read_text()
+    cached.write_bytes(SPOILS[spoil](good).encode("utf-8", "surrogateescape"))
+    with pytest.warns(UserWarning, match=f"{cached.name} cannot be used .* found anew"):
+        assert find() == pairs
+    assert cached.read_text() == good
+
+
+def test_a_cache_without_digest_is_used_and_said_so(tmp_path, recording):
+    pairs = find_pairs(SevenScenes(recording), SPEC, skips=SkippedFrames(), cache_dir=tmp_path)
+    (cached,) = (tmp_path / "pairs").iterdir()
+    cached.write_text(json.dumps(read_sealed(cached)))
+    with pytest.warns(UserWarning, match="older version, without a digest"):
+        assert find_pairs(SevenScenes(recording), SPEC, skips=SkippedFrames(), cache_dir=tmp_path) == pairs
+
+
+def test_pairs_are_found_anew_where_the_folder_that_names_the_scene_was_renamed(tmp_path, recording):
+    write_recording(tmp_path / "kitchen")
+
+    def find(name):
+        return find_pairs(SevenScenes(tmp_path / name), SPEC, skips=SkippedFrames(), cache_dir=tmp_path / "cache")
+
+    pairs = find("kitchen")
+    (tmp_path / "kitchen").rename(tmp_path / "kitchen_2024")
+    assert find("kitchen_2024") == [dataclasses.replace(pair, scene="kitchen_2024") for pair in pairs]
 
 
 def golden_frames(golden, pair):

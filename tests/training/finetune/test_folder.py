@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from geo_pretrain.checkpoint import sha256
 from geo_pretrain.errors import CheckpointError
+from geo_pretrain.files import read_sealed
 from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.finetune import folder as finetune_folder
 from geo_pretrain.training.finetune.folder import read_result, result_rows
@@ -35,8 +37,9 @@ def test_folder_holds_everything_the_number_depends_on(tmp_path):
         "results.json", "log.jsonl", "recipe.yaml", "model.safetensors", "predictions.png",
     }  # fmt: skip
     assert load_finetune_recipe(str(out / "recipe.yaml")) == recipe_for()
-    data = json.loads((out / "results.json").read_text())
+    data = read_sealed(out / "results.json")
     assert data == result.data
+    assert data["model"] == {"sha256": sha256(out / "model.safetensors")}
     assert data["backbone"]["name"] == str(tmp_path / "tiny_net_r18")
     assert len(data["backbone"]["digest"]) == 64
     assert data["data"]["classes"] == ["ground", "red", "green"]
@@ -121,6 +124,28 @@ def test_folder_without_a_result_is_named(tmp_path):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(CheckpointError, match="not a result"):
             read_result(tmp_path)
+
+
+def test_a_result_that_was_altered_is_named(tmp_path):
+    run(tmp_path / "out", "optim.steps=1")
+    path = tmp_path / "out" / "results.json"
+    path.write_text(path.read_text().replace('"miou": 0', '"miou": 1', 1))
+    with pytest.raises(CheckpointError, match=r"results\.json: was altered.*remove its folder to run it again"):
+        read_result(tmp_path / "out")
+
+
+def test_other_weights_in_place_of_the_best_are_refused(tmp_path):
+    overrides = "optim.steps=3", "match_released_code=true", "evaluate.every_steps=2"
+    with pytest.raises(Stop):
+        run(tmp_path / "out", *overrides, on_step=stop_at(3))
+    best = tmp_path / "out.run" / "best.safetensors"
+    good = best.read_bytes()
+    for data, what in ((good[:-1] + b"x", "was altered"), (b"", "is missing or empty")):
+        best.write_bytes(data)
+        with pytest.raises(CheckpointError, match=f"weights of the best evaluation, {what}"):
+            run(tmp_path / "out", *overrides)
+    best.write_bytes(good)
+    assert run(tmp_path / "out", *overrides).best_step == 2
 
 
 def test_a_broken_off_line_is_dropped_and_time_counts_all_sittings(tmp_path):

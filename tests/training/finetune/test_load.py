@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from geo_pretrain.errors import CheckpointError, DigestMismatch, RecipeError, WeightsMismatch
+from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.finetune import load_finetuned
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
@@ -56,9 +57,9 @@ def copy(images, tmp_path):
 
 def edit(folder, change):
     path = folder / "results.json"
-    data = json.loads(path.read_text())
+    data = read_sealed(path)
     change(data)
-    path.write_text(json.dumps(data))
+    write_sealed(path, data)
 
 
 def test_an_image_network_measures_as_in_its_run_without_its_start(images):
@@ -138,7 +139,7 @@ def test_weights_of_another_network_are_refused_with_the_first_differences(copy)
         (lambda out: (out / "results.json").unlink(), CheckpointError, "has no results.json; it is no finished run"),
         (lambda out: (out / "model.safetensors").unlink(), CheckpointError, "has no model.safetensors"),
         (lambda out: (out / "recipe.yaml").unlink(), CheckpointError, "has no recipe.yaml"),
-        (lambda out: (out / "results.json").write_text("{"), CheckpointError, "not JSON"),
+        (lambda out: (out / "results.json").write_text("{"), CheckpointError, "is not JSON"),
         (
             lambda out: edit(out, lambda data: data.update(format=9)),
             CheckpointError,

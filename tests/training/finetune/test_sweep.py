@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, HubError, RecipeError, UnknownName
+from geo_pretrain.files import read_sealed
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune import sweep
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
@@ -285,7 +286,7 @@ def test_folders_that_are_no_sweep_are_refused(tmp_path, recipe, written):
         run_sweep(recipe, ["scratch"], [1.0], [0], tmp_path / "full")
     run_sweep(recipe, ["scratch"], [1.0], [0], tmp_path / "s")
     plan = tmp_path / "s" / "sweep.json"
-    kept = json.loads(plan.read_text())
+    kept = read_sealed(plan)
     for broken, match in (
         ("{", "not the plan of a sweep"),
         (json.dumps({"format": 1}), "not the plan of a sweep"),

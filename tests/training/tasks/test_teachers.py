@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.checkpoint import read_checkpoint, sha256
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import GeoPretrainError, RecipeError
+from geo_pretrain.errors import DigestMismatch, GeoPretrainError, RecipeError
+from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.loading import verify
 from geo_pretrain.training import pretrain
 from geo_pretrain.training.recipe import load_recipe
@@ -42,17 +43,17 @@ def finetuned(tmp_path_factory):
 def moved(finetuned, tmp_path):
     """A copy of that folder whose backbone is in another place than it says."""
     folder = shutil.copytree(finetuned[0], tmp_path / "moved")
-    results = json.loads((folder / "results.json").read_text())
+    results = read_sealed(folder / "results.json")
     results["backbone"]["name"] = str(tmp_path / "gone")
-    (folder / "results.json").write_text(json.dumps(results))
+    write_sealed(folder / "results.json", results)
     return folder
 
 
 def forget_contract(folder):
     """Make the folder one of an earlier version."""
-    results = json.loads((folder / "results.json").read_text())
+    results = read_sealed(folder / "results.json")
     del results["contract"]
-    (folder / "results.json").write_text(json.dumps(results))
+    write_sealed(folder / "results.json", results)
     return folder
 
 
@@ -69,7 +70,12 @@ def test_the_channels_of_a_fine_tuned_network_are_its_classes_in_order(tmp_path,
     weights = load_file(tmp_path / "out" / "model.safetensors")
     weights[f"{last}.weight"].zero_()
     weights[f"{last}.bias"].copy_(torch.tensor(biases))
-    save_file(weights, tmp_path / "out" / "model.safetensors")
+    model = tmp_path / "out" / "model.safetensors"
+    save_file(weights, model)
+    with pytest.raises(DigestMismatch, match=r"model\.safetensors: sha256 is .* results\.json states"):
+        finetuned_segmenter(tmp_path / "out")
+    results = read_sealed(tmp_path / "out" / "results.json")
+    write_sealed(tmp_path / "out" / "results.json", results | {"model": {"sha256": sha256(model)}})
     teacher = finetuned_segmenter(tmp_path / "out")
     logits = teacher(torch.randn(1, 3, 48, 64))
     assert (teacher.out_chans, logits.shape[1]) == (3, 3)
@@ -100,13 +106,13 @@ def test_a_backbone_that_is_gone_is_no_trouble_and_its_terms_are_strict(moved, t
     path = tiny_recipe("ppkd", task={"teacher": str(moved)})
     license = run_here(path, tmp_path / "out", [*PPKD, "optim.steps=1"]).license
     assert (f"what {tmp_path / 'gone'} learned from", "LicenseRef-unknown") in license.datasets
-    results = json.loads((moved / "results.json").read_text())
+    results = read_sealed(moved / "results.json")
     results["data"] |= {"source": "rooms", "licence": "MIT"}
-    (moved / "results.json").write_text(json.dumps(results))
+    write_sealed(moved / "results.json", results)
     assert license_of(load_recipe(str(path), PPKD)).weights == "LicenseRef-unknown"
     results["data"]["licence"] = "CC-BY-NC-SA-3.0"  # as the run knew its data
     results["backbone"]["name"] = "scratch"
-    (moved / "results.json").write_text(json.dumps(results))
+    write_sealed(moved / "results.json", results)
     assert license_of(load_recipe(str(path), PPKD)).weights == "CC-BY-NC-SA-3.0"
 
 
@@ -115,15 +121,15 @@ def test_a_folder_without_a_contract_has_that_of_its_backbone(finetuned, moved, 
     assert finetuned_segmenter(earlier).contract == GRAY
     with pytest.raises(RecipeError, match=r"has no 'contract' and its backbone '.*gone', whose images it took, cannot"):
         finetuned_segmenter(forget_contract(moved))
-    results = json.loads((moved / "results.json").read_text()) | {"contract": {"kind": "image", "size": [1, 1]}}
-    (moved / "results.json").write_text(json.dumps(results))
+    results = read_sealed(moved / "results.json") | {"contract": {"kind": "image", "size": [1, 1]}}
+    write_sealed(moved / "results.json", results)
     with pytest.raises(RecipeError, match=r"'contract' in its results.json cannot be read: .*missing \['channels'"):
         finetuned_segmenter(moved)
 
 
 def test_a_folder_of_another_task_is_no_segmenter(moved):
-    results = json.loads((moved / "results.json").read_text()) | {"task": "detection"}
-    (moved / "results.json").write_text(json.dumps(results))
+    results = read_sealed(moved / "results.json") | {"task": "detection"}
+    write_sealed(moved / "results.json", results)
     with pytest.raises(RecipeError, match="was fine-tuned for detection, accepted is segmentation"):
         finetuned_segmenter(moved)
 
