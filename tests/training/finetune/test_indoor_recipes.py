@@ -51,6 +51,7 @@ def test_recipes_have_the_numbers_of_the_released_scripts(name):
     assert cloud.labelled_points == (20 if "points" in name else None)
     assert recipe.data.fraction == (0.2 if "scenes" in name else 1)
     assert (recipe.network.unet3d.variant, recipe.evaluate.level) == ("34C", "voxels")
+    assert recipe.evaluate.every_steps == (500 if name == "scannet3d_srunet34" else 200)
 
 
 def finetune(recipe, data, out, *overrides):
