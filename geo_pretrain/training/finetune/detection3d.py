@@ -56,7 +56,6 @@ from geo_pretrain.training.networks3d import segmentation_srunet
 from geo_pretrain.training.visualize.clouds import draw_clouds
 
 PLACES = 64  # of boxes in a cloud, in the released code
-DRAWN_SCORE = 0.3  # boxes below it are left out of pictures
 
 
 class BoxSample(NamedTuple):
@@ -235,10 +234,9 @@ class Detection3D(CloudTask):
         }
 
     def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:
-        """Draw a row per cloud: its points, the true boxes, and the found ones with a score of 0.3 and more."""
+        """Draw a row per cloud: its points, the true boxes and the found ones that are likely enough."""
         clouds = [self.load(source, id) for id in ids]
-        rows = [(cloud, above(found, DRAWN_SCORE)) for cloud, found in zip(clouds, self.predict(clouds), strict=True)]
-        draw_clouds(rows, self.classes, path)
+        draw_clouds(list(zip(clouds, self.predict(clouds), strict=True)), self.classes, path)
 
     def backbone(self) -> SRUNet:
         return self.module.unet
@@ -275,10 +273,3 @@ def detections(found: FoundBoxes) -> Detections3D:
     order = found.scores.argsort(descending=True, stable=True)
     rows, classes = found.rows[order].numpy(), found.classes[order].numpy()
     return Detections3D(Boxes3D(rows[:, :3], rows[:, 3:6], rows[:, 6], classes), found.scores[order].float().numpy())
-
-
-def above(found: Detections3D, score: float) -> Detections3D:
-    """The found boxes with at least this score."""
-    kept, boxes = found.scores >= score, found.boxes
-    parts = (values[kept] for values in (boxes.centers, boxes.sizes, boxes.headings, boxes.classes))
-    return Detections3D(Boxes3D(*parts), found.scores[kept])

@@ -19,7 +19,7 @@ from geo_pretrain.errors import BadFrame, DataError, unknown
 from geo_pretrain.files import atomic_write, locked, write_text
 from geo_pretrain.training.config import Draft
 from geo_pretrain.training.data.frame import SkippedFrames
-from geo_pretrain.training.data.labelled.clouds import s3dis
+from geo_pretrain.training.data.labelled.clouds import s3dis, sunrgbd3d_raw
 from geo_pretrain.training.data.labelled.dataset import NoOptions
 
 INDEX = "conversion.jsonl"
@@ -41,6 +41,9 @@ class Converter:
 
 CONVERTERS: dict[str, Converter] = {
     "s3dis": Converter(s3dis.raw_rooms, s3dis.convert_room, options=s3dis.S3DISConversion),
+    "sunrgbd3d": Converter(
+        sunrgbd3d_raw.raw_images, sunrgbd3d_raw.convert_image, ".npz", sunrgbd3d_raw.SUNRGBDConversion
+    ),
 }
 
 
