@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.training.checks import Checks, Count, Mistakes, Ranged
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
@@ -188,11 +188,16 @@ class Instances3D(CloudTask):
     def evaluate(self, source: LabelledData, ids: Sequence[str], world: World = ALONE) -> Evaluation:
         """Measure average precision and mean IoU over voxels and points of all clouds and processes."""
         place = {id: k for k, id in enumerate(ids)}
-        own = [(place[id], self.measure(cloud)) for id, cloud in self.shared_clouds(source, ids, world)]
+        own: list[tuple[int, _Measured]] = []
+        for id, cloud in self.shared_clouds(source, ids, world):
+            try:
+                own.append((place[id], self.measure(cloud)))
+            except BadFrame as bad:  # points that cannot be made into voxels
+                self.skipped[bad.path] = bad.reason
         gathered = cast(list[list[tuple[int, _Measured]]], world.all_gather_object(own))
         skipped = self.all_skipped(source, ids, world)
         clouds = [one for _, one in sorted((pair for part in gathered for pair in part), key=lambda pair: pair[0])]
-        totals = [sum(one.confusions[level] for one in clouds) for level in (0, 1)]
+        totals = [np.sum([one.confusions[k] for one in clouds], axis=0) for k in (0, 1)]
         precisions = [self._precision([one.overlaps[k] for one in clouds], k) for k in (0, 1)]
         chosen = LEVELS.index(self.recipe.evaluate.level.rstrip("s"))
         try:

@@ -67,7 +67,7 @@ def scene(number, places=PLACES, count=60):
 
 
 class Scenes:
-    """Clouds of four objects each; number 7 is broken."""
+    """Clouds of four objects each; number 7 is broken, number 8 has a point that is not finite."""
 
     name, classes, places = "scenes", CLASSES, PLACES
 
@@ -86,6 +86,9 @@ class Scenes:
     def load(self, id):
         if id == "7":
             raise BadFrame("scenes/7.ply", "cut short")
+        if id == "8":
+            cloud = scene(8)
+            return replace(cloud, points=np.where(np.arange(len(cloud))[:, None] == 3, np.nan, cloud.points))
         return scene(int(id), self.places)
 
 
@@ -123,15 +126,17 @@ def answer(task, monkeypatch, *, places=PLACES, offsets=True):
     monkeypatch.setattr(task, "forward", forward)
 
 
-def test_perfect_network_scores_1_and_broken_cloud_is_counted(monkeypatch):
+def test_perfect_network_scores_1_and_broken_clouds_are_counted(monkeypatch):
     task = task_of()
     answer(task, monkeypatch)
-    found = task.evaluate(Scenes("val"), ["1", "7", "2"])
+    found = task.evaluate(Scenes("val"), ["1", "7", "2", "8"])
     for name in ("ap", "ap50", "ap25", "voxel_ap50", "point_ap25"):
         assert found.scores[name] == 1.0, name
     assert found.scores["miou"] == pytest.approx(1.0, abs=0.02)
     assert found.per_class["ap50"] == {"floor": None, "cube": 1.0, "ball": 1.0}
-    assert found.details["skipped"] == [{"path": "scenes/7.ply", "reason": "cut short"}]
+    first, second = found.details["skipped"]
+    assert (first["path"], second) == ("scene8", {"path": "scenes/7.ply", "reason": "cut short"})
+    assert "finite" in first["reason"]
     with pytest.raises(DataError, match="No instance to find"):
         task_of("network.options.minimum=900").evaluate(Scenes("val"), ["1"])
 
