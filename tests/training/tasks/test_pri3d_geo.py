@@ -17,7 +17,8 @@ from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.matching import sample_matches
 from tests.training.losses.test_contrastive import slow_info_nce
-from tests.training.test_loop import Stop, assert_same_weights, finish, logged, run_here, start, stop_at, weights
+from tests.training.tasks.test_moco import run_in_two_processes
+from tests.training.test_loop import Stop, assert_same_weights, logged, run_here, stop_at, weights
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ def test_two_processes_equal_two_accumulation_steps(tmp_path, tiny_recipe):
     path = tiny_recipe("pri3d_view_geo", optim={"steps": 2, "accumulate": 2, "lr": 0.001})
     run_here(path, tmp_path / "accumulated")
     path = tiny_recipe("pri3d_view_geo", optim={"steps": 2, "lr": 0.001})
-    finish(start(path, tmp_path / "two", processes=2))
+    run_in_two_processes(load_recipe(str(path)), tmp_path)
     accumulated, two = (weights(tmp_path / name) for name in ("accumulated", "two"))
     for role in accumulated:
         for key, value in accumulated[role].items():
