@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -98,6 +99,14 @@ class CloudTask(FinetuneTask):
                     yield id, self.load(source, id)
                 except BadFrame as bad:
                     self.skipped[bad.path] = bad.reason
+
+    def readable(self, source: LabelledData, ids: Sequence[str]) -> list[LabelledCloud]:
+        """Load the clouds for a picture but broken ones, which an evaluation has noted already."""
+        clouds = []
+        for id in ids:
+            with suppress(BadFrame):
+                clouds.append(self.load(source, id))
+        return clouds
 
     def all_skipped(self, source: LabelledData, ids: Sequence[str], world: World) -> list[dict[str, str]]:
         """The broken clouds that all processes skipped, sorted, for an evaluation's details.

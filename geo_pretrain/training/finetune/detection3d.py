@@ -235,7 +235,7 @@ class Detection3D(CloudTask):
 
     def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:
         """Draw a row per cloud: its points, the true boxes and the found ones that are likely enough."""
-        clouds = [self.load(source, id) for id in ids]
+        clouds = self.readable(source, ids)
         draw_clouds(list(zip(clouds, self.predict(clouds), strict=True)), self.classes, path)
 
     def backbone(self) -> SRUNet:

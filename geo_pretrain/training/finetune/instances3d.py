@@ -252,7 +252,7 @@ class Instances3D(CloudTask):
 
     def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:
         """Draw one row per cloud: its colors, its objects, and those found."""
-        clouds = [self.load(source, id) for id in ids]
+        clouds = self.readable(source, ids)
         draw_clouds(list(zip(clouds, self.predict(clouds), strict=True)), self.classes, path)
 
     def protocol_deviations(self) -> dict[str, str]:

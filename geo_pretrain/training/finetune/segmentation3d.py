@@ -144,7 +144,7 @@ class CloudSegmentation(CloudTask):
     def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:
         """Draw one row per cloud; of frames: the image, its labels, and the predicted class of each pixel's voxel."""
         if not self.recipe.on_frames():
-            clouds = [self.load(source, name) for name in ids]
+            clouds = self.readable(source, ids)
             draw_clouds(list(zip(clouds, self.predict(clouds), strict=True)), self.classes, path)
             return
         rows = []

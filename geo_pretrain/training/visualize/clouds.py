@@ -31,7 +31,10 @@ def draw_clouds(
     """Write a PNG with a row per cloud: the cloud, its truth where it has one, and what was found in it.
 
     `classes` names the ids from 1. `page`: also `path` with the suffix .html, the first cloud, which can be turned.
+    Without rows nothing is written.
     """
+    if not rows:
+        return
     pictures = [cloud_picture(cloud, found, classes) for cloud, found in rows]
     width = max(len(picture.layers) for picture in pictures)
     pictures = [_padded(picture, width) for picture in pictures]
