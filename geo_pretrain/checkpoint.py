@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from geo_pretrain.catalog import CATALOG
 from geo_pretrain.catalog.entry import FILE_NAME, WEIGHT_ROLES, Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
 from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed
-from geo_pretrain.files import sync_files, sync_folder
+from geo_pretrain.files import SEAL, sync_files, sync_folder, tree_digest
 from geo_pretrain.tensors import NotTensors, read_tensors
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CONFIG = "config.json"
+_UNSEALED = object()  # in place of the digest of a config.json of an older version
 TEXT_ROLES = {"recipe": "recipe.yaml", "log": "log.jsonl", "card": "README.md"}
 ROLES = {role: f"{role}.safetensors" for role in (*WEIGHT_ROLES, "golden")} | TEXT_ROLES
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -151,10 +153,11 @@ def write_checkpoint(
             "contract": contract.to_dict(),
             "files": files,
             "licence": asdict(license),
-            "provenance": dict(provenance),
+            "provenance": _plain(dict(provenance)),
             "finished": finished,
         } | ({} if pairing is None else {"pair": pairing.to_dict()})
-        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        config[SEAL] = tree_digest(config)
+        (staging / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
         read_checkpoint(staging)  # what nobody could read back is not put in place
     return read_checkpoint(folder)
 
@@ -179,10 +182,15 @@ def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
     path = folder / CONFIG
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON ({error}).") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds {type(config).__name__}; an object with key 'format' is accepted.")
+    if config.get(SEAL, _UNSEALED) not in (_UNSEALED, tree_digest({k: v for k, v in config.items() if k != SEAL})):
+        raise CheckpointError(
+            f"{path}: was altered: its {SEAL} is not that of its content. Fetch or write the checkpoint again; whoever "
+            f"changed it on purpose removes the key {SEAL!r}."
+        )
     number = _get(config, "format", int, path)
     if number != FORMAT:
         hint = "; a newer geo_pretrain wrote it, please upgrade" if number > FORMAT else ""
@@ -382,6 +390,15 @@ def check_target(folder: Path | str, name: str) -> None:
             f"{folder} holds files but no {CONFIG}, so it is not a checkpoint folder and is left alone; "
             "give a new or empty folder."
         )
+
+
+def _plain(value: Any) -> Any:
+    """Values for JSON, which has no NaN and no infinity: they become texts."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_roles(weights: Mapping[str, Any]) -> None:

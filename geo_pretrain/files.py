@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_sealed(path: Path, tree: Mapping[str, Any], *, indent: int | None = None) -> None:
     """Write a JSON object by an `atomic_write`, with a sha256 over all of it as its last key."""
-    write_text(path, json.dumps({**tree, SEAL: _tree_digest(tree)}, indent=indent) + "\n")
+    write_text(path, json.dumps({**tree, SEAL: tree_digest(tree)}, indent=indent) + "\n")
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -65,12 +65,13 @@ def read_sealed(path: Path) -> dict[str, Any]:
         warnings.warn(f"{path.name} is of an older version, without a digest; it is used unchecked.", stacklevel=2)
         return tree
     promised = tree.pop(SEAL)
-    if promised != _tree_digest(tree):
+    if promised != tree_digest(tree):
         raise CheckpointError(f"{path}: was altered: its {SEAL} is not that of its content.")
     return tree
 
 
-def _tree_digest(tree: Mapping[str, Any]) -> str:
+def tree_digest(tree: Mapping[str, Any]) -> str:
+    """A sha256 (hex) over a JSON object, independent of the order of its keys."""
     plain = json.loads(json.dumps(tree))  # as it is read: keys are texts, tuples lists
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from tests.zoo import (
     CONTRACT_3D,
     LICENSE,
     role_weights,
+    unsealed,
     weights_3d,
     write_tiny,
     write_tiny_3d,
@@ -43,7 +45,8 @@ from tests.zoo import (
 
 
 def change_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
+    """Change a config.json as a person does: it has no digest of its own any more."""
+    config = unsealed(folder)
     for path, value in changes.items():
         *parents, key = path.split("__")
         target = config
@@ -364,6 +367,34 @@ def test_the_format_module_does_not_import_torch():
     code = "import sys, geo_pretrain.checkpoint; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert module.FORMAT == 1
+
+
+def test_any_altered_byte_of_a_config_is_noticed(tmp_path: Path):
+    """A contract's mean, a digest, a name: whatever is said of the weights is as trusted as they are."""
+    path = write_tiny(tmp_path / "tiny").folder / "config.json"
+    good, rng = path.read_bytes(), random.Random(0)
+    want = read_checkpoint(tmp_path / "tiny")
+    digest = json.loads(good)["files"]["encoder.safetensors"]["sha256"]
+    changes = [
+        good.replace(digest.encode(), bytes(64 * "0", "ascii")),
+        good.replace(b'"finished": true', b'"finished": false'),
+    ]
+    for at in rng.sample(range(len(good)), 150):
+        changes.append(good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :])
+    changes += [good[:at] for at in rng.sample(range(len(good) - 2), 30)]
+    for data in changes:
+        path.write_bytes(data)
+        try:
+            found = read_checkpoint(tmp_path / "tiny")
+        except CheckpointError:
+            continue
+        assert found == want, "white space, or the name of the key of the digest"
+
+
+def test_numbers_that_json_has_not_are_written_as_texts(tmp_path: Path):
+    found = write_tiny(tmp_path / "tiny", provenance={"epoch": float("nan"), "in": [{"loss": float("-inf")}, 1.5]})
+    assert found.provenance == {"epoch": "nan", "in": [{"loss": "-inf"}, 1.5]}
+    json.loads((tmp_path / "tiny/config.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_a_config_of_format_one_stays_readable(tmp_path: Path):

@@ -23,7 +23,7 @@ from geo_pretrain.publish import publish
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
 from tests.test_publish import CARD, NAME, content
-from tests.zoo import LICENSE, PLANES, golden_file, resolve, write_tiny
+from tests.zoo import LICENSE, PLANES, golden_file, resolve, unsealed, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    config = json.loads((folder / "config.json").read_text())
+    config = unsealed(folder)
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
 

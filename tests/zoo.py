@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ def write_tiny_3d(folder: Path, name: str = "tiny_net_srunet34", **changes: Any)
         },
     }
     return write_tiny(folder, name, **(arguments | changes))
+
+
+def unsealed(folder: Path) -> dict[str, Any]:
+    """The content of a config.json without its digest, so that it can be changed and written again."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config.pop("sha256", None)
+    return config
 
 
 def resolve(name_or_path: str | Path, *, roles: Sequence[str] | None = None, **where: Any) -> Path:

@@ -21,7 +21,7 @@ from geo_pretrain.training.bench.cell import Job, run_job, twin_key
 from geo_pretrain.training.bench.plan import FULL, BenchSpec, Training, plan, rows
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.runs import Interrupted
-from tests.zoo import CONTRACT, write_tiny
+from tests.zoo import CONTRACT, unsealed, write_tiny
 
 SPEC = BenchSpec()
 DEAF = "import signal, time; signal.signal(2, signal.{}); print(1, flush=True); time.sleep(600)"
@@ -141,7 +141,7 @@ def test_twins_differ_with_the_input_and_the_size_of_the_network(tmp_path):
         tmp_path / "gray_net_r18", "gray_net_r18", contract=dataclasses.replace(CONTRACT, mean=(0.5, 0.5, 0.5))
     )
     assert twin_key(one.folder) != twin_key(gray.folder)
-    config = json.loads((one.folder / "config.json").read_text())
+    config = unsealed(one.folder)
     config["arch"]["args"]["out_chans"] = 7
     (one.folder / "config.json").write_text(json.dumps(config))
     assert twin_key(one.folder) not in (twin_key(gray.folder), twin_key(write_tiny(tmp_path / "again").folder))

@@ -29,6 +29,7 @@ from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.matching import sample_map
 from geo_pretrain.training.tasks.teachers import load_teacher, torchvision_segmenter
 from tests.training.test_loop import Stop, logged, run_here, stop_at
+from tests.zoo import unsealed
 
 
 def tiny_batch(tiny_recipe, tiny, settings=None, *overrides):
@@ -260,7 +261,7 @@ def test_a_pair_is_asked_for_its_files_and_no_other_call_is(run, tmp_path):
 
 def test_what_has_no_partner_says_so(run, tmp_path):
     folder = shutil.copytree(run[1], tmp_path / "copy")
-    config = json.loads((folder / "config.json").read_text())
+    config = unsealed(folder)
     pairing = config.pop("pair")
     (folder / "config.json").write_text(json.dumps(config))
     assert read_checkpoint(folder).pairing is None  # a folder of an earlier version
