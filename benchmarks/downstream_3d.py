@@ -1,0 +1,95 @@
+"""Does 3D pre-training help on whole scans? Fine-tuning on rooms3d from scratch and from checkpoints made on rooms.
+
+Run from a checkout: python -m benchmarks.downstream_3d FOLDER [STUDY ...] [--rate RATE]
+
+Pre-trains each method on 96 rooms (another seed of rooms than the scans), then fine-tunes: a sweep over starts, shares
+and seeds for each study and learning rate, the same budget for every start. Everything is resumable: give the same
+command again; `--rate` takes one learning rate only, so that two processes can share the work. FOLDER keeps
+checkpoints, runs and pictures; numbers go to benchmarks/results/downstream_3d_<study>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import machine, write_results
+from benchmarks.downstream import grid, run
+
+SEEDS = (0, 1, 2)
+METHODS = ("csc", "pointcontrast_nce", "pointcontrast_hardest", "ppkt", "img2pc")
+STEPS = 1500  # of pre-training, and of the first stage of ppkt and img2pc
+PRETRAIN = (
+    "train {method}_srunet34.rooms --toy --device cpu --out {out} --set optim.steps={steps} --set save_every=100 "
+    "--set data.options.scenes=96 --set data.options.frames=12 --set data.options.width=128 "
+    "--set data.options.height=96 --set data.options.renderer=numba --set data.size=[96,128]"
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One recipe from scratch and from checkpoints, the same budget and learning rates for all."""
+
+    recipe: str
+    starts: tuple[str, ...]  # methods of pre-training, besides scratch
+    steps: int
+    rates: tuple[float, ...]
+    fractions: tuple[float, ...] = (1.0,)
+    settings: tuple[str, ...] = ()
+
+
+STUDIES = {
+    "segmentation": Study("rooms3d_srunet34", METHODS, 300, (0.03, 0.1), (0.1, 1.0)),
+    "detection": Study(
+        "rooms3d_votenet", ("csc", "pointcontrast_nce"), 400, (1e-3, 3e-3), settings=("optim.milestones=[270, 350]",)
+    ),
+    "instances": Study("rooms3d_instances", ("csc",), 300, (0.03, 0.1)),
+    "classification": Study("rooms3d_classification", ("csc",), 150, (0.03, 0.1), (0.1, 1.0)),
+    "parts": Study("rooms3d_parts", ("csc",), 150, (0.03, 0.1), (0.1, 1.0)),
+}
+
+
+def main() -> None:
+    """Run what is missing, and store the numbers of each study whose sweeps are complete."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("--rate", type=float, help="one learning rate only; nothing is stored")
+    options = parser.parse_args()
+    for name in options.studies or STUDIES:
+        study = STUDIES[name]
+        rates = study.rates if options.rate is None else tuple(r for r in study.rates if r == options.rate)
+        sweeps = {rate: sweep(options.folder, name, study, rate) for rate in rates}
+        if options.rate is not None:
+            continue
+        summaries = {rate: json.loads((out / "summary.json").read_text()) for rate, out in sweeps.items()}
+        results: dict[str, Any] = {"machine": machine(), "steps": study.steps, "pre-training steps": STEPS}
+        command = f"python -m benchmarks.downstream_3d FOLDER {name}"
+        write_results(f"downstream_3d_{name}", command, results | grid(summaries), timed=False)
+
+
+def checkpoint(folder: Path, method: str) -> Path:
+    """The folder of a method's checkpoint, which is pre-trained first where it is missing."""
+    out = folder / f"{method}_srunet34_s0"
+    if not (out / "config.json").is_file():
+        stage1 = ["--set", f"stage1.optim.steps={STEPS}"] if method in ("ppkt", "img2pc") else []
+        run([*PRETRAIN.format(method=method, out=out, steps=STEPS).split(), *stage1])
+    return out
+
+
+def sweep(folder: Path, name: str, study: Study, rate: float) -> Path:
+    """Run what is missing of a study at one learning rate; returns the sweep's folder."""
+    starts = ["scratch", *(str(checkpoint(folder, method)) for method in study.starts)]
+    settings = [f"optim.steps={study.steps}", "evaluate.every_steps=100", f"optim.lr={rate}", *study.settings]
+    out = folder / f"{name}_lr{rate:g}"
+    axes = {"-b": starts, "--seed": SEEDS, "--fraction": study.fractions, "--set": settings}
+    options = [part for option, values in axes.items() for value in values for part in (option, str(value))]
+    run(["finetune", study.recipe, "--sweep", *options, "--device", "cpu", "--out", str(out)])
+    return out
+
+
+if __name__ == "__main__":
+    main()
