@@ -45,6 +45,11 @@ class PaperTable:
     columns: tuple[Column, ...]
     rows: tuple[TableRow, ...]
 
+    @property
+    def paper(self) -> str:
+        """The paper's short name."""
+        return self.name.split()[0]
+
 
 def full_table(entry: Entry, result: Result) -> str:
     """The label of a result's table including its paper: "PPKT T1". Own tables of an entry are called "T1" alone."""

@@ -1,6 +1,6 @@
 """The command line `geo-pretrain`; each command parses its options, calls the package once and prints the result."""
 
-from geo_pretrain.cli import backbone, bench, data, evaluate, picture, recipe, train
+from geo_pretrain.cli import backbone, bench, data, evaluate, picture, predict, recipe, train
 from geo_pretrain.cli.shared import app, console, main
 
-__all__ = ["app", "backbone", "bench", "console", "data", "evaluate", "main", "picture", "recipe", "train"]
+__all__ = ["app", "backbone", "bench", "console", "data", "evaluate", "main", "picture", "predict", "recipe", "train"]

@@ -1,4 +1,4 @@
-"""The command `bench pretext`, which compares pretext tasks."""
+"""The commands `bench pretext`, which compares pretext tasks, and `bench table`, the papers' tables."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from geo_pretrain.cli.options import SET_HELP
-from geo_pretrain.cli.shared import app, console, print_table, progress
+from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 
-bench_app = typer.Typer(help="Compare pretext tasks.", no_args_is_help=True)
+bench_app = typer.Typer(help="Compare pretext tasks; run the papers' tables.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 
@@ -78,6 +78,66 @@ def bench_pretext(
         _show_results(results, out)
     if results["failed"] or results["not available"]:
         raise typer.Exit(1)
+
+
+@bench_app.command("table")
+def bench_table(
+    name: Annotated[str | None, typer.Argument(help="A paper's table, such as 'PPKT T1'; without: the list.")] = None,
+    data: Annotated[list[str], typer.Option(help="SOURCE:PATH of a data set; may be repeated.")] = [],  # noqa: B006
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs of all rows.")] = Path("tables"),
+    seed: Annotated[list[int], typer.Option(help="Seed of the runs; may be repeated.")] = [0],  # noqa: B006
+    toy: Annotated[bool, typer.Option("--toy", help="The same runs on small rooms: CPU, minutes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a paper's table with the command of each row; after the runs, our numbers stand beside the paper's.
+
+    The commands write into --out; give the same --out again to see what they measured. A row that cannot be run here
+    says why.
+
+    Example: `geo-pretrain bench table "PPKT T1" --data s3dis:PATH --out runs/ppkt_t1`
+
+    The list of tables: `geo-pretrain bench table`
+    """
+    from geo_pretrain.training.bench.tables import list_tables, plan_table
+
+    if name is None:
+        _list_tables(list_tables(), as_json)
+        return
+    plan = plan_table(name, out, data, seeds=seed, toy=toy)
+    if as_json:
+        typer.echo(json.dumps(plan.to_dict()))
+        return
+    _show_table(plan)
+
+
+def _list_tables(tables: dict[str, Any], as_json: bool) -> None:
+    rows = [
+        (
+            name,
+            str(len(table.rows)),
+            ", ".join(dict.fromkeys(f"{task.partition(',')[0]} on {d}" for task, d, _ in table.columns)),
+        )
+        for name, table in tables.items()
+    ]
+    if as_json:
+        typer.echo(json.dumps([{"table": name, "rows": int(count), "benchmarks": what} for name, count, what in rows]))
+        return
+    print_table(("table", "rows", "benchmarks"), rows)
+
+
+def _show_table(plan: Any) -> None:
+    from geo_pretrain.training.bench.tables import HEAD, cells, heading
+
+    print_table(HEAD, cells(plan), title=f"{plan.table.name}, in %")
+    if plan.toy:
+        console.print("Ours are of small rooms (--toy): not to be compared with the paper's.", soft_wrap=True)
+    for one in plan.rows:
+        note = f"  # {one.row.note}" if one.row.note else ""
+        console.print(f"\n[bold]{escape(one.row.label)}[/]{escape(note)}", highlight=False, soft_wrap=True)
+        for command in one.commands:
+            console.print(f"  {escape(command)}", highlight=False, soft_wrap=True)
+    for column, why in plan.without.items():
+        console.print(f"[yellow]{escape(heading(column))}: {why}", highlight=False, soft_wrap=True)
 
 
 def _show_results(results: dict[str, Any], out: Path) -> None:

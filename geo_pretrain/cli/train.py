@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from geo_pretrain.training.finetune.folder import FinetuneResult
     from geo_pretrain.training.finetune.sweep import SweepResult
 
+FRACTION_HELP = "Share of the training images, whole scenes; default: the recipe's."
+SEED_HELP = "Seed of sample order, augmentation and new weights; default: the recipe's."
 BACKBONE_HELP = "A catalog name, a checkpoint folder, imagenet or scratch; with --sweep several."
 SCENES_HELP = "An official list of training scenes, or the folder of such lists, from which --fraction chooses."
 POINTS_HELP = "Labelled points of each training cloud: a number, or the path of an official list."
@@ -109,10 +112,10 @@ def finetune(
     backbone: Annotated[list[str], typer.Option("--backbone", "-b", help=BACKBONE_HELP)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     data: Annotated[str | None, typer.Option(help=LABELLED_HELP)] = None,
-    fraction: Annotated[list[float], typer.Option(help="Share of the training images, whole scenes.")] = [1.0],  # noqa: B006
+    fraction: Annotated[list[float], typer.Option(help=FRACTION_HELP)] = [],  # noqa: B006
     scenes: Annotated[str | None, typer.Option(help=SCENES_HELP)] = None,
     labelled_points: Annotated[str | None, typer.Option(help=POINTS_HELP)] = None,
-    seed: Annotated[list[int], typer.Option(help="Seed of sample order, augmentation and new weights.")] = [0],  # noqa: B006
+    seed: Annotated[list[int], typer.Option(help=SEED_HELP)] = [],  # noqa: B006
     sweep: Annotated[bool, typer.Option("--sweep", help="Run all combinations and write a table.")] = False,
     toy: Annotated[bool, typer.Option("--toy", help="The same protocol on small rooms: CPU, minutes.")] = False,
     match_released_code: Annotated[
@@ -147,9 +150,8 @@ def finetune(
     overrides += [f"data.cloud.labelled_points={_number_or_path(labelled_points)}"] if labelled_points else []
     overrides += [*(["match_released_code=true"] if match_released_code else []), *set_]
     spec = load_checked_finetune_recipe(recipe, overrides, toy=toy)
-    for option, given in (("--backbone", backbone), ("--fraction", fraction), ("--seed", seed)):
-        if len(given) > 1 and not sweep:
-            raise typer.BadParameter(f"{option} is given {len(given)} times; once is accepted, or add --sweep.")
+    _check_once({"--backbone": backbone, "--fraction": fraction, "--seed": seed}, sweep)
+    fraction, seed = fraction or [spec.data.fraction], seed or [spec.seed]
     world = join(device)
     with progress(world.is_main and not as_json) as report:
         options: dict[str, Any] = {
@@ -165,10 +167,14 @@ def finetune(
             spec = sweeps.run_recipe(spec, fraction[0], seed[0])
             result = run.finetune(spec, backbone[0], out, overwrite=overwrite, **options)
     world.close()
-    if world.is_main and sweep:
-        _show_sweep(swept, out, as_json)
-    elif world.is_main:
-        _show_result(result, as_json)
+    if world.is_main:
+        _show_sweep(swept, out, as_json) if sweep else _show_result(result, as_json)
+
+
+def _check_once(given: Mapping[str, Sized], sweep: bool) -> None:
+    for option, values in given.items():
+        if len(values) > 1 and not sweep:
+            raise typer.BadParameter(f"{option} is given {len(values)} times; once is accepted, or add --sweep.")
 
 
 def _number_or_path(text: str) -> str:

@@ -68,7 +68,7 @@ def markdown(result: SweepResult, *, figure: str | None = None) -> str:
 
 
 def table(result: SweepResult) -> list[str]:
-    """Lines of a Markdown table: one row per start, the paper's row below it, one column per share of data."""
+    """Lines of a Markdown table: one row per start, each paper's row below it, one column per share of data."""
     measured, reported = result.by_start()
     shares = sorted({p.fraction for p in result.points} | {row.fraction for row in result.paper})
     lines = [f"| start | {' | '.join(map(percent, shares))} |", "|---|" + "---:|" * len(shares)]
@@ -76,8 +76,8 @@ def table(result: SweepResult) -> list[str]:
         if name in measured:
             cells = [str(measured[name].get(share, "")) for share in shares]
             lines.append(f"| {shown(name)} | {' | '.join(cells)} |")
-        if name in reported:
-            rows = {row.fraction: row for row in reported[name]}
+        for paper in dict.fromkeys(row.paper for row in reported.get(name, ())):
+            rows = {row.fraction: row for row in reported[name] if row.paper == paper}
             tables = ", ".join(dict.fromkeys(rows[f].table for f in shares if f in rows))
             cells = [f"*{100 * rows[f].value:.1f}*" if f in rows else "" for f in shares]
             lines.append(f"| *{shown(name)}: {tables}* | {' | '.join(cells)} |")
@@ -85,10 +85,13 @@ def table(result: SweepResult) -> list[str]:
 
 
 def table_rows(result: SweepResult) -> list[tuple[str, ...]]:
-    """The table for a terminal: a heading, then one row per start; the paper's score in brackets after ours."""
+    """The table for a terminal: a heading, then one row per start; the papers' scores in brackets after ours."""
     measured, _ = result.by_start()
     shares = sorted({p.fraction for p in result.points})
-    papers = {(row.backbone, row.fraction): f" [{row.table}: {100 * row.value:.1f}]" for row in result.paper}
+    papers: dict[tuple[str, float], str] = {}
+    for row in result.paper:
+        key = row.backbone, row.fraction
+        papers[key] = papers.get(key, "") + f" [{row.table}: {100 * row.value:.1f}]"
     rows = [
         (shown(name), *(f"{scores.get(share, '')}{papers.get((name, share), '')}" for share in shares))
         for name, scores in measured.items()
@@ -99,7 +102,10 @@ def table_rows(result: SweepResult) -> list[tuple[str, ...]]:
 def draw_curve(result: SweepResult, path: Path) -> None:
     """Plot score against share of the training images, one line per start; see `visualize.curves`."""
     measured, reported = result.by_start()
-    rows = {name: [(row.fraction, row.value, row.table) for row in rows] for name, rows in reported.items()}
+    rows = {  # of several papers, the first: their protocols differ
+        name: [(row.fraction, row.value, row.table) for row in rows if row.paper == rows[0].paper]
+        for name, rows in reported.items()
+    }
     draw_curves(measured, rows, path, title=result.recipe.name, metric=metric_text(result.metric))
 
 

@@ -1,0 +1,222 @@
+"""`geo-pretrain predict`: every file has the input's points in the input's order, for data sets and for files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from geo_pretrain.errors import DataError, RecipeError, UnknownName
+from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D
+from geo_pretrain.training.data.labelled.clouds.files import CloudFields
+from geo_pretrain.training.data.surfaces.ply import read_ply, write_ply
+from geo_pretrain.training.evaluation.coco import Detections
+from geo_pretrain.training.evaluation.predictions import CloudClass, Detections3D, PointInstances, PointLabels
+from geo_pretrain.training.finetune import predict as predicting
+from geo_pretrain.training.finetune.cloud_files import CloudFile
+from geo_pretrain.training.finetune.predict import predict
+from geo_pretrain.training.finetune.run import finetune
+from geo_pretrain.training.finetune.written import Place, cloud_columns, file_stem, write_prediction
+from geo_pretrain.training.finetune_recipe import load_finetune_recipe
+from geo_pretrain.training.geometry3d.boxes import box_corners
+from tests.front_door import geo_pretrain
+from tests.training.finetune.test_load import Painted
+from tests.training.finetune.test_segmentation_clouds import CLASSES, SMALL
+from tests.training.painted_clouds import painted
+
+EMPTY = {"labels": None, "instances": None, "boxes": None}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on clouds in three colors."""
+    more = ["optim.batch=2", "optim.steps=1", "evaluate.every_steps=1"]
+    recipe = load_finetune_recipe("rooms_srunet34", [*SMALL, *more])
+    out = tmp_path_factory.mktemp("clouds") / "out"
+    finetune(recipe, "scratch", out, sources=(Painted("train"), Painted("val")), device="cpu")
+    return out
+
+
+def save(path, cloud, **more):
+    columns = {name: cloud.points[:, k] for k, name in enumerate("xyz")}
+    columns |= {name: cloud.colors[:, k] for k, name in enumerate(("red", "green", "blue"))}
+    if path.suffix == ".ply":
+        write_ply(path, {"vertex": columns | more})
+    elif path.suffix == ".npy":
+        np.save(path, np.stack([column.astype(np.float64) for column in columns.values()], 1))
+    else:
+        np.savez(path, points=cloud.points, colors=cloud.colors, **more)
+    return path
+
+
+def test_files_of_every_kind_come_back_point_by_point(run, tmp_path):
+    cloud = painted(5)
+    number = np.arange(len(cloud), dtype=np.int32)
+    files = [save(tmp_path / "a.ply", cloud, number=number), save(tmp_path / "b.npy", cloud)]
+    files += [save(tmp_path / "c.npz", cloud, number=number)]
+    (tmp_path / "broken.ply").write_bytes(b"ply\nformat")
+    result = geo_pretrain("predict", run, *files, tmp_path / "broken.ply", "-o", tmp_path / "out")
+    assert "3 predicted, 1 skipped" in result.output
+    assert "broken.ply: " in result.output
+    labels = [np.load(tmp_path / "out" / f"{name}.labels.npy") for name in "abc"]
+    (expected,) = predicting.load_finetuned(run).predict([replace(cloud, **EMPTY)])
+    for name, found in zip("abc", labels, strict=True):
+        assert np.array_equal(found, expected.labels)
+        vertices = read_ply(tmp_path / "out" / f"{name}.ply")["vertex"]
+        assert np.array_equal(vertices["predicted_label"], expected.labels)
+        assert np.allclose(np.stack([vertices[axis] for axis in "xyz"], 1), cloud.points)
+        assert np.array_equal(vertices["red"], cloud.colors[:, 0])
+        assert vertices["predicted_score"].dtype == np.float32
+    assert np.array_equal(read_ply(tmp_path / "out" / "a.ply")["vertex"]["number"], number)  # the file's own columns
+    assert (tmp_path / "out" / "classes.txt").read_text().split() == list(CLASSES)
+    index = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [item["name"] for item in index["items"]] == ["a", "b", "c"]
+    assert sum(index["items"][0]["labels"].values()) == len(cloud)
+    assert index["items"][0]["files"] == ["a.labels.npy", "a.scores.npy", "a.ply"]
+    assert index["skipped"][0]["path"].endswith("broken.ply")
+    with Image.open(tmp_path / "out" / "predictions.png") as picture:
+        assert picture.size[0] > 300
+    assert (tmp_path / "out" / "predictions.html").is_file()
+
+
+def test_clouds_of_maps_come_back_where_they_were(tmp_path):
+    far = np.array([500_000.25, 5_400_000.5, 300.0])
+    path = tmp_path / "map.npy"
+    np.save(path, far + 0.5 * np.arange(12.0).reshape(4, 3))
+    file = CloudFile(path, CloudFields(scale=0.5))
+    cloud = file.load()
+    assert np.abs(cloud.points).max() < 200
+    boxes = Boxes3D(cloud.points[:1], np.ones((1, 3), np.float32), np.zeros(1, np.float32), np.ones(1, np.int64))
+    back = file.back(cloud, Detections3D(boxes, np.ones(1, np.float32))).boxes
+    assert np.allclose(back.centers, far + 0.5 * np.arange(3.0), atol=1e-3)
+    assert np.allclose(back.sizes, 2.0)  # a meter is two units
+    assert file.columns(cloud)["y"][0] == far[1] + 0.5
+
+
+def test_a_data_set_is_predicted_on_without_its_labels(run, tmp_path, monkeypatch):
+    class Unlabelled(Painted):
+        def load(self, id):
+            return replace(super().load(id), **EMPTY)
+
+    asked = {}
+
+    def opened(source, path, split, *, task, options):
+        asked.update(source=source, path=str(path), split=split, task=task, options=options)
+        return Unlabelled(split)
+
+    monkeypatch.setattr(predicting, "open_labelled", opened)
+    found = predict(run, tmp_path / "out", data="clouds", path="somewhere", split="predict", limit=1, draw=0)
+    assert asked == {
+        "source": "clouds", "path": "somewhere", "split": "predict", "task": "segmentation3d", "options": {},
+    }  # fmt: skip
+    assert [item["name"] for item in found.items] == ["1"]
+    assert not (tmp_path / "out" / "predictions.png").exists()
+    predict(run, tmp_path / "out", data="clouds", path="somewhere", draw=0)  # over an earlier prediction
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["items"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "error", "message"),
+    [
+        ([], None, RecipeError, "either FILES, or --data SOURCE:PATH"),
+        (["a.ply"], "rooms3d", RecipeError, "either FILES, or --data SOURCE:PATH"),
+        (["a.png"], None, DataError, r"a\.png: the network is for clouds; accepted: files that end in \.ply"),
+        (["x/a.ply", "y/a.ply"], None, DataError, "Two inputs are called 'a'"),
+        (["a.ply"], None, DataError, "None of 1 items can be read: a.ply: file is missing"),
+    ],
+)
+def test_what_cannot_be_predicted_on_is_said(run, tmp_path, files, data, error, message):
+    with pytest.raises(error, match=message):
+        predict(run, tmp_path / "out", files=[Path(file) for file in files], data=data)
+
+
+def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(DataError, match="exists and holds no prediction"):
+        predict(run, tmp_path, data="rooms3d")
+
+
+def test_files_for_a_benchmark_are_refused_for_other_classes(run, tmp_path):
+    with pytest.raises(RecipeError, match=r"takes classes or instances of points of 20 classes \(wall, floor.* of 3"):
+        predict(run, tmp_path / "out", data="rooms3d", benchmark="scannet")
+    with pytest.raises(UnknownName, match="Unknown benchmark 'scanet'"):
+        predict(run, tmp_path / "out", data="rooms3d", benchmark="scanet")
+    labels = PointLabels(np.array([1, 20, 3]), np.ones(3, np.float32))
+    predicting._scannet(tmp_path / "scannet", "scene0707_00", labels)
+    assert (tmp_path / "scannet" / "scene0707_00.txt").read_text().split() == ["1", "39", "3"]
+
+
+def place(tmp_path, name="one"):
+    return Place(tmp_path, name, [])
+
+
+def test_instances_and_their_masks_in_the_order_of_points(tmp_path):
+    cloud = painted(1)
+    masks = np.zeros((2, len(cloud)), bool)
+    masks[0, :5], masks[1, 3:9] = True, True
+    found = PointInstances(masks, np.array([3, 1]), np.array([0.9, 0.5], np.float32))
+    facts = write_prediction(found, place(tmp_path), cloud_columns(cloud), CLASSES)
+    assert np.load(tmp_path / "one.instances.npy")[:10].tolist() == [1] * 5 + [2] * 4 + [0]
+    assert np.array_equal(np.load(tmp_path / "one.masks.npz")["masks"], masks)
+    vertices = read_ply(tmp_path / "one.ply")["vertex"]
+    assert vertices["predicted_label"][:10].tolist() == [3] * 5 + [1] * 4 + [0]
+    assert facts["objects"][1] == {"number": 2, "class": "red", "score": 0.5, "points": 6}
+    labels = PointLabels(np.full(len(cloud), 2), np.ones(len(cloud), np.float32))
+    write_prediction(replace(found, labels=labels), place(tmp_path), cloud_columns(cloud), CLASSES)
+    assert set(read_ply(tmp_path / "one.ply")["vertex"]["predicted_label"]) == {2}
+
+
+def test_boxes_as_numbers_names_and_edges(tmp_path):
+    boxes = Boxes3D(
+        np.array([[1, 2, 3], [4, 5, 6]], np.float32),
+        np.array([[2, 1, 1], [1, 1, 1]], np.float32),
+        np.array([np.pi / 2, 0], np.float32),
+        np.array([2, 1]),
+    )
+    found = Detections3D(boxes, np.array([0.75, 0.25], np.float32))
+    assert write_prediction(found, place(tmp_path), cloud_columns(painted(1)), CLASSES) == {"objects": 2}
+    table = np.load(tmp_path / "one.boxes.npy")
+    assert np.allclose(table[0], [1, 2, 3, 2, 1, 1, np.pi / 2, 2, 0.75])
+    named = json.loads((tmp_path / "one.boxes.json").read_text())
+    assert named[1] == {"class": "red", "score": 0.25, "center": [4, 5, 6], "size": [1, 1, 1], "heading": 0}
+    edges = read_ply(tmp_path / "one.boxes.ply")
+    corners = np.stack([edges["vertex"][axis] for axis in "xyz"], 1)
+    assert np.allclose(corners[:8], box_corners(torch.tensor([1.0, 2, 3, 2, 1, 1, np.pi / 2])).numpy())
+    ends = corners[edges["edge"]["vertex1"]] - corners[edges["edge"]["vertex2"]]
+    assert sorted(np.linalg.norm(ends[:12], axis=1).round(4).tolist()) == [1.0] * 8 + [2.0] * 4
+    assert edges["edge"]["vertex1"].max() == 15
+
+
+def test_the_class_of_a_cloud_stands_in_the_index(tmp_path):
+    found = CloudClass(2, np.array([0.25, 0.5, 0.25], np.float32))
+    facts = write_prediction(found, place(tmp_path), {}, CLASSES)
+    assert facts == {"class": "green", "label": 2, "score": 0.5}
+
+
+def test_detections_in_an_image_with_the_best_on_top(tmp_path):
+    masks = np.zeros((2, 4, 6), bool)
+    masks[0, :2], masks[1, 1:] = True, True
+    found = Detections(np.zeros((2, 4), np.float32), np.array([1, 2]), np.array([0.9, 0.5], np.float32), masks)
+    image = np.full((4, 6, 3), 200, np.uint8)
+    write_prediction(found, place(tmp_path, "folder/one"), image, CLASSES)
+    numbers = np.array(Image.open(tmp_path / "folder" / "one.instances.png"))
+    assert numbers[:, 0].tolist() == [1, 1, 2, 2]
+    assert (tmp_path / "folder" / "one.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("id", "stem"),
+    [
+        ("08/000123", "08/000123"),
+        ("../../etc/passwd", "etc/passwd"),
+        ("a:b*c", "a_b_c"),
+        ("Area_5/office 1", "Area_5/office 1"),
+    ],
+)
+def test_names_of_files_stay_below_the_folder(id, stem):
+    assert file_stem(id) == stem
