@@ -145,9 +145,7 @@ def finetune(
     from geo_pretrain.training.finetune import sweep as sweeps
     from geo_pretrain.training.finetune.registry import load_checked_finetune_recipe
 
-    overrides = data_overrides(data)
-    overrides += [f"data.scenes={json.dumps(scenes)}"] if scenes is not None else []
-    overrides += [f"data.cloud.labelled_points={_number_or_path(labelled_points)}"] if labelled_points else []
+    overrides = [*data_overrides(data), *_limits(scenes, labelled_points)]
     overrides += [*(["match_released_code=true"] if match_released_code else []), *set_]
     spec = load_checked_finetune_recipe(recipe, overrides, toy=toy)
     _check_once({"--backbone": backbone, "--fraction": fraction, "--seed": seed}, sweep)
@@ -175,6 +173,12 @@ def _check_once(given: Mapping[str, Sized], sweep: bool) -> None:
     for option, values in given.items():
         if len(values) > 1 and not sweep:
             raise typer.BadParameter(f"{option} is given {len(values)} times; once is accepted, or add --sweep.")
+
+
+def _limits(scenes: str | None, labelled_points: str | None) -> list[str]:
+    """Overrides of a recipe for a part of the labels."""
+    overrides = [f"data.scenes={json.dumps(scenes)}"] if scenes is not None else []
+    return overrides + ([f"data.cloud.labelled_points={_number_or_path(labelled_points)}"] if labelled_points else [])
 
 
 def _number_or_path(text: str) -> str:

@@ -37,6 +37,7 @@ LIMITED = {
 OF_PAPER = {("PPKT", "scannet3d_srunet34"): ("evaluate.level=points",)}  # the mesh's vertices
 STEPS = re.compile(r", ([\d,]+) steps$")
 SRUNET = "SR-UNet"
+POINT_TASKS = ("segmentation3d", "instances3d", "parts3d")  # labelled by points
 WEIGHTS = "weights"  # folder for checkpoints that have to be made first
 NO_RECIPE = "no recipe here measures it"
 
@@ -170,7 +171,9 @@ def _fit(column: Column, recipe: FinetuneRecipe, paper: str, network: str) -> tu
             return None
         changes.append(f"network.unet3d.variant={network.removeprefix(SRUNET)}")
     steps, points, cloud = STEPS.search(task), POINTS.search(task), recipe.data.cloud
-    if points and cloud is not None:
+    if points:
+        if cloud is None or recipe.task not in POINT_TASKS or recipe.on_frames():
+            return None
         recipe = replace(recipe, data=replace(recipe.data, cloud=replace(cloud, labelled_points=int(points[1]))))
         changes.append(f"{POINTS_KEY}={points[1]}")
     if steps:
