@@ -53,10 +53,16 @@ class Proposals:
 
     def of_points(self, inverse: np.ndarray) -> Proposals:
         """The proposals of voxels as those of points: each point goes with its voxel `inverse` [N]."""
-        voxels = int(inverse.max(initial=-1)) + 1
-        voxels = max([voxels, *(int(rows[-1]) + 1 for rows in self.members if len(rows))])
-        members = tuple(np.flatnonzero(mask[inverse]) for mask in self.masks(voxels))
-        return Proposals(members, self.classes, self.scores)
+        order = np.argsort(inverse, kind="stable")
+        highest = max((int(rows[-1]) for rows in self.members if len(rows)), default=-1)
+        counts = np.bincount(inverse, minlength=highest + 1)
+        starts = np.cumsum(counts) - counts
+        members = []
+        for rows in self.members:  # no masks of all points: a poor network makes thousands of proposals
+            lengths = counts[rows]
+            first = np.repeat(starts[rows] - (np.cumsum(lengths) - lengths), lengths)
+            members.append(np.sort(order[first + np.arange(len(first))]))
+        return Proposals(tuple(members), self.classes, self.scores)
 
     def ranked(self) -> Proposals:
         """The same proposals, the highest score first; equal scores keep their order."""

@@ -273,8 +273,9 @@ class Instances3D(CloudTask):
 
 def _of_voxels(of_points: Proposals, sample: CloudSample) -> Proposals:
     """The proposals in voxels: a voxel belongs to those that its first point belongs to."""
-    index = sample.index.numpy()
-    members = [np.flatnonzero(mask[index]) for mask in of_points.masks(len(sample.points))]
+    voxel = np.full(len(sample.points), -1)
+    voxel[sample.index.numpy()] = np.arange(len(sample))
+    members = [voxel[rows][voxel[rows] >= 0] for rows in of_points.members]
     return Proposals.of(members, of_points.classes.tolist(), of_points.scores.tolist())
 
 

@@ -129,6 +129,10 @@ def test_proposals_move_to_points_and_masks():
     points = voxels.of_points(inverse)
     assert [rows.tolist() for rows in points.members] == [[0, 1, 3, 4], [2, 3, 4]]
     assert points.masks(6).astype(int).tolist() == [[1, 1, 0, 1, 1, 0], [0, 0, 1, 1, 1, 0]]
+    many = Proposals.of([[0, 3], [4, 1, 2], []], [1, 1, 1], [0, 0, 0])
+    shuffled = np.random.default_rng(0).integers(0, 4, 50)  # voxel 4 has no point
+    slow = [[k for k in range(50) if shuffled[k] in rows] for rows in ([0, 3], [4, 1, 2], [])]
+    assert [rows.tolist() for rows in many.of_points(shuffled).members] == slow
     ranked = points.ranked()
     assert (ranked.classes.tolist(), ranked.scores.tolist()) == ([2, 1], [0.7, 0.2])
     both = joined(points, ranked)

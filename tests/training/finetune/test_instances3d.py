@@ -21,7 +21,7 @@ from geo_pretrain.training.distributed import World
 from geo_pretrain.training.evaluation.grouping import Proposals
 from geo_pretrain.training.evaluation.instances3d import InstanceRules, instance_precision, overlaps_of
 from geo_pretrain.training.evaluation.scannet_benchmark import write_scannet_instances
-from geo_pretrain.training.finetune import instances3d
+from geo_pretrain.training.finetune import instances3d, load_finetuned
 from geo_pretrain.training.finetune.registry import (
     backbone_init,
     build_finetune_task,
@@ -306,6 +306,10 @@ def test_training_finds_objects_that_an_untrained_network_does_not(tmp_path):
     assert np.asarray(Image.open(tmp_path / "out" / "predictions.png")).std() > 10
     assert (tmp_path / "out" / "predictions.html").is_file()
     assert "10 voxels" in result.data["quirks"]["AP"]
+    again = load_finetuned(tmp_path / "out")
+    assert again.evaluate(Scenes("val"), Scenes("val", 1).ids()).scores == trained
+    (found,) = again.predict([replace(scene(3), labels=None, instances=None)])
+    assert set(found.classes.tolist()) == {2, 3}
 
 
 def test_run_killed_by_sigkill_continues_bit_for_bit(tmp_path):
