@@ -44,6 +44,22 @@ def ball(points: np.ndarray, centers: np.ndarray, squared_radius: np.float32, fo
                     break
 
 
+def nearest_three(targets: np.ndarray, sources: np.ndarray, squared: np.ndarray, index: np.ndarray) -> None:
+    """Fill `squared` (infinite before) and `index` [N, 3] with the three sources nearest to each target, rising."""
+    for row in range(len(targets)):
+        x, y, z = targets[row, 0], targets[row, 1], targets[row, 2]
+        for k in range(len(sources)):
+            dx, dy, dz = x - sources[k, 0], y - sources[k, 1], z - sources[k, 2]
+            distance = dx * dx + dy * dy + dz * dz
+            place = 3
+            while place > 0 and distance < squared[row, place - 1]:
+                place -= 1
+            for later in range(2, place, -1):
+                squared[row, later], index[row, later] = squared[row, later - 1], index[row, later - 1]
+            if place < 3:
+                squared[row, place], index[row, place] = distance, k
+
+
 def overlap_areas(a: np.ndarray, b: np.ndarray, areas: np.ndarray) -> None:
     """Fill `areas` [P] with the overlap of pairs of rectangles (x, y, length, width, heading), by clipping."""
     ring, clipped = np.empty((12, 2)), np.empty((12, 2))
@@ -93,7 +109,7 @@ def suppress(overlapping: np.ndarray, kept: np.ndarray) -> None:
 def compiled() -> dict[str, Callable[..., Any]]:
     """Compile the loops; the code is cached on disk where there is a folder for it."""
     numba = require("numba", "fast")
-    loops = farthest, ball, overlap_areas, suppress
+    loops = farthest, ball, nearest_three, overlap_areas, suppress
     try:
         return {loop.__name__: numba.njit(cache=True)(loop) for loop in loops}
     except RuntimeError:

@@ -88,11 +88,13 @@ def test_a_point_on_the_ball_is_outside(backend: str):
         assert ball_query(points, torch.zeros(1, 1, 3), 0.25, 2).tolist() == [[[0, 0]]]  # none: point 0
 
 
-def test_three_nearest_and_their_mean_are_the_slow_ones(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_nearest_and_their_mean_are_the_slow_ones(backend: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("geo_pretrain.training.geometry3d.points.CELLS", 100)  # in several blocks
     targets, sources = cloud(2, 9), cloud(2, 13, seed=1)
     features = torch.randn(2, 13, 4, generator=torch.Generator().manual_seed(2))
-    distances, index = three_nearest(targets, sources)
+    with use(backend):
+        distances, index = three_nearest(targets, sources)
     got = interpolate(features, distances, index)
     for b in range(2):
         for n in range(9):
@@ -104,11 +106,15 @@ def test_three_nearest_and_their_mean_are_the_slow_ones(monkeypatch: pytest.Monk
             torch.testing.assert_close(got[b, n], mean, atol=1e-5, rtol=1e-4)
 
 
-def test_interpolation_at_a_source_and_from_two_sources():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_interpolation_at_a_source_and_from_two_sources(backend: str):
     sources = torch.tensor([[[0.0, 0, 0], [1, 0, 0]]])
     features = torch.tensor([[[0.0], [4.0]]])
     targets = torch.tensor([[[1.0, 0, 0], [0.25, 0, 0]]])
-    distances, index = three_nearest(targets, sources)
+    with use(backend):
+        distances, index = three_nearest(targets, sources)
+    assert distances.tolist() == [[[0, 1, torch.inf], [0.25, 0.75, torch.inf]]]
+    assert index.tolist() == [[[1, 0, 1], [0, 1, 0]]]
     assert interpolate(features, distances, index).flatten().tolist() == pytest.approx([4.0, 1.0], abs=1e-6)
 
 
