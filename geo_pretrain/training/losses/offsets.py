@@ -39,7 +39,8 @@ def offset_loss(predicted: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
         predicted, offsets: [N, 3] m. mask: bool [N].
 
     Example:
-        >>> offset_loss(torch.ones(2, 3), torch.zeros(2, 3), torch.tensor([True, False])).round(decimals=4)
+        >>> predicted, true = torch.ones(2, 3), torch.zeros(2, 3)
+        >>> offset_loss(predicted, true, torch.tensor([True, False])).round(decimals=4)
         tensor(3.)
     """
     return _masked_mean((predicted - offsets).abs().sum(1), mask)
