@@ -30,8 +30,11 @@ def choose_maps(maps: Sequence[T], indices: int | Sequence[int] | None) -> list[
     count = len(maps)
     if indices is None:
         return list(maps)
-    wanted = range(count)[-indices:] if isinstance(indices, int) and 0 < indices <= count else indices
-    if isinstance(wanted, int) or not all(-count <= index < count for index in wanted):
+    wanted: Any = range(count)[-indices:] if isinstance(indices, int) and 0 < indices <= count else indices
+    right = isinstance(wanted, Sequence) and all(
+        isinstance(index, int) and not isinstance(index, bool) and -count <= index < count for index in wanted
+    )
+    if not right:
         accepted = f"None, a number of maps from 1 to {count}, or a list of indices from 0 to {count - 1}"
         raise ValueError(f"indices is {indices!r}; accepted: {accepted}.")
     return [maps[index] for index in wanted]

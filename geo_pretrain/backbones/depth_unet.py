@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geo_pretrain.backbones.base import ImageBackbone
+from geo_pretrain.backbones.base import ImageBackbone, choose_maps
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
 
 LEVELS = (4, 3, 2, 1, 0)  # of the decoder, coarsest first; level i goes from stride 2**(i + 1) to 2**i
@@ -78,6 +78,14 @@ class ResNetDepthUNet(ImageBackbone):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H, W], not normalized."""
         return self.decoder(self.encoder(x), (x.shape[2], x.shape[3]))
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> Any:
+        """The dense features and the encoder's maps (`indices`: see `choose_maps`), under timm's name."""
+        maps = self.encoder(x)
+        intermediates = choose_maps(maps, indices)
+        return intermediates if intermediates_only else (self.decoder(maps, (x.shape[2], x.shape[3])), intermediates)
 
 
 def mirror_border(x: Tensor) -> Tensor:

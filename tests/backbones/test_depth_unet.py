@@ -160,3 +160,13 @@ def test_wrong_images_are_refused():
     check_refused(torch.zeros(1, 3, 31, 64), "31 x 64 pixels; accepted: at least 32")
     check_refused(torch.zeros(1, 4, 64, 64), r"takes images \[B, 3, H, W\]; got a tensor of shape \(1, 4, 64, 64\)")
     check_refused(torch.zeros(3, 64, 64), "got a tensor of shape")
+
+
+def test_forward_intermediates_gives_the_output_and_the_encoders_maps():
+    network, images = ResNetDepthUNet(18, width=8).eval(), torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        output, maps = network.forward_intermediates(images)
+        assert torch.equal(output, network(images))
+        assert all(torch.equal(*both) for both in zip(maps, network.encoder(images), strict=True))
+        (last,) = network.forward_intermediates(images, 1, intermediates_only=True)
+    assert torch.equal(last, maps[-1])

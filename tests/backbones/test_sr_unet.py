@@ -414,7 +414,7 @@ def test_forward_intermediates_of_image_networks_is_timms(decoder):
         assert all(torch.equal(*both) for both in zip(maps, expected, strict=True))
         (last,) = network.forward_intermediates(images, 1, intermediates_only=True)
         assert torch.equal(last, expected[-1])
-        for wrong in ([9], 0, 9, [-9]):
+        for wrong in ([9], 0, 9, [-9], 1.5, "last", [0.5], [True]):
             with pytest.raises(ValueError, match=r"indices is .*; accepted: None, a number of maps from 1 to 5"):
                 network.forward_intermediates(images, wrong)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from PIL import Image
@@ -64,3 +65,4 @@ def test_demo_leaves_pictures_a_report_and_a_checkpoint_in_a_hub_folder(result):
 def test_spread_is_mean_and_sample_deviation():
     assert str(Spread((0.1, 0.2, 0.3))) == "20.0 ± 10.0"
     assert Spread((0.5,)).std == 0
+    assert str(Spread((0.5, math.nan))) == "nan ± nan"

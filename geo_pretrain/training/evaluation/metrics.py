@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -23,7 +24,9 @@ class Spread:
 
     @property
     def std(self) -> float:
-        """Their sample standard deviation (n - 1); 0 for one value."""
+        """Their sample standard deviation (n - 1); 0 for one value, NaN if one is not a number."""
+        if any(math.isnan(value) for value in self.values):
+            return math.nan
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def __str__(self) -> str:
