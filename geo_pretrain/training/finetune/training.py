@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load, save_file
@@ -141,7 +141,7 @@ class Finetuning(RecipeTask):
         with self.precision():
             evaluation = self.task.evaluate(self.data.val, self.val_ids, self.world)
         for skipped in self.world.all_gather_object(self.skipped) if self.task.skips_broken else ():
-            self.skipped |= skipped
+            self.skipped |= cast(dict[str, str], skipped)
         self.evaluations.append({"step": step, **evaluation.to_dict()})
         if self.recipe.match_released_code and self.best()["step"] == step and self.world.is_main:
             write_weights(self.task, self.run.path / BEST)
