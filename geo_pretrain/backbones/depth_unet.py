@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,6 +87,9 @@ class ResNetDepthUNet(ImageBackbone):
         maps = self.encoder(x)
         intermediates = choose_maps(maps, indices)
         return intermediates if intermediates_only else (self.decoder(maps, (x.shape[2], x.shape[3])), intermediates)
+
+
+torch.fx.wrap("mirror_border")  # one node for `torch.fx.symbolic_trace`, which cannot follow its branches
 
 
 def mirror_border(x: Tensor) -> Tensor:

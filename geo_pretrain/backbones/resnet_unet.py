@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +27,7 @@ BLOCKS = {
     50: ("Bottleneck", (3, 4, 6, 3)),
     101: ("Bottleneck", (3, 4, 23, 3)),
 }
+torch.fx.wrap("_check_images")  # one node for `torch.fx.symbolic_trace`, which cannot follow its branches
 MIN_SIZE = 32  # pixels: below this the last stage has nothing to look at
 STAGES = {"stem": ("conv1", "bn1"), **{f"layer{stage}": (f"layer{stage}",) for stage in range(1, 5)}}
 # output stride -> dilation of the first block of a stage, and of its others: torchvision's rule
@@ -142,8 +144,9 @@ class ResNetUNet(ImageBackbone):
     """The dense 2D network of Pri3D: one feature vector for every second pixel in both directions.
 
     `out_chans` defaults to the pre-training width: width / 2 times the block's expansion, so 32 for ResNet-18 and 128
-    for ResNet-50. `.encoder` and `.decoder` hold all weights. Any image of at least 32 x 32 pixels works; when a side
-    is not a multiple of 4 the output side is twice that of layer1's map, 2 * ceil(side / 4), and not side / 2.
+    for ResNet-50. `.encoder` and `.decoder` hold all weights. Any image of at least 32 x 32 pixels works. The decoder
+    doubles layer1's map; where a side is not a multiple of 4 that is a row or column more than side / 2, rounded up,
+    which is cut off. The released network keeps it; all other values are the same.
     """
 
     def __init__(self, depth: int = 18, *, width: int = 64, out_chans: int | None = None, in_chans: int = 3) -> None:
@@ -159,8 +162,15 @@ class ResNetUNet(ImageBackbone):
         return self.encoder.feature_info
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H / 2, W / 2]."""
-        return self.decoder(self.encoder(x)[1:])
+        """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H / 2, W / 2], sides rounded up."""
+        maps = self.encoder(x)
+        return self._dense(maps)
+
+    def _dense(self, maps: Sequence[Tensor]) -> Tensor:
+        """The decoder's map, cut to the size of the stem's."""
+        height, width = _size(maps[0])
+        dense: Tensor = self.decoder(maps[1:])
+        return dense[:, :, :height, :width]
 
     def forward_intermediates(
         self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
@@ -168,7 +178,7 @@ class ResNetUNet(ImageBackbone):
         """The dense features and the encoder's maps (`indices`: see `choose_maps`), under timm's name."""
         maps = self.encoder(x)
         intermediates = choose_maps(maps, indices)
-        return intermediates if intermediates_only else (self.decoder(maps[1:]), intermediates)
+        return intermediates if intermediates_only else (self._dense(maps), intermediates)
 
 
 def unet_like(encoder: ResNetEncoder, out_chans: int) -> ResNetUNet:

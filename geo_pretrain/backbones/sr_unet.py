@@ -200,7 +200,10 @@ class SRUNet(Backbone):
 
     def _check(self, x: SparseTensor) -> None:
         if not isinstance(x, SparseTensor):
-            raise TypeError(f"Got {type(x).__name__}; accepted: a SparseTensor. For points: encode_points(points).")
+            traced = " torch.fx cannot trace sparse tensors; the maps are at hand in `pyramid`." if _is_proxy(x) else ""
+            raise TypeError(
+                f"Got {type(x).__name__}; accepted: a SparseTensor. For points: encode_points(points).{traced}"
+            )
         if x.stride != 1:
             raise ValueError(f"The voxels are at stride {x.stride}; accepted: stride 1.")
         given = x.sorted_feats.shape[1]
@@ -215,6 +218,10 @@ class SRUNet(Backbone):
             doubt = self.contract.doubt(x.sorted_feats.detach())
             if doubt is not None:
                 warnings.warn(f"{self.name or 'This network'} expects {self.contract}; {doubt}", stacklevel=_level())
+
+
+def _is_proxy(x: object) -> bool:
+    return type(x).__module__.startswith("torch.fx")
 
 
 def encoder_maps(network: Any, x: Any) -> list[Any]:

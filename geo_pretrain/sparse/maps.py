@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from weakref import ref
+from typing import Any
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -43,6 +44,10 @@ class KernelMap:
         """`symmetric`: a centered kernel on one set of voxels; the reverse map is then the same with K flipped."""
         self.table, self.inputs, self.symmetric = table, inputs, symmetric
         self._origin: ref[KernelMap] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: the table alone, which all else is computed from."""
+        return {"table": self.table, "inputs": self.inputs, "symmetric": self.symmetric, "_origin": None}
 
     @cached_property
     def tiles(self) -> list[tuple[slice, list[tuple[Tensor, Tensor]]]]:
@@ -153,6 +158,31 @@ class CoordinateManager:
         self.coordinate_maps = {stride: CoordinateMap(coords[order], stride, exact=exact)}
         self._parents: dict[tuple[int, int], Tensor] = {}
         self._kernel_maps: dict[tuple[int, int, int, int], KernelMap] = {}
+        self._moved: WeakValueDictionary[torch.device, CoordinateManager] = WeakValueDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: the voxels of all strides and how they lie in each other. Kernel maps are built anew."""
+        maps = {s: CoordinateMap(m.coords, s, exact=m.exact) for s, m in self.coordinate_maps.items()}
+        return self.__dict__ | {"coordinate_maps": maps, "_kernel_maps": {}, "_moved": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_moved": WeakValueDictionary()}
+
+    def to(self, device: torch.device) -> CoordinateManager:
+        """The same voxels on a device; for one device always the same object, so that its tensors belong together."""
+        if self.rank.device == device:
+            return self
+        if device not in self._moved:
+            other = object.__new__(CoordinateManager)
+            other.__setstate__(self.__getstate__())
+            other.__dict__ |= {"order": self.order.to(device), "rank": self.rank.to(device)}
+            other.coordinate_maps = {
+                s: CoordinateMap(m.coords.to(device), s, exact=m.exact) for s, m in self.coordinate_maps.items()
+            }
+            other._parents = {key: parent.to(device) for key, parent in self._parents.items()}
+            self._moved[device] = other
+            other._moved[self.rank.device] = self
+        return self._moved[device]
 
     def coordinate_map(self, stride: int) -> CoordinateMap:
         """The voxels at a stride. KeyError when no layer has made them yet."""

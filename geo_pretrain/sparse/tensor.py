@@ -24,6 +24,9 @@ class SparseTensor:
     are computed in float32 (on a CPU), layers hand on `computed_feats`, not rounded; `feats` and `sorted_feats` are
     rounded to `dtype`.
 
+    Pickles and copies hold voxels and features; kernel maps are built anew where they are needed. As with torch's
+    tensors, what was computed with gradients is detached before it is copied.
+
     >>> x = SparseTensor(torch.tensor([[0, 1, 2, 3], [0, -1, 2, 3]], dtype=torch.int32), torch.tensor([[1.0], [2.0]]))
     >>> x.with_sorted_feats(x.sorted_feats * 10).feats.tolist()
     [[10.0], [20.0]]
@@ -99,6 +102,46 @@ class SparseTensor:
     def batch(self) -> Tensor:
         """The batch number of each row of `sorted_feats`: int64 [N]."""
         return self.coordinate_map.coords[:, 0].long()
+
+    @property
+    def device(self) -> torch.device:
+        """Where coordinates and features lie."""
+        return self.computed_feats.device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SparseTensor:
+        """The tensor on a device, or with features of another floating point type, or both; itself if nothing changes.
+
+        Tensors that were computed from each other belong together on the new device, too.
+        """
+        if isinstance(device, torch.dtype):  # x.to(torch.float16), as with tensors
+            device, dtype = None, device
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; accepted: floating point types.")
+        place = self.device if device is None else torch.empty(0, device=device).device
+        dtype = dtype or self.dtype
+        if place == self.device and dtype == self.dtype:
+            return self
+        rows = self.computed_feats if dtype == self.dtype else self.sorted_feats.to(dtype)
+        return self._with_rows(rows.to(place), dtype)
+
+    def cpu(self) -> SparseTensor:
+        """The tensor in the memory of the CPU."""
+        return self.to("cpu")
+
+    def cuda(self) -> SparseTensor:
+        """The tensor on the current GPU."""
+        return self.to("cuda")
+
+    def detach(self) -> SparseTensor:
+        """The same voxels and features, without their history."""
+        return self._with_rows(self.computed_feats.detach(), self.dtype)
+
+    def _with_rows(self, rows: Tensor, dtype: torch.dtype) -> SparseTensor:
+        other = object.__new__(SparseTensor)
+        other.__dict__ |= self.__dict__ | {"computed_feats": rows, "dtype": dtype}
+        other.coordinate_manager = self.coordinate_manager.to(rows.device)
+        other.inverse = None if self.inverse is None else self.inverse.to(rows.device)
+        return other
 
     def _in_given_order(self, rows: Tensor) -> Tensor:
         """Rows in Morton order, put into the order of the caller's voxels; strided tensors keep their own order."""

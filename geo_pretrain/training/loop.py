@@ -29,6 +29,8 @@ from geo_pretrain.training.recipe import OptimSpec, Recipe
 from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, stop_requests, write_nothing
 from geo_pretrain.training.states import not_finite
 
+ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's words, of BatchNorm
+
 
 @dataclass(frozen=True)
 class StepInfo:
@@ -264,7 +266,7 @@ class _Loop:
             task.seed(self.progress.step, world.rank + world.size * part)
             last = part == budget.accumulate - 1
             with nullcontext() if last or world.size == 1 else self.model.no_sync():  # type: ignore[operator]
-                losses: dict[str, Tensor] = self.model(batch)
+                losses = self.losses(batch)
                 total = torch.stack(list(losses.values())).sum() / budget.accumulate
                 total.backward()
             for name, value in losses.items():
@@ -278,6 +280,23 @@ class _Loop:
             nn.utils.clip_grad_norm_(task.module.parameters(), budget.clip_norm)
         task.optimizer.step()
         return means_by_name
+
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """The losses of a micro-batch. Raises `RecipeError` where a BatchNorm would get one value of each channel."""
+        try:
+            losses: dict[str, Tensor] = self.model(batch)
+        except ValueError as error:
+            if ONE_VALUE not in str(error):
+                raise
+            budget = self.task.budget
+            share = budget.batch // (self.world.size * budget.accumulate)
+            raise RecipeError(
+                f"At step {self.progress.step + 1} a BatchNorm layer gets one value of each channel, whose variance is "
+                f"undefined: a map of one pixel, or one voxel, and 'optim.batch' {budget.batch} leaves {share} "
+                f"{'sample' if share == 1 else 'samples'} a process and micro-batch. Take at least "
+                f"{2 * budget.batch // share}, or larger images or crops, or smaller voxels."
+            ) from error
+        return losses
 
     def check_values(self) -> None:
         """Raise the error of a diverged run if a weight is not finite, which only the next step's loss would show."""

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.fx
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor
 
+from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -151,11 +153,34 @@ def test_stages_beyond_the_last_index_are_not_computed():
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((240, 320), (120, 160)), ((32, 32), (16, 16)), ((50, 67), (26, 34)), ((180, 360), (90, 180))],
+    [
+        ((240, 320), (120, 160)),
+        ((32, 32), (16, 16)),
+        ((50, 67), (25, 34)),
+        ((180, 360), (90, 180)),
+        ((33, 65), (17, 33)),
+    ],
 )
-def test_output_is_half_the_input_for_any_size(size: tuple[int, int], expected: tuple[int, int]):
+def test_output_is_half_the_input_rounded_up_for_any_size(size: tuple[int, int], expected: tuple[int, int]):
     network = ResNetUNet(18, width=8, out_chans=5).eval()
-    assert network(torch.rand(1, 3, *size)).shape == (1, 5, *expected)
+    images = torch.rand(1, 3, *size)
+    dense, maps = network.forward_intermediates(images)
+    assert dense.shape == (1, 5, *expected)
+    assert dense.shape[2:] == maps[0].shape[2:]
+    released = network.decoder(
+        maps[1:]
+    )  # as the released network: a row or column more where a side is no multiple of 4
+    assert torch.equal(network(images), released[:, :, : expected[0], : expected[1]])
+
+
+@pytest.mark.parametrize("network", [ResNetEncoder(18, width=8), ResNetUNet(18, width=8), ResNetDepthUNet(18, width=8)])
+def test_fx_traces_the_networks_of_images(network: torch.nn.Module):
+    traced = torch.fx.symbolic_trace(network.eval())
+    for size in ((64, 96), (50, 67)):  # one graph for all sizes
+        images = torch.rand(1, 3, *size)
+        torch.testing.assert_close(traced(images), network(images), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="at least 32"):  # the checks are part of the graph
+        traced(torch.rand(1, 3, 16, 16))
 
 
 def test_240x320_gives_the_sizes_of_the_paper():

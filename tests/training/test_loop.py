@@ -21,12 +21,15 @@ from safetensors.torch import load_file
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, RecipeError
 from geo_pretrain.loading import load_backbone, verify
+from geo_pretrain.sparse import SparseTensor
+from geo_pretrain.sparse.layers import BatchNorm
 from geo_pretrain.training import pretrain
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import MicroBatches
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import World
+from geo_pretrain.training.loop import Budget, TrainingTask, fit
 from geo_pretrain.training.recipe import OptimSpec, load_recipe
 from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum
 from tests.forked import command_line
@@ -410,3 +413,38 @@ def test_recipe_file_of_a_finished_run_can_be_trained_again(tmp_path, tiny_recip
     run_here(tmp_path / "one" / "recipe.yaml", tmp_path / "two")
     assert_same_weights(tmp_path / "one", tmp_path / "two")
     assert yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())["optim"]["steps"] == 3
+
+
+class OnePixel(TrainingTask):
+    """A network whose BatchNorm sees a map of one pixel, as DeepLab's image pooling does."""
+
+    def __init__(self, norm, batch):
+        self.norm, self.module = norm, norm
+        self.budget = Budget(steps=1, batch=batch)
+        self.optimizer = torch.optim.SGD(norm.parameters(), lr=0.1)
+
+    def batches(self, start):
+        while True:
+            yield torch.rand(self.budget.batch, 4, 1, 1)
+
+    def losses(self, batch):
+        return {"loss": self.norm(batch).sum()}
+
+    def schedule(self, step):
+        return 0.1
+
+
+class OneVoxel(OnePixel):
+    def losses(self, batch):
+        coords = torch.zeros(len(batch), 4, dtype=torch.int32)
+        coords[:, 0] = torch.arange(len(batch))
+        return {"loss": self.norm(SparseTensor(coords, batch[:, :, 0, 0])).feats.sum()}
+
+
+@pytest.mark.parametrize("kind, norm", [(OnePixel, torch.nn.BatchNorm2d), (OneVoxel, BatchNorm)])
+def test_one_value_a_channel_is_refused_before_the_first_step(kind, norm):
+    with pytest.raises(
+        RecipeError, match=r"At step 1 a BatchNorm .* 'optim.batch' 1 leaves 1 sample .* at least 2, or"
+    ):
+        fit(kind(norm(4), 1), ALONE)
+    assert fit(kind(norm(4), 2), ALONE).finished
