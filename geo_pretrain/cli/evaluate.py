@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,20 +14,24 @@ from geo_pretrain.cli.options import (
     DATA_HELP,
     FRAMES_HELP,
     LABELLED_HELP,
+    OPTION_HELP,
     SET_HELP,
     TURN_HELP,
     Turn,
     data_spec,
+    options_of,
     print_skips,
     size_of,
 )
-from geo_pretrain.cli.shared import app, print_table, progress
+from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 from geo_pretrain.errors import unknown
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.evaluation.matching import MatchingResult
+    from geo_pretrain.training.evaluation.probes import ProbeResult
 
+FEATURES_HELP = "Whole clouds: contract (what the backbone knows), ones, rgb; of laser scans gray, mean, intensity."
 eval_app = typer.Typer(help="Measure a backbone.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 
@@ -126,38 +130,39 @@ def eval_probe(
         str | None, typer.Option(help="HEIGHTxWIDTH; default: pre-training's; 3D: the images' own.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of pixels and random weights.")] = 0,
+    features: Annotated[str, typer.Option(help=FEATURES_HELP)] = "contract",
+    option: Annotated[list[str], typer.Option("--option", help=OPTION_HELP)] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare frozen features with random initialization by a linear probe and k-NN prediction.
 
-    The same architecture with random weights is measured beside it. 2D backbones are judged by the pixels of labelled
-    images, 3D ones by the voxels of labelled RGB-D frames, which rooms has.
+    The same architecture with random weights is measured beside it, in 3D also the same probe on coordinates and color
+    alone. 2D backbones are judged by the pixels of labelled images, 3D ones by the points of labelled clouds, or by the
+    voxels of the labelled frames of rooms.
 
     Example: `geo-pretrain eval probe pri3d_view_geo_r50 --data scannet:PATH --fraction 0.1`
 
-    In 3D: `geo-pretrain eval probe runs/pointcontrast`
+    In 3D: `geo-pretrain eval probe csc_100k_srunet34 --data s3dis:PATH`
+
+    On frames: `geo-pretrain eval probe runs/pointcontrast`
     """
     from geo_pretrain import hub
-    from geo_pretrain.training.data.labelled.registry import open_labelled, subset
+    from geo_pretrain.training.config import parse
+    from geo_pretrain.training.data.labelled.clouds.sets import CLOUD_SETS
+    from geo_pretrain.training.data.labelled.registry import subset
     from geo_pretrain.training.evaluation.probes import PROBES, ProbeSpec, compare_probes
 
-    spec, names = ProbeSpec(size=size_of(size), pixels=pixels, seed=seed), [part.strip() for part in probes.split(",")]
+    settings: dict[str, Any] = {"pixels": pixels, "seed": seed, "features": features}
+    settings |= {} if size is None else {"size": list(size_of(size) or ())}
+    spec, names = parse(ProbeSpec, settings, where="probe"), [part.strip() for part in probes.split(",")]
     for name in names:
         if name not in PROBES:
             raise unknown("probe", name, PROBES)
-    unit = "voxel" if hub.open(backbone).arch.modality == "3d" else "pixel"  # fails before rooms are rendered
-    source, _, path = data.partition(":")
+    in_3d = hub.open(backbone).arch.modality == "3d"  # fails before rooms are rendered
+    unit = "pixel" if not in_3d else "point" if data.partition(":")[0] in CLOUD_SETS else "voxel"
+    skipped: dict[str, str] = {}
     with progress(not as_json) as report:
-        train, val = (
-            open_labelled(
-                source,
-                Path(path) if path else None,
-                split,
-                task="segmentation",
-                progress=lambda done, total: report("rendering rooms", done, total, ""),
-            )
-            for split in ("train", "val")
-        )
+        train, val = _labelled_splits(data, options_of(option) or {}, report)
         results = compare_probes(
             backbone,
             subset(train, fraction, seed) if fraction < 1 else train,
@@ -165,7 +170,33 @@ def eval_probe(
             spec,
             probes=names,
             progress=lambda done, total: report("probing", done, total, ""),
+            skipped=skipped,
         )
+    _show_probes(results, unit, skipped, as_json)
+
+
+def _labelled_splits(data: str, options: dict[str, Any], report: Callable[[str, int, int, str], None]) -> list[Any]:
+    """The splits train and val of a data set with labels of pixels or, of whole clouds, of points."""
+    from geo_pretrain.training.data.labelled.clouds.sets import CLOUD_SETS
+    from geo_pretrain.training.data.labelled.registry import open_labelled
+
+    source, _, path = data.partition(":")
+    return [
+        open_labelled(
+            source,
+            Path(path) if path else None,
+            split,
+            task="segmentation3d" if source in CLOUD_SETS else "segmentation",
+            options=options,
+            progress=lambda done, total: report("rendering rooms", done, total, ""),
+        )
+        for split in ("train", "val")
+    ]
+
+
+def _show_probes(
+    results: Mapping[str, Mapping[str, ProbeResult]], unit: str, skipped: Mapping[str, str], as_json: bool
+) -> None:
     if as_json:
         typer.echo(json.dumps({w: {p: r.to_dict() for p, r in found.items()} for w, found in results.items()}))
         return
@@ -175,6 +206,8 @@ def eval_probe(
         for probe, result in found.items()
     ]
     print_table(("weights", "probe", "mIoU", f"{unit} accuracy"), rows)
+    for broken, reason in skipped.items():
+        console.print(f"[yellow]Skipped {escape(broken)}: {escape(reason)}", highlight=False, soft_wrap=True)
 
 
 @eval_app.command("folds")

@@ -20,6 +20,7 @@ DATA_HELP = (
 )
 FRAMES_HELP = "Part of each scene's frames in order of time, such as 0:0.75."
 SET_HELP = "KEY=VALUE in the recipe, such as optim.lr=0.05; may be repeated."
+OPTION_HELP = "KEY=VALUE: an option of the data set, or of cloud files, such as scale=0.001; may be repeated."
 TURN_HELP = "3D only: clouds as their camera sees them, or turned at random in full or upright (about the world's z)."
 LABELLED_HELP = (
     "SOURCE or SOURCE:PATH of labelled images, such as rooms, scannet:PATH, nyuv2:PATH, coco:PATH. A recipe's "
@@ -82,3 +83,13 @@ def print_skips(skips: SkippedFrames) -> None:
     """Print the skipped frames and the reasons, if any."""
     if skips.reasons:
         console.print(f"[yellow]{escape(skips.summary())}", soft_wrap=True, highlight=False)
+
+
+def options_of(given: list[str]) -> dict[str, Any] | None:
+    """Convert `--option KEY=VALUE`s to options of a data set; None without any."""
+    import yaml
+
+    for text in given:
+        if "=" not in text:
+            raise typer.BadParameter(f"--option is {text!r}; accepted: KEY=VALUE.")
+    return {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in given)} or None

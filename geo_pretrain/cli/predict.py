@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
-from geo_pretrain.cli.options import data_overrides
+from geo_pretrain.cli.options import OPTION_HELP, data_overrides, options_of
 from geo_pretrain.cli.shared import app, console, escape, progress
 
 DATA_HELP = "SOURCE or SOURCE:PATH of a data set, such as rooms3d, clouds:PATH, scannet3d:PATH; labels are not needed."
-OPTION_HELP = "KEY=VALUE: an option of the data set, or of cloud files, such as scale=0.001; may be repeated."
 
 
 @app.command()
@@ -54,7 +52,7 @@ def predict(
             data=source or None,
             path=path or None,
             split=split,
-            options=_options(option),
+            options=options_of(option),
             files=files or [],
             limit=limit,
             draw=draw,
@@ -71,11 +69,3 @@ def predict(
         )
     count = f"{len(found.items)} predicted, {len(found.skipped)} skipped"
     console.print(f"Wrote {out / INDEX}   ({count})", soft_wrap=True, highlight=False)
-
-
-def _options(given: list[str]) -> dict[str, Any] | None:
-    """Convert `KEY=VALUE`s to options; None without any."""
-    for text in given:
-        if "=" not in text:
-            raise typer.BadParameter(f"--option is {text!r}; accepted: KEY=VALUE.")
-    return {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in given)} or None

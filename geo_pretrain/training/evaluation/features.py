@@ -148,13 +148,17 @@ class ImageExtractor(FeatureExtractor):
 class CloudExtractor(FeatureExtractor):
     """Feature extractor around a 3D network. Clouds keep the world's axes, whose z is mostly up."""
 
-    def __init__(self, network: nn.Module, contract: VoxelContract, *, level: int | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, contract: VoxelContract, *, level: int | None = None, frames: bool = True
+    ) -> None:
         """Wrap a network from voxels to voxels.
 
-        `level`: a map of its pyramid; None: its output. Raises `CheckpointError` for voxels that RGB-D cannot give.
+        `level`: a map of its pyramid; None: its output. With `frames`, of which it then extracts features, raises
+        `CheckpointError` for voxels that RGB-D cannot give.
         """
         super().__init__()
-        self.voxel_size = cubic_voxel_size(contract)
+        if frames:
+            self.voxel_size = cubic_voxel_size(contract)
         self.network, self.contract, self.level = network, contract, level
         self.eval()
 

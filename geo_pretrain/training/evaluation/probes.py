@@ -1,17 +1,19 @@
 """Linear and k-NN probes: how well frozen features of a backbone segment, measured in minutes.
 
-2D backbones are probed at labelled pixels, 3D ones at the voxels of labelled RGB-D frames. Nothing of the backbone is
-trained. Features of a pixel are read from the maps bilinearly, corners aligned, so a linear layer on the map and then
-enlarged gives the same as that layer on the features read. The maps are the U-Net's (stride 2), or the four of the
-encoder together (strides 4 to 32). Features of a voxel are those before the sparse U-Net's last layer. k-NN prediction
-is that of instance discrimination (Wu et al., CVPR 2018, https://arxiv.org/abs/1805.01978).
+2D backbones are probed at labelled pixels, 3D ones at the points of labelled clouds or the voxels of labelled RGB-D
+frames. Nothing of the backbone is trained. In 3D the same probe on coordinates and color alone stands beside it: what
+is above it was learned, as random weights are beside it for what the architecture brings (Sonata, CVPR 2025, asks so
+whether features tell more than shortcuts of geometry).
+
+Features of a pixel are read from the maps bilinearly, corners aligned, so a linear layer on the map and then enlarged
+gives the same as that layer on the features read. The maps are the U-Net's (stride 2), or the four of the encoder
+together (strides 4 to 32). Features of a voxel are those before the sparse U-Net's last layer. k-NN prediction is that
+of instance discrimination (Wu et al., CVPR 2018, https://arxiv.org/abs/1805.01978).
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +27,11 @@ from torch import Tensor, nn
 from geo_pretrain import hub
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import CheckpointError, DataError, unknown
+from geo_pretrain.errors import CheckpointError, DataError, RecipeError, some, unknown
 from geo_pretrain.training.checks import Count, Positive, Ranged
-from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.cloud_recipe import CloudFeatures, CloudSpec
 from geo_pretrain.training.data.labelled.clouds.frames import labelled_clouds
-from geo_pretrain.training.data.labelled.clouds.voxels import batch_voxels, voxels_of
-from geo_pretrain.training.data.labelled.image import LabelledSource
+from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.evaluation.features import (
     RANDOM,
     CloudExtractor,
@@ -39,10 +40,24 @@ from geo_pretrain.training.evaluation.features import (
     output_options,
 )
 from geo_pretrain.training.evaluation.metrics import confusion_matrix, mean_iou, pixel_accuracy
+from geo_pretrain.training.evaluation.probe_data import CloudData as CloudData
+from geo_pretrain.training.evaluation.probe_data import (
+    Head,
+    ImageData,
+    InputData,
+    ProbeData,
+    Samples,
+    ScanData,
+    has_whole_clouds,
+)
+from geo_pretrain.training.evaluation.probe_data import apply_head as apply_head
+from geo_pretrain.training.evaluation.probe_data import read_at as read_at
 from geo_pretrain.training.evaluation.progress import Progress, counted, part_of
+from geo_pretrain.training.networks3d import cloud_input
 
 Part = Literal["encoder", "unet"]
 PROBES = ("linear", "knn")
+INPUT = "xyz+color"  # name of the control without a network in results
 QUERIES = 256  # of k-NN compared with the whole bank at once
 LEAST_STD = 1e-6  # a channel that varies less is constant
 
@@ -58,6 +73,7 @@ class ProbeSpec(Ranged):
     k: Count = 20
     temperature: Positive = 0.07  # k-NN: a neighbor's vote is exp(cosine / temperature)
     seed: int = 0  # of the pixels, and of the random-init baseline's weights
+    features: CloudFeatures = "contract"  # whole clouds: input channels, as data.cloud.features of recipes
 
 
 @dataclass(frozen=True)
@@ -82,103 +98,10 @@ class ProbeResult:
         return numbers | {"pixels": [self.fitted, self.measured], "channels": self.channels}
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Features of labelled pixels or voxels; maps are concatenated along channels, `widths` are theirs."""
-
-    features: Tensor  # float32 [N, C]
-    labels: Tensor  # int64 [N], 1..
-    widths: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear classifier of features: one row for each class that the training pixels have."""
-
-    weight: Tensor  # [classes, C]
-    bias: Tensor  # [classes]
-    classes: Tensor  # int64 [classes], rising: which class a row stands for
-
-
-class ProbeData(ABC):
-    """One labelled split read through a frozen network: features and labels of one image or cloud at a time."""
-
-    extractor: ImageExtractor | CloudExtractor
-    ids: list[str]  # of all images or clouds
-    classes: int  # without the unlabelled
-    nothing: str  # begins the message that there is no label
-    kind: str
-    needs: str
-
-    def through(self, extractor: ImageExtractor | CloudExtractor) -> ProbeData:
-        """Read the same images or clouds through another network of the same contract."""
-        data = copy.copy(self)
-        data.extractor = extractor
-        return data
-
-    @abstractmethod
-    def load(self, id: str) -> tuple[list[Tensor], Tensor]:
-        """Features, as `read` and `predict` take them, and labels of any shape, 0 where unlabelled."""
-
-    @abstractmethod
-    def read(self, features: list[Tensor], places: Tensor, shape: torch.Size) -> Tensor:
-        """Features [n, C] at `places` [n, dimensions], which index labels of `shape`."""
-
-    @abstractmethod
-    def predict(self, head: Head, features: list[Tensor], widths: Sequence[int], shape: torch.Size) -> Tensor:
-        """Classes of `shape` that a head gives."""
-
-
-class ImageData(ProbeData):
-    """Labelled images through a 2D network that gives a map or several: [1, C_k, h_k, w_k], and labels [H, W]."""
-
-    extractor: ImageExtractor
-    kind, needs = "images", "images with labels of segmentation"
-
-    def __init__(self, extractor: ImageExtractor, source: LabelledSource) -> None:
-        self.extractor, self.source, self.ids, self.classes = extractor, source, source.ids(), len(source.classes)
-        self.nothing = f"Source {source.name!r}, split {source.split!r}: no labelled pixel"
-
-    def load(self, id: str) -> tuple[list[Tensor], Tensor]:
-        labelled = self.source.load(id)
-        if labelled.semantic is None:
-            name = self.source.name
-            raise DataError(f"{name}: image {id} has no labels of pixels; open the source for segmentation.")
-        return self.extractor.maps(labelled.image, resize=True), torch.from_numpy(labelled.semantic.astype(np.int64))
-
-    def read(self, features: list[Tensor], places: Tensor, shape: torch.Size) -> Tensor:
-        return read_at(features, places, (shape[0], shape[1]))
-
-    def predict(self, head: Head, features: list[Tensor], widths: Sequence[int], shape: torch.Size) -> Tensor:
-        return apply_head(head, features, widths, shape)
-
-
-class CloudData(ProbeData):
-    """The voxels of labelled clouds through a 3D network: features [N, C], and majority labels [N]."""
-
-    extractor: CloudExtractor
-    kind, needs, nothing = "clouds", "frames with labels", "No labelled voxel"
-
-    def __init__(self, extractor: CloudExtractor, clouds: Sequence[LabelledCloud], classes: int) -> None:
-        self.extractor, self.classes = extractor, classes
-        self.clouds = {cloud.id: cloud for cloud in clouds}
-        self.ids = list(self.clouds)
-
-    def load(self, id: str) -> tuple[list[Tensor], Tensor]:
-        x, truth = batch_voxels([voxels_of(self.clouds[id], self.extractor.contract)], self.extractor.device)
-        return [self.extractor.voxel_rows(x).float().cpu()], truth.cpu()
-
-    def read(self, features: list[Tensor], places: Tensor, shape: torch.Size) -> Tensor:
-        return features[0][places[:, 0]]
-
-    def predict(self, head: Head, features: list[Tensor], widths: Sequence[int], shape: torch.Size) -> Tensor:
-        return head.classes[F.linear(features[0], head.weight, head.bias).argmax(dim=1)]
-
-
 def probe_backbone(
     backbone: str | Path | nn.Module,
-    train: LabelledSource,
-    val: LabelledSource,
+    train: LabelledData,
+    val: LabelledData,
     spec: ProbeSpec = ProbeSpec(),
     *,
     probe: str = "linear",
@@ -208,58 +131,81 @@ def probe_backbone(
         RecipeError: a 3D backbone, and a source without depth.
     """
     network = backbone if isinstance(backbone, nn.Module) else _load(backbone, part)
-    extractor = probe_extractor(network.to(device), spec.size)
+    extractor = probe_extractor(network.to(device), spec.size, frames=not has_whole_clouds(train))
     return run_probes([probe], *open_data(extractor, train, val, spec), spec, progress)[probe]
 
 
 def compare_probes(
     backbone: str | Path,
-    train: LabelledSource,
-    val: LabelledSource,
+    train: LabelledData,
+    val: LabelledData,
     spec: ProbeSpec = ProbeSpec(),
     *,
     probes: Sequence[str] = PROBES,
     progress: Progress | None = None,
+    skipped: dict[str, str] | None = None,
 ) -> dict[str, dict[str, ProbeResult]]:
-    """Probe a backbone (catalog name or folder, 2D or 3D) and its random-init baseline.
+    """Probe a backbone (catalog name or folder, 2D or 3D) beside its controls.
 
-    Returns {"random": {probe: result}, backbone: {probe: result}}. Arguments and errors are those of `probe_backbone`.
+    Returns {"xyz+color": {probe: result}, "random": ..., backbone: ...}: the control without a network (3D only), the
+    architecture with random weights, and the backbone. All see the same images or clouds and are judged by the same
+    pixels, voxels or points. `skipped` is filled with path and reason of broken clouds. Other arguments and errors are
+    those of `probe_backbone`.
     """
     for name in probes:
         if name not in PROBES:
             raise unknown("probe", name, PROBES)
+    frames = not has_whole_clouds(train)
     extractors = {
-        RANDOM: probe_extractor(_load(backbone, random_init=True, seed=spec.seed), spec.size),
-        str(backbone): probe_extractor(_load(backbone), spec.size),
+        RANDOM: _extractor(backbone, spec, frames, random_init=True, seed=spec.seed),
+        str(backbone): _extractor(backbone, spec, frames),
     }
     seen, unseen = open_data(extractors[RANDOM], train, val, spec)
-    return {
-        name: run_probes(probes, seen.through(extractor), unseen.through(extractor), spec, part_of(progress, number, 2))
-        for number, (name, extractor) in enumerate(extractors.items())
+    pairs = {name: (seen.through(e), unseen.through(e)) for name, e in extractors.items()}
+    if isinstance(extractors[RANDOM], CloudExtractor):
+        pairs = {INPUT: (InputData(seen), InputData(unseen))} | pairs
+    results = {
+        name: run_probes(probes, *pair, spec, part_of(progress, number, len(pairs)))
+        for number, (name, pair) in enumerate(pairs.items())
     }
+    if skipped is not None:
+        skipped |= seen.skipped | unseen.skipped
+    return results
 
 
-def probe_extractor(network: nn.Module, size: tuple[int, int] | None = None) -> ImageExtractor | CloudExtractor:
+def probe_extractor(
+    network: nn.Module, size: tuple[int, int] | None = None, *, frames: bool = True
+) -> ImageExtractor | CloudExtractor:
     """Wrap a network with a `contract` for probes; `size`: of the images it sees, None: its contract's.
+
+    `frames`: clouds are those of RGB-D frames, not whole ones, which only cubic voxels fit.
 
     Of a sparse U-Net the finest map before its last layer is probed, `block8` (96 channels at the real width), which
     fine-tuning keeps; of other 3D networks their output. Raises `CheckpointError` without a usable contract.
     """
     contract: Any = getattr(network, "contract", None)
     if isinstance(contract, VoxelContract):
-        return CloudExtractor(network, contract, level=0 if isinstance(network, SRUNet) else None)
+        return CloudExtractor(network, contract, level=0 if isinstance(network, SRUNet) else None, frames=frames)
     if isinstance(contract, ImageContract):
         return ImageExtractor(network, contract if size is None else replace(contract, size=size))
     raise CheckpointError(f"The network's contract is {contract!r}; the probes need an ImageContract or VoxelContract.")
 
 
 def open_data(
-    extractor: ImageExtractor | CloudExtractor, train: LabelledSource, val: LabelledSource, spec: ProbeSpec
+    extractor: ImageExtractor | CloudExtractor, train: LabelledData, val: LabelledData, spec: ProbeSpec
 ) -> tuple[ProbeData, ProbeData]:
-    """Open both splits for an extractor. Raises `RecipeError` for a 3D network and a source without depth."""
+    """Open both splits for an extractor.
+
+    Raises `RecipeError` for a 3D network and images without depth, and for an image network and clouds.
+    """
     if isinstance(extractor, ImageExtractor):
-        return ImageData(extractor, train), ImageData(extractor, val)
-    seen, unseen = (CloudData(extractor, labelled_clouds(s, spec.size), len(val.classes)) for s in (train, val))
+        if has_whole_clouds(train):
+            raise RecipeError(f"Source {train.name!r} has clouds, the backbone takes images; accepted: a 3D backbone.")
+        return ImageData(extractor, cast(Any, train)), ImageData(extractor, cast(Any, val))
+    if has_whole_clouds(train):
+        return ScanData(extractor, train), ScanData(extractor, val)
+    pair = (CloudData(extractor, labelled_clouds(cast(Any, s), spec.size), len(val.classes)) for s in (train, val))
+    seen, unseen = pair
     return seen, unseen
 
 
@@ -318,24 +264,6 @@ def knn_predict(bank: Samples, queries: Samples, *, k: int, temperature: float) 
     return torch.cat(chosen)
 
 
-def read_at(maps: Sequence[Tensor], pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Interpolate maps [1, C_k, h_k, w_k] at `pixels` [N, 2] (row, column) of an image of `size`: [N, sum of C_k]."""
-    last = pixels.new_tensor([max(size[0] - 1, 1), max(size[1] - 1, 1)])
-    grid = (pixels / last * 2 - 1).flip(-1)[None, None].to(maps[0])  # (x, y), the corners at -1 and 1
-    read = [F.grid_sample(m, grid, mode="bilinear", padding_mode="border", align_corners=True)[0, :, 0] for m in maps]
-    return torch.cat(read).T
-
-
-@torch.no_grad()
-def apply_head(head: Head, maps: Sequence[Tensor], widths: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Classify every pixel of `size` from maps [1, C_k, h_k, w_k]: each map's logits are enlarged, then summed."""
-    logits = head.bias[:, None, None]
-    for features, weight in zip(maps, head.weight.split(list(widths), dim=1), strict=True):
-        part = F.conv2d(features, weight[:, :, None, None].to(features))
-        logits = logits + F.interpolate(part, size=tuple(size), mode="bilinear", align_corners=True)[0].cpu()
-    return head.classes[logits.argmax(0)]
-
-
 @torch.no_grad()
 def draw_samples(data: ProbeData, spec: ProbeSpec, split: str, steps: Iterator[None]) -> Samples:
     """Read features at labelled places, drawn for each image by the seed and its name alone."""
@@ -343,17 +271,22 @@ def draw_samples(data: ProbeData, spec: ProbeSpec, split: str, steps: Iterator[N
     drawn_features, drawn_labels = [], []
     widths: tuple[int, ...] = ()
     for id in data.ids:
-        features, truth = data.load(id)
+        loaded = data.loaded(id)
+        next(steps)
+        if loaded is None:
+            continue
+        features, truth = loaded
         known = (truth > 0).nonzero()
         digest = hashlib.sha256(f"{spec.seed}\n{split}\n{id}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
         places = known[torch.randperm(len(known), generator=generator)[:per_image]]
         drawn_features.append(data.read(features, places, truth.shape).cpu())
         drawn_labels.append(truth[places.unbind(1)])
-        widths = tuple(part.shape[1] for part in features)
-        next(steps)
+        widths = data.widths(features)
     if not sum(map(len, drawn_labels)):
-        raise DataError(f"{data.nothing} in {len(data.ids)} {data.kind}; a probe needs {data.needs}.")
+        skipped = some((f"{path}: {reason}" for path, reason in data.skipped.items()), 3)
+        why = f" Skipped: {skipped}." if data.skipped else ""
+        raise DataError(f"{data.nothing} in {len(data.ids)} {data.kind}; a probe needs {data.needs}.{why}")
     return Samples(torch.cat(drawn_features), torch.cat(drawn_labels), widths)
 
 
@@ -363,9 +296,12 @@ def _linear_confusion(samples: Samples, val: ProbeData, spec: ProbeSpec, steps: 
     confusion = np.zeros((count, count), np.int64)
     with torch.no_grad():
         for id in val.ids:
-            features, truth = val.load(id)
-            confusion += confusion_matrix(truth, val.predict(head, features, samples.widths, truth.shape), count)
+            loaded = val.loaded(id)
             next(steps)
+            if loaded is not None:
+                features, truth = loaded
+                guess = val.predict(head, features, samples.widths, truth.shape)
+                confusion += confusion_matrix(truth, guess, count)
     return confusion
 
 
@@ -378,6 +314,17 @@ def _knn_confusion(samples: Samples, val: ProbeData, spec: ProbeSpec, steps: Ite
 def _directions(samples: Samples) -> Tensor:
     """Normalize features so that each map counts equally, whatever its scale and width."""
     return F.normalize(torch.cat([F.normalize(m) for m in samples.features.split(list(samples.widths), 1)], 1))
+
+
+def _extractor(backbone: str | Path, spec: ProbeSpec, frames: bool, **options: Any) -> ImageExtractor | CloudExtractor:
+    """Load a backbone, or its random-init twin, for the input channels of `spec`."""
+    network: Any = _load(backbone, **options)
+    if spec.features != "contract" and isinstance(network.contract, VoxelContract):
+        inputs = cloud_input(CloudSpec(features=spec.features), network.contract, str(backbone))
+        if inputs.in_chans is not None:
+            network = _load(backbone, in_chans=inputs.in_chans, **options)
+        network.contract = inputs.contract
+    return probe_extractor(network, spec.size, frames=frames)
 
 
 def _load(backbone: str | Path, part: Part | None = None, **options: Any) -> nn.Module:

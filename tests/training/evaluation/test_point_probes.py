@@ -18,6 +18,7 @@ from geo_pretrain.training.data.labelled.clouds.voxels import voxels_of
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.evaluation import probes
 from geo_pretrain.training.evaluation.probes import (
+    INPUT,
     RANDOM,
     CloudData,
     ProbeSpec,
@@ -136,16 +137,16 @@ def test_features_of_a_unet_are_those_before_its_last_layer():
 def test_backbone_is_probed_beside_its_random_init_baseline(folder, rooms):
     spec, done = ProbeSpec(size=(32, 32), pixels=300, iterations=30, seed=3), []
     found = compare_probes(folder, *rooms, spec, progress=lambda *at: done.append(at))
-    assert list(found) == [RANDOM, str(folder)]
+    assert list(found) == [INPUT, RANDOM, str(folder)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         twin = load_backbone(folder, pretrained=False)
     network = load_backbone(folder)
     clouds = [labelled_clouds(source, (32, 32)) for source in rooms]
-    assert done == [(k, 2 * (len(clouds[0]) + 2 * len(clouds[1]))) for k in range(1, len(done) + 1)]
+    assert done == [(k, 3 * (len(clouds[0]) + 2 * len(clouds[1]))) for k in range(1, len(done) + 1)]
     assert len(done) == done[0][1]
     results = [probe_clouds("linear", n, n.contract, *clouds, len(rooms[0].classes), spec) for n in (twin, network)]
-    for name, alone in zip(found, results, strict=True):
+    for name, alone in zip((RANDOM, str(folder)), results, strict=True):
         assert np.array_equal(found[name]["linear"].confusion, alone.confusion)
     assert not np.array_equal(*(alone.confusion for alone in results))
     assert found[RANDOM]["knn"].measured <= 300
