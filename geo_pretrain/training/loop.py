@@ -26,7 +26,7 @@ from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune_recipe import FinetuneOptim, FinetuneRecipe
 from geo_pretrain.training.recipe import OptimSpec, Recipe
-from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, stop_requests, write_nothing
+from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, explained, stop_requests, write_nothing
 from geo_pretrain.training.states import not_finite
 
 ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's words, of BatchNorm
@@ -188,7 +188,7 @@ def fit(
     *,
     on_step: Callable[[StepInfo], None] | None = None,
 ) -> Progress:
-    """Take the steps of `task` that are left; an unfinished `Progress` when SIGINT or SIGTERM arrived.
+    """Take the steps of `task` that are left; an unfinished `Progress` when SIGINT, SIGTERM or SIGHUP arrived.
 
     With `run`, steps go on from its saved state, states and log are written there, and a stop is saved; without, all
     stays in memory and signals act as ever.
@@ -196,12 +196,14 @@ def fit(
     Raises:
         RecipeError: the saved state is that of other settings, other data, or another number of processes.
         CheckpointError: no saved state can be used; of two, the older one is used, see `RunFolder.load`.
-        GeoPretrainError: a loss is not finite, or a weight where a state would be saved or the run would end.
+        GeoPretrainError: a loss is not finite, or a weight where a state would be saved or the run would end; a loader
+            worker or another process died; there is no room for what the run writes.
     """
     progress = Progress(task.budget.steps)
     if run is not None:
         _restore(run, task, world, progress)
     with ExitStack() as stack:
+        stack.enter_context(explained(run))
         stop = stack.enter_context(stop_requests()) if run is not None else Event()
         log = stack.enter_context(run.log(progress.step)) if run is not None else write_nothing
         if world.device.type == "cpu":

@@ -181,7 +181,7 @@ def train(
     Returns the checkpoint in the main process, None in the others.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM arrived; the state is saved and an unfinished checkpoint folder written.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the state is saved and an unfinished checkpoint folder written.
         RecipeError: the recipe does not fit the world, or differs from the one of the run to be continued.
         CheckpointError: `out` already holds a checkpoint and `overwrite` is not set.
     """

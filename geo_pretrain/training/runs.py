@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,13 +19,18 @@ from types import FrameType
 from typing import Any
 
 import geo_pretrain
-from geo_pretrain.errors import CheckpointError, GeoPretrainError, MissingDependency, require
+from geo_pretrain.errors import CheckpointError, GeoPretrainError, MissingDependency, first_line, require
 from geo_pretrain.files import atomic_write, locked, sync_file, sync_folder
 from geo_pretrain.training.states import BadState, check_log, check_values, log_facts, read_state, write_state
 
 STATE, LOG, BOARD = "state.pt", "log.jsonl", "tensorboard"
 EARLIER = "state.earlier.pt"  # the state before `STATE`
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors")  # whose versions a result names
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# torch.distributed's errors where a peer is gone; gloo raises a RuntimeError with words of its own
+DISTRIBUTED = ("DistBackendError", "DistNetworkError", "DistStoreError")
+PEERS = ("Connection closed by peer", "Connection reset by peer", "gloo/transport")
 
 WriteLog = Callable[[Mapping[str, Any], Mapping[str, float]], None]  # a line {"step": ..., ...}; the losses in it
 
@@ -182,7 +189,10 @@ def run_lock(out: Path, what: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """An event set by the first SIGINT or SIGTERM; a second signal acts at once, as without this handler."""
+    """An event set by the first SIGINT, SIGTERM or SIGHUP; a second signal acts at once, as without this handler.
+
+    A signal that is ignored (SIGHUP under nohup) stays ignored.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -192,7 +202,8 @@ def stop_requests() -> Iterator[threading.Event]:
         stop.set()
         signal.signal(number, previous[signal.Signals(number)])
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
+    previous = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     for number in previous:
         signal.signal(number, request)
     try:
@@ -200,6 +211,46 @@ def stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def explained(run: RunFolder | None) -> Iterator[None]:
+    """Turn what happens to a run from outside into one sentence: dead processes, full disks, limits on files.
+
+    What was saved stays, and the sentence says how to go on.
+    """
+    try:
+        yield
+    except GeoPretrainError:
+        raise
+    except (OSError, RuntimeError) as error:
+        what = _mishap(error)
+        if what is None:
+            raise
+        kept = run is not None and run.has_state()
+        rest = "Nothing was saved yet." if not kept or run is None else f"The last saved state is in {run.path}."
+        raise GeoPretrainError(f"{what} {rest} Give the same command again to go on.") from error
+
+
+def _mishap(error: Exception) -> str | None:
+    """What happened, if it came from outside; None for a fault of a program."""
+    text = str(error)
+    chain: BaseException | None = error
+    while chain is not None:  # torch.save hides the error of the disk behind its own
+        if isinstance(chain, OSError) and chain.errno in NO_ROOM:
+            where = f"{chain.filename}: " if chain.filename else ""
+            return f"{where}{os.strerror(chain.errno)}: there is no room for what the run writes. Free some."
+        chain = chain.__cause__ or chain.__context__
+    if "PytorchStreamWriter failed" in text or "unexpected pos" in text:
+        return "A file of the run could not be written whole: the disk is full, or a limit on files was met. Free some."
+    if "DataLoader worker" in text:
+        return (
+            f"A loader worker died ({first_line(error)}). If it was for lack of memory, take fewer 'workers' or "
+            "smaller samples."
+        )
+    if type(error).__name__ in DISTRIBUTED or any(sign in text for sign in PEERS):
+        return f"Another process of this run ended ({first_line(error)}); its own message tells why."
+    return None
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

@@ -49,7 +49,7 @@ def finetune(
     called while rooms are rendered.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM arrived; the state is saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the state is saved.
         RecipeError: the recipe does not fit backbone or data, or is not that of the run to be continued.
         CheckpointError: `out` already holds a result and `overwrite` is not set, or another process works there.
         DataError: a label or image cannot be used; file and value are named.

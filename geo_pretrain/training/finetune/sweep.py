@@ -154,7 +154,7 @@ def run_sweep(
         RecipeError: the sweep in `out` has another recipe or another checkpoint under the same name.
         CheckpointError: another process is at work on the sweep in `out`.
         GeoPretrainError: a start that cannot be had, before anything is trained.
-        Interrupted: SIGINT or SIGTERM arrived; the same command goes on.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the same command goes on.
     """
     where = dict(init_kwargs or {})
     _check_axes(recipe, fractions, seeds)
