@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.samples.cloud_boxes import box_rows
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.evaluation.detection3d import ScoredBoxes
+from geo_pretrain.training.finetune import load_finetuned
 from geo_pretrain.training.finetune.box_coding import SIZES
 from geo_pretrain.training.finetune.registry import (
     backbone_init,
@@ -40,7 +40,7 @@ SMALL = (
     "evaluate.every_steps=3",
     "save_every=1",
 )
-ROOMS = "data.options={scenes: 2, val_scenes: 1, frames: 3, width: 64, height: 64}"
+ROOMS = "data.options={scenes: 2, val_scenes: 1, frames: 2, width: 64, height: 64}"
 CPU = torch.device("cpu")
 
 
@@ -106,8 +106,7 @@ def test_killed_run_continues_bit_for_bit_and_its_folder_predicts(tmp_path):
     assert np.asarray(Image.open(tmp_path / "whole" / "predictions.png")).std() > 5
 
     val = open_labelled("rooms3d", None, "val", task="detection3d", options=recipe_of(ROOMS).data.options)
-    task = task_of(ROOMS, classes=val.classes)
-    task.module.load_state_dict(load_file(tmp_path / "whole" / "model.safetensors"))  # sizes are among the weights
+    task = load_finetuned(tmp_path / "whole")  # size templates are among the weights
     assert task.evaluate(val, val.ids()).scores == whole.data["last"]["scores"]
     assert task.facts()["sizes"] == whole.data["sizes"]
 
