@@ -104,11 +104,15 @@ def made_scan(
     colors = np.concatenate([colors for _, _, colors in parts])
     ids = np.concatenate([np.full(len(points), CATEGORIES[name]) for name, points, _ in parts])
     numbers = np.concatenate([np.full(len(part[1]), k + k // 2 + 1) for k, part in enumerate(parts)])
-    known = rng.random(len(ids)) > 0.1
+    known, order = (
+        rng.random(len(ids)) > 0.1,
+        rng.permutation(len(ids)),
+    )  # vertices of an object lie anywhere in the file
     turn = np.eye(4)
     turn[:2, :2] = [[0.8, -0.6], [0.6, 0.8]]
     turn[:3, 3] = 1.5, -2.0, 0.25
-    return Scan(name, points, colors, np.where(known, ids, 0), np.where(known, numbers, 0), turn)
+    ids, numbers = np.where(known, ids, 0), np.where(known, numbers, 0)
+    return Scan(name, points[order], colors[order], ids[order], numbers[order], turn)
 
 
 def write_scan(root: Path, scan: Scan, *, labelled: bool = True) -> Path:

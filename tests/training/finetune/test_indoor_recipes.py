@@ -10,6 +10,7 @@ import pytest
 from geo_pretrain.training.finetune.registry import load_checked_finetune_recipe
 from tests.front_door import geo_pretrain
 from tests.indoor_layouts import write_s3dis, write_scannet_release
+from tests.training.evaluation.test_scannet_benchmark import VALID
 
 pytestmark = pytest.mark.filterwarnings("ignore:S3DIS is not complete")
 
@@ -92,6 +93,11 @@ def test_scannet_is_trained_with_few_points_of_few_scans_by_lists(tmp_path):
     last = result["last"]["scores"]
     assert last["miou"] == last["point_miou"]
     assert (tmp_path / "out" / "predictions.png").is_file()
+    data = "--data", f"scannet3d:{tmp_path / 'data'}", "--split", "test", "--benchmark", "scannet"
+    geo_pretrain("predict", tmp_path / "out", *data, "--draw", 0, "-o", tmp_path / "found")
+    ids = np.loadtxt(tmp_path / "found" / "benchmark" / "scene0004_00.txt", dtype=np.int64)
+    labels = np.load(tmp_path / "found" / "scene0004_00.labels.npy")
+    assert ids.tolist() == [VALID[label - 1] for label in labels]
 
 
 def test_six_folds_are_measured_as_one(tmp_path):

@@ -160,6 +160,8 @@ def test_classes_come_in_either_order_and_stairs_are_ignored_or_clutter(tmp_path
             assert cloud.labels.tolist() == [
                 expected.get(name, 1 + ([*classes, "stairs"].index(name))) for name in named
             ]
+            objects = opened(tmp_path, "val", "instances3d", **options, stairs=stairs).load("Area_5/hall_1")
+            assert np.array_equal(objects.instances > 0, cloud.labels > 0)
     assert POINTNET_ORDER[:4] == ("ceiling", "floor", "wall", "beam")
 
 
