@@ -96,11 +96,12 @@ def test_a_later_object_takes_over_the_segments_of_an_earlier_one():
     assert not vertex_objects(segments, []).any()
 
 
-def test_detection_has_aligned_points_and_boxes_of_all_vertices(release):
+@pytest.mark.parametrize("scan", ["scene0000_00", "scene0001_00", "scene0002_00"])
+def test_detection_has_aligned_points_and_boxes_of_all_vertices(release, scan):
     root, scans = release
-    made = scans[SCAN]
+    made = scans[scan]
     source = opened(root, task="detection3d")
-    cloud = source.load(SCAN)
+    cloud = source.load(scan)
     aligned = np.array([made.alignment[:3, :3] @ p + made.alignment[:3, 3] for p in made.points.astype(float)])
     labels = mapped(made.ids, NYU40_20[2:])
     assert source.classes[:3] == ("cabinet", "bed", "chair")
