@@ -100,6 +100,15 @@ def test_wrong_lists_of_classes_are_refused(text, reason, tmp_path):
         read_classes(tmp_path / "classes.txt")
 
 
+def test_marks_of_other_systems_do_not_matter(folder):
+    (folder / "train" / "a" / "._one.npy").write_bytes(b"of a Mac")
+    (folder / "classes.txt").write_bytes("\ufeffwall\r\nchair\r\n".encode())
+    source = open_clouds(folder)
+    assert (source.classes, len(source.ids())) == (("wall", "chair"), 3)
+    (folder / "train.txt").write_bytes("\ufefftrain/a/one\r\n".encode())
+    assert open_clouds(folder).ids() == ["train/a/one"]
+
+
 def test_zero_based_labels_are_classes_where_the_list_says_so(tmp_path):
     (tmp_path / "classes.txt").write_text("0 wall\n1 floor\n")
     classes = read_classes(tmp_path / "classes.txt")

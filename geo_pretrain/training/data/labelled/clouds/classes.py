@@ -40,7 +40,7 @@ def read_classes(path: Path, ignore: Collection[int] = ()) -> FileClasses:
     unless they are a class, are ignored. Empty lines and what follows a # are left out. Raises `DataError`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise DataError(

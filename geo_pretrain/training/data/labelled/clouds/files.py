@@ -21,7 +21,10 @@ from geo_pretrain.training.data.surfaces.ply import Columns, read_ply
 
 # Names that are tried in this order where none is given; also with CloudCompare's prefix "scalar_", in any case.
 POINTS = (("x", "y", "z"), "points", "point", "xyz", "coords", "coord", "positions", "position", "pos")
-COLORS = (("red", "green", "blue"), ("r", "g", "b"), "colors", "color", "rgb")
+COLORS = (
+    ("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"),
+    "colors", "color", "rgb",
+)  # fmt: skip
 LABELS = ("label", "labels", "class", "classification", "semantic", "semantics", "semantic_label", "sem", "gt")
 INSTANCES = ("instance", "instances", "instance_id", "instance_label", "object", "object_id")
 INTENSITIES = ("intensity", "remission", "reflectance", "reflectivity")

@@ -111,7 +111,8 @@ def split_files(root: Path, split: str) -> list[Path]:
         return _listed(root, listed)
     if not folder.is_dir():
         raise DataError(f"{str(root)!r} has neither {split}.txt nor a folder {split}/. Expected layout: {LAYOUT}.")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in CLOUD_SUFFIXES and path.is_file())
+    names = (path for path in folder.rglob("*") if path.suffix.lower() in CLOUD_SUFFIXES)
+    found = sorted(path for path in names if path.is_file() and not path.name.startswith("."))
     if not found:
         raise DataError(f"No {', '.join(CLOUD_SUFFIXES)} file in {str(folder)!r}.")
     return found
@@ -119,7 +120,7 @@ def split_files(root: Path, split: str) -> list[Path]:
 
 def _listed(root: Path, listed: Path) -> list[Path]:
     """The files that a list names. Raises `DataError` for those that are not there, or stand twice."""
-    names = [line.partition("#")[0].strip() for line in listed.read_text(encoding="utf-8").splitlines()]
+    names = [line.partition("#")[0].strip() for line in listed.read_text(encoding="utf-8-sig").splitlines()]
     names = [name for name in names if name]
     found: list[Path] = []
     missing = []
