@@ -156,7 +156,7 @@ def write_scan_objects(folder: Path, scan: Scan) -> None:
     tree = {"params": {"kThresh": "0.0001", "segMinVerts": "20"}, "sceneId": name, "segIndices": segments.tolist()}
     (folder / f"{name}_vh_clean_2.0.010000.segs.json").write_text(json.dumps(tree))
     tree = {"sceneId": f"scannet.{name}", "appId": "Aggregator.v2", "segGroups": groups,
-            "segmentsFile": f"scannet.{name}_vh_clean.segs.json"}  # fmt: skip
+            "segmentsFile": f"scannet.{name}_vh_clean_2.0.010000.segs.json"}  # fmt: skip
     (folder / f"{name}.aggregation.json").write_text(json.dumps(tree))
 
 

@@ -47,10 +47,11 @@ def labels_path(folder: Path) -> Path:
 
 
 def objects_path(folder: Path) -> Path:
-    """The path of the list of objects: that of the decimated mesh, or of the full one where only this is there."""
-    path = folder / f"{folder.name}.aggregation.json"
-    other = folder / f"{folder.name}_vh_clean.aggregation.json"
-    return path if path.is_file() or not other.is_file() else other
+    """The path of the list of objects, groups of segments of that mesh.
+
+    The release's SCAN_vh_clean.aggregation.json is another list: its segments are those of the full mesh.
+    """
+    return folder / f"{folder.name}.aggregation.json"
 
 
 def read_mesh(path: Path, *elements: str) -> list[Columns]:
