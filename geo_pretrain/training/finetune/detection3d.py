@@ -213,7 +213,8 @@ class Detection3D(CloudTask):
         boxes_of_class = np.sum([one[0].truths for one in ordered], axis=0)
         if not boxes_of_class.sum():
             raise DataError(f"No box in {len(ids)} clouds of {source.name!r}, split {source.split!r}.")
-        scores, per_class = {}, {}
+        scores: dict[str, float] = {}
+        per_class: dict[str, dict[str, float | None]] = {}
         for place, name in enumerate(names):
             prefix = f"{name}_" if place else ""
             for number, threshold in enumerate(THRESHOLDS):

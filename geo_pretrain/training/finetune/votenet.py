@@ -153,11 +153,10 @@ def quiet_start(network: VoteNet) -> None:
 
     Random ones, which the released code starts from, move votes about a meter; a few hundred steps are spent on that.
     """
-    moves = network.vgen.conv3.weight.unflatten(0, (network.vgen.factor, 3 + FEATURES))
-    moves[:, :3] = 0
-    network.vgen.conv3.bias.unflatten(0, (network.vgen.factor, 3 + FEATURES))[:, :3] = 0
-    network.pnet.conv3.weight.zero_()
-    network.pnet.conv3.bias.zero_()
+    for parameter in network.vgen.conv3.parameters():
+        parameter.unflatten(0, (network.vgen.factor, 3 + FEATURES))[:, :3] = 0
+    for parameter in network.pnet.conv3.parameters():
+        parameter.zero_()
 
 
 class _Aggregation(nn.Module):

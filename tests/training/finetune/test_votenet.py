@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from geo_pretrain.training.finetune.box_coding import (
     heading_bins,
     typical_sizes,
 )
-from geo_pretrain.training.finetune.votenet import Proposing, VoteNet, VoteNetShape, Voting
+from geo_pretrain.training.finetune.votenet import Proposing, VoteNet, VoteNetShape, Voting, quiet_start
 from geo_pretrain.training.geometry3d.boxes import box_iou
 from geo_pretrain.training.losses.voting import Proposals
 
@@ -184,3 +185,16 @@ def test_published_sizes_and_those_of_other_data():
     assert typical_sizes(boxes, ("a", "b", "c"), mean=False).tolist() == [[2, 2, 3], [2.5, 2.5, 4], [8, 8, 8]]
     assert typical_sizes(boxes, ("a", "b", "c"), mean=True)[0].tolist() == [2, 2, 3]
     assert typical_sizes([], ("a",), mean=True).tolist() == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_quiet_start_leaves_votes_at_their_seeds_and_proposals_at_their_votes(factor):
+    network = tiny_votenet(replace(TINY, vote_factor=factor)).eval()
+    loud = network(*tiny_input())
+    assert (loud.votes - loud.seeds[:, :, None]).abs().max() > 0.01
+    quiet_start(network)
+    found = network(*tiny_input())
+    assert torch.equal(found.votes, found.seeds[:, :, None].expand_as(found.votes))
+    assert torch.equal(found.proposals.centers, found.proposals.bases)
+    assert not any(part.any() for part in found.proposals if part.shape[-1] != 3 or part.ndim == 4)
+    assert network.vgen.conv3.weight.unflatten(0, (factor, -1))[:, 3:].all()  # features of votes stay as they are

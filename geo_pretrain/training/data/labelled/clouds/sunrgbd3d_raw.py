@@ -192,8 +192,7 @@ def _metadata(path: Path) -> Sequence[Any]:
     found = _load(path)
     if "SUNRGBDMeta" not in found:
         raise DataError(f"{path}: has no variable SUNRGBDMeta.")
-    images: Sequence[Any] = np.ravel(found["SUNRGBDMeta"])
-    return images
+    return list(np.ravel(found["SUNRGBDMeta"]))
 
 
 def _load(path: Path) -> Mapping[str, Any]:
