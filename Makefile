@@ -1,6 +1,6 @@
 # make demo   install into .venv, then run the whole path on this machine's CPU
 # make test   install into .venv, then run the tests
-.PHONY: demo test lint types format cards bench clean install
+.PHONY: demo test lint types format cards bench clean install lock lowest
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -34,12 +34,34 @@ bench: $(INSTALLED)
 install: $(INSTALLED)
 
 # The stamp is the last thing written: a .venv without it is half-built and is made anew.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "geo_pretrain needs Python 3.11 or newer with venv (Debian: apt-get install python3-venv)."; exit 1; }
 	@test -e $(INSTALLED) || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $(INSTALLED)
 
+# The newest versions that pyproject.toml allows become those of development; names and versions alone, no addresses.
+lock:
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lock/bin/uv pip compile pyproject.toml --extra dev --python-version 3.11 --quiet --no-annotate --no-header \
+		--no-emit-index-url --no-emit-find-links --output-file .venv-lock/versions.txt
+	{ head -1 constraints.txt; grep -v '^--' .venv-lock/versions.txt; } > .venv-lock/constraints.txt
+	mv .venv-lock/constraints.txt constraints.txt
+	rm -rf .venv-lock
+
+# The lowest versions that pyproject.toml allows, and Python 3.13: adapters, loading and conversion (CI_LOWEST=1 .ci/run).
+EDGES := tests/adapters tests/test_loading.py tests/test_hubconf.py tests/test_checkpoint.py tests/convert
+EDGE_TOOLS := pytest pytest-xdist hypothesis onnx onnxruntime onnxscript
+lowest: $(INSTALLED)
+	$(BIN)/uv venv --quiet --clear --python 3.11 .venv-lowest
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+		--editable '.[adapters,training,fast]' 'pytest>=8.3' 'pytest-xdist>=3.6' 'hypothesis>=6.112'
+	.venv-lowest/bin/python -m pytest $(EDGES)
+	$(BIN)/uv venv --quiet --clear --python 3.13 .venv-313
+	$(BIN)/uv pip install --quiet --python .venv-313/bin/python --editable '.[adapters,training,fast]' $(EDGE_TOOLS)
+	.venv-313/bin/python -m pytest $(EDGES)
+
 clean:
-	rm -rf .venv demo build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-313 demo build dist .pytest_cache .mypy_cache .ruff_cache

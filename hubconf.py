@@ -12,6 +12,7 @@ from geo_pretrain.catalog import CATALOG as _CATALOG
 from geo_pretrain.catalog import RENAMED as _RENAMED
 
 dependencies = ["torch", "torchvision", "numpy", "safetensors", "huggingface_hub", "PIL", "blake3", "filelock"]
+dependencies += ["rich", "yaml"]  # a download's progress, an authors' file's card
 
 
 def _entrypoint(name: str, **kwargs: _Any) -> _Any:
