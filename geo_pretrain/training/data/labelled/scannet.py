@@ -6,6 +6,7 @@ scannetv2_train.txt and scannetv2_val.txt of the ScanNet repository (folder Task
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
     """Read names of scenes, one per line. In a folder, the official list of a `fraction` of images (0.2: *_20.txt).
 
     Pri3D's lists are called scannetv2_train_20.txt and so on (1, 5, 10, 20, 40, 60 and 80 percent), those of ScanNet's
-    data-efficient benchmark 20.txt (1, 5, 10, 20; of detection 10, 20, 40, 80).
+    data-efficient benchmark 20.txt (1, 5, 10, 20; of detection 10, 20, 40, 80). The lists of PointContrast's code name
+    files, such as train/scene0191_00.ply and Area_1/office_8.ply: their scenes are taken.
     """
     if path.is_dir():
         if fraction is None:
@@ -73,7 +75,7 @@ def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
             raise DataError(f"No list {names[0]!r} in {str(path)!r}; there are: {some(_lists(path), 5)}.")
         path = found[0]
     try:
-        names = path.read_text(encoding="utf-8").split()
+        names = [_scene_of_file(word) for word in path.read_text(encoding="utf-8").split()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{str(path)!r}: the list of scenes cannot be read ({error}).") from None
     if not names:
@@ -82,6 +84,12 @@ def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
     if twice:
         raise DataError(f"{str(path)!r}: {some(twice, 5)} more than once.")
     return names
+
+
+def _scene_of_file(word: str) -> str:
+    """The scene that a word of a list names, which may be its file in a released code's own folder."""
+    name = re.sub(r"\.(ply|pth)$", "", word)
+    return re.sub(r"^.*/(?=scene\d{4}_\d\d$)", "", name)
 
 
 @overload

@@ -159,6 +159,12 @@ def test_official_lists_are_found_by_their_share(tmp_path):
         read_scene_list(tmp_path / "none.txt")
 
 
+def test_lists_of_released_code_name_files(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("train/scene0191_00.ply\nscene0191_01.pth\nArea_1/office_8.ply\nArea_1/office_9\na/b.c")
+    assert read_scene_list(path) == ["scene0191_00", "scene0191_01", "Area_1/office_8", "Area_1/office_9", "a/b.c"]
+
+
 def write_label(array, kind="label"):
     def change(base):
         save(base / S25K / "scene0001_00" / kind / "000100.png", array)
