@@ -280,7 +280,7 @@ HEAD = ("benchmark", "start", "paper", "ours")
 
 def cells(plan: TablePlan) -> list[tuple[str, ...]]:
     """The table for people, a line for each number: the paper's, and where it was run ours; see `HEAD`."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for column in plan.table.columns:
         for one in plan.rows:
             paper, ours = one.row.values.get(column), one.ours.get(column)

@@ -88,7 +88,8 @@ def predict(
     else:
         items = list(_of_files(task.recipe, files, options))
     _check_names(items)
-    found, drawn = Predictions(out), []
+    found = Predictions(out)
+    drawn: list[tuple[Any, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / CLASSES, "".join(f"{name}\n" for name in task.classes))
     for number, item in enumerate(items):

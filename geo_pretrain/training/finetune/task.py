@@ -45,6 +45,7 @@ class FinetuneTask(ABC):
 
     module: nn.Module  # all that is trained and saved; the loop moves it and calls .train() before a step
     recipe: FinetuneRecipe
+    classes: tuple[str, ...]  # names of the labels 1..C
     metric: str  # the score that picks the best evaluation and goes into tables: "miou", "box_ap50"
     contract: ImageContract | VoxelContract  # what images or points are turned into
     unit = "images"  # what is counted in displays: "images" or "clouds"
