@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,20 @@ def convert_data(
             if item in index and index[item]["bytes"] == _size(out / f"{item}{row.suffix}"):
                 result.present.append(item)
                 result.remarks |= {item: index[item]["remarks"]} if index[item]["remarks"] else {}
-        waiting = [item for item in items if item not in set(result.present)]
+        present = set(result.present)
+        waiting = [item for item in items if item not in present]
+        _remove_parts(out / f"{item}{row.suffix}" for item in waiting)
         _convert_items(name, raw, out, settings, waiting, workers, result, progress or (lambda done, total: None))
         if row.also is not None:
             row.also(raw, out, settings)
     return result
+
+
+def _remove_parts(paths: Iterable[Path]) -> None:
+    """Remove what a process that was killed had begun to write (see `atomic_write`)."""
+    for path in paths:
+        for part in path.parent.glob(f".{escape(path.name)}.*.part"):
+            part.unlink()
 
 
 def _row(name: str) -> Converter:

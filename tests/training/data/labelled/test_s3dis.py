@@ -251,7 +251,9 @@ def test_conversion_goes_on_where_it_stopped_and_counts_broken_rooms(raw, tmp_pa
         file.write(b"x")
     with (out / INDEX).open("a") as file:
         file.write('{"item": "Area_5/off')
+    (out / "Area_2" / ".office_1.ply.1-ab.part").write_bytes(b"begun")
     again = convert_data("s3dis", root, out)
+    assert not list(out.rglob(".*.part"))
     assert sorted(again.made) == [f"Area_{k}/office_1" for k in (2, 3, 4)]
     assert [*again.remarks] == ["Area_1/office_1"]  # as it was made by the first call
     assert "remarks on raw files: 1" in again.summary()
