@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,6 +28,7 @@ from geo_pretrain.training.finetune.registry import (
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.losses import center_offsets, direction_loss, offset_loss
 from tests.indoor_layouts import write_s3dis, write_scannet_release
+from tests.training.finetune.killed import run_killed_at
 from tests.training.finetune.test_run import assert_same_run
 from tests.two_processes import in_two_processes
 
@@ -314,14 +313,7 @@ def test_training_finds_objects_that_an_untrained_network_does_not(tmp_path):
 
 def test_run_killed_by_sigkill_continues_bit_for_bit(tmp_path):
     run(tmp_path / "whole")
-
-    def work():
-        run(tmp_path / "killed", on_step=lambda info: info.step == 3 and os.kill(os.getpid(), signal.SIGKILL))
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    run_killed_at(3, partial(run, tmp_path / "killed"))
     assert not (tmp_path / "killed").exists()
     run(tmp_path / "killed")
     assert_same_run(tmp_path / "whole", tmp_path / "killed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from geo_pretrain.training.finetune.registry import (
 )
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
-from tests.training.finetune.test_run import Stop, assert_same_run, stop_at
+from tests.training.finetune.killed import run_killed_at
+from tests.training.finetune.test_run import assert_same_run
 from tests.two_processes import in_two_processes
 
 RECIPES = {"parts3d": "shapenetpart_srunet34", "classification3d": "shapenetcore_srunet34"}
@@ -95,8 +97,7 @@ class Objects:
 @pytest.mark.parametrize("name, score", [("parts3d", "instance_miou"), ("classification3d", "accuracy")])
 def test_toy_learns_continues_bit_for_bit_measures_and_draws(name, score, tmp_path):
     whole = run(name, tmp_path / "whole")
-    with pytest.raises(Stop):
-        run(name, tmp_path / "broken", on_step=stop_at(3))
+    run_killed_at(3, partial(run, name, tmp_path / "broken"))
     run(name, tmp_path / "broken")
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
-from tests.training.finetune.test_run import Stop, assert_same_run, stop_at
+from tests.training.finetune.killed import run_killed_at
+from tests.training.finetune.test_run import assert_same_run
 
 TINY = (
     "data.options={scenes: 2, val_scenes: 1, frames: 2, width: 64, height: 64}",
@@ -41,8 +43,7 @@ def run(out, *overrides, **options):
 def test_toy_learns_continues_bit_for_bit_measures_and_draws(tmp_path):
     units = []
     whole = run(tmp_path / "whole", on_step=lambda info: units.append(info.unit))
-    with pytest.raises(Stop):
-        run(tmp_path / "broken", on_step=stop_at(4))
+    run_killed_at(4, partial(run, tmp_path / "broken"))
     run(tmp_path / "broken")
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
     assert units == ["clouds"] * 6
