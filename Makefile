@@ -53,13 +53,15 @@ lock:
 
 # The lowest versions that pyproject.toml allows, and Python 3.13: adapters, loading and conversion (CI_LOWEST=1 .ci/run).
 EDGES := tests/adapters tests/test_loading.py tests/test_hubconf.py tests/test_checkpoint.py tests/convert
+PYTHON313 ?= $(shell for p in python3.13 $$(ls -d $$HOME/.pyenv/versions/3.13*/bin/python 2>/dev/null); do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' 2>/dev/null && echo $$p && break; done)
 EDGE_TOOLS := pytest pytest-xdist hypothesis onnx onnxruntime onnxscript
 lowest: $(INSTALLED)
 	$(BIN)/uv venv --quiet --clear --python 3.11 .venv-lowest
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
 		--editable '.[adapters,training,fast]' 'pytest>=8.3' 'pytest-xdist>=3.6' 'hypothesis>=6.112'
 	.venv-lowest/bin/python -m pytest $(EDGES)
-	$(BIN)/uv venv --quiet --clear --python 3.13 .venv-313
+	$(BIN)/uv venv --quiet --clear --python $(or $(PYTHON313),3.13) .venv-313
 	$(BIN)/uv pip install --quiet --python .venv-313/bin/python --editable '.[adapters,training,fast]' $(EDGE_TOOLS)
 	.venv-313/bin/python -m pytest $(EDGES)
 

@@ -23,7 +23,7 @@ from geo_pretrain.catalog import CATALOG
 from geo_pretrain.catalog.entry import FILE_NAME, WEIGHT_ROLES, Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
 from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed
-from geo_pretrain.files import SEAL, sync_files, sync_folder, tree_digest
+from geo_pretrain.files import SEAL, parse_json, sync_files, sync_folder, tree_digest
 from geo_pretrain.tensors import NotTensors, read_tensors
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
     """Parse and validate the text of the config.json of `folder`, which need not exist yet."""
     path = folder / CONFIG
     try:
-        config = json.loads(text)
+        config = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON ({error}).") from error
     if not isinstance(config, dict):

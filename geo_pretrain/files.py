@@ -44,6 +44,14 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`; ValueError also for JSON that is nested deeper than Python can follow."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def write_sealed(path: Path, tree: Mapping[str, Any], *, indent: int | None = None) -> None:
     """Write a JSON object by an `atomic_write`, with a sha256 over all of it as its last key."""
     write_text(path, json.dumps({**tree, SEAL: tree_digest(tree)}, indent=indent) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from geo_pretrain.errors import CheckpointError
-from geo_pretrain.files import atomic_write, locked, write_text
+from geo_pretrain.files import atomic_write, locked, parse_json, write_text
 
 
 class Stop(Exception):
@@ -125,3 +125,10 @@ def test_the_lock_of_what_stays_stays_for_those_who_wait(tmp_path):
     with locked(Path(tmp_path / "gone")):
         pass
     assert not (tmp_path / ".gone.lock").exists()
+
+
+def test_json_that_is_nested_too_deeply_is_no_json():
+    for text in ("[" * 100_000, b'{"a":' * 100_000):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            parse_json(text)
+    assert parse_json(b'{"a": [1]}') == {"a": [1]}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from geo_pretrain.cli.shared import console, escape
+from geo_pretrain.errors import first_line
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import SkippedFrames
@@ -92,4 +93,12 @@ def options_of(given: list[str]) -> dict[str, Any] | None:
     for text in given:
         if "=" not in text:
             raise typer.BadParameter(f"--option is {text!r}; accepted: KEY=VALUE.")
-    return {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in given)} or None
+    options = {}
+    for key, _, value in (text.partition("=") for text in given):
+        try:
+            options[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise typer.BadParameter(
+                f"--option {key}={value[:80]!r} is no YAML value ({first_line(error)})."
+            ) from error
+    return options or None

@@ -33,7 +33,7 @@ from geo_pretrain.checkpoint import (
 )
 from geo_pretrain.convert import FORMATS, Converted, convert
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, UnsafeFile, WeightsMismatch, unknown
-from geo_pretrain.files import write_text
+from geo_pretrain.files import parse_json, write_text
 from geo_pretrain.hub.cache import exclusive
 from geo_pretrain.hub.extract import Extracted, extract
 from geo_pretrain.hub.transfer import Progress, download
@@ -249,8 +249,16 @@ def _make(entry: Entry, file: AuthorsFile, folder: Path, cache_dir: Path, progre
         today = datetime.date.today().isoformat()
         origin = Origin(file.url, digest, file.format, file.content, today)
         try:
-            rest = {"origin": origin, "work": work, "overwrite": True, "prefix": ""}  # all of it is known
-            convert_file(part, folder, like=entry, format=file.format, **rest)
+            convert_file(
+                part,
+                folder,
+                like=entry,
+                format=file.format,
+                origin=origin,
+                work=work,
+                overwrite=True,
+                prefix="",  # all that such a file holds is known
+            )
         except (CheckpointError, WeightsMismatch) as error:  # the message names the temporary file, which will be gone
             text = str(error).removeprefix(f"{part}: ").removeprefix(f"{file.url}: ")
             raise type(error)(f"{file.url}: {text}") from error
@@ -277,7 +285,7 @@ def read_digests(cache_dir: Path) -> dict[str, dict[str, Any]]:
     """Digests of authors' files as first seen here: {url: {"sha256", "first_used"}}."""
     path = cache_dir / "authors" / DIGESTS
     try:
-        digests = json.loads(path.read_text("utf-8"))
+        digests = parse_json(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:

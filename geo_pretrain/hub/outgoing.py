@@ -13,6 +13,7 @@ from typing import Any
 
 from geo_pretrain.checkpoint import CONFIG, Checkpoint
 from geo_pretrain.errors import CheckpointError
+from geo_pretrain.files import SEAL, tree_digest
 from geo_pretrain.redact import without_paths
 
 CLEANED = ("provenance", "licence")  # of config.json; its other values say what the network is
@@ -51,7 +52,11 @@ def outgoing(checkpoint: Checkpoint) -> dict[str, bytes]:
         entry |= {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
         if "blake3" in entry:
             entry["blake3"] = blake3(text).hexdigest()
-    return texts | {CONFIG: (json.dumps(config | cleaned, indent=2) + "\n").encode()}
+    config |= cleaned
+    if SEAL in config:
+        del config[SEAL]
+        config[SEAL] = tree_digest(config)
+    return texts | {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def _recipe(path: Path | None) -> Any:

@@ -102,10 +102,11 @@ class RawServer:
 
 @dataclass(frozen=True)
 class Case:
-    """A server's doing; `says`: what the error has to name, "" where the file arrives whole."""
+    """A server's doing; `says`: what the error has to name, "" where the file arrives whole; `slow`: by waiting."""
 
     answer: Answer
     says: str = ""
+    slow: bool = False
 
 
 CASES: dict[str, Case] = {}
@@ -115,7 +116,7 @@ def case(name: str, says: str = "") -> Callable[[Answer], Answer]:
     """Add a function to `CASES`."""
 
     def add(answer: Answer) -> Answer:
-        CASES[name] = Case(answer, says)
+        CASES[name] = Case(answer, says, slow=any(word in name for word in ("drip", "slowly")))
         return answer
 
     return add

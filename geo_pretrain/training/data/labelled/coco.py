@@ -6,7 +6,6 @@ Category ids need not be contiguous: in order of id they become the classes 1..C
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, require, some, unknown
+from geo_pretrain.files import parse_json
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.labelled.folders import need_folders
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage
@@ -232,7 +232,7 @@ def _annotation_file(root: Path, split: str) -> Path:
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Read the annotation file and check the keys of every entry."""
     try:
-        tree = json.loads(path.read_bytes())
+        tree = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}).") from None
     needed = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.errors import BadFrame, DataError, unknown
-from geo_pretrain.files import atomic_write, locked, write_text
+from geo_pretrain.files import atomic_write, locked, parse_json, write_text
 from geo_pretrain.training.config import Draft
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.labelled.clouds import s3dis, sunrgbd3d_raw
@@ -191,7 +191,7 @@ def _read_index(out: Path, head: Mapping[str, Any]) -> dict[str, Any]:
         write_text(path, json.dumps(head) + "\n")
     lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
     try:
-        first, *rows = map(json.loads, lines)
+        first, *rows = map(parse_json, lines)
     except ValueError as error:
         raise DataError(f"{path}: is no list of converted items ({error}); convert into another folder.") from None
     if first != head:

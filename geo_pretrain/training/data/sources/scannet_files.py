@@ -6,7 +6,6 @@ Every fault is a `DataError` that names the file (a missing mesh: `NoSurface`).
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from geo_pretrain.errors import DataError, first_line
+from geo_pretrain.files import parse_json
 from geo_pretrain.training.data.frame import NoSurface
 from geo_pretrain.training.data.surfaces.ply import Columns, read_ply
 
@@ -157,7 +157,7 @@ def read_categories(path: Path) -> dict[str, int]:
 
 def _read_json(path: Path, what: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {what} cannot be read ({error}).") from None
 

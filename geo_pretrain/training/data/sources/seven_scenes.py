@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
+from geo_pretrain.files import parse_json
 from geo_pretrain.geometry import register_depth
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.frame import Frame
@@ -108,7 +109,7 @@ class SevenScenes:
 def read_registration(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read color intrinsics [3, 3] and depth-to-color extrinsics [4, 4] (m) from a JSON file."""
     try:
-        tree: Any = json.loads(path.read_text(encoding="utf-8"))
+        tree: Any = parse_json(path.read_text(encoding="utf-8"))
         matrices = [np.array(tree[key], dtype=np.float64) for key in ("color_intrinsics", "depth_to_color")]
     except FileNotFoundError:
         raise RecipeError(f"No registration file {str(path)!r}.") from None

@@ -7,7 +7,6 @@ Its lists may not be passed on; its download script fetches them with the option
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError
+from geo_pretrain.files import parse_json
 from geo_pretrain.hub.extract import extract
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 
@@ -80,7 +80,7 @@ def read_point_list(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         if path.suffix == ".json":
-            found = {scan: np.asarray(rows) for scan, rows in json.loads(path.read_text(encoding="utf-8")).items()}
+            found = {scan: np.asarray(rows) for scan, rows in parse_json(path.read_text(encoding="utf-8")).items()}
         else:
             with tempfile.TemporaryDirectory() as folder:
                 extract(path, Path(folder) / "points.safetensors")

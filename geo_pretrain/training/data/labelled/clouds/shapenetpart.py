@@ -7,7 +7,6 @@ train_test_split/shuffled_{train,val,test}_file_list.json   ["shape_data/0269115
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, some
+from geo_pretrain.files import parse_json
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.listed import Y_UP_TO_Z_UP, ListedCloud, ListedClouds
 from geo_pretrain.training.data.labelled.folders import need_folders
@@ -113,7 +113,7 @@ def read_rows(path: Path, columns: int) -> np.ndarray:
 def _read_list(path: Path) -> list[str]:
     """Read the entries of a list, each ending in synset/model."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"No list {str(path)!r}. Expected layout: {LAYOUT}") from None
     except ValueError as error:
