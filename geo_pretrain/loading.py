@@ -31,6 +31,7 @@ from geo_pretrain.errors import CheckpointError, WeightsMismatch, some
 MIN_COVERAGE = 0.9
 GOLDEN_TOLERANCE = 1e-4  # of the largest magnitude: other processors sum in another order
 SHOWN_KEYS = 8
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # to which weights can be converted
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,13 @@ def load_backbone(
     [2, 4, 8, 8, 8]
     """
     where: hubs.Where = {"hub": hub, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    _check_dtype(dtype)
     shape = _Shape(decoder, in_chans, out_indices, output_stride)
     network: Any = (
         _pretrained(name_or_folder, where, shape, strict) if pretrained else _random(name_or_folder, where, shape)
     )
     _ORIGINS[network] = (os.fspath(name_or_folder), where)
+    _warn_of_overflow(network, dtype)
     return network.to(device=device, dtype=dtype).eval()
 
 
@@ -234,6 +237,29 @@ def verify(
 # --- from a checkpoint to a network ---
 
 
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(map(str, DTYPES))}.")
+
+
+def _warn_of_overflow(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Warn of values that are infinite in float16, which ends at 65504."""
+    if dtype is not torch.float16:
+        return
+    largest = torch.finfo(dtype).max
+    over = [
+        key
+        for key, value in network.state_dict().items()
+        if value.is_floating_point() and value.abs().gt(largest).any()
+    ]
+    if over:
+        warnings.warn(
+            f"{len(over)} tensors have values above {largest:g}, which torch.float16 turns into infinity: "
+            f"{_shown(over)}; dtype=torch.bfloat16 holds them.",
+            stacklevel=3,
+        )
+
+
 @dataclass(frozen=True)
 class _Shape:
     """The options of `load_backbone` that shape the network: the arguments of `build`."""
@@ -320,6 +346,12 @@ def _load(checkpoint: Checkpoint, strict: bool, shape: _Shape) -> tuple[Any, Loa
         given[stem] = adapt_stem(given[stem], expected[stem].shape[1])
         reshaped.append(stem)
     fits, fresh, dropped = match(expected, given)
+    for key, value in fits.items():
+        if value.is_floating_point() != expected[key].is_floating_point():
+            raise WeightsMismatch(
+                f"{checkpoint.name!r}: {key!r} is {value.dtype} in the file; this network needs "
+                f"{'a floating-point type' if expected[key].is_floating_point() else 'whole numbers'}."
+            )
     report = LoadReport(len(fits), fresh, dropped, tuple(reshaped), len(fits) / len(expected))
     if report.coverage < MIN_COVERAGE:
         raise WeightsMismatch(

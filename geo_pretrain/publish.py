@@ -8,8 +8,6 @@ error says what is online already.
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 import os
 import re
 import shutil
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geo_pretrain.cards.front_matter import UNSTATED
-from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.checkpoint import (
     CONFIG,
     ROLES,
@@ -35,7 +32,7 @@ from geo_pretrain.checkpoint import (
 )
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError, some
 from geo_pretrain.hub import HF_PREFIX
-from geo_pretrain.hub.bundle import check_published_name
+from geo_pretrain.hub.names import check_published_name
 from geo_pretrain.hub.outgoing import outgoing
 from geo_pretrain.redact import safe
 
@@ -182,7 +179,7 @@ def _check(checkpoint: Checkpoint) -> bytes:
         )
     _check_license(checkpoint)
     verify(folder, local_files_only=True)
-    _check_name(checkpoint)
+    check_published_name(checkpoint)
     return (folder / CONFIG).read_bytes()
 
 
@@ -198,43 +195,6 @@ def _check_license(checkpoint: Checkpoint) -> None:
             f"({UNSTATED}); accepted: an SPDX identifier or the name of known terms. Ask the owners, and keep it to "
             "yourself until then."
         )
-
-
-def _check_name(checkpoint: Checkpoint) -> None:
-    """Refuse a name that the catalog gives to other files, another network or other input."""
-    check_published_name(checkpoint)
-    entry = CATALOG.get(checkpoint.name)
-    if entry is None:
-        return
-    for what, same, have, wanted in (
-        ("network", _same_network(checkpoint.arch, entry.arch), checkpoint.arch, entry.arch),
-        ("input", checkpoint.contract == entry.contract, checkpoint.contract, entry.contract),
-    ):
-        if not same:
-            raise CheckpointError(
-                f"{checkpoint.folder}: {checkpoint.name!r} is a name of the catalog, whose {what} is {wanted}; this "
-                f"one's is {have}. Give it another name."
-            )
-
-
-def _same_network(one: Arch, other: Arch) -> bool:
-    """Whether two architectures build the same network: one may leave out an argument that the other states."""
-    from geo_pretrain.backbones.build import network_states
-
-    def shapes(arch: Arch) -> dict[str, dict[str, tuple[int, ...]]]:
-        states = network_states(arch)
-        return {role: {key: tuple(value.shape) for key, value in state.items()} for role, state in states.items()}
-
-    def stated(arch: Arch) -> dict[str, str]:
-        arguments = inspect.signature(arch.architecture.load_class()).bind(**arch.args)
-        arguments.apply_defaults()
-        # as JSON: the catalog's tuples are lists in a config.json
-        return {key: json.dumps(value) for key, value in arguments.arguments.items() if value is not None}
-
-    if one.name != other.name:
-        return False
-    ours, theirs = stated(one), stated(other)
-    return all(theirs[key] == ours[key] for key in set(ours) & set(theirs)) and shapes(one) == shapes(other)
 
 
 def _files(checkpoint: Checkpoint, config: bytes) -> tuple[SentFile, ...]:

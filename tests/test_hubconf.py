@@ -16,7 +16,7 @@ from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.catalog import CATALOG
 from tests.test_architecture import OPTIONAL
-from tests.zoo import write_tiny
+from tests.zoo import as_tiny, write_tiny
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -55,8 +55,9 @@ def test_torch_hub_loads_by_name(name: str, network_class: type):
     assert network.name == name
 
 
-def test_torch_hub_passes_every_argument_on(tmp_path: Path):
+def test_torch_hub_passes_every_argument_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     name = "pri3d_view_r18.rooms_toy"
+    monkeypatch.setattr("geo_pretrain.catalog.CATALOG", CATALOG | {name: as_tiny(name)})
     write_tiny(tmp_path / name, name=name)
     network = torch.hub.load(str(REPO), name, source="local", trust_repo=True, hub=str(tmp_path), decoder=True)
     assert isinstance(network, ResNetUNet)

@@ -19,6 +19,7 @@ from geo_pretrain.catalog import CATALOG, Arch, File, License
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
 from geo_pretrain.contract import contract_from_dict
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError
+from geo_pretrain.hub import names
 from geo_pretrain.publish import publish
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import build_task
@@ -140,10 +141,9 @@ def test_a_name_of_the_catalog_keeps_network_input_and_digests(tmp_path: Path, m
     files: tuple[File, ...] = ()
 
     def catalog(**changes: Any) -> None:
-        facts = {"arch": found.arch, "contract": found.contract, "files": files} | changes
+        facts = {"name": name, "arch": found.arch, "contract": found.contract, "files": files} | changes
         entry = type("Entry", (), facts)
-        monkeypatch.setattr(publishing, "CATALOG", {name: entry})
-        monkeypatch.setattr("geo_pretrain.hub.bundle.CATALOG", {name: entry})
+        monkeypatch.setattr("geo_pretrain.hub.names.CATALOG", {name: entry})
 
     catalog()
     assert publish(found.folder, tmp_path / "hub", dry_run=True).name == name
@@ -182,9 +182,9 @@ R18 = {"depth": 18, "width": 64}
     ],
 )
 def test_networks_are_compared_by_what_they_are(name: str, one: dict[str, Any], other: dict[str, Any], same: bool):
-    assert publishing._same_network(Arch(name, one), Arch(name, other)) is same
-    assert publishing._same_network(Arch(name, other), Arch(name, one)) is same
-    assert not publishing._same_network(Arch("resnet", {"depth": 18}), Arch(name, one))
+    assert names.same_network(Arch(name, one), Arch(name, other)) is same
+    assert names.same_network(Arch(name, other), Arch(name, one)) is same
+    assert not names.same_network(Arch("resnet", {"depth": 18}), Arch(name, one))
 
 
 @pytest.mark.parametrize("name", ["pri3d_view_r18.rooms", "pri3d_geo_r50", "csc_srunet34.rooms"])
@@ -197,7 +197,7 @@ def test_what_a_recipe_makes_may_have_its_name(name: str):
         task: Any = build_task(recipe)
     arch = Arch(CATALOG[name].arch.name, json.loads(json.dumps(task.arch_args)))
     contract = contract_from_dict(json.loads(json.dumps(task.contract.to_dict())))
-    publishing._check_name(Checkpoint(Path(name), name, arch, contract, {}, CATALOG[name].license, {}, True))
+    names.check_published_name(Checkpoint(Path(name), name, arch, contract, {}, CATALOG[name].license, {}, True))
 
 
 @pytest.mark.parametrize(

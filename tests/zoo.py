@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from geo_pretrain import hub
-from geo_pretrain.catalog import Arch, License
+from geo_pretrain.catalog import CATALOG, Arch, Entry, License
 from geo_pretrain.checkpoint import Checkpoint, write_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 
@@ -78,6 +79,11 @@ def write_tiny_3d(folder: Path, name: str = "tiny_net_srunet34", **changes: Any)
         },
     }
     return write_tiny(folder, name, **(arguments | changes))
+
+
+def as_tiny(name: str) -> Entry:
+    """An entry of the catalog, for a network as small as `write_tiny`'s."""
+    return replace(CATALOG[name], arch=ARCH, contract=CONTRACT)
 
 
 def unsealed(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ converted: the hub moves bytes and compares digests; whoever reads the weights c
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import TypedDict
 from urllib.parse import urlsplit, urlunsplit
 
 from geo_pretrain.catalog import CATALOG, Entry, find
-from geo_pretrain.checkpoint import Checkpoint, means_folder
+from geo_pretrain.checkpoint import Checkpoint, means_folder, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, NotThere, WeightsMismatch, unknown
+from geo_pretrain.hub.names import check_network, check_pins
 from geo_pretrain.hub.sources import (
     AUTHORS,
     HF_PREFIX,
@@ -84,8 +86,20 @@ def open(
         if revision is not None:
             raise HubError(f"{folder} is a folder; revision={revision!r} is understood by Hugging Face only.")
         source = Folder(folder)
+        _check_bare_name(name_or_path, folder)
         return Opened(**vars(source.look()), _source=source)
     return _search_for_name(request, hub).open()
+
+
+def _check_bare_name(given: str | os.PathLike[str], folder: Path) -> None:
+    """Refuse a folder found under a bare name of the catalog, "NAME" and not "./NAME", that is another checkpoint."""
+    entry = find(given) if isinstance(given, str) else None
+    if entry is None:
+        return
+    checkpoint = read_checkpoint(folder)
+    path = f"'{os.curdir}{os.sep}{folder}'"
+    check_network(entry, checkpoint.arch, checkpoint.contract, str(folder.resolve()), f"load this folder as {path}")
+    check_pins(entry, checkpoint.files, f"{folder.resolve()} (it loads as {path})")
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,7 @@ class _Search:
     sources: tuple[str, ...]
     failures: Mapping[str, Exception] = field(default_factory=dict)
     current: str = ""  # the source that was opened last
+    named: frozenset[str] = frozenset()  # the sources that the user named
 
     def open(self) -> Opened:
         """Open the first source that has the checkpoint."""
@@ -132,12 +147,30 @@ class _Search:
             try:
                 source = source_of(spec, self.request)
                 description = source.look()
+                self._check(description, spec)
             except FAILURES as error:
                 failures[spec] = error
             else:
                 rest = replace(self, sources=self.sources[number + 1 :], failures=failures, current=spec)
                 return Opened(**vars(description), _source=source, _search=rest)
         raise _failed(self.request.name, failures) from next(reversed(failures.values()), None)
+
+    def _check(self, description: Description, where: str) -> None:
+        """Refuse another network under a name of the catalog, with a warning: the next source may have the right one.
+
+        From a place that the user named it is loaded, with a warning: recipes with changed settings keep their names.
+        """
+        entry = self.request.entry
+        if entry is None:
+            return
+        try:
+            check_network(entry, description.arch, description.contract, where, "load its folder by its path")
+        except CheckpointError as error:
+            named = where in self.named
+            verdict = "It is loaded, as this place was named by hub" if named else "It is not used"
+            warnings.warn(f"{error} {verdict}.", stacklevel=5)
+            if not named:
+                raise
 
     def failed(self, error: Exception) -> _Search:
         """Record that the source opened last has failed, and return the search among those after it."""
@@ -151,6 +184,7 @@ def _search_for_name(request: Request, hub: str | Sequence[str] | None) -> _Sear
     hub = os.fspath(hub) if isinstance(hub, os.PathLike) else hub
     sources = [part.strip() for part in hub.split(",")] if isinstance(hub, str) else [str(part) for part in hub]
     sources = [source for source in sources if source]
+    named = frozenset(sources)
     entry = find(request.name)
     if entry is not None:
         request = replace(request, name=entry.name, entry=entry)
@@ -163,7 +197,7 @@ def _search_for_name(request: Request, hub: str | Sequence[str] | None) -> _Sear
     if entry is not None:
         sources += [base for base in _catalog_bases(entry) if base not in sources]
         sources += [AUTHORS] if entry.authors_files else []
-    return _Search(request, tuple(sources))
+    return _Search(request, tuple(sources), named=named)
 
 
 def _catalog_bases(entry: Entry) -> list[str]:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from geo_pretrain.catalog import CATALOG
 from geo_pretrain.checkpoint import (
     CHECKPOINT_NAME,
     CONFIG,
@@ -34,6 +33,7 @@ from geo_pretrain.checkpoint import (
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
 from geo_pretrain.files import atomic_write
 from geo_pretrain.hub.cache import cache_root, exclusive
+from geo_pretrain.hub.names import check_published_name
 from geo_pretrain.hub.outgoing import outgoing
 from geo_pretrain.hub.sources import CONFIG_LIMIT
 
@@ -111,7 +111,7 @@ def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> l
     with _opened(bundle) as stream, ExitStack() as locks:
         contents = _contents(stream, bundle)
         for bundled in contents:
-            check_published_name(bundled.checkpoint)
+            check_published_name(bundled.checkpoint, "unpack the bundle, a tar file, and load its folder by its path")
             _verify(stream, bundled)
         targets = {root / bundled.checkpoint.name: bundled for bundled in contents}
         missing = _not_installed(targets)
@@ -130,19 +130,6 @@ def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> l
                 "writable, or set GEO_PRETRAIN_CACHE to another folder."
             ) from error
     return list(targets)
-
-
-def check_published_name(checkpoint: Checkpoint) -> None:
-    """Raise `DigestMismatch` when the catalog keeps other files under this name: it never changes meaning."""
-    entry = CATALOG.get(checkpoint.name)
-    for file in entry.files if entry is not None else ():
-        have = checkpoint.files.get(file.name)
-        if have is None or have.sha256 != file.sha256:
-            raise DigestMismatch(
-                f"{checkpoint.folder}: {checkpoint.name!r} is published with sha256 {file.sha256} for {file.name}, "
-                f"this one {f'has {have.sha256}' if have else 'has no such file'}. A published name never changes "
-                "meaning; give this checkpoint another name."
-            )
 
 
 def _read_folders(folders: Sequence[Path | str]) -> list[Checkpoint]:

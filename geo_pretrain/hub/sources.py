@@ -114,18 +114,21 @@ def source_of(spec: str, request: Request) -> Source:
     folder = Path(spec).expanduser() / request.name
     if not folder.is_dir():
         raise NotThere(f"no folder {folder}")
-    return Folder(folder)
+    return Folder(folder, request)
 
 
 class Folder(Source):
     """A checkpoint folder of this machine, used where it lies."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, request: Request | None = None) -> None:
+        self.folder, self.request = folder, request  # None: the folder was named by its path
 
     def look(self) -> Description:
         """Read config.json."""
-        return Description.of(read_checkpoint(self.folder))
+        checkpoint = read_checkpoint(self.folder)
+        if self.request is not None:
+            _check_pins(checkpoint, self.request, str(self.folder))
+        return Description.of(checkpoint)
 
     def fetch(self, roles: Sequence[str]) -> Checkpoint:
         """Check that the files are there; whoever reads them compares their digests."""

@@ -21,6 +21,7 @@ from geo_pretrain.catalog.entry import File
 from geo_pretrain.checkpoint import read_checkpoint, verify_files
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError
 from geo_pretrain.hub import bundle as bundles
+from geo_pretrain.hub import names
 from geo_pretrain.hub.bundle import install_bundle, list_bundle, write_bundle
 from tests.zoo import resolve, write_tiny, write_tiny_3d
 
@@ -204,8 +205,8 @@ def test_a_name_of_the_catalog_keeps_its_digests(tmp_path: Path, monkeypatch: py
     def publish(name: str, digest: str) -> None:
         source = (f"http://localhost/{entry.name}/{name}",)
         file = File("encoder", name, 1, digest, source)
-        stand_in = type("Entry", (), {"files": (file,)})
-        monkeypatch.setattr(bundles, "CATALOG", {entry.name: stand_in})
+        facts = {"name": entry.name, "arch": found.arch, "contract": found.contract, "files": (file,)}
+        monkeypatch.setattr(names, "CATALOG", {entry.name: type("Entry", (), facts)})
 
     digest = found.files["encoder.safetensors"].sha256
     publish("encoder.safetensors", "0" * 64)
@@ -219,6 +220,14 @@ def test_a_name_of_the_catalog_keeps_its_digests(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "bundles").exists()
     publish("encoder.safetensors", digest)
     assert len(install_bundle(out, tmp_path)) == 1
+
+
+def test_a_name_of_the_catalog_keeps_its_network(tmp_path: Path):
+    write_tiny(tmp_path / "mine", name="pri3d_view_geo_r50")
+    out = write_bundle([tmp_path / "mine"], tmp_path / "x.tar")
+    with pytest.raises(CheckpointError, match=r"whose network is .*depth=50.*; this one's is .*depth=18.* by its path"):
+        install_bundle(out, tmp_path)
+    assert not (tmp_path / "bundles").exists()
 
 
 def script(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:

@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from geo_pretrain.checkpoint import read_checkpoint
 from tests.hub.loopback_hub import Fault, LoopbackHub
-from tests.zoo import write_tiny
+from tests.zoo import unsealed, write_tiny
 
 NAME, REPO = "pri3d_view_r18.rooms", "lab/pri3d_view_r18.rooms"
 
@@ -26,9 +26,10 @@ from dataclasses import replace
 from geo_pretrain import hub
 from geo_pretrain.catalog import CATALOG, File
 from geo_pretrain.errors import GeoPretrainError
+from tests.zoo import ARCH, CONTRACT
 job = json.loads(sys.argv[1])
 files = tuple(File(**file | {"sources": tuple(file["sources"])}) for file in job["files"])
-entry = replace(CATALOG[job["name"]], files=files, status="published-here")
+entry = replace(CATALOG[job["name"]], arch=ARCH, contract=CONTRACT, files=files, status="published-here")
 hub.find = {entry.name: entry}.get
 try:
     print(json.dumps(str(hub.open(entry.name, **job["options"]).fetch("encoder").folder)))
@@ -100,7 +101,7 @@ def test_a_cached_file_is_compared_by_its_pin_whatever_config_says(server, publi
     path, config = folder / "encoder.safetensors", folder / "config.json"
     was = read_checkpoint(folder).files[path.name].blake3
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    config.write_text(config.read_text().replace(str(was), blake3(path.read_bytes()).hexdigest()))
+    config.write_text(json.dumps(unsealed(folder)).replace(str(was), blake3(path.read_bytes()).hexdigest()))
     answer = resolve(server, tmp_path / "home", published, local_files_only=True)
     assert f"expected {published[0]['sha256']}" in answer
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +24,7 @@ from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_file
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError, UnknownName
 from geo_pretrain.loading import load_backbone
 from tests.forked import Forked, import_anew
-from tests.zoo import resolve, role_weights, write_tiny, write_tiny_3d
+from tests.zoo import as_tiny, resolve, role_weights, unsealed, write_tiny, write_tiny_3d
 
 NAME = "tiny_net_r18"
 Behavior = Callable[[str, bytes], tuple[int, dict[str, str], bytes]]
@@ -312,6 +313,7 @@ def test_a_renamed_backbone_is_found_with_a_warning(tmp_path: Path, monkeypatch:
 
     write_tiny(tmp_path / "hub/pri3d_view_r18", name="pri3d_view_r18")
     monkeypatch.setattr(catalog, "RENAMED", {"pri3d_views_r18": "pri3d_view_r18"})
+    monkeypatch.setattr("geo_pretrain.catalog.CATALOG", CATALOG | {"pri3d_view_r18": as_tiny("pri3d_view_r18")})
     with pytest.warns(FutureWarning, match="pri3d_view_r18"):
         folder = resolve("pri3d_views_r18", hub=str(tmp_path / "hub"))
     assert folder == tmp_path / "hub/pri3d_view_r18"
@@ -325,14 +327,12 @@ def test_installed_bundles_are_found_by_name_and_come_after_the_hubs(server: Ser
 
 
 def test_published_entries_are_pinned_to_their_digests(server: Server, monkeypatch):
-    entry = CATALOG["pri3d_view_r18.rooms"]
+    entry = as_tiny("pri3d_view_r18.rooms")
     write_tiny(server.root / entry.name, name=entry.name)
     stored = read_checkpoint(server.root / entry.name).files["encoder.safetensors"]
     source = f"{server.url}/{entry.name}/encoder.safetensors"
 
     def publish(digest: str) -> None:
-        from dataclasses import replace
-
         file = File("encoder", "encoder.safetensors", stored.size, digest, (source,))
         published = replace(entry, files=(file,))
         monkeypatch.setattr(hub, "find", {entry.name: published}.get)
@@ -344,7 +344,7 @@ def test_published_entries_are_pinned_to_their_digests(server: Server, monkeypat
     path = resolve(entry.name) / "encoder.safetensors"
     whole, config = path.read_bytes(), path.with_name("config.json")
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # in the cache, with the digest of loads in config.json
-    config.write_text(config.read_text().replace(str(stored.blake3), checkpoint.blake3(path)))
+    config.write_text(json.dumps(unsealed(path.parent)).replace(str(stored.blake3), checkpoint.blake3(path)))
     assert resolve(entry.name) == path.parent
     assert path.read_bytes() == whole
 
@@ -448,8 +448,9 @@ def test_a_file_and_nothing_are_no_names(tmp_path: Path, monkeypatch: pytest.Mon
         resolve("")
 
 
-def test_an_encoder_alone_does_not_stop_the_search_for_the_whole(tmp_path: Path):
+def test_an_encoder_alone_does_not_stop_the_search_for_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     name, roles = "pri3d_view_r18", {"encoder": role_weights("encoder")}
+    monkeypatch.setattr("geo_pretrain.catalog.CATALOG", CATALOG | {name: as_tiny(name)})
     write_tiny(tmp_path / "first" / name, name, arch=Arch("resnet", {"depth": 18, "width": 8}), weights=roles)
     write_tiny(tmp_path / "second" / name, name)
     hubs = [str(tmp_path / "first"), str(tmp_path / "second")]
