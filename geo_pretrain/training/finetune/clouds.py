@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +27,20 @@ from geo_pretrain.training.data.samples.whole_clouds import (
     evaluation_sample,
     training_sample,
 )
-from geo_pretrain.training.distributed import ALONE, World
+from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune.task import FinetuneTask, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks3d import CloudInput, PretrainedInit3D, cloud_input, srunet_shape
+from geo_pretrain.training.visualize.clouds import draw_clouds
+
+T = TypeVar("T")
 
 
 class CloudTask(FinetuneTask):
-    """A task on labelled clouds. A task of its own has `build`, `losses`, `evaluate` and `draw`, and its `metric`.
+    """A task on labelled clouds. A task of its own has `build`, `losses`, `predict` and `evaluate`, and its `metric`.
 
     Clouds are loaded by `load`, in training sampled by `data.cloud` and joined by `collate_voxels`; in evaluation
-    `shared_clouds` yields those of a process, `evaluation_sample` voxelizes one and `forward` runs a sparse network.
+    `measured` measures those of a process, `evaluation_sample` voxelizes one and `forward` runs a sparse network.
     """
 
     unit = "clouds"
@@ -88,25 +92,31 @@ class CloudTask(FinetuneTask):
         """Voxelize a cloud without augmentation."""
         return evaluation_sample(cloud, self.cloud, self.contract)
 
-    def shared_clouds(
-        self, source: LabelledData, ids: Sequence[str], world: World = ALONE
-    ) -> Iterator[tuple[str, LabelledCloud]]:
-        """Yield this process's share of the clouds with their ids; broken ones are noted in `skipped`."""
-        self.skipped = {}
+    def measured(
+        self, source: LabelledData, ids: Sequence[str], world: World, measure: Callable[[LabelledCloud], T]
+    ) -> list[tuple[str, T]]:
+        """Measure this process's share of the clouds: their ids with what `measure` gives.
+
+        Clouds that cannot be read, or made into voxels, are noted in `skipped`.
+        """
+        self.skipped, found = {}, []
         for batch in share_of(ids, self.recipe.evaluate.batch, world):
             for id in batch:
                 try:
-                    yield id, self.load(source, id)
+                    found.append((id, measure(self.load(source, id))))
                 except BadFrame as bad:
                     self.skipped[bad.path] = bad.reason
+        return found
 
-    def readable(self, source: LabelledData, ids: Sequence[str]) -> list[LabelledCloud]:
-        """Load the clouds for a picture but broken ones, which an evaluation has noted already."""
-        clouds = []
+    def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:
+        """Draw a row per cloud: its points, the truth and what is predicted; but broken ones, noted in evaluation."""
+        rows = []
         for id in ids:
             with suppress(BadFrame):
-                clouds.append(self.load(source, id))
-        return clouds
+                cloud = self.load(source, id)
+                rows.append((cloud, self.predict([cloud])[0]))
+        if rows:
+            draw_clouds(rows, self.classes, path)
 
     def all_skipped(self, source: LabelledData, ids: Sequence[str], world: World) -> list[dict[str, str]]:
         """The broken clouds that all processes skipped, sorted, for an evaluation's details.

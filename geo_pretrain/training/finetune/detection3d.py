@@ -8,7 +8,6 @@ ICCV 2019. Its parts: `votenet` (network), `box_coding`, `losses.voting`, `cloud
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -53,7 +52,6 @@ from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.geometry3d.points import gather_rows
 from geo_pretrain.training.losses.voting import votenet_losses
 from geo_pretrain.training.networks3d import segmentation_srunet
-from geo_pretrain.training.visualize.clouds import draw_clouds
 
 PLACES = 64  # of boxes in a cloud, in the released code
 
@@ -199,12 +197,14 @@ class Detection3D(CloudTask):
     def evaluate(self, source: LabelledData, ids: Sequence[str], world: World = ALONE) -> Evaluation:
         """Compare the boxes found in all clouds with the true ones, by each protocol."""
         names, count = self.options.protocols, len(self.classes)
-        own: dict[str, list[CloudMatches]] = {}
-        for id, cloud in self.shared_clouds(source, ids, world):
+
+        def measure(cloud: LabelledCloud) -> list[CloudMatches]:
             boxes = boxes_of(cloud)
             rows, classes = box_rows(boxes), torch.from_numpy(boxes.classes)
             found = self.found_boxes(cloud, [PROTOCOLS[name] for name in names])
-            own[id] = [match_boxes(one, rows, classes, count) for one in found]
+            return [match_boxes(one, rows, classes, count) for one in found]
+
+        own = dict(self.measured(source, ids, world, measure))
         matches: dict[str, list[CloudMatches]] = {}
         for part in cast(list[dict[str, list[CloudMatches]]], world.all_gather_object(own)):
             matches |= part
@@ -233,11 +233,6 @@ class Detection3D(CloudTask):
             }
             for kind, row in values.items()
         }
-
-    def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:
-        """Draw a row per cloud: its points, the true boxes and the found ones that are likely enough."""
-        clouds = self.readable(source, ids)
-        draw_clouds(list(zip(clouds, self.predict(clouds), strict=True)), self.classes, path)
 
     def backbone(self) -> SRUNet:
         return self.module.unet

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.errors import BadFrame, DataError, RecipeError
+from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.training.checks import Checks, Count, Mistakes, Ranged
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
@@ -45,7 +44,6 @@ from geo_pretrain.training.finetune.segmentation3d import LEVELS, labelled_loss
 from geo_pretrain.training.finetune.task import Evaluation
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.losses import center_offsets, direction_loss, offset_loss
-from geo_pretrain.training.visualize.clouds import draw_clouds
 
 MINIMUM = (10, 100)  # voxels, points: the smallest instance that counts in CSC's evaluation, in ScanNet's benchmark
 
@@ -188,12 +186,7 @@ class Instances3D(CloudTask):
     def evaluate(self, source: LabelledData, ids: Sequence[str], world: World = ALONE) -> Evaluation:
         """Measure average precision and mean IoU over voxels and points of all clouds and processes."""
         place = {id: k for k, id in enumerate(ids)}
-        own: list[tuple[int, _Measured]] = []
-        for id, cloud in self.shared_clouds(source, ids, world):
-            try:
-                own.append((place[id], self.measure(cloud)))
-            except BadFrame as bad:  # points that cannot be made into voxels
-                self.skipped[bad.path] = bad.reason
+        own = [(place[id], found) for id, found in self.measured(source, ids, world, self.measure)]
         gathered = cast(list[list[tuple[int, _Measured]]], world.all_gather_object(own))
         skipped = self.all_skipped(source, ids, world)
         clouds = [one for _, one in sorted((pair for part in gathered for pair in part), key=lambda pair: pair[0])]
@@ -249,11 +242,6 @@ class Instances3D(CloudTask):
     def _miou(self, total: np.ndarray) -> float:
         """Mean IoU over the classes in the truth; as released, over those in truth or prediction."""
         return float(np.nanmean(class_iou(total))) if self.recipe.match_released_code else mean_iou(total)
-
-    def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:
-        """Draw one row per cloud: its colors, its objects, and those found."""
-        clouds = self.readable(source, ids)
-        draw_clouds(list(zip(clouds, self.predict(clouds), strict=True)), self.classes, path)
 
     def protocol_deviations(self) -> dict[str, str]:
         exact, level = self.recipe.match_released_code, self.recipe.evaluate.level

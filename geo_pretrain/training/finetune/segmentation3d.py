@@ -37,7 +37,6 @@ from geo_pretrain.training.finetune.clouds import CloudTask
 from geo_pretrain.training.finetune.task import Evaluation
 from geo_pretrain.training.losses import lovasz_softmax
 from geo_pretrain.training.networks3d import segmentation_srunet
-from geo_pretrain.training.visualize.clouds import draw_clouds
 from geo_pretrain.training.visualize.results import draw_predictions
 
 LEVELS = ("voxel", "point")
@@ -98,8 +97,8 @@ class CloudSegmentation(CloudTask):
         The scores are those of the level that the recipe names; the other level's are beside them.
         """
         own = np.zeros((2, 1 + len(self.classes), 1 + len(self.classes)), np.int64)
-        for _, cloud in self.shared_clouds(source, ids, world):
-            own += self.confusions(cloud)
+        for _, confusions in self.measured(source, ids, world, self.confusions):
+            own += confusions
         totals = np.sum(cast(list[np.ndarray], world.all_gather_object(own)), axis=0)
         skipped = self.all_skipped(source, ids, world)
         if not totals[0].sum():
@@ -144,8 +143,7 @@ class CloudSegmentation(CloudTask):
     def draw(self, source: LabelledData, ids: Sequence[str], path: Path) -> None:
         """Draw one row per cloud; of frames: the image, its labels, and the predicted class of each pixel's voxel."""
         if not self.recipe.on_frames():
-            clouds = self.readable(source, ids)
-            draw_clouds(list(zip(clouds, self.predict(clouds), strict=True)), self.classes, path)
+            super().draw(source, ids, path)
             return
         rows = []
         for name in ids:

@@ -36,7 +36,8 @@ class Painted:
     def load(self, id):
         if id == "2":
             raise BadFrame("painted/2.ply", "cut short")
-        return painted(int(id))
+        cloud = painted(int(id))
+        return cloud if id != "4" else replace(cloud, points=np.where(cloud.points > 0.9, np.nan, cloud.points))
 
 
 def task_of(*overrides, backbone="scratch", classes=CLASSES):
@@ -67,13 +68,15 @@ def slow_scores(cloud, guess, classes=3):
 def test_scores_over_voxels_and_points_and_a_broken_cloud_is_counted(monkeypatch):
     task, source = task_of(), Painted()
     answer_by_color(task, monkeypatch)
-    found = task.evaluate(source, ["1", "2"])
+    found = task.evaluate(source, ["1", "2", "4"])
     cloud = painted(1)
     (labels,) = task.predict([cloud])
     assert found.scores["point_miou"] == pytest.approx(np.mean(slow_scores(cloud, labels.labels)))
     assert found.scores["miou"] == found.scores["voxel_miou"]
     assert found.scores["voxel_miou"] != found.scores["point_miou"]
-    assert found.details["skipped"] == [{"path": "painted/2.ply", "reason": "cut short"}]
+    unreadable, endless = sorted(found.details["skipped"], key=lambda one: one["path"], reverse=True)
+    assert unreadable == {"path": "painted/2.ply", "reason": "cut short"}
+    assert endless["path"] == "cloud/4"  # points that cannot be made into voxels
     points = task_of("evaluate.level=points")
     answer_by_color(points, monkeypatch)
     by_point = points.evaluate(source, ["1", "2"])
@@ -106,7 +109,7 @@ def test_predictions_cover_every_point_in_the_clouds_order_without_looking_at_la
 
 def test_a_picture_of_whole_clouds_and_a_page(tmp_path):
     task = task_of()
-    task.draw(Painted(), ["1", "3"], tmp_path / "predictions.png")
+    task.draw(Painted(), ["1", "2", "3", "4"], tmp_path / "predictions.png")
     assert np.asarray(Image.open(tmp_path / "predictions.png")).std() > 10
     assert (tmp_path / "predictions.html").stat().st_size > 1000
 
