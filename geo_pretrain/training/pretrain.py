@@ -66,8 +66,9 @@ def run_recipe(
     with run_lock(out, "training run") if world.is_main else nullcontext():
         if stage1 is not None and needs_stage1(recipe):
             folder = out.with_name(out.name + ".stage1")
-            if not _is_done(stage1, folder, world, report, overwrite=overwrite):
-                _run(stage1, folder, {}, world, overwrite, report, note)
+            with run_lock(folder, "first stage") if world.is_main else nullcontext():
+                if not _is_done(stage1, folder, world, report, overwrite=overwrite):
+                    _run(stage1, folder, {}, world, overwrite, report, note)
             starts = {STAGE1: folder}
         return _run(recipe, out, starts, world, overwrite, report, note)
 

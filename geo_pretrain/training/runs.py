@@ -184,7 +184,7 @@ def check_out(out: Path, result: str, what: str, *, overwrite: bool) -> None:
 def run_lock(out: Path, what: str) -> AbstractContextManager[None]:
     """Hold the lock of `out` for `what` ("fine-tuning run"); while another holds it, raise `CheckpointError`."""
     busy = f"Another process is at work on the {what} in {str(out)!r}. Wait until it ends, or choose another --out."
-    return locked(out, busy=busy)
+    return locked(out.resolve(), busy=busy)  # the same lock, whatever links lead to it
 
 
 @contextmanager

@@ -170,6 +170,20 @@ def test_a_folder_is_trained_by_one_process_at_a_time(staged, tmp_path):
     assert not (tmp_path / "out.stage1").exists()
 
 
+def test_a_link_leads_to_the_same_lock_and_a_first_stage_has_its_own(staged, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "above").symlink_to(tmp_path)
+    for other in ("link", "above/real", "above/link"):
+        busy = pytest.raises(CheckpointError, match="is at work")
+        with run_lock(tmp_path / "real", "run"), busy, run_lock(tmp_path / other, "run"):
+            pass
+    recipe, first = both(staged)
+    with run_lock(tmp_path / "out.stage1", "training run"), pytest.raises(CheckpointError, match="on the first stage"):
+        run_recipe(recipe, tmp_path / "out", ALONE, stage1=first)
+    assert not (tmp_path / "out").exists()
+
+
 def test_stage1_without_a_first_stage_is_an_error(tiny_recipe, tmp_path):
     recipe = load_recipe(str(tiny_recipe(model={"encoder": "resnet18", "init": "stage1", "width": 8})))
     with pytest.raises(RecipeError, match="no first stage was trained"):

@@ -13,19 +13,23 @@ from PIL import Image
 from geo_pretrain.errors import BadFrame, DataError, first_line
 
 INVALID_MM = (0, 65535)  # both mean "no measurement"; 65535 is rare and easily forgotten
+SHORTEST, LONGEST = 2.0, 1e6  # focal lengths in pixels; below are those in meters, or relative to the image's size
+FARTHEST = 1e7  # m from the origin, more than any map frame on earth has
+MOST_PIXELS = 60_000_000
+LAST_ROW = 1e-3  # by which the last row of a matrix may be off
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GRAY, _PALETTE = 0, 3  # color types of PNG whose pixels are one number
 
 
 def read_color(path: Path) -> np.ndarray:
     """Read an 8-bit image file: uint8 [H, W, 3] RGB."""
-    with _reading(path, "color image"), Image.open(path) as image:
+    with _reading(path, "color image"), _opened(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def read_depth(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
     """Read a 16-bit PNG in millimeters: float32 [H, W] meters; 0 and 65535 become 0 (invalid)."""
-    with _reading(path, "depth image"), Image.open(path) as image:
+    with _reading(path, "depth image"), _opened(path) as image:
         if image.mode not in ("I;16", "I;16B", "I;16L", "I"):
             raise BadFrame(path, f"depth has image mode {image.mode}, expected 16-bit gray")
         millimeters = np.asarray(image).astype(np.int64)
@@ -55,7 +59,7 @@ def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[i
             raise BadFrame(path, f"a PNG in color, expected {wanted}-bit gray ids")
         if kind == _GRAY and depth not in bits:
             raise BadFrame(path, f"{depth}-bit gray, expected {wanted}-bit ids")
-        with Image.open(path) as image:
+        with _opened(path) as image:
             ids = np.asarray(image).astype(np.int32)
     if shape is not None and ids.shape != tuple(shape[:2]):
         given, expected = (f"{size[1]}x{size[0]}" for size in (ids.shape, shape))
@@ -75,12 +79,51 @@ def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:
 def read_pose(path: Path) -> np.ndarray:
     """Read a camera-to-world matrix, float64 [4, 4]; lost tracking (NaN, -inf) or no rigid motion is a bad frame."""
     pose = read_matrix(path, 4, 4)
-    if not np.isfinite(pose).all():
-        raise BadFrame(path, "pose is not finite (tracking was lost)")
-    rotation = pose[:3, :3]
-    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 0.05 or np.linalg.det(rotation) < 0:
-        raise BadFrame(path, "pose is not a rotation and a translation")
+    if (fault := pose_fault(pose)) is not None:
+        raise BadFrame(path, f"pose {fault}")
     return pose
+
+
+def read_intrinsics(path: Path, size: int = 3) -> np.ndarray:
+    """Read the matrix of a pinhole camera, float64 [3, 3] pixels, from a file of `size` x `size` numbers."""
+    matrix = read_matrix(path, size, size)
+    if (fault := intrinsics_fault(matrix[:3, :3])) is not None:
+        raise BadFrame(path, f"intrinsics {fault}")
+    return matrix[:3, :3]
+
+
+def pose_fault(pose: np.ndarray) -> str | None:
+    """Why [4, 4] is no rigid motion in meters; None if it is one."""
+    if not np.isfinite(pose).all():
+        return "is not finite (tracking was lost)"
+    rotation = pose[:3, :3]
+    if np.abs(rotation).max() > 2 or np.abs(rotation @ rotation.T - np.eye(3)).max() > 0.05:
+        return "is not a rotation and a translation"
+    if np.linalg.det(rotation) < 0:
+        return "is not a rotation and a translation"
+    if np.abs(pose[3] - (0, 0, 0, 1)).max() > LAST_ROW:
+        return f"has the last row {_row(pose[3])}, expected 0 0 0 1"
+    if np.abs(pose[:3, 3]).max() > FARTHEST:
+        return f"is {np.abs(pose[:3, 3]).max():.3g} m from the origin; at most {FARTHEST:g} m are accepted"
+    return None
+
+
+def intrinsics_fault(matrix: np.ndarray) -> str | None:
+    """Why [3, 3] is no pinhole camera in pixels; None if it is one."""
+    if not np.isfinite(matrix).all():
+        return "are not finite"
+    if np.abs(matrix[2] - (0, 0, 1)).max() > LAST_ROW:
+        return f"have the last row {_row(matrix[2])}, expected 0 0 1"
+    focal = matrix[0, 0], matrix[1, 1]
+    if not all(SHORTEST <= length <= LONGEST for length in focal):
+        return f"have the focal lengths {_row(focal)} pixels; {SHORTEST:g} to {LONGEST:g} are accepted"
+    if abs(matrix[1, 0]) > LAST_ROW or np.abs(matrix[:2, 2]).max() > LONGEST:
+        return f"are not those of a pinhole camera: {_row(matrix.reshape(-1))}"
+    return None
+
+
+def _row(values: Iterable[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def files_fingerprint(root: Path, paths: Iterable[Path]) -> str:
@@ -107,11 +150,20 @@ def usable(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image whose header states a size that a camera has; nothing of a larger one is decoded."""
+    with Image.open(path) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise BadFrame(path, f"states {image.width}x{image.height} pixels; at most {MOST_PIXELS} are accepted")
+        yield image
+
+
+@contextmanager
 def _reading(path: Path, what: str, fault: str = "cannot be read") -> Iterator[None]:
     """Turn errors of reading a file into a `BadFrame` that calls it `what`."""
     try:
         yield
     except FileNotFoundError:
         raise BadFrame(path, f"{what} is missing") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadFrame(path, f"{what} {fault} ({first_line(error)})") from None

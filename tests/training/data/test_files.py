@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame
-from geo_pretrain.training.data.files import read_ids
+from geo_pretrain.training.data.files import read_color, read_depth, read_ids, read_intrinsics, read_pose
 from tests.labelled_layouts import chunk, png_bytes, save
 
 
@@ -69,3 +69,66 @@ def test_other_files_are_refused_with_path_and_reason(tmp_path, data, bits, reas
         read_ids(path, (2, 4, 3), bits=bits)
     assert error.value.path == str(path)
     assert error.value.reason.startswith(reason)
+
+
+CAMERA = np.array([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])
+FAULTY_CAMERAS = {
+    "zero": (CAMERA * 0, "last row 0 0 0"),
+    "NaN": (CAMERA * np.nan, "not finite"),
+    "infinite": (np.where(np.eye(3) > 0, np.inf, 0), "not finite"),
+    "negative": (CAMERA * [[-1, 1, 1], [1, -1, 1], [1, 1, 1]], "focal lengths -585 -585"),
+    "one is zero": (CAMERA * [[1, 1, 1], [1, 0, 1], [1, 1, 1]], "focal lengths 585 0"),
+    "tiny": (CAMERA * [[1e-30, 1, 1], [1, 1, 1], [1, 1, 1]], "focal lengths 5.85e-28 585"),
+    "transposed": (CAMERA.T, "last row 320 240 1"),
+    "relative to the size": (CAMERA / [[640, 1, 640], [1, 480, 480], [1, 1, 1]], "focal lengths 0.914062 1.21875"),
+    "last row zero": (CAMERA * [[1], [1], [0]], "last row 0 0 0"),
+    "huge": (CAMERA * 1e300, "last row"),
+    "skewed": (CAMERA + [[0, 0, 0], [9, 0, 0], [0, 0, 0]], "no|not those of a pinhole camera"),
+}
+
+
+@pytest.mark.parametrize("what", FAULTY_CAMERAS)
+def test_cameras_that_are_none_are_bad_frames_with_the_reason(tmp_path, what):
+    matrix, reason = FAULTY_CAMERAS[what]
+    path = tmp_path / "k.txt"
+    np.savetxt(path, CAMERA)
+    np.testing.assert_array_equal(read_intrinsics(path), CAMERA)
+    np.savetxt(path, matrix)
+    with pytest.raises(BadFrame, match=rf"k\.txt: intrinsics .*{reason}"):
+        read_intrinsics(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({(3, 3): 0.0}, "last row 0 0 0 0"),
+        ({(3, 0): 1.0}, "last row 1 0 0 1"),
+        ({(0, 3): 1e300}, r"1e\+300 m from the origin"),
+        ({(0, 0): 1e300}, "not a rotation"),
+        ({(0, 0): -1.0}, "not a rotation"),
+        ({(1, 3): float("nan")}, "not finite"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_poses_that_are_none_are_bad_frames_with_the_reason(tmp_path, change, reason):
+    pose = np.eye(4)
+    np.savetxt(tmp_path / "p.txt", pose)
+    np.testing.assert_array_equal(read_pose(tmp_path / "p.txt"), pose)
+    for place, value in change.items():
+        pose[place] = value
+    np.savetxt(tmp_path / "p.txt", pose)
+    with pytest.raises(BadFrame, match=rf"p\.txt: pose .*{reason}"):
+        read_pose(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("side", [13_000, 65_535])
+def test_images_that_state_a_size_beyond_all_cameras_are_bad_frames_unread(tmp_path, side):
+    data = bytearray(encode(np.zeros((48, 64, 3), np.uint8), "jpeg"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = side.to_bytes(2, "big") * 2
+    (tmp_path / "x.jpg").write_bytes(data)
+    with pytest.raises(BadFrame, match=rf"x\.jpg: .*({side}x{side}|{side**2} pixels)"):
+        read_color(tmp_path / "x.jpg")
+    (tmp_path / "x.png").write_bytes(png_bytes([b"\0\0"], side, 16, 0))
+    with pytest.raises(BadFrame, match=r"x\.png: "):
+        read_depth(tmp_path / "x.png")

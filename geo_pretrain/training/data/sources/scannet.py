@@ -69,7 +69,7 @@ class ScanNet:
         )
         intrinsics = CONSTANT_640
         if not self.config.constant_intrinsics:
-            intrinsics = files.read_matrix(folder / "intrinsic" / "intrinsic_depth.txt", 4, 4)[:3, :3]
+            intrinsics = files.read_intrinsics(folder / "intrinsic" / "intrinsic_depth.txt", 4)
         return Frame(scene, frame_id, resize_image(color, depth.shape), depth, intrinsics, pose, semantic, instance)
 
     def surface(self, scene: str) -> Surface:

@@ -97,7 +97,7 @@ class SevenScenes:
     def _intrinsics(self, scene: str) -> np.ndarray:
         for folder in (self._scenes[scene], self.root):
             if (folder / INTRINSICS).exists():
-                return files.read_matrix(folder / INTRINSICS, 3, 3)
+                return files.read_intrinsics(folder / INTRINSICS)
         return KINECT_V1
 
     @staticmethod
@@ -120,4 +120,11 @@ def read_registration(path: Path) -> tuple[np.ndarray, np.ndarray]:
     for key, matrix, shape in zip(("color_intrinsics", "depth_to_color"), matrices, ((3, 3), (4, 4)), strict=True):
         if matrix.shape != shape or not np.isfinite(matrix).all():
             raise RecipeError(f"{path}: '{key}' has shape {matrix.shape}, expected {shape} finite numbers.")
+    for key, fault in zip(
+        ("color_intrinsics", "depth_to_color"),
+        (files.intrinsics_fault(matrices[0]), files.pose_fault(matrices[1])),
+        strict=True,
+    ):
+        if fault is not None:
+            raise RecipeError(f"{path}: '{key}' {fault}.")
     return matrices[0], matrices[1]
