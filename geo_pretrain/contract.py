@@ -5,6 +5,8 @@ A contract is to this package what `pretrained_cfg` is to timm.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
@@ -244,6 +246,7 @@ class VoxelTransform:
         if isinstance(contract.voxel_size, tuple):
             cells = _cylinder(points) / points.new_tensor(contract.voxel_size)
             return voxelize(cells, feats, 1.0, reduce=contract.reduce, batch=batch)
+        _warn_if_far(points, contract.voxel_size)
         return voxelize(points, feats, contract.voxel_size, reduce=contract.reduce, batch=batch)
 
 
@@ -281,7 +284,23 @@ def _to_points(points: Any) -> Tensor:
             f"The points span {float(extent):.4g} m; accepted: meters, up to {MAX_EXTENT:g}. "
             "Millimeters need dividing by 1000."
         )
+    if not math.isfinite(extent):
+        raise ValueError("Some points are not finite (NaN or infinity); accepted: finite numbers. Drop those rows.")
     return points
+
+
+def _warn_if_far(points: Tensor, voxel_size: float) -> None:
+    """Warn of points so far from the origin that their type rounds them by more than an eighth of a voxel."""
+    import torch
+
+    farthest = float(points.abs().max())
+    if farthest * torch.finfo(points.dtype).eps > voxel_size / 8:
+        warnings.warn(
+            f"The points lie up to {farthest:.4g} m from the origin, where {points.dtype} rounds them by more than an "
+            f"eighth of a voxel of {voxel_size:g} m: features are wrong. Subtract an offset, such as the cloud's first "
+            "point, in float64 first, or give float64 points.",
+            stacklevel=4,
+        )
 
 
 def _to_features(features: Any, points: Tensor, contract: VoxelContract) -> Tensor:

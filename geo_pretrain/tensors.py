@@ -53,7 +53,7 @@ def read_tensors(path: Path, hasher: Hasher) -> tuple[dict[str, Tensor], int]:
         tensors: dict[str, Tensor] = {}
         for name, dtype, shape, count in entries:
             memory = torch.empty(count, dtype=torch.uint8)  # each its own: safetensors refuses to save shared memory
-            _fill(stream, memoryview(memory.numpy()), seen)
+            _fill(stream, memory.numpy().data, seen)
             tensors[name] = memory.view(getattr(torch, DTYPES[dtype])).reshape(shape)
         if stream.read(1):
             raise NotTensors("the file grew while it was read")

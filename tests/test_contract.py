@@ -266,6 +266,32 @@ def test_voxel_contracts_of_other_channel_counts():
     assert -0.5 <= float(gray.feats.min()) < 0 < float(gray.feats.max()) <= 0.5
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_points_that_are_not_finite_are_refused(value):
+    points = torch.rand(9, 3)
+    points[4, 1] = value
+    with pytest.raises(ValueError, match=r"not finite|span inf m"):
+        ONES.transforms()(points)
+
+
+def test_points_too_far_from_the_origin_for_their_type_are_warned_about():
+    """From 320 km on float32 rounds to more than a voxel; the same cloud in float64 has the same voxels as near it."""
+    size = float(ONES.voxel_size)
+    near = (torch.floor(torch.rand(500, 3, dtype=torch.float64) / size) + 0.5) * size
+    for cells, dtype, warned in (
+        (160_000 // 16 * 16, torch.float32, False),
+        (16_000_000, torch.float32, True),
+        (224_000_000, torch.float32, True),
+        (224_000_000, torch.float64, False),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = ONES.transforms()((near + cells * size).to(dtype))
+        assert [str(w.message) for w in caught if "from the origin" in str(w.message)] != [] if warned else not caught
+        if not warned:
+            assert len(found) == len(ONES.transforms()(near))
+
+
 def test_voxel_transforms_are_plain_data():
     assert pickle.loads(pickle.dumps(LIDAR.transforms())) == LIDAR.transforms()
 

@@ -38,6 +38,10 @@ def read_ply(path: Path, elements: Collection[str] | None = None) -> dict[str, C
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
     order, header, position = _read_header(path, data)
+    for element in header:  # a header may state any number of rows; each takes a byte or more
+        if element.rows and (not element.properties or element.rows > len(data) - position):
+            what = f"in {len(data) - position} bytes" if element.properties else "without properties"
+            raise DataError(f"{path}: element {element.name!r} states {element.rows} rows {what}; the file is damaged.")
     missing = [repr(name) for name in elements or () if name not in [element.name for element in header]]
     if missing:
         present = ", ".join(repr(element.name) for element in header)
@@ -153,7 +157,7 @@ def _read_header(path: Path, data: bytes) -> tuple[str, list[_Element], int]:
                 return order, elements, position
             case ["format", name, _] if name in _ORDERS:
                 order = _ORDERS[name]
-            case ["element", name, rows] if rows.isdecimal():
+            case ["element", name, rows] if rows.isdecimal() and len(rows) < 19:
                 elements.append(_Element(name, int(rows)))
             case ["property", "list", count, kind, name] if elements and _is_whole(count) and kind in _TYPES:
                 elements[-1].properties.append(_Property(name, _TYPES[kind], _TYPES[count]))

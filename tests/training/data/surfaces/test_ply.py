@@ -222,3 +222,26 @@ def test_a_mesh_of_scannet_size_is_read_at_once(tmp_path):
     assert lines < 5000
     assert (ply["vertex"]["y"] == vertex["xyz"][:, 1]).all()
     assert (ply["face"]["vertex_indices"] == face["i"]).all()
+
+
+@pytest.mark.parametrize("kind", ["binary_little_endian", "ascii"])
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ("element vertex 1000000000\n", "states 1000000000 rows without properties"),
+        ("element vertex 1000000000\nproperty float x\n", "states 1000000000 rows in 0 bytes"),
+        ("element vertex 9\nproperty list uchar int i\n", "states 9 rows in 0 bytes"),
+        ("element vertex " + "9" * 5000 + "\nproperty float x\n", "that is not understood"),
+    ],
+)
+def test_a_few_bytes_that_state_many_rows_are_refused_at_once(tmp_path, kind, lines, reason):
+    path = write(tmp_path, f"ply\nformat {kind} 1.0\n{lines}end_header\n".encode())
+
+    def refused():
+        with pytest.raises(DataError) as error:
+            read_ply(path)
+        return str(error.value)
+
+    said, lines_run = python_lines(refused)
+    assert lines_run < 5000
+    assert reason in said
