@@ -155,10 +155,9 @@ class _Written:
             free = shutil.disk_usage(self.path.parent).free
         except OSError as error:
             raise disk_error(error, self.path, total) from error
-        needed = total if total is not None else self.limit if self.limit < LARGEST else 0
-        if needed > free:
+        if total is not None and total > free:
             raise HubError(
-                f"{self.path}: {_size(needed)} are needed, {_size(free)} are free there. "
+                f"{self.path}: {_size(total)} are needed, {_size(free)} are free there. "
                 f"Free some, or {OTHER_CACHE} on a larger disk."
             )
 

@@ -19,6 +19,7 @@ MOST_PIXELS = 60_000_000
 LAST_ROW = 1e-3  # by which the last row of a matrix may be off
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GRAY, _PALETTE = 0, 3  # color types of PNG whose pixels are one number
+MATRIX_BYTES = 1 << 16  # of a text file of numbers; a pose has some hundred
 
 
 def read_color(path: Path) -> np.ndarray:
@@ -70,6 +71,9 @@ def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[i
 def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:
     """Read a text file of numbers: float64 [rows, columns]."""
     with _reading(path, "file", "is not a matrix of numbers"):
+        size = path.stat().st_size
+        if size > MATRIX_BYTES:
+            raise BadFrame(path, f"has {size} bytes; a matrix of {rows}x{columns} numbers is accepted")
         values = [float(word) for word in path.read_text(encoding="utf-8").split()]
     if len(values) != rows * columns:
         raise BadFrame(path, f"{len(values)} numbers, expected {rows}x{columns}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame
-from geo_pretrain.training.data.files import read_color, read_depth, read_ids, read_intrinsics, read_pose
+from geo_pretrain.training.data.files import read_color, read_depth, read_ids, read_intrinsics, read_matrix, read_pose
 from tests.labelled_layouts import chunk, png_bytes, save
 
 
@@ -132,3 +133,9 @@ def test_images_that_state_a_size_beyond_all_cameras_are_bad_frames_unread(tmp_p
     (tmp_path / "x.png").write_bytes(png_bytes([b"\0\0"], side, 16, 0))
     with pytest.raises(BadFrame, match=r"x\.png: "):
         read_depth(tmp_path / "x.png")
+
+
+def test_a_matrix_in_a_huge_file_is_no_matrix(tmp_path: Path):
+    (tmp_path / "pose.txt").write_text("1 " * 40_000)
+    with pytest.raises(BadFrame, match=r"has 80000 bytes; a matrix of 4x4 numbers is accepted"):
+        read_matrix(tmp_path / "pose.txt", 4, 4)
