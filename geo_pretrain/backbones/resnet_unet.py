@@ -81,7 +81,7 @@ class ResNetEncoder(ImageBackbone):
         maps = [x]
         x = self.maxpool(x)
         for index in range(1, max(self.out_indices) + 1):  # stages nobody asked for are not computed
-            x = self.get_submodule(f"layer{index}")(x)
+            x = getattr(self, f"layer{index}")(x)  # torch 2.6 cannot export get_submodule
             maps.append(x)
         return [maps[index] for index in self.out_indices]
 
