@@ -438,7 +438,9 @@ def _check_identity(run: RunFolder, given: Mapping[str, Any], task: TrainingTask
         raise RecipeError(
             f"The run in {run.path} was started from another backbone. Choose another --out, or remove that folder."
         )
-    if given["data"] != wanted["data"] or given.get("own_data", {}) != wanted.get("own_data", {}):
+    content = given.get("content", wanted.get("content"))  # older states have none
+    theirs = given["data"], given.get("own_data", {}), content
+    if theirs != (wanted["data"], wanted.get("own_data", {}), wanted.get("content")):
         raise RecipeError(
             f"The run in {run.path} was started on other data, or the data have changed since. Choose another --out, "
             "or remove that folder."

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from geo_pretrain.catalog.license import License
 from geo_pretrain.checkpoint import CONFIG, Checkpoint, check_target, read_checkpoint, write_checkpoint
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.hub.cache import default_cache
-from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
+from geo_pretrain.training.data.frame import Pair, SampledContent, SkippedFrames, Source, capability
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.sources.registry import open_source, source_note, source_options
@@ -262,8 +263,15 @@ class Pretraining(RecipeTask):
         return {
             "recipe": self.recipe.to_yaml(),
             "data": self.source.fingerprint(),
+            "content": self._content,
             "own_data": self.dataset.own_data(),
         }
+
+    @cached_property
+    def _content(self) -> str:
+        """A digest of some bytes of the source's files as they are at the start; "" for sources that make their own."""
+        sampled = capability(self.source, SampledContent)
+        return "" if sampled is None else sampled.content()
 
     def changed_settings(self, recipe: str) -> list[str]:
         return changes(recipe, self.recipe.to_yaml())

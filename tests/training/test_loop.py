@@ -287,6 +287,26 @@ def test_run_is_not_continued_with_another_recipe_or_other_data(tmp_path, tiny_r
         pretrain.train(recipe, tmp_path / "out", source, pairs, ALONE)
 
 
+def test_a_frame_that_was_altered_at_equal_size_and_time_is_noticed(tmp_path, tiny_recipe):
+    folder = write_recording(tmp_path / "kitchen")
+    path, overrides = tiny_recipe(save_every=1), [f"data.path={folder}", "optim.steps=3"]
+    with pytest.raises(Stop):
+        run_here(path, tmp_path / "out", overrides, on_step=stop_at(2))
+    frame = folder / "frame-000000.color.png"
+    stat, good = frame.stat(), frame.read_bytes()
+    middle = len(good) // 2
+
+    def replace(data):
+        frame.write_bytes(data)
+        os.utime(frame, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    replace(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
+    with pytest.raises(RecipeError, match="data have changed"):
+        run_here(path, tmp_path / "out", overrides)
+    replace(good)
+    run_here(path, tmp_path / "out", overrides)
+
+
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path, tiny_recipe):
     path = tiny_recipe(save_every=1)
     with pytest.raises(GeoPretrainError, match="not finite at step"):

@@ -129,6 +129,14 @@ class Noted(Protocol):
         """The remark: one sentence, or ""."""
 
 
+@runtime_checkable
+class SampledContent(Protocol):
+    """A source of files, some of whose bytes are compared when a run is resumed, beside the fingerprint."""
+
+    def content(self) -> str:
+        """A sha256 over the bytes of some of the files, the same ones each time."""
+
+
 class SourcePart:
     """Base of sources that are part of another one, such as a range of its frames; they share its capabilities."""
 

@@ -90,6 +90,14 @@ class ScanNet:
         path = self._segments_path(scene)
         return scan_files.read_segments(path, vertices) if path.exists() else None
 
+    def content(self) -> str:
+        """A digest of the bytes of some frames' files, see `files.sampled_digest`; poses alone are listed."""
+        poses = sorted(self.root.glob("scene*/pose/*.txt"))
+        chosen = poses[:: max(1, -(-len(poses) // (files.SAMPLED // 3)))]
+        folders = (("pose", ".txt"), ("color", ".jpg"), ("color", ".png"), ("depth", ".png"))
+        of_frames = (pose.parents[1] / kind / f"{pose.stem}{ending}" for pose in chosen for kind, ending in folders)
+        return files.sampled_digest(self.root, of_frames)
+
     def fingerprint(self) -> str:
         """A digest of the options and of names, sizes and times of poses, intrinsics, meshes and segments.
 

@@ -94,6 +94,10 @@ class SevenScenes:
             return digest
         return hashlib.sha256(digest.encode() + b"".join(m.tobytes() for m in self.registration)).hexdigest()
 
+    def content(self) -> str:
+        """A digest of the bytes of some frame files, see `files.sampled_digest`."""
+        return files.sampled_digest(self.root, chain(*map(self.root.rglob, ("frame-*", INTRINSICS))))
+
     def _intrinsics(self, scene: str) -> np.ndarray:
         for folder in (self._scenes[scene], self.root):
             if (folder / INTRINSICS).exists():

@@ -41,7 +41,9 @@ def read_ply(path: Path, elements: Collection[str] | None = None) -> dict[str, C
     for element in header:  # a header may state any number of rows; each takes a byte or more
         if element.rows and (not element.properties or element.rows > len(data) - position):
             what = f"in {len(data) - position} bytes" if element.properties else "without properties"
-            raise DataError(f"{path}: element {element.name!r} states {element.rows} rows {what}; the file is damaged.")
+            raise DataError(
+                f"{path}: element {element.name!r} states {element.rows} rows {what}; the file is cut off or damaged."
+            )
     missing = [repr(name) for name in elements or () if name not in [element.name for element in header]]
     if missing:
         present = ", ".join(repr(element.name) for element in header)
