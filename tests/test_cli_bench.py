@@ -95,13 +95,13 @@ def test_three_dimensional_backbone_is_probed_on_voxels(tmp_path, monkeypatch):
     folder = write_tiny_3d(tmp_path / "tiny_net_srunet34").folder
     options = {"scenes": 2, "val_scenes": 1, "frames": 3, "labelled": 2, "width": 64, "height": 64}
     real = sources.open_labelled
-    monkeypatch.setattr(sources, "open_labelled", lambda *given, **named: real(*given, **named, options=options))
+    monkeypatch.setattr(sources, "open_labelled", lambda *given, **named: real(*given, **named | {"options": options}))
     command = ["eval", "probe", str(folder), "--probes", "linear", "--pixels", "200"]
     shown = CliRunner().invoke(cli.app, command, env={"COLUMNS": "200"})
     assert shown.exit_code == 0, shown.exception
     assert "voxel accuracy" in shown.output
     numbers = json.loads(CliRunner().invoke(cli.app, [*command, "--json"]).output)
-    assert set(numbers) == {"random", str(folder)}
+    assert set(numbers) == {"xyz+color", "random", str(folder)}
     assert numbers["random"]["linear"]["channels"] == 12
     assert numbers["random"]["linear"]["pixels"][0] == 200
 

@@ -28,7 +28,7 @@ class Architecture:
     defaults: Mapping[str, Any]  # of the constructor, where titles and cards need them
     tags: tuple[str, ...]  # of model cards
     encoder: str | None = None  # architecture of the encoder alone; None: it is one, or comes in one piece
-    dense: tuple[int, int] = (1, 1)  # (stride, factor): the decoder's side is factor * ceil(side / stride)
+    dense_stride: int = 1  # a side of the decoder's output is ceil(side of the image / this)
 
     def load_class(self) -> Any:
         """Import the network's class."""
@@ -57,7 +57,7 @@ _ROWS = (
         defaults=_RESNET,
         tags=("resnet", "unet"),
         encoder="resnet",
-        dense=(4, 2),
+        dense_stride=2,
     ),
     Architecture(
         name="resnet_depth_unet",

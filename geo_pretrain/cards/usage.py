@@ -5,6 +5,7 @@ Snippets of one card go together: the first makes `image` or `points`, which the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from geo_pretrain.catalog.entry import Arch
@@ -104,8 +105,7 @@ def encoder_channels(arch: Arch) -> tuple[int, ...]:
 
 def dense_shape(arch: Arch, contract: ImageContract) -> str:
     """The shape of the U-Net's features for one image of the contract's size, such as "[1, 128, 120, 160]"."""
-    stride, factor = arch.architecture.dense
-    height, width = (factor * -(-side // stride) for side in contract.size)
+    height, width = (math.ceil(side / arch.architecture.dense_stride) for side in contract.size)
     return f"[1, {output_channels(arch)}, {height}, {width}]"
 
 

@@ -68,6 +68,7 @@ def edited(members: Members, file: str, change: Callable[[bytes], bytes]) -> Mem
 def config(members: Members, change: Callable[[dict[str, Any]], object]) -> Members:
     def edit(data: bytes) -> bytes:
         parsed = json.loads(data)
+        parsed.pop("sha256")  # the digest of what is about to change
         change(parsed)
         return json.dumps(parsed).encode()
 

@@ -26,7 +26,7 @@ def trained(tmp_path_factory, recording):  # noqa: F811
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("part", ["files", "config.json", "README.md", "log.jsonl"])
 def test_checkpoint_folder_is_the_stored_one(trained, task, part):
-    assert_same(trained[task][part], stored(f"folders/{task}")[part])
+    assert_same(trained[task][part], stored(f"folders/{task}")[part], more=part == "config.json")
 
 
 @pytest.mark.parametrize("task", TASKS)
