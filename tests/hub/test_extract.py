@@ -162,6 +162,31 @@ def test_tensors_that_share_a_storage_are_each_written(tmp_path: Path):
     assert_twins(tmp_path / "out.safetensors", state)
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_empty_slices_are_read_wherever_they_start(tmp_path: Path, new: bool):
+    """torch gives x[3:, 2:] of 12 numbers the offset 14: beyond the end, and nothing is read there."""
+    base = torch.arange(12.0).reshape(3, 4)
+    state = {"w": base, "rows": base[3:], "columns": base[:, 4:], "corner": base[3:, 2:], "none": torch.zeros(0)}
+    state |= {"of none": torch.zeros(0, 4)[:, 2:], "expanded": torch.zeros(1, 0).expand(5, 0)}
+    assert state["corner"].storage_offset() == 14
+    extract(torch_file(tmp_path, state, new=new), tmp_path / "out.safetensors")
+    assert_twins(tmp_path / "out.safetensors", state)
+
+
+def test_views_unfold_up_to_four_times_the_file(tmp_path: Path):
+    row = torch.arange(5000.0)
+    content = {"w": row, "expanded": row.expand(2, 5000)}
+    path = torch_file(tmp_path, content)
+    extract(path, tmp_path / "out.safetensors")
+    assert_twins(tmp_path / "out.safetensors", content)
+    assert (tmp_path / "out.safetensors").stat().st_size <= 4 * path.stat().st_size
+    (tmp_path / "out.safetensors").unlink()
+    path = torch_file(tmp_path, {"w": row, "expanded": row.expand(4, 5000)})
+    message = failure(path)
+    assert "('expanded' alone to 80000), while the file has " in message
+    assert f"{path.stat().st_size}; up to 4 times its size is accepted" in message
+
+
 def test_an_archive_without_checksums_is_read(tmp_path: Path):
     torch.serialization.set_crc32_options(False)
     try:

@@ -15,7 +15,7 @@ from geo_pretrain.hub.unpickle.budget import Budget
 from geo_pretrain.hub.unpickle.formats import read_file
 from geo_pretrain.hub.unpickle.names import NAME_LENGTH, Refused, Unreadable, shown
 from geo_pretrain.hub.unpickle.nodes import Dict
-from geo_pretrain.hub.unpickle.tensors import check_sums, choose, wanted_of, write
+from geo_pretrain.hub.unpickle.tensors import UNFOLDED, check_sums, choose, laid_out, wanted_of, write
 
 SCALARS, SKIPPED, NAMES = 100, 1000, 100  # the report lists at most so many of each
 
@@ -27,9 +27,10 @@ def extract(data: Any, out: Path, entries: Sequence[str], limits: Mapping[str, A
     budget.check_names()
     entry, values = choose(opened.top, entries)
     wanted, skipped = wanted_of(values, opened, limits)
+    start, ordered = laid_out(wanted, len(data))
     check_sums(values, wanted, opened, data)
     with out.open("xb") as stream:
-        write(wanted, data, stream)
+        write(start, ordered, data, stream)
     return {
         "entry": entry,
         "tensors": len(wanted),
@@ -64,7 +65,7 @@ def set_limits(limits: Mapping[str, Any], size: int) -> None:
     for name, soft in {
         "RLIMIT_AS": used + size + limits["memory"],
         "RLIMIT_CPU": seconds,
-        "RLIMIT_FSIZE": limits["output"] + (128 << 20),
+        "RLIMIT_FSIZE": min(limits["output"] + (128 << 20), UNFOLDED * size),
         "RLIMIT_CORE": 0,
     }.items():
         number = getattr(resource, name, None)

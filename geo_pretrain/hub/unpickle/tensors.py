@@ -17,6 +17,7 @@ from geo_pretrain.hub.unpickle.names import ITEM, SHOWN, WRITABLE, Refused, Unre
 from geo_pretrain.hub.unpickle.nodes import CELLS, Array, Dict, Dtype, Storage, Tensor, kind, shown_key
 
 BLOCK = 8 << 20  # bytes copied at a time
+UNFOLDED = 4  # times the file's own size: the most that is written; tied weights and expanded views fit well
 RANK = 32  # numpy's (1.x) limit of dimensions
 KEY_LENGTH = 512
 DEPTH, CELLS_OF_A_FILE = 4, 1_000_000  # of dicts inside dicts that are looked at
@@ -152,6 +153,8 @@ def view(key: str, tensor: Tensor, opened: Opened) -> Wanted:
     if storage.count * ITEM[storage.dtype] != size:
         raise Unreadable(f"the storage of {shown(key)!r} has {size} bytes, {storage.count} x {storage.dtype} declared")
     whole = Wanted(key, dtype, shape, tuple(stride), start + storage.start * ITEM[storage.dtype])
+    if not whole.count:  # an empty slice such as x[3:, 2:] may start beyond the storage; it has no number to read
+        return Wanted(key, dtype, shape, tuple(stride), whole.start)
     if (tensor.offset + whole.span) * ITEM[dtype] > storage.length * ITEM[storage.dtype]:
         raise Refused(f"tensor {shown(key)!r} reaches beyond the end of its storage")
     return Wanted(key, dtype, shape, tuple(stride), whole.start + tensor.offset * ITEM[dtype])
@@ -200,8 +203,12 @@ def forget(data: Any) -> None:
         data.madvise(mmap.MADV_DONTNEED)
 
 
-def write(wanted: Sequence[Wanted], data: Any, out: BinaryIO) -> None:
-    """Write a safetensors file (header length, JSON header, numbers) as a stream, so that memory stays small."""
+def laid_out(wanted: Sequence[Wanted], file_size: int) -> tuple[bytes, list[Wanted]]:
+    """The start of a safetensors file (header length, JSON header), and the tensors in the order of their numbers.
+
+    Raises `Refused` when both together have more than `UNFOLDED` times the bytes of the file: views that repeat numbers
+    (stride 0) and tensors that share a storage are each written in full, so that a small file could fill a disk.
+    """
     header, at = {}, 0
     ordered = sorted(wanted, key=lambda tensor: (-ITEM[tensor.dtype], tensor.key))  # as safetensors: all are aligned
     for tensor in ordered:
@@ -213,7 +220,19 @@ def write(wanted: Sequence[Wanted], data: Any, out: BinaryIO) -> None:
         at += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    out.write(struct.pack("<Q", len(text)) + text)
+    total = 8 + len(text) + at
+    if total > UNFOLDED * file_size:
+        largest = max(wanted, key=lambda tensor: tensor.size)
+        raise Refused(
+            f"its tensors unfold to {total} bytes ({shown(largest.key)!r} alone to {largest.size}), while the file has "
+            f"{file_size}; up to {UNFOLDED} times its size is accepted"
+        )
+    return struct.pack("<Q", len(text)) + text, ordered
+
+
+def write(start: bytes, ordered: Sequence[Wanted], data: Any, out: BinaryIO) -> None:
+    """Write what `laid_out` has planned as a stream, so that memory stays small."""
+    out.write(start)
     for tensor in ordered:
         for block in numbers(tensor, data):
             out.write(block)

@@ -364,6 +364,17 @@ lie(
     "16000 bytes, 15999 are accepted",
     output=15_999,
 )
+lie("a number expanded to 64 MB", torch_zip(dict_(a=tensor(tuple_(1 << 24), tuple_(0)))), "'a' alone to 67108864")
+lie(
+    "one storage in a thousand tensors",
+    torch_zip(dict_(w=GOOD, **{f"k{i}": tensor(tuple_(1024), tuple_(0)) for i in range(1000)})),
+    "unfold to .* while the file has .*up to 4 times its size",
+)
+lie(
+    "a thousand names for one dict of empty tensors",
+    torch_zip(dict_(w=GOOD, a=tensor(tuple_(0), tuple_(1)) + b"q\x09", **{f"k{i}": b"h\x09" for i in range(1000)})),
+    "unfold to .* while the file has",
+)
 lie("more tensors than accepted", torch_zip(dict_(a=GOOD, b=GOOD)), "2 tensors, 1 are accepted", tensors=1)
 lie(
     "a storage longer than its record",
