@@ -64,8 +64,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
     JSON object or was altered, FileNotFoundError where there is none.
     """
     try:
-        tree = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        tree = parse_json(path.read_bytes())
+    except ValueError as error:
         raise CheckpointError(f"{path}: is not JSON ({first_line(error)}).") from None
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: holds {type(tree).__name__}; an object is accepted.")

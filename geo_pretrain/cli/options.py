@@ -90,14 +90,16 @@ def options_of(given: list[str]) -> dict[str, Any] | None:
     """Convert `--option KEY=VALUE`s to options of a data set; None without any."""
     import yaml
 
+    from geo_pretrain.yaml_text import parse_yaml
+
     for text in given:
         if "=" not in text:
             raise typer.BadParameter(f"--option is {text!r}; accepted: KEY=VALUE.")
     options = {}
     for key, _, value in (text.partition("=") for text in given):
         try:
-            options[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            options[key] = parse_yaml(value)
+        except yaml.YAMLError as error:
             raise typer.BadParameter(
                 f"--option {key}={value[:80]!r} is no YAML value ({first_line(error)})."
             ) from error

@@ -13,7 +13,7 @@ from typing import Any
 
 from geo_pretrain.checkpoint import CONFIG, Checkpoint
 from geo_pretrain.errors import CheckpointError
-from geo_pretrain.files import SEAL, tree_digest
+from geo_pretrain.files import SEAL, parse_json, tree_digest
 from geo_pretrain.redact import without_paths
 
 CLEANED = ("provenance", "licence")  # of config.json; its other values say what the network is
@@ -25,7 +25,7 @@ def outgoing(checkpoint: Checkpoint) -> dict[str, bytes]:
     Recipe, log, card and the facts in config.json lose absolute paths, logins and keys (`redact.without_paths`);
     weights are never touched, and a clean folder gives nothing. Raises `CheckpointError` for a recipe that is no YAML.
     """
-    config = json.loads((checkpoint.folder / CONFIG).read_bytes())
+    config = parse_json((checkpoint.folder / CONFIG).read_bytes())
     facts = {key: config[key] for key in CLEANED if key in config}
     paths = {checkpoint.files[name].role: checkpoint.folder / name for name in checkpoint.files}
     recipe = _recipe(paths.get("recipe"))
@@ -64,9 +64,11 @@ def _recipe(path: Path | None) -> Any:
         return None
     import yaml
 
+    from geo_pretrain.yaml_text import read_yaml
+
     try:
-        return yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, RecursionError) as error:
+        return read_yaml(path)
+    except yaml.YAMLError as error:
         raise CheckpointError(f"{path}: is not YAML, so its paths cannot be left out; a recipe is accepted.") from error
 
 
@@ -104,7 +106,7 @@ def _clean_lines(text: bytes) -> bytes:
     lines = []
     for line in text.splitlines(keepends=True):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             lines.append(line)
             continue

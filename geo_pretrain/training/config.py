@@ -19,6 +19,7 @@ import yaml
 
 from geo_pretrain.errors import GeoPretrainError, RecipeError, nearest
 from geo_pretrain.training.checks import Mistakes, Problem, all_mistakes
+from geo_pretrain.yaml_text import copied, parse_yaml, read_yaml
 
 T = TypeVar("T")
 # Metadata of a dataclass field, `field(default_factory=dict, metadata=OTHER_KEYS)`: it takes all keys that the
@@ -50,8 +51,8 @@ class Draft:
     def read(cls, path: Path, renames: Sequence[Renamed] = ()) -> Draft:
         """Read a YAML file of keys and values. Raises `RecipeError` for any other file."""
         try:
-            tree = _load_yaml(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            tree = read_yaml(path)
+        except yaml.YAMLError as error:
             raise RecipeError(f"{path}: not valid YAML: {error}") from None
         if not isinstance(tree, dict):
             raise RecipeError(f"{path}: expected keys and values, got {_shown(tree)}.")
@@ -72,7 +73,7 @@ class Draft:
                 self._note(f"Override {override!r} is not of the form key=value, such as optim.lr=0.05.")
                 continue
             try:
-                value = _load_yaml(text)
+                value = parse_yaml(text)
             except yaml.YAMLError:
                 self._note(f"Override {override!r}: {text!r} is not valid YAML.")
                 continue
@@ -113,7 +114,7 @@ class Draft:
 
     def _rename(self) -> None:
         """Rename old keys; where a key has both names, the value under its present name stays."""
-        self.tree = _copied(self.tree)
+        self.tree = copied(self.tree)
         for renamed in self.renames:
             if not (renamed.old.startswith(self.prefix) and renamed.new.startswith(self.prefix)):
                 continue
@@ -146,9 +147,21 @@ def changes(
     """List the differences of two YAML texts of the dataclass `kind` as "key.key: old -> new".
 
     Keys in `ignore` do not count. A key that a text lacks, such as one that is newer than it, has its default there.
+    Raises `RecipeError` for a text that is no YAML of keys and values.
     """
-    old, new = (Draft(yaml.safe_load(text), "recipe", renames).tree for text in (before, now))
+    old, new = (Draft(_stored(text), "recipe", renames).tree for text in (before, now))
     return _differences(kind, old, new, set(ignore))
+
+
+def _stored(text: str) -> Any:
+    """The tree of a stored recipe."""
+    try:
+        tree = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the stored recipe is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"the stored recipe: expected keys and values, got {_shown(tree)}.")
+    return tree
 
 
 def _differences(
@@ -357,35 +370,6 @@ def _section_of(hint: Any) -> type | None:
     """The dataclass in a type hint such as `Spec` or `Spec | None`; None if there is none."""
     parts = (hint, *typing.get_args(hint))
     return next((part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
-
-
-def _copied(tree: Any) -> Any:
-    """Copy nested mappings; lists are values."""
-    return {key: _copied(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node."""
-        first: dict[str, yaml.Node] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, key) is not key:
-                line = first[key.value].start_mark.line + 1
-                problem = f"key {key.value!r} is given twice, first in line {line}"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _load_yaml(text: str) -> Any:
-    """Load one YAML document. Raises `yaml.YAMLError`."""
-    try:
-        return _copied(yaml.load(text, _Loader))
-    except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply, or a value contains itself") from None
-    except (ValueError, AttributeError) as error:  # of values that look like a date or have a wrong tag
-        raise yaml.YAMLError(f"a value cannot be read: {error}") from None
 
 
 def _translated(renamed: Renamed, value: object) -> object:

@@ -20,7 +20,7 @@ from typing import Any
 
 import geo_pretrain
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, MissingDependency, first_line, require
-from geo_pretrain.files import atomic_write, locked, sync_file, sync_folder
+from geo_pretrain.files import atomic_write, locked, parse_json, sync_file, sync_folder
 from geo_pretrain.training.states import BadState, check_log, check_values, log_facts, read_state, write_state
 
 STATE, LOG, BOARD = "state.pt", "log.jsonl", "tensorboard"
@@ -271,7 +271,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The whole lines of a log and what they say, up to the first that was broken off."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             record["step"] <= 0  # noqa: B015 - a number, or it is no line of ours
         except (ValueError, KeyError, TypeError):
             return

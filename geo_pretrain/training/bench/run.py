@@ -19,7 +19,7 @@ from typing import Any
 
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import CheckpointError, RecipeError
-from geo_pretrain.files import read_sealed, write_sealed, write_text
+from geo_pretrain.files import parse_json, read_sealed, write_sealed, write_text
 from geo_pretrain.training.bench.cell import Job
 from geo_pretrain.training.bench.measure import Rooms
 from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data, plan
@@ -156,8 +156,8 @@ def _write(bench: Bench, command: str, seconds: int) -> dict[str, Any]:
 def _seconds_before(path: Path) -> int:
     """The seconds of earlier calls; of a results.json that cannot be read, which is written anew, none."""
     try:
-        return int(json.loads(path.read_bytes())["seconds of all calls"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(parse_json(path.read_bytes())["seconds of all calls"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0
 
 

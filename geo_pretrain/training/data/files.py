@@ -127,6 +127,28 @@ def intrinsics_fault(matrix: np.ndarray) -> str | None:
     return None
 
 
+def points_fault(points: np.ndarray, farthest: float = FARTHEST) -> str | None:
+    """Why [N, 3] are no points in meters; None if they are. In float32, 1e300 would be infinite without a word."""
+    wrong = int((~np.isfinite(points)).any(axis=1).sum())
+    if wrong:
+        return f"coordinates of {wrong} of {len(points)} points are not finite"
+    far = float(max(points.max(initial=0), -points.min(initial=0)))
+    return None if far <= farthest else f"a point is {far:.3g} m from the origin; at most {farthest:g} m are accepted"
+
+
+def checked_points(path: Path, points: np.ndarray) -> np.ndarray:
+    """Points [N, 3] in meters as float32; `BadFrame` with the file's path and the reason if they are none."""
+    if (fault := points_fault(points)) is not None:
+        raise BadFrame(path, fault)
+    return points.astype(np.float32, copy=False)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file, from its header."""
+    with _reading(path, "image"), _opened(path) as image:
+        return image.size
+
+
 def _row(values: Iterable[float]) -> str:
     return " ".join(f"{value:g}" for value in values)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, some, unknown
 from geo_pretrain.files import write_text
+from geo_pretrain.training.data.files import read_color
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.files import CLOUD_SUFFIXES, CloudFields
 from geo_pretrain.training.data.labelled.dataset import LabelledData
@@ -203,11 +203,7 @@ def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[st
 
 def read_image(path: Path) -> np.ndarray:
     """Read an image as uint8 [H, W, 3]. Raises `BadFrame` for a file that is none."""
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadFrame(path, f"not an image that can be read ({error})") from None
+    return read_color(path).copy()  # of its own, to be written to
 
 
 def _check_names(items: Sequence[Item]) -> None:

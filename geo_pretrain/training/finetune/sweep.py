@@ -35,6 +35,7 @@ from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.loop import StepInfo
 from geo_pretrain.training.runs import run_folder, run_lock
+from geo_pretrain.yaml_text import parse_yaml
 
 SWEEP, RUNS, FORMAT = "sweep.json", "runs", 1
 # Keys that a sweep sets for each run, and those without effect on the result (data have their own fingerprint).
@@ -232,14 +233,14 @@ def read_plan(out: Path) -> tuple[FinetuneRecipe, dict[str, tuple[str, str | Non
         kept = read_sealed(path)
         if kept["format"] != FORMAT:
             raise DataError(f"{path}: format {kept['format']!r}; this version reads {FORMAT}.")
-        recipe = parse(FinetuneRecipe, yaml.safe_load(kept["recipe"]), where=str(path))
+        recipe = parse(FinetuneRecipe, parse_yaml(kept["recipe"]), where=str(path))
         held = {label: (backbone, digest) for label, (backbone, digest) in kept["starts"].items()}
         return recipe, held, [Run(held[label][0], label, share, seed, out) for label, share, seed in kept["runs"]]
     except FileNotFoundError:
         raise DataError(f"{out} holds no sweep: {SWEEP} is missing.") from None
     except CheckpointError as error:
         raise DataError(f"{error} It is not the plan of a sweep.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         if isinstance(error, RecipeError):
             raise
         raise DataError(f"{path}: not the plan of a sweep ({error!r}).") from None

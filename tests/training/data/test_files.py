@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,16 @@ import pytest
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame
-from geo_pretrain.training.data.files import read_color, read_depth, read_ids, read_intrinsics, read_matrix, read_pose
+from geo_pretrain.training.data.files import (
+    checked_points,
+    image_size,
+    read_color,
+    read_depth,
+    read_ids,
+    read_intrinsics,
+    read_matrix,
+    read_pose,
+)
 from tests.labelled_layouts import chunk, png_bytes, save
 
 
@@ -139,3 +150,42 @@ def test_a_matrix_in_a_huge_file_is_no_matrix(tmp_path: Path):
     (tmp_path / "pose.txt").write_text("1 " * 40_000)
     with pytest.raises(BadFrame, match=r"has 80000 bytes; a matrix of 4x4 numbers is accepted"):
         read_matrix(tmp_path / "pose.txt", 4, 4)
+
+
+def bomb(kind: bytes, data: bytes, times: int = 1) -> bytes:
+    """A gray image of 16 bits with a chunk `times` before its pixels."""
+    start, image = 33, encode(np.full((4, 4), 900, np.uint16))
+    return image[:start] + chunk(kind, data) * times + image[start:]
+
+
+PNG_BOMBS = {
+    "text": bomb(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 100_000_000)),
+    "international text": bomb(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(b"x" * 100_000_000)),
+    "colors": bomb(b"iCCP", b"a\0\0" + zlib.compress(b"x" * 100_000_000)),
+    "many texts": bomb(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 900_000), 80),
+}
+
+
+@pytest.mark.parametrize("what", PNG_BOMBS)
+def test_a_png_whose_texts_unpack_to_much_more_is_a_bad_frame_in_little_memory(tmp_path, what):
+    path = tmp_path / "d.png"
+    path.write_bytes(bomb(b"zTXt", b"a\0\0" + zlib.compress(b"an honest text")))
+    assert read_depth(path)[0, 0] == np.float32(0.9)
+    path.write_bytes(PNG_BOMBS[what])
+    for read in (read_depth, read_color, lambda path: read_ids(path, bits=(16,)), image_size):
+        tracemalloc.start()
+        try:
+            with pytest.raises(BadFrame, match=r"d\.png: .*(too large|Too much)"):
+                read(path)
+            assert tracemalloc.get_traced_memory()[1] < 100e6
+        finally:
+            tracemalloc.stop()
+
+
+def test_points_that_float32_cannot_hold_are_bad_frames(tmp_path):
+    path, points = tmp_path / "p.ply", np.zeros((3, 3))
+    assert checked_points(path, points).dtype == np.float32
+    for value, reason in ((np.nan, "1 of 3 points are not finite"), (1e300, r"1e\+300 m"), (-2e7, r"2e\+07 m")):
+        points[1, 2] = value
+        with pytest.raises(BadFrame, match=rf"p\.ply: .*{reason}"):
+            checked_points(path, points)

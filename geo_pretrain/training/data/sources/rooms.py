@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from geo_pretrain.errors import RecipeError, nearest, unknown
+from geo_pretrain.files import parse_json
 from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.rooms import CLASSES, FIELDS, GENERATOR, RoomGenerator, RoomsConfig
 from geo_pretrain.training.data.cache import writing
@@ -163,7 +164,8 @@ class Rooms:
 
 def _facts(metadata: dict[str, str] | None) -> dict[str, str]:
     """Parse the header of a scene file: config digest, digest of the arrays, generator version."""
-    return dict(json.loads((metadata or {}).get("rooms", "{}")))
+    facts = parse_json((metadata or {}).get("rooms", "{}"))
+    return facts if isinstance(facts, dict) else {}
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

@@ -15,11 +15,13 @@ import numpy as np
 
 from geo_pretrain.errors import DataError, first_line
 from geo_pretrain.files import parse_json
+from geo_pretrain.training.data.files import points_fault, pose_fault
 from geo_pretrain.training.data.frame import NoSurface
 from geo_pretrain.training.data.surfaces.ply import Columns, read_ply
 
 RGB = ("red", "green", "blue")
 ALIGNMENT = "axisAlignment"
+MOST_OBJECTS = 1 << 20  # numbers of objects in a scan are below; tables are as long as the largest
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ def positions(path: Path, vertex: Columns, *others: str) -> np.ndarray:
     if missing:
         raise DataError(f"{path}: vertices have no {', '.join(missing)}; they have {', '.join(vertex)}.")
     points = np.stack([vertex[k] for k in "xyz"], 1)
-    if not (len(points) and np.isfinite(points).all()):
-        raise DataError(f"{path}: {'some vertices are not finite' if len(points) else 'the mesh has no vertices'}.")
+    if not len(points):
+        raise DataError(f"{path}: the mesh has no vertices.")
+    if (fault := points_fault(points)) is not None:
+        raise DataError(f"{path}: {fault}.")
     return points.astype(np.float32)
 
 
@@ -106,7 +110,12 @@ def read_objects(path: Path) -> list[ScanObject]:
         entries = group if isinstance(group, dict) else {}
         index, category = entries.get("objectId"), entries.get("label")
         segments = _whole_numbers(entries.get("segments"))
-        if not isinstance(index, int) or index < 0 or not isinstance(category, str) or segments is None:
+        if (
+            not isinstance(index, int)
+            or not 0 <= index < MOST_OBJECTS
+            or not isinstance(category, str)
+            or segments is None
+        ):
             raise DataError(f"{path}: object {number} has no whole 'objectId', text 'label' and list 'segments'.")
         objects.append(ScanObject(index, category, segments))
     return objects
@@ -136,6 +145,8 @@ def read_alignment(path: Path) -> np.ndarray | None:
                 matrix = np.zeros(0)
             if len(matrix) != 16 or not np.isfinite(matrix).all():
                 raise DataError(f"{path}: {ALIGNMENT} is {text.strip()[:60]!r}, expected 16 numbers.")
+            if (fault := pose_fault(matrix.reshape(4, 4))) is not None:
+                raise DataError(f"{path}: {ALIGNMENT} {fault}.")
             return matrix.reshape(4, 4)
     return None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from geo_pretrain.errors import BadFrame
+from geo_pretrain.training.data.files import points_fault
 
 
 def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -44,8 +45,8 @@ def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray]:
     points, corners_of = np.array(vertices, np.float64).reshape(-1, 3), np.array(triangles, np.int64)
     if corners_of.min() < 0 or corners_of.max() >= len(points):
         raise BadFrame(path, f"a face names vertex {int(corners_of.max()) + 1} of {len(points)}")
-    if not np.isfinite(points).all():
-        raise BadFrame(path, "a vertex is not finite")
+    if (fault := points_fault(points)) is not None:
+        raise BadFrame(path, fault)
     return points, corners_of
 
 

@@ -174,6 +174,8 @@ def broken(tmp_path, **arrays):
     [
         ({"points": POINTS[:0], "label": LABELS[:0]}, "the cloud has no point"),
         ({"points": np.where(np.arange(40)[:, None] < 3, np.nan, POINTS)}, "of 3 of 40 points are not finite"),
+        ({"points": np.where(np.arange(40)[:, None] < 3, 1e300, POINTS.astype(float))}, r"1e\+300 m from the origin"),
+        ({"points": np.where(np.arange(40)[:, None] < 3, 1e8, POINTS.astype(float))}, r"1e\+08 m from the origin"),
         ({"label": LABELS[:9]}, "label has 9 rows, the points have 40"),
         ({"label": LABELS + 0.5}, "label of 40 points is no whole number: "),
         ({"label": LABELS * 7}, r"label 7 at \d+ points is no class; classes.txt has -1, 0, 1, 2, 3 "),

@@ -137,6 +137,10 @@ def test_synthia_says_what_is_missing(streets):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(BadFrame, match=path.name):
         source.load(source.ids()[0])
+    fields = "".join(f"property {'double' if name in 'xyz' else 'int'} {name}\n" for name in "xyzrgbl")
+    write(path, f"ply\nformat ascii 1.0\nelement vertex 1\n{fields}end_header\n0 1e300 0 1 2 3 1\n".encode())
+    with pytest.raises(BadFrame, match=r"1e\+300 m from the origin"):
+        source.load(source.ids()[0])
     write(path, b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nend_header\n0\n")
     with pytest.raises(BadFrame, match="vertices have no y, z, r, g, b, l"):
         source.load(source.ids()[0])
@@ -174,6 +178,45 @@ def test_boxes_of_kitti_stand_in_the_frame_of_the_scanner(tmp_path):
     assert np.allclose(boxes.headings, [0, -0.3 - np.pi / 2], atol=1e-6)  # -90 degrees about y: ahead
     with pytest.warns(UserWarning, match="even frames"):
         assert len(objects3d(tmp_path, in_view=False).load("000004")) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "reason"),
+    [
+        ("P2", {(0, 0): 0.0}, "focal lengths 0 700"),
+        ("P2", {(1, 1): -700.0}, "focal lengths 700 -700"),
+        ("P2", {(2, 2): 0.0}, "last row 0 0 0"),
+        ("P2", {(0, 2): np.inf}, "not finite"),
+        ("P2", {(0, 3): 1e300}, "no offset in pixels"),
+        ("Tr_velo_to_cam", {(0, 3): 1e300}, r"1e\+300 m from the origin"),
+        ("Tr_velo_to_cam", {(0, 1): 1.0}, "not a rotation"),
+        ("R0_rect", {(0, 0): np.nan}, "not finite"),
+        ("R0_rect", {(0, 0): 0.0}, "not a rotation"),
+    ],
+)
+def test_calibrations_of_kitti_that_are_none_are_bad_frames(tmp_path, key, change, reason):
+    matrix = np.array(CALIBRATION[key], float)
+    for place, value in change.items():
+        matrix[place] = value
+    write_kitti_object(tmp_path, 1, np.ones((2, 4)), [], CALIBRATION | {key: matrix})
+    with pytest.raises(BadFrame, match=rf"000001\.txt: calibration.*({reason})"):
+        read_calibration(tmp_path / "training/calib/000001.txt")
+
+
+def test_boxes_and_points_of_kitti_that_are_none_are_bad_frames(tmp_path):
+    write(tmp_path / "ImageSets/train.txt", b"000001\n")
+    for old, new, reason in (
+        ("4.00", "nan", "not finite"),
+        ("4.00", "0", "length of 0 or less"),
+        ("2.00", "1e300", "more than 1e.07 m away"),
+    ):
+        write_kitti_object(tmp_path, 1, np.ones((2, 4)), [CAR.format(angle=0).replace(old, new, 1)], CALIBRATION)
+        with pytest.raises(BadFrame, match=rf"000001\.txt: a box is.*{reason}"):
+            objects3d(tmp_path).load("000001")
+    for row, reason in (([1e30, 0, 0, 1], r"1e\+30 m"), ([0, 0, 0, np.nan], "remissions of 1 points")):
+        write_kitti_object(tmp_path, 1, [row], [], CALIBRATION)
+        with pytest.raises(BadFrame, match=rf"000001\.bin: .*{reason}"):
+            objects3d(tmp_path).load("000001")
 
 
 def test_lists_of_kitti_and_broken_frames(tmp_path):

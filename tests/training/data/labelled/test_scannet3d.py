@@ -146,6 +146,7 @@ def edited(path, change):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
+FAR = "axisAlignment = 1 0 0 1e300 0 1 0 0 0 0 1 0 0 0 0 1\n"
 FAULTS = [
     ("_vh_clean_2.ply", lambda path: path.unlink(), "segmentation3d", "No mesh"),
     ("_vh_clean_2.ply", lambda path: path.write_bytes(path.read_bytes()[:900]), "segmentation3d", "cut off"),
@@ -179,6 +180,19 @@ FAULTS = [
     ),
     (".txt", lambda path: path.write_text("colorHeight = 968\n"), "detection3d", "has no axisAlignment"),
     (".txt", lambda path: path.write_text("axisAlignment = 1 2 x\n"), "detection3d", "'1 2 x', expected 16 numbers"),
+    (
+        ".txt",
+        lambda path: path.write_text(f"axisAlignment = {'1 ' * 16}\n"),
+        "detection3d",
+        "axisAlignment is not a rot",
+    ),
+    (".txt", lambda path: path.write_text(FAR), "detection3d", "axisAlignment is 1e+300 m from the origin"),
+    (
+        ".aggregation.json",
+        lambda path: path.write_text(path.read_text().replace('"objectId": 0', '"objectId": 1000000000000')),
+        "instances3d",
+        "has no whole 'objectId'",
+    ),
 ]
 
 

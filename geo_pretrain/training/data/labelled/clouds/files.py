@@ -15,6 +15,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, first_line, nearest, require, some
 from geo_pretrain.training.checks import Positive, Ranged
+from geo_pretrain.training.data.files import checked_points, points_fault
 from geo_pretrain.training.data.labelled.clouds.classes import FileClasses
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.surfaces.ply import Columns, read_ply
@@ -37,6 +38,7 @@ PLAIN = {
     8: ("x", "y", "z", "red", "green", "blue", "label", "instance"),
 }
 _FAR = 10_000.0  # m; beyond it float32 would not hold a millimeter
+_FARTHEST = 1e9  # m; beyond it float64 would not hold a micrometer
 Names = Sequence[str | tuple[str, ...]]
 
 
@@ -81,6 +83,8 @@ def read_cloud(
     """
     file = _File(Path(path), file_columns(path, fields))
     points = file.points() * fields.scale
+    if (fault := points_fault(points, _FARTHEST)) is not None:
+        raise BadFrame(file.path, fault)
     labels = instances = None
     if classes is not None:
         labels = file.whole("label", fields.label, LABELS, needed="label" in need)
@@ -90,7 +94,7 @@ def read_cloud(
             instances = np.where(instances == fields.no_instance, 0, instances + (fields.no_instance < 0)).clip(0)
     return LabelledCloud(
         file.path.stem if id is None else id,
-        near_origin(points).astype(np.float32),
+        checked_points(file.path, near_origin(points)),
         file.colors(fields.color),
         labels,
         instances,
@@ -206,9 +210,8 @@ class _File:
         if not self.rows:
             raise BadFrame(self.path, "the cloud has no point")
         points = found.astype(np.float64)
-        wrong = int((~np.isfinite(points)).any(axis=1).sum())
-        if wrong:
-            raise BadFrame(self.path, f"coordinates of {wrong} of {self.rows} points are not finite")
+        if (fault := points_fault(points, np.inf)) is not None:
+            raise BadFrame(self.path, fault)
         return points
 
     def field(

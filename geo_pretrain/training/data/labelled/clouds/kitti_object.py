@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.training.data.files import FARTHEST, LONGEST, image_size, intrinsics_fault, pose_fault
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D, LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.listed import ListedCloud, ListedClouds, read_scan
 from geo_pretrain.training.data.labelled.folders import need_folders
@@ -114,6 +114,11 @@ def read_calibration(path: Path) -> Calibration:
         raise BadFrame(path, "calibration has matrices of other sizes than 3x4 (P2, Tr_velo_to_cam) and 3x3 (R0_rect)")
     matrix = np.eye(4)
     matrix[:3] = rectify @ velodyne
+    for fault in (intrinsics_fault(projection[:, :3]), pose_fault(matrix)):
+        if fault is not None:
+            raise BadFrame(path, f"calibration: matrices {fault}")
+    if not np.isfinite(projection).all() or np.abs(projection[:, 3]).max() > LONGEST:
+        raise BadFrame(path, "calibration: the last column of P2 is not finite, or no offset in pixels")
     return Calibration(projection, matrix)
 
 
@@ -134,6 +139,10 @@ def read_boxes(path: Path, calibration: Calibration) -> Boxes3D:
             label = CLASSES.index(name)
         except ValueError:
             raise BadFrame(path, f"not an object of 15 columns and a known class: {name} {' '.join(words)}") from None
+        if not np.isfinite([height, width, length, x, y, z, angle]).all() or min(height, width, length) <= 0:
+            raise BadFrame(path, f"a box is not finite, or has a length of 0 or less: {name} {' '.join(words)}")
+        if max(map(abs, (height, width, length, x, y, z))) > FARTHEST:
+            raise BadFrame(path, f"a box is more than {FARTHEST:g} m away or long: {name} {' '.join(words)}")
         center = camera_to_velodyne @ [x, y - height / 2, z, 1.0]
         front = camera_to_velodyne[:3, :3] @ [np.cos(angle), 0.0, -np.sin(angle)]
         centers.append(center[:3])
@@ -164,8 +173,4 @@ def _image_size(path: Path) -> tuple[int, int]:
     """Width and height of a frame's image, from its header; the nominal ones where the image was not downloaded."""
     if not path.is_file():
         return NOMINAL_SIZE
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError as error:
-        raise BadFrame(path, f"image cannot be read ({error})") from None
+    return image_size(path)

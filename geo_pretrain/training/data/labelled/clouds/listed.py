@@ -11,6 +11,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, unknown
 from geo_pretrain.training.data import files
+from geo_pretrain.training.data.files import checked_points
 from geo_pretrain.training.data.surfaces.ply import Columns, read_ply
 
 Y_UP_TO_Z_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32)  # (x, y, z) -> (x, -z, y): a turn about x
@@ -68,8 +69,9 @@ def read_scan(path: Path) -> np.ndarray:
     if len(values) % 4 or not len(values):
         raise BadFrame(path, f"scan has {4 * len(values)} bytes, expected 16 for each of at least one point")
     scan = values.reshape(-1, 4)
-    if not np.isfinite(scan).all():
-        raise BadFrame(path, f"{int((~np.isfinite(scan)).any(1).sum())} points are not finite")
+    checked_points(path, scan[:, :3])
+    if not np.isfinite(scan[:, 3]).all():
+        raise BadFrame(path, f"remissions of {int((~np.isfinite(scan[:, 3])).sum())} points are not finite")
     return scan
 
 

@@ -57,11 +57,12 @@ class SUNRGBD3D:
             raise BadFrame(points, f"'pc' is {cloud.shape}, expected [N, 6]: x, y, z (m) and red, green, blue in 0..1")
         if not np.isfinite(cloud).all():
             raise BadFrame(points, f"{int((~np.isfinite(cloud)).any(1).sum())} points are not finite")
+        placed = files.checked_points(points, cloud[:, :3])
         colors = None
         if cloud.shape[1] == 6:
             colors = np.round(255 * cloud[:, 3:].clip(0, 1)).astype(np.uint8)
         rows = read_boxes(boxes, _array(boxes, "bbox"))
-        return LabelledCloud(id, np.ascontiguousarray(cloud[:, :3], np.float32), colors, None, boxes=rows)
+        return LabelledCloud(id, np.ascontiguousarray(placed), colors, None, boxes=rows)
 
     def fingerprint(self) -> str:
         """A digest of names, sizes and times of the files."""
@@ -105,6 +106,8 @@ def read_boxes(path: Path, rows: np.ndarray) -> Boxes3D:
     classes = rows[:, 7].astype(np.int64)
     if not np.isfinite(rows).all() or (rows[:, 3:6] <= 0).any():
         raise BadFrame(path, "a box has a number that is not finite, or a length of 0 or less")
+    if np.abs(rows[:, :6]).max(initial=0) > files.FARTHEST:
+        raise BadFrame(path, f"a box is more than {files.FARTHEST:g} m away or long")
     if (classes != rows[:, 7]).any() or (classes < 0).any() or (classes >= len(CLASSES)).any():
         raise BadFrame(path, f"a box has a class other than 0 to {len(CLASSES) - 1}")
     return Boxes3D(

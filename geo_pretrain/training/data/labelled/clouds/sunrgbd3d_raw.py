@@ -23,7 +23,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, first_line, require, some
 from geo_pretrain.training.checks import Count, Ranged
-from geo_pretrain.training.data.files import read_color, read_ids
+from geo_pretrain.training.data.files import intrinsics_fault, pose_fault, read_color, read_ids
 from geo_pretrain.training.data.labelled.clouds.sunrgbd3d import CLASSES
 
 V1, V2 = "SUNRGBDtoolbox/Metadata/SUNRGBDMeta.mat", "SUNRGBDMeta3DBB_v2.mat"
@@ -104,6 +104,12 @@ def image_points(raw: Path, image: Any) -> np.ndarray:
     calibration, tilt = np.asarray(image.K, float), np.asarray(image.Rtilt, float)
     if calibration.shape != (3, 3) or tilt.shape != (3, 3):
         raise BadFrame(path, f"K is {calibration.shape} and Rtilt {tilt.shape}, expected 3x3 both")
+    if (fault := intrinsics_fault(calibration)) is not None:
+        raise BadFrame(path, f"K: intrinsics {fault}")
+    turn = np.eye(4)
+    turn[:3, :3] = tilt
+    if (fault := pose_fault(turn)) is not None:
+        raise BadFrame(path, f"Rtilt: pose {fault}")
     x = (columns + 1 - calibration[0, 2]) * z / calibration[0, 0]
     y = (rows + 1 - calibration[1, 2]) * z / calibration[1, 1]
     points = np.stack([x, z, -y], axis=1) @ tilt.T

@@ -17,6 +17,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.checks import Positive, Ranged
+from geo_pretrain.training.data.files import checked_points
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.listed import (
     Y_UP_TO_Z_UP,
@@ -58,9 +59,8 @@ class Synthia4D(ListedClouds):
     def load(self, id: str) -> LabelledCloud:
         path, options = self.item(id).points, self.options
         fields = read_vertices(path, FIELDS)
+        checked_points(path, np.stack([fields[axis] for axis in "xyz"], axis=1))
         points = np.stack([fields[axis] for axis in "xyz"], axis=1).astype(np.float32) * np.float32(METERS)
-        if not np.isfinite(points).all():
-            raise BadFrame(path, f"{int((~np.isfinite(points)).any(1).sum())} points are not finite")
         labels = label_map("synthia12").apply(_integers(fields["l"], path), path, "points").astype(np.int64)
         kept = np.arange(len(points)) if options.grid is None else first_in_cells(points, options.grid)
         colors = np.stack([fields[channel] for channel in "rgb"], axis=1)[kept]

@@ -1,0 +1,99 @@
+"""YAML and JSON of users' files: whatever a text states, it is read or refused in little time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from geo_pretrain.cli.options import options_of
+from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError
+from geo_pretrain.files import parse_json, read_sealed
+from geo_pretrain.training.config import Draft, changes
+from geo_pretrain.training.finetune_recipe import FinetuneRecipe, load_finetune_recipe
+from geo_pretrain.training.recipe import load_recipe
+from geo_pretrain.yaml_text import LONGEST, parse_yaml
+
+
+def laughs(kind: str, levels: int = 40) -> str:
+    """Aliases of aliases: 2^levels values in some hundred characters."""
+    lines = ["a0: &a0 [1]" if kind == "list" else "a0: &a0 {x: 1}"]
+    form = {"mapping": "{{p: *a{0}, q: *a{0}}}", "list": "[*a{0}, *a{0}]", "merge": "{{<<: [*a{0}, *a{0}]}}"}[kind]
+    lines += [f"a{level}: &a{level} {form.format(level - 1)}" for level in range(1, levels)]
+    return "\n".join(lines)
+
+
+BOMBS = {
+    "aliases of mappings": (laughs("mapping"), "aliases"),
+    "aliases of lists": (laughs("list"), "aliases"),
+    "merged aliases": (laughs("merge"), "aliases"),
+    "a long text, often": (f"a: &a {'x' * 99_000}\nb: [{'*a, ' * 99}]", "aliases"),
+    "deep lists": ("x: " + "[" * 2_000, "nested too deeply"),
+    "deep mappings": ("{a: " * 30_000 + "1" + "}" * 30_000, "nested too deeply"),
+    "itself": ("x: &x [*x]", "contains itself"),
+    "itself in a mapping": ("&x {y: *x}", "contains itself"),
+    "long": ("#" * (LONGEST + 1), "longer"),
+    "long number": ("x: " + "9" * 5_000, "cannot be read"),
+    "no date": ("x: 2020-13-45", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_yaml_bomb_is_refused_before_it_is_built(what):
+    text, reason = BOMBS[what]
+    with pytest.raises(yaml.YAMLError, match=reason):
+        parse_yaml(text)
+
+
+def test_aliases_are_copies_and_merges_work():
+    tree = parse_yaml("base: &b {x: 1, y: [2]}\none: *b\ntwo: {<<: *b, x: 3}\n")
+    tree["one"]["x"] = 9
+    assert tree == {"base": {"x": 1, "y": [2]}, "one": {"x": 9, "y": [2]}, "two": {"x": 3, "y": [2]}}
+    assert parse_yaml(b"") is None
+    assert parse_yaml(b"a: [1, x]") == {"a": [1, "x"]}
+    with pytest.raises(yaml.YAMLError, match="given twice"):
+        parse_yaml("a: 1\na: 2")
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "recipe": lambda path: load_recipe(str(path)),
+    "fine-tuning recipe": lambda path: load_finetune_recipe(str(path)),
+    "stored recipe": lambda path: changes(path.read_text(), "a: 1", FinetuneRecipe),
+    "draft": lambda path: Draft.read(path),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("what", ["aliases of mappings", "deep mappings", "itself", "long"])
+def test_every_reader_of_recipes_refuses_bombs_as_a_recipe_error(tmp_path, reader, what):
+    path = tmp_path / "r.yaml"
+    path.write_text(BOMBS[what][0])
+    with pytest.raises(RecipeError, match=BOMBS[what][1]):
+        READERS[reader](path)
+
+
+def test_overrides_and_options_refuse_bombs():
+    text = "{a: " * 9_000 + "1" + "}" * 9_000
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe("pri3d_view_r18", overrides=[f"optim.lr={text}"])
+    with pytest.raises(Exception, match="no YAML value") as error:
+        options_of([f"split={text}"])
+    assert type(error.value).__name__ == "BadParameter"
+
+
+def test_bytes_that_are_no_text_are_a_recipe_error(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"a: \xff\xfe")
+    with pytest.raises(GeoPretrainError, match="not valid YAML"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a": ' * 200_000, "[" * 200_000 + "]" * 200_000, "9" * 5_000])
+def test_deep_json_is_no_json(tmp_path, text):
+    with pytest.raises(ValueError, match=r"nested too deeply|digits"):
+        parse_json(text)
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"x\.json: is not JSON \("):
+        read_sealed(tmp_path / "x.json")
