@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,6 +24,8 @@ MOST_PIXELS = 60_000_000
 LAST_ROW = 1e-3  # by which the last row of a matrix may be off
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GRAY, _PALETTE = 0, 3  # color types of PNG whose pixels are one number
+UNPACKED, MOST_PACKED = 1 << 30, 64  # bytes of arrays that any archive may hold, and the multiple of its own size
+_DAMAGED = (OSError, ValueError, EOFError, KeyError, SyntaxError, RuntimeError, OverflowError, TypeError)
 MATRIX_BYTES = 1 << 16  # of a text file of numbers; a pose has some hundred
 
 
@@ -147,6 +153,32 @@ def image_size(path: Path) -> tuple[int, int]:
     """Width and height of an image file, from its header."""
     with _reading(path, "image"), _opened(path) as image:
         return image.size
+
+
+@contextmanager
+def loaded_arrays(path: Path, key: str | None = None) -> Iterator[Any]:
+    """What `numpy.load` makes of a .npy or .npz file, without pickles; a damaged one is a `BadFrame`, also on access.
+
+    `key`: the array that is wanted, for messages.
+
+    An archive that would unpack to far more than it has bytes is refused before anything is unpacked.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > max(UNPACKED, MOST_PACKED * path.stat().st_size):
+                raise BadFrame(path, f"unpacks to {size} bytes, more than {MOST_PACKED} times its own")
+        with path.open("rb") as file:
+            yield np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise BadFrame(path, "file is missing") from None
+    except BadFrame:
+        raise
+    # What zipfile, zlib and numpy raise: headers are parsed as Python's own text, and flags as features to come.
+    except (*_DAMAGED, tokenize.TokenError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        what = "file" if key is None else f"array {key!r}"
+        raise BadFrame(path, f"{what} cannot be read ({first_line(error)})") from None
 
 
 def _row(values: Iterable[float]) -> str:

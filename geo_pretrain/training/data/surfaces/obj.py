@@ -42,7 +42,11 @@ def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise BadFrame(path, f"line {number} is no vertex or face: {shown!r}") from None
     if not triangles:
         raise BadFrame(path, f"mesh has no faces ({len(vertices)} vertices)")
-    points, corners_of = np.array(vertices, np.float64).reshape(-1, 3), np.array(triangles, np.int64)
+    points = np.array(vertices, np.float64).reshape(-1, 3)
+    try:
+        corners_of = np.array(triangles, np.int64)
+    except OverflowError:
+        raise BadFrame(path, "a face names a vertex of a number beyond 64 bits") from None
     if corners_of.min() < 0 or corners_of.max() >= len(points):
         raise BadFrame(path, f"a face names vertex {int(corners_of.max()) + 1} of {len(points)}")
     if (fault := points_fault(points)) is not None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, first_line, nearest, require, some
 from geo_pretrain.training.checks import Positive, Ranged
-from geo_pretrain.training.data.files import checked_points, points_fault
+from geo_pretrain.training.data.files import checked_points, loaded_arrays, points_fault
 from geo_pretrain.training.data.labelled.clouds.classes import FileClasses
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.surfaces.ply import Columns, read_ply
@@ -126,10 +125,9 @@ def _ply_columns(path: Path, fields: CloudFields) -> Columns:
 
 
 def _npy_columns(path: Path, fields: CloudFields) -> Columns:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise BadFrame(path, f"cannot be read ({first_line(error)})") from None
+    with loaded_arrays(path) as array:
+        if not isinstance(array, np.ndarray):
+            raise BadFrame(path, "is an archive of arrays; its name ends in .npz")
     if array.dtype.names:
         return {name: array[name] for name in array.dtype.names}
     if array.ndim != 2:
@@ -144,11 +142,10 @@ def _npy_columns(path: Path, fields: CloudFields) -> Columns:
 
 
 def _npz_columns(path: Path, fields: CloudFields) -> Columns:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BadFrame(path, f"cannot be read ({first_line(error)})") from None
+    with loaded_arrays(path) as arrays:
+        if isinstance(arrays, np.ndarray):
+            raise BadFrame(path, "is one array; its name ends in .npy")
+        found = {name: arrays[name] for name in arrays.files}
     return {name: array for name, array in found.items() if array.ndim in (1, 2)}
 
 

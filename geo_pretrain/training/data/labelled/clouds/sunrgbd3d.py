@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -117,11 +116,5 @@ def read_boxes(path: Path, rows: np.ndarray) -> Boxes3D:
 
 def _array(path: Path, key: str) -> np.ndarray:
     """Read an array of numbers from a .npy file, or under `key` from a .npz file."""
-    try:
-        with path.open("rb") as file:
-            found = np.load(file, allow_pickle=False)
-            return np.asarray(found if isinstance(found, np.ndarray) else found[key], np.float64)
-    except FileNotFoundError:
-        raise BadFrame(path, "file is missing") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BadFrame(path, f"array {key!r} cannot be read ({str(error) or type(error).__name__})") from None
+    with files.loaded_arrays(path, key) as found:
+        return np.asarray(found if isinstance(found, np.ndarray) else found[key], np.float64)

@@ -1,0 +1,161 @@
+"""Small valid files of every reader of data, and damage to them: nothing but our errors may come out of a reader."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from geo_pretrain.errors import GeoPretrainError
+from geo_pretrain.files import read_sealed
+from geo_pretrain.training.config import Draft
+from geo_pretrain.training.data import files
+from geo_pretrain.training.data.labelled.clouds import kitti_object, listed, semantickitti, sunrgbd3d
+from geo_pretrain.training.data.labelled.clouds.files import read_cloud
+from geo_pretrain.training.data.labelled.clouds.limited import read_point_list
+from geo_pretrain.training.data.labelled.clouds.s3dis_text import parse_lines
+from geo_pretrain.training.data.sources import scannet_files
+from geo_pretrain.training.data.surfaces.obj import read_obj
+from geo_pretrain.training.data.surfaces.ply import read_ply, write_ply
+
+NUMBERS = [b"0", b"-1", b"1e400", b"nan", b"inf", b"-inf", b"99999999999999999999", b"4294967296", b"1e300", b"x", b""]
+POSE = b"1 0 0 0.5 0 1 0 0.2 0 0 1 0.1 0 0 0 1\n"
+CAMERA = "P2: 700 0 600 0 0 700 180 0 0 0 1 0\nR0_rect: 1 0 0 0 1 0 0 0 1\nTr_velo_to_cam: 0 -1 0 0 0 0 -1 0 1 0 0 0\n"
+CAR = "Car 0.00 0 1.5 10 10 20 20 1.50 1.60 4.00 2.00 1.70 20.00 0.3\n"
+SEGMENTS = {"segIndices": [1, 2, 3] * 4}
+GROUPS = {"segGroups": [{"objectId": 0, "label": "chair", "segments": [1, 2]}]}
+VERTEX = {axis: np.arange(12, dtype=np.float32) for axis in "xyz"} | {"label": np.ones(12, np.int32)}
+PLY = {"vertex": VERTEX, "face": {"vertex_indices": np.arange(12, dtype=np.int32).reshape(4, 3)}}
+
+
+class Reader(NamedTuple):
+    """A reader, the ending of its files and a valid one; text: words may also be replaced by numbers."""
+
+    read: Callable[[Path], object]
+    suffix: str
+    valid: bytes
+    text: bool = True
+
+
+def image(array: np.ndarray, format: str = "png") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format)
+    return buffer.getvalue()
+
+
+def saved(save: Callable[..., object], *given: object, **named: object) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *given, **named)
+    return buffer.getvalue()
+
+
+def ascii_ply() -> bytes:
+    fields = "".join(f"property double {axis}\n" for axis in "xyz")
+    head = f"ply\nformat ascii 1.0\nelement vertex 2\n{fields}element face 1\nproperty list uchar int vertex_indices\n"
+    return f"{head}end_header\n0 1 2\n3 4 5\n3 0 1 1\n".encode()
+
+
+def binary_ply(folder: Path) -> bytes:
+    write_ply(folder / "valid.ply", PLY)
+    return (folder / "valid.ply").read_bytes()
+
+
+def boxes_of_votenet(path: Path) -> object:
+    with files.loaded_arrays(path, "bbox") as rows:
+        found = np.asarray(rows, np.float64)
+    return sunrgbd3d.read_boxes(path, found)
+
+
+def calibrated(path: Path) -> object:
+    (path.parent / "calibration").write_text(CAMERA)
+    return kitti_object.read_boxes(path, kitti_object.read_calibration(path.parent / "calibration"))
+
+
+def readers(folder: Path) -> dict[str, Reader]:
+    """All readers by name; `folder` is for files that are made on the way."""
+    rng = np.random.default_rng(0)
+    gray = rng.integers(400, 5000, (12, 16)).astype(np.uint16)
+    color = rng.integers(0, 255, (12, 16, 3), np.uint8)
+    points = rng.uniform(-1, 1, (12, 3))
+    row = np.array([[1.0, 2, 0, 0.3, 0.4, 0.5, 0.1, 3]])
+    sealed = json.dumps({"a": [1, {"b": None}]}).encode()
+    return {
+        "depth": Reader(files.read_depth, ".png", image(gray), text=False),
+        "ids": Reader(lambda path: files.read_ids(path, bits=(8, 16)), ".png", image(gray), text=False),
+        "png": Reader(files.read_color, ".png", image(color), text=False),
+        "jpeg": Reader(files.read_color, ".jpg", image(color, "jpeg"), text=False),
+        "size": Reader(files.image_size, ".png", image(gray), text=False),
+        "pose": Reader(files.read_pose, ".txt", POSE),
+        "intrinsics": Reader(files.read_intrinsics, ".txt", b"585 0 320 0 585 240 0 0 1\n"),
+        "ply": Reader(read_ply, ".ply", binary_ply(folder), text=False),
+        "ascii ply": Reader(read_ply, ".ply", ascii_ply()),
+        "cloud ply": Reader(read_cloud, ".ply", binary_ply(folder), text=False),
+        "cloud npy": Reader(read_cloud, ".npy", saved(np.save, points), text=False),
+        "cloud npz": Reader(read_cloud, ".npz", saved(np.savez, points=points), text=False),
+        "packed npz": Reader(read_cloud, ".npz", saved(np.savez_compressed, points=points), text=False),
+        "sunrgbd boxes": Reader(boxes_of_votenet, ".npy", saved(np.save, row), text=False),
+        "obj": Reader(read_obj, ".obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n"),
+        "kitti calibration": Reader(kitti_object.read_calibration, ".txt", CAMERA.encode()),
+        "kitti boxes": Reader(calibrated, ".txt", CAR.encode() * 2),
+        "scan": Reader(listed.read_scan, ".bin", bytes(64), text=False),
+        "labels": Reader(lambda path: semantickitti.read_labels(path, 4), ".label", bytes(16), text=False),
+        "alignment": Reader(scannet_files.read_alignment, ".txt", b"axisAlignment = " + POSE),
+        "segments": Reader(lambda path: scannet_files.read_segments(path, 12), ".json", json.dumps(SEGMENTS).encode()),
+        "objects": Reader(scannet_files.read_objects, ".json", json.dumps(GROUPS).encode()),
+        "categories": Reader(scannet_files.read_categories, ".tsv", b"raw_category\tnyu40id\nchair\t5\nbed\t4\n"),
+        "labelled points": Reader(read_point_list, ".json", b'{"scene0000_00": [1, 2, 3]}'),
+        "s3dis": Reader(lambda path: parse_lines(path.read_bytes()), ".txt", b"0.1 0.2 0.3 10 20 30\n" * 3),
+        "recipe": Reader(Draft.read, ".yaml", b"a: &a {x: 1, y: [2, 3]}\nb: *a\nc: 2020-01-01\n"),
+        "sealed": Reader(read_sealed, ".json", sealed),
+    }  # fmt: skip
+
+
+def damaged(valid: bytes, rng: random.Random, *, text: bool) -> bytes:
+    """One to five flips, cuts, insertions, repetitions or numbers that lie; of texts, often a word replaced."""
+    if text and rng.random() < 0.5:
+        words = valid.split(b" ")
+        words[rng.randrange(len(words))] = rng.choice(NUMBERS)
+        return b" ".join(words)
+    data = bytearray(valid)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        if not data:
+            break
+        at, kind = rng.randrange(len(data)), rng.randrange(7)
+        if kind <= 1:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            del data[at : at + rng.choice([1, 40, len(data)])]
+        elif kind == 3:
+            data[at:at] = rng.randbytes(rng.randint(1, 40))
+        elif kind == 4:
+            data[at:at] = data[at : at + rng.randint(1, 200)]
+        elif kind == 5:
+            number = rng.choice([0, 1, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000, 65535])
+            data[at : at + 4] = struct.pack(rng.choice("<>") + "I", number)
+        else:
+            data[at : at + 4] = struct.pack("<f", rng.choice([float("nan"), float("inf"), 1e38]))
+    return bytes(data)
+
+
+def faults(reader: Reader, folder: Path, count: int, seed: int = 0) -> Iterator[tuple[bytes, Exception]]:
+    """Damaged files that made a reader raise anything but our errors, and what it raised."""
+    rng, path = random.Random(seed), folder / f"x{reader.suffix}"
+    path.write_bytes(reader.valid)
+    reader.read(path)
+    for _ in range(count):
+        data = damaged(reader.valid, rng, text=reader.text)
+        path.write_bytes(data)
+        try:
+            reader.read(path)
+        except GeoPretrainError as error:
+            if path.name not in str(error) and reader.suffix != ".yaml":
+                yield data, error
+        except Exception as error:
+            yield data, error
