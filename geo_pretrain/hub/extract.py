@@ -42,7 +42,7 @@ class Extracted:
 
     entry: str  # which of the `entries` was found; "" the top level
     tensors: int
-    foreign: tuple[str, ...]  # classes outside the allowlist, replaced by inert placeholders
+    foreign: tuple[str, ...]  # names without a stand-in, replaced by inert placeholders
     scalars: Mapping[str, Any]  # numbers and short texts at its top level
     skipped: Mapping[str, str]  # key in the entry -> why it is not in the result
 

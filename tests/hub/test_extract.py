@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import json
 import pickle
 import struct
 import sys
 import types
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -268,14 +270,47 @@ def test_foreign_objects_become_placeholders_and_are_named(
     node = foreign_module.Node(a=1)
     node.extra = node
     config = foreign_module.DictConfig({"lr": 0.1, "node": node, "items": foreign_module.Items([1, 2])})
-    content = {"config": config, "old": foreign_module.Old(), "w": torch.ones(2)}
+    content = {"config": config, "w": torch.ones(2)}
     if protocol == 4:  # earlier ones write this kind of object as a call of functools.partial, which is refused
         content["kind"] = foreign_module.Kind()
     found = extract(torch_file(tmp_path, content, new=new, protocol=protocol), tmp_path / "out.safetensors")
     assert_twins(tmp_path / "out.safetensors", {"w": torch.ones(2)})
-    names = ["DictConfig", "Items", *(["Kind"] if protocol == 4 else []), "Node", "Old"]
+    names = ["DictConfig", "Items", *(["Kind"] if protocol == 4 else []), "Node"]
     assert found.foreign == tuple(f"fake_conf.{name}" for name in names)
     assert found.skipped["config"] == "object of fake_conf.DictConfig"
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_honest_checkpoints_hold_beside_weights_is_read(tmp_path: Path, protocol: int):
+    """Settings, paths, dates, counters, schedulers, whole modules: placeholders all, by the list of names."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.ReLU())
+    optimizer = torch.optim.AdamW(network.parameters())
+    beside = {
+        "args": argparse.Namespace(lr=0.1, out=Path("runs")),
+        "space": types.SimpleNamespace(a=1),
+        "date": datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC),
+        "losses": deque([1.0], maxlen=3),
+        "seen": Counter("ab"),
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3),
+        "network": network,
+        "random": np.random.RandomState(0),
+        "numpy": np.random.get_state(),
+        "type": Any,
+        "version": torch.torch_version.TorchVersion("2.6"),
+        "activation": torch.nn.functional.gelu,
+        "wide": torch.float8_e5m2fnuz,
+        "masked": np.ma.array([1, 2], mask=[0, 1]),
+    }
+    content = {"w": torch.ones(2), "beside": beside, "optimizer": optimizer.state_dict()}
+    extract(torch_file(tmp_path, content, protocol=protocol), tmp_path / "out.safetensors")
+    assert_twins(tmp_path / "out.safetensors", {"w": torch.ones(2)})
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_call_of_a_class_on_no_list_is_refused_by_its_name(tmp_path: Path, foreign_module: Any, new: bool):
+    message = failure(torch_file(tmp_path, {"old": foreign_module.Old(), "w": torch.ones(2)}, new=new))
+    assert "it names fake_conf.Old (to be called), not on the list" in message
+    assert "a file that holds the state_dict alone is accepted" in message
 
 
 def test_the_list_of_foreign_names_has_an_end(tmp_path: Path):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from geo_pretrain.hub.unpickle.budget import Budget
-from geo_pretrain.hub.unpickle.names import NAME_LENGTH, Name, Refused, Unreadable, is_forbidden, normalized, shown
+from geo_pretrain.hub.unpickle.names import NAME_LENGTH, Name, Refused, Unreadable, may_be_named, normalized, shown
 from geo_pretrain.hub.unpickle.nodes import Array, Dict, Dtype, Foreign, kind, put
 from geo_pretrain.hub.unpickle.stand_ins import call
 
@@ -163,8 +163,7 @@ class Machine:
             raise Refused("its pickle names a class of more than 200 letters")
         reference = Name(normalized(module, name))
         if not reference.is_known:
-            forbidden = is_forbidden(module, name)
-            noted = self.budget.forbidden if forbidden else self.budget.names
+            noted = self.budget.names if may_be_named(module, name) else self.budget.forbidden
             noted[shown(f"{module}.{name}")] = None
         return reference
 
@@ -176,9 +175,14 @@ class Machine:
         arguments, function = self.pop(), self.pop()
         self.push(call(function, arguments, self.budget))
 
-    def reduce_with_keywords(self) -> None:
+    def plain_object(self) -> None:
+        """NEWOBJ: an object of a class, made without a call of it."""
+        arguments, cls = self.pop(), self.pop()
+        self.push(call(cls, arguments, self.budget, plain=True))
+
+    def plain_object_with_keywords(self) -> None:
         self.pop()  # keyword arguments are dropped
-        self.reduce()
+        self.plain_object()
 
     def instance(self) -> None:
         items = self.pop_mark()
@@ -273,8 +277,8 @@ INSTRUCTIONS: dict[bytes, Callable[..., Any]] = {
     pickle.GLOBAL: lambda s, pair: s.push(s.name(*pair)),
     pickle.STACK_GLOBAL: Machine.stacked_name,
     pickle.REDUCE: Machine.reduce,
-    pickle.NEWOBJ: Machine.reduce,
-    pickle.NEWOBJ_EX: Machine.reduce_with_keywords,
+    pickle.NEWOBJ: Machine.plain_object,
+    pickle.NEWOBJ_EX: Machine.plain_object_with_keywords,
     pickle.OBJ: Machine.instance,
     pickle.INST: lambda s, pair: s.push(call(s.name(*pair), tuple(s.pop_mark()), s.budget)),
     pickle.BUILD: lambda s: s.build(s.pop(), s.top()),

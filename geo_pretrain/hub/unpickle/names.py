@@ -1,8 +1,9 @@
-"""The names in a pickle: dtypes, storages, names with a stand-in, and names for which a file is refused."""
+"""The names in a pickle: dtypes, storages, names with a stand-in, and the lists of what a file may name and call."""
 
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 
 NAME_LENGTH, SHOWN = 200, 30  # longest name in letters; most names in a message
@@ -36,32 +37,27 @@ class Unreadable(Exception):
     """The file is damaged, of another format, or does not hold what is wanted."""
 
 
-# Modules that have no place among weights. Nothing is ever imported or called: naming one is reason to refuse the file.
-FORBIDDEN_MODULES = frozenset(
+# What a file may name is decided by lists of what is allowed. Nothing is ever imported or called, so a name that slips
+# through does nothing; a file that asks for more than the lists hold is refused all the same, as no honest one does.
+#   - INERT: the names with a meaning here, each a stand-in;
+#   - BESIDE: what honest checkpoints hold beside weights (settings, paths, dates), and NAMED, the classes of torch and
+#     numpy that they hold. They become placeholders;
+#   - of the standard library, torch, numpy and the packages in CLOSED, nothing else may be named;
+#   - a class of any other package, such as an author's own, may be the type of a plain object (made without a call:
+#     NEWOBJ, copyreg._reconstructor) or a value. It is a placeholder; a file that would call it is refused.
+CLOSED = frozenset(
+    sys.stdlib_module_names
+) | frozenset(  # of other versions of Python, and packages whose purpose is to run, fetch or load something
     """
-    _aix_support _frozen_importlib _frozen_importlib_external _imp _io _osx_support _pickle _posixsubprocess
-    _socket _thread _winapi aifc antigravity ast asyncio asyncore atexit bdb builtins cgi cmd code codecs _codecs codeop
-    commands compileall concurrent copyreg cPickle cProfile ctypes _ctypes cffi curses dbm dill cloudpickle dis
-    distutils doctest ensurepip faulthandler fcntl fileinput ftplib functools gc glob http idlelib imaplib imp importlib
-    inspect io ipykernel IPython joblib lib2to3 linecache mailcap marshal mmap modulefinder msvcrt multiprocessing
-    netrc nntplib nt ntpath operator _operator optparse os pdb pexpect pickle pickletools pip pkg_resources pkgutil
-    platform poplib posix posixpath profile pstats psutil pty py_compile pydoc requests resource rlcompleter runpy
-    sched select selectors setuptools shelve shlex shutil signal site smtpd smtplib socket _socket socketserver sqlite3
-    ssl subprocess symtable sys sysconfig tarfile telnetlib tempfile threading timeit trace traceback tracemalloc
-    tty types unittest urllib urllib2 urllib3 uu venv webbrowser winreg _winreg xmlrpc zipapp zipfile zipimport
+    __builtin__ aifc asynchat asyncore cgi cgitb chunk commands copy_reg cPickle crypt distutils dummy_thread
+    dummy_threading formatter httplib imghdr imp lib2to3 macpath mailcap msilib nis nntplib nt ossaudiodev parser pipes
+    popen2 posix smtpd sndhdr spwd sunau symbol telnetlib thread urllib2 urlparse uu xdrlib _winreg
+    IPython cffi cloudpickle dask dill fabric fsspec ipykernel joblib jsonpickle numba pandas paramiko pexpect pip
+    pkg_resources plumbum psutil requests sh setuptools urllib3 wheel yaml numpy torch
     """.split()  # noqa: SIM905
 )
-FORBIDDEN_PARTS = frozenset(
-    """
-    torch.hub torch.load torch.save torch.jit torch.serialization torch.package torch.ops torch.classes torch.library
-    torch.multiprocessing torch.distributed.rpc torch.compile torch._dynamo torch._inductor torch.utils.cpp_extension
-    torch.utils.collect_env torch.utils.model_zoo numpy.load numpy.save numpy.fromfile numpy.memmap numpy.loadtxt
-    numpy.genfromtxt numpy.distutils numpy.f2py numpy.testing numpy.lib numpy.ctypeslib logging.config
-    pandas.read_pickle yaml.load
-    """.split()  # noqa: SIM905
-)
-# Names within those modules that ordinary pickles use; each is a stand-in here. "__builtin__" and "copy_reg" are
-# Python 2's spelling of the same.
+# Names that ordinary pickles of tensors, arrays and containers use; each is a stand-in here. "__builtin__" and
+# "copy_reg" are Python 2's spelling of the same.
 INERT = frozenset(
     """
     builtins.object builtins.int builtins.float builtins.str builtins.bool builtins.bytes builtins.bytearray
@@ -75,6 +71,32 @@ INERT = frozenset(
     torch._utils._rebuild_sparse_tensor torch.serialization._get_layout numpy.ndarray numpy.dtype
     numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar numpy.core.numeric._frombuffer
     """.split()  # noqa: SIM905
+)
+BESIDE = frozenset(  # may be named and called
+    """
+    argparse.Namespace types.SimpleNamespace collections.deque itertools.count decimal.Decimal fractions.Fraction
+    uuid.UUID random.Random re._compile array._array_reconstructor array.array logging.getLogger time.struct_time
+    datetime.date datetime.datetime datetime.time datetime.timedelta datetime.timezone
+    pathlib.Path pathlib.PosixPath pathlib.WindowsPath pathlib.PurePath pathlib.PurePosixPath pathlib.PureWindowsPath
+    pathlib._local.Path pathlib._local.PosixPath pathlib._local.WindowsPath pathlib._local.PurePosixPath
+    pathlib._local.PureWindowsPath torch.storage._load_from_bytes torch.Generator torch.torch_version.TorchVersion
+    numpy.random._pickle.__randomstate_ctor numpy.random._pickle.__generator_ctor
+    numpy.random._pickle.__bit_generator_ctor numpy.ma.core._mareconstruct
+    pandas.core.frame.DataFrame pandas.core.series.Series pandas.core.indexes.base._new_Index
+    pandas._libs.internals._unpickle_block torchvision.transforms.functional.InterpolationMode
+    pytorch_lightning.trainer.states.TrainerFn pytorch_lightning.trainer.states.TrainerStatus
+    pytorch_lightning.trainer.states.RunningStage lightning.pytorch.trainer.states.TrainerFn
+    lightning.pytorch.trainer.states.TrainerStatus lightning.pytorch.trainer.states.RunningStage
+    """.split()  # noqa: SIM905
+)
+NAMED = re.compile(  # may be named, and be the type of a plain object
+    r"torch\.(nn|optim|ao|quantization|distributions|amp|cuda\.amp|utils\.data|_C\._nn)\.[\w.]+"
+    r"|torch\.(q?u?int|float|bfloat|complex|bits)\d\w*|torch\.(strided|sparse_\w+|\w+_format|per_\w+)"
+    r"|torch\.(cuda\.|storage\.)?_?[A-Z]\w*(Storage|Tensor)|torch\._utils\._rebuild_\w+"
+    r"|numpy\.(random\.)?[\w.]*(RandomState|Generator|MT19937|PCG64|Philox|SFC64|SeedSequence)"
+    r"|numpy\.(object_|void|datetime64|timedelta64|longlong|ulonglong|intc|uintc|record|recarray|matrix)"
+    r"|numpy\.(rec\.recarray|ma\.core\.MaskedArray|ma\.MaskedArray|matrixlib\.defmatrix\.matrix)"
+    r"|typing\.[A-Z]\w*|pandas\.core\.internals\.\w+\.\w+Manager|pandas\.core\.indexes\.\w+\.\w*Index"
 )
 STORAGE_NAME = re.compile(r"torch\.(?:cuda\.|storage\.)?_?([A-Z][A-Za-z0-9]*?)Storage")
 DTYPE_NAME = re.compile(r"torch\.([a-z][a-z0-9_]*)")
@@ -107,6 +129,11 @@ class Name:
         """Whether it has a stand-in: a dtype, a storage or a name in INERT."""
         return bool(self.path in INERT or self.storage or self.dtype or NUMPY_TYPE_NAME.fullmatch(self.path))
 
+    @property
+    def may_be_called(self) -> bool:
+        """Whether a file may ask for a call of it, which becomes a stand-in or a placeholder."""
+        return self.is_known or self.path in BESIDE or self.path.startswith("torch._utils._rebuild_")
+
 
 def normalized(module: str, name: str) -> str:
     """One spelling for names that Python 2 and 3, numpy 1 and 2 spell differently."""
@@ -116,16 +143,18 @@ def normalized(module: str, name: str) -> str:
     return f"{module}.{name}"
 
 
-def is_forbidden(module: str, name: str) -> bool:
-    """Whether the file is refused for naming this; names with a stand-in are not asked about."""
-    parts = normalized(module, name).split(".")
-    if parts[0] in FORBIDDEN_MODULES:
+def may_be_named(module: str, name: str) -> bool:
+    """Whether a file may name this at all; the lists above say what."""
+    path = Name(normalized(module, name))
+    if path.is_known or path.path in BESIDE:
         return True
-    if any(".".join(parts[:length]) in FORBIDDEN_PARTS for length in range(2, len(parts) + 1)):
-        return True
-    # "pathlib" + "os.system": a way through an attribute of a harmless module
-    steps = name.split(".")
-    return len(steps) > 1 and any(step in FORBIDDEN_MODULES or step.startswith("__") for step in steps)
+    parts, steps = path.path.split("."), name.split(".")
+    # "omegaconf" + "sys.modules": a way through an attribute of a harmless module. Honest steps go through classes
+    if not all(part.isidentifier() for part in parts) or any(not step.lstrip("_")[:1].isupper() for step in steps[:-1]):
+        return False
+    if any(step.startswith("__") for step in steps):
+        return False
+    return parts[0] not in CLOSED or bool(NAMED.fullmatch(path.path))
 
 
 def shown(text: str, limit: int = NAME_LENGTH) -> str:

@@ -15,8 +15,14 @@ SCALAR_CODES = {"f2": "e", "f4": "f", "f8": "d", "i1": "b", "i2": "h", "i4": "i"
 SCALAR_CODES |= {"u4": "I", "u8": "Q", "b1": "?", "?": "?"}
 
 
-def call(function: Any, arguments: Any, budget: Budget) -> Any:
-    """The node that stands in for the result of a call in the pickle, or a `Foreign` placeholder; nothing is called."""
+def call(function: Any, arguments: Any, budget: Budget, *, plain: bool = False) -> Any:
+    """The node that stands in for the result of a call in the pickle, or a `Foreign` placeholder; nothing is called.
+
+    A call of what is on no list of `names` is noted, for which the file is refused. `plain`: an object of a class that
+    is made without a call, for which it is enough that the class may be named.
+    """
+    if not isinstance(function, Name) or not (plain or function.may_be_called):
+        budget.forbid_call(function.path if isinstance(function, Name) else kind(function))
     if not isinstance(function, Name):
         return Foreign(f"a call of {kind(function)}")
     build = BUILDERS.get(function.path)

@@ -255,6 +255,20 @@ for module, attribute, arguments in (
         )
         or (module, attribute) == ("codecs", "open"),
     )
+for path in ("mylib.run", "utils.Runner", "turtle.done", "torch.utils._content_store.x", "numpy.core.records.fromfile"):
+    module, _, attribute = path.rpartition(".")
+    attack(
+        f"call of {path}, on no list",
+        torch_zip(dict_(a=GOOD, b=call(name(module, attribute), "x"))),
+        f"it names {path}.*list of what a file of weights may name and call",
+    )
+    attack(f"INST of {path}", proto(b"(" + text("x") + f"i{module}\n{attribute}\n".encode()), f"it names {path}")
+    attack(f"OBJ of {path}", proto(b"(" + name(module, attribute) + text("x") + b"o"), f"it names {path}")
+attack(
+    "call of what a listed call gave",
+    proto(call(call(name("argparse", "Namespace")), "x")),
+    r"names object of argparse.Namespace \(to be called\)",
+)
 attack(
     "a tensor's own loader around a second pickle",
     lambda c: proto(
