@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine, write_results
-from benchmarks.reliability_rooms import PROMISES, hostile_servers, secrets, wrapped_files
+from benchmarks.reliability_rooms import PROMISES, damaged_files, hostile_servers, secrets, wrapped_files
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.hub.extract import Limits, extract
 from tests.hub import hostile
@@ -165,7 +165,12 @@ def table(rooms: dict[str, dict[str, Any]], outcomes: list[Outcome], python: str
 def main() -> None:
     """Run everything; about two minutes."""
     outcomes = [*transfers(), *processes_disks_caches(), *hostile_files()]
-    for row in (*hostile_servers(CURED, EXPLAINED), *secrets(EXPLAINED), *wrapped_files(CURED, EXPLAINED)):
+    for row in (
+        *hostile_servers(CURED, EXPLAINED),
+        *secrets(EXPLAINED),
+        *wrapped_files(CURED, EXPLAINED),
+        *damaged_files(EXPLAINED),
+    ):
         outcomes.append(Outcome(*row))
     names = dict.fromkeys(one.room for one in outcomes)
     rooms = {name: summary([one for one in outcomes if one.room == name]) for name in names}

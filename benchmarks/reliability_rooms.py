@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from geo_pretrain.hub import transfer
 from geo_pretrain.redact import safe, without_paths
 from tests.authors_files import layout
 from tests.hub.raw_servers import BODY, CASES, RawServer
+from tests.mutations import Reader, faults, readers
 
 Row = tuple[str, str, str, float, str]
 SECRET = "hunter2"
@@ -75,6 +77,20 @@ def hostile_servers(cured: str, explained: str) -> Iterator[Row]:
                 return "" if not says and part.read_bytes() == BODY else "was taken for a file"
 
         yield _tried("hostile servers", name, explained if case.says else cured, check)
+
+
+def damaged_files(explained: str, count: int = 300) -> Iterator[Row]:
+    """Damaged files of every reader of data: each is read, or refused as our error that names it."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, reader in readers(Path(folder)).items():
+
+            def check(reader: Reader = reader) -> str:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    found = [f"{type(error).__name__}: {error}" for _, error in faults(reader, Path(folder), count)]
+                return "; ".join(found[:1])
+
+            yield _tried("damaged files of data", f"{name}, {count} damaged files", explained, check)
 
 
 def secrets(explained: str) -> Iterator[Row]:

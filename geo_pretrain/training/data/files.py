@@ -237,5 +237,11 @@ def _reading(path: Path, what: str, fault: str = "cannot be read") -> Iterator[N
         yield
     except FileNotFoundError:
         raise BadFrame(path, f"{what} is missing") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        MemoryError,
+        Image.DecompressionBombError,
+    ) as error:  # zlib states any size
         raise BadFrame(path, f"{what} {fault} ({first_line(error)})") from None

@@ -16,7 +16,7 @@ from tests.mutations import faults, readers
 NAMES = (
     "depth", "ids", "png", "jpeg", "size", "pose", "intrinsics", "ply", "ascii ply", "cloud ply", "cloud npy",
     "cloud npz", "packed npz", "sunrgbd boxes", "obj", "kitti calibration", "kitti boxes", "scan", "labels",
-    "alignment", "segments", "objects", "categories", "labelled points", "s3dis", "recipe", "sealed",
+    "alignment", "segments", "objects", "categories", "labelled points", "s3dis", "coco", "recipe", "sealed",
 )  # fmt: skip
 
 
