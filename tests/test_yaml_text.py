@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+import geo_pretrain
 from geo_pretrain.cli.options import options_of
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError
 from geo_pretrain.files import parse_json, read_sealed
@@ -97,3 +99,27 @@ def test_deep_json_is_no_json(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"x\.json: is not JSON \("):
         read_sealed(tmp_path / "x.json")
+
+
+# Who parses by itself, and why nothing of a user's reaches it.
+OWN = {
+    "files.py": "parse_json, and the digest of a tree that was parsed",
+    "tensors.py": "refuses a key given twice, and catches RecursionError",
+    "convert/out.py": "the header that the safetensors library has just made",
+    "hub/extract.py": "the answer of our own child process",
+    "hub/unpickle/job.py": "the job that our own parent process sends",
+    "training/bench/cell.py": "the job that our own parent process sends",
+    "training/data/labelled/mapping.py": "label maps of the package",
+    "training/finetune/sweep.py": "a recipe that was written in the same line",
+}
+
+
+def test_json_and_yaml_are_parsed_in_one_place_each():
+    root = Path(geo_pretrain.__file__).parent
+    parsing = re.compile(r"\b(json\.loads?|yaml\.(safe_|full_|unsafe_)?load(_all)?|yaml\.compose)\(")
+    found = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if parsing.search(re.sub(r'""".*?"""', "", path.read_text(encoding="utf-8"), flags=re.S))
+    }
+    assert found == OWN.keys()

@@ -189,3 +189,13 @@ def test_points_that_float32_cannot_hold_are_bad_frames(tmp_path):
         points[1, 2] = value
         with pytest.raises(BadFrame, match=rf"p\.ply: .*{reason}"):
             checked_points(path, points)
+
+
+def test_an_image_that_asks_for_more_memory_than_there_is_is_a_bad_frame(tmp_path, monkeypatch):
+    def ask(self: Image.Image, mode: str) -> Image.Image:
+        raise MemoryError
+
+    save(tmp_path / "x.png", np.zeros((3, 4), np.uint8))
+    monkeypatch.setattr(Image.Image, "convert", ask)  # as Pillow does for a chunk of pixels that states 4 GB
+    with pytest.raises(BadFrame, match=r"x\.png: color image cannot be read \(MemoryError"):
+        read_color(tmp_path / "x.png")

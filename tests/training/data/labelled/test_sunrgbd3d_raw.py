@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from geo_pretrain.errors import DataError
+from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.labelled.clouds.sunrgbd3d import CLASSES
-from geo_pretrain.training.data.labelled.clouds.sunrgbd3d_raw import LISTS, SPLITS, V1, V2, SUNRGBDConversion
+from geo_pretrain.training.data.labelled.clouds.sunrgbd3d_raw import (
+    LISTS,
+    SPLITS,
+    V1,
+    V2,
+    SUNRGBDConversion,
+    image_points,
+)
 from geo_pretrain.training.data.labelled.convert import convert_data
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.samples.cloud_boxes import box_rows
@@ -164,3 +173,22 @@ def test_what_is_missing_or_broken_is_said(tmp_path):
     (raw / SPLITS).write_bytes(b"not a file of MATLAB" * 20)
     with pytest.raises(DataError, match=r"allsplit.mat: cannot be read as MATLAB's"):
         convert_data("sunrgbd3d", raw, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("K", K * 0, "K: intrinsics have the last row 0 0 0"),
+        ("K", K * [[-1], [1], [1]], "K: intrinsics have the focal lengths -5 5.5"),
+        ("K", K * np.nan, "K: intrinsics are not finite"),
+        ("Rtilt", TILT * 2, "Rtilt: pose is not a rotation"),
+        ("Rtilt", TILT * [[-1], [1], [1]], "Rtilt: pose is not a rotation"),
+    ],
+)
+def test_cameras_and_tilts_that_are_none_are_bad_frames(tmp_path, field, value, reason):
+    raw = write_release(tmp_path / "raw")
+    below = f"{SERVER}SUNRGBD/kv1/NYUdata/NYU0001"
+    facts = {"depthpath": f"{below}/depth/0.png", "rgbpath": f"{below}/image/0.png", "K": K, "Rtilt": TILT}
+    assert len(image_points(raw, SimpleNamespace(**facts))) == np.count_nonzero(depth_of(1))
+    with pytest.raises(BadFrame, match=rf"NYU0001/depth/0\.png: {reason}"):
+        image_points(raw, SimpleNamespace(**facts | {field: value}))
