@@ -79,6 +79,7 @@ def quick_weights():
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
+    """Sums in one order, so that runs can be compared bit for bit; the workers of the suite share the processors."""
     import torch
 
     torch.set_num_threads(1)

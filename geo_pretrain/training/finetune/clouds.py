@@ -150,15 +150,15 @@ class CloudTask(FinetuneTask):
 
     def facts(self) -> dict[str, Any]:
         """The input that was chosen and the limit of labels, in words."""
-        return {"input": self.inputs.choice} | ({"labelled_points": self.limits()} if self.labelled else {})
+        facts = {"input": self.inputs.choice}
+        return facts if self.labelled is None else facts | {"labelled_points": self.limits(self.labelled)}
 
-    def limits(self) -> str:
+    def limits(self, labelled: LabelledPoints) -> str:
         """Say which points of training clouds keep their labels, and what becomes of the voxels they are in.
 
         As released, unlabelled points are one more class where labels of a voxel must agree, so that a labelled point
         counts only where it is alone with its like; here they have no say unless `match_released_code` is set.
         """
-        assert self.labelled is not None
         rule = self.training_cloud.labels
         say = {"agree": "unlabelled points of its voxel take the label back (as released)"}
-        return f"{self.labelled}; {say.get(rule, 'unlabelled points of its voxel have no say')} ({rule})"
+        return f"{labelled}; {say.get(rule, 'unlabelled points of its voxel have no say')} ({rule})"

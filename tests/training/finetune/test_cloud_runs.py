@@ -38,15 +38,6 @@ SMALL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in one order, so that runs can be compared bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def recipe_of(*overrides):
     return load_finetune_recipe("rooms_srunet34", [*SMALL, *overrides])
 

@@ -34,15 +34,6 @@ CLASSES = ("square", "disc")
 SHADES = {1: (220, 60, 30), 2: (20, 90, 230)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in one order, so that runs can be compared bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Shapes:
     """Squares and discs on gray; every fourth image is empty, every fifth has a crowd."""
 

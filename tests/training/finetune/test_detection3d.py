@@ -44,15 +44,6 @@ ROOMS = "data.options={scenes: 2, val_scenes: 1, frames: 2, width: 64, height: 6
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in one order, so that runs can be compared bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def recipe_of(*overrides, name="rooms3d_votenet"):
     return load_checked_finetune_recipe(name, [*SMALL, *overrides], toy=True)
 

@@ -91,15 +91,6 @@ class Scenes:
         return scene(int(id), self.places)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in one order, so that runs can be compared bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def recipe_of(*overrides):
     return load_checked_finetune_recipe("rooms3d_instances", [*SMALL, *overrides])
 

@@ -47,15 +47,6 @@ TINY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in one order, so that runs can be compared bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(name, out, **options):
     return finetune(load_finetune_recipe(RECIPES[name], TINY, toy=True), "scratch", out, device="cpu", **options)
 

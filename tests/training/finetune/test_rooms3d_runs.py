@@ -6,8 +6,6 @@ import json
 from functools import partial
 
 import numpy as np
-import pytest
-import torch
 from PIL import Image
 
 from geo_pretrain.training.finetune.run import finetune
@@ -24,15 +22,6 @@ TINY = (
     "evaluate.every_steps=6",
     "save_every=3",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in one order, so that runs can be compared bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(out, *overrides, **options):
