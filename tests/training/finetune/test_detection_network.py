@@ -18,13 +18,12 @@ from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.finetune.detection import coco_detections
 from geo_pretrain.training.finetune.detector import stride_in_1x1
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
-from tests.training.finetune.test_detection import (  # noqa: F401 (one_thread is a fixture)
+from tests.training.finetune.test_detection import (
     HEIGHT,
     WIDTH,
     Shapes,
     bare,
     generator,
-    one_thread,
     recipe,
     task_of,
     tight,
