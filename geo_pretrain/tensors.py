@@ -10,20 +10,25 @@ import io
 import json
 import math
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from geo_pretrain.errors import CheckpointError, DigestMismatch, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PIECE, READERS = 4 << 20, 4  # bytes read at once; threads that read
 HEADER_LIMIT = 100_000_000  # bytes, as in safetensors
 DTYPES = {  # those of weights; the names in a file and in torch
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
 }
+
+
+_Entry = tuple[str, str, tuple[int, ...], int, int]  # name, dtype, shape, first byte, byte behind the last
 
 
 class NotTensors(CheckpointError):
@@ -47,33 +52,69 @@ def read_tensors(path: Path, hasher: Hasher) -> tuple[dict[str, Tensor], int]:
     """
     import torch
 
-    with path.open("rb", buffering=0) as stream, _InTurn(hasher) as seen:
-        size = os.fstat(stream.fileno()).st_size
-        entries = _header(stream, size, seen)
+    with path.open("rb", buffering=0) as stream:
+        source, size = _Source(stream), os.fstat(stream.fileno()).st_size
         tensors: dict[str, Tensor] = {}
-        for name, dtype, shape, count in entries:
-            memory = torch.empty(count, dtype=torch.uint8)  # each its own: safetensors refuses to save shared memory
-            _fill(stream, memory.numpy().data, seen)
+        pieces: list[_Piece] = []
+        for name, dtype, shape, at, end in _header(source, size, hasher):
+            memory = torch.empty(end - at, dtype=torch.uint8)  # each its own: safetensors saves no shared memory
+            view = memory.numpy().data
+            pieces += [_Piece(at + begin, view[begin : begin + PIECE]) for begin in range(0, end - at, PIECE)]
             tensors[name] = memory.view(getattr(torch, DTYPES[dtype])).reshape(shape)
-        if stream.read(1):
+        # Most of the time is the first touch of new memory, which threads share; this one hashes what they have read.
+        with ThreadPoolExecutor(min(torch.get_num_threads(), READERS)) as pool:
+            for batch in pool.map(source.fill, _batches(pieces)):
+                for piece in batch:
+                    hasher.update(piece.memory)
+        if source.read(_Piece(size, memoryview(bytearray(1)))):
             raise NotTensors("the file grew while it was read")
     return tensors, size
 
 
-class _InTurn:
-    """A digest of pieces in the order given, computed by another thread while the next piece is read."""
+class _Piece(NamedTuple):
+    """Memory, and the place in a file of the bytes that belong there."""
 
-    def __init__(self, hasher: Hasher) -> None:
-        self.hasher, self.worker = hasher, ThreadPoolExecutor(1)
+    at: int
+    memory: memoryview
 
-    def update(self, data: memoryview) -> None:
-        self.worker.submit(self.hasher.update, data)
 
-    def __enter__(self) -> _InTurn:
-        return self
+def _batches(pieces: list[_Piece]) -> list[list[_Piece]]:
+    """Put neighbors together, so that small tensors are no tasks of their own."""
+    batches: list[list[_Piece]] = []
+    room = 0
+    for piece in pieces:
+        if len(piece.memory) > room:
+            batches.append([])
+            room = PIECE
+        batches[-1].append(piece)
+        room -= len(piece.memory)
+    return batches
 
-    def __exit__(self, *_: object) -> None:
-        self.worker.shutdown()  # waits for all of them
+
+class _Source:
+    """An open file that several threads read at places of their own."""
+
+    def __init__(self, stream: io.FileIO) -> None:
+        self.stream, self.turn = stream, threading.Lock()
+
+    def fill(self, batch: list[_Piece]) -> list[_Piece]:
+        """Read the bytes of each piece, all of them, and return the pieces."""
+        for at, memory in batch:
+            done = 0
+            while done < len(memory):
+                count = self.read(_Piece(at + done, memory[done:]))
+                if not count:
+                    raise NotTensors("it was cut while it was read")
+                done += count
+        return batch
+
+    def read(self, piece: _Piece) -> int:
+        """Read bytes of a piece; how many."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.stream.fileno(), [piece.memory], piece.at)
+        with self.turn:  # Windows: one position for all
+            self.stream.seek(piece.at)
+            return self.stream.readinto(piece.memory) or 0
 
 
 def load_tensors(path: Path, sha256: str | None, promised_by: str) -> dict[str, Tensor]:
@@ -95,35 +136,36 @@ def load_tensors(path: Path, sha256: str | None, promised_by: str) -> dict[str, 
     return tensors
 
 
-def _header(stream: io.FileIO, size: int, hasher: _InTurn) -> list[tuple[str, str, tuple[int, ...], int]]:
-    """Read and check the header: (name, dtype, shape, bytes) of the tensors as they lie in the file, without gaps."""
+def _header(source: _Source, size: int, hasher: Hasher) -> list[_Entry]:
+    """Read and check the header: the tensors in the order in which they lie in the file, without gaps."""
     start = bytearray(8)
     if size < len(start):
         raise NotTensors(f"{size} bytes")
-    _fill(stream, memoryview(start), hasher)
+    source.fill([_Piece(0, memoryview(start))])
     length = int.from_bytes(start, "little")
     if length > min(HEADER_LIMIT, size - len(start)):
         raise NotTensors(f"a header of {length} bytes in a file of {size}")
     text = bytearray(length)
-    _fill(stream, memoryview(text), hasher)
+    source.fill([_Piece(len(start), memoryview(text))])
+    hasher.update(start + text)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
         header.pop("__metadata__", None)
         entries = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[-2:])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise NotTensors(f"its header is damaged: {first_line(error)}") from None
-    at = 0
+    at, base = 0, len(start) + length
     for name, _, _, begin, end in entries:
         if begin != at:
             raise NotTensors(f"{name!r} does not begin where the tensor before it ends")
         at = end
-    if at != size - len(start) - length:
-        raise NotTensors(f"it holds {size - len(start) - length} bytes of tensors, the header says {at}")
-    return [(name, dtype, shape, end - begin) for name, dtype, shape, begin, end in entries]
+    if at != size - base:
+        raise NotTensors(f"it holds {size - base} bytes of tensors, the header says {at}")
+    return [(name, dtype, shape, base + begin, base + end) for name, dtype, shape, begin, end in entries]
 
 
-def _entry(name: str, entry: Any) -> tuple[str, str, tuple[int, ...], int, int]:
-    """Check one tensor of a header: (name, dtype, shape, first byte, byte behind the last)."""
+def _entry(name: str, entry: Any) -> _Entry:
+    """Check one tensor of a header."""
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPES:
         raise ValueError(f"{name!r} is {dtype}; accepted: {', '.join(DTYPES)}")
@@ -144,14 +186,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(tree) != len(pairs):
         raise ValueError("a name stands twice")
     return tree
-
-
-def _fill(stream: io.FileIO, memory: memoryview, hasher: _InTurn) -> None:
-    """Read the next bytes of a file into the whole of `memory`, through the hasher."""
-    done = 0
-    while done < len(memory):
-        count = stream.readinto(memory[done:])
-        if not count:
-            raise NotTensors("it was cut while it was read")
-        done += count
-    hasher.update(memory)

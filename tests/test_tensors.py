@@ -179,9 +179,9 @@ def test_what_is_hashed_is_what_is_loaded(tmp_path: Path, monkeypatch):
     checkpoint = read_checkpoint(write_tiny(tmp_path / "tiny_net_r18").folder)
     path = checkpoint.folder / "encoder.safetensors"
     good, want = path.read_bytes(), read_weights(checkpoint, "encoder")
-    real, moment = tensors._fill, {}
+    real, moment = tensors._Source.read, {}
 
-    def fill(stream, memory, hasher):
+    def read(source, piece):
         moment["left"] -= 1
         if moment["left"] == 0:
             data = bytearray(good)
@@ -189,9 +189,9 @@ def test_what_is_hashed_is_what_is_loaded(tmp_path: Path, monkeypatch):
             target = path.with_suffix(".other") if moment["swap"] else path
             target.write_bytes(data)
             target.replace(path)
-        real(stream, memory, hasher)
+        return real(source, piece)
 
-    monkeypatch.setattr(tensors, "_fill", fill)
+    monkeypatch.setattr(tensors._Source, "read", read)
     refused = []
     for swap in (True, False):
         for left in (1, 2, 3, 20, 60):
@@ -202,3 +202,19 @@ def test_what_is_hashed_is_what_is_loaded(tmp_path: Path, monkeypatch):
             except DigestMismatch:
                 refused.append(swap)
     assert refused == [False] * 5  # the changes in place; of a swapped file the one that was opened is read
+
+
+@pytest.mark.parametrize("positioned", [True, False])
+def test_large_files_are_read_and_hashed_in_pieces(tmp_path: Path, monkeypatch, positioned):
+    """Several threads, pieces smaller than a tensor, and a system that reads at no position but the current one."""
+    values = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    rest = {"small": values[:3].clone(), "none": torch.zeros(0), "middle": torch.ones(90, 100)}
+    named, path = {"large": values, **rest}, tmp_path / "many.safetensors"
+    path.write_bytes(save(named))
+    monkeypatch.setattr(tensors, "PIECE", 4099)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    if not positioned:
+        monkeypatch.delattr(os, "preadv")
+    read, size = read_tensors(path, hasher := hashlib.sha256())
+    assert (hasher.hexdigest(), size) == (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    same_bits(read, named)
