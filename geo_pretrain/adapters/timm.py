@@ -169,7 +169,7 @@ def _create(variant: str, encoder: str, pretrained: bool, **kwargs: Any) -> nn.M
     if (cfg.file or "").startswith(LOCATION):
         published: Any = backbone_info(cfg.file.removeprefix(LOCATION)).contract
         model.contract = networks[0].contract or published.with_channels(networks[0].in_chans)
-        if model.contract != published:  # other channels, or a checkpoint that was made otherwise
+        if model.contract != published:  # other channels
             model.pretrained_cfg |= {key: v for key, v in _timm_fields(model.contract).items() if key not in overlay}
     built: nn.Module = model
     return built

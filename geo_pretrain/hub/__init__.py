@@ -138,7 +138,6 @@ class _Search:
     sources: tuple[str, ...]
     failures: Mapping[str, Exception] = field(default_factory=dict)
     current: str = ""  # the source that was opened last
-    named: frozenset[str] = frozenset()  # the sources that the user named
 
     def open(self) -> Opened:
         """Open the first source that has the checkpoint."""
@@ -156,21 +155,15 @@ class _Search:
         raise _failed(self.request.name, failures) from next(reversed(failures.values()), None)
 
     def _check(self, description: Description, where: str) -> None:
-        """Refuse another network under a name of the catalog, with a warning: the next source may have the right one.
-
-        From a place that the user named it is loaded, with a warning: recipes with changed settings keep their names.
-        """
+        """Refuse another network under a name of the catalog and say so: the next source may have the right one."""
         entry = self.request.entry
         if entry is None:
             return
         try:
             check_network(entry, description.arch, description.contract, where, "load its folder by its path")
         except CheckpointError as error:
-            named = where in self.named
-            verdict = "It is loaded, as this place was named by hub" if named else "It is not used"
-            warnings.warn(f"{error} {verdict}.", stacklevel=5)
-            if not named:
-                raise
+            warnings.warn(f"{error} It is not used.", stacklevel=5)
+            raise
 
     def failed(self, error: Exception) -> _Search:
         """Record that the source opened last has failed, and return the search among those after it."""
@@ -184,7 +177,6 @@ def _search_for_name(request: Request, hub: str | Sequence[str] | None) -> _Sear
     hub = os.fspath(hub) if isinstance(hub, os.PathLike) else hub
     sources = [part.strip() for part in hub.split(",")] if isinstance(hub, str) else [str(part) for part in hub]
     sources = [source for source in sources if source]
-    named = frozenset(sources)
     entry = find(request.name)
     if entry is not None:
         request = replace(request, name=entry.name, entry=entry)
@@ -197,7 +189,7 @@ def _search_for_name(request: Request, hub: str | Sequence[str] | None) -> _Sear
     if entry is not None:
         sources += [base for base in _catalog_bases(entry) if base not in sources]
         sources += [AUTHORS] if entry.authors_files else []
-    return _Search(request, tuple(sources), named=named)
+    return _Search(request, tuple(sources))
 
 
 def _catalog_bases(entry: Entry) -> list[str]:

@@ -27,15 +27,13 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from geo_pretrain.adapters import timm as adapter
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
 from geo_pretrain.catalog import CATALOG, Arch
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DigestMismatch, HubError, MissingDependency, UnknownName, WeightsMismatch
 from geo_pretrain.loading import load_backbone
 from tests.forked import Forked, import_anew
-from tests.zoo import write_tiny
+from tests.zoo import as_tiny, write_tiny
 
 NAMES = [entry.name for entry in CATALOG.values() if entry.modality == "2d"]
 TAPS = ["relu", "layer1", "layer2", "layer3", "layer4"]
-TOY_CONTRACT = ImageContract(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), size=(96, 128), interpolation="bilinear")
 
 
 def theirs(depth: int, seed: int) -> nn.Module:
@@ -68,8 +66,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, sources: dict[str, nn.Module
     """A hub with three real encoders, one of another width and one whose file was altered."""
     base = tmp_path_factory.mktemp("hub")
     for name, network in sources.items():
-        contract = TOY_CONTRACT if name.endswith("rooms_toy") else CATALOG[name].contract
-        write(base / name, network, SOURCES[name][0], contract=contract)
+        write(base / name, network, SOURCES[name][0], contract=CATALOG[name].contract)
     write_tiny(base / "pri3d_geo_r18", "pri3d_geo_r18")
     write_tiny(base / "pri3d_view_geo_r18", "pri3d_view_geo_r18")
     altered = base / "pri3d_view_geo_r18" / "encoder.safetensors"
@@ -82,6 +79,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, sources: dict[str, nn.Module
 @pytest.fixture(autouse=True)
 def hub(monkeypatch: pytest.MonkeyPatch, shelf: Path) -> Path:
     monkeypatch.setenv("GEO_PRETRAIN_HUB", str(shelf))
+    tiny = {name: as_tiny(name) for name in ("pri3d_geo_r18", "pri3d_view_geo_r18")}
+    monkeypatch.setattr("geo_pretrain.catalog.CATALOG", CATALOG | tiny)
     return shelf
 
 
@@ -100,7 +99,8 @@ def assert_equal_maps(maps, expected) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_2d_name_is_a_timm_network_with_our_maps_and_contract(name: str):
+def test_every_2d_name_is_a_timm_network_with_our_maps_and_contract(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("geo_pretrain.catalog.CATALOG", CATALOG)
     entry = CATALOG[name]
     with torch.device("meta"):
         model = timm.create_model(name, features_only=True)
@@ -206,7 +206,7 @@ def test_renamed_names_give_the_new_one_and_a_warning(forget, monkeypatch: pytes
     adapter.register()
     with pytest.warns(UserWarning, match="pri3d_old_r18 to current pri3d_view_r18.rooms_toy"):
         model = timm.create_model("pri3d_old_r18", pretrained=True, features_only=True)
-    assert model.contract == TOY_CONTRACT
+    assert model.contract == CATALOG["pri3d_view_r18.rooms_toy"].contract
     assert not timm.list_models("pri3d_old*")
     assert timm.models._registry.get_deprecated_models("timm") == {"pri3d_old_r18": "pri3d_view_r18.rooms_toy"}
 
@@ -393,14 +393,6 @@ def test_timms_transform_is_ours(name: str, levels: int, size: tuple[int, int]):
     assert CATALOG[name].contract.interpolation == ("bilinear" if levels else "nearest")
     tolerance = 1e-5 + levels / 255 / min(model.contract.std)
     torch.testing.assert_close(transform(image), model.contract.transforms()(image), rtol=0, atol=tolerance)
-
-
-def test_the_contract_of_the_checkpoint_itself_wins():
-    model = timm.create_model("pri3d_view_r18.rooms_toy", pretrained=True, features_only=True)
-    assert model.contract == TOY_CONTRACT
-    config = timm.data.resolve_model_data_config(model)
-    assert (config["mean"], config["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (config["input_size"], config["interpolation"]) == ((3, 96, 128), "bilinear")
 
 
 @pytest.mark.parametrize("pretrained", [False, True])

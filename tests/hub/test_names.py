@@ -32,11 +32,13 @@ def test_another_network_among_the_bundles_is_passed_over_and_said_so(tmp_path: 
     assert load().name == name
 
 
-def test_another_network_in_a_place_that_the_user_named_is_loaded_with_a_warning(tmp_path: Path):
+def test_another_network_is_refused_in_a_place_that_the_user_named_too(tmp_path: Path):
     name = "pri3d_view_r18"
     write_tiny(tmp_path / "mine" / name, name)
-    with pytest.warns(UserWarning, match=r"this one's is .*width=8.* It is loaded, as this place was named by hub"):
-        assert load_backbone(name, hub=str(tmp_path / "mine")).name == name
+    said = pytest.warns(UserWarning, match=r"this one's is .*width=8.* load its folder by its path\. It is not used")
+    with said, pytest.raises(HubError, match="mine"):
+        load_backbone(name, hub=str(tmp_path / "mine"), cache_dir=tmp_path, local_files_only=True)
+    assert load_backbone(tmp_path / "mine" / name).name == name
 
 
 def test_a_bare_name_of_the_catalog_is_no_other_folder_that_happens_to_lie_here(tmp_path: Path, monkeypatch):

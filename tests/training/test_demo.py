@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
+from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.training.demo import RECIPE, SEEDS, Spread, run_demo, table_rows
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec
@@ -22,14 +24,24 @@ TINY = [
 ]
 
 
+TINY_ARCH = Arch("resnet_unet", {"depth": 18, "width": 8})
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     stages = []
-    result = run_demo(
-        out, overrides=TINY, finetuning=FinetuneSpec(steps=2, batch=2), report=lambda stage, *rest: stages.append(stage)
-    )
-    return out, result, stages
+    entry = CATALOG[RECIPE]
+    tiny = replace(entry, arch=TINY_ARCH, contract=replace(entry.contract, size=(64, 80)))
+    with pytest.MonkeyPatch.context() as patch:  # a name of the catalog stands for no other network
+        patch.setattr("geo_pretrain.catalog.CATALOG", CATALOG | {RECIPE: tiny})
+        result = run_demo(
+            out,
+            overrides=TINY,
+            finetuning=FinetuneSpec(steps=2, batch=2),
+            report=lambda stage, *rest: stages.append(stage),
+        )
+        yield out, result, stages
 
 
 def test_demo_measures_both_starts_and_reports_every_stage(result):

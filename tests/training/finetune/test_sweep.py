@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from geo_pretrain.catalog import CATALOG
 from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, HubError, RecipeError, UnknownName
 from geo_pretrain.files import read_sealed
 from geo_pretrain.training.distributed import World
@@ -19,7 +20,7 @@ from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune.sweep import differences, read_plan, read_sweep, run_sweep
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from tests.training.finetune.sweeps import Squares, Written, tiny_recipe
-from tests.zoo import role_weights, write_tiny
+from tests.zoo import as_tiny, role_weights, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,8 @@ def test_every_run_has_a_folder_of_its_own(tmp_path):
     assert all(run.folder.parents[2] == tmp_path / "runs" for run in runs)
 
 
-def test_named_starts_are_looked_for_where_the_caller_says(tmp_path, recipe, written):
+def test_named_starts_are_looked_for_where_the_caller_says(tmp_path, recipe, written, monkeypatch):
+    monkeypatch.setattr("geo_pretrain.catalog.CATALOG", CATALOG | {"pri3d_view_r18": as_tiny("pri3d_view_r18")})
     write_tiny(tmp_path / "hub" / "pri3d_view_r18", "pri3d_view_r18")
     with pytest.raises(GeoPretrainError):
         run_sweep(recipe, ["pri3d_view_r18"], [1.0], [0], tmp_path / "s", init_kwargs={"local_files_only": True})
