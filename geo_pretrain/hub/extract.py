@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.errors import CheckpointError, UnsafeFile
+from geo_pretrain.files import parse_json
 
 CHILD = Path(__file__).with_name("unpickle")  # a folder; Python runs its __main__
 
@@ -99,7 +100,7 @@ def _answer(path: Path, job: Mapping[str, Any], limits: Limits) -> Mapping[str, 
             raise UnsafeFile(f"{path}: reading it takes more than {limits.seconds:g} s of CPU; it was given up.")
         raise UnsafeFile(f"{path}: the process reading it was ended by {name}, for lack of memory or by the file.")
     try:
-        answer = json.loads(done.stdout)
+        answer = parse_json(done.stdout)
     except ValueError as error:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["nothing"]
         raise CheckpointError(

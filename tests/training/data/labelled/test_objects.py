@@ -66,7 +66,7 @@ def test_splits_of_parts(figures):
     ("text", "reason"),
     [("1 2 3 0 1 0 7\n", "part 7 at 1 points; Airplane has 0 to 3"), ("1 2 3\n", "row 1 of 1 has 3 numbers"),
      ("1 2 x 0 1 0 0\n", "not made of numbers"), ("1 2 nan 0 1 0 0", "not finite"), ("\n", "no points"),
-     (None, "missing")],
+     ("1e300 2 3 0 1 0 0", r"1e\+300 m from the origin"), ("1 2 3 0 inf 0 0", "normal"), (None, "missing")],
 )  # fmt: skip
 def test_broken_objects_are_named(tmp_path, text, reason):
     write_shapenetpart_list(tmp_path, "test", ["shape_data/02691156/a"])

@@ -75,6 +75,7 @@ def test_published_faults_lose_no_point_that_can_be_read():
         (b"1 2 3 4 5 256\n", None),
         (b"1 2 nan 4 5 6\n", None),
         (b"1 2 1e999 4 5 6\n", None),
+        (b"1 2 1e300 4 5 6\n", None),
     ]
     found = parse_lines(good + b"".join(good + line for line, _ in broken) + good)
     rows = np.concatenate([found.points, found.colors], 1)
@@ -85,6 +86,9 @@ def test_published_faults_lose_no_point_that_can_be_read():
     ]
     assert "odd bytes in b'20.316 7.354 3.111 185\\x00187 182'" in found.faults[0]
     assert "5 words: b'1 2 3 4 5'" in found.faults[3]
+    far = parse_lines(good + b"1 -123456789.5 3 4 5 6\n")  # plain decimals
+    assert far.points.tolist() == [[1, 2, 3]]
+    assert "line 2: dropped, not a place up to 1e+07 m" in far.faults[0]
     alone = parse_lines(good + broken[0][0] + good)
     assert [fault.partition(",")[0] for fault in alone.faults] == ["line 2: repaired"]
     assert np.array_equal(alone.points[1], rows[2, :3].astype(np.float32))

@@ -20,7 +20,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, some
 from geo_pretrain.training.checks import Accepts, Ranged
-from geo_pretrain.training.data.files import files_fingerprint, usable
+from geo_pretrain.training.data.files import checked_points, files_fingerprint, usable
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.s3dis_text import MIXED, RAW_CLASSES, Room, read_room
 from geo_pretrain.training.data.surfaces.ply import read_ply, write_ply
@@ -148,8 +148,9 @@ def read_prepared(path: Path) -> Room:
         raise BadFrame(path, f"points have no {', '.join(missing)}; is it made by `geo-pretrain data convert s3dis`?")
     points, colors = np.stack([vertex[k] for k in "xyz"], 1), np.stack([vertex[k] for k in RGB], 1)
     labels, instances = vertex["label"], vertex["instance"]
-    if not (len(points) and np.isfinite(points).all()):
-        raise BadFrame(path, "some points are not finite" if len(points) else "the room has no points")
+    if not len(points):
+        raise BadFrame(path, "the room has no points")
+    points = checked_points(path, points)
     right = labels[labels != MIXED].max(initial=0) < len(RAW_CLASSES)
     if not right or labels.dtype != np.uint8 or colors.dtype != np.uint8:
         raise BadFrame(path, f"labels and colors are not uchar, or labels other than 0 to 13 and {MIXED}")

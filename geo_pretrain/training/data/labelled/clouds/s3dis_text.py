@@ -1,7 +1,8 @@
 """S3DIS' text files: a line is `x y z r g b` (m, 0 to 255); Area_k/ROOM/Annotations/CLASS_n.txt holds one object.
 
 The released files have broken lines. A byte that cannot belong to a number is read as a blank; a line counts if it
-then has six numbers with colors from 0 to 255. All others are dropped, and told with file, line and fault.
+then has six numbers with colors from 0 to 255 and a place that can be one in meters. All others are dropped, and told
+with file, line and fault.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from geo_pretrain.errors import BadFrame
 from geo_pretrain.sparse.coordinates import voxelize
+from geo_pretrain.training.data.files import FARTHEST, points_fault
 
 # In alphabetical order, the raw ids of PointContrast's and CSC's code.
 RAW_CLASSES = (
@@ -25,6 +27,7 @@ MIXED = 255  # the raw id of a voxel whose points are of several classes
 COLUMNS = 6
 CHUNK = 1 << 18  # bytes that are parsed together: their words fit into a processor's cache
 DIGITS = 15  # a decimal of so many digits is a whole number over a power of ten, both exact in float64
+_WANTED = f"not a place up to {FARTHEST:g} m from the origin and colors from 0 to 255"
 _OF_NUMBERS = b"0123456789+-.eE \t\r\n"
 _CONTROLS = [bytes([byte]) for byte in range(ord(" ")) if byte not in b"\t\r\n"]  # no white space of a text
 _BLANKED = bytes(byte if byte in _OF_NUMBERS else ord(" ") for byte in range(256))
@@ -121,12 +124,12 @@ def parse_slowly(data: bytes, line: int = 1) -> tuple[np.ndarray, list[str]]:
         except ValueError:
             values = []
         colored = all(0 <= value <= 255 for value in values[3:])
-        if len(values) == COLUMNS and colored and np.isfinite(values).all():
+        if len(values) == COLUMNS and colored and points_fault(np.array([values[:3]])) is None:
             rows.append(values)
             if text != raw:
                 faults.append(f"line {number}: repaired, odd bytes in {raw.strip()!r}")
         elif raw.strip():
-            why = f"{len(words)} words" if len(words) != COLUMNS else "not six numbers with colors from 0 to 255"
+            why = f"{len(words)} words" if len(words) != COLUMNS else _WANTED
             faults.append(f"line {number}: dropped, {why}: {raw.strip()[:60]!r}")
     return np.array(rows, np.float64).reshape(-1, COLUMNS), faults
 
@@ -156,7 +159,8 @@ def _parse_chunk(data: bytes) -> np.ndarray | None:
     if values is None:
         return None
     table = values.reshape(-1, COLUMNS)
-    return table if table[:, 3:].min() >= 0 and table[:, 3:].max() <= 255 else None
+    sound = table[:, 3:].min() >= 0 and table[:, 3:].max() <= 255 and points_fault(table[:, :3]) is None
+    return table if sound else None
 
 
 def _decimals(characters: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, some
 from geo_pretrain.files import parse_json
+from geo_pretrain.training.data.files import checked_points
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.listed import Y_UP_TO_Z_UP, ListedCloud, ListedClouds
 from geo_pretrain.training.data.labelled.folders import need_folders
@@ -102,12 +103,13 @@ def read_rows(path: Path, columns: int) -> np.ndarray:
     if wrong is not None:
         raise BadFrame(path, f"row {wrong} of {len(lines)} has {len(lines[wrong - 1])} numbers, expected {columns}")
     try:
-        rows = np.array(lines, np.float32)
+        rows = np.array(lines, np.float64)
     except ValueError as error:
         raise BadFrame(path, f"a point is not made of numbers ({error})") from None
+    checked_points(path, rows[:, :3])
     if not np.isfinite(rows).all():
-        raise BadFrame(path, "a point is not finite")
-    return rows
+        raise BadFrame(path, "a normal or a label is not finite")
+    return rows.astype(np.float32)
 
 
 def _read_list(path: Path) -> list[str]:
