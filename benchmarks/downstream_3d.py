@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,15 +65,23 @@ STUDIES = {
     "parts": Study("rooms3d_parts", ("csc",), 150, (0.03, 0.1), (0.1, 1.0)),
 }
 
+PROBE = "probe"  # no fine-tuning: a linear layer on frozen features, beside its controls
+PROBE_DATA = {"scenes": 64, "val_scenes": 16, "frames": 16, "width": 128, "height": 96, "spacing": 0.025}
+
 
 def main() -> None:
     """Run what is missing, and store the numbers of each study whose sweeps are complete."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join([PROBE, *STUDIES]))
     parser.add_argument("--rate", type=float, help="one learning rate only; nothing is stored")
     options = parser.parse_args()
-    for name in options.studies or STUDIES:
+    for name in options.studies or [PROBE, *STUDIES]:
+        if name == PROBE:
+            write_results(
+                f"downstream_3d_{PROBE}", command(PROBE), {"machine": machine(), **probes(options.folder)}, timed=False
+            )
+            continue
         study = STUDIES[name]
         rates = study.rates if options.rate is None else tuple(r for r in study.rates if r == options.rate)
         sweeps = {rate: sweep(options.folder, name, study, rate) for rate in rates}
@@ -78,8 +89,40 @@ def main() -> None:
             continue
         summaries = {rate: json.loads((out / "summary.json").read_text()) for rate, out in sweeps.items()}
         results: dict[str, Any] = {"machine": machine(), "steps": study.steps, "pre-training steps": STEPS}
-        command = f"python -m benchmarks.downstream_3d FOLDER {name}"
-        write_results(f"downstream_3d_{name}", command, results | grid(summaries), timed=False)
+        write_results(f"downstream_3d_{name}", command(name), results | grid(summaries), timed=False)
+
+
+def command(name: str) -> str:
+    """What makes a result again."""
+    return f"python -m benchmarks.downstream_3d FOLDER {name}"
+
+
+def probes(folder: Path) -> dict[str, Any]:
+    """Linear probes of each checkpoint and of its controls on rooms3d: mIoU, mean and deviation over seeds."""
+    measured = []
+    for method in METHODS:
+        start = checkpoint(folder, method)
+        for fraction in STUDIES["segmentation"].fractions:
+            runs = [probe(start, fraction, seed) for seed in SEEDS]
+            for row in runs[0]:
+                scores = [run[row]["linear"]["miou"] for run in runs]
+                spread = {"mean": statistics.mean(scores), "std": statistics.stdev(scores)}
+                name = row if row in ("xyz+color", "random") else "pre-trained"
+                measured.append({"start": start.name, "row": name, "fraction": fraction, "seeds": scores, **spread})
+    return {"probe": "linear", "metric": "miou", "pre-training steps": STEPS, "measured": measured}
+
+
+def probe(start: Path, fraction: float, seed: int) -> dict[str, Any]:
+    """One `eval probe`, kept beside the runs."""
+    kept = start.parent / PROBE / f"{start.name}_{100 * fraction:g}_{seed}.json"
+    if not kept.is_file():
+        options = [part for key, value in PROBE_DATA.items() for part in ("--option", f"{key}={value}")]
+        what = ["--probes", "linear", "--fraction", str(fraction), "--seed", str(seed), "--json"]
+        call = [sys.executable, "-m", "geo_pretrain", "eval", "probe", str(start), "--data", "rooms3d", *options, *what]
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
+    found: dict[str, Any] = json.loads(kept.read_text())
+    return found
 
 
 def checkpoint(folder: Path, method: str) -> Path:
