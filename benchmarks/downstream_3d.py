@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cloud_pictures import draw_starts
 from benchmarks.common import machine, write_results
 from benchmarks.downstream import grid, run
+from geo_pretrain.training.finetune.sweep import read_plan
+from geo_pretrain.training.networks import SCRATCH
 
 SEEDS = (0, 1, 2)
 METHODS = ("csc", "pointcontrast_nce", "pointcontrast_hardest", "ppkt", "img2pc")
@@ -65,6 +68,8 @@ STUDIES = {
     "parts": Study("rooms3d_parts", ("csc",), 150, (0.03, 0.1), (0.1, 1.0)),
 }
 
+DRAWN, DRAWN_SCANS = ("segmentation", "detection", "instances"), ("rooms_val_0004", "rooms_val_0008")
+DOCS = Path(__file__).parents[1] / "docs"
 PROBE = "probe"  # no fine-tuning: a linear layer on frozen features, beside its controls
 PROBE_DATA = {"scenes": 64, "val_scenes": 16, "frames": 16, "width": 128, "height": 96, "spacing": 0.025}
 
@@ -89,7 +94,22 @@ def main() -> None:
             continue
         summaries = {rate: json.loads((out / "summary.json").read_text()) for rate, out in sweeps.items()}
         results: dict[str, Any] = {"machine": machine(), "steps": study.steps, "pre-training steps": STEPS}
-        write_results(f"downstream_3d_{name}", command(name), results | grid(summaries), timed=False)
+        results |= grid(summaries)
+        write_results(f"downstream_3d_{name}", command(name), results, timed=False)
+        if name in DRAWN:
+            draw(DOCS / f"downstream_3d_{name}.png", sweeps, results["best of the learning rates"])
+
+
+def draw(path: Path, sweeps: dict[float, Path], best: list[dict[str, Any]]) -> None:
+    """Draw what scratch and the two best starts find in validation scans: the least labels, the first seed."""
+    least = sorted((p for p in best if p["fraction"] == min(q["fraction"] for q in best)), key=lambda p: -p["mean"])
+    chosen = [p for p in least if p["backbone"] == SCRATCH] + [p for p in least if p["backbone"] != SCRATCH][:2]
+    runs = {}
+    for point in chosen:
+        where = point["backbone"], point["fraction"], SEEDS[0]
+        found = (run for run in read_plan(sweeps[point["lr"]])[2] if (run.label, run.fraction, run.seed) == where)
+        runs[point["backbone"].partition("_srunet")[0]] = next(found).folder
+    draw_starts(runs, DRAWN_SCANS, path)
 
 
 def command(name: str) -> str:

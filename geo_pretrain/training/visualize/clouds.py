@@ -38,12 +38,18 @@ def draw_clouds(
     pictures = [cloud_picture(cloud, found, classes) for cloud, found in rows]
     width = max(len(picture.layers) for picture in pictures)
     pictures = [_padded(picture, width) for picture in pictures]
-    present = sorted(set().union(*(_present(cloud, found) for cloud, found in rows)))
-    colors = class_colors(np.arange(len(classes) + 1))
-    legend = [(classes[c - 1], tuple(int(v) for v in colors[c])) for c in present]
-    save_cloud_figure(pictures, legend, path)
+    save_cloud_figure(pictures, class_legend(rows, classes), path)
     if page:
         write_cloud_page(cloud_picture(*rows[0], classes), path.with_suffix(".html"))
+
+
+def class_legend(
+    rows: Iterable[tuple[LabelledCloud, CloudPrediction]], classes: Sequence[str]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and colors of the classes that clouds and what was found in them show."""
+    present = sorted(set().union(*(_present(cloud, found) for cloud, found in rows)))
+    colors = class_colors(np.arange(len(classes) + 1))
+    return [(classes[c - 1], tuple(int(v) for v in colors[c])) for c in present]
 
 
 def cloud_picture(cloud: LabelledCloud, found: CloudPrediction, classes: Sequence[str]) -> CloudPicture:
