@@ -29,8 +29,10 @@ def atomic_write(path: Path, *, suffix: str = ".part") -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
     part.touch(exist_ok=False)  # a disk that refuses does so now, before work is done for it
+    mode = part.stat().st_mode  # the umask's; safetensors puts a private file of its own in this one's place
     try:
         yield part
+        part.chmod(mode)
         sync_file(part)
         part.replace(path)
     finally:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.files import atomic_write, locked, parse_json, write_text
@@ -62,6 +66,16 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with atomic_write(path, suffix=path.suffix) as temporary:
         shutil.copy(tmp_path / "plain", temporary)
     assert path.read_text() == ""
+
+
+def test_files_have_the_modes_that_the_user_gives_new_files(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "weights.safetensors") as part:
+            save_file({"a": torch.zeros(1)}, part)  # puts a private file in its place
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "weights.safetensors").stat().st_mode) == 0o640
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):
