@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +30,41 @@ CLOUD_VOXEL = 0.05  # m; voxel size to which the released overlap script thins c
 CLOUD_RADIUS = 0.075  # m; it counts points with a neighbor closer than this
 
 T = TypeVar("T")
+
+
+@dataclass
+class PairCounts:
+    """How many pairs of frames were tested, and why those that are left out were."""
+
+    pairs: int = 0
+    below: int = 0  # pairs that overlap less than asked for
+    above: int = 0
+    largest: float = 0.0  # overlap of a pair below the range
+
+    def add(self, ratios: np.ndarray, overlap: tuple[float, float]) -> None:
+        """Count the pairs of a scene by their overlap ratios [N, N]."""
+        values = ratios[np.triu_indices(len(ratios), 1)]
+        below = values[values < overlap[0]]
+        self.pairs += len(values)
+        self.below += len(below)
+        self.above += int((values > overlap[1]).sum())
+        self.largest = max(self.largest, float(below.max(initial=0)))
+
+    def no_pair(self, spec: DataSpec, skips: SkippedFrames) -> DataError:
+        """The error when no pair is left: how many failed for which reason, and what to try."""
+        low, high = spec.overlap
+        reasons = []
+        if self.below:
+            reasons.append(f"{self.below} overlap by less than {low:g} (at most {self.largest:.2g})")
+        if self.above:
+            reasons.append(f"{self.above} by more than {high:g}")
+        counted = f"Of {self.pairs} pairs {' and '.join(reasons)}." if reasons else "No two frames could be compared."
+        hint = (
+            f"\n`geo-pretrain data check {spec.source}:{spec.path}` tries other directions and axes of the poses "
+            "and other units of depth, and names the options that mend it."
+        )
+        start = f"No pair of frames is left in source {spec.source!r}. {counted}\n{skips.summary()}"
+        return DataError(start + hint if spec.path else start)
 
 
 def find_pairs(
@@ -57,20 +92,20 @@ def find_pairs(
     if known is not None:
         skips.reasons.update(known[1])
         return known[0]
-    skipped = SkippedFrames()
+    skipped, tested = SkippedFrames(), PairCounts()
     pairs: list[Pair] = []
     scenes = source.scenes()
     for done, scene in enumerate(scenes):
         if progress is not None:
             progress(done, len(scenes))
-        mined = _scene_pairs(source, scene, spec, skipped, device)
+        mined = _scene_pairs(source, scene, spec, skipped, tested, device)
         if not mined:
             low, high = spec.overlap
             skipped.add(BadFrame(scene, f"scene has no pair with an overlap in [{low:g}, {high:g}]"))
         pairs += mined
     skips.reasons.update(skipped.reasons)
     if not pairs:
-        raise DataError(f"No pair of frames is left in source {source.name!r}.\n{skipped.summary()}")
+        raise tested.no_pair(spec, skipped)
     if cached is not None:
         write_sealed(cached, {"pairs": [astuple(pair) for pair in pairs], "skips": skipped.reasons})
     return pairs
@@ -125,7 +160,7 @@ def cloud_overlap_matrix(clouds: list[Tensor], device: str | torch.device = "cpu
 
 
 def _scene_pairs(
-    source: Source, scene: str, spec: DataSpec, skips: SkippedFrames, device: str | torch.device
+    source: Source, scene: str, spec: DataSpec, skips: SkippedFrames, tested: PairCounts, device: str | torch.device
 ) -> list[Pair]:
     if spec.measure == "match_released_code":
         clouds = _load_all(source, scene, thin_cloud, skips)
@@ -134,6 +169,7 @@ def _scene_pairs(
         size = _mining_size(spec)
         frames = _load_all(source, scene, lambda frame: resize_frame(frame, size), skips)
         names, ratios = list(frames), overlap_matrix(list(frames.values()), device) if frames else np.eye(0)
+    tested.add(ratios, spec.overlap)
     low, high = spec.overlap
     pairs = [
         Pair(scene, names[i], names[j], float(ratios[i, j]))

@@ -16,6 +16,7 @@ from geo_pretrain.errors import DataError
 from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, resize_frame
 from geo_pretrain.training.data.mining import (
+    PairCounts,
     cloud_overlap,
     cloud_overlap_matrix,
     find_pairs,
@@ -223,9 +224,24 @@ def test_scene_without_a_pair_is_skipped_and_counted(tmp_path):
     assert "no pair with an overlap in [0.2, 1]" in skips.reasons["b"]
 
 
-def test_nothing_left_is_an_error_that_lists_the_reasons(recording):
-    with pytest.raises(DataError, match=r"No pair of frames(.|\n)*overlap in \[0.99, 1\]"):
-        find_pairs(SevenScenes(recording), dataclasses.replace(SPEC, overlap=(0.99, 1.0)), skips=SkippedFrames())
+def test_nothing_left_is_an_error_that_counts_the_pairs_and_lists_the_reasons(recording):
+    spec = dataclasses.replace(SPEC, path=str(recording), overlap=(0.99, 1.0))
+    ratios = overlap_matrix([resize_frame(frame, (60, 80)) for frame in frames_of(SevenScenes(recording))])
+    largest = max(ratios[i, j] for i, j in combinations(range(6), 2))
+    with pytest.raises(DataError, match=r"No pair of frames(.|\n)*overlap in \[0.99, 1\]") as raised:
+        find_pairs(SevenScenes(recording), spec, skips=SkippedFrames())
+    assert f"Of 15 pairs 15 overlap by less than 0.99 (at most {largest:.2g})." in str(raised.value)
+    assert f"`geo-pretrain data check seven_scenes:{recording}`" in str(raised.value)
+
+
+def test_pairs_below_and_above_the_range_are_counted_apart():
+    tested = PairCounts()
+    tested.add(np.array([[1, 0.1, 0.6], [0.1, 1, 0.9], [0.6, 0.9, 1]]), (0.5, 0.8))
+    tested.add(np.eye(1), (0.5, 0.8))
+    assert tested == PairCounts(pairs=3, below=1, above=1, largest=0.1)
+    message = str(tested.no_pair(dataclasses.replace(SPEC, overlap=(0.5, 0.8)), SkippedFrames()))
+    assert "Of 3 pairs 1 overlap by less than 0.5 (at most 0.1) and 1 by more than 0.8." in message
+    assert "No two frames could be compared" in str(PairCounts().no_pair(SPEC, SkippedFrames()))
 
 
 def test_resized_frame_keeps_the_rays(recording):
