@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D, LabelledCloud
-from geo_pretrain.training.data.labelled.clouds.files import POINTS, CloudFields, file_columns, read_cloud
+from geo_pretrain.training.data.labelled.clouds.files import CloudFields, placed_columns, read_cloud
 from geo_pretrain.training.evaluation.predictions import Detections3D
 from geo_pretrain.training.finetune.written import Item, file_stem
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
@@ -31,21 +33,29 @@ class CloudFile:
 
     def item(self) -> Item:
         """The file as something to predict on."""
-        return Item(file_stem(self.path.stem), self.load, self.columns, self.back)
+        return self.loaded_by(self.path.stem, self.load)
+
+    def loaded_by(self, name: str, load: Callable[[], LabelledCloud]) -> Item:
+        """The file under another name, read by `load`, as a data set of files does; results are in the file's frame."""
+        return Item(file_stem(name), load, self.columns, self.back)
 
     def load(self) -> LabelledCloud:
         """Read the points, without labels. Raises `BadFrame`."""
         return read_cloud(self.path, self.fields, need=())
 
     def columns(self, cloud: LabelledCloud) -> Columns:
-        """All columns of the file as they are, each [N]; arrays [N, K] are taken apart."""
-        flat: Columns = {}
-        for name, column in file_columns(self.path, self.fields).items():
-            if column.ndim == 1 and column.dtype.kind in "biuf":
-                flat[name] = column
-            elif column.ndim == 2 and column.dtype.kind in "biuf":
-                parts = _names(name, column.shape[1])
-                flat |= {part: column[:, k] for k, part in enumerate(parts)}
+        """The columns of the file's points as they are, each [N]: x, y, z whatever their names, and all others.
+
+        Arrays [N, K] are taken apart, and what does not belong to points (another length, no numbers) is left out.
+        """
+        places, others = placed_columns(self.path, self.fields)
+        flat = dict(zip(ARRAYS["points"], places, strict=True))
+        for name, column in others.items():
+            if column.dtype.kind not in "biuf" or column.ndim > 2:
+                continue
+            parts = [name] if column.ndim == 1 else _names(name, column.shape[1])
+            for k, part in enumerate(parts):
+                flat[_free(_ply_name(part), flat)] = column if column.ndim == 1 else column[:, k]
         return flat
 
     def back(self, cloud: LabelledCloud, found: Any) -> Any:
@@ -69,11 +79,18 @@ def cloud_fields(recipe: FinetuneRecipe, options: Mapping[str, Any] | None) -> C
     return parse(CloudFields, options, where="data.options", prefix="data.options.")
 
 
-def _names(array: str, width: int) -> tuple[str, ...]:
-    """The names of the columns of an array [N, K]: x, y, z of points, red, green, blue of colors, else numbered."""
-    name = array.lower()
-    if width == 3 and name in POINTS:
-        return ARRAYS["points"]
-    if width == 3 and name in COLOR_ARRAYS:
-        return ARRAYS["colors"]
-    return tuple(f"{array}_{k}" for k in range(width))
+def _names(array: str, width: int) -> list[str]:
+    """The names of the columns of an array [N, K]: red, green, blue of colors, else numbered."""
+    colors = list(ARRAYS["colors"]) if array.lower() in COLOR_ARRAYS and width in (3, 4) else []
+    return [*colors, *(f"{array}_{k}" for k in range(len(colors), width))]
+
+
+def _ply_name(name: str) -> str:
+    """The name of a column as a PLY may have it: visible ASCII without blanks."""
+    return re.sub(r"[^!-~]+", "_", name) or "_"
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """`name`, with a number behind it where it is taken."""
+    numbered = (f"{name}_{k}" for k in count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)

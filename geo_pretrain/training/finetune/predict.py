@@ -17,6 +17,7 @@ from geo_pretrain.files import write_text
 from geo_pretrain.training.data.files import read_color
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.files import CLOUD_SUFFIXES, CloudFields
+from geo_pretrain.training.data.labelled.clouds.folder import CloudFolder
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.labelled.mapping import label_map
 from geo_pretrain.training.data.labelled.registry import open_labelled
@@ -92,6 +93,7 @@ def predict(
     drawn: list[tuple[Any, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / CLASSES, "".join(f"{name}\n" for name in task.classes))
+    _write_index(found, task, run)  # so that a prediction that is cut off can be begun again
     for number, item in enumerate(items):
         done = _predict_one(task, item, found)
         if done is not None and export is not None:
@@ -102,6 +104,9 @@ def predict(
             progress(number + 1, len(items), item.name)
     if drawn:
         draw_clouds(drawn, task.classes, out / PICTURE)
+    if not found.items:
+        reasons = some((f"{one['path']}: {one['reason']}" for one in found.skipped), 3)
+        raise DataError(f"None of {len(found.skipped)} items can be read: {reasons}.")
     _write_index(found, task, run)
     return found
 
@@ -147,9 +152,6 @@ def _benchmark(name: str, task: FinetuneTask) -> Callable[[Path, str, Any], None
 
 
 def _write_index(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str]) -> None:
-    if not found.items:
-        reasons = some((f"{one['path']}: {one['reason']}" for one in found.skipped), 3)
-        raise DataError(f"None of {len(found.skipped)} items can be read: {reasons}.")
     tree = {
         "format": FORMAT,
         "run": os.fspath(run),
@@ -184,7 +186,10 @@ def _of_source(task: FinetuneTask, source: LabelledData, limit: int | None) -> I
         def load(id: str = id) -> Any:
             return task.load(source, id) if in_3d else source.load(id).image
 
-        yield Item(file_stem(id), load)
+        if isinstance(source, CloudFolder):
+            yield CloudFile(source.item(id).points, source.options).loaded_by(id, load)
+        else:
+            yield Item(file_stem(id), load)
 
 
 def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[str, Any] | None) -> Iterator[Item]:

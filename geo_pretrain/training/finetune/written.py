@@ -16,7 +16,7 @@ from PIL import Image
 
 from geo_pretrain.files import atomic_write, write_text
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D, LabelledCloud
-from geo_pretrain.training.data.samples.cloud_boxes import box_rows
+from geo_pretrain.training.data.labelled.clouds.files import FAR
 from geo_pretrain.training.data.surfaces.ply import write_ply
 from geo_pretrain.training.evaluation.coco import Detections
 from geo_pretrain.training.evaluation.predictions import (
@@ -131,9 +131,9 @@ def _(found: PointInstances, place: Place, item: Columns, classes: Sequence[str]
 
 @write_prediction.register
 def _(found: Detections3D, place: Place, item: Columns, classes: Sequence[str]) -> dict[str, Any]:
-    """NAME.boxes.npy float32 [K, 9], NAME.boxes.json, NAME.boxes.ply (edges), NAME.ply (points)."""
+    """NAME.boxes.npy [K, 9], NAME.boxes.json, NAME.boxes.ply (edges), NAME.ply (points)."""
     boxes, extra = found.boxes, np.stack([found.boxes.classes, found.scores], axis=1)
-    place.save(".boxes.npy", np.concatenate([box_rows(boxes).numpy(), extra], axis=1).astype(np.float32))
+    place.save(".boxes.npy", np.concatenate([_rows(boxes), extra], axis=1).astype(_exact(boxes)))
     objects = [
         {
             "class": classes[boxes.classes[k] - 1],
@@ -187,7 +187,7 @@ def _(found: Detections, place: Place, item: np.ndarray, classes: Sequence[str])
 
 def wireframes(boxes: Boxes3D) -> dict[str, dict[str, np.ndarray]]:
     """The elements of a PLY of boxes: 8 vertices and 12 edges each, in the colors of their classes."""
-    corners = box_corners(box_rows(boxes)).reshape(-1, 3).numpy().astype(np.float32)
+    corners = box_corners(torch.from_numpy(_rows(boxes))).reshape(-1, 3).numpy().astype(_exact(boxes))
     colors = np.repeat(class_colors(boxes.classes), 8, axis=0).reshape(-1, 3)
     first = 8 * np.arange(len(boxes), dtype=np.int32)[:, None]
     pairs = torch.tensor(EDGES, dtype=torch.int32).numpy()
@@ -195,6 +195,16 @@ def wireframes(boxes: Boxes3D) -> dict[str, dict[str, np.ndarray]]:
     vertices |= {name: colors[:, k].astype(np.uint8) for k, name in enumerate(("red", "green", "blue"))}
     edges = {f"vertex{end + 1}": (first + pairs[:, end]).reshape(-1) for end in (0, 1)}
     return {"vertex": vertices, "edge": edges}
+
+
+def _rows(boxes: Boxes3D) -> np.ndarray:
+    """Boxes as rows: float64 [K, 7]."""
+    return np.concatenate([boxes.centers, boxes.sizes, boxes.headings[:, None]], axis=1).astype(np.float64)
+
+
+def _exact(boxes: Boxes3D) -> type:
+    """float32, or float64 for coordinates of maps, of which float32 holds half meters only."""
+    return np.float64 if np.abs(boxes.centers).max(initial=0) > FAR else np.float32
 
 
 def _of_points(found: PointLabels) -> dict[str, np.ndarray]:

@@ -98,6 +98,54 @@ def test_clouds_of_maps_come_back_where_they_were(tmp_path):
     assert file.columns(cloud)["y"][0] == far[1] + 0.5
 
 
+def test_columns_of_foreign_files_come_back_as_a_ply_can_have_them(tmp_path):
+    points, number = np.arange(12.0).reshape(4, 3), np.arange(4)
+    named = np.rec.fromarrays([*points.T, number, number], names="X,Y,Z,cloud index,Höhe")
+    np.save(tmp_path / "named.npy", named)
+    arrays = {"coords": points + 50, "points": np.c_[points, number], "rgb": np.zeros((4, 4), np.uint8)}
+    np.savez(tmp_path / "arrays.npz", **arrays, x_0=number, **{"x 0": number}, camera=np.eye(3), origin=np.zeros(3))
+    boxes = Boxes3D(points[:1], np.ones((1, 3)), np.zeros(1), np.ones(1, np.int64))
+    found = Detections3D(boxes, np.ones(1, np.float32))
+    for name, more in (("named.npy", "cloud_index H_he"), ("arrays.npz", "coords_0 points_3 red green blue x_0 x_0_2")):
+        file = CloudFile(tmp_path / name, CloudFields())
+        cloud = file.load()
+        assert np.allclose(file.back(cloud, found).boxes.centers, points[:1])
+        write_prediction(found, place(tmp_path), file.columns(cloud), CLASSES)
+        vertices = read_ply(tmp_path / "one.ply")["vertex"]
+        assert np.array_equal(np.stack([vertices[axis] for axis in "xyz"], 1), points)
+        assert set(more.split()) <= set(vertices)
+
+
+def test_own_clouds_of_a_data_set_come_back_in_their_files_frame(run, tmp_path):
+    (tmp_path / "val").mkdir()
+    cloud = painted(5)
+    far = replace(cloud, points=1000 * (cloud.points.astype(np.float64) + (4e5, 5e6, 0)))
+    save(tmp_path / "val" / "a.ply", far, label=cloud.labels.astype(np.int32))
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    found = predict(run, tmp_path / "out", data="clouds", path=str(tmp_path), options={"scale": 0.001}, draw=0)
+    vertices = read_ply(tmp_path / "out" / f"{found.items[0]['name']}.ply")["vertex"]
+    assert np.array_equal(np.stack([vertices[axis] for axis in "xyz"], 1), far.points)
+    assert np.array_equal(vertices["label"], cloud.labels)
+
+
+def test_a_prediction_that_was_cut_off_begins_again(run, tmp_path):
+    save(tmp_path / "a.ply", painted(5))
+
+    def stop(*progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(run, tmp_path / "out", files=[tmp_path / "a.ply"], draw=0, progress=stop)
+    assert len(predict(run, tmp_path / "out", files=[tmp_path / "a.ply"], draw=0).items) == 1
+
+
+def test_boxes_in_coordinates_of_maps_are_exact(tmp_path):
+    boxes = Boxes3D(np.array([[4e5, 5_000_000.125, 1]]), np.ones((1, 3)), np.zeros(1), np.ones(1, np.int64))
+    write_prediction(Detections3D(boxes, np.ones(1)), place(tmp_path), {"x": np.zeros(1)}, CLASSES)
+    assert np.load(tmp_path / "one.boxes.npy")[0, 1] == 5_000_000.125
+    assert read_ply(tmp_path / "one.boxes.ply")["vertex"]["y"].min() == 5_000_000.125 - 0.5
+
+
 def test_a_data_set_is_predicted_on_without_its_labels(run, tmp_path, monkeypatch):
     class Unlabelled(Painted):
         def load(self, id):

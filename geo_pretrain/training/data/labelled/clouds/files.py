@@ -36,7 +36,7 @@ PLAIN = {
     7: ("x", "y", "z", "red", "green", "blue", "label"),
     8: ("x", "y", "z", "red", "green", "blue", "label", "instance"),
 }
-_FAR = 10_000.0  # m; beyond it float32 would not hold a millimeter
+FAR = 10_000.0  # m; beyond it float32 would not hold a millimeter
 _FARTHEST = 1e9  # m; beyond it float64 would not hold a micrometer
 Names = Sequence[str | tuple[str, ...]]
 
@@ -103,7 +103,24 @@ def read_cloud(
 
 def near_origin(points: np.ndarray) -> np.ndarray:
     """Move coordinates [N, 3] beyond 10 km, as of maps, axis by axis to begin within a unit of 0."""
-    return points - np.where(np.abs(points).max(axis=0) > _FAR, np.floor(points.min(axis=0)), 0.0)
+    return points - np.where(np.abs(points).max(axis=0) > FAR, np.floor(points.min(axis=0)), 0.0)
+
+
+def placed_columns(path: Path, fields: CloudFields = CloudFields()) -> tuple[list[np.ndarray], Columns]:
+    """Read the columns x, y and z of a file, whatever it calls them, and all others that have a row for each point.
+
+    Everything is as it is in the file. Raises `BadFrame`, `DataError`.
+    """
+    file = _File(Path(path), file_columns(path, fields))
+    rows, used = len(file.points()), file.found(POINTS, 3) or []
+    wide = used[0] if len(used) == 1 else None  # an array [N, K], whose columns behind the third are others
+    others: Columns = {}
+    for name, column in file.columns.items():
+        if column is wide:
+            others |= {f"{name}_{k}": wide[:, k] for k in range(3, wide.shape[1])}
+        elif column.shape[:1] == (rows,) and not any(column is one for one in used):
+            others[name] = column
+    return used if wide is None else list(wide[:, :3].T), others
 
 
 def file_columns(path: Path, fields: CloudFields = CloudFields()) -> Columns:
@@ -183,6 +200,13 @@ class _File:
 
     def _find(self, names: Names, width: int) -> np.ndarray | None:
         """Find the first of `names` that the file has: [N] for width 1, else [N, width], of one column or several."""
+        columns = self.found(names, width)
+        if columns is None or width == 1:
+            return None if columns is None else columns[0]
+        return np.stack(columns, axis=1) if len(columns) == width else columns[0][:, :width]
+
+    def found(self, names: Names, width: int) -> list[np.ndarray] | None:
+        """The columns of the first of `names` that the file has: `width` of [N], or one [N, K] where it is above 1."""
         for name in names:
             parts = (name,) if isinstance(name, str) else name
             found = [self._known.get(part, self._known.get(_plain(part))) for part in parts]
@@ -193,9 +217,9 @@ class _File:
                 lengths = {len(column) for column in columns}
                 if len(lengths) > 1:
                     raise BadFrame(self.path, f"fields {', '.join(parts)} have {sorted(lengths)} rows")
-                return columns[0] if width == 1 else np.stack(columns, axis=1)
+                return columns
             if len(parts) == 1 < width and columns[0].ndim == 2 and columns[0].shape[1] >= width:
-                return columns[0][:, :width]
+                return columns
         return None
 
     def points(self) -> np.ndarray:
