@@ -26,6 +26,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GRAY, _PALETTE = 0, 3  # color types of PNG whose pixels are one number
 UNPACKED, MOST_PACKED = 1 << 30, 64  # bytes of arrays that any archive may hold, and the multiple of its own size
 _DAMAGED = (OSError, ValueError, EOFError, KeyError, SyntaxError, RuntimeError, OverflowError, TypeError)
+LONGEST_NAME = 255  # bytes that file systems accept in a name
 MATRIX_BYTES = 1 << 16  # of a text file of numbers; a pose has some hundred
 
 
@@ -85,6 +86,26 @@ def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:
     if len(values) != rows * columns:
         raise BadFrame(path, f"{len(values)} numbers, expected {rows}x{columns}")
     return np.array(values, dtype=np.float64).reshape(rows, columns)
+
+
+def read_listing(path: Path, what: str = "list") -> list[str]:
+    """Read the lines of a text file that names the parts of a data set. Raises `DataError` if it is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(path)!r}: the {what} cannot be read ({first_line(error)}).") from None
+    for word in text.replace(",", " ").split():
+        if (fault := name_fault(word)) is not None:
+            raise DataError(f"{str(path)!r}: the {what} has a name that {fault}.")
+    return text.splitlines()
+
+
+def name_fault(name: str) -> str | None:
+    """Why no file can have this name or path; None if one can. Asking the disk for such a file raises an error."""
+    longest = max((len(part.encode("utf-8", "replace")) for part in name.split("/")), default=0)
+    if "\0" in name:
+        return "has a zero byte"
+    return None if longest <= LONGEST_NAME else f"is {longest} bytes long; at most {LONGEST_NAME} are accepted"
 
 
 def read_pose(path: Path) -> np.ndarray:

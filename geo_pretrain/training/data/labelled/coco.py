@@ -250,6 +250,8 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
             wrong = [key for key in keys if not isinstance(entry[key], str if key.endswith("name") else int)]
             if wrong:
                 raise DataError(f"{path}: {part}[{place}] has {wrong[0]!r} {entry[wrong[0]]!r}, a wrong type.")
+            if part == "images" and (fault := files.name_fault(entry["file_name"])) is not None:
+                raise DataError(f"{path}: {part}[{place}] has a 'file_name' that {fault}.")
     return tree
 
 

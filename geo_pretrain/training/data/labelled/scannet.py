@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import overload
 
 from geo_pretrain.errors import DataError, some
+from geo_pretrain.training.data.files import read_listing
 from geo_pretrain.training.data.labelled.folders import InstanceFolder, InstanceOptions, Item, SemanticFolder
 from geo_pretrain.training.data.labelled.mapping import label_map
 
@@ -74,10 +75,7 @@ def read_scene_list(path: Path, fraction: float | None = None) -> list[str]:
         if not found:
             raise DataError(f"No list {names[0]!r} in {str(path)!r}; there are: {some(_lists(path), 5)}.")
         path = found[0]
-    try:
-        names = [_scene_of_file(word) for word in path.read_text(encoding="utf-8").split()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r}: the list of scenes cannot be read ({error}).") from None
+    names = [_scene_of_file(word) for line in read_listing(path, "list of scenes") for word in line.split()]
     if not names:
         raise DataError(f"{str(path)!r}: the list of scenes is empty.")
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -159,7 +159,7 @@ def read_categories(path: Path) -> dict[str, int]:
         found = {row["raw_category"]: int(row["nyu40id"]) for row in rows}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise DataError(f"{path}: is no table with columns raw_category and nyu40id ({error!r}).") from None
     if not found or min(found.values()) < 0:
         raise DataError(f"{path}: has no category, or one with a nyu40id below 0.")

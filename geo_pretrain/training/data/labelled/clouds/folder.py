@@ -11,6 +11,7 @@ import numpy as np
 
 from geo_pretrain.errors import DataError, some
 from geo_pretrain.training.checks import Checks
+from geo_pretrain.training.data.files import read_listing
 from geo_pretrain.training.data.labelled.clouds.classes import FileClasses, read_classes
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.files import CLOUD_SUFFIXES, CloudFields, read_cloud
@@ -120,7 +121,7 @@ def split_files(root: Path, split: str) -> list[Path]:
 
 def _listed(root: Path, listed: Path) -> list[Path]:
     """The files that a list names. Raises `DataError` for those that are not there, or stand twice."""
-    names = [line.partition("#")[0].strip() for line in listed.read_text(encoding="utf-8-sig").splitlines()]
+    names = [line.partition("#")[0].strip() for line in read_listing(listed, "list of clouds")]
     names = [name for name in names if name]
     found: list[Path] = []
     missing = []

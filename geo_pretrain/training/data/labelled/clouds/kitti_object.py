@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.training.data.files import FARTHEST, LONGEST, image_size, intrinsics_fault, pose_fault
+from geo_pretrain.training.data.files import FARTHEST, LONGEST, image_size, intrinsics_fault, pose_fault, read_listing
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D, LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.listed import ListedCloud, ListedClouds, read_scan
 from geo_pretrain.training.data.labelled.folders import need_folders
@@ -81,7 +81,7 @@ def open_kitti_object(path: Path, split: str, task: str, options: KITTIObjectOpt
     if split == "test":
         names = list(scans)
     elif listed.is_file():
-        names = listed.read_text(encoding="utf-8").split()
+        names = [name for line in read_listing(listed, "list of frames") for name in line.split()]
         missing = [name for name in names if name not in scans]
         if missing or not names:
             raise DataError(f"{str(listed)!r} names {len(names)} frames; {len(missing)} are not in {str(folder)!r}.")

@@ -14,6 +14,7 @@ from geo_pretrain.training.data import files
 from geo_pretrain.training.data.files import checked_points
 from geo_pretrain.training.data.surfaces.ply import Columns, read_ply
 
+MOST_REMISSION = 255.0  # KITTI's are up to 1; files of others have bytes there
 Y_UP_TO_Z_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32)  # (x, y, z) -> (x, -z, y): a turn about x
 
 
@@ -70,8 +71,10 @@ def read_scan(path: Path) -> np.ndarray:
         raise BadFrame(path, f"scan has {4 * len(values)} bytes, expected 16 for each of at least one point")
     scan = values.reshape(-1, 4)
     checked_points(path, scan[:, :3])
-    if not np.isfinite(scan[:, 3]).all():
-        raise BadFrame(path, f"remissions of {int((~np.isfinite(scan[:, 3])).sum())} points are not finite")
+    wrong = ~((scan[:, 3] >= 0) & (scan[:, 3] <= MOST_REMISSION))  # so written, NaN is wrong too
+    if wrong.any():
+        what = f"remissions of {int(wrong.sum())} points are not from 0 to {MOST_REMISSION:g}"
+        raise BadFrame(path, f"{what}, such as {scan[wrong, 3][0]:g}")
     return scan
 
 

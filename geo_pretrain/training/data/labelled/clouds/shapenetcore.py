@@ -24,6 +24,7 @@ from geo_pretrain.errors import BadFrame, DataError, some
 from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.training.checks import Count, Ranged, Seed
 from geo_pretrain.training.data.cache import cached_arrays
+from geo_pretrain.training.data.files import read_listing
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.listed import Y_UP_TO_Z_UP, ListedCloud, ListedClouds
 from geo_pretrain.training.data.labelled.folders import need_folders
@@ -144,25 +145,28 @@ def open_shapenetcore(path: Path, split: str, task: str, options: ShapeNetCoreOp
 
 def listed_models(root: Path, path: Path, shrec: bool) -> dict[str, Model]:
     """Models of the official table; its synsets may have lost their leading 0."""
-    with path.open(encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (table.fieldnames or ())]
-        if missing:
-            raise DataError(f"{path}: has no column {', '.join(missing)}; it has {some(table.fieldnames or (), 9)}.")
-        models = {}
-        for row in table:
-            synset, number, model = (row["synsetId"] or "").zfill(8), (row["id"] or "").zfill(6), row["modelId"]
-            if synset not in CATEGORIES or row["split"] not in SHARES:
-                raise DataError(
-                    f"{path}: line {table.line_num} has synset {synset!r}, split {row['split']!r}; accepted: the 55 "
-                    f"synsets of ShapeNetCore, {', '.join(SHARES)}."
-                )
-            if shrec:
-                folder = root / "test" if row["split"] == "test" else root / row["split"] / synset
-                file_path, name = folder / f"model_{number}.obj", f"model_{number}"
-            else:
-                file_path, name = _mesh_of(root / synset / str(model)), str(model)
-            models[f"{synset}/{name}"] = Model(file_path, synset, row["split"])
+    table = csv.DictReader(read_listing(path, "table of models"))
+    try:
+        columns, rows = table.fieldnames or (), list(table)
+    except csv.Error as error:
+        raise DataError(f"{path}: line {table.line_num} cannot be read ({error}).") from None
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing:
+        raise DataError(f"{path}: has no column {', '.join(missing)}; it has {some(columns, 9)}.")
+    models = {}
+    for line, row in enumerate(rows, 2):
+        synset, number, model = (row["synsetId"] or "").zfill(8), (row["id"] or "").zfill(6), row["modelId"]
+        if synset not in CATEGORIES or row["split"] not in SHARES:
+            raise DataError(
+                f"{path}: line {line} has synset {synset!r}, split {row['split']!r}; accepted: the 55 "
+                f"synsets of ShapeNetCore, {', '.join(SHARES)}."
+            )
+        if shrec:
+            folder = root / "test" if row["split"] == "test" else root / row["split"] / synset
+            file_path, name = folder / f"model_{number}.obj", f"model_{number}"
+        else:
+            file_path, name = _mesh_of(root / synset / str(model)), str(model)
+        models[f"{synset}/{name}"] = Model(file_path, synset, row["split"])
     return models
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, some
 from geo_pretrain.files import parse_json
-from geo_pretrain.training.data.files import checked_points
+from geo_pretrain.training.data.files import checked_points, name_fault
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.listed import Y_UP_TO_Z_UP, ListedCloud, ListedClouds
 from geo_pretrain.training.data.labelled.folders import need_folders
@@ -118,8 +118,11 @@ def _read_list(path: Path) -> list[str]:
         entries = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"No list {str(path)!r}. Expected layout: {LAYOUT}") from None
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}).") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}).") from None
     if not isinstance(entries, list) or not all(isinstance(e, str) and e.count("/") >= 1 for e in entries):
         raise DataError(f"{path}: accepted is a JSON list of texts such as 'shape_data/02691156/MODEL'.")
+    for entry in entries:
+        if (fault := name_fault(entry)) is not None:
+            raise DataError(f"{path}: has an entry that {fault}.")
     return entries

@@ -26,6 +26,7 @@ LAYOUT = (
     f"{PREPARED}{{train,val}}/{{000001_pc.npz,000001_bbox.npy}} (VoteNet's preprocessing), or "
     "{train,val}/000001.npz (geo-pretrain data convert sunrgbd3d RAW OUT)"
 )
+MOST_TURN = 8 * np.pi  # of a heading; a full turn is 2 pi
 _NAME = re.compile(r"(\d{6})_pc\.npz")
 
 
@@ -107,6 +108,8 @@ def read_boxes(path: Path, rows: np.ndarray) -> Boxes3D:
         raise BadFrame(path, "a box has a number that is not finite, or a length of 0 or less")
     if np.abs(rows[:, :6]).max(initial=0) > files.FARTHEST:
         raise BadFrame(path, f"a box is more than {files.FARTHEST:g} m away or long")
+    if np.abs(rows[:, 6]).max(initial=0) > MOST_TURN:
+        raise BadFrame(path, f"a box has the heading {rows[np.abs(rows[:, 6]).argmax(), 6]:g}; accepted are radians")
     if (classes != rows[:, 7]).any() or (classes < 0).any() or (classes >= len(CLASSES)).any():
         raise BadFrame(path, f"a box has a class other than 0 to {len(CLASSES) - 1}")
     return Boxes3D(

@@ -17,7 +17,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.checks import Positive, Ranged
-from geo_pretrain.training.data.files import checked_points
+from geo_pretrain.training.data.files import checked_points, read_listing
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.listed import (
     Y_UP_TO_Z_UP,
@@ -80,7 +80,7 @@ def open_synthia4d(path: Path, split: str, task: str, options: Synthia4DOptions)
             "splits/synthia4d; data.options.lists names its folder."
         )
     items = {}
-    for line in listed.read_text(encoding="utf-8").splitlines():
+    for line in read_listing(listed, "list of frames"):
         if not line.split():
             continue
         cloud = path / line.split()[0].lstrip("/")
