@@ -127,6 +127,7 @@ def load_backbone(
         _pretrained(name_or_folder, where, shape, strict) if pretrained else _random(name_or_folder, where, shape)
     )
     _ORIGINS[network] = (os.fspath(name_or_folder), where)
+    _check_one_type(network, dtype)
     _warn_of_overflow(network, dtype)
     return network.to(device=device, dtype=dtype).eval()
 
@@ -242,6 +243,17 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(map(str, DTYPES))}.")
 
 
+def _check_one_type(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Refuse weights of several floating-point types, which no layer multiplies, unless `dtype` makes them one."""
+    first: dict[torch.dtype, str] = {}
+    for key, value in network.state_dict().items():
+        if value.is_floating_point():
+            first.setdefault(value.dtype, key)
+    if dtype is None and len(first) > 1:
+        kinds = ", ".join(f"{key!r} is {kind}" for kind, key in first.items())
+        raise WeightsMismatch(f"{network.name!r}: its weights are of several types: {kinds}. dtype= makes them one.")
+
+
 def _warn_of_overflow(network: nn.Module, dtype: torch.dtype | None) -> None:
     """Warn of values that are infinite in float16, which ends at 65504."""
     if dtype is not torch.float16:
@@ -347,7 +359,7 @@ def _load(checkpoint: Checkpoint, strict: bool, shape: _Shape) -> tuple[Any, Loa
         reshaped.append(stem)
     fits, fresh, dropped = match(expected, given)
     for key, value in fits.items():
-        if value.is_floating_point() != expected[key].is_floating_point():
+        if value.is_floating_point() != expected[key].is_floating_point() or value.dtype is torch.bool:
             raise WeightsMismatch(
                 f"{checkpoint.name!r}: {key!r} is {value.dtype} in the file; this network needs "
                 f"{'a floating-point type' if expected[key].is_floating_point() else 'whole numbers'}."

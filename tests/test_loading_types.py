@@ -19,6 +19,7 @@ def test_weights_of_another_kind_of_number_are_refused(tmp_path: Path):
     for key, dtype, needs in (
         ("conv1.weight", torch.int32, "floating"),
         ("bn1.num_batches_tracked", torch.float32, "whole"),
+        ("bn1.num_batches_tracked", torch.bool, "whole"),
     ):
         write_tiny(
             tmp_path / "tiny",
@@ -27,6 +28,18 @@ def test_weights_of_another_kind_of_number_are_refused(tmp_path: Path):
         )
         with pytest.raises(WeightsMismatch, match=rf"'{key}' is {dtype} in the file; this network needs .*{needs}"):
             load_backbone(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("key", ["conv1.weight", "bn1.weight", "layer4.1.bn2.running_var"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_several_types_are_refused_unless_one_is_asked_for(tmp_path: Path, key, dtype):
+    encoder = role_weights("encoder")
+    weights = {"encoder": encoder | {key: encoder[key].to(dtype)}}
+    write_tiny(tmp_path / "tiny", weights=weights, arch=Arch("resnet", {"depth": 18, "width": 8}))
+    with pytest.raises(WeightsMismatch, match=rf"several types: .*'{key}' is {dtype}.*dtype= makes them one"):
+        load_backbone(tmp_path / "tiny")
+    network = load_backbone(tmp_path / "tiny", dtype=torch.float32)
+    assert network(torch.zeros(1, 3, 32, 32))[0].dtype is torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, "float32"])

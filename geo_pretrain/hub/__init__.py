@@ -20,7 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 from geo_pretrain.catalog import CATALOG, Entry, find
 from geo_pretrain.checkpoint import Checkpoint, means_folder, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, NotThere, WeightsMismatch, unknown
-from geo_pretrain.hub.names import check_network, check_pins
+from geo_pretrain.hub.names import check_is_entry, check_pins
 from geo_pretrain.hub.sources import (
     AUTHORS,
     HF_PREFIX,
@@ -98,7 +98,7 @@ def _check_bare_name(given: str | os.PathLike[str], folder: Path) -> None:
         return
     checkpoint = read_checkpoint(folder)
     path = f"'{os.curdir}{os.sep}{folder}'"
-    check_network(entry, checkpoint.arch, checkpoint.contract, str(folder.resolve()), f"load this folder as {path}")
+    check_is_entry(entry, checkpoint, str(folder.resolve()), f"load this folder as {path}")
     check_pins(entry, checkpoint.files, f"{folder.resolve()} (it loads as {path})")
 
 
@@ -155,12 +155,12 @@ class _Search:
         raise _failed(self.request.name, failures) from next(reversed(failures.values()), None)
 
     def _check(self, description: Description, where: str) -> None:
-        """Refuse another network under a name of the catalog and say so: the next source may have the right one."""
+        """Refuse another checkpoint under a name of the catalog and say so: the next source may have the right one."""
         entry = self.request.entry
         if entry is None:
             return
         try:
-            check_network(entry, description.arch, description.contract, where, "load its folder by its path")
+            check_is_entry(entry, description, where, "load its folder by its path")
         except CheckpointError as error:
             warnings.warn(f"{error} It is not used.", stacklevel=5)
             raise

@@ -5,11 +5,23 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
+from typing import Protocol
 
-from geo_pretrain.catalog import CATALOG, Arch, Entry
+from geo_pretrain.catalog import CATALOG, RENAMED, Arch, Entry
 from geo_pretrain.checkpoint import Checkpoint, StoredFile
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, DigestMismatch
+
+
+class Described(Protocol):
+    """A checkpoint, or what a source says of one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def arch(self) -> Arch: ...
+    @property
+    def contract(self) -> ImageContract | VoxelContract: ...
 
 
 def check_published_name(checkpoint: Checkpoint, cure: str = "") -> None:
@@ -22,7 +34,7 @@ def check_published_name(checkpoint: Checkpoint, cure: str = "") -> None:
         return
     where = str(checkpoint.folder)
     check_pins(entry, checkpoint.files, where, all_files=True)
-    check_network(entry, checkpoint.arch, checkpoint.contract, where, cure, encoder_alone=False)
+    check_is_entry(entry, checkpoint, where, cure, encoder_alone=False)
 
 
 def check_pins(entry: Entry, files: Mapping[str, StoredFile], where: str, *, all_files: bool = False) -> None:
@@ -37,28 +49,27 @@ def check_pins(entry: Entry, files: Mapping[str, StoredFile], where: str, *, all
             )
 
 
-def check_network(
-    entry: Entry,
-    arch: Arch,
-    contract: ImageContract | VoxelContract,
-    where: str,
-    cure: str = "",
-    *,
-    encoder_alone: bool = True,
-) -> None:
-    """Raise `CheckpointError` unless network and input are the entry's.
+def check_is_entry(entry: Entry, found: Described, where: str, cure: str = "", *, encoder_alone: bool = True) -> None:
+    """Raise `CheckpointError` unless a checkpoint found under an entry's name bears it and has its network and input.
 
-    `encoder_alone`: the encoder of its U-Net is accepted, which some sources hold without the decoder.
+    Many entries have one network and input: there the name in config.json alone tells one method's weights from
+    another's. `encoder_alone`: the encoder of its U-Net is accepted, which some sources hold without the decoder.
     """
+    rest = f"A published name means one thing. Give it another name{f', or {cure}' if cure else ''}."
+    if RENAMED.get(found.name, found.name) != entry.name:
+        raise CheckpointError(
+            f"{where}: {entry.name!r} is a name of the catalog; the checkpoint there calls itself {found.name!r}. "
+            f"{rest}"
+        )
     wanted = [entry.arch, *([entry.arch.encoder_alone] if encoder_alone and entry.arch.has_decoder else [])]
     for what, same, have, theirs in (
-        ("network", any(same_network(arch, other) for other in wanted), arch, entry.arch),
-        ("input", contract == entry.contract, contract, entry.contract),
+        ("network", any(same_network(found.arch, other) for other in wanted), found.arch, entry.arch),
+        ("input", found.contract == entry.contract, found.contract, entry.contract),
     ):
         if not same:
             raise CheckpointError(
-                f"{where}: {entry.name!r} is a name of the catalog, whose {what} is {theirs}; this one's is {have}. A "
-                f"published name means one thing. Give it another name{f', or {cure}' if cure else ''}."
+                f"{where}: {entry.name!r} is a name of the catalog, whose {what} is {theirs}; this one's is {have}. "
+                f"{rest}"
             )
 
 

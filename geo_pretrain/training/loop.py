@@ -411,7 +411,7 @@ def _restore(run: RunFolder, task: TrainingTask, world: World, progress: Progres
             task.module.load_state_dict(state["module"])
             task.optimizer.load_state_dict(state["optimizer"])
             task.restore(state)
-            progress.step, progress.seconds = state["step"], state["seconds"]
+            progress.step, progress.seconds = state["step"], float(state["seconds"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             if isinstance(error, GeoPretrainError):
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -47,6 +48,7 @@ class RunFolder:
     writes: bool = True  # False: a process beside the main one, which only reads
     board: bool = False  # write TensorBoard's event files, where it is installed
     refused: set[str] = field(default_factory=set, init=False, repr=False, compare=False)  # states that are not used
+    logs: list[_Log] = field(default_factory=list, init=False, repr=False, compare=False)  # the one that is open
 
     @property
     def path(self) -> Path:
@@ -70,10 +72,13 @@ class RunFolder:
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state and keep the one before; a kill at any moment leaves the old ones or the new ones.
 
-        The state notes what the log is at this moment, and is on disk after it.
+        The state notes what the log is at this moment, and is on disk after it. Raises `CheckpointError` where the log
+        is not as this run wrote it: a state must not vouch for lines that somebody changed.
         """
         if not self.writes:
             return
+        for log in self.logs:
+            log.check()
         if self.log_file.exists():
             sync_file(self.log_file)
         latest, earlier = self.path / STATE, self.path / EARLIER
@@ -137,25 +142,28 @@ class RunFolder:
     def log(self, step: int) -> Iterator[WriteLog]:
         """A function that appends a line to the log, and shows losses in TensorBoard.
 
-        Lines after `step`, where the run goes on, are dropped first, and so is a line that was broken off.
+        Lines after `step`, where the run goes on, are dropped first, and so is a line that was broken off. At the end
+        the log must be as it was written, see `save`.
         """
         if not self.writes:
             yield write_nothing
             return
         _drop_lines_after(self.log_file, step)
         board = _tensorboard(self.path / BOARD, step) if self.board else None
-        with self.log_file.open("a", encoding="utf-8") as file:
+        with _Log(self.log_file) as log:
 
             def write(record: Mapping[str, Any], losses: Mapping[str, float]) -> None:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
+                log.write(json.dumps(record) + "\n")
                 if board is not None:
                     for name, value in losses.items():
                         board.add_scalar(f"loss/{name}", value, record["step"])
 
+            self.logs.append(log)
             try:
                 yield write
+                log.check()
             finally:
+                self.logs.remove(log)
                 if board is not None:
                     board.close()
 
@@ -164,6 +172,52 @@ class RunFolder:
         if (self.path / BOARD).exists():
             shutil.rmtree(self.out / BOARD, ignore_errors=True)
             shutil.move(self.path / BOARD, self.out / BOARD)
+
+
+class _Log:
+    """A log that is open for appending, and a digest of what it has to hold by now."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, path.open("a+b")
+        before = path.read_bytes()
+        self.size, self.digest = len(before), hashlib.sha256(before)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, line: str) -> None:
+        """Append a line."""
+        data = line.encode()
+        self.file.write(data)
+        self.file.flush()
+        self.digest.update(data)
+        self.size += len(data)
+
+    def check(self) -> None:
+        """Raise `CheckpointError` unless the file is as it was written; one that was removed or replaced is put back.
+
+        The open file has its lines even then, so a long run need not be lost for its log.
+        """
+        facts = {"bytes": self.size, "sha256": self.digest.hexdigest()}
+        try:
+            check_log(self.path, facts)
+        except BadState as bad:
+            self.file.seek(0)
+            lines = self.file.read(self.size)
+            if hashlib.sha256(lines).hexdigest() != facts["sha256"]:
+                raise CheckpointError(
+                    f"{self.path.parent}: {bad} while the run was writing it. Put it back as it was and give the same "
+                    "command again, or remove that folder to start from the beginning."
+                ) from None
+            with atomic_write(self.path) as part:
+                part.write_bytes(lines)
+            self.file.close()
+            self.file = self.path.open("a+b")
+            what = "was removed or replaced while the run was writing it; it was put back."
+            warnings.warn(f"{self.path} {what}", stacklevel=3)
 
 
 def write_nothing(record: Mapping[str, Any], losses: Mapping[str, float]) -> None:
@@ -257,7 +311,8 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Keep the lines of a log up to `step`; those after it, and what is no line, are dropped."""
     kept = b"".join(line for line, record in _records(path) if record["step"] <= step)
     if not path.exists() or len(kept) != path.stat().st_size:
-        path.write_bytes(kept)
+        with atomic_write(path) as part:  # the states need the lines before: none may be missing at any moment
+            part.write_bytes(kept)
 
 
 def _check_lines(path: Path, step: int) -> None:

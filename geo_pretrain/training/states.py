@@ -46,7 +46,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # torch's reader has many ways to fail on bytes that are no state
         raise BadState(f"cannot be read ({first_line(error)})") from None
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int) or state["step"] < 0:
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
         raise BadState("holds no state of a run")
     return state
 
@@ -81,6 +81,8 @@ def log_facts(path: Path) -> dict[str, Any]:
 
 def check_log(path: Path, facts: Mapping[str, Any]) -> None:
     """Raise `BadState` unless the log begins with the bytes that it had when the state was saved."""
+    if not isinstance(facts, Mapping) or type(facts.get("bytes")) is not int or facts["bytes"] < 0:
+        raise BadState("does not say what its log was")
     size, digest = facts["bytes"], hashlib.sha256()
     try:
         with path.open("rb") as stream:
@@ -89,7 +91,7 @@ def check_log(path: Path, facts: Mapping[str, Any]) -> None:
                 size -= len(block)
     except FileNotFoundError:
         pass
-    if size or digest.hexdigest() != facts["sha256"]:
+    if size or digest.hexdigest() != facts.get("sha256"):
         what = "is missing" if not path.exists() else "was cut off" if size else "was altered"
         raise BadState(f"{path.name}, whose first {facts['bytes']} bytes belong to this state, {what}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,24 @@ def test_another_network_is_refused_in_a_place_that_the_user_named_too(tmp_path:
     with said, pytest.raises(HubError, match="mine"):
         load_backbone(name, hub=str(tmp_path / "mine"), cache_dir=tmp_path, local_files_only=True)
     assert load_backbone(tmp_path / "mine" / name).name == name
+
+
+def test_a_checkpoint_that_calls_itself_otherwise_is_refused_where_network_and_input_are_the_same(
+    tmp_path: Path, monkeypatch
+):
+    name, other = "pri3d_view_r18", "pri3d_geo_r18"  # one network and input: names alone tell their weights apart
+    folder = write_tiny(tmp_path / "mine" / name, other).folder
+    shutil.copytree(folder, tmp_path / "bundles" / name)
+    monkeypatch.setattr("geo_pretrain.catalog.CATALOG", CATALOG | {name: as_tiny(name), other: as_tiny(other)})
+    load = partial(load_backbone, name, cache_dir=tmp_path, local_files_only=True)
+    for place, hubs in (("mine", str(tmp_path / "mine")), ("bundles", None)):
+        said = pytest.warns(UserWarning, match=rf"{place}: '{name}' is .*calls itself '{other}'.* It is not used")
+        with said, pytest.raises(HubError, match=f"calls itself '{other}'"):
+            load(hub=hubs)
+    monkeypatch.chdir(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match=rf"calls itself '{other}'\..*load this folder as '\./{name}'"):
+        load_backbone(name)
+    assert load_backbone(f"./{name}").name == load_backbone(folder).name == other
 
 
 def test_a_bare_name_of_the_catalog_is_no_other_folder_that_happens_to_lie_here(tmp_path: Path, monkeypatch):

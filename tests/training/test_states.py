@@ -170,6 +170,9 @@ DAMAGE = {
     "NaN": overwrite(STATE, lambda state: state["module"]["weight"].fill_(float("nan"))),
     "momentum": overwrite(STATE, lambda state: state["optimizer"]["state"][0]["momentum_buffer"].fill_(float("-inf"))),
     "log of another length": overwrite(STATE, lambda state: state["log"].update(bytes=9999)),
+    "log of a negative length": overwrite(STATE, lambda state: state["log"].update(bytes=-5)),
+    "log without facts": overwrite(STATE, lambda state: state.update(log=None)),
+    "step True": overwrite(STATE, lambda state: state.update(step=True)),
 }
 
 
@@ -214,6 +217,55 @@ def test_states_whose_log_is_another_one_are_refused_by_name(tmp_path, stopped, 
 
     with pytest.raises(CheckpointError, match=rf"No saved state in .*{STATE}.*{LOG}.*{EARLIER}.*remove that folder"):
         resumed(stopped, tmp_path, spoil)
+
+
+def spoiled_at(run, step, spoil):
+    """Take all steps, with `spoil(the log)` after one of them; the weights and the log."""
+    run.create()
+    task = Line()
+    fit(task, ALONE, run, on_step=lambda info: spoil(run.log_file) if info.step == step else None)
+    return weights(task), run.log_file.read_bytes()
+
+
+def replace(log):
+    text = log.read_bytes()
+    log.unlink()
+    log.write_bytes(text[:50])
+
+
+@pytest.mark.parametrize("step", [5, STEPS])
+@pytest.mark.parametrize("spoil", [LOGS["removed"], replace, lambda log: shutil.rmtree(log.parent)])
+def test_a_log_that_is_removed_under_a_run_is_put_back(tmp_path, whole, step, spoil):
+    with pytest.warns(UserWarning, match=f"{LOG} was removed or replaced while the run was writing it"):
+        assert same(spoiled_at(RunFolder(tmp_path / "out"), step, spoil), whole)
+
+
+@pytest.mark.parametrize("step", [5, STEPS])
+@pytest.mark.parametrize("what", ["binary", "altered", "of another run"])
+def test_a_log_that_is_altered_under_a_run_ends_it_and_no_state_vouches_for_it(tmp_path, step, what):
+    run = RunFolder(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=f"{LOG}, whose first .* while the run was writing it"):
+        spoiled_at(run, step, LOGS[what])
+    assert read_state(run.path / STATE)["step"] == (4 if step == 5 else 8)
+    with pytest.raises(CheckpointError, match="No saved state"):
+        run.load(STEPS)
+
+
+def test_a_kill_while_lines_of_the_log_are_dropped_leaves_a_run_that_goes_on(tmp_path, stopped, whole, monkeypatch):
+    run = RunFolder(tmp_path / "out")
+    shutil.copytree(stopped, run.path)
+
+    def killed(path, data):
+        path.open("wb").close()
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.write_bytes", killed)
+        with pytest.raises(Stop):
+            fit(Line(), ALONE, run)
+    task = Line()
+    fit(task, ALONE, run)
+    assert same((weights(task), run.log_file.read_bytes()), whole)
 
 
 def test_a_run_whose_states_were_removed_says_that_it_starts_again(tmp_path, stopped, whole):
