@@ -119,8 +119,8 @@ class DataSpec:
     units: Literal["pairs", "frames"] = "pairs"  # frames: single frames, each stored as a pair with itself
     overlap: Interval = (0.3, 1.0)  # range of the overlap ratio of pairs
     # How overlap is measured. projective: by projection, as Pri3D's paper says; match_released_code: as the released
-    # script does it, by 5 cm voxels within 7.5 cm of each other.
-    measure: Literal["projective", "match_released_code"] = "projective"
+    # script does it, by 5 cm voxels within 7.5 cm of each other; voxels: quick, and calibrated to that.
+    measure: Literal["projective", "match_released_code", "voxels"] = "projective"
     max_pairs_per_scene: Count | None = None  # chosen at even spacing among the scene's pairs
     license: str | None = None  # SPDX identifier of the data's license; None: the source's own
     options: dict[str, Any] = field(default_factory=dict)  # options of the source, which checks them

@@ -17,17 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geo_pretrain import geometry
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, first_line
 from geo_pretrain.files import read_sealed, write_sealed
-from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
+from geo_pretrain.training.data.overlap import (
+    cell_overlap_matrix,
+    cloud_overlap_matrix,
+    occupied_cells,
+    overlap_matrix,
+    thin_cloud,
+)
 from geo_pretrain.training.recipe import DataSpec
 
+CLOUD_MEASURES: dict[str, tuple[Callable[[Frame], Tensor], Callable[..., np.ndarray]]] = {
+    "match_released_code": (thin_cloud, cloud_overlap_matrix),
+    "voxels": (occupied_cells, cell_overlap_matrix),
+}
 MINING_HEIGHT = 60  # overlap is measured on depth maps of this height, which is accurate enough for a ratio
-BATCH = 256  # pairs projected at once
-CLOUD_VOXEL = 0.05  # m; voxel size to which the released overlap script thins clouds
-CLOUD_RADIUS = 0.075  # m; it counts points with a neighbor closer than this
 
 T = TypeVar("T")
 
@@ -111,60 +117,13 @@ def find_pairs(
     return pairs
 
 
-def overlap_matrix(frames: list[Frame], device: str | torch.device = "cpu") -> np.ndarray:
-    """Compute the overlap ratio of all pairs of equally sized frames: float [N, N], symmetric, diagonal 1."""
-    depth = torch.stack([torch.from_numpy(f.depth) for f in frames]).to(device)
-    intrinsics = torch.stack([torch.from_numpy(f.intrinsics) for f in frames]).float().to(device)
-    poses = torch.stack([torch.from_numpy(f.cam_to_world) for f in frames]).to(device)
-    ratios = np.eye(len(frames))
-    for chunk in torch.combinations(torch.arange(len(frames), device=device)).split(BATCH):
-        i, j = chunk.T
-        forward = geometry.match_pixels(depth[i], depth[j], intrinsics[i], intrinsics[j], poses[i], poses[j])
-        backward = geometry.match_pixels(depth[j], depth[i], intrinsics[j], intrinsics[i], poses[j], poses[i])
-        ratio = geometry.overlap_ratio(forward, backward, depth[i], depth[j]).cpu().numpy()
-        ratios[i.cpu(), j.cpu()] = ratios[j.cpu(), i.cpu()] = ratio
-    return ratios
-
-
-def thin_cloud(frame: Frame) -> Tensor:
-    """Back-project a frame to world points and average them in voxels of 5 cm: float64 [N, 3] m.
-
-    As the released overlap script: at the frame's own resolution; voxels start half a voxel below the lowest point.
-    """
-    depth, intrinsics = torch.from_numpy(frame.depth).double(), torch.from_numpy(frame.intrinsics)
-    points = geometry.backproject(depth, intrinsics)[depth.flatten() > 0]
-    points = geometry.transform(points, torch.from_numpy(frame.cam_to_world).double())
-    low = points.amin(dim=0) - CLOUD_VOXEL / 2
-    return voxelize(points - low, points, CLOUD_VOXEL, reduce="mean").feats
-
-
-def cloud_overlap(cloud1: Tensor, cloud2: Tensor) -> tuple[float, float]:
-    """Compute the share of points [N, 3] in each cloud with a point of the other closer than 7.5 cm: (of 1, of 2).
-
-    The overlap of a pair in PointContrast, CSC and Pri3D is the larger of the two.
-    """
-    matches = geometry.radius_matches(cloud1, cloud2, CLOUD_RADIUS)
-    return len(matches[:, 0].unique()) / len(cloud1), len(matches[:, 1].unique()) / len(cloud2)
-
-
-def cloud_overlap_matrix(clouds: list[Tensor], device: str | torch.device = "cpu") -> np.ndarray:
-    """Compute the larger `cloud_overlap` of all pairs of clouds: float [N, N], symmetric, diagonal 1."""
-    clouds = [cloud.to(device) for cloud in clouds]
-    boxes = [(cloud.amin(dim=0), cloud.amax(dim=0)) for cloud in clouds]
-    ratios = np.eye(len(clouds))
-    for i, j in combinations(range(len(clouds)), 2):
-        (low1, high1), (low2, high2) = boxes[i], boxes[j]
-        if ((low1 - high2 < CLOUD_RADIUS) & (low2 - high1 < CLOUD_RADIUS)).all():
-            ratios[i, j] = ratios[j, i] = max(cloud_overlap(clouds[i], clouds[j]))
-    return ratios
-
-
 def _scene_pairs(
     source: Source, scene: str, spec: DataSpec, skips: SkippedFrames, tested: PairCounts, device: str | torch.device
 ) -> list[Pair]:
-    if spec.measure == "match_released_code":
-        clouds = _load_all(source, scene, thin_cloud, skips)
-        names, ratios = list(clouds), cloud_overlap_matrix(list(clouds.values()), device)
+    if spec.measure != "projective":
+        convert, compare = CLOUD_MEASURES[spec.measure]
+        clouds = _load_all(source, scene, convert, skips)
+        names, ratios = list(clouds), compare(list(clouds.values()), device)
     else:
         size = _mining_size(spec)
         frames = _load_all(source, scene, lambda frame: resize_frame(frame, size), skips)

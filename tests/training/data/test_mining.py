@@ -15,11 +15,12 @@ from geo_pretrain import geometry
 from geo_pretrain.errors import DataError
 from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, resize_frame
-from geo_pretrain.training.data.mining import (
-    PairCounts,
+from geo_pretrain.training.data.mining import PairCounts, find_pairs
+from geo_pretrain.training.data.overlap import (
+    cell_overlap_matrix,
     cloud_overlap,
     cloud_overlap_matrix,
-    find_pairs,
+    occupied_cells,
     overlap_matrix,
     thin_cloud,
 )
@@ -273,3 +274,42 @@ def test_labels_are_resized_with_the_image():
 
 def test_pair_is_plain_data():
     assert Pair("s", "a", "b", 0.5) == Pair("s", "a", "b", 0.5)
+
+
+def slow_cell_overlap(cells1, cells2):
+    """Cell by cell: the larger share of cells that are, or touch by a face, a cell of the other frame."""
+
+    def share(cells, others):
+        return np.mean(
+            [min(sum(abs(a - b) for a, b in zip(cell, o, strict=True)) for o in others) <= 1 for cell in cells]
+        )
+
+    first, second = cells1.tolist(), cells2.tolist()
+    return max(share(first, second), share(second, first))
+
+
+def test_quick_measure_equals_its_slow_twin():
+    generator = torch.Generator().manual_seed(0)
+    frames = [torch.randint(-3, 4, (count, 3), generator=generator).unique(dim=0) for count in (30, 9, 60)]
+    matrix = cell_overlap_matrix([*frames, frames[0] + 100])
+    for i, j in combinations(range(3), 2):
+        assert matrix[i, j] == matrix[j, i] == pytest.approx(slow_cell_overlap(frames[i], frames[j]))
+    assert matrix[3].tolist() == [0, 0, 0, 1]
+    assert (cell_overlap_matrix([]).shape, cell_overlap_matrix([frames[0][:0]] * 2).tolist()) == (
+        (0, 0),
+        [[1, 0], [0, 1]],
+    )
+    with pytest.raises(DataError, match="too far to compare"):
+        cell_overlap_matrix([torch.tensor([[0, 0, 0], [1 << 22] * 3])])
+
+
+def test_quick_measure_is_near_the_released_one(recording):
+    frames = frames_of(SevenScenes(recording))
+    quick = cell_overlap_matrix([occupied_cells(frame) for frame in frames])
+    released = cloud_overlap_matrix([thin_cloud(frame) for frame in frames])
+    assert np.abs(quick - released).max() < 0.05
+    assert np.abs(quick - overlap_matrix(frames)).max() > 0.1
+    chosen = find_pairs(SevenScenes(recording), dataclasses.replace(SPEC, measure="voxels"), skips=SkippedFrames())
+    assert [pair.overlap for pair in chosen] == [
+        ratio for i, j in combinations(range(6), 2) if (ratio := quick[i, j]) >= 0.2
+    ]
