@@ -1,10 +1,10 @@
-"""Overlaps of frames: how far the quick measure agrees with the released script's, and how many pairs a second each takes.
+"""Overlaps of frames: agreement of the quick measure with the released script's, and the pairs per second of both.
 
 Run: OMP_NUM_THREADS=1 python -m benchmarks.mining DATA [--pairs 300] [--frames 200] [--repeats 3]; writes
-benchmarks/results/mining.json. DATA is a folder in 7-Scenes layout. One core. The slow twin is written from the released
-procedure (PointContrast, CSC and Pri3D share it): every cloud thinned to means in 5 cm voxels, two k-d trees a pair, the
-share of points with a neighbor within 7.5 cm, the larger of both directions. It uses scipy's k-d tree on all points of a
-cloud at once, where the released script loops over points in Python, so that the released one is slower still.
+benchmarks/results/mining.json. DATA is a folder in 7-Scenes layout. One core. The slow twin is written from the
+released procedure (PointContrast, CSC and Pri3D share it): every cloud thinned to means in 5 cm voxels, two k-d trees a
+pair, the share of points with a neighbor within 7.5 cm, the larger of both directions. It asks scipy's k-d tree for all
+points of a cloud at once; the released script loops over points in Python, and is slower still.
 """
 
 from __future__ import annotations
