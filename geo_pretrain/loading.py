@@ -104,10 +104,10 @@ def load_backbone(
     """Load a pre-trained network: the encoder or, with `decoder=True`, the U-Net for images; a sparse U-Net for points.
 
     It comes in evaluation mode; call `.train()` to fine-tune. The encoder maps [B, 3, H, W] to five maps at strides 2,
-    4, 8, 16, 32 (those in `out_indices`); its U-Net gives dense features [B, C, H/2, W/2]. The sparse U-Net takes
-    points through `.encode_points(points, features)`, or a `SparseTensor`; `.forward_intermediates(x)` gives its maps
-    too. `.transforms` turns an image or points into input, `.contract` says what that is, `.feature_info` describes
-    the maps, `.load_report` what was loaded.
+    4, 8, 16, 32 (those in `out_indices`; an encoder of timm has its own, see `feature_info`); its U-Net gives dense
+    features [B, C, H/2, W/2]. The sparse U-Net takes points through `.encode_points(points, features)`, or a
+    `SparseTensor`; `.forward_intermediates(x)` gives its maps too. `.transforms` turns an image or points into input,
+    `.contract` says what that is, `.feature_info` describes the maps, `.load_report` what was loaded.
 
     `name_or_folder`, `hub`, `revision`, `cache_dir`, `local_files_only`: see `hub.open`. `pretrained=False` builds the
     network with a random start; for a name of the catalog no file is needed. `in_chans` other than that of the
@@ -353,7 +353,7 @@ def _load(checkpoint: Checkpoint, strict: bool, shape: _Shape) -> tuple[Any, Loa
         given |= {prefix + key: value for key, value in read_weights(checkpoint, role).items()}
     expected = network.state_dict()
     built = checkpoint.arch if shape.decoder else checkpoint.arch.encoder_alone
-    stem, reshaped = built.architecture.stem, list[str]()
+    stem, reshaped = built.architecture.stem or str(getattr(network, "stem", None)), list[str]()
     if shape.in_chans is not None and stem in given and given[stem].shape[1] != shape.in_chans:
         given[stem] = adapt_stem(given[stem], expected[stem].shape[1])
         reshaped.append(stem)

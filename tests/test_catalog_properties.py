@@ -30,7 +30,10 @@ every_name = pytest.mark.parametrize("name", NAMES)
 
 def test_the_sweep_visits_every_entry():
     assert len(NAMES) == len(list_backbones()) == len(CATALOG)
-    assert Counter(entry.arch.name for entry in CATALOG.values()).keys() == ARCHITECTURES.keys()
+    own = {
+        name for name, row in ARCHITECTURES.items() if "timm" not in row.tags
+    }  # those of timm have no checkpoint yet
+    assert Counter(entry.arch.name for entry in CATALOG.values()).keys() == own
 
 
 @every_name

@@ -1,7 +1,8 @@
 """Table of all architectures, one row each. torch is not imported until a class is loaded.
 
 An `Arch` is an architecture with the arguments of its constructor, as catalog entries and config.json state it.
-`ENCODERS` are the names by which recipes and other libraries call image encoders, such as "resnet18".
+`ENCODERS` are the names by which recipes and other libraries call image encoders, such as "resnet18"; any encoder of
+timm is named "timm/NAME" and needs no row here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pkgutil import resolve_name
 from typing import Any, Literal
 
 from geo_pretrain.backbones.encoder import HOST_WIDTH
+from geo_pretrain.backbones.timm_names import PREFIX, default_out_chans, is_timm, timm_args
 from geo_pretrain.errors import unknown
 
 
@@ -23,7 +25,7 @@ class Architecture:
     network: str  # "module:class" of the whole network
     modality: Literal["2d", "3d"]
     roles: tuple[str, ...]  # of the files that hold its weights; of two, the first is enough without the decoder
-    stem: str  # key of the first convolution's weight in the network's state dict
+    stem: str  # key of the first convolution's weight in the network's state dict; "": the network's attribute `stem`
     title: str  # for people, a format string over the constructor's arguments
     defaults: Mapping[str, Any]  # of the constructor, where titles and cards need them
     tags: tuple[str, ...]  # of model cards
@@ -71,6 +73,28 @@ _ROWS = (
         encoder="resnet",
     ),
     Architecture(
+        name="timm_encoder",
+        network="geo_pretrain.backbones.timm_encoder:TimmEncoder",
+        modality="2d",
+        roles=("encoder",),
+        stem="",
+        title="timm {name}",
+        defaults={},
+        tags=("timm",),
+    ),
+    Architecture(
+        name="timm_unet",
+        network="geo_pretrain.backbones.timm_encoder:TimmUNet",
+        modality="2d",
+        roles=("encoder", "decoder"),
+        stem="",
+        title="timm {name} U-Net",
+        defaults={},
+        tags=("timm", "unet"),
+        encoder="timm_encoder",
+        dense_stride=2,
+    ),
+    Architecture(
         name="sr_unet",
         network="geo_pretrain.backbones.sr_unet:SRUNet",
         modality="3d",
@@ -97,7 +121,10 @@ class Arch:
         object.__setattr__(self, "args", dict(self.args))
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.args.items())})"
+        shown = self.args.items()
+        if self.of_timm is not None:  # what follows from the name is left out
+            shown = {key: value for key, value in shown if not isinstance(value, list | dict)}.items()
+        return f"{self.name}({', '.join(f'{key}={value}' for key, value in shown)})"
 
     @property
     def architecture(self) -> Architecture:
@@ -137,9 +164,25 @@ class Arch:
         return replace(self, name=encoder, args={key: value for key, value in self.args.items() if key != "out_chans"})
 
     @property
+    def of_timm(self) -> str | None:
+        """The name in timm of the network's encoder; None: it is none of timm's."""
+        return str(self.args.get("name")) if self.name.startswith("timm_") else None
+
+    @property
+    def maps(self) -> list[list[int]]:
+        """[channels, stride] of each map of a 2D network's encoder, finest first."""
+        if "maps" in self.args:
+            return [list(row) for row in self.args["maps"]]
+        given = {**self.architecture.defaults, **self.args}
+        width, expansion = int(given["width"]), 4 if given["depth"] >= 50 else 1
+        return [[width, 2], *([(width << stage) * expansion, 4 << stage] for stage in range(4))]
+
+    @property
     def encoder_name(self) -> str | None:
-        """The name in `ENCODERS` of the network's encoder, of any width; None: it has none."""
+        """The name in recipes of the network's encoder, of any width: in `ENCODERS`, or "timm/NAME"; None: none."""
         encoder = self.encoder_alone
+        if encoder.of_timm is not None:
+            return f"{PREFIX}{encoder.of_timm}"
         given = {**encoder.architecture.defaults, **encoder.args}
         for name, arch in ENCODERS.items():
             if arch.name == encoder.name and all(given.get(key) == value for key, value in arch.args.items()):
@@ -148,8 +191,9 @@ class Arch:
 
     @property
     def host_encoder(self) -> str | None:
-        """The name by which torchvision and timm know a network with the encoder's tensors; None: they have none."""
-        return self.encoder_name if self.args.get("width", HOST_WIDTH) == HOST_WIDTH else None
+        """The name by which torchvision and timm know a network with the encoder's tensors; None: not both do."""
+        name = self.encoder_name
+        return name if name in ENCODERS and self.args.get("width", HOST_WIDTH) == HOST_WIDTH else None
 
     @property
     def title(self) -> str:
@@ -166,11 +210,17 @@ ENCODERS: Mapping[str, Arch] = {f"resnet{depth}": Arch("resnet", {"depth": depth
 
 
 def encoder_arch(name: str, **args: Any) -> Arch:
-    """Look up an encoder in `ENCODERS` and add arguments such as `width`. Raises `UnknownName`.
+    """Look up an encoder in `ENCODERS`, or in timm ("timm/NAME"), and add arguments such as `width`.
+
+    Raises `UnknownName`, and ValueError for another `width` of an encoder of timm.
 
     >>> str(encoder_arch("resnet18", width=8))
     'resnet(depth=18, width=8)'
     """
+    if is_timm(name):
+        if args.pop("width", HOST_WIDTH) != HOST_WIDTH:
+            raise ValueError(f"{name!r} has the width that timm gives it; accepted: the default, {HOST_WIDTH}.")
+        return Arch("timm_encoder", {**timm_args(name), **args})
     if name not in ENCODERS:
         raise unknown("image encoder", name, ENCODERS)
     arch = ENCODERS[name]
@@ -178,5 +228,8 @@ def encoder_arch(name: str, **args: Any) -> Arch:
 
 
 def unet_arch(encoder: str, **args: Any) -> Arch:
-    """Pri3D's U-Net around the encoder of this name. Raises `UnknownName`."""
-    return Arch("resnet_unet", encoder_arch(encoder, **args).args)
+    """Pri3D's U-Net around the encoder of this name; the errors are those of `encoder_arch`."""
+    arch = encoder_arch(encoder, **args)
+    if arch.of_timm is None:
+        return replace(arch, name="resnet_unet")
+    return replace(arch, name="timm_unet", args={"out_chans": default_out_chans(arch.maps), **arch.args})

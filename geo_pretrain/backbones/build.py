@@ -46,7 +46,7 @@ def build(
 
 
 def build_encoder(name: str, *, width: int = HOST_WIDTH, **options: Any) -> Any:
-    """Build a randomly initialized `ImageEncoder` by its name, such as "resnet18"; `options` are those of `build`.
+    """Build a randomly initialized `ImageEncoder` by its name, "resnet18" or "timm/NAME"; `options`: those of `build`.
 
     Raises `UnknownName`.
 
@@ -68,7 +68,8 @@ def network_states(arch: Arch) -> dict[str, dict[str, Tensor]]:
 def golden_values(network: nn.Module, *, ones: bool = False, offset: float = -0.5) -> dict[str, Tensor]:
     """Draw a seeded input and compute the outputs of `network`, which is float32, on the CPU and in evaluation mode.
 
-    Images: "input" [1, C, 64, 96], "encoder.0" to "encoder.4" and, where there is one, "decoder". Points:
+    Images: "input" [1, C, 64, 96], or of the only size that it takes; "encoder.0" to "encoder.4", the encoder's maps;
+    and, where there is one, "decoder". Points:
     "input.coords" [N, 4], "input.feats" [N, C] from `offset` to `offset` + 1 (`ones`: constant 1), "output" [N, C].
     """
     generator = torch.Generator().manual_seed(0)
@@ -83,7 +84,8 @@ def golden_values(network: nn.Module, *, ones: bool = False, offset: float = -0.
         golden = {"input.coords": coords, "input.feats": feats}
     else:
         encoder: Any = getattr(network, "encoder", network)
-        golden = {"input": torch.randn((1, encoder.in_chans, *GOLDEN_SIZE), generator=generator)}
+        size = getattr(encoder, "fixed_size", None) or GOLDEN_SIZE
+        golden = {"input": torch.randn((1, encoder.in_chans, *size), generator=generator)}
     return golden | golden_outputs(network, golden)
 
 

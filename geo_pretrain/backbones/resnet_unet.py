@@ -27,7 +27,8 @@ BLOCKS = {
     50: ("Bottleneck", (3, 4, 6, 3)),
     101: ("Bottleneck", (3, 4, 23, 3)),
 }
-torch.fx.wrap("_check_images")  # one node for `torch.fx.symbolic_trace`, which cannot follow its branches
+torch.fx.wrap("check_images")  # one node for `torch.fx.symbolic_trace`, which cannot follow its branches
+DENSE_STRIDE = 2  # of the U-Nets' output
 MIN_SIZE = 32  # pixels: below this the last stage has nothing to look at
 STAGES = {"stem": ("conv1", "bn1"), **{f"layer{stage}": (f"layer{stage}",) for stage in range(1, 5)}}
 # output stride -> dilation of the first block of a stage, and of its others: torchvision's rule
@@ -76,7 +77,7 @@ class ResNetEncoder(ImageBackbone):
 
         Map 0 is relu(bn1(conv1)) at stride 2, before the max-pooling; 1 to 4 are the outputs of layer1 to layer4.
         """
-        _check_images(x, self.in_chans)
+        check_images(x, self.in_chans)
         x = self.relu(self.bn1(self.conv1(x)))
         maps = [x]
         x = self.maxpool(x)
@@ -118,29 +119,98 @@ class UpProjection(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """Four up-projections; the encoder's maps are added, not concatenated, and the stem's map is not used."""
+    """Up-projections to stride 2; the encoder's maps are added, not concatenated, and one of stride 2 is not used.
 
-    def __init__(self, stage_chans: Sequence[int], out_chans: int) -> None:
-        """`stage_chans`: channels of layer1 to layer4; each must be half of the next, since skips are added."""
+    Channels fall as the stride does, but not below `narrowest`; a map that has another number of them is brought to it
+    by a 1x1 convolution (`join1`, ...), which ResNets do not need. Where there is no map for a stride, as below that of
+    a vision transformer's patches, an up-projection doubles the last one.
+    """
+
+    def __init__(
+        self, chans: Sequence[int], out_chans: int, *, strides: Sequence[int] = (4, 8, 16, 32), narrowest: int = 1
+    ) -> None:
+        """`chans`, `strides`: of the encoder's maps, finest first; strides above 2."""
         super().__init__()
-        layer1, layer2, layer3, layer4 = stage_chans
-        self.up1 = UpProjection(layer4, layer3)
-        self.up2 = UpProjection(layer3, layer2)
-        self.up3 = UpProjection(layer2, layer1)
-        self.up4 = UpProjection(layer1, layer1 // 2)
-        self.conv0 = nn.Conv2d(layer1 // 2, out_chans, kernel_size=1)
+        self.steps = _decoder_steps(strides)
+        self.finest = strides[0]
+        width = chans[-1]
+        for number, (stride, index) in enumerate(self.steps, 1):
+            narrower = max(narrowest, chans[-1] * stride // strides[-1])
+            self.add_module(f"up{number}", UpProjection(width, narrower))
+            if index is not None and chans[index] != narrower:
+                self.add_module(f"join{number}", nn.Conv2d(chans[index], narrower, kernel_size=1))
+            width = narrower
+        self.conv0 = nn.Conv2d(width, out_chans, kernel_size=1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps of layer1 to layer4, finest first -> [B, out_chans, h, w] at twice the size of layer1's map."""
-        layer1, layer2, layer3, layer4 = maps
-        x = self.up1(layer4, _size(layer3)) + layer3
-        x = self.up2(x, _size(layer2)) + layer2
-        x = self.up3(x, _size(layer1)) + layer1
-        height, width = _size(layer1)
-        return self.conv0(self.up4(x, (2 * height, 2 * width)))
+        """Maps of strides above 2, finest first -> [B, out_chans, h, w] at stride 2: twice the size of one at 4."""
+        x = maps[-1]
+        for number, (stride, index) in enumerate(self.steps, 1):
+            up = getattr(self, f"up{number}")  # torch 2.6 cannot export get_submodule
+            if index is None:
+                x = up(x, _at_stride(maps[0], self.finest, stride))
+            else:
+                skip = maps[index]
+                joined = getattr(self, f"join{number}")(skip) if hasattr(self, f"join{number}") else skip
+                x = up(x, _size(skip)) + joined
+        dense: Tensor = self.conv0(x)
+        return dense
 
 
-class ResNetUNet(ImageBackbone):
+def _decoder_steps(strides: Sequence[int]) -> list[tuple[int, int | None]]:
+    """Stride of each up-projection's output and the index of the map that is added there; None: there is none."""
+    steps: list[tuple[int, int | None]] = [(strides[index], index) for index in range(len(strides) - 2, -1, -1)]
+    stride = 1 << (strides[0] - 1).bit_length() - 1  # the largest power of 2 below the finest map's
+    while stride >= DENSE_STRIDE:
+        steps.append((stride, None))
+        stride //= 2
+    return steps
+
+
+def _at_stride(finest: Tensor, have: int, stride: int) -> tuple[int, int]:
+    """The size at `stride` of what a map of stride `have` covers, which may be a little more than the image."""
+    height, width = _size(finest)
+    if have % stride == 0:
+        return have // stride * height, have // stride * width
+    return have * height // stride, have * width // stride
+
+
+class UNet(ImageBackbone):
+    """An encoder, `.encoder`, and a decoder, `.decoder`: one feature vector for every second pixel in both directions.
+
+    The decoder's map may cover a row or column more than the image, which is cut off.
+    """
+
+    encoder: Any
+    decoder: UNetDecoder
+    out_chans: int
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The encoder's maps."""
+        info: list[dict[str, Any]] = self.encoder.feature_info
+        return info
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H / 2, W / 2], sides rounded up."""
+        return self._dense(self.encoder(x), x)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> Any:
+        """The dense features and the encoder's maps (`indices`: see `choose_maps`), under timm's name."""
+        maps = self.encoder(x)
+        intermediates = choose_maps(maps, indices)
+        return intermediates if intermediates_only else (self._dense(maps, x), intermediates)
+
+    def _dense(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The decoder's map, cut to half the size of the images `x`."""
+        deep = [one for one, info in zip(maps, self.feature_info, strict=True) if info["reduction"] > DENSE_STRIDE]
+        dense: Tensor = self.decoder(deep)
+        return dense[:, :, : (x.shape[2] + 1) // 2, : (x.shape[3] + 1) // 2]
+
+
+class ResNetUNet(UNet):
     """The dense 2D network of Pri3D: one feature vector for every second pixel in both directions.
 
     `out_chans` defaults to the pre-training width: width / 2 times the block's expansion, so 32 for ResNet-18 and 128
@@ -156,33 +226,18 @@ class ResNetUNet(ImageBackbone):
         self.out_chans = stage_chans[0] // 2 if out_chans is None else out_chans
         self.decoder = UNetDecoder(stage_chans, self.out_chans)
 
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """The encoder's maps, as in `ResNetEncoder`."""
-        return self.encoder.feature_info
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H / 2, W / 2], sides rounded up."""
-        maps = self.encoder(x)
-        return self._dense(maps)
-
-    def _dense(self, maps: Sequence[Tensor]) -> Tensor:
+    def _dense(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:
         """The decoder's map, cut to the size of the stem's."""
         height, width = _size(maps[0])
         dense: Tensor = self.decoder(maps[1:])
         return dense[:, :, :height, :width]
 
-    def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
-    ) -> Any:
-        """The dense features and the encoder's maps (`indices`: see `choose_maps`), under timm's name."""
-        maps = self.encoder(x)
-        intermediates = choose_maps(maps, indices)
-        return intermediates if intermediates_only else (self._dense(maps), intermediates)
 
-
-def unet_like(encoder: ResNetEncoder, out_chans: int) -> ResNetUNet:
+def unet_like(encoder: Any, out_chans: int) -> UNet:
     """A randomly initialized U-Net whose encoder has the shape of `encoder`."""
+    if not isinstance(encoder, ResNetEncoder):
+        like: UNet = encoder.unet(out_chans)
+        return like
     return ResNetUNet(encoder.depth, width=encoder.width, out_chans=out_chans, in_chans=encoder.in_chans)
 
 
@@ -272,7 +327,8 @@ def _check_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     return indices
 
 
-def _check_images(x: Tensor, in_chans: int) -> None:
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raise ValueError unless x is [B, in_chans, H, W] of at least 32 x 32 pixels."""
     if x.ndim != 4 or x.shape[1] != in_chans:
         given = f"a tensor of shape {tuple(x.shape)}"
         hint = f" Load with in_chans={x.shape[1]} for such images." if x.ndim == 4 else ""

@@ -97,10 +97,8 @@ def snippets(
 
 
 def encoder_channels(arch: Arch) -> tuple[int, ...]:
-    """Channels of the ResNet encoder's maps at strides 2, 4, 8, 16 and 32."""
-    given = {**arch.architecture.defaults, **arch.args}
-    width, expansion = int(given["width"]), 4 if given["depth"] >= 50 else 1
-    return (width, *((width << stage) * expansion for stage in range(4)))
+    """Channels of the encoder's maps, finest first."""
+    return tuple(chans for chans, _ in arch.maps)
 
 
 def dense_shape(arch: Arch, contract: ImageContract) -> str:
@@ -117,14 +115,14 @@ def output_channels(arch: Arch) -> int:
 
 def _own_2d(where: str, arch: Arch, contract: ImageContract, pretrained: bool, decoder: bool) -> Snippet:
     off = "" if pretrained else ", pretrained=False"
-    maps = ", ".join(map(str, encoder_channels(arch)))
+    maps, strides = (", ".join(map(str, values)) for values in zip(*arch.maps, strict=True))
     code = f"""\
 import geo_pretrain as gp
 from PIL import Image
 
 image = Image.open("image.jpg")
 encoder = gp.load_backbone("{where}"{off})
-maps = encoder(encoder.transforms(image)[None])  # {maps} channels at strides 2, 4, 8, 16, 32"""
+maps = encoder(encoder.transforms(image)[None])  # {maps} channels at strides {strides}"""
     if decoder and arch.has_decoder:
         code += f"""
 unet = gp.load_backbone("{where}", decoder=True{off})
