@@ -91,9 +91,7 @@ def predict(
     _check_names(items)
     found = Predictions(out)
     drawn: list[tuple[Any, Any]] = []
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / CLASSES, "".join(f"{name}\n" for name in task.classes))
-    _write_index(found, task, run)  # so that a prediction that is cut off can be begun again
+    _begin(found, task, run)
     for number, item in enumerate(items):
         done = _predict_one(task, item, found)
         if done is not None and export is not None:
@@ -102,11 +100,8 @@ def predict(
             drawn.append(done)
         if progress is not None:
             progress(number + 1, len(items), item.name)
-    if drawn:
-        draw_clouds(drawn, task.classes, out / PICTURE)
-    if not found.items:
-        reasons = some((f"{one['path']}: {one['reason']}" for one in found.skipped), 3)
-        raise DataError(f"None of {len(found.skipped)} items can be read: {reasons}.")
+    draw_clouds(drawn, task.classes, out / PICTURE)
+    _check_found(found)
     _write_index(found, task, run)
     return found
 
@@ -149,6 +144,20 @@ def _benchmark(name: str, task: FinetuneTask) -> Callable[[Path, str, Any], None
             f"run is {task.recipe.task} of {len(task.classes)} ({some(task.classes)})."
         )
     return write
+
+
+def _begin(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str]) -> None:
+    """Write what is known at the start: the index, too, so that a prediction that is cut off can be begun again."""
+    found.folder.mkdir(parents=True, exist_ok=True)
+    write_text(found.folder / CLASSES, "".join(f"{name}\n" for name in task.classes))
+    _write_index(found, task, run)
+
+
+def _check_found(found: Predictions) -> None:
+    """Raise `DataError` where no item could be read."""
+    if not found.items:
+        reasons = some((f"{one['path']}: {one['reason']}" for one in found.skipped), 3)
+        raise DataError(f"None of {len(found.skipped)} items can be read: {reasons}.")
 
 
 def _write_index(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str]) -> None:
