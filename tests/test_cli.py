@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,7 @@ COMMANDS = [
     ["eval", "folds"],
     ["finetune"],
     ["predict"],
+    ["data", "check"],
     ["data", "preview"],
     ["data", "convert"],
     ["bench", "pretext"],
@@ -385,6 +387,21 @@ def test_preview_of_a_recording(tmp_path, recording):  # noqa: F811
     assert run("data", "preview", f"seven_scenes:{recording}", "-o", out, "--frames", 2).exit_code == 0
     with Image.open(out) as image:
         assert image.width > 300
+
+
+def test_check_of_a_recording_with_inverse_poses(tmp_path, recording):  # noqa: F811
+    shutil.copytree(recording, tmp_path / "twin")
+    for path in (tmp_path / "twin").glob("*.pose.txt"):
+        np.savetxt(path, np.linalg.inv(np.loadtxt(path)))
+    out = tmp_path / "x.png"
+    shown = run("data", "check", f"seven_scenes:{tmp_path / 'twin'}", "-o", out)
+    assert shown.exit_code == 1
+    assert "poses: WRONG fit as world-to-camera" in shown.output
+    assert "Suggested: --set data.options.pose_convention=world_to_camera\n" in shown.output
+    with Image.open(out) as image:
+        assert image.width > 1000
+    right = run("data", "check", f"seven_scenes:{recording}", "-o", out, "--json", "--frames", "0:0.5")
+    assert (right.exit_code, json.loads(right.output)["picture"]) == (0, str(out))
 
 
 @pytest.mark.parametrize(

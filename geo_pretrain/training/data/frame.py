@@ -137,6 +137,14 @@ class SampledContent(Protocol):
         """A sha256 over the bytes of some of the files, the same ones each time."""
 
 
+@runtime_checkable
+class RawDepth(Protocol):
+    """A source that shows what its depth images store, before units and markers of invalid pixels are interpreted."""
+
+    def raw_depth(self, scene: str, frame_id: str) -> np.ndarray:
+        """Read the stored values of a frame's depth, [H, W]. Raises `BadFrame`."""
+
+
 class SourcePart:
     """Base of sources that are part of another one, such as a range of its frames; they share its capabilities."""
 

@@ -1,0 +1,84 @@
+"""Checking a source: `check_source` looks at everything, `quick_check` at what training must not begin without."""
+
+from __future__ import annotations
+
+from geo_pretrain.errors import DataError
+from geo_pretrain.training.data.check import findings
+from geo_pretrain.training.data.check.conventions import Fits, View, try_conventions
+from geo_pretrain.training.data.check.registration import find_registration
+from geo_pretrain.training.data.check.report import Finding, Level, Report
+from geo_pretrain.training.data.check.sample import FULL, QUICK, Sample, load_sample
+from geo_pretrain.training.data.frame import Frame, Source
+from geo_pretrain.training.data.mining import spread_evenly
+from geo_pretrain.training.recipe import DataSpec
+
+COMPARED = 12  # frames whose edges are compared
+
+
+def check_source(source: Source, spec: DataSpec) -> Report:
+    """Check the frames of a source: conventions, units, registration, order and sharpness."""
+    sample = load_sample(source, FULL)
+    if not sample.frames:
+        return Report(spec, (findings.of_frames(sample),), sample)
+    fits = _fits(sample)
+    registration = find_registration(_of_one_size(sample))
+    found = (
+        findings.of_frames(sample),
+        findings.of_intrinsics(sample.frames),
+        findings.of_depth(source, sample.frames),
+        findings.of_poses(source, fits, bool(sample.posed)),
+        findings.of_scale(source, fits, sample.frames),
+        findings.of_registration(source, registration),
+        findings.of_order(sample),
+        findings.of_blur(sample.frames),
+    )
+    return Report(spec, found, sample, fits, registration)
+
+
+def quick_check(source: Source, spec: DataSpec) -> Report:
+    """Check what decides whether training makes sense: readable frames, intrinsics, poses and the unit of depth.
+
+    Poses are left out for single-frame tasks (`spec.units` "frames"), which do not use them.
+    """
+    sample = load_sample(source, QUICK)
+    if not sample.frames:
+        return Report(spec, (findings.of_frames(sample),), sample)
+    fits = _fits(sample, quick=True)
+    found = [findings.of_frames(sample), findings.of_intrinsics(sample.frames)]
+    if spec.units == "pairs":
+        found.append(findings.of_poses(source, fits, bool(sample.posed)))
+    found.append(findings.of_scale(source, fits, sample.frames))
+    return Report(spec, tuple(found), sample, fits)
+
+
+def stop_if_wrong(report: Report) -> list[str]:
+    """Raise `DataError` when something is surely wrong; else the warnings, a line each.
+
+    Frames that cannot be read are no reason to stop: mining says which, and why.
+    """
+    serious = [finding for finding in report.at(Level.WRONG) if finding.topic != "frames"]
+    what = f"{report.spec.source}:{report.spec.path}" if report.spec.path else report.spec.source
+    if serious:
+        told = "\n".join(_line(finding) for finding in serious)
+        mend = f"\nTry: {report.paste()}" if report.options else ""
+        raise DataError(
+            f"The frames of {what} are read wrongly.\n{told}{mend}\n"
+            f"`geo-pretrain data check {what}` shows more; --no-check trains all the same."
+        )
+    warned = [_line(finding) for finding in report.at(Level.DOUBTFUL)]
+    return [*warned, f"`geo-pretrain data check {what}` shows more."] if warned else []
+
+
+def _line(finding: Finding) -> str:
+    return f"{finding.topic}: {finding.text}"
+
+
+def _fits(sample: Sample, *, quick: bool = False) -> Fits | None:
+    views = [View(frame.depth, frame.intrinsics, frame.cam_to_world) for frame in sample.small()]
+    return findings.in_meters(try_conventions(views, sample.pairs, quick=quick), sample.frames)
+
+
+def _of_one_size(sample: Sample) -> list[Frame]:
+    """Some frames as large as the first."""
+    size = sample.frames[0].depth.shape
+    return spread_evenly([frame for frame in sample.frames if frame.depth.shape == size], COMPARED)
