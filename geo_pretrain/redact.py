@@ -20,13 +20,20 @@ _SLASH_IN_PASSWORD = re.compile(r"(?<=://)[^\s/?#:@]+:(?!\d+(?:[/?#'\"\s]|$))\S*
 _END = r"[^\s&#'\"<>)\]}]*[^\s&#'\"<>)\]}.,;:]"
 _PAIR = re.compile(rf"(?<=[?&])([\w.%\[\]-]+)=({_END})")
 _BARE = re.compile(rf"(://[^\s?#'\"<>]+\?)(?![\w.%\[\]-]+=)({_END})")
+# what follows the path of an address: query, fragment, and parameters of the path; a page or a log may have escaped "&"
+_TAIL = re.compile(r"(://[^\s?#;'\"<>]*)([?#;][^\s'\"<>]*[^\s'\"<>)\]}.,;:])")
+_SEPARATOR = re.compile(r"([?&;#](?:amp;)?|\\u0026)")
 _TOKENS = re.compile(r"\b(hf_|gh[pousr]_|github_pat_|glpat-|AKIA)[A-Za-z0-9_]{10,}")
-_HEADER = re.compile(r"(?i)(\bauthorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic)?\s*)[^\s'\"]+")
+_HEADER = re.compile(
+    r"(?i)(\b(?:authorization|x-[\w-]*(?:token|key)|(?:set-)?cookie)['\"]?\s*[:=]\s*['\"]?"
+    r"(?:(?:bearer|basic|token|digest|negotiate)\s+)?)[^\s'\"]+"
+)
 # C0 but tab and newline, DEL, C1, marks that turn the direction of writing, line separators, undecodable bytes of names
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # an absolute path at the beginning of a value or after a separator, as in "clouds:/data/scans"; no address
 _PATH = re.compile(
-    r"(?:(?<=^)|(?<=[\s=,;('\"\[])|(?<=[^:/]:))(?:file://)?(?:~[\w.-]*|[A-Za-z]:)?[/\\](?![/\\])[^\s'\",;)\]]*"
+    r"(?:(?:(?<=^)|(?<=[\s=,;('\"\[`{|>@!]))(?:file://[\w.-]*|[/\\]+(?=[/\\][^\s/\\]))?|(?<=[^:/]:)(?:file://[\w.-]*)?)"
+    r"(?:~[\w.-]*|[A-Za-z]:)?[/\\](?![/\\])[^\s'\",;)\]`}|]*"
 )
 _HOMES = ("home", "Users", "root", "~")
 
@@ -46,9 +53,23 @@ def redacted(text: str) -> str:
         text = _AUTHORITY.sub(f"{HIDDEN}@", text)
         text = _SLASH_IN_PASSWORD.sub(f"{HIDDEN}@", text)
         text = _BARE.sub(rf"\g<1>{HIDDEN}", text)
+        text = _TAIL.sub(lambda match: match[1] + _hidden_values(match[2]), text)
     text = _PAIR.sub(lambda m: m[0] if m[1].lower() in HARMLESS else f"{m[1]}={HIDDEN}", text)
     text = _TOKENS.sub(rf"\g<1>{HIDDEN}", text)
     return _HEADER.sub(rf"\g<1>{HIDDEN}", text)
+
+
+def _hidden_values(tail: str) -> str:
+    """The tail of an address with each value hidden that may be a key; in its query also values without a name."""
+    parts, query = _SEPARATOR.split(tail), False
+    for number in range(2, len(parts), 2):  # before each lies its separator
+        separator, (name, equals, value) = parts[number - 1], parts[number].partition("=")
+        query = separator != "#" and (query or separator == "?")
+        if equals and value and name.lower() not in HARMLESS:
+            parts[number] = f"{name}={HIDDEN}"
+        elif not equals and query and name and name.lower() not in HARMLESS:
+            parts[number] = HIDDEN
+    return "".join(parts)
 
 
 def printable(text: str) -> str:

@@ -22,6 +22,8 @@ FARTHEST = 1e7  # m from the origin, more than any map frame on earth has
 SAMPLED = 240  # files whose bytes are read for a digest of a data set
 MOST_PIXELS = 60_000_000
 LAST_ROW = 1e-3  # by which the last row of a matrix may be off
+# Whatever a file is called, Pillow tries all it knows, and runs Ghostscript on what begins as PostScript does.
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP", "GIF", "JPEG2000", "TGA", "PCX", "SGI", "ICO", "DDS")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GRAY, _PALETTE = 0, 3  # color types of PNG whose pixels are one number
 UNPACKED, MOST_PACKED = 1 << 30, 64  # bytes of arrays that any archive may hold, and the multiple of its own size
@@ -244,8 +246,8 @@ def sampled_digest(root: Path, paths: Iterable[Path]) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image whose header states a size that a camera has; nothing of a larger one is decoded."""
-    with Image.open(path) as image:
+    """Open an image of a format that is only decoded, and whose header states a size that a camera has."""
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MOST_PIXELS:
             raise BadFrame(path, f"states {image.width}x{image.height} pixels; at most {MOST_PIXELS} are accepted")
         yield image

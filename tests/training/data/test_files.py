@@ -199,3 +199,19 @@ def test_an_image_that_asks_for_more_memory_than_there_is_is_a_bad_frame(tmp_pat
     monkeypatch.setattr(Image.Image, "convert", ask)  # as Pillow does for a chunk of pixels that states 4 GB
     with pytest.raises(BadFrame, match=r"x\.png: color image cannot be read \(MemoryError"):
         read_color(tmp_path / "x.png")
+
+
+def test_a_file_in_postscript_is_no_image_and_runs_no_program(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: ran.append(args))
+    path = tmp_path / "frame-000000.color.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\n{} loop\n%%EOF\n")
+    with pytest.raises(BadFrame, match="cannot identify image file"):
+        read_color(path)
+    assert not ran
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP", "GIF", "JPEG2000", "TGA"])
+def test_formats_of_cameras_are_read_whatever_the_file_is_called(tmp_path, kind):
+    Image.new("RGB", (64, 48), (200, 100, 50)).save(tmp_path / "image", format=kind)
+    assert read_color(tmp_path / "image").shape == (48, 64, 3)
