@@ -35,6 +35,7 @@ _UNSEALED = object()  # in place of the digest of a config.json of an older vers
 TEXT_ROLES = {"recipe": "recipe.yaml", "log": "log.jsonl", "card": "README.md"}
 ROLES = {role: f"{role}.safetensors" for role in (*WEIGHT_ROLES, "golden")} | TEXT_ROLES
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+HASHED = 8 << 20  # bytes that are hashed at once
 THREADS = min(os.cpu_count() or 1, 8)  # that compute a BLAKE3; memory is not faster than so many
 
 
@@ -305,9 +306,12 @@ def sha256(path: Path) -> str:
 
 
 def blake3(path: Path) -> str:
-    """Hex BLAKE3 digest of a file, by several threads."""
-    digest: str = _blake3_hasher().update_mmap(path).hexdigest()
-    return digest
+    """Hex BLAKE3 digest of a file, by several threads; read and not mapped: a map ends the process if it is cut."""
+    digest = _blake3_hasher()
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(HASHED):
+            digest.update(block)
+    return str(digest.hexdigest())
 
 
 def _blake3_hasher() -> Any:
