@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from geo_pretrain import __version__, cli
 from geo_pretrain.catalog import CATALOG
-from geo_pretrain.errors import CheckpointError
+from geo_pretrain.errors import CheckpointError, DataError
 from geo_pretrain.listing import answer
 from geo_pretrain.training import pretrain as running
 from geo_pretrain.training.data.sources import registry as sources
@@ -311,8 +311,9 @@ def test_every_option_of_train_arrives(tmp_path, monkeypatch):
         monkeypatch, *place, "train", "pri3d_view_r18", *data, "--steps", 7, *own, "-o", out
     )
     assert (recipe.name, recipe.optim.steps, recipe.optim.epochs, recipe.data.frames) == ("mine.run", 9, None, (0.5, 1))
-    assert (options["stage1"], options["overwrite"]) == (None, False)
-    (recipe, *_), options, _ = given(monkeypatch, *place, "train", name, "-o", out)
+    assert (options["stage1"], options["overwrite"], options["check"]) == (None, False, True)
+    (recipe, *_), options, _ = given(monkeypatch, *place, "train", name, "-o", out, "--no-check")
+    assert not options["check"]
     assert recipe == load_recipe(name)
     assert options["stage1"] == load_stage1(recipe)
 
@@ -400,6 +401,10 @@ def test_check_of_a_recording_with_inverse_poses(tmp_path, recording):  # noqa: 
     assert "Suggested: --set data.options.pose_convention=world_to_camera\n" in shown.output
     with Image.open(out) as image:
         assert image.width > 1000
+    arguments = "train", tiny_recipe(), "--data", f"seven_scenes:{tmp_path / 'twin'}", "--out", tmp_path / "run"
+    with pytest.raises(DataError, match=r"read wrongly(.|\n)*--set data.options.pose_convention=world_to_camera"):
+        run(*arguments, "--device", "cpu")
+    assert not (tmp_path / "run").exists()
     right = run("data", "check", f"seven_scenes:{recording}", "-o", out, "--json", "--frames", "0:0.5")
     assert (right.exit_code, json.loads(right.output)["picture"]) == (0, str(out))
 

@@ -24,6 +24,7 @@ SEED_HELP = "Seed of sample order, augmentation and new weights; default: the re
 BACKBONE_HELP = "A catalog name, a checkpoint folder, imagenet or scratch; with --sweep several."
 SCENES_HELP = "An official list of training scenes, or the folder of such lists, from which --fraction chooses."
 POINTS_HELP = "Labelled points of each training cloud: a number, or the path of an official list."
+CHECK_HELP = "Look at some frames first, and stop if poses, depth or intrinsics are surely read wrongly."
 RELEASED_HELP = "Reproduce the accidents of the released protocol."
 
 
@@ -62,6 +63,7 @@ def train(
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP + " The rest is held out.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CUDA where there is one.")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help=CHECK_HELP)] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished checkpoint.")] = False,
 ) -> None:
     """Pre-train a checkpoint on RGB-D data. Run the same command again to resume an interrupted run exactly.
@@ -95,6 +97,7 @@ def train(
             world,
             stage1=stage1,
             overwrite=overwrite,
+            check=check,
             report=report,
             note=lambda text: console.print(f"Data: {text}", highlight=False),
         )

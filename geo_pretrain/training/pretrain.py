@@ -18,8 +18,9 @@ from torch import Tensor
 from geo_pretrain.cards import render_card
 from geo_pretrain.catalog.license import License
 from geo_pretrain.checkpoint import CONFIG, Checkpoint, check_target, read_checkpoint, write_checkpoint
-from geo_pretrain.errors import RecipeError
+from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.hub.cache import default_cache
+from geo_pretrain.training.data.check.source import quick_check, stop_if_wrong
 from geo_pretrain.training.data.frame import Pair, SampledContent, SkippedFrames, Source, capability
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import Samples
@@ -53,18 +54,22 @@ def run_recipe(
     stage1: Recipe | None = None,
     starts: Mapping[str, Path] = {},
     overwrite: bool = False,
+    check: bool = False,
     report: Report = lambda *_: None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Train `recipe` into the checkpoint folder `out`, after `stage1` into `<out>.stage1` if the recipe starts from it.
 
     A first stage that is finished is used as it is; `starts` maps "stage1" to the folder of one trained elsewhere.
-    Interrupted runs go on, in the stage where they were. `note` is told what the data source says about itself. Raises
-    as `train`, `find_pairs` and `open_source`, `CheckpointError` when another process works on `out`, and `RecipeError`
-    when `<out>.stage1` was made by another recipe.
+    Interrupted runs go on, in the stage where they were. `note` is told what the data source says about itself. With
+    `check` some frames of data on disk are checked first: `DataError` when they are surely read wrongly, and `note` is
+    told what is likely wrong. Raises as `train`, `find_pairs` and `open_source`, `CheckpointError` when another process
+    works on `out`, and `RecipeError` when `<out>.stage1` was made by another recipe.
     """
     check_checkpoint_out(out, recipe.name, overwrite=overwrite)
     with run_lock(out, "training run") if world.is_main else nullcontext():
+        if check and recipe.data.path is not None:  # rooms are as they should be
+            _check_data(recipe, world, report, note)
         if stage1 is not None and needs_stage1(recipe):
             folder = out.with_name(out.name + ".stage1")
             with run_lock(folder, "first stage") if world.is_main else nullcontext():
@@ -129,6 +134,20 @@ def _is_done(stage1: Recipe, folder: Path, world: World, report: Report, *, over
 
 def _open(recipe: Recipe, world: World, report: Report) -> Source:
     return open_source(recipe.data, device=str(world.device), progress=lambda d, t: report("rendering rooms", d, t, ""))
+
+
+def _check_data(recipe: Recipe, world: World, report: Report, note: Callable[[str], None]) -> None:
+    """Look at some frames in the main process; in all processes, raise `DataError` when they are read wrongly."""
+    fault = None
+    if world.is_main:
+        try:
+            for warning in stop_if_wrong(quick_check(_open(recipe, world, report), recipe.data)):
+                note(warning)
+        except DataError as error:
+            fault = str(error)
+    told = [each for each in world.all_gather_object(fault) if each is not None]
+    if told:
+        raise DataError(str(told[0]))
 
 
 def _run(

@@ -54,7 +54,7 @@ def quick_check(source: Source, spec: DataSpec) -> Report:
 def stop_if_wrong(report: Report) -> list[str]:
     """Raise `DataError` when something is surely wrong; else the warnings, a line each.
 
-    Frames that cannot be read are no reason to stop: mining says which, and why.
+    Frames that cannot be read are left to mining, which says which they are, and why.
     """
     serious = [finding for finding in report.at(Level.WRONG) if finding.topic != "frames"]
     what = f"{report.spec.source}:{report.spec.path}" if report.spec.path else report.spec.source
@@ -65,7 +65,7 @@ def stop_if_wrong(report: Report) -> list[str]:
             f"The frames of {what} are read wrongly.\n{told}{mend}\n"
             f"`geo-pretrain data check {what}` shows more; --no-check trains all the same."
         )
-    warned = [_line(finding) for finding in report.at(Level.DOUBTFUL)]
+    warned = [_line(finding) for finding in report.at(Level.DOUBTFUL) if finding.topic != "frames"]
     return [*warned, f"`geo-pretrain data check {what}` shows more."] if warned else []
 
 
