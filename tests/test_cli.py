@@ -390,7 +390,7 @@ def test_preview_of_a_recording(tmp_path, recording):  # noqa: F811
         assert image.width > 300
 
 
-def test_check_of_a_recording_with_inverse_poses(tmp_path, recording):  # noqa: F811
+def test_check_of_a_recording_with_inverse_poses(tmp_path, recording, tiny_recipe):  # noqa: F811
     shutil.copytree(recording, tmp_path / "twin")
     for path in (tmp_path / "twin").glob("*.pose.txt"):
         np.savetxt(path, np.linalg.inv(np.loadtxt(path)))

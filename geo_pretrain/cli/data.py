@@ -43,7 +43,8 @@ def data_check(
     from geo_pretrain.training.data.sources.registry import open_source
     from geo_pretrain.training.visualize.check import draw_check
 
-    spec = data_spec(data, frames, set_, overlap)
+    small = data == "rooms" and not any(s.startswith("data.options") for s in set_)  # instead of the full set
+    spec = data_spec(data, frames, [*(["data.options={scenes: 2, frames: 12}"] if small else []), *set_], overlap)
     with progress(not as_json) as report_progress:
         source = open_source(spec, progress=lambda d, t: report_progress("rendering rooms", d, t, ""))
     report = check_source(source, spec)
