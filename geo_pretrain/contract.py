@@ -244,6 +244,7 @@ class VoxelTransform:
         feats = _to_features(features, points, contract)
         batch = None if batch is None else _as_tensor(batch).to(points.device)
         if isinstance(contract.voxel_size, tuple):
+            _warn_if_far(points, min(contract.voxel_size[0], contract.voxel_size[2]))
             cells = _cylinder(points) / points.new_tensor(contract.voxel_size)
             return voxelize(cells, feats, 1.0, reduce=contract.reduce, batch=batch)
         _warn_if_far(points, contract.voxel_size)
@@ -279,13 +280,13 @@ def _to_points(points: Any) -> Tensor:
     if points.ndim != 2 or points.shape[1] != 3 or not points.is_floating_point() or not len(points):
         raise ValueError(f"points are {points.dtype} {tuple(points.shape)}; accepted: float [N, 3] in meters, N > 0.")
     extent = (points.amax(dim=0) - points.amin(dim=0)).max()
+    if not math.isfinite(extent) and not points.isfinite().all():
+        raise ValueError("Some points are not finite (NaN or infinity); accepted: finite numbers. Drop those rows.")
     if extent > MAX_EXTENT:
         raise ValueError(
             f"The points span {float(extent):.4g} m; accepted: meters, up to {MAX_EXTENT:g}. "
             "Millimeters need dividing by 1000."
         )
-    if not math.isfinite(extent):
-        raise ValueError("Some points are not finite (NaN or infinity); accepted: finite numbers. Drop those rows.")
     return points
 
 
@@ -327,6 +328,12 @@ def _to_features(features: Any, points: Tensor, contract: VoxelContract) -> Tens
         raise ValueError(f"features are {features.dtype}; accepted: {_kinds(names)}.")
     colors = features[:, [name in COLORS for name in names]]
     _check_range(colors, "colors", "shifted already, which is done here")
+    finite = features.isfinite().all(dim=0)
+    if not finite.all():
+        wrong = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+        raise ValueError(
+            f"Some features ({', '.join(wrong)}) are not finite; accepted: finite numbers. Drop those rows."
+        )
     return contract.scaled(features)
 
 

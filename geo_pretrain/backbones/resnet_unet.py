@@ -333,6 +333,8 @@ def check_images(x: Tensor, in_chans: int) -> None:
         given = f"a tensor of shape {tuple(x.shape)}"
         hint = f" Load with in_chans={x.shape[1]} for such images." if x.ndim == 4 else ""
         raise ValueError(f"This network takes images [B, {in_chans}, H, W]; got {given}.{hint}")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"Images are {x.dtype}; accepted: floating point, as .transforms gives them.")
     if min(x.shape[2:]) < MIN_SIZE:
         raise ValueError(
             f"Images are {x.shape[2]} x {x.shape[3]} pixels; accepted: at least {MIN_SIZE} in both directions."

@@ -212,6 +212,8 @@ def test_wrong_arguments_and_images_are_explained():
         encoder(torch.rand(1, 4, 64, 64))
     with pytest.raises(ValueError, match=r"shape \(3, 64, 64\)"):
         encoder(torch.rand(3, 64, 64))
+    with pytest.raises(ValueError, match=r"Images are torch\.uint8; accepted: floating point"):
+        encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
 def test_in_chans_and_out_chans_change_only_stem_and_head():
