@@ -162,7 +162,9 @@ def _tensors(format: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
         )
     tensors, strange = {}, {}
     for key, value in state.items():
-        if isinstance(value, torch.Tensor):
+        if not isinstance(key, str):
+            strange[str(key)] = f"key of type {type(key).__name__}"
+        elif isinstance(value, torch.Tensor):
             tensors[key] = value
         elif isinstance(value, np.ndarray | np.generic):
             if value.dtype.kind in "iuf":

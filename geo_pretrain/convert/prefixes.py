@@ -84,9 +84,12 @@ def _closest(state: State, networks: Networks) -> str:
             )
             best = max(best, (same, len(network), prefix, role), key=lambda found: found[0])
     same, size, prefix, role = best
-    if not prefix or 2 * same < size:
+    way_on = "What else the file holds can be left out (ignore=, --ignore PATTERN)."
+    if not prefix:
+        return f" {way_on}" if same == size else ""
+    if 2 * same < size:
         return ""
     return (
         f" Closest: under the prefix {prefix!r}, {same} of {size} tensors of the {role} have their names and shapes. "
-        "What else the file holds can be left out (ignore=, --ignore PATTERN)."
+        f"{way_on}"
     )

@@ -195,3 +195,17 @@ def test_all_tensors_of_a_file_lie_under_joined_keys(tmp_path: Path):
     torch.save({"a.b": torch.zeros(1), "a": {"b": torch.zeros(1)}}, tmp_path / "f.pth")
     with pytest.raises(UnsafeFile, match=r"it gives 'a\.b' twice"):
         extract(tmp_path / "f.pth", tmp_path / "out.safetensors", entries=["*"])
+
+
+def test_a_head_beside_a_whole_network_is_refused_with_the_way_on():
+    """At the top level no prefix tells the network from the rest."""
+    with pytest.raises(
+        WeightsMismatch, match=r"head\.weight \[3\]\. What else .* left out \(ignore=, --ignore PATTERN"
+    ):
+        convert("torchvision", FILE | {"head.weight": torch.zeros(3)}, NETWORKS, prefix=None)
+
+
+def test_keys_that_are_no_texts_are_refused():
+    file: dict[Any, Any] = FILE | {3: torch.zeros(3)}
+    with pytest.raises(WeightsMismatch, match=r"Not a flat state dict.*key of type int"):
+        convert("torchvision", file, NETWORKS)
