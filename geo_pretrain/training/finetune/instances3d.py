@@ -196,7 +196,10 @@ class Instances3D(CloudTask):
         try:
             scores = precisions[chosen].means() | {"miou": self._miou(totals[chosen])}
         except DataError as error:
-            raise DataError(f"{len(ids)} clouds of {source.name!r}, split {source.split!r}: {error}") from None
+            raise DataError(
+                f"{len(ids)} clouds of {source.name!r}, split {source.split!r}: {error} Instances count from "
+                f"{self._minimum(chosen)} {LEVELS[chosen]}s up; network.options.minimum changes that."
+            ) from None
         scores["accuracy"] = pixel_accuracy(totals[chosen])
         for level, total, precision in zip(LEVELS, totals, precisions, strict=True):
             known = not np.isnan(precision.values).all()

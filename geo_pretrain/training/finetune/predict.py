@@ -32,6 +32,7 @@ from geo_pretrain.training.finetune_recipe import POINT_KINDS, FinetuneRecipe
 from geo_pretrain.training.visualize.clouds import draw_clouds
 
 BENCHMARK = "benchmark"
+MESH = "_vh_clean_2"  # of ScanNet's scans: scene0707_00_vh_clean_2.ply
 INDEX, CLASSES, PICTURE = "predictions.json", "classes.txt", "predictions.png"
 FORMAT = 1
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -121,7 +122,8 @@ def _predict_one(task: FinetuneTask, item: Item, found: Predictions) -> tuple[An
     return loaded, prediction
 
 
-def _scannet(folder: Path, scan: str, found: PointLabels | PointInstances) -> None:
+def _scannet(folder: Path, name: str, found: PointLabels | PointInstances) -> None:
+    scan = Path(name).name.removesuffix(MESH)  # of a scan's mesh that was given as a file
     if isinstance(found, PointInstances):
         write_scannet_instances(folder, scan, found)
     else:

@@ -116,6 +116,14 @@ def test_columns_of_foreign_files_come_back_as_a_ply_can_have_them(tmp_path):
         assert set(more.split()) <= set(vertices)
 
 
+def test_a_file_without_the_colors_that_a_network_takes_is_left_out(run, tmp_path):
+    save(tmp_path / "a.ply", painted(5))
+    np.save(tmp_path / "b.npy", painted(6).points)
+    found = predict(run, tmp_path / "out", files=[tmp_path / "b.npy", tmp_path / "a.ply"], draw=0)
+    assert [item["name"] for item in found.items] == ["a"]
+    assert "neither colors nor remission; the network takes 'R'" in found.skipped[0]["reason"]
+
+
 def test_own_clouds_of_a_data_set_come_back_in_their_files_frame(run, tmp_path):
     (tmp_path / "val").mkdir()
     cloud = painted(5)
@@ -195,7 +203,7 @@ def test_files_for_a_benchmark_are_refused_for_other_classes(run, tmp_path):
     with pytest.raises(UnknownName, match="Unknown benchmark 'scanet'"):
         predict(run, tmp_path / "out", data="rooms3d", benchmark="scanet")
     labels = PointLabels(np.array([1, 20, 3]), np.ones(3, np.float32))
-    predicting._scannet(tmp_path / "scannet", "scene0707_00", labels)
+    predicting._scannet(tmp_path / "scannet", "scans/scene0707_00_vh_clean_2", labels)  # a mesh that is given as a file
     assert (tmp_path / "scannet" / "scene0707_00.txt").read_text().split() == ["1", "39", "3"]
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geo_pretrain.contract import COLORS, VoxelContract
-from geo_pretrain.errors import BadFrame, DataError, require
+from geo_pretrain.errors import BadFrame, require
 from geo_pretrain.sparse.coordinates import Voxels
 from geo_pretrain.training.cloud_recipe import CloudSpec, VoxelLabels
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
@@ -131,7 +131,8 @@ def _voxelized(
 def raw_features(cloud: LabelledCloud, contract: VoxelContract) -> Tensor:
     """The channels that `contract` wants of each point: float32 [N, given], colors from 0 to 255, remission to 1.
 
-    Raises `DataError`, which names the ways out, for a channel that the cloud does not have.
+    Raises `BadFrame`, which names the ways out, for a channel that the cloud does not have: of clouds in a mixture
+    those without it are left out.
     """
     columns = []
     for name in contract.given_channels:
@@ -140,7 +141,7 @@ def raw_features(cloud: LabelledCloud, contract: VoxelContract) -> Tensor:
         elif name == "intensity" and cloud.intensity is not None:
             columns.append(torch.from_numpy(cloud.intensity).float().clamp(0, 1))
         else:
-            raise DataError(f"Cloud {cloud.id!r} has {_has(cloud)}; the network takes {name!r}: {_ways_out(cloud)}.")
+            raise BadFrame(cloud.id, f"has {_has(cloud)}; the network takes {name!r}: {_ways_out(cloud)}")
     return torch.stack(columns, dim=1) if columns else torch.zeros(len(cloud), 0)
 
 

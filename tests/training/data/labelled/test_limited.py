@@ -60,7 +60,7 @@ def test_only_chosen_points_keep_label_and_instance():
 @pytest.mark.parametrize("kind", ["json", "arrays", "tensors"])
 def test_official_lists_are_taken_as_they_are(kind, tmp_path):
     cloud = replace(painted(0), id="scene0000_00")
-    lists = {cloud.id: [5, 0, 17], "other": [1]}
+    lists = {cloud.id: [5, 0, 17], "other": [1]} | ({"none": []} if kind == "json" else {})
     path = tmp_path / ("points20.json" if kind == "json" else "points20")
     if kind == "json":
         path.write_text(json.dumps(lists))
@@ -77,7 +77,7 @@ def test_official_lists_are_taken_as_they_are(kind, tmp_path):
         chosen.rows(painted(3))
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", '{"a": [-1]}', '{"a": [0.5]}', '{"a": [[1]]}', "no list"])
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"a": [-1]}', '{"a": [0.5]}', '{"a": [[1]]}', '{"a": {}}', "no list"])
 def test_other_files_are_no_lists(text, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=r"a.json'"):

@@ -90,7 +90,11 @@ def read_point_list(path: Path) -> dict[str, np.ndarray]:
             f"{str(path)!r}: no list of labelled points ({error}). Accepted: a file points/points20 and the like of "
             'ScanNet\'s data-efficient benchmark, or JSON with {"scan": [row, ...]}.'
         ) from None
-    wrong = [scan for scan, rows in found.items() if rows.ndim != 1 or rows.dtype.kind not in "iu" or (rows < 0).any()]
+    wrong = [
+        scan
+        for scan, rows in found.items()  # an empty list, of which numpy makes numbers with a point, is a list
+        if rows.ndim != 1 or (len(rows) and (rows.dtype.kind not in "iu" or (rows < 0).any()))
+    ]
     if wrong:
         raise DataError(f"{str(path)!r}: scan {wrong[0]!r} has no list of row numbers from 0 up.")
     return {scan: rows.astype(np.int64) for scan, rows in found.items()}
