@@ -95,6 +95,17 @@ _ROWS = (
         dense_stride=2,
     ),
     Architecture(
+        name="timm_depth_unet",
+        network="geo_pretrain.backbones.timm_encoder:TimmDepthUNet",
+        modality="2d",
+        roles=("encoder", "decoder"),
+        stem="",
+        title="timm {name} depth U-Net",
+        defaults={"out_chans": 16},
+        tags=("timm", "unet"),
+        encoder="timm_encoder",
+    ),
+    Architecture(
         name="sr_unet",
         network="geo_pretrain.backbones.sr_unet:SRUNet",
         modality="3d",
@@ -233,3 +244,9 @@ def unet_arch(encoder: str, **args: Any) -> Arch:
     if arch.of_timm is None:
         return replace(arch, name="resnet_unet")
     return replace(arch, name="timm_unet", args={"out_chans": default_out_chans(arch.maps), **arch.args})
+
+
+def depth_unet_arch(encoder: str, **args: Any) -> Arch:
+    """The U-Net of depth estimation around the encoder of this name; the errors are those of `encoder_arch`."""
+    arch = encoder_arch(encoder, **args)
+    return replace(arch, name="resnet_depth_unet" if arch.of_timm is None else "timm_depth_unet")

@@ -19,45 +19,79 @@ from torch.nn import functional as F
 
 from geo_pretrain.backbones.base import ImageBackbone, choose_maps
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
-
-LEVELS = (4, 3, 2, 1, 0)  # of the decoder, coarsest first; level i goes from stride 2**(i + 1) to 2**i
+from geo_pretrain.errors import CheckpointError
 
 
 class DepthDecoder(nn.Module):
-    """Five levels, each: 3x3 convolution, nearest upsampling by 2, concatenation of the encoder's map, 3x3 convolution.
+    """Levels, each: 3x3 convolution, nearest upsampling by 2, concatenation of the encoder's map, 3x3 convolution.
 
+    Level i goes from stride 2**(i + 1) to 2**i, so that a ResNet has five; without a map of that stride nothing is
+    concatenated.
     Every convolution sees a mirrored border and is followed by an ELU, but for the linear `head`; there are no norms.
     State-dict keys are `upconv<level>_<0 or 1>` and `head`, each with weight and bias.
     """
 
-    def __init__(self, encoder_chans: Sequence[int], width: int, out_chans: int) -> None:
-        """`encoder_chans`: channels of the encoder's five maps, finest first."""
+    def __init__(
+        self, encoder_chans: Sequence[int], width: int, out_chans: int, strides: Sequence[int] = (2, 4, 8, 16, 32)
+    ) -> None:
+        """`encoder_chans`, `strides`: of the encoder's maps, finest first. Strides are powers of 2."""
         super().__init__()
+        if any(stride.bit_count() != 1 for stride in strides):
+            raise CheckpointError(f"Maps have strides {list(strides)}; this decoder, which doubles, needs powers of 2.")
+        map_of = {stride: index for index, stride in enumerate(strides)}  # the last one of each stride
+        self.levels = [(level, map_of.get(1 << level)) for level in range(strides[-1].bit_length() - 2, -1, -1)]
         chans = encoder_chans[-1]
-        for level in LEVELS:
+        for level, index in self.levels:
             up = width // 4 << level
-            skip = encoder_chans[level - 1] if level else 0
+            skip = 0 if index is None else encoder_chans[index]
             self.add_module(f"upconv{level}_0", nn.Conv2d(chans, up, kernel_size=3))
             self.add_module(f"upconv{level}_1", nn.Conv2d(up + skip, up, kernel_size=3))
             chans = up
         self.head = nn.Conv2d(chans, out_chans, kernel_size=3)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
-        """The encoder's five maps, finest first -> [B, out_chans, *size]; by default twice the size of the finest."""
+        """The encoder's maps, finest first -> [B, out_chans, *size]; by default twice the size of the finest."""
         x = maps[-1]
-        for level in LEVELS:
+        for level, index in self.levels:
             x = F.elu(self.get_submodule(f"upconv{level}_0")(mirror_border(x)))
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-            if level:
-                skip = maps[level - 1]
+            if index is not None:
+                skip = maps[index]
                 x = torch.cat([_crop(x, skip.shape[2], skip.shape[3]), skip], dim=1)
-            elif size is not None:
+            elif size is not None and not level:
                 x = _crop(x, *size)
             x = F.elu(self.get_submodule(f"upconv{level}_1")(mirror_border(x)))
         return self.head(mirror_border(x))
 
 
-class ResNetDepthUNet(ImageBackbone):
+class DepthUNet(ImageBackbone):
+    """An encoder, `.encoder`, and a `DepthDecoder`, `.decoder`: dense features at the image's own resolution."""
+
+    encoder: Any
+    decoder: DepthDecoder
+    out_chans: int
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The encoder's maps."""
+        info: list[dict[str, Any]] = self.encoder.feature_info
+        return info
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H, W], not normalized."""
+        dense: Tensor = self.decoder(self.encoder(x), (x.shape[2], x.shape[3]))
+        return dense
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> Any:
+        """The dense features and the encoder's maps (`indices`: see `choose_maps`), under timm's name."""
+        maps = self.encoder(x)
+        intermediates = choose_maps(maps, indices)
+        return intermediates if intermediates_only else (self.decoder(maps, (x.shape[2], x.shape[3])), intermediates)
+
+
+class ResNetDepthUNet(DepthUNet):
     """Dense features at the image's own resolution, from a ResNet and a decoder with concatenated skips.
 
     `.encoder` and `.decoder` hold all weights. Images are normalized with mean 0.45 and standard deviation 0.225 in
@@ -70,23 +104,6 @@ class ResNetDepthUNet(ImageBackbone):
         self.encoder = ResNetEncoder(depth, width=width, in_chans=in_chans)
         self.out_chans = out_chans
         self.decoder = DepthDecoder([info["num_chs"] for info in self.encoder.feature_info], width, out_chans)
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """The encoder's maps, as in `ResNetEncoder`."""
-        return self.encoder.feature_info
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H, W], not normalized."""
-        return self.decoder(self.encoder(x), (x.shape[2], x.shape[3]))
-
-    def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
-    ) -> Any:
-        """The dense features and the encoder's maps (`indices`: see `choose_maps`), under timm's name."""
-        maps = self.encoder(x)
-        intermediates = choose_maps(maps, indices)
-        return intermediates if intermediates_only else (self.decoder(maps, (x.shape[2], x.shape[3])), intermediates)
 
 
 torch.fx.wrap("mirror_border")  # one node for `torch.fx.symbolic_trace`, which cannot follow its branches

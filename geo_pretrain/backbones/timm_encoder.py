@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from geo_pretrain.backbones.base import ImageBackbone, choose_maps
-from geo_pretrain.backbones.encoder import Stages
+from geo_pretrain.backbones.depth_unet import DepthDecoder, DepthUNet
+from geo_pretrain.backbones.encoder import HOST_WIDTH, Stages
 from geo_pretrain.backbones.resnet_unet import DENSE_STRIDE, UNet, UNetDecoder, check_images
 from geo_pretrain.backbones.timm_names import NARROWEST, create, default_out_chans
 from geo_pretrain.errors import CheckpointError, first_line, require
@@ -133,6 +134,21 @@ class TimmUNet(UNet):
         chans, strides = zip(*rows, strict=True)
         self.out_chans = default_out_chans(self.encoder.arguments["maps"]) if out_chans is None else out_chans
         self.decoder = UNetDecoder(chans, self.out_chans, strides=strides, narrowest=NARROWEST)
+
+    @property
+    def stem(self) -> str | None:
+        """The key of the first convolution's weight; see `TimmEncoder.stem`."""
+        return None if self.encoder.stem is None else f"encoder.{self.encoder.stem}"
+
+
+class TimmDepthUNet(DepthUNet):
+    """The U-Net of depth estimation around any encoder of timm whose strides are powers of 2; see `ResNetDepthUNet`."""
+
+    def __init__(self, name: str, *, out_chans: int = 16, **shape: Any) -> None:
+        super().__init__()
+        self.encoder, self.out_chans = TimmEncoder(name, **shape), out_chans
+        chans, strides = zip(*self.encoder.arguments["maps"], strict=True)
+        self.decoder = DepthDecoder(chans, HOST_WIDTH, out_chans, strides)
 
     @property
     def stem(self) -> str | None:

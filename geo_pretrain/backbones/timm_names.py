@@ -88,6 +88,11 @@ def timm_args(encoder: str) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, list) else value for key, value in _described(encoder)}
 
 
+def contract_for(encoder: str, contract: ImageContract) -> ImageContract:
+    """The contract of a run: `contract`, for an encoder of timm with the mean and std that timm states for it."""
+    return timm_contract(encoder, contract) if is_timm(encoder) else contract
+
+
 def timm_contract(encoder: str, contract: ImageContract | None = None) -> ImageContract:
     """Mean and std that timm states for "timm/NAME[.TAG]"; the rest of `contract`, or timm's size for None."""
     config = _config(*check_timm(encoder))

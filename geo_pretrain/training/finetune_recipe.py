@@ -228,6 +228,7 @@ class FinetuneRecipe(Ranged):
 
     def _check_network(self, check: Checks) -> None:
         network, kinds = self.network, KINDS[self.task]
+        recipe.check_width(check, "network", network.encoder, network.width)
         if network.kind not in kinds:
             kind = f"'network.kind' is {network.kind!r}, accepted for task {self.task!r} is one of {', '.join(kinds)}."
             check.note(kind, "network.kind", "task")

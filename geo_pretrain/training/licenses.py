@@ -9,13 +9,15 @@ from typing import Any
 
 from geo_pretrain import hub
 from geo_pretrain.backbones.architectures import encoder_arch
+from geo_pretrain.backbones.timm_names import is_timm, timm_license
 from geo_pretrain.catalog import find
-from geo_pretrain.catalog.license import License, strictest
+from geo_pretrain.catalog.license import LICENSES, License, strictest
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.files import read_sealed
 from geo_pretrain.training.data.sources.registry import data_license
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
+from geo_pretrain.training.initialize import FILE, PACKAGE, weights_file
 from geo_pretrain.training.recipe import STAGE1, Recipe
 
 IMAGENET_TERMS = "LicenseRef-ImageNet-terms"
@@ -69,6 +71,13 @@ def _origin(weights: str, encoder: str) -> Origin:
     if weights == "scratch":
         return Origin()
     terms = IMAGENET_TERMS
+    if weights.startswith((FILE, PACKAGE)):
+        return _of_file(weights)
+    if weights == "imagenet" and is_timm(encoder):
+        by_lower = {known.lower(): known for known in LICENSES}  # as timm writes them
+        license = by_lower.get(timm_license(encoder).lower(), UNKNOWN_TERMS)
+        name = f"{encoder} ({license}; ImageNet terms: non-commercial research)"
+        return Origin(name, strictest(license, terms), (("ImageNet", terms),))
     if weights == "imagenet":
         network = f"torchvision {encoder_arch(encoder).title} IMAGENET1K_V1"
         name = f"{network} (BSD-3-Clause; ImageNet terms: non-commercial research)"
@@ -85,6 +94,13 @@ def _origin(weights: str, encoder: str) -> Origin:
     described = entry or hub.open(weights)
     name, license = weights if entry else described.name, described.license
     return Origin(f"{name} ({license.weights})", license.weights, license.datasets)
+
+
+def _of_file(start: str) -> Origin:
+    """Start weights in a file or a package: nothing says what they learned from, so their terms are unknown."""
+    path = weights_file(start)
+    name = start if start.startswith(PACKAGE) else f"{FILE}{path.name}"
+    return Origin(f"{name} ({UNKNOWN_TERMS})", UNKNOWN_TERMS, ((f"what {name} learned from", UNKNOWN_TERMS),))
 
 
 def _finetuned(folder: Path) -> Origin:

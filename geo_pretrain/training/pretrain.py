@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.cards import render_card
 from geo_pretrain.catalog.license import License
 from geo_pretrain.checkpoint import CONFIG, Checkpoint, check_target, read_checkpoint, write_checkpoint
@@ -95,7 +96,7 @@ def _check_source(recipe: Recipe) -> None:
 
 def _check_start(recipe: Recipe) -> None:
     if recipe.model is not None:
-        check_start(recipe.model.init)
+        check_start(recipe.model.init, recipe.model.encoder)
 
 
 CHECKS = (_check_task, _check_source, _check_start)  # of a recipe, before any work
@@ -339,5 +340,5 @@ class Pretraining(RecipeTask):
             "notes": source_note(self.source),
             "code": code_version(),
             "python": platform.python_version(),
-            "libraries": library_versions(),
+            "libraries": library_versions(*(["timm"] if recipe.model and is_timm(recipe.model.encoder) else [])),
         }

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
+from geo_pretrain.backbones.encoder import HOST_WIDTH
+from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.license import check_license
 from geo_pretrain.checkpoint import CHECKPOINT_NAME, Checkpoint
@@ -64,7 +66,14 @@ _SAME_PAIRS = ("overlap", "measure", "max_pairs_per_scene")  # the same, where b
 # Options are those of one source, of rooms where none is given.
 OWNERS = {"data.source": ("data.options", "rooms")}
 
-EncoderName = Literal["resnet18", "resnet50"]  # names in backbones.architectures.ENCODERS
+# names in backbones.architectures.ENCODERS, and those of timm, which is asked for them when they are used
+EncoderName = Annotated[
+    str,
+    Accepts(
+        lambda name: name in ("resnet18", "resnet50") or is_timm(name),
+        "one of resnet18, resnet50, or timm/NAME: any image encoder of timm",
+    ),
+]
 RecipeName = Annotated[str, Accepts(CHECKPOINT_NAME.fullmatch, "letters, digits, '.', '_' and '-'")]
 Jitter = Annotated[
     tuple[float, float, float, float],
@@ -80,8 +89,9 @@ class ModelSpec:
     """The 2D U-Net to train."""
 
     encoder: EncoderName = "resnet18"
-    init: str = "imagenet"  # imagenet | moco_v2 | scratch | stage1 | catalog name | checkpoint folder
-    width: Count = 64  # channels of the stem; everything else scales with it
+    # imagenet | moco_v2 | scratch | stage1 | catalog name | checkpoint folder | file:PATH | package:MODULE[/FILE]
+    init: str = "imagenet"
+    width: Count = 64  # channels of the stem of a ResNet; everything else scales with it
 
 
 @dataclass(frozen=True)
@@ -189,6 +199,8 @@ class Recipe(Ranged):
         optim = self.optim
         check("name" in self.task, "task.name", self.task, "the name of a pretext task")
         check_length(check, optim)
+        if self.model is not None:
+            check_width(check, "model", self.model.encoder, self.model.width)
         stepwise = optim.steps is not None and optim.epochs is None
         epochs = "a number, for the schedule cosine_epoch"
         check(not (stepwise and optim.schedule == "cosine_epoch"), "optim.epochs", None, epochs)
@@ -231,6 +243,13 @@ def check_length(check: Checks, optim: Any) -> None:
     check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
     whole = optim.batch % max(optim.accumulate, 1) == 0
     check(whole, "optim.batch", optim.batch, "a multiple of accumulate", given=["optim.accumulate"])
+
+
+def check_width(check: Checks, section: str, encoder: str, width: int) -> None:
+    """Note a width of an encoder of timm, which has its own."""
+    right = not is_timm(encoder) or width == HOST_WIDTH
+    words = f"{HOST_WIDTH}, the default: an encoder of timm has timm's width"
+    check(right, f"{section}.width", width, words, given=[f"{section}.encoder"])
 
 
 def list_recipes() -> list[str]:
@@ -299,6 +318,8 @@ def _draft(name: str, *, toy: bool) -> Draft:
         for network in ("model", "unet3d"):
             if tree.get(network) is None:
                 overlay.pop(network)  # the recipe does not train this network
+        if is_timm(str(lookup(tree, "model.encoder"))) and "model" in overlay:
+            del overlay["model"]["width"]
         if lookup(tree, "model.init") == STAGE1:
             del overlay["model"]["init"]  # a first stage is trained on rooms too, so nothing is downloaded
         merge_tree(tree, overlay)

@@ -356,6 +356,6 @@ def code_version() -> str:
     return f"{geo_pretrain.__version__}+{commit}"
 
 
-def library_versions() -> dict[str, str]:
-    """The versions of the libraries that numbers depend on."""
-    return {name: version(name) for name in LIBRARIES}
+def library_versions(*more: str) -> dict[str, str]:
+    """The versions of the libraries that numbers depend on, and of `more`."""
+    return {name: version(name) for name in (*LIBRARIES, *more)}

@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.architectures import encoder_arch
-from geo_pretrain.backbones.resnet_unet import ResNetUNet
+from geo_pretrain.backbones.architectures import ARCHITECTURES, encoder_arch, unet_arch
+from geo_pretrain.backbones.timm_names import contract_for
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.initialize import initialize_encoder
@@ -19,15 +19,17 @@ from geo_pretrain.training.tasks.base import PretextTask, TaskConfig
 
 
 class ImageTask(PretextTask):
-    """A task on images: the arguments and start weights of its network."""
+    """A task on images: the architecture of its network, by default an encoder, its arguments and start weights."""
 
     contract: ImageContract
+    find_arch = staticmethod(encoder_arch)  # the name of an encoder and its width -> the network's `Arch`
 
     def __init__(self, recipe: Recipe, config: TaskConfig, **args: Any) -> None:
         super().__init__(recipe, config)
         model = recipe.network2d()
-        self.contract = ImageContract(size=recipe.data.size)
-        self.arch_args = {**encoder_arch(model.encoder, width=model.width).args, **args}
+        self.contract = contract_for(model.encoder, ImageContract(size=recipe.data.size))
+        arch = self.find_arch(model.encoder, width=model.width)
+        self.arch, self.arch_args = arch.name, {**arch.args, **args}
 
     def load_start_weights(self) -> None:
         initialize_encoder(self.backbone, self.recipe.network2d())
@@ -40,11 +42,11 @@ class ImageTask(PretextTask):
 class ImageUNetTask(ImageTask):
     """Pri3D's 2D U-Net `backbone.*` and, with `depth_proxy`, its depth head `headnet.*`; the loss is a subclass's."""
 
-    arch = "resnet_unet"
+    find_arch = staticmethod(unet_arch)
 
     def __init__(self, recipe: Recipe, config: TaskConfig, *, depth_proxy: bool) -> None:
         super().__init__(recipe, config)
-        self.backbone = ResNetUNet(**self.arch_args)
+        self.backbone = ARCHITECTURES[self.arch].load_class()(**self.arch_args)
         if depth_proxy:
             self.headnet = nn.Conv2d(self.backbone.out_chans, 1, 1)
 

@@ -8,15 +8,15 @@ one is written from the paper.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geo_pretrain.backbones.architectures import encoder_arch
 from geo_pretrain.backbones.build import build_encoder
-from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.checks import Accepts, Count, Momentum, Positive, Probability, Shares
 from geo_pretrain.training.data.frame import Pair, Source
@@ -57,7 +57,8 @@ class Projector(nn.Module):
 
     def __init__(self, encoder: str, width: int, dim: int) -> None:
         super().__init__()
-        self.encoder = build_encoder(encoder, width=width, out_indices=(4,))
+        last = len(encoder_arch(encoder, width=width).maps) - 1
+        self.encoder = build_encoder(encoder, width=width, out_indices=(last,))
         channels = self.encoder.feature_info[-1]["num_chs"]
         self.head = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, dim))
 
@@ -71,7 +72,6 @@ class MoCo(ImageTask):
 
     config_type = Config
     config: Config
-    arch = "resnet"
     queue: Tensor  # [K, dim]
     queue_end: Tensor  # where the next key goes
 
@@ -79,7 +79,7 @@ class MoCo(ImageTask):
         super().__init__(recipe, config)
         model = recipe.network2d()
         self.views = 2 if config.mix == "batch" else 1  # images a sample
-        self.contract = ImageContract(size=recipe.data.size, interpolation="bilinear")
+        self.contract = replace(self.contract, interpolation="bilinear")
         self.query, self.key = (Projector(model.encoder, model.width, config.dim) for _ in range(2))
         self.key.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(config.queue, config.dim), dim=-1))

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
+from geo_pretrain.backbones.architectures import ARCHITECTURES, depth_unet_arch
+from geo_pretrain.backbones.timm_names import contract_for
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.checks import Count, Positive, Probability, Shares
@@ -45,7 +46,7 @@ class Config(TaskConfig):
 class PixelSimCLR(ImageTask):
     """A `ResNetDepthUNet`, whose dense features at the image's resolution are contrasted; state keys `backbone.*`."""
 
-    arch = "resnet_depth_unet"
+    find_arch = staticmethod(depth_unet_arch)
     config_type = Config
     config: Config
 
@@ -53,10 +54,9 @@ class PixelSimCLR(ImageTask):
         super().__init__(recipe, config, out_chans=config.channels)
         if recipe.data.units != "frames":
             raise RecipeError(f"'data.units' is {recipe.data.units!r}, accepted here is frames: images come alone.")
-        self.contract = ImageContract(
-            size=recipe.data.size, mean=(0.45,) * 3, std=(0.225,) * 3, interpolation="bilinear"
-        )
-        self.backbone = ResNetDepthUNet(**self.arch_args)
+        contract = ImageContract(size=recipe.data.size, mean=(0.45,) * 3, std=(0.225,) * 3, interpolation="bilinear")
+        self.contract = contract_for(recipe.network2d().encoder, contract)
+        self.backbone = ARCHITECTURES[self.arch].load_class()(**self.arch_args)
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Two views of each image, with matching pixels."""

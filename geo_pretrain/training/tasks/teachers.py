@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from geo_pretrain import hub
 from geo_pretrain.backbones.architectures import HOST_WIDTH, Arch, encoder_arch
 from geo_pretrain.backbones.build import build_encoder
+from geo_pretrain.backbones.timm_names import contract_for, is_timm
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError, WeightsMismatch
@@ -78,7 +79,8 @@ def load_teacher(weights: str, encoder: str = "resnet50", *, dense: bool = False
         if weights != SCRATCH:
             _initialize(network, weights, encoder)
         chans = network.feature_info[-1]["num_chs"]
-        return Teacher(network, ImageContract(), chans, encoder_arch(encoder, width=HOST_WIDTH))
+        contract = contract_for(encoder, ImageContract())
+        return Teacher(network, contract, chans, encoder_arch(encoder, width=HOST_WIDTH))
     opened = hub.open(weights)
     if not isinstance(opened.contract, ImageContract):
         raise RecipeError(f"Teacher {weights!r} is {opened.arch}; accepted: a network for images.")
@@ -94,10 +96,12 @@ def load_classifier(weights: str, encoder: str = "resnet50") -> tuple[Teacher, n
 
     Raises `RecipeError` for other weights than "imagenet", which have no classifier.
     """
-    if weights != IMAGENET:
+    if weights != IMAGENET or is_timm(encoder):
+        named = encoder if weights == IMAGENET else weights
         raise RecipeError(
-            f"Teacher {weights!r} has no classifier; accepted: --set task.teacher=imagenet, whose torchvision file has "
-            "one, or --set task.targets=features, which takes the channels of any teacher's pooled map for classes."
+            f"Teacher {named!r} has no classifier; accepted: --set task.teacher=imagenet, whose torchvision file has "
+            "one (a ResNet's), or --set task.targets=features, which takes channels of any teacher's pooled map for "
+            "classes."
         )
     teacher = load_teacher(weights, encoder)
     return teacher, cast(nn.Linear, imagenet_classifier(encoder).fc)

@@ -436,7 +436,7 @@ def test_wrong_settings_are_told(tiny_recipe):
         (
             {},
             ("task.teacher_depth=101",),
-            r"'task.teacher_encoder' is 'resnet101' \(str\), accepted is one of resnet18, resnet50",
+            r"'task.teacher_encoder' is 'resnet101', accepted is one of resnet18, resnet50",
         ),
         ({"resize": [1.2, 0.8]}, (), r"'task.resize' is \[1.2, 0.8\]"),
         ({"flip_prob": 1.5}, (), r"'task.flip_prob' is 1.5, accepted is a probability"),
