@@ -17,14 +17,19 @@ from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.files import read_sealed
 from geo_pretrain.training.config import Draft
 from geo_pretrain.training.data import files
+from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.labelled.clouds import kitti_object, listed, semantickitti, sunrgbd3d
 from geo_pretrain.training.data.labelled.clouds.files import read_cloud
 from geo_pretrain.training.data.labelled.clouds.limited import read_point_list
 from geo_pretrain.training.data.labelled.clouds.s3dis_text import parse_lines
 from geo_pretrain.training.data.labelled.registry import open_labelled
-from geo_pretrain.training.data.sources import scannet_files
+from geo_pretrain.training.data.sources import redwood, scannet_files, sens
+from geo_pretrain.training.data.sources.conventions import read_camera
+from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.obj import read_obj
 from geo_pretrain.training.data.surfaces.ply import read_ply, write_ply
+from geo_pretrain.training.recipe import DataSpec
+from tests.recording_layouts import write_sens
 
 NUMBERS = [b"0", b"-1", b"1e400", b"nan", b"inf", b"-inf", b"99999999999999999999", b"4294967296", b"1e300", b"x", b""]
 POSE = b"1 0 0 0.5 0 1 0 0.2 0 0 1 0.1 0 0 0 1\n"
@@ -103,6 +108,52 @@ def calibrated(path: Path) -> object:
     return kitti_object.read_boxes(path, kitti_object.read_calibration(path.parent / "calibration"))
 
 
+OPEN3D = {"width": 16, "height": 12, "intrinsic_matrix": [20.0, 0, 0, 0, 20, 0, 7.5, 5.5, 1]}
+NERF = {
+    "fl_x": 20, "fl_y": 20, "cx": 8, "cy": 6, "w": 16, "h": 12, "k1": 0,
+    "frames": [{"file_path": "color/0.png", "depth_file_path": "depth/0.png", "transform_matrix": np.eye(4).tolist()}],
+}  # fmt: skip
+
+
+def recording_of(layout: str, listing: str) -> Callable[[Path], object]:
+    """A reader of a file that lists the frames of a recording: opens the recording and loads every frame."""
+
+    def read(path: Path) -> object:
+        root = path.parent / layout
+        if not root.exists():
+            for part, pixels in (
+                ("color", np.zeros((12, 16, 3), np.uint8)),
+                ("depth", np.full((12, 16), 9, np.uint16)),
+            ):
+                (root / part).mkdir(parents=True)
+                for number in range(2):
+                    (root / part / f"{number}.png").write_bytes(image(pixels))
+            (root / "intrinsics.txt").write_text("20 20 7.5 5.5")
+            for name, part in (("rgb", "color"), ("depth", "depth")):
+                (root / f"{name}.txt").write_text(f"0.01 {part}/0.png\n0.02 {part}/1.png\n")
+        (root / listing).write_bytes(path.read_bytes())
+        source = open_source(DataSpec(source=layout, path=str(root)))
+        for scene in source.scenes():
+            source.load(scene, source.frame_ids(scene)[-1])
+        return source
+
+    return read
+
+
+plain_folder = recording_of("folder", "poses.txt")
+
+
+def scan_bytes(folder: Path) -> bytes:
+    frame = Frame("", "", np.zeros((12, 16, 3), np.uint8), np.ones((12, 16), np.float32), np.eye(3), np.eye(4))
+    return (write_sens(folder / "scan", [frame] * 2, step=1) / "scene0000_00" / "scene0000_00.sens").read_bytes()
+
+
+def whole_scan(path: Path) -> object:
+    header = sens.read_header(path)
+    scan = sens.SensFile(path, path.parent / "index")
+    return header, [(scan.pose(k), scan.color(k), scan.stored_depth(k)) for k in range(min(len(scan), 3))]
+
+
 def readers(folder: Path) -> dict[str, Reader]:
     """All readers by name; `folder` is for files that are made on the way."""
     rng = np.random.default_rng(0)
@@ -118,6 +169,15 @@ def readers(folder: Path) -> dict[str, Reader]:
         "jpeg": Reader(files.read_color, ".jpg", image(color, "jpeg"), text=False),
         "size": Reader(files.image_size, ".png", image(gray), text=False),
         "pose": Reader(files.read_pose, ".txt", POSE),
+        "meters": Reader(lambda path: files.read_depth(path, floats=True), ".npy", saved(np.save, gray / 1e3), False),
+        "frame color": Reader(files.read_frame_color, ".jpg", image(color, "jpeg"), text=False),
+        "poses": Reader(plain_folder, ".txt", POSE * 2),
+        "camera": Reader(read_camera, ".txt", b"585 585 320 240\n"),
+        "open3d camera": Reader(read_camera, ".json", json.dumps(OPEN3D).encode()),
+        "redwood": Reader(redwood.read_log, ".log", b"0 0 1\n1 0 0 0.5\n0 1 0 0.2\n0 0 1 0\n0 0 0 1\n" ),
+        "tum": Reader(recording_of("tum", "groundtruth.txt"), ".txt", b"# t\n0.01 1 2 3 0 0 0 1\n0.02 1 2 3 0 0 0 1\n"),
+        "transforms": Reader(recording_of("transforms", "transforms.json"), ".json", json.dumps(NERF).encode()),
+        "sens": Reader(whole_scan, ".sens", scan_bytes(folder), text=False),
         "intrinsics": Reader(files.read_intrinsics, ".txt", b"585 0 320 0 585 240 0 0 1\n"),
         "ply": Reader(read_ply, ".ply", binary_ply(folder), text=False),
         "ascii ply": Reader(read_ply, ".ply", ascii_ply()),

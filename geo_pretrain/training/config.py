@@ -273,6 +273,8 @@ class _Parser:
                 return None
             kinds = [kind for kind in args if kind is not type(None)]
             fits = [kind for kind in kinds if isinstance(kind, type) and isinstance(value, kind)]
+            if isinstance(value, list | tuple):
+                fits += [kind for kind in kinds if typing.get_origin(kind) is tuple]
             return self.value((fits or kinds)[0], value, key)
         if dataclasses.is_dataclass(hint):
             return self.section(typing.cast(type, hint), value, key + ".")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import re
 import tokenize
 import zipfile
 import zlib
@@ -21,6 +23,8 @@ SHORTEST, LONGEST = 2.0, 1e6  # focal lengths in pixels; below are those in mete
 FARTHEST = 1e7  # m from the origin, more than any map frame on earth has
 SAMPLED = 240  # files whose bytes are read for a digest of a data set
 MOST_PIXELS = 60_000_000
+EXIF_ORIENTATION = 0x0112
+ASPECT = 0.01  # by which the aspects of color and depth may differ
 LAST_ROW = 1e-3  # by which the last row of a matrix may be off
 # Whatever a file is called, Pillow tries all it knows, and runs Ghostscript on what begins as PostScript does.
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP", "GIF", "JPEG2000", "TGA", "PCX", "SGI", "ICO", "DDS")
@@ -33,24 +37,101 @@ MATRIX_BYTES = 1 << 16  # of a text file of numbers; a pose has some hundred
 
 
 def read_color(path: Path) -> np.ndarray:
-    """Read an 8-bit image file: uint8 [H, W, 3] RGB."""
+    """Read an image file: uint8 [H, W, 3] RGB. More than 8 bits a channel are refused: they come out white or black."""
     with _reading(path, "color image"), _opened(path) as image:
+        refuse_deep(path, image)
         return np.asarray(image.convert("RGB"))
 
 
-def read_depth(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """Read a 16-bit PNG in millimeters: float32 [H, W] meters; 0 and 65535 become 0 (invalid)."""
+def refuse_deep(path: Path, image: Image.Image) -> None:
+    """Raise `BadFrame` for an opened image with more than 8 bits a channel, which Pillow clips or cuts to 8."""
+    kinds = [image.mode, *(str(tile[3]) for tile in getattr(image, "tile", ()) if len(tile) > 3)]
+    if image.mode[0] in "IF" or any(word in kind for kind in kinds for word in (";16", ";12", ";10")):
+        raise BadFrame(path, f"color image has more than 8 bits a channel (mode {image.mode}): save it with 8")
+
+
+def read_frame_color(path: Path, data: bytes | None = None) -> np.ndarray:
+    """`read_color` for an image that has a depth image: one whose EXIF data say that it is to be turned is refused.
+
+    `data`: the image itself, where it is a part of the file at `path`.
+    """
+    with _reading(path, "color image"), _opened(path, data) as image:
+        refuse_deep(path, image)
+        turn = image.getexif().get(EXIF_ORIENTATION, 1) if image.format != "PNG" else 1
+        if turn not in (0, 1):
+            raise BadFrame(
+                path,
+                f"color image has EXIF orientation {turn}, the depth image none: save its pixels as they lie in the "
+                "depth image and remove the tag",
+            )
+        return np.asarray(image.convert("RGB"))
+
+
+def aspect_fault(color: Sequence[int], depth: Sequence[int]) -> str | None:
+    """Why a color image of shape [H, W, ...] cannot show what a depth image [H, W] shows; None if it can.
+
+    Their aspects may differ by 1 % (ScanNet's 1296x968 and 640x480 differ by 0.4 %).
+    """
+    ratio = (color[1] / color[0]) / (depth[1] / depth[0])
+    if abs(ratio - 1) <= ASPECT:
+        return None
+    sizes = f"color is {color[1]}x{color[0]}, depth {depth[1]}x{depth[0]}"
+    turned = abs(color[0] / color[1] / (depth[1] / depth[0]) - 1) <= ASPECT
+    return f"{sizes}: " + ("one of them is turned" if turned else "another aspect, so that they show different parts")
+
+
+def read_raw_depth(path: Path) -> np.ndarray:
+    """Read the values of a depth image as they are stored, [H, W]: 16 or 32-bit gray, float TIFF, or .npy."""
+    if path.suffix == ".npy":
+        with loaded_arrays(path) as array:
+            values = np.asarray(array)
+        if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
+            values = values.squeeze(0 if values.shape[0] == 1 else 2)
+        if values.ndim != 2 or values.dtype.kind not in "uif" or not values.size:
+            raise BadFrame(
+                path, f"depth is an array {list(values.shape)} of {values.dtype}, expected [H, W] of numbers"
+            )
+        return values
     with _reading(path, "depth image"), _opened(path) as image:
-        if image.mode not in ("I;16", "I;16B", "I;16L", "I"):
+        if image.mode not in ("I;16", "I;16B", "I;16L", "I", "F"):
             raise BadFrame(path, f"depth has image mode {image.mode}, expected 16-bit gray")
-        millimeters = np.asarray(image).astype(np.int64)
-    if shape is not None and millimeters.shape != shape:
-        given, wanted = "x".join(map(str, millimeters.shape[::-1])), "x".join(map(str, shape[::-1]))
+        return np.asarray(image)
+
+
+def read_depth(
+    path: Path, shape: tuple[int, ...] | None = None, *, scale: float = 1000.0, floats: bool = False
+) -> np.ndarray:
+    """Read a depth image: float32 [H, W] meters, 0 where there is no measurement.
+
+    `scale`: stored values per meter, 1000 for millimeters. Of 16-bit images 0 and 65535 are invalid; of images in
+    float, which are read only with `floats`, NaN, infinities and what is not above 0. `shape`: that of the color image.
+    """
+    return meters_of(path, read_raw_depth(path), shape, scale=scale, floats=floats)
+
+
+def meters_of(
+    path: Path,
+    stored: np.ndarray,
+    shape: tuple[int, ...] | None = None,
+    *,
+    scale: float = 1000.0,
+    floats: bool = False,
+) -> np.ndarray:
+    """Convert the stored values [H, W] of a depth image to meters, see `read_depth`; `path` is for messages."""
+    if stored.dtype.kind == "f" and not floats:
+        raise BadFrame(path, "depth is in float; say its unit: depth_scale=1 for meters, 1000 for millimeters")
+    if shape is not None and stored.shape != shape:
+        given, wanted = "x".join(map(str, stored.shape[::-1])), "x".join(map(str, shape[::-1]))
         raise BadFrame(path, f"depth is {given}, the color image {wanted}")
-    invalid = np.isin(millimeters, INVALID_MM)
+    if stored.dtype.kind == "f":
+        values = stored.astype(np.float64)
+        invalid = ~(np.isfinite(values) & (values > 0))
+    else:
+        values = stored.astype(np.int64)
+        invalid = np.isin(values, INVALID_MM) | (values < 0)
     if invalid.all():
         raise BadFrame(path, "no pixel has a valid depth")
-    return np.where(invalid, 0, millimeters / 1000).astype(np.float32)
+    return np.where(invalid, 0, values / scale).astype(np.float32)
 
 
 def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[int] = (8,)) -> np.ndarray:
@@ -108,6 +189,22 @@ def name_fault(name: str) -> str | None:
     if "\0" in name:
         return "has a zero byte"
     return None if longest <= LONGEST_NAME else f"is {longest} bytes long; at most {LONGEST_NAME} are accepted"
+
+
+def read_numbers(path: Path, counts: Sequence[int], what: str) -> np.ndarray:
+    """Read a small text file of as many numbers as one of `counts`, float64 [N]; `what` says which, for messages.
+
+    Numbers may be separated by commas; lines that begin with # are comments.
+    """
+    with _reading(path, "file", "is not a list of numbers"):
+        size = path.stat().st_size
+        if size > MATRIX_BYTES:
+            raise BadFrame(path, f"has {size} bytes; accepted is {what}")
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+        values = [float(word) for word in " ".join(lines).replace(",", " ").split()]
+    if len(values) not in counts:
+        raise BadFrame(path, f"{len(values)} numbers; accepted is {what}")
+    return np.array(values, dtype=np.float64)
 
 
 def read_pose(path: Path) -> np.ndarray:
@@ -170,6 +267,12 @@ def checked_points(path: Path, points: np.ndarray) -> np.ndarray:
     if (fault := points_fault(points)) is not None:
         raise BadFrame(path, fault)
     return points.astype(np.float32, copy=False)
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """A key for sorting names whose numbers may lack zeros in front: "2" before "10"."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(0, int(part), part) if part[0] in "0123456789" else (1, 0, part) for part in parts]
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -245,9 +348,9 @@ def sampled_digest(root: Path, paths: Iterable[Path]) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
     """Open an image of a format that is only decoded, and whose header states a size that a camera has."""
-    with Image.open(path, formats=IMAGE_FORMATS) as image:
+    with Image.open(path if data is None else io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MOST_PIXELS:
             raise BadFrame(path, f"states {image.width}x{image.height} pixels; at most {MOST_PIXELS} are accepted")
         yield image

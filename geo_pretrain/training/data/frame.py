@@ -28,6 +28,7 @@ class Frame:
     cam_to_world: np.ndarray  # float64 [4, 4]
     semantic: np.ndarray | None = None  # int16 [H, W], class ids of the source
     instance: np.ndarray | None = None  # int32 [H, W]
+    posed: bool = True  # False: the recording has no poses, and `cam_to_world` is the identity
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,14 @@ class Noted(Protocol):
 
 
 @runtime_checkable
+class Unposed(Protocol):
+    """A source that may hold recordings without poses, which serve tasks on single frames."""
+
+    def unposed(self) -> list[str]:
+        """Names of the scenes without poses."""
+
+
+@runtime_checkable
 class SampledContent(Protocol):
     """A source of files, some of whose bytes are compared when a run is resumed, beside the fingerprint."""
 
@@ -156,6 +165,16 @@ def capability(source: Source, kind: type[T]) -> T | None:
     while isinstance(source, SourcePart):
         source = source.source
     return source if isinstance(source, kind) else None
+
+
+def unposed_scenes(source: Source) -> dict[str, BadFrame]:
+    """Scenes of a source that have no poses, each with the reason why no pair, surface or set can be made of it."""
+    kind = capability(source, Unposed)
+    reason = (
+        "scene has no poses: its frames serve tasks on single frames (PPKT, image to point cloud, MoCo); pairs, "
+        "surfaces and sets need where the camera was"
+    )
+    return {} if kind is None else {scene: BadFrame(scene, reason) for scene in kind.unposed()}
 
 
 @dataclass

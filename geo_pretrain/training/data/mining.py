@@ -19,7 +19,7 @@ from torch import Tensor
 
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, first_line
 from geo_pretrain.files import read_sealed, write_sealed
-from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
+from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame, unposed_scenes
 from geo_pretrain.training.data.overlap import (
     cell_overlap_matrix,
     cloud_overlap_matrix,
@@ -100,10 +100,13 @@ def find_pairs(
         return known[0]
     skipped, tested = SkippedFrames(), PairCounts()
     pairs: list[Pair] = []
-    scenes = source.scenes()
+    scenes, unposed = source.scenes(), unposed_scenes(source)
     for done, scene in enumerate(scenes):
         if progress is not None:
             progress(done, len(scenes))
+        if scene in unposed:
+            skipped.add(unposed[scene])
+            continue
         mined = _scene_pairs(source, scene, spec, skipped, tested, device)
         if not mined:
             low, high = spec.overlap

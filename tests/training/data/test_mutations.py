@@ -25,6 +25,7 @@ NAMES = (
     "depth", "ids", "png", "jpeg", "size", "pose", "intrinsics", "ply", "ascii ply", "cloud ply", "cloud npy",
     "cloud npz", "packed npz", "sunrgbd boxes", "obj", "kitti calibration", "kitti boxes", "scan", "labels",
     "alignment", "segments", "objects", "categories", "labelled points", "s3dis", "coco", "recipe", "sealed",
+    "meters", "frame color", "poses", "camera", "open3d camera", "redwood", "tum", "transforms", "sens",
 )  # fmt: skip
 
 

@@ -11,9 +11,13 @@ from typing import Any
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.frame import Frame, Noted, Source, SourcePart, capability
+from geo_pretrain.training.data.sources.folder import PlainOptions, open_plain
+from geo_pretrain.training.data.sources.redwood import RedwoodOptions, open_redwood
 from geo_pretrain.training.data.sources.rooms import Rooms, RoomsOptions
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
+from geo_pretrain.training.data.sources.transforms import TransformsOptions, open_transforms
+from geo_pretrain.training.data.sources.tum import TumOptions, open_tum
 from geo_pretrain.training.recipe import DataSpec
 
 Progress = Callable[[int, int], None]
@@ -111,10 +115,13 @@ def _folder(source: Callable[[Path, Any], Source]) -> Opener:
 
 
 # A layout says nothing about whose frames they are, so a folder's license is its owner's unless `data.license` tells.
+_OWNER = "LicenseRef-data-owner"
 SOURCES = {
+    "folder": SourceRow(PlainOptions, _folder(open_plain), "RGB-D folder in the plain layout", _OWNER),
+    "redwood": SourceRow(RedwoodOptions, _folder(open_redwood), "RGB-D folder in Redwood's layout", _OWNER),
     "rooms": SourceRow(RoomsOptions, _open_rooms, "rooms", "MIT"),
     "scannet": SourceRow(ScanNetConfig, _folder(ScanNet), "ScanNet", "LicenseRef-ScanNet-ToU"),
-    "seven_scenes": SourceRow(
-        SevenScenesConfig, _folder(SevenScenes), "RGB-D folder in 7-Scenes layout", "LicenseRef-data-owner"
-    ),
+    "seven_scenes": SourceRow(SevenScenesConfig, _folder(SevenScenes), "RGB-D folder in 7-Scenes layout", _OWNER),
+    "transforms": SourceRow(TransformsOptions, _folder(open_transforms), "RGB-D folder with transforms.json", _OWNER),
+    "tum": SourceRow(TumOptions, _folder(open_tum), "RGB-D folder in TUM's layout", _OWNER),
 }

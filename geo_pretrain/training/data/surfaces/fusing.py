@@ -20,7 +20,7 @@ from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.rooms import SurfacePoints
 from geo_pretrain.sparse.coordinates import unique_rows
 from geo_pretrain.training.data.cache import cached_arrays
-from geo_pretrain.training.data.frame import Frame, NoSurface, SceneSurface, Source, Surface, capability
+from geo_pretrain.training.data.frame import Frame, NoSurface, SceneSurface, Source, Surface, capability, unposed_scenes
 
 FUSION_VOXEL = 0.01  # m; points of all frames in one voxel become one point
 SPACING = 0.02  # m; the voxel of `fuse_points`, about as dense as the vertices of ScanNet's meshes
@@ -220,7 +220,12 @@ def _fusion_step(frame: Frame) -> int:
 
 
 def readable_frames(source: Source, scene: str, purpose: str) -> Iterator[Frame]:
-    """Load the frames of a scene but broken ones. Raises `DataError` naming the `purpose` when none is left."""
+    """Load the frames of a scene but broken ones. Raises `DataError` naming the `purpose` when none is left.
+
+    So it does for a scene without poses.
+    """
+    if (reason := unposed_scenes(source).get(scene)) is not None:
+        raise DataError(f"{reason}. This was to {purpose}.")
     empty = True
     for frame_id in source.frame_ids(scene):
         with contextlib.suppress(BadFrame):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, UnknownName
 from geo_pretrain.training.data.frame import resize_frame
 from geo_pretrain.training.data.sources.registry import list_sources, open_source
-from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
+from geo_pretrain.training.data.sources.scannet import CONSTANT_640, ScanNet, ScanNetConfig
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
 from geo_pretrain.training.recipe import DataSpec
 from tests.training.conftest import golden_views, write_recording
@@ -166,10 +166,14 @@ def test_registration_that_leaves_no_depth_and_one_that_is_not_finite_are_refuse
         SevenScenes(folder, SevenScenesConfig(str(file)))
 
 
-def test_intrinsics_are_those_of_the_scene_then_of_the_root_then_a_kinects(folder):
+def test_intrinsics_are_those_of_the_scene_then_of_the_root_then_for_its_size_only_a_kinects(folder):
     kept = (folder / "camera-intrinsics.txt").rename(folder.parent / "camera-intrinsics.txt")
     assert SevenScenes(folder.parent).load("kitchen", "000000").intrinsics[0].tolist() == [146.25, 0, 79.5]
     kept.unlink()
+    with pytest.raises(BadFrame, match=r"160x120 pixels and no intrinsics; .* hold for 640x480: give them"):
+        SevenScenes(folder.parent).load("kitchen", "000000")
+    for image in folder.glob("frame-000000.*.png"):
+        Image.open(image).resize((640, 480), Image.Resampling.NEAREST).save(image)
     plain = SevenScenes(folder.parent).load("kitchen", "000000").intrinsics
     assert plain.tolist() == [[585, 0, 320], [0, 585, 240], [0, 0, 1]]
 
@@ -215,7 +219,13 @@ def test_scannet_export_is_read(tmp_path):
     with pytest.raises(BadFrame, match="not finite"):
         source.load("scene0000_00", "125")
     constant = ScanNet(tmp_path, ScanNetConfig(constant_intrinsics=True)).load("scene0000_00", "0")
-    full = replace(constant, color=np.zeros((480, 640, 3), np.uint8), depth=np.ones((480, 640), np.float32))
+    assert constant.intrinsics[0, 0] == CONSTANT_640[0, 0] / 4  # at 160x120
+    full = replace(
+        constant,
+        intrinsics=CONSTANT_640,
+        color=np.zeros((480, 640, 3), np.uint8),
+        depth=np.ones((480, 640), np.float32),
+    )
     pri3d = [[288.9353025, 0, 159.5], [0, 288.9353025, 119.5], [0, 0, 1]]
     np.testing.assert_allclose(resize_frame(full, (240, 320)).intrinsics, pri3d, rtol=1e-12)
 

@@ -1,0 +1,275 @@
+"""Recordings on disk as a source of frames: a layout lists views, this module reads them.
+
+A layout is one function that finds recordings in a folder and says of each view where its color, depth, pose and
+intrinsics stand. Conventions of depth and poses are in `conventions`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geo_pretrain.errors import BadFrame, DataError, first_line, some
+from geo_pretrain.files import parse_json
+from geo_pretrain.training.data import files
+from geo_pretrain.training.data.files import natural_order
+from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.sources.conventions import Assembly, Camera, Conventions, FolderOptions, stated
+
+COLORS = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".PNG", ".ppm")
+DEPTHS = (".png", ".tif", ".tiff", ".npy", ".PNG")
+LISTING_BYTES = 1 << 29  # of a text file with one line a frame
+QUATERNION_LENGTH = 0.01  # by which the length of a quaternion may differ from 1
+
+
+@dataclass(frozen=True)
+class View:
+    """Where one frame stands on disk."""
+
+    color: Path
+    depth: Path
+    pose: np.ndarray | Path | BadFrame | None  # [4, 4] as stored, its file, why there is none; None: no poses at all
+    camera: Camera | BadFrame
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One scene: its views by name in order of time, and the files that list them."""
+
+    name: str
+    views: Mapping[str, View]
+    listings: Sequence[Path] = field(default=())  # trajectories, intrinsics: for messages and the fingerprint
+
+
+class Recordings:
+    """A folder of recordings as a source of frames."""
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        recordings: Iterable[Recording],
+        conventions: Conventions,
+        options: FolderOptions,
+        *,
+        note: str = "",
+    ) -> None:
+        self.name, self.root, self.config = name, root, options
+        self.assembly = Assembly(conventions, options)
+        self.conventions = self.assembly.conventions
+        self._recordings = {recording.name: recording for recording in recordings if recording.views}
+        self._note = note
+        if not self._recordings:
+            raise DataError(f"No frame in {str(root)!r}.{hint(root, name)}")
+        self._refuse_unusable()
+
+    @property
+    def note(self) -> str:
+        """What is unusual in these frames, for the provenance of checkpoints."""
+        bare = self.unposed()
+        lost = f"{len(bare)} of {len(self._recordings)} scenes have no poses" if bare else ""
+        return "; ".join(part for part in (self.assembly.note(), self._note, lost) if part)
+
+    def scenes(self) -> list[str]:
+        return list(self._recordings)
+
+    def frame_ids(self, scene: str) -> list[str]:
+        return list(self._recordings[scene].views)
+
+    def load(self, scene: str, frame_id: str) -> Frame:
+        recording = self._recordings[scene]
+        view = recording.views[frame_id]
+        camera = self._camera(view)
+        pose = np.eye(4) if view.pose is None else self._pose(recording, view.pose)
+        color = files.read_frame_color(view.color)
+        depth = self.conventions.read_depth(view.depth)
+        color, depth, matrix, pose = self.assembly.images(color, depth, camera, pose, view.color, view.depth)
+        return Frame(scene, frame_id, color, depth, matrix, pose, posed=view.pose is not None)
+
+    def raw_depth(self, scene: str, frame_id: str) -> np.ndarray:
+        """Read the values of a depth image as they are stored: [H, W]."""
+        return files.read_raw_depth(self._recordings[scene].views[frame_id].depth)
+
+    def unposed(self) -> list[str]:
+        return [
+            name for name, each in self._recordings.items() if all(view.pose is None for view in each.views.values())
+        ]
+
+    def fingerprint(self) -> str:
+        """A digest of names, sizes and times of all files of frames, and of the options."""
+        of_files = files.files_fingerprint(self.root, (path for path in self._files() if path.is_file()))
+        options = json.dumps(stated(self.config), sort_keys=True)
+        return hashlib.sha256(f"{self.assembly.digest(of_files)}\0{options}".encode()).hexdigest()
+
+    def content(self) -> str:
+        """A digest of the bytes of some files, see `files.sampled_digest`."""
+        return files.sampled_digest(self.root, self._files())
+
+    def _files(self) -> set[Path]:
+        found = set()
+        for recording in self._recordings.values():
+            found.update(recording.listings)
+            for view in recording.views.values():
+                found.update((view.color, view.depth, *([view.pose] if isinstance(view.pose, Path) else [])))
+        return found
+
+    def _camera(self, view: View) -> Camera:
+        if self.assembly.camera is not None:
+            return self.assembly.camera
+        if isinstance(view.camera, BadFrame):
+            raise view.camera
+        return view.camera
+
+    def _pose(self, recording: Recording, pose: np.ndarray | Path | BadFrame) -> np.ndarray:
+        if isinstance(pose, BadFrame):
+            raise pose
+        if isinstance(pose, Path):
+            return self.conventions.cam_to_world(read_pose_file(pose), pose)
+        return self.conventions.cam_to_world(pose, recording.listings[0] if recording.listings else self.root)
+
+    def _refuse_unusable(self) -> None:
+        """Raise `DataError` where no frame of any recording has a camera, or none that has poses a usable one."""
+        views = [view for recording in self._recordings.values() for view in recording.views.values()]
+        cameras = [view.camera for view in views if isinstance(view.camera, BadFrame)]
+        if self.assembly.camera is None and len(cameras) == len(views):
+            raise DataError(
+                f"No frame in {str(self.root)!r} has intrinsics: {cameras[0]}. Give them: "
+                "--set data.options='{intrinsics: FILE}' or {intrinsics: [fx, fy, cx, cy]}, in pixels."
+            )
+        poses = [view.pose for view in views if isinstance(view.pose, BadFrame)]
+        if len(poses) == len(views):
+            raise DataError(f"No frame in {str(self.root)!r} has a pose: {poses[0]}.")
+
+
+def folders_with(root: Path, is_recording: Callable[[Path, set[str], set[str]], bool]) -> Iterator[Path]:
+    """Folders under `root`, itself included, for which `is_recording(path, subfolders, files)`; not those inside one.
+
+    Files of a recording are never walked through: there may be a hundred thousand.
+    """
+    for place, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        if is_recording(Path(place), set(folders), set(names)):
+            folders.clear()
+            yield Path(place)
+
+
+def scene_name(root: Path, folder: Path) -> str:
+    """A recording's name: its path below the root, or the root's own name."""
+    return folder.relative_to(root).as_posix() if folder != root else root.resolve().name
+
+
+def images_in(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
+    """Images of a folder by stem, in natural order; of several with one stem, the one with the first ending."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir() if folder.is_dir() else (), key=lambda path: natural_order(path.stem)):
+        if path.suffix not in endings or path.name.startswith("."):
+            continue
+        known = found.get(path.stem)
+        if known is None or endings.index(path.suffix) < endings.index(known.suffix):
+            found[path.stem] = path
+    return found
+
+
+def read_listing(path: Path) -> list[tuple[int, list[str]]]:
+    """Read a text file of one entry a line: (line number, words), without empty lines and comments (#).
+
+    Raises `BadFrame`.
+    """
+    try:
+        if path.stat().st_size > LISTING_BYTES:
+            raise BadFrame(path, f"has {path.stat().st_size} bytes; at most {LISTING_BYTES} are accepted")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadFrame(path, "file is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFrame(path, f"is no text ({first_line(error)})") from None
+    rows = ((number, line.replace(",", " ").split()) for number, line in enumerate(text.splitlines(), 1))
+    return [(number, words) for number, words in rows if words and not words[0].startswith("#")]
+
+
+def pose_of_words(words: Sequence[str], where: object) -> np.ndarray | BadFrame:
+    """A pose [4, 4] of 16 or 12 numbers row by row, or of 7: tx ty tz qx qy qz qw. Else `BadFrame`, which is returned.
+
+    Of 8, 13 and 17 words the first is a name or a time. NaN is kept: tracking was lost there.
+    """
+    words = words[1:] if len(words) in (8, 13, 17) else words
+    try:
+        numbers = np.array([float(word) for word in words])
+    except ValueError:
+        return BadFrame(where, f"{' '.join(words)[:60]!r} is no pose of numbers")
+    if len(numbers) == 7:
+        return pose_of_quaternion(numbers[:3], numbers[3:], where)
+    if len(numbers) not in (12, 16):
+        return BadFrame(where, f"{len(numbers)} numbers; a pose has 16, 12, or 7 (tx ty tz qx qy qz qw)")
+    return np.vstack([numbers[:12].reshape(3, 4), numbers[12:] if len(numbers) == 16 else (0, 0, 0, 1)])
+
+
+def pose_of_quaternion(position: Sequence[float], xyzw: Sequence[float], where: object) -> np.ndarray | BadFrame:
+    """The motion [4, 4] of a translation and a unit quaternion (x, y, z, w); `BadFrame`, returned, for none."""
+    quaternion = np.array(xyzw, dtype=np.float64)
+    length = float(np.linalg.norm(quaternion))
+    if not np.isfinite(length) or abs(length - 1) > QUATERNION_LENGTH:
+        return BadFrame(where, f"pose has a quaternion of the length {length:.3g}, expected 1")
+    x, y, z, w = quaternion / length
+    pose = np.eye(4)
+    pose[:3, :3] = (
+        (1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)),
+        (2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)),
+        (2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)),
+    )
+    pose[:3, 3] = position
+    return pose
+
+
+def read_pose_file(path: Path) -> np.ndarray:
+    """Read the pose of one frame from its own file: 16, 12 or 7 numbers, see `pose_of_words`. Raises `BadFrame`."""
+    numbers = files.read_numbers(path, (16, 12, 7), "a pose of 16, 12 or 7 numbers (tx ty tz qx qy qz qw)")
+    pose = pose_of_words([repr(float(number)) for number in numbers], path)
+    if isinstance(pose, BadFrame):
+        raise pose
+    return pose
+
+
+# What tells a layout from others: a file or folder in the root, or one level below it.
+SIGNS = {
+    "tum": ("rgb.txt", "*/rgb.txt"),
+    "transforms": ("transforms.json", "*/transforms.json"),
+    "scannet": ("scene*/pose", "scene*/*.sens"),
+    "seven_scenes": ("frame-*.pose.txt", "*/frame-*.pose.txt", "*/*/frame-*.pose.txt"),
+    "redwood": ("*.log", "*/*.log"),
+    "folder": ("color", "*/color"),
+}
+
+
+def hint(root: Path, name: str) -> str:
+    """A sentence on the layouts that a folder looks like, other than `name`; "" if like none."""
+    likely = [
+        other
+        for other, signs in SIGNS.items()
+        if other != name and any(next(root.glob(sign), None) is not None for sign in signs)
+    ]
+    return f" It looks like --data {some((f'{other}:{root}' for other in likely), 2)}." if likely else ""
+
+
+def existing_folder(root: Path, layout: str) -> None:
+    """Raise `DataError` unless there is a folder; `layout` says what is expected in it."""
+    if not root.is_dir():
+        raise DataError(f"No folder {str(root)!r}: expected one with {layout}.")
+
+
+def json_tree(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object, `BadFrame` with the path where there is none."""
+    try:
+        tree = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadFrame(path, f"{what} cannot be read ({first_line(error)})") from None
+    if not isinstance(tree, dict):
+        raise BadFrame(path, f"holds {type(tree).__name__}, expected {what}, a JSON object")
+    return tree
