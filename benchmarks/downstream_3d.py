@@ -64,7 +64,7 @@ STUDIES = {
         (2e-3, 5e-3),
         settings=("optim.optimizer=adam", "optim.dampening=0", "optim.batch=2"),
     ),
-    "classification": Study("rooms3d_classification", ("csc",), 150, (0.01, 0.03), (0.1, 1.0)),
+    "classification": Study("rooms3d_classification", ("csc",), 150, (0.01, 0.03), (0.1,)),
     "parts": Study("rooms3d_parts", ("csc",), 150, (0.03, 0.1), (0.1, 1.0)),
 }
 
