@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,6 +40,13 @@ def atomic_write(path: Path, *, suffix: str = ".part") -> Iterator[Path]:
     finally:
         with suppress(OSError):  # on a disk that refused, the reason is in the first error
             part.unlink(missing_ok=True)
+
+
+def regular(path: Path) -> Path:
+    """The path, unless a pipe or a device lies there, whose end may never come. Raises OSError."""
+    if any(kind(path.stat().st_mode) for kind in (stat.S_ISFIFO, stat.S_ISCHR, stat.S_ISBLK, stat.S_ISSOCK)):
+        raise OSError(errno.EINVAL, "is a pipe or a device, no file", str(path))
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

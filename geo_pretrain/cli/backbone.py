@@ -231,7 +231,7 @@ def convert(
             ignore=ignore or (),
             note=lambda text: console.print(escape(text), soft_wrap=True, highlight=False),
         )
-        console.print(f"Checkpoint: {found.folder}", soft_wrap=True, highlight=False)
+        console.print(f"Checkpoint: {found.folder}", soft_wrap=True, highlight=False, markup=False)
         return
     from geo_pretrain.convert.out import write_export
 
@@ -240,7 +240,7 @@ def convert(
     opened = _open(source, hub)
     checkpoint = opened.fetch(*opened.network_roles(decoder=False))
     for path in write_export(str(to), checkpoint, out, overwrite=overwrite):
-        console.print(f"Wrote {path}", soft_wrap=True, highlight=False)
+        console.print(f"Wrote {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -275,7 +275,7 @@ def bundle(
 
     opened = [_open(name, hub) for name in names]
     folders = [each.fetch(*each.network_roles(), "golden").folder for each in opened]
-    console.print(f"Wrote {write_bundle(folders, out)}", soft_wrap=True, highlight=False)
+    console.print(f"Wrote {write_bundle(folders, out)}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -314,7 +314,7 @@ def cache_list(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.
         state = f"{item.folder}{' (broken: fetched again when needed)' if item.broken else ''}"
         table.add_row(escape(item.name), item.kind, f"{item.size / 1e6:.1f}", escape(state))
     wide = Console(width=max(console.width, LIST_WIDTH), soft_wrap=True)
-    wide.print(table if found else f"Nothing is cached in {default_cache()}.")
+    wide.print(table if found else escape(f"Nothing is cached in {default_cache()}."))
 
 
 @cache_app.command("rm")

@@ -145,7 +145,7 @@ def _show_results(results: dict[str, Any], out: Path) -> None:
     from geo_pretrain.training.bench.run import RESULTS
 
     print_table(HEAD, table(results), title="in %, mean ± deviation over seeds")
-    console.print(f"Results: {out / RESULTS}", soft_wrap=True, highlight=False)
+    console.print(f"Results: {out / RESULTS}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _show_plan(chosen: list[Any], spec: Any) -> None:

@@ -102,7 +102,7 @@ def data_preview(
         sets_sheet(source, out, scenes=scenes, frames=frames, **chosen)
     else:
         contact_sheet(source, out, scenes=scenes, frames=frames)
-    console.print(f"Wrote {out}", soft_wrap=True)
+    console.print(f"Wrote {out}", soft_wrap=True, markup=False)
 
 
 @data_app.command("convert")

@@ -70,7 +70,7 @@ def visualize_matches(
         )
     for title, shares in columns:
         console.print(f"{escape(title)}: {sum(shares) / len(shares):.0%} right", highlight=False, soft_wrap=True)
-    console.print(f"Wrote {out}", highlight=False, soft_wrap=True)
+    console.print(f"Wrote {out}", highlight=False, soft_wrap=True, markup=False)
     print_skips(skips)
 
 
@@ -115,7 +115,7 @@ def visualize_features(
             skips=skips,
             progress=lambda done, total: report("describing", done, total, ""),
         )
-    console.print(f"Wrote {out}", highlight=False, soft_wrap=True)
+    console.print(f"Wrote {out}", highlight=False, soft_wrap=True, markup=False)
     print_skips(skips)
 
 
@@ -161,5 +161,5 @@ def visualize_points(
             skips=skips,
             progress=lambda done, total: report("describing", done, total, ""),
         )
-    console.print(f"Wrote {out}: {escape(cloud.note)}", highlight=False, soft_wrap=True)
+    console.print(f"Wrote {escape(str(out))}: {escape(cloud.note)}", highlight=False, soft_wrap=True)
     print_skips(skips)

@@ -68,4 +68,4 @@ def predict(
             f"[yellow]Skipped {escape(one['path'])}: {escape(one['reason'])}", highlight=False, soft_wrap=True
         )
     count = f"{len(found.items)} predicted, {len(found.skipped)} skipped"
-    console.print(f"Wrote {out / INDEX}   ({count})", soft_wrap=True, highlight=False)
+    console.print(f"Wrote {out / INDEX}   ({count})", soft_wrap=True, highlight=False, markup=False)

@@ -48,8 +48,10 @@ def demo(
     for row in table_rows(result):
         table.add_row(*row)
     console.print(table)
-    console.print(f"Checkpoint: {result.folder}   (load_backbone({str(result.folder)!r}))", soft_wrap=True)
-    console.print(f"Pictures:   {out / 'matches.png'}, {out / 'segmentation.png'}, {out / 'report.html'}")
+    console.print(
+        f"Checkpoint: {result.folder}   (load_backbone({str(result.folder)!r}))", soft_wrap=True, markup=False
+    )
+    console.print(f"Pictures:   {out / 'matches.png'}, {out / 'segmentation.png'}, {out / 'report.html'}", markup=False)
     console.print(f"Took {time.monotonic() - start:.0f} s.")
 
 
@@ -99,11 +101,11 @@ def train(
             overwrite=overwrite,
             check=check,
             report=report,
-            note=lambda text: console.print(f"Data: {text}", highlight=False),
+            note=lambda text: console.print(f"Data: {text}", highlight=False, markup=False),
         )
     if outcome.checkpoint is not None:
         units = f"{outcome.pairs} {spec.data.units}"
-        console.print(f"Checkpoint: {outcome.checkpoint.folder}   ({units})", soft_wrap=True)
+        console.print(f"Checkpoint: {outcome.checkpoint.folder}   ({units})", soft_wrap=True, markup=False)
     if world.is_main:
         print_skips(outcome.skips)
     world.close()
@@ -199,7 +201,7 @@ def _show_result(result: FinetuneResult, as_json: bool) -> None:
     print_table(rows[0], (row.values() for row in rows))
     for quirk, what in result.data.get("quirks", {}).items():
         console.print(f"{escape(quirk)}: {escape(what)}", highlight=False, soft_wrap=True)
-    console.print(f"Results: {result.folder}", soft_wrap=True, highlight=False)
+    console.print(f"Results: {result.folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _show_sweep(result: SweepResult, out: Path, as_json: bool) -> None:
@@ -212,4 +214,4 @@ def _show_sweep(result: SweepResult, out: Path, as_json: bool) -> None:
     head, *rows = table_rows(result)
     print_table(head, rows)
     for path in paths.values():
-        console.print(f"Wrote {path}", soft_wrap=True, highlight=False)
+        console.print(f"Wrote {path}", soft_wrap=True, highlight=False, markup=False)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError, first_line
+from geo_pretrain.files import regular
 
 INVALID_MM = (0, 65535)  # both mean "no measurement"; 65535 is rare and easily forgotten
 SHORTEST, LONGEST = 2.0, 1e6  # focal lengths in pixels; below are those in meters, or relative to the image's size
@@ -174,7 +175,7 @@ def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:
 def read_listing(path: Path, what: str = "list") -> list[str]:
     """Read the lines of a text file that names the parts of a data set. Raises `DataError` if it is no such file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = regular(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"{str(path)!r}: the {what} cannot be read ({first_line(error)}).") from None
     for word in text.replace(",", " ").split():
@@ -290,7 +291,7 @@ def loaded_arrays(path: Path, key: str | None = None) -> Iterator[Any]:
     An archive that would unpack to far more than it has bytes is refused before anything is unpacked.
     """
     try:
-        if zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(regular(path)):
             with zipfile.ZipFile(path) as archive:
                 size = sum(entry.file_size for entry in archive.infolist())
             if size > max(UNPACKED, MOST_PACKED * path.stat().st_size):
@@ -360,6 +361,7 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
 def _reading(path: Path, what: str, fault: str = "cannot be read") -> Iterator[None]:
     """Turn errors of reading a file into a `BadFrame` that calls it `what`."""
     try:
+        regular(path)
         yield
     except FileNotFoundError:
         raise BadFrame(path, f"{what} is missing") from None

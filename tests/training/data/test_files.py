@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -11,17 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from geo_pretrain.errors import BadFrame
+from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.files import (
     checked_points,
     image_size,
+    loaded_arrays,
     read_color,
     read_depth,
     read_ids,
     read_intrinsics,
+    read_listing,
     read_matrix,
     read_pose,
 )
+from geo_pretrain.training.data.surfaces.obj import read_obj
+from geo_pretrain.training.data.surfaces.ply import read_ply
 from tests.labelled_layouts import chunk, png_bytes, save
 
 
@@ -215,3 +220,17 @@ def test_a_file_in_postscript_is_no_image_and_runs_no_program(tmp_path, monkeypa
 def test_formats_of_cameras_are_read_whatever_the_file_is_called(tmp_path, kind):
     Image.new("RGB", (64, 48), (200, 100, 50)).save(tmp_path / "image", format=kind)
     assert read_color(tmp_path / "image").shape == (48, 64, 3)
+
+
+def arrays(path):
+    with loaded_arrays(path):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("read", [read_color, read_ids, read_pose, arrays, read_listing, read_ply, read_obj])
+def test_a_pipe_in_place_of_a_file_is_refused_before_it_is_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "frame")
+    for path in (tmp_path / "frame", Path("/dev/zero")):  # no end, either
+        with pytest.raises((BadFrame, DataError), match="is a pipe or a device, no file"):
+            read(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from geo_pretrain.errors import BadFrame
+from geo_pretrain.files import regular
 from geo_pretrain.training.data.files import points_fault
 
 
@@ -20,7 +21,7 @@ def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises `BadFrame` for a file that is missing, has no face, or is malformed; the message gives the line.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = regular(path).read_bytes().splitlines()
     except FileNotFoundError:
         raise BadFrame(path, "mesh is missing") from None
     except OSError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from geo_pretrain.errors import DataError
+from geo_pretrain.files import regular
 
 Columns = dict[str, np.ndarray]
 
@@ -34,7 +35,7 @@ def read_ply(path: Path, elements: Collection[str] | None = None) -> dict[str, C
         DataError: the file is missing, cut off, or not a PLY file; the message names it and what is wrong.
     """
     try:
-        data = path.read_bytes()
+        data = regular(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
     order, header, position = _read_header(path, data)
