@@ -187,7 +187,7 @@ def _(found: Detections, place: Place, item: np.ndarray, classes: Sequence[str])
 
 def wireframes(boxes: Boxes3D) -> dict[str, dict[str, np.ndarray]]:
     """The elements of a PLY of boxes: 8 vertices and 12 edges each, in the colors of their classes."""
-    corners = box_corners(torch.from_numpy(_rows(boxes))).reshape(-1, 3).numpy().astype(_exact(boxes))
+    corners: np.ndarray = box_corners(torch.from_numpy(_rows(boxes))).reshape(-1, 3).numpy().astype(_exact(boxes))
     colors = np.repeat(class_colors(boxes.classes), 8, axis=0).reshape(-1, 3)
     first = 8 * np.arange(len(boxes), dtype=np.int32)[:, None]
     pairs = torch.tensor(EDGES, dtype=torch.int32).numpy()
