@@ -55,6 +55,7 @@ COMMANDS = [
     ["data", "check"],
     ["data", "preview"],
     ["data", "convert"],
+    ["data", "mine"],
     ["bench", "pretext"],
     ["bench", "table"],
     ["visualize", "matches"],

@@ -1,4 +1,4 @@
-"""Commands on data: data check finds what is wrong with a source, data preview draws it, data convert prepares one."""
+"""Commands on data: check finds what is wrong, preview draws, convert prepares, mine finds pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, SET_HELP, data_spec, print_skips
+from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, SET_HELP, data_spec, print_skips, shard_of
 from geo_pretrain.cli.shared import app, console, escape, progress
 
 if TYPE_CHECKING:
@@ -134,3 +134,62 @@ def data_convert(
         )
     console.print(escape(result.summary()), soft_wrap=True, highlight=False)
     print_skips(result.skips)
+
+
+@data_app.command("mine")
+def data_mine(
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write, which train --pairs then reads.")],
+    frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
+    overlap: Annotated[str, typer.Option(help="Range of the overlap of pairs, LOW:HIGH.")] = "0.3:1",
+    shard: Annotated[str, typer.Option(help="I/N: every N-th scene from the I-th on, I = 1..N.")] = "1/1",
+    workers: Annotated[int, typer.Option(min=1, help="Processes side by side, of each job.")] = 1,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Jobs on a cluster, by submitit (extra cluster).")] = None,
+    cluster: Annotated[str, typer.Option(help="With --jobs: slurm, or local: on this machine.")] = "slurm",
+    partition: Annotated[str | None, typer.Option(help="With --jobs: SLURM's partition.")] = None,
+    hours: Annotated[float, typer.Option(help="With --jobs: the time limit of a job.")] = 4.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate pairs, hours and gigabytes.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda, for the comparison of frames.")] = "cpu",
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+) -> None:
+    """Find the overlapping frames of every scene, before training: one file a scene, by many processes or machines.
+
+    The overlap is `data.measure=voxels`, that of the papers' recipes; --set data.measure=match_released_code is the
+    released script to the letter. Scenes that have a file are kept: the same command goes on where it stopped.
+
+    Example: `geo-pretrain data mine scannet:PATH --out pairs --workers 16`
+
+    One of four machines: `geo-pretrain data mine scannet:PATH --out pairs --shard 1/4`
+
+    On SLURM: `geo-pretrain data mine scannet:PATH --out pairs --jobs 32 --workers 8 --partition cpu`
+    """
+    from geo_pretrain.training.cluster import Cluster, make_executor
+    from geo_pretrain.training.data.mining_jobs import estimate, mine_pairs
+    from geo_pretrain.training.data.sources.registry import open_source
+
+    spec = data_spec(data, frames, ["data.measure=voxels", *set_], overlap)
+    if dry_run:
+        with progress() as report:
+            source = open_source(spec, device=device, progress=lambda d, t: report("rendering rooms", d, t, ""))
+        console.print(str(estimate(source, spec, workers=workers * (jobs or 1), device=device)), highlight=False)
+        return
+    job = Cluster(cluster, hours=hours, partition=partition, cpus=workers)
+    executor = None if jobs is None else make_executor(out.with_name(f"{out.name}.jobs"), job)
+    with progress() as report:
+        mined = mine_pairs(
+            spec,
+            out,
+            shard=shard_of(shard),
+            workers=workers,
+            executor=executor,
+            jobs=jobs,
+            device=device,
+            progress=lambda done, total: report("mining pairs", done, total, ""),
+        )
+    console.print(
+        f"{mined.pairs} of {mined.tested} pairs, in {mined.made} scenes mined now and {mined.present} that were there: "
+        f"{escape(str(out))}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    print_skips(mined.skips)

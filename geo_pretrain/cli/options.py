@@ -67,6 +67,17 @@ def range_of(option: str, text: str) -> str:
     return f"[{low}, {high}]"
 
 
+def shard_of(text: str) -> tuple[int, int]:
+    """Parse `--shard I/N`, a share of the scenes."""
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        index = count = 0
+    if not 1 <= index <= count:
+        raise typer.BadParameter(f"--shard is {text!r}; accepted: I/N with I from 1 to N, such as 1/4.")
+    return index, count
+
+
 def size_of(text: str | None) -> tuple[int, int] | None:
     """Parse `--size` into height and width."""
     if text is None:

@@ -67,6 +67,7 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CUDA where there is one.")] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help=CHECK_HELP)] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished checkpoint.")] = False,
+    pairs: Annotated[Path | None, typer.Option(help="A folder that `data mine` wrote; default: mined now.")] = None,
 ) -> None:
     """Pre-train a checkpoint on RGB-D data. Run the same command again to resume an interrupted run exactly.
 
@@ -98,6 +99,7 @@ def train(
             out,
             world,
             stage1=stage1,
+            pairs=pairs,
             overwrite=overwrite,
             check=check,
             report=report,

@@ -24,6 +24,7 @@ from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.training.data.check.source import quick_check, stop_if_wrong
 from geo_pretrain.training.data.frame import Pair, SampledContent, SkippedFrames, Source, capability
 from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.pair_files import read_pairs
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.sources.registry import open_source, source_note, source_options
 from geo_pretrain.training.distributed import World
@@ -54,6 +55,7 @@ def run_recipe(
     *,
     stage1: Recipe | None = None,
     starts: Mapping[str, Path] = {},
+    pairs: Path | None = None,
     overwrite: bool = False,
     check: bool = False,
     report: Report = lambda *_: None,
@@ -62,6 +64,7 @@ def run_recipe(
     """Train `recipe` into the checkpoint folder `out`, after `stage1` into `<out>.stage1` if the recipe starts from it.
 
     A first stage that is finished is used as it is; `starts` maps "stage1" to the folder of one trained elsewhere.
+    `pairs` is a folder of mined pairs (`geo-pretrain data mine`); without one pairs are mined here and cached.
     Interrupted runs go on, in the stage where they were. `note` is told what the data source says about itself. With
     `check` some frames of data on disk are checked first: `DataError` when they are surely read wrongly, and `note` is
     told what is likely wrong. Raises as `train`, `find_pairs` and `open_source`, `CheckpointError` when another process
@@ -75,9 +78,9 @@ def run_recipe(
             folder = out.with_name(out.name + ".stage1")
             with run_lock(folder, "first stage") if world.is_main else nullcontext():
                 if not _is_done(stage1, folder, world, report, overwrite=overwrite):
-                    _run(stage1, folder, {}, world, overwrite, report, note)
+                    _run(stage1, folder, {}, pairs, world, overwrite, report, note)
             starts = {STAGE1: folder}
-        return _run(recipe, out, starts, world, overwrite, report, note)
+        return _run(recipe, out, starts, pairs, world, overwrite, report, note)
 
 
 def load_checked_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
@@ -155,6 +158,7 @@ def _run(
     recipe: Recipe,
     out: Path,
     starts: Mapping[str, Path],
+    mined: Path | None,
     world: World,
     overwrite: bool,
     report: Report,
@@ -164,14 +168,18 @@ def _run(
     source = _open(recipe, world, report)
     if world.is_main and source_note(source):
         note(source_note(source))
-    pairs = find_pairs(
-        source,
-        recipe.data,
-        skips=skips,
-        device=world.device,
-        cache_dir=default_cache(),
-        progress=lambda d, t: report("finding pairs", d, t, ""),
-    )
+    if mined is not None and recipe.data.units == "pairs":
+        pairs = read_pairs(mined, source, recipe.data, skips)
+    else:
+        pairs = find_pairs(
+            source,
+            recipe.data,
+            skips=skips,
+            device=world.device,
+            cache_dir=default_cache(),
+            progress=lambda d, t: report("finding pairs", d, t, ""),
+            world=world,
+        )
     checkpoint = train(
         recipe,
         out,

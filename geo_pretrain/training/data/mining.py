@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ from geo_pretrain.training.data.overlap import (
     overlap_matrix,
     thin_cloud,
 )
+from geo_pretrain.training.data.pair_files import PairCounts, ScenePairs, identity, mined_once, spread_evenly
+from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.recipe import DataSpec
 
 CLOUD_MEASURES: dict[str, tuple[Callable[[Frame], Tensor], Callable[..., np.ndarray]]] = {
@@ -38,41 +42,6 @@ MINING_HEIGHT = 60  # overlap is measured on depth maps of this height, which is
 T = TypeVar("T")
 
 
-@dataclass
-class PairCounts:
-    """How many pairs of frames were tested, and why those that are left out were."""
-
-    pairs: int = 0
-    below: int = 0  # pairs that overlap less than asked for
-    above: int = 0
-    largest: float = 0.0  # overlap of a pair below the range
-
-    def add(self, ratios: np.ndarray, overlap: tuple[float, float]) -> None:
-        """Count the pairs of a scene by their overlap ratios [N, N]."""
-        values = ratios[np.triu_indices(len(ratios), 1)]
-        below = values[values < overlap[0]]
-        self.pairs += len(values)
-        self.below += len(below)
-        self.above += int((values > overlap[1]).sum())
-        self.largest = max(self.largest, float(below.max(initial=0)))
-
-    def no_pair(self, spec: DataSpec, skips: SkippedFrames) -> DataError:
-        """The error when no pair is left: how many failed for which reason, and what to try."""
-        low, high = spec.overlap
-        reasons = []
-        if self.below:
-            reasons.append(f"{self.below} overlap by less than {low:g} (at most {self.largest:.2g})")
-        if self.above:
-            reasons.append(f"{self.above} by more than {high:g}")
-        counted = f"Of {self.pairs} pairs {' and '.join(reasons)}." if reasons else "No two frames could be compared."
-        hint = (
-            f"\n`geo-pretrain data check {spec.source}:{spec.path}` tries other directions and axes of the poses "
-            "and other units of depth, and names the options that mend it."
-        )
-        start = f"No pair of frames is left in source {spec.source!r}. {counted}\n{skips.summary()}"
-        return DataError(start + hint if spec.path else start)
-
-
 def find_pairs(
     source: Source,
     spec: DataSpec,
@@ -81,12 +50,14 @@ def find_pairs(
     device: str | torch.device = "cpu",
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    world: World = ALONE,
 ) -> list[Pair]:
     """Find all pairs of a source whose overlap ratio lies in `spec.overlap`, scene by scene in order of time.
 
     With `spec.units` "frames" every frame is paired with itself (overlap 1), at most `max_pairs_per_scene` per scene,
     and nothing is read: broken frames are replaced when samples are drawn. Frames that cannot be read and scenes
-    without a pair are added to `skips`. Mined pairs are cached in `cache_dir`.
+    without a pair are added to `skips`. Mined pairs are cached in `cache_dir`, scene by scene while they are mined:
+    of a command that is killed one scene is lost, and processes of a `world` that share the folder share the work.
 
     Raises:
         DataError: no pair is left; the message says what was skipped and why.
@@ -95,42 +66,74 @@ def find_pairs(
         return _self_pairs(source, spec)
     cached = _cache_path(source, spec, cache_dir) if cache_dir is not None else None
     known = None if cached is None else _cached_pairs(cached, source)
-    if known is not None:
-        skips.reasons.update(known[1])
-        return known[0]
-    skipped, tested = SkippedFrames(), PairCounts()
-    pairs: list[Pair] = []
-    scenes, unposed = source.scenes(), unposed_scenes(source)
-    for done, scene in enumerate(scenes):
+    if cached is not None and world.any(known is None):  # all processes take the same way, and meet at its end
+        parts = cached.with_suffix(".scenes")
+        known = _pairs_of(_mined_scenes(source, spec, parts, device, progress, world), spec)
+        world.barrier()
+        if world.is_main:
+            pairs, reasons = known
+            write_sealed(cached, {"pairs": [astuple(pair) for pair in pairs], "skips": reasons})
+            shutil.rmtree(parts, ignore_errors=True)
+    elif known is None:
+        known = _pairs_of(_mined_scenes(source, spec, None, device, progress, world), spec)
+    skips.reasons.update(known[1])
+    return known[0]
+
+
+def mine_scene(source: Source, scene: str, spec: DataSpec, device: str | torch.device = "cpu") -> ScenePairs:
+    """Find the pairs of one scene whose overlap ratio lies in `spec.overlap`."""
+    mined = ScenePairs()
+    if scene in (unposed := unposed_scenes(source)):
+        mined.skips.add(unposed[scene])
+        return mined
+    mined.pairs = _scene_pairs(source, scene, spec, mined.skips, mined.tested, device)
+    if not mined.pairs:
+        low, high = spec.overlap
+        mined.skips.add(BadFrame(scene, f"scene has no pair with an overlap in [{low:g}, {high:g}]"))
+    return mined
+
+
+def _mined_scenes(
+    source: Source,
+    spec: DataSpec,
+    folder: Path | None,
+    device: str | torch.device,
+    progress: Callable[[int, int], None] | None,
+    world: World,
+) -> list[ScenePairs]:
+    """Mine all scenes, in their order; in a folder each once by all processes, which begin with different scenes."""
+    scenes = source.scenes()
+    own = range(world.rank, len(scenes), world.size) if folder is not None else range(len(scenes))
+    mined: dict[int, ScenePairs] = {}
+    for number in [*own, *(set(range(len(scenes))) - set(own))]:
         if progress is not None:
-            progress(done, len(scenes))
-        if scene in unposed:
-            skipped.add(unposed[scene])
-            continue
-        mined = _scene_pairs(source, scene, spec, skipped, tested, device)
-        if not mined:
-            low, high = spec.overlap
-            skipped.add(BadFrame(scene, f"scene has no pair with an overlap in [{low:g}, {high:g}]"))
-        pairs += mined
-    skips.reasons.update(skipped.reasons)
+            progress(len(mined), len(scenes))
+        mine = partial(mine_scene, source, scenes[number], spec, device)
+        if folder is None:
+            mined[number] = mine()
+        else:
+            made_from = identity(source, scenes[number], spec)
+            mined[number] = mined_once(folder, scenes[number], made_from, mine)[0]
+    return [mined[number] for number in range(len(scenes))]
+
+
+def _pairs_of(scenes: list[ScenePairs], spec: DataSpec) -> tuple[list[Pair], dict[str, str]]:
+    """Join the pairs and skips of all scenes. Raises `DataError` if no pair is left."""
+    skips, tested = SkippedFrames(), PairCounts()
+    for scene in scenes:
+        skips.reasons.update(scene.skips.reasons)
+        tested.join(scene.tested)
+    pairs = [pair for scene in scenes for pair in scene.pairs]
     if not pairs:
-        raise tested.no_pair(spec, skipped)
-    if cached is not None:
-        write_sealed(cached, {"pairs": [astuple(pair) for pair in pairs], "skips": skipped.reasons})
-    return pairs
+        raise tested.no_pair(spec, skips)
+    return pairs, skips.reasons
 
 
 def _scene_pairs(
     source: Source, scene: str, spec: DataSpec, skips: SkippedFrames, tested: PairCounts, device: str | torch.device
 ) -> list[Pair]:
-    if spec.measure != "projective":
-        convert, compare = CLOUD_MEASURES[spec.measure]
-        clouds = _load_all(source, scene, convert, skips)
-        names, ratios = list(clouds), compare(list(clouds.values()), device)
-    else:
-        size = _mining_size(spec)
-        frames = _load_all(source, scene, lambda frame: resize_frame(frame, size), skips)
-        names, ratios = list(frames), overlap_matrix(list(frames.values()), device) if frames else np.eye(0)
+    frames = _load_all(source, scene, lambda frame: prepared(frame, spec), skips)
+    names, ratios = list(frames), compare_frames(list(frames.values()), spec, device)
     tested.add(ratios, spec.overlap)
     low, high = spec.overlap
     pairs = [
@@ -141,6 +144,21 @@ def _scene_pairs(
     return spread_evenly(pairs, spec.max_pairs_per_scene)
 
 
+def prepared(frame: Frame, spec: DataSpec) -> Any:
+    """Reduce a frame to what `compare_frames` compares: a small frame, points [N, 3] m or cells [N, 3]."""
+    if spec.measure == "projective":
+        return resize_frame(frame, _mining_size(spec))
+    return CLOUD_MEASURES[spec.measure][0](frame)
+
+
+def compare_frames(frames: list[Any], spec: DataSpec, device: str | torch.device = "cpu") -> np.ndarray:
+    """Compute the overlap ratio of all pairs of prepared frames by the measure of `spec`: float [N, N], diagonal 1."""
+    if not frames:
+        return np.eye(0)
+    compare = overlap_matrix if spec.measure == "projective" else CLOUD_MEASURES[spec.measure][1]
+    return compare(frames, device)
+
+
 def _self_pairs(source: Source, spec: DataSpec) -> list[Pair]:
     pairs: list[Pair] = []
     for scene in source.scenes():
@@ -149,13 +167,6 @@ def _self_pairs(source: Source, spec: DataSpec) -> list[Pair]:
     if not pairs:
         raise DataError(f"Source {source.name!r} has no frame.")
     return pairs
-
-
-def spread_evenly(items: Sequence[T], limit: int | None) -> list[T]:
-    """Choose at most `limit` (None: all) of the items, from the first to the last at even distances."""
-    if limit is None or len(items) <= limit:
-        return list(items)
-    return [items[k] for k in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 
 def _mining_size(spec: DataSpec) -> tuple[int, int]:
