@@ -30,7 +30,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("hub",),  # opens names as folders: converts authors' files and writes their cards
     ("loading", "__init__"),  # the public face hands out names of loading and of floors below
     ("adapters", "publish"),
-    ("training.distributed", "training.states", "training.runs", "training.geometry3d", "training.losses", "training"),
+    (
+        "training.cluster",
+        "training.distributed",
+        "training.states",
+        "training.runs",
+        "training.geometry3d",
+        "training.losses",
+        "training",
+    ),
     ("training.checks",),
     ("training.config",),
     ("training.recipe", "training.cloud_recipe", "training.finetune_recipe", "training.schedule"),
