@@ -127,6 +127,28 @@ def write_transforms(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT) ->
     return root
 
 
+def write_colmap(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT) -> Path:
+    """A dense workspace of COLMAP: undistorted images, the model as text, depth maps of its own."""
+    fx, fy, cx, cy = four(frames[0])
+    height, width = frames[0].depth.shape
+    images = "# Image list with two lines of data per image:\n#   IMAGE_ID, QW, ...\n#   POINTS2D[] ...\n"
+    for number, frame in reversed(list(enumerate(frames))):
+        name = f"a/{number}.jpg"
+        save(root / "images" / name, frame.color)
+        values = (frame.depth * twin.depth).astype("<f4").tobytes()
+        depth = root / "stereo" / "depth_maps" / f"{name}.geometric.bin"
+        depth.parent.mkdir(parents=True, exist_ok=True)
+        depth.write_bytes(f"{width}&{height}&1&".encode() + values)
+        pose = Twin(inverted=not twin.inverted, flipped=twin.flipped, millimeters=twin.millimeters).pose(frame)
+        x, y, z, w = quaternion(pose[:3, :3])
+        numbers = " ".join(f"{value:.9f}" for value in (w, x, y, z, *pose[:3, 3]))
+        images += f"{number + 1} {numbers} 1 {name}\n{'3.5 4.5 -1 7.0 8.0 12' if number % 2 else ''}\n"
+    write(root / "sparse" / "images.txt", images)
+    camera = f"1 PINHOLE {width} {height} {fx:.9g} {fy:.9g} {cx + 0.5:.9g} {cy + 0.5:.9g}\n"
+    write(root / "sparse" / "cameras.txt", f"# Camera list with one line of data per camera:\n{camera}")
+    return root
+
+
 def write_sens(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT, *, step: int = 25, color: int = 2) -> Path:
     """A scan of ScanNet's release: every `step`-th frame of SCAN.sens is one of `frames`, those between are empty.
 
@@ -157,6 +179,7 @@ def write_sens(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT, *, step:
 
 
 LAYOUTS: dict[str, Callable[[Path, Sequence[Frame], Twin], Path]] = {
+    "colmap": write_colmap,
     "folder": write_plain,
     "redwood": write_redwood,
     "scannet": write_sens,

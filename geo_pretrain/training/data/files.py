@@ -82,7 +82,9 @@ def aspect_fault(color: Sequence[int], depth: Sequence[int]) -> str | None:
 
 
 def read_raw_depth(path: Path) -> np.ndarray:
-    """Read the values of a depth image as they are stored, [H, W]: 16 or 32-bit gray, float TIFF, or .npy."""
+    """Read the values of a depth image as stored, [H, W]: 16 or 32-bit gray, float TIFF, .npy, COLMAP's .bin."""
+    if path.suffix == ".bin":
+        return _read_colmap_map(path)
     if path.suffix == ".npy":
         with loaded_arrays(path) as array:
             values = np.asarray(array)
@@ -97,6 +99,20 @@ def read_raw_depth(path: Path) -> np.ndarray:
         if image.mode not in ("I;16", "I;16B", "I;16L", "I", "F"):
             raise BadFrame(path, f"depth has image mode {image.mode}, expected 16-bit gray")
         return np.asarray(image)
+
+
+def _read_colmap_map(path: Path) -> np.ndarray:
+    """Read a depth map of COLMAP, float32 [H, W]: the text "width&height&1&", then the values row by row."""
+    with _reading(path, "depth map"):
+        data = path.read_bytes()
+    words = data[:64].split(b"&", 3)
+    numbers = [int(word) for word in words[:3] if word.isdigit()]
+    if len(words) < 4 or len(numbers) < 3 or numbers[2] != 1 or not 0 < numbers[0] * numbers[1] <= MOST_PIXELS:
+        raise BadFrame(path, 'is no depth map of COLMAP, which begins with "width&height&1&"')
+    start = sum(len(word) + 1 for word in words[:3])
+    if len(data) - start != 4 * numbers[0] * numbers[1]:
+        raise BadFrame(path, f"has {len(data) - start} bytes of values, expected {numbers[0]}x{numbers[1]} of 4 bytes")
+    return np.frombuffer(data, "<f4", offset=start).reshape(numbers[1], numbers[0])
 
 
 def read_depth(

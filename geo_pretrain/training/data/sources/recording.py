@@ -241,6 +241,7 @@ def read_pose_file(path: Path) -> np.ndarray:
 SIGNS = {
     "tum": ("rgb.txt", "*/rgb.txt"),
     "transforms": ("transforms.json", "*/transforms.json"),
+    "colmap": ("cameras.txt", "sparse/cameras.txt", "*/sparse/cameras.txt"),
     "scannet": ("scene*/pose", "scene*/*.sens"),
     "seven_scenes": ("frame-*.pose.txt", "*/frame-*.pose.txt", "*/*/frame-*.pose.txt"),
     "redwood": ("*.log", "*/*.log"),

@@ -11,6 +11,7 @@ from typing import Any
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.frame import Frame, Noted, Source, SourcePart, capability
+from geo_pretrain.training.data.sources.colmap import ColmapOptions, open_colmap
 from geo_pretrain.training.data.sources.folder import PlainOptions, open_plain
 from geo_pretrain.training.data.sources.redwood import RedwoodOptions, open_redwood
 from geo_pretrain.training.data.sources.rooms import Rooms, RoomsOptions
@@ -117,6 +118,7 @@ def _folder(source: Callable[[Path, Any], Source]) -> Opener:
 # A layout says nothing about whose frames they are, so a folder's license is its owner's unless `data.license` tells.
 _OWNER = "LicenseRef-data-owner"
 SOURCES = {
+    "colmap": SourceRow(ColmapOptions, _folder(open_colmap), "RGB-D folder reconstructed by COLMAP", _OWNER),
     "folder": SourceRow(PlainOptions, _folder(open_plain), "RGB-D folder in the plain layout", _OWNER),
     "redwood": SourceRow(RedwoodOptions, _folder(open_redwood), "RGB-D folder in Redwood's layout", _OWNER),
     "rooms": SourceRow(RoomsOptions, _open_rooms, "rooms", "MIT"),

@@ -24,6 +24,7 @@ from tests.recording_layouts import (
     Twin,
     four,
     golden_frames,
+    write_colmap,
     write_plain,
     write_redwood,
     write_sens,
@@ -65,7 +66,7 @@ def test_a_layout_is_read_as_it_was_written(layout, frames, tmp_path):
     assert len(ids) == len(frames)
     for frame_id, want in zip(ids, frames, strict=True):
         assert_is(source.load(scene, frame_id), want)
-    assert source.raw_depth(scene, ids[0]).dtype.kind == "u"
+    assert source.raw_depth(scene, ids[0]).dtype.kind == ("f" if layout == "colmap" else "u")
     before = source.fingerprint(), source.content()
     assert (opened(layout, tmp_path / "desk").fingerprint(), source.content()) == before
     assert opened(layout, tmp_path / "desk", pose_scale=2.0).fingerprint() != before[0]
@@ -73,13 +74,14 @@ def test_a_layout_is_read_as_it_was_written(layout, frames, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_options_undo_what_a_recorder_does_otherwise(layout, frames, tmp_path):
-    unit = {"tum": 5000}.get(layout, 1000)
+    unit = {"tum": 5000, "colmap": 1}.get(layout, 1000)
     own = "opengl" if layout == "transforms" else "opencv"
     other = "opencv" if layout == "transforms" else "opengl"
+    direction = "camera_to_world" if layout == "colmap" else "world_to_camera"
     twin = Twin(depth=2.0, inverted=True, flipped=True, millimeters=True)
     root = LAYOUTS[layout](tmp_path, frames, twin)
     options = {
-        "depth_scale": 2 * unit, "pose_convention": "world_to_camera", "camera_axes": other, "pose_scale": 1000,
+        "depth_scale": 2 * unit, "pose_convention": direction, "camera_axes": other, "pose_scale": 1000,
         "intrinsics": four(frames[0]),
     }  # fmt: skip
     source = opened(layout, root, **options)
@@ -323,6 +325,26 @@ def test_transforms_say_units_scales_and_what_is_missing(frames, tmp_path):
     ):
         with pytest.raises(DataError, match=reason):
             changed(**facts)
+
+
+def test_colmap_names_what_it_cannot_use(frames, tmp_path):
+    root = write_colmap(tmp_path / "a", frames)
+    assert "units of the reconstruction" in opened("colmap", root).note
+    assert opened("colmap", root, depth_scale=1).note == ""
+    path = root / "stereo" / "depth_maps" / "a" / "2.jpg.geometric.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(BadFrame, match=r"2\.jpg\.geometric\.bin: has 12286 bytes of values, expected 64x48"):
+        opened("colmap", root).load("a", "a/2")
+    cameras = root / "sparse" / "cameras.txt"
+    cameras.write_text("1 OPENCV 64 48 50 50 32 24 0.1 0 0 0\n")
+    with pytest.raises(DataError, match=r"camera has the model OPENCV; .* run colmap image_undistorter"):
+        opened("colmap", root)
+    cameras.write_text("2 SIMPLE_PINHOLE 64 48 50 32 24\n")
+    with pytest.raises(DataError, match=r"has camera 1, which cameras\.txt lacks"):
+        opened("colmap", root)
+    (root / "sparse" / "images.txt").write_text("1 1 0 0 0\n\n")
+    with pytest.raises(BadFrame, match=r"images\.txt:1: is no line 'id qw"):
+        opened("colmap", root)
 
 
 @pytest.mark.parametrize("color", [0, 1])
