@@ -1,0 +1,43 @@
+"""`data check` on every layout of folders, in its true format: right ones pass, wrong readings are named and mended."""
+
+from __future__ import annotations
+
+import pytest
+
+from geo_pretrain.training.data.check.report import Level
+from geo_pretrain.training.data.check.source import quick_check, stop_if_wrong
+from geo_pretrain.training.data.sources.registry import open_source
+from geo_pretrain.training.recipe import DataSpec
+from tests.recording_layouts import LAYOUTS, RIGHT, WRONG, golden_frames
+
+TOPICS = {"inverted": "poses", "flipped": "poses", "depth": "depth scale"}
+
+
+def checked(layout, path, **options):
+    spec = DataSpec(source=layout, path=str(path), options=options)
+    return quick_check(open_source(spec), spec)
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return golden_frames(size=(60, 80))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_right_recordings_pass(layout, frames, tmp_path):
+    report = checked(layout, LAYOUTS[layout](tmp_path, frames, RIGHT))
+    assert {finding.topic: finding.level for finding in report.findings} == {
+        "frames": Level.OK, "intrinsics": Level.OK, "poses": Level.OK, "depth scale": Level.OK
+    }  # fmt: skip
+    assert not stop_if_wrong(report)
+
+
+@pytest.mark.parametrize("twin", WRONG)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wrong_readings_are_named_and_the_suggested_options_mend_them(layout, twin, frames, tmp_path):
+    path = LAYOUTS[layout](tmp_path, frames, WRONG[twin])
+    report = checked(layout, path)
+    assert {finding.topic for finding in report.at(Level.WRONG)} == {TOPICS[twin]}
+    mended = checked(layout, path, **report.options)
+    assert mended.level == Level.OK, mended.findings
+    assert mended.fits.as_read.agreement > 1.3 * report.fits.as_read.agreement
