@@ -133,7 +133,8 @@ class _Rounds:
 
     def __init__(self, views: Sequence[View], pairs: Sequence[tuple[int, int]]) -> None:
         first, second = np.array(pairs).T
-        self.depth = np.stack([view.depth for view in views]).astype(np.float64)
+        self.size = views[0].depth.shape
+        self.depth = np.stack([view.depth.reshape(-1) for view in views]).astype(np.float64)  # [N, H W]
         self.intrinsics = np.stack([view.intrinsics for view in views])
         self.poses = np.stack([view.pose for view in views])
         points, self.valid = zip(*(_points(views[i]) for i in range(len(views))), strict=True)
@@ -169,13 +170,13 @@ class _Rounds:
         moved = rotated + baseline[:, None] / factor
         k = self.intrinsics[self.second]
         z = moved[..., 2]
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            column = np.floor(moved[..., 0] / z * k[:, 0, 0, None] + k[:, 0, 2, None] + 0.5)
-            row = np.floor(moved[..., 1] / z * k[:, 1, 1, None] + k[:, 1, 2, None] + 0.5)
-        height, width = self.depth.shape[1:]
+        ahead = np.where(z > 0, z, np.inf)  # what lies behind falls on the principal point, and is left out below
+        column = np.floor(moved[..., 0] / ahead * k[:, 0, 0, None] + k[:, 0, 2, None] + 0.5)
+        row = np.floor(moved[..., 1] / ahead * k[:, 1, 1, None] + k[:, 1, 2, None] + 0.5)
+        height, width = self.size
         inside = (z > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
         at = np.where(inside, row * width + column, 0).astype(np.int64)
-        depth = self.depth[self.second].reshape(len(at), -1)[np.arange(len(at))[:, None], at]
+        depth = self.depth[self.second[:, None], at]
         seen = inside & (depth > 0)
         return np.where(seen, z - depth, np.inf), np.where(seen, depth, 1.0)
 
