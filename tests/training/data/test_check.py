@@ -28,7 +28,7 @@ from geo_pretrain.training.data.check.source import check_source, quick_check, s
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.scannet import ScanNet
-from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
+from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.check import draw_check
 from tests.scannet_layout import write_scannet
@@ -268,14 +268,28 @@ def test_a_turn_is_the_same_for_inverse_poses_and_other_axes():
 
 
 def test_report_is_plain_data_and_draws_a_picture(recording, tmp_path):
-    report = check_source(SevenScenes(recording), SPEC)
+    report = check_source(SevenScenes(recording, SevenScenesConfig(registered=True)), SPEC)
     tree = json.loads(json.dumps(report.to_dict()))
-    # the six views look where they like
-    assert {finding["topic"]: finding["level"] for finding in tree["findings"] if finding["level"] != "ok"} == {
-        "time order": "doubtful"
-    }
-    assert tree["options"] == {}
     assert {finding["topic"] for finding in tree["findings"]} == {finding.topic for finding in report.findings}
+    # the six views look where they like
+    assert {f["topic"]: f["level"] for f in tree["findings"] if f["level"] != "ok"} == {"time order": "doubtful"}
+    assert tree["options"] == {}
+    assert findings.of_registration(SevenScenes(recording), report.registration).options == {"registered": True}
     draw_check(report, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
         assert image.width > 900
+
+
+def test_kinds_of_invalid_depth_are_told_apart(recording, tmp_path):
+    shutil.copytree(recording, tmp_path / "twin")
+    for path in (tmp_path / "twin").glob("*.depth.png"):
+        depth = np.asarray(Image.open(path)).astype(np.uint16)
+        depth[:30], depth[30:42] = 0, 65535  # of 120 rows
+        Image.fromarray(depth).save(path)
+    source = SevenScenes(tmp_path / "twin")
+    frames = [source.load("twin", each) for each in source.frame_ids("twin")]
+    finding = findings.of_depth(source, frames)
+    assert finding.numbers["kinds"]["65535"] == pytest.approx(0.1)
+    assert finding.numbers["kinds"]["0"] >= 0.25
+    assert finding.numbers["invalid"] == pytest.approx(0.1 + finding.numbers["kinds"]["0"])
+    assert "65535 10.0 %" in finding.text

@@ -244,7 +244,7 @@ def _is_raw(source: Source) -> bool:
     """Whether depth is as it was recorded, not moved into the color camera by a registration."""
     while hasattr(source, "source"):
         source = source.source
-    return getattr(source, "registration", None) is None
+    return getattr(getattr(source, "config", None), "registration", None) is None
 
 
 def _pose_options(now: dict[str, Any], best: Fit) -> dict[str, str]:

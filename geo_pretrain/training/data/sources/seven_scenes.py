@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.frame import Frame
@@ -73,6 +75,10 @@ class SevenScenes:
         depth = self.conventions.read_depth(depth_path, color.shape[:2])
         images = self.assembly.images(color, depth, self._camera(scene), pose, color_path, depth_path)
         return Frame(scene, frame_id, *images)
+
+    def raw_depth(self, scene: str, frame_id: str) -> np.ndarray:
+        """Read the values of a depth image as they are stored: [H, W]."""
+        return files.read_raw_depth(self._scenes[scene] / f"frame-{frame_id}.depth.png")
 
     def fingerprint(self) -> str:
         """A digest of names, sizes and times of all frame files and intrinsics, and of the registration."""
