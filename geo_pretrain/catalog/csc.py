@@ -81,7 +81,6 @@ def _published(key: str) -> Entry:
         SCANNET_LICENSE,
         "ScanNet",
         f"{TEXT} (file partition{parts}), {steps},000 steps",
-        has_recipe=key != "partition4",
         authors_files=(AuthorsFile(url, "csc", "3D U-Net, optimizer state", ("model",)),),
         results=RESULTS[key],
     )

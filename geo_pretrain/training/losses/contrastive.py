@@ -49,20 +49,26 @@ def info_nce(
 
 
 def partition_info_nce(
-    query: Tensor, key: Tensor, points: Tensor, *, temperature: float, inner: float, outer: float
+    query: Tensor,
+    key: Tensor,
+    points: Tensor,
+    *,
+    temperature: float,
+    inner: float,
+    outer: float,
+    partitions: Literal[4, 8] = 4,
 ) -> Tensor:
     """Average one `info_nce` (query -> key) per part of the space around an anchor; its negatives lie in that part.
 
-    Hou et al., "Exploring Data-Efficient 3D Scene Understanding with Contrastive Scene Contexts", CVPR 2021. The four
-    parts are {above, below} x {inner < distance <= outer, distance > outer}; rows at the anchor's height or within
-    `inner` lie in none.
+    Hou et al., "Exploring Data-Efficient 3D Scene Understanding with Contrastive Scene Contexts", CVPR 2021. Rows
+    within `inner` of an anchor lie in no part; `partitions` are those of `four_parts` or `eight_parts`.
 
     Args:
         query, key: [N, C] matched features, normalized already.
         points: [N, 3] m, positions of the matches in a frame whose z axis points up. inner, outer: m.
 
     Returns:
-        A scalar: the mean over the four parts and the N rows.
+        A scalar: the mean over the parts and the N rows.
 
     Example:
         >>> features, points = torch.eye(2), torch.tensor([[0.0, 0, 0], [0, 0, 1]])
@@ -70,15 +76,39 @@ def partition_info_nce(
         >>> loss.round(decimals=4)  # log(1 + exp(-1)) / 4: one of four parts holds a negative
         tensor(0.0783)
     """
+    part = (eight_parts if partitions == 8 else four_parts)(points, inner, outer)
+    logits = query / temperature @ key.T
+    # Rows of length 1 keep these powers far from overflow at any temperature above 0.03.
+    ratio = (logits - logits.diagonal()[:, None]).exp()
+    sums = ratio.new_zeros(len(ratio), partitions + 1).scatter_add(1, part, ratio)[:, :partitions]
+    return sums.log1p().mean()
+
+
+def four_parts(points: Tensor, inner: float, outer: float) -> Tensor:
+    """The part {above, below} x {inner < distance <= outer, distance > outer} of all rows around each: int64 [N, N].
+
+    4 where a row lies in none: at the anchor's height, or within `inner`. The released code's fast partition.
+    """
     distance = torch.cdist(points, points)
     rise = points[None, :, 2] - points[:, None, 2]
     part = torch.where(rise > 0, 0, 2) + (distance > outer)
     part[(rise == 0) | (distance <= inner)] = 4  # none
-    logits = query / temperature @ key.T
-    # Rows of length 1 keep these powers far from overflow at any temperature above 0.03.
-    ratio = (logits - logits.diagonal()[:, None]).exp()
-    sums = ratio.new_zeros(len(ratio), 5).scatter_add(1, part, ratio)[:, :4]
-    return sums.log1p().mean()
+    return part
+
+
+def eight_parts(points: Tensor, inner: float, outer: float) -> Tensor:
+    """The part of all rows around each: int64 [N, N], 4 far + 2 azimuth + second; 8 where a row lies in none.
+
+    The released code's slow partition with two bins an angle: half-planes by azimuth, in [0, pi) or [pi, 2 pi); halves
+    of the angle in the y-z plane modulo pi, so that opposite directions fall together; and {inner <= distance < outer,
+    distance >= outer}. Angles that rounding puts at a full turn belong to the last bin.
+    """
+    x, y, z = (points[None] - points[:, None]).unbind(-1)
+    distance = (x * x + y * y + z * z + 1e-7).sqrt()
+    azimuth = (torch.atan2(y, x).remainder(2 * torch.pi) / torch.pi).floor().clamp(0, 1)
+    second = ((torch.atan2(y, z) + 2 * torch.pi).remainder(torch.pi) / (torch.pi / 2)).floor().clamp(0, 1)
+    part = 4 * (distance >= outer) + (2 * azimuth + second).long()
+    return torch.where(distance < inner, 8, part)
 
 
 def anchor_nce(

@@ -7,6 +7,7 @@ those of the released code (MIT), from which the published weights came.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Config(CloudConfig):
     rotation: Rotation = "upright"
     inner: Positive = 2.0  # voxels: closer rows are no negatives
     outer: Positive = 20.0  # voxels: border between near and far
+    partitions: Literal[4, 8] = 4  # parts of the space around a row; the released files carry 8 or 4 in their names
 
 
 class CSC(CloudPairs):
@@ -57,6 +59,7 @@ class CSC(CloudPairs):
                     temperature=config.temperature,
                     inner=config.inner * voxel_size,
                     outer=config.outer * voxel_size,
+                    partitions=config.partitions,
                 )
             )
         return (torch.stack(losses).mean(),)

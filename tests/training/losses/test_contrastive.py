@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,32 @@ def test_partition_nce_equals_the_loop():
         *(torch.from_numpy(a) for a in (query, key, points)), temperature=0.4, inner=0.3, outer=0.9
     )
     assert got.item() == pytest.approx(slow_partition_nce(query, key, points, 0.4, 0.3, 0.9), rel=1e-10)
+
+
+def slow_eight_parts(points, i, k, inner, outer):
+    x, y, z = points[k] - points[i]
+    distance = math.sqrt(x * x + y * y + z * z + 1e-7)
+    if distance < inner:
+        return None
+    left = math.atan2(y, x) < 0 or (y == 0 and math.atan2(y, x) == math.pi)  # azimuth in [pi, 2 pi)
+    tilt = math.atan2(y, z) % math.pi >= math.pi / 2
+    return 4 * (distance >= outer) + 2 * left + tilt
+
+
+def test_eight_partitions_equal_the_loop_and_each_holds_rows():
+    rng = np.random.default_rng(2)
+    query, key = rng.normal(size=(2, 40, 6))
+    points = rng.uniform(-1, 1, (40, 3))
+    score, total, met = np.exp(query @ key.T / 0.4), 0.0, set()
+    for part in range(8):
+        for i in range(40):
+            rows = [k for k in range(40) if slow_eight_parts(points, i, k, 0.3, 0.9) == part]
+            met |= {part} if rows else set()
+            total -= np.log(score[i, i] / (score[i, i] + score[i, rows].sum())) / 40 / 8
+    got = losses.partition_info_nce(
+        *(torch.from_numpy(a) for a in (query, key, points)), temperature=0.4, inner=0.3, outer=0.9, partitions=8
+    )
+    assert (got.item(), met) == (pytest.approx(total, rel=1e-10), set(range(8)))
 
 
 def test_partition_nce_of_anchors_that_are_all_close_is_zero():
