@@ -21,7 +21,16 @@ from torch import Tensor
 
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, first_line
 from geo_pretrain.files import read_sealed, write_sealed
-from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame, unposed_scenes
+from geo_pretrain.training.data.frame import (
+    Frame,
+    Pair,
+    SampledContent,
+    SkippedFrames,
+    Source,
+    capability,
+    resize_frame,
+    unposed_scenes,
+)
 from geo_pretrain.training.data.overlap import (
     cell_overlap_matrix,
     cloud_overlap_matrix,
@@ -213,5 +222,7 @@ def _cached_pairs(path: Path, source: Source) -> tuple[list[Pair], dict[str, str
 
 def _cache_path(source: Source, spec: DataSpec, cache_dir: Path) -> Path:
     facts = [2, source.name, source.fingerprint(), spec.size, spec.overlap, spec.measure, spec.max_pairs_per_scene]
+    if (sampled := capability(source, SampledContent)) is not None:
+        facts.append(sampled.content())  # files that were altered at equal size and time
     key = json.dumps(facts)
     return cache_dir / "pairs" / f"{source.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

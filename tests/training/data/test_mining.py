@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from itertools import combinations
 
 import numpy as np
@@ -154,6 +155,22 @@ def test_a_cache_without_digest_is_used_and_said_so(tmp_path, recording):
     cached.write_text(json.dumps(read_sealed(cached)))
     with pytest.warns(UserWarning, match="older version, without a digest"):
         assert find_pairs(SevenScenes(recording), SPEC, skips=SkippedFrames(), cache_dir=tmp_path) == pairs
+
+
+def test_pairs_are_found_anew_where_a_pose_was_altered_at_equal_size_and_time(tmp_path):
+    write_recording(tmp_path / "kitchen")
+
+    def find():
+        return find_pairs(SevenScenes(tmp_path / "kitchen"), SPEC, skips=SkippedFrames(), cache_dir=tmp_path / "cache")
+
+    find()
+    pose = max((tmp_path / "kitchen").rglob("*.pose.txt"))
+    before, content = pose.stat(), pose.read_text()
+    pose.write_text(content.replace("0.", "9.", 1))
+    os.utime(pose, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (pose.read_text() != content, pose.stat().st_size) == (True, before.st_size)
+    find()
+    assert len(list((tmp_path / "cache" / "pairs").iterdir())) == 2
 
 
 def test_pairs_are_found_anew_where_the_folder_that_names_the_scene_was_renamed(tmp_path, recording):
