@@ -1,7 +1,8 @@
 """Shared by all adapters of image encoders: loading, freezing of stages, learning rates by stage.
 
 `freeze_stages` and `parameter_groups` work on any network around an encoder with `stages()`, such as this package's
-own, or around a ResNet under torchvision's names: those the adapters build, torchvision's, smp's and timm's own.
+own, around a ResNet under torchvision's names (those the adapters build, torchvision's, smp's and timm's own), and
+around any other network of timm's `features_only`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,26 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import nn
 
+from geo_pretrain.backbones.build import build_encoder
 from geo_pretrain.backbones.encoder import ImageEncoder, Stages
 from geo_pretrain.backbones.resnet_unet import STAGES, resnet_stages
+from geo_pretrain.backbones.timm_encoder import TimmEncoder, is_timm_features, timm_stages
+from geo_pretrain.backbones.timm_names import is_timm, timm_contract, timm_weights
 from geo_pretrain.catalog import CATALOG, find
-from geo_pretrain.errors import nearest, unknown
-from geo_pretrain.loading import load_backbone
+from geo_pretrain.errors import nearest, require, unknown
+from geo_pretrain.loading import LoadReport, load_backbone
 
 Name: TypeAlias = str | os.PathLike[str]  # of a checkpoint, or its folder
 
-ENCODER_PATHS = ("", "encoder", "encoder.model", "backbone.body", "backbone")  # of the encoder in its host
+ENCODER_PATHS = (
+    "",
+    "encoder",
+    "encoder.model",
+    "backbone.body",
+    "backbone",
+    "backbone.body.encoder",
+    "backbone.encoder",
+)  # of the encoder in its host
 MAX_FREEZE = 5  # the stem and four stages
 LOAD_OPTIONS = ("in_chans", "strict", "hub", "revision", "cache_dir", "local_files_only", "device", "dtype")
 
@@ -47,10 +59,29 @@ FROZEN_STATS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: FrozenStatsSyncBatchNorm,
 }
 TRAINED_STATS = {frozen: trained for trained, frozen in FROZEN_STATS.items()}
+TIMM_NORM = "BatchNormAct2d"  # timm's BatchNorm with an activation
+
+
+def _add_timm_norm() -> type[nn.Module]:
+    """Add timm's BatchNorm with an activation to the tables; networks that have one have imported timm."""
+    kind: type[nn.Module] = getattr(require("timm", "adapters").layers, TIMM_NORM)
+    if kind not in FROZEN_STATS:
+        name = f"FrozenStats{TIMM_NORM}"
+        frozen = type(name, (_FrozenStats, kind), {"__doc__": f"`{TIMM_NORM}` that keeps its running statistics."})
+        FROZEN_STATS[kind], TRAINED_STATS[frozen] = frozen, kind
+        frozen.__module__ = __name__
+    return FROZEN_STATS[kind]
+
+
+def __getattr__(name: str) -> Any:
+    """The class of frozen norms of timm, which pickles look up here."""
+    if name == f"FrozenStats{TIMM_NORM}":
+        return _add_timm_norm()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def encoder_of(network: nn.Module) -> nn.Module:
-    """Find the encoder in a network: a module with `stages()`, or with conv1, bn1 and layer1 to layer4.
+    """Find the encoder in a network: with `stages()`, with conv1, bn1 and layer1 to layer4, or timm's feature maps.
 
     Raises ValueError where there is none.
     """
@@ -59,7 +90,7 @@ def encoder_of(network: nn.Module) -> nn.Module:
     for path in ENCODER_PATHS:
         if path in modules:
             children = {name for name, _ in modules[path].named_children()}
-            if isinstance(modules[path], ImageEncoder) or wanted <= children:
+            if isinstance(modules[path], ImageEncoder) or wanted <= children or is_timm_features(modules[path]):
                 return modules[path]
     places = ", ".join(repr(path) for path in ENCODER_PATHS if path)
     raise ValueError(
@@ -70,7 +101,10 @@ def encoder_of(network: nn.Module) -> nn.Module:
 
 def stages_of(encoder: nn.Module) -> Stages:
     """Name and modules of each stage of an encoder, the stem first."""
-    return encoder.stages() if isinstance(encoder, ImageEncoder) else resnet_stages(encoder)
+    if isinstance(encoder, ImageEncoder):
+        return encoder.stages()
+    resnet = all(hasattr(encoder, module) for modules in STAGES.values() for module in modules)
+    return resnet_stages(encoder) if resnet else timm_stages(encoder)
 
 
 def freeze_stages(network: nn.Module, count: int) -> None:
@@ -97,7 +131,10 @@ def _check_freeze(count: int) -> None:
 
 def _freeze_stats(module: nn.Module, frozen: bool, training: bool) -> None:
     """Freeze or thaw BatchNorm statistics by changing the module's class: weights, hooks and optimizers stay valid."""
-    changed = (FROZEN_STATS if frozen else TRAINED_STATS).get(type(module))
+    kind = type(module)
+    if frozen and isinstance(module, nn.BatchNorm2d) and kind.__name__ == TIMM_NORM and kind not in FROZEN_STATS:
+        _add_timm_norm()
+    changed = (FROZEN_STATS if frozen else TRAINED_STATS).get(kind)
     if changed is not None:
         module.__class__ = changed
         module.train(training)
@@ -139,8 +176,9 @@ def parameter_groups(
 
 
 def load_encoder(name: Name, host: str, *, pretrained: bool = True, output_stride: int = 32, **load: Any) -> Any:
-    """Load an `ImageEncoder` that host libraries have too (`host_name`). Raises ValueError for other networks.
+    """Load an `ImageEncoder` that host libraries have too (`host_name`, or timm's). Raises ValueError for others.
 
+    "timm/NAME[.TAG]" is timm's own network, with timm's own weights where `pretrained`.
     Random numbers are drawn aside, so the host's own layers start the same with `pretrained` True or False.
     """
     entry = find(str(name))
@@ -153,14 +191,32 @@ def load_encoder(name: Name, host: str, *, pretrained: bool = True, output_strid
                 f"{', '.join(map(repr, images))}, and their folders."
             )
     with torch.random.fork_rng(devices=[]):
-        encoder: Any = load_backbone(name, pretrained=pretrained, output_stride=output_stride, **load)
-    if getattr(encoder, "host_name", None) is None:
+        if isinstance(name, str) and is_timm(name):
+            encoder: Any = _of_timm(name, pretrained, output_stride, load)
+        else:
+            encoder = load_backbone(name, pretrained=pretrained, output_stride=output_stride, **load)
+    if getattr(encoder, "host_name", None) is None and not isinstance(encoder, TimmEncoder):
         width = f" of width {encoder.width}" if hasattr(encoder, "host_name") else ""
         raise ValueError(
             f"{str(name)!r} is a {type(encoder).__name__}{width}; accepted by {host}: ResNets of width 64, which is "
             "torchvision's."
         )
     return encoder
+
+
+def _of_timm(name: str, pretrained: bool, output_stride: int, load: Mapping[str, Any]) -> Any:
+    """timm's own network under the encoder protocol, in evaluation mode."""
+    encoder = build_encoder(name, output_stride=output_stride, in_chans=None if pretrained else load.get("in_chans"))
+    own = encoder.state_dict()
+    if pretrained:
+        if load.get("in_chans") not in (None, encoder.in_chans):
+            raise ValueError(f"in_chans is {load['in_chans']}; accepted for {name!r} with pretrained weights: 3.")
+        own = timm_weights(name, own)
+        encoder.load_state_dict(own)
+    fresh = () if pretrained else tuple(own)
+    encoder.name, encoder.contract = name, timm_contract(name).with_channels(encoder.in_chans)
+    encoder.load_report = LoadReport(len(own) - len(fresh), fresh, (), (), float(pretrained))
+    return encoder.to(device=load.get("device"), dtype=load.get("dtype")).eval()
 
 
 def split_options(

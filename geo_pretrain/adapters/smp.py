@@ -39,6 +39,7 @@ from geo_pretrain.adapters.common import (
 )
 from geo_pretrain.backbones.architectures import ENCODERS
 from geo_pretrain.backbones.resnet_unet import dilate
+from geo_pretrain.backbones.timm_encoder import TimmEncoder
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import require
 
@@ -164,19 +165,33 @@ def _build(
     check_request(num_classes, freeze)
     encoder = load_encoder(name, title, pretrained=pretrained, output_stride=output_stride, **load)
     stride_name = "encoder_output_stride" if host in (smp.DeepLabV3, smp.DeepLabV3Plus) else "output_stride"
+    encoder_name, more = _in_smp(encoder)
     network = host(
-        encoder_name=PREFIX + encoder.host_name,
+        encoder_name=encoder_name,
         encoder_weights=None,
         in_channels=encoder.in_chans,
         classes=num_classes,
-        **({"encoder_depth": 5, stride_name: output_stride} | rest),
+        **({"encoder_depth": 5, stride_name: output_stride} | more | rest),
     )
-    network.encoder.load_state_dict(encoder.state_dict())
+    nn.Module.load_state_dict(network.encoder, encoder.state_dict())
     contract: ImageContract = encoder.contract
     network.preprocessing_params = _preprocessing(contract)
     # what smp ignores when it builds the network again from its saved configuration, and people can read there
     network.config["_geo_pretrain"] = {"name": encoder.name, "contract": contract.to_dict(), "pretrained": pretrained}
     return equip(network, encoder, freeze)
+
+
+def _in_smp(encoder: Any) -> tuple[str, dict[str, Any]]:
+    """The name of an encoder in smp and the options of its network; smp has any of timm's with the usual strides."""
+    if not isinstance(encoder, TimmEncoder):
+        return PREFIX + encoder.host_name, {}
+    strides = [stride for _, stride in encoder.arguments["maps"]]
+    if strides not in ([2, 4, 8, 16, 32], [4, 8, 16, 32]):
+        raise ValueError(
+            f"timm's {encoder.timm_name} has maps of strides {strides}; accepted by smp: (2,) 4, 8, 16, 32. Pri3D's "
+            "U-Net (load_backbone(decoder=True), network.kind unet) takes any."
+        )
+    return f"tu-{encoder.timm_name}", dict(encoder.arguments["options"])
 
 
 def _preprocessing(contract: ImageContract) -> dict[str, Any]:

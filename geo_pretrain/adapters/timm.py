@@ -18,6 +18,11 @@ of `load_backbone`; a classifier (`num_classes`) starts fresh, and there is none
 keeps such things, `pretrained_cfg`, so `timm.data.resolve_model_data_config(model)` gives its mean, std and size, and
 `create_transform` resizes as in pre-training. `contract` and `load_report` are attributes, too. Weights that the caller
 names (`pretrained_cfg_overlay=dict(file=...)`, "local-dir:...") are loaded by timm, by its own rules.
+
+A checkpoint of an encoder that timm has itself ("timm/NAME" in its recipe) loads into a network of timm of that name,
+with or without `features_only`:
+
+    model = load_into(timm.create_model("convnext_tiny", num_classes=10), "runs/pri3d_convnext")
 """
 
 from __future__ import annotations
@@ -31,6 +36,8 @@ from torch import nn
 
 from geo_pretrain.backbones.architectures import ENCODERS
 from geo_pretrain.backbones.resnet_unet import BLOCKS
+from geo_pretrain.backbones.timm_encoder import TimmEncoder
+from geo_pretrain.backbones.timm_names import plain_keys
 from geo_pretrain.catalog import CATALOG, RENAMED, Entry, backbone_info
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import WeightsMismatch, require, some, unknown
@@ -77,6 +84,34 @@ class HubResNet(timm.models.ResNet):  # type: ignore[name-defined]
         self.load_report = LoadReport(len(fits), fresh, (), encoder.load_report.reshaped, len(fits) / len(own))
         contract: Any = encoder.contract
         self.contract = contract
+
+
+def load_into(model: Any, name_or_folder: str | os.PathLike[str], **load: Any) -> Any:
+    """Load the encoder of a checkpoint into a network that `timm.create_model` made of the same name; returns it.
+
+    `model` is plain or made with `features_only`, of 3 channels; its classifier keeps its values. It gets the contract
+    (`contract`, and timm's place for it, `pretrained_cfg`) and `load_report`. `load`: where to look, as in
+    `load_backbone`. Raises `WeightsMismatch` when a tensor of the encoder has no place in it, and what `load_backbone`
+    raises.
+    """
+    encoder: Any = load_backbone(name_or_folder, **load)
+    given, own = encoder.state_dict(), model.state_dict()
+    places = plain_keys(own, given) if isinstance(encoder, TimmEncoder) else {key: key for key in given if key in own}
+    fits = {key: given[of] for key, of in places.items() if own[key].shape == given[of].shape}
+    unused = [of for of in given if of not in {places[key] for key in fits}]
+    if unused:
+        what = f"timm's {encoder.timm_name}" if isinstance(encoder, TimmEncoder) else str(encoder.host_name)
+        raise WeightsMismatch(
+            f"{str(name_or_folder)!r} holds {what}; {len(unused)} of its {len(given)} tensors have no place in this "
+            f"{type(model).__name__}: {_shapes(unused, given)}. Accepted: timm.create_model of that name."
+        )
+    model.load_state_dict({**own, **fits})
+    fresh = tuple(key for key in own if key not in fits)
+    model.load_report = LoadReport(len(fits), fresh, (), (), len(fits) / len(own))
+    model.contract = encoder.contract
+    if isinstance(model.pretrained_cfg, dict):
+        model.pretrained_cfg |= _timm_fields(encoder.contract)
+    return model
 
 
 def register() -> None:

@@ -10,7 +10,7 @@ The networks carry `contract`, `transforms` and `load_report` as plain attribute
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,7 +24,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.segmentation import FCN, DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from geo_pretrain.adapters.common import (
     Name,
@@ -37,7 +38,9 @@ from geo_pretrain.adapters.common import (
 )
 from geo_pretrain.backbones.encoder import ImageEncoder
 from geo_pretrain.backbones.resnet_unet import dilate
+from geo_pretrain.backbones.timm_encoder import TimmEncoder
 from geo_pretrain.contract import ImageContract, ImageTransform
+from geo_pretrain.errors import require
 from geo_pretrain.loading import load_backbone
 
 __all__ = ["deeplabv3", "faster_rcnn", "fcn", "freeze_stages", "mask_rcnn", "parameter_groups", "resnet"]
@@ -180,6 +183,8 @@ def _segmentation_parts(
 ) -> tuple[nn.Module, nn.Module, nn.Module | None]:
     layers = {"layer4": "out"} | ({"layer3": "aux"} if aux_loss else {})
     aux = FCNHead(_channels(encoder, 3), num_classes) if aux_loss else None
+    if isinstance(encoder, TimmEncoder):
+        return NamedMaps(encoder, {"out": -1} | ({"aux": -2} if aux_loss else {})), head, aux
     return IntermediateLayerGetter(_host(encoder), layers), head, aux
 
 
@@ -207,13 +212,48 @@ def _detector(
         raise ValueError(f"pyramid is {pyramid!r}; accepted: a whole number of channels from 1 up (torchvision: 256).")
     encoder = load_encoder(name, title, pretrained=pretrained, **load)
     contract: ImageContract = encoder.contract
-    body = _host(encoder, norm_layer=NORMS[norm])
-    layers = {f"layer{stage}": str(stage - 1) for stage in range(1, 5)}
-    backbone = BackboneWithFPN(body, layers, [_channels(encoder, stage) for stage in range(1, 5)], pyramid)
+    if isinstance(encoder, TimmEncoder):
+        if norm == "frozen":
+            encoder.model = require("timm", "adapters").layers.freeze_batch_norm_2d(encoder.model)
+        backbone: nn.Module = TimmPyramid(encoder, pyramid)
+    else:
+        body = _host(encoder, norm_layer=NORMS[norm])
+        layers = {f"layer{stage}": str(stage - 1) for stage in range(1, 5)}
+        backbone = BackboneWithFPN(body, layers, [_channels(encoder, stage) for stage in range(1, 5)], pyramid)
     statistics = {"image_mean": list(contract.mean), "image_std": list(contract.std)}
     network = host(backbone, num_classes=num_classes, **statistics, **rest)
     network.transform.register_forward_pre_hook(refuse_normalized)
     return equip(network, encoder, stages, _unnormalized(contract))
+
+
+class NamedMaps(nn.Module):
+    """An encoder of timm as torchvision's networks take theirs: images -> maps by name."""
+
+    def __init__(self, encoder: TimmEncoder, names: Mapping[str, int]) -> None:
+        super().__init__()
+        self.encoder, self.names = encoder, dict(names)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """x [B, C, H, W], normalized -> the encoder's maps `names` by index."""
+        maps = self.encoder(x)
+        return {name: maps[index] for name, index in self.names.items()}
+
+
+class TimmPyramid(nn.Module):
+    """torchvision's `BackboneWithFPN` around the last four maps of an encoder of timm, with `.body` and `.fpn`."""
+
+    def __init__(self, encoder: TimmEncoder, channels: int) -> None:
+        super().__init__()
+        count = min(len(encoder.feature_info), 4)
+        self.body = NamedMaps(encoder, {str(number): number - count for number in range(count)})
+        sizes = [int(info["num_chs"]) for info in encoder.feature_info[-count:]]
+        self.fpn = FeaturePyramidNetwork(sizes, channels, LastLevelMaxPool())
+        self.out_channels = channels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """x [B, C, H, W], normalized -> the levels of the pyramid."""
+        levels: dict[str, Tensor] = self.fpn(self.body(x))
+        return levels
 
 
 def refuse_normalized(transform: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -252,5 +292,5 @@ def _host(encoder: Any, num_classes: int = 1, norm_layer: type[nn.Module] = nn.B
 
 
 def _channels(encoder: ImageEncoder, stage: int) -> int:
-    """Channels of the output of layer1 to layer4."""
-    return int(encoder.feature_info[stage]["num_chs"])
+    """Channels of the output of layer1 to layer4, or of the fourth to the last map of another encoder."""
+    return int(encoder.feature_info[stage - 5]["num_chs"])

@@ -44,14 +44,15 @@ class TimmEncoder(ImageBackbone):
     ) -> None:
         super().__init__()
         self.timm_name, self.in_chans, self.output_stride = name, in_chans, output_stride
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "name": name,
             "maps": [list(row) for row in maps],
             "indices": list(indices),
             "options": dict(options),
         }
         self.out_indices = _check_indices(out_indices, len(maps))
-        self.model = _create(name, indices, options, in_chans, output_stride)
+        dilated = output_stride < self.arguments["maps"][-1][1]
+        self.model = _create(name, indices, options, in_chans, output_stride if dilated else 32)
         info = self.model.feature_info.get_dicts(keys=["num_chs", "reduction", "module"])
         self._check_maps(info, maps)
         self.feature_info: list[dict[str, Any]] = [dict(info[index]) for index in self.out_indices]
@@ -167,9 +168,9 @@ def timm_stages(network: nn.Module) -> Stages:
     body: Any = network.model if isinstance(getattr(network, "model", None), nn.Module) else network
     units = _units(body)
     ends = [_last_of(str(row["module"]), [path for path, _ in units]) for row in info]
-    if None in ends or ends != sorted(set(ends)):
-        return [("stem", [network])]
     last = [end + 1 for end in ends if end is not None]
+    if len(last) != len(ends) or last != sorted(set(last)):
+        return [("stem", [network])]
     if info[0]["reduction"] > DENSE_STRIDE:
         container = _container(units[last[0] - 1][0])
         last.insert(0, next(k for k, (path, _) in enumerate(units) if _container(path) == container))
@@ -219,7 +220,7 @@ def _check_indices(out_indices: Sequence[int] | None, count: int) -> tuple[int, 
 
 
 def _create(name: str, indices: Sequence[int], options: Mapping[str, Any], in_chans: int, output_stride: int) -> Any:
-    shape = {"in_chans": in_chans, "out_indices": tuple(indices)}
+    shape: dict[str, Any] = {"in_chans": in_chans, "out_indices": tuple(indices)}
     if output_stride == 32:
         return create(name, **options, **shape)
     try:

@@ -19,7 +19,8 @@ from geo_pretrain import hub as hubs
 from geo_pretrain.adapters.common import encoder_of, freeze_stages, stages_of
 from geo_pretrain.backbones.architectures import HOST_WIDTH, unet_arch
 from geo_pretrain.backbones.build import build, build_encoder
-from geo_pretrain.backbones.resnet_unet import ResNetUNet, unet_like
+from geo_pretrain.backbones.resnet_unet import UNet, unet_like
+from geo_pretrain.backbones.timm_names import check_timm, contract_for, is_timm, without_tag
 from geo_pretrain.catalog import Entry, find
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError
@@ -46,7 +47,7 @@ class PretrainedInit:
     """Where the backbone of a run comes from: "scratch", "imagenet", a name of the catalog or a checkpoint folder."""
 
     backbone: str
-    encoder: str  # a key of backbones.architectures.ENCODERS, such as "resnet18"
+    encoder: str  # a key of backbones.architectures.ENCODERS, such as "resnet18", or "timm/NAME"
     width: int = HOST_WIDTH
     where: Mapping[str, Any] = field(default_factory=dict)  # load_backbone's hub, revision, cache_dir, ...
 
@@ -55,7 +56,7 @@ class PretrainedInit:
         """Whether it is a checkpoint: a name of the catalog or a folder."""
         return self.backbone not in (SCRATCH, IMAGENET)
 
-    def unet(self, seed: int) -> tuple[ResNetUNet, Transfer]:
+    def unet(self, seed: int) -> tuple[UNet, Transfer]:
         """Build Pri3D's U-Net with these weights; returns it and its pre-trained part. The rest is drawn by `seed`."""
         width = self.width
         if self.named:
@@ -64,7 +65,7 @@ class PretrainedInit:
                 return load_backbone(self.backbone, decoder=True, **self.where), "all"
             width = arch.args.get("width", HOST_WIDTH)
         with seeded(seed):
-            network: ResNetUNet = build(unet_arch(self.encoder, width=width), decoder=True)
+            network: UNet = build(unet_arch(self.encoder, width=width), decoder=True)
         if self.backbone == SCRATCH:
             return network, "none"
         network.encoder.load_state_dict(self._encoder_weights())
@@ -81,6 +82,8 @@ class PretrainedInit:
         with seeded(seed):
             if self.named:
                 return builder(self.backbone, **self.where, **options)
+            if is_timm(self.encoder):
+                return builder(self.encoder, pretrained=self.backbone == IMAGENET, **options)
             network = builder(SHAPE_TEMPLATES[self.encoder], pretrained=False, **options)
         if self.backbone == IMAGENET:
             encoder_of(network).load_state_dict(self._encoder_weights())
@@ -88,7 +91,9 @@ class PretrainedInit:
 
     def contract(self) -> ImageContract:
         """The input contract of the backbone."""
-        return cast(ImageContract, self._checked().contract) if self.named else ImageContract()
+        if self.named:
+            return cast(ImageContract, self._checked().contract)
+        return contract_for(self.encoder, ImageContract())
 
     def _encoder_weights(self) -> dict[str, Tensor]:
         if self.named:
@@ -114,7 +119,7 @@ class PretrainedInit:
             raise RecipeError(
                 f"Backbone {self.backbone!r} is {checkpoint.arch}; accepted: a ResNet or a U-Net for images."
             )
-        if encoder != self.encoder:
+        if encoder != without_tag(self.encoder):
             raise RecipeError(
                 f"Backbone {self.backbone!r} has the encoder {encoder!r}, the recipe is for {self.encoder!r}: choose "
                 f"another, or --set network.encoder={encoder}."
@@ -138,7 +143,7 @@ def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, se
     aux = None
     if spec.aux:
         with torch.device("meta"):
-            channels = build_encoder(spec.encoder).feature_info[AUX_STAGE]["num_chs"]
+            channels = build_encoder(spec.encoder).feature_info[AUX_STAGE - 5]["num_chs"]  # the last but one
         with seeded(seed):
             aux = _aux_head(channels, classes)
     return Segmenter(network, multiple=multiple, aux=aux), "encoder" if init.backbone != SCRATCH else "none"
@@ -146,6 +151,8 @@ def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, se
 
 def check_options(spec: NetworkSpec) -> None:
     """Raise `RecipeError` for options that the builder of a segmentation network refuses; no weights are made."""
+    if is_timm(spec.encoder):
+        check_timm(spec.encoder)
     try:
         if spec.kind != "unet":
             with torch.device("meta"):
@@ -162,7 +169,7 @@ def _host(spec: NetworkSpec, init: PretrainedInit, classes: int, seed: int) -> A
     return init.host(resolve_name(f"geo_pretrain.adapters.{library}:{spec.kind}"), seed, **fixed, **options)
 
 
-def segmentation_unet(pretrained: ResNetUNet, classes: int, *, seed: int, transfer: Transfer = "all") -> ResNetUNet:
+def segmentation_unet(pretrained: UNet, classes: int, *, seed: int, transfer: Transfer = "all") -> UNet:
     """Copy a U-Net with a new last layer of `classes` logits.
 
     `transfer` says which weights are those of `pretrained`: "all" but `decoder.conv0` (Pri3D's protocol), "encoder", or
@@ -170,7 +177,7 @@ def segmentation_unet(pretrained: ResNetUNet, classes: int, *, seed: int, transf
     """
     with seeded(seed):
         network = unet_like(pretrained.encoder, classes)
-    prefixes = {"all": ("encoder.", "decoder.up"), "encoder": ("encoder.",), "none": ()}[transfer]
+    prefixes = {"all": ("encoder.", "decoder.up", "decoder.join"), "encoder": ("encoder.",), "none": ()}[transfer]
     kept = {key: value for key, value in pretrained.state_dict().items() if key.startswith(prefixes)}
     network.load_state_dict(network.state_dict() | kept)
     return network

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet, unet_like
+from geo_pretrain.backbones.resnet_unet import UNet, unet_like
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.seeding import seeded
@@ -18,7 +18,7 @@ from geo_pretrain.training.data.labelled.clouds.frames import labelled_clouds, l
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.evaluation.features import STAGES, load_extractor, load_network
+from geo_pretrain.training.evaluation.features import deep_maps, load_extractor, load_network
 from geo_pretrain.training.evaluation.matching import evaluate_matching
 from geo_pretrain.training.evaluation.probes import ProbeSpec, probe_backbone
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec, PointsSpec, finetune_clouds, finetune_frames
@@ -85,7 +85,7 @@ def measure(
         return facts | {"of": "output" if points else dense}
 
     def probe() -> float:
-        network = load_network(folder, **start, out_indices=None if points else STAGES)
+        network = load_network(folder, **start, out_indices=None if points else deep_maps(checkpoint.arch))
         probe_spec = ProbeSpec(size=rooms.size, pixels=spec.pixels, seed=seed)
         return probe_backbone(network, rooms.train, rooms.val, probe_spec, device=device).miou
 
@@ -110,7 +110,7 @@ def measure(
     return found
 
 
-def encoder_segmenter(encoder: ResNetEncoder, classes: int, *, seed: int) -> ResNetUNet:
+def encoder_segmenter(encoder: Any, classes: int, *, seed: int) -> UNet:
     """Build a segmentation U-Net around an encoder; its decoder's random weights depend on `seed` only."""
     with seeded(seed):
         network = unet_like(encoder, classes)

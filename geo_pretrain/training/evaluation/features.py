@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geo_pretrain import hub
+from geo_pretrain.backbones.architectures import Arch
 from geo_pretrain.backbones.feature_pair import FeaturePair
 from geo_pretrain.checkpoint import Checkpoint, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
@@ -39,7 +40,6 @@ from geo_pretrain.training.tasks.matching import one_match_each
 from geo_pretrain.training.tasks.pri3d import Pri3D
 
 RANDOM = "random"  # name of the random-init baseline in results
-STAGES = (1, 2, 3, 4)  # of an encoder: strides 4, 8, 16, 32
 SEEN_WITHIN = 0.05  # m along the optical axis between a point and the depth of a frame that sees it
 PLAIN = AugmentSpec(jitter_prob=0, grayscale_prob=0, blur_prob=0)
 GEOMETRIC = ("pri3d_geo", "pri3d_view_geo")  # tasks whose folders hold Pri3D's 3D network
@@ -368,11 +368,16 @@ def load_network(
         return load_backbone(folder, pretrained=not random_init, device=device, **options)
 
 
+def deep_maps(arch: Arch) -> tuple[int, ...]:
+    """Indices of an encoder's maps above stride 2, which are measured: of a ResNet those at strides 4, 8, 16, 32."""
+    return tuple(index for index, (_, stride) in enumerate(arch.maps) if stride > 2)
+
+
 def output_options(checkpoint: Checkpoint, *, decoder: bool = True) -> dict[str, Any]:
     """Options of `load_backbone` for the output: of a 2D network the U-Net's, without decoder the encoder's maps."""
     if checkpoint.arch.modality == "3d":
         return {}
-    return {"decoder": True} if decoder and checkpoint.arch.has_decoder else {"out_indices": STAGES}
+    return {"decoder": True} if decoder and checkpoint.arch.has_decoder else {"out_indices": deep_maps(checkpoint.arch)}
 
 
 def load_extractor(folder: str | Path, *, level: int | None = None, **options: Any) -> ImageExtractor | CloudExtractor:

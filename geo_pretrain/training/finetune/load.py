@@ -13,8 +13,9 @@ import torch
 from geo_pretrain import hub
 from geo_pretrain.backbones.architectures import HOST_WIDTH, Arch, unet_arch
 from geo_pretrain.backbones.build import build
-from geo_pretrain.backbones.resnet_unet import ResNetUNet
+from geo_pretrain.backbones.resnet_unet import UNet
 from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.catalog import find
 from geo_pretrain.contract import contract_from_dict
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, WeightsMismatch, some
@@ -73,16 +74,17 @@ class SavedInit(PretrainedInit):
     def named(self) -> bool:
         return False
 
-    def unet(self, seed: int) -> tuple[ResNetUNet, Transfer]:
+    def unet(self, seed: int) -> tuple[UNet, Transfer]:
         """Pri3D's U-Net of this shape, and that nothing in it is pre-trained."""
         with seeded(seed):
-            network: ResNetUNet = build(unet_arch(self.encoder, width=self.width), decoder=True)
+            network: UNet = build(unet_arch(self.encoder, width=self.width), decoder=True)
         return network, "none"
 
     def host(self, builder: Callable[..., Any], seed: int, **options: Any) -> Any:
         """Another library's network; an encoder that the catalog has no shape of is read from the run's start."""
         with seeded(seed):
-            return builder(SHAPE_TEMPLATES.get(self.encoder, self.backbone), pretrained=False, **options)
+            shape = self.encoder if is_timm(self.encoder) else SHAPE_TEMPLATES.get(self.encoder, self.backbone)
+            return builder(shape, pretrained=False, **options)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain.adapters.common import encoder_of
+from geo_pretrain.backbones.encoder import HOST_WIDTH
+from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.labelled.dataset import LabelledData
@@ -120,6 +122,8 @@ class FinetuneTask(ABC):
 
     def start_shape(self) -> dict[str, Any]:
         """What, beside the recipe, the shape of the network depends on: the start weights' own, in plain JSON types."""
+        if is_timm(self.recipe.network.encoder):
+            return {"width": HOST_WIDTH}  # the encoder's name says it all
         return {"width": int(cast(Any, encoder_of(self.backbone())).conv1.weight.shape[0])}
 
     def facts(self) -> dict[str, Any]:

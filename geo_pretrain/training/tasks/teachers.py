@@ -149,9 +149,11 @@ def finetuned_segmenter(folder: Path) -> Teacher:
         raise RecipeError(f"Teacher {str(folder)!r} was fine-tuned for {results['task']}, accepted is segmentation.")
     recipe = load_finetune_recipe(str(folder / "recipe.yaml"))
     state = load_tensors(folder / "model.safetensors", results.get("model", {}).get("sha256"), "results.json")
-    stem = next(value for key, value in state.items() if key.endswith("conv1.weight") and value.shape[1] == 3)
+    width = HOST_WIDTH
+    if not is_timm(recipe.network.encoder):
+        width = len(next(v for key, v in state.items() if key.endswith("conv1.weight") and v.shape[1] == 3))
     # Random weights of the same shape, then the run's: the backbone that it started from need not be there any more.
-    init = PretrainedInit(SCRATCH, recipe.network.encoder, len(stem))
+    init = PretrainedInit(SCRATCH, recipe.network.encoder, width)
     contract = _finetuned_contract(results, recipe.network.encoder, folder)
     classes = len(results["data"]["classes"])
     network, _ = build_segmenter(recipe.network, init, classes, seed=recipe.seed)
