@@ -55,8 +55,8 @@ def main() -> None:
         for transfer in get_args(Transfer):
             scores = []
             for seed in SEEDS:
-                network = segmentation_unet(pretrained, len(CLASSES), seed=seed, transfer=transfer)
-                measured_on = finetune_frames(network, ImageContract(), few, held_out, FinetuneSpec(lr=lr), seed=seed)
+                segmenter = segmentation_unet(pretrained, len(CLASSES), seed=seed, transfer=transfer)
+                measured_on = finetune_frames(segmenter, ImageContract(), few, held_out, FinetuneSpec(lr=lr), seed=seed)
                 scores.append(round(measured_on.miou, 4))
             miou.setdefault(transfer, {})[f"lr {lr:g}"] = scores
             print(lr, transfer, scores, flush=True)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from geo_pretrain.backbones.resnet_unet import ResNetUNet
+from geo_pretrain.backbones.resnet_unet import UNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.rooms import CLASSES
@@ -120,9 +120,9 @@ def validation_spec(spec: DataSpec) -> DataSpec:
     return replace(spec, options=spec.options | {"scenes": VAL_SCENES}, max_pairs_per_scene=VAL_PAIRS_PER_SCENE)
 
 
-def untrained(recipe: Recipe) -> ResNetUNet:
+def untrained(recipe: Recipe) -> UNet:
     """The network with its initial weights, before pre-training."""
-    return cast(ResNetUNet, build_task(recipe).backbone).eval()
+    return cast(UNet, build_task(recipe).backbone).eval()
 
 
 def scene_spread(result: MatchingResult, pairs: list[Pair]) -> Spread:
@@ -165,7 +165,7 @@ def draw_demo_matches(
 
 
 def _finetune_all(
-    pretrained: ResNetUNet, labelled: list[Frame], held_out: list[Frame], spec: FinetuneSpec, report: Report
+    pretrained: UNet, labelled: list[Frame], held_out: list[Frame], spec: FinetuneSpec, report: Report
 ) -> tuple[dict[str, Spread], dict[str, nn.Module]]:
     """Fine-tune from both initializations with the same budget, for every seed."""
     scores: dict[str, list[float]] = {start: [] for start in STARTS}

@@ -75,9 +75,9 @@ def _origin(weights: str, encoder: str) -> Origin:
         return _of_file(weights)
     if weights == "imagenet" and is_timm(encoder):
         by_lower = {known.lower(): known for known in LICENSES}  # as timm writes them
-        license = by_lower.get(timm_license(encoder).lower(), UNKNOWN_TERMS)
-        name = f"{encoder} ({license}; ImageNet terms: non-commercial research)"
-        return Origin(name, strictest(license, terms), (("ImageNet", terms),))
+        own = by_lower.get(timm_license(encoder).lower(), UNKNOWN_TERMS)
+        name = f"{encoder} ({own}; ImageNet terms: non-commercial research)"
+        return Origin(name, strictest(own, terms), (("ImageNet", terms),))
     if weights == "imagenet":
         network = f"torchvision {encoder_arch(encoder).title} IMAGENET1K_V1"
         name = f"{network} (BSD-3-Clause; ImageNet terms: non-commercial research)"

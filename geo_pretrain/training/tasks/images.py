@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.architectures import ARCHITECTURES, encoder_arch, unet_arch
+from geo_pretrain.backbones.architectures import ARCHITECTURES, Arch, encoder_arch, unet_arch
 from geo_pretrain.backbones.timm_names import contract_for
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.training.data.frame import Pair, Source
@@ -22,7 +22,7 @@ class ImageTask(PretextTask):
     """A task on images: the architecture of its network, by default an encoder, its arguments and start weights."""
 
     contract: ImageContract
-    find_arch = staticmethod(encoder_arch)  # the name of an encoder and its width -> the network's `Arch`
+    find_arch: ClassVar[Callable[..., Arch]] = staticmethod(encoder_arch)  # of an encoder's name and width
 
     def __init__(self, recipe: Recipe, config: TaskConfig, **args: Any) -> None:
         super().__init__(recipe, config)
