@@ -24,7 +24,7 @@ from geo_pretrain.training.data.check.conventions import (
 from geo_pretrain.training.data.check.registration import find_registration
 from geo_pretrain.training.data.check.report import Level
 from geo_pretrain.training.data.check.sample import FULL, QUICK, load_sample, turn
-from geo_pretrain.training.data.check.source import check_source, quick_check, stop_if_wrong
+from geo_pretrain.training.data.check.source import Reread, check_source, quick_check, stop_if_wrong
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.scannet import ScanNet
@@ -274,10 +274,28 @@ def test_report_is_plain_data_and_draws_a_picture(recording, tmp_path):
     # the six views look where they like
     assert {f["topic"]: f["level"] for f in tree["findings"] if f["level"] != "ok"} == {"time order": "doubtful"}
     assert tree["options"] == {}
+    assert tree["findings"][-1]["pairs"] == 15
     assert findings.of_registration(SevenScenes(recording), report.registration).options == {"registered": True}
     draw_check(report, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
         assert image.width > 900
+
+
+@pytest.mark.parametrize("twin", ["all at once", "poses in millimeters"])
+def test_frames_read_as_they_fit_best_are_those_of_the_right_recording(twin, recording, tmp_path):
+    shutil.copytree(recording, tmp_path / "twin")
+    write_twin(tmp_path / "twin", *TWINS[twin][:2])
+    source, right = SevenScenes(tmp_path / "twin"), SevenScenes(recording)
+    off = twin == "poses in millimeters"
+    convention = AS_READ if off else Convention(inverse=True, flipped=True)
+    best = conventions.Fit(convention, 1000.0 if off else 0.2, 1.0, 0.0)
+    (scene,), (own,) = source.scenes(), right.scenes()
+    frames = [Reread(source, best, scaled_poses=off).load(scene, each) for each in source.frame_ids(scene)[:2]]
+    wanted = [right.load(own, each) for each in right.frame_ids(own)[:2]]
+    np.testing.assert_allclose(frames[1].depth, wanted[1].depth, atol=1e-3)
+    np.testing.assert_allclose(
+        *(np.linalg.solve(a.cam_to_world, b.cam_to_world) for a, b in (frames, wanted)), atol=1e-5
+    )
 
 
 def test_kinds_of_invalid_depth_are_told_apart(recording, tmp_path):

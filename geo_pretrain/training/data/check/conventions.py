@@ -34,7 +34,7 @@ class Convention:
 
     def apply(self, poses: np.ndarray) -> np.ndarray:
         """Camera-to-world poses of our axes, [..., 4, 4], if `poses` follow this convention."""
-        read = np.linalg.inv(poses) if self.inverse else poses
+        read = np.linalg.inv(poses) if self.inverse else poses.copy()
         return read @ FLIP if self.flipped else read
 
 

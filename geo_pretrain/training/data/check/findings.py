@@ -143,7 +143,7 @@ def of_scale(source: Source, fits: Fits | None, frames: Sequence[Frame]) -> Find
     if best.scale == 1.0:
         return Finding(topic, Level.OK, f"depth and poses have one unit ({_shown(best)})", numbers=numbers)
     now = _in_force(source)
-    if _poses_are_off(best, frames):
+    if poses_are_off(best, frames):
         key, wanted = "pose_scale", now["pose_scale"] * best.scale
     else:
         key, wanted = "depth_scale", now["depth_scale"] / best.scale
@@ -157,13 +157,13 @@ def of_scale(source: Source, fits: Fits | None, frames: Sequence[Frame]) -> Find
 
 def in_meters(fits: Fits | None, frames: Sequence[Frame]) -> Fits | None:
     """Fits with their depth differences in meters, also where it is the poses that have another unit."""
-    if fits is None or not _poses_are_off(fits.best, frames):
+    if fits is None or not poses_are_off(fits.best, frames):
         return fits
     mended = [replace(fit, difference=fit.difference / fit.scale) for fit in (fits.best, *fits.conventions)]
     return replace(fits, best=mended[0], conventions=tuple(mended[1:]))
 
 
-def _poses_are_off(best: Fit, frames: Sequence[Frame]) -> bool:
+def poses_are_off(best: Fit, frames: Sequence[Frame]) -> bool:
     """Whether a factor between depth and poses is one of the poses: of a whole unit, and depth is as it should be."""
     median = float(np.median(np.concatenate([frame.depth[frame.depth > 0][::7] for frame in frames])))
     return NEAREST <= median <= FARTHEST and not 0.05 < best.scale < 20

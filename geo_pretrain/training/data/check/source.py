@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.check import findings
-from geo_pretrain.training.data.check.conventions import Fits, View, try_conventions
+from geo_pretrain.training.data.check.conventions import Fit, Fits, View, try_conventions
 from geo_pretrain.training.data.check.registration import find_registration
 from geo_pretrain.training.data.check.report import Finding, Level, Report
 from geo_pretrain.training.data.check.sample import FULL, QUICK, Sample, load_sample
-from geo_pretrain.training.data.frame import Frame, Source
+from geo_pretrain.training.data.frame import Frame, Source, SourcePart
 from geo_pretrain.training.data.mining import spread_evenly
+from geo_pretrain.training.data.mining_jobs import estimate
 from geo_pretrain.training.recipe import DataSpec
 
 COMPARED = 12  # frames whose edges are compared
@@ -31,6 +37,7 @@ def check_source(source: Source, spec: DataSpec) -> Report:
         findings.of_registration(source, registration),
         findings.of_order(sample),
         findings.of_blur(sample.frames),
+        _expected_pairs(source, spec, fits, sample.frames),
     )
     return Report(spec, found, sample, fits, registration)
 
@@ -67,6 +74,47 @@ def stop_if_wrong(report: Report) -> list[str]:
         )
     warned = [_line(finding) for finding in report.at(Level.DOUBTFUL) if finding.topic != "frames"]
     return [*warned, f"`geo-pretrain data check {what}` shows more."] if warned else []
+
+
+class Reread(SourcePart):
+    """A source whose frames are read as they fit best."""
+
+    def __init__(self, source: Source, best: Fit, *, scaled_poses: bool) -> None:
+        self.source, self.best, self.name = source, best, source.name
+        self.scaled_poses = scaled_poses  # the factor is one of the poses, and not of depth
+
+    def scenes(self) -> list[str]:
+        return self.source.scenes()
+
+    def frame_ids(self, scene: str) -> list[str]:
+        return self.source.frame_ids(scene)
+
+    def load(self, scene: str, frame_id: str) -> Frame:
+        frame = self.source.load(scene, frame_id)
+        pose = self.best.convention.apply(frame.cam_to_world)
+        if self.scaled_poses:
+            pose[:3, 3] /= self.best.scale
+            return replace(frame, cam_to_world=pose)
+        return replace(frame, depth=(frame.depth * self.best.scale).astype(np.float32), cam_to_world=pose)
+
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint()}:{self.best}"
+
+
+def _expected_pairs(source: Source, spec: DataSpec, fits: Fits | None, frames: Sequence[Frame]) -> Finding:
+    """How many pairs mining will find, and what it takes, if frames are read as they fit best."""
+    if fits is None:
+        return Finding("pairs", Level.UNKNOWN, "no two frames could be compared")
+    scaled_poses = findings.poses_are_off(fits.best, frames)
+    mended = source if fits.fits_as_read else Reread(source, fits.best, scaled_poses=scaled_poses)
+    try:
+        expected = estimate(mended, spec)
+    except DataError as error:
+        return Finding("pairs", Level.UNKNOWN, str(error))
+    low, high = spec.overlap
+    level = Level.OK if expected.kept else Level.DOUBTFUL
+    text = f"with an overlap in [{low:g}, {high:g}]: {expected}"
+    return Finding("pairs", level, text, numbers=asdict(expected))
 
 
 def _line(finding: Finding) -> str:
