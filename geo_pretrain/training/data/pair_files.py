@@ -200,7 +200,8 @@ def _parsed(tree: dict[str, Any], scene: str) -> ScenePairs:
     pairs = [Pair(scene, str(first), str(second), float(ratio)) for first, second, ratio in tree["pairs"]]
     skips = SkippedFrames({str(path): str(reason) for path, reason in tree["skips"].items()})
     counts = tree["tested"]
-    tested = PairCounts(*(int(counts[key]) for key in ("pairs", "below", "above")), float(counts["largest"]))
+    pairs_tested, below, above = (int(counts[key]) for key in ("pairs", "below", "above"))
+    tested = PairCounts(pairs_tested, below, above, float(counts["largest"]))
     return ScenePairs(pairs, skips, tested)
 
 
