@@ -24,6 +24,24 @@ MAPS = 4  # of a network whose maps all have one stride: as many of its blocks, 
 CHANNELS = 3
 NARROWEST = 32  # channels of the U-Net's decoder, and of its output: as many as ResNet-18's
 DENSE_STRIDE = 2  # of the U-Net's output
+# names in the library EfficientNet-PyTorch (lukemelas) -> in timm; narrow blocks, the first ones, expand no channels
+EFFICIENTNET_STEM = "_conv_stem.weight"
+EFFICIENTNET_STEMS = {"_conv_stem": "conv_stem", "_bn0": "bn1"}
+_SQUEEZE = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+EFFICIENTNET_NARROW = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+} | _SQUEEZE
+EFFICIENTNET_PARTS = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+} | _SQUEEZE
 
 
 def is_timm(encoder: str) -> bool:
@@ -160,6 +178,8 @@ def fitted(encoder: str, expected: Mapping[str, Tensor], given: Mapping[str, Ten
     A classifier is left out. What has other names goes through timm's own filter of that network, strictly. Raises
     `WeightsMismatch` that names `what`.
     """
+    if EFFICIENTNET_STEM in given:
+        return _all_of(expected, efficientnet_keys(expected, given), what)
     found = renamed_keys(expected, given)
     if not _lacking(expected, found):
         return found
@@ -190,6 +210,26 @@ def renamed_keys(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) ->
         for form in (key, f"model.{key}", "model." + key.replace(".", "_", 1), f"model.model.{key}"):
             if form in expected:
                 found[form] = value
+    return found
+
+
+def efficientnet_keys(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names of the library EfficientNet-PyTorch, under those of timm's plain network.
+
+    There blocks are counted through all stages; stages and their lengths are those of `expected`.
+    """
+    places = sorted({tuple(map(int, key.split(".")[2:4])) for key in expected if key.startswith("model.blocks.")})
+    found = {}
+    for key, value in given.items():
+        first, *rest = key.split(".")
+        if first in EFFICIENTNET_STEMS:
+            found[".".join([EFFICIENTNET_STEMS[first], *rest])] = value
+        elif first == "_blocks" and int(rest[0]) < len(places):
+            number, part, *end = rest
+            narrow = f"_blocks.{number}._expand_conv.weight" not in given
+            block = ".".join(map(str, places[int(number)]))
+            name = (EFFICIENTNET_NARROW if narrow else EFFICIENTNET_PARTS).get(part, part)
+            found[".".join(["blocks", block, name, *end])] = value
     return found
 
 

@@ -185,3 +185,29 @@ def test_weights_of_the_plain_network_fit_and_others_are_refused(unet: TimmUNet)
     del given["conv_stem.weight"]
     with pytest.raises(WeightsMismatch, match=r"it: 1 of \d+ tensors of the encoder are missing .*conv_stem"):
         fitted(SMALL, expected, given, "it")
+
+
+def test_names_of_efficientnet_pytorch_fit_in_the_order_of_its_layers():
+    """That library counts blocks through all stages; its layers have timm's order, so names are paired by it."""
+    plain = timm.create_model("efficientnet_lite0").state_dict()
+    given, names = {}, {}
+    block = -1
+    for key, value in plain.items():
+        if key.startswith("blocks."):
+            place, part = key.split(".")[1:3], key.split(".")[3]
+            if names.get("place") != place:
+                block, names = block + 1, {"place": place}
+                wide = "blocks.{}.{}.conv_pwl.weight".format(*place) in plain
+                narrow = ["_depthwise_conv", "_bn1", "_project_conv", "_bn2"]
+                layers = iter(["_expand_conv", "_bn0", *narrow] if wide else narrow)
+            if part not in names:
+                names[part] = next(layers)
+            given[f"_blocks.{block}.{names[part]}.{key.split('.')[4]}"] = value
+        else:
+            first, rest = key.split(".")
+            theirs = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1"}
+            given[f"{theirs.get(first, '_fc')}.{rest}"] = value
+    expected = build_encoder("timm/efficientnet_lite0").state_dict()
+    found = fitted("timm/efficientnet_lite0", expected, given, "it")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, plain[key.removeprefix("model.")]) for key, value in found.items())
