@@ -113,7 +113,7 @@ class Recordings:
         return files.sampled_digest(self.root, self._files())
 
     def _files(self) -> set[Path]:
-        found = set()
+        found: set[Path] = set()
         for recording in self._recordings.values():
             found.update(recording.listings)
             for view in recording.views.values():
@@ -205,7 +205,7 @@ def pose_of_words(words: Sequence[str], where: object) -> np.ndarray | BadFrame:
     except ValueError:
         return BadFrame(where, f"{' '.join(words)[:60]!r} is no pose of numbers")
     if len(numbers) == 7:
-        return pose_of_quaternion(numbers[:3], numbers[3:], where)
+        return pose_of_quaternion(numbers[:3].tolist(), numbers[3:].tolist(), where)
     if len(numbers) not in (12, 16):
         return BadFrame(where, f"{len(numbers)} numbers; a pose has 16, 12, or 7 (tx ty tz qx qy qz qw)")
     return np.vstack([numbers[:12].reshape(3, 4), numbers[12:] if len(numbers) == 16 else (0, 0, 0, 1)])
