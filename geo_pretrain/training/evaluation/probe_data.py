@@ -71,7 +71,7 @@ class ProbeData(ABC):
         """What `load` gives; None for a broken cloud, which is noted in `skipped`."""
         return self.load(id)
 
-    def inputs(self, id: str) -> tuple[list[Tensor], Tensor]:
+    def inputs(self, id: str) -> tuple[list[Tensor | None], Tensor]:
         """In place of features what the network is fed at best: coordinates and color; 3D only."""
         raise NotImplementedError(f"{type(self).__name__} has no control of coordinates and color.")
 
@@ -128,13 +128,13 @@ class CloudData(ProbeData):
         x, truth = batch_voxels([voxels_of(self.clouds[id], self.extractor.contract)], self.extractor.device)
         return [self.extractor.voxel_rows(x).float().cpu()], truth.cpu()
 
-    def inputs(self, id: str) -> tuple[list[Tensor], Tensor]:
+    def inputs(self, id: str) -> tuple[list[Tensor | None], Tensor]:
         cloud = self.clouds[id]
         _, _, truth = voxels_of(cloud, self.extractor.contract)
         voxels = self.extractor.contract.transforms()(
             cloud.points, cloud.colors if self.extractor.contract.given_channels else None
         )
-        return [part[voxels.index] for part in plain_features(cloud)], truth
+        return [None if part is None else part[voxels.index] for part in plain_features(cloud)], truth
 
     def read(self, features: list[Tensor], places: Tensor, shape: torch.Size) -> Tensor:
         return features[0][places[:, 0]]
@@ -171,8 +171,9 @@ class ScanData(ProbeData):
         rows = self.extractor.voxel_rows(x).float().cpu()
         return [rows, voxel_of_points(sample, cloud)], torch.from_numpy(cast(np.ndarray, cloud.labels))
 
-    def inputs(self, id: str) -> tuple[list[Tensor], Tensor]:
+    def inputs(self, id: str) -> tuple[list[Tensor | None], Tensor]:
         cloud = self._cloud(id)
+        evaluation_sample(cloud, CloudSpec(), self.extractor.contract)  # leaves out what the network cannot take
         return plain_features(cloud), torch.from_numpy(cast(np.ndarray, cloud.labels))
 
     def _cloud(self, id: str) -> LabelledCloud:
@@ -191,15 +192,25 @@ class ScanData(ProbeData):
         return (features[0].shape[1],)
 
 
+WIDTHS = (3, 3, 1)  # columns of place, color and remission
+
+
 class InputData(ProbeData):
     """The same clouds and labels without a network: coordinates and color alone; the control of a probe in 3D."""
 
-    def __init__(self, data: ProbeData) -> None:
+    def __init__(self, data: ProbeData, kinds: list[bool] | None = None) -> None:
+        """`kinds`: which of place, color, remission are looked at, a list to share; empty: those of the first cloud."""
+        self.kinds = [] if kinds is None else kinds
         self.data, self.ids, self.classes, self.nothing = data, data.ids, data.classes, data.nothing
         self.kind, self.needs, self.skipped = data.kind, data.needs, data.skipped
 
     def load(self, id: str) -> tuple[list[Tensor], Tensor]:
-        return self.data.inputs(id)
+        parts, truth = self.data.inputs(id)
+        if not self.kinds:
+            self.kinds += [part is not None for part in parts]
+        zeros = [truth.new_zeros(len(truth), width, dtype=torch.float32) for width in WIDTHS]
+        chosen = zip(parts, zeros, self.kinds, strict=True)
+        return [zero if part is None else part for part, zero, wanted in chosen if wanted], truth
 
     def loaded(self, id: str) -> tuple[list[Tensor], Tensor] | None:
         try:
@@ -215,20 +226,17 @@ class InputData(ProbeData):
         return _classify(head, torch.cat(features, dim=1))
 
 
-def plain_features(cloud: LabelledCloud) -> list[Tensor]:
-    """What a point tells by itself: its place, and where the cloud has them color or remission; float32 [N, C] each.
+def plain_features(cloud: LabelledCloud) -> list[Tensor | None]:
+    """What a point tells by itself: its place [N, 3], color [N, 3] and remission [N, 1]; None: the cloud has none.
 
     x and y are relative to the middle of the cloud's box, z to its lowest point (m); colors go from 0 to 1.
     """
     points = torch.from_numpy(cloud.points).float()
     low, high = points.amin(0), points.amax(0)
     origin = torch.stack([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]])
-    parts = [points - origin]
-    if cloud.colors is not None:
-        parts.append(torch.from_numpy(cloud.colors).float() / 255)
-    if cloud.intensity is not None:
-        parts.append(torch.from_numpy(cloud.intensity).float()[:, None])
-    return parts
+    colors = None if cloud.colors is None else torch.from_numpy(cloud.colors).float() / 255
+    remission = None if cloud.intensity is None else torch.from_numpy(cloud.intensity).float()[:, None]
+    return [points - origin, colors, remission]
 
 
 def has_whole_clouds(source: LabelledData) -> bool:

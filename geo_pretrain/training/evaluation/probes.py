@@ -163,7 +163,8 @@ def compare_probes(
     seen, unseen = open_data(extractors[RANDOM], train, val, spec)
     pairs = {name: (seen.through(e), unseen.through(e)) for name, e in extractors.items()}
     if isinstance(extractors[RANDOM], CloudExtractor):
-        pairs = {INPUT: (InputData(seen), InputData(unseen))} | pairs
+        control = InputData(seen)
+        pairs = {INPUT: (control, InputData(unseen, control.kinds))} | pairs
     results = {
         name: run_probes(probes, *pair, spec, part_of(progress, number, len(pairs)))
         for number, (name, pair) in enumerate(pairs.items())

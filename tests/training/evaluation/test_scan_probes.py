@@ -24,7 +24,7 @@ from geo_pretrain.training.evaluation.probes import (
     run_probes,
 )
 from tests.front_door import geo_pretrain
-from tests.training.painted_clouds import COLORS, Given, painted
+from tests.training.painted_clouds import COLORS, ONES, Given, painted
 from tests.zoo import write_tiny, write_tiny_3d
 
 SPEC = ProbeSpec(pixels=300, iterations=60)
@@ -85,14 +85,30 @@ def test_the_control_sees_the_same_points_without_a_network():
     assert control["linear"].accuracy == 1 > blind.accuracy  # colors tell the classes
     assert control["linear"].measured == blind.measured
     assert control["linear"].channels == 6
-    gray = [ScanData(data[0].extractor, Scans(s, change=lambda c: replace(c, colors=None))) for s in ("train", "val")]
+    ones = probe_extractor(with_contract(Given(), ONES), frames=False)
+    gray = [ScanData(ones, Scans(s, change=lambda c: replace(c, colors=None))) for s in ("train", "val")]
     alone = run_probes(["linear"], *map(InputData, gray), SPEC)["linear"]
     assert alone.channels == 3
     assert alone.accuracy < 1
 
 
-def with_contract(network):
-    network.contract = COLORS
+def test_the_control_sees_clouds_of_several_kinds_and_only_those_that_the_network_takes():
+    def mixed(cloud):
+        odd = cloud.id.endswith(("2", "3"))
+        return replace(
+            cloud, intensity=cloud.points[:, 2] if odd else None, colors=None if cloud.id[-1] == "3" else cloud.colors
+        )
+
+    data = [
+        ScanData(probe_extractor(with_contract(Given()), frames=False), Scans(s, 4, mixed)) for s in ("train", "val")
+    ]
+    network, control = (run_probes(["linear"], *pair, SPEC)["linear"] for pair in (data, map(InputData, data)))
+    assert (control.measured, control.channels) == (network.measured, 6)
+    assert {"val3", "train3"} <= data[0].skipped.keys() | data[1].skipped.keys()
+
+
+def with_contract(network, contract=COLORS):
+    network.contract = contract
     return network
 
 
