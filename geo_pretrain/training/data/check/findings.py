@@ -198,8 +198,7 @@ def of_order(sample: Sample) -> Finding:
         for j in sorted(posed):
             gap = sample.positions[j] - sample.positions[i]
             if sample.frames[i].scene == sample.frames[j].scene and gap > 0:
-                near = gap <= 2
-                turns[near].append(turn(sample.frames[i].cam_to_world, sample.frames[j].cam_to_world))
+                turns[gap <= 2].append(turn(sample.frames[i].cam_to_world, sample.frames[j].cam_to_world))
     if not turns[True] or not turns[False]:
         return Finding("time order", Level.UNKNOWN, "too few frames with poses to tell")
     near, far = (float(np.median(turns[key])) for key in (True, False))

@@ -83,7 +83,7 @@ def _fits(
     """
     height, width = colors[0].shape
     size = height + reach, width + reach
-    spectrum, count = 0.0, 0
+    spectrum, count = np.zeros((size[0], size[1] // 2 + 1), np.complex128), 0
     for color, (rows, columns) in zip(colors, edges, strict=True):
         row = np.rint((rows - (height - 1) / 2) * scale + (height - 1) / 2).astype(np.int64)
         column = np.rint((columns - (width - 1) / 2) * scale + (width - 1) / 2).astype(np.int64)
