@@ -399,7 +399,7 @@ def test_check_of_a_recording_with_inverse_poses(tmp_path, recording, tiny_recip
     shown = run("data", "check", f"seven_scenes:{tmp_path / 'twin'}", "-o", out)
     assert shown.exit_code == 1
     assert "poses: WRONG fit as world-to-camera" in shown.output
-    assert "Suggested: --set data.options.pose_convention=world_to_camera\n" in shown.output
+    assert "Suggested: --set data.options.pose_convention=world_to_camera" in shown.output
     with Image.open(out) as image:
         assert image.width > 1000
     arguments = "train", tiny_recipe(), "--data", f"seven_scenes:{tmp_path / 'twin'}", "--out", tmp_path / "run"

@@ -106,7 +106,6 @@ OWN = {
     "files.py": "parse_json, and the digest of a tree that was parsed",
     "tensors.py": "refuses a key given twice, and catches RecursionError",
     "convert/out.py": "the header that the safetensors library has just made",
-    "hub/extract.py": "the answer of our own child process",
     "hub/unpickle/job.py": "the job that our own parent process sends",
     "training/bench/cell.py": "the job that our own parent process sends",
     "training/data/labelled/mapping.py": "label maps of the package",

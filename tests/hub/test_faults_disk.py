@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -57,12 +57,19 @@ def refusal(hosts: Hosts, cache: Path | None = None, roles: tuple[str, ...] = ("
     raise AssertionError("no error")
 
 
+def begun(cache: Path) -> bool:
+    """Whether a part of some size lies there; folders may go while they are looked through."""
+    with suppress(FileNotFoundError):
+        return any(path.stat().st_size >= 20_000 for path in cache.rglob("*.part"))
+    return False
+
+
 def killed_process(cache: Path, hosts: Hosts) -> None:
     """SIGKILL in the middle of a download: the next process is not blocked and finishes."""
     hosts.fault(ENCODER, Fault("stall", times=1, after=20_000))
     process = start(hosts)
     deadline = time.monotonic() + 300
-    while not any(path.stat().st_size >= 20_000 for path in cache.rglob("*.part")):
+    while not begun(cache):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)

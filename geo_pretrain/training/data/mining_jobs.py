@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
+from geo_pretrain.files import parse_json
 from geo_pretrain.training.config import parse, plain_types
 from geo_pretrain.training.data.frame import SkippedFrames, Source
 from geo_pretrain.training.data.mining import compare_frames, mine_scene, prepared
@@ -112,7 +113,7 @@ def _mine_here(text: str, out: Path, shard: tuple[int, int], device: str, report
 
 
 def _spec(text: str) -> DataSpec:
-    return parse(DataSpec, json.loads(text), where="job", prefix="data.")
+    return parse(DataSpec, parse_json(text), where="job", prefix="data.")
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from geo_pretrain.errors import CheckpointError, DataError, RecipeError, first_line, some
-from geo_pretrain.files import locked, read_sealed, write_sealed
+from geo_pretrain.files import locked, parse_json, read_sealed, write_sealed
 from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
 from geo_pretrain.training.recipe import DataSpec
 
@@ -90,7 +90,7 @@ def identity(source: Source, scene: str, spec: DataSpec) -> dict[str, Any]:
         "version": VERSION,
         "source": source.name,
         "frames": hashlib.sha256(frames.encode()).hexdigest(),
-        "options": json.loads(json.dumps(spec.options, default=str)),
+        "options": parse_json(json.dumps(spec.options, default=str)),
         "measure": spec.measure,
         "size": list(spec.size) if spec.measure == "projective" else None,
         "overlap": list(spec.overlap),

@@ -61,7 +61,7 @@ def partition_info_nce(
     """Average one `info_nce` (query -> key) per part of the space around an anchor; its negatives lie in that part.
 
     Hou et al., "Exploring Data-Efficient 3D Scene Understanding with Contrastive Scene Contexts", CVPR 2021. Rows
-    within `inner` of an anchor lie in no part; `partitions` are those of `four_parts` or `eight_parts`.
+    within `inner` of an anchor lie in no part; `partitions`: 4 is the fast form of the released code, 8 its slow one.
 
     Args:
         query, key: [N, C] matched features, normalized already.
@@ -76,7 +76,7 @@ def partition_info_nce(
         >>> loss.round(decimals=4)  # log(1 + exp(-1)) / 4: one of four parts holds a negative
         tensor(0.0783)
     """
-    part = (eight_parts if partitions == 8 else four_parts)(points, inner, outer)
+    part = (_eight_parts if partitions == 8 else _four_parts)(points, inner, outer)
     logits = query / temperature @ key.T
     # Rows of length 1 keep these powers far from overflow at any temperature above 0.03.
     ratio = (logits - logits.diagonal()[:, None]).exp()
@@ -84,7 +84,7 @@ def partition_info_nce(
     return sums.log1p().mean()
 
 
-def four_parts(points: Tensor, inner: float, outer: float) -> Tensor:
+def _four_parts(points: Tensor, inner: float, outer: float) -> Tensor:
     """The part {above, below} x {inner < distance <= outer, distance > outer} of all rows around each: int64 [N, N].
 
     4 where a row lies in none: at the anchor's height, or within `inner`. The released code's fast partition.
@@ -96,7 +96,7 @@ def four_parts(points: Tensor, inner: float, outer: float) -> Tensor:
     return part
 
 
-def eight_parts(points: Tensor, inner: float, outer: float) -> Tensor:
+def _eight_parts(points: Tensor, inner: float, outer: float) -> Tensor:
     """The part of all rows around each: int64 [N, N], 4 far + 2 azimuth + second; 8 where a row lies in none.
 
     The released code's slow partition with two bins an angle: half-planes by azimuth, in [0, pi) or [pi, 2 pi); halves

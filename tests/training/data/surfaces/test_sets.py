@@ -367,7 +367,7 @@ def test_kept_pairs_and_sets_are_those_of_the_sources_options(written, tmp_path)
     root = tmp_path / "scans"
     for part in ("color", "depth", "pose", "intrinsic"):
         shutil.copytree(written / SCAN / part, root / SCAN / part)
-    sources = ScanNet(root), ScanNet(root, ScanNetConfig(constant_intrinsics=True))
+    sources = ScanNet(root), ScanNet(root, ScanNetConfig(intrinsics=(60.0, 60.0, 43.5, 27.5)))
     spec, cache = DataSpec(overlap=(0.0, 1.0)), tmp_path / "cache"
     kept = [find_pairs(source, spec, skips=SkippedFrames(), cache_dir=cache) for source in sources]
     anew = [find_pairs(source, spec, skips=SkippedFrames()) for source in sources]
