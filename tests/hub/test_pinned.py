@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +12,11 @@ import pytest
 from blake3 import blake3
 
 from geo_pretrain.checkpoint import read_checkpoint
+from tests.forked import Forked, import_anew
 from tests.hub.loopback_hub import Fault, LoopbackHub
 from tests.zoo import unsealed, write_tiny
 
 NAME, REPO = "pri3d_view_r18.rooms", "lab/pri3d_view_r18.rooms"
-
-# huggingface_hub reads its settings when it is imported, so each case has a process of its own
-SCRIPT = """
-import json, sys
-from dataclasses import replace
-from geo_pretrain import hub
-from geo_pretrain.catalog import CATALOG, File
-from geo_pretrain.errors import GeoPretrainError
-from tests.zoo import ARCH, CONTRACT
-job = json.loads(sys.argv[1])
-files = tuple(File(**file | {"sources": tuple(file["sources"])}) for file in job["files"])
-entry = replace(CATALOG[job["name"]], arch=ARCH, contract=CONTRACT, files=files, status="published-here")
-hub.find = {entry.name: entry}.get
-try:
-    print(json.dumps(str(hub.open(entry.name, **job["options"]).fetch("encoder").folder)))
-except GeoPretrainError as error:
-    print(json.dumps(f"{type(error).__name__}: {error}"))
-"""
 
 
 @pytest.fixture
@@ -59,13 +40,25 @@ def published(server: LoopbackHub, tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def resolve(server: LoopbackHub, home: Path, files: list[dict[str, Any]], **options: Any) -> str:
-    job = json.dumps({"name": NAME, "files": files, "options": options})
-    environment = os.environ | server.environment(home) | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, job], capture_output=True, text=True, env=environment, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return str(json.loads(done.stdout.splitlines()[-1]))
+    def work() -> None:
+        import_anew("huggingface_hub", "geo_pretrain", "tests")  # which read their settings when they are imported
+        from geo_pretrain import hub
+        from geo_pretrain.catalog import CATALOG, File
+        from geo_pretrain.errors import GeoPretrainError
+        from tests.zoo import ARCH, CONTRACT
+
+        pinned = tuple(File(**file | {"sources": tuple(file["sources"])}) for file in files)
+        entry = replace(CATALOG[NAME], arch=ARCH, contract=CONTRACT, files=pinned, status="published-here")
+        hub.find = {entry.name: entry}.get
+        try:
+            print(json.dumps(str(hub.open(entry.name, **options).fetch("encoder").folder)))
+        except GeoPretrainError as error:
+            print(json.dumps(f"{type(error).__name__}: {error}"))
+
+    process = Forked(work, server.environment(home))
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    return str(json.loads(printed.splitlines()[-1]))
 
 
 def test_the_pinned_commit_is_loaded_and_only_what_is_needed(server, published, tmp_path: Path):
