@@ -199,6 +199,7 @@ def is_public(address: Address) -> bool:
 
 def _literal(name: str) -> Address | None:
     """The address that a host name writes out, in any notation that systems understand; None for other names."""
+    name = name.removesuffix(".")  # the root of all names, which may be written out
     if name == "localhost" or name.endswith(".localhost"):
         return ipaddress.IPv4Address(LOOPBACK)
     with suppress(ValueError):

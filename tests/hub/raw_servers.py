@@ -281,6 +281,8 @@ LOCATIONS = {
     "http://user:word@127.0.0.1:1/": PRIVATE,
     "http://localhost:1/": PRIVATE,
     "http://service.localhost:1/": PRIVATE,
+    "http://localhost.:1/": PRIVATE,
+    "http://127.0.0.1.:1/": PRIVATE,
     "http://0177.0.0.1:1/": PRIVATE,
     "http://2130706433:1/": PRIVATE,
     "http://127.1:1/": PRIVATE,
