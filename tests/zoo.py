@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from geo_pretrain import hub
+from geo_pretrain.backbones.architectures import unet_arch
+from geo_pretrain.backbones.build import build, golden_values
+from geo_pretrain.backbones.timm_names import timm_contract
 from geo_pretrain.catalog import CATALOG, Arch, Entry, License
 from geo_pretrain.checkpoint import Checkpoint, write_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.seeding import seeded
 
 DATA = Path(__file__).resolve().parent / "data"
 LICENSE = License(code="MIT", weights="MIT", datasets=(("none", "MIT"),), base_model="none")
@@ -79,6 +83,21 @@ def write_tiny_3d(folder: Path, name: str = "tiny_net_srunet34", **changes: Any)
         },
     }
     return write_tiny(folder, name, **(arguments | changes))
+
+
+def tiny_timm(name: str, seed: int) -> Any:
+    """A U-Net around an encoder of timm ("timm/NAME"), with weights drawn by `seed`."""
+    with seeded(seed):
+        network: Any = build(unet_arch(name), decoder=True)
+    return network.eval()
+
+
+def write_timm(folder: Path, name: str, network: Any) -> Path:
+    """Write a `tiny_timm` of this name; returns the folder."""
+    arch = unet_arch(name)
+    weights = {role: network.get_submodule(role).state_dict() for role in arch.roles}
+    facts = {"arch": arch, "contract": timm_contract(name), "golden": golden_values(network)}
+    return write_tiny(folder, folder.name, weights=weights, **facts).folder
 
 
 def as_tiny(name: str) -> Entry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from geo_pretrain.contract import ImageContract, ImageTransform, VoxelContract
@@ -55,3 +55,44 @@ class ImageBackbone(Backbone):
                 "Networks from load_backbone carry one."
             )
         return self.contract.transforms()
+
+
+class FeatureEncoder(ImageBackbone):
+    """Base class of the networks whose `forward` gives a pyramid of maps."""
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> Any:
+        """The last map and those of `forward` (`indices`: see `choose_maps`), under timm's name."""
+        maps = self(x)
+        intermediates = choose_maps(maps, indices)
+        return intermediates if intermediates_only else (maps[-1], intermediates)
+
+
+class EncoderDecoder(ImageBackbone):
+    """Base class of the networks with an encoder, `.encoder`, and a decoder of dense features, `.decoder`."""
+
+    encoder: Any
+    out_chans: int
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The encoder's maps."""
+        info: list[dict[str, Any]] = self.encoder.feature_info
+        return info
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, ...]; their size: see the network."""
+        return self._dense(self.encoder(x), x)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> Any:
+        """The dense features and the encoder's maps (`indices`: see `choose_maps`), under timm's name."""
+        maps = self.encoder(x)
+        intermediates = choose_maps(maps, indices)
+        return intermediates if intermediates_only else (self._dense(maps, x), intermediates)
+
+    def _dense(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The decoder's map for the encoder's maps of the images `x`."""
+        raise NotImplementedError

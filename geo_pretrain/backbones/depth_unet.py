@@ -10,14 +10,13 @@ network, 8 a tiny version for tests.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geo_pretrain.backbones.base import ImageBackbone, choose_maps
+from geo_pretrain.backbones.base import EncoderDecoder
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
 from geo_pretrain.errors import CheckpointError
 
@@ -64,31 +63,15 @@ class DepthDecoder(nn.Module):
         return self.head(mirror_border(x))
 
 
-class DepthUNet(ImageBackbone):
+class DepthUNet(EncoderDecoder):
     """An encoder, `.encoder`, and a `DepthDecoder`, `.decoder`: dense features at the image's own resolution."""
 
-    encoder: Any
     decoder: DepthDecoder
-    out_chans: int
 
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """The encoder's maps."""
-        info: list[dict[str, Any]] = self.encoder.feature_info
-        return info
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H, W], not normalized."""
-        dense: Tensor = self.decoder(self.encoder(x), (x.shape[2], x.shape[3]))
+    def _dense(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The decoder's map, of the size of the images `x`."""
+        dense: Tensor = self.decoder(maps, (x.shape[2], x.shape[3]))
         return dense
-
-    def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
-    ) -> Any:
-        """The dense features and the encoder's maps (`indices`: see `choose_maps`), under timm's name."""
-        maps = self.encoder(x)
-        intermediates = choose_maps(maps, indices)
-        return intermediates if intermediates_only else (self.decoder(maps, (x.shape[2], x.shape[3])), intermediates)
 
 
 class ResNetDepthUNet(DepthUNet):

@@ -14,7 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geo_pretrain.backbones.base import ImageBackbone, choose_maps
+from geo_pretrain.backbones.base import EncoderDecoder, FeatureEncoder
 from geo_pretrain.backbones.encoder import HOST_WIDTH, Stages
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ STAGES = {"stem": ("conv1", "bn1"), **{f"layer{stage}": (f"layer{stage}",) for s
 DILATIONS = {32: {}, 16: {"layer4": (1, 2)}, 8: {"layer3": (1, 2), "layer4": (2, 4)}}
 
 
-class ResNetEncoder(ImageBackbone):
+class ResNetEncoder(FeatureEncoder):
     """ResNet without pooling and classifier: an image in, a pyramid of feature maps out.
 
     State-dict keys are torchvision's without `fc`. `feature_info` describes the maps `forward` returns, in order, as
@@ -85,14 +85,6 @@ class ResNetEncoder(ImageBackbone):
             x = getattr(self, f"layer{index}")(x)  # torch 2.6 cannot export get_submodule
             maps.append(x)
         return [maps[index] for index in self.out_indices]
-
-    def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
-    ) -> Any:
-        """The last map and those of `forward` (`indices`: see `choose_maps`), under timm's name."""
-        maps = self(x)
-        intermediates = choose_maps(maps, indices)
-        return intermediates if intermediates_only else (maps[-1], intermediates)
 
     def stages(self) -> Stages:
         """Five stages: "stem", "layer1" to "layer4"."""
@@ -175,33 +167,13 @@ def _at_stride(finest: Tensor, have: int, stride: int) -> tuple[int, int]:
     return have * height // stride, have * width // stride
 
 
-class UNet(ImageBackbone):
+class UNet(EncoderDecoder):
     """An encoder, `.encoder`, and a decoder, `.decoder`: one feature vector for every second pixel in both directions.
 
     The decoder's map may cover a row or column more than the image, which is cut off.
     """
 
-    encoder: Any
     decoder: UNetDecoder
-    out_chans: int
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """The encoder's maps."""
-        info: list[dict[str, Any]] = self.encoder.feature_info
-        return info
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, H / 2, W / 2], sides rounded up."""
-        return self._dense(self.encoder(x), x)
-
-    def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
-    ) -> Any:
-        """The dense features and the encoder's maps (`indices`: see `choose_maps`), under timm's name."""
-        maps = self.encoder(x)
-        intermediates = choose_maps(maps, indices)
-        return intermediates if intermediates_only else (self._dense(maps, x), intermediates)
 
     def _dense(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:
         """The decoder's map, cut to half the size of the images `x`."""

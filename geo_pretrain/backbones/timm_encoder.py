@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geo_pretrain.backbones.base import ImageBackbone, choose_maps
+from geo_pretrain.backbones.base import FeatureEncoder
 from geo_pretrain.backbones.depth_unet import DepthDecoder, DepthUNet
 from geo_pretrain.backbones.encoder import HOST_WIDTH, Stages
 from geo_pretrain.backbones.resnet_unet import DENSE_STRIDE, UNet, UNetDecoder, check_images
@@ -20,7 +20,7 @@ from geo_pretrain.backbones.timm_names import NARROWEST, create, default_out_cha
 from geo_pretrain.errors import CheckpointError, first_line, require
 
 
-class TimmEncoder(ImageBackbone):
+class TimmEncoder(FeatureEncoder):
     """A network of timm without its classifier: an image in, its feature maps out.
 
     `maps` are the channels and the stride of each, finest first, that the network must have: another timm that builds
@@ -71,14 +71,6 @@ class TimmEncoder(ImageBackbone):
         if self.channels_last:
             maps = [one.permute(0, 3, 1, 2) for one in maps]
         return [maps[index] for index in self.out_indices]
-
-    def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
-    ) -> Any:
-        """The last map and those of `forward` (`indices`: see `choose_maps`), under timm's name."""
-        maps = self(x)
-        intermediates = choose_maps(maps, indices)
-        return intermediates if intermediates_only else (maps[-1], intermediates)
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
@@ -175,7 +167,7 @@ def timm_stages(network: nn.Module) -> Stages:
         container = _container(units[last[0] - 1][0])
         last.insert(0, next(k for k, (path, _) in enumerate(units) if _container(path) == container))
     last[-1] = len(units)
-    parts = [[module for _, module in units[start:end]] for start, end in zip([0, *last], last, strict=False)]
+    parts = [[module for _, module in units[start:end]] for start, end in zip([0, *last[:-1]], last, strict=True)]
     tokens = [parameter for _, parameter in body.named_parameters(recurse=False)]
     if tokens:
         parts[0].append(nn.ParameterList(tokens))  # the very parameters

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 import geo_pretrain as gp
 from geo_pretrain.backbones.architectures import Arch, encoder_arch, unet_arch
-from geo_pretrain.backbones.build import build, build_encoder, golden_values
+from geo_pretrain.backbones.build import build, build_encoder
 from geo_pretrain.backbones.resnet_unet import UNetDecoder
 from geo_pretrain.backbones.timm_encoder import TimmEncoder, TimmUNet, timm_stages
 from geo_pretrain.backbones.timm_names import fitted, timm_contract
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint
 from geo_pretrain.errors import CheckpointError, UnknownName, WeightsMismatch
 from geo_pretrain.seeding import seeded
-from tests.zoo import write_tiny
+from tests.zoo import tiny_timm, write_timm
 
 SMALL = "timm/mobilenetv3_small_050"
 VIT = "timm/vit_tiny_patch16_224"
@@ -28,19 +28,13 @@ VIT = "timm/vit_tiny_patch16_224"
 
 @pytest.fixture(scope="module")
 def unet() -> TimmUNet:
-    with seeded(0):
-        network: TimmUNet = build(unet_arch(SMALL), decoder=True)
-    return network.eval()
+    network: TimmUNet = tiny_timm(SMALL, 0)
+    return network
 
 
 @pytest.fixture(scope="module")
 def folder(unet: TimmUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("timm") / "mine_mobilenet"
-    arch = unet_arch(SMALL)
-    weights = {role: unet.get_submodule(role).state_dict() for role in arch.roles}
-    contract = timm_contract(SMALL)
-    write_tiny(path, path.name, arch=arch, contract=contract, weights=weights, golden=golden_values(unet))
-    return path
+    return write_timm(tmp_path_factory.mktemp("timm") / "mine_mobilenet", SMALL, unet)
 
 
 def test_names_say_what_shapes_the_network():

@@ -13,35 +13,27 @@ from timm.layers import BatchNormAct2d
 from geo_pretrain.adapters import torchvision as hosts
 from geo_pretrain.adapters.common import encoder_of, freeze_stages, parameter_groups, stages_of
 from geo_pretrain.adapters.timm import load_into
-from geo_pretrain.backbones.architectures import unet_arch
-from geo_pretrain.backbones.build import build, golden_values
 from geo_pretrain.backbones.timm_encoder import TimmUNet
 from geo_pretrain.backbones.timm_names import timm_contract
 from geo_pretrain.errors import RecipeError, UnknownName, WeightsMismatch
-from geo_pretrain.seeding import seeded
 from geo_pretrain.training.finetune import load_finetuned
 from geo_pretrain.training.finetune_recipe import NetworkSpec
 from geo_pretrain.training.networks import PretrainedInit, build_segmenter, check_options
 from tests.training.finetune.test_run import SOURCES, run
-from tests.zoo import write_tiny
+from tests.zoo import tiny_timm, write_timm
 
 ENCODER = "timm/mobilenetv3_small_050"
 
 
 @pytest.fixture(scope="module")
 def unet() -> TimmUNet:
-    with seeded(3):
-        network: TimmUNet = build(unet_arch(ENCODER), decoder=True)
-    return network.eval()
+    network: TimmUNet = tiny_timm(ENCODER, 3)
+    return network
 
 
 @pytest.fixture(scope="module")
 def folder(unet: TimmUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("timm") / "mine_mobilenet"
-    arch = unet_arch(ENCODER)
-    weights = {role: unet.get_submodule(role).state_dict() for role in arch.roles}
-    write_tiny(path, path.name, arch=arch, contract=timm_contract(ENCODER), weights=weights, golden=golden_values(unet))
-    return path
+    return write_timm(tmp_path_factory.mktemp("timm") / "mine_mobilenet", ENCODER, unet)
 
 
 def test_the_whole_unet_but_its_last_layer_is_transferred(folder: Path, unet: TimmUNet):

@@ -56,8 +56,9 @@ def open_colmap(root: Path, options: ColmapOptions) -> Recordings:
     existing_folder(root, "sparse/cameras.txt, sparse/images.txt, images/ and stereo/depth_maps/ or depth/")
     recordings, kinds = [], set()
     for folder in folders_with(root, lambda path, folders, names: "images" in folders and _model(path) is not None):
-        kinds.add(_maps(folder))
-        recordings.append(_recording(root, folder))
+        if (model := _model(folder)) is not None:
+            kinds.add(_maps(folder))
+            recordings.append(_recording(root, folder, model))
     if len(kinds) > 1:
         raise DataError(
             f"Some reconstructions below {str(root)!r} have stereo/depth_maps/, others depth/: open each kind."
@@ -81,9 +82,7 @@ def _maps(folder: Path) -> bool:
     return (folder / "stereo" / "depth_maps").is_dir()
 
 
-def _recording(root: Path, folder: Path) -> Recording:
-    model = _model(folder)
-    assert model is not None
+def _recording(root: Path, folder: Path, model: Path) -> Recording:
     cameras = read_cameras(model / "cameras.txt")
     views: dict[str, View] = {}
     depths = {} if _maps(folder) else images_in(folder / "depth", DEPTHS)

@@ -221,16 +221,21 @@ class Assembly:
         size = depth.shape[0], depth.shape[1]
         if self.registration is not None:
             matrix = camera.at(size, depth_path)
-            return self._registered(color, depth, matrix, pose, depth_path)
+            return self._registered(color, depth, matrix, pose, self.registration, depth_path)
         if (fault := files.aspect_fault(color.shape, size)) is not None:
             raise BadFrame(color_path, fault)
         return self.resize(color, size), depth, camera.at(size, depth_path), pose
 
     def _registered(
-        self, color: np.ndarray, depth: np.ndarray, matrix: np.ndarray, pose: np.ndarray, path: Path
+        self,
+        color: np.ndarray,
+        depth: np.ndarray,
+        matrix: np.ndarray,
+        pose: np.ndarray,
+        registration: tuple[np.ndarray, np.ndarray],
+        path: Path,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        assert self.registration is not None
-        color_matrix, depth_to_color = self.registration
+        color_matrix, depth_to_color = registration
         size = color.shape[0], color.shape[1]
         if depth.shape[0] < size[0]:  # a finer grid than the depth's would have holes
             small = depth.shape[0], round(size[1] * depth.shape[0] / size[0])
