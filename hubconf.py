@@ -11,7 +11,7 @@ from typing import Any as _Any
 from geo_pretrain.catalog import CATALOG as _CATALOG
 from geo_pretrain.catalog import RENAMED as _RENAMED
 
-dependencies = ["torch", "torchvision", "numpy", "safetensors", "huggingface_hub", "PIL", "blake3", "filelock"]
+dependencies = ["torch", "torchvision", "numpy", "safetensors", "huggingface_hub", "PIL", "xxhash", "filelock"]
 dependencies += ["rich", "yaml"]  # a download's progress, an authors' file's card
 
 

@@ -47,7 +47,7 @@ def make_older(folder: Path) -> None:
     config = json.loads((folder / CONFIG).read_text())
     del config[SEAL]
     for file in config["files"].values():
-        del file["blake3"]
+        del file["xxh3"]
     (folder / CONFIG).write_text(json.dumps(config))
 
 

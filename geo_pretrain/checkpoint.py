@@ -36,7 +36,6 @@ TEXT_ROLES = {"recipe": "recipe.yaml", "log": "log.jsonl", "card": "README.md"}
 ROLES = {role: f"{role}.safetensors" for role in (*WEIGHT_ROLES, "golden")} | TEXT_ROLES
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 HASHED = 8 << 20  # bytes that are hashed at once
-THREADS = min(os.cpu_count() or 1, 8)  # that compute a BLAKE3; memory is not faster than so many
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,9 @@ class StoredFile:
     role: str
     size: int  # bytes
     sha256: str  # compared after downloads, before publication
-    blake3: str | None = None  # compared at each load, as it is several times quicker; None: an older folder
+    # XXH3 of 128 bits, compared at each load: as quick as memory. It finds damage, not forgery, which a digest that
+    # lies beside the file could not find either. None: an older folder, whose loads compare sha256.
+    xxh3: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def write_checkpoint(
             (staging / ROLES[role]).write_bytes(str(texts[role]).encode())
         paths = {role: staging / ROLES[role] for role in (*tensors, *written)}
         files = {
-            path.name: {"role": role, "size": path.stat().st_size, "sha256": sha256(path), "blake3": blake3(path)}
+            path.name: {"role": role, "size": path.stat().st_size, "sha256": sha256(path), "xxh3": xxh3(path)}
             for role, path in paths.items()
         }
         config = {
@@ -245,13 +246,13 @@ def read_weights(checkpoint: Checkpoint, role: str) -> dict[str, Tensor]:
     file. Raises `DigestMismatch`, which names the file and both digests.
     """
     path, stored = _listed(checkpoint, checkpoint.file_of(role))
-    digest = hashlib.sha256() if stored.blake3 is None else _blake3_hasher()
+    digest = hashlib.sha256() if stored.xxh3 is None else _xxh3_hasher()
     try:
         tensors, size = read_tensors(path, digest)
     except NotTensors as error:
         check_digest(path, stored)
         raise CheckpointError(f"{path}: is not a safetensors file of weights ({error}).") from error
-    if (digest.hexdigest(), size) != (stored.blake3 or stored.sha256, stored.size):
+    if (digest.hexdigest(), size) != (stored.xxh3 or stored.sha256, stored.size):
         _raise_mismatch(path, stored, digest.hexdigest())
     return tensors
 
@@ -262,9 +263,9 @@ def verify_file(checkpoint: Checkpoint, name: str, *, load_digest: bool = False)
     By its sha256 or, for a file that was compared so before, with `load_digest` by the digest of loads.
     """
     path, stored = _listed(checkpoint, name)
-    if load_digest and stored.blake3 is not None:
-        actual = blake3(path)
-        if (actual, path.stat().st_size) != (stored.blake3, stored.size):
+    if load_digest and stored.xxh3 is not None:
+        actual = xxh3(path)
+        if (actual, path.stat().st_size) != (stored.xxh3, stored.size):
             _raise_mismatch(path, stored, actual)
     else:
         check_digest(path, stored)
@@ -305,26 +306,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def blake3(path: Path) -> str:
-    """Hex BLAKE3 digest of a file, by several threads; read and not mapped: a map ends the process if it is cut."""
-    digest = _blake3_hasher()
+def xxh3(path: Path) -> str:
+    """Hex XXH3 digest (128 bits) of a file; read and not mapped: a map ends the process if the file is cut."""
+    digest = _xxh3_hasher()
     with path.open("rb", buffering=0) as stream:
         while block := stream.read(HASHED):
             digest.update(block)
     return str(digest.hexdigest())
 
 
-def _blake3_hasher() -> Any:
-    from blake3 import blake3 as hasher
+def _xxh3_hasher() -> Any:
+    from xxhash import xxh3_128
 
-    return hasher(max_threads=THREADS)  # not AUTO, whose threads are missing in forked processes: these would hang
+    return xxh3_128()
 
 
 def _raise_mismatch(path: Path, stored: StoredFile, actual: str) -> NoReturn:
     """Raise the error of a file whose digest of loads is not the promised one."""
     check_digest(path, stored)
     raise DigestMismatch(
-        f"{path}: blake3 is {actual}, expected {stored.blake3}, although sha256 and size are the expected ones: "
+        f"{path}: xxh3 is {actual}, expected {stored.xxh3}, although sha256 and size are the expected ones: "
         f"{CONFIG} was altered; nothing of the file was loaded. Fetch or write it again."
     )
 
@@ -439,11 +440,11 @@ def _stored(file: str, entry: Any, path: Path) -> StoredFile:
     role, digest = _get(entry, "role", str, path, prefix), _get(entry, "sha256", str, path, prefix)
     if role in (*WEIGHT_ROLES, "golden") and not file.endswith(".safetensors"):
         raise CheckpointError(f"{path}: {file!r} has role {role!r}; only .safetensors files may hold tensors.")
-    quick = _get(entry, "blake3", str, path, prefix) if "blake3" in entry else None
-    for key, value in (("sha256", digest), ("blake3", quick)):
-        if value is not None and not re.fullmatch(r"[0-9a-f]{64}", value):
-            raise CheckpointError(f"{path}: key '{prefix}{key}' is {value!r}; 64 hex digits are accepted.")
-    return StoredFile(role=role, size=_get(entry, "size", int, path, prefix), sha256=digest, blake3=quick)
+    quick = _get(entry, "xxh3", str, path, prefix) if "xxh3" in entry else None
+    for key, value, digits in (("sha256", digest, 64), ("xxh3", quick, 32)):
+        if value is not None and not re.fullmatch(rf"[0-9a-f]{{{digits}}}", value):
+            raise CheckpointError(f"{path}: key '{prefix}{key}' is {value!r}; {digits} hex digits are accepted.")
+    return StoredFile(role=role, size=_get(entry, "size", int, path, prefix), sha256=digest, xxh3=quick)
 
 
 def _pairing(entry: Mapping[str, Any], path: Path) -> Pairing:

@@ -36,7 +36,7 @@ class NotTensors(CheckpointError):
 
 
 class Hasher(Protocol):
-    """A digest under way, of hashlib or blake3."""
+    """A digest under way, of hashlib or xxhash."""
 
     def update(self, data: Any, /) -> Any:
         """Add bytes."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from blake3 import blake3
+from xxhash import xxh3_128
 from safetensors.torch import load_file
 
 from geo_pretrain import checkpoint as module
@@ -129,22 +129,22 @@ def test_altered_files_are_refused_with_both_digests(tmp_path: Path, damage, wha
         verify_files(found)
 
 
-def write_small(folder: Path, *, with_blake3: bool) -> Checkpoint:
+def write_small(folder: Path, *, with_xxh3: bool) -> Checkpoint:
     """A file of few bytes with tensors of every kind that needs care: scalars, empty ones, halves."""
     state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7), "c": torch.empty(0), "d": torch.ones(3).half()}
     write_tiny(folder, weights={"encoder": state})
-    if not with_blake3:
-        change_config(folder, **{"files__encoder.safetensors__blake3": None})
+    if not with_xxh3:
+        change_config(folder, **{"files__encoder.safetensors__xxh3": None})
     return read_checkpoint(folder)
 
 
-@pytest.mark.parametrize("with_blake3", [True, False], ids=["blake3", "an older folder"])
-def test_any_altered_byte_is_found(tmp_path: Path, with_blake3: bool):
-    found = write_small(tmp_path / "tiny", with_blake3=with_blake3)
+@pytest.mark.parametrize("with_xxh3", [True, False], ids=["xxh3", "an older folder"])
+def test_any_altered_byte_is_found(tmp_path: Path, with_xxh3: bool):
+    found = write_small(tmp_path / "tiny", with_xxh3=with_xxh3)
     stored = found.files["encoder.safetensors"]
     path = tmp_path / "tiny/encoder.safetensors"
     data = path.read_bytes()
-    assert (stored.blake3 is not None) == with_blake3
+    assert (stored.xxh3 is not None) == with_xxh3
     weights = read_weights(found, "encoder")
     assert {key: tuple(value.shape) for key, value in weights.items()} == {"a": (2, 3), "b": (), "c": (0,), "d": (3,)}
     for position in range(len(data)):
@@ -157,10 +157,10 @@ def test_any_altered_byte_is_found(tmp_path: Path, with_blake3: bool):
     verify_file(found, "encoder.safetensors", load_digest=True)
 
 
-def test_blake3_is_stored_beside_sha256_and_compared_at_each_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_xxh3_is_stored_beside_sha256_and_compared_at_each_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = write_tiny(tmp_path / "tiny")
     for name, stored in found.files.items():
-        assert stored.blake3 == blake3((tmp_path / "tiny" / name).read_bytes()).hexdigest()
+        assert stored.xxh3 == xxh3_128((tmp_path / "tiny" / name).read_bytes()).hexdigest()
     read: list[str] = []
     monkeypatch.setattr(module, "sha256", lambda path: read.append(path.name))
     read_weights(found, "encoder")
@@ -168,11 +168,11 @@ def test_blake3_is_stored_beside_sha256_and_compared_at_each_load(tmp_path: Path
     assert read == []  # sha256 takes several times longer
 
 
-def test_a_wrong_blake3_is_refused_although_sha256_agrees(tmp_path: Path):
+def test_a_wrong_xxh3_is_refused_although_sha256_agrees(tmp_path: Path):
     write_tiny(tmp_path / "tiny")
-    change_config(tmp_path / "tiny", **{"files__encoder.safetensors__blake3": "1" * 64})
+    change_config(tmp_path / "tiny", **{"files__encoder.safetensors__xxh3": "1" * 32})
     found = read_checkpoint(tmp_path / "tiny")
-    with pytest.raises(DigestMismatch, match=f"blake3 is [0-9a-f]{{64}}, expected {'1' * 64}, although sha256"):
+    with pytest.raises(DigestMismatch, match=f"xxh3 is [0-9a-f]{{32}}, expected {'1' * 32}, although sha256"):
         read_weights(found, "encoder")
     with pytest.raises(DigestMismatch, match=r"config\.json was altered"):
         verify_file(found, "encoder.safetensors", load_digest=True)
@@ -251,8 +251,8 @@ GOOD = {"role": "encoder", "size": 1, "sha256": "0" * 64}
         ({"files": {"a/b.safetensors": GOOD}}, "plain names inside the folder"),
         ({"files": {"encoder.bin": GOOD}}, "only .safetensors files may hold tensors"),
         ({"files": {"e.safetensors": GOOD | {"sha256": "xyz"}}}, "64 hex digits are accepted"),
-        ({"files": {"e.safetensors": GOOD | {"blake3": "xyz"}}}, r"safetensors\.blake3' is 'xyz'; 64 hex digits are"),
-        ({"files": {"e.safetensors": GOOD | {"blake3": 5}}}, r"safetensors\.blake3' is 5; str is accepted"),
+        ({"files": {"e.safetensors": GOOD | {"xxh3": "xyz"}}}, r"safetensors\.xxh3' is 'xyz'; 32 hex digits are"),
+        ({"files": {"e.safetensors": GOOD | {"xxh3": 5}}}, r"safetensors\.xxh3' is 5; str is accepted"),
         ({"files": {"e.safetensors": {"role": "encoder", "size": 1}}}, r"'files\.e\.safetensors\.sha256' is missing"),
         ({"files": {"e.safetensors": 5}}, "'files.e.safetensors' is 5"),
         ({"finished": 1}, "key 'finished' is 1; bool is accepted"),
@@ -421,7 +421,7 @@ def test_writing_needs_every_part():
 def test_a_file_that_is_cut_while_it_is_hashed_is_altered_and_does_not_end_the_process(tmp_path, monkeypatch):
     class Cutting:  # it has no update_mmap: a map of a file that is cut ends the process
         def __init__(self):
-            self.digest = blake3()
+            self.digest = xxh3_128()
 
         def update(self, block):
             self.digest.update(block)
@@ -431,6 +431,6 @@ def test_a_file_that_is_cut_while_it_is_hashed_is_altered_and_does_not_end_the_p
             return self.digest.hexdigest()
 
     (tmp_path / "file").write_bytes(b"x" * 300)
-    monkeypatch.setattr(module, "_blake3_hasher", Cutting)
+    monkeypatch.setattr(module, "_xxh3_hasher", Cutting)
     monkeypatch.setattr(module, "HASHED", 100)
-    assert module.blake3(tmp_path / "file") == blake3(b"x" * 100).hexdigest()
+    assert module.xxh3(tmp_path / "file") == xxh3_128(b"x" * 100).hexdigest()

@@ -45,13 +45,13 @@ def outgoing(checkpoint: Checkpoint) -> dict[str, bytes]:
     cleaned = {key: without_paths(value) for key, value in facts.items()}
     if cleaned == facts and not texts:
         return {}
-    from blake3 import blake3
+    from xxhash import xxh3_128
 
     for name, text in texts.items():
         entry = config["files"][name]
         entry |= {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-        if "blake3" in entry:
-            entry["blake3"] = blake3(text).hexdigest()
+        if "xxh3" in entry:
+            entry["xxh3"] = xxh3_128(text).hexdigest()
     config |= cleaned
     if SEAL in config:
         del config[SEAL]

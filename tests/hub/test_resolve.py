@@ -344,7 +344,7 @@ def test_published_entries_are_pinned_to_their_digests(server: Server, monkeypat
     path = resolve(entry.name) / "encoder.safetensors"
     whole, config = path.read_bytes(), path.with_name("config.json")
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # in the cache, with the digest of loads in config.json
-    config.write_text(json.dumps(unsealed(path.parent)).replace(str(stored.blake3), checkpoint.blake3(path)))
+    config.write_text(json.dumps(unsealed(path.parent)).replace(str(stored.xxh3), checkpoint.xxh3(path)))
     assert resolve(entry.name) == path.parent
     assert path.read_bytes() == whole
 

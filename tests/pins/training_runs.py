@@ -53,7 +53,7 @@ def config(path: Path) -> dict[str, Any]:
     """config.json as it is, but for what is volatile; weights have their exact size, text has not."""
     tree: dict[str, Any] = json.loads(path.read_text())
     for name, file in tree["files"].items():
-        del file["blake3"]  # new since these were stored: beside sha256, for loads
+        del file["xxh3"]  # new since these were stored: beside sha256, for loads
         if not name.endswith(".safetensors"):
             file["size of text"] = file.pop("size")
     licence = tree.pop("licence")  # whose "code" is no version
