@@ -24,6 +24,9 @@ _BARE = re.compile(rf"(://[^\s?#'\"<>]+\?)(?![\w.%\[\]-]+=)({_END})")
 _TAIL = re.compile(r"(://[^\s?#;'\"<>]*)([?#;][^\s'\"<>]*[^\s'\"<>)\]}.,;:])")
 _SEPARATOR = re.compile(r"([?&;#](?:amp;)?|\\u0026)")
 _TOKENS = re.compile(r"\b(hf_|gh[pousr]_|github_pat_|glpat-|AKIA)[A-Za-z0-9_]{10,}")
+# logins in an address that is escaped as part of another one
+_ESCAPED = re.compile(r"(?i)(?<=%3A%2F%2F)(?:(?!%2F|%40)[^\s/?#&'\"])+%40")
+_VARIABLE = re.compile(r"(?i)(\b[a-z0-9_]*(?:token|secret|passwd|password|api_?key|access_?key)=)(?=[^\s=])" + _END)
 _HEADER = re.compile(
     r"(?i)(\b(?:authorization|x-[\w-]*(?:token|key)|(?:set-)?cookie)['\"]?\s*[:=]\s*['\"]?"
     r"(?:(?:bearer|basic|token|digest|negotiate)\s+)?)[^\s'\"]+"
@@ -55,6 +58,8 @@ def redacted(text: str) -> str:
         text = _BARE.sub(rf"\g<1>{HIDDEN}", text)
         text = _TAIL.sub(lambda match: match[1] + _hidden_values(match[2]), text)
     text = _PAIR.sub(lambda m: m[0] if m[1].lower() in HARMLESS else f"{m[1]}={HIDDEN}", text)
+    text = _ESCAPED.sub(f"{HIDDEN}%40", text)
+    text = _VARIABLE.sub(rf"\g<1>{HIDDEN}", text)
     text = _TOKENS.sub(rf"\g<1>{HIDDEN}", text)
     return _HEADER.sub(rf"\g<1>{HIDDEN}", text)
 

@@ -117,8 +117,8 @@ class _Source:
             return self.stream.readinto(piece.memory) or 0
 
 
-def load_tensors(path: Path, sha256: str | None, promised_by: str) -> dict[str, Tensor]:
-    """`read_tensors` of a file whose sha256 another file states (None: an older one, which states none).
+def load_tensors(path: Path, sha256: str | None = None, promised_by: str = "") -> dict[str, Tensor]:
+    """`read_tensors` of a file whose sha256 another file states (None: none does).
 
     Raises `CheckpointError` (no such file, no safetensors) or `DigestMismatch`.
     """

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from xxhash import xxh3_128
 from safetensors.torch import load_file
+from xxhash import xxh3_128
 
 from geo_pretrain import checkpoint as module
 from geo_pretrain.checkpoint import (

@@ -215,22 +215,25 @@ def convert(
         raise typer.BadParameter(f"give --from FORMAT or --to FORMAT, one of them. {formats}")
     if from_ is not None:
         from geo_pretrain.catalog import backbone_info, find
+        from geo_pretrain.files import locked
         from geo_pretrain.hub.authors import convert_file
 
         if name is None or (like is None and find(name) is None):
             raise typer.BadParameter("--from needs --name: a catalog name, or your own with --like CATALOG_NAME.")
         entry = backbone_info(like or name)
-        found = convert_file(
-            Path(source),
-            out,
-            like=entry,
-            format=from_,
-            name=name,
-            overwrite=overwrite,
-            prefix=prefix,
-            ignore=ignore or (),
-            note=lambda text: console.print(escape(text), soft_wrap=True, highlight=False),
-        )
+        busy = f"Another process is at work on {out}. Wait until it ends, or choose another --out."
+        with locked(out.resolve(), busy=busy):
+            found = convert_file(
+                Path(source),
+                out,
+                like=entry,
+                format=from_,
+                name=name,
+                overwrite=overwrite,
+                prefix=prefix,
+                ignore=ignore or (),
+                note=lambda text: console.print(escape(text), soft_wrap=True, highlight=False),
+            )
         console.print(f"Checkpoint: {found.folder}", soft_wrap=True, highlight=False, markup=False)
         return
     from geo_pretrain.convert.out import write_export

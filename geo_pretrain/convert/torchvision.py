@@ -73,7 +73,7 @@ def resnet_targets(
         accepted = ", ".join(map(repr, (prefix, *beside)))
         raise WeightsMismatch(
             f"{format!r}: {len(strange)} keys are no part of its ResNet, such as {shown(strange)}; accepted is what "
-            f"begins with {accepted}."
+            f"begins with {accepted}; others can be left out (ignore=, --ignore PATTERN)."
         )
     names = {key: key.removeprefix(prefix) for key in state if key.startswith(prefix)}
     return {key: ("encoder", name) for key, name in names.items() if not name.startswith(CLASSIFIER)}

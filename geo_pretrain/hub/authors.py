@@ -37,6 +37,7 @@ from geo_pretrain.files import parse_json, write_text
 from geo_pretrain.hub.cache import exclusive
 from geo_pretrain.hub.extract import Extracted, extract
 from geo_pretrain.hub.transfer import Progress, download
+from geo_pretrain.tensors import load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,7 +168,7 @@ class _Chosen:
         from safetensors.torch import load_file
 
         if is_safetensors(path):
-            state = _load_safetensors(path)
+            state = load_tensors(path)
             return self._converted(format, state), Extracted("", len(state), (), {}, {})
         try:
             extracted = extract(path, tensors, entries=FORMATS[format].entries)
@@ -194,16 +195,6 @@ def is_safetensors(path: Path) -> bool:
     with path.open("rb") as stream:
         head = stream.read(10)
     return len(head) == 10 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: is a damaged safetensors file ({error}); fetch or write it again.") from error
 
 
 def network_states_of(entry: Entry) -> Mapping[str, Mapping[str, Tensor]]:

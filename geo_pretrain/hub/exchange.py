@@ -12,9 +12,11 @@ import io
 import ipaddress
 import os
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
@@ -144,10 +146,9 @@ class Exchange:
         """Connect to a host; of one that the user did not name, to a public address only (`NotPublic`)."""
         name, port = address
         seconds = self.watch.patience()
-        if self.is_named or name != self.asked:  # a proxy is named too, in the environment
-            return socket.create_connection(address, seconds, source_address)
-        found = [str(info[4][0]) for info in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
-        for text in found:
+        found = _addresses(name, port, seconds)
+        named = self.is_named or name != self.asked  # a proxy is named too, in the environment
+        for text in [] if named else found:
             if not is_public(ipaddress.ip_address(text)):
                 raise NotPublic(f"{name} is {text}, an address of this machine or of a private network")
         for text in found[:-1]:
@@ -161,6 +162,23 @@ class Exchange:
             return True
         # another port of this machine is another service; another port of a named machine may be its https
         return (name, None) in self.named or (name != LOOPBACK and name in {known for known, _ in self.named})
+
+
+def _addresses(name: str, port: int, seconds: float) -> list[str]:
+    """The addresses of a host. Raises TimeoutError where the system's resolver, which has no limit, takes longer."""
+    answer: Future[list[str]] = Future()
+
+    def resolve() -> None:
+        try:
+            answer.set_result([str(info[4][0]) for info in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)])
+        except Exception as error:  # also of names that are none
+            answer.set_exception(error)
+
+    threading.Thread(target=resolve, daemon=True).start()  # it cannot be ended, and nobody waits for it
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"the name {name} was not resolved within {seconds:.3g} s") from None
 
 
 class _PlainHandler(urllib.request.HTTPHandler):

@@ -108,13 +108,17 @@ class SparseTensor:
         """Where coordinates and features lie."""
         return self.computed_feats.device
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SparseTensor:
+    def to(
+        self, device: torch.device | str | Tensor | SparseTensor | None = None, dtype: torch.dtype | None = None
+    ) -> SparseTensor:
         """The tensor on a device, or with features of another floating point type, or both; itself if nothing changes.
 
         Tensors that were computed from each other belong together on the new device, too.
         """
         if isinstance(device, torch.dtype):  # x.to(torch.float16), as with tensors
             device, dtype = None, device
+        elif isinstance(device, Tensor | SparseTensor):  # x.to(other): its device and type
+            dtype, device = device.dtype, device.device
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; accepted: floating point types.")
         place = self.device if device is None else torch.empty(0, device=device).device

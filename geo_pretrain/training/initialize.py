@@ -154,7 +154,7 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
     Raises `CheckpointError` when it holds anything else.
     """
     if path.suffix == ".safetensors":
-        return load_tensors(path, None, "")
+        return load_tensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's, zipfile's and torch's own

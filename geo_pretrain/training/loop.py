@@ -27,7 +27,7 @@ from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune_recipe import FinetuneOptim, FinetuneRecipe
 from geo_pretrain.training.recipe import OptimSpec, Recipe
 from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, explained, stop_requests, write_nothing
-from geo_pretrain.training.states import not_finite
+from geo_pretrain.training.states import check_optimizer, not_finite
 
 ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's words, of BatchNorm
 
@@ -410,6 +410,7 @@ def _restore(run: RunFolder, task: TrainingTask, world: World, progress: Progres
             _check_identity(run, state.get("identity", state), task, world)  # once these keys lay in the state itself
             task.module.load_state_dict(state["module"])
             task.optimizer.load_state_dict(state["optimizer"])
+            check_optimizer(task.optimizer)
             task.restore(state)
             progress.step, progress.seconds = state["step"], float(state["seconds"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:

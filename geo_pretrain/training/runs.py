@@ -109,6 +109,8 @@ class RunFolder:
         for name in (STATE, EARLIER):
             if not (self.path / name).exists():
                 continue
+            if (self.path / name).is_dir():
+                raise CheckpointError(f"{self.path / name} is a folder, where the run keeps a file; move it away.")
             try:
                 state = self._checked(self.path / name, steps)
             except BadState as bad:

@@ -70,6 +70,22 @@ def not_finite(tree: Any, name: str = "") -> str | None:
     return None if finite.all() else list(tensors)[int((~finite).nonzero()[0])]
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `ValueError` where a restored optimizer holds what its next step could not use.
+
+    torch compares neither the shapes of momenta with their weights nor the types of a group's settings.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if isinstance(value, str | bytes) and not isinstance(optimizer.defaults.get(key), str):
+                raise ValueError(f"{key} of group {number} of the optimizer is the text {value!r}")
+    for weight, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != weight.shape:
+                what = f"{key} of the optimizer is shaped {list(value.shape)}"
+                raise ValueError(f"{what}, its weight {list(weight.shape)}")
+
+
 def log_facts(path: Path) -> dict[str, Any]:
     """Size and sha256 of a log, which the state that is saved with it keeps."""
     if not path.exists():

@@ -163,7 +163,7 @@ def test_a_safetensors_file_is_read(tmp_path: Path):
     assert path.read_bytes() == before
     for damaged in (before[:-1], before[:9] + b"x" + before[10:]):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"f\.safetensors: is a damaged safetensors file"):
+        with pytest.raises(CheckpointError, match=r"f\.safetensors: is not a safetensors file"):
             convert_file(path, tmp_path / "other", **arguments)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["f.safetensors", "out"]
 

@@ -158,11 +158,20 @@ def test_a_name_that_leads_to_a_private_address_is_not_connected_to(monkeypatch:
     rules.prepare("http://rebound.example.org/x")
     with pytest.raises(NotPublic, match=r"rebound.example.org is 10.0.0.1, an address of this machine or of a private"):
         rules.connect(("rebound.example.org", 80))
-    assert rules.connect(("proxy.lan", 3128)) == ("proxy.lan", 3128)  # named in the environment
+    assert rules.connect(("proxy.lan", 3128)) == ("93.184.216.34", 3128)  # named in the environment
     found.pop()
     assert rules.connect(("rebound.example.org", 80)) == ("93.184.216.34", 80)
     rules.prepare("https://hub.example.org/y")  # named by the user, on any port
-    assert rules.connect(("hub.example.org", 443)) == ("hub.example.org", 443)
+    found[:] = [(2, 1, 6, "", ("10.0.0.1", 443))]
+    assert rules.connect(("hub.example.org", 443)) == ("10.0.0.1", 443)
+
+
+def test_a_name_that_is_not_resolved_is_waited_for_as_long_as_a_server(part, impatient, monkeypatch):
+    never = threading.Event()
+    monkeypatch.setattr(exchange.socket, "getaddrinfo", lambda *_, **__: never.wait(60) or [])
+    with pytest.raises(HubError, match=r"hub\.example\.org.* was not resolved within 0\.1 s"):
+        download("http://hub.example.org/x", part)
+    never.set()
 
 
 @pytest.mark.parametrize("text", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])

@@ -91,6 +91,7 @@ def test_a_pickle_holds_no_kernel_maps(net: SRUNet):
 def test_types_and_devices():
     x = voxels()
     half = x.to(torch.float16)
+    assert x.to(torch.ones(1, dtype=torch.float16)).dtype == x.to(half).dtype == torch.float16
     assert half.dtype == half.feats.dtype == torch.float16
     assert torch.equal(half.feats, x.feats.half())
     assert torch.equal(half.to(dtype=torch.float32).feats, x.feats.half().float())

@@ -275,9 +275,30 @@ def test_a_run_whose_states_were_removed_says_that_it_starts_again(tmp_path, sto
 
 
 def test_states_that_do_not_fit_are_one_sentence(tmp_path, stopped):
-    for change in (lambda state: state.pop("module"), lambda state: state["module"].pop("weight")):
-        with pytest.raises(CheckpointError, match="does not fit this run"):
+    def momentum(state):
+        state["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2, 2)
+
+    def setting(state):
+        state["optimizer"]["param_groups"][0]["momentum"] = "much"
+
+    changes = {
+        "KeyError: 'module'": lambda state: state.pop("module"),
+        "RuntimeError: ": lambda state: state["module"].pop("weight"),
+        r"momentum_buffer of the optimizer is shaped \[2, 2\], its weight \[2, 3\]": momentum,
+        "momentum of group 0 of the optimizer is the text 'much'": setting,
+    }
+    for reason, change in changes.items():
+        with pytest.raises(CheckpointError, match=f"(?s)does not fit this run.*{reason}"):
             resumed(stopped, tmp_path, overwrite(STATE, change))
+
+
+def test_a_folder_in_place_of_a_state_is_named(tmp_path, stopped):
+    def spoil(run):
+        (run / STATE).unlink()
+        (run / STATE).mkdir()
+
+    with pytest.raises(CheckpointError, match=f"{STATE} is a folder"):
+        resumed(stopped, tmp_path, spoil)
 
 
 @pytest.mark.parametrize("steps, evaluations", [(2, ()), (2, (1,)), (1, ())])

@@ -118,7 +118,7 @@ def torchvision_segmenter(path: Path) -> Teacher:
     if not path.is_file():
         raise RecipeError(f"'task.teacher_file' is {str(path)!r}, accepted is an existing .pth or .safetensors file.")
     if path.suffix == ".safetensors":
-        state = load_tensors(path, None, "")
+        state = load_tensors(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
     state = {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
