@@ -23,7 +23,7 @@ from geo_pretrain.training.data.labelled.clouds.files import read_cloud
 from geo_pretrain.training.data.labelled.clouds.limited import read_point_list
 from geo_pretrain.training.data.labelled.clouds.s3dis_text import parse_lines
 from geo_pretrain.training.data.labelled.registry import open_labelled
-from geo_pretrain.training.data.sources import colmap, redwood, scannet_files, sens
+from geo_pretrain.training.data.sources import colmap_model, redwood, scannet_files, sens
 from geo_pretrain.training.data.sources.conventions import read_camera
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.obj import read_obj
@@ -154,6 +154,14 @@ def whole_scan(path: Path) -> object:
     return header, [(scan.pose(k), scan.color(k), scan.stored_depth(k)) for k in range(min(len(scan), 3))]
 
 
+CAMERAS_BIN = struct.pack("<QiiQQ4d", 1, 1, 1, 16, 12, 20, 20, 8, 6)
+IMAGES_BIN = struct.pack("<Q", 2) + 2 * struct.pack("<i7di6sQddq", 1, 1, 0, 0, 0, 1, 2, 3, 1, b"a.jpg", 1, 1, 2, 7)
+
+
+def whole_model(path: Path) -> object:
+    return [colmap_model.read_observations(path, image) for image in colmap_model.read_images(path)]
+
+
 def readers(folder: Path) -> dict[str, Reader]:
     """All readers by name; `folder` is for files that are made on the way."""
     rng = np.random.default_rng(0)
@@ -177,8 +185,10 @@ def readers(folder: Path) -> dict[str, Reader]:
         "redwood": Reader(redwood.read_log, ".log", b"0 0 1\n1 0 0 0.5\n0 1 0 0.2\n0 0 1 0\n0 0 0 1\n" ),
         "tum": Reader(recording_of("tum", "groundtruth.txt"), ".txt", b"# t\n0.01 1 2 3 0 0 0 1\n0.02 1 2 3 0 0 0 1\n"),
         "transforms": Reader(recording_of("transforms", "transforms.json"), ".json", json.dumps(NERF).encode()),
-        "colmap images": Reader(colmap.read_images, ".txt", b"1 1 0 0 0 1 2 3 1 a.jpg\n\n2 1 0 0 0 1 2 3 1 b.jpg\n\n"),
-        "colmap cameras": Reader(colmap.read_cameras, ".txt", b"1 PINHOLE 16 12 20 20 8 6\n2 PINHOLE 9 9 9 4 4 5\n"),
+        "colmap images": Reader(whole_model, ".txt", b"1 1 0 0 0 1 2 3 1 a.jpg\n1 2 3\n2 1 0 0 0 1 2 3 1 b.jpg\n\n"),
+        "colmap images.bin": Reader(whole_model, ".bin", IMAGES_BIN, text=False),
+        "colmap cameras": Reader(colmap_model.read_cameras, ".txt", b"1 PINHOLE 16 12 20 20 8 6\n2 RADIAL 9 9 9 4 4\n"),
+        "colmap cameras.bin": Reader(colmap_model.read_cameras, ".bin", CAMERAS_BIN, text=False),
         "colmap depth": Reader(files.read_raw_depth, ".bin", b"4&3&1&" + bytes(48), text=False),
         "sens": Reader(whole_scan, ".sens", scan_bytes(folder), text=False),
         "intrinsics": Reader(files.read_intrinsics, ".txt", b"585 0 320 0 585 240 0 0 1\n"),

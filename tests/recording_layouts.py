@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -127,26 +128,52 @@ def write_transforms(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT) ->
     return root
 
 
-def write_colmap(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT) -> Path:
-    """A dense workspace of COLMAP: undistorted images, the model as text, depth maps of its own."""
-    fx, fy, cx, cy = four(frames[0])
-    height, width = frames[0].depth.shape
-    images = "# Image list with two lines of data per image:\n#   IMAGE_ID, QW, ...\n#   POINTS2D[] ...\n"
-    for number, frame in reversed(list(enumerate(frames))):
-        name = f"a/{number}.jpg"
+def write_colmap(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT, *, binary: bool = False) -> Path:
+    """A dense workspace of COLMAP: undistorted images, the model as text or binary, depth maps of its own."""
+    names = [f"a/{number}.jpg" for number in range(len(frames))]
+    for name, frame in zip(names, frames, strict=True):
         save(root / "images" / name, frame.color)
         values = (frame.depth * twin.depth).astype("<f4").tobytes()
         depth = root / "stereo" / "depth_maps" / f"{name}.geometric.bin"
         depth.parent.mkdir(parents=True, exist_ok=True)
+        height, width = frame.depth.shape
         depth.write_bytes(f"{width}&{height}&1&".encode() + values)
-        pose = Twin(inverted=not twin.inverted, flipped=twin.flipped, millimeters=twin.millimeters).pose(frame)
-        x, y, z, w = quaternion(pose[:3, :3])
-        numbers = " ".join(f"{value:.9f}" for value in (w, x, y, z, *pose[:3, 3]))
-        images += f"{number + 1} {numbers} 1 {name}\n{'3.5 4.5 -1 7.0 8.0 12' if number % 2 else ''}\n"
-    write(root / "sparse" / "images.txt", images)
-    camera = f"1 PINHOLE {width} {height} {fx:.9g} {fy:.9g} {cx + 0.5:.9g} {cy + 0.5:.9g}\n"
-    write(root / "sparse" / "cameras.txt", f"# Camera list with one line of data per camera:\n{camera}")
+    seen = [[(3.5, 4.5, -1), (7.0, 8.0, 12)] if number % 2 else [] for number in range(len(frames))]
+    write_model(root / "sparse", frames, names, seen, twin, binary=binary)
     return root
+
+
+def write_model(
+    folder: Path,
+    frames: Sequence[Frame],
+    names: Sequence[str],
+    seen: Sequence[Sequence[tuple[float, float, int]]],
+    twin: Twin = RIGHT,
+    *,
+    binary: bool = False,
+) -> None:
+    """A model of COLMAP: one pinhole camera, and the images, the last one first; `seen`: x, y and id of points."""
+    fx, fy, cx, cy = four(frames[0])
+    height, width = frames[0].depth.shape
+    parameters = fx, fy, cx + 0.5, cy + 0.5
+    lines = "# Image list with two lines of data per image:\n#   IMAGE_ID, QW, ...\n#   POINTS2D[] ...\n"
+    packed = struct.pack("<Q", len(frames))
+    for number in reversed(range(len(frames))):
+        pose = Twin(inverted=not twin.inverted, flipped=twin.flipped, millimeters=twin.millimeters).pose(frames[number])
+        x, y, z, w = quaternion(pose[:3, :3])
+        motion, name, points = (w, x, y, z, *pose[:3, 3]), names[number], seen[number]
+        lines += f"{number + 1} {' '.join(f'{value:.9f}' for value in motion)} 1 {name}\n"
+        lines += " ".join(f"{x} {y} {point}" for x, y, point in points) + "\n"
+        packed += struct.pack("<i7di", number + 1, *motion, 1) + name.encode() + b"\0"
+        packed += struct.pack("<Q", len(points)) + b"".join(struct.pack("<ddq", *point) for point in points)
+    if binary:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "images.bin").write_bytes(packed)
+        (folder / "cameras.bin").write_bytes(struct.pack("<QiiQQ4d", 1, 1, 1, width, height, *parameters))
+        return
+    write(folder / "images.txt", lines)
+    camera = f"1 PINHOLE {width} {height} {' '.join(f'{value:.9g}' for value in parameters)}\n"
+    write(folder / "cameras.txt", f"# Camera list with one line of data per camera:\n{camera}")
 
 
 def write_sens(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT, *, step: int = 25, color: int = 2) -> Path:
@@ -178,8 +205,10 @@ def write_sens(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT, *, step:
     return root
 
 
+# By the name of the source that reads them; a second word tells layouts of one source apart.
 LAYOUTS: dict[str, Callable[[Path, Sequence[Frame], Twin], Path]] = {
     "colmap": write_colmap,
+    "colmap binary": partial(write_colmap, binary=True),
     "folder": write_plain,
     "redwood": write_redwood,
     "scannet": write_sens,

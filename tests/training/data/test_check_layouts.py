@@ -14,7 +14,7 @@ TOPICS = {"inverted": "poses", "flipped": "poses", "depth": "depth scale"}
 
 
 def checked(layout, path, **options):
-    spec = DataSpec(source=layout, path=str(path), options=options)
+    spec = DataSpec(source=layout.split()[0], path=str(path), options=options)
     return quick_check(open_source(spec), spec)
 
 

@@ -241,7 +241,7 @@ def read_pose_file(path: Path) -> np.ndarray:
 SIGNS = {
     "tum": ("rgb.txt", "*/rgb.txt"),
     "transforms": ("transforms.json", "*/transforms.json"),
-    "colmap": ("cameras.txt", "sparse/cameras.txt", "*/sparse/cameras.txt"),
+    "colmap": tuple(f"{place}cameras.{end}" for place in ("", "sparse/", "*/sparse/") for end in ("txt", "bin")),
     "scannet": ("scene*/pose", "scene*/*.sens"),
     "seven_scenes": ("frame-*.pose.txt", "*/frame-*.pose.txt", "*/*/frame-*.pose.txt"),
     "redwood": ("*.log", "*/*.log"),

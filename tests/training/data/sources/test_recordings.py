@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,12 @@ from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.training.data.files import read_color, read_depth
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.sources.colmap_model import (
+    find_model,
+    read_cameras,
+    read_images,
+    read_observations,
+)
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.sources.sens import SensFile, index_frames
 from geo_pretrain.training.data.sources.tum import associate
@@ -32,6 +39,10 @@ from tests.recording_layouts import (
     write_tum,
 )
 
+FLOATS = ("colmap", "colmap binary")  # layouts whose depth is in float
+OPENGL = ("transforms",)
+INVERTED = ("colmap", "colmap binary")  # layouts with world-to-camera poses
+
 
 @pytest.fixture(scope="module")
 def frames():
@@ -40,7 +51,7 @@ def frames():
 
 
 def opened(layout, root, **options):
-    return open_source(DataSpec(source=layout, path=str(root), options=options))
+    return open_source(DataSpec(source=layout.split()[0], path=str(root), options=options))
 
 
 def assert_is(frame, want):
@@ -54,7 +65,7 @@ def assert_is(frame, want):
 def test_the_sweep_has_a_writer_for_each_layout_of_recordings():
     from geo_pretrain.training.data.sources.registry import SOURCES
 
-    assert LAYOUTS.keys() <= SOURCES.keys()
+    assert {layout.split()[0] for layout in LAYOUTS} <= SOURCES.keys()
     assert len(LAYOUTS) >= 5
 
 
@@ -66,7 +77,7 @@ def test_a_layout_is_read_as_it_was_written(layout, frames, tmp_path):
     assert len(ids) == len(frames)
     for frame_id, want in zip(ids, frames, strict=True):
         assert_is(source.load(scene, frame_id), want)
-    assert source.raw_depth(scene, ids[0]).dtype.kind == ("f" if layout == "colmap" else "u")
+    assert source.raw_depth(scene, ids[0]).dtype.kind == ("f" if layout in FLOATS else "u")
     before = source.fingerprint(), source.content()
     assert (opened(layout, tmp_path / "desk").fingerprint(), source.content()) == before
     assert opened(layout, tmp_path / "desk", pose_scale=2.0).fingerprint() != before[0]
@@ -74,12 +85,15 @@ def test_a_layout_is_read_as_it_was_written(layout, frames, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_options_undo_what_a_recorder_does_otherwise(layout, frames, tmp_path):
-    unit = {"tum": 5000, "colmap": 1}.get(layout, 1000)
-    own = "opengl" if layout == "transforms" else "opencv"
-    other = "opencv" if layout == "transforms" else "opengl"
-    direction = "camera_to_world" if layout == "colmap" else "world_to_camera"
+    own = opened(layout, LAYOUTS[layout](tmp_path / "right", frames, Twin())).conventions
+    unit = {"tum": 5000, "kitti": 256}.get(layout, 1 if layout in FLOATS else 1000)
+    axes = "opengl" if layout in OPENGL else "opencv"
+    assert (own.depth_scale, own.camera_axes) == (unit, axes)
+    assert own.pose_convention == ("world_to_camera" if layout in INVERTED else "camera_to_world")
+    other = "opencv" if layout in OPENGL else "opengl"
+    direction = "camera_to_world" if layout in INVERTED else "world_to_camera"
     twin = Twin(depth=2.0, inverted=True, flipped=True, millimeters=True)
-    root = LAYOUTS[layout](tmp_path, frames, twin)
+    root = LAYOUTS[layout](tmp_path / "twin", frames, twin)
     options = {
         "depth_scale": 2 * unit, "pose_convention": direction, "camera_axes": other, "pose_scale": 1000,
         "intrinsics": four(frames[0]),
@@ -88,7 +102,6 @@ def test_options_undo_what_a_recorder_does_otherwise(layout, frames, tmp_path):
     scene = source.scenes()[0]
     assert_is(source.load(scene, source.frame_ids(scene)[-1]), frames[-1])
     assert source.conventions.camera_axes == other
-    assert opened(layout, root).conventions.camera_axes == own
 
 
 def test_poses_of_a_plain_folder_are_lines_files_or_quaternions(frames, tmp_path):
@@ -345,6 +358,35 @@ def test_colmap_names_what_it_cannot_use(frames, tmp_path):
     (root / "sparse" / "images.txt").write_text("1 1 0 0 0\n\n")
     with pytest.raises(BadFrame, match=r"images\.txt:1: is no line 'id qw"):
         opened("colmap", root)
+
+
+def test_a_binary_model_of_colmap_is_read_like_the_text(frames, tmp_path):
+    text = find_model(write_colmap(tmp_path / "text", frames), ["sparse"])
+    root = write_colmap(tmp_path / "binary", frames, binary=True)
+    binary = find_model(root, ["", "sparse"])
+    assert (text.images.name, binary.images.name) == ("images.txt", "images.bin")
+    for one, other in zip(read_images(text.images), read_images(binary.images), strict=True):
+        assert (one.name, one.camera) == (other.name, other.camera)
+        np.testing.assert_allclose(one.pose, other.pose, atol=1e-8)
+        for file, image in ((text.images, one), (binary.images, other)):
+            ids, xy = read_observations(file, image)
+            odd = one.name in ("a/1.jpg", "a/3.jpg")  # the writer's points, one of which is of no 3D point
+            assert (ids.tolist(), xy.tolist()) == (([12], [[6.5, 7.5]]) if odd else ([], [])), file
+    data = binary.images.read_bytes()
+    for wrong, reason in (
+        (data[:-1], "ends within an image; it states 4 of them"),
+        (data + b"abc", "has 3 bytes behind"),
+    ):
+        binary.images.write_bytes(wrong)
+        with pytest.raises(BadFrame, match=rf"images\.bin: {reason}"):
+            opened("colmap", root)
+    cameras = root / "sparse" / "cameras.bin"
+    cameras.write_bytes(struct.pack("<QiiQQ4d", 1, 1, 2, 64, 48, 50, 32, 24, 0.1))
+    (model,) = read_cameras(cameras).values()
+    assert "camera 1: camera has the model SIMPLE_RADIAL" in str(model)
+    cameras.write_bytes(struct.pack("<QiiQQ4d", 1, 1, 11, 64, 48, 50, 32, 24, 0.1))
+    with pytest.raises(BadFrame, match="model number 11; accepted are PINHOLE and SIMPLE_PINHOLE"):
+        read_cameras(cameras)
 
 
 @pytest.mark.parametrize("color", [0, 1])

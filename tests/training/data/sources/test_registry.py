@@ -269,4 +269,4 @@ def test_wrong_sources_and_folders_are_explained(tmp_path, folder):
         SevenScenes(folder)
     with pytest.raises(DataError, match="No scans"):
         ScanNet(folder)
-    assert {*LAYOUTS, "rooms", "seven_scenes"} <= set(list_sources())
+    assert {*(layout.split()[0] for layout in LAYOUTS), "rooms", "seven_scenes"} <= set(list_sources())
