@@ -168,7 +168,7 @@ def _text_images(path: Path) -> Iterator[ModelImage]:
             lines.append((number, line, at))
         at += len(line)
     ends: list[tuple[int, bytes, int]] = [*lines[1:], (0, b"", at)]
-    for (number, line, _), (_, points, offset) in zip(lines[::2], ends[::2], strict=True):
+    for (number, line, _), (_, points, offset) in zip(lines[::2], ends[::2], strict=False):
         where, words = f"{path}:{number}", line.decode().split(maxsplit=9)
         if len(words) != 10:
             raise BadFrame(where, "is no line 'id qw qx qy qz tx ty tz camera name', with a line of points below")
