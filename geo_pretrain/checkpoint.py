@@ -240,11 +240,13 @@ def intact_checkpoint(folder: Path, roles: Iterable[str]) -> Checkpoint | None:
 
 
 def read_weights(checkpoint: Checkpoint, role: str) -> dict[str, Tensor]:
-    """Read the tensors of one role (one of `WEIGHT_ROLES`, or "golden") to the CPU.
+    """Read the tensors of one role (one of `WEIGHT_ROLES`, or "golden") to the CPU; float16 as float32, see `halving`.
 
     The digest is computed of the very memory that the tensors are, and nobody else can change it: it is no map of the
     file. Raises `DigestMismatch`, which names the file and both digests.
     """
+    from torch import float16
+
     path, stored = _listed(checkpoint, checkpoint.file_of(role))
     digest = hashlib.sha256() if stored.xxh3 is None else _xxh3_hasher()
     try:
@@ -254,7 +256,7 @@ def read_weights(checkpoint: Checkpoint, role: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: is not a safetensors file of weights ({error}).") from error
     if (digest.hexdigest(), size) != (stored.xxh3 or stored.sha256, stored.size):
         _raise_mismatch(path, stored, digest.hexdigest())
-    return tensors
+    return {key: value.float() if value.dtype is float16 else value for key, value in tensors.items()}
 
 
 def verify_file(checkpoint: Checkpoint, name: str, *, load_digest: bool = False) -> None:

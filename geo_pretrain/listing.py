@@ -6,20 +6,31 @@ from collections.abc import Iterable, Sequence
 
 from geo_pretrain.catalog import backbone_info, list_backbones
 from geo_pretrain.errors import UnknownName
+from geo_pretrain.hub.cache import names_here
 
-COLUMNS = ("name", "network", "data", "weights' license", "status")
+COLUMNS = ("name", "weights' license", "how to get it")
 FILTERS = ("--method", "--modality", "--license", "--data", "--status")  # of `list_backbones`, each with a value
+READY = "ready offline"
+HOW = {
+    "published-here": "download",
+    "published-by-authors": "download from authors",
+    "regenerable": "train it yourself",
+    "planned": "not to be had yet",
+}
 
 
 def answer(arguments: Sequence[str]) -> str | None:
     """The output of `geo-pretrain list ARGUMENTS`; None where there is something to explain, as help or a mistake."""
     filters: dict[str, str] = {}
     patterns: list[str] = []
+    offline = False
     words = iter(arguments)
     for word in words:
         option, equals, value = word.partition("=")
         if option in FILTERS:
             filters[option.removeprefix("--")] = value if equals else next(words, "")
+        elif word == "--offline":
+            offline = True
         elif word.startswith("-"):
             return None
         else:
@@ -28,15 +39,38 @@ def answer(arguments: Sequence[str]) -> str | None:
         names = list_backbones(*patterns, **filters) if len(patterns) < 2 else []
     except UnknownName:
         return None
+    names = ready_names(names) if offline else names
     return catalog_lines(names) if names else None
 
 
-def catalog_lines(names: Iterable[str]) -> str:
-    """One line a backbone: name, network, data, license and status."""
+def ready_names(names: Iterable[str]) -> list[str]:
+    """Those of the names that load on this machine without a network."""
+    here = names_here()
+    return [name for name in names if name in here]
+
+
+def catalog_rows(names: Iterable[str]) -> list[dict[str, str]]:
+    """A row of plain texts for each backbone; "how" is what a newcomer can do to load it on this machine."""
+    here = names_here()
     rows = []
     for entry in map(backbone_info, names):
-        license = entry.license.weights.removeprefix("LicenseRef-")
-        rows.append((entry.name, entry.arch.title, entry.data, license, entry.status))
+        row = {
+            "name": entry.name,
+            "method": entry.method,
+            "modality": entry.modality,
+            "network": entry.arch.title,
+            "data": entry.data,
+            "license": entry.license.weights,
+            "status": entry.status,
+            "how": READY if entry.name in here else HOW[entry.status],
+        }
+        rows.append(row)
+    return rows
+
+
+def catalog_lines(names: Iterable[str]) -> str:
+    """One line a backbone, in 80 columns: its name, license, and how to get it."""
+    rows = [(row["name"], row["license"].removeprefix("LicenseRef-"), row["how"]) for row in catalog_rows(names)]
     return columns([COLUMNS, *rows])
 
 

@@ -6,11 +6,13 @@ The outcome is kept on the network as its `load_report`.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 from weakref import WeakKeyDictionary
 
@@ -112,9 +114,9 @@ def load_backbone(
     `name_or_folder`, `hub`, `revision`, `cache_dir`, `local_files_only`: see `hub.open`. `pretrained=False` builds the
     network with a random start; for a name of the catalog no file is needed. `in_chans` other than that of the
     pre-training adapts the stem (`adapt_stem`). `output_stride` 16 or 8 dilates the last stages (image encoders only).
-    `strict=False` tolerates differing tensors as long as 90 % of the network is covered. Raises `UnknownName`,
-    `HubError`, `CheckpointError`, `DigestMismatch` or `WeightsMismatch`; ValueError for arguments that do not go
-    together.
+    `strict=False` tolerates differing tensors as long as 90 % of the network is covered. Weights stored in float16 come
+    in float32, as all others do, unless `dtype` says otherwise. Raises `UnknownName`, `HubError`, `CheckpointError`,
+    `DigestMismatch` or `WeightsMismatch`; ValueError for arguments that do not go together.
 
     >>> encoder = load_backbone("pri3d_view_geo_r50", pretrained=False, output_stride=8)
     >>> [info["reduction"] for info in encoder.feature_info]
@@ -222,17 +224,34 @@ def verify(
     partner = () if opened.pairing is None else opened.pairing.roles()
     checkpoint = opened.fetch(*opened.network_roles(), *partner, "golden")
     golden = read_weights(checkpoint, "golden")
-    network = load_backbone(checkpoint.folder, decoder=checkpoint.arch.has_decoder)
-    computed = golden_outputs(network, golden)
-    if checkpoint.pairing is not None:
-        computed |= pair_outputs(_joined(checkpoint, network), golden)
-    errors = {key: _relative(computed[key], golden[key]) for key in golden if not key.startswith("input")}
+    network, computed = _golden_of(checkpoint, golden)
+    expected = {key: value for key, value in golden.items() if not key.startswith("input")}
+    errors = {key: _relative(computed[key], value) if key in computed else math.inf for key, value in expected.items()}
     result = Verification(str(network.name), errors, tolerance)
     if not errors or not result.passed:
         raise CheckpointError(
             f"{checkpoint.folder}: golden outputs are not reproduced within {tolerance:g} (relative): {errors}."
         )
     return result
+
+
+def golden_of(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Compute the golden outputs of a checkpoint folder anew, for the inputs that it keeps."""
+    checkpoint = hubs.open(Path(folder).resolve()).fetch("golden")
+    return _golden_of(checkpoint, read_weights(checkpoint, "golden"))[1]
+
+
+def _golden_of(checkpoint: Checkpoint, golden: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    network: Any = load_backbone(checkpoint.folder, decoder=checkpoint.arch.has_decoder)
+    try:
+        computed = golden_outputs(network, golden)
+        if checkpoint.pairing is not None:
+            computed |= pair_outputs(_joined(checkpoint, network), golden)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its golden file holds no {error}; it was not made for it."
+        ) from error
+    return network, computed
 
 
 # --- from a checkpoint to a network ---

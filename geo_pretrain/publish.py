@@ -31,6 +31,7 @@ from geo_pretrain.checkpoint import (
     verify_files,
 )
 from geo_pretrain.errors import CheckpointError, DigestMismatch, GeoPretrainError, HubError, some
+from geo_pretrain.halving import write_halved
 from geo_pretrain.hub import HF_PREFIX
 from geo_pretrain.hub.names import check_published_name
 from geo_pretrain.hub.outgoing import outgoing
@@ -120,6 +121,7 @@ def publish(
     tag: str | None = None,
     private: bool = False,
     dry_run: bool = False,
+    half: bool = False,
 ) -> Publication:
     """Publish a checkpoint folder to `to`: "hf-hub:owner/repo", or a folder that GEO_PRETRAIN_HUB may name.
 
@@ -131,9 +133,14 @@ def publish(
     loaded, and then tagged (`tag`, "v1" unless given). A tag stays what it is: one that exists with other content is
     refused, the same content once more changes nothing. `private` makes a new repository private. In a folder they
     become <to>/<name>, all at once; another checkpoint of that name there is refused. Recipe, log, card and config.json
-    go without absolute paths, logins and keys; the originals stay as they are. Raises `HubError` when the target
+    go without absolute paths, logins and keys; the originals stay as they are. `half`: with matrices in float16, see
+    `halving.write_halved`. Raises `HubError` when the target
     cannot be used or a transfer fails, saying what is online by then, and `DigestMismatch` when what arrived differs.
     """
+    if half:
+        with tempfile.TemporaryDirectory() as temporary:
+            halved = write_halved(folder, Path(temporary) / Path(folder).resolve().name)
+            return publish(halved.folder, to, tag=tag, private=private, dry_run=dry_run)
     checkpoint = read_checkpoint(folder)
     spec = str(to)
     if spec.startswith(HF_PREFIX):

@@ -26,9 +26,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("catalog",),
     ("tensors",),
     ("checkpoint",),
-    ("convert.out", "cards", "listing"),  # convert.out writes a checkpoint folder in other people's formats
+    ("convert.out", "cards"),  # convert.out writes a checkpoint folder in other people's formats
     ("hub",),  # opens names as folders: converts authors' files and writes their cards
-    ("loading", "__init__"),  # the public face hands out names of loading and of floors below
+    ("loading", "halving", "listing", "__init__"),  # the public face hands out names of loading and of floors below
     ("adapters", "publish"),
     (
         "training.cluster",

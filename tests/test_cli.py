@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from geo_pretrain import __version__, cli
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.errors import CheckpointError, DataError
-from geo_pretrain.listing import answer
+from geo_pretrain.listing import HOW, answer
 from geo_pretrain.training import pretrain as running
 from geo_pretrain.training.data.sources import registry as sources
 from geo_pretrain.training.evaluation import matching as matching_module
@@ -106,8 +106,9 @@ def test_list_and_filters():
 
 def test_a_list_in_a_narrow_pipe_cuts_nothing():
     lines = CliRunner().invoke(cli.app, ["list"], env={"COLUMNS": "80"}).output.splitlines()
-    rows = {line.split()[0]: line.split()[-1] for line in lines[1:]}
-    assert rows == {name: entry.status for name, entry in CATALOG.items()}
+    assert max(map(len, lines)) <= 80
+    rows = {line.split()[0]: " ".join(line.split()[2:]) for line in lines[1:]}
+    assert rows == {name: HOW[entry.status] for name, entry in CATALOG.items()}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_help_mistakes_and_empty_lists_are_left_to_the_command_line_parser(argum
 
 def test_a_plain_list_loads_no_library_of_the_command_line():
     code = "import sys; from geo_pretrain.__main__ import main; sys.argv = ['geo-pretrain', 'list']; main()"
-    code += "; print(*{'typer', 'rich', 'pydantic', 'torch', 'numpy', 'json'} & set(sys.modules))"
+    code += "; print(*{'typer', 'rich', 'pydantic', 'torch', 'numpy', 'huggingface_hub'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[1:-1] == run("list").output.splitlines()[1:]
     assert done.stdout.splitlines()[-1] == ""
@@ -171,8 +172,9 @@ def zoo(tmp_path, monkeypatch):
 
 
 def test_list_as_json_and_by_data():
-    names = json.loads(run("list", "--json", "--data", "kitti").output)
-    assert names == ["pri3d_view_r50.kitti", "pri3d_view_r50.kitti_180"]
+    rows = json.loads(run("list", "--json", "--data", "kitti").output)
+    assert {row["network"] for row in rows} == {"ResNet-50 U-Net"}
+    assert [row["name"] for row in rows] == ["pri3d_view_r50.kitti", "pri3d_view_r50.kitti_180"]
 
 
 def test_info_of_a_folder_and_its_load_report(zoo):

@@ -34,6 +34,7 @@ FILE_ROLES = (*WEIGHT_ROLES, "golden", "recipe", "log", "card")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HF_SOURCE = re.compile(r"hf-hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}", re.ASCII)
+PACKAGE_SOURCE = re.compile(r"package:[a-zA-Z_]\w*", re.ASCII)
 WEB = re.compile(r"https?://[^/\s]+/\S+")
 PERCENTAGES = ("mIoU", "mAcc", "IoU", "accuracy", "AP", "AP50", "AP75", "mAP@0.25", "mAP@0.5", "mIoU gain")
 
@@ -94,8 +95,8 @@ class File:
     name: str
     size: int  # bytes
     sha256: str
-    # In order of trial: "hf-hub:owner/repo@<commit>", a repository with the file at its top, or an http(s) URL that
-    # ends in /<entry's name>/<file's name>.
+    # In order of trial: "package:<name>", an installed package; "hf-hub:owner/repo@<commit>", a repository with the
+    # file at its top; or an http(s) URL that ends in /<entry's name>/<file's name>.
     sources: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -219,10 +220,11 @@ class Entry:
         for file in self.files:
             for source in file.sources:
                 on_web = WEB.fullmatch(source) and source.endswith(f"/{self.name}/{file.name}")
-                if not on_web and not HF_SOURCE.fullmatch(source):
+                if not on_web and not HF_SOURCE.fullmatch(source) and not PACKAGE_SOURCE.fullmatch(source):
                     raise ValueError(
-                        f"{self.name}: source of {file.name} is {source!r}; accepted: 'hf-hub:owner/repo@' with a "
-                        f"commit's 40 hex digits, or an http(s) URL that ends in /{self.name}/{file.name}."
+                        f"{self.name}: source of {file.name} is {source!r}; accepted: 'package:' and a package's "
+                        "name, 'hf-hub:owner/repo@' with a commit's 40 hex digits, or an http(s) URL that ends in "
+                        f"/{self.name}/{file.name}."
                     )
         missing = set(self.arch.roles) - {file.role for file in self.files}
         if self.status == "published-here" and missing:

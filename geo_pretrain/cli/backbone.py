@@ -35,7 +35,8 @@ def list_command(
     license: Annotated[str | None, typer.Option(help="SPDX identifier, or permissive or non-commercial.")] = None,
     data: Annotated[str | None, typer.Option(help="Pre-training data, such as ScanNet.")] = None,
     status: Annotated[str | None, typer.Option(help="Status, such as regenerable.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the names as JSON.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Only what loads here without a network.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print whole rows as JSON.")] = False,
 ) -> None:
     """List the backbones of the catalog.
 
@@ -43,13 +44,16 @@ def list_command(
     """
     from geo_pretrain.catalog import list_backbones
     from geo_pretrain.errors import nearest
-    from geo_pretrain.listing import catalog_lines
+    from geo_pretrain.listing import catalog_lines, catalog_rows, ready_names
 
     names = list_backbones(pattern, method=method, modality=modality, license=license, data=data, status=status)
+    names = ready_names(names) if offline else names
     if as_json:
-        typer.echo(json.dumps(names))
+        typer.echo(json.dumps(catalog_rows(names), indent=2))
     elif names:
         typer.echo(catalog_lines(names))
+    elif offline:
+        typer.echo("None of them loads without a network yet: `geo-pretrain pull NAME` fetches one.")
     else:
         typer.echo(f"No backbone matches. Closest: {', '.join(nearest(pattern, list_backbones()))}.")
 
@@ -145,13 +149,21 @@ def pull(
     encoder: Annotated[bool, typer.Option("--encoder", help="For image networks fetch only the encoder.")] = False,
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
     from_bundle: Annotated[Path | None, typer.Option(help="Install checkpoints from a file made by `bundle`.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only ask every place of them, by default of all names.")
+    ] = False,
 ) -> None:
     """Fetch checkpoints into the cache, so that loading them needs no network.
 
     Example: `geo-pretrain pull pri3d_view_geo_r50 pointcontrast_nce_srunet34`
 
     On a machine without network: `geo-pretrain pull --from-bundle zoo.tar`
+
+    Which places answer today, without a download: `geo-pretrain pull --check`
     """
+    if check:
+        _check_doors(names, hub)
+        return
     from geo_pretrain.hub.bundle import install_bundle
 
     if not names and from_bundle is None:
@@ -163,6 +175,26 @@ def pull(
         opened = _open(name, hub)
         checkpoint = opened.fetch(*opened.network_roles(decoder=not encoder), *(() if encoder else ("golden",)))
         console.print(escape(f"{name}: {checkpoint.folder}"), soft_wrap=True, highlight=False)
+
+
+def _check_doors(names: list[str] | None, hub: str | None) -> None:
+    """Print each place of the names and whether it answers; exit with 1 where a name has no open door."""
+    from geo_pretrain.catalog import CATALOG
+    from geo_pretrain.hub import doors
+
+    closed = []
+    for name in names or CATALOG:
+        found = doors(name, hub=hub)
+        for door in found:
+            size = "" if door.size is None else f" ({door.size / 1e6:.1f} MB)"
+            state = f"[green]open[/]{size}" if door.is_open else f"[red]closed[/]: {escape(door.reason)}"
+            console.print(f"{escape(name)}  {escape(door.place)}  {state}", soft_wrap=True, highlight=False)
+        if not any(door.is_open for door in found):
+            closed.append(name)
+            if not found and names:
+                console.print(f"{escape(name)}  nobody offers it", soft_wrap=True, highlight=False)
+    if names and closed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -253,6 +285,7 @@ def publish(
     tag: Annotated[str | None, typer.Option(help="Name of this version; default: see docs/publish.md.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list files, publish nothing.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Matrices as float16: half the size, read as float32.")] = False,
 ) -> None:
     """Publish a checkpoint, then load it from there and compare digests and golden outputs.
 
@@ -260,7 +293,7 @@ def publish(
     """
     from geo_pretrain.publish import publish as send
 
-    result = send(folder, to, tag=tag, private=private, dry_run=dry_run)
+    result = send(folder, to, tag=tag, private=private, dry_run=dry_run, half=half)
     console.print(escape(str(result)), soft_wrap=True, highlight=False)
 
 

@@ -21,6 +21,7 @@ from geo_pretrain.catalog import CATALOG, Entry, find
 from geo_pretrain.checkpoint import Checkpoint, means_folder, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, NotThere, WeightsMismatch, unknown
 from geo_pretrain.hub.names import check_is_entry, check_pins
+from geo_pretrain.hub.packages import PACKAGE_PREFIX, packages_with
 from geo_pretrain.hub.sources import (
     AUTHORS,
     HF_PREFIX,
@@ -58,9 +59,10 @@ def open(
 
     `name_or_path` is a checkpoint folder, "hf-hub:owner/repo[@revision]", the URL of a checkpoint folder, or a name.
     A name is looked up, in this order, in `hub` or else in the environment variable GEO_PRETRAIN_HUB (comma-separated:
-    folders, http(s) URLs holding `<name>/config.json`, or "hf:organization"), among installed bundles, where the
-    catalog says that this project keeps it, and with its authors, whose file is converted. The next source is tried
-    when one fails. `revision`: Hugging Face only. `local_files_only` (or HF_HUB_OFFLINE=1) forbids the network.
+    folders, http(s) URLs holding `<name>/config.json`, "hf:organization" or "package:name"), among installed bundles,
+    in installed packages with weights (`hub.packages`), where the catalog says that this project keeps it, and with its
+    authors, whose file is converted. The next source is tried when one fails. `revision`: Hugging Face only.
+    `local_files_only` (or HF_HUB_OFFLINE=1) forbids the network.
 
     Raises `HubError` listing every source with its reason, `UnknownName` for a name nobody has, `CheckpointError` for
     a folder that is not a checkpoint.
@@ -68,12 +70,7 @@ def open(
     text = os.fspath(name_or_path)
     if not text:
         raise unknown("backbone", text, CATALOG, "All names: list_backbones().")
-    request = Request(
-        name=text,
-        revision=revision,
-        cache_dir=Path(cache_dir).expanduser() if cache_dir is not None else None,
-        offline=local_files_only or os.environ.get(OFFLINE_VARIABLE, "").upper() in ("1", "ON", "YES", "TRUE"),
-    )
+    request = _request(text, cache_dir, local_files_only, revision)
     if text.startswith(HF_PREFIX):
         return _Search(request, (text,)).open()
     if text.startswith(WEB_PREFIXES):
@@ -89,6 +86,17 @@ def open(
         _check_bare_name(name_or_path, folder)
         return Opened(**vars(source.look()), _source=source)
     return _search_for_name(request, hub).open()
+
+
+def _request(
+    name: str, cache_dir: str | os.PathLike[str] | None, local_files_only: bool, revision: str | None = None
+) -> Request:
+    return Request(
+        name=name,
+        revision=revision,
+        cache_dir=Path(cache_dir).expanduser() if cache_dir is not None else None,
+        offline=local_files_only or os.environ.get(OFFLINE_VARIABLE, "").upper() in ("1", "ON", "YES", "TRUE"),
+    )
 
 
 def _check_bare_name(given: str | os.PathLike[str], folder: Path) -> None:
@@ -128,6 +136,38 @@ class Opened(Description):
                 if opened._search is None:
                     raise
                 opened = opened._search.failed(error).open()
+
+
+@dataclass(frozen=True)
+class Door:
+    """One place of a checkpoint, and whether it can be had there now."""
+
+    name: str
+    place: str  # a source as `open` takes it, or "the authors' own file"
+    is_open: bool
+    size: int | None = None  # bytes of the network's files, where the place says so
+    reason: str = ""  # why it is closed
+
+
+def doors(
+    name: str,
+    *,
+    hub: str | Sequence[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> list[Door]:
+    """Ask every place of a name whether its files can be had, and fetch none of them; see `open` for the arguments.
+
+    A name that nobody offers has no door. Raises `UnknownName`.
+    """
+    found = []
+    search = _search_for_name(_request(name, cache_dir, local_files_only), hub)
+    for spec in search.sources:
+        try:
+            found.append(Door(name, spec, True, source_of(spec, search.request).reach()))
+        except FAILURES as error:
+            found.append(Door(name, spec, False, reason=str(error)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -183,6 +223,7 @@ def _search_for_name(request: Request, hub: str | Sequence[str] | None) -> _Sear
     bundles = request.cache / "bundles"
     if (bundles / request.name).is_dir():
         sources.append(str(bundles))
+    sources += [f"{PACKAGE_PREFIX}{package}" for package in packages_with(request.name)]
     if entry is None and not sources:
         hint = f"All names: list_backbones(); other checkpoints: give their folder, or hub= or {HUB_VARIABLE}."
         raise unknown("backbone", request.name, CATALOG, hint)
@@ -195,7 +236,9 @@ def _search_for_name(request: Request, hub: str | Sequence[str] | None) -> _Sear
 def _catalog_bases(entry: Entry) -> list[str]:
     """The places of an entry's files, in order, each once: repositories at a commit, and addresses above `<name>/`."""
     sources = [source for file in entry.files for source in file.sources]
-    bases = [source if source.startswith(HF_PREFIX) else source.rsplit("/", 2)[0] for source in sources]
+    bases = [
+        source if source.startswith((HF_PREFIX, PACKAGE_PREFIX)) else source.rsplit("/", 2)[0] for source in sources
+    ]
     return list(dict.fromkeys(bases))
 
 

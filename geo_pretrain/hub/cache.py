@@ -19,6 +19,7 @@ from pathlib import Path
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, UnknownName, unknown
 from geo_pretrain.files import locked
+from geo_pretrain.hub.packages import package_folders
 from geo_pretrain.hub.transfer import CACHE_VARIABLE, disk_error
 
 KINDS = {"hub": "hub/*/*", "authors": "authors/*", "bundle": "bundles/*"}  # where the folders of each lie
@@ -83,6 +84,22 @@ def cached(cache_dir: str | os.PathLike[str] | None = None) -> list[Cached]:
     root = cache_root(cache_dir)
     entries = [_look(kind, folder) for kind in KINDS for folder in _folders(root, kind)]
     return sorted(entries, key=lambda entry: (entry.kind, entry.name, entry.folder))
+
+
+def names_here(cache_dir: str | os.PathLike[str] | None = None) -> set[str]:
+    """The names that load without a network: in installed packages with weights and in our cache, with all files.
+
+    Files are looked for, not read. What lies in Hugging Face's own cache is not looked at.
+    """
+    root = cache_root(cache_dir)
+    folders = [path.parent for above in package_folders().values() for path in above.glob(f"*/{CONFIG}")]
+    found = set()
+    for folder in (*folders, *(folder for kind in KINDS for folder in _folders(root, kind))):
+        with suppress(CheckpointError, OSError):
+            checkpoint = read_checkpoint(folder)
+            if all((folder / checkpoint.file_of(role)).is_file() for role in checkpoint.network_roles()):
+                found.add(checkpoint.name)
+    return found
 
 
 def remove(names: str | Iterable[str] | None, cache_dir: str | os.PathLike[str] | None = None) -> list[Cached]:

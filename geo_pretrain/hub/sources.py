@@ -9,7 +9,7 @@ import hashlib
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,8 @@ from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotTh
 from geo_pretrain.files import atomic_write
 from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
-from geo_pretrain.hub.transfer import LARGEST, Progress, download
+from geo_pretrain.hub.packages import PACKAGE_PREFIX, package_folder
+from geo_pretrain.hub.transfer import LARGEST, Progress, download, probe
 
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 HF_PREFIX, WEB_PREFIXES = "hf-hub:", ("http://", "https://")
@@ -96,9 +97,16 @@ class Source(ABC):
     def fetch(self, roles: Sequence[str]) -> Checkpoint:
         """The local checkpoint folder with the files of these roles; `look` was called before."""
 
+    @abstractmethod
+    def reach(self) -> int | None:
+        """Ask for the network's files without fetching them: their bytes, None where nobody says. Raises as `look`."""
+
 
 def source_of(spec: str, request: Request) -> Source:
-    """The source that a text names: AUTHORS, "hf-hub:owner/repo", "hf:owner", a URL or a folder of checkpoints."""
+    """The source that a text names.
+
+    AUTHORS, "hf-hub:owner/repo", "hf:owner", "package:name", a URL or a folder of checkpoints.
+    """
     if spec.startswith(HF_PREFIX):
         return HuggingFace(spec.removeprefix(HF_PREFIX), request)
     if spec != AUTHORS and not CHECKPOINT_NAME.fullmatch(request.name):
@@ -111,7 +119,8 @@ def source_of(spec: str, request: Request) -> Source:
         return Authors(request.entry, request)
     if spec.startswith(WEB_PREFIXES):
         return WebServer(spec.rstrip("/"), request)
-    folder = Path(spec).expanduser() / request.name
+    above = package_folder(spec.removeprefix(PACKAGE_PREFIX)) if spec.startswith(PACKAGE_PREFIX) else Path(spec)
+    folder = above.expanduser() / request.name
     if not folder.is_dir():
         raise NotThere(f"no folder {folder}")
     return Folder(folder, request)
@@ -139,6 +148,12 @@ class Folder(Source):
                 raise CheckpointError(f"{path}: is missing; {CONFIG} lists it as its {role} file.")
         return checkpoint
 
+    def reach(self) -> int | None:
+        """Look whether the files are there."""
+        roles = self.look().arch.network_roles()
+        checkpoint = self.fetch(roles)
+        return sum(checkpoint.files[checkpoint.file_of(role)].size for role in roles)
+
 
 class Authors(Source):
     """A file in its authors' own format, converted into a checkpoint folder of the cache; see `authors`."""
@@ -159,6 +174,12 @@ class Authors(Source):
         with _progress_bar(request.name) as progress:
             folder = authors.fetch(self.entry, roles, request.cache, offline=request.offline, progress=progress)
         return read_checkpoint(folder)
+
+    def reach(self) -> int | None:
+        """Ask each server of the authors."""
+        if self.request.offline:
+            raise HubError(DOWNLOADS_OFF)
+        return _total(probe(file.url, file.size) for file in self.entry.authors_files)
 
 
 class HuggingFace(Source):
@@ -201,13 +222,34 @@ class HuggingFace(Source):
                 verify_file(checkpoint, name)
         return checkpoint
 
+    def reach(self) -> int | None:
+        """Ask for config.json, and for the files that the catalog pins."""
+        import huggingface_hub as client
+
+        if self.request.offline:
+            raise HubError(DOWNLOADS_OFF)
+
+        def size(file: str) -> int | None:
+            with self._asking(file):
+                return client.get_hf_file_metadata(client.hf_hub_url(self.repo, file, revision=self.revision)).size
+
+        size(CONFIG)
+        return _total(map(size, sorted(self.request.pinned)))
+
     def _download(self, file: str, revision: str | None, *, again: bool = False) -> Path:
         import huggingface_hub as client
-        from huggingface_hub import errors
 
         where: dict[str, Any] = {"cache_dir": self.request.cache_dir, "local_files_only": self.request.offline}
-        try:
+        with self._asking(file):
             return Path(client.hf_hub_download(self.repo, file, revision=revision, force_download=again, **where))
+
+    @contextmanager
+    def _asking(self, file: str) -> Iterator[None]:
+        """Turn the client's errors into ours."""
+        from huggingface_hub import errors
+
+        try:
+            yield
         except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
             raise NotThere(f"Hugging Face has no file {file!r} in {self.repo!r}") from error
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
@@ -250,6 +292,12 @@ class WebServer(Source):
                 if self._cached(roles) is None:
                     self._fill(roles)
         return read_checkpoint(self.folder)
+
+    def reach(self) -> int | None:
+        """Ask for config.json, and for the files that the catalog pins."""
+        self._refuse_offline()
+        probe(self._address(CONFIG), CONFIG_LIMIT)
+        return _total(probe(self._address(file)) for file in sorted(self.request.pinned))
 
     def _address(self, *names: str) -> str:
         """The address of the checkpoint, or of a file of it, with the query of the hub's address: signatures."""
@@ -322,6 +370,12 @@ class WebServer(Source):
 
         _with_one_retry(once, url)
         self.part.replace(target)
+
+
+def _total(sizes: Iterable[int | None]) -> int | None:
+    """The sum, unless there is nothing to sum or a size is not known."""
+    known = list(sizes)
+    return sum(size for size in known if size is not None) if known and None not in known else None
 
 
 def _check_pins(checkpoint: Checkpoint, request: Request, where: str) -> None:

@@ -33,6 +33,7 @@ from functools import partial
 from http.client import HTTPException, HTTPResponse
 from http.cookiejar import CookieJar
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 from urllib.parse import quote, urldefrag, urljoin, urlsplit
 
@@ -110,6 +111,19 @@ def download(
     except BaseException:
         written.drop()
         raise
+
+
+def probe(url: str, limit: int | None = None) -> int | None:
+    """Ask for the file behind `url` and hang up before its content: its size in bytes, None where it is not told.
+
+    One attempt, by the rules of `download` and with its errors.
+    """
+    source = _Source(url, _seconds(DEADLINE_VARIABLE), limit)
+    try:
+        with source.ask() as answer:
+            return answer.length
+    except _Broken as error:
+        raise HubError(f"{source}: {error}.") from shown(error)
 
 
 def disk_error(error: OSError, path: Path, missing: int | None = None) -> HubError:
@@ -237,7 +251,7 @@ class _Source:
         ranged = {}
         if written.done and written.validator is not None:
             ranged = {"Range": f"bytes={written.done}-", "If-Range": written.validator}
-        with self._ask(ranged) as answer:
+        with self.ask(ranged) as answer:
             self._begin(answer, written)
             self._receive(answer, written)
 
@@ -332,7 +346,7 @@ class _Source:
             f"({MIRROR_VARIABLE}) or a bundle (`geo-pretrain bundle`) can stand in."
         )
 
-    def _ask(self, headers: Mapping[str, str]) -> HTTPResponse:
+    def ask(self, headers: Mapping[str, str] = MappingProxyType({})) -> HTTPResponse:
         """Send the request, follow redirects and confirm pages; return the answer that holds the file."""
         self.url = self.first
         seen: list[str] = []
