@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("loading", "halving", "listing", "__init__"),  # the public face hands out names of loading and of floors below
     ("adapters", "publish"),
     (
+        "training.batchnorm",
         "training.cluster",
         "training.distributed",
         "training.states",

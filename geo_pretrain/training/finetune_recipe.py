@@ -130,7 +130,8 @@ class FinetuneOptim:
     weight_decay: NotNegative = 0.0
     batch: Count = 16  # images a step, over all processes and accumulation steps
     accumulate: Count = 1  # micro-batches that each process makes of its share of a batch
-    sync_bn: bool = False  # BatchNorm over all processes, not over each one's micro-batch; needs CUDA
+    micro_batch: Count | None = None  # images that a process takes at once, in place of `accumulate`; as in OptimSpec
+    sync_bn: bool = False  # BatchNorm over all processes, not over each one's micro-batch
     steps: Count | None = None  # either steps or epochs
     epochs: Positive | None = None
     schedule: Literal["poly", "cosine", "multistep", "constant"] = "poly"  # cosine: from lr to 0, by the step

@@ -25,10 +25,12 @@ from geo_pretrain.threads import Pace, considerate_waiting
 from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune_recipe import FinetuneOptim, FinetuneRecipe
-from geo_pretrain.training.recipe import OptimSpec, Recipe
+from geo_pretrain.training.recipe import OptimSpec, Recipe, micro_batches
 from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, explained, stop_requests, write_nothing
 from geo_pretrain.training.states import check_optimizer, not_finite
+from geo_pretrain.yaml_text import parse_yaml
 
+DEALING = ("optim.accumulate:", "optim.micro_batch:")  # changes of how a batch is dealt to processes
 ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's words, of BatchNorm
 
 
@@ -105,6 +107,13 @@ class TrainingTask(ABC):
         """How the recipe of a saved identity differs from this task's, as "optim.lr: 0.1 -> 0.2"."""
         return []
 
+    def has_micro_batches_of(self, recipe: str, processes: int) -> bool:
+        """Whether a run of a saved identity's recipe by so many processes took the micro-batches that this one takes.
+
+        Then it may go on with another number of processes.
+        """
+        return False
+
     def extras(self) -> dict[str, Any]:
         """Additional entries of the saved state besides weights, optimizer and step, in plain types."""
         return {}
@@ -130,12 +139,19 @@ class RecipeTask(TrainingTask):
         self.budget = Budget(
             steps=total_steps(self.samples, optim.batch, optim.epochs, optim.steps),
             batch=optim.batch,
-            accumulate=optim.accumulate,
+            accumulate=micro_batches(optim, world.size),
             save_every=recipe.save_every,
             clip_norm=optim.clip_norm if isinstance(optim, FinetuneOptim) else None,
         )
+        self.micro_batch = optim.batch // (world.size * self.budget.accumulate)  # samples
         # channels_last is about 10 % faster on CPU and more on CUDA, and the same on every resume.
         module.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def has_micro_batches_of(self, recipe: str, processes: int) -> bool:
+        """Only where `optim.micro_batch` says that they are to be kept, and statistics are those of one micro-batch."""
+        optim = parse_yaml(recipe)["optim"]
+        before = optim.get("micro_batch") or optim["batch"] // (processes * optim.get("accumulate", 1))
+        return self.recipe.optim.micro_batch == before and not self.recipe.optim.sync_bn
 
     def batches(self, start: int) -> Iterator[Any]:
         recipe, budget, world = self.recipe, self.budget, self.world
@@ -333,22 +349,6 @@ class _Losses(nn.Module):
         return self._losses(batch)
 
 
-def synchronize_batchnorm(module: nn.Module, world: World) -> None:
-    """Exchange trained BatchNorm layers for SyncBatchNorm, in place; frozen ones (subclasses) stay as they are.
-
-    A single process has nothing to synchronize. Statistics are those of one micro-batch of all processes:
-    accumulation does not widen them. Raises `RecipeError` on CPU, which torch's SyncBatchNorm does not support.
-    """
-    if world.size == 1:
-        return
-    if world.device.type != "cuda":
-        raise RecipeError(f"'optim.sync_bn' is true, accepted for {world.size} processes on CPU is false.")
-    for parent in list(module.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
-                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(layer))
-
-
 def check_batch(batch: int, accumulate: int, world: World) -> None:
     """Raise `RecipeError` unless a batch can be dealt evenly to all micro-batches of all processes."""
     parts = world.size * accumulate
@@ -429,7 +429,10 @@ def _restore(run: RunFolder, task: TrainingTask, world: World, progress: Progres
 
 
 def _check_identity(run: RunFolder, given: Mapping[str, Any], task: TrainingTask, world: World) -> None:
-    wanted, changed = task.identity(), task.changed_settings(given["recipe"])
+    wanted, changed, processes = task.identity(), task.changed_settings(given["recipe"]), given.get("world", 1)
+    moved = processes != world.size and task.has_micro_batches_of(given["recipe"], processes)
+    if moved:
+        changed = [change for change in changed if not change.startswith(DEALING)]
     if changed:
         raise RecipeError(
             f"The run in {run.path} was started with another recipe; it differs in: {'; '.join(changed[:5])}. "
@@ -446,5 +449,15 @@ def _check_identity(run: RunFolder, given: Mapping[str, Any], task: TrainingTask
             f"The run in {run.path} was started on other data, or the data have changed since. Choose another --out, "
             "or remove that folder."
         )
-    if given.get("world", 1) != world.size:
-        raise RecipeError(f"The run in {run.path} used {given['world']} processes, not {world.size}.")
+    if moved and world.is_main:
+        warnings.warn(
+            f"The run in {run.path} used {processes} processes and goes on with {world.size}: the same batches and "
+            "micro-batches, but sums are rounded in another order and running statistics of BatchNorm are those of "
+            "other micro-batches, so it is no longer the same run to the last bit.",
+            stacklevel=4,
+        )
+    elif processes != world.size:
+        raise RecipeError(
+            f"The run in {run.path} used {processes} processes, not {world.size}. A recipe with optim.micro_batch goes "
+            "on with another number of them."
+        )

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.cards import render_card
@@ -21,6 +21,7 @@ from geo_pretrain.catalog.license import License
 from geo_pretrain.checkpoint import CONFIG, Checkpoint, check_target, read_checkpoint, write_checkpoint
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.hub.cache import default_cache
+from geo_pretrain.training.batchnorm import synchronize_batchnorm
 from geo_pretrain.training.data.check.source import quick_check, stop_if_wrong
 from geo_pretrain.training.data.frame import Pair, SampledContent, SkippedFrames, Source, capability
 from geo_pretrain.training.data.mining import find_pairs
@@ -31,7 +32,7 @@ from geo_pretrain.training.distributed import World
 from geo_pretrain.training.initialize import check_start
 from geo_pretrain.training.licenses import run_license
 from geo_pretrain.training.loop import Progress, RecipeTask, StepInfo, check_batch, fit, make_optimizer
-from geo_pretrain.training.recipe import STAGE1, Recipe, changes, list_recipes, load_recipe
+from geo_pretrain.training.recipe import STAGE1, Recipe, changes, list_recipes, load_recipe, micro_batches
 from geo_pretrain.training.runs import RunFolder, check_out, code_version, library_versions, run_lock
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
 from geo_pretrain.training.tasks import build_task, task_settings
@@ -215,7 +216,7 @@ def train(
         RecipeError: the recipe does not fit the world, or differs from the one of the run to be continued.
         CheckpointError: `out` already holds a checkpoint and `overwrite` is not set.
     """
-    check_batch(recipe.optim.batch, recipe.optim.accumulate, world)
+    check_batch(recipe.optim.batch, micro_batches(recipe.optim, world.size), world)
     task = Pretraining(recipe, source, pairs, world, skips or SkippedFrames(), starts)
     license = run_license(recipe, task_settings(recipe), starts)  # now, when a failure costs nothing
     check_checkpoint_out(out, recipe.name, overwrite=overwrite)
@@ -262,7 +263,29 @@ class Pretraining(RecipeTask):
         self.task = build_task(recipe, starts)
         self.unit, self.views = self.task.unit, self.task.views
         super().__init__(recipe, self.task, self.task.dataset(source, pairs), world)
+        if recipe.optim.sync_bn:
+            self._synchronize()
         self.optimizer = make_optimizer(recipe.optim, self.task)
+
+    def _synchronize(self) -> None:
+        """Exchange the BatchNorm of trained networks of images; sparse ones keep statistics of their process.
+
+        A process whose clouds do not match leaves its sparse network out, and others would wait for its statistics.
+        Raises `RecipeError` where there is nothing to synchronize, or the task needs statistics of parts of a batch.
+        """
+        images = [layer for layer in self.task.modules() if isinstance(layer, nn.BatchNorm2d)]
+        trained = {id(layer): type(layer) for layer in images if layer.weight is None or layer.weight.requires_grad}
+        others = sorted({kind.__name__ for kind in trained.values()} - {"BatchNorm2d"})
+        why = "it trains no BatchNorm of images" if not trained else ""
+        why = "it needs statistics of parts of a batch" if self.task.parts_batchnorm else why
+        if why or others:
+            why = why or f"its encoder has layers {', '.join(others)}, which stay per process"
+            task = self.recipe.task["name"]
+            raise RecipeError(f"'optim.sync_bn' is True, accepted for task {task!r} is False: {why}.")
+        synchronize_batchnorm(self.task, self.world, which=lambda layer: id(layer) in trained)
+
+    def has_micro_batches_of(self, recipe: str, processes: int) -> bool:
+        return self.task.same_in_any_world and super().has_micro_batches_of(recipe, processes)
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
         """Micro-batches; files that failed on the way are noted in `skips`."""
@@ -341,6 +364,8 @@ class Pretraining(RecipeTask):
             "steps": progress.step,
             "seconds": round(progress.seconds, 1),
             "processes": self.world.size,
+            "micro_batch": self.micro_batch,
+            "negatives": self.task.negatives,
             "device": self.world.device.type,
             "skipped": self.skips.counts(),
             "seed": recipe.seed,

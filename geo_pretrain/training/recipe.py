@@ -162,6 +162,10 @@ class OptimSpec:
     every: Count = 1000
     first_decay: bool = False  # exponential: an extra decay after the first step, as in PointContrast's loop
     accumulate: Count = 1  # micro-batches of each step
+    # Samples that a process takes at once. The micro-batches of a step follow from it and the number of processes, so
+    # that the batch stays what it is on fewer GPUs. None: batch / processes / accumulate.
+    micro_batch: Count | None = None
+    sync_bn: bool = False  # BatchNorm of images over all processes, not over each one's micro-batch
     epochs: Positive | None = None  # either epochs or steps
     steps: Count | None = None
     # pri3d: starts at 0.5, halved every 20 steps, at least 0.001; floor: 0.001 from the first step on
@@ -243,6 +247,26 @@ def check_length(check: Checks, optim: Any) -> None:
     check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
     whole = optim.batch % max(optim.accumulate, 1) == 0
     check(whole, "optim.batch", optim.batch, "a multiple of accumulate", given=["optim.accumulate"])
+    alone = optim.micro_batch is None or optim.accumulate == 1
+    check(alone, "optim.accumulate / optim.micro_batch", (optim.accumulate, optim.micro_batch), "one of the two")
+
+
+def micro_batches(optim: Any, processes: int) -> int:
+    """The number of micro-batches that each process makes of its share of a batch; `optim`: a recipe's section.
+
+    Raises `RecipeError` where `optim.micro_batch` does not divide that share.
+    """
+    if optim.micro_batch is None:
+        return int(optim.accumulate)
+    share, rest = divmod(optim.batch, processes)
+    if rest or share % optim.micro_batch:
+        fitting = [str(count) for count in range(1, share + 1) if not rest and share % count == 0]
+        accepted = f"one of {', '.join(fitting)}" if fitting else "none: optim.batch cannot be dealt evenly to them"
+        raise RecipeError(
+            f"'optim.micro_batch' is {optim.micro_batch}, accepted for optim.batch {optim.batch} and {processes} "
+            f"process{'es' if processes > 1 else ''} is {accepted}."
+        )
+    return int(share // optim.micro_batch)
 
 
 def check_width(check: Checks, section: str, encoder: str, width: int) -> None:

@@ -40,8 +40,8 @@ def votenet_bn_momentum(epoch: int, every: int = 20) -> float:
 
 def set_bn_momentum(module: nn.Module, momentum: float) -> None:
     """Set the momentum of every BatchNorm layer of a network."""
-    from torch import nn  # here, so that recipes can be read without torch
+    from torch.nn.modules.batchnorm import _BatchNorm  # here, so that recipes can be read without torch
 
     for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm):
+        if isinstance(layer, _BatchNorm):
             layer.momentum = momentum

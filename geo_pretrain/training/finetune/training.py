@@ -17,12 +17,14 @@ from torch.utils.data import Dataset
 from geo_pretrain.checkpoint import sha256
 from geo_pretrain.errors import CheckpointError, DataError
 from geo_pretrain.files import atomic_write
+from geo_pretrain.training.batchnorm import synchronize_batchnorm
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.samples.sampler import Key, Skipped, read_or_replace, sample_seed
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, weights_digest
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, changes
-from geo_pretrain.training.loop import RecipeTask, check_batch, make_finetune_optimizer, synchronize_batchnorm
+from geo_pretrain.training.loop import RecipeTask, check_batch, make_finetune_optimizer
+from geo_pretrain.training.recipe import micro_batches
 from geo_pretrain.training.runs import RunFolder
 from geo_pretrain.training.schedule import pri3d_bn_momentum, set_bn_momentum, votenet_bn_momentum
 
@@ -56,7 +58,7 @@ class Finetuning(RecipeTask):
         on_evaluation: OnEvaluation | None = None,
     ) -> None:
         optim = recipe.optim
-        check_batch(optim.batch, optim.accumulate, world)
+        check_batch(optim.batch, micro_batches(optim, world.size), world)
         self.backbone, self.task, self.data, self.run, self.on_evaluation = backbone, task, data, run, on_evaluation
         self.train_ids, self.val_ids = data.train.ids(), spread_ids(data.val.ids(), recipe.evaluate.images)
         task.prepare(data.train)

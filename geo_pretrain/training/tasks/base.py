@@ -67,6 +67,9 @@ class PretextTask(nn.Module, ABC):
     contract: ImageContract | VoxelContract
     unit = "images"  # what a sample is made of, for displays: "images" or "clouds"
     views = 2  # how many of them a sample holds
+    negatives = ""  # where an anchor's negatives come from: "sample", "micro-batch", "queue"; "" without any
+    parts_batchnorm = False  # whether it rests on BatchNorm statistics of parts of a batch, as Shuffle-BN does
+    same_in_any_world = True  # whether equal micro-batches give equal gradients in any number of processes
 
     def __init__(self, recipe: Recipe, config: TaskConfig) -> None:
         super().__init__()

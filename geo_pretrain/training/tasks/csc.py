@@ -38,6 +38,7 @@ class CSC(CloudPairs):
 
     config_type = Config
     config: Config
+    negatives = "sample"
     terms = ("partition",)
 
     def losses(

@@ -75,6 +75,8 @@ class GlobalDistillation(TaughtByImages):
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config)
         self.temperature = config.temperature or TEMPERATURES[config.loss]
+        self.negatives = "queue" if config.loss == "crd" else ""
+        self.same_in_any_world = config.loss != "crd"  # one micro-batch may see the keys of the one before
         for name, module in self.backbone.named_children():
             module.requires_grad_(not name.startswith(DECODER))
         channels = self.backbone.planes[3]

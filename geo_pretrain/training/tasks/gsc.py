@@ -53,6 +53,7 @@ class GSC(ImageUNetTask):
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config, depth_proxy=config.depth_proxy)
+        self.negatives = "micro-batch" if config.denominator == "batch" else "sample"
         if config.projection is not None:
             self.w2d = nn.Linear(self.backbone.out_chans, config.projection)
 

@@ -59,6 +59,7 @@ class Img2PC(TaughtByImages):
 
     config_type = Config
     config: Config
+    negatives = "micro-batch"
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config)

@@ -24,7 +24,7 @@ from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.single_images import CropSamples, Mix, list_images
 from geo_pretrain.training.distributed import World, forward_in_groups
 from geo_pretrain.training.losses.contrastive import queue_nce
-from geo_pretrain.training.recipe import Recipe
+from geo_pretrain.training.recipe import Recipe, micro_batches
 from geo_pretrain.training.tasks.base import Batch, TaskConfig, same_settings
 from geo_pretrain.training.tasks.images import ImageTask
 
@@ -72,6 +72,9 @@ class MoCo(ImageTask):
 
     config_type = Config
     config: Config
+    negatives = "queue"
+    parts_batchnorm = True
+    same_in_any_world = False  # processes are groups of BatchNorm
     queue: Tensor  # [K, dim]
     queue_end: Tensor  # where the next key goes
 
@@ -122,7 +125,7 @@ class MoCo(ImageTask):
             query.flatten(0, 1), key.flatten(0, 1), self.queue.clone(), temperature=self.config.temperature
         )
         self.pending.append(all_keys.flatten(0, 1))
-        if len(self.pending) == self.recipe.optim.accumulate:
+        if len(self.pending) == micro_batches(self.recipe.optim, world.size):
             self.enqueue(torch.cat(self.pending))
             self.pending = []
         return {"moco": loss}

@@ -52,6 +52,7 @@ class PixelSimCLR(ImageTask):
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config, out_chans=config.channels)
+        self.negatives = "micro-batch" if config.scope == "batch" else "sample"
         if recipe.data.units != "frames":
             raise RecipeError(f"'data.units' is {recipe.data.units!r}, accepted here is frames: images come alone.")
         contract = ImageContract(size=recipe.data.size, mean=(0.45,) * 3, std=(0.225,) * 3, interpolation="bilinear")

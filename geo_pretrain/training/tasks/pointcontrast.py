@@ -42,6 +42,8 @@ class PointContrast(CloudPairs):
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config)
+        alone = config.loss == "nce" and config.negatives == "pair"
+        self.negatives = "sample" if alone else "micro-batch"
         self.terms = ("nce",) if config.loss == "nce" else ("positive", "negative")
 
     def losses(

@@ -42,6 +42,7 @@ class PPKT(TaughtByImages):
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config)
+        self.negatives = "micro-batch" if config.negatives == "batch" else "sample"
         self.projection = nn.Conv2d(self.teacher.out_chans, self.spec.out_chans, kernel_size=1)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -72,6 +72,7 @@ class Pri3D(ImageUNetTask):
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config, depth_proxy=config.depth_proxy)
+        self.negatives = "sample" if config.view or config.geo else ""
         if config.geo:
             spec = recipe.network3d()
             self.voxel_size = spec.voxel_size

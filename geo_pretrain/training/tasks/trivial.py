@@ -39,6 +39,7 @@ class Trivial(ImageUNetTask):
 
     config_type = Config
     config: Config
+    negatives = "sample"
 
     def __init__(self, recipe: Recipe, config: Config) -> None:
         super().__init__(recipe, config, depth_proxy=config.depth_proxy)
