@@ -5,6 +5,8 @@ Aliases let a few lines state a tree of any size, which is met when the tree is 
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import yaml
 
 LONGEST = 512 * 1024  # bytes; a recipe that lists all scenes of ScanNet has 20,000
+SHORT = 16 * 1024  # bytes of texts whose trees are kept: a run reads its recipe several times
 EXPANDED = 4 * LONGEST  # characters, with every alias written out
 
 
@@ -30,20 +33,28 @@ def parse_yaml(text: str | bytes) -> Any:
     if len(text) > LONGEST:
         raise yaml.YAMLError(f"it is longer than {LONGEST} characters")
     try:
-        loader = _Loader(text.decode("utf-8") if isinstance(text, bytes) else text)
-        try:
-            root = loader.get_single_node()
-            if root is None:
-                return None
-            if _expanded(root, {}) > EXPANDED:
-                raise yaml.YAMLError(f"with its aliases written out it is longer than {EXPANDED} characters")
-            return copied(loader.construct_document(root))
-        finally:
-            loader.dispose()
+        return copied(_parsed(text) if len(text) > SHORT else copy.deepcopy(_kept(text)))
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply, or a value contains itself") from None
     except (ValueError, AttributeError) as error:  # of values that look like a date or have a wrong tag
         raise yaml.YAMLError(f"a value cannot be read: {error}") from None
+
+
+def _parsed(text: str | bytes) -> Any:
+    """Parse one document; an alias is the same mapping again."""
+    loader = _Loader(text.decode("utf-8") if isinstance(text, bytes) else text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _expanded(root, {}) > EXPANDED:
+            raise yaml.YAMLError(f"with its aliases written out it is longer than {EXPANDED} characters")
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+_kept = functools.lru_cache(maxsize=64)(_parsed)
 
 
 class _Loader(yaml.SafeLoader):

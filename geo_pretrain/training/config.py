@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from geo_pretrain.errors import GeoPretrainError, RecipeError, nearest
-from geo_pretrain.training.checks import Mistakes, Problem, all_mistakes
+from geo_pretrain.training.checks import Mistakes, Problem, all_mistakes, type_hints
 from geo_pretrain.yaml_text import copied, parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -168,7 +168,7 @@ def _differences(
     kind: type | None, old: Mapping[str, Any], new: Mapping[str, Any], ignored: set[str], prefix: str = ""
 ) -> list[str]:
     """`changes` of nested mappings; `kind` is None where they are not those of a dataclass."""
-    hints = {} if kind is None else typing.get_type_hints(kind)
+    hints = {} if kind is None else type_hints(kind)
     defaults = {} if kind is None else _defaults(kind)
     found = []
     for name in {**new, **old}:
@@ -248,7 +248,7 @@ class _Parser:
             if not name:
                 return _filled(kind, {})
             tree = {}
-        hints = typing.get_type_hints(kind)
+        hints = type_hints(kind)
         fields = {f.name: f for f in dataclasses.fields(kind) if f.metadata != OTHER_KEYS}
         others = [f.name for f in dataclasses.fields(kind) if f.metadata == OTHER_KEYS]
         unknown = {key: value for key, value in tree.items() if key not in fields}
@@ -331,7 +331,7 @@ def _filled(kind: type, values: Mapping[str, Any]) -> object:
 
     For a value that is missing or `_BAD` stands the default or, without one, any value of the right type.
     """
-    hints = typing.get_type_hints(kind)
+    hints = type_hints(kind)
     made: object = object.__new__(kind)
     for f in dataclasses.fields(kind):
         value = values.get(f.name, _BAD)
@@ -360,7 +360,7 @@ def _shown(value: object) -> str:
 
 def _defaults(kind: type) -> dict[str, Any]:
     """The fields of a dataclass that have defaults, in plain types; a section without a default has its fields'."""
-    hints = typing.get_type_hints(kind)
+    hints = type_hints(kind)
     return {
         f.name: plain_types(_stand_in(f, hints[f.name]))
         for f in dataclasses.fields(kind)
