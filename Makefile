@@ -1,6 +1,6 @@
 # make demo   install into .venv, then run the whole path on this machine's CPU
 # make test   install into .venv, then run the tests
-.PHONY: demo test lint types format cards bench clean install lock lowest
+.PHONY: demo test lint types format cards docs snippets bench clean install lock lowest
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -25,6 +25,16 @@ format: $(INSTALLED)
 	$(BIN)/ruff format $(LINTED)
 	$(BIN)/ruff check --fix $(LINTED)
 
+# The documentation site, in site/; every warning is an error.
+docs: $(INSTALLED)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m tests.pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The blocks of README and docs that are marked <!-- run -->, in build/snippets.
+snippets: $(INSTALLED)
+	$(BIN)/python -m tests.pages run
+
 cards: $(INSTALLED)
 	$(BIN)/python -m geo_pretrain.cards
 
@@ -45,7 +55,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 lock:
 	$(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
-	.venv-lock/bin/uv pip compile pyproject.toml --extra dev --python-version 3.11 --quiet --no-annotate --no-header \
+	.venv-lock/bin/uv pip compile pyproject.toml --extra dev --extra docs --python-version 3.11 --quiet --no-annotate --no-header \
 		--no-emit-index-url --no-emit-find-links --output-file .venv-lock/versions.txt
 	{ head -1 constraints.txt; grep -v '^--' .venv-lock/versions.txt; } > .venv-lock/constraints.txt
 	mv .venv-lock/constraints.txt constraints.txt
@@ -67,4 +77,4 @@ lowest: $(INSTALLED)
 	.venv-313/bin/python -m pytest $(EDGES)
 
 clean:
-	rm -rf .venv .venv-lowest .venv-313 demo build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-313 demo build dist site .pytest_cache .mypy_cache .ruff_cache

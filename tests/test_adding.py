@@ -109,7 +109,7 @@ def test_a_checkpoint_is_one_entry_and_one_recipe(copy: Path):
     recipe = like.replace("pri3d_view_r18.rooms", NAME).replace("resnet18", "resnet50")
     (recipes / f"{NAME}.yaml").write_text(recipe, encoding="utf-8")
     run(copy, "-m", "geo_pretrain.cards")  # what `make cards` does
-    assert NAME in (copy / "README.md").read_text(encoding="utf-8")
+    assert NAME in (copy / "docs/checkpoints.md").read_text(encoding="utf-8")
     assert (copy / "model_cards" / f"{NAME}.md").exists()
     tests = sorted(
         str(path.relative_to(copy)) for path in (copy / "tests").rglob("test_ca*.py") if "cache" not in path.name

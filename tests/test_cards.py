@@ -412,9 +412,9 @@ def test_citations_are_bibtex():
 def test_the_table_goes_between_the_markers(tmp_path: Path):
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- catalog -->\nold\n<!-- /catalog -->\nafter\n")
-    assert cards.update_readme(path)
+    assert cards.update_table(path)
     assert path.read_text() == f"before\n<!-- catalog -->\n{cards.catalog_table()}\n<!-- /catalog -->\nafter\n"
-    assert not cards.update_readme(path)
+    assert not cards.update_table(path)
     for text in (
         "nothing",
         "<!-- /catalog --> <!-- catalog -->",
@@ -422,7 +422,7 @@ def test_the_table_goes_between_the_markers(tmp_path: Path):
     ):
         path.write_text(text)
         with pytest.raises(GeoPretrainError, match="needs one line"):
-            cards.update_readme(path)
+            cards.update_table(path)
 
 
 def test_cards_of_removed_names_are_removed(tmp_path: Path):
@@ -436,7 +436,9 @@ def test_cards_of_removed_names_are_removed(tmp_path: Path):
 def test_make_cards_writes_the_checkout_it_runs_from(tmp_path: Path):
     """And needs neither torch nor the Hub's client for it."""
     shutil.copytree(REPO / "geo_pretrain", tmp_path / "geo_pretrain", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "README.md").write_text("<!-- catalog -->\n<!-- /catalog -->\n")
+    (tmp_path / "docs").mkdir()
+    for page in ("README.md", "docs/checkpoints.md"):
+        (tmp_path / page).write_text("<!-- catalog -->\n<!-- /catalog -->\n")
     script = (
         "import runpy, sys; runpy.run_module('geo_pretrain.cards', run_name='__main__'); "
         "print(*sorted({'torch', 'numpy', 'huggingface_hub', 'safetensors'} & set(sys.modules)))"
@@ -446,7 +448,8 @@ def test_make_cards_writes_the_checkout_it_runs_from(tmp_path: Path):
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
-    assert (tmp_path / "README.md").read_text().count("model_cards/") == len(CATALOG)
+    assert (tmp_path / "docs/checkpoints.md").read_text().count("../model_cards/") == len(CATALOG)
+    assert (tmp_path / "README.md").read_text().count("](model_cards/") == len(cards.FEATURED)
     assert len(list((tmp_path / "model_cards").glob("*.md"))) == len(CATALOG)
 
 
@@ -456,6 +459,8 @@ def test_cards_in_the_repository_are_fresh():
     assert stored == {name: cards.render_entry(entry) for name, entry in CATALOG.items()}
 
 
-def test_the_table_in_the_readme_is_fresh():
-    """`make cards` renders it again."""
-    assert f"{cards.BEGIN}\n{cards.catalog_table()}\n{cards.END}" in (REPO / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page, names, root", [("README.md", cards.FEATURED, ""), ("docs/checkpoints.md", None, "../")])
+def test_the_tables_of_checkpoints_are_fresh(page: str, names, root: str):
+    """`make cards` renders them again."""
+    shown = f"{cards.BEGIN}\n{cards.catalog_table(names, root)}\n{cards.END}"
+    assert shown in (REPO / page).read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from geo_pretrain.cards import sections
 from geo_pretrain.cards.front_matter import front_matter
 from geo_pretrain.cards.markdown import bullets, join, tree
 from geo_pretrain.cards.sections import FOLDER, bibtex
-from geo_pretrain.cards.table import BEGIN, END, catalog_table, headline, update_readme
+from geo_pretrain.cards.table import BEGIN, END, FEATURED, catalog_table, headline, update_table
 from geo_pretrain.cards.usage import snippets
 from geo_pretrain.catalog import CATALOG, backbone_info
 from geo_pretrain.catalog.entry import Arch, Entry, License, Result
@@ -26,13 +26,14 @@ from geo_pretrain.contract import ImageContract, VoxelContract
 __all__ = [
     "BEGIN",
     "END",
+    "FEATURED",
     "bibtex",
     "card_of",
     "catalog_table",
     "headline",
     "render_card",
     "render_entry",
-    "update_readme",
+    "update_table",
     "write_cards",
 ]
 

@@ -1,4 +1,4 @@
-"""The catalog as Markdown tables, for the README."""
+"""The catalog as Markdown tables: some of it in the README, all of it in docs/checkpoints.md."""
 
 from __future__ import annotations
 
@@ -18,23 +18,35 @@ HEADLINE_TASKS = {"2d": "semantic segmentation", "3d": "3D semantic segmentation
 SHORT_TASKS = {"detection": "detection", "instance segmentation": "instances", "classification": "classification"}
 
 
-def catalog_table(names: Iterable[str] | None = None) -> str:
+FEATURED = (  # in the README: the best known of each method
+    "pri3d_view_geo_r50",
+    "pri3d_view_geo_r18",
+    "gsc_r50",
+    "pointcontrast_nce_srunet34",
+    "csc_100k_srunet34",
+    "ppkt_srunet34",
+    "img2pc_srunet34",
+    "slidr_srunet34.nuscenes",
+)
+
+
+def catalog_table(names: Iterable[str] | None = None, root: str = "") -> str:
     """The catalog as Markdown tables, one row a checkpoint: those for images, then those for point clouds.
 
-    Each name links to its card in model_cards/.
+    Each name links to its card in model_cards/; `root` leads from the page to the folder above ("../").
     """
     entries = [backbone_info(name) for name in (list_backbones() if names is None else names)]
     tables = []
     for modality, caption in CAPTIONS.items():
-        rows = [_catalog_row(entry) for entry in entries if entry.modality == modality]
+        rows = [_catalog_row(entry, root) for entry in entries if entry.modality == modality]
         if rows:
             tables.append(f"**{caption}**\n\n{table(TABLE_HEAD, rows)}")
     return "\n\n".join(tables)
 
 
-def _catalog_row(entry: Entry) -> tuple[str, ...]:
+def _catalog_row(entry: Entry, root: str) -> tuple[str, ...]:
     return (
-        f"[`{entry.name}`](model_cards/{entry.name}.md)",
+        f"[`{entry.name}`]({root}model_cards/{entry.name}.md)",
         entry.arch.title,
         entry.data,
         entry.license.weights.removeprefix("LicenseRef-"),
@@ -60,13 +72,13 @@ def headline(entry: Entry) -> str | None:
     return ", ".join(filter(None, (f"{chosen.value:g} {chosen.metric}", where, detail_of(chosen))))
 
 
-def update_readme(path: Path) -> bool:
-    """Put the table between the markers of a Markdown file; returns whether the file changed.
+def update_table(path: Path, names: Iterable[str] | None = None, root: str = "") -> bool:
+    """Put `catalog_table(names, root)` between the markers of a Markdown file; returns whether the file changed.
 
     Raises `DataError` when the two markers are not there once each, in order.
     """
     text, (before, after) = path.read_text(encoding="utf-8"), around_marks(path, BEGIN, END)
-    updated = f"{before}{BEGIN}\n{catalog_table()}\n{END}{after}"
+    updated = f"{before}{BEGIN}\n{catalog_table(names, root)}\n{END}{after}"
     if updated != text:
         path.write_text(updated, encoding="utf-8")
     return updated != text
