@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from geo_pretrain import __version__, cli
 from geo_pretrain.catalog import CATALOG
+from geo_pretrain.cli import shared as cli_shared
 from geo_pretrain.errors import CheckpointError, DataError
 from geo_pretrain.listing import HOW, answer
 from geo_pretrain.training import pretrain as running
@@ -469,3 +470,11 @@ def test_runs_as_a_module_from_another_folder(tmp_path):
         check=True,
     )
     assert "MIT" in done.stdout
+
+
+def test_progress_does_not_mix_with_answers(capsys):
+    with cli_shared.progress() as report:
+        report("matching", 1, 4, "a\x1b[2J")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "matching: 1/4 a\\x1b[2J, 0 s left\n"

@@ -83,11 +83,15 @@ def print_table(head: Iterable[str], rows: Iterable[Iterable[str]], title: str |
 
 @contextmanager
 def progress(show: bool = True) -> Iterator[Callable[[str, int, int, str], None]]:
-    """A callable (stage, done, total, detail): live bars in a terminal, otherwise a line every few seconds."""
+    """A callable (stage, done, total, detail): live bars in a terminal, otherwise a line every few seconds.
+
+    On standard error: what a command answers on standard output can go into a file.
+    """
+    errors = Console(stderr=True)
     if not show:
         yield lambda stage, done, total, detail: None
         return
-    if not console.is_terminal:
+    if not errors.is_terminal:
         yield _quiet_progress()
         return
     columns = (  # together under 80 characters
@@ -98,7 +102,7 @@ def progress(show: bool = True) -> Iterator[Callable[[str, int, int, str], None]
         TextColumn("left"),
         TextColumn("{task.fields[detail]}"),
     )
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=errors) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int, detail: str) -> None:
@@ -127,7 +131,7 @@ def _quiet_progress() -> Callable[[str, int, int, str], None]:
             return
         left = (now - begin[stage]) / done * (total - done) if done else float("nan")
         ending = f", {left:.0f} s left" if done and done < total else ""
-        typer.echo(safe(f"{stage}: {done}/{total} {detail}{ending}".rstrip()))
+        typer.echo(safe(f"{stage}: {done}/{total} {detail}{ending}".rstrip()), err=True)
         shown[stage] = now
 
     return report
