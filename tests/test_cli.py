@@ -47,6 +47,7 @@ COMMANDS = [
     ["recipes", "show"],
     ["recipes", "copy"],
     ["train"],
+    ["eval", "awareness"],
     ["eval", "matching"],
     ["eval", "pixel-to-voxel"],
     ["eval", "probe"],

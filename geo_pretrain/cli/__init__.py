@@ -1,6 +1,19 @@
 """The command line `geo-pretrain`; each command parses its options, calls the package once and prints the result."""
 
-from geo_pretrain.cli import backbone, bench, data, evaluate, picture, predict, recipe, train
+from geo_pretrain.cli import awareness, backbone, bench, data, evaluate, picture, predict, recipe, train
 from geo_pretrain.cli.shared import app, console, main
 
-__all__ = ["app", "backbone", "bench", "console", "data", "evaluate", "main", "picture", "predict", "recipe", "train"]
+__all__ = [
+    "app",
+    "awareness",
+    "backbone",
+    "bench",
+    "console",
+    "data",
+    "evaluate",
+    "main",
+    "picture",
+    "predict",
+    "recipe",
+    "train",
+]

@@ -1,0 +1,130 @@
+"""The networks to measure, by name, with a name for each of their layers.
+
+A name is a checkpoint (catalog name or folder), an encoder with its ImageNet weights ("timm/convnext_tiny" or
+"resnet50"), or an encoder and where its weights come from: "resnet18=scratch", "resnet50=file:PATH",
+"timm/efficientnet_lite0=package:MODULE", "resnet50=moco_v2".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from geo_pretrain.backbones.architectures import ENCODERS, encoder_arch
+from geo_pretrain.backbones.base import EncoderDecoder
+from geo_pretrain.backbones.build import build_encoder
+from geo_pretrain.backbones.timm_names import contract_for, is_timm
+from geo_pretrain.checkpoint import Checkpoint
+from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.errors import RecipeError
+from geo_pretrain.seeding import seeded
+from geo_pretrain.training.evaluation.features import load_network, open_checkpoint
+from geo_pretrain.training.initialize import FILE, PACKAGE, check_start, initialize_encoder
+from geo_pretrain.training.recipe import ModelSpec
+
+SCRATCH, IMAGENET = "scratch", "imagenet"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backbone to measure, before its weights are loaded."""
+
+    name: str  # in results
+    architecture: str  # of the random weights beside it
+    encoder: str = ""  # with `start`; "": a checkpoint
+    start: str = ""
+    checkpoint: Checkpoint | None = None
+    random: bool = False  # the weights are drawn, with each seed anew
+
+    @property
+    def is_3d(self) -> bool:
+        """Whether it takes voxels."""
+        return self.checkpoint is not None and self.checkpoint.arch.modality == "3d"
+
+    def at_random(self) -> Subject:
+        """The same architecture with random weights."""
+        return replace(self, name=f"{self.architecture}, random weights", start=SCRATCH, random=True)
+
+    def load(self, seed: int = 0) -> LayeredNetwork:
+        """Load the network; random weights are drawn from `seed`."""
+        if self.checkpoint is not None:
+            decoder = {"decoder": True} if self.checkpoint.arch.has_decoder and not self.is_3d else {}
+            network = load_network(self.checkpoint.folder, random_init=self.random, seed=seed, **decoder)
+            return LayeredNetwork(network, self.checkpoint.contract)
+        with seeded(seed):
+            network = build_encoder(self.encoder)
+        initialize_encoder(network, ModelSpec(encoder=self.encoder, init=self.start))
+        return LayeredNetwork(network, contract_for(self.encoder, ImageContract()))
+
+
+class LayeredNetwork(nn.Module):
+    """A frozen network and the names of its layers, "module /stride", as `layers_of` gives their maps."""
+
+    def __init__(self, network: nn.Module, contract: ImageContract | VoxelContract) -> None:
+        """`network`: an encoder, an encoder with its decoder, or a sparse U-Net."""
+        super().__init__()
+        info: Any = network.feature_info
+        self.network, self.contract = network, contract
+        self.names = [f"{row['module']} /{row['reduction']}" for row in info]
+        if isinstance(network, EncoderDecoder):
+            self.names.append("decoder")
+        elif isinstance(contract, VoxelContract):
+            self.names.append("output")
+        self.eval()
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """The only (height, width) of images that the network takes; None: any."""
+        encoder = getattr(self.network, "encoder", self.network)
+        return getattr(encoder, "fixed_size", None)
+
+    def layers_of(self, inputs: Any) -> list[Any]:
+        """The maps of all layers: images [1, C, h, w]; sparse tensors of voxels."""
+        network: Any = self.network
+        outputs = network.forward_intermediates(inputs)
+        last, maps = outputs
+        return [*maps, last] if len(maps) < len(self.names) else list(maps)
+
+    def maps(self, image: Any) -> list[Tensor]:
+        """The maps [1, C, h, w] of an image uint8 [H, W, 3], which is resized for networks of one size only."""
+        contract = self.contract
+        assert isinstance(contract, ImageContract)
+        fixed = self.fixed_size
+        sized = contract if fixed is None else replace(contract, size=fixed)
+        inputs = sized.transforms(resize=fixed is not None)(image)[None]
+        return [one.float() for one in self.layers_of(inputs.to(next(self.parameters()).device))]
+
+
+def find_subject(name: str, encoder: str = "") -> Subject:
+    """Find what a name means; `encoder` is that of weights that are given without one. Loads nothing.
+
+    Raises the errors of `hub.open`; `RecipeError` for weights of no encoder; `UnknownName` for unknown encoders.
+    """
+    given, found, start = name.partition("=")
+    if not (found and (is_timm(given) or given in ENCODERS)):
+        given, start = ("", name)
+    if name.startswith((FILE, PACKAGE)) or name in (SCRATCH, IMAGENET):
+        if not encoder:
+            raise RecipeError(
+                f"{name!r} names weights of no encoder; accepted: ENCODER={name}, such as resnet50={name} or "
+                f"timm/convnext_tiny={name}, or --encoder."
+            )
+        given = encoder
+    elif not given and (is_timm(name) or name in ENCODERS):
+        given, start = name, IMAGENET
+    if not given:
+        checkpoint = open_checkpoint(name)
+        return Subject(name, checkpoint.arch.title, checkpoint=checkpoint)
+    encoder_arch(given)
+    check_start(start, given)
+    return Subject(name, given.partition(".")[0] if is_timm(given) else given, given, start, random=start == SCRATCH)
+
+
+def with_random(subjects: Sequence[Subject]) -> list[Subject]:
+    """Add to the subjects their architectures with random weights, each once, before them."""
+    drawn = {subject.architecture for subject in subjects if subject.random}
+    twins = {s.architecture: s.at_random() for s in subjects if s.architecture not in drawn}
+    return [*twins.values(), *subjects]
