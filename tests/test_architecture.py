@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.batchnorm",
         "training.cluster",
         "training.distributed",
+        "training.heartbeat",
         "training.states",
         "training.runs",
         "training.geometry3d",

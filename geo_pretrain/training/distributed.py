@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from geo_pretrain.errors import RecipeError
+from geo_pretrain.training.heartbeat import Heartbeat, dead_after
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def current(cls, device: torch.device) -> World:
@@ -114,6 +116,8 @@ class World:
 
     def close(self) -> None:
         """Leave the group."""
+        if self.heartbeat is not None:
+            self.heartbeat.close()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -152,7 +156,8 @@ ALONE = World(0, 1, torch.device("cpu"))  # a process without others, where the 
 def join(device: str | None = None) -> World:
     """Join the group that torchrun announces in the environment; without one this process is alone.
 
-    `device` None takes CUDA when there is one. Raises `RecipeError` for a device that torch does not know.
+    `device` None takes CUDA when there is one. A process of the group that is gone ends this one within a minute, see
+    `heartbeat`. Raises `RecipeError` for a device that torch does not know.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     try:
@@ -163,6 +168,8 @@ def join(device: str | None = None) -> World:
         chosen = torch.device("cuda", chosen.index if size == 1 else int(os.environ.get("LOCAL_RANK", "0")))
         if chosen.index is not None:
             torch.cuda.set_device(chosen)
-    if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return World(rank, size, chosen)
+    if size == 1:
+        return World(rank, size, chosen)
+    dead_after()  # a setting that is wrong ends the command before it waits for others
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(rank, size, chosen, Heartbeat.of_environment(rank, size))
