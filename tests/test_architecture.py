@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("convert.out", "cards"),  # convert.out writes a checkpoint folder in other people's formats
     ("hub",),  # opens names as folders: converts authors' files and writes their cards
     ("loading", "halving", "listing", "__init__"),  # the public face hands out names of loading and of floors below
-    ("adapters", "publish"),
+    ("adapters", "publish", "doctor"),
     (
         "training.batchnorm",
         "training.cluster",

@@ -43,6 +43,7 @@ COMMANDS = [
     ["cache", "ls"],
     ["cache", "rm"],
     ["demo"],
+    ["doctor"],
     ["recipes", "list"],
     ["recipes", "show"],
     ["recipes", "copy"],
