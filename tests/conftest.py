@@ -78,6 +78,16 @@ def quick_weights():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def float32():
+    """`precision: auto` is float32 on every machine: stored numbers are, and so are comparisons bit for bit."""
+    from geo_pretrain.training import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "bf16_is_faster", lambda device, points=False: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Sums in one order, so that runs can be compared bit for bit; the workers of the suite share the processors."""
     import torch

@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("training.checks",),
     ("training.config",),
-    ("training.recipe", "training.cloud_recipe", "training.finetune_recipe", "training.schedule"),
+    ("training.recipe", "training.cloud_recipe", "training.finetune_recipe", "training.precision", "training.schedule"),
     ("training.data",),
     ("training.initialize", "training.networks", "training.networks3d", "training.licenses"),
     ("training.tasks",),

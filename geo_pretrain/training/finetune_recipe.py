@@ -199,7 +199,7 @@ class FinetuneRecipe(Ranged):
     evaluate: EvaluateSpec = EvaluateSpec()
     match_released_code: bool = False  # reproduce the released protocol's accidents; the report lists them
     seed: Seed = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: recipe.Precision = "fp32"
     workers: NaturalNumber = 4  # data loading processes; they do not change the result
     save_every: Count = 500  # steps between saved states
 
@@ -282,7 +282,8 @@ class FinetuneRecipe(Ranged):
 
 def changes(before: str, now: str) -> list[str]:
     """List the differences of two recipes in YAML as "key.key: old -> new"; keys in `WITHOUT_EFFECT` do not count."""
-    return config.changes(before, now, FinetuneRecipe, renames=RENAMED, ignore=WITHOUT_EFFECT)
+    found = config.changes(before, now, FinetuneRecipe, renames=RENAMED, ignore=WITHOUT_EFFECT)
+    return recipe.without_auto(found)
 
 
 def list_finetune_recipes(task: str | None = None) -> list[str]:

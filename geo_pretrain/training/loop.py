@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from threading import Event
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class TrainingTask(ABC):
     budget: Budget
     unit: str = "images"  # what `rate` of the display counts
     views: int = 1  # units a sample
+    choices: Mapping[str, Any] = MappingProxyType({})  # what was left to this machine, for the log's first line
     logs_rate = False  # whether a line of the log has units a second, which no repetition gives again
 
     @abstractmethod
@@ -333,6 +335,7 @@ class _Loop:
         task, progress = self.task, self.progress
         rate = task.views * task.budget.batch * (progress.step - self.first) / self.sitting
         record = {"step": progress.step, "lr": lr, **losses, **task.remarks()}
+        record |= task.choices if progress.step == 1 else {}
         self.log(record | ({f"{task.unit}_per_second": round(rate, 2)} if task.logs_rate else {}), losses)
         if self.on_step is not None:
             self.on_step(StepInfo(progress.step, progress.steps, losses, rate, task.unit))

@@ -32,6 +32,7 @@ from geo_pretrain.training.distributed import World
 from geo_pretrain.training.initialize import check_start
 from geo_pretrain.training.licenses import run_license
 from geo_pretrain.training.loop import Progress, RecipeTask, StepInfo, check_batch, fit, make_optimizer
+from geo_pretrain.training.precision import choices, settle_precision
 from geo_pretrain.training.recipe import STAGE1, Recipe, changes, list_recipes, load_recipe, micro_batches
 from geo_pretrain.training.runs import RunFolder, check_out, code_version, library_versions, run_lock
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
@@ -217,11 +218,13 @@ def train(
         CheckpointError: `out` already holds a checkpoint and `overwrite` is not set.
     """
     check_batch(recipe.optim.batch, micro_batches(recipe.optim, world.size), world)
+    run = RunFolder(out, writes=world.is_main, board=True)
+    wanted, recipe = recipe, settle_precision(recipe, world, run.saved_recipe())
     task = Pretraining(recipe, source, pairs, world, skips or SkippedFrames(), starts)
     license = run_license(recipe, task_settings(recipe), starts)  # now, when a failure costs nothing
     check_checkpoint_out(out, recipe.name, overwrite=overwrite)
-    run = RunFolder(out, writes=world.is_main, board=True)
     run.create()
+    task.choices = choices(wanted, recipe)
     progress = fit(task, world, run, on_step=on_step)
     for skipped in world.all_gather_object(task.skips.reasons):
         task.skips.reasons.update(skipped)  # type: ignore[call-overload]

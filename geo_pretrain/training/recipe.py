@@ -43,6 +43,8 @@ KINDS = {  # the command that runs a recipe -> its kind in words, the folder of 
     "finetune": ("fine-tuning recipe", RECIPES / "finetune"),
 }
 TOY = RECIPES / "overlays" / "toy.yaml"
+Precision = Literal["fp32", "bf16", "auto"]  # of networks, by autocast; losses are computed in float32
+AUTO: Literal["auto"] = "auto"  # bf16 where the machine computes it faster, see `precision`; a run records which
 STAGE1 = "stage1"  # as start weights: the checkpoint that the first stage of the same recipe trains
 RESNETS = {depth: f"resnet{depth}" for depth in (18, 34, 50, 101)}  # former values of keys that name an encoder
 _RENAMED = (
@@ -193,7 +195,7 @@ class Recipe(Ranged):
     # Trained first, on the same data (see `load_stage1`). Where this recipe says "stage1", such as in model.init or
     # task.teacher, the resulting checkpoint is used.
     stage1: Stage1Spec | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     seed: Seed = 0
     workers: NaturalNumber = 4  # data loading processes of each training process; they do not change the result
     save_every: Count = 500  # steps between saved states
@@ -394,5 +396,13 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe | None:
 
 
 def changes(before: str, now: str) -> list[str]:
-    """List the differences of two recipes in YAML as "key.key: old -> new"; keys in `WITHOUT_EFFECT` do not count."""
-    return config.changes(before, now, Recipe, renames=RENAMED, ignore=WITHOUT_EFFECT)
+    """List the differences of two recipes in YAML as "key.key: old -> new"; keys in `WITHOUT_EFFECT` do not count.
+
+    Neither does a precision that one of them leaves to the machine.
+    """
+    return without_auto(config.changes(before, now, Recipe, renames=RENAMED, ignore=WITHOUT_EFFECT))
+
+
+def without_auto(differences: Iterable[str]) -> list[str]:
+    """Drop the difference of a precision to `AUTO`, which is either."""
+    return [one for one in differences if not (one.startswith("precision: ") and AUTO in one.split())]

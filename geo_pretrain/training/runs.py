@@ -12,7 +12,7 @@ import subprocess
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,15 @@ from typing import Any
 import geo_pretrain
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, MissingDependency, first_line, require
 from geo_pretrain.files import atomic_write, locked, parse_json, sync_file, sync_folder
-from geo_pretrain.training.states import BadState, check_log, check_values, log_facts, read_state, write_state
+from geo_pretrain.training.states import (
+    BadState,
+    check_log,
+    check_values,
+    log_facts,
+    read_recipe,
+    read_state,
+    write_state,
+)
 
 STATE, LOG, BOARD = "state.pt", "log.jsonl", "tensorboard"
 EARLIER = "state.earlier.pt"  # the state before `STATE`
@@ -97,6 +105,16 @@ class RunFolder:
     def logged_steps(self) -> int:
         """The last step in the log; 0 at the beginning."""
         return max((int(record["step"]) for _, record in _records(self.log_file)), default=0)
+
+    def saved_recipe(self) -> str | None:
+        """The recipe, YAML, of the saved state from which a run goes on; None where there is none that can be read.
+
+        Weights are not read, and nothing is checked, which `load` does.
+        """
+        for name in (STATE, EARLIER):
+            with suppress(BadState):
+                return read_recipe(self.path / name)
+        return None
 
     def load(self, steps: int | None = None) -> dict[str, Any] | None:
         """The latest saved state that can be used, its tensors on the CPU; None at the beginning of a run.

@@ -51,6 +51,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def read_recipe(path: Path) -> str:
+    """Read the recipe of the run that saved a state, without its tensors. Raises `BadState` where there is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        recipe = state.get("identity", state)["recipe"]  # older states have it themselves
+    except Exception as error:
+        raise BadState(f"cannot be read ({first_line(error)})") from None
+    if not isinstance(recipe, str):
+        raise BadState("holds no recipe")
+    return recipe
+
+
 def check_values(state: Mapping[str, Any]) -> None:
     """Raise `BadState` that names a weight, or a value of the optimizer, that is not finite."""
     for part in ("module", "optimizer"):

@@ -63,7 +63,7 @@ def test_toy_overlay_brings_any_recipe_to_cpu_scale(name):
     assert toy.model is None or toy.model.init in ("scratch", "stage1")
     assert toy.unet3d is None or (toy.unet3d.width == 16 and toy.unet3d.voxel_size >= 0.05)
     assert toy.optim.steps <= 500
-    assert toy.precision == "fp32"
+    assert toy.precision == "auto"
     full = load_recipe(name)
     changed = {key for key in toy.task if toy.task[key] != full.task.get(key)}
     scale = {"temperature", "matches", "rotation", "frustum", "queue", "momentum", "resize", "bn_groups", "mix"}
@@ -161,7 +161,7 @@ def test_toy_overlay_gives_a_recipe_no_network_it_has_not(tmp_path):
         ("optim.batch=many", ["'optim.batch'", "'many' (str)", "a whole number"]),
         ("optim.batch=true", ["'optim.batch'", "True (bool)"]),
         ("optim.batch=0", ["'optim.batch'", "from 1 up"]),
-        ("precision=fp61", ["'precision'", "fp32, bf16", "Closest"]),
+        ("precision=fp61", ["'precision'", "fp32, bf16, auto", "Closest"]),
         ("data.size=[240]", ["'data.size'", "2 values"]),
         ("data.overlap=[0.8, 0.3]", ["'data.overlap'", "low < high"]),
         ("optim.steps=10", ["optim.steps / optim.epochs", "exactly one"]),
@@ -263,7 +263,7 @@ def test_all_mistakes_are_named_at_once():
         "unknown key 'optim.lrr'. Closest: 'optim.lr'",
         "'data.size' is [240] (list), accepted is a list of 2 values",
         "data.license: Unknown license 'MTI'. Closest: 'MIT'",
-        "'precision' is 'fp61' (str), accepted is one of fp32, bf16. Closest: 'bf16'",
+        "'precision' is 'fp61' (str), accepted is one of fp32, bf16, auto. Closest: 'bf16'",
         "'optim.steps / optim.epochs' is (3, 5.0), accepted is exactly one of the two",
         "'optim.batch' is 0, accepted is a whole number from 1 up",
     ):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import DataError
+from geo_pretrain.training import precision
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.voxels import voxels_of
@@ -25,7 +26,7 @@ from geo_pretrain.training.evaluation.metrics import best_class, confusion_matri
 from geo_pretrain.training.finetune.segmentation import segmentation_loss, upsample
 from geo_pretrain.training.finetune.segmentation3d import cloud_confusion, cloud_loss
 from geo_pretrain.training.loop import Budget, TrainingTask, fit, make_optimizer
-from geo_pretrain.training.recipe import OptimSpec
+from geo_pretrain.training.recipe import AUTO, OptimSpec, Precision
 from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum, set_bn_momentum
 
 OnStep = Callable[[int, float], None]  # step (1, 2, ...), loss
@@ -42,6 +43,7 @@ class FinetuneSpec:
     dampening: float = 0.1
     weight_decay: float = 0.0
     bn_momentum: float | None = None  # None: Pri3D's, which falls
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class PointsSpec(FinetuneSpec):
 
     lr: float = 0.1
     weight_decay: float = 1e-4
+    precision: Precision = "fp32"
     bn_momentum: float = 0.1  # the released 0.02 forgets the start's statistics in hundreds of steps only
 
 
@@ -75,11 +78,14 @@ class InMemoryFinetuning(TrainingTask):
         seed: int,
     ) -> None:
         self.module, self.spec, self.count, self.draw, self.loss = network, spec, count, draw, loss
-        settings = {key: value for key, value in vars(spec).items() if key != "bn_momentum"}
+        settings = {key: value for key, value in vars(spec).items() if key not in ("bn_momentum", "precision")}
         self.optim = OptimSpec(**settings)
         self.generator = torch.Generator().manual_seed(sample_seed(seed, 0, 0))
         self.optimizer = make_optimizer(self.optim, network)
         self.budget = Budget(steps=spec.steps, batch=spec.batch)
+        device = next(network.parameters()).device
+        low = precision.bf16_is_faster(device) if spec.precision == AUTO else spec.precision == "bf16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=low)
 
     def batches(self, start: int) -> Iterator[Any]:
         """Yield batches, from a new permutation of the samples in each epoch."""
@@ -91,7 +97,8 @@ class InMemoryFinetuning(TrainingTask):
             yield self.draw(chosen, self.generator)
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        return {"segmentation": self.loss(batch)}
+        with self.autocast:
+            return {"segmentation": self.loss(batch)}
 
     def schedule(self, step: int) -> float:
         rate = learning_rate(self.optim, step, self.budget.steps)
@@ -142,7 +149,7 @@ def finetune_frames(
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
-        return segmentation_loss(network(x), y, first=0)
+        return segmentation_loss(network(x).float(), y, first=0)
 
     task = InMemoryFinetuning(network, spec, len(images), draw, loss, seed)
     return task.train(on_step, lambda: evaluate_frames(network, contract, val))

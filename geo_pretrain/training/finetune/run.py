@@ -23,6 +23,7 @@ from geo_pretrain.training.finetune.registry import backbone_init, build_finetun
 from geo_pretrain.training.finetune.training import Finetuning, LabelledSplits, OnEvaluation
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.loop import StepInfo, fit
+from geo_pretrain.training.precision import choices, settle_precision
 from geo_pretrain.training.runs import RunFolder, run_lock
 
 
@@ -66,8 +67,10 @@ def finetune(
         check_result_out(out, overwrite=overwrite)  # again: another process may have finished a run there meanwhile
         world.barrier()
         run = RunFolder(out, writes=world.is_main)
+        wanted, recipe = recipe, settle_precision(recipe, world, run.saved_recipe())
         network = build_finetune_task(recipe, start, data.train.classes, contract)
         task = Finetuning(recipe, start.backbone, network, data, world, run, on_evaluation)
+        task.choices = choices(wanted, recipe)
         run.create()
         progress = fit(task, world, run, on_step=on_step)
         if not progress.finished:

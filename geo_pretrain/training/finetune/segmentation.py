@@ -196,7 +196,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, first: int) -> Tensor:
     """
     if not bool((labels > 0).any()):
         return logits.sum() * 0
-    return F.cross_entropy(upsample(logits, labels.shape[-2:]), labels - first, ignore_index=-first)
+    return F.cross_entropy(upsample(logits.float(), labels.shape[-2:]), labels - first, ignore_index=-first)
 
 
 def crop_box(

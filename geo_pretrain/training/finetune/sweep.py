@@ -34,6 +34,8 @@ from geo_pretrain.training.finetune.registry import backbone_init
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.loop import StepInfo
+from geo_pretrain.training.precision import settle_precision
+from geo_pretrain.training.recipe import without_auto
 from geo_pretrain.training.runs import run_folder, run_lock
 from geo_pretrain.yaml_text import parse_yaml
 
@@ -164,6 +166,8 @@ def run_sweep(
     runs = [Run(backbone, label, float(share), seed, out) for seed, share, (label, (backbone, _)) in order]
     world = world or join(device)
     with run_lock(out, "sweep") if world.is_main else nullcontext():
+        recorded = read_plan(out)[0].to_yaml() if (out / SWEEP).exists() else None
+        recipe = settle_precision(recipe, world, recorded)  # once, so that all runs compute alike
         if world.is_main:
             _keep_plan(recipe, held, runs, out)
         world.barrier()
@@ -191,7 +195,7 @@ def run_recipe(recipe: FinetuneRecipe, fraction: float, seed: int) -> FinetuneRe
 
 def differences(old: FinetuneRecipe, new: FinetuneRecipe) -> list[str]:
     """List the keys outside `FREE` whose values differ, such as "optim.lr: 0.01 -> 0.02"."""
-    return changes(old.to_yaml(), new.to_yaml(), FinetuneRecipe, ignore=FREE)
+    return without_auto(changes(old.to_yaml(), new.to_yaml(), FinetuneRecipe, ignore=FREE))
 
 
 def read_sweep(out: Path) -> SweepResult:
