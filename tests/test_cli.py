@@ -337,7 +337,7 @@ def test_every_option_of_eval_arrives(monkeypatch):
     assert (spec, options) == (("net", data), named | {"size": (48, 64), "turn": "upright"})
     assert json.loads(shown.output)["net"] == {
         "recall": 0.25, "threshold": 3.0, "per_pair": [0.125, 0.375], "queries": 20, "chance": 0.0625,
-        "unit": "voxels", "spread": 0.125,
+        "unit": "voxels", "scenes": [], "spread": 0.125,
     }  # fmt: skip
     spec, options, shown = given(monkeypatch, *place, "eval", "matching", "net")
     assert (spec, options) == (("net", DataSpec()), plain | {"size": None, "turn": "camera"})

@@ -29,6 +29,7 @@ from geo_pretrain.errors import unknown
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.evaluation.matching import MatchingResult
+    from geo_pretrain.training.evaluation.metrics import Interval
     from geo_pretrain.training.evaluation.probes import ProbeResult
 
 FEATURES_HELP = "Whole clouds: contract (what the backbone knows), ones, rgb; of laser scans gray, mean, intensity."
@@ -236,8 +237,13 @@ def eval_folds(
 
 
 def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as_json: bool) -> None:
+    from geo_pretrain.training.evaluation.features import RANDOM
+
+    random = results.get(RANDOM)
+    gains = {name: r.above(random) for name, r in results.items() if random is not None and r is not random}
     if as_json:
-        typer.echo(json.dumps({name: asdict(r) | {"spread": r.spread} for name, r in results.items()}))
+        rows = {name: asdict(r) | {"spread": r.spread} for name, r in results.items()}
+        typer.echo(json.dumps({name: row | _gain(gains.get(name)) for name, row in rows.items()}))
         return
     measure = next(iter(results.values())).measure
     rows = [
@@ -245,4 +251,10 @@ def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as
         for name, r in results.items()
     ]
     print_table(("weights", measure, "chance", "pairs", "queries"), rows)
+    for name, gain in gains.items():
+        console.print(f"{escape(name)} above random weights, in points: {gain}", highlight=False, soft_wrap=True)
     print_skips(skips)
+
+
+def _gain(gain: Interval | None) -> dict[str, Any]:
+    return {} if gain is None else {"above_random": asdict(gain)}

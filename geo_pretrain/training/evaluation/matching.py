@@ -39,6 +39,7 @@ from geo_pretrain.training.evaluation.features import (
     paired_extractor,
     pretraining_size,
 )
+from geo_pretrain.training.evaluation.metrics import Interval, paired_difference
 from geo_pretrain.training.evaluation.progress import Progress, part_of
 from geo_pretrain.training.recipe import DataSpec, recipe_of
 from geo_pretrain.training.tasks.matching import one_match_each, sample_matches
@@ -63,11 +64,16 @@ class MatchingResult:
     queries: int  # in all
     chance: float  # recall of a uniformly drawn candidate
     unit: Unit = "px"  # of the threshold
+    scenes: tuple[str, ...] = ()  # of each pair
 
     @property
     def spread(self) -> float:
         """Standard deviation over pairs."""
         return float(np.std(self.per_pair))
+
+    def above(self, other: MatchingResult) -> Interval:
+        """How far the recall lies above that of another network on the same pairs, with a confidence interval."""
+        return paired_difference(self.per_pair, other.per_pair, self.scenes)
 
     @property
     def measure(self) -> str:
@@ -122,7 +128,7 @@ def evaluate_matching(
     within = THRESHOLDS[unit] if threshold is None else threshold
     skips = skips if skips is not None else SkippedFrames()
     options: dict[str, Any] = {"size": size, "threshold": within, "turn": turn, "queries": queries}
-    recalls, chances, total = [], [], 0
+    recalls, chances, scenes, total = [], [], [], 0
     for number, pair in enumerate(pairs):
         if progress is not None:
             progress(number, len(pairs))
@@ -133,10 +139,13 @@ def evaluate_matching(
             continue
         recalls.append(float((matches.error <= within).mean()))
         chances.append(matches.chance)
+        scenes.append(pair.scene)
         total += len(matches.error)
     if not recalls:
         raise DataError(f"No pair of source {source.name!r} could be evaluated.\n{skips.summary()}")
-    return MatchingResult(float(np.mean(recalls)), within, tuple(recalls), total, float(np.mean(chances)), unit)
+    return MatchingResult(
+        float(np.mean(recalls)), within, tuple(recalls), total, float(np.mean(chances)), unit, tuple(scenes)
+    )
 
 
 def unit_of(extractor: FeatureExtractor | PairedExtractor) -> Unit:

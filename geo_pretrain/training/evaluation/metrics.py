@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,43 @@ class Spread:
     def __str__(self) -> str:
         """In percent: "20.0 ± 10.0"; of one value the value alone."""
         return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}" if len(self.values) > 1 else f"{100 * self.mean:.1f}"
+
+
+RESAMPLES, FEWEST_GROUPS = 10_000, 5
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % confidence interval by the bootstrap."""
+
+    mean: float
+    low: float
+    high: float
+    over: str  # what was drawn again: "pairs", or "scenes" with all their pairs
+
+    def __str__(self) -> str:
+        """In points: "+17.1 (95 % interval +14.9 to +19.3, over pairs)"."""
+        mean, low, high = (f"{100 * value:+.1f}" for value in (self.mean, self.low, self.high))
+        return f"{mean} (95 % interval {low} to {high}, over {self.over})"
+
+
+def paired_difference(
+    one: Sequence[float], other: Sequence[float], scenes: Sequence[str] = (), seed: int = 0
+) -> Interval:
+    """The mean of `one` - `other`, measured on the same pairs of frames, and how far it would move with other pairs.
+
+    Percentile bootstrap: 10,000 draws with replacement, of whole scenes where there are five or more, since pairs of
+    one scene are alike; else of pairs, which makes the interval too narrow for a claim about other scenes.
+    """
+    values = np.asarray(one, np.float64) - np.asarray(other, np.float64)
+    groups = np.unique(np.asarray(scenes, dtype=str), return_inverse=True)[1] if len(scenes) == len(values) else None
+    by_scene = groups is not None and groups.max(initial=-1) + 1 >= FEWEST_GROUPS
+    groups = groups if groups is not None and by_scene else np.arange(len(values))
+    sums, counts = np.bincount(groups, values), np.bincount(groups)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(values.mean()), float(low), float(high), "scenes" if by_scene else "pairs")
 
 
 def confusion_matrix(truth: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
