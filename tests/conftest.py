@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import os
 import signal
@@ -93,3 +94,16 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_command_tree():
+    """Commands and options are gathered once a worker, not at each call: that took three quarters of a call's time."""
+    import typer.main
+    import typer.testing
+
+    gathered = functools.cache(typer.main.get_command)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", gathered)
+        patch.setattr(typer.testing, "_get_command", gathered)
+        yield
