@@ -38,7 +38,7 @@ def demo(
 
     Example: `geo-pretrain demo --out demo`
     """
-    from geo_pretrain.training.demo import run_demo, table_rows
+    from geo_pretrain.training.demo import run_demo, table_rows, what_next
     from geo_pretrain.training.finetune.in_memory import FinetuneSpec
 
     start = time.monotonic()
@@ -53,6 +53,7 @@ def demo(
     )
     console.print(f"Pictures:   {out / 'matches.png'}, {out / 'segmentation.png'}, {out / 'report.html'}", markup=False)
     console.print(f"Took {time.monotonic() - start:.0f} s.")
+    console.print("\n".join(["What next:", *what_next(result.folder)]), soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

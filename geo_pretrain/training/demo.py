@@ -10,6 +10,7 @@ import base64
 import html
 import json
 import platform
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -222,6 +223,17 @@ def table_rows(result: DemoResult) -> list[tuple[str, str, str]]:
     ]
 
 
+def what_next(folder: Path) -> list[str]:
+    """The commands that lead on from the demo's checkpoint."""
+    quoted = shlex.quote(str(folder))
+    return [
+        f"geo-pretrain visualize features {quoted} -o features.png",
+        f"geo-pretrain finetune rooms_unet_r18 --toy -b {quoted} --out runs/unet",
+        "geo-pretrain data check folder:PATH -o check.png     # a recording of yours",
+        "geo-pretrain train pri3d_view_r18 --data folder:PATH --out runs/mine",
+    ]
+
+
 def write_report(result: DemoResult, recipe: Recipe, spec: FinetuneSpec, out: Path) -> None:
     """Write results.json and a self-contained report.html."""
     numbers: dict[str, Any] = {
@@ -256,6 +268,8 @@ def write_report(result: DemoResult, recipe: Recipe, spec: FinetuneSpec, out: Pa
         seeds=len(SEEDS),
         steps=spec.steps,
         pretraining=recipe.optim.steps,
+        next_python=html.escape(f"import geo_pretrain as gp\n\nencoder = gp.load_backbone({str(result.folder)!r})"),
+        next_commands=html.escape("\n".join(what_next(result.folder))),
     )
     (out / "report.html").write_text(text, encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ from PIL import Image
 
 from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.loading import load_backbone, verify
-from geo_pretrain.training.demo import RECIPE, SEEDS, Spread, run_demo, table_rows
+from geo_pretrain.training.demo import RECIPE, SEEDS, Spread, run_demo, table_rows, what_next
 from geo_pretrain.training.finetune.in_memory import FinetuneSpec
 
 TINY = [
@@ -64,6 +65,8 @@ def test_demo_leaves_pictures_a_report_and_a_checkpoint_in_a_hub_folder(result):
             assert image.width > 500
             assert len(image.convert("RGB").getcolors(1_000_000)) > 100
     page = (out / "report.html").read_text()
+    for command in what_next(numbers.folder):
+        assert html.escape(command) in page
     assert page.count("data:image/png;base64,") == 2
     assert str(numbers.miou["scratch"]) in page
     assert "<script" not in page
