@@ -87,6 +87,16 @@ def write_sunrgbd_image(root: Path, number: int, image, label, split: str = "") 
     save(root / "semseg_label37" / split / f"{number:08d}.png", label.astype(np.uint8))
 
 
+def write_ade20k_image(root: Path, split: str, number: int, image, label) -> None:
+    """One image of ADEChallengeData2016: JPEG, and an 8-bit gray PNG written by hand, 0 = other objects, 1 to 150."""
+    part, word = {"train": ("training", "train"), "val": ("validation", "val")}[split]
+    base = root / "ADEChallengeData2016"
+    save(base / "images" / part / f"ADE_{word}_{number:08d}.jpg", image, quality=95)
+    path = base / "annotations" / part / f"ADE_{word}_{number:08d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png_bytes([bytes(row) for row in label.astype(np.uint8)], label.shape[1], 8, 0))
+
+
 def run_lengths(mask: np.ndarray) -> list[int]:
     """COCO's uncompressed run lengths, column by column, beginning with the zeros."""
     counts, value, length = [], 0, 0

@@ -29,6 +29,7 @@ from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.obj import read_obj
 from geo_pretrain.training.data.surfaces.ply import read_ply, write_ply
 from geo_pretrain.training.recipe import DataSpec
+from tests.labelled_layouts import write_ade20k_image
 from tests.recording_layouts import write_sens
 
 NUMBERS = [b"0", b"-1", b"1e400", b"nan", b"inf", b"-inf", b"99999999999999999999", b"4294967296", b"1e300", b"x", b""]
@@ -71,6 +72,14 @@ def ascii_ply() -> bytes:
 def binary_ply(folder: Path) -> bytes:
     write_ply(folder / "valid.ply", PLY)
     return (folder / "valid.ply").read_bytes()
+
+
+def ade20k(path: Path) -> object:
+    """The challenge's folder with this annotation."""
+    write_ade20k_image(path.parent, "val", 1, np.zeros((12, 16, 3), np.uint8), np.zeros((12, 16)))
+    named = path.parent / "ADEChallengeData2016" / "annotations" / "validation" / "ADE_val_00000001.png"
+    named.write_bytes(path.read_bytes())
+    return open_labelled("ade20k", path.parent, "val", task="segmentation").load("ADE_val_00000001")
 
 
 def boxes_of_votenet(path: Path) -> object:
@@ -173,6 +182,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     return {
         "depth": Reader(files.read_depth, ".png", image(gray), text=False),
         "ids": Reader(lambda path: files.read_ids(path, bits=(8, 16)), ".png", image(gray), text=False),
+        "ade20k": Reader(ade20k, ".png", image((gray % 151).astype(np.uint8)), text=False),
         "png": Reader(files.read_color, ".png", image(color), text=False),
         "jpeg": Reader(files.read_color, ".jpg", image(color, "jpeg"), text=False),
         "size": Reader(files.image_size, ".png", image(gray), text=False),

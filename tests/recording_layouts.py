@@ -177,32 +177,52 @@ def write_model(
 
 
 def write_sens(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT, *, step: int = 25, color: int = 2) -> Path:
-    """A scan of ScanNet's release: every `step`-th frame of SCAN.sens is one of `frames`, those between are empty.
-
-    `color`: the codec, 0 raw, 1 PNG, 2 JPEG.
-    """
+    """A scan of ScanNet's release, scene0000_00/scene0000_00.sens; see `sens_bytes`."""
     scan = root / "scene0000_00"
     scan.mkdir(parents=True, exist_ok=True)
+    (scan / "scene0000_00.sens").write_bytes(sens_bytes(frames, twin, step=step, color=color))
+    return root
+
+
+def sens_bytes(
+    frames: Sequence[Frame],
+    twin: Twin = RIGHT,
+    *,
+    step: int = 25,
+    color: int = 2,
+    scale: int = 1,
+    imu: int | None = None,
+) -> bytes:
+    """A .sens file: every `step`-th frame is one of `frames`, those between are empty and without a pose.
+
+    `color`: the codec, 0 raw, 1 PNG, 2 JPEG. `scale`: the color camera's pixels for each of the depth camera's. `imu`:
+    so many readings after the frames, as in the release; None: the file ends with the frames.
+    """
     height, width = frames[0].depth.shape
-    matrix = np.eye(4, dtype="<f4")
+    matrix, colored = np.eye(4, dtype="<f4"), np.eye(4, dtype="<f4")
     matrix[:3, :3] = frames[0].intrinsics
+    colored[:2, :3] = matrix[:2, :3] * scale
+    colored[:2, 2] += (scale - 1) / 2
     name = b"StructureSensor"
     head = struct.pack("<IQ", 4, len(name)) + name
-    head += b"".join(each.tobytes() for each in (matrix, np.eye(4, dtype="<f4"), matrix, np.eye(4, dtype="<f4")))
+    head += b"".join(each.tobytes() for each in (colored, np.eye(4, dtype="<f4"), matrix, np.eye(4, dtype="<f4")))
     count = step * (len(frames) - 1) + 1
-    head += struct.pack("<iiIIIIfQ", color, 1, width, height, width, height, 1000.0, count)
+    head += struct.pack("<iiIIIIfQ", color, 1, width * scale, height * scale, width, height, 1000.0, count)
     body = []
     for number in range(count):
         pose, images = np.full((4, 4), -np.inf), (b"?", b"")
         if number % step == 0:
             frame = frames[number // step]
             pose = twin.pose(frame)
-            raw = frame.color.tobytes() if color == 0 else encoded(frame.color, {1: "PNG", 2: "JPEG"}[color])
+            large = np.ascontiguousarray(frame.color.repeat(scale, axis=0).repeat(scale, axis=1))
+            raw = large.tobytes() if color == 0 else encoded(large, {1: "PNG", 2: "JPEG"}[color])
             images = raw, zlib.compress(stored(frame, 1000 * twin.depth).astype("<u2").tobytes())
         body.append(pose.astype("<f4").tobytes() + struct.pack("<QQ", number, number))
         body.append(struct.pack("<QQ", *map(len, images)) + b"".join(images))
-    (scan / "scene0000_00.sens").write_bytes(head + b"".join(body))
-    return root
+    if imu is not None:
+        reading = struct.pack("<15dQ", *range(15), 0)  # rotation, acceleration, magnetic field, attitude, gravity; time
+        body.append(struct.pack("<Q", imu) + reading * imu)
+    return head + b"".join(body)
 
 
 # By the name of the source that reads them; a second word tells layouts of one source apart.

@@ -48,6 +48,7 @@ __all__ = ["deeplabv3", "faster_rcnn", "fcn", "freeze_stages", "mask_rcnn", "par
 ATROUS_RATES = {32: (3, 6, 9), 16: (6, 12, 18), 8: (12, 24, 36)}  # of DeepLab's papers: the same reach in pixels
 PYRAMID = 256  # channels of torchvision's feature pyramids
 UNDILATED = ("resnet18", "resnet34")  # torchvision refuses to dilate their basic blocks
+DROPOUT = 0.1  # of torchvision's FCN
 FROZEN = 2  # stages, as Detectron2 and torchvision freeze under pre-trained weights
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
 SLACK = 0.05  # beyond [0, 1], for resampling that overshoots
@@ -120,11 +121,18 @@ def fcn(
     freeze: int = 0,
     output_stride: int = 8,
     aux_loss: bool = False,
+    dropout: float = DROPOUT,
     **options: Any,
 ) -> FCN:
-    """torchvision's FCN: [B, C, H, W] -> {"out": logits [B, num_classes, H, W]}, and "aux" (layer3) with `aux_loss`."""
+    """torchvision's FCN: [B, C, H, W] -> {"out": logits [B, num_classes, H, W]}, and "aux" (layer3) with `aux_loss`.
+
+    `dropout`: before the last layer; torchvision has 0.1.
+    """
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}; accepted: a number from 0 up to, but not, 1.")
     encoder = _segmentation_encoder("FCN", name, num_classes, pretrained, freeze, output_stride, options)
     head = FCNHead(_channels(encoder, 4), num_classes)
+    head[3] = nn.Dropout(dropout)
     network: FCN = equip(FCN(*_segmentation_parts(encoder, head, num_classes, aux_loss)), encoder, freeze)
     return network
 

@@ -55,6 +55,7 @@ Kind = Literal[
 Freeze = Annotated[int, Accepts(lambda n: 0 <= n <= 5, "0 (nothing) to 5 (stem and all stages)")]
 Degrees = Annotated[float, Accepts(lambda angle: 0 <= angle <= 180, "degrees from 0 to 180")]
 Lengths = Annotated[tuple[int, int], Accepts(lambda r: 32 <= r[0] <= r[1], "[low, high] with 32 <= low <= high")]
+Sides = Annotated[tuple[int, ...], Accepts(lambda sides: len(sides) > 0 and min(sides) >= 32, "lengths from 32 up")]
 Milestones = Annotated[
     tuple[int, ...],
     Accepts(lambda m: len(m) > 0 and m[0] >= 1 and list(m) == sorted(m), "rising whole numbers from 1 up"),
@@ -98,7 +99,8 @@ class LabelledAugment:
     blur: Probability = 0.0  # probability
     blur_kernel: Odd = 5  # odd number of pixels
     shorter: Lengths | None = None  # detection: range that the length of the shorter side is drawn from
-    longer: Count = 1333  # detection: the longer side is at most this
+    short_sides: Sides | None = None  # segmentation, in place of data.size: the shorter side gets one of these lengths
+    longer: Count = 1333  # with either: the longer side is at most this
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class FinetuneOptim:
     momentum: Momentum = 0.9
     dampening: Probability = 0.0
     weight_decay: NotNegative = 0.0
+    decay_norms: bool = True  # weight_decay also on biases and on BatchNorm's weights
     batch: Count = 16  # images a step, over all processes and accumulation steps
     accumulate: Count = 1  # micro-batches that each process makes of its share of a batch
     micro_batch: Count | None = None  # images that a process takes at once, in place of `accumulate`; as in OptimSpec
@@ -168,9 +171,11 @@ class FinetuneOptim:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Weights of losses that a protocol adds to the task's own."""
+    """What a protocol's loss has beside the task's own."""
 
-    lovasz: NotNegative = 0.0  # 3D segmentation: of the Lovasz loss beside cross-entropy; SLidR: 1
+    lovasz: NotNegative = 0.0  # 3D segmentation: weight of the Lovasz loss beside cross-entropy; SLidR: 1
+    # fcn: labels are reduced by this factor (nearest) to the network's coarse logits; 1: logits are upsampled to labels
+    label_stride: Count = 1
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,7 @@ class EvaluateSpec:
     every_epochs: Count | None = None  # n: after epochs 0, n, 2n, ... as the released loop counts
     every_steps: Count | None = None
     batch: Count = 1
+    short_sides: Sides | None = None  # segmentation: lengths of the shorter side whose predictions are averaged
     images: Count | None = None  # at most this many, chosen at even spacing; None: all
     # With match_released_code: the size of the labels that IoU is computed on; None: data.size.
     size: ImageSize | None = None
@@ -217,8 +223,9 @@ class FinetuneRecipe(Ranged):
         both_given = "optim.momentum / optim.dampening"
         alone = optim.optimizer == "sgd" or plain
         check(alone, both_given, (optim.momentum, optim.dampening), "neither for adam", given=["optim.optimizer"])
-        right = self.task == "segmentation3d" or self.loss == LossSpec()
+        right = self.task == "segmentation3d" or self.loss.lovasz == 0
         check(right, "loss.lovasz", self.loss.lovasz, "0 but for task 'segmentation3d'", given=["task"])
+        self._check_sides(check)
         if self.data.cloud is not None:
             self.data.cloud.check_settings(check)
             limited, whole = self.data.cloud.labelled_points, ("detection3d", "classification3d")
@@ -226,6 +233,20 @@ class FinetuneRecipe(Ranged):
             none = f"none for {' and '.join(whole)}, and for clouds of frames"
             check(right, "data.cloud.labelled_points", limited, none, given=["task", "data.source"])
         self._check_network(check)
+
+    def _check_sides(self, check: Checks) -> None:
+        """Note settings of images whose sizes differ, which go with some networks and tasks only."""
+        stride, network = self.loss.label_stride, self.network
+        fits = network.kind == "fcn" and stride == network.output_stride
+        words = "1, or for fcn its output_stride"
+        check(stride == 1 or fits, "loss.label_stride", stride, words, given=["network.kind", "network.output_stride"])
+        for key, sides in (
+            ("data.augment.short_sides", self.data.augment.short_sides),
+            ("evaluate.short_sides", self.evaluate.short_sides),
+        ):
+            right = sides is None or (self.task == "segmentation" and self.data.size is None)
+            words = "none but for task 'segmentation' without data.size"
+            check(right, key, sides, words, given=["task", "data.size"])
 
     def _check_network(self, check: Checks) -> None:
         network, kinds = self.network, KINDS[self.task]

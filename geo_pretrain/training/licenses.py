@@ -42,6 +42,9 @@ def run_license(recipe: Recipe, settings: Mapping[str, Any], starts: Mapping[str
     if model is not None:
         start = _origin(_weights(recipe, model.init, starts), model.encoder)
     if teacher is not None:
+        file = settings.get("teacher_file")
+        if file is not None and (Path(file).expanduser() / "results.json").is_file():
+            teacher = str(Path(file).expanduser())  # a fine-tuned network states its own terms
         taught_by = _origin(_weights(recipe, teacher, starts), settings.get("teacher_encoder", "resnet50"))
     base = f"random weights; teacher: {taught_by.name}" if taught_by.name else "none (random weights)"
     mixed = (("ImageNet", IMAGENET_TERMS),) if settings.get("mix", "none") != "none" else ()

@@ -127,10 +127,13 @@ class PretrainedInit:
         return checkpoint
 
 
-def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, seed: int) -> tuple[Segmenter, Transfer]:
+def build_segmenter(
+    spec: NetworkSpec, init: PretrainedInit, classes: int, *, seed: int, coarse: bool = False
+) -> tuple[Segmenter, Transfer]:
     """Build the segmentation network of a recipe; returns it and which part of it is pre-trained.
 
-    Labels are 1 to `classes`; a "unet" has an output for class 0, too. New layers are drawn by `seed`.
+    Labels are 1 to `classes`; a "unet" has an output for class 0, too. New layers are drawn by `seed`. `coarse`: the
+    logits of a "fcn" are those of its own stride, not upsampled to the image.
     """
     if spec.kind == "unet":
         pretrained, have = init.unet(seed)
@@ -139,14 +142,15 @@ def build_segmenter(spec: NetworkSpec, init: PretrainedInit, classes: int, *, se
         freeze_stages(unet, spec.freeze)
         return Segmenter(unet, multiple=1, aux=None), transferred
     network = _host(spec, init, classes, seed)
-    multiple = DIVISIBLE.get(spec.kind, spec.output_stride)
+    multiple = spec.output_stride if coarse else DIVISIBLE.get(spec.kind, spec.output_stride)
     aux = None
     if spec.aux:
         with torch.device("meta"):
             channels = build_encoder(spec.encoder).feature_info[AUX_STAGE - 5]["num_chs"]  # the last but one
         with seeded(seed):
             aux = _aux_head(channels, classes)
-    return Segmenter(network, multiple=multiple, aux=aux), "encoder" if init.backbone != SCRATCH else "none"
+    segmenter = Segmenter(network, multiple=multiple, aux=aux, coarse=coarse)
+    return segmenter, "encoder" if init.backbone != SCRATCH else "none"
 
 
 def check_options(spec: NetworkSpec) -> None:
@@ -186,9 +190,9 @@ def segmentation_unet(pretrained: UNet, classes: int, *, seed: int, transfer: Tr
 class Segmenter(nn.Module):
     """A segmentation network of any library as one call: normalized images -> logits of classes 0.. or 1.., float32."""
 
-    def __init__(self, network: nn.Module, *, multiple: int, aux: nn.Module | None) -> None:
+    def __init__(self, network: nn.Module, *, multiple: int, aux: nn.Module | None, coarse: bool = False) -> None:
         super().__init__()
-        self.network, self.multiple, self.aux = network, multiple, aux
+        self.network, self.multiple, self.aux, self.coarse = network, multiple, aux, coarse
         self._aux_map: Tensor | None = None
         if aux is not None:
             stages_of(encoder_of(network))[AUX_STAGE][1][-1].register_forward_hook(self._keep)
@@ -197,7 +201,8 @@ class Segmenter(nn.Module):
         """[B, 3, H, W] -> logits [B, classes, h, w] and, in training mode, logits of the auxiliary head."""
         height, width = images.shape[-2:]
         down, right = -height % self.multiple, -width % self.multiple
-        logits = self.network(F.pad(images, (0, right, 0, down)) if down or right else images)
+        padded_images = F.pad(images, (0, right, 0, down)) if down or right else images
+        logits = coarse_logits(self.network, padded_images) if self.coarse else self.network(padded_images)
         logits = logits["out"] if isinstance(logits, dict) else logits
         features, self._aux_map = self._aux_map, None
         aux = self.aux(features).float() if self.aux is not None and self.training else None
@@ -207,6 +212,22 @@ class Segmenter(nn.Module):
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self._aux_map = output
+
+
+def coarse_logits(network: Any, images: Tensor) -> Tensor:
+    """The logits [B, classes, h, w] of torchvision's FCN or DeepLabV3, whose forward would upsample them."""
+    logits: Tensor = network.classifier(network.backbone(images)["out"])
+    return logits
+
+
+def last_convolution(network: nn.Module) -> nn.Conv2d:
+    """The layer of a segmentation network that makes its logits: the last convolution, of no auxiliary head."""
+    layers = [
+        layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Conv2d) and not name.startswith(("aux.", "aux_classifier."))
+    ]
+    return layers[-1]
 
 
 def _aux_head(channels: int, classes: int) -> nn.Sequential:

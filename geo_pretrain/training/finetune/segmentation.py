@@ -42,7 +42,10 @@ class Segmentation(SegmentationTask):
         self, recipe: FinetuneRecipe, start: PretrainedInit, classes: Sequence[str], contract: ImageContract
     ) -> None:
         self.recipe, self.classes, self.contract = recipe, tuple(classes), contract
-        self.module, self.transferred = build_segmenter(recipe.network, start, len(classes), seed=recipe.seed)
+        self.stride = recipe.loss.label_stride
+        self.module, self.transferred = build_segmenter(
+            recipe.network, start, len(classes), seed=recipe.seed, coarse=self.stride > 1
+        )
         self.first = 0 if recipe.network.kind == "unet" else 1  # class of the first output
         self.exact = recipe.match_released_code
         self._normalize = contract.transforms(resize=False)
@@ -54,8 +57,12 @@ class Segmentation(SegmentationTask):
 
     def sample(self, image: LabelledImage, generator: torch.Generator) -> dict[str, Tensor]:
         """Augment by resize, rotation, crop, flip and blur: image [3, H, W] normalized and labels int64 [H, W]."""
-        pixels, labels = self._sized(image)
         augment = self.recipe.data.augment
+        pixels, labels = self._sized(image)
+        if augment.short_sides is not None:
+            side = augment.short_sides[int(torch.randint(len(augment.short_sides), (), generator=generator))]
+            size = scaled_size(labels.size, side, augment.longer)
+            pixels, labels = pixels.resize(size, self._resampling()), labels.resize(size, Image.Resampling.NEAREST)
         if augment.rotate:
             angle = uniform(-augment.rotate, augment.rotate, generator)
             pixels, labels = pixels.rotate(angle, self._resampling()), labels.rotate(angle, Image.Resampling.NEAREST)
@@ -73,17 +80,21 @@ class Segmentation(SegmentationTask):
         return {"image": self._normalize(tensor), "labels": torch.from_numpy(np.array(labels)).long()}
 
     def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """Images [B, 3, H, W] and labels [B, H, W]."""
+        """Images [B, 3, H, W] and labels [B, H, W]; with `short_sides` those of other sizes are filled up with 0."""
         shapes = {tuple(sample["labels"].shape) for sample in samples}
-        if len(shapes) > 1:
+        if self.recipe.data.augment.short_sides is not None:
+            height, width = (-(-max(sizes) // self.stride) * self.stride for sizes in zip(*shapes, strict=True))
+            samples = [{key: filled(value, height, width) for key, value in sample.items()} for sample in samples]
+        elif len(shapes) > 1:
             raise DataError(f"Images of sizes {sorted(shapes)} in one batch; set data.size or data.augment.crop.")
         return {key: torch.stack([sample[key] for sample in samples]) for key in ("image", "labels")}
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         logits, aux = self.module(batch["image"])
-        parts = {"segmentation": segmentation_loss(logits, batch["labels"], self.first)}
+        labels = reduced(batch["labels"], self.stride)
+        parts = {"segmentation": segmentation_loss(logits, labels, self.first)}
         if aux is not None:
-            parts["aux"] = self.recipe.network.aux * segmentation_loss(aux, batch["labels"], self.first)
+            parts["aux"] = self.recipe.network.aux * segmentation_loss(aux, labels, self.first)
         return parts
 
     def encoder_parameters(self) -> Iterable[nn.Parameter]:
@@ -131,16 +142,30 @@ class Segmentation(SegmentationTask):
     def predict(self, items: Sequence[np.ndarray]) -> list[PixelLabels]:
         """Predict the class of each pixel of images uint8 [H, W, 3], at their own size; class 0 is never predicted."""
         self.module.eval()
-        device, found = next(self.module.parameters()).device, []
+        found = []
         for image in items:
-            pixels = Image.fromarray(image)
-            if self.recipe.data.size is not None:
-                pixels = pixels.resize(self.recipe.data.size[::-1], self._resampling())
-            logits, _ = self.module(self._normalize(_tensor(pixels))[None].to(device))
-            chances = upsample(logits, image.shape[:2])[0, 1 - self.first :].softmax(0)
-            scores, labels = chances.max(0)
+            scores, labels = self._chances(Image.fromarray(image), image.shape[:2]).max(0)
             found.append(PixelLabels((labels + 1).cpu().numpy(), scores.cpu().numpy()))
         return found
+
+    def _chances(self, image: Image.Image, shape: Sequence[int]) -> Tensor:
+        """Probabilities of classes 1.. [C, H, W] at the size `shape`, the mean over `evaluate.short_sides`."""
+        device, recipe = next(self.module.parameters()).device, self.recipe
+        sizes = [image.size if recipe.data.size is None else recipe.data.size[::-1]]
+        if recipe.evaluate.short_sides is not None:
+            longest, multiple = recipe.data.augment.longer, self.module.multiple
+            sides = (scaled_size(image.size, side, longest) for side in recipe.evaluate.short_sides)
+            sizes = [(-(-width // multiple) * multiple, -(-height // multiple) * multiple) for width, height in sides]
+        total: Tensor | float = 0.0
+        for size in sizes:
+            pixels = image if size == image.size else image.resize(size, self._resampling())
+            logits, _ = self.module(self._normalize(_tensor(pixels))[None].to(device))
+            total = total + self._at_size(logits, shape)[0, 1 - self.first :].softmax(0)
+        return torch.as_tensor(total) / len(sizes)
+
+    def _at_size(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits upsampled to a size: coarse ones as torchvision's own networks do it, others as Pri3D does."""
+        return upsample(logits, size, align_corners=self.stride == 1)
 
     @torch.no_grad()
     def predictions(self, source: LabelledSource, ids: Sequence[str]) -> Iterator[tuple[LabelledImage, Tensor, Tensor]]:
@@ -148,13 +173,19 @@ class Segmentation(SegmentationTask):
         self.module.eval()
         device = next(self.module.parameters()).device
         lowest = 0 if self.exact and self.first == 0 else 1  # class that may be predicted
+        if self.recipe.evaluate.short_sides is not None:
+            for image in map(source.load, ids):
+                truth = self._truth(image)
+                chances = self._chances(Image.fromarray(image.image), truth.shape)
+                yield image, truth, (chances.argmax(0) + 1).cpu()
+            return
         loaded = ((image, self._normalize(_tensor(self._sized(image)[0]))) for image in map(source.load, ids))
         for _, same_size in groupby(loaded, key=lambda one: one[1].shape):
             while batch := list(islice(same_size, self.recipe.evaluate.batch)):
                 logits, _ = self.module(torch.stack([tensor for _, tensor in batch]).to(device))
                 for (image, _), output in zip(batch, logits, strict=True):
                     truth = self._truth(image)
-                    full = upsample(output[None], truth.shape)[0]
+                    full = self._at_size(output[None], truth.shape)[0]
                     yield image, truth, (full[lowest - self.first :].argmax(0) + lowest).cpu()
 
     def _truth(self, image: LabelledImage) -> Tensor:
@@ -221,9 +252,34 @@ def crop_box(
     return left, top, left + columns, top + rows
 
 
-def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
+def scaled_size(size: tuple[int, int], shorter: int, longer: int) -> tuple[int, int]:
+    """The size (width, height) of an image whose shorter side gets the length `shorter`, its longer at most `longer`.
+
+    Rounded down, as the released code of ADE20K's authors does.
+    """
+    scale = min(shorter / min(size), longer / max(size))
+    return max(int(size[0] * scale), 1), max(int(size[1] * scale), 1)
+
+
+def filled(values: Tensor, height: int, width: int) -> Tensor:
+    """Fill up [..., h, w] with 0 at the right and the bottom: [..., `height`, `width`]."""
+    return F.pad(values, (0, width - values.shape[-1], 0, height - values.shape[-2]))
+
+
+def reduced(labels: Tensor, stride: int) -> Tensor:
+    """Reduce labels [B, H, W] by whole cells of `stride` pixels to the label beside each one's center, as Pillow does.
+
+    Sides are filled up with 0 (ignore) to whole cells first.
+    """
+    if stride == 1:
+        return labels
+    height, width = (-(-side // stride) * stride for side in labels.shape[-2:])
+    return filled(labels, height, width)[..., stride // 2 :: stride, stride // 2 :: stride]
+
+
+def upsample(logits: Tensor, size: Sequence[int], *, align_corners: bool = True) -> Tensor:
     """Upsample logits [B, K, h, w] to the size [H, W]."""
-    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def _tensor(pixels: Image.Image) -> Tensor:

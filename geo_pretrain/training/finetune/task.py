@@ -84,13 +84,18 @@ class FinetuneTask(ABC):
         return encoder_of(self.module).parameters()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """[{"params": [...], "factor": 10.0}, ...] without frozen ones: factor on the schedule's learning rate."""
+        """[{"params": [...], "factor": 10.0}, ...] without frozen ones: factor on the schedule's learning rate.
+
+        Without `optim.decay_norms`, biases and weights of norms (one number a channel) are in groups of their own.
+        """
         optim, inside = self.recipe.optim, {id(parameter) for parameter in self.encoder_parameters()}
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trained if id(p) in inside], "factor": optim.backbone_factor},
             {"params": [p for p in trained if id(p) not in inside], "factor": optim.head_factor},
         ]
+        if not optim.decay_norms:
+            groups = [half for group in groups for half in _by_decay(group)]
         return [group for group in groups if group["params"]]
 
     @abstractmethod
@@ -157,6 +162,14 @@ class SegmentationTask(FinetuneTask):
         miou = mean_iou(total, match_released_code=self.exact)
         scores = {"miou": miou, "accuracy": pixel_accuracy(total)}
         return Evaluation(scores, {"iou": iou}, {"confusion": total.tolist(), "images": len(ids)})
+
+
+def _by_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Split a parameter group into the parameters that decay, and those with one number a channel, which do not."""
+    parameters = group["params"]
+    decay = group | {"params": [parameter for parameter in parameters if parameter.ndim > 1]}
+    rest = group | {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0}
+    return [decay, rest]
 
 
 def share_of(items: Sequence[T], batch: int, world: World) -> list[list[T]]:

@@ -20,9 +20,18 @@ from geo_pretrain.training.networks3d import encode, unet_args, voxel_contract
 from geo_pretrain.training.recipe import EncoderName, Recipe
 from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig, same_settings
 from geo_pretrain.training.tasks.matching import draw
-from geo_pretrain.training.tasks.teachers import Teacher, finetuned_segmenter, load_teacher, torchvision_segmenter
+from geo_pretrain.training.tasks.teachers import (
+    Layer,
+    Teacher,
+    csail_segmenter,
+    finetuned_segmenter,
+    load_teacher,
+    torchvision_segmenter,
+)
 
+RESULTS = "results.json"  # in the folder of a fine-tuning run
 ADE20K = "ade20k"  # a segmentation network whose file the user has
+ADE20K_RECIPE = "ade20k_fcn_r50"  # the fine-tuning recipe that trains one
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,9 @@ class TaughtConfig(FrameCloudSettings, TaskConfig):
     # imagenet | moco_v2 | scratch | stage1 | catalog name | checkpoint folder; a segmentation network with its logits:
     # folder of a fine-tuning run | ade20k
     teacher: str = "imagenet"
-    teacher_file: str | None = None  # the weights of "ade20k", see teachers.torchvision_segmenter
+    # weights of "ade20k": a state dict of torchvision, a fine-tuning run's folder, or that of ADE20K's authors' files
+    teacher_file: str | None = None
+    teacher_layer: Layer = "logits"  # of a segmentation network; features: the map that its last layer takes
     teacher_encoder: EncoderName = "resnet50"  # of the first three
     dense: bool = False  # the teacher's dense features instead of its last map; needs a decoder
     flip_prob: Probability = 0.5
@@ -71,17 +82,25 @@ class TaughtByImages(PretextTask):
             if config.teacher_file is None:
                 raise RecipeError(
                     f"recipe {self.recipe.name}: teacher 'ade20k' has no file that could be fetched. Accepted: --set "
-                    "task.teacher_file=FILE, a state dict of torchvision's FCN or DeepLabV3 trained on ADE20K's 150 "
-                    "classes; or --set task.teacher=FOLDER, a finished segmentation run of `geo-pretrain finetune`."
+                    f"task.teacher_file=FOLDER, a finished run of `geo-pretrain finetune {ADE20K_RECIPE} -b imagenet "
+                    "--data ade20k:PATH --out FOLDER`, or the folder of encoder_epoch_20.pth and decoder_epoch_20.pth "
+                    "of ADE20K's authors; or FILE, a state dict of torchvision's FCN or DeepLabV3 with 150 classes."
                 )
-            return torchvision_segmenter(Path(config.teacher_file).expanduser())
+            return self._segmenter(Path(config.teacher_file).expanduser())
         if config.teacher_file is not None:
             raise RecipeError(
                 f"'task.teacher_file' is given, and 'task.teacher' is {config.teacher!r}: accepted is ade20k."
             )
-        if (Path(config.teacher) / "results.json").is_file():
-            return finetuned_segmenter(Path(config.teacher))
+        if (Path(config.teacher) / RESULTS).is_file():
+            return finetuned_segmenter(Path(config.teacher), config.teacher_layer)
         return load_teacher(config.teacher, config.teacher_encoder, dense=config.dense)
+
+    def _segmenter(self, path: Path) -> Teacher:
+        """The segmentation network in a file or folder."""
+        if (path / RESULTS).is_file():
+            return finetuned_segmenter(path, self.config.teacher_layer)
+        read = csail_segmenter if path.is_dir() else torchvision_segmenter
+        return read(path, self.config.teacher_layer)
 
     def dataset(self, source: Source, pairs: list[Pair]) -> Samples:
         """Single frames: an image and the voxels of its points."""

@@ -8,7 +8,7 @@ stays in evaluation mode whatever mode its student is in.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,18 @@ from geo_pretrain.loading import load_backbone
 from geo_pretrain.tensors import load_tensors
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.initialize import imagenet_classifier, initialize_encoder
-from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit, build_segmenter
+from geo_pretrain.training.networks import (
+    IMAGENET,
+    SCRATCH,
+    PretrainedInit,
+    build_segmenter,
+    coarse_logits,
+    last_convolution,
+)
 from geo_pretrain.training.recipe import ModelSpec
+from geo_pretrain.training.tasks import csail
+
+Layer: TypeAlias = Literal["logits", "features"]  # of a segmentation network; features: what its last layer takes
 
 
 class Teacher(nn.Module):
@@ -107,8 +117,8 @@ def load_classifier(weights: str, encoder: str = "resnet50") -> tuple[Teacher, n
     return teacher, cast(nn.Linear, imagenet_classifier(encoder).fc)
 
 
-def torchvision_segmenter(path: Path) -> Teacher:
-    """Load a segmentation network as a `Teacher` that gives logits [B, classes, h, w], before upsampling.
+def torchvision_segmenter(path: Path, layer: Layer = "logits") -> Teacher:
+    """Load a segmentation network as a `Teacher` that gives logits [B, classes, h, w], before upsampling, or features.
 
     `path`: a state dict (.pth, .safetensors) of torchvision's FCN or DeepLabV3 with a ResNet of depth 50 or 101. Raises
     `WeightsMismatch` when it is of another network.
@@ -136,11 +146,17 @@ def torchvision_segmenter(path: Path) -> Teacher:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise WeightsMismatch(f"{path}: does not fit torchvision's {kind}_resnet{depth}: {error}") from error
-    return Teacher(_Logits(network, first=0), ImageContract(), len(last))
+    return _segmenter(network, ImageContract(), len(last), layer)
 
 
-def finetuned_segmenter(folder: Path) -> Teacher:
-    """Load the network of a finished `geo-pretrain finetune` run as a `Teacher` that gives logits before upsampling.
+def csail_segmenter(folder: Path, layer: Layer = "logits") -> Teacher:
+    """Load the files encoder_epoch_N.pth and decoder_epoch_N.pth of ADE20K's authors as a `Teacher`, see csail.py."""
+    network = csail.read_parser(folder)
+    return _segmenter(network, ImageContract(), last_convolution(network).out_channels, layer)
+
+
+def finetuned_segmenter(folder: Path, layer: Layer = "logits") -> Teacher:
+    """Load the network of a finished `geo-pretrain finetune` run as a `Teacher`: logits before upsampling, or features.
 
     Raises `RecipeError` when the run is of another downstream task.
     """
@@ -156,10 +172,16 @@ def finetuned_segmenter(folder: Path) -> Teacher:
     init = PretrainedInit(SCRATCH, recipe.network.encoder, width)
     contract = _finetuned_contract(results, recipe.network.encoder, folder)
     classes = len(results["data"]["classes"])
-    network, _ = build_segmenter(recipe.network, init, classes, seed=recipe.seed)
+    coarse = recipe.network.kind == "fcn"
+    network, _ = build_segmenter(recipe.network, init, classes, seed=recipe.seed, coarse=coarse)
     network.load_state_dict(state)
     # A U-Net has an output for class 0, "unlabelled", which nothing has trained.
-    return Teacher(_Logits(network, first=1 if recipe.network.kind == "unet" else 0), contract, classes)
+    return _segmenter(network, contract, classes, layer, first=1 if recipe.network.kind == "unet" else 0)
+
+
+def _segmenter(network: nn.Module, contract: ImageContract, classes: int, layer: Layer, first: int = 0) -> Teacher:
+    chans = classes if layer == "logits" else last_convolution(network).in_channels
+    return Teacher(_Dense(network, first, layer), contract, chans)
 
 
 def _finetuned_contract(results: dict[str, Any], encoder: str, folder: Path) -> ImageContract:
@@ -184,22 +206,26 @@ def _finetuned_contract(results: dict[str, Any], encoder: str, folder: Path) -> 
         ) from error
 
 
-class _Logits(nn.Module):
-    """A segmentation network of another library, asked for its logits."""
+class _Dense(nn.Module):
+    """A segmentation network of another library, asked for its logits or for the features under them."""
 
-    def __init__(self, network: nn.Module, first: int) -> None:
+    def __init__(self, network: nn.Module, first: int, layer: Layer) -> None:
         super().__init__()
         self.network, self.first = network, first
+        self._features: Tensor | None = None
+        if layer == "features":
+            last_convolution(network).register_forward_pre_hook(self._keep)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> [B, classes, h, w], without the `first` ones."""
+        """images [B, 3, H, W] -> logits [B, classes, h, w] without the `first` ones, or features [B, C, h, w]."""
         network: Any = self.network
-        if hasattr(network, "classifier"):  # torchvision's forward would upsample them to the image
-            output = network.classifier(network.backbone(images)["out"])
-        else:
-            output = network(images)
+        output = coarse_logits(network, images) if hasattr(network, "classifier") else network(images)
         logits: Tensor = output[0] if isinstance(output, tuple) else output
-        return logits[:, self.first :]
+        features, self._features = self._features, None
+        return logits[:, self.first :] if features is None else features
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._features = inputs[0]
 
 
 def _initialize(network: nn.Module, weights: str, encoder: str) -> None:

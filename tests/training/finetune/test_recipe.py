@@ -111,6 +111,34 @@ PUBLISHED = {
         "evaluate.every_epochs": 1,
     },
 }
+ADE20K = {  # CSAILVision/semantic-segmentation-pytorch, its configuration of resnet50dilated
+    "network.kind": "fcn",
+    "network.encoder": "resnet50",
+    "network.output_stride": 8,
+    "network.options": {"dropout": 0.0},
+    "network.aux": 0,
+    "data.source": "ade20k",
+    "data.size": None,
+    "data.augment.flip": 0.5,
+    "data.augment.short_sides": (300, 375, 450, 525, 600),
+    "data.augment.longer": 1000,
+    "loss.label_stride": 8,
+    "optim.lr": 0.02,
+    "optim.momentum": 0.9,
+    "optim.dampening": 0,
+    "optim.weight_decay": 1e-4,
+    "optim.decay_norms": False,
+    "optim.batch": 16,
+    "optim.sync_bn": True,
+    "optim.steps": 20 * 5000,
+    "optim.schedule": "poly",
+    "optim.power": 0.9,
+    "optim.backbone_factor": 1,
+    "optim.head_factor": 1,
+    "evaluate.short_sides": (450,),
+    "evaluate.every_steps": 5000,
+}
+PUBLISHED["ade20k_fcn_r50"] = ADE20K
 ROOMS = ("rooms_unet_r18", "rooms_deeplabv3_r18", "rooms_deeplabv3plus_r18", "rooms_pspnet_r18")
 
 
@@ -169,6 +197,14 @@ def test_recipe_survives_the_way_through_yaml(tmp_path):
 @pytest.mark.parametrize(
     "override, parts",
     [
+        ("loss.label_stride=8", ["'loss.label_stride' is 8, accepted is 1, or for fcn its output_stride"]),
+        ("loss.lovasz=1", ["'loss.lovasz'", "0 but for task 'segmentation3d'"]),
+        ("data.augment.short_sides=[300]", ["'data.augment.short_sides'", "without data.size"]),
+        (
+            "evaluate.short_sides=[300]",
+            ["'evaluate.short_sides'", "none but for task 'segmentation' without data.size"],
+        ),
+        ("evaluate.short_sides=[]", ["'evaluate.short_sides'", "lengths from 32 up"]),
         ("optim.lrr=1", ["unknown key 'optim.lrr'", "'optim.lr'"]),
         ("network.kind=deeplab", ["'network.kind'", "deeplabv3"]),
         ("network.kind=mask_rcnn", ["'network.kind' is 'mask_rcnn'", "'segmentation'", "unet"]),

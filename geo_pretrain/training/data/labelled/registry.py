@@ -11,6 +11,7 @@ import numpy as np
 
 from geo_pretrain.errors import DataError, RecipeError, some, unknown
 from geo_pretrain.training.config import parse
+from geo_pretrain.training.data.labelled.ade20k import open_ade20k
 from geo_pretrain.training.data.labelled.cityscapes import open_cityscapes
 from geo_pretrain.training.data.labelled.clouds.sets import CLOUD_SETS
 from geo_pretrain.training.data.labelled.coco import CocoOptions, open_coco
@@ -25,6 +26,12 @@ from geo_pretrain.training.data.labelled.sunrgbd import open_sunrgbd
 SEGMENTATION: tuple[ImageTask, ...] = ("segmentation",)
 BOTH: tuple[ImageTask, ...] = ("segmentation", "detection")
 IMAGE_SETS = {
+    "ade20k": DataSet(
+        plain(open_ade20k),
+        SEGMENTATION,
+        "LicenseRef-ADE20K-terms",
+        "images: non-commercial research and education; annotations: BSD-3-Clause",
+    ),
     "cityscapes": DataSet(
         plain(open_cityscapes),
         SEGMENTATION,

@@ -41,6 +41,7 @@ from geo_pretrain.training.data.surfaces.ply import triangle_rows
 # 640x480 becomes that when `resize_frame` takes the second of every two pixels.
 CONSTANT_640 = np.array([[577.870605, 0, 320.0], [0, 577.870605, 240.0], [0, 0, 1]])
 
+SCANS = "scans"  # the folder of the scans in the release, beside scans_test, which has neither segments nor objects
 EVERY = 25  # frames of a .sens file from one that is used to the next, in all papers
 UNSTATED = ("every", "scans")  # options that are younger than fingerprints
 
@@ -68,6 +69,8 @@ class ScanNet:
         return "; ".join(part for part in (own, self.assembly.note()) if part)
 
     def __init__(self, root: Path, config: ScanNetConfig | None = None) -> None:
+        released = root / SCANS
+        root = released if released.is_dir() and not any(root.glob("scene*")) else root
         self.root = root
         self.config = config or ScanNetConfig()
         self.assembly = Assembly(Conventions(), self.config, resize=resize_image)

@@ -13,6 +13,7 @@ from geo_pretrain.errors import BadFrame, DataError, RecipeError, UnknownName
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from tests.labelled_layouts import (
     save,
+    write_ade20k_image,
     write_cityscapes_image,
     write_kitti_image,
     write_nyuv2_image,
@@ -141,6 +142,40 @@ def test_cityscapes_is_what_was_written(tmp_path):
     (tmp_path / "gtFine").rename(tmp_path / "gtCoarse")
     with pytest.raises(DataError, match=r"has no folder 'gtFine/train'. Expected layout: leftImg8bit"):
         open_labelled("cityscapes", tmp_path, "train", task="segmentation")
+
+
+def test_ade20k_is_what_was_written(tmp_path):
+    rng, truth = np.random.default_rng(5), {}
+    for split, numbers in (("train", (1, 2, 20210)), ("val", (1, 2000))):
+        for number in numbers:
+            image, label, _ = truth[split, number] = picture(rng, list(range(151)), (40 + number % 3, 56))
+            write_ade20k_image(tmp_path, split, number, image, label)
+    for root in (tmp_path, tmp_path / "ADEChallengeData2016"):
+        train, val = (open_labelled("ade20k", root, split, task="segmentation") for split in ("train", "val"))
+        assert train.ids() == ["ADE_train_00000001", "ADE_train_00000002", "ADE_train_00020210"]
+        assert val.ids() == ["ADE_val_00000001", "ADE_val_00002000"]
+    assert (len(val.classes), val.classes[0], val.classes[149]) == (150, "wall", "flag")
+    for source in (train, val):
+        for id in source.ids():
+            read, (image, label, _) = source.load(id), truth[source.split, int(id[-8:])]
+            assert np.abs(read.image.astype(int) - image).mean() < 4  # JPEG
+            np.testing.assert_array_equal(read.semantic, label)
+    write_ade20k_image(tmp_path, "val", 3, image, np.full(image.shape[:2], 151))
+    with pytest.raises(BadFrame, match=r"ADE_val_00000003.png: label id 151 in 2352 pixels; .* accepts 0 to 150"):
+        open_labelled("ade20k", tmp_path, "val", task="segmentation").load("ADE_val_00000003")
+
+
+def test_ade20k_says_what_is_missing_and_what_the_full_set_is(tmp_path):
+    folder = tmp_path / "images" / "training" / "a" / "airport_terminal"
+    folder.mkdir(parents=True)
+    with pytest.raises(DataError, match=r"is the full ADE20K \(folders of scene categories\), which is not read"):
+        open_labelled("ade20k", tmp_path, "train", task="segmentation")
+    (tmp_path / "index_ade20k.mat").touch()
+    with pytest.raises(DataError, match=r"is the full ADE20K \(index_ade20k.mat\).*ADEChallengeData2016.zip"):
+        open_labelled("ade20k", tmp_path, "train", task="segmentation")
+    write_ade20k_image(tmp_path, "train", 1, *picture(np.random.default_rng(0), [1])[:2])
+    with pytest.raises(DataError, match=r"no folder 'images/validation', 'annotations/validation'. Expected layout"):
+        open_labelled("ade20k", tmp_path, "val", task="segmentation")
 
 
 @pytest.mark.parametrize("as_authors", [False, True])

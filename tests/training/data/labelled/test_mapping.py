@@ -13,7 +13,21 @@ from geo_pretrain.errors import BadFrame, UnknownName
 from geo_pretrain.training.data.labelled.mapping import label_map, list_label_maps
 from tests.training.data.labelled.twins import CITYSCAPES, NYU9, NYU13, NYU40_20, mapped
 
-ALL = ["cityscapes19", "nyu13", "nyu9", "scannet18", "scannet20", "semantickitti19", "sunrgbd37", "synthia12"]
+ALL = ["ade20k150", "cityscapes19", "nyu13", "nyu9", "scannet18", "scannet20"]
+ALL += ["semantickitti19", "sunrgbd37", "synthia12"]
+# Some lines of the challenge's objectInfo150.txt: number and first name.
+ADE20K = {
+    1: "wall",
+    2: "building",
+    3: "sky",
+    4: "floor",
+    8: "bed",
+    9: "windowpane",
+    20: "chair",
+    34: "desk",
+    48: "sink",
+}
+ADE20K |= {59: "screen door", 64: "blind", 83: "light", 90: "television", 100: "buffet", 131: "screen", 150: "flag"}
 
 
 def test_every_map_comes_with_the_package():
@@ -40,6 +54,7 @@ def test_a_map_has_as_many_classes_as_its_name_says_and_an_id_for_each(name):
         ("nyu9", [NYU13.index(label) + 1 for label in NYU9], 13),
         ("cityscapes19", CITYSCAPES, 33),
         ("sunrgbd37", list(range(37)), 36),
+        ("ade20k150", list(range(1, 151)), 150),
         ("synthia12", [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15], 15),
     ],
 )
@@ -54,6 +69,12 @@ def test_nyu_classes_carry_the_names_of_the_protocol():
     assert list(label_map("nyu13").classes) == NYU13
     assert list(label_map("nyu9").classes) == NYU9
     assert label_map("scannet18").classes == label_map("scannet20").classes[2:]
+
+
+def test_ade20k_counts_as_the_challenge_does():
+    labels = label_map("ade20k150")
+    assert {number: labels.classes[labels.ids[number] - 1] for number in ADE20K} == ADE20K
+    assert labels.ids[0] == 0
 
 
 def test_cityscapes_is_torchvisions_table():
@@ -76,6 +97,7 @@ def test_no_label_of_sunrgbd_is_ignored():
     "name, ids, reason",
     [
         ("scannet20", [0, 41, 50, 41], "label id 41 in 2 pixels; label map scannet20 accepts 0 to 40"),
+        ("ade20k150", [0, 151], "label id 151 in 1 pixels; label map ade20k150 accepts 0 to 150"),
         ("nyu13", [14], "label id 14 in 1 pixels; label map nyu13 accepts 0 to 13"),
         ("cityscapes19", [255], "label id 255 in 1 pixels; label map cityscapes19 accepts 0 to 33"),
         ("sunrgbd37", [37, 255], "label id 37 in 1 pixels; label map sunrgbd37 accepts 0 to 36, 255"),
