@@ -255,9 +255,9 @@ def _outdoor_entries() -> tuple[Entry, ...]:
     text = f"{PRIORS['view']}, with depth proxy, learning rate 0.01"
     arch, wide = RESNET_UNET["r50"], f"{text}, 180x360 crops"
     return (
-        _entry("pri3d_view_r50.kitti", arch, kitti, "KITTI", f"{text}, 240x320 crops", has_recipe=False),
-        _entry("pri3d_view_r50.kitti_180", arch, kitti, "KITTI", wide, WIDE_CONTRACT, has_recipe=False),
-        _entry("pri3d_view_r50.megadepth", arch, megadepth, "MegaDepth", wide, WIDE_CONTRACT, has_recipe=False),
+        _entry("pri3d_view_r50.kitti", arch, kitti, "KITTI", f"{text}, 240x320 crops"),
+        _entry("pri3d_view_r50.kitti_180", arch, kitti, "KITTI", wide, WIDE_CONTRACT),
+        _entry("pri3d_view_r50.megadepth", arch, megadepth, "MegaDepth", wide, WIDE_CONTRACT),
     )
 
 

@@ -15,7 +15,7 @@ from geo_pretrain.catalog.license import LICENSES, License, strictest
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.files import read_sealed
-from geo_pretrain.training.data.sources.registry import data_license
+from geo_pretrain.training.data.sources.registry import data_license, weights_terms
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.initialize import FILE, PACKAGE, weights_file
 from geo_pretrain.training.recipe import STAGE1, Recipe
@@ -49,7 +49,9 @@ def run_license(recipe: Recipe, settings: Mapping[str, Any], starts: Mapping[str
     base = f"random weights; teacher: {taught_by.name}" if taught_by.name else "none (random weights)"
     mixed = (("ImageNet", IMAGENET_TERMS),) if settings.get("mix", "none") != "none" else ()
     datasets = dict([(dataset, terms), *mixed, *start.datasets, *taught_by.datasets])
-    weights = strictest(terms, *(more for _, more in mixed), start.terms or terms, taught_by.terms or terms)
+    weights = strictest(
+        weights_terms(recipe.data), *(more for _, more in mixed), start.terms or terms, taught_by.terms or terms
+    )
     return License(code="MIT", weights=weights, datasets=tuple(datasets.items()), base_model=start.name or base)
 
 

@@ -63,7 +63,13 @@ RENAMED = (
 # Keys that do not change the result. Data are compared by their fingerprint, not by their path.
 WITHOUT_EFFECT = ("workers", "save_every", "data.path", "data.options.cache", "data.options.renderer")
 _SAME_DATA = ("source", "path", "size", "frames", "license", "options")  # data settings that a first stage takes over
-_SAME_PAIRS = ("overlap", "measure", "max_pairs_per_scene")  # the same, where both stages train on pairs
+_SAME_PAIRS = (
+    "overlap",
+    "measure",
+    "max_pairs_per_scene",
+    "draws_per_scene",
+    "crop",
+)  # the same, where both stages train on pairs
 
 # Options are those of one source, of rooms where none is given.
 OWNERS = {"data.source": ("data.options", "rooms")}
@@ -131,9 +137,13 @@ class DataSpec:
     units: Literal["pairs", "frames"] = "pairs"  # frames: single frames, each stored as a pair with itself
     overlap: Interval = (0.3, 1.0)  # range of the overlap ratio of pairs
     # How overlap is measured. projective: by projection, as Pri3D's paper says; match_released_code: as the released
-    # script does it, by 5 cm voxels within 7.5 cm of each other; voxels: quick, and calibrated to that.
-    measure: Literal["projective", "match_released_code", "voxels"] = "projective"
+    # script does it, by 5 cm voxels within 7.5 cm of each other; voxels: quick, and calibrated to that; source: by the
+    # data set's own rule, where its source has one.
+    measure: Literal["projective", "match_released_code", "voxels", "source"] = "projective"
     max_pairs_per_scene: Count | None = None  # chosen at even spacing among the scene's pairs
+    draws_per_scene: Count | None = None  # pairs drawn from each scene an epoch, with replacement; None: each pair once
+    # none: frames are resized to `size`; match: both are cut to it, about a point that both see.
+    crop: Literal["none", "match"] = "none"
     license: str | None = None  # SPDX identifier of the data's license; None: the source's own
     options: dict[str, Any] = field(default_factory=dict)  # options of the source, which checks them
     augment: AugmentSpec = AugmentSpec()
@@ -348,6 +358,8 @@ def _draft(name: str, *, toy: bool) -> Draft:
             del overlay["model"]["width"]
         if lookup(tree, "model.init") == STAGE1:
             del overlay["model"]["init"]  # a first stage is trained on rooms too, so nothing is downloaded
+        if lookup(tree, "data.source") != lookup(overlay, "data.source") and isinstance(tree.get("data"), dict):
+            tree["data"].pop("options", None)  # those of another source
         merge_tree(tree, overlay)
         merge_tree(tree, task_overlay)
         if isinstance(tree.get("name"), str):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from geo_pretrain.errors import BadFrame, DataError, first_line
+from geo_pretrain.errors import BadFrame, DataError, first_line, require
 from geo_pretrain.files import regular
 
 INVALID_MM = (0, 65535)  # both mean "no measurement"; 65535 is rare and easily forgotten
@@ -82,9 +82,11 @@ def aspect_fault(color: Sequence[int], depth: Sequence[int]) -> str | None:
 
 
 def read_raw_depth(path: Path) -> np.ndarray:
-    """Read the values of a depth image as stored, [H, W]: 16 or 32-bit gray, float TIFF, .npy, COLMAP's .bin."""
+    """Read the values of a depth image as stored, [H, W]: 16 or 32-bit gray, float TIFF, .npy, .h5, COLMAP's .bin."""
     if path.suffix == ".bin":
         return _read_colmap_map(path)
+    if path.suffix == ".h5":
+        return _read_hdf5_map(path)
     if path.suffix == ".npy":
         with loaded_arrays(path) as array:
             values = np.asarray(array)
@@ -113,6 +115,22 @@ def _read_colmap_map(path: Path) -> np.ndarray:
     if len(data) - start != 4 * numbers[0] * numbers[1]:
         raise BadFrame(path, f"has {len(data) - start} bytes of values, expected {numbers[0]}x{numbers[1]} of 4 bytes")
     return np.frombuffer(data, "<f4", offset=start).reshape(numbers[1], numbers[0])
+
+
+def _read_hdf5_map(path: Path) -> np.ndarray:
+    """Read the data set "depth" of an HDF5 file, float [H, W], as MegaDepth stores it. Needs h5py."""
+    h5py: Any = require("h5py", "datasets")
+    try:
+        with h5py.File(regular(path), "r") as file:
+            data = file["depth"]
+            shape, kind = tuple(data.shape), data.dtype.kind
+            if len(shape) == 2 and kind in "uif" and 0 < shape[0] * shape[1] <= MOST_PIXELS:
+                return np.asarray(data[()])
+    except FileNotFoundError:
+        raise BadFrame(path, "depth image is missing") from None
+    except (*_DAMAGED, AttributeError, MemoryError) as error:
+        raise BadFrame(path, f"depth cannot be read ({first_line(error)})") from None
+    raise BadFrame(path, f"depth is a data set {list(shape)} of kind {kind!r}, expected [H, W] of numbers")
 
 
 def read_depth(

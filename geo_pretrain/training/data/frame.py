@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -33,7 +33,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two overlapping frames of a scene, the earlier one first."""
+    """Two overlapping frames of a scene, the earlier one first; by the data set's own rule either may come first."""
 
     scene: str
     frame1: str
@@ -152,6 +152,25 @@ class RawDepth(Protocol):
 
     def raw_depth(self, scene: str, frame_id: str) -> np.ndarray:
         """Read the stored values of a frame's depth, [H, W]. Raises `BadFrame`."""
+
+
+@runtime_checkable
+class OwnPairs(Protocol):
+    """A source whose data set has its own rule for pairs, `data.measure: source`."""
+
+    def tests(self, scene: str, ids: Sequence[str]) -> int:
+        """How many pairs among some frames of a scene the rule compares."""
+
+    def overlaps(self, scene: str, ids: Sequence[str], skips: SkippedFrames) -> Iterator[tuple[str, str, float]]:
+        """Compare pairs of frames `ids`: first frame, second frame, overlap. Bad frames are added to `skips`."""
+
+
+@runtime_checkable
+class CommonPoints(Protocol):
+    """A source that knows where two frames of a pair see the same points, on which crops are centered."""
+
+    def common_points(self, scene: str, frame1: str, frame2: str) -> np.ndarray:
+        """Load row and column in either frame, float64 [N, 4] pixels. Raises `BadFrame`."""
 
 
 class SourcePart:

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geo_pretrain.errors import BadFrame, CheckpointError, DataError, first_line
+from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError, first_line
 from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.data.frame import (
     Frame,
+    OwnPairs,
     Pair,
     SampledContent,
     SkippedFrames,
@@ -141,6 +142,8 @@ def _pairs_of(scenes: list[ScenePairs], spec: DataSpec) -> tuple[list[Pair], dic
 def _scene_pairs(
     source: Source, scene: str, spec: DataSpec, skips: SkippedFrames, tested: PairCounts, device: str | torch.device
 ) -> list[Pair]:
+    if spec.measure == "source":
+        return _own_pairs(source, scene, spec, skips, tested)
     frames = _load_all(source, scene, lambda frame: prepared(frame, spec), skips)
     names, ratios = list(frames), compare_frames(list(frames.values()), spec, device)
     tested.add(ratios, spec.overlap)
@@ -150,6 +153,27 @@ def _scene_pairs(
         for i, j in combinations(range(len(names)), 2)
         if low <= ratios[i, j] <= high
     ]
+    return spread_evenly(pairs, spec.max_pairs_per_scene)
+
+
+def own_pairs(source: Source) -> OwnPairs:
+    """The source, if its data set has its own rule for pairs. Raises `RecipeError` if it has none."""
+    if (found := capability(source, OwnPairs)) is None:
+        raise RecipeError(
+            f"'data.measure' is 'source', but source {source.name!r} has no rule of its own for pairs; accepted are "
+            "projective, voxels and match_released_code."
+        )
+    return found
+
+
+def _own_pairs(source: Source, scene: str, spec: DataSpec, skips: SkippedFrames, tested: PairCounts) -> list[Pair]:
+    """The pairs of a scene by the rule of its data set."""
+    pairs, ratios, (low, high) = [], [], spec.overlap
+    for first, second, ratio in own_pairs(source).overlaps(scene, source.frame_ids(scene), skips):
+        ratios.append(ratio)
+        if low <= ratio <= high:
+            pairs.append(Pair(scene, first, second, ratio))
+    tested.add(np.array(ratios), spec.overlap)
     return spread_evenly(pairs, spec.max_pairs_per_scene)
 
 

@@ -21,13 +21,14 @@ from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.files import parse_json
 from geo_pretrain.training.config import parse, plain_types
 from geo_pretrain.training.data.frame import SkippedFrames, Source
-from geo_pretrain.training.data.mining import compare_frames, mine_scene, prepared
+from geo_pretrain.training.data.mining import compare_frames, mine_scene, own_pairs, prepared
 from geo_pretrain.training.data.pair_files import identity, mined_once, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import DataSpec
 
 POLL = 0.1  # seconds between looks at jobs
 SAMPLED_SCENES, SAMPLED_FRAMES = 3, 24  # of which an estimate measures time, bytes and overlaps
+NEAR = 8  # frames between those that are compared by a data set's own rule
 PAIR_BYTES = 40  # of a pair in a file
 
 OnScene = Callable[[int, int], None]  # called with (done, total), scenes or jobs
@@ -181,23 +182,33 @@ def estimate(source: Source, spec: DataSpec, *, workers: int = 1, device: str = 
 
     Raises `DataError` when none of the frames that it reads can be used.
     """
+    own = own_pairs(source) if spec.measure == "source" else None
     sizes = [len(source.frame_ids(scene)) for scene in source.scenes()]
     pairs = sum(count * (count - 1) // 2 for count in sizes)
+    if own is not None:
+        pairs = sum(own.tests(scene, source.frame_ids(scene)) for scene in source.scenes())
     read, frames, tested, kept, reading, comparing = _bytes_read(), 0, 0, 0, 0.0, 0.0
     faults: list[BadFrame] = []
     for scene in spread_evenly(source.scenes(), SAMPLED_SCENES):
         begin, clouds = time.monotonic(), []
-        for id in spread_evenly(source.frame_ids(scene), SAMPLED_FRAMES):
-            frames += 1
-            try:
-                clouds.append(prepared(source.load(scene, id), spec))
-            except BadFrame as bad:
-                faults.append(bad)
-        reading += time.monotonic() - begin
-        begin = time.monotonic()
-        ratios = compare_frames(clouds, spec, device)
-        comparing += time.monotonic() - begin
-        values = [ratios[i, j] for i, j in combinations(range(len(clouds)), 2)]
+        if own is not None:
+            ids, skips = _neighbors(source.frame_ids(scene)), SkippedFrames()
+            values = [ratio for _, _, ratio in own.overlaps(scene, ids, skips)]
+            comparing += time.monotonic() - begin  # and reading: frames are read once for many comparisons
+            frames += len(ids)
+            faults += [BadFrame(path, reason) for path, reason in skips.reasons.items()]
+        else:
+            for id in spread_evenly(source.frame_ids(scene), SAMPLED_FRAMES):
+                frames += 1
+                try:
+                    clouds.append(prepared(source.load(scene, id), spec))
+                except BadFrame as bad:
+                    faults.append(bad)
+            reading += time.monotonic() - begin
+            begin = time.monotonic()
+            ratios = compare_frames(clouds, spec, device)
+            comparing += time.monotonic() - begin
+            values = [ratios[i, j] for i, j in combinations(range(len(clouds)), 2)]
         tested += len(values)
         kept += sum(spec.overlap[0] <= value <= spec.overlap[1] for value in values)
     if frames == len(faults):
@@ -218,6 +229,13 @@ def estimate(source: Source, spec: DataSpec, *, workers: int = 1, device: str = 
         measured_frames=frames,
         readable=1 - len(faults) / frames,
     )
+
+
+def _neighbors(ids: list[str]) -> list[str]:
+    """Some frames of a scene, near enough to each other for rules that compare neighbors in time."""
+    step = min(NEAR, max(1, len(ids) // SAMPLED_FRAMES))
+    start = (len(ids) - step * SAMPLED_FRAMES) // 2
+    return ids[max(start, 0) :: step][:SAMPLED_FRAMES]
 
 
 def _bytes_read() -> int | None:

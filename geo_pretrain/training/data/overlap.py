@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -21,6 +21,7 @@ CLOUD_RADIUS = 0.075  # m; it counts points with a neighbor closer than this
 # real frames, see `cell_overlap_matrix`.
 CELL, CELL_HEIGHT = 0.06, 120
 REACH = ((0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
+SPARSE_TOLERANCE = 0.5  # m along the optical axis: of laser depth outdoors, as in Pri3D's preparation of KITTI
 CELLS_AT_ONCE = 1 << 23  # entries of the tables that are multiplied at once, cells x frames
 
 
@@ -49,6 +50,42 @@ def thin_cloud(frame: Frame) -> Tensor:
     points = geometry.transform(points, torch.from_numpy(frame.cam_to_world).double())
     low = points.amin(dim=0) - CLOUD_VOXEL / 2
     return voxelize(points - low, points, CLOUD_VOXEL, reduce="mean").feats
+
+
+@dataclass(frozen=True)
+class SparseFrame:
+    """The pixels of a frame that have depth, back-projected once for many comparisons."""
+
+    points: np.ndarray  # float32 [N, 3] m, camera frame
+    depth: np.ndarray  # float32 [H, W] m
+    intrinsics: np.ndarray
+    cam_to_world: np.ndarray
+
+    @classmethod
+    def of(cls, frame: Frame) -> SparseFrame:
+        """Back-project a frame's valid pixels."""
+        points = geometry.backproject(torch.from_numpy(frame.depth), torch.from_numpy(frame.intrinsics).float())
+        valid = points.numpy()[frame.depth.reshape(-1) > 0]
+        return cls(valid, frame.depth, frame.intrinsics, frame.cam_to_world)
+
+
+def sparse_overlap(frame1: SparseFrame, frame2: SparseFrame, tolerance: float = SPARSE_TOLERANCE) -> float:
+    """Compute matches / (valid pixels of both - matches), from frame 1 to frame 2: Pri3D's overlap on KITTI.
+
+    A match is a pixel of frame 1 whose point falls on a pixel of frame 2 with a depth that differs by less than
+    `tolerance` m. `geometry.match_pixels` counts the same; here only pixels with depth are projected.
+    """
+    motion = (np.linalg.inv(frame2.cam_to_world) @ frame1.cam_to_world).astype(np.float32)
+    x, y, z = (frame1.points @ motion[:3, :3].T + motion[:3, 3]).T
+    front = z > 0
+    x, y, z = x[front], y[front], z[front]
+    (fx, _, cx), (_, fy, cy), _ = frame2.intrinsics.astype(np.float32)
+    column, row = np.floor(x / z * fx + cx), np.floor(y / z * fy + cy)
+    height, width = frame2.depth.shape
+    inside = (column >= 0) & (row >= 0) & (column < width) & (row < height)
+    seen = frame2.depth[row[inside].astype(np.intp), column[inside].astype(np.intp)]
+    matches = int(((seen > 0) & (np.abs(seen - z[inside]) < tolerance)).sum())
+    return matches / max(len(frame1.points) + len(frame2.points) - matches, 1)
 
 
 def cloud_overlap(cloud1: Tensor, cloud2: Tensor) -> tuple[float, float]:

@@ -37,8 +37,8 @@ class PairCounts:
     largest: float = 0.0  # overlap of a pair below the range
 
     def add(self, ratios: np.ndarray, overlap: tuple[float, float]) -> None:
-        """Count the pairs of a scene by their overlap ratios [N, N]."""
-        values = ratios[np.triu_indices(len(ratios), 1)]
+        """Count the pairs of a scene by their overlap ratios [N, N], or [M] of its pairs."""
+        values = ratios[np.triu_indices(len(ratios), 1)] if ratios.ndim == 2 else ratios
         below = values[values < overlap[0]]
         self.pairs += len(values)
         self.below += len(below)

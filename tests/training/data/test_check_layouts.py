@@ -8,7 +8,8 @@ from geo_pretrain.training.data.check.report import Level
 from geo_pretrain.training.data.check.source import quick_check, stop_if_wrong
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import DataSpec
-from tests.recording_layouts import LAYOUTS, RIGHT, WRONG, golden_frames
+from tests.dataset_layouts import ALL_LAYOUTS, NAMES
+from tests.recording_layouts import RIGHT, WRONG, golden_frames
 
 TOPICS = {"inverted": "poses", "flipped": "poses", "depth": "depth scale"}
 
@@ -23,9 +24,9 @@ def frames():
     return golden_frames(size=(60, 80))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", NAMES)
 def test_right_recordings_pass(layout, frames, tmp_path):
-    report = checked(layout, LAYOUTS[layout](tmp_path, frames, RIGHT))
+    report = checked(layout, ALL_LAYOUTS[layout](tmp_path, frames, RIGHT))
     assert {finding.topic: finding.level for finding in report.findings} == {
         "frames": Level.OK, "intrinsics": Level.OK, "poses": Level.OK, "depth scale": Level.OK
     }  # fmt: skip
@@ -33,9 +34,9 @@ def test_right_recordings_pass(layout, frames, tmp_path):
 
 
 @pytest.mark.parametrize("twin", WRONG)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", NAMES)
 def test_wrong_readings_are_named_and_the_suggested_options_mend_them(layout, twin, frames, tmp_path):
-    path = LAYOUTS[layout](tmp_path, frames, WRONG[twin])
+    path = ALL_LAYOUTS[layout](tmp_path, frames, WRONG[twin])
     report = checked(layout, path)
     assert {finding.topic for finding in report.at(Level.WRONG)} == {TOPICS[twin]}
     mended = checked(layout, path, **report.options)

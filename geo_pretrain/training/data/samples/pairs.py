@@ -14,6 +14,7 @@ from torch import Tensor
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.frame import Frame, Pair, Source, resize_frame
 from geo_pretrain.training.data.samples.augment import augment_colors
+from geo_pretrain.training.data.samples.crops import crop_centers, crop_pair, refuse_pair_settings
 from geo_pretrain.training.data.samples.sampler import ATTEMPTS, ImageSamples, Key, Samples, Skipped, read_or_replace
 from geo_pretrain.training.data.surfaces.sets import LABEL_SOURCES, Kind, Sets, frame_labels
 
@@ -21,27 +22,34 @@ from geo_pretrain.training.data.surfaces.sets import LABEL_SOURCES, Kind, Sets, 
 def read_pair(
     samples: Samples, key: Key, generator: torch.Generator, skipped: Skipped
 ) -> tuple[int, tuple[Frame, Frame]]:
-    """Read the two frames of a pair at the size of the recipe; returns the pair's position, too.
+    """Read the two frames of a pair at the size of the recipe, resized or cropped; returns the pair's position, too.
 
-    A pair that cannot be read is replaced by one drawn from `generator` and added to `skipped`. Raises `DataError`
-    after `ATTEMPTS` pairs in a row.
+    With `spec.draws_per_scene` the pair is drawn from those of a scene, of which an epoch takes as many as that. A pair
+    that cannot be read is replaced by one drawn from `generator` and added to `skipped`. Raises `DataError` after
+    `ATTEMPTS` pairs in a row.
     """
     source, size = samples.source, samples.spec.size
 
     def load(index: int) -> tuple[Frame, Frame]:
         pair = samples.pairs[index]
-        first = _read_frame(source, pair.scene, pair.frame1, size)
+        first = source.load(pair.scene, pair.frame1)
         alone = pair.frame2 == pair.frame1  # `DataSpec.units` "frames": read once
-        return first, first if alone else _read_frame(source, pair.scene, pair.frame2, size)
+        second = first if alone else source.load(pair.scene, pair.frame2)
+        if samples.spec.crop == "match":
+            first, second = crop_pair(first, second, size, crop_centers(source, pair, first, second, size), generator)
+        else:
+            small = resize_frame(first, size)
+            first, second = small, small if alone else resize_frame(second, size)
+        for id, frame in ((pair.frame1, first), (pair.frame2, second)):
+            if not frame.depth.any():
+                raise BadFrame(f"{pair.scene}/{id}", f"no pixel has a valid depth at {size[0]}x{size[1]}")
+        return first, second
 
-    return read_or_replace(load, len(samples.pairs), key[1], generator, skipped, what="pairs")
-
-
-def _read_frame(source: Source, scene: str, frame_id: str, size: tuple[int, int]) -> Frame:
-    frame = resize_frame(source.load(scene, frame_id), size)
-    if not frame.depth.any():
-        raise BadFrame(f"{scene}/{frame_id}", f"no pixel has a valid depth at {size[0]}x{size[1]}")
-    return frame
+    index = key[1]
+    if samples.spec.draws_per_scene is not None:
+        rows = samples.rows_by_scene[index // samples.spec.draws_per_scene]
+        index = rows[int(torch.randint(len(rows), (), generator=generator))]
+    return read_or_replace(load, len(samples.pairs), index, generator, skipped, what="pairs")
 
 
 class PairSamples(ImageSamples):
@@ -76,6 +84,10 @@ class SetPairSamples(PairSamples):
     """
 
     sets: Sets
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_pair_settings(self.spec, ["crop"], "geometric sets, which are looked up in whole frames,")
 
     def _tensors(self, frame: Frame, generator: torch.Generator) -> dict[str, Tensor]:
         return super()._tensors(frame, generator) | {"sets": torch.from_numpy(self.sets.pixels(frame))}

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -28,7 +29,9 @@ T = TypeVar("T")
 
 @dataclass(eq=False, repr=False)
 class Samples(Dataset[dict[str, Any]], ABC):
-    """The samples of a run, one a pair. Indexed by (epoch, position), independent of workers, processes and resuming.
+    """The samples of a run, one a pair or as many as are drawn; each a pure function of its key.
+
+    Keys are (epoch, position): samples do not depend on workers, processes and resuming.
 
     Every sample has the fields that its class names, "seed", an integer for draws made later on the device, and
     "skipped", (path, reason) of the files that could not be read and were replaced.
@@ -44,7 +47,16 @@ class Samples(Dataset[dict[str, Any]], ABC):
     seed: int
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        draws = self.spec.draws_per_scene
+        return len(self.pairs) if draws is None else draws * len(self.rows_by_scene)
+
+    @cached_property
+    def rows_by_scene(self) -> list[list[int]]:
+        """Positions of the pairs of each scene."""
+        rows: dict[str, list[int]] = {}
+        for row, pair in enumerate(self.pairs):
+            rows.setdefault(pair.scene, []).append(row)
+        return list(rows.values())
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         generator = sample_generator(self.seed, key)

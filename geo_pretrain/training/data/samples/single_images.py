@@ -17,6 +17,7 @@ from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.training.data.files import files_fingerprint, read_color
 from geo_pretrain.training.data.frame import Frame, Pair, Source, resize_frame
 from geo_pretrain.training.data.samples.augment import augment_colors, crop_resize, random_box, uniform
+from geo_pretrain.training.data.samples.crops import refuse_pair_settings
 from geo_pretrain.training.data.samples.sampler import ImageSamples, Key, Skipped, read_or_replace, sample_seed
 
 Mix = Literal["none", "combine", "batch"]
@@ -42,6 +43,10 @@ class CropSamples(ImageSamples):
     resize: tuple[int, int] | None = None
     images: Sequence[Path] = ()
     mix: Mix = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_pair_settings(self.spec, ("crop", "draws_per_scene"), "samples of single images")
 
     def __len__(self) -> int:
         if self.mix == "combine":
@@ -97,6 +102,10 @@ class TwoColorViews(ImageSamples):
 
     _: KW_ONLY
     blur_taps: int | None  # see `augment_colors`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_pair_settings(self.spec, ("crop", "draws_per_scene"), "samples of single images")
 
     def _draw(self, key: Key, generator: torch.Generator, skipped: Skipped) -> dict[str, Any]:
         _, frame = read_or_replace(self._frame, len(self.pairs), key[1], generator, skipped, what="images")

@@ -37,6 +37,7 @@ class View:
     depth: Path
     pose: np.ndarray | Path | BadFrame | None  # [4, 4] as stored, its file, why there is none; None: no poses at all
     camera: Camera | BadFrame
+    mount: np.ndarray | BadFrame | None = None  # [4, 4], m: from the camera to what the pose is of, such as a rig
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ class Recordings:
         view = recording.views[frame_id]
         camera = self._camera(view)
         pose = np.eye(4) if view.pose is None else self._pose(recording, view.pose)
+        if isinstance(view.mount, BadFrame):
+            raise view.mount
+        pose = pose if view.mount is None else pose @ view.mount
         color = files.read_frame_color(view.color)
         depth = self.conventions.read_depth(view.depth)
         color, depth, matrix, pose = self.assembly.images(color, depth, camera, pose, view.color, view.depth)

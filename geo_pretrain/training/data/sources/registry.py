@@ -13,6 +13,8 @@ from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.frame import Frame, Noted, Source, SourcePart, capability
 from geo_pretrain.training.data.sources.colmap import ColmapOptions, open_colmap
 from geo_pretrain.training.data.sources.folder import PlainOptions, open_plain
+from geo_pretrain.training.data.sources.kitti import KittiOptions, open_kitti
+from geo_pretrain.training.data.sources.megadepth import MegaDepthOptions, open_megadepth
 from geo_pretrain.training.data.sources.redwood import RedwoodOptions, open_redwood
 from geo_pretrain.training.data.sources.rooms import Rooms, RoomsOptions
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
@@ -33,6 +35,7 @@ class SourceRow:
     open: Opener
     dataset: str
     license: str  # SPDX or LicenseRef
+    weights: str | None = None  # terms of weights trained on it, where they are not the data's
 
 
 def list_sources() -> list[str]:
@@ -90,6 +93,11 @@ def data_license(spec: DataSpec) -> tuple[str, str]:
     return row.dataset, spec.license or row.license
 
 
+def weights_terms(spec: DataSpec) -> str:
+    """The terms that the data of a recipe put on weights: those of the data, unless nobody can state them."""
+    return SOURCES[spec.source].weights or data_license(spec)[1] if spec.license is None else spec.license
+
+
 def source_note(source: Source) -> str:
     """The source's remark on its frames, for the provenance."""
     noted = capability(source, Noted)
@@ -117,9 +125,14 @@ def _folder(source: Callable[[Path, Any], Source]) -> Opener:
 
 # A layout says nothing about whose frames they are, so a folder's license is its owner's unless `data.license` tells.
 _OWNER = "LicenseRef-data-owner"
+# MegaDepth's photographs belong to many owners under differing terms.
 SOURCES = {
     "colmap": SourceRow(ColmapOptions, _folder(open_colmap), "RGB-D folder reconstructed by COLMAP", _OWNER),
     "folder": SourceRow(PlainOptions, _folder(open_plain), "RGB-D folder in the plain layout", _OWNER),
+    "kitti": SourceRow(KittiOptions, _folder(open_kitti), "KITTI", "CC-BY-NC-SA-3.0"),
+    "megadepth": SourceRow(
+        MegaDepthOptions, _folder(open_megadepth), "MegaDepth", "LicenseRef-MegaDepth-terms", "LicenseRef-unstated"
+    ),
     "redwood": SourceRow(RedwoodOptions, _folder(open_redwood), "RGB-D folder in Redwood's layout", _OWNER),
     "rooms": SourceRow(RoomsOptions, _open_rooms, "rooms", "MIT"),
     "scannet": SourceRow(ScanNetConfig, _folder(ScanNet), "ScanNet", "LicenseRef-ScanNet-ToU"),

@@ -25,9 +25,9 @@ from geo_pretrain.training.data.sources.sens import SensFile, index_frames
 from geo_pretrain.training.data.sources.tum import associate
 from geo_pretrain.training.data.surfaces.fusing import Surfaces
 from geo_pretrain.training.recipe import DataSpec
+from tests.dataset_layouts import ALL_LAYOUTS, NAMES
 from tests.recording_layouts import (
     FLIP,
-    LAYOUTS,
     Twin,
     four,
     golden_frames,
@@ -39,9 +39,9 @@ from tests.recording_layouts import (
     write_tum,
 )
 
-FLOATS = ("colmap", "colmap binary")  # layouts whose depth is in float
+FLOATS = ("colmap", "colmap binary", "megadepth")  # layouts whose depth is in float
 OPENGL = ("transforms",)
-INVERTED = ("colmap", "colmap binary")  # layouts with world-to-camera poses
+INVERTED = ("colmap", "colmap binary", "megadepth")  # layouts with world-to-camera poses
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def opened(layout, root, **options):
     return open_source(DataSpec(source=layout.split()[0], path=str(root), options=options))
 
 
-def assert_is(frame, want):
-    np.testing.assert_allclose(frame.depth, want.depth, atol=0.0006)
+def assert_is(frame, want, atol=0.0006):
+    np.testing.assert_allclose(frame.depth, want.depth, atol=atol)
     np.testing.assert_allclose(frame.intrinsics, want.intrinsics, atol=1e-4)
     np.testing.assert_allclose(frame.cam_to_world, want.cam_to_world, atol=2e-5)
     assert np.abs(frame.color.astype(int) - want.color).mean() < 4  # JPEG
@@ -65,27 +65,27 @@ def assert_is(frame, want):
 def test_the_sweep_has_a_writer_for_each_layout_of_recordings():
     from geo_pretrain.training.data.sources.registry import SOURCES
 
-    assert {layout.split()[0] for layout in LAYOUTS} <= SOURCES.keys()
-    assert len(LAYOUTS) >= 5
+    assert {layout.split()[0] for layout in ALL_LAYOUTS} <= SOURCES.keys()
+    assert len(ALL_LAYOUTS) >= 5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", NAMES)
 def test_a_layout_is_read_as_it_was_written(layout, frames, tmp_path):
-    source = opened(layout, LAYOUTS[layout](tmp_path / "desk", frames, Twin()))
+    source = opened(layout, ALL_LAYOUTS[layout](tmp_path / "desk", frames, Twin()))
     (scene,) = source.scenes()
     ids = source.frame_ids(scene)
     assert len(ids) == len(frames)
     for frame_id, want in zip(ids, frames, strict=True):
-        assert_is(source.load(scene, frame_id), want)
+        assert_is(source.load(scene, frame_id), want, 0.002 if layout == "kitti" else 0.0006)
     assert source.raw_depth(scene, ids[0]).dtype.kind == ("f" if layout in FLOATS else "u")
     before = source.fingerprint(), source.content()
     assert (opened(layout, tmp_path / "desk").fingerprint(), source.content()) == before
     assert opened(layout, tmp_path / "desk", pose_scale=2.0).fingerprint() != before[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", NAMES)
 def test_options_undo_what_a_recorder_does_otherwise(layout, frames, tmp_path):
-    own = opened(layout, LAYOUTS[layout](tmp_path / "right", frames, Twin())).conventions
+    own = opened(layout, ALL_LAYOUTS[layout](tmp_path / "right", frames, Twin())).conventions
     unit = {"tum": 5000, "kitti": 256}.get(layout, 1 if layout in FLOATS else 1000)
     axes = "opengl" if layout in OPENGL else "opencv"
     assert (own.depth_scale, own.camera_axes) == (unit, axes)
@@ -93,14 +93,14 @@ def test_options_undo_what_a_recorder_does_otherwise(layout, frames, tmp_path):
     other = "opencv" if layout in OPENGL else "opengl"
     direction = "camera_to_world" if layout in INVERTED else "world_to_camera"
     twin = Twin(depth=2.0, inverted=True, flipped=True, millimeters=True)
-    root = LAYOUTS[layout](tmp_path / "twin", frames, twin)
+    root = ALL_LAYOUTS[layout](tmp_path / "twin", frames, twin)
     options = {
         "depth_scale": 2 * unit, "pose_convention": direction, "camera_axes": other, "pose_scale": 1000,
         "intrinsics": four(frames[0]),
     }  # fmt: skip
     source = opened(layout, root, **options)
     scene = source.scenes()[0]
-    assert_is(source.load(scene, source.frame_ids(scene)[-1]), frames[-1])
+    assert_is(source.load(scene, source.frame_ids(scene)[-1]), frames[-1], 0.002 if layout == "kitti" else 0.0006)
     assert source.conventions.camera_axes == other
 
 

@@ -18,7 +18,7 @@ from geo_pretrain.training.data.sources.registry import list_sources, open_sourc
 from geo_pretrain.training.data.sources.scannet import CONSTANT_640, ScanNet, ScanNetConfig
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
 from geo_pretrain.training.recipe import DataSpec
-from tests.recording_layouts import LAYOUTS
+from tests.dataset_layouts import ALL_LAYOUTS
 from tests.training.conftest import golden_views, write_recording
 
 KITCHEN = Path(__file__).parents[5] / "shared" / "data" / "seven_scenes_kitchen"
@@ -269,4 +269,4 @@ def test_wrong_sources_and_folders_are_explained(tmp_path, folder):
         SevenScenes(folder)
     with pytest.raises(DataError, match="No scans"):
         ScanNet(folder)
-    assert {*(layout.split()[0] for layout in LAYOUTS), "rooms", "seven_scenes"} <= set(list_sources())
+    assert {*(layout.split()[0] for layout in ALL_LAYOUTS), "rooms", "seven_scenes"} <= set(list_sources())
