@@ -79,9 +79,9 @@ def test_a_card_shows_what_works_for_its_status(name: str):
     for text in (f'timm.create_model("{name}", pret', f'smp.Unet("tu-{name}"', f'resnet("{name}"'):
         assert (text in card) == (two_d and has_weights)
     assert (f'me_network("{name}")' in card) == (not two_d and has_weights)
-    trained = f"geo-pretrain train {entry.recipe}" + (
-        " --out" if entry.data == "rooms" else " --data scannet:PATH --out"
-    )
+    source = {"KITTI": "kitti", "MegaDepth": "megadepth"}.get(entry.data, "scannet")
+    data = "" if entry.data == "rooms" else f" --data {source}:PATH"
+    trained = f"geo-pretrain train {entry.recipe}{data} --out"
     assert (trained in card) == (entry.recipe is not None)
     assert ("downloads their file" in card) == (entry.status == "published-by-authors")
     assert ("GEO_PRETRAIN_HUB=runs" in card) == (entry.status == "regenerable")
