@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.common import machine, write_results
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.evaluation.awareness.images import TARGETS, ImageMeasures, measure_images
+from geo_pretrain.training.evaluation.awareness.images import ImageMeasures, InputMaps
 from geo_pretrain.training.evaluation.awareness.linear import (
     depth_scores,
     fit_linear,
@@ -29,8 +29,8 @@ from geo_pretrain.training.evaluation.awareness.linear import (
     mean_scores,
     normal_scores,
 )
+from geo_pretrain.training.evaluation.awareness.memory import remember
 from geo_pretrain.training.evaluation.awareness.networks import LayeredNetwork, find_subject
-from geo_pretrain.training.evaluation.awareness.run import image_memory
 from geo_pretrain.training.evaluation.awareness.spec import ANGLES, DISTANCES, AwarenessSpec
 from geo_pretrain.training.evaluation.awareness.views import ViewPair, Views, draw_pairs, read_views
 from geo_pretrain.training.evaluation.probe_data import read_at
@@ -46,7 +46,7 @@ class PlainWay:
 
     def __init__(self, network: LayeredNetwork, views: Views) -> None:
         self.network, self.views = network, views
-        self.drawn = ImageMeasures(None, views)._drawn  # type: ignore[arg-type]  # the same places of each frame
+        self.drawn = ImageMeasures(InputMaps(views), views).drawn  # the same places of each frame
         self.runs = 0
 
     def maps(self, number: int) -> list[Tensor]:
@@ -74,7 +74,7 @@ class PlainWay:
         return [self._recall(found, pairs) for found in errors]
 
     def _recall(self, errors: list[Tensor], pairs: Sequence[ViewPair]) -> Scores:
-        right = [float((error <= self.views.spec.threshold).double().mean()) for error in errors]
+        right = [float((error <= self.views.spec.within("px")).double().mean()) for error in errors]
         scores = {}
         for bin, (low, high) in enumerate(ANGLES):
             own = [value for value, pair in zip(right, pairs, strict=True) if pair.bin == bin]
@@ -96,7 +96,10 @@ class PlainWay:
                 targets = torch.cat([depth[chosen].log()[:, None], normals[chosen]], 1)[:, columns]
                 for layer, one in enumerate(self.maps(number)):
                     group[layer] = group[layer] + gram(self.read(one, self.views.flat[chosen]), targets)
-        fits = [fit_linear([group[layer] for group in sums], TARGETS[kind : kind + 1]) for layer in range(layers)]
+        fits = [
+            fit_linear([group[layer] for group in sums], ImageMeasures.kinds[kind : kind + 1])
+            for layer in range(layers)
+        ]
         seen = torch.cat([self.views.depth[n] for numbers in split.fitted.values() for n in numbers])
         low, high = (float(edge) for edge in seen[seen > 0].aminmax())
         scores: list[list[Scores]] = [[] for _ in range(layers)]
@@ -113,7 +116,7 @@ class PlainWay:
         return [mean_scores(found) for found in scores]
 
     def measure(self, pairs: Sequence[ViewPair], seed: int) -> Iterator[tuple[str, str, Scores]]:
-        """What `measure_images` yields, one measure after another."""
+        """What `ImageMeasures.measure` yields, one measure after another."""
         names = self.network.names
         yield from (("matching", name, one) for name, one in zip(names, self.matching(pairs), strict=True))
         for kind, measure in enumerate(("depth", "normals")):
@@ -127,16 +130,15 @@ def main() -> None:
     views = read_views(source, spec, SkippedFrames())
     pairs = [draw_pairs(views, seed) for seed in range(spec.seeds)]
     _ = views.depth, views.normals  # what both ways share is not measured
-    subject = find_subject(NAME)
-    network = subject.load()
+    network = find_subject(NAME).load()
+    plain = PlainWay(network, views)
     with TemporaryDirectory() as folder, torch.no_grad():
         begin = time.perf_counter()
-        memory = image_memory(subject, views, Path(folder), 0, "cpu", lambda *_: None, source.fingerprint())
+        memory = remember(Path(folder) / "maps", network.names, plain.maps, len(views), {})
         measures = ImageMeasures(memory, views)
-        quick = [list(measure_images(measures, spec.measures, pairs[seed], seed)) for seed in range(spec.seeds)]
+        quick = [list(measures.measure(spec.measures, pairs[seed], seed)) for seed in range(spec.seeds)]
         quick_s = time.perf_counter() - begin
-    begin = time.perf_counter()
-    plain = PlainWay(network, views)
+    begin, plain.runs = time.perf_counter(), 0
     slow = [list(plain.measure(pairs[seed], seed)) for seed in range(spec.seeds)]
     plain_s = time.perf_counter() - begin
     results = {

@@ -8,7 +8,8 @@ from typing import Any
 
 from geo_pretrain.errors import DataError, require
 from geo_pretrain.training.evaluation.awareness.report import TITLES, measures_of
-from geo_pretrain.training.evaluation.awareness.run import LEADS, Awareness
+from geo_pretrain.training.evaluation.awareness.run import INPUT_2D, INPUT_3D, LEADS, Awareness
+from geo_pretrain.training.evaluation.awareness.spec import TURNS
 from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.visualize.curves import DPI, styles
 
@@ -16,6 +17,8 @@ INCHES = (6.4, 4.0)  # of a panel
 LEGEND_ROW = 0.26  # inches
 UNITS = {"depth": "depth within 1.25 x (%)", "normals": "normals within 11.25° (%)", "semantic": "classes, mIoU (%)"}
 CONTROL = "#777777"  # of what is measured without a network: it has no layers, and is a line across
+DASHES = ("--", ":", "-.")
+HELD = {"camera": "held by the camera", "upright": "turned upright", "full": "turned at random"}  # of clouds
 
 Style = Mapping[str, Any]
 
@@ -30,8 +33,9 @@ def draw_awareness(results: Awareness, path: Path) -> None:
     measured = measures_of(results)
     if not measured:
         raise DataError("Nothing was measured; a picture needs a result.")
-    panels = [kind for measure in measured for kind in (("angle", "px") if measure == "matching" else (measure,))]
-    networks = [name for name, found in results.scores.items() if not _is_control(found)]
+    recalls = TURNS if results.data["modality"] == "3d" else ("deg", "px")
+    panels = [kind for measure in measured for kind in (recalls if measure == "matching" else (measure,))]
+    networks = [name for name in results.scores if name != INPUT_2D and not name.startswith(INPUT_3D)]
     looks = styles(networks)
     down = -(-len(panels) // 2)
     legend = LEGEND_ROW * (1 + len(networks))
@@ -42,7 +46,7 @@ def draw_awareness(results: Awareness, path: Path) -> None:
         for axes, kind in zip(grid, panels, strict=False):
             axes.spines["right"].set_visible(False)
             axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-            (_recall if kind in ("angle", "px") else _layers)(axes, results, kind, looks)
+            (_recall if kind in recalls else _layers)(axes, results, kind, looks)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         handles = {label: h for axes in grid for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -51,27 +55,28 @@ def draw_awareness(results: Awareness, path: Path) -> None:
         figure.savefig(path, format="png")
 
 
-def _is_control(found: Mapping[str, Any]) -> bool:
-    return all(list(layers) == ["input"] for layers in found.values())
-
-
 def _recall(axes: Any, results: Awareness, kind: str, looks: Mapping[str, Style]) -> None:
-    """Recall of each backbone's best layer in the bins of angles, or within growing distances."""
-    ending = "deg" if kind == "angle" else "px"
+    """Recall of each backbone's best layer in bins of angles ("deg"), of overlaps for a turn, or by distance ("px")."""
     metrics: list[str] = []
     for name in looks:
         for metric in results.scores[name]["matching"][results.best(name, "matching")]:
-            metrics += [metric] if metric.endswith(ending) and metric not in metrics else []
+            metrics += [metric] if kind in metric.split() and metric not in metrics else []
     for name, style in looks.items():
         layer = results.best(name, "matching")
         own = [m for m in metrics if m in results.scores[name]["matching"][layer]]
         spreads = [results.spread(name, "matching", layer, metric) for metric in own]
         _line(axes, [metrics.index(metric) for metric in own], spreads, name, style)
-    axes.set_xticks(range(len(metrics)), [metric.removesuffix(ending).strip() for metric in metrics])
+    axes.set_xticks(range(len(metrics)), [metric.replace(kind, "").strip() for metric in metrics])
     axes.set_ylim(bottom=0)
-    title = f"right within {results.spec.threshold:g} px, by viewpoint" if kind == "angle" else "by distance"
+    within = f"within {results.spec.within('px'):g} px"
+    if kind not in ("deg", "px"):
+        within = f"within {results.spec.within('voxels'):g} voxels"
+    title, axis = {
+        "deg": (f"{within}, by viewpoint", "angle between the cameras (degrees)"),
+        "px": ("by distance", "right within (px)"),
+    }.get(kind, (f"{within}, {HELD.get(kind, '')}", "overlap of the clouds"))
     axes.set_title(f"{TITLES['matching']}, {title}", loc="left", fontsize=12)
-    axes.set_xlabel("angle between the cameras (degrees)" if kind == "angle" else "right within (px)")
+    axes.set_xlabel(axis)
     axes.set_ylabel("recall (%), best layer")
 
 
@@ -82,10 +87,10 @@ def _layers(axes: Any, results: Awareness, measure: str, looks: Mapping[str, Sty
         spreads = [results.spread(name, measure, layer, LEADS[measure]) for layer in layers]
         if name in looks:
             _line(axes, _even(len(layers)), spreads, name, looks[name])
-        elif layers:
-            axes.axhline(
-                100 * spreads[0].mean, color=CONTROL, linestyle="--", linewidth=1.5, label=f"{name}, no network"
-            )
+        else:
+            for layer, spread, dashes in zip(layers, spreads, DASHES, strict=False):
+                label = f"{name}, no network" if layer == "input" else f"{name}: {layer}"
+                axes.axhline(100 * spread.mean, color=CONTROL, linestyle=dashes, linewidth=1.5, label=label)
     axes.set_xticks([0, 1], ["first", "last"])
     axes.set_xlabel("layer")
     axes.set_ylabel(UNITS[measure])

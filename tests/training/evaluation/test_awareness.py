@@ -16,7 +16,7 @@ from geo_pretrain.errors import DataError, RecipeError, UnknownName
 from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
-from geo_pretrain.training.evaluation.awareness.images import ImageMeasures, InputMaps, measure_images
+from geo_pretrain.training.evaluation.awareness.images import ImageMeasures, InputMaps
 from geo_pretrain.training.evaluation.awareness.linear import (
     depth_scores,
     fit_linear,
@@ -29,7 +29,7 @@ from geo_pretrain.training.evaluation.awareness.memory import INDEX, remember
 from geo_pretrain.training.evaluation.awareness.networks import find_subject, with_random
 from geo_pretrain.training.evaluation.awareness.reading import PlaceReader
 from geo_pretrain.training.evaluation.awareness.report import best_tables, page
-from geo_pretrain.training.evaluation.awareness.run import INPUT_2D, Awareness, image_memory, measure_awareness
+from geo_pretrain.training.evaluation.awareness.run import INPUT_2D, Awareness, measure_awareness
 from geo_pretrain.training.evaluation.awareness.spec import PENALTIES, AwarenessSpec
 from geo_pretrain.training.evaluation.awareness.views import Views, bin_of, draw_pairs, read_views, view_angles
 from geo_pretrain.training.evaluation.probe_data import read_at
@@ -111,9 +111,7 @@ def test_probe_of_constant_features_gives_the_mean_of_the_frames_it_was_fitted_t
     measures = ImageMeasures(Known(views, lambda f: torch.full((1, *f.depth.shape), 3.0)), views)
     split, shares = views.split(0), []
     numbers = [number for group in split.fitted.values() for number in group]
-    drawn = [
-        views.depth[n][measures._drawn(n, (views.depth[n] > 0) & views.normals[n].any(1), 100, 0)] for n in numbers
-    ]
+    drawn = [views.depth[n][measures.drawn(n, (views.depth[n] > 0) & views.normals[n].any(1), 100, 0)] for n in numbers]
     mean = torch.cat(drawn).log().mean().exp()
     for number in split.judged:
         truth = views.depth[number][views.depth[number] > 0]
@@ -124,9 +122,10 @@ def test_probe_of_constant_features_gives_the_mean_of_the_frames_it_was_fitted_t
 def test_scores_equal_those_of_the_plain_way(views, folder, source, tmp_path):
     subject = find_subject(str(folder))
     spec = ("matching", "depth", "normals")
-    memory = image_memory(subject, views, tmp_path, 0, "cpu", lambda *_: None, source.fingerprint())
-    plain, pairs = PlainWay(subject.load(), views), draw_pairs(views, 1)
-    quick = list(measure_images(ImageMeasures(memory, views), spec, pairs, 1))
+    network, pairs = subject.load(), draw_pairs(views, 1)
+    plain = PlainWay(network, views)
+    memory = remember(tmp_path / "m", network.names, plain.maps, len(views), {})
+    quick = list(ImageMeasures(memory, views).measure(spec, pairs, 1))
     slow = {(measure, layer): scores for measure, layer, scores in plain.measure(pairs, 1)}
     assert len(quick) == len(slow) == 3 * 6
     for measure, layer, scores in quick:
@@ -293,7 +292,7 @@ def test_command_writes_tables_and_curves_of_every_layer(recording, folder, tmp_
 
 
 def test_best_layer_has_the_highest_mean_and_tables_mark_it():
-    results = Awareness(SPEC, {"frames": 6, "scenes": 1, "source": "s", "split": "x", "pairs": {}})
+    results = Awareness(SPEC, {"modality": "2d", "frames": 6, "scenes": 1, "source": "s", "split": "x", "pairs": {}})
     for layer, values in {"a /2": (0.1, 0.3), "b /4": (0.3, 0.5)}.items():
         for value in values:
             results.add("net", "depth", layer, {"d1": value, "rmse": 1 - value})
@@ -307,7 +306,7 @@ def test_input_alone_and_labels_are_probed_too(source, folder, views):
     labels = [(frame.color[..., 0] > 120).astype(np.int16) + 1 for frame in views.frames]
     frames = [replace(frame, semantic=one) for frame, one in zip(views.frames, labels, strict=True)]
     labelled = Views(frames, SPEC)
-    found = {m: s for m, _, s in measure_images(ImageMeasures(InputMaps(labelled), labelled), ("semantic",), [], 0)}
+    found = {m: s for m, _, s in ImageMeasures(InputMaps(labelled), labelled).measure(("semantic",), [], 0)}
     assert found["semantic"]["miou"] > 0.9  # the class is a threshold of the color
     with pytest.raises(DataError, match="no labels"):
         measure_awareness(

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geo_pretrain.training.evaluation.awareness.linear import (
-    LinearFit,
-    depth_scores,
-    fit_linear,
-    gram,
-    mean_scores,
-    normal_scores,
-)
+from geo_pretrain.training.evaluation.awareness.linear import depth_scores, mean_scores, normal_scores
+from geo_pretrain.training.evaluation.awareness.probing import Maps, Probing, Scores, mean
 from geo_pretrain.training.evaluation.awareness.reading import PlaceReader
-from geo_pretrain.training.evaluation.awareness.spec import ANGLES, DISTANCES, MEASURES
+from geo_pretrain.training.evaluation.awareness.spec import ANGLES, DISTANCES
 from geo_pretrain.training.evaluation.awareness.views import ViewPair, Views
-from geo_pretrain.training.evaluation.metrics import confusion_matrix, mean_iou, pixel_accuracy
-from geo_pretrain.training.evaluation.probe_data import Samples
-from geo_pretrain.training.evaluation.probes import fit_head
-
-Scores = dict[str, float]
-TARGETS = (1, 3)  # of the regressions: log depth; the normal
-
-
-class Maps(Protocol):
-    """Feature maps [1, C, h, w] of frames by number and layer: a `FeatureMemory`, or a twin that computes them."""
-
-    layers: list[str]
-
-    def read(self, frame: int, layer: int) -> Tensor:
-        """The map of a layer."""
 
 
 class InputMaps:
@@ -48,50 +26,74 @@ class InputMaps:
         self.place = torch.stack([x, y, x * x, x * y, y * y])
 
     def read(self, frame: int, layer: int) -> Tensor:
+        """The only map, as large as the image."""
         color = torch.from_numpy(self.views.frames[frame].color).permute(2, 0, 1).float() / 255
         return torch.cat([self.place, color])[None]
 
 
-class ImageMeasures:
-    """Everything that is measured of one image network, or of the input alone."""
+class ImageMeasures(Probing):
+    """Everything that is measured of one image network, or of the input alone, at a grid of places of the images.
+
+    Maps are [1, C, h, w], read bilinearly, corners aligned.
+    """
+
+    kinds: ClassVar[tuple[int, ...]] = (1, 3)  # log depth; the normal
 
     def __init__(self, maps: Maps, views: Views) -> None:
-        self.maps, self.views = maps, views
+        super().__init__(maps, views)
         self.reader = PlaceReader(*views.axes, views.spec.size)
-        self._grams: dict[int, list[Any]] = {}
+
+    def read(self, number: int, layer: int, places: Tensor) -> Tensor:
+        """Features at places of the grid."""
+        return self.reader.at(self.maps.read(number, layer), self.views.flat[places])
+
+    def apply(self, weight: Tensor, bias: Tensor, number: int, layer: int) -> Tensor:
+        """A linear layer on the map's cells, then read at all places, which is the same."""
+        one = self.maps.read(number, layer)[0]
+        return self.reader.spread(torch.einsum("ct,chw->thw", weight, one)).T + bias
+
+    def targets(self, number: int) -> tuple[Tensor, Tensor]:
+        """Log depth and normal, where both are known."""
+        depth, normals = self.views.depth[number], self.views.normals[number]
+        return torch.cat([depth.clamp_min(1e-6).log()[:, None], normals], 1), (depth > 0) & normals.any(1)
+
+    def labels(self, number: int) -> Tensor:
+        """The frame's classes."""
+        labels: Any = self.views.labels
+        found: Tensor = labels[number]
+        return found
 
     def matching(self, layer: int, pairs: Sequence[ViewPair]) -> Scores:
-        """Recall of the nearest place by cosine: by viewpoint at `spec.threshold`, by distance over all pairs.
+        """Recall of the nearest place by cosine: by viewpoint within the threshold, by distance over all pairs.
 
         Each pair counts equally. A bin without a pair has no score.
         """
-        spec, width = self.views.spec, self.views.spec.size[1]
+        views, width = self.views, self.views.spec.size[1]
         by_angle: dict[int, list[float]] = {bin: [] for bin in range(len(ANGLES))}
-        by_distance: list[list[float]] = []
+        by_distance: dict[int, list[float]] = {limit: [] for limit in DISTANCES}
         for pair in pairs:
             query = F.normalize(self.reader.at(self.maps.read(pair.first, layer), pair.pixel1), dim=1)
             best = self.reader.cosines(query, self.maps.read(pair.second, layer)).argmax(1)
             truth = torch.stack([pair.pixel2 // width, pair.pixel2 % width], 1)
-            error = (self.views.places[best] - truth).double().norm(dim=1)
-            by_angle[pair.bin].append(float((error <= spec.threshold).double().mean()))
-            by_distance.append([float((error <= limit).double().mean()) for limit in DISTANCES])
-        scores = {f"{ANGLES[k][0]}-{ANGLES[k][1]} deg": _mean(values) for k, values in by_angle.items() if values}
-        scores |= {f"{limit} px": _mean([row[k] for row in by_distance]) for k, limit in enumerate(DISTANCES)}
-        return scores | {"recall": _mean([value for values in by_angle.values() for value in values])}
+            error = (views.places[best] - truth).double().norm(dim=1)
+            by_angle[pair.bin].append(float((error <= views.spec.within("px")).double().mean()))
+            for limit, found in by_distance.items():
+                found.append(float((error <= limit).double().mean()))
+        scores = {f"{ANGLES[k][0]}-{ANGLES[k][1]} deg": mean(values) for k, values in by_angle.items() if values}
+        scores |= {f"{limit} px": mean(values) for limit, values in by_distance.items()}
+        return scores | {"recall": mean([value for values in by_angle.values() for value in values])}
 
     def depth_and_normals(self, layer: int, seed: int) -> tuple[Scores, Scores]:
         """Scores of linear regressions of log depth and of normals on the held-out frames, means over frames.
 
         Depth is kept within what the frames of the fit have; normals are brought to unit length.
         """
-        split = self.views.split(seed)
-        grams = self._gram_of_groups(layer)
-        fit = fit_linear([grams[group] for group in split.fitted if isinstance(grams[group], Tensor)], TARGETS)
+        split, fit = self.views.split(seed), self.fit(layer, seed)
         seen = torch.cat([self.views.depth[n] for numbers in split.fitted.values() for n in numbers])
         low, high = (float(edge) for edge in seen[seen > 0].aminmax())
         depths, normals = [], []
         for number in split.judged:
-            predicted = self._predict(fit, self.maps.read(number, layer))
+            predicted = self.predict(fit, number, layer)
             truth, normal = self.views.depth[number], self.views.normals[number]
             known, oriented = truth > 0, normal.any(1)
             if known.any():
@@ -100,72 +102,13 @@ class ImageMeasures:
                 normals.append(normal_scores(predicted[oriented, 1:], normal[oriented]))
         return mean_scores(depths), mean_scores(normals)
 
-    def semantic(self, layer: int, seed: int) -> Scores:
-        """Scores of softmax regression of classes on the labelled places of the held-out frames."""
-        views, spec, split = self.views, self.views.spec, self.views.split(seed)
-        labels: Any = views.labels
-        numbers = [n for group in split.fitted.values() for n in group]
-        rows, classes = [], []
-        for number in numbers:
-            chosen = self._drawn(number, labels[number] > 0, -(-spec.labels // len(numbers)), seed)
-            rows.append(self.reader.at(self.maps.read(number, layer), views.flat[chosen]))
-            classes.append(labels[number][chosen])
-        features = torch.cat(rows)
-        head = fit_head(
-            Samples(features, torch.cat(classes), (features.shape[1],)), penalty=1e-4, iterations=spec.iterations
-        )
-        count = 1 + int(max(int(one.max()) for one in labels))
-        confusion: Any = 0
-        for number in split.judged:
-            one = self.maps.read(number, layer)[0]
-            logits = self.reader.spread(torch.einsum("kc,chw->khw", head.weight, one)) + head.bias[:, None]
-            confusion = confusion + confusion_matrix(labels[number], head.classes[logits.argmax(0)], count)
-        return {"miou": mean_iou(confusion), "accuracy": pixel_accuracy(confusion)}
-
-    def _gram_of_groups(self, layer: int) -> list[Any]:
-        """The sums of each group for the regressions, read once for all seeds; 0 for a group without a normal."""
-        if layer not in self._grams:
-            views = self.views
-            found: list[Any] = [0.0] * views.count
-            for number, group in enumerate(views.groups):
-                if group < 0:
-                    continue
-                known = (views.depth[number] > 0) & views.normals[number].any(1)
-                chosen = self._drawn(number, known, views.spec.places, 0)
-                features = self.reader.at(self.maps.read(number, layer), views.flat[chosen])
-                targets = torch.cat([views.depth[number][chosen].log()[:, None], views.normals[number][chosen]], 1)
-                if len(chosen):
-                    found[group] = found[group] + gram(features, targets)
-            self._grams[layer] = found
-        return self._grams[layer]
-
-    def _drawn(self, number: int, known: Tensor, count: int, seed: int) -> Tensor:
-        """Draw at most `count` of the known places of a frame, by its name and the seed."""
-        frame = self.views.frames[number]
-        digest = hashlib.sha256(f"{seed}\n{frame.scene}\n{frame.id}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
-        places = known.nonzero()[:, 0]
-        return places[torch.randperm(len(places), generator=generator)[:count]]
-
-    def _predict(self, fit: LinearFit, one: Tensor) -> Tensor:
-        """The regressions at all places: [S, T]."""
-        return (self.reader.spread(torch.einsum("ct,chw->thw", fit.weight, one[0])) + fit.bias[:, None]).T
-
-
-def measure_images(
-    measures: ImageMeasures, wanted: Sequence[str], pairs: Sequence[ViewPair], seed: int
-) -> Iterator[tuple[str, str, Scores]]:
-    """Yield (measure, layer, scores) of one seed for all layers; of the input alone nothing is matched."""
-    is_input = isinstance(measures.maps, InputMaps)
-    for layer, name in enumerate(measures.maps.layers):
-        if "matching" in wanted and not is_input:
-            yield "matching", name, measures.matching(layer, pairs)
-        if {"depth", "normals"} & set(wanted):
-            both = measures.depth_and_normals(layer, seed)
-            yield from ((kind, name, one) for kind, one in zip(MEASURES[1:3], both, strict=True) if kind in wanted)
-        if "semantic" in wanted and measures.views.labels is not None:
-            yield "semantic", name, measures.semantic(layer, seed)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    def measure(self, wanted: Sequence[str], pairs: Sequence[ViewPair], seed: int) -> Iterator[tuple[str, str, Scores]]:
+        """Yield (measure, layer, scores) of one seed for all layers; of the input alone nothing is matched."""
+        for layer, name in enumerate(self.maps.layers):
+            if "matching" in wanted and not isinstance(self.maps, InputMaps):
+                yield "matching", name, self.matching(layer, pairs)
+            if {"depth", "normals"} & set(wanted):
+                both = zip(("depth", "normals"), self.depth_and_normals(layer, seed), strict=True)
+                yield from ((kind, name, scores) for kind, scores in both if kind in wanted)
+            if "semantic" in wanted and self.views.labels is not None:
+                yield "semantic", name, self.semantic(layer, seed)

@@ -60,7 +60,8 @@ def setting(results: Awareness) -> str:
     height, width = spec.size
     scenes = "scene" if data["scenes"] == 1 else "scenes"
     pairs = "; ".join(f"{bin}: {', '.join(map(str, counts))}" for bin, counts in data["pairs"].items())
-    matched = f" Pairs of each seed by viewpoint: {pairs}." if any(map(any, data["pairs"].values())) else ""
+    by = "overlap" if data["modality"] == "3d" else "viewpoint"
+    matched = f" Pairs of each seed by {by}: {pairs}." if any(map(any, data["pairs"].values())) else ""
     return (
         f"{data['frames']} frames of {data['scenes']} {scenes} of {data['source']}, {height}x{width}; {data['split']}; "
         f"{spec.seeds} seeds, ± is the sample standard deviation over them.{matched}"
@@ -91,8 +92,10 @@ def _table(results: Awareness, measure: str, *, every_layer: bool) -> Table:
 
 def _title(results: Awareness, measure: str) -> str:
     spec = results.spec
+    if measure == "matching" and results.data["modality"] == "3d":
+        return f"{TITLES[measure]} (%) within {spec.within('voxels'):g} voxels, by turn and overlap"
     if measure == "matching":
-        return f"{TITLES[measure]} (%) by viewpoint at {spec.threshold:g} px, and of all pairs by distance"
+        return f"{TITLES[measure]} (%) by viewpoint at {spec.within('px'):g} px, and of all pairs by distance"
     units = {"depth": "%, rmse in m", "normals": "% below an error, rmse in degrees"}.get(measure, "%")
     return f"{TITLES[measure]} ({units})"
 

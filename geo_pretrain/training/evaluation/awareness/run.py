@@ -11,20 +11,26 @@ from typing import Any
 
 import torch
 
-from geo_pretrain.contract import ImageContract
+from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.training.config import plain_types
 from geo_pretrain.training.data.frame import SkippedFrames, Source
-from geo_pretrain.training.evaluation.awareness.images import ImageMeasures, InputMaps, measure_images
+from geo_pretrain.training.evaluation.awareness.clouds import (
+    CloudMeasures,
+    Clouds,
+    InputRows,
+    draw_cloud_pairs,
+)
+from geo_pretrain.training.evaluation.awareness.images import ImageMeasures, InputMaps
 from geo_pretrain.training.evaluation.awareness.memory import FeatureMemory, feature_folder, network_digest, remember
 from geo_pretrain.training.evaluation.awareness.networks import LayeredNetwork, Subject
-from geo_pretrain.training.evaluation.awareness.spec import ANGLES, AwarenessSpec
-from geo_pretrain.training.evaluation.awareness.views import ViewPair, Views, draw_pairs, read_views
+from geo_pretrain.training.evaluation.awareness.spec import ANGLES, OVERLAPS, TURNS, AwarenessSpec
+from geo_pretrain.training.evaluation.awareness.views import Views, draw_pairs, read_views
 from geo_pretrain.training.evaluation.metrics import Spread
 
 Report = Callable[[str, int, int, str], None]
 Layers = dict[str, dict[str, list[float]]]  # layer -> metric -> a value for each seed
-INPUT_2D = "position+color"  # name of the control without a network
+INPUT_2D, INPUT_3D = "position+color", "without a network"  # names of the controls
 LEADS = {"matching": "recall", "depth": "d1", "normals": "11.25 deg", "semantic": "miou"}  # by which layers are ranked
 
 
@@ -33,7 +39,7 @@ class Awareness:
     """Results of all backbones: scores of every layer and seed."""
 
     spec: AwarenessSpec
-    data: dict[str, Any]  # what was looked at: source, frames, split, pairs in each bin
+    data: dict[str, Any]  # what was looked at: modality, source, frames, split, pairs in each bin
     scores: dict[str, dict[str, Layers]] = field(default_factory=dict)  # backbone -> measure -> layers
 
     def add(self, name: str, measure: str, layer: str, values: Mapping[str, float]) -> None:
@@ -80,9 +86,10 @@ def measure_awareness(
     skips: SkippedFrames | None = None,
     report: Report = lambda *_: None,
 ) -> Awareness:
-    """Measure image networks on frames of a source, every layer, with each seed; the input alone stands beside them.
+    """Measure networks on frames of a source, every layer, with each seed; the input alone stands beside them.
 
-    A seed decides which groups of frames are held out, which pairs and pixels are matched, and random weights.
+    A seed decides which groups of frames are held out, which pairs and pixels are matched, and random weights. Point
+    networks have no probe of depth.
 
     Args:
         features: folder that keeps feature maps for the next call; None: they are kept while this one runs.
@@ -92,68 +99,101 @@ def measure_awareness(
         RecipeError: image and point networks together.
         DataError: too few frames, or no two that overlap.
     """
-    if len({subject.is_3d for subject in subjects}) > 1:
+    modalities = {subject.is_3d for subject in subjects}
+    if len(modalities) > 1:
         raise RecipeError("Image and point networks are not measured by the same things; measure them in two calls.")
+    in_3d = modalities == {True}
     skips = SkippedFrames() if skips is None else skips
     views = read_views(source, spec, skips, lambda done, total: report("reading frames", done, total, ""))
-    pairs = [draw_pairs(views, seed) if "matching" in spec.measures else [] for seed in range(spec.seeds)]
-    results = Awareness(spec, describe(source, views, pairs))
-    if set(spec.measures) - {"matching"}:
-        control = ImageMeasures(InputMaps(views), views)
-        for seed in range(spec.seeds):
-            for measure, layer, values in measure_images(control, spec.measures, [], seed):
-                results.add(INPUT_2D, measure, layer, values)
+    draw: Callable[[Views, int], Sequence[Any]] = draw_cloud_pairs if in_3d else draw_pairs
+    pairs = [draw(views, seed) if "matching" in spec.measures else [] for seed in range(spec.seeds)]
+    results = Awareness(spec, describe(source, views, pairs, in_3d))
+    run = _Run(results, views, pairs, source.fingerprint(), device, report)
+    if not in_3d:
+        run.measure(INPUT_2D, ImageMeasures(InputMaps(views), views))
     with feature_folder(features) as folder:
         for subject in subjects:
-            memory: FeatureMemory | None = None
-            for seed in range(spec.seeds):
-                if memory is None or subject.random:
-                    memory = image_memory(subject, views, folder, seed, device, report, source.fingerprint())
-                    measures = ImageMeasures(memory, views)
-                report(f"measuring {subject.name}", seed, spec.seeds, "")
-                for measure, layer, values in measure_images(measures, spec.measures, pairs[seed], seed):
-                    results.add(subject.name, measure, layer, values)
+            run.subject(subject, folder)
     if not results.scores:
         raise DataError(f"Source {source.name!r} has no labels of classes; accepted: other measures than semantic.")
     return results
 
 
-def describe(source: Source, views: Views, pairs: Sequence[Sequence[ViewPair]]) -> dict[str, Any]:
+def describe(source: Source, views: Views, pairs: Sequence[Sequence[Any]], in_3d: bool = False) -> dict[str, Any]:
     """What was looked at: source, frames, scenes, split, pairs of each bin and seed, labels."""
     scenes = len({frame.scene for frame in views.frames})
-    counts = {
-        f"{low}-{high} deg": [sum(pair.bin == bin for pair in drawn) for drawn in pairs]
-        for bin, (low, high) in enumerate(ANGLES)
-    }
-    facts = {"source": source.name, "frames": len(views), "scenes": scenes, "split": views.rule, "pairs": counts}
-    return facts | {"labels": views.labels is not None}
+    names = [f"{low:g}-{high:g}" for low, high in OVERLAPS] if in_3d else [f"{low}-{high} deg" for low, high in ANGLES]
+    counts = {name: [sum(pair.bin == bin for pair in drawn) for drawn in pairs] for bin, name in enumerate(names)}
+    facts = {"modality": "3d" if in_3d else "2d", "source": source.name, "frames": len(views), "scenes": scenes}
+    return facts | {"split": views.rule, "pairs": counts, "labels": views.labels is not None}
 
 
-def image_memory(
-    subject: Subject,
-    views: Views,
-    folder: Path,
-    seed: int,
-    device: str | torch.device,
-    report: Report,
-    fingerprint: str,
-) -> FeatureMemory:
-    """The feature maps of all frames, computed where they are not yet in `folder`."""
-    network = subject.load(seed).to(device)
-    if not isinstance(network.contract, ImageContract):
-        raise RecipeError(f"{subject.name!r} takes voxels, not images.")
+@dataclass
+class _Run:
+    """What all subjects share."""
+
+    results: Awareness
+    views: Views
+    pairs: Sequence[Sequence[Any]]
+    fingerprint: str
+    device: str | torch.device
+    report: Report
+    clouds: dict[VoxelContract, Clouds] = field(default_factory=dict)
+
+    def subject(self, subject: Subject, folder: Path) -> None:
+        """Measure a network, one with random weights anew for each seed."""
+        measures: ImageMeasures | CloudMeasures | None = None
+        for seed in range(self.results.spec.seeds):
+            if measures is None or subject.random:
+                network = subject.load(seed).to(self.device)
+                measures = self.remembered(subject.name, network, folder)
+            self.report(f"measuring {subject.name}", seed, self.results.spec.seeds, "")
+            self.one_seed(subject.name, measures, seed)
+
+    def remembered(self, name: str, network: LayeredNetwork, folder: Path) -> ImageMeasures | CloudMeasures:
+        """The measures of a network; controls are measured with the first one of a voxel size."""
+        if isinstance(network.contract, ImageContract):
+            maps = lambda number: network.maps(self.views.frames[number].color)  # noqa: E731
+            return ImageMeasures(self._memory(name, network, folder, maps, len(self.views)), self.views)
+        contract = network.contract
+        if contract not in self.clouds:
+            clouds = self.clouds[contract] = Clouds(self.views, contract)
+            control = f"{INPUT_3D}, {100 * clouds.voxel_size:g} cm"
+            if control not in self.results.scores:
+                self.measure(control, CloudMeasures(InputRows(clouds), clouds))
+        clouds = self.clouds[contract]
+        rows = lambda index: clouds.layers(network, index)  # noqa: E731
+        return CloudMeasures(self._memory(name, network, folder, rows, len(self.views) * len(TURNS)), clouds)
+
+    def _memory(
+        self, name: str, network: LayeredNetwork, folder: Path, maps: Callable[[int], Any], count: int
+    ) -> FeatureMemory:
+        steps = _steps(self.report, f"features of {name}", count)
+        place = folder / re.sub(r"[^\w.-]+", "_", name)[-80:]
+        facts = features_facts(network, self.views, self.fingerprint)
+        return remember(place, network.names, maps, count, facts, lambda: next(steps))
+
+    def measure(self, name: str, measures: ImageMeasures | CloudMeasures) -> None:
+        """Add the results of all seeds."""
+        for seed in range(self.results.spec.seeds):
+            self.one_seed(name, measures, seed)
+
+    def one_seed(self, name: str, measures: ImageMeasures | CloudMeasures, seed: int) -> None:
+        """Add the results of one seed."""
+        for measure, layer, values in measures.measure(self.results.spec.measures, self.pairs[seed], seed):
+            self.results.add(name, measure, layer, values)
+
+
+def features_facts(network: LayeredNetwork, views: Views, fingerprint: str) -> dict[str, Any]:
+    """What feature maps depend on."""
     names = [f"{frame.scene}/{frame.id}" for frame in views.frames]
-    facts = {
+    return {
         "network": network_digest(network),
         "contract": str(network.contract),
         "source": fingerprint,
         "size": list(views.spec.size),
         "frames": hashlib.sha256("\n".join(names).encode()).hexdigest(),
     }
-    steps = _steps(report, f"features of {subject.name}", len(views))
-    maps = lambda number: network.maps(views.frames[number].color)  # noqa: E731
-    place = folder / re.sub(r"[^\w.-]+", "_", subject.name)[-80:]
-    return remember(place, network.names, maps, len(views), facts, lambda: next(steps))
 
 
 def _steps(report: Report, stage: str, total: int) -> Iterator[None]:
@@ -162,6 +202,3 @@ def _steps(report: Report, stage: str, total: int) -> Iterator[None]:
         done += 1
         report(stage, done, total, "")
         yield
-
-
-__all__ = ["Awareness", "LayeredNetwork", "measure_awareness"]

@@ -204,12 +204,8 @@ def draw_pairs(views: Views, seed: int) -> list[ViewPair]:
     """
     generator = torch.Generator().manual_seed(seed)
     poses = torch.stack([torch.from_numpy(np.asarray(frame.cam_to_world)) for frame in views.frames])
-    scenes = {scene: number for number, scene in enumerate(dict.fromkeys(frame.scene for frame in views.frames))}
-    scene = torch.tensor([scenes[frame.scene] for frame in views.frames])
     angles = view_angles(poses)
-    first, second = torch.triu_indices(len(views), len(views), 1)
-    together = scene[first] == scene[second]
-    first, second = first[together], second[together]
+    first, second = same_scene(views)
     bins = torch.bucketize(angles[first, second], torch.tensor([high for _, high in ANGLES[:-1]]).double(), right=True)
     found: list[ViewPair] = []
     for bin in range(len(ANGLES)):
@@ -228,12 +224,27 @@ def draw_pairs(views: Views, seed: int) -> list[ViewPair]:
     return found
 
 
+def same_scene(views: Views) -> tuple[Tensor, Tensor]:
+    """All pairs of different frames of one scene: int64 [P] each."""
+    scenes = {scene: number for number, scene in enumerate(dict.fromkeys(frame.scene for frame in views.frames))}
+    scene = torch.tensor([scenes[frame.scene] for frame in views.frames])
+    first, second = torch.triu_indices(len(views), len(views), 1)
+    together = scene[first] == scene[second]
+    return first[together], second[together]
+
+
+def common_pixels(views: Views, i: int, j: int) -> Tensor:
+    """For every pixel of frame i the one of frame j that sees the same point, -1 for none: int64 [1, H * W]."""
+    frames = (views.frames[i], views.frames[j])
+    columns: Any = [[f.depth, f.intrinsics.astype(np.float32), f.cam_to_world] for f in frames]
+    return match_pixels(
+        *(torch.from_numpy(np.ascontiguousarray(columns[k][c]))[None] for c in range(3) for k in range(2))
+    )
+
+
 def _common(views: Views, i: int, j: int, seed: int) -> tuple[Tensor, Tensor] | None:
     """Draw pixels of frame i that frame j sees, and those there; None for too few."""
-    one, other = views.frames[i], views.frames[j]
-    columns: Any = [[f.depth, f.intrinsics.astype(np.float32), f.cam_to_world] for f in (one, other)]
-    arguments = [torch.from_numpy(np.ascontiguousarray(columns[k][c]))[None] for c in range(3) for k in range(2)]
-    target = match_pixels(*arguments)
+    target = common_pixels(views, i, j)
     if int((target >= 0).sum()) < LEAST_MATCHES * target.shape[-1]:
         return None
     number = (seed * len(views) + i) * len(views) + j
