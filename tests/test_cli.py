@@ -54,6 +54,7 @@ COMMANDS = [
     ["eval", "probe"],
     ["eval", "folds"],
     ["finetune"],
+    ["launch"],
     ["predict"],
     ["data", "check"],
     ["data", "preview"],

@@ -1,6 +1,6 @@
 """The command line `geo-pretrain`; each command parses its options, calls the package once and prints the result."""
 
-from geo_pretrain.cli import awareness, backbone, bench, data, doctor, evaluate, picture, predict, recipe, train
+from geo_pretrain.cli import awareness, backbone, bench, data, doctor, evaluate, launch, picture, predict, recipe, train
 from geo_pretrain.cli.shared import app, console, main
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "data",
     "doctor",
     "evaluate",
+    "launch",
     "main",
     "picture",
     "predict",

@@ -41,6 +41,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISTRIBUTED = ("DistBackendError", "DistNetworkError", "DistStoreError")
 PEERS = ("Connection closed by peer", "Connection reset by peer", "gloo/transport")
 
+_STOPS: list[threading.Event] = []  # of the runs of this process that listen for signals
+
 WriteLog = Callable[[Mapping[str, Any], Mapping[str, float]], None]  # a line {"step": ..., ...}; the losses in it
 
 
@@ -280,11 +282,20 @@ def stop_requests() -> Iterator[threading.Event]:
     previous = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     for number in previous:
         signal.signal(number, request)
+    _STOPS.append(stop)
     try:
         yield stop
     finally:
+        _STOPS.remove(stop)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def request_stop() -> bool:
+    """Ask the run of this process to stop as a signal would; False where none is under way."""
+    for stop in _STOPS:
+        stop.set()
+    return bool(_STOPS)
 
 
 @contextmanager
