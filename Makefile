@@ -1,12 +1,12 @@
 # make demo   install into .venv, then run the whole path on this machine's CPU
 # make test   install into .venv, then run the tests
-.PHONY: demo test lint types format cards docs snippets bench clean install lock lowest
+.PHONY: demo test lint types format cards docs snippets examples bench clean install lock lowest
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/installed
-LINTED := geo_pretrain tests benchmarks hubconf.py
+LINTED := geo_pretrain tests benchmarks examples hubconf.py
 
 demo: $(INSTALLED)
 	$(BIN)/geo-pretrain demo --out demo
@@ -34,6 +34,11 @@ docs: $(INSTALLED)
 # The blocks of README and docs that are marked <!-- run -->, in build/snippets.
 snippets: $(INSTALLED)
 	$(BIN)/python -m tests.pages run
+
+# The scripts of examples/ with few steps, in build/examples.
+examples: $(INSTALLED)
+	for e in own_recording match_two_views deeplab own_clouds cloud_features; do \
+		$(BIN)/python examples/$$e.py --steps 6 --out build/examples/$$e || exit 1; done
 
 cards: $(INSTALLED)
 	$(BIN)/python -m geo_pretrain.cards

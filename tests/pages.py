@@ -20,10 +20,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
     *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob("benchmarks/*.md")),
 ]
 RUN = "<!-- run -->"
+CODE = shutil.ignore_patterns("*.py", "__pycache__")
 _FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -73,8 +75,10 @@ def stage(folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff"):
         shutil.copy(ROOT / name, folder)
-    for name in ("docs", "model_cards", "benchmarks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for name in ("docs", "model_cards", "benchmarks", "examples"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__") if name == "examples" else CODE
+        )
     shutil.copy(ROOT / "README.md", folder / "index.md")
 
 
