@@ -16,12 +16,14 @@ from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, SET_HELP, data_spec
 from geo_pretrain.cli.shared import console, escape, print_table, progress
 
 if TYPE_CHECKING:
+    from geo_pretrain.training.evaluation.awareness.run import Awareness
     from geo_pretrain.training.recipe import DataSpec
 
 NAMES_HELP = (
     "Catalog names, checkpoint folders, encoders with ImageNet weights (timm/NAME, resnet50), or ENCODER=START with a "
     "start such as scratch, imagenet, file:PATH, package:MODULE."
 )
+ALL = "matching,depth,normals,semantic"
 ROOMS = {"scenes": 10, "frames": 12}  # that are rendered where none are described
 
 
@@ -31,9 +33,7 @@ def eval_awareness(
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
     encoder: Annotated[str, typer.Option(help="The encoder of a file:PATH or package:MODULE given alone.")] = "",
-    measures: Annotated[str, typer.Option(help="Some of the four, separated by commas.")] = (
-        "matching,depth,normals,semantic"
-    ),
+    measures: Annotated[str, typer.Option(help="Some of the four, separated by commas.")] = ALL,
     size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the frames.")] = "240x320",
     views: Annotated[int, typer.Option(min=4, help="Frames to read, spread over the scenes.")] = 120,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of each bin of angles (3D: of overlaps), a seed.")] = 25,
@@ -60,7 +60,6 @@ def eval_awareness(
     from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.data.sources.registry import open_source
     from geo_pretrain.training.evaluation.awareness.networks import find_subject, with_random
-    from geo_pretrain.training.evaluation.awareness.report import best_tables, setting, write_report
     from geo_pretrain.training.evaluation.awareness.run import measure_awareness
     from geo_pretrain.training.evaluation.awareness.spec import AwarenessSpec
 
@@ -72,9 +71,8 @@ def eval_awareness(
     source_spec = _rooms(replace(data_spec(data, frames, set_), size=spec.size))
     skips = SkippedFrames()
     with progress(not as_json) as report:
-        source = open_source(
-            source_spec, split="val", progress=lambda done, total: report("rendering rooms", done, total, "")
-        )
+        rendering = lambda done, total: report("rendering rooms", done, total, "")  # noqa: E731
+        source = open_source(source_spec, split="val", progress=rendering)
         results = measure_awareness(
             with_random(subjects) if random else subjects,
             source,
@@ -84,6 +82,15 @@ def eval_awareness(
             skips=skips,
             report=report,
         )
+    _show(results, out, as_json)
+    if not as_json:
+        print_skips(skips)
+
+
+def _show(results: Awareness, out: Path | None, as_json: bool) -> None:
+    """Write tables and curves into a folder, print the best layers or all as JSON."""
+    from geo_pretrain.training.evaluation.awareness.report import best_tables, setting, write_report
+
     command = shlex.join(["geo-pretrain", *sys.argv[1:]])
     if out is not None:
         from geo_pretrain.training.visualize.awareness import draw_awareness
@@ -98,7 +105,6 @@ def eval_awareness(
         print_table(head, rows, title=title)
     if out is not None:
         console.print(f"All layers and curves: {escape(str(out))}", highlight=False, soft_wrap=True)
-    print_skips(skips)
 
 
 def _rooms(spec: DataSpec) -> DataSpec:
