@@ -37,8 +37,8 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "geo_pretrain", *command], check=True)
 
     unet = gp.load_backbone(backbone, decoder=True)
-    rooms = RoomGenerator(RoomsConfig(scenes=1, frames=6, width=128, height=96, split="val", renderer="auto"))
-    first, second = rooms.render(rooms.names()[0])["color"][[1, 3]]
+    rooms = RoomGenerator(RoomsConfig(scenes=1, frames=24, width=128, height=96, split="val", renderer="auto"))
+    first, second = rooms.render(rooms.names()[0])["color"][[3, 4]]
     prepare = unet.contract.transforms(resize=False)
     with torch.no_grad():
         maps = unet(torch.stack([prepare(image) for image in (first, second)]))  # [2, C, H/2, W/2]
