@@ -18,6 +18,7 @@ from geo_pretrain.training.data.sources.megadepth import MegaDepthOptions, open_
 from geo_pretrain.training.data.sources.redwood import RedwoodOptions, open_redwood
 from geo_pretrain.training.data.sources.rooms import Rooms, RoomsOptions
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
+from geo_pretrain.training.data.sources.scenezoo import SceneZooOptions, open_scenezoo
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
 from geo_pretrain.training.data.sources.transforms import TransformsOptions, open_transforms
 from geo_pretrain.training.data.sources.tum import TumOptions, open_tum
@@ -136,6 +137,7 @@ SOURCES = {
     "redwood": SourceRow(RedwoodOptions, _folder(open_redwood), "RGB-D folder in Redwood's layout", _OWNER),
     "rooms": SourceRow(RoomsOptions, _open_rooms, "rooms", "MIT"),
     "scannet": SourceRow(ScanNetConfig, _folder(ScanNet), "ScanNet", "LicenseRef-ScanNet-ToU"),
+    "scenezoo": SourceRow(SceneZooOptions, _folder(open_scenezoo), "RGB-D data set read by scenezoo", _OWNER),
     "seven_scenes": SourceRow(SevenScenesConfig, _folder(SevenScenes), "RGB-D folder in 7-Scenes layout", _OWNER),
     "transforms": SourceRow(TransformsOptions, _folder(open_transforms), "RGB-D folder with transforms.json", _OWNER),
     "tum": SourceRow(TumOptions, _folder(open_tum), "RGB-D folder in TUM's layout", _OWNER),
