@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import IO, NoReturn
 
 
 class Forked:
@@ -104,3 +105,43 @@ def command_line(arguments: Sequence[object], processes: int = 1) -> Forked:
         sys.exit(max(abs(rank.returncode or 0) for rank in ranks))
 
     return Forked(call if processes == 1 else call_all)
+
+
+def forked_module(command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str], **options: object) -> Forked:
+    """`python -m MODULE ARGUMENTS` in a fork of this process; stands for `subprocess.Popen`."""
+    _, flag, module, *_ = command
+    assert flag == "-m"
+
+    def call() -> None:
+        for number in (1, 2):
+            os.dup2(stdout.fileno(), number)
+        sys.argv = list(command[2:])
+        importlib.import_module(module).main()
+
+    return Forked(call, env)
+
+
+def under_torchrun(arguments: Sequence[object], processes: int) -> Forked:
+    """`geo-pretrain` with these arguments in processes that torchrun's own agent starts, by forks, and watches."""
+
+    def call() -> None:
+        from geo_pretrain.cli import main
+
+        sys.argv = ["geo-pretrain", *map(str, arguments)]
+        try:
+            main()
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(f"exit code {end.code}") from end
+
+    def agent() -> None:
+        from torch.distributed.launcher.api import elastic_launch
+        from torch.distributed.run import config_from_args, parse_args
+
+        meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # as --standalone sets it
+        options = parse_args([*meeting, f"--nproc-per-node={processes}", "-m", "geo_pretrain"])
+        config, *_ = config_from_args(options)
+        config.start_method = "fork"
+        elastic_launch(config, call)()
+
+    return Forked(agent)

@@ -17,6 +17,7 @@ from geo_pretrain.training.bench.plan import FULL, BenchSpec
 from geo_pretrain.training.bench.report import BEGIN, END
 from geo_pretrain.training.data.labelled import registry as sources
 from geo_pretrain.training.tasks import TASKS
+from tests.forked import forked_module
 from tests.zoo import write_tiny_3d
 
 TINY = [
@@ -56,7 +57,8 @@ def few(monkeypatch):
     monkeypatch.setattr(planning, "BenchSpec", small)
 
 
-def test_bench_trains_measures_and_prints_one_table(tmp_path, few):
+def test_bench_trains_measures_and_prints_one_table(tmp_path, few, monkeypatch):
+    monkeypatch.setattr(running, "Popen", forked_module)  # the failure below is that of a new Python
     page = tmp_path / "page.md"
     page.write_text(f"{BEGIN}\n{END}\n")
     command = ["--toy", "--task", "depth_prediction", "--seed", 0, "--steps", 1, "--finetune-steps", 1, *sets(*TINY)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import stat
-import subprocess
 import sys
 import threading
 from itertools import product
@@ -19,6 +18,7 @@ pytest.importorskip("numba")
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.sparse import SparseTensor, backend, compiled, fast
 from geo_pretrain.sparse.maps import KernelMap, kernel_offsets
+from tests.forked import Forked, import_anew
 
 CHANNELS = [(3, 5), (32, 32), (5, 96), (96, 100), (100, 3), (48, 80)]
 SHAPES = [(1, 40, 70), (8, 257, 600), (27, 700, 700), (125, 300, 300)]  # offsets, inputs, outputs
@@ -166,6 +166,18 @@ def test_double_precision_and_foreign_rows_are_refused():
         fast.sparse_conv_forward(torch.randn(31, 4), torch.randn(8, 4, 4), kernel_map)
 
 
+def run_anew(script: str, settings: dict[str, str]) -> None:
+    """Run a script in a fork that imports the package and numba anew, as in a process that has just begun."""
+
+    def work() -> None:
+        import_anew("geo_pretrain", "llvmlite", "numba", "tests")
+        exec(script, {})
+
+    process = Forked(work, settings)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+
+
 OTHER_PROCESSOR = """
 import torch
 from geo_pretrain.sparse import fast
@@ -189,7 +201,7 @@ def test_processors_with_narrower_vectors_get_the_same_results(name, features, l
         pytest.skip(f"vectors of {lanes} are this processor's own: all tests here run them")
     settings = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
     script = OTHER_PROCESSOR.format(lanes=lanes)
-    subprocess.run([sys.executable, "-c", script], env=os.environ | settings, check=True)
+    run_anew(script, settings)
 
 
 WARM = """
@@ -199,6 +211,9 @@ from geo_pretrain.sparse import compiled, fast
 from tests.sparse.twins import random_cloud
 from geo_pretrain.sparse import SparseTensor, layers
 assert {compiles} == (compiled._kept() is None)
+if {compiles}:
+    from geo_pretrain.sparse import kernels
+    del kernels.TASKS["gradient"], kernels.TASKS["transpose"]  # are not called below
 coords, feats = random_cloud(0)
 layers.Conv3d(3, 8)(SparseTensor(coords, feats.float()))
 assert {compiles} == ("numba" in sys.modules), "numba"
@@ -212,7 +227,7 @@ def test_machine_code_is_compiled_once_and_then_runs_without_numba(monkeypatch, 
     (path,) = compiled._paths()
     path.write_bytes(b"damaged" * 10_000)  # is as good as none
     for compiles in (True, False):
-        subprocess.run([sys.executable, "-c", WARM.format(compiles=compiles)], check=True)
+        run_anew(WARM.format(compiles=compiles), {})
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     path.write_bytes(path.read_bytes()[:-100])  # cut off
     assert compiled._kept() is None

@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +30,7 @@ from geo_pretrain.training.distributed import World
 from geo_pretrain.training.loop import Budget, TrainingTask, fit
 from geo_pretrain.training.recipe import OptimSpec, load_recipe
 from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum
-from tests.forked import command_line
+from tests.forked import command_line, under_torchrun
 from tests.training.conftest import recipe_writer, write_recording
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -46,29 +44,13 @@ def run_here(recipe_path, out, overrides=(), **options):
     return pretrain.train(recipe, out, source, pairs, ALONE, skips=skips, **options)
 
 
-def command(recipe_path, out, processes=1):
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    return [*launcher, "geo_pretrain", "train", str(recipe_path), "--out", str(out), "--device", "cpu"]
-
-
-def start(recipe_path, out, processes=1):
-    """The command in a process of its own, under torchrun where there are several."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(recipe_path, out, processes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+def command(recipe_path, out):
+    return ["train", str(recipe_path), "--out", str(out), "--device", "cpu"]
 
 
 def fork(recipe_path, out, processes=1):
-    """The same command in a fork of this process."""
-    return command_line(command(recipe_path, out)[3:], processes)
+    """The command in a fork of this process."""
+    return command_line(command(recipe_path, out), processes)
 
 
 def finish(process):
@@ -143,7 +125,7 @@ def whole(tmp_path_factory, recording):
     return folder / "run"
 
 
-@pytest.mark.parametrize("workers, processes", [(0, 1), (2, 1), (0, 2)])
+@pytest.mark.parametrize("workers, processes", [(2, 1), (0, 2)])  # without workers: interrupted, below
 def test_killed_run_continues_bit_for_bit(tmp_path, tiny_recipe, whole, workers, processes):
     path = tiny_recipe(workers=workers, optim={"steps": STEPS})
     if processes > 1:
@@ -189,7 +171,7 @@ def test_workers_change_nothing(tmp_path, tiny_recipe):
 def test_two_processes_equal_two_accumulation_steps(tmp_path, tiny_recipe):
     """Both see the same micro-batches, so gradients, and with them all parameters, agree but for rounding."""
     run_here(tiny_recipe(optim={"steps": 4, "accumulate": 2}), tmp_path / "accumulated")
-    finish(start(tiny_recipe(optim={"steps": 4}), tmp_path / "two", processes=2))
+    finish(under_torchrun(command(tiny_recipe(optim={"steps": 4}), tmp_path / "two"), processes=2))
     run_here(tiny_recipe(optim={"steps": 4}), tmp_path / "whole")
     accumulated, two, whole = (weights(tmp_path / name) for name in ("accumulated", "two", "whole"))
     for role in accumulated:
