@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from geo_pretrain.catalog import backbone_info, list_backbones
+from geo_pretrain.catalog.entry import HOW, READY
 from geo_pretrain.errors import UnknownName
 from geo_pretrain.hub.cache import names_here
 
 COLUMNS = ("name", "weights' license", "how to get it")
 FILTERS = ("--method", "--modality", "--license", "--data", "--status")  # of `list_backbones`, each with a value
-READY = "ready offline"
-HOW = {
-    "published-here": "download",
-    "published-by-authors": "download from authors",
-    "regenerable": "train it yourself",
-    "planned": "not to be had yet",
-}
 
 
 def answer(arguments: Sequence[str]) -> str | None:

@@ -40,6 +40,7 @@ COMMANDS = [
     ["publish"],
     ["bundle"],
     ["card"],
+    ["gallery"],
     ["cache", "ls"],
     ["cache", "rm"],
     ["demo"],

@@ -28,6 +28,13 @@ STATUSES = {
     "regenerable": "no file; a recipe of this project makes it",
     "planned": "no file and no recipe yet",
 }
+READY = "ready offline"  # what lists say of a checkpoint whose files are on this machine; of others, by status:
+HOW = {
+    "published-here": "download",
+    "published-by-authors": "download from authors",
+    "regenerable": "train it yourself",
+    "planned": "not to be had yet",
+}
 
 WEIGHT_ROLES = ("encoder", "decoder", "model", "heads", "teacher")
 FILE_ROLES = (*WEIGHT_ROLES, "golden", "recipe", "log", "card")
