@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,14 +24,14 @@ from geo_pretrain.training.data.labelled.clouds.files import read_cloud
 from geo_pretrain.training.data.labelled.clouds.limited import read_point_list
 from geo_pretrain.training.data.labelled.clouds.s3dis_text import parse_lines
 from geo_pretrain.training.data.labelled.registry import open_labelled
-from geo_pretrain.training.data.sources import colmap_model, redwood, scannet_files, sens
+from geo_pretrain.training.data.sources import colmap_model, redwood, scannet_files, sens, shards
 from geo_pretrain.training.data.sources.conventions import read_camera
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.obj import read_obj
 from geo_pretrain.training.data.surfaces.ply import read_ply, write_ply
 from geo_pretrain.training.recipe import DataSpec
 from tests.labelled_layouts import write_ade20k_image
-from tests.recording_layouts import write_sens
+from tests.recording_layouts import write_sens, write_tars
 
 NUMBERS = [b"0", b"-1", b"1e400", b"nan", b"inf", b"-inf", b"99999999999999999999", b"4294967296", b"1e300", b"x", b""]
 POSE = b"1 0 0 0.5 0 1 0 0.2 0 0 1 0.1 0 0 0 1\n"
@@ -157,6 +158,21 @@ def scan_bytes(folder: Path) -> bytes:
     return (write_sens(folder / "scan", [frame] * 2, step=1) / "scene0000_00" / "scene0000_00.sens").read_bytes()
 
 
+def whole_shard(path: Path) -> object:
+    source = shards.Shards(path.parent, shards.ShardsOptions())
+    source.content()
+    return [source.load(scene, frame) for scene in source.scenes() for frame in source.frame_ids(scene)]
+
+
+def shard_bytes(folder: Path) -> bytes:
+    frame = Frame(
+        "", "", np.zeros((12, 16, 3), np.uint8), np.ones((12, 16), np.float32), np.diag([20.0, 20, 1]), np.eye(4)
+    )
+    data = (write_tars(folder / "tars", [frame] * 2) / "desk-000000.tar").read_bytes()
+    shutil.rmtree(folder / "tars")
+    return data
+
+
 def whole_scan(path: Path) -> object:
     header = sens.read_header(path)
     scan = sens.SensFile(path, path.parent / "index")
@@ -201,6 +217,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         "colmap cameras.bin": Reader(colmap_model.read_cameras, ".bin", CAMERAS_BIN, text=False),
         "colmap depth": Reader(files.read_raw_depth, ".bin", b"4&3&1&" + bytes(48), text=False),
         "sens": Reader(whole_scan, ".sens", scan_bytes(folder), text=False),
+        "shard": Reader(whole_shard, ".tar", shard_bytes(folder), text=False),
         "intrinsics": Reader(files.read_intrinsics, ".txt", b"585 0 320 0 585 240 0 0 1\n"),
         "ply": Reader(read_ply, ".ply", binary_ply(folder), text=False),
         "ascii ply": Reader(read_ply, ".ply", ascii_ply()),

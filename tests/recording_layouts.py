@@ -226,12 +226,39 @@ def sens_bytes(
 
 
 # By the name of the source that reads them; a second word tells layouts of one source apart.
+def write_tars(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT) -> Path:
+    """Shards in webdataset's layout: two tar files, samples of one scene, with the names of their frames as keys."""
+    root.mkdir(parents=True, exist_ok=True)
+    for shard, part in enumerate((range(0, 2), range(2, len(frames)))):
+        data = b""
+        for number in part:
+            frame = frames[number]
+            depth = BytesIO()
+            Image.fromarray(stored(frame, 1000 * twin.depth)).save(depth, "PNG")
+            facts = {"intrinsics": frame.intrinsics.tolist(), "cam_to_world": twin.pose(frame).tolist()}
+            data += tar_member(f"desk/{number:04d}.color.jpg", encoded(frame.color, "JPEG"))
+            data += tar_member(f"desk/{number:04d}.depth.png", depth.getvalue())
+            data += tar_member(f"desk/{number:04d}.json", json.dumps(facts).encode())
+        (root / f"desk-{shard:06d}.tar").write_bytes(data + bytes(1024))
+    return root
+
+
+def tar_member(name: str, data: bytes) -> bytes:
+    """A regular file of a tar (POSIX ustar): a header of 512 bytes, and the content filled up to as many."""
+    fields = [name.encode().ljust(100, b"\0"), b"0000644\0", b"0001750\0", b"0001750\0"]
+    fields += [b"%011o\0" % len(data), b"%011o\0" % 1700000000, b" " * 8, b"0", bytes(100), b"ustar\0", b"00"]
+    header = b"".join(fields).ljust(512, b"\0")
+    header = header[:148] + b"%06o\0 " % sum(header) + header[156:]
+    return header + data + bytes(-len(data) % 512)
+
+
 LAYOUTS: dict[str, Callable[[Path, Sequence[Frame], Twin], Path]] = {
     "colmap": write_colmap,
     "colmap binary": partial(write_colmap, binary=True),
     "folder": write_plain,
     "redwood": write_redwood,
     "scannet": write_sens,
+    "shards": write_tars,
     "transforms": write_transforms,
     "tum": write_tum,
 }

@@ -61,6 +61,7 @@ COMMANDS = [
     ["data", "preview"],
     ["data", "convert"],
     ["data", "mine"],
+    ["data", "shards"],
     ["bench", "pretext"],
     ["bench", "table"],
     ["visualize", "matches"],

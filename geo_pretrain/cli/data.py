@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, SET_HELP, data_spec, print_skips, shard_of
+from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, SET_HELP, data_spec, print_skips, shard_of, size_of
 from geo_pretrain.cli.shared import app, console, escape, progress
 
 if TYPE_CHECKING:
@@ -193,3 +193,48 @@ def data_mine(
         highlight=False,
     )
     print_skips(mined.skips)
+
+
+@data_app.command("shards")
+def data_shards(
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write, which --data shards:OUT then reads.")],
+    frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
+    frames_per_shard: Annotated[int, typer.Option(min=1, help="Frames of each tar file.")] = 1000,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH, the recipe's data.size; default: as they are.")
+    ] = None,
+    jpeg: Annotated[int | None, typer.Option(min=1, max=95, help="Quality of color; default: PNG, exact.")] = None,
+    shard: Annotated[str, typer.Option(help="I/N: every N-th shard from the I-th on, I = 1..N.")] = "1/1",
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read and encode side by side.")] = 4,
+    set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+) -> None:
+    """Write the frames of a source into tar files in webdataset's layout: few large files, for network disks.
+
+    Shards that are there are kept: the same command goes on where it stopped.
+
+    Example: `geo-pretrain data shards scannet:PATH --out shards --size 240x320`
+    """
+    from geo_pretrain.training.data.shard_files import write_shards
+    from geo_pretrain.training.data.sources.registry import open_source
+
+    spec = data_spec(data, frames, set_)
+    with progress() as report:
+        source = open_source(spec, progress=lambda d, t: report("rendering rooms", d, t, ""))
+        written = write_shards(
+            source,
+            out,
+            frames=frames_per_shard,
+            size=size_of(size),
+            jpeg=jpeg,
+            shard=shard_of(shard),
+            workers=workers,
+            progress=lambda done, total: report("writing shards", done, total, ""),
+        )
+    console.print(
+        f"{written.frames} frames, {written.bytes / 1e9:.3g} GB, in {written.made} shards written now and "
+        f"{written.present} that were there: --data shards:{escape(str(out))}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    print_skips(written.skips)

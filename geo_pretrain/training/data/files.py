@@ -81,13 +81,27 @@ def aspect_fault(color: Sequence[int], depth: Sequence[int]) -> str | None:
     return f"{sizes}: " + ("one of them is turned" if turned else "another aspect, so that they show different parts")
 
 
-def read_raw_depth(path: Path) -> np.ndarray:
-    """Read the values of a depth image as stored, [H, W]: 16 or 32-bit gray, float TIFF, .npy, .h5, COLMAP's .bin."""
-    if path.suffix == ".bin":
+def read_map(path: Path, data: bytes, what: str) -> np.ndarray:
+    """Read numbers [H, W] from the bytes of a .npy file, which are a part of the file at `path`."""
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    except (*_DAMAGED, tokenize.TokenError, MemoryError) as error:
+        raise BadFrame(path, f"{what} cannot be read ({first_line(error)})") from None
+    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "uif" or not values.size:
+        raise BadFrame(path, f"{what} is no array [H, W] of numbers")
+    return values
+
+
+def read_raw_depth(path: Path, data: bytes | None = None) -> np.ndarray:
+    """Read the values of a depth image as stored, [H, W]: 16 or 32-bit gray, float TIFF, .npy, .h5, COLMAP's .bin.
+
+    `data`: the image itself (gray or TIFF), where it is a part of the file at `path`.
+    """
+    if data is None and path.suffix == ".bin":
         return _read_colmap_map(path)
-    if path.suffix == ".h5":
+    if data is None and path.suffix == ".h5":
         return _read_hdf5_map(path)
-    if path.suffix == ".npy":
+    if data is None and path.suffix == ".npy":
         with loaded_arrays(path) as array:
             values = np.asarray(array)
         if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
@@ -97,7 +111,7 @@ def read_raw_depth(path: Path) -> np.ndarray:
                 path, f"depth is an array {list(values.shape)} of {values.dtype}, expected [H, W] of numbers"
             )
         return values
-    with _reading(path, "depth image"), _opened(path) as image:
+    with _reading(path, "depth image"), _opened(path, data) as image:
         if image.mode not in ("I;16", "I;16B", "I;16L", "I", "F"):
             raise BadFrame(path, f"depth has image mode {image.mode}, expected 16-bit gray")
         return np.asarray(image)

@@ -25,7 +25,7 @@ NAMES = (
     "depth", "ids", "png", "jpeg", "size", "pose", "intrinsics", "ply", "ascii ply", "cloud ply", "cloud npy",
     "cloud npz", "packed npz", "sunrgbd boxes", "obj", "kitti calibration", "kitti boxes", "scan", "labels",
     "alignment", "segments", "objects", "categories", "labelled points", "s3dis", "coco", "recipe", "sealed",
-    "meters", "frame color", "poses", "camera", "open3d camera", "redwood", "tum", "transforms", "sens",
+    "meters", "frame color", "poses", "camera", "open3d camera", "redwood", "tum", "transforms", "sens", "shard",
     "colmap images", "colmap images.bin", "colmap cameras", "colmap cameras.bin", "colmap depth",
 )  # fmt: skip
 

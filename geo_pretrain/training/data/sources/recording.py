@@ -249,6 +249,7 @@ SIGNS = {
     "scannet": ("scene*/pose", "scene*/*.sens"),
     "seven_scenes": ("frame-*.pose.txt", "*/frame-*.pose.txt", "*/*/frame-*.pose.txt"),
     "redwood": ("*.log", "*/*.log"),
+    "shards": ("*.tar", "*/*.tar"),
     "folder": ("color", "*/color"),
 }
 

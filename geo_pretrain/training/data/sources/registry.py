@@ -20,6 +20,7 @@ from geo_pretrain.training.data.sources.rooms import Rooms, RoomsOptions
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
 from geo_pretrain.training.data.sources.scenezoo import SceneZooOptions, open_scenezoo
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
+from geo_pretrain.training.data.sources.shards import Shards, ShardsOptions
 from geo_pretrain.training.data.sources.transforms import TransformsOptions, open_transforms
 from geo_pretrain.training.data.sources.tum import TumOptions, open_tum
 from geo_pretrain.training.recipe import DataSpec
@@ -139,6 +140,7 @@ SOURCES = {
     "scannet": SourceRow(ScanNetConfig, _folder(ScanNet), "ScanNet", "LicenseRef-ScanNet-ToU"),
     "scenezoo": SourceRow(SceneZooOptions, _folder(open_scenezoo), "RGB-D data set read by scenezoo", _OWNER),
     "seven_scenes": SourceRow(SevenScenesConfig, _folder(SevenScenes), "RGB-D folder in 7-Scenes layout", _OWNER),
+    "shards": SourceRow(ShardsOptions, _folder(Shards), "RGB-D frames in tar files", _OWNER),
     "transforms": SourceRow(TransformsOptions, _folder(open_transforms), "RGB-D folder with transforms.json", _OWNER),
     "tum": SourceRow(TumOptions, _folder(open_tum), "RGB-D folder in TUM's layout", _OWNER),
 }
