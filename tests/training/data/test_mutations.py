@@ -26,7 +26,7 @@ NAMES = (
     "cloud npz", "packed npz", "sunrgbd boxes", "obj", "kitti calibration", "kitti boxes", "scan", "labels",
     "alignment", "segments", "objects", "categories", "labelled points", "s3dis", "coco", "recipe", "sealed",
     "meters", "frame color", "poses", "camera", "open3d camera", "redwood", "tum", "transforms", "sens", "shard",
-    "colmap images", "colmap images.bin", "colmap cameras", "colmap cameras.bin", "colmap depth",
+    "ade20k", "colmap images", "colmap images.bin", "colmap cameras", "colmap cameras.bin", "colmap depth",
 )  # fmt: skip
 
 
