@@ -56,7 +56,7 @@ class TimmEncoder(FeatureEncoder):
         info = self.model.feature_info.get_dicts(keys=["num_chs", "reduction", "module"])
         self._check_maps(info, maps)
         self.feature_info: list[dict[str, Any]] = [dict(info[index]) for index in self.out_indices]
-        self.channels_last = getattr(self.model, "output_fmt", None) == "NHWC" and not hasattr(self.model, "model")
+        self.channels_last = is_channels_last(self.model)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x [B, in_chans, H, W], normalized -> maps [B, C, H / stride, W / stride], finest first (`feature_info`)."""
@@ -172,6 +172,12 @@ def timm_stages(network: nn.Module) -> Stages:
     if tokens:
         parts[0].append(nn.ParameterList(tokens))  # the very parameters
     return [("stem" if number == 0 else f"stage{number}", part) for number, part in enumerate(parts)]
+
+
+def is_channels_last(network: nn.Module) -> bool:
+    """Whether an encoder's own stages give maps [B, H, W, C], as those of Swin in timm do."""
+    network = getattr(network, "model", network) if isinstance(network, TimmEncoder) else network
+    return getattr(network, "output_fmt", None) == "NHWC" and not hasattr(network, "model")
 
 
 def is_timm_features(network: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from geo_pretrain.adapters.common import encoder_of, freeze_stages, stages_of
 from geo_pretrain.backbones.architectures import HOST_WIDTH, unet_arch
 from geo_pretrain.backbones.build import build, build_encoder
 from geo_pretrain.backbones.resnet_unet import UNet, unet_like
+from geo_pretrain.backbones.timm_encoder import is_channels_last
 from geo_pretrain.backbones.timm_names import check_timm, contract_for, is_timm, without_tag
 from geo_pretrain.catalog import Entry, find
 from geo_pretrain.contract import ImageContract
@@ -194,8 +195,11 @@ class Segmenter(nn.Module):
         super().__init__()
         self.network, self.multiple, self.aux, self.coarse = network, multiple, aux, coarse
         self._aux_map: Tensor | None = None
+        self._channels_last = False
         if aux is not None:
-            stages_of(encoder_of(network))[AUX_STAGE][1][-1].register_forward_hook(self._keep)
+            encoder: Any = encoder_of(network)
+            self._channels_last = is_channels_last(encoder)
+            stages_of(encoder)[AUX_STAGE][1][-1].register_forward_hook(self._keep)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, 3, H, W] -> logits [B, classes, h, w] and, in training mode, logits of the auxiliary head."""
@@ -211,7 +215,7 @@ class Segmenter(nn.Module):
         return logits, None if aux is None else _uncovered(aux, size, padded)
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        self._aux_map = output
+        self._aux_map = output.permute(0, 3, 1, 2) if self._channels_last else output
 
 
 def coarse_logits(network: Any, images: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
+from torch import nn
 
 from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.catalog import Arch
 from geo_pretrain.errors import GeoPretrainError, RecipeError, UnknownName
 from geo_pretrain.training.finetune.segmentation import segmentation_loss
 from geo_pretrain.training.finetune.task import weights_digest
+from geo_pretrain.training.networks import Segmenter, _aux_head
 from tests.training.finetune.test_segmentation import coded, generator, recipe_for, task_for
 from tests.zoo import role_weights, write_tiny, write_tiny_3d
 
@@ -187,3 +190,29 @@ def test_fcn_of_torchvision_speaks_in_dicts():
     task = task_for(recipe_for("rooms_pspnet_r18", "network.kind=fcn", "network.aux=0"))
     assert task.module.eval()(torch.randn(1, 3, 44, 60))[0].shape == (1, 3, 44, 60)
     assert task.first == 1
+
+
+class SwinHost(nn.Module):
+    """A host with a small Swin of timm, whose stages give maps [B, H, W, C]."""
+
+    def __init__(self):
+        super().__init__()
+        shape = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 2}
+        self.backbone = timm.create_model(
+            "swin_tiny_patch4_window7_224", features_only=True, img_size=(64, 64), **shape
+        )
+        self.classifier = nn.Conv2d(128, 3, kernel_size=1)
+
+    def forward(self, x):
+        return self.classifier(self.backbone(x)[-1].permute(0, 3, 1, 2))
+
+
+def test_auxiliary_head_of_swin_reads_the_map_of_the_last_stage_but_one():
+    torch.manual_seed(0)
+    host, aux = SwinHost(), _aux_head(64, 3)
+    aux[3] = nn.Identity()  # no dropout, so that a second call gives the same
+    images = torch.rand(2, 3, 64, 64)
+    host.backbone.eval()
+    _, found = Segmenter(host, multiple=1, aux=aux)(images)
+    assert found.shape == (2, 3, 4, 4)
+    assert torch.allclose(found, aux(host.backbone(images)[2].permute(0, 3, 1, 2)), atol=1e-5)
