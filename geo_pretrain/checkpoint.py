@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.catalog.entry import FILE_NAME, WEIGHT_ROLES, Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
+from geo_pretrain.digests import sha256, xxh3, xxh3_hasher
 from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed
-from geo_pretrain.files import SEAL, parse_json, sync_files, sync_folder, tree_digest
+from geo_pretrain.files import SEAL, atomic_write, parse_json, sync_files, sync_folder, tree_digest, write_text
 from geo_pretrain.tensors import NotTensors, read_tensors
 
 if TYPE_CHECKING:
@@ -33,9 +34,10 @@ FORMAT = 1
 CONFIG = "config.json"
 _UNSEALED = object()  # in place of the digest of a config.json of an older version
 TEXT_ROLES = {"recipe": "recipe.yaml", "log": "log.jsonl", "card": "README.md"}
+FINETUNED = "finetuned"  # role of the whole network in the folder of a fine-tuning run, and key of its provenance
 ROLES = {role: f"{role}.safetensors" for role in (*WEIGHT_ROLES, "golden")} | TEXT_ROLES
+BACKBONE_FILE = "backbone.safetensors"  # there, of a backbone in one piece: model.safetensors is the whole network
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-HASHED = 8 << 20  # bytes that are hashed at once
 
 
 @dataclass(frozen=True)
@@ -144,24 +146,73 @@ def write_checkpoint(
         for role in written:
             (staging / ROLES[role]).write_bytes(str(texts[role]).encode())
         paths = {role: staging / ROLES[role] for role in (*tensors, *written)}
-        files = {
-            path.name: {"role": role, "size": path.stat().st_size, "sha256": sha256(path), "xxh3": xxh3(path)}
-            for role, path in paths.items()
-        }
-        config = {
-            "format": FORMAT,
-            "name": name,
-            "arch": {"name": arch.name, "args": dict(arch.args)},
-            "contract": contract.to_dict(),
-            "files": files,
-            "licence": asdict(license),
-            "provenance": _plain(dict(provenance)),
-            "finished": finished,
-        } | ({} if pairing is None else {"pair": pairing.to_dict()})
-        config[SEAL] = tree_digest(config)
+        files = {path.name: _listing(path, role) for role, path in paths.items()}
+        config = _config(name, arch, contract, files, license, provenance, finished=finished, pairing=pairing)
         (staging / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
         read_checkpoint(staging)  # what nobody could read back is not put in place
     return read_checkpoint(folder)
+
+
+def add_checkpoint(
+    folder: Path,
+    *,
+    name: str,
+    arch: Arch,
+    contract: ImageContract | VoxelContract,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    golden: Mapping[str, Tensor],
+    license: License,
+    provenance: Mapping[str, Any],
+    card: str,
+    present: Mapping[str, str],
+) -> Checkpoint:
+    """Make a folder that holds other results, such as a fine-tuning run's, a checkpoint folder as well.
+
+    `present` maps names of files that are there to their roles; the other arguments are those of `write_checkpoint`. A
+    network in one piece goes into `BACKBONE_FILE`, since model.safetensors is the run's. config.json is written last.
+    """
+    _check_roles(weights)
+    (folder / CONFIG).unlink(missing_ok=True)
+    roles = {BACKBONE_FILE if role == "model" else ROLES[role]: role for role in weights} | {ROLES["golden"]: "golden"}
+    for file, role in roles.items():
+        with atomic_write(folder / file) as part:
+            _save_tensors(golden if role == "golden" else weights[role], part)
+    write_text(folder / ROLES["card"], card)
+    listed = dict(present) | roles | {ROLES["card"]: "card"}
+    files = {file: _listing(folder / file, role) for file, role in listed.items()}
+    config = _config(name, arch, contract, files, license, provenance, finished=True)
+    write_text(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
+    return read_checkpoint(folder)
+
+
+def _listing(path: Path, role: str) -> dict[str, Any]:
+    """A file's line of the inventory."""
+    return {"role": role, "size": path.stat().st_size, "sha256": sha256(path), "xxh3": xxh3(path)}
+
+
+def _config(
+    name: str,
+    arch: Arch,
+    contract: ImageContract | VoxelContract,
+    files: Mapping[str, Any],
+    license: License,
+    provenance: Mapping[str, Any],
+    *,
+    finished: bool,
+    pairing: Pairing | None = None,
+) -> dict[str, Any]:
+    """The content of config.json, with its digest."""
+    config = {
+        "format": FORMAT,
+        "name": name,
+        "arch": {"name": arch.name, "args": dict(arch.args)},
+        "contract": contract.to_dict(),
+        "files": files,
+        "licence": asdict(license),
+        "provenance": _plain(dict(provenance)),
+        "finished": finished,
+    } | ({} if pairing is None else {"pair": pairing.to_dict()})
+    return config | {SEAL: tree_digest(config)}
 
 
 def read_checkpoint(folder: Path | str) -> Checkpoint:
@@ -248,7 +299,7 @@ def read_weights(checkpoint: Checkpoint, role: str) -> dict[str, Tensor]:
     from torch import float16
 
     path, stored = _listed(checkpoint, checkpoint.file_of(role))
-    digest = hashlib.sha256() if stored.xxh3 is None else _xxh3_hasher()
+    digest = hashlib.sha256() if stored.xxh3 is None else xxh3_hasher()
     try:
         tensors, size = read_tensors(path, digest)
     except NotTensors as error:
@@ -300,27 +351,6 @@ def check_digest(path: Path, stored: StoredFile) -> None:
             f"{path}: sha256 is {actual} ({size} bytes), expected {stored.sha256} ({stored.size} bytes). "
             "The file was truncated or altered; nothing of it was loaded. Fetch or write it again."
         )
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def xxh3(path: Path) -> str:
-    """Hex XXH3 digest (128 bits) of a file; read and not mapped: a map ends the process if the file is cut."""
-    digest = _xxh3_hasher()
-    with path.open("rb", buffering=0) as stream:
-        while block := stream.read(HASHED):
-            digest.update(block)
-    return str(digest.hexdigest())
-
-
-def _xxh3_hasher() -> Any:
-    from xxhash import xxh3_128
-
-    return xxh3_128()
 
 
 def _raise_mismatch(path: Path, stored: StoredFile, actual: str) -> NoReturn:

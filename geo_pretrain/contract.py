@@ -365,6 +365,18 @@ def _span(values: Iterable[tuple[str, float, float]]) -> str:
     return f"[{min(lows):.4g}, {max(highs):.4g}]"
 
 
+def image_pixels(image: Any) -> Any:
+    """Convert one image, as `ImageTransform` takes it, to numpy uint8 [H, W, 3] RGB. Raises ValueError for others."""
+    import torch
+
+    pixels = _to_tensor(image, 3)
+    if pixels.ndim != 3:
+        raise ValueError(f"Got a batch of shape {tuple(pixels.shape)}; accepted is one image [3, H, W], or a list.")
+    if pixels.dtype != torch.uint8:
+        pixels = (pixels.detach().float() * 255).round().to(torch.uint8)
+    return pixels.permute(1, 2, 0).contiguous().cpu().numpy()
+
+
 def _to_tensor(image: Any, chans: int) -> Tensor:
     """Convert any accepted image to a tensor [(B,) C, H, W], uint8 or float in [0, 1]; ValueError for others."""
     import numpy as np

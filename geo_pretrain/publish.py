@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from geo_pretrain.cards.front_matter import UNSTATED
 from geo_pretrain.checkpoint import (
     CONFIG,
+    FINETUNED,
     ROLES,
     Checkpoint,
     check_digest,
@@ -175,7 +176,7 @@ def _check(checkpoint: Checkpoint) -> bytes:
             f"{folder}: its training did not finish; finished checkpoints are accepted. Resume the run."
         )
     for name, stored in checkpoint.files.items():
-        if stored.role not in ROLES:
+        if stored.role not in (*ROLES, FINETUNED):
             raise CheckpointError(f"{folder / name}: has role {stored.role!r}; accepted: {', '.join(ROLES)}.")
     for role in (*checkpoint.network_roles(), "golden", "card"):
         checkpoint.file_of(role)

@@ -23,6 +23,7 @@ from geo_pretrain.training.data.labelled.clouds import kitti_object, listed, sem
 from geo_pretrain.training.data.labelled.clouds.files import read_cloud
 from geo_pretrain.training.data.labelled.clouds.limited import read_point_list
 from geo_pretrain.training.data.labelled.clouds.s3dis_text import parse_lines
+from geo_pretrain.training.data.labelled.own_classes import read_image_classes
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.sources import colmap_model, redwood, scannet_files, sens, shards
 from geo_pretrain.training.data.sources.conventions import read_camera
@@ -237,6 +238,9 @@ def readers(folder: Path) -> dict[str, Reader]:
         "categories": Reader(scannet_files.read_categories, ".tsv", b"raw_category\tnyu40id\nchair\t5\nbed\t4\n"),
         "labelled points": Reader(read_point_list, ".json", b'{"scene0000_00": [1, 2, 3]}'),
         "s3dis": Reader(lambda path: parse_lines(path.read_bytes()), ".txt", b"0.1 0.2 0.3 10 20 30\n" * 3),
+        "classes": Reader(read_image_classes, ".txt", b"0 wall\n1 chair\n7 table\n"),
+        "label colors": Reader(files.read_label_colors, ".png", image(np.eye(12, dtype=np.uint8)), text=False),
+        "photo": Reader(files.read_photo, ".jpg", image(np.zeros((12, 16, 3), np.uint8), "jpeg"), text=False),
         "coco": Reader(coco, ".json", json.dumps(COCO).encode()),
         "recipe": Reader(Draft.read, ".yaml", b"a: &a {x: 1, y: [2, 3]}\nb: *a\nc: 2020-01-01\n"),
         "sealed": Reader(read_sealed, ".json", sealed),

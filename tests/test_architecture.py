@@ -19,7 +19,7 @@ ROOT = HOUSE / "geo_pretrain"
 # Floors of the house, lowest first. A module imports from floors below its own, and from its own without a circle.
 # A row may name a package, or one module of it that stands on another floor; the longest matching name counts.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("redact", "errors", "files", "yaml_text", "geometry", "seeding", "threads", "sparse.backend"),
+    ("redact", "errors", "files", "digests", "yaml_text", "geometry", "seeding", "threads", "sparse.backend"),
     ("sparse", "rooms"),  # rooms: the procedural data set, which yields arrays and knows nothing of networks
     ("contract",),
     ("backbones", "convert"),
@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("convert.out", "cards"),  # convert.out writes a checkpoint folder in other people's formats
     ("hub",),  # opens names as folders: converts authors' files and writes their cards
-    ("loading", "halving", "listing", "__init__"),  # the public face hands out names of loading and of floors below
+    ("loading", "halving", "listing"),
     ("adapters", "publish", "doctor"),
     (
         "training.batchnorm",
@@ -51,6 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training.evaluation",),
     ("training.visualize",),  # pictures, of what fine-tuning predicts, too
     ("training.finetune",),
+    ("__init__",),  # the public face hands out names of loading and of fine-tuning, each imported when it is asked for
     ("training.pretrain",),
     ("training.bench", "training.demo"),
     ("cli", "__main__"),

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from xxhash import xxh3_128
 
 from geo_pretrain import checkpoint as module
+from geo_pretrain import digests
 from geo_pretrain.checkpoint import (
     Checkpoint,
     read_checkpoint,
@@ -431,6 +432,6 @@ def test_a_file_that_is_cut_while_it_is_hashed_is_altered_and_does_not_end_the_p
             return self.digest.hexdigest()
 
     (tmp_path / "file").write_bytes(b"x" * 300)
-    monkeypatch.setattr(module, "_xxh3_hasher", Cutting)
-    monkeypatch.setattr(module, "HASHED", 100)
+    monkeypatch.setattr(digests, "xxh3_hasher", Cutting)
+    monkeypatch.setattr(digests, "HASHED", 100)
     assert module.xxh3(tmp_path / "file") == xxh3_128(b"x" * 100).hexdigest()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.cards import sections
+from geo_pretrain.cards.finetuned import render_finetuned
 from geo_pretrain.cards.front_matter import front_matter
 from geo_pretrain.cards.markdown import bullets, join, tree
 from geo_pretrain.cards.sections import FOLDER, bibtex
@@ -20,7 +21,7 @@ from geo_pretrain.cards.usage import snippets
 from geo_pretrain.catalog import CATALOG, backbone_info
 from geo_pretrain.catalog.entry import Arch, Entry, License, Result
 from geo_pretrain.catalog.tables import scratch_values
-from geo_pretrain.checkpoint import TEXT_ROLES, StoredFile, means_folder, read_checkpoint
+from geo_pretrain.checkpoint import FINETUNED, TEXT_ROLES, StoredFile, means_folder, read_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
 
 __all__ = [
@@ -142,6 +143,9 @@ def card_of(name_or_folder: str | os.PathLike[str]) -> str:
     if not means_folder(name_or_folder):
         return render_entry(backbone_info(os.fspath(name_or_folder)))
     checkpoint = read_checkpoint(Path(name_or_folder).expanduser())
+    if FINETUNED in checkpoint.provenance:
+        own = checkpoint.name, checkpoint.arch, checkpoint.contract, checkpoint.license, checkpoint.provenance
+        return render_finetuned(*own, files=checkpoint.files)
     return render_card(
         checkpoint.name,
         checkpoint.arch,

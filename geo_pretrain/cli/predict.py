@@ -17,7 +17,9 @@ DATA_HELP = "SOURCE or SOURCE:PATH of a data set, such as rooms3d, clouds:PATH, 
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="The folder of a finished fine-tuning run.")],
-    files: Annotated[list[Path] | None, typer.Argument(help="Images, or clouds as PLY, npy, npz, LAS.")] = None,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Images, clouds as PLY, npy, npz, LAS, or folders of either.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("predictions"),
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     split: Annotated[str, typer.Option(help="Of the data set: val, train, or its test split.")] = "val",
@@ -26,11 +28,13 @@ def predict(
     draw: Annotated[int, typer.Option(min=0, help="Clouds in predictions.png; 0: no picture.")] = 4,
     benchmark: Annotated[str | None, typer.Option(help="scannet: also its server's files, in DIR/benchmark.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CPU.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images, or clouds, that go through the network together.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict with a fine-tuned run, on files or on a data set: labels, boxes or instances in the input's order.
 
-    Clouds become PLY and npy, images PNG; classes.txt names the labels 1, 2, ..., predictions.json lists everything.
+    Clouds become PLY and npy, images label PNGs with a palette and pictures; detections.json has boxes and masks in
+    COCO's format, classes.txt names the labels 1, 2, ..., predictions.json lists everything.
 
     Example: `geo-pretrain predict runs/srunet scan1.ply scan2.npy -o predicted`
 
@@ -38,7 +42,7 @@ def predict(
 
     For ScanNet's server: `geo-pretrain predict runs/scannet --data scannet3d:PATH --split test --benchmark scannet`
 
-    Images: `geo-pretrain predict runs/unet photo.jpg -o predicted`
+    Images: `geo-pretrain predict runs/unet photo.jpg more_photos/ --batch 8 --device cuda -o predicted`
     """
     from geo_pretrain.training.finetune.predict import INDEX, predict
 
@@ -58,6 +62,7 @@ def predict(
             draw=draw,
             benchmark=benchmark,
             device=device,
+            batch=batch,
             progress=lambda done, total, name: report("predicting", done, total, name),
         )
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 if TYPE_CHECKING:
     from geo_pretrain.training.finetune.folder import FinetuneResult
     from geo_pretrain.training.finetune.sweep import SweepResult
+    from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 
 FRACTION_HELP = "Share of the training images, whole scenes; default: the recipe's."
 SEED_HELP = "Seed of sample order, augmentation and new weights; default: the recipe's."
@@ -25,6 +26,7 @@ BACKBONE_HELP = "A catalog name, a checkpoint folder, imagenet or scratch; with 
 SCENES_HELP = "An official list of training scenes, or the folder of such lists, from which --fraction chooses."
 POINTS_HELP = "Labelled points of each training cloud: a number, or the path of an official list."
 CHECK_HELP = "Look at some frames first, and stop if poses, depth or intrinsics are surely read wrongly."
+LENGTH_HELP = "Optimizer steps, instead of the recipe's length; milestones and warm-up shrink with it."
 RELEASED_HELP = "Reproduce the accidents of the released protocol."
 
 
@@ -120,6 +122,8 @@ def finetune(
     backbone: Annotated[list[str], typer.Option("--backbone", "-b", help=BACKBONE_HELP)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     data: Annotated[str | None, typer.Option(help=LABELLED_HELP)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help=LENGTH_HELP)] = None,
+    epochs: Annotated[float | None, typer.Option(help="The same in passes over the training data.")] = None,
     fraction: Annotated[list[float], typer.Option(help=FRACTION_HELP)] = [],  # noqa: B006
     scenes: Annotated[str | None, typer.Option(help=SCENES_HELP)] = None,
     labelled_points: Annotated[str | None, typer.Option(help=POINTS_HELP)] = None,
@@ -139,6 +143,8 @@ def finetune(
 
     Example: `geo-pretrain finetune scannet_unet_r50 -b pri3d_view_geo_r50 --data scannet:PATH --out runs/unet`
 
+    Your own images: `geo-pretrain finetune folder_unet -b pri3d_view_geo_r50 --data folder:PATH --out runs/mine`
+
     A data-efficiency curve: `geo-pretrain finetune rooms_unet_r18 --sweep -b scratch -b runs/view --fraction 0.2
     --fraction 1 --seed 0 --seed 1 --out runs/curve`
 
@@ -153,19 +159,14 @@ def finetune(
     from geo_pretrain.training.finetune import sweep as sweeps
     from geo_pretrain.training.finetune.registry import load_checked_finetune_recipe
 
-    overrides = [*data_overrides(data), *_limits(scenes, labelled_points)]
-    overrides += [*(["match_released_code=true"] if match_released_code else []), *set_]
-    spec = load_checked_finetune_recipe(recipe, overrides, toy=toy)
+    released = ["match_released_code=true"] if match_released_code else []
+    overrides = [*data_overrides(data), *_limits(scenes, labelled_points), *released, *set_]
+    spec = _of_length(load_checked_finetune_recipe(recipe, overrides, toy=toy), steps, epochs)
     _check_once({"--backbone": backbone, "--fraction": fraction, "--seed": seed}, sweep)
     fraction, seed = fraction or [spec.data.fraction], seed or [spec.seed]
     world = join(device)
     with progress(world.is_main and not as_json) as report:
-        options: dict[str, Any] = {
-            "init_kwargs": {"hub": hub} if hub else None,
-            "world": world,
-            "on_step": lambda step: report("fine-tuning", step.step, step.steps, str(step)),
-            "on_data": lambda done, total: report("rendering rooms", done, total, ""),
-        }
+        options = {"init_kwargs": {"hub": hub} if hub else None, "world": world, **_watched(report)}
         if sweep:
             options["on_run"] = lambda number, total, run: report("runs", number, total, f"{run}")
             swept = sweeps.run_sweep(spec, backbone, fraction, seed, out, **options)
@@ -175,6 +176,26 @@ def finetune(
     world.close()
     if world.is_main:
         _show_sweep(swept, out, as_json) if sweep else _show_result(result, as_json)
+
+
+def _watched(report: Callable[[str, int, int, str], None]) -> dict[str, Any]:
+    """Arguments of a run that show its progress."""
+    return {
+        "on_step": lambda step: report("fine-tuning", step.step, step.steps, str(step)),
+        "on_data": lambda done, total: report("rendering rooms", done, total, ""),
+    }
+
+
+def _of_length(spec: FinetuneRecipe, steps: int | None, epochs: float | None) -> FinetuneRecipe:
+    from geo_pretrain.training.finetune_recipe import with_length
+
+    if steps is None and epochs is None:
+        return spec
+    if steps is not None and epochs is not None:
+        raise typer.BadParameter(f"--steps {steps} and --epochs {epochs:g} are given; accepted is one of the two.")
+    if epochs is not None and epochs <= 0:
+        raise typer.BadParameter(f"--epochs is {epochs:g}; accepted: a number above 0, also below 1.")
+    return with_length(spec, steps=steps, epochs=epochs)
 
 
 def _check_once(given: Mapping[str, Sized], sweep: bool) -> None:

@@ -153,6 +153,20 @@ def frozen_bn_stats(network: Callable[[Tensor], Tensor]) -> Iterator[None]:
 ALONE = World(0, 1, torch.device("cpu"))  # a process without others, where the device does not matter
 
 
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device of this name. Raises `RecipeError` where torch does not know it, or there is no such GPU."""
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(f"Device {device!r} is none that torch knows; accepted: cpu, cuda, cuda:N.") from error
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            there = ", ".join(["cpu", *(f"cuda:{k}" for k in range(count))])
+            raise RecipeError(f"Device {str(device)!r}: torch sees {count} GPUs here; accepted: {there}.")
+    return chosen
+
+
 def join(device: str | None = None) -> World:
     """Join the group that torchrun announces in the environment; without one this process is alone.
 
@@ -160,10 +174,7 @@ def join(device: str | None = None) -> World:
     `heartbeat`. Raises `RecipeError` for a device that torch does not know.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise RecipeError(f"Device {device!r} is none that torch knows; accepted: cpu, cuda, cuda:N.") from error
+    chosen = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
         chosen = torch.device("cuda", chosen.index if size == 1 else int(os.environ.get("LOCAL_RANK", "0")))
         if chosen.index is not None:

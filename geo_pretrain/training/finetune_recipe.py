@@ -6,7 +6,7 @@ A recipe says what is fine-tuned on which labels, and how the result is measured
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -29,7 +29,17 @@ from geo_pretrain.training.checks import (
 )
 from geo_pretrain.training.cloud_recipe import FRAMES, CloudSpec
 from geo_pretrain.training.config import Draft, Renamed, merge_tree, plain_types
-from geo_pretrain.training.recipe import RESNETS, WITHOUT_EFFECT, EncoderName, OptimSpec, RecipeName, UNet3DSpec, retag
+from geo_pretrain.training.recipe import (
+    AUTO,
+    RESNETS,
+    WITHOUT_EFFECT,
+    AnyEncoder,
+    OptimSpec,
+    RecipeName,
+    UNet3DSpec,
+    check_data_license,
+    retag,
+)
 from geo_pretrain.training.schedule import learning_rate
 
 RECIPES = recipe.KINDS["finetune"][1]
@@ -79,7 +89,7 @@ class NetworkSpec:
     """The network around the backbone. The backbone itself is chosen when the run is started."""
 
     kind: Kind = "unet"
-    encoder: EncoderName = "resnet50"  # backbones with another encoder are refused
+    encoder: AnyEncoder = "resnet50"  # backbones with another encoder are refused; auto: the backbone's own
     width: Count = 64  # channels of the stem, for a random initialization; a checkpoint has its own
     output_stride: Literal[8, 16, 32] = 32  # 16 and 8 dilate the last stages
     transfer: Literal["all", "encoder"] = "encoder"  # all: also the U-Net's decoder, without its last layer
@@ -117,6 +127,11 @@ class LabelledSpec:
     scenes: str | None = None  # file of an official scene list, or the folder of such files; replaces `fraction`
     options: dict[str, Any] = field(default_factory=dict)  # options of the source, which checks them
     cloud: CloudSpec | None = None  # tasks in 3D: None: of frames, their upright rotation; of whole clouds, CloudSpec()
+    license: str | None = None  # SPDX identifier or LicenseRef-... of the data's license; None: the source's own
+
+    def __post_init__(self) -> None:
+        """Check the license."""
+        check_data_license(self.license)
 
 
 @dataclass(frozen=True)
@@ -299,6 +314,35 @@ class FinetuneRecipe(Ranged):
     def to_yaml(self) -> str:
         """Serialize as YAML, which parses back to an equal recipe."""
         return yaml.safe_dump(plain_types(self), sort_keys=False)
+
+
+def with_encoder(spec: FinetuneRecipe, encoder: str) -> FinetuneRecipe:
+    """The recipe for backbones with this encoder, where it leaves the encoder to the backbone ("auto")."""
+    if spec.network.encoder != AUTO:
+        return spec
+    return replace(spec, network=replace(spec.network, encoder=encoder))
+
+
+def with_length(spec: FinetuneRecipe, *, steps: int | None = None, epochs: float | None = None) -> FinetuneRecipe:
+    """The recipe with another length, in steps or in epochs; milestones and warm-up shrink or grow with it.
+
+    Where the recipe counts the other unit, milestones stay, and warm-up is at most a tenth of the steps.
+    """
+    optim = spec.optim
+    factor = None
+    if steps is not None and optim.steps is not None:
+        factor = steps / optim.steps
+    elif epochs is not None and optim.epochs is not None:
+        factor = epochs / optim.epochs
+    milestones, warmup = optim.milestones, optim.warmup
+    if factor is not None:
+        same = optim.milestones_in == ("steps" if steps is not None else "epochs")
+        if milestones is not None and same:
+            milestones = tuple(max(round(milestone * factor), 1) for milestone in milestones)
+        warmup = round(warmup * factor)
+    elif steps is not None:
+        warmup = min(warmup, steps // 10)
+    return replace(spec, optim=replace(optim, steps=steps, epochs=epochs, milestones=milestones, warmup=warmup))
 
 
 def changes(before: str, now: str) -> list[str]:

@@ -71,7 +71,23 @@ def _weights(recipe: Recipe, value: str, starts: Mapping[str, Path]) -> str:
     return recipe.start_of(value, starts)
 
 
-def _origin(weights: str, encoder: str) -> Origin:
+def finetuned_license(dataset: str, terms: str, backbone: str, encoder: str, where: Mapping[str, Any] = {}) -> License:
+    """The license of a network that is fine-tuned on `dataset`, under `terms`, from a backbone.
+
+    `encoder`: of the recipe; `where`: `hub`, `revision`, ... of `load_backbone`. A backbone whose terms cannot be found
+    has unknown ones, which are the strictest.
+    """
+    try:
+        start = _origin(backbone, encoder, where)
+    except GeoPretrainError:
+        start = Origin(backbone, UNKNOWN_TERMS, ((f"what {backbone} learned from", UNKNOWN_TERMS),))
+    weights = strictest(terms, start.terms or terms)
+    datasets = {dataset: terms, **{name: own for name, own in start.datasets if name != dataset}}
+    base = start.name or "none (random weights)"
+    return License(code="MIT", weights=weights, datasets=tuple(datasets.items()), base_model=base)
+
+
+def _origin(weights: str, encoder: str, where: Mapping[str, Any] = {}) -> Origin:
     """Look up name, terms and data sets of start weights or of a teacher."""
     if weights == "scratch":
         return Origin()
@@ -96,7 +112,7 @@ def _origin(weights: str, encoder: str) -> Origin:
     if (Path(weights) / "results.json").is_file():
         return _finetuned(Path(weights))
     entry = None if Path(weights).is_dir() else find(weights)
-    described = entry or hub.open(weights)
+    described = entry or hub.open(weights, **where)
     name, license = weights if entry else described.name, described.license
     return Origin(f"{name} ({license.weights})", license.weights, license.datasets)
 

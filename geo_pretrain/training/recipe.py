@@ -74,12 +74,20 @@ _SAME_PAIRS = (
 # Options are those of one source, of rooms where none is given.
 OWNERS = {"data.source": ("data.options", "rooms")}
 
+AUTO = "auto"  # of fine-tuning: the encoder of whatever backbone the run is given
 # names in backbones.architectures.ENCODERS, and those of timm, which is asked for them when they are used
 EncoderName = Annotated[
     str,
     Accepts(
         lambda name: name in ("resnet18", "resnet50") or is_timm(name),
         "one of resnet18, resnet50, or timm/NAME: any image encoder of timm",
+    ),
+]
+AnyEncoder = Annotated[
+    str,
+    Accepts(
+        lambda name: name in ("resnet18", "resnet50", AUTO) or is_timm(name),
+        "one of resnet18, resnet50, auto (the backbone's own), or timm/NAME: any image encoder of timm",
     ),
 ]
 RecipeName = Annotated[str, Accepts(CHECKPOINT_NAME.fullmatch, "letters, digits, '.', '_' and '-'")]
@@ -90,6 +98,15 @@ Jitter = Annotated[
 Radii = Annotated[tuple[float, float], Accepts(lambda r: 0 <= r[0] <= r[1], "[low, high] with 0 <= low <= high")]
 
 T = TypeVar("T")
+
+
+def check_data_license(license: str | None) -> None:
+    """Raise `RecipeError` for a `data.license` that is none, so that it is found before training."""
+    if license is not None:
+        try:
+            check_license(license)
+        except UnknownName as error:
+            raise RecipeError(f"data.license: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -149,12 +166,8 @@ class DataSpec:
     augment: AugmentSpec = AugmentSpec()
 
     def __post_init__(self) -> None:
-        """Check the license, so that a wrong one is found before training."""
-        if self.license is not None:
-            try:
-                check_license(self.license)
-            except UnknownName as error:
-                raise RecipeError(f"data.license: {error}") from error
+        """Check the license."""
+        check_data_license(self.license)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def test_weights_are_the_stored_ones(trained, task):
 def test_finetuning_gives_what_it_gave(tmp_path, kind):
     found = finetuning_runs.describe(finetuning_runs.finetune(kind, tmp_path / kind))
     expected = stored(f"finetuning/{kind}")
-    assert found["files"] == expected["files"]
+    assert set(expected["files"]) <= set(found["files"])  # those of its checkpoint came later
     # anchors and proposals are chosen by what is nearly equal; other losses differ by less between processors
     assert_same(found["log"], expected["log"], relative=2e-3 if kind == "mask_rcnn" else 2e-4)
     for part in ("evaluations", "results"):  # a pixel that changes its class is a step

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from geo_pretrain.errors import BadFrame, DataError, first_line, require
 from geo_pretrain.files import regular
@@ -49,6 +49,19 @@ def refuse_deep(path: Path, image: Image.Image) -> None:
     kinds = [image.mode, *(str(tile[3]) for tile in getattr(image, "tile", ()) if len(tile) > 3)]
     if image.mode[0] in "IF" or any(word in kind for kind in kinds for word in (";16", ";12", ";10")):
         raise BadFrame(path, f"color image has more than 8 bits a channel (mode {image.mode}): save it with 8")
+
+
+def read_photo(path: Path, shape: Sequence[int] | None = None) -> np.ndarray:
+    """Read an image file as viewers show it: uint8 [H, W, 3] RGB, turned as its EXIF data say.
+
+    It is left as it is stored where only that has the given `shape` (H, W), of its labels.
+    """
+    with _reading(path, "color image"), _opened(path) as image:
+        refuse_deep(path, image)
+        turned = ImageOps.exif_transpose(image) if image.format != "PNG" else image
+        if shape is not None and (turned.height, turned.width) != tuple(shape[:2]) == (image.height, image.width):
+            turned = image
+        return np.array(turned.convert("RGB"))
 
 
 def read_frame_color(path: Path, data: bytes | None = None) -> np.ndarray:
@@ -206,6 +219,16 @@ def read_ids(path: Path, shape: Sequence[int] | None = None, *, bits: Sequence[i
         given, expected = (f"{size[1]}x{size[0]}" for size in (ids.shape, shape))
         raise BadFrame(path, f"annotation is {given}, the image {expected}")
     return ids
+
+
+def read_label_colors(path: Path) -> np.ndarray:
+    """Read a PNG of labels that are colors: uint8 [H, W, 3] RGB, of one with a palette the palette's colors."""
+    with _reading(path, "annotation"):
+        with path.open("rb") as file:
+            if file.read(len(_SIGNATURE)) != _SIGNATURE:
+                raise BadFrame(path, "not a PNG; labels are PNGs (other formats change colors)")
+        with _opened(path) as image:
+            return np.asarray(image.convert("RGB"))
 
 
 def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from geo_pretrain.checkpoint import sha256
+from geo_pretrain.catalog.license import License
+from geo_pretrain.checkpoint import CONFIG, sha256
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.config import plain_types
 from geo_pretrain.training.data.labelled.registry import data_terms
+from geo_pretrain.training.finetune.as_checkpoint import export_backbone, write_as_checkpoint
 from geo_pretrain.training.finetune.training import Finetuning, spread_ids, write_weights
 from geo_pretrain.training.loop import Progress
 from geo_pretrain.training.runs import LOG, check_out, code_version, library_versions, run_folder
@@ -89,14 +91,18 @@ def check_result_out(out: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"{str(out)!r} exists and holds no result of fine-tuning; choose another --out.")
 
 
-def finish(task: Finetuning, progress: Progress) -> FinetuneResult:
-    """Write the folder `out`; results.json is written last, so its presence means that the folder is complete."""
+def finish(task: Finetuning, progress: Progress, license: License) -> FinetuneResult:
+    """Write the folder `out`, results.json and then config.json last; the run's folder goes when all of it is there.
+
+    `license`: of the network, `finetuned_license`.
+    """
     run, recipe = task.run, task.recipe
     uses: Literal["last", "best"] = "best" if recipe.match_released_code else "last"
     if uses == "best":
         task.load_best()
     run.out.mkdir(parents=True, exist_ok=True)
-    (run.out / RESULTS).unlink(missing_ok=True)
+    for name in (CONFIG, RESULTS):
+        (run.out / name).unlink(missing_ok=True)
     write_weights(task.task, run.out / MODEL)
     with task.precision():
         task.task.draw(task.data.val, spread_ids(task.val_ids, DRAWN), run.out / PICTURE)
@@ -104,6 +110,9 @@ def finish(task: Finetuning, progress: Progress) -> FinetuneResult:
     shutil.copyfile(run.log_file, run.out / LOG)
     data = summary(task, progress, uses)
     write_sealed(run.out / RESULTS, data, indent=2)
+    export = export_backbone(task.task)
+    if export is not None:
+        write_as_checkpoint(run.out, export, license, data, recipe.name)
     run.remove()
     return _result(run.out, data)
 
@@ -119,7 +128,7 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
         "end of the run": "is not measured (as published)" if last is None else "is measured",
         **task.task.protocol_deviations(),
     }
-    license, terms = data_terms(train.name)
+    license, terms = data_terms(train.name, recipe.data.license)
     skipped = [{"path": path, "reason": reason} for path, reason in sorted(task.skipped.items())]
     return {
         "format": FORMAT,
@@ -142,6 +151,7 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
             "train_images": len(task.train_ids),
             "val_images": len(task.val_ids),
             "classes": list(train.classes),
+            **own_labels(train),
             "train_fingerprint": train.fingerprint(),
             "val_fingerprint": task.data.val.fingerprint(),
             **({"skipped": skipped} if task.task.skips_broken else {}),
@@ -157,6 +167,13 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
         "code": code_version(),
         "libraries": library_versions(),
     }
+
+
+def own_labels(source: Any) -> dict[str, Any]:
+    """What files of a data set call its classes 1..C, where it says so: ids, or colors."""
+    source = getattr(source, "source", source)  # of a subset
+    found = {"ids": getattr(source, "file_ids", None), "colors": getattr(source, "colors", None)}
+    return {key: [list(v) if isinstance(v, tuple) else v for v in value] for key, value in found.items() if value}
 
 
 def _result(folder: Path, data: dict[str, Any]) -> FinetuneResult:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -17,12 +17,15 @@ from geo_pretrain.backbones.resnet_unet import UNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.catalog import find
+from geo_pretrain.checkpoint import CONFIG, FINETUNED, read_checkpoint
 from geo_pretrain.contract import contract_from_dict
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, WeightsMismatch, some
 from geo_pretrain.files import read_sealed
 from geo_pretrain.seeding import seeded
 from geo_pretrain.tensors import load_tensors
+from geo_pretrain.training.distributed import checked_device
 from geo_pretrain.training.finetune.folder import FORMAT, MODEL, RESULTS
+from geo_pretrain.training.finetune.network import FinetunedNetwork
 from geo_pretrain.training.finetune.registry import build_finetune_task
 from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.finetune_recipe import POINT_KINDS, FinetuneRecipe, load_finetune_recipe
@@ -31,15 +34,23 @@ from geo_pretrain.training.networks3d import PretrainedInit3D
 from geo_pretrain.training.recipe import UNet3DSpec
 
 
-def load_finetuned(folder: str | os.PathLike[str], *, device: str | torch.device | None = None) -> FinetuneTask:
-    """Load a fine-tuned network from the folder that `geo-pretrain finetune` wrote; nothing is downloaded.
+def load_finetuned(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    **where: Unpack[hub.Where],
+) -> FinetunedNetwork:
+    """Load a fine-tuned network: the folder that `geo-pretrain finetune` wrote, or one that was published.
 
-    The result is in evaluation mode; `.predict(items)` takes images (uint8 [H, W, 3], RGB) or, for tasks on clouds,
-    `LabelledCloud`s, whose labels may all be None. `.classes` names the labels 1..C, `.module` is the network.
+    The result is a module in evaluation mode. `.predict(image)` takes what is at hand: a path, a PIL image, uint8
+    [H, W, 3], or a list of them; a network for points takes a path of a cloud or a `LabelledCloud`. `.classes` names
+    the labels 1..C, `.transforms` makes the network's input, `.contract` says what that is.
 
     Args:
-        folder: with results.json, recipe.yaml and model.safetensors.
+        name_or_folder: a folder with results.json, recipe.yaml and model.safetensors, from which nothing is downloaded;
+            or hf-hub:owner/repo.
         device: where the network is put; None: the CPU.
+        where: `hub`, `revision`, `cache_dir`, `local_files_only` of `load_backbone`, for what is no folder.
 
     Raises:
         CheckpointError: a file is missing or is not what the run wrote (`DigestMismatch` for altered weights).
@@ -47,11 +58,20 @@ def load_finetuned(folder: str | os.PathLike[str], *, device: str | torch.device
         RecipeError: the recipe has a setting that this version does not know.
 
     Example:
-        >>> from geo_pretrain.training.finetune import load_finetuned
-        >>> task = load_finetuned("runs/unet")  # doctest: +SKIP
-        >>> labels = task.predict([image])[0].labels  # doctest: +SKIP
+        >>> import geo_pretrain as gp
+        >>> network = gp.load_finetuned("runs/unet")  # doctest: +SKIP
+        >>> labels = network.predict("photo.jpg").labels  # doctest: +SKIP
     """
-    path = Path(folder).expanduser()
+    path = Path(name_or_folder).expanduser()
+    if not path.is_dir() and isinstance(name_or_folder, str) and name_or_folder.startswith(hub.HF_PREFIX):
+        path = hub.open(name_or_folder, **where).fetch(FINETUNED, "recipe").folder
+    task, stated = load_task(path, device=device)
+    return FinetunedNetwork(task, stated, path)
+
+
+def load_task(path: Path, *, device: str | torch.device | None = None) -> tuple[FinetuneTask, Mapping[str, Any]]:
+    """Load the task of a fine-tuned folder, its network in evaluation mode, and what its results state."""
+    chosen = checked_device(device or "cpu")
     results = _results(path)
     recipe = load_finetune_recipe(str(_there(path, "recipe.yaml")))
     try:
@@ -62,8 +82,8 @@ def load_finetuned(folder: str | os.PathLike[str], *, device: str | torch.device
     shape = backbone.get("shape") or _shape_of_start(recipe, backbone["name"], path)
     task = build_finetune_task(recipe, _saved_init(recipe, backbone["name"], shape), classes, contract)
     _load_weights(task, path, results.get("model"))
-    task.module.to(device if device is not None else "cpu").eval()
-    return task
+    task.module.to(chosen).eval()
+    return task, results
 
 
 @dataclass(frozen=True)
@@ -127,11 +147,25 @@ def _shape_of_start(recipe: FinetuneRecipe, backbone: str, folder: Path) -> dict
 def _results(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; accepted: the --out of a finished fine-tuning run.")
+    if not (folder / RESULTS).is_file() and (published := _published(folder)) is not None:
+        return published
     path = _there(folder, RESULTS)
     data = read_sealed(path)
     if data.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format is {data.get('format')!r}; this version reads {FORMAT}.")
     return data
+
+
+def _published(folder: Path) -> dict[str, Any] | None:
+    """What config.json of a published folder, which has no results.json, states of its fine-tuning; None: nothing."""
+    if not (folder / CONFIG).is_file():
+        return None
+    checkpoint = read_checkpoint(folder)
+    facts = checkpoint.provenance.get(FINETUNED)
+    if facts is None:
+        return None
+    weights = checkpoint.files[checkpoint.file_of(FINETUNED)]
+    return {**facts, "model": {"sha256": weights.sha256}}
 
 
 def _there(folder: Path, name: str) -> Path:

@@ -10,20 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, some, unknown
 from geo_pretrain.files import write_text
-from geo_pretrain.training.data.files import read_color
+from geo_pretrain.training.data.files import read_photo
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.files import CLOUD_SUFFIXES, CloudFields
 from geo_pretrain.training.data.labelled.clouds.folder import CloudFolder
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.labelled.mapping import label_map
+from geo_pretrain.training.data.labelled.own_images import IMAGE_SUFFIXES
 from geo_pretrain.training.data.labelled.registry import open_labelled
+from geo_pretrain.training.evaluation.coco import Detections
 from geo_pretrain.training.evaluation.predictions import PointInstances, PointLabels
 from geo_pretrain.training.evaluation.scannet_benchmark import write_scannet_instances, write_scannet_semantic
 from geo_pretrain.training.finetune.cloud_files import CloudFile, cloud_fields
+from geo_pretrain.training.finetune.coco_file import CocoFile
 from geo_pretrain.training.finetune.load import load_finetuned
 from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.finetune.training import spread_ids
@@ -34,8 +35,8 @@ from geo_pretrain.training.visualize.clouds import draw_clouds
 BENCHMARK = "benchmark"
 MESH = "_vh_clean_2"  # of ScanNet's scans: scene0707_00_vh_clean_2.ply
 INDEX, CLASSES, PICTURE = "predictions.json", "classes.txt", "predictions.png"
+DETECTIONS = "detections.json"  # all boxes and masks in COCO's format
 FORMAT = 1
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Predictions:
     folder: Path
     items: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    colors: Sequence[Sequence[int]] | None = None  # of the classes 1..C in pictures; None: the package's
 
 
 def predict(
@@ -60,6 +62,7 @@ def predict(
     draw: int = 4,
     benchmark: str | None = None,
     device: str | None = None,
+    batch: int = 1,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Predictions:
     """Predict with the run in folder `run` on a data set or on files, and write labels, boxes or instances into `out`.
@@ -69,10 +72,11 @@ def predict(
             predictions.json lists the items with their files and those that could not be read.
         data, path, split: a data set of `list_labelled` and its folder. It needs no labels.
         options: of the data set, or of cloud files (`CloudFields`); None: the recipe's, if it read the same kind.
-        files: images, or point clouds as PLY, npy, npz, LAS, in place of a data set.
+        files: images, or point clouds as PLY, npy, npz, LAS, or folders of them, in place of a data set.
         limit: at most so many items of the data set, evenly spaced.
         draw: clouds in the picture predictions.png and the first in predictions.html; 0: none.
         benchmark: also write files for a benchmark's server, a key of `BENCHMARKS`, into the folder `out`/benchmark.
+        batch: items that go through the network together; images do so where they are equally large.
         progress: called with the number of items done, of all, and the name of the last one.
 
     Raises:
@@ -83,43 +87,69 @@ def predict(
     if bool(files) == (data is not None):
         raise RecipeError("Predict on what? Accepted: either FILES, or --data SOURCE:PATH.")
     check_target(out)
-    task = load_finetuned(run, device=device)
+    network = load_finetuned(run, device=device)
+    task = network.task
     export = None if benchmark is None else _benchmark(benchmark, task)
     if data is not None:
         items = list(_of_source(task, _open(task.recipe, data, path, split, options), limit))
     else:
         items = list(_of_files(task.recipe, files, options))
     _check_names(items)
-    found = Predictions(out)
+    found = Predictions(out, colors=network.stated["data"].get("colors"))
     drawn: list[tuple[Any, Any]] = []
+    detected = CocoFile(task.classes, network.stated["data"].get("ids"))
     _begin(found, task, run)
-    for number, item in enumerate(items):
-        done = _predict_one(task, item, found)
-        if done is not None and export is not None:
-            export(out / BENCHMARK, item.name, done[1])
-        if done is not None and isinstance(done[0], LabelledCloud) and len(drawn) < draw:
-            drawn.append(done)
+    for start in range(0, len(items), max(batch, 1)):
+        group = items[start : start + max(batch, 1)]
+        for item, loaded, prediction in _predict_group(task, group, found):
+            if export is not None:
+                export(out / BENCHMARK, item.name, prediction)
+            if isinstance(loaded, LabelledCloud) and len(drawn) < draw:
+                drawn.append((loaded, prediction))
+            if isinstance(prediction, Detections):
+                detected.add(item.file or f"{item.name}.png", loaded.shape, prediction)
         if progress is not None:
-            progress(number + 1, len(items), item.name)
+            progress(start + len(group), len(items), group[-1].name)
     draw_clouds(drawn, task.classes, out / PICTURE)
     _check_found(found)
+    if detected.images:
+        write_text(out / DETECTIONS, json.dumps(detected.tree()) + "\n")
     _write_index(found, task, run)
     return found
 
 
-def _predict_one(task: FinetuneTask, item: Item, found: Predictions) -> tuple[Any, Any] | None:
-    """Predict on one item and write its files; returns both, or None for a broken item, which is noted."""
+def _predict_group(task: FinetuneTask, group: Sequence[Item], found: Predictions) -> Iterator[tuple[Item, Any, Any]]:
+    """Predict on some items together and write their files; broken ones are noted and left out."""
+    loaded: list[tuple[Item, Any]] = []
+    for item in group:
+        try:
+            loaded.append((item, item.load()))
+        except BadFrame as bad:
+            found.skipped.append({"path": bad.path, "reason": bad.reason})
+    for item, given, prediction in _predicted(task, loaded, found):
+        columns = item.columns(given) if isinstance(given, LabelledCloud) else given
+        place = Place(found.folder, item.name, [], found.colors)
+        facts = write_prediction(item.back(given, prediction), place, columns, task.classes)
+        found.items.append({"name": item.name, "files": place.files, **facts})
+        yield item, given, prediction
+
+
+def _predicted(
+    task: FinetuneTask, loaded: Sequence[tuple[Item, Any]], found: Predictions
+) -> Iterator[tuple[Item, Any, Any]]:
+    """Predictions on what was loaded; where one of several cannot be used, each is tried alone."""
+    if not loaded:
+        return
     try:
-        loaded = item.load()
-        (prediction,) = task.predict([loaded])
+        predictions = task.predict([given for _, given in loaded])
     except BadFrame as bad:
-        found.skipped.append({"path": bad.path, "reason": bad.reason})
-        return None
-    given = item.columns(loaded) if isinstance(loaded, LabelledCloud) else loaded
-    place = Place(found.folder, item.name, [])
-    facts = write_prediction(item.back(loaded, prediction), place, given, task.classes)
-    found.items.append({"name": item.name, "files": place.files, **facts})
-    return loaded, prediction
+        if len(loaded) == 1:
+            found.skipped.append({"path": bad.path, "reason": bad.reason})
+        for one in loaded if len(loaded) > 1 else ():
+            yield from _predicted(task, [one], found)
+        return
+    for (item, given), prediction in zip(loaded, predictions, strict=True):
+        yield item, given, prediction
 
 
 def _scannet(folder: Path, name: str, found: PointLabels | PointInstances) -> None:
@@ -206,20 +236,29 @@ def _of_source(task: FinetuneTask, source: LabelledData, limit: int | None) -> I
 def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[str, Any] | None) -> Iterator[Item]:
     in_3d = recipe.network.kind in POINT_KINDS
     accepted, what = (CLOUD_SUFFIXES, "clouds") if in_3d else (IMAGE_SUFFIXES, "images")
-    wrong = [path.name for path in files if path.suffix.lower() not in accepted]
+    wrong = [path.name for path in files if not path.is_dir() and path.suffix.lower() not in accepted]
     if wrong:
         raise DataError(f"{some(wrong)}: the network is for {what}; accepted: files that end in {', '.join(accepted)}.")
     fields = cloud_fields(recipe, options) if in_3d else CloudFields()
-    for path in files:
+    for path, id in _named(files, accepted, what):
         if in_3d:
-            yield CloudFile(path, fields).item()
+            cloud = CloudFile(path, fields)
+            yield cloud.loaded_by(id, cloud.load)
         else:
-            yield Item(file_stem(path.stem), partial(read_image, path))
+            yield Item(file_stem(id), partial(read_photo, path), file=path.name)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an image as uint8 [H, W, 3]. Raises `BadFrame` for a file that is none."""
-    return read_color(path).copy()  # of its own, to be written to
+def _named(files: Sequence[Path], suffixes: Sequence[str], what: str) -> Iterator[tuple[Path, str]]:
+    """Each file with the name of its results: its own, below a folder that was given its path there, without suffix."""
+    for path in files:
+        if not path.is_dir():
+            yield path, path.stem
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+        if not inside:
+            raise DataError(f"No {what} ({', '.join(suffixes)}) in {str(path)!r}.")
+        for one in inside:
+            yield one, one.relative_to(path).with_suffix("").as_posix()
 
 
 def _check_names(items: Sequence[Item]) -> None:

@@ -6,14 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Any
 
+from geo_pretrain import hub
+from geo_pretrain.catalog import find
 from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.data.labelled.registry import labelled_options
 from geo_pretrain.training.finetune.task import FinetuneTask
-from geo_pretrain.training.finetune_recipe import POINT_KINDS, FinetuneRecipe, load_finetune_recipe
-from geo_pretrain.training.networks import PretrainedInit
+from geo_pretrain.training.finetune_recipe import POINT_KINDS, FinetuneRecipe, load_finetune_recipe, with_encoder
+from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit
 from geo_pretrain.training.networks3d import PretrainedInit3D
-from geo_pretrain.training.recipe import UNet3DSpec
+from geo_pretrain.training.recipe import AUTO, UNet3DSpec
 
+DEFAULT_ENCODER = "resnet50"  # of a recipe with encoder "auto", where the start is no checkpoint
 TASKS = {  # task of a recipe -> "module:class", called with (recipe, start, classes, contract)
     "segmentation": "geo_pretrain.training.finetune.segmentation:Segmentation",
     "segmentation3d": "geo_pretrain.training.finetune.segmentation3d:CloudSegmentation",
@@ -36,15 +40,30 @@ def _check_data(recipe: FinetuneRecipe) -> None:
 
 
 def _check_network(recipe: FinetuneRecipe) -> None:
-    resolve_name(TASKS[recipe.task]).check(recipe)
+    resolve_name(TASKS[recipe.task]).check(with_encoder(recipe, DEFAULT_ENCODER))
 
 
 def backbone_init(recipe: FinetuneRecipe, backbone: str, where: Mapping[str, Any]) -> PretrainedInit | PretrainedInit3D:
     """The initialization of a run's backbone; `where`: hub, revision, cache_dir, ... of load_backbone."""
-    network = recipe.network
+    network = resolved(recipe, backbone, where).network
     if network.kind in POINT_KINDS:
         return PretrainedInit3D(backbone, network.unet3d or UNet3DSpec(), where, frames=recipe.on_frames())
     return PretrainedInit(backbone, network.encoder, network.width, where)
+
+
+def resolved(recipe: FinetuneRecipe, backbone: str, where: Mapping[str, Any]) -> FinetuneRecipe:
+    """The recipe with the encoder of this backbone in place of "auto": for scratch and imagenet a ResNet-50.
+
+    Raises `RecipeError` for a backbone without an image encoder, and what opening it raises.
+    """
+    if recipe.network.encoder != AUTO:
+        return recipe
+    if backbone in (SCRATCH, IMAGENET):
+        return with_encoder(recipe, DEFAULT_ENCODER)
+    arch = (find(backbone) or hub.open(backbone, **where)).arch
+    if arch.encoder_name is None:
+        raise RecipeError(f"Backbone {backbone!r} is {arch}; accepted: a ResNet, a U-Net or a timm encoder for images.")
+    return with_encoder(recipe, arch.encoder_name)
 
 
 def build_finetune_task(

@@ -41,7 +41,7 @@ def markdown(result: SweepResult, *, figure: str | None = None) -> str:
     if figure is not None:
         lines += [f"![{text} against share of the training images]({figure})", ""]
     lines += table(result)
-    license, terms = data_terms(result.recipe.data.source)
+    license, terms = data_terms(result.recipe.data.source, result.recipe.data.license)
     counts = ", ".join(f"{percent(f)}: {count}" for f, count in sorted(result.images.items()))
     lines += [
         "",

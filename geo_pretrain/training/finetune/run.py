@@ -15,13 +15,14 @@ import torch
 
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.labelled.dataset import LabelledData
-from geo_pretrain.training.data.labelled.registry import open_labelled, subset
+from geo_pretrain.training.data.labelled.registry import data_terms, open_labelled, subset
 from geo_pretrain.training.data.labelled.scannet import read_scene_list
 from geo_pretrain.training.distributed import World, join
 from geo_pretrain.training.finetune.folder import FinetuneResult, check_result_out, finish
-from geo_pretrain.training.finetune.registry import backbone_init, build_finetune_task
+from geo_pretrain.training.finetune.registry import backbone_init, build_finetune_task, resolved
 from geo_pretrain.training.finetune.training import Finetuning, LabelledSplits, OnEvaluation
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
+from geo_pretrain.training.licenses import finetuned_license
 from geo_pretrain.training.loop import StepInfo, fit
 from geo_pretrain.training.precision import choices, settle_precision
 from geo_pretrain.training.runs import RunFolder, run_lock
@@ -58,9 +59,13 @@ def finetune(
     out = Path(out)
     check_result_out(out, overwrite=overwrite)
     where = dict(init_kwargs or {})
+    recipe = resolved(recipe, os.fspath(backbone), where)
     start = backbone_init(recipe, os.fspath(backbone), where)
     contract = start.contract()  # an unknown name fails before any data are read
     data = _open(recipe, sources, on_data)
+    # now, for the start may have moved when the run ends
+    terms, _ = data_terms(data.train.name, recipe.data.license)
+    license = finetuned_license(data.train.name, terms, start.backbone, recipe.network.encoder, where)
     world = world or join(device)
     generators = torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else [])
     with run_lock(out, "fine-tuning run") if world.is_main else nullcontext(), generators:
@@ -75,7 +80,7 @@ def finetune(
         progress = fit(task, world, run, on_step=on_step)
         if not progress.finished:
             raise progress.interrupted(run)
-        result = finish(task, progress) if world.is_main else None
+        result = finish(task, progress, license) if world.is_main else None
         return cast(FinetuneResult, world.all_gather_object(result)[0])
 
 

@@ -138,30 +138,47 @@ class Segmentation(SegmentationTask):
         """The size to which labels are resized before the comparison; None: no resizing."""
         return (self.recipe.evaluate.size or self.recipe.data.size) if self.exact else None
 
+    def class_logits(self, images: Tensor) -> Tensor:
+        """Normalized images [B, 3, H, W] -> logits of the classes 1..C at the images' size, [B, C, H, W]."""
+        logits, _ = self.module(images)
+        return self._at_size(logits, images.shape[-2:])[:, 1 - self.first :]
+
     @torch.no_grad()
     def predict(self, items: Sequence[np.ndarray]) -> list[PixelLabels]:
-        """Predict the class of each pixel of images uint8 [H, W, 3], at their own size; class 0 is never predicted."""
+        """Predict the class of each pixel of images uint8 [H, W, 3], at their own size; class 0 is never predicted.
+
+        Images that are equally large as the network sees them go through it together.
+        """
         self.module.eval()
         found = []
-        for image in items:
-            scores, labels = self._chances(Image.fromarray(image), image.shape[:2]).max(0)
-            found.append(PixelLabels((labels + 1).cpu().numpy(), scores.cpu().numpy()))
+        for sizes, group in groupby(map(Image.fromarray, items), key=self._sizes):
+            images = list(group)
+            for chances in self._chances(images, sizes, [(image.height, image.width) for image in images]):
+                scores, labels = chances.max(0)
+                found.append(PixelLabels((labels + 1).cpu().numpy(), scores.cpu().numpy()))
         return found
 
-    def _chances(self, image: Image.Image, shape: Sequence[int]) -> Tensor:
-        """Probabilities of classes 1.. [C, H, W] at the size `shape`, the mean over `evaluate.short_sides`."""
-        device, recipe = next(self.module.parameters()).device, self.recipe
-        sizes = [image.size if recipe.data.size is None else recipe.data.size[::-1]]
-        if recipe.evaluate.short_sides is not None:
-            longest, multiple = recipe.data.augment.longer, self.module.multiple
-            sides = (scaled_size(image.size, side, longest) for side in recipe.evaluate.short_sides)
-            sizes = [(-(-width // multiple) * multiple, -(-height // multiple) * multiple) for width, height in sides]
-        total: Tensor | float = 0.0
+    def _sizes(self, image: Image.Image) -> tuple[tuple[int, int], ...]:
+        """Width and height in which the network sees an image: one, or those of `evaluate.short_sides`."""
+        recipe = self.recipe
+        if recipe.evaluate.short_sides is None:
+            return (image.size if recipe.data.size is None else recipe.data.size[::-1],)
+        longest, multiple = recipe.data.augment.longer, self.module.multiple
+        sides = (scaled_size(image.size, side, longest) for side in recipe.evaluate.short_sides)
+        return tuple((-(-width // multiple) * multiple, -(-height // multiple) * multiple) for width, height in sides)
+
+    def _chances(
+        self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], shapes: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Probabilities of classes 1.. of each image, [C, H, W] at its shape: the mean over `sizes`, seen together."""
+        device = next(self.module.parameters()).device
+        total: list[Tensor | float] = [0.0] * len(images)
         for size in sizes:
-            pixels = image if size == image.size else image.resize(size, self._resampling())
-            logits, _ = self.module(self._normalize(_tensor(pixels))[None].to(device))
-            total = total + self._at_size(logits, shape)[0, 1 - self.first :].softmax(0)
-        return torch.as_tensor(total) / len(sizes)
+            seen = [image if size == image.size else image.resize(size, self._resampling()) for image in images]
+            logits, _ = self.module(torch.stack([self._normalize(_tensor(pixels)) for pixels in seen]).to(device))
+            for k, shape in enumerate(shapes):
+                total[k] = total[k] + self._at_size(logits[k : k + 1], shape)[0, 1 - self.first :].softmax(0)
+        return [torch.as_tensor(one) / len(sizes) for one in total]
 
     def _at_size(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         """Logits upsampled to a size: coarse ones as torchvision's own networks do it, others as Pri3D does."""
@@ -176,7 +193,8 @@ class Segmentation(SegmentationTask):
         if self.recipe.evaluate.short_sides is not None:
             for image in map(source.load, ids):
                 truth = self._truth(image)
-                chances = self._chances(Image.fromarray(image.image), truth.shape)
+                pixels = Image.fromarray(image.image)
+                (chances,) = self._chances([pixels], self._sizes(pixels), [truth.shape])
                 yield image, truth, (chances.argmax(0) + 1).cpu()
             return
         loaded = ((image, self._normalize(_tensor(self._sized(image)[0]))) for image in map(source.load, ids))
@@ -197,12 +215,15 @@ class Segmentation(SegmentationTask):
 
     def _sized(self, image: LabelledImage) -> tuple[Image.Image, Image.Image]:
         """Resize image and labels to `data.size`."""
-        pixels, labels = Image.fromarray(image.image), self._labels(image)
+        pixels, labels = self._resized(Image.fromarray(image.image)), self._labels(image)
         size = self.recipe.data.size
         if size is not None:
-            pixels = pixels.resize(size[::-1], self._resampling())
             labels = labels.resize(size[::-1], Image.Resampling.NEAREST)
         return pixels, labels
+
+    def _resized(self, pixels: Image.Image) -> Image.Image:
+        size = self.recipe.data.size
+        return pixels if size is None else pixels.resize(size[::-1], self._resampling())
 
     def _labels(self, image: LabelledImage) -> Image.Image:
         labels = image.semantic

@@ -32,7 +32,12 @@ from geo_pretrain.training.finetune.folder import RESULTS, FinetuneResult, read_
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
 from geo_pretrain.training.finetune.registry import backbone_init
 from geo_pretrain.training.finetune.run import finetune
-from geo_pretrain.training.finetune_recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
+from geo_pretrain.training.finetune_recipe import (
+    FinetuneRecipe,
+    list_finetune_recipes,
+    load_finetune_recipe,
+    with_encoder,
+)
 from geo_pretrain.training.loop import StepInfo
 from geo_pretrain.training.precision import settle_precision
 from geo_pretrain.training.recipe import without_auto
@@ -102,7 +107,7 @@ class SweepResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON types; measured and reported scores are separate."""
-        license, terms = data_terms(self.recipe.data.source)
+        license, terms = data_terms(self.recipe.data.source, self.recipe.data.license)
         return {
             "recipe": yaml.safe_load(self.recipe.to_yaml()),
             "data": {"source": self.recipe.data.source, "licence": license, "terms": terms},
@@ -324,7 +329,8 @@ def _check_runs(recipe: FinetuneRecipe, finished: Mapping[Run, FinetuneResult]) 
     images: dict[float, int] = {}
     for run, result in finished.items():
         own = load_finetune_recipe(str(run.folder / "recipe.yaml"))
-        wrong = differences(run_recipe(recipe, run.fraction, run.seed), own)
+        expected = with_encoder(run_recipe(recipe, run.fraction, run.seed), own.network.encoder)
+        wrong = differences(expected, own)
         if (own.data.fraction, own.seed) != (run.fraction, run.seed):
             wrong.append(f"share {run.fraction} -> {own.data.fraction}, seed {run.seed} -> {own.seed}")
         if wrong:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from geo_pretrain.files import atomic_write, write_text
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D, LabelledCloud
@@ -31,6 +31,7 @@ from geo_pretrain.training.visualize.colors import class_colors
 
 LABEL, SCORE, INSTANCE = "predicted_label", "predicted_score", "predicted_instance"  # properties of the points in a PLY
 TINT = 0.5  # of a class's color over an image
+SURE = 0.5  # score from which boxes are drawn
 Columns = Mapping[str, np.ndarray]
 
 
@@ -41,6 +42,23 @@ class Place:
     folder: Path
     name: str
     files: list[str]
+    colors: Sequence[Sequence[int]] | None = None  # of the classes 1..C in pictures; None: `class_colors`
+
+    def colored(self, labels: np.ndarray) -> np.ndarray:
+        """The colors of labels, uint8 [..., 3]; 0 is black."""
+        if self.colors is None:
+            return class_colors(labels)
+        return np.array([(0, 0, 0), *self.colors], np.uint8)[labels]
+
+    def save_labels(self, suffix: str, labels: np.ndarray, count: int) -> None:
+        """Write a PNG of labels 0..count: of 8 bits with a palette, so that viewers show colors, or of 16 bits."""
+        if count > 255:
+            self.save_image(suffix, labels.astype(np.uint16))
+            return
+        image = Image.fromarray(labels.astype(np.uint8))
+        image.putpalette(self.colored(np.arange(count + 1)).astype(np.uint8).tobytes())
+        with atomic_write(self.path(suffix)) as part:
+            image.save(part, format="PNG", bits=8)
 
     def path(self, suffix: str) -> Path:
         """The path of a file, which is noted; folders of the name are made."""
@@ -81,6 +99,7 @@ class Item:
     load: Callable[[], Any]  # an image uint8 [H, W, 3] or a `LabelledCloud`; may raise `BadFrame`
     columns: Callable[[LabelledCloud], Mapping[str, np.ndarray]] = cloud_columns  # of the points, for the PLY
     back: Callable[[LabelledCloud, Any], Any] = lambda cloud, found: found  # into the frame of these columns
+    file: str | None = None  # name of the image's file
 
 
 def file_stem(id: str) -> str:
@@ -160,29 +179,49 @@ def _(found: CloudClass, place: Place, item: Columns, classes: Sequence[str]) ->
 
 @write_prediction.register
 def _(found: PixelLabels, place: Place, item: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """NAME.labels.png (ids, 8 or 16 bit), NAME.png (classes in colors over the image)."""
-    place.save_image(".labels.png", found.labels.astype(np.uint8 if len(classes) < 256 else np.uint16))
-    place.save_image(".png", _tinted(item, class_colors(found.labels)))
+    """NAME.labels.png (labels 1..C, 8 bit with a palette or 16 bit), NAME.png (classes in colors over the image)."""
+    place.save_labels(".labels.png", found.labels, len(classes))
+    place.save_image(".png", _tinted(item, place.colored(found.labels)))
     return {"labels": _counts(found.labels, classes)}
 
 
 @write_prediction.register
 def _(found: Detections, place: Place, item: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """NAME.boxes.json, with masks also NAME.instances.png (numbers from 1, 16 bit) and NAME.png (in colors)."""
+    """NAME.boxes.json, NAME.png (boxes, masks in colors), with masks NAME.instances.png (numbers from 1, 16 bit)."""
     objects = [
         {"class": classes[c - 1], "score": float(s), "box": box.tolist()}
         for c, s, box in zip(found.classes, found.scores, found.boxes, strict=True)
     ]
     write_text(place.path(".boxes.json"), json.dumps(objects, indent=1) + "\n")
+    picture = item
     if found.masks is not None:
         numbers = np.zeros(item.shape[:2], np.uint16)
         for k in range(len(found) - 1, -1, -1):  # of several, the best
             numbers[found.masks[k]] = k + 1
         place.save_image(".instances.png", numbers)
         ids = np.concatenate([[0], found.classes])[numbers]
-        colored = _tinted(item, class_colors(ids))
-        place.save_image(".png", np.where(ids[..., None] > 0, colored, item))
+        picture = np.where(ids[..., None] > 0, _tinted(item, place.colored(ids)), item)
+    place.save_image(".png", _boxed(picture, found, place.colored(found.classes), classes))
     return {"objects": len(found)}
+
+
+def _boxed(image: np.ndarray, found: Detections, colors: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """The image with the boxes of the detections of score `SURE` and more, and their names; the best on top."""
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    pen = ImageDraw.Draw(picture)
+    line = max(1, round(min(picture.size) / 240))
+    for k in range(len(found) - 1, -1, -1):
+        x0, y0, x1, y1 = found.boxes[k].tolist()
+        if found.scores[k] < SURE or x1 <= x0 or y1 <= y0:
+            continue
+        color = tuple(colors[k].tolist())
+        pen.rectangle((x0, y0, x1, y1), outline=color, width=line)
+        text = f"{classes[found.classes[k] - 1]} {found.scores[k]:.2f}"
+        left, top, right, bottom = pen.textbbox((x0 + line, y0 + line), text)
+        pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=color)
+        dark = sum(color) > 3 * 128
+        pen.text((x0 + line, y0 + line), text, fill=(0, 0, 0) if dark else (255, 255, 255))
+    return np.asarray(picture)
 
 
 def wireframes(boxes: Boxes3D) -> dict[str, dict[str, np.ndarray]]:

@@ -27,6 +27,7 @@ NAMES = (
     "alignment", "segments", "objects", "categories", "labelled points", "s3dis", "coco", "recipe", "sealed",
     "meters", "frame color", "poses", "camera", "open3d camera", "redwood", "tum", "transforms", "sens", "shard",
     "ade20k", "colmap images", "colmap images.bin", "colmap cameras", "colmap cameras.bin", "colmap depth",
+    "classes", "label colors", "photo",
 )  # fmt: skip
 
 

@@ -25,7 +25,12 @@ from geo_pretrain.training.finetune.detection import (
 )
 from geo_pretrain.training.finetune.registry import build_finetune_task
 from geo_pretrain.training.finetune.run import finetune
-from geo_pretrain.training.finetune_recipe import FinetuneRecipe, list_finetune_recipes, load_finetune_recipe
+from geo_pretrain.training.finetune_recipe import (
+    FinetuneRecipe,
+    list_finetune_recipes,
+    load_finetune_recipe,
+    with_encoder,
+)
 from geo_pretrain.training.networks import PretrainedInit
 from geo_pretrain.training.visualize.results import draw_detections
 
@@ -416,11 +421,12 @@ def test_recipes_of_the_papers(name):
 
 def test_every_detection_recipe_has_a_toy():
     names = list_finetune_recipes("instances") + list_finetune_recipes("detection")
-    assert set(names) == {*PAPER, "rooms_mask_rcnn_r18"}
+    assert set(names) == {*PAPER, "rooms_mask_rcnn_r18", "folder_mask_rcnn"}
     for name in names:
         toy = load_finetune_recipe(name, toy=True)
         assert toy.data.source == "rooms"
         assert (toy.optim.steps, toy.optim.milestones) == (100, (70, 90))
+        toy = with_encoder(toy, "resnet50")
         Detection(toy, _Nowhere("scratch", toy.network.encoder), CLASSES, ImageContract())
     boxes = load_finetune_recipe("scannet_mask_rcnn_r50", ["task=detection"], toy=True)
     assert boxes.task == "detection"

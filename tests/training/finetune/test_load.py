@@ -8,10 +8,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import geo_pretrain as gp
+from geo_pretrain.cards import card_of
+from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import CheckpointError, DigestMismatch, RecipeError, WeightsMismatch
 from geo_pretrain.files import read_sealed, write_sealed
+from geo_pretrain.loading import verify
+from geo_pretrain.publish import publish
 from geo_pretrain.training.finetune import load_finetuned
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
@@ -19,6 +25,8 @@ from tests.training.finetune.test_run import SOURCES, run
 from tests.training.finetune.test_segmentation_clouds import CLASSES, SMALL
 from tests.training.painted_clouds import painted
 from tests.zoo import write_tiny, write_tiny_3d
+
+EXIF_TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # orientation 6: by 90 degrees
 
 
 class Painted:
@@ -86,6 +94,46 @@ def test_images_are_predicted_at_their_own_size_and_in_order(images):
     assert np.array_equal(found[1].labels, task.predict([small])[0].labels)
 
 
+def test_a_run_is_a_checkpoint_folder_too(images, tmp_path):
+    """Its backbone loads, verifies and publishes; the published folder is the whole network again."""
+    task = load_finetuned(images)
+    unet = gp.load_backbone(images, decoder=True)
+    assert unet.load_report.coverage == 1
+    assert unet.contract.size == task.recipe.data.size
+    assert torch.equal(unet.encoder.conv1.weight, task.module.network.encoder.conv1.weight)
+    x = torch.rand(1, 3, 64, 96)
+    assert torch.equal(unet(x), task.module(x)[0])
+    assert verify(images).passed
+    license = read_checkpoint(images).license
+    assert license.weights == "LicenseRef-data-owner"
+    assert license.datasets[0] == (SOURCES[0].name, "LicenseRef-data-owner")
+    card = (images / "README.md").read_text()
+    assert "one of 3 classes: ground, red, green" in card
+    assert card_of(images).startswith("---")
+    publish(images, tmp_path / "hub")
+    again = gp.load_finetuned(tmp_path / "hub" / read_checkpoint(images).name)
+    assert not (again.folder / "results.json").exists()
+    image = SOURCES[1].load(SOURCES[1].ids()[0]).image
+    assert np.array_equal(again.predict(image).labels, task.predict(image).labels)
+
+
+def test_a_fine_tuned_network_takes_what_is_at_hand(images, tmp_path):
+    network, pixels = load_finetuned(images), SOURCES[1].load(SOURCES[1].ids()[0]).image
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    expected = network.predict([pixels])[0].labels
+    for item in (pixels, Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1), tmp_path / "photo.png"):
+        assert np.array_equal(network.predict(item).labels, expected)
+    with pytest.raises(ValueError, match="Got a numpy array float64"):
+        network.predict(pixels / 255)
+    logits = network(network.transforms(pixels)[None])
+    assert logits.shape == (1, 3, *network.recipe.data.size)
+    assert "3 classes" in repr(network)
+    assert network.license == "LicenseRef-data-owner"
+    turned = tmp_path / "turned.jpg"
+    Image.fromarray(pixels).save(turned, exif=EXIF_TURNED, quality=95)
+    assert network.predict(turned).labels.shape == expected.T.shape
+
+
 def test_a_network_for_clouds_comes_back_with_its_starts_shape(tmp_path):
     start = write_tiny_3d(tmp_path / "tiny_net_srunet34").folder
     more = ["optim.batch=2", "optim.steps=2", "evaluate.every_steps=2", "data.cloud.features=contract"]
@@ -100,6 +148,10 @@ def test_a_network_for_clouds_comes_back_with_its_starts_shape(tmp_path):
     }
     (found,) = task.predict([painted(3)])
     assert found.labels.shape == (len(painted(3)),)
+    assert verify(tmp_path / "out").passed
+    backbone = gp.load_backbone(tmp_path / "out")
+    assert torch.equal(backbone.conv0p1s1.kernel, task.module.conv0p1s1.kernel)
+    assert load_file(tmp_path / "out" / "backbone.safetensors").keys() == backbone.state_dict().keys()
     assert not any(parameter.device.type != "cpu" for parameter in task.module.parameters())
 
 
@@ -136,7 +188,11 @@ def test_weights_of_another_network_are_refused_with_the_first_differences(copy)
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda out: (out / "results.json").unlink(), CheckpointError, "has no results.json; it is no finished run"),
+        (
+            lambda out: [(out / name).unlink() for name in ("results.json", "config.json")],
+            CheckpointError,
+            "has no results.json; it is no finished run",
+        ),
         (lambda out: (out / "model.safetensors").unlink(), CheckpointError, "has no model.safetensors"),
         (lambda out: (out / "recipe.yaml").unlink(), CheckpointError, "has no recipe.yaml"),
         (lambda out: (out / "results.json").write_text("{"), CheckpointError, "is not JSON"),

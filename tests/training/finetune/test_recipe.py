@@ -139,6 +139,7 @@ ADE20K = {  # CSAILVision/semantic-segmentation-pytorch, its configuration of re
     "evaluate.every_steps": 5000,
 }
 PUBLISHED["ade20k_fcn_r50"] = ADE20K
+OWN = ("folder_unet", "folder_deeplabv3plus")  # of your own images: test_own_image_runs
 ROOMS = ("rooms_unet_r18", "rooms_deeplabv3_r18", "rooms_deeplabv3plus_r18", "rooms_pspnet_r18")
 
 
@@ -160,7 +161,7 @@ def test_recipe_has_the_published_numbers(name):
 
 
 def test_every_segmentation_recipe_is_in_the_table_or_toy_evidence():
-    assert list_finetune_recipes("segmentation") == sorted([*PUBLISHED, *ROOMS])
+    assert list_finetune_recipes("segmentation") == sorted([*PUBLISHED, *ROOMS, *OWN])
     assert set(list_finetune_recipes()) >= {*PUBLISHED, *ROOMS, *list_finetune_recipes("segmentation3d")}
     assert "rooms_srunet34" in list_finetune_recipes("segmentation3d")
     for name in ROOMS:

@@ -33,8 +33,8 @@ CLOUDS = [SCANS, "optim.batch=2", "optim.steps=1", "evaluate.images=1", "network
 
 
 def recipes(clouds):
-    """Names of the recipes on whole clouds, or of all others; those on rooms have runs of their own."""
-    names = [name for name in list_finetune_recipes() if not name.startswith("rooms_")]
+    """Names of the recipes on whole clouds, or of others; those on rooms and own images have runs of their own."""
+    names = [name for name in list_finetune_recipes() if not name.startswith(("rooms_", "folder_"))]
     return [name for name in names if (load_finetune_recipe(name).network.kind in POINT_KINDS) == clouds]
 
 

@@ -36,13 +36,16 @@ class Coco:
 
     name = "coco"
 
-    def __init__(self, root: Path, split: str, config: CocoOptions | None = None) -> None:
+    def __init__(self, root: Path, split: str, config: CocoOptions | None = None, *, file: Path | None = None) -> None:
+        """`file`: the annotations, where they are not where COCO has them."""
         config = config or CocoOptions()
-        need_folders(root, ["annotations"], LAYOUT)
+        if file is None:
+            need_folders(root, ["annotations"], LAYOUT)
         self.root, self.split, self.config = root, split, config
-        self.file = _annotation_file(root, split)
+        self.file = file or _annotation_file(root, split)
         tree = _read(self.file)
         self.classes, self._class_of = self._categories(tree["categories"])
+        self.file_ids = tuple(self._class_of)  # of the classes 1..C, in files
         self._images = self._entries(tree["images"])
         self._annotations = self._by_image(tree["annotations"])
         self.folder = self._image_folder(root, split, config)
@@ -71,7 +74,7 @@ class Coco:
         """
         entry = self._entry(id)
         path = self.folder / entry["file_name"]
-        image = files.read_color(path)
+        image = self._read_image(path, entry)
         height, width = image.shape[:2]
         if (entry.get("height", height), entry.get("width", width)) != (height, width):
             given = f"{entry.get('width', width)}x{entry.get('height', height)}"
@@ -92,6 +95,9 @@ class Coco:
             np.array(crowd, bool),
         )
         return LabelledImage(id, image, None, instances)
+
+    def _read_image(self, path: Path, entry: Mapping[str, Any]) -> np.ndarray:
+        return files.read_color(path)
 
     def fingerprint(self) -> str:
         """A digest of name, size and time of the annotations and of every image."""

@@ -19,6 +19,8 @@ from geo_pretrain.training.data.labelled.dataset import DataSet, ImageTask, Labe
 from geo_pretrain.training.data.labelled.folders import InstanceOptions
 from geo_pretrain.training.data.labelled.kitti import open_kitti
 from geo_pretrain.training.data.labelled.nyuv2 import open_nyuv2
+from geo_pretrain.training.data.labelled.own_boxes import open_own
+from geo_pretrain.training.data.labelled.own_images import OwnOptions
 from geo_pretrain.training.data.labelled.rooms import LabelledRoomsOptions, open_rooms
 from geo_pretrain.training.data.labelled.scannet import ScanNetOptions, open_scannet
 from geo_pretrain.training.data.labelled.sunrgbd import open_sunrgbd
@@ -46,6 +48,14 @@ IMAGE_SETS = {
         CocoOptions,
         splits=(),
     ),
+    "folder": DataSet(
+        open_own,
+        BOTH,
+        "LicenseRef-data-owner",
+        "images given by the caller: as their owner says",
+        OwnOptions,
+        splits=(),
+    ),
     "kitti": DataSet(plain(open_kitti), SEGMENTATION, "CC-BY-NC-SA-3.0", "non-commercial, share alike"),
     "nyuv2": DataSet(
         open_nyuv2, BOTH, "LicenseRef-unstated", "published for research without a license", InstanceOptions
@@ -71,8 +81,13 @@ DATA_SETS = {**IMAGE_SETS, **CLOUD_SETS}
 _OTHER = ("LicenseRef-data-owner", "images given by the caller: as their owner says")
 
 
-def data_terms(source: str) -> tuple[str, str]:
-    """Look up the license of a labelled data set (SPDX or LicenseRef) and its meaning in words."""
+def data_terms(source: str, license: str | None = None) -> tuple[str, str]:
+    """Look up the license of a labelled data set (SPDX or LicenseRef) and its meaning in words.
+
+    `license`: the one that a recipe states in its stead, as for data of one's own.
+    """
+    if license is not None:
+        return license, "as whoever ran this stated it (data.license)"
     row = DATA_SETS.get(source)
     return _OTHER if row is None else (row.license, row.terms)
 
