@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.catalog.entry import FILE_NAME, WEIGHT_ROLES, Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
-from geo_pretrain.digests import sha256, xxh3, xxh3_hasher
+from geo_pretrain.digests import inventory_line, sha256, xxh3, xxh3_hasher
 from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed
 from geo_pretrain.files import SEAL, atomic_write, parse_json, sync_files, sync_folder, tree_digest, write_text
 from geo_pretrain.tensors import NotTensors, read_tensors
@@ -34,7 +34,7 @@ FORMAT = 1
 CONFIG = "config.json"
 _UNSEALED = object()  # in place of the digest of a config.json of an older version
 TEXT_ROLES = {"recipe": "recipe.yaml", "log": "log.jsonl", "card": "README.md"}
-FINETUNED = "finetuned"  # role of the whole network in the folder of a fine-tuning run, and key of its provenance
+FINETUNED = "finetuned"  # role of the whole network in a fine-tuning run's folder, and key of its provenance
 ROLES = {role: f"{role}.safetensors" for role in (*WEIGHT_ROLES, "golden")} | TEXT_ROLES
 BACKBONE_FILE = "backbone.safetensors"  # there, of a backbone in one piece: model.safetensors is the whole network
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -146,7 +146,7 @@ def write_checkpoint(
         for role in written:
             (staging / ROLES[role]).write_bytes(str(texts[role]).encode())
         paths = {role: staging / ROLES[role] for role in (*tensors, *written)}
-        files = {path.name: _listing(path, role) for role, path in paths.items()}
+        files = {path.name: inventory_line(path, role) for role, path in paths.items()}
         config = _config(name, arch, contract, files, license, provenance, finished=finished, pairing=pairing)
         (staging / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
         read_checkpoint(staging)  # what nobody could read back is not put in place
@@ -168,8 +168,8 @@ def add_checkpoint(
 ) -> Checkpoint:
     """Make a folder that holds other results, such as a fine-tuning run's, a checkpoint folder as well.
 
-    `present` maps names of files that are there to their roles; the other arguments are those of `write_checkpoint`. A
-    network in one piece goes into `BACKBONE_FILE`, since model.safetensors is the run's. config.json is written last.
+    `present`: names of files that are there, with their roles; others as in `write_checkpoint`. A network in one piece
+    goes into `BACKBONE_FILE`. config.json is written last.
     """
     _check_roles(weights)
     (folder / CONFIG).unlink(missing_ok=True)
@@ -179,15 +179,10 @@ def add_checkpoint(
             _save_tensors(golden if role == "golden" else weights[role], part)
     write_text(folder / ROLES["card"], card)
     listed = dict(present) | roles | {ROLES["card"]: "card"}
-    files = {file: _listing(folder / file, role) for file, role in listed.items()}
+    files = {file: inventory_line(folder / file, role) for file, role in listed.items()}
     config = _config(name, arch, contract, files, license, provenance, finished=True)
     write_text(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
     return read_checkpoint(folder)
-
-
-def _listing(path: Path, role: str) -> dict[str, Any]:
-    """A file's line of the inventory."""
-    return {"role": role, "size": path.stat().st_size, "sha256": sha256(path), "xxh3": xxh3(path)}
 
 
 def _config(

@@ -29,3 +29,8 @@ def xxh3_hasher() -> Any:
     from xxhash import xxh3_128
 
     return xxh3_128()
+
+
+def inventory_line(path: Path, role: str) -> dict[str, Any]:
+    """What config.json says of a file: role, size and digests."""
+    return {"role": role, "size": path.stat().st_size, "sha256": sha256(path), "xxh3": xxh3(path)}

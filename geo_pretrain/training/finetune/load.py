@@ -69,6 +69,14 @@ def load_finetuned(
     return FinetunedNetwork(task, stated, path)
 
 
+def is_finetuned(name_or_folder: str | os.PathLike[str]) -> bool:
+    """Whether this is the folder of a fine-tuned network, which `load_finetuned` takes, and not of a backbone alone."""
+    folder = Path(name_or_folder).expanduser()
+    if (folder / RESULTS).is_file():
+        return True
+    return (folder / CONFIG).is_file() and FINETUNED in read_checkpoint(folder).provenance
+
+
 def load_task(path: Path, *, device: str | torch.device | None = None) -> tuple[FinetuneTask, Mapping[str, Any]]:
     """Load the task of a fine-tuned folder, its network in evaluation mode, and what its results state."""
     chosen = checked_device(device or "cpu")

@@ -68,15 +68,14 @@ def predict(
     """Predict with the run in folder `run` on a data set or on files, and write labels, boxes or instances into `out`.
 
     Args:
-        out: a new folder, or one that a prediction wrote. classes.txt names the labels 1..C line by line,
-            predictions.json lists the items with their files and those that could not be read.
+        out: a new folder, or one that a prediction wrote; docs/own_images.md and downstream_3d.md list its files.
         data, path, split: a data set of `list_labelled` and its folder. It needs no labels.
         options: of the data set, or of cloud files (`CloudFields`); None: the recipe's, if it read the same kind.
         files: images, or point clouds as PLY, npy, npz, LAS, or folders of them, in place of a data set.
         limit: at most so many items of the data set, evenly spaced.
         draw: clouds in the picture predictions.png and the first in predictions.html; 0: none.
         benchmark: also write files for a benchmark's server, a key of `BENCHMARKS`, into the folder `out`/benchmark.
-        batch: items that go through the network together; images do so where they are equally large.
+        batch: items that go through the network together, images where they are equally large.
         progress: called with the number of items done, of all, and the name of the last one.
 
     Raises:
@@ -90,17 +89,14 @@ def predict(
     network = load_finetuned(run, device=device)
     task = network.task
     export = None if benchmark is None else _benchmark(benchmark, task)
-    if data is not None:
-        items = list(_of_source(task, _open(task.recipe, data, path, split, options), limit))
-    else:
-        items = list(_of_files(task.recipe, files, options))
+    source = None if data is None else _open(task.recipe, data, path, split, options)
+    items = list(_of_files(task.recipe, files, options) if source is None else _of_source(task, source, limit))
     _check_names(items)
     found = Predictions(out, colors=network.stated["data"].get("colors"))
-    drawn: list[tuple[Any, Any]] = []
-    detected = CocoFile(task.classes, network.stated["data"].get("ids"))
+    detected, drawn = CocoFile(task.classes, network.stated["data"].get("ids")), list[tuple[Any, Any]]()
     _begin(found, task, run)
-    for start in range(0, len(items), max(batch, 1)):
-        group = items[start : start + max(batch, 1)]
+    for start in range(0, len(items), batch):
+        group = items[start : start + batch]
         for item, loaded, prediction in _predict_group(task, group, found):
             if export is not None:
                 export(out / BENCHMARK, item.name, prediction)
@@ -111,10 +107,7 @@ def predict(
         if progress is not None:
             progress(start + len(group), len(items), group[-1].name)
     draw_clouds(drawn, task.classes, out / PICTURE)
-    _check_found(found)
-    if detected.images:
-        write_text(out / DETECTIONS, json.dumps(detected.tree()) + "\n")
-    _write_index(found, task, run)
+    _finish(found, task, run, detected)
     return found
 
 
@@ -185,8 +178,11 @@ def _begin(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str]) 
     _write_index(found, task, run)
 
 
-def _check_found(found: Predictions) -> None:
-    """Raise `DataError` where no item could be read."""
+def _finish(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str], detected: CocoFile) -> None:
+    """Write what is known at the end. Raises `DataError` where no item could be read."""
+    if detected.images:
+        write_text(found.folder / DETECTIONS, json.dumps(detected.tree()) + "\n")
+    _write_index(found, task, run)
     if not found.items:
         reasons = some((f"{one['path']}: {one['reason']}" for one in found.skipped), 3)
         raise DataError(f"None of {len(found.skipped)} items can be read: {reasons}.")

@@ -35,6 +35,7 @@ def test_folder_holds_everything_the_number_depends_on(tmp_path):
     )
     assert {path.name for path in out.iterdir()} == {
         "results.json", "log.jsonl", "recipe.yaml", "model.safetensors", "predictions.png",
+        "config.json", "encoder.safetensors", "decoder.safetensors", "golden.safetensors", "README.md",
     }  # fmt: skip
     assert load_finetune_recipe(str(out / "recipe.yaml")) == recipe_for()
     data = read_sealed(out / "results.json")

@@ -1,0 +1,141 @@
+"""From a folder of one's own images to a fine-tuned network, pictures and COCO's JSON, by the command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+import geo_pretrain as gp
+from geo_pretrain.errors import RecipeError
+from geo_pretrain.files import read_sealed
+from geo_pretrain.training.distributed import checked_device
+from geo_pretrain.training.evaluation.coco import Detections
+from geo_pretrain.training.finetune.coco_file import CocoFile
+from geo_pretrain.training.finetune.written import Place, write_prediction
+from geo_pretrain.training.finetune_recipe import load_finetune_recipe, with_length
+from tests.front_door import geo_pretrain
+from tests.training.data.labelled.test_own_images import boxes_json, write_image, write_label
+from tests.zoo import write_tiny
+
+IDS = np.array([[0, 0, 1, 2], [7, 255, 1, 2]]).repeat(24, 0).repeat(16, 1)  # [48, 64]
+SMALL = ["--set", "data.size=[32, 48]", "--set", "optim.batch=2", "--set", "workers=0"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps on six images, from a narrow checkpoint, by a recipe that names no encoder."""
+    root = tmp_path_factory.mktemp("own")
+    for number in range(6):
+        path = root / "data" / "images" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (48, 64, 3), np.uint8)).save(path)
+        write_label(root / "data" / "labels" / f"{number}.png", IDS)
+    (root / "data" / "classes.txt").write_text("0 sky\n1 road\n2 car\n7 car\n")
+    write_tiny(root / "tiny_net_r18")
+    command = ["finetune", "folder_unet", "-b", root / "tiny_net_r18", "--data", f"folder:{root / 'data'}"]
+    length = ["--steps", 2, "--set", "data.license=CC-BY-4.0", "--out", root / "mine"]
+    geo_pretrain(*map(str, [*command, *length, *SMALL]))
+    return root / "mine"
+
+
+def test_a_run_says_whose_data_and_which_encoder(run):
+    results = read_sealed(run / "results.json")
+    assert results["data"]["classes"] == ["sky", "road", "car"]
+    assert (results["data"]["ids"], results["data"]["licence"]) == ([0, 1, 2], "CC-BY-4.0")
+    assert (results["data"]["train_images"], results["data"]["val_images"], results["steps"]) == (5, 1, 2)
+    assert load_finetune_recipe(str(run / "recipe.yaml")).network.encoder == "resnet18"
+    network = gp.load_finetuned(run)
+    assert (network.license, network.classes) == ("CC-BY-4.0", ("sky", "road", "car"))
+
+
+def test_a_folder_of_images_is_predicted_in_batches_as_one_by_one(run, tmp_path):
+    new = tmp_path / "new" / "deep"
+    write_image(new / "a.jpg", 1)
+    write_image(new / "b.png", 2)
+    (tmp_path / "new" / "c.jpg").write_bytes((new / "a.jpg").read_bytes()[:200])
+    geo_pretrain("predict", str(run), str(tmp_path / "new"), "--batch", "3", "-o", str(tmp_path / "out"))
+    index = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [item["name"] for item in index["items"]] == ["deep/a", "deep/b"]
+    assert [one["path"] for one in index["skipped"]] == [str(tmp_path / "new" / "c.jpg")]
+    with Image.open(tmp_path / "out" / "deep" / "b.labels.png") as image:
+        assert (image.mode, image.size) == ("P", (16, 12))
+        labels, palette = np.asarray(image), image.getpalette()
+        colors = np.asarray(image.convert("RGB"))
+    found = gp.load_finetuned(run).predict(new / "b.png")
+    assert np.array_equal(labels, found.labels)
+    assert np.array_equal(colors.reshape(-1, 3), np.array(palette).reshape(-1, 3)[labels.reshape(-1)])
+    assert (tmp_path / "out" / "classes.txt").read_text() == "sky\nroad\ncar\n"
+
+
+def test_pictures_have_the_colors_of_the_data(tmp_path):
+    found = Detections(np.array([[2, 3, 20, 20]], np.float32), np.array([2]), np.array([0.9], np.float32), None)
+    place = Place(tmp_path, "x", [], [(10, 20, 30), (40, 250, 60)])
+    write_prediction(found, place, np.zeros((40, 60, 3), np.uint8), ("pen", "mug"))
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.getpixel((2, 12)) == (40, 250, 60)
+    assert place.files == ["x.boxes.json", "x.png"]
+
+
+def test_detections_are_in_cocos_format_with_the_datas_own_categories(tmp_path):
+    masks = np.zeros((2, 12, 16), bool)
+    masks[0, 3:7, 2:7] = masks[1, :2, :2] = True
+    boxes = np.array([[2, 3, 7, 7], [0, 0, 2, 2]], np.float32)
+    file = CocoFile(("pen", "mug"), (3, 90))
+    file.add("1.jpg", (12, 16, 3), Detections(boxes, np.array([2, 1]), np.array([0.75, 0.5], np.float32), masks))
+    (tmp_path / "found.json").write_text(json.dumps(file.tree()))
+    (tmp_path / "truth.json").write_text(json.dumps(boxes_json()))
+    read = COCO(tmp_path / "found.json")
+    assert {c["id"]: c["name"] for c in read.loadCats(read.getCatIds())} == {3: "pen", 90: "mug"}
+    first = read.loadAnns(1)[0]
+    assert (first["category_id"], first["bbox"], first["area"], first["score"]) == (90, [2, 3, 5, 4], 20, 0.75)
+    assert np.array_equal(read.annToMask(first), masks[0])
+    truth = COCO(tmp_path / "truth.json")
+    assert len(truth.loadRes(file.tree()["annotations"]).getAnnIds(catIds=[90])) == 1
+
+
+def test_masks_of_ones_own_categories_are_trained_and_found(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "annotations.json").write_text(json.dumps(boxes_json(2)))
+        for number in range(2):
+            write_image(tmp_path / "data" / split / f"{number}.jpg", number)
+    network = ["network.encoder=resnet18", "network.options.width=8", "network.options.roi_batch=4"]
+    shape = ["data.augment.shorter=[64, 64]", "network.options.proposals=8", "network.options.score_threshold=0.0"]
+    sets = [part for item in (*network, *shape) for part in ("--set", item)]
+    small = ["--steps", "1", "--set", "optim.batch=2", "--set", "workers=0", "--out", str(tmp_path / "out"), *sets]
+    geo_pretrain("finetune", "folder_mask_rcnn", "-b", "scratch", "--data", f"folder:{tmp_path / 'data'}", *small)
+    geo_pretrain("predict", str(tmp_path / "out"), str(tmp_path / "data" / "val"), "-o", str(tmp_path / "answers"))
+    found = json.loads((tmp_path / "answers" / "detections.json").read_text())
+    assert [image["file_name"] for image in found["images"]] == ["0.jpg", "1.jpg"]
+    assert found["categories"] == [{"id": 3, "name": "pen"}, {"id": 90, "name": "mug"}]
+    assert gp.load_backbone(tmp_path / "out").load_report.coverage == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"steps": 900}, (900, None, (600, 800), 10)),
+        ({"steps": 9}, (9, None, (6, 8), 0)),
+        ({"epochs": 2.5}, (None, 2.5, (60_000, 80_000), 1000)),
+    ],
+)
+def test_milestones_and_warm_up_go_with_the_length(given, found):
+    optim = with_length(load_finetune_recipe("coco_mask_rcnn_r50"), **given).optim  # 90,000 steps, 1000 of warm-up
+    assert (optim.steps, optim.epochs, optim.milestones, optim.warmup) == found
+
+
+def test_wrong_lengths_licenses_backbones_and_devices_are_named(tmp_path):
+    start = ["finetune", "folder_unet", "-b", "scratch", "--data", f"folder:{tmp_path}", "--out", str(tmp_path / "x")]
+    both = geo_pretrain(*start, "--steps", "2", "--epochs", "1", expected=2).errors
+    assert "accepted" in both
+    assert "--epochs is 0" in geo_pretrain(*start, "--epochs", "0", expected=2).errors
+    with pytest.raises(RecipeError, match=r"data\.license: Unknown license 'CC-BY'"):
+        load_finetune_recipe("folder_unet", ["data.license=CC-BY"])
+    if not torch.cuda.is_available():
+        with pytest.raises(RecipeError, match="Device 'cuda': torch sees 0 GPUs here; accepted: cpu"):
+            checked_device("cuda")
