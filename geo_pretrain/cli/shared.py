@@ -33,13 +33,16 @@ QUIET_INTERVAL = 5.0  # seconds between progress lines where there is no termina
 
 
 def main() -> None:
-    """Run the command line; errors of the package and of the disk become one message and exit code 1."""
+    """Run the command line; errors of the package and of the disk become one message and exit code 1.
+
+    A run that a signal stopped has saved its state: its exit code is 0 after SIGTERM, 130 after others.
+    """
     warnings.formatwarning = _format_warning
     try:
         app()
     except (GeoPretrainError, OSError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(_message(error))}", highlight=False)
-        sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 def escape(text: str) -> str:

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from threading import Event
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +26,15 @@ from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune_recipe import FinetuneOptim, FinetuneRecipe
 from geo_pretrain.training.recipe import OptimSpec, Recipe, micro_batches
-from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, explained, stop_requests, write_nothing
+from geo_pretrain.training.runs import (
+    Interrupted,
+    RunFolder,
+    StopRequest,
+    WriteLog,
+    explained,
+    stop_requests,
+    write_nothing,
+)
 from geo_pretrain.training.states import check_optimizer, not_finite
 from geo_pretrain.yaml_text import parse_yaml
 
@@ -185,6 +192,7 @@ class Progress:
     steps: int
     step: int = 0
     seconds: float = 0.0  # training time of all sittings
+    terminated: bool = False  # whether SIGTERM stopped it, in any process
 
     @property
     def finished(self) -> bool:
@@ -195,7 +203,8 @@ class Progress:
         """Build the error that tells how to resume."""
         return Interrupted(
             f"Stopped after step {self.step} of {self.steps}; the state is in {run.path}. "
-            "Give the same command again to go on."
+            "Give the same command again to go on.",
+            terminated=self.terminated,
         )
 
 
@@ -222,7 +231,7 @@ def fit(
         _restore(run, task, world, progress)
     with ExitStack() as stack:
         stack.enter_context(explained(run))
-        stop = stack.enter_context(stop_requests()) if run is not None else Event()
+        stop = stack.enter_context(stop_requests()) if run is not None else StopRequest()
         log = stack.enter_context(run.log(progress.step)) if run is not None else write_nothing
         if world.device.type == "cpu":
             stack.enter_context(considerate_waiting())
@@ -245,7 +254,7 @@ class _Loop:
         self.model = self.world.wrap(_Losses(self.task))
         self.first, self.sitting, self.pace = self.progress.step, 0.0, Pace()
 
-    def take_steps(self, stop: Event) -> None:
+    def take_steps(self, stop: StopRequest) -> None:
         """Steps, evaluations and saved states until the end or a request to stop."""
         task, progress = self.task, self.progress
         micro_batches = iter(task.batches(progress.step))
@@ -270,6 +279,7 @@ class _Loop:
                 task.module.train()
             stopped = self.world.any(stop.is_set())
             if stopped:
+                progress.terminated = self.world.any(stop.terminated)
                 self.check_values()
             if self.run is not None and (stopped or measured or saving):
                 _save(self.run, task, self.world, progress)

@@ -47,7 +47,26 @@ WriteLog = Callable[[Mapping[str, Any], Mapping[str, float]], None]  # a line {"
 
 
 class Interrupted(GeoPretrainError):
-    """The run was asked to stop and has saved its state."""
+    """The run was asked to stop and has saved its state.
+
+    A command ends with `exit_code`: 0 where SIGTERM asked, for a scheduler that takes a job back must not see a failed
+    one, 130 otherwise.
+    """
+
+    def __init__(self, message: str, *, terminated: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = 0 if terminated else 130
+
+
+class StopRequest(threading.Event):
+    """Set by the first signal that asks a run to stop, whose number it keeps."""
+
+    number: int | None = None
+
+    @property
+    def terminated(self) -> bool:
+        """Whether it was SIGTERM, which schedulers send before they end a job."""
+        return self.number == signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -264,17 +283,18 @@ def run_lock(out: Path, what: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[StopRequest]:
     """An event set by the first SIGINT, SIGTERM or SIGHUP; a second signal acts at once, as without this handler.
 
     A signal that is ignored (SIGHUP under nohup) stays ignored.
     """
-    stop = threading.Event()
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def request(number: int, frame: FrameType | None) -> None:
+        stop.number = number
         stop.set()
         signal.signal(number, previous[signal.Signals(number)])
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import yaml
 
 from geo_pretrain.errors import RecipeError, UnknownName
 from geo_pretrain.training.config import parse
+from geo_pretrain.training.data.samples.sampler import total_steps
 from geo_pretrain.training.pretrain import needs_stage1
 from geo_pretrain.training.recipe import (
     RECIPES,
@@ -33,6 +35,28 @@ def test_recipe_carries_its_own_name_and_survives_yaml(name):
     assert recipe.name == name
     assert recipe.task["name"] in TASKS
     assert parse(Recipe, yaml.safe_load(recipe.to_yaml()), where="again") == recipe
+
+
+# Thousands of samples in ScanNet as their papers count them: pairs (Pri3D, PointContrast), frames (PPKT), ImageNet's.
+SAMPLES = {"csc": 870, "pointcontrast": 870, "img2pc": 100, "ppkt": 100, "ppkd": 100, "global": 100, "gupta": 100,
+           "crd": 100, "moco_v2_in_sn_combine": 840 + 1281, "moco_v2_in_sn_mixing": 1281}  # fmt: skip
+HEADER = re.compile(r"# Gives ([\d.]+)k steps of (\d+): ([\d.]+) passes through (\d+)k .*\.")
+
+
+def test_headers_state_the_steps_and_samples_that_recipes_give():
+    papers = [name for name in list_recipes() if load_recipe(name).data.source == "scannet"]
+    assert len(papers) > 30
+    for name in papers:
+        recipe = load_recipe(name)
+        text = (RECIPES / f"{name}.yaml").read_text()
+        given = [HEADER.fullmatch(line) for line in text.splitlines() if line.startswith("# Gives")]
+        assert len(given) == 1, name
+        steps, batch, passes, count = (float(number) for number in given[0].groups())
+        assert count == next((thousands for start, thousands in SAMPLES.items() if name.startswith(start)), 840), name
+        own = total_steps(int(count * 1000), recipe.optim.batch, recipe.optim.epochs, recipe.optim.steps)
+        assert (steps, batch) == (pytest.approx(own / 1000, abs=0.051), recipe.optim.batch), name
+        assert passes == pytest.approx(own * recipe.optim.batch / count / 1000, abs=0.051), name
+        assert (recipe.data.units == "pairs") == (recipe.data.measure == "voxels"), name  # the pairs of the papers
 
 
 def test_the_former_key_depth_still_names_the_encoder(tmp_path, recwarn):
