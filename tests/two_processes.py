@@ -12,15 +12,22 @@ import torch.distributed as dist
 def in_two_processes(work: Callable[[int], None], folder: Path) -> None:
     """Call `work(rank)` in each of two gloo processes, which meet in `folder`; both must end well.
 
-    Forked, since torchrun would import torch three times.
+    Forked, since torchrun would import torch three times. Neither closes its connections before both are through: the
+    other one's last collective would fail. One that fails does not keep the other waiting.
     """
+    context = multiprocessing.get_context("fork")
+    through = context.Barrier(2)
 
     def joined(rank: int) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-        work(rank)
+        try:
+            work(rank)
+        except BaseException:
+            through.abort()
+            raise
+        through.wait(100)
         dist.destroy_process_group()
 
-    context = multiprocessing.get_context("fork")
     processes = [context.Process(target=joined, args=(rank,)) for rank in range(2)]
     for process in processes:
         process.start()

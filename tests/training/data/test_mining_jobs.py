@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from geo_pretrain.training.data.pair_files import read_pairs
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.recipe import DataSpec
+from tests.front_door import geo_pretrain
 from tests.training.conftest import write_recording
 from tests.two_processes import in_two_processes
 
@@ -134,8 +134,6 @@ def test_ranks_mine_no_scene_twice(tmp_path, spec, pairs):
         world = World.current(ALONE.device)
         found = find_pairs(open_source(spec), spec, skips=SkippedFrames(), cache_dir=tmp_path / "cache", world=world)
         assert found == pairs
-        while not list((tmp_path / "cache" / "pairs").glob("*.json")):  # the main process writes it last
-            time.sleep(0.01)
 
     in_two_processes(work, tmp_path)
     assert {path.name: path.read_text() for path in log.iterdir()} == {"a": ".", "b": ".", "c_d": "."}
@@ -159,8 +157,12 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path):
 
 
 def test_jobs_of_submitit_mine_the_same_pairs(tmp_path, spec, pairs):
-    pytest.importorskip("submitit")
+    pytest.importorskip("submitit", reason="submitit is an optional library, the extra 'cluster'")
     executor = make_executor(tmp_path / "jobs", Cluster("local", hours=0.1))
     mined = mine_pairs(spec, tmp_path / "pairs", executor=executor, jobs=1)
     assert (mined.made, mined.pairs) == (3, len(pairs))
     assert read(tmp_path / "pairs", spec) == pairs
+    command = ["data", "mine", f"seven_scenes:{spec.path}", "--out", tmp_path / "again", "--overlap", "0.2:1"]
+    told = geo_pretrain(*command, "--set", "data.size=[60, 80]", "--jobs", 2, "--cluster", "local", "--hours", 0.1)
+    assert f"{len(pairs)} of 45 pairs, in 3 scenes mined now and 0 that were there" in told.output
+    assert read(tmp_path / "again", spec) == pairs
