@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 FRACTION_HELP = "Share of the training images, whole scenes; default: the recipe's."
 SEED_HELP = "Seed of sample order, augmentation and new weights; default: the recipe's."
-BACKBONE_HELP = "A catalog name, a checkpoint folder, imagenet or scratch; with --sweep several."
+BACKBONE_HELP = (
+    "A catalog name, a checkpoint folder, imagenet, scratch, or an encoder's weights: file:PATH, package:MODULE; with "
+    "--sweep several."
+)
 SCENES_HELP = "An official list of training scenes, or the folder of such lists, from which --fraction chooses."
 POINTS_HELP = "Labelled points of each training cloud: a number, or the path of an official list."
 CHECK_HELP = "Look at some frames first, and stop if poses, depth or intrinsics are surely read wrongly."

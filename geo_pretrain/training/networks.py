@@ -21,14 +21,14 @@ from geo_pretrain.backbones.architectures import HOST_WIDTH, unet_arch
 from geo_pretrain.backbones.build import build, build_encoder
 from geo_pretrain.backbones.resnet_unet import UNet, unet_like
 from geo_pretrain.backbones.timm_encoder import is_channels_last
-from geo_pretrain.backbones.timm_names import check_timm, contract_for, is_timm, without_tag
+from geo_pretrain.backbones.timm_names import check_timm, contract_for, fitted, is_timm, without_tag
 from geo_pretrain.catalog import Entry, find
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import GeoPretrainError, RecipeError
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.seeding import seeded
 from geo_pretrain.training.checks import check_key
-from geo_pretrain.training.initialize import initialize_encoder
+from geo_pretrain.training.initialize import FILE, PACKAGE, initialize_encoder
 from geo_pretrain.training.recipe import ModelSpec
 
 if TYPE_CHECKING:
@@ -45,7 +45,11 @@ Transfer = Literal["all", "encoder", "none"]  # which part of a U-Net has pre-tr
 
 @dataclass(frozen=True)
 class PretrainedInit:
-    """Where the backbone of a run comes from: "scratch", "imagenet", a name of the catalog or a checkpoint folder."""
+    """Where the backbone of a run comes from.
+
+    "scratch", "imagenet", a name of the catalog, a checkpoint folder, or the weights of an encoder alone: "file:PATH",
+    "package:MODULE".
+    """
 
     backbone: str
     encoder: str  # a key of backbones.architectures.ENCODERS, such as "resnet18", or "timm/NAME"
@@ -55,7 +59,12 @@ class PretrainedInit:
     @property
     def named(self) -> bool:
         """Whether it is a checkpoint: a name of the catalog or a folder."""
-        return self.backbone not in (SCRATCH, IMAGENET)
+        return self.backbone not in (SCRATCH, IMAGENET) and not self.of_file
+
+    @property
+    def of_file(self) -> bool:
+        """Whether it is the weights of an encoder in a file or an installed package."""
+        return self.backbone.startswith((FILE, PACKAGE))
 
     def unet(self, seed: int) -> tuple[UNet, Transfer]:
         """Build Pri3D's U-Net with these weights; returns it and its pre-trained part. The rest is drawn by `seed`."""
@@ -84,10 +93,15 @@ class PretrainedInit:
             if self.named:
                 return builder(self.backbone, **self.where, **options)
             if is_timm(self.encoder):
-                return builder(self.encoder, pretrained=self.backbone == IMAGENET, **options)
-            network = builder(SHAPE_TEMPLATES[self.encoder], pretrained=False, **options)
-        if self.backbone == IMAGENET:
-            encoder_of(network).load_state_dict(self._encoder_weights())
+                network = builder(self.encoder, pretrained=self.backbone == IMAGENET, **options)
+            else:
+                network = builder(SHAPE_TEMPLATES[self.encoder], pretrained=False, **options)
+        encoder = encoder_of(network)
+        if is_timm(self.encoder) and self.of_file:  # the host's keys are timm's, ours are those after "model."
+            own = {key.removeprefix("model."): value for key, value in self._encoder_weights().items()}
+            encoder.load_state_dict(fitted(self.encoder, encoder.state_dict(), own, self.backbone))
+        elif self.of_file or (self.backbone == IMAGENET and not is_timm(self.encoder)):
+            encoder.load_state_dict(self._encoder_weights())
         return network
 
     def contract(self) -> ImageContract:
@@ -100,14 +114,16 @@ class PretrainedInit:
         if self.named:
             return cast(nn.Module, load_backbone(self.backbone, **self.where)).state_dict()
         if self.width != HOST_WIDTH:
-            raise RecipeError(f"'network.width' is {self.width}, accepted for backbone 'imagenet' is {HOST_WIDTH}.")
+            raise RecipeError(
+                f"'network.width' is {self.width}, accepted for backbone {self.backbone!r} is {HOST_WIDTH}."
+            )
         with torch.random.fork_rng(devices=[]):
             encoder = build_encoder(self.encoder)
         try:
-            initialize_encoder(encoder, ModelSpec(encoder=cast(Any, self.encoder), init=IMAGENET))
+            initialize_encoder(encoder, ModelSpec(encoder=cast(Any, self.encoder), init=self.backbone))
         except GeoPretrainError as error:
             said = str(error).replace("--set model.init=scratch", "--backbone scratch")
-            raise GeoPretrainError(f"Backbone 'imagenet': {said}") from error
+            raise type(error)(f"Backbone {self.backbone!r}: {said}") from error
         weights: dict[str, Tensor] = encoder.state_dict()
         return weights
 

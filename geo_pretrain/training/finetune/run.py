@@ -44,7 +44,8 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune `backbone` by a recipe, or resume the run in `<out>.run`, and write the folder `out`.
 
-    `backbone`: a name of the catalog, a checkpoint folder, "imagenet" (torchvision's IMAGENET1K_V1) or "scratch".
+    `backbone`: a name of the catalog, a checkpoint folder, "imagenet" (torchvision's IMAGENET1K_V1), "scratch",
+    or the weights of an encoder alone, "file:PATH" or "package:MODULE".
     `init_kwargs`: where to look for it (`hub`, `revision`, `cache_dir`, `local_files_only`).
     `device` None: CUDA when there is one; `world`: the processes of torchrun, if they were joined already; all of them
     return the result. `sources`: training and validation images in place of the recipe's. `on_data(done, total)` is

@@ -7,12 +7,14 @@ import timm
 import torch
 from torch import nn
 
+from geo_pretrain.adapters import smp
 from geo_pretrain.adapters.common import encoder_of
+from geo_pretrain.backbones.build import build_encoder
 from geo_pretrain.catalog import Arch
-from geo_pretrain.errors import GeoPretrainError, RecipeError, UnknownName
+from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError, UnknownName, WeightsMismatch
 from geo_pretrain.training.finetune.segmentation import segmentation_loss
 from geo_pretrain.training.finetune.task import weights_digest
-from geo_pretrain.training.networks import Segmenter, _aux_head
+from geo_pretrain.training.networks import PretrainedInit, Segmenter, _aux_head
 from tests.training.finetune.test_segmentation import coded, generator, recipe_for, task_for
 from tests.zoo import role_weights, write_tiny, write_tiny_3d
 
@@ -190,6 +192,29 @@ def test_fcn_of_torchvision_speaks_in_dicts():
     task = task_for(recipe_for("rooms_pspnet_r18", "network.kind=fcn", "network.aux=0"))
     assert task.module.eval()(torch.randn(1, 3, 44, 60))[0].shape == (1, 3, 44, 60)
     assert task.first == 1
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/mobilenetv3_small_050"])
+def test_weights_of_a_file_fill_the_encoder_of_every_network(tmp_path, name, quick_weights):
+    given = build_encoder(name)
+    path = tmp_path / "own.pth"
+    plain = {key.removeprefix("model.").replace("blocks_", "blocks."): v for key, v in given.state_dict().items()}
+    torch.save({"state_dict": plain | {"classifier.weight": torch.zeros(10, 3)}}, path)
+    start = PretrainedInit(f"file:{path}", name)
+    unet, have = start.unet(0)
+    hosted = encoder_of(start.host(smp.deeplabv3plus, 0, num_classes=3, output_stride=16))
+    assert have == "encoder"
+    for key, value in given.state_dict().items():
+        assert torch.equal(unet.encoder.state_dict()[key], value), key
+    assert all(torch.equal(v, plain[k.replace("blocks_", "blocks.")]) for k, v in hosted.state_dict().items())
+
+
+def test_file_of_another_encoder_is_refused_by_its_name(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsMismatch, match=r"Backbone 'file:.*w\.pth'"):
+        PretrainedInit(f"file:{tmp_path}/w.pth", "resnet18").unet(0)
+    with pytest.raises(CheckpointError, match="no such file"):
+        PretrainedInit(f"file:{tmp_path}/none.pth", "resnet18").unet(0)
 
 
 class SwinHost(nn.Module):
