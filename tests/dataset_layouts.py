@@ -1,9 +1,11 @@
-"""Write frames in the layouts of KITTI and MegaDepth, byte by byte in their true formats."""
+"""Write frames in the layouts of KITTI, MegaDepth and recorders of phones, byte by byte in their true formats."""
 
 from __future__ import annotations
 
+import json
 import math
 import struct
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from geo_pretrain.training.data.frame import Frame
-from tests.recording_layouts import LAYOUTS, RIGHT, Twin, four, save, stored, write, write_model
+from tests.recording_layouts import LAYOUTS, RIGHT, Twin, encoded, four, quaternion, save, stored, write, write_model
 
 REASON = "needs pip install 'geo_pretrain[datasets]'"
 UNDEFINED = struct.pack("<Q", (1 << 64) - 1)
@@ -147,13 +149,87 @@ def header(messages: Sequence[tuple[int, bytes]]) -> bytes:
     return struct.pack("<BxHII4x", 1, len(messages), 1, len(body)) + body
 
 
+def write_polycam(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT) -> Path:
+    """Polycam's raw data: color four times as large as depth; cameras of ARKit and corrected ones, which are right."""
+    fx, fy, cx, cy = (4 * value for value in four(frames[0]))
+    for number, frame in enumerate(frames):
+        time, large = 163862170000 + 10 * number, frame.color.repeat(4, axis=0).repeat(4, axis=1)
+        pose = Twin(inverted=twin.inverted, flipped=not twin.flipped, millimeters=twin.millimeters).pose(frame)
+        for kind, shift in (("", 0.2), ("corrected_", 0.0)):
+            save(root / "keyframes" / f"{kind}images" / f"{time}.jpg", large)
+            values = {f"t_{row}{column}": pose[row, column] for row in range(3) for column in range(4)}
+            values["t_03"] += shift
+            size = {"width": large.shape[1], "height": large.shape[0]}
+            camera = {"fx": fx, "fy": fy, "cx": cx + 2, "cy": cy + 2, **size, "blur_score": 40.0 + number, **values}
+            tree = {**camera, "neighbors": [], "center_depth": 1.2, "timestamp": time}
+            write(root / "keyframes" / f"{kind}cameras" / f"{time}.json", json.dumps(tree))
+        save(root / "keyframes" / "depth" / f"{time}.png", stored(frame, 1000 * twin.depth))
+    return root
+
+
+def write_arkitscenes(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT) -> Path:
+    """ARKitScenes' raw data: images 60 a second, of which every sixth has a pose within 5 ms."""
+    lines = []
+    for number, frame in enumerate(frames):
+        inverse = Twin(inverted=not twin.inverted, flipped=twin.flipped, millimeters=twin.millimeters).pose(frame)
+        logged = 6432.1 + 0.1 * number
+        lines.append(" ".join(f"{value:.9f}" for value in (logged, *vector(inverse[:3, :3]), *inverse[:3, 3])))
+        for shift in (-1 / 60, 0.002):
+            name = f"41048190_{logged + shift:.3f}"
+            save(root / "lowres_wide" / f"{name}.png", frame.color)
+            save(root / "lowres_depth" / f"{name}.png", stored(frame, 1000 * twin.depth))
+            height, width = frame.depth.shape
+            camera = " ".join(f"{value:.9g}" for value in (width, height, *four(frame)))
+            write(root / "lowres_wide_intrinsics" / f"{name}.pincam", camera)
+    write(root / "lowres_wide.traj", "\n".join(lines) + "\n")
+    return root
+
+
+def vector(rotation: np.ndarray) -> np.ndarray:
+    """Axis times angle of a rotation matrix."""
+    x, y, z, w = np.array(quaternion(rotation))
+    length = math.sqrt(x * x + y * y + z * z)
+    return np.array([x, y, z]) / length * 2 * math.atan2(length, w)
+
+
+def write_record3d(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT, *, packed: bool = True) -> Path:
+    """A .r3d archive of Record3D: color three times as large as depth, which is packed by LZFSE."""
+    height, width = frames[0].depth.shape
+    own = [3 * value for value in four(frames[0])]
+    four_each = [own[0], own[1], own[2] + 1.5, own[3] + 1.5]
+    poses = []
+    root.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(root / "room.r3d", "w") as archive:
+        for number, frame in enumerate(frames):
+            pose = Twin(inverted=twin.inverted, flipped=not twin.flipped, millimeters=twin.millimeters).pose(frame)
+            poses.append([*quaternion(pose[:3, :3]), *pose[:3, 3].tolist()])
+            large = frame.color.repeat(3, axis=0).repeat(3, axis=1)
+            archive.writestr(f"rgbd/{number}.jpg", encoded(large, "JPEG"))
+            depth = np.where(frame.depth > 0, frame.depth * twin.depth, np.nan).astype("<f4").tobytes()
+            archive.writestr(f"rgbd/{number}.depth", lzfse(depth) if packed else depth)
+            archive.writestr(f"rgbd/{number}.conf", lzfse(bytes(height * width)))
+        size = {"w": 3 * width, "h": 3 * height, "dw": width, "dh": height}
+        matrix = [four_each[0], 0, 0, 0, four_each[1], 0, four_each[2], four_each[3], 1]
+        tree = {**size, "K": matrix, "fps": 60, "poses": poses, "perFrameIntrinsicCoeffs": [four_each] * len(frames)}
+        archive.writestr("metadata", json.dumps(tree))
+    return root
+
+
+def lzfse(data: bytes) -> bytes:
+    """A stream of LZFSE with one block that is not compressed."""
+    return b"bvx-" + struct.pack("<I", len(data)) + data + b"bvx$"
+
+
 ALL_LAYOUTS: dict[str, Callable[[Path, Sequence[Frame], Twin], Path]] = {
     **LAYOUTS,
+    "arkitscenes": write_arkitscenes,
     "kitti": write_kitti,
     "megadepth": write_megadepth,
+    "polycam": write_polycam,
+    "record3d": write_record3d,
 }
 # For parametrize: layouts whose library is not installed are skipped.
-NEEDS = {"megadepth": "h5py"}
+NEEDS = {"megadepth": "h5py", "record3d": "liblzfse"}
 NAMES = [
     pytest.param(name, marks=pytest.mark.skipif(library is not None and find_spec(library) is None, reason=REASON))
     for name in ALL_LAYOUTS

@@ -25,12 +25,22 @@ from geo_pretrain.training.data.labelled.clouds.limited import read_point_list
 from geo_pretrain.training.data.labelled.clouds.s3dis_text import parse_lines
 from geo_pretrain.training.data.labelled.own_classes import read_image_classes
 from geo_pretrain.training.data.labelled.registry import open_labelled
-from geo_pretrain.training.data.sources import colmap_model, redwood, scannet_files, sens, shards
+from geo_pretrain.training.data.sources import (
+    arkitscenes,
+    colmap_model,
+    kitti,
+    record3d,
+    redwood,
+    scannet_files,
+    sens,
+    shards,
+)
 from geo_pretrain.training.data.sources.conventions import read_camera
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.obj import read_obj
 from geo_pretrain.training.data.surfaces.ply import read_ply, write_ply
 from geo_pretrain.training.recipe import DataSpec
+from tests.dataset_layouts import hdf5, write_record3d
 from tests.labelled_layouts import write_ade20k_image
 from tests.recording_layouts import write_sens, write_tars
 
@@ -188,6 +198,33 @@ def whole_model(path: Path) -> object:
     return [colmap_model.read_observations(path, image) for image in colmap_model.read_images(path)]
 
 
+POLYCAM = {"width": 16, "height": 12, "fx": 20, "fy": 20, "cx": 8, "cy": 6, "blur_score": 9} | {
+    f"t_{row}{column}": float(row == column) for row in range(3) for column in range(4)
+}
+
+
+def polycam_camera(path: Path) -> object:
+    root = path.parent / "polycam"
+    if not root.exists():
+        for part, pixels in (("images", np.zeros((12, 16, 3), np.uint8)), ("depth", np.full((12, 16), 9, np.uint16))):
+            (root / "keyframes" / part).mkdir(parents=True)
+            (root / "keyframes" / part / "1.png").write_bytes(image(pixels))
+        (root / "keyframes" / "cameras").mkdir()
+    (root / "keyframes" / "cameras" / "1.json").write_bytes(path.read_bytes())
+    return open_source(DataSpec(source="polycam", path=str(root))).load("polycam", "1")
+
+
+def archive_bytes(folder: Path) -> bytes:
+    frame = Frame("", "", np.zeros((12, 16, 3), np.uint8), np.ones((12, 16), np.float32), np.eye(3) * 20, np.eye(4))
+    return (write_record3d(folder / "phone", [frame], packed=False) / "room.r3d").read_bytes()
+
+
+def whole_archive(path: Path) -> object:
+    tree = record3d.read_metadata(path)
+    depth = record3d.unpacked_depth(path, record3d.member(path, "0.depth"), (12, 16))
+    return tree, depth, files.read_frame_color(path, record3d.member(path, "0.jpg"))
+
+
 def readers(folder: Path) -> dict[str, Reader]:
     """All readers by name; `folder` is for files that are made on the way."""
     rng = np.random.default_rng(0)
@@ -217,6 +254,13 @@ def readers(folder: Path) -> dict[str, Reader]:
         "colmap cameras": Reader(colmap_model.read_cameras, ".txt", b"1 PINHOLE 16 12 20 20 8 6\n2 RADIAL 9 9 9 4 4\n"),
         "colmap cameras.bin": Reader(colmap_model.read_cameras, ".bin", CAMERAS_BIN, text=False),
         "colmap depth": Reader(files.read_raw_depth, ".bin", b"4&3&1&" + bytes(48), text=False),
+        "kitti camera": Reader(lambda path: kitti.read_camera_2(path, "P2:"), ".txt", CAMERA.encode()),
+        "oxts": Reader(lambda path: kitti.read_oxts({"0": path}), ".txt", b"49.0 8.4 112 0.1 0.2 0.3" + b" 1" * 24),
+        "hdf5 depth": Reader(files.read_raw_depth, ".h5", hdf5(np.ones((12, 16))), text=False),
+        "arkit poses": Reader(arkitscenes.read_trajectory, ".traj", b"1.5 0.1 0.2 0.3 1 2 3\n1.6 0 0 0 1 2 3\n"),
+        "arkit camera": Reader(arkitscenes.read_pincam, ".pincam", b"256 192 211.9 211.9 127.9 95.9"),
+        "polycam": Reader(polycam_camera, ".json", json.dumps(POLYCAM).encode()),
+        "record3d": Reader(whole_archive, ".r3d", archive_bytes(folder), text=False),
         "sens": Reader(whole_scan, ".sens", scan_bytes(folder), text=False),
         "shard": Reader(whole_shard, ".tar", shard_bytes(folder), text=False),
         "intrinsics": Reader(files.read_intrinsics, ".txt", b"585 0 320 0 585 240 0 0 1\n"),

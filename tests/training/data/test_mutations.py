@@ -28,16 +28,18 @@ NAMES = (
     "meters", "frame color", "poses", "camera", "open3d camera", "redwood", "tum", "transforms", "sens", "shard",
     "ade20k", "colmap images", "colmap images.bin", "colmap cameras", "colmap cameras.bin", "colmap depth",
     "classes", "label colors", "photo",
+    "kitti camera", "oxts", "hdf5 depth", "arkit poses", "arkit camera", "polycam", "record3d",
 )  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NAMES)
 def test_damaged_files_end_as_our_errors(tmp_path, name):
-    assert set(readers(tmp_path)) == set(NAMES)
-    found = [
-        f"{type(error).__name__}: {error} <- {data!r}" for data, error in faults(readers(tmp_path)[name], tmp_path, 80)
-    ]
+    made = readers(tmp_path)
+    assert set(made) == set(NAMES)
+    if name == "hdf5 depth":
+        pytest.importorskip("h5py", reason="needs pip install 'geo_pretrain[datasets]'")
+    found = [f"{type(error).__name__}: {error} <- {data!r}" for data, error in faults(made[name], tmp_path, 80)]
     assert not found
 
 

@@ -154,7 +154,7 @@ def _odometry(drive: str, parts: _Parts, options: KittiOptions) -> Recording | N
     folder, listing = parts.sequences.get(sequence), parts.poses.get(sequence)
     if folder is None or listing is None or not (folder / "image_2").is_dir():
         return None
-    camera, from_zero = _camera(folder / "calib.txt", "P2:")
+    camera, from_zero = read_camera_2(folder / "calib.txt", "P2:")
     offset = 0 if options.match_released_code else first
     rows = read_listing(listing)
     views = {}
@@ -174,14 +174,14 @@ def _raw(drive: str, parts: _Parts, options: KittiOptions) -> Recording | None:
     if folder is None:
         return None
     calibration = folder.parent / "calib_cam_to_cam.txt"
-    camera, from_zero = _camera(calibration, "P_rect_02:")
+    camera, from_zero = read_camera_2(calibration, "P_rect_02:")
     views, listings = {}, [calibration]
     poses: dict[str, np.ndarray | BadFrame] | None = None
     to_inertia: np.ndarray | BadFrame | None = None
     if (folder / "oxts" / "data").is_dir():
         to_inertia = _inverse(_from_inertia(folder.parent, from_zero))
         measured = images_in(folder / "oxts" / "data", (".txt",))
-        poses = _oxts_poses(measured)
+        poses = read_oxts(measured)
         listings += [
             *measured.values(),
             folder.parent / "calib_velo_to_cam.txt",
@@ -203,7 +203,7 @@ def _depths(drive: str, parts: _Parts) -> dict[str, Path]:
     return {name: found[name] for name in sorted(found) if name.isdigit()}
 
 
-def _camera(path: Path, key: str) -> tuple[Camera | BadFrame, np.ndarray | BadFrame]:
+def read_camera_2(path: Path, key: str) -> tuple[Camera | BadFrame, np.ndarray | BadFrame]:
     """Camera 2 of a projection K [I | t], and the motion [4, 4] from the rectified camera 0 to it."""
     try:
         projection = _matrix(path, key, (3, 4))
@@ -252,7 +252,7 @@ def _matrix(path: Path, key: str, shape: Sequence[int]) -> np.ndarray:
     raise BadFrame(path, f"has no line {key}")
 
 
-def _oxts_poses(measured: dict[str, Path]) -> dict[str, np.ndarray | BadFrame]:
+def read_oxts(measured: dict[str, Path]) -> dict[str, np.ndarray | BadFrame]:
     """Poses [4, 4] of the inertial unit: x forward, y left, z up, in m from the first one."""
     poses: dict[str, np.ndarray | BadFrame] = {}
     origin: np.ndarray | None = None

@@ -92,14 +92,19 @@ class Recordings:
         if isinstance(view.mount, BadFrame):
             raise view.mount
         pose = pose if view.mount is None else pose @ view.mount
-        color = files.read_frame_color(view.color)
-        depth = self.conventions.read_depth(view.depth)
+        color, depth = self._color(view), self.conventions.meters(self._stored(view), view.depth)
         color, depth, matrix, pose = self.assembly.images(color, depth, camera, pose, view.color, view.depth)
         return Frame(scene, frame_id, color, depth, matrix, pose, posed=view.pose is not None)
 
     def raw_depth(self, scene: str, frame_id: str) -> np.ndarray:
         """Read the values of a depth image as they are stored: [H, W]."""
-        return files.read_raw_depth(self._recordings[scene].views[frame_id].depth)
+        return self._stored(self._recordings[scene].views[frame_id])
+
+    def _color(self, view: View) -> np.ndarray:
+        return files.read_frame_color(view.color)
+
+    def _stored(self, view: View) -> np.ndarray:
+        return files.read_raw_depth(view.depth)
 
     def unposed(self) -> list[str]:
         return [
@@ -245,6 +250,9 @@ def read_pose_file(path: Path) -> np.ndarray:
 SIGNS = {
     "tum": ("rgb.txt", "*/rgb.txt"),
     "transforms": ("transforms.json", "*/transforms.json"),
+    "polycam": ("keyframes/cameras", "*/keyframes/cameras"),
+    "arkitscenes": ("*/lowres_wide.traj", "*/*/lowres_wide.traj"),
+    "record3d": ("*.r3d", "rgbd/0.jpg"),
     "colmap": tuple(f"{place}cameras.{end}" for place in ("", "sparse/", "*/sparse/") for end in ("txt", "bin")),
     "scannet": ("scene*/pose", "scene*/*.sens"),
     "seven_scenes": ("frame-*.pose.txt", "*/frame-*.pose.txt", "*/*/frame-*.pose.txt"),

@@ -11,10 +11,13 @@ from typing import Any
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.frame import Frame, Noted, Source, SourcePart, capability
+from geo_pretrain.training.data.sources.arkitscenes import ArkitScenesOptions, open_arkitscenes
 from geo_pretrain.training.data.sources.colmap import ColmapOptions, open_colmap
 from geo_pretrain.training.data.sources.folder import PlainOptions, open_plain
 from geo_pretrain.training.data.sources.kitti import KittiOptions, open_kitti
 from geo_pretrain.training.data.sources.megadepth import MegaDepthOptions, open_megadepth
+from geo_pretrain.training.data.sources.polycam import PolycamOptions, open_polycam
+from geo_pretrain.training.data.sources.record3d import Record3DOptions, open_record3d
 from geo_pretrain.training.data.sources.redwood import RedwoodOptions, open_redwood
 from geo_pretrain.training.data.sources.rooms import Rooms, RoomsOptions
 from geo_pretrain.training.data.sources.scannet import ScanNet, ScanNetConfig
@@ -129,12 +132,17 @@ def _folder(source: Callable[[Path, Any], Source]) -> Opener:
 _OWNER = "LicenseRef-data-owner"
 # MegaDepth's photographs belong to many owners under differing terms.
 SOURCES = {
+    "arkitscenes": SourceRow(
+        ArkitScenesOptions, _folder(open_arkitscenes), "ARKitScenes", "LicenseRef-ARKitScenes-terms"
+    ),
     "colmap": SourceRow(ColmapOptions, _folder(open_colmap), "RGB-D folder reconstructed by COLMAP", _OWNER),
     "folder": SourceRow(PlainOptions, _folder(open_plain), "RGB-D folder in the plain layout", _OWNER),
     "kitti": SourceRow(KittiOptions, _folder(open_kitti), "KITTI", "CC-BY-NC-SA-3.0"),
     "megadepth": SourceRow(
         MegaDepthOptions, _folder(open_megadepth), "MegaDepth", "LicenseRef-MegaDepth-terms", "LicenseRef-unstated"
     ),
+    "polycam": SourceRow(PolycamOptions, _folder(open_polycam), "RGB-D recordings by Polycam", _OWNER),
+    "record3d": SourceRow(Record3DOptions, _folder(open_record3d), "RGB-D recordings by Record3D", _OWNER),
     "redwood": SourceRow(RedwoodOptions, _folder(open_redwood), "RGB-D folder in Redwood's layout", _OWNER),
     "rooms": SourceRow(RoomsOptions, _open_rooms, "rooms", "MIT"),
     "scannet": SourceRow(ScanNetConfig, _folder(ScanNet), "ScanNet", "LicenseRef-ScanNet-ToU"),

@@ -39,9 +39,9 @@ from tests.recording_layouts import (
     write_tum,
 )
 
-FLOATS = ("colmap", "colmap binary", "megadepth")  # layouts whose depth is in float
-OPENGL = ("transforms",)
-INVERTED = ("colmap", "colmap binary", "megadepth")  # layouts with world-to-camera poses
+FLOATS = ("colmap", "colmap binary", "megadepth", "record3d")  # layouts whose depth is in float
+OPENGL = ("polycam", "record3d", "transforms")
+INVERTED = ("arkitscenes", "colmap", "colmap binary", "megadepth")  # layouts with world-to-camera poses
 
 
 @pytest.fixture(scope="module")
