@@ -264,13 +264,13 @@ def read_oxts(measured: dict[str, Path]) -> dict[str, np.ndarray | BadFrame]:
                 scale = math.cos(math.radians(latitude))
             east = scale * EARTH * math.radians(longitude)
             north = scale * EARTH * math.log(math.tan(math.radians(90 + latitude) / 2))
+            pose = _motion(_turn(*angles), np.array([east, north, altitude]))
         except BadFrame as bad:
             poses[name] = bad
             continue
         except ValueError:
             poses[name] = BadFrame(path, "states no place on earth")
             continue
-        pose = _motion(_turn(*angles), np.array([east, north, altitude]))
         if not np.isfinite(pose).all():
             poses[name] = BadFrame(path, "states no place on earth")
             continue

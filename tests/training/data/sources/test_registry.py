@@ -270,3 +270,10 @@ def test_wrong_sources_and_folders_are_explained(tmp_path, folder):
     with pytest.raises(DataError, match="No scans"):
         ScanNet(folder)
     assert {*(layout.split()[0] for layout in ALL_LAYOUTS), "rooms", "seven_scenes"} <= set(list_sources())
+
+
+def test_the_table_of_data_md_has_a_row_for_each_source():
+    table = (Path(__file__).parents[4] / "docs" / "data.md").read_text("utf-8").split("\n\n")[2]
+    assert table.startswith("| source | `--data` |")
+    named = {row.split("`")[1].partition(":")[0] for row in table.splitlines()[2:]}
+    assert named == set(list_sources())
