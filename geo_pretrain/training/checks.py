@@ -39,8 +39,10 @@ Interval = Annotated[
 ImageSize = Annotated[tuple[int, int], Accepts(lambda size: min(size) >= 32, "[height, width], each from 32 up")]
 
 
-# The types of a dataclass' fields by name. Evaluated once a class: doing it took half the time of reading a recipe.
-type_hints = functools.cache(typing.get_type_hints)
+@functools.cache
+def type_hints(kind: type, include_extras: bool = False) -> dict[str, Any]:
+    """Evaluate the types of a dataclass' fields, once a class: doing it took half the time of reading a recipe."""
+    return typing.get_type_hints(kind, include_extras=include_extras)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Checks:
 
     def ranges(self, section: Any, prefix: str = "") -> None:
         """Record every field of a dataclass, and of the dataclasses in it, that is out of the range its type states."""
-        for name, hint in type_hints(type(section), include_extras=True).items():
+        kind: type = type(section)
+        for name, hint in type_hints(kind, include_extras=True).items():
             value, key = getattr(section, name), prefix + name
             if dataclasses.is_dataclass(value):
                 self.ranges(value, key + ".")

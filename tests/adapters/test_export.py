@@ -64,7 +64,7 @@ def test_an_exported_program_takes_other_batches_and_sizes(networks, programs, n
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["encoder", "torchvision"])
+@pytest.mark.parametrize("name", ["torchvision"])  # our encoder is in it, and gives the last of its maps
 def test_onnxruntime_agrees_at_other_batches_and_sizes(networks, programs, name: str, tmp_path: Path):
     torch.onnx.export(programs[name], dynamo=True, verbose=False).save(tmp_path / "network.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
@@ -74,7 +74,7 @@ def test_onnxruntime_agrees_at_other_batches_and_sizes(networks, programs, name:
         assert_same(session.run(None, {given.name: x.numpy()}), networks[name](x))
 
 
-@pytest.mark.parametrize("name", ["encoder", "smp"])
+@pytest.mark.parametrize("name", ["smp"])  # our encoder is in it, and gives all its maps
 def test_compiled_in_one_piece_it_computes_the_same(networks, name: str):
     network = networks[name]
     torch.compiler.reset()

@@ -30,6 +30,8 @@ from tests.training.tasks.test_ppkt import tiny_batch
 from tests.training.test_loop import Stop, logged, run_here, stop_at
 from tests.two_processes import in_two_processes
 
+pytestmark = pytest.mark.usefixtures("quick_weights")  # teachers are of real size
+
 TASKS = {
     "global_kd": {"targets": "features"},
     "gupta": {},

@@ -27,6 +27,8 @@ from tests.training.tasks.test_pixel_simclr import slow_nce, tiny
 from tests.training.tasks.test_ppkt import nearly_the_same
 from tests.training.test_loop import ALONE, Stop, logged, run_here, stop_at
 
+pytestmark = pytest.mark.usefixtures("quick_weights")  # teachers are of real size
+
 TINY = {
     "name": "img2pc_srunet18.tiny",
     "task": {"name": "img2pc", "matches": 100, "temperature": 0.1, "teacher": "stage1"},

@@ -31,6 +31,8 @@ from geo_pretrain.training.tasks.teachers import load_teacher, torchvision_segme
 from tests.training.test_loop import Stop, logged, run_here, stop_at
 from tests.zoo import unsealed
 
+pytestmark = pytest.mark.usefixtures("quick_weights")  # teachers are of real size
+
 
 def tiny_batch(tiny_recipe, tiny, settings=None, *overrides):
     """A tiny task with `settings` and a batch of three frames."""

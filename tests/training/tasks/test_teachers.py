@@ -26,6 +26,8 @@ from tests.training.test_licenses import license_of
 from tests.training.test_loop import logged, run_here
 from tests.zoo import write_tiny
 
+pytestmark = pytest.mark.usefixtures("quick_weights")  # teachers are of real size
+
 GRAY = ImageContract(size=(64, 96), mean=(0.4, 0.45, 0.5), std=(0.2, 0.225, 0.25), interpolation="bilinear")
 PPKD = {"data.license=CC0-1.0", "unet3d.out_chans=3"}
 
