@@ -39,6 +39,7 @@ from geo_pretrain.training.states import check_optimizer, not_finite
 from geo_pretrain.yaml_text import parse_yaml
 
 DEALING = ("optim.accumulate:", "optim.micro_batch:")  # changes of how a batch is dealt to processes
+FUSED = ("cpu", "cuda")  # devices with torch's fused SGD
 ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's words, of BatchNorm
 
 
@@ -306,6 +307,8 @@ class _Loop:
         if not torch.isfinite(means.sum()):
             shown = ", ".join(f"{name} {value:g}" for name, value in means_by_name.items())
             raise self.diverged(f"The loss is not finite at step {self.progress.step + 1} ({shown})")
+        if self.progress.step == self.first:
+            check_layouts(task.optimizer)
         if budget.clip_norm is not None:
             nn.utils.clip_grad_norm_(task.module.parameters(), budget.clip_norm)
         task.optimizer.step()
@@ -386,9 +389,31 @@ def make_optimizer(spec: OptimSpec, module: nn.Module) -> torch.optim.Optimizer:
 
 def make_sgd(spec: OptimSpec | FinetuneOptim, parameters: Iterable[Any]) -> torch.optim.SGD:
     """SGD with the settings of a recipe over parameters or groups of them."""
+    groups = list(parameters)
+    given = [one for group in groups for one in (group["params"] if isinstance(group, dict) else [group])]
     return torch.optim.SGD(
-        parameters, lr=spec.lr, momentum=spec.momentum, dampening=spec.dampening, weight_decay=spec.weight_decay
+        groups,
+        lr=spec.lr,
+        momentum=spec.momentum,
+        dampening=spec.dampening,
+        weight_decay=spec.weight_decay,
+        # One pass over a weight, its gradient and its momentum. A run that goes on keeps what its state says.
+        fused=bool(given) and all(one.device.type in FUSED and one.is_floating_point() for one in given),
     )
+
+
+def check_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Switch the fused SGD off where a gradient's memory is laid out unlike its weight's: torch would mix them up."""
+    for group in optimizer.param_groups:
+        if group.get("fused") and not all(_same_layout(one, one.grad) for one in group["params"]):
+            group["fused"] = False
+
+
+def _same_layout(weight: Tensor, grad: Tensor | None) -> bool:
+    if grad is None:
+        return True
+    strides = zip(weight.shape, weight.stride(), grad.stride(), strict=True)
+    return all(one == other for size, one, other in strides if size > 1)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from geo_pretrain.training import precision
 from geo_pretrain.training.distributed import World
@@ -16,6 +18,7 @@ from geo_pretrain.training.precision import settle_precision
 from geo_pretrain.training.pretrain import run_recipe
 from geo_pretrain.training.recipe import RECIPES, TOY, changes, list_recipes, load_recipe
 from geo_pretrain.training.runs import RunFolder
+from geo_pretrain.training.tasks import build_task
 from geo_pretrain.yaml_text import read_yaml
 from tests.training.finetune.test_segmentation import Squares, recipe_for
 
@@ -124,3 +127,36 @@ def test_a_recorded_choice_is_no_change_of_the_recipe():
     auto, bf16, fp32 = (load_recipe("pri3d_view_r18.rooms", [f"precision={said}"]) for said in ("auto", "bf16", "fp32"))
     assert changes(bf16.to_yaml(), auto.to_yaml()) == changes(auto.to_yaml(), fp32.to_yaml()) == []
     assert changes(bf16.to_yaml(), fp32.to_yaml()) == ["precision: bf16 -> fp32"]
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of float32 to bfloat16 by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def test_bf16_casts_weights_once_for_both_views_and_finds_the_same_matches(tiny_recipe):
+    images = torch.rand(2, 2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for said in ("fp32", "bf16"):
+        task = build_task(load_recipe(str(tiny_recipe()), [f"precision={said}"]))
+        with Casts() as casts:
+            views = task.features_of(*images)
+        assert casts.shapes.count(tuple(task.backbone.encoder.conv1.weight.shape)) == (said == "bf16")
+        assert all(view.dtype == torch.float32 for view in views)
+        sum(view.square().mean() for view in views).backward()
+        assert all(p.grad.isfinite().all() for p in task.backbone.parameters())
+        found.append([F.normalize(view.detach().flatten(2), dim=1) for view in views])
+    full, low = found
+    for one, other in zip(full, low, strict=True):
+        assert (one - other).norm() < 0.05 * one.norm()
+    nearest = [(first.mT @ second).argmax(-1) for first, second in (full, low)]
+    score = (full[0].mT @ full[1]).gather(-1, torch.stack(nearest).permute(1, 2, 0))
+    assert (score[..., 0] - score[..., 1]).mean() < 0.005  # what bf16 finds is as near as what float32 finds

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from geo_pretrain.training.losses.fused import COLDEST, info_nce_of_rows
+
 
 def info_nce(
     query: Tensor,
@@ -37,15 +39,13 @@ def info_nce(
     """
     if normalize:
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-    logits = query @ key.transpose(-1, -2) / temperature
+    *axes, rows, width = query.shape
     if ignore is not None:
-        diagonal = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(ignore & ~diagonal, -torch.inf)
-    positive = logits.diagonal(dim1=-2, dim2=-1)
-    loss = (logits.logsumexp(-1) - positive).mean(-1)
-    if symmetric:
-        loss = (loss + (logits.logsumexp(-2) - positive).mean(-1)) / 2
-    return loss
+        ignore = ignore.expand(*axes, rows, rows).reshape(-1, rows, rows)
+    bound = 1 / temperature if normalize and temperature >= COLDEST else None
+    return info_nce_of_rows(
+        query.reshape(-1, rows, width), key.reshape(-1, rows, width), ignore, temperature, symmetric, bound
+    ).reshape(axes)
 
 
 def partition_info_nce(

@@ -29,12 +29,12 @@ def depth_loss(prediction: Tensor, target: Tensor, *, invalid: float = 0.0) -> T
         return prediction.sum() * 0
     dx_target, dy_target = _sobel(target)
     dx, dy = _sobel(predicted)
-    terms = [
-        torch.log((a - b).abs() + 0.5)[mask].mean() for a, b in ((predicted, target), (dx, dx_target), (dy, dy_target))
-    ]
-    normal, normal_target = _normals(dx, dy), _normals(dx_target, dy_target)
-    terms.append((1 - F.cosine_similarity(normal, normal_target, dim=-1)).abs()[mask].mean())
-    return torch.stack(terms).sum() / 3
+    # The normals are (-dx, -dy, 1); all terms are means over the same pixels, so they are added up first.
+    lengths = (dx * dx + dy * dy + 1).sqrt() * (dx_target * dx_target + dy_target * dy_target + 1).sqrt()
+    total = (1 - (dx * dx_target + dy * dy_target + 1) / lengths).abs()
+    for one, other in ((predicted, target), (dx, dx_target), (dy, dy_target)):
+        total = total + torch.log((one - other).abs() + 0.5)
+    return torch.where(mask, total, 0).sum() / (3 * mask.sum())
 
 
 def _sobel(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,8 +43,3 @@ def _sobel(image: Tensor) -> tuple[Tensor, Tensor]:
     y = image.new_tensor([[1, 2, 1], [0, 0, 0], [-1, -2, -1]])
     out = F.conv2d(image[:, None], torch.stack([x, y])[:, None], padding=1)
     return out[:, 0], out[:, 1]
-
-
-def _normals(dx: Tensor, dy: Tensor) -> Tensor:
-    """Unnormalized surface normals (-dx, -dy, 1) of [B, H, W] -> [B, H, W, 3]."""
-    return torch.stack([-dx, -dy, torch.ones_like(dx)], dim=-1)

@@ -77,7 +77,7 @@ class GSC(ImageUNetTask):
         A pair without a common set costs nothing but counts in the batch, as a pair without a match does in Pri3D.
         """
         config = self.config
-        features1, features2 = self.features(batch["image1"]), self.features(batch["image2"])
+        features1, features2 = self.features_of(batch["image1"], batch["image2"])
         ids1, ids2 = (half_resolution_sets(batch[f"sets{k}"], f.shape) for k, f in ((1, features1), (2, features2)))
         if config.max_sets is not None:
             ids1, ids2 = limit_sets(ids1, ids2, batch["seed"], config.max_sets, min_size=config.min_size)

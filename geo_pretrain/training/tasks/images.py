@@ -51,13 +51,18 @@ class ImageUNetTask(ImageTask):
             self.headnet = nn.Conv2d(self.backbone.out_chans, 1, 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """Features of images [B, 3, H, W] at half resolution: float32 [B, C, h, w].
+        """Features of images [B, 3, H, W] at half resolution: float32 [B, C, h, w]."""
+        (features,) = self.features_of(images)
+        return features
 
-        Views are passed one after the other, so that BatchNorm sees one view at a time.
+    def features_of(self, *views: Tensor) -> list[Tensor]:
+        """The features of each of several views [B, 3, H, W], see `features`.
+
+        Views are passed one after the other, so that BatchNorm sees one view at a time; weights are cast once for all.
         """
-        with self.autocast(images.device):
-            features: Tensor = self.backbone(images)
-        return features.float()
+        with self.autocast(views[0].device):
+            maps = [self.backbone(images) for images in views]
+        return [features.float() for features in maps]
 
     def depth_proxy_loss(self, features: Sequence[Tensor], depths: Sequence[Tensor]) -> Tensor:
         """The mean of Pri3D's depth loss over the two views of a batch."""

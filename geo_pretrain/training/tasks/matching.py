@@ -23,7 +23,8 @@ def sample_matches(target: Tensor, seeds: Sequence[int], count: int) -> tuple[Te
     draw = torch.stack(draws).to(target.device)
     has_match = target >= 0
     available = has_match.sum(-1, keepdim=True)
-    order = (draw[:, :pixels] + 2 * ~has_match).argsort(-1)  # matched pixels first, in random order
+    # matched pixels first, in random order: the first of them, since no more are used
+    order = torch.where(has_match, draw[:, :pixels], 2).topk(min(count, pixels), largest=False).indices
     rank = torch.arange(count, device=target.device).expand(len(target), -1)
     with_replacement = (draw[:, pixels:] * available).long()
     pixel1 = order.gather(-1, torch.where(available >= count, rank, with_replacement))
@@ -63,8 +64,10 @@ def half_resolution_cell(pixel: Tensor, width: int, features: torch.Size) -> Ten
 
 def gather_cells(features: Tensor, cell: Tensor) -> Tensor:
     """Take features [B, C, h, w] at flat cells [B, N]: [B, N, C]."""
-    flat = features.flatten(2)
-    return flat.gather(2, cell[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
+    batch, chans, height, width = features.shape
+    rows = features.permute(0, 2, 3, 1).reshape(-1, chans)  # no copy where channels lie together
+    first = height * width * torch.arange(batch, device=cell.device)
+    return rows.index_select(0, (cell + first[:, None]).flatten()).view(batch, -1, chans)
 
 
 def nearest_cells(maps: Tensor, element: Tensor, pixel: Tensor, size: tuple[int, int]) -> Tensor:

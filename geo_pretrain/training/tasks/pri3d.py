@@ -96,7 +96,7 @@ class Pri3D(ImageUNetTask):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of pairs, scalars: "view", "geo", "depth" as the task has them."""
-        features1, features2 = self.features(batch["image1"]), self.features(batch["image2"])
+        features1, features2 = self.features_of(batch["image1"], batch["image2"])
         losses = {}
         used = torch.ones(len(batch["seed"]), dtype=torch.bool, device=features1.device)
         if self.config.view:

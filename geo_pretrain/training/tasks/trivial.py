@@ -51,7 +51,7 @@ class Trivial(ImageUNetTask):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of `TwoColorViews`, scalars: "trivial", and "depth" with the depth proxy."""
         config, depth = self.config, batch["depth"]
-        features1, features2 = (self.features(batch[f"image{k}"]) for k in (1, 2))
+        features1, features2 = self.features_of(batch["image1"], batch["image2"])
         itself = torch.arange(depth[0].numel(), device=depth.device).expand(len(depth), -1)
         pixel, _, _ = sample_matches(itself, batch["seed"], config.matches)
         cell = half_resolution_cell(pixel, depth.shape[-1], features1.shape)

@@ -1,0 +1,115 @@
+"""InfoNCE of many rows, a block of scores at a time: no matrix of all scores is kept, in either direction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Scores of a block: those of 1024 rows stay in a processor's cache; a GPU is kept busy by more.
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
+COLDEST = 1 / 30  # down to this temperature exp(cosine / temperature) of any two rows can be summed in float32
+
+
+class Settings(NamedTuple):
+    """What the scores of a block depend on, beside the rows."""
+
+    temperature: float
+    symmetric: bool
+    bound: float | None  # no score is larger than it or smaller than -it; None: not known
+
+
+def info_nce_of_rows(
+    query: Tensor, key: Tensor, ignore: Tensor | None, temperature: float, symmetric: bool, bound: float | None
+) -> Tensor:
+    """`contrastive.info_nce` of query, key [B, N, C] as they are, and ignore bool [B, N, N] or None: [B]."""
+    loss: Tensor = _InfoNCE.apply(query, key, ignore, Settings(temperature, symmetric, bound))
+    return loss
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Forward keeps the logarithms of sums; backward computes scores again: a small product where rows are narrow."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, ignore: Tensor | None, settings: Settings) -> Tensor:
+        shape = query.shape[:2]
+        positive, by_row = query.new_empty(shape), query.new_empty(shape)
+        by_column = query.new_full(shape, -torch.inf) if settings.symmetric else None
+        for some, part, own, scores in _scores(query, key, ignore, settings):
+            positive[some, part] = own
+            if settings.bound is None:
+                by_row[some, part] = scores.logsumexp(-1)
+                columns = scores.logsumexp(-2) if by_column is not None else None
+            else:
+                scores.exp_()
+                by_row[some, part] = scores.sum(-1).log_().add_(settings.bound)
+                columns = scores.sum(-2).log_().add_(settings.bound) if by_column is not None else None
+            if by_column is not None and columns is not None:
+                by_column[some] = torch.logaddexp(by_column[some], columns)
+        ctx.save_for_backward(query, key, ignore, by_row, by_column)
+        ctx.settings = settings
+        loss = (by_row - positive).mean(-1)
+        return loss if by_column is None else (loss + (by_column - positive).mean(-1)) / 2
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        query, key, ignore, by_row, by_column = ctx.saved_tensors
+        settings: Settings = ctx.settings
+        if settings.bound is not None:  # a score's share of its row's sum is exp(score - bound) times this
+            by_row = (settings.bound - by_row).exp_()[..., None]
+            by_column = None if by_column is None else (settings.bound - by_column).exp_()[..., None]
+        grad_query, grad_key = torch.zeros_like(query), torch.zeros_like(key)
+        for some, part, _, scores in _scores(query, key, ignore, settings):
+            rows, columns = query[some, part], key[some]
+            if settings.bound is None:
+                shares = _shares(scores, by_row[some, part], None if by_column is None else by_column[some])
+                grad_query[some, part] = shares @ columns
+                grad_key[some] += shares.mT @ rows
+                continue
+            scores.exp_()
+            grad_query[some, part] = _weighted(scores, columns, by_row[some, part], by_column, some)
+            weighted_rows = by_row[some, part] * rows
+            grad_key[some] += scores.mT @ weighted_rows
+            if by_column is not None:
+                grad_key[some] += by_column[some] * (scores.mT @ rows)
+        scale = (grad / (query.shape[1] * settings.temperature))[:, None, None]
+        share = 0.5 if settings.symmetric else 1.0
+        return (grad_query * share - key) * scale, (grad_key * share - query) * scale, None, None
+
+
+def _weighted(scores: Tensor, columns: Tensor, by_row: Tensor, by_column: Tensor | None, some: slice) -> Tensor:
+    """The shares of scores in the sums of their rows [and columns], times the columns."""
+    result = by_row * (scores @ columns)
+    return result if by_column is None else result + scores @ (by_column[some] * columns)
+
+
+def _shares(scores: Tensor, by_row: Tensor, by_column: Tensor | None) -> Tensor:
+    """The shares of scores in the sums of their rows, plus those in their columns' where they are given."""
+    shares = (scores - by_row[..., None]).exp_()
+    return shares if by_column is None else shares.add_(scores.sub_(by_column[:, None]).exp_())
+
+
+def _scores(
+    query: Tensor, key: Tensor, ignore: Tensor | None, settings: Settings
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """For each block: its problems and rows, their own scores [b, n], and all scores [b, n, N], less the bound."""
+    count, rows, _ = query.shape
+    limit = BLOCK.get(query.device.type, BLOCK["cpu"])
+    problems, height = max(limit // max(rows * rows, 1), 1), min(max(limit // max(rows, 1), 1), rows)
+    for first in range(0, count, problems):
+        some = slice(first, first + problems)
+        for top in range(0, rows, height):
+            part = slice(top, top + height)
+            scores = torch.bmm(query[some, part] / settings.temperature, key[some].mT)
+            own = scores.diagonal(top, 1, 2).clone()
+            if settings.bound is not None:
+                scores -= settings.bound
+            if ignore is not None:
+                kept = scores.diagonal(top, 1, 2).clone()
+                scores.masked_fill_(ignore[some, part], -torch.inf)
+                scores.diagonal(top, 1, 2).copy_(kept)  # a positive is never ignored
+            yield some, part, own, scores
