@@ -334,7 +334,8 @@ def test_training_in_3d_is_prepared_without_torchvision():
 def test_the_public_face_is_complete_and_small():
     import geo_pretrain as gp
 
-    assert sorted(gp.__all__) == ["backbone_info", "list_backbones", "load_backbone", "load_pair", "verify", "voxelize"]
+    names = ["backbone_info", "list_backbones", "load_backbone", "load_finetuned", "load_pair", "verify", "voxelize"]
+    assert sorted(gp.__all__) == names
     for name in gp.__all__:
         assert callable(getattr(gp, name))
         assert name in dir(gp)

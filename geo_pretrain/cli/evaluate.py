@@ -242,8 +242,8 @@ def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as
     random = results.get(RANDOM)
     gains = {name: r.above(random) for name, r in results.items() if random is not None and r is not random}
     if as_json:
-        rows = {name: asdict(r) | {"spread": r.spread} for name, r in results.items()}
-        typer.echo(json.dumps({name: row | _gain(gains.get(name)) for name, row in rows.items()}))
+        trees = {name: asdict(r) | {"spread": r.spread} | _gain(gains.get(name)) for name, r in results.items()}
+        typer.echo(json.dumps(trees))
         return
     measure = next(iter(results.values())).measure
     rows = [

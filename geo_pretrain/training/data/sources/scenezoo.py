@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class SceneZoo:
         rooms = []
         for id in ids:
             try:
-                rooms += [f"{id}/{room}" for room in called(id, lambda id=id: self.dataset.get_room_ids(id))]
+                rooms += [f"{id}/{room}" for room in called(id, partial(self.dataset.get_room_ids, id))]
             except BadFrame:
                 continue  # not on this disk
         return rooms

@@ -51,7 +51,7 @@ class Subject:
     def load(self, seed: int = 0) -> LayeredNetwork:
         """Load the network; random weights are drawn from `seed`."""
         if self.checkpoint is not None:
-            decoder = {"decoder": True} if self.checkpoint.arch.has_decoder and not self.is_3d else {}
+            decoder: dict[str, Any] = {"decoder": True} if self.checkpoint.arch.has_decoder and not self.is_3d else {}
             network = load_network(self.checkpoint.folder, random_init=self.random, seed=seed, **decoder)
             return LayeredNetwork(network, self.checkpoint.contract)
         with seeded(seed):
