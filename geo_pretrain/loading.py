@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain import hub as hubs
+from geo_pretrain.backbones.architectures import encoder_arch
 from geo_pretrain.backbones.base import Backbone
 from geo_pretrain.backbones.build import build, golden_outputs
 from geo_pretrain.backbones.feature_pair import FeaturePair, pair_outputs
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.backbones.timm_names import is_timm, timm_contract, timm_weights
 from geo_pretrain.catalog import Arch, Entry, find
 from geo_pretrain.checkpoint import Checkpoint, read_weights
 from geo_pretrain.contract import ImageContract, VoxelContract
@@ -111,12 +113,13 @@ def load_backbone(
     `SparseTensor`; `.forward_intermediates(x)` gives its maps too. `.transforms` turns an image or points into input,
     `.contract` says what that is, `.feature_info` describes the maps, `.load_report` what was loaded.
 
-    `name_or_folder`, `hub`, `revision`, `cache_dir`, `local_files_only`: see `hub.open`. `pretrained=False` builds the
-    network with a random start; for a name of the catalog no file is needed. `in_chans` other than that of the
-    pre-training adapts the stem (`adapt_stem`). `output_stride` 16 or 8 dilates the last stages (image encoders only).
-    `strict=False` tolerates differing tensors as long as 90 % of the network is covered. Weights stored in float16 come
-    in float32, as all others do, unless `dtype` says otherwise. Raises `UnknownName`, `HubError`, `CheckpointError`,
-    `DigestMismatch` or `WeightsMismatch`; ValueError for arguments that do not go together.
+    `name_or_folder`, `hub`, `revision`, `cache_dir`, `local_files_only`: see `hub.open`; or "timm/NAME[.TAG]": timm's
+    encoder and weights. `pretrained=False` builds the network with a random start; for a name of the catalog no file is
+    needed. `in_chans` other than that of the pre-training adapts the stem (`adapt_stem`). `output_stride` 16 or 8
+    dilates the last stages (image encoders only). `strict=False` tolerates differing tensors as long as 90 % of the
+    network is covered. Weights stored in float16 come in float32, as all others do, unless `dtype` says otherwise.
+    Raises `UnknownName`, `HubError`, `CheckpointError`, `DigestMismatch` or `WeightsMismatch`; ValueError for arguments
+    that do not go together.
 
     >>> encoder = load_backbone("pri3d_view_geo_r50", pretrained=False, output_stride=8)
     >>> [info["reduction"] for info in encoder.feature_info]
@@ -125,9 +128,12 @@ def load_backbone(
     where: hubs.Where = {"hub": hub, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     _check_dtype(dtype)
     shape = _Shape(decoder, in_chans, out_indices, output_stride)
-    network: Any = (
-        _pretrained(name_or_folder, where, shape, strict) if pretrained else _random(name_or_folder, where, shape)
-    )
+    network: Any
+    if is_timm(str(name_or_folder)):
+        network = _of_timm(str(name_or_folder), where, shape, pretrained)
+    else:
+        load = _pretrained if pretrained else _random
+        network = load(name_or_folder, where, shape, strict)
     _ORIGINS[network] = (os.fspath(name_or_folder), where)
     _check_one_type(network, dtype)
     _warn_of_overflow(network, dtype)
@@ -352,13 +358,34 @@ def _pretrained(name_or_folder: str | os.PathLike[str], where: hubs.Where, shape
     return network
 
 
-def _random(name_or_folder: str | os.PathLike[str], where: hubs.Where, shape: _Shape) -> Any:
+def _random(name_or_folder: str | os.PathLike[str], where: hubs.Where, shape: _Shape, strict: bool) -> Any:
     """The network of a checkpoint with random weights. Fetches config.json alone, for a catalog name nothing."""
     source = find(str(name_or_folder)) or hubs.open(name_or_folder, **where).fetch()
     shape.check(source.arch)
     network = shape.build(source.arch)
     report = LoadReport(0, tuple(network.state_dict()), (), (), 0.0)
     network.name, network.load_report, network.contract = source.name, report, shape.contract(source)
+    return network
+
+
+def _of_timm(name: str, where: hubs.Where, shape: _Shape, pretrained: bool) -> Any:
+    """An encoder of timm by "timm/NAME[.TAG]", with the weights that timm publishes for it or random ones."""
+    if given := [key for key, value in where.items() if value]:
+        raise ValueError(f"{given[0]} does not go with {name!r}: timm itself fetches and keeps its weights; drop it.")
+    arch, contract = encoder_arch(name), timm_contract(name)
+    shape.check(arch)
+    network, wanted = shape.build(arch), shape.in_chans or len(contract.channels)
+    network.name, network.contract = name, contract.with_channels(wanted)
+    network.load_report = LoadReport(0, tuple(network.state_dict()), (), (), 0.0)
+    if pretrained:
+        weights, reshaped = timm_weights(name, build(arch).state_dict()), list[str]()
+        if wanted != len(contract.channels):
+            if network.stem is None:
+                raise ValueError(f"in_chans is {wanted}: {name} has no one first convolution; accepted: 3.")
+            weights[network.stem] = adapt_stem(weights[network.stem], wanted)
+            reshaped.append(network.stem)
+        network.load_state_dict(weights)
+        network.load_report = LoadReport(len(weights), (), (), tuple(reshaped), 1.0)
     return network
 
 

@@ -1,4 +1,4 @@
-"""The encoder and DeepLabV3 leave Python: torch.compile, torch.export and ONNX give the same numbers at any size."""
+"""The encoders and DeepLabV3 leave Python: torch.compile, torch.export and ONNX give the same numbers at any size."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.adapters.conftest import lively
 
 NETWORKS: dict[str, Callable[[Path], nn.Module]] = {
     "encoder": load_backbone,
+    "timm": lambda folder: load_backbone("timm/resnet10t", pretrained=False),
     "torchvision": lambda folder: torchvision.deeplabv3(folder, num_classes=3, freeze=2),
     "smp": lambda folder: smp.deeplabv3(folder, num_classes=3),
 }
@@ -64,7 +65,7 @@ def test_an_exported_program_takes_other_batches_and_sizes(networks, programs, n
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["torchvision"])  # our encoder is in it, and gives the last of its maps
+@pytest.mark.parametrize("name", ["timm", "torchvision"])  # our encoder is in torchvision's, which gives its last map
 def test_onnxruntime_agrees_at_other_batches_and_sizes(networks, programs, name: str, tmp_path: Path):
     torch.onnx.export(programs[name], dynamo=True, verbose=False).save(tmp_path / "network.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import geo_pretrain as gp
+from geo_pretrain import loading
 from geo_pretrain.backbones.architectures import Arch, encoder_arch, unet_arch
 from geo_pretrain.backbones.build import build, build_encoder
 from geo_pretrain.backbones.resnet_unet import UNetDecoder
@@ -205,3 +206,41 @@ def test_names_of_efficientnet_pytorch_fit_in_the_order_of_its_layers():
     found = fitted("timm/efficientnet_lite0", expected, given, "it")
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, plain[key.removeprefix("model.")]) for key, value in found.items())
+
+
+def test_load_backbone_takes_names_of_timm(monkeypatch: pytest.MonkeyPatch):
+    published = build_encoder(SMALL).state_dict()
+    asked: list[str] = []
+
+    def weights(name: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+        asked.append(name)
+        assert expected.keys() == published.keys()
+        return dict(published)
+
+    monkeypatch.setattr(loading, "timm_weights", weights)
+    name = f"{SMALL}.lamb_in1k"
+    encoder = gp.load_backbone(name)
+    assert asked == [encoder.name] == [name]
+    assert encoder.contract == timm_contract(name)
+    assert encoder.load_report.loaded == len(published)
+    assert all(torch.equal(value, published[key]) for key, value in encoder.state_dict().items())
+    wide = gp.load_backbone(name, in_chans=4, out_indices=(1, 2), output_stride=16)
+    stem = published[wide.stem]
+    assert torch.equal(wide.state_dict()[wide.stem][:, 3], stem.mean(1))
+    assert (wide.load_report.reshaped, len(wide.contract.channels)) == ((wide.stem,), 4)
+    assert [len(one[0]) for one in wide(torch.rand(1, 4, 64, 64))] == [8, 16]
+    asked.clear()
+    assert gp.load_backbone(SMALL, pretrained=False).load_report.loaded == len(asked) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder": True}, "encoder alone"),
+        ({"revision": "main"}, "revision does not go with"),
+        ({"in_chans": 0}, "in_chans is 0"),
+    ],
+)
+def test_options_that_timm_s_encoders_do_not_have_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        gp.load_backbone(SMALL, pretrained=False, **options)
