@@ -133,12 +133,14 @@ class Draft:
 def merge_tree(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
     """Merge `overlay` into `tree` in place, section by section; a value None removes the key."""
     for key, value in overlay.items():
-        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+        if isinstance(value, Mapping):
+            if not isinstance(tree.get(key), dict):
+                tree[key] = {}
             merge_tree(tree[key], value)
         elif value is None:
             tree.pop(key, None)
         else:
-            tree[key] = dict(value) if isinstance(value, Mapping) else value
+            tree[key] = value
 
 
 def changes(
