@@ -57,6 +57,7 @@ COMMANDS = [
     ["finetune"],
     ["launch"],
     ["predict"],
+    ["export"],
     ["data", "check"],
     ["data", "preview"],
     ["data", "convert"],

@@ -71,8 +71,7 @@ def predict(
         out: a new folder, or one that a prediction wrote; docs/own_images.md and downstream_3d.md list its files.
         data, path, split: a data set of `list_labelled` and its folder. It needs no labels.
         options: of the data set, or of cloud files (`CloudFields`); None: the recipe's, if it read the same kind.
-        files: images, or point clouds as PLY, npy, npz, LAS, or folders of them, in place of a data set.
-        limit: at most so many items of the data set, evenly spaced.
+        files, limit: images, clouds as PLY, npy, npz, LAS, or folders of them; at most so many, evenly spaced.
         draw: clouds in the picture predictions.png and the first in predictions.html; 0: none.
         benchmark: also write files for a benchmark's server, a key of `BENCHMARKS`, into the folder `out`/benchmark.
         batch: items that go through the network together, images where they are equally large.
@@ -90,7 +89,8 @@ def predict(
     task = network.task
     export = None if benchmark is None else _benchmark(benchmark, task)
     source = None if data is None else _open(task.recipe, data, path, split, options)
-    items = list(_of_files(task.recipe, files, options) if source is None else _of_source(task, source, limit))
+    given = _of_files(task.recipe, files, options) if source is None else _of_source(task, source)
+    items = spread_ids(list(given), limit)
     _check_names(items)
     found = Predictions(out, colors=network.stated["data"].get("colors"))
     detected, drawn = CocoFile(task.classes, network.stated["data"].get("ids")), list[tuple[Any, Any]]()
@@ -216,9 +216,9 @@ def _open(
     return source
 
 
-def _of_source(task: FinetuneTask, source: LabelledData, limit: int | None) -> Iterator[Item]:
+def _of_source(task: FinetuneTask, source: LabelledData) -> Iterator[Item]:
     in_3d = task.recipe.network.kind in POINT_KINDS
-    for id in spread_ids(source.ids(), limit):
+    for id in source.ids():
 
         def load(id: str = id) -> Any:
             return task.load(source, id) if in_3d else source.load(id).image

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors.torch import load, save_file
@@ -30,6 +30,7 @@ from geo_pretrain.training.schedule import pri3d_bn_momentum, set_bn_momentum, v
 
 BEST = "best.safetensors"  # weights of the best evaluation, in the run's folder
 
+T = TypeVar("T")
 OnEvaluation = Callable[[int, Evaluation], None]
 
 
@@ -235,8 +236,8 @@ def evaluation_steps(recipe: FinetuneRecipe, images: int, steps: int) -> list[in
     return due
 
 
-def spread_ids(ids: list[str], count: int | None) -> list[str]:
-    """Choose at most `count` evenly spaced ids."""
+def spread_ids(ids: list[T], count: int | None) -> list[T]:
+    """Choose at most `count` evenly spaced ids, or other items."""
     if count is None or count >= len(ids):
         return ids
     return [ids[k * len(ids) // count] for k in range(count)]

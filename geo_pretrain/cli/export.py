@@ -1,0 +1,92 @@
+"""The command `export`: networks as files that run without this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from geo_pretrain.cli.shared import app, console
+
+if TYPE_CHECKING:
+    from geo_pretrain.adapters.onnx import OnnxReport
+
+SOURCE_HELP = "The folder of a fine-tuning run; or a catalog name, a checkpoint folder, hf-hub:OWNER/REPO."
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    onnx: Annotated[Path, typer.Option("--onnx", help="The ONNX file to write.")],
+    backbone: Annotated[bool, typer.Option("--backbone", help="Of a run: its backbone, without classes.")] = False,
+    decoder: Annotated[bool, typer.Option("--decoder", help="Of a U-Net: its dense features, not its maps.")] = False,
+    hub: Annotated[str | None, typer.Option(help="Where to look for a name first.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Write an image network as ONNX: any batch and size, normalization inside, compared with torch by onnxruntime.
+
+    Example: `geo-pretrain export runs/mine --onnx mine.onnx`
+
+    A backbone's maps: `geo-pretrain export pri3d_view_geo_r50 --onnx r50.onnx`
+
+    Input: images [B, 3, H, W], RGB from 0 to 1. Output of a segmentation run: logits [B, C, H, W] and labels 1..C.
+    """
+    from geo_pretrain.errors import CheckpointError
+    from geo_pretrain.training.finetune.load import is_finetuned
+
+    if onnx.suffix != ".onnx":
+        raise typer.BadParameter(f"--onnx is {str(onnx)!r}; accepted: a file that ends in .onnx.")
+    if not onnx.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--onnx: there is no folder {str(onnx.parent)!r}; make it first.")
+    if onnx.exists() and not overwrite:
+        raise CheckpointError(f"{str(onnx)!r} exists. Choose another --onnx, or pass --overwrite.")
+    whole = is_finetuned(source) and not (backbone or decoder)
+    report = _finetuned(source, onnx) if whole else _backbone(source, onnx, decoder, hub)
+    sizes = ", ".join(f"{b} of {h}x{w}" for b, h, w in report.sizes)
+    sides = "any height and width" if report.multiple == 1 else f"height and width multiples of {report.multiple}"
+    console.print(f"Wrote {report.path}   ({report.path.stat().st_size / 1e6:.1f} MB; {sides})", soft_wrap=True)
+    names = ", ".join(report.outputs)
+    console.print(
+        f"Outputs: {names}. onnxruntime differs from torch by at most {report.worst:.1e} (relative; images: {sizes}).",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _finetuned(source: str, path: Path) -> OnnxReport:
+    """A fine-tuned network with its classes."""
+    from geo_pretrain.adapters.onnx import export_onnx
+    from geo_pretrain.contract import ImageContract
+    from geo_pretrain.errors import CheckpointError
+    from geo_pretrain.training.finetune.load import load_finetuned
+
+    network = load_finetuned(source)
+    if network.recipe.task != "segmentation" or not isinstance(network.contract, ImageContract):
+        raise CheckpointError(
+            f"{source!r} is {network.recipe.task}; accepted: segmentation of images, or a backbone for images. Boxes "
+            "are chosen in loops, clouds looked up in hash tables, which ONNX has not. --backbone gives the encoder."
+        )
+    return export_onnx(
+        network,
+        network.contract,
+        path,
+        names=("logits", "labels"),
+        classes=network.classes,
+        multiple=network.module.multiple,
+        facts={"name": network.name, "license": network.license},
+    )
+
+
+def _backbone(source: str, path: Path, decoder: bool, hub: str | None) -> OnnxReport:
+    """A backbone: its maps, or its dense features."""
+    from geo_pretrain.adapters.onnx import export_onnx
+    from geo_pretrain.contract import ImageContract
+    from geo_pretrain.errors import CheckpointError
+    from geo_pretrain.loading import load_backbone
+
+    network = load_backbone(source, decoder=decoder, hub=hub)
+    if not isinstance(network.contract, ImageContract):
+        raise CheckpointError(f"{source!r} is a network for clouds; ONNX has no sparse convolutions. Accepted: images.")
+    names = ["features"] if decoder else [f"stride{info['reduction']}" for info in network.feature_info]
+    return export_onnx(network, network.contract, path, names=names, facts={"name": str(network.name)})

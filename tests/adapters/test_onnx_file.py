@@ -1,0 +1,70 @@
+"""ONNX files: what is written was compared with torch and says what it takes; what cannot be written says why."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from geo_pretrain.adapters import onnx as module
+from geo_pretrain.adapters.onnx import export_onnx
+from geo_pretrain.contract import ImageContract
+from geo_pretrain.errors import CheckpointError
+from tests.front_door import geo_pretrain
+from tests.zoo import write_tiny_3d
+
+CONTRACT = ImageContract(mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0), size=(48, 64))
+
+
+class Halved(nn.Module):
+    """A convolution of stride 2, brought back to the image's size."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return F.interpolate(self.conv(x), x.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def test_a_file_normalizes_takes_any_size_and_gives_labels_from_1(tmp_path, monkeypatch):
+    network, path = Halved().eval(), tmp_path / "x.onnx"
+    given = {"names": ("logits", "labels"), "classes": tuple("abcd"), "facts": {"license": "MIT"}}
+    report = export_onnx(network, CONTRACT, path, **given)
+    assert report.worst < 1e-5
+    assert list(report.outputs) == ["logits", "labels"]
+    stored = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(stored["classes"]) == list("abcd")
+    assert (stored["license"], stored["trained_size"], stored["channels"]) == ("MIT", "48x64", "R, G, B")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    image = torch.rand(1, 3, 33, 45, generator=torch.Generator().manual_seed(1))
+    logits, labels = session.run(None, {"images": image.numpy()})
+    with torch.no_grad():
+        expected = network(CONTRACT.transforms(resize=False)(image)).numpy()
+    assert np.allclose(logits, expected, atol=1e-5)
+    assert np.array_equal(labels, logits.argmax(1) + 1)
+    written = path.read_bytes()
+    monkeypatch.setattr(module, "_write", lambda wrapped, to, *shape: to.write_bytes(written))
+    network.conv.bias.data += 0.1  # so that the file computes something else
+    path.write_bytes(b"as before")
+    with pytest.raises(CheckpointError, match="onnxruntime computes something else than torch"):
+        export_onnx(network, CONTRACT, path, **given)
+    assert path.read_bytes() == b"as before"
+
+
+def test_what_cannot_be_written_says_why(tmp_path):
+    write_tiny_3d(tmp_path / "tiny_net_srunet34")
+    to = str(tmp_path / "x.onnx")
+    ended = geo_pretrain("export", str(tmp_path / "tiny_net_srunet34"), "--onnx", to, expected=1)
+    assert "ONNX has no sparse convolutions" in ended.errors
+    assert "ends in .onnx" in geo_pretrain("export", "x", "--onnx", "x.pt", expected=2).errors
+    assert "no folder" in geo_pretrain("export", "x", "--onnx", str(tmp_path / "no" / "x.onnx"), expected=2).errors
+    (tmp_path / "x.onnx").touch()
+    assert "exists" in geo_pretrain("export", "x", "--onnx", to, expected=1).errors
