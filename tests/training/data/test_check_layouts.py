@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from geo_pretrain.training.data.check.report import Level
@@ -42,3 +45,17 @@ def test_wrong_readings_are_named_and_the_suggested_options_mend_them(layout, tw
     mended = checked(layout, path, **report.options)
     assert mended.level == Level.OK, mended.findings
     assert mended.fits.as_read.agreement > 1.3 * report.fits.as_read.agreement
+
+
+def test_sparse_depth_tells_as_much_as_dense_depth(tmp_path):
+    """A laser's: one pixel in six. What lands between the points says nothing."""
+    rng = np.random.default_rng(0)
+    frames = [
+        replace(frame, depth=np.where(rng.random(frame.depth.shape) < 0.16, frame.depth, 0).astype(np.float32))
+        for frame in golden_frames()
+    ]
+    right = checked("kitti", ALL_LAYOUTS["kitti"](tmp_path / "right", frames, RIGHT))
+    assert right.level == Level.OK, right.findings
+    wrong = checked("kitti", ALL_LAYOUTS["kitti"](tmp_path / "wrong", frames, WRONG["inverted"]))
+    assert wrong.options == {"pose_convention": "world_to_camera"}
+    assert wrong.fits.best.agreement > 0.5 > 0.2 > wrong.fits.as_read.agreement

@@ -21,6 +21,7 @@ LIMIT = 14  # factors on depth from 2**-14 to 2**14 are tried: from meters read 
 STEPS = 4  # factors tried in an octave
 SAME, CLOSER = 0.92, 1.35  # of the best agreement and depth difference: readings within both are as good as it
 COARSE = (0.001, 0.01, 0.2, 0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0, 5.0, 100.0, 1000.0)  # factors tried by a quick check
+SPARSE, LEAST_DENSE = 0.5, 0.02  # share of pixels with depth below which a frame is sparse; and the least counted with
 TELLING = 0.15  # spread of agreement over the four conventions, above which a pair of frames tells them apart
 FEWEST = 20  # points that land on depth in the other frame; a median of fewer says nothing
 
@@ -140,6 +141,8 @@ class _Rounds:
         points, self.valid = zip(*(_points(views[i]) for i in range(len(views))), strict=True)
         self.points, self.valid = np.stack(points)[first], np.stack(self.valid)[first]  # [P, M, 3], [P, M]
         self.first, self.second = first, second
+        dense = (self.depth > 0).mean(axis=1)
+        self.reachable = np.where(dense < SPARSE, np.maximum(dense, LEAST_DENSE), 1.0)[second]  # [P]
         self._moved: dict[Convention, tuple[np.ndarray, np.ndarray]] = {}
 
     def thinned(self) -> _Rounds:
@@ -149,11 +152,14 @@ class _Rounds:
         return few
 
     def agreement(self, convention: Convention, factor: float) -> np.ndarray:
-        """Share of the valid points of each pair [P] that meet the other frame's surface."""
+        """Share of the valid points of each pair [P] that meet the other frame's surface.
+
+        Where the other frame has depth at few pixels (laser scans), of those points that can fall on one.
+        """
         gap, depth = self._gaps(convention, factor)
         hits = (np.abs(gap) < TOLERANCE * depth) & self.valid
-        share: np.ndarray = hits.sum(axis=1) / np.maximum(self.valid.sum(axis=1), 1)
-        return share
+        share: np.ndarray = hits.sum(axis=1) / np.maximum(self.valid.sum(axis=1), 1) / self.reachable
+        return np.minimum(share, 1.0)
 
     def fit(self, convention: Convention, factor: float, telling: np.ndarray) -> Fit:
         gap, _ = self._gaps(convention, factor)
