@@ -33,7 +33,7 @@ FLAGS = (
 )
 WITH_WEBGL = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader")  # without a GPU
 DESKTOP, PHONE = (1280, 800), (390, 780)
-PATIENCE = 60.0
+PATIENCE = 60.0  # seconds, for machines that do other work
 
 # Click an element that a user could click: it is scrolled into view where it is not, and lies on top there.
 # (Clicks by Input.dispatchMouseEvent get lost on busy machines while a page moves.)
@@ -141,7 +141,7 @@ class Browser:
         """Wait until an expression holds."""
         end = time.monotonic() + PATIENCE
         while not self.run(code):
-            assert time.monotonic() < end, code
+            assert time.monotonic() < end, (code, self.errors)
             time.sleep(0.01)
 
     def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:

@@ -26,7 +26,7 @@ DEVICE_HELP = "cpu or cuda."
 def visualize_matches(
     backbone: Annotated[str, typer.Argument(help=BACKBONE_HELP)],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("matches.png"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .png or .html to write.")] = Path("matches.png"),
     against: Annotated[str, typer.Option(help="Backbone to compare with, or scratch (random weights).")] = "scratch",
     alone: Annotated[bool, typer.Option("--alone", help="Leave out the comparison.")] = False,
     scene: Annotated[str | None, typer.Option(help="A scene of the source; default: one for each pair.")] = None,
@@ -44,7 +44,8 @@ def visualize_matches(
 ) -> None:
     """Draw matches between two views: lines to the nearest feature, green where it is right, red where it is not.
 
-    2D backbones match the pixels of two images, 3D ones the voxels of two frames' clouds, drawn from behind.
+    As .html an interactive page: point at a pixel and see its heat map in the other view. 2D backbones match the
+    pixels of two images, 3D ones the voxels of two frames' clouds, drawn from behind.
 
     Example: `geo-pretrain visualize matches runs/kitchen --data seven_scenes:PATH -o matches.png`
     """

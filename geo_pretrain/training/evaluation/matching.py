@@ -20,7 +20,7 @@ from geo_pretrain.backbones.feature_pair import FeaturePair
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.geometry import centered, match_pixels, radius_matches
-from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
+from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, Surface, resize_frame
 from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.samples.augment import random_rotation
 from geo_pretrain.training.data.sources.registry import open_source
@@ -184,7 +184,7 @@ def _match_images(
     A cell of a map at half resolution stands for its center, between four pixels; of a map as large as the image for
     its pixel.
     """
-    pixel1, pixel2, has_match = sample_matches(match_pixels(*_cameras(frame1, frame2)), [seed], queries)
+    pixel1, pixel2, has_match = sample_matches(true_pixels(frame1, frame2)[None], [seed], queries)
     if not has_match.item():
         raise _no_match(pair)
     features1, features2 = extractor.extract_frame(frame1), extractor.extract_frame(frame2)
@@ -207,7 +207,7 @@ def _match_clouds(
 ) -> Matches:
     """Match voxels of cloud 1 with a counterpart in cloud 2 among all its voxels; a voxel lies at its first point."""
     generator, voxel_size = torch.Generator().manual_seed(seed), extractor.voxel_size
-    features1, features2 = (_extract_rotated(extractor, frame, turn, generator) for frame in (frame1, frame2))
+    features1, features2 = (extract_turned(extractor, frame, turn, generator)[1] for frame in (frame1, frame2))
     world1, world2 = features1.positions, features2.positions
     counterparts = radius_matches(world1, world2, COUNTERPART * voxel_size)
     if not len(counterparts):
@@ -220,14 +220,16 @@ def _match_clouds(
     return Matches(pair, (frame1, frame2), query, query, predicted, error, chance)
 
 
-def _extract_rotated(extractor: CloudExtractor, frame: Frame, turn: Turn, generator: torch.Generator) -> Features:
-    """Extract features of a frame's cloud after rotating it as `turn` says; positions stay those in the world."""
+def extract_turned(
+    extractor: CloudExtractor, frame: Frame, turn: Turn, generator: torch.Generator
+) -> tuple[Surface, Features]:
+    """A frame's cloud and its features after rotating it as `turn` says; positions stay those in the world."""
     cloud = cloud_of(frame)
     if turn == "camera":
         to_network = torch.linalg.inv(torch.from_numpy(frame.cam_to_world).double())
     else:
         to_network = random_rotation(generator, turn) @ centered(torch.from_numpy(cloud.points).double())
-    return extractor.extract_surface(cloud, [], to_network=to_network)
+    return cloud, extractor.extract_surface(cloud, [], to_network=to_network)
 
 
 def _match_modalities(
@@ -359,10 +361,11 @@ def _no_match(pair: Pair) -> BadFrame:
     return BadFrame(f"{pair.scene}/{pair.frame1}-{pair.frame2}", "pair has no match")
 
 
-def _cameras(frame1: Frame, frame2: Frame) -> list[Tensor]:
-    """Stack the arguments of `geometry.match_pixels` for one pair."""
+def true_pixels(frame1: Frame, frame2: Frame) -> Tensor:
+    """The pixel of frame 2 that sees what each pixel of frame 1 sees: int64 [H * W], flat, -1 where none does."""
     columns = [[f.depth, f.intrinsics.astype(np.float32), f.cam_to_world] for f in (frame1, frame2)]
-    return [torch.from_numpy(np.ascontiguousarray(columns[k][c]))[None] for c in range(3) for k in range(2)]
+    cameras = [torch.from_numpy(np.ascontiguousarray(columns[k][c]))[None] for c in range(3) for k in range(2)]
+    return match_pixels(*cameras)[0]
 
 
 def _uv(pixel: Tensor, width: int) -> np.ndarray:

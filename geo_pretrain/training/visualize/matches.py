@@ -1,10 +1,11 @@
-"""Matches between two views, drawn as lines: pixels of two images, or voxels of the clouds of two frames.
+"""Matches between two views, as lines or as a page: pixels of two images, or voxels of the clouds of two frames.
 
 Pri3D (Hou et al., ICCV 2021), fig. 10.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +20,17 @@ from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size, frame_cloud
 from geo_pretrain.training.evaluation.features import CloudExtractor, load_extractor
-from geo_pretrain.training.evaluation.matching import THRESHOLDS, Matches, Turn, match_pair, unit_of
+from geo_pretrain.training.evaluation.matching import THRESHOLDS, Matches, Turn, Unit, match_pair, unit_of
 from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.columns import RANDOM_TITLE, Column, Opened, find_backbone
 from geo_pretrain.training.visualize.common import check_suffix, drawing_spec, fill_rows, paint, pick_scene
 from geo_pretrain.training.visualize.grids import magnification, shorten
+from geo_pretrain.training.visualize.match_page import cloud_views, image_views, match_page, page_pair
 from geo_pretrain.training.visualize.results import draw_matches
 from geo_pretrain.training.visualize.splat import behind_camera, splat
 
+SUFFIXES = (".png", ".html")
 SCRATCH = "scratch"  # what random weights are called on the command line
 PANEL = 2 * 256  # px: two images side by side, as `draw_matches` makes them
 
@@ -48,7 +51,9 @@ def visualize_matches(
     skips: SkippedFrames | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[str, list[float]]]:
-    """Draw matches of `count` pairs of views as a PNG: lines from queries to their nearest features, green where right.
+    """Draw matches of `count` pairs of views: lines from queries to their nearest features, green where right (.png).
+
+    As .html a page on which a pixel of either view shows its heat map in the other one.
 
     Args:
         backbone: a catalog name or folder; images for 2D ones (of an encoder alone its maps), clouds for 3D ones.
@@ -59,15 +64,14 @@ def visualize_matches(
         turn: of the clouds, see `evaluation.matching.Turn`.
         seed: of queries, turns and random weights.
 
-    Returns:
-        Each column's title and the share of right matches of each pair shown, in the order of the picture.
+    Returns each column's title and the share of right matches of each pair shown, in the order of the picture.
 
     Raises:
-        RecipeError: `out` is not a .png, or `backbone` is "scratch".
+        RecipeError: `out` is neither .png nor .html, or `backbone` is "scratch".
         CheckpointError: voxels that RGB-D cannot give, or a backbone of another kind beside.
         DataError: no pair can be shown; UnknownName: no such backbone or scene.
     """
-    check_suffix(out, [".png"])
+    check_suffix(out, SUFFIXES)
     skips = skips if skips is not None else SkippedFrames()
     opened = _open_all(backbone, against)
     spec = drawing_spec(spec, opened[0], size)
@@ -78,19 +82,61 @@ def visualize_matches(
     threshold = THRESHOLDS[unit] if threshold is None else threshold
 
     def match(number: int, pair: Pair, column: Column) -> Matches:
-        matches = match_pair(column.extractor, source, pair, size=spec.size, turn=turn, seed=seed + number)
-        if isinstance(column.extractor, CloudExtractor):
-            return project_matches(matches, column.extractor.voxel_size)
-        return matches
+        return match_pair(column.extractor, source, pair, size=spec.size, turn=turn, seed=seed + number)
 
-    what = f"pair of source {source.name!r}"
-    rows = [row for _, row in fill_rows(pairs, columns, match, what=what, skips=skips, progress=progress)]
-    titles = [shorten(column.title, PANEL) for column in columns]
+    found = fill_rows(pairs, columns, match, what=f"pair of source {source.name!r}", skips=skips, progress=progress)
+    rows = [row for _, row in found]
     with atomic_write(out, suffix=out.suffix) as temporary:
-        draw_matches(rows, titles, temporary, threshold=threshold, unit=unit)
+        if out.suffix.lower() == ".html":
+            seeds = [seed + pairs.index(pair) for pair, _ in found]
+            temporary.write_text(_page(columns, rows, threshold, unit, turn, seeds), encoding="utf-8")
+        else:
+            _draw(columns, rows, temporary, threshold, unit)
     return [
         (column.title, [float((row[k].error <= threshold).mean()) for row in rows]) for k, column in enumerate(columns)
     ]
+
+
+def _draw(
+    columns: Sequence[Column], rows: Sequence[Sequence[Matches]], path: Path, threshold: float, unit: Unit
+) -> None:
+    """Draw the lines of matched pairs."""
+    drawn = [[_projected(matches, column) for matches, column in zip(row, columns, strict=True)] for row in rows]
+    draw_matches(drawn, [shorten(column.title, PANEL) for column in columns], path, threshold=threshold, unit=unit)
+
+
+def _projected(matches: Matches, column: Column) -> Matches:
+    """Matches as they are drawn: those of clouds as seen by cameras."""
+    if isinstance(column.extractor, CloudExtractor):
+        return project_matches(matches, column.extractor.voxel_size)
+    return matches
+
+
+def _page(
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[Matches]],
+    threshold: float,
+    unit: Unit,
+    turn: Turn,
+    seeds: Sequence[int],
+) -> str:
+    """The interactive page of matched pairs; the backbone's column comes first."""
+    pairs = []
+    for row, seed in zip(rows, seeds, strict=True):
+        shown = []
+        for column, matches in zip(columns, row, strict=True):
+            extractor = column.extractor
+            if isinstance(extractor, CloudExtractor):
+                views = cloud_views(extractor, matches, turn, seed)
+            else:
+                views = image_views(extractor, matches)
+            shown.append((column.title, float((matches.error <= threshold).mean()), views))
+        shown.sort(key=lambda item: item[0] == RANDOM_TITLE)
+        pair = row[0].pair
+        pairs.append(page_pair(f"{pair.scene}: {pair.frame1}, {pair.frame2}", shown))
+    title = f"Matches of {next(c.title for c in columns if c.title != RANDOM_TITLE)}"
+    note = f"A match is right within {threshold:g} {unit}."
+    return match_page(title, note, pairs, threshold, unit)
 
 
 def _open_all(backbone: str, against: str | None) -> list[Opened]:
