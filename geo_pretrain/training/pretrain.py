@@ -34,7 +34,7 @@ from geo_pretrain.training.licenses import run_license
 from geo_pretrain.training.loop import Progress, RecipeTask, StepInfo, check_batch, fit, make_optimizer
 from geo_pretrain.training.precision import choices, settle_precision
 from geo_pretrain.training.recipe import STAGE1, Recipe, changes, list_recipes, load_recipe, micro_batches
-from geo_pretrain.training.runs import RunFolder, check_out, code_version, library_versions, run_lock
+from geo_pretrain.training.runs import RunFolder, check_out, code_version, explained, library_versions, run_lock
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
 from geo_pretrain.training.tasks import build_task, task_settings
 
@@ -230,7 +230,8 @@ def train(
         task.skips.reasons.update(skipped)  # type: ignore[call-overload]
     checkpoint = None
     if world.is_main:
-        checkpoint = task.write(run, progress, license)
+        with explained(run):
+            checkpoint = task.write(run, progress, license)
         if progress.finished:
             run.keep_board()
             run.remove()

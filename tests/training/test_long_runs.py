@@ -16,7 +16,7 @@ from geo_pretrain.training import loop
 from tests.front_door import geo_pretrain
 from tests.training.test_loop import assert_same_weights, logged, run_here
 
-STEPS = 6
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -61,54 +61,31 @@ def test_a_frame_that_breaks_late_is_left_out_and_counted(tmp_path, tiny_recipe,
         broken.write_bytes(broken.read_bytes()[:200])
 
     path = tiny_recipe(optim={"steps": STEPS}, data={"path": str(own)})
-    checkpoint = run_here(path, tmp_path / "run", on_step=at_step(3, break_it))
+    checkpoint = run_here(path, tmp_path / "run", on_step=at_step(2, break_it))
     assert (checkpoint.finished, checkpoint.provenance["steps"]) == (True, STEPS)
     assert sum(checkpoint.provenance["skipped"].values()) == 1
     assert [line["step"] for line in logged(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_scheduler_sees_no_failure_and_the_run_goes_on(tmp_path, whole, monkeypatch, number, code):
+def test_a_scheduler_sees_no_failure_and_the_run_goes_on_whatever_the_clock_says(tmp_path, whole, monkeypatch):
     path, undisturbed = whole
-    report = loop._Loop.report
+    report, now = loop._Loop.report, time.time()
+    jumps = iter([now, now - 1e7, now + 1e8, *[now - 5.0 * k for k in range(100_000)]])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
 
     def send(self, losses, lr):
         report(self, losses, lr)
         if self.progress.step == 3:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(number, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(loop._Loop, "report", send)
-            ended = geo_pretrain("train", path, "--out", tmp_path / "run", "--no-check", expected=code)
-    finally:
-        signal.signal(number, before)
-    assert "Stopped after step 3 of 6" in " ".join(ended.errors.split())
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "report", send)
+        ended = geo_pretrain("train", path, "--out", tmp_path / "run", "--no-check", expected=0)
+    assert "Stopped after step 3 of 4" in " ".join(ended.errors.split())
     assert (read_checkpoint(tmp_path / "run").finished, (tmp_path / "run.run" / "state.pt").is_file()) == (False, True)
-    if code == 0:
-        geo_pretrain("train", path, "--out", tmp_path / "run", "--no-check")
-        assert_same_weights(undisturbed, tmp_path / "run")
-        assert logged(undisturbed) == logged(tmp_path / "run")
-
-
-def test_a_clock_that_jumps_changes_nothing(tmp_path, whole, monkeypatch):
-    path, undisturbed = whole
-    now = time.time()
-    jumps = iter([now, now - 1e7, now + 1e8, *[now - 5.0 * k for k in range(100_000)]])
-
-    class Stop(Exception):
-        pass
-
-    def stop():
-        raise Stop
-
-    monkeypatch.setattr(time, "time", lambda: next(jumps))
-    with pytest.raises(Stop):
-        run_here(path, tmp_path / "run", on_step=at_step(5, stop))
     for number, file in enumerate(sorted((tmp_path / "run.run").iterdir())):  # as if written far from each other
         os.utime(file, (now + 1e8 * (-1) ** number, now - 1e8 * (-1) ** number))
-    checkpoint = run_here(path, tmp_path / "run")
-    assert 0 < checkpoint.provenance["seconds"] < 600
+    geo_pretrain("train", path, "--out", tmp_path / "run", "--no-check")
+    assert 0 < read_checkpoint(tmp_path / "run").provenance["seconds"] < 600
     assert_same_weights(undisturbed, tmp_path / "run")
     assert logged(undisturbed) == logged(tmp_path / "run")

@@ -25,7 +25,7 @@ from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.licenses import finetuned_license
 from geo_pretrain.training.loop import StepInfo, fit
 from geo_pretrain.training.precision import choices, settle_precision
-from geo_pretrain.training.runs import RunFolder, run_lock
+from geo_pretrain.training.runs import RunFolder, explained, run_lock
 
 
 def finetune(
@@ -81,7 +81,8 @@ def finetune(
         progress = fit(task, world, run, on_step=on_step)
         if not progress.finished:
             raise progress.interrupted(run)
-        result = finish(task, progress, license) if world.is_main else None
+        with explained(run):
+            result = finish(task, progress, license) if world.is_main else None
         return cast(FinetuneResult, world.all_gather_object(result)[0])
 
 

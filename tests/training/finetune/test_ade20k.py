@@ -27,8 +27,8 @@ from tests.training.data.labelled.layouts import picture
 from tests.training.finetune.test_segmentation import recipe_for, task_for
 from tests.training.tasks.test_ppkt import tiny_batch
 
-SMALL = ("network.encoder=resnet18", "data.size=null", "data.augment.short_sides=[32, 40]", "data.augment.longer=60",
-         "evaluate.short_sides=[32, 48]", "data.augment.flip=0")  # fmt: skip
+SMALL = ("network.encoder=timm/test_resnet", "data.size=null", "data.augment.short_sides=[32, 40]",
+         "data.augment.longer=60", "evaluate.short_sides=[32, 48]", "data.augment.flip=0")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_a_teacher_of_ade20k_teaches_ppkd_and_ppkt(tmp_path, recording):
     results = json.loads((fcn_run / "results.json").read_text())
     assert (len(results["data"]["classes"]), results["data"]["licence"]) == (150, "LicenseRef-ADE20K-terms")
     assert results["last"]["details"]["images"] == 2
-    for layer, chans in (("logits", 150), ("features", 128)):
+    for layer, chans in (("logits", 150), ("features", 24)):
         teacher = finetuned_segmenter(fcn_run, layer)
         assert teacher(torch.zeros(1, 3, 40, 52)).shape == (1, chans, 5, 7)
         assert teacher.out_chans == chans
@@ -214,35 +214,36 @@ def authors_names(decoder):
 BUFFERS = ("weight", "bias", "running_mean", "running_var", "_tmp_running_mean", "_tmp_running_var")
 
 
-@pytest.mark.parametrize("decoder, chans", [("c1_deepsup", 128), ("ppm_deepsup", 512)])
-def test_files_of_ade20ks_authors_are_teachers(tmp_path, decoder, chans, tiny_recipe):
+def write_part(folder, part, shapes):
+    weights = {key: torch.rand(shape) * 0.1 for key, shape in shapes.items()}
+    torch.save(weights, folder / f"{part}_epoch_20.pth")
+    return weights
+
+
+def test_files_of_ade20ks_authors_are_teachers(tmp_path, tiny_recipe):
     torch.manual_seed(0)
-    parts = {}
-    for part, shapes in zip(("encoder", "decoder"), authors_names(decoder), strict=True):
-        parts[part] = {key: torch.rand(shape) * 0.1 for key, shape in shapes.items()}
-        torch.save(parts[part], tmp_path / f"{part}_epoch_20.pth")
+    encoder = write_part(tmp_path, "encoder", authors_names("c1_deepsup")[0])
     (tmp_path / "encoder_epoch_21.pth").write_bytes(b"half of a pair")
-    teacher, features = csail_segmenter(tmp_path), csail_segmenter(tmp_path, "features")
     images = torch.rand(1, 3, 48, 64)
-    assert (teacher.out_chans, features.out_chans) == (150, chans)
-    last = "conv_last" if decoder == "c1_deepsup" else "conv_last.4"
-    weight, bias = (parts["decoder"][f"{last}.{key}"] for key in ("weight", "bias"))
-    torch.testing.assert_close(F.conv2d(features(images), weight, bias), teacher(images))
-    assert teacher(images).shape == (1, 150, 6, 8)
-    own = teacher.network.network.encoder.state_dict()
-    assert torch.equal(own["layer4.0.downsample.1.running_var"], parts["encoder"]["layer4.0.downsample.1.running_var"])
-    if decoder == "c1_deepsup":
-        task, batch = tiny_batch(
-            tiny_recipe, "ppkd", {"teacher": "ade20k", "teacher_file": str(tmp_path)}, "unet3d.out_chans=150"
-        )
-        assert task(batch)["ppkd"].item() > 0
-        del parts["decoder"]["cbr.1.bias"]
-        torch.save(parts["decoder"], tmp_path / "decoder_epoch_20.pth")
-        with pytest.raises(WeightsMismatch, match=r"decoder_epoch_20.pth: 1 keys differ .*cbr.1.bias"):
-            csail_segmenter(tmp_path)
-        (tmp_path / "decoder_epoch_20.pth").unlink()
-        with pytest.raises(RecipeError, match=r"has no encoder_epoch_N\.pth and decoder_epoch_N.pth of one N"):
-            csail_segmenter(tmp_path)
+    for decoder, last, chans in (("ppm_deepsup", "conv_last.4", 512), ("c1_deepsup", "conv_last", 128)):
+        weights = write_part(tmp_path, "decoder", authors_names(decoder)[1])
+        features = csail_segmenter(tmp_path, "features")
+        assert features.out_chans == chans
+        logits = F.conv2d(features(images), weights[f"{last}.weight"], weights[f"{last}.bias"])
+        assert logits.shape == (1, 150, 6, 8)
+        torch.testing.assert_close(features.network.network(images), logits)
+        own = features.network.network.encoder.state_dict()
+        assert torch.equal(own["layer4.0.downsample.1.running_var"], encoder["layer4.0.downsample.1.running_var"])
+    settings = {"teacher": "ade20k", "teacher_file": str(tmp_path)}
+    task, batch = tiny_batch(tiny_recipe, "ppkd", settings, "unet3d.out_chans=150")
+    torch.testing.assert_close(task.teacher(images), logits)
+    assert task(batch)["ppkd"].item() > 0
+    torch.save({key: value for key, value in weights.items() if key != "cbr.1.bias"}, tmp_path / "decoder_epoch_20.pth")
+    with pytest.raises(WeightsMismatch, match=r"decoder_epoch_20.pth: 1 keys differ .*cbr.1.bias"):
+        csail_segmenter(tmp_path)
+    (tmp_path / "decoder_epoch_20.pth").unlink()
+    with pytest.raises(RecipeError, match=r"has no encoder_epoch_N\.pth and decoder_epoch_N.pth of one N"):
+        csail_segmenter(tmp_path)
 
 
 def test_the_encoder_of_the_published_teacher_has_the_number_of_keys_that_others_report():
