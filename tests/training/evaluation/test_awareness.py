@@ -241,6 +241,8 @@ def test_scenes_are_held_out_whole(views):
 def test_memory_is_made_once_for_the_same_facts_and_anew_for_others_or_damage(tmp_path):
     maps = [torch.tensor([[1e-3, 70000.0]]), torch.zeros(1, 3)]
     calls = []
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "mine.txt").write_text("stays")
 
     def made(frame):
         calls.append(frame)
@@ -255,6 +257,7 @@ def test_memory_is_made_once_for_the_same_facts_and_anew_for_others_or_damage(tm
     remember(tmp_path / "m", ["a", "b"], made, 2, {"network": "x"})
     remember(tmp_path / "m", ["a", "b"], made, 2, {"network": "y"})
     assert calls == [0, 1] * 3
+    assert (tmp_path / "m" / "mine.txt").read_text() == "stays"
 
 
 def test_names_of_networks(folder, tmp_path):

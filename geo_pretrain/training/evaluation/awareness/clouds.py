@@ -167,6 +167,8 @@ class CloudMeasures(Probing):
             first, second = (self.maps.read(index_of(n, turn), layer) for n in (pair.first, pair.second))
             error = (other[nearest_row(first[rows], second)] - one[rows]).norm(dim=1) / size
             found.setdefault((turn, pair.bin), []).append(float((error <= spec.within("voxels")).double().mean()))
+        if not found:
+            return {}
         scores = {}
         for turn, (bin, (low, high)) in product(TURNS, enumerate(OVERLAPS)):
             if values := found.get((turn, bin)):

@@ -7,7 +7,6 @@ The index is written last: a file without one, or of another network, frames or 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,9 +67,9 @@ def remember(
         for _ in range(count):
             progress()
         return kept
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (INDEX, CONTENT):  # nothing else that may lie there; an older map that is open keeps its bytes
+        (folder / name).unlink(missing_ok=True)
     rows, size = [], 0
     with (folder / CONTENT).open("wb") as file, torch.no_grad():
         for frame in range(count):

@@ -43,7 +43,9 @@ class Awareness:
     scores: dict[str, dict[str, Layers]] = field(default_factory=dict)  # backbone -> measure -> layers
 
     def add(self, name: str, measure: str, layer: str, values: Mapping[str, float]) -> None:
-        """Add the scores of one seed."""
+        """Add the scores of one seed; none where nothing could be judged."""
+        if not values:
+            return
         metrics = self.scores.setdefault(name, {}).setdefault(measure, {}).setdefault(layer, {})
         for metric, value in values.items():
             metrics.setdefault(metric, []).append(value)
