@@ -215,6 +215,43 @@ def write_record3d(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT, *, p
     return root
 
 
+def write_record3d_export(root: Path, frames: Sequence[Frame], twin: Twin = RIGHT) -> Path:
+    """Record3D's export "EXR + RGB" of the same frames."""
+    archive = write_record3d(root / "archive", frames, twin, packed=False) / "room.r3d"
+    with zipfile.ZipFile(archive) as file:
+        write(root / "metadata.json", file.read("metadata").decode())
+        for number, frame in enumerate(frames):
+            for name, data in (
+                (f"rgb/{number}.jpg", file.read(f"rgbd/{number}.jpg")),
+                (f"depth/{number}.exr", exr(np.where(frame.depth > 0, frame.depth * twin.depth, np.nan))),
+            ):
+                (root / name).parent.mkdir(exist_ok=True)
+                (root / name).write_bytes(data)
+    archive.unlink()
+    return root
+
+
+def exr(depth: np.ndarray) -> bytes:
+    """An OpenEXR image with the channel R in float32, uncompressed, line by line; by the format's specification."""
+
+    def attribute(name: str, kind: str, data: bytes) -> bytes:
+        return name.encode() + b"\0" + kind.encode() + b"\0" + struct.pack("<I", len(data)) + data
+
+    height, width = depth.shape
+    window = struct.pack("<4i", 0, 0, width - 1, height - 1)
+    head = struct.pack("<II", 20000630, 2)
+    head += attribute("channels", "chlist", b"R\0" + struct.pack("<iB3xii", 2, 0, 1, 1) + b"\0")
+    head += attribute("compression", "compression", b"\0")
+    head += attribute("dataWindow", "box2i", window) + attribute("displayWindow", "box2i", window)
+    head += attribute("lineOrder", "lineOrder", b"\0") + attribute("pixelAspectRatio", "float", struct.pack("<f", 1))
+    head += attribute("screenWindowCenter", "v2f", bytes(8)) + attribute("screenWindowWidth", "float", b"\0\0\x80?")
+    head += b"\0"
+    size = 8 + 4 * width
+    table = b"".join(struct.pack("<Q", len(head) + 8 * height + line * size) for line in range(height))
+    rows = depth.astype("<f4")
+    return head + table + b"".join(struct.pack("<ii", k, 4 * width) + rows[k].tobytes() for k in range(height))
+
+
 def lzfse(data: bytes) -> bytes:
     """A stream of LZFSE with one block that is not compressed."""
     return b"bvx-" + struct.pack("<I", len(data)) + data + b"bvx$"
@@ -227,9 +264,10 @@ ALL_LAYOUTS: dict[str, Callable[[Path, Sequence[Frame], Twin], Path]] = {
     "megadepth": write_megadepth,
     "polycam": write_polycam,
     "record3d": write_record3d,
+    "record3d export": write_record3d_export,
 }
 # For parametrize: layouts whose library is not installed are skipped.
-NEEDS = {"megadepth": "h5py", "record3d": "liblzfse"}
+NEEDS = {"megadepth": "h5py", "record3d": "liblzfse", "record3d export": "OpenEXR"}
 NAMES = [
     pytest.param(name, marks=pytest.mark.skipif(library is not None and find_spec(library) is None, reason=REASON))
     for name in ALL_LAYOUTS

@@ -106,7 +106,7 @@ def read_map(path: Path, data: bytes, what: str) -> np.ndarray:
 
 
 def read_raw_depth(path: Path, data: bytes | None = None) -> np.ndarray:
-    """Read the values of a depth image as stored, [H, W]: 16 or 32-bit gray, float TIFF, .npy, .h5, COLMAP's .bin.
+    """Read the values of a depth image as stored, [H, W]: gray of 16 or 32 bits, float TIFF, .npy, .h5, .exr, COLMAP's.
 
     `data`: the image itself (gray or TIFF), where it is a part of the file at `path`.
     """
@@ -114,6 +114,8 @@ def read_raw_depth(path: Path, data: bytes | None = None) -> np.ndarray:
         return _read_colmap_map(path)
     if data is None and path.suffix == ".h5":
         return _read_hdf5_map(path)
+    if data is None and path.suffix == ".exr":
+        return _read_exr_map(path)
     if data is None and path.suffix == ".npy":
         with loaded_arrays(path) as array:
             values = np.asarray(array)
@@ -158,6 +160,22 @@ def _read_hdf5_map(path: Path) -> np.ndarray:
     except (*_DAMAGED, AttributeError, MemoryError) as error:
         raise BadFrame(path, f"depth cannot be read ({first_line(error)})") from None
     raise BadFrame(path, f"depth is a data set {list(shape)} of kind {kind!r}, expected [H, W] of numbers")
+
+
+def _read_exr_map(path: Path) -> np.ndarray:
+    """Read the first channel of an OpenEXR image, float [H, W], as Record3D exports depth. Needs OpenEXR."""
+    with _reading(path, "depth image"), path.open("rb") as file:
+        if file.read(4) != b"v/1\x01":
+            raise BadFrame(path, "is no OpenEXR image")
+    library: Any = require("OpenEXR", "datasets")
+    try:
+        channels = library.File(str(path), separate_channels=True).channels()
+        values = np.asarray(channels["R" if "R" in channels else next(iter(channels))].pixels)
+    except Exception as error:  # of a library in C++: errors of many kinds
+        raise BadFrame(path, f"depth cannot be read ({first_line(error)})") from None
+    if values.ndim != 2 or values.dtype.kind != "f" or not values.size:
+        raise BadFrame(path, f"depth is an image {list(values.shape)} of {values.dtype}, expected [H, W] in float")
+    return values
 
 
 def read_depth(

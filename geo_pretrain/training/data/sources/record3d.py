@@ -6,9 +6,10 @@
     rgbd/0.depth    float32 in meters, dw x dh row by row, packed by LZFSE
     rgbd/0.conf     confidence, not looked at
 
-An unpacked archive, a folder with these names, serves as well. Poses are camera-to-world in ARKit's world (y up), with
+An unpacked archive, a folder with these names, serves as well, and the app's export "EXR + RGB": metadata.json,
+rgb/0.jpg and depth/0.exr, in meters. Poses are camera-to-world in ARKit's world (y up), with
 OpenGL's axes of the camera; intrinsics hold for color, and the principal point counts from the corner of the image.
-Needs pyliblzfse (extra `datasets`). An export as EXR is converted by `ns-process-data record3d`: see `transforms`.
+Needs pyliblzfse, and OpenEXR for the export (extra `datasets`).
 Source: nerfstudio's record3d_utils.py, and readers of .r3d by codekansas/usa and others; no file was at hand.
 """
 
@@ -44,6 +45,7 @@ from geo_pretrain.training.data.sources.recording import (
 )
 
 ENDING, METADATA = ".r3d", "metadata"
+EXPORTED = "metadata.json"
 CORNER = 0.5  # of the first pixel, from its center
 LARGEST = 1 << 28  # bytes of a member that is read
 _DAMAGED = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -61,10 +63,14 @@ class Record3D(Recordings):
 
     def _color(self, view: View) -> np.ndarray:
         archive = view.color.parents[1]
+        if archive not in self.sizes:  # an export
+            return super()._color(view)
         return files.read_frame_color(view.color if archive.is_dir() else archive, member(archive, view.color.name))
 
     def _stored(self, view: View) -> np.ndarray:
         archive = view.depth.parents[1]
+        if archive not in self.sizes:
+            return super()._stored(view)
         return unpacked_depth(view.depth, member(archive, view.depth.name), self.sizes[archive])
 
 
@@ -73,7 +79,7 @@ def open_record3d(root: Path, options: Record3DOptions) -> Record3D:
     if root.is_file():
         found, base = [root], root.parent
     else:
-        existing_folder(root, f"files *{ENDING}, or {METADATA} and rgbd/")
+        existing_folder(root, f"files *{ENDING}, {METADATA} and rgbd/, or {EXPORTED}, rgb/ and depth/")
         found, base = [path for path in sorted(root.rglob(f"*{ENDING}")) if path.is_file()], root
         found += folders_with(root, lambda path, folders, names: METADATA in names and "rgbd" in folders)
     recordings, sizes = [], {}
@@ -82,9 +88,15 @@ def open_record3d(root: Path, options: Record3DOptions) -> Record3D:
         sizes[archive] = (_whole(tree, "dh", archive), _whole(tree, "dw", archive))
         name = archive.relative_to(base).with_suffix("").as_posix() if archive.is_file() else scene_name(base, archive)
         listing = archive if archive.is_file() else archive / METADATA
-        recordings.append(Recording(name, _views(archive, tree), [listing]))
+        recordings.append(Recording(name, _views(archive, tree, "rgbd/{}.jpg", "rgbd/{}.depth"), [listing]))
+    exported = () if root.is_file() else folders_with(root, _is_export)
+    for folder in exported:
+        views = _views(folder, read_metadata(folder / EXPORTED), "rgb/{}.jpg", "depth/{}.exr")
+        recordings.append(Recording(scene_name(base, folder), views, [folder / EXPORTED]))
     if not recordings:
-        raise DataError(f"No recording in {str(root)!r}: expected files *{ENDING}, or {METADATA} and rgbd/.")
+        raise DataError(
+            f"No recording in {str(root)!r}: expected *{ENDING}, {METADATA} and rgbd/, or {EXPORTED}, rgb/, depth/."
+        )
     conventions = Conventions(depth_scale=1.0, camera_axes="opengl", float_depth=True)
     source = Record3D("record3d", base, recordings, conventions, options)
     source.sizes = sizes
@@ -92,9 +104,12 @@ def open_record3d(root: Path, options: Record3DOptions) -> Record3D:
 
 
 def read_metadata(archive: Path) -> dict[str, Any]:
-    """Read the metadata of an archive or an unpacked one. Raises `BadFrame`."""
+    """Read the metadata of an archive, an unpacked one, or of an export (its file). Raises `BadFrame`."""
     try:
-        data = (archive / METADATA).read_bytes() if archive.is_dir() else _member(archive, METADATA)
+        if archive.suffix == ".json":
+            data = archive.read_bytes()
+        else:
+            data = (archive / METADATA).read_bytes() if archive.is_dir() else _member(archive, METADATA)
         tree = parse_json(data)
     except _DAMAGED as error:
         raise BadFrame(archive, f"{METADATA} cannot be read ({first_line(error)})") from None
@@ -134,7 +149,11 @@ def _member(archive: Path, name: str) -> bytes:
         return file.read(name)
 
 
-def _views(archive: Path, tree: Mapping[str, Any]) -> dict[str, View]:
+def _is_export(path: Path, folders: set[str], names: set[str]) -> bool:
+    return EXPORTED in names and {"rgb", "depth"} <= folders
+
+
+def _views(archive: Path, tree: Mapping[str, Any], color: str, depth: str) -> dict[str, View]:
     own = tree.get("perFrameIntrinsicCoeffs")
     each: Sequence[Any] = own if isinstance(own, list) and len(own) == len(tree["poses"]) else []
     views = {}
@@ -143,8 +162,7 @@ def _views(archive: Path, tree: Mapping[str, Any]) -> dict[str, View]:
         values = row if isinstance(row, list) and len(row) == 7 else []
         pose = pose_of_words([str(value) for value in (*values[4:], *values[:4])], where)
         camera = _camera(tree, each[number] if each else None, where)
-        folder = archive / "rgbd"
-        views[str(number)] = View(folder / f"{number}.jpg", folder / f"{number}.depth", pose, camera)
+        views[str(number)] = View(archive / color.format(number), archive / depth.format(number), pose, camera)
     return views
 
 

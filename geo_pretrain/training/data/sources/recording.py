@@ -252,7 +252,7 @@ SIGNS = {
     "transforms": ("transforms.json", "*/transforms.json"),
     "polycam": ("keyframes/cameras", "*/keyframes/cameras"),
     "arkitscenes": ("*/lowres_wide.traj", "*/*/lowres_wide.traj"),
-    "record3d": ("*.r3d", "rgbd/0.jpg"),
+    "record3d": ("*.r3d", "rgbd/0.jpg", "depth/0.exr", "*/depth/0.exr"),
     "colmap": tuple(f"{place}cameras.{end}" for place in ("", "sparse/", "*/sparse/") for end in ("txt", "bin")),
     "scannet": ("scene*/pose", "scene*/*.sens"),
     "seven_scenes": ("frame-*.pose.txt", "*/frame-*.pose.txt", "*/*/frame-*.pose.txt"),

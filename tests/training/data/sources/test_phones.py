@@ -14,7 +14,7 @@ from geo_pretrain.training.data.sources.arkitscenes import pose_of_vector
 from geo_pretrain.training.data.sources.record3d import unpacked_depth
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import DataSpec
-from tests.dataset_layouts import REASON, lzfse, write_arkitscenes, write_polycam, write_record3d
+from tests.dataset_layouts import REASON, lzfse, write_arkitscenes, write_polycam, write_record3d, write_record3d_export
 from tests.recording_layouts import golden_frames, write_plain
 
 
@@ -116,7 +116,7 @@ def test_record3d_archives_are_read_packed_and_unpacked(frames, tmp_path):
     (root / "room.r3d").write_bytes(b"PK")
     with pytest.raises(BadFrame, match=r"room\.r3d: metadata cannot be read"):
         opened("record3d", root)
-    with pytest.raises(DataError, match=r"No recording in .*expected files \*\.r3d"):
+    with pytest.raises(DataError, match=r"No recording in .*expected \*\.r3d"):
         opened("record3d", write_plain(tmp_path / "other", frames))
 
 
@@ -124,6 +124,22 @@ def test_without_the_library_of_lzfse_the_install_line_is_told(monkeypatch, tmp_
     monkeypatch.setitem(__import__("sys").modules, "liblzfse", None)
     with pytest.raises(MissingDependency, match=r"pip install 'geo_pretrain\[datasets\]'"):
         unpacked_depth(tmp_path, b"bvx-", (2, 3))
+
+
+def test_an_export_of_record3d_needs_openexr(frames, tmp_path, monkeypatch):
+    root = write_record3d_export(tmp_path / "room", frames)
+    source = opened("record3d", tmp_path)
+    assert source.scenes() == ["room"]
+    assert source.frame_ids("room") == ["0", "1", "2"]
+    (root / "depth" / "1.exr").write_bytes(b"no image")
+    with pytest.raises(BadFrame, match=r"1\.exr: is no OpenEXR image"):
+        source.load("room", "1")
+    (root / "depth" / "2.exr").unlink()
+    with pytest.raises(BadFrame, match=r"2\.exr: depth image is missing"):
+        source.load("room", "2")
+    monkeypatch.setitem(__import__("sys").modules, "OpenEXR", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'geo_pretrain\[datasets\]'"):
+        source.load("room", "0")
 
 
 @pytest.mark.skipif(find_spec("liblzfse") is None, reason=REASON)

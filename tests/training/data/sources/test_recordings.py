@@ -39,8 +39,8 @@ from tests.recording_layouts import (
     write_tum,
 )
 
-FLOATS = ("colmap", "colmap binary", "megadepth", "record3d")  # layouts whose depth is in float
-OPENGL = ("polycam", "record3d", "transforms")
+FLOATS = ("colmap", "colmap binary", "megadepth", "record3d", "record3d export")  # layouts whose depth is in float
+OPENGL = ("polycam", "record3d", "record3d export", "transforms")
 INVERTED = ("arkitscenes", "colmap", "colmap binary", "megadepth")  # layouts with world-to-camera poses
 
 
