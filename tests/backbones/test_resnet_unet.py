@@ -15,6 +15,8 @@ from torch import Tensor
 from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 
+pytestmark = pytest.mark.usefixtures("quick_weights")
+
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 

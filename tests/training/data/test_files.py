@@ -163,10 +163,11 @@ def bomb(kind: bytes, data: bytes, times: int = 1) -> bytes:
     return image[:start] + chunk(kind, data) * times + image[start:]
 
 
+PACKED = zlib.compress(b"x" * 100_000_000, level=1)
 PNG_BOMBS = {
-    "text": bomb(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 100_000_000)),
-    "international text": bomb(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(b"x" * 100_000_000)),
-    "colors": bomb(b"iCCP", b"a\0\0" + zlib.compress(b"x" * 100_000_000)),
+    "text": bomb(b"zTXt", b"a\0\0" + PACKED),
+    "international text": bomb(b"iTXt", b"a\0\1\0\0\0" + PACKED),
+    "colors": bomb(b"iCCP", b"a\0\0" + PACKED),
     "many texts": bomb(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 900_000), 80),
 }
 

@@ -30,6 +30,8 @@ from tests.training.finetune.test_detection import (
 )
 from tests.zoo import write_tiny
 
+pytestmark = pytest.mark.usefixtures("quick_weights")
+
 
 @pytest.fixture(scope="module")
 def plain():

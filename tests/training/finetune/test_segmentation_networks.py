@@ -18,6 +18,8 @@ from geo_pretrain.training.networks import PretrainedInit, Segmenter, _aux_head
 from tests.training.finetune.test_segmentation import coded, generator, recipe_for, task_for
 from tests.zoo import role_weights, write_tiny, write_tiny_3d
 
+pytestmark = pytest.mark.usefixtures("quick_weights")
+
 # where the network starts
 
 
