@@ -26,15 +26,7 @@ from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune_recipe import FinetuneOptim, FinetuneRecipe
 from geo_pretrain.training.recipe import OptimSpec, Recipe, micro_batches
-from geo_pretrain.training.runs import (
-    Interrupted,
-    RunFolder,
-    StopRequest,
-    WriteLog,
-    explained,
-    stop_requests,
-    write_nothing,
-)
+from geo_pretrain.training.runs import Interrupted, RunFolder, StopRequest, WriteLog, watched, write_nothing
 from geo_pretrain.training.states import check_optimizer, not_finite
 from geo_pretrain.yaml_text import parse_yaml
 
@@ -231,8 +223,7 @@ def fit(
     if run is not None:
         _restore(run, task, world, progress)
     with ExitStack() as stack:
-        stack.enter_context(explained(run))
-        stop = stack.enter_context(stop_requests()) if run is not None else StopRequest()
+        stop = stack.enter_context(watched(run))
         log = stack.enter_context(run.log(progress.step)) if run is not None else write_nothing
         if world.device.type == "cpu":
             stack.enter_context(considerate_waiting())

@@ -319,6 +319,17 @@ def request_stop() -> bool:
 
 
 @contextmanager
+def watched(run: RunFolder | None) -> Iterator[StopRequest]:
+    """What `stop_requests` and `explained` do for a run; without its folder signals act as ever."""
+    with explained(run):
+        if run is None:
+            yield StopRequest()
+        else:
+            with stop_requests() as stop:
+                yield stop
+
+
+@contextmanager
 def explained(run: RunFolder | None) -> Iterator[None]:
     """Turn what happens to a run from outside into one sentence: dead processes, full disks, limits on files.
 
