@@ -55,7 +55,7 @@ class _InfoNCE(torch.autograd.Function):
         return loss if by_column is None else (loss + (by_column - positive).mean(-1)) / 2
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query, key, ignore, by_row, by_column = ctx.saved_tensors
         settings: Settings = ctx.settings
