@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from benchmarks.awareness import PlainWay
+from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import DataError, RecipeError, UnknownName
 from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.training.data.frame import SkippedFrames
@@ -26,7 +28,7 @@ from geo_pretrain.training.evaluation.awareness.linear import (
     squared_errors,
 )
 from geo_pretrain.training.evaluation.awareness.memory import INDEX, remember
-from geo_pretrain.training.evaluation.awareness.networks import find_subject, with_random
+from geo_pretrain.training.evaluation.awareness.networks import LayeredNetwork, find_subject, with_random
 from geo_pretrain.training.evaluation.awareness.reading import PlaceReader
 from geo_pretrain.training.evaluation.awareness.report import best_tables, page
 from geo_pretrain.training.evaluation.awareness.run import INPUT_2D, Awareness, measure_awareness
@@ -317,3 +319,23 @@ def test_input_alone_and_labels_are_probed_too(source, folder, views):
             source,
             AwarenessSpec(size=(48, 64), frames=6, seeds=1, measures=("semantic",)),
         )
+
+
+class OneSize(nn.Module):
+    """A network that takes images of 32x32 pixels alone."""
+
+    feature_info = ({"module": "conv", "reduction": 1, "num_chs": 3},)
+    fixed_size = (32, 32)
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, kernel_size=1)
+
+    def forward_intermediates(self, x):
+        assert x.shape[2:] == (32, 32)
+        return x, [x]
+
+
+def test_networks_of_one_size_see_the_image_resized(views):
+    (one,) = LayeredNetwork(OneSize(), ImageContract()).maps(views.frames[0].color)
+    assert one.shape == (1, 3, 32, 32)

@@ -52,6 +52,7 @@ class Clouds:
         self.views, self.contract, self.voxel_size = views, contract, cubic_voxel_size(contract)
         self._known: dict[tuple[int, Turn], FrameVoxels] = {}
         self._normals: dict[int, Tensor] = {}
+        self._queries: dict[tuple[CloudPair, Turn, int], Tensor] = {}
 
     def voxels(self, number: int, turn: Turn) -> FrameVoxels:
         """Voxelize a frame's cloud, held as `turn` says; random turns depend on the frame's name alone."""
@@ -83,6 +84,18 @@ class Clouds:
             turn = voxels.to_network[:3, :3] @ torch.from_numpy(frame.cam_to_world)[:3, :3].double()
             self._normals[number] = depth_normals(depth, intrinsics, voxels.pixel) @ turn.T.float()
         return self._normals[number]
+
+    def queries(self, pair: CloudPair, turn: Turn, seed: int) -> Tensor:
+        """Draw voxels of the first cloud that have a counterpart in the second: int64 [Q]; the same for every layer."""
+        key = (pair, turn, seed)
+        if key not in self._queries:
+            one, other = (self.voxels(number, turn).world for number in (pair.first, pair.second))
+            matches = radius_matches(one, other, COUNTERPART * self.voxel_size)
+            generator = torch.Generator().manual_seed(seed)
+            if len(matches):
+                matches = one_match_each(matches, self.views.spec.queries, generator)
+            self._queries[key] = matches[:, 0]
+        return self._queries[key]
 
     def layers(self, network: LayeredNetwork, index: int) -> list[Tensor]:
         """Features [N, C] of all layers for the voxels of the frame and turn of this index; see `index_of`."""
@@ -159,11 +172,9 @@ class CloudMeasures(Probing):
         size, spec = self.clouds.voxel_size, self.views.spec
         for pair, turn in product(pairs, TURNS):
             one, other = (self.clouds.voxels(number, turn).world for number in (pair.first, pair.second))
-            counterparts = radius_matches(one, other, COUNTERPART * size)
-            if not len(counterparts):
+            rows = self.clouds.queries(pair, turn, seed)
+            if not len(rows):
                 continue
-            generator = torch.Generator().manual_seed(seed)
-            rows = one_match_each(counterparts, spec.queries, generator)[:, 0]
             first, second = (self.maps.read(index_of(n, turn), layer) for n in (pair.first, pair.second))
             error = (other[nearest_row(first[rows], second)] - one[rows]).norm(dim=1) / size
             found.setdefault((turn, pair.bin), []).append(float((error <= spec.within("voxels")).double().mean()))
