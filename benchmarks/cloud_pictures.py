@@ -19,7 +19,7 @@ def draw_starts(runs: Mapping[str, Path], ids: Sequence[str], path: Path) -> Non
 
     `runs`: title of a column -> folder of a fine-tuned run, all of one recipe.
     """
-    tasks = {title: cast(CloudTask, load_finetuned(folder)) for title, folder in runs.items()}
+    tasks = {title: cast(CloudTask, load_finetuned(folder).task) for title, folder in runs.items()}
     task = next(iter(tasks.values()))
     data = task.recipe.data
     source = open_labelled(data.source, None, "val", task=task.recipe.labels(), options=data.options)

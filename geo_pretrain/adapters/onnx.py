@@ -47,6 +47,9 @@ class OnnxReport:
 class WithNormalization(nn.Module):
     """Images [B, 3, H, W] in [0, 1] -> named outputs of a network that takes normalized ones."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, contract: ImageContract, *, names: Sequence[str], classes: bool) -> None:
         super().__init__()
         self.network, self.names, self.classes = network, tuple(names), classes

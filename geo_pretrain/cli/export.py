@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -73,7 +73,7 @@ def _finetuned(source: str, path: Path) -> OnnxReport:
         path,
         names=("logits", "labels"),
         classes=network.classes,
-        multiple=network.module.multiple,
+        multiple=int(cast(Any, network.module).multiple),
         facts={"name": network.name, "license": network.license},
     )
 

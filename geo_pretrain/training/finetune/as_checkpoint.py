@@ -7,6 +7,7 @@ as any other.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from geo_pretrain.cards.finetuned import render_finetuned
 from geo_pretrain.catalog.license import License
 from geo_pretrain.checkpoint import FINETUNED, ROLES, Checkpoint, add_checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.errors import CheckpointError, GeoPretrainError, first_line, some
 from geo_pretrain.loading import match
 from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.networks3d import srunet_shape
@@ -67,6 +69,24 @@ def image_contract(task: FinetuneTask) -> ImageContract:
     data = task.recipe.data
     own = cast(ImageContract, task.contract)
     return replace(own, size=data.size or own.size, interpolation=task.recipe.resize())
+
+
+def add_backbone(
+    folder: Path, task: FinetuneTask, license: License, results: Mapping[str, Any], name: str
+) -> Checkpoint | None:
+    """Make the finished folder of a run a checkpoint folder; None, and a warning, where its backbone cannot be one.
+
+    The run is over by then and its results are written: nothing here may take them back.
+    """
+    try:
+        export = export_backbone(task)
+        if export is not None:
+            return write_as_checkpoint(folder, export, license, results, name)
+        reason = "its input is not the contract's"
+    except (GeoPretrainError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        reason = first_line(error)
+    warnings.warn(f"{folder}: load_backbone cannot take the backbone of this run ({reason}).", stacklevel=2)
+    return None
 
 
 def write_as_checkpoint(
@@ -125,7 +145,8 @@ def _fitting(own: nn.Module, part: nn.Module) -> dict[str, Tensor]:
         given = {TIMM_PREFIX + key: value for key, value in given.items()}
     fits, missing, _ = match(expected, given)
     lacking = [key for key in missing if not key.endswith(COUNTER)]
-    assert not lacking, lacking  # the host was built around this very encoder
+    if lacking:
+        raise CheckpointError(f"The network's encoder has no {some(lacking)}, which ours has.")
     return {key: fits.get(key, expected[key]) for key in expected}
 
 

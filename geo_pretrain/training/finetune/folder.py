@@ -14,7 +14,7 @@ from geo_pretrain.errors import CheckpointError
 from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.config import plain_types
 from geo_pretrain.training.data.labelled.registry import data_terms
-from geo_pretrain.training.finetune.as_checkpoint import export_backbone, write_as_checkpoint
+from geo_pretrain.training.finetune.as_checkpoint import add_backbone
 from geo_pretrain.training.finetune.training import Finetuning, spread_ids, write_weights
 from geo_pretrain.training.loop import Progress
 from geo_pretrain.training.runs import LOG, check_out, code_version, library_versions, run_folder
@@ -110,9 +110,7 @@ def finish(task: Finetuning, progress: Progress, license: License) -> FinetuneRe
     shutil.copyfile(run.log_file, run.out / LOG)
     data = summary(task, progress, uses)
     write_sealed(run.out / RESULTS, data, indent=2)
-    export = export_backbone(task.task)
-    if export is not None:
-        write_as_checkpoint(run.out, export, license, data, recipe.name)
+    add_backbone(run.out, task.task, license, data, recipe.name)
     run.remove()
     return _result(run.out, data)
 

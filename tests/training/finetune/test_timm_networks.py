@@ -16,6 +16,7 @@ from geo_pretrain.adapters.timm import load_into
 from geo_pretrain.backbones.timm_encoder import TimmUNet
 from geo_pretrain.backbones.timm_names import timm_contract
 from geo_pretrain.errors import RecipeError, UnknownName, WeightsMismatch
+from geo_pretrain.loading import load_backbone
 from geo_pretrain.training.finetune import load_finetuned
 from geo_pretrain.training.finetune_recipe import NetworkSpec
 from geo_pretrain.training.networks import PretrainedInit, build_segmenter, check_options
@@ -111,7 +112,8 @@ def test_a_run_from_a_folder_is_loaded_and_predicts_alike(folder: Path, tmp_path
     task = load_finetuned(tmp_path / "out")
     labels = task.predict([SOURCES[1].load(SOURCES[1].ids()[0]).image])[0].labels
     assert labels.min() >= 1
-    assert task.contract == timm_contract(ENCODER)
+    assert task.task.contract == timm_contract(ENCODER)
+    assert load_backbone(tmp_path / "out", decoder=True).load_report.coverage == 1
 
 
 def test_an_unknown_encoder_is_told_before_any_work():
