@@ -44,20 +44,23 @@ BATCH = ("optim.batch=4", "optim.lr=0.02", "data.augment.flip=0.5", "workers=0")
 def test_two_processes_equal_two_accumulation_steps(tmp_path, name, overrides):
     """Both see the same micro-batches and draw the same dropout, so all parameters agree but for rounding."""
     run(tmp_path / "accumulated", *BATCH, *overrides, "optim.accumulate=2", name=name)
-    run(tmp_path / "whole", *BATCH, *overrides, name=name)
+    small = name == "scannet_unet_r18"  # a third run, for what accumulation changes, is had of the small network alone
+    if small:
+        run(tmp_path / "whole", *BATCH, *overrides, name=name)
 
     def work(rank):
         result = run(tmp_path / "two", *BATCH, *overrides, name=name, world=World(rank, 2, CPU))
         assert result.data == read_result(tmp_path / "two").data
 
     in_two_processes(work, tmp_path)
-    accumulated, two, whole = (weights(tmp_path / name) for name in ("accumulated", "two", "whole"))
+    accumulated, two = (weights(tmp_path / name) for name in ("accumulated", "two"))
+    whole = weights(tmp_path / "whole") if small else {}
     differ = []
     for key, value in accumulated.items():
         if "running" not in key and "tracked" not in key:  # the BatchNorm statistics are those of one process
             torch.testing.assert_close(value, two[key], atol=2e-5, rtol=1e-4, msg=key)
-            differ.append(not torch.allclose(value, whole[key], atol=1e-4))
-    assert any(differ)
+            differ.append(small and not torch.allclose(value, whole[key], atol=1e-4))
+    assert any(differ) == small
     logs = [
         [line for line in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) if "lr" in line]
         for name in ("accumulated", "two")
