@@ -7,9 +7,10 @@ Janda et al. (2022), fig. 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from geo_pretrain.training.visualize.cloud_layers import spacing
 from geo_pretrain.training.visualize.columns import Column, find_backbone, load_beside_random, shared_colors
 from geo_pretrain.training.visualize.common import check_suffix, drawing_spec, load_frames, paint, pick_scene
 from geo_pretrain.training.visualize.grids import save_grid, shorten
+from geo_pretrain.training.visualize.linked import link_frames
 from geo_pretrain.training.visualize.splat import rotation_to_z, splat, turntable, up_direction
 from geo_pretrain.training.visualize.viewer import viewer_page
 
@@ -51,6 +53,7 @@ class PaintedCloud:
     note: str  # how many of which points these are
     spacing: float  # m, about the distance of neighbors
     top: float  # share of the height to show
+    link: Mapping[str, Any] | None = None  # images beside a page's cloud, see `linked.link_frames`
 
 
 def visualize_points(
@@ -105,8 +108,11 @@ def visualize_points(
     title = f"{opened.title}: {name}" + (f"/{frame}" if frame else "")
     rotation = rotation_to_z(up_direction([f.cam_to_world for f in frames]))
     top = TOP if frame is None else 1.0
-    points, layers, note = _paint(columns, extracted, surface, limit, seed)
-    cloud = PaintedCloud(points, layers, rotation, title, note, spacing(points), top)
+    drawn, layers, note = _paint(columns, extracted, surface, limit, seed)
+    points, link = surface.points[drawn], None
+    if suffix == ".html" and len(columns) > 1 and columns[0].space == columns[1].space:  # pixels and voxels of a pair
+        link = link_frames(columns[0], frames, extracted[1], drawn)
+    cloud = PaintedCloud(points, layers, rotation, title, note, spacing(points), top, link)
     write = {".ply": _write_ply, ".html": _write_page, ".png": _write_views}[suffix]
     with atomic_write(out, suffix=out.suffix) as temporary:
         write(cloud, temporary)
@@ -129,7 +135,7 @@ def _load_surface(
 def _paint(
     columns: Sequence[Column], extracted: Sequence[Features], surface: Surface, limit: int, seed: int
 ) -> tuple[np.ndarray, tuple[tuple[str, np.ndarray], ...], str]:
-    """Draw at most `limit` points that have all features: points, layers and note of a `PaintedCloud`."""
+    """Draw at most `limit` points that have all features: their rows, layers and note of a `PaintedCloud`."""
     known = np.flatnonzero(np.all([features.index >= 0 for features in extracted], axis=0))
     drawn = np.sort(np.random.default_rng(seed).choice(known, min(limit, len(known)), replace=False))
     rows = [features.unit()[torch.from_numpy(features.index[drawn])] for features in extracted]
@@ -139,7 +145,7 @@ def _paint(
     if len(known) < len(surface):
         note += f", of which the frames see {len(known):,}"
     note += ". Colors: three principal components of the features."
-    return surface.points[drawn], (*layers, ("colors", surface.colors[drawn])), note
+    return drawn, (*layers, ("colors", surface.colors[drawn])), note
 
 
 def _write_ply(cloud: PaintedCloud, path: Path) -> None:
@@ -151,8 +157,9 @@ def _write_ply(cloud: PaintedCloud, path: Path) -> None:
 
 def _write_page(cloud: PaintedCloud, path: Path) -> None:
     rotated = cloud.points.astype(np.float64) @ cloud.rotation.T
+    size = 2.2 * cloud.spacing
     page = viewer_page(
-        rotated, cloud.layers, title=cloud.title, note=cloud.note, size=2.2 * cloud.spacing, top=cloud.top
+        rotated, cloud.layers, title=cloud.title, note=cloud.note, size=size, top=cloud.top, link=cloud.link
     )
     path.write_text(page, encoding="utf-8")
 

@@ -18,6 +18,7 @@ from geo_pretrain.training.evaluation.matching import match_pair, nearest_row
 from geo_pretrain.training.visualize.embedded import DIRECTIONS, EXACT, embed, encode_rows
 from geo_pretrain.training.visualize.match_page import cloud_views, image_views, match_page, page_pair
 from geo_pretrain.training.visualize.matches import visualize_matches
+from geo_pretrain.training.visualize.points import visualize_points
 from tests.browser import DESKTOP, PHONE, start_browser
 from tests.training.visualize.conftest import SIZE
 
@@ -133,3 +134,50 @@ def test_pointing_at_a_pixel(tmp_path, image_folder, source, spec):
         assert browser.run("window.broken") is None
     finally:
         browser.close()
+
+
+def test_points_and_pixels_of_a_pair_are_linked(tmp_path, geo, spec):
+    """A pixel finds the points that whole features find, a point the pixels; drawn at both widths."""
+    out = tmp_path / "points.html"
+    cloud = visualize_points(geo, spec, out, limit=400, baseline=False)
+    link = cloud.link
+    depth = len(numbers(link["scales"], "<f4"))
+    unit = [
+        F.normalize(torch.from_numpy(numbers(text, "i1").reshape(-1, depth) * numbers(link["scales"], "<f4")).float())
+        for text in (link["codes"], link["frames"][0]["codes"])
+    ]
+    across, down = link["frames"][0]["grid"]
+    assert across * down == len(unit[1])
+    rows = numbers(link["rows"]["index"], "<u2")
+    assert len(rows) == len(cloud.points)
+    assert set(rows.tolist()) == set(range(len(unit[0])))
+    cosines = unit[1][across + 3] @ unit[0].T  # of the cell in row 1, column 3
+    browser = start_browser(webgl=True)
+    try:
+        for size in (DESKTOP, PHONE):
+            browser.open(out, size)
+            browser.until("link && link.buttons[0].getAttribute('aria-pressed') === 'true'")
+            left, top, width, height = browser.run(
+                "(r => [r.x, r.y, r.width, r.height])(document.querySelector('#image').getBoundingClientRect())"
+            )
+            assert left >= 0
+            assert left + width <= size[0]
+            browser.mouse("mouseMoved", left + 3.5 / across * width, top + 1.5 / down * height)
+            browser.until("link.active")
+            assert f"best cosine {float(cosines.max()):.2f}" in browser.run("says.textContent")
+            assert cosines[rows[browser.run("link.point")]] == pytest.approx(float(cosines.max()), abs=1e-4)
+            x, y = browser.run(
+                "cut.value = 0, turn(false), link.place(), ['left', 'top'].map(k => parseFloat(mark.style[k]))"
+            )
+            browser.run(f"link.fromPoint({x}, {y}); 0")
+            point = browser.run("link.point")
+            back = unit[0][rows[point]] @ unit[1].T
+            assert f"Pixels like this point: best cosine {float(back.max()):.2f}" in browser.run("says.textContent")
+        assert browser.errors == []
+    finally:
+        browser.close()
+
+
+def test_pages_of_one_network_have_no_images(tmp_path, cloud_folder, spec):
+    assert visualize_points(cloud_folder, spec, tmp_path / "p.html", limit=50).link is None
+    assert "link" not in scene_of((tmp_path / "p.html").read_text())
