@@ -18,15 +18,20 @@ from geo_pretrain.training.visualize.embedded import embed, encode, encode_pictu
 FRAMES = 6  # of a scene, beside its cloud
 
 
-def link_frames(pixels: Column, frames: Sequence[Frame], voxels: Features, drawn: np.ndarray) -> dict[str, Any]:
+def link_frames(
+    columns: Sequence[Column], frames: Sequence[Frame], features: Sequence[Features], drawn: np.ndarray
+) -> dict[str, Any] | None:
     """What a page needs to compare pixels with points: features of both in shared directions of 8 bits.
 
     Args:
-        pixels: the column of the image network.
+        columns: of which the first two are the pixels and the voxels of a pair; None is returned for others.
         frames: those that see the cloud; up to `FRAMES`, evenly spaced, are put beside it.
-        voxels: features of the surface's points in the same space.
+        features: of the surface's points, by column.
         drawn: the rows of the points that the page draws.
     """
+    if len(columns) < 2 or columns[0].space != columns[1].space:
+        return None
+    pixels, voxels = columns[0], features[1]
     shown, extracted = [], []
     for frame in spread_evenly(frames, FRAMES):
         try:
@@ -35,7 +40,7 @@ def link_frames(pixels: Column, frames: Sequence[Frame], voxels: Features, drawn
             continue
         shown.append(frame)
     used, rows = np.unique(voxels.index[drawn], return_inverse=True)
-    embedded = embed([voxels.unit()[torch.from_numpy(used)], *(features.unit() for features in extracted)])
+    embedded = embed([voxels.unit()[torch.from_numpy(used)], *(one.unit() for one in extracted)])
     return {
         "scales": encode(embedded.scales),
         "codes": encode(embedded.codes[0]),
@@ -45,9 +50,9 @@ def link_frames(pixels: Column, frames: Sequence[Frame], voxels: Features, drawn
                 "name": frame.id,
                 "picture": encode_picture(frame.color),
                 "size": list(frame.depth.shape[::-1]),
-                "grid": [int(features.index[0, -1]) + 1, len(features.rows) // (int(features.index[0, -1]) + 1)],
+                "grid": [int(one.index[0, -1]) + 1, len(one.rows) // (int(one.index[0, -1]) + 1)],
                 "codes": encode(codes),
             }
-            for frame, features, codes in zip(shown, extracted, embedded.codes[1:], strict=True)
+            for frame, one, codes in zip(shown, extracted, embedded.codes[1:], strict=True)
         ],
     }

@@ -109,9 +109,8 @@ def visualize_points(
     rotation = rotation_to_z(up_direction([f.cam_to_world for f in frames]))
     top = TOP if frame is None else 1.0
     drawn, layers, note = _paint(columns, extracted, surface, limit, seed)
-    points, link = surface.points[drawn], None
-    if suffix == ".html" and len(columns) > 1 and columns[0].space == columns[1].space:  # pixels and voxels of a pair
-        link = link_frames(columns[0], frames, extracted[1], drawn)
+    points = surface.points[drawn]
+    link = link_frames(columns, frames, extracted, drawn) if suffix == ".html" else None
     cloud = PaintedCloud(points, layers, rotation, title, note, spacing(points), top, link)
     write = {".ply": _write_ply, ".html": _write_page, ".png": _write_views}[suffix]
     with atomic_write(out, suffix=out.suffix) as temporary:
