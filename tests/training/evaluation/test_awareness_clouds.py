@@ -6,13 +6,11 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.data.frame import Pair, SkippedFrames
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.evaluation.awareness.clouds import (
-    PROBED,
     CloudMeasures,
     CloudPair,
     Clouds,
@@ -89,14 +87,15 @@ def test_features_that_know_the_place_match_however_the_clouds_are_turned(clouds
     assert all(0 <= pair.bin < len(OVERLAPS) and pair.first != pair.second for pair in pairs)
 
 
-def test_normals_turn_with_the_cloud_and_point_to_the_camera(clouds):
+def test_normals_are_those_of_the_voxels_pixels_and_point_to_the_camera(clouds):
     for number in (0, 3):
-        voxels, normals = clouds.voxels(number, PROBED), clouds.normals(number)
-        camera = voxels.to_network @ torch.from_numpy(clouds.views.frames[number].cam_to_world).double()
+        voxels, normals = clouds.voxels(number, "camera"), clouds.normals(number)
         known = normals.any(1)
         assert known.float().mean() > 0.5
-        to_camera = F.normalize(camera[:3, 3].float() - voxels.held, dim=1)
-        assert ((normals * to_camera).sum(1)[known] > 0).all()
+        assert ((normals * voxels.held).sum(1)[known] < 0).all()  # the camera is at the origin
+        frame = clouds.views.frames[number]
+        depth = torch.from_numpy(frame.depth).flatten()[voxels.pixel]
+        assert torch.allclose(voxels.held[:, 2], depth, atol=1e-4)
 
 
 def test_probe_of_features_that_are_the_normals_is_right_and_of_constants_is_not(clouds):
@@ -109,12 +108,12 @@ def test_probe_of_features_that_are_the_normals_is_right_and_of_constants_is_not
 
 def test_controls_are_coordinates_and_color_of_the_voxels_own_pixels(clouds):
     rows = InputRows(clouds)
-    place, color, both = (rows.read(index_of(1, PROBED), layer) for layer in range(3))
+    place, color, both = (rows.read(index_of(1, "upright"), layer) for layer in range(3))
     assert torch.equal(both, torch.cat([place, color], 1))
     assert place[:, 2].min() == 0
     assert torch.allclose(place[:, 0].max(), -place[:, 0].min(), atol=1e-5)
     if clouds.contract.given_channels:
-        assert torch.allclose(color + clouds.contract.offset, clouds.voxels(1, PROBED).feats, atol=1e-5)
+        assert torch.allclose(color + clouds.contract.offset, clouds.voxels(1, "upright").feats, atol=1e-5)
 
 
 def test_command_measures_point_networks_with_controls(recording, subject, tmp_path):  # noqa: F811

@@ -28,7 +28,8 @@ from geo_pretrain.training.evaluation.matching import COUNTERPART, Turn, nearest
 from geo_pretrain.training.geometry3d.normals import depth_normals
 from geo_pretrain.training.tasks.matching import one_match_each
 
-PROBED: Turn = "upright"  # how clouds are held when normals and classes are probed
+NORMALS_HELD: Turn = "camera"  # how clouds are held: only there it shows which side of a surface the camera is on
+CLASSES_HELD: Turn = "upright"
 INPUTS = ("xyz", "color", "xyz+color")  # the controls without a network
 
 
@@ -77,12 +78,11 @@ class Clouds:
         return found
 
     def normals(self, number: int) -> Tensor:
-        """Normals of a frame's voxels when probed, from its depth, in the axes in which the cloud is held: [N, 3]."""
+        """Normals of the voxels of a frame's cloud as its camera sees it, from its depth: [N, 3], to the camera."""
         if number not in self._normals:
-            frame, voxels = self.views.frames[number], self.voxels(number, PROBED)
+            frame, voxels = self.views.frames[number], self.voxels(number, NORMALS_HELD)
             depth, intrinsics = torch.from_numpy(frame.depth), torch.from_numpy(frame.intrinsics)
-            turn = voxels.to_network[:3, :3] @ torch.from_numpy(frame.cam_to_world)[:3, :3].double()
-            self._normals[number] = depth_normals(depth, intrinsics, voxels.pixel) @ turn.T.float()
+            self._normals[number] = depth_normals(depth, intrinsics, voxels.pixel)
         return self._normals[number]
 
     def queries(self, pair: CloudPair, turn: Turn, seed: int) -> Tensor:
@@ -119,8 +119,8 @@ class InputRows:
 
     def read(self, frame: int, layer: int) -> Tensor:
         """The columns of one control."""
-        number = frame // len(TURNS)
-        voxels = self.clouds.voxels(number, PROBED)
+        number, turn = divmod(frame, len(TURNS))
+        voxels = self.clouds.voxels(number, TURNS[turn])
         low, high = voxels.held.amin(0), voxels.held.amax(0)
         place = voxels.held - torch.stack([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]])
         color = torch.from_numpy(self.clouds.views.frames[number].color).reshape(-1, 3)[voxels.pixel].float() / 255
@@ -136,32 +136,41 @@ class CloudPair:
     bin: int  # of OVERLAPS
 
 
-class CloudMeasures(Probing):
-    """Everything that is measured of one point network, or of coordinates and color alone; places are voxels."""
+class CloudProbe(Probing):
+    """Probes of one point network, or of coordinates and color alone, on clouds held in one way; places are voxels."""
 
     kinds: ClassVar[tuple[int, ...]] = (3,)
 
-    def __init__(self, maps: Maps, clouds: Clouds) -> None:
+    def __init__(self, maps: Maps, clouds: Clouds, turn: Turn) -> None:
         super().__init__(maps, clouds.views)
-        self.clouds = clouds
+        self.clouds, self.turn = clouds, turn
 
     def read(self, number: int, layer: int, places: Tensor) -> Tensor:
         """Features of voxels."""
-        return self.maps.read(index_of(number, PROBED), layer)[places]
+        return self.maps.read(index_of(number, self.turn), layer)[places]
 
     def apply(self, weight: Tensor, bias: Tensor, number: int, layer: int) -> Tensor:
         """A linear layer on the features of all voxels."""
-        return self.maps.read(index_of(number, PROBED), layer) @ weight + bias
+        return self.maps.read(index_of(number, self.turn), layer) @ weight + bias
 
     def targets(self, number: int) -> tuple[Tensor, Tensor]:
-        """The normals."""
+        """The normals, in the camera's axes."""
         normals = self.clouds.normals(number)
         return normals, normals.any(1)
 
     def labels(self, number: int) -> Tensor:
         """The class of each voxel's first point."""
         semantic = torch.from_numpy(self.views.frames[number].semantic.astype("int64"))  # type: ignore[union-attr]
-        return semantic.flatten()[self.clouds.voxels(number, PROBED).pixel]
+        return semantic.flatten()[self.clouds.voxels(number, self.turn).pixel]
+
+
+class CloudMeasures:
+    """Everything that is measured of one point network, or of coordinates and color alone."""
+
+    def __init__(self, maps: Maps, clouds: Clouds) -> None:
+        self.maps, self.clouds, self.views = maps, clouds, clouds.views
+        self.normal_probe = CloudProbe(maps, clouds, NORMALS_HELD)
+        self.class_probe = CloudProbe(maps, clouds, CLASSES_HELD)
 
     def matching(self, layer: int, pairs: Sequence[CloudPair], seed: int) -> Scores:
         """Recall among all voxels of the other cloud, by turn and overlap; each pair counts equally.
@@ -188,11 +197,12 @@ class CloudMeasures(Probing):
 
     def normals(self, layer: int, seed: int) -> Scores:
         """Scores of a linear regression of normals on the held-out frames, means over frames."""
-        fit, scores = self.fit(layer, seed), []
+        probe = self.normal_probe
+        fit, scores = probe.fit(layer, seed), []
         for number in self.views.split(seed).judged:
-            truth, known = self.targets(number)
+            truth, known = probe.targets(number)
             if known.any():
-                scores.append(normal_scores(self.predict(fit, number, layer)[known], truth[known]))
+                scores.append(normal_scores(probe.predict(fit, number, layer)[known], truth[known]))
         return mean_scores(scores)
 
     def measure(
@@ -205,7 +215,7 @@ class CloudMeasures(Probing):
             if "normals" in wanted:
                 yield "normals", name, self.normals(layer, seed)
             if "semantic" in wanted and self.views.labels is not None:
-                yield "semantic", name, self.semantic(layer, seed)
+                yield "semantic", name, self.class_probe.semantic(layer, seed)
 
 
 def draw_cloud_pairs(views: Views, seed: int) -> list[CloudPair]:
