@@ -6,7 +6,6 @@ variances may leave float16's range.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +83,7 @@ def _write(
         weights=weights,
         golden=golden,
         license=checkpoint.license,
-        provenance=json.loads(json.dumps(dict(checkpoint.provenance))) | facts,
+        provenance={**checkpoint.provenance, **facts},
         recipe_yaml=text("recipe"),
         log=text("log"),
         card=text("card") or "",

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError
-from geo_pretrain.files import atomic_write, read_sealed, write_sealed
+from geo_pretrain.files import atomic_write, parse_json, read_sealed, write_sealed
 from geo_pretrain.training.data.frame import Frame, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.data.sources.registry import source_note
 from geo_pretrain.training.data.sources.shards import index_path, make_index
@@ -174,7 +174,7 @@ def _write(
                 skips.add(item)
                 continue
             if note:
-                item["json"] = json.dumps({**json.loads(item["json"]), "note": note}).encode()
+                item["json"] = json.dumps({**parse_json(item["json"]), "note": note}).encode()
             for kind, data in item.items():
                 member = tarfile.TarInfo(f"{scene}/{number:06d}.{kind}")
                 member.size = len(data)
