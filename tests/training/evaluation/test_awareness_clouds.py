@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from geo_pretrain.errors import RecipeError
+from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.data.frame import Pair, SkippedFrames
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.evaluation.awareness.clouds import (
@@ -61,6 +62,16 @@ class Known:
     def read(self, frame, layer):
         number, turn = divmod(frame, len(TURNS))
         return self.made(number, TURNS[turn])
+
+
+def test_layers_come_in_the_order_of_the_network(clouds, network):
+    assert network.names == ["block4 /16", "block5 /8", "block6 /4", "block7 /2", "block8 /1", "output"]
+    rows = clouds.layers(network, 0)
+    voxels = clouds.voxels(0, TURNS[0])
+    x = SparseTensor(voxels.coords, voxels.feats)
+    with torch.no_grad():
+        assert torch.equal(rows[4], network.network.pyramid(x)[0].feats)
+        assert torch.equal(rows[5], network.network(x).feats)
 
 
 def test_matching_is_that_of_eval_matching_on_features_that_are_read_once(clouds, network, source, tmp_path):

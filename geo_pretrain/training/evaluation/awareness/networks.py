@@ -72,7 +72,7 @@ class LayeredNetwork(nn.Module):
         if isinstance(network, EncoderDecoder):
             self.names.append("decoder")
         elif isinstance(contract, VoxelContract):
-            self.names.append("output")
+            self.names = [*self.names[::-1], "output"]
         self.eval()
 
     @property
@@ -86,6 +86,8 @@ class LayeredNetwork(nn.Module):
         network: Any = self.network
         outputs = network.forward_intermediates(inputs)
         last, maps = outputs
+        if isinstance(self.contract, VoxelContract):
+            return [*maps[::-1], last]  # in the order in which a sparse U-Net computes them
         return [*maps, last] if len(maps) < len(self.names) else list(maps)
 
     def maps(self, image: Any) -> list[Tensor]:
