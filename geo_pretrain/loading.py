@@ -30,6 +30,7 @@ from geo_pretrain.backbones.timm_names import is_timm, timm_contract, timm_weigh
 from geo_pretrain.catalog import Arch, Entry, find
 from geo_pretrain.checkpoint import Checkpoint, read_weights
 from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.devices import check_request
 from geo_pretrain.errors import CheckpointError, WeightsMismatch, some
 
 MIN_COVERAGE = 0.9
@@ -126,7 +127,7 @@ def load_backbone(
     [2, 4, 8, 8, 8]
     """
     where: hubs.Where = {"hub": hub, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    _check_dtype(dtype)
+    check_request(dtype, device, DTYPES)
     shape = _Shape(decoder, in_chans, out_indices, output_stride)
     network: Any
     if is_timm(str(name_or_folder)):
@@ -261,11 +262,6 @@ def _golden_of(checkpoint: Checkpoint, golden: Mapping[str, Tensor]) -> tuple[An
 
 
 # --- from a checkpoint to a network ---
-
-
-def _check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(map(str, DTYPES))}.")
 
 
 def _check_one_type(network: nn.Module, dtype: torch.dtype | None) -> None:

@@ -19,7 +19,18 @@ ROOT = HOUSE / "geo_pretrain"
 # Floors of the house, lowest first. A module imports from floors below its own, and from its own without a circle.
 # A row may name a package, or one module of it that stands on another floor; the longest matching name counts.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("redact", "errors", "files", "digests", "yaml_text", "geometry", "seeding", "threads", "sparse.backend"),
+    (
+        "redact",
+        "errors",
+        "files",
+        "digests",
+        "devices",
+        "yaml_text",
+        "geometry",
+        "seeding",
+        "threads",
+        "sparse.backend",
+    ),
     ("sparse", "rooms"),  # rooms: the procedural data set, which yields arrays and knows nothing of networks
     ("contract",),
     ("backbones", "convert"),

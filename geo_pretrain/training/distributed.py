@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from geo_pretrain.devices import device_fault
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.heartbeat import Heartbeat, dead_after
 
@@ -155,16 +156,9 @@ ALONE = World(0, 1, torch.device("cpu"))  # a process without others, where the 
 
 def checked_device(device: str | torch.device) -> torch.device:
     """The device of this name. Raises `RecipeError` where torch does not know it, or there is no such GPU."""
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise RecipeError(f"Device {device!r} is none that torch knows; accepted: cpu, cuda, cuda:N.") from error
-    if chosen.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (chosen.index or 0) >= count:
-            there = ", ".join(["cpu", *(f"cuda:{k}" for k in range(count))])
-            raise RecipeError(f"Device {str(device)!r}: torch sees {count} GPUs here; accepted: {there}.")
-    return chosen
+    if (fault := device_fault(device)) is not None:
+        raise RecipeError(fault)
+    return torch.device(device)
 
 
 def join(device: str | None = None) -> World:

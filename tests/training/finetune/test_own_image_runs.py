@@ -139,3 +139,9 @@ def test_wrong_lengths_licenses_backbones_and_devices_are_named(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(RecipeError, match="Device 'cuda': torch sees 0 GPUs here; accepted: cpu"):
             checked_device("cuda")
+        with pytest.raises(ValueError, match="Device 'cuda:3': torch sees 0 GPUs here; accepted: cpu"):
+            gp.load_backbone("pri3d_view_geo_r50", pretrained=False, device="cuda:3")
+    with pytest.raises(ValueError, match=r"dtype is 'float16'; accepted: .* Write torch\.float16, without quotes"):
+        gp.load_backbone("pri3d_view_geo_r50", pretrained=False, dtype="float16")
+    with pytest.raises(ValueError, match="Device 'tpu!' is none that torch knows"):
+        gp.load_backbone("pri3d_view_geo_r50", pretrained=False, device="tpu!")
