@@ -77,6 +77,7 @@ OPTIONAL = {
     "matplotlib",
     "numba",
     "pycocotools",
+    "rerun",
     "scenezoo",
     "scipy",
     "segmentation_models_pytorch",

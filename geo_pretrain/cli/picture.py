@@ -20,6 +20,7 @@ MAP_HELP = "Draw feature map 0 to 4 (strides 2 to 32; sparse U-Net: 1 to 16) ins
 ALONE_HELP = "Leave out the random-initialization baseline."
 SEED_HELP = "Seed of random weights and random choices."
 DEVICE_HELP = "cpu or cuda."
+RERUN_HELP = "Also write points, frames and cameras as this .rrd file for the Rerun viewer (extra rerun)."
 
 
 @visualize_app.command("matches")
@@ -135,6 +136,7 @@ def visualize_points(
     seed: Annotated[int, typer.Option(help=SEED_HELP)] = 0,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    rerun: Annotated[Path | None, typer.Option(help=RERUN_HELP)] = None,
 ) -> None:
     """Draw features on the points of a scene: a PLY file, an interactive HTML page, or four views as PNG.
 
@@ -144,7 +146,10 @@ def visualize_points(
     """
     from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.visualize import points as drawing
+    from geo_pretrain.training.visualize.rerun_file import check_rerun
 
+    if rerun is not None:
+        check_rerun(rerun)
     skips = SkippedFrames()
     with progress() as report:
         cloud = drawing.visualize_points(
@@ -163,4 +168,7 @@ def visualize_points(
             progress=lambda done, total: report("describing", done, total, ""),
         )
     console.print(f"Wrote {escape(str(out))}: {escape(cloud.note)}", highlight=False, soft_wrap=True)
+    if rerun is not None:
+        drawing.write_recording(cloud, rerun)
+        console.print(f"Wrote {escape(str(rerun))}", highlight=False, soft_wrap=True)
     print_skips(skips)

@@ -30,6 +30,7 @@ from geo_pretrain.training.visualize.columns import Column, find_backbone, load_
 from geo_pretrain.training.visualize.common import check_suffix, drawing_spec, load_frames, paint, pick_scene
 from geo_pretrain.training.visualize.grids import save_grid, shorten
 from geo_pretrain.training.visualize.linked import link_frames
+from geo_pretrain.training.visualize.rerun_file import write_rerun
 from geo_pretrain.training.visualize.splat import rotation_to_z, splat, turntable, up_direction
 from geo_pretrain.training.visualize.viewer import viewer_page
 
@@ -54,6 +55,7 @@ class PaintedCloud:
     spacing: float  # m, about the distance of neighbors
     top: float  # share of the height to show
     link: Mapping[str, Any] | None = None  # images beside a page's cloud, see `linked.link_frames`
+    frames: tuple[Frame, ...] = ()  # that see it
 
 
 def visualize_points(
@@ -111,7 +113,7 @@ def visualize_points(
     drawn, layers, note = _paint(columns, extracted, surface, limit, seed)
     points = surface.points[drawn]
     link = link_frames(columns, frames, extracted, drawn) if suffix == ".html" else None
-    cloud = PaintedCloud(points, layers, rotation, title, note, spacing(points), top, link)
+    cloud = PaintedCloud(points, layers, rotation, title, note, spacing(points), top, link, tuple(frames))
     write = {".ply": _write_ply, ".html": _write_page, ".png": _write_views}[suffix]
     with atomic_write(out, suffix=out.suffix) as temporary:
         write(cloud, temporary)
@@ -145,6 +147,12 @@ def _paint(
         note += f", of which the frames see {len(known):,}"
     note += ". Colors: three principal components of the features."
     return drawn, (*layers, ("colors", surface.colors[drawn])), note
+
+
+def write_recording(cloud: PaintedCloud, path: Path) -> None:
+    """Write a painted cloud and its frames as .rrd for the Rerun viewer. Raises the errors of `check_rerun`."""
+    up = cloud.rotation[2]
+    write_rerun(cloud.points, cloud.layers, cloud.frames, path, radius=0.6 * cloud.spacing, up=up)
 
 
 def _write_ply(cloud: PaintedCloud, path: Path) -> None:
