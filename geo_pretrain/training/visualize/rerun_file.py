@@ -1,7 +1,8 @@
 """A recording for the Rerun viewer (extra `rerun`): the painted cloud, and the frames with their cameras.
 
 Entities: /world/points/LAYER, all at the same places, to be switched in the viewer; /world/camera with pose, pinhole,
-image and depth on the timeline "frame". Written with rerun-sdk's RecordingStream (https://ref.rerun.io/docs/python), tried with 0.41.
+image and depth on the timeline "frame". Written with rerun-sdk's RecordingStream,
+https://ref.rerun.io/docs/python, tried with 0.41.
 """
 
 from __future__ import annotations
