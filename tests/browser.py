@@ -76,6 +76,8 @@ class Browser:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}  # what turns by itself is drawn all the time
+        self.call("Emulation.setEmulatedMedia", features=[still])
 
     def _wait_for_page(self) -> str:
         end = time.monotonic() + PATIENCE
