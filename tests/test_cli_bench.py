@@ -64,7 +64,7 @@ def test_bench_trains_measures_and_prints_one_table(tmp_path, few, monkeypatch):
     command = ["--toy", "--task", "depth_prediction", "--seed", 0, "--steps", 1, "--finetune-steps", 1, *sets(*TINY)]
     first = run(*command, "--out", tmp_path / "bench", "--jobs", 2)
     assert first.exit_code == 0
-    assert "depth_prediction, seed 0: done" in first.output
+    assert "cells: 2/2" in first.output
     assert "random weights" in first.output
     again = run(*command, "--out", tmp_path / "bench", "--json", "--render", page)
     results = json.loads(again.output)

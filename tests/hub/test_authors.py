@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from geo_pretrain import checkpoint, hub
+from geo_pretrain import checkpoint, digests, hub
 from geo_pretrain.catalog import CATALOG, Arch, AuthorsFile, Entry
 from geo_pretrain.checkpoint import read_checkpoint, read_weights, verify_files
 from geo_pretrain.errors import CheckpointError, HubError, UnknownName, UnsafeFile, WeightsMismatch
@@ -158,7 +158,8 @@ def test_a_damaged_file_is_called_by_its_address(hosts: Hosts, cache: Path, monk
 def test_the_first_fetch_reads_no_weights_again(hosts: Hosts, monkeypatch: pytest.MonkeyPatch):
     read: list[str] = []
     real = checkpoint.sha256
-    monkeypatch.setattr(checkpoint, "sha256", lambda path: (read.append(path.name), real(path))[1])
+    for module in (checkpoint, digests):
+        monkeypatch.setattr(module, "sha256", lambda path: (read.append(path.name), real(path))[1])
     resolve(NAME)
     assert read.count("encoder.safetensors") == 1
 

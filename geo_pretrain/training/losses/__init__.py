@@ -12,6 +12,7 @@ from geo_pretrain.training.losses.contrastive import (
 )
 from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.losses.distillation import crd_loss, crd_scores, kl_distillation, l2_distillation
+from geo_pretrain.training.losses.fused import info_nce_of_rows
 from geo_pretrain.training.losses.offsets import center_offsets, direction_loss, offset_loss
 from geo_pretrain.training.losses.segmentation import lovasz_softmax
 from geo_pretrain.training.losses.sets import set_info_nce
@@ -36,6 +37,7 @@ __all__ = [
     "direction_loss",
     "hardest_contrastive",
     "info_nce",
+    "info_nce_of_rows",
     "kl_distillation",
     "l2_distillation",
     "lovasz_softmax",

@@ -25,7 +25,14 @@ class Settings(NamedTuple):
 def info_nce_of_rows(
     query: Tensor, key: Tensor, ignore: Tensor | None, temperature: float, symmetric: bool, bound: float | None
 ) -> Tensor:
-    """`contrastive.info_nce` of query, key [B, N, C] as they are, and ignore bool [B, N, N] or None: [B]."""
+    """`contrastive.info_nce` of query, key [B, N, C] as they are, and ignore bool [B, N, N] or None: [B].
+
+    `bound`: no score is larger than it or smaller than -it, which saves a search for the largest; None: not known.
+
+    >>> rows = torch.eye(2)[None]
+    >>> info_nce_of_rows(rows, rows, None, 1.0, True, 1.0).round(decimals=4)  # log(1 + exp(-1))
+    tensor([0.3133])
+    """
     loss: Tensor = _InfoNCE.apply(query, key, ignore, Settings(temperature, symmetric, bound))
     return loss
 

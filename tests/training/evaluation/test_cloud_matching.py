@@ -212,12 +212,16 @@ def test_evaluation_passes_its_options_on_and_holds_clouds_as_cameras_see_them(s
 
 
 def test_an_error_equal_to_the_threshold_is_right(monkeypatch, source):
-    def match(extractor, source, errors, *, seed, **_):
-        return SimpleNamespace(error=np.array(errors), chance=0.25 * seed)
+    errors = {"a": [1.9, 2.0], "b": [2.0, 2.1]}
+
+    def match(extractor, source, pair, *, seed, **_):
+        return SimpleNamespace(error=np.array(errors[pair.scene]), chance=0.25 * seed)
 
     monkeypatch.setattr(matching, "match_pair", match)
     extractor = CloudExtractor(Described(torch.tanh), COLORS)
-    result = evaluate_matching(extractor, source, [[1.9, 2.0], [2.0, 2.1]], size=SIZE, threshold=2.0)
+    pairs = [Pair(scene, "0", "1", 0.5) for scene in errors]
+    result = evaluate_matching(extractor, source, pairs, size=SIZE, threshold=2.0)
+    assert result.scenes == ("a", "b")
     assert result.per_pair == (1.0, 0.5)
     assert (result.recall, result.spread, result.queries, result.chance) == (0.75, 0.25, 4, 0.125)
 

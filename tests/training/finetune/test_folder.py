@@ -37,7 +37,9 @@ def test_folder_holds_everything_the_number_depends_on(tmp_path):
         "results.json", "log.jsonl", "recipe.yaml", "model.safetensors", "predictions.png",
         "config.json", "encoder.safetensors", "decoder.safetensors", "golden.safetensors", "README.md",
     }  # fmt: skip
-    assert load_finetune_recipe(str(out / "recipe.yaml")) == recipe_for()
+    written = load_finetune_recipe(str(out / "recipe.yaml"))
+    assert written == dataclasses.replace(recipe_for(), precision=written.precision)
+    assert written.precision == "fp32"  # what `auto` was settled to
     data = read_sealed(out / "results.json")
     assert data == result.data
     assert data["model"] == {"sha256": sha256(out / "model.safetensors")}

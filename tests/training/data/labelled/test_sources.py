@@ -60,8 +60,17 @@ def test_every_source_is_listed_with_its_tasks():
     assert {"ade20k", "cityscapes", "coco", "kitti", "nyuv2", "rooms", "rooms3d", "scannet", "sunrgbd"} <= set(
         DATA_SETS
     )
-    assert list_labelled("detection") == ["coco", "nyuv2", "rooms", "scannet"]
-    assert list_labelled("segmentation") == ["ade20k", "cityscapes", "kitti", "nyuv2", "rooms", "scannet", "sunrgbd"]
+    assert list_labelled("detection") == ["coco", "folder", "nyuv2", "rooms", "scannet"]
+    assert list_labelled("segmentation") == [
+        "ade20k",
+        "cityscapes",
+        "folder",
+        "kitti",
+        "nyuv2",
+        "rooms",
+        "scannet",
+        "sunrgbd",
+    ]
 
 
 def test_every_source_has_terms_and_the_docs_say_the_same():
