@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from geo_pretrain import cli
 from geo_pretrain.training.data.surfaces.ply import read_ply
@@ -164,3 +165,11 @@ def test_every_option_of_features_and_points_arrives(monkeypatch):
     spec, named, _ = given(monkeypatch, *place, "points", "m")
     assert spec == ("m", DataSpec(overlap=(0.0, 1.0)), Path("points.html"))
     assert named == plain | {"frame": None, "limit": 200_000}
+
+
+@pytest.mark.parametrize("command", ["check", "preview"])
+def test_a_place_that_no_picture_can_be_written_to_is_told_before_any_work(command, tmp_path):
+    for out in (tmp_path, tmp_path / "x.xyz"):
+        result = CliRunner().invoke(cli.app, ["data", command, "rooms", "-o", str(out)])
+        assert result.exit_code == 2
+        assert "accepted: .png" in " ".join(result.output.replace("│", " ").split())

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, SET_HELP, data_spec, print_skips, shard_of, size_of
+from geo_pretrain.cli.options import (
+    DATA_HELP,
+    FRAMES_HELP,
+    SET_HELP,
+    data_spec,
+    picture_file,
+    print_skips,
+    shard_of,
+    size_of,
+)
 from geo_pretrain.cli.shared import app, console, escape, progress
 
 if TYPE_CHECKING:
@@ -43,6 +52,7 @@ def data_check(
     from geo_pretrain.training.data.sources.registry import open_source
     from geo_pretrain.training.visualize.check import draw_check
 
+    picture_file(out)
     small = data == "rooms" and not any(s.startswith("data.options") for s in set_)  # instead of the full set
     spec = data_spec(data, frames, [*(["data.options={scenes: 2, frames: 12}"] if small else []), *set_], overlap)
     with progress(not as_json) as report_progress:
@@ -91,6 +101,8 @@ def data_preview(
     """
     from geo_pretrain.training.data.sources.registry import open_source
     from geo_pretrain.training.visualize.preview import contact_sheet, sets_sheet
+
+    picture_file(out)
 
     small = data == "rooms" and not any(s.startswith("data.options") for s in set_)  # instead of the full set
     options = [f"data.options={{scenes: {scenes}, frames: 12}}"] if small else []
@@ -163,11 +175,18 @@ def data_mine(
 
     On SLURM: `geo-pretrain data mine scannet:PATH --out pairs --jobs 32 --workers 8 --partition cpu`
     """
+    from geo_pretrain.devices import device_fault
     from geo_pretrain.training.cluster import Cluster, make_executor
     from geo_pretrain.training.data.mining_jobs import estimate, mine_pairs
     from geo_pretrain.training.data.sources.registry import open_source
 
     spec = data_spec(data, frames, ["data.measure=voxels", *set_], overlap)
+    if (fault := device_fault(device)) is not None:
+        raise typer.BadParameter(fault)
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"--out {out} is a file; a new folder, or one with pairs, is accepted.")
+    if partition is not None and jobs is None:
+        raise typer.BadParameter("--partition goes with --jobs, which sends jobs to SLURM.")
     if dry_run:
         with progress() as report:
             source = open_source(spec, device=device, progress=lambda d, t: report("rendering rooms", d, t, ""))

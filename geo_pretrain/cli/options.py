@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -27,6 +28,8 @@ LABELLED_HELP = (
     "SOURCE or SOURCE:PATH of labelled images, such as rooms, scannet:PATH, nyuv2:PATH, coco:PATH. A recipe's "
     "data.options hold for its own source only."
 )
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Turn(StrEnum):
@@ -115,3 +118,10 @@ def options_of(given: list[str]) -> dict[str, Any] | None:
                 f"--option {key}={value[:80]!r} is no YAML value ({first_line(error)})."
             ) from error
     return options or None
+
+
+def picture_file(path: Path) -> None:
+    """Raise for a path that no picture can be written to: a folder, or a name without an image's ending."""
+    if path.is_dir() or path.suffix.lower() not in PICTURES:
+        what = "is a folder" if path.is_dir() else f"ends in {path.suffix!r}"
+        raise typer.BadParameter(f"-o {path} {what}; the name of a picture is accepted: {', '.join(PICTURES)}.")

@@ -22,7 +22,7 @@ from geo_pretrain.files import parse_json
 from geo_pretrain.training.config import parse, plain_types
 from geo_pretrain.training.data.frame import SkippedFrames, Source
 from geo_pretrain.training.data.mining import compare_frames, mine_scene, own_pairs, prepared
-from geo_pretrain.training.data.pair_files import identity, mined_once, spread_evenly
+from geo_pretrain.training.data.pair_files import identity, mined_once, refuse_other_settings, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import DataSpec
 
@@ -107,6 +107,7 @@ def _mine_here(text: str, out: Path, shard: tuple[int, int], device: str, report
     scenes = source.scenes()[shard[0] - 1 :: shard[1]]
     for done, scene in enumerate(scenes, 1):
         made_from = identity(source, scene, spec)
+        refuse_other_settings(out, scene, made_from)
         mined, now = mined_once(out, scene, made_from, partial(mine_scene, source, scene, spec, device))
         result.join(Mined(int(now), int(not now), len(mined.pairs), mined.tested.pairs, mined.skips))
         report(done, len(scenes))

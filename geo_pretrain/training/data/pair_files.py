@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -203,6 +203,20 @@ def _parsed(tree: dict[str, Any], scene: str) -> ScenePairs:
     pairs_tested, below, above = (int(counts[key]) for key in ("pairs", "below", "above"))
     tested = PairCounts(pairs_tested, below, above, float(counts["largest"]))
     return ScenePairs(pairs, skips, tested)
+
+
+def refuse_other_settings(folder: Path, scene: str, mined_from: Mapping[str, Any]) -> None:
+    """Raise `DataError` where a scene's file holds pairs of other settings, which mining would replace."""
+    path = scene_file(folder, scene)
+    tree = _tree(path)
+    if tree is None:
+        return
+    for key in ("source", "options", "measure", "size", "overlap", "max_pairs_per_scene"):
+        if tree["identity"].get(key) != mined_from[key]:
+            raise DataError(
+                f"{path} holds pairs with {key} {tree['identity'].get(key)!r}, not {mined_from[key]!r}. Choose another "
+                "--out, or remove that folder to mine it again."
+            )
 
 
 def spread_evenly(items: Sequence[T], limit: int | None) -> list[T]:

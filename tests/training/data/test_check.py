@@ -311,3 +311,18 @@ def test_kinds_of_invalid_depth_are_told_apart(recording, tmp_path):
     assert finding.numbers["kinds"]["0"] >= 0.25
     assert finding.numbers["invalid"] == pytest.approx(0.1 + finding.numbers["kinds"]["0"])
     assert "65535 10.0 %" in finding.text
+
+
+@pytest.mark.parametrize("read, best, options", [
+    ((0.36, 0.047), (0.50, 0.064, 1.767), {}),  # of kitchen frames whose focal length was stated 1.54 times too large
+    ((0.82, 0.017), (0.86, 0.066, 1 / 5.66), {}),  # of quaternions read in another order
+    ((0.10, 0.300), (0.90, 0.010, 1 / 1.767), {"depth_scale": 1770.0}),  # an odd unit, beyond doubt
+    ((0.10, 0.300), (0.90, 0.010, 0.2), {"depth_scale": 5000.0}),
+])  # fmt: skip
+def test_an_odd_factor_on_depth_is_suggested_only_where_it_fits_beyond_doubt(recording, read, best, options):
+    source = SevenScenes(recording)
+    frames = [source.load(source.scenes()[0], id) for id in source.frame_ids(source.scenes()[0])[:2]]
+    fits = [conventions.Fit(AS_READ, scale, share, off) for share, off, scale in ((*read, 1.0), best)]
+    found = findings.of_scale(source, conventions.Fits(*fits, (), 9), frames)
+    assert found.options == options
+    assert ("focal length" in found.text) == (not options)

@@ -149,6 +149,15 @@ def test_estimate_of_a_small_source_is_what_mining_gives(spec, pairs):
     assert str(expected).startswith(f"3 scenes, 18 frames, 45 pairs to test: about {len(pairs)} pairs, ")
 
 
+def test_pairs_of_other_settings_are_not_replaced(tmp_path, spec):
+    mine_pairs(spec, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    for other in (dataclasses.replace(spec, overlap=(0.5, 1.0)), dataclasses.replace(spec, max_pairs_per_scene=1)):
+        with pytest.raises(DataError, match=r"holds pairs with (overlap|max_pairs_per_scene) .*Choose another --out"):
+            mine_pairs(other, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+
+
 def test_a_cluster_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UnknownName, match=r"Unknown cluster 'slrum'. Closest: 'slurm'"):
         make_executor(tmp_path, Cluster("slrum"))

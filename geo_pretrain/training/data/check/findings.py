@@ -149,6 +149,13 @@ def of_scale(source: Source, fits: Fits | None, frames: Sequence[Frame]) -> Find
         key, wanted = "depth_scale", now["depth_scale"] / best.scale
     nearest = min(SCALES, key=lambda scale: abs(np.log(scale / wanted)))
     value = nearest if abs(np.log(nearest / wanted)) < ROUND else float(f"{wanted:.3g}")
+    clearly = _sureness(fits) == Level.WRONG and best.difference < fits.as_read.difference
+    if value != nearest and not clearly:  # something else is wrong, which a factor would only hide
+        text = (
+            f"a factor of {best.scale:.3g} fits better ({_shown(best)}; as read {_shown(fits.as_read)}) and "
+            "is no unit in use: a wrong focal length, or quaternions in another order, look like this"
+        )
+        return Finding(topic, Level.DOUBTFUL, text, numbers=numbers)
     ratio = value / now[key]
     what = f"depth is {_times(ratio if key == 'depth_scale' else 1 / ratio)} what the poses say"
     text = f"{what} ({_shown(best)}; as read {_shown(fits.as_read)}): {key} is {now[key]:g}, {value:g} fits"

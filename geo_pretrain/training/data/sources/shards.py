@@ -20,6 +20,7 @@ import hashlib
 import json
 import re
 import tarfile
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,10 @@ class Shards:
         self.shards = sorted(
             root.rglob("*.tar"), key=lambda path: files.natural_order(path.relative_to(root).as_posix())
         )
+        there = set(self.shards)
+        for index_file in sorted(root.rglob("*.tar.index.json")):
+            if (shard := index_file.with_name(index_file.name.removesuffix(".index.json"))) not in there:
+                raise DataError(f"{shard} is missing, its index is there: copy it, or remove {index_file.name}.")
         self._samples: dict[str, dict[str, Sample]] = {}
         notes = []
         for shard in self.shards:
@@ -190,6 +195,12 @@ def read_index(shard: Path) -> dict[str, Any]:
             samples_of(shard, index)
             if index["version"] == VERSION and index["bytes"] == stat.st_size:
                 return index
+            if index["version"] == VERSION and path == index_path(shard):
+                raise DataError(
+                    f"{shard} has {stat.st_size} bytes, the index beside it was made of {index['bytes']} with "
+                    f"{len(index['samples'])} frames: it was cut off or replaced. Write it again by `geo-pretrain data "
+                    f"shards`, or remove {path.name} to read what is there."
+                )
         except (OSError, CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             continue
     index = make_index(shard)
@@ -250,8 +261,10 @@ def _grouped(shard: Path, size: int) -> Iterator[tuple[str, dict[str, tuple[int,
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 match = KEY.match(member.name)
-                if not member.isreg() or match is None or member.offset_data + member.size > size:
+                if not member.isreg() or match is None:
                     continue
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{member.name} ends behind its end")
                 key, kind = match[1].removeprefix("./"), match[2].lower()
                 if key != current and members:
                     yield current, members
@@ -262,6 +275,9 @@ def _grouped(shard: Path, size: int) -> Iterator[tuple[str, dict[str, tuple[int,
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         if not members and not current:
             raise BadFrame(shard, f"is no tar file ({first_line(error)})") from None
+        warnings.warn(
+            f"{shard} is cut off or damaged ({first_line(error)}): frames after it are left out.", stacklevel=2
+        )
     if members:
         yield current, members
 
