@@ -175,18 +175,12 @@ def data_mine(
 
     On SLURM: `geo-pretrain data mine scannet:PATH --out pairs --jobs 32 --workers 8 --partition cpu`
     """
-    from geo_pretrain.devices import device_fault
     from geo_pretrain.training.cluster import Cluster, make_executor
     from geo_pretrain.training.data.mining_jobs import estimate, mine_pairs
     from geo_pretrain.training.data.sources.registry import open_source
 
     spec = data_spec(data, frames, ["data.measure=voxels", *set_], overlap)
-    if (fault := device_fault(device)) is not None:
-        raise typer.BadParameter(fault)
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"--out {out} is a file; a new folder, or one with pairs, is accepted.")
-    if partition is not None and jobs is None:
-        raise typer.BadParameter("--partition goes with --jobs, which sends jobs to SLURM.")
+    _check_mining(out, device, partition, jobs)
     if dry_run:
         with progress() as report:
             source = open_source(spec, device=device, progress=lambda d, t: report("rendering rooms", d, t, ""))
@@ -212,6 +206,17 @@ def data_mine(
         highlight=False,
     )
     print_skips(mined.skips)
+
+
+def _check_mining(out: Path, device: str, partition: str | None, jobs: int | None) -> None:
+    from geo_pretrain.devices import device_fault
+
+    if (fault := device_fault(device)) is not None:
+        raise typer.BadParameter(fault)
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"--out {out} is a file; a new folder, or one with pairs, is accepted.")
+    if partition is not None and jobs is None:
+        raise typer.BadParameter("--partition goes with --jobs, which sends jobs to SLURM.")
 
 
 @data_app.command("shards")

@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from geo_pretrain import cli
 from geo_pretrain.errors import DataError, MissingDependency, RecipeError, UnknownName
 from geo_pretrain.training.cluster import Cluster, make_executor
 from geo_pretrain.training.data import mining, mining_jobs
@@ -175,3 +177,17 @@ def test_jobs_of_submitit_mine_the_same_pairs(tmp_path, spec, pairs):
     told = geo_pretrain(*command, "--set", "data.size=[60, 80]", "--jobs", 2, "--cluster", "local", "--hours", 0.1)
     assert f"{len(pairs)} of 45 pairs, in 3 scenes mined now and 0 that were there" in told.output
     assert read(tmp_path / "again", spec) == pairs
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--out", __file__], "is a file; a new folder"),
+        (["--out", "x", "--device", "cuda:99"], "torch sees"),
+        (["--out", "x", "--partition", "gpu"], "goes with --jobs"),
+    ],
+)
+def test_options_that_cannot_be_are_told_before_any_work(words, says):
+    result = CliRunner().invoke(cli.app, ["data", "mine", "rooms", *words])
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.replace("│", " ").split())
