@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/installed
-LINTED := geo_pretrain tests benchmarks examples hubconf.py
+LINTED := geo_pretrain tests benchmarks examples docs/api hubconf.py
 
 demo: $(INSTALLED)
 	$(BIN)/geo-pretrain demo --out demo

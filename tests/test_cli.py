@@ -20,6 +20,7 @@ from geo_pretrain import __version__, cli
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.cli import shared as cli_shared
 from geo_pretrain.errors import CheckpointError, DataError
+from geo_pretrain.files import locked
 from geo_pretrain.listing import HOW, answer
 from geo_pretrain.training import pretrain as running
 from geo_pretrain.training.data.sources import registry as sources
@@ -216,6 +217,13 @@ def test_bundle_here_pull_there(zoo, monkeypatch):
     assert "Removed 1 checkpoints" in run("cache", "rm", "tiny_net_r18").output
     assert "Removed 1 checkpoints" in run("cache", "rm", "--all").output
     assert json.loads(run("cache", "ls", "--json").output) == []
+
+
+def test_two_conversions_into_one_folder_do_not_mix(zoo):
+    write("detectron2", zoo / "theirs.pkl")
+    with locked((zoo / "mine").resolve()), pytest.raises(CheckpointError, match="Another process is at work on mine"):
+        run("convert", "theirs.pkl", "--from", "detectron2", "--name", "m", "--like", "pri3d_view_r18", "-o", "mine")
+    assert not (zoo / "mine").exists()
 
 
 def test_convert_in_and_out(zoo):
