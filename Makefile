@@ -31,7 +31,7 @@ docs: $(INSTALLED)
 	$(BIN)/python -m tests.pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# The blocks of README and docs that are marked <!-- run -->, in build/snippets.
+# The blocks of README and docs that are marked <!-- run --> or <!-- run small -->, in build/snippets; the others are parsed by tests.
 snippets: $(INSTALLED)
 	$(BIN)/python -m tests.pages run
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -15,7 +18,9 @@ from geo_pretrain import cli
 from geo_pretrain.catalog import find
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.recipe import recipe_path
-from tests.pages import PAGES, ROOT, blocks, commands
+from tests import pages
+from tests.pages import LANGUAGES, NEEDS, PAGES, ROOT, blocks, commands, lines_of
+from tests.stand_ins import small
 
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*(\.\w+)?|\.\.\.|SUGGESTED")
 OWN = re.compile(r"(runs|out|my|demo|/)[\w/.-]*|.*\.(yaml|yml|json|pkl|tar|pth)")
@@ -79,6 +84,65 @@ def test_python_on_the_pages_parses_and_imports_what_there_is(page: Path):
                 for alias in node.names:
                     if alias.name.startswith("geo_pretrain"):
                         importlib.import_module(alias.name)
+
+
+def unchecked(line: str, needs: tuple[str, ...]) -> str:
+    """Why a line of a `bash` block is checked by nothing, or an empty text."""
+    words = shlex.split(line, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    if not words or words[0] == "geo-pretrain" or (words[0] == "torchrun" and "geo_pretrain" in words):
+        return ""  # test_commands_are_ones_that_the_command_line_takes
+    if words[:2] == ["pip", "install"]:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "optional-dependencies"
+        ]
+        named = {name for word in words for group in re.findall(r"\[(.*)\]", word) for name in group.split(",")}
+        return f"no extra {named - set(extras)}" if named - set(extras) else ""
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        return "" if set(words[1:]) <= set(targets) else f"no target {words[1:]}"
+    if words[:2] == ["python", "-m"]:
+        return "" if (ROOT / f"{words[2].replace('.', '/')}.py").exists() else f"no module {words[2]}"
+    return "" if words[0] in needs else "nothing checks it"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_is_run_or_checked(page: Path):
+    wrong = []
+    for block in blocks(page):
+        if block.language not in LANGUAGES:
+            wrong.append(f"{block}: language {block.language!r} is none of {LANGUAGES}")
+        elif block.language == "json":
+            json.loads(block.code)
+        elif block.language == "toml":
+            tomllib.loads(block.code)
+        elif block.language == "text":
+            if "geo-pretrain" in block.code or "import " in block.code:
+                wrong.append(f"{block}: a command inside a layout")
+        elif not block.mark:
+            wrong.append(f"{block}: neither run nor marked with what it needs")
+        elif unknown := set(block.needs) - set(NEEDS):
+            wrong.append(f"{block}: needs {unknown}, known: {NEEDS}")
+        elif block.language == "bash":
+            reasons = [(line, unchecked(line, block.needs)) for line in lines_of(block.code)]
+            wrong += [f"{block}: {line}: {reason}" for line, reason in reasons if reason]
+            if block.mark == "run small":  # what `make snippets` runs is a command, too
+                for line in lines_of(block.code):
+                    _, _, rest = parse(small(shlex.split(line, comments=True)[1:]))
+                    wrong += [f"{block}: {line}: {word} has no stand-in" for word in rest if word.isupper()]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_block_that_nobody_runs_is_refused(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("```bash\ngeo-pretrain list\n```\n", encoding="utf-8")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    with pytest.raises(AssertionError, match="neither run nor marked"):
+        test_every_block_is_run_or_checked(page)
+    page.write_text("<!-- needs data -->\n```bash\nrm -r geo-pretrain\n```\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match="nothing checks it"):
+        test_every_block_is_run_or_checked(page)
 
 
 def anchors(page: Path) -> set[str]:
