@@ -36,7 +36,8 @@ def overlap_matrix(frames: list[Frame], device: str | torch.device = "cpu") -> n
         forward = geometry.match_pixels(depth[i], depth[j], intrinsics[i], intrinsics[j], poses[i], poses[j])
         backward = geometry.match_pixels(depth[j], depth[i], intrinsics[j], intrinsics[i], poses[j], poses[i])
         ratio = geometry.overlap_ratio(forward, backward, depth[i], depth[j]).cpu().numpy()
-        ratios[i.cpu(), j.cpu()] = ratios[j.cpu(), i.cpu()] = ratio
+        rows, columns = i.cpu().numpy(), j.cpu().numpy()  # a tensor of one element would index as a number
+        ratios[rows, columns] = ratios[columns, rows] = ratio
     return ratios
 
 

@@ -58,6 +58,7 @@ def test_batched_overlap_equals_one_pair_at_a_time(recording):
         back = geometry.match_pixels(d2, d1, k2, k1, p2, p1)
         want = ((there >= 0).sum() + (back >= 0).sum()) / ((d1 > 0).sum() + (d2 > 0).sum())
         assert ratios[i, j] == ratios[j, i] == pytest.approx(want.item(), abs=1e-4)
+    np.testing.assert_allclose(overlap_matrix(frames[:2]), ratios[:2, :2], atol=1e-6)  # two frames: a single pair
 
 
 def test_pairs_have_an_overlap_in_the_range_and_are_ordered(recording):
