@@ -42,6 +42,7 @@ examples: $(INSTALLED)
 
 cards: $(INSTALLED)
 	$(BIN)/python -m geo_pretrain.cards
+	$(BIN)/python -m geo_pretrain.advice
 
 bench: $(INSTALLED)
 	for b in rooms training imports; do $(BIN)/python -m benchmarks.$$b || exit 1; done

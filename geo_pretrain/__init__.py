@@ -5,15 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from geo_pretrain.advice import recommend
     from geo_pretrain.catalog import backbone_info, list_backbones
     from geo_pretrain.loading import load_backbone, load_pair, verify
     from geo_pretrain.sparse.coordinates import voxelize
     from geo_pretrain.training.finetune.load import load_finetuned
 
 __version__ = "0.1.0"
-__all__ = ["backbone_info", "list_backbones", "load_backbone", "load_finetuned", "load_pair", "verify", "voxelize"]
+__all__ = [
+    "backbone_info",
+    "list_backbones",
+    "load_backbone",
+    "load_finetuned",
+    "load_pair",
+    "recommend",
+    "verify",
+    "voxelize",
+]
 
 _HOMES = {
+    "recommend": "geo_pretrain.advice",
     "backbone_info": "geo_pretrain.catalog",
     "list_backbones": "geo_pretrain.catalog",
     "load_backbone": "geo_pretrain.loading",

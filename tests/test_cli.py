@@ -34,6 +34,7 @@ from tests.zoo import write_tiny, write_tiny_3d
 
 COMMANDS = [
     ["list"],
+    ["recommend"],
     ["info"],
     ["pull"],
     ["verify"],

@@ -14,6 +14,7 @@ from geo_pretrain.training import losses
 EXAMPLES = {
     "geo_pretrain.backbones.architectures": 1,
     "geo_pretrain.backbones.build": 1,
+    "geo_pretrain.advice.answer": 2,
     "geo_pretrain.catalog": 1,
     "geo_pretrain.hub.links": 2,
     "geo_pretrain.adapters.timm": 2,

@@ -84,18 +84,23 @@ def paper_tables(entries: Mapping[str, Entry]) -> dict[str, PaperTable]:
     return {name: PaperTable(name, _columns(rows[name]), tuple(rows[name])) for name in sorted(rows, key=_order)}
 
 
-def scratch_values(entry: Entry | None) -> dict[Result, float]:
-    """What the same table states for the same network from random weights, by the entry's results that have such."""
+def start_values(entry: Entry | None, start: str) -> dict[Result, float]:
+    """What the same table states for the same network from another start, "scratch" or "imagenet", by result."""
     if entry is None:
         return {}
     known = {
         (result.table, result.task, result.dataset, result.metric): result.value
         for baseline in BASELINES
-        if baseline.start == "scratch" and baseline.network == network_of(entry)
+        if baseline.start == start and baseline.network == network_of(entry)
         for result in baseline.results
     }
     found = {r: known.get((full_table(entry, r), r.task, r.dataset, r.metric)) for r in entry.results}
     return {result: value for result, value in found.items() if value is not None}
+
+
+def scratch_values(entry: Entry | None) -> dict[Result, float]:
+    """What the same table states for the same network from random weights, by the entry's results that have such."""
+    return start_values(entry, "scratch")
 
 
 def network_of(entry: Entry) -> str:

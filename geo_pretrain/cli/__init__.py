@@ -13,6 +13,7 @@ from geo_pretrain.cli import (
     picture,
     predict,
     recipe,
+    recommend,
     train,
 )
 from geo_pretrain.cli.shared import app, console, main
@@ -33,5 +34,6 @@ __all__ = [
     "picture",
     "predict",
     "recipe",
+    "recommend",
     "train",
 ]

@@ -22,6 +22,8 @@ card pri3d_view_r50
 cache ls
 no-such-command
 list --no-such-option
+recommend --for segmentation --input rgb --license permissive
+recommend --for no-such-task
 info
 info no_such_backbone
 pull no_such_backbone
