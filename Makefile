@@ -1,6 +1,6 @@
 # make demo   install into .venv, then run the whole path on this machine's CPU
 # make test   install into .venv, then run the tests
-.PHONY: demo test lint types format cards docs snippets examples bench clean install lock lowest
+.PHONY: demo test lint types format cards docs snippets examples bench clean install lock lowest weights weights-proof
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -43,6 +43,16 @@ examples: $(INSTALLED)
 cards: $(INSTALLED)
 	$(BIN)/python -m geo_pretrain.cards
 	$(BIN)/python -m geo_pretrain.advice
+
+# Builds the wheels of weights/, which check themselves, and installs them: these names then load without a network.
+weights: $(INSTALLED)
+	$(BIN)/geo-pretrain weights check --no-golden
+	rm -rf dist/weights
+	for p in $(dir $(wildcard weights/*/pyproject.toml)); do \
+		$(BIN)/uv build --quiet --wheel --out-dir dist/weights $$p || exit 1; done
+	for w in $$(ls dist/weights/*.whl 2>/dev/null); do \
+		$(BIN)/uv pip install --quiet --no-deps --reinstall --python $(BIN)/python $$w || exit 1; done
+	$(BIN)/geo-pretrain list --offline
 
 bench: $(INSTALLED)
 	for b in rooms training imports; do $(BIN)/python -m benchmarks.$$b || exit 1; done

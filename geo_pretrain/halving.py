@@ -6,7 +6,8 @@ variances may leave float16's range.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 LARGEST_ERROR = 0.01  # of an output, relative to its largest magnitude: float16 keeps 11 bits of each weight
 
 
-def write_halved(folder: Path | str, out: Path | str) -> Checkpoint:
+def write_halved(folder: Path | str, out: Path | str, *, without: Collection[str] = ()) -> Checkpoint:
     """Write the checkpoint `folder` to `out` with its matrices in float16 and golden outputs of these weights.
 
+    `without`: roles to leave out, "heads" and "teacher"; a pair of networks becomes the folder's own network alone.
     `provenance["float16"]` tells how far each golden output moved, relative to its largest magnitude. Raises
     `CheckpointError` where a weight exceeds float16's range or an output moves by more than 1 %, and what
     `loading.verify` raises.
@@ -32,9 +34,16 @@ def write_halved(folder: Path | str, out: Path | str) -> Checkpoint:
     checkpoint = read_checkpoint(folder)
     verify_files(checkpoint)
     verify(folder)
-    roles = [role for role in WEIGHT_ROLES if role in checkpoint.roles]
+    if needed := [role for role in without if role not in ("heads", "teacher")]:
+        raise CheckpointError(f"Role {needed[0]!r} cannot be left out; accepted: heads, teacher.")
+    partner = checkpoint.pairing
+    if partner is not None and set(without) & set(partner.roles()):
+        checkpoint = replace(checkpoint, pairing=None)
+    roles = [role for role in WEIGHT_ROLES if role in checkpoint.roles and role not in without]
     weights = {role: _halved(read_weights(checkpoint, role), checkpoint, role) for role in roles}
     before = read_weights(checkpoint, "golden")
+    if partner is not None and checkpoint.pairing is None:
+        before = {key: value for key, value in before.items() if "pair." not in key}
     _write(checkpoint, out, weights, before, {})
     after = golden_of(out)
     moved = {

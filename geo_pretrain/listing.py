@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from geo_pretrain.catalog import backbone_info, list_backbones
-from geo_pretrain.catalog.entry import HOW, READY
+from geo_pretrain.catalog.entry import READY
 from geo_pretrain.errors import UnknownName
 from geo_pretrain.hub.cache import names_here
 
@@ -56,7 +56,7 @@ def catalog_rows(names: Iterable[str]) -> list[dict[str, str]]:
             "data": entry.data,
             "license": entry.license.weights,
             "status": entry.status,
-            "how": READY if entry.name in here else HOW[entry.status],
+            "how": READY if entry.name in here else entry.how,
         }
         rows.append(row)
     return rows

@@ -152,7 +152,8 @@ def publish(
         raise HubError(f"Cannot publish to {spec!r}; {HF_PREFIX}owner/repo or a folder is accepted.")
     elif tag is not None or private:
         raise HubError(f"tag= and private= are understood by Hugging Face only, not by the folder {spec!r}.")
-    config = _check(checkpoint)
+    check_publishable(checkpoint)
+    config = (checkpoint.folder / CONFIG).read_bytes()
     texts = outgoing(checkpoint)
     config = texts.get(CONFIG, config)
     left_out, sent = _left_out(checkpoint), parse_config(config, checkpoint.folder)
@@ -162,12 +163,15 @@ def publish(
         return plan if dry_run else _Upload(sent, texts | {CONFIG: config}, plan).run()
     target = Path(to).expanduser() / checkpoint.name
     if not _in_folder(target, config) and not dry_run:
-        _copy_to(target, sent, texts | {CONFIG: config})
+        copy_to(target, sent, texts | {CONFIG: config})
     return replace(plan, url=str(target))
 
 
-def _check(checkpoint: Checkpoint) -> bytes:
-    """Reject unpublishable folders; return config.json, which holds the digests of all other files."""
+def check_publishable(checkpoint: Checkpoint, *, named: bool = True) -> None:
+    """Raise `CheckpointError` for a folder that must not be published, see `publish`.
+
+    `named=False`: its name is somebody else's question.
+    """
     from geo_pretrain.loading import verify
 
     folder = checkpoint.folder
@@ -187,8 +191,8 @@ def _check(checkpoint: Checkpoint) -> bytes:
         )
     _check_license(checkpoint)
     verify(folder, local_files_only=True)
-    check_published_name(checkpoint)
-    return (folder / CONFIG).read_bytes()
+    if named:
+        check_published_name(checkpoint)
 
 
 def _check_license(checkpoint: Checkpoint) -> None:
@@ -236,7 +240,7 @@ def _in_folder(target: Path, config: bytes) -> bool:
     return True
 
 
-def _copy_to(target: Path, checkpoint: Checkpoint, texts: Mapping[str, bytes]) -> None:
+def copy_to(target: Path, checkpoint: Checkpoint, texts: Mapping[str, bytes]) -> None:
     """Copy the files of the checkpoint to `target`; those in `texts`, config.json among them, have these bytes."""
     try:
         with staged(target, str(os.getpid())) as staging:

@@ -64,7 +64,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training.finetune",),
     ("__init__",),  # the public face hands out names of loading and of fine-tuning, each imported when it is asked for
     ("training.pretrain",),
-    ("training.bench", "training.demo"),
+    ("training.bench", "training.demo", "distribution"),
     ("cli", "__main__"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -145,7 +145,7 @@ def rebuild(data: dict) -> Entry:
     datasets = tuple(tuple(pair) for pair in data["license"].pop("datasets"))
     data["license"] = License(**data["license"], datasets=datasets)
     data["paper"] = Paper(**data["paper"])
-    for key, kind_of in (("files", File), ("authors_files", AuthorsFile), ("results", Result)):
+    for key, kind_of in (("files", File), ("authors_files", AuthorsFile), ("results", Result), ("measured", Result)):
         data[key] = tuple(kind_of(**item) for item in data[key])
     return Entry(**data)
 

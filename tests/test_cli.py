@@ -21,7 +21,7 @@ from geo_pretrain.catalog import CATALOG
 from geo_pretrain.cli import shared as cli_shared
 from geo_pretrain.errors import CheckpointError, DataError
 from geo_pretrain.files import locked
-from geo_pretrain.listing import HOW, answer
+from geo_pretrain.listing import answer
 from geo_pretrain.training import pretrain as running
 from geo_pretrain.training.data.sources import registry as sources
 from geo_pretrain.training.evaluation import matching as matching_module
@@ -45,6 +45,9 @@ COMMANDS = [
     ["gallery"],
     ["cache", "ls"],
     ["cache", "rm"],
+    ["weights", "add"],
+    ["weights", "check"],
+    ["weights", "texts"],
     ["demo"],
     ["doctor"],
     ["recipes", "list"],
@@ -117,7 +120,7 @@ def test_a_list_in_a_narrow_pipe_cuts_nothing():
     lines = CliRunner().invoke(cli.app, ["list"], env={"COLUMNS": "80"}).output.splitlines()
     assert max(map(len, lines)) <= 80
     rows = {line.split()[0]: " ".join(line.split()[2:]) for line in lines[1:]}
-    assert rows == {name: HOW[entry.status] for name, entry in CATALOG.items()}
+    assert rows == {name: entry.how for name, entry in CATALOG.items()}
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,8 @@ def render_entry(entry: Entry) -> str:
         entry.arch,
         entry.license,
         method=entry.method,
-        results=entry.results if theirs else (),
-        papers=papers,
+        results=entry.results if theirs else entry.measured,
+        papers=papers if theirs else None,
     )
     shown = snippets(entry.name, entry.arch, entry.contract, name=entry.name, pretrained=entry.status != "planned")
     whose = "these weights" if theirs else "the authors' own weights, which are not public"
@@ -127,6 +127,7 @@ def render_entry(entry: Entry) -> str:
         "## Use",
         *map(str, shown),
         sections.expects(entry.arch, entry.contract),
+        *sections.measured_section(entry.measured),
         *sections.reported_section(entry.results, papers, whose, scratch_values(entry)),
         "## Limitations",
         bullets(sections.entry_limits(entry)),

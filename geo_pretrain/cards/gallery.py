@@ -18,7 +18,7 @@ from geo_pretrain.cards.sections import papers_of
 from geo_pretrain.cards.table import headline
 from geo_pretrain.cards.usage import CLONE, SMP, TIMM, TORCH_HUB, TORCHVISION
 from geo_pretrain.catalog import backbone_info, list_backbones
-from geo_pretrain.catalog.entry import HOW, READY, Entry, Paper
+from geo_pretrain.catalog.entry import READY, Entry, Paper
 from geo_pretrain.catalog.license import LICENSE_GROUPS
 from geo_pretrain.catalog.tables import scratch_values
 from geo_pretrain.errors import DataError
@@ -99,7 +99,7 @@ def _row(entry: Entry, here: Collection[str], pictures: Mapping[str, str]) -> di
         "license": license.weights.removeprefix("LicenseRef-"),
         "group": next((group for group in LICENSE_GROUPS if license.matches(group)), "other"),
         "status": entry.status,
-        "how": READY if ready else HOW[entry.status],
+        "how": READY if ready else entry.how,
         "offline": ready,
         "description": entry.description,
         "input": str(entry.contract),
@@ -111,6 +111,7 @@ def _row(entry: Entry, here: Collection[str], pictures: Mapping[str, str]) -> di
             [r.task, r.dataset, r.metric, r.value, scratch.get(r), r.table, papers[r.table].title]
             for r in entry.results
         ],
+        "measured": [[r.task, r.dataset, r.metric, r.value, r.table] for r in entry.measured],
         "lines": copied_lines(entry),
         "note": _note(entry, ready),
         "pictures": dict(pictures),
@@ -135,7 +136,9 @@ def copied_lines(entry: Entry) -> dict[str, str]:
         "published-by-authors": f"geo-pretrain pull {name}",
         "planned": f"geo-pretrain info {name}",
     }
-    if entry.status == "regenerable":
+    if entry.packages:
+        lines["CLI"] = f"pip install {entry.packages[0]}\ngeo-pretrain verify {name}"
+    elif entry.status == "regenerable":
         lines["CLI"] = f"{entry.train_command(f'runs/{name}')}\nexport GEO_PRETRAIN_HUB=runs"
     else:
         lines["CLI"] = commands[entry.status]
@@ -146,6 +149,8 @@ def _note(entry: Entry, ready: bool) -> str:
     """What must be done before the lines work, in a sentence."""
     if ready:
         return "Its files are on this machine: every line works without a network."
+    if entry.packages:
+        return "Its files come in a Python package: once it is installed, every line works without a network."
     return {
         "published-here": "The first load downloads the files and compares each with its digest; later ones need "
         "no network.",

@@ -12,7 +12,7 @@ from geo_pretrain.cards.front_matter import license_page
 from geo_pretrain.cards.markdown import numbers, table
 from geo_pretrain.cards.usage import output_channels
 from geo_pretrain.catalog import CATALOG
-from geo_pretrain.catalog.entry import AuthorsFile, Entry, File, License, Paper, Result
+from geo_pretrain.catalog.entry import OUR_PACKAGES, AuthorsFile, Entry, File, License, Paper, Result
 from geo_pretrain.catalog.license import PERMISSIVE
 from geo_pretrain.catalog.tables import paper_of
 from geo_pretrain.checkpoint import StoredFile
@@ -75,7 +75,8 @@ def papers_of(entry: Entry) -> dict[str, Paper]:
 
 def measured_section(results: Sequence[Result]) -> list[str]:
     """The section of results measured with this project; empty without any."""
-    return ["## Measured", "With this project, on these weights.", _results(results)] if results else []
+    text = "With this project, on these very weights; no number of a paper is among them."
+    return ["## Measured", text, _results(results)] if results else []
 
 
 def reported_section(
@@ -214,10 +215,7 @@ def weights_section(entry: Entry) -> list[str]:
     """Where the weights of an entry come from, for its card."""
     name = entry.name
     if entry.status == "published-here":
-        return [
-            f'`load_backbone("{name}")` fetches the files below and compares each with its digest.',
-            _hub_files(entry.files),
-        ]
+        return [*_how_it_comes(entry), _hub_files(entry.files)]
     if entry.status == "published-by-authors":
         parts = [
             f'The authors publish them. `load_backbone("{name}")` downloads their file, reads it without executing '
@@ -240,9 +238,27 @@ def weights_section(entry: Entry) -> list[str]:
     ]
 
 
+def _how_it_comes(entry: Entry) -> list[str]:
+    """The paragraphs on how the files of this project reach a machine, and how they were made."""
+    made = [f"Made with this project: {entry.made}."] if entry.made else []
+    if entry.recipe is not None and made:
+        made[0] += " The recipe, the log and the loss curve lie beside them; to make your own: "
+        made[0] += f"`{entry.train_command()}`."
+    if not entry.packages:
+        return [f'`load_backbone("{entry.name}")` fetches the files below and compares each with its digest.', *made]
+    text = f"They come in the Python package {' and '.join(f'`{package}`' for package in entry.packages)}, in float16: "
+    text += "once it is installed, no network is needed. Each file is compared with its digest."
+    clone = set(entry.packages) & set(OUR_PACKAGES)
+    line = 'pip install "geo_pretrain[weights]"  # or, in a clone: make weights' if clone else ""
+    line = line or f"pip install {entry.packages[0]}"
+    return [text, f"```bash\n{line}\n```", *made]
+
+
 def found_by_name(name: str, source: str) -> str:
     """How libraries that accept only names find a folder that has its catalog name; "" if it has another."""
     owner, _, repo = source.removeprefix("hf-hub:").partition("@")[0].rpartition("/")
+    if source == name:  # in an installed package
+        return "Libraries that take names alone find it as well."
     if source == FOLDER:
         hub, where = "PARENT", f", the folder that holds this one as `{name}`"
     elif source.startswith("hf-hub:") and repo == name:
@@ -283,7 +299,7 @@ def entry_limits(entry: Entry) -> list[str]:
     """The limitations of a catalog entry, one sentence each."""
     reached = "whether weights made with this project reach the numbers above was not measured"
     first = {
-        "published-here": "See the folder's own card for what was measured." if not entry.results else "",
+        "published-here": "What these weights bring to a task was not measured." if not entry.measured else "",
         "published-by-authors": "What the converted weights reach was not measured with this project"
         + ("." if entry.results else ", and the authors report no number for them."),
         "regenerable": f"The recipe's full length is not part of any test; {reached}."

@@ -10,6 +10,7 @@ from geo_pretrain.cards.markdown import around_marks, table
 from geo_pretrain.cards.sections import WEIGHTS_FROM
 from geo_pretrain.catalog import backbone_info, list_backbones
 from geo_pretrain.catalog.entry import Entry
+from geo_pretrain.catalog.shipped import SHIPPED
 
 BEGIN, END = "<!-- catalog -->", "<!-- /catalog -->"
 TABLE_HEAD = ("name", "network", "data", "weights' license", "weights from", "reported")
@@ -18,7 +19,8 @@ HEADLINE_TASKS = {"2d": "semantic segmentation", "3d": "3D semantic segmentation
 SHORT_TASKS = {"detection": "detection", "instance segmentation": "instances", "classification": "classification"}
 
 
-FEATURED = (  # in the README: the best known of each method
+FEATURED = (  # in the README: what packages of this project hold, and the best known of each method
+    *SHIPPED,
     "pri3d_view_geo_r50",
     "pri3d_view_geo_r18",
     "gsc_r50",
@@ -50,7 +52,7 @@ def _catalog_row(entry: Entry, root: str) -> tuple[str, ...]:
         entry.arch.title,
         entry.data,
         entry.license.weights.removeprefix("LicenseRef-"),
-        WEIGHTS_FROM[entry.status],
+        "a package, offline" if entry.packages else WEIGHTS_FROM[entry.status],
         headline(entry) or "-",
     )
 

@@ -20,6 +20,7 @@ from geo_pretrain.catalog.entry import (
     Result,
 )
 from geo_pretrain.catalog.license import LICENSE_GROUPS, License
+from geo_pretrain.catalog.shipped import SHIPPED
 from geo_pretrain.errors import unknown
 
 __all__ = [
@@ -40,7 +41,10 @@ __all__ = [
 ]
 
 METHODS = (pri3d, moco, gsc, pointcontrast, csc, ppkt, img2pc, slidr)
-CATALOG: Mapping[str, Entry] = MappingProxyType({entry.name: entry for module in METHODS for entry in module.ENTRIES})
+ENTRIES = tuple(entry for module in METHODS for entry in module.ENTRIES)
+CATALOG: Mapping[str, Entry] = MappingProxyType(
+    {entry.name: SHIPPED[entry.name].applied(entry) if entry.name in SHIPPED else entry for entry in ENTRIES}
+)
 
 # old name -> the name it has now; old names keep working with a FutureWarning
 RENAMED: Mapping[str, str] = MappingProxyType({})

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from geo_pretrain.backbones.architectures import Arch as Arch
@@ -35,6 +35,9 @@ HOW = {
     "regenerable": "train it yourself",
     "planned": "not to be had yet",
 }
+PACKAGE_PREFIX = "package:"
+OUR_PACKAGES = ("geo_pretrain_weights", "geo_pretrain_weights_3d")  # of the extra "weights", and of the folder weights/
+INSTALL = "install the weights"  # instead of HOW's, where a package of ours holds them
 
 WEIGHT_ROLES = ("encoder", "decoder", "model", "heads", "teacher")
 FILE_ROLES = (*WEIGHT_ROLES, "golden", "recipe", "log", "card")
@@ -174,7 +177,9 @@ class Entry:
     recipe: str | None = None
     files: tuple[File, ...] = ()
     authors_files: tuple[AuthorsFile, ...] = ()
-    results: tuple[Result, ...] = ()
+    results: tuple[Result, ...] = ()  # that papers report
+    measured: tuple[Result, ...] = ()  # with this project, of the files above
+    made: str = ""  # how long these files were trained, and where
 
     licence = renamed("licence", "license")
 
@@ -195,6 +200,9 @@ class Entry:
         self._check_files()
         self._check_authors_files()
         check_unique(self.name, self.results)
+        check_unique(self.name, self.measured)
+        if not self.files and (self.measured or self.made):
+            raise ValueError(f"{self.name}: numbers were measured, or training took time, but no file is given.")
 
     def _check_network(self) -> None:
         wanted = ImageContract if self.modality == "2d" else VoxelContract
@@ -253,6 +261,17 @@ class Entry:
                 f"{self.name}: no authors' file yields the {' and the '.join(sorted(missing))} of {self.arch.name}."
             )
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The Python packages that hold all of its files, in order of trial."""
+        sources = dict.fromkeys(source for file in self.files for source in file.sources)
+        return tuple(source.removeprefix(PACKAGE_PREFIX) for source in sources if source.startswith(PACKAGE_PREFIX))
+
+    @property
+    def how(self) -> str:
+        """What a newcomer can do to get the weights, in a few words."""
+        return INSTALL if self.packages else HOW[self.status]
+
     def result(self, task: str, dataset: str, metric: str) -> float | None:
         """The reported value of a benchmark, or None; of several, the first: the paper's own before other papers'."""
         wanted = (task, dataset, metric)
@@ -273,7 +292,9 @@ class Entry:
         ways = []
         if self.files:
             sources = dict.fromkeys(source for file in self.files for source in file.sources)
-            ways.append(f"its files are at {', '.join(sources)}")
+            others = [source for source in sources if not source.startswith(PACKAGE_PREFIX)]
+            ways += [how_to_install(package) for package in self.packages]
+            ways += [f"its files are at {', '.join(others)}"] if others else []
         if self.authors_files:
             ways.append(
                 f"fetch the authors' file by hand ({self.authors_files[0].url}), make a folder of it with "
@@ -284,6 +305,56 @@ class Entry:
         if not ways:
             ways.append("nobody offers it and no recipe makes it yet; pretrained=False builds the network")
         return "; or ".join(ways)
+
+
+def how_to_install(package: str) -> str:
+    """The line that installs a package with weights, as a clause.
+
+    >>> how_to_install("geo_pretrain_weights")
+    'install its weights with `pip install geo_pretrain_weights` or, in a clone of geo_pretrain, `make weights`'
+    """
+    clone = " or, in a clone of geo_pretrain, `make weights`" if package in OUR_PACKAGES else ""
+    return f"install its weights with `pip install {package}`{clone}"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What a Python package of this project holds under a name of the catalog; see `catalog/shipped.py`."""
+
+    package: str
+    files: Mapping[str, tuple[int, str]]  # name of a file of the checkpoint folder -> bytes, sha256
+    made: str  # how long they were trained, and where
+    size: tuple[int, int] | None = None  # (height, width) of images in training; None: as the entry says, or clouds
+    # After the package, in order of trial: "hf-hub:owner/repo@<commit>" or an http(s) URL above <entry's name>/.
+    mirrors: tuple[str, ...] = ()
+    measured: tuple[Result, ...] = ()
+
+    def applied(self, entry: Entry) -> Entry:
+        """The entry with these files and numbers."""
+
+        def sources(file: str) -> tuple[str, ...]:
+            places = (
+                place if place.startswith("hf-hub:") else f"{place}/{entry.name}/{file}" for place in self.mirrors
+            )
+            return (f"{PACKAGE_PREFIX}{self.package}", *places)
+
+        contract = entry.contract
+        if self.size is not None and isinstance(contract, ImageContract):
+            contract = replace(contract, size=self.size)
+        files = tuple(File(_role_of(file), file, *facts, sources(file)) for file, facts in self.files.items())
+        return replace(
+            entry,
+            status="published-here",
+            contract=contract,
+            files=files,
+            measured=self.measured,
+            made=self.made,
+        )
+
+
+def _role_of(file: str) -> str:
+    """The role of a file by its name in a checkpoint folder."""
+    return {"recipe.yaml": "recipe", "log.jsonl": "log"}.get(file, file.removesuffix(".safetensors"))
 
 
 def new_entry(

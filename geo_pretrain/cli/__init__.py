@@ -15,6 +15,7 @@ from geo_pretrain.cli import (
     recipe,
     recommend,
     train,
+    weights,
 )
 from geo_pretrain.cli.shared import app, console, main
 
@@ -36,4 +37,5 @@ __all__ = [
     "recipe",
     "recommend",
     "train",
+    "weights",
 ]

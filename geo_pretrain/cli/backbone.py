@@ -92,7 +92,11 @@ def info(
 
 
 def _entry_facts(entry: Entry) -> dict[str, Any]:
-    facts = {key: value for key, value in asdict(entry).items() if value not in (None, ())}
+    from geo_pretrain.hub.cache import folders_here
+
+    facts = {key: value for key, value in asdict(entry).items() if value not in (None, (), "")}
+    here = folders_here().get(entry.name)
+    facts["offline"] = f"ready: {here}" if here is not None else f"not on this machine: {entry.how}"
     return facts | {"arch": str(entry.arch), "contract": str(entry.contract)}
 
 
@@ -132,8 +136,11 @@ def _rows(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         title = f"{prefix}{key}"
         if isinstance(value, Mapping):
             rows += _rows(value, f"{title}: ")
-        elif key == "results":
-            rows += [(r["table"], f"{r['task']}, {r['dataset']}: {r['metric']} {r['value']:g}") for r in value]
+        elif key in ("results", "measured"):
+            rows += [
+                (r["table"] if key == "results" else key, f"{r['task']}, {r['dataset']}: {r['metric']} {r['value']:g}")
+                for r in value
+            ]
         elif isinstance(value, tuple | list) and value and isinstance(value[0], Mapping):
             rows += [(title, ", ".join(f"{k}: {v}" for k, v in item.items() if v is not None)) for item in value]
         elif isinstance(value, tuple | list):

@@ -87,18 +87,24 @@ def cached(cache_dir: str | os.PathLike[str] | None = None) -> list[Cached]:
 
 
 def names_here(cache_dir: str | os.PathLike[str] | None = None) -> set[str]:
-    """The names that load without a network: in installed packages with weights and in our cache, with all files.
+    """The names that load without a network: in installed packages with weights and in our cache, with all files."""
+    return set(folders_here(cache_dir))
 
-    Files are looked for, not read. What lies in Hugging Face's own cache is not looked at.
+
+def folders_here(cache_dir: str | os.PathLike[str] | None = None) -> dict[str, Path]:
+    """The names that load without a network, and where they lie: installed packages come before our cache.
+
+    Files are looked for and their sizes compared; they are not read. Hugging Face's own cache is not looked at.
     """
     root = cache_root(cache_dir)
     folders = [path.parent for above in package_folders().values() for path in above.glob(f"*/{CONFIG}")]
-    found = set()
+    found: dict[str, Path] = {}
     for folder in (*folders, *(folder for kind in KINDS for folder in _folders(root, kind))):
         with suppress(CheckpointError, OSError):
             checkpoint = read_checkpoint(folder)
-            if all((folder / checkpoint.file_of(role)).is_file() for role in checkpoint.network_roles()):
-                found.add(checkpoint.name)
+            files = map(checkpoint.file_of, checkpoint.network_roles())
+            if all((folder / file).stat().st_size == checkpoint.files[file].size for file in files):
+                found.setdefault(checkpoint.name, folder)
     return found
 
 

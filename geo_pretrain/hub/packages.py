@@ -14,12 +14,12 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
+from geo_pretrain.catalog.entry import PACKAGE_PREFIX as PACKAGE_PREFIX
+from geo_pretrain.catalog.entry import how_to_install
 from geo_pretrain.checkpoint import CONFIG
 from geo_pretrain.errors import NotThere
 
 GROUP = "geo_pretrain.weights"
-PACKAGE_PREFIX = "package:"
-OURS = "geo_pretrain_weights"  # the package in the folder weights/ of the repository
 
 
 def package_folders() -> dict[str, Path]:
@@ -35,13 +35,24 @@ def package_folder(package: str) -> Path:
     """The folder of checkpoints of one package. Raises `NotThere` where it is not installed."""
     folder = package_folders().get(package)
     if folder is None:
-        raise NotThere(f"the package {package} is not installed (pip install {package})")
+        raise NotThere(f"the package {package} is not installed: {how_to_install(package)}")
     return folder
 
 
 def packages_with(name: str) -> list[str]:
     """The installed packages that hold a checkpoint of this name."""
     return [package for package, folder in package_folders().items() if (folder / name / CONFIG).is_file()]
+
+
+def without(package: str, name: str) -> str:
+    """What to say where an installed package lacks a checkpoint."""
+    held = sorted(path.parent.name for path in package_folders()[package].glob(f"*/{CONFIG}"))
+    return f"the installed package {package} has no {name!r}; it holds: {', '.join(held) or 'none'}"
+
+
+def again(package: str) -> str:
+    """What to do where an installed package was damaged."""
+    return f"Install the package again: `pip install --force-reinstall --no-deps {package}`."
 
 
 def _folder(package: str) -> Path | None:

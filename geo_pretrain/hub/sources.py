@@ -34,7 +34,7 @@ from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotTh
 from geo_pretrain.files import atomic_write
 from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
-from geo_pretrain.hub.packages import PACKAGE_PREFIX, package_folder
+from geo_pretrain.hub.packages import PACKAGE_PREFIX, again, package_folder, without
 from geo_pretrain.hub.transfer import LARGEST, Progress, download, probe
 
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
@@ -119,8 +119,9 @@ def source_of(spec: str, request: Request) -> Source:
         return Authors(request.entry, request)
     if spec.startswith(WEB_PREFIXES):
         return WebServer(spec.rstrip("/"), request)
-    above = package_folder(spec.removeprefix(PACKAGE_PREFIX)) if spec.startswith(PACKAGE_PREFIX) else Path(spec)
-    folder = above.expanduser() / request.name
+    if spec.startswith(PACKAGE_PREFIX):
+        return Package(spec.removeprefix(PACKAGE_PREFIX), request)
+    folder = Path(spec).expanduser() / request.name
     if not folder.is_dir():
         raise NotThere(f"no folder {folder}")
     return Folder(folder, request)
@@ -153,6 +154,50 @@ class Folder(Source):
         roles = self.look().arch.network_roles()
         checkpoint = self.fetch(roles)
         return sum(checkpoint.files[checkpoint.file_of(role)].size for role in roles)
+
+
+class Package(Folder):
+    """A checkpoint folder in an installed Python package; damaged files are told before anybody reads them.
+
+    So that the next source is tried, and the error says how to install the package again.
+    """
+
+    def __init__(self, package: str, request: Request) -> None:
+        self.package = package
+        super().__init__(package_folder(package) / request.name, request)
+        if not self.folder.is_dir():
+            raise NotThere(without(package, request.name))
+
+    def look(self) -> Description:
+        """Read config.json."""
+        with self._installed():
+            return super().look()
+
+    def fetch(self, roles: Sequence[str]) -> Checkpoint:
+        """Compare the files with their digests of loads, which is as quick as reading them."""
+        with self._installed():
+            checkpoint = super().fetch(roles)
+            for role in roles:
+                verify_file(checkpoint, checkpoint.file_of(role), load_digest=True)
+            return checkpoint
+
+    def reach(self) -> int | None:
+        """Compare the sizes of the files."""
+        size = super().reach()
+        with self._installed():
+            checkpoint = read_checkpoint(self.folder)
+            for name in map(checkpoint.file_of, checkpoint.network_roles()):
+                have, promised = (self.folder / name).stat().st_size, checkpoint.files[name].size
+                if have != promised:
+                    raise CheckpointError(f"{self.folder / name}: has {have} bytes, expected {promised}.")
+        return size
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            raise type(error)(f"{error} {again(self.package)}") from shown(error)
 
 
 class Authors(Source):

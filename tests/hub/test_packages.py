@@ -48,7 +48,9 @@ def test_a_name_in_an_installed_package_loads_offline_and_the_package_is_not_imp
     assert hub.open(NAME, hub="package:my_weights").name == NAME
     with pytest.raises(UnknownName, match="package:gone"):
         hub.open("another_net_r18", hub="package:gone")
-    with pytest.raises(HubError, match=r"package:gone: the package gone is not installed \(pip install gone\)"):
+    with pytest.raises(
+        HubError, match=r"package:gone: the package gone is not installed: install its weights with `pip install gone`"
+    ):
         hub.open("crd_srunet34", hub="package:gone")
     (installed / NAME / "encoder.safetensors").unlink()
     assert NAME not in names_here()

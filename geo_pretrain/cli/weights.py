@@ -1,0 +1,73 @@
+"""Commands for weights that travel as Python packages: weights add, check, texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from geo_pretrain.cli.shared import app, console, escape
+
+weights_app = typer.Typer(help="Give trained weights away as Python packages.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
+
+FOLDER_HELP = "The folder of wheel projects: weights/ of a clone."
+
+
+@weights_app.command("add")
+def add(
+    run: Annotated[Path, typer.Argument(help="The checkpoint folder of a finished training run.")],
+    to: Annotated[Path, typer.Option("--to", help=FOLDER_HELP)] = Path("weights"),
+    package: Annotated[str | None, typer.Option(help="The package; default: ours for images, or for clouds.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="A role to leave out: heads, teacher.")] = None,
+    short: Annotated[bool, typer.Option("--short", help="Take a run of few steps, to try things out.")] = False,
+) -> None:
+    """Put a run into a wheel project, in float16, and list it in the catalog.
+
+    Example: `geo-pretrain weights add runs/pri3d_view_r18.rooms`
+    """
+    from geo_pretrain.distribution.add import add_run
+
+    added = add_run(run, to, package=package, without=without or (), short=short)
+    lines = [f"{added.checkpoint.name}: {added.size / 1e6:.1f} MB in {added.checkpoint.folder}"]
+    lines += [f"Its recipe differs from the one of its name in {one}" for one in added.differences]
+    lines.append(
+        f"Listed in {added.catalog}. Now: make cards, make weights, and commit."
+        if added.catalog is not None
+        else "This geo_pretrain runs from no clone, so no catalog lists it."
+    )
+    for line in lines:
+        console.print(escape(line), soft_wrap=True, highlight=False)
+
+
+@weights_app.command("check")
+def check(
+    folder: Annotated[Path, typer.Argument(help=FOLDER_HELP)] = Path("weights"),
+    golden: Annotated[bool, typer.Option("--golden/--no-golden", help="Recompute golden outputs, too.")] = True,
+) -> None:
+    """Check every checkpoint of a folder of wheel projects: digests, sizes, license, texts, catalog, golden outputs.
+
+    Example: `geo-pretrain weights check`
+    """
+    from geo_pretrain.distribution.check import check_weights
+
+    lines = 0
+    for line in check_weights(folder, golden=golden):
+        console.print(escape(line), soft_wrap=True, highlight=False)
+        lines += 1
+    console.print(f"{lines} checkpoints are as they should be." if lines else f"{folder} holds no checkpoint yet.")
+
+
+@weights_app.command("texts")
+def texts(folder: Annotated[Path, typer.Argument(help=FOLDER_HELP)] = Path("weights")) -> None:
+    """Write the projects' READMEs, digests and settings anew from their checkpoints.
+
+    Example: `geo-pretrain weights texts`
+    """
+    from geo_pretrain.distribution import project
+
+    for each in project.projects(folder):
+        project.write_project(each)
+    project.write_overview(folder)
+    console.print(f"Wrote the texts of {len(project.projects(folder))} packages in {folder}.", markup=False)

@@ -1,0 +1,81 @@
+"""Write `catalog/shipped.py`: what the packages hold, as rows that Python reads quickly and people can compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from geo_pretrain.catalog import shipped
+from geo_pretrain.catalog.entry import Result, Shipped
+from geo_pretrain.errors import CheckpointError
+from geo_pretrain.files import write_text
+
+PLACE = Path("geo_pretrain/catalog/shipped.py")  # in a clone
+
+
+def catalog_file(weights: Path) -> Path | None:
+    """The file of the clone from which this package runs; None where it is installed elsewhere.
+
+    Raises `CheckpointError` where `weights` belongs to another clone.
+    """
+    ours = Path(shipped.__file__).resolve()
+    beside = weights.resolve().parent / PLACE
+    if beside.is_file() and beside.resolve() != ours:
+        raise CheckpointError(
+            f"{weights} belongs to the clone {beside.parents[2]}, and this geo_pretrain runs from {ours.parents[2]}; "
+            "accepted: the clone's own (`make install`, then .venv/bin/geo-pretrain)."
+        )
+    return ours if (ours.parents[2] / "pyproject.toml").is_file() else None
+
+
+def read_shipped(path: Path) -> dict[str, Shipped]:
+    """The rows that stand in the file now. Raises `CheckpointError` where it is no Python."""
+    spec = spec_from_file_location("geo_pretrain_shipped_rows", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return dict(module.SHIPPED)
+    except (SyntaxError, NameError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); `git checkout {path}` brings it back.") from error
+
+
+def write_shipped(path: Path, rows: Mapping[str, Shipped]) -> None:
+    """Write the file with these rows, by name."""
+    before = path.read_text(encoding="utf-8")
+    head = before[: before.index("SHIPPED: Mapping")]
+    write_text(path, head + rows_text(rows))
+
+
+def rows_text(rows: Mapping[str, Shipped]) -> str:
+    """The rows as ruff formats them."""
+    if not rows:
+        return "SHIPPED: Mapping[str, Shipped] = {}\n"
+    body = "".join(_row(name, rows[name]) for name in sorted(rows))
+    return f"SHIPPED: Mapping[str, Shipped] = {{\n{body}}}\n"
+
+
+def _row(name: str, row: Shipped) -> str:
+    lines = [f"package={_text(row.package)},", "files={"]
+    lines += [f"    {_text(file)}: ({size}, {_text(digest)})," for file, (size, digest) in row.files.items()]
+    lines += ["},", f"made={_text(row.made)},"]
+    if row.size is not None:
+        lines.append(f"size={row.size},")
+    if row.mirrors:
+        lines += ["mirrors=(", *(f"    {_text(place)}," for place in row.mirrors), "),"]
+    if row.measured:
+        lines += ["measured=(", *(f"    {line}" for result in row.measured for line in _result(result)), "),"]
+    return "".join([f"    {_text(name)}: Shipped(\n", *(f"        {line}\n" for line in lines), "    ),\n"])
+
+
+def _result(result: Result) -> list[str]:
+    fields = [f"    {key}={_text(v) if isinstance(v, str) else repr(v)}," for key, v in vars(result).items() if v != ""]
+    return ["Result(", *fields, "),"]
+
+
+def _text(value: str) -> str:
+    """A string as ruff writes it: in double quotes."""
+    return json.dumps(value, ensure_ascii=False)
