@@ -5,12 +5,14 @@ A contract is to this package what `pretrained_cfg` is to timm.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from geo_pretrain.errors import InputError
+from geo_pretrain.inputs import as_float, to_batch, to_features, to_image, to_points
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +24,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear")
 COLORS = {"R", "G", "B", "grey"}
 COORDINATES = {"cartesian": "one edge in meters", "cylindrical": "three edges in meters, degrees, meters"}
-MAX_EXTENT = 1000.0  # meters: no scan is larger, and rooms in millimeters are
-ACCEPTED = "a PIL image, uint8 [H, W, C] numpy, or a tensor [C, H, W] or [B, C, H, W], uint8 or float in [0, 1]"
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,24 @@ class ImageContract(Contract):
         """The transform of this contract; `resize=False` keeps the image's own size."""
         return ImageTransform(self, resize)
 
+    def doubt(self, span: tuple[float, float]) -> str | None:
+        """Say why images with values in `span` (least, greatest) cannot be normalized; None if they can.
+
+        Augmented ones may leave the range by as much as it spans, noise by 5.
+        """
+        if not set(self.channels) <= COLORS:
+            return None
+        low = min((self.value_range[0] - mean) / std for mean, std in zip(self.mean, self.std, strict=True))
+        high = max((self.value_range[1] - mean) / std for mean, std in zip(self.mean, self.std, strict=True))
+        slack = max(high - low, 5.0)
+        if low - slack <= span[0] and span[1] <= high + slack:
+            return None
+        what = "pixels from 0 to 255 that were not normalized" if span[0] >= 0 else "images of another normalization"
+        return (
+            f"the values given span [{span[0]:.4g}, {span[1]:.4g}] instead of about [{low:.2g}, {high:.2g}]: {what}? "
+            "network(network.transforms(images)) of uint8 or of floats in [0, 1] makes them right."
+        )
+
     def with_channels(self, count: int) -> ImageContract:
         """The contract of a network with its stem adapted to `count` channels; new ones take the average statistics."""
         if count == len(self.channels):
@@ -111,10 +129,10 @@ class ImageTransform:
 
         Refuses floats outside [0, 1]: such an image was normalized already or is on a 0-255 scale.
         """
-        pixels = _to_tensor(image, len(self.contract.channels))
+        pixels = to_image(image, len(self.contract.channels))
         if self.resize:
             pixels = _resize(pixels, self.contract)
-        scaled = _as_float(pixels)
+        scaled = as_float(pixels)
         mean, std = (scaled.new_tensor(values)[:, None, None] for values in (self.contract.mean, self.contract.std))
         return (scaled - mean) / std
 
@@ -240,9 +258,9 @@ class VoxelTransform:
         from geo_pretrain.sparse.coordinates import voxelize
 
         contract = self.contract
-        points = _to_points(points)
+        points = to_points(points)
         feats = _to_features(features, points, contract)
-        batch = None if batch is None else _as_tensor(batch).to(points.device)
+        batch = None if batch is None else to_batch(batch, points)
         if isinstance(contract.voxel_size, tuple):
             _warn_if_far(points, min(contract.voxel_size[0], contract.voxel_size[2]))
             cells = _cylinder(points) / points.new_tensor(contract.voxel_size)
@@ -258,36 +276,6 @@ def contract_from_dict(data: Mapping[str, Any]) -> ImageContract | VoxelContract
     if kind not in kinds:
         raise ValueError(f"contract kind is {kind!r}; accepted: {', '.join(kinds)}.")
     return kinds[kind].from_dict(data)
-
-
-def _as_tensor(values: Any) -> Tensor:
-    import numpy as np
-    import torch
-
-    # a copy of arrays: torch dislikes those that are read-only or run backwards
-    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
-
-
-def _as_float(values: Tensor) -> Tensor:
-    """Values in float32; bytes are divided by 255."""
-    import torch
-
-    return values.to(torch.float32) / 255 if values.dtype == torch.uint8 else values.to(torch.float32)
-
-
-def _to_points(points: Any) -> Tensor:
-    points = _as_tensor(points)
-    if points.ndim != 2 or points.shape[1] != 3 or not points.is_floating_point() or not len(points):
-        raise ValueError(f"points are {points.dtype} {tuple(points.shape)}; accepted: float [N, 3] in meters, N > 0.")
-    extent = (points.amax(dim=0) - points.amin(dim=0)).max()
-    if not math.isfinite(extent) and not points.isfinite().all():
-        raise ValueError("Some points are not finite (NaN or infinity); accepted: finite numbers. Drop those rows.")
-    if extent > MAX_EXTENT:
-        raise ValueError(
-            f"The points span {float(extent):.4g} m; accepted: meters, up to {MAX_EXTENT:g}. "
-            "Millimeters need dividing by 1000."
-        )
-    return points
 
 
 def _warn_if_far(points: Tensor, voxel_size: float) -> None:
@@ -308,48 +296,15 @@ def _to_features(features: Any, points: Tensor, contract: VoxelContract) -> Tens
     """The features the network sees for every point: float [N, C], scaled, constant channels filled in."""
     import torch
 
-    names, count = contract.given_channels, len(points)
-    wanted = f"[{count}, {len(names)}] ({', '.join(names)})"
-    if not names:
-        if features is not None:
-            raise ValueError(
-                "This network was trained on constant features; accepted: features=None. To fine-tune on others, set "
-                "network.contract to a VoxelContract that names them."
-            )
-        return torch.ones(count, len(contract.channels), dtype=torch.float32, device=points.device)
-    if features is None:
-        raise ValueError(f"This network needs features of the points; accepted: {_kinds(names)} {wanted}.")
-    features = _as_tensor(features).to(points.device)
-    if features.shape != (count, len(names)):
-        raise ValueError(f"features are {tuple(features.shape)}; accepted: {wanted}, one row a point.")
-    if features.dtype == torch.uint8 and set(names) <= COLORS:
-        features = _as_float(features)
-    if not features.is_floating_point():
-        raise ValueError(f"features are {features.dtype}; accepted: {_kinds(names)}.")
-    colors = features[:, [name in COLORS for name in names]]
-    _check_range(colors, "colors", "shifted already, which is done here")
-    finite = features.isfinite().all(dim=0)
-    if not finite.all():
-        wrong = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-        raise ValueError(
-            f"Some features ({', '.join(wrong)}) are not finite; accepted: finite numbers. Drop those rows."
+    names = contract.given_channels
+    if names:
+        return contract.scaled(to_features(features, points, names, COLORS))
+    if features is not None:
+        raise InputError(
+            "This network was trained on constant features; accepted: features=None. To fine-tune on others, set "
+            "network.contract to a VoxelContract that names them."
         )
-    return contract.scaled(features)
-
-
-def _kinds(names: tuple[str, ...]) -> str:
-    return "uint8 or float in [0, 1]" if set(names) <= COLORS else "float"
-
-
-def _check_range(values: Tensor, what: str, below: str) -> None:
-    if not values.numel():
-        return
-    low, high = (float(bound) for bound in values.aminmax())
-    if not (low >= 0 and high <= 1):  # so written, NaN is refused too
-        raise ValueError(
-            f"Float {what} must lie in [0, 1]; these span [{low:.4g}, {high:.4g}]. Below 0 they were probably {below}; "
-            "up to 255 they need dividing by 255 (or pass uint8)."
-        )
+    return torch.ones(len(points), len(contract.channels), dtype=torch.float32, device=points.device)
 
 
 def _cylinder(points: Tensor) -> Tensor:
@@ -369,46 +324,14 @@ def image_pixels(image: Any) -> Any:
     """Convert one image, as `ImageTransform` takes it, to numpy uint8 [H, W, 3] RGB. Raises ValueError for others."""
     import torch
 
-    pixels = _to_tensor(image, 3)
+    pixels = to_image(image, 3)
     if pixels.ndim != 3:
-        raise ValueError(f"Got a batch of shape {tuple(pixels.shape)}; accepted is one image [3, H, W], or a list.")
+        raise InputError(
+            f"Got a batch of shape {tuple(pixels.shape)}; accepted is one image [3, H, W], or a list: list(images)."
+        )
     if pixels.dtype != torch.uint8:
         pixels = (pixels.detach().float() * 255).round().to(torch.uint8)
     return pixels.permute(1, 2, 0).contiguous().cpu().numpy()
-
-
-def _to_tensor(image: Any, chans: int) -> Tensor:
-    """Convert any accepted image to a tensor [(B,) C, H, W], uint8 or float in [0, 1]; ValueError for others."""
-    import numpy as np
-    import torch
-
-    if hasattr(image, "mode") and hasattr(image, "convert"):  # PIL, without importing it
-        image = _from_pil(image, chans)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != chans:
-            raise ValueError(f"Got a numpy array {image.dtype} {image.shape}; accepted, with C = {chans}: {ACCEPTED}.")
-        return torch.from_numpy(image.transpose(2, 0, 1).copy())
-    if not isinstance(image, torch.Tensor):
-        raise ValueError(f"Got {type(image).__name__}; accepted, with C = {chans}: {ACCEPTED}.")
-    if image.ndim not in (3, 4) or image.shape[-3] != chans:
-        raise ValueError(f"Got a tensor of shape {tuple(image.shape)}; accepted, with C = {chans}: {ACCEPTED}.")
-    if image.dtype == torch.uint8:
-        return image
-    if not image.is_floating_point():
-        raise ValueError(f"Got a tensor of {image.dtype}; accepted: {ACCEPTED}.")
-    _check_range(image, "images", "normalized already")
-    return image
-
-
-def _from_pil(image: Any, chans: int) -> Any:
-    import numpy as np
-
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"Got a PIL image of mode {image.mode!r} (16 bit or float); accepted: 8-bit images.")
-    if chans not in (1, 3):
-        raise ValueError(f"A PIL image cannot give {chans} channels; accepted here: numpy or tensors with C = {chans}.")
-    pixels = np.asarray(image.convert("RGB" if chans == 3 else "L"))
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def _resize(pixels: Tensor, contract: ImageContract) -> Tensor:

@@ -28,6 +28,10 @@ class UnknownName(GeoPretrainError, KeyError):
         return str(self.args[0])
 
 
+class InputError(GeoPretrainError, ValueError, TypeError):
+    """A value that a network, a transform or a prediction cannot take: an image, points, or features of points."""
+
+
 class RecipeError(GeoPretrainError, ValueError):
     """A recipe with an unknown key, a wrong type or a value out of range."""
 

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "devices",
         "yaml_text",
         "geometry",
+        "inputs",
         "seeding",
         "threads",
         "sparse.backend",

@@ -85,7 +85,7 @@ def test_gray_palette_and_alpha_pictures_become_rgb():
         (np.zeros((40, 40), np.uint8), "numpy array uint8"),
         (Image.new("I;16", (40, 40)), "mode 'I;16'"),
         (Image.new("F", (40, 40)), "mode 'F'"),
-        ("picture.png", "Got str; accepted"),
+        ("picture.png", "Got the text 'picture.png'; accepted"),
         (None, "Got NoneType"),
     ],
 )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+
+from geo_pretrain.inputs import caller_level, check_finite, extremes
 
 if TYPE_CHECKING:
     from geo_pretrain.contract import ImageContract, ImageTransform, VoxelContract
@@ -19,6 +23,20 @@ class Backbone(nn.Module):
     name: str | None = None
     contract: ImageContract | VoxelContract | None = None
     load_report: Any = None  # a loading.LoadReport; that module imports this one
+    _looked = False  # at the values of an input
+
+    def _extremes(self, x: Tensor) -> tuple[float, float] | None:
+        """The extremes of an input's values, on a CPU always, elsewhere once: looking makes a GPU wait."""
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or (self._looked and x.device.type != "cpu"):
+            return None
+        span = extremes(x)
+        self._looked = self._looked or span is not None
+        return span
+
+    def _warn(self, doubt: str | None) -> None:
+        """Warn at the caller's line of input that does not fit the contract."""
+        if doubt is not None:
+            warnings.warn(f"{self.name or 'This network'} expects {self.contract}; {doubt}", stacklevel=caller_level())
 
     def extra_repr(self) -> str:
         """Name and contract, for `repr(model)`."""
@@ -56,6 +74,15 @@ class ImageBackbone(Backbone):
             )
         return self.contract.transforms()
 
+    def look_at(self, x: Tensor) -> None:
+        """Raise `InputError` for images with values that are not finite; warn if the first are not as .transforms'."""
+        first, span = not self._looked, self._extremes(x)
+        if span is None:
+            return
+        check_finite(x, span, "images", "images")
+        if first and self.contract is not None:
+            self._warn(self.contract.doubt(span))
+
 
 class FeatureEncoder(ImageBackbone):
     """Base class of the networks whose `forward` gives a pyramid of maps."""
@@ -83,15 +110,22 @@ class EncoderDecoder(ImageBackbone):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, in_chans, H, W], normalized -> dense features [B, out_chans, ...]; their size: see the network."""
-        return self._dense(self.encoder(x), x)
+        return self._dense(self._maps(x), x)
 
     def forward_intermediates(
         self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
     ) -> Any:
         """The dense features and the encoder's maps (`indices`: see `choose_maps`), under timm's name."""
-        maps = self.encoder(x)
+        maps = self._maps(x)
         intermediates = choose_maps(maps, indices)
         return intermediates if intermediates_only else (self._dense(maps, x), intermediates)
+
+    def _maps(self, x: Tensor) -> Any:
+        """The encoder's maps. It checks the images, and has no contract: the whole network has."""
+        maps = self.encoder(x)
+        if not self._looked:
+            self.look_at(x)
+        return maps
 
     def _dense(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:
         """The decoder's map for the encoder's maps of the images `x`."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from geo_pretrain.backbones.base import EncoderDecoder, FeatureEncoder
 from geo_pretrain.backbones.encoder import HOST_WIDTH, Stages
+from geo_pretrain.inputs import check_images
 
 if TYPE_CHECKING:
     from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -29,7 +30,6 @@ BLOCKS = {
 }
 torch.fx.wrap("check_images")  # one node for `torch.fx.symbolic_trace`, which cannot follow its branches
 DENSE_STRIDE = 2  # of the U-Nets' output
-MIN_SIZE = 32  # pixels: below this the last stage has nothing to look at
 STAGES = {"stem": ("conv1", "bn1"), **{f"layer{stage}": (f"layer{stage}",) for stage in range(1, 5)}}
 # output stride -> dilation of the first block of a stage, and of its others: torchvision's rule
 DILATIONS = {32: {}, 16: {"layer4": (1, 2)}, 8: {"layer3": (1, 2), "layer4": (2, 4)}}
@@ -77,7 +77,8 @@ class ResNetEncoder(FeatureEncoder):
 
         Map 0 is relu(bn1(conv1)) at stride 2, before the max-pooling; 1 to 4 are the outputs of layer1 to layer4.
         """
-        check_images(x, self.in_chans)
+        check_images(x, self.in_chans, self.conv1.weight)
+        self.look_at(x)
         x = self.relu(self.bn1(self.conv1(x)))
         maps = [x]
         x = self.maxpool(x)
@@ -297,20 +298,6 @@ def _check_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
             f"out_indices is {indices!r}; accepted: numbers from 0 (stride 2) to 4 (stride 32), each once, rising."
         )
     return indices
-
-
-def check_images(x: Tensor, in_chans: int) -> None:
-    """Raise ValueError unless x is [B, in_chans, H, W] of at least 32 x 32 pixels."""
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        given = f"a tensor of shape {tuple(x.shape)}"
-        hint = f" Load with in_chans={x.shape[1]} for such images." if x.ndim == 4 else ""
-        raise ValueError(f"This network takes images [B, {in_chans}, H, W]; got {given}.{hint}")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"Images are {x.dtype}; accepted: floating point, as .transforms gives them.")
-    if min(x.shape[2:]) < MIN_SIZE:
-        raise ValueError(
-            f"Images are {x.shape[2]} x {x.shape[3]} pixels; accepted: at least {MIN_SIZE} in both directions."
-        )
 
 
 def _size(x: Tensor) -> tuple[int, int]:

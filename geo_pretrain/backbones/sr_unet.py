@@ -7,10 +7,7 @@ MinkowskiEngine 0.5's layout. `width` scales every layer: 32 is the real network
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from geo_pretrain.backbones.base import Backbone, choose_maps
+from geo_pretrain.errors import InputError
+from geo_pretrain.inputs import check_finite, check_place, described
 from geo_pretrain.sparse.functional import point_rows
 from geo_pretrain.sparse.layers import BatchNorm, Conv3d, ConvTranspose3d, ReLU, normalized
 from geo_pretrain.sparse.tensor import SparseTensor, cat
@@ -33,7 +32,6 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "18B": ((32, 64, 128, 256, 128, 128, 128, 128), (2,) * 8),
     "18C": ((32, 64, 128, 256, 256, 128, 96, 96), (2,) * 8),  # 34C's channels
 }
-INNER_FILES = (__file__, str(Path(nn.__file__).parent))  # a warning about the input belongs to the caller's line
 LEVELS = ("block8", "block7", "block6", "block5", "block4")  # the finished maps, finest first: strides 1 to 16
 
 
@@ -97,7 +95,6 @@ class SRUNet(Backbone):
         planes, layers = _shape(variant, width, planes, layers)
         self.variant, self.width, self.planes, self.layers = variant, width, planes, layers
         self.in_chans, self.out_chans, self.normalize = in_chans, out_chans, normalize
-        self._doubted = False
 
         def norm(channels: int) -> BatchNorm:
             return BatchNorm(channels, momentum=bn_momentum)
@@ -201,23 +198,26 @@ class SRUNet(Backbone):
     def _check(self, x: SparseTensor) -> None:
         if not isinstance(x, SparseTensor):
             traced = " torch.fx cannot trace sparse tensors; the maps are at hand in `pyramid`." if _is_proxy(x) else ""
-            raise TypeError(
-                f"Got {type(x).__name__}; accepted: a SparseTensor. For points: encode_points(points).{traced}"
+            shown = f" ({described(x)})" if hasattr(x, "shape") and not traced else ""
+            raise InputError(
+                f"Got {type(x).__name__}{shown}; accepted: a SparseTensor. For points: encode_points(points).{traced}"
             )
         if x.stride != 1:
-            raise ValueError(f"The voxels are at stride {x.stride}; accepted: stride 1.")
-        given = x.sorted_feats.shape[1]
+            raise InputError(f"The voxels are at stride {x.stride}; accepted: stride 1.")
+        given = x.computed_feats.shape[1]
         if given != self.in_chans:
             wanted = "" if self.contract is None else f" ({self.contract})"
-            raise ValueError(
+            raise InputError(
                 f"This network takes {self.in_chans} feature channels{wanted}; got {given}. "
                 f"load_backbone(..., in_chans={given}) adapts the stem."
             )
-        if self.contract is not None and not self._doubted:
-            self._doubted = True  # once: looking at the values makes a GPU wait
-            doubt = self.contract.doubt(x.sorted_feats.detach())
-            if doubt is not None:
-                warnings.warn(f"{self.name or 'This network'} expects {self.contract}; {doubt}", stacklevel=_level())
+        check_place(x, self.final.kernel, "Features", "voxels")
+        first, span = not self._looked, self._extremes(x.computed_feats)
+        if span is None:
+            return
+        check_finite(x.computed_feats, span, "features", "feats")
+        if self.contract is not None and first:
+            self._warn(self.contract.doubt(x.sorted_feats.detach()))
 
 
 def _is_proxy(x: object) -> bool:
@@ -267,11 +267,3 @@ def _kaiming(network: nn.Module) -> None:
             kernel = module.kernel
             fan_out = kernel.shape[-1] * (kernel.shape[0] if kernel.ndim == 3 else 1)
             nn.init.normal_(kernel, std=(2 / fan_out) ** 0.5)
-
-
-def _level() -> int:
-    """Compute the `stacklevel` that makes a warning point at the first caller outside torch and this file."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(INNER_FILES):
-        frame, level = frame.f_back, level + 1
-    return level

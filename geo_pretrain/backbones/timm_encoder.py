@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from geo_pretrain.backbones.base import FeatureEncoder
 from geo_pretrain.backbones.depth_unet import DepthDecoder, DepthUNet
 from geo_pretrain.backbones.encoder import HOST_WIDTH, Stages
-from geo_pretrain.backbones.resnet_unet import DENSE_STRIDE, UNet, UNetDecoder, check_images
+from geo_pretrain.backbones.resnet_unet import DENSE_STRIDE, UNet, UNetDecoder
 from geo_pretrain.backbones.timm_names import NARROWEST, create, default_out_chans
-from geo_pretrain.errors import CheckpointError, first_line, require
+from geo_pretrain.errors import CheckpointError, InputError, first_line, require
+from geo_pretrain.inputs import check_images
 
 
 class TimmEncoder(FeatureEncoder):
@@ -60,13 +61,14 @@ class TimmEncoder(FeatureEncoder):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x [B, in_chans, H, W], normalized -> maps [B, C, H / stride, W / stride], finest first (`feature_info`)."""
-        check_images(x, self.in_chans)
+        check_images(x, self.in_chans, next(self.model.parameters()))
         fixed = self.fixed_size
         if fixed is not None and tuple(x.shape[2:]) != fixed:
-            raise ValueError(
+            raise InputError(
                 f"timm's {self.timm_name} was built for images of {fixed[0]} x {fixed[1]} pixels and takes no others; "
-                f"got {x.shape[2]} x {x.shape[3]}."
+                f"got {x.shape[2]} x {x.shape[3]}: torch.nn.functional.interpolate(images, {fixed})."
             )
+        self.look_at(x)
         maps = self.model(x)
         if self.channels_last:
             maps = [one.permute(0, 3, 1, 2) for one in maps]

@@ -353,7 +353,7 @@ def test_wrong_inputs_are_refused():
     network = tiny(COLOR)
     with pytest.raises(ValueError, match=r"takes 3 feature channels \(voxels: 5 cm, RGB .*; got 4\. .*in_chans=4"):
         network(voxels(torch.zeros(9, 4)))
-    with pytest.raises(TypeError, match="Got Tensor; accepted: a SparseTensor"):
+    with pytest.raises(TypeError, match=r"Got Tensor \(.*\); accepted: a SparseTensor"):
         network(torch.zeros(9, 3))
     coarse = SparseTensor(torch.tensor([[0, 2, 4, 6]], dtype=torch.int32), torch.zeros(1, 3), stride=2)
     with pytest.raises(ValueError, match="at stride 2; accepted: stride 1"):
