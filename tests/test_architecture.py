@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "yaml_text",
         "geometry",
         "inputs",
+        "online",
         "seeding",
         "threads",
         "sparse.backend",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, WeightsMismatch, first_line, require, some, unknown
+from geo_pretrain.online import hub_fault
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,6 +162,7 @@ def timm_weights(encoder: str, expected: Mapping[str, Tensor]) -> dict[str, Tens
             "random weights: --set model.init=scratch."
         )
     try:
+        _knock(config)
         plain = create(name, features=False, pretrained=True, pretrained_cfg=tag or None, **_options(encoder))
     except Exception as error:  # of the network, of huggingface_hub, of a file: many classes, one meaning
         source = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
@@ -170,6 +172,17 @@ def timm_weights(encoder: str, expected: Mapping[str, Tensor]) -> dict[str, Tens
             "or start from random weights: --set model.init=scratch."
         ) from error
     return _all_of(expected, plain.state_dict(), f"timm's weights of {label}")
+
+
+def _knock(config: Any) -> None:
+    """Raise OSError where there is no network: huggingface_hub would try for a minute."""
+    files = ("model.safetensors", "pytorch_model.bin")
+    repo, at, revision = (config.hf_hub_id or "").partition("@")
+    if not repo or config.file:
+        return
+    faults = [hub_fault(repo, config.hf_hub_filename or file, revision if at else None) for file in files]
+    if all(faults):
+        raise OSError(faults[0])
 
 
 def fitted(encoder: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:

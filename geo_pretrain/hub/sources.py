@@ -36,6 +36,7 @@ from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
 from geo_pretrain.hub.packages import PACKAGE_PREFIX, again, package_folder, without
 from geo_pretrain.hub.transfer import LARGEST, Progress, download, probe
+from geo_pretrain.online import hub_fault
 
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 HF_PREFIX, WEB_PREFIXES = "hf-hub:", ("http://", "https://")
@@ -239,6 +240,7 @@ class HuggingFace(Source):
             raise HubError(f"{spec} states its revision; revision={request.revision!r} is another: drop one")
         self.revision = at_revision or request.revision
         self.checkpoint: Checkpoint | None = None  # once `look` was called
+        self.answers = False  # somebody was asked, and did
 
     def look(self) -> Description:
         """Fetch config.json."""
@@ -285,8 +287,21 @@ class HuggingFace(Source):
         import huggingface_hub as client
 
         where: dict[str, Any] = {"cache_dir": self.request.cache_dir, "local_files_only": self.request.offline}
+        self._knock(file, revision)
         with self._asking(file):
             return Path(client.hf_hub_download(self.repo, file, revision=revision, force_download=again, **where))
+
+    def _knock(self, file: str, revision: str | None) -> None:
+        """Give up at once where there is no network: the client would try for half a minute."""
+        if self.request.offline or self.answers:
+            return
+        cache = None if self.request.cache_dir is None else str(self.request.cache_dir)
+        if (fault := hub_fault(self.repo, file, revision, cache=cache)) is not None:
+            raise HubError(
+                f"Hugging Face, {self.repo!r}: {fault} Where there is none, `geo-pretrain bundle` and a folder of "
+                "checkpoints (hub=PATH, GEO_PRETRAIN_HUB) can stand in."
+            )
+        self.answers = True
 
     @contextmanager
     def _asking(self, file: str) -> Iterator[None]:
