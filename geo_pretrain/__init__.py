@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from geo_pretrain.advice import recommend
     from geo_pretrain.catalog import backbone_info, list_backbones
-    from geo_pretrain.loading import load_backbone, load_pair, verify
+    from geo_pretrain.loading import (
+        load_backbone,
+        load_image_encoder,
+        load_image_unet,
+        load_pair,
+        load_point_unet,
+        verify,
+    )
     from geo_pretrain.sparse.coordinates import voxelize
     from geo_pretrain.training.finetune.load import load_finetuned
 
@@ -17,20 +24,22 @@ __all__ = [
     "list_backbones",
     "load_backbone",
     "load_finetuned",
+    "load_image_encoder",
+    "load_image_unet",
     "load_pair",
+    "load_point_unet",
     "recommend",
     "verify",
     "voxelize",
 ]
 
+_LOADERS = ("load_backbone", "load_image_encoder", "load_image_unet", "load_pair", "load_point_unet", "verify")
 _HOMES = {
-    "recommend": "geo_pretrain.advice",
+    **dict.fromkeys(_LOADERS, "geo_pretrain.loading"),
     "backbone_info": "geo_pretrain.catalog",
     "list_backbones": "geo_pretrain.catalog",
-    "load_backbone": "geo_pretrain.loading",
     "load_finetuned": "geo_pretrain.training.finetune.load",
-    "load_pair": "geo_pretrain.loading",
-    "verify": "geo_pretrain.loading",
+    "recommend": "geo_pretrain.advice",
     "voxelize": "geo_pretrain.sparse.coordinates",
 }
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
@@ -21,43 +20,27 @@ from torch import Tensor, nn
 
 from geo_pretrain import hub as hubs
 from geo_pretrain.backbones.architectures import encoder_arch
-from geo_pretrain.backbones.base import Backbone
+from geo_pretrain.backbones.base import Backbone, EncoderDecoder, FeatureEncoder
 from geo_pretrain.backbones.build import build, golden_outputs
 from geo_pretrain.backbones.feature_pair import FeaturePair, pair_outputs
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.backbones.timm_names import is_timm, timm_contract, timm_weights
 from geo_pretrain.catalog import Arch, Entry, find
+from geo_pretrain.catalog.names import ImageName, PointName
 from geo_pretrain.checkpoint import Checkpoint, read_weights
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.devices import check_request
-from geo_pretrain.errors import CheckpointError, WeightsMismatch, some
+from geo_pretrain.errors import CheckpointError, WeightsMismatch
+from geo_pretrain.fitting import LoadReport as LoadReport
+from geo_pretrain.fitting import adapt_stem as adapt_stem
+from geo_pretrain.fitting import fitting_prefix as fitting_prefix
+from geo_pretrain.fitting import match as match
+from geo_pretrain.fitting import prefix_hint, shown_keys
 
 MIN_COVERAGE = 0.9
 GOLDEN_TOLERANCE = 1e-4  # of the largest magnitude: other processors sum in another order
-SHOWN_KEYS = 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # to which weights can be converted
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """The load result of every tensor of the network and of the files."""
-
-    loaded: int  # tensors of the network that came from the files
-    fresh: tuple[str, ...]  # of the network, newly initialized
-    dropped: tuple[str, ...]  # of the files, not used
-    reshaped: tuple[str, ...]  # loaded after a change of shape that was asked for
-    coverage: float  # loaded / all tensors of the network
-
-    def __str__(self) -> str:
-        total = self.loaded + len(self.fresh)
-        parts = [f"{self.loaded} of {total} tensors loaded ({self.coverage:.0%})"]
-        parts += [
-            f"{what}: {_shown(keys)}"
-            for what, keys in (("fresh", self.fresh), ("dropped", self.dropped), ("reshaped", self.reshaped))
-            if keys
-        ]
-        return "; ".join(parts)
 
 
 class LoadOptions(hubs.Where, total=False):
@@ -70,6 +53,18 @@ class LoadOptions(hubs.Where, total=False):
     strict: bool
     device: torch.device | str | None
     dtype: torch.dtype | None
+
+
+@overload
+def load_backbone(
+    name_or_folder: PointName, *, decoder: Literal[False] = False, **options: Unpack[LoadOptions]
+) -> SRUNet: ...
+
+
+@overload
+def load_backbone(
+    name_or_folder: ImageName, *, decoder: Literal[False] = False, **options: Unpack[LoadOptions]
+) -> ResNetEncoder: ...
 
 
 @overload
@@ -162,41 +157,39 @@ def load_pair(
     return _joined(checkpoint, network)
 
 
-def adapt_stem(weight: Tensor, in_chans: int) -> Tensor:
-    """A first convolution, [C, n, k, k] or sparse [K, n, C], for `in_chans` input channels instead of n.
+def load_image_encoder(
+    name_or_folder: ImageName | str | os.PathLike[str], **options: Unpack[LoadOptions]
+) -> FeatureEncoder:
+    """Load an image encoder: `load_backbone` for editors, which then complete `.forward_intermediates` and the rest.
 
-    Fewer channels: each keeps its weights plus an equal share of the dropped ones, so input that is equal in all
-    channels gives the same response as before (one channel: the sum over RGB). More: the new ones start from the mean
-    of the old ones.
+    The network maps [B, 3, H, W] to a list of maps, finest first. Arguments and errors are those of `load_backbone`; a
+    checkpoint for point clouds raises ValueError before it is fetched, if its name is in the catalog.
     """
-    have = weight.shape[1]
-    if in_chans == have:
-        return weight
-    if in_chans < have:
-        return weight[:, :in_chans] + weight[:, in_chans:].sum(dim=1, keepdim=True) / in_chans
-    mean = weight.mean(dim=1, keepdim=True)
-    return torch.cat([weight, mean.repeat_interleave(in_chans - have, dim=1)], dim=1)
+    _check_kind(name_or_folder, "2d")
+    network = load_backbone(name_or_folder, **options)
+    if not isinstance(network, FeatureEncoder):
+        raise _other_kind(name_or_folder, "3d")
+    return network
 
 
-def match(
-    expected: Mapping[str, Tensor], given: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
-    """Tensors of `given` that fit `expected` by name and shape; names left over of `expected`; those of `given`."""
-    fits = {key: value for key, value in given.items() if key in expected and expected[key].shape == value.shape}
-    return fits, tuple(k for k in expected if k not in fits), tuple(k for k in given if k not in fits)
+def load_image_unet(
+    name_or_folder: ImageName | str | os.PathLike[str], **options: Unpack[LoadOptions]
+) -> EncoderDecoder:
+    """Load an image network with its decoder: dense features [B, C, ...]. See `load_image_encoder`."""
+    _check_kind(name_or_folder, "2d")
+    network = load_backbone(name_or_folder, decoder=True, **options)
+    if not isinstance(network, EncoderDecoder):
+        raise _other_kind(name_or_folder, "3d")
+    return network
 
 
-def fitting_prefix(expected: Iterable[str], given: Iterable[str]) -> tuple[str, int]:
-    """The prefix, ending in a dot, that most keys of `given` have before a key of `expected`, and how many have it.
-
-    ("", 0) when there is none.
-    """
-    wanted = set(expected)
-    counts: Counter[str] = Counter()
-    for key in given:
-        parts = key.split(".")
-        counts.update(".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in wanted)
-    return counts.most_common(1)[0] if counts else ("", 0)
+def load_point_unet(name_or_folder: PointName | str | os.PathLike[str], **options: Unpack[LoadOptions]) -> SRUNet:
+    """Load a sparse U-Net for point clouds: `.encode_points(points, features)` -> [N, D]. See `load_image_encoder`."""
+    _check_kind(name_or_folder, "3d")
+    network = load_backbone(name_or_folder, **options)
+    if not isinstance(network, SRUNet):
+        raise _other_kind(name_or_folder, "2d")
+    return network
 
 
 @dataclass(frozen=True)
@@ -264,6 +257,18 @@ def _golden_of(checkpoint: Checkpoint, golden: Mapping[str, Tensor]) -> tuple[An
 # --- from a checkpoint to a network ---
 
 
+def _check_kind(name_or_folder: str | os.PathLike[str], wanted: str) -> None:
+    """Raise ValueError for a name of the catalog whose network takes something else."""
+    entry = find(str(name_or_folder), stacklevel=4)
+    if entry is not None and entry.modality != wanted:
+        raise _other_kind(name_or_folder, entry.modality)
+
+
+def _other_kind(name_or_folder: str | os.PathLike[str], is_of: str) -> ValueError:
+    takes, loader = {"2d": ("images", "load_image_encoder"), "3d": ("point clouds", "load_point_unet")}[is_of]
+    return ValueError(f"{os.fspath(name_or_folder)!r} takes {takes}: {loader} loads it.")
+
+
 def _check_one_type(network: nn.Module, dtype: torch.dtype | None) -> None:
     """Refuse weights of several floating-point types, which no layer multiplies, unless `dtype` makes them one."""
     first: dict[torch.dtype, str] = {}
@@ -288,7 +293,7 @@ def _warn_of_overflow(network: nn.Module, dtype: torch.dtype | None) -> None:
     if over:
         warnings.warn(
             f"{len(over)} tensors have values above {largest:g}, which torch.float16 turns into infinity: "
-            f"{_shown(over)}; dtype=torch.bfloat16 holds them.",
+            f"{shown_keys(over)}; dtype=torch.bfloat16 holds them.",
             stacklevel=3,
         )
 
@@ -323,7 +328,9 @@ class _Shape:
                 )
             return
         if decoder and not arch.has_decoder:
-            raise ValueError(f"This checkpoint holds an encoder alone ({arch}); drop decoder=True.")
+            raise ValueError(
+                f"This checkpoint holds an encoder alone ({arch}); drop decoder=True, or use load_image_encoder."
+            )
         if decoder and out_indices is not None:
             raise ValueError(
                 "out_indices chooses maps of the encoder; with decoder=True there is one output. Drop one."
@@ -410,34 +417,18 @@ def _load(checkpoint: Checkpoint, strict: bool, shape: _Shape) -> tuple[Any, Loa
     if report.coverage < MIN_COVERAGE:
         raise WeightsMismatch(
             f"{checkpoint.name!r}: {len(fits)} of {len(expected)} tensors match this network (coverage "
-            f"{report.coverage:.0%}; at least {MIN_COVERAGE:.0%} is accepted).{_prefix_hint(expected, given)}"
+            f"{report.coverage:.0%}; at least {MIN_COVERAGE:.0%} is accepted).{prefix_hint(expected, given)}"
         )
     if strict and (fresh or dropped):
         raise WeightsMismatch(
             f"{checkpoint.name!r}: the file does not fit this network exactly. Missing or of another shape: "
-            f"{_shown(fresh)}. Not used: {_shown(dropped)}. strict=False loads the other {len(fits)} tensors."
+            f"{shown_keys(fresh)}. Not used: {shown_keys(dropped)}. strict=False loads the other {len(fits)} tensors."
         )
     if fresh:
         network = shape.build(checkpoint.arch)  # the left-over tensors need a real random start
         fits = {**network.state_dict(), **fits}
     network.load_state_dict(fits, assign=True)
     return network, report
-
-
-def _prefix_hint(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    prefix, count = fitting_prefix(expected, given)
-    if not count:
-        return (
-            f" The file's keys look like {_shown(tuple(given)[:3])}, the network's like {_shown(tuple(expected)[:3])}."
-        )
-    return (
-        f" The file has prefix {prefix!r}: without it {count} of {len(expected)} would match. Files in another "
-        "library's format are turned into a checkpoint folder by geo_pretrain.convert."
-    )
-
-
-def _shown(keys: Sequence[str]) -> str:
-    return some(map(repr, keys), SHOWN_KEYS)
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:

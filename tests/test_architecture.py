@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("convert.out", "cards"),  # convert.out writes a checkpoint folder in other people's formats
     ("hub",),  # opens names as folders: converts authors' files and writes their cards
-    ("loading", "halving", "listing"),
+    ("loading", "fitting", "halving", "listing"),
     ("adapters", "publish", "doctor"),
     (
         "training.batchnorm",
@@ -349,7 +349,8 @@ def test_training_in_3d_is_prepared_without_torchvision():
 def test_the_public_face_is_complete_and_small():
     import geo_pretrain as gp
 
-    names = "backbone_info list_backbones load_backbone load_finetuned load_pair recommend verify voxelize"
+    names = "backbone_info list_backbones load_backbone load_finetuned load_image_encoder load_image_unet load_pair "
+    names += "load_point_unet recommend verify voxelize"
     assert sorted(gp.__all__) == names.split()
     for name in gp.__all__:
         assert callable(getattr(gp, name))

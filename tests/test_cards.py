@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from geo_pretrain import cards, catalog
+from geo_pretrain.cards import name_types
 from geo_pretrain.catalog import CATALOG, Arch, Paper, Result, list_backbones
 from geo_pretrain.checkpoint import CONFIG
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, UnknownName
@@ -451,6 +452,11 @@ def test_make_cards_writes_the_checkout_it_runs_from(tmp_path: Path):
     assert (tmp_path / "docs/checkpoints.md").read_text().count("../model_cards/") == len(CATALOG)
     assert (tmp_path / "README.md").read_text().count("](model_cards/") == len(cards.FEATURED)
     assert len(list((tmp_path / "model_cards").glob("*.md"))) == len(CATALOG)
+
+
+def test_types_of_names_are_fresh():
+    """`make cards` writes them again."""
+    assert (REPO / name_types.NAMES).read_text(encoding="utf-8") == name_types.name_types()
 
 
 def test_cards_in_the_repository_are_fresh():

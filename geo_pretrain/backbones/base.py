@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from geo_pretrain.inputs import caller_level, check_finite, extremes
 
 if TYPE_CHECKING:
+    from geo_pretrain.backbones.encoder import Stages
     from geo_pretrain.contract import ImageContract, ImageTransform, VoxelContract
 
 T = TypeVar("T")
@@ -87,6 +88,16 @@ class ImageBackbone(Backbone):
 class FeatureEncoder(ImageBackbone):
     """Base class of the networks whose `forward` gives a pyramid of maps."""
 
+    feature_info: list[dict[str, Any]]  # of each map, finest first: "num_chs", "reduction" (its stride), "module"
+    in_chans: int
+    output_stride: int  # of the last map
+
+    if TYPE_CHECKING:  # nn.Module's own says Any
+
+        def __call__(self, x: Tensor) -> list[Tensor]: ...
+
+        def stages(self) -> Stages: ...
+
     def forward_intermediates(
         self, x: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
     ) -> Any:
@@ -101,6 +112,10 @@ class EncoderDecoder(ImageBackbone):
 
     encoder: Any
     out_chans: int
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:

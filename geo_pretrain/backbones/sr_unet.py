@@ -77,6 +77,10 @@ class SRUNet(Backbone):
 
     contract: VoxelContract | None
 
+    if TYPE_CHECKING:  # nn.Module's own says Any
+
+        def __call__(self, x: SparseTensor) -> SparseTensor: ...
+
     def __init__(
         self,
         variant: str = "34C",
