@@ -58,7 +58,7 @@ def eval_awareness(
     """
     from geo_pretrain.training.config import parse
     from geo_pretrain.training.data.frame import SkippedFrames
-    from geo_pretrain.training.data.sources.registry import open_source
+    from geo_pretrain.training.data.sources.registry import open_on_disk, open_source
     from geo_pretrain.training.evaluation.awareness.networks import find_subject, with_random
     from geo_pretrain.training.evaluation.awareness.run import measure_awareness
     from geo_pretrain.training.evaluation.awareness.spec import AwarenessSpec
@@ -66,13 +66,14 @@ def eval_awareness(
     wanted = [part.strip() for part in measures.split(",")]
     settings: dict[str, Any] = {"frames": views, "pairs": pairs, "seeds": seeds, "measures": wanted}
     settings |= {} if threshold is None else {"threshold": threshold}
-    subjects = [find_subject(name, encoder) for name in dict.fromkeys(names)]
     spec = parse(AwarenessSpec, settings | {"size": list(size_of(size) or ())}, where="awareness")
     source_spec = _rooms(replace(data_spec(data, frames, set_), size=spec.size))
+    on_disk = open_on_disk(source_spec, split="val")
+    subjects = [find_subject(name, encoder) for name in dict.fromkeys(names)]
     skips = SkippedFrames()
     with progress(not as_json) as report:
         rendering = lambda done, total: report("rendering rooms", done, total, "")  # noqa: E731
-        source = open_source(source_spec, split="val", progress=rendering)
+        source = open_source(source_spec, split="val", progress=rendering) if on_disk is None else on_disk
         results = measure_awareness(
             with_random(subjects) if random else subjects,
             source,

@@ -23,7 +23,7 @@ from geo_pretrain.geometry import centered, match_pixels, radius_matches
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, Surface, resize_frame
 from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.samples.augment import random_rotation
-from geo_pretrain.training.data.sources.registry import open_source
+from geo_pretrain.training.data.sources.registry import open_on_disk, open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, cubic_voxel_size
 from geo_pretrain.training.evaluation.features import (
     RANDOM,
@@ -268,12 +268,13 @@ def compare_matching(
         turn: of the clouds of a 3D backbone.
         seed: of queries, turns and random weights.
     """
+    source = open_on_disk(spec, split="val")
     checkpoint = open_checkpoint(backbone)
     if isinstance(checkpoint.contract, VoxelContract):
         cubic_voxel_size(checkpoint.contract)  # refuse what cannot be measured before anything is rendered
     spec = replace(spec, size=size or pretraining_size(checkpoint, spec.size))
     skips = skips if skips is not None else SkippedFrames()
-    source = open_source(spec, split="val")
+    source = open_source(spec, split="val") if source is None else source
     pairs = spread_evenly(find_pairs(source, spec, skips=skips), count)
     extractors = {
         RANDOM: load_extractor(checkpoint.folder, random_init=True, seed=seed),
@@ -298,6 +299,7 @@ def compare_pixel_to_voxel(
     The random-init baseline re-initializes all of Pri3D; of taught networks only the student and the projections.
     Frames have the size of pre-training; `count` of them are spread evenly over those of `spec`.
     """
+    source = open_on_disk(spec, split="val")
     networks = {RANDOM: load_paired(folder, random_init=True, seed=seed), folder: load_paired(folder)}
     recipe = recipe_of(open_checkpoint(folder))
     spec = replace(spec, size=spec.size if recipe is None else recipe.data.size)
@@ -305,7 +307,7 @@ def compare_pixel_to_voxel(
     taught = isinstance(networks[folder], FeaturePair)
     if taught:
         spec = replace(spec, units="frames")
-    source = open_source(spec, split="val")
+    source = open_source(spec, split="val") if source is None else source
     frames = spread_evenly(find_pairs(source, spec, skips=skips), count) if taught else spread_frames(source, count)
     surfaces = Surfaces(source)
     extractors = {name: paired_extractor(both, surfaces) for name, both in networks.items()}

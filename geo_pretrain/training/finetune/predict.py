@@ -82,8 +82,7 @@ def predict(
         DataError: nothing could be read, or two files would be written under one name.
         CheckpointError: `run` is no finished run.
     """
-    if bool(files) == (data is not None):
-        raise RecipeError("Predict on what? Accepted: either FILES, or --data SOURCE:PATH.")
+    _check_request(run, files, data, path)
     check_target(out)
     network = load_finetuned(run, device=device)
     task = network.task
@@ -204,6 +203,18 @@ def check_target(out: Path) -> None:
     """Raise `DataError` unless `out` is new, empty, or holds an earlier prediction."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / INDEX).exists())):
         raise DataError(f"{str(out)!r} exists and holds no prediction; choose another --out.")
+
+
+def _check_request(run: str | os.PathLike[str], files: Sequence[Path], data: str | None, path: str | None) -> None:
+    """Raise `RecipeError` for files and data, `DataError` where nothing is there, before a network is downloaded."""
+    if bool(files) == (data is not None):
+        raise RecipeError("Predict on what? Accepted: either FILES, or --data SOURCE:PATH.")
+    if Path(run).is_dir():
+        return  # nothing is downloaded
+    named = [*files, *([] if path is None else [Path(path).expanduser()])]
+    missing = [repr(str(one)) for one in named if not one.exists()]
+    if len(missing) == len(named) > 0:
+        raise DataError(f"Nothing to predict on: there is no {some(missing)} here ({str(Path.cwd())!r}).")
 
 
 def _open(

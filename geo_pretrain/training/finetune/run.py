@@ -15,7 +15,7 @@ import torch
 
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.labelled.dataset import LabelledData
-from geo_pretrain.training.data.labelled.registry import data_terms, open_labelled, subset
+from geo_pretrain.training.data.labelled.registry import DATA_SETS, data_terms, open_labelled, subset
 from geo_pretrain.training.data.labelled.scannet import read_scene_list
 from geo_pretrain.training.distributed import World, join
 from geo_pretrain.training.finetune.folder import FinetuneResult, check_result_out, finish
@@ -60,10 +60,12 @@ def finetune(
     out = Path(out)
     check_result_out(out, overwrite=overwrite)
     where = dict(init_kwargs or {})
+    early = sources is not None or is_on_disk(recipe)  # a wrong path is told before anything is fetched
+    data = open_splits(recipe, sources, on_data) if early else None
     recipe = resolved(recipe, os.fspath(backbone), where)
     start = backbone_init(recipe, os.fspath(backbone), where)
-    contract = start.contract()  # an unknown name fails before any data are read
-    data = _open(recipe, sources, on_data)
+    contract = start.contract()  # an unknown name fails before rooms are rendered
+    data = open_splits(recipe, sources, on_data) if data is None else data
     # now, for the start may have moved when the run ends
     terms, _ = data_terms(data.train.name, recipe.data.license)
     license = finetuned_license(data.train.name, terms, start.backbone, recipe.network.encoder, where)
@@ -86,7 +88,12 @@ def finetune(
         return cast(FinetuneResult, world.all_gather_object(result)[0])
 
 
-def _open(
+def is_on_disk(recipe: FinetuneRecipe) -> bool:
+    """Whether the recipe's data are files, which are opened at once; others are rendered."""
+    return DATA_SETS[recipe.data.source].embedded is None
+
+
+def open_splits(
     recipe: FinetuneRecipe,
     sources: tuple[LabelledData, LabelledData] | None,
     on_data: Callable[[int, int], None] | None,

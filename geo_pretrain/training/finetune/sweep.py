@@ -31,7 +31,7 @@ from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.finetune.folder import RESULTS, FinetuneResult, read_result
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
 from geo_pretrain.training.finetune.registry import backbone_init
-from geo_pretrain.training.finetune.run import finetune
+from geo_pretrain.training.finetune.run import finetune, is_on_disk, open_splits
 from geo_pretrain.training.finetune_recipe import (
     FinetuneRecipe,
     list_finetune_recipes,
@@ -166,7 +166,7 @@ def run_sweep(
     """
     where = dict(init_kwargs or {})
     _check_axes(recipe, fractions, seeds)
-    held = _check_starts(recipe, backbones, where)
+    held = _check_starts(recipe, backbones, where, opened=sources is not None)
     order = product(seeds, fractions, held.items())
     runs = [Run(backbone, label, float(share), seed, out) for seed, share, (label, (backbone, _)) in order]
     world = world or join(device)
@@ -271,11 +271,13 @@ def _check_axes(recipe: FinetuneRecipe, fractions: Sequence[float], seeds: Seque
 
 
 def _check_starts(
-    recipe: FinetuneRecipe, backbones: Sequence[str], where: Mapping[str, Any]
+    recipe: FinetuneRecipe, backbones: Sequence[str], where: Mapping[str, Any], *, opened: bool
 ) -> dict[str, tuple[str, str | None]]:
     """Load each start once; map its label to backbone and digest of the weights (None: not a checkpoint)."""
     if not backbones or len(set(backbones)) != len(backbones):
         raise RecipeError(f"backbones are {list(backbones)}, accepted is one or more, each once.")
+    if not opened and is_on_disk(recipe):
+        open_splits(recipe, None, None)  # a wrong path is told before starts are fetched
     checkpoints = {}
     for backbone in backbones:
         start = backbone_init(recipe, backbone, where)

@@ -9,9 +9,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from geo_pretrain.devices import device_fault
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, unknown
 from geo_pretrain.training.data.frame import Frame, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.data.mining import spread_evenly
+from geo_pretrain.training.data.sources.registry import open_on_disk
 from geo_pretrain.training.evaluation.features import pretraining_size
 from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec, recipe_of
@@ -30,6 +32,17 @@ def check_suffix(path: Path, accepted: Sequence[str]) -> None:
     """Raise `RecipeError` for a file of another kind, before anything is computed."""
     if path.suffix.lower() not in accepted:
         raise RecipeError(f"The file to write is {path.name!r}; accepted: names that end in {', '.join(accepted)}.")
+
+
+def prepare(out: Path, accepted: Sequence[str], spec: DataSpec, device: str) -> Source | None:
+    """Check the file to write and the device, and open a source of files: before a backbone is fetched.
+
+    Returns None for rooms. Raises `RecipeError`, and what opening a source raises.
+    """
+    check_suffix(out, accepted)
+    if (fault := device_fault(device)) is not None:
+        raise RecipeError(fault)
+    return open_on_disk(spec, split="val")
 
 
 def drawing_spec(spec: DataSpec, opened: Opened, size: tuple[int, int] | None, scenes: int = SCENES) -> DataSpec:

@@ -13,7 +13,7 @@ from geo_pretrain.training.evaluation.features import Features
 from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.columns import Column, find_backbone, load_beside_random, shared_colors
-from geo_pretrain.training.visualize.common import check_suffix, drawing_spec, fill_rows, load_frames, paint, pick_scene
+from geo_pretrain.training.visualize.common import drawing_spec, fill_rows, load_frames, paint, pick_scene, prepare
 from geo_pretrain.training.visualize.grids import enlarge, save_grid, shorten
 
 
@@ -48,11 +48,11 @@ def draw_features(
         RecipeError: `out` is not a .png.
         UnknownName: no such backbone or scene; DataError: no frame can be shown.
     """
-    check_suffix(out, [".png"])
+    source = prepare(out, [".png"], spec, device)
     skips = skips if skips is not None else SkippedFrames()
     opened = [find_backbone(name) for name in backbones]
     spec = drawing_spec(spec, opened[0], size)
-    source = open_source(spec, split="val")
+    source = source or open_source(spec, split="val")
     frames = load_frames(source, pick_scene(source, scene), count, spec.size, skips)
     columns = load_beside_random(opened, Surfaces(source), baseline=baseline, level=level, seed=seed, device=device)
 

@@ -24,7 +24,7 @@ from geo_pretrain.training.evaluation.matching import THRESHOLDS, Matches, Turn,
 from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.columns import RANDOM_TITLE, Column, Opened, find_backbone
-from geo_pretrain.training.visualize.common import check_suffix, drawing_spec, fill_rows, paint, pick_scene
+from geo_pretrain.training.visualize.common import drawing_spec, fill_rows, paint, pick_scene, prepare
 from geo_pretrain.training.visualize.grids import magnification, shorten
 from geo_pretrain.training.visualize.match_page import cloud_views, image_views, match_page, page_pair
 from geo_pretrain.training.visualize.results import draw_matches
@@ -71,11 +71,11 @@ def visualize_matches(
         CheckpointError: voxels that RGB-D cannot give, or a backbone of another kind beside.
         DataError: no pair can be shown; UnknownName: no such backbone or scene.
     """
-    check_suffix(out, SUFFIXES)
+    source = prepare(out, SUFFIXES, spec, device)
     skips = skips if skips is not None else SkippedFrames()
     opened = _open_all(backbone, against)
     spec = drawing_spec(spec, opened[0], size)
-    source = open_source(spec, split="val")
+    source = source or open_source(spec, split="val")
     pairs = _pairs_to_draw(source, spec, scene, count, skips)
     columns = _load_columns(opened, against == SCRATCH, seed, device)
     unit = unit_of(columns[0].extractor)

@@ -27,7 +27,7 @@ from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.cloud_layers import spacing
 from geo_pretrain.training.visualize.columns import Column, find_backbone, load_beside_random, shared_colors
-from geo_pretrain.training.visualize.common import check_suffix, drawing_spec, load_frames, paint, pick_scene
+from geo_pretrain.training.visualize.common import drawing_spec, load_frames, paint, pick_scene, prepare
 from geo_pretrain.training.visualize.grids import save_grid, shorten
 from geo_pretrain.training.visualize.linked import link_frames
 from geo_pretrain.training.visualize.rerun_file import write_rerun
@@ -90,14 +90,14 @@ def visualize_points(
         RecipeError: `out` has another suffix, or `limit` is below 1.
         UnknownName: no such backbone, scene or frame; DataError: no frame or surface can be read.
     """
-    check_suffix(out, SUFFIXES)
+    source = prepare(out, SUFFIXES, spec, device)
     if limit < 1:
         raise RecipeError(f"The number of points is {limit}; accepted: 1 and more.")
     suffix = out.suffix.lower()
     skips = skips if skips is not None else SkippedFrames()
     opened = find_backbone(backbone)
     spec = drawing_spec(spec, opened, size)
-    source = open_source(spec, split="val")
+    source = source or open_source(spec, split="val")
     name, surfaces = pick_scene(source, scene), Surfaces(source)
     frames, surface = _load_surface(source, name, frame, spec.size, surfaces, skips)
     baseline = baseline and suffix != ".ply"

@@ -445,7 +445,7 @@ def test_only_the_papers_numbers_of_the_measured_metric_stand_beside(tmp_path, m
     monkeypatch.setattr(sweep, "finetune", Written(metric="mask_ap50"))
     recipe = rcnn("coco", "instances")
     assert {row.metric for row in paper_rows(recipe)} == {"box_ap50", "mask_ap50"}
-    result = run_sweep(recipe, ["scratch"], [1.0], [0], tmp_path / "s")
+    result = run_sweep(recipe, ["scratch"], [1.0], [0], tmp_path / "s", sources=(Squares("train"), Squares("val")))
     assert result.metric == "mask_ap50"
     assert {(row.backbone, row.value) for row in result.paper} == {("imagenet", 0.566), ("pri3d_view_r50.lr001", 0.575)}
 
@@ -453,7 +453,7 @@ def test_only_the_papers_numbers_of_the_measured_metric_stand_beside(tmp_path, m
 def test_a_recipe_that_is_not_the_shipped_one_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "finetune", Written())
     recipe = load_finetune_recipe("scannet_unet_r18", ["optim.batch=8", "data.path=/data/scannet", "workers=0"])
-    result = run_sweep(recipe, ["scratch"], [1.0], [0], tmp_path / "s")
+    result = run_sweep(recipe, ["scratch"], [1.0], [0], tmp_path / "s", sources=(Squares("train"), Squares("val")))
     assert result.changed == ("optim.batch: 64 -> 8",)
     assert {row.backbone for row in result.paper} == set(TABLES["scannet_unet_r18"])
     assert [row["value"] for row in result.to_dict()["reported_by_papers"] if row["backbone"] == "scratch"] == [0.375]

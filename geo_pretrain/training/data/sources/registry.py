@@ -60,6 +60,14 @@ def open_source(
     return source if spec.frames == (0.0, 1.0) else FrameRange(source, *spec.frames)
 
 
+def open_on_disk(spec: DataSpec, *, split: str = "train") -> Source | None:
+    """Open a source of files; None for rooms, which are rendered in a size that follows from the backbone.
+
+    For those who fetch weights: called first, a wrong path is told before.
+    """
+    return None if spec.source == "rooms" else open_source(spec, split=split)
+
+
 def source_options(spec: DataSpec, split: str = "train") -> Any:
     """Parse the options of a source without opening it. Raises `UnknownName`, or `RecipeError` for wrong options."""
     if spec.source not in SOURCES:
