@@ -54,6 +54,10 @@ weights: $(INSTALLED)
 		$(BIN)/uv pip install --quiet --no-deps --reinstall --python $(BIN)/python $$w || exit 1; done
 	$(BIN)/geo-pretrain list --offline
 
+# Installs the wheels, and what they need from the package index, into a new environment; uses and damages them offline.
+weights-proof: $(INSTALLED)
+	$(BIN)/python -m benchmarks.weights_offline
+
 bench: $(INSTALLED)
 	for b in rooms training imports; do $(BIN)/python -m benchmarks.$$b || exit 1; done
 

@@ -216,13 +216,15 @@ def verify(
     tolerance: float = GOLDEN_TOLERANCE,
     **where: Unpack[hubs.Where],
 ) -> Verification:
-    """Load a checkpoint and recompute its golden outputs. `where`: the keyword arguments of `hub.open`.
+    """Compare a checkpoint's files with their digests, load it and recompute its golden outputs.
 
-    Raises `CheckpointError` when an output differs by more than `tolerance`, besides everything loading raises.
+    `where`: the keyword arguments of `hub.open`. Of files that the network does not need, such as the log, those that
+    are there are compared. Raises `CheckpointError` when an output differs by more than `tolerance`, besides
+    everything loading raises.
     """
     opened = hubs.open(name_or_folder, **where)
     partner = () if opened.pairing is None else opened.pairing.roles()
-    checkpoint = opened.fetch(*opened.network_roles(), *partner, "golden")
+    checkpoint = opened.fetch(*opened.network_roles(), *partner, "golden", compare=True)
     golden = read_weights(checkpoint, "golden")
     network, computed = _golden_of(checkpoint, golden)
     expected = {key: value for key, value in golden.items() if not key.startswith("input")}

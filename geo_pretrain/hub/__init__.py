@@ -121,17 +121,21 @@ class Opened(Description):
         """The roles of the files with the network's weights; decoder=False: only the first, which is enough for it."""
         return self.arch.network_roles(decoder=decoder)
 
-    def fetch(self, *roles: str, optional: Sequence[str] = ()) -> Checkpoint:
+    def fetch(self, *roles: str, optional: Sequence[str] = (), compare: bool = False) -> Checkpoint:
         """Bring the files with these roles, and no others, into a local folder; return its `Checkpoint`.
 
-        `optional` roles are left out where the source has no such file. When the source fails, the ones after it are
+        `optional` roles are left out where the source has no such file. `compare`: compare the sha256 of these files,
+        and of the others that are there. When the source fails, the ones after it are
         tried. Raises as `open` does.
         """
         opened = self
         while True:
             wanted = [*roles, *(role for role in optional if role in opened.roles and role not in roles)]
             try:
-                return opened._source.fetch(wanted)
+                checkpoint = opened._source.fetch(wanted)
+                if compare:
+                    opened._source.compare(checkpoint)
+                return checkpoint
             except FAILURES as error:
                 if opened._search is None:
                     raise

@@ -98,6 +98,12 @@ class Source(ABC):
     def fetch(self, roles: Sequence[str]) -> Checkpoint:
         """The local checkpoint folder with the files of these roles; `look` was called before."""
 
+    def compare(self, checkpoint: Checkpoint) -> None:
+        """Compare what was fetched, and files beside it that no network needs and that are there, by sha256."""
+        for name in checkpoint.files:
+            if (checkpoint.folder / name).is_file():
+                verify_file(checkpoint, name)
+
     @abstractmethod
     def reach(self) -> int | None:
         """Ask for the network's files without fetching them: their bytes, None where nobody says. Raises as `look`."""
@@ -181,6 +187,12 @@ class Package(Folder):
             for role in roles:
                 verify_file(checkpoint, checkpoint.file_of(role), load_digest=True)
             return checkpoint
+
+    def compare(self, checkpoint: Checkpoint) -> None:
+        """Compare all files: a package has them all."""
+        with self._installed():
+            for name in checkpoint.files:
+                verify_file(checkpoint, name)
 
     def reach(self) -> int | None:
         """Compare the sizes of the files."""
