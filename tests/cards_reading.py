@@ -16,7 +16,7 @@ from tests.zoo import ARCH, ARCH_3D, CONTRACT, CONTRACT_3D, LICENSE
 PUBLISHED = [name for name, entry in CATALOG.items() if entry.status == "published-by-authors"]
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PROVENANCE = {"steps": 130, "data": {"source": "rooms", "fingerprint": "ab12"}, "skipped": {}, "notes": ""}
-ROOMS = "pri3d_view_r18.rooms"  # any name of a real ResNet-18 U-Net
+ROOMS = "pri3d_geo_r18.rooms"  # any name of a real ResNet-18 U-Net
 
 
 def metadata(card: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from geo_pretrain.catalog.entry import FILE_ROLES, PERCENTAGES, WEIGHT_ROLES, Ba
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import UnknownName
 
-ENTRY = CATALOG["pri3d_view_r18.rooms"]
+ENTRY = CATALOG["pri3d_geo_r18.rooms"]
 BASE = f"https://host/hub/{ENTRY.name}"
 ENCODER = File("encoder", "encoder.safetensors", 3, "0" * 64, (f"{BASE}/encoder.safetensors",))
 DECODER = File("decoder", "decoder.safetensors", 3, "1" * 64, (f"{BASE}/decoder.safetensors",))

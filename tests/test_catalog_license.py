@@ -11,7 +11,7 @@ from geo_pretrain.catalog import CATALOG, License
 from geo_pretrain.catalog.license import LICENSES, NON_COMMERCIAL, PERMISSIVE, is_license
 from geo_pretrain.errors import UnknownName
 
-ENTRY = CATALOG["pri3d_view_r18.rooms"]
+ENTRY = CATALOG["pri3d_geo_r18.rooms"]
 
 
 @pytest.mark.parametrize("hole", ["code", "weights", "datasets", "base_model"])

@@ -21,7 +21,7 @@ from geo_pretrain.hub import cache
 from tests.browser import DESKTOP, PHONE, Browser, start_browser
 
 REPO = Path(__file__).resolve().parents[1]
-AUTHORS, OURS, CLOUDS = "pri3d_view_geo_r50", "pri3d_view_r18.rooms", "csc_100k_srunet34"
+AUTHORS, OURS, CLOUDS = "pri3d_view_geo_r50", "pri3d_geo_r18.rooms", "csc_100k_srunet34"
 
 
 def rows_of(page: str) -> dict[str, dict[str, Any]]:

@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "golden values of another network": ({"golden": shifted()}, "golden outputs are not reproduced"),
     "no golden outputs": ({"golden": {"input": golden_file()["input"]}}, "golden outputs are not reproduced"),
     "another network under a name of the catalog": (
-        {"name": "pri3d_view_r18.rooms"},
+        {"name": "pri3d_geo_r18.rooms"},
         "is a name of the catalog, whose network is",
     ),
 }
@@ -136,7 +136,7 @@ def test_what_is_not_whole_is_refused(folder: Path, tmp_path: Path, case: str):
 
 
 def test_a_name_of_the_catalog_keeps_network_input_and_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    name = "pri3d_view_r18.rooms"
+    name = "pri3d_geo_r18.rooms"
     found = write_tiny(tmp_path / "run", name=name)
     files: tuple[File, ...] = ()
 
@@ -187,7 +187,7 @@ def test_networks_are_compared_by_what_they_are(name: str, one: dict[str, Any], 
     assert not names.same_network(Arch("resnet", {"depth": 18}), Arch(name, one))
 
 
-@pytest.mark.parametrize("name", ["pri3d_view_r18.rooms", "pri3d_geo_r50", "csc_srunet34.rooms"])
+@pytest.mark.parametrize("name", ["pri3d_geo_r18.rooms", "pri3d_geo_r50", "pointcontrast_nce_srunet34.rooms"])
 def test_what_a_recipe_makes_may_have_its_name(name: str):
     """As training states it, after a round trip through JSON."""
     recipe = load_recipe(name)

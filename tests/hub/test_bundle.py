@@ -198,7 +198,7 @@ def test_another_checkpoint_of_the_same_name_is_replaced_and_a_damaged_one_repai
 
 
 def test_a_name_of_the_catalog_keeps_its_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    entry = CATALOG["pri3d_view_r18.rooms"]
+    entry = CATALOG["pri3d_geo_r18.rooms"]
     found = write_tiny(tmp_path / "mine", name=entry.name)
     out = write_bundle([tmp_path / "mine"], tmp_path / "x.tar")
 

@@ -43,12 +43,12 @@ def resolve(server: LoopbackHub, home: Path, files: list[dict[str, Any]], **opti
     def work() -> None:
         import_anew("huggingface_hub", "geo_pretrain", "tests")  # which read their settings when they are imported
         from geo_pretrain import hub
-        from geo_pretrain.catalog import CATALOG, File
+        from geo_pretrain.catalog import File
         from geo_pretrain.errors import GeoPretrainError
-        from tests.zoo import ARCH, CONTRACT
+        from tests.zoo import as_tiny
 
         pinned = tuple(File(**file | {"sources": tuple(file["sources"])}) for file in files)
-        entry = replace(CATALOG[NAME], arch=ARCH, contract=CONTRACT, files=pinned, status="published-here")
+        entry = replace(as_tiny(NAME), files=pinned, status="published-here")
         hub.find = {entry.name: entry}.get
         try:
             print(json.dumps(str(hub.open(entry.name, **options).fetch("encoder").folder)))

@@ -283,7 +283,7 @@ def test_every_source_is_listed_with_its_reason_and_what_to_do(server: Server, t
     with pytest.raises(HubError, match=r"1nKng03DqkjREi9_mr2yQ-6uugIIzNzGm/view \(by way of GEO_PRETRAIN_MIRROR"):
         resolve("pri3d_view_geo_r50")
     with pytest.raises(HubError, match=r"geo-pretrain train pri3d_view_r18\.rooms --out DIR"):
-        resolve("pri3d_view_r18.rooms")
+        resolve("pri3d_geo_r18.rooms")
 
 
 def test_a_name_that_nobody_offers_or_makes_says_so(monkeypatch: pytest.MonkeyPatch):
@@ -327,7 +327,7 @@ def test_installed_bundles_are_found_by_name_and_come_after_the_hubs(server: Ser
 
 
 def test_published_entries_are_pinned_to_their_digests(server: Server, monkeypatch):
-    entry = as_tiny("pri3d_view_r18.rooms")
+    entry = as_tiny("pri3d_geo_r18.rooms")
     write_tiny(server.root / entry.name, name=entry.name)
     stored = read_checkpoint(server.root / entry.name).files["encoder.safetensors"]
     source = f"{server.url}/{entry.name}/encoder.safetensors"
