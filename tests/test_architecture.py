@@ -21,6 +21,8 @@ ROOT = HOUSE / "geo_pretrain"
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "redact",
+        "remaining",
+        "progress",
         "errors",
         "files",
         "digests",

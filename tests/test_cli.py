@@ -495,4 +495,4 @@ def test_progress_does_not_mix_with_answers(capsys):
         report("matching", 1, 4, "a\x1b[2J")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "matching: 1/4 a\\x1b[2J, 0 s left\n"
+    assert captured.err == "matching: 1/4, a\\x1b[2J, estimating...\n"

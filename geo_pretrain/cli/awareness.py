@@ -72,7 +72,7 @@ def eval_awareness(
     subjects = [find_subject(name, encoder) for name in dict.fromkeys(names)]
     skips = SkippedFrames()
     with progress(not as_json) as report:
-        rendering = lambda done, total: report("rendering rooms", done, total, "")  # noqa: E731
+        rendering = report.stage("rendering rooms")
         source = open_source(source_spec, split="val", progress=rendering) if on_disk is None else on_disk
         results = measure_awareness(
             with_random(subjects) if random else subjects,

@@ -68,7 +68,7 @@ def bench_pretext(
             device=device,
             command=shlex.join(["geo-pretrain", *sys.argv[1:]]),
             report=lambda done, total, text: report("cells", done, total, text),
-            on_rooms=lambda done, total: report("rendering rooms", done, total, ""),
+            on_rooms=report.stage("rendering rooms"),
         )
     if render is not None:
         render_page(render, results)

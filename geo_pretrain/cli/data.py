@@ -56,7 +56,7 @@ def data_check(
     small = data == "rooms" and not any(s.startswith("data.options") for s in set_)  # instead of the full set
     spec = data_spec(data, frames, [*(["data.options={scenes: 2, frames: 12}"] if small else []), *set_], overlap)
     with progress(not as_json) as report_progress:
-        source = open_source(spec, progress=lambda d, t: report_progress("rendering rooms", d, t, ""))
+        source = open_source(spec, progress=report_progress.stage("rendering rooms"))
     report = check_source(source, spec)
     drawn = out if report.sample.frames else None
     if drawn is not None:
@@ -108,7 +108,7 @@ def data_preview(
     options = [f"data.options={{scenes: {scenes}, frames: 12}}"] if small else []
     spec = data_spec(data, None, [*options, *set_])
     with progress() as report:
-        source = open_source(spec, progress=lambda d, t: report("rendering rooms", d, t, ""))
+        source = open_source(spec, progress=report.stage("rendering rooms"))
     if sets:
         chosen: dict[str, Any] = {"kind": kind, "k_thresh": k_thresh, "min_vertices": min_vertices}
         sets_sheet(source, out, scenes=scenes, frames=frames, **chosen)
@@ -142,7 +142,7 @@ def data_convert(
             out,
             settings=settings,
             workers=workers,
-            progress=lambda done, total: report(f"converting {name}", done, total, ""),
+            progress=report.stage(f"converting {name}"),
         )
     console.print(escape(result.summary()), soft_wrap=True, highlight=False)
     print_skips(result.skips)
@@ -183,7 +183,7 @@ def data_mine(
     _check_mining(out, device, partition, jobs)
     if dry_run:
         with progress() as report:
-            source = open_source(spec, device=device, progress=lambda d, t: report("rendering rooms", d, t, ""))
+            source = open_source(spec, device=device, progress=report.stage("rendering rooms"))
         console.print(str(estimate(source, spec, workers=workers * (jobs or 1), device=device)), highlight=False)
         return
     job = Cluster(cluster, hours=hours, partition=partition, cpus=workers)
@@ -197,7 +197,7 @@ def data_mine(
             executor=executor,
             jobs=jobs,
             device=device,
-            progress=lambda done, total: report("mining pairs", done, total, ""),
+            progress=report.stage("mining pairs"),
         )
     console.print(
         f"{mined.pairs} of {mined.tested} pairs, in {mined.made} scenes mined now and {mined.present} that were there: "
@@ -244,7 +244,7 @@ def data_shards(
 
     spec = data_spec(data, frames, set_)
     with progress() as report:
-        source = open_source(spec, progress=lambda d, t: report("rendering rooms", d, t, ""))
+        source = open_source(spec, progress=report.stage("rendering rooms"))
         written = write_shards(
             source,
             out,
@@ -253,7 +253,7 @@ def data_shards(
             jpeg=jpeg,
             shard=shard_of(shard),
             workers=workers,
-            progress=lambda done, total: report("writing shards", done, total, ""),
+            progress=report.stage("writing shards"),
         )
     console.print(
         f"{written.frames} frames, {written.bytes / 1e9:.3g} GB, in {written.made} shards written now and "

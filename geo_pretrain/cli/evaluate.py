@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +27,7 @@ from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 from geo_pretrain.errors import unknown
 
 if TYPE_CHECKING:
+    from geo_pretrain.progress import Display
     from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.evaluation.matching import MatchingResult
     from geo_pretrain.training.evaluation.metrics import Interval
@@ -78,7 +79,7 @@ def eval_matching(
             turn=turn.value,
             seed=seed,
             skips=skips,
-            progress=lambda d, t: report("matching", d, t, ""),
+            progress=report.stage("matching"),
         )
     _show_recall(results, skips, as_json)
 
@@ -115,7 +116,7 @@ def eval_pixel_to_voxel(
             threshold=threshold,
             seed=seed,
             skips=skips,
-            progress=lambda d, t: report("matching", d, t, ""),
+            progress=report.stage("matching"),
         )
     _show_recall(results, skips, as_json)
 
@@ -170,13 +171,13 @@ def eval_probe(
             val,
             spec,
             probes=names,
-            progress=lambda done, total: report("probing", done, total, ""),
+            progress=report.stage("probing"),
             skipped=skipped,
         )
     _show_probes(results, unit, skipped, as_json)
 
 
-def _labelled_splits(data: str, options: dict[str, Any], report: Callable[[str, int, int, str], None]) -> list[Any]:
+def _labelled_splits(data: str, options: dict[str, Any], report: Display) -> list[Any]:
     """The splits train and val of a data set with labels of pixels or, of whole clouds, of points."""
     from geo_pretrain.training.data.labelled.clouds.sets import CLOUD_SETS
     from geo_pretrain.training.data.labelled.registry import open_labelled
@@ -189,7 +190,7 @@ def _labelled_splits(data: str, options: dict[str, Any], report: Callable[[str, 
             split,
             task="segmentation3d" if source in CLOUD_SETS else "segmentation",
             options=options,
-            progress=lambda done, total: report("rendering rooms", done, total, ""),
+            progress=report.stage("rendering rooms"),
         )
         for split in ("train", "val")
     ]

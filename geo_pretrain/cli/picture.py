@@ -68,7 +68,7 @@ def visualize_matches(
             seed=seed,
             device=device,
             skips=skips,
-            progress=lambda done, total: report("matching", done, total, ""),
+            progress=report.stage("matching"),
         )
     for title, shares in columns:
         console.print(f"{escape(title)}: {sum(shares) / len(shares):.0%} right", highlight=False, soft_wrap=True)
@@ -115,7 +115,7 @@ def visualize_features(
             seed=seed,
             device=device,
             skips=skips,
-            progress=lambda done, total: report("describing", done, total, ""),
+            progress=report.stage("describing"),
         )
     console.print(f"Wrote {out}", highlight=False, soft_wrap=True, markup=False)
     print_skips(skips)
@@ -165,7 +165,7 @@ def visualize_points(
             seed=seed,
             device=device,
             skips=skips,
-            progress=lambda done, total: report("describing", done, total, ""),
+            progress=report.stage("describing"),
         )
     console.print(f"Wrote {escape(str(out))}: {escape(cloud.note)}", highlight=False, soft_wrap=True)
     if rerun is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, LABELLED_HELP, SET_
 from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 
 if TYPE_CHECKING:
+    from geo_pretrain.progress import Display
     from geo_pretrain.training.finetune.folder import FinetuneResult
     from geo_pretrain.training.finetune.sweep import SweepResult
     from geo_pretrain.training.finetune_recipe import FinetuneRecipe
@@ -181,11 +182,11 @@ def finetune(
         _show_sweep(swept, out, as_json) if sweep else _show_result(result, as_json)
 
 
-def _watched(report: Callable[[str, int, int, str], None]) -> dict[str, Any]:
+def _watched(report: Display) -> dict[str, Any]:
     """Arguments of a run that show its progress."""
     return {
         "on_step": lambda step: report("fine-tuning", step.step, step.steps, str(step)),
-        "on_data": lambda done, total: report("rendering rooms", done, total, ""),
+        "on_data": report.stage("rendering rooms"),
     }
 
 

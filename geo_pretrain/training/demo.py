@@ -12,7 +12,7 @@ import json
 import platform
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
@@ -25,6 +25,7 @@ from torch import nn
 from geo_pretrain.backbones.resnet_unet import UNet
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.loading import load_backbone
+from geo_pretrain.progress import Report, stage_of
 from geo_pretrain.rooms import CLASSES
 from geo_pretrain.training.data.frame import Frame, Pair, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.data.mining import find_pairs
@@ -51,8 +52,6 @@ SEEDS = (0, 1, 2)
 STARTS: dict[str, Transfer] = {"scratch": "none", "pre-trained": "encoder"}
 THRESHOLD = 4.0  # px
 
-Report = Callable[[str, int, int, str], None]  # stage, done, total, detail
-
 
 @dataclass(frozen=True)
 class DemoResult:
@@ -70,11 +69,11 @@ def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSp
     """Run the demo and write matches.png, segmentation.png, report.html and results.json into `out`."""
     clock = _Clock()
     recipe = load_recipe(RECIPE, overrides)
-    source = open_source(recipe.data, progress=_stage(report, "rendering rooms", "train"))
+    source = open_source(recipe.data, progress=stage_of(report, "rendering rooms", "train"))
     val_spec = validation_spec(recipe.data)
-    val = open_source(val_spec, split="val", progress=_stage(report, "rendering rooms", "held out"))
+    val = open_source(val_spec, split="val", progress=stage_of(report, "rendering rooms", "held out"))
     clock.lap("render")
-    pairs = find_pairs(source, recipe.data, skips=SkippedFrames(), progress=_stage(report, "finding pairs", ""))
+    pairs = find_pairs(source, recipe.data, skips=SkippedFrames(), progress=stage_of(report, "finding pairs", ""))
     val_pairs = find_pairs(val, val_spec, skips=SkippedFrames())
     clock.lap("pairs")
     folder = out / "hub" / recipe.name
@@ -98,7 +97,7 @@ def run_demo(out: Path, *, overrides: Iterable[str] = (), finetuning: FinetuneSp
             val_pairs,
             size=recipe.data.size,
             threshold=THRESHOLD,
-            progress=_stage(report, "matching", name),
+            progress=stage_of(report, "matching", name),
         )
         for name, network in networks.items()
     }
@@ -190,11 +189,6 @@ def _draw_segmentations(models: dict[str, nn.Module], held_out: list[Frame], pat
         (f.color, np.asarray(f.semantic), [predict(m, ImageContract(), f) for m in models.values()]) for f in frames
     ]
     draw_segmentations(rows, list(models), CLASSES, path)
-
-
-def _stage(report: Report, stage: str, detail: str) -> Callable[[int, int], None]:
-    """Make a (done, total) callback that reports one stage."""
-    return lambda done, total: report(stage, done, total, detail)
 
 
 class _Clock:

@@ -21,6 +21,7 @@ from geo_pretrain.catalog.license import License
 from geo_pretrain.checkpoint import CONFIG, Checkpoint, check_target, read_checkpoint, write_checkpoint
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.hub.cache import default_cache
+from geo_pretrain.progress import Report, stage_of
 from geo_pretrain.training.batchnorm import synchronize_batchnorm
 from geo_pretrain.training.data.check.source import quick_check, stop_if_wrong
 from geo_pretrain.training.data.frame import Pair, SampledContent, SkippedFrames, Source, capability
@@ -37,8 +38,6 @@ from geo_pretrain.training.recipe import STAGE1, Recipe, changes, list_recipes, 
 from geo_pretrain.training.runs import RunFolder, check_out, code_version, explained, library_versions, run_lock
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
 from geo_pretrain.training.tasks import build_task, task_settings
-
-Report = Callable[[str, int, int, str], None]  # stage, done, total, detail
 
 
 @dataclass
@@ -139,7 +138,7 @@ def _is_done(stage1: Recipe, folder: Path, world: World, report: Report, *, over
 
 
 def _open(recipe: Recipe, world: World, report: Report) -> Source:
-    return open_source(recipe.data, device=str(world.device), progress=lambda d, t: report("rendering rooms", d, t, ""))
+    return open_source(recipe.data, device=str(world.device), progress=stage_of(report, "rendering rooms"))
 
 
 def _check_data(recipe: Recipe, world: World, report: Report, note: Callable[[str], None]) -> None:
@@ -179,7 +178,7 @@ def _run(
             skips=skips,
             device=world.device,
             cache_dir=default_cache(),
-            progress=lambda d, t: report("finding pairs", d, t, ""),
+            progress=stage_of(report, "finding pairs"),
             world=world,
         )
     checkpoint = train(

@@ -204,7 +204,8 @@ def _prepare_rooms(spec: BenchSpec, progress: Callable[[int, int], None] | None)
 def _run_all(bench: Bench, threads: int) -> None:
     """Keep `bench.jobs` processes busy until every cell is done or has failed."""
     running: dict[str, Popen[bytes]] = {}
-    bench.report(0, len(bench.cells), "")  # start of the remaining-time estimate
+    kept = sum(cell.is_done() for cell in bench.cells.values())
+    bench.report(kept, len(bench.cells), "")  # the remaining time is estimated from here on
     with _stopped_together(running):
         while True:
             for key in [key for key, process in running.items() if process.poll() is not None]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError, first_line
 from geo_pretrain.files import read_sealed, write_sealed
+from geo_pretrain.progress import already
 from geo_pretrain.training.data.frame import (
     Frame,
     OwnPairs,
@@ -115,15 +116,16 @@ def _mined_scenes(
     scenes = source.scenes()
     own = range(world.rank, len(scenes), world.size) if folder is not None else range(len(scenes))
     mined: dict[int, ScenePairs] = {}
+    report = progress or (lambda done, total: None)
+    report(0, len(scenes))
     for number in [*own, *(set(range(len(scenes))) - set(own))]:
-        if progress is not None:
-            progress(len(mined), len(scenes))
         mine = partial(mine_scene, source, scenes[number], spec, device)
         if folder is None:
-            mined[number] = mine()
+            mined[number], now = mine(), True
         else:
             made_from = identity(source, scenes[number], spec)
-            mined[number] = mined_once(folder, scenes[number], made_from, mine)[0]
+            mined[number], now = mined_once(folder, scenes[number], made_from, mine)
+        (report if now else partial(already, report))(len(mined), len(scenes))
     return [mined[number] for number in range(len(scenes))]
 
 

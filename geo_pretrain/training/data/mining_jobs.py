@@ -19,6 +19,7 @@ import torch
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.files import parse_json
+from geo_pretrain.progress import already
 from geo_pretrain.training.config import parse, plain_types
 from geo_pretrain.training.data.frame import SkippedFrames, Source
 from geo_pretrain.training.data.mining import compare_frames, mine_scene, own_pairs, prepared
@@ -90,8 +91,8 @@ def mine_pairs(
         with getattr(pool, "batch", nullcontext)():  # submitit sends them as one array
             waiting = [pool.submit(mine_shard, text, str(out), part, inner, device) for part in parts]
         for done, job in enumerate(_finished(waiting), 1):
-            result.join(job.result())
-            report(done, count)
+            result.join(mined := job.result())
+            (report if mined.made else partial(already, report))(done, count)
     return result
 
 
@@ -110,7 +111,7 @@ def _mine_here(text: str, out: Path, shard: tuple[int, int], device: str, report
         refuse_other_settings(out, scene, made_from)
         mined, now = mined_once(out, scene, made_from, partial(mine_scene, source, scene, spec, device))
         result.join(Mined(int(now), int(not now), len(mined.pairs), mined.tested.pairs, mined.skips))
-        report(done, len(scenes))
+        (report if now else partial(already, report))(done, len(scenes))
     return result
 
 

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError, RecipeError
 from geo_pretrain.files import atomic_write, parse_json, read_sealed, write_sealed
+from geo_pretrain.progress import already
 from geo_pretrain.training.data.frame import Frame, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.data.sources.registry import source_note
 from geo_pretrain.training.data.sources.shards import index_path, make_index
@@ -67,17 +69,18 @@ def write_shards(
     for done, (number, names) in enumerate(mine, 1):
         path = out / f"{number:06d}.tar"
         made_from = _identity(source, names, size, jpeg)
-        index = _present(path, made_from)
+        index, report = _present(path, made_from), progress
         if index is None:
             index = _write(source, path, names, made_from, lambda frame: encode(frame, size, jpeg), workers)
             result.made += 1
         else:
             result.present += 1
+            report = partial(already, progress)
         result.frames += len(index["samples"])
         result.bytes += index["bytes"]
         result.skips.reasons.update(index["skips"])
-        if progress is not None:
-            progress(done, len(mine))
+        if report is not None:
+            report(done, len(mine))
     if mine and not result.frames:
         raise DataError(f"No frame of source {source.name!r} can be read.\n{result.skips.summary()}")
     return result

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from safetensors.numpy import save_file
 from geo_pretrain.errors import RecipeError, nearest, unknown
 from geo_pretrain.files import parse_json
 from geo_pretrain.hub.cache import default_cache
+from geo_pretrain.progress import already
 from geo_pretrain.rooms import CLASSES, FIELDS, GENERATOR, RoomGenerator, RoomsConfig
 from geo_pretrain.training.data.cache import writing
 from geo_pretrain.training.data.frame import Frame, Surface
@@ -108,15 +110,19 @@ class Rooms:
         return cached_surface(path, lambda: self.generator.points(scene, SURFACE_DENSITY))
 
     def prepare(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Render uncached scenes, with `progress(done, total)` after each one; safe in several processes."""
+        """Render uncached scenes, with `progress(done, total)` after each one; safe in several processes.
+
+        Scenes that have a file are looked at first: after them it is known how many are to be rendered.
+        """
         if self.cache == "none":
             return
         names = self.scenes()
         fresh = not (self.cache_dir / "manifest.json").exists()
-        for done, scene in enumerate(names, start=1):
-            fresh |= self._ensure(scene)
+        for done, scene in enumerate(sorted(names, key=lambda name: not self._path(name).exists()), start=1):
+            made = self._ensure(scene)
+            fresh |= made
             if progress is not None:
-                progress(done, len(names))
+                (progress if made else partial(already, progress))(done, len(names))
         if fresh:  # a complete cache may be on a read-only disk
             self._write_manifest()
 

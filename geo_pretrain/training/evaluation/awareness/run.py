@@ -13,6 +13,7 @@ import torch
 
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.progress import Report, stage_of
 from geo_pretrain.training.config import plain_types
 from geo_pretrain.training.data.frame import SkippedFrames, Source
 from geo_pretrain.training.evaluation.awareness.clouds import (
@@ -28,7 +29,6 @@ from geo_pretrain.training.evaluation.awareness.spec import ANGLES, OVERLAPS, TU
 from geo_pretrain.training.evaluation.awareness.views import Views, draw_pairs, read_views
 from geo_pretrain.training.evaluation.metrics import Spread
 
-Report = Callable[[str, int, int, str], None]
 Layers = dict[str, dict[str, list[float]]]  # layer -> metric -> a value for each seed
 INPUT_2D, INPUT_3D = "position+color", "without a network"  # names of the controls
 LEADS = {"matching": "recall", "depth": "d1", "normals": "11.25 deg", "semantic": "miou"}  # by which layers are ranked
@@ -106,7 +106,7 @@ def measure_awareness(
         raise RecipeError("Image and point networks are not measured by the same things; measure them in two calls.")
     in_3d = modalities == {True}
     skips = SkippedFrames() if skips is None else skips
-    views = read_views(source, spec, skips, lambda done, total: report("reading frames", done, total, ""))
+    views = read_views(source, spec, skips, stage_of(report, "reading frames"))
     draw: Callable[[Views, int], Sequence[Any]] = draw_cloud_pairs if in_3d else draw_pairs
     pairs = [draw(views, seed) if "matching" in spec.measures else [] for seed in range(spec.seeds)]
     results = Awareness(spec, describe(source, views, pairs, in_3d))
@@ -149,7 +149,6 @@ class _Run:
             if measures is None or subject.random:
                 network = subject.load(seed).to(self.device)
                 measures = self.remembered(subject.name, network, folder)
-            self.report(f"measuring {subject.name}", seed, self.results.spec.seeds, "")
             self.one_seed(subject.name, measures, seed)
 
     def remembered(self, name: str, network: LayeredNetwork, folder: Path) -> ImageMeasures | CloudMeasures:
@@ -182,8 +181,12 @@ class _Run:
 
     def one_seed(self, name: str, measures: ImageMeasures | CloudMeasures, seed: int) -> None:
         """Add the results of one seed."""
+        stage, seeds = f"measuring {name}", self.results.spec.seeds
+        self.report(stage, seed, seeds, "")
         for measure, layer, values in measures.measure(self.results.spec.measures, self.pairs[seed], seed):
             self.results.add(name, measure, layer, values)
+            self.report(stage, seed, seeds, f"{measure}, {layer}")
+        self.report(stage, seed + 1, seeds, "")
 
 
 def features_facts(network: LayeredNetwork, views: Views, fingerprint: str) -> dict[str, Any]:

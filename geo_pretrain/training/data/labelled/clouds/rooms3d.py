@@ -17,6 +17,7 @@ import numpy as np
 
 from geo_pretrain.errors import unknown
 from geo_pretrain.hub.cache import default_cache
+from geo_pretrain.progress import already
 from geo_pretrain.rooms import CLASSES, RoomsConfig
 from geo_pretrain.training.checks import Count, Meters, Ranged
 from geo_pretrain.training.data.cache import cached_arrays
@@ -104,9 +105,11 @@ class Rooms3D:
     def prepare(self, progress: Progress | None = None) -> None:
         """Make the scans that the cache lacks, with `progress(done, total)` after each; safe in several processes."""
         names = self.ids()
-        for done, id in enumerate(names, start=1):
-            if not self._path(id).exists():
-                cached_arrays(self._path(id), partial(self._make, id), "scan")
+        missing = [id for id in names if not self._path(id).exists()]
+        if len(missing) < len(names):
+            already(progress, len(names) - len(missing), len(names))
+        for done, id in enumerate(missing, start=len(names) - len(missing) + 1):
+            cached_arrays(self._path(id), partial(self._make, id), "scan")
             if progress is not None:
                 progress(done, len(names))
 
