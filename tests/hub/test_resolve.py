@@ -282,7 +282,7 @@ def test_every_source_is_listed_with_its_reason_and_what_to_do(server: Server, t
     assert "`geo-pretrain train pri3d_view_r18 --data scannet:PATH --out DIR`" in text
     with pytest.raises(HubError, match=r"1nKng03DqkjREi9_mr2yQ-6uugIIzNzGm/view \(by way of GEO_PRETRAIN_MIRROR"):
         resolve("pri3d_view_geo_r50")
-    with pytest.raises(HubError, match=r"geo-pretrain train pri3d_view_r18\.rooms --out DIR"):
+    with pytest.raises(HubError, match=r"geo-pretrain train pri3d_geo_r18\.rooms --out DIR"):
         resolve("pri3d_geo_r18.rooms")
 
 
