@@ -192,11 +192,12 @@ def test_list_as_json_and_by_data():
 def test_info_of_a_folder_and_its_load_report(zoo):
     plain = run("info", "tiny_net_r18").output
     assert "hub/tiny_net_r18" in plain.replace("\n", "").replace(" ", "")
-    assert "license: weights" in plain
+    assert "License\nThe weights' license is what counts for you" in plain
+    assert "weights of the encoder, " in plain
     tree = json.loads(run("info", "tiny_net_srunet34", "--loaded", "--json").output)
     assert tree["loaded"]["coverage"] == 1
     assert tree["loaded"]["fresh"] == []
-    assert "loaded: coverage" in run("info", "tiny_net_r18", "--loaded").output
+    assert "100% of the network's tensors came from" in run("info", "tiny_net_r18", "--loaded").output
 
 
 def test_pull_verify_and_cache(zoo, monkeypatch):
@@ -246,7 +247,7 @@ def test_convert_in_and_out(zoo):
     assert json.loads((zoo / "mine/config.json").read_text())["name"] == "mine"
     # the file held an encoder alone, and so does the checkpoint: each command takes it for whole
     assert "5 golden outputs reproduced" in run("verify", "mine").output
-    assert "loaded: coverage" in run("info", "mine", "--loaded").output
+    assert "100% of the network's tensors came from" in run("info", "mine", "--loaded").output
     assert "mi[ne][b].tar" in run("bundle", "mine", "-o", "mi[ne][b].tar").output  # brackets are no markup
     mistakes = (["x", "-o", "y"], ["x", "--from", "moco", "--to", "timm", "-o", "y"])
     for arguments in mistakes:

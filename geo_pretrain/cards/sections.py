@@ -156,8 +156,12 @@ def _ascii_word(text: str) -> str:
 
 def expects(arch: Arch, contract: ImageContract | VoxelContract) -> str:
     """The section that states the network's input."""
-    rows = _image_rows(contract) if isinstance(contract, ImageContract) else _voxel_rows(arch, contract)
-    return "## What goes in\n\n" + table(("what", "value"), rows)
+    return "## What goes in\n\n" + table(("what", "value"), input_rows(arch, contract))
+
+
+def input_rows(arch: Arch, contract: ImageContract | VoxelContract) -> list[tuple[str, str]]:
+    """What a contract says, as (label, text) with units."""
+    return _image_rows(contract) if isinstance(contract, ImageContract) else _voxel_rows(arch, contract)
 
 
 def _image_rows(contract: ImageContract) -> list[tuple[str, str]]:

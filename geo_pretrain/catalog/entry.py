@@ -46,7 +46,19 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 HF_SOURCE = re.compile(r"hf-hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}", re.ASCII)
 PACKAGE_SOURCE = re.compile(r"package:[a-zA-Z_]\w*", re.ASCII)
 WEB = re.compile(r"https?://[^/\s]+/\S+")
-PERCENTAGES = ("mIoU", "mAcc", "IoU", "accuracy", "AP", "AP50", "AP75", "mAP@0.25", "mAP@0.5", "mIoU gain")
+METRICS = {  # in percent, what papers report
+    "mIoU": "intersection over union of prediction and truth, mean over classes",
+    "mAcc": "share of a class's points that are found, mean over classes",
+    "IoU": "intersection over union of an object's parts, mean over objects",
+    "accuracy": "share of all points or objects that get the right class",
+    "AP": "average precision, mean over classes and over overlaps from 0.5 to 0.95",
+    "AP50": "average precision where an overlap (IoU) of 0.5 counts as found",
+    "AP75": "average precision where an overlap (IoU) of 0.75 counts as found",
+    "mAP@0.25": "average precision at an overlap (3D IoU) of 0.25, mean over classes",
+    "mAP@0.5": "average precision at an overlap (3D IoU) of 0.5, mean over classes",
+    "mIoU gain": "points of mIoU above the random start",
+}
+PERCENTAGES = tuple(METRICS)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ from rich.table import Table
 from geo_pretrain.cli.shared import app, console, escape
 
 if TYPE_CHECKING:
+    from geo_pretrain.cards.facts import Section
     from geo_pretrain.catalog import Entry
     from geo_pretrain.checkpoint import Checkpoint
     from geo_pretrain.hub import Opened
@@ -65,15 +66,18 @@ def info(
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show everything known about a backbone; with --loaded also the load report of every tensor.
+    """Show everything known about a backbone, in labelled tables; with --loaded also the report of every tensor.
 
     Example: `geo-pretrain info pri3d_view_geo_r50`
 
     `geo-pretrain info runs/kitchen --loaded`
     """
+    from geo_pretrain.advice.ranking import how_to_get
+    from geo_pretrain.cards.facts import entry_sections, folder_sections, loaded_section
     from geo_pretrain.catalog import find
+    from geo_pretrain.hub.cache import names_here
 
-    entry = find(name)
+    entry, report = find(name), None
     facts = _entry_facts(entry) if entry is not None else None
     if facts is None or loaded:
         report, checkpoint = _load(name, hub) if loaded else (None, _open(name, hub).fetch())
@@ -83,12 +87,18 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
         return
-    table = Table(show_header=False, box=None)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for key, value in _rows(facts):
-        table.add_row(f"[bold]{escape(key)}", escape(value))
-    console.print(table)
+    sections = entry_sections(entry, how_to_get(entry, names_here())) if entry else folder_sections(checkpoint)
+    sections += [loaded_section(report, str(checkpoint.folder))] if report is not None else []
+    _print_sections(sections)
+
+
+def _print_sections(sections: Iterable[Section]) -> None:
+    """Print titled tables; a sentence under each title says how to read it."""
+    for number, section in enumerate(sections):
+        console.print(f"{'' if number == 0 else chr(10)}[bold]{escape(section.title)}[/]", highlight=False)
+        if section.note:
+            console.print(f"[dim]{escape(section.note)}", highlight=False)
+        console.print(escape("\n".join(section.lines(console.width))), highlight=False, soft_wrap=True)
 
 
 def _entry_facts(entry: Entry) -> dict[str, Any]:
@@ -127,27 +137,6 @@ def _open(name: str, hub: str | None) -> Opened:
     from geo_pretrain.hub import open as open_checkpoint
 
     return open_checkpoint(name, hub=hub)
-
-
-def _rows(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Flatten nested facts to rows; each item of a tuple gets its own row."""
-    rows = []
-    for key, value in facts.items():
-        title = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            rows += _rows(value, f"{title}: ")
-        elif key in ("results", "measured"):
-            rows += [
-                (r["table"] if key == "results" else key, f"{r['task']}, {r['dataset']}: {r['metric']} {r['value']:g}")
-                for r in value
-            ]
-        elif isinstance(value, tuple | list) and value and isinstance(value[0], Mapping):
-            rows += [(title, ", ".join(f"{k}: {v}" for k, v in item.items() if v is not None)) for item in value]
-        elif isinstance(value, tuple | list):
-            rows.append((title, "; ".join(": ".join(v) if isinstance(v, tuple | list) else str(v) for v in value)))
-        else:
-            rows.append((title, str(value)))
-    return [(key, text or "none") for key, text in rows]
 
 
 @app.command()
