@@ -35,8 +35,18 @@ EXTRAS = {  # what some commands want, and the extra that brings it
     "tensorboard": "training",
     "laspy": "las",
     "submitit": "cluster",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "scenezoo": "datasets",
+    "h5py": "datasets",
+    "pyliblzfse": "datasets",
+    "OpenEXR": "datasets",
+    "rerun-sdk": "rerun",
+    "gradio": "demo",
 }
 ROOM = 2 << 30  # bytes that the largest checkpoints need in the cache
+SHARED = 1 << 30  # bytes of shared memory that batches of several workers fit into; docker gives 64 MB
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ def _machine() -> Iterator[Finding]:
     set_by_user = [f"{key}={os.environ[key]}" for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if key in os.environ]
     if set_by_user:
         yield Finding("threads", "ok", ", ".join(set_by_user))
+    yield from _workers()
     yield Finding("sparse engine", "ok", backend.describe())
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
@@ -108,6 +119,24 @@ def _machine() -> Iterator[Finding]:
     else:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for CPUs"
         yield Finding("GPU", "note", f"none is found ({built}): everything runs on the CPU")
+
+
+def _workers() -> Iterator[Finding]:
+    """How loaders start their processes, and where these hand on batches: shared memory may be small in a container."""
+    import multiprocessing
+
+    method, shared = multiprocessing.get_start_method(), Path("/dev/shm")
+    if not shared.is_dir():
+        yield Finding("loader's workers", "ok", f"start by {method}")
+        return
+    size = shutil.disk_usage(shared).total
+    text = f"start by {method}, {size / 1e9:.1f} GB of shared memory"
+    if size < SHARED:
+        yield Finding(
+            "loader's workers", "note", f"{text}: give the container more (docker --shm-size 8g) or workers=0"
+        )
+    else:
+        yield Finding("loader's workers", "ok", text)
 
 
 def _cache() -> Iterator[Finding]:

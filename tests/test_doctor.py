@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from typer.testing import CliRunner
 
 from geo_pretrain import cli, doctor
 from geo_pretrain.errors import HubError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +33,15 @@ def test_nothing_is_wrong_here_and_nothing_is_written(monkeypatch, cache):
     assert not [row for row in found if row[0] == "wrong"]
     assert [row[0] for row in found if row[1] == "test"] == ["ok"] * 3
     assert not cache.exists()
+
+
+def test_every_extra_for_users_is_looked_for():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {
+        re.split(r"[<>=\[]", line)[0] for extra in set(extras) - {"dev", "docs", "weights"} for line in extras[extra]
+    }
+    assert set(doctor.EXTRAS) == named
+    assert set(doctor.EXTRAS.values()) <= set(extras)
 
 
 def test_what_is_broken_is_named_and_hosts_are_asked(monkeypatch, cache):

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from geo_pretrain.cli.completion import backbone_names
 from geo_pretrain.cli.shared import app, console, escape
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def list_command(
 
 @app.command()
 def info(
-    name: Annotated[str, typer.Argument(help=NAME_HELP)],
+    name: Annotated[str, typer.Argument(help=NAME_HELP, autocompletion=backbone_names)],
     loaded: Annotated[bool, typer.Option("--loaded", help="Load the weights and report every tensor.")] = False,
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -141,7 +142,7 @@ def _open(name: str, hub: str | None) -> Opened:
 
 @app.command()
 def pull(
-    names: Annotated[list[str] | None, typer.Argument(help=NAME_HELP)] = None,
+    names: Annotated[list[str] | None, typer.Argument(help=NAME_HELP, autocompletion=backbone_names)] = None,
     encoder: Annotated[bool, typer.Option("--encoder", help="For image networks fetch only the encoder.")] = False,
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
     from_bundle: Annotated[Path | None, typer.Option(help="Install checkpoints from a file made by `bundle`.")] = None,
@@ -195,7 +196,7 @@ def _check_doors(names: list[str] | None, hub: str | None) -> None:
 
 @app.command()
 def verify(
-    name: Annotated[str, typer.Argument(help=NAME_HELP)],
+    name: Annotated[str, typer.Argument(help=NAME_HELP, autocompletion=backbone_names)],
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
     tolerance: Annotated[float, typer.Option(help="Tolerance relative to each output's largest magnitude.")] = 1e-4,
 ) -> None:
@@ -295,7 +296,7 @@ def publish(
 
 @app.command()
 def bundle(
-    names: Annotated[list[str], typer.Argument(help=NAME_HELP)],
+    names: Annotated[list[str], typer.Argument(help=NAME_HELP, autocompletion=backbone_names)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .tar file to write.")],
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
 ) -> None:
@@ -312,7 +313,7 @@ def bundle(
 
 @app.command()
 def card(
-    name: Annotated[str, typer.Argument(help="A catalog name or a checkpoint folder.")],
+    name: Annotated[str, typer.Argument(help="A catalog name or a checkpoint folder.", autocompletion=backbone_names)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write; default: print it.")] = None,
 ) -> None:
     """Render the card of a catalog entry or of a checkpoint folder.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from geo_pretrain.cli.completion import backbone_names
 from geo_pretrain.cli.options import (
     DATA_HELP,
     FRAMES_HELP,
@@ -40,7 +41,9 @@ app.add_typer(eval_app, name="eval")
 
 @eval_app.command("matching")
 def eval_matching(
-    backbone: Annotated[str, typer.Argument(help="A catalog name or a checkpoint folder.")],
+    backbone: Annotated[
+        str, typer.Argument(help="A catalog name or a checkpoint folder.", autocompletion=backbone_names)
+    ],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; default: that of pre-training.")] = None,
@@ -123,7 +126,9 @@ def eval_pixel_to_voxel(
 
 @eval_app.command("probe")
 def eval_probe(
-    backbone: Annotated[str, typer.Argument(help="A catalog name or a checkpoint folder.")],
+    backbone: Annotated[
+        str, typer.Argument(help="A catalog name or a checkpoint folder.", autocompletion=backbone_names)
+    ],
     data: Annotated[str, typer.Option(help=LABELLED_HELP)] = "rooms",
     probes: Annotated[str, typer.Option(help="linear, knn or both, separated by a comma.")] = "linear,knn",
     fraction: Annotated[float, typer.Option(min=1e-9, max=1, help="Share of the training images, whole scenes.")] = 1.0,

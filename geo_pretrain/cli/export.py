@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from geo_pretrain.cli.completion import backbone_names
 from geo_pretrain.cli.shared import app, console
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ SOURCE_HELP = "The folder of a fine-tuning run; or a catalog name, a checkpoint 
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    source: Annotated[str, typer.Argument(help=SOURCE_HELP, autocompletion=backbone_names)],
     onnx: Annotated[Path, typer.Option("--onnx", help="The ONNX file to write.")],
     backbone: Annotated[bool, typer.Option("--backbone", help="Of a run: its backbone, without classes.")] = False,
     decoder: Annotated[bool, typer.Option("--decoder", help="Of a U-Net: its dense features, not its maps.")] = False,

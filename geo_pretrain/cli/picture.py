@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from geo_pretrain.cli.completion import backbone_names
 from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, SET_HELP, TURN_HELP, Turn, data_spec, print_skips, size_of
 from geo_pretrain.cli.shared import app, console, escape, progress
 
@@ -25,7 +26,7 @@ RERUN_HELP = "Also write points, frames and cameras as this .rrd file for the Re
 
 @visualize_app.command("matches")
 def visualize_matches(
-    backbone: Annotated[str, typer.Argument(help=BACKBONE_HELP)],
+    backbone: Annotated[str, typer.Argument(help=BACKBONE_HELP, autocompletion=backbone_names)],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     out: Annotated[Path, typer.Option("--out", "-o", help="The .png or .html to write.")] = Path("matches.png"),
     against: Annotated[str, typer.Option(help="Backbone to compare with, or scratch (random weights).")] = "scratch",
@@ -78,7 +79,9 @@ def visualize_matches(
 
 @visualize_app.command("features")
 def visualize_features(
-    backbones: Annotated[list[str], typer.Argument(help=BACKBONE_HELP + " One column per backbone.")],
+    backbones: Annotated[
+        list[str], typer.Argument(help=BACKBONE_HELP + " One column per backbone.", autocompletion=backbone_names)
+    ],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("features.png"),
     scene: Annotated[str | None, typer.Option(help=SCENE_HELP)] = None,
@@ -123,7 +126,7 @@ def visualize_features(
 
 @visualize_app.command("points")
 def visualize_points(
-    backbone: Annotated[str, typer.Argument(help=BACKBONE_HELP)],
+    backbone: Annotated[str, typer.Argument(help=BACKBONE_HELP, autocompletion=backbone_names)],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
     out: Annotated[Path, typer.Option("--out", "-o", help="The .ply, .html or .png to write.")] = Path("points.html"),
     scene: Annotated[str | None, typer.Option(help=SCENE_HELP)] = None,

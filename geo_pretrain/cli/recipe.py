@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from geo_pretrain.cli.completion import any_recipe_names
 from geo_pretrain.cli.shared import app
 from geo_pretrain.errors import RecipeError
 
@@ -44,7 +45,7 @@ def recipes_list(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
 
 
 @recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(help=NAME_HELP)]) -> None:
+def recipes_show(name: Annotated[str, typer.Argument(help=NAME_HELP, autocompletion=any_recipe_names)]) -> None:
     """Print a recipe's YAML file, comments included.
 
     Example: `geo-pretrain recipes show pri3d_view_r18`
@@ -56,7 +57,7 @@ def recipes_show(name: Annotated[str, typer.Argument(help=NAME_HELP)]) -> None:
 
 @recipes_app.command("copy")
 def recipes_copy(
-    name: Annotated[str, typer.Argument(help=NAME_HELP)],
+    name: Annotated[str, typer.Argument(help=NAME_HELP, autocompletion=any_recipe_names)],
     file: Annotated[Path, typer.Argument(help="The .yaml file to write; it must not exist.")],
 ) -> None:
     """Copy a recipe to a file that you can edit and run by its path.

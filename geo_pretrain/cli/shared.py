@@ -24,7 +24,7 @@ app = typer.Typer(
     name="geo-pretrain",
     help="Backbones pre-trained with 3D geometry: list them, load them, make them.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,  # --install-completion, --show-completion: docs/install.md
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )

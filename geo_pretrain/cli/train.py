@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from geo_pretrain.cli.completion import backbone_names, downstream_recipe_names, recipe_names
 from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, LABELLED_HELP, SET_HELP, data_overrides, print_skips
 from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 
@@ -64,7 +65,9 @@ def demo(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or the path of a .yaml file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe's name or the path of a .yaml file.", autocompletion=recipe_names)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint folder to write.")],
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's length.")] = None,
@@ -122,8 +125,13 @@ def train(
 
 @app.command()
 def finetune(
-    recipe: Annotated[str, typer.Argument(help="A downstream recipe's name or the path of a .yaml file.")],
-    backbone: Annotated[list[str], typer.Option("--backbone", "-b", help=BACKBONE_HELP)],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A downstream recipe's name or the path of a .yaml file.", autocompletion=downstream_recipe_names
+        ),
+    ],
+    backbone: Annotated[list[str], typer.Option("--backbone", "-b", help=BACKBONE_HELP, autocompletion=backbone_names)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     data: Annotated[str | None, typer.Option(help=LABELLED_HELP)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help=LENGTH_HELP)] = None,

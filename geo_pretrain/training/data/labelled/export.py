@@ -59,13 +59,15 @@ def coco_json(
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def write_coco(source: LabelledSource, out: Path, *, images: bool = False, skips: SkippedFrames | None = None) -> Path:
+def write_coco(
+    source: LabelledSource, out: str | Path, *, images: bool = False, skips: SkippedFrames | None = None
+) -> Path:
     """Write `out`/annotations/instances_SPLIT.json and return its path.
 
     File names are those below the source's own folder, which another library gets as the folder of images. With
     `images` they are written as `out`/SPLIT/*.png instead: then `out` stands for itself.
     """
-    tree = coco_json(source, skips=skips)
+    out, tree = Path(out), coco_json(source, skips=skips)
     if images:
         (out / source.split).mkdir(parents=True, exist_ok=True)
         for entry in tree["images"]:
