@@ -24,7 +24,7 @@ from geo_pretrain.catalog.entry import FILE_NAME, WEIGHT_ROLES, Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
 from geo_pretrain.digests import inventory_line, sha256, xxh3, xxh3_hasher
 from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed
-from geo_pretrain.files import SEAL, atomic_write, parse_json, sync_files, sync_folder, tree_digest, write_text
+from geo_pretrain.files import SEAL, atomic_write, move, parse_json, sync_files, sync_folder, tree_digest, write_text
 from geo_pretrain.tensors import NotTensors, read_tensors
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def write_checkpoint(
         paths = {role: staging / ROLES[role] for role in (*tensors, *written)}
         files = {path.name: inventory_line(path, role) for role, path in paths.items()}
         config = _config(name, arch, contract, files, license, provenance, finished=finished, pairing=pairing)
-        (staging / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
+        (staging / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", "utf-8", newline="\n")
         read_checkpoint(staging)  # what nobody could read back is not put in place
     return read_checkpoint(folder)
 
@@ -268,7 +268,8 @@ def means_folder(name_or_path: str | os.PathLike[str]) -> bool:
     folder = Path(name_or_path).expanduser()
     if (folder / CONFIG).is_file() or not isinstance(name_or_path, str):
         return True
-    looks_like_path = os.sep in name_or_path or name_or_path.startswith((".", "~"))
+    separators = (os.sep, os.altsep or os.sep)  # Windows has two
+    looks_like_path = any(one in name_or_path for one in separators) or name_or_path.startswith((".", "~"))
     return looks_like_path or (folder.exists() and name_or_path not in CATALOG)
 
 
@@ -368,7 +369,7 @@ def recover(folder: Path) -> None:
     if folder.exists():
         _retire(retired, folder)
     else:
-        retired.rename(folder)
+        move(retired, folder)
 
 
 def _retired(folder: Path) -> Path:
@@ -390,8 +391,8 @@ def staged(folder: Path, writer: str = "") -> Iterator[Path]:
         yield staging
         sync_files(staging)
         if folder.exists():
-            folder.rename(retired)
-        staging.rename(folder)
+            move(folder, retired)
+        move(staging, folder)
         sync_folder(folder.parent)
         if retired.is_dir():
             _retire(retired, folder)
@@ -406,7 +407,7 @@ def _retire(retired: Path, folder: Path) -> None:
     known = {CONFIG, *ROLES.values()}
     for path in retired.iterdir():
         if path.name not in known and not (folder / path.name).exists():
-            path.rename(folder / path.name)
+            move(path, folder / path.name)
     shutil.rmtree(retired)
 
 

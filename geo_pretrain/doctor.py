@@ -43,7 +43,6 @@ EXTRAS = {  # what some commands want, and the extra that brings it
     "pyliblzfse": "datasets",
     "OpenEXR": "datasets",
     "rerun-sdk": "rerun",
-    "gradio": "demo",
 }
 ROOM = 2 << 30  # bytes that the largest checkpoints need in the cache
 SHARED = 1 << 30  # bytes of shared memory that batches of several workers fit into; docker gives 64 MB

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import stat
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +18,8 @@ from typing import Any
 from geo_pretrain.errors import CheckpointError, first_line
 
 SEAL = "sha256"  # key of the digest in JSON files that we read again
+WINDOWS = os.name == "nt"
+RETRIES = (0.01, 0.03, 0.1, 0.3, 1.0)  # seconds; on Windows a reader, or a virus scanner, holds a file for a moment
 WAIT_NOTE = 5.0  # seconds of waiting for another process before a warning says so
 
 
@@ -36,10 +39,24 @@ def atomic_write(path: Path, *, suffix: str = ".part") -> Iterator[Path]:
         yield part
         part.chmod(mode)
         sync_file(part)
-        part.replace(path)
+        move(part, path)
     finally:
         with suppress(OSError):  # on a disk that refused, the reason is in the first error
             part.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or a folder, over a file that is there; on Windows again while another program has it open.
+
+    Readers elsewhere keep the old bytes. Raises OSError, on Windows after 1.4 seconds.
+    """
+    for pause in RETRIES if WINDOWS else ():
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    source.replace(target)
 
 
 def regular(path: Path) -> Path:
@@ -52,7 +69,7 @@ def regular(path: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file by an `atomic_write`."""
     with atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", newline="\n")  # the same bytes, and digests, on every system
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -109,7 +126,9 @@ def sync_files(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk: new, renamed and removed files."""
+    """Flush a folder's list of names to the disk: new, renamed and removed files. Windows has no such call."""
+    if WINDOWS:
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

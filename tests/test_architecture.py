@@ -76,7 +76,6 @@ LONGEST_FILE, LONGEST_FUNCTION = 500, 60
 DATA_TABLES: set[str] = set()  # files of rows only, which may be as long as there is data
 OPTIONAL = {
     "MinkowskiEngine",
-    "gradio",
     "llvmlite",
     "matplotlib",
     "numba",

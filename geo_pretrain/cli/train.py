@@ -245,7 +245,7 @@ def _show_sweep(result: SweepResult, out: Path, as_json: bool) -> None:
 
     paths = write_report(result, out)
     if as_json:
-        typer.echo(paths["summary.json"].read_text())
+        typer.echo(paths["summary.json"].read_text(encoding="utf-8"))
         return
     head, *rows = table_rows(result)
     print_table(head, rows)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.errors import CheckpointError, UnsafeFile
-from geo_pretrain.files import parse_json
+from geo_pretrain.files import move, parse_json
 
 CHILD = Path(__file__).with_name("unpickle")  # a folder; Python runs its __main__
 
@@ -73,7 +73,7 @@ def extract(path: Path, out: Path, *, entries: Sequence[str] = ("",), limits: Li
     }
     try:
         report = _answer(path, job, limits)
-        part.replace(out)
+        move(part, out)
     except OSError as error:
         raise CheckpointError(f"{out}: could not be written: {error}") from error
     finally:

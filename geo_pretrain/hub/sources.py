@@ -31,7 +31,7 @@ from geo_pretrain.checkpoint import (
 )
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotThere, first_line, renamed, shown
-from geo_pretrain.files import atomic_write
+from geo_pretrain.files import atomic_write, move
 from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
 from geo_pretrain.hub.packages import PACKAGE_PREFIX, again, package_folder, without
@@ -441,7 +441,7 @@ class WebServer(Source):
             check_digest(self.part, stored)
 
         _with_one_retry(once, url)
-        self.part.replace(target)
+        move(self.part, target)
 
 
 def _total(sizes: Iterable[int | None]) -> int | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import geo_pretrain
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, MissingDependency, first_line, require
-from geo_pretrain.files import atomic_write, locked, parse_json, sync_file, sync_folder
+from geo_pretrain.files import atomic_write, locked, move, parse_json, sync_file, sync_folder
 from geo_pretrain.training.states import (
     BadState,
     check_log,
@@ -115,7 +115,7 @@ class RunFolder:
             write_state({**state, "log": log_facts(self.log_file)}, part)
             sync_file(part)
             if latest.exists() and STATE not in self.refused:
-                latest.replace(earlier)  # killed here, a run goes on from `earlier`
+                move(latest, earlier)  # killed here, a run goes on from `earlier`
         sync_folder(self.path)
         self.refused.discard(STATE)
 
@@ -253,9 +253,9 @@ class _Log:
                     f"{self.path.parent}: {bad} while the run was writing it. Put it back as it was and give the same "
                     "command again, or remove that folder to start from the beginning."
                 ) from None
+            self.file.close()  # Windows replaces no file that is open
             with atomic_write(self.path) as part:
                 part.write_bytes(lines)
-            self.file.close()
             self.file = self.path.open("a+b")
             what = "was removed or replaced while the run was writing it; it was put back."
             warnings.warn(f"{self.path} {what}", stacklevel=3)
@@ -298,7 +298,8 @@ def stop_requests() -> Iterator[StopRequest]:
         stop.set()
         signal.signal(number, previous[signal.Signals(number)])
 
-    numbers = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
+    further = [getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name)]  # the last: Windows
+    numbers = (signal.SIGINT, signal.SIGTERM, *further)
     previous = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     for number in previous:
         signal.signal(number, request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors.numpy import load_file
+from torch.utils.data import DataLoader
+
+from geo_pretrain.training import loop
 
 GOLDEN = Path(__file__).parents[1] / "data" / "geometry.safetensors"
 
@@ -160,6 +164,17 @@ def recipe_writer(folder, recording):
         return path
 
     return write
+
+
+@pytest.fixture
+def pickled_loaders(monkeypatch):
+    """Loaders get what a worker would get that is started by spawn (macOS, Windows): pickled and unpickled."""
+
+    def loader(dataset, *, batch_sampler, collate_fn, num_workers, generator, pin_memory):
+        dataset, batch_sampler, collate_fn = pickle.loads(pickle.dumps((dataset, batch_sampler, collate_fn)))
+        return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate_fn, generator=generator)
+
+    monkeypatch.setattr(loop, "DataLoader", loader)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def test_every_task_has_a_stored_series():
 
 
 @pytest.mark.parametrize("tiny", TINY_TASKS)
-def test_losses_of_the_first_steps_are_the_stored_ones(tmp_path, tiny_recipe, tiny):
+def test_losses_of_the_first_steps_are_the_stored_ones(tmp_path, tiny_recipe, pickled_loaders, tiny):
     stored = json.loads(STORED.read_text())["tasks"][tiny]
     series = loss_series(tiny_recipe, tmp_path, tiny)
     assert series.keys() == stored.keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -33,6 +34,9 @@ from geo_pretrain.training.runs import Interrupted, run_lock
 SPEC, RESULTS = "bench.json", "results.json"
 POLL = 0.2  # seconds between looks at the processes
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # beside Ctrl-C
+# Windows asks a group of processes by this event alone, and a process in a group of its own sees no Ctrl-C.
+ASK = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT)
+NEW_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
 PATIENCE = 60.0  # seconds for a process to save its state when the run is stopped
 
 Report = Callable[[int, int, str], None]  # cells done, cells known, event
@@ -251,6 +255,7 @@ def _start(bench: Bench, cell: Cell, threads: int) -> Popen[bytes]:
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             # A terminal would send its Ctrl-C to them, too, and the second signal stops a training without saving.
             start_new_session=True,
+            creationflags=NEW_GROUP,
         )
 
 
@@ -272,7 +277,7 @@ def _why(log: Path, returncode: int) -> str:
     last = " ".join(lines[said[-1] if said else -1 :]).removeprefix("Error: ")
     if returncode < 0:
         killer = signal.Signals(-returncode).name
-        memory = ", as when memory runs out" if -returncode == signal.SIGKILL else ""
+        memory = ", as when memory runs out" if killer == "SIGKILL" else ""
         return f"killed by {killer}{memory}; last said: {last or 'nothing'}"
     if returncode == 0:
         return f"ended without a result; last said: {last or 'nothing'}"
@@ -292,7 +297,7 @@ def _stopped_together(running: dict[str, Popen[bytes]]) -> Iterator[None]:
         yield
     except BaseException as error:
         for process in running.values():
-            process.send_signal(signal.SIGINT)
+            process.send_signal(ASK)
         for process in running.values():
             try:
                 process.wait(PATIENCE)

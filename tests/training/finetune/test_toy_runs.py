@@ -14,7 +14,7 @@ from geo_pretrain.training.finetune.registry import backbone_init, build_finetun
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune_recipe import POINT_KINDS, list_finetune_recipes, load_finetune_recipe
 
-pytestmark = pytest.mark.usefixtures("quick_weights")
+pytestmark = pytest.mark.usefixtures("quick_weights", "pickled_loaders")
 
 ROOMS = "data.options={scenes: 1, val_scenes: 1, frames: 2, labelled: 2, width: 64, height: 64}"
 STEP = ["optim.batch=2", "optim.steps=1", "evaluate.every_steps=1", "evaluate.images=1", "optim.warmup=0", ROOMS]
