@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FRACTION_HELP = "Share of the training images, whole scenes; default: the recipe's."
 SEED_HELP = "Seed of sample order, augmentation and new weights; default: the recipe's."
+DOWNSTREAM_HELP = "A downstream recipe's name or the path of a .yaml file."
 BACKBONE_HELP = (
     "A catalog name, a checkpoint folder, imagenet, scratch, or an encoder's weights: file:PATH, package:MODULE; with "
     "--sweep several."
@@ -125,12 +126,7 @@ def train(
 
 @app.command()
 def finetune(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            help="A downstream recipe's name or the path of a .yaml file.", autocompletion=downstream_recipe_names
-        ),
-    ],
+    recipe: Annotated[str, typer.Argument(help=DOWNSTREAM_HELP, autocompletion=downstream_recipe_names)],
     backbone: Annotated[list[str], typer.Option("--backbone", "-b", help=BACKBONE_HELP, autocompletion=backbone_names)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     data: Annotated[str | None, typer.Option(help=LABELLED_HELP)] = None,
