@@ -47,6 +47,8 @@ COMMANDS = [
     ["cache", "rm"],
     ["weights", "add"],
     ["weights", "check"],
+    ["weights", "measured"],
+    ["weights", "mirror"],
     ["weights", "texts"],
     ["demo"],
     ["doctor"],

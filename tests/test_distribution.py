@@ -25,13 +25,14 @@ from geo_pretrain.cards.sections import measured_section
 from geo_pretrain.catalog import CATALOG, shipped
 from geo_pretrain.catalog.entry import OUR_PACKAGES, Entry, Result, Shipped
 from geo_pretrain.catalog.license import License, rooms_license
-from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.checkpoint import read_checkpoint, verify_files
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.distribution import add, check, project, shipped_file
+from geo_pretrain.distribution import add, check, measured, mirrors, project, shipped_file
 from geo_pretrain.errors import CheckpointError, DataError, DigestMismatch, HubError, UnknownName
 from geo_pretrain.hub.cache import names_here
 from geo_pretrain.listing import catalog_rows
 from geo_pretrain.training.visualize.loss_curve import read_losses, running_mean
+from tests.hub.hosts import Hosts
 from tests.zoo import ARCH, as_tiny, write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,15 +267,15 @@ def test_other_weights_under_a_name_that_was_given_away_are_refused(installed: t
 
 
 def test_numbers_measured_of_shipped_weights_stand_apart_from_the_papers():
-    measured = Result("dense matching", "7-Scenes, kitchen", "recall at 4 px (%)", 41.5, "a.json", "random: 23.5")
+    ours = Result("dense matching", "7-Scenes, kitchen", "recall at 4 px (%)", 41.5, "a.json", "random: 23.5")
     reported = Result("semantic segmentation", "ScanNet", "mIoU", 54.4, "T1")
     row = Shipped(
         "geo_pretrain_weights", {f"{r}.safetensors": (9, "a" * 64) for r in ("encoder", "decoder")}, "x", None
     )
     entry = row.applied(dataclasses.replace(MADE_FOR[NAME], results=(reported,)))
-    entry = dataclasses.replace(entry, measured=(measured,))
+    entry = dataclasses.replace(entry, measured=(ours,))
     card = render_entry(entry)
-    text = "\n\n".join(measured_section((measured,)))
+    text = "\n\n".join(measured_section((ours,)))
     assert text in card
     assert "54.4" not in text
     assert "41.5" not in card.partition("## Reported by the authors")[2]
@@ -329,6 +330,72 @@ def test_losses_of_a_log(tmp_path: Path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "lr": 0.1}\n')
     with pytest.raises(DataError, match="has no losses"):
         read_losses(tmp_path / "log.jsonl")
+
+
+def test_a_stored_number_reaches_the_cards_and_is_compared(
+    installed: tuple[Path, Path], narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    weights = installed[1]
+    clone, listed = tmp_path / "clone", tmp_path / "clone/geo_pretrain/catalog/shipped.py"
+    listed.parent.mkdir(parents=True)
+    shutil.copyfile(narrow, listed)
+    monkeypatch.setattr(measured, "catalog_file", lambda weights: listed)
+    stored = clone / "x.json"
+    stored.write_text(json.dumps({"runs/a": [{"recall": 0.41234567}, "text"]}))
+    facts = {"task": "dense matching", "dataset": "kitchen", "metric": "recall (%)", "weights": weights}
+    for place, message in (
+        ("/runs~1b/0", r"has no 'runs/b' at its top; there is: \['runs/a'\]"),
+        ("/runs~1a/0/x", r"no 'x' at /runs~1a/0; there is: \['recall'\]"),
+        ("/runs~1a/1", "is 'text'; accepted: the place of a number"),
+        ("runs", "JSON pointer"),
+    ):
+        with pytest.raises(DataError, match=message):
+            measured.add_result(NAME, stored, place, **facts)
+    with pytest.raises(UnknownName):
+        measured.add_result("csc_srunet34.rooms", stored, "/runs~1a/0/recall", **facts)
+    measured.add_result(NAME, stored, "/runs~1a/0/recall", **facts)
+    measured.add_result(NAME, stored, "/runs~1a/0/recall", **facts, scale=100, note="random weights: 23.5")
+    row = shipped_file.read_shipped(listed)[NAME]
+    place = "x.json#/runs~1a/0/recall"
+    assert row.measured == (Result("dense matching", "kitchen", "recall (%)", 41.23, place, "random weights: 23.5"),)
+    card = (weights / "geo_pretrain_weights/geo_pretrain_weights" / NAME / "README.md").read_text()
+    assert "| dense matching | kitchen | recall (%) | 41.23 | x.json: random weights: 23.5 |" in card
+    verify_files(read_checkpoint(weights / "geo_pretrain_weights/geo_pretrain_weights" / NAME))
+    measured.check_results(row, clone)
+    stored.write_text(stored.read_text().replace("0.41", "0.51"))
+    with pytest.raises(DataError, match=r"the card says 41.23 recall \(%\), x.json.* says 0.512346"):
+        measured.check_results(row, clone)
+
+
+def test_a_mirror_is_listed_when_its_bytes_are_those_of_the_package(
+    installed: tuple[Path, Path], narrow: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    site, weights = installed
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(mirrors, "catalog_file", lambda weights: narrow)
+    folder = weights / "geo_pretrain_weights/geo_pretrain_weights" / NAME
+    pages = {f"/v1/{NAME}/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    log = f"/v1/{NAME}/log.jsonl"
+    with Hosts(pages | {log: pages[log] + b"x"}) as hosts, pytest.raises(HubError, match=r"log\.jsonl"):
+        mirrors.add_mirror(NAME, f"{hosts.url}/v1", weights)
+    with pytest.raises(HubError, match="hf-hub:OWNER/REPO@COMMIT"):
+        mirrors.add_mirror(NAME, "/tmp/x", weights)
+    with pytest.raises(HubError, match="40 hex digits"):
+        mirrors.add_mirror(NAME, "hf-hub:me/x@main", weights)
+    assert shipped_file.read_shipped(narrow)[NAME].mirrors == ()
+    with Hosts(pages) as hosts:
+        assert mirrors.add_mirror(NAME, f"{hosts.url}/v1/", weights) == (f"{hosts.url}/v1",)
+        row = shipped_file.read_shipped(narrow)[NAME]
+        give(monkeypatch, row.applied(as_tiny(NAME)))
+        path = site / "geo_pretrain_weights" / NAME / "encoder.safetensors"
+        assert [(door.place, door.is_open) for door in hub.doors(NAME)] == [
+            ("package:geo_pretrain_weights", True),
+            (f"{hosts.url}/v1", True),
+        ]
+        path.write_bytes(flipped(path.read_bytes()))
+        network = load_backbone(NAME)  # from the next door
+        wanted = load_file(folder / "encoder.safetensors")["conv1.weight"].float()
+        assert torch.equal(network.conv1.weight, wanted)
 
 
 # the hook of a wheel, as hatchling calls it

@@ -111,7 +111,7 @@ def _row(entry: Entry, here: Collection[str], pictures: Mapping[str, str]) -> di
             [r.task, r.dataset, r.metric, r.value, scratch.get(r), r.table, papers[r.table].title]
             for r in entry.results
         ],
-        "measured": [[r.task, r.dataset, r.metric, r.value, r.table] for r in entry.measured],
+        "measured": [[r.task, r.dataset, r.metric, r.value, r.table.partition("#")[0]] for r in entry.measured],
         "lines": copied_lines(entry),
         "note": _note(entry, ready),
         "pictures": dict(pictures),

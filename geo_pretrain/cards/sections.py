@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from geo_pretrain.backbones.architectures import Arch
@@ -76,7 +77,8 @@ def papers_of(entry: Entry) -> dict[str, Paper]:
 def measured_section(results: Sequence[Result]) -> list[str]:
     """The section of results measured with this project; empty without any."""
     text = "With this project, on these very weights; no number of a paper is among them."
-    return ["## Measured", text, _results(results)] if results else []
+    shown = [replace(result, table=result.table.partition("#")[0]) for result in results]  # the place in a file is long
+    return ["## Measured", text, _results(shown)] if results else []
 
 
 def reported_section(

@@ -1,4 +1,4 @@
-"""Commands for weights that travel as Python packages: weights add, check, texts."""
+"""Commands for weights that travel as Python packages: weights add, check, measured, mirror, texts."""
 
 from __future__ import annotations
 
@@ -57,6 +57,47 @@ def check(
         console.print(escape(line), soft_wrap=True, highlight=False)
         lines += 1
     console.print(f"{lines} checkpoints are as they should be." if lines else f"{folder} holds no checkpoint yet.")
+
+
+@weights_app.command("measured")
+def measured(
+    name: Annotated[str, typer.Argument(help="A name that a package of weights/ holds.")],
+    file: Annotated[Path, typer.Argument(help="A stored result, JSON, such as benchmarks/results/x.json.")],
+    place: Annotated[str, typer.Argument(help="Where the number stands in it, such as /networks/NAME/recall.")],
+    task: Annotated[str, typer.Option(help="Such as 'dense matching'.")],
+    dataset: Annotated[str, typer.Option(help="Such as '7-Scenes, kitchen'.")],
+    metric: Annotated[str, typer.Option(help="Such as 'recall at 4 px (%)'.")],
+    scale: Annotated[float, typer.Option(help="100 makes a share a percentage.")] = 1.0,
+    note: Annotated[str, typer.Option(help="What stands beside it, such as the number of random weights.")] = "",
+    to: Annotated[Path, typer.Option("--to", help=FOLDER_HELP)] = Path("weights"),
+) -> None:
+    """Put a number that was measured and stored on the card of shipped weights, apart from those of papers.
+
+    Example: `geo-pretrain weights measured NAME benchmarks/results/x.json /networks/NAME/recall
+    --task "dense matching" --dataset "7-Scenes, kitchen" --metric "recall at 4 px (%)" --scale 100`
+    """
+    from geo_pretrain.distribution.measured import add_result
+
+    facts = {"task": task, "dataset": dataset, "metric": metric, "scale": scale, "note": note}
+    for result in add_result(name, file, place, **facts, weights=to):  # type: ignore[arg-type]
+        line = f"{result.task}, {result.dataset}: {result.value:g} {result.metric} ({result.table})"
+        console.print(escape(line), soft_wrap=True, highlight=False)
+
+
+@weights_app.command("mirror")
+def mirror(
+    name: Annotated[str, typer.Argument(help="A name that a package of weights/ holds.")],
+    place: Annotated[str, typer.Argument(help="hf-hub:OWNER/REPO@COMMIT, or a URL above NAME/.")],
+    to: Annotated[Path, typer.Option("--to", help=FOLDER_HELP)] = Path("weights"),
+) -> None:
+    """List another door of shipped weights, after all its files were fetched from there and compared.
+
+    Example: `geo-pretrain weights mirror pri3d_view_r18.rooms https://example.org/releases/download`
+    """
+    from geo_pretrain.distribution.mirrors import add_mirror
+
+    for number, door in enumerate(add_mirror(name, place, to), 1):
+        console.print(escape(f"{name}: door {number} after its package is {door}"), soft_wrap=True, highlight=False)
 
 
 @weights_app.command("texts")

@@ -8,6 +8,7 @@ from pathlib import Path
 from geo_pretrain.catalog.shipped import SHIPPED
 from geo_pretrain.checkpoint import verify_files
 from geo_pretrain.distribution import project as wheel
+from geo_pretrain.distribution.measured import check_results
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.hub.names import check_published_name
 
@@ -36,6 +37,7 @@ def check_weights(weights: Path | str = "weights", *, golden: bool = True) -> It
                     f"{checkpoint.folder}: the catalog looks for it in {SHIPPED[checkpoint.name].package!r}."
                 )
             check_published_name(checkpoint)
+            check_results(SHIPPED[checkpoint.name], weights.resolve().parent)
             if checkpoint.license.weights != wheel.LICENSE or not checkpoint.finished:
                 raise CheckpointError(f"{checkpoint.folder}: is unfinished, or not under {wheel.LICENSE}.")
             size = f"{wheel.size_of(checkpoint.folder) / wheel.MB:.1f} MB"
