@@ -232,3 +232,15 @@ def test_a_terminal_has_a_live_line_of_its_width(monkeypatch):
     assert "\u2501\u2501\u2501 training" in text
     assert "60/120" in text
     assert max(map(len, re.split(r"[\r\n]+", text))) <= 80
+
+
+def test_bytes_from_hugging_face_are_shown_in_the_same_style(capsys):
+    from geo_pretrain.hub.sources import _bars_of
+
+    with progress() as display:
+        bars = _bars_of(display.stage("lab/net/encoder.safetensors", bytes=True))
+        with bars(total=10_000_000, initial=2_000_000, desc="encoder", unit="B", unit_scale=True, name="hub") as bar:
+            bar.update(8_000_000)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "lab/net/encoder.safetensors: 10.0/10.0 MB, took 0 s\n"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from geo_pretrain.cli.completion import backbone_names
-from geo_pretrain.cli.shared import app, console, escape
+from geo_pretrain.cli.shared import app, console, escape, progress
 
 if TYPE_CHECKING:
     from geo_pretrain.cards.facts import Section
@@ -81,7 +81,8 @@ def info(
     entry, report = find(name), None
     facts = _entry_facts(entry) if entry is not None else None
     if facts is None or loaded:
-        report, checkpoint = _load(name, hub) if loaded else (None, _open(name, hub).fetch())
+        with progress(not as_json):
+            report, checkpoint = _load(name, hub) if loaded else (None, _open(name, hub).fetch())
         facts = facts or _folder_facts(checkpoint)
         if report is not None:
             facts["loaded"] = {"from": str(checkpoint.folder), **asdict(report)}
@@ -165,12 +166,14 @@ def pull(
 
     if not names and from_bundle is None:
         raise typer.BadParameter("give NAMES or --from-bundle FILE.")
-    for folder in install_bundle(from_bundle) if from_bundle is not None else ():
+    with progress() as report:
+        folders = install_bundle(from_bundle, progress=report.stage("unpacking")) if from_bundle else ()
+    for folder in folders:
         console.print(escape(f"{folder.name}: {folder}"), soft_wrap=True, highlight=False)
-
     for name in names or ():
-        opened = _open(name, hub)
-        checkpoint = opened.fetch(*opened.network_roles(decoder=not encoder), *(() if encoder else ("golden",)))
+        with progress():
+            opened = _open(name, hub)
+            checkpoint = opened.fetch(*opened.network_roles(decoder=not encoder), *(() if encoder else ("golden",)))
         console.print(escape(f"{name}: {checkpoint.folder}"), soft_wrap=True, highlight=False)
 
 
@@ -206,7 +209,8 @@ def verify(
     """
     from geo_pretrain.loading import verify as check
 
-    result = check(name, hub=hub, tolerance=tolerance)
+    with progress():
+        result = check(name, hub=hub, tolerance=tolerance)
     table = Table("output", "difference", "", box=None)
     for output, error in result.errors.items():
         table.add_row(escape(output), f"{error:.1e}", "ok" if error <= result.tolerance else "[red]differs")
@@ -306,9 +310,11 @@ def bundle(
     """
     from geo_pretrain.hub.bundle import write_bundle
 
-    opened = [_open(name, hub) for name in names]
-    folders = [each.fetch(*each.network_roles(), "golden").folder for each in opened]
-    console.print(f"Wrote {write_bundle(folders, out)}", soft_wrap=True, highlight=False, markup=False)
+    with progress() as report:
+        opened = [_open(name, hub) for name in names]
+        folders = [each.fetch(*each.network_roles(), "golden").folder for each in opened]
+        written = write_bundle(folders, out, progress=report.stage("packing"))
+    console.print(f"Wrote {written}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +64,15 @@ class Bundled:
         return len(self.config) + sum(span.size for span in self.spans.values())
 
 
-def write_bundle(folders: Sequence[Path | str], out: Path | str) -> Path:
+def write_bundle(
+    folders: Sequence[Path | str], out: Path | str, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Path:
     """Write checkpoint folders into the bundle `out`, by an atomic write after it was read back.
 
     Every file is compared with its digest. The network's weights and golden values must be there; texts that a folder
     lists but does not hold (it came from a cache) are left out, and so are paths of this machine (`outgoing`). An
-    unfinished checkpoint stays one. Raises
+    unfinished checkpoint stays one. `progress` is called with the checkpoints done, written and read back, and twice
+    their number. Raises
     `CheckpointError` or `DigestMismatch` for a folder that is none, `HubError` when `out` cannot be written.
     """
     out = Path(out).expanduser()
@@ -79,13 +82,15 @@ def write_bundle(folders: Sequence[Path | str], out: Path | str) -> Path:
     try:
         with atomic_write(out) as part:
             with tarfile.open(part, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for checkpoint in chosen:
+                for done, checkpoint in enumerate(chosen):
+                    progress(done, 2 * len(chosen))
                     texts = outgoing(checkpoint)
                     for name in (*_files_to_bundle(checkpoint), CONFIG):
                         _add(tar, checkpoint, name, texts.get(name))
             with _opened(part) as stream:
-                for bundled in _contents(stream, part):
+                for done, bundled in enumerate(_contents(stream, part), len(chosen) + 1):
                     _verify(stream, bundled)
+                    progress(done, 2 * len(chosen))
     except OSError as error:
         raise HubError(f"{out}: cannot be written ({error.strerror or error}). Choose another place for it.") from error
     return out
@@ -98,19 +103,26 @@ def list_bundle(bundle: Path | str) -> list[Bundled]:
         return _contents(stream, bundle)
 
 
-def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> list[Path]:
+def install_bundle(
+    bundle: Path | str,
+    cache_dir: Path | str | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
     """Unpack a bundle into <cache>/bundles/<name>, where `hub.open` looks names up; return these folders.
 
     Everything is compared with the inventories' digests before the cache is touched; then all checkpoints are written
     beside their places and put there one after the other, each at once. One that is installed already is left alone;
     another one of the same name is replaced. Raises `CheckpointError` for a file that is no bundle or holds anything
     else, `DigestMismatch` for altered bytes or another checkpoint than the catalog's, `HubError` for the disk.
+    `progress` is called with the checkpoints done, compared and unpacked, and twice their number.
     """
     bundle = Path(bundle).expanduser()
     root = cache_root(cache_dir) / "bundles"
     with _opened(bundle) as stream, ExitStack() as locks:
         contents = _contents(stream, bundle)
-        for bundled in contents:
+        for done, bundled in enumerate(contents):
+            progress(done, 2 * len(contents))
             check_published_name(bundled.checkpoint, "unpack the bundle, a tar file, and load its folder by its path")
             _verify(stream, bundled)
         targets = {root / bundled.checkpoint.name: bundled for bundled in contents}
@@ -120,8 +132,10 @@ def install_bundle(bundle: Path | str, cache_dir: Path | str | None = None) -> l
         missing = _not_installed(missing)  # another process may have been quicker
         try:
             with ExitStack() as stagings:  # which puts all in place once all are complete, the last one first
-                for folder, bundled in reversed(missing.items()):
+                for done, (folder, bundled) in enumerate(reversed(missing.items()), 2 * len(contents) - len(missing)):
+                    progress(done, 2 * len(contents))
                     _unpack(stream, bundled, stagings.enter_context(staged(folder)))
+            progress(2 * len(contents), 2 * len(contents))
         except OSError as error:
             reason = error.strerror or error
             needed = sum(bundled.size for bundled in missing.values()) // 10**6

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,8 +34,9 @@ from geo_pretrain.files import atomic_write, move
 from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
 from geo_pretrain.hub.packages import PACKAGE_PREFIX, again, package_folder, without
-from geo_pretrain.hub.transfer import LARGEST, Progress, download, probe
+from geo_pretrain.hub.transfer import LARGEST, download, probe
 from geo_pretrain.online import hub_fault
+from geo_pretrain.progress import Stage, of_bytes
 
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 HF_PREFIX, WEB_PREFIXES = "hf-hub:", ("http://", "https://")
@@ -229,7 +229,7 @@ class Authors(Source):
     def fetch(self, roles: Sequence[str]) -> Checkpoint:
         """Download and convert the file that holds the roles."""
         request = self.request
-        with _progress_bar(request.name) as progress:
+        with of_bytes(request.name) as progress:
             folder = authors.fetch(self.entry, roles, request.cache, offline=request.offline, progress=progress)
         return read_checkpoint(folder)
 
@@ -300,7 +300,8 @@ class HuggingFace(Source):
 
         where: dict[str, Any] = {"cache_dir": self.request.cache_dir, "local_files_only": self.request.offline}
         self._knock(file, revision)
-        with self._asking(file):
+        with self._asking(file), of_bytes(f"{self.repo}/{file}") as stage:
+            where |= {} if stage is None else {"tqdm_class": _bars_of(stage)}
             return Path(client.hf_hub_download(self.repo, file, revision=revision, force_download=again, **where))
 
     def _knock(self, file: str, revision: str | None) -> None:
@@ -432,7 +433,7 @@ class WebServer(Source):
 
         def once() -> None:
             try:
-                with _progress_bar(f"{checkpoint.name}/{file}") as progress:
+                with of_bytes(f"{checkpoint.name}/{file}") as progress:
                     download(url, self.part, limit=stored.size, progress=progress)
             except NotThere as error:  # not the same as a server without this checkpoint
                 raise HubError(
@@ -469,20 +470,19 @@ def _with_one_retry(fetch: Callable[[], T], url: str) -> T:
             raise type(error)(f"{url}, fetched twice: {error}") from error
 
 
-@contextmanager
-def _progress_bar(title: str) -> Iterator[Progress | None]:
-    """A progress bar in a terminal, None elsewhere: for files that take minutes."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich import progress
-    from rich.console import Console
+def _bars_of(stage: Stage) -> type:
+    """What huggingface_hub takes for the class of its progress bars: it shows their bytes in a stage of ours."""
+    from huggingface_hub.utils import tqdm
 
-    sizes = (progress.DownloadColumn(), progress.TransferSpeedColumn())
-    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), *sizes)
-    with progress.Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(title, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+    class Bytes(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options | {"disable": True})  # which keeps `n` and `total`, and draws nothing
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            stage(self.n, self.total)
+
+    return Bytes
 
 
 def _first_lines(error: Exception) -> str:

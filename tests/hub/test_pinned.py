@@ -45,13 +45,16 @@ def resolve(server: LoopbackHub, home: Path, files: list[dict[str, Any]], **opti
         from geo_pretrain import hub
         from geo_pretrain.catalog import File
         from geo_pretrain.errors import GeoPretrainError
+        from geo_pretrain.progress import progress
         from tests.zoo import as_tiny
 
         pinned = tuple(File(**file | {"sources": tuple(file["sources"])}) for file in files)
         entry = replace(as_tiny(NAME), files=pinned, status="published-here")
         hub.find = {entry.name: entry}.get
         try:
-            print(json.dumps(str(hub.open(entry.name, **options).fetch("encoder").folder)))
+            with progress():  # as commands do: what the client downloads is shown there
+                folder = hub.open(entry.name, **options).fetch("encoder").folder
+            print(json.dumps(str(folder)))
         except GeoPretrainError as error:
             print(json.dumps(f"{type(error).__name__}: {error}"))
 
