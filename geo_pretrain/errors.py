@@ -76,6 +76,10 @@ class BadFrame(DataError):
         return type(self), (self.path, self.reason)
 
 
+class BadLabels(BadFrame):
+    """Labels that the list of classes lacks: no broken file, but a list that does not fit. Training on it ends."""
+
+
 class MissingDependency(GeoPretrainError, ImportError):
     """An optional library that is not installed."""
 

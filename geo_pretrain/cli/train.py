@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -233,7 +233,13 @@ def _show_result(result: FinetuneResult, as_json: bool) -> None:
     print_table(rows[0], (row.values() for row in rows))
     for quirk, what in result.data.get("quirks", {}).items():
         console.print(f"{escape(quirk)}: {escape(what)}", highlight=False, soft_wrap=True)
+    _show_left_out(result.left_out())
     console.print(f"Results: {result.folder}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _show_left_out(lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(f"[yellow]{escape(line)}", highlight=False, soft_wrap=True)
 
 
 def _show_sweep(result: SweepResult, out: Path, as_json: bool) -> None:
@@ -245,5 +251,6 @@ def _show_sweep(result: SweepResult, out: Path, as_json: bool) -> None:
         return
     head, *rows = table_rows(result)
     print_table(head, rows)
+    _show_left_out(result.left_out)
     for path in paths.values():
         console.print(f"Wrote {path}", soft_wrap=True, highlight=False, markup=False)

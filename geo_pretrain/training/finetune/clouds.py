@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import VoxelContract
-from geo_pretrain.errors import BadFrame, DataError, some
+from geo_pretrain.errors import BadFrame, BadLabels, DataError, some
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.cloud_recipe import CloudSpec
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
@@ -97,13 +97,15 @@ class CloudTask(FinetuneTask):
     ) -> list[tuple[str, T]]:
         """Measure this process's share of the clouds: their ids with what `measure` gives.
 
-        Clouds that cannot be read, or made into voxels, are noted in `skipped`.
+        Clouds that cannot be read, or made into voxels, are noted in `skipped`. Raises `BadLabels`.
         """
         self.skipped, found = {}, []
         for batch in share_of(ids, self.recipe.evaluate.batch, world):
             for id in batch:
                 try:
                     found.append((id, measure(self.load(source, id))))
+                except BadLabels:
+                    raise
                 except BadFrame as bad:
                     self.skipped[bad.path] = bad.reason
         return found

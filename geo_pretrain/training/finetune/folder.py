@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from geo_pretrain.catalog.license import License
 from geo_pretrain.checkpoint import CONFIG, sha256
-from geo_pretrain.errors import CheckpointError
+from geo_pretrain.errors import CheckpointError, some
 from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.config import plain_types
 from geo_pretrain.training.data.labelled.registry import data_terms
@@ -22,6 +22,7 @@ from geo_pretrain.training.runs import LOG, check_out, code_version, library_ver
 RESULTS, MODEL, PICTURE = "results.json", "model.safetensors", "predictions.png"
 FORMAT = 1
 DRAWN = 4  # validation images in the figure
+SHOWN = 5  # left-out clouds in a message; results.json has all
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,20 @@ class FinetuneResult:
         """Per-class values of the evaluation behind `score`; None for a class without pixels."""
         values: dict[str, float | None] = self.data[self.uses]["per_class"][what]
         return values
+
+    def left_out(self) -> list[str]:
+        """Say which clouds training or the evaluation behind `score` could not use, and why: a line a split."""
+        data, measured = self.data["data"], self.data[self.uses]["details"]
+        found = {
+            "training": (data.get("skipped"), data.get("train_images")),
+            "validation": (measured.get("skipped"), data.get("val_images")),
+        }
+        lines = []
+        for split, (skipped, count) in found.items():
+            if skipped:
+                reasons = some((f"{one['path']}: {one['reason']}" for one in skipped), SHOWN)
+                lines.append(f"{len(skipped)} of {count} {split} clouds left out: {reasons}.")
+        return lines
 
 
 def read_result(folder: Path) -> FinetuneResult:

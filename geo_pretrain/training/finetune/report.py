@@ -59,6 +59,8 @@ def markdown(result: SweepResult, *, figure: str | None = None) -> str:
         ]
     if result.changed:
         lines += ["", f"The recipe differs from `{result.recipe.name}` as shipped: {'; '.join(result.changed)}."]
+    if result.left_out:
+        lines += ["", "Not all clouds could be used:", "", *(f"- {line}" for line in result.left_out)]
     if result.missing:
         lines += ["", f"Not run yet: {'; '.join(result.missing)}."]
     if result.protocol_deviations:

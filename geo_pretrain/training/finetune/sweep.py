@@ -94,6 +94,7 @@ class SweepResult:
     protocol_deviations: Mapping[str, str]  # what the released protocol does by accident -> what these runs do
     changed: tuple[str, ...] = ()  # how the recipe differs from the one shipped under its name
     missing: tuple[str, ...] = ()  # runs of the sweep that are not finished
+    left_out: tuple[str, ...] = ()  # clouds that runs could not use, and why
 
     def by_start(self) -> tuple[dict[str, dict[float, Spread]], dict[str, list[PaperRow]]]:
         """Measured scores by start and share, and what papers report by start, shares rising."""
@@ -232,6 +233,7 @@ def read_sweep(out: Path) -> SweepResult:
         protocol_deviations=first.data["quirks"],
         changed=_changed(recipe),
         missing=tuple(str(run) for run in runs if run not in finished),
+        left_out=tuple(f"{run}: {line}" for run, result in finished.items() for line in result.left_out()),
     )
 
 

@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from geo_pretrain.training.finetune.run import finetune
-from geo_pretrain.training.finetune_recipe import load_finetune_recipe
+from geo_pretrain.training.finetune.folder import read_result
 from tests.front_door import geo_pretrain
 from tests.training.painted_clouds import painted
 
@@ -32,6 +31,12 @@ def write(path, seed):
         np.save(path, np.column_stack(list(fields.values())))
 
 
+def line(folder, out):
+    """Arguments of a short run."""
+    words = ["clouds_srunet34", "--data", f"clouds:{folder}", "-b", "scratch", "--device", "cpu", "--out", out]
+    return [*words, *(word for override in TINY for word in ("--set", override))]
+
+
 @pytest.fixture
 def folder(tmp_path):
     root = tmp_path / "own"
@@ -46,8 +51,8 @@ def test_own_clouds_are_trained_on_and_broken_ones_counted(folder, tmp_path):
     for name in ("train/c.npz", "val/e.npz"):
         path = folder / name
         path.write_bytes(path.read_bytes()[:900])
-    recipe = load_finetune_recipe("clouds_srunet34", [*TINY, f"data.path={folder}"])
-    result = finetune(recipe, "scratch", tmp_path / "out", device="cpu")
+    shown = geo_pretrain("finetune", *line(folder, tmp_path / "out")).output
+    result = read_result(tmp_path / "out")
     data = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (result.metric, data["data"]["classes"]) == ("miou", ["red", "green", "blue"])
     [skipped] = data["last"]["details"]["skipped"]
@@ -56,14 +61,33 @@ def test_own_clouds_are_trained_on_and_broken_ones_counted(folder, tmp_path):
     log = (tmp_path / "out" / "log.jsonl").read_text()
     assert str(folder / "train/c.npz") in log
     assert (tmp_path / "out" / "predictions.png").is_file()
+    training, validation = result.left_out()
+    assert training.startswith(f"1 of 3 training clouds left out: {folder / 'train/c.npz'}: ")
+    assert training.count("c.npz") == 1
+    assert validation.startswith(f"1 of 2 validation clouds left out: {folder / 'val/e.npz'}: ")
+    assert training in shown
+    assert validation in shown
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_that_the_list_lacks_ends_the_run(folder, tmp_path, split):
+    (folder / "classes.txt").write_text("red\ngreen\n")
+    for kept in folder.glob("[tv]*/[abd].np[yz]"):  # clouds whose labels are all in the list
+        if kept.parent.name != split:
+            cloud = painted(1)
+            np.save(kept.with_suffix(".npy"), np.column_stack([cloud.points, cloud.colors, cloud.labels.clip(0, 2)]))
+            kept.with_suffix(".npz").unlink(missing_ok=True)
+    wrong = geo_pretrain("finetune", *line(folder, tmp_path / "out"), expected=1).errors
+    assert "label 3 at" in wrong
+    assert "data.options.ignore" in wrong
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_data_are_said_in_one_line(folder, tmp_path):
-    line = ["finetune", "clouds_srunet34", "--data", f"clouds:{folder}", "-b", "scratch", "--device", "cpu"]
-    line += ["--out", tmp_path / "out", *(word for override in TINY for word in ("--set", override))]
-    wrong = geo_pretrain(*line, "--set", "data.options.label=klass", expected=1).errors
+    words = ["finetune", *line(folder, tmp_path / "out")]
+    wrong = geo_pretrain(*words, "--set", "data.options.label=klass", expected=1).errors
     assert "no field klass (data.options.label); it has " in wrong
     (folder / "classes.txt").unlink()
-    wrong = geo_pretrain(*line, expected=1).errors
+    wrong = geo_pretrain(*words, expected=1).errors
     assert "classes.txt' is missing. It names the classes" in wrong
     assert "Traceback" not in wrong

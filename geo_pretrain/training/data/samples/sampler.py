@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.errors import BadFrame, BadLabels, DataError, some
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.augment import Normalize
 from geo_pretrain.training.recipe import DataSpec
@@ -156,13 +156,16 @@ def read_or_replace(
 ) -> tuple[int, T]:
     """Call `load(index)`; while that raises `BadFrame`, draw another of `count` indices. Returns the index and result.
 
-    Failures are added to `skipped`. Raises `DataError` after `ATTEMPTS` failures in a row, naming `what` was read.
+    Failures are added to `skipped`. Raises `DataError` after `ATTEMPTS` failures in a row, naming `what` was read, and
+    `BadLabels` at once: a list of classes that does not fit would silently leave out whatever has the class.
     """
     for _ in range(ATTEMPTS):
         try:
             return index, load(index)
+        except BadLabels:
+            raise
         except BadFrame as bad:
             skipped.append((bad.path, bad.reason))
             index = int(torch.randint(count, (), generator=generator))
-    listed = "; ".join(f"{path}: {reason}" for path, reason in skipped[:3])
-    raise DataError(f"{ATTEMPTS} {what} in a row cannot be read; the data seem to be gone. First: {listed}")
+    listed = some(dict.fromkeys(f"{path}: {reason}" for path, reason in skipped), 3)
+    raise DataError(f"{ATTEMPTS} {what} in a row cannot be read, drawn from {count}. First: {listed}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from geo_pretrain.errors import BadFrame, DataError, some
+from geo_pretrain.errors import BadLabels, DataError, some
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class FileClasses:
     path: str = "classes.txt"
 
     def apply(self, labels: np.ndarray, path: object) -> np.ndarray:
-        """Map labels [N] to classes, int64 [N]. Raises `BadFrame` for a label that is none."""
+        """Map labels [N] to classes, int64 [N]. Raises `BadLabels` for a label that is none."""
         found, places = np.unique(labels, return_inverse=True)
         unlisted = [int(label) for label in found if int(label) not in self.numbers]
         if unlisted:
             count = int((labels == unlisted[0]).sum())
-            raise BadFrame(
+            raise BadLabels(
                 path,
                 f"label {unlisted[0]} at {count} points is no class; {self.path} has "
                 f"{some((str(n) for n in sorted(self.numbers)), 30)} (data.options.ignore takes labels to ignore)",
