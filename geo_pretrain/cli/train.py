@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from geo_pretrain.cli.completion import backbone_names, downstream_recipe_names, recipe_names
+from geo_pretrain.cli.labels import show_labels
 from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, LABELLED_HELP, SET_HELP, data_overrides, print_skips
 from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 
@@ -171,10 +172,10 @@ def finetune(
     overrides = [*data_overrides(data), *_limits(scenes, labelled_points), *released, *set_]
     spec = _of_length(load_checked_finetune_recipe(recipe, overrides, toy=toy), steps, epochs)
     _check_once({"--backbone": backbone, "--fraction": fraction, "--seed": seed}, sweep)
-    fraction, seed = fraction or [spec.data.fraction], seed or [spec.seed]
-    world = join(device)
-    with progress(world.is_main and not as_json) as report:
-        options = {"init_kwargs": {"hub": hub} if hub else None, "world": world, **_watched(report)}
+    fraction, seed, world = fraction or [spec.data.fraction], seed or [spec.seed], join(device)
+    talks = world.is_main and not as_json
+    with progress(talks) as report:
+        options = {"init_kwargs": {"hub": hub} if hub else None, "world": world, **_watched(report, talks)}
         if sweep:
             options["on_run"] = lambda number, total, run: report("runs", number, total, f"{run}")
             swept = sweeps.run_sweep(spec, backbone, fraction, seed, out, **options)
@@ -186,11 +187,12 @@ def finetune(
         _show_sweep(swept, out, as_json) if sweep else _show_result(result, as_json)
 
 
-def _watched(report: Display) -> dict[str, Any]:
-    """Arguments of a run that show its progress."""
+def _watched(report: Display, talks: bool) -> dict[str, Any]:
+    """Arguments of a run that show its progress and, if it `talks`, what labels are."""
     return {
         "on_step": lambda step: report("fine-tuning", step.step, step.steps, str(step)),
         "on_data": report.stage("rendering rooms"),
+        "on_labels": show_labels if talks else None,
     }
 
 

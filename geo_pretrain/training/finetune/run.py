@@ -17,6 +17,7 @@ from geo_pretrain.errors import DataError
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.labelled.registry import DATA_SETS, data_terms, open_labelled, subset
 from geo_pretrain.training.data.labelled.scannet import read_scene_list
+from geo_pretrain.training.data.labelled.shares import LabelTable, label_table
 from geo_pretrain.training.distributed import World, join
 from geo_pretrain.training.finetune.folder import FinetuneResult, check_result_out, finish
 from geo_pretrain.training.finetune.registry import backbone_init, build_finetune_task, resolved
@@ -41,6 +42,7 @@ def finetune(
     on_step: Callable[[StepInfo], None] | None = None,
     on_evaluation: OnEvaluation | None = None,
     on_data: Callable[[int, int], None] | None = None,
+    on_labels: Callable[[LabelTable], None] | None = None,
 ) -> FinetuneResult:
     """Fine-tune `backbone` by a recipe, or resume the run in `<out>.run`, and write the folder `out`.
 
@@ -49,7 +51,7 @@ def finetune(
     `init_kwargs`: where to look for it (`hub`, `revision`, `cache_dir`, `local_files_only`).
     `device` None: CUDA when there is one; `world`: the processes of torchrun, if they were joined already; all of them
     return the result. `sources`: training and validation images in place of the recipe's. `on_data(done, total)` is
-    called while rooms are rendered.
+    called while rooms are rendered; `on_labels(table)` before training, with what labels of a user's own files are.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the state is saved.
@@ -66,6 +68,8 @@ def finetune(
     start = backbone_init(recipe, os.fspath(backbone), where)
     contract = start.contract()  # an unknown name fails before rooms are rendered
     data = open_splits(recipe, sources, on_data) if data is None else data
+    if on_labels is not None and (table := label_table(data.train)) is not None:
+        on_labels(table)
     # now, for the start may have moved when the run ends
     terms, _ = data_terms(data.train.name, recipe.data.license)
     license = finetuned_license(data.train.name, terms, start.backbone, recipe.network.encoder, where)

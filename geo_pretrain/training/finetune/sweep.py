@@ -26,6 +26,7 @@ from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.config import changes, parse
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
+from geo_pretrain.training.data.labelled.shares import LabelTable
 from geo_pretrain.training.distributed import World, join
 from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.finetune.folder import RESULTS, FinetuneResult, read_result
@@ -146,6 +147,7 @@ def run_sweep(
     on_run: Callable[[int, int, Run], None] | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     on_data: Callable[[int, int], None] | None = None,
+    on_labels: Callable[[LabelTable], None] | None = None,
 ) -> SweepResult:
     """Fine-tune every start on every share with every seed, skipping finished runs, and summarize all.
 
@@ -157,7 +159,7 @@ def run_sweep(
         fractions: shares of the training images, above 0 and up to 1.
         init_kwargs: where `load_backbone` looks for named backbones (hub, cache_dir, ...).
         on_run: called with the number of the run, the number of runs and the run before each one, finished or not.
-        device, world, sources, on_step, on_data: of `finetune`.
+        device, world, sources, on_step, on_data, on_labels: of `finetune`; the last is called in the first run alone.
 
     Raises:
         RecipeError: the sweep in `out` has another recipe or another checkpoint under the same name.
@@ -171,6 +173,8 @@ def run_sweep(
     order = product(seeds, fractions, held.items())
     runs = [Run(backbone, label, float(share), seed, out) for seed, share, (label, (backbone, _)) in order]
     world = world or join(device)
+    same: dict[str, Any] = {"init_kwargs": where, "world": world, "sources": sources, "on_step": on_step}
+    same["on_data"] = on_data
     with run_lock(out, "sweep") if world.is_main else nullcontext():
         recorded = read_plan(out)[0].to_yaml() if (out / SWEEP).exists() else None
         recipe = settle_precision(recipe, world, recorded)  # once, so that all runs compute alike
@@ -181,16 +185,9 @@ def run_sweep(
             if on_run is not None:
                 on_run(number, len(runs), run)
             if not (run.folder / RESULTS).exists() or run_folder(run.folder).exists():
-                finetune(
-                    run_recipe(recipe, run.fraction, run.seed),
-                    run.backbone,
-                    run.folder,
-                    init_kwargs=where,
-                    world=world,
-                    sources=sources,
-                    on_step=on_step,
-                    on_data=on_data,
-                )
+                own = run_recipe(recipe, run.fraction, run.seed)
+                finetune(own, run.backbone, run.folder, on_labels=on_labels, **same)
+                on_labels = None
     return read_sweep(out)
 
 

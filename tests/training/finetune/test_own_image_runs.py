@@ -39,7 +39,9 @@ def run(tmp_path_factory):
     write_tiny(root / "tiny_net_r18")
     command = ["finetune", "folder_unet", "-b", root / "tiny_net_r18", "--data", f"folder:{root / 'data'}"]
     length = ["--steps", 2, "--set", "data.license=CC-BY-4.0", "--out", root / "mine"]
-    geo_pretrain(*map(str, [*command, *length, *SMALL]))
+    ended = geo_pretrain(*map(str, [*command, *length, *SMALL]))
+    assert "Labels in all training files" in ended.output  # before training: id, class, share, files
+    assert ["7", "car", "12.5", "%", "5"] in [line.split() for line in ended.output.splitlines()]
     return root / "mine"
 
 

@@ -84,12 +84,12 @@ def test_a_real_sweep_trains_what_finetune_trains_and_is_not_trained_twice(tmp_p
 
 def test_seeds_outermost_then_shares_then_starts(tmp_path, net, recipe, written):
     options = {"device": "cpu", "init_kwargs": {"hub": []}, "sources": (Squares("train"), Squares("val"))}
-    options |= {"on_step": print, "on_data": repr}
+    options |= {"on_step": print, "on_data": repr, "on_labels": print}
     run_sweep(recipe, [net, "scratch"], [1, 0.2], [5, 0], tmp_path / "s", **options)
     starts = [(net, 1.0), ("scratch", 1.0), (net, 0.2), ("scratch", 0.2)]
     assert written.calls == [(*start, seed) for seed in (5, 0) for start in starts]
     assert written.options.pop("world") == World(0, 1, torch.device(options.pop("device")))
-    assert written.options == options
+    assert written.options == options | {"on_labels": None}  # told in the first run alone
 
 
 def test_mean_and_sample_deviation_over_seeds(tmp_path, recipe, written):

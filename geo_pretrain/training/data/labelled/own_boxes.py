@@ -6,6 +6,7 @@ CVAT, Label Studio, Roboflow and others write it; docs/own_images.md has the pla
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class OwnBoxes(Coco):
     """A split of a folder of images with boxes and masks in COCO's format."""
 
     name = "folder"
+    counted = "objects"
 
     def __init__(self, root: Path, split: str, file: Path, options: OwnOptions) -> None:
         self.options = options
@@ -60,6 +62,16 @@ class OwnBoxes(Coco):
     def fingerprint(self) -> str:
         """A digest of name, size and time of the annotations and of every image, and of the classes."""
         return hashlib.sha256(f"{super().fingerprint()}\n{self.classes}".encode()).hexdigest()
+
+    def label_keys(self) -> Mapping[str, int]:
+        return {str(id): label for id, label in self._class_of.items()}
+
+    def label_counts(self, id: str) -> Mapping[str, int]:
+        self._entry(id)
+        return Counter(str(annotation["category_id"]) for annotation in self._annotations[id])
+
+    def label_note(self, shares: Mapping[str, float]) -> str | None:
+        return None
 
     def _image_folder(self, root: Path, split: str, config: CocoOptions) -> Path:
         """The first of the usual folders that holds the first image."""

@@ -12,6 +12,7 @@ import numpy as np
 from geo_pretrain.errors import BadFrame, DataError, some
 from geo_pretrain.training.data.files import read_ids, read_label_colors, read_listing
 from geo_pretrain.training.data.labelled.mapping import LabelMap
+from geo_pretrain.training.data.labelled.shares import count_values
 
 BITS = (8, 16)  # of label PNGs with ids
 MOST_CLASSES = 254  # labels are 8-bit in memory, 0 is ignored
@@ -44,16 +45,28 @@ class ImageClasses:
             except BadFrame as bad:
                 if not bad.reason.startswith("label id"):
                     raise
-                raise BadFrame(path, f"{bad.reason}. Ids of no class: --set data.options.ignore=[...]") from None
+                raise BadFrame(path, f"{bad.reason}. {self._hint(read_ids(path, bits=BITS))}") from None
         packed = _packed(read_label_colors(path))
         found, places = np.unique(packed, return_inverse=True)
         known = {_packed(np.array(color)).item(): label for color, label in self.colors.items()}
         wrong = [int(value) for value in found if int(value) not in known]
         if wrong:
-            color = " ".join(str(wrong[0] >> shift & 255) for shift in (16, 8, 0))
+            color = _words(wrong[0])
             count = int((packed == wrong[0]).sum())
             raise BadFrame(path, f"color {color} at {count} pixels is no class; {self.path} has {len(known)} colors")
         return np.array([known[int(v)] for v in found], np.uint8)[places.reshape(-1)].reshape(packed.shape)
+
+    def counts(self, path: Path) -> dict[str, int]:
+        """Count the pixels of each id or color of a label file, whether it is a class or not. Raises `BadFrame`."""
+        if self.colors:
+            return {_words(color): count for color, count in count_values(_packed(read_label_colors(path))).items()}
+        return {str(id): count for id, count in count_values(read_ids(path, bits=BITS)).items()}
+
+    def keys(self) -> dict[str, int]:
+        """Ids or colors as `counts` writes them -> class 1..C, 0 = ignored, in ascending order."""
+        if self.colors:
+            return {" ".join(map(str, color)): label for color, label in self.colors.items()}
+        return {str(id): label for id, label in sorted(self.numbers.items())}
 
     def palette(self) -> tuple[Color, ...] | None:
         """The color of each class where labels are colors, for pictures of predictions; of several, the first."""
@@ -72,6 +85,14 @@ class ImageClasses:
         for number, label in self.numbers.items():
             first.setdefault(label, number)
         return tuple(first[label] for label in range(1, len(self.names) + 1))
+
+    def _hint(self, ids: np.ndarray) -> str:
+        """What to say where ids of a file are no class."""
+        last = max((id for id, label in self.numbers.items() if label), default=0)
+        other = "Ids of no class: --set data.options.ignore=[...]"
+        if self.counted and self.numbers.get(0) and (ids == last + 1).any():
+            return f"Do ids count from 1? --set data.options.first=1. {other}"
+        return other
 
     @cached_property
     def _map(self) -> LabelMap:
@@ -113,7 +134,12 @@ def read_image_classes(
         return ImageClasses(names, {}, {(BLACK,) * 3: 0, **colors}, path.name)
     listed = sorted(set(ignore) & {key[0] for key in keys})
     if listed:
-        raise DataError(f"{str(path)!r}: id {listed[0]} is a class and in data.options.ignore.")
+        hint = ""
+        if not width and first == 1:
+            hint = (
+                f" Ids count from 1 there: {listed[0]} is {given[listed[0] - 1]!r}. From 0: --set data.options.first=0."
+            )
+        raise DataError(f"{str(path)!r}: id {listed[0]} is a class and in data.options.ignore.{hint}")
     numbers = {key[0]: label for key, label in zip(keys, labels, strict=True)}
     return ImageClasses(names, dict.fromkeys([*IGNORED, *ignore], 0) | numbers, {}, path.name, counted=not width)
 
@@ -141,6 +167,11 @@ def _check(path: Path, keys: list[tuple[int, ...]], given: list[str], names: tup
         raise DataError(f"{str(path)!r}: {len(names)} classes; accepted are 1 to {MOST_CLASSES}.")
     if max(max(key) for key in keys) > MOST_ID:
         raise DataError(f"{str(path)!r}: id {max(max(key) for key in keys)}; ids are at most {MOST_ID}.")
+
+
+def _words(packed: int) -> str:
+    """A packed color as red, green and blue."""
+    return " ".join(str(packed >> shift & 255) for shift in (16, 8, 0))
 
 
 def _packed(colors: np.ndarray) -> np.ndarray:

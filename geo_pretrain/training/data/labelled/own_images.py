@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +21,7 @@ from geo_pretrain.training.data.files import read_listing, read_photo
 from geo_pretrain.training.data.labelled.folders import Folder, Item
 from geo_pretrain.training.data.labelled.image import LabelledImage
 from geo_pretrain.training.data.labelled.own_classes import BITS, ImageClasses, read_image_classes
+from geo_pretrain.training.data.labelled.shares import names_alone_note
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 LAYOUT = (
@@ -59,12 +60,23 @@ class OwnOptions(Ranged):
 
 
 class OwnImages(Folder):
-    """A split of a folder of labelled images, for segmentation; images of other splits than train and val need none."""
+    """A split of a folder of labelled images, for segmentation; images of other splits than train and val need none.
+
+    `guessed`: whether that ids count from 1 is a guess, for the list of classes has names alone.
+    """
+
+    counted = "pixels"
 
     def __init__(
-        self, split: str, root: Path, items: Sequence[Item], classes: ImageClasses | None, labelled: bool
+        self,
+        split: str,
+        root: Path,
+        items: Sequence[Item],
+        classes: ImageClasses | None,
+        labelled: bool,
+        guessed: bool = False,
     ) -> None:
-        found = classes or ImageClasses((), {}, {})
+        found, self.guessed = classes or ImageClasses((), {}, {}), guessed
         super().__init__("folder", split, root, items, found.label_map())
         self.image_classes, self._labelled = found, labelled
         self.colors, self.file_ids = found.palette(), found.file_ids()
@@ -85,6 +97,17 @@ class OwnImages(Folder):
             raise BadFrame(item.annotation, f"annotation is {given}, the image {expected}")
         return LabelledImage(id, image, found, None)
 
+    def label_keys(self) -> Mapping[str, int]:
+        return self.image_classes.keys()
+
+    def label_counts(self, id: str) -> Mapping[str, int]:
+        return self.image_classes.counts(self._item(id).annotation)
+
+    def label_note(self, shares: Mapping[str, float]) -> str | None:
+        if not self.guessed or "0" not in shares:
+            return None
+        return names_alone_note(self.image_classes.path, self.classes[0], self.counted, shares["0"])
+
 
 def open_own_images(path: Path, split: str, options: OwnOptions) -> OwnImages:
     """Open a split of a folder of images. Raises `DataError` for what is missing, with the expected layout."""
@@ -92,16 +115,17 @@ def open_own_images(path: Path, split: str, options: OwnOptions) -> OwnImages:
         raise DataError(f"No folder {str(path)!r}. Expected layout: {LAYOUT}.")
     listed = path / (options.classes or "classes.txt")
     labelled = split in LABELLED
-    classes = None
+    classes, guessed = None, False
     if labelled or listed.is_file():
         classes = read_image_classes(
             listed, options.ignore, options.void, 1 if options.first is None else options.first
         )
-        if classes.counted and options.first is None:
+        guessed = classes.counted and options.first is None
+        if guessed:
             _check_first(classes, path, options)
     images = split_images(path, split, options)
     items = _items(path, split, images, options) if labelled else _unlabelled(path, images, options)
-    return OwnImages(split, path, items, classes, labelled)
+    return OwnImages(split, path, items, classes, labelled, guessed)
 
 
 def split_images(root: Path, split: str, options: OwnOptions) -> list[Path]:

@@ -18,6 +18,7 @@ class FileClasses:
     names: tuple[str, ...]
     numbers: Mapping[int, int]  # label in a file -> class 1..C, 0 = ignored
     path: str = "classes.txt"
+    counted: bool = False  # names alone: labels are counted from the first line
 
     def apply(self, labels: np.ndarray, path: object) -> np.ndarray:
         """Map labels [N] to classes, int64 [N]. Raises `BadLabels` for a label that is none."""
@@ -28,13 +29,19 @@ class FileClasses:
             raise BadLabels(
                 path,
                 f"label {unlisted[0]} at {count} points is no class; {self.path} has "
-                f"{some((str(n) for n in sorted(self.numbers)), 30)} (data.options.ignore takes labels to ignore)",
+                f"{some((str(n) for n in sorted(self.numbers)), 30)} (data.options.ignore takes labels to ignore)"
+                + self._hint(unlisted),
             )
         return np.array([self.numbers[int(label)] for label in found], np.int64)[places.reshape(-1)]
 
+    def _hint(self, unlisted: list[int]) -> str:
+        last = max((number for number, label in self.numbers.items() if label), default=0)
+        from_0 = self.counted and self.numbers.get(0)
+        return ". Do labels count from 1? --set data.options.first=1" if from_0 and last + 1 in unlisted else ""
 
-def read_classes(path: Path, ignore: Collection[int] = ()) -> FileClasses:
-    """Read a `classes.txt`: either a name on each line, the classes 1, 2, ..., or a number and a name on each.
+
+def read_classes(path: Path, ignore: Collection[int] = (), first: int = 1) -> FileClasses:
+    """Read a `classes.txt`: either a name on each line, the classes `first`, `first` + 1, ..., or a number and a name.
 
     Numbers are the labels in the files; several numbers with one name are one class. Labels of `ignore`, and 0 and -1
     unless they are a class, are ignored. Empty lines and what follows a # are left out. Raises `DataError`.
@@ -54,7 +61,7 @@ def read_classes(path: Path, ignore: Collection[int] = ()) -> FileClasses:
     if all(numbered):
         rows = [(int(line.split()[0]), line.split(maxsplit=1)[1]) for line in lines]
     else:
-        rows = list(enumerate(lines, start=1))
+        rows = list(enumerate(lines, start=first))
     names = tuple(dict.fromkeys(name for _, name in rows))
     given = [number for number, _ in rows]
     twice = sorted({n for n in given if given.count(n) > 1}) or ([] if all(numbered) else _twice(lines))
@@ -63,8 +70,12 @@ def read_classes(path: Path, ignore: Collection[int] = ()) -> FileClasses:
     numbers = {number: names.index(name) + 1 for number, name in rows}
     listed = sorted(set(ignore) & set(numbers))
     if listed:
-        raise DataError(f"{str(path)!r}: label {listed[0]} is a class and in data.options.ignore.")
-    return FileClasses(names, dict.fromkeys([0, -1, *ignore], 0) | numbers, path.name)
+        hint = ""
+        if not all(numbered) and first == 1:
+            name = lines[listed[0] - 1]
+            hint = f" Labels count from 1 there: {listed[0]} is {name!r}. From 0: --set data.options.first=0."
+        raise DataError(f"{str(path)!r}: label {listed[0]} is a class and in data.options.ignore.{hint}")
+    return FileClasses(names, dict.fromkeys([0, -1, *ignore], 0) | numbers, path.name, counted=not all(numbered))
 
 
 def _number(word: str) -> int | None:

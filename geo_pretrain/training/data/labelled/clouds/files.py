@@ -101,6 +101,15 @@ def read_cloud(
     )
 
 
+def read_labels(path: Path, fields: CloudFields = CloudFields()) -> np.ndarray:
+    """Read the labels of a file's points as they are, int64 [N]. Raises `BadFrame`, also where there are none."""
+    file = _File(Path(path), file_columns(path, fields))
+    file.points()
+    found = file.whole("label", fields.label, LABELS, needed=True)
+    assert found is not None
+    return found
+
+
 def near_origin(points: np.ndarray) -> np.ndarray:
     """Move coordinates [N, 3] beyond 10 km, as of maps, axis by axis to begin within a unit of 0."""
     return points - np.where(np.abs(points).max(axis=0) > FAR, np.floor(points.min(axis=0)), 0.0)

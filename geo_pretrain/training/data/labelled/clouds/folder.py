@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +14,10 @@ from geo_pretrain.training.checks import Checks
 from geo_pretrain.training.data.files import read_listing
 from geo_pretrain.training.data.labelled.clouds.classes import FileClasses, read_classes
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
-from geo_pretrain.training.data.labelled.clouds.files import CLOUD_SUFFIXES, CloudFields, read_cloud
+from geo_pretrain.training.data.labelled.clouds.files import CLOUD_SUFFIXES, CloudFields, read_cloud, read_labels
 from geo_pretrain.training.data.labelled.clouds.listed import ListedCloud, ListedClouds
 from geo_pretrain.training.data.labelled.clouds.scannet3d import object_boxes
+from geo_pretrain.training.data.labelled.shares import count_values, names_alone_note
 
 LAYOUT = (
     f"classes.txt, and either lists train.txt and val.txt of files below the folder, or folders train/ and val/ "
@@ -32,6 +33,8 @@ class FolderOptions(CloudFields):
     ignore: tuple[int, ...] = ()  # labels that are of no class, besides 0 and -1
     stuff: tuple[str, ...] = ()  # classes that no object belongs to, for instances3d and detection3d
     scene: Literal["file", "folder"] = "file"  # what stays together in subsets: a file, or all files of a folder
+    # label of the first name, where classes.txt has names alone; None: 1. Not in digests, which hold the numbers
+    first: Literal[0, 1] | None = field(default=None, repr=False)
 
     def check_settings(self, check: Checks) -> None:
         """Note options that cannot be."""
@@ -44,6 +47,8 @@ class CloudFolder(ListedClouds):
     Boxes are those around each object's points, along the axes. Clouds of splits other than train and val may be
     without labels: their `labels` are None.
     """
+
+    counted = "points"
 
     def __init__(
         self,
@@ -89,13 +94,29 @@ class CloudFolder(ListedClouds):
             boxes = object_boxes(cloud.points, labels, instances)
         return replace(cloud, labels=labels, instances=instances, boxes=boxes)
 
+    def label_keys(self) -> Mapping[str, int]:
+        given = {} if self.file_classes is None else self.file_classes.numbers
+        return {str(number): int(self._class_of[label]) for number, label in sorted(given.items())}
+
+    def label_counts(self, id: str) -> Mapping[str, int]:
+        found = count_values(read_labels(self.item(id).points, self.options))
+        return {str(label): count for label, count in found.items()}
+
+    def label_note(self, shares: Mapping[str, float]) -> str | None:
+        classes = self.file_classes
+        if classes is None or not classes.counted or self.options.first is not None or "0" not in shares:
+            return None
+        return names_alone_note(classes.path, classes.names[0], self.counted, shares["0"])
+
 
 def open_clouds(path: Path, split: str, task: str, options: FolderOptions) -> CloudFolder:
     """Open a split of a folder of clouds. Raises `DataError` for what is missing, with the expected layout."""
     if not path.is_dir():
         raise DataError(f"No folder {str(path)!r}. Expected layout: {LAYOUT}.")
     listed = path / "classes.txt"
-    classes = read_classes(listed, options.ignore) if split in LABELLED or listed.is_file() else None
+    classes = None
+    if split in LABELLED or listed.is_file():
+        classes = read_classes(listed, options.ignore, 1 if options.first is None else options.first)
     files = split_files(path, split)
     other = {"train": "val", "val": "train"}.get(split)
     if other is not None and ((path / f"{other}.txt").is_file() or (path / other).is_dir()):
