@@ -14,6 +14,7 @@ from examples.own_clouds import write_ply
 from examples.own_recording import write_recording
 from geo_pretrain.rooms import CLASSES, RoomGenerator, RoomsConfig
 from tests.front_door import geo_pretrain
+from tests.zoo import write_tiny, write_tiny_3d
 
 # What a command gets besides its own words: two steps, small images, random start weights.
 TRAIN = (
@@ -30,17 +31,24 @@ CLOUDS = (
 )
 SMALL = {
     "train": TRAIN,
+    "train toy": "--steps 2 --set data.options.scenes=2 --set data.options.frames=6 --set workers=0",
     "finetune": IMAGES,
     "finetune clouds": CLOUDS,
     "finetune toy": "--steps 2",
     "eval matching": "--pairs 4 --size 48x64",
+    "eval awareness": "--views 6 --pairs 1 --seeds 2 --size 48x64",
+    "eval pixel-to-voxel": "--pairs 2 --set data.options.scenes=1 --set data.options.frames=4",
     "visualize matches": "--pairs 1 --size 48x64",
+    "visualize features": "--count 2 --size 48x64",
+    "visualize points": "--points 2000 --size 48x64",
 }
 
 
 def small(words: Sequence[str]) -> list[str]:
     """A command with stand-ins for its data and start weights, and small sizes."""
     name = " ".join(words[: 2 if words[0] in ("data", "eval", "visualize") else 1])
+    if name == "train" and "--toy" in words:
+        name += " toy"
     if name == "finetune":
         name += " toy" if "--toy" in words else " clouds" if any("clouds" in word for word in words) else ""
     labelled = words[0] in ("finetune", "predict")
@@ -52,12 +60,18 @@ def small(words: Sequence[str]) -> list[str]:
         "IMAGES": "images/val/images",
         "SCANS": "clouds/val",
         "SUGGESTED": "",
+        "timm/convnext_tiny": "resnet18=scratch",
     }
     found = [stand_ins.get(word, word) for word in words]
     for at, word in enumerate(words[:-1]):
         if word in ("-b", "--backbone") and not found[at + 1].startswith("runs/"):
             found[at + 1] = "scratch"
-    return [word for word in found if word] + shlex.split(SMALL.get(name, ""))
+    stages = any(word.startswith(("gsc", "ppkt", "img2pc")) for word in words) and words[0] == "train"
+    return [
+        *(word for word in found if word),
+        *shlex.split(SMALL.get(name, "")),
+        *(["--set", "stage1.optim.steps=2"] if stages else []),
+    ]
 
 
 def run_command(line: str, *, small_sizes: bool) -> None:
@@ -124,6 +138,11 @@ def make_stand_ins(code: str) -> None:
     for name, words in named.items():
         if any(word in code for word in words):
             STAND_INS[name](Path(name))
+    for run in ("view", "geo", "kitchen"):
+        if f"runs/{run}" in code:
+            write_tiny(Path("runs", run), name=f"{run}_net_r18")
+    if "runs/pointcontrast" in code:
+        write_tiny_3d(Path("runs/pointcontrast"))
     if "scan1" in code:
         write_scans(Path())
     if "photo.jpg" in code:

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import pytest
 import typer
+import yaml
 
 from geo_pretrain import cli
 from geo_pretrain.catalog import find
@@ -167,3 +168,37 @@ def test_links_lead_to_files_and_headings(page: Path):
 def test_the_readme_is_one_screen():
     text = re.sub(r"^\|.*$", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert len(re.sub(r"```.*?```", "", text, flags=re.DOTALL).split()) <= 700
+
+
+TASKS = (
+    "Put the weights into DeepLabV3",
+    "Pre-train on my recording",
+    "Match two views",
+    "Segment my clouds",
+    "On a cluster",
+)
+
+
+def test_tasks_come_first_in_the_sites_navigation_and_are_linked_from_the_start_page():
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), yaml.BaseLoader)["nav"]
+    sections = {name: pages for row in nav for name, pages in row.items()}
+    assert next(name for name, pages in sections.items() if isinstance(pages, list)) == "Tasks"
+    tasks = {name: page for row in sections["Tasks"] for name, page in row.items()}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for wanted in TASKS:
+        (page,) = [page for name, page in tasks.items() if name.startswith(wanted)]
+        assert f"({page})" in readme, wanted
+        title, body = (ROOT / page).read_text(encoding="utf-8").split("\n", 1)
+        assert title.startswith("# ")
+        assert "```" in body[:600], f"{page} does not open with a command"
+
+
+def test_badges_say_what_the_package_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    versions = [line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r"Python :: 3\.\d", line)]
+    badges = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "badges").glob("*.svg")}
+    assert f">{' | '.join(versions)}<" in badges["python"]
+    assert f">{project['license']}<" in badges["license"]
+    assert "Typing :: Typed" in project["classifiers"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"docs/badges/{name}.svg" in readme for name in badges)
