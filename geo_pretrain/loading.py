@@ -152,6 +152,7 @@ def load_pair(
     if refused := where.keys() - hubs.Where.__annotations__.keys():
         accepted = ", ".join(["device", "dtype", *hubs.Where.__annotations__])
         raise TypeError(f"load_pair() got an unexpected keyword argument {min(refused)!r}; accepted: {accepted}.")
+    check_request(dtype, device, DTYPES)  # before anything is fetched
     checkpoint = _fetch_pair(name_or_folder, where)
     network = load_backbone(checkpoint.folder, decoder=checkpoint.arch.has_decoder, device=device, dtype=dtype)
     return _joined(checkpoint, network)

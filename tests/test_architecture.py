@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "inputs",
         "online",
         "seeding",
+        "targets",
         "threads",
         "sparse.backend",
     ),

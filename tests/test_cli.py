@@ -444,8 +444,6 @@ def test_check_of_a_recording_with_inverse_poses(tmp_path, recording, tiny_recip
         (["eval", "matching", "no_such_backbone"], ["no_such_backbone"]),
         (["eval", "probe", "no_such_backbone"], ["no_such_backbone"]),
         (["finetune", "scanet_unet_r50", "-b", "scratch", "--out", "x"], ["Unknown", "scannet_unet_r50"]),
-        (["card", "pri3d_view_r18", "-o", "no_such_folder/x.md"], ["no_such_folder/x.md: No such file or directory."]),
-        (["card", "pri3d_view_r18", "-o", "."], [".: Is a directory."]),
         (["info", "hf-hub:owner"], ["'owner' is no repository; OWNER/REPO"]),
         (["eval", "pixel-to-voxel", "./no_such_folder"], ["no_such_folder", "does not exist"]),
     ],

@@ -9,7 +9,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from geo_pretrain import cli
+from geo_pretrain import cli, devices
 from geo_pretrain.errors import DataError, RecipeError, UnknownName
 from geo_pretrain.training.bench import plan as planning
 from geo_pretrain.training.bench import run as running
@@ -116,6 +116,7 @@ def test_every_option_arrives_and_a_missing_task_is_an_exit_code(tmp_path, monke
         return results
 
     monkeypatch.setattr(running, "run_bench", bench)
+    monkeypatch.setattr(devices, "device_fault", lambda device: None)
     options = ["--seed", 4, "--seed", 2, "--steps", 9, "--batch", 3, "--finetune-steps", 5, "--jobs", 6]
     more = ["--device", "cuda", "--task", "pri3d_view", "--set", "data.overlap=[0.1, 1.0]", "--json"]
     assert run("--out", tmp_path / "b", "--toy", *options, *more).exit_code == 0

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import nn
 
+from geo_pretrain import devices
 from geo_pretrain.backbones.build import build_encoder
 from geo_pretrain.backbones.encoder import ImageEncoder, Stages
 from geo_pretrain.backbones.resnet_unet import STAGES, resnet_stages
@@ -21,7 +22,7 @@ from geo_pretrain.backbones.timm_encoder import TimmEncoder, is_timm_features, t
 from geo_pretrain.backbones.timm_names import is_timm, timm_contract, timm_weights
 from geo_pretrain.catalog import CATALOG, find
 from geo_pretrain.errors import nearest, require, unknown
-from geo_pretrain.loading import LoadReport, load_backbone
+from geo_pretrain.loading import DTYPES, LoadReport, load_backbone
 
 Name: TypeAlias = str | os.PathLike[str]  # of a checkpoint, or its folder
 
@@ -181,6 +182,7 @@ def load_encoder(name: Name, host: str, *, pretrained: bool = True, output_strid
     "timm/NAME[.TAG]" is timm's own network, with timm's own weights where `pretrained`.
     Random numbers are drawn aside, so the host's own layers start the same with `pretrained` True or False.
     """
+    devices.check_request(load.get("dtype"), load.get("device"), DTYPES)
     entry = find(str(name))
     if entry is not None:
         name = entry.name

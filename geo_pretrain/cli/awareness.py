@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from geo_pretrain.cli.evaluate import eval_app
-from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, SET_HELP, data_spec, print_skips, size_of
+from geo_pretrain.cli.options import (
+    DATA_HELP,
+    FRAMES_HELP,
+    OUT,
+    SET_HELP,
+    data_spec,
+    device_option,
+    folder_option,
+    print_skips,
+    size_of,
+)
 from geo_pretrain.cli.shared import console, escape, print_table, progress
 
 if TYPE_CHECKING:
@@ -40,9 +50,9 @@ def eval_awareness(
     threshold: Annotated[float | None, typer.Option(min=0, help="Of a right match; default: 4 px, 2 voxels.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds: held-out frames, pairs, random weights.")] = 3,
     random: Annotated[bool, typer.Option(help="Measure each architecture with random weights, too.")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda; for the networks.")] = "cpu",
-    features: Annotated[Path | None, typer.Option(help="Folder that keeps feature maps for the next call.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for tables and curves.")] = None,
+    device: Annotated[str, device_option("cpu or cuda; for the networks.")] = "cpu",
+    features: Annotated[Path | None, folder_option("Folder that keeps feature maps for the next call.")] = None,
+    out: Annotated[Path | None, folder_option("Folder for tables and curves.", *OUT)] = None,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from geo_pretrain.cli.completion import backbone_names
+from geo_pretrain.cli.options import OUT, checked_target, file_option
 from geo_pretrain.cli.shared import app, console, escape, progress
+from geo_pretrain.targets import BUNDLES, TEXTS, file_fault, folder_fault
 
 if TYPE_CHECKING:
     from geo_pretrain.cards.facts import Section
@@ -254,6 +256,7 @@ def convert(
         if name is None or (like is None and find(name) is None):
             raise typer.BadParameter("--from needs --name: a catalog name, or your own with --like CATALOG_NAME.")
         entry = backbone_info(like or name)
+        checked_target(out, folder_fault(out))
         busy = f"Another process is at work on {out}. Wait until it ends, or choose another --out."
         with locked(out.resolve(), busy=busy):
             found = convert_file(
@@ -269,10 +272,11 @@ def convert(
             )
         console.print(f"Checkpoint: {found.folder}", soft_wrap=True, highlight=False, markup=False)
         return
-    from geo_pretrain.convert.out import write_export
+    from geo_pretrain.convert.out import format_of, write_export
 
     if prefix is not None or ignore:
         raise typer.BadParameter("--prefix and --ignore are about a file that is read: they go with --from.")
+    checked_target(out, file_fault(out, format_of(str(to)).suffixes))
     opened = _open(source, hub)
     checkpoint = opened.fetch(*opened.network_roles(decoder=False))
     for path in write_export(str(to), checkpoint, out, overwrite=overwrite):
@@ -301,7 +305,7 @@ def publish(
 @app.command()
 def bundle(
     names: Annotated[list[str], typer.Argument(help=NAME_HELP, autocompletion=backbone_names)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .tar file to write.")],
+    out: Annotated[Path, file_option("The .tar file to write.", BUNDLES, *OUT)],
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,
 ) -> None:
     """Pack checkpoints into one file for a machine without network; `pull --from-bundle` installs them there.
@@ -320,20 +324,21 @@ def bundle(
 @app.command()
 def card(
     name: Annotated[str, typer.Argument(help="A catalog name or a checkpoint folder.", autocompletion=backbone_names)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write; default: print it.")] = None,
+    out: Annotated[Path | None, file_option("The file to write; default: print it.", TEXTS, *OUT)] = None,
 ) -> None:
     """Render the card of a catalog entry or of a checkpoint folder.
 
     Example: `geo-pretrain card pri3d_view_geo_r50`
     """
     from geo_pretrain.cards import card_of
+    from geo_pretrain.files import write_text
     from geo_pretrain.redact import printable
 
     text = card_of(name)
     if out is None:
         typer.echo(printable(text), nl=False)
     else:
-        out.write_text(text, encoding="utf-8")
+        write_text(out, text)
 
 
 @cache_app.command("ls")

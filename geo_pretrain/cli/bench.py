@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from geo_pretrain.cli.options import SET_HELP
+from geo_pretrain.cli.options import OUT, SET_HELP, device_option, folder_option
 from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 
 bench_app = typer.Typer(help="Compare pretext tasks; run the papers' tables.", no_args_is_help=True)
@@ -20,7 +20,7 @@ app.add_typer(bench_app, name="bench")
 
 @bench_app.command("pretext")
 def bench_pretext(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints and results.")] = Path("bench"),
+    out: Annotated[Path, folder_option("Folder for checkpoints and results.", *OUT)] = Path("bench"),
     task: Annotated[list[str], typer.Option(help="A pretext task; may be repeated. Default: all.")] = [],  # noqa: B006
     seed: Annotated[list[int], typer.Option(help="Seed of training and measurements; may be repeated.")] = [0, 1, 2],  # noqa: B006
     toy: Annotated[bool, typer.Option("--toy", help="Small networks and rooms: under an hour on a CPU.")] = False,
@@ -29,7 +29,7 @@ def bench_pretext(
     finetune_steps: Annotated[int | None, typer.Option(help="Steps of every fine-tuning run.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Parallel processes; default: one per core, one on a GPU.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, device_option("cpu or cuda.")] = "cpu",
     list_: Annotated[bool, typer.Option("--list", help="List the planned trainings and exit.")] = False,
     render: Annotated[Path | None, typer.Option(help="Markdown page to insert the table into.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -98,7 +98,7 @@ def bench_table(
 
     The list of tables: `geo-pretrain bench table`
     """
-    from geo_pretrain.training.bench.tables import list_tables, plan_table
+    from geo_pretrain.training.bench.tables import WEIGHTS, list_tables, plan_table
 
     if name is None:
         _list_tables(list_tables(), as_json)
@@ -108,6 +108,8 @@ def bench_table(
         typer.echo(json.dumps(plan.to_dict()))
         return
     _show_table(plan)
+    if not out.is_dir():
+        console.print(escape(f"\nThe commands write into folders of {out}: mkdir -p {out / WEIGHTS}"), soft_wrap=True)
 
 
 def _list_tables(tables: dict[str, Any], as_json: bool) -> None:

@@ -11,14 +11,19 @@ import typer
 from geo_pretrain.cli.options import (
     DATA_HELP,
     FRAMES_HELP,
+    OUT,
     SET_HELP,
+    checked_folder,
     data_spec,
-    picture_file,
+    device_option,
+    file_option,
+    folder_option,
     print_skips,
     shard_of,
     size_of,
 )
 from geo_pretrain.cli.shared import app, console, escape, progress
+from geo_pretrain.targets import PICTURES
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.check.report import Report
@@ -32,7 +37,7 @@ app.add_typer(data_app, name="data")
 @data_app.command("check")
 def data_check(
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("check.png"),
+    out: Annotated[Path, file_option("The PNG to write.", PICTURES, *OUT)] = Path("check.png"),
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
     overlap: Annotated[str, typer.Option(help="Range of the overlap of pairs, for their expected number.")] = "0.3:1",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -52,7 +57,6 @@ def data_check(
     from geo_pretrain.training.data.sources.registry import open_source
     from geo_pretrain.training.visualize.check import draw_check
 
-    picture_file(out)
     small = data == "rooms" and not any(s.startswith("data.options") for s in set_)  # instead of the full set
     spec = data_spec(data, frames, [*(["data.options={scenes: 2, frames: 12}"] if small else []), *set_], overlap)
     with progress(not as_json) as report_progress:
@@ -84,7 +88,7 @@ def _show_check(report: Report, drawn: Path | None) -> None:
 @data_app.command("preview")
 def data_preview(
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("preview.png"),
+    out: Annotated[Path, file_option("The PNG to write.", PICTURES, *OUT)] = Path("preview.png"),
     scenes: Annotated[int, typer.Option(help="Scenes to show.")] = 4,
     frames: Annotated[int, typer.Option(help="Frames of each.")] = 3,
     sets: Annotated[bool, typer.Option("--sets", help="Draw geometric sets, on the frames and the surface.")] = False,
@@ -101,8 +105,6 @@ def data_preview(
     """
     from geo_pretrain.training.data.sources.registry import open_source
     from geo_pretrain.training.visualize.preview import contact_sheet, sets_sheet
-
-    picture_file(out)
 
     small = data == "rooms" and not any(s.startswith("data.options") for s in set_)  # instead of the full set
     options = [f"data.options={{scenes: {scenes}, frames: 12}}"] if small else []
@@ -121,7 +123,9 @@ def data_preview(
 def data_convert(
     name: Annotated[str, typer.Argument(help="The data set, such as s3dis.")],
     raw: Annotated[Path, typer.Argument(help="The folder of the published files.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write, which --data NAME:OUT then reads.")],
+    out: Annotated[
+        Path, typer.Argument(help="The folder to write, which --data NAME:OUT then reads.", callback=checked_folder)
+    ],
     workers: Annotated[int, typer.Option(min=1, help="Processes that convert side by side.")] = 1,
     set_: Annotated[list[str], typer.Option("--set", help="KEY=VALUE, a setting, such as voxel_size=0.01.")] = [],  # noqa: B006
 ) -> None:
@@ -151,7 +155,7 @@ def data_convert(
 @data_app.command("mine")
 def data_mine(
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write, which train --pairs then reads.")],
+    out: Annotated[Path, folder_option("The folder to write, which train --pairs then reads.", *OUT)],
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
     overlap: Annotated[str, typer.Option(help="Range of the overlap of pairs, LOW:HIGH.")] = "0.3:1",
     shard: Annotated[str, typer.Option(help="I/N: every N-th scene from the I-th on, I = 1..N.")] = "1/1",
@@ -161,7 +165,7 @@ def data_mine(
     partition: Annotated[str | None, typer.Option(help="With --jobs: SLURM's partition.")] = None,
     hours: Annotated[float, typer.Option(help="With --jobs: the time limit of a job.")] = 4.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate pairs, hours and gigabytes.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda, for the comparison of frames.")] = "cpu",
+    device: Annotated[str, device_option("cpu or cuda, for the comparison of frames.")] = "cpu",
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
 ) -> None:
     """Find the overlapping frames of every scene, before training: one file a scene, by many processes or machines.
@@ -180,7 +184,7 @@ def data_mine(
     from geo_pretrain.training.data.sources.registry import open_source
 
     spec = data_spec(data, frames, ["data.measure=voxels", *set_], overlap)
-    _check_mining(out, device, partition, jobs)
+    _check_mining(partition, jobs)
     if dry_run:
         with progress() as report:
             source = open_source(spec, device=device, progress=report.stage("rendering rooms"))
@@ -208,13 +212,7 @@ def data_mine(
     print_skips(mined.skips)
 
 
-def _check_mining(out: Path, device: str, partition: str | None, jobs: int | None) -> None:
-    from geo_pretrain.devices import device_fault
-
-    if (fault := device_fault(device)) is not None:
-        raise typer.BadParameter(fault)
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"--out {out} is a file; a new folder, or one with pairs, is accepted.")
+def _check_mining(partition: str | None, jobs: int | None) -> None:
     if partition is not None and jobs is None:
         raise typer.BadParameter("--partition goes with --jobs, which sends jobs to SLURM.")
 
@@ -222,7 +220,7 @@ def _check_mining(out: Path, device: str, partition: str | None, jobs: int | Non
 @data_app.command("shards")
 def data_shards(
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write, which --data shards:OUT then reads.")],
+    out: Annotated[Path, folder_option("The folder to write, which --data shards:OUT then reads.", *OUT)],
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
     frames_per_shard: Annotated[int, typer.Option(min=1, help="Frames of each tar file.")] = 1000,
     size: Annotated[

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from geo_pretrain.cli.completion import backbone_names
+from geo_pretrain.cli.options import file_option
 from geo_pretrain.cli.shared import app, console
+from geo_pretrain.targets import ONNX
 
 if TYPE_CHECKING:
     from geo_pretrain.adapters.onnx import OnnxReport
@@ -19,7 +21,7 @@ SOURCE_HELP = "The folder of a fine-tuning run; or a catalog name, a checkpoint 
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP, autocompletion=backbone_names)],
-    onnx: Annotated[Path, typer.Option("--onnx", help="The ONNX file to write.")],
+    onnx: Annotated[Path, file_option("The ONNX file to write.", ONNX, "--onnx")],
     backbone: Annotated[bool, typer.Option("--backbone", help="Of a run: its backbone, without classes.")] = False,
     decoder: Annotated[bool, typer.Option("--decoder", help="Of a U-Net: its dense features, not its maps.")] = False,
     hub: Annotated[str | None, typer.Option(help="Where to look for a name first.")] = None,
@@ -36,10 +38,6 @@ def export(
     from geo_pretrain.errors import CheckpointError
     from geo_pretrain.training.finetune.load import is_finetuned
 
-    if onnx.suffix != ".onnx":
-        raise typer.BadParameter(f"--onnx is {str(onnx)!r}; accepted: a file that ends in .onnx.")
-    if not onnx.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--onnx: there is no folder {str(onnx.parent)!r}; make it first.")
     if onnx.exists() and not overwrite:
         raise CheckpointError(f"{str(onnx)!r} exists. Choose another --onnx, or pass --overwrite.")
     whole = is_finetuned(source) and not (backbone or decoder)

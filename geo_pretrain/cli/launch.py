@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from geo_pretrain.cli.options import folder_option
 from geo_pretrain.cli.shared import app, console, escape
 
 LAUNCHED = ("train", "finetune")  # commands of several processes
@@ -25,7 +26,7 @@ def launch(
     partition: Annotated[str | None, typer.Option(help="SLURM's partition.")] = None,
     slurm: Annotated[list[str], typer.Option("--slurm", help=SLURM_HELP)] = [],  # noqa: B006 (typer copies it)
     cluster: Annotated[str, typer.Option(help="slurm, or local: on this machine.")] = "slurm",
-    logs: Annotated[Path | None, typer.Option(help="Folder for logs; default: OUT.jobs beside the result.")] = None,
+    logs: Annotated[Path | None, folder_option("Folder for logs; default: OUT.jobs beside the result.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and fail if the job does.")] = False,
 ) -> None:
     """Train on many machines: one job whose processes train together, by submitit (extra cluster).

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ import typer
 
 from geo_pretrain.cli.shared import console, escape
 from geo_pretrain.errors import first_line
+from geo_pretrain.targets import file_fault, folder_fault, missing_folder
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import SkippedFrames
@@ -29,7 +32,8 @@ LABELLED_HELP = (
     "data.options hold for its own source only."
 )
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+OUT = ("--out", "-o")
 
 
 class Turn(StrEnum):
@@ -120,8 +124,44 @@ def options_of(given: list[str]) -> dict[str, Any] | None:
     return options or None
 
 
-def picture_file(path: Path) -> None:
-    """Raise for a path that no picture can be written to: a folder, or a name without an image's ending."""
-    if path.is_dir() or path.suffix.lower() not in PICTURES:
-        what = "is a folder" if path.is_dir() else f"ends in {path.suffix!r}"
-        raise typer.BadParameter(f"-o {path} {what}; the name of a picture is accepted: {', '.join(PICTURES)}.")
+def file_option(help: str, accepted: Sequence[str], *names: str) -> Any:
+    """An option for a file to write: refuses other suffixes, and places where it cannot lie, before any work."""
+
+    def check(path: Path | None) -> Path | None:
+        return None if path is None else checked_target(path, file_fault(path, accepted))
+
+    return typer.Option(*names, help=help, callback=check)
+
+
+def folder_option(help: str, *names: str) -> Any:
+    """An option for a folder to write: refuses files, and places where it cannot lie, before any work."""
+    return typer.Option(*names, help=help, callback=checked_folder)
+
+
+def checked_folder(path: Path | None) -> Path | None:
+    """The callback of a folder to write."""
+    return None if path is None else checked_target(path, folder_fault(path))
+
+
+def device_option(help: str) -> Any:
+    """The option --device: refuses one that is not there, before any work."""
+    return typer.Option(help=help, callback=_usable)
+
+
+def _usable(device: str | None) -> str | None:
+    if device not in (None, "cpu"):
+        from geo_pretrain.devices import device_fault
+
+        if (fault := device_fault(device)) is not None:
+            raise typer.BadParameter(fault)
+    return device
+
+
+def checked_target(path: Path, fault: str | None) -> Path:
+    """Raise for a fault of the result's path; say it where a folder is made for it."""
+    if fault is not None:
+        raise typer.BadParameter(fault)
+    made = missing_folder(path)
+    if made is not None and os.environ.get("RANK", "0") == "0":
+        typer.echo(f"The folder {str(made)!r} is made for {path.name!r}.", err=True)
+    return path

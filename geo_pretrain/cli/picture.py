@@ -8,8 +8,21 @@ from typing import Annotated
 import typer
 
 from geo_pretrain.cli.completion import backbone_names
-from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, SET_HELP, TURN_HELP, Turn, data_spec, print_skips, size_of
+from geo_pretrain.cli.options import (
+    DATA_HELP,
+    FRAMES_HELP,
+    OUT,
+    SET_HELP,
+    TURN_HELP,
+    Turn,
+    data_spec,
+    device_option,
+    file_option,
+    print_skips,
+    size_of,
+)
 from geo_pretrain.cli.shared import app, console, escape, progress
+from geo_pretrain.targets import CLOUDS, GRIDS, MATCHES, RERUN
 
 visualize_app = typer.Typer(help="Draw matches and features of backbones.", no_args_is_help=True)
 app.add_typer(visualize_app, name="visualize")
@@ -28,7 +41,7 @@ RERUN_HELP = "Also write points, frames and cameras as this .rrd file for the Re
 def visualize_matches(
     backbone: Annotated[str, typer.Argument(help=BACKBONE_HELP, autocompletion=backbone_names)],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .png or .html to write.")] = Path("matches.png"),
+    out: Annotated[Path, file_option("The .png or .html to write.", MATCHES, *OUT)] = Path("matches.png"),
     against: Annotated[str, typer.Option(help="Backbone to compare with, or scratch (random weights).")] = "scratch",
     alone: Annotated[bool, typer.Option("--alone", help="Leave out the comparison.")] = False,
     scene: Annotated[str | None, typer.Option(help="A scene of the source; default: one for each pair.")] = None,
@@ -42,7 +55,7 @@ def visualize_matches(
     size: Annotated[str | None, typer.Option(help=SIZE_HELP)] = None,
     seed: Annotated[int, typer.Option(help=SEED_HELP)] = 0,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    device: Annotated[str, device_option(DEVICE_HELP)] = "cpu",
 ) -> None:
     """Draw matches between two views: lines to the nearest feature, green where it is right, red where it is not.
 
@@ -83,7 +96,7 @@ def visualize_features(
         list[str], typer.Argument(help=BACKBONE_HELP + " One column per backbone.", autocompletion=backbone_names)
     ],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("features.png"),
+    out: Annotated[Path, file_option("The PNG to write.", GRIDS, *OUT)] = Path("features.png"),
     scene: Annotated[str | None, typer.Option(help=SCENE_HELP)] = None,
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
     count: Annotated[int, typer.Option(min=1, help="Frames to show.")] = 4,
@@ -92,7 +105,7 @@ def visualize_features(
     alone: Annotated[bool, typer.Option("--alone", help=ALONE_HELP)] = False,
     seed: Annotated[int, typer.Option(help=SEED_HELP)] = 0,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    device: Annotated[str, device_option(DEVICE_HELP)] = "cpu",
 ) -> None:
     """Draw features of frames as colors: three principal components, the same in all views of a scene.
 
@@ -128,7 +141,7 @@ def visualize_features(
 def visualize_points(
     backbone: Annotated[str, typer.Argument(help=BACKBONE_HELP, autocompletion=backbone_names)],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "rooms",
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .ply, .html or .png to write.")] = Path("points.html"),
+    out: Annotated[Path, file_option("The .ply, .html or .png to write.", CLOUDS, *OUT)] = Path("points.html"),
     scene: Annotated[str | None, typer.Option(help=SCENE_HELP)] = None,
     frame: Annotated[str | None, typer.Option(help="Draw this frame's cloud instead of the scene's surface.")] = None,
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP)] = None,
@@ -138,8 +151,8 @@ def visualize_points(
     alone: Annotated[bool, typer.Option("--alone", help=ALONE_HELP)] = False,
     seed: Annotated[int, typer.Option(help=SEED_HELP)] = 0,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    rerun: Annotated[Path | None, typer.Option(help=RERUN_HELP)] = None,
+    device: Annotated[str, device_option(DEVICE_HELP)] = "cpu",
+    rerun: Annotated[Path | None, file_option(RERUN_HELP, RERUN)] = None,
 ) -> None:
     """Draw features on the points of a scene: a PLY file, an interactive HTML page, or four views as PNG.
 

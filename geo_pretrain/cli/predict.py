@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from geo_pretrain.cli.options import OPTION_HELP, data_overrides, options_of
+from geo_pretrain.cli.options import OPTION_HELP, OUT, data_overrides, device_option, folder_option, options_of
 from geo_pretrain.cli.shared import app, console, escape, progress
 
 DATA_HELP = "SOURCE or SOURCE:PATH of a data set, such as rooms3d, clouds:PATH, scannet3d:PATH; labels are not needed."
@@ -20,14 +20,14 @@ def predict(
     files: Annotated[
         list[Path] | None, typer.Argument(help="Images, clouds as PLY, npy, npz, LAS, or folders of either.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("predictions"),
+    out: Annotated[Path, folder_option("The folder to write.", *OUT)] = Path("predictions"),
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     split: Annotated[str, typer.Option(help="Of the data set: val, train, or its test split.")] = "val",
     option: Annotated[list[str], typer.Option("--option", help=OPTION_HELP)] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many items, evenly spaced.")] = None,
     draw: Annotated[int, typer.Option(min=0, help="Clouds in predictions.png; 0: no picture.")] = 4,
     benchmark: Annotated[str | None, typer.Option(help="scannet: also its server's files, in DIR/benchmark.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CPU.")] = None,
+    device: Annotated[str | None, device_option("cpu, cuda; default: CPU.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images, or clouds, that go through the network together.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -14,7 +14,17 @@ from rich.table import Table
 
 from geo_pretrain.cli.completion import backbone_names, downstream_recipe_names, recipe_names
 from geo_pretrain.cli.labels import show_labels
-from geo_pretrain.cli.options import DATA_HELP, FRAMES_HELP, LABELLED_HELP, SET_HELP, data_overrides, print_skips
+from geo_pretrain.cli.options import (
+    DATA_HELP,
+    FRAMES_HELP,
+    LABELLED_HELP,
+    OUT,
+    SET_HELP,
+    data_overrides,
+    device_option,
+    folder_option,
+    print_skips,
+)
 from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 
 if TYPE_CHECKING:
@@ -39,7 +49,7 @@ RELEASED_HELP = "Reproduce the accidents of the released protocol."
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures, report, checkpoint.")] = Path("demo"),
+    out: Annotated[Path, folder_option("Folder for figures, report, checkpoint.", *OUT)] = Path("demo"),
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006 (typer copies it)
     finetune_steps: Annotated[int, typer.Option(help="Steps of each fine-tuning run.")] = 100,
 ) -> None:
@@ -70,13 +80,13 @@ def train(
     recipe: Annotated[
         str, typer.Argument(help="A recipe's name or the path of a .yaml file.", autocompletion=recipe_names)
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint folder to write.")],
+    out: Annotated[Path, folder_option("The checkpoint folder to write.", *OUT)],
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's length.")] = None,
     toy: Annotated[bool, typer.Option("--toy", help="The same task on small rooms: CPU, minutes.")] = False,
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP + " The rest is held out.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
-    device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CUDA where there is one.")] = None,
+    device: Annotated[str | None, device_option("cpu, cuda; default: CUDA where there is one.")] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help=CHECK_HELP)] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished checkpoint.")] = False,
     pairs: Annotated[Path | None, typer.Option(help="A folder that `data mine` wrote; default: mined now.")] = None,
@@ -129,7 +139,7 @@ def train(
 def finetune(
     recipe: Annotated[str, typer.Argument(help=DOWNSTREAM_HELP, autocompletion=downstream_recipe_names)],
     backbone: Annotated[list[str], typer.Option("--backbone", "-b", help=BACKBONE_HELP, autocompletion=backbone_names)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    out: Annotated[Path, folder_option("The folder to write.", *OUT)],
     data: Annotated[str | None, typer.Option(help=LABELLED_HELP)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help=LENGTH_HELP)] = None,
     epochs: Annotated[float | None, typer.Option(help="The same in passes over the training data.")] = None,
@@ -143,7 +153,7 @@ def finetune(
         bool, typer.Option("--match-released-code", "--authors-exact", help=RELEASED_HELP)
     ] = False,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
-    device: Annotated[str | None, typer.Option(help="cpu, cuda; default: CUDA where there is one.")] = None,
+    device: Annotated[str | None, device_option("cpu, cuda; default: CUDA where there is one.")] = None,
     hub: Annotated[str | None, typer.Option(help="Where to look for backbones first.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

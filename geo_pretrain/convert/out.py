@@ -90,10 +90,15 @@ def write_export(format: str, checkpoint: Checkpoint, out: Path | str, *, overwr
     return [out, *beside]
 
 
+def format_of(name: str) -> OutFormat:
+    """A format of `OUT_FORMATS`. Raises `UnknownName` with the nearest ones."""
+    if name not in OUT_FORMATS:
+        raise unknown("format to write", name, OUT_FORMATS)
+    return OUT_FORMATS[name]
+
+
 def _rule(format: str, checkpoint: Checkpoint) -> OutFormat:
-    if format not in OUT_FORMATS:
-        raise unknown("format to write", format, OUT_FORMATS)
-    rule = OUT_FORMATS[format]
+    rule = format_of(format)
     role = checkpoint.network_roles(decoder=False)[0]
     if rule.role != role:
         fitting = ", ".join(name for name, other in OUT_FORMATS.items() if other.role == role)

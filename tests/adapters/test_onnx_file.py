@@ -64,7 +64,10 @@ def test_what_cannot_be_written_says_why(tmp_path):
     to = str(tmp_path / "x.onnx")
     ended = geo_pretrain("export", str(tmp_path / "tiny_net_srunet34"), "--onnx", to, expected=1)
     assert "ONNX has no sparse convolutions" in ended.errors
-    assert "ends in .onnx" in geo_pretrain("export", "x", "--onnx", "x.pt", expected=2).errors
-    assert "no folder" in geo_pretrain("export", "x", "--onnx", str(tmp_path / "no" / "x.onnx"), expected=2).errors
+    assert "names that end in .onnx" in geo_pretrain("export", "x", "--onnx", "x.pt", expected=2).errors
+    assert (
+        "no folder"
+        in geo_pretrain("export", "x", "--onnx", str(tmp_path / "no" / "such" / "x.onnx"), expected=2).errors
+    )
     (tmp_path / "x.onnx").touch()
     assert "exists" in geo_pretrain("export", "x", "--onnx", to, expected=1).errors

@@ -62,6 +62,7 @@ def load_finetuned(
         >>> network = gp.load_finetuned("runs/unet")  # doctest: +SKIP
         >>> labels = network.predict("photo.jpg").labels  # doctest: +SKIP
     """
+    checked_device(device or "cpu")  # before anything is fetched
     path = Path(name_or_folder).expanduser()
     if not path.is_dir() and isinstance(name_or_folder, str) and name_or_folder.startswith(hub.HF_PREFIX):
         path = hub.open(name_or_folder, **where).fetch(FINETUNED, "recipe").folder

@@ -11,6 +11,7 @@ import numpy as np
 
 from geo_pretrain.devices import device_fault
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, unknown
+from geo_pretrain.targets import file_fault
 from geo_pretrain.training.data.frame import Frame, SkippedFrames, Source, resize_frame
 from geo_pretrain.training.data.mining import spread_evenly
 from geo_pretrain.training.data.sources.registry import open_on_disk
@@ -28,10 +29,10 @@ ColumnKind = TypeVar("ColumnKind")
 Cell = TypeVar("Cell")
 
 
-def check_suffix(path: Path, accepted: Sequence[str]) -> None:
-    """Raise `RecipeError` for a file of another kind, before anything is computed."""
-    if path.suffix.lower() not in accepted:
-        raise RecipeError(f"The file to write is {path.name!r}; accepted: names that end in {', '.join(accepted)}.")
+def check_file(path: Path, accepted: Sequence[str]) -> None:
+    """Raise `RecipeError` for a file of another kind, or in a place that is not there, before anything is computed."""
+    if (fault := file_fault(path, accepted)) is not None:
+        raise RecipeError(fault)
 
 
 def prepare(out: Path, accepted: Sequence[str], spec: DataSpec, device: str) -> Source | None:
@@ -39,7 +40,7 @@ def prepare(out: Path, accepted: Sequence[str], spec: DataSpec, device: str) -> 
 
     Returns None for rooms. Raises `RecipeError`, and what opening a source raises.
     """
-    check_suffix(out, accepted)
+    check_file(out, accepted)
     if (fault := device_fault(device)) is not None:
         raise RecipeError(fault)
     return open_on_disk(spec, split="val")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from geo_pretrain.files import atomic_write
+from geo_pretrain.targets import GRIDS
 from geo_pretrain.training.data.frame import Frame, SkippedFrames
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces
@@ -48,7 +49,7 @@ def draw_features(
         RecipeError: `out` is not a .png.
         UnknownName: no such backbone or scene; DataError: no frame can be shown.
     """
-    source = prepare(out, [".png"], spec, device)
+    source = prepare(out, GRIDS, spec, device)
     skips = skips if skips is not None else SkippedFrames()
     opened = [find_backbone(name) for name in backbones]
     spec = drawing_spec(spec, opened[0], size)

@@ -15,6 +15,7 @@ import torch
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, RecipeError
 from geo_pretrain.files import atomic_write
+from geo_pretrain.targets import MATCHES
 from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
 from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source
@@ -30,7 +31,6 @@ from geo_pretrain.training.visualize.match_page import cloud_views, image_views,
 from geo_pretrain.training.visualize.results import draw_matches
 from geo_pretrain.training.visualize.splat import behind_camera, splat
 
-SUFFIXES = (".png", ".html")
 SCRATCH = "scratch"  # what random weights are called on the command line
 PANEL = 2 * 256  # px: two images side by side, as `draw_matches` makes them
 
@@ -71,7 +71,7 @@ def visualize_matches(
         CheckpointError: voxels that RGB-D cannot give, or a backbone of another kind beside.
         DataError: no pair can be shown; UnknownName: no such backbone or scene.
     """
-    source = prepare(out, SUFFIXES, spec, device)
+    source = prepare(out, MATCHES, spec, device)
     skips = skips if skips is not None else SkippedFrames()
     opened = _open_all(backbone, against)
     spec = drawing_spec(spec, opened[0], size)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.files import atomic_write
+from geo_pretrain.targets import CLOUDS
 from geo_pretrain.training.data.frame import Frame, SkippedFrames, Source, Surface, resize_frame
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces
@@ -34,7 +35,6 @@ from geo_pretrain.training.visualize.rerun_file import write_rerun
 from geo_pretrain.training.visualize.splat import rotation_to_z, splat, turntable, up_direction
 from geo_pretrain.training.visualize.viewer import viewer_page
 
-SUFFIXES = (".ply", ".html", ".png")
 POINTS = 200_000  # drawn: a page of 5 MB with three layers
 TOP = 0.8  # share of a scene's height that pictures show at first: ceilings hide what is below them
 VIEWS, VIEW_SIZE = 4, (288, 320)  # of the turntable
@@ -90,7 +90,7 @@ def visualize_points(
         RecipeError: `out` has another suffix, or `limit` is below 1.
         UnknownName: no such backbone, scene or frame; DataError: no frame or surface can be read.
     """
-    source = prepare(out, SUFFIXES, spec, device)
+    source = prepare(out, CLOUDS, spec, device)
     if limit < 1:
         raise RecipeError(f"The number of points is {limit}; accepted: 1 and more.")
     suffix = out.suffix.lower()

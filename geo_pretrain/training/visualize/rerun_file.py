@@ -16,10 +16,9 @@ import numpy as np
 
 from geo_pretrain.errors import require
 from geo_pretrain.files import atomic_write
+from geo_pretrain.targets import RERUN
 from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.visualize.common import check_suffix
-
-SUFFIXES = (".rrd",)
+from geo_pretrain.training.visualize.common import check_file
 
 
 def check_rerun(path: Path) -> Any:
@@ -27,7 +26,7 @@ def check_rerun(path: Path) -> Any:
 
     Raises `MissingDependency` where it is not installed, `RecipeError` for another suffix than .rrd.
     """
-    check_suffix(path, SUFFIXES)
+    check_file(path, RERUN)
     return require("rerun", "rerun")
 
 
