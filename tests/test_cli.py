@@ -481,13 +481,8 @@ def test_malformed_options_are_named(option, value):
 
 
 def test_runs_as_a_module_from_another_folder(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "geo_pretrain", "list", "pri3d_view_r18.rooms"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    words = [sys.executable, "-m", "geo_pretrain", "list", "pri3d_view_r18.rooms"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "MIT" in done.stdout
 
 
