@@ -16,6 +16,7 @@ EXAMPLES = {
     "geo_pretrain.backbones.build": 1,
     "geo_pretrain.advice.answer": 2,
     "geo_pretrain.catalog": 1,
+    "geo_pretrain.hub.authors": 1,
     "geo_pretrain.hub.links": 2,
     "geo_pretrain.adapters.timm": 2,
     "geo_pretrain.loading": 2,

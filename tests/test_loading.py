@@ -406,8 +406,12 @@ def test_every_3d_entry_builds_and_takes_what_its_contract_says(name: str):
 
 
 def test_names_without_a_file_say_how_to_get_one():
-    with pytest.raises(HubError, match=r"geo-pretrain train pri3d_view_r18\.rooms_toy --out DIR"):
+    with pytest.raises(HubError, match=r"geo-pretrain train pri3d_view_r18\.rooms_toy --out DIR") as caught:
         load_backbone("pri3d_view_r18.rooms_toy")
+    first, _, second, third = str(caught.value).splitlines()
+    assert first == "'pri3d_view_r18.rooms_toy' could not be loaded:"
+    assert second.startswith('Without a network: load_backbone("pri3d_view_r18.rooms_toy", pretrained=False) builds')
+    assert third.startswith("To get its weights: make it with `geo-pretrain train")
 
 
 def test_names_of_a_hub_need_not_be_in_the_catalog(tiny: Path, monkeypatch: pytest.MonkeyPatch):

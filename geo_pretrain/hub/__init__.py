@@ -256,5 +256,8 @@ def _failed(name: str, failures: Mapping[str, Exception]) -> Exception:
     lines = [f"- {source}: {error}" for source, error in failures.items()]
     lines = lines or [f"- no hub is given (hub=..., or the environment variable {HUB_VARIABLE})"]
     if entry is not None:
-        lines.append(f"What you can do: {entry.how_to_get()}.")
+        lines.append(
+            f'Without a network: load_backbone("{name}", pretrained=False) builds the same network with random weights.'
+        )
+        lines.append(f"To get its weights: {entry.how_to_get()}.")
     return HubError("\n".join([f"{name!r} could not be loaded:", *lines]))

@@ -96,7 +96,19 @@ def fetch(
                 failures.append(error)
             else:
                 return folder
-        raise HubError("; ".join(map(str, failures))) from failures[-1]
+        raise HubError(said_once(list(map(str, failures)))) from failures[-1]
+
+
+def said_once(messages: Sequence[str]) -> str:
+    """Messages in one, with the advice that all of them end with said once.
+
+    >>> said_once(["a: gone. Check the network.", "b: gone. Check the network."])
+    'a: gone; b: gone. Check the network.'
+    """
+    tails = [message.partition(". ")[2] for message in messages]
+    if len(messages) < 2 or not tails[0] or len(set(tails)) > 1:
+        return "; ".join(messages)
+    return "; ".join(message.partition(". ")[0] for message in messages) + f". {tails[0]}"
 
 
 def convert_file(
