@@ -384,7 +384,8 @@ def _of_timm(name: str, where: hubs.Where, shape: _Shape, pretrained: bool) -> A
     network.name, network.contract = name, contract.with_channels(wanted)
     network.load_report = LoadReport(0, tuple(network.state_dict()), (), (), 0.0)
     if pretrained:
-        weights, reshaped = timm_weights(name, build(arch).state_dict()), list[str]()
+        otherwise = f'Without a network: load_backbone("{name}", pretrained=False) has random weights.'
+        weights, reshaped = timm_weights(name, build(arch).state_dict(), otherwise=otherwise), list[str]()
         if wanted != len(contract.channels):
             if network.stem is None:
                 raise ValueError(f"in_chans is {wanted}: {name} has no one first convolution; accepted: 3.")

@@ -195,7 +195,6 @@ def test_info_of_a_folder_and_its_load_report(zoo):
     plain = run("info", "tiny_net_r18").output
     assert "hub/tiny_net_r18" in plain.replace("\n", "").replace(" ", "")
     assert "License\nThe weights' license is what counts for you" in plain
-    assert "weights of the encoder, " in plain
     tree = json.loads(run("info", "tiny_net_srunet34", "--loaded", "--json").output)
     assert tree["loaded"]["coverage"] == 1
     assert tree["loaded"]["fresh"] == []

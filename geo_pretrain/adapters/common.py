@@ -213,7 +213,7 @@ def _of_timm(name: str, pretrained: bool, output_stride: int, load: Mapping[str,
     if pretrained:
         if load.get("in_chans") not in (None, encoder.in_chans):
             raise ValueError(f"in_chans is {load['in_chans']}; accepted for {name!r} with pretrained weights: 3.")
-        own = timm_weights(name, own)
+        own = timm_weights(name, own, otherwise="Without a network: pretrained=False has random weights.")
         encoder.load_state_dict(own)
     fresh = () if pretrained else tuple(own)
     encoder.name, encoder.contract = name, timm_contract(name).with_channels(encoder.in_chans)

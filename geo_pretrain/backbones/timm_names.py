@@ -146,30 +146,31 @@ def create(name: str, *, features: bool = True, **options: Any) -> Any:
         return timm.create_model(name, **({"features_only": True} if features else {}), **options)
 
 
-def timm_weights(encoder: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+OTHERWISE = (  # for recipes, whose init "imagenet" asks for the weights
+    "Fetch model.safetensors there by hand and give it as --set model.init=file:PATH, or start from random weights: "
+    "--set model.init=scratch."
+)
+
+
+def timm_weights(encoder: str, expected: Mapping[str, Tensor], *, otherwise: str = OTHERWISE) -> dict[str, Tensor]:
     """The weights that timm publishes for "timm/NAME[.TAG]", for a `TimmEncoder` with the state dict `expected`.
 
-    They come through timm's own download and cache, and load strictly. Raises `GeoPretrainError` that says where to
-    put the file when it cannot be had.
+    They come through timm's own download and cache, and load strictly. Raises `GeoPretrainError` when they cannot be
+    had; `otherwise` is its last sentence, what can be done then.
     """
     name, tag = check_timm(encoder)
     config = _config(name, tag)
     label = f"{name}.{config.tag}" if config.tag else name
     if not (config.hf_hub_id or config.url or config.file):
         known = [f"{PREFIX}{one}" for one in require("timm", "adapters").list_pretrained(f"{name}*")]
-        raise GeoPretrainError(
-            f"init 'imagenet': timm has no weights for {encoder!r}; it has some for: {some(known, 5)}. Start from "
-            "random weights: --set model.init=scratch."
-        )
+        raise GeoPretrainError(f"timm has no weights for {encoder!r}; it has some for: {some(known, 5)}. {otherwise}")
     try:
         _knock(config)
         plain = create(name, features=False, pretrained=True, pretrained_cfg=tag or None, **_options(encoder))
     except Exception as error:  # of the network, of huggingface_hub, of a file: many classes, one meaning
         source = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         raise GeoPretrainError(
-            f"init 'imagenet' needs timm's weights of {label} ({source}), which could not be loaded "
-            f"({first_line(error)}). Fetch model.safetensors there by hand and give it as --set model.init=file:PATH, "
-            "or start from random weights: --set model.init=scratch."
+            f"timm's weights of {label} ({source}) could not be loaded ({first_line(error).rstrip('.')}). {otherwise}"
         ) from error
     return _all_of(expected, plain.state_dict(), f"timm's weights of {label}")
 

@@ -212,9 +212,10 @@ def test_load_backbone_takes_names_of_timm(monkeypatch: pytest.MonkeyPatch):
     published = build_encoder(SMALL).state_dict()
     asked: list[str] = []
 
-    def weights(name: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    def weights(name: str, expected: dict[str, Tensor], otherwise: str) -> dict[str, Tensor]:
         asked.append(name)
         assert expected.keys() == published.keys()
+        assert f'load_backbone("{name}", pretrained=False)' in otherwise
         return dict(published)
 
     monkeypatch.setattr(loading, "timm_weights", weights)

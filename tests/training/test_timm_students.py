@@ -134,12 +134,15 @@ def test_starts_that_are_not_there(tmp_path: Path):
 def test_imagenet_is_timms_own_and_offline_says_where_to_put_the_file(plain: torch.nn.Module, monkeypatch):
     from timm.models import _builder
 
+    from geo_pretrain.backbones import timm_names
+
     asked = []
 
     def answer(location, **options):
         asked.append(location)
         return plain.state_dict()
 
+    monkeypatch.setattr(timm_names, "_knock", lambda config: None)  # whether the hub answers is not asked here
     monkeypatch.setattr(_builder, "load_state_dict_from_hf", answer)
     encoder = build_encoder(ENCODER)
     initialize_encoder(encoder, ModelSpec(encoder=f"{ENCODER}.lamb_in1k", init="imagenet"))
