@@ -46,7 +46,7 @@ def checkout(tmp_path_factory):
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("needs the git checkout, to know which files belong to the project")
     folder = tmp_path_factory.mktemp("checkout")
-    for name in project_files("."):
+    for name in project_files(".") - project_files("weights"):  # packages of their own
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target, follow_symlinks=False)

@@ -47,7 +47,8 @@ def packages_with(name: str) -> list[str]:
 def without(package: str, name: str) -> str:
     """What to say where an installed package lacks a checkpoint."""
     held = sorted(path.parent.name for path in package_folders()[package].glob(f"*/{CONFIG}"))
-    return f"the installed package {package} has no {name!r}; it holds: {', '.join(held) or 'none'}"
+    newer = f"`pip install --upgrade {package}` brings a newer one"
+    return f"the installed package {package} has no {name!r}; it holds: {', '.join(held) or 'none'}; {newer}"
 
 
 def again(package: str) -> str:
