@@ -9,16 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from geo_pretrain import hub, load_backbone, verify
+from geo_pretrain import hub, load_backbone, load_pair, verify
+from geo_pretrain.backbones.feature_pair import pair_golden
 from geo_pretrain.catalog import Arch
-from geo_pretrain.checkpoint import read_checkpoint
+from geo_pretrain.checkpoint import Pairing, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, UnknownName
 from geo_pretrain.halving import write_halved
 from geo_pretrain.hub.cache import names_here
 from geo_pretrain.loading import golden_of
 from geo_pretrain.publish import publish
+from geo_pretrain.sparse.tensor import SparseTensor
 from tests.hub.hosts import Hosts
-from tests.zoo import golden_file, role_weights, write_tiny, write_tiny_3d
+from tests.zoo import ARCH, CONTRACT, golden_file, role_weights, weights_3d, write_tiny, write_tiny_3d
 
 NAME = "tiny_net_r18"
 
@@ -115,6 +117,21 @@ def test_half_of_a_checkpoint_loads_as_float32_and_reproduces_its_own_outputs(tm
     ratio = half.files["encoder.safetensors"].size / whole.files["encoder.safetensors"].size
     assert 0.5 < ratio < 0.56
     assert verify(write_halved(write_tiny_3d(tmp_path / "whole3").folder, tmp_path / "half3").folder).passed
+
+
+def test_a_half_may_leave_out_the_network_that_only_pairs_need(tmp_path: Path):
+    teacher = {f"{role}.{key}": value for role in ("encoder", "decoder") for key, value in role_weights(role).items()}
+    weights, pairing = {"model": weights_3d(), "teacher": teacher}, Pairing(ARCH, CONTRACT, "teacher")
+    whole = write_tiny_3d(tmp_path / "whole", weights=weights, pairing=pairing)
+    golden = pair_golden(load_pair(whole.folder))
+    golden["output"] = load_backbone(whole.folder)(SparseTensor(golden["input.coords"], golden["input.feats"])).feats
+    write_tiny_3d(tmp_path / "whole", weights=weights, pairing=pairing, golden=golden)
+    alone = write_halved(tmp_path / "whole", tmp_path / "alone", without=("teacher",))
+    assert "teacher" not in alone.roles
+    assert alone.pairing is None
+    assert verify(alone.folder).errors.keys() == {"output"}
+    with pytest.raises(CheckpointError, match="'model' cannot be left out; accepted: heads, teacher"):
+        write_halved(whole.folder, tmp_path / "none", without=("model",))
 
 
 def test_weights_that_float16_does_not_hold_are_not_halved(tmp_path: Path):
