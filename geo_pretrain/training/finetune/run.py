@@ -62,8 +62,9 @@ def finetune(
     out = Path(out)
     check_result_out(out, overwrite=overwrite)
     where = dict(init_kwargs or {})
-    early = sources is not None or is_on_disk(recipe)  # a wrong path is told before anything is fetched
-    data = open_splits(recipe, sources, on_data) if early else None
+    data = (
+        None if _is_rendered(recipe, sources) else open_splits(recipe, sources, on_data)
+    )  # before anything is fetched
     recipe = resolved(recipe, os.fspath(backbone), where)
     start = backbone_init(recipe, os.fspath(backbone), where)
     contract = start.contract()  # an unknown name fails before rooms are rendered
@@ -95,6 +96,10 @@ def finetune(
 def is_on_disk(recipe: FinetuneRecipe) -> bool:
     """Whether the recipe's data are files, which are opened at once; others are rendered."""
     return DATA_SETS[recipe.data.source].embedded is None
+
+
+def _is_rendered(recipe: FinetuneRecipe, sources: tuple[LabelledData, LabelledData] | None) -> bool:
+    return sources is None and not is_on_disk(recipe)
 
 
 def open_splits(
