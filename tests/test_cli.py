@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from geo_pretrain import __version__, cli
 from geo_pretrain.catalog import CATALOG
-from geo_pretrain.cli import shared as cli_shared
 from geo_pretrain.errors import CheckpointError, DataError
 from geo_pretrain.files import locked
 from geo_pretrain.listing import answer
@@ -479,11 +478,3 @@ def test_runs_as_a_module_from_another_folder(tmp_path):
     words = [sys.executable, "-m", "geo_pretrain", "list", "pri3d_view_r18.rooms"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "MIT" in done.stdout
-
-
-def test_progress_does_not_mix_with_answers(capsys):
-    with cli_shared.progress() as report:
-        report("matching", 1, 4, "a\x1b[2J")
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "matching: 1/4, a\\x1b[2J, estimating...\n"

@@ -244,3 +244,11 @@ def test_bytes_from_hugging_face_are_shown_in_the_same_style(capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "lab/net/encoder.safetensors: 10.0/10.0 MB, took 0 s\n"
+
+
+def test_progress_does_not_mix_with_answers(capsys):
+    with progress() as report:
+        report("matching", 1, 4, "a\x1b[2J")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "matching: 1/4, a\\x1b[2J, estimating...\n"
