@@ -62,9 +62,7 @@ def finetune(
     out = Path(out)
     check_result_out(out, overwrite=overwrite)
     where = dict(init_kwargs or {})
-    data = (
-        None if _is_rendered(recipe, sources) else open_splits(recipe, sources, on_data)
-    )  # before anything is fetched
+    data = None if _is_rendered(recipe, sources) else open_splits(recipe, sources, on_data)  # before a fetch
     recipe = resolved(recipe, os.fspath(backbone), where)
     start = backbone_init(recipe, os.fspath(backbone), where)
     contract = start.contract()  # an unknown name fails before rooms are rendered
@@ -72,7 +70,7 @@ def finetune(
     if on_labels is not None and (table := label_table(data.train)) is not None:
         on_labels(table)
     # now, for the start may have moved when the run ends
-    terms, _ = data_terms(data.train.name, recipe.data.license)
+    terms = data_terms(data.train.name, recipe.data.license)[0]
     license = finetuned_license(data.train.name, terms, start.backbone, recipe.network.encoder, where)
     world = world or join(device)
     generators = torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else [])
