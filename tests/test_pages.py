@@ -19,7 +19,7 @@ from geo_pretrain import cli
 from geo_pretrain.catalog import find
 from geo_pretrain.errors import RecipeError
 from geo_pretrain.training.recipe import recipe_path
-from tests import pages
+from tests import pages, sentences
 from tests.pages import LANGUAGES, NEEDS, PAGES, ROOT, blocks, commands, lines_of
 from tests.stand_ins import small
 
@@ -202,3 +202,18 @@ def test_badges_say_what_the_package_says():
     assert "Typing :: Typed" in project["classifiers"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"docs/badges/{name}.svg" in readme for name in badges)
+
+
+def test_sentences_are_short():
+    assert sentences.lengths("# A title\n\nOne two. Three `a b c`, four!\n\n- five\n- six\n\n| not | this |\n") == [
+        2,
+        3,
+        1,
+        1,
+    ]
+    found = [count for page in PAGES for count in sentences.of_page(page)]
+    mean, share = sentences.mean_and_long(found)
+    assert len(found) > 1500
+    assert (mean <= 15, share <= 0.05) == (True, True), (
+        f"mean {mean:.1f} words, {share:.1%} long: python -m tests.sentences"
+    )
