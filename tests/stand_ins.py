@@ -14,6 +14,7 @@ from examples.own_clouds import write_ply
 from examples.own_recording import write_recording
 from geo_pretrain.rooms import CLASSES, RoomGenerator, RoomsConfig
 from tests.front_door import geo_pretrain
+from tests.scan_release import write_release
 from tests.zoo import write_tiny, write_tiny_3d
 
 # What a command gets besides its own words: two steps, small images, random start weights.
@@ -34,7 +35,7 @@ SMALL = {
     "train toy": "--steps 2 --set data.options.scenes=2 --set data.options.frames=6 --set workers=0",
     "finetune": IMAGES,
     "finetune clouds": CLOUDS,
-    "finetune toy": "--steps 2",
+    "finetune toy": "--steps 2 --set data.options.scenes=2 --set data.options.val_scenes=1",
     "eval matching": "--pairs 4 --size 48x64",
     "eval awareness": "--views 6 --pairs 1 --seeds 2 --size 48x64",
     "eval pixel-to-voxel": "--pairs 2 --set data.options.scenes=1 --set data.options.frames=4",
@@ -50,13 +51,16 @@ def small(words: Sequence[str]) -> list[str]:
     if name == "train" and "--toy" in words:
         name += " toy"
     if name == "finetune":
-        name += " toy" if "--toy" in words else " clouds" if any("clouds" in word for word in words) else ""
+        clouds = any("clouds" in word or "3d" in word for word in words)
+        name += " toy" if "--toy" in words else " clouds" if clouds else ""
     labelled = words[0] in ("finetune", "predict")
     stand_ins = {
         "folder:PATH": "folder:images" if labelled else "folder:frames",
         "folder:MORE": "folder:images",
         "folder:MINE": "folder:frames",
         "clouds:PATH": "clouds:clouds",
+        "scannet:PATH": "scannet:scannet",
+        "scannet3d:PATH": "scannet3d:scannet",
         "IMAGES": "images/val/images",
         "SCANS": "clouds/val",
         "SUGGESTED": "",
@@ -124,6 +128,7 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
     "frames": lambda folder: write_recording(folder, frames=8),
     "images": write_images,
     "clouds": write_clouds,
+    "scannet": lambda folder: write_release(folder, scenes=2, frames=6),
 }
 
 
@@ -134,6 +139,7 @@ def make_stand_ins(code: str) -> None:
         "frames": ("folder:PATH", "folder:MINE", "frames"),
         "images": ("finetune folder", "IMAGES", "images"),
         "clouds": ("clouds:PATH", "SCANS"),
+        "scannet": ("scannet:PATH", "scannet3d:PATH"),
     }
     for name, words in named.items():
         if any(word in code for word in words):
