@@ -138,6 +138,7 @@ class FeaturePair(nn.Module):
             warnings.warn("'colours' is now 'colors'.", FutureWarning, stacklevel=2)
             colors = colours
         voxels, weight = self.point_transforms(points, colors, batch=batch), self.point_network.final.kernel
+        self.point_network.look_at_spacing(voxels)
         coords = voxels.coords.to(weight.device)
         x = SparseTensor(coords, voxels.feats.to(weight))
         voxel_features = self.encode_voxels(x)[point_rows(x, coords)]

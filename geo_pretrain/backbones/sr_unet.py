@@ -19,10 +19,12 @@ from geo_pretrain.errors import InputError
 from geo_pretrain.inputs import check_finite, check_place, described
 from geo_pretrain.sparse.functional import point_rows
 from geo_pretrain.sparse.layers import BatchNorm, Conv3d, ConvTranspose3d, ReLU, normalized
+from geo_pretrain.sparse.spacing import spacing_doubt
 from geo_pretrain.sparse.tensor import SparseTensor, cat
 
 if TYPE_CHECKING:
     from geo_pretrain.contract import VoxelContract, VoxelTransform
+    from geo_pretrain.sparse.coordinates import Voxels
 
 REAL_WIDTH = 32
 # channels of block1 to block8 at the real width, blocks in each
@@ -76,6 +78,7 @@ class SRUNet(Backbone):
     """
 
     contract: VoxelContract | None
+    _spaced = False  # whether points were found not to be meters, or nobody may look again
 
     if TYPE_CHECKING:  # nn.Module's own says Any
 
@@ -187,11 +190,21 @@ class SRUNet(Backbone):
         if out not in ("pyramid", "final"):
             raise ValueError(f"out is {out!r}; accepted: 'pyramid', 'final'.")
         voxels, weight = self.transforms(points, features, batch=batch), self.final.kernel
+        self.look_at_spacing(voxels)
         coords = voxels.coords.to(weight.device)
         x = SparseTensor(coords, voxels.feats.to(weight))
         maps = self.pyramid(x) if out == "pyramid" else [self(x)]
         voxel_feats = torch.cat([m.feats[point_rows(m, coords)] for m in maps], dim=1)
         return voxel_feats[voxels.inverse.to(weight.device)]
+
+    def look_at_spacing(self, voxels: Voxels) -> None:
+        """Warn, once a network, of points that seem not to be in meters: no voxel touches another, or all are one."""
+        size = getattr(self.contract, "voxel_size", None)
+        if self._spaced or not isinstance(size, int | float) or torch.compiler.is_compiling():
+            return  # of cylinders each voxel has another size
+        doubt = spacing_doubt(voxels.coords, len(voxels.inverse), size, "points * {}")
+        self._spaced = doubt is not None or voxels.coords.device.type != "cpu"
+        self._warn(doubt)
 
     def _output(self, finest: SparseTensor) -> SparseTensor:
         out = self.final(finest)

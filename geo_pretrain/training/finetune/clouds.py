@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import BadFrame, BadLabels, DataError, some
+from geo_pretrain.sparse.spacing import spacing_doubt
 from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.cloud_recipe import CloudSpec
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.folder import CloudFolder
 from geo_pretrain.training.data.labelled.clouds.limited import LabelledPoints
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.samples.whole_clouds import (
@@ -34,6 +36,7 @@ from geo_pretrain.training.networks3d import CloudInput, PretrainedInit3D, cloud
 from geo_pretrain.training.visualize.clouds import draw_clouds
 
 T = TypeVar("T")
+LOOKED_AT = 3  # clouds of one's own, before training
 
 
 class CloudTask(FinetuneTask):
@@ -44,6 +47,7 @@ class CloudTask(FinetuneTask):
     """
 
     unit = "clouds"
+    scaled_by = "--set data.options.scale={}"  # what brings clouds into meters, with {} for the factor
     skips_broken = True
     classes: tuple[str, ...]
     cloud: CloudSpec
@@ -64,6 +68,7 @@ class CloudTask(FinetuneTask):
         if limited is not None and self.cloud.labels == "agree" and not recipe.match_released_code:
             self.training_cloud = replace(self.cloud, labels="agree_known")
         self.skipped: dict[str, str] = {}  # path -> reason, of clouds left out of the latest evaluation
+        self._spaced = False  # whether a cloud seemed not to be in meters
         network, transfer = start.unet(recipe.seed, self.inputs.in_chans)
         self._start_shape = srunet_shape(network)
         self.module = self.build(network, transfer)
@@ -89,8 +94,21 @@ class CloudTask(FinetuneTask):
         return collate_voxels(samples, self.cloud.limit)
 
     def evaluation_sample(self, cloud: LabelledCloud) -> CloudSample:
-        """Voxelize a cloud without augmentation."""
-        return evaluation_sample(cloud, self.cloud, self.contract)
+        """Voxelize a cloud without augmentation; warn of the first one that seems not to be in meters."""
+        sample, size = evaluation_sample(cloud, self.cloud, self.contract), self.contract.voxel_size
+        if not self._spaced and isinstance(size, int | float) and self.cloud.normalize == "none":
+            doubt = spacing_doubt(sample.coords, len(sample.inverse), size, self.scaled_by)
+            self._spaced = doubt is not None
+            if doubt is not None:
+                warnings.warn(f"Cloud {cloud.id!r}: {doubt}", stacklevel=2)
+        return sample
+
+    def look_at(self, source: LabelledData) -> None:
+        """Voxelize some clouds of one's own, whose units nobody else knows."""
+        if isinstance(getattr(source, "source", source), CloudFolder):
+            for id in source.ids()[:: max(1, len(source.ids()) // LOOKED_AT)][:LOOKED_AT]:
+                with suppress(BadFrame):
+                    self.evaluation_sample(self.load(source, id))
 
     def measured(
         self, source: LabelledData, ids: Sequence[str], world: World, measure: Callable[[LabelledCloud], T]

@@ -16,6 +16,7 @@ from geo_pretrain.training.data.files import points_fault, read_photo
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.finetune.as_checkpoint import image_contract
 from geo_pretrain.training.finetune.cloud_files import CloudFile, cloud_fields
+from geo_pretrain.training.finetune.clouds import CloudTask
 from geo_pretrain.training.finetune.segmentation import Segmentation
 from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
@@ -33,6 +34,8 @@ class FinetunedNetwork(nn.Module):
     def __init__(self, task: FinetuneTask, stated: Mapping[str, Any], folder: Path) -> None:
         super().__init__()
         self.task, self.stated, self.folder = task, stated, folder
+        if isinstance(task, CloudTask):
+            task.scaled_by = "points * {}"
         self.module = task.module
         self.classes = task.classes  # names of the labels 1..C
         self.name = str(stated["recipe"])

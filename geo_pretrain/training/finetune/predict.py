@@ -24,6 +24,7 @@ from geo_pretrain.training.evaluation.coco import Detections
 from geo_pretrain.training.evaluation.predictions import PointInstances, PointLabels
 from geo_pretrain.training.evaluation.scannet_benchmark import write_scannet_instances, write_scannet_semantic
 from geo_pretrain.training.finetune.cloud_files import CloudFile, cloud_fields
+from geo_pretrain.training.finetune.clouds import CloudTask
 from geo_pretrain.training.finetune.coco_file import CocoFile
 from geo_pretrain.training.finetune.load import load_finetuned
 from geo_pretrain.training.finetune.task import FinetuneTask
@@ -86,6 +87,8 @@ def predict(
     check_target(out)
     network = load_finetuned(run, device=device)
     task = network.task
+    if isinstance(task, CloudTask):
+        task.scaled_by = "--option scale={}"
     export = None if benchmark is None else _benchmark(benchmark, task)
     source = None if data is None else _open(task.recipe, data, path, split, options)
     given = _of_files(task.recipe, files, options) if source is None else _of_source(task, source)

@@ -63,6 +63,9 @@ class FinetuneTask(ABC):
         It must come out the same in each process and each time, and be kept with the weights (buffers).
         """
 
+    def look_at(self, source: LabelledData) -> None:  # noqa: B027 (images are checked one by one)
+        """Warn before training of data that cannot be meant, such as clouds that are not in meters."""
+
     def load(self, source: LabelledData, id: str) -> Any:
         """Load the labelled image of a sample. Raises `BadFrame` if it is unusable."""
         return source.load(id)

@@ -83,6 +83,21 @@ def test_a_class_that_the_list_lacks_ends_the_run(folder, tmp_path, split):
     assert not (tmp_path / "out").exists()
 
 
+def test_clouds_that_are_not_in_meters_are_told_before_training(folder, tmp_path):
+    for path in folder.glob("*/*.np[yz]"):
+        cloud = painted(1, count=600)
+        np.savez(path.with_suffix(".npz"), points=cloud.points * 1000, colors=cloud.colors, label=cloud.labels)
+        if path.suffix == ".npy":
+            path.unlink()
+    words = ["finetune", *line(folder, tmp_path / "out")]
+    with pytest.warns(UserWarning, match="Cloud 'train/a': hardly any of the 600 points") as told:
+        geo_pretrain(*words, "--set", "data.options.scale=0.3", expected=1)
+    assert ["millimeters: --set data.options.scale=0.001" in str(one.message) for one in told] == [True]
+    wrong = geo_pretrain(*words, expected=1).errors
+    assert " m wide. If its coordinates are no meters, give the option scale: 0.01 of" in wrong
+    assert "drawn from 3. First:" in wrong
+
+
 def test_wrong_data_are_said_in_one_line(folder, tmp_path):
     words = ["finetune", *line(folder, tmp_path / "out")]
     wrong = geo_pretrain(*words, "--set", "data.options.label=klass", expected=1).errors

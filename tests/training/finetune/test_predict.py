@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def test_files_of_every_kind_come_back_point_by_point(run, tmp_path):
     with Image.open(tmp_path / "out" / "predictions.png") as picture:
         assert picture.size[0] > 300
     assert (tmp_path / "out" / "predictions.html").is_file()
+
+
+def test_clouds_that_are_not_in_meters_are_told_once_with_the_option(run, tmp_path):
+    cloud = painted(5, count=600)
+    files = [save(tmp_path / name, replace(cloud, points=cloud.points * 100)) for name in ("a.npz", "b.npz")]
+    words = ["predict", run, *files, "-o", tmp_path / "out", "--draw", 0]
+    with pytest.warns(UserWarning, match="Cloud 'a': hardly any of the 600 points") as told:
+        geo_pretrain(*words)
+    assert ["Centimeters: --option scale=0.01" in str(one.message) for one in told] == [True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        geo_pretrain(*words, "--option", "scale=0.01")
 
 
 def test_clouds_of_maps_come_back_where_they_were(tmp_path):

@@ -167,5 +167,5 @@ def read_or_replace(
         except BadFrame as bad:
             skipped.append((bad.path, bad.reason))
             index = int(torch.randint(count, (), generator=generator))
-    listed = some(dict.fromkeys(f"{path}: {reason}" for path, reason in skipped), 3)
+    listed = some(dict.fromkeys(f"{path}: {reason}" for path, reason in skipped), 2)
     raise DataError(f"{ATTEMPTS} {what} in a row cannot be read, drawn from {count}. First: {listed}.")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +24,7 @@ from geo_pretrain.training.data.labelled.clouds.voxels import majority_label
 from geo_pretrain.training.data.samples import cloud_augment as steps
 
 RGB = ("R", "G", "B")
+WIDE = 100.0  # m; rooms in centimeters are wider
 WAYS_OUT = "accepted: data.cloud.features=ones, or a network that was pre-trained on what the data have"
 
 
@@ -56,7 +58,7 @@ def training_sample(
         inside = steps.crop_rows(points, augment.crop, generator)
         points, chosen = points[inside], chosen[inside]
         if not len(points):
-            raise BadFrame(cloud.id, f"no point in a random cube of {2 * augment.crop.half:g} m")
+            raise BadFrame(cloud.id, f"no point in a random cube of {2 * augment.crop.half:g} m{_unit_hint(cloud)}")
     change = steps.random_motion(points, augment, generator)
     points = steps.jittered(steps.moved(points, change), augment, generator)
     return _voxelized(cloud, points, chosen, change @ motion, spec, contract, generator)
@@ -102,7 +104,7 @@ def _voxelized(
     try:
         voxels = replace(contract, channels=("one",)).transforms()(points)
     except ValueError as error:  # not finite, not in meters
-        raise BadFrame(cloud.id, str(error)) from None
+        raise BadFrame(cloud.id, f"{str(error).rstrip('.')}{_unit_hint(cloud)}") from None
     labels, instances = voxel_targets(cloud, chosen, voxels, spec.labels)
     raw = raw_features(cloud, contract)[chosen]
     raw = raw[voxels.index] if contract.reduce == "first" else _mean(raw, voxels)
@@ -126,6 +128,17 @@ def _voxelized(
     feats = contract.scaled(raw / in_color)
     coords = F.pad(cells, (1, 0))
     return CloudSample(cloud.id, coords, feats, labels, instances, points, chosen, inverse, index, motion)
+
+
+def _unit_hint(cloud: LabelledCloud) -> str:
+    """What to say of a cloud that is wider than scans are; "" of others."""
+    extent = float(np.ptp(cloud.points, axis=0).max())
+    if not extent > WIDE:
+        return ""
+    return (
+        f"; the cloud is {extent:.4g} m wide. If its coordinates are no meters, give the option scale: 0.01 of "
+        "centimeters, 0.001 of millimeters (finetune: --set data.options.scale=..., predict: --option scale=...)"
+    )
 
 
 def raw_features(cloud: LabelledCloud, contract: VoxelContract) -> Tensor:
