@@ -17,8 +17,8 @@ LEAST = 27  # ... and so many voxels at most: a cloud that is one spot
 def spacing_doubt(coords: Tensor, points: int, voxel_size: float, line: str) -> str | None:
     """Say why coordinates of a cloud seem not to be meters; None if they do.
 
-    `coords` [M, 4]: voxels of `points` points, of edge `voxel_size` (m), from `voxelize`. `line`: what scales them, with
-    {} for the factor, such as "points * {}".
+    `coords` [M, 4]: voxels of `points` points, of edge `voxel_size` (m), from `voxelize`. `line`: what scales them,
+    with {} for the factor, such as "points * {}".
 
     >>> from geo_pretrain.sparse.coordinates import voxelize
     >>> points = torch.rand(5000, 3) * 500

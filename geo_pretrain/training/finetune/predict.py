@@ -27,6 +27,7 @@ from geo_pretrain.training.finetune.cloud_files import CloudFile, cloud_fields
 from geo_pretrain.training.finetune.clouds import CloudTask
 from geo_pretrain.training.finetune.coco_file import CocoFile
 from geo_pretrain.training.finetune.load import load_finetuned
+from geo_pretrain.training.finetune.network import FinetunedNetwork
 from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.finetune.training import spread_ids
 from geo_pretrain.training.finetune.written import Item, Place, file_stem, write_prediction
@@ -85,10 +86,8 @@ def predict(
     """
     _check_request(run, files, data, path)
     check_target(out)
-    network = load_finetuned(run, device=device)
+    network = _load(run, device)
     task = network.task
-    if isinstance(task, CloudTask):
-        task.scaled_by = "--option scale={}"
     export = None if benchmark is None else _benchmark(benchmark, task)
     source = None if data is None else _open(task.recipe, data, path, split, options)
     given = _of_files(task.recipe, files, options) if source is None else _of_source(task, source)
@@ -111,6 +110,14 @@ def predict(
     draw_clouds(drawn, task.classes, out / PICTURE)
     _finish(found, task, run, detected)
     return found
+
+
+def _load(run: str | os.PathLike[str], device: str | None) -> FinetunedNetwork:
+    """Load the run, with hints for files instead of arrays."""
+    network = load_finetuned(run, device=device)
+    if isinstance(network.task, CloudTask):
+        network.task.scaled_by = "--option scale={}"
+    return network
 
 
 def _predict_group(task: FinetuneTask, group: Sequence[Item], found: Predictions) -> Iterator[tuple[Item, Any, Any]]:

@@ -82,8 +82,6 @@ def finetune(
         network = build_finetune_task(recipe, start, data.train.classes, contract)
         task = Finetuning(recipe, start.backbone, network, data, world, run, on_evaluation)
         task.choices = choices(wanted, recipe)
-        if world.is_main:
-            network.look_at(data.train)
         run.create()
         progress = fit(task, world, run, on_step=on_step)
         if not progress.finished:

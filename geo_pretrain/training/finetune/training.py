@@ -63,6 +63,8 @@ class Finetuning(RecipeTask):
         self.backbone, self.task, self.data, self.run, self.on_evaluation = backbone, task, data, run, on_evaluation
         self.train_ids, self.val_ids = data.train.ids(), spread_ids(data.val.ids(), recipe.evaluate.images)
         task.prepare(data.train)
+        if world.is_main:
+            task.look_at(data.train)
         self.digest = weights_digest(task.backbone().state_dict())
         samples = _Samples(data.train, self.train_ids, task, recipe.seed)
         super().__init__(recipe, task.module, samples, world)
