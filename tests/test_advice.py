@@ -49,7 +49,7 @@ def test_the_first_choice_is_the_highest_number_that_can_be_downloaded():
     assert answer.picks[0].why == "61.7 mIoU on ScanNet (ImageNet start 55.7, random start 39.1)"
     assert answer.picks[0].how == "download from authors"
     assert names(answer)[-1] == "gsc_r50"  # a higher number, 63.1, that is harder to get
-    assert answer.picks[-1].how.startswith("train it yourself: 2 epochs, 64 samples a step, on ScanNet, after a first")
+    assert answer.picks[-1].how.startswith("train it yourself: 2 epochs in steps of 64, on ScanNet, after a first")
     assert answer.picks[0].lines == copied_lines(CATALOG["pri3d_view_geo_r50"])
     assert names(recommend("segmentation", limit=1, here=())) == ["pri3d_view_geo_r50"]
 
@@ -210,6 +210,15 @@ def test_the_command_prints_the_answer_and_json(empty_shelf, monkeypatch: pytest
     rows = json.loads(CliRunner().invoke(cli.app, [*words, "--json"]).output)
     assert rows["picks"][0]["lines"]["Python"] in printed.replace("\n    ", "\n")
     assert rows["question"]["license"] == "permissive"
+
+
+def test_the_command_asks_for_a_task():
+    ended = CliRunner().invoke(cli.app, ["recommend"], env={"COLUMNS": "200"})
+    assert ended.exit_code == 2
+    assert "What comes out: segmentation, instances, detection" in ended.output
+    for words in (" ".join(TASKS), " ".join(INPUTS)):  # what the help lists is what there is
+        text = CliRunner().invoke(cli.app, ["recommend", "--help"], env={"COLUMNS": "200"}).output
+        assert all(word in text for word in words.split())
 
 
 def test_commands_after_a_choice_name_recipes_that_there_are():

@@ -253,8 +253,8 @@ def how_to_get(entry: Entry, here: Collection[str]) -> str:
         return entry.how
     recipe = _recipe(entry.recipe)
     optim, stages = recipe.optim, "" if recipe.stage1 is None else ", after a first stage"
-    length = f"{optim.epochs:g} epochs" if optim.steps is None else f"{optim.steps:,} steps"
-    return f"{entry.how}: {length}, {optim.batch} samples a step, on {entry.data}{stages}"
+    length = f"{optim.epochs:g} epochs in steps" if optim.steps is None else f"{optim.steps:,} steps"
+    return f"{entry.how}: {length} of {optim.batch}, on {entry.data}{stages}"
 
 
 def _why(entry: Entry, question: Question, found: Score | None) -> str:

@@ -16,7 +16,7 @@ LICENSE_HELP = "Of the weights: any, permissive, non-commercial (permissive ones
 
 @app.command()
 def recommend(
-    task: Annotated[str, typer.Option("--for", help=TASK_HELP)],
+    task: Annotated[str | None, typer.Option("--for", help=TASK_HELP)] = None,
     input: Annotated[str, typer.Option("--input", help=INPUT_HELP)] = "rgb",
     license: Annotated[str, typer.Option(help=LICENSE_HELP)] = "any",
     like: Annotated[str | None, typer.Option(help="The benchmark most like your data, such as Cityscapes.")] = None,
@@ -34,5 +34,7 @@ def recommend(
     """
     from geo_pretrain.advice import recommend as answer
 
+    if task is None:
+        raise typer.BadParameter(f"{TASK_HELP} Such as --for segmentation.", param_hint="--for")
     found = answer(task, input, license=license, like=like, network=network, offline=offline, limit=limit)
     typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
