@@ -121,7 +121,8 @@ def prove(work: Path, *, stand_ins: bool) -> dict[str, Any]:
     for name in names:
         run("geo-pretrain", "pull", "--check", name)
         run("geo-pretrain", "verify", name)
-        run("geo-pretrain", "visualize", "matches", name, "--pairs", "1", "--size", "72x96", "-o", f"{name}.png")
+        rooms = ("--set", "data.options={scenes: 2, frames: 8, width: 160, height: 120}", "--size", "120x160")
+        run("geo-pretrain", "visualize", "matches", name, "--pairs", "1", *rooms, "-o", f"{name}.png")
     inside = json.loads(run("python", "-I", ROOT / "benchmarks/weights_inside.py", *names))
     assert Path(inside.pop("package")).is_relative_to(work / "venv")
     damage = inside.pop("damage")
