@@ -51,7 +51,7 @@ def small(words: Sequence[str]) -> list[str]:
     if name == "train" and "--toy" in words:
         name += " toy"
     if name == "finetune":
-        clouds = any("clouds" in word or "3d" in word for word in words)
+        clouds = words[1].startswith(("clouds", "scannet3d"))  # the recipe
         name += " toy" if "--toy" in words else " clouds" if clouds else ""
     labelled = words[0] in ("finetune", "predict")
     stand_ins = {
