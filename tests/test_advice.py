@@ -156,7 +156,7 @@ def test_answers_follow_the_facts(empty_shelf, monkeypatch: pytest.MonkeyPatch):
     files = tuple(
         File(role, f"{role}.safetensors", 1, "0" * 64, ("package:geo_pretrain_weights",)) for role in entry.arch.roles
     )
-    measured = (Result("matching", "rooms", "recall at 4 px", 40.0, "docs"),)
+    measured = (Result("dense matching", "rooms", "recall at 4 px (%)", 40.0, "x.json", "random: 21.5"),)
     changed = replace(entry, status="published-here", files=files, measured=measured)
     closed = replace(CATALOG["pri3d_view_r18.rooms"], license=License("MIT", "CC-BY-NC-4.0", (("x", "MIT"),), "none"))
     new = MappingProxyType({**empty_shelf, changed.name: changed, closed.name: closed})
@@ -168,7 +168,7 @@ def test_answers_follow_the_facts(empty_shelf, monkeypatch: pytest.MonkeyPatch):
     assert closed.name not in names(recommend("segmentation", license="permissive", limit=99, here=()))
     assert names(recommend("segmentation", here=()))[0] == "pri3d_view_geo_r50"  # a number of its own goes before
     first = recommend("matching", here=()).picks[0]
-    assert (first.name, first.why) == (changed.name, "measured here: 40 recall at 4 px on rooms")
+    assert (first.name, first.why) == (changed.name, "measured here: 40 recall at 4 px (%) on rooms (random: 21.5)")
 
 
 def test_tasks_that_match_are_those_that_compare_two_views():
@@ -221,7 +221,7 @@ def test_the_command_asks_for_a_task():
         assert all(word in text for word in words.split())
 
 
-def test_commands_after_a_choice_name_recipes_that_there_are():
+def test_commands_after_a_choice_name_recipes_that_there_are(empty_shelf):
     for task, given in (("segmentation", "rgb"), ("detection", "rgb"), ("instances", "colored-points")):
         for command in recommend(task, given, here=()).picks[0].next:
             assert command.split()[1] == "finetune"

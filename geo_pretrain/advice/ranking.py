@@ -204,7 +204,7 @@ def _key(entry: Entry, question: Question, here: Collection[str]) -> tuple[bool,
 def _measured(entry: Entry, task: str) -> Result | None:
     """A number that was measured with this project, of these very files."""
     wanted = TASKS[task][entry.modality]
-    return next((result for result in entry.measured if task_of(result) == wanted), None)
+    return next((result for result in entry.measured if task_of(result).endswith(wanted)), None)
 
 
 def _height(entry: Entry, question: Question) -> float:
@@ -261,7 +261,8 @@ def _why(entry: Entry, question: Question, found: Score | None) -> str:
     """One line: what is known of the entry for this task."""
     task, measured = _pretext(entry).get("name"), _measured(entry, question.task)
     if measured is not None and (found is None or found.rank):
-        return f"measured here: {measured.value:g} {measured.metric} on {measured.dataset}"
+        remark = f" ({measured.note})" if measured.note else ""
+        return f"measured here: {measured.value:g} {measured.metric} on {measured.dataset}{remark}"
     if question.task == MATCHING:
         return f"trained to match places in two views ({task})"
     if question.task == DEPTH:

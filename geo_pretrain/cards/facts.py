@@ -213,14 +213,18 @@ def _result_sections(entry: Entry) -> list[Section]:
         )
         sections += [Section("Reported results", rows, note, RESULT_HEAD), _legend(entry)]
     if entry.measured:
-        rows = [(*_result_row(result, ""),) for result in entry.measured]
-        note = "Measured with this project, of these very files."
-        sections.append(Section("Measured results", [row[:4] for row in rows], note, RESULT_HEAD[:4]))
+        note = "Measured with this project, of these very files; (%) means percent."
+        sections.append(Section("Measured results", list(map(_measured_row, entry.measured)), note))
     return sections
 
 
 def _result_row(result: Result, random: str) -> tuple[str, ...]:
     return (result.task, result.dataset, result.metric, f"{result.value:g}", random, result.table)
+
+
+def _measured_row(result: Result) -> tuple[str, str]:
+    remark = f"; {result.note}" if result.note else ""
+    return f"{result.task}, {result.dataset}", f"{result.value:g} {result.metric}{remark}; from {result.table}"
 
 
 def _legend(entry: Entry) -> Section:
