@@ -80,7 +80,7 @@ def finetuned_license(dataset: str, terms: str, backbone: str, encoder: str, whe
     try:
         start = _origin(backbone, encoder, where)
     except GeoPretrainError:
-        start = Origin(backbone, UNKNOWN_TERMS, ((f"what {backbone} learned from", UNKNOWN_TERMS),))
+        start = _unknown(backbone)
     weights = strictest(terms, start.terms or terms)
     datasets = {dataset: terms, **{name: own for name, own in start.datasets if name != dataset}}
     base = start.name or "none (random weights)"
@@ -120,7 +120,12 @@ def _origin(weights: str, encoder: str, where: Mapping[str, Any] = {}) -> Origin
 def _of_file(start: str) -> Origin:
     """Start weights in a file or a package: nothing says what they learned from, so their terms are unknown."""
     path = weights_file(start)
-    name = start if start.startswith(PACKAGE) else f"{FILE}{path.name}"
+    return _unknown(start if start.startswith(PACKAGE) else f"{FILE}{path.name}")
+
+
+def _unknown(name: str) -> Origin:
+    """Weights of unknown terms, which are the strictest; brackets in a name would be read as a license."""
+    name = name.translate({ord("("): "[", ord(")"): "]"})
     return Origin(f"{name} ({UNKNOWN_TERMS})", UNKNOWN_TERMS, ((f"what {name} learned from", UNKNOWN_TERMS),))
 
 
@@ -135,7 +140,7 @@ def _finetuned(folder: Path) -> Origin:
     try:
         start = _origin(backbone, load_finetune_recipe(str(folder / "recipe.yaml")).network.encoder)
     except GeoPretrainError:
-        start = Origin(backbone, UNKNOWN_TERMS, ((f"what {backbone} learned from", UNKNOWN_TERMS),))
+        start = _unknown(backbone)
     terms = strictest(labels, start.terms or labels)
     name = f"{results['recipe']} fine-tuned from {backbone} ({terms})"
     return Origin(name, terms, ((source, labels), *start.datasets))

@@ -20,7 +20,7 @@ from geo_pretrain.training.data.labelled.export import coco_json, encode_mask
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage, LabelledSource
 from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.coco import Detections, Kind, coco_report
-from geo_pretrain.training.finetune.detector import DetectorSetup, detection_options
+from geo_pretrain.training.finetune.detector import DetectorSetup, check_one_size, detection_options
 from geo_pretrain.training.finetune.task import Evaluation, FinetuneTask, share_of
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.networks import PretrainedInit
@@ -46,8 +46,9 @@ class Detection(FinetuneTask):
 
     @classmethod
     def check(cls, recipe: FinetuneRecipe) -> None:
-        """Raise `RecipeError` for settings that torchvision's detectors do not take."""
+        """Raise `RecipeError` for settings that torchvision's detectors do not take, or that contradict each other."""
         detection_options(recipe)
+        check_one_size(recipe)
 
     def sample(self, image: LabelledImage, generator: torch.Generator) -> dict[str, Any]:
         """{"image": uint8 [3, H, W], "boxes", "labels", "masks"}, flipped at random, without crowds."""

@@ -184,6 +184,23 @@ def _sides(size: tuple[int, int] | None, augment: LabelledAugment) -> tuple[tupl
     return (min(cast(tuple[int, int], size)),), max(cast(tuple[int, int], size))
 
 
+def check_one_size(recipe: FinetuneRecipe) -> None:
+    """Raise `RecipeError` where `data.size` and `data.augment.shorter` are both given: the first would be ignored.
+
+    Not asked of the recipe of a finished run, which may have both.
+    """
+    size, shorter, check = recipe.data.size, recipe.data.augment.shorter, Checks()
+    if size is not None and shorter is not None:
+        check.note(
+            f"'data.size' is {list(size)} and 'data.augment.shorter' is {list(shorter)}, which decides. For images of "
+            f"that size leave out data.size: --set data.augment.shorter=[{min(size)},{min(size)}] "
+            f"--set data.augment.longer={max(size)}.",
+            "data.size",
+            "data.augment.shorter",
+        )
+    check.done()
+
+
 def detection_options(recipe: FinetuneRecipe) -> DetectionOptions:
     """Parse `network.options`, and reject settings of the recipe that this task would ignore."""
     augment, plain, network, check = recipe.data.augment, LabelledAugment(), recipe.network, Checks()

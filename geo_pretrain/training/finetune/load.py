@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -19,8 +20,9 @@ from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.catalog import find
 from geo_pretrain.checkpoint import CONFIG, FINETUNED, read_checkpoint
 from geo_pretrain.contract import contract_from_dict
-from geo_pretrain.errors import CheckpointError, GeoPretrainError, WeightsMismatch, some
+from geo_pretrain.errors import CheckpointError, GeoPretrainError, InputError, WeightsMismatch, nearest, some
 from geo_pretrain.files import read_sealed
+from geo_pretrain.loading import load_backbone
 from geo_pretrain.seeding import seeded
 from geo_pretrain.tensors import load_tensors
 from geo_pretrain.training.distributed import checked_device
@@ -53,6 +55,7 @@ def load_finetuned(
         where: `hub`, `revision`, `cache_dir`, `local_files_only` of `load_backbone`, for what is no folder.
 
     Raises:
+        InputError: another keyword is given; `in_chans` is `load_backbone`'s.
         CheckpointError: a file is missing or is not what the run wrote (`DigestMismatch` for altered weights).
         WeightsMismatch: the weights are not those of the network that the recipe describes.
         RecipeError: the recipe has a setting that this version does not know.
@@ -63,11 +66,25 @@ def load_finetuned(
         >>> labels = network.predict("photo.jpg").labels  # doctest: +SKIP
     """
     checked_device(device or "cpu")  # before anything is fetched
+    _check_where(where)
     path = Path(name_or_folder).expanduser()
     if not path.is_dir() and isinstance(name_or_folder, str) and name_or_folder.startswith(hub.HF_PREFIX):
         path = hub.open(name_or_folder, **where).fetch(FINETUNED, "recipe").folder
     task, stated = load_task(path, device=device)
     return FinetunedNetwork(task, stated, path)
+
+
+def _check_where(where: Mapping[str, Any]) -> None:
+    """Raise `InputError` for keywords that nothing would read."""
+    accepted = ["device", *hub.Where.__annotations__]
+    for name in where:
+        if name not in accepted:
+            hint = f"Nearest: {nearest(name, accepted, 1)[0]!r}"
+            if name in signature(load_backbone).parameters:
+                hint = f"{name} is load_backbone's, which takes the backbone out of the same folder"
+            raise InputError(
+                f"load_finetuned: {name}={where[name]!r} is unknown; accepted: {', '.join(accepted)}. {hint}."
+            )
 
 
 def is_finetuned(name_or_folder: str | os.PathLike[str]) -> bool:

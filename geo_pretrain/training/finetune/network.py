@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
 
 from geo_pretrain.contract import ImageContract, ImageTransform, VoxelContract, VoxelTransform, image_pixels
-from geo_pretrain.errors import DataError
+from geo_pretrain.errors import DataError, InputError
 from geo_pretrain.training.data.files import points_fault, read_photo
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.finetune.as_checkpoint import image_contract
 from geo_pretrain.training.finetune.cloud_files import CloudFile, cloud_fields
 from geo_pretrain.training.finetune.clouds import CloudTask
+from geo_pretrain.training.finetune.detection import Detection
 from geo_pretrain.training.finetune.segmentation import Segmentation
 from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
@@ -37,6 +38,7 @@ class FinetunedNetwork(nn.Module):
         if isinstance(task, CloudTask):
             task.scaled_by = "points * {}"
         self.module = task.module
+        self.training = self.module.training
         self.classes = task.classes  # names of the labels 1..C
         self.name = str(stated["recipe"])
 
@@ -47,13 +49,15 @@ class FinetunedNetwork(nn.Module):
 
     @property
     def contract(self) -> ImageContract | VoxelContract:
-        """What the network takes, in words and numbers."""
-        return self.task.contract if isinstance(self.task.contract, VoxelContract) else image_contract(self.task)
+        """What the network takes, in words and numbers; of a detector, which normalizes by itself, images in [0, 1]."""
+        if isinstance(self.task.contract, VoxelContract):
+            return self.task.contract
+        return self._host_transform.contract if self._is_detector else image_contract(self.task)
 
     @property
     def transforms(self) -> ImageTransform | VoxelTransform:
-        """Turns an image, or points, into the network's input."""
-        return self.contract.transforms()
+        """Turns an image, or points, into the network's input; a detector takes a list of these, of any sizes."""
+        return self._host_transform if self._is_detector else self.contract.transforms()
 
     @property
     def license(self) -> str:
@@ -62,15 +66,22 @@ class FinetunedNetwork(nn.Module):
 
     def __repr__(self) -> str:
         kind, count = self.recipe.network.kind, len(self.classes)
-        return f"FinetunedNetwork({self.name}: {self.recipe.task}, {kind}, {count} classes; takes {self.contract})"
+        takes = str(self.contract).replace("pre-trained at", "trained at")
+        if self._is_detector:
+            takes = "a list of images [3, H, W], RGB in [0, 1], of any size"
+        return f"FinetunedNetwork({self.name}: {self.recipe.task}, {kind}, {count} classes; takes {takes})"
 
     def forward(self, *inputs: Any) -> Any:
         """Of segmentation: normalized images [B, 3, H, W] -> logits of the classes 1..C, [B, C, H, W]. Else `module`'s.
 
-        torchvision's detectors take a list of images [3, H, W] in [0, 1], 3D networks a `SparseTensor`.
+        torchvision's detectors take a list of images [3, H, W], RGB in [0, 1], and normalize and resize them; 3D
+        networks take a `SparseTensor`. Raises `InputError` for another number of channels.
         """
+        self._check_channels(inputs[0] if inputs else None)
         if isinstance(self.task, Segmentation):
             return self.task.class_logits(*inputs)
+        if isinstance(self.task, Detection) and self.task.setup.msra:
+            inputs = [image.flip(0) for image in inputs[0]], *inputs[1:]  # the released network takes BGR
         return self.module(*inputs)
 
     def predict(self, items: Any) -> Any:
@@ -97,6 +108,36 @@ class FinetunedNetwork(nn.Module):
             if task is None or name.startswith("_") or not hasattr(task, name):
                 raise
             return getattr(task, name)
+
+    @property
+    def _is_detector(self) -> bool:
+        return isinstance(self.task, Detection)
+
+    @property
+    def _host_transform(self) -> ImageTransform:
+        """The transform of torchvision's detectors: to floats in [0, 1], at the image's size."""
+        return cast(ImageTransform, self.module.transforms)
+
+    def _check_channels(self, given: Any) -> None:
+        """Raise `InputError` for another number of channels than that of training, which cannot be changed any more."""
+        channels = self.task.contract.channels
+        one = given[0] if isinstance(given, list | tuple) and given else given
+        if isinstance(one, Tensor):
+            shape = tuple(one.shape)
+            count = shape[-3] if len(shape) in (3, 4) else None
+        else:
+            feats = getattr(one, "feats", None)
+            shape = () if feats is None else tuple(feats.shape)
+            count = shape[-1] if shape else None
+        if count in (None, len(channels)):
+            return
+        fix = f"Fine-tune again for others: load_backbone(folder, in_chans={count}) adapts its backbone."
+        if len(shape) in (3, 4) and shape[-1] == len(channels):
+            fix = "network.transforms(image) makes an image [H, W, C] the input."
+        raise InputError(
+            f"Got a tensor of shape {list(shape)}: {count} channels. This network was fine-tuned on {len(channels)} "
+            f"({', '.join(channels)}); accepted are these alone. {fix}"
+        )
 
     def _item(self, item: Any) -> Any:
         if isinstance(self.task.contract, VoxelContract):

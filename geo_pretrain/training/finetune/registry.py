@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any
 
 from geo_pretrain import hub
+from geo_pretrain.backbones.architectures import ENCODERS
+from geo_pretrain.backbones.timm_names import PREFIX
 from geo_pretrain.catalog import find
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import RecipeError
+from geo_pretrain.errors import RecipeError, require
 from geo_pretrain.training.data.labelled.registry import labelled_options
 from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.finetune_recipe import POINT_KINDS, FinetuneRecipe, load_finetune_recipe, with_encoder
+from geo_pretrain.training.initialize import FILE, PACKAGE, weights_file
 from geo_pretrain.training.networks import IMAGENET, SCRATCH, PretrainedInit
 from geo_pretrain.training.networks3d import PretrainedInit3D
 from geo_pretrain.training.recipe import AUTO, UNet3DSpec
@@ -43,6 +47,34 @@ def _check_network(recipe: FinetuneRecipe) -> None:
     resolve_name(TASKS[recipe.task]).check(with_encoder(recipe, DEFAULT_ENCODER))
 
 
+def check_start(recipe: FinetuneRecipe, backbone: str) -> None:
+    """Raise for weights in a file or package that are not there, or that no encoder is named for; reads nothing.
+
+    Raises `CheckpointError`, `RecipeError`. A name of the catalog or a folder is checked where it is opened.
+    """
+    if not backbone.startswith((FILE, PACKAGE)):
+        return
+    path = weights_file(backbone)
+    if recipe.network.encoder != AUTO:
+        return
+    guess = guessed_encoder(f"{backbone.partition(':')[2] if backbone.startswith(PACKAGE) else path.stem}")
+    line = f"By its name: --set network.encoder={guess}." if guess else "Add --set network.encoder=NAME."
+    raise RecipeError(
+        f"Backbone {backbone!r} holds weights, and not the name of their network. {line} Accepted: "
+        f"{', '.join(ENCODERS)}, or timm/NAME."
+    )
+
+
+def guessed_encoder(name: str) -> str | None:
+    """The longest name of an encoder that a file's or package's name contains; None where none does."""
+    plain = name.lower().replace("-", "_")
+    known = {encoder: encoder for encoder in ENCODERS}
+    if find_spec("timm") is not None:
+        known |= {one: f"{PREFIX}{one}" for one in require("timm", "adapters").list_models() if one not in known}
+    inside = [one for one in known if one in plain]
+    return known[max(inside, key=len)] if inside else None
+
+
 def backbone_init(recipe: FinetuneRecipe, backbone: str, where: Mapping[str, Any]) -> PretrainedInit | PretrainedInit3D:
     """The initialization of a run's backbone; `where`: hub, revision, cache_dir, ... of load_backbone."""
     network = resolved(recipe, backbone, where).network
@@ -60,6 +92,7 @@ def resolved(recipe: FinetuneRecipe, backbone: str, where: Mapping[str, Any]) ->
         return recipe
     if backbone in (SCRATCH, IMAGENET):
         return with_encoder(recipe, DEFAULT_ENCODER)
+    check_start(recipe, backbone)
     arch = (find(backbone) or hub.open(backbone, **where)).arch
     if arch.encoder_name is None:
         raise RecipeError(f"Backbone {backbone!r} is {arch}; accepted: a ResNet, a U-Net or a timm encoder for images.")

@@ -20,7 +20,7 @@ from geo_pretrain.training.data.labelled.scannet import read_scene_list
 from geo_pretrain.training.data.labelled.shares import LabelTable, label_table
 from geo_pretrain.training.distributed import World, join
 from geo_pretrain.training.finetune.folder import FinetuneResult, check_result_out, finish
-from geo_pretrain.training.finetune.registry import backbone_init, build_finetune_task, resolved
+from geo_pretrain.training.finetune.registry import backbone_init, build_finetune_task, check_start, resolved
 from geo_pretrain.training.finetune.training import Finetuning, LabelledSplits, OnEvaluation
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 from geo_pretrain.training.licenses import finetuned_license
@@ -61,6 +61,7 @@ def finetune(
     """
     out = Path(out)
     check_result_out(out, overwrite=overwrite)
+    check_start(recipe, os.fspath(backbone))
     where = dict(init_kwargs or {})
     data = None if _is_rendered(recipe, sources) else open_splits(recipe, sources, on_data)  # before a fetch
     recipe = resolved(recipe, os.fspath(backbone), where)

@@ -31,7 +31,7 @@ from geo_pretrain.training.distributed import World, join
 from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.finetune.folder import RESULTS, FinetuneResult, read_result
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
-from geo_pretrain.training.finetune.registry import backbone_init
+from geo_pretrain.training.finetune.registry import backbone_init, check_start
 from geo_pretrain.training.finetune.run import finetune, is_on_disk, open_splits
 from geo_pretrain.training.finetune_recipe import (
     FinetuneRecipe,
@@ -275,6 +275,8 @@ def _check_starts(
     """Load each start once; map its label to backbone and digest of the weights (None: not a checkpoint)."""
     if not backbones or len(set(backbones)) != len(backbones):
         raise RecipeError(f"backbones are {list(backbones)}, accepted is one or more, each once.")
+    for backbone in backbones:
+        check_start(recipe, backbone)
     if not opened and is_on_disk(recipe):
         open_splits(recipe, None, None)  # a wrong path is told before starts are fetched
     checkpoints = {}

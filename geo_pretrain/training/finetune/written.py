@@ -31,7 +31,7 @@ from geo_pretrain.training.visualize.colors import class_colors
 
 LABEL, SCORE, INSTANCE = "predicted_label", "predicted_score", "predicted_instance"  # properties of the points in a PLY
 TINT = 0.5  # of a class's color over an image
-SURE = 0.5  # score from which boxes are drawn
+SURE = 0.5  # score from which boxes and masks are drawn
 Columns = Mapping[str, np.ndarray]
 
 
@@ -187,7 +187,7 @@ def _(found: PixelLabels, place: Place, item: np.ndarray, classes: Sequence[str]
 
 @write_prediction.register
 def _(found: Detections, place: Place, item: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """NAME.boxes.json, NAME.png (boxes, masks in colors), with masks NAME.instances.png (numbers from 1, 16 bit)."""
+    """NAME.boxes.json, NAME.png (of score `SURE` and more), with masks NAME.instances.png (numbers from 1, 16 bit)."""
     objects = [
         {"class": classes[c - 1], "score": float(s), "box": box.tolist()}
         for c, s, box in zip(found.classes, found.scores, found.boxes, strict=True)
@@ -199,7 +199,7 @@ def _(found: Detections, place: Place, item: np.ndarray, classes: Sequence[str])
         for k in range(len(found) - 1, -1, -1):  # of several, the best
             numbers[found.masks[k]] = k + 1
         place.save_image(".instances.png", numbers)
-        ids = np.concatenate([[0], found.classes])[numbers]
+        ids = np.concatenate([[0], np.where(found.scores >= SURE, found.classes, 0)])[numbers]
         picture = np.where(ids[..., None] > 0, _tinted(item, place.colored(ids)), item)
     place.save_image(".png", _boxed(picture, found, place.colored(found.classes), classes))
     return {"objects": len(found)}

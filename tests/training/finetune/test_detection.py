@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from geo_pretrain.training.finetune.detection import (
     Detections,
     coco_detections,
 )
+from geo_pretrain.training.finetune.network import FinetunedNetwork
 from geo_pretrain.training.finetune.registry import build_finetune_task
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune_recipe import (
@@ -172,7 +174,7 @@ def test_flips_turn_image_boxes_and_masks_together():
     assert np.array_equal(before.instances.boxes, source.load("train0").instances.boxes)  # not changed in place
 
 
-def test_what_the_released_input_was():
+def test_what_the_released_input_was(monkeypatch):
     """BGR in 0-255 minus Detectron2's means, not divided; otherwise RGB by the contract."""
     image = Shapes().load("train0")
     options = {"authors_input": "msra", "norm": "frozen", "score_threshold": 0.1, "authors_score_threshold": 0.5}
@@ -180,6 +182,11 @@ def test_what_the_released_input_was():
     tensor = task.sample(image, generator())["image"].float() / 255
     theirs = image.image[:, :, ::-1].astype(np.float64) - [103.530, 116.280, 123.675]
     assert np.abs(task.module.transform.normalize(tensor).permute(1, 2, 0).numpy() - theirs).max() < 1e-3
+
+    network, seen = FinetunedNetwork(task, {"recipe": "any"}, Path()), []
+    monkeypatch.setattr(task.module, "forward", seen.append)
+    network([network.transforms(image.image)])  # is given RGB, as all networks are
+    assert torch.equal(seen[0][0].flip(0), torch.from_numpy(image.image.copy()).permute(2, 0, 1) / 255)
 
     mended = task_of(network={"options": options}, data={"augment": {"flip": 0.0}})
     assert (task.module.roi_heads.score_thresh, mended.module.roi_heads.score_thresh) == (0.5, 0.1)

@@ -15,8 +15,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.catalog import Arch
 from geo_pretrain.errors import RecipeError
-from geo_pretrain.training.finetune.detection import coco_detections
-from geo_pretrain.training.finetune.detector import stride_in_1x1
+from geo_pretrain.training.finetune.detection import Detection, coco_detections
+from geo_pretrain.training.finetune.detector import detection_options, stride_in_1x1
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from tests.training.finetune.test_detection import (
     HEIGHT,
@@ -282,3 +282,10 @@ def test_the_released_stride_is_built_in_for_resnet50():
 def test_settings_that_would_be_ignored_or_fail_later(changes, message):
     with pytest.raises(RecipeError, match=message):
         bare(**changes)
+
+
+def test_two_sizes_at_once_are_refused_before_a_run_but_read_from_a_finished_one():
+    both = recipe(data={"size": [48, 64]})
+    with pytest.raises(RecipeError, match=r"which decides.*--set data\.augment\.shorter=\[48,48\] .*longer=64"):
+        Detection.check(both)
+    detection_options(both)

@@ -125,6 +125,14 @@ def test_a_fine_tuned_network_takes_what_is_at_hand(images, tmp_path):
         assert np.array_equal(network.predict(item).labels, expected)
     with pytest.raises(ValueError, match="Got a numpy array float64"):
         network.predict(pixels / 255)
+    assert not network.training
+    for wrong, line in ((torch.rand(1, 4, 32, 48), "load_backbone"), (torch.rand(1, 32, 48, 3), "network.transforms")):
+        with pytest.raises(ValueError, match=rf"fine-tuned on 3 \(R, G, B\); accepted are these alone\. .*{line}"):
+            network(wrong)
+    with pytest.raises(TypeError, match=r"devise='cpu' is unknown; accepted: device, hub, .*Nearest: 'device'"):
+        load_finetuned(images, devise="cpu")
+    with pytest.raises(TypeError, match="in_chans is load_backbone's"):
+        load_finetuned(images, in_chans=4)
     logits = network(network.transforms(pixels)[None])
     assert logits.shape == (1, 3, *network.recipe.data.size)
     assert "3 classes" in repr(network)

@@ -11,13 +11,17 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import geo_pretrain as gp
-from geo_pretrain.errors import RecipeError
+from geo_pretrain.errors import CheckpointError, RecipeError
 from geo_pretrain.files import read_sealed
 from geo_pretrain.training.distributed import checked_device
 from geo_pretrain.training.evaluation.coco import Detections
 from geo_pretrain.training.finetune.coco_file import CocoFile
+from geo_pretrain.training.finetune.registry import guessed_encoder
+from geo_pretrain.training.finetune.run import finetune
+from geo_pretrain.training.finetune.sweep import run_sweep
 from geo_pretrain.training.finetune.written import Place, write_prediction
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe, with_length
+from geo_pretrain.training.licenses import finetuned_license
 from tests.front_door import geo_pretrain
 from tests.training.data.labelled.test_own_images import boxes_json, write_image, write_label
 from tests.zoo import write_tiny
@@ -81,6 +85,18 @@ def test_pictures_have_the_colors_of_the_data(tmp_path):
     with Image.open(tmp_path / "x.png") as image:
         assert image.getpixel((2, 12)) == (40, 250, 60)
     assert place.files == ["x.boxes.json", "x.png"]
+    masks = np.zeros((2, 40, 60), bool)
+    masks[0, 25:30, 40:50] = masks[1, 30:36, 5:9] = True
+    boxes, scores = np.array([[40, 25, 50, 30], [5, 30, 9, 36]], np.float32), np.array([0.5, 0.49], np.float32)
+    found = Detections(boxes, np.array([2, 1]), scores, masks)
+    write_prediction(found, Place(tmp_path, "y", [], place.colors), np.zeros((40, 60, 3), np.uint8), ("pen", "mug"))
+    with Image.open(tmp_path / "y.png") as image, Image.open(tmp_path / "y.instances.png") as numbers:
+        assert np.asarray(image)[30:36, 5:9].max() == 0  # a mask that is not sure is numbered, and not drawn
+        assert (np.asarray(image)[29, 45].max() > 0, numbers.getpixel((6, 32)), numbers.getpixel((45, 29))) == (
+            True,
+            2,
+            1,
+        )
 
 
 def test_detections_are_in_cocos_format_with_the_datas_own_categories(tmp_path):
@@ -116,6 +132,12 @@ def test_masks_of_ones_own_categories_are_trained_and_found(tmp_path):
     assert [image["file_name"] for image in found["images"]] == ["0.jpg", "1.jpg"]
     assert found["categories"] == [{"id": 3, "name": "pen"}, {"id": 90, "name": "mug"}]
     assert gp.load_backbone(tmp_path / "out").load_report.coverage == 1
+    network, photo = gp.load_finetuned(tmp_path / "out"), Image.open(tmp_path / "data" / "val" / "0.jpg")
+    with torch.inference_mode():
+        (direct,) = network([network.transforms(photo)])  # a detector normalizes by itself: [0, 1] is its input
+    assert np.array_equal(direct["scores"].numpy(), network.predict(photo).scores)
+    assert (network.contract.std, network.training) == ((1.0, 1.0, 1.0), False)
+    assert "takes a list of images [3, H, W], RGB in [0, 1], of any size" in repr(network)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +151,24 @@ def test_masks_of_ones_own_categories_are_trained_and_found(tmp_path):
 def test_milestones_and_warm_up_go_with_the_length(given, found):
     optim = with_length(load_finetune_recipe("coco_mask_rcnn_r50"), **given).optim  # 90,000 steps, 1000 of warm-up
     assert (optim.steps, optim.epochs, optim.milestones, optim.warmup) == found
+
+
+def test_weights_without_a_networks_name_are_told_at_once_with_a_guess(tmp_path):
+    recipe = load_finetune_recipe("folder_unet", [f"data.path={tmp_path}"])  # which has no data: starts come first
+    with pytest.raises(CheckpointError, match="'package:not_here': no package 'not_here' is installed here"):
+        finetune(recipe, "package:not_here", tmp_path / "out")
+    file = tmp_path / "efficientnet-lite0-1234.pth"
+    file.write_bytes(b"not looked at")
+    with pytest.raises(
+        RecipeError, match=r"By its name: --set network.encoder=timm/efficientnet_lite0\. Accepted: resnet18"
+    ):
+        run_sweep(recipe, ["scratch", f"file:{file}"], [1.0], [0], tmp_path / "out")
+    assert (guessed_encoder("my-ResNet50.v2"), guessed_encoder("mine")) == ("resnet50", None)
+    gone = finetuned_license("folder", "CC-BY-4.0", "package:not_here", "timm/efficientnet_lite0")
+    assert gone.base_model == "package:not_here (LicenseRef-unknown)"
+    assert (
+        finetuned_license("folder", "MIT", "gone (old)/x", "resnet18").base_model == "gone [old]/x (LicenseRef-unknown)"
+    )
 
 
 def test_wrong_lengths_licenses_backbones_and_devices_are_named(tmp_path):
