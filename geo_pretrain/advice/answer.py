@@ -19,9 +19,12 @@ SHOWN = ("CLI", "Python", "timm", "smp", "torchvision")  # lines that are printe
 PAGE = "docs/alternatives.md"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recommendation:
-    """Checkpoints for a question, best first, what to know about them, and backbones outside this zoo."""
+    """Checkpoints for a question, best first, what to know about them, and backbones outside this zoo.
+
+    Printed, it is the text that `geo-pretrain recommend` shows.
+    """
 
     question: Question
     picks: tuple[Pick, ...]
@@ -31,6 +34,9 @@ class Recommendation:
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        return str(self)  # a notebook shows what the command prints
 
     def __str__(self) -> str:
         asked = self.question
