@@ -175,6 +175,19 @@ def of_bytes(title: str) -> Iterator[Stage | None]:
         yield display.stage(title, bytes=True)
 
 
+def tell(text: str) -> None:
+    """Write a line that stays, at any moment and from any thread: above the bars, or to standard error."""
+    if _open:
+        _open[-1].write(text)
+    else:
+        _to_stderr(text)
+
+
+def is_shown() -> bool:
+    """Whether a command shows its progress."""
+    return bool(_open)
+
+
 def already(report: Callable[[int, int], None] | None, done: int, total: int) -> None:
     """Report an item that was there before to any callback `(done, total)`; displays do not judge the rest by it."""
     if report is not None:

@@ -52,6 +52,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "training.distributed",
         "training.heartbeat",
         "training.states",
+        "training.stops",
         "training.runs",
         "training.geometry3d",
         "training.losses",
@@ -64,6 +65,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training.initialize", "training.networks", "training.networks3d", "training.licenses"),
     ("training.tasks",),
     ("training.loop",),
+    ("training.announcement",),
     ("training.evaluation",),
     ("training.visualize",),  # pictures, of what fine-tuning predicts, too
     ("training.finetune",),

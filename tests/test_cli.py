@@ -324,6 +324,8 @@ def test_every_option_of_train_arrives(tmp_path, monkeypatch):
     assert recipe == dataclasses.replace(expected, name="img2pc_srunet34.seven_scenes_toy")
     first = dataclasses.replace(load_stage1(expected, toy=True), name="img2pc_stage1_r18.seven_scenes_toy")
     assert (at, options["stage1"], options["overwrite"], str(world.device)) == (out, first, True, "cpu")
+    (recipe, *_), options, _ = given(monkeypatch, *place, "train", name, "--small", *data[:2], "-o", out)
+    assert (recipe.data.size, options["stage1"].name) == ((120, 160), "img2pc_stage1_r18.seven_scenes_small")
     # a length in steps takes the place of one in epochs; what --set says comes last; a name given is kept
     own = ["--set", "name=mine.run", "--set", "optim.steps=9", "--set", "data.frames=[0.5, 1]"]
     (recipe, *_), options, _ = given(

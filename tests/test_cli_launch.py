@@ -16,7 +16,8 @@ from geo_pretrain.cli.launch import checked
 from geo_pretrain.errors import DataError, GeoPretrainError, MissingDependency, RecipeError, UnknownName
 from geo_pretrain.training.cluster import Cluster, GroupJob, make_executor, wait_for
 from geo_pretrain.training.loop import fit
-from geo_pretrain.training.runs import Interrupted, RunFolder, request_stop
+from geo_pretrain.training.runs import Interrupted, RunFolder
+from geo_pretrain.training.stops import request_stop
 from tests.training.conftest import recording, tiny_recipe  # noqa: F401 (fixtures)
 from tests.training.test_mishaps import ALONE, Tiny
 

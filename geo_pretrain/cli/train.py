@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from geo_pretrain.training.finetune.folder import FinetuneResult
     from geo_pretrain.training.finetune.sweep import SweepResult
     from geo_pretrain.training.finetune_recipe import FinetuneRecipe
+    from geo_pretrain.training.recipe import DataSpec
 
 FRACTION_HELP = "Share of the training images, whole scenes; default: the recipe's."
 SEED_HELP = "Seed of sample order, augmentation and new weights; default: the recipe's."
@@ -44,6 +45,8 @@ SCENES_HELP = "An official list of training scenes, or the folder of such lists,
 POINTS_HELP = "Labelled points of each training cloud: a number, or the path of an official list."
 CHECK_HELP = "Look at some frames first, and stop if poses, depth or intrinsics are surely read wrongly."
 LENGTH_HELP = "Optimizer steps, instead of the recipe's length; milestones and warm-up shrink with it."
+SMALL_HELP = "Sizes for a CPU, about ten minutes on two cores: 250 steps of 4 at 120x160; data as given."
+TOY_HELP = "To see that it runs, a minute or two: 200 steps of 4 at 72x96; on small rooms unless --data is given."
 RELEASED_HELP = "Reproduce the accidents of the released protocol."
 
 
@@ -83,7 +86,8 @@ def train(
     out: Annotated[Path, folder_option("The checkpoint folder to write.", *OUT)],
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the recipe's length.")] = None,
-    toy: Annotated[bool, typer.Option("--toy", help="The same task on small rooms: CPU, minutes.")] = False,
+    small: Annotated[bool, typer.Option("--small", help=SMALL_HELP)] = False,
+    toy: Annotated[bool, typer.Option("--toy", help=TOY_HELP)] = False,
     frames: Annotated[str | None, typer.Option(help=FRAMES_HELP + " The rest is held out.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
     device: Annotated[str | None, device_option("cpu, cuda; default: CUDA where there is one.")] = None,
@@ -93,7 +97,9 @@ def train(
 ) -> None:
     """Pre-train a checkpoint on RGB-D data. Run the same command again to resume an interrupted run exactly.
 
-    Example: `geo-pretrain train pri3d_view_r18 --data seven_scenes:PATH --steps 500 --out runs/kitchen`
+    Example: `geo-pretrain train pri3d_view_r18 --small --data folder:PATH --frames 0:0.75 --out runs/mine`
+
+    The papers' sizes, for GPUs: `geo-pretrain train pri3d_view_r18 --data seven_scenes:PATH --out runs/kitchen`
 
     In 3D: `geo-pretrain train pointcontrast_nce_srunet34.rooms --toy --out runs/pointcontrast`
 
@@ -107,10 +113,11 @@ def train(
 
     of_data = data_overrides(data, frames)
     length = [] if steps is None else [f"optim.steps={steps}", "optim.epochs=null"]
-    spec = load_checked_recipe(recipe, [*of_data, *length, *set_], toy=toy)
-    stage1 = load_stage1(spec, toy=toy, also=CHECKS) if spec.stage1 and needs_stage1(spec) else None
+    _check_one(toy, small)
+    spec = load_checked_recipe(recipe, [*of_data, *length, *set_], toy=toy, small=small)
+    stage1 = load_stage1(spec, toy=toy, small=small, also=CHECKS) if spec.stage1 and needs_stage1(spec) else None
     if data is not None:
-        tag = spec.data.source + ("_toy" if toy else "")
+        tag = spec.data.source + ("_toy" if toy else "_small" if small else "")
         if not any(item.startswith("name=") for item in set_):
             spec = replace(spec, name=retag(spec.name, tag))
         stage1 = stage1 and replace(stage1, name=retag(stage1.name, tag))
@@ -128,8 +135,7 @@ def train(
             note=lambda text: console.print(f"Data: {text}", highlight=False, markup=False),
         )
     if outcome.checkpoint is not None:
-        units = f"{outcome.pairs} {spec.data.units}"
-        console.print(f"Checkpoint: {outcome.checkpoint.folder}   ({units})", soft_wrap=True, markup=False)
+        console.print(_made(outcome.checkpoint.folder, outcome.pairs, spec.data), soft_wrap=True, markup=False)
     if world.is_main:
         print_skips(outcome.skips)
     world.close()
@@ -195,6 +201,17 @@ def finetune(
     world.close()
     if world.is_main:
         _show_sweep(swept, out, as_json) if sweep else _show_result(result, as_json)
+
+
+def _check_one(toy: bool, small: bool) -> None:
+    if toy and small:
+        raise typer.BadParameter("--toy and --small are given; accepted is one of the two.")
+
+
+def _made(folder: Path, pairs: int, data: DataSpec) -> str:
+    """The line that ends a training run."""
+    most = f", at most {data.max_pairs_per_scene} a scene" if data.max_pairs_per_scene else ""
+    return f"Checkpoint: {folder}   ({pairs} {data.units}{most})"
 
 
 def _watched(report: Display, talks: bool) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from types import FrameType
 from typing import Any
 
 from geo_pretrain.errors import GeoPretrainError, RecipeError, require, unknown
-from geo_pretrain.training.runs import Interrupted, request_stop
+from geo_pretrain.training.runs import Interrupted
+from geo_pretrain.training.stops import request_stop
 
 CLUSTERS = ("slurm", "local")
 MOST_REQUEUES = 1000  # of a job that reaches its time limit; submitit's default is three

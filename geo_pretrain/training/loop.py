@@ -26,8 +26,9 @@ from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune_recipe import FinetuneOptim, FinetuneRecipe
 from geo_pretrain.training.recipe import OptimSpec, Recipe, micro_batches
-from geo_pretrain.training.runs import Interrupted, RunFolder, StopRequest, WriteLog, watched, write_nothing
+from geo_pretrain.training.runs import Interrupted, RunFolder, WriteLog, watched, write_nothing
 from geo_pretrain.training.states import check_optimizer, not_finite
+from geo_pretrain.training.stops import StopRequest
 from geo_pretrain.yaml_text import parse_yaml
 
 DEALING = ("optim.accumulate:", "optim.micro_batch:")  # changes of how a batch is dealt to processes
@@ -47,6 +48,8 @@ class StepInfo:
 
     def __str__(self) -> str:
         losses = " ".join(f"{name} {value:.2f}" for name, value in self.losses.items())
+        if not losses:  # before the first
+            return "the first step"
         return f"{losses}, {self.rate:.3g} {self.unit}/s"
 
 
@@ -206,9 +209,12 @@ def fit(
     world: World,
     run: RunFolder | None = None,
     *,
+    on_start: Callable[[Progress], None] | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
 ) -> Progress:
     """Take the steps of `task` that are left; an unfinished `Progress` when SIGINT, SIGTERM or SIGHUP arrived.
+
+    `on_start` is called once it is known where the run goes on.
 
     With `run`, steps go on from its saved state, states and log are written there, and a stop is saved; without, all
     stays in memory and signals act as ever.
@@ -224,6 +230,8 @@ def fit(
         _restore(run, task, world, progress)
     with ExitStack() as stack:
         stop = stack.enter_context(watched(run))
+        if on_start is not None:
+            on_start(progress)
         log = stack.enter_context(run.log(progress.step)) if run is not None else write_nothing
         if world.device.type == "cpu":
             stack.enter_context(considerate_waiting())

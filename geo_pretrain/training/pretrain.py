@@ -22,6 +22,7 @@ from geo_pretrain.checkpoint import CONFIG, Checkpoint, check_target, read_check
 from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.progress import Report, stage_of
+from geo_pretrain.training.announcement import announce
 from geo_pretrain.training.batchnorm import synchronize_batchnorm
 from geo_pretrain.training.data.check.source import quick_check, stop_if_wrong
 from geo_pretrain.training.data.frame import Pair, SampledContent, SkippedFrames, Source, capability
@@ -84,9 +85,9 @@ def run_recipe(
         return _run(recipe, out, starts, pairs, world, overwrite, report, note)
 
 
-def load_checked_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False) -> Recipe:
+def load_checked_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False, small: bool = False) -> Recipe:
     """`load_recipe`, and check the task's settings, the data source's options and the start weights with the rest."""
-    return load_recipe(name, overrides, toy=toy, also=CHECKS)
+    return load_recipe(name, overrides, toy=toy, small=small, also=CHECKS)
 
 
 def _check_task(recipe: Recipe) -> None:
@@ -224,7 +225,7 @@ def train(
     check_checkpoint_out(out, recipe.name, overwrite=overwrite)
     run.create()
     task.choices = choices(wanted, recipe)
-    progress = fit(task, world, run, on_step=on_step)
+    progress = fit(task, world, run, on_start=lambda begun: announce(task, begun, on_step), on_step=on_step)
     for skipped in world.all_gather_object(task.skips.reasons):
         task.skips.reasons.update(skipped)  # type: ignore[call-overload]
     checkpoint = None

@@ -42,7 +42,7 @@ KINDS = {  # the command that runs a recipe -> its kind in words, the folder of 
     "train": ("pre-training recipe", RECIPES),
     "finetune": ("fine-tuning recipe", RECIPES / "finetune"),
 }
-TOY = RECIPES / "overlays" / "toy.yaml"
+TOY, SMALL = (RECIPES / "overlays" / f"{name}.yaml" for name in ("toy", "small"))
 Precision = Literal["fp32", "bf16", "auto"]  # of networks, by autocast; losses are computed in float32
 AUTO: Literal["auto"] = "auto"  # bf16 where the machine computes it faster, see `precision`; a run records which
 STAGE1 = "stage1"  # as start weights: the checkpoint that the first stage of the same recipe trains
@@ -311,15 +311,17 @@ def load_recipe(
     overrides: Iterable[str] = (),
     *,
     toy: bool = False,
+    small: bool = False,
     also: Sequence[Callable[[Recipe], object]] = (),
 ) -> Recipe:
     """Read a recipe by name or by the path of a .yaml file, and apply `key=value` overrides such as `optim.lr=0.05`.
 
-    `toy` lays recipes/overlays/toy.yaml over it: the same task on small rooms, which a CPU trains in minutes. `also`:
-    further checks, such as of the task's settings; see `config.parse`. Raises `UnknownName`, and `RecipeError` that
-    names every mistake in the file and the overrides.
+    `toy` lays recipes/overlays/toy.yaml over it: the same task on small rooms, which a CPU trains in minutes. `small`
+    lays small.yaml over it: the same task and data in sizes for a CPU. `also`: further checks, such as of the task's
+    settings; see `config.parse`. Raises `UnknownName`, and `RecipeError` that names every mistake in the file and the
+    overrides.
     """
-    return _draft(name, toy=toy).override(overrides, OWNERS).parse(Recipe, also)
+    return _draft(name, toy=toy, small=small).override(overrides, OWNERS).parse(Recipe, also)
 
 
 def load_stage1(
@@ -327,6 +329,7 @@ def load_stage1(
     overrides: Iterable[str] = (),
     *,
     toy: bool = False,
+    small: bool = False,
     also: Sequence[Callable[[Recipe], object]] = (),
 ) -> Recipe:
     """Read the recipe that trains the first stage of `recipe`; the arguments are those of `load_recipe`.
@@ -336,7 +339,7 @@ def load_stage1(
     """
     if recipe.stage1 is None:
         raise RecipeError(f"recipe {recipe.name}: key 'stage1' is missing.")
-    draft = _draft(recipe.stage1.recipe, toy=toy)
+    draft = _draft(recipe.stage1.recipe, toy=toy, small=small)
     draft.where += f", changed by stage1 of recipe {recipe.name}"
     draft.tree |= {"seed": recipe.seed, "workers": recipe.workers}
     both_pairs = recipe.data.units == "pairs" == (lookup(draft.tree, "data.units") or "pairs")
@@ -354,30 +357,38 @@ def _take_over(tree: dict[str, Any], section: str, spec: object, keys: Iterable[
     tree[section] = dict(tree.get(section) or {}) | {key: plain_types(getattr(spec, key)) for key in keys}
 
 
-def _draft(name: str, *, toy: bool) -> Draft:
-    """Read a recipe by name or path, under the toy overlay if asked."""
+def _draft(name: str, *, toy: bool, small: bool = False) -> Draft:
+    """Read a recipe by name or path, under the overlay of toys or of small runs if asked."""
     path = recipe_path(name, "train")
     draft = Draft.read(path, RENAMED)
     tree = draft.tree
     if isinstance(tree.get("task"), str) and "network" in tree:
         raise other_kind(str(path), "finetune")
-    if toy:
-        overlay = Draft.read(TOY).tree
-        task_overlay = overlay.pop("tasks").get(str(lookup(tree, "task.name")), {})
-        for network in ("model", "unet3d"):
-            if tree.get(network) is None:
-                overlay.pop(network)  # the recipe does not train this network
-        if is_timm(str(lookup(tree, "model.encoder"))) and "model" in overlay:
-            del overlay["model"]["width"]
-        if lookup(tree, "model.init") == STAGE1:
-            del overlay["model"]["init"]  # a first stage is trained on rooms too, so nothing is downloaded
-        if lookup(tree, "data.source") != lookup(overlay, "data.source") and isinstance(tree.get("data"), dict):
-            tree["data"].pop("options", None)  # those of another source
-        merge_tree(tree, overlay)
-        merge_tree(tree, task_overlay)
+    if toy or small:
+        _lay_over(tree, toy=toy)
         if isinstance(tree.get("name"), str):
-            tree["name"] = retag(tree["name"], "toy")
+            tree["name"] = retag(tree["name"], "toy" if toy else "small")
     return draft
+
+
+def _lay_over(tree: dict[str, Any], *, toy: bool) -> None:
+    """Lay the overlay of toys, or of small runs, over a recipe; both share the settings of tasks for few steps."""
+    toys = Draft.read(TOY).tree
+    overlay = toys if toy else Draft.read(SMALL).tree
+    task = str(lookup(tree, "task.name"))
+    of_task = [toys.pop("tasks").get(task, {})]
+    of_task += [] if toy else [overlay.pop("tasks").get(task, {})]
+    for network in ("model", "unet3d"):
+        if tree.get(network) is None:
+            overlay.pop(network)  # the recipe does not train this network
+    if is_timm(str(lookup(tree, "model.encoder"))) and "model" in overlay:
+        overlay["model"].pop("width", None)
+    if lookup(tree, "model.init") == STAGE1:
+        del overlay["model"]["init"]  # a first stage is trained on the same data, so nothing is downloaded
+    if toy and lookup(tree, "data.source") != lookup(overlay, "data.source") and isinstance(tree.get("data"), dict):
+        tree["data"].pop("options", None)  # those of another source
+    for one in (overlay, *of_task):
+        merge_tree(tree, one)
 
 
 def recipe_path(name: str, command: str | None = None) -> Path:

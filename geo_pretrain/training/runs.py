@@ -7,16 +7,13 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import geo_pretrain
@@ -31,6 +28,7 @@ from geo_pretrain.training.states import (
     read_state,
     write_state,
 )
+from geo_pretrain.training.stops import StopRequest, stop_requests
 
 STATE, LOG, BOARD = "state.pt", "log.jsonl", "tensorboard"
 EARLIER = "state.earlier.pt"  # the state before `STATE`
@@ -40,8 +38,6 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch.distributed's errors where a peer is gone; gloo raises a RuntimeError with words of its own
 DISTRIBUTED = ("DistBackendError", "DistNetworkError", "DistStoreError")
 PEERS = ("Connection closed by peer", "Connection reset by peer", "gloo/transport")
-
-_STOPS: list[threading.Event] = []  # of the runs of this process that listen for signals
 
 WriteLog = Callable[[Mapping[str, Any], Mapping[str, float]], None]  # a line {"step": ..., ...}; the losses in it
 
@@ -56,17 +52,6 @@ class Interrupted(GeoPretrainError):
     def __init__(self, message: str, *, terminated: bool = False) -> None:
         super().__init__(message)
         self.exit_code = 0 if terminated else 130
-
-
-class StopRequest(threading.Event):
-    """Set by the first signal that asks a run to stop, whose number it keeps."""
-
-    number: int | None = None
-
-    @property
-    def terminated(self) -> bool:
-        """Whether it was SIGTERM, which schedulers send before they end a job."""
-        return self.number == signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -122,6 +107,12 @@ class RunFolder:
     def has_state(self) -> bool:
         """Whether a state was saved."""
         return any((self.path / name).exists() for name in (STATE, EARLIER))
+
+    def kept(self) -> str:
+        """What is kept of the run if it ends now, in words."""
+        if not self.has_state():
+            return "nothing is saved yet."
+        return f"the last saved state stays in {self.path}, and the same command goes on from it."
 
     def logged_steps(self) -> int:
         """The last step in the log; 0 at the beginning."""
@@ -283,50 +274,13 @@ def run_lock(out: Path, what: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """An event set by the first SIGINT, SIGTERM or SIGHUP; a second signal acts at once, as without this handler.
-
-    A signal that is ignored (SIGHUP under nohup) stays ignored.
-    """
-    stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.number = number
-        stop.set()
-        signal.signal(number, previous[signal.Signals(number)])
-
-    further = [getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name)]  # the last: Windows
-    numbers = (signal.SIGINT, signal.SIGTERM, *further)
-    previous = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-    for number in previous:
-        signal.signal(number, request)
-    _STOPS.append(stop)
-    try:
-        yield stop
-    finally:
-        _STOPS.remove(stop)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def request_stop() -> bool:
-    """Ask the run of this process to stop as a signal would; False where none is under way."""
-    for stop in _STOPS:
-        stop.set()
-    return bool(_STOPS)
-
-
-@contextmanager
 def watched(run: RunFolder | None) -> Iterator[StopRequest]:
     """What `stop_requests` and `explained` do for a run; without its folder signals act as ever."""
     with explained(run):
         if run is None:
             yield StopRequest()
         else:
-            with stop_requests() as stop:
+            with stop_requests(run.kept if run.writes else None) as stop:
                 yield stop
 
 

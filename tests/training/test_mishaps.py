@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.loop import Budget, TrainingTask, fit
-from geo_pretrain.training.runs import STATE, RunFolder, explained, stop_requests
+from geo_pretrain.training.runs import STATE, RunFolder, explained
+from geo_pretrain.training.stops import stop_requests
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -149,3 +152,40 @@ def test_a_peer_that_is_gone_is_one_sentence_and_other_errors_stay_what_they_are
         with pytest.raises(type(error)) as caught:
             say(None, error)
         assert caught.value is error
+
+
+SLOW = """
+import ctypes, sys
+from pathlib import Path
+from tests.training.test_mishaps import ALONE, RunFolder, Tiny, fit
+
+run = RunFolder(Path(sys.argv[1]))
+run.create()
+mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+
+def event(step):
+    print(step, flush=True)
+    if step == 2:  # locked twice, which no signal ends: a call that does not return to Python, as a backward pass
+        lock(mutex), lock(mutex)
+
+fit(Tiny(event), ALONE, run)
+"""
+
+
+def test_a_signal_in_a_long_step_is_answered_at_once_and_a_second_one_ends_it(tmp_path: Path):
+    """The state that was saved last stays. Python's own handlers would wait for the end of the step."""
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(3):
+            process.stdout.readline()
+        time.sleep(0.5)  # it is in the call by then
+        process.send_signal(signal.SIGTERM)
+        first = process.stderr.readline()
+        time.sleep(0.6)  # sooner, it would be taken for the same
+        process.send_signal(signal.SIGTERM)
+        second = process.stderr.readline()
+        assert process.wait(10) == 128 + signal.SIGTERM
+    assert first.startswith("SIGTERM: stopping after this step, whose result is saved. A second SIGTERM ends at once: ")
+    assert f"the last saved state stays in {tmp_path / 'out.run'}" in first
+    assert second.startswith("SIGTERM again: ended at once; the last saved state stays")
+    assert RunFolder(tmp_path / "out").load()["step"] == 2

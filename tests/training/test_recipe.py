@@ -97,6 +97,21 @@ def test_toy_overlay_brings_any_recipe_to_cpu_scale(name):
     assert [(toy.model is None), (toy.unet3d is None)] == [(full.model is None), (full.unet3d is None)]
 
 
+def test_small_sizes_keep_task_and_data_of_any_recipe():
+    for name in list_recipes():
+        full, small = load_recipe(name), load_recipe(name, small=True)
+        assert (small.data.source, small.data.path, small.data.options) == (full.data.source, None, full.data.options)
+        assert small.model is None or small.model.init in ("scratch", "stage1")
+        assert (small.data.size, small.optim.epochs, small.workers) == ((120, 160), None, 2)
+        assert small.optim.steps <= 250
+        assert [(small.model is None), (small.unet3d is None)] == [(full.model is None), (full.unet3d is None)]
+        if small.stage1 is not None:
+            assert load_stage1(small, small=True).data.size == (120, 160)
+    view = load_recipe("pri3d_view_r18", small=True)
+    assert (view.name, view.task["temperature"], view.task["matches"]) == ("pri3d_view_r18.small", 0.1, 1024)
+    assert (view.optim.batch, view.optim.steps, view.optim.lr) == (4, 250, 0.03)  # as the help of --small says
+
+
 @pytest.mark.parametrize(
     "name", ["gsc_r50", *(f"pri3d_{prior}_r50.continued" for prior in ("view", "geo", "view_geo"))]
 )

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 from geo_pretrain.errors import DataError
+from geo_pretrain.training.announcement import announce
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.labelled.registry import DATA_SETS, data_terms, open_labelled, subset
 from geo_pretrain.training.data.labelled.scannet import read_scene_list
@@ -84,7 +85,7 @@ def finetune(
         task = Finetuning(recipe, start.backbone, network, data, world, run, on_evaluation)
         task.choices = choices(wanted, recipe)
         run.create()
-        progress = fit(task, world, run, on_step=on_step)
+        progress = fit(task, world, run, on_start=lambda begun: announce(task, begun, on_step), on_step=on_step)
         if not progress.finished:
             raise progress.interrupted(run)
         with explained(run):
