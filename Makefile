@@ -46,7 +46,7 @@ cards: $(INSTALLED)
 
 # Builds the wheels of weights/, which check themselves, and installs them: these names then load without a network.
 weights: $(INSTALLED)
-	$(BIN)/geo-pretrain weights check --no-golden
+	$(BIN)/geo-pretrain weights check
 	rm -rf dist/weights
 	for p in $(dir $(wildcard weights/*/pyproject.toml)); do \
 		$(BIN)/uv build --quiet --wheel --out-dir dist/weights $$p || exit 1; done
