@@ -28,12 +28,15 @@ def add(
     Example: `geo-pretrain weights add runs/pri3d_view_r18.rooms`
     """
     from geo_pretrain.distribution.add import add_run
+    from geo_pretrain.distribution.shipped_file import refresh_pages
 
     added = add_run(run, to, package=package, without=without or (), short=short)
     lines = [f"{added.checkpoint.name}: {added.size / 1e6:.1f} MB in {added.checkpoint.folder}"]
     lines += [f"Its recipe differs from the one of its name in {one}" for one in added.differences]
+    if added.catalog is not None:
+        refresh_pages(added.catalog)
     lines.append(
-        f"Listed in {added.catalog}. Now: make cards, make weights, and commit."
+        f"Listed in {added.catalog}, cards and tables are rendered. Now: make weights, and commit."
         if added.catalog is not None
         else "This geo_pretrain runs from no clone, so no catalog lists it."
     )
@@ -77,9 +80,13 @@ def measured(
     --task "dense matching" --dataset "7-Scenes, kitchen" --metric "recall at 4 px (%)" --scale 100`
     """
     from geo_pretrain.distribution.measured import add_result
+    from geo_pretrain.distribution.shipped_file import catalog_file, refresh_pages
 
     facts = {"task": task, "dataset": dataset, "metric": metric, "scale": scale, "note": note}
-    for result in add_result(name, file, place, **facts, weights=to):  # type: ignore[arg-type]
+    results = add_result(name, file, place, **facts, weights=to)  # type: ignore[arg-type]
+    if (catalog := catalog_file(to)) is not None:
+        refresh_pages(catalog)
+    for result in results:
         line = f"{result.task}, {result.dataset}: {result.value:g} {result.metric} ({result.table})"
         console.print(escape(line), soft_wrap=True, highlight=False)
 
@@ -95,8 +102,12 @@ def mirror(
     Example: `geo-pretrain weights mirror pri3d_view_r18.rooms https://example.org/releases/download`
     """
     from geo_pretrain.distribution.mirrors import add_mirror
+    from geo_pretrain.distribution.shipped_file import catalog_file, refresh_pages
 
-    for number, door in enumerate(add_mirror(name, place, to), 1):
+    doors = add_mirror(name, place, to)
+    if (catalog := catalog_file(to)) is not None:
+        refresh_pages(catalog)
+    for number, door in enumerate(doors, 1):
         console.print(escape(f"{name}: door {number} after its package is {door}"), soft_wrap=True, highlight=False)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -12,6 +14,7 @@ from geo_pretrain.catalog.entry import Result, Shipped
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.files import write_text
 
+RENDERERS = ("geo_pretrain.cards", "geo_pretrain.advice")  # what `make cards` runs
 PLACE = Path("geo_pretrain/catalog/shipped.py")  # in a clone
 
 
@@ -48,6 +51,18 @@ def write_shipped(path: Path, rows: Mapping[str, Shipped]) -> None:
     before = path.read_text(encoding="utf-8")
     head = before[: before.index("SHIPPED: Mapping")]
     write_text(path, head + rows_text(rows))
+
+
+def refresh_pages(catalog: Path) -> None:
+    """Render the cards, tables and pages of the clone anew, by processes that read the catalog as it is now."""
+    clone = catalog.parents[2]
+    for module in RENDERERS:
+        done = subprocess.run(
+            [sys.executable, "-m", module], cwd=clone, capture_output=True, text=True, check=False, timeout=600
+        )
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise CheckpointError(f"{catalog} was written, but python -m {module} failed ({said}): run `make cards`.")
 
 
 def rows_text(rows: Mapping[str, Shipped]) -> str:
