@@ -156,9 +156,11 @@ def visualize_points(
 ) -> None:
     """Draw features on the points of a scene: a PLY file, an interactive HTML page, or four views as PNG.
 
-    Of a 2D backbone each point has the mean of the pixels that see it.
+    Of a 2D backbone each point has the mean of the pixels that see it. Clouds of your own are a file or a folder.
 
     Example: `geo-pretrain visualize points runs/clouds --data scannet:PATH --scene scene0011_00 -o points.html`
+
+    Clouds of your own: `geo-pretrain visualize points runs/clouds --data clouds:scan.ply -o features.ply`
     """
     from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.visualize import points as drawing

@@ -419,10 +419,14 @@ def load_paired(name: str | Path, *, random_init: bool = False, seed: int = 0) -
     return load_pri3d(str(name), pretrained=not random_init, seed=seed)
 
 
-def paired_extractor(networks: Pri3D | FeaturePair, surfaces: Surfaces) -> PairedExtractor:
-    """Wrap both networks of a checkpoint; `surfaces` are those of the source that frames come from."""
+def paired_extractor(networks: Pri3D | FeaturePair, surfaces: Surfaces | None) -> PairedExtractor:
+    """Wrap both networks of a checkpoint; `surfaces` are those of the source that frames come from.
+
+    Pri3D's chunks are cut from them; a pair of networks needs none.
+    """
     if isinstance(networks, FeaturePair):
         return TaughtExtractor(networks)
+    assert surfaces is not None
     return Pri3DExtractor(networks, surfaces)
 
 

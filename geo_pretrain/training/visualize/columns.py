@@ -70,7 +70,7 @@ def find_backbone(name: str) -> Opened:
 
 def load_columns(
     opened: Opened,
-    surfaces: Surfaces,
+    surfaces: Surfaces | None,
     *,
     level: int | None = None,
     random_init: bool = False,
@@ -80,7 +80,7 @@ def load_columns(
     """Load the column of a backbone, or two of a paired one: pixels and voxels in one feature space.
 
     Args:
-        surfaces: of the source that frames come from.
+        surfaces: of the source that frames come from; None without one: points alone are described.
         level: a map of the encoder (0 to 4: strides 2 to 32) or of the sparse U-Net (strides 1 to 16); None: the
             output, of an encoder that comes alone the map of stride 8.
         random_init: the same architecture with random weights drawn from `seed`.
@@ -100,7 +100,7 @@ def load_columns(
 
 
 def load_beside_random(
-    backbones: Sequence[Opened], surfaces: Surfaces, *, baseline: bool, seed: int, **options: Any
+    backbones: Sequence[Opened], surfaces: Surfaces | None, *, baseline: bool, seed: int, **options: Any
 ) -> list[Column]:
     """Load the columns of several backbones; with `baseline` those of the first with random weights come last.
 

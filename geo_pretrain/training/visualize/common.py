@@ -35,14 +35,19 @@ def check_file(path: Path, accepted: Sequence[str]) -> None:
         raise RecipeError(fault)
 
 
+def check_place(out: Path, accepted: Sequence[str], device: str) -> None:
+    """Raise `RecipeError` for a file that cannot be written, or a device that is not there."""
+    check_file(out, accepted)
+    if (fault := device_fault(device)) is not None:
+        raise RecipeError(fault)
+
+
 def prepare(out: Path, accepted: Sequence[str], spec: DataSpec, device: str) -> Source | None:
     """Check the file to write and the device, and open a source of files: before a backbone is fetched.
 
     Returns None for rooms. Raises `RecipeError`, and what opening a source raises.
     """
-    check_file(out, accepted)
-    if (fault := device_fault(device)) is not None:
-        raise RecipeError(fault)
+    check_place(out, accepted, device)
     return open_on_disk(spec, split="val")
 
 

@@ -23,14 +23,15 @@ from geo_pretrain.training.data.frame import Frame, SkippedFrames, Source, Surfa
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.surfaces.fusing import Surfaces
 from geo_pretrain.training.data.surfaces.ply import write_ply
-from geo_pretrain.training.evaluation.features import Features, cloud_of
+from geo_pretrain.training.evaluation.features import Features, ImageExtractor, cloud_of
 from geo_pretrain.training.evaluation.progress import Progress
 from geo_pretrain.training.recipe import DataSpec
 from geo_pretrain.training.visualize.cloud_layers import spacing
-from geo_pretrain.training.visualize.columns import Column, find_backbone, load_beside_random, shared_colors
-from geo_pretrain.training.visualize.common import drawing_spec, load_frames, paint, pick_scene, prepare
+from geo_pretrain.training.visualize.columns import Column, Opened, find_backbone, load_beside_random, shared_colors
+from geo_pretrain.training.visualize.common import check_place, drawing_spec, load_frames, paint, pick_scene, prepare
 from geo_pretrain.training.visualize.grids import save_grid, shorten
 from geo_pretrain.training.visualize.linked import link_frames
+from geo_pretrain.training.visualize.own_clouds import OWN_CLOUDS, OwnClouds, open_own_clouds, point_contract
 from geo_pretrain.training.visualize.rerun_file import write_rerun
 from geo_pretrain.training.visualize.splat import rotation_to_z, splat, turntable, up_direction
 from geo_pretrain.training.visualize.viewer import viewer_page
@@ -77,7 +78,8 @@ def visualize_points(
     """Draw a scene's points colored by features: .ply (one color a point), .html (rotates), .png (four views).
 
     A PLY file has the colors of the backbone's first layer, in the world's frame; page and picture also have the
-    baseline and the surface's own colors, z is up, and begin with the upper part cut off.
+    baseline and the surface's own colors, z is up, and begin with the upper part cut off. The source "clouds" is a file
+    of points, or a folder of them (`scene`: one of them), for backbones for points.
 
     Args:
         scene: None: the source's first. frame: the cloud of this frame instead of the surface of the scene.
@@ -90,34 +92,62 @@ def visualize_points(
         RecipeError: `out` has another suffix, or `limit` is below 1.
         UnknownName: no such backbone, scene or frame; DataError: no frame or surface can be read.
     """
-    source = prepare(out, CLOUDS, spec, device)
+    source = _open(out, spec, device, frame)
     if limit < 1:
         raise RecipeError(f"The number of points is {limit}; accepted: 1 and more.")
     suffix = out.suffix.lower()
-    skips = skips if skips is not None else SkippedFrames()
     opened = find_backbone(backbone)
-    spec = drawing_spec(spec, opened, size)
-    source = source or open_source(spec, split="val")
-    name, surfaces = pick_scene(source, scene), Surfaces(source)
-    frames, surface = _load_surface(source, name, frame, spec.size, surfaces, skips)
+    name, surfaces, frames, surface = _shown(
+        source, spec, opened, scene, frame, size, SkippedFrames() if skips is None else skips
+    )
     baseline = baseline and suffix != ".ply"
     columns = load_beside_random([opened], surfaces, baseline=baseline, level=level, seed=seed, device=device)
+    columns = [column for column in columns if frames or not isinstance(column.extractor, ImageExtractor)]
     extracted = []
     for number, column in enumerate(columns):
         if progress is not None:
             progress(number, len(columns))
         extracted.append(column.extractor.extract_surface(surface, frames))
     title = f"{opened.title}: {name}" + (f"/{frame}" if frame else "")
-    rotation = rotation_to_z(up_direction([f.cam_to_world for f in frames]))
-    top = TOP if frame is None else 1.0
+    rotation = rotation_to_z(up_direction([f.cam_to_world for f in frames])) if frames else np.eye(3)
+    top = TOP if frame is None and frames else 1.0
     drawn, layers, note = _paint(columns, extracted, surface, limit, seed)
     points = surface.points[drawn]
-    link = link_frames(columns, frames, extracted, drawn) if suffix == ".html" else None
+    link = link_frames(columns, frames, extracted, drawn) if frames and suffix == ".html" else None
     cloud = PaintedCloud(points, layers, rotation, title, note, spacing(points), top, link, tuple(frames))
     write = {".ply": _write_ply, ".html": _write_page, ".png": _write_views}[suffix]
     with atomic_write(out, suffix=out.suffix) as temporary:
         write(cloud, temporary)
     return cloud
+
+
+def _open(out: Path, spec: DataSpec, device: str, frame: str | None) -> Source | OwnClouds | None:
+    """Check what is asked for and open data on disk, before a backbone is fetched; None: rooms."""
+    if spec.source != OWN_CLOUDS:
+        return prepare(out, CLOUDS, spec, device)
+    check_place(out, CLOUDS, device)
+    if frame is not None:
+        raise RecipeError(f"--frame {frame!r}: clouds of your own have no frames; --scene names a cloud.")
+    return open_own_clouds(spec)
+
+
+def _shown(
+    source: Source | OwnClouds | None,
+    spec: DataSpec,
+    opened: Opened,
+    scene: str | None,
+    frame: str | None,
+    size: tuple[int, int] | None,
+    skips: SkippedFrames,
+) -> tuple[str, Surfaces | None, list[Frame], Surface]:
+    """The scene's name, the source's surfaces, the frames (of one's own clouds there are none) and the points."""
+    if isinstance(source, OwnClouds):
+        name = source.pick(scene)
+        return name, None, [], source.surface(name, point_contract(opened))
+    spec = drawing_spec(spec, opened, size)
+    source = source or open_source(spec, split="val")
+    name, surfaces = pick_scene(source, scene), Surfaces(source)
+    return name, surfaces, *_load_surface(source, name, frame, spec.size, surfaces, skips)
 
 
 def _load_surface(

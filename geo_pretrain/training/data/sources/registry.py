@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from geo_pretrain.errors import RecipeError, unknown
+from geo_pretrain.errors import GeoPretrainError, RecipeError, UnknownName, unknown
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.frame import Frame, Noted, Source, SourcePart, capability
 from geo_pretrain.training.data.sources.arkitscenes import ArkitScenesOptions, open_arkitscenes
@@ -71,10 +71,23 @@ def open_on_disk(spec: DataSpec, *, split: str = "train") -> Source | None:
 def source_options(spec: DataSpec, split: str = "train") -> Any:
     """Parse the options of a source without opening it. Raises `UnknownName`, or `RecipeError` for wrong options."""
     if spec.source not in SOURCES:
-        raise unknown("data source", spec.source, list_sources(), "Write SOURCE or SOURCE:PATH.")
+        raise _unknown_source(spec.source)
     config = SOURCES[spec.source].config
     given = {"split": split} if any(field.name == "split" for field in fields(config)) else {}
     return parse(config, {**given, **spec.options}, where="data.options", prefix="data.options.")
+
+
+def _unknown_source(name: str) -> GeoPretrainError:
+    """The error for a name that is no source of frames: it may be one of labelled data."""
+    from geo_pretrain.training.data.labelled.registry import DATA_SETS
+
+    if name not in DATA_SETS:
+        return unknown("data source", name, list_sources(), "Write SOURCE or SOURCE:PATH.")
+    own = " (`visualize points` draws clouds, too)" if name == "clouds" else ""
+    return UnknownName(
+        f"{name!r} is labelled data, for finetune, predict and eval probe; here posed RGB-D is wanted{own}: "
+        f"{', '.join(list_sources())}."
+    )
 
 
 class FrameRange(SourcePart):
