@@ -110,6 +110,10 @@ def test_words_are_honest_where_nothing_can_be_had(empty_shelf):
     assert [other.name for other in answer.outside] == ["DINOv2"]
     assert answer.notes[0].startswith("No weights for it can be had under a permissive license.")
     assert answer.notes[1] == "Under other terms pri3d_view_geo_r50 can be had: ScanNet-ToU (non-commercial)."
+    assert answer.outside_first
+    assert str(answer).index("The better answer is likely outside this zoo") < str(answer).index("1. gsc_r18.rooms")
+    assert not recommend("segmentation", here=()).outside_first
+    assert recommend("depth", here=()).outside_first
     points = recommend("segmentation", "points", license="permissive", here=())
     assert points.notes[-1] == "Outside this zoo we know of no weights for it under a permissive license either."
     assert points.outside == ()

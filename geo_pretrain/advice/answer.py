@@ -17,6 +17,8 @@ WIDTH = 80
 CAPTIONS = {"2d": "networks for images", "3d": "networks for point clouds"}
 SHOWN = ("CLI", "Python", "timm", "smp", "torchvision")  # lines that are printed; JSON has all
 PAGE = "docs/alternatives.md"
+OUTSIDE = f"Outside this zoo, newer and often better ({PAGE}):"
+ELSEWHERE = f"The better answer is likely outside this zoo ({PAGE}):"
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,6 +32,7 @@ class Recommendation:
     picks: tuple[Pick, ...]
     notes: tuple[str, ...]
     outside: tuple[Alternative, ...]
+    outside_first: bool  # nothing here can be had, or no paper reports the task for anything here
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -41,18 +44,17 @@ class Recommendation:
     def __str__(self) -> str:
         asked = self.question
         words = f"{asked.task} from {INPUTS[asked.input].words}, license: {asked.license}"
-        blocks = [words, *(_wrapped(note) for note in self.notes)]
+        here = []
         for modality in dict.fromkeys(pick.modality for pick in self.picks):
             chosen = [pick for pick in self.picks if pick.modality == modality]
             if len(asked.modalities) > 1:
-                blocks.append(f"With {CAPTIONS[modality]}:")
-            blocks += [_pick_text(number, pick) for number, pick in enumerate(chosen, 1)]
-            blocks.append(_lines_text(chosen[0]))
-        if self.outside:
-            blocks.append(
-                "\n".join([f"Outside this zoo, newer and often better ({PAGE}):", *map(_outside_text, self.outside)])
-            )
-        return "\n\n".join(blocks)
+                here.append(f"With {CAPTIONS[modality]}:")
+            here += [_pick_text(number, pick) for number, pick in enumerate(chosen, 1)]
+            here.append(_lines_text(chosen[0]))
+        title = ELSEWHERE if self.outside_first else OUTSIDE
+        outside = ["\n".join([title, *map(_outside_text, self.outside)])] if self.outside else []
+        blocks = [*outside, *(["In this zoo:"] if here else []), *here] if self.outside_first else [*here, *outside]
+        return "\n\n".join([words, *(_wrapped(note) for note in self.notes), *blocks])
 
 
 def recommend(
@@ -97,7 +99,9 @@ def recommend(
         )
     if not outside and license != ANY:
         notes.append(f"Outside this zoo we know of no weights for it under {question.terms} either.")
-    return Recommendation(question, chosen, tuple(notes), tuple(outside))
+    offered = any(_is_offered(e, found) for m in question.modalities for e in candidates(question, m, found))
+    reported = any(is_reported(task, modality) for modality in question.modalities)
+    return Recommendation(question, chosen, tuple(notes), tuple(outside), bool(outside) and not (offered and reported))
 
 
 def _is_alternative(other: Alternative, question: Question) -> bool:
@@ -128,7 +132,7 @@ def _notes(question: Question, here: Collection[str], offline: bool) -> list[str
     if not any(is_reported(question.task, modality) for modality in question.modalities):
         notes.append(f"No paper reports {question.task} for any weights here.")
     if question.task == DEPTH:
-        notes.append("No network here gives depth maps as it is: fine-tune one, or take another from below.")
+        notes.append("No network here gives depth maps as it is: it needs a head, which you train on its features.")
     return notes
 
 
