@@ -134,8 +134,9 @@ def run_page(page: Path, folder: Path) -> None:
 
 def run_pages(folder: Path, names: list[str]) -> None:
     """Run the blocks of all pages, or of those named, two pages at a time; ends with what failed."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if not names:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pages = [page for page in PAGES if any(block.mark.startswith("run") for block in blocks(page))]
     pages = [page for page in pages if not names or str(page.relative_to(ROOT)) in names]
     environment = os.environ | {
@@ -146,7 +147,9 @@ def run_pages(folder: Path, names: list[str]) -> None:
 
     def run(page: Path) -> bool:
         name = str(page.relative_to(ROOT))
-        words = [sys.executable, "-m", "tests.pages", "page", name, str(folder / name.replace("/", "_"))]
+        place = folder / name.replace("/", "_")
+        shutil.rmtree(place, ignore_errors=True)
+        words = [sys.executable, "-m", "tests.pages", "page", name, str(place)]
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         print(done.stdout + (done.stderr if done.returncode else ""), flush=True)
         return done.returncode == 0
