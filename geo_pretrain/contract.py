@@ -320,11 +320,11 @@ def _span(values: Iterable[tuple[str, float, float]]) -> str:
     return f"[{min(lows):.4g}, {max(highs):.4g}]"
 
 
-def image_pixels(image: Any) -> Any:
-    """Convert one image, as `ImageTransform` takes it, to numpy uint8 [H, W, 3] RGB. Raises ValueError for others."""
+def image_pixels(image: Any, call: str = "transforms") -> Any:
+    """Convert one image, as `ImageTransform` takes it, to numpy uint8 [H, W, 3] RGB. Raises `InputError` for others."""
     import torch
 
-    pixels = to_image(image, 3)
+    pixels = to_image(image, 3, call)
     if pixels.ndim != 3:
         raise InputError(
             f"Got a batch of shape {tuple(pixels.shape)}; accepted is one image [3, H, W], or a list: list(images)."

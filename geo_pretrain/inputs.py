@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +63,8 @@ def is_path(value: Any) -> bool:
 # --- images into networks
 
 
-def check_images(x: Tensor, in_chans: int, weight: Tensor) -> None:
-    """Raise `InputError` unless x is [B, in_chans, H, W], B > 0, H and W from 32 up, of the type and place of `weight`.
+def check_images(x: Tensor, in_chans: int, weight: Tensor, least: int = MIN_SIZE) -> None:
+    """Raise `InputError` unless x is [B, in_chans, H, W], H and W from `least` up, of the type and place of `weight`.
 
     `weight` is a parameter of the network. Nothing here looks at values, so that it may be traced and compiled.
     """
@@ -81,9 +82,9 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> None:
         raise InputError(f"Images are {x.dtype}; accepted: floating point, as .transforms gives them: {line}.")
     if x.shape[0] == 0:
         raise InputError("The batch of images is empty, [0, C, H, W]; accepted: at least one image. Leave it out.")
-    if min(x.shape[2:]) < MIN_SIZE:
+    if min(x.shape[2:]) < least:
         raise InputError(
-            f"Images are {x.shape[2]} x {x.shape[3]} pixels; accepted: at least {MIN_SIZE} in both directions. "
+            f"Images are {x.shape[2]} x {x.shape[3]} pixels; accepted: at least {least} in both directions. "
             "network.transforms resizes them."
         )
     if x.dtype != weight.dtype or x.device != weight.device:
@@ -133,6 +134,29 @@ def _reshaped(shape: tuple[int, ...], in_chans: int) -> str:
     return f" Load with in_chans={shape[1]} for such images{known.get(shape[1], '') if in_chans == 3 else ''}."
 
 
+def look_at(network: Any, x: Any, *, doubt: bool = True) -> tuple[float, float] | None:
+    """Raise `InputError` for images with values that are not finite; warn if the first ones do not fit the contract.
+
+    On other devices than a CPU the first input alone is looked at, which `network._looked` remembers. `network` has a
+    `contract`, or None. Returns the `extremes`, None if nothing was looked at.
+    """
+    import torch
+
+    first = not getattr(network, "_looked", False)
+    if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or (x.device.type != "cpu" and not first):
+        return None
+    span = extremes(x)
+    if span is None:
+        return None
+    network._looked = True
+    check_finite(x, span, "images", "images")
+    said = network.contract.doubt(span) if first and doubt and network.contract is not None else None
+    if said is not None:
+        name = getattr(network, "name", None) or "This network"
+        warnings.warn(f"{name} expects {network.contract}; {said}", stacklevel=caller_level())
+    return span
+
+
 def extremes(x: Any) -> tuple[float, float] | None:
     """The least and the greatest value of a tensor; None where nobody may look: it is traced, compiled, or has none.
 
@@ -166,7 +190,11 @@ def caller_level() -> int:
     """The `stacklevel` that makes a warning point at the first caller outside torch, the networks and this file."""
     import torch
 
-    inner = (__file__, str(Path(__file__).parent / "backbones"), str(Path(torch.__file__).parent))
+    inner = (
+        __file__,
+        *(str(Path(__file__).parent / room) for room in ("backbones", "adapters")),
+        str(Path(torch.__file__).parent),
+    )
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inner):
         frame, level = frame.f_back, level + 1
@@ -176,8 +204,22 @@ def caller_level() -> int:
 # --- images into transforms
 
 
-def to_image(image: Any, chans: int) -> Tensor:
-    """Convert any accepted image to a tensor [(B,) C, H, W], uint8 or float in [0, 1]; `InputError` for others."""
+def to_image(image: Any, chans: int, call: str = "transforms") -> Tensor:
+    """Convert any accepted image to a tensor [(B,) C, H, W], uint8 or float in [0, 1]; `InputError` for others.
+
+    `call`: the function that was given it, for the line that mends it.
+    """
+    try:
+        return _to_image(image, chans)
+    except InputError as error:
+        if call == "transforms":
+            raise
+        several = "torch.stack([transforms(image) for image in images])"
+        text = str(error).replace(several, f"{call}(list(images))").replace("transforms(", f"{call}(")
+        raise InputError(text) from None
+
+
+def _to_image(image: Any, chans: int) -> Tensor:
     import numpy as np
     import torch
 
@@ -281,8 +323,22 @@ def as_tensor(values: Any) -> Tensor:
     return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
 
 
-def to_points(points: Any) -> Tensor:
-    """Convert points to a tensor [N, 3], finite and in meters; `InputError` for others."""
+def to_points(points: Any, call: str = "encode_points") -> Tensor:
+    """Convert points to a tensor [N, 3], finite and in meters; `InputError` for others.
+
+    `call`: the function that was given them, for the line that mends it.
+    """
+    try:
+        return _to_points(points)
+    except InputError as error:
+        if call == "encode_points":
+            raise
+        joined = BATCHED.partition("{join}")[0]
+        text = str(error).partition(f" A batch: {joined}")[0].replace("encode_points(", f"{call}(")
+        raise InputError(text.replace(", features=cloud[:, 3:]", "")) from None
+
+
+def _to_points(points: Any) -> Tensor:
     given = points
     points = _numbers(points, "points", POINTS)
     if points.ndim != 2 or points.shape[1] != 3 or not points.is_floating_point() or not len(points):

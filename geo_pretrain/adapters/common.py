@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Self, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from geo_pretrain import devices
 from geo_pretrain.backbones.build import build_encoder
@@ -22,6 +22,7 @@ from geo_pretrain.backbones.timm_encoder import TimmEncoder, is_timm_features, t
 from geo_pretrain.backbones.timm_names import is_timm, timm_contract, timm_weights
 from geo_pretrain.catalog import CATALOG, find
 from geo_pretrain.errors import nearest, require, unknown
+from geo_pretrain.inputs import check_images, look_at
 from geo_pretrain.loading import DTYPES, LoadReport, load_backbone
 
 Name: TypeAlias = str | os.PathLike[str]  # of a checkpoint, or its folder
@@ -246,10 +247,25 @@ def check_request(num_classes: int, freeze: int, *, least: int = 1) -> None:
         raise ValueError(f"num_classes is {num_classes!r}; accepted: a whole number from {least} up{what}.")
 
 
+def refuse_input(network: nn.Module, inputs: tuple[Tensor]) -> None:
+    """Check images before a host's network sees them; a forward pre-hook that torch can script."""
+    if not torch.jit.is_scripting():
+        _check_input(network, inputs[0])
+
+
+@torch.jit.ignore
+def _check_input(network: nn.Module, x: Tensor) -> None:
+    host: Any = network
+    check_images(x, len(host.contract.channels), next(host.parameters()), 1)
+    look_at(host, x)
+
+
 def equip(network: Any, encoder: Any, freeze: int, transforms: Any = None) -> Any:
     """Finish a built network: freeze stages, attach contract and report, move it to the encoder's device and dtype."""
     freeze_stages(network, freeze)
     network.contract, network.load_report = encoder.contract, encoder.load_report
     network.transforms = encoder.transforms if transforms is None else transforms
+    if transforms is None:  # others normalize themselves and have a check of their own
+        network.register_forward_pre_hook(refuse_input)
     weight = next(encoder.parameters())
     return network.to(weight.device, weight.dtype).eval()

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from geo_pretrain.adapters.common import refuse_input
 from geo_pretrain.backbones.architectures import ENCODERS
 from geo_pretrain.backbones.resnet_unet import BLOCKS
 from geo_pretrain.backbones.timm_encoder import TimmEncoder
@@ -206,6 +207,7 @@ def _create(variant: str, encoder: str, pretrained: bool, **kwargs: Any) -> nn.M
         model.contract = networks[0].contract or published.with_channels(networks[0].in_chans)
         if model.contract != published:  # other channels
             model.pretrained_cfg |= {key: v for key, v in _timm_fields(model.contract).items() if key not in overlay}
+        model.register_forward_pre_hook(refuse_input)
     built: nn.Module = model
     return built
 

@@ -40,7 +40,8 @@ from geo_pretrain.backbones.encoder import ImageEncoder
 from geo_pretrain.backbones.resnet_unet import dilate
 from geo_pretrain.backbones.timm_encoder import TimmEncoder
 from geo_pretrain.contract import ImageContract, ImageTransform
-from geo_pretrain.errors import require
+from geo_pretrain.errors import InputError, require
+from geo_pretrain.inputs import check_place, described
 from geo_pretrain.loading import load_backbone
 
 __all__ = ["deeplabv3", "faster_rcnn", "fcn", "freeze_stages", "mask_rcnn", "parameter_groups", "resnet"]
@@ -230,6 +231,7 @@ def _detector(
         backbone = BackboneWithFPN(body, layers, [_channels(encoder, stage) for stage in range(1, 5)], pyramid)
     statistics = {"image_mean": list(contract.mean), "image_std": list(contract.std)}
     network = host(backbone, num_classes=num_classes, **statistics, **rest)
+    network.register_forward_pre_hook(refuse_others)
     network.transform.register_forward_pre_hook(refuse_normalized)
     return equip(network, encoder, stages, _unnormalized(contract))
 
@@ -264,8 +266,30 @@ class TimmPyramid(nn.Module):
         return levels
 
 
+def refuse_others(network: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Raise `InputError` for what is no list of float images [C, H, W]; runs before torchvision asks their sizes."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    host: Any = network
+    chans, line = len(host.contract.channels), "network([network.transforms(image) for image in images])"
+    images: Any = inputs[0] if inputs else None
+    batch = isinstance(images, Tensor) and images.ndim == 4
+    if not batch and not isinstance(images, list | tuple):
+        one = "network([network.transforms(image)])"
+        raise InputError(f"This network takes a list of images [{chans}, H, W]; got {described(images)}. {one}")
+    weight = next(network.parameters())
+    for image in images:
+        if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != chans or not image.numel():
+            raise InputError(
+                f"This network takes a list of images [{chans}, H, W]; one is {described(image)}. {line} makes them."
+            )
+        if not image.is_floating_point():
+            raise InputError(f"An image is {image.dtype}; accepted: float in [0, 1]: {line}.")
+        check_place(image, weight, "Images", "image")
+
+
 def refuse_normalized(transform: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Raise ValueError for float images that are visibly not in [0, 1]; runs before torchvision normalizes them."""
+    """Raise `InputError` for float images that are visibly not in [0, 1]; runs before torchvision normalizes them."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return  # values are not there yet
     for index, image in enumerate(inputs[0]):
@@ -273,7 +297,7 @@ def refuse_normalized(transform: nn.Module, inputs: tuple[Any, ...]) -> None:
             continue  # torchvision says what it thinks of those
         low, high = (float(bound) for bound in image.aminmax())
         if not (low >= -SLACK and high <= 1 + SLACK):  # so written, NaN is refused too
-            raise ValueError(
+            raise InputError(
                 f"Image {index} spans [{low:.4g}, {high:.4g}]; accepted: values in [0, 1], which the network normalizes"
                 " itself. Below 0 it was probably normalized already (network.transforms gives what is right here); up "
                 "to 255 it needs dividing by 255."

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from geo_pretrain.inputs import caller_level, check_finite, extremes
+from geo_pretrain.inputs import look_at
 
 if TYPE_CHECKING:
     from geo_pretrain.backbones.encoder import Stages
@@ -25,19 +23,6 @@ class Backbone(nn.Module):
     contract: ImageContract | VoxelContract | None = None
     load_report: Any = None  # a loading.LoadReport; that module imports this one
     _looked = False  # at the values of an input
-
-    def _extremes(self, x: Tensor) -> tuple[float, float] | None:
-        """The extremes of an input's values, on a CPU always, elsewhere once: looking makes a GPU wait."""
-        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or (self._looked and x.device.type != "cpu"):
-            return None
-        span = extremes(x)
-        self._looked = self._looked or span is not None
-        return span
-
-    def _warn(self, doubt: str | None) -> None:
-        """Warn at the caller's line of input that does not fit the contract."""
-        if doubt is not None:
-            warnings.warn(f"{self.name or 'This network'} expects {self.contract}; {doubt}", stacklevel=caller_level())
 
     def extra_repr(self) -> str:
         """Name and contract, for `repr(model)`."""
@@ -76,13 +61,8 @@ class ImageBackbone(Backbone):
         return self.contract.transforms()
 
     def look_at(self, x: Tensor) -> None:
-        """Raise `InputError` for images with values that are not finite; warn if the first are not as .transforms'."""
-        first, span = not self._looked, self._extremes(x)
-        if span is None:
-            return
-        check_finite(x, span, "images", "images")
-        if first and self.contract is not None:
-            self._warn(self.contract.doubt(span))
+        """Look at the values of images; see `inputs.look_at`."""
+        look_at(self, x)
 
 
 class FeatureEncoder(ImageBackbone):

@@ -7,6 +7,7 @@ MinkowskiEngine 0.5's layout. `width` scales every layer: 32 is the real network
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from geo_pretrain.backbones.base import Backbone, choose_maps
 from geo_pretrain.errors import InputError
-from geo_pretrain.inputs import check_finite, check_place, described
+from geo_pretrain.inputs import caller_level, check_finite, check_place, described, extremes
 from geo_pretrain.sparse.functional import point_rows
 from geo_pretrain.sparse.layers import BatchNorm, Conv3d, ConvTranspose3d, ReLU, normalized
 from geo_pretrain.sparse.spacing import spacing_doubt
@@ -229,12 +230,16 @@ class SRUNet(Backbone):
                 f"load_backbone(..., in_chans={given}) adapts the stem."
             )
         check_place(x, self.final.kernel, "Features", "voxels")
-        first, span = not self._looked, self._extremes(x.computed_feats)
+        first, span = not self._looked, None
+        if first or x.device.type == "cpu":  # looking makes a GPU wait
+            span = extremes(x.computed_feats)
         if span is None:
             return
+        self._looked = True
         check_finite(x.computed_feats, span, "features", "feats")
-        if self.contract is not None and first:
-            self._warn(self.contract.doubt(x.sorted_feats.detach()))
+        doubt = self.contract.doubt(x.sorted_feats.detach()) if first and self.contract is not None else None
+        if doubt is not None:
+            warnings.warn(f"{self.name or 'This network'} expects {self.contract}; {doubt}", stacklevel=caller_level())
 
 
 def _is_proxy(x: object) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.contract import ImageContract, ImageTransform, VoxelContract, VoxelTransform, image_pixels
 from geo_pretrain.errors import DataError, InputError
+from geo_pretrain.inputs import described, to_points
 from geo_pretrain.training.data.files import points_fault, read_photo
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.finetune.as_checkpoint import image_contract
@@ -142,17 +143,16 @@ class FinetunedNetwork(nn.Module):
     def _item(self, item: Any) -> Any:
         if isinstance(self.task.contract, VoxelContract):
             return self._cloud(item)
-        return read_photo(Path(item)) if isinstance(item, str | os.PathLike) else image_pixels(item)
+        return read_photo(Path(item)) if isinstance(item, str | os.PathLike) else image_pixels(item, "predict")
 
     def _cloud(self, item: Any) -> LabelledCloud:
         if isinstance(item, LabelledCloud):
             return item
         if isinstance(item, str | os.PathLike):
             return CloudFile(Path(item), cloud_fields(self.recipe, None)).load()
-        points = item.detach().cpu().numpy() if isinstance(item, Tensor) else item
-        if not isinstance(points, np.ndarray) or points.ndim != 2 or points.shape[1] != 3:
-            shape = f" of shape {tuple(points.shape)}" if hasattr(points, "shape") else ""
-            raise ValueError(f"Got {type(item).__name__}{shape}; accepted: {CLOUDS}.")
+        if not isinstance(item, Tensor | np.ndarray):
+            raise InputError(f"Got {described(item)}; accepted: {CLOUDS}.")
+        points = to_points(item, "predict").detach().cpu().numpy()
         if (fault := points_fault(points)) is not None:
             raise DataError(f"Points to predict on: {fault}.")
         return LabelledCloud("points", points.astype(np.float32), None, None)
