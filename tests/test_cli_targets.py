@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from geo_pretrain.targets import MATCHES, file_fault, folder_fault
 from tests.front_door import geo_pretrain
 from tests.zoo import write_tiny
 
+CONTEXT = SimpleNamespace(call_on_close=lambda say: None)
 NOTHING_WRITTEN = {"bench table"}  # prints commands that write there
 BY_FORMAT = {"convert"}  # a folder or a file: its body asks
 
@@ -39,10 +41,10 @@ def test_every_command_looks_at_what_it_will_write(name: str, tmp_path: Path, mo
         assert option.callback is not None, command
         for path in ("a/b/c/x.png", "file/x"):
             with pytest.raises(typer.BadParameter):
-                option.callback(None, option, Path(path))
+                option.callback(CONTEXT, option, Path(path))
         wrong = "x.xyz" if "folder" not in str(option.help).lower() else "file"
         with pytest.raises(typer.BadParameter, match="accepted: "):
-            option.callback(None, option, Path(wrong))
+            option.callback(CONTEXT, option, Path(wrong))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -72,11 +74,13 @@ def test_faults_name_the_nearest(tmp_path: Path):
 
 def test_a_folder_that_is_made_is_said(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    checked_target(Path("runs/mine"), None)
-    assert capsys.readouterr().err == "The folder 'runs' is made for 'mine'.\n"
+    notes = [checked_target(Path(path), None) for path in ("runs/mine", "other/mine", "mine")]
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for say in notes:
+        say()
+    assert capsys.readouterr().err == "Made the folder 'runs' for 'mine'.\n"
     monkeypatch.setenv("RANK", "1")
-    checked_target(Path("runs/mine"), None)
-    checked_target(Path("mine"), None)
+    notes[0]()
     assert capsys.readouterr().err == ""
 
 
@@ -105,5 +109,5 @@ def test_a_card_goes_into_a_new_folder(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path / "mine", "tiny_net_r18")
     ended = geo_pretrain("card", "./mine", "-o", "cards/mine.md")
-    assert "The folder 'cards' is made for 'mine.md'." in ended.errors
+    assert "Made the folder 'cards' for 'mine.md'." in ended.errors
     assert (tmp_path / "cards" / "mine.md").read_text().startswith("---")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from geo_pretrain.inputs import look_at
+from geo_pretrain.inputs import caller_level, look_at
 
 if TYPE_CHECKING:
     from geo_pretrain.backbones.encoder import Stages
@@ -23,6 +24,11 @@ class Backbone(nn.Module):
     contract: ImageContract | VoxelContract | None = None
     load_report: Any = None  # a loading.LoadReport; that module imports this one
     _looked = False  # at the values of an input
+
+    def _warn(self, doubt: str | None) -> None:
+        """Warn at the caller's line of input that does not fit the contract."""
+        if doubt is not None:
+            warnings.warn(f"{self.name or 'This network'} expects {self.contract}; {doubt}", stacklevel=caller_level())
 
     def extra_repr(self) -> str:
         """Name and contract, for `repr(model)`."""

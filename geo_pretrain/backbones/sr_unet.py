@@ -7,7 +7,6 @@ MinkowskiEngine 0.5's layout. `width` scales every layer: 32 is the real network
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from geo_pretrain.backbones.base import Backbone, choose_maps
 from geo_pretrain.errors import InputError
-from geo_pretrain.inputs import caller_level, check_finite, check_place, described, extremes
+from geo_pretrain.inputs import check_finite, check_place, described, extremes
 from geo_pretrain.sparse.functional import point_rows
 from geo_pretrain.sparse.layers import BatchNorm, Conv3d, ConvTranspose3d, ReLU, normalized
 from geo_pretrain.sparse.spacing import spacing_doubt
@@ -237,9 +236,8 @@ class SRUNet(Backbone):
             return
         self._looked = True
         check_finite(x.computed_feats, span, "features", "feats")
-        doubt = self.contract.doubt(x.sorted_feats.detach()) if first and self.contract is not None else None
-        if doubt is not None:
-            warnings.warn(f"{self.name or 'This network'} expects {self.contract}; {doubt}", stacklevel=caller_level())
+        if first and self.contract is not None:
+            self._warn(self.contract.doubt(x.sorted_feats.detach()))
 
 
 def _is_proxy(x: object) -> bool:

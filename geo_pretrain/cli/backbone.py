@@ -255,14 +255,12 @@ def convert(
 
         if name is None or (like is None and find(name) is None):
             raise typer.BadParameter("--from needs --name: a catalog name, or your own with --like CATALOG_NAME.")
-        entry = backbone_info(like or name)
-        checked_target(out, folder_fault(out))
+        made = checked_target(out, folder_fault(out))
         busy = f"Another process is at work on {out}. Wait until it ends, or choose another --out."
         with locked(out.resolve(), busy=busy):
             found = convert_file(
-                Path(source),
-                out,
-                like=entry,
+                *(Path(source), out),
+                like=backbone_info(like or name),
                 format=from_,
                 name=name,
                 overwrite=overwrite,
@@ -271,16 +269,18 @@ def convert(
                 note=lambda text: console.print(escape(text), soft_wrap=True, highlight=False),
             )
         console.print(f"Checkpoint: {found.folder}", soft_wrap=True, highlight=False, markup=False)
+        made()
         return
     from geo_pretrain.convert.out import format_of, write_export
 
     if prefix is not None or ignore:
         raise typer.BadParameter("--prefix and --ignore are about a file that is read: they go with --from.")
-    checked_target(out, file_fault(out, format_of(str(to)).suffixes))
+    made = checked_target(out, file_fault(out, format_of(str(to)).suffixes))
     opened = _open(source, hub)
     checkpoint = opened.fetch(*opened.network_roles(decoder=False))
     for path in write_export(str(to), checkpoint, out, overwrite=overwrite):
         console.print(f"Wrote {path}", soft_wrap=True, highlight=False, markup=False)
+    made()
 
 
 @app.command()

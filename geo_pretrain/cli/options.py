@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,8 +127,10 @@ def options_of(given: list[str]) -> dict[str, Any] | None:
 def file_option(help: str, accepted: Sequence[str], *names: str) -> Any:
     """An option for a file to write: refuses other suffixes, and places where it cannot lie, before any work."""
 
-    def check(path: Path | None) -> Path | None:
-        return None if path is None else checked_target(path, file_fault(path, accepted))
+    def check(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            context.call_on_close(checked_target(path, file_fault(path, accepted)))
+        return path
 
     return typer.Option(*names, help=help, callback=check)
 
@@ -138,9 +140,11 @@ def folder_option(help: str, *names: str) -> Any:
     return typer.Option(*names, help=help, callback=checked_folder)
 
 
-def checked_folder(path: Path | None) -> Path | None:
+def checked_folder(context: typer.Context, path: Path | None) -> Path | None:
     """The callback of a folder to write."""
-    return None if path is None else checked_target(path, folder_fault(path))
+    if path is not None:
+        context.call_on_close(checked_target(path, folder_fault(path)))
+    return path
 
 
 def device_option(help: str) -> Any:
@@ -157,11 +161,14 @@ def _usable(device: str | None) -> str | None:
     return device
 
 
-def checked_target(path: Path, fault: str | None) -> Path:
-    """Raise for a fault of the result's path; say it where a folder is made for it."""
+def checked_target(path: Path, fault: str | None) -> Callable[[], None]:
+    """Raise for a fault of a result's path. Returns what says, at the end, that a folder was made above it."""
     if fault is not None:
         raise typer.BadParameter(fault)
-    made = missing_folder(path)
-    if made is not None and os.environ.get("RANK", "0") == "0":
-        typer.echo(f"The folder {str(made)!r} is made for {path.name!r}.", err=True)
-    return path
+    missing = missing_folder(path)
+
+    def say() -> None:
+        if missing is not None and path.exists() and os.environ.get("RANK", "0") == "0":
+            typer.echo(f"Made the folder {str(missing)!r} for {path.name!r}.", err=True)
+
+    return say

@@ -71,8 +71,7 @@ def finetune(
     data = open_splits(recipe, sources, on_data) if data is None else data
     if on_labels is not None and (table := label_table(data.train)) is not None:
         on_labels(table)
-    # now, for the start may have moved when the run ends
-    terms = data_terms(data.train.name, recipe.data.license)[0]
+    terms = data_terms(data.train.name, recipe.data.license)[0]  # now: the start may have moved when the run ends
     license = finetuned_license(data.train.name, terms, start.backbone, recipe.network.encoder, where)
     world = world or join(device)
     generators = torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else [])
