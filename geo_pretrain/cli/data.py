@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from geo_pretrain.cli.labels import MARKS, TASK_HELP, check_labels, preview_labels
 from geo_pretrain.cli.options import (
     DATA_HELP,
     FRAMES_HELP,
@@ -28,8 +29,6 @@ from geo_pretrain.targets import PICTURES
 if TYPE_CHECKING:
     from geo_pretrain.training.data.check.report import Report
 
-MARKS = {"ok": "[green]ok[/]", "unknown": "[dim]?[/]", "doubtful": "[yellow]doubtful[/]", "wrong": "[bold red]WRONG[/]"}
-
 data_app = typer.Typer(help="Check, preview and convert data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
@@ -42,21 +41,30 @@ def data_check(
     overlap: Annotated[str, typer.Option(help="Range of the overlap of pairs, for their expected number.")] = "0.3:1",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    task: Annotated[str | None, typer.Option(help=TASK_HELP)] = None,
 ) -> None:
-    """Tell in seconds what is wrong with a data source, which options mend it, and draw a picture to look at.
+    """Tell what is wrong with a data source, which options mend it, and draw a picture to look at.
 
-    Some frames are projected into each other under every direction and axes of poses and many units of depth; edges of
-    depth are laid on edges of color. Exit code 1: something is surely wrong.
+    Labelled images and clouds: every file is read, all that cannot be used is listed, with the share of each class.
+
+    RGB-D, in seconds: some frames are projected into each other under every direction and axes of poses and many units
+    of depth; edges of depth are laid on edges of color. Exit code 1: something is surely wrong.
 
     Example: `geo-pretrain data check seven_scenes:PATH -o check.png`
 
     With the options that it suggests: `geo-pretrain data check scannet:PATH --set data.options.depth_scale=5000`
+
+    Your own images with labels: `geo-pretrain data check folder:PATH`
     """
+    from geo_pretrain.training.data.check.labelled import labelled_task
     from geo_pretrain.training.data.check.report import Level
     from geo_pretrain.training.data.check.source import check_source
     from geo_pretrain.training.data.sources.registry import open_source
     from geo_pretrain.training.visualize.check import draw_check
 
+    if (labels := labelled_task(*_parts(data), task)) is not None:
+        check_labels(data, labels, out, set_, as_json)
+        return
     small = data == "rooms" and not any(s.startswith("data.options") for s in set_)  # instead of the full set
     spec = data_spec(data, frames, [*(["data.options={scenes: 2, frames: 12}"] if small else []), *set_], overlap)
     with progress(not as_json) as report_progress:
@@ -71,6 +79,12 @@ def data_check(
         _show_check(report, drawn)
     if report.level == Level.WRONG:
         raise typer.Exit(1)
+
+
+def _parts(data: str) -> tuple[str, str | None]:
+    """Source and path of SOURCE:PATH."""
+    source, _, path = data.partition(":")
+    return source, path or None
 
 
 def _show_check(report: Report, drawn: Path | None) -> None:
@@ -96,16 +110,21 @@ def data_preview(
     k_thresh: Annotated[float, typer.Option(help="Of segments: how much a surface may turn inside of one.")] = 0.01,
     min_vertices: Annotated[int, typer.Option(help="Of segments: smaller ones are joined to a neighbor.")] = 20,
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006
+    task: Annotated[str | None, typer.Option(help=TASK_HELP)] = None,
 ) -> None:
-    """Draw frames of a data source: color, depth and labels; or the geometric sets of its scenes.
+    """Draw frames of a data source: color, depth and labels; or its geometric sets; or labelled images.
 
     Example: `geo-pretrain data preview rooms -o rooms.png`
 
     Sets: `geo-pretrain data preview scannet:PATH --sets --scenes 1 -o sets.png`
     """
+    from geo_pretrain.training.data.check.labelled import labelled_task
     from geo_pretrain.training.data.sources.registry import open_source
     from geo_pretrain.training.visualize.preview import contact_sheet, sets_sheet
 
+    if (labels := labelled_task(*_parts(data), task)) is not None:
+        preview_labels(data, labels, out, set_, rows=scenes)
+        return
     small = data == "rooms" and not any(s.startswith("data.options") for s in set_)  # instead of the full set
     options = [f"data.options={{scenes: {scenes}, frames: 12}}"] if small else []
     spec = data_spec(data, None, [*options, *set_])

@@ -1,15 +1,24 @@
-"""Tables of what labels in files are, as commands print them."""
+"""Labelled data on the command line: what labels are, before training, and the check of a data set."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from geo_pretrain.cli.shared import console, escape, print_table
+import typer
+
+from geo_pretrain.cli.options import options_of
+from geo_pretrain.cli.shared import console, escape, print_table, progress
 
 if TYPE_CHECKING:
+    from geo_pretrain.training.data.check.labelled import LabelledReport
     from geo_pretrain.training.data.labelled.shares import LabelTable
 
 MOST_ROWS = 60  # of a table before training
+MOST_FAULTS = 50  # that are printed; --json has all
+MARKS = {"ok": "[green]ok[/]", "unknown": "[dim]?[/]", "doubtful": "[yellow]doubtful[/]", "wrong": "[bold red]WRONG[/]"}
+TASK_HELP = "Of labelled data: segmentation, detection, segmentation3d, ...; default: what the folder holds."
 
 
 def show_labels(table: LabelTable) -> None:
@@ -22,3 +31,57 @@ def show_labels(table: LabelTable) -> None:
         console.print(f"and {len(cells) - MOST_ROWS} more: geo-pretrain data check shows all", highlight=False)
     for note in table.notes():
         console.print(f"[yellow]{escape(note)}", soft_wrap=True, highlight=False)
+
+
+def data_set_options(set_: list[str]) -> dict[str, Any]:
+    """Convert `--set data.options.KEY=VALUE`s to options of a labelled data set."""
+    prefix = "data.options."
+    for text in set_:
+        if not text.startswith(prefix):
+            raise typer.BadParameter(f"--set {text!r}; accepted for labelled data: --set {prefix}KEY=VALUE.")
+    return options_of([text.removeprefix(prefix) for text in set_]) or {}
+
+
+def check_labels(data: str, task: Any, out: Path, set_: list[str], as_json: bool) -> None:
+    """Check labelled data, print what was found, and draw some of it. Exit code 1: something is wrong."""
+    from geo_pretrain.training.data.check.labelled import check_labelled
+    from geo_pretrain.training.data.check.report import Level
+    from geo_pretrain.training.visualize.labelled import draw_labelled
+
+    source, _, path = data.partition(":")
+    with progress(not as_json) as report_progress:
+        report = check_labelled(source, path or None, task, data_set_options(set_), report_progress)
+    drawn = out if draw_labelled(report.opened, out) else None
+    if as_json:
+        typer.echo(json.dumps(report.to_dict() | {"picture": None if drawn is None else str(drawn)}))
+    else:
+        _show_report(report, drawn)
+    if report.level == Level.WRONG:
+        raise typer.Exit(1)
+
+
+def preview_labels(data: str, task: Any, out: Path, set_: list[str], rows: int) -> None:
+    """Draw some labelled images."""
+    from geo_pretrain.errors import DataError
+    from geo_pretrain.training.data.labelled.registry import open_labelled
+    from geo_pretrain.training.visualize.labelled import draw_labelled
+
+    source, _, path = data.partition(":")
+    opened = open_labelled(source, Path(path) if path else None, "train", task=task, options=data_set_options(set_))
+    if not draw_labelled({"train": opened}, out, rows=rows):
+        raise DataError(f"{data}: no image with labels to draw. Clouds: geo-pretrain visualize points --data {data}.")
+    console.print(f"Wrote {out}", soft_wrap=True, markup=False)
+
+
+def _show_report(report: LabelledReport, drawn: Path | None) -> None:
+    if report.tables:
+        print_table(("id", "class", *report.tables), report.rows())
+    for finding in report.findings:
+        mark = MARKS[finding.level.name.lower()]
+        console.print(f"{escape(finding.topic)}: {mark} {escape(finding.text)}", soft_wrap=True, highlight=False)
+    for file, reason in list(report.faults.items())[:MOST_FAULTS]:
+        console.print(f"  {escape(file)}: {escape(reason)}", soft_wrap=True, highlight=False)
+    if len(report.faults) > MOST_FAULTS:
+        console.print(f"  and {len(report.faults) - MOST_FAULTS} more: --json lists all", highlight=False)
+    if drawn is not None:
+        console.print(f"Wrote {escape(str(drawn))}", soft_wrap=True, highlight=False)

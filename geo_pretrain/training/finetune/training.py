@@ -88,7 +88,9 @@ class Finetuning(RecipeTask):
         for batch in super().batches(start):
             if isinstance(batch, DataError):
                 thing = "cloud" if self.task.skips_broken else "image"
-                raise DataError(f"A training {thing} cannot be used: {batch}")
+                source, path = self.recipe.data.source, self.recipe.data.path
+                line = "" if path is None else f" All at once: geo-pretrain data check {source}:{path}"
+                raise DataError(f"A training {thing} cannot be used: {str(batch).rstrip('.')}.{line}")
             for name in ("skipped", "dropped") if isinstance(batch, dict) else ():
                 if found := batch.pop(name, None):
                     self._remarks[name] = self._remarks[name] + found if name in self._remarks else found

@@ -101,9 +101,9 @@ def draw_detections(
         present |= {int(c) for c in (*objects.classes, *found)}
         pictures.append(
             [
-                _cell(image),
-                _with_objects(image, objects.boxes, colors[objects.classes], objects.masks),
-                _with_objects(image, detections.boxes[shown], colors[found], masks, texts),
+                picture_of(image),
+                with_objects(image, objects.boxes, colors[objects.classes], objects.masks),
+                with_objects(image, detections.boxes[shown], colors[found], masks, texts),
             ]
         )
         captions.append(["", f"{len(objects)} objects", f"{int(shown.sum())} found with score {DRAWN_SCORE:g} and up"])
@@ -113,21 +113,21 @@ def draw_detections(
     save_grid(panels, captions, ["image", "truth", "found"], legend, path)
 
 
-def _cell(pixels: np.ndarray) -> Image.Image:
+def picture_of(pixels: np.ndarray, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
     """Resize an image so that its longer side fills a cell."""
     scale = CELL / max(pixels.shape[:2])
     height, width = (round(side * scale) for side in pixels.shape[:2])
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray(pixels).resize((width, height), resampling)
 
 
-def _with_objects(
+def with_objects(
     pixels: np.ndarray, boxes: np.ndarray, colors: np.ndarray, masks: np.ndarray | None, texts: Sequence[str] = ()
 ) -> Image.Image:
     """Tint masks and outline boxes in their colors, with a text at each."""
     tinted = pixels.astype(np.float32)
     for mask, color in zip(masks if masks is not None else (), colors, strict=masks is not None):
         tinted[mask] = 0.5 * tinted[mask] + 0.5 * color
-    picture = _cell(tinted.round().astype(np.uint8))
+    picture = picture_of(tinted.round().astype(np.uint8))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
     for k, (box, color) in enumerate(zip(boxes, colors, strict=True)):
         ink = tuple(int(v) for v in color)

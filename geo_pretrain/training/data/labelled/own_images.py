@@ -173,6 +173,19 @@ def images_below(folder: Path) -> list[Path]:
     return found
 
 
+def stray_files(root: Path, split: str, options: OwnOptions) -> tuple[list[Path], list[Path]]:
+    """The images of a split without a label file, and the label files without an image. Raises `DataError`."""
+    folder = image_folder(root, split, options)
+    labels, every = _label_folder(root, split, folder, options), images_below(folder)
+    listed = root / f"{split}.txt"
+    own = _listed(folder, listed) if listed.is_file() and not folder.is_relative_to(root / split) else every
+    expected = {_label_of(path, folder, labels, options) for path in every}
+    return (
+        [path for path in own if not _label_of(path, folder, labels, options).is_file()],
+        sorted(path for path in labels.rglob("*.png") if path not in expected and not path.name.startswith(".")),
+    )
+
+
 def share_out(names: Sequence[str], share: float, seed: int) -> set[str]:
     """Choose the names that validate: the nearest to `share` of them, by a digest of `seed` and the name.
 
