@@ -100,7 +100,7 @@ def eval_awareness(
 
 def _show(results: Awareness, out: Path | None, as_json: bool) -> None:
     """Write tables and curves into a folder, print the best layers or all as JSON."""
-    from geo_pretrain.training.evaluation.awareness.report import best_tables, setting, write_report
+    from geo_pretrain.training.evaluation.awareness.report import best_tables, setting, verdicts, write_report
 
     command = shlex.join(["geo-pretrain", *sys.argv[1:]])
     if out is not None:
@@ -114,6 +114,8 @@ def _show(results: Awareness, out: Path | None, as_json: bool) -> None:
     console.print(escape(setting(results)), highlight=False, soft_wrap=True)
     for title, head, rows in best_tables(results):
         print_table(head, rows, title=title)
+    for line in verdicts(results):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     if out is not None:
         console.print(f"All layers and curves: {escape(str(out))}", highlight=False, soft_wrap=True)
 

@@ -143,10 +143,12 @@ def _show_table(plan: Any) -> None:
 
 
 def _show_results(results: dict[str, Any], out: Path) -> None:
-    from geo_pretrain.training.bench.report import HEAD, table
+    from geo_pretrain.training.bench.report import HEAD, table, verdicts
     from geo_pretrain.training.bench.run import RESULTS
 
     print_table(HEAD, table(results), title="in %, mean ± deviation over seeds")
+    for line in verdicts(results):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     console.print(f"Results: {out / RESULTS}", soft_wrap=True, highlight=False, markup=False)
 
 

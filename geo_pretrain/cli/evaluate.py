@@ -213,8 +213,25 @@ def _show_probes(
         for probe, result in found.items()
     ]
     print_table(("weights", "probe", "mIoU", f"{unit} accuracy"), rows)
+    for line in _probe_verdicts(results):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     for broken, reason in skipped.items():
         console.print(f"[yellow]Skipped {escape(broken)}: {escape(reason)}", highlight=False, soft_wrap=True)
+
+
+def _probe_verdicts(results: Mapping[str, Mapping[str, ProbeResult]]) -> list[str]:
+    """What the backbone, the last of the rows, has above each control."""
+    from geo_pretrain.training.evaluation.features import RANDOM
+    from geo_pretrain.training.evaluation.verdict import over_seeds, sentence
+
+    *controls, name = results
+    hint = "Other --seed values tell how far chance moves it."
+    return [
+        f"{probe}: " + sentence(name, "random weights" if c == RANDOM else c, over_seeds([r.miou], [other.miou]), hint)
+        for probe, r in results[name].items()
+        for c in controls
+        if (other := results[c].get(probe)) is not None
+    ]
 
 
 @eval_app.command("folds")
@@ -240,10 +257,17 @@ def eval_folds(
     rows += [("pooled", folds.pooled), ("mean of the folds", mean)]
     shown = [(name, *(f"{scores[key]:.1%}" for key in names)) for name, scores in rows]
     print_table((f"fold ({folds.level})", "mIoU", "mAcc", "accuracy"), shown)
+    console.print(
+        f"Cite the pooled {folds.pooled[names[0]]:.1%}; the folds lie "
+        f"{100 * (max(s[names[0]] for s in folds.each) - min(s[names[0]] for s in folds.each)):.1f} points apart.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as_json: bool) -> None:
     from geo_pretrain.training.evaluation.features import RANDOM
+    from geo_pretrain.training.evaluation.verdict import sentence
 
     random = results.get(RANDOM)
     gains = {name: r.above(random) for name, r in results.items() if random is not None and r is not random}
@@ -257,8 +281,12 @@ def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as
         for name, r in results.items()
     ]
     print_table(("weights", measure, "chance", "pairs", "queries"), rows)
+    hint = "More --pairs tell."
     for name, gain in gains.items():
-        console.print(f"{escape(name)} above random weights, in points: {gain}", highlight=False, soft_wrap=True)
+        console.print(escape(sentence(name, "random weights", gain, hint)), highlight=False, soft_wrap=True)
+    if gains:
+        text = "Next: `geo-pretrain eval probe` and `geo-pretrain finetune` show whether labels gain from it, too."
+        console.print(text, highlight=False, soft_wrap=True)
     print_skips(skips)
 
 

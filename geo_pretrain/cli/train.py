@@ -272,7 +272,7 @@ def _show_left_out(lines: Iterable[str]) -> None:
 
 
 def _show_sweep(result: SweepResult, out: Path, as_json: bool) -> None:
-    from geo_pretrain.training.finetune.report import table_rows, write_report
+    from geo_pretrain.training.finetune.report import table_rows, verdicts, write_report
 
     paths = write_report(result, out)
     if as_json:
@@ -280,6 +280,8 @@ def _show_sweep(result: SweepResult, out: Path, as_json: bool) -> None:
         return
     head, *rows = table_rows(result)
     print_table(head, rows)
+    for line in verdicts(result):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     _show_left_out(result.left_out)
     for path in paths.values():
         console.print(f"Wrote {path}", soft_wrap=True, highlight=False, markup=False)

@@ -12,6 +12,7 @@ from geo_pretrain.cards.markdown import table as markdown_table
 from geo_pretrain.training.bench.plan import BenchSpec, Row
 from geo_pretrain.training.config import plain_types
 from geo_pretrain.training.evaluation.metrics import Spread
+from geo_pretrain.training.evaluation.verdict import over_seeds
 
 MEASURES = ("matching", "probe", "finetuned")
 HEAD = ("task", "matching recall", "linear-probe mIoU", "fine-tuned mIoU", "training")
@@ -66,6 +67,25 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
         seeds = ", ".join(why)
         lines.append([task, *[f"failed (seed {seeds})"] * 3, next(iter(why.values()))])
     lines += [[task, *["not available"] * 3, why] for task, why in results["not available"].items()]
+    return lines
+
+
+def verdicts(results: Mapping[str, Any]) -> list[str]:
+    """A sentence for each group and measure: which tasks are above random weights beyond chance."""
+    lines = []
+    for group in results["groups"].values():
+        for measure, title in zip(MEASURES, HEAD[1:4], strict=True):
+            gains = {
+                task: over_seeds(row[measure], group["random"][measure])
+                for task, row in group["tasks"].items()
+                if row["seeds"] == group["random"]["seeds"]
+            }
+            sure = [task for task, gain in gains.items() if gain.low > 0]
+            below = [task for task, gain in gains.items() if gain.high < 0]
+            text = f"above random weights beyond chance: {', '.join(sure) or 'none'}"
+            if gains and len(results["seeds"]) == 1:
+                text = "one seed, so chance is not judged; give more --seed"
+            lines.append(f"{group['kind']}, {title}: {text}{'; below: ' * bool(below)}{', '.join(below)}.")
     return lines
 
 

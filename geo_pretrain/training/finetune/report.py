@@ -7,7 +7,9 @@ from pathlib import Path
 
 from geo_pretrain.errors import require
 from geo_pretrain.training.data.labelled.registry import data_terms
+from geo_pretrain.training.evaluation.verdict import of_starts
 from geo_pretrain.training.finetune.sweep import SweepResult
+from geo_pretrain.training.networks import SCRATCH
 from geo_pretrain.training.visualize.curves import draw_curves, percent, shown
 
 TEXTS = {
@@ -40,7 +42,7 @@ def markdown(result: SweepResult, *, figure: str | None = None) -> str:
     lines = [f"# {result.recipe.name}: {text} against share of data", ""]
     if figure is not None:
         lines += [f"![{text} against share of the training images]({figure})", ""]
-    lines += table(result)
+    lines += [*table(result), "", *verdicts(result)]
     license, terms = data_terms(result.recipe.data.source, result.recipe.data.license)
     counts = ", ".join(f"{percent(f)}: {count}" for f, count in sorted(result.images.items()))
     lines += [
@@ -84,6 +86,16 @@ def table(result: SweepResult) -> list[str]:
             cells = [f"*{100 * rows[f].value:.1f}*" if f in rows else "" for f in shares]
             lines.append(f"| *{shown(name)}: {tables}* | {' | '.join(cells)} |")
     return lines
+
+
+def verdicts(result: SweepResult) -> list[str]:
+    """A sentence for each share of data: the best start beside random weights."""
+    measured, _ = result.by_start()
+    lines = []
+    for share in sorted({point.fraction for point in result.points}):
+        scores = {shown(name): spreads[share] for name, spreads in measured.items() if share in spreads}
+        lines.append(of_starts(scores, shown(SCRATCH), f"{percent(share)} of the data: "))
+    return [line for line in lines if line] or ["Add -b scratch: without it nobody knows what pre-training brought."]
 
 
 def table_rows(result: SweepResult) -> list[tuple[str, ...]]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from geo_pretrain.files import write_text
-from geo_pretrain.training.evaluation.awareness.run import Awareness
+from geo_pretrain.training.evaluation.awareness.run import INPUT_2D, INPUT_3D, LEADS, Awareness
+from geo_pretrain.training.evaluation.verdict import of_starts
 
 RESULTS, PAGE = "awareness.json", "awareness.md"
 TITLES = {
@@ -31,6 +32,23 @@ def best_tables(results: Awareness) -> list[Table]:
     return [_table(results, measure, every_layer=False) for measure in measures_of(results)]
 
 
+def verdicts(results: Awareness) -> list[str]:
+    """A sentence for each measure: the best backbone beside the best network with random weights."""
+    lines = []
+    for measure in measures_of(results):
+        means = {
+            name: results.spread(name, measure, results.best(name, measure), LEADS[measure])
+            for name, found in results.scores.items()
+            if measure in found and name != INPUT_2D and not name.startswith(INPUT_3D)
+        }
+        random = {name: spread for name, spread in means.items() if name.endswith(", random weights")}
+        if random and len(random) < len(means):
+            twin = max(random, key=lambda name: random[name].mean)
+            given = {name: spread for name, spread in means.items() if name not in random}
+            lines.append(of_starts({twin: random[twin]} | given, twin, f"{TITLES[measure]}: "))
+    return lines
+
+
 def layer_tables(results: Awareness) -> list[Table]:
     """A table for each measure: every layer of every backbone, the best one marked."""
     return [_table(results, measure, every_layer=True) for measure in measures_of(results)]
@@ -51,6 +69,8 @@ def page(results: Awareness, command: str = "") -> str:
         lines += [f"## {heading}", ""]
         for title, head, rows in tables:
             lines += [f"**{title}**", "", _row(head), _row(["---"] * len(head)), *map(_row, rows), ""]
+        if heading == "Best layers":
+            lines += [f"{line}\n" for line in verdicts(results)]
     return "\n".join(lines)
 
 

@@ -1,0 +1,63 @@
+"""One plain sentence under a table: is it better than the baseline, and beyond chance?
+
+Repetitions with the same seeds are compared pair by pair: the 95 % interval of the mean difference is Student's t.
+One seed has no interval, and the sentence says so.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from geo_pretrain.training.evaluation.metrics import Interval, Spread
+
+# Student's t for a two-sided interval of 95 %, by degrees of freedom; beyond them 1.96 is near enough
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 14: 2.145, 29: 2.045}
+MORE_SEEDS = "More seeds tell how far chance moves it."
+
+
+def over_seeds(ours: Sequence[float], baseline: Sequence[float]) -> Interval:
+    """The mean of `ours` - `baseline`, value by value, with its 95 % interval; infinite for one value.
+
+    >>> str(over_seeds([0.30, 0.34, 0.32], [0.20, 0.22, 0.21]))
+    '+11.0 (95 % interval +8.5 to +13.5, over 3 seeds)'
+    """
+    gains = [one - other for one, other in zip(ours, baseline, strict=True)]
+    mean, count = statistics.mean(gains), len(gains)
+    if count == 1:
+        return Interval(mean, -math.inf, math.inf, "1 seed")
+    t = T95[max(degrees for degrees in T95 if degrees <= count - 1)] if count <= 30 else 1.96
+    half = t * statistics.stdev(gains) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, f"{count} seeds")
+
+
+def sentence(name: str, baseline: str, gain: Interval, hint: str = MORE_SEEDS) -> str:
+    """Whether `name` is better than `baseline`, by an interval of the difference; `hint` follows where it is not told.
+
+    >>> print(sentence("runs/a", "random weights", Interval(0.1, 0.05, 0.15, "scenes")))
+    runs/a is better than random weights by 10.0 points, beyond chance (95 % interval +5.0 to +15.0, over scenes).
+    """
+    points = f"{100 * abs(gain.mean):.1f} points"
+    if math.isinf(gain.high):
+        side = "above" if gain.mean > 0 else "below"
+        return f"{name} is {points} {side} {baseline}, in one seed. {hint}"
+    interval = f"95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}, over {gain.over}"
+    if gain.low > 0:
+        return f"{name} is better than {baseline} by {points}, beyond chance ({interval})."
+    if gain.high < 0:
+        return f"{name} is worse than {baseline} by {points}, beyond chance ({interval})."
+    return f"{name} and {baseline} do not differ beyond chance: {100 * gain.mean:+.1f} points ({interval}). {hint}"
+
+
+def of_starts(scores: Mapping[str, Spread], baseline: str, what: str = "") -> str:
+    """The best of several starts beside the baseline; nothing where that was not run with the same seeds."""
+    others = {name: spread for name, spread in scores.items() if name != baseline}
+    if baseline not in scores or not others:
+        return ""
+    best = max(others, key=lambda name: others[name].mean)
+    ours, theirs = others[best].values, scores[baseline].values
+    if len(ours) != len(theirs):
+        counts = f"it has {len(ours)} seeds and {baseline} {len(theirs)}"
+        return f"{what}{best} is highest; {counts}, so chance is not judged."
+    return what + sentence(best, baseline, over_seeds(ours, theirs))
