@@ -2,8 +2,7 @@
 
     python -m benchmarks.demo            (about a quarter of an hour on two cores)
 
-Writes benchmarks/results/demo.json. Every start gets every learning rate, so none is favored by the one that the
-demo uses.
+Writes benchmarks/results/demo.json. Every start gets every learning rate, so none is favored.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from geo_pretrain.rooms import CLASSES
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.demo import RECIPE, SEEDS, THRESHOLD, labelled_frames, untrained, validation_spec
+from geo_pretrain.training.demo import RECIPE, THRESHOLD, labelled_frames, untrained, validation_spec
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.features import ImageExtractor
 from geo_pretrain.training.evaluation.matching import evaluate_matching
@@ -29,6 +28,7 @@ from geo_pretrain.training.pretrain import train
 from geo_pretrain.training.recipe import load_recipe
 
 LEARNING_RATES = (0.02, 0.05, 0.1)
+SEEDS = (0, 1, 2)
 
 
 def main() -> None:

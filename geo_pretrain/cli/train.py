@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
@@ -48,32 +49,35 @@ LENGTH_HELP = "Optimizer steps, instead of the recipe's length; milestones and w
 SMALL_HELP = "Sizes for a CPU, about ten minutes on two cores: 250 steps of 4 at 120x160; data as given."
 TOY_HELP = "To see that it runs, a minute or two: 200 steps of 4 at 72x96; on small rooms unless --data is given."
 RELEASED_HELP = "Reproduce the accidents of the released protocol."
+NO_FINETUNING = "--finetune-steps changes nothing: the demo fine-tunes no more; see `geo-pretrain finetune`."
 
 
 @app.command()
 def demo(
     out: Annotated[Path, folder_option("Folder for figures, report, checkpoint.", *OUT)] = Path("demo"),
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006 (typer copies it)
-    finetune_steps: Annotated[int, typer.Option(help="Steps of each fine-tuning run.")] = 100,
+    finetune_steps: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Run the demo, minutes on a CPU: rooms, pre-training, load_backbone, matching, segmentation.
+    """Run the demo, minutes on a CPU: rooms, pre-training, load_backbone, matching.
 
     Example: `geo-pretrain demo --out demo`
     """
-    from geo_pretrain.training.demo import run_demo, table_rows, what_next
-    from geo_pretrain.training.finetune.in_memory import FinetuneSpec
+    from geo_pretrain.training.demo import run_demo, table_rows, verdict, what_next
 
+    if finetune_steps is not None:
+        warnings.warn(NO_FINETUNING, FutureWarning, stacklevel=1)
     start = time.monotonic()
     with progress() as report:
-        result = run_demo(out, overrides=set_, finetuning=FinetuneSpec(steps=finetune_steps), report=report)
+        result = run_demo(out, overrides=set_, report=report)
     table = Table("", "without", "with pre-training", title="Does geometry help? (mean ± spread)")
     for row in table_rows(result):
         table.add_row(*row)
     console.print(table)
+    console.print(verdict(result), soft_wrap=True, markup=False, highlight=False)
     console.print(
         f"Checkpoint: {result.folder}   (load_backbone({str(result.folder)!r}))", soft_wrap=True, markup=False
     )
-    console.print(f"Pictures:   {out / 'matches.png'}, {out / 'segmentation.png'}, {out / 'report.html'}", markup=False)
+    console.print(f"Pictures:   {out / 'matches.png'}, {out / 'report.html'}", markup=False)
     console.print(f"Took {time.monotonic() - start:.0f} s.")
     console.print("\n".join(["What next:", *what_next(result.folder)]), soft_wrap=True, markup=False, highlight=False)
 
