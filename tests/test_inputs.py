@@ -324,3 +324,5 @@ def test_sparse_tensors_into_networks():
         with pytest.raises(InputError, match=said):
             run(network, given)
     assert len(run(network, SparseTensor(coords, feats))) == 9
+    with pytest.raises(InputError, match=r"coords are a numpy array int32 \(9, 4\); accepted: a tensor"):
+        SparseTensor(coords.numpy(), feats.numpy())

@@ -7,7 +7,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from geo_pretrain.errors import renamed
+from geo_pretrain.errors import InputError, renamed
+from geo_pretrain.inputs import described
 from geo_pretrain.sparse.coordinates import unique_rows
 from geo_pretrain.sparse.maps import CoordinateManager, CoordinateMap, has_duplicates, morton_order
 
@@ -189,34 +190,38 @@ def _check_together(tensors: tuple[SparseTensor, ...]) -> None:
 
 
 def _check(coords: Tensor, feats: Tensor, stride: int) -> None:
+    for name, given in (("coords", coords), ("feats", feats)):
+        if not isinstance(given, Tensor):
+            line = "SparseTensor(torch.as_tensor(coords), torch.as_tensor(feats)) for arrays, or encode_points(points)"
+            raise InputError(f"{name} are {described(given)}; accepted: a tensor. {line}.")
     if coords.ndim != 2 or coords.shape[1] != 4:
-        raise ValueError(f"coords are {tuple(coords.shape)}; accepted: [N, 4] with rows (batch, x, y, z).")
+        raise InputError(f"coords are {tuple(coords.shape)}; accepted: [N, 4] with rows (batch, x, y, z).")
     if coords.dtype != torch.int32:
         hint = "voxelize(points, feats, voxel_size) makes them from meters" if coords.is_floating_point() else ".int()"
-        raise ValueError(f"coords are {coords.dtype}; accepted: torch.int32 ({hint}).")
+        raise InputError(f"coords are {coords.dtype}; accepted: torch.int32 ({hint}).")
     if feats.ndim != 2 or len(feats) != len(coords) or not feats.is_floating_point():
-        raise ValueError(
+        raise InputError(
             f"feats are {feats.dtype} {tuple(feats.shape)}; accepted: floating point [N, C] with N = {len(coords)}."
         )
     if feats.device != coords.device:
-        raise ValueError(f"coords are on {coords.device}, feats on {feats.device}; accepted: one device.")
+        raise InputError(f"coords are on {coords.device}, feats on {feats.device}; accepted: one device.")
     if not len(coords):
-        raise ValueError("A sparse tensor needs at least one voxel; got none.")
+        raise InputError("A sparse tensor needs at least one voxel; got none.")
     if not isinstance(stride, int) or stride < 1:
-        raise ValueError(f"stride is {stride!r}; accepted: whole numbers from 1 up.")
+        raise InputError(f"stride is {stride!r}; accepted: whole numbers from 1 up.")
     if stride > 1 and (coords[:, 1:] % stride != 0).any():
-        raise ValueError(f"coords at stride {stride} must be multiples of it; coords * stride turns cell numbers so.")
+        raise InputError(f"coords at stride {stride} must be multiples of it; coords * stride turns cell numbers so.")
     _check_batches(coords[:, 0])
 
 
 def _check_batches(batch: Tensor) -> None:
     low, high = int(batch.min()), int(batch.max())
     if low < 0:
-        raise ValueError(f"Batch numbers (the first column of coords) begin at {low}; accepted: 0, 1, 2, ...")
+        raise InputError(f"Batch numbers (the first column of coords) begin at {low}; accepted: 0, 1, 2, ...")
     if high >= len(batch) or not bool(batch.bincount(minlength=high + 1).all()):
         numbers = set(batch.unique().tolist())
         missing = next(number for number in range(high + 1) if number not in numbers)
-        raise ValueError(
+        raise InputError(
             f"Batch element {missing} of {high + 1} has no voxels; accepted: every number from 0 to {high} occurs. "
             "Is the batch number the first column?"
         )
