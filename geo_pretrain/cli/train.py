@@ -56,7 +56,7 @@ NO_FINETUNING = "--finetune-steps changes nothing: the demo fine-tunes no more; 
 def demo(
     out: Annotated[Path, folder_option("Folder for figures, report, checkpoint.", *OUT)] = Path("demo"),
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006 (typer copies it)
-    finetune_steps: Annotated[int | None, typer.Option(hidden=True)] = None,
+    finetune_steps: Annotated[int | None, typer.Option(help="Changes nothing any more.")] = None,
 ) -> None:
     """Run the demo, minutes on a CPU: rooms, pre-training, load_backbone, matching.
 

@@ -141,6 +141,8 @@ def evaluate_matching(
         chances.append(matches.chance)
         scenes.append(pair.scene)
         total += len(matches.error)
+    if progress is not None:
+        progress(len(pairs), len(pairs))
     if not recalls:
         raise DataError(f"No pair of source {source.name!r} could be evaluated.\n{skips.summary()}")
     return MatchingResult(
