@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from geo_pretrain.catalog import backbone_info, list_backbones
-from geo_pretrain.catalog.entry import READY
+from geo_pretrain.catalog.entry import HOW, READY
+from geo_pretrain.catalog.lengths import LENGTHS
 from geo_pretrain.errors import UnknownName
 from geo_pretrain.hub.cache import names_here
 
@@ -63,8 +64,12 @@ def catalog_rows(names: Iterable[str]) -> list[dict[str, str]]:
 
 
 def catalog_lines(names: Iterable[str]) -> str:
-    """One line a backbone, in 80 columns: its name, license, and how to get it."""
-    rows = [(row["name"], row["license"].removeprefix("LicenseRef-"), row["how"]) for row in catalog_rows(names)]
+    """One line a backbone, in 80 columns: its name, license, and how to get it; of recipes their length."""
+    rows = []
+    for row in catalog_rows(names):
+        trained = row["how"] == HOW["regenerable"] and row["name"] in LENGTHS
+        how = f"train: {LENGTHS[row['name']]}" if trained else row["how"]
+        rows.append((row["name"], row["license"].removeprefix("LicenseRef-"), how))
     return columns([COLUMNS, *rows])
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from geo_pretrain import cli
 from geo_pretrain.advice import INPUTS, TASKS, answer, ranking, recommend
+from geo_pretrain.advice.lengths import LENGTHS, lengths_text
 from geo_pretrain.advice.page import ANSWERS, OTHERS, alternatives_table, answers_table
 from geo_pretrain.advice.questions import Question, license_words
 from geo_pretrain.cards.front_matter import task_of
@@ -21,6 +22,7 @@ from geo_pretrain.catalog.alternatives import ALTERNATIVES
 from geo_pretrain.catalog.entry import File, Result
 from geo_pretrain.catalog.license import PERMISSIVE
 from geo_pretrain.errors import UnknownName
+from geo_pretrain.listing import catalog_lines
 from geo_pretrain.training.recipe import load_recipe
 from geo_pretrain.training.tasks import TASKS as PRETEXT_TASKS
 from geo_pretrain.training.tasks.clouds import CloudPairs
@@ -252,3 +254,12 @@ def test_licenses_in_words():
     assert Question("segmentation", "rgb", "non-commercial").allows("MIT")
     assert not Question("segmentation", "rgb", "non-commercial").allows("LicenseRef-unstated")
     assert len({other.name for other in ALTERNATIVES}) == len(ALTERNATIVES)
+
+
+def test_lengths_of_recipes_are_fresh_and_listed():
+    """What `list` says of recipes is what they hold."""
+    root = Path(__file__).parents[1]
+    assert (root / LENGTHS).read_text(encoding="utf-8") == lengths_text(), "run make cards"
+    assert '"ppkt_srunet34": "60k steps of 24"' in lengths_text()  # PPKT, 4.1
+    (line,) = (line for line in catalog_lines(["ppkt_srunet34"]).splitlines() if line.startswith("ppkt"))
+    assert line.endswith("train: 60k steps of 24")
