@@ -69,7 +69,7 @@ def data_check(
     spec = data_spec(data, frames, [*(["data.options={scenes: 2, frames: 12}"] if small else []), *set_], overlap)
     with progress(not as_json) as report_progress:
         source = open_source(spec, progress=report_progress.stage("rendering rooms"))
-    report = check_source(source, spec)
+        report = check_source(source, spec, progress=report_progress.stage("checking"))
     drawn = out if report.sample.frames else None
     if drawn is not None:
         draw_check(report, drawn)

@@ -16,6 +16,7 @@ from typing import Any
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.files import write_sealed
+from geo_pretrain.progress import Lines
 from geo_pretrain.training.bench.measure import measure
 from geo_pretrain.training.bench.plan import BenchSpec, base_data
 from geo_pretrain.training.distributed import join
@@ -23,8 +24,6 @@ from geo_pretrain.training.pretrain import is_trained, run_recipe
 from geo_pretrain.training.recipe import STAGE1, Recipe, load_recipe
 from geo_pretrain.training.runs import Interrupted
 from geo_pretrain.training.tasks import build_task
-
-SHOWN = 10.0  # seconds between progress lines
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,7 @@ def twin_key(folder: Path) -> str:
 
 
 def _train(recipe: Recipe, folder: Path, job: Job) -> None:
-    last = [0.0]
-
-    def report(stage: str, done: int, total: int, detail: str) -> None:
-        if done == total or time.monotonic() - last[0] > SHOWN:
-            last[0] = time.monotonic()
-            _say(f"{stage}: {done}/{total} {detail}".rstrip())
-
-    run_recipe(recipe, folder, join(job.device), starts=job.starts(), report=report)
+    run_recipe(recipe, folder, join(job.device), starts=job.starts(), report=Lines(_say))
 
 
 def _training_facts(recipe: Recipe, folder: Path, job: Job) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -19,15 +19,25 @@ from geo_pretrain.training.data.mining_jobs import estimate
 from geo_pretrain.training.recipe import DataSpec
 
 COMPARED = 12  # frames whose edges are compared
+PARTS = 4  # of a check, for its progress
 
 
-def check_source(source: Source, spec: DataSpec) -> Report:
-    """Check the frames of a source: conventions, units, registration, order and sharpness."""
+def check_source(
+    source: Source, spec: DataSpec, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Report:
+    """Check the frames of a source: conventions, units, registration, order and sharpness.
+
+    `progress` is called after each of `PARTS` parts: frames read, conventions, registration, all others.
+    """
+    progress(0, PARTS)
     sample = load_sample(source, FULL)
+    progress(1, PARTS)
     if not sample.frames:
         return Report(spec, (findings.of_frames(sample),), sample)
     fits = _fits(sample)
+    progress(2, PARTS)
     registration = find_registration(_of_one_size(sample))
+    progress(3, PARTS)
     found = (
         findings.of_frames(sample),
         findings.of_intrinsics(sample.frames),
@@ -39,6 +49,7 @@ def check_source(source: Source, spec: DataSpec) -> Report:
         findings.of_blur(sample.frames),
         _expected_pairs(source, spec, fits, sample.frames),
     )
+    progress(PARTS, PARTS)
     return Report(spec, found, sample, fits, registration)
 
 
