@@ -436,6 +436,10 @@ def test_check_of_a_recording_with_inverse_poses(tmp_path, recording, tiny_recip
         (["info", "pri3d_viewgeo_r50"], ["Unknown backbone", "pri3d_view_geo_r50"]),
         (["train", "pri3d_veiw_r18", "--out", "x"], ["Unknown recipe", "pri3d_view_r18"]),
         (["train", "pri3d_view_r18", "--out", "x", "--set", "optim.lrr=1"], ["optim.lrr", "optim.lr"]),
+        (
+            ["train", "pointcontrast_nce_srunet34", "--out", "x", "--set", "data.cloud.voxel_size=0.05"],
+            ["unknown key 'data.cloud'", "Of that name there is 'unet3d.voxel_size'"],
+        ),
         (["train", "pri3d_view_r18", "--out", "x", "--data", "kitchen:x"], ["Unknown data source", "Closest"]),
         (["eval", "matching", "no_such_backbone"], ["no_such_backbone"]),
         (["eval", "probe", "no_such_backbone"], ["no_such_backbone"]),

@@ -28,6 +28,9 @@ app.add_typer(cache_app, name="cache")
 
 LIST_WIDTH = 400  # more than any row: names and folders are copied from lists, so none is cut
 HUB_HELP = "Where to look first: a folder, an http(s) URL or hf:ORGANISATION; default: GEO_PRETRAIN_HUB."
+TO_HELP = (
+    "Format to write; for images: torchvision, timm, detectron2, mmlab; for points: me05, me04, spconv, torchsparse."
+)
 NAME_HELP = "A catalog name, a checkpoint folder or hf-hub:OWNER/REPO."
 
 
@@ -225,7 +228,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="An authors' file (with --from), or a name or folder (with --to).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder (--from) or file (--to) to write.")],
     from_: Annotated[str | None, typer.Option("--from", help="Format of the authors' file, such as pri3d.")] = None,
-    to: Annotated[str | None, typer.Option("--to", help="Format to write, such as detectron2.")] = None,
+    to: Annotated[str | None, typer.Option("--to", help=TO_HELP)] = None,
     name: Annotated[str | None, typer.Option(help="With --from: name of the new checkpoint.")] = None,
     like: Annotated[str | None, typer.Option(help="With --from: the catalog entry to imitate; default: NAME.")] = None,
     hub: Annotated[str | None, typer.Option(help=HUB_HELP)] = None,

@@ -15,6 +15,11 @@ from geo_pretrain.targets import ONNX
 if TYPE_CHECKING:
     from geo_pretrain.adapters.onnx import OnnxReport
 
+CLOUDS = (
+    "ONNX has no sparse convolutions. For MinkowskiEngine or spconv: geo-pretrain convert {0} --to me05|spconv --out "
+    "FILE; without them the package runs on any CPU: gp.{1}({0!r})."
+)
+LOADER = "load_backbone"
 SOURCE_HELP = "The folder of a fine-tuning run; or a catalog name, a checkpoint folder, hf-hub:OWNER/REPO."
 
 
@@ -59,12 +64,18 @@ def _finetuned(source: str, path: Path) -> OnnxReport:
     from geo_pretrain.contract import ImageContract
     from geo_pretrain.errors import CheckpointError
     from geo_pretrain.training.finetune.load import load_finetuned
+    from geo_pretrain.training.finetune_recipe import POINT_KINDS
 
     network = load_finetuned(source)
     if network.recipe.task != "segmentation" or not isinstance(network.contract, ImageContract):
+        in_3d = network.recipe.network.kind in POINT_KINDS
+        hint = (
+            CLOUDS.format(source, "load_finetuned")
+            if in_3d
+            else "Boxes are chosen in loops, which ONNX has not. --backbone gives the encoder."
+        )
         raise CheckpointError(
-            f"{source!r} is {network.recipe.task}; accepted: segmentation of images, or a backbone for images. Boxes "
-            "are chosen in loops, clouds looked up in hash tables, which ONNX has not. --backbone gives the encoder."
+            f"{source!r} is {network.recipe.task}; accepted: segmentation of images, or a backbone for images. {hint}"
         )
     return export_onnx(
         network,
@@ -86,6 +97,6 @@ def _backbone(source: str, path: Path, decoder: bool, hub: str | None) -> OnnxRe
 
     network = load_backbone(source, decoder=decoder, hub=hub)
     if not isinstance(network.contract, ImageContract):
-        raise CheckpointError(f"{source!r} is a network for clouds; ONNX has no sparse convolutions. Accepted: images.")
+        raise CheckpointError(f"{source!r} is a network for clouds; accepted: images. {CLOUDS.format(source, LOADER)}")
     names = ["features"] if decoder else [f"stride{info['reduction']}" for info in network.feature_info]
     return export_onnx(network, network.contract, path, names=names, facts={"name": str(network.name)})

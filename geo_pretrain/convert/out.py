@@ -93,7 +93,10 @@ def write_export(format: str, checkpoint: Checkpoint, out: Path | str, *, overwr
 def format_of(name: str) -> OutFormat:
     """A format of `OUT_FORMATS`. Raises `UnknownName` with the nearest ones."""
     if name not in OUT_FORMATS:
-        raise unknown("format to write", name, OUT_FORMATS)
+        said = name.lower()
+        meant = [key for key, format in OUT_FORMATS.items() if said and said in format.text.lower()]
+        hint = f"Accepted: {', '.join(f'{key} ({format.text})' for key, format in OUT_FORMATS.items())}."
+        raise unknown("format to write", name, meant or OUT_FORMATS, hint)
     return OUT_FORMATS[name]
 
 

@@ -223,6 +223,7 @@ class _Parser:
         self.problems = list(problems)
         self.doubtful: set[str] = set()  # keys whose value was replaced, so that later checks of it mean nothing
         self.causes: list[GeoPretrainError] = []  # errors that functions in `also` raised
+        self.root: type | None = None  # what the whole file is
 
     def note(self, text: str, *keys: str) -> None:
         self.problems.append(Problem(keys, text))
@@ -250,12 +251,13 @@ class _Parser:
             if not name:
                 return _filled(kind, {})
             tree = {}
+        self.root = kind if self.root is None and not prefix else self.root
         hints = type_hints(kind)
         fields = {f.name: f for f in dataclasses.fields(kind) if f.metadata != OTHER_KEYS}
         others = [f.name for f in dataclasses.fields(kind) if f.metadata == OTHER_KEYS]
         unknown = {key: value for key, value in tree.items() if key not in fields}
         for key in unknown if not others else ():
-            self._note_unknown(str(key), list(fields), prefix)
+            self._note_unknown(str(key), list(fields), prefix, unknown[key])
         values: dict[str, Any] = dict.fromkeys(others, unknown)
         for name, f in fields.items():
             if name in tree:
@@ -320,12 +322,31 @@ class _Parser:
         self.note(f"'{key}' is {_shown(value)}, accepted is {accepted}.{hint}", key)
         return _BAD
 
-    def _note_unknown(self, key: str, accepted: Sequence[str], prefix: str) -> None:
+    def _note_unknown(self, key: str, accepted: Sequence[str], prefix: str, value: object) -> None:
+        leaf = key
+        while isinstance(value, Mapping) and value:
+            leaf, value = next(iter(value.items()))
+        elsewhere = [] if self.root is None else _places(self.root, str(leaf))
         closest = ", ".join(repr(prefix + name) for name in nearest(key, accepted, 1))
         known = f"Closest: {closest}. Accepted: {', '.join(accepted)}" if accepted else "There are none here"
-        self.note(f"unknown key '{prefix}{key}'. {known}.", prefix + key)
+        same = f" Of that name there is {', '.join(map(repr, elsewhere))}." if elsewhere else ""
+        self.note(f"unknown key '{prefix}{key}'. {known}.{same}", prefix + key)
         # The key that was probably meant must not be reported as missing or out of range.
         self.doubtful.update(prefix + name for name in difflib.get_close_matches(key, accepted, 1))
+
+
+def _places(kind: type, leaf: str, prefix: str = "", deep: int = 3) -> list[str]:
+    """The keys of a schema, up to `deep` sections down, whose last part is `leaf`."""
+    found = []
+    for name, hint in type_hints(kind).items():
+        sections = [
+            one for one in (hint, *typing.get_args(hint)) if isinstance(one, type) and dataclasses.is_dataclass(one)
+        ]
+        if name == leaf and not sections:
+            found.append(prefix + name)
+        for section in sections if deep else ():
+            found += _places(section, leaf, f"{prefix}{name}.", deep - 1)
+    return found
 
 
 def _filled(kind: type, values: Mapping[str, Any]) -> object:

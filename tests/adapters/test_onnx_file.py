@@ -64,6 +64,7 @@ def test_what_cannot_be_written_says_why(tmp_path):
     to = str(tmp_path / "x.onnx")
     ended = geo_pretrain("export", str(tmp_path / "tiny_net_srunet34"), "--onnx", to, expected=1)
     assert "ONNX has no sparse convolutions" in ended.errors
+    assert "tiny_net_srunet34 --to me05|spconv --out FILE" in ended.errors
     assert "names that end in .onnx" in geo_pretrain("export", "x", "--onnx", "x.pt", expected=2).errors
     assert (
         "no folder"

@@ -387,7 +387,8 @@ def test_a_file_where_a_folder_should_be_is_told(light, tmp_path: Path):
 @pytest.mark.parametrize(
     "format, kind, error, message",
     [
-        ("mmsegmentation", "2d", UnknownName, "Unknown format to write 'mmsegmentation'. Closest: "),
+        ("mmsegmentation", "2d", UnknownName, "Unknown format to write 'mmsegmentation'. Closest: 'mmlab'"),
+        ("minkowski", "3d", UnknownName, r"Closest: 'me04', 'me05'. Accepted: torchvision .*spconv \(spconv 2.2"),
         (
             "me05",
             "2d",

@@ -61,7 +61,11 @@ class CloudTask(FinetuneTask):
         self.inputs = cloud_input(self.cloud, contract, start.backbone)
         self.contract = self.inputs.contract
         if self.inputs.differs:
-            warnings.warn(f"Input: {self.inputs.choice}.", stacklevel=2)
+            warnings.warn(
+                f"Input: {self.inputs.choice}. Its first layer has not seen such features and has to learn them from "
+                "your labels; --set data.cloud.features=contract keeps those of the pre-training.",
+                stacklevel=2,
+            )
         limited = self.cloud.labelled_points
         self.labelled = None if limited is None else LabelledPoints.of(limited, recipe.data.fraction_seed)
         self.training_cloud = self.cloud

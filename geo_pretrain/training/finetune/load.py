@@ -45,7 +45,8 @@ def load_finetuned(
     """Load a fine-tuned network: the folder that `geo-pretrain finetune` wrote, or one that was published.
 
     The result is a module in evaluation mode. `.predict(image)` takes what is at hand: a path, a PIL image, uint8
-    [H, W, 3], or a list of them; a network for points takes a path of a cloud or a `LabelledCloud`. `.classes` names
+    [H, W, 3], or a list of them; a network for points takes a path, [N, 3] or
+    [N, 6] (x y z red green blue), {"points": [N, 3], "colors": [N, 3]} or a `LabelledCloud`. `.classes` names
     the labels 1..C, `.transforms` makes the network's input, `.contract` says what that is.
 
     Args:

@@ -15,6 +15,7 @@ from geo_pretrain.errors import DataError, InputError
 from geo_pretrain.inputs import described, to_points
 from geo_pretrain.training.data.files import points_fault, read_photo
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.files import array_columns, cloud_of_columns
 from geo_pretrain.training.finetune.as_checkpoint import image_contract
 from geo_pretrain.training.finetune.cloud_files import CloudFile, cloud_fields
 from geo_pretrain.training.finetune.clouds import CloudTask
@@ -23,7 +24,11 @@ from geo_pretrain.training.finetune.segmentation import Segmentation
 from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
 
-CLOUDS = "the path of a PLY, npy, npz or LAS file, a LabelledCloud, or float [N, 3] in meters, z up"
+CLOUDS = (
+    "the path of a PLY, npy, npz or LAS file, a LabelledCloud, float [N, 3] in meters, z up, [N, 6] with red, green "
+    "and blue behind them, or both by name: {'points': points, 'colors': colors}"
+)
+POINTS = Path("points")  # of arrays, in messages
 
 
 class FinetunedNetwork(nn.Module):
@@ -150,9 +155,18 @@ class FinetunedNetwork(nn.Module):
             return item
         if isinstance(item, str | os.PathLike):
             return CloudFile(Path(item), cloud_fields(self.recipe, None)).load()
+        if isinstance(item, Mapping):
+            return cloud_of_columns(POINTS, {str(name): np.asarray(_array(value)) for name, value in item.items()})
         if not isinstance(item, Tensor | np.ndarray):
             raise InputError(f"Got {described(item)}; accepted: {CLOUDS}.")
-        points = to_points(item, "predict").detach().cpu().numpy()
+        array = _array(item)
+        colored = array.ndim == 2 and array.shape[1] == 6
+        points = to_points(array[:, :3] if colored else item, "predict").detach().cpu().numpy()
         if (fault := points_fault(points)) is not None:
             raise DataError(f"Points to predict on: {fault}.")
-        return LabelledCloud("points", points.astype(np.float32), None, None)
+        columns = np.column_stack([points, array[:, 3:]]) if colored else points
+        return cloud_of_columns(POINTS, array_columns(POINTS, columns))
+
+
+def _array(value: Any) -> Any:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +40,9 @@ MESH = "_vh_clean_2"  # of ScanNet's scans: scene0707_00_vh_clean_2.ply
 INDEX, CLASSES, PICTURE = "predictions.json", "classes.txt", "predictions.png"
 DETECTIONS = "detections.json"  # all boxes and masks in COCO's format
 FORMAT = 1
+ASIDE, LISTS = (".json", ".yaml", ".yml", ".md", ""), ("classes.txt", "train.txt", "val.txt", "test.txt")
+TEXT_CLOUDS = {".txt", ".xyz", ".asc", ".csv"}
+OTHER_CLOUDS = {".pcd", ".e57", ".pts", ".ptx", ".obj", ".stl", ".off"}
 
 
 @dataclass(frozen=True)
@@ -255,7 +259,10 @@ def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[st
     accepted, what = (CLOUD_SUFFIXES, "clouds") if in_3d else (IMAGE_SUFFIXES, "images")
     wrong = [path.name for path in files if not path.is_dir() and path.suffix.lower() not in accepted]
     if wrong:
-        raise DataError(f"{some(wrong)}: the network is for {what}; accepted: files that end in {', '.join(accepted)}.")
+        raise DataError(
+            f"{some(wrong)}: the network is for {what}; accepted: files that end in {', '.join(accepted)}."
+            f"{_conversion(wrong, accepted)}"
+        )
     fields = cloud_fields(recipe, options) if in_3d else CloudFields()
     for path, id in _named(files, accepted, what):
         if in_3d:
@@ -265,15 +272,30 @@ def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[st
             yield Item(file_stem(id), partial(read_photo, path), file=path.name)
 
 
+def _conversion(names: Sequence[str], accepted: Sequence[str]) -> str:
+    """How clouds in other formats are brought into one that is read, after a space; "" for others."""
+    ending = {Path(name).suffix.lower(): name for name in names} if ".ply" in accepted else {}
+    for suffix in ending.keys() & TEXT_CLOUDS:
+        name = ending[suffix]
+        return f" Columns of numbers: numpy.save({f'{Path(name).stem}.npy'!r}, numpy.loadtxt({name!r}))."
+    return " CloudCompare and MeshLab save them as PLY." if ending.keys() & OTHER_CLOUDS else ""
+
+
 def _named(files: Sequence[Path], suffixes: Sequence[str], what: str) -> Iterator[tuple[Path, str]]:
     """Each file with the name of its results: its own, below a folder that was given its path there, without suffix."""
     for path in files:
         if not path.is_dir():
             yield path, path.stem
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+        there = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        inside = [p for p in there if p.suffix.lower() in suffixes]
+        others = [p.name for p in there if p.suffix.lower() not in (*suffixes, *ASIDE) and p.name not in LISTS]
+        hint = _conversion(others, suffixes)
         if not inside:
-            raise DataError(f"No {what} ({', '.join(suffixes)}) in {str(path)!r}.")
+            raise DataError(f"No {what} ({', '.join(suffixes)}) in {str(path)!r}.{hint}")
+        if others:
+            left = f"{path}: left alone, because only {', '.join(suffixes)} are read: {some(others)}.{hint}"
+            warnings.warn(left, stacklevel=2)
         for one in inside:
             yield one, one.relative_to(path).with_suffix("").as_posix()
 

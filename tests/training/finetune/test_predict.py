@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from geo_pretrain.errors import DataError, RecipeError, UnknownName
+from geo_pretrain.errors import BadFrame, DataError, InputError, RecipeError, UnknownName
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D
 from geo_pretrain.training.data.labelled.clouds.files import CloudFields
 from geo_pretrain.training.data.surfaces.ply import read_ply, write_ply
@@ -20,6 +20,7 @@ from geo_pretrain.training.evaluation.coco import Detections
 from geo_pretrain.training.evaluation.predictions import CloudClass, Detections3D, PointInstances, PointLabels
 from geo_pretrain.training.finetune import predict as predicting
 from geo_pretrain.training.finetune.cloud_files import CloudFile
+from geo_pretrain.training.finetune.load import load_finetuned
 from geo_pretrain.training.finetune.predict import predict
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune.written import Place, cloud_columns, file_stem, write_prediction
@@ -135,6 +136,39 @@ def test_a_file_without_the_colors_that_a_network_takes_is_left_out(run, tmp_pat
     found = predict(run, tmp_path / "out", files=[tmp_path / "b.npy", tmp_path / "a.ply"], draw=0)
     assert [item["name"] for item in found.items] == ["a"]
     assert "neither colors nor remission; the network takes 'R'" in found.skipped[0]["reason"]
+    assert "predict: --option color=NAME" in found.skipped[0]["reason"]
+
+
+def test_files_that_are_not_read_are_told_with_the_way_to_read_them(run, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    save(folder / "a.npz", painted(5))
+    for name in ("b.xyz", "c.pcd", "classes.txt", "notes.md"):
+        (folder / name).write_text("0 0 0\n")
+    with pytest.warns(UserWarning, match=r"left alone.*: b\.xyz, c\.pcd\. .*numpy\.loadtxt\('b\.xyz'\)"):
+        assert len(predict(run, tmp_path / "out", files=[folder]).items) == 1
+    with pytest.raises(DataError, match=r"b\.xyz: the network is for clouds; .*numpy\.save\('b\.npy', numpy\.loadtxt"):
+        predict(run, tmp_path / "out", files=[folder / "b.xyz"])
+    (folder / "a.npz").unlink()
+    (folder / "b.xyz").unlink()
+    with pytest.raises(DataError, match=r"No clouds .* CloudCompare and MeshLab save them as PLY"):
+        predict(run, tmp_path / "out", files=[folder])
+
+
+def test_arrays_with_colors_are_predicted_on_as_files_are(run, tmp_path):
+    cloud, network = painted(5), load_finetuned(run)
+    wanted = network.predict(save(tmp_path / "a.ply", cloud))
+    apart = {"points": torch.from_numpy(cloud.points), "colors": cloud.colors / 255}
+    joined = np.concatenate([cloud.points, cloud.colors], 1)
+    for found in network.predict([apart, joined, torch.from_numpy(joined)]):
+        np.testing.assert_array_equal(found.labels, wanted.labels)
+        np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-6)
+    with pytest.raises(InputError, match=r"\[N, 6\] with red, .*'colors': colors"):
+        network.predict(3)
+    with pytest.raises(BadFrame, match="Python: {'points'"):
+        network.predict(cloud.points)
+    with pytest.raises(BadFrame, match="color has 399 rows, the points have 400"):
+        network.predict({"points": cloud.points, "colors": cloud.colors[1:]})
 
 
 def test_own_clouds_of_a_data_set_come_back_in_their_files_frame(run, tmp_path):

@@ -25,7 +25,12 @@ from geo_pretrain.training.data.samples import cloud_augment as steps
 
 RGB = ("R", "G", "B")
 WIDE = 100.0  # m; rooms in centimeters are wider
-WAYS_OUT = "accepted: data.cloud.features=ones, or a network that was pre-trained on what the data have"
+# How to name fields, and how to do without them; predicting cannot: the network is trained by then.
+WAYS_OUT = (
+    "fields of other names are the options color and intensity (finetune: --set data.options.color=NAME, predict: "
+    "--option color=NAME; Python: {'points': ..., 'colors': ...}). Without any: fine-tune with "
+    "--set data.cloud.features=ones"
+)
 
 
 @dataclass(frozen=True)

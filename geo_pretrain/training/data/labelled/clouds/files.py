@@ -80,7 +80,20 @@ def read_cloud(
             is none of `classes`; with path and reason.
         MissingDependency: LAS without the library laspy.
     """
-    file = _File(Path(path), file_columns(path, fields))
+    return cloud_of_columns(path, file_columns(path, fields), fields, classes, need=need, id=id)
+
+
+def cloud_of_columns(
+    path: Path,
+    columns: Columns,
+    fields: CloudFields = CloudFields(),
+    classes: FileClasses | None = None,
+    *,
+    need: Collection[str] = (),
+    id: str | None = None,
+) -> LabelledCloud:
+    """Make a cloud of the columns of a file, or of arrays by name; see `read_cloud`. `path` names it in errors."""
+    file = _File(Path(path), columns)
     points = file.points() * fields.scale
     if (fault := points_fault(points, _FARTHEST)) is not None:
         raise BadFrame(file.path, fault)
@@ -154,6 +167,11 @@ def _npy_columns(path: Path, fields: CloudFields) -> Columns:
     with loaded_arrays(path) as array:
         if not isinstance(array, np.ndarray):
             raise BadFrame(path, "is an archive of arrays; its name ends in .npz")
+    return array_columns(path, array, fields)
+
+
+def array_columns(path: Path, array: np.ndarray, fields: CloudFields = CloudFields()) -> Columns:
+    """The columns of an array: named ones, or [N, K] by the option `columns` or their usual meaning (`PLAIN`)."""
     if array.dtype.names:
         return {name: array[name] for name in array.dtype.names}
     if array.ndim != 2:
