@@ -165,7 +165,7 @@ def test_arrays_with_colors_are_predicted_on_as_files_are(run, tmp_path):
         np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-6)
     with pytest.raises(InputError, match=r"\[N, 6\] with red, .*'colors': colors"):
         network.predict(3)
-    with pytest.raises(BadFrame, match="Python: {'points'"):
+    with pytest.raises(BadFrame, match=r"Python: \{'points'"):
         network.predict(cloud.points)
     with pytest.raises(BadFrame, match="color has 399 rows, the points have 400"):
         network.predict({"points": cloud.points, "colors": cloud.colors[1:]})
