@@ -6,6 +6,7 @@ import difflib
 import importlib
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -94,6 +95,12 @@ def unknown(kind: str, name: str, options: Iterable[str], hint: str = "") -> Unk
     """Build the error for an unknown `kind` (such as "backbone"), which names the three nearest options."""
     closest = ", ".join(repr(option) for option in nearest(name, options))
     return UnknownName(f"Unknown {kind} {name!r}. Closest: {closest}." + (f" {hint}" if hint else ""))
+
+
+def path_without_source(name: str, source: str) -> str:
+    """What to say of a `--data` that is a path without a source: the line that was meant; "" for a plain name."""
+    is_path = name.startswith((".", "~")) or any(sign in name for sign in "/\\") or Path(name).exists()
+    return f"{name!r} is a path, and --data is SOURCE:PATH. Did you mean --data {source}:{name}?" if is_path else ""
 
 
 def some(texts: Iterable[str], count: int = 3) -> str:

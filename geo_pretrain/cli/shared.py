@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape as escape_markup
-from rich.table import Table
+from rich.table import Column, Table
 
 from geo_pretrain import __version__
 from geo_pretrain.errors import GeoPretrainError
@@ -76,8 +76,8 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 
 def print_table(head: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None) -> None:
-    """Print a table without lines; cells are texts, not markup."""
-    table = Table(*head, box=None, title=title)
+    """Print a table without lines; cells are texts, not markup. Where it is too narrow, cells are folded, not cut."""
+    table = Table(*(Column(one, overflow="fold") for one in head), box=None, title=title)
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from geo_pretrain.cli.completion import backbone_names, downstream_recipe_names, recipe_names
-from geo_pretrain.cli.labels import show_labels
+from geo_pretrain.cli.labels import MOST_ROWS, show_labels
 from geo_pretrain.cli.options import (
     DATA_HELP,
     FRAMES_HELP,
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from geo_pretrain.training.finetune_recipe import FinetuneRecipe
     from geo_pretrain.training.recipe import DataSpec
 
+OWN_DATA = ("folder", "clouds")  # labelled data that no paper has measured
+PREDICTIONS = "predictions.png"
 FRACTION_HELP = "Share of the training images, whole scenes; default: the recipe's."
 SEED_HELP = "Seed of sample order, augmentation and new weights; default: the recipe's."
 DOWNSTREAM_HELP = "A downstream recipe's name or the path of a .yaml file."
@@ -257,15 +259,20 @@ def _number_or_path(text: str) -> str:
 
 
 def _show_result(result: FinetuneResult, as_json: bool) -> None:
-    from geo_pretrain.training.finetune.folder import result_rows
+    from geo_pretrain.training.finetune.folder import class_rows, result_rows
 
     if as_json:
         typer.echo(json.dumps(result.data, default=str))
         return
     rows = result_rows([result])
     print_table(rows[0], (row.values() for row in rows))
-    for quirk, what in result.data.get("quirks", {}).items():
-        console.print(f"{escape(quirk)}: {escape(what)}", highlight=False, soft_wrap=True)
+    what, classes = class_rows(result)
+    if 0 < len(classes) <= MOST_ROWS:
+        print_table(("class", f"{what} (%)"), classes)
+    if result.data["data"]["source"] not in OWN_DATA:  # there is no paper to compare with
+        for quirk, done in result.data.get("quirks", {}).items():
+            console.print(f"{escape(quirk)}: {escape(done)}", highlight=False, soft_wrap=True)
+    console.print(f"Pictures of some predictions: {result.folder / PREDICTIONS}", soft_wrap=True, markup=False)
     _show_left_out(result.left_out())
     console.print(f"Results: {result.folder}", soft_wrap=True, highlight=False, markup=False)
 

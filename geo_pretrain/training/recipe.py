@@ -321,7 +321,12 @@ def load_recipe(
     settings; see `config.parse`. Raises `UnknownName`, and `RecipeError` that names every mistake in the file and the
     overrides.
     """
-    return _draft(name, toy=toy, small=small).override(overrides, OWNERS).parse(Recipe, also)
+    overrides = list(overrides)
+    draft = _draft(name, toy=toy, small=small)
+    keys = {key: value for key, _, value in (text.partition("=") for text in overrides)}
+    if (toy or small) and is_timm(keys.get("model.encoder", "")) and isinstance(draft.tree.get("model"), dict):
+        draft.tree["model"].pop("width", None)  # the overlay's, which is not timm's
+    return draft.override(overrides, OWNERS).parse(Recipe, also)
 
 
 def load_stage1(

@@ -8,6 +8,7 @@ import re
 import pytest
 import yaml
 
+from geo_pretrain.backbones.encoder import HOST_WIDTH
 from geo_pretrain.errors import RecipeError, UnknownName
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.samples.sampler import total_steps
@@ -110,6 +111,11 @@ def test_small_sizes_keep_task_and_data_of_any_recipe():
     view = load_recipe("pri3d_view_r18", small=True)
     assert (view.name, view.task["temperature"], view.task["matches"]) == ("pri3d_view_r18.small", 0.1, 1024)
     assert (view.optim.batch, view.optim.steps, view.optim.lr) == (4, 250, 0.03)  # as the help of --small says
+
+
+def test_an_encoder_of_timm_that_is_asked_for_has_its_own_width_under_toy():
+    assert load_recipe("pri3d_view_r18", ["model.encoder=timm/efficientnet_lite0"], toy=True).model.width == HOST_WIDTH
+    assert load_recipe("pri3d_view_r18", toy=True).model.width < HOST_WIDTH
 
 
 @pytest.mark.parametrize(

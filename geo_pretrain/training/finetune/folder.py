@@ -80,6 +80,17 @@ def read_result(folder: Path) -> FinetuneResult:
         raise CheckpointError(f"{path}: not a result of fine-tuning ({error!r}).") from None
 
 
+def class_rows(result: FinetuneResult) -> tuple[str, list[tuple[str, str]]]:
+    """What is measured of each class, such as "iou", and rows of class and value in percent; no rows: nothing is.
+
+    The measure is that of the score: IoU for mIoU. A class that does not occur has "-".
+    """
+    measured: dict[str, dict[str, float | None]] = result.data[result.uses]["per_class"]
+    what = next((name for name in ("iou", result.metric, *measured) if name in measured), "")
+    values = measured.get(what, {})
+    return what, [(name, "-" if value is None else f"{100 * value:.1f}") for name, value in values.items()]
+
+
 def result_rows(results: Iterable[FinetuneResult]) -> list[dict[str, str]]:
     """Rows of a table for people, one per result; column "table" names the evaluation to compare: last or best."""
     return [

@@ -34,10 +34,11 @@ from geo_pretrain.training.finetune.training import spread_ids
 from geo_pretrain.training.finetune.written import Item, Place, file_stem, write_prediction
 from geo_pretrain.training.finetune_recipe import POINT_KINDS, FinetuneRecipe
 from geo_pretrain.training.visualize.clouds import draw_clouds
+from geo_pretrain.training.visualize.labelled import draw_legend
 
 BENCHMARK = "benchmark"
 MESH = "_vh_clean_2"  # of ScanNet's scans: scene0707_00_vh_clean_2.ply
-INDEX, CLASSES, PICTURE = "predictions.json", "classes.txt", "predictions.png"
+INDEX, CLASSES, PICTURE, LEGEND = "predictions.json", "classes.txt", "predictions.png", "legend.png"
 DETECTIONS = "detections.json"  # all boxes and masks in COCO's format
 FORMAT = 1
 ASIDE, LISTS = (".json", ".yaml", ".yml", ".md", ""), ("classes.txt", "train.txt", "val.txt", "test.txt")
@@ -188,6 +189,7 @@ def _begin(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str]) 
     """Write what is known at the start: the index, too, so that a prediction that is cut off can be begun again."""
     found.folder.mkdir(parents=True, exist_ok=True)
     write_text(found.folder / CLASSES, "".join(f"{name}\n" for name in task.classes))
+    draw_legend(task.classes, found.colors, found.folder / LEGEND)
     _write_index(found, task, run)
 
 
@@ -258,6 +260,10 @@ def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[st
     in_3d = recipe.network.kind in POINT_KINDS
     accepted, what = (CLOUD_SUFFIXES, "clouds") if in_3d else (IMAGE_SUFFIXES, "images")
     wrong = [path.name for path in files if not path.is_dir() and path.suffix.lower() not in accepted]
+    missing = [repr(str(path)) for path in files if path.name in wrong and not path.exists()]
+    if missing:
+        ways = f"accepted: {what} ({', '.join(accepted)}) and folders of them"
+        raise DataError(f"{some(missing)} {'does' if len(missing) == 1 else 'do'} not exist; {ways}.")
     if wrong:
         raise DataError(
             f"{some(wrong)}: the network is for {what}; accepted: files that end in {', '.join(accepted)}."

@@ -45,7 +45,10 @@ def run(tmp_path_factory):
     length = ["--steps", 2, "--set", "data.license=CC-BY-4.0", "--out", root / "mine"]
     ended = geo_pretrain(*map(str, [*command, *length, *SMALL]))
     assert "Labels in all training files" in ended.output  # before training: id, class, share, files
-    assert ["7", "car", "12.5", "%", "5"] in [line.split() for line in ended.output.splitlines()]
+    lines = [line.split() for line in ended.output.splitlines()]
+    assert ["7", "car", "12.5", "%", "5"] in lines
+    assert ["class", "iou", "(%)"] in lines  # after it: the score of each class, and no remarks on papers
+    assert "mended" not in ended.output
     return root / "mine"
 
 
@@ -76,6 +79,11 @@ def test_a_folder_of_images_is_predicted_in_batches_as_one_by_one(run, tmp_path)
     assert np.array_equal(labels, found.labels)
     assert np.array_equal(colors.reshape(-1, 3), np.array(palette).reshape(-1, 3)[labels.reshape(-1)])
     assert (tmp_path / "out" / "classes.txt").read_text() == "sky\nroad\ncar\n"
+    with Image.open(tmp_path / "out" / "legend.png") as legend:
+        shown = {color for _, color in legend.convert("RGB").getcolors(1 << 20)}
+    assert {tuple(palette[3 * k : 3 * k + 3]) for k in (1, 2, 3)} <= shown
+    missing = geo_pretrain("predict", run, tmp_path / "nowhere", "-o", tmp_path / "none", expected=1)
+    assert "nowhere' does not exist; accepted: images (.png" in missing.errors
 
 
 def test_pictures_have_the_colors_of_the_data(tmp_path):
@@ -175,6 +183,8 @@ def test_wrong_lengths_licenses_backbones_and_devices_are_named(tmp_path):
     start = ["finetune", "folder_unet", "-b", "scratch", "--data", f"folder:{tmp_path}", "--out", str(tmp_path / "x")]
     both = geo_pretrain(*start, "--steps", "2", "--epochs", "1", expected=2).errors
     assert "accepted" in both
+    bare = [*start[:5], str(tmp_path), *start[6:]]
+    assert f"Did you mean --data folder:{tmp_path}?" in geo_pretrain(*bare, expected=1).errors
     assert "--epochs is 0" in geo_pretrain(*start, "--epochs", "0", expected=2).errors
     with pytest.raises(RecipeError, match=r"data\.license: Unknown license 'CC-BY'"):
         load_finetune_recipe("folder_unet", ["data.license=CC-BY"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from geo_pretrain.errors import DataError, RecipeError, some, unknown
+from geo_pretrain.errors import DataError, RecipeError, UnknownName, path_without_source, some, unknown
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.ade20k import open_ade20k
 from geo_pretrain.training.data.labelled.cityscapes import open_cityscapes
@@ -129,6 +129,9 @@ def open_labelled(
 def labelled_options(source: str, task: Task, options: Mapping[str, Any]) -> Any:
     """Parse the options of a data set without opening it. Raises `UnknownName`, `RecipeError`."""
     if source not in DATA_SETS:
+        own = "clouds" if task in {one for row in CLOUD_SETS.values() for one in row.tasks} else "folder"
+        if meant := path_without_source(source, own):
+            raise UnknownName(meant)
         raise unknown("labelled data set", source, list_labelled(), "Write SOURCE or SOURCE:PATH.")
     row = DATA_SETS[source]
     if task not in row.tasks:

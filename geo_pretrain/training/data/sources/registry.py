@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from geo_pretrain.errors import GeoPretrainError, RecipeError, UnknownName, unknown
+from geo_pretrain.errors import GeoPretrainError, RecipeError, UnknownName, path_without_source, unknown
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.frame import Frame, Noted, Source, SourcePart, capability
 from geo_pretrain.training.data.sources.arkitscenes import ArkitScenesOptions, open_arkitscenes
@@ -81,6 +81,8 @@ def _unknown_source(name: str) -> GeoPretrainError:
     """The error for a name that is no source of frames: it may be one of labelled data."""
     from geo_pretrain.training.data.labelled.registry import DATA_SETS
 
+    if meant := path_without_source(name, "folder"):
+        return UnknownName(meant)
     if name not in DATA_SETS:
         return unknown("data source", name, list_sources(), "Write SOURCE or SOURCE:PATH.")
     own = " (`visualize points` draws clouds, too)" if name == "clouds" else ""
