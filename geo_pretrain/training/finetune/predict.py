@@ -260,7 +260,8 @@ def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[st
     in_3d = recipe.network.kind in POINT_KINDS
     accepted, what = (CLOUD_SUFFIXES, "clouds") if in_3d else (IMAGE_SUFFIXES, "images")
     wrong = [path.name for path in files if not path.is_dir() and path.suffix.lower() not in accepted]
-    missing = [repr(str(path)) for path in files if path.name in wrong and not path.exists()]
+    kinds = (*CLOUD_SUFFIXES, *IMAGE_SUFFIXES)  # with one of these, that it is the other kind is what is wrong
+    missing = [repr(str(path)) for path in files if path.suffix.lower() not in kinds and not path.exists()]
     if missing:
         ways = f"accepted: {what} ({', '.join(accepted)}) and folders of them"
         raise DataError(f"{some(missing)} {'does' if len(missing) == 1 else 'do'} not exist; {ways}.")
