@@ -165,7 +165,7 @@ def test_matches_of_clouds_are_seen_by_their_cameras(tmp_path, cloud_folder, sou
 def test_pairs_are_of_some_scenes_spread_over_all(tmp_path, image_folder, monkeypatch):
     asked = []
     whole = SimpleNamespace(name="many", scenes=lambda: list("abcdef"), frame_ids=None, load=None, fingerprint=None)
-    monkeypatch.setattr(matches_module, "open_source", lambda spec, split: whole)
+    monkeypatch.setattr(matches_module, "prepare", lambda *_: whole)
     monkeypatch.setattr(matches_module, "find_pairs", lambda source, spec, **_: asked.append(source.scenes()) or [])
     for scene in (None, "d"):
         with pytest.raises(DataError, match="No pair of source 'many'"):
@@ -173,11 +173,11 @@ def test_pairs_are_of_some_scenes_spread_over_all(tmp_path, image_folder, monkey
     assert asked == [["a", "c", "f"], ["d"]]
 
 
-def test_voxels_that_rgbd_cannot_give_are_refused_before_any_data_is_looked_for(tmp_path):
+def test_voxels_that_rgbd_cannot_give_are_refused_before_rooms_are_rendered(tmp_path):
     contract = VoxelContract((0.1, 1.0, 0.1), ("intensity",) * 3, coordinates="cylindrical")
     folder = str(write_tiny_3d(tmp_path / "net", contract=contract, recipe_yaml=None).folder)
     with pytest.raises(CheckpointError, match="RGB-D frames give cubic voxels"):
-        visualize_matches(folder, DataSpec("seven_scenes", "no such folder"), tmp_path / "m.png")
+        visualize_matches(folder, DataSpec(), tmp_path / "m.png")  # rooms: not rendered
 
 
 def test_a_frame_without_features_is_left_out_of_all_columns(source):
