@@ -7,12 +7,13 @@ the display that is open by `of_bytes`.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from geo_pretrain.redact import safe
 from geo_pretrain.remaining import Remaining
@@ -23,6 +24,7 @@ LONG = 60.0  # seconds; longer work is announced
 BAR = 12  # cells
 NAME, LEAST = 22, 8  # columns that a shortened name keeps, and any shortened text
 
+T = TypeVar("T")
 Report = Callable[[str, int, int, str], None]  # stage, done, total, detail
 
 
@@ -74,7 +76,7 @@ class Display:
     """Stages of the work. This one is silent."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
+        self.clock, self.process = clock, os.getpid()
         self.states: dict[str, _State] = {}
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
@@ -154,8 +156,8 @@ _open: list[Display] = []
 @contextmanager
 def progress(show: bool = True) -> Iterator[Display]:
     """The display of this process: the one that is open, or a new one; with `show` false one that is silent."""
-    if _open and show:
-        yield _open[-1]
+    if show and (display := _current()) is not None:
+        yield display
         return
     with _display(show) as display:
         _open.append(display)
@@ -168,7 +170,7 @@ def progress(show: bool = True) -> Iterator[Display]:
 @contextmanager
 def of_bytes(title: str) -> Iterator[Stage | None]:
     """A stage of a transfer, which counts bytes; None where neither a command nor a terminal shows it."""
-    if not _open and not sys.stderr.isatty():
+    if _current() is None and not sys.stderr.isatty():
         yield None
         return
     with progress() as display:
@@ -186,6 +188,25 @@ def tell(text: str) -> None:
 def is_shown() -> bool:
     """Whether a command shows its progress."""
     return bool(_open)
+
+
+def shown_items(items: Iterable[T], name: str, detail: str, total: int) -> Iterator[T]:
+    """The items, counted in a stage of the open display, if a command has opened one; `total`: at most so many."""
+    display = _current()
+    if display is None:
+        yield from items
+        return
+    stage = display.stage(name, detail)
+    stage(0, total)
+    for done, item in enumerate(items, 1):
+        yield item
+        stage(done, total)
+    stage(total, total)
+
+
+def _current() -> Display | None:
+    """The display that is open in this process; one that a parent had open is not for its forks."""
+    return _open[-1] if _open and _open[-1].process == os.getpid() else None
 
 
 def already(report: Callable[[int, int], None] | None, done: int, total: int) -> None:

@@ -252,3 +252,15 @@ def test_progress_does_not_mix_with_answers(capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "matching: 1/4, a\\x1b[2J, estimating...\n"
+
+
+def test_items_far_below_a_command_are_counted_in_its_display(capsys, monkeypatch):
+    with progress():
+        assert list(shown.shown_items("abc", "fusing surfaces", "room", 4)) == ["a", "b", "c"]
+        monkeypatch.setattr("os.getpid", lambda: -1)  # a fork of the process: silent
+        assert list(shown.shown_items("abc", "fusing surfaces", "room", 3)) == ["a", "b", "c"]
+        monkeypatch.undo()
+    assert capsys.readouterr().err.splitlines() == [
+        "fusing surfaces: 0/4, room, estimating...",
+        "fusing surfaces: 4/4, room, took 0 s",
+    ]

@@ -17,6 +17,7 @@ from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError
 from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.hub.cache import default_cache
+from geo_pretrain.progress import shown_items
 from geo_pretrain.rooms import SurfacePoints
 from geo_pretrain.sparse.coordinates import unique_rows
 from geo_pretrain.training.data.cache import cached_arrays
@@ -66,7 +67,9 @@ class Surfaces:
             self._fingerprint = self.source.fingerprint()
         key = hashlib.sha256(f"1\0{self._fingerprint}\0{scene}".encode()).hexdigest()[:16]
         path = (self.cache_dir or default_cache()) / "surfaces" / f"{self.source.name}-{key}.safetensors"
-        return cached_surface(path, lambda: fuse(readable_frames(self.source, scene, "fuse a surface from")))
+        frames = readable_frames(self.source, scene, "fuse a surface from")
+        count = len(self.source.frame_ids(scene))
+        return cached_surface(path, lambda: fuse(shown_items(frames, "fusing surfaces", scene, count)))
 
 
 def cached_surface(path: Path, make: Callable[[], Surface | SurfacePoints]) -> Surface:
