@@ -41,12 +41,13 @@ class _State:
     detail: str = ""
     shown: float | None = None  # when its latest line was written
     announced: bool = False
+    latest: float = 0.0  # time of the latest report
 
-    def line(self, now: float, width: int = WIDTH) -> str:
+    def line(self, width: int = WIDTH) -> str:
         """The stage as one line of at most `width` columns."""
         ended = self.total is not None and self.done >= self.total
         left = "" if self.total is None else rest_of(self.rest.seconds())
-        left = f"took {duration(now - self.began)}" if ended else left
+        left = f"took {duration(self.latest - self.began)}" if ended else left
         pace = self.rest.pace() if self.bytes and not ended else None
         detail = f"{1e-6 / pace:.1f} MB/s" if pace else self.detail
         return fitted(self.name, self.count(), detail, left, width)
@@ -92,7 +93,7 @@ class Display:
             state = _State(safe(stage.name), Remaining(self.clock), now, stage.bytes, announced=announced)
             self.states[stage.name] = state
             self.begin(state, before)
-        state.done, state.total, state.detail = done, total, safe(detail)
+        state.done, state.total, state.detail, state.latest = done, total, safe(detail), now
         state.rest.report(done, done if total is None else total, already=already)
         if not state.announced and (left := state.rest.seconds()) is not None:
             state.announced = True
@@ -127,7 +128,7 @@ class Lines(Display):
         interval = min(RARELY, max(INTERVAL, SHARE * (now - state.began)))
         if state.shown is None or ended or now - state.shown >= interval:
             state.shown = now
-            self.write(state.line(now))
+            self.write(state.line())
 
 
 class Bars(Display):
@@ -242,7 +243,7 @@ def _display(show: bool) -> Iterator[Display]:
         def render(self, task: Task) -> Text:
             width = min(console.width, 2 * WIDTH)
             bar = min(BAR, width // 6)
-            text = task.fields["state"].line(time.monotonic(), width - bar - 1)
+            text = task.fields["state"].line(width - bar - 1)
             full = 0 if not task.total else round(bar * min(1.0, task.completed / task.total))
             mark = "-" if console.options.ascii_only else "\u2501"
             return Text.assemble((mark * full, "green"), (mark * (bar - full), "bright_black"), " ", text, no_wrap=True)

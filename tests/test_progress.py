@@ -264,3 +264,14 @@ def test_items_far_below_a_command_are_counted_in_its_display(capsys, monkeypatc
         "fusing surfaces: 0/4, room, estimating...",
         "fusing surfaces: 4/4, room, took 0 s",
     ]
+
+
+def test_what_is_over_stays_as_long_as_it_took():
+    clock = Clock()
+    display = Display(clock)
+    stage = display.stage("matching")
+    stage(0, 2)
+    clock.now = 7
+    stage(2, 2)
+    clock.now = 50
+    assert display.states["matching"].line() == "matching: 2/2, took 7 s"
