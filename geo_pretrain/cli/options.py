@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from geo_pretrain.training.recipe import DataSpec
 
 DATA_HELP = (
-    "SOURCE or SOURCE:PATH, such as rooms, seven_scenes:PATH, scannet:PATH. A recipe's data.options hold for its own "
-    "source only."
+    "SOURCE or SOURCE:PATH, such as rooms, seven_scenes:PATH, scannet:PATH. Another source than the recipe's "
+    "does not take over the recipe's data.options."
 )
 FRAMES_HELP = "Part of each scene's frames in order of time, such as 0:0.75."
 SET_HELP = "KEY=VALUE in the recipe, such as optim.lr=0.05; may be repeated."
 OPTION_HELP = "KEY=VALUE: an option of the data set, or of cloud files, such as scale=0.001; may be repeated."
 TURN_HELP = "3D only: clouds as their camera sees them, or turned at random in full or upright (about the world's z)."
 LABELLED_HELP = (
-    "SOURCE or SOURCE:PATH of labelled images, such as rooms, scannet:PATH, nyuv2:PATH, coco:PATH. A recipe's "
-    "data.options hold for its own source only."
+    "SOURCE or SOURCE:PATH of labelled images (folder:PATH, rooms, scannet:PATH) or clouds (clouds:PATH, rooms3d, "
+    "s3dis:PATH). Another source than the recipe's does not take over the recipe's data.options."
 )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geo_pretrain import __version__
-from geo_pretrain.checkpoint import Checkpoint, read_weights, sha256
+from geo_pretrain.checkpoint import FINETUNED, Checkpoint, read_weights, sha256
 from geo_pretrain.convert import kernels
 from geo_pretrain.convert.detectron2 import to_detectron2
 from geo_pretrain.convert.keys import State
@@ -173,6 +173,9 @@ def _about(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _note(format: str, checkpoint: Checkpoint, out: Path, written: Path) -> dict[str, Any]:
     digest = {"file": out.name, "format": format, "size": written.stat().st_size, "sha256": sha256(written)}
+    classes = checkpoint.provenance.get(FINETUNED, {}).get("data", {}).get("classes", ())
+    if classes and checkpoint.arch.args.get("out_chans") == 1 + len(classes):
+        digest |= {"outputs": ["(no class)", *classes]}  # of a fine-tuned network for points
     return digest | _about(checkpoint) | {"provenance": dict(checkpoint.provenance), "finished": checkpoint.finished}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from geo_pretrain.catalog import Arch
-from geo_pretrain.checkpoint import Checkpoint
+from geo_pretrain.checkpoint import FINETUNED, Checkpoint
 from geo_pretrain.contract import ImageContract, contract_from_dict
 from geo_pretrain.convert.out import OUT_FORMATS, export_weights, write_export
 from geo_pretrain.errors import CheckpointError, DigestMismatch, UnknownName, WeightsMismatch
@@ -382,6 +383,14 @@ def test_a_file_where_a_folder_should_be_is_told(light, tmp_path: Path):
     (tmp_path / "folder").write_text("")
     with pytest.raises(CheckpointError, match=r"could not be written \((File exists|Not a directory)\)"):
         write_export("timm", light, tmp_path / "folder" / "r.pth")
+
+
+def test_columns_of_a_fine_tuned_network_for_points_are_named(unet, tmp_path: Path):
+    classes = [f"class {k}" for k in range(1, unet.arch.args["out_chans"])]
+    for given, named in ((classes, ["(no class)", *classes]), (classes[1:], None)):
+        tuned = dataclasses.replace(unet, provenance={FINETUNED: {"data": {"classes": given}}})
+        _, note = write_export("spconv", tuned, tmp_path / "net.pth", overwrite=True)
+        assert json.loads(note.read_text()).get("outputs") == named
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from geo_pretrain.training.visualize.results import DRAWN_SCORE
 
 NONE = (203, 207, 212)  # points without a label, and points of no object
 PALE = 0.55  # how far a cloud's colors fade behind boxes
+FEW = 25  # classes that a legend has room for
 MATCHED = 0.25  # IoU from which a found object has the color of the true one
 
 
@@ -46,10 +47,17 @@ def draw_clouds(
 def class_legend(
     rows: Iterable[tuple[LabelledCloud, CloudPrediction]], classes: Sequence[str]
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and colors of the classes that clouds and what was found in them show."""
-    present = sorted(set().union(*(_present(cloud, found) for cloud, found in rows)))
+    """Names and colors of the classes that clouds and what was found in them show; of few classes of points all.
+
+    A class that is nowhere found, although there, is seen that way.
+    """
+    rows = list(rows)
+    present: set[int] = set().union(*(_present(cloud, found) for cloud, found in rows))
+    if len(classes) <= FEW and any(isinstance(found, PointLabels) for _, found in rows):
+        present = set(range(1, len(classes) + 1))
+    shown = sorted(present)
     colors = class_colors(np.arange(len(classes) + 1))
-    return [(classes[c - 1], tuple(int(v) for v in colors[c])) for c in present]
+    return [(classes[c - 1], tuple(int(v) for v in colors[c])) for c in shown]
 
 
 def cloud_picture(cloud: LabelledCloud, found: CloudPrediction, classes: Sequence[str]) -> CloudPicture:

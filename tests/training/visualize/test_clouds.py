@@ -100,6 +100,18 @@ def test_captions_count_what_is_right():
         prediction_layers("chair", one, CLASSES)
 
 
+def test_legends_name_all_of_few_classes_also_those_that_are_nowhere_found():
+    bare = LabelledCloud("a", np.zeros((3, 3), np.float32), None, None)
+    found = PointLabels(np.array([2, 2, 2]), np.ones(3, np.float32))
+    assert [name for name, _ in clouds.class_legend([(bare, found)], ("floor", "wall", "door"))] == [
+        "floor",
+        "wall",
+        "door",
+    ]
+    many = [str(number) for number in range(1, 41)]
+    assert [name for name, _ in clouds.class_legend([(bare, found)], many)] == ["2"]
+
+
 def test_a_cloud_without_colors_is_gray_by_intensity_or_colored_by_height():
     one = replace(cloud(), colors=None)
     height = cloud_colors(one)
