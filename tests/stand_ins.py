@@ -53,7 +53,7 @@ def small(words: Sequence[str]) -> list[str]:
     if name == "finetune":
         clouds = words[1].startswith(("clouds", "scannet3d"))  # the recipe
         name += " toy" if "--toy" in words else " clouds" if clouds else ""
-    labelled = words[0] in ("finetune", "predict")
+    labelled = words[0] in ("finetune", "predict") or "--task" in words
     stand_ins = {
         "folder:PATH": "folder:images" if labelled else "folder:frames",
         "folder:MORE": "folder:images",
@@ -99,8 +99,7 @@ def write_images(folder: Path) -> None:
             Image.fromarray(room["color"][number]).save(folder / split / "images" / f"{number}.jpg")
             labels = room["semantic"][number].astype(np.uint8)
             Image.fromarray(labels).save(folder / split / "labels" / f"{number}.png")
-    names = [name for name in CLASSES if name != "void"]
-    (folder / "classes.txt").write_text("\n".join(names) + "\n")
+    (folder / "classes.txt").write_text("\n".join(CLASSES[1:]) + "\n")  # id 0 is no class
 
 
 def write_clouds(folder: Path) -> None:
