@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -36,6 +37,16 @@ def ascii_ply(path, names, rows):
 
 def table():
     return np.column_stack([POINTS, COLORS, LABELS, THINGS])
+
+
+def test_coordinates_in_16_bits_are_told_where_they_are_coarse(tmp_path):
+    np.save(tmp_path / "near.npy", POINTS.astype(np.float16))  # up to 3 m: steps of 2 mm
+    np.save(tmp_path / "far.npy", (POINTS * 20).astype(np.float16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_cloud(tmp_path / "near.npy")
+    with pytest.warns(UserWarning, match=r"far\.npy: coordinates are float16, which has steps of 0\.031 there"):
+        read_cloud(tmp_path / "far.npy")
 
 
 NAMES = ("x", "y", "z", "red", "green", "blue", "label", "instance")

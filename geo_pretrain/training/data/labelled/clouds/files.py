@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ PLAIN = {
     7: ("x", "y", "z", "red", "green", "blue", "label"),
     8: ("x", "y", "z", "red", "green", "blue", "label", "instance"),
 }
+COARSE = 0.005  # units of coordinates; coarser steps move points to other voxels
 FAR = 10_000.0  # m; beyond it float32 would not hold a millimeter
 _FARTHEST = 1e9  # m; beyond it float64 would not hold a micrometer
 Names = Sequence[str | tuple[str, ...]]
@@ -258,6 +260,12 @@ class _File:
         if not self.rows:
             raise BadFrame(self.path, "the cloud has no point")
         points = found.astype(np.float64)
+        if found.dtype == np.float16 and (step := float(np.spacing(np.abs(found).max()))) > COARSE:
+            warnings.warn(
+                f"{self.path}: coordinates are float16, which has steps of {step:.2g} there; points have moved. Save "
+                "them as float32 or float64.",
+                stacklevel=2,
+            )
         if (fault := points_fault(points, np.inf)) is not None:
             raise BadFrame(self.path, fault)
         return points
