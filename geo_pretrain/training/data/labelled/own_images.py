@@ -125,6 +125,10 @@ def open_own_images(path: Path, split: str, options: OwnOptions) -> OwnImages:
             _check_first(classes, path, options)
     images = split_images(path, split, options)
     items = _items(path, split, images, options) if labelled else _unlabelled(path, images, options)
+    extra = stray_files(path, split, options)[1] if labelled else []
+    if extra:
+        what = f"{len(extra)} label files have no image, such as {str(extra[0])!r}: not used."
+        warnings.warn(what, stacklevel=2)
     return OwnImages(split, path, items, classes, labelled, guessed)
 
 

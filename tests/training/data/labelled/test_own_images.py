@@ -76,7 +76,9 @@ def test_other_names_by_options_as_camvid_has_them(tmp_path):
         write_label(tmp_path / f"{split}annot" / "x_L.png", IDS)
     (tmp_path / "names").write_text("0 sky\n1 road\n2 car\n3 void\n")
     named = {"images": "{split}", "labels": "{split}annot", "label_suffix": "_L", "classes": "names"}
-    source = opened(tmp_path, "val", **named, void=["void"])
+    write_label(tmp_path / "valannot" / "y_L.png", IDS)
+    with pytest.warns(UserWarning, match=r"1 label files have no image, such as '.*y_L\.png': not used"):
+        source = opened(tmp_path, "val", **named, void=["void"])
     assert source.classes == ("sky", "road", "car")
     assert np.array_equal(source.load("x").semantic, np.select([IDS == 0, IDS == 1, IDS == 2], [1, 2, 3], 0))
     with pytest.raises(RecipeError, match="a path below the folder"):
