@@ -215,12 +215,12 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
 
     Raises `CheckpointError` naming the file and the key that is missing, of a wrong type or of another format.
     """
-    folder = Path(folder)
-    if not folder.exists():
+    if not (folder := Path(folder)).exists():
         recover(folder)
     path = folder / CONFIG
     if not path.is_file():
         state = f"has no {CONFIG}" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
+        state += f" yet (its run is in {folder}.run)" if Path(f"{folder}.run").is_dir() else ""
         raise CheckpointError(f"{folder} {state}; a checkpoint folder with {CONFIG} and its weights is accepted.")
     return parse_config(path.read_bytes(), folder)
 

@@ -39,6 +39,7 @@ from geo_pretrain.fitting import match as match
 from geo_pretrain.fitting import prefix_hint, shown_keys
 
 MIN_COVERAGE = 0.9
+_UNFINISHED: set[Path] = set()  # folders whose warning was given
 GOLDEN_TOLERANCE = 1e-4  # of the largest magnitude: other processors sum in another order
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # to which weights can be converted
 
@@ -357,7 +358,8 @@ def _pretrained(name_or_folder: str | os.PathLike[str], where: hubs.Where, shape
     promised = opened.arch if entry is None else entry.arch
     checkpoint = opened.fetch(*promised.network_roles(decoder=shape.decoder))
     shape.check(checkpoint.arch)
-    if not checkpoint.finished:
+    if not checkpoint.finished and checkpoint.folder not in _UNFINISHED:
+        _UNFINISHED.add(checkpoint.folder)  # told once, not for each network of a comparison
         warnings.warn(f"{checkpoint.name!r} is unfinished: its training went on or was stopped.", stacklevel=3)
     network, report = _load(checkpoint, strict, shape)
     network.name, network.load_report, network.contract = checkpoint.name, report, shape.contract(checkpoint)

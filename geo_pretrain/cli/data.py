@@ -58,7 +58,7 @@ def data_check(
     """
     from geo_pretrain.training.data.check.labelled import labelled_task
     from geo_pretrain.training.data.check.report import Level
-    from geo_pretrain.training.data.check.source import check_source
+    from geo_pretrain.training.data.check.source import check_source, with_registration
     from geo_pretrain.training.data.sources.registry import open_source
     from geo_pretrain.training.visualize.check import draw_check
 
@@ -66,13 +66,15 @@ def data_check(
         check_labels(data, labels, out, set_, as_json)
         return
     small = data == "rooms" and not any(s.startswith("data.options") for s in set_)  # instead of the full set
-    spec = data_spec(data, frames, [*(["data.options={scenes: 2, frames: 12}"] if small else []), *set_], overlap)
+    few = ["data.options={scenes: 2, frames: 12}"] if small else []
+    spec = data_spec(data, frames, ["data.measure=voxels", *few, *set_], overlap)  # as recipes and `data mine`
     with progress(not as_json) as report_progress:
         source = open_source(spec, progress=report_progress.stage("rendering rooms"))
         report = check_source(source, spec, progress=report_progress.stage("checking"))
     drawn = out if report.sample.frames else None
     if drawn is not None:
         draw_check(report, drawn)
+        report = with_registration(report, drawn.with_suffix(".registration.json"))
     if as_json:
         typer.echo(json.dumps(report.to_dict() | {"picture": None if drawn is None else str(drawn)}))
     else:

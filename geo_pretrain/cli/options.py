@@ -24,7 +24,10 @@ DATA_HELP = (
     "does not take over the recipe's data.options."
 )
 FRAMES_HELP = "Part of each scene's frames in order of time, such as 0:0.75."
-SET_HELP = "KEY=VALUE in the recipe, such as optim.lr=0.05; may be repeated."
+SET_HELP = (
+    "KEY=VALUE: a setting under the name that recipes have for it, such as data.options.depth_scale=5000 or "
+    "optim.lr=0.05; may be repeated."
+)
 OPTION_HELP = "KEY=VALUE: an option of the data set, or of cloud files, such as scale=0.001; may be repeated."
 TURN_HELP = "3D only: clouds as their camera sees them, or turned at random in full or upright (about the world's z)."
 LABELLED_HELP = (

@@ -67,7 +67,7 @@ def visualize_matches(
     from geo_pretrain.training.data.frame import SkippedFrames
     from geo_pretrain.training.visualize import matches
 
-    skips = SkippedFrames()
+    skips, drawn = SkippedFrames(), list[str]()
     with progress() as report:
         columns = matches.visualize_matches(
             backbone,
@@ -83,7 +83,10 @@ def visualize_matches(
             device=device,
             skips=skips,
             progress=report.stage("matching"),
+            on_pair=drawn.append,
         )
+    for line in drawn:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     for title, shares in columns:
         console.print(f"{escape(title)}: {sum(shares) / len(shares):.0%} right", highlight=False, soft_wrap=True)
     console.print(f"Wrote {out}", highlight=False, soft_wrap=True, markup=False)

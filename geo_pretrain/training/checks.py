@@ -136,9 +136,9 @@ def all_mistakes(where: str, problems: Sequence[Problem], overrides: Mapping[str
         f"{problem.text} Given by {', '.join(by)}." if by else problem.text
         for problem, by in zip(problems, given, strict=True)
     ]
-    start = f"{where}: " if where else ""
+    start = f"{where}: " if where and not all(given) else ""
     if len(problems) == 1:
-        return Mistakes(texts[0] if given[0] else start + texts[0], problems)
+        return Mistakes(start + texts[0], problems)
     lines = "".join(f"\n  - {text}" for text in texts)
     return Mistakes(f"{start}{len(problems)} mistakes:{lines}", problems)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ T = TypeVar("T")
 # Metadata of a dataclass field, `field(default_factory=dict, metadata=OTHER_KEYS)`: it takes all keys that the
 # dataclass does not know, as they are.
 OTHER_KEYS = {"takes": "other keys"}
+SIZE = re.compile(r"(\d+)[xX](\d+)")
 _BAD: Any = object()  # in place of a value that is missing or wrong
 
 
@@ -298,8 +300,13 @@ class _Parser:
             if not isinstance(value, list | tuple):
                 return self._refuse(key, value, "a list")
             args = args[:1] * len(value)
+        if args == (int, int) and isinstance(value, str) and (size := SIZE.fullmatch(value.strip())):
+            value = [int(part) for part in size.groups()]  # as --size has it
         if not isinstance(value, list | tuple) or len(value) != len(args):
-            return self._refuse(key, value, f"a list of {len(args)} values")
+            such = (
+                ", such as [96, 128] or 96x128" if args == (int, int) else ", such as [0, 1]" if len(args) == 2 else ""
+            )
+            return self._refuse(key, value, f"a list of {len(args)} values{such}")
         items = [self.value(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))]
         if _BAD in items:
             self.doubtful.add(key)

@@ -48,9 +48,7 @@ class StepInfo:
 
     def __str__(self) -> str:
         losses = " ".join(f"{name} {value:.2f}" for name, value in self.losses.items())
-        if not losses:  # before the first
-            return "the first step"
-        return f"{losses}, {self.rate:.3g} {self.unit}/s"
+        return f"{losses}, {self.rate:.3g} {self.unit}/s" if losses else "the first step"
 
 
 @dataclass(frozen=True)
@@ -197,9 +195,10 @@ class Progress:
 
     def interrupted(self, run: RunFolder) -> Interrupted:
         """Build the error that tells how to resume."""
+        usable = f" {run.out} has the weights so far, for load_backbone and every command." if run.out.exists() else ""
+        stopped = f"Stopped after step {self.step} of {self.steps}; the state is in {run.path}."
         return Interrupted(
-            f"Stopped after step {self.step} of {self.steps}; the state is in {run.path}. "
-            "Give the same command again to go on.",
+            f"{stopped} Give the same command again to go on.{usable}",
             terminated=self.terminated,
         )
 
@@ -230,8 +229,7 @@ def fit(
         _restore(run, task, world, progress)
     with ExitStack() as stack:
         stop = stack.enter_context(watched(run))
-        if on_start is not None:
-            on_start(progress)
+        (on_start or (lambda _: None))(progress)
         log = stack.enter_context(run.log(progress.step)) if run is not None else write_nothing
         if world.device.type == "cpu":
             stack.enter_context(considerate_waiting())

@@ -168,6 +168,8 @@ def _run(
 ) -> Outcome:
     skips = SkippedFrames()
     source = _open(recipe, world, report)
+    if "teacher" in recipe.task or (recipe.model is not None and recipe.model.init != "scratch"):
+        build_task(recipe, starts)  # start weights that cannot be had are told before pairs are mined
     if world.is_main and source_note(source):
         note(source_note(source))
     if mined is not None and recipe.data.units == "pairs":

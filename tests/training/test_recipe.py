@@ -98,6 +98,13 @@ def test_toy_overlay_brings_any_recipe_to_cpu_scale(name):
     assert [(toy.model is None), (toy.unet3d is None)] == [(full.model is None), (full.unet3d is None)]
 
 
+def test_a_size_may_be_written_as_size_options_have_it():
+    assert load_recipe("pri3d_view_r18", ["data.size=96x128"]).data.size == (96, 128)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("pri3d_view_r18", ["data.size=96", "optim.lr=fast"])
+    assert str(caught.value).startswith("2 mistakes:")  # of the command line, not of the file
+
+
 def test_small_sizes_keep_task_and_data_of_any_recipe():
     for name in list_recipes():
         full, small = load_recipe(name), load_recipe(name, small=True)
@@ -306,7 +313,7 @@ def test_all_mistakes_are_named_at_once():
     for part in (
         "unknown key 'color'. Closest",
         "unknown key 'optim.lrr'. Closest: 'optim.lr'",
-        "'data.size' is [240] (list), accepted is a list of 2 values",
+        "'data.size' is [240] (list), accepted is a list of 2 values, such as [96, 128] or 96x128",
         "data.license: Unknown license 'MTI'. Closest: 'MIT'",
         "'precision' is 'fp61' (str), accepted is one of fp32, bf16, auto. Closest: 'bf16'",
         "'optim.steps / optim.epochs' is (3, 5.0), accepted is exactly one of the two",

@@ -189,6 +189,9 @@ def read_depth(
     return meters_of(path, read_raw_depth(path), shape, scale=scale, floats=floats)
 
 
+FLOAT_DEPTH = "depth is in float; say its unit: depth_scale=1 for meters, 1000 for millimeters"
+
+
 def meters_of(
     path: Path,
     stored: np.ndarray,
@@ -199,7 +202,7 @@ def meters_of(
 ) -> np.ndarray:
     """Convert the stored values [H, W] of a depth image to meters, see `read_depth`; `path` is for messages."""
     if stored.dtype.kind == "f" and not floats:
-        raise BadFrame(path, "depth is in float; say its unit: depth_scale=1 for meters, 1000 for millimeters")
+        raise BadFrame(path, FLOAT_DEPTH)
     if shape is not None and stored.shape != shape:
         given, wanted = "x".join(map(str, stored.shape[::-1])), "x".join(map(str, shape[::-1]))
         raise BadFrame(path, f"depth is {given}, the color image {wanted}")

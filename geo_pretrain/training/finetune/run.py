@@ -60,10 +60,9 @@ def finetune(
         CheckpointError: `out` already holds a result and `overwrite` is not set, or another process works there.
         DataError: a label or image cannot be used; file and value are named.
     """
-    out = Path(out)
+    out, where = Path(out), dict(init_kwargs or {})
     check_result_out(out, overwrite=overwrite)
     check_start(recipe, os.fspath(backbone))
-    where = dict(init_kwargs or {})
     data = None if _is_rendered(recipe, sources) else open_splits(recipe, sources, on_data)  # before a fetch
     recipe = resolved(recipe, os.fspath(backbone), where)
     start = backbone_init(recipe, os.fspath(backbone), where)

@@ -5,7 +5,7 @@ Pri3D (Hou et al., ICCV 2021), fig. 10.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, RecipeError
 from geo_pretrain.files import atomic_write
 from geo_pretrain.targets import MATCHES
+from geo_pretrain.training.data.check.sample import turn as turn_between
 from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
 from geo_pretrain.training.data.mining import find_pairs, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source
@@ -31,6 +32,7 @@ from geo_pretrain.training.visualize.match_page import cloud_views, image_views,
 from geo_pretrain.training.visualize.results import draw_matches
 from geo_pretrain.training.visualize.splat import behind_camera, splat
 
+SAMPLED = 100  # pairs of a scene, as many as are measured by default, from which those to draw are taken
 SCRATCH = "scratch"  # what random weights are called on the command line
 PANEL = 2 * 256  # px: two images side by side, as `draw_matches` makes them
 
@@ -50,6 +52,7 @@ def visualize_matches(
     device: str = "cpu",
     skips: SkippedFrames | None = None,
     progress: Progress | None = None,
+    on_pair: Callable[[str], object] = lambda _: None,
 ) -> list[tuple[str, list[float]]]:
     """Draw matches of `count` pairs of views: lines from queries to their nearest features, green where right (.png).
 
@@ -59,10 +62,9 @@ def visualize_matches(
         backbone: a catalog name or folder; images for 2D ones (of an encoder alone its maps), clouds for 3D ones.
         against: what stands beside it: "scratch" (its own random weights), another backbone of its kind, None: nothing.
         scene: None: pairs are spread over `count` scenes.
-        size: of the frames; None: that of pre-training.
-        threshold: within which a match is right; None: 4 pixels, 2 voxels.
-        turn: of the clouds, see `evaluation.matching.Turn`.
-        seed: of queries, turns and random weights.
+        size, threshold: of the frames; of a right match. None: pre-training's; 4 pixels, 2 voxels.
+        turn, seed: of the clouds, see `evaluation.matching.Turn`; of queries, turns and random weights.
+        on_pair: called with a line on each pair that is drawn: its frames, their overlap, the angle between them.
 
     Returns each column's title and the share of right matches of each pair shown, in the order of the picture.
 
@@ -85,7 +87,7 @@ def visualize_matches(
         return match_pair(column.extractor, source, pair, size=spec.size, turn=turn, seed=seed + number)
 
     found = fill_rows(pairs, columns, match, what=f"pair of source {source.name!r}", skips=skips, progress=progress)
-    rows = [row for _, row in found]
+    rows = [row for pair, row in found if on_pair(_described(pair, row[0])) or True]
     with atomic_write(out, suffix=out.suffix) as temporary:
         if out.suffix.lower() == ".html":
             seeds = [seed + pairs.index(pair) for pair, _ in found]
@@ -160,8 +162,29 @@ def _open_all(backbone: str, against: str | None) -> list[Opened]:
 
 
 def _pairs_to_draw(source: Source, spec: DataSpec, scene: str | None, count: int, skips: SkippedFrames) -> list[Pair]:
+    """Pairs as typical as those that are measured: of each scene's, evenly spaced by rank of their overlap.
+
+    Neighbors in time, which overlap nearly wholly, are a few of the pairs that `evaluation.matching` measures.
+    """
     scenes = [pick_scene(source, scene)] if scene else spread_evenly(source.scenes(), count)
-    return spread_evenly(find_pairs(_SomeScenes(source, scenes), spec, skips=skips), count)
+    found = find_pairs(_SomeScenes(source, scenes), spec, skips=skips)
+    by_scene = {name: [pair for pair in found if pair.scene == name] for name in scenes}
+    samples = [sorted(spread_evenly(pairs, SAMPLED), key=lambda p: p.overlap) for pairs in by_scene.values() if pairs]
+    chosen: list[Pair] = []
+    for number in range(min(count, sum(map(len, samples)))):
+        sample = max(samples[number % len(samples) :] + samples[: number % len(samples)], key=bool)
+        at = min(len(sample) - 1, int((number + 0.5) / count * len(sample)))
+        chosen.append(sample.pop(at))
+    return sorted(chosen, key=lambda pair: scenes.index(pair.scene))
+
+
+def _described(pair: Pair, matches: Matches) -> str:
+    """A pair in words: its frames, their overlap and, of two frames, the angle between the cameras."""
+    text = f"{pair.scene}: {pair.frame1} and {pair.frame2}, overlap {pair.overlap:.0%}"
+    if len(matches.frames) < 2:
+        return text
+    first, second = (frame.cam_to_world for frame in matches.frames)
+    return f"{text}, turned by {turn_between(first, second):.0f}\u00b0"
 
 
 def _load_columns(opened: list[Opened], beside_random: bool, seed: int, device: str) -> list[Column]:

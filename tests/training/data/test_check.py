@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from geo_pretrain.errors import DataError
+from geo_pretrain.errors import DataError, UnknownName
 from geo_pretrain.rooms import RoomsConfig
 from geo_pretrain.training.data.check import conventions, findings
 from geo_pretrain.training.data.check.conventions import (
@@ -21,11 +21,13 @@ from geo_pretrain.training.data.check.conventions import (
     View,
     try_conventions,
 )
-from geo_pretrain.training.data.check.registration import find_registration
-from geo_pretrain.training.data.check.report import Level
+from geo_pretrain.training.data.check.registration import Registration, find_registration
+from geo_pretrain.training.data.check.report import Level, Report
 from geo_pretrain.training.data.check.sample import FULL, QUICK, load_sample, turn
-from geo_pretrain.training.data.check.source import Reread, check_source, quick_check, stop_if_wrong
+from geo_pretrain.training.data.check.source import Reread, check_source, quick_check, stop_if_wrong, with_registration
 from geo_pretrain.training.data.frame import Frame
+from geo_pretrain.training.data.sources.conventions import read_registration
+from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.data.sources.scannet import ScanNet
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes, SevenScenesConfig
@@ -200,6 +202,49 @@ def test_registration_is_measured_to_a_pixel(shift, scale):
     assert found.is_registered == (shift == (0, 0))
 
 
+def test_a_registration_that_is_missing_is_written_and_mends_the_frames(recording, tmp_path):
+    """Depth pixels p lie at s p + t of color, which another camera at the same place sees so."""
+    source, path = SevenScenes(recording), tmp_path / "r.json"
+    frame = source.load(source.scenes()[0], source.frame_ids(source.scenes()[0])[0])
+    height, width = frame.depth.shape
+    found = Registration(0.1, 0.8, 0.9, (-4.0, 2.0), 20.0, width)
+    finding = findings.of_registration(source, found, [frame])
+    report = with_registration(Report(SPEC, (finding,), load_sample(source, QUICK)), path)
+    assert report.paste() == f"--set data.options.registration={path}"
+    color, depth_to_color = read_registration(path)
+    assert np.array_equal(depth_to_color, np.eye(4))
+    corner = np.array([[0.0, 0, 1], [width - 1, height - 1, 1]]) @ np.linalg.inv(frame.intrinsics).T @ color.T
+    middle = (np.array([width, height]) - 1) / 2
+    wanted = (np.array([[0, 0], [width - 1, height - 1]]) - middle) * 0.9 + middle + [-4, 2]
+    assert np.abs(corner[:, :2] / corner[:, 2:] - wanted).max() < 0.01
+    assert not findings.of_registration(Rooms.__new__(Rooms), found, [frame]).numbers.get("registration")
+
+
+def test_float_depth_is_suggested_to_be_in_meters(tmp_path):
+    write_folder_frames(tmp_path)
+    report = check_source(open_source(DataSpec("folder", str(tmp_path))), SPEC)
+    assert report.paste() == "--set data.options.depth_scale=1.0"
+    assert "none of 2 could be read: depth is in float" in report.findings[0].text
+
+
+def write_folder_frames(root):
+    """The plain layout with depth in float."""
+    for name in ("color", "depth"):
+        (root / name).mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 24)).save(root / "color" / f"{number}.png")
+        np.save(root / "depth" / f"{number}.npy", np.ones((24, 32), np.float32))
+    (root / "intrinsics.txt").write_text("30 30 15.5 11.5\n")
+    (root / "poses.txt").write_text("\n".join(["1 0 0 0 0 1 0 0 0 0 1 0"] * 2))
+
+
+def test_a_folder_given_without_its_source_is_told_with_the_layout_that_fits(tmp_path, exported):
+    write_folder_frames(tmp_path)
+    for path, source in ((tmp_path, "folder"), (exported, "scannet")):
+        with pytest.raises(UnknownName, match=f"--data is SOURCE:PATH. Did you mean --data {source}:{path}\\?"):
+            open_source(DataSpec(str(path)))
+
+
 def test_registration_is_unknown_without_edges():
     flat = [replace(frame, depth=np.full_like(frame.depth, 2)) for frame in painted((0, 0))]
     assert find_registration(flat) is None
@@ -230,7 +275,7 @@ def test_a_source_without_a_readable_frame_is_wrong_and_says_why(recording, tmp_
         np.savetxt(path, np.full((4, 4), np.nan))
     report = check_source(SevenScenes(tmp_path / "twin"), SPEC)
     assert report.level == Level.WRONG
-    assert "none of 6 could be read: 6 times: pose is not finite" in report.findings[0].text
+    assert "none of 6 could be read: pose is not finite" in report.findings[0].text
     assert not stop_if_wrong(report)  # mining tells it
     with pytest.raises(DataError, match="none could be read"):
         draw_check(report, tmp_path / "x.png")
@@ -275,7 +320,7 @@ def test_report_is_plain_data_and_draws_a_picture(recording, tmp_path):
     assert {f["topic"]: f["level"] for f in tree["findings"] if f["level"] != "ok"} == {"time order": "doubtful"}
     assert tree["options"] == {}
     assert tree["findings"][-1]["pairs"] == 15
-    assert findings.of_registration(SevenScenes(recording), report.registration).options == {"registered": True}
+    assert findings.of_registration(SevenScenes(recording), report.registration, []).options == {"registered": True}
     draw_check(report, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
         assert image.width > 900

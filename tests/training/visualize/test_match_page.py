@@ -17,7 +17,7 @@ from geo_pretrain.training.evaluation.features import load_extractor
 from geo_pretrain.training.evaluation.matching import match_pair, nearest_row
 from geo_pretrain.training.visualize.embedded import DIRECTIONS, EXACT, embed, encode_rows
 from geo_pretrain.training.visualize.match_page import cloud_views, image_views, match_page, page_pair
-from geo_pretrain.training.visualize.matches import visualize_matches
+from geo_pretrain.training.visualize.matches import _pairs_to_draw, visualize_matches
 from geo_pretrain.training.visualize.points import visualize_points
 from tests.browser import DESKTOP, PHONE, start_browser
 from tests.training.visualize.conftest import SIZE
@@ -68,7 +68,7 @@ def test_the_page_holds_what_is_measured(tmp_path, image_folder, source, spec):
     for (title, shares), k in zip(found, (1, 0), strict=True):
         assert [pair["columns"][k]["title"] for pair in scene["pairs"]] == [title] * 2
         assert [pair["columns"][k]["share"] for pair in scene["pairs"]] == shares
-    pair = find_pairs(source, spec, skips=SkippedFrames())[0]
+    pair = _pairs_to_draw(source, spec, None, 2, SkippedFrames())[0]
     extractor = load_extractor(image_folder)
     matches = match_pair(extractor, source, pair, size=SIZE)
     view = scene["pairs"][0]["columns"][0]["views"][0]

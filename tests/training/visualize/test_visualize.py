@@ -15,8 +15,7 @@ import yaml
 
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError
-from geo_pretrain.training.data.frame import SkippedFrames, Surface, resize_frame
-from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.frame import Pair, SkippedFrames, Surface, resize_frame
 from geo_pretrain.training.data.surfaces.fusing import Surfaces, frame_cloud
 from geo_pretrain.training.data.surfaces.ply import read_ply
 from geo_pretrain.training.evaluation.features import load_extractor
@@ -29,7 +28,7 @@ from geo_pretrain.training.visualize.columns import RANDOM_TITLE, find_backbone,
 from geo_pretrain.training.visualize.common import NOTHING, drawing_spec, fill_rows, paint
 from geo_pretrain.training.visualize.frames import draw_features
 from geo_pretrain.training.visualize.grids import GAP, HEADER
-from geo_pretrain.training.visualize.matches import project_matches, visualize_matches
+from geo_pretrain.training.visualize.matches import _pairs_to_draw, project_matches, visualize_matches
 from geo_pretrain.training.visualize.points import visualize_points
 from geo_pretrain.training.visualize.splat import behind_camera, splat
 from geo_pretrain.training.visualize.viewer import viewer_page
@@ -111,17 +110,34 @@ def test_matches_are_those_that_are_measured(tmp_path, image_folder, source, spe
     found = visualize_matches(image_folder, spec, tmp_path / "m.png", **options, progress=lambda *at: seen.append(at))
     assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert [title for title, _ in found] == [RANDOM_TITLE, "image"]
-    pairs = find_pairs(source, dataclasses.replace(spec, size=SIZE), skips=SkippedFrames())
-    shown, trained = [pairs[0], pairs[-1]], load_extractor(image_folder)
+    shown = _pairs_to_draw(source, dataclasses.replace(spec, size=SIZE), None, 2, SkippedFrames())
+    trained = load_extractor(image_folder)
     for number, pair in enumerate(shown):
         matches = match_pair(trained, source, pair, size=SIZE, seed=5 + number)
         assert found[1][1][number] == (matches.error <= 3).mean()
-    twin = match_pair(load_extractor(image_folder, random_init=True, seed=5), source, pairs[0], size=SIZE, seed=5)
+    twin = match_pair(load_extractor(image_folder, random_init=True, seed=5), source, shown[0], size=SIZE, seed=5)
     assert found[0][1][0] == (twin.error <= 3).mean()
     assert found[0][1] != found[1][1]
     (alone,) = visualize_matches(image_folder, spec, tmp_path / "a.png", against=None, count=2, size=SIZE)
     assert pixels(tmp_path / "a.png").shape[1] < pixels(tmp_path / "m.png").shape[1]
     assert alone[0] == "image"
+
+
+def test_pairs_that_are_drawn_are_typical_and_told(tmp_path, image_folder, spec, monkeypatch):
+    """Not the first and the last: those are neighbors in time, which overlap nearly wholly."""
+    scenes = ["a", "b"]
+    every = [Pair(name, f"{i}", f"{i + 1}", (100 - i) / 100) for name in scenes for i in range(100)]
+    monkeypatch.setattr(matches_module, "find_pairs", lambda source, *_, **__: every)
+    place = SimpleNamespace(scenes=lambda: scenes, name="x", frame_ids=None, load=None, fingerprint=None)
+    shown = _pairs_to_draw(place, spec, scenes[0], 3, SkippedFrames())
+    assert [pair.overlap for pair in shown] == [0.17, 0.51, 0.84]
+    shown = _pairs_to_draw(place, spec, None, 2, SkippedFrames())
+    assert [(pair.scene, pair.overlap) for pair in shown] == [(scenes[0], 0.26), (scenes[1], 0.76)]
+    monkeypatch.undo()
+    told = []
+    visualize_matches(image_folder, spec, tmp_path / "m.png", against=None, count=1, size=SIZE, on_pair=told.append)
+    assert re.fullmatch(r".*: \S+ and \S+, overlap \d+%, turned by \d+\u00b0", told[0])
+    assert len(told) == 1
 
 
 def test_matches_beside_another_backbone(tmp_path, image_folder, cloud_folder, geo, spec):
@@ -135,7 +151,7 @@ def test_matches_beside_another_backbone(tmp_path, image_folder, cloud_folder, g
 
 
 def test_matches_of_clouds_are_seen_by_their_cameras(tmp_path, cloud_folder, source, spec):
-    pair = find_pairs(source, spec, skips=SkippedFrames())[0]
+    (pair,) = _pairs_to_draw(source, spec, None, 1, SkippedFrames())
     extractor = load_extractor(cloud_folder)
     matches = match_pair(extractor, source, pair, size=SIZE, seed=0)
     middle = float(np.sort(matches.error)[len(matches.error) // 2])  # "within" means that this one is right, too

@@ -12,6 +12,7 @@ from geo_pretrain.training.data.check.conventions import Fit, Fits
 from geo_pretrain.training.data.check.registration import Registration
 from geo_pretrain.training.data.check.report import Finding, Level
 from geo_pretrain.training.data.check.sample import Sample, turn
+from geo_pretrain.training.data.files import FLOAT_DEPTH
 from geo_pretrain.training.data.frame import Frame, RawDepth, Source, capability
 
 NARROWEST, WIDEST = 20.0, 150.0  # degrees; horizontal angles of view beyond are no camera's that records RGB-D
@@ -37,11 +38,14 @@ def of_frames(sample: Sample) -> Finding:
         level = Level.DOUBTFUL if failed > 0.1 * sample.tried else Level.OK
         text += f"; {len(sample.frames)} looked at, {shown}"
         text += f"; {failed} could not be read: {_reasons(sample)}" if failed else ""
-    return Finding("frames", level, text, numbers=numbers | {"sizes": [f"{w}x{h}" for h, w in sizes]})
+    floats = not sample.frames and FLOAT_DEPTH in sample.skips.counts()  # in meters, as most that write float
+    options = {"depth_scale": 1.0} if floats else {}
+    return Finding("frames", level, text, options, numbers | {"sizes": [f"{w}x{h}" for h, w in sizes]})
 
 
 def _reasons(sample: Sample) -> str:
-    return "; ".join(f"{count} times: {reason}" for reason, count in sample.skips.counts().items())
+    counts = sample.skips.counts()
+    return "; ".join(f"{count} times: {reason}" if len(counts) > 1 else reason for reason, count in counts.items())
 
 
 def of_intrinsics(frames: Sequence[Frame]) -> Finding:
@@ -176,12 +180,21 @@ def poses_are_off(best: Fit, frames: Sequence[Frame]) -> bool:
     return NEAREST <= median <= FARTHEST and not 0.05 < best.scale < 20
 
 
-def of_registration(source: Source, found: Registration | None) -> Finding:
-    """Whether color and depth show the same pixel, by their edges."""
+def of_registration(source: Source, found: Registration | None, frames: Sequence[Frame]) -> Finding:
+    """Whether color and depth show the same pixel, by their edges; if not, a registration in the file's own form.
+
+    Scaling and moving depth edges gives the intrinsics of the color camera, as if both cameras were in one place: right
+    for what is far away, a few pixels off for what is near.
+    """
     topic = "registration"
     if found is None or not found.is_known:
         return Finding(topic, Level.UNKNOWN, "edges of depth and color have too little in common to tell")
-    numbers = {"in_place": found.in_place, "fit": found.fit, "scale": found.scale, "error_px": found.error}
+    numbers: dict[str, Any] = {
+        "in_place": found.in_place,
+        "fit": found.fit,
+        "scale": found.scale,
+        "error_px": found.error,
+    }
     claimed = _in_force(source).get("registered")
     if found.is_registered:
         if claimed is False and _is_raw(source):
@@ -192,8 +205,17 @@ def of_registration(source: Source, found: Registration | None) -> Finding:
     text = (
         f"edges of depth lie {found.error:.0f} px off the edges of color (fit {found.in_place:.2f} in place, "
         f"{found.fit:.2f} when scaled by {found.scale:g} and moved by {right:.0f}, {down:.0f} px): they are not "
-        "registered; give data.options.registration=FILE.json (docs/data.md)"
+        "registered"
     )
+    if _takes_registration(source):
+        shape = frames[0].depth.shape
+        middle = (np.array([shape[1], shape[0]]) - 1) / 2
+        k = np.diag([found.scale, found.scale, 1.0])
+        k[:2, 2] = (1 - found.scale) * middle + found.offset
+        color = [[round(float(value), 3) for value in row] for row in k @ frames[0].intrinsics]
+        numbers |= {"registration": {"color_intrinsics": color, "depth_to_color": np.eye(4).tolist()}}
+    else:
+        text += ": leave out data.options.registered, or give data.options.registration=FILE.json (docs/data.md)"
     return Finding(topic, Level.DOUBTFUL, text, numbers=numbers)
 
 
@@ -251,6 +273,14 @@ def _is_raw(source: Source) -> bool:
     while hasattr(source, "source"):
         source = source.source
     return getattr(getattr(source, "config", None), "registration", None) is None
+
+
+def _takes_registration(source: Source) -> bool:
+    """Whether the source has an option for a registration, and neither it nor its opposite is given."""
+    while hasattr(source, "source"):
+        source = source.source
+    config: Any = getattr(source, "config", None)
+    return hasattr(config, "registration") and config.registration is None and not getattr(config, "registered", None)
 
 
 def _pose_options(now: dict[str, Any], best: Fit) -> dict[str, str]:

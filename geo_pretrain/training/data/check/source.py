@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 
 from geo_pretrain.errors import DataError
+from geo_pretrain.files import atomic_write
 from geo_pretrain.training.data.check import findings
 from geo_pretrain.training.data.check.conventions import Fit, Fits, View, try_conventions
 from geo_pretrain.training.data.check.registration import find_registration
@@ -44,13 +47,27 @@ def check_source(
         findings.of_depth(source, sample.frames),
         findings.of_poses(source, fits, bool(sample.posed)),
         findings.of_scale(source, fits, sample.frames),
-        findings.of_registration(source, registration),
+        findings.of_registration(source, registration, sample.frames),
         findings.of_order(sample),
         findings.of_blur(sample.frames),
         _expected_pairs(source, spec, fits, sample.frames),
     )
     progress(PARTS, PARTS)
     return Report(spec, found, sample, fits, registration)
+
+
+def with_registration(report: Report, path: Path) -> Report:
+    """The report with a registration that was found written to `path`, a JSON file, and suggested as an option."""
+
+    def suggested(finding: Finding) -> Finding:
+        if "registration" not in finding.numbers:
+            return finding
+        with atomic_write(path) as part:
+            part.write_text(json.dumps(finding.numbers["registration"]) + "\n", encoding="utf-8")
+        text = f"{finding.text}; {path} moves depth into the color camera, good to a few pixels"
+        return replace(finding, text=text, options={"registration": str(path)})
+
+    return replace(report, findings=tuple(suggested(finding) for finding in report.findings))
 
 
 def quick_check(source: Source, spec: DataSpec) -> Report:
@@ -62,6 +79,9 @@ def quick_check(source: Source, spec: DataSpec) -> Report:
     if not sample.frames:
         return Report(spec, (findings.of_frames(sample),), sample)
     fits = _fits(sample, quick=True)
+    if fits is not None and not fits.fits_as_read:  # something is wrong: judged as `check_source` judges it
+        sample = load_sample(source, FULL)
+        fits = _fits(sample)
     found = [findings.of_frames(sample), findings.of_intrinsics(sample.frames)]
     if spec.units == "pairs":
         found.append(findings.of_poses(source, fits, bool(sample.posed)))

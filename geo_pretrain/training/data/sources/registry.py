@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _unknown_source(name: str) -> GeoPretrainError:
     """The error for a name that is no source of frames: it may be one of labelled data."""
     from geo_pretrain.training.data.labelled.registry import DATA_SETS
 
-    if meant := path_without_source(name, "folder"):
+    if meant := _meant(name) or path_without_source(name, "folder"):
         return UnknownName(meant)
     if name not in DATA_SETS:
         return unknown("data source", name, list_sources(), "Write SOURCE or SOURCE:PATH.")
@@ -90,6 +91,25 @@ def _unknown_source(name: str) -> GeoPretrainError:
         f"{name!r} is labelled data, for finetune, predict and eval probe; here posed RGB-D is wanted{own}: "
         f"{', '.join(list_sources())}."
     )
+
+
+def layouts_of(path: Path) -> list[str]:
+    """The sources that find frames in a folder, by their default options; most folders have one layout."""
+    found = []
+    for name, row in SOURCES.items():
+        with suppress(GeoPretrainError, OSError):
+            source = row.open(row.config(), DataSpec(name, str(path)), "cpu", None) if name in LAYOUTS else None
+            if source is not None and any(source.frame_ids(scene) for scene in source.scenes()):
+                found.append(name)
+    return found
+
+
+def _meant(path: str) -> str:
+    """What to say of a folder that is given without its source, by its layout; "" for all else."""
+    folder = Path(path).expanduser()
+    fitting = layouts_of(folder) if folder.is_dir() else []
+    lines = " or ".join(f"--data {name}:{path}" for name in fitting)
+    return f"{path!r} is a path, and --data is SOURCE:PATH. Did you mean {lines}?" if fitting else ""
 
 
 class FrameRange(SourcePart):
@@ -175,3 +195,4 @@ SOURCES = {
     "transforms": SourceRow(TransformsOptions, _folder(open_transforms), "RGB-D folder with transforms.json", _OWNER),
     "tum": SourceRow(TumOptions, _folder(open_tum), "RGB-D folder in TUM's layout", _OWNER),
 }
+LAYOUTS = SOURCES.keys() - {"rooms", "scenezoo"}  # that are recognized by their files
