@@ -119,3 +119,18 @@ def test_which_folders_are_labelled_data(folder, tmp_path):
     assert labelled_task("scannet", str(folder)) is None
     assert labelled_task("scannet", str(folder), "segmentation") == "segmentation"
     assert labelled_task("tum", str(folder)) is None
+
+
+def test_clouds_in_centimeters_are_doubtful(tmp_path):
+    points = np.random.default_rng(0).uniform(0, 200, (600, 3))
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        np.save(tmp_path / split / f"{split}.npy", np.column_stack([points, np.arange(600) % 2 + 1]))
+    (tmp_path / "classes.txt").write_text("wall\nchair\n")
+    found = check_labelled("clouds", str(tmp_path), "segmentation3d", {})
+    (train, _) = [one for one in found.findings if one.topic.endswith("units")]
+    assert (train.topic, train.level) == ("train units", Level.DOUBTFUL)
+    assert train.text.startswith("1 of 1 clouds: hardly any of the 600 points")
+    assert "Centimeters: --set data.options.scale=0.01" in train.text
+    fine = check_labelled("clouds", str(tmp_path), "segmentation3d", {"scale": 0.01})
+    assert [one.level for one in fine.findings] == [Level.OK, Level.OK]
