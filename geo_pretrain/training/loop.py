@@ -472,6 +472,7 @@ def _check_identity(run: RunFolder, given: Mapping[str, Any], task: TrainingTask
         raise RecipeError(
             f"The run in {run.path} was started with another recipe; it differs in: {'; '.join(changed[:5])}. "
             "Give the first settings again, choose another --out, or remove that folder."
+            + (f" To end early, take {run.out}: it has the weights so far." if run.out.exists() else "")
         )
     if given.get("backbone") != wanted.get("backbone"):
         raise RecipeError(
