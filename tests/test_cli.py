@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from geo_pretrain import __version__, cli
 from geo_pretrain.catalog import CATALOG
+from geo_pretrain.catalog.lengths import LENGTHS
 from geo_pretrain.errors import CheckpointError, DataError
 from geo_pretrain.files import locked
 from geo_pretrain.listing import answer
@@ -117,7 +118,8 @@ def test_a_list_in_a_narrow_pipe_cuts_nothing():
     lines = CliRunner().invoke(cli.app, ["list"], env={"COLUMNS": "80"}).output.splitlines()
     assert max(map(len, lines)) <= 80
     rows = {line.split()[0]: " ".join(line.split()[2:]) for line in lines[1:]}
-    assert rows == {name: entry.how for name, entry in CATALOG.items()}
+    trained = {name: f"train: {LENGTHS[name]}" for name, entry in CATALOG.items() if entry.status == "regenerable"}
+    assert rows == {name: entry.how for name, entry in CATALOG.items()} | trained
 
 
 @pytest.mark.parametrize(
