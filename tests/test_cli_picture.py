@@ -116,7 +116,7 @@ def given(monkeypatch, place, name, result, *command):
     monkeypatch.setattr(place, name, lambda *arguments, **options: calls.append((arguments, options)) or result)
     shown = run("visualize", *command)
     ((arguments, options),) = calls
-    return arguments, {k: v for k, v in options.items() if k not in ("skips", "progress")}, shown.output
+    return arguments, {k: v for k, v in options.items() if k not in ("skips", "progress", "on_pair")}, shown.output
 
 
 COMMON = ["--data", "seven_scenes:x", "--frames", "0.25:0.5", "--size", "48x64", "--seed", 9, "--scene", "a"]

@@ -225,14 +225,14 @@ def test_a_run_that_ended_in_the_meantime_is_not_replaced(tmp_path, monkeypatch)
     """Between the first look at the folder and the lock another process may finish there."""
     from geo_pretrain.training.finetune import run as module
 
-    original = module._open
+    original = module.open_splits
 
     def slow(*arguments):
         monkeypatch.undo()
         run(tmp_path / "out")
         return original(*arguments)
 
-    monkeypatch.setattr(module, "_open", slow)
+    monkeypatch.setattr(module, "open_splits", slow)
     with pytest.raises(CheckpointError, match="already holds a result"):
         run(tmp_path / "out")
     assert read_result(tmp_path / "out").steps == 4

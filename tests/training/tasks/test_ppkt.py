@@ -362,7 +362,7 @@ def test_pairs_are_compared_on_frames_of_their_recipes_size(run, recording, monk
         splits.append(split)
         return open_source(spec, split=split)
 
-    monkeypatch.setattr(matching, "open_source", opened)
+    monkeypatch.setattr(matching, "open_on_disk", opened)
     spec, done = DataSpec(source="seven_scenes", path=str(recording), size=(60, 80)), []
     found = compare_pixel_to_voxel(
         str(run[1]), spec, count=2, threshold=4.0, seed=3, progress=lambda *at: done.append(at)

@@ -144,7 +144,7 @@ def test_command_line_takes_shares_official_scenes_and_points(tmp_path, monkeypa
     ran = []
 
     def only_open(recipe, backbone, out, **options):
-        ran.append((recipe, run._open(recipe, None, None)))
+        ran.append((recipe, run.open_splits(recipe, None, None)))
         raise DataError("seen")
 
     monkeypatch.setattr(run, "finetune", only_open)
