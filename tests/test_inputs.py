@@ -166,6 +166,16 @@ def test_values_are_not_looked_at_while_torch_traces():
     assert torch.isnan(traced(NAN)[0]).any()
 
 
+def test_a_network_whose_encoder_has_no_contract_is_traced():
+    """torch.jit.trace reads every attribute that is listed; an encoder in a U-Net has no transforms of its own."""
+    network = ResNetUNet(18, width=8).eval()
+    network.contract = ImageContract()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(network, torch.zeros(1, 3, 64, 64), check_trace=False)
+    assert traced(torch.zeros(2, 3, 64, 64)).shape[0] == 2
+
+
 def test_a_compiled_network_is_one_graph():
     network = ResNetEncoder(18, width=8, out_indices=(0,))
     network.contract = ImageContract()

@@ -66,6 +66,10 @@ class ImageBackbone(Backbone):
             )
         return self.contract.transforms()
 
+    def __dir__(self) -> list[str]:
+        """Without a contract there are no transforms: torch.jit.trace reads all that is listed."""
+        return [name for name in super().__dir__() if name != "transforms" or self.contract is not None]
+
     def look_at(self, x: Tensor) -> None:
         """Look at the values of images; see `inputs.look_at`."""
         look_at(self, x)

@@ -238,14 +238,14 @@ def script(code: str, *arguments: object, **options: Any) -> subprocess.Popen[st
 
 KILLED = """
 bundle, cache, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-real, count = Path.rename, 0
-def rename(self, target):
+real, count = Path.replace, 0
+def replace(self, target):
     global count
-    count += 1
-    if count == number:
+    count += self.is_dir()
+    if self.is_dir() and count == number:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, target)
-Path.rename = rename
+Path.replace = replace
 install_bundle(bundle, cache)
 """
 
