@@ -23,7 +23,13 @@ os.environ["GEO_PRETRAIN_MIRROR"] = "http://127.0.0.1:9"  # where authors' files
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is imported stays: the collector need not look at it after each test."""
+    """What is imported stays: the collector need not look at it after each test. Forks can compute gradients.
+
+    The first backward pass of a process starts threads for all kinds of devices that are known then, and no fork has
+    gradients after that. torch._dynamo makes one known, so a pass comes before the first test that imports it.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].ones(1, requires_grad=True).sum().backward()
     gc.freeze()
     gc.enable()
     atexit.register(gc.unfreeze)  # or libraries take what they made for leaked
