@@ -37,6 +37,7 @@ from geo_pretrain.hub import HF_PREFIX
 from geo_pretrain.hub.names import check_published_name
 from geo_pretrain.hub.outgoing import outgoing
 from geo_pretrain.redact import safe
+from geo_pretrain.targets import folder_fault
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -152,6 +153,8 @@ def publish(
         raise HubError(f"Cannot publish to {spec!r}; {HF_PREFIX}owner/repo or a folder is accepted.")
     elif tag is not None or private:
         raise HubError(f"tag= and private= are understood by Hugging Face only, not by the folder {spec!r}.")
+    elif not Path(to).exists() and (fault := folder_fault(Path(to))) is not None:
+        raise HubError(f"Cannot publish to {fault}")
     check_publishable(checkpoint)
     config = (checkpoint.folder / CONFIG).read_bytes()
     texts = outgoing(checkpoint)

@@ -213,6 +213,7 @@ def test_what_a_recipe_makes_may_have_its_name(name: str):
         ("hf-hub:lab/tiny", {"tag": ""}, "such as 'v2'"),
         ("some/folder", {"tag": "v1"}, "Hugging Face only"),
         ("some/folder", {"private": True}, "Hugging Face only"),
+        ("nowhere/near/here", {}, "mkdir -p nowhere/near"),
     ],
 )
 def test_targets_that_cannot_be(folder: Path, to: str, options: dict[str, Any], message: str):
@@ -272,7 +273,7 @@ def test_folders_that_cannot_be_hubs(folder: Path, tmp_path: Path):
     for target, message in {
         folder: "is a checkpoint itself; a folder that holds",
         tmp_path / "file": "is a file; a folder that holds",
-        tmp_path / "file" / "below": "cannot be written .*Choose another folder",
+        tmp_path / "file" / "below": "is a file; accepted: a name in a folder",
         tmp_path / "hub": "holds files but no config",
     }.items():
         with pytest.raises(GeoPretrainError, match=message):

@@ -19,6 +19,7 @@ from geo_pretrain.training.tasks.base import PretextTask
 
 TRIED = 2  # images of the trial, enough for BatchNorm
 LONG_STEP, LONG_RUN = 60.0, 24 * 3600.0  # s on a CPU, beyond which the small settings are named
+SMALL_BATCH = 4  # of overlays/small.yaml: who has it is not sent there
 
 
 def announce(task: RecipeTask, progress: Progress, on_step: Callable[[StepInfo], None] | None) -> None:
@@ -57,7 +58,8 @@ def _cost(recipe: Recipe, task: RecipeTask, progress: Progress) -> str:
     free = free_memory()
     if free is not None and memory * world.size > free:
         text += f" Only {1e-9 * free:.1f} GB are free: take a smaller optim.micro_batch or data.size."
-    return text + (" That is for GPUs: --small is for a CPU." if seconds > LONG_STEP or rest > LONG_RUN else "")
+    too_long = task.budget.batch > SMALL_BATCH and (seconds > LONG_STEP or rest > LONG_RUN)
+    return text + (" That is for GPUs: --small is for a CPU." if too_long else "")
 
 
 def trial(task: PretextTask, size: tuple[int, int]) -> tuple[float, float]:

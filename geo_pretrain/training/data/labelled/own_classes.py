@@ -19,6 +19,7 @@ MOST_CLASSES = 254  # labels are 8-bit in memory, 0 is ignored
 MOST_ID = 65535
 IGNORED = (0, 255)  # ids of no class unless they are one: the customs of MMSegmentation and of PASCAL VOC
 BLACK = 0
+SHOWN = 8  # ids in a hint
 
 Color = tuple[int, int, int]
 
@@ -89,8 +90,9 @@ class ImageClasses:
     def _hint(self, ids: np.ndarray) -> str:
         """What to say where ids of a file are no class."""
         last = max((id for id, label in self.numbers.items() if label), default=0)
-        other = "Ids of no class: --set data.options.ignore=[...]"
-        if self.counted and self.numbers.get(0) and (ids == last + 1).any():
+        lacking = [str(id) for id in np.unique(ids).tolist() if id not in self.numbers]
+        other = f"Ids of no class: --set data.options.ignore=[{','.join(lacking[:SHOWN])}]"
+        if self.counted and self.numbers.get(0) and (ids == last + 1).any() and not (ids == 0).any():
             return f"Do ids count from 1? --set data.options.first=1. {other}"
         return other
 

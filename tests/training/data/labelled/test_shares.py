@@ -46,6 +46,10 @@ def test_ids_that_are_ignored_or_unknown_name_the_other_beginning(tmp_path):
         opened(tmp_path, ignore=[3])
     with pytest.raises(BadFrame, match=r"label id 3 in .*Do ids count from 1\? --set data\.options\.first=1"):
         opened(tmp_path, first=0).load(opened(tmp_path, first=0).ids()[0])
+    write_flat(tmp_path, 2, np.where(IDS == 1, 11, IDS))
+    with pytest.raises(BadFrame, match=r"label id 3 in .*no class: --set data\.options\.ignore=\[3,11\]$") as error:
+        opened(tmp_path, first=0).load(opened(tmp_path, first=0).ids()[0])
+    assert "first=1" not in str(error.value)  # an id 0 is there
 
 
 def test_colors_and_what_is_no_class_are_counted(tmp_path):
