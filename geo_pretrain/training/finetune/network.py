@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from geo_pretrain.contract import ImageContract, ImageTransform, VoxelContract, VoxelTransform, image_pixels
 from geo_pretrain.errors import DataError, InputError
-from geo_pretrain.inputs import described, to_points
+from geo_pretrain.inputs import check_images, described, look_at, to_points
 from geo_pretrain.training.data.files import points_fault, read_photo
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.files import array_columns, cloud_of_columns
@@ -81,10 +81,13 @@ class FinetunedNetwork(nn.Module):
         """Of segmentation: normalized images [B, 3, H, W] -> logits of the classes 1..C, [B, C, H, W]. Else `module`'s.
 
         torchvision's detectors take a list of images [3, H, W], RGB in [0, 1], and normalize and resize them; 3D
-        networks take a `SparseTensor`. Raises `InputError` for another number of channels.
+        networks take a `SparseTensor`. Raises `InputError` for what is no such input.
         """
-        self._check_channels(inputs[0] if inputs else None)
+        first: Any = inputs[0] if inputs else None
+        self._check_channels(first)
         if isinstance(self.task, Segmentation):
+            check_images(first, len(self.contract.channels), next(self.parameters()), 1)
+            look_at(self, first)
             return self.task.class_logits(*inputs)
         if isinstance(self.task, Detection) and self.task.setup.msra:
             inputs = [image.flip(0) for image in inputs[0]], *inputs[1:]  # the released network takes BGR

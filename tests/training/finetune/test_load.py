@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import geo_pretrain as gp
 from geo_pretrain.cards import card_of
 from geo_pretrain.checkpoint import read_checkpoint
-from geo_pretrain.errors import CheckpointError, DigestMismatch, RecipeError, WeightsMismatch
+from geo_pretrain.errors import CheckpointError, DigestMismatch, InputError, RecipeError, WeightsMismatch
 from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.loading import verify
 from geo_pretrain.publish import publish
@@ -129,6 +129,11 @@ def test_a_fine_tuned_network_takes_what_is_at_hand(images, tmp_path):
     for wrong, line in ((torch.rand(1, 4, 32, 48), "load_backbone"), (torch.rand(1, 32, 48, 3), "network.transforms")):
         with pytest.raises(ValueError, match=rf"fine-tuned on 3 \(R, G, B\); accepted are these alone\. .*{line}"):
             network(wrong)
+    for item in ("photo.jpg", Image.fromarray(pixels), [pixels], None):
+        with pytest.raises(InputError, match=r"takes images \[B, 3, H, W\]; got"):
+            network(item)
+    with pytest.warns(UserWarning, match="255"):
+        network(torch.from_numpy(pixels).permute(2, 0, 1)[None].float())
     with pytest.raises(TypeError, match=r"devise='cpu' is unknown; accepted: device, hub, .*Nearest: 'device'"):
         load_finetuned(images, devise="cpu")
     with pytest.raises(TypeError, match="in_chans is load_backbone's"):
