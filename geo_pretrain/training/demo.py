@@ -192,7 +192,7 @@ def what_next(folder: Path) -> list[str]:
         f"geo-pretrain visualize features {quoted} -o features.png",
         f"geo-pretrain finetune rooms_unet_r18 --toy -b {quoted} --out runs/unet",
         "geo-pretrain data check folder:PATH -o check.png     # a recording of yours",
-        "geo-pretrain train pri3d_view_r18 --data folder:PATH --out runs/mine",
+        "geo-pretrain train pri3d_view_r18 --small --data folder:PATH --out runs/mine",
     ]
 
 
