@@ -149,8 +149,8 @@ def _check_package(package: str) -> None:
 def _light(checkpoint: Checkpoint, folder: Path, without: Collection[str]) -> Checkpoint:
     """A copy for the wheel: float16, a short log, no paths of this machine, a card of its own."""
     half = write_halved(checkpoint.folder, folder / "half", without=without)
-    log = _thinned((half.folder / half.file_of("log")).read_text(encoding="utf-8"))
-    write_log(half, log)
+    log = half.file_of("log")
+    _replace_text(half, log, _thinned((half.folder / log).read_text(encoding="utf-8")))
     half = read_checkpoint(half.folder)
     for name, text in outgoing(half).items():
         (half.folder / name).write_bytes(text)
@@ -164,13 +164,8 @@ def _thinned(log: str) -> str:
     every = -(-len(steps) // LOG_LINES)
     if every < 2:
         return log
-    kept = {*steps[::every], steps[0], steps[-1]}
-    return "".join(line for number, line in enumerate(lines) if number in kept or number not in set(steps))
-
-
-def write_log(checkpoint: Checkpoint, text: str) -> None:
-    """Replace the log of a folder that nobody else uses."""
-    _replace_text(checkpoint, checkpoint.file_of("log"), text)
+    dropped = set(steps) - {*steps[::every], steps[-1]}
+    return "".join(line for number, line in enumerate(lines) if number not in dropped)
 
 
 def write_own_card(checkpoint: Checkpoint, measured: tuple[Result, ...]) -> Checkpoint:
