@@ -95,10 +95,8 @@ def add_run(
 
 
 def _finished(run: Path) -> Checkpoint:
-    if not (run / CONFIG).is_file() and run_folder(run).is_dir():
-        raise CheckpointError(f"{run}: its training did not finish; finished runs are accepted. Resume the run.")
-    checkpoint = read_checkpoint(run)
-    if not checkpoint.finished:
+    under_way = not (run / CONFIG).is_file() and run_folder(run).is_dir()
+    if under_way or not (checkpoint := read_checkpoint(run)).finished:
         raise CheckpointError(f"{run}: its training did not finish; finished runs are accepted. Resume the run.")
     for role in ("recipe", "log"):
         checkpoint.file_of(role)

@@ -10,8 +10,7 @@ from geo_pretrain.catalog.entry import Result, Shipped
 from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.distribution import project as wheel
 from geo_pretrain.distribution.add import write_own_card
-from geo_pretrain.distribution.mirrors import row_named
-from geo_pretrain.distribution.shipped_file import catalog_file, read_shipped, write_shipped
+from geo_pretrain.distribution.shipped_file import catalog_file, read_shipped, row_named, write_shipped
 from geo_pretrain.errors import CheckpointError, DataError
 from geo_pretrain.files import parse_json
 

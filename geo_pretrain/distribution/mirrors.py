@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from geo_pretrain.catalog import CATALOG
 from geo_pretrain.catalog.entry import Shipped
 from geo_pretrain.checkpoint import StoredFile, check_digest
-from geo_pretrain.distribution.shipped_file import catalog_file, read_shipped, write_shipped
-from geo_pretrain.errors import CheckpointError, HubError, unknown
+from geo_pretrain.distribution.shipped_file import catalog_file, read_shipped, row_named, write_shipped
+from geo_pretrain.errors import CheckpointError, HubError
 from geo_pretrain.hub.sources import HF_PREFIX, WEB_PREFIXES, Request, source_of
 
 
@@ -48,10 +47,3 @@ def compare(row: Shipped, name: str, place: str) -> None:
         checkpoint = source.fetch([file.role for file in entry.files])
         for file in entry.files:
             check_digest(checkpoint.folder / file.name, StoredFile(file.role, file.size, file.sha256))
-
-
-def row_named(rows: Mapping[str, Shipped], name: str) -> Shipped:
-    """The row of a name. Raises `UnknownName` for one that no package holds."""
-    if name not in rows:
-        raise unknown("checkpoint in a package", name, rows, "`geo-pretrain weights add RUN` puts one in.")
-    return rows[name]

@@ -172,7 +172,7 @@ def provenance_table(held: list[Checkpoint]) -> str:
 
 
 def made(checkpoint: Checkpoint) -> str:
-    """How long a checkpoint was trained, where, and by which version: "20,000 steps in 31.2 h on cpu, 0.1.0"."""
+    """How long a checkpoint was trained, and where: "20,000 steps in 31.2 h on cpu"."""
     facts = checkpoint.provenance
     steps, seconds = facts.get("steps", 0), facts.get("seconds", 0.0)
     processes = f", {facts['processes']} processes" if facts.get("processes", 1) != 1 else ""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from geo_pretrain.catalog import shipped
 from geo_pretrain.catalog.entry import Result, Shipped
-from geo_pretrain.errors import CheckpointError
+from geo_pretrain.errors import CheckpointError, unknown
 from geo_pretrain.files import write_text
 
 RENDERERS = ("geo_pretrain.cards", "geo_pretrain.advice")  # what `make cards` runs
@@ -35,15 +35,18 @@ def catalog_file(weights: Path) -> Path | None:
 
 def read_shipped(path: Path) -> dict[str, Shipped]:
     """The rows that stand in the file now. Raises `CheckpointError` where it is no Python."""
-    spec = spec_from_file_location("geo_pretrain_shipped_rows", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        return dict(module.SHIPPED)
-    except (SyntaxError, NameError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); `git checkout {path}` brings it back.") from error
+        return dict(runpy.run_path(str(path))["SHIPPED"])
+    except (SyntaxError, NameError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: cannot be read ({reason}); `git checkout {path}` brings it back.") from error
+
+
+def row_named(rows: Mapping[str, Shipped], name: str) -> Shipped:
+    """The row of a name. Raises `UnknownName` for one that no package holds."""
+    if name not in rows:
+        raise unknown("checkpoint in a package", name, rows, "`geo-pretrain weights add RUN` puts one in.")
+    return rows[name]
 
 
 def write_shipped(path: Path, rows: Mapping[str, Shipped]) -> None:
