@@ -92,14 +92,15 @@ def names_here(cache_dir: str | os.PathLike[str] | None = None) -> set[str]:
 
 
 def folders_here(cache_dir: str | os.PathLike[str] | None = None) -> dict[str, Path]:
-    """The names that load without a network, and where they lie: installed packages come before our cache.
+    """The names that load without a network, and where they lie: of several folders the one that `hub.open` takes.
 
     Files are looked for and their sizes compared; they are not read. Hugging Face's own cache is not looked at.
     """
     root = cache_root(cache_dir)
-    folders = [path.parent for above in package_folders().values() for path in above.glob(f"*/{CONFIG}")]
+    packages = (path.parent for above in package_folders().values() for path in above.glob(f"*/{CONFIG}"))
+    downloads = (folder for kind in ("hub", "authors") for folder in _folders(root, kind))
     found: dict[str, Path] = {}
-    for folder in (*folders, *(folder for kind in KINDS for folder in _folders(root, kind))):
+    for folder in (*_folders(root, "bundle"), *packages, *downloads):
         with suppress(CheckpointError, OSError):
             checkpoint = read_checkpoint(folder)
             files = map(checkpoint.file_of, checkpoint.network_roles())

@@ -15,7 +15,7 @@ from geo_pretrain.catalog import Arch
 from geo_pretrain.checkpoint import Pairing, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, UnknownName
 from geo_pretrain.halving import write_halved
-from geo_pretrain.hub.cache import names_here
+from geo_pretrain.hub.cache import folders_here, names_here
 from geo_pretrain.loading import golden_of
 from geo_pretrain.publish import publish
 from geo_pretrain.sparse.tensor import SparseTensor
@@ -59,6 +59,13 @@ def test_a_name_in_an_installed_package_loads_offline_and_the_package_is_not_imp
     (door,) = hub.doors(NAME)
     assert not door.is_open
     assert "encoder.safetensors: is missing" in door.reason
+
+
+def test_where_a_name_lies_is_where_it_is_loaded_from(installed: Path, tmp_path: Path):
+    """A bundle that somebody installed comes before a package."""
+    assert folders_here()[NAME] == hub.open(NAME).fetch("encoder").folder == installed / NAME
+    bundle = write_tiny(tmp_path / "cache/bundles" / NAME).folder
+    assert folders_here()[NAME] == hub.open(NAME).fetch("encoder").folder == bundle
 
 
 def test_a_package_cannot_give_a_name_of_the_catalog_to_another_network(installed: Path):
