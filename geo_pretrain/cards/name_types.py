@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from geo_pretrain.catalog import backbone_info, list_backbones
+from geo_pretrain.files import write_text
 
 NAMES = "geo_pretrain/catalog/names.py"  # of a checkout
 TYPES = {"resnet": "ImageName", "sr_unet": "PointName"}  # architecture of what loads without a decoder -> type
@@ -22,4 +23,4 @@ def name_types() -> str:
 
 def write_name_types(root: Path) -> None:
     """Write the file into a checkout."""
-    (root / NAMES).write_text(name_types(), encoding="utf-8")
+    write_text(root / NAMES, name_types())
