@@ -2,8 +2,9 @@
 
 Every message says what was given, what is accepted, and the line that mends it. What cannot be computed, or cannot be
 right (NaN), is an `InputError`; what can be meant but seldom is, such as pixels that were not normalized, is a warning,
-once a network. Values are looked at on a CPU in every call, which costs a thousandth of a network; on other devices in
-the first call alone, because a look makes them wait; and never while torch traces or compiles.
+once a network; of points that seem not to be in meters once a cloud. Values are looked at on a CPU in every call, which
+costs a thousandth of a network; on other devices in the first call alone, because a look makes them wait; and never
+while torch traces or compiles.
 """
 
 from __future__ import annotations

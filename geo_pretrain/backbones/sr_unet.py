@@ -78,7 +78,6 @@ class SRUNet(Backbone):
     """
 
     contract: VoxelContract | None
-    _spaced = False  # whether points were found not to be meters, or nobody may look again
 
     if TYPE_CHECKING:  # nn.Module's own says Any
 
@@ -198,13 +197,10 @@ class SRUNet(Backbone):
         return voxel_feats[voxels.inverse.to(weight.device)]
 
     def look_at_spacing(self, voxels: Voxels) -> None:
-        """Warn, once a network, of points that seem not to be in meters: no voxel touches another, or all are one."""
+        """Warn of points that seem not to be in meters: no voxel touches another, or all are one."""
         size = getattr(self.contract, "voxel_size", None)
-        if self._spaced or not isinstance(size, int | float) or torch.compiler.is_compiling():
-            return  # of cylinders each voxel has another size
-        doubt = spacing_doubt(voxels.coords, len(voxels.inverse), size, "points * {}")
-        self._spaced = doubt is not None or voxels.coords.device.type != "cpu"
-        self._warn(doubt)
+        if isinstance(size, int | float) and not torch.compiler.is_compiling():  # of cylinders each voxel has its own
+            self._warn(spacing_doubt(voxels.coords, len(voxels.inverse), size, "points * {}"))
 
     def _output(self, finest: SparseTensor) -> SparseTensor:
         out = self.final(finest)

@@ -61,7 +61,7 @@ def check_labels(data: str, task: Any, out: Path, set_: list[str], as_json: bool
 
 
 def preview_labels(data: str, task: Any, out: Path, set_: list[str], rows: int) -> None:
-    """Draw some labelled images."""
+    """Draw some labelled images or clouds."""
     from geo_pretrain.errors import DataError
     from geo_pretrain.training.data.labelled.registry import open_labelled
     from geo_pretrain.training.visualize.labelled import draw_labelled
@@ -69,7 +69,7 @@ def preview_labels(data: str, task: Any, out: Path, set_: list[str], rows: int) 
     source, _, path = data.partition(":")
     opened = open_labelled(source, Path(path) if path else None, "train", task=task, options=data_set_options(set_))
     if not draw_labelled({"train": opened}, out, rows=rows):
-        raise DataError(f"{data}: no image with labels to draw. Clouds: geo-pretrain visualize points --data {data}.")
+        raise DataError(f"{data}: no image or cloud with labels to draw.")
     console.print(f"Wrote {out}", soft_wrap=True, markup=False)
 
 
@@ -83,5 +83,5 @@ def _show_report(report: LabelledReport, drawn: Path | None) -> None:
         console.print(f"  {escape(file)}: {escape(reason)}", soft_wrap=True, highlight=False)
     if len(report.faults) > MOST_FAULTS:
         console.print(f"  and {len(report.faults) - MOST_FAULTS} more: --json lists all", highlight=False)
-    if drawn is not None:
-        console.print(f"Wrote {escape(str(drawn))}", soft_wrap=True, highlight=False)
+    end = "No picture: nothing with labels could be read." if drawn is None else f"Wrote {escape(str(drawn))}"
+    console.print(end, soft_wrap=True, highlight=False)

@@ -30,7 +30,7 @@ def spacing_doubt(coords: Tensor, points: int, voxel_size: float, line: str) -> 
         return None
     cells = coords[:, 1:]
     wide = int((cells.amax(dim=0) - cells.amin(dim=0)).max()) + 1
-    extent = f"{wide * voxel_size:.3g} m wide, at {voxel_size:g} m a voxel"
+    extent = f"{float(f'{wide * voxel_size:.3g}'):g} m wide, at {voxel_size:g} m a voxel"
     if len(coords) <= LEAST and points >= CROWDED * len(coords):
         return (
             f"all {points} points lie in {len(coords)} voxels; the cloud is {extent}. Are its coordinates meters? "

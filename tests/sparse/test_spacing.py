@@ -60,7 +60,7 @@ def test_clouds_of_a_batch_are_no_neighbors():
     assert doubt(several, torch.arange(8).repeat_interleave(4000))
 
 
-def test_a_network_warns_once_at_the_callers_line():
+def test_a_network_warns_of_each_cloud_at_the_callers_line():
     network = SRUNet("18A", width=8).eval()
     network.contract = VoxelContract(VOXEL)
     with warnings.catch_warnings():
@@ -69,6 +69,5 @@ def test_a_network_warns_once_at_the_callers_line():
     with pytest.warns(UserWarning, match=r"Centimeters: points \* 0\.01") as caught:
         network.encode_points(room(600) * 100)
     assert caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match=r"the cloud is 450 m wide"):
         network.encode_points(room(600) * 90)

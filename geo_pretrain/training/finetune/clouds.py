@@ -72,7 +72,8 @@ class CloudTask(FinetuneTask):
         if limited is not None and self.cloud.labels == "agree" and not recipe.match_released_code:
             self.training_cloud = replace(self.cloud, labels="agree_known")
         self.skipped: dict[str, str] = {}  # path -> reason, of clouds left out of the latest evaluation
-        self._spaced = False  # whether a cloud seemed not to be in meters
+        self._stated = False  # whether the unit was stated of clouds that all seem not to be in meters
+        self._doubts: set[str] = set()  # what was said of clouds that seem not to be in meters
         network, transfer = start.unet(recipe.seed, self.inputs.in_chans)
         self._start_shape = srunet_shape(network)
         self.module = self.build(network, transfer)
@@ -98,21 +99,45 @@ class CloudTask(FinetuneTask):
         return collate_voxels(samples, self.cloud.limit)
 
     def evaluation_sample(self, cloud: LabelledCloud) -> CloudSample:
-        """Voxelize a cloud without augmentation; warn of the first one that seems not to be in meters."""
-        sample, size = evaluation_sample(cloud, self.cloud, self.contract), self.contract.voxel_size
-        if not self._spaced and isinstance(size, int | float) and self.cloud.normalize == "none":
-            doubt = spacing_doubt(sample.coords, len(sample.inverse), size, self.scaled_by)
-            self._spaced = doubt is not None
-            if doubt is not None:
-                warnings.warn(f"Cloud {cloud.id!r}: {doubt}", stacklevel=2)
+        """Voxelize a cloud without augmentation; warn of each one, once, that seems not to be in meters."""
+        sample = evaluation_sample(cloud, self.cloud, self.contract)
+        doubt = None if self._stated else self._doubt(sample)
+        if doubt is not None and f"{cloud.id}: {doubt}" not in self._doubts:
+            self._doubts.add(f"{cloud.id}: {doubt}")
+            warnings.warn(f"Cloud {cloud.id!r}: {doubt}", stacklevel=2)
         return sample
 
+    def _doubt(self, sample: CloudSample) -> str | None:
+        """Why a cloud seems not to be in meters; None if it does, or is not measured in them."""
+        size = self.contract.voxel_size
+        if not isinstance(size, int | float) or self.cloud.normalize != "none":
+            return None
+        return spacing_doubt(sample.coords, len(sample.inverse), size, self.scaled_by)
+
     def look_at(self, source: LabelledData) -> None:
-        """Voxelize some clouds of one's own, whose units nobody else knows."""
-        if isinstance(getattr(source, "source", source), CloudFolder):
-            for id in source.ids()[:: max(1, len(source.ids()) // LOOKED_AT)][:LOOKED_AT]:
-                with suppress(BadFrame):
-                    self.evaluation_sample(self.load(source, id))
+        """Voxelize some clouds of one's own, whose units nobody else knows; warn of those that seem not to be meters.
+
+        Raises `DataError` where all seem so, unless the option `scale` says what their unit is.
+        """
+        own = getattr(source, "source", source)
+        if not isinstance(own, CloudFolder):
+            return
+        looked, doubts = 0, {}
+        for id in source.ids()[:: max(1, len(source.ids()) // LOOKED_AT)][:LOOKED_AT]:
+            with suppress(BadFrame):
+                doubt = self._doubt(evaluation_sample(self.load(source, id), self.cloud, self.contract))
+                looked, doubts = looked + 1, doubts | ({} if doubt is None else {id: doubt})
+        every = looked == len(doubts) > 0
+        self._stated = every and ("scale" in self.recipe.data.options or own.options.scale != 1)
+        if every and not self._stated:
+            first = next(iter(doubts))
+            raise DataError(
+                f"The clouds seem not to be in meters (all {looked} looked at), and voxels that touch no other teach "
+                f"nothing. Cloud {first!r}: {doubts[first]} If it is right all the same: "
+                f"{self.scaled_by.format(1)}."
+            )
+        for id in list(doubts)[: 1 if self._stated else None]:
+            warnings.warn(f"Cloud {id!r}: {doubts[id]}", stacklevel=2)
 
     def measured(
         self, source: LabelledData, ids: Sequence[str], world: World, measure: Callable[[LabelledCloud], T]

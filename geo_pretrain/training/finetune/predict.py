@@ -17,6 +17,7 @@ from geo_pretrain.training.data.files import read_photo
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.files import CLOUD_SUFFIXES, CloudFields
 from geo_pretrain.training.data.labelled.clouds.folder import CloudFolder
+from geo_pretrain.training.data.labelled.clouds.unread import conversion, left_alone
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.labelled.mapping import label_map
 from geo_pretrain.training.data.labelled.own_images import IMAGE_SUFFIXES
@@ -41,9 +42,6 @@ MESH = "_vh_clean_2"  # of ScanNet's scans: scene0707_00_vh_clean_2.ply
 INDEX, CLASSES, PICTURE, LEGEND = "predictions.json", "classes.txt", "predictions.png", "legend.png"
 DETECTIONS = "detections.json"  # all boxes and masks in COCO's format
 FORMAT = 1
-ASIDE, LISTS = (".json", ".yaml", ".yml", ".md", ""), ("classes.txt", "train.txt", "val.txt", "test.txt")
-TEXT_CLOUDS = {".txt", ".xyz", ".asc", ".csv"}
-OTHER_CLOUDS = {".pcd", ".e57", ".pts", ".ptx", ".obj", ".stl", ".off"}
 
 
 @dataclass(frozen=True)
@@ -259,7 +257,7 @@ def _of_source(task: FinetuneTask, source: LabelledData) -> Iterator[Item]:
 def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[str, Any] | None) -> Iterator[Item]:
     in_3d = recipe.network.kind in POINT_KINDS
     accepted, what = (CLOUD_SUFFIXES, "clouds") if in_3d else (IMAGE_SUFFIXES, "images")
-    wrong = [path.name for path in files if not path.is_dir() and path.suffix.lower() not in accepted]
+    wrong = [path for path in files if not path.is_dir() and path.suffix.lower() not in accepted]
     kinds = (*CLOUD_SUFFIXES, *IMAGE_SUFFIXES)  # with one of these, that it is the other kind is what is wrong
     missing = [repr(str(path)) for path in files if path.suffix.lower() not in kinds and not path.exists()]
     if missing:
@@ -267,8 +265,8 @@ def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[st
         raise DataError(f"{some(missing)} {'does' if len(missing) == 1 else 'do'} not exist; {ways}.")
     if wrong:
         raise DataError(
-            f"{some(wrong)}: the network is for {what}; accepted: files that end in {', '.join(accepted)}."
-            f"{_conversion(wrong, accepted)}"
+            f"{some(path.name for path in wrong)}: the network is for {what}; accepted: files that end in "
+            f"{', '.join(accepted)}.{conversion(wrong) if in_3d else ''}"
         )
     fields = cloud_fields(recipe, options) if in_3d else CloudFields()
     for path, id in _named(files, accepted, what):
@@ -279,15 +277,6 @@ def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[st
             yield Item(file_stem(id), partial(read_photo, path), file=path.name)
 
 
-def _conversion(names: Sequence[str], accepted: Sequence[str]) -> str:
-    """How clouds in other formats are brought into one that is read, after a space; "" for others."""
-    ending = {Path(name).suffix.lower(): name for name in names} if ".ply" in accepted else {}
-    for suffix in ending.keys() & TEXT_CLOUDS:
-        name = ending[suffix]
-        return f" Columns of numbers: numpy.save({f'{Path(name).stem}.npy'!r}, numpy.loadtxt({name!r}))."
-    return " CloudCompare and MeshLab save them as PLY." if ending.keys() & OTHER_CLOUDS else ""
-
-
 def _named(files: Sequence[Path], suffixes: Sequence[str], what: str) -> Iterator[tuple[Path, str]]:
     """Each file with the name of its results: its own, below a folder that was given its path there, without suffix."""
     for path in files:
@@ -296,12 +285,13 @@ def _named(files: Sequence[Path], suffixes: Sequence[str], what: str) -> Iterato
             continue
         there = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         inside = [p for p in there if p.suffix.lower() in suffixes]
-        others = [p.name for p in there if p.suffix.lower() not in (*suffixes, *ASIDE) and p.name not in LISTS]
-        hint = _conversion(others, suffixes)
+        others = left_alone(path, suffixes)
+        hint = conversion(others) if what == "clouds" else ""
         if not inside:
             raise DataError(f"No {what} ({', '.join(suffixes)}) in {str(path)!r}.{hint}")
         if others:
-            left = f"{path}: left alone, because only {', '.join(suffixes)} are read: {some(others)}.{hint}"
+            names = some(p.name for p in others)
+            left = f"{path}: left alone, because only {', '.join(suffixes)} are read: {names}.{hint}"
             warnings.warn(left, stacklevel=2)
         for one in inside:
             yield one, one.relative_to(path).with_suffix("").as_posix()

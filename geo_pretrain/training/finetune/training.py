@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,9 @@ class Finetuning(RecipeTask):
         self.backbone, self.task, self.data, self.run, self.on_evaluation = backbone, task, data, run, on_evaluation
         self.train_ids, self.val_ids = data.train.ids(), spread_ids(data.val.ids(), recipe.evaluate.images)
         task.prepare(data.train)
-        if world.is_main:
+        with warnings.catch_warnings():
+            if not world.is_main:  # what is refused is refused in all processes, what is told in one
+                warnings.simplefilter("ignore", UserWarning)
             task.look_at(data.train)
         self.digest = weights_digest(task.backbone().state_dict())
         samples = _Samples(data.train, self.train_ids, task, recipe.seed)

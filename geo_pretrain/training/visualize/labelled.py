@@ -1,8 +1,9 @@
-"""A picture of labelled images with their classes or objects, and a legend: what training will see."""
+"""A picture of labelled images or clouds with their classes or objects, and a legend: what training will see."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from geo_pretrain.errors import BadFrame
 from geo_pretrain.files import atomic_write
+from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.labelled.image import LabelledImage
+from geo_pretrain.training.visualize.cloud_layers import CloudLayer, CloudPicture, save_cloud_figure
+from geo_pretrain.training.visualize.clouds import cloud_colors, label_colors
 from geo_pretrain.training.visualize.colors import class_colors
 from geo_pretrain.training.visualize.grids import INK, PAPER, save_grid
 from geo_pretrain.training.visualize.results import picture_of, with_objects
@@ -23,31 +27,61 @@ HIGH = 24  # classes in a column of a legend
 
 
 def draw_labelled(splits: Mapping[str, LabelledData], path: Path, *, rows: int = ROWS) -> bool:
-    """Draw some images of each split beside their labels, with the classes that occur; False: nothing could be drawn.
+    """Draw some images or clouds of each split beside their labels, with the classes that occur; False: there was none.
 
-    Broken images are left out, and clouds are not drawn.
+    Broken ones are left out.
     """
-    panels, captions = list[list[Image.Image]](), list[list[str]]()
-    present, classes = set[int](), tuple[str, ...]()
+    classes = next((data.classes for data in splits.values()), ())
+    given = list(_items(splits, rows))
+    images = [(caption, item) for caption, item in given if isinstance(item, LabelledImage)]
+    clouds = [(caption, item) for caption, item in given if isinstance(item, LabelledCloud) and item.labels is not None]
+    if clouds:
+        _draw_clouds(clouds, classes, path)
+        return True
+    return _draw_images(images, classes, path)
+
+
+def _items(splits: Mapping[str, LabelledData], rows: int) -> Iterator[tuple[str, Any]]:
+    """Some items of each split, with captions."""
     for split, data in splits.items():
-        ids, classes = data.ids(), data.classes
+        ids = data.ids()
         for k in range(min(rows, len(ids))):
-            try:
+            with suppress(BadFrame):
                 item = data.load(ids[k * len(ids) // min(rows, len(ids))])
-            except BadFrame:
-                continue
-            if not isinstance(item, LabelledImage) or (item.semantic is None and item.instances is None):
-                continue
+                yield f"{split}: {item.id}", item
+
+
+def _draw_images(items: Sequence[tuple[str, LabelledImage]], classes: Sequence[str], path: Path) -> bool:
+    """Draw images beside their labels; False: none has labels."""
+    panels, captions, present = list[list[Image.Image]](), list[list[str]](), set[int]()
+    for caption, item in items:
+        if item.semantic is not None or item.instances is not None:
             panels.append([picture_of(item.image), _labels(item, present)])
-            captions.append([f"{split}: {item.id}", ""])
+            captions.append([caption, ""])
     if not panels:
         return False
     size = [max(picture.size[k] for row in panels for picture in row) for k in (0, 1)]
     padded = [[ImageOps.pad(p, (size[0], size[1]), color=PAPER, centering=(0, 1)) for p in row] for row in panels]
-    colors = class_colors(np.arange(len(classes) + 1)[None])[0]
-    legend = [(classes[c - 1], tuple(int(v) for v in colors[c])) for c in sorted(present) if c > 0]
-    save_grid(padded, captions, ["image", "labels"], legend, path)
+    save_grid(padded, captions, ["image", "labels"], _legend(classes, present), path)
     return True
+
+
+def _draw_clouds(items: Sequence[tuple[str, LabelledCloud]], classes: Sequence[str], path: Path) -> None:
+    """Draw clouds beside the labels of their points, from above."""
+    pictures, present = list[CloudPicture](), set[int]()
+    for caption, cloud in items:
+        labels: Any = cloud.labels
+        present |= {int(c) for c in np.unique(labels)}
+        share = f"{(labels > 0).mean():.0%} of points labelled"
+        layers = CloudLayer("cloud", cloud_colors(cloud)), CloudLayer("labels", label_colors(labels), share)
+        pictures.append(CloudPicture(caption, cloud.points, layers))
+    save_cloud_figure(pictures, _legend(classes, present), path)
+
+
+def _legend(classes: Sequence[str], present: Iterable[int]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and colors of the classes that occur."""
+    colors = class_colors(np.arange(len(classes) + 1)[None])[0]
+    return [(classes[c - 1], tuple(int(v) for v in colors[c])) for c in sorted(present) if c > 0]
 
 
 def draw_legend(classes: Sequence[str], colors: Sequence[Sequence[int]] | None, path: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from geo_pretrain.training.data.check.labelled import check_labelled, labelled_task
 from geo_pretrain.training.data.check.report import Level
+from geo_pretrain.training.visualize.colors import class_colors
 from tests.front_door import geo_pretrain
 from tests.training.data.labelled.test_own_images import IDS, boxes_json, write_image, write_label
 
@@ -104,9 +105,10 @@ def test_boxes_and_clouds_are_checked_too(tmp_path):
         np.save(clouds / split / "a.npy", [[0, 0, 0, 1], [1, 0, 0, 2]])
     (clouds / "classes.txt").write_text("wall\nchair\n")
     (clouds / "train" / "b.npy").write_bytes(b"no array")
-    found = json.loads(geo_pretrain("data", "check", f"clouds:{clouds}", "--json", expected=1).output)
+    out = tmp_path / "check.png"
+    found = json.loads(geo_pretrain("data", "check", f"clouds:{clouds}", "--json", "-o", out, expected=1).output)
     assert (list(found["unusable"]), found["task"], found["picture"]) == (
-        [str(clouds / "train" / "b.npy")], "segmentation3d", None
+        [str(clouds / "train" / "b.npy")], "segmentation3d", str(out)
     )  # fmt: skip
     assert [row["count"] for row in found["labels"]["train"]] == [1, 1]
 
@@ -121,16 +123,82 @@ def test_which_folders_are_labelled_data(folder, tmp_path):
     assert labelled_task("tum", str(folder)) is None
 
 
-def test_clouds_in_centimeters_are_doubtful(tmp_path):
-    points = np.random.default_rng(0).uniform(0, 200, (600, 3))
-    for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        np.save(tmp_path / split / f"{split}.npy", np.column_stack([points, np.arange(600) % 2 + 1]))
-    (tmp_path / "classes.txt").write_text("wall\nchair\n")
-    found = check_labelled("clouds", str(tmp_path), "segmentation3d", {})
-    (train, _) = [one for one in found.findings if one.topic.endswith("units")]
-    assert (train.topic, train.level) == ("train units", Level.DOUBTFUL)
-    assert train.text.startswith("1 of 1 clouds: hardly any of the 600 points")
-    assert "Centimeters: --set data.options.scale=0.01" in train.text
-    fine = check_labelled("clouds", str(tmp_path), "segmentation3d", {"scale": 0.01})
-    assert [one.level for one in fine.findings] == [Level.OK, Level.OK]
+def write_clouds(root, clouds):
+    """Clouds by split and name: [N, 6] and labels 1, 2 in turn."""
+    for name, cloud in clouds.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.column_stack([cloud, np.arange(len(cloud)) % 2 + 1]))
+    (root / "classes.txt").write_text("wall\nchair\n")
+
+
+def cloud(scale=1.0, brightest=255.0, count=600):
+    generator = np.random.default_rng(0)
+    colors = generator.uniform(0, brightest, (count, 3 if brightest else 0))
+    return np.column_stack([generator.uniform(0, 2, (count, 3)) * scale, colors])
+
+
+def said(root, options={}):  # noqa: B006
+    found = check_labelled("clouds", str(root), "segmentation3d", options)
+    return {one.topic: (one.level, one.text) for one in found.findings}
+
+
+def test_clouds_that_are_all_not_in_meters_are_wrong_until_their_unit_is_stated(tmp_path):
+    write_clouds(tmp_path, {"train/a.npy": cloud(100), "val/b.npy": cloud(100)})
+    level, text = said(tmp_path)["train units"]
+    assert level == Level.WRONG
+    assert text.startswith("1 of 1 clouds: hardly any of the 600 points")
+    assert "Centimeters: --set data.options.scale=0.01" in text
+    assert said(tmp_path, {"scale": 1})["train units"][0] == Level.DOUBTFUL
+    fine = said(tmp_path, {"scale": 0.01})
+    assert {topic: level for topic, (level, _) in fine.items()} == dict.fromkeys(
+        ["train", "train colors", "val", "val colors"], Level.OK
+    )
+    assert fine["train"][1] == "1 clouds of 600 points, 2 m wide"
+
+
+def test_clouds_of_another_unit_than_the_rest_are_named(tmp_path):
+    clouds = {f"train/{name}.npy": cloud(scale) for name, scale in (("a", 1), ("b", 1000), ("c", 1))}
+    write_clouds(tmp_path, clouds | {"val/d.npy": cloud()})
+    found = said(tmp_path)
+    level, text = found["train units"]
+    assert level == Level.DOUBTFUL
+    assert text.startswith("1 of 3 clouds have another unit than the rest, or other spacing: train/b. ")
+    assert "millimeters: times 0.001" in text
+    assert "--set" not in text  # which would change all files
+    assert found["train"][1] == "3 clouds of 600 points, 2 to 2000 m wide"
+    assert "val units" not in found
+
+
+@pytest.mark.parametrize(
+    ("brightest", "level", "text"),
+    [
+        ([255, 1, 65535 / 257], Level.OK, "in all, from 0 to 255 or brought there"),
+        ([255, 0, 255], Level.DOUBTFUL, "1 of 3 clouds have none, and are left out of training with colors: train/1"),
+        ([0, 0, 0], Level.UNKNOWN, "none. Fields of another name: --set data.options.color=NAME. Without any, "),
+        ([255, 1.4, 255], Level.DOUBTFUL, "1 of 3 clouds are black: train/1. Accepted: whole numbers to 255"),
+    ],
+)
+def test_colors_of_clouds_are_told(tmp_path, brightest, level, text):
+    clouds = {f"train/{number}.npy": cloud(brightest=value) for number, value in enumerate(brightest)}
+    write_clouds(tmp_path, clouds | {"val/d.npy": cloud()})
+    found = said(tmp_path)["train colors"]
+    assert found[0] == level
+    assert found[1].startswith(text)
+
+
+def test_clouds_that_are_not_read_are_told_and_the_others_drawn(tmp_path):
+    write_clouds(tmp_path / "own", {"train/a.npy": cloud(), "val/b.npy": cloud()})
+    (tmp_path / "own" / "train" / "scan.csv").write_text("x,y,z\n1,2,3\n")
+    out = tmp_path / "check.png"
+    words = ["data", "check", f"clouds:{tmp_path / 'own'}", "-o", out]
+    text = geo_pretrain(*words).output
+    assert "train files: doubtful 1 are not read: scan.csv. Columns of numbers: numpy.save(" in text
+    assert "delimiter=',', skiprows=1" in text
+    assert f"Wrote {out}" in text
+    with Image.open(out) as picture:
+        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20)}
+    assert {tuple(int(v) for v in color) for color in class_colors(np.array([1, 2]))} < colors
+    for path in (tmp_path / "own").glob("*/*.npy"):
+        path.write_bytes(b"broken")
+    assert "No picture: nothing with labels could be read." in geo_pretrain(*words, expected=1).output

@@ -98,6 +98,24 @@ def test_clouds_that_are_not_in_meters_are_told_before_training(folder, tmp_path
     assert "drawn from 3. First:" in wrong
 
 
+@pytest.mark.parametrize("factor", [100, 1 / 1000])
+def test_clouds_that_are_all_not_in_meters_are_refused_unless_their_unit_is_stated(folder, tmp_path, factor):
+    for path in folder.glob("*/*.np[yz]"):
+        cloud = painted(1, count=3000)
+        path.unlink()
+        arrays = {"points": cloud.points * factor, "colors": cloud.colors, "label": cloud.labels}
+        np.savez(path.with_suffix(".npz"), **arrays)
+    words = ["finetune", *line(folder, tmp_path / "out")]
+    wrong = geo_pretrain(*words, expected=1).errors
+    assert "The clouds seem not to be in meters (all 3 looked at)" in wrong
+    mend = {100: "Centimeters: --set data.options.scale=0.01", 1 / 1000: "Kilometers: --set data.options.scale=1000"}
+    assert mend[factor] in wrong
+    assert "If it is right all the same: --set data.options.scale=1." in wrong
+    assert not (tmp_path / "out.run").exists()
+    with pytest.warns(UserWarning, match="Cloud 'train/a': "):
+        geo_pretrain(*words, "--set", "data.options.scale=1")
+
+
 def test_wrong_data_are_said_in_one_line(folder, tmp_path):
     words = ["finetune", *line(folder, tmp_path / "out")]
     wrong = geo_pretrain(*words, "--set", "data.options.label=klass", expected=1).errors

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 
 from geo_pretrain.errors import BadFrame, DataError, some
-from geo_pretrain.sparse.coordinates import voxelize
-from geo_pretrain.sparse.spacing import spacing_doubt
+from geo_pretrain.training.data.check.own_clouds import SeenClouds
 from geo_pretrain.training.data.check.report import Finding, Level
+from geo_pretrain.training.data.labelled.clouds.folder import CloudFolder
 from geo_pretrain.training.data.labelled.dataset import LabelledData, Task
 from geo_pretrain.training.data.labelled.own_boxes import OF_ALL, OF_SPLIT
 from geo_pretrain.training.data.labelled.own_images import LABELLED, OwnImages, OwnOptions, stray_files
@@ -26,7 +25,6 @@ from geo_pretrain.training.data.labelled.registry import DATA_SETS, labelled_opt
 from geo_pretrain.training.data.labelled.shares import LabelTable, label_table, percent
 from geo_pretrain.training.data.sources.registry import list_sources
 
-VOXEL = 0.05  # m; that of the recipes for one's own clouds
 SIZES = 3  # of images, that a finding names
 Progress = Callable[[str, int, int, str], None]
 
@@ -123,7 +121,7 @@ def check_labelled(
         if data is None:
             continue
         report.opened[split] = data
-        _read(report, split, data, progress)
+        _read(report, split, data, options, progress)
         if isinstance(data, OwnImages):
             _strays(report, split, data.root, settings)
     _compare(report)
@@ -150,27 +148,31 @@ def _opened(report: LabelledReport, split: str, options: Mapping[str, Any]) -> L
     return None
 
 
-def _read(report: LabelledReport, split: str, data: LabelledData, progress: Progress) -> None:
+def _read(
+    report: LabelledReport, split: str, data: LabelledData, options: Mapping[str, Any], progress: Progress
+) -> None:
     """Read all items: what is broken, how large they are, and the labels in them."""
     ids = data.ids()
     sizes: dict[str, int] = {}
     faults: dict[str, str] = {}
-    doubts: list[str] = []
+    clouds = SeenClouds()
     for number, id in enumerate(ids):
         progress(f"reading {split}", number, len(ids), "")
         try:
             item = data.load(id)
             sizes[_size(item)] = sizes.get(_size(item), 0) + 1
-            doubts += _unit_doubts(item, report.source)
+            if isinstance(data, CloudFolder):
+                clouds.note(item)
         except BadFrame as bad:
             faults[bad.path] = bad.reason
     progress(f"reading {split}", len(ids), len(ids), "")
     common = sorted(sizes, key=lambda size: -sizes[size])
     shown = some((f"{size} ({sizes[size]})" if len(common) > 1 else size for size in common), SIZES)
     text = f"{len(ids)} of {shown}" if sizes else f"none of {len(ids)} can be read"
+    text = f"{len(clouds.points)} {clouds}" if clouds.points else text
     report.note(split, Level.OK if sizes else Level.WRONG, text, items=len(ids), sizes=sizes)
-    if doubts:
-        report.note(f"{split} units", Level.DOUBTFUL, f"{len(doubts)} of {len(ids)} clouds: {doubts[0]}")
+    if isinstance(data, CloudFolder):
+        report.findings += clouds.findings(split, data.root / split, options)
     if faults:
         report.faults |= faults
         report.note(f"{split} files", Level.WRONG, f"{len(faults)} cannot be used (below)", unusable=len(faults))
@@ -187,16 +189,6 @@ def _size(item: Any) -> str:
     """What an item is, in short: 480x360 of an image, or that it is a cloud."""
     image = getattr(item, "image", None)
     return "any size" if not isinstance(image, np.ndarray) else f"{image.shape[1]}x{image.shape[0]}"
-
-
-def _unit_doubts(item: Any, source: str) -> list[str]:
-    """Why a cloud of one's own seems not to be in meters: one line, or none."""
-    if source != "clouds":
-        return []
-    points = torch.from_numpy(item.points)
-    coords = voxelize(points, torch.ones(len(points), 1), VOXEL).coords
-    doubt = spacing_doubt(coords, len(points), VOXEL, "--set data.options.scale={}")
-    return [] if doubt is None else [doubt]
 
 
 def _strays(report: LabelledReport, split: str, root: Path, options: OwnOptions) -> None:

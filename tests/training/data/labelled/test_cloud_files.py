@@ -202,6 +202,23 @@ def test_what_is_wrong_is_said_with_the_file(arrays, reason, tmp_path, classes):
     assert error.value.path == str(path)
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_points_that_are_not_finite_are_dropped_by_the_line_that_is_told(suffix, tmp_path, classes):
+    points = np.where(np.arange(40)[:, None] < 3, np.nan, POINTS)
+    path = tmp_path / f"it's{suffix}"
+    if suffix == ".npy":
+        np.save(path, np.column_stack([points, LABELS]))
+    else:
+        np.savez(path, points=points, label=LABELS)
+    with pytest.raises(BadFrame, match="3 of 40 points are not finite; this drops them: ") as error:
+        read_cloud(path, classes=classes)
+    exec(error.value.reason.partition("drops them: ")[2], {"numpy": np})
+    assert np.array_equal(read_cloud(path, classes=classes).points, POINTS[3:].astype(np.float32))
+    np.savez(tmp_path / "a.npz", x=points[:, 0], y=points[:, 1], z=points[:, 2])
+    with pytest.raises(BadFrame, match="3 of 40 points are not finite; drop those rows"):
+        read_cloud(tmp_path / "a.npz", need=())
+
+
 def test_missing_fields_name_those_that_there_are(tmp_path, classes):
     np.savez(tmp_path / "a.npz", points=POINTS, lable=LABELS)
     with pytest.raises(BadFrame, match=r"no field label or labels or .*\(data.options.label\); it has points, lable"):

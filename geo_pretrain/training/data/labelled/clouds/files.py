@@ -267,8 +267,23 @@ class _File:
                 stacklevel=2,
             )
         if (fault := points_fault(points, np.inf)) is not None:
-            raise BadFrame(self.path, fault)
+            raise BadFrame(self.path, fault + self._without_them())
         return points
+
+    def _without_them(self) -> str:
+        """How to drop points that are not finite, behind a semicolon: the line for an array and for arrays by name."""
+        file, suffix = repr(str(self.path)), self.path.suffix.lower()
+        whole = [name for name in POINTS if isinstance(name, str) and name in self.columns]
+        if suffix == ".npy" and set(self.columns) >= set("xyz"):
+            line = f"cloud = numpy.load({file}); numpy.save({file}, cloud[numpy.isfinite(cloud).all(1)])"
+        elif suffix == ".npz" and whole:
+            line = (
+                f"a = dict(numpy.load({file})); good = numpy.isfinite(a[{whole[0]!r}]).all(1); "
+                f"numpy.savez({file}, **{{k: v[good] for k, v in a.items()}})"
+            )
+        else:
+            return "; drop those rows"
+        return f"; this drops them: {line}"
 
     def field(
         self, what: str, given: str | None, usual: Names, *, needed: bool = False, width: int = 1

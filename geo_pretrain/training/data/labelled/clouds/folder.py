@@ -17,6 +17,7 @@ from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.files import CLOUD_SUFFIXES, CloudFields, read_cloud, read_labels
 from geo_pretrain.training.data.labelled.clouds.listed import ListedCloud, ListedClouds
 from geo_pretrain.training.data.labelled.clouds.scannet3d import object_boxes
+from geo_pretrain.training.data.labelled.clouds.unread import conversion, left_alone
 from geo_pretrain.training.data.labelled.shares import count_values, names_alone_note
 
 LAYOUT = (
@@ -136,7 +137,7 @@ def split_files(root: Path, split: str) -> list[Path]:
     names = (path for path in folder.rglob("*") if path.suffix.lower() in CLOUD_SUFFIXES)
     found = sorted(path for path in names if path.is_file() and not path.name.startswith("."))
     if not found:
-        raise DataError(f"No {', '.join(CLOUD_SUFFIXES)} file in {str(folder)!r}.")
+        raise DataError(f"No {', '.join(CLOUD_SUFFIXES)} file in {str(folder)!r}.{conversion(left_alone(folder))}")
     return found
 
 
