@@ -176,8 +176,7 @@ def check_options(spec: NetworkSpec) -> None:
         check_timm(spec.encoder)
     try:
         if spec.kind != "unet":
-            real = spec.kind == "fcn" and is_timm(spec.encoder)  # timm's part has weights, and torchvision's joins it
-            with torch.device("cpu" if real else "meta"):
+            with torch.device("cpu" if is_timm(spec.encoder) else "meta"):  # timm's part has weights, which are moved
                 _host(spec, PretrainedInit(SCRATCH, spec.encoder, HOST_WIDTH, {}), 1, 0)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         check_key(False, "network.options", spec.options, f"what {spec.kind} takes: {error}".rstrip("."))

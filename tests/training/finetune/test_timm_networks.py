@@ -119,3 +119,12 @@ def test_a_run_from_a_folder_is_loaded_and_predicts_alike(folder: Path, tmp_path
 def test_an_unknown_encoder_is_told_before_any_work():
     with pytest.raises(UnknownName, match="Closest: 'timm/convnext_tiny'"):
         check_options(NetworkSpec("unet", "timm/convnext_tin"))
+
+
+@pytest.mark.parametrize("kind", ["fpn", "upernet", "deeplabv3plus", "pspnet"])
+def test_options_of_other_libraries_networks_are_checked_around_an_encoder_of_timm(kind: str):
+    """timm moves the weights of its encoder, which have no values on the meta device."""
+    stride = 16 if kind == "deeplabv3plus" else 32
+    check_options(NetworkSpec(kind, ENCODER, output_stride=stride))  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=r"decoder_wings"):
+        check_options(NetworkSpec(kind, ENCODER, output_stride=stride, options={"decoder_wings": 2}))  # type: ignore[arg-type]
