@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 
-from geo_pretrain.errors import unknown
+from geo_pretrain.errors import RecipeError, unknown
 from geo_pretrain.rooms import CLASSES, RoomsConfig
 from geo_pretrain.training.checks import Count, Ranged
 from geo_pretrain.training.data.labelled.image import LabelledImage
@@ -17,6 +17,21 @@ from geo_pretrain.training.data.labelled.mapping import LabelMap
 from geo_pretrain.training.data.sources.rooms import Rooms
 
 STUFF = ("wall", "floor", "ceiling")  # segmented, not detected
+# The coarse classes: each with what joins it. All others are objects.
+COARSE = {
+    "wall": ("ceiling",),
+    "floor": ("rug",),
+    "window": (),
+    "door": (),
+    "curtain": (),
+    "bed": (),
+    "sofa": (),
+    "chair": ("stool",),
+    "table": ("desk",),
+    "cabinet": ("shelf",),
+    "lamp": (),
+}
+OTHERS = "object"
 _FULL = 640 * 480  # pixels of the frames for which the published minimum of 1000 holds
 
 
@@ -36,6 +51,7 @@ class LabelledRoomsOptions(Ranged):
     difficulty: str = "medium"
     renderer: str = "torch"  # see `RoomsConfig`
     min_pixels: Count | None = None  # of an object; None: as large a part of the image as 1000 pixels of 640x480
+    classes: Literal["all", "coarse"] = "all"  # segmentation: all 25, or 12, each at least 1 % of the pixels
 
 
 class LabelledRooms:
@@ -43,13 +59,22 @@ class LabelledRooms:
 
     name = "rooms"
 
-    def __init__(self, rooms: Rooms, split: str, task: str, *, labelled: int, min_pixels: int | None = None) -> None:
+    def __init__(
+        self,
+        rooms: Rooms,
+        split: str,
+        task: str,
+        *,
+        labelled: int,
+        min_pixels: int | None = None,
+        coarse: bool = False,
+    ) -> None:
         self.rooms, self.split, self.task = rooms, split, task
         config = rooms.config
         if min_pixels is None:
             min_pixels = max(1, round(1000 * config.width * config.height / _FULL))
         self.labelled, self.min_pixels = min(labelled, config.frames), min_pixels
-        self.labels = _labels(task)
+        self.coarse, self.labels = coarse, _coarse_labels() if coarse else _labels(task)
         self.classes = self.labels.classes
 
     def ids(self) -> list[str]:
@@ -80,13 +105,17 @@ class LabelledRooms:
 
     def fingerprint(self) -> str:
         """A digest of the rooms and of their labelled frames."""
-        return f"{self.rooms.fingerprint()}[{self.task}:{self.labelled}:{self.min_pixels}]"
+        classes = ":coarse" if self.coarse else ""
+        return f"{self.rooms.fingerprint()}[{self.task}:{self.labelled}:{self.min_pixels}{classes}]"
 
 
 def open_rooms(
     split: str, task: str, options: LabelledRoomsOptions, progress: Callable[[int, int], None] | None = None
 ) -> LabelledRooms:
     """Open rooms with labels; scenes that the cache lacks are rendered, `progress(done, total)` after each."""
+    coarse = options.classes == "coarse"
+    if coarse and task != "segmentation":
+        raise RecipeError(f"'data.options.classes' is 'coarse', accepted for labels of {task} is 'all'.")
     train = split == "train"
     rooms = Rooms(
         RoomsConfig(
@@ -102,7 +131,7 @@ def open_rooms(
     )
     rooms.prepare(progress)
     labelled = options.labelled if train else options.frames
-    return LabelledRooms(rooms, split, task, labelled=labelled, min_pixels=options.min_pixels)
+    return LabelledRooms(rooms, split, task, labelled=labelled, min_pixels=options.min_pixels, coarse=coarse)
 
 
 def _labels(task: str) -> LabelMap:
@@ -110,3 +139,14 @@ def _labels(task: str) -> LabelMap:
     chosen = CLASSES[1:] if task == "segmentation" else tuple(name for name in CLASSES[1:] if name not in STUFF)
     ids = {given: chosen.index(name) + 1 if name in chosen else 0 for given, name in enumerate(CLASSES)}
     return LabelMap("rooms", "class ids of rooms", chosen, ids)
+
+
+def _coarse_labels() -> LabelMap:
+    """Map labels to the coarse classes, for segmentation."""
+    chosen = (*COARSE, OTHERS)
+    joined = {other: name for name, others in COARSE.items() for other in others}
+    ids = {0: 0}
+    for given, name in enumerate(CLASSES[1:], start=1):
+        kept = joined.get(name, name)
+        ids[given] = chosen.index(kept if kept in COARSE else OTHERS) + 1
+    return LabelMap("rooms, coarse", "groups of the classes of rooms", chosen, ids)

@@ -114,3 +114,27 @@ def test_unknown_splits_and_images_are_named():
         rooms("val", "detection").load("rooms_val_0000")
     with pytest.raises(UnknownName, match="Unknown scene 'rooms_val_0009'"):
         rooms("val", "detection").load("rooms_val_0009/0000")
+
+
+def test_coarse_classes_join_what_is_alike_and_lose_no_pixel():
+    fine, coarse = rooms("val", "segmentation"), rooms("val", "segmentation", classes="coarse")
+    assert coarse.classes == (
+        "wall", "floor", "window", "door", "curtain", "bed", "sofa", "chair", "table", "cabinet", "lamp", "object"
+    )  # fmt: skip
+    joined = {"ceiling": "wall", "rug": "floor", "stool": "chair", "desk": "table", "shelf": "cabinet"}
+    met = set()
+    for id in fine.ids():
+        labels, groups = fine.load(id).semantic, coarse.load(id).semantic
+        assert np.array_equal(labels == 0, groups == 0)
+        for label in np.unique(labels[labels > 0]):
+            name = CLASSES[label]
+            name = joined.get(name, name)
+            expected = name if name in coarse.classes else "object"
+            assert [coarse.classes[group - 1] for group in np.unique(groups[labels == label])] == [expected]
+            met.add(expected)
+    assert len(met) > 5
+    assert coarse.fingerprint() != fine.fingerprint()
+    with pytest.raises(RecipeError, match="'coarse', accepted for labels of detection is 'all'"):
+        rooms("val", "detection", classes="coarse")
+    with pytest.raises(RecipeError, match="classes"):
+        rooms("val", "segmentation", classes="few")
