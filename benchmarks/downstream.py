@@ -43,15 +43,16 @@ class Study:
 
 
 UNET = "rooms_unet_r18"
+FALLING = ("optim.bn_momentum=pri3d",)  # BatchNorm's momentum as it was when these were run
 STUDIES = {
-    "unet": Study(UNET, ("view", "geo", "view_geo"), 150),
-    "curve": Study(UNET, ("view",), 150, fractions=(0.25, 0.5, 1.0)),
+    "unet": Study(UNET, ("view", "geo", "view_geo"), 150, settings=FALLING),
+    "curve": Study(UNET, ("view",), 150, fractions=(0.25, 0.5, 1.0), settings=FALLING),
     "deeplabv3": Study("rooms_deeplabv3_r18", ("view",), 150),
     "deeplabv3plus": Study("rooms_deeplabv3plus_r18", ("view",), 150),
     "pspnet": Study("rooms_pspnet_r18", ("view",), 150),
-    "unet_rates": Study(UNET, ("view",), 350, rates=(0.02, 0.05)),
-    "unet_long": Study(UNET, ("view",), 350, 300),
-    "unet_long_bn": Study(UNET, ("view",), 350, 300, settings=("optim.bn_momentum=constant",)),
+    "unet_rates": Study(UNET, ("view",), 350, rates=(0.02, 0.05), settings=FALLING),
+    "unet_long": Study(UNET, ("view",), 350, 300, settings=FALLING),
+    "unet_long_bn": Study(UNET, ("view",), 350, 300),
     "mask_rcnn": Study(
         "rooms_mask_rcnn_r18", ("view",), 350, 600, settings=("optim.batch=2", "optim.milestones=[420, 540]")
     ),

@@ -68,6 +68,11 @@ def segmentation() -> dict[str, Any]:
     network = segmentation_unet(ResNetUNet(18, width=8), 4, seed=0, transfer="none")
     frames = [frame(number) for number in range(8)]
     result = finetune_frames(
-        network, ImageContract(), frames[:5], frames[5:], FinetuneSpec(steps=6, batch=2, lr=0.01), seed=1
+        network,
+        ImageContract(),
+        frames[:5],
+        frames[5:],
+        FinetuneSpec(steps=6, batch=2, lr=0.01, bn_momentum=0.5),
+        seed=1,
     )
     return {"losses": list(result.losses), "miou": result.miou}

@@ -27,7 +27,7 @@ from geo_pretrain.training.finetune.segmentation import segmentation_loss, upsam
 from geo_pretrain.training.finetune.segmentation3d import cloud_confusion, cloud_loss
 from geo_pretrain.training.loop import Budget, TrainingTask, fit, make_optimizer
 from geo_pretrain.training.recipe import AUTO, OptimSpec, Precision
-from geo_pretrain.training.schedule import learning_rate, pri3d_bn_momentum, set_bn_momentum
+from geo_pretrain.training.schedule import learning_rate, set_bn_momentum
 
 OnStep = Callable[[int, float], None]  # step (1, 2, ...), loss
 
@@ -42,7 +42,7 @@ class FinetuneSpec:
     momentum: float = 0.9
     dampening: float = 0.1
     weight_decay: float = 0.0
-    bn_momentum: float | None = None  # None: Pri3D's, which falls
+    bn_momentum: float = 0.1  # Pri3D's falls to 0.001 within 180 steps, whose averages lag behind hundreds
     precision: Precision = "auto"
 
 
@@ -53,7 +53,6 @@ class PointsSpec(FinetuneSpec):
     lr: float = 0.1
     weight_decay: float = 1e-4
     precision: Precision = "fp32"
-    bn_momentum: float = 0.1  # the released 0.02 forgets the start's statistics in hundreds of steps only
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,7 @@ class InMemoryFinetuning(TrainingTask):
         rate = learning_rate(self.optim, step, self.budget.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        falling = pri3d_bn_momentum(max(step - 1, 0))
-        set_bn_momentum(self.module, falling if self.spec.bn_momentum is None else self.spec.bn_momentum)
+        set_bn_momentum(self.module, self.spec.bn_momentum)
         return rate
 
     def train(self, on_step: OnStep | None, measure: Callable[[], np.ndarray]) -> SegmentationResult:

@@ -13,6 +13,7 @@ from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.finetune.registry import backbone_init, build_finetune_task
 from geo_pretrain.training.finetune.run import finetune
 from geo_pretrain.training.finetune_recipe import POINT_KINDS, list_finetune_recipes, load_finetune_recipe
+from geo_pretrain.training.schedule import pri3d_bn_momentum, set_bn_momentum
 
 pytestmark = pytest.mark.usefixtures("quick_weights", "pickled_loaders")
 
@@ -68,3 +69,21 @@ def test_one_step_of_every_recipe(name, tmp_path):
     assert result.data["data"]["source"] == "rooms"
     assert len(result.data["data"]["classes"]) == (22 if kind == "mask_rcnn" else 25)
     assert (tmp_path / "out" / "predictions.png").is_file()
+
+
+@pytest.mark.parametrize("name", list_finetune_recipes("segmentation"))
+def test_toys_average_batchnorm_over_no_more_steps_than_they_have(name):
+    """Pri3D's momentum falls to 0.001 and smp's is 0.01: after 100 steps such an average is still of the beginning."""
+    optim = load_finetune_recipe(name, toy=True).optim
+    assert (optim.bn_momentum, optim.backbone_bn_momentum) == ("constant", None)  # torch's 0.1: some 20 steps
+
+
+@pytest.mark.parametrize(("falling", "old"), [(True, 0.887), (False, 0.9**120)])
+def test_how_much_of_a_running_mean_is_of_the_first_180_of_300_steps(falling, old):
+    """The closed form of docs/benchmarks.md: 0.999 ** 120 with Pri3D's schedule, which is at its floor there."""
+    layer = torch.nn.BatchNorm2d(1).train()
+    for step in range(300):
+        if falling:
+            set_bn_momentum(layer, pri3d_bn_momentum(max(step - 1, 0)))
+        layer(torch.full((2, 1, 1, 1), float(step >= 180)))
+    assert 1 - layer.running_mean.item() == pytest.approx(old, abs=2e-3)
