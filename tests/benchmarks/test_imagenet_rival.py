@@ -1,0 +1,118 @@
+"""The plan against ImageNet: its recipes are accepted, and its parts run on tiny data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+from safetensors.torch import save_file
+
+from benchmarks import imagenet_rival
+from benchmarks.imagenet_rival import BY_PRI3D, CAMVID, IMAGENET, PARTS, RANDOM, Plan, awareness_table
+from geo_pretrain.errors import DataError
+from geo_pretrain.training.data.labelled.registry import open_labelled
+
+
+@pytest.fixture(scope="module")
+def camvid(tmp_path_factory):
+    """Its layout: images and ids of classes, 11 is of none."""
+    root = tmp_path_factory.mktemp("camvid")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 1), ("test", 2)):
+        for folder in (split, f"{split}annot"):
+            (root / folder).mkdir()
+        for number in range(count):
+            ids = np.kron(draw.choice([0, 1, 3, 11], (3, 4)), np.ones((20, 20))).astype(np.uint8)
+            image = np.stack([ids * 20] * 3, -1) + draw.integers(0, 9, (60, 80, 3), dtype=np.uint8)
+            Image.fromarray(image).save(root / split / f"{split}{number}.jpg")
+            Image.fromarray(ids).save(root / f"{split}annot" / f"{split}{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Stands in for the package: a file of timm's keys."""
+    path = tmp_path_factory.mktemp("weights") / "efficientnet_lite0.safetensors"
+    save_file(timm.create_model("efficientnet_lite0").state_dict(), path)
+    return f"file:{path}"
+
+
+@pytest.fixture
+def plan(camvid, weights, tmp_path):
+    made = Plan(tmp_path / "out", tmp_path, camvid, pretraining=7, steps=2, seeds=1, imagenet=weights)
+    made.write_files()
+    made.write_files()  # once more, as each process does
+    return made
+
+
+def test_pri3d_comes_first_and_every_start_is_in_every_part(plan):
+    names = [job.name for job in plan.jobs(PARTS)]
+    assert names[:3] == ["Pri3D on rooms", "Pri3D on kitchen", "awareness"]
+    for start in plan.starts:
+        assert f"probe: {start.label}, seed 0" in names
+        for study in ("camvid", "rooms"):
+            assert sum(name.startswith(f"{study}: {start.label}, lr") for name in names) == 3
+    assert len(names) == 2 + 1 + 4 + 2 * 4 * 3
+    few = [job.name for job in plan.jobs(["probe"])]
+    assert len(few) == 2 + 4
+    (awareness,) = plan.jobs(["awareness"])[2:]
+    assert [path.parent.name for path in awareness.needs] == list(BY_PRI3D.values())
+    assert not awareness.is_ready()
+
+
+def test_the_recipes_are_accepted(plan):
+    for name, frames in (("rooms", (0.0, 1.0)), ("kitchen", (0.0, 0.75))):
+        recipe = plan.pri3d(name)
+        assert (recipe.optim.steps, recipe.model.encoder) == (7, "timm/efficientnet_lite0")
+        assert (recipe.data.frames, recipe.data.size, recipe.name) == (frames, (120, 160), f"pri3d_view_lite0.{name}")
+    unseen = plan.kitchen_data((0.75, 1.0))
+    assert unseen.options == plan.pri3d("kitchen").data.options
+    streets = plan.streets.recipe_at(plan.starts[1], 0.01)
+    assert (streets.optim.steps, streets.optim.epochs, streets.network.transfer) == (2, None, "encoder")
+
+
+def test_rates_are_chosen_on_val_and_the_test_images_are_reported(plan):
+    recipe = plan.streets.recipe_at(plan.starts[0], 0.01)
+    val = open_labelled("folder", plan.camvid, "val", task="segmentation", options=recipe.data.options)
+    reported = imagenet_rival.reported_images(plan.streets, recipe)
+    assert (val.ids(), reported.ids()) == (["val0"], ["test0", "test1"])
+    assert reported.classes == CAMVID
+    truth = np.asarray(Image.open(plan.camvid / "testannot" / "test1.png"))
+    assert np.array_equal(reported.load("test1").semantic, np.where(truth == 11, 0, truth + 1))
+
+
+def test_probes_of_frozen_encoders_and_what_they_gain(plan):
+    for job in plan.jobs(["probe"]):
+        if job.is_ready() and job.name.startswith("probe"):
+            job.run()
+            assert job.is_done()
+    found = plan.probes()
+    assert set(found["seeds"]) == {RANDOM, IMAGENET}
+    assert found["seeds"][RANDOM] != found["seeds"][IMAGENET]
+    assert [gain["verdict"].partition(" is ")[0] for gain in found["gains"]] == [IMAGENET]
+    assert found["table"][2].startswith(f"| {RANDOM} | ")
+
+
+def test_the_table_of_awareness_has_a_row_a_start():
+    def of(*values):
+        return {"values": list(values)}
+
+    networks = {
+        "position+color": {"depth": {"layer": "input", "d1": of(0.4), "rmse": of(1.0)}},
+        IMAGENET: {
+            "matching": {"layer": "x", "recall": of(0.3), "0-15 deg": of(0.5, 0.7), "4 px": of(0.2)},
+            "depth": {"layer": "y", "d1": of(0.8)},
+        },
+    }
+    assert awareness_table(networks) == [
+        "| start | depth, d1 | matching, 0-15 deg |",
+        "| --- | --- | --- |",
+        "| position+color | 40.0 |  |",
+        f"| {IMAGENET} | 80.0 | 60.0 ± 14.1 |",
+    ]
+
+
+def test_another_layout_is_told(tmp_path):
+    with pytest.raises(DataError, match="No folder 'train'"):
+        Plan(tmp_path, tmp_path, tmp_path, pretraining=1, steps=1, seeds=1).write_files()
