@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,13 +56,14 @@ class ImageUNetTask(ImageTask):
         (features,) = self.features_of(images)
         return features
 
-    def features_of(self, *views: Tensor) -> list[Tensor]:
+    def features_of(self, *views: Tensor, joint: bool = False) -> list[Tensor]:
         """The features of each of several views [B, 3, H, W], see `features`.
 
         Views are passed one after the other, so that BatchNorm sees one view at a time; weights are cast once for all.
+        `joint`: in one call, which is quicker where views are small, and BatchNorm sees all of them.
         """
         with self.autocast(views[0].device):
-            maps = [self.backbone(images) for images in views]
+            maps = self.backbone(torch.cat(views)).chunk(len(views)) if joint else [self.backbone(v) for v in views]
         return [features.float() for features in maps]
 
     def depth_proxy_loss(self, features: Sequence[Tensor], depths: Sequence[Tensor]) -> Tensor:

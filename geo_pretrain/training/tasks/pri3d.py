@@ -49,6 +49,7 @@ class Config(TaskConfig):
     rounding: Literal["floor", "nearest"] = "floor"
     symmetric: bool = True  # the paper's eq. 1 is one-directional
     dedup: bool = False  # view: do not count samples of the same feature cell as negatives of each other
+    joint: bool = False  # both views in one batch, BatchNorm over both; the released code passes one after the other
     depth_proxy: bool = True
     features: Features = "rgb"  # of voxels; "ones" is the paper's occupancy
     frustum: bool = False  # chunks fill the view frustum's box instead of whole meters
@@ -96,7 +97,7 @@ class Pri3D(ImageUNetTask):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of pairs, scalars: "view", "geo", "depth" as the task has them."""
-        features1, features2 = self.features_of(batch["image1"], batch["image2"])
+        features1, features2 = self.features_of(batch["image1"], batch["image2"], joint=self.config.joint)
         losses = {}
         used = torch.ones(len(batch["seed"]), dtype=torch.bool, device=features1.device)
         if self.config.view:
