@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from geo_pretrain.backbones.base import EncoderDecoder, FeatureEncoder
-from geo_pretrain.backbones.enlarged import convolve_enlarged
 from geo_pretrain.backbones.encoder import HOST_WIDTH, Stages
+from geo_pretrain.backbones.enlarged import convolve_enlarged, pays, stands_for
 from geo_pretrain.inputs import check_images
 
 if TYPE_CHECKING:
@@ -113,18 +113,11 @@ class UpProjection(nn.Module):
 
 
 def _enlarged_branches(conv1: nn.Module, conv2: nn.Module, x: Tensor, size: tuple[int, int]) -> Sequence[Tensor]:
-    """Both convolutions of the enlarged map; on a CPU from a quarter of the products."""
-    if x.device.type == "cpu" and type(conv1) is type(conv2) is nn.Conv2d and not _is_recorded():
-        both = convolve_enlarged(x, torch.cat([conv1.weight, conv2.weight]), size)
-        parts = both.split([conv1.out_channels, conv2.out_channels], dim=1)
-        return [part.contiguous(memory_format=torch.channels_last) for part in parts]  # BatchNorm is slow on slices
+    """Both convolutions of the enlarged map, computed at the small size where that is quicker and says the same."""
+    if stands_for(conv1) and stands_for(conv2) and pays(x, conv1.weight, size):
+        return [convolve_enlarged(x, conv.weight, size) for conv in (conv1, conv2)]
     x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
     return conv1(x), conv2(x)
-
-
-def _is_recorded() -> bool:
-    """Whether calls are recorded, for any size and machine, and not only computed."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 class UNetDecoder(nn.Module):

@@ -22,12 +22,12 @@ from geo_pretrain.training.data.surfaces.sets import Kind, Sets
 from geo_pretrain.training.initialize import initialize_heads
 from geo_pretrain.training.losses.sets import Denominator, set_info_nce
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Batch, TaskConfig
-from geo_pretrain.training.tasks.images import ImageUNetTask
+from geo_pretrain.training.tasks.base import Batch
+from geo_pretrain.training.tasks.images import ImageUNetConfig, ImageUNetTask
 
 
 @dataclass(frozen=True)
-class Config(TaskConfig):
+class Config(ImageUNetConfig):
     """Settings of the task. The paper gives the kind of sets, k_thresh as 0.01 to 0.05, and one pixel as an option."""
 
     sets: Kind = "segments"  # semantic, instance: from the ground truth, the paper's upper bound

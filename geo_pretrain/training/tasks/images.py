@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -40,12 +41,20 @@ class ImageTask(PretextTask):
         return source, pairs, self.recipe.data, self.recipe.seed, self.contract
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageUNetConfig(TaskConfig):
+    """The settings that all tasks on pairs of views with a 2D U-Net share."""
+
+    joint: bool = False  # both views in one batch, BatchNorm over both; Pri3D's code passes one after the other
+
+
 class ImageUNetTask(ImageTask):
     """Pri3D's 2D U-Net `backbone.*` and, with `depth_proxy`, its depth head `headnet.*`; the loss is a subclass's."""
 
+    config: ImageUNetConfig
     find_arch = staticmethod(unet_arch)
 
-    def __init__(self, recipe: Recipe, config: TaskConfig, *, depth_proxy: bool) -> None:
+    def __init__(self, recipe: Recipe, config: ImageUNetConfig, *, depth_proxy: bool) -> None:
         super().__init__(recipe, config)
         self.backbone = ARCHITECTURES[self.arch].load_class()(**self.arch_args)
         if depth_proxy:
@@ -56,14 +65,17 @@ class ImageUNetTask(ImageTask):
         (features,) = self.features_of(images)
         return features
 
-    def features_of(self, *views: Tensor, joint: bool = False) -> list[Tensor]:
+    def features_of(self, *views: Tensor) -> list[Tensor]:
         """The features of each of several views [B, 3, H, W], see `features`.
 
         Views are passed one after the other, so that BatchNorm sees one view at a time; weights are cast once for all.
-        `joint`: in one call, which is quicker where views are small, and BatchNorm sees all of them.
+        With `joint` in one call, which is quicker where views are small, and BatchNorm sees all of them.
         """
         with self.autocast(views[0].device):
-            maps = self.backbone(torch.cat(views)).chunk(len(views)) if joint else [self.backbone(v) for v in views]
+            if self.config.joint:
+                maps = self.backbone(torch.cat(views)).chunk(len(views))
+            else:
+                maps = [self.backbone(images) for images in views]
         return [features.float() for features in maps]
 
     def depth_proxy_loss(self, features: Sequence[Tensor], depths: Sequence[Tensor]) -> Tensor:

@@ -27,8 +27,8 @@ from geo_pretrain.training.initialize import initialize_heads
 from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.networks3d import CHANNELS, encode, unet_args
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Batch, TaskConfig, same_settings
-from geo_pretrain.training.tasks.images import ImageUNetTask
+from geo_pretrain.training.tasks.base import Batch, same_settings
+from geo_pretrain.training.tasks.images import ImageUNetConfig, ImageUNetTask
 from geo_pretrain.training.tasks.matching import gather_cells, half_resolution_cell, sample_matches
 
 PROJECTION = 64  # channels in which pixels and voxels are compared
@@ -36,7 +36,7 @@ CAMERA = ("depth", "intrinsics", "cam_to_world")  # what a batch holds of each f
 
 
 @dataclass(frozen=True)
-class Config(TaskConfig):
+class Config(ImageUNetConfig):
     """Settings of the task; each default is the released code's unless it says otherwise."""
 
     view: bool  # pixel to pixel; set by the task's name, as is geo
@@ -49,7 +49,6 @@ class Config(TaskConfig):
     rounding: Literal["floor", "nearest"] = "floor"
     symmetric: bool = True  # the paper's eq. 1 is one-directional
     dedup: bool = False  # view: do not count samples of the same feature cell as negatives of each other
-    joint: bool = False  # both views in one batch, BatchNorm over both; the released code passes one after the other
     depth_proxy: bool = True
     features: Features = "rgb"  # of voxels; "ones" is the paper's occupancy
     frustum: bool = False  # chunks fill the view frustum's box instead of whole meters
@@ -97,7 +96,7 @@ class Pri3D(ImageUNetTask):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch of pairs, scalars: "view", "geo", "depth" as the task has them."""
-        features1, features2 = self.features_of(batch["image1"], batch["image2"], joint=self.config.joint)
+        features1, features2 = self.features_of(batch["image1"], batch["image2"])
         losses = {}
         used = torch.ones(len(batch["seed"]), dtype=torch.bool, device=features1.device)
         if self.config.view:

@@ -17,13 +17,13 @@ from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.samples.single_images import TwoColorViews
 from geo_pretrain.training.losses.contrastive import info_nce
 from geo_pretrain.training.recipe import Recipe
-from geo_pretrain.training.tasks.base import Batch, TaskConfig
-from geo_pretrain.training.tasks.images import ImageUNetTask
+from geo_pretrain.training.tasks.base import Batch
+from geo_pretrain.training.tasks.images import ImageUNetConfig, ImageUNetTask
 from geo_pretrain.training.tasks.matching import gather_cells, half_resolution_cell, sample_matches
 
 
 @dataclass(frozen=True)
-class Config(TaskConfig):
+class Config(ImageUNetConfig):
     """Settings of the task; each default is the released code's."""
 
     temperature: Positive = 0.4

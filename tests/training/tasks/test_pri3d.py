@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from geo_pretrain.training.data.samples.pairs import PairSamples
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.recipe import load_recipe
-from geo_pretrain.training.tasks import build_task
+from geo_pretrain.training.tasks import TASKS, build_task
+from geo_pretrain.training.tasks.images import ImageUNetTask
 from geo_pretrain.training.tasks.matching import half_resolution_cell, sample_matches
 from tests.training.losses.test_contrastive import slow_info_nce
 
@@ -147,6 +150,38 @@ def test_options_reach_the_matcher_and_the_loss(task_and_batch):
     bare, _ = task_and_batch("task.depth_proxy=false")
     assert set(bare(batch)) == {"view"}
     assert "heads" not in bare.export().weights
+
+
+def test_joint_views_are_one_batch(task_and_batch):
+    """Either way to the bit: BatchNorm sees one view after the other, or both."""
+    task, batch = task_and_batch()
+    joint, _ = task_and_batch("task.joint=true")
+    images = [batch["image1"], batch["image2"]]
+    reference = copy.deepcopy(task.backbone)
+    apart = [reference(view) for view in images]
+    assert all(map(torch.equal, task.features_of(*images), apart))
+    assert_equal_buffers(task.backbone, reference)
+    reference = copy.deepcopy(joint.backbone)
+    together = reference(torch.cat(images)).chunk(2)
+    assert all(map(torch.equal, joint.features_of(*images), together))
+    assert_equal_buffers(joint.backbone, reference)
+    assert not torch.equal(together[0], apart[0])
+    assert torch.equal(joint.features(images[0]), joint.backbone(images[0]))
+    joint.eval()
+    task.eval()
+    torch.testing.assert_close(joint(batch), task(batch), rtol=0.01, atol=0)  # buffers took other steps
+
+
+def assert_equal_buffers(first, second):
+    for name, value in first.named_buffers():
+        assert torch.equal(value, second.get_buffer(name)), name
+
+
+def test_every_task_on_views_has_the_choice():
+    tasks = [kind for kind in (resolve_name(row) for row, _ in TASKS.values()) if issubclass(kind, ImageUNetTask)]
+    assert len({*tasks}) >= 3
+    for kind in tasks:
+        assert kind.config_type.__dataclass_fields__["joint"].default is False
 
 
 def test_bf16_changes_the_network_and_not_the_precision_of_the_loss(task_and_batch):
