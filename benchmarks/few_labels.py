@@ -84,10 +84,10 @@ def offline_names() -> list[str]:
     return [name for name in list_backbones(modality="2d") if name in here]
 
 
-def study_of(starts: tuple[Start, ...], steps: int, seeds: int) -> Study:
+def study_of(starts: tuple[Start, ...], steps: int, seeds: int, rates: Sequence[float] = RATES) -> Study:
     """The whole plan."""
     settings = (*ROOMS, *BUDGET, f"optim.steps={steps}")
-    return Study(NAME, "rooms_unet_r18", settings, starts, SHARES, RATES, tuple(range(seeds)), OTHER_ROOMS)
+    return Study(NAME, "rooms_unet_r18", settings, starts, SHARES, tuple(rates), tuple(range(seeds)), OTHER_ROOMS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(given)
     starts = starts_of(options.start or offline_names(), decoder=options.decoder)
     options.out.mkdir(parents=True, exist_ok=True)
-    whole = study_of(starts, options.steps, options.seeds)
+    whole = study_of(starts, options.steps, options.seeds, options.rate or RATES)
     study = pilot(whole) if options.pilot else whole
     if options.worker:
         work(fine_tuning_jobs(study, options.out), partial(print, flush=True))
@@ -123,8 +123,9 @@ def keep(study: Study, out: Path, results: dict[str, Any]) -> None:
         draw(study, points, out / f"{NAME}.png", title=TITLE)
     if results["runs"][0] == study.runs():
         labels = [start.label for start in study.starts if start.label != start.baseline and "," not in start.label]
-        command = " ".join(["python -m benchmarks.few_labels OUT", *(f"--start {label}" for label in labels)])
-        write_results(NAME, f"{command} --steps {results['steps']}", {**facts, **results}, timed=False)
+        words = [*(f"--start {label}" for label in labels), *(f"--rate {rate:g}" for rate in study.rates)]
+        command = " ".join(["python -m benchmarks.few_labels OUT", *words, f"--steps {results['steps']}"])
+        write_results(NAME, command, {**facts, **results}, timed=False)
         draw(study, points, DOCS / f"{NAME}.png", title=TITLE)
 
 

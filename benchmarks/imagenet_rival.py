@@ -96,6 +96,7 @@ class Plan:
         pretraining: int,
         steps: int,
         seeds: int,
+        rates: Sequence[float] = RATES,
         imagenet: str = PACKAGE,
     ) -> None:
         self.out, self.kitchen, self.camvid = out, kitchen, camvid
@@ -111,7 +112,14 @@ class Plan:
         )
         length = f"optim.steps={steps}"
         self.rooms = Study(
-            "rooms", "rooms_unet_r18", (*ROOMS, *BUDGET, length), self.starts, SHARES, RATES, self.seeds, OTHER_ROOMS
+            "rooms",
+            "rooms_unet_r18",
+            (*ROOMS, *BUDGET, length),
+            self.starts,
+            SHARES,
+            tuple(rates),
+            self.seeds,
+            OTHER_ROOMS,
         )
         self.streets = Study(
             "camvid",
@@ -119,7 +127,7 @@ class Plan:
             (*self.camvid_settings(), *BUDGET, length),
             self.starts,
             CAMVID_SHARES,
-            RATES,
+            tuple(rates),
             self.seeds,
             reported_path=out / "camvid_test",
         )
@@ -317,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", action="append", choices=PARTS, default=[], help="a part; default: all")
     options = parser.parse_args(given)
     lengths = {"pretraining": options.pretraining, "steps": options.steps, "seeds": options.seeds}
-    plan = Plan(options.out, options.kitchen, options.camvid, **lengths)
+    plan = Plan(options.out, options.kitchen, options.camvid, rates=options.rate or RATES, **lengths)
     weights_file(PACKAGE)  # says what to install
     plan.write_files()
     pilots = [(study, pilot(study)) for study in (plan.streets, plan.rooms)] if options.pilot else []

@@ -92,6 +92,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with one thread")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400, help="of each fine-tuning run")
+    parser.add_argument("--rate", type=float, action="append", default=[], help="learning rates in place of the plan's")
     parser.add_argument("--pilot", action="store_true", help="all labels, one seed, from random weights: minutes")
     parser.add_argument("--table", action="store_true", help="run nothing: tables of what is there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

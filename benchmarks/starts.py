@@ -346,8 +346,10 @@ def encoder_of(start: str) -> tuple[str, tuple[str, ...]]:
 
 def pilot(study: Study) -> Study:
     """The study's first start with all labels and one seed: what the budget reaches, and how long a run takes."""
-    first = tuple(start for start in study.starts if start.label == start.baseline)[:1]
-    return replace(study, name=f"{study.name}_pilot", starts=first, shares=(max(study.shares),), seeds=study.seeds[:1])
+    first = next(start for start in study.starts if start.label == start.baseline)
+    steps = study.recipe_at(first, study.rates[0]).optim.steps
+    name = f"{study.name}_pilot_{steps}"
+    return replace(study, name=name, starts=(first,), shares=(max(study.shares),), seeds=study.seeds[:1])
 
 
 def estimate(study: Study, pilots: Mapping[str, Any]) -> str:

@@ -165,6 +165,7 @@ def test_a_run_that_is_killed_twice_gives_the_same_numbers(tmp_path, monkeypatch
 def test_a_pilot_is_the_first_start_with_all_labels(tmp_path):
     small = pilot(study(rates=(0.01, 0.1)))
     assert (small.runs(), small.shares, small.starts) == (2, (1.0,), (SCRATCH,))
+    assert small.name == "tiny_pilot_3"  # another length is another pilot
     assert small.sweep(tmp_path, SCRATCH, 0.1) != study().sweep(tmp_path, SCRATCH, 0.1)
     assert estimate(study(), {"core hours": 0.2, "runs": [2, 2]}) == (
         "360 s a run: 16 runs are 1.6 core hours, 0.8 hours of two cores."
@@ -210,6 +211,7 @@ def test_results_are_stored_where_all_runs_are_done(tmp_path, monkeypatch):
     assert stored == []
     assert {path.name for path in tmp_path.iterdir()} == {"few_labels.json", "few_labels.md", "few_labels.png"}
     few_labels.keep(plan, tmp_path, results | {"runs": [16, 16]})
-    assert stored == [("few_labels", "python -m benchmarks.few_labels OUT --start view --steps 3")]
+    command = "python -m benchmarks.few_labels OUT --start view --rate 0.01 --rate 0.1 --steps 3"
+    assert stored == [("few_labels", command)]
     assert (tmp_path / "docs" / "few_labels.png").is_file()
     assert Path(tmp_path / "few_labels.md").read_text().endswith("16 of 16 runs, 1 core hours.\n")
