@@ -23,7 +23,7 @@ from geo_pretrain.catalog import CATALOG
 from geo_pretrain.catalog.entry import FILE_NAME, WEIGHT_ROLES, Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
 from geo_pretrain.digests import inventory_line, sha256, xxh3, xxh3_hasher
-from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed
+from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed, run_note
 from geo_pretrain.files import SEAL, atomic_write, move, parse_json, sync_files, sync_folder, tree_digest, write_text
 from geo_pretrain.tensors import NotTensors, read_tensors
 
@@ -220,7 +220,7 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
     path = folder / CONFIG
     if not path.is_file():
         state = f"has no {CONFIG}" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
-        state += f" yet (its run is in {folder}.run)" if Path(f"{folder}.run").is_dir() else ""
+        state += run_note(folder)
         raise CheckpointError(f"{folder} {state}; a checkpoint folder with {CONFIG} and its weights is accepted.")
     return parse_config(path.read_bytes(), folder)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,9 +100,9 @@ def unknown(kind: str, name: str, options: Iterable[str], hint: str = "") -> Unk
 
 
 def path_without_source(name: str, source: str) -> str:
-    """What to say of a `--data` that is a path without a source: the line that was meant; "" for a plain name."""
+    """What to say of data that are a path without a source: what was meant; "" for a plain name."""
     is_path = name.startswith((".", "~")) or any(sign in name for sign in "/\\") or Path(name).exists()
-    return f"{name!r} is a path, and --data is SOURCE:PATH. Did you mean --data {source}:{name}?" if is_path else ""
+    return f"{name!r} is a path, and data are SOURCE:PATH. Did you mean {source}:{name}?" if is_path else ""
 
 
 def some(texts: Iterable[str], count: int = 3) -> str:
@@ -112,6 +114,29 @@ def some(texts: Iterable[str], count: int = 3) -> str:
     listed = list(texts)
     more = f" and {len(listed) - count} more" if len(listed) > count else ""
     return (", ".join(listed[:count]) or "none") + more
+
+
+def run_note(out: Path) -> str:
+    """What to add to "does not exist": how far the run is that will write a result; "" without one."""
+    run = Path(f"{out}.run")
+    if not run.is_dir():
+        return ""
+    step = _last_step(run / "log.jsonl")
+    state = f"is at step {step}" if step else "has not taken a step"
+    return (
+        f" yet: its run, in {run}, {state}. It is written when that ends; pre-training stopped by Ctrl-C writes it, "
+        "too. If nothing is at work there, the same command goes on"
+    )
+
+
+def _last_step(log: Path) -> int:
+    """The last step in a log of JSON lines; 0 where there is none."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - (1 << 16)))
+        for line in reversed(file.read().splitlines()):
+            with suppress(ValueError, KeyError, TypeError):
+                return int(json.loads(line)["step"])
+    return 0
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ the display that is open by `of_bytes`.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,8 @@ WIDTH = 80  # columns of a line
 INTERVAL, SHARE, RARELY = 5.0, 0.02, 300.0  # seconds between lines of a log: at least, of the time so far, at most
 LONG = 60.0  # seconds; longer work is announced
 BAR = 12  # cells
-NAME, LEAST = 22, 8  # columns that a shortened name keeps, and any shortened text
+NAME, LEAST = 18, 8  # columns that a shortened name keeps, and any shortened text
+NUMBER = re.compile(r"(^| )[-+]?(\d[\d.e+-]*|inf|nan)( ?\S+/s)?$")  # at the end of a detail: loss 0.52, 3.1 images/s
 
 T = TypeVar("T")
 Report = Callable[[str, int, int, str], None]  # stage, done, total, detail
@@ -275,20 +277,27 @@ def rest_of(seconds: float | None) -> str:
 
 
 def fitted(name: str, count: str, detail: str, left: str, width: int) -> str:
-    """`name: count, detail, left` in at most `width` columns: a long name is shortened first, then details."""
+    """`name: count, detail, left` in at most `width` columns.
+
+    A long name is shortened first, then the longest text of the details, which commas part. A number is never cut:
+    details that end in one, or in one and its unit, are left out from the last on.
+    """
     parts = [part for part in detail.split(", ") if part]
-    name = _cut(name, max(NAME, len(name) - max(0, len(_joined(name, count, parts, left)) - width)))
-    over = len(_joined(name, count, parts, left)) - width
-    while over > 0 and parts:
-        longest = max(range(len(parts)), key=lambda number: len(parts[number]))
-        short = _cut(parts[longest], max(len(parts[longest]) - over, LEAST))
-        if short == parts[longest]:
-            parts.pop()
+
+    def over() -> int:
+        return len(_joined(name, count, parts, left)) - width
+
+    name = _cut(name, max(NAME, len(name) - max(0, over())))
+    while over() > 0 and parts:
+        texts = [number for number, part in enumerate(parts) if not NUMBER.search(part)]
+        longest = max(texts, key=lambda number: len(parts[number]), default=len(parts) - 1)
+        short = _cut(parts[longest], max(len(parts[longest]) - over(), LEAST))
+        if short == parts[longest] or longest not in texts:
+            parts.pop(longest)
         else:
             parts[longest] = short
-        over = len(_joined(name, count, parts, left)) - width
-    if over > 0:
-        name = _cut(name, max(len(name) - over, LEAST))
+    if over() > 0:
+        name = _cut(name, max(len(name) - over(), LEAST))
     return _joined(name, count, parts, left)[:width]
 
 

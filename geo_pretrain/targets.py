@@ -20,6 +20,7 @@ TEXTS = (".md", ".txt")
 BUNDLES = (".tar",)
 ONNX = (".onnx",)
 RERUN = (".rrd",)
+OF_FILES = {*PICTURES, *CLOUDS, *PAGES, ".json", ".npy", ".npz"}  # endings that no new folder has
 
 
 def file_fault(path: Path, accepted: Sequence[str]) -> str | None:
@@ -40,7 +41,11 @@ def folder_fault(path: Path) -> str | None:
     """Why a folder cannot be written to `path`; None if it can."""
     if path.exists() and not path.is_dir():
         return f"{str(path)!r} is a file; accepted: a new folder, or one of an earlier result."
-    return None if path.is_dir() else _place_fault(path)
+    if path.is_dir():
+        return None
+    if path.suffix.lower() in OF_FILES:
+        return f"{str(path)!r} would be a folder of several files; accepted: a folder's name, such as {path.stem}."
+    return _place_fault(path)
 
 
 def missing_folder(path: Path) -> Path | None:

@@ -275,6 +275,15 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: bytes)
 
 
 def test_places_that_are_no_checkpoint_are_named(tmp_path: Path):
+    run = tmp_path / "training.run"
+    run.mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"training does not exist yet: its run, in .*\.run, has not taken a step\."
+    ):
+        read_checkpoint(tmp_path / "training")
+    (run / "log.jsonl").write_text('{"step": 1}\n{"step": 250, "lr": 0.1}\n{"step": 25')
+    with pytest.raises(CheckpointError, match=r"is at step 250\. It is written when that ends"):
+        read_checkpoint(tmp_path / "training")
     with pytest.raises(CheckpointError, match="does not exist"):
         read_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):

@@ -67,6 +67,8 @@ def test_faults_name_the_nearest(tmp_path: Path):
     assert "mkdir -p" in str(file_fault(tmp_path / "a" / "b" / "x.png", MATCHES))
     assert folder_fault(tmp_path) is folder_fault(tmp_path / "new") is folder_fault(tmp_path / "new" / "run") is None
     assert "nor the one above it" in str(folder_fault(tmp_path / "a" / "b" / "run"))
+    assert folder_fault(tmp_path / "view.rooms") is None
+    assert str(folder_fault(tmp_path / "out.PNG")).endswith("several files; accepted: a folder's name, such as out.")
     (tmp_path / "file").touch()
     assert "is a file; accepted: a new folder" in str(folder_fault(tmp_path / "file"))
     assert "is a file; accepted: a name in a folder" in str(folder_fault(tmp_path / "file" / "run"))

@@ -11,6 +11,7 @@ import pytest
 from geo_pretrain import progress as shown
 from geo_pretrain.progress import Display, Lines, already, duration, fitted, of_bytes, progress, stage_of
 from geo_pretrain.remaining import KEPT, Remaining
+from geo_pretrain.training.loop import StepInfo
 
 RANDOM = random.Random(0)
 
@@ -141,11 +142,18 @@ def test_durations_are_short(seconds, text):
 
 
 def test_a_line_of_training_fits_80_columns():
-    name, losses = "training pri3d_view_geo_r50.scannet_and_more", "view 4.20 depth -0.30 geometry 3.21 total 10.11"
-    line = fitted(name, "12000/60000", f"{losses}, 14.3 images/s", "3.4 h left", 80)
-    assert line == "training pri3d_view...: 12000/60000, view 4.20 dep..., 14.3 images/s, 3.4 h left"
+    name = "training pri3d_view_geo_r50.scannet_and_more"
+    losses = {"view": 4.2, "depth": -0.3, "geometry": 3.21}
+    detail = "loss 7.11, 14.3 images/s, view 4.20, depth -0.30, geometry 3.21"
+    assert str(StepInfo(12000, 60000, losses, 14.31, "images")) == detail
+    line = fitted(name, "12000/60000", detail, "3.4 h left", 80)
+    assert line == "training pri3d_...: 12000/60000, loss 7.11, 14.3 images/s, view 4.20, 3.4 h left"
+    bare = fitted(name, "12000/60000", detail, "3.4 h left", 50)
+    assert bare == "training pri3d_...: 12000/60000, 3.4 h left"
+    assert str(StepInfo(1, 2, {"nce": 5.0}, 3.0, "clouds")) == "loss 5.00, 3 clouds/s"
+    narrow = fitted("predicting", "1/20", "a_room_with_a_long_name.ply, loss 1e-05", "2 s left", 50)
+    assert narrow == "predicting: 1/20, a_room_..., loss 1e-05, 2 s left"
     assert fitted("a", "1/2", "loss 1.00, 3 images/s", "2 s left", 80) == "a: 1/2, loss 1.00, 3 images/s, 2 s left"
-    assert len(line) == 80
     assert fitted("a", "1/2", "", "2 s left", 80) == "a: 1/2, 2 s left"
 
 

@@ -284,6 +284,9 @@ def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as
     hint = "More --pairs tell."
     for name, gain in gains.items():
         console.print(escape(sentence(name, "random weights", gain, hint)), highlight=False, soft_wrap=True)
+    if any(gain.over.startswith("stretches") for gain in gains.values()):
+        text = "Interval: for other pairs of the same scenes. Five scenes or more tell how it is in others."
+        console.print(text, highlight=False, soft_wrap=True)
     if gains:
         text = "Next: `geo-pretrain eval probe` and `geo-pretrain finetune` show whether labels gain from it, too."
         console.print(text, highlight=False, soft_wrap=True)

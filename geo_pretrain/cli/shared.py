@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -52,7 +53,7 @@ def escape(text: str) -> str:
 def _message(error: GeoPretrainError | OSError) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}."
-    return str(error)
+    return re.sub(r"(?m)^Without a network: load_backbone\(.*\n", "", str(error))  # Python's way out, not the command's
 
 
 def _format_warning(

@@ -10,6 +10,7 @@ converted: the hub moves bytes and compares digests; whoever reads the weights c
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from geo_pretrain.hub.sources import (
 )
 
 HUB_VARIABLE = "GEO_PRETRAIN_HUB"
+WITHOUT = "Without a network: "  # begins the line of an error that says what can be done there
 FAILURES = (HubError, CheckpointError, WeightsMismatch, OSError)  # after which the next source is tried
 
 
@@ -237,6 +239,11 @@ def _search_for_name(request: Request, hub: str | Sequence[str] | None) -> _Sear
     return _Search(request, tuple(sources))
 
 
+def without_network(error: HubError, line: str) -> HubError:
+    """The error with another way out where there is no network: `line`, which fits what was called."""
+    return type(error)(re.sub(rf"(?m)^{WITHOUT}.*$", lambda _: WITHOUT + line, str(error)))
+
+
 def _catalog_bases(entry: Entry) -> list[str]:
     """The places of an entry's files, in order, each once: repositories at a commit, and addresses above `<name>/`."""
     sources = [source for file in entry.files for source in file.sources]
@@ -256,8 +263,6 @@ def _failed(name: str, failures: Mapping[str, Exception]) -> Exception:
     lines = [f"- {source}: {error}" for source, error in failures.items()]
     lines = lines or [f"- no hub is given (hub=..., or the environment variable {HUB_VARIABLE})"]
     if entry is not None:
-        lines.append(
-            f'Without a network: load_backbone("{name}", pretrained=False) builds the same network with random weights.'
-        )
+        lines.append(f'{WITHOUT}load_backbone("{name}", pretrained=False) builds the same network with random weights.')
         lines.append(f"To get its weights: {entry.how_to_get()}.")
     return HubError("\n".join([f"{name!r} could not be loaded:", *lines]))

@@ -18,6 +18,8 @@ from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import PretextTask
 
 TRIED = 2  # images of the trial, enough for BatchNorm
+TRIALS, PATIENCE = 5, 4.0  # of which the fastest counts: at most so many, and after two no more once so many s are over
+BUSY = 1.5  # times its own processor time that even the fastest took: other programs are at work
 LONG_STEP, LONG_RUN = 60.0, 24 * 3600.0  # s on a CPU, beyond which the small settings are named
 SMALL_BATCH = 4  # of overlays/small.yaml: who has it is not sent there
 
@@ -49,12 +51,14 @@ def _cost(recipe: Recipe, task: RecipeTask, progress: Progress) -> str:
     pretext, world = cast(PretextTask, task.module), task.world
     if world.device.type != "cpu" or ARCHITECTURES[pretext.arch].modality != "2d":
         return ""
-    tried = trial(pretext, recipe.data.size)
-    seconds, memory = (task.views * task.micro_batch / TRIED * one for one in tried)
-    seconds *= task.budget.accumulate
+    own, wall, kept = trial(pretext, recipe.data.size)
+    images = task.views * task.micro_batch / TRIED
+    seconds, memory = images * own * task.budget.accumulate, images * kept
     rest = seconds * (progress.steps - progress.step)
-    text = f" By a trial with {TRIED} images: {duration(seconds)} a step, {duration(rest)} in all"
+    text = f" By a trial with {TRIED} images: about {duration(seconds)} a step, {duration(rest)} in all"
     text += f", {1e-9 * memory:.1f} GB of memory{' a process' if world.size > 1 else ''}."
+    if wall > BUSY * own:
+        text += f" That is alone on this machine: other programs make it {wall / own:.1f} times as long now."
     free = free_memory()
     if free is not None and memory * world.size > free:
         text += f" Only {1e-9 * free:.1f} GB are free: take a smaller optim.micro_batch or data.size."
@@ -62,31 +66,41 @@ def _cost(recipe: Recipe, task: RecipeTask, progress: Progress) -> str:
     return text + (" That is for GPUs: --small is for a CPU." if too_long else "")
 
 
-def trial(task: PretextTask, size: tuple[int, int]) -> tuple[float, float]:
-    """Seconds and bytes that a forward and backward pass of the network takes for `TRIED` images.
+def trial(task: PretextTask, size: tuple[int, int]) -> tuple[float, float, float]:
+    """Try a forward and backward pass of the network with `TRIED` images: own seconds, seconds by the clock, bytes.
 
-    A copy of the network is used, and no random number of the run. The bytes are those that autograd keeps.
+    A copy of the network is used, and no random number of the run. Of several passes the fastest counts: the first
+    prepares kernels, and other programs slow some down. Own seconds are those in which the processor worked for it,
+    which other programs hardly change. The bytes are those that autograd keeps.
     """
     network = copy.deepcopy(task.backbone).train()
     device = next(network.parameters()).device
     images = torch.full((TRIED, 3, *size), 0.5, device=device).to(memory_format=torch.channels_last)
     kept: dict[int, int] = {}
+    own, walls = list[float](), list[float]()
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    for _ in range(2):  # the first prepares kernels
-        begin = time.monotonic()
+    while len(walls) < 2 or (len(walls) < TRIALS and sum(walls) < PATIENCE):
+        begin = _clocks()
+        kept.clear()
         with torch.random.fork_rng(devices=[]):
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), task.autocast(device):
                 out = network(images)
             total = sum(one.float().mean() for one in _tensors(out))
             total.backward()  # type: ignore[union-attr]
-        seconds = time.monotonic() - begin
-        if seconds > 1:
-            break
-    return seconds, float(sum(kept.values()))
+        wall, thread, process = (now - then for now, then in zip(_clocks(), begin, strict=True))
+        walls.append(wall)
+        # the threads share the work: what one of them needed, or where they are unlike this one, which waits for none
+        own.append(min(wall, max(thread, process / torch.get_num_threads())))
+    return min(own), min(walls), float(sum(kept.values()))
+
+
+def _clocks() -> tuple[float, float, float]:
+    """Seconds by the clock, and of the processor for this thread and for all of this process."""
+    return time.monotonic(), time.thread_time(), time.process_time()
 
 
 def free_memory() -> float | None:

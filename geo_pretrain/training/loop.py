@@ -47,8 +47,10 @@ class StepInfo:
     unit: str  # what is counted: "images" or "clouds"
 
     def __str__(self) -> str:
-        losses = " ".join(f"{name} {value:.2f}" for name, value in self.losses.items())
-        return f"{losses}, {self.rate:.3g} {self.unit}/s" if losses else "the first step"
+        if not self.losses:
+            return "the first step"
+        total, parts = f"loss {sum(self.losses.values()):.2f}", [f"{n} {value:.2f}" for n, value in self.losses.items()]
+        return ", ".join([total, f"{self.rate:.3g} {self.unit}/s", *(parts if len(parts) > 1 else [])])  # by importance
 
 
 @dataclass(frozen=True)
@@ -439,6 +441,7 @@ def _save(run: RunFolder, task: TrainingTask, world: World, progress: Progress) 
 
 def _restore(run: RunFolder, task: TrainingTask, world: World, progress: Progress) -> None:
     """Load the saved state into task and progress, if there is one."""
+    run.refuse_length(task.changed_settings)
     state = run.load(task.budget.steps)
     if state is not None:
         try:
@@ -468,12 +471,7 @@ def _check_identity(run: RunFolder, given: Mapping[str, Any], task: TrainingTask
     moved = processes != world.size and task.has_micro_batches_of(given["recipe"], processes)
     if moved:
         changed = [change for change in changed if not change.startswith(DEALING)]
-    if changed:
-        raise RecipeError(
-            f"The run in {run.path} was started with another recipe; it differs in: {'; '.join(changed[:5])}. "
-            "Give the first settings again, choose another --out, or remove that folder."
-            + (f" To end early, take {run.out}: it has the weights so far." if run.out.exists() else "")
-        )
+    run.refuse(given.get("recipe", ""), changed)
     if given.get("backbone") != wanted.get("backbone"):
         raise RecipeError(
             f"The run in {run.path} was started from another backbone. Choose another --out, or remove that folder."

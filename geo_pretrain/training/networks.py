@@ -24,7 +24,7 @@ from geo_pretrain.backbones.timm_encoder import is_channels_last
 from geo_pretrain.backbones.timm_names import check_timm, contract_for, fitted, is_timm, without_tag
 from geo_pretrain.catalog import Entry, find
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import GeoPretrainError, RecipeError
+from geo_pretrain.errors import GeoPretrainError, HubError, RecipeError
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.seeding import seeded
 from geo_pretrain.training.checks import check_key
@@ -110,6 +110,13 @@ class PretrainedInit:
             return cast(ImageContract, self._checked().contract)
         return contract_for(self.encoder, ImageContract())
 
+    def fetch(self) -> None:
+        """Bring the weights here, before any other work. Raises as `unet` and `host` do."""
+        if self.named:
+            fetch_start(self.backbone, self.where, f"-b scratch --set network.encoder={self.encoder}")
+        elif self.backbone != SCRATCH:
+            self._encoder_weights()
+
     def _encoder_weights(self) -> dict[str, Tensor]:
         if self.named:
             return cast(nn.Module, load_backbone(self.backbone, **self.where)).state_dict()
@@ -142,6 +149,15 @@ class PretrainedInit:
                 f"another, or --set network.encoder={encoder}."
             )
         return checkpoint
+
+
+def fetch_start(name: str, where: Mapping[str, Any], scratch: str) -> None:
+    """Fetch a checkpoint's first file of weights; without a network the error names `scratch`, which needs none."""
+    try:
+        opened = hubs.open(name, **where)
+        opened.fetch(*opened.network_roles(decoder=False))
+    except HubError as error:
+        raise hubs.without_network(error, f"{scratch} begins with random weights.") from error
 
 
 def build_segmenter(

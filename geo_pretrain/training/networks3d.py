@@ -20,7 +20,7 @@ from geo_pretrain.sparse.tensor import SparseTensor
 from geo_pretrain.training.cloud_recipe import CloudSpec
 from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.data.surfaces.fusing import cubic_voxel_size
-from geo_pretrain.training.networks import IMAGENET, SCRATCH
+from geo_pretrain.training.networks import IMAGENET, SCRATCH, fetch_start
 from geo_pretrain.training.recipe import UNet3DSpec
 
 CHANNELS = {"ones": ("one", "one", "one"), "rgb": ("R", "G", "B")}
@@ -68,6 +68,11 @@ class PretrainedInit3D:
         if self.frames:
             cubic_voxel_size(contract)
         return contract
+
+    def fetch(self) -> None:
+        """Bring the weights here, before any other work. Raises as `unet` does."""
+        if self.named:
+            fetch_start(self.backbone, self.where, "-b scratch")
 
     def unet(self, seed: int, in_chans: int | None = None) -> tuple[SRUNet, bool]:
         """The network, and whether its weights are pre-trained; random ones are drawn by `seed`.

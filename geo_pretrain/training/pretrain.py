@@ -19,7 +19,8 @@ from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.cards import render_card
 from geo_pretrain.catalog.license import License
 from geo_pretrain.checkpoint import CONFIG, Checkpoint, check_target, read_checkpoint, write_checkpoint
-from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.errors import DataError, HubError, RecipeError
+from geo_pretrain.hub import without_network
 from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.progress import Report, stage_of
 from geo_pretrain.training.announcement import announce
@@ -138,6 +139,17 @@ def _is_done(stage1: Recipe, folder: Path, world: World, report: Report, *, over
     )
 
 
+def _fetch_start(recipe: Recipe, starts: Mapping[str, Path]) -> None:
+    """Build the task once: start weights that cannot be had are told before rooms are rendered and pairs are mined."""
+    if "teacher" in recipe.task or (recipe.model is not None and recipe.model.init != "scratch"):
+        try:
+            build_task(recipe, starts)
+        except HubError as error:
+            if recipe.model is None or f"{recipe.model.init!r} could not" not in str(error):
+                raise  # a teacher, whose weights are what is learned from
+            raise without_network(error, "--set model.init=scratch begins with random weights.") from error
+
+
 def _open(recipe: Recipe, world: World, report: Report) -> Source:
     return open_source(recipe.data, device=str(world.device), progress=stage_of(report, "rendering rooms"))
 
@@ -167,9 +179,12 @@ def _run(
     note: Callable[[str], None],
 ) -> Outcome:
     skips = SkippedFrames()
+    rendered = recipe.data.path is None
+    if rendered:
+        _fetch_start(recipe, starts)
     source = _open(recipe, world, report)
-    if "teacher" in recipe.task or (recipe.model is not None and recipe.model.init != "scratch"):
-        build_task(recipe, starts)  # start weights that cannot be had are told before pairs are mined
+    if not rendered:  # a wrong path is told before anything is fetched
+        _fetch_start(recipe, starts)
     if world.is_main and source_note(source):
         note(source_note(source))
     if mined is not None and recipe.data.units == "pairs":

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import geo_pretrain
-from geo_pretrain.errors import CheckpointError, GeoPretrainError, MissingDependency, first_line, require
+from geo_pretrain.errors import CheckpointError, GeoPretrainError, MissingDependency, RecipeError, first_line, require
 from geo_pretrain.files import atomic_write, locked, move, parse_json, sync_file, sync_folder
 from geo_pretrain.training.states import (
     BadState,
@@ -29,6 +29,7 @@ from geo_pretrain.training.states import (
     write_state,
 )
 from geo_pretrain.training.stops import StopRequest, stop_requests
+from geo_pretrain.yaml_text import parse_yaml
 
 STATE, LOG, BOARD = "state.pt", "log.jsonl", "tensorboard"
 EARLIER = "state.earlier.pt"  # the state before `STATE`
@@ -38,6 +39,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch.distributed's errors where a peer is gone; gloo raises a RuntimeError with words of its own
 DISTRIBUTED = ("DistBackendError", "DistNetworkError", "DistStoreError")
 PEERS = ("Connection closed by peer", "Connection reset by peer", "gloo/transport")
+
+LENGTH = ("optim.steps:", "optim.epochs:")  # changes of a run's length
 
 WriteLog = Callable[[Mapping[str, Any], Mapping[str, float]], None]  # a line {"step": ..., ...}; the losses in it
 
@@ -127,6 +130,32 @@ class RunFolder:
             with suppress(BadState):
                 return read_recipe(self.path / name)
         return None
+
+    def refuse(self, recipe: str, changed: Sequence[str]) -> None:
+        """Raise `RecipeError` if settings have `changed` since the run began by `recipe` (YAML), with what can be done.
+
+        A run has one length, because its learning rate follows it: a longer one would have learned otherwise from the
+        first step on.
+        """
+        if not changed:
+            return
+        text = f"The run in {self.path} was started with another recipe; it differs in: {'; '.join(changed[:5])}. "
+        text += "Give the first settings again, choose another --out, or remove that folder."
+        early = f" To end early, take {self.out}: it has the weights so far." if self.out.exists() else ""
+        if any(change.startswith(LENGTH) for change in changed):
+            tree, text = parse_yaml(recipe), text + " A run keeps its length, which its learning rate follows."
+            start = "-b " if "network" in tree else "--set model.init=" if tree.get("model") else ""
+            if start:
+                text += f" Longer: let it end, then begin another from its weights, {start}{self.out}."
+            stop = " Shorter: stop it by Ctrl-C, which writes the weights so far."
+            early = early or ("" if start == "-b " else stop)
+        raise RecipeError(text + early)
+
+    def refuse_length(self, changed_settings: Callable[[str], list[str]]) -> None:
+        """`refuse` another length, before states are read: one beyond a shorter run's end is not damaged."""
+        recipe = self.saved_recipe()
+        if recipe is not None:
+            self.refuse(recipe, [change for change in changed_settings(recipe) if change.startswith(LENGTH)])
 
     def load(self, steps: int | None = None) -> dict[str, Any] | None:
         """The latest saved state that can be used, its tensors on the CPU; None at the beginning of a run.

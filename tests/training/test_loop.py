@@ -259,6 +259,9 @@ def test_run_is_not_continued_with_another_recipe_or_other_data(tmp_path, tiny_r
         run_here(path, tmp_path / "out", on_step=stop_at(5))
     with pytest.raises(RecipeError, match=r"another recipe.*optim\.lr: 0\.05 -> 0\.2"):
         run_here(path, tmp_path / "out", ["optim.lr=0.2"])
+    for steps in (3, 9):  # a state is saved after step 4
+        with pytest.raises(RecipeError, match=rf"optim\.steps: \d+ -> {steps}.*Longer: .*, --set model\.init=.*Ctrl-C"):
+            run_here(path, tmp_path / "out", [f"optim.steps={steps}"])
     elsewhere = write_recording(tmp_path / recording.name)
     frame = elsewhere / "frame-000000.color.png"
     frame.write_bytes((elsewhere / "frame-000010.color.png").read_bytes())

@@ -20,7 +20,7 @@ from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.catalog import find
 from geo_pretrain.checkpoint import CONFIG, FINETUNED, read_checkpoint
 from geo_pretrain.contract import contract_from_dict
-from geo_pretrain.errors import CheckpointError, GeoPretrainError, InputError, WeightsMismatch, nearest, some
+from geo_pretrain.errors import CheckpointError, GeoPretrainError, InputError, WeightsMismatch, nearest, run_note, some
 from geo_pretrain.files import read_sealed
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.seeding import seeded
@@ -173,7 +173,8 @@ def _shape_of_start(recipe: FinetuneRecipe, backbone: str, folder: Path) -> dict
 
 def _results(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; accepted: the --out of a finished fine-tuning run.")
+        accepted = "the --out of a finished fine-tuning run"
+        raise CheckpointError(f"{folder}: no such folder{run_note(folder)}; accepted: {accepted}.")
     if not (folder / RESULTS).is_file() and (published := _published(folder)) is not None:
         return published
     path = _there(folder, RESULTS)

@@ -66,7 +66,8 @@ def finetune(
     data = None if _is_rendered(recipe, sources) else open_splits(recipe, sources, on_data)  # before a fetch
     recipe = resolved(recipe, os.fspath(backbone), where)
     start = backbone_init(recipe, os.fspath(backbone), where)
-    contract = start.contract()  # an unknown name fails before rooms are rendered
+    contract = start.contract()
+    start.fetch()  # weights that cannot be had are told before rooms are rendered, or labels read
     data = open_splits(recipe, sources, on_data) if data is None else data
     if on_labels is not None and (table := label_table(data.train)) is not None:
         on_labels(table)

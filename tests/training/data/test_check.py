@@ -241,7 +241,7 @@ def write_folder_frames(root):
 def test_a_folder_given_without_its_source_is_told_with_the_layout_that_fits(tmp_path, exported):
     write_folder_frames(tmp_path)
     for path, source in ((tmp_path, "folder"), (exported, "scannet")):
-        with pytest.raises(UnknownName, match=f"--data is SOURCE:PATH. Did you mean --data {source}:{path}\\?"):
+        with pytest.raises(UnknownName, match=f"data are SOURCE:PATH. Did you mean {source}:{path}\\?"):
             open_source(DataSpec(str(path)))
 
 

@@ -114,11 +114,44 @@ def test_the_interval_of_a_paired_difference_covers_as_often_as_it_says():
     assert 88 <= held <= 99
 
 
+def test_the_interval_of_few_scenes_is_one_of_stretches_of_neighbors():
+    """A slow twin draws stretches one by one; of neighbors that are alike single pairs claim far too much."""
+    draw = np.random.default_rng(4)
+    values, scenes = draw.random(12), ["a"] * 12
+    found = paired_difference(values, np.zeros(12), scenes)
+    means = []
+    for _ in range(3000):
+        starts = [int(draw.integers(12)) for _ in range(4)]
+        means.append(np.mean([values[(start + step) % 12] for start in starts for step in range(3)]))
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.02)
+    assert found.over == "stretches of 1 scene"
+    assert paired_difference(values, np.zeros(12), ["a", "b"] * 6).over == "stretches of 2 scenes"
+    held = {"stretches": 0, "pairs": 0}
+    for _ in range(100):
+        noise = draw.normal(0, 1, 200)
+        alike = np.zeros(200)
+        for k in range(1, 200):
+            alike[k] = 0.8 * alike[k - 1] + noise[k]
+        for kind, given in (("stretches", ["a"] * 100), ("pairs", [])):
+            interval = paired_difference(alike[100:] + 0.3, np.zeros(100), given)
+            held[kind] += interval.low <= 0.3 <= interval.high
+    assert held["stretches"] >= 70
+    assert held["pairs"] <= 62
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_the_interval_of_very_few_pairs(count):
+    found = paired_difference(np.arange(count), np.zeros(count), ["a"] * count)
+    assert found.low <= found.mean <= found.high
+    assert (found.high > found.low) == (count > 1)
+
+
 def test_pairs_of_a_scene_are_drawn_together():
     scenes = [scene for scene in "abcde" for _ in range(20)]
     values = np.repeat([0.0, 0.1, 0.2, 0.3, 0.4], 20)  # nothing varies within a scene
     whole, alone = paired_difference(values, np.zeros(100), scenes), paired_difference(values, np.zeros(100))
     assert (whole.over, alone.over) == ("scenes", "pairs")
     assert whole.high - whole.low > 2 * (alone.high - alone.low)
-    assert paired_difference(values, np.zeros(100), ["a"] * 100) == alone
     assert str(alone).startswith("+20.0 (95 % interval +17.")

@@ -184,7 +184,7 @@ def test_wrong_lengths_licenses_backbones_and_devices_are_named(tmp_path):
     both = geo_pretrain(*start, "--steps", "2", "--epochs", "1", expected=2).errors
     assert "accepted" in both
     bare = [*start[:5], str(tmp_path), *start[6:]]
-    assert f"Did you mean --data folder:{tmp_path}?" in geo_pretrain(*bare, expected=1).errors
+    assert f"Did you mean folder:{tmp_path}?" in geo_pretrain(*bare, expected=1).errors
     assert "--epochs is 0" in geo_pretrain(*start, "--epochs", "0", expected=2).errors
     with pytest.raises(RecipeError, match=r"data\.license: Unknown license 'CC-BY'"):
         load_finetune_recipe("folder_unet", ["data.license=CC-BY"])

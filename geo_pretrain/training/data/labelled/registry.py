@@ -121,7 +121,7 @@ def open_labelled(
             raise RecipeError(f"Source {source!r} renders its own scenes and takes no path; see data.options.")
         return row.embedded(split, task, settings, progress)
     if path is None:
-        raise RecipeError(f"Source {source!r} needs a folder: --data {source}:PATH (or data.path=PATH).")
+        raise RecipeError(f"Source {source!r} needs a folder: {source}:PATH (or data.path=PATH).")
     assert row.opener is not None  # a set is embedded, or on disk
     return row.opener(Path(path).expanduser(), split, task, settings)
 

@@ -269,7 +269,7 @@ def hint(root: Path, name: str) -> str:
         for other, signs in SIGNS.items()
         if other != name and any(next(root.glob(sign), None) is not None for sign in signs)
     ]
-    return f" It looks like --data {some((f'{other}:{root}' for other in likely), 2)}." if likely else ""
+    return f" It looks like {some((f'{other}:{root}' for other in likely), 2)}." if likely else ""
 
 
 def existing_folder(root: Path, layout: str) -> None:

@@ -108,8 +108,8 @@ def _meant(path: str) -> str:
     """What to say of a folder that is given without its source, by its layout; "" for all else."""
     folder = Path(path).expanduser()
     fitting = layouts_of(folder) if folder.is_dir() else []
-    lines = " or ".join(f"--data {name}:{path}" for name in fitting)
-    return f"{path!r} is a path, and --data is SOURCE:PATH. Did you mean {lines}?" if fitting else ""
+    lines = " or ".join(f"{name}:{path}" for name in fitting)
+    return f"{path!r} is a path, and data are SOURCE:PATH. Did you mean {lines}?" if fitting else ""
 
 
 class FrameRange(SourcePart):
@@ -165,7 +165,7 @@ def _folder(source: Callable[[Path, Any], Source]) -> Opener:
 
     def call(options: Any, spec: DataSpec, device: str, progress: Progress | None) -> Source:
         if spec.path is None:
-            raise RecipeError(f"Source {spec.source!r} needs a folder: --data {spec.source}:PATH (or data.path=PATH).")
+            raise RecipeError(f"Source {spec.source!r} needs a folder: {spec.source}:PATH (or data.path=PATH).")
         return source(Path(spec.path).expanduser(), options)
 
     return call

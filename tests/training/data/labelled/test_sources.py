@@ -93,7 +93,7 @@ def test_every_source_opens_only_with_what_it_needs(source, tmp_path):
         with pytest.raises(RecipeError, match="takes no path"):
             open_labelled(source, tmp_path, "train", task=task)
         return
-    with pytest.raises(RecipeError, match=f"Source '{source}' needs a folder: --data {source}:PATH"):
+    with pytest.raises(RecipeError, match=f"Source '{source}' needs a folder: {source}:PATH"):
         open_labelled(source, None, "train", task=task)
     with pytest.raises(DataError, match=f"No folder '{tmp_path}/none.*Expected layout: "):
         open_labelled(source, tmp_path / "none", "train", task=task)

@@ -50,7 +50,7 @@ def test_polycams_own_cameras_and_sharp_frames_are_options(frames, tmp_path):
     camera.unlink()
     with pytest.raises(BadFrame, match=r"a camera cannot be read"):
         opened("polycam", root).load("desk", second)
-    with pytest.raises(DataError, match="It looks like --data polycam:"):
+    with pytest.raises(DataError, match="It looks like polycam:"):
         opened("tum", root)
 
 
