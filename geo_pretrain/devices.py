@@ -24,10 +24,23 @@ def device_fault(device: Any) -> str | None:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
         return f"Device {device!r} is none that torch knows; accepted: cpu, cuda, cuda:N."
-    if chosen.type != "cuda":
+    if chosen.type in ("cpu", "meta") or (chosen.type != "cuda" and _is_there(chosen)):
         return None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (chosen.index or 0) < count:
+    if chosen.type == "cuda" and (chosen.index or 0) < count:
         return None
     there = ", ".join(["cpu", *(f"cuda:{k}" for k in range(count))])
+    if chosen.type != "cuda":
+        return f"Device {str(device)!r}: torch has none here; accepted: {there}."
     return f"Device {str(device)!r}: torch sees {count} GPUs here; accepted: {there}."
+
+
+def _is_there(device: Any) -> bool:
+    """Whether torch can put a tensor on a device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError):  # NotImplementedError is a RuntimeError
+        return False
+    return True

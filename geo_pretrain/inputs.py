@@ -72,14 +72,19 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor, least: int = MIN_SIZE
     import torch
 
     if not isinstance(x, torch.Tensor):
-        raise InputError(f"This network takes images [B, {in_chans}, H, W]; got {described(x)}. {_from_other(x)}")
+        raise InputError(
+            f"This network takes images [B, {in_chans}, H, W]; got {described(x)}. {_from_other(x, in_chans)}"
+        )
+    if torch.jit.is_tracing():
+        return  # sizes are tensors there, and every comparison would be warned of
     if x.ndim != 4 or x.shape[1] != in_chans:
         given = f"a tensor of shape {tuple(x.shape)}"
         raise InputError(
             f"This network takes images [B, {in_chans}, H, W]; got {given}.{_reshaped(tuple(x.shape), in_chans)}"
         )
     if not x.dtype.is_floating_point:
-        line = "network(network.transforms(images))" if x.dtype == torch.uint8 else "images.to(torch.uint8) first"
+        made = {torch.uint8: "images", torch.bool: "images.float()"}.get(x.dtype, "images.to(torch.uint8)")
+        line = f"network(network.transforms({made}))"
         raise InputError(f"Images are {x.dtype}; accepted: floating point, as .transforms gives them: {line}.")
     if x.shape[0] == 0:
         raise InputError("The batch of images is empty, [0, C, H, W]; accepted: at least one image. Leave it out.")
@@ -110,12 +115,17 @@ def check_place(x: Any, weight: Tensor, what: str, name: str) -> None:
         )
 
 
-def _from_other(x: Any) -> str:
+def _from_other(x: Any, in_chans: int) -> str:
     """The line that makes a batch of what is no tensor."""
     if is_path(x):
         return f"network(network.transforms(PIL.Image.open({os.fspath(x)!r}))[None])"
     if isinstance(x, list | tuple):
         return "network(torch.stack([network.transforms(image) for image in images]))"
+    if hasattr(x, "ndim") and x.ndim == 4 and x.dtype.kind == "f":
+        turned = "" if x.shape[1] == in_chans else ".permute(0, 3, 1, 2)"
+        return f"network(torch.from_numpy(images){turned}) if they are normalized as network.transforms does"
+    if hasattr(x, "ndim") and x.ndim == 4 and x.shape[1] == in_chans:
+        return "network(network.transforms(torch.from_numpy(images)))"
     if hasattr(x, "ndim") and x.ndim == 4:
         return "network(torch.stack([network.transforms(image) for image in images])) of uint8 images [H, W, C]"
     return "network(network.transforms(image)[None]) makes a batch of an image"
@@ -240,7 +250,8 @@ def _to_image(image: Any, chans: int) -> Tensor:
     if image.dtype == torch.uint8:
         return image
     if not image.is_floating_point():
-        raise InputError(f"Got {described(image)}; accepted: {IMAGE}. transforms(image.to(torch.uint8)) for 0 to 255.")
+        line = "image.float())" if image.dtype == torch.bool else "image.to(torch.uint8)) for 0 to 255"
+        raise InputError(f"Got {described(image)}; accepted: {IMAGE}. transforms({line}.")
     check_range(image, "images", "normalized already")
     return image
 
@@ -264,7 +275,11 @@ def _array_line(image: Any, chans: int) -> str:
     if image.ndim == 3 and image.shape[0] == chans and image.dtype.kind == "u":
         return " Channels come last in arrays: transforms(image.transpose(1, 2, 0))."
     if image.dtype.kind == "f":
-        return " Floats in [0, 1] are given as a tensor: transforms(torch.from_numpy(image).permute(2, 0, 1))."
+        return f" Floats in [0, 1] are given as a tensor: {_of_array(image.shape, chans)}."
+    if image.dtype.kind == "b":
+        return " transforms(image.astype(numpy.uint8) * 255) for black and white."
+    if image.ndim == 4 and image.shape[1] == chans:
+        return f" Batches are given as a tensor: {_of_array(image.shape, chans)}."
     if image.ndim == 4:
         return " Several: torch.stack([transforms(image) for image in images])."
     if image.ndim == 2 and chans == 3:
@@ -274,6 +289,13 @@ def _array_line(image: Any, chans: int) -> str:
     return " transforms(image.astype(numpy.uint8)) for values from 0 to 255."
 
 
+def _of_array(shape: tuple[int, ...], chans: int) -> str:
+    """The call with an array as a tensor [(B,) C, H, W]."""
+    turns = {2: f".expand({chans}, -1, -1)", 3: ".permute(2, 0, 1)", 4: ".permute(0, 3, 1, 2)"}
+    first = len(shape) > 2 and shape[-3] == chans
+    return f"transforms(torch.from_numpy(image){'' if first else turns.get(len(shape), '')})"
+
+
 def _tensor_line(shape: tuple[int, ...], chans: int) -> str:
     if len(shape) in (3, 4) and shape[-1] == chans:
         order = "2, 0, 1" if len(shape) == 3 else "0, 3, 1, 2"
@@ -281,13 +303,15 @@ def _tensor_line(shape: tuple[int, ...], chans: int) -> str:
     if len(shape) in (3, 4) and shape[-3] == 4 and chans == 3:
         return " Leave out alpha: transforms(image[..., :3, :, :])."
     if len(shape) == 2 or (len(shape) in (3, 4) and shape[-3] == 1):
-        return f" Gray is repeated: transforms(image.expand({chans}, -1, -1))."
+        return f" Gray is repeated: transforms(image.expand({'-1, ' * (len(shape) == 4)}{chans}, -1, -1))."
     return f" For such channels load the network with in_chans={shape[-3]}." if len(shape) in (3, 4) else ""
 
 
 def _other_line(image: Any) -> str:
     if is_path(image):
         return f" transforms(PIL.Image.open({os.fspath(image)!r}))."
+    if isinstance(image, list | tuple) and not image:
+        return " There is nothing in it: leave it out."
     if isinstance(image, list | tuple):
         return " Several: torch.stack([transforms(image) for image in images])."
     return ""

@@ -97,6 +97,7 @@ def test_a_folder_that_is_made_is_said(tmp_path: Path, capsys: pytest.CaptureFix
         ("convert f.pth --from pri3d --name pri3d_view_geo_r50 -o a/b/c", "mkdir -p a/b"),
         ("train pri3d_view_r18 --toy --out a/b/run", "mkdir -p a/b"),
         ("train pri3d_view_r18 --toy --device cuda:77 --out run", "torch sees 0 GPUs here"),
+        ("train pri3d_view_r18 --toy --device xpu --out run", "Device 'xpu': torch has none here; accepted: cpu"),
         ("card pri3d_view_r18 -o .", "'.' is a folder; accepted: the name of a file that ends in .md, .txt"),
         ("card pri3d_view_r18 -o no/such/x.md", "there is no folder 'no/such'"),
     ],

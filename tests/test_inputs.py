@@ -25,6 +25,7 @@ from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import InputError
+from geo_pretrain.inputs import check_images
 from geo_pretrain.sparse.tensor import SparseTensor
 
 SEED = np.random.default_rng(0)
@@ -58,12 +59,28 @@ STACK = "network(torch.stack([network.transforms(image) for image in images]))"
 # what is given, what the message says of it, the line of the message that mends it (called: image, images)
 IMAGE_CELLS: dict[str, tuple[Any, str, str]] = {
     "uint8": (torch.from_numpy(BYTES).permute(2, 0, 1)[None], "torch.uint8", "network(network.transforms(images))"),
-    "int64": (torch.zeros(1, 3, 40, 48, dtype=torch.int64), "torch.int64", "images.to(torch.uint8)"),
+    "int64": (
+        torch.zeros(1, 3, 40, 48, dtype=torch.int64),
+        "torch.int64",
+        "network(network.transforms(images.to(torch.uint8)))",
+    ),
+    "bool": (torch.ones(1, 3, 40, 48, dtype=torch.bool), "torch.bool", "network(network.transforms(images.float()))"),
     "float64": (IMAGES.double(), "torch.float64, the weights torch.float32", "network(images.to(torch.float32))"),
     "half": (IMAGES.half(), "torch.float16, the weights torch.float32", "network(images.to(torch.float32))"),
     "bfloat16": (IMAGES.bfloat16(), "torch.bfloat16, the weights", "network(images.to(torch.float32))"),
     "numpy": (BYTES, "a numpy array uint8 (40, 48, 3)", PHOTO),
     "numpy batch": (BYTES[None], "a numpy array uint8 (1, 40, 48, 3)", STACK),
+    "numpy BCHW": (IMAGES.numpy(), "array float32 (2, 3, 40, 48)", "network(torch.from_numpy(images))"),
+    "numpy BHWC": (
+        IMAGES.permute(0, 2, 3, 1).numpy(),
+        "array float32 (2, 40, 48, 3)",
+        "network(torch.from_numpy(images).permute(0, 3, 1, 2))",
+    ),
+    "numpy bytes BCHW": (
+        BYTES.transpose(2, 0, 1)[None],
+        "array uint8 (1, 3, 40, 48)",
+        "network(network.transforms(torch.from_numpy(images)))",
+    ),
     "PIL": (PIL.Image.fromarray(BYTES), "a PIL image of mode 'RGB', 48 x 40 pixels", PHOTO),
     "list": ([BYTES, BYTES], "a list of 2 ndarray", STACK),
     "path": (
@@ -166,6 +183,18 @@ def test_values_are_not_looked_at_while_torch_traces():
     assert torch.isnan(traced(NAN)[0]).any()
 
 
+def test_checks_are_no_part_of_a_trace():
+    class Checked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            check_images(x, 3, torch.zeros(1))
+            return x * 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(Checked(), IMAGES)
+    assert traced(IMAGES[:1, :, :33]).shape == (1, 3, 33, 48)
+
+
 def test_a_network_whose_encoder_has_no_contract_is_traced():
     """torch.jit.trace reads every attribute that is listed; an encoder in a U-Net has no transforms of its own."""
     network = ResNetUNet(18, width=8).eval()
@@ -197,6 +226,20 @@ TRANSFORM_CELLS: dict[str, tuple[Any, str, str]] = {
     "float array": (BYTES / 255, "float64 (40, 48, 3)", "transforms(torch.from_numpy(image).permute(2, 0, 1))"),
     "int32 array": (BYTES.astype(np.int32), "int32 (40, 48, 3)", "transforms(image.astype(numpy.uint8))"),
     "gray array": (BYTES[:, :, 0], "uint8 (40, 48)", "transforms(numpy.repeat(image[..., None], 3, axis=2))"),
+    "float CHW array": (BYTES.transpose(2, 0, 1) / 255, "float64 (3, 40, 48)", "transforms(torch.from_numpy(image))"),
+    "float BCHW array": (IMAGES.numpy() % 1, "float32 (2, 3, 40, 48)", "transforms(torch.from_numpy(image))"),
+    "float BHWC array": (
+        BYTES[None] / 255,
+        "(1, 40, 48, 3)",
+        "transforms(torch.from_numpy(image).permute(0, 3, 1, 2))",
+    ),
+    "float gray array": (BYTES[:, :, 0] / 255, "(40, 48)", "transforms(torch.from_numpy(image).expand(3, -1, -1))"),
+    "BCHW array": (BYTES.transpose(2, 0, 1)[None], "uint8 (1, 3, 40, 48)", "transforms(torch.from_numpy(image))"),
+    "bool array": (BYTES > 99, "bool (40, 48, 3)", "transforms(image.astype(numpy.uint8) * 255)"),
+    "bool tensor": (torch.ones(3, 40, 48, dtype=torch.bool), "torch.bool", "transforms(image.float())"),
+    "gray image": (torch.zeros(1, 40, 48), "shape (1, 40, 48)", "transforms(image.expand(3, -1, -1))"),
+    "gray batch": (torch.zeros(2, 1, 40, 48), "shape (2, 1, 40, 48)", "transforms(image.expand(-1, 3, -1, -1))"),
+    "empty list": ([], "Got list", "There is nothing in it: leave it out."),
     "gray tensor": (torch.from_numpy(BYTES[:, :, 0]), "shape (40, 48)", "transforms(image.expand(3, -1, -1))"),
     "RGBA array": (np.dstack([BYTES, BYTES[:, :, :1]]), "uint8 (40, 48, 4)", "transforms(image[..., :3])"),
     "RGBA tensor": (torch.zeros(4, 40, 48), "shape (4, 40, 48)", "transforms(image[..., :3, :, :])"),

@@ -277,6 +277,8 @@ def refuse_others(network: nn.Module, inputs: tuple[Any, ...]) -> None:
     if not batch and not isinstance(images, list | tuple):
         one = "network([network.transforms(image)])"
         raise InputError(f"This network takes a list of images [{chans}, H, W]; got {described(images)}. {one}")
+    if not len(images):
+        raise InputError(f"The list of images is empty; accepted: at least one [{chans}, H, W]. Leave it out.")
     weight = next(network.parameters())
     for image in images:
         if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != chans or not image.numel():

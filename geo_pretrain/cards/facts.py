@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from geo_pretrain.backbones.architectures import Arch
@@ -94,9 +95,8 @@ class Section:
                 lines += [f"{folded[0].ljust(first)}  {cells}".rstrip(), *folded[1:]]
             else:
                 label = _wrapped(row[0], first)
-                height = max(len(label), len(folded))
-                pairs = zip(label + [""] * height, folded + [""] * height, strict=False)
-                lines += [f"{left.ljust(first)}  {right}".rstrip() for left, right in list(pairs)[:height]]
+                pairs = zip_longest(label, folded, fillvalue="")
+                lines += [f"{left.ljust(first)}  {right}".rstrip() for left, right in pairs]
         return lines
 
 

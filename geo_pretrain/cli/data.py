@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geo_pretrain.cli.labels import MARKS, TASK_HELP, check_labels, preview_labels
+from geo_pretrain.cli.labels import TASK_HELP, check_labels, preview_labels, show_findings
 from geo_pretrain.cli.options import (
     DATA_HELP,
     FRAMES_HELP,
@@ -91,9 +91,7 @@ def _parts(data: str) -> tuple[str, str | None]:
 
 def _show_check(report: Report, drawn: Path | None) -> None:
     """Print findings, the options to paste, and where the picture is."""
-    for finding in report.findings:
-        mark = MARKS[finding.level.name.lower()]
-        console.print(f"{escape(finding.topic)}: {mark} {escape(finding.text)}", soft_wrap=True, highlight=False)
+    show_findings(report.findings)
     if report.options:
         console.print(f"Suggested: {escape(report.paste())}", soft_wrap=True, highlight=False)
     if drawn is not None:

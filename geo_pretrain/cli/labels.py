@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,20 @@ from geo_pretrain.cli.shared import console, escape, print_table, progress
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.check.labelled import LabelledReport
+    from geo_pretrain.training.data.check.report import Finding
     from geo_pretrain.training.data.labelled.shares import LabelTable
 
 MOST_ROWS = 60  # of a table before training
 MOST_FAULTS = 50  # that are printed; --json has all
 MARKS = {"ok": "[green]ok[/]", "unknown": "[dim]?[/]", "doubtful": "[yellow]doubtful[/]", "wrong": "[bold red]WRONG[/]"}
 TASK_HELP = "Of labelled data: segmentation, detection, segmentation3d, ...; default: what the folder holds."
+
+
+def show_findings(findings: Iterable[Finding]) -> None:
+    """Print a line for each finding of a check."""
+    for finding in findings:
+        mark = MARKS[finding.level.name.lower()]
+        console.print(f"{escape(finding.topic)}: {mark} {escape(finding.text)}", soft_wrap=True, highlight=False)
 
 
 def show_labels(table: LabelTable) -> None:
@@ -76,9 +85,7 @@ def preview_labels(data: str, task: Any, out: Path, set_: list[str], rows: int) 
 def _show_report(report: LabelledReport, drawn: Path | None) -> None:
     if report.tables:
         print_table(("id", "class", *report.tables), report.rows())
-    for finding in report.findings:
-        mark = MARKS[finding.level.name.lower()]
-        console.print(f"{escape(finding.topic)}: {mark} {escape(finding.text)}", soft_wrap=True, highlight=False)
+    show_findings(report.findings)
     for file, reason in list(report.faults.items())[:MOST_FAULTS]:
         console.print(f"  {escape(file)}: {escape(reason)}", soft_wrap=True, highlight=False)
     if len(report.faults) > MOST_FAULTS:

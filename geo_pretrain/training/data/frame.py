@@ -54,7 +54,7 @@ def resize_frame(frame: Frame, size: tuple[int, int]) -> Frame:
 
 def resize_image(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Resize an image [H, W, ...] to `size` (height, width), taking the nearest pixels."""
-    rows, columns = (geometry.nearest_indices(old, new) for old, new in zip(image.shape, size, strict=False))
+    rows, columns = (geometry.nearest_indices(old, new) for old, new in zip(image.shape[:2], size, strict=True))
     return image[np.ix_(rows, columns)]
 
 

@@ -58,8 +58,8 @@ def paired_difference(
 ) -> Interval:
     """The mean of `one` - `other`, measured on the same pairs of frames, and how far it would move with other pairs.
 
-    Percentile bootstrap of 10,000 draws with replacement. Pairs of one scene are alike, so where there are five `scenes`
-    or more whole scenes are drawn. Of fewer, stretches of sqrt(N) neighbors are (circular block bootstrap,
+    Percentile bootstrap of 10,000 draws with replacement. Pairs of one scene are alike, so where there are five
+    `scenes` or more whole scenes are drawn. Of fewer, stretches of sqrt(N) neighbors are (circular block bootstrap,
     Politis and Romano, 1992; pairs are in order of time): the interval then holds for these scenes alone.
     Without `scenes` pairs are drawn, as if each told something new.
     """

@@ -122,7 +122,7 @@ class CloudTask(FinetuneTask):
         own = getattr(source, "source", source)
         if not isinstance(own, CloudFolder):
             return
-        looked, doubts = 0, {}
+        looked, doubts = 0, dict[str, str]()
         for id in source.ids()[:: max(1, len(source.ids()) // LOOKED_AT)][:LOOKED_AT]:
             with suppress(BadFrame):
                 doubt = self._doubt(evaluation_sample(self.load(source, id), self.cloud, self.contract))

@@ -100,6 +100,8 @@ class FinetunedNetwork(nn.Module):
         ValueError for what is no image or cloud, `BadFrame` for a file that is none.
         """
         several = isinstance(items, list | tuple)
+        if several and not items:
+            return []
         given = [self._item(item) for item in (items if several else [items])]
         found = self.task.predict(given)
         return found if several else found[0]

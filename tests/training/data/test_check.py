@@ -118,6 +118,42 @@ def test_right_recordings_pass(recording, exported, tmp_path):
         assert not stop_if_wrong(report)
 
 
+class TwoScenes:
+    """A recording twice; the depth of the second is `factor` times as large. Without poses: at one place."""
+
+    name = "two"
+
+    def __init__(self, source, factor, posed=True):
+        self.inner, self.factor, self.posed = source, factor, posed
+
+    def scenes(self):
+        return ["first", "second"]
+
+    def frame_ids(self, scene):
+        return self.inner.frame_ids(self.inner.scenes()[0])
+
+    def load(self, scene, frame_id):
+        frame = self.inner.load(self.inner.scenes()[0], frame_id)
+        depth = frame.depth * np.float32(self.factor if scene == "second" else 1)
+        pose = frame.cam_to_world if self.posed else np.eye(4)
+        return replace(frame, scene=scene, depth=depth, cam_to_world=pose)
+
+    def fingerprint(self):
+        return "two"
+
+
+def test_scenes_of_different_units_are_named(recording):
+    source = SevenScenes(recording)
+    for check in (quick_check, check_source):
+        found = {one.topic: one for one in check(TwoScenes(source, 5), SPEC).findings}["scenes"]
+        assert found.level == Level.DOUBTFUL
+        assert found.text.endswith("check them apart. second: depth is 5 times what its poses say")
+        assert not found.options
+    for factor, posed, count in ((1, True, 0), (5, False, 0), (1000, False, 1)):
+        topics = [one.topic for one in quick_check(TwoScenes(source, factor, posed), SPEC).findings]
+        assert topics.count("scenes") == count
+
+
 def test_agreement_equals_a_loop_over_points(recording):
     views = views_of(SevenScenes(recording))[:2]
     rounds = conventions._Rounds(views, [(0, 1)])

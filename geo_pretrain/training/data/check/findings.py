@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from geo_pretrain.training.data.check.conventions import Fit, Fits
+from geo_pretrain.training.data.check.conventions import AS_READ, Fit, Fits
 from geo_pretrain.training.data.check.registration import Registration
 from geo_pretrain.training.data.check.report import Finding, Level
 from geo_pretrain.training.data.check.sample import Sample, turn
@@ -22,6 +22,7 @@ SURE = 0.75  # of the best agreement: below, the reading of the source is surely
 TRUSTED = 0.35  # agreement of a reading that can be trusted
 SCALES = (1.0, 100.0, 256.0, 1000.0, 4000.0, 5000.0, 6553.5, 10000.0)  # units per meter that cameras write
 ROUND = 0.06  # relative: a measured scale this near to one of these is taken for it
+UNLIKE, APART = 1.25, 50.0  # times: scales of two scenes that differ by more, and medians of their depths
 UNSORTED = 10.0  # degrees between neighbors in time, above which the order is looked at
 
 
@@ -164,6 +165,33 @@ def of_scale(source: Source, fits: Fits | None, frames: Sequence[Frame]) -> Find
     what = f"depth is {_times(ratio if key == 'depth_scale' else 1 / ratio)} what the poses say"
     text = f"{what} ({_shown(best)}; as read {_shown(fits.as_read)}): {key} is {now[key]:g}, {value:g} fits"
     return Finding(topic, _sureness(fits), text, {key: value}, numbers)
+
+
+def of_scenes(frames: Sequence[Frame], fits: Mapping[str, Fits]) -> Finding | None:
+    """Scenes whose poses or depth are read otherwise than those of the rest: options are for all. None: they agree.
+
+    `fits`: of each scene alone. Without poses that tell, depths that are `APART` times as large are another unit.
+    """
+    told = {scene: fit.best for scene, fit in fits.items() if fit.pairs and fit.best.agreement >= TRUSTED}
+    usual = [one for one in told.values() if one.convention == AS_READ and one.scale == 1] or list(told.values())
+    other = [
+        f"{scene}: depth is {_times(1 / best.scale)} what its poses say"
+        + ("" if best.convention == usual[0].convention else ", and its poses are read otherwise")
+        for scene, best in told.items()
+        if best.convention != usual[0].convention or abs(np.log(best.scale / usual[0].scale)) > np.log(UNLIKE)
+    ]
+    depths = {
+        scene: [f.depth[f.depth > 0][::7] for f in frames if f.scene == scene] for scene in {f.scene for f in frames}
+    }
+    medians = {
+        scene: float(np.median(np.concatenate(parts))) for scene, parts in depths.items() if any(map(len, parts))
+    }
+    if not other and medians and max(medians.values()) > APART * min(medians.values()):
+        other = [f"{scene}: surfaces at {median:.3g} m in the median" for scene, median in sorted(medians.items())]
+    if not other:
+        return None
+    text = f"not all are in one unit and convention; options are for all, so check them apart. {'; '.join(other)}"
+    return Finding("scenes", Level.DOUBTFUL, text, numbers={"medians_m": medians})
 
 
 def in_meters(fits: Fits | None, frames: Sequence[Frame]) -> Fits | None:

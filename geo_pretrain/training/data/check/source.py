@@ -53,7 +53,7 @@ def check_source(
         _expected_pairs(source, spec, fits, sample.frames),
     )
     progress(PARTS, PARTS)
-    return Report(spec, found, sample, fits, registration)
+    return Report(spec, (*found, *_unlike_scenes(sample)), sample, fits, registration)
 
 
 def with_registration(report: Report, path: Path) -> Report:
@@ -85,7 +85,7 @@ def quick_check(source: Source, spec: DataSpec) -> Report:
     found = [findings.of_frames(sample), findings.of_intrinsics(sample.frames)]
     if spec.units == "pairs":
         found.append(findings.of_poses(source, fits, bool(sample.posed)))
-    found.append(findings.of_scale(source, fits, sample.frames))
+    found += [findings.of_scale(source, fits, sample.frames), *_unlike_scenes(sample)]
     return Report(spec, tuple(found), sample, fits)
 
 
@@ -155,6 +155,21 @@ def _line(finding: Finding) -> str:
 def _fits(sample: Sample, *, quick: bool = False) -> Fits | None:
     views = [View(frame.depth, frame.intrinsics, frame.cam_to_world) for frame in sample.small()]
     return findings.in_meters(try_conventions(views, sample.pairs, quick=quick), sample.frames)
+
+
+def _unlike_scenes(sample: Sample) -> list[Finding]:
+    """The finding on scenes that are read otherwise than the rest, if there are any: together they hide each other."""
+    of_frames = [frame.scene for frame in sample.frames]
+    if len(set(of_frames)) < 2:
+        return []
+    views = [View(frame.depth, frame.intrinsics, frame.cam_to_world) for frame in sample.small()]
+    fits = {}
+    for scene in dict.fromkeys(of_frames):
+        pairs = [(i, j) for i, j in sample.pairs if of_frames[i] == of_frames[j] == scene]
+        if (fit := try_conventions(views, pairs, quick=True)) is not None:
+            fits[scene] = fit
+    found = findings.of_scenes(sample.frames, fits)
+    return [] if found is None else [found]
 
 
 def _of_one_size(sample: Sample) -> list[Frame]:

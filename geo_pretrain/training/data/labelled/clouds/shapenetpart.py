@@ -29,7 +29,7 @@ CATEGORIES = {  # synset -> category, number of its parts; parts are numbered th
     "03948459": ("Pistol", 3), "04099429": ("Rocket", 3), "04225987": ("Skateboard", 3), "04379243": ("Table", 3),
 }  # fmt: skip
 SYNSETS = list(CATEGORIES)
-FIRST = dict(zip(SYNSETS, np.cumsum([0, *(parts for _, parts in CATEGORIES.values())]).tolist(), strict=False))
+FIRST = dict(zip(SYNSETS, np.cumsum([0, *(parts for _, parts in CATEGORIES.values())])[:-1].tolist(), strict=True))
 PARTS = tuple(f"{name}/{FIRST[synset] + k}" for synset, (name, count) in CATEGORIES.items() for k in range(count))
 
 
