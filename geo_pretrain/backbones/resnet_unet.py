@@ -112,7 +112,7 @@ class UpProjection(nn.Module):
         return F.relu(branch + self.bn2(second))
 
 
-def _enlarged_branches(conv1: nn.Module, conv2: nn.Module, x: Tensor, size: tuple[int, int]) -> Sequence[Tensor]:
+def _enlarged_branches(conv1: Any, conv2: Any, x: Tensor, size: tuple[int, int]) -> Sequence[Tensor]:
     """Both convolutions of the enlarged map, computed at the small size where that is quicker and says the same."""
     if stands_for(conv1) and stands_for(conv2) and pays(x, conv1.weight, size):
         return [convolve_enlarged(x, conv.weight, size) for conv in (conv1, conv2)]

@@ -175,7 +175,7 @@ def of_scenes(frames: Sequence[Frame], fits: Mapping[str, Fits]) -> Finding | No
     told = {scene: fit.best for scene, fit in fits.items() if fit.pairs and fit.best.agreement >= TRUSTED}
     usual = [one for one in told.values() if one.convention == AS_READ and one.scale == 1] or list(told.values())
     other = [
-        f"{scene}: depth is {_times(1 / best.scale)} what its poses say"
+        f"{scene}: depth is {_times(float(f'{1 / best.scale:.2g}'))} what its poses say"
         + ("" if best.convention == usual[0].convention else ", and its poses are read otherwise")
         for scene, best in told.items()
         if best.convention != usual[0].convention or abs(np.log(best.scale / usual[0].scale)) > np.log(UNLIKE)
