@@ -1,4 +1,4 @@
-# make demo   install into .venv, then run the whole path on this machine's CPU
+# make demo   install into .venv, then show the weights of this clone and a short pre-training on this machine's CPU
 # make test   install into .venv, then run the tests
 .PHONY: demo test lint types format cards docs snippets examples bench clean install lock lowest weights weights-proof
 
@@ -8,8 +8,11 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 LINTED := geo_pretrain tests benchmarks examples docs/api hubconf.py
 
+# The weights that lie in this clone are shown before they are installed: a folder of checkpoints is a hub.
+COMMA := ,
+SHELVES := $(foreach p,$(patsubst weights/%/pyproject.toml,%,$(wildcard weights/*/pyproject.toml)),$(COMMA)weights/$(p)/$(p))
 demo: $(INSTALLED)
-	$(BIN)/geo-pretrain demo --out demo
+	GEO_PRETRAIN_HUB="$$GEO_PRETRAIN_HUB$(subst $() ,,$(SHELVES))" $(BIN)/geo-pretrain demo --out demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

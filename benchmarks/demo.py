@@ -18,7 +18,7 @@ from geo_pretrain.rooms import CLASSES
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.demo import RECIPE, THRESHOLD, labelled_frames, untrained, validation_spec
+from geo_pretrain.training.demo.pretraining import RECIPE, THRESHOLD, labelled_frames, untrained, validation_spec
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.features import ImageExtractor
 from geo_pretrain.training.evaluation.matching import evaluate_matching

@@ -32,7 +32,7 @@ from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.demo import validation_spec
+from geo_pretrain.training.demo.pretraining import validation_spec
 from geo_pretrain.training.evaluation.features import ImageExtractor, load_extractor
 from geo_pretrain.training.evaluation.matching import evaluate_matching
 from geo_pretrain.training.evaluation.probes import ProbeSpec, probe_backbone

@@ -25,7 +25,7 @@ from geo_pretrain.checkpoint import CONFIG, read_checkpoint
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.demo import validation_spec
+from geo_pretrain.training.demo.pretraining import validation_spec
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.features import RANDOM
 from geo_pretrain.training.evaluation.matching import MatchingResult, compare_matching, compare_pixel_to_voxel

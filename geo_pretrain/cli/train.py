@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from geo_pretrain.cli.completion import backbone_names, downstream_recipe_names, recipe_names
 from geo_pretrain.cli.labels import MOST_ROWS, show_labels
@@ -30,6 +29,7 @@ from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 
 if TYPE_CHECKING:
     from geo_pretrain.progress import Display
+    from geo_pretrain.training.demo.weights import Shown
     from geo_pretrain.training.finetune.folder import FinetuneResult
     from geo_pretrain.training.finetune.sweep import SweepResult
     from geo_pretrain.training.finetune_recipe import FinetuneRecipe
@@ -60,28 +60,53 @@ def demo(
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006 (typer copies it)
     finetune_steps: Annotated[int | None, typer.Option(help="Changes nothing any more.")] = None,
 ) -> None:
-    """Run the demo, minutes on a CPU: rooms, pre-training, load_backbone, matching.
+    """Show what the shipped weights can do, a minute on a CPU; then pre-train for some minutes and show what it brings.
+
+    Without the weights it says what to install, and goes on with the pre-training.
 
     Example: `geo-pretrain demo --out demo`
     """
-    from geo_pretrain.training.demo import run_demo, table_rows, verdict, what_next
+    from geo_pretrain.training.demo.pretraining import RECIPE, run_pretraining
+    from geo_pretrain.training.demo.report import REPORT, table_rows, verdict, what_next, write_report
 
     if finetune_steps is not None:
         warnings.warn(NO_FINETUNING, FutureWarning, stacklevel=1)
     start = time.monotonic()
+    shown, missing = _shown_weights(out)
+    console.print(f"\nNow a short pre-training, to show the path: {RECIPE}, about five minutes on two cores.")
     with progress() as report:
-        result = run_demo(out, overrides=set_, report=report)
-    table = Table("", "without", "with pre-training", title="Does geometry help? (mean ± spread)")
-    for row in table_rows(result):
-        table.add_row(*row)
-    console.print(table)
+        result = run_pretraining(out, overrides=set_, report=report)
+    write_report(result, out, shown=shown, missing=missing)
+    head = ("", "without", "with pre-training")
+    print_table(head, table_rows(result), title="A short pre-training (mean ± spread)")
     console.print(verdict(result), soft_wrap=True, markup=False, highlight=False)
     console.print(
         f"Checkpoint: {result.folder}   (load_backbone({str(result.folder)!r}))", soft_wrap=True, markup=False
     )
-    console.print(f"Pictures:   {out / 'matches.png'}, {out / 'report.html'}", markup=False)
+    console.print(f"Report:     {out / REPORT}", soft_wrap=True, markup=False)
     console.print(f"Took {time.monotonic() - start:.0f} s.")
-    console.print("\n".join(["What next:", *what_next(result.folder)]), soft_wrap=True, markup=False, highlight=False)
+    lines = ["What next:", *what_next(result.folder, shown)]
+    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+
+
+def _shown_weights(out: Path) -> tuple[Shown | None, str]:
+    """Measure, draw and print the shipped weights; where they are not on this machine, the reason, which is printed."""
+    from geo_pretrain.errors import HubError
+    from geo_pretrain.training.demo.report import weights_head, weights_rows, weights_verdict
+    from geo_pretrain.training.demo.weights import NAME, PICTURE, find_weights, show_weights, why_missing
+
+    try:
+        find_weights(NAME)
+    except HubError as error:
+        missing = f"The demo shows no finished weights. {why_missing(NAME, error)}"
+        console.print(missing, soft_wrap=True, markup=False, highlight=False)
+        return None, missing
+    with progress() as report:
+        shown = show_weights(NAME, out, report=report)
+    print_table(weights_head(shown), weights_rows(shown), title="Finished weights on rooms never seen (mean ± spread)")
+    console.print(weights_verdict(shown), soft_wrap=True, markup=False, highlight=False)
+    console.print(f"Picture:    {out / PICTURE}   ({shown.seconds:.0f} s)", soft_wrap=True, markup=False)
+    return shown, ""
 
 
 @app.command()

@@ -246,9 +246,16 @@ def imagenet_classifier(encoder: str) -> nn.Module:
     try:
         network: nn.Module = torchvision.models.get_model(encoder, weights=enum)
     except OSError as error:
-        place = Path(torch.hub.get_dir()) / "checkpoints" / enum.url.rpartition("/")[2]
-        raise _not_downloaded("imagenet", enum.url, place, error) from error
+        raise _not_downloaded("imagenet", enum.url, imagenet_file(encoder), error) from error
     return network
+
+
+def imagenet_file(encoder: str) -> Path:
+    """Where torch keeps the IMAGENET1K_V1 weights of one of torchvision's networks, once they were downloaded."""
+    import torchvision
+
+    url = torchvision.models.get_model_weights(encoder)["IMAGENET1K_V1"].url
+    return Path(torch.hub.get_dir()) / "checkpoints" / str(url.rpartition("/")[2])
 
 
 def _load(network: nn.Module, weights: dict[str, Tensor], start: str) -> None:

@@ -27,7 +27,7 @@ from geo_pretrain.training.bench.plan import BenchSpec, Row, Training, base_data
 from geo_pretrain.training.bench.report import summarize
 from geo_pretrain.training.config import plain_types
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.demo import machine
+from geo_pretrain.training.demo.machine import machine
 from geo_pretrain.training.pretrain import is_trained
 from geo_pretrain.training.runs import Interrupted, run_lock
 

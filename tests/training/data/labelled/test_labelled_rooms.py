@@ -10,7 +10,7 @@ from geo_pretrain.rooms import CLASSES, RoomsConfig
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.labelled.rooms import LabelledRooms
 from geo_pretrain.training.data.sources.rooms import Rooms
-from geo_pretrain.training.demo import labelled_frames
+from geo_pretrain.training.demo.pretraining import labelled_frames
 from tests.training.data.labelled.twins import assert_objects, objects
 
 SMALL = {"scenes": 2, "val_scenes": 2, "frames": 4, "width": 64, "height": 64}

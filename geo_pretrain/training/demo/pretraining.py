@@ -1,4 +1,4 @@
-"""The demo, minutes on a CPU: rooms -> pairs -> Pri3D (view) -> checkpoint -> load_backbone -> matching.
+"""The short pre-training of the demo: rooms -> pairs -> Pri3D (view) -> checkpoint -> load_backbone -> matching.
 
 Everything runs through the doors that users take: the recipe `pri3d_view_r18.rooms_toy`, the loop, a hub folder
 and `load_backbone` by name.
@@ -6,20 +6,13 @@ and `load_backbone` by name.
 
 from __future__ import annotations
 
-import base64
-import html
-import json
-import platform
-import shlex
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from string import Template
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
-import torch
 from torch import nn
 
 from geo_pretrain.backbones.resnet_unet import UNet
@@ -33,13 +26,11 @@ from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.features import ImageExtractor
 from geo_pretrain.training.evaluation.matching import MatchingResult, evaluate_matching, match_pair
 from geo_pretrain.training.evaluation.metrics import Interval, Spread
-from geo_pretrain.training.evaluation.verdict import sentence
 from geo_pretrain.training.pretrain import train
 from geo_pretrain.training.recipe import DataSpec, Recipe, load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.visualize.results import draw_matches
 
-PAGE = Path(__file__).with_name("demo.html")
 RECIPE = "pri3d_view_r18.rooms_toy"
 VAL_SCENES = 8
 VAL_PAIRS_PER_SCENE = 5
@@ -49,9 +40,10 @@ THRESHOLD = 4.0  # px
 
 
 @dataclass(frozen=True)
-class DemoResult:
-    """The measurements of the demo, each from 0 to 1."""
+class PretrainingResult:
+    """The measurements of the short pre-training, each from 0 to 1."""
 
+    recipe: Recipe
     matching: dict[str, Spread]  # "random", "pre-trained": recall, over held-out scenes
     chance: float
     gain: Interval  # of the recall, on the same pairs
@@ -59,8 +51,8 @@ class DemoResult:
     folder: Path  # the checkpoint
 
 
-def run_demo(out: Path, *, overrides: Iterable[str] = (), report: Report) -> DemoResult:
-    """Run the demo and write matches.png, report.html and results.json into `out`."""
+def run_pretraining(out: Path, *, overrides: Iterable[str] = (), report: Report) -> PretrainingResult:
+    """Pre-train for some minutes, measure what it brought, and write matches.png into `out`, the checkpoint below it."""
     clock = _Clock()
     recipe = load_recipe(RECIPE, overrides)
     source = open_source(recipe.data, progress=stage_of(report, "rendering rooms", "train"))
@@ -100,9 +92,7 @@ def run_demo(out: Path, *, overrides: Iterable[str] = (), report: Report) -> Dem
     draw_demo_matches(networks, val, val_pairs, recipe.data.size, out / "matches.png")
     recall = {name: scene_spread(measured, val_pairs) for name, measured in matching.items()}
     gain = matching["pre-trained"].above(matching["random"])
-    result = DemoResult(recall, matching["random"].chance, gain, clock.laps, folder)
-    write_report(result, recipe, out)
-    return result
+    return PretrainingResult(recipe, recall, matching["random"].chance, gain, clock.laps, folder)
 
 
 def validation_spec(spec: DataSpec) -> DataSpec:
@@ -165,74 +155,3 @@ class _Clock:
         now = time.monotonic()
         self.laps[name] = round(now - self._last, 1)
         self._last = now
-
-
-def table_rows(result: DemoResult) -> list[tuple[str, str, str]]:
-    """Rows of the demo's table: measure, without pre-training, with pre-training."""
-    recall = result.matching
-    return [
-        (
-            f"matching recall at {THRESHOLD:g} px (%)",
-            f"{recall['random']}  (random weights)",
-            str(recall["pre-trained"]),
-        ),
-    ]
-
-
-def verdict(result: DemoResult) -> str:
-    """Whether pre-training helped, and what this does not show."""
-    judged = sentence("Matching with pre-trained weights", "with random weights", result.gain, "Take more steps.")
-    return f"{judged} So few steps make no backbone for segmentation yet (docs/benchmarks.md)."
-
-
-def what_next(folder: Path) -> list[str]:
-    """The commands that lead on from the demo's checkpoint."""
-    quoted = shlex.quote(str(folder))
-    return [
-        f"geo-pretrain visualize features {quoted} -o features.png",
-        f"geo-pretrain finetune rooms_unet_r18 --toy -b {quoted} --out runs/unet",
-        "geo-pretrain data check folder:PATH -o check.png     # a recording of yours",
-        "geo-pretrain train pri3d_view_r18 --small --data folder:PATH --out runs/mine",
-    ]
-
-
-def write_report(result: DemoResult, recipe: Recipe, out: Path) -> None:
-    """Write results.json and a self-contained report.html."""
-    numbers: dict[str, Any] = {
-        "command": "geo-pretrain demo",
-        "machine": machine(),
-        "recipe": recipe.name,
-        "steps": recipe.optim.steps,
-        "seconds": result.seconds,
-        "matching_recall": {name: list(spread.values) for name, spread in result.matching.items()},
-        "matching_chance": result.chance,
-        "gain": asdict(result.gain),
-    }
-    (out / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table_rows(result))
-    picture = base64.b64encode((out / "matches.png").read_bytes()).decode()
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
-    text = Template(PAGE.read_text(encoding="utf-8")).substitute(
-        rows=rows,
-        verdict=html.escape(verdict(result)),
-        picture=picture,
-        seconds=seconds,
-        machine=html.escape(", ".join(f"{key} {value}" for key, value in machine().items())),
-        scenes=len(result.matching["random"].values),
-        chance=f"{100 * result.chance:.1f}",
-        recipe=html.escape(recipe.to_yaml()),
-        pretraining=recipe.optim.steps,
-        next_python=html.escape(f"import geo_pretrain as gp\n\nencoder = gp.load_backbone({str(result.folder)!r})"),
-        next_commands=html.escape("\n".join(what_next(result.folder))),
-    )
-    (out / "report.html").write_text(text, encoding="utf-8")
-
-
-def machine() -> dict[str, str]:
-    """Describe the machine of the measurements."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {"cpu": model, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
