@@ -58,6 +58,9 @@ def test_the_picture_is_small_and_leaves_classes_out(tmp_path):
     save_picture(shown, tmp_path / "front.jpg")
     with Image.open(tmp_path / "front.jpg") as picture:
         assert picture.width == 2 * 320 + 3 * 10
+    detailed = Shown(NAME, {}, 0.0, Setting(), (("points", noise.crop((0, 0, 400, 490))),), True, 1.0)
+    save_picture(detailed, tmp_path / "front.jpg")  # in a lower quality
+    assert (tmp_path / "front.jpg").stat().st_size <= LARGEST
     too_big = Shown(NAME, {}, 0.0, Setting(), (("points", noise),), True, 1.0)
     with pytest.raises(GeoPretrainError, match="at most 300,000 are accepted"):
         save_picture(too_big, tmp_path / "front.jpg")

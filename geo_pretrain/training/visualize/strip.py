@@ -28,11 +28,14 @@ TITLE, TITLE_SIZE = 48, 32  # px: a phone shows the strip at a third of its size
 LINES = 28  # matches drawn: more hide the views
 ELEVATION = math.radians(50)  # over the walls of a room
 COVER = 1.5  # half the edge of a drawn point, in distances of neighbors: points drawn at random leave no holes
-QUALITY = 88  # of a .jpg: a strip of three columns has about 150 kB
+QUALITY = 88  # of a .jpg: a strip of three columns has about 200 kB
 
 
-def save_strip(columns: Sequence[tuple[str, Image.Image]], path: Path) -> None:
-    """Write pictures of one height side by side, a title above each; `path` ends in .png or .jpg."""
+def save_strip(columns: Sequence[tuple[str, Image.Image]], path: Path, *, quality: int = QUALITY) -> None:
+    """Write pictures of one height side by side, a title above each; `path` ends in .png or .jpg.
+
+    `quality`: of a .jpg, 1 to 95. Raises `DataError` for pictures of different heights.
+    """
     heights = {picture.height for _, picture in columns}
     if len(heights) != 1:
         raise DataError(f"Pictures of a strip have heights {sorted(heights)}; accepted: one height for all of them.")
@@ -45,7 +48,7 @@ def save_strip(columns: Sequence[tuple[str, Image.Image]], path: Path) -> None:
         strip.paste(picture, (left, TITLE))
         left += picture.width + SPACE
     path.parent.mkdir(parents=True, exist_ok=True)
-    strip.save(path, quality=QUALITY, subsampling=0, optimize=True)
+    strip.save(path, quality=quality, subsampling=0)
 
 
 def stacked(above: np.ndarray, below: np.ndarray) -> Image.Image:
