@@ -59,7 +59,8 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
     rule = f"| --- |{' --- |' * (len(starts) + 1)}"
     measures = {
         f"matching recall at 4 px, {height}x{width} (%), mean ± spread over {rooms} rooms never seen": RECALL,
-        "pixels of the right class of five (%), by a linear layer on frozen features, 16 labelled images": RIGHT,
+        f"pixels of the right class, of {len(weights['classes'])} (%), by a linear layer on frozen features "
+        f"that learned from {weights['labelled images']} images": RIGHT,
     }
     rows = []
     for measure, key in measures.items():

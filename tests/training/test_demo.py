@@ -21,8 +21,6 @@ from geo_pretrain import catalog
 from geo_pretrain.catalog import CATALOG, Arch
 from geo_pretrain.errors import CheckpointError, HubError
 from geo_pretrain.loading import load_backbone, verify
-from geo_pretrain.rooms import CLASSES, RoomsConfig
-from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.demo import weights
 from geo_pretrain.training.demo.pretraining import RECIPE, PretrainingResult, Spread
 from geo_pretrain.training.demo.report import table_rows, verdict, weights_rows, what_next, write_report
@@ -96,6 +94,7 @@ def test_demo_shows_the_weights_of_a_clone_first_and_then_pre_trains(ran):
     for scores in shown.scores.values():
         assert len(scores.recall) == len(scores.scenes) == len(scores.accuracy) == len(scores.miou) == 2
         assert all(0 <= value <= 1 for value in (*scores.recall, *scores.accuracy, *scores.miou))
+    assert len(shown.classes) == 12
     titles = [title for title, _ in shown.columns]
     assert titles == ["matches", "features", *(["classes"] if shown.label_gain.low > 0 else []), "points"]
     assert not shown.installed  # it lies in the clone alone
@@ -176,22 +175,12 @@ def test_what_comes_next_are_commands_that_the_command_line_takes(ran):
 def test_scores_of_rooms_and_gains():
     random = Scores((0.1, 0.2, 0.3), ("a", "a", "b"), (0.4, 0.5), (0.1, 0.2))
     ours = Scores((0.3, 0.4, 0.9), ("a", "a", "b"), (0.3, 0.4), (0.2, 0.3))
-    shown = Shown(NAME, {"random": random, NAME: ours}, 0.01, SMALL, (), True, 1.0)
+    shown = Shown(NAME, {"random": random, NAME: ours}, ("wall", "floor"), 0.01, SMALL, (), True, 1.0)
     assert ours.by_room().values == pytest.approx((0.35, 0.9))
     assert shown.gain.mean == pytest.approx(0.333333, abs=1e-5)
     assert shown.label_gain.mean == pytest.approx(-0.1)
+    assert weights_rows(shown)[1] == ("pixels of the right class, of 2 (%)", "45.0 ± 7.1", "35.0 ± 7.1")
     assert weights_rows(shown)[0] == ("matching recall at 4 px, 64x96 (%)", "22.5 ± 10.6", "62.5 ± 38.9")
-
-
-def test_classes_of_rooms_in_five(tmp_path, monkeypatch):
-    monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path))
-    rooms = Rooms(RoomsConfig(1, 1, 1, 96, 64, "val"))
-    data = weights.GroupedRooms(rooms, "val", 1)
-    of = {"wall": 1, "floor": 2, "rug": 2, "ceiling": 3, "window": 4, "door": 4, "picture": 4, "curtain": 4, "tv": 4}
-    semantic = rooms.load("rooms_val_0000", "0000").semantic
-    expected = [[0 if CLASSES[id] == "unlabeled" else of.get(CLASSES[id], 5) for id in row] for row in semantic]
-    assert data.load(data.ids()[0]).semantic.tolist() == expected
-    assert data.classes == ("wall", "floor", "ceiling", "on walls", "objects")
 
 
 def test_maps_of_a_frame_are_computed_once(ran, clone):

@@ -14,7 +14,7 @@ from typing import Any
 
 from geo_pretrain.training.demo.machine import machine
 from geo_pretrain.training.demo.pretraining import THRESHOLD, PretrainingResult
-from geo_pretrain.training.demo.weights import GROUPS, PICTURE, Shown
+from geo_pretrain.training.demo.weights import PICTURE, Shown
 from geo_pretrain.training.evaluation.features import RANDOM
 from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.evaluation.verdict import sentence
@@ -34,7 +34,7 @@ def weights_rows(shown: Shown) -> list[tuple[str, ...]]:
     scores = shown.scores.values()
     return [
         (f"matching recall at {THRESHOLD:g} px, {height}x{width} (%)", *(str(one.by_room()) for one in scores)),
-        (f"pixels of the right class, of {len(GROUPS)} (%)", *(str(Spread(one.accuracy)) for one in scores)),
+        (f"pixels of the right class, of {len(shown.classes)} (%)", *(str(Spread(one.accuracy)) for one in scores)),
         ("mIoU of these classes (%)", *(str(Spread(one.miou)) for one in scores)),
     ]
 
@@ -126,6 +126,8 @@ def weights_numbers(shown: Shown) -> dict[str, Any]:
         "name": shown.name,
         "rooms": f"split val of seed {setting.seed}, {setting.frames} frames each",
         "labelled": f"split train of seed {setting.seed}, {setting.labelled[0]} rooms, {setting.labelled[1]} frames each",
+        "labelled images": setting.labelled[0] * setting.labelled[1],
+        "classes": list(shown.classes),
         "size": list(setting.size),
         "seconds": shown.seconds,
         "chance": shown.chance,
@@ -157,7 +159,7 @@ def _weights_part(shown: Shown, out: Path) -> str:
         rooms=len(shown.ours.by_room().values),
         size=f"{height}x{width}",
         labelled=shown.setting.labelled[0] * shown.setting.labelled[1],
-        classes=", ".join(GROUPS),
+        classes=", ".join(shown.classes),
         chance=f"{100 * shown.chance:.2g}",
         seconds=f"{shown.seconds:.0f}",
     )

@@ -1,7 +1,7 @@
 """What finished weights can do, about a minute on a CPU: on rooms that nobody trained on, beside random weights.
 
-Pixels are matched between two views. A linear layer on the frozen features learns five classes from a few labelled
-images of other rooms. Features are drawn as colors, on two views and on the room's points.
+Pixels are matched between two views. A linear layer on the frozen features learns the coarse classes of rooms from
+a few labelled images of others. Features are drawn as colors, on two views and on the room's points.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ from geo_pretrain.errors import CheckpointError, HubError
 from geo_pretrain.hub.cache import folders_here
 from geo_pretrain.hub.packages import packages_with
 from geo_pretrain.progress import Report, stage_of
-from geo_pretrain.rooms import CLASSES, RoomsConfig
+from geo_pretrain.rooms import RoomsConfig
 from geo_pretrain.training.data.frame import Pair, SkippedFrames, Surface
-from geo_pretrain.training.data.labelled.mapping import LabelMap
 from geo_pretrain.training.data.labelled.rooms import LabelledRooms
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.rooms import Rooms
@@ -68,13 +67,6 @@ IMAGENET = "ImageNet"
 THRESHOLD = THRESHOLDS["px"]
 PICTURE = "weights.png"
 POINTS = 250_000  # of the room that is drawn
-GROUPS: dict[str, tuple[str, ...]] = {  # the classes of rooms in five, which few labels teach
-    "wall": ("wall",),
-    "floor": ("floor", "rug"),
-    "ceiling": ("ceiling",),
-    "on walls": ("window", "door", "picture", "curtain", "tv"),
-    "objects": (),  # all others
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ class Setting:
     rooms: int = 8
     frames: int = 6  # of a room
     pairs: int = 3  # of a room
-    labelled: tuple[int, int] = (8, 2)  # other rooms with labels, and frames of each
+    labelled: tuple[int, int] = (12, 2)  # other rooms with labels, and frames of each
     size: tuple[int, int] = (240, 320)  # height, width of the frames
     overlap: tuple[float, float] = (0.3, 1.0)  # of the views of a pair
     probe: ProbeSpec = ProbeSpec(pixels=8000, penalty=1e-3)
@@ -121,6 +113,7 @@ class Shown:
 
     name: str  # as given
     scores: dict[str, Scores]  # random weights, ImageNet's where they are at hand, `name`
+    classes: tuple[str, ...]  # that are told apart
     chance: float  # recall of a cell drawn at random
     setting: Setting
     columns: tuple[tuple[str, Image.Image], ...]  # "matches", "features", "classes" where they gain, "points"
@@ -186,7 +179,8 @@ def show_weights(
     for title, extractor in _networks(name, checkpoint, setting).items():
         segmenters[title] = _learn(extractor, few, rooms, setting)
         scores[title], chance = _measure(segmenters[title], rooms, pairs, stage_of(report, "measuring", title))
-    shown = Shown(name, scores, chance, setting, (), checkpoint.name in folders_here(), 0.0)
+    classes = _with_labels(rooms, setting.frames).classes
+    shown = Shown(name, scores, classes, chance, setting, (), checkpoint.name in folders_here(), 0.0)
     typical = pairs[int(np.argsort(shown.ours.recall, kind="stable")[len(shown.ours.recall) // 2])]  # no better than the numbers
     columns = tuple(_columns(segmenters[name], rooms, typical, labels=shown.label_gain.low > 0))
     if out is not None:
@@ -232,17 +226,6 @@ def _imagenet(checkpoint: Checkpoint) -> EncoderMaps | None:
     return EncoderMaps(network)
 
 
-class GroupedRooms(LabelledRooms):
-    """Labelled rooms with the five classes of `GROUPS`."""
-
-    def __init__(self, rooms: Rooms, split: str, labelled: int) -> None:
-        super().__init__(rooms, split, "segmentation", labelled=labelled)
-        numbers = {name: number for number, names in enumerate(GROUPS.values(), 1) for name in names}
-        ids = {id: numbers.get(name, len(GROUPS)) for id, name in enumerate(CLASSES) if id}
-        self.labels = LabelMap("rooms", "class ids of rooms", tuple(GROUPS), {0: 0, **ids})
-        self.classes = self.labels.classes
-
-
 @dataclass(frozen=True)
 class _Segmenter:
     """Classifies the pixels of rooms by a linear layer on frozen features."""
@@ -259,10 +242,15 @@ class _Segmenter:
 
 def _learn(extractor: ImageExtractor, few: Rooms, rooms: Rooms, setting: Setting) -> _Segmenter:
     """Learn the classes from the labelled frames of `few`, to classify those of `rooms`."""
-    given = ImageData(extractor, GroupedRooms(few, "train", setting.labelled[1]))
+    given = ImageData(extractor, _with_labels(few, setting.labelled[1]))
     samples = draw_samples(given, setting.probe, "train", counted(None, len(given.ids)))
     head = fit_head(samples, penalty=setting.probe.penalty, iterations=setting.probe.iterations)
-    return _Segmenter(ImageData(extractor, GroupedRooms(rooms, "val", setting.frames)), head, samples.widths)
+    return _Segmenter(ImageData(extractor, _with_labels(rooms, setting.frames)), head, samples.widths)
+
+
+def _with_labels(rooms: Rooms, frames: int) -> LabelledRooms:
+    """So many frames of each room, with labels of the coarse classes."""
+    return LabelledRooms(rooms, rooms.config.split, "segmentation", labelled=frames, coarse=True)
 
 
 def _measure(
