@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +74,11 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
 def with_parts(text: str, results: dict[str, Any]) -> str:
     """README.md with its marked parts rendered from results. Raises `GeoPretrainError` for a mark that is not there."""
     for mark, part in parts(results).items():
-        place = re.compile(rf"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)", re.DOTALL)
-        if len(place.findall(text)) != 1:
+        opening, closing = f"<!-- {mark} -->\n", f"\n<!-- /{mark} -->"
+        if (text.count(opening), text.count(closing)) != (1, 1):
             raise GeoPretrainError(f"README.md: accepted is one part between <!-- {mark} --> and <!-- /{mark} -->.")
-        text = place.sub(lambda found, part=part: f"{found[1]}{part}{found[2]}", text)
+        before, after = text.partition(opening)[0], text.partition(closing)[2]
+        text = f"{before}{opening}{part}{closing}{after}"
     return text
 
 
