@@ -29,7 +29,7 @@ COMMAND = "python -m benchmarks.front_picture"
 COLUMNS = ("matches", "features", "points")  # the demo's picture may have one more
 LARGEST = 300_000  # bytes
 QUALITIES = (88, 80, 70)  # of the .jpg, the first that is small enough
-RECALL, RIGHT = "recall by room", "pixels of the right class by room"
+RECALL, RIGHT = "recall by room", "pixels that get the right label by room"
 
 
 def save_picture(shown: Shown, path: Path) -> None:
@@ -58,8 +58,8 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
     rule = f"| --- |{' --- |' * (len(starts) + 1)}"
     measures = {
         f"matching recall at 4 px, {height}x{width} (%), mean ± spread over {rooms} rooms never seen": RECALL,
-        f"pixels of the right class, of {len(weights['classes'])} (%), by a linear layer on frozen features "
-        f"that learned from {weights['labelled images']} images": RIGHT,
+        f"pixels that get the right label (%), carried from {weights['labelled']} of a room's {weights['frames']} "
+        "frames by the nearest features": RIGHT,
     }
     rows = []
     for measure, key in measures.items():

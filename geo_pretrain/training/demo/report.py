@@ -34,8 +34,8 @@ def weights_rows(shown: Shown) -> list[tuple[str, ...]]:
     scores = shown.scores.values()
     return [
         (f"matching recall at {THRESHOLD:g} px, {height}x{width} (%)", *(str(one.by_room()) for one in scores)),
-        (f"pixels of the right class, of {len(shown.classes)} (%)", *(str(Spread(one.accuracy)) for one in scores)),
-        ("mIoU of these classes (%)", *(str(Spread(one.miou)) for one in scores)),
+        ("pixels that get the right label (%)", *(str(Spread(one.accuracy)) for one in scores)),
+        ("mIoU of these labels (%)", *(str(Spread(one.miou)) for one in scores)),
     ]
 
 
@@ -43,8 +43,8 @@ def weights_verdict(shown: Shown) -> str:
     """Whether the weights do better than random ones, at matching and at labels."""
     name = Path(shown.name).name
     matching = sentence(f"Matching with {name}", "with random weights", shown.gain, "")
-    labels = sentence(f"A linear layer on {name}", "on random weights", shown.label_gain, "")
-    left_out = "" if shown.label_gain.low > 0 else " So the picture shows no classes."
+    labels = sentence(f"Carrying labels with {name}", "with random weights", shown.label_gain, "")
+    left_out = "" if shown.label_gain.low > 0 else " So the picture shows no labels."
     return f"{matching.strip()} {labels.strip()}{left_out}"
 
 
@@ -125,9 +125,8 @@ def weights_numbers(shown: Shown) -> dict[str, Any]:
     return {
         "name": shown.name,
         "rooms": f"split val of seed {setting.seed}, {setting.frames} frames each",
-        "labelled": f"split train of seed {setting.seed}, {setting.labelled[0]} rooms, {setting.labelled[1]} frames each",
-        "labelled images": setting.labelled[0] * setting.labelled[1],
-        "classes": list(shown.classes),
+        "frames": setting.frames,
+        "labelled": setting.labelled,
         "size": list(setting.size),
         "seconds": shown.seconds,
         "chance": shown.chance,
@@ -135,13 +134,13 @@ def weights_numbers(shown: Shown) -> dict[str, Any]:
             name: {
                 "recall": one.by_room().mean,
                 "recall by room": list(one.by_room().values),
-                "pixels of the right class by room": list(one.accuracy),
+                "pixels that get the right label by room": list(one.accuracy),
                 "mIoU by room": list(one.miou),
             }
             for name, one in shown.scores.items()
         },
         "gain": asdict(shown.gain),
-        "gain of the right class": asdict(shown.label_gain),
+        "gain of the right label": asdict(shown.label_gain),
     }
 
 
@@ -158,8 +157,8 @@ def _weights_part(shown: Shown, out: Path) -> str:
         verdict=html.escape(weights_verdict(shown)),
         rooms=len(shown.ours.by_room().values),
         size=f"{height}x{width}",
-        labelled=shown.setting.labelled[0] * shown.setting.labelled[1],
-        classes=", ".join(shown.classes),
+        labelled=shown.setting.labelled,
+        frames=shown.setting.frames,
         chance=f"{100 * shown.chance:.2g}",
         seconds=f"{shown.seconds:.0f}",
     )
@@ -169,7 +168,7 @@ COLUMNS = {
     "matches": "lines from a pixel to the nearest feature in the other view, green where that is right within 4 px, red "
     "where it is not; the pair of median recall",
     "features": "their three main directions as colors, the same for both views and the points",
-    "classes": "those of the upper view and, below, those that a linear layer on its features finds",
+    "labels": "the true ones of a frame and, below, those that the nearest features carry to it from other frames",
     "points": "the room's points with the mean feature of the pixels that see them",
 }
 

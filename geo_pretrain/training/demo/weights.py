@@ -1,7 +1,7 @@
 """What finished weights can do, about a minute on a CPU: on rooms that nobody trained on, beside random weights.
 
-Pixels are matched between two views. A linear layer on the frozen features learns the coarse classes of rooms from
-a few labelled images of others. Features are drawn as colors, on two views and on the room's points.
+Pixels are matched between two views. Labels of two frames of a room are carried to its other frames by the nearest
+features. Features are drawn as colors, on two views and on the room's points.
 """
 
 from __future__ import annotations
@@ -43,16 +43,9 @@ from geo_pretrain.training.evaluation.features import (
     load_extractor,
 )
 from geo_pretrain.training.evaluation.matching import THRESHOLDS, evaluate_matching, match_pair
-from geo_pretrain.training.evaluation.metrics import (
-    Interval,
-    Spread,
-    confusion_matrix,
-    mean_iou,
-    paired_difference,
-    pixel_accuracy,
-)
-from geo_pretrain.training.evaluation.probe_data import Head, ImageData
-from geo_pretrain.training.evaluation.probes import ProbeSpec, draw_samples, fit_head
+from geo_pretrain.training.evaluation.metrics import Interval, Spread, paired_difference
+from geo_pretrain.training.evaluation.probe_data import ImageData, Samples
+from geo_pretrain.training.evaluation.probes import ProbeSpec, draw_samples, knn_predict, run_probes
 from geo_pretrain.training.evaluation.progress import counted
 from geo_pretrain.training.initialize import imagenet_file, initialize_encoder
 from geo_pretrain.training.recipe import DataSpec, ModelSpec
@@ -77,18 +70,15 @@ class Setting:
     rooms: int = 8
     frames: int = 6  # of a room
     pairs: int = 3  # of a room
-    labelled: tuple[int, int] = (12, 2)  # other rooms with labels, and frames of each
+    labelled: int = 2  # frames of a room whose labels are given; its others get theirs from them
     size: tuple[int, int] = (240, 320)  # height, width of the frames
     overlap: tuple[float, float] = (0.3, 1.0)  # of the views of a pair
-    probe: ProbeSpec = ProbeSpec(pixels=8000, penalty=1e-3)
+    probe: ProbeSpec = ProbeSpec(pixels=8000)  # of k-NN prediction
 
-    def open(self, split: str, progress: Callable[[int, int], None]) -> Rooms:
-        """Render the rooms to measure ("val") or those with labels ("train")."""
+    def config(self) -> RoomsConfig:
+        """What to render."""
         height, width = self.size
-        count, frames = (self.rooms, self.frames) if split == "val" else self.labelled
-        rooms = Rooms(RoomsConfig(self.seed, count, frames, width, height, split))
-        rooms.prepare(progress)
-        return rooms
+        return RoomsConfig(self.seed, self.rooms, self.frames, width, height, split="val")
 
 
 @dataclass(frozen=True)
@@ -97,8 +87,8 @@ class Scores:
 
     recall: tuple[float, ...]  # of each pair: share of pixels whose nearest feature is right
     scenes: tuple[str, ...]  # of each pair
-    accuracy: tuple[float, ...]  # of each room: share of pixels of the right class
-    miou: tuple[float, ...]  # of each room
+    accuracy: tuple[float, ...]  # of each room: share of pixels that get the right label
+    miou: tuple[float, ...]  # of each room, over the classes that it has
 
     def by_room(self) -> Spread:
         """The recall of each room."""
@@ -113,10 +103,9 @@ class Shown:
 
     name: str  # as given
     scores: dict[str, Scores]  # random weights, ImageNet's where they are at hand, `name`
-    classes: tuple[str, ...]  # that are told apart
     chance: float  # recall of a cell drawn at random
     setting: Setting
-    columns: tuple[tuple[str, Image.Image], ...]  # "matches", "features", "classes" where they gain, "points"
+    columns: tuple[tuple[str, Image.Image], ...]  # "matches", "features", "labels" where they gain, "points"
     installed: bool  # the name loads in any folder, without a network
     seconds: float
 
@@ -132,7 +121,7 @@ class Shown:
 
     @property
     def label_gain(self) -> Interval:
-        """The same of the share of pixels of the right class, in the same rooms."""
+        """The same of the share of pixels that get the right label, in the same rooms."""
         rooms = list(dict.fromkeys(self.ours.scenes))
         return paired_difference(self.ours.accuracy, self.scores[RANDOM].accuracy, rooms)
 
@@ -170,19 +159,16 @@ def show_weights(
     """
     began = time.monotonic()
     checkpoint = find_weights(name)
-    size = f"{setting.size[0]}x{setting.size[1]}"
-    rooms = setting.open("val", stage_of(report, "rendering rooms", size))
-    few = setting.open("train", stage_of(report, "rendering rooms with labels", size))
+    rooms = Rooms(setting.config())
+    rooms.prepare(stage_of(report, "rendering rooms", f"{setting.size[0]}x{setting.size[1]}"))
     spec = DataSpec("rooms", size=setting.size, overlap=setting.overlap, max_pairs_per_scene=setting.pairs)
     pairs = find_pairs(rooms, spec, skips=SkippedFrames())
-    segmenters, scores, chance = {}, {}, 0.0
-    for title, extractor in _networks(name, checkpoint, setting).items():
-        segmenters[title] = _learn(extractor, few, rooms, setting)
-        scores[title], chance = _measure(segmenters[title], rooms, pairs, stage_of(report, "measuring", title))
-    classes = _with_labels(rooms, setting.frames).classes
-    shown = Shown(name, scores, classes, chance, setting, (), checkpoint.name in folders_here(), 0.0)
+    networks, scores, chance = _networks(name, checkpoint, setting), {}, 0.0
+    for title, extractor in networks.items():
+        scores[title], chance = _measure(extractor, rooms, pairs, setting, stage_of(report, "measuring", title))
+    shown = Shown(name, scores, chance, setting, (), checkpoint.name in folders_here(), 0.0)
     typical = pairs[int(np.argsort(shown.ours.recall, kind="stable")[len(shown.ours.recall) // 2])]  # no better than the numbers
-    columns = tuple(_columns(segmenters[name], rooms, typical, labels=shown.label_gain.low > 0))
+    columns = tuple(_columns(networks[name], rooms, typical, setting, labels=shown.label_gain.low > 0))
     if out is not None:
         save_strip(columns, out / PICTURE)
     return replace(shown, columns=columns, seconds=round(time.monotonic() - began, 1))
@@ -226,80 +212,67 @@ def _imagenet(checkpoint: Checkpoint) -> EncoderMaps | None:
     return EncoderMaps(network)
 
 
-@dataclass(frozen=True)
-class _Segmenter:
-    """Classifies the pixels of rooms by a linear layer on frozen features."""
-
-    data: ImageData
-    head: Head
-    widths: tuple[int, ...]  # of the maps
-
-    def classify(self, id: str) -> tuple[Tensor, Tensor]:
-        """The true and the found class of each pixel: int64 [H, W], 1...; 0 where there is no truth."""
-        features, truth = self.data.load(id)
-        return truth, self.data.predict(self.head, features, self.widths, truth.shape)
-
-
-def _learn(extractor: ImageExtractor, few: Rooms, rooms: Rooms, setting: Setting) -> _Segmenter:
-    """Learn the classes from the labelled frames of `few`, to classify those of `rooms`."""
-    given = ImageData(extractor, _with_labels(few, setting.labelled[1]))
-    samples = draw_samples(given, setting.probe, "train", counted(None, len(given.ids)))
-    head = fit_head(samples, penalty=setting.probe.penalty, iterations=setting.probe.iterations)
-    return _Segmenter(ImageData(extractor, _with_labels(rooms, setting.frames)), head, samples.widths)
-
-
-def _with_labels(rooms: Rooms, frames: int) -> LabelledRooms:
-    """So many frames of each room, with labels of the coarse classes."""
-    return LabelledRooms(rooms, rooms.config.split, "segmentation", labelled=frames, coarse=True)
-
-
 def _measure(
-    segmenter: _Segmenter, rooms: Rooms, pairs: list[Pair], progress: Callable[[int, int], None]
+    extractor: ImageExtractor, rooms: Rooms, pairs: list[Pair], setting: Setting, progress: Callable[[int, int], None]
 ) -> tuple[Scores, float]:
-    """Measure matching and classes room by room; also the recall of chance."""
+    """Measure matching and labels room by room; also the recall of chance."""
     recall: list[float] = []
     measured: list[str] = []
-    accuracy, miou, chance = [], [], 0.0
-    data, scenes = segmenter.data, list(dict.fromkeys(pair.scene for pair in pairs))
+    labels, chance = [], 0.0
+    scenes = list(dict.fromkeys(pair.scene for pair in pairs))
     for number, scene in enumerate(scenes):
         progress(number, len(scenes))
         own = [pair for pair in pairs if pair.scene == scene]
-        matching = evaluate_matching(data.extractor, rooms, own, size=rooms_size(rooms), threshold=THRESHOLD)
+        matching = evaluate_matching(extractor, rooms, own, size=setting.size, threshold=THRESHOLD)
         recall += matching.per_pair
         measured += matching.scenes
         chance = matching.chance
-        confusion = np.zeros((1 + data.classes, 1 + data.classes), np.int64)
-        for id in (id for id in data.ids if data.source.scene_of(id) == scene):
-            confusion += confusion_matrix(*segmenter.classify(id), 1 + data.classes)
-        accuracy.append(pixel_accuracy(confusion))
-        miou.append(mean_iou(confusion))
+        labels.append(run_probes(["knn"], *_labelled(extractor, rooms, scene, setting), setting.probe)["knn"])
     progress(len(scenes), len(scenes))
-    return Scores(tuple(recall), tuple(measured), tuple(accuracy), tuple(miou)), chance
+    accuracy, miou = tuple(one.accuracy for one in labels), tuple(one.miou for one in labels)
+    return Scores(tuple(recall), tuple(measured), accuracy, miou), chance
 
 
-def rooms_size(rooms: Rooms) -> tuple[int, int]:
-    """Height and width of the frames of rooms."""
-    return rooms.config.height, rooms.config.width
+def _labelled(extractor: ImageExtractor, rooms: Rooms, scene: str, setting: Setting) -> tuple[ImageData, ImageData]:
+    """The frames of a room whose labels are given, evenly spaced in time, and its other frames."""
+    given, others = (
+        ImageData(extractor, LabelledRooms(rooms, rooms.config.split, "segmentation", labelled=count, coarse=True))
+        for count in (setting.labelled, setting.frames)
+    )
+    given.ids = [id for id in given.ids if given.source.scene_of(id) == scene]
+    others.ids = [id for id in others.ids if others.source.scene_of(id) == scene and id not in given.ids]
+    return given, others
 
 
-def _columns(segmenter: _Segmenter, rooms: Rooms, pair: Pair, *, labels: bool) -> list[tuple[str, Image.Image]]:
+def _columns(
+    extractor: ImageExtractor, rooms: Rooms, pair: Pair, setting: Setting, *, labels: bool
+) -> list[tuple[str, Image.Image]]:
     """The columns of the picture; features of both views and of the points share one color space."""
-    extractor = segmenter.data.extractor
-    matches = match_pair(extractor, rooms, pair, size=rooms_size(rooms))
+    matches = match_pair(extractor, rooms, pair, size=setting.size)
     surface, cloud = _lifted(extractor, rooms, pair.scene)
     views = [extractor.extract_frame(frame) for frame in matches.frames]
     colors = shared_pca([view.unit() for view in views] + [cloud.unit()])
     above, below = (paint(color, view.index) for color, view in zip(colors, views, strict=False))
     columns = [("matches", match_column(matches, THRESHOLD)), ("features", stacked(above, below))]
     if labels:
-        truth, found = (class_colors(ids.numpy()) for ids in segmenter.classify(f"{pair.scene}/{pair.frame1}"))
-        columns.append(("classes", stacked(truth, found)))
+        columns.append(("labels", _label_column(extractor, rooms, pair, setting)))
     seen = cloud.index >= 0
     height = surface.points[:, 2]
     seen &= height <= height.min() + TOP * (height.max() - height.min())  # ceilings hide what is below them
     points, painted = surface.points[seen], colors[-1][cloud.index[seen]]
     columns.append(("points", cloud_column(points, painted, spacing(points))))
     return columns
+
+
+def _label_column(extractor: ImageExtractor, rooms: Rooms, pair: Pair, setting: Setting) -> Image.Image:
+    """The true labels of a frame, of the pair if it has one without given labels, and below them those carried to it."""
+    given, others = _labelled(extractor, rooms, pair.scene, setting)
+    bank = draw_samples(given, setting.probe, "train", counted(None, len(given.ids)))
+    views = [f"{pair.scene}/{frame}" for frame in (pair.frame1, pair.frame2)]
+    (features,), truth = others.load(next((id for id in views if id in others.ids), others.ids[0]))
+    cells = Samples(features[0].flatten(1).T, bank.labels, bank.widths)
+    carried = knn_predict(bank, cells, k=setting.probe.k, temperature=setting.probe.temperature)
+    return stacked(*(class_colors(ids.numpy()) for ids in (truth, carried.reshape(features.shape[2:]))))
 
 
 def _lifted(extractor: ImageExtractor, rooms: Rooms, scene: str) -> tuple[Surface, Features]:
