@@ -1,15 +1,16 @@
 """SR-UNet34: our engine by all its backends, spconv and MinkowskiEngine side by side, on frames and a room of rooms.
 
 On a CPU:  python -m benchmarks.sparse [--repeats 7] [--inputs frame batch room] [--threads N]
-           [--engines plain fast by_spconv spconv minkowski]
+           [--engines plain fast fast_bf16 by_spconv spconv minkowski]
 On a GPU:  python -m benchmarks.sparse --device cuda [--precision float32 float16 bfloat16]
            [--engines plain by_spconv by_warpconvnet spconv minkowski]; within --budget seconds (540)
 Dry run:   python -m benchmarks.sparse --quick [--device cpu]: tiny inputs, nothing kept
 
 Results go to benchmarks/results/sparse.json (sparse_cuda.json), after every input anew: what is measured when time
-runs out is kept. Peers are measured where they can be imported; by_spconv and by_warpconvnet are our layers with their
-products. Every time includes building the sparse tensor and all kernel maps; engines take turns within a repeat, so
-that a busy moment hits all. On a busy machine compare the minima, and the processor times.
+runs out is kept. fast_bf16 is `fast` under bfloat16 autocast, where the processor multiplies bfloat16. Peers are
+measured where they can be imported; by_spconv and by_warpconvnet are our layers with their products. Every time
+includes building the sparse tensor and all kernel maps; engines take turns within a repeat, so that a busy moment hits
+all. On a busy machine compare the minima, and the processor times.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ from benchmarks.sparse_engines import (
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.sparse import SparseTensor
 
+FAST = "geo_pretrain.sparse.fast"
+MODULES = {"fast": FAST, "fast_bf16": FAST, "spconv": "spconv.pytorch"}  # that bring an engine's library
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -127,9 +130,7 @@ def peak_memory(name: str, coords_file: Path, mode: str, threads: int) -> float:
 def child(name: str, coords_file: str, mode: str) -> None:
     """Print what `peak_memory` asks for, the libraries not counted."""
     if name != "plain":
-        importlib.import_module(
-            {"fast": "geo_pretrain.sparse.fast", "spconv": "spconv.pytorch"}.get(name, LIBRARY[name])
-        )
+        importlib.import_module(MODULES.get(name, LIBRARY[name]))
     coords = torch.load(coords_file)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
@@ -188,6 +189,9 @@ class Bench:
             results["engines"][name] = entry
         self.memory(coords, group, results["engines"])
         results["differs_from_plain_by"] = differences(group)
+        if {"fast", "fast_bf16"} <= group.keys():
+            full, low = features(group["fast"]), features(group["fast_bf16"])
+            results["fast_bf16_relative_l2"] = round(float((low - full).norm() / full.norm()), 5)
         results["times_faster"] = ratios({"forward": forward.wall, "train": train.wall})
         return results
 
@@ -246,22 +250,29 @@ def differences(group: dict[str, Engine]) -> dict[str, float]:
     for engine in ours.values():
         engine.network.load_state_dict(next(iter(ours.values())).network.state_dict())
         engine.network.eval()
-    with torch.no_grad():
-        outputs = {name: engine.output().float() for name, engine in ours.items()}
+    outputs = {name: features(engine) for name, engine in ours.items()}
     plain = outputs.pop("plain", None)
     if plain is None:
         return {}
     return {name: float((out - plain).abs().max() / plain.abs().max()) for name, out in outputs.items()}
 
 
+@torch.no_grad()
+def features(engine: Engine) -> Tensor:
+    """What an engine's network computes now, in float32."""
+    return engine.output().float()
+
+
 def ratios(times: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """How many times faster our engines are than the quickest peer, and the fast than the plain one."""
+    """How many times faster our engines are than the quickest peer, the fast than the plain one, bf16 than float32."""
     faster = {}
     for mode, by_engine in times.items():
         middle = {engine: statistics.median(values) for engine, values in by_engine.items()}
         peers = [middle[engine] for engine in PEERS if engine in middle]
         for engine in (engine for engine in middle if engine not in PEERS and peers):
             faster[f"{mode}_{engine}_than_peer"] = round(min(peers) / middle[engine], 2)
+        if {"fast", "fast_bf16"} <= middle.keys():
+            faster[f"{mode}_fast_bf16_than_fast"] = round(middle["fast"] / middle["fast_bf16"], 2)
         for engine in ("fast", *BY_PEER):
             if middle.keys() >= {"plain", engine}:
                 faster[f"{mode}_{engine}_than_plain"] = round(middle["plain"] / middle[engine], 2)
@@ -300,7 +311,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.precision = options.precision or (["float32", "float16"] if on_cuda else ["float32"])
     options.budget = options.budget or (540 if on_cuda else float("inf"))
     if not on_cuda and options.precision != ["float32"]:
-        parser.error("--precision is for --device cuda: on a CPU 16 bits are computed in float32")
+        parser.error("--precision is for --device cuda: on a CPU the engine fast_bf16 has bfloat16, float16 is float32")
     if on_cuda and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; --quick tries the same on a CPU")
     return options

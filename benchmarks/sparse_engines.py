@@ -26,11 +26,12 @@ from geo_pretrain.sparse.layers import Conv3d, ConvTranspose3d
 from geo_pretrain.training.data.sources.rooms import Rooms
 
 # Our layers with each of our backends; our layers with another library's products; other libraries' own networks.
-OWN = {"cpu": ("plain", "fast"), "cuda": ("plain",)}
+OWN = {"cpu": ("plain", "fast", "fast_bf16"), "cuda": ("plain",)}
 BY_PEER = {"by_spconv": "spconv", "by_warpconvnet": "warpconvnet"}
 PEERS = ("spconv", "minkowski")
-LIBRARY = {"fast": "numba", "spconv": "spconv", "minkowski": "MinkowskiEngine", **BY_PEER}
-ENGINES = ("plain", "fast", *BY_PEER, *PEERS)
+LIBRARY = {"fast": "numba", "fast_bf16": "numba", "spconv": "spconv", "minkowski": "MinkowskiEngine", **BY_PEER}
+BACKENDS = {"fast_bf16": "fast", **BY_PEER}  # those that have another name than the engine
+ENGINES = ("plain", "fast", "fast_bf16", *BY_PEER, *PEERS)
 INPUTS = ("frame", "batch", "room")
 WANTED = 22_000  # voxels of the frame; frames differ, and the nearest to this is taken
 SCENES = RoomsConfig(seed=5, scenes=4, frames=20, width=640, height=480)
@@ -42,8 +43,14 @@ def available(device: str, chosen: list[str] | None) -> list[str]:
     names = [name for name in ENGINES if name in (chosen or ENGINES)]
     if not chosen and device == "cpu":  # there they prove that results are right: no other library is quicker
         names = [name for name in names if name not in BY_PEER]
-    fitting = [name for name in names if device == "cpu" or name != "fast"]
+    left_out = {"cpu": [] if multiplies_bf16() else ["fast_bf16"], "cuda": ["fast", "fast_bf16"]}[device]
+    fitting = [name for name in names if name not in left_out]
     return [name for name in fitting if name == "plain" or importlib.util.find_spec(LIBRARY[name])]
+
+
+def multiplies_bf16() -> bool:
+    """Whether the fast kernels multiply bfloat16 on this processor."""
+    return backend.product_dtype("cpu", torch.bfloat16) == torch.bfloat16
 
 
 # ---- Inputs ---------------------------------------------------------------------------------------------------------
@@ -102,7 +109,8 @@ class Engine:
 
     def __init__(self, name: str, coords: Tensor, device: str = "cpu", precision: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
-        self.name, self.device, self.precision = name, device, precision
+        self.name, self.device = name, device
+        self.precision = torch.bfloat16 if name == "fast_bf16" else precision
         self.coords, self.feats = coords.to(device), torch.rand(len(coords), 3).to(device)
         self.network: nn.Module = SRUNet()
         if name == "spconv":
@@ -132,7 +140,7 @@ class Engine:
         """Our backend of this name, and autocast where the precision is lower than float32."""
         stack = ExitStack()
         if self.is_ours:
-            stack.enter_context(backend.use(BY_PEER.get(self.name, self.name)))
+            stack.enter_context(backend.use(BACKENDS.get(self.name, self.name)))
         lower = self.precision != torch.float32
         stack.enter_context(torch.autocast(self.device, self.precision) if lower else nullcontext())
         return stack
@@ -160,7 +168,7 @@ class Engine:
                 if stride < 16:
                     used += [(down := manager.kernel_map(stride, 2, 2, 1)), down.reverse]
                 for kernel_map in used:
-                    if self.name == "fast":
+                    if self.name.startswith("fast"):
                         from geo_pretrain.sparse.fast import Pairs
 
                         Pairs.of(kernel_map)

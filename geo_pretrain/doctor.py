@@ -111,7 +111,7 @@ def _machine() -> Iterator[Finding]:
     if set_by_user:
         yield Finding("threads", "ok", ", ".join(set_by_user))
     yield from _workers()
-    yield Finding("sparse engine", "ok", backend.describe())
+    yield Finding("sparse engine", "ok", f"{backend.describe()}; {backend.describe(torch.bfloat16)}")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
         yield Finding("GPU", "ok", f"{', '.join(names)}, CUDA {torch.version.cuda}")

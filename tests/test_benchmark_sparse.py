@@ -42,6 +42,13 @@ def test_when_time_is_over_the_rest_is_named_not_measured(monkeypatch):
     assert kept == [1, 2, 3]
 
 
+def test_bf16_is_compared_with_float32():
+    times = {"train": {"plain": [4.0], "fast": [2.0], "fast_bf16": [1.0]}}
+    assert sparse.ratios(times) == {"train_fast_bf16_than_fast": 2.0, "train_fast_than_plain": 2.0}
+    for name, precision in (("fast", torch.float32), ("fast_bf16", torch.bfloat16)):
+        assert sparse.Engine(name, torch.zeros(1, 4, dtype=torch.int32)).precision == precision
+
+
 class FakeEngine:
     def forward(self) -> None: ...
 
@@ -55,4 +62,4 @@ def test_what_cannot_be_measured_is_refused(capsys):
         assert "torch finds no GPU here" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         sparse.parse(["--precision", "float16"])
-    assert "16 bits are computed in float32" in capsys.readouterr().err
+    assert "the engine fast_bf16 has bfloat16" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which kernels compute sparse convolutions: plain torch, numba's (extra `fast`) for float32 on the CPU, or a peer's.
+"""Which kernels compute sparse convolutions: plain torch, numba's (extra `fast`) on the CPU, or a peer's.
 
 Peers are engines of other libraries (see `peers`). They compute where they are chosen and where they can; torch does
 the rest.
@@ -28,6 +28,7 @@ INSTALL = {
     "warpconvnet": "pip install warpconvnet (wheels by version of torch and CUDA: github.com/NVlabs/WarpConvNet)",
 }
 CHOICES = ("auto", "plain", "fast", *PEERS)
+NUMBA_DTYPES = (torch.float32, torch.int32, torch.bfloat16)
 NUMBA = ("llvmlite", "numba")  # what the fast kernels import; numba without llvmlite breaks off half-imported
 _choice = os.environ.get("GEO_PRETRAIN_SPARSE", "auto")
 if _choice not in CHOICES:
@@ -35,14 +36,28 @@ if _choice not in CHOICES:
 
 
 def is_fast(tensor: Tensor) -> bool:
-    """Whether numba's kernels take this tensor: float32 or int32 on the CPU, with numba installed, not switched off."""
+    """Whether numba's kernels take this tensor: on the CPU, with numba installed, not switched off.
+
+    They take float32 and int32, and bfloat16 where the processor multiplies it.
+    """
     return _takes_numba(tensor.device.type, tensor.dtype)
 
 
 def _takes_numba(device: str, dtype: torch.dtype) -> bool:
-    if _choice not in ("auto", "fast") or device != "cpu" or dtype not in (torch.float32, torch.int32):
+    if _choice not in ("auto", "fast") or device != "cpu" or dtype not in NUMBA_DTYPES:
+        return False
+    if dtype == torch.bfloat16 and not _multiplies_bf16():
         return False
     return _choice == "fast" or _has_numba()
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself (avx512_bf16), or the one that numba is told to compile for."""
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    if features is not None:
+        return {"+avx512f", "+avx512bf16"} <= set(features.split(","))
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def peer(device: str, dtype: torch.dtype) -> str | None:
@@ -51,11 +66,17 @@ def peer(device: str, dtype: torch.dtype) -> str | None:
 
 
 def computed_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which convolutions of such features compute: float32 for 16-bit ones on the CPU, else their own.
-
-    No kernel here multiplies 16-bit numbers on a CPU, and torch's own are several times slower than float32's.
-    """
+    """The dtype of sums and of what layers hand on: float32 for 16-bit features on the CPU, else their own."""
     return torch.float32 if device == "cpu" and dtype in LOW_PRECISION else dtype
+
+
+def product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which convolutions of such features multiply.
+
+    On the CPU bfloat16 is its own where numba's kernels and the processor multiply it; other 16-bit numbers are
+    multiplied in float32: torch's own products of them are several times slower.
+    """
+    return dtype if _takes_numba(device, dtype) else computed_dtype(device, dtype)
 
 
 def describe(dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
@@ -65,8 +86,10 @@ def describe(dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
     ...     describe(torch.bfloat16)
     'torch.bfloat16 on cpu: computed in torch.float32 by plain torch'
     """
-    computed = computed_dtype(device, dtype)
-    kernels = peer(device, computed) or ("numba's kernels" if _takes_numba(device, computed) else "plain torch")
+    computed, multiplied = computed_dtype(device, dtype), product_dtype(device, dtype)
+    kernels = peer(device, computed) or ("numba's kernels" if _takes_numba(device, multiplied) else "plain torch")
+    if multiplied != computed:
+        return f"{dtype} on {device}: multiplied in {multiplied}, summed in {computed} by {kernels}"
     change = "" if computed == dtype else f" in {computed}"
     return f"{dtype} on {device}: computed{change} by {kernels}"
 

@@ -30,6 +30,7 @@ from geo_pretrain.sparse import processor
 llvm = require("llvmlite.binding", "fast")
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 EXTERNAL = {"memset", "memcpy", "memmove"}  # what compiled code may call
+SOURCES = ("kernels", "kernels_bf16", "kernels_amx", "processor", "compiled")
 DIGEST = 32  # bytes of SHA-256 before the object code in a file
 FILES = 8  # kept in a folder: several versions and processors may share one
 _MAKING = threading.Lock()  # of the engine: of two, one would be freed, with code that runs
@@ -81,6 +82,11 @@ def _engine() -> Any:
 def _compiled(target: Any) -> bytes:
     """Compile all tasks to one object file that calls nothing of Python."""
     from geo_pretrain.sparse import kernels  # imports numba
+
+    if processor.BF16:
+        from geo_pretrain.sparse import kernels_bf16  # noqa: F401  registers its tasks
+    if processor.AMX:
+        from geo_pretrain.sparse import kernels_amx  # noqa: F401
 
     whole = llvm.parse_assembly("")
     for name in kernels.TASKS:
@@ -154,7 +160,7 @@ def _remove_old(written: Path) -> None:
 def _paths() -> Iterator[Path]:
     """Where the object code of these sources may lie: numba's cache folder if set, Python's bytecode, the user's."""
     here = Path(__file__).parent
-    sources = [(here / name).read_bytes() for name in ("kernels.py", "processor.py", "compiled.py")]
+    sources = [(here / f"{name}.py").read_bytes() for name in SOURCES]
     versions = llvm.llvm_version_info, llvm.get_process_triple(), processor.NAME, processor.FEATURES
     name = f"kernels-{hashlib.sha256(b''.join(sources) + repr(versions).encode()).hexdigest()[:16]}.o"
     if chosen := os.environ.get("NUMBA_CACHE_DIR"):

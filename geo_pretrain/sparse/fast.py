@@ -1,6 +1,7 @@
 """Sparse convolution, its weight gradient and neighbor search on the CPU, compiled by numba (extra `fast`).
 
-The functions of a convolution are those of `plain`, their twins in torch, in float32. What makes these fast:
+The functions of a convolution are those of `plain`, their twins in torch, in float32. Where the processor multiplies
+bfloat16 itself they take features of bfloat16, too, with sums and results in float32. What makes these fast:
 
 * Pairs (input row, output row) are listed once a map, by tile of output rows and then by offset. A tile belongs to one
   thread: no atomics on features, no locks, and results do not depend on the number of threads.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,8 +25,9 @@ from torch import Tensor
 
 from geo_pretrain.sparse.backend import LOW_PRECISION
 from geo_pretrain.sparse.compiled import run
+from geo_pretrain.sparse.packed import packed
 from geo_pretrain.sparse.plain import Finish
-from geo_pretrain.sparse.processor import LANES, TILE
+from geo_pretrain.sparse.processor import AMX, BF16, LANES, SIDE, TILE
 
 if TYPE_CHECKING:
     from geo_pretrain.sparse.maps import KernelMap
@@ -65,49 +68,79 @@ class Pairs(NamedTuple):
 def sparse_conv_forward(feats: Tensor, kernel: Tensor, kernel_map: KernelMap, finish: Finish | None = None) -> Tensor:
     """sum_k feats[table[:, k]] @ kernel[k]: [N_out, Cout]. The kernel may be a transposed view, and of 16 bits.
 
-    `finish` is done on each tile while it is in cache.
+    With features of bfloat16 the kernel is rounded to bfloat16; the results are float32. `finish` is done on each tile
+    while it is in cache.
     """
-    kernel = _in_float32(kernel)
     _check(feats, kernel, kernel_map.inputs)
-    height, (offsets, width, columns) = len(kernel_map.table), kernel.shape
+    low, columns = feats.dtype == torch.bfloat16, kernel.shape[2]
+    rows, kernel = _paired(feats, kernel) if low else _single(feats, kernel)
+    height, (offsets, width, padded) = len(kernel_map.table), kernel.shape
     pairs = Pairs.of(kernel_map)
-    excess = -columns % LANES
-    if excess:
-        kernel = torch.nn.functional.pad(kernel, (0, excess))
-    elif width % LANES == 0 and kernel.transpose(1, 2).is_contiguous():
-        kernel = _transposed(kernel)
-    feats, kernel, padded = feats.contiguous(), kernel.contiguous(), columns + excess
-    out = feats.new_empty(height, padded)
+    out = rows.new_empty(height, padded, dtype=torch.float32)
     share = padded if pairs.tiles >= 4 * torch.get_num_threads() else min(COLUMNS, padded)
-    addresses = feats.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, kernel.data_ptr(), out.data_ptr()
+    addresses = rows.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, kernel.data_ptr(), out.data_ptr()
     sizes = pairs.tiles, offsets, width, padded, height, share, -(-padded // share)
     last: tuple[int, ...] = (0, 0, 0, 0)
-    if finish is not None and not excess:
+    if finish is not None and padded == columns:
         finish = finish.contiguous()
         residual = 0 if finish.residual is None else finish.residual.data_ptr()
         last = finish.scale.data_ptr(), finish.shift.data_ptr(), residual, int(finish.relu)
-    run("product", *addresses, pairs.starts.ctypes.data, *sizes, *last)
-    if not excess:
+    every = *addresses, pairs.starts.ctypes.data, *sizes, *last
+    if low and width % LANES == 0 and has_tiles():
+        _run_tiles("product_amx", every, TILE * width + SIDE * SIDE)
+    else:
+        run("product_bf16" if low else "product", *every)
+    if padded == columns:
         return out
     out = out[:, :columns].contiguous()
     return out if finish is None else finish.apply(out)
 
 
 def sparse_conv_wgrad(feats: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
-    """The gradient [K, Cin, Cout] of `sparse_conv_forward` with respect to its kernel; `grad` [N_out, Cout]."""
+    """The gradient [K, Cin, Cout] of `sparse_conv_forward` with respect to its kernel, float32; `grad` [N_out, Cout].
+
+    Both are float32 or both bfloat16.
+    """
     _check(feats, grad, kernel_map.inputs)
-    offsets, width, columns = kernel_map.table.shape[1], feats.shape[1], grad.shape[1]
-    pairs = Pairs.of(kernel_map)
-    padded = columns + -columns % LANES
-    feats, grad = feats.contiguous(), torch.nn.functional.pad(grad, (0, padded - columns)).contiguous()
-    out = feats.new_empty(offsets, width, padded)
-    shares = -(-width // HEIGHT)
+    low, width, columns = feats.dtype == torch.bfloat16, feats.shape[1], grad.shape[1]
+    offsets, pairs = kernel_map.table.shape[1], Pairs.of(kernel_map)
+    feats, grad = _whole_vectors(feats) if low else feats.contiguous(), _whole_vectors(grad)
+    height, padded = feats.shape[1], grad.shape[1]
+    out = feats.new_empty(offsets, height, padded, dtype=torch.float32)
+    share = SIDE if low and has_tiles() else HEIGHT
+    shares = -(-height // share)
     # Offsets that a task takes together share features in cache; but every thread needs a few tasks.
     group = min(max(offsets * shares // (3 * torch.get_num_threads()), 1), 9)
     addresses = feats.data_ptr(), pairs.inputs.ctypes.data, pairs.outputs.ctypes.data, grad.data_ptr(), out.data_ptr()
-    sizes = pairs.tiles, offsets, width, padded, HEIGHT, shares, group
-    run("gradient", *addresses, pairs.starts.ctypes.data, *sizes)
-    return out[..., :columns].contiguous() if padded > columns else out
+    every = *addresses, pairs.starts.ctypes.data, pairs.tiles, offsets, height, padded, share, shares, group
+    if low and has_tiles():
+        _run_tiles("gradient_amx", every, TILE // 2 * (2 * share + padded))
+    elif low:
+        _run_with_memory("gradient_bf16", every, TILE // 2 * (share + padded))
+    else:
+        run("gradient", *every)
+    return out if out.shape[1:] == (width, columns) else out[:, :width, :columns].contiguous()
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether bfloat16 is multiplied by AMX: the kernels are compiled for it and the system lets this process use it."""
+    return AMX and torch.cpu._init_amx()
+
+
+def _run_tiles(name: str, job: tuple[int, ...], size: int) -> None:
+    """Run a task that multiplies tiles of 16 rows of 64 bytes; `size`: see `_run_with_memory`."""
+    setting = np.zeros(64, np.uint8)
+    setting[0] = 1  # palette
+    setting[16:32:2] = 64  # bytes of a row of each of the eight tiles
+    setting[48:56] = 16  # rows
+    _run_with_memory(name, job, size, setting.ctypes.data)
+
+
+def _run_with_memory(name: str, job: tuple[int, ...], size: int, *others: int) -> None:
+    """Run a task with `size` numbers of 32 bits for each thread, which takes its part by a counter."""
+    memory, counter = torch.empty(torch.get_num_threads() * size, dtype=torch.int32), np.zeros(1, np.int64)
+    run(name, *job, memory.data_ptr(), counter.ctypes.data, *others)
 
 
 def neighbors(coords: Tensor, stride: int, offsets: Sequence[Sequence[int]], *, symmetric: bool) -> Tensor:
@@ -126,12 +159,38 @@ def neighbors(coords: Tensor, stride: int, offsets: Sequence[Sequence[int]], *, 
 
 
 def _check(rows: Tensor, other: Tensor, inputs: int) -> None:
-    """Check dtypes, devices and the number of rows, which compiled code does not."""
+    """Check dtypes, devices and the number of rows, which compiled code does not. A kernel may have 16 bits."""
     kinds = [f"{tensor.dtype} on {tensor.device.type}" for tensor in (rows, other)]
-    if kinds != ["torch.float32 on cpu"] * 2:
-        raise ValueError(f"The fast backend got {' and '.join(kinds)}; accepted: torch.float32 on cpu.")
+    accepted = ["torch.float32 on cpu", *(["torch.bfloat16 on cpu"] if BF16 else [])]
+    is_kernel = other.ndim == 3 and other.device.type == "cpu" and other.dtype in (torch.float32, *LOW_PRECISION)
+    if kinds[0] not in accepted or not (is_kernel or kinds[0] == kinds[1]):
+        raise ValueError(f"The fast backend got {' and '.join(kinds)}; accepted: {' or '.join(accepted)}.")
     if len(rows) != inputs:
         raise ValueError(f"The kernel map is for {inputs} rows; got {len(rows)}.")
+
+
+def _single(feats: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and kernel in float32, contiguous, the kernel padded to whole vectors of columns."""
+    kernel = _in_float32(kernel)
+    _, width, columns = kernel.shape
+    if columns % LANES:
+        kernel = torch.nn.functional.pad(kernel, (0, -columns % LANES))
+    elif width % LANES == 0 and kernel.transpose(1, 2).is_contiguous():
+        kernel = _transposed(kernel)
+    return feats.contiguous(), kernel.contiguous()
+
+
+def _paired(feats: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of bfloat16 with whole pairs of columns, and the packed kernel."""
+    if feats.shape[1] % 2:
+        feats = torch.nn.functional.pad(feats, (0, 1))
+    return feats.contiguous(), packed(kernel)
+
+
+def _whole_vectors(rows: Tensor) -> Tensor:
+    """Contiguous rows, padded with zeros to whole vectors of columns."""
+    excess = -rows.shape[1] % LANES
+    return torch.nn.functional.pad(rows, (0, excess)) if excess else rows.contiguous()
 
 
 _scratch = threading.local()

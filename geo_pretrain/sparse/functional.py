@@ -19,6 +19,8 @@ from geo_pretrain.sparse.maps import KernelMap, floor_to
 from geo_pretrain.sparse.plain import Finish, accumulator
 from geo_pretrain.sparse.tensor import SparseTensor
 
+FEW = 24  # pairs an offset on average: with fewer, rounding the kernel takes longer than its products save
+
 
 def convolve(
     x: SparseTensor,
@@ -56,11 +58,17 @@ def convolve(
     else:
         target = x.stride * stride
         kernel_map = x.coordinate_manager.kernel_map(x.stride, stride, kernel_size, dilation)
-    return x.with_sorted_feats(_products(rows, kernel, kernel_map, finish), stride=target, dtype=dtype)
+    rows = _products(rows, kernel, kernel_map, finish, backend.product_dtype(rows.device.type, dtype))
+    return x.with_sorted_feats(rows, stride=target, dtype=dtype)
 
 
-def _products(rows: Tensor, kernel: Tensor, kernel_map: KernelMap, finish: Finish | None) -> Tensor:
-    """Convolve by the other library's engine that was chosen, where it can, else by ours."""
+def _products(
+    rows: Tensor, kernel: Tensor, kernel_map: KernelMap, finish: Finish | None, multiplied: torch.dtype
+) -> Tensor:
+    """Convolve by the other library's engine that was chosen, where it can, else by ours.
+
+    `multiplied`: the dtype to which ours round what they multiply, where it is not that of the rows.
+    """
     name = backend.peer(rows.device.type, rows.dtype)
     if name is not None and kernel_map.count:
         from geo_pretrain.sparse import peers
@@ -69,50 +77,71 @@ def _products(rows: Tensor, kernel: Tensor, kernel_map: KernelMap, finish: Finis
         if way is not None:
             out = peers.convolve(name, way, rows, kernel, kernel_map)
             return out if finish is None else finish.apply(out)
-    result: Tensor = _Convolution.apply(rows, kernel, kernel_map, finish)
+    if multiplied != rows.dtype and not _repays_rounding(kernel_map):
+        multiplied = rows.dtype
+    result: Tensor = _Convolution.apply(rows, kernel, kernel_map, finish, multiplied)
     return result
+
+
+def _repays_rounding(kernel_map: KernelMap) -> bool:
+    """Whether a map has so many pairs that products of rounded numbers save more time than rounding takes."""
+    from geo_pretrain.sparse.fast import Pairs  # the only kernels that round
+
+    return len(Pairs.of(kernel_map).inputs) >= FEW * kernel_map.table.shape[1]
 
 
 class _Convolution(torch.autograd.Function):
     """Convolution of features [N_in, Cin] with a kernel [K, Cin, Cout]; gathered features are not kept for backward.
 
-    Features may be float32 where the kernel has 16 bits.
+    Features may be float32 where the kernel has 16 bits. If they are to be multiplied in bfloat16 they are rounded
+    here, as are gradients on the way back, each once; results stay float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, kernel: Tensor, kernel_map: KernelMap, finish: Finish | None = None) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, kernel: Tensor, kernel_map: KernelMap, finish: Finish | None, multiplied: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(rows, kernel)
         ctx.kernel_map, ctx.origin = kernel_map, kernel_map.origin  # kept: the backward pass would make it again
+        given, rows = rows, rows.to(multiplied)
+        ctx.multiplied, ctx.rounded = multiplied, None if rows is given else rows
         with _as_given(rows):
             return _kernels(rows).sparse_conv_forward(rows, kernel, kernel_map, finish)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         rows, kernel = ctx.saved_tensors
-        grad = grads[0].contiguous()
+        grad = grads[0].contiguous().to(ctx.multiplied)
         grad_rows = grad_kernel = None
         if ctx.needs_input_grad[0]:
-            grad_rows = _Convolution.apply(grad, kernel.transpose(1, 2), ctx.kernel_map.reverse)
+            grad_rows = _Convolution.apply(grad, kernel.transpose(1, 2), ctx.kernel_map.reverse, None, ctx.multiplied)
         if ctx.needs_input_grad[1]:
+            if ctx.rounded is not None and not torch.is_grad_enabled():  # else the rounding has a gradient, too
+                rows = ctx.rounded
+            ctx.rounded = None  # is freed as saved tensors are; a second time rows are rounded again
             grad_kernel = _KernelGradient.apply(rows, grad, ctx.kernel_map).to(kernel.dtype)
-        return grad_rows, grad_kernel, None, None
+        return grad_rows, grad_kernel, None, None, None
 
 
 class _KernelGradient(torch.autograd.Function):
-    """The gradient of a convolution's kernel, itself differentiable, so that derivatives of any order exist."""
+    """The gradient of a convolution's kernel, itself differentiable, so that derivatives of any order exist.
+
+    `grad` has the dtype in which is multiplied.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
         ctx.save_for_backward(rows, grad)
         ctx.kernel_map = kernel_map
         with _as_given(rows):
-            return _kernels(rows).sparse_conv_wgrad(rows, grad, kernel_map)
+            return _kernels(grad).sparse_conv_wgrad(rows.to(grad.dtype), grad, kernel_map)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, grad = ctx.saved_tensors
-        grad_rows = _Convolution.apply(grad, grads[0].transpose(1, 2), ctx.kernel_map.reverse)
-        return grad_rows, _Convolution.apply(rows, grads[0], ctx.kernel_map), None
+        kernel, reverse, dtype = grads[0], ctx.kernel_map.reverse, grad.dtype
+        grad_rows = _Convolution.apply(grad, kernel.transpose(1, 2), reverse, None, dtype)
+        return grad_rows, _Convolution.apply(rows, kernel, ctx.kernel_map, None, dtype), None
 
 
 def max_pool(x: SparseTensor, kernel_size: int, stride: int) -> SparseTensor:
@@ -220,7 +249,8 @@ def _operands(x: SparseTensor, kernel: Tensor, dtype: torch.dtype) -> tuple[Tens
     computed = backend.computed_dtype(x.computed_feats.device.type, dtype)
     if computed == dtype:
         return x.computed_feats.to(dtype), kernel.to(dtype)
-    backend.warn_once(dtype)
+    if backend.product_dtype(x.computed_feats.device.type, dtype) != dtype:
+        backend.warn_once(dtype)
     return x.computed_feats.to(computed), kernel
 
 

@@ -21,6 +21,7 @@ types, intrinsic = numba.types, numba.extending.intrinsic
 cgutils = numba.core.cgutils
 ir = cgutils.ir
 Value = Any  # of LLVM
+Multiply = Callable[[Value, Value, Value, Value], Value]
 TASKS: dict[str, Callable[[Any], None]] = {}
 
 INT64, INT32, FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
@@ -72,7 +73,7 @@ int32_at, int64_at, float_at = (_pointer_cast(kind) for kind in (types.int32, ty
 # ---- Register blocks: LLVM instructions -----------------------------------------------------------------------------
 
 
-def _row(b: Value, base: Value, row: Value, width: Value) -> Value:
+def row_at(b: Value, base: Value, row: Value, width: Value) -> Value:
     """Pointer to a row of the float matrix at an integer address."""
     return b.gep(b.inttoptr(base, FLOAT.as_pointer()), [b.mul(row, width)])
 
@@ -87,7 +88,7 @@ def _vectors(b: Value, row: Value, count: int) -> list[Value]:
     return [b.bitcast(b.gep(row, [INT64(v * LANES)]), VECTOR.as_pointer()) for v in range(count)]
 
 
-def _shapes(b: Value, height: Value, width: Value) -> Iterator[tuple[int, int]]:
+def shapes(b: Value, height: Value, width: Value) -> Iterator[tuple[int, int]]:
     """Emit a switch with one case for each height and width (in vectors) of a block; iterate over the cases."""
     end = b.append_basic_block("end")
     switch = b.switch(b.add(b.mul(height, INT64(WIDEST)), width), end)
@@ -106,7 +107,22 @@ def _muladd(b: Value) -> Value:
     return cgutils.get_or_insert_function(b.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32")
 
 
-def _accumulate(b: Value, sums: list[Value], count: int, first: Value, stop: Value, step: Callable[..., Any]) -> None:
+def muladd(b: Value, factor: Value, other: Value, total: Value) -> Value:
+    """factor * other + total, of vectors."""
+    return b.call(_muladd(b), [factor, other, total])
+
+
+def dot(b: Value, factor: Value, other: Value, total: Value) -> Value:
+    """Total + the dot products of pairs of bfloat16, which lie in the floats of two vectors (avx512_bf16)."""
+    # The types are those of LLVM 15, which later ones take over.
+    kind = ir.FunctionType(VECTOR, [VECTOR, INDICES, INDICES])
+    function = cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}")
+    return b.call(function, [total, b.bitcast(factor, INDICES), b.bitcast(other, INDICES)])
+
+
+def accumulate(
+    b: Value, sums: list[Value], count: int, first: Value, stop: Value, step: Callable[..., Any], multiply: Multiply
+) -> None:
     """sums[r] += scalars[r] * row over all i from `first` to `stop` (at least one), where step(i) = (scalars, row).
 
     Rows are `count` vectors wide. Sums are loaded before the loop and stored after it.
@@ -124,7 +140,7 @@ def _accumulate(b: Value, sums: list[Value], count: int, first: Value, stop: Val
         spread = b.insert_element(undefined, b.load(scalar), INT32(0))
         spread = b.shuffle_vector(spread, undefined, INDICES([0] * LANES))
         following += [
-            b.call(_muladd(b), [spread, f, t])
+            multiply(b, spread, f, t)
             for f, t in zip(factors, totals[r * count : (r + 1) * count], strict=True)
         ]
     i_next = b.add(i, INT64(1))
@@ -137,24 +153,29 @@ def _accumulate(b: Value, sums: list[Value], count: int, first: Value, stop: Val
         b.store(value, place, align=4)
 
 
-@intrinsic
-def _product_block(context, height, count, rows, width, inputs, outputs, p, kernel, kernel_width, out, out_width):
-    """out[outputs[p + r]] += rows[inputs[p + r]] @ kernel for r < height, on `count` vectors of columns."""
+def product_blocks(multiply: Multiply) -> Any:
+    """Make the intrinsic that multiplies a block of gathered rows with a kernel slice."""
 
-    def emit(_context, b, _signature, args):
-        height, count, rows, width, inputs, outputs, p, kernel, kernel_width, out, out_width = args
-        for block_height, block_count in _shapes(b, height, count):
-            places = [b.add(p, INT64(r)) for r in range(block_height)]
-            sources = [_row(b, rows, _entry(b, inputs, place), width) for place in places]
-            sums = [_row(b, out, _entry(b, outputs, place), out_width) for place in places]
+    @intrinsic
+    def block(context, height, count, rows, width, inputs, outputs, p, kernel, kernel_width, out, out_width):
+        """out[outputs[p + r]] += rows[inputs[p + r]] @ kernel for r < height, on `count` vectors of columns."""
 
-            def step(c, sources=sources):
-                return [b.gep(source, [c]) for source in sources], _row(b, kernel, c, kernel_width)
+        def emit(_context, b, _signature, args):
+            height, count, rows, width, inputs, outputs, p, kernel, kernel_width, out, out_width = args
+            for block_height, block_count in shapes(b, height, count):
+                places = [b.add(p, INT64(r)) for r in range(block_height)]
+                sources = [row_at(b, rows, _entry(b, inputs, place), width) for place in places]
+                sums = [row_at(b, out, _entry(b, outputs, place), out_width) for place in places]
 
-            _accumulate(b, sums, block_count, INT64(0), width, step)
-        return INT64(0)
+                def step(c, sources=sources):
+                    return [b.gep(source, [c]) for source in sources], row_at(b, kernel, c, kernel_width)
 
-    return SIZE(SIZE, SIZE, ADDRESS, SIZE, ADDRESS, ADDRESS, SIZE, ADDRESS, SIZE, ADDRESS, SIZE), emit
+                accumulate(b, sums, block_count, INT64(0), width, step, multiply)
+            return INT64(0)
+
+        return SIZE(SIZE, SIZE, ADDRESS, SIZE, ADDRESS, ADDRESS, SIZE, ADDRESS, SIZE, ADDRESS, SIZE), emit
+
+    return block
 
 
 @intrinsic
@@ -163,27 +184,27 @@ def _gradient_block(context, height, count, rows, width, inputs, outputs, first,
 
     def emit(_context, b, _signature, args):
         height, count, rows, width, inputs, outputs, first, stop, grad, grad_width, out = args
-        for block_height, block_count in _shapes(b, height, count):
+        for block_height, block_count in shapes(b, height, count):
 
             def step(p, block_height=block_height):
-                source = _row(b, rows, _entry(b, inputs, p), width)
+                source = row_at(b, rows, _entry(b, inputs, p), width)
                 scalars = [b.gep(source, [INT64(r)]) for r in range(block_height)]
-                return scalars, _row(b, grad, _entry(b, outputs, p), grad_width)
+                return scalars, row_at(b, grad, _entry(b, outputs, p), grad_width)
 
-            sums = [_row(b, out, INT64(r), grad_width) for r in range(block_height)]
-            _accumulate(b, sums, block_count, first, stop, step)
+            sums = [row_at(b, out, INT64(r), grad_width) for r in range(block_height)]
+            accumulate(b, sums, block_count, first, stop, step, muladd)
         return INT64(0)
 
     return SIZE(SIZE, SIZE, ADDRESS, SIZE, ADDRESS, ADDRESS, SIZE, SIZE, ADDRESS, SIZE, ADDRESS), emit
 
 
 @intrinsic
-def _transpose_block(context, source, source_width, target, target_width):
+def transpose_block(context, source, source_width, target, target_width):
     """target[j, i] = source[i, j] for a square of one vector's width."""
 
     def emit(_context, b, _signature, args):
         source, source_width, target, target_width = args
-        rows = [b.load(_vectors(b, _row(b, source, INT64(i), source_width), 1)[0], align=4) for i in range(LANES)]
+        rows = [b.load(_vectors(b, row_at(b, source, INT64(i), source_width), 1)[0], align=4) for i in range(LANES)]
         step = 1
         while step < LANES:  # swap the two squares of `step` that lie off the diagonal of each square twice as large
             low = INDICES([j if j & step == 0 else j - step + LANES for j in range(LANES)])
@@ -193,7 +214,7 @@ def _transpose_block(context, source, source_width, target, target_width):
                 rows[i], rows[i + step] = b.shuffle_vector(above, below, low), b.shuffle_vector(above, below, high)
             step *= 2
         for j, row in enumerate(rows):
-            b.store(row, _vectors(b, _row(b, target, INT64(j), target_width), 1)[0], align=4)
+            b.store(row, _vectors(b, row_at(b, target, INT64(j), target_width), 1)[0], align=4)
         return INT64(0)
 
     return SIZE(ADDRESS, SIZE, ADDRESS, SIZE), emit
@@ -229,43 +250,55 @@ _finish, _finish_with_residual = _finishing(False), _finishing(True)
 # ---- Convolution ----------------------------------------------------------------------------------------------------
 
 
-@task
-def product(job):
-    """Compute output tiles, each for all columns or, where there are few tiles, for some.
+@numba.njit(error_model="numpy")
+def finish_tile(out, top, bottom, left, right, columns, scale, shift, residual, relu):
+    """Scale and shift results, add the residual if there is one, and so on, while they are in cache."""
+    floor = np.float32(0) if relu else np.float32(-np.inf)
+    for row in range(top, bottom):
+        for c in range(left, right, LANES):
+            place = 4 * (row * columns + c)
+            if residual:
+                _finish_with_residual(out + place, scale + 4 * c, shift + 4 * c, residual + place, floor)
+            else:
+                _finish(out + place, scale + 4 * c, shift + 4 * c, 0, floor)
 
-    Where `scale` is not 0 they are scaled, shifted and so on while they are in cache.
-    """
-    g = numba.carray(job, (18,))
-    scale, shift, residual = g[14], g[15], g[16]
-    floor = np.float32(0) if g[17] else np.float32(-np.inf)
-    counter, rows, inputs, outputs, kernel, out = g[0], g[1], g[2], g[3], g[4], g[5]
-    starts, tiles, offsets, width, columns, height, share, shares = g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]
-    bounds = numba.carray(int64_at(starts), (tiles * offsets + 1,))
-    result = numba.carray(float_at(out), (height, columns))
-    while True:
-        number = next_task(counter)
-        if number >= tiles * shares:
-            return
-        tile, left = number % tiles, number // tiles * share
-        right = min(left + share, columns)
-        top, bottom = tile * TILE, min(tile * TILE + TILE, height)
-        result[top:bottom, left:right] = 0
-        for k in range(offsets):
-            first, stop = bounds[tile * offsets + k], bounds[tile * offsets + k + 1]
-            for c in range(left, right, WIDEST * LANES):
-                count = min(WIDEST, (right - c) // LANES)
-                here, there = kernel + 4 * (k * width * columns + c), out + 4 * c
-                for p in range(first, stop, BLOCK):
-                    rest = min(BLOCK, stop - p)
-                    _product_block(rest, count, rows, width, inputs, outputs, p, here, columns, there, columns)
-        if scale:
-            for row in range(top, bottom):
-                for c in range(left, right, LANES):
-                    place = 4 * (row * columns + c)
-                    if residual:
-                        _finish_with_residual(out + place, scale + 4 * c, shift + 4 * c, residual + place, floor)
-                    else:
-                        _finish(out + place, scale + 4 * c, shift + 4 * c, 0, floor)
+
+def product_task(block: Any) -> Callable[[Any], None]:
+    """Make the task of a convolution from the intrinsic that multiplies its blocks."""
+
+    def product(job):
+        """Compute output tiles, each for all columns or, where there are few tiles, for some.
+
+        Where `scale` is not 0 they are scaled, shifted and so on while they are in cache.
+        """
+        g = numba.carray(job, (18,))
+        counter, rows, inputs, outputs, kernel, out = g[0], g[1], g[2], g[3], g[4], g[5]
+        starts, tiles, offsets, width, columns, height, share, shares = g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]
+        bounds = numba.carray(int64_at(starts), (tiles * offsets + 1,))
+        result = numba.carray(float_at(out), (height, columns))
+        while True:
+            number = next_task(counter)
+            if number >= tiles * shares:
+                return
+            tile, left = number % tiles, number // tiles * share
+            right = min(left + share, columns)
+            top, bottom = tile * TILE, min(tile * TILE + TILE, height)
+            result[top:bottom, left:right] = 0
+            for k in range(offsets):
+                first, stop = bounds[tile * offsets + k], bounds[tile * offsets + k + 1]
+                for c in range(left, right, WIDEST * LANES):
+                    count = min(WIDEST, (right - c) // LANES)
+                    here, there = kernel + 4 * (k * width * columns + c), out + 4 * c
+                    for p in range(first, stop, BLOCK):
+                        rest = min(BLOCK, stop - p)
+                        block(rest, count, rows, width, inputs, outputs, p, here, columns, there, columns)
+            if g[14]:
+                finish_tile(out, top, bottom, left, right, columns, g[14], g[15], g[16], g[17])
+
+    return product
+
+
+TASKS["product"] = product_task(product_blocks(muladd))
 
 
 @task
@@ -308,7 +341,7 @@ def transpose(job):
             return
         here, there = source + 4 * (k * width + i) * columns, target + 4 * (k * columns * width + i)
         for j in range(0, columns, LANES):
-            _transpose_block(here + 4 * j, columns, there + 4 * j * width, width)
+            transpose_block(here + 4 * j, columns, there + 4 * j * width, width)
 
 
 @task

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 import yaml
 
-from geo_pretrain.sparse.backend import computed_dtype
+from geo_pretrain.sparse.backend import product_dtype
 from geo_pretrain.training.config import lookup
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune_recipe import POINT_KINDS, FinetuneRecipe
@@ -28,10 +28,10 @@ def bf16_is_faster(device: torch.device, *, points: bool = False) -> bool:
 
     A CPU does so with AMX or with AVX-512's products of bfloat16, by torch's own queries; without them oneDNN converts
     every operand and takes longer. CUDA devices do so where they support bfloat16 themselves. `points`: for sparse
-    convolutions, which have no kernel for bfloat16 on a CPU.
+    convolutions, whose kernels on a CPU need AVX-512's products of bfloat16 and the extra `fast`.
     """
-    if points and computed_dtype(device.type, torch.bfloat16) != torch.bfloat16:
-        return False
+    if points and device.type == "cpu":
+        return product_dtype("cpu", torch.bfloat16) == torch.bfloat16
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():

@@ -1,4 +1,7 @@
-"""16-bit features and weights on the CPU are computed in float32 by the same kernels and handed out as asked."""
+"""16-bit features and weights on the CPU are computed in float32 by the same kernels and handed out as asked.
+
+So it is on processors that do not multiply bfloat16, as which this one is treated; `test_bf16` is about those that do.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,11 @@ from tests.sparse.twins import random_cloud
 
 COORDS, FEATS = random_cloud(8, (300, 150), reach=6)
 DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def without_products_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_multiplies_bf16", lambda: False)
 
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager[Any]:

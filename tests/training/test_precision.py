@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from geo_pretrain.sparse import backend
 from geo_pretrain.training import precision
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune.run import finetune
@@ -85,7 +86,11 @@ def test_a_processor_is_asked_for_products_of_bf16(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
         assert MEASURED(CPU) is faster
-        assert not MEASURED(CPU, points=True)  # of sparse convolutions no kernel is for bf16
+    for kernels in (False, True):
+        monkeypatch.setattr(backend, "_multiplies_bf16", lambda kernels=kernels: kernels)
+        with backend.use("plain"):
+            assert not MEASURED(CPU, points=True)
+        assert MEASURED(CPU, points=True) is (kernels and backend.is_fast(torch.zeros(1)))
     assert not MEASURED(torch.device("mps"))
 
 
