@@ -124,7 +124,7 @@ def sparse_conv_wgrad(feats: Tensor, grad: Tensor, kernel_map: KernelMap) -> Ten
 
 @cache
 def has_tiles() -> bool:
-    """Whether bfloat16 is multiplied by AMX: the kernels are compiled for it and the system lets this process use it."""
+    """Whether AMX multiplies bfloat16: the kernels are compiled for it and the system lets this process use it."""
     return AMX and torch.cpu._init_amx()
 
 

@@ -140,8 +140,7 @@ def accumulate(
         spread = b.insert_element(undefined, b.load(scalar), INT32(0))
         spread = b.shuffle_vector(spread, undefined, INDICES([0] * LANES))
         following += [
-            multiply(b, spread, f, t)
-            for f, t in zip(factors, totals[r * count : (r + 1) * count], strict=True)
+            multiply(b, spread, f, t) for f, t in zip(factors, totals[r * count : (r + 1) * count], strict=True)
         ]
     i_next = b.add(i, INT64(1))
     for phi, entering, returning in zip([i, *totals], [first, *start], [i_next, *following], strict=True):
@@ -273,7 +272,16 @@ def product_task(block: Any) -> Callable[[Any], None]:
         """
         g = numba.carray(job, (18,))
         counter, rows, inputs, outputs, kernel, out = g[0], g[1], g[2], g[3], g[4], g[5]
-        starts, tiles, offsets, width, columns, height, share, shares = g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]
+        starts, tiles, offsets, width, columns, height, share, shares = (
+            g[6],
+            g[7],
+            g[8],
+            g[9],
+            g[10],
+            g[11],
+            g[12],
+            g[13],
+        )
         bounds = numba.carray(int64_at(starts), (tiles * offsets + 1,))
         result = numba.carray(float_at(out), (height, columns))
         while True:

@@ -45,9 +45,7 @@ def _interleave(context, low, high, target):
 
     def emit(_context, b, _signature, args):
         low, high, target = args
-        halves = [
-            b.zext(b.load(b.inttoptr(address, SHORTS.as_pointer()), align=2), INDICES) for address in (low, high)
-        ]
+        halves = [b.zext(b.load(b.inttoptr(address, SHORTS.as_pointer()), align=2), INDICES) for address in (low, high)]
         sixteen = INDICES([16] * LANES)
         paired = b.or_(halves[0], b.shl(halves[1], sixteen))
         b.store(paired, b.inttoptr(target, INDICES.as_pointer()), align=4)

@@ -18,6 +18,7 @@ pytest.importorskip("numba")
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.sparse import SparseTensor, backend, fast, functional, packed, processor, use
 from geo_pretrain.sparse.layers import BatchNorm, Conv3d
+from geo_pretrain.sparse.maps import KernelMap
 from geo_pretrain.sparse.plain import Finish
 from geo_pretrain.training.precision import bf16_is_faster
 from tests.sparse.test_fast import assert_close, random_map, run_anew, slow_forward, slow_wgrad
@@ -36,7 +37,7 @@ def on_the_fast_kernels() -> Any:
         yield
 
 
-# ---- The kernels ------------------------------------------------------------------------------------------------------
+# ---- The kernels -----------------------------------------------------------------------------------------------------
 
 
 @needs_bf16
@@ -63,6 +64,14 @@ def test_kernel_gradients_equal_a_loop_in_double_precision(shape, channels):
     rows, grad = torch.randn(shape[1], channels[0], dtype=BF16), torch.randn(shape[2], channels[1], dtype=BF16)
     expected = slow_wgrad(rows, grad, kernel_map.table)
     assert_close(fast.sparse_conv_wgrad(rows, grad, kernel_map), expected)
+
+
+@needs_bf16
+def test_maps_without_pairs_give_zeros():
+    kernel_map = KernelMap(torch.full((5, 8), -1, dtype=torch.int32), 3)
+    rows, grad = torch.randn(3, 20, dtype=BF16), torch.randn(5, 32, dtype=BF16)
+    assert fast.sparse_conv_forward(rows, torch.randn(8, 20, 32), kernel_map).equal(torch.zeros(5, 32))
+    assert fast.sparse_conv_wgrad(rows, grad, kernel_map).equal(torch.zeros(8, 20, 32))
 
 
 @needs_bf16
@@ -135,7 +144,7 @@ def test_where_the_system_grants_no_tiles_the_dot_products_run(monkeypatch):
         fast.has_tiles.cache_clear()
 
 
-# ---- Packed kernels ---------------------------------------------------------------------------------------------------
+# ---- Packed kernels --------------------------------------------------------------------------------------------------
 
 
 @needs_bf16
@@ -170,7 +179,28 @@ def test_a_parameter_is_packed_once_until_it_changes(monkeypatch):
     assert len(packed._of[False]) == kept - 1
 
 
-# ---- Layers and networks ----------------------------------------------------------------------------------------------
+@needs_bf16
+def test_steps_pack_a_kernel_once_for_products_and_once_for_gradients(monkeypatch):
+    packs = []
+    original = packed._pack
+    monkeypatch.setattr(packed, "_pack", lambda kernel: packs.append(kernel.shape) or original(kernel))
+    layers = nn.Sequential(Conv3d(3, 32), Conv3d(32, 64))
+    once = [(27, 3, 32), (27, 32, 64), (27, 64, 32)]
+
+    def accumulate() -> None:
+        with autocast():
+            y = layers(SparseTensor(COORDS, FEATS.float()))
+        y.computed_feats.sum().backward()
+
+    accumulate()
+    accumulate()
+    assert sorted(packs) == once
+    torch.optim.SGD(layers.parameters(), lr=0.1).step()
+    accumulate()
+    assert sorted(packs) == sorted(2 * once)
+
+
+# ---- Layers and networks ---------------------------------------------------------------------------------------------
 
 
 def autocast() -> AbstractContextManager[Any]:
@@ -210,7 +240,9 @@ def test_networks_multiply_bf16_and_stay_near_float32(way, multiplied):
     low = copy.deepcopy(full) if way == "autocast" else copy.deepcopy(full).bfloat16()
     expected, wanted = step(full, FEATS.float(), nullcontext())
     assert multiplied == {torch.float32}
-    features, gradients = step(low, FEATS.float().to(low.final.kernel.dtype), autocast() if way == "autocast" else nullcontext())
+    features, gradients = step(
+        low, FEATS.float().to(low.final.kernel.dtype), autocast() if way == "autocast" else nullcontext()
+    )
     assert BF16 in multiplied
     assert features.dtype == BF16
     assert 0 < differ(features, expected) < 0.02

@@ -18,7 +18,24 @@ import numpy as np
 HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 SA_SIGINFO, SA_NODEFER = 4, 0x40000000
 REGISTERS = 40  # offset of the general registers in a ucontext_t of x86-64 Linux
-PLACES = [13, 14, 12, 11, 15, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7]  # there, of rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 ..
+PLACES = [
+    13,
+    14,
+    12,
+    11,
+    15,
+    10,
+    9,
+    8,
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+]  # there, of rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 ..
 RIP = 16
 NAMES = {  # opcode and mandatory prefix
     (0x4B, 3): "tileloadd",
