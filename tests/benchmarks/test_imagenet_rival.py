@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import timm
@@ -10,8 +13,12 @@ from safetensors.torch import save_file
 
 from benchmarks import imagenet_rival
 from benchmarks.imagenet_rival import BY_PRI3D, CAMVID, IMAGENET, PARTS, RANDOM, Plan, awareness_table
+from benchmarks.starts import scores_of
 from geo_pretrain.errors import DataError
+from geo_pretrain.files import read_sealed
 from geo_pretrain.training.data.labelled.registry import open_labelled
+from geo_pretrain.training.finetune.folder import read_result
+from tests.training.conftest import write_recording
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,44 @@ def test_probes_of_frozen_encoders_and_what_they_gain(plan):
     assert found["seeds"][RANDOM] != found["seeds"][IMAGENET]
     assert [gain["verdict"].partition(" is ")[0] for gain in found["gains"]] == [IMAGENET]
     assert found["table"][2].startswith(f"| {RANDOM} | ")
+
+
+def test_fine_tuning_from_a_file_is_chosen_by_val_and_judged_on_test(plan):
+    job = next(job for job in plan.jobs(["camvid"]) if job.name == f"camvid: {IMAGENET}, lr 0.01, seed 0")
+    job.run()
+    assert job.is_done()
+    few, all_labels = scores_of(plan.streets, plan.out)
+    assert (few.start, few.share, few.images) == (IMAGENET, 0.1, 1)
+    assert (all_labels.share, all_labels.images) == (1.0, 3)
+    (folder,) = (plan.out / "camvid").rglob("100/seed0")
+    judged, result = read_sealed(folder / "judged.json"), read_result(folder)
+    assert (judged["images"], result.data["data"]["val_images"]) == (2, 1)
+    assert judged["scores"]["miou"] == all_labels.reported
+
+
+def test_pri3d_trains_on_a_recording_and_all_starts_are_measured_on_it(plan, monkeypatch):
+    """The same few frames for both, of which a part would be too few."""
+    monkeypatch.setattr(imagenet_rival, "SEEN", (0.0, 1.0))
+    monkeypatch.setattr(imagenet_rival, "UNSEEN", (0.0, 1.0))
+    plan.kitchen, plan.pretraining = write_recording(plan.out / "recording"), 1
+    camera = np.loadtxt(plan.kitchen / "camera-intrinsics.txt").tolist()
+    one_camera = {"color_intrinsics": camera, "depth_to_color": np.eye(4).tolist()}
+    (plan.out / "registration.json").write_text(json.dumps(one_camera))
+    rooms, kitchen, awareness = plan.jobs(["awareness"])
+    kitchen.run()
+    assert kitchen.is_done()
+    assert not rooms.is_done()
+    assert not awareness.is_ready()
+    shutil.copytree(plan.out / "kitchen", plan.out / "rooms")  # 256 rooms take too long
+    assert rooms.is_done()
+    assert awareness.is_ready()
+    awareness.run()
+    assert awareness.is_done()
+    networks = plan.awareness()["networks"]
+    assert set(networks) == {"position+color", RANDOM, IMAGENET, *BY_PRI3D}
+    assert networks[IMAGENET] != networks["ImageNet, Pri3D on the kitchen"]
+    assert networks["ImageNet, Pri3D on the kitchen"] == networks["ImageNet, Pri3D on rooms"]
+    assert len(awareness_table(networks)) == 2 + len(networks)
 
 
 def test_the_table_of_awareness_has_a_row_a_start():
