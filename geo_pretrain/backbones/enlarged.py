@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 LARGEST = 1 << 21  # products of all taps that are held at a time: 8 MB in float32, which caches hold
 BAND = 16  # rows of an enlarging matrix that share the range of columns that they read
@@ -39,7 +40,9 @@ def convolve_enlarged(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tenso
     """`conv2d(interpolate(x, size, bilinear, align_corners), weight, padding=K // 2)`, computed at the size of `x`.
 
     x [B, C, h, w], weight [O, C, K, K] with K odd, `size` (H, W) -> [B, O, H, W] in channels-last order. Under autocast
-    in its precision, as a convolution. Right for any sizes; `pays` tells where it is quicker, too.
+    in its precision, as a convolution. Right for any sizes; `pays` tells where it is quicker, too. Beside the result it
+    holds twice at most `LARGEST` values, or as many as the weight has, or one image's K * O * h * W where that is more;
+    for the backward pass it keeps `x` and the weight alone.
     """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     found: Tensor = _ConvolveEnlarged.apply(x.to(dtype), weight, _shape(x, weight, size))
@@ -59,7 +62,7 @@ def stands_for(conv: nn.Module) -> bool:
     if taps % 2 == 0 or geometry != ((taps, taps), (taps // 2, taps // 2), (1, 1), (1, 1), 1, "zeros"):
         return False
     hooks = conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks
-    return not any(hooks)
+    return not any(hooks) and not _has_any_global_hook()
 
 
 def pays(x: Tensor, weight: Tensor, size: tuple[int, int]) -> bool:
@@ -159,7 +162,7 @@ def _backward(
     grad = grad.permute(0, 2, 3, 1).flatten(2)
     across, down = _both_bands(shape, x.dtype, transposed=True)
     grad_rows = torch.empty_like(rows)
-    grad_kernel = torch.zeros_like(kernel, dtype=weight.dtype)
+    grad_kernel = torch.zeros_like(kernel, dtype=torch.promote_types(weight.dtype, torch.float32))
     for images, stripes in _parts(len(x), weight, shape):
         wide = torch.cat(_mix(down, grad[images]), dim=1).view(-1, taps, large_width, len(weight))
         for held, stripe in stripes:

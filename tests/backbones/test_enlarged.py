@@ -7,13 +7,16 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fusion, parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from geo_pretrain.backbones import enlarged, resnet_unet
 from geo_pretrain.backbones.enlarged import convolve_enlarged, pays, stands_for
 from geo_pretrain.backbones.resnet_unet import ResNetUNet, UpProjection
+from tests.backbones import test_resnet_unet as released
 
 CASES = {  # images, channels in and out, taps, small size, large size
     "double": (3, 6, 4, 5, (7, 9), (14, 18)),
@@ -101,6 +104,29 @@ def test_images_and_stripes_cover_every_row_once(monkeypatch: pytest.MonkeyPatch
             rows += range(stripe.start, stripe.stop)
     assert images == list(range(7))
     assert rows == list(range(7 * 6))
+
+
+class Sizes(TorchDispatchMode):
+    """The number of values of the largest tensor that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = [one for one in (out if isinstance(out, list | tuple) else [out]) if isinstance(one, Tensor)]
+        self.largest = max([self.largest, *(one.untyped_storage().nbytes() // one.element_size() for one in made)])
+        return out
+
+
+def test_no_more_is_held_than_stated(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(enlarged, "LARGEST", 4000)
+    x, weight = torch.randn(9, 2, 6, 8, requires_grad=True), torch.randn(4, 2, 5, 5, requires_grad=True)
+    out = convolve_enlarged(x, weight, (12, 16))
+    grad, stated = torch.ones_like(out), max(4000, weight.numel(), 5 * 4 * 6 * 16, out.numel())
+    assert 2 * stated < 9 * 6 * 8 * 25 * 4  # all products at once
+    with Sizes() as sizes:
+        torch.autograd.grad(convolve_enlarged(x, weight, (12, 16)), (x, weight), grad)
+    assert 0 < sizes.largest <= stated
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
@@ -256,6 +282,18 @@ def test_a_convolution_that_is_more_than_its_weight_takes_the_plain_way(how: str
     assert not always
 
 
+def test_hooks_of_all_modules_see_the_convolutions(always: list[tuple[int, ...]]):
+    seen: list[nn.Module] = []
+    up = changed("nothing")
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, out: seen.append(module))
+    try:
+        up(torch.randn(1, 8, 5, 6), (9, 13))
+    finally:
+        handle.remove()
+    assert up.conv1 in seen
+    assert not always
+
+
 @pytest.fixture
 def network() -> ResNetUNet:
     torch.manual_seed(0)
@@ -271,6 +309,13 @@ def test_the_whole_network_both_ways(network: ResNetUNet, always: list[tuple[int
     expected = network(images)
     assert len(always) == 8
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "limit"), [("eval", 1e-5), ("train", 1e-4)])
+def test_the_released_code_agrees(always: list[tuple[int, ...]], mode: str, limit: float):
+    golden = load_file(released.DATA / "res_unet2d_small.safetensors")
+    released.test_outputs_gradients_and_buffers_equal_the_released_code(golden, mode, limit)
+    assert len(always) == 8
 
 
 def test_traced_and_exported_networks_hold_plain_operations_for_any_size(network: ResNetUNet, always):
