@@ -264,13 +264,13 @@ def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
 
 
 def means_folder(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is meant: one with a checkpoint, any path, or an existing folder that is no catalog name."""
+    """Whether a folder is meant: one with a checkpoint, any path, or a folder (or run) that is no catalog name."""
     folder = Path(name_or_path).expanduser()
     if (folder / CONFIG).is_file() or not isinstance(name_or_path, str):
         return True
     separators = (os.sep, os.altsep or os.sep)  # Windows has two
     looks_like_path = any(one in name_or_path for one in separators) or name_or_path.startswith((".", "~"))
-    return looks_like_path or (folder.exists() and name_or_path not in CATALOG)
+    return looks_like_path or ((folder.exists() or Path(f"{folder}.run").is_dir()) and name_or_path not in CATALOG)
 
 
 def intact_checkpoint(folder: Path, roles: Iterable[str]) -> Checkpoint | None:
