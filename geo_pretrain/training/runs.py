@@ -153,9 +153,10 @@ class RunFolder:
 
     def refuse_length(self, changed_settings: Callable[[str], list[str]]) -> None:
         """`refuse` another length, before states are read: one beyond a shorter run's end is not damaged."""
-        recipe = self.saved_recipe()
-        if recipe is not None:
-            self.refuse(recipe, [change for change in changed_settings(recipe) if change.startswith(LENGTH)])
+        recipe, changed = self.saved_recipe(), list[str]()
+        with suppress(KeyError, TypeError, AttributeError, ValueError):  # of a state that is read, and refused, later
+            changed = [] if recipe is None else changed_settings(recipe)
+        self.refuse(recipe or "", [change for change in changed if change.startswith(LENGTH)])
 
     def load(self, steps: int | None = None) -> dict[str, Any] | None:
         """The latest saved state that can be used, its tensors on the CPU; None at the beginning of a run.

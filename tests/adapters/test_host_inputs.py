@@ -77,6 +77,7 @@ def test_detectors_take_lists():
     network = hosts.faster_rcnn(NAME, num_classes=3, pretrained=False, min_size=64, box_score_thresh=0.9)
     pixels = torch.rand(3, 64, 64)
     for given, said in (
+        ([], r"list of images is empty; accepted: at least one \[3, H, W\]"),
         (pixels, r"takes a list of images \[3, H, W\]; got a tensor of shape \(3, 64, 64\).*network\(\[network.tr"),
         (BYTES, r"got a numpy array uint8 \(64, 64, 3\)"),
         ("photo.png", "got the text 'photo.png'"),

@@ -92,6 +92,7 @@ def test_images_are_predicted_at_their_own_size_and_in_order(images):
     found = task.predict([large, small])
     assert [one.labels.shape for one in found] == [(120, 80), (60, 80)]
     assert np.array_equal(found[1].labels, task.predict([small])[0].labels)
+    assert task.predict([]) == []
 
 
 def test_a_run_is_a_checkpoint_folder_too(images, tmp_path):
