@@ -227,11 +227,9 @@ def test_factors_floor_and_clipping_scale_the_first_step(tmp_path):
 
 def test_batchnorm_momentum_of_the_schedule_and_of_the_backbone(tmp_path):
     key, head = "network.encoder.bn1.running_mean", "network.decoder.up4.bn1.running_mean"
-    pri3d = first_step(tmp_path, "pri3d")  # starts at 0.5
-    constant = first_step(tmp_path, "constant", "optim.bn_momentum=constant")  # torch's 0.1
-    slow = first_step(
-        tmp_path, "slow", "optim.bn_momentum=constant", "optim.backbone_bn_momentum=0.01", "network.transfer=encoder"
-    )
+    pri3d = first_step(tmp_path, "pri3d", "optim.bn_momentum=pri3d")  # starts at 0.5
+    constant = first_step(tmp_path, "constant")  # a toy's, torch's 0.1
+    slow = first_step(tmp_path, "slow", "optim.backbone_bn_momentum=0.01", "network.transfer=encoder")
     torch.testing.assert_close(pri3d[key], 5 * constant[key], rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(slow[key], constant[key] / 10, rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(slow[head], constant[head], rtol=1e-4, atol=1e-8)
