@@ -263,10 +263,13 @@ def _outdoor_entries() -> tuple[Entry, ...]:
 
 def _rooms_entries() -> tuple[Entry, ...]:
     text = "with depth proxy, from a random start on procedural rooms only"
-    arch, toy = RESNET_UNET["r18"], ImageContract(size=(72, 96))
+    arch = RESNET_UNET["r18"]
+    half, toy = ImageContract(size=(120, 160)), ImageContract(size=(72, 96))
+    hours = {"view": ("120x160, hours on two CPU cores", half)}  # what our own weights of this name were trained with
     full = [
-        _entry(f"pri3d_{prior}_r18.rooms", arch, ROOMS, "rooms", f"{what}, {text}; full size, for one GPU")
+        _entry(f"pri3d_{prior}_r18.rooms", arch, ROOMS, "rooms", f"{what}, {text}; {size}", contract)
         for prior, what in PRIORS.items()
+        for size, contract in [hours.get(prior, ("full size, for one GPU", CONTRACT))]
     ]
     toy_text = f"{PRIORS['view']}, {text}; minutes on a CPU, to see it work"
     return (*full, _entry("pri3d_view_r18.rooms_toy", arch, ROOMS, "rooms", toy_text, toy))
