@@ -47,7 +47,7 @@ LENGTHS = {
     "pri3d_view_geo_r50.lr001": "5 epochs of 64",
     "pri3d_view_r18": "5 epochs of 64",
     "pri3d_view_r18.nodepth": "5 epochs of 64",
-    "pri3d_view_r18.rooms": "20k steps of 64",
+    "pri3d_view_r18.rooms": "20k steps of 4",
     "pri3d_view_r18.rooms_toy": "350 steps of 4",
     "pri3d_view_r50": "5 epochs of 64",
     "pri3d_view_r50.continued": "2 epochs of 64",
