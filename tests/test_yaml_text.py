@@ -103,6 +103,7 @@ def test_deep_json_is_no_json(tmp_path, text):
 
 # Who parses by itself, and why nothing of a user's reaches it.
 OWN = {
+    "errors.py": "the last line of a run's log, which may be cut off",
     "files.py": "parse_json, and the digest of a tree that was parsed",
     "tensors.py": "refuses a key given twice, and catches RecursionError",
     "convert/out.py": "the header that the safetensors library has just made",

@@ -58,7 +58,7 @@ NO_FINETUNING = "--finetune-steps changes nothing: the demo fine-tunes no more; 
 def demo(
     out: Annotated[Path, folder_option("Folder for figures, report, checkpoint.", *OUT)] = Path("demo"),
     set_: Annotated[list[str], typer.Option("--set", help=SET_HELP)] = [],  # noqa: B006 (typer copies it)
-    finetune_steps: Annotated[int | None, typer.Option(help="Changes nothing any more.", hidden=True)] = None,
+    finetune_steps: Annotated[int | None, typer.Option(help="Changes nothing any more.")] = None,
 ) -> None:
     """Show what the shipped weights can do, a minute on a CPU; then pre-train for some minutes and show what it brings.
 

@@ -39,7 +39,7 @@ def test_auto_is_plain_where_numba_is_told_not_to_compile(monkeypatch: pytest.Mo
 def test_auto_is_fast_for_float32_on_the_cpu_only():
     with use("auto"):
         assert functional._kernels(ROWS).__name__ == "geo_pretrain.sparse.fast"
-        for rows in (ROWS.double(), ROWS.bfloat16(), ROWS.half(), ROWS.to("meta")):
+        for rows in (ROWS.double(), ROWS.half(), ROWS.to("meta")):  # bfloat16: where the processor multiplies it
             assert functional._kernels(rows) is plain
 
 

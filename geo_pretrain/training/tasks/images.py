@@ -51,7 +51,6 @@ class ImageUNetConfig(TaskConfig):
 class ImageUNetTask(ImageTask):
     """Pri3D's 2D U-Net `backbone.*` and, with `depth_proxy`, its depth head `headnet.*`; the loss is a subclass's."""
 
-    config: ImageUNetConfig
     find_arch = staticmethod(unet_arch)
 
     def __init__(self, recipe: Recipe, config: ImageUNetConfig, *, depth_proxy: bool) -> None:
@@ -72,7 +71,7 @@ class ImageUNetTask(ImageTask):
         With `joint` in one call, which is quicker where views are small, and BatchNorm sees all of them.
         """
         with self.autocast(views[0].device):
-            if self.config.joint:
+            if isinstance(self.config, ImageUNetConfig) and self.config.joint:
                 maps = self.backbone(torch.cat(views)).chunk(len(views))
             else:
                 maps = [self.backbone(images) for images in views]
