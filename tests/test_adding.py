@@ -106,7 +106,9 @@ def test_a_checkpoint_is_one_entry_and_one_recipe(copy: Path):
     path.write_text(content.replace("ENTRIES: tuple[Entry, ...] = (", "ENTRIES: tuple[Entry, ...] = (ADDED, "))
     recipes = copy / "geo_pretrain" / "training" / "recipes"
     like = (recipes / "pri3d_view_r18.rooms.yaml").read_text(encoding="utf-8")
-    recipe = like.replace("pri3d_view_r18.rooms", NAME).replace("resnet18", "resnet50")
+    recipe = (
+        like.replace("pri3d_view_r18.rooms", NAME).replace("resnet18", "resnet50").replace("[120, 160]", "[240, 320]")
+    )
     (recipes / f"{NAME}.yaml").write_text(recipe, encoding="utf-8")
     run(copy, "-m", "geo_pretrain.cards")  # what `make cards` does
     assert NAME in (copy / "docs/checkpoints.md").read_text(encoding="utf-8")
