@@ -164,7 +164,9 @@ def test_answers_follow_the_facts(empty_shelf, monkeypatch: pytest.MonkeyPatch):
     )
     measured = (Result("dense matching", "rooms", "recall at 4 px (%)", 40.0, "x.json", "random: 21.5"),)
     changed = replace(entry, status="published-here", files=files, measured=measured)
-    closed = replace(CATALOG["pri3d_view_r18.rooms"], license=License("MIT", "CC-BY-NC-4.0", (("x", "MIT"),), "none"))
+    closed = replace(
+        empty_shelf["pri3d_view_r18.rooms"], license=License("MIT", "CC-BY-NC-4.0", (("x", "MIT"),), "none")
+    )
     new = MappingProxyType({**empty_shelf, changed.name: changed, closed.name: closed})
     monkeypatch.setattr(ranking, "CATALOG", new)
     answer = recommend("segmentation", license="permissive", here=())
