@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from geo_pretrain import cards
 from geo_pretrain.cards.front_matter import license_fields
 from geo_pretrain.catalog import CATALOG, Arch, License
+from geo_pretrain.catalog.entry import Result
 from geo_pretrain.contract import ImageContract, VoxelContract
 from tests.cards_reading import (
     PUBLISHED,
@@ -186,6 +188,20 @@ def test_the_authors_own_weights_carry_their_numbers_as_metadata_and_ours_what_w
     assert with_numbers == {name for name in PUBLISHED if CATALOG[name].results} | ours
     assert len(with_numbers) >= 15
     assert "pri3d_view_r18" not in with_numbers  # its numbers are known, its weights are not public
+
+
+def test_what_was_measured_is_in_the_metadata_with_what_stands_beside_it_or_not():
+    numbers = [Result("dense matching", "rooms", "recall (%)", 57.8, "x.json", note) for note in ("random: 11.2", "")]
+    for number in numbers:
+        card = cards.render_entry(replace(CATALOG["pri3d_view_r18.rooms"], measured=(number,)))
+        (entry,) = metadata(card)["model-index"]
+        assert [result["metrics"][0]["value"] for result in entry["results"]] == [57.8]
+
+
+def test_no_card_has_an_empty_list_of_numbers():
+    for entry in CATALOG.values():
+        for index in metadata(cards.render_entry(entry)).get("model-index", []):
+            assert index["results"], entry.name
 
 
 def test_reported_numbers_in_the_metadata_name_their_paper():

@@ -64,8 +64,9 @@ def front_matter(
         data["datasets"] = datasets
     if started:  # the same weights have a repository there
         data["base_model"] = f"timm/resnet{started[1]}.tv_in1k"
-    if results:
-        data["model-index"] = model_index(name, results, papers)
+    index = model_index(name, results, papers)
+    if index[0]["results"]:
+        data["model-index"] = index
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1 << 20)}---"
 
 
@@ -109,13 +110,13 @@ def model_index(name: str, results: Iterable[Result], papers: Mapping[str, Paper
     """Group results by task and data, as huggingface_hub does, so that its client round-trips them.
 
     A benchmark that several papers measured has the numbers of the first one alone, since a group has one source.
-    Numbers with a note are left out: it is open whether they are of these weights.
+    A paper's numbers with a note are left out: it is open whether they are of these weights.
 
     A task's text is split at its first comma: "semantic segmentation, PSPNet" is the Hub's task semantic-segmentation,
     and the rest goes into the metric's name.
     """
     groups: dict[tuple[str, str], list[Result]] = {}
-    for result in (r for r in results if not r.note):
+    for result in (r for r in results if papers is None or not r.note):
         group = groups.setdefault((slug(task_of(result)), slug(result.dataset)), [])
         same_paper = papers is None or not group or papers[group[0].table] == papers[result.table]
         if same_paper and all((r.task, r.metric) != (result.task, result.metric) for r in group):

@@ -272,16 +272,8 @@ def product_task(block: Any) -> Callable[[Any], None]:
         """
         g = numba.carray(job, (18,))
         counter, rows, inputs, outputs, kernel, out = g[0], g[1], g[2], g[3], g[4], g[5]
-        starts, tiles, offsets, width, columns, height, share, shares = (
-            g[6],
-            g[7],
-            g[8],
-            g[9],
-            g[10],
-            g[11],
-            g[12],
-            g[13],
-        )
+        starts, tiles, offsets, width = g[6], g[7], g[8], g[9]
+        columns, height, share, shares = g[10], g[11], g[12], g[13]
         bounds = numba.carray(int64_at(starts), (tiles * offsets + 1,))
         result = numba.carray(float_at(out), (height, columns))
         while True:

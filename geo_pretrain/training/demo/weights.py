@@ -252,7 +252,7 @@ def _columns(
     surface, cloud = _lifted(extractor, rooms, pair.scene)
     views = [extractor.extract_frame(frame) for frame in matches.frames]
     colors = shared_pca([view.unit() for view in views] + [cloud.unit()])
-    above, below = (paint(color, view.index) for color, view in zip(colors, views, strict=False))
+    above, below = (paint(color, view.index) for color, view in zip(colors[:-1], views, strict=True))
     columns = [("matches", match_column(matches, THRESHOLD)), ("features", stacked(above, below))]
     if labels:
         columns.append(("labels", _label_column(extractor, rooms, pair, setting)))
