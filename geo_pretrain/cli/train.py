@@ -73,7 +73,7 @@ def demo(
         warnings.warn(NO_FINETUNING, FutureWarning, stacklevel=1)
     start = time.monotonic()
     shown, missing = _shown_weights(out)
-    console.print(f"\nNow a short pre-training, to show the path: {RECIPE}, about five minutes on two cores.")
+    console.print(f"\nNow a short pre-training, to show the path: {RECIPE}, two to five minutes on two cores.")
     with progress() as report:
         result = run_pretraining(out, overrides=set_, report=report)
     write_report(result, out, shown=shown, missing=missing)
