@@ -1,4 +1,4 @@
-"""What looking at a network's input costs: the check of images beside the whole forward pass, in turn.
+"""What looking at the values and sizes of a network's input costs, beside its whole forward pass, in turn.
 
     python -m benchmarks.inputs [--repeats 9]
 
@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.common import machine, spread, write_results
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder
-from geo_pretrain.inputs import check_images
+from geo_pretrain.inputs import check_images, look_at
 
-CALLS = 200  # of the check, whose time is small
+CALLS = 200  # of the checks, whose time is small
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
             begin = time.process_time()
             for _ in range(CALLS):
                 check_images(image, 3, network.conv1.weight)
+                look_at(network, image)
             middle = time.process_time()
             network(image)
             end = time.process_time()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from geo_pretrain.training.losses.fused import COLDEST, info_nce_of_rows
+from geo_pretrain.training.losses.fused import COLDEST, info_nce_of_rows, partition_nce_of_rows
 
 
 def info_nce(
@@ -76,39 +76,43 @@ def partition_info_nce(
         >>> loss.round(decimals=4)  # log(1 + exp(-1)) / 4: one of four parts holds a negative
         tensor(0.0783)
     """
-    part = (_eight_parts if partitions == 8 else _four_parts)(points, inner, outer)
-    logits = query / temperature @ key.T
-    # Rows of length 1 keep these powers far from overflow at any temperature above 0.03.
-    ratio = (logits - logits.diagonal()[:, None]).exp()
-    sums = ratio.new_zeros(len(ratio), partitions + 1).scatter_add(1, part, ratio)[:, :partitions]
-    return sums.log1p().mean()
+    # Rows of length 1 keep the ratios of powers far from overflow at any temperature above 0.03.
+    parts = _eight_parts if partitions == 8 else _four_parts
+
+    def around(rows: slice) -> Tensor:
+        return parts(points[rows], points, inner, outer)
+
+    return partition_nce_of_rows(query, key, around, partitions, temperature)
 
 
-def _four_parts(points: Tensor, inner: float, outer: float) -> Tensor:
-    """The part {above, below} x {inner < distance <= outer, distance > outer} of all rows around each: int64 [N, N].
+def _four_parts(anchors: Tensor, points: Tensor, inner: float, outer: float) -> Tensor:
+    """The part {above, below} x {inner < distance <= outer, distance > outer} of points around anchors: uint8 [A, N].
 
-    4 where a row lies in none: at the anchor's height, or within `inner`. The released code's fast partition.
+    4 where a point lies in none: at the anchor's height, or within `inner`. The released code's fast partition.
     """
-    distance = torch.cdist(points, points)
-    rise = points[None, :, 2] - points[:, None, 2]
-    part = torch.where(rise > 0, 0, 2) + (distance > outer)
-    part[(rise == 0) | (distance <= inner)] = 4  # none
-    return part
+    distance, (_, _, rise) = _distance(anchors, points)
+    part = (rise <= 0).byte().mul_(2).add_(distance > outer)
+    return part.masked_fill_((rise == 0).logical_or_(distance <= inner), 4)
 
 
-def _eight_parts(points: Tensor, inner: float, outer: float) -> Tensor:
-    """The part of all rows around each: int64 [N, N], 4 far + 2 azimuth + second; 8 where a row lies in none.
+def _eight_parts(anchors: Tensor, points: Tensor, inner: float, outer: float) -> Tensor:
+    """The part of points around anchors: uint8 [A, N], 4 far + 2 azimuth + second; 8 where a point lies in none.
 
     The released code's slow partition with two bins an angle: half-planes by azimuth, in [0, pi) or [pi, 2 pi); halves
     of the angle in the y-z plane modulo pi, so that opposite directions fall together; and {inner <= distance < outer,
     distance >= outer}. Angles that rounding puts at a full turn belong to the last bin.
     """
-    x, y, z = (points[None] - points[:, None]).unbind(-1)
-    distance = (x * x + y * y + z * z + 1e-7).sqrt()
+    distance, (x, y, z) = _distance(anchors, points, 1e-7)
     azimuth = (torch.atan2(y, x).remainder(2 * torch.pi) / torch.pi).floor().clamp(0, 1)
     second = ((torch.atan2(y, z) + 2 * torch.pi).remainder(torch.pi) / (torch.pi / 2)).floor().clamp(0, 1)
-    part = 4 * (distance >= outer) + (2 * azimuth + second).long()
-    return torch.where(distance < inner, 8, part)
+    part = (2 * azimuth + second).byte().add_((distance >= outer).byte().mul_(4))
+    return part.masked_fill_(distance < inner, 8)
+
+
+def _distance(anchors: Tensor, points: Tensor, floor: float = 0.0) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Distances [A, N] of points [N, 3] from anchors [A, 3], and the coordinates of the way from one to the other."""
+    x, y, z = (there - here[:, None] for here, there in zip(anchors.T, points.T.contiguous(), strict=True))
+    return (x * x).addcmul_(y, y).addcmul_(z, z).add_(floor).sqrt_(), (x, y, z)
 
 
 def anchor_nce(

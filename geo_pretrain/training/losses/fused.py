@@ -1,8 +1,8 @@
-"""InfoNCE of many rows, a block of scores at a time: no matrix of all scores is kept, in either direction."""
+"""Contrast between many rows, a block of scores at a time: no matrix of all scores is kept, in either direction."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -120,3 +120,62 @@ def _scores(
                 scores.masked_fill_(ignore[some, part], -torch.inf)
                 scores.diagonal(top, 1, 2).copy_(kept)  # a positive is never ignored
             yield some, part, own, scores
+
+
+Parts = Callable[[slice], Tensor]  # rows -> uint8 [n, N]: the part of each column around each row, `count` for none
+
+
+def partition_nce_of_rows(query: Tensor, key: Tensor, parts: Parts, count: int, temperature: float) -> Tensor:
+    """`contrastive.partition_info_nce` of query, key [N, C] and `count` parts: a scalar. No row is in a part of its own.
+
+    >>> rows = torch.eye(2)
+    >>> loss = partition_nce_of_rows(rows, rows, lambda some: rows[some].byte(), 1, 1.0)
+    >>> loss.round(decimals=4)  # log(1 + exp(-1)): the other row is the one part's only negative
+    tensor(0.3133)
+    """
+    loss: Tensor = _PartitionNCE.apply(query, key, parts, count, temperature)
+    return loss
+
+
+class _PartitionNCE(torch.autograd.Function):
+    """Forward keeps a number for each row and part, and the parts in a byte each; backward computes scores again."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, parts: Parts, count: int, temperature: float) -> Tensor:
+        sums = query.new_zeros(len(query), count + 1)  # the last: of no part
+        kept = []
+        for rows in _blocks(query):
+            kept.append(parts(rows))
+            sums[rows] = sums[rows].scatter_add(1, kept[-1].long(), _ratios(query, key, rows, temperature))
+        sums = sums[:, :count].contiguous()
+        ctx.save_for_backward(query, key, sums, *kept)
+        ctx.temperature = temperature
+        return sums.log1p().mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        query, key, sums, *kept = ctx.saved_tensors
+        # What a ratio of each part adds to the loss; a last column of zeros for the ratios of no part.
+        weights = torch.nn.functional.pad(grad / (ctx.temperature * sums.numel()) / (1 + sums), (0, 1))
+        grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
+        for rows, part in zip(_blocks(query), kept, strict=True):
+            shares = _ratios(query, key, rows, ctx.temperature) * weights[rows].gather(1, part.long())
+            own = shares.sum(-1, keepdim=True)
+            grad_query[rows] = shares @ key - own * key[rows]
+            grad_key += shares.T @ query[rows]
+            grad_key[rows] -= own * query[rows]
+        return grad_query, grad_key, None, None, None
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Cut rows [N, C] so that the scores of a block [n, N] stay within `BLOCK`."""
+    height = max(BLOCK.get(rows.device.type, BLOCK["cpu"]) // max(len(rows), 1), 1)
+    return (slice(top, min(top + height, len(rows))) for top in range(0, len(rows), height))
+
+
+def _ratios(query: Tensor, key: Tensor, rows: slice, temperature: float) -> Tensor:
+    """exp(score - own score) [n, N] of some rows with all columns."""
+    scores = (query[rows] / temperature) @ key.T
+    own = scores.diagonal(rows.start).clone()
+    return scores.sub_(own[:, None]).exp_()
