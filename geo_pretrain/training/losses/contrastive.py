@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from geo_pretrain.training.losses.fused import COLDEST, info_nce_of_rows, partition_nce_of_rows
+from geo_pretrain.training.losses.fused import COLDEST, info_nce_of_rows, log_sums, partition_nce_of_rows
 
 
 def info_nce(
@@ -121,7 +120,6 @@ def anchor_nce(
     *,
     temperature: float,
     negatives: Literal["positives", "anchors", "both"] = "positives",
-    chunk: int = 4096,
 ) -> Tensor:
     """Contrast each anchor with its positive, in one direction, with a choice of negatives.
 
@@ -129,7 +127,6 @@ def anchor_nce(
         anchors, positives: [N, C], normalized already; row i belongs to row i.
         negatives: "positives" are all other rows of `positives`, as in `info_nce` one way; "anchors" all other rows of
             `anchors`, the letter of Janda et al. (2022), who write "the feature vector of any other point"; or "both".
-        chunk: anchors compared at once; with more, the N x N scores are recomputed in the backward pass.
 
     Returns:
         A scalar: the mean over the rows of -log(exp(own / t) / (exp(own / t) + sum over negatives of exp(score / t))).
@@ -140,19 +137,11 @@ def anchor_nce(
         tensor(0.5514)
     """
 
-    def part(begin: int, end: int) -> Tensor:
-        rows, index = anchors[begin:end], torch.arange(begin, end, device=anchors.device)
-        positive = (rows * positives[begin:end]).sum(-1, keepdim=True) / temperature
-        scores = [positive if negatives == "anchors" else rows @ positives.T / temperature]
-        if negatives != "positives":
-            scores.append((rows @ anchors.T / temperature).scatter(1, index[:, None], -torch.inf))
-        return torch.cat(scores, dim=1).logsumexp(1) - positive[:, 0]
-
-    count = len(anchors)
-    if count <= chunk:
-        return part(0, count).mean()
-    bounds = [(begin, min(begin + chunk, count)) for begin in range(0, count, chunk)]
-    return torch.cat([checkpoint(part, *bound, use_reentrant=False) for bound in bounds]).mean()
+    positive = (anchors * positives).sum(-1) / temperature
+    sums = positive if negatives == "anchors" else log_sums(anchors, positives, temperature)
+    if negatives != "positives":
+        sums = torch.logaddexp(sums, log_sums(anchors, anchors, temperature, own=False))
+    return (sums - positive).mean()
 
 
 def nt_xent(

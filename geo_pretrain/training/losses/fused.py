@@ -122,6 +122,53 @@ def _scores(
             yield some, part, own, scores
 
 
+def log_sums(rows: Tensor, columns: Tensor, temperature: float, *, own: bool = True) -> Tensor:
+    """The logarithm of each row's sum of exp(score / temperature) over the columns [N, C]: [N].
+
+    `own`: whether row i is compared with column i.
+
+    >>> log_sums(torch.eye(2), torch.eye(2), 1.0, own=False)
+    tensor([0., 0.])
+    """
+    sums: Tensor = _LogSums.apply(rows, columns, temperature, own)
+    return sums
+
+
+class _LogSums(torch.autograd.Function):
+    """Forward keeps the sums alone; backward computes scores again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, temperature: float, own: bool) -> Tensor:
+        sums = rows.new_empty(len(rows))
+        for part in _blocks(rows):
+            sums[part] = _with_all(rows, columns, part, temperature, own).logsumexp(-1)
+        ctx.save_for_backward(rows, columns, sums)
+        ctx.settings = temperature, own
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, columns, sums = ctx.saved_tensors
+        temperature, own = ctx.settings
+        grad_rows, grad_columns = torch.empty_like(rows), torch.zeros_like(columns)
+        for part in _blocks(rows):
+            scores, total = _with_all(rows, columns, part, temperature, own), sums[part, None]
+            shares = scores.sub_(total).exp_().masked_fill_(total == -torch.inf, 0)  # a row that meets no column
+            shares.mul_((grad[part] / temperature)[:, None])
+            grad_rows[part] = shares @ columns
+            grad_columns += shares.T @ rows[part]
+        return grad_rows, grad_columns, None, None
+
+
+def _with_all(rows: Tensor, columns: Tensor, part: slice, temperature: float, own: bool) -> Tensor:
+    """Scores [n, N] of some rows with all columns."""
+    scores = (rows[part] / temperature) @ columns.T
+    if not own:
+        scores.diagonal(part.start).fill_(-torch.inf)
+    return scores
+
+
 Parts = Callable[[slice], Tensor]  # rows -> uint8 [n, N]: the part of each column around each row, `count` for none
 
 
@@ -176,6 +223,6 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
 
 def _ratios(query: Tensor, key: Tensor, rows: slice, temperature: float) -> Tensor:
     """exp(score - own score) [n, N] of some rows with all columns."""
-    scores = (query[rows] / temperature) @ key.T
+    scores = _with_all(query, key, rows, temperature, own=True)
     own = scores.diagonal(rows.start).clone()
     return scores.sub_(own[:, None]).exp_()

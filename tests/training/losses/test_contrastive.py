@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from geo_pretrain.training import losses
+from geo_pretrain.training.losses import fused
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,27 @@ def test_eight_partitions_equal_the_loop_and_each_holds_rows():
         *(torch.from_numpy(a) for a in (query, key, points)), temperature=0.4, inner=0.3, outer=0.9, partitions=8
     )
     assert (got.item(), met) == (pytest.approx(total, rel=1e-10), set(range(8)))
+
+
+def whole_partition_nce(query, key, points, temperature, inner, outer):
+    """The released code's fast form, on whole matrices."""
+    part = torch.where(points[None, :, 2] > points[:, None, 2], 0, 2) + (torch.cdist(points, points) > outer)
+    none = (points[None, :, 2] == points[:, None, 2]) | (torch.cdist(points, points) <= inner)
+    ratio = ((query @ key.T - (query * key).sum(1, keepdim=True)) / temperature).exp() * ~none
+    return torch.stack([(ratio * (part == number)).sum(1) for number in range(4)]).log1p().mean()
+
+
+@pytest.mark.parametrize("block", [1, 300, 2000, 1 << 20])  # scores: a row at a time, some rows, the last block shorter
+def test_gradients_of_partition_nce_are_those_of_whole_matrices_in_blocks_of_any_size(block, monkeypatch):
+    monkeypatch.setitem(fused.BLOCK, "cpu", block)
+    generator = torch.Generator().manual_seed(3)
+    points = torch.rand(70, 3, generator=generator, dtype=torch.float64)
+    rows = [torch.randn(70, 8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    got = losses.partition_info_nce(*rows, points, temperature=0.4, inner=0.3, outer=0.6)
+    want = whole_partition_nce(*rows, points, 0.4, 0.3, 0.6)
+    torch.testing.assert_close(got, want)
+    ours, theirs = (torch.autograd.grad(3 * loss, rows) for loss in (got, want))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_partition_nce_of_anchors_that_are_all_close_is_zero():

@@ -14,6 +14,7 @@ from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
+from geo_pretrain.training.losses import fused
 from geo_pretrain.training.losses.contrastive import anchor_nce, nt_xent
 from geo_pretrain.training.recipe import list_recipes, load_recipe
 from geo_pretrain.training.tasks import build_task
@@ -66,22 +67,21 @@ def slow_nt_xent(view1, view2, temperature):
 
 
 @pytest.mark.parametrize("negatives", ["positives", "anchors", "both"])
-@pytest.mark.parametrize("chunk", [4096, 3, 11])
-def test_every_reading_of_the_negatives_equals_the_loop(negatives, chunk):
+@pytest.mark.parametrize("block", [1, 33, 1 << 20])  # scores: one anchor, three, and all at a time
+def test_every_reading_of_the_negatives_equals_the_loop(negatives, block, monkeypatch):
+    monkeypatch.setitem(fused.BLOCK, "cpu", block)
     anchors, positives = unit_rows(2, 11, 5)
     tensors = [torch.from_numpy(rows).requires_grad_() for rows in (anchors, positives)]
-    loss = anchor_nce(*tensors, temperature=0.2, negatives=negatives, chunk=chunk)
+    loss = anchor_nce(*tensors, temperature=0.2, negatives=negatives)
     assert loss.item() == pytest.approx(slow_nce(anchors, positives, 0.2, negatives), rel=1e-12)
-    assert torch.autograd.gradcheck(
-        lambda a, p: anchor_nce(a, p, temperature=0.2, negatives=negatives, chunk=chunk), tensors
-    )
+    assert torch.autograd.gradcheck(lambda a, p: anchor_nce(a, p, temperature=0.2, negatives=negatives), tensors)
 
 
 def test_negatives_of_the_other_side_are_algorithm_1_of_ppkt():
     golden = load_file(Path(__file__).parents[2] / "data" / "losses.safetensors")
     query, key = (golden[name].clone().requires_grad_() for name in "qk")
     unit = [torch.nn.functional.normalize(rows, dim=1) for rows in (query, key)]
-    loss = anchor_nce(*unit, temperature=0.04, chunk=100)
+    loss = anchor_nce(*unit, temperature=0.04)
     loss.backward()
     for got, name in ((loss.detach()[None], "loss_mean"), (query.grad, "grad_mean_z3d"), (key.grad, "grad_mean_z2d")):
         want = golden[f"ppnce.{name}"]
