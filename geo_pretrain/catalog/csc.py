@@ -7,6 +7,7 @@ terms are given for the weights, so their entry states what ScanNet imposes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from geo_pretrain.catalog.entry import AuthorsFile, Entry, Paper, Result, limited, new_entry
@@ -86,8 +87,9 @@ def _published(key: str) -> Entry:
     )
 
 
-ROOMS_TEXT = f"{TEXT}, on procedural rooms only; full size, for one GPU"
+ROOMS_TEXT = f"{TEXT}, on procedural rooms only; 5 cm, hours of a CPU"
+ROOMS_CONTRACT = replace(CONTRACT, voxel_size=0.05)
 ENTRIES: tuple[Entry, ...] = (
     *(_published(key) for key in RUNS),
-    _entry("csc_srunet34.rooms", SRUNET34, ROOMS_LICENSE, "rooms", ROOMS_TEXT),
+    _entry("csc_srunet34.rooms", SRUNET34, ROOMS_LICENSE, "rooms", ROOMS_TEXT, contract=ROOMS_CONTRACT),
 )

@@ -6,7 +6,7 @@ LENGTHS = {
     "csc_60k_srunet34": "60k steps of 32",
     "csc_100k_srunet34": "100k steps of 32",
     "csc_partition4_srunet34": "100k steps of 32",
-    "csc_srunet34.rooms": "20k steps of 32",
+    "csc_srunet34.rooms": "10k steps of 1",
     "depth_prediction_r18.rooms": "20k steps of 64",
     "depth_prediction_r50": "5 epochs of 64",
     "global_kd_srunet34": "60k steps of 24",
