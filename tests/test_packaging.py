@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from geo_pretrain import __version__
+from geo_pretrain.catalog import CATALOG
 
 ROOT = Path(__file__).parents[1]
 CHECK = (
@@ -124,3 +126,9 @@ def test_bare_checkout_works(checkout, environment):
 def test_link_training_leads_into_the_package():
     assert (ROOT / "training").is_symlink()
     assert os.readlink(ROOT / "training") == "geo_pretrain/training"
+
+
+def test_urls_of_the_metadata_are_papers_of_the_catalog_under_labels_that_an_index_takes():
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    assert set(urls.values()) <= {entry.paper.url for entry in CATALOG.values()}
+    assert all(len(label) <= 32 for label in urls)
