@@ -299,7 +299,7 @@ def test_a_written_row_is_read_back(tmp_path: Path):
             "x",
             (120, 160),
             ("https://h/r",),
-            (Result("a", "b", "c", 1.5, "d", 'said "so"'),),
+            (Result("a", "b", "c", 1.5, f"results.json#/{'deep/' * 30}", 'said "so"'),),
         ),
         "a_r18": Shipped("q", {}, "y"),
     }
@@ -307,6 +307,7 @@ def test_a_written_row_is_read_back(tmp_path: Path):
     shutil.copyfile(shipped.__file__, path)
     shipped_file.write_shipped(path, rows)
     assert shipped_file.read_shipped(path) == rows
+    assert {line[-6:] for line in path.read_text().splitlines() if len(line) > 120} == {": E501"}
     shipped_file.write_shipped(path, shipped.SHIPPED)
     assert path.read_text() == Path(shipped.__file__).read_text()
     path.write_text("SHIPPED = (")

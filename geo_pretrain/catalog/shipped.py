@@ -38,7 +38,7 @@ SHIPPED: Mapping[str, Shipped] = {
                 dataset="7-Scenes, kitchen",
                 metric="recall at 4 px (%)",
                 value=16.29,
-                table="benchmarks/results/awareness_kitchen.json#/networks/pri3d_view_r18.rooms/matching/layers/layer2 ~18/4 px/mean",
+                table="benchmarks/results/awareness_kitchen.json#/networks/pri3d_view_r18.rooms/matching/layers/layer2 ~18/4 px/mean",  # noqa: E501
                 note="random: 8.3",
             ),
         ),

@@ -24,7 +24,16 @@ from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.training.demo import weights
 from geo_pretrain.training.demo.pretraining import RECIPE, PretrainingResult, Spread
 from geo_pretrain.training.demo.report import table_rows, verdict, weights_rows, what_next, write_report
-from geo_pretrain.training.demo.weights import NAME, Scores, Setting, Shown, find_weights, why_missing
+from geo_pretrain.training.demo.weights import (
+    NAME,
+    POINT_NAME,
+    Scores,
+    Setting,
+    Shown,
+    find_point_network,
+    find_weights,
+    why_missing,
+)
 from geo_pretrain.training.evaluation.metrics import Interval
 from geo_pretrain.training.evaluation.probes import ProbeSpec
 from geo_pretrain.training.recipe import load_recipe
@@ -63,7 +72,10 @@ def clone(tmp_path_factory):
         run = write_tiny(folder / "run" / NAME, **RUN).folder
         add.add_run(run, folder / "weights")
         give(patch, shipped_file.read_shipped(listed)[NAME].applied(catalog.CATALOG[NAME]))
-        patch.setenv("GEO_PRETRAIN_HUB", f",{folder}/weights/geo_pretrain_weights/geo_pretrain_weights")
+        hub = folder / "weights/geo_pretrain_weights/geo_pretrain_weights"
+        points = write_tiny_3d(hub / POINT_NAME, POINT_NAME)
+        give(patch, replace(catalog.CATALOG[POINT_NAME], arch=points.arch, contract=points.contract))
+        patch.setenv("GEO_PRETRAIN_HUB", f",{hub}")
         yield folder
 
 
@@ -95,7 +107,7 @@ def test_demo_shows_the_weights_of_a_clone_first_and_then_pre_trains(ran):
         assert len(scores.recall) == len(scores.scenes) == len(scores.accuracy) == len(scores.miou) == 2
         assert all(0 <= value <= 1 for value in (*scores.recall, *scores.accuracy, *scores.miou))
     titles = [title for title, _ in shown.columns]
-    assert titles == ["matches", "features", *(["labels"] if shown.label_gain.low > 0 else []), "points"]
+    assert titles == ["matches", "features", *(["labels"] if shown.label_gain.low > 0 else []), "points", "points, 3D"]
     assert not shown.installed  # it lies in the clone alone
     stages = [line.partition(":")[0] for line in ended.errors.splitlines()]
     wanted = ["rendering rooms", "measuring", "pre-training"]
@@ -131,6 +143,7 @@ def test_without_weights_the_demo_says_what_to_install(clone, tmp_path, monkeypa
     monkeypatch.setenv("GEO_PRETRAIN_HUB", "")
     shown, missing = _shown_weights(tmp_path)
     assert shown is None
+    assert find_point_network() is None
     assert "pip install geo_pretrain_weights` or, in a clone of geo_pretrain, `make weights`" in missing
     assert " ".join(missing.split()) in " ".join(capsys.readouterr().out.split())
     shutil.copytree(clone / "weights/geo_pretrain_weights/geo_pretrain_weights", tmp_path / "hub")

@@ -14,7 +14,7 @@ from typing import Any
 
 from geo_pretrain.training.demo.machine import machine
 from geo_pretrain.training.demo.pretraining import THRESHOLD, PretrainingResult
-from geo_pretrain.training.demo.weights import PICTURE, Shown
+from geo_pretrain.training.demo.weights import PICTURE, POINT_NAME, Shown
 from geo_pretrain.training.evaluation.features import RANDOM
 from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.evaluation.verdict import sentence
@@ -170,6 +170,7 @@ COLUMNS = {
     "features": "their three main directions as colors, the same for both views and the points",
     "labels": "the true ones of a frame and, below, those that the nearest features carry to it from other frames",
     "points": "the room's points with the mean feature of the pixels that see them",
+    "points, 3D": f"the same points with the features of {POINT_NAME}, a network for points, in colors of their own",
 }
 
 

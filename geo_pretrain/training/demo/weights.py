@@ -1,7 +1,7 @@
 """What finished weights can do, about a minute on a CPU: on rooms that nobody trained on, beside random weights.
 
 Pixels are matched between two views. Labels of two frames of a room are carried to its other frames by the nearest
-features. Features are drawn as colors, on two views and on the room's points.
+features. Features are drawn as colors, on two views and on the room's points; those of a network for points, too.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.evaluation.features import (
     RANDOM,
+    CloudExtractor,
     EncoderMaps,
     Features,
     ImageExtractor,
@@ -56,6 +57,7 @@ from geo_pretrain.training.visualize.points import TOP
 from geo_pretrain.training.visualize.strip import cloud_column, match_column, save_strip, stacked
 
 NAME = "pri3d_view_r18.rooms"  # the weights for images that this project ships
+POINT_NAME = "csc_srunet34.rooms"  # those for points
 IMAGENET = "ImageNet"
 THRESHOLD = THRESHOLDS["px"]
 PICTURE = "weights.png"
@@ -105,7 +107,8 @@ class Shown:
     scores: dict[str, Scores]  # random weights, ImageNet's where they are at hand, `name`
     chance: float  # recall of a cell drawn at random
     setting: Setting
-    columns: tuple[tuple[str, Image.Image], ...]  # "matches", "features", "labels" where they gain, "points"
+    # "matches", "features", "labels" where they gain, "points", "points, 3D" where such weights are at hand
+    columns: tuple[tuple[str, Image.Image], ...]
     installed: bool  # the name loads in any folder, without a network
     seconds: float
 
@@ -137,6 +140,16 @@ def find_weights(name: str) -> Checkpoint:
     return opened.fetch(*opened.network_roles(), optional=("recipe",))
 
 
+def find_point_network() -> CloudExtractor | None:
+    """Load the shipped network for points, if it is on this machine."""
+    try:
+        opened = hub.open(POINT_NAME, local_files_only=True)
+        folder = opened.fetch(*opened.network_roles()).folder
+    except HubError:
+        return None
+    return cast(CloudExtractor, load_extractor(folder))
+
+
 def why_missing(name: str, error: HubError) -> str:
     """What to say where a name is not on this machine: what to install; of damaged files what is wrong with them."""
     hubs = [place.strip() for place in os.environ.get(hub.HUB_VARIABLE, "").split(",") if place.strip()]
@@ -158,7 +171,7 @@ def show_weights(
     `find_weights`, before anything is rendered.
     """
     began = time.monotonic()
-    checkpoint = find_weights(name)
+    checkpoint, point_network = find_weights(name), find_point_network()
     rooms = Rooms(setting.config())
     rooms.prepare(stage_of(report, "rendering rooms", f"{setting.size[0]}x{setting.size[1]}"))
     spec = DataSpec("rooms", size=setting.size, overlap=setting.overlap, max_pairs_per_scene=setting.pairs)
@@ -168,7 +181,8 @@ def show_weights(
         scores[title], chance = _measure(extractor, rooms, pairs, setting, stage_of(report, "measuring", title))
     shown = Shown(name, scores, chance, setting, (), checkpoint.name in folders_here(), 0.0)
     typical = pairs[int(np.argsort(shown.ours.recall, kind="stable")[len(shown.ours.recall) // 2])]  # no better than the numbers
-    columns = tuple(_columns(networks[name], rooms, typical, setting, labels=shown.label_gain.low > 0))
+    drawn = _columns(networks[name], point_network, rooms, typical, setting, labels=shown.label_gain.low > 0)
+    columns = tuple(drawn)
     if out is not None:
         save_strip(columns, out / PICTURE)
     return replace(shown, columns=columns, seconds=round(time.monotonic() - began, 1))
@@ -245,9 +259,15 @@ def _labelled(extractor: ImageExtractor, rooms: Rooms, scene: str, setting: Sett
 
 
 def _columns(
-    extractor: ImageExtractor, rooms: Rooms, pair: Pair, setting: Setting, *, labels: bool
+    extractor: ImageExtractor,
+    point_network: CloudExtractor | None,
+    rooms: Rooms,
+    pair: Pair,
+    setting: Setting,
+    *,
+    labels: bool,
 ) -> list[tuple[str, Image.Image]]:
-    """The columns of the picture; features of both views and of the points share one color space."""
+    """The columns of the picture; features of pixels share one color space, in both views and on the points."""
     matches = match_pair(extractor, rooms, pair, size=setting.size)
     surface, cloud = _lifted(extractor, rooms, pair.scene)
     views = [extractor.extract_frame(frame) for frame in matches.frames]
@@ -261,6 +281,10 @@ def _columns(
     seen &= height <= height.min() + TOP * (height.max() - height.min())  # ceilings hide what is below them
     points, painted = surface.points[seen], colors[-1][cloud.index[seen]]
     columns.append(("points", cloud_column(points, painted, spacing(points))))
+    if point_network is not None:
+        of_points = point_network.extract_surface(surface, [])
+        (painted,) = shared_pca([of_points.unit()])
+        columns.append(("points, 3D", cloud_column(points, painted[of_points.index[seen]], spacing(points))))
     return columns
 
 

@@ -173,7 +173,7 @@ Parts = Callable[[slice], Tensor]  # rows -> uint8 [n, N]: the part of each colu
 
 
 def partition_nce_of_rows(query: Tensor, key: Tensor, parts: Parts, count: int, temperature: float) -> Tensor:
-    """`contrastive.partition_info_nce` of query, key [N, C] and `count` parts: a scalar. No row is in a part of its own.
+    """`contrastive.partition_info_nce` of query, key [N, C] and `count` parts: a scalar.
 
     >>> rows = torch.eye(2)
     >>> loss = partition_nce_of_rows(rows, rows, lambda some: rows[some].byte(), 1, 1.0)
