@@ -19,6 +19,7 @@ from pathlib import Path
 
 from geo_pretrain.errors import CheckpointError, DataError
 from geo_pretrain.files import locked
+from geo_pretrain.training.runs import Interrupted
 
 PAUSE = 20.0  # s until a process that has to wait for another one's job looks again
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
@@ -62,7 +63,11 @@ def _do(job: Job, say: Callable[[str], None]) -> bool:
             return False
         if not job.is_done():
             begun = time.monotonic()
-            job.run()
+            try:
+                job.run()
+            except Interrupted as stop:  # it was asked to; the state is saved
+                say(f"{job.name}: {stop}")
+                sys.exit(stop.exit_code)
             say(f"{time.strftime('%H:%M:%S')} {job.name}: {time.monotonic() - begun:.0f} s")
     return True
 

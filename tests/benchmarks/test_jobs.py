@@ -12,6 +12,7 @@ from benchmarks import jobs
 from benchmarks.jobs import Job, parser_of, work
 from geo_pretrain.errors import DataError
 from geo_pretrain.files import locked
+from geo_pretrain.training.runs import Interrupted
 
 
 @pytest.fixture
@@ -44,6 +45,18 @@ def test_jobs_are_done_in_order_each_once(made, tmp_path):
 def test_a_job_waits_for_what_it_needs_and_others_are_done_meanwhile(made):
     work([made("table", needs=["weights"]), made("other"), made("weights")])
     assert made.ran == ["other", "weights", "table"]
+
+
+def test_a_job_that_was_asked_to_stop_says_so_and_ends_the_process(made, tmp_path):
+    def stopped():
+        raise Interrupted("Stopped after step 3 of 9.", terminated=True)
+
+    told = []
+    with pytest.raises(SystemExit) as ended:
+        work([Job("sweep", tmp_path / "sweep.job", lambda: False, stopped), made("other")], told.append)
+    assert ended.value.code == 0  # as the package's own commands end where a scheduler takes a job back
+    assert told == ["sweep: Stopped after step 3 of 9."]
+    assert made.ran == []
 
 
 def test_a_need_that_nobody_writes_is_named(made):
