@@ -146,7 +146,7 @@ def _reshaped(shape: tuple[int, ...], in_chans: int) -> str:
 
 
 def look_at(network: Any, x: Any, *, doubt: bool = True) -> tuple[float, float] | None:
-    """Raise `InputError` for images with values that are not finite; warn if the first ones do not fit the contract.
+    """Raise `InputError` for images with values that are not finite; warn once of those that do not fit the contract.
 
     On other devices than a CPU the first input alone is looked at, which `network._looked` remembers. `network` has a
     `contract`, or None. Returns the `extremes`, None if nothing was looked at.
@@ -161,8 +161,10 @@ def look_at(network: Any, x: Any, *, doubt: bool = True) -> tuple[float, float] 
         return None
     network._looked = True
     check_finite(x, span, "images", "images")
-    said = network.contract.doubt(span) if first and doubt and network.contract is not None else None
+    told = not doubt or getattr(network, "_doubted", False)
+    said = None if told or network.contract is None else network.contract.doubt(span)
     if said is not None:
+        network._doubted = True
         name = getattr(network, "name", None) or "This network"
         warnings.warn(f"{name} expects {network.contract}; {said}", stacklevel=caller_level())
     return span

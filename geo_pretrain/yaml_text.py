@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 
 LONGEST = 512 * 1024  # bytes; a recipe that lists all scenes of ScanNet has 20,000
 SHORT = 16 * 1024  # bytes of texts whose trees are kept: a run reads its recipe several times
+PLACEHOLDER = re.compile(r"\{[A-Za-z]\w*\}")  # as in names of files; YAML reads a mapping without values
 EXPANDED = 4 * LONGEST  # characters, with every alias written out
 
 
@@ -38,6 +40,23 @@ def parse_yaml(text: str | bytes) -> Any:
         raise yaml.YAMLError("it is nested too deeply, or a value contains itself") from None
     except (ValueError, AttributeError) as error:  # of values that look like a date or have a wrong tag
         raise yaml.YAMLError(f"a value cannot be read: {error}") from None
+
+
+def parse_setting(text: str) -> Any:
+    """Parse the value of a KEY=VALUE by `parse_yaml`; a text with a placeholder, such as {split}annot, is a text.
+
+    >>> parse_setting("{split}annot"), parse_setting("{split}"), parse_setting("{scenes: 2}")
+    ('{split}annot', '{split}', {'scenes': 2})
+    """
+    placeholder = PLACEHOLDER.search(text) is not None
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        if placeholder:
+            return text.strip()
+        raise
+    empty = isinstance(value, Mapping) and all(each is None for each in value.values())
+    return text.strip() if placeholder and empty else value
 
 
 def _parsed(text: str | bytes) -> Any:

@@ -154,6 +154,15 @@ def test_pixels_that_were_not_normalized_are_told_once_at_the_callers_line(scale
         run(pickle.loads(pickle.dumps(network)), pixels)
 
 
+def test_pixels_that_were_not_normalized_are_told_of_after_good_ones():
+    network = copy.deepcopy(networks()["unet"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(network, IMAGES)
+    with pytest.warns(UserWarning, match="pixels from 0 to 255"):
+        run(network, torch.rand(1, 3, 40, 48) * 255)
+
+
 def test_what_transforms_give_is_quiet():
     network = copy.deepcopy(networks()["unet"])
     with warnings.catch_warnings():

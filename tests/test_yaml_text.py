@@ -16,7 +16,7 @@ from geo_pretrain.files import parse_json, read_sealed
 from geo_pretrain.training.config import Draft, changes
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, load_finetune_recipe
 from geo_pretrain.training.recipe import load_recipe
-from geo_pretrain.yaml_text import LONGEST, parse_yaml
+from geo_pretrain.yaml_text import LONGEST, parse_setting, parse_yaml
 
 
 def laughs(kind: str, levels: int = 40) -> str:
@@ -123,3 +123,28 @@ def test_json_and_yaml_are_parsed_in_one_place_each():
         if parsing.search(re.sub(r'""".*?"""', "", path.read_text(encoding="utf-8"), flags=re.S))
     }
     assert found == OWN.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{split}annot", "{split}annot"),
+        ("{split}", "{split}"),
+        ("a/{split}/b", "a/{split}/b"),
+        ("'{split}'", "{split}"),
+        ("{images: '{split}', n: 3}", {"images": "{split}", "n": 3}),
+        ("{scenes: 2}", {"scenes": 2}),
+        ("{}", {}),
+        ("[1, 2]", [1, 2]),
+        ("0.5", 0.5),
+    ],
+)
+def test_a_placeholder_in_a_setting_is_a_text(text, value):
+    assert parse_setting(text) == value
+
+
+def test_a_setting_that_is_no_yaml_is_still_refused():
+    with pytest.raises(yaml.YAMLError):
+        parse_setting("{a: [}")
+    recipe = load_finetune_recipe("folder_unet", ["data.options.labels={split}annot"])
+    assert recipe.data.options["labels"] == "{split}annot"

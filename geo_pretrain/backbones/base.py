@@ -24,6 +24,7 @@ class Backbone(nn.Module):
     contract: ImageContract | VoxelContract | None = None
     load_report: Any = None  # a loading.LoadReport; that module imports this one
     _looked = False  # at the values of an input
+    _doubted = False  # that an input fits the contract
 
     def _warn(self, doubt: str | None) -> None:
         """Warn at the caller's line of input that does not fit the contract."""
@@ -128,7 +129,7 @@ class EncoderDecoder(ImageBackbone):
     def _maps(self, x: Tensor) -> Any:
         """The encoder's maps. It checks the images, and has no contract: the whole network has."""
         maps = self.encoder(x)
-        if not self._looked:
+        if not self._doubted:
             self.look_at(x)
         return maps
 

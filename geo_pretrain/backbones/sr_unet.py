@@ -232,8 +232,10 @@ class SRUNet(Backbone):
             return
         self._looked = True
         check_finite(x.computed_feats, span, "features", "feats")
-        if first and self.contract is not None:
-            self._warn(self.contract.doubt(x.sorted_feats.detach()))
+        if self.contract is not None and not self._doubted:
+            said = self.contract.doubt(x.sorted_feats.detach())
+            self._doubted = said is not None
+            self._warn(said)
 
 
 def _is_proxy(x: object) -> bool:

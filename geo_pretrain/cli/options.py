@@ -111,7 +111,7 @@ def options_of(given: list[str]) -> dict[str, Any] | None:
     """Convert `--option KEY=VALUE`s to options of a data set; None without any."""
     import yaml
 
-    from geo_pretrain.yaml_text import parse_yaml
+    from geo_pretrain.yaml_text import parse_setting
 
     for text in given:
         if "=" not in text:
@@ -119,7 +119,7 @@ def options_of(given: list[str]) -> dict[str, Any] | None:
     options = {}
     for key, _, value in (text.partition("=") for text in given):
         try:
-            options[key] = parse_yaml(value)
+            options[key] = parse_setting(value)
         except yaml.YAMLError as error:
             raise typer.BadParameter(
                 f"--option {key}={value[:80]!r} is no YAML value ({first_line(error)})."

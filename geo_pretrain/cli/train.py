@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sized
@@ -261,7 +262,7 @@ def _of_length(spec: FinetuneRecipe, steps: int | None, epochs: float | None) ->
         return spec
     if steps is not None and epochs is not None:
         raise typer.BadParameter(f"--steps {steps} and --epochs {epochs:g} are given; accepted is one of the two.")
-    if epochs is not None and epochs <= 0:
+    if epochs is not None and not 0 < epochs < math.inf:
         raise typer.BadParameter(f"--epochs is {epochs:g}; accepted: a number above 0, also below 1.")
     return with_length(spec, steps=steps, epochs=epochs)
 

@@ -20,7 +20,7 @@ import yaml
 
 from geo_pretrain.errors import GeoPretrainError, RecipeError, nearest
 from geo_pretrain.training.checks import Mistakes, Problem, all_mistakes, type_hints
-from geo_pretrain.yaml_text import copied, parse_yaml, read_yaml
+from geo_pretrain.yaml_text import copied, parse_setting, parse_yaml, read_yaml
 
 T = TypeVar("T")
 # Metadata of a dataclass field, `field(default_factory=dict, metadata=OTHER_KEYS)`: it takes all keys that the
@@ -75,7 +75,7 @@ class Draft:
                 self._note(f"Override {override!r} is not of the form key=value, such as optim.lr=0.05.")
                 continue
             try:
-                value = parse_yaml(text)
+                value = parse_setting(text)
             except yaml.YAMLError:
                 self._note(f"Override {override!r}: {text!r} is not valid YAML.")
                 continue

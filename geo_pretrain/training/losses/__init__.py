@@ -12,7 +12,7 @@ from geo_pretrain.training.losses.contrastive import (
 )
 from geo_pretrain.training.losses.depth import depth_loss
 from geo_pretrain.training.losses.distillation import crd_loss, crd_scores, kl_distillation, l2_distillation
-from geo_pretrain.training.losses.fused import info_nce_of_rows
+from geo_pretrain.training.losses.fused import info_nce_of_rows, log_sums, partition_nce_of_rows
 from geo_pretrain.training.losses.offsets import center_offsets, direction_loss, offset_loss
 from geo_pretrain.training.losses.segmentation import lovasz_softmax
 from geo_pretrain.training.losses.sets import set_info_nce
@@ -40,11 +40,13 @@ __all__ = [
     "info_nce_of_rows",
     "kl_distillation",
     "l2_distillation",
+    "log_sums",
     "lovasz_softmax",
     "nt_xent",
     "objectness_loss",
     "offset_loss",
     "partition_info_nce",
+    "partition_nce_of_rows",
     "queue_nce",
     "set_info_nce",
     "vote_loss",

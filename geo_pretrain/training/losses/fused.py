@@ -127,7 +127,8 @@ def log_sums(rows: Tensor, columns: Tensor, temperature: float, *, own: bool = T
 
     `own`: whether row i is compared with column i.
 
-    >>> log_sums(torch.eye(2), torch.eye(2), 1.0, own=False)
+    >>> rows = torch.eye(2)
+    >>> log_sums(rows, rows, 1.0, own=False)
     tensor([0., 0.])
     """
     sums: Tensor = _LogSums.apply(rows, columns, temperature, own)

@@ -73,8 +73,8 @@ attack(
 )
 attack(
     "STACK_GLOBAL through an attribute",
-    lambda c: proto(call(stacked("pathlib", "os.system"), f"touch {c}"), 4),
-    "pathlib.os.system",
+    lambda c: proto(call(stacked("shutil", "os.system"), f"touch {c}"), 4),
+    "shutil.os.system",
     fires=True,
 )
 attack(
