@@ -40,7 +40,7 @@ from geo_pretrain.training.recipe import load_recipe
 from tests.front_door import geo_pretrain
 from tests.test_distribution import RUN, add, give, make_narrow, shipped_file
 from tests.test_pages import parse
-from tests.zoo import as_tiny, write_tiny, write_tiny_3d
+from tests.zoo import write_tiny, write_tiny_3d
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -74,7 +74,8 @@ def clone(tmp_path_factory):
         give(patch, shipped_file.read_shipped(listed)[NAME].applied(catalog.CATALOG[NAME]))
         hub = folder / "weights/geo_pretrain_weights/geo_pretrain_weights"
         points = write_tiny_3d(hub / POINT_NAME, POINT_NAME)
-        give(patch, replace(as_tiny(POINT_NAME), arch=points.arch, contract=points.contract))
+        entry = next(entry for entry in catalog.ENTRIES if entry.name == POINT_NAME)  # before anything is shipped
+        give(patch, replace(entry, arch=points.arch, contract=points.contract))
         patch.setenv("GEO_PRETRAIN_HUB", f",{hub}")
         yield folder
 
