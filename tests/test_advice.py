@@ -171,7 +171,12 @@ def test_answers_follow_the_facts(empty_shelf, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ranking, "CATALOG", new)
     answer = recommend("segmentation", license="permissive", here=())
     assert names(answer)[0] == changed.name
-    assert answer.picks[0].how == 'install the weights: `pip install "geo_pretrain[weights]"`'
+    line = "pip install ./weights/geo_pretrain_weights"  # no package index has it yet
+    assert answer.picks[0].how == f"install the weights: `{line}` in a clone"
+    assert answer.picks[0].lines["CLI"].startswith(f"{line}  # in a clone\n")
+    ready = recommend("segmentation", license="permissive", here={changed.name})
+    assert ready.picks[0].lines["CLI"] == f"geo-pretrain verify {changed.name}"  # it loads, so nothing is installed
+    assert "pip install" not in str(ready).partition("Outside this zoo")[0]
     assert not answer.notes
     assert closed.name not in names(recommend("segmentation", license="permissive", limit=99, here=()))
     assert names(recommend("segmentation", here=()))[0] == "pri3d_view_geo_r50"  # a number of its own goes before

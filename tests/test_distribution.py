@@ -161,7 +161,7 @@ def test_a_damaged_file_is_told_with_the_line_that_mends_it(installed: tuple[Pat
     spoil(path)
     with pytest.raises(HubError, match=message) as error:
         load_backbone(NAME)
-    assert "pip install --force-reinstall --no-deps geo_pretrain_weights" in str(error.value)
+    assert "pip install --force-reinstall --no-deps ./weights/geo_pretrain_weights" in str(error.value)
     assert str(path) in str(error.value)
 
 
@@ -185,11 +185,13 @@ def test_without_the_package_the_error_and_the_list_say_which_line_installs_it(
     installed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(installed[0])])
-    with pytest.raises(HubError, match="not installed: install its weights with `pip install geo_pretrain_weights` or"):
+    with pytest.raises(
+        HubError, match=r"not installed\. Install it: `pip install \./weights/geo_pretrain_weights` in a c"
+    ):
         load_backbone(NAME)
     assert [row["how"] for row in catalog_rows([NAME])] == ["install the weights"]
     card = render_entry(catalog.CATALOG[NAME])
-    assert 'pip install "geo_pretrain[weights]"  # or, in a clone: make weights' in card
+    assert "pip install ./weights/geo_pretrain_weights  # in a clone" in card
     assert "Made with this project: 20,000 steps in 25.0 h on cpu." in card
 
 

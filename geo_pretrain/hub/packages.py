@@ -35,7 +35,7 @@ def package_folder(package: str) -> Path:
     """The folder of checkpoints of one package. Raises `NotThere` where it is not installed."""
     folder = package_folders().get(package)
     if folder is None:
-        raise NotThere(f"the package {package} is not installed: {how_to_install(package)}")
+        raise NotThere(f"the package {package} is not installed. Install it: {how_to_install(package)}")
     return folder
 
 
@@ -47,13 +47,13 @@ def packages_with(name: str) -> list[str]:
 def without(package: str, name: str) -> str:
     """What to say where an installed package lacks a checkpoint."""
     held = sorted(path.parent.name for path in package_folders()[package].glob(f"*/{CONFIG}"))
-    newer = f"`pip install --upgrade {package}` brings a newer one"
+    newer = f"{how_to_install(package, '--upgrade')} brings a newer one"
     return f"the installed package {package} has no {name!r}; it holds: {', '.join(held) or 'none'}; {newer}"
 
 
 def again(package: str) -> str:
     """What to do where an installed package was damaged."""
-    return f"Install the package again: `pip install --force-reinstall --no-deps {package}`."
+    return f"Install the package again: {how_to_install(package, '--force-reinstall --no-deps')}."
 
 
 def _folder(package: str) -> Path | None:

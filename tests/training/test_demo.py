@@ -145,7 +145,7 @@ def test_without_weights_the_demo_says_what_to_install(clone, tmp_path, monkeypa
     shown, missing = _shown_weights(tmp_path)
     assert shown is None
     assert find_point_network() is None
-    assert "pip install geo_pretrain_weights` or, in a clone of geo_pretrain, `make weights`" in missing
+    assert "Install it: `pip install ./weights/geo_pretrain_weights` in a clone" in missing
     assert " ".join(missing.split()) in " ".join(capsys.readouterr().out.split())
     shutil.copytree(clone / "weights/geo_pretrain_weights/geo_pretrain_weights", tmp_path / "hub")
     (tmp_path / "hub" / NAME / "encoder.safetensors").unlink()

@@ -159,7 +159,7 @@ def why_missing(name: str, error: HubError) -> str:
     packages = () if entry is None else entry.packages
     if not packages:
         return f"{name}: this version has no weights of that name to install."
-    return f"{name} is not on this machine: {how_to_install(packages[0])}."
+    return f"{name} is not on this machine. Install it: {how_to_install(packages[0])}."
 
 
 def show_weights(
