@@ -61,6 +61,13 @@ def is_path(value: Any) -> bool:
     return isinstance(value, str | os.PathLike)
 
 
+def check_path(call: str, value: Any, accepted: str) -> None:
+    """Raise `InputError` unless a value is a text or a path."""
+    if not is_path(value):
+        given = repr(value) if value is None or isinstance(value, int | float) else described(value)
+        raise InputError(f"{call} takes {accepted}; got {given}.")
+
+
 # --- images into networks
 
 

@@ -37,6 +37,7 @@ from geo_pretrain.fitting import adapt_stem as adapt_stem
 from geo_pretrain.fitting import fitting_prefix as fitting_prefix
 from geo_pretrain.fitting import match as match
 from geo_pretrain.fitting import prefix_hint, shown_keys
+from geo_pretrain.inputs import check_path
 
 MIN_COVERAGE = 0.9
 _UNFINISHED: set[Path] = set()  # folders whose warning was given
@@ -123,6 +124,7 @@ def load_backbone(
     [2, 4, 8, 8, 8]
     """
     where: hubs.Where = {"hub": hub, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    check_path("load_backbone", name_or_folder, hubs.NAME_OR_FOLDER)
     check_request(dtype, device, DTYPES)
     shape = _Shape(decoder, in_chans, out_indices, output_stride)
     network: Any

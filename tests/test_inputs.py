@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from geo_pretrain.backbones.depth_unet import ResNetDepthUNet
 from geo_pretrain.backbones.feature_pair import FeaturePair
 from geo_pretrain.backbones.resnet_unet import ResNetEncoder, ResNetUNet
 from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.catalog import list_backbones
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import InputError
 from geo_pretrain.inputs import check_images
+from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.sparse.tensor import SparseTensor
 
 SEED = np.random.default_rng(0)
@@ -388,3 +391,15 @@ def test_sparse_tensors_into_networks():
     assert len(run(network, SparseTensor(coords, feats))) == 9
     with pytest.raises(InputError, match=r"coords are a numpy array int32 \(9, 4\); accepted: a tensor"):
         SparseTensor(coords.numpy(), feats.numpy())
+
+
+@pytest.mark.parametrize(("given", "said"), [(None, "None"), (3, "3"), (["a"], "a list of 1 str")])
+def test_what_is_neither_a_name_nor_a_folder_is_told(given, said):
+    accepted = 'a name such as "pri3d_view_geo_r50", or a folder'
+    for load in (load_backbone, partial(load_backbone, pretrained=False)):
+        with pytest.raises(InputError, match=re.escape(f"load_backbone takes {accepted}; got {said}.")):
+            load(given)
+    with pytest.raises(InputError, match=re.escape(f"takes {accepted}; got {said}.")):
+        verify(given)
+    with pytest.raises(InputError, match=re.escape(f'takes a pattern such as "pri3d_*"; got {said}.')):
+        list_backbones(given)

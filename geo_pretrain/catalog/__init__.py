@@ -22,6 +22,7 @@ from geo_pretrain.catalog.entry import (
 from geo_pretrain.catalog.license import LICENSE_GROUPS, License
 from geo_pretrain.catalog.shipped import SHIPPED
 from geo_pretrain.errors import unknown
+from geo_pretrain.inputs import check_path
 
 __all__ = [
     "CATALOG",
@@ -80,6 +81,7 @@ def list_backbones(
     >>> list_backbones("pri3d_view*", license="permissive")
     ['pri3d_view_geo_r18.rooms', 'pri3d_view_r18.rooms', 'pri3d_view_r18.rooms_toy']
     """
+    check_path("list_backbones", pattern, 'a pattern such as "pri3d_*"')
     entries = list(CATALOG.values())
     _check("method", method, {entry.method for entry in entries})
     _check("modality", modality, MODALITIES)

@@ -34,10 +34,12 @@ from geo_pretrain.hub.sources import (
     Source,
     source_of,
 )
+from geo_pretrain.inputs import check_path
 
 HUB_VARIABLE = "GEO_PRETRAIN_HUB"
 WITHOUT = "Without a network: "  # begins the line of an error that says what can be done there
 FAILURES = (HubError, CheckpointError, WeightsMismatch, OSError)  # after which the next source is tried
+NAME_OR_FOLDER = 'a name such as "pri3d_view_geo_r50", or a folder'  # what is accepted, for messages
 
 
 class Where(TypedDict, total=False):
@@ -69,6 +71,7 @@ def open(
     Raises `HubError` listing every source with its reason, `UnknownName` for a name nobody has, `CheckpointError` for
     a folder that is not a checkpoint.
     """
+    check_path("Loading a checkpoint", name_or_path, NAME_OR_FOLDER)
     text = os.fspath(name_or_path)
     if not text:
         raise unknown("backbone", text, CATALOG, "All names: list_backbones().")

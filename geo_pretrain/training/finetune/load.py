@@ -22,6 +22,7 @@ from geo_pretrain.checkpoint import CONFIG, FINETUNED, read_checkpoint
 from geo_pretrain.contract import contract_from_dict
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, InputError, WeightsMismatch, nearest, run_note, some
 from geo_pretrain.files import read_sealed
+from geo_pretrain.inputs import check_path
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.seeding import seeded
 from geo_pretrain.tensors import load_tensors
@@ -34,6 +35,8 @@ from geo_pretrain.training.finetune_recipe import POINT_KINDS, FinetuneRecipe, l
 from geo_pretrain.training.networks import IMAGENET, SCRATCH, SHAPE_TEMPLATES, PretrainedInit, Transfer
 from geo_pretrain.training.networks3d import PretrainedInit3D
 from geo_pretrain.training.recipe import UNet3DSpec
+
+ACCEPTED = 'the folder of a fine-tuning run such as "runs/unet", or hf-hub:owner/repo'
 
 
 def load_finetuned(
@@ -66,6 +69,9 @@ def load_finetuned(
         >>> network = gp.load_finetuned("runs/unet")  # doctest: +SKIP
         >>> labels = network.predict("photo.jpg").labels  # doctest: +SKIP
     """
+    check_path(
+        "load_finetuned", name_or_folder, 'the folder of a fine-tuning run such as "runs/unet", or hf-hub:owner/repo'
+    )
     checked_device(device or "cpu")  # before anything is fetched
     _check_where(where)
     path = Path(name_or_folder).expanduser()

@@ -226,6 +226,12 @@ def test_what_is_wrong_with_a_folder_is_named(copy, spoil, error, message):
         load_finetuned(copy)
 
 
+@pytest.mark.parametrize("given", [None, 3])
+def test_what_is_no_folder_is_told(given):
+    with pytest.raises(InputError, match=rf"load_finetuned takes the folder of a fine-tuning run .*; got {given}\."):
+        load_finetuned(given)
+
+
 def test_a_checkpoint_folder_is_told_from_a_run(tmp_path):
     write_tiny(tmp_path / "tiny_net_r18")
     with pytest.raises(CheckpointError, match="it is a checkpoint folder: load_backbone loads it"):
