@@ -64,8 +64,16 @@ def test_the_first_choice_is_the_highest_number_that_can_be_downloaded():
         (("segmentation", "points", "any", "ScanNet"), "pointcontrast_nce_srunet34", "74.1 mIoU on ScanNet (random"),
         (("segmentation", "colored-points", "any", None), "csc_100k_srunet34", "72.2 mIoU on S3DIS"),
         (("segmentation", "lidar", "any", None), "slidr_srunet34.nuscenes", "74.6 mIoU on nuScenes"),
-        (("segmentation", "rgb", "MIT", None), "gsc_r18.rooms", "not measured; trained on ScanNet: 57.2 mIoU on ScanN"),
-        (("instances", "rgb", "permissive", None), "gsc_r18.rooms", "segmentation: not measured; trained on ScanNet"),
+        (
+            ("segmentation", "rgb", "MIT", None),
+            "gsc_r18.rooms",
+            "not measured; the paper's own weights: 57.2 mIoU on Sc",
+        ),
+        (
+            ("instances", "rgb", "permissive", None),
+            "gsc_r18.rooms",
+            "segmentation: not measured; the paper's own weights",
+        ),
         (
             ("matching", "rgb", "any", None),
             "pri3d_view_geo_r50",

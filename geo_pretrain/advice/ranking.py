@@ -269,4 +269,6 @@ def _why(entry: Entry, question: Question, found: Score | None) -> str:
     if found is None:
         return "takes this input; no paper reports a number for it"
     of = f"{ORDER_BY}: " if found.other_task else ""
-    return of + (str(found) if found.own else f"not measured; trained on {found.source.data}: {found.number}")
+    if found.own:
+        return of + str(found)
+    return f"{of}not measured; the paper's own weights: {found.number}"  # another checkpoint's number
