@@ -106,7 +106,9 @@ def _machine() -> Iterator[Finding]:
 
     capability = torch.backends.cpu.get_cpu_capability()
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    yield Finding("processor", "ok", f"{os.cpu_count()} cores, {capability}, {torch.get_num_threads()} threads{load}")
+    threads = torch.get_num_threads()
+    words = f"{threads} thread{'s' * (threads != 1)}"
+    yield Finding("processor", "ok", f"{os.cpu_count()} cores, {capability}, {words}{load}")
     set_by_user = [f"{key}={os.environ[key]}" for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if key in os.environ]
     if set_by_user:
         yield Finding("threads", "ok", ", ".join(set_by_user))

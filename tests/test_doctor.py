@@ -71,3 +71,25 @@ def test_what_is_broken_is_named_and_hosts_are_asked(monkeypatch, cache):
     assert notes["github.com"] == "ok"
     assert notes["drive.google.com"] == "note"
     assert ("note", "extra adapters", "without timm: pip install 'geo_pretrain[adapters]'") in found
+
+
+def test_lines_are_no_wider_than_a_screen_and_topics_stand_apart(monkeypatch):
+    found = [
+        doctor.Finding("loader's workers", "ok", "start by fork"),
+        doctor.Finding("host", "note", "example.org: " + "no answer within the time that is allowed, " * 6),
+    ]
+    monkeypatch.setattr(doctor, "examine", lambda network: found)
+    lines = CliRunner().invoke(cli.app, ["doctor"]).output.splitlines()
+    assert lines[0].split("workers")[1] == "  start by fork"
+    assert max(map(len, lines)) < 120
+    assert len(lines) > 3
+    assert all(line.startswith(" " * 25) for line in lines[2:])
+
+
+def test_one_thread_is_not_many(monkeypatch):
+    import torch
+
+    for count, words in ((1, "1 thread"), (4, "4 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        text = next(finding.text for finding in doctor._machine() if finding.topic == "processor")
+        assert words in text.split(", ")

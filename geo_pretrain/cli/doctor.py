@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 from geo_pretrain.cli.shared import app, console, escape
 
 COLORS = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+WIDTH = 110  # of topics and texts; the state stands before them
 
 
 @app.command()
@@ -29,8 +31,14 @@ def doctor(
         findings.append(finding)
         if not as_json:
             color = COLORS[finding.state]
-            line = f"[{color}]{finding.state:5}[/]  {escape(finding.topic):16}{escape(finding.text)}"
-            console.print(line, soft_wrap=True, highlight=False)
+            text = textwrap.fill(
+                f"{finding.topic:18}{finding.text}",
+                WIDTH,
+                subsequent_indent=" " * 25,
+                break_long_words=False,  # of paths and addresses, which are copied
+                break_on_hyphens=False,
+            )
+            console.print(f"[{color}]{finding.state:5}[/]  {escape(text)}", soft_wrap=True, highlight=False)
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     if any(finding.state == "wrong" for finding in findings):
