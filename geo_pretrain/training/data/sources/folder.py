@@ -34,6 +34,7 @@ from geo_pretrain.training.data.sources.recording import (
 )
 
 INTRINSICS = ("intrinsics.txt", "intrinsics.json")
+LAYOUT = "color/, depth/ (files of equal names), poses.txt or pose/, intrinsics.txt"  # for messages
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class PlainOptions(FolderOptions):
 
 def open_plain(root: Path, options: PlainOptions) -> Recordings:
     """Open a folder of recordings in the plain layout."""
-    existing_folder(root, "color/, depth/, poses.txt or pose/, intrinsics.txt")
+    existing_folder(root, LAYOUT)
     found = folders_with(root, lambda path, folders, names: {"color", "depth"} <= folders)
-    return Recordings("folder", root, (_recording(root, folder) for folder in found), Conventions(), options)
+    return Recordings(
+        "folder", root, (_recording(root, folder) for folder in found), Conventions(), options, layout=LAYOUT
+    )
 
 
 def _recording(root: Path, folder: Path) -> Recording:

@@ -61,6 +61,7 @@ class Recordings:
         options: FolderOptions,
         *,
         note: str = "",
+        layout: str = "",  # what is expected in a folder, for the message where nothing is found
     ) -> None:
         self.name, self.root, self.config = name, root, options
         self.assembly = Assembly(conventions, options)
@@ -68,7 +69,8 @@ class Recordings:
         self._recordings = {recording.name: recording for recording in recordings if recording.views}
         self._note = note
         if not self._recordings:
-            raise DataError(f"No frame in {str(root)!r}.{hint(root, name)}")
+            expected = f": expected {layout}, in it or in folders below" if layout else ""
+            raise DataError(f"No frame in {str(root)!r}{expected}.{hint(root, name)}")
         self._refuse_unusable()
 
     @property

@@ -424,7 +424,9 @@ def test_a_cut_sens_file_keeps_what_it_holds(frames, tmp_path):
 
 def test_a_folder_of_another_layout_is_told_by_its_name(frames, tmp_path):
     write_tum(tmp_path, frames)
-    with pytest.raises(DataError, match=r"No frame in .* It looks like tum:"):
+    with pytest.raises(
+        DataError, match=r"No frame in .*: expected color/, depth/ .*intrinsics\.txt, .* looks like tum:"
+    ):
         opened("folder", tmp_path)
     with pytest.raises(DataError, match=r"No scans in .* It looks like tum:"):
         opened("scannet", tmp_path)
