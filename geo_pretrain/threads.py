@@ -24,6 +24,13 @@ BUSY, FREE = 0.15, 0.03  # seconds that a second of our threads' work waits for 
 CALM = 6  # looks in a row below FREE before threads spin again
 
 
+def usable_cpus() -> int:
+    """The processors that this process may use: fewer than the machine has where it is pinned, as schedulers do."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def run_delay() -> tuple[float, float] | None:
     """Seconds that this process's threads ran, and that they were ready but had no processor; None: not known.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from geo_pretrain import threads
-from geo_pretrain.threads import BUSY, CALM, FREE, Delay, Pace, considerate_waiting, libgomp, run_delay
+from geo_pretrain.threads import BUSY, CALM, FREE, Delay, Pace, considerate_waiting, libgomp, run_delay, usable_cpus
+from geo_pretrain.training import loop
 
 needs_libgomp = pytest.mark.skipif(libgomp() is None, reason="this PyTorch has no libgomp of its own (not on Linux)")
 
@@ -103,3 +107,17 @@ def test_steps_that_became_slow_are_told_once_with_the_reason(monkeypatch):
         pace = Pace(lambda share=share: share)
         said = [pace.step(0.1) for _ in range(Pace.LEARNED)] + [pace.step(1.0) for _ in range(Pace.SLOW)]
         assert words in said[-1]
+
+
+def test_loaders_of_a_pinned_process_take_no_more_workers_than_it_has_processors(monkeypatch):
+    """More of them would only be in each other's way, and torch warns of them."""
+    chosen = {}
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3}, raising=False)
+    monkeypatch.setattr(loop, "DataLoader", lambda *_, **given: chosen.update(given) or [])
+    made = MagicMock(recipe=SimpleNamespace(workers=4, seed=0), budget=SimpleNamespace(batch=2, accumulate=1, steps=1))
+    monkeypatch.setattr(loop, "MicroBatches", MagicMock())
+    list(loop.RecipeTask.batches(made, 0))
+    assert chosen["num_workers"] == usable_cpus() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cpus() == 8

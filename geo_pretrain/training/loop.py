@@ -6,7 +6,6 @@ the step number alone, so a run that was killed continues as if it had never sto
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError, first_line
-from geo_pretrain.threads import Pace, considerate_waiting
+from geo_pretrain.threads import Pace, considerate_waiting, usable_cpus
 from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune_recipe import FinetuneOptim, FinetuneRecipe
@@ -173,7 +172,7 @@ class RecipeTask(TrainingTask):
         loader = DataLoader(
             self.dataset,
             batch_sampler=keys,
-            num_workers=min(recipe.workers, os.cpu_count() or 1),  # more would only be in each other's way
+            num_workers=min(recipe.workers, usable_cpus()),  # more would only be in each other's way
             collate_fn=self.dataset.collate,
             generator=torch.Generator().manual_seed(recipe.seed),  # keeps the loader off the global generator
             pin_memory=world.device.type == "cuda",
