@@ -34,6 +34,7 @@ class Detection(FinetuneTask):
     """
 
     contract: ImageContract
+    needs = (("pycocotools", "training"),)  # reads masks and computes the scores
 
     def __init__(
         self, recipe: FinetuneRecipe, start: PretrainedInit, classes: Sequence[str], contract: ImageContract

@@ -51,6 +51,7 @@ class FinetuneTask(ABC):
     metric: str  # the score that picks the best evaluation and goes into tables: "miou", "box_ap50"
     contract: ImageContract | VoxelContract  # what images or points are turned into
     unit = "images"  # what is counted in displays: "images" or "clouds"
+    needs: tuple[tuple[str, str], ...] = ()  # libraries that training or scoring needs, each with our extra
     skips_broken = False  # whether a `BadFrame` is skipped and counted in training, instead of ending the run
 
     @classmethod  # noqa: B027 (many tasks take all settings)

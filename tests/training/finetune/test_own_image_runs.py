@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -122,6 +123,15 @@ def test_detections_are_in_cocos_format_with_the_datas_own_categories(tmp_path):
     assert np.array_equal(read.annToMask(first), masks[0])
     truth = COCO(tmp_path / "truth.json")
     assert len(truth.loadRes(file.tree()["annotations"]).getAnnIds(catIds=[90])) == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--sweep"]])
+def test_a_library_that_training_needs_is_told_before_data_and_backbone_are_read(more, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    command = ["finetune", "folder_mask_rcnn", "-b", tmp_path / "nowhere", "--data", f"folder:{tmp_path / 'none'}"]
+    ended = geo_pretrain(*map(str, command), "--steps", "2", "--out", str(tmp_path / "out"), *more, expected=1)
+    assert "'pycocotools', which is not installed: pip install 'geo_pretrain[training]'" in ended.errors
+    assert not list(tmp_path.iterdir())
 
 
 def test_masks_of_ones_own_categories_are_trained_and_found(tmp_path):
