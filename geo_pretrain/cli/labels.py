@@ -11,6 +11,7 @@ import typer
 
 from geo_pretrain.cli.options import options_of
 from geo_pretrain.cli.shared import console, escape, print_table, progress
+from geo_pretrain.errors import some
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.check.labelled import LabelledReport
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from geo_pretrain.training.data.labelled.shares import LabelTable
 
 MOST_ROWS = 60  # of a table before training
-MOST_FAULTS = 50  # that are printed; --json has all
+MOST_FAULTS = 50  # kinds of them, that are printed; --json has all
 MARKS = {"ok": "[green]ok[/]", "unknown": "[dim]?[/]", "doubtful": "[yellow]doubtful[/]", "wrong": "[bold red]WRONG[/]"}
 TASK_HELP = "Of labelled data: segmentation, detection, segmentation3d, ...; default: what the folder holds."
 
@@ -38,8 +39,8 @@ def show_labels(table: LabelTable) -> None:
     print_table(("id", "class", table.counted, "in files"), cells[:MOST_ROWS])
     if len(cells) > MOST_ROWS:
         console.print(f"and {len(cells) - MOST_ROWS} more: geo-pretrain data check shows all", highlight=False)
-    for note in table.notes():
-        console.print(f"[yellow]{escape(note)}", soft_wrap=True, highlight=False)
+    if table.note is not None and not table.unknown:  # what is wrong ends the run, which says all of it
+        console.print(f"[yellow]{escape(table.note)}", soft_wrap=True, highlight=False)
 
 
 def data_set_options(set_: list[str]) -> dict[str, Any]:
@@ -86,9 +87,14 @@ def _show_report(report: LabelledReport, drawn: Path | None) -> None:
     if report.tables:
         print_table(("id", "class", *report.tables), report.rows())
     show_findings(report.findings)
-    for file, reason in list(report.faults.items())[:MOST_FAULTS]:
-        console.print(f"  {escape(file)}: {escape(reason)}", soft_wrap=True, highlight=False)
-    if len(report.faults) > MOST_FAULTS:
-        console.print(f"  and {len(report.faults) - MOST_FAULTS} more: --json lists all", highlight=False)
+    groups = list(report.fault_groups().items())
+    for reason, files in groups[:MOST_FAULTS]:
+        text = f"{files[0]}: {report.faults[files[0]]}"
+        if len(files) > 1:
+            text = f"{len(files)} files: {reason}: {some(files)}"
+        console.print(f"  {escape(text)}", soft_wrap=True, highlight=False)
+    if len(groups) > MOST_FAULTS:
+        left = sum(len(files) for _, files in groups[MOST_FAULTS:])
+        console.print(f"  and {left} more: --json lists all", highlight=False)
     end = "No picture: nothing with labels could be read." if drawn is None else f"Wrote {escape(str(drawn))}"
     console.print(end, soft_wrap=True, highlight=False)

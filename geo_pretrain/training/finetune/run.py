@@ -77,8 +77,7 @@ def finetune(
     contract = start.contract()
     start.fetch()  # weights that cannot be had are told before rooms are rendered, or labels read
     data = open_splits(recipe, sources, on_data) if data is None else data
-    if on_labels is not None and (table := label_table(data.train)) is not None:
-        on_labels(table)
+    _check_labels(recipe, data, on_labels)
     terms = data_terms(data.train.name, recipe.data.license)[0]  # now: the start may have moved when the run ends
     license = finetuned_license(data.train.name, terms, start.backbone, recipe.network.encoder, where)
     world = world or join(device)
@@ -98,6 +97,21 @@ def finetune(
         with explained(run):
             result = finish(task, progress, license) if world.is_main else None
         return cast(FinetuneResult, world.all_gather_object(result)[0])
+
+
+def _check_labels(recipe: FinetuneRecipe, data: LabelledSplits, on_labels: Callable[[LabelTable], None] | None) -> None:
+    """Show what labels are. Raises `DataError` for those that are no class, in each process and before any work."""
+    table = label_table(data.train)
+    if table is None:
+        return
+    if on_labels is not None:
+        on_labels(table)
+    fault = table.fault(recipe.data.options.get("ignore", ()))
+    if fault is None:
+        return
+    source, path = recipe.data.source, recipe.data.path
+    line = "" if path is None or table.looked == table.total else f" All: geo-pretrain data check {source}:{path}"
+    raise DataError(" ".join(text for text in (table.note, fault) if text is not None) + line)
 
 
 def is_on_disk(recipe: FinetuneRecipe) -> bool:

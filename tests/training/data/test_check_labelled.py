@@ -61,6 +61,22 @@ def test_everything_that_is_wrong_is_told_at_once(folder, tmp_path):
     assert ["0", "sky", "30", "%", "25", "%"] in [line.split() for line in text.splitlines()]
 
 
+def test_files_with_one_fault_are_one_line(folder, tmp_path):
+    for number in range(4):
+        write_label(folder / "train" / "labels" / f"train{number}.png", np.where(number == IDS, 77, IDS))
+        (folder / "val" / "images" / f"val{number}.jpg").write_bytes(b"no picture")
+        write_label(folder / "val" / "labels" / f"val{number}.png", IDS)
+    ended = geo_pretrain("data", "check", f"folder:{folder}", "-o", tmp_path / "check.png", expected=1)
+    lines = [line for line in ended.output.splitlines() if (line.startswith("  ") and ".png" in line) or ".jpg" in line]
+    train, val = (str(folder / split) for split in ("train", "val"))
+    first = ", ".join(f"{train}/labels/train{number}.png" for number in range(3))
+    assert len(lines) == 2, lines
+    assert lines[0].startswith("  4 files: label id 77; ")
+    assert lines[0].endswith(f"--set data.options.ignore=[77]: {first} and 1 more")
+    assert lines[1].startswith(f"  4 files: color image cannot be read (cannot identify image file): {val}/images/val0")
+    assert "--set data.options.ignore=[77]," in ended.output
+
+
 def test_a_folder_that_is_right_and_one_whose_ids_may_count_from_0(folder, tmp_path):
     assert geo_pretrain("data", "check", f"folder:{folder}", "-o", tmp_path / "check.png").code == 0
     geo_pretrain("data", "preview", f"folder:{folder}", "-o", tmp_path / "preview.png")

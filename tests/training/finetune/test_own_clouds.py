@@ -72,13 +72,13 @@ def test_own_clouds_are_trained_on_and_broken_ones_counted(folder, tmp_path):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_class_that_the_list_lacks_ends_the_run(folder, tmp_path, split):
     (folder / "classes.txt").write_text("red\ngreen\n")
-    for kept in folder.glob("[tv]*/[abd].np[yz]"):  # clouds whose labels are all in the list
+    for kept in list(folder.glob("[tv]*/*.np[yz]")):  # clouds whose labels are all in the list
         if kept.parent.name != split:
             cloud = painted(1)
             np.save(kept.with_suffix(".npy"), np.column_stack([cloud.points, cloud.colors, cloud.labels.clip(0, 2)]))
             kept.with_suffix(".npz").unlink(missing_ok=True)
     wrong = geo_pretrain("finetune", *line(folder, tmp_path / "out"), expected=1).errors
-    assert "label 3 at" in wrong
+    assert ("no class: 3. " if split == "train" else "label 3 at") in wrong  # of train before training
     assert "data.options.ignore" in wrong
     assert not (tmp_path / "out").exists()
 

@@ -16,6 +16,7 @@ from geo_pretrain.errors import CheckpointError, RecipeError
 from geo_pretrain.files import read_sealed
 from geo_pretrain.training.distributed import checked_device
 from geo_pretrain.training.evaluation.coco import Detections
+from geo_pretrain.training.finetune import run as runs
 from geo_pretrain.training.finetune.coco_file import CocoFile
 from geo_pretrain.training.finetune.registry import guessed_encoder
 from geo_pretrain.training.finetune.run import finetune
@@ -61,6 +62,22 @@ def test_a_run_says_whose_data_and_which_encoder(run):
     assert load_finetune_recipe(str(run / "recipe.yaml")).network.encoder == "resnet18"
     network = gp.load_finetuned(run)
     assert (network.license, network.classes) == ("CC-BY-4.0", ("sky", "road", "car"))
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_labels_of_no_class_stop_a_run_right_after_the_table(more, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "build_finetune_task", lambda *args: pytest.fail("a network was built"))
+    for number in range(6):
+        write_image(tmp_path / "data" / "images" / f"{number}.jpg", number)
+        write_label(tmp_path / "data" / "labels" / f"{number}.png", np.where(IDS == 0, 11, 5))
+    (tmp_path / "data" / "classes.txt").write_text("1 sky\n2 road\n")
+    command = ["finetune", "folder_unet", "-b", "scratch", "--data", f"folder:{tmp_path / 'data'}", *SMALL, *more]
+    out = ["--set", "data.options.ignore=[4]", "--out", str(tmp_path / "out")]
+    ended = geo_pretrain(*command, *out, expected=1)
+    assert ("Labels in all training files" in ended.output) == (not more)
+    assert "Labels that are no class: 5, 11." in ended.errors
+    assert "--set data.options.ignore=[4,5,11]," in ended.errors
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_a_folder_of_images_is_predicted_in_batches_as_one_by_one(run, tmp_path):

@@ -6,6 +6,7 @@ classes that never occur, and gives the share of each class. The check of RGB-D 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from geo_pretrain.training.data.labelled.shares import LabelTable, label_table, 
 from geo_pretrain.training.data.sources.registry import list_sources
 
 SIZES = 3  # of images, that a finding names
+COUNT = re.compile(r" (in|at) \d+ (pixels|points)")  # of a label, in the reason why a file cannot be used
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -49,6 +51,13 @@ class LabelledReport:
     def note(self, topic: str, level: Level, text: str, **numbers: Any) -> None:
         """Add a finding."""
         self.findings.append(Finding(topic, level, text, numbers=numbers))
+
+    def fault_groups(self) -> dict[str, list[str]]:
+        """The files that cannot be used by why: reasons that differ by counts or the file's own name are one."""
+        groups: dict[str, list[str]] = {}
+        for file, reason in self.faults.items():
+            groups.setdefault(COUNT.sub("", reason.replace(f" {file!r}", "")), []).append(file)
+        return groups
 
     def rows(self) -> list[tuple[str, str, *tuple[str, ...]]]:
         """The table for people: label, class, and the share in each split."""
@@ -180,7 +189,7 @@ def _read(
     if table is None:
         return
     report.tables[split] = table
-    for text in table.notes():
+    for text in table.notes(options.get("ignore") or ()):
         if text not in [finding.text for finding in report.findings]:
             report.note("labels", Level.WRONG if table.unknown and text != table.note else Level.DOUBTFUL, text)
 

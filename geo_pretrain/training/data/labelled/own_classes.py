@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ MOST_ID = 65535
 IGNORED = (0, 255)  # ids of no class unless they are one: the customs of MMSegmentation and of PASCAL VOC
 BLACK = 0
 SHOWN = 8  # ids in a hint
+FIRST_1 = "Do ids count from 1? --set data.options.first=1."
 
 Color = tuple[int, int, int]
 
@@ -89,12 +90,14 @@ class ImageClasses:
 
     def _hint(self, ids: np.ndarray) -> str:
         """What to say where ids of a file are no class."""
-        last = max((id for id, label in self.numbers.items() if label), default=0)
         lacking = [str(id) for id in np.unique(ids).tolist() if id not in self.numbers]
         other = f"Ids of no class: --set data.options.ignore=[{','.join(lacking[:SHOWN])}]"
-        if self.counted and self.numbers.get(0) and (ids == last + 1).any() and not (ids == 0).any():
-            return f"Do ids count from 1? --set data.options.first=1. {other}"
-        return other
+        return f"{FIRST_1} {other}" if self.starts_late(np.unique(ids).tolist()) else other
+
+    def starts_late(self, ids: Iterable[int]) -> bool:
+        """Whether names alone were counted from id 0, and these ids of files seem to count from 1."""
+        last, found = max((id for id, label in self.numbers.items() if label), default=0), set(ids)
+        return self.counted and bool(self.numbers.get(0)) and last + 1 in found and 0 not in found
 
     @cached_property
     def _map(self) -> LabelMap:

@@ -20,7 +20,7 @@ from geo_pretrain.training.data import files
 from geo_pretrain.training.data.files import read_listing, read_photo
 from geo_pretrain.training.data.labelled.folders import Folder, Item
 from geo_pretrain.training.data.labelled.image import LabelledImage
-from geo_pretrain.training.data.labelled.own_classes import BITS, ImageClasses, read_image_classes
+from geo_pretrain.training.data.labelled.own_classes import BITS, FIRST_1, ImageClasses, read_image_classes
 from geo_pretrain.training.data.labelled.shares import names_alone_note
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -104,6 +104,8 @@ class OwnImages(Folder):
         return self.image_classes.counts(self._item(id).annotation)
 
     def label_note(self, shares: Mapping[str, float]) -> str | None:
+        if self.image_classes.counted and self.image_classes.starts_late(map(int, shares)):
+            return FIRST_1
         if not self.guessed or "0" not in shares:
             return None
         return names_alone_note(self.image_classes.path, self.classes[0], self.counted, shares["0"])

@@ -5,7 +5,7 @@ A class that is off by one trains without an error. The table shows it: "road" w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,8 @@ from geo_pretrain.errors import BadFrame, some
 LOOKED_AT = 32  # items of the table before training, evenly spaced
 UNKNOWN = "not in the list of classes"
 NO_CLASS = "(no class)"
+MOST_SHOWN = 8  # labels of no class that are named
+MOST_IGNORED = 32  # labels of no class that may be ignored
 
 
 @runtime_checkable
@@ -72,16 +74,24 @@ class LabelTable:
         """Rows for people: label, class, share, items."""
         return [(row.key, row.name, percent(self.share(row)), str(row.items)) for row in self.rows]
 
-    def notes(self) -> list[str]:
-        """Remarks for people on what may be wrong."""
-        found = [] if self.note is None else [self.note]
-        if self.unknown:
-            keys = some((row.key for row in self.unknown), 8)
-            found.append(
-                f"Labels that are no class: {keys}. Training stops at the first such file. Ignore them with "
-                "--set data.options.ignore=[...], or add them to the list of classes."
-            )
-        return found
+    def fault(self, ignored: Iterable[int] = ()) -> str | None:
+        """What to say of labels that are no class, with the option that mends it; `ignored`: what it holds by now."""
+        keys = [row.key for row in self.unknown]
+        if not keys:
+            return None
+        ways = "add them to the list of classes"
+        numbers = [key for key in keys if key.removeprefix("-").isdecimal()]
+        if len(numbers) == len(keys) <= MOST_IGNORED:  # more are no leftovers: the list is of other data
+            held = ",".join(map(str, sorted({*ignored, *map(int, numbers)})))
+            ways = f"ignore them with --set data.options.ignore=[{held}], or {ways}"
+        elif len(numbers) < len(keys):  # colors: those of names in `void` are ignored
+            ways = f"{ways}; there, colors of one name are ignored with --set data.options.void=[NAME]"
+        seen = "" if self.looked == self.total else f" (in {self.looked} of {self.total} files)"
+        return f"Labels that are no class: {some(keys, MOST_SHOWN)}{seen}. Training stops at them: {ways}."
+
+    def notes(self, ignored: Iterable[int] = ()) -> list[str]:
+        """Remarks for people on what may be wrong; `ignored`: see `fault`."""
+        return [text for text in (self.note, self.fault(ignored)) if text is not None]
 
 
 def label_table(

@@ -35,7 +35,10 @@ def test_ids_that_may_count_from_0_are_shown_with_the_option_that_says_so(tmp_pa
     assert label_table(opened(tmp_path, first=1)).notes() == []
     from_0 = label_table(opened(tmp_path, first=0))
     assert (from_0.rows[0].name, [row.key for row in from_0.unknown]) == ("wall", ["3"])
-    assert from_0.notes()[0].startswith("Labels that are no class: 3. Training stops")
+    assert from_0.notes([7, 9]) == [  # what is ignored by now stays so
+        "Labels that are no class: 3. Training stops at them: ignore them with --set data.options.ignore=[3,7,9], or "
+        "add them to the list of classes."
+    ]
     part = subset(source, 0.4)
     assert (label_table(part).total, label_table(part, most=1).looked) == (1, 1)
 
@@ -68,6 +71,19 @@ def test_colors_and_what_is_no_class_are_counted(tmp_path):
         ("1 1 1", "wall", 48, 1),
         ("2 2 2", NO_CLASS, 48, 1),
     ]
+
+
+def test_labels_of_no_class_are_told_with_what_mends_them(tmp_path):
+    write_flat(tmp_path, 4, np.where(IDS == 0, 1, IDS))  # ids 1, 2, 3; names alone are counted from 0
+    assert label_table(opened(tmp_path, first=0)).notes()[0] == "Do ids count from 1? --set data.options.first=1."
+    assert " 3 (in 1 of 3 files). " in label_table(opened(tmp_path, first=0), most=1).fault()
+    (tmp_path / "classes.txt").write_text("1 1 1 wall\n2 2 2 chair\n")
+    fault = label_table(opened(tmp_path)).fault()
+    assert "no class: 3 3 3, 255 255 255. " in fault
+    assert "--set data.options.void=[NAME]" in fault
+    assert "data.options.ignore" not in fault  # it takes ids
+    write_flat(tmp_path, 4, np.arange(IDS.size).reshape(IDS.shape))
+    assert "data.options.ignore" not in label_table(opened(tmp_path)).fault()  # labels of other data
 
 
 def test_broken_labels_are_left_out_of_the_table(tmp_path):
@@ -109,6 +125,7 @@ def test_clouds_may_count_from_0_too(tmp_path):
     np.save(tmp_path / "train" / "a.npy", [[0, 0, 0, 2], [1, 0, 0, 1]])
     with pytest.raises(BadFrame, match=r"Do labels count from 1\? --set data\.options\.first=1"):
         clouds(first=0).load("train/a")
+    assert label_table(clouds(first=0)).notes()[0] == "Do labels count from 1? --set data.options.first=1."
 
 
 def test_runs_of_equal_values_are_counted_as_numpy_counts_them():

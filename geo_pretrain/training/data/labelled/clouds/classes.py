@@ -30,14 +30,15 @@ class FileClasses:
                 path,
                 f"label {unlisted[0]} at {count} points is no class; {self.path} has "
                 f"{some((str(n) for n in sorted(self.numbers)), 30)} (data.options.ignore takes labels to ignore)"
-                + self._hint(unlisted),
+                + (f". {hint.rstrip('.')}" if (hint := self.hint(unlisted)) else ""),
             )
         return np.array([self.numbers[int(label)] for label in found], np.int64)[places.reshape(-1)]
 
-    def _hint(self, unlisted: list[int]) -> str:
+    def hint(self, labels: Collection[int]) -> str:
+        """What to ask where files with these labels seem to count from 1, and names alone from 0; else ""."""
         last = max((number for number, label in self.numbers.items() if label), default=0)
         from_0 = self.counted and self.numbers.get(0)
-        return ". Do labels count from 1? --set data.options.first=1" if from_0 and last + 1 in unlisted else ""
+        return "Do labels count from 1? --set data.options.first=1." if from_0 and last + 1 in labels else ""
 
 
 def read_classes(path: Path, ignore: Collection[int] = (), first: int = 1) -> FileClasses:

@@ -105,6 +105,8 @@ class CloudFolder(ListedClouds):
 
     def label_note(self, shares: Mapping[str, float]) -> str | None:
         classes = self.file_classes
+        if classes is not None and (hint := classes.hint([int(label) for label in shares])):
+            return hint
         if classes is None or not classes.counted or self.options.first is not None or "0" not in shares:
             return None
         return names_alone_note(classes.path, classes.names[0], self.counted, shares["0"])
