@@ -74,11 +74,23 @@ def load_finetuned(
     )
     checked_device(device or "cpu")  # before anything is fetched
     _check_where(where)
-    path = Path(name_or_folder).expanduser()
-    if not path.is_dir() and isinstance(name_or_folder, str) and name_or_folder.startswith(hub.HF_PREFIX):
-        path = hub.open(name_or_folder, **where).fetch(FINETUNED, "recipe").folder
+    path = finetuned_folder(name_or_folder, **where)
     task, stated = load_task(path, device=device)
     return FinetunedNetwork(task, stated, path)
+
+
+def finetuned_folder(name_or_folder: str | os.PathLike[str], **where: Unpack[hub.Where]) -> Path:
+    """The folder of a fine-tuned network; one of Hugging Face is fetched."""
+    path = Path(name_or_folder).expanduser()
+    if not path.is_dir() and isinstance(name_or_folder, str) and name_or_folder.startswith(hub.HF_PREFIX):
+        return hub.open(name_or_folder, **where).fetch(FINETUNED, "recipe").folder
+    return path
+
+
+def read_recipe(path: Path) -> FinetuneRecipe:
+    """The recipe of a fine-tuned folder, without its network. Raises `CheckpointError` for what is no such folder."""
+    _results(path)
+    return load_finetune_recipe(str(_there(path, "recipe.yaml")))
 
 
 def _check_where(where: Mapping[str, Any]) -> None:

@@ -28,8 +28,7 @@ from geo_pretrain.training.evaluation.scannet_benchmark import write_scannet_ins
 from geo_pretrain.training.finetune.cloud_files import CloudFile, cloud_fields
 from geo_pretrain.training.finetune.clouds import CloudTask
 from geo_pretrain.training.finetune.coco_file import CocoFile
-from geo_pretrain.training.finetune.load import load_finetuned
-from geo_pretrain.training.finetune.network import FinetunedNetwork
+from geo_pretrain.training.finetune.load import finetuned_folder, load_task, read_recipe
 from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.finetune.training import spread_ids
 from geo_pretrain.training.finetune.written import Item, Place, file_stem, write_prediction
@@ -84,24 +83,27 @@ def predict(
 
     Raises:
         RecipeError: neither or both of a data set and files are given.
-        DataError: nothing could be read, or two files would be written under one name.
+        DataError: nothing is there, or could be read, or two files would be written under one name; nothing is written.
         CheckpointError: `run` is no finished run.
     """
     _check_request(run, files, data, path)
     check_target(out)
-    network = _load(run, device)
-    task = network.task
+    folder = finetuned_folder(run)
+    recipe = read_recipe(folder)  # what is asked for is looked at before the network is loaded
+    source = None if data is None else _open(recipe, data, path, split, options)
+    given = list(_of_files(recipe, files, options)) if source is None else []
+    if source is None:
+        _check_names(given)
+        _check_there(files)
+    task, stated = _load(folder, device)
     export = None if benchmark is None else _benchmark(benchmark, task)
-    source = None if data is None else _open(task.recipe, data, path, split, options)
-    given = _of_files(task.recipe, files, options) if source is None else _of_source(task, source)
-    items = spread_ids(list(given), limit)
+    items = spread_ids(given if source is None else list(_of_source(task, source)), limit)
     _check_names(items)
-    found = Predictions(out, colors=network.stated["data"].get("colors"))
-    detected, drawn = CocoFile(task.classes, network.stated["data"].get("ids")), list[tuple[Any, Any]]()
-    _begin(found, task, run)
+    found = Predictions(out, colors=stated["data"].get("colors"))
+    detected, drawn = CocoFile(task.classes, stated["data"].get("ids")), list[tuple[Any, Any]]()
     for start in range(0, len(items), batch):
         group = items[start : start + batch]
-        for item, loaded, prediction in _predict_group(task, group, found):
+        for item, loaded, prediction in _predict_group(task, group, found, run):
             if export is not None:
                 export(out / BENCHMARK, item.name, prediction)
             if isinstance(loaded, LabelledCloud) and len(drawn) < draw:
@@ -115,15 +117,17 @@ def predict(
     return found
 
 
-def _load(run: str | os.PathLike[str], device: str | None) -> FinetunedNetwork:
-    """Load the run, with hints for files instead of arrays."""
-    network = load_finetuned(run, device=device)
-    if isinstance(network.task, CloudTask):
-        network.task.scaled_by = "--option scale={}"
-    return network
+def _load(folder: Path, device: str | None) -> tuple[FinetuneTask, Mapping[str, Any]]:
+    """Load the task of the run and what its results state, with hints for files instead of arrays."""
+    task, stated = load_task(folder, device=device)
+    if isinstance(task, CloudTask):
+        task.scaled_by = "--option scale={}"
+    return task, stated
 
 
-def _predict_group(task: FinetuneTask, group: Sequence[Item], found: Predictions) -> Iterator[tuple[Item, Any, Any]]:
+def _predict_group(
+    task: FinetuneTask, group: Sequence[Item], found: Predictions, run: str | os.PathLike[str]
+) -> Iterator[tuple[Item, Any, Any]]:
     """Predict on some items together and write their files; broken ones are noted and left out."""
     loaded: list[tuple[Item, Any]] = []
     for item in group:
@@ -132,6 +136,8 @@ def _predict_group(task: FinetuneTask, group: Sequence[Item], found: Predictions
         except BadFrame as bad:
             found.skipped.append({"path": bad.path, "reason": bad.reason})
     for item, given, prediction in _predicted(task, loaded, found):
+        if not found.items:  # not before: where nothing can be read, nothing is written
+            _begin(found, task, run)
         columns = item.columns(given) if isinstance(given, LabelledCloud) else given
         place = Place(found.folder, item.name, [], found.colors)
         facts = write_prediction(item.back(given, prediction), place, columns, task.classes)
@@ -193,12 +199,12 @@ def _begin(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str]) 
 
 def _finish(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str], detected: CocoFile) -> None:
     """Write what is known at the end. Raises `DataError` where no item could be read."""
-    if detected.images:
-        write_text(found.folder / DETECTIONS, json.dumps(detected.tree()) + "\n")
-    _write_index(found, task, run)
     if not found.items:
         reasons = some((f"{one['path']}: {one['reason']}" for one in found.skipped), 3)
         raise DataError(f"None of {len(found.skipped)} items can be read: {reasons}.")
+    if detected.images:
+        write_text(found.folder / DETECTIONS, json.dumps(detected.tree()) + "\n")
+    _write_index(found, task, run)
 
 
 def _write_index(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str]) -> None:
@@ -226,8 +232,13 @@ def _check_request(run: str | os.PathLike[str], files: Sequence[Path], data: str
     if Path(run).is_dir():
         return  # nothing is downloaded
     named = [*files, *([] if path is None else [Path(path).expanduser()])]
-    missing = [repr(str(one)) for one in named if not one.exists()]
-    if len(missing) == len(named) > 0:
+    _check_there(named)
+
+
+def _check_there(paths: Sequence[Path]) -> None:
+    """Raise `DataError` where none of some paths is there; one of several is told as an item that was skipped."""
+    missing = [repr(str(one)) for one in paths if not one.exists()]
+    if len(missing) == len(paths) > 0:
         raise DataError(f"Nothing to predict on: there is no {some(missing)} here ({str(Path.cwd())!r}).")
 
 
@@ -257,6 +268,12 @@ def _of_source(task: FinetuneTask, source: LabelledData) -> Iterator[Item]:
 def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[str, Any] | None) -> Iterator[Item]:
     in_3d = recipe.network.kind in POINT_KINDS
     accepted, what = (CLOUD_SUFFIXES, "clouds") if in_3d else (IMAGE_SUFFIXES, "images")
+    if options is not None and not in_3d:
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise RecipeError(
+            f"Options of files are {given!r}; accepted of images: none. Leave out --option; it goes with --data, and "
+            "with files of clouds."
+        )
     wrong = [path for path in files if not path.is_dir() and path.suffix.lower() not in accepted]
     kinds = (*CLOUD_SUFFIXES, *IMAGE_SUFFIXES)  # with one of these, that it is the other kind is what is wrong
     missing = [repr(str(path)) for path in files if path.suffix.lower() not in kinds and not path.exists()]

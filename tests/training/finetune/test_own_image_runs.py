@@ -16,6 +16,7 @@ from geo_pretrain.errors import CheckpointError, RecipeError
 from geo_pretrain.files import read_sealed
 from geo_pretrain.training.distributed import checked_device
 from geo_pretrain.training.evaluation.coco import Detections
+from geo_pretrain.training.finetune import predict as predicting
 from geo_pretrain.training.finetune import run as runs
 from geo_pretrain.training.finetune.coco_file import CocoFile
 from geo_pretrain.training.finetune.registry import guessed_encoder
@@ -102,6 +103,21 @@ def test_a_folder_of_images_is_predicted_in_batches_as_one_by_one(run, tmp_path)
     assert {tuple(palette[3 * k : 3 * k + 3]) for k in (1, 2, 3)} <= shown
     missing = geo_pretrain("predict", run, tmp_path / "nowhere", "-o", tmp_path / "none", expected=1)
     assert "nowhere' does not exist; accepted: images (.png" in missing.errors
+
+
+def test_what_cannot_be_predicted_on_is_told_before_the_network_is_loaded_and_nothing_is_made(
+    run, tmp_path, monkeypatch
+):
+    def said(*words):
+        return geo_pretrain("predict", run, *words, "-o", tmp_path / "answers", expected=1).errors
+
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    assert "None of 1 items can be read" in said(tmp_path / "broken.jpg")
+    monkeypatch.setattr(predicting, "load_task", lambda *args, **more: pytest.fail("the network was loaded"))
+    assert f"there is no '{tmp_path / 'nope.jpg'}' here" in said(tmp_path / "nope.jpg")
+    options = said(tmp_path / "broken.jpg", "--option", "foo=1")
+    assert "Options of files are 'foo=1'; accepted of images: none. Leave out --option" in options
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.jpg"]
 
 
 def test_pictures_have_the_colors_of_the_data(tmp_path):

@@ -66,7 +66,7 @@ def test_files_of_every_kind_come_back_point_by_point(run, tmp_path):
     assert "3 predicted, 1 skipped" in result.output
     assert "broken.ply: " in result.output
     labels = [np.load(tmp_path / "out" / f"{name}.labels.npy") for name in "abc"]
-    (expected,) = predicting.load_finetuned(run).predict([replace(cloud, **EMPTY)])
+    (expected,) = load_finetuned(run).predict([replace(cloud, **EMPTY)])
     for name, found in zip("abc", labels, strict=True):
         assert np.array_equal(found, expected.labels)
         vertices = read_ply(tmp_path / "out" / f"{name}.ply")["vertex"]
@@ -232,12 +232,13 @@ def test_a_data_set_is_predicted_on_without_its_labels(run, tmp_path, monkeypatc
         (["a.ply"], "rooms3d", RecipeError, "either FILES, or --data SOURCE:PATH"),
         (["a.png"], None, DataError, r"a\.png: the network is for clouds; accepted: files that end in \.ply"),
         (["x/a.ply", "y/a.ply"], None, DataError, "Two inputs are called 'a'"),
-        (["a.ply"], None, DataError, "None of 1 items can be read: a.ply: file is missing"),
+        (["a.ply"], None, DataError, "Nothing to predict on: there is no 'a.ply' here"),
     ],
 )
 def test_what_cannot_be_predicted_on_is_said(run, tmp_path, files, data, error, message):
     with pytest.raises(error, match=message):
         predict(run, tmp_path / "out", files=[Path(file) for file in files], data=data)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
