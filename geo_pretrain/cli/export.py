@@ -91,12 +91,17 @@ def _finetuned(source: str, path: Path) -> OnnxReport:
 def _backbone(source: str, path: Path, decoder: bool, hub: str | None) -> OnnxReport:
     """A backbone: its maps, or its dense features."""
     from geo_pretrain.adapters.onnx import export_onnx
+    from geo_pretrain.catalog import find
     from geo_pretrain.contract import ImageContract
     from geo_pretrain.errors import CheckpointError
     from geo_pretrain.loading import load_backbone
 
+    refused = CheckpointError(f"{source!r} is a network for clouds; accepted: images. {CLOUDS.format(source, LOADER)}")
+    entry = find(source)  # of a name, the catalog says it before anything is fetched
+    if entry is not None and not isinstance(entry.contract, ImageContract):
+        raise refused
     network = load_backbone(source, decoder=decoder, hub=hub)
     if not isinstance(network.contract, ImageContract):
-        raise CheckpointError(f"{source!r} is a network for clouds; accepted: images. {CLOUDS.format(source, LOADER)}")
+        raise refused
     names = ["features"] if decoder else [f"stride{info['reduction']}" for info in network.feature_info]
     return export_onnx(network, network.contract, path, names=names, facts={"name": str(network.name)})

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from geo_pretrain import loading
 from geo_pretrain.adapters import onnx as module
 from geo_pretrain.adapters.onnx import export_onnx
 from geo_pretrain.contract import ImageContract
@@ -57,6 +58,12 @@ def test_a_file_normalizes_takes_any_size_and_gives_labels_from_1(tmp_path, monk
     with pytest.raises(CheckpointError, match="onnxruntime computes something else than torch"):
         export_onnx(network, CONTRACT, path, **given)
     assert path.read_bytes() == b"as before"
+
+
+def test_a_network_for_points_is_refused_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load_backbone", lambda *args, **more: pytest.fail("it was loaded"))
+    ended = geo_pretrain("export", "pointcontrast_nce_srunet34", "--onnx", tmp_path / "x.onnx", expected=1)
+    assert "'pointcontrast_nce_srunet34' is a network for clouds; accepted: images. ONNX has no" in ended.errors
 
 
 def test_what_cannot_be_written_says_why(tmp_path):
