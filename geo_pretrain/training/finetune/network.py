@@ -15,7 +15,8 @@ from geo_pretrain.errors import DataError, InputError
 from geo_pretrain.inputs import check_images, described, look_at, to_points
 from geo_pretrain.training.data.files import points_fault, read_photo
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
-from geo_pretrain.training.data.labelled.clouds.files import array_columns, cloud_of_columns
+from geo_pretrain.training.data.labelled.clouds.files import CLOUD_SUFFIXES, array_columns, cloud_of_columns
+from geo_pretrain.training.data.labelled.own_images import IMAGE_SUFFIXES
 from geo_pretrain.training.finetune.as_checkpoint import image_contract
 from geo_pretrain.training.finetune.cloud_files import CloudFile, cloud_fields
 from geo_pretrain.training.finetune.clouds import CloudTask
@@ -151,9 +152,23 @@ class FinetunedNetwork(nn.Module):
         )
 
     def _item(self, item: Any) -> Any:
+        if isinstance(item, str | os.PathLike) and Path(item).is_dir():
+            raise self._folder(Path(item))
         if isinstance(self.task.contract, VoxelContract):
             return self._cloud(item)
         return read_photo(Path(item)) if isinstance(item, str | os.PathLike) else image_pixels(item, "predict")
+
+    def _folder(self, folder: Path) -> InputError:
+        """What to say of a folder in place of a file."""
+        clouds = isinstance(self.task.contract, VoxelContract)
+        accepted = CLOUDS if clouds else "the path of an image, a PIL image, uint8 [H, W, 3]"
+        suffixes = CLOUD_SUFFIXES if clouds else IMAGE_SUFFIXES
+        there = (path.suffix for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes)
+        files = f"pathlib.Path({str(folder)!r}).glob('*{next(there, suffixes[0])}')"
+        return InputError(
+            f"Got the folder {str(folder)!r}; accepted: {accepted}; or a list of them: predict(sorted({files})). Whole "
+            f"folders: geo-pretrain predict {self.folder} {folder} -o DIR."
+        )
 
     def _cloud(self, item: Any) -> LabelledCloud:
         if isinstance(item, LabelledCloud):

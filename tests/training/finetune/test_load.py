@@ -126,6 +126,13 @@ def test_a_fine_tuned_network_takes_what_is_at_hand(images, tmp_path):
         assert np.array_equal(network.predict(item).labels, expected)
     with pytest.raises(ValueError, match="Got a numpy array float64"):
         network.predict(pixels / 255)
+    for item in (str(tmp_path), [tmp_path / "photo.png", tmp_path]):
+        with pytest.raises(
+            InputError, match=r"accepted: the path of an image, a PIL image, uint8 .* or a list"
+        ) as told:
+            network.predict(item)
+        assert f"predict(sorted(pathlib.Path('{tmp_path}').glob('*.png')))" in str(told.value)
+        assert f"geo-pretrain predict {images} {tmp_path} -o DIR" in str(told.value)
     assert not network.training
     for wrong, line in ((torch.rand(1, 4, 32, 48), "load_backbone"), (torch.rand(1, 32, 48, 3), "network.transforms")):
         with pytest.raises(ValueError, match=rf"fine-tuned on 3 \(R, G, B\); accepted are these alone\. .*{line}"):
@@ -160,6 +167,8 @@ def test_a_network_for_clouds_comes_back_with_its_starts_shape(tmp_path):
         **result.data["contract"],
         "channels": tuple(result.data["contract"]["channels"]),
     }
+    with pytest.raises(InputError, match=r"accepted: the path of a PLY, .*glob\('\*\.ply'\)"):
+        task.predict(tmp_path)
     (found,) = task.predict([painted(3)])
     assert found.labels.shape == (len(painted(3)),)
     assert verify(tmp_path / "out").passed
