@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from geo_pretrain.errors import BadFrame, DataError, RecipeError, some, unknown
+from geo_pretrain.errors import BadFrame, DataError, RecipeError, require, some, unknown
 from geo_pretrain.files import write_text
 from geo_pretrain.training.data.files import read_photo
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
@@ -85,6 +85,7 @@ def predict(
         RecipeError: neither or both of a data set and files are given.
         DataError: nothing is there, or could be read, or two files would be written under one name; nothing is written.
         CheckpointError: `run` is no finished run.
+        MissingDependency: masks of images are to be written, and pycocotools is not installed.
     """
     _check_request(run, files, data, path)
     check_target(out)
@@ -95,6 +96,8 @@ def predict(
     if source is None:
         _check_names(given)
         _check_there(files)
+    if recipe.task == "instances":  # masks are written as COCO's run lengths
+        require("pycocotools", "training")
     task, stated = _load(folder, device)
     export = None if benchmark is None else _benchmark(benchmark, task)
     items = spread_ids(given if source is None else list(_of_source(task, source)), limit)

@@ -167,7 +167,7 @@ def test_a_library_that_training_needs_is_told_before_data_and_backbone_are_read
     assert not list(tmp_path.iterdir())
 
 
-def test_masks_of_ones_own_categories_are_trained_and_found(tmp_path):
+def test_masks_of_ones_own_categories_are_trained_and_found(tmp_path, monkeypatch):
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)
         (tmp_path / "data" / split / "annotations.json").write_text(json.dumps(boxes_json(2)))
@@ -189,6 +189,10 @@ def test_masks_of_ones_own_categories_are_trained_and_found(tmp_path):
     assert np.array_equal(direct["scores"].numpy(), network.predict(photo).scores)
     assert (network.contract.std, network.training) == ((1.0, 1.0, 1.0), False)
     assert "takes a list of images [3, H, W], RGB in [0, 1], of any size" in repr(network)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    other = ["predict", tmp_path / "out", tmp_path / "data" / "val", "-o", tmp_path / "other"]
+    assert "pip install 'geo_pretrain[training]'" in geo_pretrain(*other, expected=1).errors
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
