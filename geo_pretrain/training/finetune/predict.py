@@ -90,14 +90,9 @@ def predict(
     _check_request(run, files, data, path)
     check_target(out)
     folder = finetuned_folder(run)
-    recipe = read_recipe(folder)  # what is asked for is looked at before the network is loaded
+    recipe = _recipe(folder)  # what is asked for is looked at before the network is loaded
     source = None if data is None else _open(recipe, data, path, split, options)
-    given = list(_of_files(recipe, files, options)) if source is None else []
-    if source is None:
-        _check_names(given)
-        _check_there(files)
-    if recipe.task == "instances":  # masks are written as COCO's run lengths
-        require("pycocotools", "training")
+    given = _checked_files(recipe, files, options) if source is None else []
     task, stated = _load(folder, device)
     export = None if benchmark is None else _benchmark(benchmark, task)
     items = spread_ids(given if source is None else list(_of_source(task, source)), limit)
@@ -118,6 +113,22 @@ def predict(
     draw_clouds(drawn, task.classes, out / PICTURE)
     _finish(found, task, run, detected)
     return found
+
+
+def _checked_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[str, Any] | None) -> list[Item]:
+    """The items of files that are given, each with a name of its own."""
+    items = list(_of_files(recipe, files, options))
+    _check_names(items)
+    _check_there(files)
+    return items
+
+
+def _recipe(folder: Path) -> FinetuneRecipe:
+    """The recipe of the run, if what it predicts can be written. Raises `MissingDependency`."""
+    recipe = read_recipe(folder)
+    if recipe.task == "instances":  # masks are written as COCO's run lengths
+        require("pycocotools", "training")
+    return recipe
 
 
 def _load(folder: Path, device: str | None) -> tuple[FinetuneTask, Mapping[str, Any]]:

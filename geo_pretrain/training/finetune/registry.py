@@ -47,17 +47,14 @@ def _check_network(recipe: FinetuneRecipe) -> None:
     resolve_name(TASKS[recipe.task]).check(with_encoder(recipe, DEFAULT_ENCODER))
 
 
-def check_libraries(recipe: FinetuneRecipe) -> None:
-    """Raise `MissingDependency` where training or scoring needs a library that is not installed; reads no data."""
-    for library, extra in resolve_name(TASKS[recipe.task]).needs:
-        require(library, extra)
-
-
 def check_start(recipe: FinetuneRecipe, backbone: str) -> None:
     """Raise for weights in a file or package that are not there, or that no encoder is named for; reads nothing.
 
-    Raises `CheckpointError`, `RecipeError`. A name of the catalog or a folder is checked where it is opened.
+    And for libraries that the task needs. Raises `CheckpointError`, `RecipeError`, `MissingDependency`. A name of the
+    catalog or a folder is checked where it is opened.
     """
+    for library, extra in resolve_name(TASKS[recipe.task]).needs:
+        require(library, extra)
     if not backbone.startswith((FILE, PACKAGE)):
         return
     path = weights_file(backbone)

@@ -31,7 +31,7 @@ from geo_pretrain.training.distributed import World, join
 from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.finetune.folder import RESULTS, FinetuneResult, read_result
 from geo_pretrain.training.finetune.published import PaperRow, paper_rows
-from geo_pretrain.training.finetune.registry import backbone_init, check_libraries, check_start
+from geo_pretrain.training.finetune.registry import backbone_init, check_start
 from geo_pretrain.training.finetune.run import finetune, is_on_disk, open_splits
 from geo_pretrain.training.finetune_recipe import (
     FinetuneRecipe,
@@ -170,7 +170,6 @@ def run_sweep(
     """
     where = dict(init_kwargs or {})
     _check_axes(recipe, fractions, seeds)
-    check_libraries(recipe)
     held = _check_starts(recipe, backbones, where, opened=sources is not None)
     order = product(seeds, fractions, held.items())
     runs = [Run(backbone, label, float(share), seed, out) for seed, share, (label, (backbone, _)) in order]
