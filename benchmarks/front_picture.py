@@ -18,7 +18,7 @@ from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.files import write_text
 from geo_pretrain.progress import progress
 from geo_pretrain.training.demo.report import weights_numbers
-from geo_pretrain.training.demo.weights import NAME, Setting, Shown, show_weights
+from geo_pretrain.training.demo.weights import NAME, POINT_NAME, Setting, Shown, show_weights
 from geo_pretrain.training.evaluation.features import RANDOM
 from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.visualize.strip import save_strip
@@ -26,7 +26,8 @@ from geo_pretrain.training.visualize.strip import save_strip
 ROOT = Path(__file__).parents[1]
 PICTURE, README, RESULT = "docs/front.jpg", ROOT / "README.md", RESULTS / "front_picture.json"
 COMMAND = "python -m benchmarks.front_picture"
-COLUMNS = ("matches", "features", "points")  # the demo's picture may have one more
+OF_POINTS = "points, 3D"  # where weights for points are at hand
+COLUMNS = ("matches", "features", "points", OF_POINTS)  # the demo's picture may have labels, too
 LARGEST = 300_000  # bytes
 QUALITIES = (88, 80, 70)  # of the .jpg, the first that is small enough
 RECALL, RIGHT = "recall by room", "pixels that get the right label by room"
@@ -47,11 +48,14 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
     name, scores, (height, width) = weights["name"], weights["scores"], weights["size"]
     starts = [start for start in scores if start != name]
     rooms = len(scores[name][RECALL])
+    third = ""
+    if OF_POINTS in results.get("columns", ()):
+        third = f";\nat the right the points in the colors of [`{POINT_NAME}`](model_cards/{POINT_NAME}.md), a network for points"
     picture = (
         f"![Matches between two views of a room, their features as colors, and the room's points]({PICTURE})\n\n"
         f"*[`{name}`](model_cards/{name}.md) in a room it never saw: the nearest feature in the other view (green is\n"
-        "right within 4 pixels, red is not), its features as colors, and the room's points in these colors.\n"
-        "`make demo` draws it in a minute.*"
+        "right within 4 pixels, red is not), its features as colors, and the room's points in these colors"
+        f"{third}.\n`make demo` draws it in a minute.*"
     )
     heads = [f"{start} weights" if start == RANDOM else start for start in starts]
     head = f"| | {' | '.join([*heads, f'`{name}`'])} |"
@@ -89,7 +93,11 @@ def main() -> None:
     given = parser.parse_args()
     with progress() as report:
         shown = show_weights(given.name, None, setting=Setting(), report=report)
-    results: dict[str, Any] = {"weights": weights_numbers(shown), "machine": machine()}
+    results: dict[str, Any] = {
+        "weights": weights_numbers(shown),
+        "columns": [title for title, _ in shown.columns if title in COLUMNS],
+        "machine": machine(),
+    }
     del results["weights"]["seconds"]  # the demo's own are stored
     if given.trial is not None:
         save_picture(shown, given.trial / "front.jpg")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.front_picture import LARGEST, PICTURE, README, RESULT, ROOT, parts, save_picture, with_parts
+from benchmarks.front_picture import LARGEST, OF_POINTS, PICTURE, README, RESULT, ROOT, parts, save_picture, with_parts
 from geo_pretrain.errors import GeoPretrainError
-from geo_pretrain.training.demo.weights import NAME, Setting, Shown
+from geo_pretrain.training.demo.weights import NAME, POINT_NAME, Setting, Shown
 
 RESULTS = {
     "weights": {
@@ -29,6 +29,8 @@ RESULTS = {
 def test_parts_of_the_front_page_show_the_stored_numbers():
     found = parts(RESULTS)
     assert f"model_cards/{NAME}.md" in found["front picture"]
+    assert POINT_NAME not in found["front picture"]
+    assert POINT_NAME in parts(RESULTS | {"columns": [OF_POINTS]})["front picture"]
     assert found["front numbers"].splitlines() == [
         f"| | random weights | `{NAME}` |",
         "| --- | --- | --- |",
