@@ -50,7 +50,8 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
     rooms = len(scores[name][RECALL])
     third = ""
     if OF_POINTS in results.get("columns", ()):
-        third = f";\nat the right the points in the colors of [`{POINT_NAME}`](model_cards/{POINT_NAME}.md), a network for points"
+        card = f"[`{POINT_NAME}`](model_cards/{POINT_NAME}.md)"
+        third = f";\nat the right the points in the colors of {card}, a network for points"
     picture = (
         f"![Matches between two views of a room, their features as colors, and the room's points]({PICTURE})\n\n"
         f"*[`{name}`](model_cards/{name}.md) in a room it never saw: the nearest feature in the other view (green is\n"
