@@ -51,7 +51,7 @@ def test_a_name_in_an_installed_package_loads_offline_and_the_package_is_not_imp
     with pytest.raises(UnknownName, match="package:gone"):
         hub.open("another_net_r18", hub="package:gone")
     with pytest.raises(
-        HubError, match=r"package:gone: the package gone is not installed: install its weights with `pip install gone`"
+        HubError, match=r"package:gone: the package gone is not installed\. Install it: `pip install gone`"
     ):
         hub.open("crd_srunet34", hub="package:gone")
     (installed / NAME / "encoder.safetensors").unlink()
