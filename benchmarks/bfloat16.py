@@ -5,8 +5,9 @@
 
 Every 3D pretext task with --toy, in float32 and bfloat16, over seeds: the mean loss of the last fifth of the steps.
 Both precisions see the same samples in the same order. Features: the relative distance (L2) between the outputs of one
-network in both, on frames of rooms that nobody trained on. The same command goes on where it was stopped. Needs a
-processor that multiplies bfloat16. Writes benchmarks/results/bfloat16.json when all is done.
+network in both, on frames and whole surfaces of rooms that nobody trained on. The same command goes on where it was
+stopped. Needs a processor that multiplies bfloat16. Writes benchmarks/results/bfloat16.json, with the losses of the
+tasks that are done.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from geo_pretrain.loading import load_backbone
 from geo_pretrain.rooms import RoomsConfig
 from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.sparse.backend import describe
+from geo_pretrain.training.data.frame import Surface
 from geo_pretrain.training.data.sources.rooms import Rooms
 from geo_pretrain.training.evaluation.features import cloud_of
 
@@ -110,26 +112,32 @@ def losses(out: Path, seeds: int) -> dict[str, Any]:
     return found
 
 
-@torch.no_grad()
 def features(names: Sequence[str]) -> dict[str, Any]:
-    """Relative distance of the features in both precisions, of each network and frame."""
+    """Relative distance of the features in both precisions, of each network, on frames and on surfaces."""
     rooms = Rooms(UNSEEN)
     rooms.prepare()
-    found = {}
+    clouds = {
+        "frames": [cloud_of(rooms.load(scene, frame)) for scene in rooms.scenes() for frame in rooms.frame_ids(scene)],
+        "surfaces": [rooms.surface(scene) for scene in rooms.scenes()],
+    }
+    found: dict[str, Any] = {}
     for name in names:
-        network: Any = load_backbone(name)
-        distances = []
-        for scene in rooms.scenes():
-            for frame in rooms.frame_ids(scene):
-                cloud = cloud_of(rooms.load(scene, frame))
-                voxels = network.transforms(cloud.points, cloud.colors)
-                x = SparseTensor(voxels.coords, voxels.feats)
-                exact = network(x).feats
-                with torch.autocast("cpu", torch.bfloat16):
-                    rounded = network(x).feats.float()
-                distances.append(((exact - rounded).norm() / exact.norm()).item())
-        found[name] = {"frames": len(distances), "mean": statistics.fmean(distances), "max": max(distances)}
+        network = load_backbone(name)
+        found[name] = {what: _distances(network, surfaces) for what, surfaces in clouds.items()}
     return found
+
+
+@torch.no_grad()
+def _distances(network: Any, surfaces: Sequence[Surface]) -> dict[str, Any]:
+    values = []
+    for surface in surfaces:
+        voxels = network.transforms(surface.points, surface.colors)
+        x = SparseTensor(voxels.coords, voxels.feats)
+        exact = network(x).feats
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = network(x).feats.float()
+        values.append(((exact - rounded).norm() / exact.norm()).item())
+    return {"clouds": len(values), "mean": statistics.fmean(values), "max": max(values)}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -139,10 +147,10 @@ def table(results: dict[str, Any]) -> str:
         both = [f"{statistics.fmean(row[p]):.3f} ± {statistics.stdev(row[p]):.3f}" for p in PRECISIONS]
         within = "yes" if row["within"] else "no"
         lines.append(f"| {recipe} | {' | '.join(both)} | {row['difference']:+.3f} | {within} |")
-    for name, row in results["features"].items():
-        lines.append(
-            f"\n{name}: {100 * row['mean']:.2f} % (at most {100 * row['max']:.2f}) over {row['frames']} frames"
-        )
+    for name, kinds in results["features"].items():
+        for what, row in kinds.items():
+            shares = f"{100 * row['mean']:.2f} % (at most {100 * row['max']:.2f})"
+            lines.append(f"\n{name}: {shares} over {row['clouds']} {what}")
     return "\n".join(lines)
 
 
@@ -166,8 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = {"kernels": describe(torch.bfloat16), "machine": machine()}
     results = {"losses": losses(options.out, options.seeds), "features": features(names), **facts}
     print(table(results))
-    if all(one.is_done() for one in jobs) and names:
-        write_results("bfloat16", f"python -m benchmarks.bfloat16 OUT --seeds {options.seeds}", results, timed=False)
+    if names:
+        words = [*(f"--start {name}" for name in names), *(["--table"] if options.table else [])]
+        command = f"python -m benchmarks.bfloat16 OUT --seeds {options.seeds} {' '.join(words)}"
+        write_results("bfloat16", command, results, timed=False)
     sys.exit(abs(code))
 
 
