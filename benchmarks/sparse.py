@@ -54,6 +54,7 @@ from benchmarks.sparse_engines import (
     seconds,
 )
 from geo_pretrain.backbones.sr_unet import SRUNet
+from geo_pretrain.heap import kept_heap
 from geo_pretrain.sparse import SparseTensor
 
 FAST = "geo_pretrain.sparse.fast"
@@ -175,7 +176,8 @@ class Bench:
         repeats = self.options.repeats
         forward = Turns({name: engine.forward for name, engine in group.items()}, repeats, self.device)
         maps = Turns({name: engine.maps for name, engine in group.items() if engine.is_ours}, repeats, self.device)
-        train = Turns({name: engine.train for name, engine in group.items()}, repeats, self.device)
+        with kept_heap():  # as training runs are; for all engines
+            train = Turns({name: engine.train for name, engine in group.items()}, repeats, self.device)
         for name, engine in group.items():
             middle = statistics.median(forward.wall[name])
             entry: dict[str, Any] = {"forward_s": spread(forward.wall[name]), "train_s": spread(train.wall[name])}

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine, spread, write_results
+from geo_pretrain.heap import kept_heap
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.sources.registry import open_source
@@ -106,7 +107,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     for encoder, size, pairs in CASES:
         name = f"{size[0]}x{size[1]}" + ("" if encoder == "resnet18" else f", {encoder}")
-        results[name] = measure_case(encoder, size, pairs, options.precision, options.repeats)
+        with kept_heap():  # as runs are; for the bare network, too
+            results[name] = measure_case(encoder, size, pairs, options.precision, options.repeats)
         print(name, results[name], flush=True)
     lower = any(found["precision"] == "bf16" for found in results.values())
     command = f"python -m benchmarks.training --precision {options.precision}"

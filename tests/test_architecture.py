@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "online",
         "seeding",
         "targets",
+        "heap",
         "threads",
         "sparse.backend",
     ),

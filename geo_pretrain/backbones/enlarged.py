@@ -162,7 +162,8 @@ def _backward(
     grad = grad.permute(0, 2, 3, 1).flatten(2)
     across, down = _both_bands(shape, x.dtype, transposed=True)
     grad_rows = torch.empty_like(rows)
-    grad_kernel = torch.zeros_like(kernel, dtype=torch.promote_types(weight.dtype, torch.float32))
+    grad_kernel: Tensor | None = None
+    summed = torch.promote_types(weight.dtype, torch.float32)
     for images, stripes in _parts(len(x), weight, shape):
         wide = torch.cat(_mix(down, grad[images]), dim=1).view(-1, taps, large_width, len(weight))
         for held, stripe in stripes:
@@ -171,10 +172,13 @@ def _backward(
             if needed[0]:
                 grad_rows[stripe] = (products @ kernel).view(-1, width, kernel.shape[1])
             if needed[1]:
-                grad_kernel += products.t() @ rows[stripe].flatten(0, 1)
+                part = products.t() @ rows[stripe].flatten(0, 1)
+                grad_kernel = part if grad_kernel is None else grad_kernel.to(summed).add_(part)
     grad_x = grad_rows.view(len(x), height, width, kernel.shape[1]).permute(0, 3, 1, 2)
+    if grad_kernel is None:  # not needed, or no images
+        return grad_x if needed[0] else None, torch.zeros_like(weight) if needed[1] else None
     grad_weight = grad_kernel.view(taps, taps, *weight.shape[:2]).permute(2, 3, 1, 0)
-    return grad_x if needed[0] else None, torch.empty_like(weight).copy_(grad_weight) if needed[1] else None
+    return grad_x if needed[0] else None, torch.empty_like(weight).copy_(grad_weight)
 
 
 def _kernel(weight: Tensor, dtype: torch.dtype) -> Tensor:

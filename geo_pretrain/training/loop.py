@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError, first_line
+from geo_pretrain.heap import kept_heap
 from geo_pretrain.threads import Pace, considerate_waiting, usable_cpus
 from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
 from geo_pretrain.training.distributed import World
@@ -234,6 +235,7 @@ def fit(
         log = stack.enter_context(run.log(progress.step)) if run is not None else write_nothing
         if world.device.type == "cpu":
             stack.enter_context(considerate_waiting())
+            stack.enter_context(kept_heap())
         _Loop(task, world, run, progress, log, on_step).take_steps(stop)
     return progress
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -54,8 +55,13 @@ def resize_frame(frame: Frame, size: tuple[int, int]) -> Frame:
 
 def resize_image(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Resize an image [H, W, ...] to `size` (height, width), taking the nearest pixels."""
-    rows, columns = (geometry.nearest_indices(old, new) for old, new in zip(image.shape[:2], size, strict=True))
-    return image[np.ix_(rows, columns)]
+    rows, columns = (_nearest(old, new) for old, new in zip(image.shape[:2], size, strict=True))
+    return image.take(rows, axis=0).take(columns, axis=1)
+
+
+@lru_cache(maxsize=64)  # frames of a recording and sizes of a recipe are few
+def _nearest(old: int, new: int) -> np.ndarray:
+    return np.array(geometry.nearest_indices(old, new), dtype=np.intp)
 
 
 class Source(Protocol):
