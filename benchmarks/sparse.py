@@ -50,6 +50,7 @@ from benchmarks.sparse_engines import (
     first_call,
     gflop,
     kept_inputs,
+    kernel_gradients,
     layer_groups,
     seconds,
 )
@@ -188,6 +189,8 @@ class Bench:
             if engine.is_ours:
                 entry["maps_of_forward"] = round(statistics.median(maps.wall[name]) / middle, 3)
                 entry["groups"] = layer_groups(engine, repeats, self.rate)
+                if name not in BY_PEER:
+                    entry["kernel_gradients"] = kernel_gradients(engine, repeats, self.rate)
             results["engines"][name] = entry
         self.memory(coords, group, results["engines"])
         results["differs_from_plain_by"] = differences(group)

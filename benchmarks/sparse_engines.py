@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -252,3 +255,28 @@ def layer_groups(engine: Engine, repeats: int, rate: float) -> dict[str, dict[st
         if work:
             table[name]["of_sgemm"] = round(work / middle / rate, 2)
     return table
+
+
+def kernel_gradients(engine: Engine, repeats: int, rate: float) -> dict[str, float]:
+    """Of one of ours: median ms of a step's kernel gradients, GFLOP and share of the sgemm rate; without 1x1 layers."""
+    network = engine.network
+    with engine.use():
+        counts = gflop(network, SparseTensor(engine.coords, engine.feats))
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, Conv3d | ConvTranspose3d)}
+    work = sum(count for name, count in counts.items() if layers[name].kernel_size > 1)
+    times: list[float] = []
+
+    def timed(compute: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        found: list[Tensor] = []
+        times[-1] += seconds(lambda: found.append(compute(*inputs)), engine.device)
+        return found[0]
+
+    with ExitStack() as stack:
+        for name in ("plain", "fast"):
+            if module := sys.modules.get(f"geo_pretrain.sparse.{name}"):
+                stack.enter_context(patch.object(module, "sparse_conv_wgrad", partial(timed, module.sparse_conv_wgrad)))
+        for _ in range(repeats + 1):
+            times.append(0.0)
+            engine.train()
+    middle = statistics.median(times[1:])  # the first finds its memory
+    return {"ms": round(middle * 1e3, 2), "gflop": round(work, 2), "of_sgemm": round(work / middle / rate, 2)}

@@ -22,6 +22,10 @@ def test_a_dry_run_measures_and_keeps_nothing(capsys, monkeypatch):
         assert entry["forward_s"]["min"] > 0
         assert entry["train_s"]["min"] > 0
         assert entry["groups"]["block8"]["gflop"] > 0
+        gradients = entry["kernel_gradients"]
+        assert gradients["ms"] > 0
+        in_forward = sum(group["gflop"] for group in entry["groups"].values())
+        assert 0 < gradients["gflop"] <= in_forward + 0.01 * len(entry["groups"])
     assert 0 < frame["differs_from_plain_by"]["fast"] < 1e-3
     assert set(frame["times_faster"]) == {"forward_fast_than_plain", "train_fast_than_plain"}
 
