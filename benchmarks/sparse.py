@@ -134,13 +134,14 @@ def child(name: str, coords_file: str, mode: str) -> None:
     if name != "plain":
         importlib.import_module(MODULES.get(name, LIBRARY[name]))
     coords = torch.load(coords_file)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     getattr(Engine(name, coords), mode)()
-    print(_status("VmHWM") - before)
+    print(status("VmHWM") - before)
 
 
-def _status(field: str) -> float:
+def status(field: str) -> float:
+    """MB of a field of this process in /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return round(int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024, 1)
 
@@ -190,7 +191,8 @@ class Bench:
                 entry["maps_of_forward"] = round(statistics.median(maps.wall[name]) / middle, 3)
                 entry["groups"] = layer_groups(engine, repeats, self.rate)
                 if name not in BY_PEER:
-                    entry["kernel_gradients"] = kernel_gradients(engine, repeats, self.rate)
+                    with kept_heap():
+                        entry["kernel_gradients"] = kernel_gradients(engine, repeats, self.rate)
             results["engines"][name] = entry
         self.memory(coords, group, results["engines"])
         results["differs_from_plain_by"] = differences(group)

@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from geo_pretrain.errors import CheckpointError, DataError, GeoPretrainError, Re
 from geo_pretrain.loading import load_backbone, verify
 from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.sparse.layers import BatchNorm
-from geo_pretrain.training import pretrain
+from geo_pretrain.training import loop, pretrain
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import MicroBatches
@@ -297,6 +297,25 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path
     with pytest.raises(GeoPretrainError, match="not finite at step"):
         run_here(path, tmp_path / "out", ["optim.lr=1e30"])
     assert (tmp_path / "out.run" / "state.pt").exists()
+
+
+def test_a_run_keeps_its_memory_until_it_ends_or_fails(tmp_path, tiny_recipe, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def kept():
+        seen.append("kept")
+        try:
+            yield
+        finally:
+            seen.append("handed back")
+
+    monkeypatch.setattr(loop, "kept_heap", kept)
+    path = tiny_recipe(optim={"steps": 2})
+    run_here(path, tmp_path / "out")
+    with pytest.raises(GeoPretrainError, match="not finite at step"):
+        run_here(path, tmp_path / "failed", ["optim.lr=1e30"])
+    assert seen == ["kept", "handed back"] * 2
 
 
 def test_batch_must_divide_over_processes_and_parts(tmp_path, tiny_recipe):

@@ -40,7 +40,7 @@ def depth_loss(prediction: Tensor, target: Tensor, *, invalid: float = 0.0) -> T
 def _sobel(image: Tensor) -> tuple[Tensor, Tensor]:
     """Sobel gradients (x, y) of [B, H, W], zero-padded; the x kernel has rows (1, 0, -1), (2, 0, -2), (1, 0, -1)."""
     padded = F.pad(image, (1, 1, 1, 1))
-    # By sums of shifted images: on a CPU the gradient of a convolution with so few channels takes ten times as long.
+    # By sums of shifted images: on a CPU a convolution with so few channels takes ten times as long, and its gradient.
     down = padded[:, :-2].add(padded[:, 1:-1], alpha=2) + padded[:, 2:]
     across = padded[..., :-2].add(padded[..., 1:-1], alpha=2) + padded[..., 2:]
     return down[..., :-2] - down[..., 2:], across[:, :-2] - across[:, 2:]

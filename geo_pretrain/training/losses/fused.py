@@ -78,24 +78,20 @@ class _InfoNCE(torch.autograd.Function):
                 grad_key[some] += shares.mT @ rows
                 continue
             scores.exp_()
-            grad_query[some, part] = _weighted(scores, columns, by_row[some, part], _of(by_column, some))
-            grad_key[some] += _weighted(scores.mT, rows, _of(by_column, some), by_row[some, part])
+            if by_column is None:
+                grad_query[some, part] = by_row[some, part] * (scores @ columns)
+                grad_key[some] += scores.mT @ (by_row[some, part] * rows)
+            else:
+                grad_query[some, part] = _weighted(scores, columns, by_row[some, part], by_column[some])
+                grad_key[some] += _weighted(scores.mT, rows, by_column[some], by_row[some, part])
         scale = (grad / (query.shape[1] * settings.temperature))[:, None, None]
         share = 0.5 if settings.symmetric else 1.0
         return (grad_query * share - key) * scale, (grad_key * share - query) * scale, None, None
 
 
-def _of(values: Tensor | None, some: slice) -> Tensor | None:
-    return None if values is None else values[some]
-
-
-def _weighted(scores: Tensor, columns: Tensor, by_row: Tensor | None, by_column: Tensor | None) -> Tensor:
-    """(by_row * scores + scores * by_column) @ columns for weights [b, n, 1] and [b, N, 1]; None: 0."""
-    if by_column is None:
-        return scores @ columns if by_row is None else by_row * (scores @ columns)
-    if by_row is None:
-        return scores @ (by_column * columns)
-    by_rows, by_columns = (scores @ torch.cat((columns, by_column * columns), -1)).chunk(2, -1)  # a product, not two
+def _weighted(scores: Tensor, columns: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """(by_row * scores + scores * by_column) @ columns for weights [b, n, 1] and [b, N, 1], by one product."""
+    by_rows, by_columns = (scores @ torch.cat((columns, by_column * columns), -1)).chunk(2, -1)
     return (by_row * by_rows).add_(by_columns)
 
 
