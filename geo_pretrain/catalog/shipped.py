@@ -69,6 +69,22 @@ SHIPPED: Mapping[str, Shipped] = {
                 table="benchmarks/results/awareness_kitchen.json#/networks/pri3d_view_r18.rooms/matching/layers/layer2 ~18/4 px/mean",  # noqa: E501
                 note="random: 8.3",
             ),
+            Result(
+                task="semantic segmentation",
+                dataset="rooms",
+                metric="mIoU",
+                value=33.68,
+                table="benchmarks/results/few_labels.json#/measured/7/mean",
+                note="random: 20.2",
+            ),
+            Result(
+                task="semantic segmentation, 5 % of the labels",
+                dataset="rooms",
+                metric="mIoU",
+                value=23.19,
+                table="benchmarks/results/few_labels.json#/measured/5/mean",
+                note="random: 14.7",
+            ),
         ),
     ),
 }
