@@ -2,9 +2,9 @@
 
     python -m benchmarks.heap
 
-Each step in processes of its own, by the processor time of one thread: U-Nets in bf16 (forward, backward,
-SGD), and the SR-UNet34 on one frame of rooms in float32 and bf16, sparse tensor and kernel maps built anew.
-kept: `heap.kept_heap`, which training runs are in. Writes benchmarks/results/heap.json.
+Each step in processes of its own, by the processor time of one thread: U-Nets in bf16 (forward, backward, SGD), and
+SR-UNet34 on one frame of rooms in float32 and bf16, sparse tensor and kernel maps built anew. kept: `heap.kept_heap`,
+which training runs are in. Writes benchmarks/results/heap.json.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IMAGES = {
 }
 ENGINES = {"SR-UNet34, float32": "fast", "SR-UNet34, bfloat16": "fast_bf16"}
 INPUTS = "inputs"
-STEPS = 8  # of a process; as many before them find their memory
+STEPS = 4  # of a process; as many before them find their memory
 
 
 def image_step(depth: int, batch: int, height: int, width: int) -> Callable[[], None]:
@@ -98,7 +98,7 @@ def measure(name: str, repeats: int, coords: str) -> dict[str, object]:
 def main() -> None:
     """Print and store all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -1,8 +1,8 @@
 """Memory between the steps of a run: glibc's malloc keeps what was freed, instead of asking for new pages each time.
 
 By itself glibc gives a block of 32 MB and more back to the kernel as it is freed, and the next step pays for the same
-pages again, zeroed one by one: up to a tenth of a training step on a CPU (`python -m benchmarks.heap`). The price: a
-process whose sizes change from step to step may hold up to a third more memory, since blocks leave holes.
+pages again, zeroed one by one (`python -m benchmarks.heap` measures how long that takes). The price: a process whose
+sizes change from step to step holds more memory, since blocks leave holes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import pytest
 
 from geo_pretrain import heap
 
-# The share of its memory that a step gets as new pages, before and in the context; then the memory handed back (MB).
+# The share of its memory that a step gets as new pages, before and in the context; the memory handed back at its end
+# (MB); the share that a large block gets as new pages after it.
 STEPS = """
 import resource
 import torch
