@@ -3,6 +3,7 @@
     python -m benchmarks.few_labels OUT [--start NAME|FOLDER ...] [--jobs 2] [--steps 400] [--decoder]
     python -m benchmarks.few_labels OUT --pilot     # first: what the budget reaches with all labels, and the hours
     python -m benchmarks.few_labels OUT --table     # in between: what is there
+    python -m benchmarks.few_labels OUT --rate 0.01 --rate 0.3 --earlier JSON   # only what that table lacks is run
 
 Pri3D's U-Net, 200 labelled rooms of four images at 120x160, 12 classes; 1, 5, 25 and 100 % of the rooms. Rates are
 chosen on 32 rooms, mIoU is reported on 32 others. Starts are all catalog names with an image encoder that load without
@@ -35,10 +36,12 @@ from benchmarks.starts import (
     provenance,
     results_of,
     scores_of,
+    with_earlier,
 )
 from geo_pretrain import hub
 from geo_pretrain.catalog import find, list_backbones
 from geo_pretrain.errors import RecipeError
+from geo_pretrain.files import parse_json
 from geo_pretrain.hub.cache import names_here
 from geo_pretrain.training.networks import SCRATCH
 
@@ -95,10 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--start", action="append", default=[], help="a catalog name or a checkpoint folder")
     parser.add_argument("--decoder", action="store_true", help="each start with its decoder, too")
+    parser.add_argument("--earlier", type=Path, help="few_labels.json of another folder, whose runs count here")
     options = parser.parse_args(given)
     starts = starts_of(options.start or offline_names(), decoder=options.decoder)
     options.out.mkdir(parents=True, exist_ok=True)
     whole = study_of(starts, options.steps, options.seeds, options.rate or RATES)
+    earlier = parse_json(options.earlier.read_bytes()) if options.earlier else None
+    if earlier is not None:
+        whole = with_earlier(whole, earlier, provenance(whole, options.out)["weights"])
     study = pilot(whole) if options.pilot else whole
     if options.worker:
         work(fine_tuning_jobs(study, options.out), partial(print, flush=True))
@@ -109,14 +116,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.pilot:
         print(estimate(whole, results))
     else:
-        keep(study, options.out, results)
+        keep(study, options.out, results, earlier)
     sys.exit(abs(code))
 
 
-def keep(study: Study, out: Path, results: dict[str, Any]) -> None:
-    """Write results and curve into `out`; those of all runs into the repository, too."""
+def keep(study: Study, out: Path, results: dict[str, Any], earlier: dict[str, Any] | None = None) -> None:
+    """Write results and curve into `out`; those of all runs into the repository, too. `earlier`: see `with_earlier`."""
     points = points_of(study, scores_of(study, out))
     facts = provenance(study, out)
+    if earlier is not None:
+        told = ("command", "machine", "code", "libraries", "learning rates", "runs", "earlier")
+        facts["weights"] = {**earlier["weights"], **facts["weights"]}
+        facts["earlier"] = {key: earlier[key] for key in told if key in earlier}
     (out / f"{NAME}.md").write_text(markdown(results))
     (out / f"{NAME}.json").write_text(json.dumps({**facts, **results}, indent=2) + "\n")
     if points:

@@ -52,6 +52,25 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Score:
+    """The scores of one run, from 0 to 1."""
+
+    start: str
+    share: float
+    rate: float
+    seed: int
+    chosen_by: float  # on the images that rates are chosen on
+    reported: float
+    seconds: float
+    images: int  # that it was trained on
+
+    @property
+    def run(self) -> tuple[str, float, float, int]:
+        """What tells runs of a study apart."""
+        return self.start, self.share, self.rate, self.seed
+
+
+@dataclass(frozen=True)
 class Study:
     """What is run, and what the table is measured on."""
 
@@ -65,6 +84,7 @@ class Study:
     # The images that are reported: the recipe's validation split, with other options or of another folder.
     reported: Mapping[str, Any] = field(default_factory=dict)
     reported_path: Path | None = None
+    earlier: tuple[Score, ...] = ()  # runs measured before, in another folder: not run again
 
     def recipe_at(self, start: Start, rate: float) -> FinetuneRecipe:
         """The recipe of one sweep."""
@@ -79,20 +99,6 @@ class Study:
         return len(self.starts) * len(self.shares) * len(self.rates) * len(self.seeds)
 
 
-@dataclass(frozen=True)
-class Score:
-    """The scores of one run, from 0 to 1."""
-
-    start: str
-    share: float
-    rate: float
-    seed: int
-    chosen_by: float  # on the images that rates are chosen on
-    reported: float
-    seconds: float
-    images: int  # that it was trained on
-
-
 def fine_tuning_jobs(study: Study, out: Path) -> list[Job]:
     """The sweeps of a study, one seed of each after another, so that a night cut short has whole tables."""
     axes = product(study.seeds, study.starts, study.rates)
@@ -103,7 +109,9 @@ def _job(study: Study, start: Start, rate: float, seed: int, out: Path) -> Job:
     folder = study.sweep(out, start, rate)
 
     def is_done() -> bool:
-        return seed in judged_seeds(study, folder)
+        known = {(start.label, run.share, rate, run.seed) for run in _judged(folder)}
+        known |= {score.run for score in study.earlier}
+        return all((start.label, share, rate, seed) in known for share in study.shares)
 
     def run() -> None:
         run_sweep(study.recipe_at(start, rate), [start.backbone], study.shares, [seed], folder, device="cpu")
@@ -111,12 +119,6 @@ def _job(study: Study, start: Start, rate: float, seed: int, out: Path) -> Job:
 
     name = f"{study.name}: {start.label}, lr {rate:g}, seed {seed}"
     return Job(name, folder.with_name(f"{folder.name}.job"), is_done, run, start.needs)
-
-
-def judged_seeds(study: Study, folder: Path) -> list[int]:
-    """The seeds of which a sweep has all shares measured on the reported images."""
-    known = {(run.share, run.seed) for run in _judged(folder)}
-    return [seed for seed in study.seeds if all((share, seed) in known for share in study.shares)]
 
 
 def judge(study: Study, folder: Path) -> None:
@@ -162,7 +164,14 @@ def _judged(folder: Path) -> list[_Judged]:
 
 
 def scores_of(study: Study, out: Path) -> list[Score]:
-    """The scores of all measured runs."""
+    """The scores of all measured runs; those of this folder stand for earlier ones of the same."""
+    own = _own_scores(study, out)
+    lacking = set(product((start.label for start in study.starts), study.shares, study.rates, study.seeds))
+    lacking -= {score.run for score in own}
+    return [*own, *(score for score in study.earlier if score.run in lacking)]
+
+
+def _own_scores(study: Study, out: Path) -> list[Score]:
     found = []
     for start in study.starts:
         for rate in study.rates:
@@ -173,6 +182,32 @@ def scores_of(study: Study, out: Path) -> list[Score]:
                     seconds, images = result.data["seconds"], result.data["data"]["train_images"]
                     found.append(Score(start.label, run.share, rate, run.seed, result.score, reported, seconds, images))
     return found
+
+
+def with_earlier(study: Study, stored: Mapping[str, Any], digests: Mapping[str, str]) -> Study:
+    """The study with the runs that `results_of` told of an earlier one, whose folder is no longer needed.
+
+    `digests`: of the weights of each start, as far as known; see `provenance`. Raises `DataError` where the earlier
+    runs had another recipe, other settings or other weights.
+    """
+    here = _facts(study)
+    changed = [
+        f"{key}: {stored.get(key)} there, {value} here" for key, value in here.items() if stored.get(key) != value
+    ]
+    weights = stored["weights"]
+    changed += [
+        f"weights of {label} differ" for label in weights if digests.get(label, weights[label]) != weights[label]
+    ]
+    if changed:
+        raise DataError(f"The earlier runs are of another study: {'; '.join(changed)}.")
+    seconds = 3600 * stored["core hours"] / stored["runs"][0]
+    scores = [
+        Score(row["start"], row["share"], float(rate), int(seed), chosen, by["reported"][seed], seconds, row["images"])
+        for row in stored["measured"]
+        for rate, by in row["every rate"].items()
+        for seed, chosen in by["chosen by"].items()
+    ]
+    return replace(study, earlier=tuple(scores))
 
 
 @dataclass(frozen=True)
@@ -270,14 +305,8 @@ def results_of(study: Study, out: Path) -> dict[str, Any]:
     """Everything that is known of a study, in plain JSON types, and its table in Markdown under "table"."""
     scores = scores_of(study, out)
     points = points_of(study, scores)
-    recipe = study.recipe_at(study.starts[0], study.rates[0])
     return {
-        "recipe": study.recipe,
-        "changed": _without_paths(study.settings),
-        "reported on": dict(study.reported),
-        "network": recipe.network.kind,
-        "steps": recipe.optim.steps,
-        "batch": recipe.optim.batch,
+        **_facts(study),
         "learning rates": list(study.rates),
         "seeds": list(study.seeds),
         "core hours": round(sum(score.seconds for score in scores) / 3600, 2),
@@ -304,11 +333,24 @@ def results_of(study: Study, out: Path) -> dict[str, Any]:
     }
 
 
+def _facts(study: Study) -> dict[str, Any]:
+    """What runs must have in common to stand in one table."""
+    recipe = study.recipe_at(study.starts[0], study.rates[0])
+    return {
+        "recipe": study.recipe,
+        "changed": _without_paths(study.settings),
+        "reported on": dict(study.reported),
+        "network": recipe.network.kind,
+        "steps": recipe.optim.steps,
+        "batch": recipe.optim.batch,
+    }
+
+
 def provenance(study: Study, out: Path) -> dict[str, Any]:
     """Machine, versions, and the digest of each start's weights; none for random ones and for files and packages."""
     digests = {}
-    for start in study.starts:
-        if start.backbone != SCRATCH and (folder := study.sweep(out, start, study.rates[0])).is_dir():
+    for start, rate in product(study.starts, study.rates):
+        if start.backbone != SCRATCH and (folder := study.sweep(out, start, rate)).is_dir():
             ((_, digest),) = read_plan(folder)[1].values()
             digests[start.label] = digest
     return {"machine": machine(), "code": code_version(), "libraries": library_versions(), "weights": digests}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -20,7 +21,6 @@ from benchmarks.starts import (
     estimate,
     fine_tuning_jobs,
     gains_of,
-    judged_seeds,
     markdown,
     pilot,
     points_of,
@@ -28,8 +28,9 @@ from benchmarks.starts import (
     results_of,
     scores_of,
     table_of,
+    with_earlier,
 )
-from geo_pretrain.errors import RecipeError
+from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.files import read_sealed
 from geo_pretrain.training.finetune.folder import read_result
 from geo_pretrain.training.finetune.run import finetune
@@ -147,9 +148,8 @@ def test_a_run_that_is_killed_twice_gives_the_same_numbers(tmp_path, monkeypatch
     assert found == expected
     assert [(score.share, score.images) for score in found] == [(0.25, 2), (1.0, 8)]
     assert not list(out.rglob("*.safetensors"))
-    folder = plan.sweep(out, SCRATCH, 0.05)
-    assert judged_seeds(plan, folder) == [3]
-    run = folder / "runs" / "scratch" / "100" / "seed3"
+    assert all(job.is_done() for job in fine_tuning_jobs(plan, out))
+    run = plan.sweep(out, SCRATCH, 0.05) / "runs" / "scratch" / "100" / "seed3"
     judged, result = read_sealed(run / "judged.json"), read_result(run)
     assert judged["fingerprint"] != result.data["data"]["val_fingerprint"]  # other rooms
     assert sum(map(sum, judged["details"]["confusion"])) == 2 * 64 * 64
@@ -160,6 +160,37 @@ def test_a_run_that_is_killed_twice_gives_the_same_numbers(tmp_path, monkeypatch
     longer = dataclasses.replace(plan, settings=(*TINY, "optim.steps=4"), seeds=(4,))
     with pytest.raises(RecipeError, match=r"another recipe: optim\.steps: 3 -> 4"):
         work(fine_tuning_jobs(longer, out))
+
+
+def test_runs_of_an_earlier_folder_count_and_are_not_run_again(tmp_path, monkeypatch):
+    given = [score for score in GIVEN if score.share == 0.25]
+    first = study(shares=(0.25,))
+    monkeypatch.setattr(starts, "_own_scores", lambda *_: given)
+    stored = json.loads(json.dumps({**results_of(first, tmp_path), "weights": {"view": "12ab"}}))
+    more = with_earlier(study(shares=(0.25,), rates=(0.01, 0.1, 0.3)), stored, {})
+    assert set(more.earlier) == set(given)
+    assert [job.name for job in fine_tuning_jobs(more, tmp_path / "new") if not job.is_done()] == [
+        f"tiny: {start}, lr 0.3, seed {seed}" for seed in (0, 1) for start in ("scratch", "view")
+    ]
+    new = [*scores("scratch", 0.25, 0.3, [0.9, 0.9], [0.6, 0.6]), *scores("view", 0.25, 0.3, [0.0, 0.0], [0.0, 0.0])]
+    again = scores("view", 0.25, 0.1, [0.2, 0.2], [0.13, 0.15])  # measured here too: this folder's counts
+    monkeypatch.setattr(starts, "_own_scores", lambda *_: [*new, *again])
+    best = {point.start: point for point in points_of(more, scores_of(more, tmp_path / "new"))}
+    assert (best["scratch"].rate, best["scratch"].reported) == (0.3, {0: 0.6, 1: 0.6})
+    assert (best["view"].rate, best["view"].at_edge, best["view"].reported) == (0.1, False, {0: 0.13, 1: 0.15})
+    assert results_of(more, tmp_path)["runs"] == [12, 12]
+    assert results_of(more, tmp_path)["core hours"] == pytest.approx(12 * 36 / 3600)
+
+
+def test_runs_of_another_study_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(starts, "_own_scores", lambda *_: GIVEN)
+    plan = study()
+    stored = {**results_of(plan, tmp_path), "weights": {"view": "12ab"}}
+    with pytest.raises(DataError, match="weights of view differ"):
+        with_earlier(plan, stored, {"view": "34cd"})
+    longer = dataclasses.replace(plan, settings=(*TINY, "optim.steps=4"))
+    with pytest.raises(DataError, match="steps: 3 there, 4 here"):
+        with_earlier(longer, stored, {})
 
 
 def test_a_pilot_is_the_first_start_with_all_labels(tmp_path):
@@ -203,7 +234,7 @@ def test_results_are_stored_where_all_runs_are_done(tmp_path, monkeypatch):
     plan = study()
     stored: list[tuple[str, str]] = []
     monkeypatch.setattr(few_labels, "scores_of", lambda *_: GIVEN)
-    monkeypatch.setattr(few_labels, "provenance", lambda *_: {"machine": "m"})
+    monkeypatch.setattr(few_labels, "provenance", lambda *_: {"machine": "m", "weights": {}})
     monkeypatch.setattr(few_labels, "DOCS", tmp_path / "docs")
     monkeypatch.setattr(few_labels, "write_results", lambda name, command, *_, timed: stored.append((name, command)))
     results = {"table": [], "gains": [], "runs": [15, 16], "core hours": 1, "steps": 3}
@@ -215,3 +246,6 @@ def test_results_are_stored_where_all_runs_are_done(tmp_path, monkeypatch):
     assert stored == [("few_labels", command)]
     assert (tmp_path / "docs" / "few_labels.png").is_file()
     assert Path(tmp_path / "few_labels.md").read_text().endswith("16 of 16 runs, 1 core hours.\n")
+    few_labels.keep(plan, tmp_path, results, {"code": "0.1.0", "weights": {"view": "12ab"}, "gains": []})
+    told = json.loads((tmp_path / "few_labels.json").read_text())
+    assert (told["earlier"], told["weights"]) == ({"code": "0.1.0"}, {"view": "12ab"})
