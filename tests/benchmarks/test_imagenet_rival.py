@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -13,11 +14,14 @@ from safetensors.torch import save_file
 
 from benchmarks import imagenet_rival
 from benchmarks.imagenet_rival import BY_PRI3D, CAMVID, IMAGENET, PARTS, RANDOM, Plan, awareness_table
+from benchmarks.jobs import Job
 from benchmarks.starts import scores_of
+from geo_pretrain.checkpoint import sha256
 from geo_pretrain.errors import DataError
-from geo_pretrain.files import read_sealed
+from geo_pretrain.files import read_sealed, write_sealed
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.finetune.folder import read_result
+from geo_pretrain.training.initialize import weights_file
 from tests.training.conftest import write_recording
 
 
@@ -61,6 +65,7 @@ def test_pri3d_comes_first_and_every_start_is_in_every_part(plan):
         for study in ("camvid", "rooms"):
             assert sum(name.startswith(f"{study}: {start.label}, lr") for name in names) == 3
     assert len(names) == 2 + 1 + 4 + 2 * 4 * 3
+    assert (plan.streets.shares, plan.rooms.shares) == ((0.1, 1.0), (0.05, 1.0))
     few = [job.name for job in plan.jobs(["probe"])]
     assert len(few) == 2 + 4
     (awareness,) = plan.jobs(["awareness"])[2:]
@@ -99,6 +104,23 @@ def test_probes_of_frozen_encoders_and_what_they_gain(plan):
     assert found["seeds"][RANDOM] != found["seeds"][IMAGENET]
     assert [gain["verdict"].partition(" is ")[0] for gain in found["gains"]] == [IMAGENET]
     assert found["table"][2].startswith(f"| {RANDOM} | ")
+
+
+def test_a_part_that_is_done_is_stored_by_itself(plan, monkeypatch):
+    stored = {}
+    monkeypatch.setattr(imagenet_rival, "write_results", lambda name, *given, timed: stored.update({name: given}))
+    imagenet_rival.report(plan, "command")
+    assert stored == {}
+    monkeypatch.setattr(Plan, "_training_job", lambda *_: Job("trained", plan.out, lambda: True, lambda: None))
+    for seed, (number, start) in itertools.product(plan.seeds, enumerate(plan.starts)):
+        plan.probe_file(start, seed).parent.mkdir(exist_ok=True)
+        write_sealed(plan.probe_file(start, seed), {"miou": number / 10})
+    imagenet_rival.report(plan, "command")
+    ((name, (command, results)),) = stored.items()
+    assert (name, command) == ("imagenet_rival_probe", "command --only probe")
+    assert results["seeds"][IMAGENET] == {0: 0.1}
+    assert results["weights"] == {IMAGENET: sha256(weights_file(plan.imagenet))}
+    assert "## camvid" in (plan.out / "imagenet_rival.md").read_text()
 
 
 def test_fine_tuning_from_a_file_is_chosen_by_val_and_judged_on_test(plan):

@@ -27,7 +27,7 @@ class InputMaps:
 
     def read(self, frame: int, layer: int) -> Tensor:
         """The only map, as large as the image."""
-        color = torch.from_numpy(self.views.frames[frame].color).permute(2, 0, 1).float() / 255
+        color = torch.tensor(self.views.frames[frame].color).permute(2, 0, 1).float() / 255
         return torch.cat([self.place, color])[None]
 
 
