@@ -45,13 +45,15 @@ from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.evaluation.verdict import over_seeds, sentence
 
 IMAGES = ("pri3d_view_r18.rooms", "gsc_r18.rooms", "pri3d_geo_r18.rooms")
-RECIPES = (
-    *IMAGES,
+RECIPES = (  # the quick ones first
+    "pri3d_view_r18.rooms",
     "csc_srunet34.rooms",
     "pointcontrast_nce_srunet34.rooms",
     "pointcontrast_hardest_srunet34.rooms",
     "ppkt_srunet34.rooms",
     "img2pc_srunet34.rooms",
+    "gsc_r18.rooms",
+    "pri3d_geo_r18.rooms",
 )
 SHIPPED = ("pri3d_view_r18.rooms", "csc_srunet34.rooms")
 PRECISIONS = ("fp32", "bf16")
@@ -211,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--start", action="append", default=[], help="weights whose features are compared")
     options = parser.parse_args(given)
     options.out.mkdir(parents=True, exist_ok=True)
-    jobs = [job(options.out, r, p, seed) for seed in range(options.seeds) for r in RECIPES for p in PRECISIONS]
+    jobs = [job(options.out, r, p, seed) for r in RECIPES for seed in range(options.seeds) for p in PRECISIONS]
     if options.worker:
         work(jobs, partial(print, flush=True))
         return
