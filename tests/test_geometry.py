@@ -170,26 +170,29 @@ def test_nearest_indices_are_pillows():
         assert geometry.nearest_indices(old, new) == picked.tolist()
 
 
-def test_registered_depth_is_the_depth_the_color_camera_would_see():
+@pytest.mark.parametrize("degrees", [0, 20, 170])
+def test_registered_depth_is_the_depth_the_color_camera_would_see(degrees):
     """Two parallel planes seen by a shifted camera: values, occlusion order and holes by a loop over pixels."""
     rng = np.random.default_rng(1)
     depth, intrinsics, _ = random_view(rng, 12, 16)
     depth[4:8, 5:11] = 0.5
-    color_intrinsics = np.array([[9.0, 0, 7.2], [0, 9.0, 5.1], [0, 0, 1]])
-    shift = np.eye(4)
-    shift[0, 3] = -0.05
+    color_intrinsics = np.array([[9.0, 0, 7.2], [0, 9.5, 5.1], [0, 0, 1]])
+    moved = geometry.rotation(torch.tensor([0.3, 1.0, -0.2]), np.radians(degrees)).numpy()
+    moved[:3, 3] = -0.05, 0.01, 0.02
     want = np.zeros((11, 15))
     for i in range(12):
         for j in range(16):
             z = depth[i, j]
-            if z == 0:
+            ray = [(j - intrinsics[0, 2]) / intrinsics[0, 0], (i - intrinsics[1, 2]) / intrinsics[1, 1], 1]
+            x, y, seen = moved[:3, :3] @ (z * np.array(ray)) + moved[:3, 3]
+            if z == 0 or seen <= 0:
                 continue
-            x, y = (j - intrinsics[0, 2]) * z / intrinsics[0, 0] - 0.05, (i - intrinsics[1, 2]) * z / intrinsics[1, 1]
-            col, row = int(np.floor(x / z * 9 + 7.2 + 0.5)), int(np.floor(y / z * 9 + 5.1 + 0.5))
-            if 0 <= row < 11 and 0 <= col < 15 and (want[row, col] == 0 or z < want[row, col]):
-                want[row, col] = z
-    tensors = [torch.from_numpy(a) for a in (depth, intrinsics, color_intrinsics, shift)]
+            col, row = int(np.floor(x / seen * 9 + 7.2 + 0.5)), int(np.floor(y / seen * 9.5 + 5.1 + 0.5))
+            if 0 <= row < 11 and 0 <= col < 15 and (want[row, col] == 0 or seen < want[row, col]):
+                want[row, col] = seen
+    tensors = [torch.from_numpy(a) for a in (depth, intrinsics, color_intrinsics, moved)]
     np.testing.assert_allclose(geometry.register_depth(*tensors, (11, 15)).numpy(), want)
+    assert want.any() == (degrees < 90)
 
 
 def test_points_behind_the_second_camera_never_match():

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.training.data import files
 from geo_pretrain.training.data.files import (
     checked_points,
     image_size,
@@ -155,6 +156,24 @@ def test_a_matrix_in_a_huge_file_is_no_matrix(tmp_path: Path):
     (tmp_path / "pose.txt").write_text("1 " * 40_000)
     with pytest.raises(BadFrame, match=r"has 80000 bytes; a matrix of 4x4 numbers is accepted"):
         read_matrix(tmp_path / "pose.txt", 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
+@pytest.mark.parametrize("scale", [1.0, 1000.0, 5000.0, 3.7])
+def test_meters_are_the_quotients_and_invalid_values_are_zero(kind, scale):
+    stored = np.array([[0, 1, 999, 30_000], [65_534, 65_535, 7, 0]], kind)
+    if kind != "uint16":
+        stored[0, 0] = -5
+    if kind == "float32":
+        stored[1, 3], stored[0, 2] = np.nan, np.inf
+    invalid = {"uint16": (0, 65_535), "int32": (0, -5, 65_535), "float32": (-5,)}[kind]
+    want = [
+        [0 if v in invalid or not np.isfinite(v) else np.float32(v / scale) for v in row] for row in stored.tolist()
+    ]
+    assert files.meters_of(Path("x.png"), stored, scale=scale, floats=True).tolist() == want
+    for value in invalid:
+        with pytest.raises(BadFrame, match=r"x\.png: no pixel has a valid depth"):
+            files.meters_of(Path("x.png"), np.full((2, 2), value, kind), scale=scale, floats=True)
 
 
 def bomb(kind: bytes, data: bytes, times: int = 1) -> bytes:
