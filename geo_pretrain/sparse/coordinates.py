@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 INT32 = torch.iinfo(torch.int32)
+DENSE = 4  # cells of the bounding box per row, up to which `unique_rows` has a table of them
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,23 @@ def voxelize(
 
 def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Find unique rows of int64 `rows` [N, D]: indices of first occurrences [M], ascending; every row's group [N]."""
-    keys = _pack(rows)
+    keys, span = _pack(rows)
     if keys is None:  # extents beyond 63 bits together
-        _, group = torch.unique(rows, dim=0, return_inverse=True)
+        values, group = torch.unique(rows, dim=0, return_inverse=True)
+        span = len(values)
+    elif span <= DENSE * len(rows):  # a table of all cells is quicker than sorting
+        group = keys
     else:
-        _, group = torch.unique(keys, return_inverse=True)
-    count = int(group.max()) + 1 if len(group) else 0
-    positions = torch.arange(len(rows), device=rows.device)
-    first = torch.full((count,), len(rows), dtype=torch.int64, device=rows.device)
+        values, group = torch.unique(keys, return_inverse=True)
+        span = len(values)
+    count = len(rows)
+    positions = torch.arange(count, device=rows.device)
+    first = torch.full((span,), count, dtype=torch.int64, device=rows.device)
     first = first.scatter_reduce(0, group, positions, reduce="amin")
-    index, order = torch.sort(first)
-    return index, inverted(order)[group]
+    index = torch.sort(first[first < count]).values
+    places = torch.empty_like(positions)
+    places[index] = positions[: len(index)]
+    return index, places[first[group]]
 
 
 def inverted(permutation: Tensor) -> Tensor:
@@ -79,21 +87,20 @@ def inverted(permutation: Tensor) -> Tensor:
     return places
 
 
-def _pack(rows: Tensor) -> Tensor | None:
-    """Pack each row into a unique int64 key; None when the extents do not fit in 63 bits."""
+def _pack(rows: Tensor) -> tuple[Tensor | None, int]:
+    """Pack each row into a unique int64 key below the number returned; None when the extents do not fit in 63 bits."""
     if not len(rows):
-        return rows.new_zeros(0)
-    low = rows.amin(dim=0)
-    extents = (rows.amax(dim=0) - low + 1).tolist()
-    size = 1
-    for extent in extents:
-        size *= extent
-    if size >= 1 << 63:
-        return None
-    key = rows.new_zeros(len(rows))
-    for axis, extent in enumerate(extents):
-        key = key * extent + (rows[:, axis] - low[axis])
-    return key
+        return rows.new_zeros(0), 0
+    columns = rows.T.contiguous()  # quicker for all that follows than numbers D apart
+    low, high = columns.aminmax(dim=1)
+    extents = (high - low + 1).tolist()
+    span = math.prod(extents)
+    if span >= 1 << 63:
+        return None, span
+    key = columns[0] - low[0]
+    for column, least, extent in zip(columns[1:], low[1:], extents[1:], strict=True):
+        key.mul_(extent).add_(column - least)
+    return key, span
 
 
 def _mean(feats: Tensor, inverse: Tensor, count: int) -> Tensor:
@@ -110,7 +117,7 @@ def _check(points: Tensor, feats: Tensor, voxel_size: float, batch: Tensor | Non
         raise ValueError(f"batch is {batch.dtype} {tuple(batch.shape)}; accepted: integers [N], N = {len(points)}.")
     if not voxel_size > 0:
         raise ValueError(f"voxel_size is {voxel_size!r}; accepted: meters above 0.")
-    if not torch.isfinite(points).all():
+    if not (torch.isfinite(points.sum()) or torch.isfinite(points).all()):  # the sum takes a tenth of the time
         bad = int((~torch.isfinite(points)).any(dim=1).sum())
         raise ValueError(f"{bad} of {len(points)} points are not finite; drop them first.")
 

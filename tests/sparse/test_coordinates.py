@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from geo_pretrain import voxelize
-from geo_pretrain.sparse.coordinates import unique_rows
+from geo_pretrain.sparse.coordinates import DENSE, unique_rows
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -98,12 +98,14 @@ def test_large_coordinates_stay_apart(scale: int):
     assert voxels.index.tolist() == [0, 1, 2]
 
 
-def test_packed_and_unpacked_rows_agree():
-    rows = torch.randint(-3, 3, (200, 4), generator=torch.Generator().manual_seed(0))
-    far = rows.clone()
-    far[:, 1:] *= 2**28  # the same groups, too wide for one key
-    for one, other in zip(unique_rows(rows), unique_rows(far), strict=True):
-        assert torch.equal(one, other)
+def test_rows_are_grouped_alike_by_a_table_by_keys_and_by_rows():
+    rows = torch.randint(-2, 2, (200, 4), generator=torch.Generator().manual_seed(0))
+    assert 4**4 <= DENSE * len(rows) < 2**30  # of which the first has a table, the last is too wide for one key
+    for step in (2**10, 2**28):
+        far = rows.clone()
+        far[:, 1:] *= step
+        for one, other in zip(unique_rows(rows), unique_rows(far), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_coordinates_beyond_32_bits_are_refused():
