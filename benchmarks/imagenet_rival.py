@@ -85,6 +85,11 @@ CAMVID = (  # ids 0 to 10; 11 is void
 CAMVID_SHARES, ROOMS_SHARES = (0.1, 1.0), (0.05, 1.0)
 
 
+def trained(out: Path, name: str) -> Path:
+    """What is there once a Pri3D run has taken all its steps; its folder has weights before, if it was stopped."""
+    return out / f"{name}.trained"
+
+
 class Plan:
     """The jobs of all parts in one folder."""
 
@@ -107,7 +112,7 @@ class Plan:
             Start(RANDOM, SCRATCH, RANDOM, (f"network.encoder={ENCODER}",)),
             Start(IMAGENET, imagenet, RANDOM, (f"network.encoder={ENCODER}",)),
             *(
-                Start(label, str(out / name), RANDOM, (f"network.encoder={ENCODER}",), (out / name / "config.json",))
+                Start(label, str(out / name), RANDOM, (f"network.encoder={ENCODER}",), (trained(out, name),))
                 for label, name in BY_PRI3D.items()
             ),
         )
@@ -183,16 +188,15 @@ class Plan:
         return [*trained, *(job for part in parts for job in found[part])]
 
     def _training_job(self, name: str) -> Job:
-        out = self.out / name
-
-        def is_done() -> bool:
-            return is_trained(out) and not run_folder(out).exists()
-
-        return Job(f"Pri3D on {name}", self.out / f"{name}.job", is_done, partial(self.train, name))
+        place = self.out / f"{name}.job"
+        return Job(f"Pri3D on {name}", place, trained(self.out, name).exists, partial(self.train, name))
 
     def train(self, name: str) -> None:
         """Train by Pri3D on "rooms" or the "kitchen", from ImageNet's weights."""
-        run_recipe(self.pri3d(name), self.out / name, join("cpu"))
+        out = self.out / name
+        if not is_trained(out) or run_folder(out).exists():
+            run_recipe(self.pri3d(name), out, join("cpu"))
+        trained(self.out, name).touch()
 
     def pri3d(self, name: str) -> Recipe:
         """The recipe of `train`."""
