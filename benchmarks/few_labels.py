@@ -3,7 +3,7 @@
     python -m benchmarks.few_labels OUT [--start NAME|FOLDER ...] [--jobs 2] [--steps 400] [--decoder]
     python -m benchmarks.few_labels OUT --pilot     # first: what the budget reaches with all labels, and the hours
     python -m benchmarks.few_labels OUT --table     # in between: what is there
-    python -m benchmarks.few_labels OUT --rate 0.01 --rate 0.3 --earlier JSON   # only what that table lacks is run
+    python -m benchmarks.few_labels OUT --rate 0.3 --earlier JSON   # a stored table with one rate more
 
 Pri3D's U-Net, 200 labelled rooms of four images at 120x160, 12 classes; 1, 5, 25 and 100 % of the rooms. Rates are
 chosen on 32 rooms, mIoU is reported on 32 others. Starts are all catalog names with an image encoder that load without
@@ -40,7 +40,7 @@ from benchmarks.starts import (
 )
 from geo_pretrain import hub
 from geo_pretrain.catalog import find, list_backbones
-from geo_pretrain.errors import RecipeError
+from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.files import parse_json
 from geo_pretrain.hub.cache import names_here
 from geo_pretrain.training.networks import SCRATCH
@@ -98,19 +98,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--start", action="append", default=[], help="a catalog name or a checkpoint folder")
     parser.add_argument("--decoder", action="store_true", help="each start with its decoder, too")
-    parser.add_argument("--earlier", type=Path, help="few_labels.json of another folder, whose runs count here")
+    parser.add_argument(
+        "--earlier", type=Path, help="few_labels.json of another folder, whose rates and runs count here"
+    )
     options = parser.parse_args(given)
     starts = starts_of(options.start or offline_names(), decoder=options.decoder)
     options.out.mkdir(parents=True, exist_ok=True)
     whole = study_of(starts, options.steps, options.seeds, options.rate or RATES)
-    earlier = parse_json(options.earlier.read_bytes()) if options.earlier else None
-    if earlier is not None:
-        whole = with_earlier(whole, earlier, provenance(whole, options.out)["weights"])
-    study = pilot(whole) if options.pilot else whole
+    earlier = read_earlier(options.earlier, options.out) if options.earlier else None
+
+    def planned() -> Study:
+        if earlier is None:
+            return whole
+        return with_earlier(whole, earlier, provenance(whole, options.out)["weights"])
+
+    study = pilot(whole) if options.pilot else planned()
     if options.worker:
         work(fine_tuning_jobs(study, options.out), partial(print, flush=True))
         return
     code = 0 if options.table else run_jobs("benchmarks.few_labels", given, options.jobs)
+    if not options.pilot:
+        study = planned()  # once more: now the digests of what was run are known
     results = results_of(study, options.out)
     print(markdown(results))
     if options.pilot:
@@ -118,6 +126,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         keep(study, options.out, results, earlier)
     sys.exit(abs(code))
+
+
+def read_earlier(path: Path, out: Path) -> dict[str, Any]:
+    """Read a stored table. Raises `DataError` for the one that this run writes: unfinished seeds are not in it."""
+    if path.resolve() == (out / f"{NAME}.json").resolve():
+        raise DataError(f"{path} is written by this run; runs of {out} count without --earlier.")
+    try:
+        found = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is no table of fine-tuned starts.")
+    return found
 
 
 def keep(study: Study, out: Path, results: dict[str, Any], earlier: dict[str, Any] | None = None) -> None:

@@ -85,7 +85,7 @@ CAMVID = (  # ids 0 to 10; 11 is void
 CAMVID_SHARES, ROOMS_SHARES = (0.1, 1.0), (0.05, 1.0)
 
 
-def trained(out: Path, name: str) -> Path:
+def finished_mark(out: Path, name: str) -> Path:
     """What is there once a Pri3D run has taken all its steps; its folder has weights before, if it was stopped."""
     return out / f"{name}.trained"
 
@@ -112,7 +112,7 @@ class Plan:
             Start(RANDOM, SCRATCH, RANDOM, (f"network.encoder={ENCODER}",)),
             Start(IMAGENET, imagenet, RANDOM, (f"network.encoder={ENCODER}",)),
             *(
-                Start(label, str(out / name), RANDOM, (f"network.encoder={ENCODER}",), (trained(out, name),))
+                Start(label, str(out / name), RANDOM, (f"network.encoder={ENCODER}",), (finished_mark(out, name),))
                 for label, name in BY_PRI3D.items()
             ),
         )
@@ -188,15 +188,19 @@ class Plan:
         return [*trained, *(job for part in parts for job in found[part])]
 
     def _training_job(self, name: str) -> Job:
-        place = self.out / f"{name}.job"
-        return Job(f"Pri3D on {name}", place, trained(self.out, name).exists, partial(self.train, name))
+        out = self.out / name
+
+        def is_done() -> bool:
+            return finished_mark(self.out, name).exists() and is_trained(out)
+
+        return Job(f"Pri3D on {name}", self.out / f"{name}.job", is_done, partial(self.train, name))
 
     def train(self, name: str) -> None:
         """Train by Pri3D on "rooms" or the "kitchen", from ImageNet's weights."""
         out = self.out / name
         if not is_trained(out) or run_folder(out).exists():
             run_recipe(self.pri3d(name), out, join("cpu"))
-        trained(self.out, name).touch()
+        finished_mark(self.out, name).touch()
 
     def pri3d(self, name: str) -> Recipe:
         """The recipe of `train`."""
@@ -341,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = results_of(small, plan.out)
         print(f"## {study.name}\n\n{markdown(results)}\n{estimate(study, results)}")
     if not pilots:
-        report(plan, f"python -m benchmarks.imagenet_rival OUT --kitchen PATH --camvid PATH --steps {options.steps}")
+        words = [f"--{name} {value}" for name, value in lengths.items()] + [f"--rate {rate:g}" for rate in options.rate]
+        report(plan, " ".join(["python -m benchmarks.imagenet_rival OUT --kitchen PATH --camvid PATH", *words]))
     sys.exit(abs(code))
 
 

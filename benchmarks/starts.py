@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -185,29 +186,31 @@ def _own_scores(study: Study, out: Path) -> list[Score]:
 
 
 def with_earlier(study: Study, stored: Mapping[str, Any], digests: Mapping[str, str]) -> Study:
-    """The study with the runs that `results_of` told of an earlier one, whose folder is no longer needed.
+    """The study with the rates and runs of an earlier one, whose folder is no longer needed.
 
-    `digests`: of the weights of each start, as far as known; see `provenance`. Raises `DataError` where the earlier
-    runs had another recipe, other settings or other weights.
+    `stored` is what `results_of` and `provenance` told of it: the seeds that were finished at every rate. `digests`: of
+    the weights of each start, as far as known; see `provenance`. Raises `DataError` where the earlier runs had another
+    recipe, other settings (those that name a file or folder are not compared) or other weights.
     """
     here = _facts(study)
-    changed = [
-        f"{key}: {stored.get(key)} there, {value} here" for key, value in here.items() if stored.get(key) != value
-    ]
-    weights = stored["weights"]
-    changed += [
-        f"weights of {label} differ" for label in weights if digests.get(label, weights[label]) != weights[label]
-    ]
-    if changed:
-        raise DataError(f"The earlier runs are of another study: {'; '.join(changed)}.")
-    seconds = 3600 * stored["core hours"] / stored["runs"][0]
-    scores = [
-        Score(row["start"], row["share"], float(rate), int(seed), chosen, by["reported"][seed], seconds, row["images"])
-        for row in stored["measured"]
-        for rate, by in row["every rate"].items()
-        for seed, chosen in by["chosen by"].items()
-    ]
-    return replace(study, earlier=tuple(scores))
+    try:
+        apart = [f"{key} {stored[key]} there, {value} here" for key, value in here.items() if stored[key] != value]
+        weights, rates = stored["weights"], stored["learning rates"]
+        seconds = 3600 * stored["core hours"] / max(stored["runs"][0], 1)
+        scores = [
+            Score(
+                row["start"], row["share"], float(rate), int(seed), chosen, by["reported"][seed], seconds, row["images"]
+            )
+            for row in stored["measured"]
+            for rate, by in row["every rate"].items()
+            for seed, chosen in by["chosen by"].items()
+        ]
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise DataError(f"The earlier runs are no table of fine-tuned starts: {error!r}.") from None
+    apart += [f"other weights of {label}" for label in weights if digests.get(label, weights[label]) != weights[label]]
+    if apart:
+        raise DataError(f"The earlier runs are of another study: {'; '.join(apart)}.")
+    return replace(study, rates=tuple(sorted({*study.rates, *rates})), earlier=tuple(scores))
 
 
 @dataclass(frozen=True)
@@ -350,9 +353,10 @@ def provenance(study: Study, out: Path) -> dict[str, Any]:
     """Machine, versions, and the digest of each start's weights; none for random ones and for files and packages."""
     digests = {}
     for start, rate in product(study.starts, study.rates):
-        if start.backbone != SCRATCH and (folder := study.sweep(out, start, rate)).is_dir():
-            ((_, digest),) = read_plan(folder)[1].values()
-            digests[start.label] = digest
+        if start.backbone != SCRATCH:
+            with suppress(DataError):  # not begun
+                ((_, digest),) = read_plan(study.sweep(out, start, rate))[1].values()
+                digests[start.label] = digest
     return {"machine": machine(), "code": code_version(), "libraries": library_versions(), "weights": digests}
 
 
@@ -391,7 +395,7 @@ def pilot(study: Study) -> Study:
     first = next(start for start in study.starts if start.label == start.baseline)
     steps = study.recipe_at(first, study.rates[0]).optim.steps
     name = f"{study.name}_pilot_{steps}"
-    return replace(study, name=name, starts=(first,), shares=(max(study.shares),), seeds=study.seeds[:1])
+    return replace(study, name=name, starts=(first,), shares=(max(study.shares),), seeds=study.seeds[:1], earlier=())
 
 
 def estimate(study: Study, pilots: Mapping[str, Any]) -> str:

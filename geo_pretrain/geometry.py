@@ -184,15 +184,16 @@ def register_depth(
     takes points of the depth camera to the color camera.
     """
     height, width = size
-    fx, fy, cx, cy = (value.item() for value in _pinhole(color_intrinsics.double()))
+    to_color = depth_to_color.double()
+    fx, fy, cx, cy = (value.item() for value in _pinhole(color_intrinsics))
     # The color camera's matrix; the half turns a pixel's center into its edge, so that floor finds the pixel.
-    camera = depth_to_color.new_tensor([[fx, 0, cx + 0.5], [0, fy, cy + 0.5], [0, 0, 1]])
-    per_depth, fixed = (camera @ depth_to_color[:3]).to(depth.dtype).split([3, 1], dim=1)
+    color_camera = to_color.new_tensor([[fx, 0, cx + 0.5], [0, fy, cy + 0.5], [0, 0, 1]])
+    turn, shift = (color_camera @ to_color[:3]).to(depth.dtype).split([3, 1], dim=1)
     fx, fy, cx, cy = (value.item() for value in _pinhole(intrinsics))
     i, j = (torch.arange(n, dtype=depth.dtype, device=depth.device) for n in depth.shape)
     x, y = (j - cx) / fx, ((i - cy) / fy)[:, None]
-    # Planes instead of rows of three numbers: a third of the time.
-    u, v, z = (torch.addcmul(b, depth, x * a[0] + (y * a[1] + a[2])) for a, b in zip(per_depth, fixed, strict=True))
+    # Planes instead of rows of three numbers: a quarter of the time.
+    u, v, z = (torch.addcmul(b, depth, x * a[0] + (y * a[1] + a[2])) for a, b in zip(turn, shift, strict=True))
     column, row = (u / z).floor_(), (v / z).floor_()
     valid = (depth > 0) & (z > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
     target = row.int().mul_(width).add_(column.int()).masked_fill_(~valid, height * width)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 INT32 = torch.iinfo(torch.int32)
-DENSE = 4  # cells of the bounding box per row, up to which `unique_rows` has a table of them
+DENSE = 2  # cells of the bounding box per row, up to which `unique_rows` has a table of them: right for surfaces
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,24 @@ def voxelize(
 def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Find unique rows of int64 `rows` [N, D]: indices of first occurrences [M], ascending; every row's group [N]."""
     keys, span = _pack(rows)
+    if keys is not None and span <= DENSE * len(rows):  # a table of all cells is quicker than sorting
+        first = _first_rows(keys, span)
+        index = torch.sort(first[first < len(rows)]).values
+        places = torch.empty_like(first)
+        places[keys[index]] = torch.arange(len(index), device=rows.device)
+        return index, places[keys]
     if keys is None:  # extents beyond 63 bits together
-        values, group = torch.unique(rows, dim=0, return_inverse=True)
-        span = len(values)
-    elif span <= DENSE * len(rows):  # a table of all cells is quicker than sorting
-        group = keys
+        found, group = torch.unique(rows, dim=0, return_inverse=True)
     else:
-        values, group = torch.unique(keys, return_inverse=True)
-        span = len(values)
-    count = len(rows)
-    positions = torch.arange(count, device=rows.device)
-    first = torch.full((span,), count, dtype=torch.int64, device=rows.device)
-    first = first.scatter_reduce(0, group, positions, reduce="amin")
-    index = torch.sort(first[first < count]).values
-    places = torch.empty_like(positions)
-    places[index] = positions[: len(index)]
-    return index, places[first[group]]
+        found, group = torch.unique(keys, return_inverse=True)
+    index, order = torch.sort(_first_rows(group, len(found)))
+    return index, inverted(order)[group]
+
+
+def _first_rows(group: Tensor, groups: int) -> Tensor:
+    """The first row of every group, int64 [groups]; the number of rows for a group without any."""
+    first = torch.full((groups,), len(group), dtype=torch.int64, device=group.device)
+    return first.scatter_reduce(0, group, torch.arange(len(group), device=group.device), reduce="amin")
 
 
 def inverted(permutation: Tensor) -> Tensor:
@@ -91,9 +93,9 @@ def _pack(rows: Tensor) -> tuple[Tensor | None, int]:
     """Pack each row into a unique int64 key below the number returned; None when the extents do not fit in 63 bits."""
     if not len(rows):
         return rows.new_zeros(0), 0
-    columns = rows.T.contiguous()  # quicker for all that follows than numbers D apart
-    low, high = columns.aminmax(dim=1)
-    extents = (high - low + 1).tolist()
+    columns = rows.T.long().contiguous()  # quicker for all that follows than numbers D apart
+    low, high = (edge.tolist() for edge in columns.aminmax(dim=1))
+    extents = [most - least + 1 for least, most in zip(low, high, strict=True)]
     span = math.prod(extents)
     if span >= 1 << 63:
         return None, span

@@ -167,8 +167,9 @@ def test_runs_of_an_earlier_folder_count_and_are_not_run_again(tmp_path, monkeyp
     first = study(shares=(0.25,))
     monkeypatch.setattr(starts, "_own_scores", lambda *_: given)
     stored = json.loads(json.dumps({**results_of(first, tmp_path), "weights": {"view": "12ab"}}))
-    more = with_earlier(study(shares=(0.25,), rates=(0.01, 0.1, 0.3)), stored, {})
-    assert set(more.earlier) == set(given)
+    more = with_earlier(study(shares=(0.25,), rates=(0.3,)), stored, {})
+    assert (set(more.earlier), more.rates) == (set(given), (0.01, 0.1, 0.3))
+    assert pilot(more).earlier == ()
     assert [job.name for job in fine_tuning_jobs(more, tmp_path / "new") if not job.is_done()] == [
         f"tiny: {start}, lr 0.3, seed {seed}" for seed in (0, 1) for start in ("scratch", "view")
     ]
@@ -186,11 +187,49 @@ def test_runs_of_another_study_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(starts, "_own_scores", lambda *_: GIVEN)
     plan = study()
     stored = {**results_of(plan, tmp_path), "weights": {"view": "12ab"}}
-    with pytest.raises(DataError, match="weights of view differ"):
+    with pytest.raises(DataError, match="other weights of view"):
         with_earlier(plan, stored, {"view": "34cd"})
     longer = dataclasses.replace(plan, settings=(*TINY, "optim.steps=4"))
-    with pytest.raises(DataError, match="steps: 3 there, 4 here"):
+    with pytest.raises(DataError, match="steps 3 there, 4 here"):
         with_earlier(longer, stored, {})
+    for broken in ({}, {**stored, "measured": [1]}, {**stored, "runs": None}):
+        with pytest.raises(DataError, match="no table of fine-tuned starts"):
+            with_earlier(plan, broken, {})
+
+
+def test_a_stored_table_is_read_unless_this_run_writes_it(tmp_path):
+    for name, text, message in (
+        ("few_labels.json", "{}", "is written by this run"),
+        ("list.json", "[]", "no table"),
+        ("cut.json", '{"runs', r"cut\.json cannot be read"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=message):
+            few_labels.read_earlier(tmp_path / name, tmp_path)
+    with pytest.raises(DataError, match="cannot be read"):
+        few_labels.read_earlier(tmp_path / "none.json", tmp_path)
+    assert few_labels.read_earlier(tmp_path / "few_labels.json", tmp_path / "new") == {}
+
+
+def test_other_weights_are_refused_once_runs_tell_them(tmp_path, monkeypatch):
+    """At first nothing tells the digests of what will be run."""
+    (tmp_path / "earlier.json").write_text(json.dumps({"weights": {"view": "12ab"}}))
+    told = iter([{}, {"view": "34cd"}])
+    seen = []
+    monkeypatch.setattr(few_labels, "provenance", lambda *_: {"weights": next(told)})
+    monkeypatch.setattr(few_labels, "with_earlier", lambda study, stored, digests: seen.append(digests) or study)
+    monkeypatch.setattr(few_labels, "keep", lambda *_: None)
+    start = str(write_tiny(tmp_path / "tiny").folder)
+    arguments = [str(tmp_path / "out"), "--start", start, "--earlier", str(tmp_path / "earlier.json"), "--table"]
+    with pytest.raises(SystemExit):
+        few_labels.main(arguments)
+    assert seen == [{}, {"view": "34cd"}]
+
+
+def test_a_sweep_that_has_not_begun_has_no_digest(tmp_path):
+    plan = study()
+    plan.sweep(tmp_path, OTHER, 0.1).mkdir(parents=True)  # a run that was killed before it wrote its plan
+    assert provenance(plan, tmp_path)["weights"] == {}
 
 
 def test_a_pilot_is_the_first_start_with_all_labels(tmp_path):

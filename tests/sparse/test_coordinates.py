@@ -108,6 +108,17 @@ def test_rows_are_grouped_alike_by_a_table_by_keys_and_by_rows():
             assert torch.equal(one, other)
 
 
+def test_rows_at_the_ends_of_64_bits_stay_apart():
+    ends = torch.tensor([[-(2**63)], [2**63 - 1], [0], [-(2**63)]])
+    assert [part.tolist() for part in unique_rows(ends)] == [[0, 1, 2], [0, 1, 2, 0]]
+
+
+def test_finite_points_whose_sum_is_not_are_accepted():
+    points = torch.full((40, 3), 1e4, dtype=torch.float16)
+    assert not torch.isfinite(points.sum())
+    assert len(voxelize(points, torch.ones(40, 1), 1.0)) == 1
+
+
 def test_coordinates_beyond_32_bits_are_refused():
     edge = torch.tensor([[2.0**31 - 1, -(2.0**31), 0.0]], dtype=torch.float64)
     assert voxelize(edge, torch.ones(1, 1), 1.0).coords.tolist() == [[0, 2**31 - 1, -(2**31), 0]]

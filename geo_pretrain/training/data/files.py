@@ -219,7 +219,7 @@ def meters_of(
 
 @lru_cache(maxsize=8)
 def _meters_of_16_bits(scale: float) -> np.ndarray:
-    """Meters of each 16-bit value, float32 [65536]; looking them up is three times as quick as dividing."""
+    """Meters of each 16-bit value, float32 [65536]: a lookup in place of a division and three masks."""
     values = np.arange(INVALID_MM + 1)
     return np.where(values == INVALID_MM, 0, values / scale).astype(np.float32)
 
