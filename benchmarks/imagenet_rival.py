@@ -31,6 +31,7 @@ from benchmarks.seven_scenes import REGISTRATION
 from benchmarks.starts import (
     Start,
     Study,
+    compared,
     draw,
     estimate,
     fine_tuning_jobs,
@@ -50,11 +51,10 @@ from geo_pretrain.training.data.labelled.registry import open_labelled
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.distributed import join
 from geo_pretrain.training.evaluation.awareness.networks import find_subject
-from geo_pretrain.training.evaluation.awareness.run import measure_awareness
+from geo_pretrain.training.evaluation.awareness.run import LEADS, measure_awareness
 from geo_pretrain.training.evaluation.awareness.spec import AwarenessSpec
 from geo_pretrain.training.evaluation.metrics import Spread
 from geo_pretrain.training.evaluation.probes import ProbeSpec, probe_backbone
-from geo_pretrain.training.evaluation.verdict import over_seeds, sentence
 from geo_pretrain.training.initialize import weights_file
 from geo_pretrain.training.networks import SCRATCH, PretrainedInit
 from geo_pretrain.training.pretrain import is_trained, load_checked_recipe, run_recipe
@@ -112,7 +112,14 @@ class Plan:
             Start(RANDOM, SCRATCH, RANDOM, (f"network.encoder={ENCODER}",)),
             Start(IMAGENET, imagenet, RANDOM, (f"network.encoder={ENCODER}",)),
             *(
-                Start(label, str(out / name), RANDOM, (f"network.encoder={ENCODER}",), (finished_mark(out, name),))
+                Start(
+                    label,
+                    str(out / name),
+                    RANDOM,
+                    (f"network.encoder={ENCODER}",),
+                    (finished_mark(out, name),),
+                    (IMAGENET,),
+                )
                 for label, name in BY_PRI3D.items()
             ),
         )
@@ -255,16 +262,19 @@ class Plan:
             for seed in self.seeds:
                 if (place := self.probe_file(start, seed)).exists():
                     found.setdefault(start.label, {})[seed] = read_sealed(place)["miou"]
-        scratch = found.get(RANDOM, {})
-        verdicts = []
-        for label in (label for label in found if label != RANDOM):
-            seeds = [seed for seed in found[label] if seed in scratch]
-            if seeds:
-                gain = over_seeds([found[label][seed] for seed in seeds], [scratch[seed] for seed in seeds])
-                verdicts.append(sentence(label, RANDOM, gain))
         rows = [f"| {label} | {Spread(tuple(scores.values()))} |" for label, scores in found.items()]
         table = ["| start | mIoU (%) of a linear probe |", "| --- | --- |", *rows]
-        return {"table": table, "seeds": found, "gains": [{"verdict": verdict} for verdict in verdicts]}
+        return {"table": table, "seeds": found, "gains": self.gains(found)}
+
+    def gains(self, scores: dict[str, dict[int, float]]) -> list[dict[str, Any]]:
+        """Each start beside random weights, those of Pri3D beside ImageNet's, too, by scores of label and seed."""
+        gains = []
+        for start in self.starts:
+            for other in start.others():
+                gain = compared(start.label, scores.get(start.label, {}), other, scores.get(other, {}))
+                if gain is not None:
+                    gains.append({"start": start.label, "over": other, "by seed": gain[0], "verdict": gain[1]})
+        return gains
 
     def awareness(self) -> dict[str, Any]:
         """Of each measure the best layer with its scores, for each start."""
@@ -275,7 +285,15 @@ class Plan:
             name: {measure: {"layer": m["best"], **m["layers"][m["best"]]} for measure, m in measures.items()}
             for name, measures in whole["networks"].items()
         }
-        return {"settings": whole["settings"], "data": whole["data"], "networks": networks}
+        gains = {}
+        for measure, lead in LEADS.items():
+            values = {
+                name: dict(enumerate(measures[measure][lead]["values"]))
+                for name, measures in networks.items()
+                if measure in measures
+            }
+            gains[f"{measure}, {lead}"] = self.gains(values)
+        return {"settings": whole["settings"], "data": whole["data"], "networks": networks, "gains": gains}
 
 
 def _file_job(name: str, place: Path, run: Callable[[Path], None], needs: tuple[Path, ...]) -> Job:
@@ -288,7 +306,8 @@ def awareness_table(networks: dict[str, Any]) -> list[str]:
     columns: list[tuple[str, str, str]] = []
     for measures in networks.values():
         for measure, scores in measures.items():
-            wanted = {"depth": ["d1"], "normals": ["11.25 deg"], "matching": [m for m in scores if m.endswith(" deg")]}
+            wanted = {"depth": ["d1"], "normals": ["11.25 deg"]}
+            wanted["matching"] = ["recall", *(m for m in scores if m.endswith(" deg"))]
             columns += [(measure, metric, f"{measure}, {metric}") for metric in wanted.get(measure, [])]
     columns = list(dict.fromkeys(columns))
     lines = [f"| start | {' | '.join(head for _, _, head in columns)} |", "| --- |" + " --- |" * len(columns)]
@@ -307,7 +326,8 @@ def report(plan: Plan, command: str) -> None:
     pages = [f"## {name}\n\n{markdown(result)}" for name, result in fine_tuned.items()]
     pages.insert(0, "## probe\n\n" + "\n".join([*probes["table"], "", *(f"- {g['verdict']}" for g in probes["gains"])]))
     if awareness:
-        pages.insert(0, "## awareness\n\n" + "\n".join(awareness_table(awareness["networks"])))
+        lines = [f"- {what}: {g['verdict']}" for what, gains in awareness["gains"].items() for g in gains]
+        pages.insert(0, "## awareness\n\n" + "\n".join([*awareness_table(awareness["networks"]), "", *lines]))
     text = "\n\n".join(pages) + "\n"
     print(text)
     (plan.out / f"{NAME}.md").write_text(text)

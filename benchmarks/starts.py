@@ -50,6 +50,11 @@ class Start:
     baseline: str  # label of the random weights that it is compared with
     settings: tuple[str, ...] = ()  # of the recipe: the encoder, what is transferred
     needs: tuple[Path, ...] = ()  # files that another job writes
+    rivals: tuple[str, ...] = ()  # labels of other starts that it is compared with
+
+    def others(self) -> tuple[str, ...]:
+        """The labels of all that it is compared with."""
+        return tuple(label for label in (self.baseline, *self.rivals) if label != self.label)
 
 
 @dataclass(frozen=True)
@@ -268,22 +273,30 @@ class Gain:
 
 
 def gains_of(study: Study, points: Sequence[Point]) -> list[Gain]:
-    """Compare every start with the random weights of its encoder; a loss is told as a gain is."""
+    """Compare every start with the random weights of its encoder and its rivals; a loss is told as a gain is."""
     known = {(point.start, point.share): point for point in points}
     gains = []
     for start in study.starts:
-        for share in study.shares:
-            ours, theirs = known.get((start.label, share)), known.get((start.baseline, share))
-            if start.label == start.baseline or ours is None or theirs is None:
+        for other, share in product(start.others(), study.shares):
+            ours, theirs = known.get((start.label, share)), known.get((other, share))
+            if ours is None or theirs is None:
                 continue
-            seeds = [seed for seed in ours.reported if seed in theirs.reported]
-            if not seeds:
-                continue
-            pairs = [[point.reported[seed] for seed in seeds] for point in (ours, theirs)]
-            text = sentence(start.label, start.baseline, over_seeds(*pairs))
-            by_seed = {seed: one - other for seed, one, other in zip(seeds, *pairs, strict=True)}
-            gains.append(Gain(start.label, start.baseline, share, by_seed, f"{percent(share)} of the labels: {text}"))
+            if (gain := compared(start.label, ours.reported, other, theirs.reported)) is not None:
+                by_seed, text = gain
+                gains.append(Gain(start.label, other, share, by_seed, f"{percent(share)} of the labels: {text}"))
     return gains
+
+
+def compared(
+    name: str, ours: Mapping[int, float], other: str, theirs: Mapping[int, float]
+) -> tuple[dict[int, float], str] | None:
+    """The difference of each seed that both have, and a sentence; None without such a seed."""
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        return None
+    pairs = [[scores[seed] for seed in seeds] for scores in (ours, theirs)]
+    by_seed = {seed: one - two for seed, one, two in zip(seeds, *pairs, strict=True)}
+    return by_seed, sentence(name, other, over_seeds(*pairs))
 
 
 def table_of(study: Study, points: Sequence[Point]) -> list[str]:
