@@ -277,12 +277,19 @@ class Plan:
         return gains
 
     def awareness(self) -> dict[str, Any]:
-        """Of each measure the best layer with its scores, for each start."""
+        """Of each start and measure the best layer with its scores, and the others by the score that ranks them."""
         if not (self.out / "awareness.json").exists():
             return {}
         whole = read_sealed(self.out / "awareness.json")
         networks = {
-            name: {measure: {"layer": m["best"], **m["layers"][m["best"]]} for measure, m in measures.items()}
+            name: {
+                measure: {
+                    "layer": found["best"],
+                    **found["layers"][found["best"]],
+                    "every layer": {layer: scores[LEADS[measure]]["mean"] for layer, scores in found["layers"].items()},
+                }
+                for measure, found in measures.items()
+            }
             for name, measures in whole["networks"].items()
         }
         gains = {}
