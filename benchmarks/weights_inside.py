@@ -118,7 +118,9 @@ def said(name: str, package: str, folder: Path, file: str) -> dict[str, str]:
             text = str(error)
             lines = [line for line in text.splitlines() if file in line or CONFIG in line]
             assert lines, f"{file}: not named in: {text}"
-            assert f"--no-deps {package}" in text or "not installed" in text, f"{file}: no line that mends it: {text}"
+            assert f"--no-deps ./weights/{package}`" in text or "not installed" in text, (
+                f"{file}: no line that mends it: {text}"
+            )
             return {"told by": step, "words": lines[0].replace(str(folder), f"{package}/{name}")}
     raise AssertionError(f"{name}/{file}: nobody noticed")
 
