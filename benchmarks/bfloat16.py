@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import machine, write_results
 from benchmarks.jobs import Job, run_jobs, work
@@ -172,16 +173,21 @@ def _voxels(network: Any, surfaces: Sequence[Surface]) -> list[SparseTensor]:
     return [SparseTensor(one.coords, one.feats) for one in voxels]
 
 
+def _numbers(output: Any) -> Tensor:
+    """All numbers of an output, float32: features of voxels, or the maps of an encoder one after the other."""
+    if isinstance(output, SparseTensor):
+        return output.feats.float()
+    return torch.cat([one.flatten().float() for one in output])
+
+
 @torch.no_grad()
 def _distances(network: Callable[[Any], Any], inputs: Sequence[Any]) -> dict[str, Any]:
     values = []
     for given in inputs:
-        exact = network(given)
+        exact = _numbers(network(given))
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = network(given)
-        if isinstance(exact, SparseTensor):
-            exact, rounded = exact.feats, rounded.feats
-        values.append(((exact - rounded.float()).norm() / exact.norm()).item())
+            rounded = _numbers(network(given))
+        values.append(((exact - rounded).norm() / exact.norm()).item())
     return {"inputs": len(values), "mean": statistics.fmean(values), "max": max(values)}
 
 
