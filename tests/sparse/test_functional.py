@@ -262,7 +262,9 @@ def test_results_move_with_the_voxels(seed: int, sizes: tuple, shift: tuple[int,
         equal_by_coordinate(network(moved)[name], y, move)
     points = torch.rand(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 8 - 4
     points[:, 0] = 0
-    within(1e-8, SF.interpolate(moved, points + move), SF.interpolate(x, points))
+    there, here = SF.interpolate(moved, points + move), SF.interpolate(x, points)
+    # So far out points are rounded to 2^-32, of features as large as they are before their weights make them small.
+    torch.testing.assert_close(there, here, rtol=0, atol=1e-8 * float(feats.abs().max()))
 
 
 @settings(max_examples=15, deadline=None)
