@@ -3,9 +3,9 @@
     python -m benchmarks.bfloat16 OUT [--jobs 2] [--seeds 3] [--start csc_srunet34.rooms ...]
     python -m benchmarks.bfloat16 OUT --table     # in between: what is there
 
-3D pretext tasks and those on two images with --toy, in float32 and bfloat16, over seeds: the mean loss of the last fifth
-of the steps. Both precisions see the same samples in the same order. Recall: the image networks of these runs, in
-float32, match frames of rooms that nobody trained on, best layer. Features: the relative distance (L2) between the
+3D pretext tasks and those on two images with --toy, in float32 and bfloat16, over seeds: the mean loss of the last
+fifth of the steps. Both precisions see the same samples in the same order. Recall: the image networks of these runs,
+in float32, match frames of rooms that nobody trained on, best layer. Features: the relative distance (L2) between the
 outputs of one network in both, on frames and whole surfaces of such rooms. The same command goes on where it was
 stopped. Needs a processor that multiplies bfloat16. Writes benchmarks/results/bfloat16.json, with the tasks that are
 done.
