@@ -50,6 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "training.batchnorm",
         "training.cluster",
+        "training.depthwise",
         "training.distributed",
         "training.heartbeat",
         "training.states",

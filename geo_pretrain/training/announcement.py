@@ -13,6 +13,7 @@ from torch import Tensor
 
 from geo_pretrain.backbones.architectures import ARCHITECTURES
 from geo_pretrain.progress import duration, is_shown, tell
+from geo_pretrain.training.depthwise import quick_depthwise
 from geo_pretrain.training.loop import Progress, RecipeTask, StepInfo
 from geo_pretrain.training.recipe import Recipe
 from geo_pretrain.training.tasks.base import PretextTask
@@ -75,6 +76,7 @@ def trial(task: PretextTask, size: tuple[int, int]) -> tuple[float, float, float
     """
     network = copy.deepcopy(task.backbone).train()
     device = next(network.parameters()).device
+    gradients = quick_depthwise(network)  # as the loop
     images = torch.full((TRIED, 3, *size), 0.5, device=device).to(memory_format=torch.channels_last)
     kept: dict[int, int] = {}
     own, walls = list[float](), list[float]()
@@ -87,7 +89,8 @@ def trial(task: PretextTask, size: tuple[int, int]) -> tuple[float, float, float
         begin = _clocks()
         kept.clear()
         with torch.random.fork_rng(devices=[]):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), task.autocast(device):
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            with hooks, task.autocast(device), gradients:
                 out = network(images)
             total = sum(one.float().mean() for one in _tensors(out))
             total.backward()  # type: ignore[union-attr]

@@ -23,6 +23,7 @@ from geo_pretrain.errors import CheckpointError, GeoPretrainError, RecipeError, 
 from geo_pretrain.heap import kept_heap
 from geo_pretrain.threads import Pace, considerate_waiting, usable_cpus
 from geo_pretrain.training.data.samples.sampler import MicroBatches, total_steps
+from geo_pretrain.training.depthwise import quick_depthwise
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.finetune_recipe import FinetuneOptim, FinetuneRecipe
 from geo_pretrain.training.recipe import OptimSpec, Recipe, micro_batches
@@ -252,7 +253,7 @@ class _Loop:
     on_step: Callable[[StepInfo], None] | None
 
     def __post_init__(self) -> None:
-        self.model = self.world.wrap(_Losses(self.task))
+        self.model, self.gradients = self.world.wrap(_Losses(self.task)), quick_depthwise(self.task.module)
         self.first, self.sitting, self.pace = self.progress.step, 0.0, Pace()
 
     def take_steps(self, stop: StopRequest) -> None:
@@ -317,7 +318,8 @@ class _Loop:
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """The losses of a micro-batch. Raises `RecipeError` where a BatchNorm would get one value of each channel."""
         try:
-            losses: dict[str, Tensor] = self.model(batch)
+            with self.gradients:
+                losses: dict[str, Tensor] = self.model(batch)
         except ValueError as error:
             if ONE_VALUE not in str(error):
                 raise
