@@ -27,7 +27,7 @@ Pair = tuple[int, int]
 def quick_depthwise(network: nn.Module) -> AbstractContextManager[object]:
     """Within the context, forward passes of `network` lead to quick gradients of its depthwise convolutions.
 
-    Can be entered again and again. Does nothing for a network that has none on a CPU, and beyond bfloat16. The gradients
+    Can be entered again and again. Does nothing beyond bfloat16, or for a network that has none on a CPU. The gradients
     cannot be differentiated in turn.
     """
     return _QuickDepthwise() if any(map(_is_depthwise, network.modules())) else nullcontext()
