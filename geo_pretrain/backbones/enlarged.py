@@ -70,7 +70,7 @@ def pays(x: Tensor, weight: Tensor, size: tuple[int, int]) -> bool:
 
     Also False where calls are recorded or transformed, so that graphs hold the plain operations for any size.
     """
-    if type(x) is not Tensor or x.device.type != "cpu" or _is_transformed():
+    if type(x) is not Tensor or x.device.type != "cpu" or is_transformed():
         return False
     if weight.dtype != x.dtype and not torch.is_autocast_enabled("cpu"):
         return False  # a convolution explains it
@@ -99,7 +99,7 @@ def _costs(batch: int, in_chans: int, shape: Shape) -> tuple[float, float]:
     ) + MOVED * kernel, batch * large_height * large_width * kernel
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether calls are recorded for other sizes and machines, or differentiated or mapped by torch.func."""
     recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
     return recorded or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
