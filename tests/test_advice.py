@@ -170,7 +170,10 @@ def test_answers_follow_the_facts(empty_shelf, monkeypatch: pytest.MonkeyPatch):
     files = tuple(
         File(role, f"{role}.safetensors", 1, "0" * 64, ("package:geo_pretrain_weights",)) for role in entry.arch.roles
     )
-    measured = (Result("dense matching", "rooms", "recall at 4 px (%)", 40.0, "x.json", "random: 21.5"),)
+    measured = (
+        Result("dense matching", "rooms", "recall at 4 px (%)", 40.0, "x.json", "random: 21.5"),
+        Result("semantic segmentation", "rooms", "mIoU", 33.0, "y.json"),
+    )
     changed = replace(entry, status="published-here", files=files, measured=measured)
     closed = replace(
         empty_shelf["pri3d_view_r18.rooms"], license=License("MIT", "CC-BY-NC-4.0", (("x", "MIT"),), "none")
@@ -190,6 +193,8 @@ def test_answers_follow_the_facts(empty_shelf, monkeypatch: pytest.MonkeyPatch):
     assert names(recommend("segmentation", here=()))[0] == "pri3d_view_geo_r50"  # a number of its own goes before
     first = recommend("matching", here=()).picks[0]
     assert (first.name, first.why) == (changed.name, "measured here: 40 recall at 4 px (%) on rooms (random: 21.5)")
+    (pick,) = [one for one in recommend("instances", limit=99, here=()).picks if one.name == changed.name]
+    assert pick.why == "segmentation: measured here: 33 mIoU on rooms"
 
 
 def test_tasks_that_match_are_those_that_compare_two_views():

@@ -260,8 +260,7 @@ def _why(entry: Entry, question: Question, found: Score | None) -> str:
     """One line: what is known of the entry for this task."""
     task, measured = _pretext(entry).get("name"), _measured(entry, question.task)
     if measured is not None and (found is None or found.rank):
-        remark = f" ({measured.note})" if measured.note else ""
-        return f"measured here: {measured.value:g} {measured.metric} on {measured.dataset}{remark}"
+        return _measured_here(measured)
     if question.task == MATCHING:
         return f"trained to match places in two views ({task})"
     if question.task == DEPTH:
@@ -271,4 +270,11 @@ def _why(entry: Entry, question: Question, found: Score | None) -> str:
     of = f"{ORDER_BY}: " if found.other_task else ""
     if found.own:
         return of + str(found)
+    if found.other_task and (measured := _measured(entry, ORDER_BY)) is not None:
+        return of + _measured_here(measured)
     return f"{of}not measured; the paper's own weights: {found.number}"  # another checkpoint's number
+
+
+def _measured_here(result: Result) -> str:
+    remark = f" ({result.note})" if result.note else ""
+    return f"measured here: {result.value:g} {result.metric} on {result.dataset}{remark}"
