@@ -93,6 +93,18 @@ def read_recipe(path: Path) -> FinetuneRecipe:
     return load_finetune_recipe(str(_there(path, "recipe.yaml")))
 
 
+def read_classes(path: Path) -> tuple[str, ...]:
+    """The classes of a fine-tuned folder, without its network. Raises `CheckpointError` for what is no such folder."""
+    try:
+        return tuple(_results(path)["data"]["classes"])
+    except (KeyError, TypeError) as error:
+        raise _no_result(path, error) from None
+
+
+def _no_result(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path / RESULTS}: not a result of fine-tuning ({error!r}).")
+
+
 def _check_where(where: Mapping[str, Any]) -> None:
     """Raise `InputError` for keywords that nothing would read."""
     accepted = ["device", *hub.Where.__annotations__]
@@ -123,7 +135,7 @@ def load_task(path: Path, *, device: str | torch.device | None = None) -> tuple[
         contract = contract_from_dict(results["contract"])
         classes, backbone = tuple(results["data"]["classes"]), results["backbone"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / RESULTS}: not a result of fine-tuning ({error!r}).") from None
+        raise _no_result(path, error) from None
     shape = backbone.get("shape") or _shape_of_start(recipe, backbone["name"], path)
     task = build_finetune_task(recipe, _saved_init(recipe, backbone["name"], shape), classes, contract)
     _load_weights(task, path, results.get("model"))

@@ -28,7 +28,7 @@ from geo_pretrain.training.evaluation.scannet_benchmark import write_scannet_ins
 from geo_pretrain.training.finetune.cloud_files import CloudFile, cloud_fields
 from geo_pretrain.training.finetune.clouds import CloudTask
 from geo_pretrain.training.finetune.coco_file import CocoFile
-from geo_pretrain.training.finetune.load import finetuned_folder, load_task, read_recipe
+from geo_pretrain.training.finetune.load import finetuned_folder, load_task, read_classes, read_recipe
 from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.finetune.training import spread_ids
 from geo_pretrain.training.finetune.written import Item, Place, file_stem, write_prediction
@@ -90,11 +90,11 @@ def predict(
     _check_request(run, files, data, path)
     check_target(out)
     folder = finetuned_folder(run)
-    recipe = _recipe(folder)  # what is asked for is looked at before the network is loaded
+    recipe = _recipe(folder)  # what is asked for is looked at before the network is loaded and data are rendered
+    export = None if benchmark is None else _benchmark(benchmark, recipe, read_classes(folder))
     source = None if data is None else _open(recipe, data, path, split, options)
     given = _checked_files(recipe, files, options) if source is None else []
     task, stated = _load(folder, device)
-    export = None if benchmark is None else _benchmark(benchmark, task)
     items = spread_ids(given if source is None else list(_of_source(task, source)), limit)
     _check_names(items)
     found = Predictions(out, colors=stated["data"].get("colors"))
@@ -189,16 +189,16 @@ def _scannet(folder: Path, name: str, found: PointLabels | PointInstances) -> No
 BENCHMARKS: dict[str, tuple[str, Callable[[Path, str, Any], None]]] = {"scannet": ("scannet20", _scannet)}
 
 
-def _benchmark(name: str, task: FinetuneTask) -> Callable[[Path, str, Any], None]:
+def _benchmark(name: str, recipe: FinetuneRecipe, trained: Sequence[str]) -> Callable[[Path, str, Any], None]:
     """The writer of a benchmark's files. Raises `UnknownName`, and `RecipeError` where the network's labels differ."""
     if name not in BENCHMARKS:
         raise unknown("benchmark", name, BENCHMARKS)
     classes, write = BENCHMARKS[name]
     wanted = label_map(classes).classes
-    if task.recipe.task not in ("segmentation3d", "instances3d") or task.classes != wanted:
+    if recipe.task not in ("segmentation3d", "instances3d") or tuple(trained) != wanted:
         raise RecipeError(
             f"Benchmark {name!r} takes classes or instances of points of {len(wanted)} classes ({some(wanted)}); this "
-            f"run is {task.recipe.task} of {len(task.classes)} ({some(task.classes)})."
+            f"run is {recipe.task} of {len(trained)} ({some(trained)})."
         )
     return write
 

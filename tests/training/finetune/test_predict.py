@@ -247,7 +247,8 @@ def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
         predict(run, tmp_path, data="rooms3d")
 
 
-def test_files_for_a_benchmark_are_refused_for_other_classes(run, tmp_path):
+def test_files_for_a_benchmark_are_refused_for_other_classes(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(predicting, "open_labelled", lambda *_, **__: pytest.fail("rooms would be rendered before"))
     with pytest.raises(RecipeError, match=r"takes classes or instances of points of 20 classes \(wall, floor.* of 3"):
         predict(run, tmp_path / "out", data="rooms3d", benchmark="scannet")
     with pytest.raises(UnknownName, match="Unknown benchmark 'scanet'"):
