@@ -89,13 +89,15 @@ def test_output_and_gradients_are_those_of_float64_up_to_rounding(
     image = torch.randn(images, channels, *size).to(memory_format=torch.channels_last)
     with torch.no_grad():
         grad = torch.randn_like(conv(image))
-    node, found = passes(conv, image, grad, quick=True)
+    (node, found), (_, plain) = (passes(conv, image, grad, quick=quick) for quick in (True, False))
     assert (node == NAME) == (max(stride) > 1 or taps[1] > 3 or max(taps) > min(size))
     wanted = exact(conv, image, grad)
     assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
+    rounding = [4e-3] * len(found)  # bfloat16 keeps 8 bits
+    rounding[1] = max(rounding[1], error(plain[1], wanted[1]))  # torch rounds sums on processors without AVX-512
+    for one, other, most in zip(found, wanted, rounding, strict=True):
         assert one.shape == other.shape
-        assert error(one, other) < 4e-3  # bfloat16 keeps 8 bits
+        assert error(one, other) <= most
 
 
 @pytest.mark.parametrize(("taps", "stride"), [(5, 1), (5, 2), (7, 1), (3, 2)])
