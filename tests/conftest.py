@@ -16,8 +16,8 @@ os.fsync = lambda descriptor: None  # tests that write real files wait for the d
 os.environ["OMP_NUM_THREADS"] = "1"
 # glibc in xdist's workers and in programs that tests start: freed memory is used again, not handed back and zeroed
 # anew, which took a tenth of the processor time. Tests of `kept_heap` take it out again.
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 << 30))
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(128 << 20))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(512 << 20))
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of the many programs that tests start would compile all anew
 sys.dont_write_bytecode = False
 os.environ.pop("GEO_PRETRAIN_HUB", None)
