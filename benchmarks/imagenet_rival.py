@@ -85,9 +85,14 @@ CAMVID = (  # ids 0 to 10; 11 is void
 CAMVID_SHARES, ROOMS_SHARES = (0.1, 1.0), (0.05, 1.0)
 
 
+def checkpoint_of(out: Path, name: str) -> Path:
+    """Where a Pri3D run writes; no study has a folder of this name."""
+    return out / f"pri3d_{name}"
+
+
 def finished_mark(out: Path, name: str) -> Path:
     """What is there once a Pri3D run has taken all its steps; its folder has weights before, if it was stopped."""
-    return out / f"{name}.trained"
+    return checkpoint_of(out, name).with_suffix(".trained")
 
 
 class Plan:
@@ -114,7 +119,7 @@ class Plan:
             *(
                 Start(
                     label,
-                    str(out / name),
+                    str(checkpoint_of(out, name)),
                     RANDOM,
                     (f"network.encoder={ENCODER}",),
                     (finished_mark(out, name),),
@@ -195,16 +200,16 @@ class Plan:
         return [*trained, *(job for part in parts for job in found[part])]
 
     def _training_job(self, name: str) -> Job:
-        out = self.out / name
+        out = checkpoint_of(self.out, name)
 
         def is_done() -> bool:
             return finished_mark(self.out, name).exists() and is_trained(out)
 
-        return Job(f"Pri3D on {name}", self.out / f"{name}.job", is_done, partial(self.train, name))
+        return Job(f"Pri3D on {name}", out.with_suffix(".job"), is_done, partial(self.train, name))
 
     def train(self, name: str) -> None:
         """Train by Pri3D on "rooms" or the "kitchen", from ImageNet's weights."""
-        out = self.out / name
+        out = checkpoint_of(self.out, name)
         if not is_trained(out) or run_folder(out).exists():
             run_recipe(self.pri3d(name), out, join("cpu"))
         finished_mark(self.out, name).touch()
@@ -237,7 +242,7 @@ class Plan:
     def digests(self) -> dict[str, str]:
         """SHA-256 of the encoders that are there, by start."""
         found = {IMAGENET: weights_file(self.imagenet)}
-        found |= {label: self.out / name / ROLES["encoder"] for label, name in BY_PRI3D.items()}
+        found |= {label: checkpoint_of(self.out, name) / ROLES["encoder"] for label, name in BY_PRI3D.items()}
         return {label: sha256(path) for label, path in found.items() if path.exists()}
 
     def probe_file(self, start: Start, seed: int) -> Path:

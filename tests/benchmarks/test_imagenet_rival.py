@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks import imagenet_rival
-from benchmarks.imagenet_rival import BY_PRI3D, CAMVID, IMAGENET, PARTS, RANDOM, Plan, awareness_table
+from benchmarks.imagenet_rival import BY_PRI3D, CAMVID, IMAGENET, PARTS, RANDOM, Plan, awareness_table, checkpoint_of
 from benchmarks.jobs import Job
 from benchmarks.starts import scores_of
 from geo_pretrain.checkpoint import sha256
@@ -69,8 +69,15 @@ def test_pri3d_comes_first_and_every_start_is_in_every_part(plan):
     few = [job.name for job in plan.jobs(["probe"])]
     assert len(few) == 2 + 4
     (awareness,) = plan.jobs(["awareness"])[2:]
-    assert [path.stem for path in awareness.needs] == list(BY_PRI3D.values())
+    assert [path.stem for path in awareness.needs] == [f"pri3d_{name}" for name in BY_PRI3D.values()]
     assert not awareness.is_ready()
+
+
+def test_fine_tuning_from_scratch_leaves_the_place_of_a_pri3d_run_free(plan):
+    """It needs no checkpoint, so a third process does it while the others train."""
+    places = [job.place for job in plan.jobs(PARTS) if job.is_ready()]
+    for name in BY_PRI3D.values():
+        assert not any(checkpoint_of(plan.out, name) in place.parents for place in places)
 
 
 def test_the_recipes_are_accepted(plan):
@@ -151,7 +158,7 @@ def test_pri3d_trains_on_a_recording_and_all_starts_are_measured_on_it(plan, mon
     assert kitchen.is_done()
     assert not rooms.is_done()
     assert not awareness.is_ready()
-    shutil.copytree(plan.out / "kitchen", plan.out / "rooms")  # 256 rooms take too long
+    shutil.copytree(checkpoint_of(plan.out, "kitchen"), checkpoint_of(plan.out, "rooms"))  # 256 rooms take too long
     assert not awareness.is_ready()  # a run that was stopped has a folder with weights, too
     rooms.run()
     assert rooms.is_done()
