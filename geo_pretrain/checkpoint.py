@@ -12,9 +12,8 @@ import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -24,7 +23,8 @@ from geo_pretrain.catalog.entry import FILE_NAME, WEIGHT_ROLES, Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
 from geo_pretrain.digests import inventory_line, sha256, xxh3, xxh3_hasher
 from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed, run_note
-from geo_pretrain.files import SEAL, atomic_write, move, parse_json, sync_files, sync_folder, tree_digest, write_text
+from geo_pretrain.files import SEAL, atomic_write, parse_json, tree_digest, write_text
+from geo_pretrain.staging import recover, replaced
 from geo_pretrain.tensors import NotTensors, read_tensors
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
     Raises `CheckpointError` naming the file and the key that is missing, of a wrong type or of another format.
     """
     if not (folder := Path(folder)).exists():
-        recover(folder)
+        recover(folder, _own_files)
     path = folder / CONFIG
     if not path.is_file():
         state = f"has no {CONFIG}" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
@@ -358,57 +358,16 @@ def _raise_mismatch(path: Path, stored: StoredFile, actual: str) -> NoReturn:
     )
 
 
-def recover(folder: Path) -> None:
-    """Finish or undo the write of a process that was killed: afterwards the old or the new checkpoint is in place.
-
-    A folder of `staged` is never complete, so it is dropped by the next write and ignored here.
-    """
-    retired = _retired(folder)
-    if not retired.is_dir():
-        return
-    if folder.exists():
-        _retire(retired, folder)
-    else:
-        move(retired, folder)
+def staged(folder: Path, writer: str = "") -> AbstractContextManager[Path]:
+    """A new folder that takes the place of `folder`, see `replaced`; files that belong to no checkpoint are kept."""
+    return replaced(folder, _own_files, writer)
 
 
-def _retired(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-@contextmanager
-def staged(folder: Path, writer: str = "") -> Iterator[Path]:
-    """Yield an empty folder beside `folder`, which takes its place at the end, or is removed after an error.
-
-    Files in the old folder that belong to no checkpoint are kept. Two renames; `recover` puts things right when the
-    process dies between or after them. `writer` tells writers apart where there may be several at a time.
-    """
-    recover(folder)
-    staging, retired = folder.with_name(f".{folder.name}{writer and '.' + writer}.writing"), _retired(folder)
-    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        sync_files(staging)
-        if folder.exists():
-            move(folder, retired)
-        move(staging, folder)
-        sync_folder(folder.parent)
-        if retired.is_dir():
-            _retire(retired, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        recover(folder)
-        raise
-
-
-def _retire(retired: Path, folder: Path) -> None:
-    """Remove a replaced checkpoint, after moving files that belong to no checkpoint to the new one."""
+def _own_files(folder: Path) -> set[str]:
     known = {CONFIG, *ROLES.values()}
-    for path in retired.iterdir():
-        if path.name not in known and not (folder / path.name).exists():
-            move(path, folder / path.name)
-    shutil.rmtree(retired)
+    with suppress(CheckpointError, OSError):
+        known |= parse_config((folder / CONFIG).read_bytes(), folder).files.keys()
+    return known
 
 
 def check_target(folder: Path | str, name: str) -> None:

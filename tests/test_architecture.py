@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "progress",
         "errors",
         "files",
+        "staging",
         "digests",
         "devices",
         "yaml_text",

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from xxhash import xxh3_128
 
 from geo_pretrain import checkpoint as module
-from geo_pretrain import digests
+from geo_pretrain import digests, staging
 from geo_pretrain.checkpoint import (
     Checkpoint,
     read_checkpoint,
@@ -321,6 +322,36 @@ def test_replacing_keeps_notes_and_drops_files_of_the_old_one(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
 
 
+def test_replacing_drops_whatever_the_old_one_listed(tmp_path: Path):
+    """As the file of a fine-tuned backbone in one piece, whose name no pre-trained one has."""
+    folder = write_tiny(tmp_path / "tiny").folder
+    (folder / "encoder.safetensors").rename(folder / "backbone.safetensors")
+    config = unsealed(folder)
+    config["files"]["backbone.safetensors"] = config["files"].pop("encoder.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    verify_files(read_checkpoint(folder))
+    verify_files(write_tiny(folder, provenance={"steps": 8}))
+    assert not (folder / "backbone.safetensors").exists()
+
+
+def test_a_reader_that_comes_between_the_renames_waits_for_the_new_one(tmp_path: Path, monkeypatch: Any):
+    folder = write_tiny(tmp_path / "tiny").folder
+    move, seen = staging.move, []
+    reader = threading.Thread(target=lambda: seen.append(read_checkpoint(folder).provenance))
+
+    def slow(source: Path, target: Path) -> None:
+        move(source, target)
+        if source == folder:
+            reader.start()
+            reader.join(0.5)
+
+    monkeypatch.setattr(staging, "move", slow)
+    write_tiny(folder, provenance={"steps": 8})
+    reader.join()
+    assert seen == [{"steps": 8}]
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
 def test_a_failing_write_leaves_the_old_one_and_no_rubbish(tmp_path: Path):
     write_tiny(tmp_path / "tiny")
     with pytest.raises(TypeError):
@@ -341,8 +372,8 @@ def write_and_die(folder: Path, place: int) -> None:
 
         return wrapper
 
-    operations = ((module, "_save_tensors"), (module, "sync_files"), (module, "sync_folder"))
-    for owner, name in ((Path, "rename"), (module.shutil, "rmtree"), *operations):
+    operations = ((module, "_save_tensors"), (staging, "sync_files"), (staging, "sync_folder"))
+    for owner, name in ((Path, "replace"), (staging.shutil, "rmtree"), *operations):
         setattr(owner, name, dying(getattr(owner, name)))
     write_tiny(folder, provenance={"steps": 8})
 

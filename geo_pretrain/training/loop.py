@@ -121,7 +121,7 @@ class TrainingTask(ABC):
         return False
 
     def extras(self) -> dict[str, Any]:
-        """Additional entries of the saved state besides weights, optimizer and step, in plain types."""
+        """Additional entries of the saved state, in plain types; called in all processes, the main one's are saved."""
         return {}
 
     def restore(self, extras: Mapping[str, Any]) -> None:  # noqa: B027
@@ -262,11 +262,11 @@ class _Loop:
         micro_batches = iter(task.batches(progress.step))
         task.module.train()
         while not progress.finished:
-            begin = time.monotonic()
+            begin = time.perf_counter()  # Windows' monotonic clock has ticks of 16 ms
             lr = task.schedule(progress.step)
             losses = self.take_step(micro_batches)
             progress.step += 1
-            seconds = time.monotonic() - begin
+            seconds = time.perf_counter() - begin
             self.sitting += seconds
             progress.seconds += seconds
             if slow := self.pace.step(seconds):
@@ -428,15 +428,14 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def _save(run: RunFolder, task: TrainingTask, world: World, progress: Progress) -> None:
+    facts = {"step": progress.step, "seconds": progress.seconds, **task.extras()}
     if world.is_main:
         run.save(
             {
-                "step": progress.step,
-                "seconds": progress.seconds,
                 "identity": task.identity() | {"world": world.size},
                 "module": task.module.state_dict(),
                 "optimizer": task.optimizer.state_dict(),
-                **task.extras(),
+                **facts,
             }
         )
     world.barrier()

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -243,8 +243,7 @@ def train(
     run.create()
     task.choices = choices(wanted, recipe)
     progress = fit(task, world, run, on_start=lambda begun: announce(task, begun, on_step), on_step=on_step)
-    for skipped in world.all_gather_object(task.skips.reasons):
-        task.skips.reasons.update(skipped)  # type: ignore[call-overload]
+    task.gather_skips()
     checkpoint = None
     if world.is_main:
         with explained(run):
@@ -347,6 +346,18 @@ class Pretraining(RecipeTask):
 
     def changed_settings(self, recipe: str) -> list[str]:
         return changes(recipe, self.recipe.to_yaml())
+
+    def extras(self) -> dict[str, Any]:
+        self.gather_skips()
+        return {"skipped": self.skips.reasons}
+
+    def restore(self, extras: Mapping[str, Any]) -> None:
+        self.skips.reasons |= extras.get("skipped", {})
+
+    def gather_skips(self) -> None:
+        """Share what each process has skipped."""
+        for skipped in self.world.all_gather_object(self.skips.reasons):
+            self.skips.reasons |= cast(dict[str, str], skipped)
 
     def write(self, run: RunFolder, progress: Progress, license: License) -> Checkpoint:
         """Write the checkpoint folder atomically: weights, golden values, recipe, log, license, provenance and card.

@@ -83,8 +83,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder and its content."""
-        shutil.rmtree(self.path)
+        """Delete the folder and its content; a kill on the way leaves no part of it that looks like a run."""
+        gone = self.path.with_name(f".{self.path.name}.old")
+        shutil.rmtree(gone, ignore_errors=True)
+        move(self.path, gone)
+        shutil.rmtree(gone)
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state and keep the one before; a kill at any moment leaves the old ones or the new ones.

@@ -49,10 +49,16 @@ def stop_requests(kept: Callable[[], str] | None = None) -> Iterator[StopRequest
         yield stop
         return
 
+    first: dict[int, float] = {}
+
     def request(number: int, frame: FrameType | None) -> None:
-        stop.number = number
-        stop.set()
-        signal.signal(number, previous[signal.Signals(number)])
+        now = time.monotonic()
+        if number not in first:
+            first[number], stop.number = now, number
+            stop.set()
+        elif now - first[number] >= SAME:
+            signal.signal(number, previous[signal.Signals(number)])
+            signal.raise_signal(number)
 
     previous = {number: signal.getsignal(number) for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN}
     for number in previous:

@@ -11,8 +11,10 @@ import time
 import pytest
 
 from geo_pretrain.checkpoint import read_checkpoint
-from geo_pretrain.errors import GeoPretrainError
+from geo_pretrain.errors import BadFrame, GeoPretrainError
 from geo_pretrain.training import loop
+from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
+from geo_pretrain.training.runs import Interrupted
 from tests.front_door import geo_pretrain
 from tests.training.test_loop import assert_same_weights, logged, run_here
 
@@ -65,6 +67,26 @@ def test_a_frame_that_breaks_late_is_left_out_and_counted(tmp_path, tiny_recipe,
     assert (checkpoint.finished, checkpoint.provenance["steps"]) == (True, STEPS)
     assert sum(checkpoint.provenance["skipped"].values()) == 1
     assert [line["step"] for line in logged(tmp_path / "run")] == list(range(1, STEPS + 1))
+
+
+def test_what_was_left_out_before_a_stop_is_counted_after_it(tmp_path, tiny_recipe, recording, monkeypatch):
+    """One frame cannot be read once."""
+    path, load, failures = tiny_recipe(optim={"steps": STEPS}), SevenScenes.load, list[str]()
+
+    def load_but_one(self, scene, frame_id):
+        if not failures:
+            failures.append(f"{scene}/{frame_id}")
+            raise BadFrame(failures[0], "the disk is away")
+        return load(self, scene, frame_id)
+
+    def on_step(info):
+        at_step(1, lambda: monkeypatch.setattr(SevenScenes, "load", load_but_one))(info)
+        at_step(STEPS - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))(info)
+
+    with pytest.raises(Interrupted):
+        run_here(path, tmp_path / "run", on_step=on_step)
+    assert failures
+    assert run_here(path, tmp_path / "run").provenance["skipped"] == {"the disk is away": 1}
 
 
 def test_a_scheduler_sees_no_failure_and_the_run_goes_on_whatever_the_clock_says(tmp_path, whole, monkeypatch):

@@ -20,7 +20,7 @@ from geo_pretrain.errors import GeoPretrainError
 from geo_pretrain.training.distributed import World
 from geo_pretrain.training.loop import Budget, TrainingTask, fit
 from geo_pretrain.training.runs import STATE, RunFolder, explained
-from geo_pretrain.training.stops import stop_requests
+from geo_pretrain.training.stops import SAME, stop_requests
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -67,6 +67,41 @@ def test_signals_save_the_state(number: signal.Signals, tmp_path: Path):
     assert (progress.step, progress.finished) == (2, False)
     assert run.load()["step"] == 2
     assert fit(Tiny(), ALONE, run).finished
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_terminal_and_a_launcher_that_both_send_a_signal_ask_once(number: signal.Signals, tmp_path: Path):
+    run = run_in(tmp_path)
+
+    def twice(step: int) -> None:
+        if step == 1:
+            os.kill(os.getpid(), number)
+            time.sleep(0.02)  # Python has come to the first one
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        progress = fit(Tiny(twice), ALONE, run)
+    finally:
+        signal.signal(number, before)
+    assert (progress.step, progress.finished, run.load()["step"]) == (2, False, 2)
+
+
+def test_a_later_signal_ends_at_once():
+    def theirs(number: int, _: object) -> None:
+        raise InterruptedError(number)
+
+    before = signal.signal(signal.SIGTERM, theirs)
+    try:
+        with stop_requests() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_set()
+            time.sleep(SAME)
+            with pytest.raises(InterruptedError):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is theirs
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

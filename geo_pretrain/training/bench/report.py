@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,17 +76,20 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
     lines = []
     for group in results["groups"].values():
         for measure, title in zip(MEASURES, HEAD[1:4], strict=True):
-            gains = {
-                task: over_seeds(row[measure], group["random"][measure])
-                for task, row in group["tasks"].items()
-                if row["seeds"] == group["random"]["seeds"]
-            }
+            random = dict(zip(group["random"]["seeds"], group["random"][measure], strict=True))
+            gains = {}
+            for task, row in group["tasks"].items():
+                ours = dict(zip(row["seeds"], row[measure], strict=True))  # of some a seed may have failed
+                if both := [seed for seed in ours if seed in random]:
+                    gains[task] = over_seeds([ours[seed] for seed in both], [random[seed] for seed in both])
             sure = [task for task, gain in gains.items() if gain.low > 0]
             below = [task for task, gain in gains.items() if gain.high < 0]
+            alone = [task for task, gain in gains.items() if math.isinf(gain.high)]
             text = f"above random weights beyond chance: {', '.join(sure) or 'none'}"
-            if gains and len(results["seeds"]) == 1:
+            text += "".join(f"; {what}: {', '.join(of)}" for what, of in (("below", below), ("one seed", alone)) if of)
+            if gains and len(alone) == len(gains):
                 text = "one seed, so chance is not judged; give more --seed"
-            lines.append(f"{group['kind']}, {title}: {text}{'; below: ' * bool(below)}{', '.join(below)}.")
+            lines.append(f"{group['kind']}, {title}: {text}.")
     return lines
 
 

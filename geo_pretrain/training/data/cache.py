@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from geo_pretrain.errors import DataError
 from geo_pretrain.files import atomic_write
@@ -28,7 +28,7 @@ def cached_arrays(path: Path, make: Callable[[], Arrays], what: str) -> Arrays:
             return arrays
     arrays = {name: np.ascontiguousarray(array) for name, array in make().items()}
     with writing(path, what) as part:
-        save_file(dict(arrays), part, metadata={"sha256": arrays_digest(arrays)})
+        part.write_bytes(save(dict(arrays), {"sha256": arrays_digest(arrays)}))  # save_file raises no OSError
     return arrays
 
 

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 
 from geo_pretrain.training.evaluation.metrics import Interval, Spread
 
-# Student's t for a two-sided interval of 95 %, by degrees of freedom; beyond them 1.96 is near enough
+# Student's t for a two-sided interval of 95 %, by degrees of freedom; between them that of the fewer, which is wider
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 14: 2.145, 29: 2.045}
+T95 |= {59: 2.001, 119: 1.980}
 MORE_SEEDS = "More seeds tell how far chance moves it."
 
 
@@ -27,8 +28,7 @@ def over_seeds(ours: Sequence[float], baseline: Sequence[float]) -> Interval:
     mean, count = statistics.mean(gains), len(gains)
     if count == 1:
         return Interval(mean, -math.inf, math.inf, "1 seed")
-    t = T95[max(degrees for degrees in T95 if degrees <= count - 1)] if count <= 30 else 1.96
-    half = t * statistics.stdev(gains) / math.sqrt(count)
+    half = T95[max(degrees for degrees in T95 if degrees < count)] * Spread(tuple(gains)).std / math.sqrt(count)
     return Interval(mean, mean - half, mean + half, f"{count} seeds")
 
 
@@ -39,7 +39,11 @@ def sentence(name: str, baseline: str, gain: Interval, hint: str = MORE_SEEDS) -
     runs/a is better than random weights by 10.0 points, beyond chance (95 % interval +5.0 to +15.0, over scenes).
     """
     points = f"{100 * abs(gain.mean):.1f} points"
+    if math.isnan(gain.mean):
+        return f"{name} and {baseline} cannot be compared: a score is not a number."
     if math.isinf(gain.high):
+        if gain.mean == 0:
+            return f"{name} scores as {baseline} does, in one seed. {hint}"
         side = "above" if gain.mean > 0 else "below"
         return f"{name} is {points} {side} {baseline}, in one seed. {hint}"
     interval = f"95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}, over {gain.over}"

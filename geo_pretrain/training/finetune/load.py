@@ -121,9 +121,9 @@ def _check_where(where: Mapping[str, Any]) -> None:
 def is_finetuned(name_or_folder: str | os.PathLike[str]) -> bool:
     """Whether this is the folder of a fine-tuned network, which `load_finetuned` takes, and not of a backbone alone."""
     folder = Path(name_or_folder).expanduser()
-    if (folder / RESULTS).is_file():
-        return True
-    return (folder / CONFIG).is_file() and FINETUNED in read_checkpoint(folder).provenance
+    if (folder / CONFIG).is_file():  # it may have replaced a fine-tuned network, whose results lie there still
+        return FINETUNED in read_checkpoint(folder).provenance
+    return (folder / RESULTS).is_file()
 
 
 def load_task(path: Path, *, device: str | torch.device | None = None) -> tuple[FinetuneTask, Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -137,6 +137,7 @@ class Finetuning(RecipeTask):
         return changes(recipe, self.recipe.to_yaml())
 
     def extras(self) -> dict[str, Any]:
+        self._gather_skipped()
         return {"evaluations": self.evaluations, "skipped": self.skipped, "best_sha256": self.best_sha256}
 
     def restore(self, extras: Mapping[str, Any]) -> None:
@@ -150,8 +151,7 @@ class Finetuning(RecipeTask):
         """Evaluate on the validation images; save the weights of the best evaluation if the recipe reports it."""
         with self.precision():
             evaluation = self.task.evaluate(self.data.val, self.val_ids, self.world)
-        for skipped in self.world.all_gather_object(self.skipped) if self.task.skips_broken else ():
-            self.skipped |= cast(dict[str, str], skipped)
+        self._gather_skipped()
         self.evaluations.append({"step": step, **evaluation.to_dict()})
         if self.recipe.match_released_code and self.best()["step"] == step and self.world.is_main:
             write_weights(self.task, self.run.path / BEST)
@@ -159,6 +159,10 @@ class Finetuning(RecipeTask):
         if self.on_evaluation is not None:
             self.on_evaluation(step, evaluation)
         return evaluation.scores
+
+    def _gather_skipped(self) -> None:
+        for skipped in self.world.all_gather_object(self.skipped) if self.task.skips_broken else ():
+            self.skipped |= cast(dict[str, str], skipped)
 
     def best(self) -> dict[str, Any]:
         """The evaluation with the highest score; the first one on ties."""
@@ -254,4 +258,4 @@ def write_weights(task: FinetuneTask, path: Path) -> None:
     """Write the network's weights as safetensors, whatever device they are on."""
     weights = {key: value.detach().cpu().contiguous() for key, value in task.module.state_dict().items()}
     with atomic_write(path) as part:
-        save_file(weights, part)
+        part.write_bytes(save(weights))  # save_file's errors do not say what is wrong with the disk

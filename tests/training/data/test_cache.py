@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from geo_pretrain.errors import DataError
-from geo_pretrain.training.data import cache
 from geo_pretrain.training.data.cache import arrays_digest, cached_arrays
 
 ARRAYS = {"b": np.arange(6, dtype=np.int32).reshape(2, 3), "a": np.array([0.5, -1.0], dtype=np.float32)}
@@ -73,15 +74,16 @@ def test_digest_is_that_of_the_arrays_whatever_their_order_and_layout():
     assert arrays_digest(turned) == arrays_digest(ARRAYS)
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_what_and_where(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_told_with_what_and_where(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"Cannot write the sets to '.*x\.safetensors'(.|\n)*GEO_PRETRAIN_CACHE"):
         get(tmp_path / "file" / "x.safetensors", [])
 
-    def full(arrays, name, metadata):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(cache, "save_file", full)
-    with pytest.raises(DataError, match="No space left on device"):
-        get(tmp_path / "x.safetensors", [])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"Cannot write the sets to .*[Ff]ile"):
+            get(tmp_path / "x.safetensors", [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -238,6 +240,8 @@ def test_scenes_are_held_out_whole(views):
     assert by_scene.rule.startswith("1 of 3 scenes")
     with pytest.raises(DataError, match="blocks"):
         Views(views.frames[:4], AwarenessSpec(blocks=1))
+    more_blocks_than_frames = Views(views.frames, AwarenessSpec(size=SPEC.size, blocks=10))
+    assert more_blocks_than_frames.groups == [0, 1, 2, 3, 4, 5]
 
 
 def test_memory_is_made_once_for_the_same_facts_and_anew_for_others_or_damage(tmp_path):
@@ -260,6 +264,29 @@ def test_memory_is_made_once_for_the_same_facts_and_anew_for_others_or_damage(tm
     remember(tmp_path / "m", ["a", "b"], made, 2, {"network": "y"})
     assert calls == [0, 1] * 3
     assert (tmp_path / "m" / "mine.txt").read_text() == "stays"
+
+
+def test_two_that_remember_in_one_folder_read_what_is_theirs(tmp_path):
+    found = {}
+
+    def made(value):
+        found[value] = remember(tmp_path / "m", ["a"], lambda frame: [torch.tensor([value + frame])], 4, {"of": value})
+
+    other = threading.Thread(target=made, args=(100.0,))
+
+    def while_another_comes(frame):
+        if frame == 1:
+            other.start()
+            time.sleep(0.2)
+        return [torch.tensor([1.0 + frame])]
+
+    mine = remember(tmp_path / "m", ["a"], while_another_comes, 4, {"of": 1.0})
+    other.join()
+    assert [float(mine.read(frame, 0)) for frame in range(4)] == [1, 2, 3, 4]
+    assert [float(found[100.0].read(frame, 0)) for frame in range(4)] == [100, 101, 102, 103]
+    assert len(list((tmp_path / "m").glob("*.f16"))) == 1
+    made(1.0)
+    assert float(found[1.0].read(3, 0)) == 4
 
 
 def test_names_of_networks(folder, tmp_path):
@@ -313,6 +340,12 @@ def test_input_alone_and_labels_are_probed_too(source, folder, views):
     labelled = Views(frames, SPEC)
     found = {m: s for m, _, s in ImageMeasures(InputMaps(labelled), labelled).measure(("semantic",), [], 0)}
     assert found["semantic"]["miou"] > 0.9  # the class is a threshold of the color
+    one_group = [one * (group == 0) for one, group in zip(labels, labelled.groups, strict=True)]
+    frames = [replace(frame, semantic=one) for frame, one in zip(views.frames, one_group, strict=True)]
+    partly = Views(frames, SPEC)
+    seed = next(seed for seed in range(partly.count) if partly.held_out(seed) != [0])
+    ((_, _, scores),) = ImageMeasures(InputMaps(partly), partly).measure(("semantic",), [], seed)
+    assert not scores  # nothing that is held out has a label
     with pytest.raises(DataError, match="no labels"):
         measure_awareness(
             [find_subject("resnet18=scratch")],

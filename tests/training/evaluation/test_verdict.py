@@ -24,6 +24,14 @@ def test_the_table_of_t_is_that_of_scipy():
         assert value == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-4)
 
 
+@pytest.mark.parametrize("count", [20, 30, 31, 60, 200])
+def test_intervals_of_many_seeds_are_no_narrower_than_students(count):
+    stats = pytest.importorskip("scipy.stats")
+    gain = over_seeds(range(count), [0] * count)
+    spread = stats.t.ppf(0.975, count - 1) * math.sqrt((count + 1) / 12)
+    assert spread * 0.999 <= gain.high - gain.mean <= spread * 1.03
+
+
 @pytest.mark.parametrize(
     "gain, said",
     [
@@ -31,6 +39,8 @@ def test_the_table_of_t_is_that_of_scipy():
         (Interval(-0.1, -0.15, -0.05, "scenes"), "a is worse than b by 10.0 points, beyond chance"),
         (Interval(0.01, -0.05, 0.07, "scenes"), "a and b do not differ beyond chance: +1.0 points"),
         (over_seeds([0.3], [0.35]), "a is 5.0 points below b, in one seed. More seeds tell"),
+        (over_seeds([0.3], [0.3]), "a scores as b does, in one seed. More seeds tell"),
+        (over_seeds([0.3, math.nan], [0.2, 0.2]), "a and b cannot be compared: a score is not a number."),
     ],
 )
 def test_what_is_said(gain, said):

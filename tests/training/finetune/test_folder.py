@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from geo_pretrain.checkpoint import sha256
-from geo_pretrain.errors import CheckpointError
+from geo_pretrain.errors import CheckpointError, GeoPretrainError
 from geo_pretrain.files import read_sealed
 from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.finetune import folder as finetune_folder
@@ -103,6 +104,23 @@ def test_a_result_that_is_being_replaced_is_gone_before_the_rest_changes(tmp_pat
         run(tmp_path / "out", "optim.steps=1", "seed=5", overwrite=True)
     with pytest.raises(CheckpointError, match="has not ended"):
         read_result(tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_with_the_result_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
+    write, limits = finetune_folder.write_weights, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, limits[1]))
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_folder, "write_weights", fill)
+        try:
+            with pytest.raises(GeoPretrainError, match=r"there is no room .* The last saved state is in"):
+                run(tmp_path / "out", "optim.steps=1")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run(tmp_path / "out", "optim.steps=1").seed == 0
 
 
 def test_a_state_that_is_written_halfway_leaves_the_old_one(tmp_path, monkeypatch):

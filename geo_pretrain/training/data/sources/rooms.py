@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from geo_pretrain.errors import RecipeError, nearest, unknown
 from geo_pretrain.files import parse_json
@@ -154,7 +154,7 @@ class Rooms:
         facts = {"config": self.digest, "sha256": _digest(arrays), "generator": GENERATOR}
         with writing(path, "rooms") as temporary:
             # One key only: the order of several would differ from run to run, and so would the file's bytes.
-            save_file(arrays, temporary, metadata={"rooms": json.dumps(facts)})
+            temporary.write_bytes(save(arrays, {"rooms": json.dumps(facts)}))
 
     def _write_manifest(self) -> None:
         """Describe the folder: config, generator and the digest in each scene file present."""

@@ -1,14 +1,16 @@
 """Feature maps of all frames and layers in one file, which is mapped into memory: computed once, read by every measure.
 
 Numbers are float16; each map is divided by its largest magnitude, which is stored beside it, so that none overflows.
-The index is written last: a file without one, or of another network, frames or size, is made anew.
+The index is written last and names the file: one without, or of another network, frames or size, is replaced by a file
+of another name. So a process that has the older one open goes on reading what it wrote, on Windows too.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from geo_pretrain.errors import CheckpointError
-from geo_pretrain.files import read_sealed, write_sealed
+from geo_pretrain.files import locked, read_sealed, write_sealed
 
 FORMAT = 1
-INDEX, CONTENT = "index.json", "features.f16"
+INDEX, CONTENT = "index.json", "features*.f16"
 
 
 class FeatureMemory:
@@ -33,10 +35,11 @@ class FeatureMemory:
         self.facts: dict[str, Any] = tree["facts"]
         self.layers: list[str] = tree["layers"]
         self._rows: list[list[Any]] = tree["rows"]  # of each frame, of each layer: [offset, shape, scale]
-        size = (folder / CONTENT).stat().st_size // 2
+        content = folder / tree["content"]
+        size = content.stat().st_size // 2
         if size != tree["size"]:
-            raise CheckpointError(f"{folder / CONTENT}: {size} numbers, expected {tree['size']}.")
-        self._content = np.memmap(folder / CONTENT, np.float16, "r") if size else np.zeros(0, np.float16)
+            raise CheckpointError(f"{content}: {size} numbers, expected {tree['size']}.")
+        self._content = np.memmap(content, np.float16, "r") if size else np.zeros(0, np.float16)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -59,22 +62,37 @@ def remember(
     """Open the maps of `count` frames in `folder`, or compute and store them: `maps(frame)` gives those of one.
 
     `facts` are what they depend on, plain JSON types: maps of others are replaced. `progress` is called after each
-    frame.
+    frame. One process at a time: another one waits, and then finds the maps or makes its own.
     """
     wanted = {"format": FORMAT, **facts}
-    kept = _kept(folder, wanted)
-    if kept is not None:
-        for _ in range(count):
-            progress()
-        return kept
+    with locked(folder, stacklevel=2):
+        kept = _kept(folder, wanted)
+        if kept is None:
+            _write(folder, layers, (maps(frame) for frame in range(count)), wanted, progress)
+            return FeatureMemory(folder)
+    for _ in range(count):
+        progress()
+    return kept
+
+
+def _write(
+    folder: Path,
+    layers: Sequence[str],
+    frames: Iterable[Sequence[Tensor]],
+    facts: Mapping[str, Any],
+    progress: Callable[[], None],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (INDEX, CONTENT):  # nothing else that may lie there; an older map that is open keeps its bytes
-        (folder / name).unlink(missing_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)
+    for old in folder.glob(CONTENT):
+        with suppress(PermissionError):  # Windows, where it is open
+            old.unlink()
+    name = CONTENT.replace("*", f"-{secrets.token_hex(4)}")
     rows, size = [], 0
-    with (folder / CONTENT).open("wb") as file, torch.no_grad():
-        for frame in range(count):
+    with (folder / name).open("xb") as file, torch.no_grad():
+        for maps in frames:
             row = []
-            for one in maps(frame):
+            for one in maps:
                 largest = float(one.abs().max()) if one.numel() else 0.0
                 scale = largest if 0 < largest < float("inf") else 1.0
                 (one / scale).cpu().half().numpy().tofile(file)
@@ -82,8 +100,8 @@ def remember(
                 size += one.numel()
             rows.append(row)
             progress()
-    write_sealed(folder / INDEX, {"facts": wanted, "layers": list(layers), "rows": rows, "size": size})
-    return FeatureMemory(folder)
+    tree = {"facts": dict(facts), "layers": list(layers), "rows": rows, "size": size, "content": name}
+    write_sealed(folder / INDEX, tree)
 
 
 def _kept(folder: Path, facts: Mapping[str, Any]) -> FeatureMemory | None:

@@ -66,7 +66,8 @@ class Probing(ABC):
         return self.apply(fit.weight, fit.bias, number, layer)
 
     def semantic(self, layer: int, seed: int) -> Scores:
-        """Scores of softmax regression of classes on the labelled places of the held-out frames.
+        """Scores of softmax regression of classes on the labelled places of the held-out frames; none where
+        these have no label.
 
         Raises `DataError` where no place of the other frames has a label.
         """
@@ -84,6 +85,8 @@ class Probing(ABC):
         features = torch.cat(rows)
         head = fit_head(Samples(features, truth, (features.shape[1],)), penalty=PENALTY, iterations=spec.iterations)
         judged = {number: self.labels(number) for number in split.judged}
+        if not any(labels.any() for labels in judged.values()):
+            return {}
         count = 1 + max(int(one.max()) for one in (truth, *judged.values()) if len(one))
         confusion: Any = 0
         for number, labels in judged.items():

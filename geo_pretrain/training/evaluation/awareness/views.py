@@ -49,7 +49,7 @@ class Views:
         if self.by_scene:
             self.groups = [scenes.index(frame.scene) for frame in frames]
         else:
-            self.groups = time_blocks(len(self.frames), spec.blocks)
+            self.groups = time_blocks(len(self.frames), min(spec.blocks, len(self.frames)))
         self.count = len(set(self.groups) - {-1})
         if self.count < 2:
             raise DataError(
