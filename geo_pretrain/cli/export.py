@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -88,20 +89,36 @@ def _finetuned(source: str, path: Path) -> OnnxReport:
     )
 
 
+def map_names(feature_info: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each map: "stride8", and with a number from 0 where several have that stride.
+
+    >>> map_names([{"reduction": 8}, {"reduction": 16}, {"reduction": 16}])
+    ['stride8', 'stride16_0', 'stride16_1']
+    """
+    strides = [info["reduction"] for info in feature_info]
+    number = [strides[:k].count(stride) for k, stride in enumerate(strides)]
+    return [f"stride{s}" + (f"_{n}" if strides.count(s) > 1 else "") for s, n in zip(strides, number, strict=True)]
+
+
 def _backbone(source: str, path: Path, decoder: bool, hub: str | None) -> OnnxReport:
     """A backbone: its maps, or its dense features."""
     from geo_pretrain.adapters.onnx import export_onnx
     from geo_pretrain.catalog import find
     from geo_pretrain.contract import ImageContract
-    from geo_pretrain.errors import CheckpointError
+    from geo_pretrain.errors import CheckpointError, GeoPretrainError
     from geo_pretrain.loading import load_backbone
 
     refused = CheckpointError(f"{source!r} is a network for clouds; accepted: images. {CLOUDS.format(source, LOADER)}")
     entry = find(source)  # of a name, the catalog says it before anything is fetched
     if entry is not None and not isinstance(entry.contract, ImageContract):
         raise refused
-    network = load_backbone(source, decoder=decoder, hub=hub)
+    try:
+        network = load_backbone(source, decoder=decoder, hub=hub)
+    except ValueError as error:  # of what this command gives, --decoder alone can be wrong
+        if not decoder or isinstance(error, GeoPretrainError):
+            raise
+        raise CheckpointError(f"{source!r} holds an encoder alone; drop --decoder for its maps.") from error
     if not isinstance(network.contract, ImageContract):
         raise refused
-    names = ["features"] if decoder else [f"stride{info['reduction']}" for info in network.feature_info]
+    names = ["features"] if decoder else map_names(network.feature_info)
     return export_onnx(network, network.contract, path, names=names, facts={"name": str(network.name)})

@@ -59,7 +59,10 @@ def data_overrides(data: str | None, frames: str | None = None) -> list[str]:
 
 
 def data_spec(data: str, frames: str | None, overrides: list[str], overlap: str = "0:1") -> DataSpec:
-    """Build a data section for commands without a recipe."""
+    """Build a data section for commands without a recipe, for which `--set` changes nothing else."""
+    for text in overrides:
+        if not text.strip().startswith(("data.", "data=")):
+            raise typer.BadParameter(f"--set {text!r}: this command has data, no recipe; accepted: data.KEY=VALUE.")
     from geo_pretrain.training.config import Draft
     from geo_pretrain.training.recipe import RENAMED, Recipe
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypedDict
 from urllib.parse import urlsplit, urlunsplit
 
+from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.catalog import CATALOG, Entry, find
 from geo_pretrain.checkpoint import Checkpoint, means_folder, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, NotThere, WeightsMismatch, unknown
@@ -87,6 +88,11 @@ def open(
     if means_folder(name_or_path):
         if revision is not None:
             raise HubError(f"{folder} is a folder; revision={revision!r} is understood by Hugging Face only.")
+        if is_timm(text) and not folder.exists():
+            raise CheckpointError(
+                f"{text!r} is an encoder of timm and no checkpoint. load_backbone, `geo-pretrain export` and "
+                "`geo-pretrain eval awareness` take it, and fetch timm's weights."
+            )
         source = Folder(folder)
         _check_bare_name(name_or_path, folder)
         return Opened(**vars(source.look()), _source=source)

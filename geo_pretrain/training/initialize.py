@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from geo_pretrain import hub
+from geo_pretrain.backbones.build import build_encoder
 from geo_pretrain.backbones.timm_names import check_timm, fitted, is_timm, timm_weights
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.moco import IMAGENET_STARTS, MD5_PREFIXES
@@ -24,14 +26,15 @@ from geo_pretrain.errors import (
     DigestMismatch,
     GeoPretrainError,
     HubError,
+    InputError,
     WeightsMismatch,
-    first_line,
     some,
 )
 from geo_pretrain.hub.authors import Origin, convert_file
 from geo_pretrain.hub.cache import default_cache, exclusive
 from geo_pretrain.hub.transfer import download
 from geo_pretrain.loading import fitting_prefix, load_backbone
+from geo_pretrain.seeding import seeded
 from geo_pretrain.tensors import load_tensors
 from geo_pretrain.training.checks import check_key
 from geo_pretrain.training.recipe import STAGE1, ModelSpec
@@ -39,17 +42,19 @@ from geo_pretrain.training.recipe import STAGE1, ModelSpec
 WITHOUT_HEADS = ("scratch", "imagenet", *IMAGENET_STARTS)  # start weights that are an encoder's alone
 FILE, PACKAGE = "file:", "package:"  # start weights in a file, and in the only such file of an installed package
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+SET_START = "--set model.init="  # how a recipe is given another start
 WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict")  # keys under which files keep their tensors
 
 
-def initialize_encoder(network: nn.Module, spec: ModelSpec) -> None:
+def initialize_encoder(network: nn.Module, spec: ModelSpec, *, set_start: str = SET_START) -> None:
     """Load the weights that `spec.init` names into the encoder of `network`, a U-Net or an encoder.
 
     A checkpoint of the same U-Net fills the decoder too; one of an encoder alone, or of another U-Net, leaves the
     decoder as it is. "imagenet" is torchvision's IMAGENET1K_V1, which all Pri3D encoders started from, never V2; for an
     encoder of timm, timm's own weights of that name and tag. "moco_v2" is what the authors of MoCo published after 200
     epochs of ImageNet, "moco_v2_800ep" after 800. "file:PATH" and "package:MODULE" hold a classifier, or an encoder
-    alone, under torchvision's or timm's names; nothing of a package is executed.
+    alone, under torchvision's or timm's names; nothing of a package is executed. `set_start`: what stands before a
+    start where the user gives it, for messages.
 
     Raises:
         GeoPretrainError: those weights cannot be downloaded; the message says where to put them and what else there is.
@@ -61,24 +66,42 @@ def initialize_encoder(network: nn.Module, spec: ModelSpec) -> None:
         return
     encoder: nn.Module = getattr(network, "encoder", network)
     if spec.init == "imagenet" and is_timm(spec.encoder):
-        _load(encoder, timm_weights(spec.encoder, encoder.state_dict()), spec.init)
+        otherwise = (
+            f"Fetch model.safetensors there by hand and give it as {set_start}file:PATH, or {_scratch(set_start)}"
+        )
+        _load(encoder, timm_weights(spec.encoder, encoder.state_dict(), otherwise=otherwise), spec.init)
         return
     if spec.init.startswith((FILE, PACKAGE)):
         _load(encoder, _of_file(spec, encoder.state_dict()), spec.init)
         return
     if spec.init == "imagenet":
-        network = imagenet_classifier(spec.encoder)
+        network = imagenet_classifier(spec.encoder, set_start)
         network.fc = nn.Identity()
         _load(encoder, network.state_dict(), spec.init)
         return
-    loaded = _checkpoint(spec.init, decoder=encoder is not network)
+    loaded = _checkpoint(spec.init, set_start, decoder=encoder is not network)
     if type(loaded) is type(network):
         _load(network, loaded.state_dict(), spec.init)
     else:
         _load(encoder, getattr(loaded, "encoder", loaded).state_dict(), spec.init)
 
 
-def check_start(start: str, encoder: str = "") -> None:
+def check_size(encoder: str, size: tuple[int, int], key: str = "data.size") -> None:
+    """Raise `RecipeError` for a size of images that an encoder of timm cannot take: one of zeros is tried."""
+    if not is_timm(encoder):
+        return
+    with seeded(0):
+        network: Any = build_encoder(encoder).eval()
+    fixed = network.fixed_size
+    check_key(fixed in (None, tuple(size)), key, list(size), f"{list(fixed or ())}, the one size of {encoder}")
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, network.in_chans, *size))
+    except InputError as error:
+        check_key(False, key, list(size), f"what {encoder} can take: {error}".rstrip("."))
+
+
+def check_start(start: str, encoder: str = "", key: str = "model.init") -> None:
     """Raise `RecipeError` for a `model.init` that is no name, checkpoint folder, file or package; fetches no weights.
 
     For an `encoder` that timm does not have, `UnknownName`; for MoCo's weights of such an encoder, `RecipeError`.
@@ -87,7 +110,7 @@ def check_start(start: str, encoder: str = "") -> None:
     if is_timm(encoder):
         check_timm(encoder)
         right = start not in IMAGENET_STARTS
-        check_key(right, "model.init", start, "imagenet or another start: MoCo's weights are of a ResNet-50")
+        check_key(right, key, start, "imagenet or another start: MoCo's weights are of a ResNet-50")
     if start.startswith((FILE, PACKAGE)):
         weights_file(start)
     elif start not in names and find(start) is None:
@@ -95,7 +118,7 @@ def check_start(start: str, encoder: str = "") -> None:
             hub.open(start)
         except GeoPretrainError as error:
             accepted = f"one of {', '.join(names)}, or a name or folder. {error}"
-            check_key(False, "model.init", start, accepted.rstrip("."))
+            check_key(False, key, start, accepted.rstrip("."))
 
 
 def initialize_heads(task: nn.Module, start: str, *, prefix: str = "", required: bool = True) -> None:
@@ -158,7 +181,10 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's, zipfile's and torch's own
-        raise CheckpointError(f"{path}: cannot be read as weights of torch ({first_line(error)}).") from error
+        raise CheckpointError(
+            f"{path}: holds no weights that torch reads without executing anything of it; accepted: .safetensors, or "
+            "a state dict that torch.save wrote."
+        ) from error
     while isinstance(content, Mapping) and (
         inner := next((k for k in WRAPPERS if isinstance(content.get(k), Mapping)), "")
     ):
@@ -179,7 +205,7 @@ def _of_file(spec: ModelSpec, expected: Mapping[str, Tensor]) -> dict[str, Tenso
     return {key: value for key, value in given.items() if key in expected}
 
 
-def moco_v2_folder(name: str) -> Path:
+def moco_v2_folder(name: str, set_start: str = SET_START) -> Path:
     """Download and convert MoCo's ImageNet encoder `name`, a key of `IMAGENET_STARTS`; returns its checkpoint folder.
 
     Fetched once, read without executing anything of it, kept in the cache. A file that somebody has put where the
@@ -206,15 +232,19 @@ def moco_v2_folder(name: str) -> Path:
             origin = Origin(offered.url, digest, offered.format, offered.content, today)
             convert_file(path, folder, like=entry, format=offered.format, origin=origin, overwrite=True)
         except HubError as error:
-            raise _not_downloaded(name, offered.url, by_hand, error) from error
+            raise _not_downloaded(name, offered.url, by_hand, error, set_start) from error
     return folder
 
 
-def _not_downloaded(start: str, url: str, place: Path, error: Exception) -> GeoPretrainError:
+def _not_downloaded(start: str, url: str, place: Path, error: Exception, set_start: str) -> GeoPretrainError:
     return GeoPretrainError(
         f"init '{start}' needs {url}, which could not be downloaded ({error}). "
-        f"Put the file at {place}, or start from random weights: --set model.init=scratch."
+        f"Put the file at {place}, or {_scratch(set_start)}"
     )
+
+
+def _scratch(set_start: str) -> str:
+    return f"start from random weights: {set_start}scratch."
 
 
 def _check_md5(path: Path, prefix: str) -> str:
@@ -229,16 +259,16 @@ def _check_md5(path: Path, prefix: str) -> str:
     return sha256(path)
 
 
-def _checkpoint(start: str, *, decoder: bool) -> nn.Module:
+def _checkpoint(start: str, set_start: str, *, decoder: bool) -> nn.Module:
     """Load the network of a name or folder, with its decoder if it has one and `decoder` asks for it."""
     if start in IMAGENET_STARTS:
-        return load_backbone(moco_v2_folder(start))
+        return load_backbone(moco_v2_folder(start, set_start))
     entry = find(start)
     arch = entry.arch if entry is not None else hub.open(start).arch
     return load_backbone(start, decoder=decoder and arch.has_decoder)
 
 
-def imagenet_classifier(encoder: str) -> nn.Module:
+def imagenet_classifier(encoder: str, set_start: str = SET_START) -> nn.Module:
     """torchvision's network of this name with its IMAGENET1K_V1 weights; its last layer is `fc`."""
     import torchvision
 
@@ -246,7 +276,7 @@ def imagenet_classifier(encoder: str) -> nn.Module:
     try:
         network: nn.Module = torchvision.models.get_model(encoder, weights=enum)
     except OSError as error:
-        raise _not_downloaded("imagenet", enum.url, imagenet_file(encoder), error) from error
+        raise _not_downloaded("imagenet", enum.url, imagenet_file(encoder), error, set_start) from error
     return network
 
 

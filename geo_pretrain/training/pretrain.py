@@ -32,7 +32,7 @@ from geo_pretrain.training.data.pair_files import read_pairs
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.sources.registry import open_source, source_note, source_options
 from geo_pretrain.training.distributed import World
-from geo_pretrain.training.initialize import check_start
+from geo_pretrain.training.initialize import check_size, check_start
 from geo_pretrain.training.licenses import run_license
 from geo_pretrain.training.loop import Progress, RecipeTask, StepInfo, check_batch, fit, make_optimizer
 from geo_pretrain.training.precision import choices, settle_precision
@@ -105,7 +105,12 @@ def _check_start(recipe: Recipe) -> None:
         check_start(recipe.model.init, recipe.model.encoder)
 
 
-CHECKS = (_check_task, _check_source, _check_start)  # of a recipe, before any work
+def _check_size(recipe: Recipe) -> None:
+    if recipe.model is not None:
+        check_size(recipe.model.encoder, recipe.data.size)
+
+
+CHECKS = (_check_task, _check_source, _check_start, _check_size)  # of a recipe, before any work
 
 
 def needs_stage1(recipe: Recipe) -> bool:

@@ -14,10 +14,12 @@ from torch.export import Dim
 from geo_pretrain.adapters import smp, torchvision
 from geo_pretrain.loading import load_backbone
 from tests.adapters.conftest import lively
+from tests.zoo import tiny_timm
 
 NETWORKS: dict[str, Callable[[Path], nn.Module]] = {
     "encoder": load_backbone,
     "timm": lambda folder: load_backbone("timm/resnet10t", pretrained=False),
+    "convnext": lambda folder: tiny_timm("timm/test_convnext2", 0),  # leaves out pixels that its stride does not divide
     "torchvision": lambda folder: torchvision.deeplabv3(folder, num_classes=3, freeze=2),
     "smp": lambda folder: smp.deeplabv3(folder, num_classes=3),
 }
@@ -65,13 +67,15 @@ def test_an_exported_program_takes_other_batches_and_sizes(networks, programs, n
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["timm", "torchvision"])  # our encoder is in torchvision's, which gives its last map
+@pytest.mark.parametrize(
+    "name", ["timm", "convnext", "torchvision"]
+)  # our encoder is in torchvision's, which gives its last map
 def test_onnxruntime_agrees_at_other_batches_and_sizes(networks, programs, name: str, tmp_path: Path):
     torch.onnx.export(programs[name], dynamo=True, verbose=False).save(tmp_path / "network.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     assert [type(size) for size in given.shape] == [str, int, str, str]
-    for x in (images(2, 64, 96), images(1, 128, 64)):
+    for x in (images(2, 64, 96), images(1, 128, 64), images(1, 70, 95)):
         assert_same(session.run(None, {given.name: x.numpy()}), networks[name](x))
 
 

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from geo_pretrain import loading
 from geo_pretrain.adapters import onnx as module
 from geo_pretrain.adapters.onnx import export_onnx
+from geo_pretrain.backbones.timm_names import timm_contract
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import CheckpointError
 from tests.front_door import geo_pretrain
-from tests.zoo import write_tiny_3d
+from tests.zoo import ARCH, role_weights, tiny_timm, write_timm, write_tiny, write_tiny_3d
 
 CONTRACT = ImageContract(mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0), size=(48, 64))
 
@@ -64,6 +65,25 @@ def test_a_network_for_points_is_refused_before_anything_is_fetched(tmp_path, mo
     monkeypatch.setattr(loading, "load_backbone", lambda *args, **more: pytest.fail("it was loaded"))
     ended = geo_pretrain("export", "pointcontrast_nce_srunet34", "--onnx", tmp_path / "x.onnx", expected=1)
     assert "'pointcontrast_nce_srunet34' is a network for clouds; accepted: images. ONNX has no" in ended.errors
+
+
+def test_maps_of_one_stride_have_names_of_their_own(tmp_path):
+    vit = tiny_timm("timm/test_vit", 0)
+    write_timm(tmp_path / "mine_vit", "timm/test_vit", vit)
+    geo_pretrain("export", tmp_path / "mine_vit", "--onnx", tmp_path / "x.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    assert [one.name for one in session.get_outputs()] == [f"stride16_{k}" for k in range(4)]
+    image = torch.rand(1, 3, 64, 80, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        maps = vit.encoder(timm_contract("timm/test_vit").transforms(resize=False)(image))
+    for found, expected in zip(session.run(None, {"images": image.numpy()}), maps, strict=True):
+        assert np.allclose(found, expected.numpy(), atol=1e-4)
+
+
+def test_an_encoder_alone_has_no_dense_features(tmp_path):
+    write_tiny(tmp_path / "tiny", arch=ARCH.encoder_alone, weights={"encoder": role_weights("encoder")})
+    ended = geo_pretrain("export", tmp_path / "tiny", "--decoder", "--onnx", tmp_path / "x.onnx", expected=1)
+    assert "holds an encoder alone; drop --decoder" in " ".join(ended.errors.split())
 
 
 def test_what_cannot_be_written_says_why(tmp_path):

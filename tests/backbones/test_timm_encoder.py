@@ -19,7 +19,7 @@ from geo_pretrain.backbones.resnet_unet import UNetDecoder
 from geo_pretrain.backbones.timm_encoder import TimmEncoder, TimmUNet, timm_stages
 from geo_pretrain.backbones.timm_names import fitted, timm_contract
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint
-from geo_pretrain.errors import CheckpointError, UnknownName, WeightsMismatch
+from geo_pretrain.errors import CheckpointError, InputError, UnknownName, WeightsMismatch
 from geo_pretrain.seeding import seeded
 from tests.zoo import tiny_timm, write_timm
 
@@ -125,6 +125,47 @@ def test_stages_hold_every_parameter_once(unet: TimmUNet):
     assert {id(p) for p in parts} == {id(p) for p in unet.encoder.parameters()}
     assert len(parts) == len(list(unet.encoder.parameters()))
     assert [len(part) for _, part in timm_stages(unet.encoder.model)] == [len(p) for _, p in unet.encoder.stages()]
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize("name", ["timm/test_convnext2", "timm/test_vit", SMALL])
+@pytest.mark.parametrize("size", [(64, 96), (70, 95), (71, 33)])
+def test_dense_features_are_half_the_image_rounded_up(name: str, size: tuple[int, int]):
+    network = tiny_timm(name, 0)
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dense, plain = network(x), network.decoder([one for one in network.encoder(x) if one.shape[2] < size[0] // 2])
+    assert dense.shape == (1, network.out_chans, (size[0] + 1) // 2, (size[1] + 1) // 2)
+    height, width = (min(one, other) for one, other in zip(dense.shape[2:], plain.shape[2:], strict=True))
+    assert torch.equal(dense[:, :, :height, :width], plain[:, :, :height, :width])
+    beyond = dense[:, :, height:, :width]  # of ConvNeXt, which does not look at the last pixels
+    assert torch.equal(beyond, plain[:, :, -1:, :width].expand_as(beyond))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "multiple"),
+    [("timm/swin_s3_tiny_224", (70, 96), 32), ("timm/inception_v3", (72, 96), 32), ("timm/tresnet_m", (70, 96), 32)],
+)
+def test_sides_that_a_network_cannot_take_are_told(name: str, size: tuple[int, int], multiple: int):
+    network = build_encoder(name).eval()
+    with (
+        torch.no_grad(),
+        pytest.raises(InputError, match=rf"cannot take images of {size[0]} x {size[1]} .*multiples of"),
+    ):
+        network(torch.zeros(1, 3, *size))
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 4 * multiple, 5 * multiple))
+
+
+def test_other_faults_of_a_network_stay_what_they_are(unet: TimmUNet, monkeypatch: pytest.MonkeyPatch):
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(unet.encoder.model, "forward", broken)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        unet(torch.zeros(1, 3, 128, 160))
 
 
 # --- the checkpoint folder

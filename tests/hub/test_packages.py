@@ -19,6 +19,7 @@ from geo_pretrain.hub.cache import folders_here, names_here
 from geo_pretrain.loading import golden_of
 from geo_pretrain.publish import publish
 from geo_pretrain.sparse.tensor import SparseTensor
+from tests.front_door import geo_pretrain
 from tests.hub.hosts import Hosts
 from tests.zoo import ARCH, CONTRACT, golden_file, role_weights, weights_3d, write_tiny, write_tiny_3d
 
@@ -164,3 +165,10 @@ def test_a_half_is_published_and_the_original_stays(tmp_path: Path):
     assert load_file(tmp_path / "hub" / NAME / "encoder.safetensors")["conv1.weight"].dtype is torch.float16
     assert json.loads((tmp_path / "hub" / NAME / "config.json").read_text())["provenance"]["float16"]
     assert (whole.folder / "config.json").read_bytes() == before
+
+
+def test_what_is_no_checkpoint_is_told_apart_from_one_that_lacks(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="'timm/convnext_tiny' is an encoder of timm and no checkpoint"):
+        hub.open("timm/convnext_tiny")
+    folder = write_tiny(tmp_path / "tiny").folder
+    assert "is a folder here, nothing to fetch" in " ".join(geo_pretrain("pull", "--check", folder).output.split())

@@ -22,7 +22,7 @@ from geo_pretrain.checkpoint import read_checkpoint
 from geo_pretrain.errors import DigestMismatch, GeoPretrainError, RecipeError, UnknownName, WeightsMismatch
 from geo_pretrain.training import initialize
 from geo_pretrain.training.initialize import initialize_encoder
-from geo_pretrain.training.pretrain import needs_stage1
+from geo_pretrain.training.pretrain import load_checked_recipe, needs_stage1
 from geo_pretrain.training.recipe import ModelSpec, Stage1Spec, load_recipe
 from geo_pretrain.training.tasks import build_task
 from tests.authors_files import write
@@ -253,3 +253,13 @@ def test_recipes_of_other_starts_differ_in_nothing_else():
     slow, parent = load_recipe("pri3d_view_geo_r50.lr001"), load_recipe("pri3d_view_geo_r50")
     assert replace(slow, name=parent.name, optim=replace(slow.optim, lr=0.1)) == parent
     assert slow.optim.lr == 0.01
+
+
+def test_a_size_that_an_encoder_of_timm_cannot_take_is_told_with_the_recipe():
+    given = ["model.encoder=timm/swin_s3_tiny_224", "model.init=scratch"]
+    with pytest.raises(RecipeError, match=r"'data\.size' is \[70, 94\].*multiples of 32"):
+        load_checked_recipe("pri3d_view_r18.rooms", [*given, "data.size=[70,94]"])
+    assert load_checked_recipe("pri3d_view_r18.rooms", [*given, "data.size=[128,160]"])
+    given[0] = "model.encoder=timm/efficientvit_m0"
+    with pytest.raises(RecipeError, match=r"accepted is \[224, 224\], the one size of timm/efficientvit_m0"):
+        load_checked_recipe("pri3d_view_r18.rooms", [*given, "data.size=[72,96]"])

@@ -13,7 +13,9 @@ def row(scores: dict[int, float]) -> dict[str, Any]:
 
 def said(random: dict[int, float], tasks: dict[str, dict[int, float]]) -> str:
     group = {"kind": "2D", "random": row(random), "tasks": {name: row(scores) for name, scores in tasks.items()}}
-    lines = verdicts({"seeds": sorted({*random, *(seed for of in tasks.values() for seed in of)}), "groups": {"": group}})
+    lines = verdicts(
+        {"seeds": sorted({*random, *(seed for of in tasks.values() for seed in of)}), "groups": {"": group}}
+    )
     assert len({line.partition(": ")[2] for line in lines}) == 1
     return lines[0].partition(": ")[2]
 

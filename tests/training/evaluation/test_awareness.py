@@ -16,10 +16,19 @@ from torch import nn
 
 from benchmarks.awareness import PlainWay
 from geo_pretrain.contract import ImageContract
-from geo_pretrain.errors import DataError, RecipeError, UnknownName
+from geo_pretrain.errors import (
+    CheckpointError,
+    DataError,
+    GeoPretrainError,
+    InputError,
+    RecipeError,
+    UnknownName,
+    WeightsMismatch,
+)
 from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
+from geo_pretrain.training.evaluation.awareness import run as running
 from geo_pretrain.training.evaluation.awareness.images import ImageMeasures, InputMaps
 from geo_pretrain.training.evaluation.awareness.linear import (
     depth_scores,
@@ -37,6 +46,7 @@ from geo_pretrain.training.evaluation.awareness.run import INPUT_2D, Awareness, 
 from geo_pretrain.training.evaluation.awareness.spec import PENALTIES, AwarenessSpec
 from geo_pretrain.training.evaluation.awareness.views import Views, bin_of, draw_pairs, read_views, view_angles
 from geo_pretrain.training.evaluation.probe_data import read_at
+from tests.front_door import geo_pretrain
 from tests.test_cli import run
 from tests.training.conftest import recording  # noqa: F401 (fixture)
 from tests.zoo import write_tiny
@@ -306,6 +316,36 @@ def test_names_of_networks(folder, tmp_path):
         find_subject("file:w.pth")
     with pytest.raises(UnknownName, match="timm/resnet18"):
         find_subject("timm/resnet_18=scratch")
+    with pytest.raises(UnknownName, match=r"Encoders with ImageNet weights: .*resnet18.*timm/resnet18"):
+        find_subject("resnet_18")
+    with pytest.raises(UnknownName, match="timm/convnext_tiny"):
+        find_subject("convnext_tiny")
+    with pytest.raises(RecipeError, match="'start' is 'scrtch'"):
+        find_subject("resnet18=scrtch")
+
+
+def test_what_cannot_be_loaded_is_told_before_anything_is_read(source, tmp_path, monkeypatch):
+    spec = AwarenessSpec(size=(70, 94), frames=6, seeds=1)
+    monkeypatch.setattr(running, "read_views", lambda *_: pytest.fail("frames were read"))
+    scratch = find_subject("resnet18=scratch")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsMismatch):
+        measure_awareness([scratch, find_subject(f"resnet18=file:{tmp_path}/w.pth")], source, spec)
+    (tmp_path / "w.pth").write_text("no weights")
+    with pytest.raises(CheckpointError, match="holds no weights that torch reads without executing") as caught:
+        measure_awareness([scratch, find_subject(f"resnet18=file:{tmp_path}/w.pth")], source, spec)
+    assert "weights_only" not in str(caught.value)
+    with pytest.raises(InputError, match="multiples of 32"):
+        measure_awareness([scratch, find_subject("timm/swin_s3_tiny_224=scratch")], source, spec)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(GeoPretrainError, match="timm/test_vit=scratch") as caught:
+        measure_awareness([find_subject("timm/test_vit")], source, spec)
+    assert "--set" not in str(caught.value)
+
+
+def test_settings_that_the_command_has_not_are_refused():
+    ended = geo_pretrain("eval", "awareness", "resnet18=scratch", "--set", "model.init=nonsense", expected=2)
+    assert "this command has data, no recipe; accepted: data.KEY=VALUE" in " ".join(ended.errors.split())
 
 
 def test_command_writes_tables_and_curves_of_every_layer(recording, folder, tmp_path):  # noqa: F811

@@ -7,19 +7,22 @@ A name is a checkpoint (catalog name or folder), an encoder with its ImageNet we
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from geo_pretrain.backbones.architectures import ENCODERS, encoder_arch
 from geo_pretrain.backbones.base import EncoderDecoder
 from geo_pretrain.backbones.build import build_encoder
-from geo_pretrain.backbones.timm_names import contract_for, is_timm
+from geo_pretrain.backbones.timm_names import PREFIX, contract_for, is_timm
 from geo_pretrain.checkpoint import Checkpoint
 from geo_pretrain.contract import ImageContract, VoxelContract
-from geo_pretrain.errors import RecipeError
+from geo_pretrain.errors import RecipeError, UnknownName, nearest, require
 from geo_pretrain.seeding import seeded
 from geo_pretrain.training.evaluation.features import load_network, open_checkpoint
 from geo_pretrain.training.initialize import FILE, PACKAGE, check_start, initialize_encoder
@@ -56,7 +59,8 @@ class Subject:
             return LayeredNetwork(network, self.checkpoint.contract)
         with seeded(seed):
             network = build_encoder(self.encoder)
-        initialize_encoder(network, ModelSpec(encoder=self.encoder, init=self.start))
+        spec = ModelSpec(encoder=self.encoder, init=self.start)
+        initialize_encoder(network, spec, set_start=f"{self.encoder}=")
         return LayeredNetwork(network, contract_for(self.encoder, ImageContract()))
 
 
@@ -80,6 +84,12 @@ class LayeredNetwork(nn.Module):
         """The only (height, width) of images that the network takes; None: any."""
         encoder = getattr(self.network, "encoder", self.network)
         return getattr(encoder, "fixed_size", None)
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Raise `InputError` for images of a size (height, width) that the network cannot take."""
+        if isinstance(self.contract, ImageContract):
+            with torch.no_grad():
+                self.maps(np.zeros((*size, 3), np.uint8))
 
     def layers_of(self, inputs: Any) -> list[Any]:
         """The maps of all layers: images [1, C, h, w]; sparse tensors of voxels."""
@@ -118,11 +128,22 @@ def find_subject(name: str, encoder: str = "") -> Subject:
     elif not given and (is_timm(name) or name in ENCODERS):
         given, start = name, IMAGENET
     if not given:
-        checkpoint = open_checkpoint(name)
+        try:
+            checkpoint = open_checkpoint(name)
+        except UnknownName as error:
+            raise UnknownName(f"{error.args[0]}{_encoders_like(name)}") from error
         return Subject(name, checkpoint.arch.title, checkpoint=checkpoint)
     encoder_arch(given)
-    check_start(start, given)
+    check_start(start, given, "start")
     return Subject(name, given.partition(".")[0] if is_timm(given) else given, given, start, random=start == SCRATCH)
+
+
+def _encoders_like(name: str) -> str:
+    known = [*ENCODERS]
+    if importlib.util.find_spec("timm") is not None:
+        known += [f"{PREFIX}{one}" for one in require("timm", "adapters").list_models()]
+    near = sorted({*nearest(name, known, 2), *nearest(f"{PREFIX}{name}", known, 2)})
+    return f" Encoders with ImageNet weights: {', '.join(near)}."
 
 
 def with_random(subjects: Sequence[Subject]) -> list[Subject]:

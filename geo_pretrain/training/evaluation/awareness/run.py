@@ -99,6 +99,7 @@ def measure_awareness(
 
     Raises:
         RecipeError: image and point networks together.
+        InputError: a network that cannot take images of this size.
         DataError: too few frames, or no two that overlap.
     """
     modalities = {subject.is_3d for subject in subjects}
@@ -106,7 +107,11 @@ def measure_awareness(
         raise RecipeError("Image and point networks are not measured by the same things; measure them in two calls.")
     in_3d = modalities == {True}
     skips = SkippedFrames() if skips is None else skips
+    for subject in subjects:  # what cannot be loaded, or not see such images, is told before anything is measured
+        subject.load().check(spec.size)
     views = read_views(source, spec, skips, stage_of(report, "reading frames"))
+    if views.labels is None and set(spec.measures) == {"semantic"}:
+        raise _no_labels(source)
     draw: Callable[[Views, int], Sequence[Any]] = draw_cloud_pairs if in_3d else draw_pairs
     pairs = [draw(views, seed) if "matching" in spec.measures else [] for seed in range(spec.seeds)]
     results = Awareness(spec, describe(source, views, pairs, in_3d))
@@ -117,8 +122,12 @@ def measure_awareness(
         for subject in subjects:
             run.subject(subject, folder)
     if not results.scores:
-        raise DataError(f"Source {source.name!r} has no labels of classes; accepted: other measures than semantic.")
+        raise _no_labels(source)
     return results
+
+
+def _no_labels(source: Source) -> DataError:
+    return DataError(f"Source {source.name!r} has no labels of classes; accepted: other measures than semantic.")
 
 
 def describe(source: Source, views: Views, pairs: Sequence[Sequence[Any]], in_3d: bool = False) -> dict[str, Any]:
