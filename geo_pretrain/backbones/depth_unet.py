@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from geo_pretrain.backbones.base import EncoderDecoder
-from geo_pretrain.backbones.resnet_unet import ResNetEncoder
+from geo_pretrain.backbones.resnet_unet import ResNetEncoder, of_size
 from geo_pretrain.errors import CheckpointError
+
+torch.fx.wrap("of_size")
 
 
 class DepthDecoder(nn.Module):
@@ -56,9 +58,9 @@ class DepthDecoder(nn.Module):
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             if index is not None:
                 skip = maps[index]
-                x = torch.cat([_crop(x, skip.shape[2], skip.shape[3]), skip], dim=1)
+                x = torch.cat([of_size(x, skip.shape[2], skip.shape[3]), skip], dim=1)
             elif size is not None and not level:
-                x = _crop(x, *size)
+                x = of_size(x, *size)
             x = F.elu(self.get_submodule(f"upconv{level}_1")(mirror_border(x)))
         return self.head(mirror_border(x))
 
@@ -101,8 +103,3 @@ def mirror_border(x: Tensor) -> Tensor:
         return F.pad(x, (1, 1, 1, 1), mode="reflect")
     x = F.pad(x, (1, 1, 0, 0), mode="reflect" if x.shape[3] > 1 else "replicate")
     return F.pad(x, (0, 0, 1, 1), mode="reflect" if x.shape[2] > 1 else "replicate")
-
-
-def _crop(x: Tensor, height: int, width: int) -> Tensor:
-    """Crop the row or column by which an odd side was rounded up in the encoder."""
-    return x[:, :, :height, :width]

@@ -29,7 +29,9 @@ BLOCKS = {
     50: ("Bottleneck", (3, 4, 6, 3)),
     101: ("Bottleneck", (3, 4, 23, 3)),
 }
+torch.fx.wrap("of_size")
 torch.fx.wrap("check_images")  # one node for `torch.fx.symbolic_trace`, which cannot follow its branches
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the first since torch 2.7
 DENSE_STRIDE = 2  # of the U-Nets' output
 STAGES = {"stem": ("conv1", "bn1"), **{f"layer{stage}": (f"layer{stage}",) for stage in range(1, 5)}}
 # output stride -> dilation of the first block of a stage, and of its others: torchvision's rule
@@ -189,12 +191,12 @@ class UNet(EncoderDecoder):
     def _dense(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:
         """The decoder's map at half the size of the images `x`."""
         deep = [one for one, info in zip(maps, self.feature_info, strict=True) if info["reduction"] > DENSE_STRIDE]
-        return _of_size(self.decoder(deep), (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+        return of_size(self.decoder(deep), (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
 
 
-def _of_size(dense: Tensor, height: int, width: int) -> Tensor:
+def of_size(dense: Tensor, height: int, width: int) -> Tensor:
     """A map cut at the bottom and the right, or continued there by its border."""
-    if torch.compiler.is_exporting():  # which cannot ask how large a map of any size is
+    if _is_exporting():  # which cannot ask how large a map of any size is
         rows, columns = (torch.arange(side, device=dense.device) for side in (height, width))
         return dense[:, :, rows.clamp(max=dense.shape[2] - 1)][:, :, :, columns.clamp(max=dense.shape[3] - 1)]
     dense = dense[:, :, :height, :width]

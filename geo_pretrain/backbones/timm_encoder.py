@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from geo_pretrain.backbones.base import FeatureEncoder
@@ -21,6 +20,8 @@ from geo_pretrain.backbones.timm_names import NARROWEST, create, default_out_cha
 from geo_pretrain.errors import CheckpointError, InputError, first_line, require
 from geo_pretrain.inputs import check_images
 
+# what torch says of sizes that do not go together
+SHAPES = re.compile("size of tensor|Sizes of tensors|shape '.*' is invalid|input size|[Kk]ernel size|must match")
 FEW = 4  # cells of the coarsest map: an image of fewer may be too small for a network without padding
 
 
@@ -82,13 +83,15 @@ class TimmEncoder(FeatureEncoder):
         try:
             maps: list[Tensor] = self.model(x)
         except (AssertionError, RuntimeError, ValueError) as error:
+            if not isinstance(error, AssertionError) and not SHAPES.search(str(error)):
+                raise  # of memory, another process, a library: nothing that another size would mend
             coarsest = max(stride for _, stride in self.arguments["maps"])
             fits = not any(side % coarsest or side < FEW * coarsest for side in x.shape[2:])
-            if fits or isinstance(error, torch.OutOfMemoryError):
-                raise
+            advice = f"Give sides that are multiples of {coarsest}, from {FEW * coarsest} up."
             raise InputError(
-                f"timm's {self.timm_name} cannot take images of {x.shape[2]} x {x.shape[3]} ({first_line(error)}). "
-                f"Give sides that are multiples of {coarsest}, from {FEW * coarsest} up."
+                f"timm's {self.timm_name} cannot take images of {x.shape[2]} x {x.shape[3]} "
+                f"({first_line(error).rstrip('.') or 'an assertion of its code'}). "
+                f"{'Other sizes, or another encoder, may do.' if fits else advice}"
             ) from error
         return maps
 

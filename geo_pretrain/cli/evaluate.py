@@ -206,6 +206,8 @@ def _show_probes(
 ) -> None:
     if as_json:
         typer.echo(json.dumps({w: {p: r.to_dict() for p, r in found.items()} for w, found in results.items()}))
+        for path, reason in skipped.items():  # the JSON stays what it is
+            typer.echo(f"skipped: {path}: {reason}", err=True)
         return
     rows = [
         (weights, probe, f"{result.miou:.1%}", f"{result.accuracy:.1%}")
@@ -274,6 +276,7 @@ def _show_recall(results: Mapping[str, MatchingResult], skips: SkippedFrames, as
     if as_json:
         trees = {name: asdict(r) | {"spread": r.spread} | _gain(gains.get(name)) for name, r in results.items()}
         typer.echo(json.dumps(trees))
+        typer.echo(skips.summary(), err=True, nl=bool(skips.reasons))
         return
     measure = next(iter(results.values())).measure
     rows = [

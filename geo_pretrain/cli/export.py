@@ -105,7 +105,7 @@ def _backbone(source: str, path: Path, decoder: bool, hub: str | None) -> OnnxRe
     from geo_pretrain.adapters.onnx import export_onnx
     from geo_pretrain.catalog import find
     from geo_pretrain.contract import ImageContract
-    from geo_pretrain.errors import CheckpointError, GeoPretrainError
+    from geo_pretrain.errors import CheckpointError
     from geo_pretrain.loading import load_backbone
 
     refused = CheckpointError(f"{source!r} is a network for clouds; accepted: images. {CLOUDS.format(source, LOADER)}")
@@ -114,8 +114,8 @@ def _backbone(source: str, path: Path, decoder: bool, hub: str | None) -> OnnxRe
         raise refused
     try:
         network = load_backbone(source, decoder=decoder, hub=hub)
-    except ValueError as error:  # of what this command gives, --decoder alone can be wrong
-        if not decoder or isinstance(error, GeoPretrainError):
+    except ValueError as error:
+        if not decoder or "drop decoder=True" not in str(error):
             raise
         raise CheckpointError(f"{source!r} holds an encoder alone; drop --decoder for its maps.") from error
     if not isinstance(network.contract, ImageContract):

@@ -52,7 +52,7 @@ def data_overrides(data: str | None, frames: str | None = None) -> list[str]:
         source, _, path = data.partition(":")
         if not source:
             raise typer.BadParameter(f"--data is {data!r}; accepted: SOURCE or SOURCE:PATH.")
-        overrides += [f"data.source={source}", f"data.path={json.dumps(path) if path else 'null'}"]
+        overrides += [f"data.source={source}", f"data.path={json.dumps(path, ensure_ascii=False) if path else 'null'}"]
     if frames is not None:
         overrides.append(f"data.frames={range_of('--frames', frames)}")
     return overrides

@@ -14,6 +14,7 @@ from geo_pretrain.distribution.shipped_file import catalog_file, read_shipped, r
 from geo_pretrain.errors import CheckpointError, DataError
 from geo_pretrain.files import parse_json
 
+FACTORS = (1, 100)  # a share as it is, or as a percentage
 DIGITS = 4  # significant ones of a number on a card
 
 
@@ -50,6 +51,8 @@ def read_result(
     clone: Path, file: Path, place: str, *, task: str, dataset: str, metric: str, scale: float = 1.0, note: str = ""
 ) -> Result:
     """A line of a card from a stored result: the number times `scale`, to `DIGITS` digits."""
+    if scale not in FACTORS:
+        raise DataError(f"scale is {scale:g}; accepted: 1, and 100 for a share as a percentage.")
     value = float(f"{scale * number_at(file, place):.{DIGITS}g}")
     try:
         stored = file.resolve().relative_to(clone.resolve()).as_posix()
@@ -102,7 +105,7 @@ def check_results(row: Shipped, clone: Path) -> None:
     for result in row.measured:
         file, _, place = result.table.partition("#")
         stored = number_at(clone / file, place)
-        if not any(abs(factor * stored - result.value) <= 1e-3 * abs(result.value) for factor in (1, 100)):
+        if not any(abs(factor * stored - result.value) <= 1e-3 * abs(result.value) for factor in FACTORS):
             raise DataError(
                 f"{result.task}, {result.dataset}: the card says {result.value:g} {result.metric}, {result.table} says "
                 f"{stored:g}; `geo-pretrain weights measured` reads it anew."

@@ -12,12 +12,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from geo_pretrain.progress import tell
 
 SAME = 0.5  # s: signals that follow each other so quickly are one, which a terminal and a launcher both send
+HANDLED = 0.05  # s in which Python's handler of a signal runs where nothing keeps it
 GRACE = 1.0  # s that a second signal leaves Python to end by itself
 FURTHER = [getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name)]  # the last: Windows
 NUMBERS = (signal.SIGINT, signal.SIGTERM, *FURTHER)
@@ -49,23 +50,23 @@ def stop_requests(kept: Callable[[], str] | None = None) -> Iterator[StopRequest
         yield stop
         return
 
-    first: dict[int, float] = {}
+    again = _Again()
 
     def request(number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number not in first:
-            first[number], stop.number = now, number
-            stop.set()
-        elif now - first[number] >= SAME:
+        if number in again.numbers:
+            again.acted.set()
             signal.signal(number, previous[signal.Signals(number)])
             signal.raise_signal(number)
+        else:
+            stop.number = number
+            stop.set()
 
     previous = {number: signal.getsignal(number) for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN}
     for number in previous:
         signal.signal(number, request)
     _STOPS.append(stop)
     try:
-        with nullcontext() if kept is None else _answered(set(previous), kept):
+        with _answered(set(previous), again, kept):
             yield stop
     finally:
         _STOPS.remove(stop)
@@ -80,14 +81,22 @@ def request_stop() -> bool:
     return bool(_STOPS)
 
 
+class _Again:
+    """Signals that came a second time. Only the thread knows: Python's handler may run long after they came."""
+
+    def __init__(self) -> None:
+        self.numbers: set[int] = set()
+        self.acted = threading.Event()  # the handler has seen it
+
+
 @contextmanager
-def _answered(numbers: set[signal.Signals], kept: Callable[[], str]) -> Iterator[None]:
+def _answered(numbers: set[signal.Signals], again: _Again, kept: Callable[[], str] | None) -> Iterator[None]:
     """Answer signals from a thread."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     left = threading.Event()
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_answer, args=(ours, numbers, kept, left), daemon=True)
+    thread = threading.Thread(target=_answer, args=(ours, numbers, again, kept, left), daemon=True)
     thread.start()
     try:
         yield
@@ -100,23 +109,41 @@ def _answered(numbers: set[signal.Signals], kept: Callable[[], str]) -> Iterator
 
 
 def _answer(
-    signals: socket.socket, numbers: set[signal.Signals], kept: Callable[[], str], left: threading.Event
+    signals: socket.socket,
+    numbers: set[signal.Signals],
+    again: _Again,
+    kept: Callable[[], str] | None,
+    left: threading.Event,
 ) -> None:
     latest: dict[int, float] = {}
     with suppress(OSError):
         while data := signals.recv(1):
             number, now = data[0], time.monotonic()
-            if number not in numbers or now - latest.get(number, -SAME) < SAME:
+            if number not in numbers or number in again.numbers or now - latest.get(number, -SAME) < SAME:
                 continue
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
             if number not in latest:
                 latest[number] = now
-                tell(f"{name}: stopping after this step, whose result is saved. A second {name} ends at once: {kept()}")
+                if kept is not None:
+                    second = f"A second {name} ends at once: {kept()}"
+                    tell(f"{name}: stopping after this step, whose result is saved. {second}")
                 continue
-            tell(f"{name} again: ended at once; {kept()}")
-            if not left.wait(GRACE):
+            if kept is not None:
+                tell(f"{name} again: ended at once; {kept()}")
+            again.acted.clear()
+            again.numbers.add(number)
+            if not again.acted.wait(HANDLED) and not left.is_set():
+                _send(number)  # its handler ran before it could know
+            if kept is not None and not left.wait(GRACE):
                 os._exit(128 + number)
-            return
+
+
+def _send(number: int) -> None:
+    """Send a signal to the main thread, which wakes it where it sleeps."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        signal.raise_signal(number)  # Windows
 
 
 def _after_fork() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -87,18 +89,50 @@ def test_a_terminal_and_a_launcher_that_both_send_a_signal_ask_once(number: sign
     assert (progress.step, progress.finished, run.load()["step"]) == (2, False, 2)
 
 
-def test_a_later_signal_ends_at_once():
+@pytest.mark.parametrize("kept", [None, lambda: "kept."])
+def test_signals_are_one_by_when_they_came_not_by_when_python_sees_them(kept: Callable[[], str] | None):
+    """The second comes soon after the first, in a kernel from which Python comes back much later."""
+
     def theirs(number: int, _: object) -> None:
         raise InterruptedError(number)
 
+    def send() -> None:
+        for _ in range(2):
+            time.sleep(0.15)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before, sender = signal.signal(signal.SIGTERM, theirs), threading.Thread(target=send)
+    try:
+        with stop_requests(kept) as stop:
+            sender.start()
+            while not stop.is_set():
+                time.sleep(0.001)
+            begin = time.monotonic()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)
+            assert time.monotonic() - begin > SAME
+            sender.join()
+            time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("kept", [None, lambda: "kept."])
+def test_a_later_signal_ends_at_once(kept: Callable[[], str] | None):
+    def theirs(number: int, _: object) -> None:
+        raise InterruptedError(number)
+
+    def ask_and_wait() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
     before = signal.signal(signal.SIGTERM, theirs)
     try:
-        with stop_requests() as stop:
+        with stop_requests(kept) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.is_set()
-            time.sleep(SAME)
+            time.sleep(SAME + 0.1)
             with pytest.raises(InterruptedError):
-                os.kill(os.getpid(), signal.SIGTERM)
+                ask_and_wait()
         assert signal.getsignal(signal.SIGTERM) is theirs
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -256,6 +256,8 @@ def read_label_colors(path: Path) -> np.ndarray:
             if file.read(len(_SIGNATURE)) != _SIGNATURE:
                 raise BadFrame(path, "not a PNG; labels are PNGs (other formats change colors)")
         with _opened(path) as image:
+            if image.mode.startswith("I"):
+                raise BadFrame(path, "has 16 bits a pixel; labels that are colors have 8 bits a channel")
             return np.asarray(image.convert("RGB"))
 
 

@@ -6,6 +6,7 @@ of such a folder, with the files of all scans of the split.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,10 @@ def write_scannet_instances(folder: Path, scan: str, found: PointInstances) -> P
     ids = nyu40_ids()
     if len(found) and not STUFF < found.classes.min() <= found.classes.max() < len(ids):
         raise DataError(f"Scan {scan!r}: the benchmark takes instances of classes {STUFF + 1} to {len(ids) - 1}.")
-    for old in (folder / MASKS).glob(f"{scan}_*.txt"):
-        old.unlink()
+    masks = re.compile(rf"{re.escape(scan)}_\d+\.txt")  # not those of a scan whose name begins with this one's
+    for old in (folder / MASKS).glob("*.txt"):
+        if masks.fullmatch(old.name):
+            old.unlink()
     lines = []
     for number, (mask, label, score) in enumerate(zip(found.masks, found.classes, found.scores, strict=True)):
         name = f"{MASKS}/{scan}_{number:03d}.txt"

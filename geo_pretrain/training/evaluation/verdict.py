@@ -54,14 +54,14 @@ def sentence(name: str, baseline: str, gain: Interval, hint: str = MORE_SEEDS) -
     return f"{name} and {baseline} do not differ beyond chance: {100 * gain.mean:+.1f} points ({interval}). {hint}"
 
 
-def of_starts(scores: Mapping[str, Spread], baseline: str, what: str = "") -> str:
-    """The best of several starts beside the baseline; nothing where that was not run with the same seeds."""
-    others = {name: spread for name, spread in scores.items() if name != baseline}
+def of_starts(scores: Mapping[str, Mapping[int, float]], baseline: str, what: str = "") -> str:
+    """The best of several starts (scores by seed) beside the baseline, over the seeds that both have."""
+    others = {name: by_seed for name, by_seed in scores.items() if name != baseline}
     if baseline not in scores or not others:
         return ""
-    best = max(others, key=lambda name: others[name].mean)
-    ours, theirs = others[best].values, scores[baseline].values
-    if len(ours) != len(theirs):
-        counts = f"it has {len(ours)} seeds and {baseline} {len(theirs)}"
-        return f"{what}{best} is highest; {counts}, so chance is not judged."
-    return what + sentence(best, baseline, over_seeds(ours, theirs))
+    best = max(others, key=lambda name: statistics.mean(others[name].values()))
+    ours, theirs = others[best], scores[baseline]
+    both = [seed for seed in ours if seed in theirs]
+    if not both:
+        return f"{what}{best} is highest; it and {baseline} have no seed in common, so chance is not judged."
+    return what + sentence(best, baseline, over_seeds([ours[seed] for seed in both], [theirs[seed] for seed in both]))

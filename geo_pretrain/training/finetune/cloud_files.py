@@ -71,11 +71,10 @@ class CloudFile:
 
 
 def cloud_fields(recipe: FinetuneRecipe, options: Mapping[str, Any] | None) -> CloudFields:
-    """The fields of cloud files: those given, else those of the run's own clouds. Raises `RecipeError`."""
-    if options is None:
-        own = {field.name for field in fields(CloudFields)} - {"label", "instance"}
-        used = recipe.data.options if recipe.data.source == OWN_CLOUDS else {}
-        options = {name: value for name, value in used.items() if name in own}
+    """The fields of cloud files: those of the run's own clouds, but for what is given. Raises `RecipeError`."""
+    own = {field.name for field in fields(CloudFields)} - {"label", "instance"}
+    used = recipe.data.options if recipe.data.source == OWN_CLOUDS else {}
+    options = {name: value for name, value in used.items() if name in own} | dict(options or {})
     return parse(CloudFields, options, where="data.options", prefix="data.options.")
 
 

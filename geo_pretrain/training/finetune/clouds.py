@@ -112,21 +112,27 @@ class CloudTask(FinetuneTask):
         size = self.contract.voxel_size
         if not isinstance(size, int | float) or self.cloud.normalize != "none":
             return None
-        return spacing_doubt(sample.coords, len(sample.inverse), size, self.scaled_by)
+        points = len(sample.chosen.unique())  # of few points some are drawn several times
+        return spacing_doubt(sample.coords, points, size, self.scaled_by)
 
     def look_at(self, source: LabelledData) -> None:
         """Voxelize some clouds of one's own, whose units nobody else knows; warn of those that seem not to be meters.
 
-        Raises `DataError` where all seem so, unless the option `scale` says what their unit is.
+        Raises `DataError` where none can be used, or all seem so, unless the option `scale` says what their unit is.
         """
         own = getattr(source, "source", source)
         if not isinstance(own, CloudFolder):
             return
-        looked, doubts = 0, dict[str, str]()
+        looked, doubts, bad = 0, dict[str, str](), list[BadFrame]()
         for id in source.ids()[:: max(1, len(source.ids()) // LOOKED_AT)][:LOOKED_AT]:
-            with suppress(BadFrame):
+            try:
                 doubt = self._doubt(evaluation_sample(self.load(source, id), self.cloud, self.contract))
+            except BadFrame as fault:
+                bad.append(fault)
+            else:
                 looked, doubts = looked + 1, doubts | ({} if doubt is None else {id: doubt})
+        if bad and not looked:  # training crops clouds and might take them; no evaluation could
+            raise DataError(f"None of the {len(bad)} clouds looked at can be used: {bad[0].path}: {bad[0].reason}.")
         every = looked == len(doubts) > 0
         self._stated = every and ("scale" in self.recipe.data.options or own.options.scale != 1)
         if every and not self._stated:

@@ -24,9 +24,9 @@ class CocoFile:
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
 
-    def add(self, file: str, shape: Sequence[int], found: Detections) -> None:
-        """Add an image of `shape` (H, W) and the detections in it; image ids count from 1."""
-        image = len(self.images) + 1
+    def add(self, file: str, shape: Sequence[int], found: Detections, *, id: int | None = None) -> None:
+        """Add an image of `shape` (H, W) and the detections in it; image ids count from 1, unless one is given."""
+        image = len(self.images) + 1 if id is None else id
         self.images.append({"id": image, "file_name": file, "height": int(shape[0]), "width": int(shape[1])})
         for k, entry in enumerate(coco_detections(found, image)):
             width, height = entry["bbox"][2:]

@@ -17,7 +17,7 @@ from geo_pretrain.adapters.common import encoder_of
 from geo_pretrain.contract import ImageContract
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data.labelled.export import coco_json, encode_mask
-from geo_pretrain.training.data.labelled.image import Instances, LabelledImage, LabelledSource
+from geo_pretrain.training.data.labelled.image import Instances, LabelledImage, LabelledSource, need_masks
 from geo_pretrain.training.distributed import ALONE, World
 from geo_pretrain.training.evaluation.coco import Detections, Kind, coco_report
 from geo_pretrain.training.finetune.detector import DetectorSetup, check_one_size, detection_options
@@ -55,6 +55,8 @@ class Detection(FinetuneTask):
         """{"image": uint8 [3, H, W], "boxes", "labels", "masks"}, flipped at random, without crowds."""
         objects = _instances(image)
         _check_objects(image, objects, len(self.classes))
+        if self.setup.with_masks:
+            need_masks(objects, image.id)
         kept = ~objects.crowd
         pixels, boxes, masks = image.image, objects.boxes[kept].copy(), objects.masks[kept]
         if torch.rand((), generator=generator) < self.recipe.data.augment.flip:
@@ -96,7 +98,12 @@ class Detection(FinetuneTask):
 
     @torch.no_grad()
     def predict(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """Detect objects in images uint8 [H, W, 3], in evaluation mode; masks are binarized."""
+        """Detect objects in images uint8 [H, W, 3], in evaluation mode; masks are binarized.
+
+        Raises `BadFrame` for an image so thin that nothing is left of a side once the other fits.
+        """
+        for image in images:
+            self._check_thin(*image.shape[:2])
         self.module.eval()
         device = next(self.module.parameters()).device
         found = self.module([self._pixels(image).to(device).float() / 255 for image in images])
@@ -109,6 +116,12 @@ class Detection(FinetuneTask):
             )
             for one in found
         ]
+
+    def _check_thin(self, height: int, width: int) -> None:
+        transform: Any = self.module.transform
+        scale = min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width))
+        if int(min(height, width) * scale) < 1:
+            raise BadFrame(f"{width}x{height} image", f"nothing is left of it {transform.max_size} pixels long")
 
     def evaluate(self, source: LabelledSource, ids: Sequence[str], world: World = ALONE) -> Evaluation:
         """Compute COCO's AP over these images. Raises `BadFrame` for an unreadable image instead of skipping it.

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, require, some, unknown
-from geo_pretrain.files import write_text
+from geo_pretrain.files import parse_json, write_text
 from geo_pretrain.training.data.files import read_photo
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.files import CLOUD_SUFFIXES, CloudFields
 from geo_pretrain.training.data.labelled.clouds.folder import CloudFolder
 from geo_pretrain.training.data.labelled.clouds.unread import conversion, left_alone
+from geo_pretrain.training.data.labelled.coco import Coco
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.labelled.mapping import label_map
 from geo_pretrain.training.data.labelled.own_images import IMAGE_SUFFIXES
-from geo_pretrain.training.data.labelled.registry import open_labelled
+from geo_pretrain.training.data.labelled.registry import file_name, open_labelled
 from geo_pretrain.training.evaluation.coco import Detections
 from geo_pretrain.training.evaluation.predictions import PointInstances, PointLabels
 from geo_pretrain.training.evaluation.scannet_benchmark import write_scannet_instances, write_scannet_semantic
@@ -40,6 +43,7 @@ BENCHMARK = "benchmark"
 MESH = "_vh_clean_2"  # of ScanNet's scans: scene0707_00_vh_clean_2.ply
 INDEX, CLASSES, PICTURE, LEGEND = "predictions.json", "classes.txt", "predictions.png", "legend.png"
 DETECTIONS = "detections.json"  # all boxes and masks in COCO's format
+ENDS = (".labels", ".instances", ".boxes", ".masks", ".scores")  # of files beside an item's picture or points
 FORMAT = 1
 
 
@@ -74,7 +78,8 @@ def predict(
     Args:
         out: a new folder, or one that a prediction wrote; docs/own_images.md and downstream_3d.md list its files.
         data, path, split: a data set of `list_labelled` and its folder. It needs no labels.
-        options: of the data set, or of cloud files (`CloudFields`); None: the recipe's, if it read the same kind.
+        options: of the data set; None: the recipe's, if it read the same. Of cloud files (`CloudFields`): changes of
+            the recipe's, if it read such.
         files, limit: images, clouds as PLY, npy, npz, LAS, or folders of them; at most so many, evenly spaced.
         draw: clouds in the picture predictions.png and the first in predictions.html; 0: none.
         benchmark: also write files for a benchmark's server, a key of `BENCHMARKS`, into the folder `out`/benchmark.
@@ -93,7 +98,7 @@ def predict(
     recipe = _recipe(folder)  # what is asked for is looked at before the network is loaded and data are rendered
     export = None if benchmark is None else _benchmark(benchmark, recipe, read_classes(folder))
     source = None if data is None else _open(recipe, data, path, split, options)
-    given = _checked_files(recipe, files, options) if source is None else []
+    given = _checked_files(recipe, files, options, out) if source is None else []
     task, stated = _load(folder, device)
     items = spread_ids(given if source is None else list(_of_source(task, source)), limit)
     _check_names(items)
@@ -107,7 +112,7 @@ def predict(
             if isinstance(loaded, LabelledCloud) and len(drawn) < draw:
                 drawn.append((loaded, prediction))
             if isinstance(prediction, Detections):
-                detected.add(item.file or f"{item.name}.png", loaded.shape, prediction)
+                detected.add(item.file or f"{item.name}.png", loaded.shape, prediction, id=item.image)
         if progress is not None:
             progress(start + len(group), len(items), group[-1].name)
     draw_clouds(drawn, task.classes, out / PICTURE)
@@ -115,9 +120,11 @@ def predict(
     return found
 
 
-def _checked_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[str, Any] | None) -> list[Item]:
-    """The items of files that are given, each with a name of its own."""
-    items = list(_of_files(recipe, files, options))
+def _checked_files(
+    recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[str, Any] | None, out: Path
+) -> list[Item]:
+    """The items of files that are given, each with a name of its own; none of an earlier prediction in `out`."""
+    items = list(_of_files(recipe, files, options, out))
     _check_names(items)
     _check_there(files)
     return items
@@ -206,9 +213,22 @@ def _benchmark(name: str, recipe: FinetuneRecipe, trained: Sequence[str]) -> Cal
 def _begin(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str]) -> None:
     """Write what is known at the start: the index, too, so that a prediction that is cut off can be begun again."""
     found.folder.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(found.folder)
     write_text(found.folder / CLASSES, "".join(f"{name}\n" for name in task.classes))
     draw_legend(task.classes, found.colors, found.folder / LEGEND)
     _write_index(found, task, run)
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Remove the files of an earlier prediction, which would pass for those of this one."""
+    names = [DETECTIONS, PICTURE, str(Path(PICTURE).with_suffix(".html"))]
+    with suppress(OSError, ValueError, KeyError, TypeError):  # the first one here, or an index that somebody changed
+        names += [name for item in parse_json((folder / INDEX).read_bytes())["items"] for name in item["files"]]
+    for name in names:
+        path = folder / name
+        if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
+            path.unlink()
+    shutil.rmtree(folder / BENCHMARK, ignore_errors=True)
 
 
 def _finish(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str], detected: CocoFile) -> None:
@@ -276,10 +296,13 @@ def _of_source(task: FinetuneTask, source: LabelledData) -> Iterator[Item]:
         if isinstance(source, CloudFolder):
             yield CloudFile(source.item(id).points, source.options).loaded_by(id, load)
         else:
-            yield Item(file_stem(id), load)
+            image = int(id) if isinstance(source, Coco) and id.isdecimal() else None
+            yield Item(file_stem(id), load, file=file_name(source, id), image=image)
 
 
-def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[str, Any] | None) -> Iterator[Item]:
+def _of_files(
+    recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[str, Any] | None, out: Path
+) -> Iterator[Item]:
     in_3d = recipe.network.kind in POINT_KINDS
     accepted, what = (CLOUD_SUFFIXES, "clouds") if in_3d else (IMAGE_SUFFIXES, "images")
     if options is not None and not in_3d:
@@ -300,21 +323,23 @@ def _of_files(recipe: FinetuneRecipe, files: Sequence[Path], options: Mapping[st
             f"{', '.join(accepted)}.{conversion(wrong) if in_3d else ''}"
         )
     fields = cloud_fields(recipe, options) if in_3d else CloudFields()
-    for path, id in _named(files, accepted, what):
+    for path, below in _named(files, accepted, what, out):
+        id = below.with_suffix("").as_posix()
         if in_3d:
             cloud = CloudFile(path, fields)
             yield cloud.loaded_by(id, cloud.load)
         else:
-            yield Item(file_stem(id), partial(read_photo, path), file=path.name)
+            yield Item(file_stem(id), partial(read_photo, path), file=below.as_posix())
 
 
-def _named(files: Sequence[Path], suffixes: Sequence[str], what: str) -> Iterator[tuple[Path, str]]:
-    """Each file with the name of its results: its own, below a folder that was given its path there, without suffix."""
+def _named(files: Sequence[Path], suffixes: Sequence[str], what: str, out: Path) -> Iterator[tuple[Path, Path]]:
+    """Each file with the path that names its results: below a folder that was given that there, else its name."""
     for path in files:
         if not path.is_dir():
-            yield path, path.stem
+            yield path, Path(path.name)
             continue
         there = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        there = [p for p in there if not p.resolve().is_relative_to(out.resolve())]
         inside = [p for p in there if p.suffix.lower() in suffixes]
         others = left_alone(path, suffixes)
         hint = conversion(others) if what == "clouds" else ""
@@ -325,7 +350,7 @@ def _named(files: Sequence[Path], suffixes: Sequence[str], what: str) -> Iterato
             left = f"{path}: left alone, because only {', '.join(suffixes)} are read: {names}.{hint}"
             warnings.warn(left, stacklevel=2)
         for one in inside:
-            yield one, one.relative_to(path).with_suffix("").as_posix()
+            yield one, one.relative_to(path)
 
 
 def _check_names(items: Sequence[Item]) -> None:
@@ -336,3 +361,6 @@ def _check_names(items: Sequence[Item]) -> None:
     twice = {item.name for item in items if item.name in seen or seen.add(item.name)}  # type: ignore[func-returns-value]
     if twice:
         raise DataError(f"Two inputs are called {some(sorted(map(repr, twice)))}; predict on them one after the other.")
+    others = [one for one in seen for end in ENDS if one.endswith(end) and one.removesuffix(end) in seen]
+    if taken := sorted({*others, *seen & {Path(LEGEND).stem}}):
+        raise DataError(f"Files of {some(map(repr, taken))} would have names of others of this prediction; rename it.")

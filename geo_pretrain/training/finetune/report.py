@@ -90,10 +90,9 @@ def table(result: SweepResult) -> list[str]:
 
 def verdicts(result: SweepResult) -> list[str]:
     """A sentence for each share of data: the best start beside random weights."""
-    measured, _ = result.by_start()
     lines = []
     for share in sorted({point.fraction for point in result.points}):
-        scores = {shown(name): spreads[share] for name, spreads in measured.items() if share in spreads}
+        scores = {shown(point.backbone): point.values for point in result.points if point.fraction == share}
         lines.append(of_starts(scores, shown(SCRATCH), f"{percent(share)} of the data: "))
     return [line for line in lines if line] or ["Add -b scratch: without it nobody knows what pre-training brought."]
 

@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import torch
 
-from geo_pretrain.errors import DataError
+from geo_pretrain.errors import DataError, some
 from geo_pretrain.training.announcement import announce
 from geo_pretrain.training.data.labelled.dataset import LabelledData
+from geo_pretrain.training.data.labelled.own_boxes import shared_images
 from geo_pretrain.training.data.labelled.registry import DATA_SETS, data_terms, open_labelled, subset
 from geo_pretrain.training.data.labelled.scannet import read_scene_list
 from geo_pretrain.training.data.labelled.shares import LabelTable, label_table
@@ -133,6 +134,11 @@ def open_splits(
         train, val = sources
     if train.classes != val.classes:
         raise DataError(f"Classes of the training images {train.classes} are not those to measure on {val.classes}.")
+    if shared := shared_images([train, val]):
+        names = some((path.name for path in shared), 5)
+        raise DataError(
+            f"{len(shared)} images are in train and in val: {names}. Train on none that is measured."
+        )
     total = len(train.ids())
     if not total or not val.ids():
         raise DataError(f"Source {spec.source!r}: {total} training and {len(val.ids())} validation images.")

@@ -99,7 +99,8 @@ class Item:
     load: Callable[[], Any]  # an image uint8 [H, W, 3] or a `LabelledCloud`; may raise `BadFrame`
     columns: Callable[[LabelledCloud], Mapping[str, np.ndarray]] = cloud_columns  # of the points, for the PLY
     back: Callable[[LabelledCloud, Any], Any] = lambda cloud, found: found  # into the frame of these columns
-    file: str | None = None  # name of the image's file
+    file: str | None = None  # path of the image's file below the folder that was given, or that of the data set
+    image: int | None = None  # number of the image in its data set's own annotations in COCO's format
 
 
 def file_stem(id: str) -> str:

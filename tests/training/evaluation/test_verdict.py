@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from geo_pretrain.training.evaluation.metrics import Interval, Spread
+from geo_pretrain.training.evaluation.metrics import Interval
 from geo_pretrain.training.evaluation.verdict import T95, of_starts, over_seeds, sentence
 
 
@@ -48,7 +48,15 @@ def test_what_is_said(gain, said):
 
 
 def test_the_best_start_stands_beside_the_baseline():
-    scores = {"from scratch": Spread((0.2, 0.21)), "a": Spread((0.3, 0.31)), "b": Spread((0.25, 0.26))}
+    scores = {"from scratch": {0: 0.2, 1: 0.21}, "a": {0: 0.3, 1: 0.31}, "b": {0: 0.25, 1: 0.26}}
     assert of_starts(scores, "from scratch", "20 %: ").startswith("20 %: a is better than from scratch by 10.0 points")
-    assert of_starts({"a": Spread((0.3,))}, "from scratch") == ""
-    assert "chance is not judged" in of_starts({"x": Spread((0.3, 0.4)), "y": Spread((0.5,))}, "x")
+    assert of_starts({"a": {0: 0.3}}, "from scratch") == ""
+
+
+def test_starts_are_compared_over_the_seeds_that_both_have():
+    scores = {"x": {0: 0.1, 1: 0.5}, "y": {1: 0.6, 2: 0.1, 0: 0.2}}
+    scores["x"][3] = 0.0
+    assert of_starts(scores, "x").startswith("y is better than x by 10.0 points, beyond chance (95 % interval +10.0 to")
+    assert "no seed in common, so chance is not judged" in of_starts(
+        {"x": {0: 0.1, 1: 0.2}, "y": {2: 0.3, 3: 0.4}}, "x"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from geo_pretrain.training.data.check.own_clouds import SeenClouds
 from geo_pretrain.training.data.check.report import Finding, Level
 from geo_pretrain.training.data.labelled.clouds.folder import CloudFolder
 from geo_pretrain.training.data.labelled.dataset import LabelledData, Task
-from geo_pretrain.training.data.labelled.own_boxes import OF_ALL, OF_SPLIT
+from geo_pretrain.training.data.labelled.own_boxes import OF_ALL, OF_SPLIT, shared_images
 from geo_pretrain.training.data.labelled.own_images import LABELLED, OwnImages, OwnOptions, stray_files
 from geo_pretrain.training.data.labelled.registry import DATA_SETS, labelled_options, open_labelled
 from geo_pretrain.training.data.labelled.shares import LabelTable, label_table, percent
@@ -215,10 +215,7 @@ def _compare(report: LabelledReport) -> None:
         lacking = [row.name for row in table.rows if row.known and not row.count]
         if lacking:
             report.note(f"{split} labels", Level.DOUBTFUL, f"never occur: {some(lacking, 8)}")
-    images: Sequence[set[Path]] = [
-        {data._item(id).image for id in data.ids()} for data in report.opened.values() if isinstance(data, OwnImages)
-    ]
-    shared = sorted(set.intersection(*images)) if len(images) == len(LABELLED) else []
+    shared = shared_images(list(report.opened.values())) if len(report.opened) == len(LABELLED) else []
     if shared:
         names = some((path.name for path in shared), 5)
         report.note("splits", Level.WRONG, f"{len(shared)} images are in train and in val: {names}")

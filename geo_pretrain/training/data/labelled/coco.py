@@ -79,20 +79,25 @@ class Coco:
         if (entry.get("height", height), entry.get("width", width)) != (height, width):
             given = f"{entry.get('width', width)}x{entry.get('height', height)}"
             raise BadFrame(path, f"image is {width}x{height}, its annotation in {self.file.name} says {given}")
-        boxes, classes, masks, crowd = [], [], [], []
+        boxes, classes, masks, crowd, alone = [], [], [], [], 0
         for annotation in self._annotations[id]:
             box = self._box(annotation, width, height)
             if box[2] <= box[0] or box[3] <= box[1]:
                 continue
             boxes.append(box)
             classes.append(self._class_of[annotation["category_id"]])
-            masks.append(self._mask(annotation, width, height))
+            if annotation.get("segmentation") in (None, []):
+                masks.append(_filled(box, width, height))
+                alone += 1
+            else:
+                masks.append(self._mask(annotation, width, height))
             crowd.append(bool(annotation.get("iscrowd", 0)))
         instances = Instances(
             np.array(boxes, np.float32).reshape(-1, 4),
             np.array(classes, np.int64),
             np.array(masks, bool).reshape(-1, height, width),
             np.array(crowd, bool),
+            alone,
         )
         return LabelledImage(id, image, None, instances)
 
@@ -192,6 +197,14 @@ class Coco:
         else:
             raise self._bad(annotation, "has no segmentation (polygons, or size and counts)")
         return np.asarray(mask.decode(runs), bool)
+
+
+def _filled(box: tuple[float, float, float, float], width: int, height: int) -> np.ndarray:
+    """A mask of the pixels that a box covers, at least in part."""
+    x0, y0, x1, y1 = box
+    mask = np.zeros((height, width), bool)
+    mask[int(y0) : math.ceil(y1), int(x0) : math.ceil(x1)] = True
+    return mask
 
 
 def text_lengths(text: str) -> list[int] | None:

@@ -102,9 +102,10 @@ def convert_data(
         index = _read_index(out, {"converter": name, "version": VERSION, "settings": asdict(settings)})
         result = Conversion()
         for item in items:
-            if item in index and index[item]["bytes"] == _size(out / f"{item}{row.suffix}"):
+            known = index.get(item, {})  # of a row that somebody changed, what is needed may lack: it is made anew
+            if "bytes" in known and known["bytes"] == _size(out / f"{item}{row.suffix}"):
                 result.present.append(item)
-                result.remarks |= {item: index[item]["remarks"]} if index[item]["remarks"] else {}
+                result.remarks |= {item: known["remarks"]} if known.get("remarks") else {}
         present = set(result.present)
         waiting = [item for item in items if item not in present]
         _remove_parts(out / f"{item}{row.suffix}" for item in waiting)
@@ -201,7 +202,7 @@ def _read_index(out: Path, head: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not path.read_bytes().endswith(b"\n"):  # the next line must not be joined to half a line
         write_text(path, "\n".join(lines) + "\n")
-    return {row["item"]: row for row in rows}
+    return {row["item"]: row for row in rows if isinstance(row, dict) and "item" in row}
 
 
 def _size(path: Path) -> int | None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError, require
 from geo_pretrain.training.data.frame import SkippedFrames
-from geo_pretrain.training.data.labelled.image import LabelledSource
+from geo_pretrain.training.data.labelled.image import LabelledSource, need_masks
 from geo_pretrain.training.data.labelled.registry import file_name
 
 
@@ -38,6 +38,8 @@ def coco_json(
         objects = image.instances
         if objects is None:
             raise DataError(f"Image {id!r} of {source.name!r} has no objects; open it with task='detection'.")
+        if rle:
+            need_masks(objects, f"{source.name}/{id}")
         height, width = image.image.shape[:2]
         images.append(
             {"id": number, "file_name": file_name(source, id), "width": width, "height": height, "source_id": id}

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from geo_pretrain.errors import BadFrame
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 
 
@@ -18,9 +19,20 @@ class Instances:
     classes: np.ndarray  # int64 [N], 1..C
     masks: np.ndarray  # bool [N, H, W]
     crowd: np.ndarray  # bool [N]: left out of training, ignored in evaluation
+    boxes_alone: int = 0  # objects that are annotated without a mask: theirs is the box
 
     def __len__(self) -> int:
         return len(self.classes)
+
+
+def need_masks(objects: Instances, where: str) -> None:
+    """Raise `BadFrame` for an image with objects that are annotated by a box alone."""
+    if objects.boxes_alone:
+        raise BadFrame(
+            where,
+            f"{objects.boxes_alone} of {len(objects)} objects have a box and no mask; boxes alone are for "
+            "--set task=detection --set network.kind=faster_rcnn",
+        )
 
 
 @dataclass(frozen=True)

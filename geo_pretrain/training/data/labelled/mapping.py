@@ -13,7 +13,7 @@ import yaml
 from geo_pretrain.errors import BadFrame, unknown
 
 LABELS = Path(__file__).parent / "labels"
-_LARGEST = 2**16  # ids are read from 8- and 16-bit images
+LARGEST = 2**16  # ids are read from 8- and 16-bit images
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LabelMap:
     @cached_property
     def table(self) -> np.ndarray:
         """The class of every id, int16 [65536]; -1 for unlisted ids."""
-        table = np.full(_LARGEST, -1, np.int16)
+        table = np.full(LARGEST, -1, np.int16)
         for given, label in self.ids.items():
             table[given] = label
         return table

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from geo_pretrain.errors import DataError, some
-from geo_pretrain.training.data.files import read_listing, read_photo
+from geo_pretrain.training.data.files import read_photo
 from geo_pretrain.training.data.labelled.coco import Coco, CocoOptions
 from geo_pretrain.training.data.labelled.dataset import LabelledData
-from geo_pretrain.training.data.labelled.own_images import LABELLED, OwnOptions, open_own_images, share_out
+from geo_pretrain.training.data.labelled.own_images import (
+    LABELLED,
+    OwnImages,
+    OwnOptions,
+    listed_names,
+    open_own_images,
+    share_out,
+)
 
 OF_SPLIT = (  # below the folder
     "{split}/annotations.json",
@@ -111,6 +118,17 @@ class OwnBoxes(Coco):
             raise DataError(f"{self.file}: two categories are called {twice[0]!r}.")
 
 
+def shared_images(splits: Sequence[object]) -> list[Path]:
+    """The images that are in all of several splits of a folder of one's own; none for other data sets."""
+    images = []
+    for data in splits:
+        if not isinstance(data, OwnImages | OwnBoxes):
+            return []
+        root = data.root if isinstance(data, OwnImages) else data.folder
+        images.append({root / data.file_name(id) for id in data.ids()})
+    return sorted(set.intersection(*images)) if images else []
+
+
 def open_own(path: Path, split: str, task: str, options: OwnOptions) -> LabelledData:
     """Open a split of a folder of one's own images, for segmentation or detection. Raises `DataError`."""
     if task == "segmentation" or split not in LABELLED:
@@ -159,11 +177,14 @@ def _part(root: Path, split: str, source: OwnBoxes, options: OwnOptions) -> set[
     if len(there) == 1:
         raise DataError(f"{str(root)!r} has {there[0]}.txt alone; accepted: train.txt and val.txt, or neither.")
     if there:
-        wanted = {line.strip() for line in read_listing(listed[split], "list of images") if line.strip()}
-        kept = {id for id, name in names.items() if name in wanted or Path(name).with_suffix("").as_posix() in wanted}
-        if len(kept) < len(wanted):
-            raise DataError(f"{listed[split]}: {len(wanted) - len(kept)} of {len(wanted)} are no images of the file.")
-        return kept
+        wanted = listed_names(listed[split])
+        of = {name: {name, Path(name).with_suffix("").as_posix()} for name in names.values()}
+        missing = sorted(set(wanted) - set().union(*of.values()))
+        if missing:
+            raise DataError(
+                f"{listed[split]}: {len(missing)} of {len(wanted)} are no images of the file: {some(missing)}."
+            )
+        return {id for id, name in names.items() if not of[name].isdisjoint(wanted)}
     scenes = {id: source.scene_of(id) for id in names}
     if len(set(scenes.values())) < 2:
         raise DataError(f"{source.file}: {len(names)} images of one scene; two scenes are needed to hold one out.")

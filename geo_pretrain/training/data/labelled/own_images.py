@@ -20,6 +20,7 @@ from geo_pretrain.training.data import files
 from geo_pretrain.training.data.files import read_listing, read_photo
 from geo_pretrain.training.data.labelled.folders import Folder, Item
 from geo_pretrain.training.data.labelled.image import LabelledImage
+from geo_pretrain.training.data.labelled.mapping import LARGEST
 from geo_pretrain.training.data.labelled.own_classes import BITS, FIRST_1, ImageClasses, read_image_classes
 from geo_pretrain.training.data.labelled.shares import names_alone_note
 
@@ -53,6 +54,8 @@ class OwnOptions(Ranged):
 
     def check_settings(self, check: Checks) -> None:
         """Note options that cannot be."""
+        wrong = [id for id in self.ignore if not 0 <= id < LARGEST]
+        check(not wrong, "data.options.ignore", list(self.ignore), f"ids of files, from 0 to {LARGEST - 1}")
         for key in ("images", "labels", "annotations"):
             path = Path(getattr(self, key) or "")
             inside = not path.is_absolute() and ".." not in path.parts
@@ -216,13 +219,18 @@ def _shared_out(root: Path, folder: Path, options: OwnOptions) -> dict[str, list
     }
 
 
+def listed_names(listed: Path) -> list[str]:
+    """The names in a list of images, below their folder, with or without suffix; # begins a remark."""
+    names = [line.partition("#")[0].strip() for line in read_listing(listed, "list of images")]
+    return [name.removeprefix("images/") for name in names if name]
+
+
 def _listed(folder: Path, listed: Path) -> list[Path]:
     """The images that a list names, with or without suffix. Raises `DataError` for those that are not there."""
-    names = [line.partition("#")[0].strip() for line in read_listing(listed, "list of images")]
-    names = [name for name in names if name]
+    names = listed_names(listed)
     missing, found = [], list[Path]()
     for name in names:
-        given = folder / name.removeprefix("images/")
+        given = folder / name
         ways = [given] if given.suffix.lower() in IMAGE_SUFFIXES else [Path(f"{given}{end}") for end in IMAGE_SUFFIXES]
         there = [path for path in ways if path.is_file()]
         missing += [] if there else [name]
@@ -263,7 +271,14 @@ def _items(root: Path, split: str, images: Sequence[Path], options: OwnOptions) 
 
 
 def _unlabelled(root: Path, images: Sequence[Path], options: OwnOptions) -> list[Item]:
-    return [Item(path.relative_to(root).with_suffix("").as_posix(), path.stem, path, path) for path in images]
+    items: dict[str, Item] = {}
+    for path in images:
+        id = path.relative_to(root).with_suffix("").as_posix()
+        if id in items:
+            names = f"{items[id].image.name} and {path.name}"
+            raise DataError(f"{str(path.parent)!r}: {names} differ in their suffix alone.")
+        items[id] = Item(id, path.stem, path, path)
+    return list(items.values())
 
 
 def _label_folder(root: Path, split: str, images: Path, options: OwnOptions) -> Path:

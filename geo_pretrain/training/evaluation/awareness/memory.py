@@ -65,11 +65,13 @@ def remember(
     frame. One process at a time: another one waits, and then finds the maps or makes its own.
     """
     wanted = {"format": FORMAT, **facts}
-    with locked(folder, stacklevel=2):
-        kept = _kept(folder, wanted)
-        if kept is None:
-            _write(folder, layers, (maps(frame) for frame in range(count)), wanted, progress)
-            return FeatureMemory(folder)
+    kept = _kept(folder, wanted)  # without the lock, which not everybody may write; the index comes last
+    if kept is None:
+        with locked(folder, stacklevel=2):
+            kept = _kept(folder, wanted)
+            if kept is None:
+                _write(folder, layers, (maps(frame) for frame in range(count)), wanted, progress)
+                return FeatureMemory(folder)
     for _ in range(count):
         progress()
     return kept

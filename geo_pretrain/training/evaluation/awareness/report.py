@@ -45,7 +45,8 @@ def verdicts(results: Awareness) -> list[str]:
         if random and len(random) < len(means):
             twin = max(random, key=lambda name: random[name].mean)
             given = {name: spread for name, spread in means.items() if name not in random}
-            lines.append(of_starts({twin: random[twin]} | given, twin, f"{TITLES[measure]}: "))
+            by_seed = {name: dict(enumerate(spread.values)) for name, spread in ({twin: random[twin]} | given).items()}
+            lines.append(of_starts(by_seed, twin, f"{TITLES[measure]}: "))
     return lines
 
 

@@ -179,6 +179,8 @@ def array_columns(path: Path, array: np.ndarray, fields: CloudFields = CloudFiel
     if array.ndim != 2:
         raise BadFrame(path, f"an array of shape {list(array.shape)}; accepted: [N, K], or named columns [N]")
     names = fields.columns or PLAIN.get(array.shape[1], ())
+    if twice := sorted({name for name in names if name != "_" and names.count(name) > 1}):
+        raise BadFrame(path, f"data.options.columns has {twice[0]!r} twice; accepted: each name once, _ for the rest")
     if len(names) != array.shape[1]:
         given = f"{len(names)} are named" if fields.columns else "their meaning is not known"
         raise BadFrame(

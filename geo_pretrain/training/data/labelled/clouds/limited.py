@@ -80,7 +80,7 @@ def read_point_list(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         if path.suffix == ".json":
-            found = {scan: np.asarray(rows) for scan, rows in parse_json(path.read_text(encoding="utf-8")).items()}
+            found = {scan: np.asarray(rows) for scan, rows in parse_json(path.read_text(encoding="utf-8-sig")).items()}
         else:
             with tempfile.TemporaryDirectory() as folder:
                 extract(path, Path(folder) / "points.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -41,11 +42,13 @@ class TextLayout:
     skip: int  # lines above the numbers
     names: tuple[str, ...]  # of the columns; () where no line says them
     width: int  # columns
+    marked: bool = False  # the file begins with a byte order mark
 
     def arguments(self) -> str:
         """What `numpy.loadtxt` is told besides the path."""
         told = "" if self.delimiter is None else f", delimiter={self.delimiter!r}"
-        return told + (f", skiprows={self.skip}" if self.skip else "")
+        told += f", skiprows={self.skip}" if self.skip else ""
+        return told + (", encoding='utf-8-sig'" if self.marked else "")
 
     def columns(self) -> str:
         """The option that names the columns of an array, where their number does not; "" where it does."""
@@ -70,7 +73,9 @@ def text_layout(path: Path) -> TextLayout | None:
         return None
     wrong = [k for k, line in enumerate(lines) if line in body and not _numbers(line, delimiter, width)]
     skip = wrong[-1] + 1 if wrong else 0
-    return TextLayout(delimiter, skip, _names(lines[:skip], delimiter, width), width)
+    with path.open("rb") as file:
+        marked = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    return TextLayout(delimiter, skip, _names(lines[:skip], delimiter, width), width, marked)
 
 
 def _numbers(line: str, delimiter: str | None, width: int) -> bool:
