@@ -16,7 +16,7 @@ from geo_pretrain import loading
 from geo_pretrain.backbones.architectures import Arch, encoder_arch, unet_arch
 from geo_pretrain.backbones.build import build, build_encoder
 from geo_pretrain.backbones.resnet_unet import UNetDecoder
-from geo_pretrain.backbones.timm_encoder import TimmEncoder, TimmUNet, timm_stages
+from geo_pretrain.backbones.timm_encoder import TimmDepthUNet, TimmEncoder, TimmUNet, timm_stages
 from geo_pretrain.backbones.timm_names import fitted, timm_contract
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint
 from geo_pretrain.errors import CheckpointError, InputError, UnknownName, WeightsMismatch
@@ -159,13 +159,35 @@ def test_sides_that_a_network_cannot_take_are_told(name: str, size: tuple[int, i
         network(torch.zeros(1, 3, 4 * multiple, 5 * multiple))
 
 
-def test_other_faults_of_a_network_stay_what_they_are(unet: TimmUNet, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("size", [(240, 320), (66, 98)])
+def test_the_depth_network_has_the_images_own_size(size: tuple[int, int]):
+    network = TimmDepthUNet(**encoder_arch("timm/test_convnext2").args).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(1, 3, *size)).shape == (1, 16, *size)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["DataLoader worker (pid 5) is killed by signal: Killed.", "can't allocate memory", "Connection closed by peer"],
+)
+@pytest.mark.parametrize("size", [(240, 320), (256, 320)])
+def test_other_faults_of_a_network_stay_what_they_are(text: str, size, unet: TimmUNet, monkeypatch: pytest.MonkeyPatch):
     def broken(x: Tensor) -> Tensor:
-        raise RuntimeError("no kernel")
+        raise RuntimeError(text)
 
     monkeypatch.setattr(unet.encoder.model, "forward", broken)
-    with pytest.raises(RuntimeError, match="no kernel"):
-        unet(torch.zeros(1, 3, 128, 160))
+    with pytest.raises(RuntimeError) as caught:
+        unet(torch.zeros(1, 3, *size))
+    assert str(caught.value) == text
+
+
+def test_a_network_that_no_such_size_fits_gets_no_wrong_advice(unet: TimmUNet, monkeypatch: pytest.MonkeyPatch):
+    def broken(x: Tensor) -> Tensor:
+        raise AssertionError
+
+    monkeypatch.setattr(unet.encoder.model, "forward", broken)
+    with pytest.raises(InputError, match=r"cannot take images of 256 x 320 .*Other sizes, or another encoder, may do"):
+        unet(torch.zeros(1, 3, 256, 320))
 
 
 # --- the checkpoint folder

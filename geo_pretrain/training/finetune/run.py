@@ -136,9 +136,7 @@ def open_splits(
         raise DataError(f"Classes of the training images {train.classes} are not those to measure on {val.classes}.")
     if shared := shared_images([train, val]):
         names = some((path.name for path in shared), 5)
-        raise DataError(
-            f"{len(shared)} images are in train and in val: {names}. Train on none that is measured."
-        )
+        raise DataError(f"{len(shared)} images are in train and in val: {names}. Train on none that is measured.")
     total = len(train.ids())
     if not total or not val.ids():
         raise DataError(f"Source {spec.source!r}: {total} training and {len(val.ids())} validation images.")

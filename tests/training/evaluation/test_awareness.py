@@ -28,6 +28,7 @@ from geo_pretrain.errors import (
 from geo_pretrain.geometry import backproject, transform
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
+from geo_pretrain.training.evaluation.awareness import memory
 from geo_pretrain.training.evaluation.awareness import run as running
 from geo_pretrain.training.evaluation.awareness.images import ImageMeasures, InputMaps
 from geo_pretrain.training.evaluation.awareness.linear import (
@@ -274,6 +275,13 @@ def test_memory_is_made_once_for_the_same_facts_and_anew_for_others_or_damage(tm
     remember(tmp_path / "m", ["a", "b"], made, 2, {"network": "y"})
     assert calls == [0, 1] * 3
     assert (tmp_path / "m" / "mine.txt").read_text() == "stays"
+
+
+def test_what_is_kept_is_read_without_a_lock_which_not_everybody_may_write(tmp_path, monkeypatch):
+    maps = [torch.ones(1, 2)]
+    remember(tmp_path / "m", ["a"], lambda _: maps, 2, {"network": "x"})
+    monkeypatch.setattr(memory, "locked", lambda *_, **__: pytest.fail("a lock was written"))
+    assert remember(tmp_path / "m", ["a"], lambda _: pytest.fail("made anew"), 2, {"network": "x"}).read(1, 0).all()
 
 
 def test_two_that_remember_in_one_folder_read_what_is_theirs(tmp_path):

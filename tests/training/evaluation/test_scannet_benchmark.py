@@ -37,6 +37,8 @@ def test_instances_are_masks_with_class_and_confidence(tmp_path):
             assert np.array_equal(np.loadtxt(tmp_path / name, dtype=np.int64) != 0, found.masks[k])
             assert int(label) == VALID[found.classes[k] - 1]
             assert float(confidence) == pytest.approx(found.scores[k], abs=1e-6)
+    write_scannet_instances(tmp_path, "scene0707", found)  # whose name the other's begins with
+    assert all((tmp_path / line.split(" ")[0]).is_file() for line in lines)
     none = PointInstances(np.zeros((0, 90), bool), np.zeros(0, int), np.zeros(0, np.float32))
     assert write_scannet_instances(tmp_path, "scene0708_00", none).read_text() == ""
     with pytest.raises(DataError, match="takes instances of classes 3 to 20"):

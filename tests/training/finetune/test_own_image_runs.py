@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -26,7 +27,7 @@ from geo_pretrain.training.finetune.written import Place, write_prediction
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe, with_length
 from geo_pretrain.training.licenses import finetuned_license
 from tests.front_door import geo_pretrain
-from tests.training.data.labelled.test_own_images import boxes_json, write_image, write_label
+from tests.training.data.labelled.test_own_images import boxes_json, write_flat, write_image, write_label
 from tests.zoo import write_tiny
 
 IDS = np.array([[0, 0, 1, 2], [7, 255, 1, 2]]).repeat(24, 0).repeat(16, 1)  # [48, 64]
@@ -105,6 +106,45 @@ def test_a_folder_of_images_is_predicted_in_batches_as_one_by_one(run, tmp_path)
     assert "nowhere' does not exist; accepted: images (.png" in missing.errors
 
 
+def test_a_prediction_below_its_images_is_no_input_of_the_next_and_leaves_nothing_of_the_one_before(run, tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        write_image(tmp_path / "new" / name)
+    words = ["predict", run, tmp_path / "new", "-o", tmp_path / "new" / "out"]
+    geo_pretrain(*words)
+    kept = {path.name for path in (tmp_path / "new" / "out").iterdir()}
+    (tmp_path / "new" / "out" / "detections.json").write_text("of an earlier run")
+    (tmp_path / "new" / "out" / "mine.txt").write_text("stays")
+    (tmp_path / "new" / "b.jpg").unlink()
+    geo_pretrain(*words)
+    index = json.loads((tmp_path / "new" / "out" / "predictions.json").read_text())
+    assert [item["name"] for item in index["items"]] == ["a"]
+    left = {path.name for path in (tmp_path / "new" / "out").iterdir()}
+    assert left == {name for name in kept if not name.startswith("b.")} | {"mine.txt"}
+
+
+@pytest.mark.parametrize("names", [("x.png", "x.labels.png"), ("legend.png",)])
+def test_names_that_other_files_of_a_prediction_have_are_refused(run, tmp_path, names):
+    for name in names:
+        write_image(tmp_path / "new" / name)
+    said = geo_pretrain("predict", run, tmp_path / "new", "-o", tmp_path / "out", expected=1).errors
+    assert f"Files of '{names[-1].removesuffix('.png')}' would have names of others of this prediction" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_may_have_any_character(run, tmp_path):
+    own = shutil.copytree(run.parent / "data", tmp_path / "\N{GRINNING FACE} [1] 100%")
+    words = ["--data", f"folder:{own}", "--steps", 1, "--set", "network.width=8", "--out", tmp_path / "out"]
+    geo_pretrain("finetune", "folder_unet", "-b", "scratch", "--set", "network.encoder=resnet18", *words, *SMALL)
+
+
+def test_an_image_in_both_splits_is_refused(tmp_path):
+    write_flat(tmp_path, count=3)
+    (tmp_path / "train.txt").write_text("0\n1\n")
+    (tmp_path / "val.txt").write_text("1\n2\n")
+    words = ["finetune", "folder_unet", "-b", "scratch", "--data", f"folder:{tmp_path}", "--out", tmp_path / "out"]
+    assert "1 images are in train and in val: 1.jpg" in geo_pretrain(*words, *SMALL, expected=1).errors
+
+
 def test_what_cannot_be_predicted_on_is_told_before_the_network_is_loaded_and_nothing_is_made(
     run, tmp_path, monkeypatch
 ):
@@ -168,9 +208,12 @@ def test_a_library_that_training_needs_is_told_before_data_and_backbone_are_read
 
 
 def test_masks_of_ones_own_categories_are_trained_and_found(tmp_path, monkeypatch):
+    boxes = boxes_json(2)
+    for part in (*boxes["images"], *boxes["annotations"]):  # ids that are no count from 1
+        part |= {key: part[key] + 40 for key in part.keys() & {"image_id"} | ({"id"} if "file_name" in part else set())}
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)
-        (tmp_path / "data" / split / "annotations.json").write_text(json.dumps(boxes_json(2)))
+        (tmp_path / "data" / split / "annotations.json").write_text(json.dumps(boxes))
         for number in range(2):
             write_image(tmp_path / "data" / split / f"{number}.jpg", number)
     network = ["network.encoder=resnet18", "network.options.width=8", "network.options.roi_batch=4"]
@@ -181,6 +224,17 @@ def test_masks_of_ones_own_categories_are_trained_and_found(tmp_path, monkeypatc
     geo_pretrain("predict", str(tmp_path / "out"), str(tmp_path / "data" / "val"), "-o", str(tmp_path / "answers"))
     found = json.loads((tmp_path / "answers" / "detections.json").read_text())
     assert [image["file_name"] for image in found["images"]] == ["0.jpg", "1.jpg"]
+    data = f"folder:{tmp_path / 'data'}"
+    geo_pretrain("predict", tmp_path / "out", "--data", data, "-o", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "detections.json").read_text())
+    truth = json.loads((tmp_path / "data" / "val" / "annotations.json").read_text())
+    for key in ("id", "file_name"):  # as the data's own annotations have them
+        assert [image[key] for image in again["images"]] == [image[key] for image in truth["images"]]
+    write_image(tmp_path / "thin.png")
+    Image.fromarray(np.zeros((1, 2000, 3), np.uint8)).save(tmp_path / "thin.png")
+    both = [tmp_path / "thin.png", tmp_path / "data" / "val"]
+    ended = geo_pretrain("predict", tmp_path / "out", *both, "-o", tmp_path / "two")
+    assert "nothing is left of it" in " ".join(ended.output.split())
     assert found["categories"] == [{"id": 3, "name": "pen"}, {"id": 90, "name": "mug"}]
     assert gp.load_backbone(tmp_path / "out").load_report.coverage == 1
     network, photo = gp.load_finetuned(tmp_path / "out"), Image.open(tmp_path / "data" / "val" / "0.jpg")

@@ -14,12 +14,12 @@ from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError, InputError, RecipeError, UnknownName
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D
-from geo_pretrain.training.data.labelled.clouds.files import CloudFields
+from geo_pretrain.training.data.labelled.clouds.files import CloudFields, array_columns
 from geo_pretrain.training.data.surfaces.ply import read_ply, write_ply
 from geo_pretrain.training.evaluation.coco import Detections
 from geo_pretrain.training.evaluation.predictions import CloudClass, Detections3D, PointInstances, PointLabels
 from geo_pretrain.training.finetune import predict as predicting
-from geo_pretrain.training.finetune.cloud_files import CloudFile
+from geo_pretrain.training.finetune.cloud_files import CloudFile, cloud_fields
 from geo_pretrain.training.finetune.load import load_finetuned
 from geo_pretrain.training.finetune.predict import predict
 from geo_pretrain.training.finetune.run import finetune
@@ -171,6 +171,14 @@ def test_arrays_with_colors_are_predicted_on_as_files_are(run, tmp_path):
         network.predict(cloud.points)
     with pytest.raises(BadFrame, match="color has 399 rows, the points have 400"):
         network.predict({"points": cloud.points, "colors": cloud.colors[1:]})
+
+
+def test_options_of_files_change_those_of_the_run():
+    recipe = load_finetune_recipe("clouds_srunet34", ["data.options={color: none, intensity_scale: 0.5, scale: 2}"])
+    found = cloud_fields(recipe, {"scale": 0.001})
+    assert (found.color, found.intensity_scale, found.scale) == ("none", 0.5, 0.001)
+    with pytest.raises(BadFrame, match="'z' twice"):
+        array_columns(Path("a.npy"), np.zeros((3, 4)), CloudFields(columns=("x", "y", "z", "z")))
 
 
 def test_own_clouds_of_a_data_set_come_back_in_their_files_frame(run, tmp_path):

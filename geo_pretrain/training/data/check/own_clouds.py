@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from geo_pretrain.errors import some
+from geo_pretrain.inputs import MAX_EXTENT
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.sparse.spacing import spacing_doubt
 from geo_pretrain.training.data.check.report import Finding, Level
@@ -36,6 +37,8 @@ class SeenClouds:
         self.points.append(len(points))
         self.widths.append(float(np.ptp(cloud.points, axis=0).max()))
         doubt = spacing_doubt(coords, len(points), VOXEL, "--set data.options.scale={}")
+        if self.widths[-1] > MAX_EXTENT:  # no network takes it
+            doubt = f"it spans {self.widths[-1]:.4g} m; accepted: meters, up to {MAX_EXTENT:g}. Another unit, or tiles?"
         if doubt is not None:
             self.doubts[cloud.id] = doubt
         self.brightest[cloud.id] = None if cloud.colors is None else int(cloud.colors.max(initial=0))

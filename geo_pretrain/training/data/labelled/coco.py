@@ -35,6 +35,7 @@ class Coco:
     """A split of a data set in COCO's format; ids are the image ids, and each image is a scene of its own."""
 
     name = "coco"
+    takes_boxes_alone = False  # objects without a mask
 
     def __init__(self, root: Path, split: str, config: CocoOptions | None = None, *, file: Path | None = None) -> None:
         """`file`: the annotations, where they are not where COCO has them."""
@@ -86,7 +87,7 @@ class Coco:
                 continue
             boxes.append(box)
             classes.append(self._class_of[annotation["category_id"]])
-            if annotation.get("segmentation") in (None, []):
+            if self.takes_boxes_alone and annotation.get("segmentation") in (None, []):
                 masks.append(_filled(box, width, height))
                 alone += 1
             else:

@@ -46,6 +46,7 @@ class OwnBoxes(Coco):
 
     name = "folder"
     counted = "objects"
+    takes_boxes_alone = True
 
     def __init__(self, root: Path, split: str, file: Path, options: OwnOptions) -> None:
         self.options = options

@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError
+from geo_pretrain.training.data.files import read_label_colors
+from geo_pretrain.training.data.labelled.export import coco_json
+from geo_pretrain.training.data.labelled.own_boxes import shared_images
 from geo_pretrain.training.data.labelled.own_classes import read_image_classes
 from geo_pretrain.training.data.labelled.registry import open_labelled
 from tests.labelled_layouts import chunk, png_bytes, random_image, save
@@ -226,11 +229,15 @@ def test_one_file_of_boxes_is_shared_out_or_divided_by_lists(tmp_path):
         write_image(tmp_path / "images" / f"{number}.jpg")
     parts = [opened(tmp_path, split, task="detection", val_share=0.25).ids() for split in ("train", "val")]
     assert ([len(part) for part in parts], sorted(parts[0] + parts[1])) == ([3, 1], list("0123"))
-    (tmp_path / "train.txt").write_text("0.jpg\n2\n")
+    (tmp_path / "train.txt").write_text("# mine\n0.jpg\nimages/2\n")
     (tmp_path / "val.txt").write_text("3\n")
-    assert [opened(tmp_path, split, task="detection").ids() for split in ("train", "val")] == [["0", "2"], ["3"]]
+    train, val = (opened(tmp_path, split, task="detection") for split in ("train", "val"))
+    assert (train.ids(), val.ids(), shared_images([train, val])) == (["0", "2"], ["3"], [])
+    (tmp_path / "val.txt").write_text("3\n2.jpg\n")
+    shared = shared_images([train, opened(tmp_path, "val", task="detection")])
+    assert [path.name for path in shared] == ["2.jpg"]
     (tmp_path / "val.txt").write_text("3\nnone\n")
-    with pytest.raises(DataError, match="1 of 2 are no images of the file"):
+    with pytest.raises(DataError, match="1 of 2 are no images of the file: none"):
         opened(tmp_path, "val", task="detection")
     twice = boxes_json(categories=[{"id": 3, "name": "pen"}, {"id": 90, "name": "pen"}])
     (tmp_path / "annotations.json").write_text(json.dumps(twice))
@@ -239,3 +246,42 @@ def test_one_file_of_boxes_is_shared_out_or_divided_by_lists(tmp_path):
     (tmp_path / "annotations.json").unlink()
     with pytest.raises(DataError, match=r"has no annotations of split 'train'.*options.annotations"):
         opened(tmp_path, task="detection")
+
+
+def test_boxes_alone_are_for_networks_without_masks(tmp_path):
+    objects = boxes_json()["annotations"]
+    objects[0].pop("segmentation")
+    objects[1]["segmentation"] = []
+    (tmp_path / "annotations.json").write_text(json.dumps(boxes_json(annotations=objects)))
+    for number in range(4):
+        write_image(tmp_path / "images" / f"{number}.jpg")
+    source = opened(tmp_path, task="detection", val_share=0.25)
+    found = {id: source.load(id).instances for id in source.ids()}
+    assert {id: one.boxes_alone for id, one in found.items()} == {id: int(id in "01") for id in found}
+    for one in found.values():
+        assert one.boxes.tolist() == [[2, 3, 7, 7]] * 2
+        assert one.masks.sum(axis=(1, 2)).tolist() == [20, 20]
+    with pytest.raises(BadFrame, match="1 of 2 objects have a box and no mask; boxes alone are for --set task=detect"):
+        coco_json(source, ["1" if "1" in found else "0"])
+    assert len(coco_json(source, rle=False)["annotations"]) == 6
+
+
+def test_images_that_differ_in_their_suffix_alone_are_refused_without_labels_too(tmp_path):
+    write_flat(tmp_path)
+    for suffix in ("jpg", "png"):
+        write_image(tmp_path / "test" / "images" / f"a.{suffix}")
+    with pytest.raises(DataError, match=r"a\.jpg and a\.png differ in their suffix alone"):
+        opened(tmp_path, "test")
+
+
+@pytest.mark.parametrize("id", [-100, 70_000])
+def test_ids_to_ignore_are_those_that_files_can_hold(tmp_path, id):
+    write_flat(tmp_path)
+    with pytest.raises(RecipeError, match=r"data\.options\.ignore.* from 0 to 65535"):
+        opened(tmp_path, ignore=[id])
+
+
+def test_labels_that_are_colors_have_8_bits(tmp_path):
+    write_label(tmp_path / "a.png", IDS, bits=16)
+    with pytest.raises(BadFrame, match="has 16 bits a pixel"):
+        read_label_colors(tmp_path / "a.png")

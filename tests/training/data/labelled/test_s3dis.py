@@ -253,12 +253,16 @@ def test_conversion_goes_on_where_it_stopped_and_counts_broken_rooms(raw, tmp_pa
     (out / "Area_2" / "office_1.ply").unlink()  # lost, of another size, and a line that a kill cut off
     with (out / "Area_4" / "office_1.ply").open("ab") as file:
         file.write(b"x")
+    lines = (out / INDEX).read_text().splitlines()
+    lines[1] = json.dumps({"item": json.loads(lines[1])["item"]})  # changed by somebody
+    (out / INDEX).write_text("\n".join([*lines, "[]"]) + "\n")
+    altered = {json.loads(lines[1])["item"]}
     with (out / INDEX).open("a") as file:
         file.write('{"item": "Area_5/off')
     (out / "Area_2" / ".office_1.ply.1-ab.part").write_bytes(b"begun")
     again = convert_data("s3dis", root, out)
     assert not list(out.rglob(".*.part"))
-    assert sorted(again.made) == [f"Area_{k}/office_1" for k in (2, 3, 4)]
+    assert set(again.made) == {f"Area_{k}/office_1" for k in (2, 3, 4)} | altered
     assert [*again.remarks] == ["Area_1/office_1"]  # as it was made by the first call
     assert "remarks on raw files: 1" in again.summary()
     assert len(convert_data("s3dis", root, out).present) == 6

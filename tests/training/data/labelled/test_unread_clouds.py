@@ -23,11 +23,12 @@ TEXTS = {  # text, and the option that names the columns of the array
 }
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("kind", TEXTS)
-def test_the_line_makes_a_file_that_is_read(kind, tmp_path):
+def test_the_line_makes_a_file_that_is_read(kind, encoding, tmp_path):
     text, columns = TEXTS[kind]
     path = tmp_path / "it's a scan.csv"
-    path.write_text(text)
+    path.write_text(text, encoding=encoding)
     hint = conversion([path])
     line, _, named = hint.removeprefix(" Columns of numbers: ").rstrip(".").partition(", with the option ")
     exec(line, {"numpy": np})
