@@ -78,8 +78,7 @@ def predict(
     Args:
         out: a new folder, or one that a prediction wrote; docs/own_images.md and downstream_3d.md list its files.
         data, path, split: a data set of `list_labelled` and its folder. It needs no labels.
-        options: of the data set; None: the recipe's, if it read the same. Of cloud files (`CloudFields`): changes of
-            the recipe's, if it read such.
+        options: of the data set; None: the recipe's, if it read the same. Of files (`CloudFields`): changes of these.
         files, limit: images, clouds as PLY, npy, npz, LAS, or folders of them; at most so many, evenly spaced.
         draw: clouds in the picture predictions.png and the first in predictions.html; 0: none.
         benchmark: also write files for a benchmark's server, a key of `BENCHMARKS`, into the folder `out`/benchmark.
