@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from geo_pretrain.errors import InputError
-from geo_pretrain.inputs import as_float, to_batch, to_features, to_image, to_points
+from geo_pretrain.inputs import as_float, check_extents, to_batch, to_features, to_image, to_points
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -258,9 +258,11 @@ class VoxelTransform:
         from geo_pretrain.sparse.coordinates import voxelize
 
         contract = self.contract
-        points = to_points(points)
+        points = to_points(points, together=batch is None)
         feats = _to_features(features, points, contract)
-        batch = None if batch is None else to_batch(batch, points)
+        if batch is not None:
+            batch = to_batch(batch, points)
+            check_extents(points, batch)
         if isinstance(contract.voxel_size, tuple):
             _warn_if_far(points, min(contract.voxel_size[0], contract.voxel_size[2]))
             cells = _cylinder(points) / points.new_tensor(contract.voxel_size)
@@ -346,7 +348,7 @@ def _resize(pixels: Tensor, contract: ImageContract) -> Tensor:
         rows, columns = _under_centers(height, contract.size[0]), _under_centers(width, contract.size[1])
         chosen = pixels.index_select(-2, torch.tensor(rows, device=pixels.device))
         return chosen.index_select(-1, torch.tensor(columns, device=pixels.device))
-    scaled = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
+    scaled = pixels if pixels.dtype == torch.float64 else as_float(pixels)
     batch = scaled if scaled.ndim == 4 else scaled[None]
     resized = F.interpolate(batch, size=contract.size, mode="bilinear", antialias=True)
     return resized if pixels.ndim == 4 else resized[0]

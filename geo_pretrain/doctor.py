@@ -145,7 +145,9 @@ def _cache() -> Iterator[Finding]:
     above = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(above).free
     text = f"{folder}, {free / 1e9:.1f} GB free"
-    if not os.access(above, os.W_OK):
+    if not above.is_dir():
+        yield Finding("cache", "wrong", f"{above} is a file: set {CACHE_VARIABLE} to a folder")
+    elif not os.access(above, os.W_OK):
         yield Finding("cache", "wrong", f"{text}, not writable: set {CACHE_VARIABLE} to another folder")
     elif free < ROOM:
         yield Finding("cache", "note", f"{text}: the largest checkpoints need {ROOM / 1e9:.0f} GB")

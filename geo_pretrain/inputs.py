@@ -357,13 +357,13 @@ def as_tensor(values: Any) -> Tensor:
     return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
 
 
-def to_points(points: Any, call: str = "encode_points") -> Tensor:
+def to_points(points: Any, call: str = "encode_points", *, together: bool = True) -> Tensor:
     """Convert points to a tensor [N, 3], finite and in meters; `InputError` for others.
 
     `call`: the function that was given them, for the line that mends it.
     """
     try:
-        return _to_points(points)
+        return _to_points(points, together)
     except InputError as error:
         if call == "encode_points":
             raise
@@ -372,7 +372,7 @@ def to_points(points: Any, call: str = "encode_points") -> Tensor:
         raise InputError(text.replace(", features=cloud[:, 3:]", "")) from None
 
 
-def _to_points(points: Any) -> Tensor:
+def _to_points(points: Any, together: bool) -> Tensor:
     given = points
     points = _numbers(points, "points", POINTS)
     if points.ndim != 2 or points.shape[1] != 3 or not points.is_floating_point() or not len(points):
@@ -385,12 +385,20 @@ def _to_points(points: Any) -> Tensor:
             f"Some points are not finite (NaN or infinity), {bad} of {len(points)}; accepted: finite numbers. Drop "
             "those rows: good = points.isfinite().all(1) (of arrays numpy.isfinite), points[good], features[good]."
         )
+    if together:
+        check_extents(points, None)
+    return points
+
+
+def check_extents(points: Tensor, batch: Tensor | None) -> None:
+    """Raise `InputError` where points, or those of one cloud of a batch, int [N], are farther apart than any scan's."""
+    clouds = [points] if batch is None else [points[batch == number] for number in batch.unique()]
+    extent = max(float((own.amax(dim=0) - own.amin(dim=0)).max()) for own in clouds)
     if extent > MAX_EXTENT:
         raise InputError(
             f"The points span {extent:.4g} m; accepted: meters, up to {MAX_EXTENT:g}. "
             "Millimeters need dividing by 1000: points / 1000."
         )
-    return points
 
 
 def _points_line(given: Any, points: Tensor) -> str:

@@ -48,6 +48,11 @@ def folder_fault(path: Path) -> str | None:
     return _place_fault(path)
 
 
+def named(path: Path) -> Path:
+    """The path with a name, beside which a run keeps its state: that of "." is absolute."""
+    return path if path.name not in ("", "..") else path.resolve()
+
+
 def missing_folder(path: Path) -> Path | None:
     """The folder that has to be made above a result; None if it is there."""
     above = path.expanduser().absolute().parent

@@ -12,7 +12,7 @@ import typer
 
 from geo_pretrain import cli
 from geo_pretrain.cli.options import checked_target
-from geo_pretrain.targets import MATCHES, file_fault, folder_fault
+from geo_pretrain.targets import MATCHES, file_fault, folder_fault, named
 from tests.front_door import geo_pretrain
 from tests.zoo import write_tiny
 
@@ -68,6 +68,13 @@ def test_faults_name_the_nearest(tmp_path: Path):
     assert folder_fault(tmp_path) is folder_fault(tmp_path / "new") is folder_fault(tmp_path / "new" / "run") is None
     assert "nor the one above it" in str(folder_fault(tmp_path / "a" / "b" / "run"))
     assert folder_fault(tmp_path / "view.rooms") is None
+
+
+def test_the_folder_where_one_is_has_a_name(tmp_path, monkeypatch):
+    """Beside which a run keeps its state."""
+    monkeypatch.chdir(tmp_path)
+    assert named(Path()) == named(Path("a/..")) == tmp_path
+    assert named(Path("a")) == Path("a")
     assert str(folder_fault(tmp_path / "out.PNG")).endswith("several files; accepted: a folder's name, such as out.")
     (tmp_path / "file").touch()
     assert "is a file; accepted: a new folder" in str(folder_fault(tmp_path / "file"))

@@ -66,6 +66,23 @@ def test_bilinear_stays_within_the_colors_of_the_image():
     assert float(value.mean()) == pytest.approx(PIXELS.mean() / 255, abs=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_bilinear_takes_floats_of_any_width(dtype):
+    contract = ImageContract(size=(32, 40), interpolation="bilinear")
+    image = torch.rand(3, 50, 60, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.allclose(contract.transforms()(image).float(), contract.transforms()(image.float()), atol=1e-6)
+
+
+def test_the_extent_of_a_batch_is_that_of_each_cloud():
+    voxelize, points = VoxelContract(0.05).transforms(), torch.rand(200, 3, dtype=torch.float64)
+    apart = torch.cat([points[:100], points[100:] + 5000])
+    batch = torch.arange(200) // 100
+    assert len(voxelize(apart, batch=batch).coords)
+    for given in ({}, {"batch": batch.flip(0) * 0}):
+        with pytest.raises(ValueError, match="The points span 500"):
+            voxelize(apart, **given)
+
+
 def test_gray_palette_and_alpha_pictures_become_rgb():
     for mode in ("L", "P", "RGBA", "1"):
         assert CONTRACT.transforms()(Image.fromarray(PIXELS).convert(mode)).shape == (3, 32, 40)

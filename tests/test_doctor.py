@@ -44,6 +44,15 @@ def test_every_extra_for_users_is_looked_for():
     assert set(doctor.EXTRAS.values()) <= set(extras)
 
 
+def test_a_cache_that_is_a_file_is_wrong(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path / place))
+        first = next(doctor._cache())
+        assert first.state == "wrong"
+        assert f"{tmp_path / 'file'} is a file" in first.text
+
+
 def test_what_is_broken_is_named_and_hosts_are_asked(monkeypatch, cache):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("safetensors", "timm") else "1")

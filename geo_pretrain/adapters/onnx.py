@@ -10,7 +10,8 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,18 @@ class WithNormalization(nn.Module):
         return (*outputs, outputs[0].argmax(1) + 1) if self.classes else outputs
 
 
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """A network in evaluation mode, each part in its own mode again afterwards."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def export_onnx(
     network: nn.Module,
     contract: ImageContract,
@@ -90,7 +103,7 @@ def export_onnx(
     """
     runtime, onnx = require("onnxruntime", "onnx"), require("onnx", "onnx")
     require("onnxscript", "onnx")
-    wrapped = WithNormalization(network, contract, names=names, classes=bool(classes)).eval()
+    wrapped = WithNormalization(network, contract, names=names, classes=bool(classes))
     metadata = {
         "channels": ", ".join(contract.channels),
         "range": "0 to 1; the file normalizes by mean and standard deviation",
@@ -99,17 +112,18 @@ def export_onnx(
         **({"classes": json.dumps(list(classes))} if classes else {}),
         **facts,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / "network.onnx"
-        _write(wrapped, part, len(contract.channels), names, multiple)
-        model = onnx.load(part)
-        for key, value in metadata.items():
-            entry = model.metadata_props.add()
-            entry.key, entry.value = key, value
-        data = model.SerializeToString()
-    sizes = tuple(dict.fromkeys((b, _up(h, multiple), _up(w, multiple)) for b, h, w in SIZES))
-    session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    errors = _differences(wrapped, session, sizes, len(contract.channels), names)
+    with _evaluating(wrapped):
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / "network.onnx"
+            _write(wrapped, part, len(contract.channels), names, multiple)
+            model = onnx.load(part)
+            for key, value in metadata.items():
+                entry = model.metadata_props.add()
+                entry.key, entry.value = key, value
+            data = model.SerializeToString()
+        sizes = tuple(dict.fromkeys((b, _up(h, multiple), _up(w, multiple)) for b, h, w in SIZES))
+        session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        errors = _differences(wrapped, session, sizes, len(contract.channels), names)
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     if wrong:
         raise CheckpointError(

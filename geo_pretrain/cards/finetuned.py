@@ -7,7 +7,7 @@ from typing import Any
 
 from geo_pretrain.cards import sections
 from geo_pretrain.cards.front_matter import front_matter
-from geo_pretrain.cards.markdown import bullets, join, table, tree
+from geo_pretrain.cards.markdown import bullets, join, plain, table, tree
 from geo_pretrain.catalog.entry import Arch, License
 from geo_pretrain.checkpoint import FINETUNED, StoredFile
 from geo_pretrain.contract import ImageContract, VoxelContract
@@ -63,7 +63,7 @@ def render_finetuned(
     return join(
         front_matter(name, arch, license, method=None),
         f"# {name}",
-        f"A network for {'images' if images else 'point clouds'} that {does}: {', '.join(map(str, classes))}.",
+        f"A network for {'images' if images else 'point clouds'} that {does}: {', '.join(map(plain, classes))}.",
         table(("what", "value"), rows),
         "## Use",
         f"```bash\ngeo-pretrain predict {source} {files_of} -o answers\n```",
@@ -93,6 +93,6 @@ def _measured(facts: Mapping[str, Any]) -> list[str]:
     parts = ["## Measured", "On validation data, at the end of the run.", table(("score", "value"), scores)]
     if last["per_class"]:
         what, values = next(iter(last["per_class"].items()))
-        rows = [(str(name), "absent" if v is None else f"{100 * v:.1f} %") for name, v in values.items()]
+        rows = [(plain(name), "absent" if v is None else f"{100 * v:.1f} %") for name, v in values.items()]
         parts.append(table(("class", what), rows))
     return parts

@@ -47,15 +47,15 @@ def tree(data: Mapping[str, Any], indent: str = "") -> str:
     for key, value in data.items():
         if isinstance(value, Mapping):
             inner = tree(value, indent + "  ")
-            lines += [f"{indent}- {_plain(key)}:", inner] if inner else []
+            lines += [f"{indent}- {plain(key)}:", inner] if inner else []
             continue
         items = list(value) if isinstance(value, list | tuple) else [value]
-        text = ", ".join(_plain(item) for item in items if item is not None and item != "")
-        lines += [f"{indent}- {_plain(key)}: {text}"] if text else []
+        text = ", ".join(plain(item) for item in items if item is not None and item != "")
+        lines += [f"{indent}- {plain(key)}: {text}"] if text else []
     return "\n".join(lines)
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
     """Escape Markdown and put the text on one line: some texts come from other people's files."""
     return re.sub(r"([\\`*<\[\]])", r"\\\1", " ".join(str(value).split()))
 

@@ -13,7 +13,7 @@ import typer
 
 from geo_pretrain.cli.shared import console, escape
 from geo_pretrain.errors import first_line
-from geo_pretrain.targets import file_fault, folder_fault, missing_folder
+from geo_pretrain.targets import file_fault, folder_fault, missing_folder, named
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import SkippedFrames
@@ -150,7 +150,7 @@ def checked_folder(context: typer.Context, path: Path | None) -> Path | None:
     """The callback of a folder to write."""
     if path is not None:
         context.call_on_close(checked_target(path, folder_fault(path)))
-    return path
+    return None if path is None else named(path)
 
 
 def device_option(help: str) -> Any:

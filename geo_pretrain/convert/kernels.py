@@ -26,12 +26,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from geo_pretrain.convert.keys import State
+from geo_pretrain.errors import some
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Columns = Literal["zyx", "xyz"]
 HYBRID_KEYS = re.compile(r"block\d\.\d+\.conv[12]\.kernel")  # kernels of the residual blocks of PointContrast and CSC
+PREFIXED = re.compile(rf".+\.{HYBRID_KEYS.pattern}")
 
 
 # --- MinkowskiEngine 0.3 and 0.4 ---
@@ -62,6 +64,8 @@ def to_me04(state: State) -> dict[str, Tensor]:
 
 def _reorder_blocks(state: State, permutation: list[int]) -> dict[str, Tensor]:
     reordered = dict(state)
+    if prefixed := [key for key in state if PREFIXED.fullmatch(key)]:  # they would stay as they are, without a word
+        raise ValueError(f"{some(map(repr, prefixed))} have a prefix; accepted: keys such as 'block1.0.conv1.kernel'.")
     for key in filter(HYBRID_KEYS.fullmatch, state):
         if state[key].ndim != 3 or len(state[key]) != 27:
             raise ValueError(f"{key!r} is {list(state[key].shape)}; accepted: [27, Cin, Cout].")

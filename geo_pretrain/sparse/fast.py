@@ -139,7 +139,8 @@ def _run_tiles(name: str, job: tuple[int, ...], size: int) -> None:
 
 def _run_with_memory(name: str, job: tuple[int, ...], size: int, *others: int) -> None:
     """Run a task with `size` numbers of 32 bits for each thread, which takes its part by a counter."""
-    memory, counter = torch.empty(torch.get_num_threads() * size, dtype=torch.int32), np.zeros(1, np.int64)
+    memory = torch.empty(torch.get_num_threads() * size, dtype=torch.int32, device="cpu")
+    counter = np.zeros(1, np.int64)
     run(name, *job, memory.data_ptr(), counter.ctypes.data, *others)
 
 
@@ -200,7 +201,8 @@ def _memory(name: str, shape: torch.Size) -> Tensor:
     """Memory for a kernel [K, Cin, Cout] in another layout, which all layers of a thread share under this name."""
     size = shape.numel()
     if not hasattr(_scratch, name) or getattr(_scratch, name).numel() < size:
-        setattr(_scratch, name, torch.empty(size))
+        with torch.inference_mode(False):  # the next call may be in another mode, dtype or device than this one
+            setattr(_scratch, name, torch.empty(size, dtype=torch.float32, device="cpu"))
     memory: Tensor = getattr(_scratch, name)[:size]
     return memory.view(shape)
 

@@ -198,15 +198,16 @@ def interpolate(x: SparseTensor, points: Tensor) -> Tensor:
     """
     _check_places("points", points, "floating point")
     cell = torch.floor(points[:, 1:] / x.stride) * x.stride
-    fraction = ((points[:, 1:] - cell) / x.stride).to(x.sorted_feats.dtype)
+    dtype = accumulator(x.sorted_feats.dtype)
+    fraction = ((points[:, 1:] - cell) / x.stride).to(dtype)
     base = torch.cat([points[:, :1], cell], dim=1).to(torch.int32)
-    result = x.sorted_feats.new_zeros(len(points), x.sorted_feats.shape[1])
+    result = x.sorted_feats.new_zeros(len(points), x.sorted_feats.shape[1], dtype=dtype)
     for corner in product((0, 1), (0, 1), (0, 1)):
         found = x.coordinate_map.index.find(base, corner).long()
         near = fraction.new_tensor(corner)
         weight = (near * fraction + (1 - near) * (1 - fraction)).prod(dim=1) * (found >= 0)
         result = result + x.sorted_feats[found.clamp(min=0)] * weight[:, None]
-    return result
+    return result.to(x.sorted_feats.dtype)
 
 
 def point_rows(x: SparseTensor, coords: Tensor) -> Tensor:

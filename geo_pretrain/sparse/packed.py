@@ -57,10 +57,10 @@ def _pack(kernel: Tensor) -> Tensor:
     offsets, width, columns = kernel.shape
     if width % (2 * LANES) == columns % LANES == 0 and low.mT.is_contiguous():
         # Of a transposed view pairs of rows lie beside each other: they are transposed as numbers of 32 bits.
-        target = torch.empty(offsets, width // 2, columns, dtype=torch.int32)
+        target = torch.empty(offsets, width // 2, columns, dtype=torch.int32, device="cpu")
         run("transpose", low.data_ptr(), target.data_ptr(), offsets, columns, width // 2)
         return target
     low = torch.nn.functional.pad(low, (0, -columns % LANES, 0, width % 2)).contiguous()
-    target = torch.empty(offsets, low.shape[1] // 2, low.shape[2], dtype=torch.int32)
+    target = torch.empty(offsets, low.shape[1] // 2, low.shape[2], dtype=torch.int32, device="cpu")
     run("pair_rows", low.data_ptr(), target.data_ptr(), offsets * target.shape[1], target.shape[2])
     return target

@@ -39,7 +39,10 @@ class Halved(nn.Module):
 def test_a_file_normalizes_takes_any_size_and_gives_labels_from_1(tmp_path, monkeypatch):
     network, path = Halved().eval(), tmp_path / "x.onnx"
     given = {"names": ("logits", "labels"), "classes": tuple("abcd"), "facts": {"license": "MIT"}}
+    network.train().conv.eval()  # in the midst of training, with a part that is frozen
     report = export_onnx(network, CONTRACT, path, **given)
+    assert (network.training, network.conv.training) == (True, False)
+    network.eval()
     assert report.worst < 1e-5
     assert list(report.outputs) == ["logits", "labels"]
     stored = {entry.key: entry.value for entry in onnx.load(path).metadata_props}

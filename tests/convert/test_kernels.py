@@ -287,6 +287,10 @@ def test_meta_tensors_are_enough():
     "call, message",
     [
         (lambda: kernels.from_me04({BLOCK: torch.ones(8, 2, 3)}), r"'block3.1.conv2.kernel' is \[8, 2, 3\]; accepted"),
+        (
+            lambda: kernels.to_me04({f"module.{BLOCK}": torch.ones(27, 2, 3)}),
+            r"'module\.block3.* have a prefix; accepted",
+        ),
         (lambda: kernels.to_spconv({"a.kernel": torch.ones(9, 2, 3)}), r"kernel is \[9, 2, 3\]; accepted: \[K\*K\*K"),
         (lambda: kernels.from_spconv({"a.weight": torch.ones(3, 3, 2, 3, 4)}), r"accepted: \[Cout, K, K, K, Cin\]"),
         (lambda: kernels.kernel_from_spconv(torch.ones(27, 2, 3)), r"weight is \[27, 2, 3\]; accepted"),

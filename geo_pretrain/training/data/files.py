@@ -267,7 +267,7 @@ def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:
         size = path.stat().st_size
         if size > MATRIX_BYTES:
             raise BadFrame(path, f"has {size} bytes; a matrix of {rows}x{columns} numbers is accepted")
-        values = [float(word) for word in path.read_text(encoding="utf-8").split()]
+        values = [float(word) for word in path.read_text(encoding="utf-8-sig").split()]
     if len(values) != rows * columns:
         raise BadFrame(path, f"{len(values)} numbers, expected {rows}x{columns}")
     return np.array(values, dtype=np.float64).reshape(rows, columns)
@@ -302,7 +302,8 @@ def read_numbers(path: Path, counts: Sequence[int], what: str) -> np.ndarray:
         size = path.stat().st_size
         if size > MATRIX_BYTES:
             raise BadFrame(path, f"has {size} bytes; accepted is {what}")
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+        text = path.read_text(encoding="utf-8-sig")
+        lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
         values = [float(word) for word in " ".join(lines).replace(",", " ").split()]
     if len(values) not in counts:
         raise BadFrame(path, f"{len(values)} numbers; accepted is {what}")
@@ -418,7 +419,9 @@ def files_fingerprint(root: Path, paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         stat = path.stat()
-        digest.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(
+            f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape")
+        )
     return digest.hexdigest()
 
 
@@ -445,7 +448,8 @@ def sampled_digest(root: Path, paths: Iterable[Path]) -> str:
     count = min(SAMPLED, len(found))
     digest = hashlib.sha256()
     for path in (found[number * len(found) // count] for number in range(count)):
-        digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+        name = f"{path.relative_to(root)}\0".encode(errors="surrogateescape")
+        digest.update(name + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 

@@ -71,7 +71,15 @@ def open_own_clouds(spec: DataSpec) -> OwnClouds:
     if not files:
         what = f"has no {', '.join(CLOUD_SUFFIXES)} file" if root.is_dir() else "is neither a file nor a folder"
         raise DataError(f"{str(root)!r} {what}.")
-    return OwnClouds({path.relative_to(root).with_suffix("").as_posix(): path for path in files}, options)
+    named: dict[str, Path] = {}
+    for path in files:
+        name = path.relative_to(root).with_suffix("").as_posix()
+        if name in named:
+            raise DataError(
+                f"{str(path.parent)!r}: {named[name].name} and {path.name} are one cloud; keep one of them."
+            )
+        named[name] = path
+    return OwnClouds(named, options)
 
 
 def point_contract(opened: Opened) -> VoxelContract:

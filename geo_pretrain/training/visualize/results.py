@@ -140,7 +140,7 @@ def with_objects(
 
 
 def _resized_ids(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.array(Image.fromarray(ids.astype(np.uint8)).resize(size, Image.Resampling.NEAREST), np.int16)
+    return np.array(Image.fromarray(ids.astype(np.int32)).resize(size, Image.Resampling.NEAREST), np.int16)
 
 
 def _match_panel(matches: Matches, threshold: float) -> Image.Image:

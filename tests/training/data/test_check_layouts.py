@@ -9,6 +9,7 @@ import pytest
 
 from geo_pretrain.training.data.check.report import Level
 from geo_pretrain.training.data.check.source import quick_check, stop_if_wrong
+from geo_pretrain.training.data.shard_files import write_shards
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import DataSpec
 from tests.dataset_layouts import ALL_LAYOUTS, NAMES
@@ -59,3 +60,12 @@ def test_sparse_depth_tells_as_much_as_dense_depth(tmp_path):
     wrong = checked("kitti", ALL_LAYOUTS["kitti"](tmp_path / "wrong", frames, WRONG["inverted"]))
     assert wrong.options == {"pose_convention": "world_to_camera"}
     assert wrong.fits.best.agreement > 0.5 > 0.2 > wrong.fits.as_read.agreement
+
+
+def test_the_unit_that_shards_state_is_the_one_that_is_mended(frames, tmp_path):
+    """Frames in millimeters, written as if 5000 were a meter: the option overrules what each frame says."""
+    spec = DataSpec(source="folder", path=str(ALL_LAYOUTS["folder"](tmp_path / "plain", frames, RIGHT)))
+    write_shards(open_source(replace(spec, options={"depth_scale": 5000})), tmp_path / "shards")
+    report = checked("shards", tmp_path / "shards")
+    assert report.options == {"depth_scale": 1000.0}
+    assert checked("shards", tmp_path / "shards", **report.options).level == Level.OK

@@ -147,9 +147,12 @@ def of_scale(source: Source, fits: Fits | None, frames: Sequence[Frame]) -> Find
     numbers = {"factor": best.scale}
     if best.scale == 1.0:
         return Finding(topic, Level.OK, f"depth and poses have one unit ({_shown(best)})", numbers=numbers)
-    now = _in_force(source)
+    now = _in_force(source, frames)
     if poses_are_off(best, frames):
         key, wanted = "pose_scale", now["pose_scale"] * best.scale
+    elif now["depth_scale"] is None:
+        text = f"a factor of {best.scale:.3g} fits better ({_shown(best)}); scenes state different depth scales"
+        return Finding(topic, Level.DOUBTFUL, f"{text}: one of these is wrong", numbers=numbers)
     else:
         key, wanted = "depth_scale", now["depth_scale"] / best.scale
     nearest = min(SCALES, key=lambda scale: abs(np.log(scale / wanted)))
@@ -287,13 +290,20 @@ def _sharpness(color: np.ndarray) -> float:
     return float(laplacian.std() / inner.std()) if inner.std() > 0 else 0.0
 
 
-def _in_force(source: Source) -> dict[str, Any]:
-    """Conventions by which a source reads its files; those of frames in memory are ours."""
+def _in_force(source: Source, frames: Sequence[Frame] = ()) -> dict[str, Any]:
+    """Conventions by which a source reads its files; those of frames in memory are ours.
+
+    Where files state their depth scale, it is that of the scenes of `frames`; None: these differ.
+    """
     while hasattr(source, "source"):
         source = source.source
     stated = getattr(source, "conventions", None)
     defaults = {"depth_scale": 1000.0, "pose_convention": "camera_to_world", "camera_axes": "opencv", "pose_scale": 1.0}
-    return {**defaults, "registered": None, **({} if stated is None else vars(stated))}
+    found = {**defaults, "registered": None, **({} if stated is None else vars(stated))}
+    if frames and hasattr(source, "depth_scale"):
+        scales = {source.depth_scale(scene) for scene in {frame.scene for frame in frames}}
+        found["depth_scale"] = scales.pop() if len(scales) == 1 else None
+    return found
 
 
 def _is_raw(source: Source) -> bool:

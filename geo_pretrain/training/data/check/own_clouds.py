@@ -37,7 +37,7 @@ class SeenClouds:
         self.points.append(len(points))
         self.widths.append(float(np.ptp(cloud.points, axis=0).max()))
         doubt = spacing_doubt(coords, len(points), VOXEL, "--set data.options.scale={}")
-        if self.widths[-1] > MAX_EXTENT:  # no network takes it
+        if doubt is None and self.widths[-1] > MAX_EXTENT:  # no network takes it
             doubt = f"it spans {self.widths[-1]:.4g} m; accepted: meters, up to {MAX_EXTENT:g}. Another unit, or tiles?"
         if doubt is not None:
             self.doubts[cloud.id] = doubt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -82,4 +83,4 @@ class Report:
 def _shell(value: object) -> str:
     """A value as YAML on a command line."""
     text = json.dumps(value) if not isinstance(value, str) else value
-    return f"'{text}'" if any(character in text for character in " []{}") else text
+    return shlex.quote(text)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from geo_pretrain.training.data.sources.recording import (
     existing_folder,
     folders_with,
     images_in,
+    places_above,
     pose_of_words,
     read_listing,
     scene_name,
@@ -64,8 +66,7 @@ def _recording(root: Path, folder: Path) -> Recording:
 
 def camera_beside(folder: Path, root: Path) -> tuple[Camera | BadFrame, list[Path]]:
     """The camera of a recording and its file, which stands in its folder or in one above, up to `root`."""
-    places = [folder, *(parent for parent in folder.parents if parent == root or root in parent.parents)]
-    for path in (place / name for place in places for name in INTRINSICS):
+    for path in (place / name for place in places_above(folder, root) for name in INTRINSICS):
         if path.is_file():
             try:
                 return read_camera(path), [path]
@@ -86,4 +87,26 @@ def _poses(folder: Path, names: list[str]) -> tuple[list[np.ndarray | Path | Bad
         return [bad] * len(names), [listing]
     if len(rows) != len(names):
         return [BadFrame(listing, f"{len(rows)} poses for {len(names)} images in color/")] * len(names), [listing]
-    return [pose_of_words(words, f"{listing}:{number}") for number, words in rows], [listing]
+    poses: list[Any] = [pose_of_words(words, f"{listing}:{number}") for number, words in rows]
+    named = [_name(words) for _, words in rows]
+    if set(named) == set(names):
+        of: dict[str | None, Any] = dict(zip(named, poses, strict=True))
+        return [of[name] for name in names], [listing]
+    if wrong := [name for name in named if name and not _is_number(name) and name not in names]:
+        return [BadFrame(listing, f"{wrong[0]!r} is no image in color/")] * len(names), [listing]
+    return poses, [listing]  # numbers and times are not looked at: they may count anything
+
+
+def _name(words: list[str]) -> str | None:
+    """The name of an image that stands before a pose, without suffix."""
+    if len(words) not in (8, 13, 17):
+        return None
+    return words[0] if _is_number(words[0]) else Path(words[0]).stem
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -39,6 +39,7 @@ from geo_pretrain.training.data.sources.recording import (
     Recordings,
     View,
     existing_folder,
+    files_below,
     folders_with,
     pose_of_words,
     scene_name,
@@ -80,7 +81,7 @@ def open_record3d(root: Path, options: Record3DOptions) -> Record3D:
         found, base = [root], root.parent
     else:
         existing_folder(root, f"files *{ENDING}, {METADATA} and rgbd/, or {EXPORTED}, rgb/ and depth/")
-        found, base = [path for path in sorted(root.rglob(f"*{ENDING}")) if path.is_file()], root
+        found, base = [path for path in sorted(files_below(root, f"*{ENDING}")) if path.is_file()], root
         found += folders_with(root, lambda path, folders, names: METADATA in names and "rgbd" in folders)
     recordings, sizes = [], {}
     for archive in found:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +165,36 @@ def folders_with(root: Path, is_recording: Callable[[Path, set[str], set[str]], 
 
     Files of a recording are never walked through: there may be a hundred thousand.
     """
-    for place, folders, names in os.walk(root, followlinks=True):
-        folders.sort()
-        if is_recording(Path(place), set(folders), set(names)):
+    for place, folders, names in walked(root):
+        if is_recording(place, set(folders), set(names)):
             folders.clear()
-            yield Path(place)
+            yield place
+
+
+def walked(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`os.walk` in order of names, through links too, but not into one that leads back to a folder above."""
+    above: dict[Path, frozenset[tuple[int, int]]] = {}
+    for where, folders, names in os.walk(root, followlinks=True):
+        place = Path(where)
+        stat = place.stat()
+        known, own = above.get(place.parent, frozenset()), (stat.st_dev, stat.st_ino)
+        if own in known:
+            folders.clear()
+            continue
+        above[place] = known | {own}
+        folders.sort()
+        yield place, folders, sorted(names)
+
+
+def files_below(root: Path, *patterns: str) -> Iterator[Path]:
+    """The files below a folder, through links too, whose names match one of the patterns of `fnmatch`."""
+    for place, _, names in walked(root):
+        yield from (place / name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def places_above(folder: Path, root: Path) -> list[Path]:
+    """A recording's folder and those above it up to `root`, where what belongs to several recordings lies."""
+    return [folder, *(parent for parent in folder.parents if parent == root or root in parent.parents)]
 
 
 def scene_name(root: Path, folder: Path) -> str:
@@ -196,7 +222,7 @@ def read_listing(path: Path) -> list[tuple[int, list[str]]]:
     try:
         if path.stat().st_size > LISTING_BYTES:
             raise BadFrame(path, f"has {path.stat().st_size} bytes; at most {LISTING_BYTES} are accepted")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise BadFrame(path, "file is missing") from None
     except (OSError, UnicodeDecodeError) as error:

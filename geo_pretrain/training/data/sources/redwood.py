@@ -34,6 +34,7 @@ from geo_pretrain.training.data.sources.recording import (
     existing_folder,
     folders_with,
     images_in,
+    places_above,
     pose_of_words,
     read_listing,
     scene_name,
@@ -115,7 +116,7 @@ def _trajectory_file(folder: Path, name: str | None) -> Path:
 
 
 def _camera(folder: Path, root: Path) -> tuple[Camera | BadFrame, list[Path]]:
-    own = [path for place in (folder, root) for path in sorted(place.glob("*intrinsic*.json"))]
+    own = [path for place in places_above(folder, root) for path in sorted(place.glob("*intrinsic*.json"))]
     if own:
         try:
             return read_camera(own[0]), own[:1]

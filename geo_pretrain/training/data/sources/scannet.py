@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,8 @@ class ScanNet:
             pose_path = folder / "pose" / f"{frame_id}.txt"
             pose = self.conventions.cam_to_world(files.read_matrix(pose_path, 4, 4), pose_path)
             color = files.read_frame_color(color_path)
-        depth = self.conventions.meters(self.raw_depth(scene, frame_id), depth_path)
+        conventions = replace(self.conventions, depth_scale=self.depth_scale(scene))
+        depth = conventions.meters(self.raw_depth(scene, frame_id), depth_path)
         camera = self._camera(scene)
         color, depth, matrix, pose = self.assembly.images(color, depth, camera, pose, color_path, depth_path)
         semantic, instance = (
@@ -119,6 +120,12 @@ class ScanNet:
             for name, kind in ((self.config.labels, np.int16), (self.config.instances, np.int32))
         )
         return Frame(scene, frame_id, color, depth, matrix, pose, semantic, instance)
+
+    def depth_scale(self, scene: str) -> float:
+        """Stored values of depth per meter: the option, or what the header of a .sens file says, or millimeters."""
+        if self.config.depth_scale is None and scene in self._sens:
+            return self._opened(scene).header.depth_shift
+        return self.conventions.depth_scale
 
     def raw_depth(self, scene: str, frame_id: str) -> np.ndarray:
         """Read the values of a depth image as they are stored: [H, W]."""
@@ -163,7 +170,7 @@ class ScanNet:
         """
         patterns = "scene*/pose/*.txt", "scene*/intrinsic/intrinsic_depth.txt", "scene*/intrinsics_depth.txt"
         of_scenes = (kind(scene) for scene in self._scenes for kind in (self._mesh_path, self._segments_path))
-        found = chain(*map(self.root.glob, patterns), (path for path in of_scenes if path.is_file()))
+        found = filter(Path.is_file, chain(*map(self.root.glob, patterns), of_scenes))
         digest = files.files_fingerprint(self.root, chain(found, self._sens.values()))
         stated_here = {name: value for name, value in stated(self.config).items() if name not in UNSTATED or value}
         options = json.dumps(stated_here, sort_keys=True)

@@ -8,7 +8,6 @@ into the color camera; without one the color is read at the depth pixel, about 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from geo_pretrain.training.data.sources.conventions import (
     FolderOptions,
     camera_matrix,
 )
+from geo_pretrain.training.data.sources.recording import files_below, places_above
 
 INTRINSICS = "camera-intrinsics.txt"
 # the nominal depth camera, for folders without a file
@@ -47,7 +47,7 @@ class SevenScenes:
             raise DataError(f"No folder {str(root)!r}: expected one in 7-Scenes layout (frame-000000.pose.txt, ...).")
         self.root = root
         self._scenes: dict[str, Path] = {}
-        for folder in sorted({path.parent for path in root.rglob("frame-*.pose.txt")}):
+        for folder in sorted({path.parent for path in files_below(root, "frame-*.pose.txt")}):
             self._scenes[folder.relative_to(root).as_posix() if folder != root else root.resolve().name] = folder
         if not self._scenes:
             raise DataError(
@@ -63,8 +63,9 @@ class SevenScenes:
         return list(self._scenes)
 
     def frame_ids(self, scene: str) -> list[str]:
-        """The six digits of each frame that has a pose file."""
-        return sorted(p.name.split("-")[1].split(".")[0] for p in self._scenes[scene].glob("frame-*.pose.txt"))
+        """The six digits of each frame that has a pose file, in order of time."""
+        names = (path.name.split("-")[1].split(".")[0] for path in self._scenes[scene].glob("frame-*.pose.txt"))
+        return sorted(names, key=files.natural_order)
 
     def load(self, scene: str, frame_id: str) -> Frame:
         stem = self._scenes[scene] / f"frame-{frame_id}"
@@ -83,15 +84,15 @@ class SevenScenes:
     def fingerprint(self) -> str:
         """A digest of names, sizes and times of all frame files and intrinsics, and of the registration."""
         return self.assembly.digest(
-            files.files_fingerprint(self.root, chain(*map(self.root.rglob, ("frame-*", INTRINSICS))))
+            files.files_fingerprint(self.root, filter(Path.is_file, files_below(self.root, "frame-*", INTRINSICS)))
         )
 
     def content(self) -> str:
         """A digest of the bytes of some frame files, see `files.sampled_digest`."""
-        return files.sampled_digest(self.root, chain(*map(self.root.rglob, ("frame-*", INTRINSICS))))
+        return files.sampled_digest(self.root, files_below(self.root, "frame-*", INTRINSICS))
 
     def _camera(self, scene: str) -> Camera:
-        for folder in (self._scenes[scene], self.root):
+        for folder in places_above(self._scenes[scene], self.root):
             if (folder / INTRINSICS).exists():
                 return Camera(files.read_intrinsics(folder / INTRINSICS))
         return KINECT_V1

@@ -42,7 +42,7 @@ from geo_pretrain.training.data.sources.conventions import (
     checked_camera,
     stated,
 )
-from geo_pretrain.training.data.sources.recording import existing_folder, hint
+from geo_pretrain.training.data.sources.recording import existing_folder, files_below, hint
 
 KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's: a sample's name, and what a file of it is
 COLORS = ("color.jpg", "color.png", "color.jpeg", "color.webp", "jpg", "png", "jpeg", "webp")
@@ -81,10 +81,10 @@ class Shards:
         self.root, self.config, self.assembly = root, options, Assembly(Conventions(), options)
         self.conventions = self.assembly.conventions
         self.shards = sorted(
-            root.rglob("*.tar"), key=lambda path: files.natural_order(path.relative_to(root).as_posix())
+            files_below(root, "*.tar"), key=lambda path: files.natural_order(path.relative_to(root).as_posix())
         )
         there = set(self.shards)
-        for index_file in sorted(root.rglob("*.tar.index.json")):
+        for index_file in sorted(files_below(root, "*.tar.index.json")):
             if (shard := index_file.with_name(index_file.name.removesuffix(".index.json"))) not in there:
                 raise DataError(f"{shard} is missing, its index is there: copy it, or remove {index_file.name}.")
         self._samples: dict[str, dict[str, Sample]] = {}
@@ -143,12 +143,22 @@ class Shards:
                     digest.update(f"{sample.key}.{kind}\0".encode() + hashlib.sha256(data).digest())
         return digest.hexdigest()
 
-    def _frame(self, sample: Sample, parts: Mapping[str, bytes]) -> Frame:
-        path, facts = sample.shard, _facts(sample.shard, parts.get("json"))
+    def depth_scale(self, scene: str) -> float:
+        """Stored values of depth per meter: the option, or what the scene's first frame says, or millimeters."""
+        sample = next(iter(self._samples[scene].values()))
+        stated = self._stated_scale(_facts(sample.shard, _read(sample).get("json")))
+        return self.conventions.depth_scale if stated is None else stated
+
+    def _stated_scale(self, facts: Mapping[str, Any]) -> float | None:
         scale = facts.get("depth_scale")
         given = self.config.depth_scale is None and isinstance(scale, int | float) and 0 < scale < 1e9
-        scale = float(scale) if given and scale is not None else self.conventions.depth_scale
-        floats = given or self.conventions.float_depth
+        return float(scale) if given and scale is not None else None
+
+    def _frame(self, sample: Sample, parts: Mapping[str, bytes]) -> Frame:
+        path, facts = sample.shard, _facts(sample.shard, parts.get("json"))
+        stated = self._stated_scale(facts)
+        scale = self.conventions.depth_scale if stated is None else stated
+        floats = stated is not None or self.conventions.float_depth
         depth = files.meters_of(path, _values(path, parts, "depth", DEPTHS), scale=scale, floats=floats)
         kind = next((kind for kind in COLORS if kind in parts), None)
         if kind is None:

@@ -91,6 +91,8 @@ def _views(folder: Path, tree: Mapping[str, Any]) -> dict[str, View]:
     named = (frame[key] for frame in frames for key in ("file_path", *DEPTH_KEYS) if isinstance(frame.get(key), str))
     if (fault := next(filter(None, map(files.name_fault, named)), None)) is not None:
         raise BadFrame(folder / FILE, f"the name of a file {fault}")
+    if any(not Path(frame["file_path"]).name for frame in frames):
+        raise BadFrame(folder / FILE, "has a frame with an empty 'file_path'")
     posed = any("transform_matrix" in frame for frame in frames)
     views: dict[str, View] = {}
     for frame in sorted(frames, key=lambda frame: files.natural_order(frame["file_path"])):

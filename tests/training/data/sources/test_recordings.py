@@ -121,6 +121,32 @@ def test_poses_of_a_plain_folder_are_lines_files_or_quaternions(frames, tmp_path
             source.load("b", name)
 
 
+def test_poses_with_the_names_of_their_images_are_theirs_in_any_order(frames, tmp_path):
+    root = write_plain(tmp_path / "a", [frames[k % 4] for k in range(11)])
+    lines = [line for line in (root / "poses.txt").read_text().splitlines() if not line.startswith("#")]
+    poses = {str(k): " ".join(line.split()[-16:]) for k, line in enumerate(lines)}
+    for form in ("{}", "{}.jpg"):  # as any sorted list of files has them: 0, 1, 10, 2
+        text = "".join(f"{form.format(name)} {poses[name]}\n" for name in sorted(poses))
+        (root / "poses.txt").write_text(text)
+        source = opened("folder", tmp_path / "a")
+        for name in ("2", "10"):
+            assert_is(source.load("a", name), frames[int(name) % 4])
+    (root / "poses.txt").write_text(text.replace("10.jpg", "x.jpg"))
+    with pytest.raises(DataError, match="'x' is no image in color/"):
+        opened("folder", tmp_path / "a").load("a", "2")
+    counted = "".join(f"{int(name) + 100} {poses[name]}\n" for name in poses)
+    (root / "poses.txt").write_text(f"\ufeff{counted}", encoding="utf-8")  # as Windows writes it
+    assert_is(opened("folder", tmp_path / "a").load("a", "10"), frames[2])
+
+
+def test_links_to_recordings_are_followed_and_those_that_lead_back_are_not(frames, tmp_path):
+    write_plain(tmp_path / "elsewhere" / "b", frames)
+    write_plain(tmp_path / "root" / "a", frames)
+    (tmp_path / "root" / "b").symlink_to(tmp_path / "elsewhere" / "b")
+    (tmp_path / "root" / "again").symlink_to(tmp_path / "root")
+    assert opened("folder", tmp_path / "root").scenes() == ["a", "b"]
+
+
 def test_numbers_in_names_are_ordered_as_numbers_and_recordings_may_be_nested(frames, tmp_path):
     for place in ("house/kitchen", "house/attic"):
         root = write_plain(tmp_path / place, [frames[k % 4] for k in range(11)])
@@ -393,6 +419,17 @@ def test_a_binary_model_of_colmap_is_read_like_the_text(frames, tmp_path):
 def test_sens_reads_its_other_codecs(color, frames, tmp_path):
     source = opened("scannet", write_sens(tmp_path, frames, color=color))
     np.testing.assert_array_equal(source.load("scene0000_00", "50").color, frames[2].color)
+
+
+def test_sens_says_the_unit_of_its_depth(frames, tmp_path):
+    root = write_sens(tmp_path, frames, Twin(depth=5.0))
+    path = root / "scene0000_00" / "scene0000_00.sens"
+    path.write_bytes(path.read_bytes().replace(struct.pack("<f", 1000.0), struct.pack("<f", 5000.0), 1))
+    source = opened("scannet", root)
+    assert_is(source.load("scene0000_00", "50"), frames[2])
+    assert source.depth_scale("scene0000_00") == 5000
+    as_millimeters = opened("scannet", root, depth_scale=1000).load("scene0000_00", "50").depth
+    np.testing.assert_allclose(as_millimeters, frames[2].depth * 5, atol=0.005)
 
 
 def test_sens_gives_every_25th_frame_or_those_that_are_asked_for(frames, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,41 @@ def test_nested_sequences_are_scenes(tmp_path):
     source = SevenScenes(tmp_path)
     assert source.scenes() == ["chess/seq-01", "chess/seq-02"]
     assert source.load("chess/seq-02", "000000").scene == "chess/seq-02"
+
+
+def test_what_lies_above_several_sequences_belongs_to_each(tmp_path):
+    """As 3DMatch has it: a camera for each place, whose sequences are folders below."""
+    folder = write_recording(tmp_path / "elsewhere" / "chess" / "seq-01")
+    intrinsics = np.loadtxt(folder / "camera-intrinsics.txt")
+    intrinsics[0, 0] = 570
+    (folder / "camera-intrinsics.txt").unlink()
+    np.savetxt(folder.parent / "camera-intrinsics.txt", intrinsics)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "chess").symlink_to(folder.parent)
+    source = SevenScenes(tmp_path / "root")
+    assert source.scenes() == ["chess/seq-01"]
+    assert source.load("chess/seq-01", "000000").intrinsics[0, 0] == 570
+    before = source.fingerprint()
+    np.savetxt(folder.parent / "camera-intrinsics.txt", intrinsics * 2)
+    assert source.fingerprint() != before
+    (folder / "frame-000000.color.png").unlink()
+    (folder / "frame-000000.color.png").symlink_to(tmp_path / "nothing")  # as of data that are fetched in part
+    assert source.fingerprint()
+    with pytest.raises(BadFrame):
+        source.load("chess/seq-01", "000000")
+
+
+def test_frames_whose_numbers_have_no_zeros_in_front_are_in_order_of_time(folder):
+    for path in folder.glob("frame-*"):
+        number = int(path.name[len("frame-") :].partition(".")[0])
+        path.rename(path.with_name(path.name.replace(f"{number:06d}", str(number if number < 50 else 100))))
+    assert SevenScenes(folder).frame_ids("kitchen") == ["0", "10", "20", "30", "40", "100"]
+
+
+def test_a_folder_whose_name_is_no_utf8_has_a_fingerprint(folder):
+    odd = folder.parent / os.fsdecode(b"K\xfcche")
+    folder.rename(odd)
+    assert len(SevenScenes(odd.parent).fingerprint()) == len(SevenScenes(odd.parent).content()) == 64
 
 
 def test_both_invalid_depths_become_zero(folder):
