@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,6 +58,16 @@ def parse_setting(text: str) -> Any:
         raise
     empty = isinstance(value, Mapping) and all(each is None for each in value.values())
     return text.strip() if placeholder and empty else value
+
+
+def quoted(text: str) -> str:
+    """A text as YAML, whatever characters it has: JSON, but for those that JSON writes as two.
+
+    >>> print(quoted('a: "b"'))
+    "a: \\"b\\""
+    """
+    pairs = re.compile(r"\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})")
+    return pairs.sub(lambda m: f"\\U{ord(bytes.fromhex(m[1] + m[2]).decode('utf-16-be')):08x}", json.dumps(text))
 
 
 def _parsed(text: str | bytes) -> Any:

@@ -22,7 +22,7 @@ EXAMPLES = {
     "geo_pretrain.loading": 2,
     "geo_pretrain.sparse.coordinates": 1,
     "geo_pretrain.adapters.torchvision": 1,
-    "geo_pretrain.yaml_text": 1,
+    "geo_pretrain.yaml_text": 2,
 }
 
 

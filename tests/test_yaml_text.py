@@ -16,7 +16,7 @@ from geo_pretrain.files import parse_json, read_sealed
 from geo_pretrain.training.config import Draft, changes
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe, load_finetune_recipe
 from geo_pretrain.training.recipe import load_recipe
-from geo_pretrain.yaml_text import LONGEST, parse_setting, parse_yaml
+from geo_pretrain.yaml_text import LONGEST, parse_setting, parse_yaml, quoted
 
 
 def laughs(kind: str, levels: int = 40) -> str:
@@ -148,3 +148,8 @@ def test_a_setting_that_is_no_yaml_is_still_refused():
         parse_setting("{a: [}")
     recipe = load_finetune_recipe("folder_unet", ["data.options.labels={split}annot"])
     assert recipe.data.options["labels"] == "{split}annot"
+
+
+@pytest.mark.parametrize("text", ["a\U0001f600b", "x\udcff", "\x7f\x85\u2028", "C:\\a\\ud83d\\ude00", "q\"'#: [", ""])
+def test_a_quoted_text_is_read_as_it_is(text):
+    assert parse_yaml(f"key: {quoted(text)}") == {"key": text}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -14,6 +13,7 @@ import typer
 from geo_pretrain.cli.shared import console, escape
 from geo_pretrain.errors import first_line
 from geo_pretrain.targets import file_fault, folder_fault, missing_folder, named
+from geo_pretrain.yaml_text import quoted
 
 if TYPE_CHECKING:
     from geo_pretrain.training.data.frame import SkippedFrames
@@ -52,7 +52,7 @@ def data_overrides(data: str | None, frames: str | None = None) -> list[str]:
         source, _, path = data.partition(":")
         if not source:
             raise typer.BadParameter(f"--data is {data!r}; accepted: SOURCE or SOURCE:PATH.")
-        overrides += [f"data.source={source}", f"data.path={json.dumps(path, ensure_ascii=False) if path else 'null'}"]
+        overrides += [f"data.source={source}", f"data.path={quoted(path) if path else 'null'}"]
     if frames is not None:
         overrides.append(f"data.frames={range_of('--frames', frames)}")
     return overrides

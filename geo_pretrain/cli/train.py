@@ -27,6 +27,7 @@ from geo_pretrain.cli.options import (
     print_skips,
 )
 from geo_pretrain.cli.shared import app, console, escape, print_table, progress
+from geo_pretrain.yaml_text import quoted
 
 if TYPE_CHECKING:
     from geo_pretrain.progress import Display
@@ -275,13 +276,13 @@ def _check_once(given: Mapping[str, Sized], sweep: bool) -> None:
 
 def _limits(scenes: str | None, labelled_points: str | None) -> list[str]:
     """Overrides of a recipe for a part of the labels."""
-    overrides = [f"data.scenes={json.dumps(scenes, ensure_ascii=False)}"] if scenes is not None else []
+    overrides = [f"data.scenes={quoted(scenes)}"] if scenes is not None else []
     return overrides + ([f"data.cloud.labelled_points={_number_or_path(labelled_points)}"] if labelled_points else [])
 
 
 def _number_or_path(text: str) -> str:
     """The YAML of a number of points, or of the path of a list."""
-    return text if text.isdecimal() else json.dumps(text, ensure_ascii=False)
+    return text if text.isdecimal() else quoted(text)
 
 
 def _show_result(result: FinetuneResult, as_json: bool) -> None:

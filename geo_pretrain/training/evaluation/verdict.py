@@ -56,7 +56,7 @@ def sentence(name: str, baseline: str, gain: Interval, hint: str = MORE_SEEDS) -
 
 def of_starts(scores: Mapping[str, Mapping[int, float]], baseline: str, what: str = "") -> str:
     """The best of several starts (scores by seed) beside the baseline, over the seeds that both have."""
-    others = {name: by_seed for name, by_seed in scores.items() if name != baseline}
+    others = {name: by_seed for name, by_seed in scores.items() if name != baseline and by_seed}
     if baseline not in scores or not others:
         return ""
     best = max(others, key=lambda name: statistics.mean(others[name].values()))

@@ -115,35 +115,44 @@ class CloudTask(FinetuneTask):
         points = len(sample.chosen.unique())  # of few points some are drawn several times
         return spacing_doubt(sample.coords, points, size, self.scaled_by)
 
-    def look_at(self, source: LabelledData) -> None:
+    def look_at(self, source: LabelledData, measured: LabelledData) -> None:
         """Voxelize some clouds of one's own, whose units nobody else knows; warn of those that seem not to be meters.
 
-        Raises `DataError` where none can be used, or all seem so, unless the option `scale` says what their unit is.
+        Raises `DataError` where all seem so, unless the option `scale` says what their unit is, and where none of those
+        to measure on can be used: training, which crops clouds, might take them for hours.
         """
         own = getattr(source, "source", source)
         if not isinstance(own, CloudFolder):
             return
-        looked, doubts, bad = 0, dict[str, str](), list[BadFrame]()
-        for id in source.ids()[:: max(1, len(source.ids()) // LOOKED_AT)][:LOOKED_AT]:
-            try:
-                doubt = self._doubt(evaluation_sample(self.load(source, id), self.cloud, self.contract))
-            except BadFrame as fault:
-                bad.append(fault)
-            else:
-                looked, doubts = looked + 1, doubts | ({} if doubt is None else {id: doubt})
-        if bad and not looked:  # training crops clouds and might take them; no evaluation could
-            raise DataError(f"None of the {len(bad)} clouds looked at can be used: {bad[0].path}: {bad[0].reason}.")
-        every = looked == len(doubts) > 0
+        looked, bad = self._looked_at(measured)
+        if bad and not looked:
+            what = f"None of the {len(bad)} validation clouds looked at can be used"
+            raise DataError(f"{what}: {bad[0].path}: {bad[0].reason}.")
+        looked, _ = self._looked_at(source)
+        doubts = {id: doubt for id, doubt in looked.items() if doubt is not None}
+        every = len(looked) == len(doubts) > 0
         self._stated = every and ("scale" in self.recipe.data.options or own.options.scale != 1)
         if every and not self._stated:
             first = next(iter(doubts))
             raise DataError(
-                f"The clouds seem not to be in meters (all {looked} looked at), and voxels that touch no other teach "
-                f"nothing. Cloud {first!r}: {doubts[first]} If it is right all the same: "
+                f"The clouds seem not to be in meters (all {len(looked)} looked at), and voxels that touch no other "
+                f"teach nothing. Cloud {first!r}: {doubts[first]} If it is right all the same: "
                 f"{self.scaled_by.format(1)}."
             )
         for id in list(doubts)[: 1 if self._stated else None]:
             warnings.warn(f"Cloud {id!r}: {doubts[id]}", stacklevel=2)
+
+    def _looked_at(self, source: LabelledData) -> tuple[dict[str, str | None], list[BadFrame]]:
+        """Why some clouds seem not to be in meters (None: they do), and those, not broken, that cannot be voxelized."""
+        looked, bad = dict[str, str | None](), list[BadFrame]()
+        for id in source.ids()[:: max(1, len(source.ids()) // LOOKED_AT)][:LOOKED_AT]:
+            with suppress(BadFrame):  # broken files are left out, and counted
+                cloud = self.load(source, id)
+                try:
+                    looked[id] = self._doubt(evaluation_sample(cloud, self.cloud, self.contract))
+                except BadFrame as fault:
+                    bad.append(fault)
+        return looked, bad
 
     def measured(
         self, source: LabelledData, ids: Sequence[str], world: World, measure: Callable[[LabelledCloud], T]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -43,7 +42,6 @@ BENCHMARK = "benchmark"
 MESH = "_vh_clean_2"  # of ScanNet's scans: scene0707_00_vh_clean_2.ply
 INDEX, CLASSES, PICTURE, LEGEND = "predictions.json", "classes.txt", "predictions.png", "legend.png"
 DETECTIONS = "detections.json"  # all boxes and masks in COCO's format
-ENDS = (".labels", ".instances", ".boxes", ".masks", ".scores")  # of files beside an item's picture or points
 FORMAT = 1
 
 
@@ -54,6 +52,8 @@ class Predictions:
     folder: Path
     items: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    benchmark: str | None = None  # whose files are written, too
+    earlier: list[str] = field(default_factory=list)  # files of the prediction that was in the folder before
     colors: Sequence[Sequence[int]] | None = None  # of the classes 1..C in pictures; None: the package's
 
 
@@ -100,8 +100,8 @@ def predict(
     given = _checked_files(recipe, files, options, out) if source is None else []
     task, stated = _load(folder, device)
     items = spread_ids(given if source is None else list(_of_source(task, source)), limit)
-    _check_names(items)
-    found = Predictions(out, colors=stated["data"].get("colors"))
+    _check_names(items, in_3d=recipe.network.kind in POINT_KINDS)
+    found = Predictions(out, benchmark=benchmark, colors=stated["data"].get("colors"))
     detected, drawn = CocoFile(task.classes, stated["data"].get("ids")), list[tuple[Any, Any]]()
     for start in range(0, len(items), batch):
         group = items[start : start + batch]
@@ -124,7 +124,7 @@ def _checked_files(
 ) -> list[Item]:
     """The items of files that are given, each with a name of its own; none of an earlier prediction in `out`."""
     items = list(_of_files(recipe, files, options, out))
-    _check_names(items)
+    _check_names(items, in_3d=recipe.network.kind in POINT_KINDS)
     _check_there(files)
     return items
 
@@ -212,22 +212,32 @@ def _benchmark(name: str, recipe: FinetuneRecipe, trained: Sequence[str]) -> Cal
 def _begin(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str]) -> None:
     """Write what is known at the start: the index, too, so that a prediction that is cut off can be begun again."""
     found.folder.mkdir(parents=True, exist_ok=True)
-    _remove_earlier(found.folder)
+    found.earlier.extend(_earlier_files(found.folder))
     write_text(found.folder / CLASSES, "".join(f"{name}\n" for name in task.classes))
     draw_legend(task.classes, found.colors, found.folder / LEGEND)
     _write_index(found, task, run)
 
 
-def _remove_earlier(folder: Path) -> None:
-    """Remove the files of an earlier prediction, which would pass for those of this one."""
-    names = [DETECTIONS, PICTURE, str(Path(PICTURE).with_suffix(".html"))]
-    with suppress(OSError, ValueError, KeyError, TypeError):  # the first one here, or an index that somebody changed
-        names += [name for item in parse_json((folder / INDEX).read_bytes())["items"] for name in item["files"]]
-    for name in names:
-        path = folder / name
-        if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
+def _earlier_files(folder: Path) -> list[str]:
+    """The files of an earlier prediction in a folder, which would pass for those of the next one."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or an index that somebody changed
+        tree = parse_json((folder / INDEX).read_bytes())
+        names = [DETECTIONS, PICTURE, str(Path(PICTURE).with_suffix(".html"))]
+        names += [str(name) for item in tree["items"] for name in item["files"]]
+        if tree.get("benchmark") is not None:
+            names += [path.relative_to(folder).as_posix() for path in sorted((folder / BENCHMARK).rglob("*.txt"))]
+        return names
+    return []
+
+
+def _remove_earlier(found: Predictions) -> None:
+    """Remove the files of the earlier prediction that this one has not written."""
+    own = {name for item in found.items for name in item["files"]}
+    begun = (found.folder / INDEX).stat().st_mtime_ns
+    for path in (found.folder / name for name in found.earlier if name not in own):
+        inside = path.is_file() and path.resolve().is_relative_to(found.folder.resolve())
+        if inside and path.stat().st_mtime_ns < begun:
             path.unlink()
-    shutil.rmtree(folder / BENCHMARK, ignore_errors=True)
 
 
 def _finish(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str], detected: CocoFile) -> None:
@@ -235,6 +245,7 @@ def _finish(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str],
     if not found.items:
         reasons = some((f"{one['path']}: {one['reason']}" for one in found.skipped), 3)
         raise DataError(f"None of {len(found.skipped)} items can be read: {reasons}.")
+    _remove_earlier(found)
     if detected.images:
         write_text(found.folder / DETECTIONS, json.dumps(detected.tree()) + "\n")
     _write_index(found, task, run)
@@ -248,6 +259,7 @@ def _write_index(found: Predictions, task: FinetuneTask, run: str | os.PathLike[
         "classes": list(task.classes),
         "items": found.items,
         "skipped": found.skipped,
+        **({} if found.benchmark is None else {"benchmark": found.benchmark}),
     }
     write_text(found.folder / INDEX, json.dumps(tree, indent=1) + "\n")
 
@@ -333,13 +345,16 @@ def _of_files(
 
 def _named(files: Sequence[Path], suffixes: Sequence[str], what: str, out: Path) -> Iterator[tuple[Path, Path]]:
     """Each file with the path that names its results: below a folder that was given that there, else its name."""
+    results = out.resolve()
     for path in files:
         if not path.is_dir():
             yield path, Path(path.name)
             continue
         there = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        there = [p for p in there if not p.resolve().is_relative_to(out.resolve())]
-        inside = [p for p in there if p.suffix.lower() in suffixes]
+        of_kind = [p for p in there if p.suffix.lower() in suffixes]
+        inside = [p for p in of_kind if not p.resolve().is_relative_to(results)]
+        if of_kind and not inside:
+            raise DataError(f"All {what} in {str(path)!r} lie in {str(out)!r}, where results go; choose another --out.")
         others = left_alone(path, suffixes)
         hint = conversion(others) if what == "clouds" else ""
         if not inside:
@@ -352,7 +367,7 @@ def _named(files: Sequence[Path], suffixes: Sequence[str], what: str, out: Path)
             yield one, one.relative_to(path)
 
 
-def _check_names(items: Sequence[Item]) -> None:
+def _check_names(items: Sequence[Item], *, in_3d: bool) -> None:
     """Raise `DataError` where there is nothing, or two items would be written into the same files."""
     if not items:
         raise DataError("There is nothing to predict on: the data set or list of files is empty.")
@@ -360,6 +375,7 @@ def _check_names(items: Sequence[Item]) -> None:
     twice = {item.name for item in items if item.name in seen or seen.add(item.name)}  # type: ignore[func-returns-value]
     if twice:
         raise DataError(f"Two inputs are called {some(sorted(map(repr, twice)))}; predict on them one after the other.")
-    others = [one for one in seen for end in ENDS if one.endswith(end) and one.removesuffix(end) in seen]
-    if taken := sorted({*others, *seen & {Path(LEGEND).stem}}):
+    ends, alone = ((".boxes",), set()) if in_3d else ((".labels", ".instances"), {Path(LEGEND).stem})
+    others = [one for one in seen for end in ends if one.endswith(end) and one.removesuffix(end) in seen]
+    if taken := sorted({*others, *(seen & alone)}):
         raise DataError(f"Files of {some(map(repr, taken))} would have names of others of this prediction; rename it.")

@@ -64,8 +64,8 @@ class FinetuneTask(ABC):
         It must come out the same in each process and each time, and be kept with the weights (buffers).
         """
 
-    def look_at(self, source: LabelledData) -> None:  # noqa: B027 (images are checked one by one)
-        """Warn before training of data that cannot be meant, such as clouds that are not in meters."""
+    def look_at(self, source: LabelledData, measured: LabelledData) -> None:  # noqa: B027 (images one by one)
+        """Warn before training on a source, measured on another, of data that cannot be meant, as clouds in feet."""
 
     def load(self, source: LabelledData, id: str) -> Any:
         """Load the labelled image of a sample. Raises `BadFrame` if it is unusable."""

@@ -67,7 +67,7 @@ class Finetuning(RecipeTask):
         with warnings.catch_warnings():
             if not world.is_main:  # what is refused is refused in all processes, what is told in one
                 warnings.simplefilter("ignore", UserWarning)
-            task.look_at(data.train)
+            task.look_at(data.train, data.val)
         self.digest = weights_digest(task.backbone().state_dict())
         samples = _Samples(data.train, self.train_ids, task, recipe.seed)
         super().__init__(recipe, task.module, samples, world)

@@ -95,7 +95,7 @@ def test_clouds_that_are_not_in_meters_are_told_before_training(folder, tmp_path
     assert ["millimeters: --set data.options.scale=0.001" in str(one.message) for one in told] == [True]
     wrong = geo_pretrain(*words, expected=1).errors
     assert " m wide. If its coordinates are no meters, give the option scale: 0.01 of" in wrong
-    assert "None of the 3 clouds looked at can be used: train/a: The points span" in wrong
+    assert "None of the 2 validation clouds looked at can be used: val/d: The points span" in wrong
 
 
 def test_clouds_that_no_evaluation_could_take_are_told_before_training(folder, tmp_path):
@@ -108,7 +108,7 @@ def test_clouds_that_no_evaluation_could_take_are_told_before_training(folder, t
         colors, label = (one.repeat(2, axis=0) for one in (cloud.colors, cloud.labels))
         np.savez(path.with_suffix(".npz"), points=points, colors=colors, label=label)
     wrong = geo_pretrain("finetune", *line(folder, tmp_path / "out"), expected=1).errors
-    assert "None of the 3 clouds looked at can be used: " in wrong
+    assert "None of the 2 validation clouds looked at can be used: " in wrong
     assert "accepted: meters, up to 1000" in wrong
     checked = geo_pretrain("data", "check", f"clouds:{folder}", "-o", tmp_path / "check.png", expected=1)
     assert "3 of 3 clouds: it spans 150" in " ".join(checked.output.split())

@@ -173,6 +173,21 @@ def test_arrays_with_colors_are_predicted_on_as_files_are(run, tmp_path):
         network.predict({"points": cloud.points, "colors": cloud.colors[1:]})
 
 
+def test_a_scan_and_its_labels_as_clouds_are_both_predicted_on_and_a_folder_of_the_users_stays(run, tmp_path):
+    """As ScanNet has them: NAME.ply and NAME.labels.ply."""
+    for name in ("a.ply", "a.labels.ply"):
+        save(tmp_path / name, painted(5))
+    own = tmp_path / "out" / "benchmark" / "scores.csv"
+    for _ in range(2):
+        geo_pretrain("predict", run, tmp_path / "a.ply", tmp_path / "a.labels.ply", "-o", tmp_path / "out")
+        own.parent.mkdir(exist_ok=True)
+        own.write_text("mine")
+    assert own.read_text() == "mine"
+    assert (tmp_path / "out" / "a.labels.labels.npy").is_file()
+    said = geo_pretrain("predict", run, tmp_path / "out", "-o", tmp_path / "out", expected=1).errors
+    assert "where results go; choose another --out" in said
+
+
 def test_options_of_files_change_those_of_the_run():
     recipe = load_finetune_recipe("clouds_srunet34", ["data.options={color: none, intensity_scale: 0.5, scale: 2}"])
     found = cloud_fields(recipe, {"scale": 0.001})

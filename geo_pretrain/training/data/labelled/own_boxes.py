@@ -179,7 +179,8 @@ def _part(root: Path, split: str, source: OwnBoxes, options: OwnOptions) -> set[
         raise DataError(f"{str(root)!r} has {there[0]}.txt alone; accepted: train.txt and val.txt, or neither.")
     if there:
         wanted = listed_names(listed[split])
-        of = {name: {name, Path(name).with_suffix("").as_posix()} for name in names.values()}
+        plain = {name: name.removeprefix("images/") for name in names.values()}
+        of = {name: {short, Path(short).with_suffix("").as_posix()} for name, short in plain.items()}
         missing = sorted(set(wanted) - set().union(*of.values()))
         if missing:
             raise DataError(

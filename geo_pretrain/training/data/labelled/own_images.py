@@ -6,6 +6,7 @@ The twin of `clouds.folder`. Detection in the same folder is `own_boxes`. See do
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -220,8 +221,8 @@ def _shared_out(root: Path, folder: Path, options: OwnOptions) -> dict[str, list
 
 
 def listed_names(listed: Path) -> list[str]:
-    """The names in a list of images, below their folder, with or without suffix; # begins a remark."""
-    names = [line.partition("#")[0].strip() for line in read_listing(listed, "list of images")]
+    """The names in a list of images, below their folder, with or without suffix; # after a blank begins a remark."""
+    names = [re.split(r"(?:^|\s)#", line)[0].strip() for line in read_listing(listed, "list of images")]
     return [name.removeprefix("images/") for name in names if name]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from geo_pretrain.errors import BadFrame
+from geo_pretrain.errors import BadFrame, some
 from geo_pretrain.training.data.sources.conventions import Camera, Conventions, FolderOptions, read_camera
 from geo_pretrain.training.data.sources.recording import (
     COLORS,
@@ -88,20 +88,23 @@ def _poses(folder: Path, names: list[str]) -> tuple[list[np.ndarray | Path | Bad
     if len(rows) != len(names):
         return [BadFrame(listing, f"{len(rows)} poses for {len(names)} images in color/")] * len(names), [listing]
     poses: list[Any] = [pose_of_words(words, f"{listing}:{number}") for number, words in rows]
-    named = [_name(words) for _, words in rows]
-    if set(named) == set(names):
+    known = set(names)
+    named = [_name(words, known) for _, words in rows]
+    if set(named) == known:
         of: dict[str | None, Any] = dict(zip(named, poses, strict=True))
         return [of[name] for name in names], [listing]
-    if wrong := [name for name in named if name and not _is_number(name) and name not in names]:
-        return [BadFrame(listing, f"{wrong[0]!r} is no image in color/")] * len(names), [listing]
+    if any(name is not None and not _is_number(words[0]) for name, (_, words) in zip(named, rows, strict=True)):
+        lacking = some(sorted(map(repr, known.difference(filter(None, named)))))
+        return [BadFrame(listing, f"names of images stand before poses, but not {lacking}")] * len(names), [listing]
     return poses, [listing]  # numbers and times are not looked at: they may count anything
 
 
-def _name(words: list[str]) -> str | None:
-    """The name of an image that stands before a pose, without suffix."""
+def _name(words: list[str], known: set[str]) -> str | None:
+    """The image that is named before a pose, with or without folder and suffix; None: there is no such name."""
     if len(words) not in (8, 13, 17):
         return None
-    return words[0] if _is_number(words[0]) else Path(words[0]).stem
+    path = Path(words[0])
+    return next((form for form in (words[0], path.name, path.stem) if form in known), None)
 
 
 def _is_number(text: str) -> bool:

@@ -187,9 +187,23 @@ def walked(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def files_below(root: Path, *patterns: str) -> Iterator[Path]:
-    """The files below a folder, through links too, whose names match one of the patterns of `fnmatch`."""
-    for place, _, names in walked(root):
-        yield from (place / name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+    """The files below a folder whose names match one of the patterns of `fnmatch`; through links, each folder once.
+
+    A folder that lies there is found where it lies, not where a link to it does.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting = [root]
+    while waiting:
+        tops, waiting = waiting, []
+        for where, folders, names in (found for top in tops for found in os.walk(top)):
+            place = Path(where)
+            stat = place.stat()
+            if (stat.st_dev, stat.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            waiting += [place / name for name in sorted(folders) if (place / name).is_symlink()]
+            yield from (place / name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def places_above(folder: Path, root: Path) -> list[Path]:

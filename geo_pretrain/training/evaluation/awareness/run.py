@@ -179,7 +179,7 @@ class _Run:
         self, name: str, network: LayeredNetwork, folder: Path, maps: Callable[[int], Any], count: int
     ) -> FeatureMemory:
         steps = _steps(self.report, f"features of {name}", count)
-        place = folder / (re.sub(r"[^\w.-]+", "_", name)[-80:].strip(".") or "_")
+        place = folder / (re.sub(r"[^\w.-]+", "_", name)[-80:].rstrip(".") or "_")
         facts = features_facts(network, self.views, self.fingerprint)
         return remember(place, network.names, maps, count, facts, lambda: next(steps))
 

@@ -239,6 +239,13 @@ def test_one_file_of_boxes_is_shared_out_or_divided_by_lists(tmp_path):
     (tmp_path / "val.txt").write_text("3\nnone\n")
     with pytest.raises(DataError, match="1 of 2 are no images of the file: none"):
         opened(tmp_path, "val", task="detection")
+    inside = boxes_json()
+    for image in inside["images"]:
+        image["file_name"] = f"images/{image['file_name']}".replace("1.jpg", "1#b.jpg")
+    (tmp_path / "images" / "1.jpg").rename(tmp_path / "images" / "1#b.jpg")
+    (tmp_path / "annotations.json").write_text(json.dumps(inside))
+    (tmp_path / "train.txt").write_text("images/0.jpg # first\n1#b.jpg\n")
+    assert opened(tmp_path, task="detection").ids() == ["0", "1"]
     twice = boxes_json(categories=[{"id": 3, "name": "pen"}, {"id": 90, "name": "pen"}])
     (tmp_path / "annotations.json").write_text(json.dumps(twice))
     with pytest.raises(DataError, match="two categories are called 'pen'"):

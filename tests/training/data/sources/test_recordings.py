@@ -132,11 +132,23 @@ def test_poses_with_the_names_of_their_images_are_theirs_in_any_order(frames, tm
         for name in ("2", "10"):
             assert_is(source.load("a", name), frames[int(name) % 4])
     (root / "poses.txt").write_text(text.replace("10.jpg", "x.jpg"))
-    with pytest.raises(DataError, match="'x' is no image in color/"):
+    with pytest.raises(DataError, match=r"names of images stand before poses, but not '10'"):
+        opened("folder", tmp_path / "a").load("a", "2")
+    (root / "poses.txt").write_text(text.replace("10.jpg", "1.jpg"))
+    with pytest.raises(DataError, match=r"names of images stand before poses, but not '10'"):
         opened("folder", tmp_path / "a").load("a", "2")
     counted = "".join(f"{int(name) + 100} {poses[name]}\n" for name in poses)
     (root / "poses.txt").write_text(f"\ufeff{counted}", encoding="utf-8")  # as Windows writes it
     assert_is(opened("folder", tmp_path / "a").load("a", "10"), frames[2])
+
+
+@pytest.mark.parametrize("front", ["12:00:0{}.5", "2024-05-01T12:00:0{}", "0:", "depth_{}.png", "{}.75"])
+def test_what_names_no_image_before_poses_is_not_looked_at(front, frames, tmp_path):
+    root = write_plain(tmp_path / "a", frames[:4])
+    lines = [line for line in (root / "poses.txt").read_text().splitlines() if not line.startswith("#")]
+    text = "".join(f"{front.format(k)} {' '.join(line.split()[-16:])}\n" for k, line in enumerate(lines))
+    (root / "poses.txt").write_text(text)
+    assert_is(opened("folder", root).load("a", "3"), frames[3])
 
 
 def test_links_to_recordings_are_followed_and_those_that_lead_back_are_not(frames, tmp_path):

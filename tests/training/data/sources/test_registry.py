@@ -60,6 +60,8 @@ def test_what_lies_above_several_sequences_belongs_to_each(tmp_path):
     np.savetxt(folder.parent / "camera-intrinsics.txt", intrinsics)
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "chess").symlink_to(folder.parent)
+    (tmp_path / "root" / "latest").symlink_to(tmp_path / "root" / "chess" / "seq-01")  # once, where a link led first
+    (tmp_path / "root" / "again").symlink_to(tmp_path / "root")
     source = SevenScenes(tmp_path / "root")
     assert source.scenes() == ["chess/seq-01"]
     assert source.load("chess/seq-01", "000000").intrinsics[0, 0] == 570
