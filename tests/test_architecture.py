@@ -137,17 +137,20 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def at_run_time(tree: ast.AST) -> Iterator[ast.AST]:
+@cache
+def at_run_time(tree: ast.AST) -> list[ast.AST]:
     """Import statements and strings of a file, also inside functions; not those under TYPE_CHECKING, nor docstrings."""
+    found: list[ast.AST] = []
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import | ast.ImportFrom | ast.Constant):
-            yield node
+            found.append(node)
         elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             waiting += node.orelse
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             waiting += ast.iter_child_nodes(node)
+    return found
 
 
 def named(node: ast.AST, module: str) -> set[str]:
@@ -161,7 +164,7 @@ def named(node: ast.AST, module: str) -> set[str]:
     if isinstance(node, ast.ImportFrom):
         assert node.level == 0, f"{module}: relative import"
         members = {f"{node.module}.{alias.name}" for alias in node.names}
-        if members <= set(MODULES) or members == {"geo_pretrain.__version__"}:
+        if members <= MODULES.keys() or members == {"geo_pretrain.__version__"}:
             return members  # submodules only: nothing is asked of the package's own file
         return members | {str(node.module)}
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("geo_pretrain."):
@@ -174,7 +177,7 @@ def imports(module: str, tree: ast.AST) -> set[str]:
     """Modules of this package that one needs at run time: imported anywhere in its file, or named by a string."""
     targets = set()
     for node in at_run_time(tree):
-        targets |= named(node, module) & set(MODULES)
+        targets |= named(node, module) & MODULES.keys()
     for target in list(targets):  # importing a.b.c runs the files of a and a.b, too, unless we are inside of them
         parents = [target.rsplit(".", up)[0] for up in range(1, target.count("."))]
         targets |= {parent for parent in parents if not module.startswith(parent + ".")}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.cards import render_card
 from geo_pretrain.catalog.license import License
 from geo_pretrain.checkpoint import CONFIG, Checkpoint, check_target, read_checkpoint, write_checkpoint
-from geo_pretrain.errors import DataError, HubError, RecipeError
+from geo_pretrain.errors import DataError, HubError, RecipeError, UnknownName
 from geo_pretrain.hub import without_network
 from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.progress import Report, stage_of
@@ -107,7 +107,8 @@ def _check_start(recipe: Recipe) -> None:
 
 def _check_size(recipe: Recipe) -> None:
     if recipe.model is not None:
-        check_size(recipe.model.encoder, recipe.data.size)
+        with suppress(UnknownName):  # which is told of the start
+            check_size(recipe.model.encoder, recipe.data.size)
 
 
 CHECKS = (_check_task, _check_source, _check_start, _check_size)  # of a recipe, before any work

@@ -127,7 +127,7 @@ def test_starts_that_are_not_there(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no package 'not_here' is installed"):
         check_start("package:not_here")
     (tmp_path / "bad.pth").write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+    with pytest.raises(CheckpointError, match="holds no weights that torch reads"):
         initialize_encoder(build_encoder(ENCODER), ModelSpec(encoder=ENCODER, init=f"file:{tmp_path / 'bad.pth'}"))
 
 

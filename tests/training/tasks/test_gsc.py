@@ -240,7 +240,7 @@ def test_starts_without_heads_leave_the_depth_head_random(tiny_recipe, gsc_recip
     task = {"name": "moco_v2", "matches": None, "queue": 8, "dim": 8, "resize": None}
     path = tiny_recipe(name="moco_v2_r18.tiny", task=task, optim={"steps": 1, "bn_momentum": "constant"})
     run_here(path, tmp_path / "moco")
-    monkeypatch.setattr(initialize, "moco_v2_folder", lambda name: tmp_path / "moco")
+    monkeypatch.setattr(initialize, "moco_v2_folder", lambda *_: tmp_path / "moco")
     encoder = load_file(tmp_path / "moco" / "encoder.safetensors")
     path = gsc_recipe(task={"depth_proxy": True})
     fresh = build_task(load_recipe(str(path)))
