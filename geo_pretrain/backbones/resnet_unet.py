@@ -29,8 +29,8 @@ BLOCKS = {
     50: ("Bottleneck", (3, 4, 6, 3)),
     101: ("Bottleneck", (3, 4, 23, 3)),
 }
-torch.fx.wrap("of_size")
 torch.fx.wrap("check_images")  # one node for `torch.fx.symbolic_trace`, which cannot follow its branches
+torch.fx.wrap("of_size")
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the first since torch 2.7
 DENSE_STRIDE = 2  # of the U-Nets' output
 STAGES = {"stem": ("conv1", "bn1"), **{f"layer{stage}": (f"layer{stage}",) for stage in range(1, 5)}}

@@ -86,19 +86,19 @@ def initialize_encoder(network: nn.Module, spec: ModelSpec, *, set_start: str = 
         _load(encoder, getattr(loaded, "encoder", loaded).state_dict(), spec.init)
 
 
-def check_size(encoder: str, size: tuple[int, int], key: str = "data.size") -> None:
-    """Raise `RecipeError` for a size of images that an encoder of timm cannot take: one of zeros is tried."""
+def check_size(encoder: str, size: tuple[int, int]) -> None:
+    """Raise `RecipeError` for a `data.size` that an encoder of timm cannot take: one of zeros is tried."""
     if not is_timm(encoder):
         return
     with seeded(0):
         network: Any = build_encoder(encoder).eval()
     fixed = network.fixed_size
-    check_key(fixed in (None, tuple(size)), key, list(size), f"{list(fixed or ())}, the one size of {encoder}")
+    check_key(fixed in (None, tuple(size)), "data.size", list(size), f"{list(fixed or ())}, the one size of {encoder}")
     try:
         with torch.no_grad():
             network(torch.zeros(1, network.in_chans, *size))
     except InputError as error:
-        check_key(False, key, list(size), f"what {encoder} can take: {error}".rstrip("."))
+        check_key(False, "data.size", list(size), f"what {encoder} can take: {error}".rstrip("."))
 
 
 def check_start(start: str, encoder: str = "", key: str = "model.init") -> None:

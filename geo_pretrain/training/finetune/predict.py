@@ -53,7 +53,6 @@ class Predictions:
     items: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     benchmark: str | None = None  # whose files are written, too
-    earlier: list[str] = field(default_factory=list)  # files of the prediction that was in the folder before
     colors: Sequence[Sequence[int]] | None = None  # of the classes 1..C in pictures; None: the package's
 
 
@@ -101,7 +100,7 @@ def predict(
     task, stated = _load(folder, device)
     items = spread_ids(given if source is None else list(_of_source(task, source)), limit)
     _check_names(items, in_3d=recipe.network.kind in POINT_KINDS)
-    found = Predictions(out, benchmark=benchmark, colors=stated["data"].get("colors"))
+    found, earlier = Predictions(out, benchmark=benchmark, colors=stated["data"].get("colors")), _earlier_files(out)
     detected, drawn = CocoFile(task.classes, stated["data"].get("ids")), list[tuple[Any, Any]]()
     for start in range(0, len(items), batch):
         group = items[start : start + batch]
@@ -115,7 +114,7 @@ def predict(
         if progress is not None:
             progress(start + len(group), len(items), group[-1].name)
     draw_clouds(drawn, task.classes, out / PICTURE)
-    _finish(found, task, run, detected)
+    _finish(found, task, run, detected, earlier)
     return found
 
 
@@ -212,7 +211,6 @@ def _benchmark(name: str, recipe: FinetuneRecipe, trained: Sequence[str]) -> Cal
 def _begin(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str]) -> None:
     """Write what is known at the start: the index, too, so that a prediction that is cut off can be begun again."""
     found.folder.mkdir(parents=True, exist_ok=True)
-    found.earlier.extend(_earlier_files(found.folder))
     write_text(found.folder / CLASSES, "".join(f"{name}\n" for name in task.classes))
     draw_legend(task.classes, found.colors, found.folder / LEGEND)
     _write_index(found, task, run)
@@ -230,22 +228,28 @@ def _earlier_files(folder: Path) -> list[str]:
     return []
 
 
-def _remove_earlier(found: Predictions) -> None:
+def _remove_earlier(found: Predictions, earlier: Sequence[str]) -> None:
     """Remove the files of the earlier prediction that this one has not written."""
     own = {name for item in found.items for name in item["files"]}
     begun = (found.folder / INDEX).stat().st_mtime_ns
-    for path in (found.folder / name for name in found.earlier if name not in own):
+    for path in (found.folder / name for name in earlier if name not in own):
         inside = path.is_file() and path.resolve().is_relative_to(found.folder.resolve())
         if inside and path.stat().st_mtime_ns < begun:
             path.unlink()
 
 
-def _finish(found: Predictions, task: FinetuneTask, run: str | os.PathLike[str], detected: CocoFile) -> None:
+def _finish(
+    found: Predictions,
+    task: FinetuneTask,
+    run: str | os.PathLike[str],
+    detected: CocoFile,
+    earlier: Sequence[str],
+) -> None:
     """Write what is known at the end. Raises `DataError` where no item could be read."""
     if not found.items:
         reasons = some((f"{one['path']}: {one['reason']}" for one in found.skipped), 3)
         raise DataError(f"None of {len(found.skipped)} items can be read: {reasons}.")
-    _remove_earlier(found)
+    _remove_earlier(found, earlier)
     if detected.images:
         write_text(found.folder / DETECTIONS, json.dumps(detected.tree()) + "\n")
     _write_index(found, task, run)
