@@ -80,6 +80,7 @@ def test_a_terminal_and_a_launcher_that_both_send_a_signal_ask_once(number: sign
             os.kill(os.getpid(), number)
             time.sleep(0.02)  # Python has come to the first one
             os.kill(os.getpid(), number)
+            time.sleep(0.3)  # the step goes on for longer than it takes to act on a second one
 
     before = signal.signal(number, signal.default_int_handler)
     try:

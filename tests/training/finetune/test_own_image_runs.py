@@ -141,7 +141,8 @@ def test_an_image_in_both_splits_is_refused(tmp_path):
     write_flat(tmp_path, count=3)
     (tmp_path / "train.txt").write_text("0\n1\n")
     (tmp_path / "val.txt").write_text("1\n2\n")
-    words = ["finetune", "folder_unet", "-b", "scratch", "--data", f"folder:{tmp_path}", "--out", tmp_path / "out"]
+    words = ["finetune", "folder_unet", "-b", "scratch", "--data", f"folder:{tmp_path}", "--steps", 1]
+    words += ["--out", tmp_path / "out"]
     assert "1 images are in train and in val: 1.jpg" in geo_pretrain(*words, *SMALL, expected=1).errors
 
 

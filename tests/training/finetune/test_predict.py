@@ -177,11 +177,12 @@ def test_a_scan_and_its_labels_as_clouds_are_both_predicted_on_and_a_folder_of_t
     """As ScanNet has them: NAME.ply and NAME.labels.ply."""
     for name in ("a.ply", "a.labels.ply"):
         save(tmp_path / name, painted(5))
-    own = tmp_path / "out" / "benchmark" / "scores.csv"
-    for _ in range(2):
-        geo_pretrain("predict", run, tmp_path / "a.ply", tmp_path / "a.labels.ply", "-o", tmp_path / "out")
-        own.parent.mkdir(exist_ok=True)
-        own.write_text("mine")
+    words = ["predict", run, tmp_path / "a.ply", tmp_path / "a.labels.ply", "-o", tmp_path / "out"]
+    geo_pretrain(*words)
+    own = tmp_path / "out" / "benchmark" / "scores.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    geo_pretrain(*words)
     assert own.read_text() == "mine"
     assert (tmp_path / "out" / "a.labels.labels.npy").is_file()
     said = geo_pretrain("predict", run, tmp_path / "out", "-o", tmp_path / "out", expected=1).errors
