@@ -93,7 +93,7 @@ lowest: $(INSTALLED)
 	$(BIN)/uv venv --quiet --clear --python 3.11 .venv-lowest
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
 		--editable '.[adapters,training,fast]' 'pytest>=8.3' 'pytest-xdist>=3.6' 'hypothesis>=6.112' \
-		'onnx>=1.17' 'onnxruntime>=1.20' 'onnxscript>=0.3'
+		'onnx>=1.17' 'onnxruntime>=1.20' 'onnxscript>=0.7.2'
 	.venv-lowest/bin/python -m pytest $(EDGES) -k "not onnxruntime"  # a tool of development: the newest is tested
 	$(BIN)/uv venv --quiet --clear --python $(or $(PYTHON313),3.13) .venv-313
 	$(BIN)/uv pip install --quiet --python .venv-313/bin/python --editable '.[adapters,training,fast]' $(EDGE_TOOLS)

@@ -145,7 +145,7 @@ def _write(wrapped: nn.Module, path: Path, channels: int, names: Sequence[str], 
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(wrapped, (example,), dynamic_shapes=dynamic)
+            program = torch.export.export(wrapped, (example,), dynamic_shapes=dynamic, strict=False)
             made: Any = torch.onnx.export(
                 program, dynamo=True, verbose=False, input_names=[INPUT], output_names=list(names)
             )

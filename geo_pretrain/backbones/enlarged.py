@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as modules
 
 LARGEST = 1 << 21  # products of all taps that are held at a time: 8 MB in float32, which caches hold
 BAND = 16  # rows of an enlarging matrix that share the range of columns that they read
+HOOKS = "forward", "forward_pre", "backward", "backward_pre"  # of all modules, which torch keeps by these names
 MOVED = 96  # multiply-adds that take as long as writing a value and reading it again; fits R18's and R50's levels
 
 
@@ -62,7 +63,7 @@ def stands_for(conv: nn.Module) -> bool:
     if taps % 2 == 0 or geometry != ((taps, taps), (taps // 2, taps // 2), (1, 1), (1, 1), 1, "zeros"):
         return False
     hooks = conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks
-    return not any(hooks) and not _has_any_global_hook()
+    return not any(hooks) and not any(getattr(modules, f"_global_{kind}_hooks") for kind in HOOKS)
 
 
 def pays(x: Tensor, weight: Tensor, size: tuple[int, int]) -> bool:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from geo_pretrain.backbones.base import EncoderDecoder, FeatureEncoder
 from geo_pretrain.backbones.encoder import HOST_WIDTH, Stages
-from geo_pretrain.backbones.enlarged import convolve_enlarged, pays, stands_for
+from geo_pretrain.backbones.enlarged import convolve_enlarged, is_transformed, pays, stands_for
 from geo_pretrain.inputs import check_images
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ BLOCKS = {
 }
 torch.fx.wrap("check_images")  # one node for `torch.fx.symbolic_trace`, which cannot follow its branches
 torch.fx.wrap("of_size")
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the first since torch 2.7
 DENSE_STRIDE = 2  # of the U-Nets' output
 STAGES = {"stem": ("conv1", "bn1"), **{f"layer{stage}": (f"layer{stage}",) for stage in range(1, 5)}}
 # output stride -> dilation of the first block of a stage, and of its others: torchvision's rule
@@ -86,7 +85,7 @@ class ResNetEncoder(FeatureEncoder):
         maps = [x]
         x = self.maxpool(x)
         for index in range(1, max(self.out_indices) + 1):  # stages nobody asked for are not computed
-            x = getattr(self, f"layer{index}")(x)  # torch 2.6 cannot export get_submodule
+            x = getattr(self, f"layer{index}")(x)  # torch 2.7 cannot export get_submodule
             maps.append(x)
         return [maps[index] for index in self.out_indices]
 
@@ -116,7 +115,8 @@ class UpProjection(nn.Module):
 
 def _enlarged_branches(conv1: Any, conv2: Any, x: Tensor, size: tuple[int, int]) -> Sequence[Tensor]:
     """Both convolutions of the enlarged map, computed at the small size where that is quicker and says the same."""
-    if stands_for(conv1) and stands_for(conv2) and pays(x, conv1.weight, size):
+    recorded = is_transformed()  # first: torch 2.7 cannot compile what `stands_for` asks
+    if not recorded and stands_for(conv1) and stands_for(conv2) and pays(x, conv1.weight, size):
         return [convolve_enlarged(x, conv.weight, size) for conv in (conv1, conv2)]
     x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
     return conv1(x), conv2(x)
@@ -150,7 +150,7 @@ class UNetDecoder(nn.Module):
         """Maps of strides above 2, finest first -> [B, out_chans, h, w] at stride 2: twice the size of one at 4."""
         x = maps[-1]
         for number, (stride, index) in enumerate(self.steps, 1):
-            up = getattr(self, f"up{number}")  # torch 2.6 cannot export get_submodule
+            up = getattr(self, f"up{number}")  # torch 2.7 cannot export get_submodule
             if index is None:
                 x = up(x, _at_stride(maps[0], self.finest, stride))
             else:
@@ -196,9 +196,11 @@ class UNet(EncoderDecoder):
 
 def of_size(dense: Tensor, height: int, width: int) -> Tensor:
     """A map cut at the bottom and the right, or continued there by its border."""
-    if _is_exporting():  # which cannot ask how large a map of any size is
-        rows, columns = (torch.arange(side, device=dense.device) for side in (height, width))
-        return dense[:, :, rows.clamp(max=dense.shape[2] - 1)][:, :, :, columns.clamp(max=dense.shape[3] - 1)]
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # which cannot ask how large a map of any size is
+        for axis, side in ((2, height), (3, width)):
+            inside = torch.arange(side, device=dense.device).clamp(max=dense.shape[axis] - 1)
+            dense = dense.index_select(axis, inside)
+        return dense
     dense = dense[:, :, :height, :width]
     lacking = height - dense.shape[2], width - dense.shape[3]
     return F.pad(dense, (0, lacking[1], 0, lacking[0]), mode="replicate") if any(lacking) else dense
@@ -222,9 +224,7 @@ class ResNetUNet(UNet):
 
     def _dense(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:
         """The decoder's map, cut to the size of the stem's."""
-        height, width = _size(maps[0])
-        dense: Tensor = self.decoder(maps[1:])
-        return dense[:, :, :height, :width]
+        return of_size(self.decoder(maps[1:]), *_size(maps[0]))
 
 
 def unet_like(encoder: Any, out_chans: int) -> UNet:

@@ -18,6 +18,7 @@ from tests.zoo import tiny_timm
 
 NETWORKS: dict[str, Callable[[Path], nn.Module]] = {
     "encoder": load_backbone,
+    "unet": lambda folder: load_backbone("pri3d_view_r18.rooms", decoder=True, pretrained=False),
     "timm": lambda folder: load_backbone("timm/resnet10t", pretrained=False),
     "convnext": lambda folder: tiny_timm("timm/test_convnext2", 0),  # leaves out pixels that its stride does not divide
     "torchvision": lambda folder: torchvision.deeplabv3(folder, num_classes=3, freeze=2),
@@ -55,14 +56,17 @@ def networks(r18: Path) -> dict[str, nn.Module]:
 @pytest.fixture(scope="module")
 def programs(networks: dict[str, nn.Module]) -> dict[str, torch.export.ExportedProgram]:
     given = (images(2, 64, 96),)
-    return {name: torch.export.export(net, given, dynamic_shapes=DYNAMIC) for name, net in networks.items()}
+    return {
+        name: torch.export.export(net, given, dynamic_shapes=DYNAMIC, strict=False) for name, net in networks.items()
+    }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_exported_program_takes_other_batches_and_sizes(networks, programs, name: str):
     program = programs[name].module()
-    for x in (images(2, 64, 96), images(1, 128, 64)):
+    odd = () if name == "smp" else (images(1, 70, 95),)  # smp refuses what 16 does not divide
+    for x in (images(2, 64, 96), images(1, 128, 64), *odd):
         assert_same(program(x), networks[name](x))
 
 
@@ -79,7 +83,7 @@ def test_onnxruntime_agrees_at_other_batches_and_sizes(networks, programs, name:
         assert_same(session.run(None, {given.name: x.numpy()}), networks[name](x))
 
 
-@pytest.mark.parametrize("name", ["smp"])  # our encoder is in it, and gives all its maps
+@pytest.mark.parametrize("name", ["smp", "unet"])  # our encoder is in both, and gives all its maps
 def test_compiled_in_one_piece_it_computes_the_same(networks, name: str):
     network = networks[name]
     torch.compiler.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -319,15 +320,17 @@ def test_the_released_code_agrees(always: list[tuple[int, ...]], mode: str, limi
 
 
 def test_traced_and_exported_networks_hold_plain_operations_for_any_size(network: ResNetUNet, always):
-    images, other = torch.rand(1, 3, 64, 96), torch.rand(2, 3, 80, 64)
-    expected, expected_other = network(images), network(other)
+    images, other, odd = torch.rand(1, 3, 64, 96), torch.rand(2, 3, 80, 64), torch.rand(1, 3, 65, 95)
+    expected, expected_other, expected_odd = network(images), network(other), network(odd)
     always.clear()
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
         traced = torch.jit.trace(network, images, check_trace=False)  # the check is a call like any other
     scripted = torch.fx.symbolic_trace(network)
     exported = torch.export.export(network, (other,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
     assert not always
     torch.testing.assert_close(traced(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(traced(odd), expected_odd, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(exported(other), expected_other, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scripted(other), expected_other, rtol=1e-4, atol=1e-5)
     assert "decoder.up1.conv1" in {node.target for node in scripted.graph.nodes}  # as feature extractors name it
