@@ -54,7 +54,11 @@ RECIPES = (  # the quick ones first
     "ppkt_srunet34.rooms",
     "img2pc_srunet34.rooms",
     "pri3d_geo_r18.rooms",
-    "gsc_r18.rooms",  # with a first stage of view+geo
+    "ppkd_srunet34",  # from here on with a first stage
+    "global_kd_srunet34",
+    "gupta_srunet34",
+    "crd_srunet34",
+    "gsc_r18.rooms",  # of view+geo
 )
 SHIPPED = ("pri3d_view_r18.rooms", "csc_srunet34.rooms")
 PRECISIONS = ("fp32", "bf16")
