@@ -27,7 +27,7 @@ from geo_pretrain.training.announcement import announce
 from geo_pretrain.training.batchnorm import synchronize_batchnorm
 from geo_pretrain.training.data.check.source import quick_check, stop_if_wrong
 from geo_pretrain.training.data.frame import Pair, SampledContent, SkippedFrames, Source, capability
-from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.mining import find_pairs, refuse_changed
 from geo_pretrain.training.data.pair_files import read_pairs
 from geo_pretrain.training.data.samples.sampler import Samples
 from geo_pretrain.training.data.sources.registry import open_source, source_note, source_options
@@ -195,6 +195,7 @@ def _run(
         note(source_note(source))
     if mined is not None and recipe.data.units == "pairs":
         pairs = read_pairs(mined, source, recipe.data, skips)
+        refuse_changed(source, pairs, recipe.data, mined)
     else:
         pairs = find_pairs(
             source,

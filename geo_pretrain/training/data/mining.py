@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from functools import partial
@@ -48,6 +48,7 @@ CLOUD_MEASURES: dict[str, tuple[Callable[[Frame], Tensor], Callable[..., np.ndar
     "match_released_code": (thin_cloud, cloud_overlap_matrix),
     "voxels": (occupied_cells, cell_overlap_matrix),
 }
+SPOT_CHECKS, MOVED = 8, 0.2  # pairs that are compared anew, and by how much other sizes do not move an overlap
 MINING_HEIGHT = 60  # overlap is measured on depth maps of this height, which is accurate enough for a ratio
 
 T = TypeVar("T")
@@ -192,6 +193,32 @@ def compare_frames(frames: list[Any], spec: DataSpec, device: str | torch.device
         return np.eye(0)
     compare = overlap_matrix if spec.measure == "projective" else CLOUD_MEASURES[spec.measure][1]
     return compare(frames, device)
+
+
+def refuse_changed(source: Source, pairs: Sequence[Pair], spec: DataSpec, folder: Path) -> None:
+    """Compare a few mined pairs anew: poses, depth or units may have been changed under the same names of frames.
+
+    Raises `DataError` where two of them, or the only one, overlap otherwise than their file in `folder` says. Frames
+    that cannot be read are left to the samples, and a data set's own rule is not asked.
+    """
+    if spec.measure == "source":
+        return
+    compared, moved = 0, []
+    for pair in spread_evenly(pairs, SPOT_CHECKS):
+        try:
+            both = [prepared(source.load(pair.scene, id), spec) for id in (pair.frame1, pair.frame2)]
+        except BadFrame:
+            continue
+        now = float(compare_frames(both, spec)[0, 1])
+        compared += 1
+        if abs(now - pair.overlap) > MOVED:
+            moved.append(f"{pair.frame1} and {pair.frame2} of {pair.scene} by {now:.2f}, not {pair.overlap:.2f}")
+    if len(moved) >= min(2, max(compared, 1)):
+        raise DataError(
+            f"The frames are not those that {str(folder)!r} was mined from: of {compared} pairs that were compared "
+            f"anew {len(moved)} overlap otherwise, such as {moved[0]}. Were poses or data.options changed? Mine them "
+            "again, into another folder."
+        )
 
 
 def _self_pairs(source: Source, spec: DataSpec) -> list[Pair]:

@@ -21,8 +21,8 @@ from geo_pretrain.errors import BadFrame, DataError, RecipeError
 from geo_pretrain.files import parse_json
 from geo_pretrain.progress import already
 from geo_pretrain.training.config import parse, plain_types
-from geo_pretrain.training.data.frame import SkippedFrames, Source
-from geo_pretrain.training.data.mining import compare_frames, mine_scene, own_pairs, prepared
+from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
+from geo_pretrain.training.data.mining import compare_frames, mine_scene, own_pairs, prepared, refuse_changed
 from geo_pretrain.training.data.pair_files import identity, mined_once, refuse_other_settings, spread_evenly
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import DataSpec
@@ -74,7 +74,8 @@ def mine_pairs(
             None: one a scene.
 
     A job that fails stops the others that have not begun. What is mined stays; the same call goes on. Raises as
-    `open_source`, and `DataError` when a process was ended from outside.
+    `open_source`, and `DataError` when a process was ended from outside, or when scenes that are there were mined from
+    other frames (`refuse_changed`).
     """
     if not 1 <= shard[0] <= shard[1]:
         raise RecipeError(f"Shard {shard[0]}/{shard[1]} is given; accepted: I/N with I from 1 to N.")
@@ -104,14 +105,16 @@ def mine_shard(text: str, out: str, shard: tuple[int, int], workers: int, device
 
 
 def _mine_here(text: str, out: Path, shard: tuple[int, int], device: str, report: OnScene) -> Mined:
-    spec, source, result = _spec(text), _opened(text, device), Mined()
+    spec, source, result, kept = _spec(text), _opened(text, device), Mined(), list[Pair]()
     scenes = source.scenes()[shard[0] - 1 :: shard[1]]
     for done, scene in enumerate(scenes, 1):
         made_from = identity(source, scene, spec)
         refuse_other_settings(out, scene, made_from)
         mined, now = mined_once(out, scene, made_from, partial(mine_scene, source, scene, spec, device))
         result.join(Mined(int(now), int(not now), len(mined.pairs), mined.tested.pairs, mined.skips))
+        kept += [] if now else mined.pairs
         (report if now else partial(already, report))(done, len(scenes))
+    refuse_changed(source, kept, spec, out)
     return result
 
 

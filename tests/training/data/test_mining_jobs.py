@@ -14,7 +14,7 @@ from geo_pretrain.errors import DataError, MissingDependency, RecipeError, Unkno
 from geo_pretrain.training.cluster import Cluster, make_executor
 from geo_pretrain.training.data import mining, mining_jobs
 from geo_pretrain.training.data.frame import SkippedFrames
-from geo_pretrain.training.data.mining import find_pairs
+from geo_pretrain.training.data.mining import find_pairs, refuse_changed
 from geo_pretrain.training.data.mining_jobs import estimate, mine_pairs
 from geo_pretrain.training.data.pair_files import read_pairs
 from geo_pretrain.training.data.sources.registry import open_source
@@ -191,3 +191,29 @@ def test_options_that_cannot_be_are_told_before_any_work(words, says):
     result = CliRunner().invoke(cli.app, ["data", "mine", "rooms", *words])
     assert result.exit_code == 2
     assert says in " ".join(result.output.replace("│", " ").split())
+
+
+def test_poses_changed_under_the_same_names_are_noticed(tmp_path, spec, pairs):
+    root = tmp_path / "root"
+    for scene in SCENES:
+        write_recording(root / scene)
+    own = dataclasses.replace(spec, path=str(root))
+    refuse_changed(open_source(own), [], own, tmp_path)
+    mine_pairs(own, tmp_path / "pairs")
+    assert mine_pairs(own, tmp_path / "pairs").present == 3
+    for number, pose in enumerate(sorted(root.rglob("*.pose.txt"))):
+        rows = pose.read_text().split()
+        rows[3] = str(float(rows[3]) + 40 * number)  # m, to the right
+        pose.write_text(" ".join(rows))
+    mining_jobs._opened.cache_clear()
+    with pytest.raises(DataError, match=r"compared anew 8 overlap otherwise, such as .* of a by 0\.00, not 0\.\d\d"):
+        mine_pairs(own, tmp_path / "pairs")
+    source = open_source(own)
+    for measure in ("projective", "source"):
+        refuse_changed(source, [], dataclasses.replace(own, measure=measure), tmp_path)
+    refuse_changed(source, pairs, dataclasses.replace(own, measure="source"), tmp_path)  # a rule that is not asked
+    with pytest.raises(DataError, match="of 1 pairs that were compared anew 1 overlap"):
+        refuse_changed(source, pairs[:1], own, tmp_path)
+    in_place = open_source(spec)
+    apart = dataclasses.replace(pairs[0], overlap=pairs[0].overlap - 0.9)
+    refuse_changed(in_place, [apart, *pairs[1:]], spec, tmp_path)  # one of eight may be another size's
