@@ -23,7 +23,7 @@ from geo_pretrain.catalog.entry import FILE_NAME, WEIGHT_ROLES, Arch, License
 from geo_pretrain.contract import ImageContract, VoxelContract, contract_from_dict
 from geo_pretrain.digests import inventory_line, sha256, xxh3, xxh3_hasher
 from geo_pretrain.errors import CheckpointError, DigestMismatch, renamed, run_note
-from geo_pretrain.files import SEAL, atomic_write, parse_json, tree_digest, write_text
+from geo_pretrain.files import SEAL, atomic_write, expanded, is_file, is_folder, parse_json, tree_digest, write_text
 from geo_pretrain.staging import recover, replaced
 from geo_pretrain.tensors import NotTensors, read_tensors
 
@@ -265,12 +265,14 @@ def parse_config(text: bytes | str, folder: Path) -> Checkpoint:
 
 def means_folder(name_or_path: str | os.PathLike[str]) -> bool:
     """Whether a folder is meant: one with a checkpoint, any path, or a folder (or run) that is no catalog name."""
-    folder = Path(name_or_path).expanduser()
-    if (folder / CONFIG).is_file() or not isinstance(name_or_path, str):
+    folder = expanded(name_or_path)
+    if is_file(folder / CONFIG) or not isinstance(name_or_path, str):
         return True
     separators = (os.sep, os.altsep or os.sep)  # Windows has two
     looks_like_path = any(one in name_or_path for one in separators) or name_or_path.startswith((".", "~"))
-    return looks_like_path or ((folder.exists() or Path(f"{folder}.run").is_dir()) and name_or_path not in CATALOG)
+    if looks_like_path or name_or_path in CATALOG:
+        return looks_like_path
+    return is_file(folder) or is_folder(folder) or is_folder(Path(f"{folder}.run"))
 
 
 def intact_checkpoint(folder: Path, roles: Iterable[str]) -> Checkpoint | None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from geo_pretrain.errors import CheckpointError, first_line
+from geo_pretrain.errors import CheckpointError, HubError, first_line
 
 SEAL = "sha256"  # key of the digest in JSON files that we read again
 WINDOWS = os.name == "nt"
@@ -57,6 +57,30 @@ def move(source: Path, target: Path) -> None:
         except PermissionError:
             time.sleep(pause)
     source.replace(target)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False, too, where this user may not ask."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; False, too, where this user may not ask."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def expanded(path: str | os.PathLike[str], otherwise: str = "Give a whole path.") -> Path:
+    """A path without ~. Raises `HubError`, which ends with `otherwise`, where nobody knows that home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise HubError(f"{os.fspath(path)!r}: this system does not know that home folder. {otherwise}") from None
 
 
 def regular(path: Path) -> Path:

@@ -57,7 +57,8 @@ def read_tensors(path: Path, hasher: Hasher) -> tuple[dict[str, Tensor], int]:
         tensors: dict[str, Tensor] = {}
         pieces: list[_Piece] = []
         for name, dtype, shape, at, end in _header(source, size, hasher):
-            memory = torch.empty(end - at, dtype=torch.uint8)  # each its own: safetensors saves no shared memory
+            # each its own, since safetensors saves no shared memory; on the CPU, whatever torch's default is
+            memory = torch.empty(end - at, dtype=torch.uint8, device="cpu")
             view = memory.numpy().data
             pieces += [_Piece(at + begin, view[begin : begin + PIECE]) for begin in range(0, end - at, PIECE)]
             tensors[name] = memory.view(getattr(torch, DTYPES[dtype])).reshape(shape)

@@ -36,16 +36,23 @@ ENCODER_PATHS = (
     "backbone.body.encoder",
     "backbone.encoder",
 )  # of the encoder in its host
+WRAPPED = "module", "_orig_mod"  # a network in DataParallel, AveragedModel and the like, and compiled
 MAX_FREEZE = 5  # the stem and four stages
 LOAD_OPTIONS = ("in_chans", "strict", "hub", "revision", "cache_dir", "local_files_only", "device", "dtype")
 
 
 class _FrozenStats(nn.Module):
-    """Ignores `.train()`, so that a BatchNorm keeps its running statistics; state-dict keys do not change."""
+    """Ignores `.train()` and resets, so that a BatchNorm keeps its running statistics; state-dict keys do not change.
+
+    It is made from a norm that has them, never from nothing. `torch.optim.swa_utils.update_bn` is what resets.
+    """
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode."""
         return super().train(False)
+
+    def reset_running_stats(self) -> None:
+        """Keep them."""
 
 
 class FrozenStatsBatchNorm2d(_FrozenStats, nn.BatchNorm2d):
@@ -61,24 +68,25 @@ FROZEN_STATS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: FrozenStatsSyncBatchNorm,
 }
 TRAINED_STATS = {frozen: trained for trained, frozen in FROZEN_STATS.items()}
-TIMM_NORM = "BatchNormAct2d"  # timm's BatchNorm with an activation
+TIMM_NORMS = "BatchNormAct2d", "SyncBatchNormAct"  # timm's BatchNorms with an activation
 
 
-def _add_timm_norm() -> type[nn.Module]:
-    """Add timm's BatchNorm with an activation to the tables; networks that have one have imported timm."""
-    kind: type[nn.Module] = getattr(require("timm", "adapters").layers, TIMM_NORM)
+def _add_timm_norm(norm: str) -> type[nn.Module]:
+    """Add one of timm's BatchNorms with an activation to the tables; networks that have one have imported timm."""
+    kind: type[nn.Module] = getattr(require("timm", "adapters").layers, norm)
     if kind not in FROZEN_STATS:
-        name = f"FrozenStats{TIMM_NORM}"
-        frozen = type(name, (_FrozenStats, kind), {"__doc__": f"`{TIMM_NORM}` that keeps its running statistics."})
+        name = f"FrozenStats{norm}"
+        frozen = type(name, (_FrozenStats, kind), {"__doc__": f"`{norm}` that keeps its running statistics."})
         FROZEN_STATS[kind], TRAINED_STATS[frozen] = frozen, kind
         frozen.__module__ = __name__
     return FROZEN_STATS[kind]
 
 
 def __getattr__(name: str) -> Any:
-    """The class of frozen norms of timm, which pickles look up here."""
-    if name == f"FrozenStats{TIMM_NORM}":
-        return _add_timm_norm()
+    """The classes of frozen norms of timm, which pickles look up here."""
+    norm = name.removeprefix("FrozenStats")
+    if norm in TIMM_NORMS and norm != name:
+        return _add_timm_norm(norm)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -88,6 +96,9 @@ def encoder_of(network: nn.Module) -> nn.Module:
     Raises ValueError where there is none.
     """
     wanted = {module for modules in STAGES.values() for module in modules}
+    inside = next((part for name, part in network.named_children() if name in WRAPPED), None)
+    if inside is not None:
+        return encoder_of(inside)
     modules = dict(network.named_modules())
     for path in ENCODER_PATHS:
         if path in modules:
@@ -134,8 +145,8 @@ def _check_freeze(count: int) -> None:
 def _freeze_stats(module: nn.Module, frozen: bool, training: bool) -> None:
     """Freeze or thaw BatchNorm statistics by changing the module's class: weights, hooks and optimizers stay valid."""
     kind = type(module)
-    if frozen and isinstance(module, nn.BatchNorm2d) and kind.__name__ == TIMM_NORM and kind not in FROZEN_STATS:
-        _add_timm_norm()
+    if frozen and kind.__name__ in TIMM_NORMS and kind.__module__.startswith("timm.") and kind not in FROZEN_STATS:
+        _add_timm_norm(kind.__name__)
     changed = (FROZEN_STATS if frozen else TRAINED_STATS).get(kind)
     if changed is not None:
         module.__class__ = changed
@@ -249,7 +260,7 @@ def check_request(num_classes: int, freeze: int, *, least: int = 1) -> None:
 
 def refuse_input(network: nn.Module, inputs: tuple[Tensor]) -> None:
     """Check images before a host's network sees them; a forward pre-hook that torch can script."""
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting() and len(inputs) > 0:  # none: given by its name, to a forward that checks the rest
         _check_input(network, inputs[0])
 
 

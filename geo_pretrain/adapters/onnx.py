@@ -101,7 +101,7 @@ def export_onnx(
         MissingDependency: the extra `onnx` is not installed.
         CheckpointError: torch cannot export the network, or onnxruntime computes something else; nothing is written.
     """
-    runtime, onnx = require("onnxruntime", "onnx"), require("onnx", "onnx")
+    runtime, onnx, path = require("onnxruntime", "onnx"), require("onnx", "onnx"), Path(path)
     require("onnxscript", "onnx")
     wrapped = WithNormalization(network, contract, names=names, classes=bool(classes))
     metadata = {

@@ -32,12 +32,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from geo_pretrain.adapters.common import refuse_input
 from geo_pretrain.backbones.architectures import ENCODERS
 from geo_pretrain.backbones.resnet_unet import BLOCKS
-from geo_pretrain.backbones.timm_encoder import TimmEncoder
+from geo_pretrain.backbones.timm_encoder import TimmEncoder, is_timm_features
 from geo_pretrain.backbones.timm_names import plain_keys
 from geo_pretrain.catalog import CATALOG, RENAMED, Entry, backbone_info
 from geo_pretrain.contract import ImageContract
@@ -92,8 +93,8 @@ def load_into(model: Any, name_or_folder: str | os.PathLike[str], **load: Any) -
 
     `model` is plain or made with `features_only`, of 3 channels; its classifier keeps its values. It gets the contract
     (`contract`, and timm's place for it, `pretrained_cfg`) and `load_report`. `load`: where to look, as in
-    `load_backbone`. Raises `WeightsMismatch` when a tensor of the encoder has no place in it, and what `load_backbone`
-    raises.
+    `load_backbone`. Raises `WeightsMismatch` when a tensor of the encoder has no place in it, or one before its
+    classifier would stay random, and what `load_backbone` raises.
     """
     encoder: Any = load_backbone(name_or_folder, **load)
     given, own = encoder.state_dict(), model.state_dict()
@@ -106,13 +107,30 @@ def load_into(model: Any, name_or_folder: str | os.PathLike[str], **load: Any) -
             f"{str(name_or_folder)!r} holds {what}; {len(unused)} of its {len(given)} tensors have no place in this "
             f"{type(model).__name__}: {_shapes(unused, given)}. Accepted: timm.create_model of that name."
         )
-    model.load_state_dict({**own, **fits})
     fresh = tuple(key for key in own if key not in fits)
+    if strange := _not_after(encoder, model, fresh):
+        raise WeightsMismatch(
+            f"{str(name_or_folder)!r} fills {len(fits)} of the {len(own)} tensors of this {type(model).__name__}, and "
+            f"of those that would stay random {len(strange)} are no classifier's: {_shapes(strange, own)}. Accepted: "
+            "timm.create_model of its name."
+        )
+    model.load_state_dict({**own, **fits})
     model.load_report = LoadReport(len(fits), fresh, (), (), len(fits) / len(own))
     model.contract = encoder.contract
     if isinstance(model.pretrained_cfg, dict):
         model.pretrained_cfg |= _timm_fields(encoder.contract)
     return model
+
+
+def _not_after(encoder: Any, model: nn.Module, fresh: Sequence[str]) -> list[str]:
+    """Tensors of a network that an encoder does not fill and that do not follow it, as a classifier does."""
+    if is_timm_features(model):
+        return list(fresh)
+    if not isinstance(encoder, TimmEncoder):
+        return [key for key in fresh if not key.startswith(HEAD)]
+    with torch.device("meta"):  # what timm's network of that name has
+        whole = timm.create_model(encoder.timm_name, pretrained=False).state_dict()
+    return [key for key in fresh if key not in whole]
 
 
 def register() -> None:

@@ -53,6 +53,11 @@ DROPOUT = 0.1  # of torchvision's FCN
 FROZEN = 2  # stages, as Detectron2 and torchvision freeze under pre-trained weights
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
 SLACK = 0.05  # beyond [0, 1], for resampling that overshoots
+FREE = {
+    "decoder": "torchvision's ResNet has none; use load_backbone",
+    "out_indices": "torchvision's ResNet gives no maps; use load_backbone",
+    "freeze": "call freeze_stages(network, count) afterwards",
+}
 OURS = {  # what torchvision calls otherwise or what is not free here
     "weights": "use pretrained=True or False, and load_state_dict for a whole network",
     "weights_backbone": "use pretrained=True or False",
@@ -71,16 +76,16 @@ def resnet(name: str, *, num_classes: int = 1000, **load_kwargs: Any) -> ResNet:
 
     `load_kwargs` are those of `load_backbone` that leave the class as it is: where to look, `pretrained`, `in_chans`,
     `output_stride` (ResNet-50 and deeper, as in torchvision), `strict`, `device`, `dtype`. The network carries
-    `contract`, `transforms` and `load_report` as plain attributes. Raises ValueError for other arguments and for
-    networks of another width than torchvision's.
+    `contract`, `transforms` and `load_report` as plain attributes. Raises ValueError or `UnknownName` for other
+    arguments, ValueError for networks of another width than torchvision's.
 
     >>> resnet("pri3d_view_geo_r18", num_classes=10, pretrained=False).fc.out_features
     10
     """
-    refused = {"decoder", "out_indices"} & set(load_kwargs)
-    if refused:
-        raise ValueError(f"{', '.join(sorted(refused))}: torchvision's ResNet has no such option; use load_backbone.")
-    encoder: Any = load_backbone(name, **load_kwargs)
+    check_request(num_classes, 0)
+    split_options("torchvision's ResNet", load_kwargs, ("pretrained", "output_stride"), FREE)
+    with torch.random.fork_rng(devices=[]):  # the classifier starts the same, whatever is drawn for the encoder
+        encoder: Any = load_backbone(name, **load_kwargs)
     if getattr(encoder, "host_name", None) is None:
         raise ValueError(f"{name!r} is not a ResNet of torchvision's width 64; use load_backbone.")
     if encoder.output_stride != 32 and encoder.host_name in UNDILATED:
@@ -268,11 +273,11 @@ class TimmPyramid(nn.Module):
 
 def refuse_others(network: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Raise `InputError` for what is no list of float images [C, H, W]; runs before torchvision asks their sizes."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not inputs:  # none: given by their name
         return
     host: Any = network
     chans, line = len(host.contract.channels), "network([network.transforms(image) for image in images])"
-    images: Any = inputs[0] if inputs else None
+    images: Any = inputs[0]
     batch = isinstance(images, Tensor) and images.ndim == 4
     if not batch and not isinstance(images, list | tuple):
         one = "network([network.transforms(image)])"

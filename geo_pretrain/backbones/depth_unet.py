@@ -99,6 +99,12 @@ def mirror_border(x: Tensor) -> Tensor:
 
     A side of one pixel has nothing to mirror and is repeated: the coarsest map of an image of 32 pixels.
     """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # for any size, which cannot be asked
+        for axis in (2, 3):
+            last = x.shape[axis] - 1
+            inside = last - (last - torch.arange(-1, last + 2, device=x.device).abs()).abs()
+            x = x.index_select(axis, inside.clamp(min=0))
+        return x
     if min(x.shape[2:]) > 1:
         return F.pad(x, (1, 1, 1, 1), mode="reflect")
     x = F.pad(x, (1, 1, 0, 0), mode="reflect" if x.shape[3] > 1 else "replicate")

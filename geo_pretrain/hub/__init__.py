@@ -13,15 +13,17 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
 
 from geo_pretrain.backbones.timm_names import is_timm
 from geo_pretrain.catalog import CATALOG, Entry, find
 from geo_pretrain.checkpoint import Checkpoint, means_folder, read_checkpoint
-from geo_pretrain.errors import CheckpointError, HubError, NotThere, WeightsMismatch, unknown
+from geo_pretrain.errors import CheckpointError, HubError, InputError, NotThere, WeightsMismatch, unknown
+from geo_pretrain.files import expanded, is_folder
 from geo_pretrain.hub.names import check_is_entry, check_pins
 from geo_pretrain.hub.packages import PACKAGE_PREFIX, packages_with
 from geo_pretrain.hub.sources import (
@@ -34,12 +36,14 @@ from geo_pretrain.hub.sources import (
     Request,
     Source,
     source_of,
+    split_address,
 )
 from geo_pretrain.inputs import check_path
 
 HUB_VARIABLE = "GEO_PRETRAIN_HUB"
 WITHOUT = "Without a network: "  # begins the line of an error that says what can be done there
 FAILURES = (HubError, CheckpointError, WeightsMismatch, OSError)  # after which the next source is tried
+HUBS = "folders, http(s) addresses, 'hf:organization' or 'package:name', as a list or with commas between them"
 NAME_OR_FOLDER = 'a name such as "pri3d_view_geo_r50", or a folder'  # what is accepted, for messages
 
 
@@ -80,11 +84,11 @@ def open(
     if text.startswith(HF_PREFIX):
         return _Search(request, (text,)).open()
     if text.startswith(WEB_PREFIXES):
-        address = urlsplit(text)
+        address = split_address(text)
         above, _, name = address.path.rstrip("/").rpartition("/")
         base = urlunsplit(address._replace(path=above, fragment=""))
         return _Search(replace(request, name=name), (base,)).open()
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     if means_folder(name_or_path):
         if revision is not None:
             raise HubError(f"{folder} is a folder; revision={revision!r} is understood by Hugging Face only.")
@@ -105,7 +109,7 @@ def _request(
     return Request(
         name=name,
         revision=revision,
-        cache_dir=Path(cache_dir).expanduser() if cache_dir is not None else None,
+        cache_dir=expanded(cache_dir) if cache_dir is not None else None,
         offline=local_files_only or os.environ.get(OFFLINE_VARIABLE, "").upper() in ("1", "ON", "YES", "TRUE"),
     )
 
@@ -230,14 +234,16 @@ def _search_for_name(request: Request, hub: str | Sequence[str] | None) -> _Sear
     if hub is None:
         hub = os.environ.get(HUB_VARIABLE, "")
     hub = os.fspath(hub) if isinstance(hub, os.PathLike) else hub
+    if not isinstance(hub, str | Sequence):
+        raise InputError(f"hub takes {HUBS}; got {hub!r}.")
     sources = [part.strip() for part in hub.split(",")] if isinstance(hub, str) else [str(part) for part in hub]
     sources = [source for source in sources if source]
     entry = find(request.name)
     if entry is not None:
         request = replace(request, name=entry.name, entry=entry)
-    bundles = request.cache / "bundles"
-    if (bundles / request.name).is_dir():
-        sources.append(str(bundles))
+    with suppress(HubError):  # no home, so no cache; a source that needs one says so
+        bundles = request.cache / "bundles"
+        sources += [str(bundles)] if is_folder(bundles / request.name) else []
     sources += [f"{PACKAGE_PREFIX}{package}" for package in packages_with(request.name)]
     if entry is None and not sources:
         hint = f"All names: list_backbones(); other checkpoints: give their folder, or hub= or {HUB_VARIABLE}."

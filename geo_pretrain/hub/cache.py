@@ -18,7 +18,7 @@ from pathlib import Path
 
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, UnknownName, unknown
-from geo_pretrain.files import locked
+from geo_pretrain.files import expanded, locked
 from geo_pretrain.hub.packages import package_folders
 from geo_pretrain.hub.transfer import CACHE_VARIABLE, disk_error
 
@@ -40,12 +40,12 @@ class Cached:
 
 def default_cache() -> Path:
     """GEO_PRETRAIN_CACHE, or ~/.cache/geo_pretrain."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/geo_pretrain").expanduser()
+    return expanded(os.environ.get(CACHE_VARIABLE) or "~/.cache/geo_pretrain", f"Set {CACHE_VARIABLE} to a folder.")
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
     """The folder that a caller names, or the default one."""
-    return Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
+    return expanded(cache_dir) if cache_dir is not None else default_cache()
 
 
 @contextmanager

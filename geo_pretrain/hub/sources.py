@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from geo_pretrain.catalog import Arch, Entry, License
 from geo_pretrain.checkpoint import (
@@ -30,7 +30,7 @@ from geo_pretrain.checkpoint import (
 )
 from geo_pretrain.contract import ImageContract, VoxelContract
 from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotThere, first_line, renamed, shown
-from geo_pretrain.files import atomic_write, move
+from geo_pretrain.files import atomic_write, expanded, is_folder, move
 from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
 from geo_pretrain.hub.packages import PACKAGE_PREFIX, again, package_folder, without
@@ -128,10 +128,20 @@ def source_of(spec: str, request: Request) -> Source:
         return WebServer(spec.rstrip("/"), request)
     if spec.startswith(PACKAGE_PREFIX):
         return Package(spec.removeprefix(PACKAGE_PREFIX), request)
-    folder = Path(spec).expanduser() / request.name
-    if not folder.is_dir():
+    folder = expanded(spec) / request.name
+    if not is_folder(folder):
         raise NotThere(f"no folder {folder}")
     return Folder(folder, request)
+
+
+def split_address(url: str) -> SplitResult:
+    """`urlsplit`. Raises `HubError` for what is no address."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # which is read when it is asked for
+    except ValueError as error:
+        raise HubError(f"{url!r} is no address ({first_line(error)}); accepted: http(s)://host[:port]/path.") from None
+    return parts
 
 
 class Folder(Source):
@@ -338,8 +348,8 @@ class WebServer(Source):
 
     def __init__(self, base: str, request: Request) -> None:
         self.request, self.base = request, base
+        parts = split_address(base)
         self.url = self._address()
-        parts = urlsplit(base)
         same = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))  # whoever asks
         host = f"{parts.hostname}-{hashlib.sha256(same.encode()).hexdigest()[:12]}"
         self.folder = request.cache / "hub" / host / request.name

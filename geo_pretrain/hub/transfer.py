@@ -50,6 +50,7 @@ SLOW = 20_000  # bytes per second on average that the deadline of a file allows 
 UNKNOWN_SIZE = 500 << 20  # bytes that the deadline allows for where nobody promised a size
 LARGEST = 16 << 30  # bytes that any file may have; the largest checkpoint has 1 GB
 LONGEST = 12 * 3600.0  # seconds that the deadline allows for at most, unless it is given
+MOST_SECONDS = 1e6  # eleven days; the system's clocks take no more than some thousand years
 ATTEMPTS = 3
 PAUSE = 0.3  # seconds before the second attempt; three times that before the third
 LONGEST_PAUSE = 15.0  # a server that asks for more (Retry-After) is not waited for
@@ -466,6 +467,10 @@ def _mirror() -> str:
     text = os.environ.get(MIRROR_VARIABLE, "").strip().rstrip("/")
     if text and not re.match(r"https?://[^/]", text):
         raise HubError(f"{MIRROR_VARIABLE}={text!r}; an address such as http://host/base is accepted.")
+    try:
+        _ = urlsplit(text).port
+    except ValueError as error:
+        raise HubError(f"{MIRROR_VARIABLE}={text!r} is no address ({error}).") from None
     return text
 
 
@@ -480,7 +485,7 @@ def _seconds(variable: str, otherwise: float | None = None) -> float | None:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
         raise HubError(f"{variable}={text!r}; a number of seconds above 0 is accepted.")
-    return seconds
+    return min(seconds, MOST_SECONDS)
 
 
 def _retry_after(text: str | None) -> float:

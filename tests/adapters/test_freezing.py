@@ -13,6 +13,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.optim import swa_utils
 
 from geo_pretrain.adapters import smp as in_smp
 from geo_pretrain.adapters import torchvision as in_torchvision
@@ -101,6 +102,38 @@ def test_after_a_conversion_to_sync_batch_norm_it_is_called_again():
     freeze_stages(network, 0)
     assert type(network.encoder.bn1) is nn.SyncBatchNorm
     assert network.encoder.bn1.training
+
+
+def test_statistics_stay_when_averaged_weights_get_theirs_anew():
+    network = build("smp.unet", freeze=2).train()
+    with torch.no_grad():
+        network.encoder.bn1.running_mean.fill_(0.3)
+        network.encoder.layer3[0].bn1.running_mean.fill_(0.3)
+    averaged = swa_utils.AveragedModel(network, use_buffers=True)
+    swa_utils.update_bn([torch.rand(2, 3, 32, 64)], averaged)
+    assert torch.all(averaged.module.encoder.bn1.running_mean == 0.3)
+    assert not torch.any(averaged.module.encoder.layer3[0].bn1.running_mean == 0.3)
+
+
+def test_timms_synchronized_norms_are_frozen_too():
+    network = timm.layers.convert_sync_batchnorm(timm.create_model("efficientnet_lite0", features_only=True))
+    freeze_stages(network, 5)
+    network.train()
+    norms = [module for module in network.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert {type(norm).__name__ for norm in norms} == {"FrozenStatsSyncBatchNormAct"}
+    assert not any(norm.training for norm in norms)
+    twin = pickle.loads(pickle.dumps(network)).train()
+    assert not any(norm.training for norm in twin.modules() if isinstance(norm, nn.SyncBatchNorm))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, swa_utils.AveragedModel, torch.compile])
+def test_the_encoder_is_found_in_a_wrapper(wrap):
+    network = build("smp.unet")
+    wrapped = wrap(network)
+    freeze_stages(wrapped, 5)
+    inside = wrapped._orig_mod if wrap is torch.compile else wrapped.module
+    assert not any(parameter.requires_grad for parameter in inside.encoder.parameters())
+    assert {group["name"] for group in parameter_groups(wrapped, 1.0)} == {"new"}
 
 
 @pytest.mark.parametrize(

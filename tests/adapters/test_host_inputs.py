@@ -73,6 +73,17 @@ def test_a_scripted_network_still_runs_and_is_saved(networks: dict[str, Any], tm
         assert torch.equal(scripted(IMAGES)["out"], network(IMAGES)["out"])
 
 
+def test_images_may_be_given_by_their_name(networks: dict[str, Any]):
+    with torch.no_grad():
+        assert torch.equal(networks["deeplabv3"](x=IMAGES)["out"], networks["deeplabv3"](IMAGES)["out"])
+        detector = hosts.faster_rcnn(NAME, num_classes=3, pretrained=False, min_size=64, box_score_thresh=0.9)
+        assert set(detector(images=[torch.rand(3, 64, 64)])[0]) == {"boxes", "labels", "scores"}
+        with pytest.raises(InputError, match="needs dividing by 255"):
+            detector(images=[torch.rand(3, 64, 64) * 255])
+        with pytest.raises(TypeError, match="images"):
+            detector()
+
+
 def test_detectors_take_lists():
     network = hosts.faster_rcnn(NAME, num_classes=3, pretrained=False, min_size=64, box_score_thresh=0.9)
     pixels = torch.rand(3, 64, 64)

@@ -75,7 +75,7 @@ def test_output_stride_is_torchvisions_dilation():
 
 
 def test_what_torchvision_cannot_do_is_refused(r18: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="decoder: torchvision's ResNet has no such option"):
+    with pytest.raises(ValueError, match="decoder: not an option here; torchvision's ResNet has none"):
         resnet(str(r18), decoder=True)
     with pytest.raises(ValueError, match="torchvision dilates ResNet-50 and deeper; accepted: 32"):
         resnet(str(r18), output_stride=8)
@@ -157,6 +157,23 @@ def test_the_contract_is_on_the_network_and_only_the_encoder_differs_from_scratc
         assert network.transforms.contract == network.contract
     assert networks[0].load_report.reshaped == ("conv1.weight",)
     assert (networks[0].load_report.loaded, networks[1].load_report.loaded) == (120, 0)
+
+
+def test_a_classifier_starts_the_same_with_weights_and_without(r18: Path):
+    heads = []
+    for pretrained in (True, False):
+        torch.manual_seed(5)
+        heads.append(resnet(r18, num_classes=3, pretrained=pretrained).fc.weight)
+    assert torch.equal(*heads)
+    for options, said in (
+        ({"num_classes": -1}, "num_classes is -1; accepted: a whole number from 1 up"),
+        ({"num_classes": "10"}, "num_classes is '10'"),
+        ({"freeze": 2}, r"freeze: not an option here; call freeze_stages\(network, count\) afterwards"),
+        ({"decoder": True}, "decoder: not an option here; torchvision's ResNet has none"),
+        ({"strickt": True}, r"Unknown option of torchvision's ResNet 'strickt'\. Closest: 'strict'"),
+    ):
+        with pytest.raises((ValueError, UnknownName), match=said):
+            resnet(r18, **options)
 
 
 def test_wrong_names_and_options_are_refused(tmp_path: Path):

@@ -132,6 +132,20 @@ def test_a_border_is_mirrored_about_the_outermost_row_and_a_single_one_repeated(
     assert mirror_border(single.transpose(2, 3))[0, 0].tolist() == [[1] * 3, [0] * 3, [1] * 3, [0] * 3]
 
 
+def test_traced_and_exported_it_takes_any_size():
+    network = ResNetDepthUNet(18, width=8).eval()
+    sides = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        exported = torch.export.export(network, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(sides,)).module()
+        for seen in ((32, 96), (64, 96)):
+            traced = torch.jit.trace(network, torch.randn(1, 3, *seen), check_trace=False)
+            for size in ((33, 70), (95, 64), (32, 32)):
+                x = torch.randn(1, 3, *size)
+                torch.testing.assert_close(traced(x), network(x), rtol=1e-4, atol=1e-5)
+                if min(size) > 32:
+                    torch.testing.assert_close(exported(x), network(x), rtol=1e-4, atol=1e-5)
+
+
 def test_every_weight_has_a_gradient():
     network = random_network().train()
     network(torch.randn(2, 3, 64, 64)).square().mean().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 
@@ -105,6 +106,19 @@ def test_a_folder_loads_into_timms_own_network(folder: Path, unet: TimmUNet, fea
     if features:
         with pytest.raises(WeightsMismatch, match=r"holds timm's mobilenetv3_small_050; \d+ of its"):
             load_into(timm.create_model("mobilenetv3_small_075", features_only=True), folder)
+
+
+def test_a_network_that_an_encoder_fills_in_part_is_refused(folder: Path):
+    small = load_into(timm.create_model("mobilenetv3_small_050"), folder)
+    larger = copy.deepcopy(small)
+    larger.blocks.append(torch.nn.Conv2d(4, 4, 1))
+    with pytest.raises(WeightsMismatch, match=r"of those that would stay random 2 are no classifier's: blocks\."):
+        load_into(larger, folder)
+    for name in ("resnet34", "seresnet18"):
+        for features in (True, False):
+            with pytest.raises(WeightsMismatch, match="fills 120 of the"):
+                load_into(timm.create_model(name, features_only=features), "pri3d_view_r18", pretrained=False)
+    assert load_into(timm.create_model("resnet18"), "pri3d_view_r18", pretrained=False).load_report.loaded == 120
 
 
 def test_a_run_from_a_folder_is_loaded_and_predicts_alike(folder: Path, tmp_path: Path):
