@@ -23,8 +23,25 @@ from geo_pretrain.training.data import files
 
 PoseConvention = Literal["camera_to_world", "world_to_camera"]
 CameraAxes = Literal["opencv", "opengl"]  # x right, y down, z forward | x right, y up, z backward
+Up = Literal["x", "-x", "y", "-y", "z", "-z"]
 Size = tuple[int, int]  # height, width
 TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
+# the axis of a world that points up -> the turn after which z does
+_Z_UP: dict[Up, list[list[int]]] = {
+    "x": [[0, 0, -1], [0, 1, 0], [1, 0, 0]],
+    "-x": [[0, 0, 1], [0, 1, 0], [-1, 0, 0]],
+    "y": [[1, 0, 0], [0, 0, -1], [0, 1, 0]],
+    "-y": [[1, 0, 0], [0, 0, 1], [0, -1, 0]],
+    "z": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "-z": [[1, 0, 0], [0, -1, 0], [0, 0, -1]],
+}
+
+
+def z_up(up: Up) -> np.ndarray:
+    """The turn of a world whose axis `up` points up into one whose z axis does: float64 [4, 4]."""
+    turn = np.eye(4)
+    turn[:3, :3] = _Z_UP[up]
+    return turn
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,7 @@ class FolderOptions:
     pose_convention: PoseConvention | None = None
     camera_axes: CameraAxes | None = None
     pose_scale: float | None = None  # units of the poses' translations per meter: 1000 millimeters
+    world_up: Up | None = None  # axis of the poses' world that points up; clouds turn about it, CSC cuts along it
     registered: bool | None = None  # whether color and depth share one camera
     intrinsics: str | tuple[float, float, float, float] | None = None  # a file, or fx, fy, cx, cy in pixels
     intrinsics_of: Literal["depth", "color"] | None = None  # the image that `intrinsics` hold for; None: depth
@@ -66,12 +84,13 @@ class Conventions:
     pose_convention: PoseConvention = "camera_to_world"
     camera_axes: CameraAxes = "opencv"
     pose_scale: float = 1.0
+    world_up: Up = "z"
     registered: bool = True
     float_depth: bool = False  # whether depth images in float are read: the layout, or the user, states their unit
 
     def overruled(self, options: FolderOptions) -> Conventions:
         """These conventions with what the options state."""
-        names = ("depth_scale", "pose_convention", "camera_axes", "pose_scale", "registered")
+        names = ("depth_scale", "pose_convention", "camera_axes", "pose_scale", "world_up", "registered")
         given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         return replace(self, **given, float_depth=self.float_depth or options.depth_scale is not None)
 
@@ -84,7 +103,7 @@ class Conventions:
         return files.meters_of(path, stored, shape, scale=self.depth_scale, floats=self.float_depth)
 
     def cam_to_world(self, pose: np.ndarray, path: object) -> np.ndarray:
-        """Convert a stored pose [4, 4] to camera-to-world in meters, x right, y down, z forward.
+        """Convert a stored pose [4, 4] to camera-to-world in meters, x right, y down, z forward, in a world with z up.
 
         Raises `BadFrame` with `path`, the file it stands in, where it is no rigid motion.
         """
@@ -94,7 +113,8 @@ class Conventions:
             raise BadFrame(path, f"pose {fault}")
         if self.pose_convention == "world_to_camera":
             pose = np.linalg.inv(pose)
-        return pose @ TO_OPENCV if self.camera_axes == "opengl" else pose
+        pose = pose @ TO_OPENCV if self.camera_axes == "opengl" else pose
+        return pose if self.world_up == "z" else z_up(self.world_up) @ pose
 
 
 @dataclass(frozen=True)

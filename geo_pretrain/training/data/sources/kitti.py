@@ -123,7 +123,7 @@ def open_kitti(root: Path, options: KittiOptions) -> Kitti:
         lacks = f"images of {without[0]} and {len(without) - 1} others" if without else "annotated depth"
         raise DataError(f"{str(root)!r} has no {lacks}; expected {LAYOUT}.")
     lost = f"{len(without)} drives with annotated depth have no images here" if without else ""
-    return Kitti("kitti", root, recordings, Conventions(depth_scale=256.0), options, note=lost)
+    return Kitti("kitti", root, recordings, Conventions(depth_scale=256.0, world_up="-y"), options, note=lost)
 
 
 def _find(root: Path) -> _Parts:

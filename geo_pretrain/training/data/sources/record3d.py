@@ -7,7 +7,7 @@
     rgbd/0.conf     confidence, not looked at
 
 An unpacked archive, a folder with these names, serves as well, and the app's export "EXR + RGB": metadata.json,
-rgb/0.jpg and depth/0.exr, in meters. Poses are camera-to-world in ARKit's world (y up), with
+rgb/0.jpg and depth/0.exr, in meters. Poses are camera-to-world in ARKit's world (y up, here turned to z), with
 OpenGL's axes of the camera; intrinsics hold for color, and the principal point counts from the corner of the image.
 Needs pyliblzfse, and OpenEXR for the export (extra `datasets`).
 Source: nerfstudio's record3d_utils.py, and readers of .r3d by codekansas/usa and others; no file was at hand.
@@ -98,7 +98,7 @@ def open_record3d(root: Path, options: Record3DOptions) -> Record3D:
         raise DataError(
             f"No recording in {str(root)!r}: expected *{ENDING}, {METADATA} and rgbd/, or {EXPORTED}, rgb/, depth/."
         )
-    conventions = Conventions(depth_scale=1.0, camera_axes="opengl", float_depth=True)
+    conventions = Conventions(depth_scale=1.0, camera_axes="opengl", world_up="y", float_depth=True)
     source = Record3D("record3d", base, recordings, conventions, options)
     source.sizes = sizes
     return source

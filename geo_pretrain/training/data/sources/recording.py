@@ -22,7 +22,7 @@ from geo_pretrain.files import parse_json
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.files import natural_order
 from geo_pretrain.training.data.frame import Frame
-from geo_pretrain.training.data.sources.conventions import Assembly, Camera, Conventions, FolderOptions, stated
+from geo_pretrain.training.data.sources.conventions import Assembly, Camera, Conventions, FolderOptions, stated, z_up
 
 COLORS = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".PNG", ".ppm")
 DEPTHS = (".png", ".tif", ".tiff", ".npy", ".PNG")
@@ -91,7 +91,7 @@ class Recordings:
         recording = self._recordings[scene]
         view = recording.views[frame_id]
         camera = self._camera(view)
-        pose = np.eye(4) if view.pose is None else self._pose(recording, view.pose)
+        pose = z_up("-y") if view.pose is None else self._pose(recording, view.pose)  # as its camera was held
         if isinstance(view.mount, BadFrame):
             raise view.mount
         pose = pose if view.mount is None else pose @ view.mount

@@ -17,6 +17,8 @@ from geo_pretrain.training.recipe import DataSpec
 from tests.dataset_layouts import REASON, lzfse, write_arkitscenes, write_polycam, write_record3d, write_record3d_export
 from tests.recording_layouts import golden_frames, write_plain
 
+Z_UP = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])  # ARKit's world, y up, turned
+
 
 @pytest.fixture(scope="module")
 def frames():
@@ -32,7 +34,7 @@ def test_polycams_own_cameras_and_sharp_frames_are_options(frames, tmp_path):
     source = opened("polycam", root)
     assert source.scenes() == ["desk"]
     first, second, third = source.frame_ids("desk")
-    shift = opened("polycam", root, corrected=False).load("desk", first).cam_to_world - frames[0].cam_to_world
+    shift = opened("polycam", root, corrected=False).load("desk", first).cam_to_world - Z_UP @ frames[0].cam_to_world
     np.testing.assert_allclose(shift[:3, 3], [0.2, 0, 0], atol=1e-6)
     assert opened("polycam", root, min_blur_score=40.5).frame_ids("desk") == [second, third]
     assert opened("polycam", root / "keyframes").load("keyframes", first).posed
@@ -93,7 +95,7 @@ def test_record3d_archives_are_read_packed_and_unpacked(frames, tmp_path):
     for scene in source.scenes():
         frame = source.load(scene, "2")
         np.testing.assert_allclose(frame.depth, frames[2].depth, atol=1e-6)
-        np.testing.assert_allclose(frame.cam_to_world, frames[2].cam_to_world, atol=1e-6)
+        np.testing.assert_allclose(frame.cam_to_world, Z_UP @ frames[2].cam_to_world, atol=1e-6)
         np.testing.assert_allclose(frame.intrinsics, frames[2].intrinsics, atol=1e-6)
     metadata = root / "unpacked" / "metadata"
     tree = json.loads(metadata.read_text())

@@ -41,6 +41,8 @@ from tests.recording_layouts import (
 
 FLOATS = ("colmap", "colmap binary", "megadepth", "record3d", "record3d export")  # layouts whose depth is in float
 OPENGL = ("polycam", "record3d", "record3d export", "transforms")
+UP = {"kitti": "-y", "polycam": "y", "record3d": "y", "record3d export": "y"}  # of other worlds than z
+TILT = {"z": 0.0, "y": np.pi / 2, "-y": -np.pi / 2, "-z": np.pi}  # about x, after which z points up
 INVERTED = ("arkitscenes", "colmap", "colmap binary", "megadepth")  # layouts with world-to-camera poses
 
 
@@ -52,6 +54,14 @@ def frames():
 
 def opened(layout, root, **options):
     return open_source(DataSpec(source=layout.split()[0], path=str(root), options=options))
+
+
+def upright(frame, up):
+    """The frame in a world whose axis `up` has become z."""
+    turn = np.eye(4)
+    cosine, sine = np.cos(TILT[up]), np.sin(TILT[up])
+    turn[1:3, 1:3] = [[cosine, -sine], [sine, cosine]]
+    return replace(frame, cam_to_world=turn @ frame.cam_to_world)
 
 
 def assert_is(frame, want, atol=0.0006):
@@ -75,7 +85,7 @@ def test_a_layout_is_read_as_it_was_written(layout, frames, tmp_path):
     (scene,) = source.scenes()
     ids = source.frame_ids(scene)
     assert len(ids) == len(frames)
-    for frame_id, want in zip(ids, frames, strict=True):
+    for frame_id, want in zip(ids, [upright(frame, UP.get(layout, "z")) for frame in frames], strict=True):
         assert_is(source.load(scene, frame_id), want, 0.002 if layout == "kitti" else 0.0006)
     assert source.raw_depth(scene, ids[0]).dtype.kind == ("f" if layout in FLOATS else "u")
     before = source.fingerprint(), source.content()
@@ -96,12 +106,26 @@ def test_options_undo_what_a_recorder_does_otherwise(layout, frames, tmp_path):
     root = ALL_LAYOUTS[layout](tmp_path / "twin", frames, twin)
     options = {
         "depth_scale": 2 * unit, "pose_convention": direction, "camera_axes": other, "pose_scale": 1000,
-        "intrinsics": four(frames[0]),
+        "world_up": "z", "intrinsics": four(frames[0]),
     }  # fmt: skip
     source = opened(layout, root, **options)
     scene = source.scenes()[0]
     assert_is(source.load(scene, source.frame_ids(scene)[-1]), frames[-1], 0.002 if layout == "kitti" else 0.0006)
     assert source.conventions.camera_axes == other
+
+
+@pytest.mark.parametrize("up", ["x", "-x", "y", "-y", "z", "-z"])
+def test_the_axis_of_the_world_that_points_up_becomes_z(up, frames, tmp_path):
+    root = write_plain(tmp_path / "a", frames)
+    own, turned = (opened("folder", root, **options).load("a", "2") for options in ({}, {"world_up": up}))
+    turn = turned.cam_to_world @ np.linalg.inv(own.cam_to_world)
+    axis = np.zeros(3)
+    axis["xyz".index(up[-1])] = -1 if up[0] == "-" else 1
+    np.testing.assert_allclose(turn[:3, :3] @ axis, [0, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(turn[:3, :3] @ turn[:3, :3].T, np.eye(3), atol=1e-6)
+    assert np.linalg.det(turn[:3, :3]) > 0
+    assert up not in TILT or np.allclose(turned.cam_to_world, upright(own, up).cam_to_world, atol=1e-6)
+    assert (up == "z") == np.allclose(own.cam_to_world, turned.cam_to_world)
 
 
 def test_poses_of_a_plain_folder_are_lines_files_or_quaternions(frames, tmp_path):
@@ -176,7 +200,7 @@ def test_frames_without_poses_serve_single_frames_only_and_say_so(frames, tmp_pa
     source = open_source(spec)
     frame = source.load("a", "0")
     assert not frame.posed
-    assert (frame.cam_to_world == np.eye(4)).all()
+    assert (frame.cam_to_world @ [0, -1, 0, 0] == [0, 0, 1, 0]).all()  # up as the camera was held, down its y axis
     assert "1 of 1 scenes have no poses" in source.note
     assert len(find_pairs(source, replace(spec, units="frames"), skips=SkippedFrames())) == 4
     with pytest.raises(DataError, match=r"scene has no poses: .*single frames \(PPKT"):
