@@ -24,6 +24,7 @@ from geo_pretrain.catalog import CATALOG, Entry, find
 from geo_pretrain.checkpoint import Checkpoint, means_folder, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, InputError, NotThere, WeightsMismatch, unknown
 from geo_pretrain.files import expanded, is_folder
+from geo_pretrain.hub.links import split_address
 from geo_pretrain.hub.names import check_is_entry, check_pins
 from geo_pretrain.hub.packages import PACKAGE_PREFIX, packages_with
 from geo_pretrain.hub.sources import (
@@ -36,7 +37,6 @@ from geo_pretrain.hub.sources import (
     Request,
     Source,
     source_of,
-    split_address,
 )
 from geo_pretrain.inputs import check_path
 

@@ -10,9 +10,19 @@ import re
 from contextlib import suppress
 from html.parser import HTMLParser
 from http.cookiejar import CookieJar
-from urllib.parse import parse_qsl, urldefrag, urlencode, urljoin, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urldefrag, urlencode, urljoin, urlsplit, urlunsplit
 
-from geo_pretrain.errors import HubError, NotThere
+from geo_pretrain.errors import HubError, NotThere, first_line
+
+
+def split_address(url: str) -> SplitResult:
+    """`urlsplit`. Raises `HubError` for what is no address."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # which is read when it is asked for
+    except ValueError as error:
+        raise HubError(f"{url!r} is no address ({first_line(error)}); accepted: http(s)://host[:port]/path.") from None
+    return parts
 
 
 def direct_link(url: str) -> str:
@@ -104,8 +114,8 @@ class WebPage(HTMLParser):
 
 
 def host(url: str) -> str:
-    """The host name of an address, or ""."""
-    return urlsplit(url).hostname or ""
+    """The host name of an address, or "". Raises as `split_address`."""
+    return split_address(url).hostname or ""
 
 
 def is_google(url: str) -> bool:

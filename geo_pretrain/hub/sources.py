@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from geo_pretrain.catalog import Arch, Entry, License
 from geo_pretrain.checkpoint import (
@@ -33,6 +33,7 @@ from geo_pretrain.errors import CheckpointError, DigestMismatch, HubError, NotTh
 from geo_pretrain.files import atomic_write, expanded, is_folder, move
 from geo_pretrain.hub import authors
 from geo_pretrain.hub.cache import default_cache, exclusive
+from geo_pretrain.hub.links import split_address
 from geo_pretrain.hub.packages import PACKAGE_PREFIX, again, package_folder, without
 from geo_pretrain.hub.transfer import LARGEST, download, probe
 from geo_pretrain.online import hub_fault
@@ -132,16 +133,6 @@ def source_of(spec: str, request: Request) -> Source:
     if not is_folder(folder):
         raise NotThere(f"no folder {folder}")
     return Folder(folder, request)
-
-
-def split_address(url: str) -> SplitResult:
-    """`urlsplit`. Raises `HubError` for what is no address."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # which is read when it is asked for
-    except ValueError as error:
-        raise HubError(f"{url!r} is no address ({first_line(error)}); accepted: http(s)://host[:port]/path.") from None
-    return parts
 
 
 class Folder(Source):

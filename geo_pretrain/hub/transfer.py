@@ -467,10 +467,7 @@ def _mirror() -> str:
     text = os.environ.get(MIRROR_VARIABLE, "").strip().rstrip("/")
     if text and not re.match(r"https?://[^/]", text):
         raise HubError(f"{MIRROR_VARIABLE}={text!r}; an address such as http://host/base is accepted.")
-    try:
-        _ = urlsplit(text).port
-    except ValueError as error:
-        raise HubError(f"{MIRROR_VARIABLE}={text!r} is no address ({error}).") from None
+    host(text)  # which refuses what is no address
     return text
 
 

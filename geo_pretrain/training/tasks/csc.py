@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.geometry import transform
-from geo_pretrain.training.checks import Positive
+from geo_pretrain.training.checks import Checks, Positive
 from geo_pretrain.training.data.samples.augment import Rotation
 from geo_pretrain.training.data.samples.clouds import Features
 from geo_pretrain.training.losses.contrastive import partition_info_nce
+from geo_pretrain.training.losses.fused import COLDEST
 from geo_pretrain.training.tasks.base import Batch
 from geo_pretrain.training.tasks.clouds import CloudConfig, CloudPairs
 from geo_pretrain.training.tasks.matching import one_match_each
@@ -31,6 +32,13 @@ class Config(CloudConfig):
     inner: Positive = 2.0  # voxels: closer rows are no negatives
     outer: Positive = 20.0  # voxels: border between near and far
     partitions: Literal[4, 8] = 4  # parts of the space around a row; the released files carry 8 or 4 in their names
+
+    def check_settings(self, check: Checks) -> None:
+        super().check_settings(check)
+        accepted = f"at least {COLDEST:.2g}: below, exp(difference of cosines / temperature) overflows float32"
+        check(self.temperature >= COLDEST, "task.temperature", self.temperature, accepted)
+        accepted = f"less than 'task.outer' {self.outer:g}: between the two lies the near part"
+        check(self.inner < self.outer, "task.inner", self.inner, accepted)
 
 
 class CSC(CloudPairs):

@@ -157,8 +157,12 @@ class MoCo(ImageTask):
 
 
 def groups_of(samples: int) -> int:
-    """The number of BatchNorm groups for `samples` in one process: their largest divisor up to `GROUPS`."""
-    groups = max(count for count in range(1, GROUPS + 1) if samples % count == 0)
+    """The number of BatchNorm groups for `samples` in one process: their largest divisor up to `GROUPS`.
+
+    Each has at least two samples, or BatchNorm would take its statistics from single images; but of 2 or 3 all are cut.
+    """
+    least = 2 if samples > 3 else 1
+    groups = max(count for count in range(1, GROUPS + 1) if samples % count == 0 and samples >= least * count)
     if groups == 1 < samples:
         warnings.warn(
             f"{samples} samples cannot be cut into 2 to {GROUPS} equal groups, so one process cannot shuffle keys "

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from geo_pretrain.errors import RecipeError
+from geo_pretrain.training.pretrain import load_checked_recipe
 from geo_pretrain.training.tasks.matching import one_match_each
 from tests.training.losses.test_contrastive import slow_partition_nce
 from tests.training.tasks.test_pointcontrast import outputs, seeded, task_and_batch  # noqa: F401 (a fixture)
@@ -39,3 +41,15 @@ def test_features_are_centered_colors_and_turns_keep_z_nearly_up(task_and_batch)
         assert feats.max() <= 0.51
         assert feats.std() > 0.05
         assert (batch[f"to_world{k}"][:, 2, 2] > 0.99).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("task.temperature=0.01", r"'task.temperature' is 0\.01, accepted is at least 0\.033: below, exp"),
+        ("task.inner=20", r"'task.inner' is 20\.0, accepted is less than 'task.outer' 20"),
+    ],
+)
+def test_settings_under_which_nothing_could_be_learned_are_refused(change, said):
+    with pytest.raises(RecipeError, match=said):
+        load_checked_recipe("csc_srunet34.rooms", [change])

@@ -13,7 +13,7 @@ from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.mining import find_pairs
 from geo_pretrain.training.data.samples.sampler import sample_seed
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.recipe import load_recipe
+from geo_pretrain.training.recipe import list_recipes, load_recipe
 from geo_pretrain.training.tasks import build_task
 from geo_pretrain.training.tasks.matching import sample_matches
 from tests.training.losses.test_contrastive import slow_info_nce
@@ -187,3 +187,11 @@ def test_two_processes_equal_two_accumulation_steps(tmp_path, tiny_recipe):
         for key, value in accumulated[role].items():
             if "running" not in key and "tracked" not in key:  # the BatchNorm statistics are those of one process
                 torch.testing.assert_close(value, two[role][key], atol=2e-5, rtol=1e-4)
+
+
+def test_every_geo_recipe_leaves_the_tolerance_to_the_matcher_that_is_asked_for():
+    recipes = [name for name in list_recipes() if "_geo_" in name]
+    assert len(recipes) > 5
+    for name in recipes:
+        released = load_recipe(name, ["task.match_released_code=true"])
+        assert released.task.get("geo_tolerance") is None

@@ -5,8 +5,9 @@
     keyframes/corrected_images/, corrected_cameras/    the same after the app's bundle adjustment, where it was done
     keyframes/depth/TIME.png                16-bit in millimeters, 256x192
 
-t_00 .. t_23 are the rows of camera-to-world in ARKit's world (y up, here turned to z), with OpenGL's axes of the camera. Corrected
-cameras are used where there are any. Principal points count from the corner of the image, as nerfstudio takes them.
+t_00 .. t_23 are the rows of camera-to-world in ARKit's world (y up, here turned to z), with OpenGL's axes of the
+camera. Corrected cameras are used where there are any. Principal points count from the corner of the image, as
+nerfstudio takes them.
 Confidence is not looked at. A recording is a folder with keyframes/, or keyframes itself.
 Source: nerfstudio's polycam_utils.py (`ns-process-data polycam`); no recording was at hand.
 """

@@ -70,6 +70,18 @@ def test_elastic_distortion_of_one_point_and_of_a_plane_stays_in_the_grid():
         assert elastic_distortion(points, noise, 0.2, 0.4).isfinite().all()
 
 
+def test_a_pixel_far_away_does_not_make_the_grid_larger_which_is_repeated():
+    near = torch.tensor([[0.0, 0, 0], [1.03, 0.41, 0.77]], dtype=torch.float64)
+    points = torch.cat([near, near + torch.tensor([128 * 0.2, 0, 0]), torch.tensor([[900.0, 0.1, 900]])])
+    size = elastic_grid(points, 0.2)
+    assert size == (128, 5, 128)
+    noise = torch.randn(*size, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved = elastic_distortion(points, noise, 0.2, 0.4) - points
+    assert moved.isfinite().all()
+    torch.testing.assert_close(moved[2:4], moved[:2])
+    assert (moved[0] != moved[1]).all()
+
+
 def slow_points(sample):
     """The world point behind each of a sample's pixels, one by one; intrinsics as they are after augmentation."""
     depth, matrix = sample["depth"].double().numpy(), sample["intrinsics"].numpy()

@@ -114,20 +114,6 @@ def test_options_undo_what_a_recorder_does_otherwise(layout, frames, tmp_path):
     assert source.conventions.camera_axes == other
 
 
-@pytest.mark.parametrize("up", ["x", "-x", "y", "-y", "z", "-z"])
-def test_the_axis_of_the_world_that_points_up_becomes_z(up, frames, tmp_path):
-    root = write_plain(tmp_path / "a", frames)
-    own, turned = (opened("folder", root, **options).load("a", "2") for options in ({}, {"world_up": up}))
-    turn = turned.cam_to_world @ np.linalg.inv(own.cam_to_world)
-    axis = np.zeros(3)
-    axis["xyz".index(up[-1])] = -1 if up[0] == "-" else 1
-    np.testing.assert_allclose(turn[:3, :3] @ axis, [0, 0, 1], atol=1e-6)
-    np.testing.assert_allclose(turn[:3, :3] @ turn[:3, :3].T, np.eye(3), atol=1e-6)
-    assert np.linalg.det(turn[:3, :3]) > 0
-    assert up not in TILT or np.allclose(turned.cam_to_world, upright(own, up).cam_to_world, atol=1e-6)
-    assert (up == "z") == np.allclose(own.cam_to_world, turned.cam_to_world)
-
-
 def test_poses_of_a_plain_folder_are_lines_files_or_quaternions(frames, tmp_path):
     assert_is(opened("folder", write_plain(tmp_path / "a", frames, poses="each")).load("a", "2"), frames[2])
     root = write_plain(tmp_path / "b", frames)
