@@ -62,7 +62,7 @@ def list_command(
     elif offline:
         typer.echo(
             "None of them loads without a network yet: `geo-pretrain pull NAME` fetches one, and ours come with "
-            '`make weights` in a clone, or `pip install "geo_pretrain[weights]"`.'
+            "`make weights` in a clone."
         )
     else:
         typer.echo(f"No backbone matches. Closest: {', '.join(nearest(pattern, list_backbones()))}.")
@@ -264,7 +264,8 @@ def convert(
         from geo_pretrain.hub.authors import convert_file
 
         if name is None or (like is None and find(name) is None):
-            raise typer.BadParameter("--from needs --name: a catalog name, or your own with --like CATALOG_NAME.")
+            given = "" if name is None else f", and {name!r} is none of the first"
+            raise typer.BadParameter(f"--from needs --name: a catalog name, or your own with --like NAME{given}.")
         made = checked_target(out, folder_fault(out))
         busy = f"Another process is at work on {out}. Wait until it ends, or choose another --out."
         with locked(out.resolve(), busy=busy):

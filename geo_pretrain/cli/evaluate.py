@@ -23,6 +23,7 @@ from geo_pretrain.cli.options import (
     options_of,
     print_skips,
     size_of,
+    warn_of_other_options,
 )
 from geo_pretrain.cli.shared import app, console, escape, print_table, progress
 from geo_pretrain.errors import unknown
@@ -71,6 +72,7 @@ def eval_matching(
     from geo_pretrain.training.evaluation.matching import compare_matching
 
     spec = data_spec(data, frames, set_, overlap)
+    warn_of_other_options(backbone, spec)
     skips = SkippedFrames()
     with progress() as report:
         results = compare_matching(
@@ -110,6 +112,7 @@ def eval_pixel_to_voxel(
     from geo_pretrain.training.evaluation.matching import compare_pixel_to_voxel
 
     spec = data_spec(data, frames, set_)
+    warn_of_other_options(folder, spec)
     skips = SkippedFrames()
     with progress() as report:
         results = compare_pixel_to_voxel(

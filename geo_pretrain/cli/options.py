@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+import yaml
 
 from geo_pretrain.cli.shared import console, escape
 from geo_pretrain.errors import first_line
+from geo_pretrain.files import is_file
 from geo_pretrain.targets import file_fault, folder_fault, missing_folder, named
 from geo_pretrain.yaml_text import quoted
 
@@ -69,6 +73,26 @@ def data_spec(data: str, frames: str | None, overrides: list[str], overlap: str 
     tree: dict[str, Any] = {"name": "command_line", "task": {"name": "none"}, "optim": {"steps": 1}}
     options = [*data_overrides(data, frames), f"data.overlap={range_of('--overlap', overlap)}", *overrides]
     return Draft(tree, "command line", RENAMED).override(options).parse(Recipe).data
+
+
+def warn_of_other_options(folder: str, spec: DataSpec) -> None:
+    """Warn where a run trained on the same recordings and read them otherwise, as `data check` had suggested."""
+    from geo_pretrain.errors import GeoPretrainError
+    from geo_pretrain.training.recipe import load_recipe
+
+    path = Path(folder).expanduser() / "recipe.yaml"
+    if spec.path is None or not is_file(path):
+        return
+    with suppress(GeoPretrainError):  # of fine-tuning, or another version's: nothing to compare
+        trained = load_recipe(str(path)).data
+        same = trained.path is not None and Path(trained.path).resolve() == Path(spec.path).resolve()
+        if same and trained.source == spec.source and trained.options != spec.options:
+            options = yaml.safe_dump(dict(trained.options), default_flow_style=True, width=10_000).strip()
+            warnings.warn(
+                f"{folder} was trained on these recordings with other data.options. Frames that are read otherwise may "
+                f"turn a result around; as it was trained: --set data.options='{options}'.",
+                stacklevel=2,
+            )
 
 
 def range_of(option: str, text: str) -> str:

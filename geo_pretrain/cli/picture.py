@@ -20,6 +20,7 @@ from geo_pretrain.cli.options import (
     file_option,
     print_skips,
     size_of,
+    warn_of_other_options,
 )
 from geo_pretrain.cli.shared import app, console, escape, progress
 from geo_pretrain.targets import CLOUDS, GRIDS, MATCHES, RERUN
@@ -68,10 +69,12 @@ def visualize_matches(
     from geo_pretrain.training.visualize import matches
 
     skips, drawn = SkippedFrames(), list[str]()
+    spec = data_spec(data, frames, set_, overlap)
+    warn_of_other_options(backbone, spec)
     with progress() as report:
         columns = matches.visualize_matches(
             backbone,
-            data_spec(data, frames, set_, overlap),
+            spec,
             out,
             against=None if alone else against,
             scene=scene,

@@ -73,7 +73,7 @@ def write_export(format: str, checkpoint: Checkpoint, out: Path | str, *, overwr
     in_the_way = [str(path) for path in (out, *beside) if path.is_dir() or (path.exists() and not overwrite)]
     if in_the_way:
         raise CheckpointError(
-            f"{', '.join(in_the_way)}: in the way; give another name, or overwrite=True to replace files."
+            f"{', '.join(in_the_way)}: in the way; give another name, or overwrite=True (--overwrite) to replace files."
         )
     state = {key: value.contiguous() for key, value in export_weights(format, checkpoint).items()}
     try:

@@ -24,6 +24,7 @@ from geo_pretrain.catalog import CATALOG, Entry, find
 from geo_pretrain.checkpoint import Checkpoint, means_folder, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, InputError, NotThere, WeightsMismatch, unknown
 from geo_pretrain.files import expanded, is_folder
+from geo_pretrain.hub.cache import HUB_VARIABLE
 from geo_pretrain.hub.links import split_address
 from geo_pretrain.hub.names import check_is_entry, check_pins
 from geo_pretrain.hub.packages import PACKAGE_PREFIX, packages_with
@@ -40,7 +41,6 @@ from geo_pretrain.hub.sources import (
 )
 from geo_pretrain.inputs import check_path
 
-HUB_VARIABLE = "GEO_PRETRAIN_HUB"
 WITHOUT = "Without a network: "  # begins the line of an error that says what can be done there
 FAILURES = (HubError, CheckpointError, WeightsMismatch, OSError)  # after which the next source is tried
 HUBS = "folders, http(s) addresses, 'hf:organization' or 'package:name', as a list or with commas between them"

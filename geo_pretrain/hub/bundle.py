@@ -210,7 +210,7 @@ def _contents(stream: BinaryIO, bundle: Path) -> list[Bundled]:
 def _members(stream: BinaryIO, bundle: Path) -> Iterator[tuple[str, str, Span]]:
     """Yield checkpoint name, file name and byte range of every file. Anything else raises `CheckpointError`."""
     length = os.fstat(stream.fileno()).st_size
-    cut = f"{bundle}: is cut off after {length} bytes. Copy it again."
+    cut = f"{bundle}: is cut off after {length} bytes, or no bundle. Copy it again."
     position = 0
     for _ in range(MEMBER_LIMIT + 1):
         stream.seek(position)

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from geo_pretrain.checkpoint import CONFIG, read_checkpoint
 from geo_pretrain.errors import CheckpointError, HubError, UnknownName, unknown
-from geo_pretrain.files import expanded, locked
+from geo_pretrain.files import expanded, is_folder, locked
 from geo_pretrain.hub.packages import package_folders
 from geo_pretrain.hub.transfer import CACHE_VARIABLE, disk_error
 
+HUB_VARIABLE = "GEO_PRETRAIN_HUB"
 KINDS = {"hub": "hub/*/*", "authors": "authors/*", "bundle": "bundles/*"}  # where the folders of each lie
 LEFT_BEHIND = (".part", ".writing", ".old", ".work")  # suffixes of hidden files that killed processes leave
 
@@ -87,25 +88,38 @@ def cached(cache_dir: str | os.PathLike[str] | None = None) -> list[Cached]:
 
 
 def names_here(cache_dir: str | os.PathLike[str] | None = None) -> set[str]:
-    """The names that load without a network: in installed packages with weights and in our cache, with all files."""
+    """The names that load without a network, with all files: see `folders_here`."""
     return set(folders_here(cache_dir))
 
 
-def folders_here(cache_dir: str | os.PathLike[str] | None = None) -> dict[str, Path]:
+def folders_here(cache_dir: str | os.PathLike[str] | None = None, *, hubs: bool = True) -> dict[str, Path]:
     """The names that load without a network, and where they lie: of several folders the one that `hub.open` takes.
 
-    Files are looked for and their sizes compared; they are not read. Hugging Face's own cache is not looked at.
+    They lie in folders that GEO_PRETRAIN_HUB names (not with `hubs` False), in installed packages with weights and in
+    our cache. Files are looked for and their sizes compared; they are not read. Hugging Face's own cache is not looked
+    at.
     """
     root = cache_root(cache_dir)
+    own = (folder for place in (_hub_folders() if hubs else ()) for folder in sorted(place.glob("*")))
     packages = (path.parent for above in package_folders().values() for path in above.glob(f"*/{CONFIG}"))
     downloads = (folder for kind in ("hub", "authors") for folder in _folders(root, kind))
     found: dict[str, Path] = {}
-    for folder in (*_folders(root, "bundle"), *packages, *downloads):
+    for folder in (*own, *_folders(root, "bundle"), *packages, *downloads):
         with suppress(CheckpointError, OSError):
             checkpoint = read_checkpoint(folder)
             files = map(checkpoint.file_of, checkpoint.network_roles())
             if all((folder / file).stat().st_size == checkpoint.files[file].size for file in files):
                 found.setdefault(checkpoint.name, folder)
+    return found
+
+
+def _hub_folders() -> list[Path]:
+    """The folders among the places that GEO_PRETRAIN_HUB names."""
+    found = []
+    for place in os.environ.get(HUB_VARIABLE, "").split(","):
+        with suppress(HubError):
+            if place.strip() and is_folder(expanded(place.strip())):
+                found.append(expanded(place.strip()))
     return found
 
 

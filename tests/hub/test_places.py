@@ -10,7 +10,7 @@ import torch
 
 from geo_pretrain import hub
 from geo_pretrain.errors import HubError, InputError, UnknownName
-from geo_pretrain.hub.cache import cache_root
+from geo_pretrain.hub.cache import cache_root, folders_here, names_here
 from geo_pretrain.hub.transfer import TIMEOUT_VARIABLE, _mirror, _seconds
 from geo_pretrain.loading import load_backbone
 from tests.zoo import write_tiny
@@ -85,3 +85,12 @@ def test_weights_load_under_another_default_device(good: str):
     with torch.device("meta"):
         network = load_backbone(folder)
     assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
+
+
+def test_what_a_hub_folder_of_the_environment_holds_loads_without_a_network(
+    good: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("GEO_PRETRAIN_HUB", f"~nobody_of_this_name/hub, http://127.0.0.1:9/x,{good},{tmp_path / 'none'}")
+    assert folders_here(tmp_path)[NAME] == Path(good) / NAME
+    assert NAME in names_here(tmp_path)
+    assert NAME not in folders_here(tmp_path, hubs=False)

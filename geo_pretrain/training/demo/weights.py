@@ -179,7 +179,7 @@ def show_weights(
     networks, scores, chance = _networks(name, checkpoint, setting), {}, 0.0
     for title, extractor in networks.items():
         scores[title], chance = _measure(extractor, rooms, pairs, setting, stage_of(report, "measuring", title))
-    shown = Shown(name, scores, chance, setting, (), checkpoint.name in folders_here(), 0.0)
+    shown = Shown(name, scores, chance, setting, (), checkpoint.name in folders_here(hubs=False), 0.0)
     typical = pairs[int(np.argsort(shown.ours.recall, kind="stable")[len(shown.ours.recall) // 2])]  # no better than the numbers
     drawn = _columns(networks[name], point_network, rooms, typical, setting, labels=shown.label_gain.low > 0)
     columns = tuple(drawn)
