@@ -264,8 +264,7 @@ def convert(
         from geo_pretrain.hub.authors import convert_file
 
         if name is None or (like is None and find(name) is None):
-            given = "" if name is None else f", and {name!r} is none of the first"
-            raise typer.BadParameter(f"--from needs --name: a catalog name, or your own with --like NAME{given}.")
+            raise typer.BadParameter(f"--from needs --name of the catalog, or your own and --like; --name is {name!r}.")
         made = checked_target(out, folder_fault(out))
         busy = f"Another process is at work on {out}. Wait until it ends, or choose another --out."
         with locked(out.resolve(), busy=busy):
