@@ -96,15 +96,15 @@ def encoder_of(network: nn.Module) -> nn.Module:
     Raises ValueError where there is none.
     """
     wanted = {module for modules in STAGES.values() for module in modules}
-    inside = next((part for name, part in network.named_children() if name in WRAPPED), None)
-    if inside is not None:
-        return encoder_of(inside)
     modules = dict(network.named_modules())
     for path in ENCODER_PATHS:
         if path in modules:
             children = {name for name, _ in modules[path].named_children()}
             if isinstance(modules[path], ImageEncoder) or wanted <= children or is_timm_features(modules[path]):
                 return modules[path]
+    inside = [part for name, part in network.named_children() if name in WRAPPED]
+    if len(inside) == len(list(network.children())) == 1:
+        return encoder_of(inside[0])
     places = ", ".join(repr(path) for path in ENCODER_PATHS if path)
     raise ValueError(
         f"{type(network).__name__} has no ResNet with the stages {', '.join(sorted(wanted))}; accepted: such a ResNet, "
@@ -260,7 +260,7 @@ def check_request(num_classes: int, freeze: int, *, least: int = 1) -> None:
 
 def refuse_input(network: nn.Module, inputs: tuple[Tensor]) -> None:
     """Check images before a host's network sees them; a forward pre-hook that torch can script."""
-    if not torch.jit.is_scripting() and len(inputs) > 0:  # none: given by its name, to a forward that checks the rest
+    if not torch.jit.is_scripting() and len(inputs) > 0:  # none: given by its name, and not looked at
         _check_input(network, inputs[0])
 
 

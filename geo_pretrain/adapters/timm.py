@@ -93,8 +93,8 @@ def load_into(model: Any, name_or_folder: str | os.PathLike[str], **load: Any) -
 
     `model` is plain or made with `features_only`, of 3 channels; its classifier keeps its values. It gets the contract
     (`contract`, and timm's place for it, `pretrained_cfg`) and `load_report`. `load`: where to look, as in
-    `load_backbone`. Raises `WeightsMismatch` when a tensor of the encoder has no place in it, or one before its
-    classifier would stay random, and what `load_backbone` raises.
+    `load_backbone`. Raises `WeightsMismatch` when a tensor of the encoder has no place in it, or one that
+    timm's network of that name lacks would stay random, and what `load_backbone` raises.
     """
     encoder: Any = load_backbone(name_or_folder, **load)
     given, own = encoder.state_dict(), model.state_dict()
@@ -130,7 +130,8 @@ def _not_after(encoder: Any, model: nn.Module, fresh: Sequence[str]) -> list[str
         return [key for key in fresh if not key.startswith(HEAD)]
     with torch.device("meta"):  # what timm's network of that name has
         whole = timm.create_model(encoder.timm_name, pretrained=False).state_dict()
-    return [key for key in fresh if key not in whole]
+    head = str((getattr(model, "pretrained_cfg", None) or {}).get("classifier", HEAD)).partition(".")[0]
+    return [key for key in fresh if key not in whole and not key.startswith(f"{head}.")]
 
 
 def register() -> None:

@@ -234,7 +234,7 @@ def _search_for_name(request: Request, hub: str | Sequence[str] | None) -> _Sear
     if hub is None:
         hub = os.environ.get(HUB_VARIABLE, "")
     hub = os.fspath(hub) if isinstance(hub, os.PathLike) else hub
-    if not isinstance(hub, str | Sequence):
+    if not isinstance(hub, str | Sequence) or isinstance(hub, bytes):
         raise InputError(f"hub takes {HUBS}; got {hub!r}.")
     sources = [part.strip() for part in hub.split(",")] if isinstance(hub, str) else [str(part) for part in hub]
     sources = [source for source in sources if source]

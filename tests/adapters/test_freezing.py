@@ -136,6 +136,11 @@ def test_the_encoder_is_found_in_a_wrapper(wrap):
     assert {group["name"] for group in parameter_groups(wrapped, 1.0)} == {"new"}
 
 
+def test_a_layer_that_is_called_module_is_no_wrapper():
+    network = nn.ModuleDict({"module": nn.Linear(2, 2), "backbone": torchvision.models.resnet18()})
+    assert encoder_of(network) is network["backbone"]
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -29,7 +29,7 @@ class Frame:
     cam_to_world: np.ndarray  # float64 [4, 4]
     semantic: np.ndarray | None = None  # int16 [H, W], class ids of the source
     instance: np.ndarray | None = None  # int32 [H, W]
-    posed: bool = True  # False: the recording has no poses, and `cam_to_world` is the identity
+    posed: bool = True  # False: the recording has no poses; in `cam_to_world` only up is true, as the camera was held
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Config(CloudConfig):
 
     def check_settings(self, check: Checks) -> None:
         super().check_settings(check)
-        accepted = f"at least {COLDEST:.2g}: below, exp(difference of cosines / temperature) overflows float32"
+        accepted = f"at least {COLDEST:.4g}: below, exp(difference of cosines / temperature) may overflow float32"
         check(self.temperature >= COLDEST, "task.temperature", self.temperature, accepted)
         accepted = f"less than 'task.outer' {self.outer:g}: between the two lies the near part"
         check(self.inner < self.outer, "task.inner", self.inner, accepted)

@@ -46,7 +46,7 @@ def test_features_are_centered_colors_and_turns_keep_z_nearly_up(task_and_batch)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("task.temperature=0.01", r"'task.temperature' is 0\.01, accepted is at least 0\.033: below, exp"),
+        ("task.temperature=0.01", r"'task.temperature' is 0\.01, accepted is at least 0\.03333: below, exp"),
         ("task.inner=20", r"'task.inner' is 20\.0, accepted is less than 'task.outer' 20"),
     ],
 )

@@ -37,7 +37,7 @@ def check_source(
     progress(1, PARTS)
     if not sample.frames:
         return Report(spec, (findings.of_frames(sample),), sample)
-    fits = _fits(sample)
+    fits = _fits(source, sample)
     progress(2, PARTS)
     registration = find_registration(_of_one_size(sample))
     progress(3, PARTS)
@@ -53,7 +53,7 @@ def check_source(
         _expected_pairs(source, spec, fits, sample.frames),
     )
     progress(PARTS, PARTS)
-    return Report(spec, (*found, *_unlike_scenes(sample)), sample, fits, registration)
+    return Report(spec, (*found, *_unlike_scenes(source, sample)), sample, fits, registration)
 
 
 def with_registration(report: Report, path: Path) -> Report:
@@ -78,14 +78,14 @@ def quick_check(source: Source, spec: DataSpec) -> Report:
     sample = load_sample(source, QUICK)
     if not sample.frames:
         return Report(spec, (findings.of_frames(sample),), sample)
-    fits = _fits(sample, quick=True)
+    fits = _fits(source, sample, quick=True)
     if fits is not None and not fits.fits_as_read:  # something is wrong: judged as `check_source` judges it
         sample = load_sample(source, FULL)
-        fits = _fits(sample)
+        fits = _fits(source, sample)
     found = [findings.of_frames(sample), findings.of_intrinsics(sample.frames)]
     if spec.units == "pairs":
         found.append(findings.of_poses(source, fits, bool(sample.posed)))
-    found += [findings.of_scale(source, fits, sample.frames), *_unlike_scenes(sample)]
+    found += [findings.of_scale(source, fits, sample.frames), *_unlike_scenes(source, sample)]
     return Report(spec, tuple(found), sample, fits)
 
 
@@ -122,7 +122,8 @@ class Reread(SourcePart):
 
     def load(self, scene: str, frame_id: str) -> Frame:
         frame = self.source.load(scene, frame_id)
-        pose = self.best.convention.apply(frame.cam_to_world)
+        turn = findings.world_turn(self.source)
+        pose = turn @ self.best.convention.apply(np.linalg.inv(turn) @ frame.cam_to_world)
         if self.scaled_poses:
             pose[:3, 3] /= self.best.scale
             return replace(frame, cam_to_world=pose)
@@ -152,17 +153,23 @@ def _line(finding: Finding) -> str:
     return f"{finding.topic}: {finding.text}"
 
 
-def _fits(sample: Sample, *, quick: bool = False) -> Fits | None:
-    views = [View(frame.depth, frame.intrinsics, frame.cam_to_world) for frame in sample.small()]
+def _views(source: Source, sample: Sample) -> list[View]:
+    """The frames as they are compared, with poses in the world that they were stored in."""
+    back = np.linalg.inv(findings.world_turn(source))
+    return [View(frame.depth, frame.intrinsics, back @ frame.cam_to_world) for frame in sample.small()]
+
+
+def _fits(source: Source, sample: Sample, *, quick: bool = False) -> Fits | None:
+    views = _views(source, sample)
     return findings.in_meters(try_conventions(views, sample.pairs, quick=quick), sample.frames)
 
 
-def _unlike_scenes(sample: Sample) -> list[Finding]:
+def _unlike_scenes(source: Source, sample: Sample) -> list[Finding]:
     """The finding on scenes that are read otherwise than the rest, if there are any: together they hide each other."""
     of_frames = [frame.scene for frame in sample.frames]
     if len(set(of_frames)) < 2:
         return []
-    views = [View(frame.depth, frame.intrinsics, frame.cam_to_world) for frame in sample.small()]
+    views = _views(source, sample)
     fits = {}
     for scene in dict.fromkeys(of_frames):
         pairs = [(i, j) for i, j in sample.pairs if of_frames[i] == of_frames[j] == scene]

@@ -32,7 +32,7 @@ from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.overlap import SparseFrame, sparse_overlap
-from geo_pretrain.training.data.sources.conventions import Camera, Conventions, FolderOptions, checked_camera
+from geo_pretrain.training.data.sources.conventions import Camera, Conventions, FolderOptions, checked_camera, z_up
 from geo_pretrain.training.data.sources.recording import (
     Recording,
     Recordings,
@@ -181,7 +181,10 @@ def _raw(drive: str, parts: _Parts, options: KittiOptions) -> Recording | None:
     if (folder / "oxts" / "data").is_dir():
         to_inertia = _inverse(_from_inertia(folder.parent, from_zero))
         measured = images_in(folder / "oxts" / "data", (".txt",))
-        poses = read_oxts(measured)
+        poses = {  # of a world with z up, given as odometry's are, whose y points down
+            name: pose if isinstance(pose, BadFrame) else np.linalg.inv(z_up("-y")) @ pose
+            for name, pose in read_oxts(measured).items()
+        }
         listings += [
             *measured.values(),
             folder.parent / "calib_velo_to_cam.txt",

@@ -41,6 +41,7 @@ from geo_pretrain.training.data.sources.conventions import (
     camera_matrix,
     checked_camera,
     stated,
+    z_up,
 )
 from geo_pretrain.training.data.sources.recording import existing_folder, files_below, hint
 
@@ -164,7 +165,7 @@ class Shards:
         if kind is None:
             raise BadFrame(path, f"has no color image; accepted are {', '.join(COLORS)}")
         color = files.read_frame_color(path, parts[kind])
-        pose = np.eye(4)
+        pose = z_up("-y")
         if facts.get("cam_to_world") is not None:
             pose = self.conventions.cam_to_world(_matrix(path, facts, "cam_to_world", (4, 4)), path)
         camera = self.assembly.camera or _camera(path, facts)

@@ -49,6 +49,8 @@ def test_kittis_raw_data_have_poses_from_oxts(frames, tmp_path):
     (scene,) = source.scenes()
     read = [source.load(scene, id) for id in source.frame_ids(scene)]
     assert scene == "2011_09_26_drive_0001_sync"
+    # the world is that of the first inertial unit, level with its camera but for the calibration's half degree or so
+    np.testing.assert_allclose(read[0].cam_to_world[:3, :3] @ [0, -1, 0], [0, 0, 1], atol=0.03)
     for got, want, moved, pose in zip(
         read,
         frames,

@@ -38,14 +38,13 @@ class Frames:
         rng = np.random.default_rng(0)
         first, second = golden_frames(2, (24, 32))
         ids = {"semantic": rng.integers(-1, 9, (24, 32)).astype(np.int16), "instance": np.full((24, 32), 70, np.int32)}
+        as_held = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # up is the camera's -y
         far = (np.arange(768).reshape(24, 32) / 5000).astype(np.float32)
         self.frames = {
             ("room", "0"): Frame("room", "0", first.color, first.depth.astype(np.float32), *camera(first)),
             ("room", "1"): Frame("room", "1", second.color, rng.random((24, 32), np.float32), *camera(second), **ids),
             ("room", "2"): None,
-            ("a/b.c", "1305.25"): Frame(
-                "a/b.c", "1305.25", second.color, far, second.intrinsics, np.eye(4), posed=False
-            ),
+            ("a/b.c", "1305.25"): Frame("a/b.c", "1305.25", second.color, far, second.intrinsics, as_held, posed=False),
         }
 
     def scenes(self):
