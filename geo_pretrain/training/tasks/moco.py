@@ -166,8 +166,8 @@ def groups_of(samples: int) -> int:
     if groups == 1 < samples:
         warnings.warn(
             f"{samples} samples cannot be cut into 2 to {GROUPS} equal groups of two or more, so one process cannot "
-            "shuffle keys between groups of BatchNorm, whose statistics then tell which key belongs to a query. Choose an "
-            "optim.batch (/ optim.accumulate) that such a number divides.",
+            "shuffle keys between groups of BatchNorm, whose statistics then tell which key belongs to a query. Choose "
+            "an optim.batch (/ optim.accumulate) that such a number divides.",
             stacklevel=2,
         )
     return groups
