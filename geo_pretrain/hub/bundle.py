@@ -73,11 +73,17 @@ def write_bundle(
     lists but does not hold (it came from a cache) are left out, and so are paths of this machine (`outgoing`). An
     unfinished checkpoint stays one. `progress` is called with the checkpoints done, written and read back, and twice
     their number. Raises
-    `CheckpointError` or `DigestMismatch` for a folder that is none, `HubError` when `out` cannot be written.
+    `CheckpointError` or `DigestMismatch` for a folder that is none, `HubError` when `out` cannot be written, or is a
+    file of another kind.
     """
     out = Path(out).expanduser()
     if out.is_dir():
         raise HubError(f"{out} is a folder; the name of a file, such as {out / 'backbones.tar'}, is accepted.")
+    if out.exists():  # a bundle is written anew, another file is somebody's
+        try:
+            list_bundle(out)
+        except CheckpointError:
+            raise HubError(f"{out} is there and no bundle. Choose another name, or remove it.") from None
     chosen = _read_folders(folders)
     try:
         with atomic_write(out) as part:

@@ -120,8 +120,8 @@ def test_an_unfinished_checkpoint_stays_one(tmp_path: Path):
 
 
 def test_what_cannot_be_bundled_leaves_the_old_bundle(folders: tuple[Path, Path], tmp_path: Path):
-    out = tmp_path / "x.tar"
-    out.write_bytes(b"the old one")
+    out = write_bundle(folders[:1], tmp_path / "x.tar")
+    old = out.read_bytes()
     bad = write_tiny(tmp_path / "bad").folder
     data = bytearray((bad / "decoder.safetensors").read_bytes())
     data[-1] ^= 1
@@ -141,7 +141,7 @@ def test_what_cannot_be_bundled_leaves_the_old_bundle(folders: tuple[Path, Path]
     long = write_tiny(tmp_path / "long", name="n" * 200)
     with pytest.raises(CheckpointError, match="does not fit into a tar file"):
         write_bundle([long.folder], out)
-    assert out.read_bytes() == b"the old one"
+    assert out.read_bytes() == old
     assert sorted(os.listdir(tmp_path)) == ["bad", "long", "x.tar"]
 
 
@@ -358,3 +358,14 @@ def test_a_checkpoint_is_not_mistaken_for_its_bundled_twin(tmp_path: Path):
     write_tiny(tmp_path / "second", license=license)
     (folder,) = install_bundle(write_bundle([tmp_path / "second"], tmp_path / "2.tar"), tmp_path)
     assert read_checkpoint(folder).license == license
+
+
+def test_a_file_that_is_no_bundle_stays(folders: tuple[Path, Path], tmp_path: Path):
+    out = tmp_path / "mine.tar"
+    out.write_text("keep me")
+    with pytest.raises(HubError, match=r"mine\.tar is there and no bundle\. Choose another name"):
+        write_bundle(folders, out)
+    assert out.read_text() == "keep me"
+    out.unlink()
+    write_bundle(folders[:1], out)
+    assert len(list_bundle(write_bundle(folders, out))) == 2
