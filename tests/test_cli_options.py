@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from geo_pretrain.cli.options import data_spec, warn_of_other_options
+from tests.front_door import geo_pretrain
 
 RECIPE = """name: mine
 task: {{name: pri3d_view}}
@@ -33,3 +34,10 @@ def test_other_options_of_the_same_recordings_are_told(tmp_path: Path):
         warn_of_other_options("pri3d_view_r18", data_spec(f"folder:{place}", None, []))
         (run / "recipe.yaml").write_text("task: segmentation\nnetwork: {}\n")
         warn_of_other_options(str(run), data_spec(f"folder:{place}", None, []))
+
+
+def test_a_mistake_that_two_parts_of_a_recipe_find_is_told_once():
+    words = ("finetune", "folder_unet", "--backbone", "scratch", "--data", "folder:x", "--out", "x")
+    ended = geo_pretrain(*words, "--set", "optim.steps=2", expected=1)
+    said = "accepted is exactly one of the two (null for the other). Given by --set optim.steps=2."
+    assert " ".join(ended.errors.split()) == f"Error: 'optim.steps / optim.epochs' is (2, 60.0), {said}"

@@ -131,6 +131,7 @@ def all_mistakes(where: str, problems: Sequence[Problem], overrides: Mapping[str
 
     A problem that overrides (key -> override) brought about names them; alone it does not blame the file.
     """
+    problems = list(dict.fromkeys(problems))  # two parts of a recipe may have the same fault to find
     given = [[f"--set {text}" for key, text in overrides.items() if problem.touches([key])] for problem in problems]
     texts = [
         f"{problem.text} Given by {', '.join(by)}." if by else problem.text

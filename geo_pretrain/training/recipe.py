@@ -269,7 +269,7 @@ class Recipe(Ranged):
 def check_length(check: Checks, optim: Any) -> None:
     """Note a run's section `optim` that states no length or two, or a batch that is not divided evenly."""
     one = (optim.steps is None) != (optim.epochs is None)
-    check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two")
+    check(one, "optim.steps / optim.epochs", (optim.steps, optim.epochs), "exactly one of the two (null for the other)")
     whole = optim.batch % max(optim.accumulate, 1) == 0
     check(whole, "optim.batch", optim.batch, "a multiple of accumulate", given=["optim.accumulate"])
     alone = optim.micro_batch is None or optim.accumulate == 1
