@@ -14,7 +14,7 @@ from geo_pretrain.training.data.check.report import Finding, Level
 from geo_pretrain.training.data.check.sample import Sample, turn
 from geo_pretrain.training.data.files import FLOAT_DEPTH
 from geo_pretrain.training.data.frame import Frame, RawDepth, Source, capability
-from geo_pretrain.training.data.sources.conventions import z_up
+from geo_pretrain.training.data.sources.conventions import Conventions, z_up
 
 NARROWEST, WIDEST = 20.0, 150.0  # degrees; horizontal angles of view beyond are no camera's that records RGB-D
 OFF_CENTER, AT_BORDER = 0.08, 0.4  # of the size: farther from the middle a principal point is suspicious, or wrong
@@ -299,9 +299,7 @@ def _in_force(source: Source, frames: Sequence[Frame] = ()) -> dict[str, Any]:
     while hasattr(source, "source"):
         source = source.source
     stated = getattr(source, "conventions", None)
-    defaults = {"depth_scale": 1000.0, "pose_convention": "camera_to_world", "camera_axes": "opencv", "pose_scale": 1.0}
-    defaults |= {"world_up": "z"}
-    found = {**defaults, "registered": None, **({} if stated is None else vars(stated))}
+    found = {**vars(Conventions()), "registered": None, **({} if stated is None else vars(stated))}
     if frames and hasattr(source, "depth_scale"):
         scales = {source.depth_scale(scene) for scene in {frame.scene for frame in frames}}
         found["depth_scale"] = scales.pop() if len(scales) == 1 else None

@@ -115,9 +115,10 @@ class Recordings:
         ]
 
     def fingerprint(self) -> str:
-        """A digest of names, sizes and times of all files of frames, and of the options."""
+        """A digest of names, sizes and times of all files of frames, of the options, and of how the world is turned."""
         of_files = files.files_fingerprint(self.root, (path for path in self._files() if path.is_file()))
         options = json.dumps(stated(self.config), sort_keys=True)
+        options += "" if self.conventions.world_up == "z" else f"\0{self.conventions.world_up}"  # surfaces are kept
         return hashlib.sha256(f"{self.assembly.digest(of_files)}\0{options}".encode()).hexdigest()
 
     def content(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from geo_pretrain.training.data.sources.conventions import Conventions
+from geo_pretrain.training.data.sources.recording import Recordings
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.recipe import DataSpec
 from tests.recording_layouts import golden_frames, write_plain
@@ -24,3 +26,14 @@ def test_the_axis_of_the_world_that_points_up_becomes_z(up, tmp_path):
     assert np.linalg.det(turn[:3, :3]) > 0
     assert up not in TILT or np.allclose(turned.cam_to_world, upright(own, up).cam_to_world, atol=1e-6)
     assert (up == "z") == np.allclose(own.cam_to_world, turned.cam_to_world)
+
+
+def test_what_was_kept_of_another_world_is_not_taken(tmp_path):
+    """Surfaces are kept by the fingerprint, which a layout's own world is part of."""
+    root = write_plain(tmp_path / "a", golden_frames(2, (48, 64)))
+    found = open_source(DataSpec(source="folder", path=str(root)))
+    recordings = list(found._recordings.values())
+    worlds = [Recordings("folder", root, recordings, Conventions(world_up=up), found.config) for up in ("z", "y", "-y")]
+    prints = [one.fingerprint() for one in worlds]
+    assert prints[0] == found.fingerprint()
+    assert len(set(prints)) == 3
