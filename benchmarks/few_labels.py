@@ -4,12 +4,13 @@
     python -m benchmarks.few_labels OUT --pilot     # first: what the budget reaches with all labels, and the hours
     python -m benchmarks.few_labels OUT --table     # in between: what is there
     python -m benchmarks.few_labels OUT --rate 0.3 --earlier JSON   # a stored table with one rate more
+    python -m benchmarks.few_labels OUT --start FOLDER --earlier JSON --result NAME   # its random weights, other starts
 
 Pri3D's U-Net, 200 labelled rooms of four images at 120x160, 12 classes; 1, 5, 25 and 100 % of the rooms. Rates are
 chosen on 32 rooms, mIoU is reported on 32 others. Starts are all catalog names with an image encoder that load without
-a network, or those given; of each encoder there is a start from random weights. `--decoder` adds each start with its
-decoder, Pri3D's own protocol. Writes benchmarks/results/few_labels.json and docs/few_labels.png when all is done, and
-the same into OUT at any time.
+a network, or those given, each compared with those before it; of each encoder there is a start from random weights.
+`--decoder` adds each start with its decoder, Pri3D's own protocol. Writes benchmarks/results/few_labels.json and
+docs/few_labels.png, or those of another name, when all is done, and the same into OUT at any time.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ BUDGET = ("optim.batch=8", "evaluate.every_steps=null", "precision=auto", "save_
 
 
 def starts_of(names: Sequence[str], *, decoder: bool = False) -> tuple[Start, ...]:
-    """The starts of these names and folders, after random weights of each encoder.
+    """The starts of these names and folders, after random weights of each encoder; each has those before it as rivals.
 
     `decoder`: those that have one are there a second time, with it. Raises `RecipeError` without a name or with two
     checkpoints of one name, `CheckpointError` for networks on points.
@@ -74,7 +75,10 @@ def starts_of(names: Sequence[str], *, decoder: bool = False) -> tuple[Start, ..
         opened = find(name) or hub.open(name)
         if opened.name in found:
             raise RecipeError(f"Two starts are called {opened.name!r}: {found[opened.name].backbone} and {name}.")
-        found[opened.name] = Start(opened.name, name, baseline, settings)
+        rivals = tuple(
+            start.label for start in found.values() if (start.baseline, start.settings) == (baseline, settings)
+        )
+        found[opened.name] = Start(opened.name, name, baseline, settings, rivals=rivals)
         if decoder and opened.arch.has_decoder:
             label = f"{opened.name}, with its decoder"
             found[label] = Start(label, name, baseline, (*settings, "network.transfer=all"))
@@ -101,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--earlier", type=Path, help="few_labels.json of another folder, whose rates and runs count here"
     )
+    parser.add_argument("--result", default=NAME, help="the name of the stored table and curve")
     options = parser.parse_args(given)
     starts = starts_of(options.start or offline_names(), decoder=options.decoder)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -124,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.pilot:
         print(estimate(whole, results))
     else:
-        keep(study, options.out, results, earlier)
+        keep(study, options.out, results, earlier, name=options.result)
     sys.exit(abs(code))
 
 
@@ -141,8 +146,13 @@ def read_earlier(path: Path, out: Path) -> dict[str, Any]:
     return found
 
 
-def keep(study: Study, out: Path, results: dict[str, Any], earlier: dict[str, Any] | None = None) -> None:
-    """Write results and curve into `out`; those of all runs into the repository, too. `earlier`: see `with_earlier`."""
+def keep(
+    study: Study, out: Path, results: dict[str, Any], earlier: dict[str, Any] | None = None, *, name: str = NAME
+) -> None:
+    """Write results and curve into `out`; those of all runs into the repository, too, under `name`.
+
+    `earlier`: see `with_earlier`.
+    """
     points = points_of(study, scores_of(study, out))
     facts = provenance(study, out)
     if earlier is not None:
@@ -156,9 +166,10 @@ def keep(study: Study, out: Path, results: dict[str, Any], earlier: dict[str, An
     if results["runs"][0] == study.runs():
         labels = [start.label for start in study.starts if start.label != start.baseline and "," not in start.label]
         words = [*(f"--start {label}" for label in labels), *(f"--rate {rate:g}" for rate in study.rates)]
-        command = " ".join(["python -m benchmarks.few_labels OUT", *words, f"--steps {results['steps']}"])
-        write_results(NAME, command, {**facts, **results}, timed=False)
-        draw(study, points, DOCS / f"{NAME}.png", title=TITLE)
+        words += [f"--steps {results['steps']}", *([] if name == NAME else [f"--result {name}"])]
+        command = " ".join(["python -m benchmarks.few_labels OUT", *words])
+        write_results(name, command, {**facts, **results}, timed=False)
+        draw(study, points, DOCS / f"{name}.png", title=TITLE)
 
 
 if __name__ == "__main__":

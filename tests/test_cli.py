@@ -474,7 +474,8 @@ def test_a_warning_of_ours_is_one_line_and_one_of_a_library_says_where_it_comes_
 
 
 @pytest.mark.parametrize(
-    "option, value", [("--frames", "half"), ("--overlap", "1"), ("--size", "big"), ("--turn", "left")]
+    "option, value",
+    [("--frames", "half"), ("--frames", "0.75:2"), ("--overlap", "1"), ("--size", "big"), ("--turn", "left")],
 )
 def test_malformed_options_are_named(option, value):
     result = run("eval", "matching", "x", option, value)

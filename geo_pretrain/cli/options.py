@@ -100,7 +100,9 @@ def range_of(option: str, text: str) -> str:
     try:
         low, high = (float(part) for part in text.split(":"))
     except ValueError:
-        raise typer.BadParameter(f"{option} is {text!r}; expected LOW:HIGH with numbers from 0 to 1.") from None
+        low = high = 0.0
+    if not 0 <= low < high <= 1:
+        raise typer.BadParameter(f"{option} is {text!r}; expected LOW:HIGH with 0 <= LOW < HIGH <= 1, such as 0:0.75.")
     return f"[{low}, {high}]"
 
 

@@ -218,7 +218,7 @@ def test_other_weights_are_refused_once_runs_tell_them(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(few_labels, "provenance", lambda *_: {"weights": next(told)})
     monkeypatch.setattr(few_labels, "with_earlier", lambda study, stored, digests: seen.append(digests) or study)
-    monkeypatch.setattr(few_labels, "keep", lambda *_: None)
+    monkeypatch.setattr(few_labels, "keep", lambda *_, **__: None)
     start = str(write_tiny(tmp_path / "tiny").folder)
     arguments = [str(tmp_path / "out"), "--start", start, "--earlier", str(tmp_path / "earlier.json"), "--table"]
     with pytest.raises(SystemExit):
@@ -251,6 +251,9 @@ def test_starts_have_random_weights_of_their_encoder_beside_them(tmp_path):
         Start("tiny_net_r18", tiny, random, width),
         Start("tiny_net_r18, with its decoder", tiny, random, (*width, "network.transfer=all")),
     )
+    other = write_tiny(tmp_path / "other", name="other_r18").folder
+    rivals = {start.label: start.rivals for start in starts_of([tiny, str(other)], decoder=True)}
+    assert {label: names for label, names in rivals.items() if names} == {"other_r18": ("tiny_net_r18",)}
     with pytest.raises(RecipeError, match="Two starts are called 'tiny_net_r18'"):
         starts_of([tiny, str(write_tiny(tmp_path / "again").folder)])
     with pytest.raises(RecipeError, match="give --start FOLDER"):
@@ -284,6 +287,9 @@ def test_results_are_stored_where_all_runs_are_done(tmp_path, monkeypatch):
     command = "python -m benchmarks.few_labels OUT --start view --rate 0.01 --rate 0.1 --steps 3"
     assert stored == [("few_labels", command)]
     assert (tmp_path / "docs" / "few_labels.png").is_file()
+    few_labels.keep(plan, tmp_path, results | {"runs": [16, 16]}, name="other")
+    assert stored[1:] == [("other", f"{command} --result other")]
+    assert (tmp_path / "docs" / "other.png").is_file()
     assert Path(tmp_path / "few_labels.md").read_text().endswith("16 of 16 runs, 1 core hours.\n")
     few_labels.keep(plan, tmp_path, results, {"code": "0.1.0", "weights": {"view": "12ab"}, "gains": []})
     told = json.loads((tmp_path / "few_labels.json").read_text())
