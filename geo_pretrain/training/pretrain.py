@@ -6,6 +6,7 @@ A run lives in `<out>.run/` (state, log) and ends by writing the checkpoint fold
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ from geo_pretrain.training.precision import choices, settle_precision
 from geo_pretrain.training.recipe import STAGE1, Recipe, changes, list_recipes, load_recipe, micro_batches
 from geo_pretrain.training.runs import RunFolder, check_out, code_version, explained, library_versions, run_lock
 from geo_pretrain.training.schedule import BN_FLOOR, learning_rate, pri3d_bn_momentum, set_bn_momentum
-from geo_pretrain.training.tasks import build_task, task_settings
+from geo_pretrain.training.tasks import build_task, task_config, task_settings
 
 
 @dataclass
@@ -87,8 +88,14 @@ def run_recipe(
 
 
 def load_checked_recipe(name: str, overrides: Iterable[str] = (), *, toy: bool = False, small: bool = False) -> Recipe:
-    """`load_recipe`, and check the task's settings, the data source's options and the start weights with the rest."""
-    return load_recipe(name, overrides, toy=toy, small=small, also=CHECKS)
+    """`load_recipe`, and check the task's settings, the data source's options and the start weights with the rest.
+
+    Warns of task settings that change nothing as the others are.
+    """
+    recipe = load_recipe(name, overrides, toy=toy, small=small, also=CHECKS)
+    for text in task_config(recipe).idle():
+        warnings.warn(f"recipe {recipe.name}: {text}", stacklevel=2)
+    return recipe
 
 
 def _check_task(recipe: Recipe) -> None:

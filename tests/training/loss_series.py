@@ -20,9 +20,9 @@ STORED = Path(__file__).parents[1] / "data" / "loss_series.json"
 STEPS, LR = 4, 0.001  # so few and small that differences in rounding do not grow to matter
 
 
-def loss_series(write_recipe, folder: Path, tiny: str) -> dict[str, list[float]]:
-    """Every loss of a run of STEPS steps, by name."""
-    geo_pretrain("train", recipe_of(write_recipe, folder, tiny), "--out", folder / tiny, "--device", "cpu")
+def loss_series(write_recipe, folder: Path, tiny: str, *options: str) -> dict[str, list[float]]:
+    """Every loss of a run of STEPS steps, by name; `options` of the command."""
+    geo_pretrain("train", recipe_of(write_recipe, folder, tiny), "--out", folder / tiny, "--device", "cpu", *options)
     lines = [json.loads(line) for line in (folder / tiny / "log.jsonl").read_text().splitlines()]
     names = [name for name in lines[0] if name not in ("step", "lr") and not name.endswith("_per_second")]
     return {name: [line[name] for line in lines] for name in names}

@@ -52,10 +52,14 @@ def build_task(recipe: Recipe, starts: Mapping[str, Path] = {}) -> PretextTask:
     return task_class.build(recipe, config)
 
 
-def task_settings(recipe: Recipe) -> dict[str, Any]:
+def task_config(recipe: Recipe) -> TaskConfig:
     """All settings of a recipe's task, also those that the recipe leaves to their defaults."""
-    _, config = _parsed(recipe)
-    return dict(vars(config))
+    return _parsed(recipe)[1]
+
+
+def task_settings(recipe: Recipe) -> dict[str, Any]:
+    """`task_config` as a dictionary."""
+    return dict(vars(task_config(recipe)))
 
 
 def _parsed(recipe: Recipe) -> tuple[type[PretextTask], TaskConfig]:

@@ -31,6 +31,20 @@ class TaskConfig(Ranged):
 
     section = "task."
 
+    def unused(self) -> dict[str, str]:
+        """The settings that change nothing as others are set, each with what would use it."""
+        return {}
+
+    def idle(self) -> list[str]:
+        """What is said of settings in `unused` that are not at their default."""
+        unused = self.unused()
+        defaults = {field.name: field.default for field in fields(self)}
+        return [
+            f"'task.{name}' is {value!r} and changes nothing here: it belongs to {by}."
+            for name, by in unused.items()
+            if (value := getattr(self, name)) != defaults[name]
+        ]
+
 
 def same_settings(kind: Callable[..., T], config: TaskConfig, *first: Any, **more: Any) -> T:
     """Build the dataclass `kind` from the settings of a task that have the names of its fields.

@@ -56,6 +56,20 @@ class Config(TaughtConfig):
         if self.loss == "crd" and self.negatives == "memory":
             check(bool(self.memory), "task.memory", self.memory, "the number of frames")
 
+    def unused(self) -> dict[str, str]:
+        unused = super().unused()
+        if self.loss != "kd":
+            unused["targets"] = "global_kd"
+        if self.loss == "l2":
+            unused["temperature"] = "global_kd and crd"
+        else:
+            unused["form"] = "gupta"
+        if self.loss != "crd":
+            unused |= dict.fromkeys(("dim", "negatives", "queue"), "crd")
+        if self.loss != "crd" or self.negatives == "queue":
+            unused |= dict.fromkeys(("memory", "memory_momentum"), "crd with negatives 'memory'")
+        return unused
+
 
 class GlobalDistillation(TaughtByImages):
     """Compares one feature of a whole cloud with one of its image.

@@ -44,6 +44,9 @@ class Config(ImageUNetConfig):
     projection: Count | None = None  # channels of a linear layer before the loss; None: the network's own output
     depth_proxy: bool = False  # Pri3D's depth loss beside; the paper's second stage has the set loss alone
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.sets == "segments" else dict.fromkeys(("k_thresh", "min_vertices"), "sets 'segments'")
+
 
 class GSC(ImageUNetTask):
     """Pri3D's 2D U-Net with another loss; state keys are `backbone.*` and, where asked for, `headnet.*` and `w2d.*`."""

@@ -51,6 +51,9 @@ class Config(TaskConfig):
     mix: Mix = "none"
     images: str | None = None  # folder of class folders, such as ImageNet's train
 
+    def unused(self) -> dict[str, str]:
+        return {"images": "mix 'combine' or 'batch'"} if self.mix == "none" else {}
+
 
 class Projector(nn.Module):
     """An encoder, the mean over the image, and two linear layers: an image becomes one vector of length 1."""

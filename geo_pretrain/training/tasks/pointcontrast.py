@@ -33,6 +33,12 @@ class Config(CloudConfig):
     negative_margin: Positive = 1.4
     squared: bool = True  # hardest: relu(d^2 - margin) for positives; False: the paper's relu(d - margin)^2
 
+    def unused(self) -> dict[str, str]:
+        if self.loss == "nce":
+            names = ("positives", "candidates", "positive_margin", "negative_margin", "squared")
+            return dict.fromkeys(names, "the hardest-contrastive loss")
+        return dict.fromkeys(("temperature", "matches", "negatives"), "PointInfoNCE")
+
 
 class PointContrast(CloudPairs):
     """PointInfoNCE or the hardest-contrastive loss."""

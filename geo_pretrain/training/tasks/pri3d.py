@@ -60,6 +60,16 @@ class Config(ImageUNetConfig):
             text = "'task.depth_proxy' is False, accepted here is True: nothing else would be learned."
             check.note(text, "task.depth_proxy")
 
+    def unused(self) -> dict[str, str]:
+        only_geo = ("geo_tolerance", "features", "frustum")
+        only_view = ("tolerance", "distance", "dedup")
+        either = ("temperature", "matches", "rounding", "symmetric", "match_released_code")
+        return {
+            **({} if self.geo else dict.fromkeys(only_geo, "the geometric prior")),
+            **({} if self.view else dict.fromkeys(only_view, "the view-invariant loss")),
+            **({} if self.view or self.geo else dict.fromkeys(either, "the contrastive losses")),
+        }
+
 
 class Pri3D(ImageUNetTask):
     """The 2D U-Net with depth head and, for the geometric prior, a 3D U-Net; state keys are the released code's.

@@ -21,6 +21,7 @@ from geo_pretrain.training.recipe import EncoderName, Recipe
 from geo_pretrain.training.tasks.base import Batch, PretextTask, TaskConfig, same_settings
 from geo_pretrain.training.tasks.matching import draw
 from geo_pretrain.training.tasks.teachers import (
+    OF_ANY_ENCODER,
     Layer,
     Teacher,
     csail_segmenter,
@@ -50,6 +51,11 @@ class TaughtConfig(FrameCloudSettings, TaskConfig):
     resize: PositiveRange = (0.8, 1.25)
     scale: PositiveRange = (0.9, 1.1)
     elastic_prob: Probability = 0.95
+
+    def unused(self) -> dict[str, str]:
+        if self.teacher in OF_ANY_ENCODER:
+            return {}
+        return {"teacher_encoder": f"teachers {', '.join(OF_ANY_ENCODER)}"}
 
 
 class TaughtByImages(PretextTask):

@@ -36,6 +36,7 @@ from geo_pretrain.training.networks import (
 from geo_pretrain.training.recipe import ModelSpec
 from geo_pretrain.training.tasks import csail
 
+OF_ANY_ENCODER = (IMAGENET, *IMAGENET_STARTS, SCRATCH)  # start weights for an encoder that is named beside them
 Layer: TypeAlias = Literal["logits", "features"]  # of a segmentation network; features: what its last layer takes
 
 
@@ -79,7 +80,7 @@ def load_teacher(weights: str, encoder: str = "resnet50", *, dense: bool = False
         RecipeError: `dense` of an encoder alone, or a checkpoint that is not an image network.
         GeoPretrainError: weights that cannot be found, as `load_backbone` and `initialize_encoder` raise.
     """
-    if weights in (IMAGENET, *IMAGENET_STARTS, SCRATCH):
+    if weights in OF_ANY_ENCODER:
         if dense:
             raise RecipeError(
                 f"Teacher {weights!r} is an encoder alone and has no dense features; accepted: its last map "

@@ -22,7 +22,7 @@ from geo_pretrain.training.data.samples.pairs import check_labels
 from geo_pretrain.training.data.sources.registry import open_source
 from geo_pretrain.training.data.sources.seven_scenes import SevenScenes
 from geo_pretrain.training.losses.depth import depth_loss
-from geo_pretrain.training.pretrain import needs_stage1, run_recipe
+from geo_pretrain.training.pretrain import load_checked_recipe, needs_stage1, run_recipe
 from geo_pretrain.training.recipe import load_recipe, load_stage1
 from geo_pretrain.training.tasks import build_task, gsc
 from geo_pretrain.training.tasks.gsc import draws_of_cells, half_resolution_sets, limit_sets
@@ -359,3 +359,9 @@ def test_wrong_settings_are_named(gsc_recipe):
     ):
         with pytest.raises(RecipeError, match=part):
             build_task(load_recipe(str(gsc_recipe()), [override]))
+
+
+def test_settings_of_segments_are_told_to_change_nothing_of_labelled_sets():
+    given = ["task.sets=semantic", "task.k_thresh=0.02"]
+    with pytest.warns(UserWarning, match=r"'task\.k_thresh' is 0\.02 and changes nothing here: it belongs to sets"):
+        load_checked_recipe("gsc_r18.rooms", given)
