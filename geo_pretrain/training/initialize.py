@@ -30,6 +30,7 @@ from geo_pretrain.errors import (
     WeightsMismatch,
     some,
 )
+from geo_pretrain.files import expanded
 from geo_pretrain.hub.authors import Origin, convert_file
 from geo_pretrain.hub.cache import default_cache, exclusive
 from geo_pretrain.hub.transfer import download
@@ -148,7 +149,7 @@ def weights_file(start: str) -> Path:
     Raises `CheckpointError` when there is none, or more than one in a package.
     """
     if start.startswith(FILE):
-        path = Path(start.removeprefix(FILE)).expanduser()
+        path = expanded(start.removeprefix(FILE))
         if not path.is_file():
             raise CheckpointError(f"{start!r}: no such file; accepted: file:PATH of {', '.join(WEIGHT_FILES)}.")
         return path

@@ -14,7 +14,7 @@ from geo_pretrain.catalog import find
 from geo_pretrain.catalog.license import LICENSES, License, strictest
 from geo_pretrain.catalog.moco import IMAGENET_STARTS
 from geo_pretrain.errors import GeoPretrainError
-from geo_pretrain.files import read_sealed
+from geo_pretrain.files import expanded, read_sealed
 from geo_pretrain.training.data.sources.registry import data_license, weights_terms
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.initialize import FILE, PACKAGE, weights_file
@@ -43,8 +43,8 @@ def run_license(recipe: Recipe, settings: Mapping[str, Any], starts: Mapping[str
         start = _origin(_weights(recipe, model.init, starts), model.encoder)
     if teacher is not None:
         file = settings.get("teacher_file")
-        if file is not None and (Path(file).expanduser() / "results.json").is_file():
-            teacher = str(Path(file).expanduser())  # a fine-tuned network states its own terms
+        if file is not None and (expanded(file) / "results.json").is_file():
+            teacher = str(expanded(file))  # a fine-tuned network states its own terms
         taught_by = _origin(_weights(recipe, teacher, starts), settings.get("teacher_encoder", "resnet50"))
     base = f"random weights; teacher: {taught_by.name}" if taught_by.name else "none (random weights)"
     mixed = (("ImageNet", IMAGENET_TERMS),) if settings.get("mix", "none") != "none" else ()

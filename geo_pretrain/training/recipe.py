@@ -16,6 +16,7 @@ from geo_pretrain.catalog import find
 from geo_pretrain.catalog.license import check_license
 from geo_pretrain.checkpoint import CHECKPOINT_NAME, Checkpoint
 from geo_pretrain.errors import RecipeError, UnknownName, unknown
+from geo_pretrain.files import expanded
 from geo_pretrain.training import config
 from geo_pretrain.training.checks import (
     Accepts,
@@ -402,7 +403,7 @@ def recipe_path(name: str, command: str | None = None) -> Path:
     Raises `UnknownName`, or `RecipeError` for the name of a recipe that another command runs.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.is_file():
             return path
         found = "is a folder" if path.is_dir() else "does not exist"

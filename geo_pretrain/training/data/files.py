@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from geo_pretrain.errors import BadFrame, DataError, first_line, require
 from geo_pretrain.files import regular
@@ -111,13 +111,13 @@ def read_raw_depth(path: Path, data: bytes | None = None) -> np.ndarray:
 
     `data`: the image itself (gray or TIFF), where it is a part of the file at `path`.
     """
-    if data is None and path.suffix == ".bin":
+    if data is None and path.suffix.lower() == ".bin":
         return _read_colmap_map(path)
-    if data is None and path.suffix == ".h5":
+    if data is None and path.suffix.lower() == ".h5":
         return _read_hdf5_map(path)
-    if data is None and path.suffix == ".exr":
+    if data is None and path.suffix.lower() == ".exr":
         return _read_exr_map(path)
-    if data is None and path.suffix == ".npy":
+    if data is None and path.suffix.lower() == ".npy":
         with loaded_arrays(path) as array:
             values = np.asarray(array)
         if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
@@ -414,15 +414,23 @@ def _row(values: Iterable[float]) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """`folder.glob(pattern)` sorted, without hidden files: macOS leaves a ._NAME beside each NAME on foreign disks."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def files_fingerprint(root: Path, paths: Iterable[Path]) -> str:
     """A sha256 over relative names, sizes and modification times: cheap; it changes when a file does."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         stat = path.stat()
-        digest.update(
-            f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape")
-        )
+        digest.update(f"{_below(path, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _below(path: Path, root: Path) -> Path:
+    """A path as it is called from `root`; the whole path of one elsewhere, which a listing may name."""
+    return path.relative_to(root) if path.is_relative_to(root) else path.absolute()
 
 
 @contextmanager
@@ -448,7 +456,7 @@ def sampled_digest(root: Path, paths: Iterable[Path]) -> str:
     count = min(SAMPLED, len(found))
     digest = hashlib.sha256()
     for path in (found[number * len(found) // count] for number in range(count)):
-        name = f"{path.relative_to(root)}\0".encode(errors="surrogateescape")
+        name = f"{_below(path, root)}\0".encode(errors="surrogateescape")
         digest.update(name + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -456,7 +464,11 @@ def sampled_digest(root: Path, paths: Iterable[Path]) -> str:
 @contextmanager
 def _opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
     """Open an image of a format that is only decoded, and whose header states a size that a camera has."""
-    with Image.open(path if data is None else io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+    try:
+        opened = Image.open(path if data is None else io.BytesIO(data), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:  # its own text has the name again, or an address in memory
+        raise UnidentifiedImageError("cannot identify image file") from None
+    with opened as image:
         if image.width * image.height > MOST_PIXELS:
             raise BadFrame(path, f"states {image.width}x{image.height} pixels; at most {MOST_PIXELS} are accepted")
         yield image

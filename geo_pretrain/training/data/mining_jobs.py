@@ -109,8 +109,8 @@ def _mine_here(text: str, out: Path, shard: tuple[int, int], device: str, report
     scenes = source.scenes()[shard[0] - 1 :: shard[1]]
     for done, scene in enumerate(scenes, 1):
         made_from = identity(source, scene, spec)
-        refuse_other_settings(out, scene, made_from)
-        mined, now = mined_once(out, scene, made_from, partial(mine_scene, source, scene, spec, device))
+        refuse_other_settings(out, scene, made_from, spec.frames)
+        mined, now = mined_once(out, scene, made_from, partial(mine_scene, source, scene, spec, device), spec.frames)
         result.join(Mined(int(now), int(not now), len(mined.pairs), mined.tested.pairs, mined.skips))
         kept += [] if now else mined.pairs
         (report if now else partial(already, report))(done, len(scenes))
@@ -218,6 +218,9 @@ def estimate(source: Source, spec: DataSpec, *, workers: int = 1, device: str = 
         kept += sum(spec.overlap[0] <= value <= spec.overlap[1] for value in values)
     if frames == len(faults):
         raise faults[0] if faults else DataError(f"Source {source.name!r} has no frame.")
+    readable = 1 - len(faults) / frames
+    if own is None:
+        pairs = round(pairs * readable**2)
     seconds = sum(sizes) * reading / frames + pairs * comparing / max(tested, 1)
     expected, now = round(pairs * kept / max(tested, 1)), _bytes_read()
     amount = None if read is None or now is None else (now - read) / frames * sum(sizes) / 1e9
@@ -232,7 +235,7 @@ def estimate(source: Source, spec: DataSpec, *, workers: int = 1, device: str = 
         read_gb=amount,
         write_gb=expected * PAIR_BYTES / 1e9,
         measured_frames=frames,
-        readable=1 - len(faults) / frames,
+        readable=readable,
     )
 
 

@@ -23,6 +23,7 @@ from geo_pretrain.training.data.frame import Pair, SkippedFrames, Source
 from geo_pretrain.training.recipe import DataSpec
 
 VERSION = 1
+WHOLE = (0.0, 1.0)  # `DataSpec.frames` of all
 
 T = TypeVar("T")
 
@@ -85,11 +86,10 @@ def scene_file(folder: Path, scene: str) -> Path:
 
 def identity(source: Source, scene: str, spec: DataSpec) -> dict[str, Any]:
     """What the pairs of a scene are mined from, in plain types: its frames and the settings that choose pairs."""
-    frames = "\n".join(source.frame_ids(scene))
     return {
         "version": VERSION,
         "source": source.name,
-        "frames": hashlib.sha256(frames.encode()).hexdigest(),
+        "frames": _frames_digest(source, scene),
         "options": parse_json(json.dumps(spec.options, default=str)),
         "measure": spec.measure,
         "size": list(spec.size) if spec.measure == "projective" else None,
@@ -98,11 +98,21 @@ def identity(source: Source, scene: str, spec: DataSpec) -> dict[str, Any]:
     }
 
 
+def _frames_digest(source: Source, scene: str) -> str:
+    names = "\n".join(source.frame_ids(scene))
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+
 def mined_once(
-    folder: Path, scene: str, mined_from: dict[str, Any], mine: Callable[[], ScenePairs]
+    folder: Path,
+    scene: str,
+    mined_from: dict[str, Any],
+    mine: Callable[[], ScenePairs],
+    part: Sequence[float] | None = None,
 ) -> tuple[ScenePairs, bool]:
     """Read the pairs of a scene from its file, or `mine` and write them; also whether they were mined now.
 
+    `part` of the scene's frames is told in the file, see `refuse_other_settings`.
     Processes and machines that want the same scene wait for the one that mines it. Killed, it leaves no file.
     """
     path = scene_file(folder, scene)
@@ -114,7 +124,8 @@ def mined_once(
         mined = mine() if known is None else known
         if known is None:
             pairs = [[pair.frame1, pair.frame2, pair.overlap] for pair in mined.pairs]
-            rest = {"skips": mined.skips.reasons, "tested": asdict(mined.tested)}
+            rest: dict[str, Any] = {"skips": mined.skips.reasons, "tested": asdict(mined.tested)}
+            rest |= {} if part is None else {"part": list(part)}
             write_sealed(path, {"identity": mined_from, "pairs": pairs, **rest})
     with suppress(OSError):  # whoever waited has read the file; nobody locks it again
         path.with_name(f".{path.name}.lock").unlink()
@@ -131,7 +142,8 @@ def read_pairs(folder: Path, source: Source, spec: DataSpec, skips: SkippedFrame
         DataError: scenes have no file yet, no pair is left, or the pairs are those of other frames.
         RecipeError: they were mined by another measure, or in a narrower range.
     """
-    missing, pairs, tested = [], list[Pair](), PairCounts()
+    missing, grown, pairs, tested = list[str](), list[str](), list[Pair](), PairCounts()
+    held, of_others = 0, 0  # pairs in the files, those of frames that are not here
     for scene in source.scenes():
         path = scene_file(folder, scene)
         tree = _tree(path)
@@ -142,20 +154,37 @@ def read_pairs(folder: Path, source: Source, spec: DataSpec, skips: SkippedFrame
         _check_settings(path, tree["identity"], spec)
         here, (low, high) = set(source.frame_ids(scene)), spec.overlap
         known = [pair for pair in mined.pairs if pair.frame1 in here and pair.frame2 in here]
-        if mined.pairs and not known and spec.frames == (0.0, 1.0):
+        if mined.pairs and not known and spec.frames == WHOLE:
             raise DataError(f"{path} holds pairs of other frames than scene {scene!r} has; mine it again.")
+        if spec.frames == WHOLE and tree["identity"].get("frames") != _frames_digest(source, scene):
+            grown.append(scene)
+        held += len(mined.pairs)
+        of_others += len(mined.pairs) - len(known)
         pairs += spread_evenly([pair for pair in known if low <= pair.overlap <= high], spec.max_pairs_per_scene)
         skips.reasons.update(mined.skips.reasons)
         tested.join(mined.tested)
+    place = f"{spec.source}:{spec.path}" if spec.path else spec.source
     if missing:
-        place = f"{spec.source}:{spec.path}" if spec.path else spec.source
         raise DataError(
             f"{len(missing)} of {len(source.scenes())} scenes have no usable pairs in {str(folder)!r}: "
             f"{some(missing)}. "
             f"`geo-pretrain data mine {place} --out {folder}` mines those that are missing."
         )
+    if held and held == of_others:
+        low, high = spec.frames
+        raise DataError(
+            f"{str(folder)!r} holds {held} pairs, none of them of the frames {low:g}:{high:g} of these scenes: they "
+            "were mined from others. Mine these into another folder."
+        )
     if not pairs:
         raise tested.no_pair(spec, skips)
+    if grown:
+        warnings.warn(
+            f"{len(grown)} of {len(source.scenes())} scenes have other frames than when their pairs in {str(folder)!r} "
+            f"were mined ({some(grown)}): new ones are in no pair. `geo-pretrain data mine {place} --out {folder}` "
+            "brings them in.",
+            stacklevel=2,
+        )
     return pairs
 
 
@@ -205,8 +234,11 @@ def _parsed(tree: dict[str, Any], scene: str) -> ScenePairs:
     return ScenePairs(pairs, skips, tested)
 
 
-def refuse_other_settings(folder: Path, scene: str, mined_from: Mapping[str, Any]) -> None:
-    """Raise `DataError` where a scene's file holds pairs of other settings, which mining would replace."""
+def refuse_other_settings(folder: Path, scene: str, mined_from: Mapping[str, Any], part: Sequence[float]) -> None:
+    """Raise `DataError` where a scene's file holds pairs of other settings or of another part of its frames.
+
+    Mining would replace them. Those of a scene that has got or lost frames are replaced.
+    """
     path = scene_file(folder, scene)
     tree = _tree(path)
     if tree is None:
@@ -217,6 +249,12 @@ def refuse_other_settings(folder: Path, scene: str, mined_from: Mapping[str, Any
                 f"{path} holds pairs with {key} {tree['identity'].get(key)!r}, not {mined_from[key]!r}. Choose another "
                 "--out, or remove that folder to mine it again."
             )
+    low, high = tree.get("part", part)
+    if [low, high] != list(part) and tree["identity"].get("frames") != mined_from["frames"]:
+        raise DataError(
+            f"{path} holds pairs of the frames {low:g}:{high:g}, not {part[0]:g}:{part[1]:g}. Choose another --out, or "
+            "remove that folder to mine it again."
+        )
 
 
 def spread_evenly(items: Sequence[T], limit: int | None) -> list[T]:

@@ -21,7 +21,7 @@ from geo_pretrain.catalog import find
 from geo_pretrain.checkpoint import CONFIG, FINETUNED, read_checkpoint
 from geo_pretrain.contract import contract_from_dict
 from geo_pretrain.errors import CheckpointError, GeoPretrainError, InputError, WeightsMismatch, nearest, run_note, some
-from geo_pretrain.files import read_sealed
+from geo_pretrain.files import expanded, read_sealed
 from geo_pretrain.inputs import check_path
 from geo_pretrain.loading import load_backbone
 from geo_pretrain.seeding import seeded
@@ -81,7 +81,7 @@ def load_finetuned(
 
 def finetuned_folder(name_or_folder: str | os.PathLike[str], **where: Unpack[hub.Where]) -> Path:
     """The folder of a fine-tuned network; one of Hugging Face is fetched."""
-    path = Path(name_or_folder).expanduser()
+    path = expanded(name_or_folder)
     if not path.is_dir() and isinstance(name_or_folder, str) and name_or_folder.startswith(hub.HF_PREFIX):
         return hub.open(name_or_folder, **where).fetch(FINETUNED, "recipe").folder
     return path
@@ -120,7 +120,7 @@ def _check_where(where: Mapping[str, Any]) -> None:
 
 def is_finetuned(name_or_folder: str | os.PathLike[str]) -> bool:
     """Whether this is the folder of a fine-tuned network, which `load_finetuned` takes, and not of a backbone alone."""
-    folder = Path(name_or_folder).expanduser()
+    folder = expanded(name_or_folder)
     if (folder / CONFIG).is_file():  # it may have replaced a fine-tuned network, whose results lie there still
         return FINETUNED in read_checkpoint(folder).provenance
     return (folder / RESULTS).is_file()

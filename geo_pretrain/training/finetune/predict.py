@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, require, some, unknown
-from geo_pretrain.files import parse_json, write_text
+from geo_pretrain.files import expanded, parse_json, write_text
 from geo_pretrain.training.data.files import read_photo
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.files import CLOUD_SUFFIXES, CloudFields
@@ -280,7 +280,7 @@ def _check_request(run: str | os.PathLike[str], files: Sequence[Path], data: str
         raise RecipeError("Predict on what? Accepted: either FILES, or --data SOURCE:PATH.")
     if Path(run).is_dir():
         return  # nothing is downloaded
-    named = [*files, *([] if path is None else [Path(path).expanduser()])]
+    named = [*files, *([] if path is None else [expanded(path)])]
     _check_there(named)
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 from geo_pretrain.errors import DataError, some
+from geo_pretrain.files import expanded
 from geo_pretrain.training.announcement import announce
 from geo_pretrain.training.data.labelled.dataset import LabelledData
 from geo_pretrain.training.data.labelled.own_boxes import shared_images
@@ -140,7 +141,7 @@ def open_splits(
     total = len(train.ids())
     if not total or not val.ids():
         raise DataError(f"Source {spec.source!r}: {total} training and {len(val.ids())} validation images.")
-    listed = Path(spec.scenes).expanduser() if spec.scenes is not None else None
+    listed = expanded(spec.scenes) if spec.scenes is not None else None
     if listed is not None and not (listed.is_dir() and spec.fraction == 1):  # all scenes need no list
         train = subset(train, 1.0, scenes=read_scene_list(listed, spec.fraction))
     elif spec.fraction < 1:

@@ -22,7 +22,7 @@ import yaml
 
 from geo_pretrain import hub
 from geo_pretrain.errors import CheckpointError, DataError, RecipeError
-from geo_pretrain.files import read_sealed, write_sealed
+from geo_pretrain.files import expanded, read_sealed, write_sealed
 from geo_pretrain.training.config import changes, parse
 from geo_pretrain.training.data.labelled.image import LabelledSource
 from geo_pretrain.training.data.labelled.registry import data_terms
@@ -263,7 +263,7 @@ def _check_axes(recipe: FinetuneRecipe, fractions: Sequence[float], seeds: Seque
         if not 0 < fraction <= 1:
             raise RecipeError(f"fraction={fraction!r}; accepted: above 0 and up to 1.")
     scenes = recipe.data.scenes
-    if scenes is not None and len(fractions) > 1 and Path(scenes).expanduser().is_file():
+    if scenes is not None and len(fractions) > 1 and expanded(scenes).is_file():
         raise RecipeError(
             f"'data.scenes' is {scenes!r}, one list for every share; accepted for {len(fractions)} fractions is the "
             "folder that holds a list for each."

@@ -12,6 +12,7 @@ from torch import Tensor
 from geo_pretrain.backbones.sr_unet import SRUNet
 from geo_pretrain.checkpoint import Pairing
 from geo_pretrain.errors import RecipeError
+from geo_pretrain.files import expanded
 from geo_pretrain.training.checks import PositiveRange, Probability
 from geo_pretrain.training.data.frame import Pair, Source
 from geo_pretrain.training.data.samples.frame_clouds import FrameCloudConfig, FrameCloudSamples, FrameCloudSettings
@@ -92,7 +93,7 @@ class TaughtByImages(PretextTask):
                     "--data ade20k:PATH --out FOLDER`, or the folder of encoder_epoch_20.pth and decoder_epoch_20.pth "
                     "of ADE20K's authors; or FILE, a state dict of torchvision's FCN or DeepLabV3 with 150 classes."
                 )
-            return self._segmenter(Path(config.teacher_file).expanduser())
+            return self._segmenter(expanded(config.teacher_file))
         if config.teacher_file is not None:
             raise RecipeError(
                 f"'task.teacher_file' is given, and 'task.teacher' is {config.teacher!r}: accepted is ade20k."

@@ -10,6 +10,7 @@ import torch
 
 from geo_pretrain.contract import VoxelContract
 from geo_pretrain.errors import DataError, RecipeError, unknown
+from geo_pretrain.files import expanded
 from geo_pretrain.sparse.coordinates import voxelize
 from geo_pretrain.sparse.spacing import spacing_doubt
 from geo_pretrain.training.config import parse
@@ -63,7 +64,7 @@ def open_own_clouds(spec: DataSpec) -> OwnClouds:
     options = parse(FolderOptions, spec.options, where="data.options", prefix="data.options.")
     if spec.path is None:
         raise RecipeError("Source 'clouds' needs a file or a folder: --data clouds:PATH.")
-    root = Path(spec.path).expanduser()
+    root = expanded(spec.path)
     if root.is_file():
         return OwnClouds({root.stem: root}, options)
     inside = sorted(root.rglob("*")) if root.is_dir() else []

@@ -39,9 +39,7 @@ def test_everything_that_is_wrong_is_told_at_once(folder, tmp_path):
     assert {path.rpartition("/")[2]: reason.partition(";")[0] for path, reason in found["unusable"].items()} == {
         "train0.png": "label id 66 in 48 pixels",
         "train1.png": "annotation is 16x6, the image 16x12",
-        "train2.jpg": "color image cannot be read (cannot identify image file '"
-        + str(folder / "train/images/train2.jpg")
-        + "')",
+        "train2.jpg": "color image cannot be read (cannot identify image file)",
     }
     said = {(one["topic"], one["level"], one["text"]) for one in found["findings"]}
     assert ("train files", "wrong", "3 cannot be used (below)") in said

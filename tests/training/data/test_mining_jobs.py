@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -117,8 +119,30 @@ def test_frames_that_are_new_are_mined(tmp_path, spec):
         if old.exists():
             (root / "a" / f"frame-000060.{ending}").write_bytes(old.read_bytes())
     mining_jobs._opened.cache_clear()
+    with pytest.warns(UserWarning, match=r"1 of 1 scenes have other frames than .*\(a\): new ones are in no pair"):
+        read(tmp_path / "pairs", changed)
     after = mine_pairs(changed, tmp_path / "pairs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(tmp_path / "pairs", changed)
     assert (before.made, before.tested, after.made, after.tested) == (1, 15, 1, 21)
+
+
+def test_pairs_of_another_part_of_the_frames_are_neither_replaced_nor_read(tmp_path, spec):
+    first, rest = (dataclasses.replace(spec, frames=part) for part in ((0.0, 0.5), (0.5, 1.0)))
+    mine_pairs(first, tmp_path)
+    with pytest.raises(DataError, match=r"a\.json holds pairs of the frames 0:0\.5, not 0\.5:1\. Choose another --out"):
+        mine_pairs(rest, tmp_path)
+    held = len(read(tmp_path, first))
+    with pytest.raises(DataError, match=rf"holds {held} pairs, none of them of the frames 0\.5:1 of these scenes"):
+        read(tmp_path, rest)
+    assert mine_pairs(first, tmp_path).made == 0
+
+
+def test_names_that_are_no_unicode_are_names_too(tmp_path, spec):
+    root = write_recording(tmp_path / os.fsdecode(b"k\xfcche")).parent
+    named = dataclasses.replace(spec, path=str(root))
+    assert mine_pairs(named, tmp_path / "pairs").pairs == len(read(tmp_path / "pairs", named)) > 0
 
 
 def test_ranks_mine_no_scene_twice(tmp_path, spec, pairs):

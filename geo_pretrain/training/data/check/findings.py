@@ -14,7 +14,7 @@ from geo_pretrain.training.data.check.report import Finding, Level
 from geo_pretrain.training.data.check.sample import Sample, turn
 from geo_pretrain.training.data.files import FLOAT_DEPTH
 from geo_pretrain.training.data.frame import Frame, RawDepth, Source, capability
-from geo_pretrain.training.data.sources.conventions import Conventions, z_up
+from geo_pretrain.training.data.sources.conventions import Conventions, smaller, times_as_large, z_up
 
 NARROWEST, WIDEST = 20.0, 150.0  # degrees; horizontal angles of view beyond are no camera's that records RGB-D
 OFF_CENTER, AT_BORDER = 0.08, 0.4  # of the size: farther from the middle a principal point is suspicious, or wrong
@@ -72,17 +72,11 @@ def of_intrinsics(frames: Sequence[Frame]) -> Finding:
         return Finding("intrinsics", Level.DOUBTFUL, f"{text}; pixels are not square", numbers=numbers)
     else:
         return Finding("intrinsics", Level.OK, text, numbers=numbers)
-    if (factor := _size_of(k, width, height)) is None:
+    if (factor := times_as_large(k, (height, width))) is None:
         return Finding("intrinsics", level, f"{text}; {note}", numbers=numbers)
     other = f"{round(width * factor)}x{round(height * factor)}"
-    options = {"intrinsics": [round(float(value) / factor, 3) for value in (k[0, 0], k[1, 1], k[0, 2], k[1, 2])]}
+    options = {"intrinsics": smaller(k, factor)}
     return Finding("intrinsics", level, f"{text}; {note}: those of an image of {other}?", options, numbers)
-
-
-def _size_of(k: np.ndarray, width: int, height: int) -> float | None:
-    """By how much larger an image has its middle at the principal point; None unless both axes say the same."""
-    factors = (2 * k[0, 2] + 1) / width, (2 * k[1, 2] + 1) / height
-    return float(np.mean(factors)) if abs(factors[0] / factors[1] - 1) < 0.05 and min(factors) > 0.1 else None
 
 
 def of_depth(source: Source, frames: Sequence[Frame]) -> Finding:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, some
+from geo_pretrain.files import expanded
 from geo_pretrain.training.data.check.own_clouds import SeenClouds
 from geo_pretrain.training.data.check.report import Finding, Level
 from geo_pretrain.training.data.labelled.clouds.folder import CloudFolder
@@ -102,7 +103,7 @@ def labelled_task(source: str, path: str | None, task: str | None = None) -> Tas
         return tasks[0]
     if source != "folder" or path is None:
         return None
-    root = Path(path).expanduser()
+    root = expanded(path)
     if (root / "classes.txt").is_file() or any((root / part / "images").is_dir() for part in ("", *LABELLED)):
         return "segmentation" if not _has_objects(root) or (root / "classes.txt").is_file() else "detection"
     return "detection" if _has_objects(root) else None

@@ -63,8 +63,9 @@ def load_sample(source: Source, extent: Extent = FULL) -> Sample:
     sample = Sample(len(names), sum(len(source.frame_ids(scene)) for scene in names))
     start = time.perf_counter()
     for scene in spread_evenly(names, extent.scenes):
+        known: dict[int, int | None] = {}
         for group in _groups(len(source.frame_ids(scene)), extent):
-            _load_group(source, scene, group, sample)
+            _load_group(source, scene, group, sample, known)
     sample.seconds = (time.perf_counter() - start) / max(sample.tried, 1)
     return sample
 
@@ -84,19 +85,26 @@ def _groups(count: int, extent: Extent) -> list[list[int]]:
     return [[start + gap for gap in extent.gaps if start + gap < count] for start in starts]
 
 
-def _load_group(source: Source, scene: str, positions: Sequence[int], sample: Sample) -> None:
+def _load_group(
+    source: Source, scene: str, positions: Sequence[int], sample: Sample, known: dict[int, int | None]
+) -> None:
+    """Load a group of frames; `known`: those of groups before, position -> index in the sample, None for bad ones."""
     ids = source.frame_ids(scene)
-    first = len(sample.frames)
     for position in positions:
+        if position in known:
+            continue
         sample.tried += 1
+        known[position] = None
         try:
-            sample.frames.append(source.load(scene, ids[position]))
+            frame = source.load(scene, ids[position])
         except BadFrame as bad:
             sample.skips.add(bad)
-        else:
-            sample.positions.append(position)
-    loaded = range(first, len(sample.frames))
+            continue
+        known[position] = len(sample.frames)
+        sample.frames.append(frame)
+        sample.positions.append(position)
+    loaded = [index for position in positions if (index := known[position]) is not None]
     every = len(ids) <= FEW
-    pairs = combinations(loaded, 2) if every else ((first, other) for other in loaded[1:])
+    pairs = combinations(loaded, 2) if every else ((loaded[0], other) for other in loaded[1:])
     poses = [frame.cam_to_world for frame in sample.frames]
     sample.pairs += [(i, j) for i, j in pairs if {i, j} <= set(sample.posed) and turn(poses[i], poses[j]) <= TURNED]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, require, some, unknown
-from geo_pretrain.files import parse_json
+from geo_pretrain.files import expanded, parse_json
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.labelled.folders import need_folders
 from geo_pretrain.training.data.labelled.image import Instances, LabelledImage
@@ -145,7 +145,7 @@ class Coco:
 
     def _image_folder(self, root: Path, split: str, config: CocoOptions) -> Path:
         if config.images is not None:
-            candidates = [Path(config.images).expanduser()]
+            candidates = [expanded(config.images)]
         else:
             own = self.file.stem.removeprefix("instances_")  # such as val2017 for the split val
             names = own, f"images/{own}", split, f"images/{split}", "images", ""

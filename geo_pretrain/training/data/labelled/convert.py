@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.errors import BadFrame, DataError, unknown
-from geo_pretrain.files import atomic_write, locked, parse_json, write_text
+from geo_pretrain.files import atomic_write, expanded, locked, parse_json, write_text
 from geo_pretrain.training.config import Draft
 from geo_pretrain.training.data.frame import SkippedFrames
 from geo_pretrain.training.data.labelled.clouds import s3dis, sunrgbd3d_raw
@@ -96,7 +96,7 @@ def convert_data(
     """
     row = _row(name)
     settings = row.options() if settings is None else settings
-    raw, out = Path(raw).expanduser(), Path(out).expanduser()
+    raw, out = expanded(raw), expanded(out)
     items = row.items(raw, settings)
     with locked(out / INDEX, busy=f"Another process converts into {str(out)!r}."):
         index = _read_index(out, {"converter": name, "version": VERSION, "settings": asdict(settings)})

@@ -159,7 +159,7 @@ def combine(labels: np.ndarray, instances: np.ndarray, path: object) -> np.ndarr
 
 def list_files(folder: Path, pattern: str, layout: str) -> list[Path]:
     """List the files of a folder that match, sorted by name. Raises `DataError` when there are none."""
-    found = sorted(folder.glob(pattern))
+    found = files.visible(folder, pattern)
     if not found:
         raise DataError(f"No {pattern} in {str(folder)!r}. Expected layout: {layout}")
     return found

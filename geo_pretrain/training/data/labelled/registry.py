@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from geo_pretrain.errors import DataError, RecipeError, UnknownName, path_without_source, some, unknown
+from geo_pretrain.files import expanded
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.labelled.ade20k import open_ade20k
 from geo_pretrain.training.data.labelled.cityscapes import open_cityscapes
@@ -123,7 +124,7 @@ def open_labelled(
     if path is None:
         raise RecipeError(f"Source {source!r} needs a folder: {source}:PATH (or data.path=PATH).")
     assert row.opener is not None  # a set is embedded, or on disk
-    return row.opener(Path(path).expanduser(), split, task, settings)
+    return row.opener(expanded(path), split, task, settings)
 
 
 def labelled_options(source: str, task: Task, options: Mapping[str, Any]) -> Any:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import overload
 
 from geo_pretrain.errors import DataError, some
-from geo_pretrain.training.data.files import read_listing
+from geo_pretrain.files import expanded
+from geo_pretrain.training.data.files import read_listing, visible
 from geo_pretrain.training.data.labelled.folders import InstanceFolder, InstanceOptions, Item, SemanticFolder
 from geo_pretrain.training.data.labelled.mapping import label_map
 
@@ -51,7 +52,7 @@ def open_scannet(path: Path, split: str, task: str, options: ScanNetOptions) -> 
     items = [
         Item(f"{scene}/{image.stem}", scene, image, root / scene / kind / f"{image.stem}.png")
         for scene in scenes
-        for image in sorted((root / scene / "color").glob("*.jpg"), key=lambda image: (len(image.stem), image.stem))
+        for image in sorted(visible(root / scene / "color", "*.jpg"), key=lambda image: (len(image.stem), image.stem))
     ]
     if not items:
         raise DataError(f"No color/*.jpg in any scene of {str(root)!r}. Expected layout: {LAYOUT}")
@@ -100,7 +101,7 @@ def split_list(folders: Sequence[Path], split: str, given: str | None, *, requir
     Raises `DataError` where there is none and one is `required`.
     """
     if given is not None:
-        return Path(given).expanduser()
+        return expanded(given)
     name = f"scannetv2_{split}.txt"
     folders = list(dict.fromkeys(folders))
     for folder in folders:
@@ -115,4 +116,4 @@ def split_list(folders: Sequence[Path], split: str, given: str | None, *, requir
 
 
 def _lists(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.glob("*.txt"))
+    return [file.name for file in visible(folder, "*.txt")]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from geo_pretrain.errors import DataError, RecipeError
+from geo_pretrain.files import expanded
 from geo_pretrain.training.data.files import files_fingerprint, read_color
 from geo_pretrain.training.data.frame import Frame, Pair, Source, resize_frame
 from geo_pretrain.training.data.samples.augment import augment_colors, crop_resize, random_box, uniform
@@ -134,7 +135,7 @@ def list_images(folder: str | None) -> list[Path]:
         )
     from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     try:
         return [Path(file) for file, _ in ImageFolder(str(path)).samples]
     except (OSError, ValueError) as error:

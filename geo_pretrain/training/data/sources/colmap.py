@@ -29,6 +29,7 @@ from geo_pretrain.training.data.sources.recording import (
     existing_folder,
     folders_with,
     images_in,
+    readable,
     scene_name,
 )
 
@@ -44,11 +45,10 @@ class ColmapOptions(FolderOptions):
 def open_colmap(root: Path, options: ColmapOptions) -> Recordings:
     """Open a reconstruction with depth maps, or a folder of them."""
     existing_folder(root, "sparse/cameras.txt and images.txt (or .bin), images/ and stereo/depth_maps/ or depth/")
-    recordings, kinds = [], set()
-    for folder in folders_with(root, lambda path, folders, names: "images" in folders and _model(path) is not None):
-        if (model := _model(folder)) is not None:
-            kinds.add(_maps(folder))
-            recordings.append(_recording(root, folder, model))
+    folders = folders_with(root, lambda path, folders, names: "images" in folders and _model(path) is not None)
+    models = [(folder, model) for folder in folders if (model := _model(folder)) is not None]
+    kinds = {_maps(folder) for folder, _ in models}
+    recordings = readable(models, lambda found: _recording(root, *found))
     if len(kinds) > 1:
         raise DataError(
             f"Some reconstructions below {str(root)!r} have stereo/depth_maps/, others depth/: open each kind."

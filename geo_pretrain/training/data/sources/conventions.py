@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, first_line
-from geo_pretrain.files import parse_json
+from geo_pretrain.files import expanded, parse_json
 from geo_pretrain.geometry import register_depth
 from geo_pretrain.training.data import files
 
@@ -56,7 +56,7 @@ class FolderOptions:
     world_up: Up | None = None  # axis of the poses' world that points up; clouds turn about it, CSC cuts along it
     registered: bool | None = None  # whether color and depth share one camera
     intrinsics: str | tuple[float, float, float, float] | None = None  # a file, or fx, fy, cx, cy in pixels
-    intrinsics_of: Literal["depth", "color"] | None = None  # the image that `intrinsics` hold for; None: depth
+    intrinsics_of: Literal["depth", "color"] | None = None  # the image that these, or the folder's, are of; None: depth
 
     def __post_init__(self) -> None:
         for name in ("depth_scale", "pose_scale"):
@@ -68,8 +68,6 @@ class FolderOptions:
                 "'data.options.registered' is true and 'data.options.registration' is given: depth that is registered "
                 "is not moved again. Accepted is one of the two."
             )
-        if self.intrinsics_of is not None and self.intrinsics is None:
-            raise RecipeError("'data.options.intrinsics_of' says what 'data.options.intrinsics' hold for, not given.")
         if isinstance(self.intrinsics, tuple):
             fault = files.intrinsics_fault(camera_matrix(*self.intrinsics))
             if fault is not None:
@@ -171,7 +169,7 @@ def checked_camera(path: object, matrix: np.ndarray, size: Size | None = None) -
 
 def _open3d_camera(path: Path) -> Camera:
     try:
-        tree: Any = parse_json(path.read_text(encoding="utf-8"))
+        tree: Any = parse_json(path.read_text(encoding="utf-8-sig"))
         matrix = np.array(tree["intrinsic_matrix"], dtype=np.float64).reshape(3, 3).T
         size = int(tree["height"]), int(tree["width"])
     except OSError as error:
@@ -199,7 +197,7 @@ class Assembly:
         self.conventions = conventions.overruled(options)
         self.registration = None
         if options.registration is not None:
-            self.registration = read_registration(Path(options.registration).expanduser())
+            self.registration = read_registration(expanded(options.registration))
         self.camera = self._given_camera()
 
     def digest(self, of_files: str) -> str:
@@ -272,7 +270,7 @@ class Assembly:
             return None
         if isinstance(given, str):
             try:
-                return read_camera(Path(given).expanduser())
+                return read_camera(expanded(given))
             except DataError as error:
                 raise RecipeError(f"data.options.intrinsics: {error}.") from None
         return Camera(camera_matrix(*given))
@@ -290,17 +288,39 @@ def inside(matrix: np.ndarray, size: Size, path: object) -> np.ndarray:
     cx, cy = matrix[0, 2], matrix[1, 2]
     if 0 <= cx < size[1] and 0 <= cy < size[0]:
         return matrix
-    raise BadFrame(
-        path,
-        f"intrinsics have the principal point ({cx:g}, {cy:g}), outside of this image of {size[1]}x{size[0]} pixels: "
-        "are they those of the color image (intrinsics_of=color), or transposed?",
-    )
+    fault = f"intrinsics have the principal point ({cx:g}, {cy:g}), outside of this image of {size[1]}x{size[0]} pixels"
+    if (factor := times_as_large(matrix, size)) is None:
+        raise BadFrame(path, f"{fault}: are they those of the color image (intrinsics_of=color), or transposed?")
+    other = f"{round(size[1] * factor)}x{round(size[0] * factor)}"
+    here = ",".join(f"{number:g}" for number in smaller(matrix, factor))
+    raise BadFrame(path, f"{fault}: those of an image of {other}? For this one: data.options.intrinsics=[{here}]")
+
+
+def times_as_large(matrix: np.ndarray, size: Size) -> float | None:
+    """By how much larger an image has its middle at the principal point; None unless both axes say the same.
+
+    No camera's lies just there, so a whole number or a half is taken where one is near.
+    """
+    factors = (2 * matrix[0, 2] + 1) / size[1], (2 * matrix[1, 2] + 1) / size[0]
+    if abs(factors[0] / factors[1] - 1) >= 0.05 or min(factors) <= 0.1:
+        return None
+    factor = float(np.mean(factors))
+    simple = (round(factor), round(2 * factor) / 2)
+    return next((near for near in simple if near > 1 and abs(factor / near - 1) < 0.03), factor)
+
+
+def smaller(matrix: np.ndarray, factor: float) -> list[float]:
+    """fx, fy, cx, cy for an image that is `factor` times smaller; pixels count from the center of the first."""
+    fx, fy, cx, cy = (float(matrix[place]) for place in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    return [
+        round(value, 3) for value in (fx / factor, fy / factor, (cx + 0.5) / factor - 0.5, (cy + 0.5) / factor - 0.5)
+    ]
 
 
 def read_registration(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read color intrinsics [3, 3] and depth-to-color extrinsics [4, 4] (m) from a JSON file."""
     try:
-        tree: Any = parse_json(path.read_text(encoding="utf-8"))
+        tree: Any = parse_json(path.read_text(encoding="utf-8-sig"))
         matrices = [np.array(tree[key], dtype=np.float64) for key in ("color_intrinsics", "depth_to_color")]
     except FileNotFoundError:
         raise RecipeError(f"No registration file {str(path)!r}.") from None

@@ -3,7 +3,7 @@
     RECORDING/color/NAME.jpg            8-bit color (.png, .tif and others too)
     RECORDING/depth/NAME.png            16-bit gray in millimeters; .tif or .npy in float where depth_scale is given
     RECORDING/poses.txt                 one camera-to-world pose a line, in the order of the names; or
-    RECORDING/pose/NAME.txt             one file each; or neither, for tasks on single frames
+    RECORDING/pose/NAME.txt             one file each (or poses/); or neither, for tasks on single frames
     RECORDING/intrinsics.txt            fx fy cx cy, or a 3x3 or 4x4 matrix; here or in the root; of the depth image
 
 Recordings may be nested as deep as they come. A pose is 16 or 12 numbers row by row, or tx ty tz qx qy qz qw; a name or
@@ -12,7 +12,11 @@ time may stand before it. Numbers in names are ordered as numbers.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from geo_pretrain.training.data.sources.recording import (
     places_above,
     pose_of_words,
     read_listing,
+    readable,
     scene_name,
 )
 
@@ -48,9 +53,7 @@ def open_plain(root: Path, options: PlainOptions) -> Recordings:
     """Open a folder of recordings in the plain layout."""
     existing_folder(root, LAYOUT)
     found = folders_with(root, lambda path, folders, names: {"color", "depth"} <= folders)
-    return Recordings(
-        "folder", root, (_recording(root, folder) for folder in found), Conventions(), options, layout=LAYOUT
-    )
+    return Recordings("folder", root, readable(found, partial(_recording, root)), Conventions(), options, layout=LAYOUT)
 
 
 def _recording(root: Path, folder: Path) -> Recording:
@@ -79,24 +82,29 @@ def _poses(folder: Path, names: list[str]) -> tuple[list[np.ndarray | Path | Bad
     """The pose of each frame as it is stored, and the file that lists them."""
     listing = folder / "poses.txt"
     if not listing.is_file():
-        one_each = folder / "pose"
-        return [one_each / f"{name}.txt" if one_each.is_dir() else None for name in names], []
+        one_each = next((folder / name for name in ("pose", "poses") if (folder / name).is_dir()), None)
+        return [None if one_each is None else one_each / f"{name}.txt" for name in names], []
     try:
         rows = read_listing(listing)
     except BadFrame as bad:
         return [bad] * len(names), [listing]
-    if len(rows) != len(names):
-        return [BadFrame(listing, f"{len(rows)} poses for {len(names)} images in color/")] * len(names), [listing]
     poses: list[Any] = [pose_of_words(words, f"{listing}:{number}") for number, words in rows]
     known = set(names)
     named = [_name(words, known) for _, words in rows]
-    if set(named) == known:
-        of: dict[str | None, Any] = dict(zip(named, poses, strict=True))
-        return [of[name] for name in names], [listing]
-    if any(name is not None and not _is_number(words[0]) for name, (_, words) in zip(named, rows, strict=True)):
-        lacking = some(sorted(map(repr, known.difference(filter(None, named)))))
-        return [BadFrame(listing, f"names of images stand before poses, but not {lacking}")] * len(names), [listing]
-    return poses, [listing]  # numbers and times are not looked at: they may count anything
+    counted = set(named) != known and all(_counts(words[0]) for _, words in rows)
+    if not any(named) or counted:  # times and other numbers are not looked at: they may count anything
+        fault = None
+        if len(rows) != len(names):
+            fault = f"{len(rows)} poses for {len(names)} images in color/"
+        elif any(named) and not (_gapless(names) and _gapless([words[0] for _, words in rows])):
+            lacking = some(sorted(map(repr, known.difference(filter(None, named)))))
+            fault = f"numbers before poses are names of some images, and there is none for {lacking}: name each image"
+        return poses if fault is None else [BadFrame(listing, fault)] * len(names), [listing]
+    of = {name: BadFrame(f"{listing}: {name}", "image has no pose") for name in names}
+    of |= {name: pose for name, pose in zip(named, poses, strict=True) if name is not None}
+    twice = {name for name, count in Counter(filter(None, named)).items() if count > 1}
+    of |= {name: BadFrame(f"{listing}: {name}", "image has several poses") for name in twice}
+    return [of[name] for name in names], [listing]
 
 
 def _name(words: list[str], known: set[str]) -> str | None:
@@ -104,12 +112,15 @@ def _name(words: list[str], known: set[str]) -> str | None:
     if len(words) not in (8, 13, 17):
         return None
     path = Path(words[0])
-    return next((form for form in (words[0], path.name, path.stem) if form in known), None)
+    forms = (words[0], path.name) if path.suffix[1:].isdecimal() else (words[0], path.name, path.stem)  # 3.5: a time
+    return next((form for form in forms if form in known), None)
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _counts(text: str) -> bool:
+    """Whether it is a number as one counts, which need not be a name: files may be numbered from 1, poses from 0."""
+    return text.isdecimal() and str(int(text)) == text
+
+
+def _gapless(numbers: Sequence[str]) -> bool:
+    """Whether each is the number after the one before."""
+    return all(map(_counts, numbers)) and all(int(b) == int(a) + 1 for a, b in itertools.pairwise(numbers))

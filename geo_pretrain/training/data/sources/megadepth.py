@@ -37,7 +37,7 @@ from geo_pretrain.training.data.sources.colmap_model import (
     read_observations,
 )
 from geo_pretrain.training.data.sources.conventions import Conventions, FolderOptions
-from geo_pretrain.training.data.sources.recording import Recording, Recordings, View, existing_folder
+from geo_pretrain.training.data.sources.recording import Recording, Recordings, View, existing_folder, readable
 
 DEPTHS, IMAGES = "MegaDepth_v1", "Undistorted_SfM"
 MODELS = ("sparse-txt", "sparse", "sparse/0")
@@ -98,13 +98,16 @@ class MegaDepth(Recordings):
 def open_megadepth(root: Path, options: MegaDepthOptions) -> MegaDepth:
     """Open a folder with MegaDepth's depth and undistorted reconstructions."""
     existing_folder(root, LAYOUT)
-    recordings, models = [], {}
-    for folder in sorted((root / IMAGES).glob("*")):
-        depths, model = root / DEPTHS / folder.name / "dense0" / "depths", find_model(folder, MODELS)
-        if model is not None and depths.is_dir():
-            images = {Path(image.name).stem: image for image in read_images(model.images)}
-            recordings.append(_recording(folder, depths, model, images, options.smallest_depth))
-            models[folder.name] = model, images
+    models: dict[str, tuple[ModelFiles, dict[str, ModelImage]]] = {}
+
+    def read(scene: tuple[Path, Path, ModelFiles]) -> Recording:
+        folder, depths, model = scene
+        images = {Path(image.name).stem: image for image in read_images(model.images)}
+        recording = _recording(folder, depths, model, images, options.smallest_depth)
+        models[folder.name] = model, images
+        return recording
+
+    recordings = readable(_scenes(root), read)
     if not recordings:
         raise DataError(f"No scene in {str(root)!r}: expected {LAYOUT}.")
     conventions = Conventions(depth_scale=1.0, pose_convention="world_to_camera", float_depth=True)
@@ -112,6 +115,14 @@ def open_megadepth(root: Path, options: MegaDepthOptions) -> MegaDepth:
     source = MegaDepth("megadepth", root, recordings, conventions, options, note=note)
     source.models = models
     return source
+
+
+def _scenes(root: Path) -> Iterator[tuple[Path, Path, ModelFiles]]:
+    """The scenes with depth and a reconstruction: their folder, that of their depth, the model."""
+    for folder in sorted((root / IMAGES).glob("*")):
+        depths, model = root / DEPTHS / folder.name / "dense0" / "depths", find_model(folder, MODELS)
+        if model is not None and depths.is_dir():
+            yield folder, depths, model
 
 
 def _recording(

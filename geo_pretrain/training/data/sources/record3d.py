@@ -42,6 +42,7 @@ from geo_pretrain.training.data.sources.recording import (
     files_below,
     folders_with,
     pose_of_words,
+    readable,
     scene_name,
 )
 
@@ -81,19 +82,23 @@ def open_record3d(root: Path, options: Record3DOptions) -> Record3D:
         found, base = [root], root.parent
     else:
         existing_folder(root, f"files *{ENDING}, {METADATA} and rgbd/, or {EXPORTED}, rgb/ and depth/")
-        found, base = [path for path in sorted(files_below(root, f"*{ENDING}")) if path.is_file()], root
+        archives, base = files_below(root, f"*{ENDING}", f"*{ENDING.upper()}"), root
+        found = [path for path in sorted(archives) if path.is_file()]
         found += folders_with(root, lambda path, folders, names: METADATA in names and "rgbd" in folders)
-    recordings, sizes = [], {}
-    for archive in found:
-        tree = read_metadata(archive)
-        sizes[archive] = (_whole(tree, "dh", archive), _whole(tree, "dw", archive))
-        name = archive.relative_to(base).with_suffix("").as_posix() if archive.is_file() else scene_name(base, archive)
-        listing = archive if archive.is_file() else archive / METADATA
-        recordings.append(Recording(name, _views(archive, tree, "rgbd/{}.jpg", "rgbd/{}.depth"), [listing]))
-    exported = () if root.is_file() else folders_with(root, _is_export)
-    for folder in exported:
-        views = _views(folder, read_metadata(folder / EXPORTED), "rgb/{}.jpg", "depth/{}.exr")
-        recordings.append(Recording(scene_name(base, folder), views, [folder / EXPORTED]))
+    exported = set() if root.is_file() else set(folders_with(root, _is_export))
+    sizes: dict[Path, tuple[int, int]] = {}
+
+    def read(place: Path) -> Recording:
+        if place in exported:
+            views = _views(place, read_metadata(place / EXPORTED), "rgb/{}.jpg", "depth/{}.exr")
+            return Recording(scene_name(base, place), views, [place / EXPORTED])
+        tree = read_metadata(place)
+        sizes[place] = (_whole(tree, "dh", place), _whole(tree, "dw", place))
+        name = place.relative_to(base).with_suffix("").as_posix() if place.is_file() else scene_name(base, place)
+        listing = place if place.is_file() else place / METADATA
+        return Recording(name, _views(place, tree, "rgbd/{}.jpg", "rgbd/{}.depth"), [listing])
+
+    recordings = readable([*found, *sorted(exported)], read)
     if not recordings:
         raise DataError(
             f"No recording in {str(root)!r}: expected *{ENDING}, {METADATA} and rgbd/, or {EXPORTED}, rgb/, depth/."

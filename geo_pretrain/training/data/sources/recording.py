@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,8 +25,10 @@ from geo_pretrain.training.data.files import natural_order
 from geo_pretrain.training.data.frame import Frame
 from geo_pretrain.training.data.sources.conventions import Assembly, Camera, Conventions, FolderOptions, stated, z_up
 
-COLORS = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".PNG", ".ppm")
-DEPTHS = (".png", ".tif", ".tiff", ".npy", ".PNG")
+P = TypeVar("P")
+T = TypeVar("T")
+COLORS = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")  # in capitals too
+DEPTHS = (".png", ".tif", ".tiff", ".npy", ".exr")
 LISTING_BYTES = 1 << 29  # of a text file with one line a frame
 QUATERNION_LENGTH = 0.01  # by which the length of a quaternion may differ from 1
 
@@ -88,10 +91,9 @@ class Recordings:
         return list(self._recordings[scene].views)
 
     def load(self, scene: str, frame_id: str) -> Frame:
-        recording = self._recordings[scene]
-        view = recording.views[frame_id]
+        view = self._recordings[scene].views[frame_id]
         camera = self._camera(view)
-        pose = z_up("-y") if view.pose is None else self._pose(recording, view.pose)  # as its camera was held
+        pose = z_up("-y") if view.pose is None else self._pose(view, view.pose)  # as its camera was held
         if isinstance(view.mount, BadFrame):
             raise view.mount
         pose = pose if view.mount is None else pose @ view.mount
@@ -140,12 +142,12 @@ class Recordings:
             raise view.camera
         return view.camera
 
-    def _pose(self, recording: Recording, pose: np.ndarray | Path | BadFrame) -> np.ndarray:
+    def _pose(self, view: View, pose: np.ndarray | Path | BadFrame) -> np.ndarray:
         if isinstance(pose, BadFrame):
             raise pose
         if isinstance(pose, Path):
             return self.conventions.cam_to_world(read_pose_file(pose), pose)
-        return self.conventions.cam_to_world(pose, recording.listings[0] if recording.listings else self.root)
+        return self.conventions.cam_to_world(pose, view.color)  # of its own, so that each is counted
 
     def _refuse_unusable(self) -> None:
         """Raise `DataError` where no frame of any recording has a camera, or none that has poses a usable one."""
@@ -172,6 +174,25 @@ def folders_with(root: Path, is_recording: Callable[[Path, set[str], set[str]], 
             yield place
 
 
+def readable(places: Iterable[P], read: Callable[[P], T]) -> list[T]:
+    """`read(place)` of every recording; broken ones are left out, of which a warning tells.
+
+    Raises the `BadFrame` of the first where all are broken.
+    """
+    found, broken = [], list[BadFrame]()
+    for place in places:
+        try:
+            found.append(read(place))
+        except BadFrame as bad:
+            broken.append(bad)
+    if broken and not found:
+        raise broken[0]
+    if broken:
+        count = len(broken) + len(found)
+        warnings.warn(f"{len(broken)} of {count} recordings are left out: {some(map(str, broken))}.", stacklevel=2)
+    return found
+
+
 def walked(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """`os.walk` in order of names, through links too, but not into one that leads back to a folder above."""
     above: dict[Path, frozenset[tuple[int, int]]] = {}
@@ -190,6 +211,7 @@ def walked(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 def files_below(root: Path, *patterns: str) -> Iterator[Path]:
     """The files below a folder whose names match one of the patterns of `fnmatch`; through links, each folder once.
 
+    Hidden files are left out, such as the ._NAME that macOS leaves beside each NAME.
     A folder that lies there is found where it lies, not where a link to it does.
     """
     seen: set[tuple[int, int]] = set()
@@ -204,7 +226,8 @@ def files_below(root: Path, *patterns: str) -> Iterator[Path]:
                 continue
             seen.add((stat.st_dev, stat.st_ino))
             waiting += [place / name for name in sorted(folders) if (place / name).is_symlink()]
-            yield from (place / name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+            shown = (name for name in names if not name.startswith("."))
+            yield from (place / name for name in shown if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def places_above(folder: Path, root: Path) -> list[Path]:
@@ -218,15 +241,17 @@ def scene_name(root: Path, folder: Path) -> str:
 
 
 def images_in(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
-    """Images of a folder by stem, in natural order; of several with one stem, the one with the first ending."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir() if folder.is_dir() else (), key=lambda path: natural_order(path.stem)):
-        if path.suffix not in endings or path.name.startswith("."):
-            continue
-        known = found.get(path.stem)
-        if known is None or endings.index(path.suffix) < endings.index(known.suffix):
-            found[path.stem] = path
-    return found
+    """Images of a folder by stem, in natural order; of several with one stem, the one with the first ending.
+
+    Raises `BadFrame` where all its files have other endings.
+    """
+    there = files.visible(folder, "*")
+    of_ending = {ending: [path for path in there if path.suffix.lower() == ending] for ending in reversed(endings)}
+    found = {path.stem: path for paths in of_ending.values() for path in paths}
+    others = {path.suffix for path in there if path.suffix and path.is_file()}
+    if not found and others:
+        raise BadFrame(folder, f"holds files {some(sorted(others))}; accepted are {', '.join(endings)}")
+    return {stem: found[stem] for stem in sorted(found, key=natural_order)}
 
 
 def read_listing(path: Path) -> list[tuple[int, list[str]]]:

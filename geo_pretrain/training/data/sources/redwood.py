@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from geo_pretrain.errors import BadFrame
+from geo_pretrain.training.data.files import visible
 from geo_pretrain.training.data.sources.conventions import (
     Camera,
     Conventions,
@@ -37,6 +38,7 @@ from geo_pretrain.training.data.sources.recording import (
     places_above,
     pose_of_words,
     read_listing,
+    readable,
     scene_name,
 )
 
@@ -57,22 +59,20 @@ def open_redwood(root: Path, options: RedwoodOptions) -> Recordings:
     found = folders_with(
         root, lambda path, folders, names: "depth" in folders and not folders.isdisjoint(COLOR_FOLDERS)
     )
-    recordings = [_recording(root, folder, options.trajectory) for folder in found]
+    recordings = readable(found, lambda folder: _recording(root, folder, options.trajectory))
     return Recordings("redwood", root, recordings, Conventions(), options)
 
 
 def _recording(root: Path, folder: Path, trajectory: str | None) -> Recording:
     colors = images_in(next(folder / name for name in COLOR_FOLDERS if (folder / name).is_dir()), COLORS)
     depths = images_in(folder / "depth", DEPTHS)
-    if colors.keys() != depths.keys() and len(colors) == len(depths):
+    if colors.keys().isdisjoint(depths) and len(colors) == len(depths):
         depths = dict(zip(colors, depths.values(), strict=True))
     camera, listings = _camera(folder, root)
     poses: dict[int, np.ndarray | BadFrame] | BadFrame
     try:
         path = _trajectory_file(folder, trajectory)
-        poses = read_log(path)
-        if poses and max(poses) >= len(colors):
-            poses = BadFrame(path, f"has a pose of frame {max(poses)}, counted from 0; there are {len(colors)} images")
+        poses = _by_position(path, read_log(path), list(colors))
         listings.insert(0, path)
     except BadFrame as bad:
         poses = bad
@@ -82,6 +82,28 @@ def _recording(root: Path, folder: Path, trajectory: str | None) -> Recording:
         pose = poses if isinstance(poses, BadFrame) else poses.get(number, none)
         views[name] = View(color, depths.get(name, folder / "depth" / f"{name}.png"), pose, camera)
     return Recording(scene_name(root, folder), views, listings)
+
+
+def _by_position(
+    path: Path, poses: dict[int, np.ndarray | BadFrame], names: list[str]
+) -> dict[int, np.ndarray | BadFrame]:
+    """The poses by the position of their image. Raises `BadFrame` where the log may count positions or names.
+
+    Where numbers of images have gaps, as in a part of a recording, a log of the whole counts these numbers.
+    """
+    gaps = all(map(str.isdecimal, names)) and [int(name) - int(names[0]) for name in names] != list(range(len(names)))
+    if not gaps or poses.keys() == set(range(len(names))):
+        if poses and max(poses) >= len(names):
+            raise BadFrame(path, f"has a pose of frame {max(poses)}, counted from 0; there are {len(names)} images")
+        return poses
+    numbers = {int(name): position for position, name in enumerate(names)}
+    if poses.keys() >= numbers.keys():
+        return {position: poses[number] for number, position in numbers.items()}
+    raise BadFrame(
+        path,
+        f"has poses of {len(poses)} frames, and the numbers of the {len(names)} images have gaps: poses of frames 0 to "
+        f"{len(names) - 1} are accepted, in the order of the images, or one of the number of each image",
+    )
 
 
 def read_log(path: Path) -> dict[int, np.ndarray | BadFrame]:
@@ -105,7 +127,7 @@ def read_log(path: Path) -> dict[int, np.ndarray | BadFrame]:
 def _trajectory_file(folder: Path, name: str | None) -> Path:
     if name is not None:
         return folder / name
-    logs = sorted(folder.glob("*.log")) or sorted(folder.glob("scene/*.log"))
+    logs = visible(folder, "*.log") or visible(folder, "scene/*.log")
     named = [path for path in logs if path.name == "trajectory.log"]
     if len(named or logs) != 1:
         which = ", ".join(path.name for path in logs) or "none"
@@ -116,7 +138,7 @@ def _trajectory_file(folder: Path, name: str | None) -> Path:
 
 
 def _camera(folder: Path, root: Path) -> tuple[Camera | BadFrame, list[Path]]:
-    own = [path for place in places_above(folder, root) for path in sorted(place.glob("*intrinsic*.json"))]
+    own = [path for place in places_above(folder, root) for path in visible(place, "*intrinsic*.json")]
     if own:
         try:
             return read_camera(own[0]), own[:1]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from geo_pretrain.errors import GeoPretrainError, RecipeError, UnknownName, path_without_source, unknown
+from geo_pretrain.files import expanded
 from geo_pretrain.training.config import parse
 from geo_pretrain.training.data.frame import Frame, Noted, Source, SourcePart, capability
 from geo_pretrain.training.data.sources.arkitscenes import ArkitScenesOptions, open_arkitscenes
@@ -106,7 +107,7 @@ def layouts_of(path: Path) -> list[str]:
 
 def _meant(path: str) -> str:
     """What to say of a folder that is given without its source, by its layout; "" for all else."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     fitting = layouts_of(folder) if folder.is_dir() else []
     lines = " or ".join(f"{name}:{path}" for name in fitting)
     return f"{path!r} is a path, and data are SOURCE:PATH. Did you mean {lines}?" if fitting else ""
@@ -166,7 +167,7 @@ def _folder(source: Callable[[Path, Any], Source]) -> Opener:
     def call(options: Any, spec: DataSpec, device: str, progress: Progress | None) -> Source:
         if spec.path is None:
             raise RecipeError(f"Source {spec.source!r} needs a folder: {spec.source}:PATH (or data.path=PATH).")
-        return source(Path(spec.path).expanduser(), options)
+        return source(expanded(spec.path), options)
 
     return call
 

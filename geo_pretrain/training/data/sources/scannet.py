@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, RecipeError, first_line, some
+from geo_pretrain.files import expanded
 from geo_pretrain.training.checks import Count
 from geo_pretrain.training.data import files
 from geo_pretrain.training.data.frame import Frame, Surface, resize_image
@@ -33,7 +34,7 @@ from geo_pretrain.training.data.sources.conventions import (
     checked_camera,
     stated,
 )
-from geo_pretrain.training.data.sources.recording import hint
+from geo_pretrain.training.data.sources.recording import hint, readable
 from geo_pretrain.training.data.sources.sens import SensFile, beginning, open_sens
 from geo_pretrain.training.data.surfaces.ply import triangle_rows
 
@@ -85,7 +86,8 @@ class ScanNet:
                 f"folders.{hint(root, self.name)}"
             )
         if self.config.scans is not None:
-            self._scenes = self._listed(Path(self.config.scans).expanduser())
+            self._scenes = self._listed(expanded(self.config.scans))
+        self._scenes = readable(self._scenes, self._checked)
 
     def scenes(self) -> list[str]:
         """Scan names such as scene0000_00."""
@@ -95,7 +97,7 @@ class ScanNet:
         every = self.config.every
         if scene in self._sens:
             return [str(number) for number in range(0, len(self._opened(scene)), every or EVERY)]
-        names = sorted((p.stem for p in (self.root / scene / "pose").glob("*.txt")), key=lambda s: (len(s), s))
+        names = sorted((p.stem for p in files.visible(self.root / scene / "pose", "*.txt")), key=lambda s: (len(s), s))
         return names if every is None else [name for name in names if not name.isdecimal() or int(name) % every == 0]
 
     def load(self, scene: str, frame_id: str) -> Frame:
@@ -153,7 +155,7 @@ class ScanNet:
 
     def content(self) -> str:
         """A digest of the bytes of some frames' files, see `files.sampled_digest`; poses alone are listed."""
-        poses = sorted(self.root.glob("scene*/pose/*.txt"))
+        poses = files.visible(self.root, "scene*/pose/*.txt")
         chosen = poses[:: max(1, -(-len(poses) // (files.SAMPLED // 3)))]
         folders = (("pose", ".txt"), ("color", ".jpg"), ("color", ".png"), ("depth", ".png"))
         of_frames = (pose.parents[1] / kind / f"{pose.stem}{ending}" for pose in chosen for kind, ending in folders)
@@ -177,6 +179,12 @@ class ScanNet:
         if self.config.scans is not None:
             options += "\0".join(self._scenes)
         return hashlib.sha256(f"{self.assembly.digest(digest)}\0{options}".encode()).hexdigest()
+
+    def _checked(self, scene: str) -> str:
+        """The scene. Raises `BadFrame` for a .sens file that is none."""
+        if scene in self._sens:
+            self._opened(scene)
+        return scene
 
     def _opened(self, scene: str) -> SensFile:
         path = self._sens[scene]

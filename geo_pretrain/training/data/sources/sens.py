@@ -101,9 +101,12 @@ class SensFile:
         data, header = self._blob(number, 0), self.header
         if header.color_codec == RAW:
             if len(data) != header.color_size[0] * header.color_size[1] * 3:
-                raise BadFrame(self.path, f"frame {number}: color has {len(data)} bytes")
+                raise BadFrame(self._frame(number), f"color has {len(data)} bytes")
             return np.frombuffer(data, np.uint8).reshape(*header.color_size, 3)
-        return files.read_frame_color(self.path, data)
+        try:
+            return files.read_frame_color(self.path, data)
+        except BadFrame as bad:
+            raise BadFrame(self._frame(number), bad.reason) from None
 
     def stored_depth(self, number: int) -> np.ndarray:
         """The depth image as it is stored, uint16 [H, W]."""
@@ -112,9 +115,9 @@ class SensFile:
             try:
                 data = zlib.decompressobj().decompress(data, size + 1)
             except zlib.error as error:
-                raise BadFrame(self.path, f"frame {number}: depth cannot be unpacked ({first_line(error)})") from None
+                raise BadFrame(self._frame(number), f"depth cannot be unpacked ({first_line(error)})") from None
         if len(data) != size:
-            raise BadFrame(self.path, f"frame {number}: depth has {len(data)} bytes, expected {size}")
+            raise BadFrame(self._frame(number), f"depth has {len(data)} bytes, expected {size}")
         return np.frombuffer(data, "<u2").reshape(self.header.depth_size)
 
     def _blob(self, number: int, part: int) -> bytes:
@@ -123,7 +126,7 @@ class SensFile:
         try:
             with self.path.open("rb") as file:
                 file.seek(offset + FRAME.itemsize + (int(sizes[0]) if part else 0))
-                return _take(file, int(sizes[part]), self.path)
+                return _take(file, int(sizes[part]), self._frame(number))
         except OSError as error:
             raise BadFrame(self.path, f"cannot be read ({error.strerror})") from None
 
@@ -132,8 +135,12 @@ class SensFile:
             self._index = cached_arrays(self._index_path(), lambda: index_frames(self.header), "index of frames")
         rows = self._index[name]
         if not 0 <= number < len(rows):
-            raise BadFrame(self.path, f"frame {number} is missing: the file ends after {len(rows)} frames")
+            raise BadFrame(self._frame(number), f"is missing: the file ends after {len(rows)} frames")
         return rows[number]
+
+    def _frame(self, number: int) -> str:
+        """What a broken frame is called in messages: each is counted."""
+        return f"{self.path}: frame {number}"
 
     def _index_path(self) -> Path:
         stat = self.path.stat()
@@ -188,7 +195,7 @@ def index_frames(header: SensHeader) -> dict[str, np.ndarray]:
     }
 
 
-def _take(file: IO[bytes], count: int, path: Path) -> bytes:
+def _take(file: IO[bytes], count: int, path: object) -> bytes:
     data = file.read(count)
     if len(data) < count:
         raise BadFrame(path, "file ends too early")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from geo_pretrain.training.data.sources.recording import (
     folders_with,
     json_tree,
     pose_of_words,
+    readable,
     scene_name,
 )
 
@@ -56,13 +58,9 @@ class TransformsOptions(FolderOptions):
 def open_transforms(root: Path, options: TransformsOptions) -> Recordings:
     """Open a folder with a transforms.json, or a folder of such folders."""
     existing_folder(root, FILE)
-    recordings, scales, distorted = [], set(), False
-    for folder in folders_with(root, lambda path, folders, names: FILE in names):
-        tree = json_tree(folder / FILE, "a list of frames")
-        recordings.append(Recording(scene_name(root, folder), _views(folder, tree), [folder / FILE]))
-        scales.add((_number(tree, "integer_depth_scale", 0.001, folder), _number(tree, "applied_scale", 1.0, folder)))
-        frames = [tree, *tree["frames"]]
-        distorted |= any(_number(part, key, 0.0, folder) != 0 for part in frames for key in DISTORTION)
+    folders = folders_with(root, lambda path, folders, names: FILE in names)
+    found = readable(folders, partial(_recording, root))
+    scales = {scales for _, scales, _ in found}
     if len(scales) > 1:
         raise DataError(
             f"Files {FILE} below {str(root)!r} have other scales {sorted(scales)}: open one after the other."
@@ -73,8 +71,17 @@ def open_transforms(root: Path, options: TransformsOptions) -> Recordings:
             f"{root / FILE}: integer_depth_scale is {unit:g}, applied_scale {scale:g}; above 0 is accepted."
         )
     conventions = Conventions(depth_scale=1 / unit, camera_axes="opengl", pose_scale=scale)
-    note = "lens distortion is not undone" if distorted else ""
-    return Recordings("transforms", root, recordings, conventions, options, note=note)
+    note = "lens distortion is not undone" if any(distorted for *_, distorted in found) else ""
+    return Recordings("transforms", root, (recording for recording, *_ in found), conventions, options, note=note)
+
+
+def _recording(root: Path, folder: Path) -> tuple[Recording, tuple[float, float], bool]:
+    """A recording, its scales of depth and of poses, and whether its lens distorts."""
+    tree = json_tree(folder / FILE, "a list of frames")
+    recording = Recording(scene_name(root, folder), _views(folder, tree), [folder / FILE])
+    scales = _number(tree, "integer_depth_scale", 0.001, folder), _number(tree, "applied_scale", 1.0, folder)
+    parts = [tree, *tree["frames"]]
+    return recording, scales, any(_number(part, key, 0.0, folder) != 0 for part in parts for key in DISTORTION)
 
 
 def _views(folder: Path, tree: Mapping[str, Any]) -> dict[str, View]:
@@ -110,10 +117,11 @@ def _views(folder: Path, tree: Mapping[str, Any]) -> dict[str, View]:
 
 def _color(folder: Path, name: str) -> Path:
     path = folder / name
-    if path.suffix in COLORS:
+    if path.suffix.lower() in COLORS:
         return path
-    endings = (path.with_name(path.name + ending) for ending in COLORS)  # as in the Blender scenes of NeRF
-    return next((path for path in endings if path.is_file()), path)
+    endings = (*COLORS, *map(str.upper, COLORS))
+    named = (path.with_name(path.name + ending) for ending in endings)  # as in the Blender scenes of NeRF
+    return next((path for path in named if path.is_file()), path)
 
 
 def _pose(frame: Mapping[str, Any], where: str) -> np.ndarray | BadFrame:

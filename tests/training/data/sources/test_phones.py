@@ -116,8 +116,10 @@ def test_record3d_archives_are_read_packed_and_unpacked(frames, tmp_path):
     with pytest.raises(BadFrame, match=r"rgbd/1\.depth: file is missing"):
         source.load("unpacked", "1")
     (root / "room.r3d").write_bytes(b"PK")
+    with pytest.warns(UserWarning, match=r"1 of 2 recordings are left out: .*room\.r3d: metadata cannot be read"):
+        assert opened("record3d", root).scenes() == ["unpacked"]
     with pytest.raises(BadFrame, match=r"room\.r3d: metadata cannot be read"):
-        opened("record3d", root)
+        opened("record3d", root / "room.r3d")
     with pytest.raises(DataError, match=r"No recording in .*expected \*\.r3d"):
         opened("record3d", write_plain(tmp_path / "other", frames))
 

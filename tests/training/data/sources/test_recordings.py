@@ -21,7 +21,6 @@ from geo_pretrain.training.data.sources.colmap_model import (
     read_observations,
 )
 from geo_pretrain.training.data.sources.registry import open_source
-from geo_pretrain.training.data.sources.sens import SensFile, index_frames
 from geo_pretrain.training.data.sources.tum import associate
 from geo_pretrain.training.data.surfaces.fusing import Surfaces
 from geo_pretrain.training.recipe import DataSpec
@@ -34,7 +33,6 @@ from tests.recording_layouts import (
     write_colmap,
     write_plain,
     write_redwood,
-    write_sens,
     write_transforms,
     write_tum,
 )
@@ -142,14 +140,41 @@ def test_poses_with_the_names_of_their_images_are_theirs_in_any_order(frames, tm
         for name in ("2", "10"):
             assert_is(source.load("a", name), frames[int(name) % 4])
     (root / "poses.txt").write_text(text.replace("10.jpg", "x.jpg"))
-    with pytest.raises(DataError, match=r"names of images stand before poses, but not '10'"):
-        opened("folder", tmp_path / "a").load("a", "2")
+    source = opened("folder", tmp_path / "a")
+    assert_is(source.load("a", "2"), frames[2])
+    with pytest.raises(BadFrame, match=r"poses\.txt: 10: image has no pose"):
+        source.load("a", "10")
     (root / "poses.txt").write_text(text.replace("10.jpg", "1.jpg"))
-    with pytest.raises(DataError, match=r"names of images stand before poses, but not '10'"):
-        opened("folder", tmp_path / "a").load("a", "2")
+    with pytest.raises(BadFrame, match=r"poses\.txt: 1: image has several poses"):
+        opened("folder", tmp_path / "a").load("a", "1")
     counted = "".join(f"{int(name) + 100} {poses[name]}\n" for name in poses)
     (root / "poses.txt").write_text(f"\ufeff{counted}", encoding="utf-8")  # as Windows writes it
     assert_is(opened("folder", tmp_path / "a").load("a", "10"), frames[2])
+    counted = "".join(f"{int(name) + 1} {poses[name]}\n" for name in poses)  # images from 0, poses from 1
+    (root / "poses.txt").write_text(counted)
+    assert_is(opened("folder", tmp_path / "a").load("a", "10"), frames[2])
+    (root / "color" / "7.jpg").unlink()
+    (root / "depth" / "7.png").unlink()
+    (root / "poses.txt").write_text("".join(f"{name} {poses[name]}\n" for name in poses if name != "10"))
+    with pytest.raises(DataError, match=r"names of some images, and there is none for '10': name each image"):
+        opened("folder", tmp_path / "a")
+
+
+def test_poses_go_to_the_images_of_their_names_though_files_are_missing(frames, tmp_path):
+    """As many poses as images, but of other frames: by position they would be shifted without a word."""
+    root = write_plain(tmp_path / "a", [frames[k % 4] for k in range(11)])
+    lines = [line for line in (root / "poses.txt").read_text().splitlines() if not line.startswith("#")]
+    for kind, ending in (("color", "jpg"), ("depth", "png")):
+        for number in range(11):
+            (root / kind / f"{number}.{ending}").rename(root / kind / f"{number:04d}.{ending}")
+        (root / kind / f"0007.{ending}").unlink()
+    named = "".join(f"{number:04d} {' '.join(lines[number].split()[-16:])}\n" for number in range(10))
+    (root / "poses.txt").write_text(named)
+    source = opened("folder", root)
+    for number in (6, 8, 9):
+        assert_is(source.load("a", f"{number:04d}"), frames[number % 4])
+    with pytest.raises(BadFrame, match=r"poses\.txt: 0010: image has no pose"):
+        source.load("a", "0010")
 
 
 @pytest.mark.parametrize("front", ["12:00:0{}.5", "2024-05-01T12:00:0{}", "0:", "depth_{}.png", "{}.75"])
@@ -209,7 +234,15 @@ def test_intrinsics_are_never_guessed(frames, tmp_path):
         with pytest.raises(DataError, match=f"No frame in .* has intrinsics: .*{reason}.*Give them: --set"):
             opened("folder", root)
     own.write_text(f"{10 * fx} {10 * fy} {10 * cx} {10 * cy}")
-    with pytest.raises(BadFrame, match=r"principal point \(.*\), outside of this image of 64x48 .*intrinsics_of=color"):
+    with pytest.raises(
+        BadFrame, match=r"principal point \(.*\), outside of this image .* of 640x480\? For this"
+    ) as told:
+        opened("folder", root).load("a", "0")
+    here = told.value.reason.rpartition("intrinsics=")[2]
+    numbers = opened("folder", root, intrinsics=json.loads(here)).load("a", "0").intrinsics
+    np.testing.assert_allclose(numbers[:2].ravel(), [fx, 0, cx - 0.45, 0, fy, cy - 0.45], atol=1e-3)  # of its corner
+    own.write_text(f"{fx} {fy} {cx + 64} {cy}")
+    with pytest.raises(BadFrame, match=r"outside of this image of 64x48 .*intrinsics_of=color"):
         opened("folder", root).load("a", "0")
     own.unlink()
     with pytest.raises(DataError, match=r"intrinsics\.txt: file is missing.*Give them"):
@@ -219,6 +252,9 @@ def test_intrinsics_are_never_guessed(frames, tmp_path):
     double = tmp_path / "k.txt"
     double.write_text(f"{2 * fx} 0 {2 * cx + 0.5} 0 {2 * fy} {2 * cy + 0.5} 0 0 1")
     source = opened("folder", root, intrinsics=str(double), intrinsics_of="color")
+    np.testing.assert_allclose(source.load("a", "1").intrinsics, frames[1].intrinsics, atol=1e-9)
+    double.rename(own)  # the folder's own file may hold for color, too
+    source = opened("folder", root, intrinsics_of="color")
     np.testing.assert_allclose(source.load("a", "1").intrinsics, frames[1].intrinsics, atol=1e-9)
     redwood = write_redwood(tmp_path / "r", frames)
     (redwood / "camera_intrinsic.json").unlink()
@@ -234,7 +270,6 @@ def test_options_that_contradict_or_cannot_be_are_refused(frames, tmp_path):
         ({"registered": True, "registration": "x.json"}, "Accepted is one of the two"),
         ({"intrinsics": [1, 0, 3, 4]}, "accepted is .fx, fy, cx, cy. in pixels"),
         ({"intrinsics": "nowhere.txt"}, "data.options.intrinsics: nowhere.txt: file is missing"),
-        ({"intrinsics_of": "color"}, "not given"),
         ({"scale": 3}, "depth_scale|pose_scale"),
     ):
         with pytest.raises(RecipeError, match=reason):
@@ -435,50 +470,6 @@ def test_a_binary_model_of_colmap_is_read_like_the_text(frames, tmp_path):
     cameras.write_bytes(struct.pack("<QiiQQ4d", 1, 1, 11, 64, 48, 50, 32, 24, 0.1))
     with pytest.raises(BadFrame, match="model number 11; accepted are PINHOLE and SIMPLE_PINHOLE"):
         read_cameras(cameras)
-
-
-@pytest.mark.parametrize("color", [0, 1])
-def test_sens_reads_its_other_codecs(color, frames, tmp_path):
-    source = opened("scannet", write_sens(tmp_path, frames, color=color))
-    np.testing.assert_array_equal(source.load("scene0000_00", "50").color, frames[2].color)
-
-
-def test_sens_says_the_unit_of_its_depth(frames, tmp_path):
-    root = write_sens(tmp_path, frames, Twin(depth=5.0))
-    path = root / "scene0000_00" / "scene0000_00.sens"
-    path.write_bytes(path.read_bytes().replace(struct.pack("<f", 1000.0), struct.pack("<f", 5000.0), 1))
-    source = opened("scannet", root)
-    assert_is(source.load("scene0000_00", "50"), frames[2])
-    assert source.depth_scale("scene0000_00") == 5000
-    as_millimeters = opened("scannet", root, depth_scale=1000).load("scene0000_00", "50").depth
-    np.testing.assert_allclose(as_millimeters, frames[2].depth * 5, atol=0.005)
-
-
-def test_sens_gives_every_25th_frame_or_those_that_are_asked_for(frames, tmp_path):
-    root = write_sens(tmp_path, frames, step=2)
-    assert opened("scannet", root).frame_ids("scene0000_00") == ["0"]
-    source = opened("scannet", root, every=1)
-    assert source.frame_ids("scene0000_00") == [str(k) for k in range(7)]
-    assert_is(source.load("scene0000_00", "6"), frames[3])
-    with pytest.raises(BadFrame, match="frame 5: pose is not finite"):
-        source.load("scene0000_00", "5")
-    (tmp_path / "list.txt").write_text("scene0000_00\nscene0001_00\n")
-    with pytest.raises(DataError, match=r"1 of the 2 scans in .*list\.txt are not in .*: scene0001_00"):
-        opened("scannet", root, scans=str(tmp_path / "list.txt"))
-
-
-def test_a_cut_sens_file_keeps_what_it_holds(frames, tmp_path):
-    path = write_sens(tmp_path, frames, step=2) / "scene0000_00" / "scene0000_00.sens"
-    whole = index_frames(SensFile(path).header)
-    assert len(whole["offsets"]) == 7
-    path.write_bytes(path.read_bytes()[: int(whole["offsets"][4]) + 100])
-    source = opened("scannet", tmp_path, every=2)
-    assert_is(source.load("scene0000_00", "2"), frames[1])
-    with pytest.raises(BadFrame, match="frame 4 is missing: the file ends after 4 frames"):
-        source.load("scene0000_00", "4")
-    path.write_bytes(b"\x05\0\0\0" + path.read_bytes()[4:])
-    with pytest.raises(BadFrame, match=r"is no \.sens file of version 4"):
-        SensFile(path)
 
 
 def test_a_folder_of_another_layout_is_told_by_its_name(frames, tmp_path):

@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
-from geo_pretrain.training.data.files import FARTHEST, LONGEST, image_size, intrinsics_fault, pose_fault, read_listing
+from geo_pretrain.files import expanded
+from geo_pretrain.training.data.files import (
+    FARTHEST,
+    LONGEST,
+    image_size,
+    intrinsics_fault,
+    pose_fault,
+    read_listing,
+    visible,
+)
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D, LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.listed import ListedCloud, ListedClouds, read_scan
 from geo_pretrain.training.data.labelled.folders import need_folders
@@ -74,10 +83,10 @@ def open_kitti_object(path: Path, split: str, task: str, options: KITTIObjectOpt
     """
     need_folders(path, [], LAYOUT)
     folder = path / ("testing" if split == "test" else "training")
-    scans = {scan.stem: scan for scan in sorted((folder / "velodyne").glob("*.bin"))}
+    scans = {scan.stem: scan for scan in visible(folder / "velodyne", "*.bin")}
     if not scans:
         raise DataError(f"No scan in {str(folder / 'velodyne')!r}. Expected layout: {LAYOUT}")
-    listed = (path / "ImageSets" if options.lists is None else Path(options.lists).expanduser()) / f"{split}.txt"
+    listed = (path / "ImageSets" if options.lists is None else expanded(options.lists)) / f"{split}.txt"
     if split == "test":
         names = list(scans)
     elif listed.is_file():

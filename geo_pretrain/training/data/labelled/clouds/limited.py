@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from geo_pretrain.errors import BadFrame, CheckpointError, DataError
-from geo_pretrain.files import parse_json
+from geo_pretrain.files import expanded, parse_json
 from geo_pretrain.hub.extract import extract
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 
@@ -35,7 +35,7 @@ class LabelledPoints:
         """Those of `data.cloud.labelled_points`: a number of points, or the path of a list (`read_point_list`)."""
         if isinstance(given, int):
             return cls(given, seed)
-        return cls(listed=read_point_list(Path(given).expanduser()), path=given)
+        return cls(listed=read_point_list(expanded(given)), path=given)
 
     def __str__(self) -> str:
         if self.listed is not None:

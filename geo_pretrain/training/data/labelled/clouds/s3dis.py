@@ -20,7 +20,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, some
 from geo_pretrain.training.checks import Accepts, Ranged
-from geo_pretrain.training.data.files import checked_points, files_fingerprint, usable
+from geo_pretrain.training.data.files import checked_points, files_fingerprint, usable, visible
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.s3dis_text import MIXED, RAW_CLASSES, Room, read_room
 from geo_pretrain.training.data.surfaces.ply import read_ply, write_ply
@@ -106,7 +106,7 @@ class S3DIS:
         if self.converted:
             found = [self.root / f"{id}.ply" for id in self._ids]
         else:
-            found = [path for id in self._ids for path in (self.root / id / "Annotations").glob("*.txt")]
+            found = [path for id in self._ids for path in visible(self.root / id / "Annotations", "*.txt")]
         options = json.dumps([self.split, self.task, asdict(self.options)], sort_keys=True)
         return hashlib.sha256(f"{files_fingerprint(self.root, found)}\0{options}".encode()).hexdigest()
 
@@ -181,7 +181,7 @@ def _columns(room: Room) -> dict[str, np.ndarray]:
 def _rooms_of(root: Path, area: int, converted: bool) -> list[str]:
     folder = root / f"Area_{area}"
     if converted:
-        names = [path.stem for path in folder.glob("*.ply") if not path.name.startswith(".")]
+        names = [path.stem for path in visible(folder, "*.ply")]
     else:
         names = [path.parent.name for path in folder.glob("*/Annotations") if path.is_dir()]
     return [f"{folder.name}/{name}" for name in sorted(names)]

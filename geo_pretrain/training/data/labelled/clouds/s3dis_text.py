@@ -16,7 +16,7 @@ import torch
 
 from geo_pretrain.errors import BadFrame
 from geo_pretrain.sparse.coordinates import voxelize
-from geo_pretrain.training.data.files import FARTHEST, points_fault
+from geo_pretrain.training.data.files import FARTHEST, points_fault, visible
 
 # In alphabetical order, the raw ids of PointContrast's and CSC's code.
 RAW_CLASSES = (
@@ -61,7 +61,7 @@ def read_room(folder: Path, voxel_size: float | None = 0.01) -> tuple[Room, list
     parts: list[Room] = []
     remarks: list[str] = []
     number = 0
-    for path in sorted((folder / "Annotations").glob("*.txt")):
+    for path in visible(folder / "Annotations", "*.txt"):
         name = f"Annotations/{path.name}"
         raw = path.stem.partition("_")[0]
         if any(map(str.isspace, path.stem)):

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, some
+from geo_pretrain.files import expanded
 from geo_pretrain.training.checks import Count, Ranged
 from geo_pretrain.training.data.files import files_fingerprint, usable
 from geo_pretrain.training.data.labelled.clouds.cloud import Boxes3D, LabelledCloud
@@ -197,7 +198,7 @@ def _scans_of(root: Path, beside: Path, split: str, options: ScanNet3DOptions) -
 
 def _table_path(root: Path, beside: Path, given: str | None) -> Path:
     if given is not None:
-        return Path(given).expanduser()
+        return expanded(given)
     for folder in (beside, root):
         if (folder / TABLE).is_file():
             return folder / TABLE

@@ -13,6 +13,7 @@ import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
 from geo_pretrain.training.checks import Count, Positive, Ranged
+from geo_pretrain.training.data.files import visible
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
 from geo_pretrain.training.data.labelled.clouds.listed import ListedCloud, ListedClouds, read_bytes, read_scan
 from geo_pretrain.training.data.labelled.folders import need_folders
@@ -82,7 +83,7 @@ def open_semantickitti(path: Path, split: str, task: str, options: SemanticKITTI
     wanted = {"train": options.train, "val": options.val}.get(split, SPLITS["test"])
     items = {}
     for sequence in wanted:
-        for scan in sorted((root / "sequences" / sequence / "velodyne").glob("*.bin")):
+        for scan in visible(root / "sequences" / sequence / "velodyne", "*.bin"):
             labels = scan.parents[1] / "labels" / f"{scan.stem}.label"
             items[f"{sequence}/{scan.stem}"] = ListedCloud(sequence, scan, None if split == "test" else labels)
     if split == "train":

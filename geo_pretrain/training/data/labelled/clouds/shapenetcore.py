@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError, some
+from geo_pretrain.files import expanded
 from geo_pretrain.hub.cache import default_cache
 from geo_pretrain.training.checks import Count, Ranged, Seed
 from geo_pretrain.training.data.cache import cached_arrays
@@ -115,7 +116,7 @@ def open_shapenetcore(path: Path, split: str, task: str, options: ShapeNetCoreOp
     70 / 10 / 20 % per category by the seed, which a warning and `note` say.
     """
     need_folders(path, [], LAYOUT)
-    listed = path / "all.csv" if options.split_file is None else Path(options.split_file).expanduser()
+    listed = path / "all.csv" if options.split_file is None else expanded(options.split_file)
     shrec = (path / "train").is_dir()
     if listed.is_file():
         models, how = listed_models(path, listed, shrec), f"split of {listed.name}"

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from geo_pretrain.errors import BadFrame, DataError
+from geo_pretrain.files import expanded
 from geo_pretrain.training.checks import Positive, Ranged
 from geo_pretrain.training.data.files import checked_points, read_listing
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
@@ -72,7 +73,7 @@ def open_synthia4d(path: Path, split: str, task: str, options: Synthia4DOptions)
     """Open the frames that the list of a split names; `DataError` when a list is missing or names no frame."""
     need_folders(path, [], LAYOUT)
     named = options.measure if split == "val" else split
-    folder = path if options.lists is None else Path(options.lists).expanduser()
+    folder = path if options.lists is None else expanded(options.lists)
     listed = folder / f"{named}_{options.split}.txt"
     if not listed.is_file():
         raise DataError(
