@@ -53,6 +53,7 @@ class CloudFile:
         for name, column in others.items():
             if column.dtype.kind not in "biuf" or column.ndim > 2:
                 continue
+            column = column.astype(np.float64) if column.dtype.itemsize > 8 else column  # PLY has no longer ones
             parts = [name] if column.ndim == 1 else _names(name, column.shape[1])
             for k, part in enumerate(parts):
                 flat[_free(_ply_name(part), flat)] = column if column.ndim == 1 else column[:, k]

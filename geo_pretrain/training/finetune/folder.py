@@ -86,7 +86,7 @@ def class_rows(result: FinetuneResult) -> tuple[str, list[tuple[str, str]]]:
     The measure is that of the score: IoU for mIoU. A class that does not occur has "-".
     """
     measured: dict[str, dict[str, float | None]] = result.data[result.uses]["per_class"]
-    what = next((name for name in ("iou", result.metric, *measured) if name in measured), "")
+    what = next((name for name in (result.metric, "iou", *measured) if name in measured), "")
     values = measured.get(what, {})
     return what, [(name, "-" if value is None else f"{100 * value:.1f}") for name, value in values.items()]
 

@@ -94,7 +94,9 @@ def verdicts(result: SweepResult) -> list[str]:
     for share in sorted({point.fraction for point in result.points}):
         scores = {shown(point.backbone): point.values for point in result.points if point.fraction == share}
         lines.append(of_starts(scores, shown(SCRATCH), f"{percent(share)} of the data: "))
-    return [line for line in lines if line] or ["Add -b scratch: without it nobody knows what pre-training brought."]
+    given = {point.backbone for point in result.points}
+    missing = "another start, such as -b pri3d_view_r18.rooms" if given == {SCRATCH} else "-b scratch"
+    return [line for line in lines if line] or [f"Add {missing}: without it nobody knows what pre-training brought."]
 
 
 def table_rows(result: SweepResult) -> list[tuple[str, ...]]:

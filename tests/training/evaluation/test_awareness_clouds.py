@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,3 +141,9 @@ def test_command_measures_point_networks_with_controls(recording, subject, tmp_p
 def test_images_and_points_are_not_measured_together(source, subject):
     with pytest.raises(RecipeError, match="two calls"):
         measure_awareness([subject, find_subject("resnet18=scratch")], source, SPEC)
+
+
+def test_points_have_no_probe_of_depth(source, subject):
+    for measures in (("depth",), ("depth", "normals")):
+        with pytest.raises(RecipeError, match="no probe of depth; accepted measures: matching, normals, semantic"):
+            measure_awareness([subject], source, replace(SPEC, measures=measures))

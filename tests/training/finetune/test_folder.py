@@ -18,7 +18,7 @@ from geo_pretrain.errors import CheckpointError, GeoPretrainError
 from geo_pretrain.files import read_sealed
 from geo_pretrain.training.data.labelled.registry import data_terms
 from geo_pretrain.training.finetune import folder as finetune_folder
-from geo_pretrain.training.finetune.folder import read_result, result_rows
+from geo_pretrain.training.finetune.folder import class_rows, read_result, result_rows
 from geo_pretrain.training.finetune.training import spread_ids
 from geo_pretrain.training.finetune_recipe import load_finetune_recipe
 from geo_pretrain.training.runs import STATE, RunFolder
@@ -191,6 +191,17 @@ def test_values_by_class_are_those_of_the_evaluation_that_is_reported(tmp_path):
     for uses, expected in (("last", 0.25), ("best", None)):
         (tmp_path / "results.json").write_text(json.dumps({**data, "uses": uses}))
         assert read_result(tmp_path).per_class() == {"red": expected}
+
+
+def test_rows_of_classes_are_of_the_score(tmp_path):
+    measured = {"step": 2, "scores": {"ap50": 1.0, "miou": 0.5}}
+    per_class = {"iou": {"red": 0.25}, "ap50": {"red": 1.0}}
+    evaluation = {**measured, "per_class": per_class}
+    names = {"recipe": "r", "task": "instances3d", "seed": 0, "score": 0.5, "steps": 2, "uses": "last"}
+    data = {**names, "backbone": {"name": "scratch"}, "data": {"fraction": 1.0}, "last": evaluation, "best": evaluation}
+    for metric, row in (("ap50", ("ap50", [("red", "100.0")])), ("miou", ("iou", [("red", "25.0")]))):
+        (tmp_path / "results.json").write_text(json.dumps({**data, "metric": metric}))
+        assert class_rows(read_result(tmp_path)) == row
 
 
 def test_images_of_the_figure_are_spread():

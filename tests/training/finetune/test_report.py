@@ -25,6 +25,7 @@ from geo_pretrain.training.finetune.report import (
     markdown,
     table,
     table_rows,
+    verdicts,
     write_report,
 )
 from geo_pretrain.training.finetune.sweep import Point, SweepResult, run_sweep
@@ -50,6 +51,13 @@ PAPER = (
 RESULT = SweepResult(
     RECIPE, "miou", "last", POINTS, PAPER, {0.2: 4000, 1.0: 19466}, {"absent classes": "are left out (mended)"}
 )
+
+
+def test_what_a_comparison_lacks_is_named():
+    for start, missing in (("scratch", "another start, such as -b pri3d_view_r18.rooms"), ("gsc_r50", "-b scratch")):
+        points = tuple(dataclasses.replace(point, backbone=start) for point in POINTS[:1])
+        told = f"Add {missing}: without it nobody knows what pre-training brought."
+        assert verdicts(dataclasses.replace(RESULT, points=points)) == [told]
 
 
 def test_the_table_has_a_row_a_start_and_the_papers_row_under_it():

@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,6 +31,7 @@ T = TypeVar("T")
 COLORS = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")  # in capitals too
 DEPTHS = (".png", ".tif", ".tiff", ".npy", ".exr")
 LISTING_BYTES = 1 << 29  # of a text file with one line a frame
+FAR = 10_000.0  # m; beyond it float32 does not hold a millimeter
 QUATERNION_LENGTH = 0.01  # by which the length of a quaternion may differ from 1
 
 
@@ -72,6 +74,7 @@ class Recordings:
         self.conventions = self.assembly.conventions
         self._recordings = {recording.name: recording for recording in recordings if recording.views}
         self._note = note
+        self._origins: dict[str, np.ndarray] = {}
         if not self._recordings:
             expected = f": expected {layout}, in it or in folders below" if layout else ""
             raise DataError(f"No frame in {str(root)!r}{expected}.{hint(root, name)}")
@@ -91,12 +94,11 @@ class Recordings:
         return list(self._recordings[scene].views)
 
     def load(self, scene: str, frame_id: str) -> Frame:
+        """Read a frame. Places beyond 10 km, as of maps, are counted from a place near the scene's first frame."""
         view = self._recordings[scene].views[frame_id]
-        camera = self._camera(view)
-        pose = z_up("-y") if view.pose is None else self._pose(view, view.pose)  # as its camera was held
-        if isinstance(view.mount, BadFrame):
-            raise view.mount
-        pose = pose if view.mount is None else pose @ view.mount
+        camera, pose = self._camera(view), self._cam_to_world(view)
+        if view.pose is not None:
+            pose[:3, 3] -= self._origin(scene)
         color, depth = self._color(view), self.conventions.meters(self._stored(view), view.depth)
         color, depth, matrix, pose = self.assembly.images(color, depth, camera, pose, view.color, view.depth)
         return Frame(scene, frame_id, color, depth, matrix, pose, posed=view.pose is not None)
@@ -141,6 +143,24 @@ class Recordings:
         if isinstance(view.camera, BadFrame):
             raise view.camera
         return view.camera
+
+    def _cam_to_world(self, view: View) -> np.ndarray:
+        """The pose of a view, camera-to-world in the recording's own world."""
+        pose = z_up("-y") if view.pose is None else self._pose(view, view.pose)  # as its camera was held
+        if isinstance(view.mount, BadFrame):
+            raise view.mount
+        return pose if view.mount is None else pose @ view.mount
+
+    def _origin(self, scene: str) -> np.ndarray:
+        """What is subtracted from all places of a scene, whole meters [3]: points are in float32, see `FAR`."""
+        if scene not in self._origins:
+            self._origins[scene] = np.zeros(3)
+            for view in self._recordings[scene].views.values():
+                with suppress(BadFrame):
+                    place = self._cam_to_world(view)[:3, 3]
+                    self._origins[scene] = np.where(np.abs(place) > FAR, np.floor(place), 0.0)
+                    break
+        return self._origins[scene]
 
     def _pose(self, view: View, pose: np.ndarray | Path | BadFrame) -> np.ndarray:
         if isinstance(pose, BadFrame):

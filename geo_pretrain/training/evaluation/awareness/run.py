@@ -25,7 +25,7 @@ from geo_pretrain.training.evaluation.awareness.clouds import (
 from geo_pretrain.training.evaluation.awareness.images import ImageMeasures, InputMaps
 from geo_pretrain.training.evaluation.awareness.memory import FeatureMemory, feature_folder, network_digest, remember
 from geo_pretrain.training.evaluation.awareness.networks import LayeredNetwork, Subject
-from geo_pretrain.training.evaluation.awareness.spec import ANGLES, OVERLAPS, TURNS, AwarenessSpec
+from geo_pretrain.training.evaluation.awareness.spec import ANGLES, MEASURES, OVERLAPS, TURNS, AwarenessSpec
 from geo_pretrain.training.evaluation.awareness.views import Views, draw_pairs, read_views
 from geo_pretrain.training.evaluation.metrics import Spread
 
@@ -98,7 +98,7 @@ def measure_awareness(
         report: called with stage, done, total and a detail.
 
     Raises:
-        RecipeError: image and point networks together.
+        RecipeError: image and point networks together, or depth asked of point networks.
         InputError: a network that cannot take images of this size.
         DataError: too few frames, or no two that overlap.
     """
@@ -106,6 +106,9 @@ def measure_awareness(
     if len(modalities) > 1:
         raise RecipeError("Image and point networks are not measured by the same things; measure them in two calls.")
     in_3d = modalities == {True}
+    if in_3d and "depth" in spec.measures and set(spec.measures) != set(MEASURES):
+        accepted = ", ".join(measure for measure in MEASURES if measure != "depth")
+        raise RecipeError(f"Point networks have no probe of depth; accepted measures: {accepted}.")
     skips = SkippedFrames() if skips is None else skips
     for subject in subjects:  # what cannot be loaded, or not see such images, is told before anything is measured
         subject.load().check(spec.size)

@@ -39,14 +39,65 @@ def table():
     return np.column_stack([POINTS, COLORS, LABELS, THINGS])
 
 
-def test_coordinates_in_16_bits_are_told_where_they_are_coarse(tmp_path):
+def test_coordinates_in_few_bits_are_told_where_they_are_coarse(tmp_path):
     np.save(tmp_path / "near.npy", POINTS.astype(np.float16))  # up to 3 m: steps of 2 mm
     np.save(tmp_path / "far.npy", (POINTS * 20).astype(np.float16))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_cloud(tmp_path / "near.npy")
+        np.save(tmp_path / "map.npy", POINTS + np.array([5e5, 5.2e6, 0]))
+        assert np.abs(np.ptp(read_cloud(tmp_path / "map.npy").points, axis=0) - np.ptp(POINTS, axis=0)).max() < 1e-5
+    np.save(tmp_path / "map32.npy", (POINTS + np.array([5e5, 5.2e6, 0])).astype(np.float32))
+    with pytest.warns(UserWarning, match=r"map32\.npy: coordinates are float32, which has steps of 0\.5 there"):
+        read_cloud(tmp_path / "map32.npy")
     with pytest.warns(UserWarning, match=r"far\.npy: coordinates are float16, which has steps of 0\.031 there"):
         read_cloud(tmp_path / "far.npy")
+
+
+@pytest.mark.parametrize("kind", [np.longdouble, np.complex64, "U8"])
+def test_coordinates_that_nothing_writes_are_refused(tmp_path, kind):
+    np.save(tmp_path / "a.npy", POINTS.astype(kind))
+    with pytest.raises(BadFrame, match=r"coordinates are .*; accepted: whole numbers, or floats up to float64"):
+        read_cloud(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(
+    "kind, highest, limit",
+    [
+        (np.uint8, 255, 255),
+        (np.uint8, 9, 255),
+        (np.uint16, 4095, 65535),
+        (np.int32, 255, 255),
+        (np.int64, 4095, 65535),
+        (np.float32, 1, 1),
+        (np.float32, 255, 255),
+        (np.float64, 4095.5, 65535),
+    ],
+)
+def test_intensities_have_the_range_that_their_values_show(tmp_path, kind, highest, limit):
+    given = np.linspace(0, highest, 40).astype(kind)
+    for shape in (40, (40, 1)):
+        np.savez(tmp_path / "a.npz", points=POINTS, intensity=given.reshape(shape))
+        np.testing.assert_allclose(read_cloud(tmp_path / "a.npz").intensity, given / limit, atol=1e-6)
+
+
+def test_intensities_of_no_known_range_need_a_scale(tmp_path):
+    np.savez(tmp_path / "a.npz", points=POINTS, intensity=np.linspace(0, 1e6, 40))
+    with pytest.raises(BadFrame, match=r"intensities go up to 1e\+06: give data\.options\.intensity_scale"):
+        read_cloud(tmp_path / "a.npz")
+    scaled = read_cloud(tmp_path / "a.npz", CloudFields(intensity_scale=1e-6))
+    np.testing.assert_allclose(scaled.intensity, np.linspace(0, 1, 40), atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [2**33, 2**62, 2**64 - 1])
+def test_hashes_are_numbers_of_objects(tmp_path, classes, most):
+    """They would overflow int64, or its product with a label."""
+    things = np.array([0, 7, 2**31, most - 5, most], np.uint64)[THINGS]
+    np.savez(tmp_path / "a.npz", points=POINTS, label=LABELS, instance=things)
+    np.testing.assert_array_equal(read_cloud(tmp_path / "a.npz", classes=classes).instances, THINGS)
+    np.savez(tmp_path / "b.npz", points=POINTS, label=np.full(40, most, np.uint64))
+    with pytest.raises(DataError, match=r"label"):
+        read_cloud(tmp_path / "b.npz", classes=classes)
 
 
 NAMES = ("x", "y", "z", "red", "green", "blue", "label", "instance")

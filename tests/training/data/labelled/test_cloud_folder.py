@@ -168,3 +168,29 @@ def test_what_is_missing_is_said(folder, tmp_path):
     (folder / "classes.txt").unlink()
     with pytest.raises(DataError, match=r"classes.txt' is missing. It names the classes"):
         open_clouds(folder)
+
+
+def test_a_number_that_each_class_uses_anew_stands_for_an_object_of_each(folder):
+    """A chair and a table that are both number 1: two boxes, not one around both."""
+    (folder / "classes.txt").write_text("wall\nchair\ntable\n")
+    chair, table = RNG.uniform(0, 0.5, (30, 3)), RNG.uniform(2, 2.8, (50, 3))
+    second = RNG.uniform(-3, -2.5, (20, 3))
+    points = np.concatenate([chair, table, second, RNG.uniform(4, 5, (10, 3))])
+    labels, things = np.repeat([2, 3, 2, 1], [30, 50, 20, 10]), np.repeat([1, 1, 2, 0], [30, 50, 20, 10])
+    np.save(folder / "val/four.npy", np.column_stack([points, np.zeros((110, 3)), labels, things]))
+    cloud = open_clouds(folder, "val", "detection3d", stuff=["wall"]).load("val/four")
+    names = open_clouds(folder, "val", "detection3d", stuff=["wall"]).classes
+    boxes = zip(cloud.boxes.classes, cloud.boxes.sizes, strict=True)
+    found = sorted((names[kind - 1], *np.float32(size)) for kind, size in boxes)
+    parts = (("chair", chair), ("chair", second), ("table", table))
+    want = sorted((name, *np.float32(np.ptp(part, axis=0))) for name, part in parts)
+    assert [row[0] for row in found] == [row[0] for row in want]
+    np.testing.assert_allclose([row[1:] for row in found], [row[1:] for row in want], atol=1e-5)
+    assert set(cloud.instances) == {0, 1, 2, 3}
+
+
+def test_what_is_flat_has_a_box_with_a_volume(folder):
+    board = np.column_stack([RNG.uniform(0, 2, 40), RNG.uniform(0, 1, 40), np.full(40, 1.5)])
+    np.save(folder / "val/four.npy", np.column_stack([board, np.zeros((40, 3)), np.full(40, 2), np.ones(40)]))
+    boxes = open_clouds(folder, "val", "detection3d").load("val/four").boxes
+    np.testing.assert_allclose(boxes.sizes, [[*np.ptp(board[:, :2], axis=0), 0.01]], atol=1e-6)

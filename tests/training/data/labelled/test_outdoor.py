@@ -165,6 +165,8 @@ def test_boxes_of_kitti_stand_in_the_frame_of_the_scanner(tmp_path):
     lines = [CAR.format(angle=-1.57079633), *others, CAR.format(angle=0.3).replace("Car", "Cyclist")]
     for number in (4, 5):
         write_kitti_object(tmp_path, number, scan, lines, CALIBRATION)
+    scans = tmp_path / "training" / "velodyne"
+    (scans / "000004_copy.bin").write_bytes((scans / "000004.bin").read_bytes())  # no frame's number
     with pytest.warns(UserWarning, match="even frames train"):
         source = objects3d(tmp_path)
     assert source.ids() == ["000004"]
@@ -217,6 +219,17 @@ def test_boxes_and_points_of_kitti_that_are_none_are_bad_frames(tmp_path):
         write_kitti_object(tmp_path, 1, [row], [], CALIBRATION)
         with pytest.raises(BadFrame, match=rf"000001\.bin: .*{reason}"):
             objects3d(tmp_path).load("000001")
+
+
+def test_remissions_in_bytes_are_brought_to_1(tmp_path):
+    write(tmp_path / "ImageSets/train.txt", b"000001\n000002\n")
+    for number, remissions in ((1, [0, 51, 255]), (2, [0, 0.2, 1])):
+        rows = [[10 + k, 0, 0, remission] for k, remission in enumerate(remissions)]
+        write_kitti_object(tmp_path, number, rows, [], CALIBRATION)
+    one, other = (objects3d(tmp_path, in_view=False).load(f"{number:06d}") for number in (1, 2))
+    np.testing.assert_allclose(one.intensity, [0, 0.2, 1], atol=1e-6)
+    np.testing.assert_array_equal(one.points, other.points)
+    np.testing.assert_allclose(one.intensity, other.intensity, atol=1e-6)
 
 
 def test_lists_of_kitti_and_broken_frames(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -98,6 +99,22 @@ def test_a_trajectory_of_a_whole_recording_goes_to_the_numbers_of_its_part(frame
     (root / "trajectory.log").write_text("\n".join(lines[:5] + lines[10:]))  # of frames 0, 1, 2: positions
     source = opened("redwood", root)
     assert [matches(source.load("r", f"{k:05d}"), frames[k]) for k in (0, 2, 3)] == [True] * 3
+
+
+def test_places_on_a_map_are_counted_from_near_the_first_frame(frames, tmp_path):
+    """In float32 a meter of UTM has two steps."""
+    far = [replace(frame, cam_to_world=frame.cam_to_world.copy()) for frame in frames]
+    for frame in far:
+        frame.cam_to_world[:3, 3] += [512_345.5, 5_203_000.25, 431]
+    here, there = (opened("folder", write_plain(tmp_path / name, own, poses="each")) for name, own in (
+        ("here", frames), ("there", far)))  # fmt: skip
+    for path in (tmp_path / "there" / "pose").iterdir():
+        np.savetxt(path, far[int(path.stem)].cam_to_world, fmt="%.17g")
+    one, other = ([source.load(source.scenes()[0], str(k)).cam_to_world for k in range(4)] for source in (here, there))
+    for near, moved in zip(one, other, strict=True):
+        np.testing.assert_allclose(np.linalg.inv(one[0]) @ near, np.linalg.inv(other[0]) @ moved, atol=1e-5)
+        assert np.abs(moved[:2, 3]).max() < 100
+        assert moved[2, 3] == pytest.approx(near[2, 3] + 431, abs=1e-5)
 
 
 def test_every_frame_without_a_pose_counts(frames, tmp_path):

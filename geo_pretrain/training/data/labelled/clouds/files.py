@@ -39,6 +39,7 @@ PLAIN = {
 }
 COARSE = 0.005  # units of coordinates; coarser steps move points to other voxels
 FAR = 10_000.0  # m; beyond it float32 would not hold a millimeter
+MOST, LARGEST = 2**63 - 1, 2**31  # of whole numbers; of those of objects, which are multiplied with labels
 _FARTHEST = 1e9  # m; beyond it float64 would not hold a micrometer
 Names = Sequence[str | tuple[str, ...]]
 
@@ -55,7 +56,7 @@ class CloudFields(Ranged):
     intensity: str | None = None
     columns: tuple[str, ...] = ()  # of plain arrays [N, K] in npy files, such as [x, y, z, _, label]
     scale: Positive = 1.0  # meters per unit of the coordinates
-    # What intensities are multiplied with to be from 0 to 1; None: by their type's range, numbers with a point by 1.
+    # What intensities are multiplied with to be from 0 to 1; None: see `_File.intensity`.
     intensity_scale: Positive | None = None
     no_instance: int = 0  # the instance number that means none; -1 where objects are numbered from 0
 
@@ -106,6 +107,7 @@ def cloud_of_columns(
         labels = None if labels is None else classes.apply(labels, path)
         if instances is not None:
             instances = np.where(instances == fields.no_instance, 0, instances + (fields.no_instance < 0)).clip(0)
+            instances = _ranks(instances) if instances.max(initial=0) > LARGEST else instances
     return LabelledCloud(
         file.path.stem if id is None else id,
         checked_points(file.path, near_origin(points)),
@@ -241,7 +243,7 @@ class _File:
         for name in names:
             parts = (name,) if isinstance(name, str) else name
             found = [self._known.get(part, self._known.get(_plain(part))) for part in parts]
-            columns = [column for column in found if column is not None and column.dtype != object]
+            columns = [_flat(column) for column in found if column is not None and column.dtype != object]
             if len(columns) < len(parts):
                 continue
             if len(parts) == width and all(column.ndim == 1 for column in columns):
@@ -261,11 +263,15 @@ class _File:
         self.rows = len(found)
         if not self.rows:
             raise BadFrame(self.path, "the cloud has no point")
+        if found.dtype.kind not in "iuf" or found.dtype.itemsize > 8:
+            raise BadFrame(
+                self.path, f"coordinates are {found.dtype}; accepted: whole numbers, or floats up to float64"
+            )
         points = found.astype(np.float64)
-        if found.dtype == np.float16 and (step := float(np.spacing(np.abs(found).max()))) > COARSE:
+        if found.dtype.kind == "f" and (step := float(np.spacing(np.abs(found).max()))) > COARSE:
             warnings.warn(
-                f"{self.path}: coordinates are float16, which has steps of {step:.2g} there; points have moved. Save "
-                "them as float32 or float64.",
+                f"{self.path}: coordinates are {found.dtype}, which has steps of {step:.2g} there; points have moved. "
+                "Save them as float64.",
                 stacklevel=2,
             )
         if (fault := points_fault(points, np.inf)) is not None:
@@ -318,6 +324,10 @@ class _File:
             wrong = ~(np.isfinite(found) & (found == np.round(found)))
             if wrong.any():
                 raise BadFrame(self.path, f"{what} of {int(wrong.sum())} points is no whole number: {found[wrong][0]}")
+        if found.dtype.kind == "u" and found.max(initial=0) > MOST:
+            if what != "instance":
+                raise BadFrame(self.path, f"{what} goes up to {found.max()}; accepted: up to {MOST}")
+            found = _ranks(found)
         return found.astype(np.int64)
 
     def colors(self, given: str | None) -> np.ndarray | None:
@@ -343,20 +353,40 @@ class _File:
         return values.round().astype(np.uint8)
 
     def intensity(self, fields: CloudFields) -> np.ndarray | None:
-        """Intensities from 0 to 1: float32 [N]; None: the file has none."""
+        """Intensities from 0 to 1: float32 [N]; None: the file has none.
+
+        Without a scale uint8 and uint16 have their type's range, others that of the first of 1, 255 and 65535 that
+        none is above; whole numbers never 1.
+        """
         found = self.field("intensity", fields.intensity, INTENSITIES)
         if found is None:
             return None
-        scale = fields.intensity_scale
-        if scale is None:
-            scale = 1 / np.iinfo(found.dtype).max if found.dtype.kind in "iu" else 1.0
-        values = found.astype(np.float64) * scale
+        values = found.astype(np.float64)
         if not np.isfinite(values).all():
             raise BadFrame(self.path, "intensities are not finite")
-        return values.clip(0, 1).astype(np.float32)
+        scale = fields.intensity_scale
+        if scale is None:
+            ranges = (255, 65535) if found.dtype.kind in "iu" else (1, 255, 65535)
+            own = np.iinfo(found.dtype).max if found.dtype in (np.uint8, np.uint16) else values.max(initial=0)
+            fitting = next((limit for limit in ranges if own <= limit), None)
+            if fitting is None:
+                raise BadFrame(self.path, f"intensities go up to {own:g}: give data.options.intensity_scale")
+            scale = 1 / fitting
+        return (values * scale).clip(0, 1).astype(np.float32)
 
     def _names(self) -> str:
         return some(self.columns, 30)
+
+
+def _flat(column: np.ndarray) -> np.ndarray:
+    """A column [N, 1] as [N]."""
+    return column[:, 0] if column.ndim == 2 and column.shape[1] == 1 else column
+
+
+def _ranks(numbers: np.ndarray) -> np.ndarray:
+    """Numbers in their order from 1 on, int64; 0 stays 0. Hashes serve as numbers of objects, and would overflow."""
+    known, ranks = np.unique(numbers, return_inverse=True)
+    return ranks.astype(np.int64) + int(known[0] > 0)
 
 
 def _plain(name: str) -> str:

@@ -89,7 +89,7 @@ class CloudFolder(ListedClouds):
             return replace(cloud, instances=None)
         labels, instances = self._class_of[cloud.labels], cloud.instances
         if instances is not None:
-            instances = np.where(self._counted[cloud.labels], instances, 0)
+            instances = one_class_each(labels, np.where(self._counted[cloud.labels], instances, 0))
         boxes = None
         if self.task == "detection3d" and instances is not None:
             boxes = object_boxes(cloud.points, labels, instances)
@@ -110,6 +110,20 @@ class CloudFolder(ListedClouds):
         if classes is None or not classes.counted or self.options.first is not None or "0" not in shares:
             return None
         return names_alone_note(classes.path, classes.names[0], self.counted, shares["0"])
+
+
+def one_class_each(labels: np.ndarray, instances: np.ndarray) -> np.ndarray:
+    """Number objects [N] anew where one number stands for objects of several classes, as if each class began at 1.
+
+    Points of one number with different labels are different objects, as they are in the evaluation.
+    """
+    of_object, count = instances > 0, instances.max(initial=0) + 1
+    pairs, ranks = np.unique((labels * count + instances)[of_object], return_inverse=True)
+    if len(np.unique(pairs % count)) == len(pairs):
+        return instances
+    anew = np.zeros_like(instances)
+    anew[of_object] = ranks + 1
+    return anew
 
 
 def open_clouds(path: Path, split: str, task: str, options: FolderOptions) -> CloudFolder:

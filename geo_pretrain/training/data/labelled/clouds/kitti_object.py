@@ -98,7 +98,7 @@ def open_kitti_object(path: Path, split: str, task: str, options: KITTIObjectOpt
         raise DataError(f"No list {str(listed)!r}: the numbers of frames, one a line, such as 000123.")
     else:
         warnings.warn(f"kitti_object: no {str(listed)!r}: even frames train, odd ones validate.", stacklevel=2)
-        names = [name for name in scans if int(name) % 2 == (split == "val")]
+        names = [name for name in scans if name.isdecimal() and int(name) % 2 == (split == "val")]
     if not names:
         raise DataError(f"No frame for split {split!r} among {len(scans)} in {str(folder)!r}; give lists of both.")
     items = {

@@ -65,7 +65,10 @@ class ListedClouds:
 
 
 def read_scan(path: Path) -> np.ndarray:
-    """Read a scan of KITTI's laser scanner: float32 [N, 4] of x, y, z (m, z up) and remission in [0, 1]."""
+    """Read a scan of KITTI's laser scanner: float32 [N, 4] of x, y, z (m, z up) and remission in [0, 1].
+
+    Where a remission is above 1, all of the scan are divided by 255.
+    """
     values = np.frombuffer(read_bytes(path, "scan"), "<f4")
     if len(values) % 4 or not len(values):
         raise BadFrame(path, f"scan has {4 * len(values)} bytes, expected 16 for each of at least one point")
@@ -75,7 +78,7 @@ def read_scan(path: Path) -> np.ndarray:
     if wrong.any():
         what = f"remissions of {int(wrong.sum())} points are not from 0 to {MOST_REMISSION:g}"
         raise BadFrame(path, f"{what}, such as {scan[wrong, 3][0]:g}")
-    return scan
+    return scan if scan[:, 3].max() <= 1 else scan / np.array([1, 1, 1, MOST_REMISSION], np.float32)
 
 
 def read_bytes(path: Path, what: str, item: int = 4) -> bytes:

@@ -27,6 +27,7 @@ from geo_pretrain.training.data.surfaces.ply import read_ply
 
 TABLE = "scannetv2-labels.combined.tsv"
 STUFF = ("wall", "floor")
+FLATTEST = 0.01  # m; the least edge of an object's box
 LAYOUT = (
     "Expected layout: scans/sceneXXXX_XX/ (test: scans_test/) with sceneXXXX_XX_vh_clean_2.ply, .labels.ply, "
     f".0.010000.segs.json, .aggregation.json and .txt; scannetv2_SPLIT.txt and {TABLE} beside scans. They come with "
@@ -170,12 +171,15 @@ def open_scannet3d(path: Path, split: str, task: str, options: ScanNet3DOptions)
 
 
 def object_boxes(points: np.ndarray, labels: np.ndarray, instances: np.ndarray) -> Boxes3D:
-    """The box along the axes around each object's points, by number: `points` [N, 3], `labels`, `instances` [N]."""
+    """The box along the axes around each object's points, by number: `points` [N, 3], `labels`, `instances` [N].
+
+    What is flat gets a centimeter: boxes without a volume overlap nothing, and sizes are learned as ratios.
+    """
     numbers, first = np.unique(instances, return_index=True)
     first, numbers = first[numbers > 0], numbers[numbers > 0]
     low = np.array([points[instances == number].min(0) for number in numbers]).reshape(-1, 3)
     high = np.array([points[instances == number].max(0) for number in numbers]).reshape(-1, 3)
-    centers, sizes = ((low + high) / 2).astype(np.float32), (high - low).astype(np.float32)
+    centers, sizes = ((low + high) / 2).astype(np.float32), (high - low).clip(min=FLATTEST).astype(np.float32)
     return Boxes3D(centers, sizes, np.zeros(len(numbers), np.float32), labels[first].astype(np.int64))
 
 
