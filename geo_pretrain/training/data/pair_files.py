@@ -156,7 +156,8 @@ def read_pairs(folder: Path, source: Source, spec: DataSpec, skips: SkippedFrame
         known = [pair for pair in mined.pairs if pair.frame1 in here and pair.frame2 in here]
         if mined.pairs and not known and spec.frames == WHOLE:
             raise DataError(f"{path} holds pairs of other frames than scene {scene!r} has; mine it again.")
-        if spec.frames == WHOLE and tree["identity"].get("frames") != _frames_digest(source, scene):
+        same = tree["identity"].get("frames") == _frames_digest(source, scene)
+        if spec.frames == WHOLE == tuple(tree.get("part", WHOLE)) and not same:
             grown.append(scene)
         held += len(mined.pairs)
         of_others += len(mined.pairs) - len(known)
@@ -181,8 +182,8 @@ def read_pairs(folder: Path, source: Source, spec: DataSpec, skips: SkippedFrame
     if grown:
         warnings.warn(
             f"{len(grown)} of {len(source.scenes())} scenes have other frames than when their pairs in {str(folder)!r} "
-            f"were mined ({some(grown)}): new ones are in no pair. `geo-pretrain data mine {place} --out {folder}` "
-            "brings them in.",
+            f"were mined ({some(grown)}): those that came since are in no pair. The same `geo-pretrain data mine` "
+            "again brings them in.",
             stacklevel=2,
         )
     return pairs

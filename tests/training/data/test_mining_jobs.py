@@ -119,7 +119,7 @@ def test_frames_that_are_new_are_mined(tmp_path, spec):
         if old.exists():
             (root / "a" / f"frame-000060.{ending}").write_bytes(old.read_bytes())
     mining_jobs._opened.cache_clear()
-    with pytest.warns(UserWarning, match=r"1 of 1 scenes have other frames than .*\(a\): new ones are in no pair"):
+    with pytest.warns(UserWarning, match=r"1 of 1 scenes have other frames .*\(a\): those that came since are in no"):
         read(tmp_path / "pairs", changed)
     after = mine_pairs(changed, tmp_path / "pairs")
     with warnings.catch_warnings():

@@ -38,6 +38,7 @@ from geo_pretrain.training.data.sources.recording import (
     folders_with,
     images_in,
     read_listing,
+    readable,
     scene_name,
 )
 
@@ -56,7 +57,7 @@ def open_arkitscenes(root: Path, options: ArkitScenesOptions) -> Recordings:
     """Open raw data of ARKitScenes: one video, or a folder of them."""
     existing_folder(root, f"VIDEO/lowres_wide, lowres_depth, {INTRINSICS} and {TRAJECTORY}")
     found = folders_with(root, lambda path, folders, names: {"lowres_wide", "lowres_depth"} <= folders)
-    recordings = [_recording(root, folder, options.max_difference) for folder in found]
+    recordings = readable(found, lambda folder: _recording(root, folder, options.max_difference))
     return Recordings("arkitscenes", root, recordings, Conventions(pose_convention="world_to_camera"), options)
 
 

@@ -235,7 +235,7 @@ class Assembly:
         """
         camera = self.camera or camera
         if self.options.intrinsics_of == "color":
-            camera = Camera(camera.matrix, camera.size or (color.shape[0], color.shape[1]))
+            camera = replace(camera, size=camera.size or (color.shape[0], color.shape[1]))
         size = depth.shape[0], depth.shape[1]
         if self.registration is not None:
             matrix = camera.at(size, depth_path)
@@ -293,20 +293,24 @@ def inside(matrix: np.ndarray, size: Size, path: object) -> np.ndarray:
         raise BadFrame(path, f"{fault}: are they those of the color image (intrinsics_of=color), or transposed?")
     other = f"{round(size[1] * factor)}x{round(size[0] * factor)}"
     here = ",".join(f"{number:g}" for number in smaller(matrix, factor))
-    raise BadFrame(path, f"{fault}: those of an image of {other}? For this one: data.options.intrinsics=[{here}]")
+    raise BadFrame(
+        path,
+        f"{fault}: those of the color image (intrinsics_of=color), or of another of about {other}? Then this one has "
+        f"about data.options.intrinsics=[{here}]",
+    )
 
 
 def times_as_large(matrix: np.ndarray, size: Size) -> float | None:
     """By how much larger an image has its middle at the principal point; None unless both axes say the same.
 
-    No camera's lies just there, so a whole number or a half is taken where one is near.
+    A whole number or a half is taken where one is very near.
     """
     factors = (2 * matrix[0, 2] + 1) / size[1], (2 * matrix[1, 2] + 1) / size[0]
     if abs(factors[0] / factors[1] - 1) >= 0.05 or min(factors) <= 0.1:
         return None
     factor = float(np.mean(factors))
     simple = (round(factor), round(2 * factor) / 2)
-    return next((near for near in simple if near > 1 and abs(factor / near - 1) < 0.03), factor)
+    return next((near for near in simple if near > 1 and abs(factor / near - 1) < 0.005), factor)
 
 
 def smaller(matrix: np.ndarray, factor: float) -> list[float]:

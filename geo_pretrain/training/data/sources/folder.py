@@ -59,12 +59,12 @@ def open_plain(root: Path, options: PlainOptions) -> Recordings:
 def _recording(root: Path, folder: Path) -> Recording:
     colors, depths = images_in(folder / "color", COLORS), images_in(folder / "depth", DEPTHS)
     camera, camera_file = camera_beside(folder, root)
-    poses, listing = _poses(folder, list(colors))
+    poses, listing, order = _poses(folder, list(colors))
     views = {
         name: View(color, depths.get(name, folder / "depth" / f"{name}.png"), pose, camera)
         for (name, color), pose in zip(colors.items(), poses, strict=True)
     }
-    return Recording(scene_name(root, folder), views, [*listing, *camera_file])
+    return Recording(scene_name(root, folder), views, [*listing, *camera_file], order)
 
 
 def camera_beside(folder: Path, root: Path) -> tuple[Camera | BadFrame, list[Path]]:
@@ -78,33 +78,45 @@ def camera_beside(folder: Path, root: Path) -> tuple[Camera | BadFrame, list[Pat
     return BadFrame(folder / INTRINSICS[0], "file is missing"), []
 
 
-def _poses(folder: Path, names: list[str]) -> tuple[list[np.ndarray | Path | BadFrame | None], list[Path]]:
-    """The pose of each frame as it is stored, and the file that lists them."""
+def _poses(folder: Path, names: list[str]) -> tuple[list[np.ndarray | Path | BadFrame | None], list[Path], str]:
+    """The pose of each frame as it is stored, the file that lists them, and "by name" where that differs from order."""
     listing = folder / "poses.txt"
     if not listing.is_file():
-        one_each = next((folder / name for name in ("pose", "poses") if (folder / name).is_dir()), None)
-        return [None if one_each is None else one_each / f"{name}.txt" for name in names], []
+        one_each = _pose_folder(folder, names)
+        return [None if one_each is None else one_each / f"{name}.txt" for name in names], [], ""
     try:
         rows = read_listing(listing)
     except BadFrame as bad:
-        return [bad] * len(names), [listing]
+        return [bad] * len(names), [listing], ""
     poses: list[Any] = [pose_of_words(words, f"{listing}:{number}") for number, words in rows]
-    known = set(names)
+    known, before = set(names), [words[0] for _, words in rows]
     named = [_name(words, known) for _, words in rows]
-    counted = set(named) != known and all(_counts(words[0]) for _, words in rows)
-    if not any(named) or counted:  # times and other numbers are not looked at: they may count anything
-        fault = None
-        if len(rows) != len(names):
-            fault = f"{len(rows)} poses for {len(names)} images in color/"
-        elif any(named) and not (_gapless(names) and _gapless([words[0] for _, words in rows])):
+    fault = None
+    if any(named) and set(named) != known and all(map(_is_number, before)):
+        # Numbers may be names, times, or count from another one than the names do.
+        counted = all(map(str.isdecimal, before))
+        if not counted or (len(rows) == len(names) and _gapless(names) and _gapless(before)):
+            named = []
+        elif not any(len(word) > 1 and word.startswith("0") for word in before):
             lacking = some(sorted(map(repr, known.difference(filter(None, named)))))
             fault = f"numbers before poses are names of some images, and there is none for {lacking}: name each image"
-        return poses if fault is None else [BadFrame(listing, fault)] * len(names), [listing]
+    if not any(named) and len(rows) != len(names):
+        fault = f"{len(rows)} poses for {len(names)} images in color/"
+    if fault is not None or not any(named):
+        return poses if fault is None else [BadFrame(listing, fault)] * len(names), [listing], ""
     of = {name: BadFrame(f"{listing}: {name}", "image has no pose") for name in names}
     of |= {name: pose for name, pose in zip(named, poses, strict=True) if name is not None}
     twice = {name for name, count in Counter(filter(None, named)).items() if count > 1}
     of |= {name: BadFrame(f"{listing}: {name}", "image has several poses") for name in twice}
-    return [of[name] for name in names], [listing]
+    return [of[name] for name in names], [listing], "" if set(named) == known else "by name"
+
+
+def _pose_folder(folder: Path, names: list[str]) -> Path | None:
+    """The folder of one file for each pose: pose/, or poses/ if some image's is there; None without one."""
+    if (folder / "pose").is_dir():
+        return folder / "pose"
+    other = folder / "poses"
+    return other if any((other / f"{name}.txt").is_file() for name in names) else None
 
 
 def _name(words: list[str], known: set[str]) -> str | None:
@@ -116,11 +128,14 @@ def _name(words: list[str], known: set[str]) -> str | None:
     return next((form for form in forms if form in known), None)
 
 
-def _counts(text: str) -> bool:
-    """Whether it is a number as one counts, which need not be a name: files may be numbered from 1, poses from 0."""
-    return text.isdecimal() and str(int(text)) == text
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _gapless(numbers: Sequence[str]) -> bool:
     """Whether each is the number after the one before."""
-    return all(map(_counts, numbers)) and all(int(b) == int(a) + 1 for a, b in itertools.pairwise(numbers))
+    return all(map(str.isdecimal, numbers)) and all(int(b) == int(a) + 1 for a, b in itertools.pairwise(numbers))

@@ -40,6 +40,7 @@ from geo_pretrain.training.data.sources.recording import (
     images_in,
     json_tree,
     pose_of_words,
+    readable,
     scene_name,
 )
 
@@ -59,7 +60,7 @@ def open_polycam(root: Path, options: PolycamOptions) -> Recordings:
     """Open raw data of Polycam, or a folder of recordings."""
     existing_folder(root, "keyframes/images, keyframes/cameras and keyframes/depth")
     found = folders_with(root, lambda path, folders, names: {"images", "cameras", "depth"} <= folders)
-    recordings = [_recording(root, folder, options) for folder in found]
+    recordings = readable(found, lambda folder: _recording(root, folder, options))
     return Recordings("polycam", root, recordings, Conventions(camera_axes="opengl", world_up="y"), options)
 
 

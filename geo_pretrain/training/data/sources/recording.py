@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +54,7 @@ class Recording:
     name: str
     views: Mapping[str, View]
     listings: Sequence[Path] = field(default=())  # trajectories, intrinsics: for messages and the fingerprint
+    order: str = ""  # how poses or depth were dealt out where it is not by position: for the fingerprint
 
 
 class Recordings:
@@ -123,6 +125,10 @@ class Recordings:
         of_files = files.files_fingerprint(self.root, (path for path in self._files() if path.is_file()))
         options = json.dumps(stated(self.config), sort_keys=True)
         options += "" if self.conventions.world_up == "z" else f"\0{self.conventions.world_up}"  # surfaces are kept
+        for scene, recording in self._recordings.items():
+            origin = self._origin(scene)
+            options += f"\0{scene}: {origin.tolist()}" if origin.any() else ""
+            options += f"\0{scene}: poses {recording.order}" if recording.order else ""
         return hashlib.sha256(f"{self.assembly.digest(of_files)}\0{options}".encode()).hexdigest()
 
     def content(self) -> str:
@@ -153,14 +159,16 @@ class Recordings:
 
     def _origin(self, scene: str) -> np.ndarray:
         """What is subtracted from all places of a scene, whole meters [3]: points are in float32, see `FAR`."""
-        if scene not in self._origins:
-            self._origins[scene] = np.zeros(3)
-            for view in self._recordings[scene].views.values():
-                with suppress(BadFrame):
-                    place = self._cam_to_world(view)[:3, 3]
-                    self._origins[scene] = np.where(np.abs(place) > FAR, np.floor(place), 0.0)
-                    break
+        if scene not in self._origins:  # threads that meet here find the same, and none an unfinished one
+            self._origins[scene] = next(self._origins_of(scene), np.zeros(3))
         return self._origins[scene]
+
+    def _origins_of(self, scene: str) -> Iterator[np.ndarray]:
+        for view in self._recordings[scene].views.values():
+            with suppress(BadFrame):
+                if view.pose is not None:
+                    place = self._cam_to_world(view)[:3, 3]
+                    yield np.where(np.abs(place) > FAR, np.floor(place), 0.0)
 
     def _pose(self, view: View, pose: np.ndarray | Path | BadFrame) -> np.ndarray:
         if isinstance(pose, BadFrame):
@@ -207,7 +215,7 @@ def readable(places: Iterable[P], read: Callable[[P], T]) -> list[T]:
             broken.append(bad)
     if broken and not found:
         raise broken[0]
-    if broken:
+    if broken and parent_process() is None:  # told once
         count = len(broken) + len(found)
         warnings.warn(f"{len(broken)} of {count} recordings are left out: {some(map(str, broken))}.", stacklevel=2)
     return found
@@ -268,8 +276,7 @@ def images_in(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
     there = files.visible(folder, "*")
     of_ending = {ending: [path for path in there if path.suffix.lower() == ending] for ending in reversed(endings)}
     found = {path.stem: path for paths in of_ending.values() for path in paths}
-    others = {path.suffix for path in there if path.suffix and path.is_file()}
-    if not found and others:
+    if not found and (others := {path.suffix for path in there if path.suffix and path.is_file()}):
         raise BadFrame(folder, f"holds files {some(sorted(others))}; accepted are {', '.join(endings)}")
     return {stem: found[stem] for stem in sorted(found, key=natural_order)}
 

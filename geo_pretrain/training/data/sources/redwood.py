@@ -66,13 +66,18 @@ def open_redwood(root: Path, options: RedwoodOptions) -> Recordings:
 def _recording(root: Path, folder: Path, trajectory: str | None) -> Recording:
     colors = images_in(next(folder / name for name in COLOR_FOLDERS if (folder / name).is_dir()), COLORS)
     depths = images_in(folder / "depth", DEPTHS)
-    if colors.keys().isdisjoint(depths) and len(colors) == len(depths):
+    numbered = all(map(str.isdecimal, [*colors, *depths]))
+    by_name = numbered and not colors.keys().isdisjoint(depths)
+    if colors.keys() != depths.keys() and len(colors) == len(depths) and not by_name:
         depths = dict(zip(colors, depths.values(), strict=True))
+    order = "depth by name" if by_name and colors.keys() != depths.keys() else ""
     camera, listings = _camera(folder, root)
     poses: dict[int, np.ndarray | BadFrame] | BadFrame
     try:
         path = _trajectory_file(folder, trajectory)
-        poses = _by_position(path, read_log(path), list(colors))
+        found = read_log(path)
+        poses = _by_position(path, found, list(colors))
+        order += " poses by number" if poses is not found else ""
         listings.insert(0, path)
     except BadFrame as bad:
         poses = bad
@@ -81,7 +86,7 @@ def _recording(root: Path, folder: Path, trajectory: str | None) -> Recording:
         none = BadFrame(color, "has no pose in the trajectory")
         pose = poses if isinstance(poses, BadFrame) else poses.get(number, none)
         views[name] = View(color, depths.get(name, folder / "depth" / f"{name}.png"), pose, camera)
-    return Recording(scene_name(root, folder), views, listings)
+    return Recording(scene_name(root, folder), views, listings, order)
 
 
 def _by_position(

@@ -32,6 +32,7 @@ from geo_pretrain.training.data.sources.recording import (
     folders_with,
     pose_of_words,
     read_listing,
+    readable,
     scene_name,
 )
 
@@ -54,7 +55,7 @@ def open_tum(root: Path, options: TumOptions) -> Recordings:
     """Open a sequence of the TUM RGB-D benchmark, or a folder of them."""
     existing_folder(root, "rgb.txt, depth.txt, groundtruth.txt")
     found = folders_with(root, lambda path, folders, names: {"rgb.txt", "depth.txt"} <= names)
-    recordings = [_recording(root, folder, options.max_difference) for folder in found]
+    recordings = readable(found, lambda folder: _recording(root, folder, options.max_difference))
     return Recordings("tum", root, recordings, Conventions(depth_scale=5000.0), options)
 
 

@@ -48,9 +48,9 @@ def test_coordinates_in_few_bits_are_told_where_they_are_coarse(tmp_path):
         np.save(tmp_path / "map.npy", POINTS + np.array([5e5, 5.2e6, 0]))
         assert np.abs(np.ptp(read_cloud(tmp_path / "map.npy").points, axis=0) - np.ptp(POINTS, axis=0)).max() < 1e-5
     np.save(tmp_path / "map32.npy", (POINTS + np.array([5e5, 5.2e6, 0])).astype(np.float32))
-    with pytest.warns(UserWarning, match=r"map32\.npy: coordinates are float32, which has steps of 0\.5 there"):
+    with pytest.warns(UserWarning, match=r"Coordinates are float32, which has steps of 0\.5 m where they lie"):
         read_cloud(tmp_path / "map32.npy")
-    with pytest.warns(UserWarning, match=r"far\.npy: coordinates are float16, which has steps of 0\.031 there"):
+    with pytest.warns(UserWarning, match=r"Coordinates are float16, which has steps of 0\.031 m"):
         read_cloud(tmp_path / "far.npy")
 
 
@@ -70,6 +70,7 @@ def test_coordinates_that_nothing_writes_are_refused(tmp_path, kind):
         (np.int32, 255, 255),
         (np.int64, 4095, 65535),
         (np.float32, 1, 1),
+        (np.float32, 1.02, 1),
         (np.float32, 255, 255),
         (np.float64, 4095.5, 65535),
     ],
@@ -78,18 +79,38 @@ def test_intensities_have_the_range_that_their_values_show(tmp_path, kind, highe
     given = np.linspace(0, highest, 40).astype(kind)
     for shape in (40, (40, 1)):
         np.savez(tmp_path / "a.npz", points=POINTS, intensity=given.reshape(shape))
-        np.testing.assert_allclose(read_cloud(tmp_path / "a.npz").intensity, given / limit, atol=1e-6)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            cloud = read_cloud(tmp_path / "a.npz")
+        np.testing.assert_allclose(cloud.intensity, np.clip(given / limit, 0, 1), atol=1e-6)
+        guessed = highest > 2 and kind not in (np.uint8, np.uint16)
+        assert [f"divided by {limit}" in str(warning.message) for warning in told] == [True] * guessed
 
 
 def test_intensities_of_no_known_range_need_a_scale(tmp_path):
     np.savez(tmp_path / "a.npz", points=POINTS, intensity=np.linspace(0, 1e6, 40))
-    with pytest.raises(BadFrame, match=r"intensities go up to 1e\+06: give data\.options\.intensity_scale"):
-        read_cloud(tmp_path / "a.npz")
+    with pytest.warns(UserWarning, match=r"are not read; data\.options\.intensity_scale"):
+        assert read_cloud(tmp_path / "a.npz").intensity is None
     scaled = read_cloud(tmp_path / "a.npz", CloudFields(intensity_scale=1e-6))
     np.testing.assert_allclose(scaled.intensity, np.linspace(0, 1, 40), atol=1e-6)
 
 
-@pytest.mark.parametrize("most", [2**33, 2**62, 2**64 - 1])
+def test_coarse_steps_are_those_of_meters(tmp_path):
+    np.save(tmp_path / "a.npy", (POINTS * 1000 + 70_000).astype(np.float32))  # millimeters: steps of 8 micrometers
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_cloud(tmp_path / "a.npy", CloudFields(scale=0.001))
+
+
+@pytest.mark.parametrize("kind", [np.uint32, np.uint64, np.int64])
+def test_minus_one_stays_none_without_its_sign(tmp_path, classes, kind):
+    things = (THINGS.astype(np.int64) - 1).astype(kind)  # objects from 0, -1 for none
+    np.savez(tmp_path / "a.npz", points=POINTS, label=LABELS, instance=things)
+    cloud = read_cloud(tmp_path / "a.npz", CloudFields(no_instance=-1), classes)
+    np.testing.assert_array_equal(cloud.instances, THINGS)
+
+
+@pytest.mark.parametrize("most", [2**33, 2**62, 2**64 - 2])
 def test_hashes_are_numbers_of_objects(tmp_path, classes, most):
     """They would overflow int64, or its product with a label."""
     things = np.array([0, 7, 2**31, most - 5, most], np.uint64)[THINGS]

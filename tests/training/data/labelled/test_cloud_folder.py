@@ -194,3 +194,15 @@ def test_what_is_flat_has_a_box_with_a_volume(folder):
     np.save(folder / "val/four.npy", np.column_stack([board, np.zeros((40, 3)), np.full(40, 2), np.ones(40)]))
     boxes = open_clouds(folder, "val", "detection3d").load("val/four").boxes
     np.testing.assert_allclose(boxes.sizes, [[*np.ptp(board[:, :2], axis=0), 0.01]], atol=1e-6)
+
+
+def test_a_few_points_of_another_class_make_no_object(folder):
+    points, labels, things = RNG.uniform(0, 1, (120, 3)), np.full(120, 2), np.full(120, 1)
+    points[:3], labels[:3] = 9, 3  # three points of the chair, labelled as table and far off
+    (folder / "classes.txt").write_text("wall\nchair\ntable\n")
+    np.save(folder / "val/four.npy", np.column_stack([points, np.zeros((120, 3)), labels, things]))
+    source = open_clouds(folder, "val", "detection3d")
+    cloud = source.load("val/four")
+    assert [source.classes[kind - 1] for kind in cloud.boxes.classes] == ["chair"]
+    np.testing.assert_allclose(cloud.boxes.sizes, [np.ptp(points[3:], axis=0)], atol=1e-5)
+    assert (cloud.instances > 0).sum() == 117

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -27,7 +29,6 @@ from tests.recording_layouts import (
     write_redwood,
     write_sens,
     write_transforms,
-    write_tum,
 )
 
 ABOVE = "\0\x05\x16\x07\0\x02\0\0Mac OS X"  # how a ._NAME of macOS begins
@@ -79,6 +80,8 @@ def test_images_of_equal_names_belong_together_though_others_lack_their_twin(fra
 def test_images_with_times_for_names_belong_together_by_position(frames, tmp_path):
     root = write_redwood(tmp_path / "r", frames)
     renumber(root, ("color", "depth"), lambda number, kind: f"{number + 1:07d}-{1000 * number + (kind == 'depth')}")
+    first = root / "depth" / "0000001-1.png"
+    first.rename(first.with_stem("0000001-0"))  # both begin at 0
     source = opened("redwood", root)
     assert all(matches(source.load("r", id), want) for id, want in zip(source.frame_ids("r"), frames, strict=True))
 
@@ -115,6 +118,30 @@ def test_places_on_a_map_are_counted_from_near_the_first_frame(frames, tmp_path)
         np.testing.assert_allclose(np.linalg.inv(one[0]) @ near, np.linalg.inv(other[0]) @ moved, atol=1e-5)
         assert np.abs(moved[:2, 3]).max() < 100
         assert moved[2, 3] == pytest.approx(near[2, 3] + 431, abs=1e-5)
+
+
+def test_threads_agree_on_the_place_that_is_counted_from(frames, tmp_path, monkeypatch):
+    far = [replace(frame, cam_to_world=frame.cam_to_world.copy()) for frame in frames]
+    for frame in far:
+        frame.cam_to_world[:3, 3] += [512_345, 5_203_000, 0]
+    source = opened("folder", write_plain(tmp_path / "there", far))
+    slow = source._cam_to_world
+
+    def waiting(view):
+        time.sleep(0.01)
+        return slow(view)
+
+    monkeypatch.setattr(source, "_cam_to_world", waiting)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda id: source.load("there", id).cam_to_world, [*"0123"] * 4))
+    assert max(np.abs(pose[:3, 3]).max() for pose in found) < 1000
+
+
+def test_a_far_world_is_part_of_the_fingerprint(frames, tmp_path):
+    source = opened("folder", write_plain(tmp_path / "a", frames))
+    before = source.fingerprint()
+    source._origins = {"a": np.array([512_345.0, 0, 0])}
+    assert source.fingerprint() != before
 
 
 def test_every_frame_without_a_pose_counts(frames, tmp_path):
@@ -230,7 +257,6 @@ def test_hidden_files_of_macos_are_no_recordings(frames, tmp_path):
         "record3d": (partial(write_record3d, packed=False), "._room.r3d"),
         "redwood": (write_redwood, "._trajectory.log"),
         "folder": (write_plain, "color/._0.jpg"),
-        "tum": (write_tum, "._rgb.txt"),
     }
     for layout, (write, hidden) in layouts.items():
         root = write(tmp_path / layout, frames)

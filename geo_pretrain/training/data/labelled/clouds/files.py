@@ -37,7 +37,8 @@ PLAIN = {
     7: ("x", "y", "z", "red", "green", "blue", "label"),
     8: ("x", "y", "z", "red", "green", "blue", "label", "instance"),
 }
-COARSE = 0.005  # units of coordinates; coarser steps move points to other voxels
+COARSE = 0.005  # m; coarser steps move points to other voxels
+NEARLY_1 = 2.0  # the largest of intensities from 0 to 1, some of which may be a little above
 FAR = 10_000.0  # m; beyond it float32 would not hold a millimeter
 MOST, LARGEST = 2**63 - 1, 2**31  # of whole numbers; of those of objects, which are multiplied with labels
 _FARTHEST = 1e9  # m; beyond it float64 would not hold a micrometer
@@ -97,7 +98,7 @@ def cloud_of_columns(
 ) -> LabelledCloud:
     """Make a cloud of the columns of a file, or of arrays by name; see `read_cloud`. `path` names it in errors."""
     file = _File(Path(path), columns)
-    points = file.points() * fields.scale
+    points = file.points(fields.scale) * fields.scale
     if (fault := points_fault(points, _FARTHEST)) is not None:
         raise BadFrame(file.path, fault)
     labels = instances = None
@@ -255,8 +256,8 @@ class _File:
                 return columns
         return None
 
-    def points(self) -> np.ndarray:
-        """Coordinates as float64 [N, 3], finite; at least one point."""
+    def points(self, scale: float = 1.0) -> np.ndarray:
+        """Coordinates as float64 [N, 3], finite; at least one point. `scale`: meters per unit."""
         found = self._find(POINTS, 3)
         if found is None:
             raise BadFrame(self.path, f"no coordinates x y z or points [N, 3]; it has {self._names()}")
@@ -268,9 +269,9 @@ class _File:
                 self.path, f"coordinates are {found.dtype}; accepted: whole numbers, or floats up to float64"
             )
         points = found.astype(np.float64)
-        if found.dtype.kind == "f" and (step := float(np.spacing(np.abs(found).max()))) > COARSE:
-            warnings.warn(
-                f"{self.path}: coordinates are {found.dtype}, which has steps of {step:.2g} there; points have moved. "
+        if found.dtype.kind == "f" and (step := scale * float(np.spacing(np.abs(found).max()))) > COARSE:
+            warnings.warn(  # without the file's name, so that it is told once
+                f"Coordinates are {found.dtype}, which has steps of {step:.2g} m where they lie: points have moved. "
                 "Save them as float64.",
                 stacklevel=2,
             )
@@ -324,10 +325,12 @@ class _File:
             wrong = ~(np.isfinite(found) & (found == np.round(found)))
             if wrong.any():
                 raise BadFrame(self.path, f"{what} of {int(wrong.sum())} points is no whole number: {found[wrong][0]}")
-        if found.dtype.kind == "u" and found.max(initial=0) > MOST:
-            if what != "instance":
-                raise BadFrame(self.path, f"{what} goes up to {found.max()}; accepted: up to {MOST}")
-            found = _ranks(found)
+        if found.dtype in (np.uint32, np.uint64):
+            none = found == np.iinfo(found.dtype).max  # -1, as it was before it lost its sign
+            if what != "instance" and found[~none].max(initial=0) > MOST:
+                raise BadFrame(self.path, f"{what} goes up to {found[~none].max()}; accepted: up to {MOST}")
+            known = _ranks(np.where(none, 0, found)) if found[~none].max(initial=0) > MOST else found.astype(np.int64)
+            return np.where(none, -1, known)
         return found.astype(np.int64)
 
     def colors(self, given: str | None) -> np.ndarray | None:
@@ -355,8 +358,8 @@ class _File:
     def intensity(self, fields: CloudFields) -> np.ndarray | None:
         """Intensities from 0 to 1: float32 [N]; None: the file has none.
 
-        Without a scale uint8 and uint16 have their type's range, others that of the first of 1, 255 and 65535 that
-        none is above; whole numbers never 1.
+        Without a scale uint8 and uint16 have their type's range; others the first of 1 (only numbers with a point), 255
+        and 65535 that fits, which is told.
         """
         found = self.field("intensity", fields.intensity, INTENSITIES)
         if found is None:
@@ -365,17 +368,28 @@ class _File:
         if not np.isfinite(values).all():
             raise BadFrame(self.path, "intensities are not finite")
         scale = fields.intensity_scale
-        if scale is None:
-            ranges = (255, 65535) if found.dtype.kind in "iu" else (1, 255, 65535)
-            own = np.iinfo(found.dtype).max if found.dtype in (np.uint8, np.uint16) else values.max(initial=0)
-            fitting = next((limit for limit in ranges if own <= limit), None)
-            if fitting is None:
-                raise BadFrame(self.path, f"intensities go up to {own:g}: give data.options.intensity_scale")
-            scale = 1 / fitting
-        return (values * scale).clip(0, 1).astype(np.float32)
+        if scale is None and found.dtype in (np.uint8, np.uint16):
+            scale = 1 / np.iinfo(found.dtype).max
+        elif scale is None:
+            scale = _likely_scale(values, found.dtype.kind == "f")
+        return None if scale is None else (values * scale).clip(0, 1).astype(np.float32)
 
     def _names(self) -> str:
         return some(self.columns, 30)
+
+
+def _likely_scale(values: np.ndarray, floats: bool) -> float | None:
+    """What intensities are multiplied with to be from 0 to 1; None: nothing known. A warning tells of a guess, once."""
+    largest = values.max(initial=0)
+    if floats and largest <= NEARLY_1:
+        return 1.0
+    limit = next((limit for limit in (255, 65535) if largest <= limit), None)
+    taken = "are not read" if limit is None else f"are divided by {limit}"
+    warnings.warn(
+        f"Intensities above 1 in neither 8 nor 16 bits {taken}; data.options.intensity_scale says otherwise.",
+        stacklevel=2,
+    )
+    return None if limit is None else 1 / limit
 
 
 def _flat(column: np.ndarray) -> np.ndarray:

@@ -112,17 +112,23 @@ class CloudFolder(ListedClouds):
         return names_alone_note(classes.path, classes.names[0], self.counted, shares["0"])
 
 
+STRAY = 0.05  # share of the points of a number below which a class is there by mistake
+
+
 def one_class_each(labels: np.ndarray, instances: np.ndarray) -> np.ndarray:
     """Number objects [N] anew where one number stands for objects of several classes, as if each class began at 1.
 
-    Points of one number with different labels are different objects, as they are in the evaluation.
+    Points of one number with different labels are different objects, as they are in the evaluation; a class with less
+    than a twentieth of a number's points is there by mistake, and these are of no object.
     """
-    of_object, count = instances > 0, instances.max(initial=0) + 1
-    pairs, ranks = np.unique((labels * count + instances)[of_object], return_inverse=True)
-    if len(np.unique(pairs % count)) == len(pairs):
-        return instances
+    of_object, count = instances > 0, int(instances.max(initial=0)) + 1
+    pairs, ranks, sizes = np.unique((labels * count + instances)[of_object], return_inverse=True, return_counts=True)
+    all_of_it = np.zeros(count, np.int64)
+    np.add.at(all_of_it, pairs % count, sizes)
+    stray = sizes < STRAY * all_of_it[pairs % count]
+    numbers = pairs % count if len(np.unique((pairs % count)[~stray])) == (~stray).sum() else np.arange(len(pairs)) + 1
     anew = np.zeros_like(instances)
-    anew[of_object] = ranks + 1
+    anew[of_object] = np.where(stray, 0, numbers)[ranks]
     return anew
 
 

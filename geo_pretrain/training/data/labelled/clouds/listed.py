@@ -15,6 +15,7 @@ from geo_pretrain.training.data.files import checked_points
 from geo_pretrain.training.data.surfaces.ply import Columns, read_ply
 
 MOST_REMISSION = 255.0  # KITTI's are up to 1; files of others have bytes there
+NEARLY_1 = 2.0  # the largest of remissions from 0 to 1, some of which may be a little above
 Y_UP_TO_Z_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32)  # (x, y, z) -> (x, -z, y): a turn about x
 
 
@@ -67,7 +68,7 @@ class ListedClouds:
 def read_scan(path: Path) -> np.ndarray:
     """Read a scan of KITTI's laser scanner: float32 [N, 4] of x, y, z (m, z up) and remission in [0, 1].
 
-    Where a remission is above 1, all of the scan are divided by 255.
+    Where a remission is far above 1, all of the scan are divided by 255.
     """
     values = np.frombuffer(read_bytes(path, "scan"), "<f4")
     if len(values) % 4 or not len(values):
@@ -78,7 +79,7 @@ def read_scan(path: Path) -> np.ndarray:
     if wrong.any():
         what = f"remissions of {int(wrong.sum())} points are not from 0 to {MOST_REMISSION:g}"
         raise BadFrame(path, f"{what}, such as {scan[wrong, 3][0]:g}")
-    return scan if scan[:, 3].max() <= 1 else scan / np.array([1, 1, 1, MOST_REMISSION], np.float32)
+    return scan if scan[:, 3].max() <= NEARLY_1 else scan / np.array([1, 1, 1, MOST_REMISSION], np.float32)
 
 
 def read_bytes(path: Path, what: str, item: int = 4) -> bytes:
