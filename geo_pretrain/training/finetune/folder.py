@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -178,6 +179,7 @@ def summary(task: Finetuning, progress: Progress, uses: str) -> dict[str, Any]:
             **own_labels(train),
             "train_fingerprint": train.fingerprint(),
             "val_fingerprint": task.data.val.fingerprint(),
+            "val_ids": hashlib.sha256("\n".join(task.val_ids).encode(errors="surrogateescape")).hexdigest(),
             **({"skipped": skipped} if task.task.skips_broken else {}),
         },
         **task.task.facts(),

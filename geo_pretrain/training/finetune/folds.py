@@ -12,7 +12,7 @@ import numpy as np
 from geo_pretrain.errors import DataError
 from geo_pretrain.training.evaluation.metrics import class_accuracy, class_iou, mean_iou, pixel_accuracy
 from geo_pretrain.training.finetune.folder import FinetuneResult, read_result
-from geo_pretrain.training.finetune_recipe import changes
+from geo_pretrain.training.finetune_recipe import changes, load_finetune_recipe
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _check_together(results: Sequence[FinetuneResult]) -> None:
     """Raise `DataError` unless the runs differ in their options of the data only, and measured different data."""
     first, *others = results
     recipe = (first.folder / "recipe.yaml").read_text(encoding="utf-8")
-    measured = {first.data["data"]["val_fingerprint"]: first}
+    measured = dict.fromkeys(_measured(first), first)
     for result in results:
         if "confusion" not in result.data[result.uses]["details"]:
             raise DataError(f"{str(result.folder)!r} is a run for {result.task}; accepted: semantic segmentation.")
@@ -82,6 +82,13 @@ def _check_together(results: Sequence[FinetuneResult]) -> None:
             raise DataError(
                 f"{str(first.folder)!r} and {str(result.folder)!r} are no folds of one experiment: {'; '.join(differ)}."
             )
-        same = measured.setdefault(result.data["data"]["val_fingerprint"], result)
-        if same is not result:
-            raise DataError(f"{str(same.folder)!r} and {str(result.folder)!r} were measured on the same data.")
+        for key in _measured(result):
+            same = measured.setdefault(key, result)
+            if same is not result:
+                raise DataError(f"{str(same.folder)!r} and {str(result.folder)!r} were measured on the same data.")
+
+
+def _measured(result: FinetuneResult) -> list[str]:
+    """What tells the validation data of a run from others': all of them, and of files the ids, whatever the options."""
+    data, path = result.data["data"], load_finetune_recipe(str(result.folder / "recipe.yaml")).data.path
+    return [data["val_fingerprint"], *([data["val_ids"]] if path is not None and "val_ids" in data else [])]

@@ -128,6 +128,11 @@ def test_six_folds_are_measured_as_one(tmp_path):
     table = geo_pretrain("eval", "folds", *folders).output
     assert f"pooled {found['pooled']['miou']:.1%}" in " ".join(table.split())
     assert "measured on the same data" in geo_pretrain("eval", "folds", folders[0], folders[0], expected=1).errors
+    again = "optim.steps=1", "evaluate.every_steps=1", "data.options={area: 1, stairs: clutter}"
+    finetune("s3dis_srunet34", f"s3dis:{tmp_path / 'raw'}", tmp_path / "again", *again)
+    assert "measured on the same data" in geo_pretrain(
+        "eval", "folds", folders[0], tmp_path / "again", expected=1
+    ).errors.replace("\n", " ")
     recipe = folders[1] / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("lr: 0.05", "lr: 0.04"))
     assert "no folds of one experiment: optim.lr: 0.05 -> 0.04" in geo_pretrain(
