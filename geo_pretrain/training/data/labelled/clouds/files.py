@@ -18,6 +18,7 @@ from geo_pretrain.training.checks import Positive, Ranged
 from geo_pretrain.training.data.files import checked_points, loaded_arrays, points_fault
 from geo_pretrain.training.data.labelled.clouds.classes import FileClasses
 from geo_pretrain.training.data.labelled.clouds.cloud import LabelledCloud
+from geo_pretrain.training.data.labelled.clouds.listed import NEARLY_1
 from geo_pretrain.training.data.surfaces.ply import Columns, read_ply
 
 # Names that are tried in this order where none is given; also with CloudCompare's prefix "scalar_", in any case.
@@ -38,7 +39,6 @@ PLAIN = {
     8: ("x", "y", "z", "red", "green", "blue", "label", "instance"),
 }
 COARSE = 0.005  # m; coarser steps move points to other voxels
-NEARLY_1 = 2.0  # the largest of intensities from 0 to 1, some of which may be a little above
 FAR = 10_000.0  # m; beyond it float32 would not hold a millimeter
 MOST, LARGEST = 2**63 - 1, 2**31  # of whole numbers; of those of objects, which are multiplied with labels
 _FARTHEST = 1e9  # m; beyond it float64 would not hold a micrometer

@@ -15,7 +15,7 @@ from geo_pretrain.training.data.files import checked_points
 from geo_pretrain.training.data.surfaces.ply import Columns, read_ply
 
 MOST_REMISSION = 255.0  # KITTI's are up to 1; files of others have bytes there
-NEARLY_1 = 2.0  # the largest of remissions from 0 to 1, some of which may be a little above
+NEARLY_1 = 2.0  # the largest of remissions or intensities from 0 to 1, some of which may be a little above
 Y_UP_TO_Z_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32)  # (x, y, z) -> (x, -z, y): a turn about x
 
 
