@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ from geo_pretrain.errors import DataError, RecipeError
 from geo_pretrain.files import read_sealed
 from geo_pretrain.training.finetune.folder import read_result
 from geo_pretrain.training.finetune.run import finetune
+from geo_pretrain.training.pretrain import load_checked_recipe
+from geo_pretrain.training.recipe import changes
 from tests.training.finetune.killed import run_killed_at
 from tests.zoo import write_tiny, write_tiny_3d
 
@@ -294,3 +297,16 @@ def test_results_are_stored_where_all_runs_are_done(tmp_path, monkeypatch):
     few_labels.keep(plan, tmp_path, results, {"code": "0.1.0", "weights": {"view": "12ab"}, "gains": []})
     told = json.loads((tmp_path / "few_labels.json").read_text())
     assert (told["earlier"], told["weights"]) == ({"code": "0.1.0"}, {"view": "12ab"})
+
+
+def test_recipes_of_the_two_tasks_differ_in_the_task_alone():
+    folder = Path(few_labels.__file__).parent / "recipes"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        view, geo = (
+            load_checked_recipe(str(folder / f"{name}_r18.cpu.yaml")) for name in ("pri3d_view", "pri3d_view_geo")
+        )
+    sections = {change.split(":")[0].split(".")[0] for change in changes(view.to_yaml(), geo.to_yaml())}
+    assert sections == {"name", "task", "unet3d"}
+    both = view.task.keys() - {"name"}
+    assert {key: geo.task[key] for key in both} == {key: view.task[key] for key in both}
