@@ -30,6 +30,7 @@ def geo_pretrain(*arguments: object, expected: int | None = 0) -> Ended:
         mock.patch.object(sys, "argv", argv),
         mock.patch.dict("os.environ", {"COLUMNS": "200"}),
         mock.patch.object(warnings, "formatwarning", warnings.formatwarning),  # main sets its own
+        warnings.catch_warnings(),  # and filters, where it is not the first of several processes
         redirect_stdout(output),
         redirect_stderr(errors),
     ):

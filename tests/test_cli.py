@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -463,14 +464,21 @@ def test_mistakes_give_one_message_and_no_traceback(arguments, parts, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_warning_of_ours_is_one_line_and_one_of_a_library_says_where_it_comes_from():
+def test_a_warning_of_ours_is_one_line_one_of_a_library_says_where_it_comes_from_and_the_first_process_tells_it():
     code = (
         "import warnings; from geo_pretrain import cli, hub;"
         "cli.main.__globals__['app'] = lambda: [warnings.warn_explicit('hm', UserWarning, f, 7)"
         " for f in (hub.__file__, '/lib/other.py')]; cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines() == ["Warning: hm", "/lib/other.py:7: UserWarning: hm"]
+
+    def said(rank: str) -> list[str]:
+        """On standard error, by one of several processes."""
+        own = os.environ | {"RANK": rank}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=own)
+        return done.stderr.splitlines()
+
+    assert said(rank="0") == ["Warning: hm", "/lib/other.py:7: UserWarning: hm"]
+    assert said(rank="1") == []
 
 
 @pytest.mark.parametrize(

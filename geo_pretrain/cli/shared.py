@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
@@ -35,9 +36,12 @@ console = Console()
 def main() -> None:
     """Run the command line; errors of the package and of the disk become one message and exit code 1.
 
-    A run that a signal stopped has saved its state: its exit code is 0 after SIGTERM, 130 after others.
+    A run that a signal stopped has saved its state: its exit code is 0 after SIGTERM, 130 after others. Of several
+    processes the first one alone warns: all of them see the same recipe and data.
     """
     warnings.formatwarning = _format_warning
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")
     try:
         app()
     except (GeoPretrainError, OSError) as error:

@@ -201,6 +201,39 @@ def test_colors_of_clouds_are_told(tmp_path, brightest, level, text):
     assert found[1].startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("strongest", "level", "text"),
+    [
+        ([0.5, 1.0], Level.OK, "in all; the strongest of each cloud 0.5 to 1 of 1"),
+        ([0.5, None], Level.DOUBTFUL, "1 of 2 clouds have none: train/1"),
+        ([0.001, 0.004], Level.DOUBTFUL, "at most 0.004 of 1 in any cloud. Are they divided by too much? --set data."),
+    ],
+)
+def test_intensities_of_clouds_are_told(tmp_path, strongest, level, text):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    (tmp_path / "classes.txt").write_text("wall\n")
+    points = np.random.default_rng(0).uniform(0, 2, (600, 3))
+    plain = {"points": points, "label": np.ones(600, np.int64)}
+    np.savez(tmp_path / "val" / "a.npz", **plain)
+    for number, value in enumerate(strongest):
+        own = {} if value is None else {"intensity": np.linspace(0, value, 600, dtype=np.float32)}
+        np.savez(tmp_path / "train" / f"{number}.npz", **plain, **own)
+    found = said(tmp_path)
+    assert found["train intensities"][0] == level
+    assert found["train intensities"][1].startswith(text)
+    assert "val intensities" not in found
+
+
+def test_the_unit_of_clouds_with_labels_of_no_class_is_told_too(tmp_path):
+    write_clouds(tmp_path, {"train/a.npy": cloud(100), "val/b.npy": cloud()})
+    (tmp_path / "classes.txt").write_text("wall\n")
+    found = said(tmp_path)
+    assert found["train"] == (Level.WRONG, "none of 1 can be read: clouds of 600 points, 200 m wide")
+    assert found["train units"][0] == Level.WRONG
+    assert found["train files"] == (Level.WRONG, "1 cannot be used (below)")
+
+
 def test_clouds_that_are_not_read_are_told_and_the_others_drawn(tmp_path):
     write_clouds(tmp_path / "own", {"train/a.npy": cloud(), "val/b.npy": cloud()})
     (tmp_path / "own" / "train" / "scan.csv").write_text("x,y,z\n1,2,3\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -175,11 +176,15 @@ def _read(
                 clouds.note(item)
         except BadFrame as bad:
             faults[bad.path] = bad.reason
+            if isinstance(data, CloudFolder):  # a wrong unit is to be told beside labels of no class
+                with suppress(BadFrame):
+                    clouds.note(data.without_labels(id))
     progress(f"reading {split}", len(ids), len(ids), "")
     common = sorted(sizes, key=lambda size: -sizes[size])
     shown = some((f"{size} ({sizes[size]})" if len(common) > 1 else size for size in common), SIZES)
     text = f"{len(ids)} of {shown}" if sizes else f"none of {len(ids)} can be read"
-    text = f"{len(clouds.points)} {clouds}" if clouds.points else text
+    if clouds.points:
+        text = f"{len(clouds.points)} {clouds}" if sizes else f"{text}: {clouds}"
     report.note(split, Level.OK if sizes else Level.WRONG, text, items=len(ids), sizes=sizes)
     if isinstance(data, CloudFolder):
         report.findings += clouds.findings(split, data.root / split, options)

@@ -1,4 +1,4 @@
-"""What a check of your own clouds tells besides their labels: sizes, units, colors, and files that nobody reads."""
+"""What a check of your own clouds tells besides labels: sizes, units, colors, intensities, files that nobody reads."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from geo_pretrain.training.data.labelled.clouds.unread import conversion, left_a
 
 VOXEL = 0.05  # m; that of the recipes for one's own clouds
 DARK = 1  # of 255: the brightest color of a cloud whose colors were whole numbers from 0 to 1
+DIM = 0.02  # the strongest intensity of all clouds, below which they were probably divided by too much
 
 
 @dataclass
@@ -29,6 +30,7 @@ class SeenClouds:
     widths: list[float] = field(default_factory=list)  # m, the longest side
     doubts: dict[str, str] = field(default_factory=dict)  # id -> why it seems not to be in meters
     brightest: dict[str, int | None] = field(default_factory=dict)  # id -> of 255; None: it has no colors
+    strongest: dict[str, float | None] = field(default_factory=dict)  # id -> intensity up to 1; None: it has none
 
     def note(self, cloud: LabelledCloud) -> None:
         """Look at a cloud."""
@@ -42,6 +44,7 @@ class SeenClouds:
         if doubt is not None:
             self.doubts[cloud.id] = doubt
         self.brightest[cloud.id] = None if cloud.colors is None else int(cloud.colors.max(initial=0))
+        self.strongest[cloud.id] = None if cloud.intensity is None else float(cloud.intensity.max(initial=0))
 
     def __str__(self) -> str:
         return f"clouds of {_range(self.points, '')} points, {_range(self.widths, ' m')} wide"
@@ -50,7 +53,8 @@ class SeenClouds:
         """All that was seen; `folder`: of the split, where files that are not read may lie."""
         if not self.points:
             return _unread(split, folder)
-        return [*self._units(split, options), self._colors(split), *_unread(split, folder)]
+        seen = [*self._units(split, options), self._colors(split), *self._intensities(split)]
+        return [*seen, *_unread(split, folder)]
 
     def _units(self, split: str, options: Mapping[str, object]) -> list[Finding]:
         """Whether clouds seem to be in meters: all, none, or some, whose unit then is another than that of the rest."""
@@ -90,6 +94,24 @@ class SeenClouds:
             text = f"{len(without)} of {len(self.points)} clouds have none, and are left out of training with colors: "
             return Finding(topic, Level.DOUBTFUL, text + some(without, 5))
         return Finding(topic, Level.OK, "in all, from 0 to 255 or brought there")
+
+    def _intensities(self, split: str) -> list[Finding]:
+        """How many clouds have intensities, and how strong they are; nothing where no cloud has any."""
+        topic = f"{split} intensities"
+        without = [id for id, strongest in self.strongest.items() if strongest is None]
+        found = [strongest for strongest in self.strongest.values() if strongest is not None]
+        if not found:
+            return []
+        if without:
+            text = f"{len(without)} of {len(self.points)} clouds have none: {some(without, 5)}"
+            return [Finding(topic, Level.DOUBTFUL, text)]
+        if max(found) < DIM:
+            text = (
+                f"at most {max(found):.2g} of 1 in any cloud. Are they divided by too much? "
+                "--set data.options.intensity_scale=K multiplies what the files hold"
+            )
+            return [Finding(topic, Level.DOUBTFUL, text)]
+        return [Finding(topic, Level.OK, f"in all; the strongest of each cloud {_range(found, ' of 1')}")]
 
 
 def _unread(split: str, folder: Path) -> list[Finding]:

@@ -41,6 +41,7 @@ from geo_pretrain.training.data.sources.recording import (
     images_in,
     pose_of_words,
     read_listing,
+    readable,
 )
 
 SEQUENCES = {  # drive: its sequence in the odometry benchmark, and the drive's frame with which it begins
@@ -110,15 +111,10 @@ def open_kitti(root: Path, options: KittiOptions) -> Kitti:
     """Open a folder with annotated depth of KITTI, and images and poses of its odometry or raw data."""
     existing_folder(root, LAYOUT)
     parts = _find(root)
-    recordings, without = [], []
-    for drive in sorted(parts.depth):
-        if options.odometry and drive not in SEQUENCES:
-            continue
-        found = _odometry(drive, parts, options) or _raw(drive, parts, options)
-        if found is not None:
-            recordings.append(found)
-        else:
-            without.append(drive)
+    drives = [drive for drive in sorted(parts.depth) if drive in SEQUENCES or not options.odometry]
+    found = readable(drives, lambda drive: (drive, _odometry(drive, parts, options) or _raw(drive, parts)))
+    recordings = [recording for _, recording in found if recording is not None]
+    without = [drive for drive, recording in found if recording is None]
     if not recordings:
         lacks = f"images of {without[0]} and {len(without) - 1} others" if without else "annotated depth"
         raise DataError(f"{str(root)!r} has no {lacks}; expected {LAYOUT}.")
@@ -168,7 +164,7 @@ def _odometry(drive: str, parts: _Parts, options: KittiOptions) -> Recording | N
     return Recording(drive, views, [listing, folder / "calib.txt"])
 
 
-def _raw(drive: str, parts: _Parts, options: KittiOptions) -> Recording | None:
+def _raw(drive: str, parts: _Parts) -> Recording | None:
     """A drive with images of the raw data, and poses if there are OXTS files; None without images."""
     folder = parts.raw.get(drive)
     if folder is None:

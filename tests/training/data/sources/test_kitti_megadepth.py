@@ -92,6 +92,15 @@ def test_kitti_without_its_parts_says_what_is_expected(frames, tmp_path):
         opened("kitti", root)
 
 
+def test_a_broken_drive_of_kitti_is_left_out_and_named(frames, tmp_path):
+    root = write_kitti(tmp_path, frames)
+    write_kitti_raw(tmp_path, frames)
+    (root / "odometry/dataset/poses/08.txt").write_bytes(b"\xff\x00")
+    with pytest.warns(UserWarning, match=r"1 of 2 recordings are left out: .*08\.txt:"):
+        source = opened("kitti", tmp_path)
+    assert source.scenes() == ["2011_09_26_drive_0001_sync"]
+
+
 def thin(frame, share):
     """A frame with depth at a part of its pixels, as a laser's."""
     kept = np.random.default_rng(0).random(frame.depth.shape) < share

@@ -95,6 +95,10 @@ class CloudFolder(ListedClouds):
             boxes = object_boxes(cloud.points, labels, instances)
         return replace(cloud, labels=labels, instances=instances, boxes=boxes)
 
+    def without_labels(self, id: str) -> LabelledCloud:
+        """Read a cloud but not its labels, which may be of no class. Raises `BadFrame`."""
+        return read_cloud(self.item(id).points, self.options, need=(), id=id)
+
     def label_keys(self) -> Mapping[str, int]:
         given = {} if self.file_classes is None else self.file_classes.numbers
         return {str(number): int(self._class_of[label]) for number, label in sorted(given.items())}
