@@ -186,9 +186,9 @@ def _in_smp(encoder: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(encoder, TimmEncoder):
         return PREFIX + encoder.host_name, {}
     strides = [stride for _, stride in encoder.arguments["maps"]]
-    if strides not in ([2, 4, 8, 16, 32], [4, 8, 16, 32]):
+    if strides not in ([1, 2, 4, 8, 16, 32], [2, 4, 8, 16, 32], [4, 8, 16, 32]):
         raise ValueError(
-            f"timm's {encoder.timm_name} has maps of strides {strides}; accepted by smp: (2,) 4, 8, 16, 32. Pri3D's "
+            f"timm's {encoder.timm_name} has maps of strides {strides}; accepted by smp: (1, 2,) 4, 8, 16, 32. Pri3D's "
             "U-Net (load_backbone(decoder=True), network.kind unet) takes any."
         )
     return f"tu-{encoder.timm_name}", dict(encoder.arguments["options"])

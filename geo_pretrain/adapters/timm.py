@@ -103,9 +103,12 @@ def load_into(model: Any, name_or_folder: str | os.PathLike[str], **load: Any) -
     unused = [of for of in given if of not in {places[key] for key in fits}]
     if unused:
         what = f"timm's {encoder.timm_name}" if isinstance(encoder, TimmEncoder) else str(encoder.host_name)
+        shapes = {of: own[key].shape for key, of in places.items() if own[key].shape != given[of].shape}
+        there = "".join(f"; {of} is {list(shape)} there" for of, shape in list(shapes.items())[:1])
         raise WeightsMismatch(
             f"{str(name_or_folder)!r} holds {what}; {len(unused)} of its {len(given)} tensors have no place in this "
-            f"{type(model).__name__}: {_shapes(unused, given)}. Accepted: timm.create_model of that name."
+            f"{type(model).__name__}: {_shapes(unused, given)}{there}. Accepted: timm.create_model of that name"
+            f"{' with the options that give it these shapes, such as in_chans and img_size' if there else ''}."
         )
     fresh = tuple(key for key in own if key not in fits)
     if strange := _not_after(encoder, model, fresh):

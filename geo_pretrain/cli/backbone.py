@@ -168,6 +168,8 @@ def pull(
     Which places answer today, without a download: `geo-pretrain pull --check`
     """
     if check:
+        if from_bundle is not None:
+            raise typer.BadParameter("--check asks places and unpacks nothing: give it without --from-bundle.")
         _check_doors(names, hub)
         return
     from geo_pretrain.hub.bundle import install_bundle

@@ -81,13 +81,8 @@ def open(
     if not text:
         raise unknown("backbone", text, CATALOG, "All names: list_backbones().")
     request = _request(text, cache_dir, local_files_only, revision)
-    if text.startswith(HF_PREFIX):
-        return _Search(request, (text,)).open()
-    if text.startswith(WEB_PREFIXES):
-        address = split_address(text)
-        above, _, name = address.path.rstrip("/").rpartition("/")
-        base = urlunsplit(address._replace(path=above, fragment=""))
-        return _Search(replace(request, name=name), (base,)).open()
+    if (search := _search_at_address(request)) is not None:
+        return search.open()
     folder = expanded(text)
     if means_folder(name_or_path):
         if revision is not None:
@@ -95,7 +90,9 @@ def open(
         if is_timm(text) and not folder.exists():
             raise CheckpointError(
                 f"{text!r} is an encoder of timm and no checkpoint. load_backbone, `geo-pretrain export` and "
-                "`geo-pretrain eval awareness` take it, and fetch timm's weights."
+                "`geo-pretrain eval awareness` take it, and fetch timm's weights. As a start of training: `finetune "
+                f"-b imagenet --set network.encoder={text}`, `train --set model.encoder={text} --set "
+                "model.init=imagenet`."
             )
         source = Folder(folder)
         _check_bare_name(name_or_path, folder)
@@ -112,6 +109,17 @@ def _request(
         cache_dir=expanded(cache_dir) if cache_dir is not None else None,
         offline=local_files_only or os.environ.get(OFFLINE_VARIABLE, "").upper() in ("1", "ON", "YES", "TRUE"),
     )
+
+
+def _search_at_address(request: Request) -> _Search | None:
+    """The search at the one place that an address names, of the Hub or a web server; None for a name or folder."""
+    if request.name.startswith(HF_PREFIX):
+        return _Search(request, (request.name,))
+    if request.name.startswith(WEB_PREFIXES):
+        address = split_address(request.name)
+        above, _, name = address.path.rstrip("/").rpartition("/")
+        return _Search(replace(request, name=name), (urlunsplit(address._replace(path=above, fragment="")),))
+    return None
 
 
 def _check_bare_name(given: str | os.PathLike[str], folder: Path) -> None:
@@ -177,10 +185,16 @@ def doors(
 ) -> list[Door]:
     """Ask every place of a name whether its files can be had, and fetch none of them; see `open` for the arguments.
 
-    A name that nobody offers has no door. Raises `UnknownName`.
+    An address has one door, a folder is one. A name that nobody offers has none. Raises `UnknownName`, and
+    `CheckpointError` for a folder that is no checkpoint.
     """
     found = []
-    search = _search_for_name(_request(name, cache_dir, local_files_only), hub)
+    request = _request(name, cache_dir, local_files_only)
+    search = _search_at_address(request)
+    if search is None and means_folder(name):
+        open(name)
+        return [Door(name, name, is_open=True)]
+    search = search or _search_for_name(request, hub)
     for spec in search.sources:
         try:
             found.append(Door(name, spec, True, source_of(spec, search.request).reach()))

@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ from geo_pretrain.backbones.timm_names import check_timm, fitted, is_timm, timm_
 from geo_pretrain.catalog import find
 from geo_pretrain.catalog.moco import IMAGENET_STARTS, MD5_PREFIXES
 from geo_pretrain.checkpoint import intact_checkpoint, read_weights, sha256
+from geo_pretrain.convert.keys import COUNTER, without_data_parallel
 from geo_pretrain.errors import (
     CheckpointError,
     DigestMismatch,
@@ -44,7 +46,13 @@ WITHOUT_HEADS = ("scratch", "imagenet", *IMAGENET_STARTS)  # start weights that 
 FILE, PACKAGE = "file:", "package:"  # start weights in a file, and in the only such file of an installed package
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 SET_START = "--set model.init="  # how a recipe is given another start
-WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict")  # keys under which files keep their tensors
+WRAPPERS = (
+    "state_dict",
+    "model",
+    "model_state",
+    "model_state_dict",
+    "state_dict_ema",
+)  # keys under which files keep their tensors
 
 
 def initialize_encoder(network: nn.Module, spec: ModelSpec, *, set_start: str = SET_START) -> None:
@@ -102,12 +110,13 @@ def check_size(encoder: str, size: tuple[int, int]) -> None:
         check_key(False, "data.size", list(size), f"what {encoder} can take: {error}".rstrip("."))
 
 
-def check_start(start: str, encoder: str = "", key: str = "model.init") -> None:
+def check_start(start: str, encoder: str = "", key: str = "model.init", *, stage1: bool = True) -> None:
     """Raise `RecipeError` for a `model.init` that is no name, checkpoint folder, file or package; fetches no weights.
 
     For an `encoder` that timm does not have, `UnknownName`; for MoCo's weights of such an encoder, `RecipeError`.
+    `stage1`: whether there may be a first stage to start from.
     """
-    names = (*WITHOUT_HEADS, STAGE1)
+    names = (*WITHOUT_HEADS, *([STAGE1] if stage1 else []))
     if is_timm(encoder):
         check_timm(encoder)
         right = start not in IMAGENET_STARTS
@@ -197,13 +206,17 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
 
 def _of_file(spec: ModelSpec, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of an encoder with the state dict `expected` from a file or package; a classifier is left out."""
-    given = read_weights_file(weights_file(spec.init))
-    if is_timm(spec.encoder):
-        return fitted(spec.encoder, expected, given, spec.init)
-    prefix, count = fitting_prefix(expected, given)
-    if count > len(expected.keys() & given.keys()):
+    given = dict(without_data_parallel(read_weights_file(weights_file(spec.init))))
+    of_timm = is_timm(spec.encoder)
+    names = {re.sub(r"^(model\.)+", "", key) if of_timm else key for key in expected}
+    prefix, count = fitting_prefix(names, given)
+    if count > len(names & given.keys()):
         given = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
-    return {key: value for key, value in given.items() if key in expected}
+    if of_timm:
+        return fitted(spec.encoder, expected, given, spec.init)
+    found = {key: value for key, value in given.items() if key in expected}
+    counters = {key: torch.zeros_like(value) for key, value in expected.items() if key.endswith(COUNTER)}
+    return found if found.keys() & counters.keys() else counters | found
 
 
 def moco_v2_folder(name: str, set_start: str = SET_START) -> Path:

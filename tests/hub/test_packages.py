@@ -94,6 +94,23 @@ def test_doors_of_a_server_are_tried_and_no_file_is_fetched(tmp_path: Path, monk
     assert not (tmp_path / "cache").exists()
 
 
+def test_an_address_is_a_door_and_a_folder_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = write_tiny(tmp_path / NAME).folder
+    config = (folder / "config.json").read_bytes()
+    with Hosts({f"/any/{NAME}/config.json": config}) as hosts:
+        (door,) = hub.doors(f"{hosts.url}/any/{NAME}")
+        assert (door.place, door.is_open) == (f"{hosts.url}/any", True)
+    assert hub.doors(str(folder)) == [hub.Door(str(folder), str(folder), is_open=True)]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (door,) = hub.doors("hf-hub:timm/resnet18.a1_in1k")
+    assert (door.place, door.is_open) == ("hf-hub:timm/resnet18.a1_in1k", False)
+    for name, said in (("timm/resnet18", "As a start of training: `finetune -b imagenet"), ("./none", "none")):
+        with pytest.raises(CheckpointError, match=said):
+            hub.doors(name)
+    ended = geo_pretrain("pull", "--check", "--from-bundle", "x.tar", expected=2)
+    assert "give it without --from-bundle" in " ".join(ended.errors.replace("│", " ").split())
+
+
 def test_doors_of_authors_are_asked_for_their_size(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GEO_PRETRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("GEO_PRETRAIN_HUB", "")

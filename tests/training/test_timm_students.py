@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 
 import geo_pretrain as gp
@@ -105,6 +106,32 @@ def test_a_file_of_a_resnet_under_a_prefix(tmp_path: Path):
     encoder = build_encoder("resnet18", width=8)
     initialize_encoder(encoder, ModelSpec(encoder="resnet18", width=8, init=f"file:{tmp_path / 'r.safetensors'}"))
     assert all(torch.equal(value, given[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "module.backbone.", "encoder."])
+def test_a_file_of_timm_under_a_prefix(prefix: str, plain: torch.nn.Module, tmp_path: Path):
+    given = {f"{prefix}{key}": value for key, value in plain.state_dict().items()}
+    torch.save({"state_dict_ema": given | {"head.weight": torch.zeros(3)}}, tmp_path / "w.pth")
+    encoder = build_encoder(ENCODER)
+    initialize_encoder(encoder, ModelSpec(encoder=ENCODER, init=f"file:{tmp_path / 'w.pth'}"))
+    check(encoder, plain)
+
+
+def test_a_file_of_a_resnet_without_counters_of_batchnorm(tmp_path: Path):
+    """As torchvision's older files, which its own networks take."""
+    network = torchvision.models.resnet18()
+    for value in network.buffers():
+        value += 1
+    given = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
+    torch.save(given, tmp_path / "old.pth")
+    encoder = build_encoder("resnet18")
+    initialize_encoder(encoder, ModelSpec(encoder="resnet18", init=f"file:{tmp_path / 'old.pth'}"))
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(value, given.get(key, torch.zeros_like(value))), key
+    del given["bn1.running_mean"]
+    torch.save(given, tmp_path / "old.pth")
+    with pytest.raises(WeightsMismatch, match="1 keys differ"):
+        initialize_encoder(encoder, ModelSpec(encoder="resnet18", init=f"file:{tmp_path / 'old.pth'}"))
 
 
 def test_a_start_from_a_package_that_is_not_imported(plain: torch.nn.Module, tmp_path: Path, monkeypatch):

@@ -42,7 +42,7 @@ from geo_pretrain.training.evaluation.awareness.linear import (
 from geo_pretrain.training.evaluation.awareness.memory import INDEX, remember
 from geo_pretrain.training.evaluation.awareness.networks import LayeredNetwork, find_subject, with_random
 from geo_pretrain.training.evaluation.awareness.reading import PlaceReader
-from geo_pretrain.training.evaluation.awareness.report import best_tables, page
+from geo_pretrain.training.evaluation.awareness.report import best_tables, page, verdicts
 from geo_pretrain.training.evaluation.awareness.run import INPUT_2D, Awareness, measure_awareness
 from geo_pretrain.training.evaluation.awareness.spec import PENALTIES, AwarenessSpec
 from geo_pretrain.training.evaluation.awareness.views import Views, bin_of, draw_pairs, read_views, view_angles
@@ -320,6 +320,7 @@ def test_names_of_networks(folder, tmp_path):
     own = find_subject(f"file:{tmp_path}/w.pth", "resnet18")
     assert torch.equal(own.load().network.conv1.weight, scratch.load(3).network.conv1.weight)
     assert [subject.random for subject in with_random([own])] == [True, False]
+    assert with_random([own, scratch]) == [own, scratch]
     assert find_subject("timm/resnet18").start == "imagenet"
     assert find_subject(str(folder)).load().names[0] == "relu /2"
     with pytest.raises(RecipeError, match=r"resnet50=file:w\.pth"):
@@ -332,6 +333,8 @@ def test_names_of_networks(folder, tmp_path):
         find_subject("convnext_tiny")
     with pytest.raises(RecipeError, match="'start' is 'scrtch'"):
         find_subject("resnet18=scrtch")
+    with pytest.raises(RecipeError, match="'start' is 'stage1'"):  # no recipe, no first stage
+        find_subject("resnet18=stage1")
 
 
 def test_what_cannot_be_loaded_is_told_before_anything_is_read(source, tmp_path, monkeypatch):
@@ -382,6 +385,17 @@ def test_best_layer_has_the_highest_mean_and_tables_mark_it():
     assert best_tables(results)[0][2] == [["net", "b /4", "40.0 ± 14.1", "0.60 ± 0.14"]]
     assert "| net | b /4* |" in page(results)
     assert "| net | a /2 |" in page(results)
+
+
+def test_the_best_backbone_is_told_beside_the_same_network_with_random_weights():
+    results = Awareness(SPEC, {}, random={"best": "its own", "other": "another"})
+    for name, values in {"best": (0.5, 0.7), "its own": (0.2, 0.4), "other": (0.4, 0.4), "another": (0.5, 0.5)}.items():
+        for value in values:
+            results.add(name, "depth", "a /2", {"d1": value})
+    (line,) = verdicts(results)
+    assert line.startswith("Depth, linear probe: best is better than its own by 30.0 points, beyond chance")
+    assert verdicts(replace(results, random={})) == []
+    assert results.to_dict()["random weights"] == {"best": "its own", "other": "another"}
 
 
 def test_input_alone_and_labels_are_probed_too(source, folder, views):

@@ -21,7 +21,7 @@ from geo_pretrain.training.evaluation.awareness.clouds import (
     index_of,
 )
 from geo_pretrain.training.evaluation.awareness.memory import remember
-from geo_pretrain.training.evaluation.awareness.networks import find_subject
+from geo_pretrain.training.evaluation.awareness.networks import find_subject, with_random
 from geo_pretrain.training.evaluation.awareness.run import measure_awareness
 from geo_pretrain.training.evaluation.awareness.spec import OVERLAPS, TURNS, AwarenessSpec
 from geo_pretrain.training.evaluation.awareness.views import read_views
@@ -63,6 +63,21 @@ class Known:
     def read(self, frame, layer):
         number, turn = divmod(frame, len(TURNS))
         return self.made(number, TURNS[turn])
+
+
+def test_networks_with_another_input_have_random_weights_of_their_own(subject):
+    """Of one architecture: what they see decides how random weights score."""
+    same = replace(subject, name="same")
+    assert [one.name for one in with_random([subject, same])][:-2] == ["SR-UNet, random weights"]
+    contract = replace(subject.checkpoint.contract, voxel_size=0.1)
+    other = replace(subject, name="other", checkpoint=replace(subject.checkpoint, contract=contract))
+    first, second, *given = with_random([subject, other])
+    assert given == [subject, other]
+    assert (first.kind, second.kind) == (subject.kind, other.kind)
+    assert [first.name, second.name] == [
+        f"SR-UNet of {subject.name}, random weights",
+        "SR-UNet of other, random weights",
+    ]
 
 
 def test_layers_come_in_the_order_of_the_network(clouds, network):

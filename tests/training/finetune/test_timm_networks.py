@@ -11,9 +11,11 @@ import timm
 import torch
 from timm.layers import BatchNormAct2d
 
+from geo_pretrain.adapters import smp
 from geo_pretrain.adapters import torchvision as hosts
 from geo_pretrain.adapters.common import encoder_of, freeze_stages, parameter_groups, stages_of
 from geo_pretrain.adapters.timm import load_into
+from geo_pretrain.backbones.build import build_encoder
 from geo_pretrain.backbones.timm_encoder import TimmUNet
 from geo_pretrain.backbones.timm_names import timm_contract
 from geo_pretrain.errors import RecipeError, UnknownName, WeightsMismatch
@@ -106,6 +108,19 @@ def test_a_folder_loads_into_timms_own_network(folder: Path, unet: TimmUNet, fea
     if features:
         with pytest.raises(WeightsMismatch, match=r"holds timm's mobilenetv3_small_050; \d+ of its"):
             load_into(timm.create_model("mobilenetv3_small_075", features_only=True), folder)
+        gray = timm.create_model("mobilenetv3_small_050", in_chans=1)
+        with pytest.raises(WeightsMismatch, match=r"conv_stem\.weight is \[16, 1, 3, 3\] there\. .*such as in_chans"):
+            load_into(gray, folder)
+
+
+def test_smp_takes_maps_of_stride_1():
+    network = smp.unet("timm/vgg11", num_classes=3, pretrained=False).eval()
+    encoder = build_encoder("timm/vgg11").eval()
+    encoder.load_state_dict(network.encoder.state_dict())
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for ours, theirs in zip(encoder(image), network.encoder(image), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_a_network_that_an_encoder_fills_in_part_is_refused(folder: Path):

@@ -8,6 +8,7 @@ A name is a checkpoint (catalog name or folder), an encoder with its ImageNet we
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from geo_pretrain.backbones.base import EncoderDecoder
 from geo_pretrain.backbones.build import build_encoder
 from geo_pretrain.backbones.timm_names import PREFIX, contract_for, is_timm
 from geo_pretrain.checkpoint import Checkpoint
-from geo_pretrain.contract import ImageContract, VoxelContract
+from geo_pretrain.contract import Contract, ImageContract, VoxelContract
 from geo_pretrain.errors import RecipeError, UnknownName, nearest, require
 from geo_pretrain.seeding import seeded
 from geo_pretrain.training.evaluation.features import load_network, open_checkpoint
@@ -47,9 +48,17 @@ class Subject:
         """Whether it takes voxels."""
         return self.checkpoint is not None and self.checkpoint.arch.modality == "3d"
 
-    def at_random(self) -> Subject:
-        """The same architecture with random weights."""
-        return replace(self, name=f"{self.architecture}, random weights", start=SCRATCH, random=True)
+    @property
+    def kind(self) -> tuple[str, Contract]:
+        """What decides how random weights score: the network, and the input that it is given."""
+        if self.checkpoint is None:
+            return self.architecture, _as_given(contract_for(self.encoder, ImageContract()))
+        return str(self.checkpoint.arch), _as_given(self.checkpoint.contract)
+
+    def at_random(self, like: str = "") -> Subject:
+        """The same network with random weights; `like`: whose, where others have the same architecture's name."""
+        title = f"{self.architecture} of {like}" if like else self.architecture
+        return replace(self, name=f"{title}, random weights", start=SCRATCH, random=True)
 
     def load(self, seed: int = 0) -> LayeredNetwork:
         """Load the network; random weights are drawn from `seed`."""
@@ -134,7 +143,7 @@ def find_subject(name: str, encoder: str = "") -> Subject:
             raise UnknownName(f"{error.args[0]}{_encoders_like(name)}") from error
         return Subject(name, checkpoint.arch.title, checkpoint=checkpoint)
     encoder_arch(given)
-    check_start(start, given, "start")
+    check_start(start, given, "start", stage1=False)
     return Subject(name, given.partition(".")[0] if is_timm(given) else given, given, start, random=start == SCRATCH)
 
 
@@ -147,7 +156,19 @@ def _encoders_like(name: str) -> str:
 
 
 def with_random(subjects: Sequence[Subject]) -> list[Subject]:
-    """Add to the subjects their architectures with random weights, each once, before them."""
-    drawn = {subject.architecture for subject in subjects if subject.random}
-    twins = {s.architecture: s.at_random() for s in subjects if s.architecture not in drawn}
-    return [*twins.values(), *subjects]
+    """Add to the subjects their networks with random weights, each kind once, before them."""
+    drawn = {subject.kind for subject in subjects if subject.random}
+    firsts: dict[tuple[str, Contract], Subject] = {}
+    for subject in subjects:
+        if subject.kind not in drawn:
+            firsts.setdefault(subject.kind, subject)
+    count = Counter(subject.architecture for subject in firsts.values())
+    twins = [one.at_random(one.name if count[one.architecture] > 1 else "") for one in firsts.values()]
+    return [*twins, *subjects]
+
+
+def _as_given(contract: Contract) -> Contract:
+    """The contract without the size of pre-training: frames are given in their own."""
+    if not isinstance(contract, ImageContract):
+        return contract
+    return replace(contract, size=ImageContract.size, interpolation=ImageContract.interpolation)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from geo_pretrain.files import write_text
-from geo_pretrain.training.evaluation.awareness.run import INPUT_2D, INPUT_3D, LEADS, Awareness
+from geo_pretrain.training.evaluation.awareness.run import LEADS, Awareness
 from geo_pretrain.training.evaluation.verdict import of_starts
 
 RESULTS, PAGE = "awareness.json", "awareness.md"
@@ -33,19 +33,18 @@ def best_tables(results: Awareness) -> list[Table]:
 
 
 def verdicts(results: Awareness) -> list[str]:
-    """A sentence for each measure: the best backbone beside the best network with random weights."""
+    """A sentence for each measure: the best backbone beside the same network with random weights."""
     lines = []
     for measure in measures_of(results):
-        means = {
+        found = {
             name: results.spread(name, measure, results.best(name, measure), LEADS[measure])
-            for name, found in results.scores.items()
-            if measure in found and name != INPUT_2D and not name.startswith(INPUT_3D)
+            for name in {*results.random, *results.random.values()}
+            if measure in results.scores.get(name, {})
         }
-        random = {name: spread for name, spread in means.items() if name.endswith(", random weights")}
-        if random and len(random) < len(means):
-            twin = max(random, key=lambda name: random[name].mean)
-            given = {name: spread for name, spread in means.items() if name not in random}
-            by_seed = {name: dict(enumerate(spread.values)) for name, spread in ({twin: random[twin]} | given).items()}
+        given = [name for name in results.random if name in found]
+        best = max(given, key=lambda name: found[name].mean, default=None)
+        if best is not None and (twin := results.random[best]) in found:
+            by_seed = {name: dict(enumerate(found[name].values)) for name in (twin, best)}
             lines.append(of_starts(by_seed, twin, f"{TITLES[measure]}: "))
     return lines
 

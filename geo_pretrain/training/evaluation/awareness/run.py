@@ -41,6 +41,7 @@ class Awareness:
     spec: AwarenessSpec
     data: dict[str, Any]  # what was looked at: modality, source, frames, split, pairs in each bin
     scores: dict[str, dict[str, Layers]] = field(default_factory=dict)  # backbone -> measure -> layers
+    random: dict[str, str] = field(default_factory=dict)  # backbone -> the same network with random weights
 
     def add(self, name: str, measure: str, layer: str, values: Mapping[str, float]) -> None:
         """Add the scores of one seed; none where nothing could be judged."""
@@ -68,7 +69,12 @@ class Awareness:
             }
             for name, measures in self.scores.items()
         }
-        return {"settings": plain_types(self.spec), "data": self.data, "networks": networks}
+        return {
+            "settings": plain_types(self.spec),
+            "data": self.data,
+            "random weights": self.random,
+            "networks": networks,
+        }
 
     def _layers(self, name: str, measure: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -117,7 +123,9 @@ def measure_awareness(
         raise _no_labels(source)
     draw: Callable[[Views, int], Sequence[Any]] = draw_cloud_pairs if in_3d else draw_pairs
     pairs = [draw(views, seed) if "matching" in spec.measures else [] for seed in range(spec.seeds)]
-    results = Awareness(spec, describe(source, views, pairs, in_3d))
+    drawn = {subject.kind: subject.name for subject in subjects if subject.random}
+    twins = {one.name: drawn[one.kind] for one in subjects if not one.random and one.kind in drawn}
+    results = Awareness(spec, describe(source, views, pairs, in_3d), random=twins)
     run = _Run(results, views, pairs, source.fingerprint(), device, report)
     if not in_3d:
         run.measure(INPUT_2D, ImageMeasures(InputMaps(views), views))
