@@ -102,8 +102,6 @@ def _version(name: str) -> str | None:
 def _machine() -> Iterator[Finding]:
     import torch
 
-    from geo_pretrain.sparse import backend
-
     capability = torch.backends.cpu.get_cpu_capability()
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     threads = torch.get_num_threads()
@@ -113,13 +111,23 @@ def _machine() -> Iterator[Finding]:
     if set_by_user:
         yield Finding("threads", "ok", ", ".join(set_by_user))
     yield from _workers()
-    yield Finding("sparse engine", "ok", f"{backend.describe()}; {backend.describe(torch.bfloat16)}")
+    yield _sparse_engine()
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
         yield Finding("GPU", "ok", f"{', '.join(names)}, CUDA {torch.version.cuda}")
     else:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for CPUs"
         yield Finding("GPU", "note", f"none is found ({built}): everything runs on the CPU")
+
+
+def _sparse_engine() -> Finding:
+    import torch
+
+    try:
+        from geo_pretrain.sparse import backend
+    except GeoPretrainError as error:  # the environment asks for an engine that is none, or is not installed
+        return Finding("sparse engine", "wrong", str(error))
+    return Finding("sparse engine", "ok", f"{backend.describe()}; {backend.describe(torch.bfloat16)}")
 
 
 def _workers() -> Iterator[Finding]:

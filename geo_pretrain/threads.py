@@ -170,10 +170,19 @@ class Pace:
         return f"Steps take {now:.2g} s, {now / usual:.0f} times the {usual:.2g} s of the first ones: {self._reason()}"
 
     def _reason(self) -> str:
+        import torch
+
         share = self._delay()
-        if share is None or share < BUSY:
+        if share is None:
+            return (
+                "this system does not tell whether other programs had the processors. Look at the load, then at the "
+                "disk, memory (swap) or the data."
+            )
+        if share < BUSY:
             return "this process had its processors, so look at the disk, memory (swap) or the data."
-        cure = "set OMP_NUM_THREADS=1 or leave it processors of its own"
-        if not any(name in os.environ for name in CHOSEN_BY_USER):
-            cure = f"set OMP_WAIT_POLICY=PASSIVE, {cure}"
+        cure = "leave it processors of its own"
+        if torch.get_num_threads() > 1:  # one alone waits for no other
+            cure = f"set OMP_NUM_THREADS=1 or {cure}"
+            if not any(name in os.environ for name in CHOSEN_BY_USER):
+                cure = f"set OMP_WAIT_POLICY=PASSIVE, {cure}"
         return f"it waited {share:.0%} of its time for a processor that other programs had; {cure}."

@@ -93,6 +93,7 @@ def test_the_share_of_time_without_a_processor_is_the_kernels(monkeypatch):
 def test_steps_that_became_slow_are_told_once_with_the_reason(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     pace = Pace(lambda: 0.7)
     assert [pace.step(0.1 + 0.3 * (n == 0)) for n in range(Pace.LEARNED)] == [None] * Pace.LEARNED
     assert [pace.step(seconds) for seconds in (9.0, 9.0, 0.1, 9.0, 0.6, 0.7, 0.6)] == [None] * 7
@@ -103,7 +104,13 @@ def test_steps_that_became_slow_are_told_once_with_the_reason(monkeypatch):
     assert "OMP_WAIT_POLICY=PASSIVE" in said
     assert pace.step(0.6) is None
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    for share, words in ((0.0, "disk, memory"), (None, "disk, memory"), (0.5, "; set OMP_NUM_THREADS=1")):
+    for count, share, words in (
+        (2, 0.0, "this process had its processors, so look at the disk, memory"),
+        (2, None, "this system does not tell whether other programs had the processors"),
+        (2, 0.5, "; set OMP_NUM_THREADS=1 or leave it"),
+        (1, 0.5, "; leave it processors of its own."),
+    ):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
         pace = Pace(lambda share=share: share)
         said = [pace.step(0.1) for _ in range(Pace.LEARNED)] + [pace.step(1.0) for _ in range(Pace.SLOW)]
         assert words in said[-1]

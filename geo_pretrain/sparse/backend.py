@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from geo_pretrain.errors import require
+from geo_pretrain.errors import InputError, require
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 PEERS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {  # what each takes, by device
@@ -30,9 +30,7 @@ INSTALL = {
 CHOICES = ("auto", "plain", "fast", *PEERS)
 NUMBA_DTYPES = (torch.float32, torch.int32, torch.bfloat16)
 NUMBA = ("llvmlite", "numba")  # what the fast kernels import; numba without llvmlite breaks off half-imported
-_choice = os.environ.get("GEO_PRETRAIN_SPARSE", "auto")
-if _choice not in CHOICES:
-    raise ValueError(f"GEO_PRETRAIN_SPARSE is {_choice!r}; accepted: {', '.join(CHOICES)}.")
+VARIABLE = "GEO_PRETRAIN_SPARSE"
 
 
 def is_fast(tensor: Tensor) -> bool:
@@ -45,6 +43,8 @@ def is_fast(tensor: Tensor) -> bool:
 
 def _takes_numba(device: str, dtype: torch.dtype) -> bool:
     if _choice not in ("auto", "fast") or device != "cpu" or dtype not in NUMBA_DTYPES:
+        return False
+    if torch.compiler.is_compiling():  # it traces torch's calls alone
         return False
     if dtype == torch.bfloat16 and not _multiplies_bf16():
         return False
@@ -116,24 +116,38 @@ def _has_numba() -> bool:
     return compiles and all(importlib.util.find_spec(name) is not None for name in NUMBA)
 
 
-@contextmanager
-def use(choice: str) -> Iterator[None]:
-    """Choose the backend within a `with` block: "plain", "fast", "auto" (fast where possible), or another library's.
-
-    "spconv" and "warpconvnet" compute with these libraries, on a GPU, what they can, torch the rest.
-
-    The environment variable GEO_PRETRAIN_SPARSE sets the choice outside such blocks.
-    """
-    global _choice
+def _checked(choice: str, what: str) -> str:
+    """A choice that is one and can be had here. Raises `InputError`, `MissingDependency`."""
     if choice not in CHOICES:
-        raise ValueError(f"The sparse backend is {choice!r}; accepted: {', '.join(CHOICES)}.")
+        raise InputError(f"{what} is {choice!r}; accepted: {', '.join(CHOICES)}.")
     if choice == "fast" and not _has_numba():
         for name in NUMBA:
             require(name, "fast")  # says what to install
     if choice in PEERS and importlib.util.find_spec(choice) is None:
         require(choice, install=INSTALL[choice])
-    before, _choice = _choice, choice
+    return choice
+
+
+_outside = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)  # the choice where no block is open
+_blocks: dict[object, str] = {}  # the choices of open blocks, the one begun last behind
+_choice = _outside  # the one in force
+
+
+@contextmanager
+def use(choice: str) -> Iterator[None]:
+    """Choose the backend within a `with` block: "plain", "fast", "auto" (fast where possible), or another library's.
+
+    "spconv" and "warpconvnet" compute with these libraries, on a GPU, what they can, torch the rest. The choice is the
+    process's, so gradients of another thread have it too; of several blocks that are open the one begun last counts.
+
+    The environment variable GEO_PRETRAIN_SPARSE sets the choice outside such blocks. Raises `InputError` for a name
+    that is none, `MissingDependency` for a library that is not installed.
+    """
+    global _choice
+    block = object()
+    _blocks[block] = _choice = _checked(choice, "The sparse backend")
     try:
         yield
     finally:
-        _choice = before
+        del _blocks[block]
+        _choice = next(reversed(_blocks.values()), _outside)

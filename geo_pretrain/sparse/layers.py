@@ -145,18 +145,20 @@ def normalized(
     return y if relu is None else relu(y)
 
 
+FORWARDS = {kind: kind.forward for kind in (Conv3d, ConvTranspose3d, BatchNorm, ReLU, nn.BatchNorm1d)}  # as written
+
+
 def _is_one_pass(convolution: Any, norm: Any, relu: nn.Module | None, x: Any) -> bool:
     """Whether nobody can tell the difference: no gradients, and no module hooked, replaced or training."""
     if torch.is_grad_enabled() or type(convolution) not in (Conv3d, ConvTranspose3d) or type(norm) is not BatchNorm:
         return False  # also for layers of another library on its own tensors
     bn, width = norm.bn, convolution.kernel.shape[-1]
     modules = [convolution, norm, bn, *([] if relu is None else [relu])]
-    classes = Conv3d, ConvTranspose3d, BatchNorm, ReLU, nn.BatchNorm1d
     if (
         _global_forward_hooks
         or _global_forward_pre_hooks
         or any(
-            type(module) not in classes
+            FORWARDS.get(type(module)) is not type(module).forward  # another class, or a tracer put its own there
             or module._forward_hooks
             or module._forward_pre_hooks
             or "forward" in vars(module)

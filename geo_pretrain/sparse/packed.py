@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from geo_pretrain.sparse.compiled import run
@@ -23,6 +24,18 @@ class _Kept(NamedTuple):
 
 
 _of: dict[bool, WeakTensorKeyDictionary] = {turned: WeakTensorKeyDictionary() for turned in (False, True)}
+
+
+def _forget(optimizer: Optimizer, *_: Any) -> None:
+    """Drop what is kept of the weights of a fused step, which on a CPU changes them past the version counter."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for weights in group["params"]:
+                for kept in _of.values():
+                    kept.pop(weights, None)
+
+
+register_optimizer_step_post_hook(_forget)
 
 
 def packed(kernel: Tensor) -> Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from geo_pretrain.errors import MissingDependency
-from geo_pretrain.sparse import backend, functional, plain, use
+from geo_pretrain import doctor
+from geo_pretrain.errors import GeoPretrainError, MissingDependency
+from geo_pretrain.sparse import SparseTensor, backend, functional, plain, use
+from geo_pretrain.sparse.layers import Conv3d
 
 ROWS = torch.zeros(2, 3)
 has_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs numba")
@@ -66,6 +69,33 @@ def test_choices_end_with_their_block_also_after_errors():
         assert not backend.is_fast(ROWS)
 
 
+@has_numba
+def test_blocks_of_several_threads_leave_the_choice_as_it_was():
+    """The block that ends first may have begun first."""
+    with use("auto"):
+        first, second = use("plain"), use("fast")
+        first.__enter__()
+        second.__enter__()
+        assert backend.is_fast(ROWS)
+        first.__exit__(None, None, None)
+        assert backend.is_fast(ROWS)
+        second.__exit__(None, None, None)
+        assert backend.is_fast(ROWS)
+        assert "numba" in backend.describe()
+
+
+@has_numba
+def test_compiled_networks_compute_in_plain_torch():
+    """Numba's kernels take addresses, which nobody has while a network is traced."""
+    layer = Conv3d(4, 5)
+    coords = torch.randint(0, 6, (200, 4), generator=torch.Generator().manual_seed(0)).int()
+    coords[:, 0] = 0
+    coords = coords.unique(dim=0)
+    x = SparseTensor(coords, torch.randn(len(coords), 4))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend="eager")(x).feats, layer(x).feats)
+
+
 def test_unknown_backends_are_refused():
     with (
         pytest.raises(
@@ -83,10 +113,27 @@ def test_the_environment_sets_the_first_choice(monkeypatch: pytest.MonkeyPatch):
     assert not again.is_fast(ROWS)
 
 
-def test_an_unknown_backend_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("GEO_PRETRAIN_SPARSE", "quick")
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("quick", "GEO_PRETRAIN_SPARSE is 'quick'; accepted: auto, plain, fast, spconv, warpconvnet"),
+        ("warpconvnet", "warpconvnet.*pip install warpconvnet"),
+    ],
+)
+def test_a_backend_in_the_environment_that_cannot_be_had_is_told(value, said, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GEO_PRETRAIN_SPARSE", value)
     again = importlib.util.module_from_spec(importlib.util.find_spec(backend.__name__))
-    with pytest.raises(
-        ValueError, match="GEO_PRETRAIN_SPARSE is 'quick'; accepted: auto, plain, fast, spconv, warpconvnet"
-    ):
+    with pytest.raises(GeoPretrainError, match=said):
         again.__spec__.loader.exec_module(again)
+    monkeypatch.delitem(sys.modules, backend.__name__)
+    monkeypatch.delattr("geo_pretrain.sparse.backend")
+    found = doctor._sparse_engine()
+    assert found.state == "wrong"
+    assert re.search(said, found.text)
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GEO_PRETRAIN_SPARSE", "")
+    again = importlib.util.module_from_spec(importlib.util.find_spec(backend.__name__))
+    again.__spec__.loader.exec_module(again)
+    assert again._choice == "auto"

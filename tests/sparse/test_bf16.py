@@ -181,6 +181,21 @@ def test_a_parameter_is_packed_once_until_it_changes(monkeypatch):
 
 
 @needs_bf16
+def test_a_fused_step_is_noticed_though_it_counts_no_version():
+    """Few of the weights change by so small a step, and no sample may be among them."""
+    weights = nn.Parameter(torch.randn(8, 32, 64))
+    other = nn.Parameter(weights.detach().clone())
+    packed.packed(weights), packed.packed(weights.mT), packed.packed(other)
+    weights.grad = torch.zeros_like(weights)
+    weights.grad[:, 1, 1] = 1.0
+    optimizer = torch.optim.SGD([weights], lr=1.0, fused=True)
+    optimizer.step()
+    for kernel in (weights, weights.mT):
+        assert packed.packed(kernel).equal(packed._pack(kernel))
+    assert other in packed._of[False]
+
+
+@needs_bf16
 def test_steps_pack_a_kernel_once_for_products_and_once_for_gradients(monkeypatch):
     packs = []
     original = packed._pack

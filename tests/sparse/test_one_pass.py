@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from geo_pretrain.backbones.sr_unet import SRUNet
-from geo_pretrain.sparse import SparseTensor
+from geo_pretrain.sparse import SparseTensor, layers
 from geo_pretrain.sparse.layers import BatchNorm, Conv3d, ConvTranspose3d, ReLU, normalized
 from tests.sparse.twins import random_cloud
 
@@ -37,6 +37,7 @@ def norms(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     called: list[nn.Module] = []
     original = BatchNorm.forward
     monkeypatch.setattr(BatchNorm, "forward", lambda self, x: called.append(self) or original(self, x))
+    monkeypatch.setitem(layers.FORWARDS, BatchNorm, BatchNorm.forward)  # else it would be called as a tracer is
     return called
 
 
@@ -114,6 +115,16 @@ def test_hooks_on_all_modules_see_every_call(engine: str):
     finally:
         hook.remove()
     assert records == ["Conv3d", "BatchNorm1d", "BatchNorm", "ReLU"]
+
+
+@pytest.mark.parametrize("kind", [Conv3d, BatchNorm, nn.BatchNorm1d, ReLU])
+def test_a_tracer_of_a_class_sees_every_call(kind: type[nn.Module], engine: str, monkeypatch: pytest.MonkeyPatch):
+    records: list[Any] = []
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: records.append(x) or original(self, x))
+    with torch.no_grad():
+        normalized(Conv3d(8, 8), settled(BatchNorm(8)), input_tensor(), ReLU())
+    assert len(records) == 1
 
 
 class Doubling(BatchNorm):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,16 +21,24 @@ from geo_pretrain.training.data.labelled.own_images import IMAGE_SUFFIXES
 from geo_pretrain.training.finetune.as_checkpoint import image_contract
 from geo_pretrain.training.finetune.cloud_files import CloudFile, cloud_fields
 from geo_pretrain.training.finetune.clouds import CloudTask
-from geo_pretrain.training.finetune.detection import Detection
 from geo_pretrain.training.finetune.segmentation import Segmentation
 from geo_pretrain.training.finetune.task import FinetuneTask
 from geo_pretrain.training.finetune_recipe import FinetuneRecipe
+
+if TYPE_CHECKING:
+    from geo_pretrain.training.finetune.detection import Detection
 
 CLOUDS = (
     "the path of a PLY, npy, npz or LAS file, a LabelledCloud, float [N, 3] in meters, z up, [N, 6] with red, green "
     "and blue behind them, or both by name: {'points': points, 'colors': colors}"
 )
 POINTS = Path("points")  # of arrays, in messages
+
+
+def _detection(task: FinetuneTask) -> Detection | None:
+    """The task where it is one of detection, whose module imports torchvision: point networks do without."""
+    module = sys.modules.get("geo_pretrain.training.finetune.detection")
+    return task if module is not None and isinstance(task, module.Detection) else None
 
 
 class FinetunedNetwork(nn.Module):
@@ -90,7 +99,7 @@ class FinetunedNetwork(nn.Module):
             check_images(first, len(self.contract.channels), next(self.parameters()), 1)
             look_at(self, first)
             return self.task.class_logits(*inputs)
-        if isinstance(self.task, Detection) and self.task.setup.msra:
+        if (detection := _detection(self.task)) is not None and detection.setup.msra:
             inputs = [image.flip(0) for image in inputs[0]], *inputs[1:]  # the released network takes BGR
         return self.module(*inputs)
 
@@ -123,7 +132,7 @@ class FinetunedNetwork(nn.Module):
 
     @property
     def _is_detector(self) -> bool:
-        return isinstance(self.task, Detection)
+        return _detection(self.task) is not None
 
     @property
     def _host_transform(self) -> ImageTransform:
