@@ -457,7 +457,7 @@ def test_tasks_that_are_not_available_are_on_the_page(summary):
 
 
 def test_page_of_the_documentation_shows_the_committed_results(tmp_path):
-    page, results = ROOT / "docs" / "pretext.md", ROOT / "benchmarks" / "results" / "pretext_toy.json"
+    page, results = ROOT / "docs" / "pretext.md", ROOT / "benchmarks" / "results" / "pretext_800.json"
     assert BEGIN in page.read_text(encoding="utf-8")
     if results.is_file():
         copy = tmp_path / "page.md"
