@@ -16,25 +16,11 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 from geo_pretrain.cards.markdown import around_marks, table
-from geo_pretrain.training.bench.report import HEAD, MEASURES
+from geo_pretrain.training.bench.report import HEAD, MEASURES, gains
 from geo_pretrain.training.evaluation.metrics import Interval
-from geo_pretrain.training.evaluation.verdict import over_seeds
 
 BEGIN, END = "<!-- pretext budgets: begin -->", "<!-- pretext budgets: end -->"
 SMALL, LARGE = RESULTS / "pretext_toy.json", RESULTS / "pretext_800.json"
-
-
-def gains(results: Mapping[str, Any], measure: str) -> dict[str, Interval]:
-    """Each task's gain over random weights of its own architecture and input, over the seeds that both have."""
-    found: dict[str, Interval] = {}
-    for group in results["groups"].values():
-        random = dict(zip(group["random"]["seeds"], group["random"][measure], strict=True))
-        for task, row in group["tasks"].items():
-            ours = dict(zip(row["seeds"], row[measure], strict=True))
-            both = [seed for seed in ours if seed in random]
-            if both:
-                found[task] = over_seeds([ours[seed] for seed in both], [random[seed] for seed in both])
-    return found
 
 
 def shown(gain: Interval | None) -> str:
@@ -49,10 +35,15 @@ def markdown(small: Mapping[str, Any], large: Mapping[str, Any]) -> str:
     """The table: a row a task, for each measure the gain at both budgets."""
     budgets = [results["budget"]["steps"] for results in (small, large)]
     head = ["task", *(f"{title}, {steps} steps" for title in HEAD[1:4] for steps in budgets)]
-    columns = [gains(results, measure) for measure in MEASURES for results in (small, large)]
+    columns = [_of_all(results, measure) for measure in MEASURES for results in (small, large)]
     kinds = {task: group["kind"] for group in large["groups"].values() for task in group["tasks"]}
     rows = [[f"{kind} `{task}`", *(shown(column.get(task)) for column in columns)] for task, kind in kinds.items()]
     return table(head, rows)
+
+
+def _of_all(results: Mapping[str, Any], measure: str) -> dict[str, Interval]:
+    """The gains of the tasks of all groups, each over its own random weights."""
+    return {task: gain for group in results["groups"].values() for task, gain in gains(group, measure).items()}
 
 
 def main() -> None:

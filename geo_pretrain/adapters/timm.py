@@ -103,8 +103,8 @@ def load_into(model: Any, name_or_folder: str | os.PathLike[str], **load: Any) -
     unused = [of for of in given if of not in {places[key] for key in fits}]
     if unused:
         what = f"timm's {encoder.timm_name}" if isinstance(encoder, TimmEncoder) else str(encoder.host_name)
-        shapes = {of: own[key].shape for key, of in places.items() if own[key].shape != given[of].shape}
-        there = "".join(f"; {of} is {list(shape)} there" for of, shape in list(shapes.items())[:1])
+        others = (f"; {of} is {list(own[key].shape)} there" for key, of in places.items() if of in unused)
+        there = next(others, "")  # where a tensor has a place, but of another shape
         raise WeightsMismatch(
             f"{str(name_or_folder)!r} holds {what}; {len(unused)} of its {len(given)} tensors have no place in this "
             f"{type(model).__name__}: {_shapes(unused, given)}{there}. Accepted: timm.create_model of that name"

@@ -188,13 +188,13 @@ def doors(
     An address has one door, a folder is one. A name that nobody offers has none. Raises `UnknownName`, and
     `CheckpointError` for a folder that is no checkpoint.
     """
-    found = []
     request = _request(name, cache_dir, local_files_only)
     search = _search_at_address(request)
     if search is None and means_folder(name):
         open(name)
         return [Door(name, name, is_open=True)]
     search = search or _search_for_name(request, hub)
+    found = []
     for spec in search.sources:
         try:
             found.append(Door(name, spec, True, source_of(spec, search.request).reach()))

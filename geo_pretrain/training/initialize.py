@@ -46,13 +46,7 @@ WITHOUT_HEADS = ("scratch", "imagenet", *IMAGENET_STARTS)  # start weights that 
 FILE, PACKAGE = "file:", "package:"  # start weights in a file, and in the only such file of an installed package
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 SET_START = "--set model.init="  # how a recipe is given another start
-WRAPPERS = (
-    "state_dict",
-    "model",
-    "model_state",
-    "model_state_dict",
-    "state_dict_ema",
-)  # keys under which files keep their tensors
+WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")  # keys of tensors in files
 
 
 def initialize_encoder(network: nn.Module, spec: ModelSpec, *, set_start: str = SET_START) -> None:

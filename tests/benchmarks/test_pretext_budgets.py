@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pretext_budgets import BEGIN, END, LARGE, SMALL, gains, markdown
+from benchmarks.pretext_budgets import BEGIN, END, LARGE, SMALL, markdown
 from geo_pretrain.cards.markdown import around_marks
+from geo_pretrain.training.bench.report import gains
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,7 @@ def results(steps, random, ours, seeds=(0, 1, 2)):
 def test_gains_are_seed_by_seed_and_bold_beyond_chance():
     small = results(80, [0.1, 0.2, 0.3], [0.12, 0.21, 0.29])
     large = results(800, [0.1, 0.2, 0.3], [0.2, 0.3])  # a seed failed
-    assert gains(small, "probe")["csc"].mean == pytest.approx(0.02 / 3)
+    assert gains(small["groups"]["a"], "probe")["csc"].mean == pytest.approx(0.02 / 3)
     line = markdown(small, large).splitlines()[-1]
     assert line == "| 3D `csc` | +0.7 | **+10.0** | +0.7 | **+10.0** | +0.7 | **+10.0** |"
     assert "matching recall, 80 steps | matching recall, 800 steps" in markdown(small, large)

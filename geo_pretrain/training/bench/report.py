@@ -12,7 +12,7 @@ from geo_pretrain.cards.markdown import around_marks
 from geo_pretrain.cards.markdown import table as markdown_table
 from geo_pretrain.training.bench.plan import BenchSpec, Row
 from geo_pretrain.training.config import plain_types
-from geo_pretrain.training.evaluation.metrics import Spread
+from geo_pretrain.training.evaluation.metrics import Interval, Spread
 from geo_pretrain.training.evaluation.verdict import over_seeds
 
 MEASURES = ("matching", "probe", "finetuned")
@@ -71,23 +71,29 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
+def gains(group: Mapping[str, Any], measure: str) -> dict[str, Interval]:
+    """What each task of a group gains over random weights, over the seeds that both have (one may have failed)."""
+    random = dict(zip(group["random"]["seeds"], group["random"][measure], strict=True))
+    found: dict[str, Interval] = {}
+    for task, row in group["tasks"].items():
+        ours = dict(zip(row["seeds"], row[measure], strict=True))
+        if both := [seed for seed in ours if seed in random]:
+            found[task] = over_seeds([ours[seed] for seed in both], [random[seed] for seed in both])
+    return found
+
+
 def verdicts(results: Mapping[str, Any]) -> list[str]:
     """A sentence for each group and measure: which tasks are above random weights beyond chance."""
     lines = []
     for group in results["groups"].values():
         for measure, title in zip(MEASURES, HEAD[1:4], strict=True):
-            random = dict(zip(group["random"]["seeds"], group["random"][measure], strict=True))
-            gains = {}
-            for task, row in group["tasks"].items():
-                ours = dict(zip(row["seeds"], row[measure], strict=True))  # of some a seed may have failed
-                if both := [seed for seed in ours if seed in random]:
-                    gains[task] = over_seeds([ours[seed] for seed in both], [random[seed] for seed in both])
-            sure = [task for task, gain in gains.items() if gain.low > 0]
-            below = [task for task, gain in gains.items() if gain.high < 0]
-            alone = [task for task, gain in gains.items() if math.isinf(gain.high)]
+            found = gains(group, measure)
+            sure = [task for task, gain in found.items() if gain.low > 0]
+            below = [task for task, gain in found.items() if gain.high < 0]
+            alone = [task for task, gain in found.items() if math.isinf(gain.high)]
             text = f"above random weights beyond chance: {', '.join(sure) or 'none'}"
             text += "".join(f"; {what}: {', '.join(of)}" for what, of in (("below", below), ("one seed", alone)) if of)
-            if gains and len(alone) == len(gains):
+            if found and len(alone) == len(found):
                 text = "one seed, so chance is not judged; give more --seed"
             lines.append(f"{group['kind']}, {title}: {text}.")
     return lines
